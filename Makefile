@@ -1,0 +1,44 @@
+# make test PYTHON=/path/to/python uses an environment that is already there; otherwise VENV is made and filled.
+VENV ?= .venv
+BOOTSTRAP ?= python3
+TORCH ?= torch==2.13.0
+JOBS ?= 2
+
+ifdef PYTHON
+READY :=
+else
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.installed
+endif
+
+# ninja (which builds the extension), deepspeed and lowrank-dist are found beside the interpreter.
+export PATH := $(dir $(abspath $(shell command -v $(PYTHON) || echo $(PYTHON)))):$(PATH)
+export PYTHON
+# The ranks of a test share the cores: more than one thread each makes them wait for one another.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: install test quickstart gpu-check clean
+
+install: $(READY)
+
+$(VENV)/.installed: setup.py pyproject.toml .ci/constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
+	$(BOOTSTRAP) -m venv $(VENV)
+	$(PYTHON) -m pip install -q -c .ci/constraints.txt setuptools ninja
+	$(PYTHON) -m pip install -q -c .ci/constraints.txt $(TORCH)
+	$(PYTHON) -m pip install -q -c .ci/constraints.txt --no-build-isolation -e '.[test,quickstart]'
+	touch $@
+
+test: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile tests/unit
+	$(PYTHON) -m pytest -q tests/dist tests/integration
+
+quickstart: $(READY)
+	bash launch/quickstart/run.sh
+
+gpu-check: $(READY)
+	bash tests/gpu/check.sh
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed lowrank_dist/ops/_C*.so
+	find lowrank_dist tests launch benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

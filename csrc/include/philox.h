@@ -1,0 +1,43 @@
+// Philox4x32: a counter-based generator, so that a random number is a function of where it is used and of nothing else.
+// Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Ten rounds are the paper's
+// default; seven are the fewest that pass BigCrush. No library header is used here: nvcc compiles it for the device.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LOWRANK_INLINE __host__ __device__ __forceinline__
+#else
+#define LOWRANK_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace lowrank_dist {
+
+constexpr int kPhiloxRounds = 7;
+
+// One block of four 32-bit words, in place: counter (c0, c1, c2, c3) → output, under the key (k0, k1).
+template <int Rounds = kPhiloxRounds>
+LOWRANK_INLINE void philox4x32(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_t& c3, uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < Rounds; ++round) {
+    const uint64_t product0 = static_cast<uint64_t>(0xD2511F53u) * c0;
+    const uint64_t product1 = static_cast<uint64_t>(0xCD9E8D57u) * c2;
+    c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(product1);
+    c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(product0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+}
+
+// The dropout mask (lowrank_dist/ops/dropout.py): which block an element draws from is (f >> 3, row, stream) with f its
+// global feature; the block's four words are eight 16-bit draws, and f & 7 says which one is its own.
+struct DropoutKey {
+  uint32_t seed;
+  uint32_t step;
+  uint32_t stream;
+};
+
+constexpr int kDrawsPerBlock = 8;
+
+}  // namespace lowrank_dist

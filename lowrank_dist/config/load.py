@@ -1,0 +1,219 @@
+"""Reads a run's config: defaults ← YAML ← command line, checked as a whole, every mistake reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from lowrank_dist.config.errors import ConfigError
+from lowrank_dist.config.scalars import Loader, scalar
+from lowrank_dist.config.schema import Config, Section
+
+USAGE = "give one YAML file, then overrides: CONFIG.yaml section.key=value or --section.key value"
+COMMAND_LINE = "command line"
+Key = tuple[str, ...]
+
+
+def load_config(argv: Sequence[str]) -> Config:
+    """The config that the arguments of a run describe.
+
+    `argv` is CONFIG.yaml and, in any order, overrides: `section.key=value`, `--section.key value` or
+    `--section.key=value`, with values as in YAML. `--local_rank=N`, which launchers add, is accepted and ignored.
+    Relative paths are relative to the current directory. Raises ConfigError with everything that is wrong.
+    """
+    raw = _Raw()
+    path, overrides = _split_arguments(argv, raw)
+    if path is not None:
+        raw.read(path)
+    for key, text in overrides:
+        raw.override(key, text)
+    if raw.fatal:
+        raise ConfigError("\n".join(raw.problems))
+    for section in Config.model_fields:
+        raw.values.setdefault(section, {})
+    try:
+        config = Config.model_validate(raw.values)
+    except ValidationError as error:
+        lines = [_explain(detail, raw) for detail in error.errors(include_url=False)]
+        raise ConfigError("\n".join([*raw.problems, *lines])) from None
+    if raw.problems:
+        raise ConfigError("\n".join(raw.problems))
+    return config
+
+
+class _Raw:
+    """Values before they are checked, where each of them came from, and what was wrong already."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self.fatal = False
+        self.file = COMMAND_LINE
+        self._origin: dict[Key, str] = {}
+
+    def where(self, key: Key) -> str:
+        """file:line of the key or of what encloses it, or "command line"."""
+        for end in range(len(key), 0, -1):
+            if key[:end] in self._origin:
+                return self._origin[key[:end]]
+        return self.file
+
+    def problem(self, where: str, what: str, remedy: str, *, fatal: bool = False) -> None:
+        self.problems.append(f"{where}: {what} — {remedy}")
+        self.fatal = self.fatal or fatal
+
+    def read(self, path: Path) -> None:
+        """Take the values of a YAML file."""
+        self.file = str(path)
+        try:
+            root = yaml.compose(path.read_text(encoding="utf-8"), Loader)
+        except OSError as error:
+            return self.problem(str(path), f"cannot be read ({error.strerror})", USAGE, fatal=True)
+        except UnicodeDecodeError as error:
+            return self.problem(str(path), f"is not UTF-8 ({error.reason})", "save it as UTF-8 text", fatal=True)
+        except yaml.YAMLError as error:
+            return self.problem(*_explain_yaml(error, str(path)), "mend the YAML", fatal=True)
+        if root is None:
+            return
+        if not isinstance(root, yaml.MappingNode):
+            return self.problem(
+                f"{path}:{root.start_mark.line + 1}", "is not a mapping", "write sections with their keys", fatal=True
+            )
+        for section, values in self._construct(root, (), lambda node: f"{path}:{node.start_mark.line + 1}").items():
+            # A section all of whose keys are commented out is null to YAML.
+            self.values[section] = {} if values is None and section in Config.model_fields else values
+
+    def override(self, dotted: str, text: str) -> None:
+        """Take one value of the command line."""
+        key = tuple(dotted.split("."))
+        if len(key) != 2:
+            return self.problem(
+                COMMAND_LINE, f"{dotted} is not section.key", "for a mapping use section.key={name: value}"
+            )
+        try:
+            node = yaml.compose(text, Loader)
+        except yaml.YAMLError as error:
+            _, what = _explain_yaml(error, COMMAND_LINE)
+            return self.problem(COMMAND_LINE, f"{dotted}: {what}", "quote the value, as YAML does")
+        section = self.values.setdefault(key[0], {})
+        if isinstance(section, dict):
+            self._origin = {known: at for known, at in self._origin.items() if known[:2] != key}
+            self._origin[key] = COMMAND_LINE
+            section[key[1]] = None if node is None else self._construct(node, key, lambda node: COMMAND_LINE)
+
+    def _construct(self, node: yaml.Node, key: Key, place: Callable[[yaml.Node], str]) -> Any:
+        """The node's value; remembers the place of every key below it."""
+        if isinstance(node, yaml.MappingNode):
+            values: dict[str, Any] = {}
+            for name_node, value_node in node.value:
+                self._insert(values, name_node, value_node, key, place)
+            return values
+        if isinstance(node, yaml.SequenceNode):
+            return [self._construct(item, key, place) for item in node.value]
+        try:
+            return scalar(node)
+        except ValueError as error:
+            self.problem(place(node), f"{'.'.join(key)}: {error}", "see configs/ for examples")
+            return node.value
+
+    def _insert(
+        self,
+        values: dict[str, Any],
+        name_node: yaml.Node,
+        value_node: yaml.Node,
+        key: Key,
+        place: Callable[[yaml.Node], str],
+    ) -> None:
+        at = place(name_node)
+        if not isinstance(name_node, yaml.ScalarNode):
+            return self.problem(at, f"{'.'.join(key) or 'top level'}: a key is not text", "write key: value")
+        inner = (*key, name_node.value)
+        if name_node.value in values:
+            first = self.where(inner)
+            return self.problem(at, f"{'.'.join(inner)}: given twice, first at {first}", "keep one of the two")
+        self._origin[inner] = at
+        values[name_node.value] = self._construct(value_node, inner, place)
+
+
+def _split_arguments(argv: Sequence[str], raw: _Raw) -> tuple[Path | None, list[tuple[str, str]]]:
+    """The config file and the (dotted key, text) of each override."""
+    path: Path | None = None
+    overrides: list[tuple[str, str]] = []
+    rest = iter(argv)
+    for argument in rest:
+        name, has_value, text = argument.removeprefix("--").partition("=")
+        if argument.startswith("--") and not has_value:
+            following = next(rest, None)
+            if following is None:
+                raw.problem(COMMAND_LINE, f"{argument} has no value", f"write {argument} VALUE")
+                continue
+            text = following
+        if name in ("local_rank", "local-rank") and argument.startswith("--"):
+            continue
+        if has_value or argument.startswith("--"):
+            overrides.append((name, text))
+        elif path is None:
+            path = Path(argument)
+        else:
+            raw.problem(COMMAND_LINE, f"{argument} is a second config file beside {path}", USAGE)
+    if path is None:
+        raw.problem(COMMAND_LINE, "no config file", USAGE, fatal=True)
+    return path, overrides
+
+
+def _explain_yaml(error: yaml.YAMLError, file: str) -> tuple[str, str]:
+    """file:line and what is wrong."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return file, str(error).replace("\n", " ")
+    mark = error.problem_mark or error.context_mark
+    at = file if mark is None or file == COMMAND_LINE else f"{file}:{mark.line + 1}"
+    return at, ", ".join(part for part in (error.context, error.problem) if part)
+
+
+def _explain(detail: ErrorDetails, raw: _Raw) -> str:
+    """One of pydantic's errors as a line: where: section.key: what is wrong — the remedy."""
+    key = tuple(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{raw.where(key)}: {'.'.join(key)}: unknown key — {_meant(key)}"
+    section = Config.model_fields[key[0]].annotation
+    assert isinstance(section, type) and issubclass(section, Section)
+    if len(key) == 1:
+        return f"{raw.where(key)}: {key[0]}: not a mapping — its keys are {_names(section.model_fields)}"
+    field = section.model_fields[key[1]]
+    # What lies deeper is a name of a mapping, a place in a list, or pydantic's own word for a branch.
+    key = key[:3] if get_origin(field.annotation) is dict else key[:2]
+    dotted = ".".join(key) + "".join(f"[{part}]" for part in detail["loc"] if isinstance(part, int))
+    if detail["type"] == "missing":
+        return f"{raw.where(key)}: {dotted}: required — expected: {field.description}"
+    message = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
+    what = f"{reprlib.repr(detail['input'])} is not valid, {message[0].lower()}{message[1:]}"
+    return f"{raw.where(key)}: {dotted}: {what} — expected: {field.description}"
+
+
+def _meant(key: Key) -> str:
+    """Which key was probably meant, and all there are beside it."""
+    if len(key) == 1:
+        return _closest(key[0], Config.model_fields) + f"the sections are {_names(Config.model_fields)}"
+    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    known = sections[key[0]].model_fields
+    closest = _closest(key[1], known)
+    if not closest:
+        elsewhere = [f"{name}.{key[1]}" for name, section in sections.items() if key[1] in section.model_fields]
+        closest = f"did you mean {' or '.join(elsewhere)}? " if elsewhere else ""
+    return closest + f"the keys of {key[0]} are {_names(known)}"
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name.replace("-", "_").lower(), list(known), n=1)
+    return f"did you mean {match[0]}? " if match else ""
+
+
+def _names(known: Iterable[str]) -> str:
+    return ", ".join(known)

@@ -1,0 +1,66 @@
+"""Plain YAML scalars as YAML 1.2 has them. PyYAML follows 1.1, where 2e-4 is text, `no` is false and 1:30 is 90."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+_PREFIX = "tag:yaml.org,2002:"
+# tag, what a plain scalar of it looks like, and its possible first characters (PyYAML's index).
+_RESOLVERS = (
+    ("null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    ("int", re.compile(r"^[-+]?[0-9]+$"), list("-+0123456789")),
+    # No infinity and no NaN: no key takes one, and as text they are refused with the value in the message.
+    (
+        "float",
+        re.compile(r"^[-+]?(?:(?:\.[0-9]+|[0-9]+\.[0-9]*)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$"),
+        list("-+.0123456789"),
+    ),
+)
+_PATTERNS = {tag: pattern for tag, pattern, _ in _RESOLVERS}
+
+
+def _index_by_first_character() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    index: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for tag, pattern, first_characters in _RESOLVERS:
+        for character in first_characters:
+            index.setdefault(character, []).append((_PREFIX + tag, pattern))
+    return index
+
+
+class Loader(yaml.SafeLoader):
+    """Composes nodes with 1.2 scalars. Aliases are refused: a config needs none, and they can nest without end."""
+
+    yaml_implicit_resolvers = _index_by_first_character()
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"alias *{event.anchor} is not supported; write the value out", event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes exactly the text that Loader would not read back as text."""
+
+    yaml_implicit_resolvers = _index_by_first_character()
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
+    """The value of a scalar node. ValueError for an explicit tag (`!!binary`, `!!bool maybe`) that it does not fit."""
+    tag = node.tag.removeprefix(_PREFIX)
+    if tag == "str":
+        return node.value
+    if tag not in _PATTERNS or not _PATTERNS[tag].match(node.value):
+        raise ValueError(f"tag {node.tag} does not fit {node.value!r}; write the value without a tag")
+    if tag == "bool":
+        return node.value.lower() == "true"
+    return {"int": int, "float": float}[tag](node.value) if tag != "null" else None

@@ -1,0 +1,187 @@
+"""What a run can be told: frozen, strict models, one a section. A field's description is the remedy in an error.
+
+Imports nothing of ours and no torch, so that a config can be checked anywhere.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+)
+
+from lowrank_dist.config.scalars import Dumper
+
+
+def _path(value: object) -> Path:
+    # Strict mode takes no text for a path, and YAML has nothing else.
+    if isinstance(value, Path) or isinstance(value, str) and value:
+        return Path(value)
+    raise ValueError("a path is text that is not empty (a number as a name needs quotes)")
+
+
+def _regular_expression(value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return value
+
+
+YamlPath: TypeAlias = Annotated[Path, BeforeValidator(_path)]
+Pattern: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_regular_expression)]
+Rank: TypeAlias = Annotated[int, Field(ge=1, le=1024)]
+Alpha: TypeAlias = Annotated[float, Field(gt=0)]
+# Told apart by hand, so that an error speaks of the branch that was meant.
+Targets: TypeAlias = Annotated[
+    Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), Tag("names")]
+    | Annotated[Pattern, Tag("pattern")],
+    Discriminator(lambda value: "names" if isinstance(value, list) else "pattern"),
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class ModelConfig(Section):
+    path: YamlPath = Field(description="folder of a Hugging Face checkpoint (config.json and safetensors)")
+    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto (the checkpoint's), fp32 or bf16")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
+    load: Literal["each", "broadcast"] = Field(
+        "each", description="each (every data-parallel replica reads its slices) or broadcast (replica 0 reads for all)"
+    )
+    vocab_multiple: int = Field(
+        128,
+        ge=1,
+        description="integer of at least 1: embedding rows are padded to a multiple of it times parallel.tensor",
+    )
+
+
+class LoraConfig(Section):
+    rank: Rank = Field(8, description="rank r of a factor pair, an integer from 1 to 1024")
+    alpha: Alpha = Field(16.0, description="number above 0: the update is scaled by alpha/rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability of at least 0 and below 1")
+    targets: Targets = Field(
+        "all-linear", description="list of module names ([q_proj, v_proj]), all-linear, or one regular expression"
+    )
+    rslora: bool = Field(False, description="true (scale by alpha/sqrt(rank)) or false")
+    rank_pattern: dict[Pattern, Rank] = Field(
+        {}, description="mapping from module path or regular expression to a rank from 1 to 1024"
+    )
+    alpha_pattern: dict[Pattern, Alpha] = Field(
+        {}, description="mapping from module path or regular expression to an alpha above 0"
+    )
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(1, ge=1, description="tensor-parallel size, an integer of at least 1")
+    data: int | None = Field(
+        None, ge=1, description="data-parallel size of at least 1, or null for all remaining ranks"
+    )
+    sequence: bool | None = Field(None, description="true, false, or null for on when parallel.tensor is above 1")
+
+
+class DataConfig(Section):
+    train: YamlPath = Field(description="JSONL file to train on")
+    eval: YamlPath | None = Field(None, description="JSONL file to evaluate on, or null")
+    max_length: int = Field(1024, ge=2, description="longest sample in tokens, an integer of at least 2")
+    packing: bool = Field(False, description="true (several samples a row) or false")
+    tokenizer: YamlPath | None = Field(None, description="folder or file of the tokenizer, or null for model.path")
+
+
+class EngineConfig(Section):
+    zero_stage: Literal[1, 2] = Field(1, description="1 or 2 (0 trains wrongly and 3 gathers the base every step)")
+    clip: float | None = Field(
+        1.0, gt=0, description="largest gradient norm, a number above 0, or null for no clipping"
+    )
+    recompute: Literal["none", "full"] = Field(
+        "none", description="none, or full (recompute every layer's activations)"
+    )
+    timeout_seconds: int = Field(600, ge=1, description="seconds after which a collective that hangs is an error")
+    reduce_bucket: int | None = Field(
+        None, ge=1, description="elements of the reduction bucket, or null for the number of trainable parameters"
+    )
+
+
+class TrainConfig(Section):
+    steps: int | None = Field(None, ge=1, description="optimizer steps of at least 1; or set train.epochs instead")
+    epochs: float | None = Field(None, gt=0, description="passes over the data, above 0; or set train.steps instead")
+    global_batch: int = Field(8, ge=1, description="samples in an optimizer step over all ranks, at least 1")
+    micro_batch: int = Field(1, ge=1, description="rows per rank and microbatch, a divisor of train.global_batch")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate above 0")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="cosine, linear or constant")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warmup, at least 0")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate over the peak, from 0 to 1")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, at least 0")
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate, at least 0 and below 1")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate, at least 0 and below 1")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon above 0")
+    seed: int = Field(42, ge=0, lt=2**32, description="integer of at least 0 and below 2^32")
+    log_every: int = Field(1, ge=1, description="steps between log lines, at least 1")
+    resume: Literal["never"] = Field("never", description="never")
+
+    @field_validator("epochs")
+    @classmethod
+    def _one_length(cls, epochs: float | None, info: ValidationInfo) -> float | None:
+        steps = info.data.get("steps")
+        if steps is not None and epochs is not None:
+            raise ValueError(f"train.steps ({steps}) and train.epochs both say how long to train")
+        return 1.0 if epochs is None and steps is None else epochs
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _divides_the_batch(cls, micro_batch: int, info: ValidationInfo) -> int:
+        if "global_batch" in info.data and info.data["global_batch"] % micro_batch:
+            raise ValueError(f"train.global_batch ({info.data['global_batch']}) is not a multiple of it")
+        return micro_batch
+
+
+class EvalConfig(Section):
+    every: int | None = Field(
+        None, ge=1, description="steps between evaluations, or null for only at the start and end"
+    )
+    micro_batch: int | None = Field(
+        None, ge=1, description="rows per rank and microbatch, or null for train.micro_batch"
+    )
+    at_start: bool = Field(True, description="true or false")
+
+
+class OutputConfig(Section):
+    dir: YamlPath = Field(description="folder of the run; it must not hold one already")
+    save_every: int | None = Field(None, ge=1, description="steps between saved adapters, or null for only at the end")
+    tensorboard: bool = Field(True, description="true or false")
+    plot: bool = Field(True, description="true or false")
+    probe: int = Field(
+        0, ge=0, description="rows of eval data whose logits are kept in probe.safetensors to prove a merge, at least 0"
+    )
+
+
+class Config(Section):
+    """A whole run. Two configs are equal when the runs they describe are."""
+
+    model: ModelConfig
+    lora: LoraConfig = LoraConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    engine: EngineConfig = EngineConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    output: OutputConfig
+
+    def to_yaml(self) -> str:
+        """Every key with the value it has, in a form that `load_config` reads back to an equal config."""
+        values: dict[str, Any] = self.model_dump(mode="json")
+        return yaml.dump(values, Dumper=Dumper, sort_keys=False)

@@ -1,0 +1,14 @@
+"""One thread, nothing remote, no deadlines: a test gives the same result on a quiet machine and on a busy one."""
+
+import os
+
+# Before torch and transformers are imported, and inherited by every process that a test starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+torch.set_num_threads(1)
+settings.register_profile("lowrank_dist", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("lowrank_dist")

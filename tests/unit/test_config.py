@@ -1,0 +1,245 @@
+"""The config: what it accepts, what it makes of it, and what it says when something is wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from lowrank_dist.config import Config, ConfigError, load_config
+from lowrank_dist.config.scalars import Dumper, Loader, scalar
+
+REQUIRED = {"model": {"path": "base"}, "data": {"train": "train.jsonl"}, "output": {"dir": "run"}}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(REQUIRED))
+    return file
+
+
+def errors(path: Path, text: str, *overrides: str) -> list[str]:
+    """The lines of the error, with the file's folder cut."""
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config([str(path), *overrides])
+    return str(caught.value).replace(str(path), path.name).splitlines()
+
+
+def test_defaults(path: Path) -> None:
+    config = load_config([str(path)])
+    assert config.model.path == Path("base") and config.model.dtype == "auto" and config.model.vocab_multiple == 128
+    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16.0, "all-linear")
+    assert (config.parallel.tensor, config.parallel.data, config.parallel.sequence) == (1, None, None)
+    assert (config.train.steps, config.train.epochs, config.train.lr, config.train.seed) == (None, 1.0, 2e-4, 42)
+    assert (config.engine.zero_stage, config.engine.clip, config.engine.reduce_bucket) == (1, 1.0, None)
+    assert (config.eval.every, config.eval.at_start, config.output.save_every) == (None, True, None)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train.lr=3e-4", "lora.targets=[q_proj, v_proj]", "parallel.sequence=false"],
+        ["--train.lr", "3e-4", "--lora.targets", "[q_proj, v_proj]", "--parallel.sequence", "false"],
+        ["--train.lr=3e-4", "--lora.targets=[q_proj, v_proj]", "--local_rank=3", "--parallel.sequence=false"],
+    ],
+)
+def test_overrides(path: Path, arguments: list[str]) -> None:
+    for argv in ([str(path), *arguments], [*arguments, str(path)], ["--local_rank=0", str(path), *arguments]):
+        config = load_config(argv)
+        assert config.train.lr == 3e-4 and config.lora.targets == ["q_proj", "v_proj"]
+        assert config.parallel.sequence is False
+
+
+def test_overrides_win_over_the_file_and_later_ones_over_earlier(path: Path) -> None:
+    path.write_text(json.dumps({**REQUIRED, "train": {"seed": 1, "steps": 5}}))
+    config = load_config([str(path), "train.seed=2", "--train.seed", "3", "lora.rank_pattern={q_proj: 4}"])
+    assert (config.train.seed, config.train.steps, config.train.epochs) == (3, 5, None)
+    assert config.lora.rank_pattern == {"q_proj": 4}
+    assert load_config([str(path), "train.steps=", "train.epochs=2"]).train.epochs == 2.0
+
+
+def test_scalars_are_yaml_1_2(path: Path) -> None:
+    path.write_text("model: {path: base}\ndata: {train: t}\noutput: {dir: no}\ntrain: {lr: 2e-4, eps: .5}\nlora:\n")
+    config = load_config([str(path)])
+    assert config.output.dir == Path("no") and config.train.lr == 2e-4 and config.train.eps == 0.5
+    # The control: YAML 1.1, PyYAML's own, reads text and a boolean there.
+    assert yaml.safe_load("[2e-4, no]") == ["2e-4", False]
+
+
+def test_config_is_frozen(path: Path) -> None:
+    config = load_config([str(path)])
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.lr = 1.0  # type: ignore[misc]
+
+
+def test_all_errors_are_reported_at_once(path: Path) -> None:
+    text = (
+        "model:\n  path: base\n  dtyp: bf16\nlora:\n  rank: 0\n  lr: 1e-3\n  alpha: '8'\n"
+        "parallel:\ndata: 4\nengin:\n  a: 3\n"
+        "train:\n  steps: 4\n  epochs: 2\n  global_batch: 7\n  micro_batch: 2\n  lr: .inf\noutput: {plot: no}\n"
+    )
+    found = errors(path, text, "train.seed=-1", "--eval.every", "2.5", "extra.yaml", "--flag")
+    expected = [
+        "command line: extra.yaml is a second config file",
+        "command line: --flag has no value",
+        "run.yaml:3: model.dtyp: unknown key — did you mean dtype? the keys of model are path, dtype,",
+        "run.yaml:5: lora.rank: 0 is not valid, input should be greater than or equal to 1 — expected: rank r",
+        "run.yaml:7: lora.alpha: '8' is not valid, input should be a valid number",
+        "run.yaml:6: lora.lr: unknown key — did you mean train.lr? the keys of lora are",
+        "run.yaml:9: data: not a mapping — its keys are train, eval,",
+        "run.yaml:14: train.epochs: 2 is not valid, train.steps (4) and train.epochs both say how long",
+        "run.yaml:16: train.micro_batch: 2 is not valid, train.global_batch (7) is not a multiple of it",
+        "run.yaml:17: train.lr: '.inf' is not valid, input should be a valid number",
+        "command line: train.seed: -1 is not valid",
+        "command line: eval.every: 2.5 is not valid",
+        "run.yaml:18: output.dir: required — expected: folder of the run",
+        "run.yaml:18: output.plot: 'no' is not valid, input should be a valid boolean",
+        "run.yaml:10: engin: unknown key — did you mean engine? the sections are model, lora,",
+    ]
+    for line in expected:
+        assert sum(found_line.startswith(line) for found_line in found) == 1, line
+    assert len(found) == len(expected)
+    assert all(" — " in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.path=", "command line: model.path: None is not valid, a path is text"),
+        ("output.dir=7", "command line: output.dir: 7 is not valid, a path is text"),
+        ('data.eval=""', "command line: data.eval: '' is not valid, a path is text that is not empty"),
+        ("lora.rank=1025", "command line: lora.rank: 1025 is not valid"),
+        ("lora.rank=2.0", "command line: lora.rank: 2.0 is not valid, input should be a valid integer"),
+        ("lora.rank=true", "command line: lora.rank: True is not valid, input should be a valid integer"),
+        ("lora.dropout=1", "command line: lora.dropout: 1 is not valid, input should be less than 1"),
+        ("lora.alpha=1e999", "command line: lora.alpha: inf is not valid, input should be a finite number"),
+        ("lora.targets=[]", "command line: lora.targets: [] is not valid, list should have at least 1 item"),
+        ("lora.targets=[a, 5]", "command line: lora.targets[1]: 5 is not valid, input should be a valid string"),
+        ("lora.targets=a(", "command line: lora.targets: 'a(' is not valid, not a regular expression: missing )"),
+        ("lora.rank_pattern={q: 0}", "command line: lora.rank_pattern.q: 0 is not valid"),
+        ("lora.alpha_pattern={'[': 2}", "command line: lora.alpha_pattern.[: '[' is not valid, not a regular"),
+        ("lora.rank_pattern={q: 1, q: 2}", "command line: lora.rank_pattern.q: given twice"),
+        ("engine.zero_stage=0", "command line: engine.zero_stage: 0 is not valid, input should be 1 or 2"),
+        ("engine.clip=0", "command line: engine.clip: 0 is not valid"),
+        ("train.resume=auto", "command line: train.resume: 'auto' is not valid, input should be 'never'"),
+        ("train.seed=4294967296", "command line: train.seed: 4294967296 is not valid"),
+        ("train.micro-batch=2", "command line: train.micro-batch: unknown key — did you mean micro_batch?"),
+        ("train=2", "command line: train is not section.key"),
+        ("lora.rank_pattern.q=2", "command line: lora.rank_pattern.q is not section.key"),
+        ("train.lr=[1", "command line: train.lr: while parsing a flow sequence"),
+        ("train.lr=*x", "command line: train.lr: alias *x is not supported"),
+        ("train.lr=!!int x", "command line: train.lr: tag tag:yaml.org,2002:int does not fit 'x'"),
+        ("train.lr=!!python/name:os.system x", "command line: train.lr: tag tag:yaml.org,2002:python/name:os.system"),
+    ],
+)
+def test_one_bad_value(path: Path, override: str, expected: str) -> None:
+    assert errors(path, path.read_text(), override)[0].startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("- a\n", "run.yaml:1: is not a mapping"),
+        ("a: b: c\n", "run.yaml:1: mapping values are not allowed here"),
+        ("model:\n  path: a\n  path: b\n", "run.yaml:3: model.path: given twice, first at run.yaml:2"),
+        ("model:\n  path: a\nmodel:\n  path: b\n", "run.yaml:3: model: given twice, first at run.yaml:1"),
+        ("model: &a\n  path: x\ndata: *a\n", "run.yaml:3: alias *a is not supported"),
+        ("model: {[a]: b}\n", "run.yaml:1: model: a key is not text"),
+        ("a: 1\n---\nb: 2\n", "run.yaml:2: expected a single document in the stream"),
+        ("a: \x01\n", "run.yaml: unacceptable character"),
+        ("", "run.yaml: model.path: required"),
+    ],
+)
+def test_bad_files(path: Path, text: str, expected: str) -> None:
+    assert errors(path, text)[0].startswith(expected)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"model: {path: \xe9}")
+    cases = {str(tmp_path / "absent.yaml"): "No such file", str(tmp_path): "Is a directory", str(latin): "is not UTF-8"}
+    for argument, expected in cases.items():
+        with pytest.raises(ConfigError, match=expected):
+            load_config([argument, "train.lr=1"])
+    with pytest.raises(ConfigError, match="command line: no config file — give one YAML file"):
+        load_config(["train.lr=1"])
+
+
+def test_divisibility_uses_the_default_where_one_is_not_given(path: Path) -> None:
+    assert load_config([str(path), "train.micro_batch=4"]).train.micro_batch == 4
+    (line,) = errors(path, path.read_text(), "train.micro_batch=3")
+    assert "train.global_batch (8) is not a multiple of it" in line
+    # A wrong batch is one mistake, not two.
+    (line,) = errors(path, path.read_text(), "train.global_batch=0")
+    assert "train.global_batch" in line
+
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12)
+TRICKY = st.sampled_from(
+    ["1e3", "2e-4", "no", "null", "~", "1:30", "0x1f", "1_000", "007", "2024-01-01", ".inf", "*a", " x "]
+)
+NAMES = TEXT | TRICKY
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    micro_batch = draw(st.integers(1, 8))
+    train: dict[str, Any] = {
+        "lr": draw(st.floats(1e-12, 1e3)),
+        "seed": draw(st.integers(0, 2**32 - 1)),
+        "micro_batch": micro_batch,
+        "global_batch": micro_batch * draw(st.integers(1, 8)),
+    }
+    train |= draw(st.sampled_from([{}, {"steps": 7}, {"epochs": 0.5}]))
+    lora = {
+        "rank": draw(st.integers(1, 1024)),
+        "alpha": draw(st.floats(1e-3, 1e6)),
+        "dropout": draw(st.floats(0, 1, exclude_max=True)),
+        "targets": draw(st.lists(NAMES, min_size=1) | st.just(r".*\.(q|v)_proj")),
+        "alpha_pattern": draw(st.dictionaries(st.from_regex(r"[a-z0-9_.]{1,8}", fullmatch=True), st.just(2.5))),
+    }
+    return Config.model_validate(
+        {
+            "model": {"path": draw(NAMES)},
+            "data": {"train": draw(NAMES), "packing": draw(st.booleans())},
+            "output": {"dir": draw(NAMES)},
+            "engine": {"clip": draw(st.none() | st.floats(1e-6, 1e6))},
+            "parallel": {"sequence": draw(st.none() | st.booleans())},
+            "train": train,
+            "lora": lora,
+        }
+    )
+
+
+@given(config=configs())
+def test_yaml_round_trip(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.getbasetemp() / "round_trip.yaml"
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    assert load_config([str(file)]) == config
+
+
+@given(text=TRICKY | TEXT)
+def test_text_comes_back_as_text(text: str) -> None:
+    node = yaml.compose(yaml.dump(text, Dumper=Dumper), Loader)
+    assert isinstance(node, yaml.ScalarNode) and scalar(node) == text
+
+
+def test_the_round_trip_needs_its_own_dumper() -> None:
+    """The control: what PyYAML leaves unquoted comes back as a number."""
+    node = yaml.compose(yaml.safe_dump("1e3"), Loader)
+    assert isinstance(node, yaml.ScalarNode) and scalar(node) == 1000.0
+
+
+def test_importing_the_config_imports_no_torch() -> None:
+    code = "import sys, {}; sys.exit('torch' in sys.modules)"
+    run = [sys.executable, "-c"]
+    assert subprocess.run([*run, code.format("lowrank_dist.config")], check=False).returncode == 0
+    assert subprocess.run([*run, code.format("lowrank_dist.ops.extension")], check=False).returncode == 1
