@@ -1,0 +1,1 @@
+"""The seam between CPU and CUDA: one choice, made once."""

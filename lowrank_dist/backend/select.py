@@ -1,0 +1,104 @@
+"""Device, collective library and memory readings of this process: everything that differs between CPU and CUDA."""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from lowrank_dist.backend import megatron
+from lowrank_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The chosen side of the seam: `collective` is torch.distributed's name, `accelerator` is DeepSpeed's."""
+
+    device: torch.device
+    collective: str
+    accelerator: str
+
+    def peak_memory_gib(self) -> float:
+        """Peak memory so far: allocated on the GPU, or resident of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        with open("/proc/self/status") as status:
+            kib = next((int(line.split()[1]) for line in status if line.startswith("VmHWM:")), 0)
+        return kib / 2**20
+
+    def synchronize(self) -> None:
+        """Wait for queued device work, so that a clock read afterwards means something."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def describe(self) -> str:
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(self.device)}, {self.collective}"
+        return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads, {self.collective}"
+
+
+def quiet_libraries() -> None:
+    """Silence what the libraries say to their own developers at import and at every first collective, rank by rank."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+
+
+def select_backend(requested: str, local_rank: int, local_size: int) -> Backend:
+    """Choose the device of this rank and let Megatron know. `requested` is "auto", "cpu" or "cuda".
+
+    More ranks on a node than GPUs share them over gloo, which stages through the host: NCCL refuses two ranks on one
+    device. Raises UserError where CUDA is demanded and absent.
+    """
+    available = torch.cuda.is_available()
+    if requested == "cuda" and not available:
+        raise UserError("model.device: cuda was asked for, but torch sees no CUDA device; use model.device=cpu or auto")
+    if requested == "cpu" or not available:
+        backend = Backend(torch.device("cpu"), "gloo", "cpu")
+    else:
+        count = torch.cuda.device_count()
+        device = torch.device("cuda", local_rank % count)
+        torch.cuda.set_device(device)
+        backend = Backend(device, "nccl" if local_size <= count else "gloo", "cuda")
+    # DeepSpeed picks its accelerator at import from this variable; both libraries must be on the same side.
+    os.environ["DS_ACCELERATOR"] = backend.accelerator
+    megatron.prepare(backend.device)
+    return backend
+
+
+def init_process_group(backend: Backend, timeout_seconds: int) -> None:
+    """Join the job that the launcher described in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"launch/train.py runs under a launcher: {', '.join(missing)} not set. "
+            "Start it with `deepspeed --num_gpus N launch/train.py CONFIG` or torchrun"
+        )
+    dist.init_process_group(
+        backend.collective,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=backend.device if backend.collective == "nccl" else None,
+    )
+
+
+def announces_failure() -> bool:
+    """Whether this rank is the one to print an error that other ranks probably meet as well.
+
+    Before the ranks have met it is one rank a node, afterwards the first that fails.
+    """
+    if not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        return dist.distributed_c10d._get_default_store().add("lowrank_dist/failed", 1) == 1
+    except RuntimeError:  # the rank that held the store is gone: better twice than never
+        return True
+
+
+def shutdown(*, clean: bool) -> None:
+    """Leave the job. After a clean run the groups are destroyed, or the interpreter may abort at exit."""
+    if clean and dist.is_initialized():
+        dist.destroy_process_group()

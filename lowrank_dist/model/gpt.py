@@ -1,0 +1,165 @@
+"""The frozen base as megatron-core's GPTModel, built from an Architecture.
+
+Legend: b rows, s positions (a multiple of N under sequence parallelism), H hidden, V vocabulary, n target positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowrank_dist.model.architecture import Architecture, inv_freq, padded_vocab
+from lowrank_dist.model.attention import SequencePlan
+from lowrank_dist.model.layers import ACTIVATIONS, layer_spec
+from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
+from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.parallel.vocab import FrozenHeadLoss, gathered_logits
+
+Segments = Sequence[tuple[int, int, int]] | None
+
+
+def transformer_config(
+    architecture: Architecture, topology: Topology, dtype: torch.dtype, device: torch.device
+) -> TransformerConfig:
+    """Megatron's configuration of the base: no dropout, no initialisation, no fusion that needs a GPU to exist."""
+    gated_silu = architecture.gated and architecture.activation == "silu"
+    return TransformerConfig(
+        num_layers=architecture.layers,
+        hidden_size=architecture.hidden,
+        num_attention_heads=architecture.heads,
+        num_query_groups=architecture.kv_heads,
+        kv_channels=architecture.head_dim,
+        ffn_hidden_size=architecture.ffn,
+        normalization=architecture.norm,
+        layernorm_epsilon=architecture.norm_eps,
+        activation_func=F.silu if gated_silu else ACTIVATIONS[architecture.activation],
+        gated_linear_unit=architecture.gated,
+        # Megatron's hook for an activation module that gets the whole [gate ∣ up]; ours is not Transformer Engine's.
+        use_te_activation_func=gated_silu,
+        add_bias_linear=architecture.linear_bias,
+        add_qkv_bias=architecture.qkv_bias,
+        qk_layernorm=architecture.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=topology.tp_size,
+        sequence_parallel=topology.sequence_parallel,
+        params_dtype=dtype,
+        use_cpu_initialization=device.type == "cpu",
+        perform_initialization=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+class CausalLM(GPTModel):
+    """A frozen causal language model, sharded by tensor parallelism.
+
+    The forward pass of GPTModel ends at the final norm: the vocabulary projection runs on the positions that are asked
+    for, so a prompt token costs no logits.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        topology: Topology,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        vocab_multiple: int,
+        linears: tuple[type, type] = (LowRankColumnParallelLinear, LowRankRowParallelLinear),
+    ) -> None:
+        config = transformer_config(architecture, topology, dtype, device)
+        with torch.device(device):
+            super().__init__(
+                config,
+                layer_spec(config, *linears),
+                vocab_size=padded_vocab(architecture.vocab, vocab_multiple, topology.tp_size),
+                max_sequence_length=architecture.max_positions,
+                share_embeddings_and_output_weights=architecture.tied,
+                position_embedding_type="learned_absolute" if architecture.positions == "learned" else "none",
+            )
+            if architecture.positions == "learned":
+                self.embedding.position_embeddings.to(dtype)
+            else:
+                self.register_buffer("inv_freq", inv_freq(architecture.rope, architecture.head_dim).to(device), False)
+        self.architecture = architecture
+        self.topology = topology
+        self.requires_grad_(False)
+
+    def set_recompute(self, enabled: bool) -> None:
+        """Drop each layer's activations after forward and run it again in backward."""
+        for layer in self.decoder.layers:
+            layer.recompute = enabled
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        target_index: Tensor,
+        target_ids: Tensor,
+        segments: Segments = None,
+    ) -> Tensor:
+        """Σ −log p(target) in fp32 over the microbatch, the same on every tensor-parallel rank.
+
+        input_ids, position_ids [b, s]; target_index [n] into the sequence-major [s·b] positions whose next token is a
+        target; target_ids [n]. With n = 0 the loss is 0 and every collective still runs.
+        """
+        hidden_nH = self._hidden(input_ids, position_ids, segments).flatten(0, 1).index_select(0, target_index)
+        reduce_dgrad = self.topology.tp_size > 1 and not self.topology.sequence_parallel
+        weight, first = self._head()
+        return FrozenHeadLoss.apply(hidden_nH, weight, target_ids, first, self.topology.tp_group, reduce_dgrad)
+
+    def logits(self, input_ids: Tensor, position_ids: Tensor, segments: Segments = None) -> Tensor:
+        """[b, s, V] on every rank, vocabulary padding cut off. Not differentiable."""
+        with torch.no_grad():
+            hidden_sbH = self._hidden(input_ids, position_ids, segments)
+            flat = gathered_logits(
+                hidden_sbH.flatten(0, 1), self._head_weight(), self.architecture.vocab, self.topology.tp_group
+            )
+        return flat.unflatten(0, hidden_sbH.shape[:2]).transpose(0, 1)
+
+    def _hidden(self, input_ids: Tensor, position_ids: Tensor, segments: Segments) -> Tensor:
+        """[s, b, H] after the final norm, whole on every rank (under sequence parallelism dH is scattered)."""
+        plan = self._plan(position_ids, segments)
+        hidden = super().forward(input_ids, position_ids, attention_mask=None, packed_seq_params=plan)
+        if not self.topology.sequence_parallel:
+            return hidden
+        return gather_from_sequence_parallel_region(
+            hidden, tensor_parallel_output_grad=True, group=self.topology.tp_group
+        )
+
+    def _plan(self, position_ids: Tensor, segments: Segments) -> SequencePlan:
+        if self.architecture.positions == "learned":
+            return SequencePlan(segments=segments)
+        if segments is None:
+            # Unpacked rows all count 0, 1, 2, …: one column of angles serves them all, padding included.
+            positions_sb = torch.arange(position_ids.size(1), device=position_ids.device)[:, None]
+        else:
+            positions_sb = position_ids.t()
+        angles = (positions_sb[..., None].float() * self.inv_freq)[:, :, None, :]
+        dtype = self.config.params_dtype
+        return SequencePlan(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype), segments=segments)
+
+    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
+
+    def _head_weight(self) -> Tensor:
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+    def _head(self) -> tuple[Tensor, int]:
+        """This rank's rows of the head without vocabulary padding, and the token id of the first."""
+        weight = self._head_weight()
+        first = self.topology.tp_rank * weight.size(0)
+        return weight[: max(0, min(weight.size(0), self.architecture.vocab - first))], first

@@ -1,0 +1,122 @@
+"""What the frozen model takes from us instead of Megatron's fused modules, and the layer spec that puts it together."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lowrank_dist.model.attention import CoreAttention
+
+
+class FrozenNorm:
+    """Builder of the norm that a TransformerConfig names, under sequence parallelism too.
+
+    Megatron's own wrapper of the torch norms refuses sequence parallelism because it would have to reduce the gradient
+    of the weight over token shards; a frozen norm has none.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> nn.Module:
+        kind = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
+        return kind(hidden_size, eps=eps, dtype=config.params_dtype)
+
+
+class _SwiGlu(torch.autograd.Function):
+    """silu(gate) ⊙ up, saving nothing but its input: Megatron's expression saves three tensors of this width."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad = torch.empty_like(gate_up)
+        d_gate, d_up = grad.chunk(2, dim=-1)
+        torch.mul(dy, F.silu(gate), out=d_up)
+        torch.ops.aten.silu_backward(dy * up, gate, grad_input=d_gate)
+        return grad
+
+
+class SwiGlu(nn.Module):
+    """Activation of a gated MLP on this rank's [gate ∣ up]: [.., 2F / N] → [.., F / N]."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, gate_up: Tensor) -> Tensor:
+        return _SwiGlu.apply(gate_up)
+
+
+class RecomputableLayer(TransformerLayer):
+    """A transformer layer that can drop its activations and run again in backward.
+
+    PyTorch's non-reentrant checkpoint instead of Megatron's, which asks for CUDA RNG state, and whose re-entrant form
+    gives the first layer's factors no gradient when the embedding is frozen. There is no RNG state to keep: masks are
+    functions of counters.
+    """
+
+    recompute = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return super().forward(*args, **kwargs)
+        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
+
+
+def layer_spec(config: TransformerConfig, column_linear: type, row_linear: type) -> TransformerBlockSubmodules:
+    """The decoder's spec: Megatron's layer with the given column- and row-parallel linears."""
+    qk_norm = FrozenNorm if config.qk_layernorm else IdentityOp
+    layer = ModuleSpec(
+        module=RecomputableLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=FrozenNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=column_linear,
+                    core_attention=CoreAttention,
+                    linear_proj=row_linear,
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=FrozenNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=column_linear,
+                    linear_fc2=row_linear,
+                    activation_func=SwiGlu if config.use_te_activation_func else None,
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=FrozenNorm)

@@ -1,0 +1,113 @@
+"""The one map from Megatron's fused rows to Hugging Face projections.
+
+Megatron fuses q, k, v (and gate, up) into one linear. Loading, sharding of the low-rank factors, export and tests all
+read the order of its rows here. Pure Python: no torch, no megatron.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Part:
+    """One Hugging Face projection inside a (possibly fused) linear.
+
+    name: the last part of the module path, what a user targets ("q_proj").
+    path: Hugging Face module path with a `{layer}` field ("model.layers.{layer}.self_attn.q_proj").
+    rows: output features of this projection.
+    offset: its first row in the Hugging Face tensor at `path`; not 0 only where parts share a tensor (GPT-2's c_attn).
+    """
+
+    name: str
+    path: str
+    rows: int
+    offset: int = 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of rows: local rows [local_start, +length) of a rank are rows [part_start, +length) of `parts[part]`."""
+
+    local_start: int
+    part: int
+    part_start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class LinearLayout:
+    """How one Megatron linear (out_features × in_features, unsharded) is made of Hugging Face projections.
+
+    kind: "column" shards the output rows, "row" the input columns (every rank then has all output rows).
+    interleave: "qkv" = per key/value group [q heads of the group | k | v] over the whole matrix, then cut evenly into
+        tp_size blocks; "gate_up" = every rank holds [its rows of gate ; its rows of up]; "none" = one part.
+    group: for "qkv" (query heads per key/value group, head_dim), otherwise None.
+    whole: name of the one Hugging Face module that holds all the parts (GPT-2's "c_attn"), otherwise None.
+    """
+
+    kind: Literal["column", "row"]
+    in_features: int
+    out_features: int
+    parts: tuple[Part, ...]
+    interleave: Literal["qkv", "gate_up", "none"]
+    bias: bool
+    group: tuple[int, int] | None = None
+    whole: str | None = None
+
+    def __post_init__(self) -> None:
+        assert sum(part.rows for part in self.parts) == self.out_features, "the parts must make up all rows"
+        assert (self.group is not None) == (self.interleave == "qkv"), "a qkv layout needs its group, others have none"
+        assert len(self.parts) == {"qkv": 3, "gate_up": 2, "none": 1}[self.interleave]
+
+    def segments(self, tp_rank: int, tp_size: int) -> tuple[Segment, ...]:
+        """The rows of rank `tp_rank` in their local order; together they cover its rows exactly once.
+
+        With fewer key/value heads than ranks a block is cut inside a group, even inside a head, and may hold no row at
+        all of some part.
+        """
+        assert 0 <= tp_rank < tp_size
+        if self.kind == "row":
+            return (Segment(0, 0, 0, self.out_features),)
+        assert self.out_features % tp_size == 0, "Architecture.check_tp comes first"
+        if self.interleave == "qkv":
+            block = self.out_features // tp_size
+            return _cut(self._qkv_runs(), tp_rank * block, block)
+        segments, local_start = [], 0
+        for index, part in enumerate(self.parts):
+            length = part.rows // tp_size
+            segments.append(Segment(local_start, index, tp_rank * length, length))
+            local_start += length
+        return tuple(segments)
+
+    def local_shape(self, tp_size: int) -> tuple[int, int]:
+        """(rows, columns) of the weight on one rank."""
+        if self.kind == "column":
+            return self.out_features // tp_size, self.in_features
+        return self.out_features, self.in_features // tp_size
+
+    def tensor_rows(self, path: str) -> int:
+        """Output features of the Hugging Face module at `path`, over all the parts that share it."""
+        return sum(part.rows for part in self.parts if part.path == path)
+
+    def _qkv_runs(self) -> tuple[Segment, ...]:
+        """The whole fused matrix as runs: for each key/value group its q heads, then its k head, then its v head."""
+        queries_per_group, head_dim = self.group
+        runs, start = [], 0
+        for group in range(self.parts[1].rows // head_dim):
+            for part, heads in ((0, queries_per_group), (1, 1), (2, 1)):
+                length = heads * head_dim
+                runs.append(Segment(start, part, group * length, length))
+                start += length
+        return tuple(runs)
+
+
+def _cut(runs: tuple[Segment, ...], start: int, length: int) -> tuple[Segment, ...]:
+    """The runs inside the global rows [start, start + length), with local_start counted from `start`."""
+    pieces = []
+    for run in runs:
+        first = max(run.local_start, start)
+        last = min(run.local_start + run.length, start + length)
+        if first < last:
+            inside = first - run.local_start
+            pieces.append(Segment(first - start, run.part, run.part_start + inside, last - first))
+    return tuple(pieces)

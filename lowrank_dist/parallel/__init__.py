@@ -1,0 +1,1 @@
+"""Process topology, collectives and the low-rank parallel linears."""

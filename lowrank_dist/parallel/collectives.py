@@ -1,0 +1,40 @@
+"""The raw collectives of this project: rows of a 2-D tensor over one process group, no autograd.
+
+Legend: T tokens of the whole sequence, T_j the tokens of this rank's shard (T / N), C columns.
+Every call is one message; the process group is an argument, never a global.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup, Work
+
+
+def gather_rows(shard_TjC: Tensor, group: ProcessGroup) -> tuple[Tensor, Work]:
+    """Start gathering the row shards of all ranks, in rank order. Returns ([T, C], handle to wait on)."""
+    gathered_TC = shard_TjC.new_empty(shard_TjC.size(0) * group.size(), shard_TjC.size(1))
+    work = dist.all_gather_into_tensor(gathered_TC, shard_TjC.contiguous(), group=group, async_op=True)
+    return gathered_TC, work
+
+
+def reduce_scatter_rows(partial_TC: Tensor, group: ProcessGroup) -> tuple[Tensor, Work]:
+    """Start summing over ranks, each keeping its rows. Returns ([T / N, C], handle to wait on)."""
+    shard_TjC = partial_TC.new_empty(partial_TC.size(0) // group.size(), partial_TC.size(1))
+    work = dist.reduce_scatter_tensor(shard_TjC, partial_TC.contiguous(), group=group, async_op=True)
+    return shard_TjC, work
+
+
+def all_reduce(tensor: Tensor, group: ProcessGroup) -> Work:
+    """Start summing `tensor` in place over the group."""
+    return dist.all_reduce(tensor, group=group, async_op=True)
+
+
+def all_gather_columns(shard_TC: Tensor, group: ProcessGroup) -> Tensor:
+    """Concatenate column shards in rank order: [T, C] on each rank → [T, C · N]."""
+    if group.size() == 1:
+        return shard_TC
+    shards = [torch.empty_like(shard_TC) for _ in range(group.size())]
+    dist.all_gather(shards, shard_TC.contiguous(), group=group)
+    return torch.cat(shards, dim=-1)

@@ -1,0 +1,94 @@
+"""Who is where: tensor- and data-parallel groups of this rank, and the same facts in the form DeepSpeed asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch.distributed import ProcessGroup
+
+from lowrank_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Tensor-parallel ranks are consecutive, so that a group of at most a node's size lies inside a node."""
+
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: ProcessGroup
+    dp_group: ProcessGroup
+    world_group: ProcessGroup
+    sequence_parallel: bool
+
+    @classmethod
+    def build(cls, tensor: int, data: int | None, sequence: bool | None, timeout_seconds: int) -> Topology:
+        """Build Megatron's process groups over the initialised job. Raises UserError where TP × DP ≠ ranks."""
+        world = dist.get_world_size()
+        if world % tensor or (data is not None and tensor * data != world):
+            fitting = [n for n in range(1, world + 1) if world % n == 0]
+            wanted = f"parallel.tensor={tensor}" + (f" × parallel.data={data}" if data is not None else "")
+            raise UserError(
+                f"{wanted} does not fit {world} ranks: tensor × data must be the number of ranks. "
+                f"With {world} ranks parallel.tensor may be {', '.join(map(str, fitting))}; leave parallel.data unset"
+            )
+        if parallel_state.model_parallel_is_initialized():
+            parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(
+            tensor,
+            create_gloo_process_groups=False,
+            distributed_timeout_minutes=timedelta(seconds=timeout_seconds) / timedelta(minutes=1),
+        )
+        return cls(
+            tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+            tp_size=tensor,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=world // tensor,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            dp_group=parallel_state.get_data_parallel_group(),
+            world_group=dist.group.WORLD,
+            sequence_parallel=tensor > 1 and sequence is not False,
+        )
+
+
+class DeepSpeedMpu:
+    """The `mpu` that ZeRO needs to shard over data parallelism only.
+
+    Without it DeepSpeed broadcasts rank 0's shards over every other tensor-parallel rank's. There is deliberately no
+    get_sequence_* here: its presence makes ZeRO ignore model parallelism.
+    """
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+
+    def get_data_parallel_group(self) -> ProcessGroup:
+        return self._topology.dp_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._topology.dp_size
+
+    def get_data_parallel_rank(self) -> int:
+        return self._topology.dp_rank
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        return dist.get_process_group_ranks(self._topology.dp_group)
+
+    def get_model_parallel_group(self) -> ProcessGroup:
+        return self._topology.tp_group
+
+    def get_model_parallel_rank(self) -> int:
+        return self._topology.tp_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._topology.tp_size
+
+    get_tensor_model_parallel_group = get_model_parallel_group
+    get_tensor_model_parallel_rank = get_model_parallel_rank
+    get_tensor_model_parallel_world_size = get_model_parallel_world_size
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return 1

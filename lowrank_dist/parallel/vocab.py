@@ -1,0 +1,92 @@
+"""The vocabulary projection of a frozen head: loss on target positions, and whole logits.
+
+Legend: n target positions, H hidden, V_i rows of the head on this rank (vocabulary padding cut off), N ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from lowrank_dist.parallel.collectives import all_gather_columns
+
+# Largest block of fp32 logits that exists at one time. A larger vocabulary is cut into more blocks of positions.
+LOGIT_BLOCK_BYTES = 128 * 2**20
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Σ −log p(target) over n positions, for a frozen head sharded over the vocabulary.
+
+    The head has no weight gradient, so the only gradient, dH = (p − onehot)·W, is formed while the logits of a block
+    exist; no logits outlive forward. The maximum and [Σ exp ∣ target logit] are one reduction each. `reduce_dgrad`
+    says that dH, a partial sum over vocabulary shards, must be all-reduced here (no sequence parallelism).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_nH: Tensor,
+        weight_VH: Tensor,
+        targets_n: Tensor,
+        first_id: int,
+        group: ProcessGroup,
+        reduce_dgrad: bool,
+    ) -> Tensor:
+        block = max(1, LOGIT_BLOCK_BYTES // (4 * max(1, weight_VH.size(0))))
+        needs_grad = ctx.needs_input_grad[0]
+        grad_nH = torch.empty_like(hidden_nH) if needs_grad else None
+        total = hidden_nH.new_zeros((), dtype=torch.float32)
+        for start in range(0, hidden_nH.size(0), block):
+            rows = slice(start, start + block)
+            loss, grad = _block(hidden_nH[rows], weight_VH, targets_n[rows] - first_id, group, needs_grad)
+            total += loss
+            if grad_nH is not None:
+                grad_nH[rows] = grad
+        ctx.grad_nH, ctx.group, ctx.reduce_dgrad = grad_nH, group, reduce_dgrad
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        # Multiplied before the reduction, in place: nobody reads the unit gradient again.
+        grad_nH = ctx.grad_nH.mul_(dloss.to(ctx.grad_nH.dtype))
+        if ctx.reduce_dgrad:
+            dist.all_reduce(grad_nH, group=ctx.group)
+        return grad_nH, None, None, None, None, None
+
+
+def _block(
+    hidden: Tensor, weight: Tensor, local_targets: Tensor, group: ProcessGroup, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Summed loss and this rank's part of the gradient with respect to `hidden`, for one block of positions."""
+    logits = (hidden @ weight.t()).float()
+    if weight.size(0):
+        peak = logits.amax(dim=-1, keepdim=True)
+    else:  # a rank that holds nothing but vocabulary padding
+        peak = logits.new_full((logits.size(0), 1), -torch.inf)
+    if group.size() > 1:
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+    logits.sub_(peak)
+    mine = (local_targets >= 0) & (local_targets < weight.size(0))
+    column = local_targets.where(mine, 0)[:, None]
+    target = logits.gather(1, column).where(mine[:, None], 0.0) if weight.size(0) else torch.zeros_like(peak)
+    logits.exp_()
+    sums = torch.cat((logits.sum(dim=-1, keepdim=True), target), dim=-1)
+    if group.size() > 1:
+        dist.all_reduce(sums, group=group)
+    loss = (sums[:, 0].log() - sums[:, 1]).sum()
+    if not needs_grad:
+        return loss, None
+    # Σ_v exp(l_v)·W_v is divided by Σ exp afterwards: one pass over n×H instead of one over n×V.
+    grad = (logits.to(weight.dtype) @ weight).float().div_(sums[:, :1])
+    if weight.size(0):
+        grad -= weight[column[:, 0]] * mine[:, None]
+    return loss, grad.to(hidden.dtype)
+
+
+def gathered_logits(hidden_nH: Tensor, weight_VH: Tensor, vocab: int, group: ProcessGroup) -> Tensor:
+    """[n, vocab]: logits of all vocabulary shards (padding included in `weight_VH`, cut off here), on every rank."""
+    return all_gather_columns(hidden_nH @ weight_VH.t(), group)[:, :vocab]

@@ -1,0 +1,127 @@
+"""Tiny random models of each family, complete Hugging Face folders, for any test.
+
+Written by transformers' own classes, so that the reader under test never reads what its own code wrote. Norm weights
+lie around 1 and biases around 0 but are all different: a swapped or forgotten one changes the logits.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCAB = 107  # odd, so that every TP size pads
+BOS, EOS, PAD, IM_START, IM_END = range(5)
+
+_COMMON = {"vocab_size": VOCAB, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+_SIZES = {
+    **_COMMON,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2, "intermediate_size": 96, "tie_word_embeddings": False}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+# Name here → (config class, model class, keys of config.json).
+_RECIPES: dict[str, tuple[type, type[PreTrainedModel], dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {**_GROUPED, "head_dim": 16, "rope_parameters": _LLAMA3_ROPE}),
+    "llama2": (LlamaConfig, LlamaForCausalLM, {**_GROUPED, "num_key_value_heads": 4}),
+    "mistral": (MistralConfig, MistralForCausalLM, {**_GROUPED, "head_dim": 16, "sliding_window": 64}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, {**_GROUPED, "tie_word_embeddings": True}),
+    # heads × head_dim is not the hidden size, as in the published Qwen3 models.
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {**_GROUPED, "head_dim": 24}),
+    "gpt2": (
+        GPT2Config,
+        GPT2LMHeadModel,
+        {**_COMMON, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96, "n_positions": 64},
+    ),
+    "opt": (OPTConfig, OPTForCausalLM, {**_SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+}
+FAMILY_NAMES = tuple(_RECIPES)
+
+
+def make_tiny(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    """Write a random model of `family` (one of FAMILY_NAMES) with its tokenizer into `folder`, and return `folder`.
+
+    `overrides` are keys of config.json ("num_key_value_heads", "n_head", "tie_word_embeddings", …), besides
+    `dtype` (a torch dtype, fp32 by default) and `max_shard_size` (as save_pretrained's, for a sharded checkpoint).
+    The same seed gives the same weights.
+    """
+    config_class, model_class, keys = _RECIPES[family]
+    dtype = overrides.pop("dtype", torch.float32)
+    max_shard_size = overrides.pop("max_shard_size", "5GB")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = model_class(config_class(**{**keys, **overrides}))
+        _randomise(model)
+    model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
+    _write_tokenizer(folder)
+    return folder
+
+
+@torch.no_grad()
+def _randomise(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        module = name.split(".")[-2]
+        if name.endswith("bias"):
+            parameter.normal_(0.0, 0.1)
+        elif "norm" in module or module.startswith("ln_"):
+            parameter.uniform_(0.7, 1.3)
+        else:
+            # Larger than at a real initialisation, so that attention is far from uniform and logits differ.
+            parameter.normal_(0.0, 0.15)
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """A byte-level tokenizer over a small alphabet, with ids below VOCAB and a ChatML template."""
+    special = ["<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
+    letters = [chr(code) for code in range(32, 127)] + ["\n"]
+    # ByteLevel writes a space as "Ġ" and a newline as "Ċ"; every other printable ASCII byte as itself.
+    alphabet = [{" ": "Ġ", "\n": "Ċ"}[letter] if letter in " \n" else letter for letter in letters]
+    vocabulary = {token: index for index, token in enumerate(special + alphabet + ["th", "in", "er", "an", "Ġt"])}
+    assert len(vocabulary) == VOCAB
+    merges = [("t", "h"), ("i", "n"), ("e", "r"), ("a", "n"), ("Ġ", "t")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|bos|>",
+        "eos_token": "<|eos|>",
+        "pad_token": "<|pad|>",
+        "unk_token": "<|unk|>",
+        "model_max_length": 64,
+        "chat_template": CHATML,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

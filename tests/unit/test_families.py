@@ -1,0 +1,273 @@
+"""Tables against transformers: what config.json means, every tensor name and shape, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from transformers import AutoConfig, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from lowrank_dist.errors import UserError
+from lowrank_dist.model.architecture import Architecture, RopeParameters, inv_freq, padded_vocab
+from lowrank_dist.model.families import FAMILIES
+from lowrank_dist.model.from_config import architecture_of
+from lowrank_dist.model.huggingface import load_architecture
+from lowrank_dist.model.tensors import copy_plans, hf_shapes, parameter_shapes
+from tests.tiny_models import FAMILY_NAMES, make_tiny
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: make_tiny(name, tmp_path_factory.mktemp(name)) for name in FAMILY_NAMES}
+
+
+def edited(tiny: Path, tmp_path: Path, drop: tuple[str, ...] = (), **changes: Any) -> Path:
+    """A folder that holds only `tiny`'s config.json, changed."""
+    config = json.loads((tiny / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in drop} | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+EXPECTED = {
+    "llama": {"norm": "RMSNorm", "activation": "silu", "gated": True, "kv_heads": 2, "head_dim": 16, "tied": False},
+    "llama2": {"family": "llama", "kv_heads": 4, "rope": RopeParameters(10000.0), "norm_eps": 1e-6},
+    "mistral": {"sliding_window": 64, "qkv_bias": False, "max_positions": 64},
+    "qwen2": {"qkv_bias": True, "linear_bias": False, "tied": True, "sliding_window": None},
+    "qwen3": {"qk_norm": True, "qkv_bias": False, "head_dim": 24, "hidden": 64},
+    "gpt2": {
+        "norm": "LayerNorm",
+        "activation": "gelu_tanh",
+        "gated": False,
+        "linear_bias": True,
+        "conv1d": True,
+        "positions": "learned",
+        "rope": None,
+        "tied": True,
+        "ffn": 96,
+        "prefix": "transformer.",
+    },
+    "opt": {"activation": "relu", "position_offset": 2, "linear_bias": True, "norm_eps": 1e-5, "positions": "learned"},
+}
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_config_means_what_transformers_means(family: str, tiny: dict[str, Path]) -> None:
+    architecture = load_architecture(tiny[family])
+    assert {field: getattr(architecture, field) for field in EXPECTED[family]} == EXPECTED[family]
+    assert (architecture.hidden, architecture.layers, architecture.heads, architecture.vocab) == (64, 2, 4, 107)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_tables_name_every_tensor_that_transformers_writes(family: str, tied: bool, tmp_path: Path) -> None:
+    folder = make_tiny(family, tmp_path, tie_word_embeddings=tied)
+    with safe_open(folder / "model.safetensors", framework="pt") as handle:
+        written = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
+    architecture = load_architecture(folder)
+    assert hf_shapes(architecture) == written
+    assert ("output_layer.weight" in parameter_shapes(architecture, 1, 1)) == (not tied)
+
+
+def test_opt_without_biases(tmp_path: Path) -> None:
+    folder = make_tiny("opt", tmp_path, enable_bias=False)
+    architecture = load_architecture(folder)
+    assert not architecture.linear_bias and not architecture.linears["linear_qkv"].bias
+    with safe_open(folder / "model.safetensors", framework="pt") as handle:
+        assert set(hf_shapes(architecture)) == set(handle.keys())
+
+
+def test_parameter_shapes_of_llama(tiny: dict[str, Path]) -> None:
+    shapes = parameter_shapes(load_architecture(tiny["llama"]), tp_size=2, vocab_multiple=8)
+    layer = "decoder.layers.1"
+    assert shapes["embedding.word_embeddings.weight"] == shapes["output_layer.weight"] == (56, 64)
+    assert shapes[f"{layer}.self_attention.linear_qkv.weight"] == (64, 64)
+    assert shapes[f"{layer}.self_attention.linear_proj.weight"] == (64, 32)
+    assert shapes[f"{layer}.mlp.linear_fc1.weight"] == (96, 64)
+    assert shapes[f"{layer}.mlp.linear_fc2.weight"] == (64, 48)
+    assert shapes[f"{layer}.pre_mlp_layernorm.weight"] == shapes["decoder.final_layernorm.weight"] == (64,)
+    assert len(shapes) == 3 + 2 * 6
+
+
+def test_projection_names(tiny: dict[str, Path]) -> None:
+    names = {
+        family: [part.name for layout in load_architecture(tiny[family]).linears.values() for part in layout.parts]
+        for family in ("llama", "gpt2", "opt")
+    }
+    assert names == {
+        "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "gpt2": ["q_proj", "k_proj", "v_proj", "c_proj", "c_fc", "c_proj"],
+        "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    }
+    fused = load_architecture(tiny["gpt2"]).linears["linear_qkv"]
+    assert fused.whole == "c_attn" and [part.offset for part in fused.parts] == [0, 64, 128]
+    assert {part.path for part in fused.parts} == {"transformer.h.{layer}.attn.c_attn"}
+
+
+ROPES = [
+    {"rope_type": "default", "rope_theta": 1e5},
+    {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+    {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+@pytest.mark.parametrize("head_dim", [16, 64, 128])
+def test_inv_freq_is_transformers_to_the_bit(rope: dict[str, Any], head_dim: int) -> None:
+    config = LlamaConfig(head_dim=head_dim, max_position_embeddings=4096, rope_parameters=dict(rope))
+    if rope["rope_type"] == "default":
+        expected, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
+    else:
+        expected, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
+    found = architecture_of(config, "config.json").rope
+    assert inv_freq(found, head_dim).dtype == torch.float32
+    assert torch.equal(inv_freq(found, head_dim), expected)
+    assert not torch.equal(inv_freq(RopeParameters(rope["rope_theta"] + 1), head_dim), expected)
+    if rope["rope_type"] != "default":
+        assert not torch.equal(inv_freq(RopeParameters(rope["rope_theta"]), head_dim), expected)
+
+
+def test_rope_of_older_config_files(tiny: dict[str, Path], tmp_path: Path) -> None:
+    scaling = {"type": "linear", "factor": 2.0}
+    older = edited(tiny["llama"], tmp_path, drop=("rope_parameters",), rope_theta=2e4, rope_scaling=scaling)
+    assert load_architecture(older).rope == RopeParameters(2e4, "linear", 2.0)
+    plain = edited(tiny["llama"], tmp_path, drop=("rope_parameters",), rope_theta=2e4)
+    assert load_architecture(plain).rope == RopeParameters(2e4)
+
+
+class OlderConfig:
+    """A transformers 4 config object: no rope_parameters, but rope_theta and rope_scaling."""
+
+    def __init__(self, config: LlamaConfig, rope_scaling: dict[str, Any] | None) -> None:
+        self.__dict__ = {key: value for key, value in config.to_dict().items() if key != "rope_parameters"}
+        self.model_type, self.rope_theta, self.rope_scaling = config.model_type, 3e4, rope_scaling
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}])
+def test_rope_of_older_transformers(scaling: dict[str, Any] | None) -> None:
+    found = architecture_of(OlderConfig(LlamaConfig(), scaling), "config.json").rope
+    assert found == (RopeParameters(3e4) if scaling is None else RopeParameters(3e4, "linear", 4.0))
+
+
+REFUSED = [
+    ("llama", {"attention_bias": True}, "attention_bias"),
+    ("llama", {"mlp_bias": True}, "mlp_bias"),
+    ("llama", {"hidden_act": "quick_gelu"}, "hidden_act"),
+    ("llama", {"num_key_value_heads": 3}, "num_key_value_heads"),
+    ("llama", {"num_hidden_layers": 0}, "num_hidden_layers"),
+    ("llama", {"head_dim": 15}, "head_dim"),
+    ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "dynamic"),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": -2.0}}, "factor"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor",
+    ),
+    ("llama", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0}}, "low_freq_factor"),
+    ("llama", {"hidden_size": "wide"}, "hidden_size"),
+    ("llama", {"model_type": "mixtral"}, "model_type 'mixtral'"),
+    ("llama", {"model_type": "my_own"}, "model_type 'my_own'"),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1, "layer_types": None},
+        "use_sliding_window",
+    ),
+    ("qwen3", {"attention_bias": True}, "attention_bias"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+    ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+    ("gpt2", {"n_head": 5}, "n_head"),
+    ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
+    ("opt", {"word_embed_proj_dim": 32}, "word_embed_proj_dim"),
+    ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
+    ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
+    ("opt", {"activation_function": "tanh"}, "activation_function"),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "named"), REFUSED, ids=[f"{f}-{named}" for f, _, named in REFUSED])
+def test_what_is_not_supported_is_refused_by_key(
+    family: str, changes: dict[str, Any], named: str, tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as error:
+        load_architecture(edited(tiny[family], tmp_path, **changes))
+    assert str(tmp_path / "config.json") in str(error.value) and named in str(error.value)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_an_unchanged_config_is_not_refused(family: str, tiny: dict[str, Path], tmp_path: Path) -> None:
+    assert load_architecture(edited(tiny[family], tmp_path)) == load_architecture(tiny[family])
+
+
+def test_every_layer_sliding_is_a_window(tiny: dict[str, Path], tmp_path: Path) -> None:
+    changes = {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 32, "layer_types": None}
+    assert load_architecture(edited(tiny["qwen2"], tmp_path, **changes)).sliding_window == 32
+    assert load_architecture(edited(tiny["mistral"], tmp_path, sliding_window=None)).sliding_window is None
+
+
+def test_gpt2_without_n_inner(tiny: dict[str, Path], tmp_path: Path) -> None:
+    assert load_architecture(edited(tiny["gpt2"], tmp_path, n_inner=None)).ffn == 256
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "legal"),
+    [(4, 4, (1, 2, 4)), (4, 2, (1, 2, 4)), (4, 1, (1, 2, 4)), (8, 2, (1, 2, 4, 8)), (9, 3, (1, 3)), (6, 2, (1, 2))],
+)
+def test_tp_sizes(heads: int, kv_heads: int, legal: tuple[int, ...]) -> None:
+    """ffn 96; 9 heads: 9 does not divide 96. 6 heads with 2 groups: 3 ranks would share a group unevenly."""
+    architecture = architecture_for(heads, kv_heads)
+    assert architecture.legal_tp_sizes() == legal
+    assert architecture.legal_tp_sizes(2) == tuple(size for size in legal if size <= 2)
+    for size in range(1, heads + 2):
+        if size in legal:
+            architecture.check_tp(size)
+            copy_plans(architecture, size - 1, size, padded_vocab(107, 8, size))
+        else:
+            with pytest.raises(UserError, match=f"parallel.tensor={size} .*use one of {', '.join(map(str, legal))}$"):
+                architecture.check_tp(size)
+
+
+def architecture_for(heads: int, kv_heads: int) -> Architecture:
+    config = LlamaConfig(
+        hidden_size=8 * heads,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        vocab_size=107,
+    )
+    return architecture_of(config, "config.json")
+
+
+@settings(deadline=None)
+@given(vocab=st.integers(1, 200_000), multiple=st.sampled_from([1, 8, 64, 128]), tp_size=st.integers(1, 16))
+def test_padded_vocab(vocab: int, multiple: int, tp_size: int) -> None:
+    padded = padded_vocab(vocab, multiple, tp_size)
+    assert padded % (multiple * tp_size) == 0 and 0 <= padded - vocab < multiple * tp_size
+
+
+def test_find_accepts_a_missing_prefix(tiny: dict[str, Path]) -> None:
+    architecture = load_architecture(tiny["gpt2"])
+    name = "transformer.h.0.ln_1.weight"
+    assert architecture.find(name, {name, "h.0.ln_1.weight"}) == name
+    assert architecture.find(name, {"h.0.ln_1.weight"}) == "h.0.ln_1.weight"
+    assert architecture.find(name, {"h.1.ln_1.weight"}) is None
+
+
+def test_every_family_is_tested(tiny: dict[str, Path]) -> None:
+    assert {AutoConfig.from_pretrained(folder).model_type for folder in tiny.values()} == set(FAMILIES)
