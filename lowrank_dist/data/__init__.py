@@ -1,0 +1,1 @@
+"""JSONL in, microbatches out: formats, tokenizers, templates, masking, packing, loader. Knows no process group."""

@@ -1,0 +1,137 @@
+"""A file of samples in memory, and an account of what was left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lowrank_dist.data.formats import Records, read_jsonl
+from lowrank_dist.data.masking import mask_completions, mask_conversations
+from lowrank_dist.data.sample import Sample
+from lowrank_dist.data.tokenizer import Tokenizer
+from lowrank_dist.errors import UserError
+
+_CHUNK = 1024  # records tokenised together: enough to keep the tokenizer's threads busy, little to hold twice
+_SHOWN_LINES = 5
+
+
+@dataclass(frozen=True)
+class DropReport:
+    """Counts of one file: total = kept + too_long + no_target. The line tuples hold the first few, counted from 1.
+
+    longest: tokens of the longest sample, dropped ones included. ignored_keys: extra JSON keys and their number of
+    lines.
+    """
+
+    path: Path
+    max_length: int
+    total: int
+    kept: int
+    too_long: int
+    too_long_lines: tuple[int, ...]
+    no_target: int
+    no_target_lines: tuple[int, ...]
+    longest: int
+    ignored_keys: dict[str, int]
+
+    def summary(self) -> str:
+        """One line for the log."""
+        parts = [f"{self.path}: {self.kept} of {self.total} samples kept"]
+        if self.too_long:
+            lines = _listed(self.too_long_lines, self.too_long)
+            parts.append(f"{self.too_long} over {self.max_length} tokens dropped (longest {self.longest}; {lines})")
+        if self.no_target:
+            lines = _listed(self.no_target_lines, self.no_target)
+            parts.append(f"{self.no_target} without target tokens dropped ({lines})")
+        if self.ignored_keys:
+            parts.append("ignored keys: " + ", ".join(f"{key!r} ({n} lines)" for key, n in self.ignored_keys.items()))
+        return "; ".join(parts)
+
+
+def _listed(lines: tuple[int, ...], count: int) -> str:
+    return "lines " + ", ".join(map(str, lines)) + (", ..." if count > len(lines) else "")
+
+
+class Dataset:
+    """Samples in file order, kept as three flat arrays; `dataset[i]` is a view.
+
+    lengths [n] int64: tokens of each sample. targets [n] int64: target tokens of each.
+    """
+
+    def __init__(self, samples: Sequence[Sample], report: DropReport) -> None:
+        self.report = report
+        self.lengths = np.array([len(s.tokens) for s in samples], dtype=np.int64)
+        self.targets = np.array([np.count_nonzero(s.target[1:]) for s in samples], dtype=np.int64)
+        self._ends = np.cumsum(self.lengths)
+        self._tokens = np.concatenate([s.tokens for s in samples]) if samples else np.empty(0, np.int32)
+        self._target = np.concatenate([s.target for s in samples]) if samples else np.empty(0, np.bool_)
+        self._lines = np.array([s.line for s in samples], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        end = int(self._ends[index])
+        start = end - int(self.lengths[index])
+        return Sample(self._tokens[start:end], self._target[start:end], int(self._lines[index]))
+
+
+def load_dataset(path: Path, tokenizer: Tokenizer, max_length: int, vocab_size: int) -> Dataset:
+    """Read, tokenise and mask a JSONL file; leave out samples over `max_length` tokens or without a target.
+
+    vocab_size: the model's real vocabulary (no padding). Raises UserError for bad lines (see `read_jsonl`), a
+    template or tokenizer that can't be trained on, ids the model does not have, and where no sample is left.
+    """
+    records = read_jsonl(path)
+    kept: list[Sample] = []
+    too_long: list[int] = []
+    no_target: list[int] = []
+    total, longest = 0, 0
+    for sample in _samples(records, tokenizer):
+        total += 1
+        longest = max(longest, len(sample.tokens))
+        _check_ids(sample, tokenizer, vocab_size, path)
+        if not sample.target.any():
+            no_target.append(sample.line)
+        elif len(sample.tokens) > max_length:
+            too_long.append(sample.line)
+        else:
+            kept.append(sample)
+    report = DropReport(
+        path=path,
+        max_length=max_length,
+        total=total,
+        kept=len(kept),
+        too_long=len(too_long),
+        too_long_lines=tuple(too_long[:_SHOWN_LINES]),
+        no_target=len(no_target),
+        no_target_lines=tuple(no_target[:_SHOWN_LINES]),
+        longest=longest,
+        ignored_keys=records.ignored_keys,
+    )
+    if not kept:
+        raise UserError(
+            f"{report.summary()}. Nothing is left to train on: raise data.max_length (the longest sample has {longest} "
+            "tokens), shorten the samples, or give them a completion or an assistant turn"
+        )
+    return Dataset(kept, report)
+
+
+def _samples(records: Records, tokenizer: Tokenizer) -> Iterator[Sample]:
+    for at in range(0, max(len(records.completions), len(records.conversations)), _CHUNK):
+        if records.kind == "completion":
+            yield from mask_completions(tokenizer, records.completions[at : at + _CHUNK])
+        else:
+            yield from mask_conversations(tokenizer, records.conversations[at : at + _CHUNK], records.path)
+
+
+def _check_ids(sample: Sample, tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:
+    if len(sample.tokens) and (worst := int(sample.tokens.max())) >= vocab_size:
+        raise UserError(
+            f"{path}:{sample.line}: token {tokenizer.token(worst)!r} has id {worst}, but the model's vocabulary has "
+            f"{vocab_size} rows: the tokenizer in {tokenizer.path} does not belong to this model; point data.tokenizer "
+            "at the model's own"
+        )

@@ -1,0 +1,110 @@
+"""Global batches, cut for this data-parallel rank. Everything depends on the seed and the step alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from lowrank_dist.data.batch import Microbatch, build_microbatch, make_rows, order
+from lowrank_dist.data.dataset import Dataset
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatch:
+    """This rank's share of one global batch; every rank has the same number of microbatches.
+
+    global_targets and global_tokens count target and non-padding tokens over all ranks. epoch: passes over the data set
+    once this batch is done.
+    """
+
+    microbatches: list[Microbatch]
+    global_targets: int
+    global_tokens: int
+    epoch: float
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How a global batch is laid out and which part is ours."""
+
+    micro_batch: int
+    max_length: int
+    packing: bool
+    dp_rank: int
+    dp_size: int
+    pad_multiple: int
+
+    def __post_init__(self) -> None:
+        assert min(self.micro_batch, self.max_length, self.dp_size, self.pad_multiple) >= 1
+        assert 0 <= self.dp_rank < self.dp_size
+
+    def batch(self, dataset: Dataset, numbers: np.ndarray, epoch: float) -> StepBatch:
+        lengths = dataset.lengths[numbers]
+        rows = make_rows(lengths.tolist(), self.max_length, self.packing)
+        # Rows of like length side by side: the loss does not depend on how a batch is cut, but the padding and the
+        # balance between ranks do. The sort is stable, so it is a function of the batch alone.
+        rows.sort(key=lambda row: -int(lengths[row].sum()))
+        group = self.micro_batch * self.dp_size
+        rows += [[] for _ in range(-len(rows) % group)]
+        ours = self.dp_rank * self.micro_batch
+        microbatches = [
+            build_microbatch(
+                [[(i, dataset[int(numbers[i])]) for i in row] for row in rows[at : at + self.micro_batch]],
+                max_length=self.max_length,
+                packing=self.packing,
+                pad_multiple=self.pad_multiple,
+            )
+            for at in range(ours, len(rows), group)
+        ]
+        return StepBatch(microbatches, int(dataset.targets[numbers].sum()), int(lengths.sum()), epoch)
+
+
+class Loader:
+    """Training batches of `global_batch` samples from the shuffled, endless stream of `dataset`.
+
+    max_length must be the one the data set was loaded with (row limit of packing, stride of dropout_rows).
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        max_length: int,
+        packing: bool,
+        dp_rank: int,
+        dp_size: int,
+        pad_multiple: int,
+    ) -> None:
+        assert global_batch >= 1 and len(dataset) > 0 and int(dataset.lengths.max()) <= max_length
+        self._dataset, self._seed, self._global_batch = dataset, seed, global_batch
+        self._cut = _Cut(micro_batch, max_length, packing, dp_rank, dp_size, pad_multiple)
+
+    def step(self, k: int) -> StepBatch:
+        """Batch of optimizer step k, from 0."""
+        n, size = len(self._dataset), self._global_batch
+        numbers = order(self._seed, n, k * size, size)
+        return self._cut.batch(self._dataset, numbers, (k + 1) * size / n)
+
+
+def eval_batches(
+    dataset: Dataset,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    max_length: int,
+    packing: bool,
+    dp_rank: int,
+    dp_size: int,
+    pad_multiple: int,
+) -> Iterator[StepBatch]:
+    """Every sample once, in file order, `global_batch` at a time (the last may be smaller), cut as in training."""
+    cut = _Cut(micro_batch, max_length, packing, dp_rank, dp_size, pad_multiple)
+    n = len(dataset)
+    for start in range(0, n, global_batch):
+        end = min(start + global_batch, n)
+        yield cut.batch(dataset, np.arange(start, end), end / n)

@@ -1,0 +1,104 @@
+"""Records → token ids and which are targets: the completion and its EOS, or the assistant's turns and their ends.
+
+Masks come from where text came from, never from ids, so a pad token that equals EOS changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from lowrank_dist.data.fast_tokenizer import Encoding, FastTokenizer
+from lowrank_dist.data.formats import Completion, Conversation
+from lowrank_dist.data.sample import Sample
+from lowrank_dist.data.template import RenderedChat, Turn
+from lowrank_dist.data.tokenizer import Tokenizer
+from lowrank_dist.errors import UserError
+
+
+def mask_completions(tokenizer: Tokenizer, records: Sequence[Completion]) -> list[Sample]:
+    """BOS (if the tokenizer puts one) + prompt + completion + EOS; targets are completion and EOS.
+
+    An empty prompt makes the completion the beginning of the text. A completion that already ends in EOS gets no
+    second one. Raises UserError where the tokenizer has no EOS.
+    """
+    if tokenizer.eos_id is None:
+        raise UserError(
+            f"{tokenizer.path}: the tokenizer has no end-of-sequence token, so the end of a completion would never be "
+            "trained; set eos_token in tokenizer_config.json"
+        )
+    prompts = tokenizer.encode([r.prompt for r in records])
+    starting = iter(tokenizer.encode([r.completion for r in records if not r.prompt]))
+    later = [r for r in records if r.prompt]
+    following = iter(tokenizer.encode_continuations([r.completion for r in later], [r.prompt for r in later]))
+    samples = []
+    for record, prompt in zip(records, prompts, strict=True):
+        context = [*tokenizer.prefix_ids, *prompt]
+        trained = next(following) if record.prompt else next(starting)
+        if not trained or trained[-1] != tokenizer.eos_id:
+            trained = [*trained, tokenizer.eos_id]
+        samples.append(_sample(context + trained, [(len(context), len(context) + len(trained))], record.line))
+    return samples
+
+
+def mask_conversations(tokenizer: Tokenizer, records: Sequence[Conversation], path: Path) -> list[Sample]:
+    """The chat template's text; targets are the assistant's turns up to and with their end-of-turn token.
+
+    The text is cut where a turn begins and each piece encoded on its own, so that the tokens before a turn are those
+    that inference feeds and none spans the boundary ("\\n" + "\\nHi" must not become one token "\\n\\n"). Tokens
+    after the last target can't influence the loss and are left out. Raises UserError where there is no template, or
+    where a turn's last token is not a special or added one: then no end of turn would ever be trained.
+    """
+    if not isinstance(tokenizer, FastTokenizer) or tokenizer.template is None:
+        raise UserError(
+            f"{path}: the lines hold 'messages', but {tokenizer.path} has no chat template; use a tokenizer.json "
+            "folder with chat_template.jinja (or chat_template in tokenizer_config.json), or prompt/completion lines"
+        )
+    chats = [tokenizer.template.render(r.messages, f"{path}:{r.line}") for r in records]
+    contexts = iter(tokenizer.encode([c.text[: c.turns[0].start] if c.turns else c.text for c in chats]))
+    pieces = iter(tokenizer.encode_turns([piece for c in chats for piece in _pieces(c)]))
+    samples = []
+    for record, chat in zip(records, chats, strict=True):
+        ids, trained = next(contexts), list[tuple[int, int]]()
+        for turn, text in zip(chat.turns, _pieces(chat), strict=True):
+            encoding = next(pieces)
+            kept = _turn_length(tokenizer, turn, text, encoding, f"{path}:{record.line}")
+            trained.append((len(ids), len(ids) + kept))
+            ids = ids + encoding.ids
+        samples.append(_sample(ids[: trained[-1][1]] if trained else ids, trained, record.line))
+    return samples
+
+
+def _pieces(chat: RenderedChat) -> list[str]:
+    cuts = [*(turn.start for turn in chat.turns), len(chat.text)]
+    return [chat.text[a:b] for a, b in pairwise(cuts)]
+
+
+def _turn_length(tokenizer: FastTokenizer, turn: Turn, text: str, encoding: Encoding, where: str) -> int:
+    """How many of the piece's first tokens are trained: all up to the end-of-turn token."""
+    # White space after that token is the template's layout, and tokens that are white space end no turn.
+    inside = [k for k, (a, b) in enumerate(encoding.spans) if a < turn.end - turn.start and text[a:b].strip()]
+    last = inside[-1] if inside else None
+    ends = last is not None and encoding.ids[last] in tokenizer.turn_end_ids
+    if last is None or not ends or encoding.spans[last][0] < turn.content_end - turn.start:
+        assert tokenizer.template is not None
+        found = "no token" if last is None else repr(tokenizer.token(encoding.ids[last]))
+        raise UserError(
+            f"{where}: {tokenizer.template.name} is a template whose end-of-turn token would never be trained: the "
+            f"assistant's turn ends in {found}, which is no special token after the message; let the template close "
+            "the turn with the EOS or another special token of this tokenizer (before {% endgeneration %} where it has "
+            "markers)"
+        )
+    return last + 1
+
+
+def _sample(ids: list[int], trained: list[tuple[int, int]], line: int) -> Sample:
+    tokens = np.asarray(ids, dtype=np.int32)
+    target = np.zeros(len(ids), dtype=np.bool_)
+    for start, end in trained:
+        target[start:end] = True
+    target[:1] = False
+    return Sample(tokens, target, line)

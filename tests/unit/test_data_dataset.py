@@ -1,0 +1,111 @@
+"""What is kept of a file, what is dropped and said, and when nothing can be trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowrank_dist.data.dataset import load_dataset
+from lowrank_dist.data.formats import Completion
+from lowrank_dist.data.masking import mask_completions
+from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
+from lowrank_dist.errors import UserError
+from tests import tiny_tokenizers as tiny
+
+VOCAB = 400
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return load_tokenizer(tiny.byte_level(tmp_path_factory.mktemp("tokenizer"), template=tiny.CHATML))
+
+
+def write(tmp_path: Path, *rows: dict[str, object]) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def row(prompt: str, completion: str) -> dict[str, object]:
+    return {"prompt": prompt, "completion": completion}
+
+
+def test_samples_come_in_file_order_and_as_masked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [row(f"question {i}" * (i % 4), f" answer {i}" * (1 + i % 3)) for i in range(2500)]  # more than one chunk
+    dataset = load_dataset(write(tmp_path, *rows), tokenizer, 256, VOCAB)
+    assert len(dataset) == 2500 and dataset.report.kept == dataset.report.total == 2500
+    for i in (0, 1, 1023, 1024, 2499):
+        (expected,) = mask_completions(
+            tokenizer, [Completion(i + 1, str(rows[i]["prompt"]), str(rows[i]["completion"]))]
+        )
+        sample = dataset[i]
+        assert sample.tokens.tolist() == expected.tokens.tolist() and sample.target.tolist() == expected.target.tolist()
+        assert sample.line == i + 1 and dataset.lengths[i] == len(expected.tokens)
+        assert dataset.targets[i] == np.count_nonzero(expected.target)
+    assert dataset[0].tokens.dtype == np.int32 and dataset[0].tokens.base is not None
+
+
+def test_too_long_and_targetless_samples_are_dropped_and_reported(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (whole,) = mask_completions(tokenizer, [Completion(1, "hello", " world")])
+    limit = len(whole.tokens)
+    rows = [row("hello", " world"), *[row("hello" * 9, " world")] * 7, {**row("", "a"), "id": 1}]
+    dataset = load_dataset(write(tmp_path, *rows), tokenizer, limit, VOCAB)
+    report = dataset.report
+    assert [dataset[i].line for i in range(len(dataset))] == [1, 9]
+    assert (report.total, report.kept, report.too_long, report.no_target) == (9, 2, 7, 0)
+    assert report.too_long_lines == (2, 3, 4, 5, 6)
+    summary = report.summary()
+    assert f"2 of 9 samples kept; 7 over {limit} tokens dropped (longest {report.longest}; lines 2, 3, 4" in summary
+    assert "..." in summary and "ignored keys: 'id' (1 lines)" in summary
+    # One token less and the first is too long as well.
+    assert load_dataset(write(tmp_path, *rows), tokenizer, limit - 1, VOCAB).report.kept == 1
+
+
+def test_a_conversation_without_an_assistant_is_dropped(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    asks, answers = {"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}
+    path = write(tmp_path, {"messages": [asks]}, {"messages": [asks, answers]})
+    report = load_dataset(path, tokenizer, 64, VOCAB).report
+    assert (report.kept, report.no_target, report.no_target_lines) == (1, 1, (1,))
+    assert "1 without target tokens dropped (lines 1)" in report.summary()
+    with pytest.raises(UserError, match="0 of 1 samples kept; 1 without target tokens"):
+        load_dataset(write(tmp_path, {"messages": [asks]}), tokenizer, 64, VOCAB)
+
+
+def test_a_lone_first_token_is_no_target(tmp_path: Path) -> None:
+    # EOS alone after an empty context has no predecessor to be predicted from.
+    folder = tiny.byte_level(tmp_path)
+    with pytest.raises(UserError, match="without target tokens"):
+        load_dataset(write(tmp_path, row("", "<|endoftext|>")), load_tokenizer(folder), 64, VOCAB)
+
+
+def test_nothing_left_names_counts_and_the_longest(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (whole,) = mask_completions(tokenizer, [Completion(1, "hello hello", " world")])
+    path = write(tmp_path, row("hello", " world"), row("hello hello", " world"))
+    with pytest.raises(UserError) as caught:
+        load_dataset(path, tokenizer, 2, VOCAB)
+    message = str(caught.value)
+    assert message.startswith(f"{path}: 0 of 2 samples kept; 2 over 2 tokens dropped (longest {len(whole.tokens)}")
+    assert f"raise data.max_length (the longest sample has {len(whole.tokens)} tokens)" in message
+
+
+def test_ids_beyond_the_models_vocabulary_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path, row("a", "b"), row("hello", " the quick brown fox jumps"))
+    highest = int(max(load_dataset(path, tokenizer, 64, VOCAB)[i].tokens.max() for i in range(2)))
+    load_dataset(path, tokenizer, 64, highest + 1)
+    with pytest.raises(UserError) as caught:
+        load_dataset(path, tokenizer, 64, highest)
+    assert str(caught.value).startswith(f"{path}:2: token ") and f"has id {highest}" in str(caught.value)
+    assert "does not belong to this model" in str(caught.value)
+
+
+def test_bad_lines_and_templates_come_through_with_their_line(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write(tmp_path, row("a", "b"), {"prompt": "a"})
+    with pytest.raises(UserError, match=r"data\.jsonl:2: key 'completion' is missing"):
+        load_dataset(path, tokenizer, 64, VOCAB)
+    alpaca = load_tokenizer(tiny.byte_level(tmp_path / "alpaca", template=tiny.ALPACA))
+    path = write(tmp_path, {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]})
+    with pytest.raises(UserError, match=r"data\.jsonl:1: .*end-of-turn token would never be trained"):
+        load_dataset(path, alpaca, 64, VOCAB)

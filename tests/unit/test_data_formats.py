@@ -1,0 +1,132 @@
+"""JSONL reading: what is accepted, and that every kind of mistake is named with its line and key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lowrank_dist.data.formats import MAX_PROBLEMS, read_jsonl
+from lowrank_dist.errors import UserError
+
+GOOD = '{"prompt": "a", "completion": "b"}'
+CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
+
+
+def write(tmp_path: Path, *lines: str | bytes) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines))
+    return path
+
+
+def test_completions_keep_their_line_numbers_over_blank_lines(tmp_path: Path) -> None:
+    records = read_jsonl(write(tmp_path, "", GOOD, "  \r", '{"prompt": "", "completion": "x\\u2028y"}\r', ""))
+    assert records.kind == "completion" and not records.conversations
+    assert [(r.line, r.prompt, r.completion) for r in records.completions] == [(2, "a", "b"), (4, "", "x\u2028y")]
+
+
+def test_a_raw_line_separator_inside_a_string_does_not_end_the_line(tmp_path: Path) -> None:
+    records = read_jsonl(write(tmp_path, '{"prompt": "a\u2028b\u0085c", "completion": "d"}', GOOD))
+    assert [r.line for r in records.completions] == [1, 2]
+    assert records.completions[0].prompt == "a\u2028b\u0085c"
+
+
+def test_conversations(tmp_path: Path) -> None:
+    records = read_jsonl(write(tmp_path, CHAT, CHAT))
+    assert records.kind == "messages" and not records.completions
+    assert records.conversations[1].line == 2
+    assert records.conversations[0].messages[1] == {"role": "assistant", "content": "b"}
+
+
+def test_a_byte_order_mark_is_taken_off(tmp_path: Path) -> None:
+    assert read_jsonl(write(tmp_path, b"\xef\xbb\xbf" + GOOD.encode())).completions[0].prompt == "a"
+
+
+def test_extra_keys_are_counted(tmp_path: Path) -> None:
+    records = read_jsonl(write(tmp_path, GOOD, '{"id": 3, "prompt": "a", "completion": "b", "tag": null}'))
+    assert records.ignored_keys == {"id": 1, "tag": 1}
+
+
+@pytest.mark.parametrize(
+    ("line", "fragments"),
+    [
+        ('{"prompt": "a", "completion": ', ["malformed JSON at column", "one JSON object a line"]),
+        ("[" * 100_000, ["nested too deeply"]),
+        ('["a"]', ["JSON array where an object"]),
+        ("7", ["JSON number where an object"]),
+        ('{"prompt": "a"}', ["'completion' is missing"]),
+        ('{"prompt": "a", "Completion": "b"}', ["'completion' is missing", "'Completion' meant"]),
+        ('{"completion": "a"}', ["'prompt' is missing"]),
+        ('{"prompt": 3, "completion": "b"}', ["'prompt' is a JSON number", "must be a string"]),
+        ('{"prompt": "a", "completion": null}', ["'completion' is a JSON null"]),
+        ('{"prompt": "a", "completion": ["b"]}', ["'completion' is a JSON array"]),
+        ('{"prompt": "a", "completion": ""}', ["'completion' is empty"]),
+        ('{"prompt": "a", "prompt": "b", "completion": "c"}', ["'prompt' is given twice"]),
+        ('{"prompt": "\\ud83d", "completion": "c"}', ["'prompt'", "unpaired surrogate"]),
+        ('{"promt": "a", "complete": "b"}', ["'promt': did you mean 'prompt'?"]),
+        ('{"conversations": []}', ["no key 'prompt', 'completion' or 'messages'", "conversations"]),
+        ('{"prompt": "a", "completion": "b", "messages": []}', ["both 'completion' and 'messages'"]),
+        ('{"prompt": "a", "completion": "b", "tools": []}', ["'tools' would change what the model sees"]),
+        ('{"messages": []}', ["'messages' is an empty array"]),
+        ('{"messages": "hi"}', ["'messages' is a JSON string"]),
+        ('{"messages": ["hi"]}', ["'messages[0]' is a JSON string"]),
+        ('{"messages": [{"role": "user"}]}', ["'messages[0].content' is missing"]),
+        ('{"messages": [{"content": "x"}]}', ["'messages[0].role' is missing"]),
+        ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', ["'messages[0].content' is a JSON array"]),
+        (
+            '{"messages": [{"role": "human", "content": "x"}]}',
+            ["'messages[0].role' is 'human'", "system, user, assist"],
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": " \\n"}]}',
+            ["'messages[0].content' of the assistant is empty"],
+        ),
+        ('{"messages": [{"role": "user", "content": "x", "tool_calls": []}]}', ["the key 'tool_calls'"]),
+        (b'{"prompt": "\xff\xfe", "completion": "b"}', ["not UTF-8 at byte 13", "save the file as UTF-8"]),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str | bytes, fragments: list[str]) -> None:
+    path = write(tmp_path, "", line)
+    with pytest.raises(UserError) as caught:
+        read_jsonl(path)
+    message = str(caught.value)
+    assert message.startswith(f"{path}:2: ")
+    for fragment in fragments:
+        assert fragment in message
+
+
+def test_mixed_formats_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r":3: a 'messages' line in a file that began with 'completion' lines"):
+        read_jsonl(write(tmp_path, GOOD, GOOD, CHAT))
+
+
+def test_all_problems_come_in_one_error_up_to_the_limit(tmp_path: Path) -> None:
+    bad = ["{", '{"prompt": "a"}', GOOD]
+    with pytest.raises(UserError) as caught:
+        read_jsonl(write(tmp_path, *bad))
+    assert [row.split(": ")[0].rsplit(":", 1)[1] for row in str(caught.value).splitlines()] == ["1", "2"]
+    with pytest.raises(UserError) as caught:
+        read_jsonl(write(tmp_path, *["{"] * (MAX_PROBLEMS + 7)))
+    rows = str(caught.value).splitlines()
+    assert len(rows) == MAX_PROBLEMS + 1 and rows[-1] == "... and 7 more lines with errors"
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n\t\r\n"])
+def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "empty.jsonl").write_bytes(content)
+    with pytest.raises(UserError, match=r"empty\.jsonl: the file holds no sample"):
+        read_jsonl(tmp_path / "empty.jsonl")
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.jsonl", tmp_path):
+        with pytest.raises(UserError, match="no such file; data.train and data.eval"):
+            read_jsonl(path)
+
+
+def test_a_json_array_file_is_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([json.loads(GOOD)]))
+    with pytest.raises(UserError, match="JSON array where an object is expected"):
+        read_jsonl(path)

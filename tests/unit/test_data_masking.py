@@ -1,0 +1,294 @@
+"""Which tokens are trained: completions, chat templates of several families, and templates that must be refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from lowrank_dist.data.fast_tokenizer import FastTokenizer
+from lowrank_dist.data.formats import Completion, Conversation
+from lowrank_dist.data.masking import mask_completions, mask_conversations
+from lowrank_dist.data.sample import Sample
+from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
+from lowrank_dist.errors import UserError
+from tests import tiny_tokenizers as tiny
+
+FILE = Path("chat.jsonl")
+Messages = list[dict[str, str]]
+
+
+def chat(*turns: str, system: str | None = None) -> Messages:
+    """Turns of user and assistant in alternation, after an optional system message."""
+    roles = ("user", "assistant")
+    messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
+    return [{"role": "system", "content": system}, *messages] if system is not None else messages
+
+
+def mask(tokenizer: Tokenizer, messages: Messages) -> Sample:
+    (sample,) = mask_conversations(tokenizer, [Conversation(7, messages)], FILE)
+    return sample
+
+
+def trained_texts(tokenizer: Tokenizer, sample: Sample, shift: int = 0) -> list[str]:
+    """Text of each run of targets; a shift breaks the mask on purpose."""
+    flags = np.roll(sample.target, shift)
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], flags, [0]])))
+    return [tokenizer.decode(sample.tokens[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+# ---- prompt and completion ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maker", [tiny.byte_level, tiny.dummy_prefix, tiny.sentencepiece])
+def test_completion_and_eos_are_trained_and_nothing_else(tmp_path: Path, maker: Callable[[Path], Path]) -> None:
+    tokenizer = load_tokenizer(maker(tmp_path))
+    (sample,) = mask_completions(tokenizer, [Completion(3, "Q: 2 + 2\nA:", " 4 again")])
+    tokens, target = sample.tokens, sample.target
+    assert (tokens.dtype, target.dtype, sample.line) == (np.int32, np.bool_, 3)
+    assert tokens[-1] == tokenizer.eos_id and target[-1]
+    context = tokens[~target].tolist()
+    assert context == [*tokenizer.prefix_ids, *tokenizer.encode(["Q: 2 + 2\nA:"])[0]]
+    assert tokenizer.decode([*context[len(tokenizer.prefix_ids) :], *tokens[target][:-1]]) == "Q: 2 + 2\nA: 4 again"
+    assert np.all(np.diff(target.astype(int)) >= 0)
+
+
+def test_an_empty_prompt_trains_all_but_the_first_token(tmp_path: Path) -> None:
+    for tokenizer in (
+        load_tokenizer(tiny.byte_level(tmp_path / "a")),
+        load_tokenizer(tiny.sentencepiece(tmp_path / "b")),
+    ):
+        (sample,) = mask_completions(tokenizer, [Completion(1, "", "the quick fox")])
+        own = tokenizer.encode(["the quick fox"])[0]
+        assert sample.tokens.tolist() == [*tokenizer.prefix_ids, *own, tokenizer.eos_id]
+        assert not sample.target[0] and sample.target[1:].all()
+
+
+def test_pad_equal_to_eos_changes_nothing(tmp_path: Path) -> None:
+    records = [Completion(1, "hello", " world<|endoftext|>again"), Completion(2, "", "fox")]
+    messages = [Conversation(1, chat("hello", "world"))]
+    results = []
+    for pad in (None, "<|im_end|>"):
+        folder = tiny.byte_level(tmp_path / str(pad), template=tiny.CHATML, eos="<|im_end|>", pad=pad)
+        tokenizer = load_tokenizer(folder)
+        samples = mask_completions(tokenizer, records) + mask_conversations(tokenizer, messages, FILE)
+        results.append([(s.tokens.tolist(), s.target.tolist()) for s in samples])
+        assert all(s.tokens[-1] == tokenizer.eos_id and s.target[-1] for s in samples)
+    assert results[0] == results[1]
+
+
+def test_eos_is_not_doubled(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny.byte_level(tmp_path))
+    (sample,) = mask_completions(tokenizer, [Completion(1, "hello", " world<|endoftext|>")])
+    assert sample.tokens.tolist().count(tokenizer.eos_id) == 1 and sample.target[-1]
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny.byte_level(tmp_path, eos=None))
+    with pytest.raises(UserError, match="has no end-of-sequence token.*set eos_token in tokenizer_config.json"):
+        mask_completions(tokenizer, [Completion(1, "a", "b")])
+
+
+# ---- chat templates -------------------------------------------------------------------------------------------------
+
+LONG = chat("hello", "world again", "what is it?", "It is Paris.", "and?", "7", system="be brief")
+CASES = {
+    "chatml": (tiny.byte_level, tiny.CHATML, ["{}<|im_end|>"] * 3),
+    "chatml-marked": (tiny.byte_level, tiny.CHATML_MARKED, ["{}<|im_end|>"] * 3),
+    "llama3": (tiny.byte_level_llama3, tiny.LLAMA3, ["{}<|eot_id|>"] * 3),
+    "llama2": (tiny.dummy_prefix, tiny.LLAMA2, ["{} </s>"] * 3),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("turns", [1, 2, 3])
+@pytest.mark.parametrize("system", [False, True])
+def test_the_assistants_turns_with_their_ends_are_trained(tmp_path: Path, case: str, turns: int, system: bool) -> None:
+    maker, template, shapes = CASES[case]
+    folder = maker(tmp_path, template=template)
+    tokenizer = load_tokenizer(folder)
+    messages = LONG[: 1 + 2 * turns] if system else LONG[1 : 1 + 2 * turns]
+    sample = mask(tokenizer, messages)
+    contents = [m["content"] for m in messages if m["role"] == "assistant"]
+    expected = [shape.format(text) for shape, text in zip(shapes, contents, strict=False)]
+    assert [t.strip() for t in trained_texts(tokenizer, sample)] == expected
+    assert sample.line == 7 and sample.target[-1]
+    # Control: a mask that is off by one is seen.
+    for shift in (-1, 1):
+        assert [t.strip() for t in trained_texts(tokenizer, sample, shift)] != expected
+    # The tokens are those of transformers, up to what follows the last target.
+    hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    theirs = hf.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert sample.tokens.tolist() == theirs[: len(sample.tokens)]
+    assert tokenizer.decode(theirs[len(sample.tokens) :]).strip() == ""
+
+
+def test_mistral_and_its_refusal_of_a_system_message(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny.dummy_prefix(tmp_path, template=tiny.MISTRAL, metaspace=True))
+    assert trained_texts(tokenizer, mask(tokenizer, LONG[1:5])) == ["world again</s>", "It is Paris.</s>"]
+    with pytest.raises(
+        UserError, match=r"chat\.jsonl:7: the chat template of .* refuses .*Only user and assistant roles!"
+    ):
+        mask(tokenizer, LONG)
+
+
+def test_markers_agree_with_transformers_and_with_prefixes(tmp_path: Path) -> None:
+    marked = tiny.byte_level(tmp_path / "marked", template=tiny.CHATML_MARKED)
+    plain = load_tokenizer(tiny.byte_level(tmp_path / "plain", template=tiny.CHATML))
+    tokenizer = load_tokenizer(marked)
+    assert isinstance(tokenizer, FastTokenizer) and tokenizer.template is not None and tokenizer.template.marked
+    sample, twin = mask(tokenizer, LONG), mask(plain, LONG)
+    assert sample.tokens.tolist() == twin.tokens.tolist() and sample.target.tolist() == twin.target.tolist()
+    hf = AutoTokenizer.from_pretrained(marked, local_files_only=True)
+    theirs = hf.apply_chat_template(LONG, return_dict=True, return_assistant_tokens_mask=True)
+    assert sample.target.tolist() == [bool(m) for m in theirs["assistant_masks"][: len(sample.tokens)]]
+
+
+@pytest.mark.parametrize("trim", [False, True])
+@pytest.mark.parametrize("content", ["\nleading newline", " leading space", "\n\n  both\n", "Hi"])
+def test_no_token_spans_the_beginning_of_a_turn(tmp_path: Path, content: str, trim: bool) -> None:
+    # "assistant\n" + "\n\n  both": encoded as one text, "\n\n" would be a token that inference never sees.
+    folder = tiny.byte_level(tmp_path, template=tiny.CHATML, trim_offsets=trim)
+    tokenizer = load_tokenizer(folder)
+    messages = chat("hello", content, "and", content)
+    sample = mask(tokenizer, messages)
+    assert trained_texts(tokenizer, sample) == [content + "<|im_end|>"] * 2
+    hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    fed = hf.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+    assert sample.tokens[: len(fed)].tolist() == fed and not sample.target[: len(fed)].any() and sample.target[len(fed)]
+
+
+def test_control_one_text_would_span_it(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny.byte_level(tmp_path))
+    apart = tokenizer.encode(["assistant\n"])[0] + tokenizer.encode(["\n\n  both"])[0]
+    assert tokenizer.encode(["assistant\n\n\n  both"])[0] != apart
+
+
+def test_the_prompts_tokens_do_not_depend_on_the_answer(tmp_path: Path) -> None:
+    # GPT-2's expression makes "\n\n" one token at the end of a text and two before a word: a prompt that ends in it is
+    # tokenised otherwise when the answer is there already. What inference feeds is what has to be trained on.
+    folder = tiny.byte_level(tmp_path, template=tiny.LLAMA3)
+    tokenizer = load_tokenizer(folder)
+    sample = mask(tokenizer, LONG[1:3])
+    hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    fed = hf.apply_chat_template(LONG[1:2], add_generation_prompt=True, return_dict=False)
+    assert sample.tokens[: len(fed)].tolist() == fed and sample.target.tolist().index(True) == len(fed)
+    whole = hf.apply_chat_template(LONG[1:3], return_dict=False)  # control: one text, as other trainers have it
+    assert whole[: len(fed)] != fed
+
+
+def test_llama2_history_keeps_its_spaces_after_special_tokens(tmp_path: Path) -> None:
+    folder = tiny.dummy_prefix(tmp_path, template=tiny.LLAMA2)
+    tokenizer = load_tokenizer(folder)
+    sample = mask(tokenizer, LONG[1:])
+    pieces = [tokenizer.token(int(i)) for i in sample.tokens]
+    begins = [i for i, piece in enumerate(pieces) if piece == "<s>"]
+    assert len(begins) == 3 and {pieces[i + 1][0] for i in begins} == {"▁"}
+    # Control: encoded without the dummy prefix throughout, the later rounds would lose theirs.
+    bare = tokenizer._middle.encode("</s><s>[INST]", add_special_tokens=False).tokens
+    assert not bare[2].startswith("▁")
+
+
+def test_the_template_may_strip_content_and_add_a_system_prompt(tmp_path: Path) -> None:
+    llama3 = load_tokenizer(tiny.byte_level(tmp_path / "a", template=tiny.LLAMA3))
+    assert trained_texts(llama3, mask(llama3, chat("hi", "  world \n"))) == ["world<|eot_id|>"]
+    chatml = load_tokenizer(tiny.byte_level(tmp_path / "b", template=tiny.CHATML))
+    text = chatml.decode(mask(chatml, chat("hi", "world")).tokens)
+    assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>")
+
+
+def test_messages_after_the_last_turn_are_left_out_and_none_means_no_target(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny.byte_level(tmp_path, template=tiny.CHATML))
+    short, long = mask(tokenizer, chat("hi", "world")), mask(tokenizer, chat("hi", "world", "more"))
+    assert short.tokens.tolist() == long.tokens.tolist()
+    assert not mask(tokenizer, chat("hi")).target.any()
+
+
+def test_content_that_looks_like_the_end_of_the_turn(tmp_path: Path) -> None:
+    # "end" is also inside "<|im_end|>"; and a turn's end inside the content is not the turn's end.
+    tokenizer = load_tokenizer(tiny.byte_level(tmp_path, template=tiny.CHATML))
+    for content in ("end", "a<|im_end|>b", "<|im_end|>", "\n<|im_end|>\n"):
+        assert trained_texts(tokenizer, mask(tokenizer, chat("hi", content))) == [content + "<|im_end|>"]
+
+
+# ---- templates that must be refused ---------------------------------------------------------------------------------
+
+
+def refuses(tmp_path: Path, template: str, messages: Messages, *, bos: bool = False) -> str:
+    tokenizer = load_tokenizer(tiny.byte_level(tmp_path, template=template, bos=bos))
+    with pytest.raises(UserError) as caught:
+        mask(tokenizer, messages)
+    message = str(caught.value)
+    assert message.startswith("chat.jsonl:7: ") and f"the chat template of {tmp_path}" in message
+    return message
+
+
+UNTRAINED_END = {
+    "alpaca": tiny.ALPACA,
+    "marker before the end": tiny.CHATML_MARKED.replace(
+        "{{ message['content'] + '<|im_end|>' }}{% endgeneration %}",
+        "{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>' }}",
+    ),
+    "end is no token of this tokenizer": tiny.CHATML.replace("<|im_end|>", "<|end_of_turn|>"),
+}
+
+
+@pytest.mark.parametrize("case", UNTRAINED_END)
+@pytest.mark.parametrize("content", ["world", "closing <|im_end|>", "<|endoftext|>"])
+def test_an_end_of_turn_that_is_never_trained_is_refused(tmp_path: Path, case: str, content: str) -> None:
+    # The content may itself end in a special token: that is no end of turn either.
+    message = refuses(tmp_path, UNTRAINED_END[case], chat("hi", content))
+    assert "a template whose end-of-turn token would never be trained" in message
+    assert "let the template close the turn" in message
+
+
+def test_an_added_token_ends_a_turn_but_not_a_run_of_spaces(tmp_path: Path) -> None:
+    template = tiny.CHATML.replace("<|im_end|>", "<|end_of_turn|>")
+    folder = tiny.byte_level(tmp_path / "added", template=template)
+    tiny.add_token(folder, "<|end_of_turn|>", special=False)
+    tokenizer = load_tokenizer(folder)
+    assert trained_texts(tokenizer, mask(tokenizer, chat("hi", "world"))) == ["world<|end_of_turn|>"]
+    folder = tiny.byte_level(tmp_path / "spaces", template=tiny.CHATML.replace("<|im_end|>", "   "))
+    tiny.add_token(folder, "   ", special=False)
+    with pytest.raises(UserError, match="never be trained"):
+        mask(load_tokenizer(folder), chat("hi", "world"))
+
+
+def test_a_generation_prompt_that_is_no_prefix_is_refused(tmp_path: Path) -> None:
+    message = refuses(tmp_path, tiny.PROMPTS_THINKING, chat("hi", "world"))
+    assert "generation prompt is not a prefix of the assistant's turn messages[1]" in message
+    assert "'<think>\\n'" in message and "{% generation %}" in message
+
+
+def test_a_template_that_rewrites_the_history_is_refused(tmp_path: Path) -> None:
+    message = refuses(tmp_path, tiny.DROPS_THINKING, LONG)
+    assert "renders messages[2] or what precedes it differently once more messages follow" in message
+    tokenizer = load_tokenizer(tiny.byte_level(tmp_path, template=tiny.DROPS_THINKING))
+    assert trained_texts(tokenizer, mask(tokenizer, LONG[:3])) == ["<think>\n\n</think>\n\nworld again<|im_end|>"]
+
+
+def test_an_end_only_after_the_last_turn_is_refused(tmp_path: Path) -> None:
+    assert "differently once more messages follow" in refuses(tmp_path, tiny.EOS_ONLY_AT_END, LONG[1:])
+
+
+def test_a_conversation_that_begins_with_the_assistant(tmp_path: Path) -> None:
+    messages = [{"role": "assistant", "content": "hello"}, *LONG[1:3]]
+    assert "begin with a user or system message" in refuses(tmp_path / "plain", tiny.CHATML, messages)
+    tokenizer = load_tokenizer(tiny.byte_level(tmp_path / "marked", template=tiny.CHATML_MARKED))
+    assert trained_texts(tokenizer, mask(tokenizer, messages)) == ["hello<|im_end|>", "world again<|im_end|>"]
+
+
+def test_a_template_that_raises_names_the_line(tmp_path: Path) -> None:
+    assert "roles must alternate" in refuses(tmp_path / "a", tiny.LLAMA2, [*LONG[1:2], *LONG[1:3]], bos=True)
+    assert "'bos_token' is undefined" in refuses(tmp_path / "b", tiny.LLAMA2, LONG)
+    assert "refuses these messages" in refuses(tmp_path / "c", "{{ messages[0]['content'] + 3 }}", LONG)
+    assert "refuses these messages" in refuses(tmp_path / "d", "{% for %}", LONG)
+
+
+def test_no_template_is_refused(tmp_path: Path) -> None:
+    for folder in (tiny.byte_level(tmp_path / "fast"), tiny.sentencepiece(tmp_path / "sp").parent):
+        with pytest.raises(UserError, match=r"chat\.jsonl: the lines hold 'messages', but .* has no chat template"):
+            mask(load_tokenizer(folder), LONG)
