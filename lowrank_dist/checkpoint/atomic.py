@@ -1,0 +1,107 @@
+"""A folder that appears whole or not at all."""
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lowrank_dist.errors import UserError
+
+_MARK = ".lowrank_dist-tmp-"
+# linux/fcntl.h and linux/fs.h; Python has no binding for renameat2.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+def is_temporary(folder: Path) -> bool:
+    """Whether `folder` is what a killed writer left behind, by its name: unfinished, never to be read."""
+    return folder.name.startswith(".") and _MARK in folder.name
+
+
+@contextmanager
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield an empty temporary folder beside `target`; on success it is synced to disk and becomes `target`.
+
+    Any exception removes it and leaves `target` as it was; a kill leaves at most a folder that `is_temporary` knows.
+    Missing parents are made. With `replace` an existing folder is exchanged in one step (renameat2) and then removed.
+
+    Raises UserError when `target` exists (without `replace`, or is no plain folder) and, naming the path, for every
+    OSError inside the block: no space, no permission, a disk that fails.
+    """
+    target = Path(os.path.abspath(target))
+    _check_target(target, replace)
+    temporary = target.with_name(f".{target.name}{_MARK}{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        _sync_tree(temporary)
+        _check_target(target, replace)
+        if replace and target.exists():
+            _exchange(temporary, target)
+        else:
+            temporary.rename(target)
+        _sync(target.parent)
+    except OSError as error:
+        raise UserError(_explain(error, target)) from error
+    finally:
+        # After an exchange this is the old folder, after a failure the unfinished one, after a plain rename nothing.
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_target(target: Path, replace: bool) -> None:
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise UserError(f"{target} is a file or a symbolic link, not a folder: give another output path")
+    if target.exists() and not replace:
+        raise UserError(f"{target} already exists and is not overwritten: remove it or give another output path")
+
+
+def _explain(error: OSError, target: Path) -> str:
+    where = f" at {error.filename}" if error.filename is not None else ""
+    remedy = {
+        errno.ENOSPC: "free some space or give an output path on another disk",
+        errno.EDQUOT: "your quota is used up: free some space or give an output path on another disk",
+        errno.EACCES: "give an output path where you may write",
+        errno.EROFS: "give an output path that is not read-only",
+    }
+    hint = f"; {remedy[error.errno]}" if error.errno in remedy else ""
+    return f"could not write {target}: {error.strerror or error}{where}{hint}"
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(parent, name))
+        _sync(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(temporary: Path, target: Path) -> None:
+    """Swap two folders. In one step where the file system can; else the target is missing for the time of a rename."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        if renameat2(_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in _NO_EXCHANGE:
+            raise OSError(code, os.strerror(code), str(target))
+    old = temporary.with_name(f"{temporary.name}-old")
+    target.rename(old)
+    try:
+        temporary.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    old.rename(temporary)

@@ -1,0 +1,262 @@
+"""PEFT's adapter_config.json, both ways: the smallest one that says exactly what an adapter is, and any one read back.
+
+Matching follows PEFT 0.21 (`tuners_utils.check_target_module_exists`, `utils.other.get_pattern_key`).
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank_dist.errors import UserError
+
+# What PEFT assumes for a key that is absent.
+_DEFAULTS: Mapping[str, Any] = {
+    "r": 8,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "target_modules": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_rslora": False,
+    "fan_in_fan_out": False,
+    "bias": "none",
+    "task_type": None,
+    "init_lora_weights": True,
+    "base_model_name_or_path": None,
+}
+# Keys that change how factors are found, started or trained, never what the saved factors mean. Any key that is
+# neither here nor in _DEFAULTS changes the mathematics when it is set (use_dora, lora_bias, layer_replication, …).
+_HARMLESS = frozenset(
+    "auto_mapping inference_mode peft_type peft_version revision exclude_modules layers_to_transform layers_pattern "
+    "megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size "
+    "runtime_config ensure_weight_tying".split()
+)
+# The other starts (pissa, olora, corda, loftq, lora_ga, …) change the base too, so s·B·A alone is not the update.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+_LARGEST = 1e30
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What adapter_config.json says about a LoRA adapter: `rank` and `alpha` hold where no pattern matches.
+
+    targets: names or ends of module paths, or one regular expression over the whole path ("all-linear": any linear).
+    Pattern keys are regular expressions for the end of a module path, from a dot on; the first that matches counts.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float
+    rslora: bool
+    fan_in_fan_out: bool
+    base: str
+    targets: tuple[str, ...] | str
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+
+    def rank_of(self, module: str) -> int:
+        """The rank that PEFT gives `module`."""
+        return _first_match(self.rank_pattern, module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha that PEFT gives `module`."""
+        return _first_match(self.alpha_pattern, module, self.alpha)
+
+    def adapts(self, module: str) -> bool:
+        """Whether PEFT would put factors on `module`."""
+        if isinstance(self.targets, str):
+            return self.targets == "all-linear" or re.fullmatch(self.targets, module) is not None
+        return any(module == target or module.endswith(f".{target}") for target in self.targets)
+
+    def to_json(self) -> str:
+        """The text of adapter_config.json."""
+        whole = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base,
+            "r": self.rank,
+            "lora_alpha": _number(self.alpha),
+            "lora_dropout": self.dropout,
+            "target_modules": self.targets if isinstance(self.targets, str) else list(self.targets),
+            "rank_pattern": dict(self.rank_pattern),
+            "alpha_pattern": {key: _number(alpha) for key, alpha in self.alpha_pattern.items()},
+            "use_rslora": self.rslora,
+            "use_dora": False,
+            "bias": "none",
+            "fan_in_fan_out": self.fan_in_fan_out,
+            "modules_to_save": None,
+            "init_lora_weights": True,
+            "inference_mode": True,
+        }
+        return json.dumps(whole, indent=2, sort_keys=True) + "\n"
+
+
+def describe(
+    sizes: Mapping[str, tuple[int, float]],
+    modules: Collection[str],
+    *,
+    dropout: float,
+    rslora: bool,
+    fan_in_fan_out: bool,
+    base: str,
+) -> PeftConfig:
+    """The smallest config under which PEFT adapts exactly the modules of `sizes` (module → rank and alpha).
+
+    modules: every module path of the base that holds weights. Names are shortened to the last part ("q_proj"), else
+    the last two ("attn.c_proj"), as long as they mean no other module; else the whole path stands.
+    """
+    ranks = {module: rank for module, (rank, _) in sizes.items()}
+    alphas = {module: alpha for module, (_, alpha) in sizes.items()}
+    rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
+    config = PeftConfig(
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        rslora=rslora,
+        fan_in_fan_out=fan_in_fan_out,
+        base=base,
+        targets=tuple(sorted(set(_short_names(sizes, set(modules) - set(sizes)).values()))),
+        rank_pattern=_pattern(ranks, rank),
+        alpha_pattern=_pattern(alphas, alpha),
+    )
+    assert all(config.adapts(module) == (module in sizes) for module in {*modules, *sizes}), "targets are not exact"
+    assert all((config.rank_of(module), config.alpha_of(module)) == size for module, size in sizes.items())
+    return config
+
+
+def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """Pattern keys that give each module its value, none for the default; no two keys overlap."""
+    pattern = {}
+    for value in sorted(set(values.values()) - {default}):
+        same = [module for module in values if values[module] == value]
+        names = _short_names(same, [module for module in values if values[module] != value])
+        pattern.update({re.escape(name): value for name in sorted(set(names.values()))})
+    return pattern
+
+
+def _short_names(selected: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """Each selected path → its shortest end (one part, two parts, or all) that is the end of none of `others`."""
+    taken = {_end(other, depth) for other in others for depth in (1, 2)}
+    return {
+        module: next((end for end in (_end(module, 1), _end(module, 2)) if end not in taken), module)
+        for module in selected
+    }
+
+
+def _end(module: str, depth: int) -> str:
+    return ".".join(module.split(".")[-depth:])
+
+
+def _most_common(values: Collection[Any]) -> Any:
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], -value))
+
+
+def _number(alpha: float) -> int | float:
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _first_match(pattern: Mapping[str, Any], module: str, otherwise: Any) -> Any:
+    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
+
+
+def read_config(path: Path) -> PeftConfig:
+    """Read the adapter_config.json of any plain LoRA adapter.
+
+    Raises UserError, naming file and key, for another method than LoRA, for options that make the update more than
+    s·B·A (DoRA, biases, fully trained modules, a changed base, …), and for values that make no sense.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): write the adapter again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object: write the adapter again")
+    values = {**_DEFAULTS, **found}
+    _refuse_more_than_lora(values, path)
+    targets = values["target_modules"]
+    return PeftConfig(
+        rank=_rank(values["r"], path, "r"),
+        alpha=_finite(values["lora_alpha"], path, "lora_alpha"),
+        dropout=_finite(values["lora_dropout"], path, "lora_dropout"),
+        rslora=_is_true(values["use_rslora"], path, "use_rslora"),
+        fan_in_fan_out=_is_true(values["fan_in_fan_out"], path, "fan_in_fan_out"),
+        base=str(values["base_model_name_or_path"] or ""),
+        targets=_targets(targets, path),
+        rank_pattern={
+            key: _rank(rank, path, f"rank_pattern.{key}") for key, rank in _regexes(values, "rank_pattern", path)
+        },
+        alpha_pattern={
+            key: _finite(alpha, path, f"alpha_pattern.{key}") for key, alpha in _regexes(values, "alpha_pattern", path)
+        },
+    )
+
+
+def _refuse_more_than_lora(values: Mapping[str, Any], path: Path) -> None:
+    method = values["peft_type"] if "peft_type" in values else None
+    if method != "LORA":
+        raise UserError(f"{path}: peft_type is {method!r}; only LORA adapters can be read")
+    problems = [
+        f"{key}: {value!r}" for key, value in values.items() if value and key not in _DEFAULTS and key not in _HARMLESS
+    ]
+    if values["bias"] != "none":
+        problems.append(f"bias: {values['bias']!r} (must be 'none')")
+    if values["task_type"] not in (None, "CAUSAL_LM"):
+        problems.append(f"task_type: {values['task_type']!r} (must be CAUSAL_LM)")
+    if values["init_lora_weights"] not in _STARTS:
+        problems.append(
+            f"init_lora_weights: {values['init_lora_weights']!r} (changes the base; convert it with PEFT's "
+            "save_pretrained(path_initial_model_for_weight_conversion=…))"
+        )
+    if problems:
+        raise UserError(
+            f"{path}: the update would not be s·B·A alone, which is all that is supported: {'; '.join(problems)}"
+        )
+
+
+def _targets(value: Any, path: Path) -> tuple[str, ...] | str:
+    if isinstance(value, str):
+        _compile(value, path, "target_modules")
+        return value
+    if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    raise UserError(f"{path}: target_modules must be a list of module names or a regular expression, found {value!r}")
+
+
+def _regexes(values: Mapping[str, Any], key: str, path: Path) -> list[tuple[str, Any]]:
+    pattern = values[key] or {}
+    if not isinstance(pattern, dict):
+        raise UserError(f"{path}: {key} must map module names to numbers, found {pattern!r}")
+    for name in pattern:
+        _compile(name, path, key)
+    return list(pattern.items())
+
+
+def _compile(pattern: str, path: Path, key: str) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError) as error:
+        raise UserError(f"{path}: {key}: {pattern!r} is not a regular expression ({error})") from error
+
+
+def _rank(value: Any, path: Path, key: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{path}: {key} must be an integer of at least 1, found {value!r}")
+    return value
+
+
+def _finite(value: Any, path: Path, key: str) -> float:
+    # The comparison is false for NaN too, and works for integers beyond a float.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
+        raise UserError(f"{path}: {key} must be a finite number, found {value!r}")
+    return float(value)
+
+
+def _is_true(value: Any, path: Path, key: str) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{path}: {key} must be true or false, found {value!r}")
+    return value

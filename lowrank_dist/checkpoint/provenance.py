@@ -1,0 +1,67 @@
+"""lowrank_dist.json beside an adapter: which base it was trained on, and with what."""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lowrank_dist import __version__
+from lowrank_dist.errors import UserError
+
+PROVENANCE_FILE = "lowrank_dist.json"
+_FORMAT = 1
+_PACKAGES = ("torch", "transformers", "deepspeed", "megatron-core")
+
+
+def _installed(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """base_fingerprint: `fingerprint` of the base folder; base: its path when it was trained on; config: the run's.
+
+    created_by and versions describe the installation and are filled in.
+    """
+
+    base_fingerprint: str
+    base: str
+    config: Mapping[str, Any]
+    created_by: str = field(default_factory=lambda: f"lowrank_dist {__version__}")
+    versions: Mapping[str, str] = field(
+        default_factory=lambda: {
+            "python": platform.python_version(),
+            **{name: _installed(name) for name in _PACKAGES},
+        }
+    )
+
+    def to_json(self) -> str:
+        """The text of lowrank_dist.json. `config` must be JSON (pydantic's `model_dump(mode="json")`)."""
+        whole = {"format": _FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
+        return json.dumps(whole, indent=2) + "\n"
+
+
+def read_provenance(folder: Path) -> Provenance | None:
+    """What lowrank_dist.json in an adapter folder says; None when there is none. UserError when it is malformed."""
+    path = folder / PROVENANCE_FILE
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != _FORMAT:
+            raise ValueError(f"format {found['format']!r}, this version reads format {_FORMAT}")
+        provenance = Provenance(**{name: found[name] for name in Provenance.__dataclass_fields__})
+        if not isinstance(provenance.base_fingerprint, str):
+            raise ValueError("base_fingerprint is no text")
+        return provenance
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(
+            f"{path} is not what lowrank_dist writes ({type(error).__name__}: {error}): restore the file, or remove it "
+            "to go without the check that the adapter belongs to the base"
+        ) from error

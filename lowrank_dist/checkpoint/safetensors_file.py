@@ -1,0 +1,120 @@
+"""The safetensors container, byte by byte, for what the safetensors library keeps in memory whole.
+
+Layout (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length, a JSON header that
+gives each tensor's dtype, shape and [begin, end) in the data that follow, the data without holes.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from lowrank_dist.errors import UserError
+
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a file: dtype as the format names it ("BF16"), shape, and its first byte and size in the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The tensors of one file in the order of their bytes, its metadata, and where in the file the data begin."""
+
+    entries: tuple[TensorEntry, ...]
+    metadata: Mapping[str, str]
+    data_start: int
+
+
+def read_header(path: Path) -> Header:
+    """Read and check the header of a file; UserError when it is missing, truncated or malformed."""
+    try:
+        # The library checks the header against itself and the file's length (overflow, holes, overlaps, truncation).
+        with safe_open(path, framework="pt"):
+            pass
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            pairs = json.loads(file.read(length), object_pairs_hook=_refuse_duplicates)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is not a complete safetensors file ({error}): copy or download it again") from error
+    metadata = pairs.pop("__metadata__", None) or {}
+    entries = (
+        TensorEntry(name, entry["dtype"], tuple(entry["shape"]), begin, end - begin)
+        for name, entry in pairs.items()
+        for begin, end in [entry["data_offsets"]]
+    )
+    return Header(tuple(sorted(entries, key=lambda entry: (entry.start, entry.nbytes))), metadata, 8 + length)
+
+
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"a key appears twice among {', '.join(sorted(key for key, _ in pairs)[:8])}")
+    return found
+
+
+def read_into(file: FileIO, start: int, view: memoryview) -> None:
+    """Fill `view` with the bytes of an unbuffered file from position `start` on; OSError when the file ends before."""
+    file.seek(start)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise OSError(f"{file.name} ends {len(view)} bytes early: it changed while it was read")
+        view = view[count:]
+
+
+class SafetensorsWriter:
+    """Writes one file front to back: the header at once, then each tensor's bytes in the order of `entries`.
+
+    metadata: text → text; `{"format": "pt"}` is what transformers and PEFT expect.
+    """
+
+    def __init__(self, path: Path, entries: Iterable[TensorEntry], metadata: Mapping[str, str]) -> None:
+        header: dict[str, object] = {"__metadata__": dict(metadata)}
+        self._expected = 0
+        for entry in entries:
+            end = self._expected + entry.nbytes
+            header[entry.name] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": [self._expected, end]}
+            self._expected = end
+        encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        encoded += b" " * (-len(encoded) % _ALIGNMENT)
+        self._written = 0
+        self._file = path.open("xb")
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append bytes to the data; OSError when the disk refuses."""
+        self._file.write(data)
+        self._written += memoryview(data).nbytes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._file.close()
+        assert kind is not None or self._written == self._expected, "the data do not fill what the header promises"
+
+
+def chunks(total: int, largest: int) -> Iterator[tuple[int, int]]:
+    """Cut `total` into the fewest pieces of at most `largest`, all of nearly the same size: (start, stop) of each."""
+    count = -(-total // largest)
+    for index in range(count):
+        yield total * index // count, total * (index + 1) // count
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor as they lie in a file, without a copy."""
+    return memoryview(tensor.flatten().view(torch.uint8).numpy())

@@ -1,0 +1,44 @@
+"""The `lowrank-dist` command. Heavy imports wait until a command runs, so that --help answers at once."""
+
+from typing import Annotated
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from lowrank_dist import __version__
+from lowrank_dist.cli.merge import merge_command
+from lowrank_dist.config.load import ConfigError
+from lowrank_dist.errors import UserError
+
+_USER_ERROR = 2
+
+
+class _Commands(TyperGroup):
+    """What the user got wrong is a message on stderr and exit code 2, for every command; a bug keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except (ConfigError, UserError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(_USER_ERROR) from error
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
+app.command("merge")(merge_command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lowrank-dist {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def lowrank_dist(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Low-rank fine-tuning on a sharded base: everything that needs no launcher."""

@@ -1,0 +1,46 @@
+"""Random adapters for the models of tiny_models, for any test."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lowrank_dist.checkpoint.adapter import Adapter, LowRankFactor, module_paths, write_adapter
+from lowrank_dist.checkpoint.fingerprint import fingerprint
+from lowrank_dist.checkpoint.provenance import Provenance
+from lowrank_dist.model.huggingface import load_architecture
+from lowrank_dist.model.tensors import hf_shapes
+
+# Module path → (rank, alpha) of its factors, None for a module without.
+Size = Callable[[str], tuple[int, float] | None]
+
+
+def random_adapter(
+    base: Path, size: Size = lambda module: (3, 6.0), *, rslora: bool = False, seed: int = 0, scale: float = 0.1
+) -> Adapter:
+    """Random factors on every linear of `base` (lm_head included when untied) that `size` gives a rank and an alpha.
+
+    scale: standard deviation of B (A has 1).
+    """
+    architecture = load_architecture(base)
+    linears = {part.path for layout in architecture.linears.values() for part in layout.parts}
+    paths = {path.format(layer=layer) for path in linears for layer in range(architecture.layers)} | {"lm_head"}
+    generator = torch.Generator().manual_seed(seed)
+    factors = {}
+    for name, shape in sorted(hf_shapes(architecture).items()):
+        module = name.removesuffix(".weight")
+        if module not in paths or (chosen := size(module)) is None:
+            continue
+        rows, columns = shape[::-1] if architecture.conv1d else shape
+        rank, alpha = chosen
+        a = torch.randn(rank, columns, generator=generator)
+        factors[module] = LowRankFactor(a, scale * torch.randn(rows, rank, generator=generator), alpha)
+    return Adapter(factors, 0.0, rslora, architecture.conv1d, str(base))
+
+
+def save_adapter(folder: Path, base: Path, adapter: Adapter, *, trained: bool = True, replace: bool = False) -> Path:
+    """Write `adapter` as trained on `base` into `folder`, and return `folder`."""
+    provenance = Provenance(fingerprint(base), str(base), {"lora": {"rank": 2}})
+    modules = module_paths(load_architecture(base))
+    write_adapter(folder, adapter, provenance, modules, trained=trained, replace=replace)
+    return folder

@@ -1,0 +1,114 @@
+"""A folder appears whole or not at all."""
+
+import ctypes
+import errno
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from lowrank_dist.checkpoint import atomic
+from lowrank_dist.checkpoint.atomic import atomic_folder, is_temporary
+from lowrank_dist.errors import UserError
+
+
+def test_the_folder_appears_only_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with atomic_folder(target) as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "sub" / "x").write_text("1")
+        assert not target.exists() and is_temporary(temporary) and temporary.parent == target.parent
+    assert (target / "sub" / "x").read_text() == "1"
+    assert os.listdir(target.parent) == ["out"] and not is_temporary(target)
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    for failure in (RuntimeError("boom"), KeyboardInterrupt()):
+        with pytest.raises(type(failure)), atomic_folder(tmp_path / "out") as temporary:
+            (temporary / "x").write_text("1")
+            raise failure
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_kill_leaves_only_a_recognisable_folder(tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with atomic_folder(tmp_path / "out") as temporary:
+            (temporary / "x").write_text("1")
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert is_temporary(left) and left.name.startswith(".out")
+    with atomic_folder(tmp_path / "out") as temporary:
+        assert temporary != left
+    assert (tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_an_existing_target_is_kept(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "out"
+    {"folder": target.mkdir, "file": target.touch, "link": lambda: target.symlink_to(tmp_path / "none")}[kind]()
+    with pytest.raises(UserError, match="out"), atomic_folder(target, replace=kind != "folder"):
+        pytest.fail("the block must not run")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("exchange", ["renameat2", "two renames", "no renameat2"])
+def test_replace_swaps_and_removes_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: str) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").touch()
+
+    class Library:
+        @staticmethod
+        def renameat2(*_: object) -> int:
+            ctypes.set_errno(errno.EINVAL)
+            return -1
+
+    if exchange != "renameat2":
+        monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: Library if exchange == "two renames" else object())
+    with atomic_folder(target, replace=True) as temporary:
+        (temporary / "new").touch()
+        assert os.listdir(target) == ["old"]
+    assert os.listdir(target) == ["new"] and os.listdir(tmp_path) == ["out"]
+
+
+def test_a_failed_replace_keeps_the_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").touch()
+    rename = Path.rename
+
+    def failing(self: Path, to: Path) -> Path:
+        if is_temporary(self) and not self.name.endswith("-old"):
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return rename(self, to)
+
+    monkeypatch.setattr(atomic.ctypes, "CDLL", lambda *_, **__: object())
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(UserError, match="Input/output error"), atomic_folder(target, replace=True):
+        pass
+    assert os.listdir(target) == ["old"] and os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])
+def test_a_failing_disk_is_a_user_error_with_the_path(tmp_path: Path, code: int) -> None:
+    with pytest.raises(UserError, match=str(tmp_path / "out")) as caught, atomic_folder(tmp_path / "out"):
+        raise OSError(code, os.strerror(code))
+    assert os.strerror(code) in str(caught.value) and os.listdir(tmp_path) == []
+
+
+def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    sync = atomic._sync
+    monkeypatch.setattr(
+        atomic, "_sync", lambda path: (synced.append((path.name, (tmp_path / "out").exists())), sync(path))
+    )
+    with atomic_folder(tmp_path / "out") as temporary:
+        (temporary / "sub").mkdir()
+        (temporary / "a").touch()
+        (temporary / "sub" / "b").touch()
+    assert sorted(synced) == sorted(
+        [("a", False), ("b", False), ("sub", False), (temporary.name, False), (tmp_path.name, True)]
+    )

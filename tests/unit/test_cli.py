@@ -1,0 +1,100 @@
+"""`lowrank-dist`: thin, quick to answer, and every user's error is a message with exit code 2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lowrank_dist import __version__
+from lowrank_dist.cli.main import app
+from tests.tiny_adapters import random_adapter, save_adapter
+from tests.tiny_models import make_tiny
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path) -> Path:
+    queries = random_adapter(base, lambda module: (2, 4.0) if module.endswith("q_proj") else None)
+    return save_adapter(base.parent / "adapter", base, queries)
+
+
+def merge(base: Path, adapter: Path, out: Path, *more: str):
+    return runner.invoke(app, ["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(out), *more])
+
+
+def test_version_and_help() -> None:
+    version = runner.invoke(app, ["--version"])
+    assert version.exit_code == 0 and version.output.split() == ["lowrank-dist", __version__]
+    assert "merge" in runner.invoke(app, ["--help"]).output
+    text = runner.invoke(app, ["merge", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+    assert all(option in text for option in ("--base", "--adapter", "--out", "--force-mismatch"))
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from lowrank_dist.cli.main import app\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'megatron', 'numpy', 'safetensors'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_merge(base: Path, adapter: Path, tmp_path: Path) -> None:
+    done = merge(base, adapter, tmp_path / "out")
+    assert done.exit_code == 0 and done.stderr == ""
+    assert done.stdout.startswith(str(tmp_path / "out")) and "2 changed" in done.stdout
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_warnings_are_told(base: Path, adapter: Path, tmp_path: Path) -> None:
+    other = make_tiny("llama", tmp_path / "other", seed=1)
+    done = merge(other, adapter, tmp_path / "out", "--force-mismatch")
+    assert done.exit_code == 0 and done.stderr.startswith("warning: ") and "another base" in done.stderr
+
+
+def test_a_users_error_is_a_message_and_exit_code_2(base: Path, adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for arguments, told in (
+        ((tmp_path / "none", adapter, tmp_path / "out"), "none"),
+        ((base, tmp_path / "empty", tmp_path / "out"), "adapter_config.json"),
+        ((base, base, tmp_path / "out"), "adapter_config.json"),
+        ((base, adapter, base / "out"), "outside"),
+        ((base, adapter, tmp_path / "empty"), "already exists"),
+    ):
+        done = merge(*arguments)
+        assert done.exit_code == 2 and done.stdout == ""
+        assert done.stderr.startswith("error: ") and told in done.stderr and "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == ["empty"]
+
+
+def test_a_missing_option_is_exit_code_2(base: Path) -> None:
+    done = runner.invoke(app, ["merge", "--base", str(base)])
+    assert done.exit_code == 2 and "--adapter" in done.stderr
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch, base: Path, adapter: Path, tmp_path: Path) -> None:
+    def bug(*_: object, **__: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr("lowrank_dist.checkpoint.merge.merge", bug)
+    done = merge(base, adapter, tmp_path / "out")
+    assert done.exit_code == 1 and isinstance(done.exception, ValueError)
+
+
+def test_as_a_program(base: Path, adapter: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from lowrank_dist.cli.main import app; app()", "merge", "--base", str(base)]
+    done = subprocess.run(
+        [*command, "--adapter", str(adapter), "--out", str(base)], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
