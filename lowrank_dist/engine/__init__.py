@@ -1,0 +1,1 @@
+"""The training loop and its monitors; the only room that knows DeepSpeed."""

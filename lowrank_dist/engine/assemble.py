@@ -1,0 +1,159 @@
+"""From configuration sections to the parts of a run: what launch/train.py puts together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from lowrank_dist.backend.select import Backend
+from lowrank_dist.checkpoint.adapter import module_paths
+from lowrank_dist.checkpoint.fingerprint import fingerprint
+from lowrank_dist.checkpoint.provenance import Provenance
+from lowrank_dist.config import Config
+from lowrank_dist.data.dataset import Dataset, load_dataset
+from lowrank_dist.data.loader import Loader, StepBatch, eval_batches
+from lowrank_dist.data.tokenizer import load_tokenizer
+from lowrank_dist.engine.monitor import Monitor
+from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.engine.saving import AdapterFacts, AdapterSaver
+from lowrank_dist.engine.schedule import Schedule
+from lowrank_dist.engine.trainer import Pace, Trainer
+from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
+from lowrank_dist.lora.inject import AdaptedLinear, inject
+from lowrank_dist.lora.placement import LoraRules, place
+from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.ops.dropout import quantise
+from lowrank_dist.parallel.masks import MaskSource
+from lowrank_dist.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Theta:
+    """The trained side of the model: its adapted linears and the source of their dropout masks."""
+
+    adapted: tuple[AdaptedLinear, ...]
+    masks: MaskSource
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data sets of a run and their loaders on this data-parallel rank."""
+
+    dataset: Dataset
+    train: Loader
+    held_out: Dataset | None
+    evaluation: Callable[[], Iterator[StepBatch]] | None
+
+
+def prepare_folder(config: Config) -> RunFolder:
+    """The run folder; raises UserError where it holds a run already."""
+    folder = RunFolder(config.output.dir)
+    folder.refuse_existing()
+    return folder
+
+
+def build_theta(model: CausalLM, config: Config, topology: Topology) -> Theta:
+    """Place, attach and initialise the low-rank factors."""
+    lora = config.lora
+    rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
+    masks = MaskSource(config.train.seed, quantise(lora.dropout))
+    placements = place(model.architecture, rules)
+    model.set_recompute(config.engine.recompute == "full")
+    adapted = inject(model, placements, masks, config.train.seed, topology.tp_rank, topology.tp_size)
+    return Theta(adapted, masks)
+
+
+def build_data(config: Config, vocab: int, topology: Topology) -> Data:
+    """Tokenise and deal out the data sets; the order of samples is a function of seed and step."""
+    data, train = config.data, config.train
+    tokenizer = load_tokenizer(data.tokenizer or config.model.path)
+    cut = {
+        "global_batch": train.global_batch,
+        "max_length": data.max_length,
+        "packing": data.packing,
+        "dp_rank": topology.dp_rank,
+        "dp_size": topology.dp_size,
+        "pad_multiple": topology.tp_size if topology.sequence_parallel else 1,
+    }
+    dataset = load_dataset(data.train, tokenizer, data.max_length, vocab)
+    loader = Loader(dataset, seed=train.seed, micro_batch=train.micro_batch, **cut)
+    if data.eval is None:
+        return Data(dataset, loader, None, None)
+    held_out = load_dataset(data.eval, tokenizer, data.max_length, vocab)
+    # Nothing is accumulated over an eval batch: its size only decides how rows of like length are put together.
+    cut["global_batch"] = max(train.global_batch, len(held_out))
+    micro_batch = config.eval.micro_batch or train.micro_batch
+    return Data(dataset, loader, held_out, partial(eval_batches, held_out, micro_batch=micro_batch, **cut))
+
+
+def build_trainer(
+    model: CausalLM, theta: Theta, data: Data, config: Config, folder: RunFolder, topology: Topology, backend: Backend
+) -> Trainer:
+    """The optimiser, the monitors and the loop over all of it."""
+    train, engine = config.train, config.engine
+    parameters = [parameter for linear in theta.adapted for parameter in linear.factors.parameters()]
+    rules = OptimiserRules(
+        engine.zero_stage, engine.clip, engine.reduce_bucket, train.weight_decay, (train.beta1, train.beta2), train.eps
+    )
+    steps = train.steps or max(1, math.ceil(train.epochs * len(data.dataset) / train.global_batch))
+    writes = topology.world_group.rank() == 0
+    monitor = Monitor(folder, steps, active=writes, tensorboard=config.output.tensorboard, plot=config.output.plot)
+    _introduce(monitor, model, parameters, data, topology, backend)
+    saver = AdapterSaver(folder, theta.adapted, _facts(model, config) if writes else None, topology, backend)
+    return Trainer(
+        model,
+        theta.masks,
+        ZeroOptimiser(parameters, topology, rules),
+        data.train,
+        data.evaluation,
+        Schedule(train.schedule, train.lr, train.warmup_steps, steps, train.min_lr_ratio),
+        Pace(
+            steps,
+            train.log_every,
+            config.eval.every,
+            config.eval.at_start,
+            config.output.save_every,
+            config.output.probe,
+        ),
+        monitor,
+        saver,
+        topology,
+        backend,
+    )
+
+
+def _introduce(
+    monitor: Monitor,
+    model: CausalLM,
+    parameters: Sequence[Tensor],
+    data: Data,
+    topology: Topology,
+    backend: Backend,
+) -> None:
+    """What is about to happen, in a few lines; samples that were left out are never left out silently."""
+    frozen = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in parameters)
+    theta = sum(p.numel() for p in parameters)
+    monitor.say(
+        f"{model.architecture.family}, {topology.tp_size} tensor × {topology.dp_size} data parallel, sequence parallel "
+        f"{'on' if topology.sequence_parallel else 'off'}, {backend.describe()}"
+    )
+    monitor.say(f"on each rank {theta:,} trained parameters beside {frozen:,} frozen ({100 * theta / frozen:.3f} %)")
+    for dataset in (data.dataset, data.held_out):
+        if dataset is not None:
+            monitor.say(dataset.report.summary())
+
+
+def _facts(model: CausalLM, config: Config) -> AdapterFacts:
+    path = config.model.path
+    return AdapterFacts(
+        dropout=config.lora.dropout,
+        rslora=config.lora.rslora,
+        fan_in_fan_out=model.architecture.conv1d,
+        base=path,
+        modules=module_paths(model.architecture),
+        provenance=Provenance(fingerprint(path), str(path), config.model_dump(mode="json")),
+    )

@@ -1,0 +1,118 @@
+"""What rank 0 shows and keeps of a run: progress, metrics.jsonl, TensorBoard scalars, loss.png."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from lowrank_dist.engine.run_folder import RunFolder
+
+# Hugging Face's tags, so that runs lie beside those of other trainers in one board.
+TAGS = {
+    "loss": "train/loss",
+    "eval_loss": "eval/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "tokens_per_second": "throughput(tps)",
+    "memory_gib": "memory/peak_gib",
+}
+
+
+class Monitor:
+    """Records of a run. Every rank has one; only rank 0's does anything (`active`)."""
+
+    def __init__(self, folder: RunFolder, total_steps: int, *, active: bool, tensorboard: bool, plot: bool) -> None:
+        self._folder, self._active, self._plot = folder, active, plot
+        self._records: list[dict[str, float]] = []
+        self._file = self._board = self._progress = None
+        self._start = time.monotonic()
+        if not active:
+            return
+        self._file = folder.metrics.open("a", buffering=1)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder.tensorboard))
+        console = Console(file=sys.stdout)
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[status]}"),
+                console=console,
+            )
+            self._task = self._progress.add_task("training", total=total_steps, status="")
+            self._progress.start()
+        self._total = total_steps
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Keep one record and show it. `step` counts finished optimizer steps."""
+        if not self._active:
+            return
+        entry = {"step": step, "time": round(time.monotonic() - self._start, 3), **values}
+        self._records.append(entry)
+        self._file.write(json.dumps(entry) + "\n")
+        if self._board is not None:
+            for name in values.keys() & TAGS.keys():
+                self._board.add_scalar(TAGS[name], values[name], step)
+        self._show(step, values)
+
+    def say(self, message: str) -> None:
+        """One line for the person who watches."""
+        if self._active:
+            print(message, flush=True) if self._progress is None else self._progress.console.print(
+                message, highlight=False
+            )
+
+    def close(self) -> None:
+        """Flush, stop the bar, draw the picture."""
+        if not self._active:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+        if self._board is not None:
+            self._board.close()
+        self._file.close()
+        if self._plot and any("loss" in entry for entry in self._records):
+            draw_losses(self._records, self._folder.plot)
+
+    def _show(self, step: int, values: Mapping[str, float]) -> None:
+        if "eval_loss" in values:
+            self.say(f"step {step}/{self._total}  eval loss {values['eval_loss']:.4f}")
+        if "loss" not in values:
+            return
+        status = (
+            f"loss {values['loss']:.4f}  lr {values['learning_rate']:.2e}  norm {values['grad_norm']:.3f}  "
+            f"{values['tokens_per_second']:.0f} tokens/s  {values['memory_gib']:.2f} GiB"
+        )
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, status=status)
+        else:
+            left = (time.monotonic() - self._start) / step * (self._total - step)
+            print(f"step {step}/{self._total}  {status}  {left:.0f} s left", flush=True)
+
+
+def draw_losses(records: list[dict[str, float]], path: Path) -> None:
+    """Training and eval loss over steps, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="optimizer step", ylabel="loss per target token (nats)")
+    for name, label, style in (("loss", "train", "-"), ("eval_loss", "eval", "o-")):
+        points = [(entry["step"], entry[name]) for entry in records if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, markersize=5)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,1 @@
+"""Low-rank factors: where they go, how they start, and their unsharded form."""

@@ -1,0 +1,122 @@
+"""Spawned gloo ranks for the distributed tests: started once a world size, reused by every test.
+
+A rank that raises fails the test with its traceback and ends its world; a hang ends after TIMEOUT seconds as an error,
+because every process group carries that timeout.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+TIMEOUT = 90
+_worlds: dict[int, _World] = {}
+_topologies: dict[int, tuple[Any, dict[str, Any]]] = {}
+
+
+class _World:
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._rendezvous = tempfile.TemporaryDirectory()
+        store = os.path.join(self._rendezvous.name, "store")
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, size, store), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        results: dict[int, Any] = {}
+        while len(results) < len(self.pipes):
+            pending = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
+            ready = wait(pending, timeout=2 * TIMEOUT)
+            if not ready:
+                raise AssertionError(f"ranks {sorted(set(range(len(self.pipes))) - set(results))} hang")
+            for pipe in ready:
+                rank = self.pipes.index(pipe)
+                failed, value = pipe.recv()
+                if failed:
+                    raise AssertionError(f"rank {rank} of {len(self.pipes)}:\n{value}")
+                results[rank] = value
+        return [results[rank] for rank in range(len(self.pipes))]
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self._rendezvous.cleanup()
+
+
+def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call the module-level `function(*arguments)` on `size` ranks; returns their results (arrays, not tensors)."""
+    world = _worlds.get(size)
+    if world is None:
+        world = _worlds[size] = _World(size)
+    try:
+        return world.run(function, arguments)
+    except BaseException:
+        _worlds.pop(size).close()
+        raise
+
+
+def topology(tensor: int, sequence: bool) -> Any:
+    """Inside a rank: the Topology of this world at a tensor-parallel size, its groups built once.
+
+    Every gloo group keeps threads for good, so groups are reused, with Megatron's globals set back to them.
+    """
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from lowrank_dist.parallel.topology import Topology
+
+    if tensor not in _topologies:
+        # Forgotten, not destroyed: the groups live on in the topologies made before.
+        parallel_state.destroy_model_parallel()
+        built = Topology.build(tensor, dist.get_world_size() // tensor, sequence, TIMEOUT)
+        _topologies[tensor] = (built, {k: v for k, v in vars(parallel_state).items() if k.startswith("_")})
+    built, state = _topologies[tensor]
+    vars(parallel_state).update(state)
+    return replace(built, sequence_parallel=sequence and tensor > 1)
+
+
+@atexit.register
+def close_worlds() -> None:
+    while _worlds:
+        _worlds.popitem()[1].close()
+
+
+def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from lowrank_dist.backend.select import select_backend
+
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    # The tests are about numbers: the device is a CPU unless the GPU check says otherwise.
+    select_backend(os.environ.get("LOWRANK_DIST_TEST_DEVICE", "cpu"), rank, size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
+    )
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            pipe.send((False, function(*arguments)))
+        except BaseException:
+            pipe.send((True, traceback.format_exc()))

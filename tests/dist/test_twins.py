@@ -1,0 +1,95 @@
+"""Twins: the same training at TP 1, 2, 4 and TP 2 × DP 2 gives the same numbers, dropout included."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from tests.dist.ranks import run_ranks
+from tests.dist.tiny_runs import Setting, forward_backward, train, worst
+from tests.tiny_models import make_tiny
+
+# fp32 sums in another order. A broken twin is off by 1e-2 or more (see the negative controls).
+TOLERANCE = 5e-5
+LAYOUTS = {
+    "tp2": (2, 2, True),
+    "tp2_nosp": (2, 2, False),
+    "tp4": (4, 4, True),
+    "tp4_nosp": (4, 4, False),
+    "tp2_dp2": (4, 2, True),
+}
+FAMILIES = ("llama", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    base = tmp_path_factory.mktemp("twins")
+    return {family: str(make_tiny(family, base / family)) for family in FAMILIES}
+
+
+@pytest.mark.parametrize(("family", "layout"), list(itertools.product(FAMILIES, LAYOUTS)))
+def test_loss_and_gradients(folders: dict[str, str], family: str, layout: str) -> None:
+    world, tensor, sequence = LAYOUTS[layout]
+    for dropout, zero_b in ((0.0, True), (0.1, False)):
+        base = Setting(folders[family], dropout=dropout, zero_b=zero_b)
+        expected = run_ranks(1, forward_backward, base)[0]
+        twin = Setting(folders[family], tensor, sequence, dropout, zero_b)
+        for found in run_ranks(world, forward_backward, twin):
+            assert worst(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "layout"), list(itertools.product(FAMILIES, LAYOUTS)))
+def test_three_steps(folders: dict[str, str], family: str, layout: str) -> None:
+    world, tensor, sequence = LAYOUTS[layout]
+    for dropout, zero_b in ((0.1, True), (0.0, False)):
+        expected = run_ranks(1, train, Setting(folders[family], dropout=dropout, zero_b=zero_b))[0]
+        for found in run_ranks(world, train, Setting(folders[family], tensor, sequence, dropout, zero_b)):
+            assert worst(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2_dp2"])
+def test_zero_stage_2(folders: dict[str, str], layout: str) -> None:
+    """Two microbatches a step where data parallelism allows, since stage 2 reduces each of them."""
+    world, tensor, sequence = LAYOUTS[layout]
+    expected = run_ranks(1, train, Setting(folders["llama"], zero_b=False))[0]
+    twin = Setting(folders["llama"], tensor, sequence, zero_b=False, zero_stage=2, micro_batch=1)
+    for found in run_ranks(world, train, twin):
+        assert worst(found, expected) < TOLERANCE
+
+
+def test_parts_of_one_module(folders: dict[str, str]) -> None:
+    """q_proj and v_proj inside GPT-2's c_attn, whose rows Megatron interleaves by head."""
+    setting = Setting(folders["gpt2"], zero_b=False, targets=("q_proj", "v_proj", "c_fc"))
+    expected = run_ranks(1, train, setting)[0]
+    twin = Setting(folders["gpt2"], 2, True, zero_b=False, targets=("q_proj", "v_proj", "c_fc"))
+    assert worst(run_ranks(2, train, twin)[0], expected) < TOLERANCE
+
+
+def test_fewer_kv_heads_than_ranks(tmp_path: Path) -> None:
+    """One KV head for two and four ranks: a rank's share of B is uneven, for v_proj alone it can be empty."""
+    folder = str(make_tiny("llama", tmp_path / "one", num_key_value_heads=1))
+    for targets in (("all-linear",), ("v_proj",)):
+        expected = run_ranks(1, train, Setting(folder, zero_b=False, targets=targets))[0]
+        for world in (2, 4):
+            found = run_ranks(world, train, Setting(folder, world, True, zero_b=False, targets=targets))[0]
+            assert worst(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("broken", ["deferred", "init", "mask"])
+def test_notices_what_is_broken(folders: dict[str, str], broken: str) -> None:
+    """Negative controls: deferred sum dropped, initialisation by rank, mask shifted by one."""
+    zero_b = broken == "init"
+    expected = run_ranks(1, forward_backward, Setting(folders["llama"], dropout=0.1, zero_b=zero_b))[0]
+    twin = Setting(folders["llama"], 2, True, 0.1, zero_b, broken=broken)
+    found = run_ranks(2, forward_backward, twin)[0]
+    if broken == "init":  # the module names differ on purpose: compare by position
+        found = dict(zip(expected, found.values(), strict=True))
+    assert worst(found, expected) > 1e-2
+
+
+def test_notices_a_dropped_deferred_sum_in_the_optimiser(folders: dict[str, str]) -> None:
+    expected = run_ranks(1, train, Setting(folders["llama"], zero_b=False))[0]
+    found = run_ranks(2, train, Setting(folders["llama"], 2, True, zero_b=False, broken="deferred"))[0]
+    assert worst(found, expected) > 1e-2

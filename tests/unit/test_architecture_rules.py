@@ -1,0 +1,254 @@
+"""The arrows of the design that must never exist, read from the syntax of every file: a late import counts as well."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = "lowrank_dist"
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """Modules under `source` (but not under `exempt`) must not name anything under `target` (but not under `but`)."""
+
+    source: str
+    target: str
+    exempt: tuple[str, ...] = ()
+    but: str = ""
+
+
+def rooms(*names: str) -> tuple[str, ...]:
+    return tuple(f"{PACKAGE}.{name}" for name in names)
+
+
+ARROWS = [
+    Arrow(f"{PACKAGE}.config", "torch"),
+    Arrow(f"{PACKAGE}.config", PACKAGE, but=f"{PACKAGE}.config"),
+    Arrow("", "deepspeed", exempt=rooms("engine")),
+    Arrow("", "megatron", exempt=rooms("parallel", "model", "backend")),
+    Arrow("", "torch.cuda", exempt=rooms("backend")),
+    Arrow("", "torch.ops.lowrank_dist", exempt=rooms("ops")),
+    Arrow("", "torch.ops.load_library", exempt=rooms("ops")),
+    Arrow("", f"{PACKAGE}.ops._C", exempt=rooms("ops")),
+    *(Arrow(f"{PACKAGE}.model", room) for room in rooms("lora", "data", "engine", "checkpoint")),
+    Arrow(f"{PACKAGE}.data", "torch.distributed"),
+    Arrow("", "launch", exempt=("launch",)),
+]
+# What merging may not reach at all, through whatever it imports of ours: it runs without a process group.
+MERGE = f"{PACKAGE}.checkpoint.merge"
+OUT_OF_MERGE = ("deepspeed", "megatron", "torch.distributed")
+# Files are untrusted: nothing may run code that came in one.
+RUNS_CODE = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "torch.load", "torch.save")
+MUST_BE = {"trust_remote_code": False, "allow_pickle": False, "weights_only": True}
+
+
+def under(name: str, prefix: str) -> bool:
+    return not prefix or name == prefix or name.startswith(prefix + ".")
+
+
+class Names(ast.NodeVisitor):
+    """Every dotted name that a module imports, anywhere in it, or reaches through what it imported."""
+
+    def __init__(self, module: str, is_package: bool) -> None:
+        self.found: set[str] = set()
+        self.arguments: list[tuple[str, object]] = []
+        self._parents = module.split(".") if is_package else module.split(".")[:-1]
+        self._aliases: dict[str, str] = {}
+
+    def visit_Import(self, node: ast.Import) -> None:
+        for alias in node.names:
+            self.found.add(alias.name)
+            bound = alias.asname or alias.name.partition(".")[0]
+            self._aliases[bound] = alias.name if alias.asname else bound
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        parents = self._parents[: len(self._parents) - node.level + 1] if node.level else []
+        base = ".".join([*parents, *([node.module] if node.module else [])])
+        self.found.add(base)
+        for alias in node.names:
+            self.found.add(f"{base}.{alias.name}")
+            self._aliases[alias.asname or alias.name] = f"{base}.{alias.name}"
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        parts = [node.attr]
+        value = node.value
+        while isinstance(value, ast.Attribute):
+            parts.append(value.attr)
+            value = value.value
+        if isinstance(value, ast.Name) and value.id in self._aliases:
+            self.found.add(".".join([self._aliases[value.id], *reversed(parts)]))
+        self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        first = node.args[0] if node.args else None
+        if name in ("import_module", "__import__") and isinstance(first, ast.Constant) and isinstance(first.value, str):
+            self.found.add(first.value)
+        for keyword in node.keywords:
+            if keyword.arg in MUST_BE:
+                self.arguments.append((keyword.arg, getattr(keyword.value, "value", None)))
+        self.generic_visit(node)
+
+
+def names_in(source: str, module: str, is_package: bool = False) -> Names:
+    tree = ast.parse(source)
+    names = Names(module, is_package)
+    # Twice: an attribute may stand above the import that binds its root.
+    names.visit(tree)
+    names.visit(tree)
+    return names
+
+
+def broken_arrows(source: str, module: str, is_package: bool = False) -> list[str]:
+    names = names_in(source, module, is_package).found
+    return [
+        f"{module} → {name}"
+        for arrow in ARROWS
+        if under(module, arrow.source) and not any(under(module, room) for room in arrow.exempt)
+        for name in sorted(names)
+        if under(name, arrow.target) and not (arrow.but and under(name, arrow.but))
+    ]
+
+
+def code_from_files(source: str) -> list[str]:
+    names = names_in(source, "module")
+    bad = [name for name in sorted(names.found) if any(under(name, root) for root in RUNS_CODE)]
+    return bad + [f"{key}={value}" for key, value in names.arguments if value is not MUST_BE[key]]
+
+
+def modules(*folders: str) -> Iterator[tuple[str, Path]]:
+    """Dotted name and path of every Python file below the folders."""
+    for folder in folders:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            relative = path.relative_to(ROOT).with_suffix("")
+            parts = relative.parts[:-1] if relative.name == "__init__" else relative.parts
+            yield ".".join(parts), path
+
+
+def reachable(module: str, ours: dict[str, Path]) -> dict[str, set[str]]:
+    """The modules of ours that importing `module` loads, packages above them included, each with all names in it."""
+    reached: dict[str, set[str]] = {}
+    waiting = [module]
+    while waiting:
+        current = waiting.pop()
+        if current in reached or current not in ours:
+            continue
+        reached[current] = names_in(ours[current].read_text(), current, ours[current].name == "__init__.py").found
+        waiting += [current.rpartition(".")[0], *reached[current]]
+    return reached
+
+
+def test_no_forbidden_arrow() -> None:
+    found = list(modules(PACKAGE, "launch"))
+    assert len(found) > 30, "the tree was not found"
+    broken = [line for name, path in found for line in broken_arrows(path.read_text(), name, path.stem == "__init__")]
+    assert broken == []
+
+
+def test_merging_reaches_no_process_group() -> None:
+    reached = reachable(MERGE, dict(modules(PACKAGE)))
+    assert MERGE in reached and f"{PACKAGE}.model.huggingface" in reached
+    bad = [f"{name}: {x}" for name, found in reached.items() for x in found if any(under(x, o) for o in OUT_OF_MERGE)]
+    assert bad == []
+
+
+def test_nothing_runs_code_from_a_file() -> None:
+    files = [path for _, path in modules(PACKAGE, "launch", "benchmarks", "tests")] + [ROOT / "setup.py"]
+    found = {path.relative_to(ROOT): code_from_files(path.read_text()) for path in files}
+    # A test may write what the code under test has to refuse.
+    writes = {"pickle", "pickle.dump", "pickle.dumps", "torch.save"}
+    found = {path: [x for x in bad if path.parts[0] != "tests" or x not in writes] for path, bad in found.items()}
+    assert {str(path): bad for path, bad in found.items() if bad} == {}
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lowrank_dist.config.schema", "def f():\n    import torch"),
+        ("lowrank_dist.config.schema", "from lowrank_dist.errors import UserError"),
+        ("lowrank_dist.config.schema", "from ..errors import UserError"),
+        ("lowrank_dist.lora.inject", "def f():\n    from deepspeed.runtime import zero"),
+        ("launch.train", "import deepspeed"),
+        ("lowrank_dist.data.loader", "import importlib\nimportlib.import_module('megatron.core')"),
+        ("lowrank_dist.checkpoint.adapter", "from megatron.core import parallel_state"),
+        ("lowrank_dist.engine.loop", "import torch\ndef f():\n    torch.cuda.synchronize()"),
+        ("lowrank_dist.engine.loop", "def f():\n    t.cuda.synchronize()\nimport torch as t"),
+        ("lowrank_dist.engine.loop", "from torch import cuda"),
+        ("lowrank_dist.parallel.masks", "import torch\ntorch.ops.lowrank_dist.dropout(1)"),
+        ("lowrank_dist.parallel.masks", "from torch import ops\nops.load_library('x')"),
+        ("lowrank_dist.parallel.masks", "from lowrank_dist.ops import _C"),
+        ("lowrank_dist.model.load", "if True:\n    from lowrank_dist import lora"),
+        ("lowrank_dist.model.load", "import lowrank_dist.checkpoint.merge as m"),
+        ("lowrank_dist.data.loader", "import torch.distributed as dist"),
+        ("lowrank_dist.data.loader", "import torch\nr = torch.distributed.get_rank()"),
+        ("lowrank_dist.cli.main", "from launch.train import main"),
+    ],
+)
+def test_a_planted_arrow_is_found(module: str, source: str) -> None:
+    assert broken_arrows(source, module) != []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lowrank_dist.config.load", "from lowrank_dist.config.schema import Config\nfrom .errors import ConfigError"),
+        ("lowrank_dist.engine.zero", "import deepspeed"),
+        ("lowrank_dist.model.gpt", "from megatron.core.models.gpt import GPTModel"),
+        ("lowrank_dist.backend.select", "import torch\ntorch.cuda.is_available()"),
+        ("lowrank_dist.data.loader", "import torch\nx = torch.arange(3)\nx.cuda()"),
+        ("lowrank_dist.engine.loop", "def f(backend):\n    return backend.torch.cuda"),
+    ],
+)
+def test_what_is_allowed_is_not_found(module: str, source: str) -> None:
+    assert broken_arrows(source, module) == []
+
+
+def test_a_planted_import_below_merging_is_found(tmp_path: Path) -> None:
+    ours = {MERGE: "from lowrank_dist.model.huggingface import x", f"{PACKAGE}.model.huggingface": ""}
+    ours[f"{PACKAGE}.model"] = "import megatron.core"
+    for name, source in ours.items():
+        (tmp_path / name).write_text(source)
+    reached = reachable(MERGE, {name: tmp_path / name for name in ours})
+    assert "megatron.core" in reached[f"{PACKAGE}.model"]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "def f():\n    from pickle import loads",
+        "import torch\ntorch.load('x')",
+        "from torch import load",
+        "f(trust_remote_code=True)",
+        "f(trust_remote_code=flag)",
+        "import numpy\nnumpy.load('x', allow_pickle=True)",
+        "f(weights_only=False)",
+    ],
+)
+def test_planted_code_from_a_file_is_found(source: str) -> None:
+    assert code_from_files(source) != []
+    assert code_from_files("import torch\ntorch.loads = f(trust_remote_code=False, weights_only=True)") == []
+
+
+def test_importing_starts_nothing() -> None:
+    """No CUDA context, no thread, no process group and no logging handler from importing any module of ours."""
+    names = [name for name, _ in modules(PACKAGE)]
+    code = f"""
+import importlib, logging, threading, torch
+before = set(threading.enumerate()), list(logging.getLogger().handlers), logging.getLogger().level
+for name in {names}:
+    importlib.import_module(name)
+assert (set(threading.enumerate()), logging.getLogger().handlers, logging.getLogger().level) == before
+assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()
+assert not [n for n in logging.root.manager.loggerDict if n.startswith("{PACKAGE}") and logging.getLogger(n).handlers]
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
