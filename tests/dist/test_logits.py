@@ -1,0 +1,228 @@
+"""Logits of the sharded model equal transformers' for every family; packed samples equal the samples alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.dist import ranks
+from tests.dist.ranks import run_ranks
+from tests.tiny_models import FAMILY_NAMES, VOCAB, make_tiny
+
+TOLERANCE = 1e-4  # of the largest |logit|, in fp32; found: at most 1.2e-6
+BROKEN = 1e-2  # what a negative control must exceed
+LAYOUTS = {"tp1": (1, False), "tp2": (2, False), "tp2_sp": (2, True), "tp4": (4, False), "tp4_sp": (4, True)}
+ROWS, LENGTH = 2, 16
+FIRST = 9  # the packed row: samples of 9 and 7 tokens
+
+# One KV head for two and four ranks: a rank's rows of the fused matrix begin and end inside a head.
+ONE_KV_HEAD = ("llama", "qwen2", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    base = tmp_path_factory.mktemp("logits")
+    made = {family: make_tiny(family, base / family) for family in FAMILY_NAMES}
+    for family in ONE_KV_HEAD:
+        made[f"{family}_one_kv"] = make_tiny(family, base / f"{family}_one_kv", num_key_value_heads=1)
+    return {name: str(folder) for name, folder in made.items()}
+
+
+@pytest.fixture(scope="module")
+def bf16_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    base = tmp_path_factory.mktemp("logits_bf16")
+    return {family: str(make_tiny(family, base / family, dtype=torch.bfloat16)) for family in FAMILY_NAMES}
+
+
+def tokens() -> torch.Tensor:
+    """[ROWS, LENGTH], the first and the last id of the vocabulary among them."""
+    ids = torch.randint(0, VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(5))
+    ids[0, 3], ids[1, 7] = 0, VOCAB - 1
+    return ids
+
+
+def transformers_logits(folder: str, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype).eval()
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits.double().numpy()
+
+
+def gap(found: np.ndarray, expected: np.ndarray) -> float:
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+def load(folder: str, topology: Any, dtype: str = "fp32", broadcast: bool = False) -> Any:
+    from lowrank_dist.model.build import load_model
+
+    return load_model(
+        Path(folder),
+        topology,
+        device=torch.device("cpu"),
+        dtype=dtype,
+        max_length=LENGTH,
+        vocab_multiple=1,
+        broadcast=broadcast,
+    )
+
+
+def all_logits(
+    folders: dict[str, str], tensor: int, sequence: bool, dtype: str, broken: str = ""
+) -> dict[str, np.ndarray]:
+    """One rank: the logits of every folder, [ROWS, LENGTH, VOCAB] in float64."""
+    topology = ranks.topology(tensor, sequence)
+    ids, positions = tokens(), torch.arange(LENGTH).expand(ROWS, LENGTH)
+    logits = {}
+    for name, folder in folders.items():
+        model = load(folder, topology, dtype)
+        if broken:
+            BREAKAGES[broken](model)
+        logits[name] = model.logits(ids, positions).double().numpy()
+    return logits
+
+
+def exchange_k_and_v(model: Any) -> None:
+    layout, topology = model.architecture.linears["linear_qkv"], model.topology
+    part_of = {
+        s.local_start + i: s.part for s in layout.segments(topology.tp_rank, topology.tp_size) for i in range(s.length)
+    }
+    k, v = ([row for row, part in part_of.items() if part == wanted] for wanted in (1, 2))
+    weight = model.decoder.layers[0].self_attention.linear_qkv.weight
+    weight[k + v] = weight[v + k]
+
+
+def scale_rope_theta(model: Any) -> None:
+    from lowrank_dist.model.architecture import inv_freq
+
+    rope = model.architecture.rope
+    model.inv_freq.copy_(inv_freq(replace(rope, theta=2 * rope.theta), model.architecture.head_dim))
+
+
+def shift_positions(model: Any) -> None:
+    weight = model.embedding.position_embeddings.weight
+    weight.copy_(weight.roll(1, dims=0))
+
+
+def forget_biases(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("linear_qkv.bias"):
+            parameter.zero_()
+
+
+def forget_norm_weights(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+
+
+BREAKAGES: dict[str, Callable[[Any], None]] = {
+    function.__name__: function
+    for function in (exchange_k_and_v, scale_rope_theta, shift_positions, forget_biases, forget_norm_weights)
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equal_transformers(folders: dict[str, str], layout: str) -> None:
+    tensor, sequence = LAYOUTS[layout]
+    expected = {name: transformers_logits(folder, tokens()) for name, folder in folders.items()}
+    for found in run_ranks(tensor, all_logits, folders, tensor, sequence, "fp32"):
+        gaps = {name: gap(found[name], expected[name]) for name in folders}
+        assert max(gaps.values()) <= TOLERANCE, gaps
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bf16_errs_as_transformers_does(bf16_folders: dict[str, str], layout: str) -> None:
+    """Against float32 on the same rounded weights: at most twice the error of transformers' own bf16."""
+    tensor, sequence = LAYOUTS[layout]
+    found = run_ranks(tensor, all_logits, bf16_folders, tensor, sequence, "auto")[0]
+    for family, folder in bf16_folders.items():
+        exact = transformers_logits(folder, tokens())
+        allowed = 2 * gap(transformers_logits(folder, tokens(), torch.bfloat16), exact)
+        assert 0 < gap(found[family], exact) <= allowed, family
+
+
+@pytest.mark.parametrize(
+    ("broken", "families"),
+    [
+        ("exchange_k_and_v", FAMILY_NAMES),
+        ("scale_rope_theta", ("llama", "llama2", "mistral", "qwen2", "qwen3")),
+        ("shift_positions", ("gpt2", "opt")),
+        ("forget_biases", ("qwen2", "gpt2", "opt")),
+        ("forget_norm_weights", FAMILY_NAMES),
+    ],
+)
+def test_notices_what_is_broken(folders: dict[str, str], broken: str, families: tuple[str, ...]) -> None:
+    """Negative controls: every weight or position that could be mistaken moves the logits far beyond the tolerance."""
+    chosen = {family: folders[family] for family in families}
+    found = run_ranks(2, all_logits, chosen, 2, True, "fp32", broken)[0]
+    gaps = {family: gap(found[family], transformers_logits(folder, tokens())) for family, folder in chosen.items()}
+    assert min(gaps.values()) > BROKEN, gaps
+
+
+def test_bf16_notices_exchanged_projections(bf16_folders: dict[str, str]) -> None:
+    """Negative control: twice transformers' error is not so wide that a wrong weight hides in it."""
+    found = run_ranks(2, all_logits, bf16_folders, 2, True, "auto", "exchange_k_and_v")[0]
+    for family, folder in bf16_folders.items():
+        exact = transformers_logits(folder, tokens())
+        assert gap(found[family], exact) > 2 * gap(transformers_logits(folder, tokens(), torch.bfloat16), exact), family
+
+
+def packed_logits(folders: dict[str, str], tensor: int, sequence: bool, segmented: bool) -> dict[str, np.ndarray]:
+    """One rank: logits of one row that holds two samples, [1, LENGTH, VOCAB]; without segments they see each other."""
+    topology = ranks.topology(tensor, sequence)
+    positions = torch.cat((torch.arange(FIRST), torch.arange(LENGTH - FIRST)))[None]
+    segments = ((0, 0, FIRST), (0, FIRST, LENGTH)) if segmented else None
+    models = {name: load(folder, topology) for name, folder in folders.items()}
+    return {name: model.logits(tokens()[:1], positions, segments).double().numpy() for name, model in models.items()}
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2_sp"])
+def test_packed_samples_equal_each_alone(folders: dict[str, str], layout: str) -> None:
+    tensor, sequence = LAYOUTS[layout]
+    ids = tokens()[:1]
+    found = run_ranks(tensor, packed_logits, folders, tensor, sequence, True)[0]
+    for name, folder in folders.items():
+        alone = [transformers_logits(folder, part) for part in (ids[:, :FIRST], ids[:, FIRST:])]
+        assert gap(found[name], np.concatenate(alone, axis=1)) <= TOLERANCE, name
+
+
+def test_notices_samples_that_see_each_other(folders: dict[str, str]) -> None:
+    """Negative control: the same row without segments; the first sample cannot tell, the second must."""
+    ids = tokens()[:1]
+    found = run_ranks(2, packed_logits, folders, 2, True, False)[0]
+    for name, folder in folders.items():
+        assert gap(found[name][:, :FIRST], transformers_logits(folder, ids[:, :FIRST])) <= TOLERANCE, name
+        assert gap(found[name][:, FIRST:], transformers_logits(folder, ids[:, FIRST:])) > BROKEN, name
+
+
+def broadcast_parameters(folders: list[str]) -> tuple[bool, bool]:
+    """One rank of TP 2 × DP 2, whose replica reads a folder of its own; was it replica 0's weights that it got?
+
+    Returns the answer with broadcasting and without.
+    """
+    topology = ranks.topology(2, True)
+    first = dict(load(folders[0], topology).named_parameters())
+    own = folders[topology.dp_rank]
+    answers = []
+    for broadcast in (True, False):
+        found = dict(load(own, topology, broadcast=broadcast).named_parameters())
+        assert found.keys() == first.keys()
+        answers.append(all(torch.equal(found[name], first[name]) for name in first))
+    return answers[0], answers[1]
+
+
+def test_broadcast_gives_what_replica_0_reads(tmp_path: Path) -> None:
+    """Replica 1's folder holds other weights, so that equality can only have come over the wire."""
+    for family in ("qwen2", "gpt2"):
+        folders = [str(make_tiny(family, tmp_path / f"{family}{seed}", seed=seed)) for seed in (0, 1)]
+        results = run_ranks(4, broadcast_parameters, folders)
+        assert [with_broadcast for with_broadcast, _ in results] == [True] * 4
+        # Negative control: ranks 2 and 3 are replica 1 and have read their own.
+        assert [without for _, without in results] == [True, True, False, False]
