@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lowrank_dist.ops.gemm import linear, linear_into
 from lowrank_dist.parallel.collectives import all_reduce, gather_rows, reduce_scatter_rows
 from lowrank_dist.parallel.factors import LowRankFactors
 from lowrank_dist.parallel.masks import Mask
@@ -55,7 +56,7 @@ class LocalLinear(torch.autograd.Function):
     ) -> Tensor:
         x_TK = x.flatten(0, -2)
         u_TR = _masked(mask, x_TK) @ factors.down(x.dtype).t()
-        y_TO = x_TK @ weight.t() if bias is None else torch.addmm(bias, x_TK, weight.t())
+        y_TO = linear(x_TK, weight, bias)
         y_TO.addmm_(u_TR, factors.up(x.dtype).t())
         ctx.save_for_backward(x, u_TR, weight)
         ctx.factors, ctx.mask, ctx.group = factors, mask, group
@@ -69,7 +70,7 @@ class LocalLinear(torch.autograd.Function):
         du_TR = dy_TO @ factors.up(dy.dtype)
         dx, work = None, None
         if ctx.needs_input_grad[0]:
-            dx_TK = dy_TO @ weight
+            dx_TK = linear(dy_TO, weight.t())
             _expand_accumulate(dx_TK, du_TR, factors.down(dy.dtype), mask)
             work = all_reduce(dx_TK, ctx.group) if ctx.group is not None else None
             dx = dx_TK.view_as(x)
@@ -103,7 +104,7 @@ class GatherLinear(torch.autograd.Function):
         gathered, work = gather_rows(message, group)
         work.wait()
         x_TK, u_TR = gathered[:, :k], gathered[:, k:].contiguous()
-        y_TO = x_TK @ weight.t() if bias is None else torch.addmm(bias, x_TK, weight.t())
+        y_TO = linear(x_TK, weight, bias)
         y_TO.addmm_(u_TR, factors.up(x.dtype).t())
         # A shard of X and all of U: never the gathered X.
         ctx.save_for_backward(x, u_TR, weight)
@@ -119,7 +120,7 @@ class GatherLinear(torch.autograd.Function):
         k = x.size(-1) if ctx.needs_input_grad[0] else 0
         message = dy_TO.new_empty(dy_TO.size(0), k + factors.total_rank)
         if k:
-            torch.mm(dy_TO, weight, out=message[:, :k])
+            linear_into(message[:, :k], dy_TO, weight.t())
         torch.mm(dy_TO, factors.up(dy.dtype), out=message[:, k:])
         reduced, work = reduce_scatter_rows(message, ctx.group)
         db = factors.grad_b(dy_TO.t() @ u_TR)
@@ -141,7 +142,7 @@ class PartialLinear(torch.autograd.Function):
         x_TK = x.flatten(0, -2)
         out_features = weight.size(0)
         partial = x_TK.new_empty(x_TK.size(0), out_features + factors.total_rank)
-        torch.mm(x_TK, weight.t(), out=partial[:, :out_features])
+        linear_into(partial[:, :out_features], x_TK, weight)
         torch.mm(_masked(mask, x_TK), factors.down(x.dtype).t(), out=partial[:, out_features:])
         ctx.save_for_backward(x, weight)
         ctx.factors, ctx.mask = factors, mask
@@ -155,7 +156,7 @@ class PartialLinear(torch.autograd.Function):
         dy_TO, du_TR = dp_T[:, : weight.size(0)], dp_T[:, weight.size(0) :]
         dx = None
         if ctx.needs_input_grad[0]:
-            dx_TK = dy_TO @ weight
+            dx_TK = linear(dy_TO, weight.t())
             _expand_accumulate(dx_TK, du_TR, factors.down(dp.dtype), mask)
             dx = dx_TK.view_as(x)
         da = factors.grad_a(du_TR.t() @ _masked(mask, x.flatten(0, -2)))

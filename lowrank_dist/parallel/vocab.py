@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lowrank_dist.ops.gemm import linear
 from lowrank_dist.parallel.collectives import all_gather_columns
 
 # Largest block of fp32 logits that exists at one time. A larger vocabulary is cut into more blocks of positions.
@@ -62,7 +63,7 @@ def _block(
     hidden: Tensor, weight: Tensor, local_targets: Tensor, group: ProcessGroup, needs_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss and this rank's part of the gradient with respect to `hidden`, for one block of positions."""
-    logits = (hidden @ weight.t()).float()
+    logits = linear(hidden, weight).float()
     if weight.size(0):
         peak = logits.amax(dim=-1, keepdim=True)
     else:  # a rank that holds nothing but vocabulary padding
@@ -81,7 +82,7 @@ def _block(
     if not needs_grad:
         return loss, None
     # Σ_v exp(l_v)·W_v is divided by Σ exp afterwards: one pass over n×H instead of one over n×V.
-    grad = (logits.to(weight.dtype) @ weight).float().div_(sums[:, :1])
+    grad = linear(logits.to(weight.dtype), weight.t()).float().div_(sums[:, :1])
     if weight.size(0):
         grad -= weight[column[:, 0]] * mine[:, None]
     return loss, grad.to(hidden.dtype)
