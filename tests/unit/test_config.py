@@ -243,3 +243,10 @@ def test_importing_the_config_imports_no_torch() -> None:
     run = [sys.executable, "-c"]
     assert subprocess.run([*run, code.format("lowrank_dist.config")], check=False).returncode == 0
     assert subprocess.run([*run, code.format("lowrank_dist.ops.extension")], check=False).returncode == 1
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_the_shipped_configs_are_valid_and_say_how_they_are_launched(path: Path) -> None:
+    load_config([str(path)])
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"launch/train.py configs/{path.name}" in line for line in header)
