@@ -39,6 +39,7 @@ class Setting:
     steps: int = 3
     lr: float = 1e-2
     dtype: str = "fp32"
+    rslora: bool = False
     broken: str = ""
 
 
@@ -104,7 +105,7 @@ def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
         4,
         8.0,
         targets,
-        False,
+        setting.rslora,
         {"down_proj": 6} if setting.targets == ("all-linear",) and model.architecture.gated else {},
         {},
     )

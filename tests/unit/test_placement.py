@@ -1,0 +1,113 @@
+"""Which linears get which factors, how A starts, and what users are told when a target is wrong."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from lowrank_dist.errors import UserError
+from lowrank_dist.lora.inject import initial_a
+from lowrank_dist.lora.placement import LoraRules, place
+from lowrank_dist.model.architecture import Architecture
+from lowrank_dist.model.huggingface import load_architecture
+from tests.tiny_models import make_tiny
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("placement")
+    return {family: make_tiny(family, base / family) for family in ("llama", "gpt2", "opt")}
+
+
+@pytest.fixture(scope="module")
+def architectures(folders: dict[str, Path]) -> dict[str, Architecture]:
+    return {family: load_architecture(folder) for family, folder in folders.items()}
+
+
+def paths(architecture: Architecture, targets: str | list[str]) -> set[str]:
+    placements = place(architecture, LoraRules(4, 8.0, targets, False, {}, {}))
+    return {factor.path for placement in placements for factor in placement.factors}
+
+
+def peft_paths(folder: Path, targets: str | list[str]) -> set[str]:
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    )
+    suffix, prefix = ".lora_A.default", "base_model.model."
+    return {
+        name.removeprefix(prefix).removesuffix(suffix) for name, _ in model.named_modules() if name.endswith(suffix)
+    }
+
+
+TARGETS = {
+    "llama": ["all-linear", ["q_proj", "v_proj"], ["0.self_attn.q_proj"], r".*\.1\.(self_attn|mlp)\.(o|down)_proj"],
+    "gpt2": ["all-linear", ["c_attn"], ["attn.c_proj", "c_fc"], r"transformer\.h\.0\.mlp\.c_.*"],
+    "opt": ["all-linear", ["out_proj", "fc1"], ["layers.1.fc2"]],
+}
+
+
+@pytest.mark.parametrize(("family", "targets"), [(f, t) for f, every in TARGETS.items() for t in every])
+def test_targets_mean_what_they_mean_to_peft(
+    folders: dict[str, Path], architectures: dict[str, Architecture], family: str, targets: str | list[str]
+) -> None:
+    found = paths(architectures[family], targets)
+    assert found == peft_paths(folders[family], targets) and found
+    other = next(t for t in TARGETS[family] if t != targets)
+    assert found != peft_paths(folders[family], other), "two targets that mean the same prove nothing"
+
+
+def test_ranks_and_scales_by_pattern(architectures: dict[str, Architecture]) -> None:
+    rules = LoraRules(8, 16.0, "all-linear", True, {"v_proj": 2, r"1\.mlp\.down_proj": 5}, {"v_proj": 3.0})
+    specs = {f.path: f for p in place(architectures["llama"], rules) for f in p.factors}
+    v, down0, down1 = (
+        specs[f"model.layers.{layer}.{name}"]
+        for layer, name in ((0, "self_attn.v_proj"), (0, "mlp.down_proj"), (1, "mlp.down_proj"))
+    )
+    assert (v.rank, v.alpha, v.scale) == (2, 3.0, 3.0 / math.sqrt(2))
+    assert (down0.rank, down0.scale) == (8, 16.0 / math.sqrt(8))
+    assert (down1.rank, down1.scale) == (5, 16.0 / math.sqrt(5))
+
+
+@pytest.mark.parametrize(
+    ("rules", "named"),
+    [
+        (LoraRules(4, 8.0, ["q_prj"], False, {}, {}), "'q_prj'"),
+        (LoraRules(4, 8.0, ["q_proj", "c_attn"], False, {}, {}), "'c_attn'"),
+        (LoraRules(4, 8.0, r"model\.layers\.7\..*", False, {}, {}), "layers"),
+        (LoraRules(4, 8.0, ["q_proj"], False, {"k_proj": 2}, {}), "lora.rank_pattern: 'k_proj'"),
+        (LoraRules(4, 8.0, ["q_proj"], False, {}, {"w": 2.0}), "lora.alpha_pattern: 'w'"),
+    ],
+)
+def test_what_matches_nothing_is_an_error(architectures: dict[str, Architecture], rules: LoraRules, named: str) -> None:
+    with pytest.raises(UserError, match="matches no linear of this llama model") as error:
+        place(architectures["llama"], rules)
+    assert named in str(error.value) and "q_proj" in str(error.value) and "down_proj" in str(error.value)
+
+
+def test_a_module_and_its_part_are_one_too_many(architectures: dict[str, Architecture]) -> None:
+    with pytest.raises(UserError, match=r"transformer\.h\.0\.attn\.c_attn and transformer\.h\.0\.attn\.q_proj"):
+        place(architectures["gpt2"], LoraRules(4, 8.0, ["c_attn", "q_proj"], False, {}, {}))
+
+
+def test_a_starts_as_peft_starts_it(folders: dict[str, Path], architectures: dict[str, Architecture]) -> None:
+    """U(−1/√in, 1/√in) with the full fan-in: same bound and spread as PEFT's own draw."""
+    placements = place(architectures["llama"], LoraRules(64, 8.0, ["down_proj"], False, {}, {}))
+    spec = placements[0].factors[0]
+    ours = initial_a(spec, seed=1)
+    config = LoraConfig(r=64, target_modules=["down_proj"], task_type="CAUSAL_LM")
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(folders["llama"]), config).get_submodule(
+        f"base_model.model.{spec.path}.lora_A.default"
+    )
+    assert ours.shape == theirs.weight.shape == (64, 96)
+    bound = 1 / math.sqrt(96)
+    for draw in (ours, theirs.weight.detach()):
+        assert 0.99 * bound < draw.abs().max() <= bound
+        assert abs(draw.std() / (bound / math.sqrt(3)) - 1) < 0.03
+    assert torch.equal(ours, initial_a(spec, seed=1))
+    assert not torch.equal(ours, initial_a(spec, seed=2))
+    assert not torch.equal(ours, initial_a(placements[1].factors[0], seed=1))
