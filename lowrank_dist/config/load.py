@@ -106,6 +106,8 @@ class _Raw:
         if isinstance(section, dict):
             self._origin = {known: at for known, at in self._origin.items() if known[:2] != key}
             self._origin[key] = COMMAND_LINE
+            if key[0] not in Config.model_fields:  # pydantic will complain of the section, and YAML may not have it
+                self._origin.setdefault(key[:1], COMMAND_LINE)
             section[key[1]] = None if node is None else self._construct(node, key, lambda node: COMMAND_LINE)
 
     def _construct(self, node: yaml.Node, key: Key, place: Callable[[yaml.Node], str]) -> Any:

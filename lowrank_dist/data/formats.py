@@ -124,7 +124,9 @@ def _parse(raw: bytes, *, first: bool) -> dict[str, Any]:
     try:
         value = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
-        raise _Problem(f"malformed JSON at column {error.colno}: {error.msg}; write one JSON object a line") from error
+        # Not error.colno: a line that breaks off is blamed on the column after its newline.
+        where = f"malformed JSON at column {error.pos + 1}"
+        raise _Problem(f"{where}: {error.msg}; write one JSON object a line") from error
     except RecursionError as error:
         raise _Problem("JSON nested too deeply; write one flat object a line") from error
     if not isinstance(value, dict):

@@ -68,6 +68,8 @@ class AdapterSaver:
                     self._write(step, adapter_factors(whole), final)
                 except UserError as failure:
                     error = failure
+                except OSError as failure:  # the other ranks wait for an answer: any failure to write is one
+                    error = UserError(f"step {step}: cannot save to {self._folder.path}: {failure}; is the disk full?")
         if not all_succeeded(error is None, self._topology.world_group, self._backend.device):
             raise error or UserError(f"step {step}: rank 0 could not save the adapter; see its message")
 

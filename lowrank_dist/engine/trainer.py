@@ -97,9 +97,9 @@ class Trainer:
             total += self.optimiser.accumulate(lambda moved=moved: self._loss(moved), 1 / batch.global_targets, last)
         dist.all_reduce(total, group=self.topology.dp_group)
         loss, lr = total.item() / batch.global_targets, self.schedule.at(step)
-        self._require_finite(loss, "loss", step)
+        self._require_finite(loss, "loss", step + 1)
         norm = self.optimiser.step(lr)
-        self._require_finite(norm, "gradient norm", step)
+        self._require_finite(norm, "gradient norm", step + 1)
         if (step + 1) % self.pace.log_every == 0 or step + 1 == self.pace.steps:
             self.backend.synchronize()
             self.monitor.record(
@@ -138,10 +138,10 @@ class Trainer:
         """Keep the trained model's logits on a few rows, so that adapter and merge can be held against them."""
         batch = next(self.evaluation()) if self.evaluation is not None else self.train.step(0)
         self.model.eval()
-        moved = self._to_device(batch.microbatches[0])
-        segments = None if moved.segments is None else tuple(s for s in moved.segments if s[0] < rows)
-        logits = self.model.logits(moved.input_ids[:rows], moved.position_ids[:rows], segments)
-        self.saver.keep_probe(moved.input_ids[:rows], logits)
+        # Plain rows of tokens, packed or not: whoever compares has the tokens alone, and knows of no samples in a row.
+        input_ids = self._to_device(batch.microbatches[0]).input_ids[:rows]
+        positions = torch.arange(input_ids.size(1), device=input_ids.device).expand_as(input_ids)
+        self.saver.keep_probe(input_ids, self.model.logits(input_ids, positions))
 
     def _loss(self, batch: Microbatch) -> Tensor:
         return self.model.loss(
@@ -167,6 +167,6 @@ class Trainer:
         """Every rank holds the same value, so every rank stops at the same step."""
         if not math.isfinite(value):
             raise UserError(
-                f"step {step + 1}: the {what} is {value}; training stops on every rank. Lower train.lr, add "
+                f"step {step}: the {what} is {value}; training stops on every rank. Lower train.lr, add "
                 "train.warmup_steps, or look at the samples of this step"
             )

@@ -51,7 +51,7 @@ def test_extra_keys_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "fragments"),
     [
-        ('{"prompt": "a", "completion": ', ["malformed JSON at column", "one JSON object a line"]),
+        ('{"prompt": "a", "completion": ', ["malformed JSON at column 31", "one JSON object a line"]),
         ("[" * 100_000, ["nested too deeply"]),
         ('["a"]', ["JSON array where an object"]),
         ("7", ["JSON number where an object"]),

@@ -1,0 +1,170 @@
+"""Runs of launch/train.py for the integration tests: under a launcher, or as the main program of spawned ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import yaml
+
+from tests.dist import ranks
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT = 180
+LAUNCHER_VARIABLES = tuple("RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How launch/train.py ended: under a launcher, or on one rank of the pool."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
+    """One JSON value a line; text is written as it is."""
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_config(path: Path, sections: dict[str, Any]) -> Path:
+    """`sections` as YAML; paths become text."""
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(sections, default=str)), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Every entry below `folder`: the hash of a file, where a link points, "" for a folder."""
+
+    def content(path: Path) -> str:
+        if path.is_symlink():
+            return f"-> {os.readlink(path)}"
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+
+    return {str(path.relative_to(folder)): content(path) for path in sorted(folder.rglob("*"))}
+
+
+def metrics(run: Path, name: str) -> np.ndarray:
+    """All values of one name in metrics.jsonl, in order."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return np.array([record[name] for record in records if name in record])
+
+
+def deepspeed(size: int, *arguments: object) -> Outcome:
+    """`deepspeed --num_gpus size launch/train.py …`, as the README says it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return program(["deepspeed", "--num_gpus", str(size), "--master_port", str(port), "launch/train.py", *arguments])
+
+
+def torchrun(size: int, *arguments: object) -> Outcome:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+    return program([*launcher, "launch/train.py", *arguments])
+
+
+def program(command: Sequence[object]) -> Outcome:
+    """Run a command from the root of the repository, with the programs beside this interpreter on PATH."""
+    inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    beside = Path(sys.executable).parent
+    environment = {**inherited, "DS_ACCELERATOR": "cpu", "PATH": f"{beside}{os.pathsep}{os.environ['PATH']}"}
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that a hang ends with the launcher's workers, not with the launcher alone
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return Outcome(process.returncode, stdout, stderr)
+
+
+def in_ranks(size: int, *arguments: object, launcher: bool = True) -> list[Outcome]:
+    """launch/train.py as the main program of `size` spawned ranks, without the seconds that a launcher's start costs.
+
+    Everything is the program's own but the process group and its subgroups, which the ranks have already and keep.
+    launcher=False: nothing is replaced, and the environment is one that no launcher has prepared.
+    """
+    return ranks.run_ranks(size, _main, [str(argument) for argument in arguments], launcher)
+
+
+def _main(arguments: list[str], launcher: bool) -> Outcome:
+    import torch.distributed as dist
+
+    from lowrank_dist.backend import select
+    from lowrank_dist.parallel.topology import Topology
+
+    build = Topology.build
+
+    def kept(tensor: int, data: int | None, sequence: bool | None, timeout_seconds: int) -> Topology:
+        if dist.get_world_size() != tensor * (data or dist.get_world_size() // tensor):
+            build(tensor, data, sequence, timeout_seconds)
+            raise AssertionError("a layout that does not fit the ranks was accepted")
+        with mock.patch.object(Topology, "build", build):
+            return ranks.topology(tensor, sequence is not False)
+
+    # announces_failure() counts in the job's store; of this run no rank has failed yet.
+    if dist.get_rank() == 0:
+        dist.distributed_c10d._get_default_store().delete_key("lowrank_dist/failed")
+    dist.barrier()
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(sys, "argv", ["launch/train.py", *arguments]))
+        stack.enter_context(mock.patch.dict(os.environ))
+        if launcher:
+            stack.enter_context(mock.patch.object(Topology, "build", kept))
+            stack.enter_context(mock.patch.object(select, "init_process_group", lambda *_: dist.barrier()))
+            stack.enter_context(mock.patch.object(select, "shutdown"))  # it would destroy the groups
+        else:
+            for name in LAUNCHER_VARIABLES:
+                os.environ.pop(name, None)
+        stack.enter_context(warnings.catch_warnings())
+        stack.callback(_restore_logging, logging.getLogger().level, list(logging.getLogger().handlers))
+        stack.enter_context(contextlib.redirect_stdout(stdout))
+        stack.enter_context(contextlib.redirect_stderr(stderr))
+        try:
+            runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        except Exception:
+            traceback.print_exc()
+            code = 1
+    return Outcome(code, stdout.getvalue(), stderr.getvalue())
+
+
+def _restore_logging(level: int, handlers: list[logging.Handler]) -> None:
+    root = logging.getLogger()
+    root.setLevel(level)
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+        handler.close()
