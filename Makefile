@@ -38,6 +38,7 @@ quickstart: export MAKE_STARTED_MS := $(shell date +%s%3N)
 quickstart: $(READY)
 	bash launch/quickstart/run.sh
 
+# With PYTHON given it installs nothing and needs no network (tests/gpu/README.md).
 gpu-check: $(READY)
 	bash tests/gpu/check.sh
 

@@ -8,10 +8,16 @@ Exit code 0 on success, 2 for a mistake in the input (one message, no traceback)
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
-from lowrank_dist.backend.select import announces_failure, init_process_group, quiet_libraries, select_backend, shutdown
+from lowrank_dist.backend.select import (
+    announces_failure,
+    init_process_group,
+    local_rank_and_size,
+    quiet_libraries,
+    select_backend,
+    shutdown,
+)
 from lowrank_dist.config import Config, ConfigError, load_config
 from lowrank_dist.errors import UserError
 
@@ -24,13 +30,11 @@ def main(config: Config) -> None:
     from lowrank_dist.model.build import load_model
     from lowrank_dist.parallel.topology import Topology
 
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    backend = select_backend(config.model.device, local_rank, local_size)
+    backend = select_backend(config.model.device, *local_rank_and_size())
     folder = prepare_folder(config)
     init_process_group(backend, config.engine.timeout_seconds)
     parallel = config.parallel
     topology = Topology.build(parallel.tensor, parallel.data, parallel.sequence, config.engine.timeout_seconds)
-    folder.open(topology.world_group.rank(), config.to_yaml())
     model = load_model(
         config.model.path,
         topology,
@@ -42,6 +46,8 @@ def main(config: Config) -> None:
     )
     theta = build_theta(model, config, topology)
     data = build_data(config, model.architecture.vocab, topology)
+    # Only now: a start that fails for its input leaves no folder that would refuse the corrected one.
+    folder.open(topology.world_group.rank(), config.to_yaml())
     build_trainer(model, theta, data, config, folder, topology, backend).run()
 
 

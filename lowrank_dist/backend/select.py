@@ -48,6 +48,15 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 
+def local_rank_and_size() -> tuple[int, int]:
+    """This rank's number on its node and how many ranks the node runs, as the launcher says; (0, 1) without one.
+
+    torchrun says the size in LOCAL_WORLD_SIZE, the deepspeed launcher in LOCAL_SIZE.
+    """
+    size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
+    return int(os.environ.get("LOCAL_RANK", "0")), int(size)
+
+
 def select_backend(requested: str, local_rank: int, local_size: int) -> Backend:
     """Choose the device of this rank and let Megatron know. `requested` is "auto", "cpu" or "cuda".
 
@@ -78,11 +87,20 @@ def init_process_group(backend: Backend, timeout_seconds: int) -> None:
             f"launch/train.py runs under a launcher: {', '.join(missing)} not set. "
             "Start it with `deepspeed --num_gpus N launch/train.py CONFIG` or torchrun"
         )
-    dist.init_process_group(
-        backend.collective,
-        timeout=timedelta(seconds=timeout_seconds),
-        device_id=backend.device if backend.collective == "nccl" else None,
-    )
+    # Without device_id: with it NCCL would at once split off a communicator for each of the twenty-odd groups that
+    # Megatron makes, most of them of one rank, and a job of one rank can fail in that split (DeepSpeed issue 8248).
+    dist.init_process_group(backend.collective, timeout=timedelta(seconds=timeout_seconds))
+    name_own_device(backend)
+
+
+def name_own_device(backend: Backend) -> None:
+    """Let LOCAL_RANK be the number of this rank's GPU, which is what DeepSpeed's engine takes it for.
+
+    It calls torch.cuda.set_device(LOCAL_RANK), which fails or moves the rank where several ranks share a GPU. Called
+    once the ranks have met: until then LOCAL_RANK says which of them speaks for its node.
+    """
+    if backend.device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(backend.device.index)
 
 
 def announces_failure() -> bool:

@@ -1,7 +1,10 @@
-"""Spawned gloo ranks for the distributed tests: started once a world size, reused by every test.
+"""Spawned ranks for the distributed tests: started once a world size, reused by every test.
 
 A rank that raises fails the test with its traceback and ends its world; a hang ends after TIMEOUT seconds as an error,
 because every process group carries that timeout.
+
+They run on CPUs unless LOWRANK_DIST_TEST_DEVICE=cuda (tests/gpu/check.sh). Ranks that outnumber the GPUs share them,
+over gloo, which stages through the host. A test builds its tensors on `device()`; a rank returns numpy either way.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 TIMEOUT = 90
+DEVICE = os.environ.get("LOWRANK_DIST_TEST_DEVICE", "cpu")
+_device: Any = None
 _worlds: dict[int, _World] = {}
 _topologies: dict[int, tuple[Any, dict[str, Any]]] = {}
 
@@ -92,6 +97,13 @@ def topology(tensor: int, sequence: bool) -> Any:
     return replace(built, sequence_parallel=sequence and tensor > 1)
 
 
+def device() -> Any:
+    """The torch device of this rank; in the process that runs the tests, the one that they are about."""
+    import torch
+
+    return torch.device(DEVICE) if _device is None else _device
+
+
 @atexit.register
 def close_worlds() -> None:
     while _worlds:
@@ -102,15 +114,22 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from lowrank_dist.backend.select import select_backend
+    from lowrank_dist.backend.select import name_own_device, select_backend
 
+    global _device
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    # The tests are about numbers: the device is a CPU unless the GPU check says otherwise.
-    select_backend(os.environ.get("LOWRANK_DIST_TEST_DEVICE", "cpu"), rank, size)
+    backend = select_backend(DEVICE, rank, size)
+    _device = backend.device
+    if _device.type == "cuda":
+        # torch's default, said aloud: fp32 products in TF32 err by 1e-3, and the tolerances here are those of fp32.
+        torch.set_float32_matmul_precision("highest")
+    # A world of one has nobody to talk to: NCCL at N = 1 is tried by tests/gpu/short_run.py, not by every reference.
+    collective = backend.collective if size > 1 else "gloo"
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
+        collective, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
     )
+    name_own_device(backend)
     while True:
         try:
             function, arguments = pipe.recv()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.dist import ranks
 from tests.dist.ranks import run_ranks
 from tests.dist.test_twins import TOLERANCE
 from tests.dist.tiny_runs import Setting, build, forward_backward, microbatches, train, worst
@@ -85,7 +86,7 @@ def no_targets(setting: Setting) -> tuple[float, float]:
     model, adapted, masks, _ = build(setting)
     (b,), _ = microbatches(setting, 0, 1, 2)
     masks.set(0, b.dropout_rows)
-    none = torch.zeros(0, dtype=torch.int64)
+    none = torch.zeros(0, dtype=torch.int64, device=ranks.device())
     loss = model.loss(b.input_ids, b.position_ids, none, none, b.segments)
     loss.backward()
     return loss.item(), sum(float(p.grad.abs().sum()) for linear in adapted for p in linear.factors.parameters())

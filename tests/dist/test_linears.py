@@ -112,10 +112,11 @@ def build(layout: LinearLayout, topology: Any) -> tuple[torch.nn.Module, Adapted
     from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 
     n, rank = topology.tp_size, topology.tp_rank
+    device = ranks.device()
     config = ModelParallelConfig(
         tensor_model_parallel_size=n,
         sequence_parallel=topology.sequence_parallel,
-        use_cpu_initialization=True,
+        use_cpu_initialization=device.type == "cpu",
         perform_initialization=False,
         params_dtype=torch.float64,
     )
@@ -130,7 +131,7 @@ def build(layout: LinearLayout, topology: Any) -> tuple[torch.nn.Module, Adapted
     sharded_a = layout.kind == "row"
     k = HIDDEN // n if sharded_a else HIDDEN
     factors = LowRankFactors(
-        _shards(placement(layout), rank, n), k, linear.weight.size(0), sharded_a=sharded_a, device=torch.device("cpu")
+        _shards(placement(layout), rank, n), k, linear.weight.size(0), sharded_a=sharded_a, device=device
     ).double()
     return linear, AdaptedLinear(placement(layout), factors)
 
@@ -154,15 +155,16 @@ def run_linear(name: str, sequence: bool, p: float, zero_b: bool, needs_dx: bool
         linear.bias.data.copy_(data["bias"])
     spread_factors([adapted], rank, data["theta"])
     masks = MaskSource(SEED, quantise(p))
-    masks.set(STEP + (broken == "mask"), data["rows"] + (broken == "mask_row"))
+    masks.set(STEP + (broken == "mask"), data["rows"].to(ranks.device()) + (broken == "mask_row"))
     linear.attach(adapted.factors, masks, STREAM)
 
     tokens = slice(rank * S // n, (rank + 1) * S // n) if sharded else slice(None)
     x = data["x"][..., rank * HIDDEN // n : (rank + 1) * HIDDEN // n] if layout.kind == "row" else data["x"][tokens]
-    x = x.clone().requires_grad_(needs_dx)
+    x = x.to(ranks.device()).clone().requires_grad_(needs_dx)
     y, _ = linear(x)
     rows = global_rows(layout, rank, n)
-    y.backward(data["dy"][tokens] if layout.kind == "row" else data["dy"][..., rows])
+    dy = data["dy"].to(ranks.device())
+    y.backward(dy[tokens] if layout.kind == "row" else dy[..., rows])
 
     if n > 1 and broken != "deferred":
         for parameter in adapted.factors.parameters():
@@ -170,8 +172,8 @@ def run_linear(name: str, sequence: bool, p: float, zero_b: bool, needs_dx: bool
                 dist.all_reduce(parameter.grad)
     gradients = gather_factors([adapted], topology.tp_group, lambda parameter: parameter.grad)
     result = {f"{path}.{k}": getattr(f, k).numpy() for path, f in gradients.items() for k in ("a", "b")}
-    result["y"], result["rows"], result["tokens"] = y.detach().numpy(), rows, (tokens.start or 0)
-    result["dx"] = x.grad.numpy() if needs_dx else None
+    result["y"], result["rows"], result["tokens"] = y.detach().cpu().numpy(), rows, (tokens.start or 0)
+    result["dx"] = x.grad.cpu().numpy() if needs_dx else None
     return result
 
 

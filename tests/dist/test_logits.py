@@ -49,9 +49,11 @@ def tokens() -> torch.Tensor:
 
 
 def transformers_logits(folder: str, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype).eval()
+    """In fp32 the truth, on a CPU; in bf16 what plain PyTorch makes of it on the device under test."""
+    device = torch.device("cpu") if dtype == torch.float32 else ranks.device()
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype).eval().to(device)
     with torch.no_grad():
-        return model(ids, use_cache=False).logits.double().numpy()
+        return model(ids.to(device), use_cache=False).logits.double().cpu().numpy()
 
 
 def gap(found: np.ndarray, expected: np.ndarray) -> float:
@@ -65,7 +67,7 @@ def load(folder: str, topology: Any, dtype: str = "fp32", broadcast: bool = Fals
     return load_model(
         Path(folder),
         topology,
-        device=torch.device("cpu"),
+        device=ranks.device(),
         dtype=dtype,
         max_length=LENGTH,
         vocab_multiple=1,
@@ -78,13 +80,14 @@ def all_logits(
 ) -> dict[str, np.ndarray]:
     """One rank: the logits of every folder, [ROWS, LENGTH, VOCAB] in float64."""
     topology = ranks.topology(tensor, sequence)
-    ids, positions = tokens(), torch.arange(LENGTH).expand(ROWS, LENGTH)
+    device = ranks.device()
+    ids, positions = tokens().to(device), torch.arange(LENGTH, device=device).expand(ROWS, LENGTH)
     logits = {}
     for name, folder in folders.items():
         model = load(folder, topology, dtype)
         if broken:
             BREAKAGES[broken](model)
-        logits[name] = model.logits(ids, positions).double().numpy()
+        logits[name] = model.logits(ids, positions).double().cpu().numpy()
     return logits
 
 
@@ -177,10 +180,11 @@ def test_bf16_notices_exchanged_projections(bf16_folders: dict[str, str]) -> Non
 def packed_logits(folders: dict[str, str], tensor: int, sequence: bool, segmented: bool) -> dict[str, np.ndarray]:
     """One rank: logits of one row that holds two samples, [1, LENGTH, VOCAB]; without segments they see each other."""
     topology = ranks.topology(tensor, sequence)
-    positions = torch.cat((torch.arange(FIRST), torch.arange(LENGTH - FIRST)))[None]
+    positions = torch.cat((torch.arange(FIRST), torch.arange(LENGTH - FIRST)))[None].to(ranks.device())
     segments = ((0, 0, FIRST), (0, FIRST, LENGTH)) if segmented else None
+    ids = tokens()[:1].to(ranks.device())
     models = {name: load(folder, topology) for name, folder in folders.items()}
-    return {name: model.logits(tokens()[:1], positions, segments).double().numpy() for name, model in models.items()}
+    return {name: model.logits(ids, positions, segments).double().cpu().numpy() for name, model in models.items()}
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2_sp"])

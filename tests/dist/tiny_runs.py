@@ -5,7 +5,7 @@ Everything goes through the production code (load_model, inject, ZeroOptimiser);
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +71,23 @@ def microbatches(setting: Setting, dp_rank: int, dp_size: int, pad_multiple: int
     ours = rows[dp_rank * len(rows) // dp_size : (dp_rank + 1) * len(rows) // dp_size]
     size = min(setting.micro_batch, len(ours))
     return [
-        build_microbatch(
-            ours[at : at + size],
-            max_length=MAX_LENGTH,
-            packing=setting.packing,
-            pad_multiple=setting.pad_to or pad_multiple,
+        on_device(
+            build_microbatch(
+                ours[at : at + size],
+                max_length=MAX_LENGTH,
+                packing=setting.packing,
+                pad_multiple=setting.pad_to or pad_multiple,
+            )
         )
         for at in range(0, len(ours), size)
     ], targets
+
+
+def on_device(batch: Any) -> Any:
+    """The same microbatch with its tensors on this rank's device."""
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    moved = {name: value.to(ranks.device()) for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(batch, **moved)
 
 
 def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
@@ -94,7 +103,7 @@ def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
     model = load_model(
         Path(setting.folder),
         topology,
-        device=torch.device("cpu"),
+        device=ranks.device(),
         dtype=setting.dtype,
         max_length=MAX_LENGTH,
         vocab_multiple=setting.vocab_multiple,
@@ -143,7 +152,7 @@ def forward_backward(setting: Setting) -> dict[str, Any]:
     model, adapted, masks, topology = build(setting)
     pad = topology.tp_size if topology.sequence_parallel else 1
     batches, targets = microbatches(setting, topology.dp_rank, topology.dp_size, pad)
-    total = torch.zeros(())
+    total = torch.zeros((), device=ranks.device())
     for batch in batches:
         masks.set(0, batch.dropout_rows + (setting.broken == "mask"))
         loss = model.loss(batch.input_ids, batch.position_ids, batch.target_index, batch.target_ids, batch.segments)
@@ -175,7 +184,7 @@ def train(setting: Setting) -> dict[str, Any]:
     batches, targets = microbatches(setting, topology.dp_rank, topology.dp_size, pad)
     losses, norms = [], []
     for step in range(setting.steps):
-        total = torch.zeros(())
+        total = torch.zeros((), device=ranks.device())
         for index, batch in enumerate(batches):
             masks.set(step, batch.dropout_rows)
             total += optimiser.accumulate(

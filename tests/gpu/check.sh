@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# `make gpu-check`: what can be proven only on a GPU, in nine minutes, from this tree alone and without a network.
+#
+#   make gpu-check PYTHON=python3            on the interpreter that has torch
+#   GPU_CHECK_DEVICE=cpu tests/gpu/check.sh  a rehearsal of every step without a GPU
+#
+# Every step runs, whatever the one before it did; the table at the end says what passed. Packages that the interpreter
+# lacks are taken from wheels in .whl/ (README.md beside this file). Logs lie in build/gpu-check.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+readonly python=${PYTHON:-python3}
+readonly device=${GPU_CHECK_DEVICE:-cuda}
+readonly seconds=${GPU_CHECK_SECONDS:-525} # of all steps; what has not begun by then is reported, not run
+readonly out=build/gpu-check site=build/gpu-site
+
+export PYTHONPATH="$PWD:$PWD/$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export LOWRANK_DIST_TEST_DEVICE=$device HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# All ranks are on this machine, whose own name may mean nothing where there is no network.
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
+
+rm -rf "$out"
+mkdir -p "$out"
+names=() results=()
+failed=0
+
+# step LIMIT NAME COMMAND...: runs the command for at most LIMIT seconds; its output goes to a log.
+step() {
+    local limit=$1 name=$2 log="$out/${2//[^a-zA-Z0-9]/-}.log" start=$SECONDS code result
+    shift 2
+    ((limit > seconds - SECONDS)) && limit=$((seconds - SECONDS))
+    if ((limit < 5)); then
+        names+=("$name") results+=("NO TIME LEFT") failed=1
+        echo "== $name: no time left"
+        return
+    fi
+    echo "== $name (at most $limit s)"
+    timeout -k 5 "$limit" "$@" >"$log" 2>&1
+    code=$?
+    case $code in
+        0) result=ok ;;
+        124 | 137) result="FAILED: ran past $limit s" ;;
+        *) result="FAILED: code $code" ;;
+    esac
+    if ((code)); then
+        failed=1
+        tail -n 40 "$log" | cut -c -400
+        echo "-- whole log: $log"
+    else
+        grep -E '^(ok |FAIL)|passed|^(torch|GPU|nvcc)' "$log" | tail -n 12
+    fi
+    names+=("$name") results+=("$result, $((SECONDS - start)) s")
+}
+
+tests() { local limit=$1 name=$2; shift 2; step "$limit" "$name" "$python" -m pytest -q -rs -p no:cacheprovider "$@"; }
+
+# short_run NAME LAUNCHER RANKS DTYPE COLLECTIVE
+short_run() {
+    step 90 "$1" "$python" -m tests.gpu.short_run --launcher "$2" --ranks "$3" --dtype "$4" --collective "$5" \
+        --device "$device" --out "$out/run-${1//[^a-zA-Z0-9]/-}"
+}
+
+wheels=(.whl/*.whl)
+if [[ -e ${wheels[0]} ]] && ! "$python" -m tests.gpu.environment --missing; then
+    step 60 "carried wheels" "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
+        --target "$site" "${wheels[@]}"
+fi
+step 60 "environment" "$python" -m tests.gpu.environment --device "$device"
+step 120 "build the extension" "$python" setup.py build_ext --inplace
+tests 90 "collectives, products, masks" tests/gpu/test_device.py
+tests 90 "operators" tests/unit/test_ops_dropout.py tests/unit/test_ops_gemm.py
+tests 90 "low-rank linears, float64" tests/dist/test_linears.py
+
+gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
+nccl=nccl
+[[ $device == cuda ]] || { nccl=gloo gpus=0; }
+short_run "train, N = 1, $nccl, deepspeed" deepspeed 1 fp32 "$nccl"
+if ((gpus > 1)); then
+    short_run "train, TP 2, nccl, deepspeed" deepspeed 2 fp32 nccl
+    short_run "train, TP 2, nccl, bf16" deepspeed 2 bf16 nccl
+fi
+# Two ranks on one GPU, however many there are.
+visible=${CUDA_VISIBLE_DEVICES:-0}
+for dtype in fp32 bf16; do
+    CUDA_VISIBLE_DEVICES=${visible%%,*} short_run "train, TP 2, gloo, $dtype, torchrun" torchrun 2 "$dtype" gloo
+done
+
+tests 120 "logits against transformers" tests/dist/test_logits.py
+tests 150 "twins" tests/dist/test_twins.py
+tests 120 "batches" tests/dist/test_batches.py
+tests 90 "PEFT's loss curve" tests/integration/test_peft_curve.py
+
+printf '\n%s, %d GPUs, %d s\n' "$device" "$gpus" "$SECONDS"
+for i in "${!names[@]}"; do
+    printf '%-40s %s\n' "${names[i]}" "${results[i]}"
+done
+exit "$failed"

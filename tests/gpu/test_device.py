@@ -1,0 +1,126 @@
+"""What everything else stands on, on the device under test: collectives of every kind we use, products, dropout masks.
+
+These fail first and name the part, where a whole run on the device would only be wrong. LOWRANK_DIST_TEST_DEVICE=cuda.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.dist import ranks
+from tests.dist.ranks import run_ranks
+
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "int64": torch.int64}
+
+
+def rows_of(rank: int, size: int, dtype: torch.dtype) -> Tensor:
+    """[4 · size, 3] small whole numbers, so that sums are exact in every dtype."""
+    generator = torch.Generator().manual_seed(rank)
+    return torch.randint(-8, 9, (4 * size, 3), generator=generator).to(dtype)
+
+
+def collectives(name: str) -> dict[str, np.ndarray]:
+    """One rank: every collective of this package, of Megatron and of DeepSpeed's ZeRO, by name."""
+    import torch.distributed as dist
+
+    from lowrank_dist.parallel.collectives import all_gather_columns, all_reduce, gather_rows, reduce_scatter_rows
+
+    group, device = dist.group.WORLD, ranks.device()
+    mine = rows_of(group.rank(), group.size(), DTYPES[name]).to(device)
+    found = {"gather columns": all_gather_columns(mine, group)}
+    # A slow product before and a use straight after: what is sent must be complete, and what arrives awaited.
+    heavy = torch.ones(512, 512, device=device)
+    for _ in range(20):
+        heavy = heavy @ heavy * (1 / 512)
+    sent = mine + (heavy[0, 0] - 1).to(mine.dtype)
+    gathered, work = gather_rows(sent, group)
+    work.wait()
+    found["gather rows"] = gathered + 0
+    shard, work = reduce_scatter_rows(sent, group)
+    work.wait()
+    found["reduce-scatter rows"] = shard + 0
+    summed = sent.clone()
+    work = all_reduce(summed, group)
+    work.wait()
+    found["sum"] = summed + 0
+    for key, call in {
+        "maximum": lambda tensor: dist.all_reduce(tensor, op=dist.ReduceOp.MAX),
+        "broadcast": lambda tensor: dist.broadcast(tensor, src=group.size() - 1),
+        "reduce": lambda tensor: dist.reduce(tensor, 0),
+    }.items():
+        tensor = mine.clone()
+        call(tensor)
+        if key != "reduce" or group.rank() == 0:
+            found[key] = tensor
+    assert all(tensor.device == device for tensor in found.values())
+    return {key: tensor.double().cpu().numpy() for key, tensor in found.items()}
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_collectives(name: str, size: int) -> None:
+    every = [rows_of(rank, size, torch.float64).numpy() for rank in range(size)]
+    total = sum(every)
+    for rank, found in enumerate(run_ranks(size, collectives, name)):
+        expected: dict[str, Any] = {
+            "gather columns": np.concatenate(every, axis=1),
+            "gather rows": np.concatenate(every),
+            "reduce-scatter rows": total[4 * rank : 4 * (rank + 1)],
+            "sum": total,
+            "maximum": np.max(every, axis=0),
+            "broadcast": every[-1],
+        }
+        if rank == 0:
+            expected["reduce"] = total
+        assert found.keys() == expected.keys()
+        for key in expected:
+            assert (found[key] == expected[key]).all(), (rank, key)
+
+
+def products(dtype: str) -> tuple[float, float]:
+    """Worst error of the frozen product, with and without bias, into a wider message too; and TF32's for scale."""
+    from lowrank_dist.ops.gemm import linear, linear_into
+
+    generator = torch.Generator().manual_seed(3)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((37, 256), (48, 256), (48,)))
+    exact = x.double() @ weight.double().t()
+    moved = [tensor.to(ranks.device(), DTYPES[dtype]) for tensor in (x, weight, bias)]
+    message = moved[0].new_zeros(37, 53)
+    linear_into(message[:, :48], *moved[:2])
+    found = (linear(*moved[:2]), message[:, :48], linear(*moved) - moved[2], linear(moved[0], moved[1].t().t()))
+    assert not message[:, 48:].any()
+    gaps = [(tensor.double().cpu() - exact).abs().max() / exact.abs().max() for tensor in found]
+    truncated = (x.view(torch.int32) & -(1 << 13)).view(torch.float32), (weight.view(torch.int32) & -(1 << 13))
+    tf32 = truncated[0].double() @ truncated[1].view(torch.float32).double().t()
+    return float(max(gaps)), float((tf32 - exact).abs().max() / exact.abs().max())
+
+
+def test_products_are_full_precision() -> None:
+    """fp32 is fp32 and not TF32, which would be seen: its own error is a thousand times the one allowed."""
+    found, tf32 = run_ranks(1, products, "fp32")[0]
+    assert found < 2e-6 < 1e-4 < tf32
+    assert run_ranks(1, products, "fp64")[0][0] < 1e-14
+
+
+def masks(device: str, dtype: str) -> np.ndarray:
+    from lowrank_dist.ops.dropout import philox_dropout, quantise
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(33, 77, generator=generator).to(DTYPES[dtype])
+    rows = torch.randperm(1000, generator=generator)[:33] + 2**33
+    where = ranks.device() if device == "under test" else torch.device(device)
+    call = {"seed": 5, "step": 3, "stream": 9, "threshold": quantise(0.1), "feature_offset": 13}
+    return philox_dropout(x.to(where), rows.to(where), **call).double().cpu().numpy()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16"])
+def test_dropout_draws_the_same_mask_as_on_a_cpu(dtype: str) -> None:
+    """Bit for bit; the device under test may run another implementation than the compiled one."""
+    expected = run_ranks(1, masks, "cpu", dtype)[0]
+    assert 0 < (expected == 0).mean() < 0.3
+    assert (run_ranks(1, masks, "under test", dtype)[0] == expected).all()
