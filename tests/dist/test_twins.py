@@ -19,6 +19,7 @@ LAYOUTS = {
     "tp4": (4, 4, True),
     "tp4_nosp": (4, 4, False),
     "tp2_dp2": (4, 2, True),
+    "tp2_dp2_nosp": (4, 2, False),
 }
 FAMILIES = ("llama", "gpt2")
 
@@ -32,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize(("family", "layout"), list(itertools.product(FAMILIES, LAYOUTS)))
 def test_loss_and_gradients(folders: dict[str, str], family: str, layout: str) -> None:
     world, tensor, sequence = LAYOUTS[layout]
-    for dropout, zero_b in ((0.0, True), (0.1, False)):
+    for dropout, zero_b in itertools.product((0.0, 0.1), (True, False)):
         base = Setting(folders[family], dropout=dropout, zero_b=zero_b)
         expected = run_ranks(1, forward_backward, base)[0]
         twin = Setting(folders[family], tensor, sequence, dropout, zero_b)
@@ -43,7 +44,7 @@ def test_loss_and_gradients(folders: dict[str, str], family: str, layout: str) -
 @pytest.mark.parametrize(("family", "layout"), list(itertools.product(FAMILIES, LAYOUTS)))
 def test_three_steps(folders: dict[str, str], family: str, layout: str) -> None:
     world, tensor, sequence = LAYOUTS[layout]
-    for dropout, zero_b in ((0.1, True), (0.0, False)):
+    for dropout, zero_b in itertools.product((0.0, 0.1), (True, False)):
         expected = run_ranks(1, train, Setting(folders[family], dropout=dropout, zero_b=zero_b))[0]
         for found in run_ranks(world, train, Setting(folders[family], tensor, sequence, dropout, zero_b)):
             assert worst(found, expected) < TOLERANCE

@@ -146,7 +146,7 @@ def nonzero_factors(placements: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def forward_backward(setting: Setting) -> dict[str, Any]:
-    """One rank: loss and every factor's whole gradient, without DeepSpeed."""
+    """One rank: loss, every factor's whole gradient, logits of fixed tokens; without DeepSpeed."""
     from lowrank_dist.lora.state import gather_factors
 
     model, adapted, masks, topology = build(setting)
@@ -164,7 +164,9 @@ def forward_backward(setting: Setting) -> dict[str, Any]:
             dist.all_reduce(parameter.grad, group=topology.tp_group)
     dist.all_reduce(total, group=topology.dp_group)
     whole = gather_factors(adapted, topology.tp_group, lambda parameter: parameter.grad)
-    return {"loss": total.item() / targets, **_numbers(whole)}
+    model.eval()
+    logits = model.logits(*_fixed_tokens())
+    return {"loss": total.item() / targets, "logits": logits.cpu().numpy(), **_numbers(whole)}
 
 
 def train(setting: Setting) -> dict[str, Any]:
@@ -198,6 +200,12 @@ def train(setting: Setting) -> dict[str, Any]:
         losses.append(total.item() / targets)
         norms.append(optimiser.step(setting.lr))
     return {"losses": losses, "norms": norms, **_numbers(gather_factors(adapted, topology.tp_group))}
+
+
+def _fixed_tokens() -> tuple[Tensor, Tensor]:
+    """(input_ids, position_ids) [2, 16], the same whatever the setting."""
+    ids = torch.randint(5, 100, (2, 16), generator=torch.Generator().manual_seed(5))
+    return ids.to(ranks.device()), torch.arange(16, device=ranks.device()).expand(2, 16)
 
 
 def _numbers(whole: Any) -> dict[str, Any]:
