@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_dist.backend.select import Backend
-from lowrank_dist.checkpoint.adapter import Adapter, write_adapter
+from lowrank_dist.checkpoint.adapter import Adapter, LowRankFactor, write_adapter
 from lowrank_dist.checkpoint.provenance import Provenance
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import UserError
@@ -79,7 +79,7 @@ class AdapterSaver:
             tensors = {"input_ids": input_ids, "logits": logits.float()}
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, self._folder.probe)
 
-    def _write(self, step: int, factors: dict, final: bool) -> None:
+    def _write(self, step: int, factors: dict[str, LowRankFactor], final: bool) -> None:
         facts = self._facts
         adapter = Adapter(factors, facts.dropout, facts.rslora, facts.fan_in_fan_out, str(facts.base))
         target = self._folder.checkpoints / f"step-{step}"

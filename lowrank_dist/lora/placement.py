@@ -6,12 +6,14 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lowrank_dist.errors import UserError
 from lowrank_dist.model.architecture import Architecture
 from lowrank_dist.model.rows import LinearLayout
 
 ALL_LINEAR = "all-linear"
+Value = TypeVar("Value", int, float)
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ class _Matcher:
     def alpha(self, path: str) -> float:
         return self._first("lora.alpha_pattern", self._alphas, self._rules.alpha_pattern, path, self._rules.alpha)
 
-    def _first(self, key, tests, values, path, otherwise):  # noqa: ANN001, ANN202 - the value type differs by key
+    def _first(
+        self, key: str, tests: Mapping[str, re.Pattern[str]], values: Mapping[str, Value], path: str, otherwise: Value
+    ) -> Value:
         for name, test in tests.items():
             if test.fullmatch(path):
                 self._used.add((key, name))

@@ -35,29 +35,29 @@ def load_model(
     dtype: "auto" keeps the checkpoint's. broadcast: data-parallel replica 0 reads and sends, so that a file is read
     once a cluster and not once a replica. Raises UserError for a folder, an option or a length that does not fit.
     """
-    checkpoint = open_checkpoint(path)
     architecture = load_architecture(path)
     architecture.check_tp(topology.tp_size)
     check_length(architecture, path, max_length)
-    model = CausalLM(
-        architecture,
-        topology,
-        dtype=_checkpoint_dtype(checkpoint) if dtype == "auto" else DTYPES[dtype],
-        device=device,
-        vocab_multiple=vocab_multiple,
-        linears=linears,
-    )
     source = dist.get_process_group_ranks(topology.dp_group)[0]
     send = broadcast and topology.dp_size > 1
-    load_weights(
-        dict(model.named_parameters()),
-        architecture,
-        checkpoint,
-        tp_rank=topology.tp_rank,
-        tp_size=topology.tp_size,
-        read=not send or topology.dp_rank == 0,
-        broadcast=(lambda parameter: _broadcast(parameter, source, topology)) if send else None,
-    )
+    with open_checkpoint(path) as checkpoint:
+        model = CausalLM(
+            architecture,
+            topology,
+            dtype=_checkpoint_dtype(checkpoint) if dtype == "auto" else DTYPES[dtype],
+            device=device,
+            vocab_multiple=vocab_multiple,
+            linears=linears,
+        )
+        load_weights(
+            dict(model.named_parameters()),
+            architecture,
+            checkpoint,
+            tp_rank=topology.tp_rank,
+            tp_size=topology.tp_size,
+            read=not send or topology.dp_rank == 0,
+            broadcast=(lambda parameter: _broadcast(parameter, source, topology)) if send else None,
+        )
     return model
 
 

@@ -29,7 +29,7 @@ TARGETS = {
     "one_kv": ("all-linear", ["v_proj"]),
     "gpt2": ("all-linear", ["c_attn"], ["k_proj", "c_fc"]),
 }
-MATMULS = ("aten.mm", "aten.addmm", "aten.addmm_", "aten.bmm", "aten.baddbmm")
+MATMULS = ("mkldnn._linear_pointwise", "aten.mm", "aten.addmm", "aten.addmm_", "aten.bmm", "aten.baddbmm")
 
 
 @pytest.fixture(scope="module")
