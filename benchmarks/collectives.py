@@ -11,9 +11,7 @@ line is the largest difference found, `added_per_layer=…`, over all settings.
 """
 
 import argparse
-import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 from collections import Counter
@@ -28,6 +26,7 @@ import torch
 from record import machine, write_result
 from rich.console import Console
 from rich.table import Table
+from spawn import start_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
@@ -158,21 +157,10 @@ def plant(group: Any, module: Any, args: Any, output: Any) -> None:
 
 
 def run(tp: int, folders: dict[int, Path]) -> dict[tuple[Setting, int], tuple[Calls, Calls, Ranks]]:
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pipes = [context.Pipe() for _ in range(tp)]
-    ranks = [
-        context.Process(target=rank_main, args=(rank, tp, port, folders, pipes[rank][1]), daemon=True)
-        for rank in range(tp)
-    ]
-    for process, (_, theirs) in zip(ranks, pipes, strict=True):
-        process.start()
-        theirs.close()  # so that a rank that dies ends the wait for it
-    results = [ours.recv() for ours, _ in pipes]
-    for process, (ours, _) in zip(ranks, pipes, strict=True):
-        ours.send("bye")
+    ranks, pipes = start_ranks(rank_main, tp, folders)
+    results = [pipe.recv() for pipe in pipes]
+    for process, pipe in zip(ranks, pipes, strict=True):
+        pipe.send("bye")
         process.join()
     assert all(result == results[0] for result in results), "ranks of one group must issue the same calls"
     return results[0]

@@ -10,10 +10,8 @@ rank's `peak_over_shard=…`; 1 would be the shard and nothing beside it.
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -25,6 +23,7 @@ from record import machine, write_result
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
+from spawn import start_ranks
 from transformers import LlamaConfig
 
 from lowrank_dist.model.huggingface import load_architecture
@@ -101,19 +100,7 @@ def rss_anon(pid: int) -> int:
 
 def measure(folder: Path, tp: int) -> tuple[list[dict[str, float]], float]:
     """Per rank: baseline, peak above it, shard [bytes] and seconds; and the longest gap between samples [s]."""
-    context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pipes = [context.Pipe() for _ in range(tp)]
-    ranks = [
-        context.Process(target=rank_main, args=(rank, tp, port, folder, pipes[rank][1]), daemon=True)
-        for rank in range(tp)
-    ]
-    for process, (_, theirs) in zip(ranks, pipes, strict=True):
-        process.start()
-        theirs.close()  # so that a rank that dies ends the wait for it
-    ours = [pipe for pipe, _ in pipes]
+    ranks, ours = start_ranks(rank_main, tp, folder)
     assert [pipe.recv() for pipe in ours] == ["ready"] * tp
     baselines = [rss_anon(process.pid) for process in ranks]
     peaks, gap = list(baselines), 0.0

@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from peft import LoraConfig, get_peft_model
 from record import machine, write_result
 from rich.console import Console
 from rich.table import Table
+from spawn import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_dist.backend.select import init_process_group, quiet_libraries, select_backend, shutdown
@@ -221,10 +221,7 @@ def show(rows: list[dict[str, object]], console: Console) -> None:
 
 def join_alone() -> None:
     """A job of this process only."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     init_process_group(select_backend("cpu", 0, 1), timeout_seconds=600)
 
 

@@ -30,6 +30,8 @@ from lowrank_dist.ops.dropout import quantise
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.topology import Topology
 
+EVAL_MICROBATCHES = 16  # of each rank, made at a time
+
 
 @dataclass(frozen=True)
 class Theta:
@@ -84,9 +86,10 @@ def build_data(config: Config, vocab: int, topology: Topology) -> Data:
     if data.eval is None:
         return Data(dataset, loader, None, None)
     held_out = load_dataset(data.eval, tokenizer, data.max_length, vocab)
-    # Nothing is accumulated over an eval batch: its size only decides how rows of like length are put together.
-    cut["global_batch"] = max(train.global_batch, len(held_out))
     micro_batch = config.eval.micro_batch or train.micro_batch
+    # Nothing is accumulated over an eval batch: its size decides how many rows of like length are put together, and
+    # bounds what is laid out as tensors, and packed, at a time.
+    cut["global_batch"] = EVAL_MICROBATCHES * micro_batch * topology.dp_size
     return Data(dataset, loader, held_out, partial(eval_batches, held_out, micro_batch=micro_batch, **cut))
 
 

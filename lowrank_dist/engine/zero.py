@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lowrank_dist.errors import UserError
 from lowrank_dist.parallel.topology import DeepSpeedMpu, Topology
 
-REPLICATED, SHARDED = 0, 1
+# Index of the replicated factors' parameter group; the sharded ones are group 1.
+REPLICATED = 0
 
 
 @dataclass(frozen=True)
