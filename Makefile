@@ -17,7 +17,7 @@ export PYTHON
 # The ranks of a test share the cores: more than one thread each makes them wait for one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test quickstart gpu-check clean
+.PHONY: install test quickstart cuda-build-check gpu-check gpu-bench clean
 
 install: $(READY)
 
@@ -38,9 +38,16 @@ quickstart: export MAKE_STARTED_MS := $(shell date +%s%3N)
 quickstart: $(READY)
 	bash launch/quickstart/run.sh
 
-# With PYTHON given it installs nothing and needs no network (tests/gpu/README.md).
+# Builds the CUDA operators against a CUDA build of torch, which it downloads once; needs nvcc, no GPU.
+cuda-build-check: $(READY)
+	JOBS=$(JOBS) bash tests/cuda_build/check.sh
+
+# With PYTHON given these two install nothing and need no network (tests/gpu/README.md).
 gpu-check: $(READY)
 	bash tests/gpu/check.sh
+
+gpu-bench: $(READY)
+	bash tests/gpu/bench.sh
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed lowrank_dist/ops/_C*.so

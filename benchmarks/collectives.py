@@ -127,6 +127,7 @@ def build(setting: Setting, folder: Path, topology: Any) -> tuple[Any, Ranks]:
     from lowrank_dist.lora.inject import inject
     from lowrank_dist.lora.placement import LoraRules, place
     from lowrank_dist.model.build import load_model
+    from lowrank_dist.parallel.lanes import wanted
     from lowrank_dist.parallel.masks import MaskSource
 
     load: Callable[..., Any] = partial(
@@ -144,7 +145,8 @@ def build(setting: Setting, folder: Path, topology: Any) -> tuple[Any, Ranks]:
     else:
         model = load()
         placements = place(model.architecture, LoraRules(RANK, 2.0 * RANK, TARGETS[setting.targets], False, {}, {}))
-        adapted = inject(model, placements, MaskSource(0, 0), 0, topology.tp_rank, topology.tp_size)
+        lanes = wanted("auto", "cpu")
+        adapted = inject(model, placements, MaskSource(0, 0), 0, topology.tp_rank, topology.tp_size, lanes)
         ranks = {x.placement.linear: x.factors.total_rank for x in adapted if x.placement.layer == 0}
     model.set_recompute(setting.recompute)
     return model, ranks

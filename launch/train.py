@@ -26,11 +26,12 @@ def main(config: Config) -> None:
     """Compose one run from its configuration and run it."""
     quiet_libraries()
     # Imported here: a mistake in the configuration should not wait for Megatron and transformers to load.
-    from lowrank_dist.engine.assemble import build_data, build_theta, build_trainer, prepare_folder
+    from lowrank_dist.engine.assemble import build_data, build_theta, build_trainer, choose_kernels, prepare_folder
     from lowrank_dist.model.build import load_model
     from lowrank_dist.parallel.topology import Topology
 
     backend = select_backend(config.model.device, *local_rank_and_size())
+    choose_kernels(config.engine.kernels, backend.device.type)
     folder = prepare_folder(config)
     init_process_group(backend, config.engine.timeout_seconds)
     parallel = config.parallel

@@ -1,5 +1,6 @@
 """The `lowrank-dist` command. Heavy imports wait until a command runs, so that --help answers at once."""
 
+import sys
 from typing import Annotated
 
 import click
@@ -7,8 +8,8 @@ import typer
 from typer.core import TyperGroup
 
 from lowrank_dist import __version__
+from lowrank_dist.cli.doctor import doctor_command
 from lowrank_dist.cli.merge import merge_command
-from lowrank_dist.config.load import ConfigError
 from lowrank_dist.errors import UserError
 
 _USER_ERROR = 2
@@ -20,13 +21,22 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except (ConfigError, UserError) as error:
+        except Exception as error:
+            if not _is_the_users(error):
+                raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(_USER_ERROR) from error
 
 
+def _is_the_users(error: Exception) -> bool:
+    # The config room needs yaml, and `doctor` must run where that is missing: who raises its error has imported it.
+    config = sys.modules.get("lowrank_dist.config.errors")
+    return isinstance(error, UserError) or (config is not None and isinstance(error, config.ConfigError))
+
+
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.command("merge")(merge_command)
+app.command("doctor")(doctor_command)
 
 
 def _print_version(wanted: bool) -> None:

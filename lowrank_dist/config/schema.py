@@ -114,6 +114,16 @@ class EngineConfig(Section):
     reduce_bucket: int | None = Field(
         None, ge=1, description="elements of the reduction bucket, or null for the number of trainable parameters"
     )
+    kernels: Literal["auto", "compiled", "plain"] = Field(
+        "auto",
+        description="auto (compiled operators and apex where they are there), compiled (the same, but an error where "
+        "the operators are not built) or plain (PyTorch's alone)",
+    )
+    lanes: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="on (under sequence parallelism a factor is kept beside its frozen weight, so that one GEMM "
+        "computes both products), off, or auto (on where that was measured to be faster)",
+    )
 
 
 class TrainConfig(Section):

@@ -9,6 +9,7 @@ from functools import partial
 
 from torch import Tensor
 
+from lowrank_dist.backend import apex
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.checkpoint.adapter import module_paths
 from lowrank_dist.checkpoint.fingerprint import fingerprint
@@ -26,7 +27,9 @@ from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 from lowrank_dist.lora.inject import AdaptedLinear, inject
 from lowrank_dist.lora.placement import LoraRules, place
 from lowrank_dist.model.gpt import CausalLM
-from lowrank_dist.ops.dropout import quantise
+from lowrank_dist.ops import choice, extension
+from lowrank_dist.ops.mask import quantise
+from lowrank_dist.parallel.lanes import wanted
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.topology import Topology
 
@@ -51,6 +54,21 @@ class Data:
     evaluation: Callable[[], Iterator[StepBatch]] | None
 
 
+def choose_kernels(kernels: str, device: str) -> None:
+    """Follow engine.kernels on `device` ("cpu" or "cuda"). UserError where what it demands was not built."""
+    choice.use_plain(kernels == "plain")
+    apex.use_plain(kernels == "plain")
+    if kernels == "compiled":
+        extension.demand(device)
+
+
+def describe_kernels(kernels: str, device: str) -> list[str]:
+    """What was chosen, and why not what is faster, a line each."""
+    if kernels == "plain":
+        return ["plain PyTorch operators, norms and AdamW (engine.kernels: plain)"]
+    return [extension.describe(device), *([apex.describe(device)] if device == "cuda" else [])]
+
+
 def prepare_folder(config: Config) -> RunFolder:
     """The run folder; raises UserError where it holds a run already."""
     folder = RunFolder(config.output.dir)
@@ -65,7 +83,8 @@ def build_theta(model: CausalLM, config: Config, topology: Topology) -> Theta:
     masks = MaskSource(config.train.seed, quantise(lora.dropout))
     placements = place(model.architecture, rules)
     model.set_recompute(config.engine.recompute == "full")
-    adapted = inject(model, placements, masks, config.train.seed, topology.tp_rank, topology.tp_size)
+    lanes = wanted(config.engine.lanes, next(model.parameters()).device.type)
+    adapted = inject(model, placements, masks, config.train.seed, topology.tp_rank, topology.tp_size, lanes)
     return Theta(adapted, masks)
 
 
@@ -105,7 +124,8 @@ def build_trainer(
     steps = train.steps or max(1, math.ceil(train.epochs * len(data.dataset) / train.global_batch))
     writes = topology.world_group.rank() == 0
     monitor = Monitor(folder, steps, active=writes, tensorboard=config.output.tensorboard, plot=config.output.plot)
-    _introduce(monitor, model, parameters, data, topology, backend)
+    kernels = describe_kernels(engine.kernels, backend.device.type)
+    _introduce(monitor, model, parameters, data, topology, backend, kernels)
     saver = AdapterSaver(folder, theta.adapted, _facts(model, config) if writes else None, topology, backend)
     return Trainer(
         model,
@@ -136,6 +156,7 @@ def _introduce(
     data: Data,
     topology: Topology,
     backend: Backend,
+    kernels: Sequence[str],
 ) -> None:
     """What is about to happen, in a few lines; samples that were left out are never left out silently."""
     frozen = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in parameters)
@@ -144,6 +165,8 @@ def _introduce(
         f"{model.architecture.family}, {topology.tp_size} tensor × {topology.dp_size} data parallel, sequence parallel "
         f"{'on' if topology.sequence_parallel else 'off'}, {backend.describe()}"
     )
+    for line in kernels:
+        monitor.say(line)
     monitor.say(f"on each rank {theta:,} trained parameters beside {frozen:,} frozen ({100 * theta / frozen:.3f} %)")
     for dataset in (data.dataset, data.held_out):
         if dataset is not None:

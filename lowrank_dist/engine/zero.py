@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lowrank_dist.backend.apex import adamw
 from lowrank_dist.errors import UserError
 from lowrank_dist.parallel.topology import DeepSpeedMpu, Topology
 
@@ -66,7 +67,7 @@ class ZeroOptimiser:
             {"params": [p for p in parameters if p.tp_partial_grad], "weight_decay": rules.weight_decay},
             {"params": [p for p in parameters if not p.tp_partial_grad], "weight_decay": rules.weight_decay},
         ]
-        optimiser = torch.optim.AdamW(groups, lr=0.0, betas=rules.betas, eps=rules.eps)
+        optimiser = adamw(parameters[0].device.type)(groups, lr=0.0, betas=rules.betas, eps=rules.eps)
         self.engine, *_ = deepspeed.initialize(
             model=_Theta(parameters),
             optimizer=optimiser,

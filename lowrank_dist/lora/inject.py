@@ -25,9 +25,18 @@ class AdaptedLinear:
 
 
 def inject(
-    model: nn.Module, placements: Sequence[LinearPlacement], masks: MaskSource, seed: int, tp_rank: int, tp_size: int
+    model: nn.Module,
+    placements: Sequence[LinearPlacement],
+    masks: MaskSource,
+    seed: int,
+    tp_rank: int,
+    tp_size: int,
+    lanes: bool = False,
 ) -> tuple[AdaptedLinear, ...]:
-    """Attach factors to the model's linears and initialise them as PEFT does, whatever the tensor-parallel size."""
+    """Attach factors to the model's linears and initialise them as PEFT does, whatever the tensor-parallel size.
+
+    lanes: see parallel/lanes.py.
+    """
     adapted = []
     for placement in placements:
         linear = model.get_submodule(MEGATRON_LINEARS[placement.linear].format(layer=placement.layer))
@@ -44,7 +53,7 @@ def inject(
         with torch.no_grad():
             for index, spec in enumerate(placement.factors):
                 factors.a_of(index).copy_(initial_a(spec, seed)[:, columns])
-        linear.attach(factors, masks, stream_of(placement.layer, placement.linear))
+        linear.attach(factors, masks, stream_of(placement.layer, placement.linear), lanes)
         adapted.append(AdaptedLinear(placement, factors))
     return tuple(adapted)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lowrank_dist.backend.apex import norm_class
 from lowrank_dist.model.attention import CoreAttention
 
 
@@ -26,12 +27,13 @@ class FrozenNorm:
     """Builder of the norm that a TransformerConfig names, under sequence parallelism too.
 
     Megatron's own wrapper of the torch norms refuses sequence parallelism because it would have to reduce the gradient
-    of the weight over token shards; a frozen norm has none.
+    of the weight over token shards; a frozen norm has none. On CUDA it is apex's, where that is usable.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> nn.Module:
-        kind = {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}[config.normalization]
-        return kind(hidden_size, eps=eps, dtype=config.params_dtype)
+        # The model is built under `with torch.device(…)`, which is where its norms will run.
+        kind = norm_class(config.normalization, torch.get_default_device().type)
+        return kind(hidden_size, eps=eps).to(config.params_dtype)
 
 
 class _SwiGlu(torch.autograd.Function):

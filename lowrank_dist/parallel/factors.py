@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lowrank_dist.ops.mask import Mask
+
 
 @dataclass(frozen=True)
 class FactorShard:
@@ -30,9 +32,10 @@ class FactorShard:
 class LowRankFactors(nn.Module):
     """The packed factors of one fused linear: `lora_A` [R, K] and `lora_B`, flat.
 
-    A is the stack of the factors' A; B is block-diagonal, so only its blocks are stored, one after the other
-    ([rows of the factor on this rank, r] each). Stacking and filling inside autograd would save both as
-    activations in every layer; the hand-written linears call `down` and `up` instead, in forward and again in backward.
+    A is the stack of the factors' A; B is block-diagonal, so only its blocks are stored, one after the other and
+    transposed ([r, rows of the factor on this rank] each), which is how every operator reads them. Stacking and filling
+    inside autograd would save both as activations in every layer; the hand-written linears call `scaled_a` and
+    `dense_bt` instead, in forward and again in backward.
 
     Attributes set on the parameters, all read by the engine:
       tensor_model_parallel  sharded over tensor parallelism (DeepSpeed's and Megatron's name for it);
@@ -66,41 +69,58 @@ class LowRankFactors(nn.Module):
         self.register_buffer("position", self._dense_positions().to(device), persistent=False)
         # One factor over all rows in their own order is already dense; everything else is scattered.
         self.dense = len(shards) == 1 and shards[0].local_rows == tuple(range(out_features))
+        self.blocks = () if self.dense else self._blocks()
 
     def _dense_positions(self) -> Tensor:
-        """int64 [numel of B]: where each stored element lies in the dense [O, R]."""
-        positions, column = [], 0
+        """int64 [numel of B]: where each stored element lies in the dense Bᵀ [R, O]."""
+        positions, first = [], 0
         for shard in self.shards:
-            rows = torch.tensor(shard.local_rows, dtype=torch.int64)[:, None]
-            columns = torch.arange(column, column + shard.rank)
-            positions.append((rows * self.total_rank + columns).flatten())
-            column += shard.rank
+            ranks = torch.arange(first, first + shard.rank)[:, None]
+            positions.append((ranks * self.out_features + torch.tensor(shard.local_rows, dtype=torch.int64)).flatten())
+            first += shard.rank
         return torch.cat(positions)
 
-    def down(self, dtype: torch.dtype) -> Tensor:
-        """[R, K]: A with s = alpha / r (or alpha / √r) folded in, so that no pass over tokens scales anything."""
-        return (self.lora_A.detach() * self.scale[:, None]).to(dtype)
+    def _blocks(self) -> tuple[int, ...]:
+        """Where Bᵀ is not zero, for the operators: (first column, columns, first rank, ranks) of every run of rows."""
+        blocks: list[int] = []
+        first = 0
+        for shard in self.shards:
+            rows = sorted(shard.local_rows)
+            cuts = [0, *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1), len(rows)]
+            for start, stop in zip(cuts, cuts[1:], strict=False):
+                if stop > start:
+                    blocks += (rows[start], stop - start, first, shard.rank)
+            first += shard.rank
+        # Nothing at all on this rank: a block of no columns, since none means dense.
+        return tuple(blocks) or (0, 0, 0, 0)
 
-    def up(self, dtype: torch.dtype) -> Tensor:
-        """[O, R]: block-diagonal B."""
+    def scaled_a(self, dtype: torch.dtype, mask: Mask | None) -> Tensor:
+        """[R, K]: A with s = alpha / r (or alpha / √r) and 1/(1 − p) folded in, so that no pass over tokens scales."""
+        return (self.lora_A.detach() * self._scale(mask)).to(dtype)
+
+    def dense_bt(self, dtype: torch.dtype) -> Tensor:
+        """[R, O]: block-diagonal B, transposed."""
         stored = self.lora_B.detach().to(dtype)
         if self.dense:
-            return stored.view(self.out_features, self.total_rank)
-        dense = stored.new_zeros(self.out_features * self.total_rank)
-        dense[self.position] = stored[: self.position.numel()]
-        return dense.view(self.out_features, self.total_rank)
+            return stored.view(self.total_rank, self.out_features)
+        dense = stored.new_zeros(self.total_rank * self.out_features)
+        dense.scatter_(0, self.position, stored)
+        return dense.view(self.total_rank, self.out_features)
 
-    def grad_a(self, unscaled_RK: Tensor) -> Tensor:
-        """dA [R, K] in fp32, from dUᵀ·X̃ where dU = dY·B does not carry s."""
-        return unscaled_RK.to(self.lora_A.dtype) * self.scale[:, None]
+    def grad_a(self, unscaled_RK: Tensor, mask: Mask | None) -> Tensor:
+        """dA [R, K] in fp32, from dUᵀ·(m ⊙ X) where dU = dY·B does not carry s/(1 − p)."""
+        return unscaled_RK.to(self.lora_A.dtype) * self._scale(mask)
 
-    def grad_b(self, dense_OR: Tensor) -> Tensor:
-        """dB in packed storage, fp32, from the dense [O, R]."""
+    def grad_b(self, dense_RO: Tensor) -> Tensor:
+        """dB in packed storage, fp32, from dBᵀ [R, O]; what lies outside the blocks is not read."""
         if self.dense:
-            return dense_OR.to(self.lora_B.dtype).reshape(-1)
+            return dense_RO.to(self.lora_B.dtype).reshape(-1)
         packed = torch.zeros_like(self.lora_B)
-        packed[: self.position.numel()] = dense_OR.reshape(-1)[self.position].to(packed.dtype)
+        packed[: self.position.numel()] = dense_RO.reshape(-1)[self.position].to(packed.dtype)
         return packed
+
+    def _scale(self, mask: Mask | None) -> Tensor:
+        return self.scale[:, None] if mask is None else (self.scale * mask.scale)[:, None]
 
     def a_of(self, index: int, source: Tensor | None = None) -> Tensor:
         """View of factor `index`'s [r, K] in `lora_A` or in a tensor shaped like it (a gradient, a moment)."""
@@ -112,4 +132,4 @@ class LowRankFactors(nn.Module):
         start = sum(len(shard.local_rows) * shard.rank for shard in self.shards[:index])
         shard = self.shards[index]
         flat = self.lora_B if source is None else source
-        return flat[start : start + len(shard.local_rows) * shard.rank].view(len(shard.local_rows), shard.rank)
+        return flat[start : start + len(shard.local_rows) * shard.rank].view(shard.rank, len(shard.local_rows)).t()

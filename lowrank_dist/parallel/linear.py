@@ -6,24 +6,34 @@ layer specs pass a linear neither its name nor its layer.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
+from lowrank_dist.ops.mask import Mask
 from lowrank_dist.parallel.autograd import GatherLinear, LocalLinear, PartialLinear, ReduceExpand
 from lowrank_dist.parallel.factors import LowRankFactors
-from lowrank_dist.parallel.masks import Mask, MaskSource
+from lowrank_dist.parallel.lanes import Lanes
+from lowrank_dist.parallel.masks import MaskSource
 
 
 class _LowRankMixin:
     """What both linears share: the factors, where their mask comes from, and no Megatron sharded checkpoint."""
 
     factors: LowRankFactors | None
+    kind: Literal["column", "row"]
 
-    def attach(self, factors: LowRankFactors, masks: MaskSource, stream: int) -> None:
-        """Give this linear its factors. `stream` names its input among all inputs of the model (masks.stream_of)."""
+    def attach(self, factors: LowRankFactors, masks: MaskSource, stream: int, lanes: bool = False) -> None:
+        """Give this linear its factors. `stream` names its input among all inputs of the model (masks.stream_of).
+
+        lanes: keep the factor beside the weight (parallel/lanes.py), where sequence parallelism lets it pay.
+        """
         self.factors = factors
         self._masks, self._stream = masks, stream
+        pays = lanes and self.sequence_parallel and self.tp_group.size() > 1
+        self._lanes = Lanes(self.weight, factors.total_rank, self.kind) if pays else None
 
     def _mask(self, feature_offset: int, tokens_sharded: bool) -> Mask | None:
         if not self.training:
@@ -44,6 +54,8 @@ class LowRankColumnParallelLinear(_LowRankMixin, ColumnParallelLinear):
     Input [s, b, K] ([s / N, b, K] under sequence parallelism), output [s, b, O / N].
     """
 
+    kind = "column"
+
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.factors = None
@@ -57,7 +69,7 @@ class LowRankColumnParallelLinear(_LowRankMixin, ColumnParallelLinear):
         bias = None if self.skip_bias_add else self.bias
         theta = (self.factors.lora_A, self.factors.lora_B, self.factors)
         if self.sequence_parallel:
-            output = GatherLinear.apply(input_, self.weight, bias, *theta, mask, self.tp_group)
+            output = GatherLinear.apply(input_, self.weight, bias, *theta, mask, self.tp_group, self._lanes)
         else:
             group = self.tp_group if self.allreduce_dgrad else None
             output = LocalLinear.apply(input_, self.weight, bias, *theta, mask, group)
@@ -70,6 +82,8 @@ class LowRankRowParallelLinear(_LowRankMixin, RowParallelLinear):
     Input [s, b, K / N], output [s, b, O] ([s / N, b, O] under sequence parallelism).
     """
 
+    kind = "row"
+
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.factors = None
@@ -80,7 +94,7 @@ class LowRankRowParallelLinear(_LowRankMixin, RowParallelLinear):
         factors = self.factors
         mask = self._mask(self.tp_group.rank() * self.input_size_per_partition, tokens_sharded=False)
         if self.sequence_parallel and self.tp_group.size() > 1:
-            partial = PartialLinear.apply(input_, self.weight, factors.lora_A, factors, mask)
+            partial = PartialLinear.apply(input_, self.weight, factors.lora_A, factors, mask, self._lanes)
             output = ReduceExpand.apply(partial, factors.lora_B, factors, self.tp_group, input_.requires_grad)
         else:
             # U·bᵀ is added before the reduction that sums X·Wᵀ anyway, so B's gradient is partial over ranks.

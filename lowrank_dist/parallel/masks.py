@@ -6,11 +6,9 @@ sample, global feature), so any sharding, packing, padding or recomputation rege
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from lowrank_dist.ops.dropout import philox_dropout
+from lowrank_dist.ops.mask import Mask
 
 # Inputs of a transformer layer that carry a mask of their own (qkv and fc1 are both H wide and must not share one).
 INPUTS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -19,30 +17,6 @@ INPUTS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 def stream_of(layer: int, linear: str) -> int:
     """The Philox stream of one input of one layer (layer counts from 0)."""
     return layer * len(INPUTS) + INPUTS.index(linear)
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A dropout mask in the only form in which it is ever held: the counters that make it again."""
-
-    rows: Tensor
-    seed: int
-    step: int
-    stream: int
-    threshold: int
-    feature_offset: int
-
-    def apply(self, x_TK: Tensor) -> Tensor:
-        """m ⊙ x / (1 − p): [T, K] → [T, K]."""
-        return philox_dropout(
-            x_TK,
-            self.rows,
-            seed=self.seed,
-            step=self.step,
-            stream=self.stream,
-            threshold=self.threshold,
-            feature_offset=self.feature_offset,
-        )
 
 
 class MaskSource:
@@ -54,12 +28,14 @@ class MaskSource:
     def __init__(self, seed: int, threshold: int) -> None:
         self.seed = seed
         self.threshold = threshold
-        self._step = 0
         self._rows: Tensor | None = None
+        self._key: Tensor | None = None
 
     def set(self, step: int, rows: Tensor) -> None:
-        self._step = step
+        """Announce a microbatch. The counters go where `rows` lies, without a copy from the host."""
         self._rows = rows
+        self._key = rows.new_full((2,), self.seed)
+        self._key[1:].fill_(step)
 
     def mask(self, stream: int, feature_offset: int, shard: tuple[int, int] | None) -> Mask | None:
         """The mask for one input, or None at p = 0. `shard` = (rank, size) where tokens are sharded."""
@@ -68,4 +44,4 @@ class MaskSource:
         if self._rows is None:
             raise AssertionError("dropout is on but no microbatch was announced: call MaskSource.set first")
         rows = self._rows if shard is None else self._rows.chunk(shard[1], dim=0)[shard[0]]
-        return Mask(rows.reshape(-1), self.seed, self._step, stream, self.threshold, feature_offset)
+        return Mask(rows.reshape(-1), self._key, stream, self.threshold, feature_offset)

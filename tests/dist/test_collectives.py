@@ -29,7 +29,10 @@ TARGETS = {
     "one_kv": ("all-linear", ["v_proj"]),
     "gpt2": ("all-linear", ["c_attn"], ["k_proj", "c_fc"]),
 }
-MATMULS = ("mkldnn._linear_pointwise", "aten.mm", "aten.addmm", "aten.addmm_", "aten.bmm", "aten.baddbmm")
+MATMULS = (
+    *("mkldnn._linear_pointwise", "aten.mm", "aten.addmm", "aten.addmm_", "aten.bmm", "aten.baddbmm"),
+    *("lowrank_dist.down", "lowrank_dist.expand", "lowrank_dist.grad_a"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ class CountMatmuls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(folder: str, topology: Any, targets: Any, recompute: bool) -> Any:
+def build(folder: str, topology: Any, targets: Any, recompute: bool, lanes: bool = False) -> Any:
     """The model with factors on `targets` (all of layers that a regular expression names), or frozen where None.
 
     Frozen means Megatron's own linears, not ours without factors.
@@ -77,7 +80,7 @@ def build(folder: str, topology: Any, targets: Any, recompute: bool) -> Any:
     else:
         model = load()
         placements = place(model.architecture, LoraRules(RANK, 8.0, targets, False, {}, {}))
-        inject(model, placements, MaskSource(0, 0), 0, topology.tp_rank, topology.tp_size)
+        inject(model, placements, MaskSource(0, 0), 0, topology.tp_rank, topology.tp_size, lanes)
     model.set_recompute(recompute)
     return model
 
@@ -106,8 +109,8 @@ def count_frozen_and_adapted(folders: dict[str, str], sequence: bool, recompute:
     topology = ranks.topology(dist.get_world_size(), sequence)
     counts: dict[str, Any] = {}
     for family in FAMILIES:
-        for targets in (None, *TARGETS[family]):
-            model = build(folders[family], topology, targets, recompute)
+        for targets, lanes in ((None, False), *((chosen, False) for chosen in TARGETS[family]), ("all-linear", True)):
+            model = build(folders[family], topology, targets, recompute, lanes)
             train_embedding(model)
             phases = [[(call.kind, call.bytes) for call in phase.calls] for phase in count(model)]
             counts.setdefault(family, []).append(phases)
@@ -123,7 +126,7 @@ def test_adapted_layers_issue_the_calls_of_frozen_ones(
     for counts in run_ranks(world, count_frozen_and_adapted, folders, sequence, recompute):
         for family, (frozen, *adapted) in counts.items():
             assert all(frozen)
-            for targets, phases in zip(TARGETS[family], adapted, strict=True):
+            for targets, phases in zip((*TARGETS[family], "lanes"), adapted, strict=True):
                 for calls, expected in zip(phases, frozen, strict=True):
                     assert [kind for kind, _ in calls] == [kind for kind, _ in expected], (family, targets)
                     growth = {found / before - 1 for (_, found), (_, before) in zip(calls, expected, strict=True)}

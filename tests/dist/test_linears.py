@@ -16,7 +16,7 @@ from lowrank_dist.lora.inject import AdaptedLinear, _shards
 from lowrank_dist.lora.placement import FactorSpec, LinearPlacement
 from lowrank_dist.lora.state import gather_factors, spread_factors
 from lowrank_dist.model.rows import LinearLayout, Part
-from lowrank_dist.ops.dropout import philox_dropout_ref, quantise
+from lowrank_dist.ops.mask import Mask, quantise
 from tests.dist import ranks
 from tests.dist.ranks import run_ranks
 
@@ -77,15 +77,8 @@ def reference(layout: LinearLayout, p: float, zero_b: bool) -> dict[str, Tensor]
     data = problem(layout, zero_b)
     x = data["x"].clone().requires_grad_()
     theta = {path: (a.clone().requires_grad_(), b.clone().requires_grad_()) for path, (a, b) in data["theta"].items()}
-    keep = philox_dropout_ref(
-        torch.ones(S * B, HIDDEN, dtype=torch.float64),
-        data["rows"].reshape(-1),
-        seed=SEED,
-        step=STEP,
-        stream=STREAM,
-        threshold=quantise(p),
-    )
-    dropped = x * keep.view_as(x)
+    mask = Mask(data["rows"].reshape(-1), torch.tensor([SEED, STEP]), STREAM, quantise(p), 0)
+    dropped = x * mask.scale * mask.keep(HIDDEN).view_as(x)
     outputs = []
     for part, w in zip(layout.parts, data["w"], strict=True):
         y = x @ w.t()
@@ -136,7 +129,9 @@ def build(layout: LinearLayout, topology: Any) -> tuple[torch.nn.Module, Adapted
     return linear, AdaptedLinear(placement(layout), factors)
 
 
-def run_linear(name: str, sequence: bool, p: float, zero_b: bool, needs_dx: bool, broken: str | None) -> dict[str, Any]:
+def run_linear(
+    name: str, sequence: bool, p: float, zero_b: bool, needs_dx: bool, broken: str | None, lanes: bool = False
+) -> dict[str, Any]:
     """One rank: forward, backward, deferred sum; returns whole tensors as numpy."""
     import torch.distributed as dist
 
@@ -156,7 +151,9 @@ def run_linear(name: str, sequence: bool, p: float, zero_b: bool, needs_dx: bool
     spread_factors([adapted], rank, data["theta"])
     masks = MaskSource(SEED, quantise(p))
     masks.set(STEP + (broken == "mask"), data["rows"].to(ranks.device()) + (broken == "mask_row"))
-    linear.attach(adapted.factors, masks, STREAM)
+    linear.attach(adapted.factors, masks, STREAM, lanes)
+    if broken == "stale lanes":
+        linear._lanes.with_factor = lambda factor: linear._lanes._buffer
 
     tokens = slice(rank * S // n, (rank + 1) * S // n) if sharded else slice(None)
     x = data["x"][..., rank * HIDDEN // n : (rank + 1) * HIDDEN // n] if layout.kind == "row" else data["x"][tokens]
@@ -233,6 +230,22 @@ def test_factors_get_their_gradient_where_the_input_needs_none(name: str, sequen
     expected = reference(layouts(name), 0.1, False)
     found = assemble(name, 2, sequence, results)
     assert worst({**found, "dx": expected["dx"]}, expected) < 1e-12
+
+
+@pytest.mark.parametrize(("name", "n"), list(itertools.product(("qkv_gqa", "qkv_one", "gate_up", "row"), (2, 4))))
+def test_lanes_change_nothing(name: str, n: int) -> None:
+    """One GEMM over [W ∣ b] or [W ; a] in place of two products; the lowest adapted linear has no dX to compute."""
+    for p, needs_dx in itertools.product((0.0, 0.1), (True, False)):
+        results = run_ranks(n, run_linear, name, True, p, False, needs_dx, None, True)
+        found, expected = assemble(name, n, True, results), reference(layouts(name), p, False)
+        assert worst(found if needs_dx else {**found, "dx": expected["dx"]}, expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["qkv", "row"])
+def test_notices_a_factor_that_was_not_put_in_its_lanes(name: str) -> None:
+    """Negative control: the buffer's lanes hold what they held before."""
+    results = run_ranks(2, run_linear, name, True, 0.0, False, True, "stale lanes", True)
+    assert not worst(assemble(name, 2, True, results), reference(layouts(name), 0.0, False)) < 1e-3
 
 
 @pytest.mark.parametrize("broken", ["deferred", "mask", "mask_row"])

@@ -40,6 +40,7 @@ class Setting:
     lr: float = 1e-2
     dtype: str = "fp32"
     rslora: bool = False
+    lanes: bool = False
     broken: str = ""
 
 
@@ -96,7 +97,7 @@ def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
     from lowrank_dist.lora.placement import LoraRules, place
     from lowrank_dist.lora.state import spread_factors
     from lowrank_dist.model.build import load_model
-    from lowrank_dist.ops.dropout import quantise
+    from lowrank_dist.ops.mask import quantise
     from lowrank_dist.parallel.masks import MaskSource
 
     topology = ranks.topology(setting.tensor, setting.sequence)
@@ -126,7 +127,7 @@ def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
             for p in placements
         )
     masks = MaskSource(11, quantise(setting.dropout))
-    adapted = inject(model, placements, masks, 3, topology.tp_rank, topology.tp_size)
+    adapted = inject(model, placements, masks, 3, topology.tp_rank, topology.tp_size, setting.lanes)
     model.set_recompute(setting.recompute)
     if not setting.zero_b:
         spread_factors(adapted, topology.tp_rank, nonzero_factors(placements))

@@ -5,20 +5,14 @@
 #   GPU_CHECK_DEVICE=cpu tests/gpu/check.sh  a rehearsal of every step without a GPU
 #
 # Every step runs, whatever the one before it did; the table at the end says what passed. Packages that the interpreter
-# lacks are taken from wheels in .whl/ (README.md beside this file). Logs lie in build/gpu-check.
+# lacks are taken from wheels in .whl/ (README.md beside this file). Logs lie in build/gpu-check; the table and one archive
+# of all logs go to $OUT too, where it is set.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-readonly python=${PYTHON:-python3}
-readonly device=${GPU_CHECK_DEVICE:-cuda}
+source tests/gpu/common.sh
 readonly seconds=${GPU_CHECK_SECONDS:-525} # of all steps; what has not begun by then is reported, not run
-readonly out=build/gpu-check site=build/gpu-site
-
-export PYTHONPATH="$PWD:$PWD/$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export LOWRANK_DIST_TEST_DEVICE=$device HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# All ranks are on this machine, whose own name may mean nothing where there is no network.
-export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-lo}
+readonly out=build/gpu-check
 
 rm -rf "$out"
 mkdir -p "$out"
@@ -48,7 +42,7 @@ step() {
         tail -n 40 "$log" | cut -c -400
         echo "-- whole log: $log"
     else
-        grep -E '^(ok |FAIL)|passed|^(torch|GPU|nvcc)' "$log" | tail -n 12
+        grep -E '^(ok |FAIL)|passed|^(torch|GPU|nvcc|compiled)' "$log" | tail -n 12
     fi
     names+=("$name") results+=("$result, $((SECONDS - start)) s")
 }
@@ -61,15 +55,14 @@ short_run() {
         --device "$device" --out "$out/run-${1//[^a-zA-Z0-9]/-}"
 }
 
-wheels=(.whl/*.whl)
-if [[ -e ${wheels[0]} ]] && ! "$python" -m tests.gpu.environment --missing; then
-    step 60 "carried wheels" "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
-        --target "$site" "${wheels[@]}"
+if wheels_wanted; then
+    step 60 "carried wheels" "${install_wheels[@]}"
 fi
 step 60 "environment" "$python" -m tests.gpu.environment --device "$device"
-step 120 "build the extension" "$python" setup.py build_ext --inplace
+step 180 "build the extension" "${build_extension[@]}"
 tests 90 "collectives, products, masks" tests/gpu/test_device.py
-tests 90 "operators" tests/unit/test_ops_dropout.py tests/unit/test_ops_gemm.py
+tests 150 "operators" tests/unit/test_ops_*.py tests/unit/test_linear_autograd.py \
+    tests/unit/test_extension.py
 tests 90 "low-rank linears, float64" tests/dist/test_linears.py
 
 gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 0)
@@ -91,8 +84,15 @@ tests 150 "twins" tests/dist/test_twins.py
 tests 120 "batches" tests/dist/test_batches.py
 tests 90 "PEFT's loss curve" tests/integration/test_peft_curve.py
 
-printf '\n%s, %d GPUs, %d s\n' "$device" "$gpus" "$SECONDS"
-for i in "${!names[@]}"; do
-    printf '%-40s %s\n' "${names[i]}" "${results[i]}"
-done
+{
+    printf '\n%s, %d GPUs, %d s\n' "$device" "$gpus" "$SECONDS"
+    for i in "${!names[@]}"; do
+        printf '%-40s %s\n' "${names[i]}" "${results[i]}"
+    done
+} | tee "$out/table.txt"
+if [[ -n ${OUT:-} ]]; then
+    mkdir -p "$OUT"
+    cp "$out/table.txt" "$OUT/gpu-check.txt"
+    tar -czf "$OUT/gpu-check-logs.tar.gz" -C "$out" --exclude 'run-*' .
+fi
 exit "$failed"

@@ -40,6 +40,7 @@ def test_defaults(path: Path) -> None:
     assert (config.parallel.tensor, config.parallel.data, config.parallel.sequence) == (1, None, None)
     assert (config.train.steps, config.train.epochs, config.train.lr, config.train.seed) == (None, 1.0, 2e-4, 42)
     assert (config.engine.zero_stage, config.engine.clip, config.engine.reduce_bucket) == (1, 1.0, None)
+    assert (config.engine.kernels, config.engine.lanes) == ("auto", "auto")
     assert (config.eval.every, config.eval.at_start, config.output.save_every) == (None, True, None)
 
 
@@ -129,6 +130,11 @@ def test_all_errors_are_reported_at_once(path: Path) -> None:
         ("lora.rank_pattern={q: 1, q: 2}", "command line: lora.rank_pattern.q: given twice"),
         ("engine.zero_stage=0", "command line: engine.zero_stage: 0 is not valid, input should be 1 or 2"),
         ("engine.clip=0", "command line: engine.clip: 0 is not valid"),
+        (
+            "engine.kernels=fast",
+            "command line: engine.kernels: 'fast' is not valid, input should be 'auto'",
+        ),
+        ("engine.lanes=true", "command line: engine.lanes: True is not valid, input should be 'auto', 'on' or 'off'"),
         ("train.resume=auto", "command line: train.resume: 'auto' is not valid, input should be 'never'"),
         ("train.seed=4294967296", "command line: train.seed: 4294967296 is not valid"),
         ("train.micro-batch=2", "command line: train.micro-batch: unknown key — did you mean micro_batch?"),
@@ -211,7 +217,11 @@ def configs(draw: st.DrawFn) -> Config:
             "model": {"path": draw(NAMES)},
             "data": {"train": draw(NAMES), "packing": draw(st.booleans())},
             "output": {"dir": draw(NAMES)},
-            "engine": {"clip": draw(st.none() | st.floats(1e-6, 1e6))},
+            "engine": {
+                "clip": draw(st.none() | st.floats(1e-6, 1e6)),
+                "kernels": draw(st.sampled_from(["auto", "compiled", "plain"])),
+                "lanes": draw(st.sampled_from(["auto", "on", "off"])),
+            },
             "parallel": {"sequence": draw(st.none() | st.booleans())},
             "train": train,
             "lora": lora,

@@ -1,0 +1,75 @@
+// From the operators' tensors to thin.h: what they must be, and which build of the kernels runs.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/util/Optional.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "thin.h"
+
+namespace lowrank_dist {
+
+// The kernels for the best instruction set of this machine; ATen's choice, and so ATEN_CPU_CAPABILITY, is followed.
+const Thin& thin(Element element);
+
+Element element_of(const char* op, const at::Tensor& tensor);
+
+// A [rows, columns] argument of the given dtype on the CPU, any strides.
+View view_of(
+    const char* op, const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns, at::ScalarType type);
+
+// The same for what is written: unit inner stride. Returns the leading dimension.
+int64_t written(const char* op, const at::Tensor& out, int64_t rows, int64_t columns, at::ScalarType type);
+
+// Quadruples (first column, columns, first rank, ranks); none means the whole matrix.
+std::vector<Block> blocks_of(const char* op, at::IntArrayRef blocks, int64_t ranks, int64_t columns);
+
+struct Mask {
+  ThinMask thin;
+  at::Tensor rows;  // keeps thin.rows alive
+};
+
+Mask mask_of(
+    const char* op, const std::optional<at::Tensor>& rows, const std::optional<at::Tensor>& key, int64_t stream,
+    int64_t threshold, int64_t feature_offset, int64_t tokens);
+
+// Scratch memory of this thread, kept between calls: taken anew each time it would be a page fault every 4 KB.
+void* scratch(int64_t bytes);
+
+// Memory of one call, on a cache line.
+class Buffer {
+ public:
+  explicit Buffer(int64_t bytes) : data_(::operator new(std::max<int64_t>(bytes, 64), std::align_val_t(64))) {}
+  ~Buffer() { ::operator delete(data_, std::align_val_t(64)); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  char* data() const { return static_cast<char*>(data_); }
+
+ private:
+  void* data_;
+};
+
+// Which kernel reads what is packed: the matrix for down or expand, u for expand or grad_a.
+enum class Order { kDot, kPair, kRows };
+
+// The [R, K] matrix, kDot for down and kPair for expand.
+class PackedMatrix {
+ public:
+  PackedMatrix(Element element, const View& a, const std::vector<Block>& blocks, Order order);
+  const std::vector<Packed>& blocks() const { return packed_; }
+
+ private:
+  std::unique_ptr<Buffer> memory_;
+  std::vector<Packed> packed_;
+};
+
+// u [T, R], kRows for expand and kPair for grad_a.
+std::unique_ptr<Buffer> pack_u(Element element, const View& u, Order order);
+
+}  // namespace lowrank_dist

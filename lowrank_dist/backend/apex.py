@@ -1,0 +1,133 @@
+"""NVIDIA's apex, whose fused norms and AdamW run on CUDA where it is usable; and the other package of that name.
+
+PyPI's `apex` is a toolkit for Pyramid web applications. Which of the two is there is read from files and metadata, so
+nothing of an unrelated package runs here. The interface is that of github.com/NVIDIA/apex, apex/normalization/
+fused_layer_norm.py and apex/optimizers/fused_adam.py. Importing this module imports neither apex nor torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.metadata import Distribution, distributions
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.optim import Optimizer
+
+BUILD = (
+    "git clone https://github.com/NVIDIA/apex && cd apex && "
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install --no-build-isolation ."
+)
+_EXTENSIONS = ("fused_layer_norm_cuda", "amp_C")
+_USED = {"apex.normalization": ("FusedRMSNorm", "FusedLayerNorm"), "apex.optimizers": ("FusedAdam",)}
+
+_plain = False
+
+
+@dataclass(frozen=True)
+class Apex:
+    """The `apex` that Python would import. reason: what it is and, where it is not usable, why not and the remedy."""
+
+    which: Literal["none", "unrelated", "nvidia"]
+    version: str | None
+    usable: bool
+    reason: str
+
+
+def find_apex() -> Apex:
+    """Look for apex. Only NVIDIA's with its CUDA extensions is imported, to see that they fit this torch."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return Apex("none", None, False, f"apex is not installed; NVIDIA's (not PyPI's) is built by `{BUILD}`")
+    folders = list(spec.submodule_search_locations or ())
+    distribution = _distribution(folders)
+    version = distribution.version if distribution else None
+    # find_spec("apex.normalization") would import the parent; the path finder does not.
+    if not all(PathFinder.find_spec(module, folders) for module in _USED):
+        return Apex("unrelated", version, False, _unrelated(spec, folders, distribution))
+    name = f"NVIDIA's apex {version or 'of unknown version'}"
+    missing = [module for module in _EXTENSIONS if importlib.util.find_spec(module) is None]
+    if missing:
+        reason = f"{name} lies here without its CUDA extensions ({', '.join(missing)}); `{BUILD}` builds them"
+        return Apex("nvidia", version, False, reason)
+    try:
+        # apex first: it imports torch, without whose libraries the extensions do not load.
+        for module, classes in _USED.items():
+            for used in classes:
+                getattr(importlib.import_module(module), used)
+        for module in _EXTENSIONS:
+            importlib.import_module(module)
+    except Exception as error:  # whatever another version of apex or torch makes of it: the reason is kept
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        return Apex("nvidia", version, False, f"{name} does not import ({said}); `{BUILD}` builds it for this torch")
+    return Apex("nvidia", version, True, name)
+
+
+apex_here = cache(find_apex)
+
+
+def use_plain(plain: bool) -> None:
+    """Leave apex alone from now on, or take it again where it is usable (engine.kernels)."""
+    global _plain
+    _plain = plain
+
+
+def norm_class(kind: str, device: str) -> Callable[..., nn.Module]:
+    """The "RMSNorm" or "LayerNorm" of tensors on `device` ("cpu" or "cuda"): called with the features and eps=.
+
+    apex's parameters are called as torch's and start as fp32; input and parameters must have one dtype.
+    """
+    if _taken(device):
+        return getattr(importlib.import_module("apex.normalization"), f"Fused{kind}")
+    from torch import nn
+
+    return {"RMSNorm": nn.RMSNorm, "LayerNorm": nn.LayerNorm}[kind]
+
+
+def adamw(device: str) -> Callable[..., Optimizer]:
+    """AdamW over parameters on `device`: called with the groups, lr=, betas= and eps=; exp_avg and exp_avg_sq in fp32.
+
+    apex counts steps in the group, where torch does beside each parameter. It walks the groups together with a list
+    that it made of them when it was built, so a group that is empty then is never updated afterwards.
+    """
+    if _taken(device):
+        return partial(importlib.import_module("apex.optimizers").FusedAdam, adam_w_mode=True)
+    from torch.optim import AdamW
+
+    return AdamW
+
+
+def describe(device: str) -> str:
+    """One line on whose norms and AdamW run on `device`, and why."""
+    if _taken(device):
+        return f"norms and AdamW from {apex_here().reason}"
+    return f"norms and AdamW from PyTorch: {apex_here().reason if device == 'cuda' else 'apex is for CUDA'}"
+
+
+def _taken(device: str) -> bool:
+    return device == "cuda" and not _plain and apex_here().usable
+
+
+def _distribution(folders: Sequence[str]) -> Distribution | None:
+    """The installed distribution that the found package belongs to, if metadata lies beside it."""
+    places = {Path(folder).resolve() for folder in folders}
+    found = distributions(name="apex")
+    return next((one for one in found if Path(one.locate_file("apex")).resolve() in places), None)
+
+
+def _unrelated(spec: ModuleSpec, folders: Sequence[str], distribution: Distribution | None) -> str:
+    if distribution is None:
+        where = spec.origin or ", ".join(folders)
+        return f"{where} is called apex but is not NVIDIA's: move it off the path, then `{BUILD}` builds NVIDIA's"
+    summary = distribution.metadata["Summary"] or "no summary"
+    return (
+        f"apex {distribution.version} is not NVIDIA's but another package of that name ({summary}); "
+        f"`pip uninstall apex`, then `{BUILD}` builds NVIDIA's"
+    )

@@ -1,0 +1,98 @@
+"""The way up, added to what is there, against float64, in any layout, dtype and mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from lowrank_dist.ops.expand import expand
+from tests import operator_checks
+from tests.dist import ranks
+from tests.operands import DTYPES, HALVES, Problem, arguments, grid, problems
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_error_at_most_twice_pytorchs(dtype: torch.dtype) -> None:
+    for problem in grid("expand", dtype):
+        problem.check()
+
+
+@settings(max_examples=300)
+@given(problem=problems("expand"))
+def test_any_problem(problem: Problem) -> None:
+    problem.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("total", [384, 768, 1024])
+def test_groups_of_large_ranks(dtype: torch.dtype, total: int) -> None:
+    """R of three factors of rank 256 that share an input, and more."""
+    Problem("expand", dtype, 40, 264, total, threshold=6554).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_notices_what_is_broken(dtype: torch.dtype) -> None:
+    operator_checks.notices_what_is_broken("expand", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_dropped_it_adds_nothing(dtype: torch.dtype) -> None:
+    problem = Problem("expand", dtype, 40, 72, 8, threshold=32768, feature_offset=3)
+    keep, right = problem.mask.keep(72), problem.right.clone()
+    right[:, 5], right[:, 6] = float("nan"), float("inf")
+    found = problem.run(right=right).cpu()
+    assert torch.equal(found[~keep], problem.initial[~keep])
+    assert torch.equal(found[:, 5].isnan(), keep[:, 5]) and torch.equal(~found[:, 6].isfinite(), keep[:, 6])
+    rest = [k for k in range(72) if k not in (5, 6)]
+    assert torch.equal(found[:, rest], problem.run().cpu()[:, rest])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_accumulate_out_is_not_read(dtype: torch.dtype) -> None:
+    """It starts as NaN, and what is written is what would be added to zeros."""
+    for threshold in (0, 6554, 65536):
+        fresh = Problem("expand", dtype, 65, 264, 12, threshold=threshold, message=(3, 2, 1), accumulate=False)
+        added = arguments(fresh) | {"accumulate": True}
+        assert not added["out"].any()
+        operator_checks.operator("expand")(**added)
+        assert torch.equal(fresh.run(), added["out"])
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rounds_once_after_the_sum(dtype: torch.dtype) -> None:
+    """1 + half a step + far less: a product that was rounded by itself would leave a tie, which goes to 1."""
+    step = torch.finfo(dtype).eps
+    u = torch.tensor([[1.0, 2.0**-6]], dtype=dtype, device=ranks.device())
+    a = torch.tensor([[step / 2], [step / 2**7]], dtype=dtype, device=ranks.device())
+    for columns in (1, 200):
+        out = torch.ones(1, columns, dtype=dtype, device=ranks.device())
+        expand(out, u, a.expand(2, columns))
+        assert (out == 1 + step).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rounds_as_pytorch(dtype: torch.dtype) -> None:
+    operator_checks.rounds_as_pytorch("expand", dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bitwise_the_same_with_any_number_of_threads(dtype: torch.dtype) -> None:
+    operator_checks.repeatable("expand", dtype)
+
+
+def test_notices_another_order_of_the_sums() -> None:
+    operator_checks.notices_another_order("expand")
+
+
+def test_rows_lie_more_than_two_to_the_31_elements_apart() -> None:
+    operator_checks.far_apart("expand")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_opcheck(dtype: torch.dtype) -> None:
+    operator_checks.checked_by_torch("expand", dtype)
+
+
+def test_what_the_operator_refuses() -> None:
+    operator_checks.refuses("expand")
