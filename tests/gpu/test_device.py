@@ -5,6 +5,7 @@ These fail first and name the part, where a whole run on the device would only b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -127,3 +128,67 @@ def test_dropout_draws_the_same_mask_as_on_a_cpu() -> None:
     expected = run_ranks(1, masks, "cpu")[0]
     assert 0 < (expected == 0).mean() < 0.3
     assert (run_ranks(1, masks, "under test")[0] == expected).all()
+
+
+def replayed(compute: Callable[[], None]) -> Callable[[], None]:
+    """The same work as a captured CUDA graph; on a CPU, which has none, the function itself."""
+    if ranks.device().type != "cuda":
+        return compute
+    # Once beforehand, on another stream, as capture asks for: libraries allocate on their first call.
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        compute()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        compute()
+    return graph.replay
+
+
+def linear_over_steps(tokens: int, broken: bool) -> list[bool]:
+    """One rank: a whole linear with dropout, captured once and replayed over steps; whether each equals eager."""
+    from lowrank_dist.ops.mask import Mask, quantise
+    from lowrank_dist.parallel.autograd import LocalLinear
+    from lowrank_dist.parallel.factors import FactorShard, LowRankFactors
+
+    device, generator = ranks.device(), torch.Generator().manual_seed(tokens)
+    shards = [
+        FactorShard(name, 8, 2.0, tuple(range(first, first + 64)), tuple(range(64)))
+        for name, first in (("q", 0), ("v", 64))
+    ]
+    factors = LowRankFactors(shards, 256, 128, sharded_a=False, device=device)
+    x, weight, dy = (
+        torch.randn(*shape, generator=generator).to(device, torch.bfloat16)
+        for shape in ((tokens, 256), (128, 256), (tokens, 128))
+    )
+    with torch.no_grad():
+        for parameter in factors.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    x.requires_grad_()
+    key = torch.tensor([5, 0], device=device)
+    mask = Mask(torch.arange(tokens, device=device), key, 9, quantise(0.25), 0)
+    arguments = (x, weight, None, factors.lora_A, factors.lora_B, factors, mask, None)
+    found: list[Tensor] = []
+
+    def compute() -> None:
+        y = LocalLinear.apply(*arguments)
+        found[:] = [y.detach(), *torch.autograd.grad(y, (x, factors.lora_A, factors.lora_B), dy)]
+
+    replay, equal = replayed(compute), []
+    for step in range(3):
+        key[1] = step + broken * (step == 2)
+        replay()
+        kept = [tensor.clone() for tensor in found]
+        key[1] = step
+        y = LocalLinear.apply(*arguments)
+        expected = [y.detach(), *torch.autograd.grad(y, (x, factors.lora_A, factors.lora_B), dy)]
+        equal.append(all(torch.equal(mine, theirs) for mine, theirs in zip(kept, expected, strict=True)))
+    return equal
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 64, 1000])
+def test_a_captured_graph_draws_the_mask_of_the_step_it_finds(tokens: int) -> None:
+    """Forward and backward are captured once; the step is written where it lies, on the device. The last: a control."""
+    assert run_ranks(1, linear_over_steps, tokens, False) == [[True, True, True]]
+    assert run_ranks(1, linear_over_steps, tokens, True) == [[True, True, False]]
