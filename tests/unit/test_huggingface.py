@@ -72,9 +72,10 @@ def test_slices_copy_nothing(tmp_path: Path) -> None:
         rows, columns = checkpoint.slice("big")[:2048], checkpoint.slice("big")[:, 2048:]
         assert rows.max() == 1 and columns.shape == (4096, 2048)
         growth = anonymous_bytes() - before
-        copied = rows.clone()
-        assert anonymous_bytes() - before - growth > 24 * 2**20, "the measure must see a real copy"
-        assert growth < 8 * 2**20 and copied.shape == rows.shape
+        # 256 MB: a smaller copy can fit into memory that an earlier test gave back to the allocator alone.
+        copied = rows.repeat(8, 1)
+        assert anonymous_bytes() - before - growth > 192 * 2**20, "the measure must see a real copy"
+        assert growth < 8 * 2**20 and copied.shape == (8 * 2048, 4096)
 
 
 def anonymous_bytes() -> int:
