@@ -10,6 +10,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowrank_dist.checkpoint import merge as merge_module
 from lowrank_dist.checkpoint.adapter import LowRankFactor, read_adapter
 from lowrank_dist.checkpoint.merge import Update, merge
+from lowrank_dist.checkpoint.merge_update import Term
 from lowrank_dist.checkpoint.safetensors_file import chunks
 from lowrank_dist.errors import UserError
 from tests.tiny_adapters import random_adapter, save_adapter
@@ -154,7 +156,7 @@ def test_an_untied_output_layer_can_be_merged_a_tied_one_not(tmp_path: Path) -> 
 def test_chunks_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, transposed: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(16, 700, generator=generator), torch.randn(900, 16, generator=generator)
-    update = Update(LowRankFactor(a, b, 24.0), 1.5, transposed)
+    update = Update((Term(LowRankFactor(a, b, 24.0), 1.5),), transposed)
     for dtype, tolerance in ((torch.float32, 0), (torch.bfloat16, 0), (torch.float64, 1e-14)):
         weight = torch.randn((700, 900) if transposed else (900, 700), generator=generator, dtype=torch.float64).to(
             dtype
@@ -364,7 +366,7 @@ def anonymous_bytes() -> int:
     return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def peak_of_merge(base: Path, adapter: Path, out: Path) -> int:
+def peak_of_merge(base: Path, adapter: Path, out: Path, **options: Any) -> int:
     """Largest growth of anonymous memory during a merge, in bytes: every millisecond and whenever a chunk is done.
 
     A chunk reports while what it allocated still lives, so that a busy machine, on which a thread samples seldom, sees
@@ -388,7 +390,7 @@ def peak_of_merge(base: Path, adapter: Path, out: Path) -> int:
     before = anonymous_bytes()
     watcher.start()
     try:
-        merge(base, adapter, out, progress=look)
+        merge(base, adapter, out, progress=look, **options)
     finally:
         done.set()
         watcher.join()
@@ -405,5 +407,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(merge_module, "_CHUNK_ELEMENTS", 1 << 19)
     monkeypatch.setattr(merge_module, "_COPY_BYTES", 1 << 21)
     assert peak_of_merge(base, adapter, tmp_path / "out") < bound
+    assert peak_of_merge(base, adapter, tmp_path / "options", dtype="BF16", shard_size=40_000_000) < bound
+    assert len(list((tmp_path / "options").glob("model-*"))) == 2
     monkeypatch.setattr(merge_module, "_CHUNK_ELEMENTS", 1 << 30)
     assert peak_of_merge(base, adapter, tmp_path / "whole") > bound
