@@ -127,11 +127,11 @@ def read_adapter(folder: Path) -> Adapter:
     files that are links out of the folder, what `read_config` refuses, tensors that are no plain LoRA pair on a linear
     or disagree with the config in rank or target, and NaN or infinity.
     """
-    config = read_config(_own_file(folder, CONFIG_FILE))
-    path = _own_file(folder, WEIGHTS_FILE)
-    pairs = _pairs(path)
+    config = read_config(own_file(folder, CONFIG_FILE))
+    path = own_file(folder, WEIGHTS_FILE)
+    pairs = read_pairs(path)
     for module, (a, b) in pairs.items():
-        _check_pair(path, config, module, a, b)
+        check_pair(path, config, module, a, b)
     factors = {}
     with safe_open(path, framework="pt") as file:
         for module, (a, b) in pairs.items():
@@ -143,7 +143,7 @@ def read_adapter(folder: Path) -> Adapter:
     return Adapter(factors, config.dropout, config.rslora, config.fan_in_fan_out, config.base)
 
 
-def _own_file(folder: Path, name: str) -> Path:
+def own_file(folder: Path, name: str) -> Path:
     """A regular file of the folder; a link may only lead inside it, or to the blobs of the Hub's cache."""
     path = folder / name
     if not path.is_file():
@@ -160,7 +160,7 @@ def _own_file(folder: Path, name: str) -> Path:
     return path
 
 
-def _pairs(path: Path) -> dict[str, tuple[TensorEntry, TensorEntry]]:
+def read_pairs(path: Path) -> dict[str, tuple[TensorEntry, TensorEntry]]:
     """Module path → the entries of its A and B; UserError for other tensors and for half a pair."""
     sides: dict[str, dict[str, TensorEntry]] = {"A": {}, "B": {}}
     odd = []
@@ -185,7 +185,7 @@ def _pairs(path: Path) -> dict[str, tuple[TensorEntry, TensorEntry]]:
     return {module: (sides["A"][module], sides["B"][module]) for module in sorted(sides["A"])}
 
 
-def _check_pair(path: Path, config: PeftConfig, module: str, a: TensorEntry, b: TensorEntry) -> None:
+def check_pair(path: Path, config: PeftConfig, module: str, a: TensorEntry, b: TensorEntry) -> None:
     for entry in (a, b):
         if entry.dtype not in _FLOATS or len(entry.shape) != 2 or 0 in entry.shape:
             raise UserError(

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from lowrank_dist import __version__
 from lowrank_dist.cli.doctor import doctor_command
+from lowrank_dist.cli.inspect import inspect_command
 from lowrank_dist.cli.merge import merge_command
 from lowrank_dist.errors import UserError
 
@@ -37,6 +38,7 @@ def _is_the_users(error: Exception) -> bool:
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.command("merge")(merge_command)
 app.command("doctor")(doctor_command)
+app.command("inspect")(inspect_command)
 
 
 def _print_version(wanted: bool) -> None:

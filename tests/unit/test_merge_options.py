@@ -223,7 +223,8 @@ class TestText:
             parse_dtype("float32")
 
 
-@given(sizes=st.lists(st.integers(0, 60), min_size=1, max_size=40), limit=st.integers(1, 100))
+# From 1: tensors of no bytes have no storage of their own, and Hugging Face takes them for copies of one another.
+@given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=40), limit=st.integers(1, 100))
 def test_tensors_are_packed_as_hugging_face_packs_them(sizes: list[int], limit: int) -> None:
     state = {f"t{index:02d}": torch.zeros(size, dtype=torch.uint8) for index, size in enumerate(sizes)}
     shards = pack(sizes, limit)

@@ -1,0 +1,47 @@
+"""What a folder is, what is in it and whether it verifies: adapters, checkpoints, runs and Hugging Face models.
+
+Nothing is changed, no pickle is read, and tensors are looked at one by one.
+"""
+
+from pathlib import Path
+
+from lowrank_dist.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
+from lowrank_dist.checkpoint.inspection.adapter import inspect_adapter
+from lowrank_dist.checkpoint.inspection.model import inspect_model
+from lowrank_dist.checkpoint.inspection.report import Report
+from lowrank_dist.checkpoint.inspection.run import RUN_ENTRIES, inspect_run
+from lowrank_dist.errors import UserError
+from lowrank_dist.model.huggingface import INDEX_FILE, SINGLE_FILE
+
+__all__ = ["Report", "inspect_folder"]
+
+_ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
+_MODEL_FILES = ("config.json", SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def inspect_folder(folder: Path, base: Path | None = None) -> Report:
+    """The report on a folder; what is broken in it is among the report's `problems`, never raised.
+
+    base: the model that an adapter is checked against, in place of the one that it names.
+
+    Raises UserError for a path that is no adapter, checkpoint, run or model folder, and for a base that is no folder.
+    """
+    try:
+        names = {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}: give an adapter, checkpoint, run or model folder") from error
+    if base is not None and not base.is_dir():
+        raise UserError(f"--base {base}: no such folder: give the Hugging Face folder of the base model")
+    if names & set(_ADAPTER_FILES):
+        return inspect_adapter(folder, base)
+    # Two of three, so that a run that lost one of them is still told what it lost.
+    if len(names & set(RUN_ENTRIES)) >= 2:
+        return inspect_run(folder, base)
+    if names & set(_MODEL_FILES):
+        if base is not None:
+            raise UserError(f"{folder} is a model folder: --base goes with an adapter, a checkpoint or a run")
+        return inspect_model(folder)
+    raise UserError(
+        f"{folder} is no adapter or checkpoint (with {CONFIG_FILE}), no run (with {', '.join(RUN_ENTRIES)}) and no "
+        "Hugging Face model (with config.json): give one of these folders"
+    )

@@ -1,0 +1,147 @@
+"""The folder of a run: its config, where it stands, and whether its checkpoints and its adapter verify."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lowrank_dist.checkpoint.atomic import is_temporary
+from lowrank_dist.checkpoint.inspection.adapter import inspect_adapter, step_of
+from lowrank_dist.checkpoint.inspection.report import Report
+from lowrank_dist.config.errors import ConfigError
+from lowrank_dist.config.load import load_config
+from lowrank_dist.errors import UserError
+
+CONFIG, METRICS, CHECKPOINTS, ADAPTER = "config.yaml", "metrics.jsonl", "checkpoints", "adapter"
+RUN_ENTRIES = (CONFIG, METRICS, CHECKPOINTS)
+_POINTERS = ("last", "best")
+_SHOWN = ("modules", "parameters", "update_norm")
+# A record has some three hundred bytes.
+_LONGEST_LINE = 1 << 20
+
+
+def inspect_run(folder: Path, base: Path | None = None) -> Report:
+    """The report on a run. The base is checked for one adapter of it: the final one, else that of `last`."""
+    report = Report(folder, "run")
+    config = report.read(folder / CONFIG, _config, folder)
+    if config is not None:
+        report.facts["config"] = config
+    report.read(folder / METRICS, _metrics, folder, report)
+    report.read(folder / CHECKPOINTS, _checkpoints, folder, report, base)
+    return report
+
+
+def _own(path: Path, folder: Path) -> Path:
+    """A file or folder of the run that does not lead out of it."""
+    if not path.exists():
+        raise UserError(f"{path} is missing: copy the run completely")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path} is a link out of the run (to {path.resolve()}): copy what it means into the run")
+    return path
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = _own(folder / CONFIG, folder)
+    try:
+        return load_config([str(path)]).model_dump(mode="json")
+    except ConfigError as error:
+        raise UserError(str(error)) from error
+
+
+def _metrics(folder: Path, report: Report) -> None:
+    path = folder / METRICS
+    if not path.exists():
+        report.warnings.append(f"{path} is missing: the run has not come to its first step")
+        return
+    last: dict[str, dict[str, Any]] = {}
+    best: dict[str, Any] | None = None
+    for record in _records(_own(path, folder), report):
+        for name in ("loss", "eval_loss"):
+            if name in record:
+                last[name] = record
+        if "eval_loss" in record and math.isfinite(record["eval_loss"]):
+            best = record if best is None or record["eval_loss"] < best["eval_loss"] else best
+    for name in ("loss", "eval_loss"):
+        if name in last:
+            report.facts |= {f"last_{name}": last[name][name], f"last_{name}_step": last[name]["step"]}
+            if not math.isfinite(last[name][name]):
+                report.warnings.append(f"{path}: the last {name} is {last[name][name]}: lower train.lr")
+    if best is not None:
+        report.facts |= {"best_eval_loss": best["eval_loss"], "best_eval_loss_step": best["step"]}
+
+
+def _records(path: Path, report: Report) -> Iterator[dict[str, Any]]:
+    """The good lines; a bad one is a problem, except the one that a killed run left half written."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(_LONGEST_LINE):
+            number += 1
+            try:
+                record = json.loads(line)
+                for name in {"step", "loss", "eval_loss"} & record.keys() | {"step"}:
+                    if isinstance(record[name], bool) or not isinstance(record[name], int | float):
+                        raise ValueError(f"{name} is no number")
+            except (ValueError, KeyError, AttributeError, RecursionError) as error:
+                where = f"{path}:{number}"
+                if not line.endswith(b"\n") and not file.read(1):
+                    report.warnings.append(f"{where}: the last line is cut off: the run was killed while writing it")
+                else:
+                    report.problems.append(f"{where}: no record of a run ({error!r}): remove the line")
+                    return
+                continue
+            yield record
+
+
+def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
+    held = folder / CHECKPOINTS
+    children = sorted(_own(held, folder).iterdir())
+    pointers = _pointers(held, report)
+    for child in children:
+        if is_temporary(child):
+            report.warnings.append(f"{child} is what a killed writer left behind: it can be removed")
+    steps = sorted((c for c in children if not c.is_symlink() and step_of(c) is not None), key=step_of)
+    newest = steps[-1].name if steps else None
+    if newest is not None and "last" not in pointers and not (held / "last").is_symlink():
+        report.warnings.append(f"{held / 'last'} is missing (killed while saving?): link it to {newest}")
+    elif "last" in pointers and pointers["last"] != newest:
+        report.warnings.append(f"{held / 'last'} leads to {pointers['last']}, but {newest} is newer")
+    for name in _POINTERS:
+        report.facts[name] = pointers[name] if name in pointers else "none"
+    final = folder / ADAPTER
+    report.facts["adapter"] = "written" if final.exists() else "not written: the run has not finished"
+    chosen = final if final.exists() else held / (pointers["last"] if "last" in pointers else "")
+    rows = []
+    for path in [*steps, *([_own(final, folder)] if final.exists() else [])]:
+        found = inspect_adapter(path, base, check_base=path == chosen)
+        report.problems += found.problems
+        report.warnings += found.warnings
+        facts = found.facts
+        rows.append(
+            {
+                "folder": str(path.relative_to(folder)),
+                "is": ", ".join(name for name, target in pointers.items() if path == held / target),
+                **{key: facts[key] if key in facts else None for key in _SHOWN},
+                "verifies": found.verifies,
+            }
+        )
+        if path == chosen:
+            labels = ("base_folder", "base_matches", "base_verifies", "base_parameters", "percent_of_base")
+            report.facts |= {label: facts[label] for label in labels if label in facts}
+    if rows:
+        report.tables["adapters"] = rows
+
+
+def _pointers(held: Path, report: Report) -> dict[str, str]:
+    """`last` and `best` → the name of the step folder beside them that each leads to."""
+    found = {}
+    for name in _POINTERS:
+        link = held / name
+        if not link.is_symlink() and not link.exists():
+            continue
+        target = link.resolve()
+        if not target.is_dir() or target.parent != held.resolve() or step_of(target) is None:
+            report.problems.append(f"{link} leads to {target}, which is no step folder beside it: link it to one")
+        else:
+            found[name] = target.name
+    return found
