@@ -24,6 +24,7 @@ from lowrank_dist.engine.saving import AdapterFacts, AdapterSaver
 from lowrank_dist.engine.schedule import Schedule
 from lowrank_dist.engine.trainer import Pace, Trainer
 from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
+from lowrank_dist.errors import UserError
 from lowrank_dist.lora.inject import AdaptedLinear, inject
 from lowrank_dist.lora.placement import LoraRules, place
 from lowrank_dist.model.gpt import CausalLM
@@ -80,12 +81,19 @@ def build_theta(model: CausalLM, config: Config, topology: Topology) -> Theta:
     """Place, attach and initialise the low-rank factors."""
     lora = config.lora
     rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
-    masks = MaskSource(config.train.seed, quantise(lora.dropout))
+    masks = MaskSource(config.train.seed, _threshold(lora.dropout))
     placements = place(model.architecture, rules)
     model.set_recompute(config.engine.recompute == "full")
     lanes = wanted(config.engine.lanes, next(model.parameters()).device.type)
     adapted = inject(model, placements, masks, config.train.seed, topology.tp_rank, topology.tp_size, lanes)
     return Theta(adapted, masks)
+
+
+def _threshold(dropout: float) -> int:
+    try:
+        return quantise(dropout)
+    except ValueError as error:
+        raise UserError(f"lora.dropout: {error}; give a smaller one") from error
 
 
 def build_data(config: Config, vocab: int, topology: Topology) -> Data:
