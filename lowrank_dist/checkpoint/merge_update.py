@@ -65,24 +65,15 @@ def updates_of(
     ):
         folders = ", ".join(str(folder) for folder, _, _ in adapters)
         raise UserError(f"{folders} changes nothing: s·B·A is zero in every module (an untrained adapter?)")
-    linears = _linears(architecture)
+    linears = architecture.linear_modules()
     stored = {architecture.find(f"{module}.weight", checkpoint) for module in linears}
     return {name: Update(tuple(several), architecture.conv1d and name in stored) for name, several in terms.items()}
-
-
-def _linears(architecture: Architecture) -> set[str]:
-    return {
-        part.path.format(layer=layer)
-        for layer in range(architecture.layers)
-        for layout in architecture.linears.values()
-        for part in layout.parts
-    }
 
 
 def _placed(
     architecture: Architecture, checkpoint: Checkpoint, adapter: Adapter, folder: Path
 ) -> dict[str, LowRankFactor]:
-    modules = _linears(architecture)
+    modules = architecture.linear_modules()
     placed, problems = {}, []
     for module, factor in adapter.factors.items():
         name = architecture.find(f"{module}.weight", checkpoint)

@@ -120,6 +120,15 @@ class Architecture:
             return self.max_positions + self.position_offset
         return {"hidden": self.hidden, "vocab": self.vocab, "head_dim": self.head_dim}[dimension]
 
+    def linear_modules(self) -> set[str]:
+        """Hugging Face path of every linear in the layers: what factors can be on, the output layer aside."""
+        return {
+            part.path.format(layer=layer)
+            for layer in range(self.layers)
+            for layout in self.linears.values()
+            for part in layout.parts
+        }
+
     def find(self, name: str, names: Container[str]) -> str | None:
         """The name under which tensor (or module) `name` lies among a checkpoint's `names`, or None.
 

@@ -7,7 +7,7 @@ from functools import cache
 
 from torch import Tensor
 
-from lowrank_dist.ops.extension import why_not, why_not_cuda
+from lowrank_dist.ops.extension import why_not_on
 
 _plain = False
 
@@ -25,10 +25,9 @@ def compiled(tensor: Tensor) -> bool:
 
 @cache
 def _available(device: str) -> bool:
-    reasons = {"cpu": why_not, "cuda": why_not_cuda}
-    if device not in reasons:
+    if device not in ("cpu", "cuda"):
         return False
-    reason = reasons[device]()
+    reason = why_not_on(device)
     if reason is not None:
         logging.getLogger(__name__).warning("plain PyTorch runs in place of the compiled operators: %s", reason)
     return reason is None

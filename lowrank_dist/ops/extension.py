@@ -43,14 +43,14 @@ def cuda_extension_loaded() -> bool:
 
 def demand(device: str) -> None:
     """UserError, with the remedy, where the compiled operators for `device` ("cpu" or "cuda") are missing."""
-    reason = _why_not_on(device)
+    reason = why_not_on(device)
     if reason is not None:
         raise UserError(f"compiled operators for {device} are demanded (engine.kernels), but {reason}")
 
 
 def describe(device: str) -> str:
     """One line on what `device` ("cpu" or "cuda") computes the low-rank path with."""
-    reason = _why_not_on(device)
+    reason = why_not_on(device)
     if reason is not None:
         return f"plain PyTorch operators for {device}: {reason}"
     return f"compiled operators for {device} ({CUDA_LIBRARY.name if device == 'cuda' else cpu_capability()})"
@@ -61,7 +61,8 @@ def cpu_capability() -> str | None:
     return torch.ops.lowrank_dist.cpu_capability() if extension_loaded() else None
 
 
-def _why_not_on(device: str) -> str | None:
+def why_not_on(device: str) -> str | None:
+    """Why the compiled operators for `device` ("cpu" or "cuda") are missing, or None."""
     return {"cpu": why_not, "cuda": why_not_cuda}[device]()
 
 

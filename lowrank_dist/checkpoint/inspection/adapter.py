@@ -261,8 +261,7 @@ def _fit(found: _Found, folder: Path, checkpoint: Checkpoint) -> None:
         report.facts["percent_of_base"] = 100 * report.facts["parameters"] / total
     if architecture is None or not found.pairs:
         return
-    layers, layouts = range(architecture.layers), architecture.linears.values()
-    inner = {part.path.format(layer=layer) for layer in layers for layout in layouts for part in layout.parts}
+    inner = architecture.linear_modules()
     linears = inner if architecture.tied else inner | {"lm_head"}
     path = found.folder / WEIGHTS_FILE
     for module, (a, b) in found.pairs.items():
