@@ -17,7 +17,7 @@ export PYTHON
 # The ranks of a test share the cores: more than one thread each makes them wait for one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test quickstart cuda-build-check gpu-check gpu-bench clean
+.PHONY: install test test-all quickstart cuda-build-check gpu-check gpu-bench clean
 
 install: $(READY)
 
@@ -32,6 +32,10 @@ test: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile tests/unit
 	$(PYTHON) -m pytest -q tests/dist tests/integration
+
+# What takes too long for every change: every layout into every other, runs killed in their saves.
+test-all: $(READY)
+	$(PYTHON) -m pytest -q tests/long
 
 # When the whole thing began, so that the table counts the installation too.
 quickstart: export MAKE_STARTED_MS := $(shell date +%s%3N)

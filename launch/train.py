@@ -26,16 +26,19 @@ def main(config: Config) -> None:
     """Compose one run from its configuration and run it."""
     quiet_libraries()
     # Imported here: a mistake in the configuration should not wait for Megatron and transformers to load.
-    from lowrank_dist.engine.assemble import build_data, build_theta, build_trainer, choose_kernels, prepare_folder
+    from lowrank_dist.engine import assemble
+    from lowrank_dist.engine.resume import complete, find_resumption
     from lowrank_dist.model.build import load_model
     from lowrank_dist.parallel.topology import Topology
 
     backend = select_backend(config.model.device, *local_rank_and_size())
-    choose_kernels(config.engine.kernels, backend.device.type)
-    folder = prepare_folder(config)
+    assemble.choose_kernels(config.engine.kernels, backend.device.type)
+    folder = assemble.prepare_folder(config)
     init_process_group(backend, config.engine.timeout_seconds)
     parallel = config.parallel
     topology = Topology.build(parallel.tensor, parallel.data, parallel.sequence, config.engine.timeout_seconds)
+    resumption = find_resumption(config, folder, topology)
+    config = complete(config, resumption)
     model = load_model(
         config.model.path,
         topology,
@@ -45,11 +48,12 @@ def main(config: Config) -> None:
         vocab_multiple=config.model.vocab_multiple,
         broadcast=config.model.load == "broadcast",
     )
-    theta = build_theta(model, config, topology)
-    data = build_data(config, model.architecture.vocab, topology)
+    theta = assemble.build_theta(model, config, topology, resumption)
+    data = assemble.build_data(config, model.architecture.vocab, topology)
+    assemble.check_resumption(resumption, config, data)
     # Only now: a start that fails for its input leaves no folder that would refuse the corrected one.
     folder.open(topology.world_group.rank(), config.to_yaml())
-    build_trainer(model, theta, data, config, folder, topology, backend).run()
+    assemble.build_trainer(model, theta, data, config, folder, resumption, topology, backend).run()
 
 
 if __name__ == "__main__":

@@ -1,2 +1,6 @@
 class UserError(ValueError):
     """What the user gave is wrong; the message says what, where, and the remedy."""
+
+
+class DiskError(UserError):
+    """The disk refused (no space, no permission, …): what was to be written is not there, what was there still is."""

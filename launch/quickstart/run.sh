@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # `make quickstart`, once everything is installed: a fine-tuned, merged and proven model, and one table of what happened.
-# Everything it makes lies under build/quickstart; base/ and data/ are kept from run to run, the rest is made anew.
+# Everything it makes lies under build/quickstart; base/ and data/ are kept, and a run that was killed; the rest is made anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -29,7 +29,9 @@ phase() {
 plain() { env -u OMP_NUM_THREADS "$python" -m launch.quickstart."$@"; }
 
 mkdir -p "$out"
-rm -rf "$out"/{run,merged} "$out"/*.json
+# A run that was killed goes on from its last checkpoint; one that came to its table is made anew.
+[[ ! -f $out/report.json ]] || rm -rf "$out"/run
+rm -rf "$out"/merged "$out"/*.json
 printf 'install\t%d\n' $(($(now_ms) - ${MAKE_STARTED_MS:-$(now_ms)})) >"$out/phases.tsv"
 
 phase prepare plain prepare --out "$out"

@@ -10,10 +10,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lowrank_dist.checkpoint.atomic import atomic_folder
+from lowrank_dist.checkpoint.atomic import atomic_folder, target_of
+from lowrank_dist.checkpoint.manifest import MANIFEST_FILE, verify_manifest
 from lowrank_dist.checkpoint.peft_config import PeftConfig, describe, read_config
 from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.checkpoint.safetensors_file import SafetensorsWriter, TensorEntry, read_header, tensor_bytes
+from lowrank_dist.checkpoint.training_state import OPTIMIZER_FILE, STATE_FILE
 from lowrank_dist.errors import UserError
 from lowrank_dist.model.architecture import Architecture
 from lowrank_dist.model.tensors import hf_shapes
@@ -82,17 +84,29 @@ def write_adapter(
 
     Raises UserError for an existing folder, an empty adapter, an untrained one, NaN or infinity, or a failing disk.
     """
-    if not adapter.factors:
-        raise UserError(f"{folder} is not written: the adapter has no factors; check lora.targets")
-    assert set(adapter.factors) <= set(modules), "factors on modules that the base does not have"
     if replace and folder.exists() and not (folder / PROVENANCE_FILE).is_file():
         raise UserError(f"{folder} is not replaced: it holds no {PROVENANCE_FILE}, so lowrank-dist did not write it")
+    with atomic_folder(folder, replace=replace) as temporary:
+        write_adapter_files(temporary, adapter, provenance, modules, trained=trained)
+
+
+def write_adapter_files(
+    folder: Path, adapter: Adapter, provenance: Provenance, modules: Collection[str], *, trained: bool
+) -> None:
+    """The three files of `write_adapter` in a folder that exists, such as the temporary one of `atomic_folder`.
+
+    Raises UserError, naming what the folder was to become, for an empty or untrained adapter and for NaN or infinity.
+    """
+    target = target_of(folder)
+    if not adapter.factors:
+        raise UserError(f"{target} is not written: the adapter has no factors; check lora.targets")
+    assert set(adapter.factors) <= set(modules), "factors on modules that the base does not have"
     tensors = _named_tensors(adapter)
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{folder} is not written: {name} holds NaN or infinity; lower train.lr or resume earlier")
+            raise UserError(f"{target} is not written: {name} holds NaN or infinity; lower train.lr or resume earlier")
     if trained and not any(factor.b.any() for factor in adapter.factors.values()):
-        raise UserError(f"{folder} is not written: B is zero in every module, so training did not change the model")
+        raise UserError(f"{target} is not written: B is zero in every module, so training did not change the model")
     config = describe(
         {module: (factor.rank, factor.alpha) for module, factor in adapter.factors.items()},
         modules,
@@ -101,13 +115,12 @@ def write_adapter(
         fan_in_fan_out=adapter.fan_in_fan_out,
         base=adapter.base,
     )
-    with atomic_folder(folder, replace=replace) as temporary:
-        (temporary / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
-        (temporary / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
-        entries = (TensorEntry(name, "F32", tuple(tensor.shape), 0, tensor.nbytes) for name, tensor in tensors.items())
-        with SafetensorsWriter(temporary / WEIGHTS_FILE, entries, {"format": "pt"}) as file:
-            for tensor in tensors.values():
-                file.write(tensor_bytes(tensor))
+    (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+    (folder / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
+    entries = (TensorEntry(name, "F32", tuple(tensor.shape), 0, tensor.nbytes) for name, tensor in tensors.items())
+    with SafetensorsWriter(folder / WEIGHTS_FILE, entries, {"format": "pt"}) as file:
+        for tensor in tensors.values():
+            file.write(tensor_bytes(tensor))
 
 
 def _named_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -124,9 +137,11 @@ def read_adapter(folder: Path) -> Adapter:
     """Read any PEFT LoRA adapter folder, with PEFT's own meaning of rank and alpha patterns. Factors come as fp32.
 
     Raises UserError, naming file and key, for a folder that is missing or incomplete, a pickle in place of safetensors,
-    files that are links out of the folder, what `read_config` refuses, tensors that are no plain LoRA pair on a linear
-    or disagree with the config in rank or target, and NaN or infinity.
+    files that are links out of the folder, a checkpoint that is not what its manifest says, what `read_config` refuses,
+    tensors that are no plain LoRA pair on a linear or disagree with the config in rank or target, and NaN or infinity.
     """
+    if any((folder / name).exists() for name in (MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE)):
+        verify_manifest(folder)
     config = read_config(own_file(folder, CONFIG_FILE))
     path = own_file(folder, WEIGHTS_FILE)
     pairs = read_pairs(path)

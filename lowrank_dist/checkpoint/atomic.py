@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lowrank_dist.errors import UserError
+from lowrank_dist.errors import DiskError, UserError
 
 _MARK = ".lowrank_dist-tmp-"
 # linux/fcntl.h and linux/fs.h; Python has no binding for renameat2.
@@ -23,6 +23,18 @@ def is_temporary(folder: Path) -> bool:
     return folder.name.startswith(".") and _MARK in folder.name
 
 
+def temporary_name(target: Path) -> Path:
+    """A name beside `target` that nobody has, and that `is_temporary` knows."""
+    return target.with_name(f".{target.name}{_MARK}{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def target_of(folder: Path) -> Path:
+    """What a temporary folder is to become, for messages; any other folder is itself."""
+    if not is_temporary(folder):
+        return folder
+    return folder.with_name(folder.name.removeprefix(".").rpartition(_MARK)[0])
+
+
 @contextmanager
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `target`; on success it is synced to disk and becomes `target`.
@@ -30,12 +42,12 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     Any exception removes it and leaves `target` as it was; a kill leaves at most a folder that `is_temporary` knows.
     Missing parents are made. With `replace` an existing folder is exchanged in one step (renameat2) and then removed.
 
-    Raises UserError when `target` exists (without `replace`, or is no plain folder) and, naming the path, for every
-    OSError inside the block: no space, no permission, a disk that fails.
+    Raises UserError when `target` exists (without `replace`, or is no plain folder) and DiskError, naming the path, for
+    every OSError inside the block: no space, no permission, a disk that fails.
     """
     target = Path(os.path.abspath(target))
     _check_target(target, replace)
-    temporary = target.with_name(f".{target.name}{_MARK}{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = temporary_name(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -46,9 +58,9 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
             _exchange(temporary, target)
         else:
             temporary.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
     except OSError as error:
-        raise UserError(_explain(error, target)) from error
+        raise DiskError(_explain(error, target)) from error
     finally:
         # After an exchange this is the old folder, after a failure the unfinished one, after a plain rename nothing.
         shutil.rmtree(temporary, ignore_errors=True)
@@ -76,11 +88,12 @@ def _explain(error: OSError, target: Path) -> str:
 def _sync_tree(folder: Path) -> None:
     for parent, _, files in os.walk(folder):
         for name in files:
-            _sync(Path(parent, name))
-        _sync(Path(parent))
+            sync(Path(parent, name))
+        sync(Path(parent))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -27,7 +27,9 @@ def _installed(package: str) -> str:
 class Provenance:
     """base_fingerprint: `fingerprint` of the base folder; base: its path when it was trained on; config: the run's.
 
-    created_by and versions describe the installation and are filled in.
+    created_by and versions describe the installation and are filled in. training: what the trainer knows when it
+    writes, in JSON, each key optional: step, epoch, tokens, target_tokens, data (path, sha256, samples), loss and
+    eval_loss in nats a token.
     """
 
     base_fingerprint: str
@@ -40,9 +42,10 @@ class Provenance:
             **{name: _installed(name) for name in _PACKAGES},
         }
     )
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The text of lowrank_dist.json. `config` must be JSON (pydantic's `model_dump(mode="json")`)."""
+        """The text of lowrank_dist.json. `config` (`model_dump(mode="json")`) and `training` must be JSON."""
         whole = {"format": _FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
         return json.dumps(whole, indent=2) + "\n"
 
@@ -56,9 +59,12 @@ def read_provenance(folder: Path) -> Provenance | None:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["format"] != _FORMAT:
             raise ValueError(f"format {found['format']!r}, this version reads format {_FORMAT}")
+        found.setdefault("training", {})  # files from before it was recorded have none
         provenance = Provenance(**{name: found[name] for name in Provenance.__dataclass_fields__})
         if not isinstance(provenance.base_fingerprint, str):
             raise ValueError("base_fingerprint is no text")
+        if not isinstance(provenance.training, dict):
+            raise ValueError("training is no mapping")
         return provenance
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(

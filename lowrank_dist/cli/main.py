@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from lowrank_dist import __version__
 from lowrank_dist.cli.doctor import doctor_command
+from lowrank_dist.cli.export import export_command
 from lowrank_dist.cli.inspect import inspect_command
 from lowrank_dist.cli.merge import merge_command
 from lowrank_dist.errors import UserError
@@ -39,6 +40,7 @@ app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=
 app.command("merge")(merge_command)
 app.command("doctor")(doctor_command)
 app.command("inspect")(inspect_command)
+app.command("export")(export_command)
 
 
 def _print_version(wanted: bool) -> None:

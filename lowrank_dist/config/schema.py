@@ -52,6 +52,12 @@ Targets: TypeAlias = Annotated[
 ]
 
 
+Resume: TypeAlias = Annotated[
+    Annotated[Literal["never", "auto"], Tag("word")] | Annotated[YamlPath, Tag("path")],
+    Discriminator(lambda value: "word" if value in ("never", "auto") else "path"),
+]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
@@ -83,6 +89,9 @@ class LoraConfig(Section):
     )
     alpha_pattern: dict[Pattern, Alpha] = Field(
         {}, description="mapping from module path or regular expression to an alpha above 0"
+    )
+    init_from: YamlPath | None = Field(
+        None, description="folder of a PEFT LoRA adapter to start from, which says all of lora but dropout, or null"
     )
 
 
@@ -141,7 +150,15 @@ class TrainConfig(Section):
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon above 0")
     seed: int = Field(42, ge=0, lt=2**32, description="integer of at least 0 and below 2^32")
     log_every: int = Field(1, ge=1, description="steps between log lines, at least 1")
-    resume: Literal["never"] = Field("never", description="never")
+    resume: Resume = Field(
+        "never",
+        description="never, auto (from the newest complete checkpoint in output.dir, where there is one) or the folder "
+        "of a checkpoint (./auto for one of such a name)",
+    )
+    resume_changes: list[str] = Field(
+        [],
+        description="list of the keys (section.key) that may differ from the checkpoint's, such as [train.lr]",
+    )
 
     @field_validator("epochs")
     @classmethod
@@ -171,7 +188,9 @@ class EvalConfig(Section):
 
 class OutputConfig(Section):
     dir: YamlPath = Field(description="folder of the run; it must not hold one already")
-    save_every: int | None = Field(None, ge=1, description="steps between saved adapters, or null for only at the end")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints, or null for only at the end")
+    keep_last: int | None = Field(3, ge=1, description="newest checkpoints to keep, at least 1, or null for all")
+    keep_best: int = Field(1, ge=0, description="checkpoints of lowest eval loss to keep beside them, at least 0")
     tensorboard: bool = Field(True, description="true or false")
     plot: bool = Field(True, description="true or false")
     probe: int = Field(

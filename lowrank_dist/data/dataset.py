@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,13 @@ class Dataset:
         self._tokens = np.concatenate([s.tokens for s in samples]) if samples else np.empty(0, np.int32)
         self._target = np.concatenate([s.target for s in samples]) if samples else np.empty(0, np.bool_)
         self._lines = np.array([s.line for s in samples], dtype=np.int64)
+
+    def digest(self) -> str:
+        """SHA-256 over the samples in order, as they are trained on: tokenizer, template and masking show in it."""
+        sha = hashlib.sha256()
+        for array in (self.lengths, self._tokens, self._target):
+            sha.update(np.ascontiguousarray(array).data)
+        return sha.hexdigest()
 
     def __len__(self) -> int:
         return len(self.lengths)

@@ -81,12 +81,12 @@ class Loader:
         pad_multiple: int,
     ) -> None:
         assert global_batch >= 1 and len(dataset) > 0 and int(dataset.lengths.max()) <= max_length
-        self._dataset, self._seed, self._global_batch = dataset, seed, global_batch
+        self._dataset, self._seed, self.global_batch = dataset, seed, global_batch
         self._cut = _Cut(micro_batch, max_length, packing, dp_rank, dp_size, pad_multiple)
 
     def step(self, k: int) -> StepBatch:
         """Batch of optimizer step k, from 0."""
-        n, size = len(self._dataset), self._global_batch
+        n, size = len(self._dataset), self.global_batch
         numbers = order(self._seed, n, k * size, size)
         return self._cut.batch(self._dataset, numbers, (k + 1) * size / n)
 

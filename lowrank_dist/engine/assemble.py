@@ -14,19 +14,25 @@ from lowrank_dist.backend.select import Backend
 from lowrank_dist.checkpoint.adapter import module_paths
 from lowrank_dist.checkpoint.fingerprint import fingerprint
 from lowrank_dist.checkpoint.provenance import Provenance
+from lowrank_dist.checkpoint.training_state import DataState
 from lowrank_dist.config import Config
 from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.data.loader import Loader, StepBatch, eval_batches
 from lowrank_dist.data.tokenizer import load_tokenizer
 from lowrank_dist.engine.monitor import Monitor
+from lowrank_dist.engine.progress import Progress
+from lowrank_dist.engine.resume import Resumption, require_same_run, restore
 from lowrank_dist.engine.run_folder import RunFolder
-from lowrank_dist.engine.saving import AdapterFacts, AdapterSaver
+from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.engine.schedule import Schedule
+from lowrank_dist.engine.start import initial_factors
 from lowrank_dist.engine.trainer import Pace, Trainer
+from lowrank_dist.engine.writing import CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 from lowrank_dist.errors import UserError
 from lowrank_dist.lora.inject import AdaptedLinear, inject
 from lowrank_dist.lora.placement import LoraRules, place
+from lowrank_dist.lora.state import spread_factors
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.ops import choice, extension
 from lowrank_dist.ops.mask import quantise
@@ -71,14 +77,15 @@ def describe_kernels(kernels: str, device: str) -> list[str]:
 
 
 def prepare_folder(config: Config) -> RunFolder:
-    """The run folder; raises UserError where it holds a run already."""
-    folder = RunFolder(config.output.dir)
-    folder.refuse_existing()
+    """The run folder; raises UserError where it holds a run already that this one does not go on with."""
+    folder, resume = RunFolder(config.output.dir), config.train.resume
+    if resume == "never" or (resume != "auto" and not folder.holds(resume)):
+        folder.refuse_existing()
     return folder
 
 
-def build_theta(model: CausalLM, config: Config, topology: Topology) -> Theta:
-    """Place, attach and initialise the low-rank factors."""
+def build_theta(model: CausalLM, config: Config, topology: Topology, resumption: Resumption | None) -> Theta:
+    """Place, attach and initialise the low-rank factors; those of a checkpoint come with the optimiser's state."""
     lora = config.lora
     rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
     masks = MaskSource(config.train.seed, _threshold(lora.dropout))
@@ -86,6 +93,8 @@ def build_theta(model: CausalLM, config: Config, topology: Topology) -> Theta:
     model.set_recompute(config.engine.recompute == "full")
     lanes = wanted(config.engine.lanes, next(model.parameters()).device.type)
     adapted = inject(model, placements, masks, config.train.seed, topology.tp_rank, topology.tp_size, lanes)
+    if config.lora.init_from is not None and resumption is None:
+        spread_factors(adapted, topology.tp_rank, initial_factors(config, placements))
     return Theta(adapted, masks)
 
 
@@ -121,24 +130,43 @@ def build_data(config: Config, vocab: int, topology: Topology) -> Data:
 
 
 def build_trainer(
-    model: CausalLM, theta: Theta, data: Data, config: Config, folder: RunFolder, topology: Topology, backend: Backend
+    model: CausalLM,
+    theta: Theta,
+    data: Data,
+    config: Config,
+    folder: RunFolder,
+    resumption: Resumption | None,
+    topology: Topology,
+    backend: Backend,
 ) -> Trainer:
-    """The optimiser, the monitors and the loop over all of it."""
+    """The optimiser, the monitors and the loop over all of it, from the beginning or from a checkpoint."""
     train, engine = config.train, config.engine
     parameters = [parameter for linear in theta.adapted for parameter in linear.factors.parameters()]
     rules = OptimiserRules(
         engine.zero_stage, engine.clip, engine.reduce_bucket, train.weight_decay, (train.beta1, train.beta2), train.eps
     )
-    steps = train.steps or max(1, math.ceil(train.epochs * len(data.dataset) / train.global_batch))
+    steps = _steps(config, data)
     writes = topology.world_group.rank() == 0
-    monitor = Monitor(folder, steps, active=writes, tensorboard=config.output.tensorboard, plot=config.output.plot)
+    state = resumption.state if resumption else None
+    progress, output = Progress.of(state), config.output
+    optimiser = ZeroOptimiser(parameters, topology, rules)
+    if resumption is not None:
+        restore(resumption, theta.adapted, optimiser, topology, backend.device)
+    monitor = Monitor(folder, steps, progress.step, active=writes, tensorboard=output.tensorboard, plot=output.plot)
     kernels = describe_kernels(engine.kernels, backend.device.type)
     _introduce(monitor, model, parameters, data, topology, backend, kernels)
-    saver = AdapterSaver(folder, theta.adapted, _facts(model, config) if writes else None, topology, backend)
+    if resumption is not None:
+        for line in (*resumption.messages, f"resumed from {resumption.folder} at step {progress.step} of {steps}"):
+            monitor.say(line)
+    writer = None
+    if writes:
+        retention = Retention(output.keep_last, output.keep_best)
+        writer = CheckpointWriter(folder, _facts(model, config, data), retention, state)
+    saver = CheckpointSaver(folder, theta.adapted, optimiser, writer, state, monitor.say, topology, backend)
     return Trainer(
         model,
         theta.masks,
-        ZeroOptimiser(parameters, topology, rules),
+        optimiser,
         data.train,
         data.evaluation,
         Schedule(train.schedule, train.lr, train.warmup_steps, steps, train.min_lr_ratio),
@@ -147,11 +175,12 @@ def build_trainer(
             train.log_every,
             config.eval.every,
             config.eval.at_start,
-            config.output.save_every,
-            config.output.probe,
+            output.save_every,
+            output.probe,
         ),
         monitor,
         saver,
+        progress,
         topology,
         backend,
     )
@@ -181,13 +210,33 @@ def _introduce(
             monitor.say(dataset.report.summary())
 
 
-def _facts(model: CausalLM, config: Config) -> AdapterFacts:
+def check_resumption(resumption: Resumption | None, config: Config, data: Data) -> None:
+    """Raise UserError where the run that goes on would not be the one that stopped (`require_same_run`)."""
+    if resumption is not None:
+        states = _data_state(data.dataset), _data_state(data.held_out)
+        require_same_run(config, resumption, *states, _steps(config, data))
+
+
+def _steps(config: Config, data: Data) -> int:
+    train = config.train
+    return train.steps or max(1, math.ceil(train.epochs * len(data.dataset) / train.global_batch))
+
+
+def _data_state(dataset: Dataset | None) -> DataState | None:
+    if dataset is None:
+        return None
+    return DataState(path=str(dataset.report.path), sha256=dataset.digest(), samples=len(dataset))
+
+
+def _facts(model: CausalLM, config: Config, data: Data) -> Facts:
     path = config.model.path
-    return AdapterFacts(
+    return Facts(
         dropout=config.lora.dropout,
         rslora=config.lora.rslora,
         fan_in_fan_out=model.architecture.conv1d,
         base=path,
         modules=module_paths(model.architecture),
         provenance=Provenance(fingerprint(path), str(path), config.model_dump(mode="json")),
+        data=_data_state(data.dataset),
+        held_out=_data_state(data.held_out),
     )

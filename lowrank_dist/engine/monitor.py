@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from lowrank_dist.checkpoint.atomic import temporary_name
 from lowrank_dist.engine.run_folder import RunFolder
 
 # Hugging Face's tags, so that runs lie beside those of other trainers in one board.
@@ -27,18 +28,25 @@ TAGS = {
 class Monitor:
     """Records of a run. Every rank has one; only rank 0's does anything (`active`)."""
 
-    def __init__(self, folder: RunFolder, total_steps: int, *, active: bool, tensorboard: bool, plot: bool) -> None:
+    def __init__(
+        self, folder: RunFolder, total_steps: int, done: int, *, active: bool, tensorboard: bool, plot: bool
+    ) -> None:
+        """done: the step that a run goes on from. What an interrupted one recorded beyond it will come again."""
         self._folder, self._active, self._plot = folder, active, plot
         self._records: list[dict[str, float]] = []
         self._file = self._board = self._progress = None
-        self._start = time.monotonic()
+        self._done, self._begun = done, time.monotonic()
+        self._start = self._begun
         if not active:
             return
+        self._records = _keep_records(folder.metrics, done)
+        if self._records:
+            self._start -= self._records[-1]["time"]
         self._file = folder.metrics.open("a", buffering=1)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder.tensorboard))
+            self._board = SummaryWriter(str(folder.tensorboard), purge_step=done + 1 if done else None)
         console = Console(file=sys.stdout)
         if console.is_terminal:
             self._progress = Progress(
@@ -50,7 +58,7 @@ class Monitor:
                 TextColumn("{task.fields[status]}"),
                 console=console,
             )
-            self._task = self._progress.add_task("training", total=total_steps, status="")
+            self._task = self._progress.add_task("training", total=total_steps, completed=done, status="")
             self._progress.start()
         self._total = total_steps
 
@@ -97,8 +105,26 @@ class Monitor:
         if self._progress is not None:
             self._progress.update(self._task, completed=step, status=status)
         else:
-            left = (time.monotonic() - self._start) / step * (self._total - step)
+            left = (time.monotonic() - self._begun) / (step - self._done) * (self._total - step)
             print(f"step {step}/{self._total}  {status}  {left:.0f} s left", flush=True)
+
+
+def _keep_records(path: Path, done: int) -> list[dict[str, float]]:
+    """Cut metrics.jsonl back to step `done`; the last line of a killed run may be half a record. Its records."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            if record["step"] <= done and done:
+                kept.append({**record, "time": float(record["time"])})
+        except (ValueError, TypeError, KeyError):
+            continue
+    shorter = temporary_name(path)
+    shorter.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    shorter.replace(path)
+    return kept
 
 
 def draw_losses(records: list[dict[str, float]], path: Path) -> None:

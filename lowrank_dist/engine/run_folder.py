@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
-import os
+import shutil
 from pathlib import Path
 
+from lowrank_dist.checkpoint.atomic import is_temporary, sync, temporary_name
 from lowrank_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 ENTRIES = ("config.yaml", "metrics.jsonl", "checkpoints", "adapter")
 
@@ -35,15 +39,24 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output.dir: {self.path} is a file; choose a folder")
 
+    def holds(self, checkpoint: Path) -> bool:
+        """Whether a checkpoint lies in this run."""
+        return checkpoint.resolve().parent == self.checkpoints.resolve()
+
     def open(self, rank: int, config_yaml: str) -> None:
-        """Make the folder, keep the resolved configuration in it (rank 0), and log to logs/rank-N.log from now on."""
+        """Make the folder, keep the resolved configuration in it (rank 0), and log to logs/rank-N.log from now on.
+
+        Raises UserError where the folder cannot be written, or another process trains in it.
+        """
         try:
             logs = self.path / "logs"
             logs.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            if rank == 0:
-                self.config.write_text(config_yaml)
             handler = logging.FileHandler(logs / f"rank-{rank}.log")
+            if rank == 0:
+                self._lock(handler.stream.fileno())
+                self._clear()
+                self.config.write_text(config_yaml)
         except OSError as error:
             raise UserError(
                 f"output.dir: cannot write {self.path}: {error.strerror}; choose a writable folder"
@@ -53,9 +66,30 @@ class RunFolder:
         root.addHandler(handler)
         root.setLevel(logging.INFO)
 
+    def _lock(self, descriptor: int) -> None:
+        """Held until this process ends, however it ends: two that write checkpoints here would retire each other's."""
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"output.dir: another process trains in {self.path}: end it first (it may have outlived its launcher), "
+                "or choose another output.dir"
+            ) from error
+        except OSError as error:  # a file system without locks
+            logger.warning("%s cannot be locked (%s): never start two runs in it", self.path, error.strerror)
+
+    def _clear(self) -> None:
+        """Remove what a killed writer left behind."""
+        for folder in (self.path, self.checkpoints):
+            for child in folder.iterdir():
+                if is_temporary(child):
+                    logger.warning("removing %s, left behind unfinished", child)
+                    shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+
     def point(self, name: str, target: Path) -> None:
         """Move the link checkpoints/<name> to `target`, atomically."""
-        link, temporary = self.checkpoints / name, self.checkpoints / f".{name}.{os.getpid()}"
-        temporary.unlink(missing_ok=True)
+        link = self.checkpoints / name
+        temporary = temporary_name(link)
         temporary.symlink_to(target.name)
         temporary.replace(link)
+        sync(self.checkpoints)

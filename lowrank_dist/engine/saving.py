@@ -1,104 +1,161 @@
-"""Adapters out of a running job: whole factors gathered, written by one rank, success agreed by all."""
+"""Checkpoints out of a running job: copied out at once, gathered and written by a thread while training goes on."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lowrank_dist.backend import rng
 from lowrank_dist.backend.select import Backend
-from lowrank_dist.checkpoint.adapter import Adapter, LowRankFactor, write_adapter
-from lowrank_dist.checkpoint.provenance import Provenance
+from lowrank_dist.checkpoint.training_state import TrainingState
+from lowrank_dist.engine.gathering import Gathering
+from lowrank_dist.engine.progress import Progress
 from lowrank_dist.engine.run_folder import RunFolder
-from lowrank_dist.errors import UserError
+from lowrank_dist.engine.writing import CheckpointWriter, Facts
+from lowrank_dist.engine.zero import ZeroOptimiser
+from lowrank_dist.errors import DiskError, UserError
 from lowrank_dist.lora.inject import AdaptedLinear
-from lowrank_dist.lora.state import adapter_factors, gather_factors
-from lowrank_dist.parallel.agreement import all_equal, all_succeeded, digest
 from lowrank_dist.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class AdapterFacts:
-    """What an adapter folder says beside its factors. `modules`: checkpoint.adapter.module_paths of the base."""
-
-    dropout: float
-    rslora: bool
-    fan_in_fan_out: bool
-    base: Path
-    modules: Collection[str]
-    provenance: Provenance
+_WRITTEN, _NO_SPACE, _FAILED = range(3)
+_LAST_SECONDS = 60  # that a run which fails waits for a checkpoint that is being written
 
 
-class AdapterSaver:
-    """Writes checkpoints/step-N, keeps the links last and best, and at the end adapter/."""
+@dataclass
+class _Flight:
+    """One save under way: what this rank's thread made of it."""
+
+    step: int
+    thread: threading.Thread | None = None
+    outcome: int = _WRITTEN
+    error: Exception | None = field(default=None)
+
+
+class CheckpointSaver:
+    """Writes checkpoints/step-N, moves the links last and best, retires old checkpoints, and at the end adapter/.
+
+    At most one save is under way. What the disk refuses is reported and the run goes on, to try again at the next save;
+    only a run whose last save failed ends with an error. Everything else that fails ends the run on all ranks.
+    """
 
     def __init__(
         self,
         folder: RunFolder,
         adapted: Sequence[AdaptedLinear],
-        facts: AdapterFacts | None,
+        optimiser: ZeroOptimiser,
+        writer: CheckpointWriter | None,
+        resumed: TrainingState | None,
+        report: Callable[[str], None],
         topology: Topology,
         backend: Backend,
     ) -> None:
-        """`facts` is needed on rank 0 of the job only, which writes."""
-        self._folder, self._adapted, self._facts = folder, adapted, facts
-        self._topology, self._backend = topology, backend
-        self._writes = topology.world_group.rank() == 0
-        self._eval_losses: dict[int, float] = {}
-        self._saved: list[int] = []
+        """`writer`: on rank 0 of the job only. report: says a line to the person who watches."""
+        self._folder, self._optimiser, self._writer = folder, optimiser, writer
+        self._topology, self._backend, self._report = topology, backend, report
+        self._gathering = Gathering(adapted, optimiser, topology)
+        self._eval_losses = dict(resumed.eval_losses) if resumed else {}
+        self._flight: _Flight | None = None
+        self._refusal: str | None = None
 
     def evaluated(self, step: int, loss: float) -> None:
         """Remember an eval loss; `best` points to the saved step with the lowest."""
         self._eval_losses[step] = loss
 
-    def save(self, step: int, *, final: bool) -> None:
-        """Collective over all ranks. Raises UserError on every rank when the writing rank failed."""
-        self._require_equal_replicas()
-        error: UserError | None = None
-        if self._topology.dp_rank == 0:
-            whole = gather_factors(self._adapted, self._topology.tp_group)
-            if self._writes:
-                try:
-                    self._write(step, adapter_factors(whole), final)
-                except UserError as failure:
-                    error = failure
-                except OSError as failure:  # the other ranks wait for an answer: any failure to write is one
-                    error = UserError(f"step {step}: cannot save to {self._folder.path}: {failure}; is the disk full?")
-        if not all_succeeded(error is None, self._topology.world_group, self._backend.device):
-            raise error or UserError(f"step {step}: rank 0 could not save the adapter; see its message")
+    def save(self, progress: Progress, *, final: bool = False) -> None:
+        """Start a save, once the one before has ended. Collective."""
+        self._land()
+        snapshot = self._optimiser.snapshot()
+        state = self._state(progress, self._writer.facts) if self._writer else None
+        self._flight = flight = _Flight(progress.step)
+        flight.thread = threading.Thread(target=self._fly, args=(flight, snapshot, state, final), daemon=True)
+        flight.thread.start()
+
+    def poll(self) -> None:
+        """Learn whether the save under way has ended on all ranks, and how. Collective while there is one."""
+        if self._flight is not None:
+            self._conclude(wait=False)
+
+    def finish(self) -> None:
+        """Wait for the save under way. Raises DiskError on every rank when the last one was refused."""
+        self._land()
+        if self._refusal is not None:
+            raise DiskError(f"the last checkpoint was not written: {self._refusal}")
+
+    def close(self) -> None:
+        """Give the save under way of a run that fails a last chance. Not collective."""
+        if self._flight is not None:
+            self._flight.thread.join(_LAST_SECONDS)
 
     def keep_probe(self, input_ids: Tensor, logits: Tensor) -> None:
         """Write probe.safetensors: input_ids [b, s] int64 and the trained model's logits [b, s, V] fp32."""
-        if self._writes:
+        if self._writer is not None:
             tensors = {"input_ids": input_ids, "logits": logits.float()}
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, self._folder.probe)
+            try:
+                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, self._folder.probe)
+            except (OSError, SafetensorError) as error:
+                raise DiskError(f"could not write {self._folder.probe}: {error}; is the disk full?") from error
 
-    def _write(self, step: int, factors: dict[str, LowRankFactor], final: bool) -> None:
-        facts = self._facts
-        adapter = Adapter(factors, facts.dropout, facts.rslora, facts.fan_in_fan_out, str(facts.base))
-        target = self._folder.checkpoints / f"step-{step}"
-        write_adapter(target, adapter, facts.provenance, facts.modules, trained=True)
-        self._saved.append(step)
-        self._folder.point("last", target)
-        known = [saved for saved in self._saved if saved in self._eval_losses]
-        if known:
-            best = min(known, key=lambda saved: self._eval_losses[saved])
-            self._folder.point("best", self._folder.checkpoints / f"step-{best}")
-        if final:
-            write_adapter(self._folder.adapter, adapter, facts.provenance, facts.modules, trained=True)
-        logger.info("adapter of step %d written to %s", step, target)
+    def _land(self) -> None:
+        if self._flight is not None:
+            self._flight.thread.join()
+            self._conclude(wait=True)
 
-    def _require_equal_replicas(self) -> None:
-        """A replicated factor that differs between tensor-parallel ranks has lost its deferred sum somewhere."""
-        replicated = [p for linear in self._adapted for p in linear.factors.parameters() if p.tp_partial_grad]
-        if not all_equal(digest(replicated), self._topology.tp_group, self._backend.device):
-            raise UserError(
-                "replicated factors differ between tensor-parallel ranks: the adapter would be wrong and is not saved. "
-                "This is a fault of the machine or of lowrank_dist; please report it with the logs of all ranks"
-            )
+    def _conclude(self, *, wait: bool) -> None:
+        """Agree on the outcome. Ranks poll at the same steps, so all see the same answer at the same step."""
+        flight = self._flight
+        running = flight.thread.is_alive()
+        assert not (wait and running), "its thread was waited for"
+        status = torch.tensor([running, 0 if running else flight.outcome], device=self._backend.device)
+        dist.all_reduce(status, op=dist.ReduceOp.MAX, group=self._topology.world_group)
+        unfinished, outcome = status.tolist()
+        if outcome == _FAILED:
+            self._flight = None
+            raise flight.error or UserError(f"step {flight.step}: another rank could not save; see its log")
+        if unfinished:
+            return
+        self._flight, self._refusal = None, None
+        if outcome == _NO_SPACE:
+            self._refusal = str(flight.error or "rank 0 could not write it; see its log")
+            message = f"step {flight.step}: NO CHECKPOINT WAS WRITTEN: {self._refusal}. Training goes on"
+            logger.error("%s", message)
+            self._report(message)
+
+    def _fly(self, flight: _Flight, snapshot: Tensor, state: TrainingState | None, final: bool) -> None:
+        """The thread of one save. What happened is left in `flight`, for training to find."""
+        try:
+            whole = self._gathering.collect(snapshot)
+            if whole is not None:
+                self._writer.write(whole, state, final=final)
+        except DiskError as error:
+            flight.outcome, flight.error = _NO_SPACE, error
+        except Exception as error:  # whatever it is: a thread that dies of it in silence would be the worst
+            flight.outcome, flight.error = _FAILED, error
+
+    def _state(self, progress: Progress, facts: Facts) -> TrainingState:
+        topology = self._topology
+        return TrainingState(
+            step=progress.step,
+            epoch=progress.epoch,
+            samples=progress.samples,
+            tokens=progress.tokens,
+            target_tokens=progress.target_tokens,
+            loss=progress.loss,
+            eval_losses=dict(self._eval_losses),
+            data=facts.data,
+            held_out=facts.held_out,
+            rng=rng.capture(self._backend.device),
+            config=dict(facts.provenance.config),
+            base_fingerprint=facts.provenance.base_fingerprint,
+            ranks={"tensor": topology.tp_size, "data": topology.dp_size},
+            versions=dict(facts.provenance.versions),
+        )

@@ -17,7 +17,8 @@ from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.batch import Microbatch
 from lowrank_dist.data.loader import Loader, StepBatch
 from lowrank_dist.engine.monitor import Monitor
-from lowrank_dist.engine.saving import AdapterSaver
+from lowrank_dist.engine.progress import Progress
+from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.engine.schedule import Schedule
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
@@ -54,33 +55,40 @@ class Trainer:
         schedule: Schedule,
         pace: Pace,
         monitor: Monitor,
-        saver: AdapterSaver,
+        saver: CheckpointSaver,
+        progress: Progress,
         topology: Topology,
         backend: Backend,
     ) -> None:
         self.model, self.masks, self.optimiser = model, masks, optimiser
         self.train, self.evaluation = train, evaluation
         self.schedule, self.pace, self.monitor, self.saver = schedule, pace, monitor, saver
+        self.progress = progress
         self.topology, self.backend = topology, backend
 
     def run(self) -> None:
-        """Train from the first step to the last; at the end the adapter lies in the run folder."""
+        """Train from where the run stands to the last step; at the end the adapter lies in the run folder."""
         try:
             self._run()
         finally:
+            self.saver.close()
             self.monitor.close()
 
     def _run(self) -> None:
         pace = self.pace
-        if pace.eval_at_start:
+        if pace.eval_at_start and self.progress.step == 0:
             self._evaluate(0)
-        for step in range(pace.steps):
+        for step in range(self.progress.step, pace.steps):
+            self.saver.poll()
             self._step(step)
             done, last = step + 1, step + 1 == pace.steps
             if last or (pace.eval_every is not None and done % pace.eval_every == 0):
                 self._evaluate(done)
-            if last or (pace.save_every is not None and done % pace.save_every == 0):
-                self.saver.save(done, final=last)
+            if not last and pace.save_every is not None and done % pace.save_every == 0:
+                self.saver.save(self.progress)
+        # Again where the run had ended already: it may have been killed between the checkpoint and the adapter.
+        self.saver.save(self.progress, final=True)
+        self.saver.finish()
         if pace.probe_rows:
             self._probe(pace.probe_rows)
 
@@ -100,6 +108,7 @@ class Trainer:
         self._require_finite(loss, "loss", step + 1)
         norm = self.optimiser.step(lr)
         self._require_finite(norm, "gradient norm", step + 1)
+        self.progress = self.progress.after(batch, self.train.global_batch, loss)
         if (step + 1) % self.pace.log_every == 0 or step + 1 == self.pace.steps:
             self.backend.synchronize()
             self.monitor.record(

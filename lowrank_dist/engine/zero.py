@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from lowrank_dist.parallel.topology import DeepSpeedMpu, Topology
 
 # Index of the replicated factors' parameter group; the sharded ones are group 1.
 REPLICATED = 0
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class ZeroOptimiser:
         # On CPU init_distributed compiles this for half a minute; only inference uses it.
         __compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self._topology = topology
+        self._topology, self._parameters = topology, tuple(parameters)
         groups = [
             {"params": [p for p in parameters if p.tp_partial_grad], "weight_decay": rules.weight_decay},
             {"params": [p for p in parameters if not p.tp_partial_grad], "weight_decay": rules.weight_decay},
@@ -80,6 +81,7 @@ class ZeroOptimiser:
                 f"this DeepSpeed chose {type(self.engine.optimizer).__name__} where ZeRO stage {rules.zero_stage} was "
                 "asked for; it would drop the deferred gradient sum. Install a DeepSpeed of the range in setup.py"
             )
+        self._make_moments()
 
     @staticmethod
     def _config(parameters: Sequence[nn.Parameter], rules: OptimiserRules) -> dict[str, Any]:
@@ -123,6 +125,66 @@ class ZeroOptimiser:
         if self.engine.optimizer.overflow:
             return float("inf")
         return float(self.engine.get_global_grad_norm())
+
+    def fragments(self) -> list[tuple[int, int]]:
+        """For each parameter, in the order given: its first element in this rank's partition and how many follow.
+
+        These are what DeepSpeed's safe_get_full_* sum over data parallelism, one all-reduce of full size for each
+        parameter and kind; a checkpoint wants them once and on one rank.
+        """
+        return [
+            (0, 0)
+            if parameter._hp_mapping is None
+            else (parameter._hp_mapping.lp_fragment_address.start, parameter._hp_mapping.lp_fragment_address.numel)
+            for parameter in self._parameters
+        ]
+
+    def snapshot(self) -> Tensor:
+        """[3, elements] fp32 on the CPU, a copy: masters, exp_avg and exp_avg_sq of all `fragments`, in their order."""
+        held = [p._hp_mapping for p in self._parameters if p._hp_mapping is not None]
+        rows = [
+            torch.cat([mapping.get_hp_fragment(key).detach().flatten() for mapping in held]).cpu()
+            for key in (None, *_MOMENTS)
+        ]
+        return torch.stack(rows)
+
+    def restore(self, values: Mapping[str, Sequence[Tensor]], step: int) -> None:
+        """Set masters and moments (kind → a tensor like each parameter) and AdamW's count of steps.
+
+        Collective over data parallelism: the parameters follow their masters.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for index, parameter in enumerate(self._parameters):
+            safe_set_full_fp32_param(parameter, values["master"][index])
+            for key in _MOMENTS:
+                safe_set_full_optimizer_state(parameter, values[key][index], key)
+        self._count_from(step)
+        self.engine.optimizer.update_lp_params()
+
+    def _make_moments(self) -> None:
+        """Let AdamW make its state now, by a step of gradient 0 and rate 0, which changes nothing.
+
+        DeepSpeed would link the state to the parameters after the first group's first step, when the second group has
+        none yet, and never again: its moments could be neither read nor set (DeepSpeed 0.19.8).
+        """
+        base = self.engine.optimizer.optimizer
+        for group in base.param_groups:
+            for partition in group["params"]:
+                partition.grad = torch.zeros_like(partition)
+        base.step()
+        base.zero_grad(set_to_none=True)
+        self._count_from(0)
+        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _count_from(self, step: int) -> None:
+        base = self.engine.optimizer.optimizer
+        for group in base.param_groups:
+            if "step" in group:  # apex counts there, torch beside the moments
+                group["step"] = step
+            for state in (base.state[partition] for partition in group["params"]):
+                if "step" in state:
+                    state["step"].fill_(step)
 
     def _sum_replicated(self) -> None:
         if self._topology.tp_size == 1:

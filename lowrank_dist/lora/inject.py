@@ -43,7 +43,7 @@ def inject(
         sharded_a = placement.layout.kind == "row"
         k = placement.layout.in_features // (tp_size if sharded_a else 1)
         factors = LowRankFactors(
-            _shards(placement, tp_rank, tp_size),
+            shards_of(placement, tp_rank, tp_size),
             k,
             linear.weight.size(0),
             sharded_a=sharded_a,
@@ -69,7 +69,8 @@ def initial_a(spec: FactorSpec, seed: int) -> Tensor:
     return torch.empty(spec.rank, spec.in_features).uniform_(-bound, bound, generator=generator)
 
 
-def _shards(placement: LinearPlacement, tp_rank: int, tp_size: int) -> list[FactorShard]:
+def shards_of(placement: LinearPlacement, tp_rank: int, tp_size: int) -> list[FactorShard]:
+    """Which rows of each factor's B lie on a rank; a pure function, so that any rank can tell for all."""
     segments = placement.layout.segments(tp_rank, tp_size)
     shards = []
     for spec in placement.factors:

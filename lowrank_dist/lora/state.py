@@ -1,4 +1,4 @@
-"""Θ without its sharding: whole factors under Hugging Face names, gathered from and spread over the ranks."""
+"""Θ without its sharding: whole factors under Hugging Face names, joined from and spread over the ranks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from lowrank_dist.checkpoint.adapter import LowRankFactor
-from lowrank_dist.lora.inject import AdaptedLinear
+from lowrank_dist.lora.inject import AdaptedLinear, shards_of
 from lowrank_dist.lora.placement import FactorSpec
+from lowrank_dist.parallel.factors import a_of, b_of
 
 Select = Callable[[torch.nn.Parameter], Tensor]
 
@@ -27,41 +26,48 @@ class WholeFactor:
     b: Tensor
 
 
-def gather_factors(
-    adapted: Sequence[AdaptedLinear], tp_group: ProcessGroup, select: Select = lambda parameter: parameter.detach()
+def join_factors(
+    adapted: Sequence[AdaptedLinear], tp_size: int, shard: Callable[[int, int], tuple[Tensor, Tensor]]
 ) -> dict[str, WholeFactor]:
-    """Every factor, whole, by module path; collective over the tensor-parallel group.
+    """Every factor, whole, by module path, from what each tensor-parallel rank holds of it.
 
-    `select` takes a parameter to what is gathered: itself, its gradient, an optimiser moment of its shape.
-    A shard lands in zeros and the ranks are summed, which is exact: each element lies on one rank only.
+    shard: (tp rank, number of the linear in `adapted`) → `lora_A` and `lora_B` there, or moments of their shapes, on
+    the CPU. A replicated one is asked of rank 0 only.
     """
     whole = {}
-    for linear in adapted:
-        factors, sharded_a = linear.factors, linear.placement.layout.kind == "row"
-        source_a, source_b = select(factors.lora_A), select(factors.lora_B)
+    for number, linear in enumerate(adapted):
+        layout = [shards_of(linear.placement, rank, tp_size) for rank in range(tp_size)]
+        sharded_a = linear.placement.layout.kind == "row"
+        held = [shard(rank, number) for rank in range(tp_size)]
         for index, spec in enumerate(linear.placement.factors):
-            a, b = factors.a_of(index, source_a), factors.b_of(index, source_b)
-            rows = torch.tensor(factors.shards[index].factor_rows, dtype=torch.int64, device=a.device)
             if sharded_a:
-                whole_a, whole_b = a.new_zeros(spec.rank, spec.in_features), b.clone()
-                whole_a.narrow(1, tp_group.rank() * a.size(1), a.size(1)).copy_(a)
+                a = torch.cat([a_of(layout[rank], index, held[rank][0]) for rank in range(tp_size)], dim=1)
+                b = b_of(layout[0], index, held[0][1])
             else:
-                whole_a, whole_b = a.clone(), b.new_zeros(spec.rows, spec.rank)
-                whole_b[rows] = b
-            if tp_group.size() > 1:
-                dist.all_reduce(whole_a if sharded_a else whole_b, group=tp_group)
-            whole[spec.path] = WholeFactor(spec, whole_a.cpu(), whole_b.cpu())
+                a, b = a_of(layout[0], index, held[0][0]), torch.zeros(spec.rows, spec.rank)
+                for rank in range(tp_size):
+                    b[list(layout[rank][index].factor_rows)] = b_of(layout[rank], index, held[rank][1])
+            whole[spec.path] = WholeFactor(spec, a.contiguous(), b.contiguous())
     return whole
 
 
-def spread_factors(adapted: Sequence[AdaptedLinear], tp_rank: int, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Set every factor from its whole (A, B); the inverse of `gather_factors`, without communication."""
+def spread_factors(
+    adapted: Sequence[AdaptedLinear],
+    tp_rank: int,
+    values: Mapping[str, tuple[Tensor, Tensor]],
+    select: Select = lambda parameter: parameter.detach(),
+) -> None:
+    """Set every factor from its whole (A, B); the inverse of `join_factors`, without communication.
+
+    `select` takes a parameter to what is set: itself, or a tensor of its shape.
+    """
     with torch.no_grad():
         for linear in adapted:
             factors, sharded_a = linear.factors, linear.placement.layout.kind == "row"
+            into_a, into_b = select(factors.lora_A), select(factors.lora_B)
             for index, spec in enumerate(linear.placement.factors):
                 whole_a, whole_b = values[spec.path]
-                a, b = factors.a_of(index), factors.b_of(index)
+                a, b = factors.a_of(index, into_a), factors.b_of(index, into_b)
                 a.copy_(whole_a.narrow(1, tp_rank * a.size(1), a.size(1)) if sharded_a else whole_a)
                 b.copy_(whole_b[list(factors.shards[index].factor_rows)])
 

@@ -57,10 +57,9 @@ class LowRankFactors(nn.Module):
         self.shards = tuple(shards)
         self.out_features = out_features
         self.total_rank = sum(shard.rank for shard in shards)
-        blocks = [len(shard.local_rows) * shard.rank for shard in shards]
         self.lora_A = nn.Parameter(torch.zeros(self.total_rank, in_features, dtype=torch.float32, device=device))
         # DeepSpeed cannot flatten an empty parameter: a rank without a row of B keeps one element that nothing reads.
-        self.lora_B = nn.Parameter(torch.zeros(max(1, sum(blocks)), dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(max(1, b_elements(shards)), dtype=torch.float32, device=device))
         for parameter, sharded in ((self.lora_A, sharded_a), (self.lora_B, not sharded_a)):
             parameter.tensor_model_parallel = sharded
             parameter.tp_partial_grad = not sharded
@@ -124,12 +123,25 @@ class LowRankFactors(nn.Module):
 
     def a_of(self, index: int, source: Tensor | None = None) -> Tensor:
         """View of factor `index`'s [r, K] in `lora_A` or in a tensor shaped like it (a gradient, a moment)."""
-        start = sum(shard.rank for shard in self.shards[:index])
-        return (self.lora_A if source is None else source)[start : start + self.shards[index].rank]
+        return a_of(self.shards, index, self.lora_A if source is None else source)
 
     def b_of(self, index: int, source: Tensor | None = None) -> Tensor:
         """View of factor `index`'s local [rows, r] in `lora_B` or in a tensor shaped like it."""
-        start = sum(len(shard.local_rows) * shard.rank for shard in self.shards[:index])
-        shard = self.shards[index]
-        flat = self.lora_B if source is None else source
-        return flat[start : start + len(shard.local_rows) * shard.rank].view(shard.rank, len(shard.local_rows)).t()
+        return b_of(self.shards, index, self.lora_B if source is None else source)
+
+
+def a_of(shards: Sequence[FactorShard], index: int, stacked_RK: Tensor) -> Tensor:
+    """View of factor `index`'s [r, K] in a stack of A, on whatever rank the shards are."""
+    start = sum(shard.rank for shard in shards[:index])
+    return stacked_RK[start : start + shards[index].rank]
+
+
+def b_of(shards: Sequence[FactorShard], index: int, flat: Tensor) -> Tensor:
+    """View of factor `index`'s [rows, r] in the flat blocks of Bᵀ, on whatever rank the shards are."""
+    start, shard = b_elements(shards[:index]), shards[index]
+    return flat[start : start + b_elements([shard])].view(shard.rank, len(shard.local_rows)).t()
+
+
+def b_elements(shards: Sequence[FactorShard]) -> int:
+    """Elements of the blocks of Bᵀ."""
+    return sum(len(shard.local_rows) * shard.rank for shard in shards)

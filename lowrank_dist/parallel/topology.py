@@ -14,7 +14,11 @@ from lowrank_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Topology:
-    """Tensor-parallel ranks are consecutive, so that a group of at most a node's size lies inside a node."""
+    """Tensor-parallel ranks are consecutive, so that a group of at most a node's size lies inside a node.
+
+    host_group: all ranks over gloo, on tensors in host memory. It is the checkpoints' own, whose thread may send while
+    training uses the others.
+    """
 
     tp_rank: int
     tp_size: int
@@ -23,6 +27,7 @@ class Topology:
     tp_group: ProcessGroup
     dp_group: ProcessGroup
     world_group: ProcessGroup
+    host_group: ProcessGroup
     sequence_parallel: bool
 
     @classmethod
@@ -51,6 +56,10 @@ class Topology:
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             dp_group=parallel_state.get_data_parallel_group(),
             world_group=dist.group.WORLD,
+            # A step on fake tensors has no ranks to talk to, and one backend for all groups.
+            host_group=dist.new_group(
+                backend="fake" if dist.get_backend() == "fake" else "gloo", timeout=timedelta(seconds=timeout_seconds)
+            ),
             sequence_parallel=tensor > 1 and sequence is not False,
         )
 

@@ -37,7 +37,7 @@ def token_ids() -> torch.Tensor:
 
 def export(setting: Setting, out: str, rslora: bool) -> Any:
     """One rank: random factors, the sharded model's logits, and the gathered adapter written by rank 0."""
-    from lowrank_dist.lora.state import gather_factors
+    from tests.dist.whole import gather_factors
 
     model, adapted, _, topology = build(setting)
     ids = token_ids()

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_dist.lora.inject import AdaptedLinear, _shards
+from lowrank_dist.lora.inject import AdaptedLinear, shards_of
 from lowrank_dist.lora.placement import FactorSpec, LinearPlacement
-from lowrank_dist.lora.state import gather_factors, spread_factors
+from lowrank_dist.lora.state import spread_factors
 from lowrank_dist.model.rows import LinearLayout, Part
 from lowrank_dist.ops.mask import Mask, quantise
 from tests.dist import ranks
 from tests.dist.ranks import run_ranks
+from tests.dist.whole import gather_factors
 
 S, B, HIDDEN, HEAD = 8, 3, 24, 4
 SEED, STEP, STREAM = 5, 3, 9
@@ -124,7 +125,7 @@ def build(layout: LinearLayout, topology: Any) -> tuple[torch.nn.Module, Adapted
     sharded_a = layout.kind == "row"
     k = HIDDEN // n if sharded_a else HIDDEN
     factors = LowRankFactors(
-        _shards(placement(layout), rank, n), k, linear.weight.size(0), sharded_a=sharded_a, device=device
+        shards_of(placement(layout), rank, n), k, linear.weight.size(0), sharded_a=sharded_a, device=device
     ).double()
     return linear, AdaptedLinear(placement(layout), factors)
 

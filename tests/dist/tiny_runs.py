@@ -148,7 +148,7 @@ def nonzero_factors(placements: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 def forward_backward(setting: Setting) -> dict[str, Any]:
     """One rank: loss, every factor's whole gradient, logits of fixed tokens; without DeepSpeed."""
-    from lowrank_dist.lora.state import gather_factors
+    from tests.dist.whole import gather_factors
 
     model, adapted, masks, topology = build(setting)
     pad = topology.tp_size if topology.sequence_parallel else 1
@@ -173,7 +173,7 @@ def forward_backward(setting: Setting) -> dict[str, Any]:
 def train(setting: Setting) -> dict[str, Any]:
     """One rank: losses, gradient norms and whole factors after `steps` AdamW steps with clipping, through ZeRO."""
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
-    from lowrank_dist.lora.state import gather_factors
+    from tests.dist.whole import gather_factors
 
     model, adapted, masks, topology = build(setting)
     parameters = [p for linear in adapted for p in linear.factors.parameters()]

@@ -127,12 +127,13 @@ def test_samples_left_out_are_counted(run: Run) -> None:
 def test_run_folder(run: Run) -> None:
     entries = {name for name in snapshot(run.folder) if not name.startswith("tensorboard/")}
     files = {"adapter_config.json", "adapter_model.safetensors", "lowrank_dist.json"}
-    folders = {"adapter", *(f"checkpoints/step-{step}" for step in (5, 10, STEPS))}
+    checkpoint = files | {"optimizer.safetensors", "trainer_state.json", "manifest.json"}
+    folders = {"adapter": files, **{f"checkpoints/step-{step}": checkpoint for step in (5, 10, STEPS)}}
     assert entries == {
         *("config.yaml", "metrics.jsonl", "loss.png", "probe.safetensors", "tensorboard"),
         *("logs", "logs/rank-0.log", "logs/rank-1.log", "checkpoints", "checkpoints/last", "checkpoints/best"),
         *folders,
-        *(f"{folder}/{file}" for folder in folders for file in files),
+        *(f"{folder}/{file}" for folder, held in folders.items() for file in held),
     }
     assert not (run.config.parent / "not this one").exists()
 

@@ -101,9 +101,9 @@ def test_a_failing_disk_is_a_user_error_with_the_path(tmp_path: Path, code: int)
 
 def test_everything_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced = []
-    sync = atomic._sync
+    sync = atomic.sync
     monkeypatch.setattr(
-        atomic, "_sync", lambda path: (synced.append((path.name, (tmp_path / "out").exists())), sync(path))
+        atomic, "sync", lambda path: (synced.append((path.name, (tmp_path / "out").exists())), sync(path))
     )
     with atomic_folder(tmp_path / "out") as temporary:
         (temporary / "sub").mkdir()

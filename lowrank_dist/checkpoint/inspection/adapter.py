@@ -20,9 +20,11 @@ from lowrank_dist.checkpoint.atomic import is_temporary
 from lowrank_dist.checkpoint.fingerprint import fingerprint
 from lowrank_dist.checkpoint.inspection.model import architecture_of_folder, parameters_of
 from lowrank_dist.checkpoint.inspection.report import Report
+from lowrank_dist.checkpoint.manifest import MANIFEST_FILE, verify_manifest
 from lowrank_dist.checkpoint.peft_config import PeftConfig, read_config
 from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, Provenance, read_provenance
 from lowrank_dist.checkpoint.safetensors_file import TensorEntry, read_header, read_into
+from lowrank_dist.checkpoint.training_state import OPTIMIZER_FILE, STATE_FILE
 from lowrank_dist.model.huggingface import FLOAT_DTYPES, Checkpoint, open_checkpoint
 
 MODULES, SUMMARY = "modules", "update_norms"
@@ -78,6 +80,14 @@ def _in_order(module: str) -> list[tuple[int, str]]:
 
 def _read_own(folder: Path, name: str, reader: Callable[[Path], Any]) -> Any:
     return reader(own_file(folder, name))
+
+
+def _manifest(found: _Found) -> None:
+    """A checkpoint is what its manifest says; an adapter has none."""
+    if any((found.folder / name).exists() for name in (MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE)):
+        before = len(found.report.problems)
+        found.report.read(found.folder / MANIFEST_FILE, verify_manifest, found.folder)
+        found.report.facts["manifest"] = "verifies" if len(found.report.problems) == before else "does not verify"
 
 
 def _config(found: _Found) -> None:
@@ -292,4 +302,4 @@ def _some(names: list[str]) -> str:
 
 
 # Each part adds what it finds; a manifest of the folder's files is to be one more, before the config.
-_PARTS = (_config, _weights, _provenance, _base)
+_PARTS = (_manifest, _config, _weights, _provenance, _base)

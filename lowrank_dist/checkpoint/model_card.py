@@ -1,0 +1,120 @@
+"""README.md of an exported adapter: a Hugging Face model card. What comes from files is text, never markup."""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lowrank_dist.checkpoint.adapter import Adapter
+from lowrank_dist.checkpoint.provenance import Provenance
+
+_LONGEST_TEXT = 300
+_LONGEST_BLOCK = 8000
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+_MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$@:-])")
+
+
+def model_card(name: str, adapter: Adapter, provenance: Provenance | None, largest_rank: int) -> str:
+    """The card's text. name: the adapter's; largest_rank: over its modules, which vLLM has to be told."""
+    front: dict[str, Any] = {
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lowrank_dist"],
+    }
+    repository = repository_of(adapter.base)
+    if repository is not None:
+        front = {"base_model": repository, **front}
+    parts = [f"---\n{yaml.safe_dump(front, sort_keys=False)}---", f"# {plain(name)}", _about(adapter)]
+    if provenance is not None:
+        parts += [_origin(provenance), _block("Configuration", provenance.config)]
+        parts += [_block("Versions", {"created_by": provenance.created_by, **_mapping(provenance.versions)})]
+    return "\n\n".join([*parts, _usage(largest_rank)]) + "\n"
+
+
+def repository_of(base: str) -> str | None:
+    """The base as a repository of the Hub, None for a local path: the Hub takes nothing else as base_model."""
+    odd = ".." in base or "--" in base or base.endswith((".git", ".", "-"))
+    return base if _REPOSITORY.fullmatch(base) and not odd and not Path(base).exists() else None
+
+
+def plain(value: Any) -> str:
+    """One line of bounded text that Markdown and HTML show as it is."""
+    text = str(value)
+    text = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return _MARKUP.sub(r"\\\1", text)
+
+
+def _about(adapter: Adapter) -> str:
+    ranks = sorted({factor.rank for factor in adapter.factors.values()})
+    size = sum(factor.a.numel() + factor.b.numel() for factor in adapter.factors.values())
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    base = f"the base model {plain(adapter.base)}" if adapter.base else "a base model that it does not name"
+    return f"A LoRA adapter of {base}: {rank}, {len(adapter.factors)} modules, {size:,} parameters."
+
+
+def _origin(provenance: Provenance) -> str:
+    training = _mapping(provenance.training)
+    data = _mapping(training.get("data"))
+    labels = {
+        "Base's fingerprint": provenance.base_fingerprint,
+        "Step": training.get("step"),
+        "Epochs": training.get("epoch"),
+        "Tokens": training.get("tokens"),
+        "Target tokens": training.get("target_tokens"),
+        "Training loss": training.get("loss"),
+        "Evaluation loss": training.get("eval_loss"),
+        "Data": data.get("path"),
+        "Data's SHA-256": data.get("sha256"),
+        "Samples": data.get("samples"),
+    }
+    rows = [f"| {label} | {plain(_number(value))} |" for label, value in labels.items() if value is not None]
+    return "\n".join(["## Training", "", "| | |", "|---|---|", *rows])
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    if isinstance(value, int) or not math.isfinite(value):
+        return str(value) if abs(value) < 1e18 or not isinstance(value, int) else "over 10^18"
+    return f"{value:.6g}"
+
+
+def _block(title: str, values: Any) -> str:
+    """YAML in an indented block: unlike a fence, no text inside can end it."""
+    try:
+        text = yaml.safe_dump(values, sort_keys=False, width=100)
+    except RecursionError:
+        text = "not shown: nested too deeply"
+    text = text if len(text) <= _LONGEST_BLOCK else f"{text[:_LONGEST_BLOCK]}\n… (cut)"
+    return "\n".join([f"## {title}", "", *(f"    {line}" for line in text.splitlines())])
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _usage(largest_rank: int) -> str:
+    rank = f" --max-lora-rank {_served(largest_rank)}" if largest_rank > 16 else ""
+    return f"""## Use
+
+BASE is the base model's folder or name, ADAPTER this folder.
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "ADAPTER")
+
+Merged into the base, as fast as the base alone:
+
+    lowrank-dist merge --base BASE --adapter ADAPTER --out MERGED --verify
+
+Served by vLLM (an adapter with rank or alpha patterns has to be merged first):
+
+    vllm serve BASE --enable-lora{rank} --lora-modules adapter=ADAPTER"""
+
+
+def _served(rank: int) -> int:
+    return next((size for size in (32, 64, 128, 256, 320, 512) if size >= rank), rank)

@@ -1,0 +1,220 @@
+"""Going on from a checkpoint: which one, whether the run is still the same, and Θ back into ZeRO's partitions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowrank_dist.backend import rng
+from lowrank_dist.checkpoint.fingerprint import fingerprint
+from lowrank_dist.checkpoint.folder import newest_checkpoint, read_checkpoint, step_folders
+from lowrank_dist.checkpoint.training_state import (
+    KINDS,
+    OPTIMIZER_FILE,
+    DataState,
+    TrainingState,
+    parse_state,
+    read_optimizer,
+)
+from lowrank_dist.config import Config
+from lowrank_dist.config.schema import LoraConfig
+from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.engine.start import adopt_adapter
+from lowrank_dist.engine.zero import ZeroOptimiser
+from lowrank_dist.errors import UserError
+from lowrank_dist.lora.inject import AdaptedLinear
+from lowrank_dist.lora.state import spread_factors
+from lowrank_dist.parallel.topology import Topology
+
+# What a run may change without a word: it trains the same Θ on the same samples. Data files and the base are compared
+# by content, and so is the tokenizer, through the tokens.
+_FREE = ("parallel", "engine", "eval", "output", "model.path", "model.device", "model.load", "model.vocab_multiple")
+_FREE_KEYS = (
+    *("data.train", "data.eval", "data.tokenizer", "train.micro_batch", "train.log_every"),
+    *("train.resume", "train.resume_changes"),
+)
+_NOT_FREE = ("engine.clip",)
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """The checkpoint that a run goes on from; messages: what was passed over on the way to it."""
+
+    folder: Path
+    state: TrainingState
+    messages: tuple[str, ...]
+
+
+def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Resumption | None:
+    """What train.resume means here; None to start afresh. Collective: rank 0 looks and verifies, all get its answer.
+
+    Raises UserError on every rank for a checkpoint that was named and does not verify, that newer ones follow in this
+    run, or whose base is not the one in model.path.
+    """
+    if config.train.resume == "never":
+        return None
+    answer: dict[str, Any] = {}
+    if topology.world_group.rank() == 0:
+        try:
+            answer = _look(config, folder)
+        except UserError as error:
+            answer = {"error": str(error)}
+        except OSError as error:
+            answer = {"error": f"train.resume: {error}"}
+    answer = _told(answer, topology)
+    if "error" in answer:
+        raise UserError(answer["error"])
+    messages = tuple(f"passed over: {reason}" for reason in answer["passed_over"])
+    if answer["state"] is None:
+        if messages:
+            raise UserError(
+                f"train.resume: none of the checkpoints in {folder.checkpoints} verifies ({'; '.join(messages)}): "
+                "restore one, or move the folder away to start afresh"
+            )
+        return None
+    return Resumption(Path(answer["folder"]), parse_state(answer["state"].encode()), messages)
+
+
+def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
+    chosen, passed_over = config.train.resume, ()
+    if chosen == "auto":
+        found = newest_checkpoint(folder.checkpoints)
+        chosen, state, passed_over = found.folder, found.state, found.passed_over
+    else:
+        state = read_checkpoint(chosen)
+        newer = [step for step in step_folders(folder.checkpoints) if step > state.step]
+        if folder.holds(chosen) and newer:
+            raise UserError(
+                f"train.resume: {folder.checkpoints} holds newer checkpoints than {chosen} (step-{newer[0]}), which "
+                "would mix with those to come: remove them, or choose another output.dir"
+            )
+    if state is not None and "model.path" not in config.train.resume_changes:
+        digest = fingerprint(config.model.path)
+        if digest != state.base_fingerprint:
+            raise UserError(
+                f"train.resume: {chosen} was trained on another base than model.path {config.model.path} (fingerprint "
+                f"{state.base_fingerprint[:12]}…, found {digest[:12]}…): give that one, unchanged"
+            )
+    return {
+        "folder": str(chosen),
+        "state": state and state.model_dump_json(),
+        "passed_over": list(passed_over),
+    }
+
+
+def _told(answer: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
+    """Rank 0's answer, on every rank."""
+    text = json.dumps(answer).encode()
+    size = torch.tensor([len(text)], dtype=torch.int64)
+    dist.broadcast(size, 0, group=topology.host_group)
+    data = torch.zeros(int(size), dtype=torch.uint8)
+    if topology.world_group.rank() == 0:
+        data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(data, 0, group=topology.host_group)
+    return json.loads(data.numpy().tobytes())
+
+
+def complete(config: Config, resumption: Resumption | None) -> Config:
+    """The config with all of `lora` where an adapter says it: the one in lora.init_from, or the checkpoint's own.
+
+    A run that goes on does not read the adapter that it once started from; it may be gone.
+    """
+    if resumption is None:
+        return adopt_adapter(config)
+    saved = resumption.state.config.get("lora")
+    init_from = config.lora.init_from
+    if init_from is None or not isinstance(saved, dict) or saved.get("init_from") != str(init_from):
+        return config
+    given = {key: getattr(config.lora, key) for key in config.lora.model_fields_set}
+    return config.model_copy(update={"lora": LoraConfig.model_validate({**saved, **given})})
+
+
+def require_same_run(
+    config: Config, resumption: Resumption, data: DataState, held_out: DataState | None, steps: int
+) -> None:
+    """Raise UserError, naming every key, where going on would give another result than not having stopped."""
+    state = resumption.state
+    old, new = _flat(state.config), _flat(config.model_dump(mode="json"))
+    changed = {key: (old[key], new[key]) for key in new if key in old and old[key] != new[key] and not _is_free(key)}
+    for key, before, now in (("data.train", state.data, data), ("data.eval", state.held_out, held_out)):
+        if (before and before.sha256) != (now and now.sha256):
+            changed[key] = (_content(before), _content(now))
+    changed = {key: values for key, values in changed.items() if key not in config.train.resume_changes}
+    if changed:
+        listed = "; ".join(f"{key} was {before}, is {now}" for key, (before, now) in sorted(changed.items()))
+        raise UserError(
+            f"train.resume: {resumption.folder} belongs to a run of other results: {listed}. Set them back, or allow "
+            f"the change with 'train.resume_changes=[{', '.join(sorted(changed))}]'"
+        )
+    if state.step > steps:
+        raise UserError(
+            f"train.resume: {resumption.folder} is at step {state.step}, but the run ends at {steps}: raise train.steps"
+        )
+
+
+def _is_free(key: str) -> bool:
+    section = key.partition(".")[0]
+    return key not in _NOT_FREE and (section in _FREE or key in _FREE or key in _FREE_KEYS)
+
+
+def _content(data: DataState | None) -> str:
+    return "none" if data is None else f"{data.path} ({data.samples} samples, tokens of SHA-256 {data.sha256[:12]}…)"
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    sections = {name: values for name, values in config.items() if isinstance(values, dict)}
+    return {f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()}
+
+
+def restore(
+    resumption: Resumption,
+    adapted: Sequence[AdaptedLinear],
+    optimiser: ZeroOptimiser,
+    topology: Topology,
+    device: torch.device,
+) -> None:
+    """Masters, moments, step count and generators as in the checkpoint, at any topology and ZeRO stage. Collective.
+
+    Rank 0 reads and sends to all, so the run folder need not be seen from every node.
+    """
+    names = [
+        (kind, spec.path, side, shape)
+        for kind in KINDS
+        for linear in adapted
+        for spec in linear.placement.factors
+        for side, shape in (("A", (spec.rank, spec.in_features)), ("B", (spec.rows, spec.rank)))
+    ]
+    shapes = {f"{path}.lora_{side}.{kind}": shape for kind, path, side, shape in names}
+    flat, answer = torch.empty(sum(torch.Size(shape).numel() for shape in shapes.values())), {}
+    if topology.world_group.rank() == 0:
+        try:
+            found = read_optimizer(resumption.folder / OPTIMIZER_FILE, shapes)
+            torch.cat([found[name].flatten() for name in shapes], out=flat)
+        except UserError as error:
+            answer = {"error": str(error)}
+    answer = _told(answer, topology)
+    if "error" in answer:
+        raise UserError(answer["error"])
+    dist.broadcast(flat, 0, group=topology.host_group)
+    whole: dict[str, dict[str, list[Tensor]]] = {kind: {} for kind in KINDS}
+    pieces = flat.split([torch.Size(shape).numel() for shape in shapes.values()])
+    for (kind, path, _, shape), piece in zip(names, pieces, strict=True):
+        whole[kind].setdefault(path, []).append(piece.view(shape))
+    parameters = [p for linear in adapted for p in (linear.factors.lora_A, linear.factors.lora_B)]
+    local = {}
+    for kind, factors in whole.items():
+        into = {p: torch.zeros_like(p, requires_grad=False) for p in parameters}
+        spread_factors(adapted, topology.tp_rank, {path: (a, b) for path, (a, b) in factors.items()}, into.__getitem__)
+        local[kind] = [into[p] for p in parameters]
+    optimiser.restore(local, resumption.state.step)
+    try:
+        rng.restore(resumption.state.rng, device)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"{resumption.folder}: the generators' states cannot be set ({error}): take another") from error

@@ -1,0 +1,137 @@
+"""PEFT → ours → PEFT: an adapter that plain PEFT trained starts a sharded run, whose adapter PEFT loads again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from tests.dist import ranks
+from tests.dist.ranks import run_ranks
+from tests.dist.tiny_runs import MAX_LENGTH, Setting, microbatches
+from tests.tiny_models import FAMILY_NAMES, make_tiny
+
+STEPS = 2
+
+
+def token_ids() -> torch.Tensor:
+    return torch.randint(5, 100, (2, 16), generator=torch.Generator().manual_seed(3))
+
+
+def trained_by_peft(base: Path, out: Path, family: str) -> np.ndarray:
+    """Two steps of plain PEFT from its own random factors, B not zero; the logits afterwards."""
+    torch.manual_seed(5)
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=family == "gpt2",
+    )
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(STEPS):
+        model(input_ids=token_ids(), labels=token_ids()).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.save_pretrained(out)
+    with torch.no_grad():
+        return model.eval()(token_ids()).logits.numpy()
+
+
+def peft_logits(base: Path, adapter: Path) -> np.ndarray:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    with torch.no_grad():
+        return model.eval()(token_ids()).logits.numpy()
+
+
+def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndarray, np.ndarray]:
+    """One rank: the sharded model's logits at the start and after two steps, when rank 0 has written its adapter."""
+    from lowrank_dist.checkpoint.adapter import Adapter, module_paths, write_adapter
+    from lowrank_dist.checkpoint.fingerprint import fingerprint
+    from lowrank_dist.checkpoint.provenance import Provenance
+    from lowrank_dist.config import Config
+    from lowrank_dist.engine.start import adopt_adapter, initial_factors
+    from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
+    from lowrank_dist.lora.inject import inject
+    from lowrank_dist.lora.placement import LoraRules, place
+    from lowrank_dist.lora.state import adapter_factors, spread_factors
+    from lowrank_dist.model.build import load_model
+    from lowrank_dist.ops.mask import quantise
+    from lowrank_dist.parallel.masks import MaskSource
+    from tests.dist.whole import gather_factors
+
+    sections = {"model": {"path": folder}, "lora": {"init_from": start}, "data": {"train": "-"}, "output": {"dir": "-"}}
+    config = adopt_adapter(Config.model_validate(sections))
+    lora = config.lora
+    topology = ranks.topology(2, True)
+    model = load_model(
+        Path(folder),
+        topology,
+        device=ranks.device(),
+        dtype="fp32",
+        max_length=MAX_LENGTH,
+        vocab_multiple=4,
+        broadcast=False,
+    )
+    rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
+    placements = place(model.architecture, rules)
+    masks = MaskSource(11, quantise(0.0))
+    adapted = inject(model, placements, masks, 3, topology.tp_rank, topology.tp_size)
+    values = initial_factors(config, placements)
+    if spoiled:
+        q, k = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
+        values[k] = (values[q][0], values[k][1])
+    spread_factors(adapted, topology.tp_rank, values)
+    first = _logits(model)
+    parameters = [p for linear in adapted for p in linear.factors.parameters()]
+    optimiser = ZeroOptimiser(parameters, topology, OptimiserRules(1, 0.5, None, 0.01, (0.9, 0.999), 1e-3))
+    batches, targets = microbatches(Setting(folder, 2), topology.dp_rank, topology.dp_size, topology.tp_size)
+    model.train()
+    for step in range(STEPS):
+        for index, batch in enumerate(batches):
+            masks.set(step, batch.dropout_rows)
+            arguments = batch.input_ids, batch.position_ids, batch.target_index, batch.target_ids, batch.segments
+            optimiser.accumulate(lambda given=arguments: model.loss(*given), 1 / targets, index + 1 == len(batches))
+        optimiser.step(1e-2)
+    whole = gather_factors(adapted, topology.tp_group)
+    if topology.tp_rank == 0:
+        architecture, base = model.architecture, Path(folder)
+        adapter = Adapter(adapter_factors(whole), lora.dropout, lora.rslora, architecture.conv1d, folder)
+        provenance = Provenance(fingerprint(base), folder, config.model_dump(mode="json"))
+        write_adapter(Path(out), adapter, provenance, module_paths(architecture), trained=True)
+    return first, _logits(model)
+
+
+def _logits(model: Any) -> np.ndarray:
+    model.eval()
+    positions = torch.arange(16, device=ranks.device()).expand(2, 16)
+    with torch.no_grad():
+        return model.logits(token_ids().to(ranks.device()), positions).cpu().numpy()
+
+
+def gap(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_peft_to_ours_to_peft(family: str, tmp_path: Path) -> None:
+    base, start, out = make_tiny(family, tmp_path / "base"), tmp_path / "start", tmp_path / "out"
+    expected = trained_by_peft(base, start, family)
+    first, last = run_ranks(2, continued, str(base), str(start), str(out), False)[0]
+    assert gap(first, expected) < 1e-5
+    assert gap(last, first) > 1e-3, "training that changes nothing proves nothing"
+    assert gap(peft_logits(base, out), last) < 1e-5
+
+
+def test_notices_another_a(tmp_path: Path) -> None:
+    """Negative control: with q's A in place of k's the logits part."""
+    base, start = make_tiny("llama", tmp_path / "base"), tmp_path / "start"
+    expected = trained_by_peft(base, start, "llama")
+    assert gap(run_ranks(2, continued, str(base), str(start), str(tmp_path / "out"), True)[0][0], expected) > 1e-3

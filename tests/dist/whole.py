@@ -1,0 +1,42 @@
+"""Whole factors by collectives, independent of `lora.state.join_factors`: the referee of what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from lowrank_dist.lora.inject import AdaptedLinear
+from lowrank_dist.lora.state import WholeFactor
+
+Select = Callable[[torch.nn.Parameter], Tensor]
+
+
+def gather_factors(
+    adapted: Sequence[AdaptedLinear], tp_group: ProcessGroup, select: Select = lambda parameter: parameter.detach()
+) -> dict[str, WholeFactor]:
+    """Every factor, whole, by module path; collective over the tensor-parallel group.
+
+    `select` takes a parameter to what is gathered: itself, its gradient, an optimiser moment of its shape.
+    A shard lands in zeros and the ranks are summed, which is exact: each element lies on one rank only.
+    """
+    whole = {}
+    for linear in adapted:
+        factors, sharded_a = linear.factors, linear.placement.layout.kind == "row"
+        source_a, source_b = select(factors.lora_A), select(factors.lora_B)
+        for index, spec in enumerate(linear.placement.factors):
+            a, b = factors.a_of(index, source_a), factors.b_of(index, source_b)
+            rows = torch.tensor(factors.shards[index].factor_rows, dtype=torch.int64, device=a.device)
+            if sharded_a:
+                whole_a, whole_b = a.new_zeros(spec.rank, spec.in_features), b.clone()
+                whole_a.narrow(1, tp_group.rank() * a.size(1), a.size(1)).copy_(a)
+            else:
+                whole_a, whole_b = a.clone(), b.new_zeros(spec.rows, spec.rank)
+                whole_b[rows] = b
+            if tp_group.size() > 1:
+                dist.all_reduce(whole_a if sharded_a else whole_b, group=tp_group)
+            whole[spec.path] = WholeFactor(spec, whole_a.cpu(), whole_b.cpu())
+    return whole

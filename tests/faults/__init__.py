@@ -1,0 +1,167 @@
+"""Faults in file system calls: a SIGKILL at, or a full disk from, any write, fsync or rename below a folder.
+
+The process under test is started with `environment()`, which preloads shim.c, and arms it; `Zygote` does so for a
+function, once per point, in milliseconds. Production code knows nothing of it. Linux on x86_64 or aarch64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import hashlib
+import json
+import os
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_SOURCE = Path(__file__).with_name("shim.c")
+_REPOSITORY = Path(__file__).parents[2]
+
+
+class Action(enum.IntEnum):
+    """What happens at the nth operation; the values are those of shim.c."""
+
+    COUNT = 0
+    # SIGKILL instead of the operation.
+    KILL_BEFORE = 1
+    # SIGKILL after it, or after half of it where it moves bytes.
+    KILL_DURING = 2
+    # It and every later operation that needs space fail, except that the first write still stores half of its bytes.
+    NO_SPACE = 3
+    # It alone fails, if it needs space.
+    NO_SPACE_ONCE = 4
+
+
+def build() -> Path:
+    """The compiled shim, built at most once for its source; raises RuntimeError without a C compiler."""
+    key = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir(), f"lowrank_dist-faults-{os.getuid()}")
+    library = folder / f"shim-{key}.so"
+    if library.exists():
+        return library
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        raise RuntimeError("the fault injector needs a C compiler: install cc, gcc or clang")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    # The names that a fortified build would call instead are not the ones that the shim defines.
+    options = "-std=gnu11 -O1 -Wall -Wextra -U_FORTIFY_SOURCE -fPIC -shared".split()
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        command = [compiler, *options, "-o", f"{made}/shim.so", str(_SOURCE), "-ldl"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"the fault injector does not compile:\n{result.stderr}")
+        os.rename(f"{made}/shim.so", library)
+    return library
+
+
+def environment() -> dict[str, str]:
+    """This environment with the shim preloaded, and one thread so that a process may fork after it used torch."""
+    preload = " ".join(filter(None, [str(build()), os.environ.get("LD_PRELOAD", "")]))
+    return {**os.environ, "LD_PRELOAD": preload, "OMP_NUM_THREADS": "1"}
+
+
+def arm(root: Path, nth: int = 0, action: Action = Action.COUNT) -> None:
+    """From now on count this process's operations below the existing folder `root`; the action is at the nth, from 1.
+
+    Raises OSError where the kernel allows no seccomp filter. The filter stays after `disarm`, without effect.
+    """
+    code = _shim().faults_arm(os.fsencode(os.path.abspath(root)), nth, int(action))
+    if code != 0:
+        raise OSError(code, f"could not arm the fault injector: {os.strerror(code)}", str(root))
+
+
+def disarm() -> int:
+    """Stop; returns the number of operations since `arm`."""
+    return _shim().faults_disarm()
+
+
+def count() -> int:
+    return _shim().faults_count()
+
+
+def trace() -> list[str]:
+    """The operations since `arm` in their order: "rename .out-tmp -> out", "write x (5 bytes)"; below the root."""
+    size = _shim().faults_trace(None, 0)
+    buffer = ctypes.create_string_buffer(size)
+    _shim().faults_trace(buffer, size)
+    # A thread that was killed may have left its line empty.
+    lines = [line.partition(" ") for line in os.fsdecode(buffer.raw).replace("\0", "").splitlines()]
+    numbered = {int(number): text for number, _, text in lines if number}
+    return [numbered.get(number, "?") for number in range(1, max(numbered, default=0) + 1)]
+
+
+def _shim() -> ctypes.CDLL:
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "faults_arm"):
+        raise RuntimeError("this process has no fault injector: start it with tests.faults.environment()")
+    library.faults_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int]
+    library.faults_trace.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
+    library.faults_trace.restype = ctypes.c_size_t
+    library.faults_count.restype = library.faults_disarm.restype = ctypes.c_long
+    return library
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one call of the function ended: killed, with an exception, or with a value."""
+
+    killed: bool
+    count: int
+    trace: list[str]
+    value: Any = None
+    # "DiskError: could not …", the names of its class and bases, and where it came from.
+    error: str | None = None
+    classes: tuple[str, ...] = ()
+    traceback: str = ""
+
+
+class Zygote:
+    """A process that has imported `function` ("package.module:name") and forks a child for every call of it.
+
+    The function takes a root folder, then what JSON can carry, and returns what JSON can carry. It may use torch: the
+    module is imported with one thread, and nothing else of it has run when the child forks. What it prints goes to
+    stderr.
+    """
+
+    def __init__(self, function: str, timeout: float = 60) -> None:
+        self._timeout = timeout
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.zygote", function],
+            env=environment(),
+            cwd=_REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def run(self, root: Path, *arguments: Any, nth: int = 0, action: Action = Action.COUNT) -> Outcome:
+        """Call function(root, *arguments), armed; raises AssertionError when it hangs or dies of anything else."""
+        command = {"root": str(root), "arguments": arguments, "nth": nth, "action": action, "timeout": self._timeout}
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(command).encode() + b"\n")
+        self._process.stdin.flush()
+        # The first answer also waits for the imports.
+        ready, _, _ = select.select([self._process.stdout], [], [], 2 * self._timeout)
+        line = self._process.stdout.readline() if ready else b""
+        if not line:
+            self.close()
+            raise AssertionError("the zygote hangs or is dead; its stderr says why")
+        reply = json.loads(line)
+        if "failure" in reply:
+            raise AssertionError(f"{reply['failure']} at point {nth} ({action.name}): {reply['trace'][-1:]}")
+        return Outcome(**{**reply, "classes": tuple(reply.get("classes", ()))})
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def __enter__(self) -> Zygote:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,300 @@
+"""A run that is stopped and goes on ends as one that was never stopped, on the same ranks or on others."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lowrank_dist.checkpoint.training_state import OPTIMIZER_FILE, STATE_FILE
+from tests.dist.ranks import run_ranks
+from tests.integration.launching import Outcome, snapshot, write_jsonl
+from tests.integration.resuming import (
+    SAVED,
+    STEPS,
+    TOLERANCE,
+    Layout,
+    curve,
+    gap,
+    make_job,
+    samples,
+    stopped_after,
+    tensors,
+    train,
+)
+
+LAYOUTS = {
+    "TP1": Layout(1, 1, 1, 4),
+    "TP2": Layout(2, 1, 2, 8),
+    "TP2xDP2": Layout(2, 2, 1, 2),
+    "TP4": Layout(4, 1, 2, 8, sequence=False),
+    "DP4": Layout(1, 4, 2, 1),
+}
+
+
+def well(outcomes: list[Outcome]) -> str:
+    """What rank 0 said of a run that ended well."""
+    assert [outcome.code for outcome in outcomes] == [0] * len(outcomes), outcomes[0].stderr + outcomes[-1].stderr
+    return outcomes[0].stdout
+
+
+def refused(outcomes: list[Outcome]) -> str:
+    """The one message of a run that no rank starts."""
+    assert {outcome.code for outcome in outcomes} == {2}, [o.stderr for o in outcomes]
+    said = "".join(outcome.stderr for outcome in outcomes)
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_job(tmp_path_factory.mktemp("job"))
+
+
+@pytest.fixture(scope="module")
+def runs(job: Path) -> dict[str, Path]:
+    """An uninterrupted run of every layout."""
+    found = {}
+    for name, layout in LAYOUTS.items():
+        found[name] = job.parent / name
+        well(train(job, found[name], layout))
+    return found
+
+
+@pytest.mark.parametrize("name", ["TP1", "TP2xDP2"])
+def test_same_layout_goes_on_bit_by_bit(job: Path, runs: dict[str, Path], name: str, tmp_path: Path) -> None:
+    stopped = stopped_after(runs[name], 4, tmp_path / "run")
+    said = well(train(job, stopped, LAYOUTS[name]))
+    assert f"resumed from {stopped / 'checkpoints' / 'step-4'} at step 4 of {STEPS}" in said
+    expected, found = tensors(runs[name]), tensors(stopped)
+    assert all(np.array_equal(found[key], expected[key]) for key in expected) and found.keys() == expected.keys()
+    assert curve(stopped) == curve(runs[name])
+    states = [json.loads((run / "checkpoints/step-6" / STATE_FILE).read_text()) for run in (stopped, runs[name])]
+    for state in states:
+        state["config"]["output"]["dir"] = ""
+    assert states[0] == states[1]
+    assert np.any(tensors(stopped, 4)[min(expected)] != expected[min(expected)]), "two steps that change nothing"
+
+
+@pytest.mark.parametrize(("source", "target"), [*zip(LAYOUTS, [*list(LAYOUTS)[1:], "TP1"], strict=True)])
+def test_other_layouts_go_on(job: Path, runs: dict[str, Path], source: str, target: str, tmp_path: Path) -> None:
+    """A ring through all layouts; `make test-all` has every pair at both ZeRO stages."""
+    stopped = stopped_after(runs[source], SAVED, tmp_path / "run")
+    well(train(job, stopped, LAYOUTS[target]))
+    assert gap(tensors(stopped), tensors(runs["TP1"])) < TOLERANCE
+    found, expected = curve(stopped), curve(runs["TP1"])
+    assert [record["step"] for record in found] == [record["step"] for record in expected]
+    for name in ("loss", "eval_loss"):
+        pairs = [(a[name], b[name]) for a, b in zip(found, expected, strict=True) if name in b]
+        assert np.allclose(*zip(*pairs, strict=True), rtol=TOLERANCE)
+
+
+def test_the_comparison_can_fail(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    """Without the moments, or with another order of samples, the end is another."""
+    from safetensors.numpy import load_file, save_file
+
+    from lowrank_dist.checkpoint.manifest import MANIFEST_FILE, write_manifest
+
+    for name, spoil in (("moments", True), ("seed", False)):
+        stopped = stopped_after(runs["TP1"], SAVED, tmp_path / name)
+        folder = stopped / "checkpoints" / f"step-{SAVED}"
+        if spoil:
+            held = load_file(folder / OPTIMIZER_FILE)
+            save_file({k: v * (0 if "exp_avg" in k else 1) for k, v in held.items()}, folder / OPTIMIZER_FILE)
+            (folder / MANIFEST_FILE).unlink()
+            write_manifest(folder)
+        well(
+            train(
+                job, stopped, LAYOUTS["TP1"], *([] if spoil else ["train.seed=7", "train.resume_changes=[train.seed]"])
+            )
+        )
+        assert gap(tensors(stopped), tensors(runs["TP1"])) > 100 * TOLERANCE
+
+
+def test_a_finished_run_is_not_trained_again(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(runs["TP2"], copy, symlinks=True)
+    shutil.rmtree(copy / "adapter")  # killed between the last checkpoint and the adapter
+    well(train(job, copy, LAYOUTS["TP2"]))
+    assert curve(copy) == curve(runs["TP2"])
+    before, after = snapshot(runs["TP2"] / "adapter"), snapshot(copy / "adapter")
+    assert after["adapter_model.safetensors"] == before["adapter_model.safetensors"]
+
+
+def test_damaged_checkpoints_are_passed_over(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    stopped = stopped_after(runs["TP2"], 4, tmp_path / "run")
+    damaged = stopped / "checkpoints/step-4" / OPTIMIZER_FILE
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
+    (stopped / "checkpoints/.step-6.lowrank_dist-tmp-1-ab").mkdir()
+    said = well(train(job, stopped, LAYOUTS["TP2"]))
+    assert f"passed over: {damaged} is damaged" in said and "at step 2 of" in said
+    assert all(np.array_equal(a, tensors(runs["TP2"])[key]) for key, a in tensors(stopped).items())
+    assert {path.name for path in (stopped / "checkpoints").iterdir()} == {"step-2", "step-4", "step-6", "last", "best"}
+
+
+def test_nothing_that_verifies_is_no_new_start(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    stopped = stopped_after(runs["TP2"], SAVED, tmp_path / "run")
+    (stopped / "checkpoints/step-2/manifest.json").unlink()
+    before = snapshot(stopped / "checkpoints")
+    said = refused(train(job, stopped, LAYOUTS["TP2"]))
+    assert "none of the checkpoints" in said and "manifest.json is missing" in said
+    assert snapshot(stopped / "checkpoints") == before
+
+
+def test_killed_before_the_first_checkpoint_starts_again(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(runs["TP2"], folder, ignore=shutil.ignore_patterns("step-*", "last", "best", "adapter"))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "ti')
+    well(train(job, folder, LAYOUTS["TP2"]))
+    assert curve(folder) == curve(runs["TP2"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["train.lr=0.02", "train.weight_decay=0"], "train.lr was 0.01, is 0.02; train.weight_decay was 0.01, is 0.0"),
+        (["lora.rank=8"], "lora.rank was 4, is 8"),
+        (["lora.targets=[q_proj]"], "lora.targets was all-linear, is ['q_proj']"),
+        (["train.seed=1"], "train.seed was 42, is 1"),
+        (["train.steps=8"], "train.steps was 6, is 8"),
+        (["engine.clip=null"], "engine.clip was 1.0, is None"),
+        (["data.eval=null"], "data.eval was "),
+        (["train.steps=1", "train.resume_changes=[train.steps]"], "is at step 2, but the run ends at 1"),
+        (["lora.rank=8", "train.resume_changes=[lora.rank]"], "lora.rank and the model must be the same"),
+    ],
+)
+def test_another_run_is_refused_by_name(
+    job: Path, runs: dict[str, Path], overrides: list[str], named: str, tmp_path: Path
+) -> None:
+    stopped = stopped_after(runs["TP2"], SAVED, tmp_path / "run")
+    before = snapshot(stopped / "checkpoints")
+    assert named in refused(train(job, stopped, LAYOUTS["TP2"], *overrides))
+    assert snapshot(stopped / "checkpoints") == before
+
+
+def test_other_data_and_another_base_are_refused(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    stopped = stopped_after(runs["TP2"], SAVED, tmp_path / "run")
+    other = write_jsonl(tmp_path / "other.jsonl", samples(21))
+    assert "data.train was " in refused(train(job, stopped, LAYOUTS["TP2"], f"data.train={other}"))
+    base = tmp_path / "base"
+    shutil.copytree(job.parent / "base", base)
+    (base / "config.json").write_text((base / "config.json").read_text() + "\n")
+    assert "another base than model.path" in refused(train(job, stopped, LAYOUTS["TP2"], f"model.path={base}"))
+    # The same content elsewhere is the same run.
+    same = write_jsonl(tmp_path / "same.jsonl", samples(22))
+    well(train(job, stopped, LAYOUTS["TP2"], f"data.train={same}"))
+
+
+def test_an_allowed_change_is_made(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    stopped = stopped_after(runs["TP2"], SAVED, tmp_path / "run")
+    well(train(job, stopped, LAYOUTS["TP2"], "train.lr=0.002", "train.resume_changes=[train.lr]"))
+    rates = {r["step"]: r["learning_rate"] for r in curve(stopped) if "learning_rate" in r}
+    before = {r["step"]: r["learning_rate"] for r in curve(runs["TP2"]) if "learning_rate" in r}
+    assert rates[2] == before[2] and rates[3] == pytest.approx(0.2 * before[3])
+
+
+def test_from_a_named_checkpoint(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = runs["TP2"] / "checkpoints/step-4"
+    well(train(job, tmp_path / "new", LAYOUTS["TP2"], f"train.resume={checkpoint}"))
+    assert all(np.array_equal(a, tensors(runs["TP2"])[key]) for key, a in tensors(tmp_path / "new").items())
+    assert [record["step"] for record in curve(tmp_path / "new")] == [5, 6, 6]
+    said = refused(train(job, runs["TP2"], LAYOUTS["TP2"], f"train.resume={checkpoint}"))
+    assert "holds newer checkpoints" in said and "step-6" in said
+    said = refused(train(job, tmp_path / "other", LAYOUTS["TP2"], f"train.resume={tmp_path / 'nothing'}"))
+    assert "nothing: no such folder" in said and not (tmp_path / "other").exists()
+    assert "already holds a run" in refused(train(job, runs["TP2"], LAYOUTS["TP2"], "train.resume=never"))
+
+
+def test_old_checkpoints_go_and_the_best_stays(job: Path, tmp_path: Path) -> None:
+    # The eval loss rises after the first evaluation: the rate is much too high afterwards.
+    arguments = ["output.save_every=1", "output.keep_last=2", "eval.every=1", "train.lr=0.5", "train.warmup_steps=6"]
+    well(train(job, tmp_path / "run", LAYOUTS["TP1"], *arguments))
+    losses = {r["step"]: r["eval_loss"] for r in curve(tmp_path / "run") if r.get("eval_loss") and r["step"]}
+    best = min(losses, key=losses.__getitem__)
+    kept = {path.name for path in (tmp_path / "run/checkpoints").iterdir()}
+    assert kept == {"last", "best", "step-5", "step-6", f"step-{best}"}
+    assert (tmp_path / "run/checkpoints/best").resolve().name == f"step-{best}"
+    assert (tmp_path / "run/checkpoints/last").resolve().name == "step-6"
+
+
+def _with_small_files(arguments: list[str], largest: int) -> Outcome:
+    """One rank on which no file may grow beyond `largest` bytes: a disk that is full to all but short texts."""
+    import resource
+
+    from tests.integration.launching import _main
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, before[1]))
+    try:
+        return _main(arguments, True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_disk_that_refuses_ends_no_training_in_silence(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    arguments = [str(job), f"output.dir={folder}", *LAYOUTS["TP2xDP2"].overrides]
+    outcomes = run_ranks(4, _with_small_files, arguments, 60_000)
+    said = refused(outcomes)
+    assert "the last checkpoint was not written" in said
+    assert "step 2: NO CHECKPOINT WAS WRITTEN" in outcomes[0].stdout and "step 4: NO CHECK" in outcomes[0].stdout
+    assert curve(folder) == curve(runs["TP2xDP2"]), "training went on to its end"
+    assert list((folder / "checkpoints").iterdir()) == [], "and left nothing half written"
+    # With room it goes on: here from the start, since nothing was saved.
+    well(train(job, folder, LAYOUTS["TP2xDP2"]))
+    assert all(np.array_equal(a, tensors(runs["TP2xDP2"])[key]) for key, a in tensors(folder).items())
+
+
+def _with_a_skewed_replica(arguments: list[str]) -> Outcome:
+    """One rank; on tensor-parallel rank 1 the masters of replicated factors are another number."""
+    from unittest import mock
+
+    import torch.distributed as dist
+
+    from lowrank_dist.engine.zero import ZeroOptimiser
+    from tests.integration.launching import _main
+
+    taken = ZeroOptimiser.snapshot
+
+    def skewed(self: ZeroOptimiser) -> object:
+        return taken(self) * (1 + dist.get_rank())
+
+    with mock.patch.object(ZeroOptimiser, "snapshot", skewed):
+        return _main(arguments, True)
+
+
+def test_replicas_that_differ_are_not_saved(job: Path, tmp_path: Path) -> None:
+    arguments = [str(job), f"output.dir={tmp_path / 'run'}", *LAYOUTS["TP2"].overrides]
+    said = refused(run_ranks(2, _with_a_skewed_replica, arguments))
+    assert "replicated factors differ" in said
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+def test_two_runs_in_one_folder_are_refused(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    import fcntl
+
+    stopped = stopped_after(runs["TP1"], SAVED, tmp_path / "run")
+    with (stopped / "logs/rank-0.log").open("a") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        assert "another process trains" in refused(train(job, stopped, LAYOUTS["TP1"]))
+    well(train(job, stopped, LAYOUTS["TP1"]))
+
+
+def test_init_from_and_on(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    """Start from an adapter, stop, lose the adapter, go on: the checkpoint says what it said."""
+    adapter = shutil.copytree(runs["TP1"] / "adapter", tmp_path / "adapter")
+    arguments = (f"lora.init_from={adapter}",)
+    plain = make_job(tmp_path, rank=4, alpha=8)
+    text = plain.read_text().replace("  rank: 4\n", "").replace("  alpha: 8\n", "")
+    plain.write_text(text.replace(str(tmp_path / "train.jsonl"), str(job.parent / "train.jsonl")))
+    well(train(plain, tmp_path / "whole", LAYOUTS["TP2"], *arguments))
+    stopped = stopped_after(tmp_path / "whole", SAVED, tmp_path / "run")
+    shutil.rmtree(adapter)
+    well(train(plain, stopped, LAYOUTS["TP2"], *arguments))
+    assert all(np.array_equal(a, tensors(tmp_path / "whole")[key]) for key, a in tensors(stopped).items())
+    first = next(r["loss"] for r in curve(tmp_path / "whole") if "loss" in r)
+    assert first < 0.9 * next(r["loss"] for r in curve(runs["TP1"]) if "loss" in r), "it did start from the adapter"

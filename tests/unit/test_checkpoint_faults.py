@@ -1,0 +1,128 @@
+"""SIGKILL and a full disk at every operation of a save: there is always a complete checkpoint to go on from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowrank_dist.checkpoint.adapter import read_adapter
+from lowrank_dist.checkpoint.folder import newest_checkpoint, read_checkpoint, step_folders
+from lowrank_dist.checkpoint.manifest import MANIFEST_FILE
+from lowrank_dist.checkpoint.provenance import Provenance
+from lowrank_dist.checkpoint.training_state import KINDS, OPTIMIZER_FILE, DataState, TrainingState
+from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.engine.writing import CheckpointWriter, Facts, Retention
+from lowrank_dist.lora.placement import FactorSpec
+from lowrank_dist.lora.state import WholeFactor
+from tests.faults import Action, Zygote
+
+MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
+DATA = DataState(path="train.jsonl", sha256="ab" * 32, samples=16)
+OLD, NEW = 2, 4
+
+
+def state_of(step: int) -> TrainingState:
+    return TrainingState(
+        **{"step": step, "epoch": 0.5, "samples": 8 * step, "tokens": 100 * step, "target_tokens": 60 * step},
+        **{"loss": 1.0, "eval_losses": {at: 2.0 / at for at in range(1, step + 1)}, "data": DATA, "held_out": None},
+        **{"rng": {}, "config": {}, "base_fingerprint": "cd" * 32, "ranks": {}, "versions": {}},
+    )
+
+
+def work(root: Path, step: int, resumed: int | None) -> None:
+    """One final save of a run that keeps one checkpoint, so that everything a save can do is done."""
+    generator = torch.Generator().manual_seed(step)
+    spec = {m: FactorSpec(m, m, 0, 16, 4, 8.0, 2.0, False, 16, 16, ((0, 0),)) for m in MODULES}
+    whole = {
+        kind: {
+            m: WholeFactor(spec[m], torch.randn(4, 16, generator=generator), torch.randn(16, 4, generator=generator))
+            for m in MODULES
+        }
+        for kind in KINDS
+    }
+    facts = Facts(0.0, False, False, Path("base"), MODULES, Provenance("cd" * 32, "base", {}), DATA, None)
+    folder = RunFolder(root)
+    folder.checkpoints.mkdir(exist_ok=True)
+    writer = CheckpointWriter(folder, facts, Retention(1, 1), state_of(resumed) if resumed else None)
+    writer.write(whole, state_of(step), final=True)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the checkpoints of steps 2 and, for comparison beside it, 4."""
+    place = tmp_path_factory.mktemp("saved")
+    for step in (OLD, NEW):
+        (place / str(step)).mkdir()
+        work(place / str(step), step, None)
+    return place
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Zygote:
+    with Zygote(f"{__name__}:work") as started:
+        yield started
+
+
+def started(saved: Path, place: Path) -> Path:
+    """A run whose last checkpoint is that of step 2."""
+    return Path(shutil.copytree(saved / str(OLD), place, symlinks=True))
+
+
+def same(folder: Path, other: Path) -> bool:
+    return (folder / OPTIMIZER_FILE).read_bytes() == (other / OPTIMIZER_FILE).read_bytes()
+
+
+def require_promise(saved: Path, root: Path, where: str) -> int:
+    """There is a complete checkpoint, of this save or of the one before; the links and the adapter are whole."""
+    found = newest_checkpoint(root / "checkpoints")
+    assert found.state is not None and not found.passed_over, f"{where}: {found.passed_over}"
+    assert same(found.folder, saved / str(found.state.step) / "checkpoints" / f"step-{found.state.step}"), where
+    for name in ("last", "best"):
+        assert read_checkpoint(root / "checkpoints" / name).step in (OLD, NEW), where
+    assert read_adapter(root / "adapter").factors.keys() == set(MODULES), where
+    return found.state.step
+
+
+def require_recovery(saved: Path, root: Path, step: int, where: str) -> None:
+    """The run goes on from there and ends as if nothing had been, with nothing left over."""
+    RunFolder(root).open(1, "")  # another rank's share: the folders are there
+    RunFolder(root)._clear()
+    work(root, NEW, step)
+    assert require_promise(saved, root, where) == NEW
+    assert {path.name for path in (root / "checkpoints").iterdir()} == {"last", "best", f"step-{NEW}"}, where
+    assert same(root / "checkpoints/last", saved / f"{NEW}/checkpoints/step-{NEW}")
+
+
+@pytest.mark.parametrize("action", [Action.KILL_BEFORE, Action.KILL_DURING, Action.NO_SPACE, Action.NO_SPACE_ONCE])
+def test_at_every_operation(saved: Path, zygote: Zygote, tmp_path: Path, action: Action) -> None:
+    plain = zygote.run(started(saved, tmp_path / "plain"), NEW, OLD)
+    assert plain.error is None and plain.count > 40, plain.traceback
+    kinds = {line.split()[0] for line in plain.trace}
+    assert {"write", "fsync", "rename", "symlink", "mkdir", "unlink"} <= kinds, kinds
+    steps = set()
+    for nth in range(1, plain.count + 1):
+        root = started(saved, tmp_path / f"{action.name}-{nth}")
+        outcome = zygote.run(root, NEW, OLD, nth=nth, action=action)
+        where = f"{action.name} at {nth}: {outcome.trace[-1]}"
+        if action in (Action.KILL_BEFORE, Action.KILL_DURING):
+            assert outcome.killed, where
+        elif outcome.error is not None:
+            assert "DiskError" in outcome.classes, f"{where}: {outcome.error} {outcome.traceback}"
+        step = require_promise(saved, root, where)
+        steps.add(step)
+        require_recovery(saved, root, step, where)
+        shutil.rmtree(root)
+    assert steps == {OLD, NEW}, "some points lie before the new checkpoint has its name and some after"
+
+
+def test_the_promise_can_be_broken(saved: Path, tmp_path: Path) -> None:
+    """The control: a writer that writes in place leaves what the checks above do not accept."""
+    root = started(saved, tmp_path / "run")
+    half = root / "checkpoints" / f"step-{NEW}"
+    shutil.copytree(saved / f"{NEW}/checkpoints/step-{NEW}", half, ignore=shutil.ignore_patterns(MANIFEST_FILE))
+    with pytest.raises(AssertionError, match="manifest"):
+        require_promise(saved, root, "in place")
+    assert list(step_folders(root / "checkpoints")) == [OLD, NEW]

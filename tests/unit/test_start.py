@@ -1,0 +1,96 @@
+"""lora.init_from: the config takes over what the adapter is, or says why it cannot."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lowrank_dist.config import Config
+from lowrank_dist.engine.start import adopt_adapter, initial_factors
+from lowrank_dist.errors import UserError
+from lowrank_dist.lora.placement import LoraRules, place
+from lowrank_dist.model.huggingface import load_architecture
+from tests.tiny_adapters import Size, random_adapter, save_adapter
+from tests.tiny_models import make_tiny
+
+
+def config(base: Path, **lora: Any) -> Config:
+    return Config.model_validate(
+        {"model": {"path": str(base)}, "lora": lora, "data": {"train": "x"}, "output": {"dir": "y"}}
+    )
+
+
+def placements(config: Config) -> Any:
+    lora = config.lora
+    rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
+    return place(load_architecture(config.model.path), rules)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {family: make_tiny(family, tmp_path_factory.mktemp(family)) for family in ("llama", "gpt2", "opt")}
+
+
+def mixed(module: str) -> tuple[int, float] | None:
+    return (
+        None if module == "lm_head" else (1 + len(module) % 5, 0.5 * len(module)) if sum(map(ord, module)) % 3 else None
+    )
+
+
+def alike(module: str) -> tuple[int, float] | None:
+    return None if module == "lm_head" else (3, 6.0)
+
+
+@pytest.mark.parametrize("size", [mixed, alike])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_placement_reproduces_the_factors(bases: dict[str, Path], tmp_path: Path, family: str, size: Size) -> None:
+    adapter = random_adapter(bases[family], size, rslora=True)
+    folder = save_adapter(tmp_path / "adapter", bases[family], adapter)
+    adopted = adopt_adapter(config(bases[family], init_from=str(folder), dropout=0.25))
+    assert adopted.lora.dropout == 0.25 and adopted.lora.rslora
+    placed = placements(adopted)
+    specs = {spec.path: spec for placement in placed for spec in placement.factors}
+    assert {p: (s.rank, s.alpha) for p, s in specs.items()} == {
+        m: (f.rank, f.alpha) for m, f in adapter.factors.items()
+    }
+    for path, (a, b) in initial_factors(adopted, placed).items():
+        assert torch.equal(a, adapter.factors[path].a) and torch.equal(b, adapter.factors[path].b)
+    assert adopt_adapter(adopted) == adopted, "the config that a run writes down starts the same run"
+
+
+def test_contradictions_come_together(bases: dict[str, Path], tmp_path: Path) -> None:
+    base = bases["llama"]
+    folder = save_adapter(tmp_path / "adapter", base, random_adapter(base, alike))
+    with pytest.raises(UserError) as caught:
+        adopt_adapter(config(base, init_from=str(folder), rank=4, alpha=7.0, targets=["q_proj"], rslora=False))
+    for part in ("lora.rank is 4, the adapter's 3", "lora.alpha is 7.0, the adapter's 6.0", "lora.targets"):
+        assert part in str(caught.value)
+    assert "rslora" not in str(caught.value)
+    assert adopt_adapter(config(base, init_from=str(folder), rank=3, targets="all-linear")).lora.alpha == 6.0
+    assert adopt_adapter(config(base)) == config(base)
+
+
+@pytest.mark.parametrize(("key", "value"), [("lora_alpha", -2), ("lora_alpha", 0), ("alpha_pattern", {"q_proj": -1})])
+def test_an_alpha_that_no_run_has(bases: dict[str, Path], tmp_path: Path, key: str, value: Any) -> None:
+    folder = save_adapter(tmp_path / "adapter", bases["llama"], random_adapter(bases["llama"], alike))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match="adapter_config.json.*alpha"):
+        adopt_adapter(config(bases["llama"], init_from=str(folder)))
+
+
+def test_another_model(bases: dict[str, Path], tmp_path: Path) -> None:
+    folder = save_adapter(tmp_path / "adapter", bases["llama"], random_adapter(bases["llama"], alike))
+    with pytest.raises(UserError, match="cannot be adapted"):
+        adopt_adapter(config(bases["gpt2"], init_from=str(folder)))
+    other = make_tiny("llama", tmp_path / "wide", intermediate_size=128)
+    adopted = adopt_adapter(config(other, init_from=str(folder)))
+    with pytest.raises(UserError, match="base_fingerprint"):
+        initial_factors(adopted, placements(adopted))
+    (folder / "lowrank_dist.json").unlink()
+    with pytest.raises(UserError, match=r"gate_proj has lora_A .* takes \[3, 64\] and \[128, 3\]"):
+        initial_factors(adopted, placements(adopted))
+    with pytest.raises(UserError, match="missing"):
+        adopt_adapter(config(other, init_from=str(tmp_path / "nowhere")))
