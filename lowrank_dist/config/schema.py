@@ -187,7 +187,7 @@ class EvalConfig(Section):
 
 
 class OutputConfig(Section):
-    dir: YamlPath = Field(description="folder of the run; it must not hold one already")
+    dir: YamlPath = Field(description="folder of the run; it holds none yet, or the one that train.resume goes on with")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, or null for only at the end")
     keep_last: int | None = Field(3, ge=1, description="newest checkpoints to keep, at least 1, or null for all")
     keep_best: int = Field(1, ge=0, description="checkpoints of lowest eval loss to keep beside them, at least 0")

@@ -83,7 +83,7 @@ class CheckpointSaver:
     def poll(self) -> None:
         """Learn whether the save under way has ended on all ranks, and how. Collective while there is one."""
         if self._flight is not None:
-            self._conclude(wait=False)
+            self._conclude()
 
     def finish(self) -> None:
         """Wait for the save under way. Raises DiskError on every rank when the last one was refused."""
@@ -108,13 +108,12 @@ class CheckpointSaver:
     def _land(self) -> None:
         if self._flight is not None:
             self._flight.thread.join()
-            self._conclude(wait=True)
+            self._conclude()
 
-    def _conclude(self, *, wait: bool) -> None:
+    def _conclude(self) -> None:
         """Agree on the outcome. Ranks poll at the same steps, so all see the same answer at the same step."""
         flight = self._flight
         running = flight.thread.is_alive()
-        assert not (wait and running), "its thread was waited for"
         status = torch.tensor([running, 0 if running else flight.outcome], device=self._backend.device)
         dist.all_reduce(status, op=dist.ReduceOp.MAX, group=self._topology.world_group)
         unfinished, outcome = status.tolist()

@@ -398,12 +398,15 @@ def peak_of_merge(base: Path, adapter: Path, out: Path, **options: Any) -> int:
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tensor is 16 MB, the model 130 MB: with chunks of 2 MB anonymous memory grows by less than one tensor."""
+    """One tensor is 16 MB, the model 130 MB: with chunks of 2 MB anonymous memory grows by 10 MB, without by 36.
+
+    On a busy machine 19 were seen once.
+    """
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "head_dim": 128}
     base = make_tiny("llama", tmp_path / "base", **sizes)
     adapter = make_adapter(base, tmp_path / "adapter", targets=re.compile(r".*_proj"))
     assert sum(path.stat().st_size for path in base.glob("*.safetensors")) > 120e6
-    bound = (adapter / "adapter_model.safetensors").stat().st_size + 15e6
+    bound = (adapter / "adapter_model.safetensors").stat().st_size + 24e6
     monkeypatch.setattr(merge_module, "_CHUNK_ELEMENTS", 1 << 19)
     monkeypatch.setattr(merge_module, "_COPY_BYTES", 1 << 21)
     assert peak_of_merge(base, adapter, tmp_path / "out") < bound
