@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from lowrank_dist.backend.hostfile import refuse_missing_hostfile
 from lowrank_dist.backend.select import (
     announces_failure,
     init_process_group,
@@ -25,6 +26,7 @@ from lowrank_dist.errors import UserError
 def main(config: Config) -> None:
     """Compose one run from its configuration and run it."""
     quiet_libraries()
+    refuse_missing_hostfile()
     # Imported here: a mistake in the configuration should not wait for Megatron and transformers to load.
     from lowrank_dist.engine import assemble
     from lowrank_dist.engine.resume import complete, find_resumption

@@ -12,6 +12,7 @@ from lowrank_dist.cli.doctor import doctor_command
 from lowrank_dist.cli.export import export_command
 from lowrank_dist.cli.inspect import inspect_command
 from lowrank_dist.cli.merge import merge_command
+from lowrank_dist.cli.slurm import slurm_command
 from lowrank_dist.errors import UserError
 
 _USER_ERROR = 2
@@ -41,6 +42,7 @@ app.command("merge")(merge_command)
 app.command("doctor")(doctor_command)
 app.command("inspect")(inspect_command)
 app.command("export")(export_command)
+app.command("slurm")(slurm_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,134 @@
+# shellcheck shell=bash
+# What the training scripts beside this file have in common; they source it. Needs bash 4.4. It reads what their EDIT
+# and CONTAINER blocks set, and uses these files of the run folder:
+#
+#   STOP        the kill switch, yours to make and remove: while it is there no job of this folder starts or requeues
+#   FAILED      which rank went first and why, by the ranks; an earlier job's is renamed FAILED.JOB.START at the start
+#   restarts    newest saved step at the last requeue, and how many requeues there have been since a newer one
+
+readonly PREEMPTED=85          # how a rank ends that was told to stop and has saved
+readonly UNHEARD=$((128 + 10)) # how it or srun ends that USR1 reaches before it listens
+STEP=                          # process id of srun
+TOLD=                          # not empty: the job was told to stop
+SIGNALLED=                     # not empty: it was told since the last look
+
+say() { printf '[%(%F %T)T] %s\n' -1 "$*"; }
+
+die() {
+    say "error: $*" >&2
+    exit 1
+}
+
+# To be called first: everything that the job does depends on, and the kill switch.
+announce() {
+    say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST"
+    declare -p "$@" SRUN_OPTIONS INSIDE | sed 's/^declare -[^ ]* /    /'
+    mkdir -p "$RUN"
+    refuse_stopped
+    [ ! -e "$RUN/FAILED" ] || mv "$RUN/FAILED" "$RUN/FAILED.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
+}
+
+# The configuration file, as it is when the job starts.
+show_config() {
+    [ -f "$CONFIG" ] || die "CONFIG: $CONFIG is not a file (seen from $PWD): correct the EDIT block"
+    say "$CONFIG:"
+    sed 's/^/    /' "$CONFIG"
+}
+
+refuse_stopped() {
+    [ ! -e "$RUN/STOP" ] || die "$RUN/STOP is there: remove it to let jobs of this folder run"
+}
+
+# Where the ranks meet, and by which card. No fallback: a job that meets on its own node's loopback would train several
+# models instead of one.
+rendezvous() {
+    local hosts
+    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    [ "${#hosts[@]}" = "$SLURM_JOB_NUM_NODES" ] || die "scontrol names ${#hosts[@]} of $SLURM_JOB_NUM_NODES nodes"
+    export MASTER_ADDR=${hosts[0]}
+    # Below what Linux hands out for outgoing connections; jobs that share a node differ in their numbers.
+    export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+    if [ -n "$INTERFACE" ]; then
+        export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
+    fi
+    export TORCH_EXTENSIONS_DIR=$EXTENSIONS
+    # Before Slurm 22.05 a step took the job's number of CPUs; since then it takes one unless told.
+    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
+    say "meeting at $MASTER_ADDR:$MASTER_PORT, network card ${INTERFACE:-as the libraries choose}"
+    say "$OMP_NUM_THREADS threads a rank"
+}
+
+# Run a command as one task a rank, and leave its exit code in CODE: PREEMPTED where the ranks saved and stopped.
+run_ranks() {
+    local mark=$RUN/.preempted-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
+    trap forward USR1 USR2 TERM
+    srun --kill-on-bad-exit=1 --wait=60 "${SRUN_OPTIONS[@]}" \
+        bash "$PROJECT/launch/slurm/task.sh" "$mark" "${INSIDE[@]}" "$@" &
+    STEP=$!
+    CODE=0
+    wait "$STEP" || CODE=$?
+    # A signal ends wait, not the step: wait again for as long as one came meanwhile.
+    while [ -n "$SIGNALLED" ]; do
+        SIGNALLED=
+        CODE=0
+        wait "$STEP" || CODE=$?
+    done
+    trap '' USR1 USR2 TERM
+    say "the step ended with code $CODE"
+    if [ "$CODE" = 0 ] && [ -e "$mark" ]; then CODE=$PREEMPTED; fi
+    if [ "$CODE" = "$UNHEARD" ] && [ -n "$TOLD" ]; then CODE=$PREEMPTED; fi
+    rm -f "$mark"
+}
+
+forward() {
+    TOLD=yes
+    SIGNALLED=yes
+    say "told to stop: USR1 to every rank"
+    # By srun's own process, which passes it on: scancel with the number of an array's job would reach the other tasks.
+    [ -z "$STEP" ] || kill -USR1 "$STEP" 2> /dev/null || true
+}
+
+# End the job: with the ranks' code, or by requeueing it where they were told to stop.
+finish() {
+    if [ -e "$RUN/FAILED" ]; then
+        say "$RUN/FAILED:" >&2
+        cat "$RUN/FAILED" >&2
+        exit $((CODE == 0 ? 1 : CODE))
+    fi
+    [ "$CODE" = "$PREEMPTED" ] || exit "$CODE"
+    refuse_stopped
+    # Slurm requeues a job that it preempts, and none that was cancelled: that is not for this script to do.
+    local state
+    state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T | head -n 1)
+    if [ "$state" != RUNNING ]; then
+        say "not requeued by itself: Slurm has the job as ${state:-unknown}"
+        exit "$PREEMPTED"
+    fi
+    count_restart
+    # By its place in the array: the number of an array's last task is that of the whole array.
+    local job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+    scontrol requeue "$job" || die "job $job cannot be requeued: submit it again to go on"
+    say "requeued as $job"
+}
+
+# Die where the job was requeued MAX_RESTARTS times and has saved nothing new since.
+count_restart() {
+    local newest before=0 count=0
+    newest=$(newest_step)
+    if [ -e "$RUN/restarts" ]; then read -r before count < "$RUN/restarts"; fi
+    if [ "$newest" -gt "$before" ]; then count=0; fi
+    [ "$count" -lt "$MAX_RESTARTS" ] || die "requeued $count times without progress: still at step $newest"
+    echo "$newest $((count + 1))" > "$RUN/restarts"
+    say "at step $newest, restart $((count + 1)) of $MAX_RESTARTS without progress"
+}
+
+# N of the newest checkpoints/step-N, 0 without one.
+newest_step() {
+    local newest=0 folder number
+    for folder in "$RUN"/checkpoints/step-*; do
+        number=${folder##*/step-}
+        if [[ $number =~ ^[0-9]+$ ]] && ((10#$number > newest)); then newest=$((10#$number)); fi
+    done
+    echo "$newest"
+}

@@ -1,0 +1,43 @@
+"""One rig of two hosts for all tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.rig import Rig
+from tests.cluster.runs import ENVIRONMENT, losses, well_trained, write_run
+
+
+@pytest.fixture(scope="session")
+def rig() -> Iterator[Rig]:
+    """Two hosts with ssh and Slurm. An error, not a skip, where they cannot be had."""
+    with Rig(2) as started:
+        yield started
+
+
+@pytest.fixture
+def quiet_rig(rig: Rig) -> Iterator[Rig]:
+    """The rig; the test fails where it leaves a process behind on a host."""
+    yield rig
+    assert rig.idle() == []
+
+
+@pytest.fixture(scope="session")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration that every launcher trains."""
+    return write_run(tmp_path_factory.mktemp("cluster"))
+
+
+@pytest.fixture(scope="session")
+def expected(rig: Rig, config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The curves of the run on one host, under `deepspeed --num_gpus 4`."""
+    run = tmp_path_factory.mktemp("one host") / "run"
+    command = ["deepspeed", "--num_gpus", 4, "launch/train.py", config, f"output.dir={run}"]
+    done = rig.hosts[0].run(command, environment=ENVIRONMENT)
+    assert done.code == 0, done.stderr
+    curves = losses(run)
+    assert well_trained(curves), curves
+    return curves

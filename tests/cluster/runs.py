@@ -1,0 +1,111 @@
+"""The run that every launcher is to repeat, a job script for it, and how a job of the rig's Slurm ended."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tests.cluster.rig import Host, settled
+from tests.integration.launching import Outcome, metrics, write_config, write_jsonl
+from tests.tiny_models import make_tiny
+
+STEPS = 5
+TENSOR = 2
+WORDS = ("cat", "dog", "ant", "hen", "rat", "pig")
+NAMES = ("loss", "grad_norm", "eval_loss")
+# What runs in a launcher's ranks on a machine whose GPUs, if any, are to be left alone.
+ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
+
+
+def write_run(place: Path) -> Path:
+    """A configuration with its tiny model and data: four ranks train it as TP 2 × DP 2, dropout included."""
+    rows = [
+        {"prompt": f"{WORDS[i % 6]} {'x' * (i % 5)}:", "completion": f"{WORDS[i % 6]} " * (i % 4 + 1)}
+        for i in range(24)
+    ]
+    sections = {
+        "model": {"path": make_tiny("llama", place / "base"), "dtype": "fp32", "device": "cpu"},
+        "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
+        "parallel": {"tensor": TENSOR},
+        "data": {
+            "train": write_jsonl(place / "train.jsonl", rows),
+            "eval": write_jsonl(place / "eval.jsonl", rows[:9]),
+            "max_length": 48,
+        },
+        "engine": {"timeout_seconds": 600},
+        "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 2, "lr": 1e-2},
+        "output": {"dir": place / "run", "tensorboard": False, "plot": False},
+    }
+    return write_config(place / "config.yaml", sections)
+
+
+def losses(run: Path) -> dict[str, list[float]]:
+    """Everything in metrics.jsonl that does not depend on the clock."""
+    return {name: metrics(run, name).tolist() for name in NAMES}
+
+
+def well_trained(curves: dict[str, list[float]]) -> bool:
+    """Whether the curves are those of a whole run that learned: two runs that did nothing are equal as well."""
+    return len(curves["loss"]) == STEPS and bool(np.isfinite(curves["loss"]).all()) and _falls(curves["eval_loss"])
+
+
+def _falls(values: list[float]) -> bool:
+    return values[-1] < 0.95 * values[0]
+
+
+def on_each(hosts: Sequence[Host], commands: Sequence[Sequence[object]]) -> list[Outcome]:
+    """Run a command on each host at the same time."""
+    with ThreadPoolExecutor(len(hosts)) as pool:
+        return list(pool.map(lambda host, command: host.run(command, environment=ENVIRONMENT), hosts, commands))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of the rig's Slurm; `login` is the host that it was submitted on."""
+
+    login: Host
+    number: int | str
+    log: Path
+
+    @classmethod
+    def submit(cls, login: Host, script: Path, environment: Mapping[str, str] | None = None) -> Job:
+        """Submit with sbatch. The log lies beside the script, as the template's --output says."""
+        command = ["sbatch", "--parsable", f"--chdir={script.parent}", script]
+        done = login.run(command, environment={**ENVIRONMENT, **(environment or {})})
+        assert done.code == 0, done.stderr
+        number = int(done.stdout)
+        name = re.search(r"^#SBATCH --job-name=(\S+)$", script.read_text(), re.MULTILINE).group(1)
+        return cls(login, number, script.parent / f"{name}-{number}.out")
+
+    def field(self, name: str) -> str:
+        """One field of `scontrol show job`."""
+        shown = self.login.run(["scontrol", "show", "job", "--oneliner", self.number], seconds=20).stdout
+        return re.search(rf"\b{name}=(\S*)", shown).group(1)
+
+    def signal(self, name: str, *options: str) -> None:
+        done = self.login.run(["scancel", f"--signal={name}", *options, self.number])
+        assert done.code == 0, done.stderr
+
+    def start_now(self, start: int) -> None:
+        """Have a job that requeued itself begin start number `start`: Slurm would leave it waiting for two minutes."""
+
+        def started() -> bool:
+            # Again and again: while the last nodes report back, Slurm sets its own time once more.
+            self.login.run(["scontrol", "update", f"jobid={self.number}", "StartTime=now"])
+            return f"start {start}:" in self.said()
+
+        assert settled(started, True), self.said()
+
+    def finished(self, *, seconds: float = 400) -> str:
+        """The state in which the job ended, or the one it is in when the time is over."""
+        settled(lambda: self.field("JobState") in FINISHED, True, seconds=seconds)
+        return self.field("JobState")
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""

@@ -1,0 +1,90 @@
+"""launch/train.py over two hosts, under everything that can start it: the losses of one host."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.rig import Rig
+from tests.cluster.runs import ENVIRONMENT, losses, on_each
+from tests.integration.launching import Outcome
+
+TRAIN = "launch/train.py"
+RANKS_FROM_SLURM = (
+    'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$0" launch/train.py "$@"'
+)
+
+
+@pytest.fixture
+def hostfile(tmp_path: Path) -> Path:
+    path = tmp_path / "hosts"
+    path.write_text("h1 slots=2\nh2 slots=2\n")
+    return path
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def check(outcomes: list[Outcome], run: Path, expected: dict[str, list[float]]) -> None:
+    assert [done.code for done in outcomes] == [0] * len(outcomes), [done.stderr[-3000:] for done in outcomes]
+    assert losses(run) == expected
+
+
+def test_deepspeed_over_pdsh(
+    quiet_rig: Rig, config: Path, expected: dict[str, list[float]], hostfile: Path, tmp_path: Path
+) -> None:
+    # pdsh takes no environment along; this is what deepspeed sets on the hosts.
+    forwarded = tmp_path / "environment"
+    forwarded.write_text("".join(f"{name}={value}\n" for name, value in ENVIRONMENT.items()))
+    launcher = ["deepspeed", "--hostfile", hostfile, "--master_port", port()]
+    done = quiet_rig.hosts[0].run(
+        [*launcher, TRAIN, config, f"output.dir={tmp_path / 'run'}"],
+        environment={**ENVIRONMENT, "DS_ENV_FILE": str(forwarded)},
+    )
+    check([done], tmp_path / "run", expected)
+    assert "h2: " in done.stdout, "nothing came from the second host"
+
+
+def test_deepspeed_on_each_host(
+    quiet_rig: Rig, config: Path, expected: dict[str, list[float]], hostfile: Path, tmp_path: Path
+) -> None:
+    shared = ["--hostfile", hostfile, "--master_addr", "h1", "--master_port", port()]
+    commands = [
+        ["deepspeed", "--no_ssh", "--node_rank", rank, *shared, TRAIN, config, f"output.dir={tmp_path / 'run'}"]
+        for rank in range(2)
+    ]
+    check(on_each(quiet_rig.hosts, commands), tmp_path / "run", expected)
+
+
+def test_missing_hostfile_is_an_error(quiet_rig: Rig, config: Path, tmp_path: Path) -> None:
+    """deepspeed itself only warns, and starts its ranks on the one host."""
+    launcher = ["deepspeed", "--hostfile", tmp_path / "nowhere", "--num_gpus", 1]
+    done = quiet_rig.hosts[0].run(
+        [*launcher, TRAIN, config, "parallel.tensor=1", f"output.dir={tmp_path / 'run'}"], environment=ENVIRONMENT
+    )
+    assert done.code == 2 and not (tmp_path / "run").exists()
+    assert f"deepspeed --hostfile: {tmp_path / 'nowhere'} is not a file" in done.stderr
+
+
+def test_torchrun(quiet_rig: Rig, config: Path, expected: dict[str, list[float]], tmp_path: Path) -> None:
+    shared = ["--nnodes", 2, "--nproc-per-node", 2, "--master-addr", "h1", "--master-port", port()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    commands = [
+        [*torchrun, "--node-rank", rank, *shared, TRAIN, config, f"output.dir={tmp_path / 'run'}"] for rank in range(2)
+    ]
+    check(on_each(quiet_rig.hosts, commands), tmp_path / "run", expected)
+
+
+def test_srun(quiet_rig: Rig, config: Path, expected: dict[str, list[float]], tmp_path: Path) -> None:
+    launcher = ["srun", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1"]
+    done = quiet_rig.hosts[0].run(
+        [*launcher, "bash", "-c", RANKS_FROM_SLURM, sys.executable, config, f"output.dir={tmp_path / 'run'}"],
+        environment={**ENVIRONMENT, "MASTER_ADDR": "h1", "MASTER_PORT": str(port())},
+    )
+    check([done], tmp_path / "run", expected)

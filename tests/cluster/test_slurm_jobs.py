@@ -1,0 +1,57 @@
+"""The job scripts of launch/slurm as they are shipped, but for their EDIT blocks, in a real Slurm over two hosts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from lowrank_dist.slurm.template import BEGIN, END, fill
+from tests.cluster.rig import Rig
+from tests.cluster.runs import Job, losses
+from tests.integration.launching import ROOT, program
+from tests.tiny_adapters import random_adapter, save_adapter
+
+FOLDER = ROOT / "launch" / "slurm"
+
+
+def written(config: Path, script: Path, *options: object) -> Path:
+    """The script that `lowrank-dist slurm` writes for two hosts of two ranks."""
+    size = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1, "--time", "30"]
+    done = program(["lowrank-dist", "slurm", config, *size, "--out", script, *options])
+    assert done.code == 0, done.stderr
+    return script
+
+
+def around_the_edit_block(text: str) -> tuple[str, str]:
+    return text.partition(BEGIN)[0], text.partition(END)[2]
+
+
+def test_the_shipped_template_trains_as_one_host(
+    quiet_rig: Rig, config: Path, expected: dict[str, list[float]], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    script = written(config, tmp_path / "job.sbatch", f"output.dir={run}")
+    assert around_the_edit_block(script.read_text()) == around_the_edit_block((FOLDER / "train.sbatch").read_text())
+    job = Job.submit(quiet_rig.hosts[0], script)
+    assert job.finished() == "COMPLETED", job.said()
+    assert losses(run) == expected
+    said = job.said()
+    # The whole configuration comes first: the script's, then the run's.
+    order = [f'RUN="{run}"', "max_length: 48", "meeting at h1:", "step 1/", "the step ended with code 0"]
+    assert sorted(order, key=said.index) == order
+    assert job.field("NumNodes") == "2" and not (run / "restarts").exists()
+
+
+def test_the_shipped_merge_template(quiet_rig: Rig, config: Path, tmp_path: Path) -> None:
+    base, adapter = config.parent / "base", tmp_path / "adapter"
+    save_adapter(adapter, base, random_adapter(base))
+    script = tmp_path / "job.sbatch"
+    values = {"PYTHON": sys.executable, "BASE": str(base), "ADAPTERS": [str(adapter)], "OUT": str(tmp_path / "merged")}
+    script.write_text(fill((FOLDER / "merge.sbatch").read_text(), {"cpus-per-task": "1", "time": "30"}, values))
+    job = Job.submit(quiet_rig.hosts[0], script)
+    assert job.finished() == "COMPLETED", job.said()
+    assert f"{tmp_path / 'merged'}: " in job.said() and "verif" in job.said()
+    assert (tmp_path / "merged" / "config.json").exists()
+    # An --out that exists is the user's mistake, and the job says so by its code.
+    again = Job.submit(quiet_rig.hosts[0], script)
+    assert (again.finished(), again.field("ExitCode")) == ("FAILED", "2:0")

@@ -1,0 +1,217 @@
+"""`lowrank-dist slurm`: only jobs that fit are written, and what is written means to bash exactly what was given."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import Result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from lowrank_dist.cli.main import app
+from lowrank_dist.config import load_config
+from lowrank_dist.config.schema import ParallelConfig
+from lowrank_dist.errors import UserError
+from lowrank_dist.slurm import template
+from lowrank_dist.slurm.layout import check_layout, check_time
+from lowrank_dist.slurm.template import BEGIN, END, checkout, fill
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = (ROOT / "launch" / "slurm" / "train.sbatch").read_text()
+runner = CliRunner()
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "config.yaml"
+    sections = {"model": {"path": "base"}, "data": {"train": "train.jsonl"}, "output": {"dir": "runs/first"}}
+    path.write_text(yaml.safe_dump({**sections, "parallel": {"tensor": 4}}))
+    return path
+
+
+def slurm(*words: object, nodes: int = 2, gpus: int = 8) -> Result:
+    size = ["--nodes", str(nodes), "--gpus-per-node", str(gpus)]
+    return runner.invoke(app, ["slurm", *size, *(str(word) for word in words)])
+
+
+def variables(script: str) -> dict[str, str]:
+    """What bash has after it has read the EDIT block."""
+    block = script.partition(BEGIN)[2].partition(END)[0]
+    show = f'{block}\nprintf \'%s\\0\' "$PROJECT" "$PYTHON" "$WORKDIR" "$CONFIG" "$RUN" "$RESUME" "${{OVERRIDES[@]}}"'
+    done = subprocess.run(["bash", "-euo", "pipefail"], input=show.encode(), capture_output=True, check=True)
+    assert done.stderr == b""
+    *fixed, overrides = ["PROJECT", "PYTHON", "WORKDIR", "CONFIG", "RUN", "RESUME", "OVERRIDES"]
+    values = done.stdout.decode().split("\0")[:-1]
+    return {**dict(zip(fixed, values, strict=False)), overrides: json.dumps(values[len(fixed) :])}
+
+
+def refused(done: Result, *words: str) -> None:
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+    assert [word for word in words if word not in done.stderr] == [], done.stderr
+
+
+def test_dry_run_prints_a_script_and_writes_nothing(config: Path, tmp_path: Path) -> None:
+    done = slurm(config, "--partition", "gpu", "--account", "a-1", "--qos", "high", "--time", "1-12", "--dry-run")
+    assert (done.exit_code, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == [config]
+    expected = ["nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "partition=gpu", "account=a-1", "qos=high"]
+    expected += ["job-name=lowrank", "time=1-12", "signal=B:USR1@300", "cpus-per-task=8"]
+    lines = done.stdout.splitlines()
+    assert [word for word in expected if f"#SBATCH --{word}" not in lines] == []
+    assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
+
+
+def test_only_the_edit_block_differs_from_the_template(config: Path) -> None:
+    script = slurm(config, "--dry-run").stdout
+    assert script.partition(BEGIN)[0] == SHIPPED.partition(BEGIN)[0]
+    assert script.partition(END)[2] == SHIPPED.partition(END)[2]
+    assert "/path/to" not in script
+
+
+def test_file_is_written_once(config: Path, tmp_path: Path) -> None:
+    done = slurm(config, "--job-name", "mine")
+    assert done.exit_code == 0 and "sbatch mine.sbatch" in done.stdout
+    written = (tmp_path / "mine.sbatch").read_text()
+    assert written == slurm(config, "--job-name", "mine", "--dry-run").stdout
+    (tmp_path / "mine.sbatch").write_text("edited")
+    refused(slurm(config, "--job-name", "mine"), "--out", "mine.sbatch exists already", "another name")
+    assert (tmp_path / "mine.sbatch").read_text() == "edited"
+    refused(slurm(config, "--out", tmp_path / "no" / "folder"), "cannot write", "No such file")
+
+
+def test_what_the_job_gets(config: Path, tmp_path: Path) -> None:
+    words = ["train.lr=1e-3", "output.dir=other run", "data.train=$(touch made) `touch made` \"'.jsonl"]
+    script = slurm(config.name, *words, "--dry-run").stdout
+    found = variables(script)
+    assert json.loads(found["OVERRIDES"]) == [words[0], words[2]]
+    assert (found["WORKDIR"], found["CONFIG"]) == (str(tmp_path), str(config))
+    assert (found["RUN"], found["RESUME"]) == (str(tmp_path / "other run"), "auto")
+    assert Path(found["PROJECT"]) == ROOT and Path(found["PYTHON"]).exists()
+    assert not (tmp_path / "made").exists()
+    # The job reads the config that was checked.
+    job = load_config([found["CONFIG"], *json.loads(found["OVERRIDES"]), f"output.dir={found['RUN']}"])
+    given_config = load_config([str(config), *words[:1], words[2], f"output.dir={tmp_path / 'other run'}"])
+    assert job == given_config
+
+
+def test_resume_is_passed_as_it_was_written(config: Path) -> None:
+    """./auto is the folder of that name, auto is not."""
+    found = variables(slurm(config, "train.resume=never", "train.resume=./auto", "--dry-run").stdout)
+    assert (found["RESUME"], found["OVERRIDES"]) == ("./auto", "[]")
+
+
+def test_cpu_runs_ask_for_no_gpus(config: Path) -> None:
+    script = slurm(config, "model.device=cpu", "--dry-run").stdout
+    assert "##SBATCH --gpus-per-node=" in script and "\n#SBATCH --gpus-per-node" not in script
+    assert "#SBATCH --ntasks-per-node=8" in script
+
+
+@pytest.mark.parametrize(
+    ("words", "size", "said"),
+    [
+        (["parallel.tensor=3"], {}, ["parallel.tensor: 3", "2 nodes × 8 = 16 ranks", "1, 2, 4, 8, 16"]),
+        (["parallel.tensor=16"], {}, ["would cross nodes", "1, 2, 4, 8", "--allow-tp-across-nodes"]),
+        (["parallel.tensor=4"], {"gpus": 6}, ["would cross nodes", "1, 2, 3, 6"]),
+        (["parallel.data=2"], {}, ["parallel.data", "4 tensor × 2 data parallel", "write 4"]),
+        (["train.lrr=1"], {}, ["train.lrr: unknown key", "train.lr"]),
+        (["train.lr"], {}, ["train.lr is a second config file"]),
+        (["output.dir=a: b"], {}, ["output.dir"]),
+        (["--partition", "a b"], {}, ["--partition: 'a b'"]),
+        (["--account", "x\n#SBATCH --nodes=9"], {}, ["--account"]),
+        (["--job-name", "a;rm"], {}, ["--job-name"]),
+        (["--partition", ""], {}, ["--partition: ''"]),
+        (["--time", "a day"], {}, ["--time: 'a day'", "D-HH:MM:SS"]),
+        (["--time", "5"], {}, ["--lead", "300 s of 300 s"]),
+    ],
+    ids=str,
+)
+def test_bad_input(config: Path, tmp_path: Path, words: list[str], size: dict[str, int], said: list[str]) -> None:
+    refused(slurm(config, *words, **size), *said)
+    assert list(tmp_path.iterdir()) == [config]
+
+
+def test_bad_numbers_and_files(config: Path, tmp_path: Path) -> None:
+    refused(slurm(tmp_path / "no.yaml"), "no.yaml: cannot be read")
+    for words in ({"nodes": 0}, {"gpus": 0}, {"gpus": -1}):
+        assert slurm(config, **words).exit_code == 2
+    assert runner.invoke(app, ["slurm", str(config)]).exit_code == 2
+
+
+def test_a_folder_that_yaml_would_read_otherwise(config: Path, tmp_path: Path) -> None:
+    refused(slurm(config, "output.dir='a #b'"), "means something else to YAML", "rename")
+
+
+def test_tensor_groups_across_nodes_when_allowed(config: Path) -> None:
+    assert slurm(config, "parallel.tensor=16", "--allow-tp-across-nodes", "--dry-run").exit_code == 0
+    refused(slurm(config, "parallel.tensor=5", "--allow-tp-across-nodes"), "parallel.tensor: 5 does not divide")
+
+
+@given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 24))
+def test_groups_inside_nodes_are_those_accepted(nodes: int, gpus: int, tensor: int) -> None:
+    """Against the definition: consecutive ranks, node after node."""
+    ranks = nodes * gpus
+    whole = ranks % tensor == 0
+    groups = [range(start, start + tensor) for start in range(0, ranks, tensor)] if whole else []
+    inside = whole and all(group[0] // gpus == group[-1] // gpus for group in groups)
+    for across in (False, True):
+        try:
+            check_layout(ParallelConfig(tensor=tensor), nodes, gpus, across_nodes=across)
+            accepted = True
+        except UserError:
+            accepted = False
+        assert accepted == (whole if across else inside)
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("10", 600), ("10:30", 630), ("1:00:05", 3605), ("1-0", 86400), ("0-1:30", 5400), ("0-0:1:1", 61)],
+)
+def test_times_as_sbatch_reads_them(time: str, seconds: int) -> None:
+    check_time(time, seconds - 1)
+    with pytest.raises(UserError, match="--lead"):
+        check_time(time, seconds)
+
+
+def test_endless_times() -> None:
+    check_time("UNLIMITED", 300)
+    for wrong in ("", "1:2:3:4", "-5", "1d", "10:000", "UNLIMITED "):
+        with pytest.raises(UserError, match="--time"):
+            check_time(wrong, 300)
+
+
+@settings(max_examples=25)
+@given(st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"])))
+def test_any_text_comes_back_from_bash(value: str) -> None:
+    script = fill(SHIPPED, {}, {"RUN": value, "OVERRIDES": [value, "x"]})
+    found = variables(script)
+    assert found["RUN"] == value and json.loads(found["OVERRIDES"]) == [value, "x"]
+
+
+def test_a_template_without_the_line_is_a_bug() -> None:
+    for directives, names in (({"colour": "red"}, {}), ({}, {"COLOUR": "red"})):
+        with pytest.raises(ValueError):
+            fill(SHIPPED, directives, names)
+    with pytest.raises(AssertionError):
+        fill("#!/bin/bash\n", {}, {})
+
+
+def test_package_without_its_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert checkout() == ROOT
+    monkeypatch.setattr(template.lowrank_dist, "__file__", str(tmp_path / "site-packages/lowrank_dist/__init__.py"))
+    with pytest.raises(UserError, match="need a checkout"):
+        checkout()
+
+
+def test_words_of_the_shipped_block_are_plain() -> None:
+    """Nothing that the command leaves as it is needs a look at bash."""
+    for line in SHIPPED.partition(BEGIN)[2].partition(END)[0].splitlines():
+        if line and not line.startswith("#") and "=(" not in line:
+            assert shlex.split(line) == [line]
