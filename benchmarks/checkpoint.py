@@ -24,7 +24,7 @@ from typing import Any
 from record import machine, write_result
 from spawn import start_ranks
 
-TP, RANK, LENGTH, BATCH = 3, 8, 64, 8
+TP = 3
 STALL, RATIO = 0.05, 1.6
 
 
@@ -80,11 +80,9 @@ def stalls(events: list[tuple[str, int, float]], interval: int, saves: int) -> l
     """Seconds in the saver of each save but the last, which the run waits for: from its start to the next one's."""
     found = [0.0] * (saves + 1)
     for name, step, seconds in events:
-        if name == "save" or name == "poll":
-            # A poll before step n, and a save after step n, belong to the save that was started last.
-            index = step // interval - (1 if step else 0)
-            if 0 <= index <= saves and step >= interval:
-                found[index] += seconds
+        # A poll before the next step and a save belong to the save that was started last.
+        if name != "_step" and step >= interval:
+            found[step // interval - 1] += seconds
     return found[:saves]
 
 

@@ -11,11 +11,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lowrank_dist.checkpoint.atomic import atomic_folder, target_of
-from lowrank_dist.checkpoint.manifest import MANIFEST_FILE, verify_manifest
+from lowrank_dist.checkpoint.manifest import verify_manifest
 from lowrank_dist.checkpoint.peft_config import PeftConfig, describe, read_config
 from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, Provenance
-from lowrank_dist.checkpoint.safetensors_file import SafetensorsWriter, TensorEntry, read_header, tensor_bytes
-from lowrank_dist.checkpoint.training_state import OPTIMIZER_FILE, STATE_FILE
+from lowrank_dist.checkpoint.safetensors_file import TensorEntry, read_header, write_fp32
+from lowrank_dist.checkpoint.training_state import is_checkpoint
 from lowrank_dist.errors import UserError
 from lowrank_dist.model.architecture import Architecture
 from lowrank_dist.model.tensors import hf_shapes
@@ -117,10 +117,7 @@ def write_adapter_files(
     )
     (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
     (folder / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
-    entries = (TensorEntry(name, "F32", tuple(tensor.shape), 0, tensor.nbytes) for name, tensor in tensors.items())
-    with SafetensorsWriter(folder / WEIGHTS_FILE, entries, {"format": "pt"}) as file:
-        for tensor in tensors.values():
-            file.write(tensor_bytes(tensor))
+    write_fp32(folder / WEIGHTS_FILE, tensors)
 
 
 def _named_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -140,7 +137,7 @@ def read_adapter(folder: Path) -> Adapter:
     files that are links out of the folder, a checkpoint that is not what its manifest says, what `read_config` refuses,
     tensors that are no plain LoRA pair on a linear or disagree with the config in rank or target, and NaN or infinity.
     """
-    if any((folder / name).exists() for name in (MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE)):
+    if is_checkpoint(folder):
         verify_manifest(folder)
     config = read_config(own_file(folder, CONFIG_FILE))
     path = own_file(folder, WEIGHTS_FILE)

@@ -5,15 +5,12 @@ from pathlib import Path
 
 from lowrank_dist.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, own_file, read_adapter
 from lowrank_dist.checkpoint.atomic import atomic_folder
-from lowrank_dist.checkpoint.model_card import model_card
+from lowrank_dist.checkpoint.model_card import VLLM_DEFAULT_RANK, VLLM_RANKS, model_card, serving_rank
 from lowrank_dist.checkpoint.peft_config import PeftConfig, read_config
 from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.errors import UserError
 
 CARD_FILE = "README.md"
-# vLLM's LoRAConfig.max_lora_rank (vllm.config.lora.MaxLoRARanks without 1) and its default.
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-VLLM_DEFAULT_RANK = 16
 
 
 def export(source: Path, out: Path, *, vllm: bool = False, max_rank: int | None = None) -> None:
@@ -44,7 +41,7 @@ def _refuse_for_vllm(source: Path, config: PeftConfig, largest: int, max_rank: i
     problems = []
     if max_rank is not None and max_rank not in VLLM_RANKS:
         problems.append(f"--max-rank {max_rank}: vLLM takes one of {', '.join(map(str, VLLM_RANKS))}")
-    fitting = next((rank for rank in VLLM_RANKS if rank >= largest), None)
+    fitting = serving_rank(largest)
     if largest > (max_rank or VLLM_DEFAULT_RANK):
         remedy = (
             "merge it into the base with lowrank-dist merge"

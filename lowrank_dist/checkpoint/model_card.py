@@ -10,7 +10,11 @@ import yaml
 
 from lowrank_dist.checkpoint.adapter import Adapter
 from lowrank_dist.checkpoint.provenance import Provenance
+from lowrank_dist.messages import printable
 
+# vLLM's LoRAConfig.max_lora_rank (vllm.config.lora.MaxLoRARanks without 1) and its default.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_DEFAULT_RANK = 16
 _LONGEST_TEXT = 300
 _LONGEST_BLOCK = 8000
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
@@ -44,8 +48,7 @@ def plain(value: Any) -> str:
     """One line of bounded text that Markdown and HTML show as it is."""
     text = str(value)
     text = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return _MARKUP.sub(r"\\\1", text)
+    return _MARKUP.sub(r"\\\1", printable(text))
 
 
 def _about(adapter: Adapter) -> str:
@@ -98,7 +101,7 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _usage(largest_rank: int) -> str:
-    rank = f" --max-lora-rank {_served(largest_rank)}" if largest_rank > 16 else ""
+    rank = f" --max-lora-rank {serving_rank(largest_rank) or largest_rank}" if largest_rank > VLLM_DEFAULT_RANK else ""
     return f"""## Use
 
 BASE is the base model's folder or name, ADAPTER this folder.
@@ -116,5 +119,6 @@ Served by vLLM (an adapter with rank or alpha patterns has to be merged first):
     vllm serve BASE --enable-lora{rank} --lora-modules adapter=ADAPTER"""
 
 
-def _served(rank: int) -> int:
-    return next((size for size in (32, 64, 128, 256, 320, 512) if size >= rank), rank)
+def serving_rank(rank: int) -> int | None:
+    """The smallest --max-lora-rank under which vLLM serves an adapter of `rank`; None where there is none."""
+    return next((size for size in VLLM_RANKS if size >= rank), None)

@@ -108,6 +108,15 @@ class SafetensorsWriter:
         assert kind is not None or self._written == self._expected, "the data do not fill what the header promises"
 
 
+def write_fp32(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write contiguous fp32 tensors of the CPU, in the order given, as transformers and PEFT expect a file of them."""
+    assert all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors.values())
+    entries = (TensorEntry(name, "F32", tuple(tensor.shape), 0, tensor.nbytes) for name, tensor in tensors.items())
+    with SafetensorsWriter(path, entries, {"format": "pt"}) as file:
+        for tensor in tensors.values():
+            file.write(tensor_bytes(tensor))
+
+
 def chunks(total: int, largest: int) -> Iterator[tuple[int, int]]:
     """Cut `total` into the fewest pieces of at most `largest`, all of nearly the same size: (start, stop) of each."""
     count = -(-total // largest)

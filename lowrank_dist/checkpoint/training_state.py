@@ -10,13 +10,24 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowrank_dist.checkpoint.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
+from lowrank_dist.checkpoint.manifest import MANIFEST_FILE
+from lowrank_dist.checkpoint.safetensors_file import write_fp32
 from lowrank_dist.errors import UserError
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
 # What AdamW keeps of every element of Θ: the fp32 master and the two moments, under torch's names.
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+def tensor_name(module: str, side: str, kind: str) -> str:
+    """The name in optimizer.safetensors of a module's A or B (side) and one of KINDS."""
+    return f"{module}.lora_{side}.{kind}"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether an adapter folder is a checkpoint, whole or not: any file is there that a plain adapter does not have."""
+    return any((folder / name).exists() for name in (MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE))
 
 
 class DataState(BaseModel):
@@ -85,13 +96,8 @@ def parse_state(text: bytes) -> TrainingState:
 
 
 def write_optimizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """fp32 tensors by name, whole (unsharded): `<module>.lora_A.exp_avg` is [r, in], `<module>.lora_B.…` [out, r]."""
-    plain = {name: tensors[name].detach().contiguous() for name in sorted(tensors)}
-    assert all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in plain.values())
-    entries = (TensorEntry(name, "F32", tuple(tensor.shape), 0, tensor.nbytes) for name, tensor in plain.items())
-    with SafetensorsWriter(path, entries, {"format": "pt"}) as file:
-        for tensor in plain.values():
-            file.write(tensor_bytes(tensor))
+    """fp32 tensors by `tensor_name`, whole (unsharded): those of side A are [r, in], those of side B [out, r]."""
+    write_fp32(path, {name: tensors[name].contiguous() for name in sorted(tensors)})
 
 
 def read_optimizer(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowrank_dist.messages import printable
+
 if TYPE_CHECKING:
     from lowrank_dist.checkpoint.inspection import Report
 
@@ -52,7 +54,7 @@ def _show(report: Report) -> None:
         lines = [f"{label:<{width}}  {value}" for label, value in facts]
         for title, rows in tables.items():
             lines += ["", title.replace("_", " "), *_columns([heads[title], *rows])]
-        lines += ["", *(f"{kind}: {_clean(text)}" for kind, text, _ in notes), verdict]
+        lines += ["", *(f"{kind}: {printable(text)}" for kind, text, _ in notes), verdict]
         typer.echo("\n".join(lines))
         return
     # Text, not str: names come from files, and rich would take [brackets] in them for its markup.
@@ -68,7 +70,7 @@ def _show(report: Report) -> None:
             table.add_row(*map(Text, row))
         console.print(table)
     for kind, text, style in notes:
-        console.print(Text.assemble((f"{kind}: ", style), _clean(text)))
+        console.print(Text.assemble((f"{kind}: ", style), printable(text)))
     console.print(Text(verdict, style="green" if report.verifies else "red"))
 
 
@@ -76,26 +78,21 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(label, value) of every fact; sections of a config have a line each."""
     for label, value in facts.items():
         if isinstance(value, Mapping) and any(isinstance(inner, Mapping) for inner in value.values()):
-            yield from ((f"{label} {_clean(str(name))}", _text(inner)) for name, inner in value.items())
+            yield from ((f"{label} {printable(str(name))}", _text(inner)) for name, inner in value.items())
         else:
             yield label.replace("_", " "), _text(value)
 
 
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
-        return " ".join(f"{_clean(str(key))}={_text(inner)}" for key, inner in value.items()) or "none"
+        return " ".join(f"{printable(str(key))}={_text(inner)}" for key, inner in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value)) or "none"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.6g}" if isinstance(value, float) else _clean(str(value))
-
-
-def _clean(text: str) -> str:
-    """What a terminal would obey, or cannot show, is spelled out: the text may come from anyone's file."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return f"{value:.6g}" if isinstance(value, float) else printable(str(value))
 
 
 def _columns(rows: list[list[str]]) -> list[str]:

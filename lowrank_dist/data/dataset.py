@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,8 @@ class Dataset:
         self._target = np.concatenate([s.target for s in samples]) if samples else np.empty(0, np.bool_)
         self._lines = np.array([s.line for s in samples], dtype=np.int64)
 
-    def digest(self) -> str:
+    @cached_property
+    def sha256(self) -> str:
         """SHA-256 over the samples in order, as they are trained on: tokenizer, template and masking show in it."""
         sha = hashlib.sha256()
         for array in (self.lengths, self._tokens, self._target):

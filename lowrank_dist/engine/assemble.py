@@ -30,7 +30,7 @@ from lowrank_dist.engine.trainer import Pace, Trainer
 from lowrank_dist.engine.writing import CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 from lowrank_dist.errors import UserError
-from lowrank_dist.lora.inject import AdaptedLinear, inject
+from lowrank_dist.lora.inject import AdaptedLinear, inject, theta_of
 from lowrank_dist.lora.placement import LoraRules, place
 from lowrank_dist.lora.state import spread_factors
 from lowrank_dist.model.gpt import CausalLM
@@ -141,7 +141,7 @@ def build_trainer(
 ) -> Trainer:
     """The optimiser, the monitors and the loop over all of it, from the beginning or from a checkpoint."""
     train, engine = config.train, config.engine
-    parameters = [parameter for linear in theta.adapted for parameter in linear.factors.parameters()]
+    parameters = theta_of(theta.adapted)
     rules = OptimiserRules(
         engine.zero_stage, engine.clip, engine.reduce_bucket, train.weight_decay, (train.beta1, train.beta2), train.eps
     )
@@ -225,7 +225,7 @@ def _steps(config: Config, data: Data) -> int:
 def _data_state(dataset: Dataset | None) -> DataState | None:
     if dataset is None:
         return None
-    return DataState(path=str(dataset.report.path), sha256=dataset.digest(), samples=len(dataset))
+    return DataState(path=str(dataset.report.path), sha256=dataset.sha256, samples=len(dataset))
 
 
 def _facts(model: CausalLM, config: Config, data: Data) -> Facts:

@@ -6,8 +6,8 @@ groups that training uses: it runs in the checkpoint's thread, over the topology
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -16,9 +16,9 @@ from torch import Tensor
 from lowrank_dist.checkpoint.training_state import KINDS
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
-from lowrank_dist.lora.inject import AdaptedLinear, shards_of
+from lowrank_dist.lora.inject import AdaptedLinear, shards_of, theta_of
 from lowrank_dist.lora.state import WholeFactor, join_factors
-from lowrank_dist.parallel.factors import b_elements
+from lowrank_dist.parallel.agreement import digest
 from lowrank_dist.parallel.topology import Topology
 
 
@@ -27,7 +27,7 @@ class Gathering:
 
     def __init__(self, adapted: Sequence[AdaptedLinear], optimiser: ZeroOptimiser, topology: Topology) -> None:
         self._adapted, self._topology = adapted, topology
-        self._parameters = [p for linear in adapted for p in (linear.factors.lora_A, linear.factors.lora_B)]
+        self._parameters = theta_of(adapted)
         own = torch.tensor(optimiser.fragments(), dtype=torch.int64)
         tables = [torch.empty_like(own) for _ in range(topology.world_group.size())]
         dist.all_gather(tables, own, group=topology.host_group)
@@ -44,15 +44,15 @@ class Gathering:
         differ between tensor-parallel ranks.
         """
         rank, group = self._topology.world_group.rank(), self._topology.host_group
-        digest, sent = self._digest(snapshot), self._sent_of(rank, snapshot)
+        own, sent = self._digest(snapshot), self._sent_of(rank, snapshot)
         if rank:
-            dist.send(digest, 0, group=group)
+            dist.send(own, 0, group=group)
             if sent.numel():
                 dist.send(sent, 0, group=group)
             return None
-        digests, received = [digest], [sent]
+        digests, received = [own], [sent]
         for other in range(1, self._topology.world_group.size()):
-            digests.append(torch.empty_like(digest))
+            digests.append(torch.empty_like(own))
             dist.recv(digests[-1], other, group=group)
             received.append(torch.empty(len(KINDS), sum(count for *_, count in self._sends(other))))
             if received[-1].numel():
@@ -75,11 +75,9 @@ class Gathering:
         return {held[0]: piece for held, piece in zip(self._held[rank], snapshot.split(counts, dim=1), strict=True)}
 
     def _digest(self, snapshot: Tensor) -> Tensor:
-        sha = hashlib.sha256()
-        for number, piece in self._pieces(self._topology.world_group.rank(), snapshot).items():
-            if self._parameters[number].tp_partial_grad:
-                sha.update(piece.contiguous().view(torch.uint8).numpy())
-        return torch.tensor(int.from_bytes(sha.digest()[:8], "little", signed=True), dtype=torch.int64)
+        pieces = self._pieces(self._topology.world_group.rank(), snapshot)
+        replicated = (piece for number, piece in pieces.items() if self._parameters[number].tp_partial_grad)
+        return torch.tensor(digest(replicated), dtype=torch.int64)
 
     def _require_equal_replicas(self, digests: Sequence[int]) -> None:
         """A replicated factor that differs between tensor-parallel ranks has lost its deferred sum somewhere."""
@@ -92,30 +90,29 @@ class Gathering:
 
     def _join(self, received: Sequence[Tensor]) -> dict[str, dict[str, WholeFactor]]:
         size = self._topology.tp_size
-        whole: dict[tuple[int, int], Tensor] = {}
+        pieces: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
         for rank, tensor in enumerate(received):
-            at = 0
-            for number, start, count in self._sends(rank):
-                key = (rank % size, number)
-                if key not in whole:
-                    whole[key] = torch.zeros(len(KINDS), self._elements(*key))
-                whole[key][:, start : start + count] = tensor[:, at : at + count]
-                at += count
-
-        def shard(kind: int, tp_rank: int, linear: int) -> tuple[Tensor, Tensor]:
-            a, b = (
-                whole[0 if self._parameters[number].tp_partial_grad else tp_rank, number][kind]
-                for number in (2 * linear, 2 * linear + 1)
-            )
-            return a.view(self._parameters[2 * linear].shape), b
-
-        return {
-            name: join_factors(self._adapted, size, lambda tp_rank, linear, kind=kind: shard(kind, tp_rank, linear))
-            for kind, name in enumerate(KINDS)
+            sends = self._sends(rank)
+            counts = [count for *_, count in sends]
+            for (number, start, _), piece in zip(sends, tensor.split(counts, dim=1), strict=True):
+                pieces.setdefault((rank % size, number), []).append((start, piece))
+        # The fragments of all data-parallel ranks make up a parameter without a hole.
+        whole = {
+            key: torch.cat([piece for _, piece in sorted(found, key=itemgetter(0))], dim=1)
+            for key, found in pieces.items()
         }
 
-    def _elements(self, tp_rank: int, number: int) -> int:
-        """Elements of a parameter on another tensor-parallel rank: A is the same everywhere, B need not be."""
-        if number % 2 == 0 or self._parameters[number].tp_partial_grad:
-            return self._parameters[number].numel()
-        return max(1, b_elements(shards_of(self._adapted[number // 2].placement, tp_rank, self._topology.tp_size)))
+        def held(tp_rank: int, linear: int) -> tuple[Tensor, Tensor]:
+            a, b = (
+                whole[0 if self._parameters[number].tp_partial_grad else tp_rank, number]
+                for number in (2 * linear, 2 * linear + 1)
+            )
+            return a.view(len(KINDS), *self._parameters[2 * linear].shape), b
+
+        joined: dict[str, dict[str, WholeFactor]] = {kind: {} for kind in KINDS}
+        for number, linear in enumerate(self._adapted):
+            layout = [shards_of(linear.placement, rank, size) for rank in range(size)]
+            shards = [held(rank, number) for rank in range(size)]
+            for index, kind in enumerate(KINDS):
+                joined[kind] |= join_factors(linear, layout, [(a[index], b[index]) for a, b in shards])
+        return joined

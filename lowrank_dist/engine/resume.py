@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lowrank_dist.backend import rng
 from lowrank_dist.checkpoint.fingerprint import fingerprint
@@ -22,6 +21,7 @@ from lowrank_dist.checkpoint.training_state import (
     TrainingState,
     parse_state,
     read_optimizer,
+    tensor_name,
 )
 from lowrank_dist.config import Config
 from lowrank_dist.config.schema import LoraConfig
@@ -29,18 +29,18 @@ from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.start import adopt_adapter
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
-from lowrank_dist.lora.inject import AdaptedLinear
+from lowrank_dist.lora.inject import AdaptedLinear, theta_of
 from lowrank_dist.lora.state import spread_factors
 from lowrank_dist.parallel.topology import Topology
 
 # What a run may change without a word: it trains the same Θ on the same samples. Data files and the base are compared
-# by content, and so is the tokenizer, through the tokens.
-_FREE = ("parallel", "engine", "eval", "output", "model.path", "model.device", "model.load", "model.vocab_multiple")
+# by content, and so is the tokenizer, through the tokens. A section stands for its keys, but for engine.clip.
+_FREE_SECTIONS = ("parallel", "engine", "eval", "output")
 _FREE_KEYS = (
-    *("data.train", "data.eval", "data.tokenizer", "train.micro_batch", "train.log_every"),
-    *("train.resume", "train.resume_changes"),
+    *("model.path", "model.device", "model.load", "model.vocab_multiple"),
+    *("data.train", "data.eval", "data.tokenizer"),
+    *("train.micro_batch", "train.log_every", "train.resume", "train.resume_changes"),
 )
-_NOT_FREE = ("engine.clip",)
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,7 @@ def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Re
     """
     if config.train.resume == "never":
         return None
-    answer: dict[str, Any] = {}
-    if topology.world_group.rank() == 0:
-        try:
-            answer = _look(config, folder)
-        except UserError as error:
-            answer = {"error": str(error)}
-        except OSError as error:
-            answer = {"error": f"train.resume: {error}"}
-    answer = _told(answer, topology)
-    if "error" in answer:
-        raise UserError(answer["error"])
+    answer = _told_by_rank_0(lambda: _look(config, folder), topology)
     messages = tuple(f"passed over: {reason}" for reason in answer["passed_over"])
     if answer["state"] is None:
         if messages:
@@ -109,16 +99,25 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _told(answer: Mapping[str, Any], topology: Topology) -> dict[str, Any]:
-    """Rank 0's answer, on every rank."""
-    text = json.dumps(answer).encode()
+def _told_by_rank_0(ask: Callable[[], dict[str, Any]], topology: Topology) -> dict[str, Any]:
+    """What `ask` returns, in JSON, on rank 0, where alone it is called; its UserError is raised on every rank."""
+    text = b""
+    if topology.world_group.rank() == 0:
+        try:
+            answer = ask()
+        except UserError as error:
+            answer = {"error": str(error)}
+        except OSError as error:
+            answer = {"error": f"train.resume: {error}"}
+        text = json.dumps(answer).encode()
     size = torch.tensor([len(text)], dtype=torch.int64)
     dist.broadcast(size, 0, group=topology.host_group)
-    data = torch.zeros(int(size), dtype=torch.uint8)
-    if topology.world_group.rank() == 0:
-        data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    data = torch.frombuffer(bytearray(text or bytes(int(size))), dtype=torch.uint8)
     dist.broadcast(data, 0, group=topology.host_group)
-    return json.loads(data.numpy().tobytes())
+    answer = json.loads(data.numpy().tobytes())
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer
 
 
 def complete(config: Config, resumption: Resumption | None) -> Config:
@@ -160,8 +159,7 @@ def require_same_run(
 
 
 def _is_free(key: str) -> bool:
-    section = key.partition(".")[0]
-    return key not in _NOT_FREE and (section in _FREE or key in _FREE or key in _FREE_KEYS)
+    return key in _FREE_KEYS or (key.partition(".")[0] in _FREE_SECTIONS and key != "engine.clip")
 
 
 def _content(data: DataState | None) -> str:
@@ -184,35 +182,31 @@ def restore(
 
     Rank 0 reads and sends to all, so the run folder need not be seen from every node.
     """
-    names = [
-        (kind, spec.path, side, shape)
+    specs = [spec for linear in adapted for spec in linear.placement.factors]
+    shapes = {
+        tensor_name(spec.path, side, kind): torch.Size(shape)
         for kind in KINDS
-        for linear in adapted
-        for spec in linear.placement.factors
+        for spec in specs
         for side, shape in (("A", (spec.rank, spec.in_features)), ("B", (spec.rows, spec.rank)))
-    ]
-    shapes = {f"{path}.lora_{side}.{kind}": shape for kind, path, side, shape in names}
-    flat, answer = torch.empty(sum(torch.Size(shape).numel() for shape in shapes.values())), {}
-    if topology.world_group.rank() == 0:
-        try:
-            found = read_optimizer(resumption.folder / OPTIMIZER_FILE, shapes)
-            torch.cat([found[name].flatten() for name in shapes], out=flat)
-        except UserError as error:
-            answer = {"error": str(error)}
-    answer = _told(answer, topology)
-    if "error" in answer:
-        raise UserError(answer["error"])
+    }
+    sizes = [shape.numel() for shape in shapes.values()]
+    flat = torch.empty(sum(sizes))
+
+    def read() -> dict[str, Any]:
+        found = read_optimizer(resumption.folder / OPTIMIZER_FILE, shapes)
+        torch.cat([found[name].flatten() for name in shapes], out=flat)
+        return {}
+
+    _told_by_rank_0(read, topology)
     dist.broadcast(flat, 0, group=topology.host_group)
-    whole: dict[str, dict[str, list[Tensor]]] = {kind: {} for kind in KINDS}
-    pieces = flat.split([torch.Size(shape).numel() for shape in shapes.values()])
-    for (kind, path, _, shape), piece in zip(names, pieces, strict=True):
-        whole[kind].setdefault(path, []).append(piece.view(shape))
-    parameters = [p for linear in adapted for p in (linear.factors.lora_A, linear.factors.lora_B)]
+    pieces = flat.split(sizes)
+    whole = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
     local = {}
-    for kind, factors in whole.items():
-        into = {p: torch.zeros_like(p, requires_grad=False) for p in parameters}
-        spread_factors(adapted, topology.tp_rank, {path: (a, b) for path, (a, b) in factors.items()}, into.__getitem__)
-        local[kind] = [into[p] for p in parameters]
+    for kind in KINDS:
+        into = {p: torch.zeros_like(p, requires_grad=False) for p in theta_of(adapted)}
+        values = {s.path: (whole[tensor_name(s.path, "A", kind)], whole[tensor_name(s.path, "B", kind)]) for s in specs}
+        spread_factors(adapted, topology.tp_rank, values, into.__getitem__)
+        local[kind] = list(into.values())
     optimiser.restore(local, resumption.state.step)
     try:
         rng.restore(resumption.state.rng, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,7 @@ class _Flight:
     step: int
     thread: threading.Thread | None = None
     outcome: int = _WRITTEN
-    error: Exception | None = field(default=None)
+    error: Exception | None = None
 
 
 class CheckpointSaver:

@@ -17,6 +17,7 @@ from lowrank_dist.config import Config
 from lowrank_dist.config.schema import LoraConfig
 from lowrank_dist.errors import UserError
 from lowrank_dist.lora.placement import ALL_LINEAR, LinearPlacement
+from lowrank_dist.messages import some_of
 from lowrank_dist.model.architecture import Architecture
 from lowrank_dist.model.huggingface import load_architecture
 
@@ -62,7 +63,7 @@ def initial_factors(config: Config, placements: Sequence[LinearPlacement]) -> di
     _refuse_foreign(folder, factors, specs, config.model.path)
     lacking = sorted(specs.keys() - factors.keys())
     if lacking:
-        raise UserError(f"{folder / WEIGHTS_FILE}: no factors for {_some(lacking)}, which lora.targets names")
+        raise UserError(f"{folder / WEIGHTS_FILE}: no factors for {some_of(lacking)}, which lora.targets names")
     for path, spec in specs.items():
         found = factors[path]
         expected = (spec.rank, spec.in_features), (spec.rows, spec.rank)
@@ -121,7 +122,7 @@ def _refuse_foreign(folder: Path, factors: Mapping[str, Any], known: Any, base: 
     foreign = sorted(factors.keys() - set(known))
     if foreign:
         raise UserError(
-            f"{folder / WEIGHTS_FILE}: {_some(foreign)} cannot be adapted in the model in {base}: give an adapter of "
+            f"{folder / WEIGHTS_FILE}: {some_of(foreign)} cannot be adapted in the model in {base}: give an adapter of "
             "this model's attention and MLP linears as lora.init_from"
         )
 
@@ -136,7 +137,3 @@ def _refuse_another_base(folder: Path, base: Path) -> None:
             f"{folder / PROVENANCE_FILE}: base_fingerprint is {provenance.base_fingerprint[:12]}…, but {base} has "
             f"{digest[:12]}…: give the base that the adapter was trained on as model.path, unchanged"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

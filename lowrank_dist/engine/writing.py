@@ -12,7 +12,7 @@ from lowrank_dist.checkpoint.adapter import Adapter, write_adapter
 from lowrank_dist.checkpoint.atomic import temporary_name
 from lowrank_dist.checkpoint.folder import step_folders, write_checkpoint
 from lowrank_dist.checkpoint.provenance import Provenance
-from lowrank_dist.checkpoint.training_state import DataState, TrainingState
+from lowrank_dist.checkpoint.training_state import DataState, TrainingState, tensor_name
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import DiskError
 from lowrank_dist.lora.state import WholeFactor, adapter_factors
@@ -67,7 +67,7 @@ class CheckpointWriter:
         adapter = Adapter(factors, facts.dropout, facts.rslora, facts.fan_in_fan_out, str(facts.base))
         provenance = replace(facts.provenance, training=state.summary())
         tensors = {
-            f"{path}.lora_{side}.{kind}": tensor
+            tensor_name(path, side, kind): tensor
             for kind, factors in whole.items()
             for path, factor in factors.items()
             for side, tensor in (("A", factor.a), ("B", factor.b))

@@ -24,6 +24,11 @@ class AdaptedLinear:
     factors: LowRankFactors
 
 
+def theta_of(adapted: Sequence[AdaptedLinear]) -> list[nn.Parameter]:
+    """Θ on this rank: A and B of every linear in turn, which is the order that optimiser and checkpoints go by."""
+    return [p for linear in adapted for p in (linear.factors.lora_A, linear.factors.lora_B)]
+
+
 def inject(
     model: nn.Module,
     placements: Sequence[LinearPlacement],

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.checkpoint.adapter import LowRankFactor
-from lowrank_dist.lora.inject import AdaptedLinear, shards_of
+from lowrank_dist.lora.inject import AdaptedLinear
 from lowrank_dist.lora.placement import FactorSpec
-from lowrank_dist.parallel.factors import a_of, b_of
+from lowrank_dist.parallel.factors import FactorShard, a_of, b_of
 
 Select = Callable[[torch.nn.Parameter], Tensor]
 
@@ -27,27 +27,23 @@ class WholeFactor:
 
 
 def join_factors(
-    adapted: Sequence[AdaptedLinear], tp_size: int, shard: Callable[[int, int], tuple[Tensor, Tensor]]
+    linear: AdaptedLinear, layout: Sequence[Sequence[FactorShard]], held: Sequence[tuple[Tensor, Tensor]]
 ) -> dict[str, WholeFactor]:
-    """Every factor, whole, by module path, from what each tensor-parallel rank holds of it.
+    """The factors of a linear, whole, by module path, from what each tensor-parallel rank holds of them.
 
-    shard: (tp rank, number of the linear in `adapted`) → `lora_A` and `lora_B` there, or moments of their shapes, on
-    the CPU. A replicated one is asked of rank 0 only.
+    layout: `shards_of` each rank. held: `lora_A` and `lora_B` there, or moments of their shapes, on the CPU; of a
+    replicated one rank 0's is taken.
     """
     whole = {}
-    for number, linear in enumerate(adapted):
-        layout = [shards_of(linear.placement, rank, tp_size) for rank in range(tp_size)]
-        sharded_a = linear.placement.layout.kind == "row"
-        held = [shard(rank, number) for rank in range(tp_size)]
-        for index, spec in enumerate(linear.placement.factors):
-            if sharded_a:
-                a = torch.cat([a_of(layout[rank], index, held[rank][0]) for rank in range(tp_size)], dim=1)
-                b = b_of(layout[0], index, held[0][1])
-            else:
-                a, b = a_of(layout[0], index, held[0][0]), torch.zeros(spec.rows, spec.rank)
-                for rank in range(tp_size):
-                    b[list(layout[rank][index].factor_rows)] = b_of(layout[rank], index, held[rank][1])
-            whole[spec.path] = WholeFactor(spec, a.contiguous(), b.contiguous())
+    for index, spec in enumerate(linear.placement.factors):
+        if linear.placement.layout.kind == "row":
+            a = torch.cat([a_of(shards, index, a) for shards, (a, _) in zip(layout, held, strict=True)], dim=1)
+            b = b_of(layout[0], index, held[0][1])
+        else:
+            a, b = a_of(layout[0], index, held[0][0]), torch.zeros(spec.rows, spec.rank)
+            for shards, (_, flat) in zip(layout, held, strict=True):
+                b[list(shards[index].factor_rows)] = b_of(shards, index, flat)
+        whole[spec.path] = WholeFactor(spec, a.contiguous(), b.contiguous())
     return whole
 
 

@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from tests.cluster.rig import Host, settled
-from tests.integration.launching import Outcome, metrics, write_config, write_jsonl
+from tests.integration.launching import Outcome, metrics, samples, write_config, write_jsonl
 from tests.tiny_models import make_tiny
 
 STEPS = 5
 TENSOR = 2
-WORDS = ("cat", "dog", "ant", "hen", "rat", "pig")
 NAMES = ("loss", "grad_norm", "eval_loss")
 # What runs in a launcher's ranks on a machine whose GPUs, if any, are to be left alone.
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -25,10 +24,7 @@ FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_
 
 def write_run(place: Path) -> Path:
     """A configuration with its tiny model and data: four ranks train it as TP 2 × DP 2, dropout included."""
-    rows = [
-        {"prompt": f"{WORDS[i % 6]} {'x' * (i % 5)}:", "completion": f"{WORDS[i % 6]} " * (i % 4 + 1)}
-        for i in range(24)
-    ]
+    rows = samples(24)
     sections = {
         "model": {"path": make_tiny("llama", place / "base"), "dtype": "fp32", "device": "cpu"},
         "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},

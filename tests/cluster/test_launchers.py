@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 
 from tests.cluster.rig import Rig
 from tests.cluster.runs import ENVIRONMENT, losses, on_each
-from tests.integration.launching import Outcome
+from tests.integration.launching import Outcome, free_port
 
 TRAIN = "launch/train.py"
 RANKS_FROM_SLURM = (
@@ -25,12 +24,6 @@ def hostfile(tmp_path: Path) -> Path:
     return path
 
 
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def check(outcomes: list[Outcome], run: Path, expected: dict[str, list[float]]) -> None:
     assert [done.code for done in outcomes] == [0] * len(outcomes), [done.stderr[-3000:] for done in outcomes]
     assert losses(run) == expected
@@ -42,7 +35,7 @@ def test_deepspeed_over_pdsh(
     # pdsh takes no environment along; this is what deepspeed sets on the hosts.
     forwarded = tmp_path / "environment"
     forwarded.write_text("".join(f"{name}={value}\n" for name, value in ENVIRONMENT.items()))
-    launcher = ["deepspeed", "--hostfile", hostfile, "--master_port", port()]
+    launcher = ["deepspeed", "--hostfile", hostfile, "--master_port", free_port()]
     done = quiet_rig.hosts[0].run(
         [*launcher, TRAIN, config, f"output.dir={tmp_path / 'run'}"],
         environment={**ENVIRONMENT, "DS_ENV_FILE": str(forwarded)},
@@ -54,7 +47,7 @@ def test_deepspeed_over_pdsh(
 def test_deepspeed_on_each_host(
     quiet_rig: Rig, config: Path, expected: dict[str, list[float]], hostfile: Path, tmp_path: Path
 ) -> None:
-    shared = ["--hostfile", hostfile, "--master_addr", "h1", "--master_port", port()]
+    shared = ["--hostfile", hostfile, "--master_addr", "h1", "--master_port", free_port()]
     commands = [
         ["deepspeed", "--no_ssh", "--node_rank", rank, *shared, TRAIN, config, f"output.dir={tmp_path / 'run'}"]
         for rank in range(2)
@@ -73,7 +66,7 @@ def test_missing_hostfile_is_an_error(quiet_rig: Rig, config: Path, tmp_path: Pa
 
 
 def test_torchrun(quiet_rig: Rig, config: Path, expected: dict[str, list[float]], tmp_path: Path) -> None:
-    shared = ["--nnodes", 2, "--nproc-per-node", 2, "--master-addr", "h1", "--master-port", port()]
+    shared = ["--nnodes", 2, "--nproc-per-node", 2, "--master-addr", "h1", "--master-port", free_port()]
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     commands = [
         [*torchrun, "--node-rank", rank, *shared, TRAIN, config, f"output.dir={tmp_path / 'run'}"] for rank in range(2)
@@ -85,6 +78,6 @@ def test_srun(quiet_rig: Rig, config: Path, expected: dict[str, list[float]], tm
     launcher = ["srun", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1"]
     done = quiet_rig.hosts[0].run(
         [*launcher, "bash", "-c", RANKS_FROM_SLURM, sys.executable, config, f"output.dir={tmp_path / 'run'}"],
-        environment={**ENVIRONMENT, "MASTER_ADDR": "h1", "MASTER_PORT": str(port())},
+        environment={**ENVIRONMENT, "MASTER_ADDR": "h1", "MASTER_PORT": str(free_port())},
     )
     check([done], tmp_path / "run", expected)

@@ -28,6 +28,7 @@ from tests.dist import ranks
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 180
+WORDS = ("cat", "dog", "ant", "hen", "rat", "pig")
 LAUNCHER_VARIABLES = tuple("RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split())
 
 
@@ -38,6 +39,21 @@ class Outcome:
     code: int
     stdout: str
     stderr: str
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def samples(count: int) -> list[dict[str, str]]:
+    """Uneven lengths and one rule: repeat the word."""
+    return [
+        {"prompt": f"{WORDS[i % 6]} {'x' * (i % 5)}:", "completion": f"{WORDS[i % 6]} " * (i % 4 + 1)}
+        for i in range(count)
+    ]
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
@@ -72,10 +88,8 @@ def metrics(run: Path, name: str) -> np.ndarray:
 
 def deepspeed(size: int, *arguments: object) -> Outcome:
     """`deepspeed --num_gpus size launch/train.py …`, as the README says it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return program(["deepspeed", "--num_gpus", str(size), "--master_port", str(port), "launch/train.py", *arguments])
+    port = str(free_port())
+    return program(["deepspeed", "--num_gpus", str(size), "--master_port", port, "launch/train.py", *arguments])
 
 
 def torchrun(size: int, *arguments: object) -> Outcome:

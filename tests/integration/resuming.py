@@ -12,13 +12,12 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from lowrank_dist.checkpoint.training_state import OPTIMIZER_FILE
-from tests.integration.launching import Outcome, in_ranks, write_config, write_jsonl
+from tests.integration.launching import Outcome, in_ranks, samples, write_config, write_jsonl
 from tests.tiny_models import make_tiny
 
 STEPS, SAVED = 6, 2
 # Sums in another order differ in the last digits, and AdamW divides by the root of what it has seen (docs/LOG.md).
 TOLERANCE = 2e-5
-WORDS = ("cat", "dog", "ant", "hen", "rat", "pig")
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,6 @@ class Layout:
             f"engine.zero_stage={self.zero}",
             f"train.micro_batch={self.micro_batch}",
         ]
-
-
-def samples(count: int) -> list[dict[str, str]]:
-    """Uneven lengths and one rule: repeat the word."""
-    return [
-        {"prompt": f"{WORDS[i % 6]} {'x' * (i % 5)}:", "completion": f"{WORDS[i % 6]} " * (i % 4 + 1)}
-        for i in range(count)
-    ]
 
 
 def make_job(place: Path, **lora: Any) -> Path:

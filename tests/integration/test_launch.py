@@ -22,6 +22,7 @@ from tests.integration.launching import (
     in_ranks,
     metrics,
     program,
+    samples,
     snapshot,
     torchrun,
     write_config,
@@ -32,7 +33,6 @@ from tests.tiny_models import make_tiny
 STEPS = 12
 TOLERANCE = 1e-4  # of the largest |logit|, in fp32
 FAR = 1e-2
-WORDS = ("cat", "dog", "ant", "hen", "rat", "pig")
 TAGS = {
     "train/loss",
     "eval/loss",
@@ -56,14 +56,6 @@ class Run:
         """input_ids [b, s] and the trained, sharded model's logits [b, s, V]."""
         kept = load_file(self.folder / "probe.safetensors")
         return kept["input_ids"], kept["logits"]
-
-
-def samples(count: int) -> list[dict[str, str]]:
-    """Uneven lengths and one rule: repeat the word."""
-    return [
-        {"prompt": f"{WORDS[i % 6]} {'x' * (i % 5)}:", "completion": f"{WORDS[i % 6]} " * (i % 4 + 1)}
-        for i in range(count)
-    ]
 
 
 @pytest.fixture(scope="module")

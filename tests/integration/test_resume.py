@@ -11,7 +11,7 @@ import pytest
 
 from lowrank_dist.checkpoint.training_state import OPTIMIZER_FILE, STATE_FILE
 from tests.dist.ranks import run_ranks
-from tests.integration.launching import Outcome, snapshot, write_jsonl
+from tests.integration.launching import Outcome, samples, snapshot, write_jsonl
 from tests.integration.resuming import (
     SAVED,
     STEPS,
@@ -20,7 +20,6 @@ from tests.integration.resuming import (
     curve,
     gap,
     make_job,
-    samples,
     stopped_after,
     tensors,
     train,

@@ -9,7 +9,6 @@ import os
 import runpy
 import shutil
 import signal
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import pytest
 from lowrank_dist.checkpoint.folder import newest_checkpoint
 from lowrank_dist.engine.writing import CheckpointWriter
 from tests.faults import Action, Outcome, Zygote, arm, count, disarm
-from tests.integration.launching import ROOT
+from tests.integration.launching import ROOT, free_port
 from tests.integration.resuming import SAVED, STEPS, Layout, curve, make_job, tensors
 
 LAYOUT = Layout(2, 2, 1, 2)
@@ -88,12 +87,6 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def zygote() -> Zygote:
     with Zygote(f"{__name__}:run", timeout=WAIT) as started:
         yield started
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> bool:

@@ -12,24 +12,21 @@ from lowrank_dist.checkpoint.adapter import read_adapter
 from lowrank_dist.checkpoint.folder import newest_checkpoint, read_checkpoint, step_folders
 from lowrank_dist.checkpoint.manifest import MANIFEST_FILE
 from lowrank_dist.checkpoint.provenance import Provenance
-from lowrank_dist.checkpoint.training_state import KINDS, OPTIMIZER_FILE, DataState, TrainingState
+from lowrank_dist.checkpoint.training_state import KINDS, OPTIMIZER_FILE, TrainingState
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.writing import CheckpointWriter, Facts, Retention
 from lowrank_dist.lora.placement import FactorSpec
 from lowrank_dist.lora.state import WholeFactor
 from tests.faults import Action, Zygote
+from tests.unit.test_checkpoint_folder import MODULES
+from tests.unit.test_checkpoint_folder import state_of as whole_state
 
-MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
-DATA = DataState(path="train.jsonl", sha256="ab" * 32, samples=16)
 OLD, NEW = 2, 4
 
 
 def state_of(step: int) -> TrainingState:
-    return TrainingState(
-        **{"step": step, "epoch": 0.5, "samples": 8 * step, "tokens": 100 * step, "target_tokens": 60 * step},
-        **{"loss": 1.0, "eval_losses": {at: 2.0 / at for at in range(1, step + 1)}, "data": DATA, "held_out": None},
-        **{"rng": {}, "config": {}, "base_fingerprint": "cd" * 32, "ranks": {}, "versions": {}},
-    )
+    """Evaluated at every step, each better than the one before."""
+    return whole_state(step).model_copy(update={"eval_losses": {at: 2.0 / at for at in range(1, step + 1)}})
 
 
 def work(root: Path, step: int, resumed: int | None) -> None:
@@ -43,7 +40,9 @@ def work(root: Path, step: int, resumed: int | None) -> None:
         }
         for kind in KINDS
     }
-    facts = Facts(0.0, False, False, Path("base"), MODULES, Provenance("cd" * 32, "base", {}), DATA, None)
+    facts = Facts(
+        0.0, False, False, Path("base"), MODULES, Provenance("cd" * 32, "base", {}), state_of(step).data, None
+    )
     folder = RunFolder(root)
     folder.checkpoints.mkdir(exist_ok=True)
     writer = CheckpointWriter(folder, facts, Retention(1, 1), state_of(resumed) if resumed else None)

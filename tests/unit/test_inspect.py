@@ -59,6 +59,13 @@ def broken(folder: Path, *names: str, more: tuple[object, ...] = ()) -> None:
     assert code == 1 and [f"broken: {line}" for line in json.loads(text)["problems"]] == lines
 
 
+def breaks(folder: Path, spoil: Callable[[Path], Any], names: list[str]) -> None:
+    """A folder that verifies, until it is spoiled: then `names` are named."""
+    assert show(folder)[0] == 0
+    spoil(folder)
+    broken(folder, *names)
+
+
 def _leaves(value: Any) -> list[Any]:
     if isinstance(value, dict | list):
         return [leaf for inner in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(inner)]
@@ -218,10 +225,7 @@ ADAPTER_FAULTS = {
 
 @pytest.mark.parametrize("fault", ADAPTER_FAULTS)
 def test_broken_adapter(adapter: Path, fault: str) -> None:
-    assert show(adapter)[0] == 0
-    spoil, names = ADAPTER_FAULTS[fault]
-    spoil(adapter)
-    broken(adapter, *names)
+    breaks(adapter, *ADAPTER_FAULTS[fault])
 
 
 def test_neither_of_these(tmp_path: Path, adapter: Path) -> None:

@@ -15,7 +15,7 @@ from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 from tests.unit.test_inspect import (
     WEIGHTS,
-    broken,
+    breaks,
     change,
     cut,
     elsewhere,
@@ -111,10 +111,7 @@ MODEL_FAULTS = {
 
 @pytest.mark.parametrize("fault", MODEL_FAULTS)
 def test_broken_model(model: Path, fault: str) -> None:
-    assert show(model)[0] == 0
-    spoil, names = MODEL_FAULTS[fault]
-    spoil(model)
-    broken(model, *names)
+    breaks(model, *MODEL_FAULTS[fault])
 
 
 def test_run(run: Path, base: Path) -> None:
@@ -164,10 +161,7 @@ RUN_FAULTS = {
 
 @pytest.mark.parametrize("fault", RUN_FAULTS)
 def test_broken_run(run: Path, fault: str) -> None:
-    assert show(run)[0] == 0
-    spoil, names = RUN_FAULTS[fault]
-    spoil(run)
-    broken(run, *names)
+    breaks(run, *RUN_FAULTS[fault])
 
 
 @pytest.mark.parametrize("kind", ["model", "run"])

@@ -24,7 +24,8 @@ from lowrank_dist.checkpoint.manifest import MANIFEST_FILE, verify_manifest
 from lowrank_dist.checkpoint.peft_config import PeftConfig, read_config
 from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, Provenance, read_provenance
 from lowrank_dist.checkpoint.safetensors_file import TensorEntry, read_header, read_into
-from lowrank_dist.checkpoint.training_state import OPTIMIZER_FILE, STATE_FILE
+from lowrank_dist.checkpoint.training_state import is_checkpoint
+from lowrank_dist.messages import some_of
 from lowrank_dist.model.huggingface import FLOAT_DTYPES, Checkpoint, open_checkpoint
 
 MODULES, SUMMARY = "modules", "update_norms"
@@ -84,7 +85,7 @@ def _read_own(folder: Path, name: str, reader: Callable[[Path], Any]) -> Any:
 
 def _manifest(found: _Found) -> None:
     """A checkpoint is what its manifest says; an adapter has none."""
-    if any((found.folder / name).exists() for name in (MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE)):
+    if is_checkpoint(found.folder):
         before = len(found.report.problems)
         found.report.read(found.folder / MANIFEST_FILE, verify_manifest, found.folder)
         found.report.facts["manifest"] = "verifies" if len(found.report.problems) == before else "does not verify"
@@ -181,7 +182,7 @@ def _norms(found: _Found, rows: list[dict[str, Any]]) -> None:
     if len(zero) == len(rows):
         report.warnings.append(f"{found.folder}: B is zero in every module: it is untrained and changes nothing")
     elif zero:
-        report.warnings.append(f"{found.folder}: B is zero in {_some(zero)}: these modules are as in the base")
+        report.warnings.append(f"{found.folder}: B is zero in {some_of(zero)}: these modules are as in the base")
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(re.sub(r"\.\d+\.", ".*.", row["module"]), []).append(row)
@@ -290,16 +291,12 @@ def _fit(found: _Found, folder: Path, checkpoint: Checkpoint) -> None:
     config, wanted = found.config, inner if found.provenance is None else linears
     lacking = sorted(m for m in wanted - found.pairs.keys() if config is not None and config.adapts(m))
     if lacking:
-        text = f"{path}: no factors for {_some(lacking)}, which target_modules names"
+        text = f"{path}: no factors for {some_of(lacking)}, which target_modules names"
         if found.provenance is None:  # layers_to_transform and exclude_modules may mean it so
             report.warnings.append(f"{text}: PEFT leaves them as in the base")
         else:
             report.problems.append(f"{text}: take another checkpoint, this one is incomplete")
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-# Each part adds what it finds; a manifest of the folder's files is to be one more, before the config.
+# Each part adds what it finds; the base is last, where it can be left out.
 _PARTS = (_manifest, _config, _weights, _provenance, _base)

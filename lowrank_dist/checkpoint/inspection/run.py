@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dist.checkpoint.atomic import is_temporary
+from lowrank_dist.checkpoint.folder import LINKS
 from lowrank_dist.checkpoint.inspection.adapter import inspect_adapter, step_of
 from lowrank_dist.checkpoint.inspection.report import Report
 from lowrank_dist.config.errors import ConfigError
@@ -15,7 +16,6 @@ from lowrank_dist.errors import UserError
 
 CONFIG, METRICS, CHECKPOINTS, ADAPTER = "config.yaml", "metrics.jsonl", "checkpoints", "adapter"
 RUN_ENTRIES = (CONFIG, METRICS, CHECKPOINTS)
-_POINTERS = ("last", "best")
 _SHOWN = ("modules", "parameters", "update_norm")
 # A record has some three hundred bytes.
 _LONGEST_LINE = 1 << 20
@@ -106,7 +106,7 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
         report.warnings.append(f"{held / 'last'} is missing (killed while saving?): link it to {newest}")
     elif "last" in pointers and pointers["last"] != newest:
         report.warnings.append(f"{held / 'last'} leads to {pointers['last']}, but {newest} is newer")
-    for name in _POINTERS:
+    for name in LINKS:
         report.facts[name] = pointers[name] if name in pointers else "none"
     final = folder / ADAPTER
     report.facts["adapter"] = "written" if final.exists() else "not written: the run has not finished"
@@ -135,7 +135,7 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
 def _pointers(held: Path, report: Report) -> dict[str, str]:
     """`last` and `best` → the name of the step folder beside them that each leads to."""
     found = {}
-    for name in _POINTERS:
+    for name in LINKS:
         link = held / name
         if not link.is_symlink() and not link.exists():
             continue
