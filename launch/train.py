@@ -2,29 +2,25 @@
 
     deepspeed --num_gpus 4 launch/train.py configs/FILE.yaml [section.key=value ...]
 
-Exit code 0 on success, 2 for a mistake in the input (one message, no traceback), 1 for anything else.
+Exit code 0 on success, 2 for a mistake in the input (one message, no traceback), 85 where the run was told to stop
+(SIGUSR1, SIGUSR2 or SIGTERM to any rank), saved and can go on, 1 for anything else.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from lowrank_dist.backend.hostfile import refuse_missing_hostfile
-from lowrank_dist.backend.select import (
-    announces_failure,
-    init_process_group,
-    local_rank_and_size,
-    quiet_libraries,
-    select_backend,
-    shutdown,
-)
+from lowrank_dist.backend.select import init_process_group, local_rank_and_size, quiet_libraries, select_backend
+from lowrank_dist.backend.slurm import ranks_from_slurm
 from lowrank_dist.config import Config, ConfigError, load_config
-from lowrank_dist.errors import UserError
+from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision
 
 
-def main(config: Config) -> None:
-    """Compose one run from its configuration and run it."""
+def main(config: Config, supervision: Supervision) -> int:
+    """Compose one run from its configuration and run it. Returns the exit code."""
     quiet_libraries()
     refuse_missing_hostfile()
     # Imported here: a mistake in the configuration should not wait for Megatron and transformers to load.
@@ -36,9 +32,14 @@ def main(config: Config) -> None:
     backend = select_backend(config.model.device, *local_rank_and_size())
     assemble.choose_kernels(config.engine.kernels, backend.device.type)
     folder = assemble.prepare_folder(config)
-    init_process_group(backend, config.engine.timeout_seconds)
-    parallel = config.parallel
-    topology = Topology.build(parallel.tensor, parallel.data, parallel.sequence, config.engine.timeout_seconds)
+    supervision.enter("meeting")
+    parallel, timeout = config.parallel, config.engine.timeout_seconds
+    init_process_group(backend, timeout)
+    topology = Topology.build(
+        parallel.tensor, parallel.data, parallel.sequence, timeout, across_nodes=parallel.across_nodes
+    )
+    supervision.hosts = topology.hosts
+    supervision.enter("model")
     resumption = find_resumption(config, folder, topology)
     config = complete(config, resumption)
     model = load_model(
@@ -51,27 +52,35 @@ def main(config: Config) -> None:
         broadcast=config.model.load == "broadcast",
     )
     theta = assemble.build_theta(model, config, topology, resumption)
+    supervision.enter("data set")
     data = assemble.build_data(config, model.architecture.vocab, topology)
     assemble.check_resumption(resumption, config, data)
     # Only now: a start that fails for its input leaves no folder that would refuse the corrected one.
     folder.open(topology.world_group.rank(), config.to_yaml())
-    assemble.build_trainer(model, theta, data, config, folder, resumption, topology, backend).run()
+    supervision.in_folder(folder.path)
+    supervision.enter("optimiser state")
+    trainer = assemble.build_trainer(model, theta, data, config, folder, resumption, supervision, topology, backend)
+    return 0 if trainer.run() else PREEMPTED
+
+
+def run(arguments: list[str]) -> int:
+    """One rank, from its command line to its exit code."""
+    logging.getLogger().addHandler(logging.NullHandler())  # records go to the run folder; what to print is said apart
+    try:
+        ranks_from_slurm()
+        config = load_config(arguments)
+    except ConfigError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"lowrank_dist: {error}", file=sys.stderr, flush=True)
+        return USER_ERROR
+    with Supervision(config.engine.timeout_seconds) as supervision:
+        try:
+            code = main(config, supervision)
+        except (Exception, KeyboardInterrupt) as error:
+            code = supervision.failed(error)
+        supervision.leave(code)
+    return code
 
 
 if __name__ == "__main__":
-    code = 0
-    logging.getLogger().addHandler(logging.NullHandler())  # records go to the run folder; what to print is said below
-    try:
-        main(load_config(sys.argv[1:]))
-    except (ConfigError, UserError) as error:
-        code = 2
-        logging.getLogger(__name__).error("%s", error)
-        if announces_failure():
-            print(f"lowrank_dist: {error}", file=sys.stderr, flush=True)
-    except Exception:
-        code = 1
-        logging.getLogger(__name__).exception("rank failed")
-        raise
-    finally:
-        shutdown(clean=code == 0)
-    sys.exit(code)
+    sys.exit(run(sys.argv[1:]))

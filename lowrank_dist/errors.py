@@ -4,3 +4,7 @@ class UserError(ValueError):
 
 class DiskError(UserError):
     """The disk refused (no space, no permission, …): what was to be written is not there, what was there still is."""
+
+
+class ElsewhereError(UserError):
+    """Another rank failed, and its own message says why."""

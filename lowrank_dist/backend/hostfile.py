@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from lowrank_dist.backend.processes import ancestors, words
 from lowrank_dist.errors import UserError
 
 _PROGRAMS = ("deepspeed", "deepspeed.launcher.runner", "ds")
@@ -18,8 +19,8 @@ def refuse_missing_hostfile() -> None:
     The launcher warns and starts its ranks here, which see nothing of it: neither FILE nor the number of hosts that was
     meant is passed on. It is their ancestor, though, and Linux shows its command line.
     """
-    for process in _ancestors():
-        path = named_hostfile(_words(process))
+    for process in ancestors():
+        path = named_hostfile(words(process))
         if path is None:
             continue
         # As the launcher saw it: relative to where that was started.
@@ -44,16 +45,3 @@ def named_hostfile(command: Sequence[str]) -> str | None:
         if word.endswith(".py"):  # what follows is the script's own
             return None
     return None
-
-
-def _ancestors() -> Iterator[Path]:
-    """/proc/PID of this process's parent, of that one's parent, and so on; nothing where there is no /proc."""
-    process = Path("/proc") / str(os.getppid())
-    while process.name != "0" and (process / "status").exists():
-        yield process
-        status = (process / "status").read_text()
-        process = Path("/proc") / next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:"))
-
-
-def _words(process: Path) -> list[str]:
-    return (process / "cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]

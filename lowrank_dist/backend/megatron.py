@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 import torch
+
+from lowrank_dist.backend.clock import WAITS
 
 
 class _StatelessRngTracker:
@@ -23,12 +27,28 @@ class _StatelessRngTracker:
         yield
 
 
+def _waiting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, known as time spent waiting for other ranks."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with WAITS.waiting():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
 def prepare(device: torch.device) -> None:
     """Make megatron-core run on `device`. Idempotent."""
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
 
     random._CUDA_RNG_STATE_TRACKER = _StatelessRngTracker()
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
+    # What its embedding, its row-parallel linears without sequence parallelism and its frozen linears wait for.
+    for name in ("_reduce", "_gather_along_first_dim", "_reduce_scatter_along_first_dim"):
+        function = getattr(mappings, name)
+        if not hasattr(function, "__wrapped__"):
+            setattr(mappings, name, _waiting(function))
     if device.type == "cpu":
         # Megatron asks for "the current CUDA device" when it allocates and when it builds masks, also on a CPU.
         torch.cuda.current_device = lambda: torch.device("cpu")

@@ -85,7 +85,7 @@ def init_process_group(backend: Backend, timeout_seconds: int) -> None:
     if missing:
         raise UserError(
             f"launch/train.py runs under a launcher: {', '.join(missing)} not set. "
-            "Start it with `deepspeed --num_gpus N launch/train.py CONFIG` or torchrun"
+            "Start it with `deepspeed --num_gpus N launch/train.py CONFIG`, torchrun or srun"
         )
     # Without device_id: with it NCCL would at once split off a communicator for each of the twenty-odd groups that
     # Megatron makes, most of them of one rank, and a job of one rank can fail in that split (DeepSpeed issue 8248).
@@ -103,20 +103,10 @@ def name_own_device(backend: Backend) -> None:
         os.environ["LOCAL_RANK"] = str(backend.device.index)
 
 
-def announces_failure() -> bool:
-    """Whether this rank is the one to print an error that other ranks probably meet as well.
-
-    Before the ranks have met it is one rank a node, afterwards the first that fails.
-    """
-    if not dist.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        return dist.distributed_c10d._get_default_store().add("lowrank_dist/failed", 1) == 1
-    except RuntimeError:  # the rank that held the store is gone: better twice than never
-        return True
-
-
 def shutdown(*, clean: bool) -> None:
-    """Leave the job. After a clean run the groups are destroyed, or the interpreter may abort at exit."""
+    """Leave the job. After a clean run all ranks leave together, and the groups are destroyed, or the interpreter may
+    abort at exit.
+    """
     if clean and dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()

@@ -101,6 +101,11 @@ class ParallelConfig(Section):
         None, ge=1, description="data-parallel size of at least 1, or null for all remaining ranks"
     )
     sequence: bool | None = Field(None, description="true, false, or null for on when parallel.tensor is above 1")
+    across_nodes: bool = Field(
+        False,
+        description="true (a tensor-parallel group may lie on several nodes, where every layer waits for the network) "
+        "or false",
+    )
 
 
 class DataConfig(Section):
@@ -119,7 +124,12 @@ class EngineConfig(Section):
     recompute: Literal["none", "full"] = Field(
         "none", description="none, or full (recompute every layer's activations)"
     )
-    timeout_seconds: int = Field(600, ge=1, description="seconds after which a collective that hangs is an error")
+    timeout_seconds: int = Field(
+        600, ge=1, description="seconds after which a collective that hangs, or a rank that stands still, is an error"
+    )
+    straggler_factor: float | None = Field(
+        1.5, gt=1, description="a rank that needs this many times the median's time is named, above 1, or null for none"
+    )
     reduce_bucket: int | None = Field(
         None, ge=1, description="elements of the reduction bucket, or null for the number of trainable parameters"
     )
@@ -149,6 +159,12 @@ class TrainConfig(Section):
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate, at least 0 and below 1")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon above 0")
     seed: int = Field(42, ge=0, lt=2**32, description="integer of at least 0 and below 2^32")
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="what a loss or gradient that is not finite does: stop the run, or skip the step"
+    )
+    max_skips: int = Field(
+        10, ge=1, description="steps skipped in a row after which train.nonfinite=skip stops the run, at least 1"
+    )
     log_every: int = Field(1, ge=1, description="steps between log lines, at least 1")
     resume: Resume = Field(
         "never",

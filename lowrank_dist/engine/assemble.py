@@ -19,14 +19,17 @@ from lowrank_dist.config import Config
 from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.data.loader import Loader, StepBatch, eval_batches
 from lowrank_dist.data.tokenizer import load_tokenizer
+from lowrank_dist.engine.meter import Meter
 from lowrank_dist.engine.monitor import Monitor
+from lowrank_dist.engine.phases import Phases
 from lowrank_dist.engine.progress import Progress
 from lowrank_dist.engine.resume import Resumption, require_same_run, restore
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.engine.schedule import Schedule
 from lowrank_dist.engine.start import initial_factors
-from lowrank_dist.engine.trainer import Pace, Trainer
+from lowrank_dist.engine.stragglers import Stragglers
+from lowrank_dist.engine.trainer import NonFinite, Pace, Trainer
 from lowrank_dist.engine.writing import CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 from lowrank_dist.errors import UserError
@@ -39,6 +42,7 @@ from lowrank_dist.ops.mask import quantise
 from lowrank_dist.parallel.lanes import wanted
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.supervision.rank import Supervision
 
 EVAL_MICROBATCHES = 16  # of each rank, made at a time
 
@@ -136,6 +140,7 @@ def build_trainer(
     config: Config,
     folder: RunFolder,
     resumption: Resumption | None,
+    supervision: Supervision,
     topology: Topology,
     backend: Backend,
 ) -> Trainer:
@@ -149,7 +154,8 @@ def build_trainer(
     writes = topology.world_group.rank() == 0
     state = resumption.state if resumption else None
     progress, output = Progress.of(state), config.output
-    optimiser = ZeroOptimiser(parameters, topology, rules)
+    phases = Phases(supervision, backend)
+    optimiser = ZeroOptimiser(parameters, topology, rules, phases.enter)
     if resumption is not None:
         restore(resumption, theta.adapted, optimiser, topology, backend.device)
     monitor = Monitor(folder, steps, progress.step, active=writes, tensorboard=output.tensorboard, plot=output.plot)
@@ -162,6 +168,8 @@ def build_trainer(
     if writes:
         retention = Retention(output.keep_last, output.keep_best)
         writer = CheckpointWriter(folder, _facts(model, config, data), retention, state)
+    factor = engine.straggler_factor
+    stragglers = None if factor is None or len(topology.hosts) == 1 else Stragglers(factor, topology.hosts)
     saver = CheckpointSaver(folder, theta.adapted, optimiser, writer, state, monitor.say, topology, backend)
     return Trainer(
         model,
@@ -178,9 +186,13 @@ def build_trainer(
             output.save_every,
             output.probe,
         ),
+        NonFinite(train.nonfinite == "skip", train.max_skips),
         monitor,
+        Meter(phases, stragglers, topology, backend),
         saver,
         progress,
+        phases,
+        supervision.stop,
         topology,
         backend,
     )

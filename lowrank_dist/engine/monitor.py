@@ -21,6 +21,7 @@ TAGS = {
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
     "tokens_per_second": "throughput(tps)",
+    "tokens_per_second_per_rank": "throughput_per_rank(tps)",
     "memory_gib": "memory/peak_gib",
 }
 

@@ -21,14 +21,14 @@ from lowrank_dist.engine.progress import Progress
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.writing import CheckpointWriter, Facts
 from lowrank_dist.engine.zero import ZeroOptimiser
-from lowrank_dist.errors import DiskError, UserError
+from lowrank_dist.errors import DiskError, ElsewhereError
 from lowrank_dist.lora.inject import AdaptedLinear
 from lowrank_dist.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
 
 _WRITTEN, _NO_SPACE, _FAILED = range(3)
-_LAST_SECONDS = 60  # that a run which fails waits for a checkpoint that is being written
+_LAST_SECONDS = 20  # that a run which fails waits for a checkpoint that is being written
 
 
 @dataclass
@@ -86,10 +86,11 @@ class CheckpointSaver:
             self._conclude()
 
     def finish(self) -> None:
-        """Wait for the save under way. Raises DiskError on every rank when the last one was refused."""
+        """Wait for the save under way. When the last was refused: DiskError, ElsewhereError on other ranks than 0."""
         self._land()
         if self._refusal is not None:
-            raise DiskError(f"the last checkpoint was not written: {self._refusal}")
+            kind = DiskError if self._writer else ElsewhereError
+            raise kind(f"the last checkpoint was not written: {self._refusal}")
 
     def close(self) -> None:
         """Give the save under way of a run that fails a last chance. Not collective."""
@@ -119,7 +120,7 @@ class CheckpointSaver:
         unfinished, outcome = status.tolist()
         if outcome == _FAILED:
             self._flight = None
-            raise flight.error or UserError(f"step {flight.step}: another rank could not save; see its log")
+            raise flight.error or ElsewhereError(f"step {flight.step}: another rank could not save; see its log")
         if unfinished:
             return
         self._flight, self._refusal = None, None

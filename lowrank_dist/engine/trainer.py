@@ -16,16 +16,20 @@ from torch import Tensor
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.batch import Microbatch
 from lowrank_dist.data.loader import Loader, StepBatch
+from lowrank_dist.engine.meter import Meter
 from lowrank_dist.engine.monitor import Monitor
+from lowrank_dist.engine.phases import Phases
 from lowrank_dist.engine.progress import Progress
 from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.engine.schedule import Schedule
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
+from lowrank_dist.messages import some_of
 from lowrank_dist.model.gpt import CausalLM
-from lowrank_dist.parallel.agreement import all_equal, digest
+from lowrank_dist.parallel.agreement import all_equal, digest, every_value
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.supervision.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,14 @@ class Pace:
     probe_rows: int
 
 
+@dataclass(frozen=True)
+class NonFinite:
+    """What a loss or gradient that is not finite does: stop the run, or skip up to `most_skips` steps in a row."""
+
+    skip: bool
+    most_skips: int
+
+
 class Trainer:
     """Maximises log p(y | x; Φ₀ + ΔΦ(Θ)) over Θ: the mean over the target tokens of a global batch."""
 
@@ -54,86 +66,118 @@ class Trainer:
         evaluation: Callable[[], Iterator[StepBatch]] | None,
         schedule: Schedule,
         pace: Pace,
+        nonfinite: NonFinite,
         monitor: Monitor,
+        meter: Meter,
         saver: CheckpointSaver,
         progress: Progress,
+        phases: Phases,
+        stop: StopRequest,
         topology: Topology,
         backend: Backend,
     ) -> None:
         self.model, self.masks, self.optimiser = model, masks, optimiser
         self.train, self.evaluation = train, evaluation
-        self.schedule, self.pace, self.monitor, self.saver = schedule, pace, monitor, saver
-        self.progress = progress
+        self.schedule, self.pace, self.nonfinite = schedule, pace, nonfinite
+        self.monitor, self.meter, self.saver = monitor, meter, saver
+        self.progress, self.phases, self.stop = progress, phases, stop
         self.topology, self.backend = topology, backend
+        self._stopping, self._skipped = False, 0
 
-    def run(self) -> None:
-        """Train from where the run stands to the last step; at the end the adapter lies in the run folder."""
+    def run(self) -> bool:
+        """Train from where the run stands to the last step; at the end the adapter lies in the run folder.
+
+        Returns False where the run was told to stop before: it has saved, and can go on from there.
+        """
         try:
-            self._run()
+            return self._run()
         finally:
             self.saver.close()
             self.monitor.close()
 
-    def _run(self) -> None:
+    def _run(self) -> bool:
         pace = self.pace
         if pace.eval_at_start and self.progress.step == 0:
             self._evaluate(0)
         for step in range(self.progress.step, pace.steps):
+            self.phases.enter("checkpoint")
             self.saver.poll()
             self._step(step)
             done, last = step + 1, step + 1 == pace.steps
             if last or (pace.eval_every is not None and done % pace.eval_every == 0):
                 self._evaluate(done)
+            self.phases.enter("checkpoint")
+            if self._stopping and not last:
+                self._save_and_stop()
+                return False
             if not last and pace.save_every is not None and done % pace.save_every == 0:
                 self.saver.save(self.progress)
         # Again where the run had ended already: it may have been killed between the checkpoint and the adapter.
+        self.phases.enter("checkpoint")
         self.saver.save(self.progress, final=True)
         self.saver.finish()
         if pace.probe_rows:
             self._probe(pace.probe_rows)
+        return True
+
+    def _save_and_stop(self) -> None:
+        self.saver.save(self.progress)
+        self.saver.finish()
+        since = 0.0 if self.stop.told_at is None else time.monotonic() - self.stop.told_at
+        longest = max(every_value(since, self.topology.world_group, self.backend.device))
+        self.monitor.say(
+            f"stopped by {self.stop.by or 'a signal to another rank'} at step {self.progress.step} of "
+            f"{self.pace.steps}: checkpoint saved {longest:.2f} s after the signal; train.resume=auto goes on from it"
+        )
 
     def _step(self, step: int) -> None:
-        started = time.monotonic()
+        recorded = (step + 1) % self.pace.log_every == 0 or step + 1 == self.pace.steps
+        if recorded:
+            self.meter.begin()
+        self.phases.enter("data", step + 1)
         batch = self.train.step(step)
-        self._require_same_batch(step, batch)
+        self.phases.enter("reduction")
+        told = self._agree(step, batch)
         self.model.train()
-        total = torch.zeros((), dtype=torch.float32, device=self.backend.device)
+        # The summed loss, and beside it whether a rank was told to stop: all learn it without a message more.
+        total = torch.tensor([0.0, told], dtype=torch.float32, device=self.backend.device)
         for index, microbatch in enumerate(batch.microbatches):
             moved = self._to_device(microbatch)
             self.masks.set(step, moved.dropout_rows)
             last = index + 1 == len(batch.microbatches)
-            total += self.optimiser.accumulate(lambda moved=moved: self._loss(moved), 1 / batch.global_targets, last)
+            total[0] += self.optimiser.accumulate(lambda moved=moved: self._loss(moved), 1 / batch.global_targets, last)
+        own = total[0].clone()
         dist.all_reduce(total, group=self.topology.dp_group)
-        loss, lr = total.item() / batch.global_targets, self.schedule.at(step)
-        self._require_finite(loss, "loss", step + 1)
-        norm = self.optimiser.step(lr)
-        self._require_finite(norm, "gradient norm", step + 1)
-        self.progress = self.progress.after(batch, self.train.global_batch, loss)
-        if (step + 1) % self.pace.log_every == 0 or step + 1 == self.pace.steps:
-            self.backend.synchronize()
-            self.monitor.record(
-                step + 1,
-                {
-                    "loss": loss,
-                    "learning_rate": lr,
-                    "grad_norm": norm,
-                    "epoch": batch.epoch,
-                    "target_tokens": batch.global_targets,
-                    "tokens_per_second": batch.global_tokens / (time.monotonic() - started),
-                    "memory_gib": self.backend.peak_memory_gib(),
-                },
-            )
-        logger.info("step %d: loss %.6f, gradient norm %.6f", step + 1, loss, norm)
+        summed, told_ranks = total.tolist()
+        loss, lr, self._stopping = summed / batch.global_targets, self.schedule.at(step), told_ranks > 0
+        norm = self.optimiser.step(lr, spoil=not math.isfinite(loss))
+        self.meter.count(batch)
+        if math.isfinite(norm):
+            self._skipped = 0
+            learned = {"loss": loss, "learning_rate": lr, "grad_norm": norm}
+            logger.info("step %d: loss %.6f, gradient norm %.6f", step + 1, loss, norm)
+        else:
+            self._not_finite(step + 1, loss, own)
+            learned = {"skipped_in_a_row": self._skipped}
+        self.progress = self.progress.after(batch, self.train.global_batch, learned.get("loss", self.progress.loss))
+        if recorded:
+            measured, lines = self.meter.end(step + 1)
+            facts = {"epoch": batch.epoch, "target_tokens": batch.global_targets}
+            self.monitor.record(step + 1, {**learned, **facts, **measured})
+            for line in lines:
+                self.monitor.say(line)
 
     def _evaluate(self, done: int) -> None:
         """Mean loss over the eval set's target tokens; the best so far is remembered by the saver."""
         if self.evaluation is None:
             return
+        self.phases.enter("evaluation")
         self.model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=self.backend.device)
         with torch.no_grad():
             for batch in self.evaluation():
                 for microbatch in batch.microbatches:
+                    self.phases.enter("evaluation")
                     moved = self._to_device(microbatch)
                     total[0] += self._loss(moved)
                     total[1] += moved.target_ids.numel()
@@ -163,14 +207,35 @@ class Trainer:
 
         return Microbatch(**{field.name: move(getattr(batch, field.name)) for field in fields(batch)})
 
-    def _require_same_batch(self, step: int, batch: StepBatch) -> None:
-        """Ranks of a tensor-parallel group that see different data train on garbage without a sign of it."""
+    def _agree(self, step: int, batch: StepBatch) -> bool:
+        """Whether a rank of this tensor-parallel group was told to stop.
+
+        The same message tells ranks that see different data, which would train on garbage without a sign of it.
+        """
         tokens = digest(m.input_ids for m in batch.microbatches)
-        if not all_equal(tokens, self.topology.tp_group, self.backend.device):
+        same, told = all_equal(tokens, self.stop.told, self.topology.tp_group, self.backend.device)
+        if not same:
             raise UserError(
                 f"step {step + 1}: ranks of one tensor-parallel group read different batches; do all nodes see the "
                 "same data.train file and tokenizer?"
             )
+        return told
+
+    def _not_finite(self, step: int, loss: float, own: Tensor) -> None:
+        """What `NonFinite` says. All ranks know of it at the same step, and none has changed anything."""
+        bad = every_value(float(not own.isfinite()), self.topology.world_group, self.backend.device)
+        ranks = [f"rank {rank} on {self.topology.hosts[rank]}" for rank, found in enumerate(bad) if found]
+        what = f"the loss is {loss} ({some_of(ranks)})" if ranks else "a gradient is not finite"
+        remedy = "Lower train.lr, add train.warmup_steps, or look at the samples of this step"
+        if not self.nonfinite.skip:
+            raise UserError(f"step {step}: {what}; training stops on every rank. {remedy}")
+        if self._skipped >= self.nonfinite.most_skips:
+            raise UserError(
+                f"step {step}: {what}, and train.max_skips ({self.nonfinite.most_skips}) steps in a row were skipped; "
+                f"training stops on every rank. {remedy}"
+            )
+        self._skipped += 1
+        self.monitor.say(f"step {step}: {what}; the step is skipped on every rank")
 
     def _require_finite(self, value: float, what: str, step: int) -> None:
         """Every rank holds the same value, so every rank stops at the same step."""

@@ -55,7 +55,14 @@ class ZeroOptimiser:
     code at stages 1 and 2.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], topology: Topology, rules: OptimiserRules) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        topology: Topology,
+        rules: OptimiserRules,
+        enter: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        """enter: is told of each phase that begins ("forward", "backward", "reduction")."""
         import deepspeed  # chooses its accelerator when imported: only after backend.select_backend has spoken
         from deepspeed.ops import __compatible_ops__
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -63,7 +70,7 @@ class ZeroOptimiser:
         # On CPU init_distributed compiles this for half a minute; only inference uses it.
         __compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        self._topology, self._parameters = topology, tuple(parameters)
+        self._topology, self._parameters, self._enter = topology, tuple(parameters), enter
         groups = [
             {"params": [p for p in parameters if p.tp_partial_grad], "weight_decay": rules.weight_decay},
             {"params": [p for p in parameters if not p.tp_partial_grad], "weight_decay": rules.weight_decay},
@@ -81,6 +88,8 @@ class ZeroOptimiser:
                 f"this DeepSpeed chose {type(self.engine.optimizer).__name__} where ZeRO stage {rules.zero_stage} was "
                 "asked for; it would drop the deferred gradient sum. Install a DeepSpeed of the range in setup.py"
             )
+        # As DeepSpeed's pipeline engine has it: gradients are reduced when asked, apart from backward.
+        self.engine.enable_backward_allreduce = False
         self._make_moments()
 
     @staticmethod
@@ -109,16 +118,27 @@ class ZeroOptimiser:
         scale is 1 / (target tokens of the global batch): ZeRO averages over data parallelism, which is undone here.
         """
         self.engine.set_gradient_accumulation_boundary(last)
+        self._enter("forward")
         loss = self.engine(compute)
+        self._enter("backward")
         self.engine.backward(loss * (scale * self._topology.dp_size))
+        self._enter("reduction")
+        self.engine.allreduce_gradients()
         if not last:
             # Only DeepSpeed's counters move: the update happens at the boundary.
             self.engine.step()
         return loss.detach()
 
-    def step(self, lr: float) -> float:
-        """Deferred sum, clipping, AdamW. Returns the gradient norm before clipping; inf where a gradient overflowed."""
+    def step(self, lr: float, *, spoil: bool = False) -> float:
+        """Deferred sum, clipping, AdamW. Returns the gradient norm before clipping.
+
+        inf: a gradient was not finite, or a rank asked to `spoil` the step; then no rank has changed anything. They
+        agree by DeepSpeed's own check for overflow, without a message more.
+        """
         self._sum_replicated()
+        self._enter("optimiser")
+        if spoil:
+            self._spoil()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -185,6 +205,11 @@ class ZeroOptimiser:
             for state in (base.state[partition] for partition in group["params"]):
                 if "step" in state:
                     state["step"].fill_(step)
+
+    def _spoil(self) -> None:
+        for gradients in self.engine.optimizer.averaged_gradients.values():
+            for gradient in gradients:
+                gradient.fill_(torch.nan)
 
     def _sum_replicated(self) -> None:
         if self._topology.tp_size == 1:

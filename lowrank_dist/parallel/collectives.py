@@ -6,29 +6,44 @@ Every call is one message; the process group is an argument, never a global.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
+from lowrank_dist.backend.clock import WAITS
 
-def gather_rows(shard_TjC: Tensor, group: ProcessGroup) -> tuple[Tensor, Work]:
+
+@dataclass(frozen=True)
+class Pending:
+    """A collective on its way. What is spent in `wait` is known as time spent waiting for other ranks."""
+
+    work: Work
+
+    def wait(self) -> None:
+        with WAITS.waiting():
+            self.work.wait()
+
+
+def gather_rows(shard_TjC: Tensor, group: ProcessGroup) -> tuple[Tensor, Pending]:
     """Start gathering the row shards of all ranks, in rank order. Returns ([T, C], handle to wait on)."""
     gathered_TC = shard_TjC.new_empty(shard_TjC.size(0) * group.size(), shard_TjC.size(1))
     work = dist.all_gather_into_tensor(gathered_TC, shard_TjC.contiguous(), group=group, async_op=True)
-    return gathered_TC, work
+    return gathered_TC, Pending(work)
 
 
-def reduce_scatter_rows(partial_TC: Tensor, group: ProcessGroup) -> tuple[Tensor, Work]:
+def reduce_scatter_rows(partial_TC: Tensor, group: ProcessGroup) -> tuple[Tensor, Pending]:
     """Start summing over ranks, each keeping its rows. Returns ([T / N, C], handle to wait on)."""
     shard_TjC = partial_TC.new_empty(partial_TC.size(0) // group.size(), partial_TC.size(1))
     work = dist.reduce_scatter_tensor(shard_TjC, partial_TC.contiguous(), group=group, async_op=True)
-    return shard_TjC, work
+    return shard_TjC, Pending(work)
 
 
-def all_reduce(tensor: Tensor, group: ProcessGroup) -> Work:
-    """Start summing `tensor` in place over the group."""
-    return dist.all_reduce(tensor, group=group, async_op=True)
+def all_reduce(tensor: Tensor, group: ProcessGroup, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
+    """Start reducing `tensor` in place over the group."""
+    return Pending(dist.all_reduce(tensor, op=op, group=group, async_op=True))
 
 
 def all_gather_columns(shard_TC: Tensor, group: ProcessGroup) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,6 +12,7 @@ from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.parallel.agreement import host_names
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class Topology:
     """Tensor-parallel ranks are consecutive, so that a group of at most a node's size lies inside a node.
 
     host_group: all ranks over gloo, on tensors in host memory. It is the checkpoints' own, whose thread may send while
-    training uses the others.
+    training uses the others. hosts: the name of every rank's host.
     """
 
     tp_rank: int
@@ -28,11 +31,17 @@ class Topology:
     dp_group: ProcessGroup
     world_group: ProcessGroup
     host_group: ProcessGroup
+    hosts: tuple[str, ...]
     sequence_parallel: bool
 
     @classmethod
-    def build(cls, tensor: int, data: int | None, sequence: bool | None, timeout_seconds: int) -> Topology:
-        """Build Megatron's process groups over the initialised job. Raises UserError where TP × DP ≠ ranks."""
+    def build(
+        cls, tensor: int, data: int | None, sequence: bool | None, timeout_seconds: int, *, across_nodes: bool = False
+    ) -> Topology:
+        """Build Megatron's process groups over the initialised job.
+
+        Raises UserError where TP × DP ≠ ranks, and where a tensor-parallel group crosses nodes unless `across_nodes`.
+        """
         world = dist.get_world_size()
         if world % tensor or (data is not None and tensor * data != world):
             fitting = [n for n in range(1, world + 1) if world % n == 0]
@@ -41,6 +50,12 @@ class Topology:
                 f"{wanted} does not fit {world} ranks: tensor × data must be the number of ranks. "
                 f"With {world} ranks parallel.tensor may be {', '.join(map(str, fitting))}; leave parallel.data unset"
             )
+        # A step on fake tensors has no ranks to talk to, and one backend for all groups.
+        fake = dist.get_backend() == "fake"
+        host_group = dist.new_group(backend="fake" if fake else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        hosts = ("",) * world if fake else host_names(host_group)
+        if not across_nodes:
+            refuse_crossing(hosts, tensor)
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
@@ -56,12 +71,27 @@ class Topology:
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             dp_group=parallel_state.get_data_parallel_group(),
             world_group=dist.group.WORLD,
-            # A step on fake tensors has no ranks to talk to, and one backend for all groups.
-            host_group=dist.new_group(
-                backend="fake" if dist.get_backend() == "fake" else "gloo", timeout=timedelta(seconds=timeout_seconds)
-            ),
+            host_group=host_group,
+            hosts=hosts,
             sequence_parallel=tensor > 1 and sequence is not False,
         )
+
+
+def refuse_crossing(hosts: Sequence[str], tensor: int) -> None:
+    """Raise UserError where a group of `tensor` consecutive ranks lies on more than one host.
+
+    Every layer would wait for the network between them.
+    """
+    for first in range(0, len(hosts), tensor):
+        group = hosts[first : first + tensor]
+        if len(set(group)) > 1:
+            most = min(Counter(hosts).values())
+            fitting = ", ".join(str(n) for n in range(1, most + 1) if most % n == 0)
+            raise UserError(
+                f"parallel.tensor: with {tensor} the ranks {first} to {first + tensor - 1} of one tensor-parallel "
+                f"group lie on {' and '.join(dict.fromkeys(group))}, where every layer waits for the network; it may "
+                f"be {fitting}, or set parallel.across_nodes=true"
+            )
 
 
 class DeepSpeedMpu:

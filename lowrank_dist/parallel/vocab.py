@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lowrank_dist.ops.gemm import linear
-from lowrank_dist.parallel.collectives import all_gather_columns
+from lowrank_dist.parallel.collectives import all_gather_columns, all_reduce
 
 # Largest block of fp32 logits that exists at one time. A larger vocabulary is cut into more blocks of positions.
 LOGIT_BLOCK_BYTES = 128 * 2**20
@@ -55,7 +55,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         # Multiplied before the reduction, in place: nobody reads the unit gradient again.
         grad_nH = ctx.grad_nH.mul_(dloss.to(ctx.grad_nH.dtype))
         if ctx.reduce_dgrad:
-            dist.all_reduce(grad_nH, group=ctx.group)
+            all_reduce(grad_nH, ctx.group).wait()
         return grad_nH, None, None, None, None, None
 
 
@@ -69,7 +69,7 @@ def _block(
     else:  # a rank that holds nothing but vocabulary padding
         peak = logits.new_full((logits.size(0), 1), -torch.inf)
     if group.size() > 1:
-        dist.all_reduce(peak, op=dist.ReduceOp.MAX, group=group)
+        all_reduce(peak, group, dist.ReduceOp.MAX).wait()
     logits.sub_(peak)
     mine = (local_targets >= 0) & (local_targets < weight.size(0))
     column = local_targets.where(mine, 0)[:, None]
@@ -77,7 +77,7 @@ def _block(
     logits.exp_()
     sums = torch.cat((logits.sum(dim=-1, keepdim=True), target), dim=-1)
     if group.size() > 1:
-        dist.all_reduce(sums, group=group)
+        all_reduce(sums, group).wait()
     loss = (sums[:, 0].log() - sums[:, 1]).sum()
     if not needs_grad:
         return loss, None

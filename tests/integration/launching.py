@@ -137,28 +137,33 @@ def _main(arguments: list[str], launcher: bool) -> Outcome:
 
     from lowrank_dist.backend import select
     from lowrank_dist.parallel.topology import Topology
+    from lowrank_dist.supervision.rank import Supervision
 
     build = Topology.build
 
-    def kept(tensor: int, data: int | None, sequence: bool | None, timeout_seconds: int) -> Topology:
+    def kept(
+        tensor: int, data: int | None, sequence: bool | None, timeout_seconds: int, *, across_nodes: bool
+    ) -> Topology:
         if dist.get_world_size() != tensor * (data or dist.get_world_size() // tensor):
             build(tensor, data, sequence, timeout_seconds)
             raise AssertionError("a layout that does not fit the ranks was accepted")
         with mock.patch.object(Topology, "build", build):
             return ranks.topology(tensor, sequence is not False)
 
-    # announces_failure() counts in the job's store; of this run no rank has failed yet.
+    # Ranks that fail say so in the job's store; of this run no rank has failed yet.
     if dist.get_rank() == 0:
-        dist.distributed_c10d._get_default_store().delete_key("lowrank_dist/failed")
+        store = dist.distributed_c10d._get_default_store()
+        for name in ("failed", "left behind", *(f"left/{rank}" for rank in range(dist.get_world_size()))):
+            store.delete_key(f"lowrank_dist/{name}")
     dist.barrier()
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(sys, "argv", ["launch/train.py", *arguments]))
         stack.enter_context(mock.patch.dict(os.environ))
+        stack.enter_context(mock.patch.object(Supervision, "leave"))  # it would end the process
         if launcher:
             stack.enter_context(mock.patch.object(Topology, "build", kept))
             stack.enter_context(mock.patch.object(select, "init_process_group", lambda *_: dist.barrier()))
-            stack.enter_context(mock.patch.object(select, "shutdown"))  # it would destroy the groups
         else:
             for name in LAUNCHER_VARIABLES:
                 os.environ.pop(name, None)

@@ -93,8 +93,11 @@ def tensors(run: Path, step: int = STEPS) -> dict[str, np.ndarray]:
 def curve(run: Path) -> list[dict[str, Any]]:
     """The records of a run without what a clock says."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = {"time", "tokens_per_second", "memory_gib"}
-    return [{key: value for key, value in record.items() if key not in clock} for record in records]
+    clock = ("time", "tokens_per_second", "tokens_per_second_per_rank", "memory_gib")
+    return [
+        {key: value for key, value in record.items() if key not in clock and not key.endswith("_seconds")}
+        for record in records
+    ]
 
 
 def gap(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:

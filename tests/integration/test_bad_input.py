@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,8 @@ from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import CHATML, make_tiny
 
 INDEX = "model.safetensors.index.json"
-# What a run may leave that stops before its first step: what it was asked to do, and its logs.
-TRACES = {"config.yaml", "checkpoints", "logs", "logs/rank-0.log", "logs/rank-1.log"}
+# What a run may leave that stops before its first step: what it was asked to do, its logs, and why it stopped.
+TRACES = {"config.yaml", "checkpoints", "logs", "logs/rank-0.log", "logs/rank-1.log", "FAILED"}
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -367,26 +368,31 @@ def test_a_tokenizer_of_another_model(place: Place) -> None:
 
 def test_a_loss_that_becomes_nan_stops_every_rank_at_the_same_step(place: Place) -> None:
     message = refused(place, "train.lr=1e30", "lora.targets=all-linear", left=TRACES | {"metrics.jsonl"})
-    assert message.startswith("step 2: the loss is nan; training stops on every rank. Lower train.lr")
+    host = socket.gethostname()
+    who = f"rank 0 on {host}, rank 1 on {host}"
+    assert message.startswith(f"step 2: the loss is nan ({who}); training stops on every rank. Lower train.lr")
     for rank in (0, 1):
         log = (place.run / "logs" / f"rank-{rank}.log").read_text()
-        assert "step 1: loss " in log and log.count("step 2: ") == 1 and f"ERROR __main__: {message}" in log
+        assert "step 1: loss " in log and log.count("step 2: ") == 1 and f": {message}\n" in log
+    record = (place.run / "FAILED").read_text()
+    assert re.fullmatch(rf"rank [01] on {host} went first, at step 2 in optimiser: {re.escape(message)}\n", record)
     assert [json.loads(line)["step"] for line in (place.run / "metrics.jsonl").read_text().splitlines()] == [1]
 
 
 @pytest.mark.parametrize(
     ("tensor", "override", "wanted"),
     [
-        ("mlp.down_proj", "data.eval=null", "step 1: the loss is nan"),
+        ("mlp.down_proj", "data.eval=null", "step 1: the loss is nan (rank 0 on {host}, rank 1 on {host})"),
         ("mlp.down_proj", "data.eval={train}", "step 0: the eval loss is nan"),
         # PyTorch's attention on CPUs turns a query of NaN into an output of zeros, so only the gradient shows it.
-        ("self_attn.q_proj", "data.eval=null", "step 1: the gradient norm is inf"),
+        ("self_attn.q_proj", "data.eval=null", "step 1: a gradient is not finite"),
     ],
 )
 def test_a_base_with_a_nan_in_one_shard(place: Place, tensor: str, override: str, wanted: str) -> None:
     """The element lies in the second rank's shard alone; both stop."""
     edit_weights(place.base, lambda tensors: tensors[f"model.layers.0.{tensor}.weight"][-1, -1].fill_(float("nan")))
     message = refused(place, override.format(train=place.train), left=TRACES | {"metrics.jsonl"})
+    wanted = wanted.format(host=socket.gethostname())
     assert message.startswith(f"{wanted}; training stops on every rank")
     for rank in (0, 1):
         assert wanted in (place.run / "logs" / f"rank-{rank}.log").read_text()

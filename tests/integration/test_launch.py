@@ -39,6 +39,7 @@ TAGS = {
     "train/grad_norm",
     "train/learning_rate",
     "throughput(tps)",
+    "throughput_per_rank(tps)",
     "memory/peak_gib",
 }
 

@@ -1,0 +1,63 @@
+"""How fast a run is, what it spends its time on, and which rank the others wait for."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from lowrank_dist.backend.select import Backend
+from lowrank_dist.data.loader import StepBatch
+from lowrank_dist.engine.phases import Phases
+from lowrank_dist.engine.stragglers import Stragglers
+from lowrank_dist.parallel.agreement import every_value
+from lowrank_dist.parallel.topology import Topology
+
+# Of a step; evaluation and checkpoints are no part of the throughput.
+STEP_PHASES = ("data", "forward", "backward", "reduction", "optimiser")
+# What a rank does by itself, but for what it waits for its tensor-parallel peers meanwhile.
+OWN_PHASES = ("data", "forward", "backward")
+
+
+class Meter:
+    """Between `begin` and `end` lies one step that is recorded; `count` is told of every step."""
+
+    def __init__(self, phases: Phases, stragglers: Stragglers | None, topology: Topology, backend: Backend) -> None:
+        self._phases, self._stragglers = phases, stragglers
+        self._topology, self._backend = topology, backend
+        self._seconds: Counter[str] = Counter()
+        self._tokens = 0
+
+    def begin(self) -> None:
+        """A step that will be recorded begins."""
+        self._settle(measure_waits=self._stragglers is not None)
+
+    def count(self, batch: StepBatch) -> None:
+        """A step is done."""
+        self._tokens += batch.global_tokens
+
+    def end(self, step: int) -> tuple[dict[str, float], list[str]]:
+        """Rates and seconds since the last record, and what is to be said of stragglers. Collective."""
+        seconds, waited = self._settle(measure_waits=False)
+        lines = []
+        if self._stragglers is not None:
+            own = sum(seconds[phase] for phase in OWN_PHASES) - waited
+            everyone = every_value(own, self._topology.world_group, self._backend.device)
+            lines = self._stragglers.observe(step, everyone)
+        busy = sum(self._seconds[phase] for phase in STEP_PHASES)
+        tokens_per_second = self._tokens / busy
+        values = {
+            "tokens_per_second": tokens_per_second,
+            "tokens_per_second_per_rank": tokens_per_second / self._topology.world_group.size(),
+            "memory_gib": self._backend.peak_memory_gib(),
+            **{f"{phase}_seconds": round(total, 6) for phase, total in sorted(self._seconds.items())},
+        }
+        self._seconds.clear()
+        self._tokens = 0
+        return values, lines
+
+    def _settle(self, *, measure_waits: bool) -> tuple[Counter[str], float]:
+        """Seconds since the last call, which are also added up."""
+        self._backend.synchronize()
+        seconds, waited = self._phases.take()
+        self._phases.measure_waits(measure_waits)
+        self._seconds.update(seconds)
+        return seconds, waited

@@ -1,0 +1,120 @@
+"""Time by phase, throughput and a rank's own work, on a clock that the test moves."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from lowrank_dist.backend import clock
+from lowrank_dist.backend.clock import WAITS
+from lowrank_dist.backend.select import Backend
+from lowrank_dist.engine import meter as meter_module
+from lowrank_dist.engine.meter import Meter
+from lowrank_dist.engine.phases import Phases
+from lowrank_dist.engine.stragglers import Stragglers
+
+CPU = Backend(torch.device("cpu"), "gloo", "cpu")
+
+
+class Time:
+    """Stands in for the clock's module `time`."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    moved = Time()
+    monkeypatch.setattr(clock, "time", moved)
+    return moved
+
+
+class Told:
+    """Remembers what a watchdog would be told."""
+
+    def __init__(self) -> None:
+        self.phases: list[tuple[str, int | None]] = []
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        self.phases.append((phase, step))
+
+
+def test_seconds_of_phases_without_a_gap(time: Time) -> None:
+    told = Told()
+    phases = Phases(told, CPU)
+    for phase, seconds in (("data", 1), ("forward", 2), ("backward", 4), ("forward", 8), ("backward", 16)):
+        phases.enter(phase, 7 if phase == "data" else None)
+        time.now += seconds
+    assert phases.take() == ({"data": 1, "forward": 10, "backward": 20}, 0)
+    # The phase that it was taken in goes on.
+    time.now += 32
+    phases.enter("reduction")
+    assert phases.take() == ({"backward": 32, "reduction": 0}, 0)
+    assert told.phases[:2] == [("data", 7), ("forward", None)]
+
+
+def test_waits_are_measured_while_asked_for(time: Time) -> None:
+    phases = Phases(Told(), CPU)
+
+    def wait(seconds: float) -> None:
+        with WAITS.waiting():
+            time.now += seconds
+
+    phases.enter("forward")
+    wait(1)
+    phases.measure_waits(True)
+    try:
+        wait(2)
+        time.now += 4
+        wait(8)
+        assert phases.take() == ({"forward": 15}, 10)
+    finally:
+        phases.measure_waits(False)
+    wait(16)
+    assert phases.take() == ({"forward": 16}, 0)
+
+
+def test_rates_and_own_work(time: Time) -> None:
+    """Two ranks; the other's own work comes from the gather that is replaced here."""
+    topology: Any = SimpleNamespace(world_group=SimpleNamespace(size=lambda: 2))
+    phases = Phases(Told(), CPU)
+    meter = Meter(phases, Stragglers(1.5, ("h1", "h2")), topology, CPU)
+    owns = []
+
+    def everyone(own: float, *_: object) -> list[float]:
+        owns.append(own)
+        return [own, own]
+
+    def step(recorded: bool) -> None:
+        if recorded:
+            meter.begin()
+        for phase, seconds in (("data", 1), ("forward", 2), ("backward", 4), ("reduction", 8), ("optimiser", 16)):
+            phases.enter(phase)
+            if phase == "backward":
+                with WAITS.waiting():
+                    time.now += 3
+                seconds -= 3
+            time.now += seconds
+        meter.count(SimpleNamespace(global_tokens=310))
+
+    with mock.patch.object(meter_module, "every_value", everyone):
+        step(recorded=False)
+        phases.enter("checkpoint")
+        time.now += 100
+        step(recorded=True)
+        values, lines = meter.end(2)
+        # Of the recorded step alone: data 1, forward 2, backward 4 of which 3 were a wait.
+        assert owns == [4] and lines == []
+        assert values["tokens_per_second"] == 2 * 310 / (2 * 31)
+        assert values["tokens_per_second_per_rank"] == 5
+        assert values["checkpoint_seconds"] == 100 and values["backward_seconds"] == 8
+        step(recorded=True)
+        assert meter.end(3)[0]["tokens_per_second"] == 10 and WAITS.clock is None

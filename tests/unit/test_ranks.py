@@ -1,0 +1,53 @@
+"""Who is named as the rank that all others wait for."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowrank_dist.engine.stragglers import WINDOW, Stragglers
+from lowrank_dist.errors import UserError
+from lowrank_dist.parallel.topology import refuse_crossing
+
+HOSTS = ("h1", "h1", "h2", "h2")
+
+
+def test_named_once_slow_over_a_window_and_again_when_it_caught_up() -> None:
+    stragglers = Stragglers(1.5, HOSTS)
+    even, slow = [1.0, 1.1, 1.0, 0.9], [1.0, 1.1, 2.0, 0.9]
+    said = [stragglers.observe(step, seconds) for step, seconds in enumerate([slow] * 5 + [even] * 5, start=1)]
+    named = {step: lines for step, lines in enumerate(said, start=1) if lines}
+    first, caught_up = WINDOW, 5 + WINDOW // 2 + 1
+    assert list(named) == [first, caught_up]
+    assert named[first] == [
+        f"step {first}: rank 2 on h2 is a straggler: 2.000 s of its own work where the median rank needs 1.050 s; "
+        "all others wait for it"
+    ]
+    assert named[caught_up] == [f"step {caught_up}: rank 2 on h2 has caught up"]
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [[1, 1, 1.49, 1]] * 6,
+        # One slow step, whoever's: the machine's affair.
+        [[1, 1, 9, 1], [1, 1, 1, 1], [1, 9, 1, 1], [1, 1, 1, 1], [9, 1, 1, 1]],
+        # All of them slow at once: nobody waits.
+        [[1, 1, 1, 1], [9, 9, 9, 9], [9, 9, 9, 9], [9, 9, 9, 9]],
+    ],
+    ids=["below the factor", "one step", "all"],
+)
+def test_not_named(records: list[list[float]]) -> None:
+    stragglers = Stragglers(1.5, HOSTS)
+    assert [stragglers.observe(step, seconds) for step, seconds in enumerate(records)] == [[]] * len(records)
+
+
+@pytest.mark.parametrize(("tensor", "hosts"), [(2, HOSTS), (1, HOSTS), (4, ("h1",) * 8), (3, ("a",) * 3 + ("b",) * 6)])
+def test_groups_inside_a_node(tensor: int, hosts: tuple[str, ...]) -> None:
+    refuse_crossing(hosts, tensor)
+
+
+def test_a_group_over_two_nodes_is_refused() -> None:
+    with pytest.raises(UserError, match=r"with 4 the ranks 0 to 3 .* lie on h1 and h2, .* it may be 1, 2, or set"):
+        refuse_crossing(HOSTS, 4)
+    with pytest.raises(UserError, match=r"with 2 the ranks 2 to 3 .* lie on a and b, .* it may be 1, 3, or set"):
+        refuse_crossing(("a", "a", "a", "b", "b", "b"), 2)
