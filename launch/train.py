@@ -16,6 +16,7 @@ from lowrank_dist.backend.hostfile import refuse_missing_hostfile
 from lowrank_dist.backend.select import init_process_group, local_rank_and_size, quiet_libraries, select_backend
 from lowrank_dist.backend.slurm import ranks_from_slurm
 from lowrank_dist.config import Config, ConfigError, load_config
+from lowrank_dist.errors import UserError
 from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision
 
 
@@ -25,8 +26,9 @@ def main(config: Config, supervision: Supervision) -> int:
     refuse_missing_hostfile()
     # Imported here: a mistake in the configuration should not wait for Megatron and transformers to load.
     from lowrank_dist.engine import assemble
+    from lowrank_dist.engine.forecast import Forecast
     from lowrank_dist.engine.resume import complete, find_resumption
-    from lowrank_dist.model.build import load_model
+    from lowrank_dist.model.build import check_model, load_model
     from lowrank_dist.parallel.topology import Topology
 
     backend = select_backend(config.model.device, *local_rank_and_size())
@@ -42,6 +44,9 @@ def main(config: Config, supervision: Supervision) -> int:
     supervision.enter("model")
     resumption = find_resumption(config, folder, topology)
     config = complete(config, resumption)
+    architecture = check_model(config.model.path, topology.tp_size, config.data.max_length)
+    placements = assemble.place_factors(architecture, config)
+    forecast = Forecast(config, topology, backend)
     model = load_model(
         config.model.path,
         topology,
@@ -51,7 +56,7 @@ def main(config: Config, supervision: Supervision) -> int:
         vocab_multiple=config.model.vocab_multiple,
         broadcast=config.model.load == "broadcast",
     )
-    theta = assemble.build_theta(model, config, topology, resumption)
+    theta = assemble.build_theta(model, placements, config, topology, resumption)
     supervision.enter("data set")
     data = assemble.build_data(config, model.architecture.vocab, topology)
     assemble.check_resumption(resumption, config, data)
@@ -59,7 +64,9 @@ def main(config: Config, supervision: Supervision) -> int:
     folder.open(topology.world_group.rank(), config.to_yaml())
     supervision.in_folder(folder.path)
     supervision.enter("optimiser state")
-    trainer = assemble.build_trainer(model, theta, data, config, folder, resumption, supervision, topology, backend)
+    trainer = assemble.build_trainer(
+        model, theta, data, config, folder, resumption, forecast, supervision, topology, backend
+    )
     return 0 if trainer.run() else PREEMPTED
 
 
@@ -69,7 +76,7 @@ def run(arguments: list[str]) -> int:
     try:
         ranks_from_slurm()
         config = load_config(arguments)
-    except ConfigError as error:
+    except (ConfigError, UserError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"lowrank_dist: {error}", file=sys.stderr, flush=True)
         return USER_ERROR

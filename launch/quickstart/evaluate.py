@@ -1,116 +1,85 @@
-"""Quickstart: how good a plain Hugging Face folder is on held-out verbs, and whether the outputs of training are true.
+"""Quickstart: how good a Hugging Face folder is on held-out verbs, and whether the outputs of training are true.
 
     python -m launch.quickstart.evaluate score --model DIR --data eval.jsonl --out score.json
     python -m launch.quickstart.evaluate prove --base DIR --adapter DIR --merged DIR --probe probe.safetensors \\
         --out proof.json
 
-Only transformers, PEFT and safetensors run here, nothing of lowrank_dist but its error class.
-
-score: greedy `generate`, exact match of the text up to the end-of-turn token; and the mean loss per target token
+score: greedy decoding and exact match as `lowrank-dist evaluate` has them; and the mean loss per target token
        (completion and end-of-turn token) in nats.
 prove: probe.safetensors holds what the trained, sharded model itself computed: input_ids [b, s] int64 and logits
        [b, s, V] fp32. Plain PEFT on base + adapter and plain transformers on the merged folder must give the same
-       logits (largest difference at most 1e-4 of the largest |logit|), and those must be far from the base's.
+       logits (largest difference at most 1e-4 of the largest |logit|), and those must be far from the base's. Nothing
+       of lowrank_dist runs here but its error class.
 """
+
+from __future__ import annotations
 
 import argparse
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from lowrank_dist.backend.select import quiet_libraries
+from lowrank_dist.data.dataset import Dataset, load_dataset
+from lowrank_dist.data.loader import eval_batches
 from lowrank_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from lowrank_dist.model.gpt import CausalLM
 
 BATCH = 25
 TOLERANCE = 1e-4
 FAR = 100 * TOLERANCE
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One line of a prompt/completion file, tokenised; `completion` ends with the end-of-turn token."""
+def score(args: argparse.Namespace) -> dict[str, float]:
+    """Exact match and loss of one folder on one file."""
+    quiet_libraries()
+    # Imported here: Megatron says at its import what it would rather have found.
+    from lowrank_dist.generate.evaluation import EvaluationRules, evaluate_generation
+    from lowrank_dist.generate.load import load
+    from lowrank_dist.generate.prompts import read_prompts, stop_tokens
+    from lowrank_dist.generate.rules import DecodingRules
+    from lowrank_dist.generate.session import session
 
-    prompt: list[int]
-    completion: list[int]
-    text: str
+    with session(1, "cpu") as job:
+        loaded = load(args.model, None, job.topology, job.backend.device, dtype="fp32")
+        model, tokenizer = loaded.model, loaded.tokenizer
+        vocab, positions = model.architecture.vocab, model.architecture.max_positions
+        trained = load_dataset(args.data, tokenizer, positions, vocab)
+        asked = read_prompts(args.data, tokenizer, stop_tokens(args.model, tokenizer), vocab=vocab, references=True)
+        # Twice the longest completion: a model may spell a word in more tokens than the tokenizer cuts it into.
+        decoding = DecodingRules(max_new_tokens=2 * int(trained.targets.max()), batch=BATCH)
+        rules = EvaluationRules(("exact_match",), decoding)
+        match = evaluate_generation(model, tokenizer, asked, rules, job.topology)["exact_match"]
+        return {"samples": len(asked), "exact_match": match, "loss": mean_loss(model, trained, positions)}
+
+
+@torch.inference_mode()
+def mean_loss(model: CausalLM, dataset: Dataset, max_length: int) -> float:
+    """Mean negative log-likelihood per target token [nats]."""
+    cut = {"max_length": max_length, "packing": False, "dp_rank": 0, "dp_size": 1, "pad_multiple": 1}
+    batches = eval_batches(dataset, global_batch=len(dataset), micro_batch=BATCH, **cut)
+    total = sum(
+        model.loss(m.input_ids, m.position_ids, m.target_index, m.target_ids).item()
+        for batch in batches
+        for m in batch.microbatches
+    )
+    return total / int(dataset.targets.sum())
 
 
 def load_model(folder: Path) -> PreTrainedModel:
     """The folder's model in fp32 from safetensors alone."""
     options = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-
-
-def read_samples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-    """The samples in order of length, so that a batch holds little padding."""
-    samples = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        fields = json.loads(line)
-        prompt, completion = (tokenizer(fields[key])["input_ids"] for key in ("prompt", "completion"))
-        if tokenizer(fields["prompt"] + fields["completion"])["input_ids"] != prompt + completion:
-            raise UserError(f"{path}: a token spans prompt and completion of {line}")
-        samples.append(Sample(prompt, [*completion, tokenizer.eos_token_id], fields["completion"]))
-    return sorted(samples, key=lambda sample: (len(sample.completion), len(sample.prompt)))
-
-
-def batches(samples: list[Sample]) -> Iterator[list[Sample]]:
-    for start in range(0, len(samples), BATCH):
-        yield samples[start : start + BATCH]
-
-
-def padded(rows: list[list[int]], value: int, left: bool) -> torch.Tensor:
-    """[b, s] int64: the rows padded with `value` to the longest."""
-    width = max(map(len, rows))
-    fill = [[value] * (width - len(row)) for row in rows]
-    return torch.tensor([pad + row if left else row + pad for row, pad in zip(rows, fill, strict=True)])
-
-
-@torch.inference_mode()
-def exact_matches(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: list[Sample]) -> int:
-    """How many completions greedy decoding gives exactly, ended by the end-of-turn token."""
-    matches = 0
-    for batch in batches(samples):
-        prompts = [sample.prompt for sample in batch]
-        input_ids = padded(prompts, tokenizer.pad_token_id, left=True)
-        attention_mask = padded([[1] * len(prompt) for prompt in prompts], 0, left=True)
-        # No completion of the batch is longer, so a row that is still going then is wrong whatever follows.
-        limit = max(len(sample.completion) for sample in batch)
-        tokens = model.generate(
-            input_ids=input_ids, attention_mask=attention_mask, do_sample=False, max_new_tokens=limit
-        )
-        for sample, row in zip(batch, tokens[:, input_ids.shape[1] :].tolist(), strict=True):
-            if tokenizer.eos_token_id in row:
-                matches += tokenizer.decode(row[: row.index(tokenizer.eos_token_id)]) == sample.text
-    return matches
-
-
-@torch.inference_mode()
-def mean_loss(model: PreTrainedModel, samples: list[Sample]) -> float:
-    """Mean negative log-likelihood per target token [nats]."""
-    total, targets = 0.0, 0
-    for batch in batches(samples):
-        input_ids = padded([sample.prompt + sample.completion for sample in batch], 0, left=False)
-        labels = padded([[-100] * len(sample.prompt) + sample.completion for sample in batch], -100, left=False)
-        count = int((labels != -100).sum())
-        total += count * model(input_ids=input_ids, labels=labels, use_cache=False).loss.item()
-        targets += count
-    return total / targets
-
-
-def score(args: argparse.Namespace) -> dict[str, float]:
-    """Exact match and loss of one folder on one file."""
-    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-    model = load_model(args.model)
-    samples = read_samples(args.data, tokenizer)
-    matches = exact_matches(model, tokenizer, samples)
-    return {"samples": len(samples), "exact_match": matches / len(samples), "loss": mean_loss(model, samples)}
 
 
 def adapted(base: Path, adapter: Path) -> PeftModel:

@@ -12,16 +12,21 @@ import torch
 import torch.distributed as dist
 
 from lowrank_dist.backend import megatron
+from lowrank_dist.backend.devices import device_of_rank, synchronize
 from lowrank_dist.errors import UserError
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The chosen side of the seam: `collective` is torch.distributed's name, `accelerator` is DeepSpeed's."""
+    """The chosen side of the seam: `collective` is torch.distributed's name, `accelerator` is DeepSpeed's.
+
+    ranks_per_device: how many ranks of this node share the device, or the node's memory where it is the CPU.
+    """
 
     device: torch.device
     collective: str
     accelerator: str
+    ranks_per_device: int = 1
 
     def peak_memory_gib(self) -> float:
         """Peak memory so far: allocated on the GPU, or resident of this process."""
@@ -31,15 +36,27 @@ class Backend:
             kib = next((int(line.split()[1]) for line in status if line.startswith("VmHWM:")), 0)
         return kib / 2**20
 
+    def memory_for_a_rank(self) -> int:
+        """Bytes that this rank may take: its share of the GPU's memory, or of what the node has left."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory // self.ranks_per_device
+        with open("/proc/meminfo") as lines:
+            kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        return kib * 1024 // self.ranks_per_device
+
+    def name(self) -> str:
+        """What the device is called."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return f"{platform.processor() or platform.machine()} CPU"
+
     def synchronize(self) -> None:
         """Wait for queued device work, so that a clock read afterwards means something."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        synchronize(self.device)
 
     def describe(self) -> str:
-        if self.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(self.device)}, {self.collective}"
-        return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads, {self.collective}"
+        threads = "" if self.device.type == "cuda" else f", {torch.get_num_threads()} threads"
+        return f"{self.name()}{threads}, {self.collective}"
 
 
 def quiet_libraries() -> None:
@@ -58,21 +75,15 @@ def local_rank_and_size() -> tuple[int, int]:
 
 
 def select_backend(requested: str, local_rank: int, local_size: int) -> Backend:
-    """Choose the device of this rank and let Megatron know. `requested` is "auto", "cpu" or "cuda".
+    """Choose the device of this rank, as `device_of_rank` says, and let Megatron know.
 
-    More ranks on a node than GPUs share them over gloo, which stages through the host: NCCL refuses two ranks on one
-    device. Raises UserError where CUDA is demanded and absent.
+    Raises UserError where CUDA is demanded and absent.
     """
-    available = torch.cuda.is_available()
-    if requested == "cuda" and not available:
+    if requested == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device: cuda was asked for, but torch sees no CUDA device; use model.device=cpu or auto")
-    if requested == "cpu" or not available:
-        backend = Backend(torch.device("cpu"), "gloo", "cpu")
-    else:
-        count = torch.cuda.device_count()
-        device = torch.device("cuda", local_rank % count)
-        torch.cuda.set_device(device)
-        backend = Backend(device, "nccl" if local_size <= count else "gloo", "cuda")
+    device, collective = device_of_rank(requested, local_rank, local_size)
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    backend = Backend(device, collective, device.type, ranks_per_device=-(-local_size // count))
     # DeepSpeed picks its accelerator at import from this variable; both libraries must be on the same side.
     os.environ["DS_ACCELERATOR"] = backend.accelerator
     megatron.prepare(backend.device)

@@ -10,6 +10,8 @@ from lowrank_dist.errors import UserError
 
 # Below what Linux hands out for outgoing connections; jobs that share a node differ in their numbers.
 _FIRST_PORT, _PORTS = 10000, 20000
+# A name with one list of numbers or several in it, up to a comma that is not in a list.
+_FIRST_HOST = re.compile(r"([^\[\],](?:[^\[\],]|\[\d[^\[\]]*\])*)(?:,.*)?")
 
 
 def ranks_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -31,10 +33,10 @@ def ranks_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None
 
 def first_host(nodes: str) -> str:
     """The first name of a Slurm host list: "a[07-09,12],b1" → "a07". UserError for what is none."""
-    match = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?(?:,|$)", nodes)
+    match = _FIRST_HOST.fullmatch(nodes)
     if match is None:
         raise UserError(f"SLURM_STEP_NODELIST: {nodes!r} is not understood; set MASTER_ADDR to the first node's name")
-    return "".join(part or "" for part in match.groups())
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[1])
 
 
 def _tasks_of(text: str) -> list[int]:

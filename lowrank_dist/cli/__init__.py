@@ -1,1 +1,1 @@
-"""`lowrank-dist`: the commands that need no launcher. Thin: each one calls the room that does the work."""
+"""`lowrank-dist`: the commands beside training. Thin: each one calls the room that does the work."""

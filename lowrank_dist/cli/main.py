@@ -9,9 +9,12 @@ from typer.core import TyperGroup
 
 from lowrank_dist import __version__
 from lowrank_dist.cli.doctor import doctor_command
+from lowrank_dist.cli.evaluate import evaluate_command
 from lowrank_dist.cli.export import export_command
+from lowrank_dist.cli.generate import generate_command
 from lowrank_dist.cli.inspect import inspect_command
 from lowrank_dist.cli.merge import merge_command
+from lowrank_dist.cli.plan import plan_command
 from lowrank_dist.cli.slurm import slurm_command
 from lowrank_dist.errors import UserError
 
@@ -40,8 +43,11 @@ def _is_the_users(error: Exception) -> bool:
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.command("merge")(merge_command)
 app.command("doctor")(doctor_command)
+app.command("evaluate")(evaluate_command)
 app.command("inspect")(inspect_command)
 app.command("export")(export_command)
+app.command("generate")(generate_command)
+app.command("plan")(plan_command)
 app.command("slurm")(slurm_command)
 
 
@@ -57,4 +63,4 @@ def lowrank_dist(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Low-rank fine-tuning on a sharded base: everything that needs no launcher."""
+    """Low-rank fine-tuning on a sharded base: everything beside training."""

@@ -34,9 +34,6 @@ def slurm_command(
             help="Seconds before the end of the time at which the job is told to save and stop.", metavar="N", min=1
         ),
     ] = 300,
-    allow_tp_across_nodes: Annotated[
-        bool, typer.Option("--allow-tp-across-nodes", help="Tensor-parallel groups may cross nodes.")
-    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="File to write, NAME.sbatch if not given; must not exist.", metavar="FILE")
     ] = None,
@@ -49,7 +46,7 @@ def slurm_command(
 
     changes = overrides or []
     run = load_config([str(config), *changes])
-    check_layout(run.parallel, nodes, gpus_per_node, across_nodes=allow_tp_across_nodes)
+    check_layout(run.parallel, nodes, gpus_per_node, across_nodes=run.parallel.across_nodes)
     check_time(time, lead)
     # These two the script passes by itself, from RUN and RESUME.
     kept = [change for change in changes if not _says(change, "output.dir", "train.resume")]

@@ -166,6 +166,9 @@ class TrainConfig(Section):
         10, ge=1, description="steps skipped in a row after which train.nonfinite=skip stops the run, at least 1"
     )
     log_every: int = Field(1, ge=1, description="steps between log lines, at least 1")
+    ignore_plan: bool = Field(
+        False, description="true (start also where the plan says that memory does not suffice) or false"
+    )
     resume: Resume = Field(
         "never",
         description="never, auto (from the newest complete checkpoint in output.dir, where there is one) or the folder "

@@ -15,13 +15,14 @@ from lowrank_dist.data.dataset import Dataset
 class StepBatch:
     """This rank's share of one global batch; every rank has the same number of microbatches.
 
-    global_targets and global_tokens count target and non-padding tokens over all ranks. epoch: passes over the data set
-    once this batch is done.
+    global_targets and global_tokens count target and non-padding tokens over all ranks; global_squares is Σ length² of
+    the samples, which attention's work goes with. epoch: passes over the data set once this batch is done.
     """
 
     microbatches: list[Microbatch]
     global_targets: int
     global_tokens: int
+    global_squares: int
     epoch: float
 
 
@@ -58,7 +59,8 @@ class _Cut:
             )
             for at in range(ours, len(rows), group)
         ]
-        return StepBatch(microbatches, int(dataset.targets[numbers].sum()), int(lengths.sum()), epoch)
+        targets, tokens = int(dataset.targets[numbers].sum()), int(lengths.sum())
+        return StepBatch(microbatches, targets, tokens, int(np.square(lengths).sum()), epoch)
 
 
 class Loader:

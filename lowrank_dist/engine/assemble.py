@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor
 
 from lowrank_dist.backend import apex
+from lowrank_dist.backend.build_locks import stale_build_locks
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.checkpoint.adapter import module_paths
 from lowrank_dist.checkpoint.fingerprint import fingerprint
@@ -19,6 +20,7 @@ from lowrank_dist.config import Config
 from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.data.loader import Loader, StepBatch, eval_batches
 from lowrank_dist.data.tokenizer import load_tokenizer
+from lowrank_dist.engine.forecast import Forecast
 from lowrank_dist.engine.meter import Meter
 from lowrank_dist.engine.monitor import Monitor
 from lowrank_dist.engine.phases import Phases
@@ -34,8 +36,9 @@ from lowrank_dist.engine.writing import CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 from lowrank_dist.errors import UserError
 from lowrank_dist.lora.inject import AdaptedLinear, inject, theta_of
-from lowrank_dist.lora.placement import LoraRules, place
+from lowrank_dist.lora.placement import LinearPlacement, LoraRules, place
 from lowrank_dist.lora.state import spread_factors
+from lowrank_dist.model.architecture import Architecture
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.ops import choice, extension
 from lowrank_dist.ops.mask import quantise
@@ -88,12 +91,22 @@ def prepare_folder(config: Config) -> RunFolder:
     return folder
 
 
-def build_theta(model: CausalLM, config: Config, topology: Topology, resumption: Resumption | None) -> Theta:
-    """Place, attach and initialise the low-rank factors; those of a checkpoint come with the optimiser's state."""
+def place_factors(architecture: Architecture, config: Config) -> tuple[LinearPlacement, ...]:
+    """Which linears get factors of which rank, known before anything is loaded. UserError as `place` raises it."""
     lora = config.lora
     rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
-    masks = MaskSource(config.train.seed, _threshold(lora.dropout))
-    placements = place(model.architecture, rules)
+    return place(architecture, rules)
+
+
+def build_theta(
+    model: CausalLM,
+    placements: tuple[LinearPlacement, ...],
+    config: Config,
+    topology: Topology,
+    resumption: Resumption | None,
+) -> Theta:
+    """Attach and initialise the low-rank factors; those of a checkpoint come with the optimiser's state."""
+    masks = MaskSource(config.train.seed, _threshold(config.lora.dropout))
     model.set_recompute(config.engine.recompute == "full")
     lanes = wanted(config.engine.lanes, next(model.parameters()).device.type)
     adapted = inject(model, placements, masks, config.train.seed, topology.tp_rank, topology.tp_size, lanes)
@@ -140,6 +153,7 @@ def build_trainer(
     config: Config,
     folder: RunFolder,
     resumption: Resumption | None,
+    forecast: Forecast,
     supervision: Supervision,
     topology: Topology,
     backend: Backend,
@@ -159,8 +173,8 @@ def build_trainer(
     if resumption is not None:
         restore(resumption, theta.adapted, optimiser, topology, backend.device)
     monitor = Monitor(folder, steps, progress.step, active=writes, tensorboard=output.tensorboard, plot=output.plot)
-    kernels = describe_kernels(engine.kernels, backend.device.type)
-    _introduce(monitor, model, parameters, data, topology, backend, kernels)
+    notes = [*describe_kernels(engine.kernels, backend.device.type), forecast.memory_line, *_warn_of_locks()]
+    _introduce(monitor, model, parameters, data, topology, backend, notes)
     if resumption is not None:
         for line in (*resumption.messages, f"resumed from {resumption.folder} at step {progress.step} of {steps}"):
             monitor.say(line)
@@ -188,7 +202,7 @@ def build_trainer(
         ),
         NonFinite(train.nonfinite == "skip", train.max_skips),
         monitor,
-        Meter(phases, stragglers, topology, backend),
+        Meter(phases, stragglers, forecast, topology, backend),
         saver,
         progress,
         phases,
@@ -205,7 +219,7 @@ def _introduce(
     data: Data,
     topology: Topology,
     backend: Backend,
-    kernels: Sequence[str],
+    notes: Sequence[str],
 ) -> None:
     """What is about to happen, in a few lines; samples that were left out are never left out silently."""
     frozen = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in parameters)
@@ -214,12 +228,17 @@ def _introduce(
         f"{model.architecture.family}, {topology.tp_size} tensor × {topology.dp_size} data parallel, sequence parallel "
         f"{'on' if topology.sequence_parallel else 'off'}, {backend.describe()}"
     )
-    for line in kernels:
+    for line in notes:
         monitor.say(line)
     monitor.say(f"on each rank {theta:,} trained parameters beside {frozen:,} frozen ({100 * theta / frozen:.3f} %)")
     for dataset in (data.dataset, data.held_out):
         if dataset is not None:
             monitor.say(dataset.report.summary())
+
+
+def _warn_of_locks() -> Iterator[str]:
+    for lock in stale_build_locks():
+        yield f"a killed build left {lock}, for which every later build of that extension waits; remove it"
 
 
 def check_resumption(resumption: Resumption | None, config: Config, data: Data) -> None:

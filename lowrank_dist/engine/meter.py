@@ -6,6 +6,7 @@ from collections import Counter
 
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.loader import StepBatch
+from lowrank_dist.engine.forecast import Forecast
 from lowrank_dist.engine.phases import Phases
 from lowrank_dist.engine.stragglers import Stragglers
 from lowrank_dist.parallel.agreement import every_value
@@ -20,11 +21,19 @@ OWN_PHASES = ("data", "forward", "backward")
 class Meter:
     """Between `begin` and `end` lies one step that is recorded; `count` is told of every step."""
 
-    def __init__(self, phases: Phases, stragglers: Stragglers | None, topology: Topology, backend: Backend) -> None:
-        self._phases, self._stragglers = phases, stragglers
+    def __init__(
+        self,
+        phases: Phases,
+        stragglers: Stragglers | None,
+        forecast: Forecast,
+        topology: Topology,
+        backend: Backend,
+    ) -> None:
+        self._phases, self._stragglers, self._forecast = phases, stragglers, forecast
         self._topology, self._backend = topology, backend
+        self._peak = forecast.peak()
         self._seconds: Counter[str] = Counter()
-        self._tokens = 0
+        self._tokens = self._targets = self._squares = 0
 
     def begin(self) -> None:
         """A step that will be recorded begins."""
@@ -33,6 +42,8 @@ class Meter:
     def count(self, batch: StepBatch) -> None:
         """A step is done."""
         self._tokens += batch.global_tokens
+        self._targets += batch.global_targets
+        self._squares += batch.global_squares
 
     def end(self, step: int) -> tuple[dict[str, float], list[str]]:
         """Rates and seconds since the last record, and what is to be said of stragglers. Collective."""
@@ -43,16 +54,24 @@ class Meter:
             everyone = every_value(own, self._topology.world_group, self._backend.device)
             lines = self._stragglers.observe(step, everyone)
         busy = sum(self._seconds[phase] for phase in STEP_PHASES)
-        tokens_per_second = self._tokens / busy
+        ranks = self._topology.world_group.size()
+        flops = self._forecast.flops(self._tokens, self._targets, self._squares) / busy / ranks
         values = {
-            "tokens_per_second": tokens_per_second,
-            "tokens_per_second_per_rank": tokens_per_second / self._topology.world_group.size(),
+            "tokens_per_second": self._tokens / busy,
+            "tokens_per_second_per_rank": self._tokens / busy / ranks,
+            "tflops_per_rank": flops / 1e12,
+            **({} if self._peak is None else {"mfu_percent": 100 * flops / self._peak}),
             "memory_gib": self._backend.peak_memory_gib(),
             **{f"{phase}_seconds": round(total, 6) for phase, total in sorted(self._seconds.items())},
         }
         self._seconds.clear()
-        self._tokens = 0
+        self._tokens = self._targets = self._squares = 0
         return values, lines
+
+    def summary(self) -> str:
+        """Of the whole run: what it needed beside what was planned. Collective."""
+        peaks = every_value(self._backend.peak_memory_gib(), self._topology.world_group, self._backend.device)
+        return self._forecast.compare(max(peaks))
 
     def _settle(self, *, measure_waits: bool) -> tuple[Counter[str], float]:
         """Seconds since the last call, which are also added up."""

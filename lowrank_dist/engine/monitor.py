@@ -22,6 +22,8 @@ TAGS = {
     "learning_rate": "train/learning_rate",
     "tokens_per_second": "throughput(tps)",
     "tokens_per_second_per_rank": "throughput_per_rank(tps)",
+    "tflops_per_rank": "throughput(tflops)",
+    "mfu_percent": "mfu(%)",
     "memory_gib": "memory/peak_gib",
 }
 

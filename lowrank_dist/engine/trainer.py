@@ -118,6 +118,7 @@ class Trainer:
         self.saver.finish()
         if pace.probe_rows:
             self._probe(pace.probe_rows)
+        self.monitor.say(self.meter.summary())
         return True
 
     def _save_and_stop(self) -> None:

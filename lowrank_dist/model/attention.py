@@ -1,10 +1,12 @@
 """Core attention of the frozen base: rotary positions and scaled-dot-product attention, on CPU and CUDA alike.
 
-Legend: s positions, b rows of the microbatch, h query heads and g key/value heads of this rank, d head width.
+Legend: s positions, b rows of the microbatch, h query heads and g key/value heads of this rank, d head width; when
+decoding t columns, those in the cache and the s new ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +16,74 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+class KVCache:
+    """Keys (rotated) and values of every layer on this rank, for left-padded rows: column c is the same for all rows.
+
+    Not Megatron's inference context, which takes keys before core attention, where ours are not rotated yet.
+    """
+
+    def __init__(
+        self, padding: Tensor, *, layers: int, kv_heads: int, columns: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        """padding: int64 [b], empty columns at the left of each row. columns: the most that will be written."""
+        self.padding = padding
+        self._padded = bool(padding.any())
+        self.filled = 0
+        shape = (layers, padding.size(0), kv_heads, columns, head_dim)
+        self._keys = torch.empty(shape, dtype=dtype, device=padding.device)
+        self._values = torch.empty_like(self._keys)
+
+    def extend(self, layer: int, k_bgsd: Tensor, v_bgsd: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the next s columns of one layer; returns all keys and values so far, [b, g, t, d]."""
+        end = self.filled + k_bgsd.size(2)
+        held = []
+        for stored, new in ((self._keys[layer], k_bgsd), (self._values[layer], v_bgsd)):
+            stored[:, :, self.filled : end] = new
+            held.append(stored[:, :, :end])
+        return held[0], held[1]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these of the present rows alone, in ascending order. Takes no memory."""
+        for place, row in enumerate(rows):
+            if place != row:
+                for stored in (self._keys, self._values):
+                    stored[:, place, :, : self.filled] = stored[:, row, :, : self.filled]
+        self._keys, self._values = self._keys[:, : len(rows)], self._values[:, : len(rows)]
+        self.padding = self.padding[list(rows)]
+        self._padded = bool(self.padding.any())
+
+    def visible(self, new: int, window: int | None) -> Tensor | None:
+        """Which columns the next `new` ones see: bool [b, 1, s, t], None where causality alone says it.
+
+        window: column i sees j with i − window < j ≤ i. Padding sees itself, so that no softmax is over nothing.
+        """
+        total = self.filled + new
+        causal = new == 1 or self.filled == 0
+        if causal and not self._padded and (window is None or total <= window):
+            return None
+        columns = torch.arange(total, device=self.padding.device)
+        queries = columns[self.filled :, None]
+        seen = (columns <= queries) & (columns >= self.padding[:, None, None])
+        if window is not None:
+            seen &= columns > queries - window
+        return (seen | (columns == queries))[:, None]
+
+
 @dataclass
 class SequencePlan(PackedSeqParams):
     """What attention must know of a microbatch; travels through Megatron's layers as their `packed_seq_params`.
 
     cos, sin: [s, b or 1, 1, d/2], or None for learned positions. segments: (row, start, end) of every packed sample,
-    or None where each row is one sample and causality alone keeps right padding out.
+    or None where each row is one sample and causality alone keeps right padding out. cache: where decoding keeps the
+    columns before, with `KVCache.visible` of the new ones.
     """
 
     qkv_format: str = "sbhd"
     cos: Tensor | None = None
     sin: Tensor | None = None
     segments: tuple[tuple[int, int, int], ...] | None = None
+    cache: KVCache | None = None
+    visible: Tensor | None = None
 
 
 class _Rotate(torch.autograd.Function):
@@ -54,8 +112,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class CoreAttention(nn.Module):
     """Megatron's core-attention interface: q [s, b, h, d], k and v [s, b, g, d] → [s, b, h·d]. Causal, no T×T mask."""
 
-    def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
+        self.layer = layer_number - 1  # Megatron counts from 1
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -72,7 +131,12 @@ class CoreAttention(nn.Module):
         if plan.cos is not None:
             query, key = _Rotate.apply(query, plan.cos, plan.sin), _Rotate.apply(key, plan.cos, plan.sin)
         heads = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
-        out_bhsd = self._attend(*heads) if plan.segments is None else self._attend_packed(*heads, plan.segments)
+        if plan.cache is not None:
+            out_bhsd = self._attend_cached(*heads, plan.cache, plan.visible)
+        elif plan.segments is None:
+            out_bhsd = self._attend(*heads)
+        else:
+            out_bhsd = self._attend_packed(*heads, plan.segments)
         return out_bhsd.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor) -> Tensor:
@@ -90,3 +154,20 @@ class CoreAttention(nn.Module):
             part = (slice(row, row + 1), slice(None), slice(start, end))
             rows[row].append(self._attend(q_bhsd[part], k_bgsd[part], v_bgsd[part]))
         return torch.cat([torch.cat(parts, dim=2) for parts in rows], dim=0)
+
+    def _attend_cached(
+        self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, cache: KVCache, visible: Tensor | None
+    ) -> Tensor:
+        """The new columns attend to those before and to themselves."""
+        k_bgtd, v_bgtd = cache.extend(self.layer, k_bgsd, v_bgsd)
+        group = q_bhsd.size(1) // k_bgtd.size(1)
+        if q_bhsd.size(2) == 1:
+            # The query heads of a group are as good as positions of one head: nothing is repeated for them.
+            q_bhsd = q_bhsd.reshape(q_bhsd.size(0), k_bgtd.size(1), group, -1)
+            out = F.scaled_dot_product_attention(q_bhsd, k_bgtd, v_bgtd, attn_mask=visible, scale=self.softmax_scale)
+            return out.flatten(1, 2)[:, :, None]
+        if visible is None:
+            return self._attend(q_bhsd, k_bgtd, v_bgtd)
+        # Repeated here, since on CUDA no fused kernel takes both a mask and grouped heads.
+        k_bhtd, v_bhtd = (tensor.repeat_interleave(group, dim=1) for tensor in (k_bgtd, v_bgtd))
+        return F.scaled_dot_product_attention(q_bhsd, k_bhtd, v_bhtd, attn_mask=visible, scale=self.softmax_scale)

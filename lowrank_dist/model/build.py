@@ -35,9 +35,7 @@ def load_model(
     dtype: "auto" keeps the checkpoint's. broadcast: data-parallel replica 0 reads and sends, so that a file is read
     once a cluster and not once a replica. Raises UserError for a folder, an option or a length that does not fit.
     """
-    architecture = load_architecture(path)
-    architecture.check_tp(topology.tp_size)
-    check_length(architecture, path, max_length)
+    architecture = check_model(path, topology.tp_size, max_length)
     source = dist.get_process_group_ranks(topology.dp_group)[0]
     send = broadcast and topology.dp_size > 1
     with open_checkpoint(path) as checkpoint:
@@ -59,6 +57,18 @@ def load_model(
             broadcast=(lambda parameter: _broadcast(parameter, source, topology)) if send else None,
         )
     return model
+
+
+def check_model(path: Path, tp_size: int, max_length: int) -> Architecture:
+    """What the folder's config.json describes, without a look at the weights.
+
+    Raises UserError for what is no model of ours, a tensor-parallel size that does not divide it, or a length that it
+    cannot represent.
+    """
+    architecture = load_architecture(path)
+    architecture.check_tp(tp_size)
+    check_length(architecture, path, max_length)
+    return architecture
 
 
 def check_length(architecture: Architecture, path: Path, max_length: int) -> None:

@@ -5,7 +5,9 @@ Legend: b rows, s positions (a multiple of N under sequence parallelism), H hidd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lowrank_dist.model.architecture import Architecture, inv_freq, padded_vocab
-from lowrank_dist.model.attention import SequencePlan
+from lowrank_dist.model.attention import KVCache, SequencePlan
 from lowrank_dist.model.layers import ACTIVATIONS, layer_spec
+from lowrank_dist.ops.gemm import linear
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.parallel.vocab import FrozenHeadLoss, gathered_logits
@@ -117,7 +120,8 @@ class CausalLM(GPTModel):
         hidden_nH = self._hidden(input_ids, position_ids, segments).flatten(0, 1).index_select(0, target_index)
         reduce_dgrad = self.topology.tp_size > 1 and not self.topology.sequence_parallel
         weight, first = self._head()
-        return FrozenHeadLoss.apply(hidden_nH, weight, target_ids, first, self.topology.tp_group, reduce_dgrad)
+        padded_rows, group = self._head_weight().size(0), self.topology.tp_group
+        return FrozenHeadLoss.apply(hidden_nH, weight, target_ids, first, padded_rows, group, reduce_dgrad)
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, segments: Segments = None) -> Tensor:
         """[b, s, V] on every rank, vocabulary padding cut off. Not differentiable."""
@@ -128,9 +132,76 @@ class CausalLM(GPTModel):
             )
         return flat.unflatten(0, hidden_sbH.shape[:2]).transpose(0, 1)
 
+    @contextmanager
+    def without_sequence_parallelism(self) -> Iterator[None]:
+        """Be, while this lasts, the model that a topology without sequence parallelism would have built.
+
+        A decoding step of one token cannot be cut over ranks. No weight moves: what acts on the flag has it set.
+        """
+        topology = self.topology
+        if not topology.sequence_parallel:
+            yield
+            return
+        self._set_sequence_parallel(replace(topology, sequence_parallel=False))
+        try:
+            yield
+        finally:
+            self._set_sequence_parallel(topology)
+
+    def _set_sequence_parallel(self, topology: Topology) -> None:
+        enabled = topology.sequence_parallel
+        self.topology, self.config.sequence_parallel = topology, enabled
+        # As their constructors decide it: position embeddings are added before tokens are scattered.
+        scattered = enabled and not self.embedding.add_position_embedding
+        self.embedding.reduce_scatter_embeddings = scattered
+        self.embedding.word_embeddings.reduce_scatter_embeddings = scattered
+        for module in self.modules():
+            if hasattr(module, "sequence_parallel"):
+                module.sequence_parallel = enabled
+            if hasattr(module, "allreduce_dgrad"):
+                module.allreduce_dgrad = not enabled
+
+    def new_cache(self, padding: Tensor, columns: int) -> KVCache:
+        """An empty cache for `columns` columns of rows that begin with `padding` [b] empty ones; see `decode`."""
+        architecture = self.architecture
+        return KVCache(
+            padding,
+            layers=architecture.layers,
+            # With fewer heads than ranks every rank has gathered the one it needs.
+            kv_heads=max(1, architecture.kv_heads // self.topology.tp_size),
+            columns=columns,
+            head_dim=architecture.head_dim,
+            dtype=self.config.params_dtype,
+        )
+
+    def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
+        """Logits [b, V_i] of the token after the last column, for this rank's rows of the head; −∞ on padded rows.
+
+        input_ids [b, s]: the columns after those in the cache, which takes them up. Positions count from each row's
+        first column that is not padding. Not differentiable; only without sequence parallelism.
+        """
+        assert not self.topology.sequence_parallel, "decode inside `without_sequence_parallelism`"
+        columns = torch.arange(cache.filled, cache.filled + input_ids.size(1), device=input_ids.device)
+        position_ids = (columns - cache.padding[:, None]).clamp_(min=0)
+        plan = self._plan(position_ids.t())
+        plan.cache, plan.visible = cache, cache.visible(input_ids.size(1), self.architecture.sliding_window)
+        with torch.no_grad():
+            hidden_sbH = super().forward(input_ids, position_ids, attention_mask=None, packed_seq_params=plan)
+            cache.filled += input_ids.size(1)
+            logits = linear(hidden_sbH[-1], self._head_weight())
+        kept, _ = self._head()
+        logits[:, kept.size(0) :] = -torch.inf
+        return logits
+
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, segments: Segments) -> Tensor:
         """[s, b, H] after the final norm, whole on every rank (under sequence parallelism dH is scattered)."""
-        plan = self._plan(position_ids, segments)
+        if segments is None:
+            # Unpacked rows all count 0, 1, 2, …: one column of angles serves them all, padding included.
+            positions_sb = torch.arange(position_ids.size(1), device=position_ids.device)[:, None]
+        else:
+            positions_sb = position_ids.t()
+        plan = self._plan(positions_sb)
+        plan.segments = segments
         hidden = super().forward(input_ids, position_ids, attention_mask=None, packed_seq_params=plan)
         if not self.topology.sequence_parallel:
             return hidden
@@ -138,17 +209,13 @@ class CausalLM(GPTModel):
             hidden, tensor_parallel_output_grad=True, group=self.topology.tp_group
         )
 
-    def _plan(self, position_ids: Tensor, segments: Segments) -> SequencePlan:
+    def _plan(self, positions_sb: Tensor) -> SequencePlan:
+        """The rotation of each position; all else that attention is told is the caller's to add."""
         if self.architecture.positions == "learned":
-            return SequencePlan(segments=segments)
-        if segments is None:
-            # Unpacked rows all count 0, 1, 2, …: one column of angles serves them all, padding included.
-            positions_sb = torch.arange(position_ids.size(1), device=position_ids.device)[:, None]
-        else:
-            positions_sb = position_ids.t()
+            return SequencePlan()
         angles = (positions_sb[..., None].float() * self.inv_freq)[:, :, None, :]
         dtype = self.config.params_dtype
-        return SequencePlan(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype), segments=segments)
+        return SequencePlan(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype))
 
     def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states

@@ -34,10 +34,12 @@ class FrozenHeadLoss(torch.autograd.Function):
         weight_VH: Tensor,
         targets_n: Tensor,
         first_id: int,
+        padded_rows: int,
         group: ProcessGroup,
         reduce_dgrad: bool,
     ) -> Tensor:
-        block = max(1, LOGIT_BLOCK_BYTES // (4 * max(1, weight_VH.size(0))))
+        # Of the rows with padding, of which every rank has as many: blocks are all-reduced, so all must cut alike.
+        block = max(1, LOGIT_BLOCK_BYTES // (4 * padded_rows))
         needs_grad = ctx.needs_input_grad[0]
         grad_nH = torch.empty_like(hidden_nH) if needs_grad else None
         total = hidden_nH.new_zeros((), dtype=torch.float32)
@@ -56,7 +58,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         grad_nH = ctx.grad_nH.mul_(dloss.to(ctx.grad_nH.dtype))
         if ctx.reduce_dgrad:
             all_reduce(grad_nH, ctx.group).wait()
-        return grad_nH, None, None, None, None, None
+        return grad_nH, None, None, None, None, None, None
 
 
 def _block(

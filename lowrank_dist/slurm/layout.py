@@ -27,8 +27,8 @@ def check_layout(parallel: ParallelConfig, nodes: int, ranks_per_node: int, *, a
     if ranks_per_node % parallel.tensor and not across_nodes:
         raise UserError(
             f"parallel.tensor: with {parallel.tensor} a tensor-parallel group would cross nodes ({job}), where every "
-            f"layer waits for the network; it may be {_divisors(ranks_per_node, ranks_per_node)}, or give "
-            "--allow-tp-across-nodes"
+            f"layer waits for the network; it may be {_divisors(ranks_per_node, ranks_per_node)}, or set "
+            "parallel.across_nodes=true"
         )
     if parallel.data is not None and parallel.data * parallel.tensor != ranks:
         raise UserError(

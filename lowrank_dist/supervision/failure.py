@@ -92,5 +92,7 @@ def retire(folder: Path, seconds: float) -> None:
         clock.touch()
         age = clock.stat().st_mtime - target.stat().st_mtime
         if age > seconds:
-            target.replace(folder / f"{NAME}.{time.strftime('%Y%m%dT%H%M%S', time.localtime(target.stat().st_mtime))}")
-    clock.unlink(missing_ok=True)
+            when = time.strftime("%Y%m%dT%H%M%S", time.localtime(target.stat().st_mtime))
+            target.replace(folder / f"{NAME}.{when}")
+    with contextlib.suppress(OSError):
+        clock.unlink()

@@ -9,10 +9,12 @@ import time
 from dataclasses import dataclass
 
 # In order. Until training begins a rank is judged by whether it computes or reads at all: to load 175B takes as long
-# as the disk needs. From then on every phase says when it began.
+# as the disk needs. From then on every phase says when it began. The end: all ranks wait for one another once more.
 STARTING = ("start", "meeting", "model", "data set", "optimiser state")
-TRAINING = ("data", "forward", "backward", "reduction", "optimiser", "evaluation", "checkpoint")
-LEAVING = "end"
+ENDING = "end"
+TRAINING = ("data", "forward", "backward", "reduction", "optimiser", "evaluation", "checkpoint", ENDING)
+# What is left to do before the process ends, well or not: it has said what there was to say, or is about to.
+LEAVING = "leaving"
 PHASES = (*STARTING, *TRAINING, LEAVING)
 
 _STATE = struct.Struct("=dqq")  # when the phase began (CLOCK_MONOTONIC), its number, the step

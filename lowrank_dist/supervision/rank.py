@@ -4,40 +4,35 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import logging
 import os
-import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
 import torch.distributed as dist
 
+from lowrank_dist.backend.processes import started
 from lowrank_dist.backend.select import shutdown
 from lowrank_dist.config import ConfigError
 from lowrank_dist.errors import ElsewhereError, UserError
-from lowrank_dist.supervision.failure import Failure, explains, read, record
+from lowrank_dist.supervision.failure import Failure, explains, read, record, retire
 from lowrank_dist.supervision.launchers import find_launchers
-from lowrank_dist.supervision.page import LEAVING, STARTING, Page
-from lowrank_dist.supervision.signals import SIGNALS, StopRequest
-from lowrank_dist.supervision.watchdog import Charge
+from lowrank_dist.supervision.page import ENDING, LEAVING, STARTING, Page, State
+from lowrank_dist.supervision.peers import Answer, ask
+from lowrank_dist.supervision.signals import StopRequest
+from lowrank_dist.supervision.watchdog import Charge, start
 
 logger = logging.getLogger(__name__)
 
 # Exit codes. PREEMPTED: the run was told to stop, saved, and can go on; a job script requeues it.
 FAILURE, USER_ERROR, PREEMPTED, INTERRUPTED = 1, 2, 85, 130
-_ASK_SECONDS = 3  # that ranks which lost their peers wait for one that knows why
-_NEVER_DELIVERED = {*SIGNALS, signal.SIGINT, signal.SIGHUP}
 
 
 class Supervision:
@@ -49,16 +44,19 @@ class Supervision:
         self.rank = int(os.environ.get("RANK", "0"))
         self.host = socket.gethostname()
         self.hosts: Sequence[str] = ()
-        self._timeout, self._step, self._folder = timeout_seconds, 0, None
+        self._timeout, self._step = timeout_seconds, 0
+        self._folder: Path | None = None
+        self._left: State | None = None
 
     def __enter__(self) -> Supervision:
+        self._began = time.monotonic()
         self._page = Page.make()
         self.enter(STARTING[0])
         self._stacks = os.fdopen(os.memfd_create("stacks"), "w")
         self._enabled_before = faulthandler.is_enabled()
         faulthandler.enable(self._stacks)
         self.stop.__enter__()
-        self._watchdog = self._start_watchdog()
+        self._watchdog = start(self._charge())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -76,36 +74,40 @@ class Supervision:
         """Say that the rank goes on, with `phase` (of supervision.page.PHASES); steps count from 1."""
         if step is not None:
             self._step = step
+        if phase == LEAVING and self._left is None:
+            self._left = self._page.state()
         self._page.enter(phase, self._step)
 
     def in_folder(self, path: Path) -> None:
-        """From now on a failure is recorded in this run folder."""
+        """From now on a failure is recorded in this run folder; what an earlier job left there is not of this one."""
         self._folder = path.absolute()
         self._page.set_folder(str(self._folder))
+        if self.rank == 0:
+            retire(self._folder, time.monotonic() - self._began)
 
     def failed(self, error: BaseException) -> int:
         """Say and record what ended this rank. Returns the exit code: 2 for bad input, 130 for Ctrl-C, else 1."""
         if isinstance(error, KeyboardInterrupt):
             return INTERRUPTED
-        mistake = isinstance(error, UserError | ConfigError)
-        code = USER_ERROR if mistake else FAILURE
-        cause = not (isinstance(error, ElsewhereError) or lost_peers(error))
-        state = self._page.state()
         self.enter(LEAVING)
+        mistake = isinstance(error, UserError | ConfigError)
         if mistake:
             logger.error("%s", error)
         else:
             logger.error("rank failed", exc_info=error)
-        reason = str(error) if mistake else f"{type(error).__name__}: {error}"
+        cause = not (isinstance(error, ElsewhereError) or lost_peers(error))
         trace = "" if mistake or not cause else "".join(traceback.format_exception(error))
-        announces, silent = self._ask_peers(cause)
-        if silent:
-            reason += f"; not heard of since: {self._names(silent)}"
-        failure = Failure(self.rank, self.host, state.step, state.phase, reason, trace, cause)
-        said = record(self._folder, failure) if self._folder else str(failure)
-        if announces:
-            print(f"lowrank_dist: {error if mistake and cause else said}", file=sys.stderr, flush=True)
-        return code
+        reason = str(error) if mistake else f"{type(error).__name__}: {error}"
+        failure = self._failure(reason, trace, cause)
+        # What others are told comes after what they can read.
+        said = record(self._folder, failure) if cause and self._folder else str(failure)
+        answer = self._ask_peers(said if cause else None, mistake)
+        if not cause:
+            said = self._left_behind(failure, answer)
+        if answer.speaks:
+            with contextlib.suppress(OSError):  # who read this may be gone
+                print(f"lowrank_dist: {error if mistake and cause else said}", file=sys.stderr, flush=True)
+        return USER_ERROR if mistake else FAILURE
 
     def leave(self, code: int) -> NoReturn:
         """End this process. Where the run ended well on this rank, all ranks end together: a launcher ends the others
@@ -113,86 +115,61 @@ class Supervision:
 
         Not by the interpreter's own end, in which the threads of gloo and NCCL abort now and then, or hang.
         """
-        self.enter(LEAVING)
+        clean = code in (0, PREEMPTED)
+        self.enter(ENDING if clean else LEAVING)
         try:
-            shutdown(clean=code in (0, PREEMPTED))
+            shutdown(clean=clean)
         except Exception as error:
             code = self.failed(error)
+        self.enter(LEAVING)
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
         os._exit(code)
 
-    def _ask_peers(self, cause: bool) -> tuple[bool, list[int]]:
-        """Whether this rank is to speak, and which ranks have not been heard of.
+    def _failure(self, reason: str, trace: str, cause: bool, silent: Sequence[str] = ()) -> Failure:
+        return Failure(self.rank, self.host, self._left.step, self._left.phase, reason, trace, cause, silent)
 
-        A rank that lost its peers waits: who went first may be about to say so. In a thread, because the store may be
-        on a host that no longer answers.
-        """
+    def _left_behind(self, failure: Failure, answer: Answer) -> str:
+        """Record that this rank lost its peers. Returns the cause where it is known."""
+        silent = [self._name(rank) for rank in answer.silent]
+        reason = failure.reason
+        if not answer.reached:
+            reason += f"; nor does the job's store on {os.environ.get('MASTER_ADDR', 'rank 0')} answer"
+        failure = self._failure(reason, "", False, silent)
+        said = record(self._folder, failure) if self._folder else str(failure)
+        return said if explains(said) or answer.cause is None else answer.cause
+
+    def _ask_peers(self, said: str | None, mistake: bool) -> Answer:
         if not dist.is_initialized():
-            return os.environ.get("LOCAL_RANK", "0") == "0", []
-        answer: list[tuple[bool, list[int]]] = []
-        asking = threading.Thread(target=lambda: answer.append(self._ask(cause)), daemon=True)
-        asking.start()
-        asking.join(2 * _ASK_SECONDS)
-        # Better twice than never: the store is gone, with the rank that held it.
-        return answer[0] if answer else (True, [])
-
-    def _ask(self, cause: bool) -> tuple[bool, list[int]]:
-        store = dist.distributed_c10d._get_default_store()
-        store.set_timeout(timedelta(seconds=_ASK_SECONDS))
+            # All ranks make the same mistakes; other failures are one rank's own.
+            return Answer(speaks=not mistake or os.environ.get("LOCAL_RANK", "0") == "0")
         try:
-            store.set(f"lowrank_dist/left/{self.rank}", self.host)
-            if cause:
-                announces = store.add("lowrank_dist/failed", 1) == 1
-                if self.rank == 0:  # the store ends with it, and whoever asks then takes itself for the first
-                    self._await(lambda: not self._silent(store))
-                return announces, []
-            self._await(lambda: self._folder is not None and explains(read(self._folder)))
-            return store.add("lowrank_dist/left behind", 1) == 1, self._silent(store)
-        except (RuntimeError, dist.DistError):
-            return True, []
+            store = dist.distributed_c10d._get_default_store()
+            return ask(store, self.rank, dist.get_world_size(), said, self._cause_recorded)
+        except Exception:  # no thread, no memory, …: what is there to say comes first
+            logger.exception("the other ranks could not be asked")
+            return Answer(speaks=True, reached=False)
 
-    def _silent(self, store: dist.Store) -> list[int]:
-        return [rank for rank in range(dist.get_world_size()) if not store.check([f"lowrank_dist/left/{rank}"])]
+    def _cause_recorded(self) -> bool:
+        return self._folder is not None and explains(read(self._folder))
 
-    def _await(self, condition: Callable[[], bool]) -> None:
-        end = time.monotonic() + _ASK_SECONDS
-        while not condition() and time.monotonic() < end:
-            time.sleep(0.1)
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} on {self.hosts[rank]}" if self.hosts else f"rank {rank}"
 
-    def _names(self, ranks: Sequence[int]) -> str:
-        return ", ".join(f"rank {r} on {self.hosts[r]}" if self.hosts else f"rank {r}" for r in ranks)
-
-    def _start_watchdog(self) -> subprocess.Popen[bytes]:
-        launchers = {str(pid): name for pid, name in find_launchers().items()}
-        process = os.pidfd_open(os.getpid())
-        charge = Charge(
+    def _charge(self) -> Charge:
+        return Charge(
             pid=os.getpid(),
-            process=process,
+            started=started(Path("/proc/self")),
+            thread=threading.main_thread().ident,
             rank=self.rank,
             host=self.host,
             timeout=self._timeout,
             page=self._page.descriptor,
             stacks=self._stacks.fileno(),
-            launchers=launchers,
+            launchers=find_launchers(),
         )
-        package = Path(__file__).parents[2]
-        path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # What a process inherits as blocked stays pending for ever: a watchdog outlives every signal to the job.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _NEVER_DELIVERED)
-        try:
-            return subprocess.Popen(
-                [sys.executable, "-m", "lowrank_dist.supervision.watchdog", json.dumps(asdict(charge))],
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": path},
-                stdout=subprocess.DEVNULL,
-                pass_fds=(charge.process, charge.page, charge.stacks),
-            )
-        finally:
-            os.close(process)
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def lost_peers(error: BaseException) -> bool:

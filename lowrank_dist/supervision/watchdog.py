@@ -1,6 +1,6 @@
 """The watchdog of one rank: a process of its own, since what stops a rank stops its threads as well.
 
-    python -m lowrank_dist.supervision.watchdog   (started by supervision.rank, never by hand)
+    python -m lowrank_dist.supervision.watchdog   (started by `start`, never by hand)
 
 It ends with its rank. Standard library alone: a rank's watchdog costs a few MB. It cannot be told to stop, for a
 launcher that ends a job signals every process of it; that signal only tells it not to wait any longer.
@@ -11,41 +11,73 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
+import re
+import resource
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lowrank_dist.backend.processes import EXIT_CODE, STARTED, STATE, SYSTEM_TICKS, USER_TICKS, runs, stat_fields
 from lowrank_dist.supervision.failure import Failure, record
+from lowrank_dist.supervision.launchers import Launcher
 from lowrank_dist.supervision.page import LEAVING, STARTING, Page, State
+from lowrank_dist.supervision.signals import SIGNALS
 
-LOOK_SECONDS = 0.5
+LOOK_SECONDS = 0.2
 # Longer than a collective's own timeout, whose error says more than that a rank stood still.
 GRACE_SECONDS = 10
 # Between the signal that has the rank print its stacks, and the one that it cannot refuse.
 STACKS_SECONDS = 3
 LEAVE_SECONDS = 25
+# Launchers ask before they kill. A rank that dies sooner after it was asked died of something else.
+ASKED_SECONDS = 2
+# A watchdog that did not run for so long was stopped with its rank: Slurm's suspend, or a machine that sleeps.
+PAUSE_SECONDS = 5
 _ENDS_JOBS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+# The innermost frame of a thread that waits for other ranks.
+_COLLECTIVE = r'.*\n  File ".*/(torch/distributed/.*|lowrank_dist/parallel/collectives\.py)"'
+_EXTENSIONS = re.compile(r"^Extension modules: .*\n?", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Charge:
-    """What a watchdog is told at its start. timeout: that of the rank's collectives. launchers: process id → name.
+    """What a watchdog is told at its start. timeout: that of the rank's collectives.
 
-    process, page and stacks are descriptors: of the rank's process, of `Page`, of what faulthandler writes.
+    started and launchers: `processes.started` and `find_launchers`. thread: the main one, as faulthandler names it.
+    page and stacks are descriptors: of `Page`, and of what faulthandler writes.
     """
 
     pid: int
-    process: int
+    started: str
+    thread: int
     rank: int
     host: str
     timeout: float
     page: int
     stacks: int
-    launchers: dict[str, str]
+    launchers: Sequence[Launcher]
+
+
+def start(charge: Charge) -> subprocess.Popen[bytes]:
+    """A watchdog beside this process."""
+    package = Path(__file__).parents[2]
+    path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
+    # What a process inherits as blocked stays pending for ever: a watchdog outlives every signal to the job.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, *_ENDS_JOBS})
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "lowrank_dist.supervision.watchdog", json.dumps(asdict(charge))],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path},
+            stdout=subprocess.DEVNULL,
+            pass_fds=(charge.page, charge.stacks),
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Watchdog:
@@ -53,89 +85,116 @@ class Watchdog:
 
     def __init__(self, charge: Charge) -> None:
         self._charge, self._page = charge, Page(charge.page)
-        self._rank = charge.process
-        self._launchers = dict(_opened(charge.launchers))
-        self._poll = select.poll()
-        for descriptor in (self._rank, *self._launchers):
-            self._poll.register(descriptor, select.POLLIN)
-        self._activity, self._active_since = 0, time.monotonic()
+        self._process = Path("/proc", str(charge.pid))
+        self._launchers = list(charge.launchers)
         self._oom_kills = _oom_kills()
+        self._looked_at = self._active_since = self._counts_from = time.monotonic()
+        self._activity = 0
         self._told_at: float | None = None
+        self._stopped_at: float | None = None
 
     def run(self) -> None:
         """Until the rank has ended."""
-        while True:
-            ready = {descriptor for descriptor, _ in self._poll.poll(1000 * LOOK_SECONDS)}
-            state, code = self._page.state(), _exit_code(self._charge.pid)
-            if self._rank in ready:
-                self._ended(state, code)
-                return
-            for descriptor in ready & self._launchers.keys():
-                self._launcher_gone(descriptor, state)
-            if self._told_at is None and signal.sigpending() & _ENDS_JOBS:
-                self._told_at = time.monotonic()
-            reason = self._why_end_it(state)
-            if reason is not None:
-                self._end_it(state, reason)
-                return
+        while self._look():
+            time.sleep(LOOK_SECONDS)
 
-    def _why_end_it(self, state: State) -> str | None:
-        """What is wrong with a rank that is still there, None while nothing is."""
-        now = time.monotonic()
-        still = now - (self._last_activity(now) if state.phase in STARTING else state.since)
-        limit = self._charge.timeout + GRACE_SECONDS
-        if state.phase == LEAVING:
-            return "it did not end" if still > LEAVE_SECONDS else None
-        if still > limit or (self._told_at is not None and still > limit / 2):
-            stopped = " (its process is stopped)" if _process_state(self._charge.pid) in "Tt" else ""
-            return f"stood still for {still:.0f} s{stopped}"
-        if self._told_at is not None and now - self._told_at > max(limit, LEAVE_SECONDS):
-            return "did not end when it was told to"
-        return None
+    def _look(self) -> bool:
+        """Whether there is anything left to watch."""
+        fields, now = stat_fields(self._process), time.monotonic()
+        state = self._page.state()  # read after the process: of one that has ended it is final
+        if not self._runs(fields):
+            self._ended(state, fields, now)
+            return False
+        if now - self._looked_at > PAUSE_SECONDS:
+            self._counts_from, self._stopped_at = now, None
+        self._looked_at = now
+        self._note(fields, now)
+        for launcher in [launcher for launcher in self._launchers if not launcher.lives()]:
+            self._launchers.remove(launcher)
+            self._launcher_gone(launcher, state, now)
+        reason = self._why_end_it(state, now)
+        if reason is not None:
+            self._end_it(state, reason)
+        return reason is None
 
-    def _last_activity(self, now: float) -> float:
-        """When the rank was last seen to compute or to read."""
-        activity = _activity(self._charge.pid)
+    def _runs(self, fields: list[str]) -> bool:
+        return runs(fields) and fields[STARTED] == self._charge.started
+
+    def _note(self, fields: list[str], now: float) -> None:
+        activity = int(fields[USER_TICKS]) + int(fields[SYSTEM_TICKS]) + _bytes_read(self._process)
         if activity != self._activity:
             self._activity, self._active_since = activity, now
-        return self._active_since
+        if fields[STATE] != "T":  # "t" is a debugger's
+            self._stopped_at = None
+        elif self._stopped_at is None:
+            self._stopped_at = now
+        if self._told_at is None and signal.sigpending() & _ENDS_JOBS:
+            self._told_at = now
 
-    def _launcher_gone(self, descriptor: int, state: State) -> None:
+    def _why_end_it(self, state: State, now: float) -> str | None:
+        """What is wrong with a rank that is still there, None while nothing is."""
+        since = self._active_since if state.phase in STARTING else state.since
+        still, told, limit = now - max(since, self._counts_from), self._told_at, self._charge.timeout + GRACE_SECONDS
+        if state.phase == LEAVING:
+            return "did not end" if still > LEAVE_SECONDS else None
+        # Before the collectives of the others time out: they then learn the cause instead.
+        if self._stopped_at is not None and (told or now - self._stopped_at > self._charge.timeout / 2):
+            return f"was stopped (SIGSTOP) {now - self._stopped_at:.0f} s ago"
+        if still > limit or (told and still > limit / 2):
+            return f"stood still for {still:.0f} s"
+        if told and now - told > max(limit, LEAVE_SECONDS):
+            return f"was told to end {now - told:.0f} s ago and did not"
+        return None
+
+    def _launcher_gone(self, launcher: Launcher, state: State, now: float) -> None:
         """The rank may outlive its launcher by a step and a checkpoint, which it is asked for."""
-        name = self._launchers.pop(descriptor)
-        self._poll.unregister(descriptor)
         if state.phase == LEAVING:
             return
-        self._say(state, f"its launcher ({name}) is gone; it is told to save and stop", first=True)
-        self._told_at = self._told_at or time.monotonic()
-        _signal(self._charge.pid, signal.SIGTERM)
+        self._say(state, f"its launcher ({launcher.name}) is gone; it is told to save and stop", first=True)
+        self._told_at = self._told_at or now
+        self._signal(signal.SIGTERM)
 
     def _end_it(self, state: State, reason: str) -> None:
-        pid = self._charge.pid
-        # faulthandler answers SIGABRT with the stacks of all threads, whoever holds the interpreter's lock.
+        # faulthandler answers SIGABRT with the stacks of all threads, whoever holds the interpreter's lock. Without a
+        # core, which would take minutes and fill a disk.
+        with contextlib.suppress(OSError):
+            resource.prlimit(self._charge.pid, resource.RLIMIT_CORE, (0, 0))
         for number in (signal.SIGABRT, signal.SIGCONT):
-            _signal(pid, number)
-        self._poll_rank(STACKS_SECONDS)
-        _signal(pid, signal.SIGKILL)
-        self._poll_rank(STACKS_SECONDS)
-        if state.phase != LEAVING:
-            self._say(state, f"{reason} and was killed by its watchdog", first=True)
-
-    def _poll_rank(self, seconds: float) -> None:
-        poll = select.poll()
-        poll.register(self._rank, select.POLLIN)
-        poll.poll(1000 * seconds)
-
-    def _ended(self, state: State, code: int | None) -> None:
+            self._signal(number)
+        self._await_end()
+        self._signal(signal.SIGKILL)
+        self._await_end()
         if state.phase == LEAVING:
             return
-        how = "it ended without a word" if code is None else f"it ended with {_describe(code)}"
+        # One that waits for others stands still as well.
+        first = self._stopped_at is not None or not self._in_collective()
+        where = "" if first else " in a collective"
+        self._say(state, f"it {reason}{where}, and was killed by its watchdog", first=first)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._runs(stat_fields(self._process)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._charge.pid, number)
+
+    def _await_end(self) -> None:
+        end = time.monotonic() + STACKS_SECONDS
+        while self._runs(stat_fields(self._process)) and time.monotonic() < end:
+            time.sleep(LOOK_SECONDS / 4)
+
+    def _ended(self, state: State, fields: list[str], now: float) -> None:
+        if state.phase == LEAVING:
+            return
+        stacks = self._stacks()
+        if fields and fields[STATE] == "Z":
+            how = f"it ended with {_describe(int(fields[EXIT_CODE]))}"
+        else:
+            how = "it crashed" if stacks else "it ended without a word, as after SIGKILL"
         if _oom_kills() > self._oom_kills:
             how += "; the kernel's out-of-memory killer struck on this host meanwhile"
-        # Ended by others: by its launcher, or by NCCL once a collective had taken too long.
-        casualty = self._told_at is not None or signal.sigpending() & _ENDS_JOBS
-        waited = state.phase not in STARTING and time.monotonic() - state.since > 0.9 * self._charge.timeout
-        self._say(state, how, first=not (casualty or waited))
+        # Ended by others: by its launcher, or by NCCL, which aborts once a collective has taken too long.
+        asked = self._told_at is not None and now - self._told_at > ASKED_SECONDS
+        waited = "Aborted" in stacks and now - state.since > 0.9 * self._charge.timeout
+        self._say(state, how, first=not (asked or waited))
 
     def _say(self, state: State, reason: str, *, first: bool) -> None:
         failure = Failure(self._charge.rank, self._charge.host, state.step, state.phase, reason, self._stacks(), first)
@@ -143,57 +202,30 @@ class Watchdog:
         if folder is not None:
             record(Path(folder), failure)
         if first:
-            print(f"lowrank_dist: {failure}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # who read this may be gone
+                print(f"lowrank_dist: {failure}", file=sys.stderr, flush=True)
 
     def _stacks(self) -> str:
         """What faulthandler wrote of the rank's threads before it died."""
         size = os.fstat(self._charge.stacks).st_size
-        return os.pread(self._charge.stacks, min(size, 20_000), 0).decode(errors="replace")
+        text = os.pread(self._charge.stacks, min(size, 20_000), 0).decode(errors="replace")
+        return _EXTENSIONS.sub("", text)
 
-
-def _opened(launchers: dict[str, str]) -> Iterator[tuple[int, str]]:
-    for pid, name in launchers.items():
-        with contextlib.suppress(ProcessLookupError):
-            yield os.pidfd_open(int(pid)), name
-
-
-def _signal(pid: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
-def _stat(pid: int) -> list[str]:
-    """Fields of /proc/PID/stat from the third on; empty once the process is gone."""
-    try:
-        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-
-
-def _process_state(pid: int) -> str:
-    return (_stat(pid) or ["?"])[0]
-
-
-def _exit_code(pid: int) -> int | None:
-    """A wait status, while the process has ended and its parent has not asked yet."""
-    fields = _stat(pid)
-    return int(fields[49]) if fields and fields[0] == "Z" else None
+    def _in_collective(self) -> bool:
+        thread = rf"^(Current thread|Thread) 0x{self._charge.thread:016x} "
+        return re.search(thread + _COLLECTIVE, self._stacks(), re.MULTILINE) is not None
 
 
 def _describe(status: int) -> str:
     number = status & 0x7F
-    return f"signal {number} ({signal.Signals(number).name})" if number else f"code {status >> 8}"
+    return f"signal {number} ({signal.strsignal(number)})" if number else f"code {status >> 8}"
 
 
-def _activity(pid: int) -> int:
-    """Grows while the process computes or reads."""
-    fields = _stat(pid)
-    ticks = int(fields[11]) + int(fields[12]) if fields else 0
+def _bytes_read(process: Path) -> int:
     try:
-        lines = Path("/proc", str(pid), "io").read_text().splitlines()
+        return int((process / "io").read_text().split()[1])
     except OSError:
-        return ticks
-    return ticks + int(lines[0].split()[1])
+        return 0
 
 
 def _oom_kills() -> int:
@@ -205,4 +237,5 @@ def _oom_kills() -> int:
 
 
 if __name__ == "__main__":
-    Watchdog(Charge(**json.loads(sys.argv[1]))).run()
+    told = json.loads(sys.argv[1])
+    Watchdog(Charge(**{**told, "launchers": [Launcher(*launcher) for launcher in told["launchers"]]})).run()

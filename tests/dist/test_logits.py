@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -230,3 +231,24 @@ def test_broadcast_gives_what_replica_0_reads(tmp_path: Path) -> None:
         assert [with_broadcast for with_broadcast, _ in results] == [True] * 4
         # Negative control: ranks 2 and 3 are replica 1 and have read their own.
         assert [without for _, without in results] == [True, True, False, False]
+
+
+def loss_in_blocks(folder: str, tensor: int, sequence: bool, block_bytes: int) -> float:
+    """One rank: the summed loss of every position's next token, with logits of so many bytes at a time."""
+    from lowrank_dist.parallel import vocab
+
+    topology, device = ranks.topology(tensor, sequence), ranks.device()
+    ids, positions = tokens().to(device), torch.arange(LENGTH, device=device).expand(ROWS, LENGTH)
+    targets = torch.arange(ROWS * LENGTH, device=device)
+    with mock.patch.object(vocab, "LOGIT_BLOCK_BYTES", block_bytes):
+        return float(load(folder, topology).loss(ids, positions, targets, ids.t().flatten(), None))
+
+
+@pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, True), (4, True), (4, False)])
+def test_loss_in_blocks(folders: dict[str, str], tensor: int, sequence: bool) -> None:
+    """Ranks hold different numbers of rows (27, 27, 27 and 26 of 107) and cut the positions into blocks alike."""
+    expected = run_ranks(1, loss_in_blocks, folders["llama"], 1, False, 2**27)[0]
+    rows = -(-VOCAB // tensor)
+    for positions in (1, 26):  # of the 32; at TP 4, 27 would fit the rank with fewer rows
+        found = run_ranks(tensor, loss_in_blocks, folders["llama"], tensor, sequence, 4 * rows * positions)
+        assert found == pytest.approx([expected] * tensor, rel=1e-5)

@@ -93,7 +93,7 @@ def tensors(run: Path, step: int = STEPS) -> dict[str, np.ndarray]:
 def curve(run: Path) -> list[dict[str, Any]]:
     """The records of a run without what a clock says."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    clock = ("time", "tokens_per_second", "tokens_per_second_per_rank", "memory_gib")
+    clock = ("time", "tokens_per_second", "tokens_per_second_per_rank", "tflops_per_rank", "memory_gib")
     return [
         {key: value for key, value in record.items() if key not in clock and not key.endswith("_seconds")}
         for record in records

@@ -40,6 +40,7 @@ TAGS = {
     "train/learning_rate",
     "throughput(tps)",
     "throughput_per_rank(tps)",
+    "throughput(tflops)",
     "memory/peak_gib",
 }
 

@@ -27,21 +27,28 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    ("count", "rank", "size", "device", "collective"),
-    [(1, 0, 1, 0, "nccl"), (1, 1, 2, 0, "gloo"), (4, 3, 4, 3, "nccl"), (4, 5, 8, 1, "gloo"), (8, 1, 2, 1, "nccl")],
+    ("count", "rank", "size", "device", "collective", "sharing"),
+    [
+        (1, 0, 1, 0, "nccl", 1),
+        (1, 1, 2, 0, "gloo", 2),
+        (4, 3, 4, 3, "nccl", 1),
+        (4, 5, 8, 1, "gloo", 2),
+        (4, 5, 9, 1, "gloo", 3),
+        (8, 1, 2, 1, "nccl", 1),
+    ],
 )
 def test_ranks_share_gpus_over_gloo_only_where_they_must(
-    gpus: dict[str, int], count: int, rank: int, size: int, device: int, collective: str
+    gpus: dict[str, int], count: int, rank: int, size: int, device: int, collective: str, sharing: int
 ) -> None:
     gpus["count"] = count
     backend = select.select_backend("auto", rank, size)
-    assert backend == select.Backend(torch.device("cuda", device), collective, "cuda")
+    assert backend == select.Backend(torch.device("cuda", device), collective, "cuda", sharing)
     assert gpus["set"] == device and os.environ["DS_ACCELERATOR"] == "cuda"
 
 
 def test_without_a_gpu(gpus: dict[str, int]) -> None:
     gpus["count"] = 0
-    assert select.select_backend("auto", 0, 1) == select.Backend(torch.device("cpu"), "gloo", "cpu")
+    assert select.select_backend("auto", 0, 3) == select.Backend(torch.device("cpu"), "gloo", "cpu", 3)
     assert os.environ["DS_ACCELERATOR"] == "cpu"
     with pytest.raises(UserError, match="model.device=cpu"):
         select.select_backend("cuda", 0, 1)

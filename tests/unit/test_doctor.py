@@ -17,9 +17,10 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from lowrank_dist.backend import apex
-from lowrank_dist.cli import doctor
-from lowrank_dist.cli.doctor import Declared, Row
 from lowrank_dist.cli.main import app
+from lowrank_dist.doctor import local, machine, packages, programs
+from lowrank_dist.doctor.packages import Declared
+from lowrank_dist.doctor.rows import PASSING, Row
 from lowrank_dist.ops import extension
 from lowrank_dist.ops.extension import cpu_capability
 
@@ -79,18 +80,18 @@ def test_json_says_the_same() -> None:
     ],
 )
 def test_packages_against_their_ranges(found: Callable, expected: tuple[str, ...], said: str) -> None:
-    rows = list(doctor.packages(WANTED, found))
+    rows = list(packages.packages(WANTED, found))
     assert states(rows) == dict(zip(("Python", "torch", "deepspeed", "peft"), ("ok", *expected), strict=True))
     assert any(said in row.detail for row in rows)
 
 
 def test_an_old_python_is_named() -> None:
-    row = next(doctor.packages(Declared(">=9", (), ()), versions()))
+    row = next(packages.packages(Declared(">=9", (), ()), versions()))
     assert row.state == "unsupported" and "Python >=9" in row.detail
 
 
 def test_the_ranges_are_those_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    declared = doctor.declared()
+    declared = packages.declared()
     assert declared.python == ">=3.11" and declared.optional == ("peft>=0.17",)
     assert {"torch>=2.11", "deepspeed>=0.19.8,<0.20", "megatron-core>=0.16", "transformers>=5,<6"} <= {
         *declared.required
@@ -101,11 +102,11 @@ def test_the_ranges_are_those_of_the_project(tmp_path: Path, monkeypatch: pytest
     for text in (*declared.required, "pytest>=8; extra == 'test'", "peft>=0.17; extra == 'test'"):
         metadata["Requires-Dist"] = text
     monkeypatch.setattr(importlib.metadata, "metadata", {"lowrank-dist": metadata}.__getitem__)
-    assert doctor.declared(tmp_path / "pyproject.toml") == declared
+    assert packages.declared(tmp_path / "pyproject.toml") == declared
 
 
 def test_what_is_required_and_missing_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "declared", lambda: Declared(">=3.11", ("torch>=2.11", "no-such-package>=1"), ()))
+    monkeypatch.setattr(packages, "declared", lambda: Declared(">=3.11", ("torch>=2.11", "no-such-package>=1"), ()))
     done = run()
     assert done.exit_code == 1 and "Traceback" not in done.output
     assert done.stdout.splitlines()[-1] == "training cannot run here: no-such-package"
@@ -118,17 +119,17 @@ def test_a_broken_concern_is_a_row_and_the_others_answer(monkeypatch: pytest.Mon
     def broken() -> list[Row]:
         raise OSError("libcudart.so.13:\n cannot open shared object file")
 
-    whole, replaced = states(doctor.diagnose()), states(doctor.operators())
-    monkeypatch.setattr(doctor, "operators", broken)
-    rows = doctor.diagnose()
+    whole, replaced = states(local.diagnose()), states(machine.operators())
+    monkeypatch.setattr(machine, "operators", broken)
+    rows = local.diagnose()
     (row,) = [row for row in rows if row.state == "broken"]
     assert row == Row("compiled operators", "broken", "OSError: libcudart.so.13: cannot open shared object file")
     kept = {what: state for what, state in whole.items() if what not in replaced}
     assert {what: state for what, state in states(rows).items() if what != row.what} == kept
     # What training does without may break without stopping it.
     monkeypatch.undo()
-    monkeypatch.setattr(doctor, "apex", broken)
-    assert states(doctor.diagnose())["apex"] == "off" and run().exit_code == 0
+    monkeypatch.setattr(machine, "apex", broken)
+    assert states(local.diagnose())["apex"] == "off" and run().exit_code == 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
@@ -139,7 +140,7 @@ def test_without_torch(arguments: list[str]) -> None:
     assert (done.returncode, done.stderr) == (1, "")
     if arguments:
         report = json.loads(done.stdout)
-        (row,) = [row for row in report["rows"] if row["state"] not in ("ok", "off")]
+        (row,) = [row for row in report["rows"] if row["state"] not in PASSING]
         assert row["what"] == "PyTorch" and "pytorch.org" in row["detail"]
     else:
         assert done.stdout.splitlines()[-1] == "training cannot run here: PyTorch"
@@ -158,17 +159,17 @@ def test_a_torch_that_does_not_load_is_named() -> None:
     def load(name: str) -> object:
         raise ImportError("libtorch_cpu.so: undefined symbol")
 
-    (row,) = doctor.pytorch(load)
+    (row,) = packages.pytorch(load)
     assert row.state == "missing" and "undefined symbol" in row.detail
 
 
 def test_missing_operators_come_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert states(doctor.operators())["compiled CPU operators"] == "ok"
+    assert states(machine.operators())["compiled CPU operators"] == "ok"
     monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_C.abi3.so")
     for reason in (extension.why_not, extension.why_not_cuda):
         reason.cache_clear()
     try:
-        rows = {row.what: row for row in doctor.operators()}
+        rows = {row.what: row for row in machine.operators()}
         assert run().exit_code == 0, "plain PyTorch trains too"
     finally:
         monkeypatch.undo()
@@ -184,16 +185,16 @@ def test_the_instruction_set_is_the_one_that_runs(asked: str | None, said: str) 
     environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
     if asked is not None:
         environment["ATEN_CPU_CAPABILITY"] = asked
-    code = "from lowrank_dist.cli.doctor import operators; print(operators()[-1].detail)"
+    code = "from lowrank_dist.doctor.machine import operators; print([*operators()][-1].detail)"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == (f"{said}, as ATEN_CPU_CAPABILITY={asked} asks" if asked else cpu_capability())
 
 
 def test_the_frozen_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
-    assert doctor.products() == [Row("frozen fp32 GEMM on CPU", "ok", "oneDNN")]
+    assert machine.products() == [Row("frozen fp32 GEMM on CPU", "ok", "oneDNN")]
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    (row,) = doctor.products()
+    (row,) = machine.products()
     assert row.state == "off" and "torch.mm" in row.detail
 
 
@@ -209,7 +210,7 @@ def test_apex_is_named_once_and_stops_nothing(monkeypatch: pytest.MonkeyPatch, f
     monkeypatch.setattr(apex, "find_apex", lambda: found)
     done = run()
     assert done.exit_code == 0 and done.stdout.count(found.reason) == 1
-    assert doctor.apex() == [Row("apex", "ok" if found.usable else "off", found.reason)]
+    assert machine.apex() == [Row("apex", "ok" if found.usable else "off", found.reason)]
 
 
 def test_gpus_are_listed_or_missed_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,12 +219,23 @@ def test_gpus_are_listed_or_missed_with_the_reason(monkeypatch: pytest.MonkeyPat
     def none() -> list[str]:
         raise RuntimeError("The NVIDIA driver is too old\n(found version 11040)")
 
+    total = 139 * 2**30
+    free, taken = (devices.Gpu("NVIDIA H200", total, left, "sm_90") for left in (total - 2**29, total // 2))
     monkeypatch.setattr(devices, "nccl", lambda: "2.28.9")
-    monkeypatch.setattr(devices, "gpus", lambda: ["NVIDIA H200, 139 GiB, sm_90"] * 2)
-    assert states(doctor.devices()) == {"GPU 0": "ok", "GPU 1": "ok", "NCCL": "ok"}
+    monkeypatch.setattr(devices, "driver", lambda: "570.86.15")
+    monkeypatch.setattr(devices, "gpus", lambda: [free, taken])
+    found = {row.what: row for row in machine.devices()}
+    assert states(list(found.values())) == {
+        **{"GPUs": "ok", "GPU 0": "ok", "GPU 1": "warning", "GPU driver": "ok", "NCCL": "ok"}
+    }
+    assert found["GPU 0"].detail == "NVIDIA H200, 139.0 GiB, sm_90, 138.5 GiB free"
+    assert "only 69.5 GiB free" in found["GPU 1"].detail and "nvidia-smi" in found["GPU 1"].detail
+    # What must be the same on all nodes is the device, not what others left of it.
+    assert found["GPU 0"].alike == found["GPU 1"].alike
     monkeypatch.setattr(devices, "gpus", none)
     monkeypatch.setattr(devices, "nccl", lambda: None)
-    gpus, nccl = doctor.devices()
+    monkeypatch.setattr(devices, "driver", lambda: None)
+    gpus, nccl = machine.devices()
     assert (gpus.state, nccl.state) == ("off", "off") and "too old (found version 11040)" in gpus.detail
 
 
@@ -243,16 +255,16 @@ def test_the_drivers_complaint_is_the_reason(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_tools_that_are_not_there_or_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "clang++-99 -v")
-    rows = doctor.build_tools(lambda program: None)
+    rows = programs.build_tools(lambda program: None)
     assert set(states(rows).values()) == {"off"} and "clang++-99 not found" in rows[0].detail
-    assert set(states(doctor.launchers(lambda program: None)).values()) == {"off"}
+    assert set(states(programs.launchers(lambda program: None)).values()) == {"off"}
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho made by\necho 'tools, release 13.0'\n")
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    row = doctor.build_tools()[1]
+    row = programs.build_tools()[1]
     assert row == Row("nvcc", "ok", f"{nvcc}: tools, release 13.0")
     nvcc.write_text("#!/bin/sh\nexit 3\n")
-    row = doctor.build_tools()[1]
+    row = programs.build_tools()[1]
     assert row.state == "off" and "exit status 3" in row.detail

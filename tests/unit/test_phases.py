@@ -86,7 +86,9 @@ def test_rates_and_own_work(time: Time) -> None:
     """Two ranks; the other's own work comes from the gather that is replaced here."""
     topology: Any = SimpleNamespace(world_group=SimpleNamespace(size=lambda: 2))
     phases = Phases(Told(), CPU)
-    meter = Meter(phases, Stragglers(1.5, ("h1", "h2")), topology, CPU)
+    # 7 FLOPs a token, 11 a target token, 13 a squared length; a device of 1000 a second.
+    forecast: Any = SimpleNamespace(flops=lambda t, n, s: 7 * t + 11 * n + 13 * s, peak=lambda: 1000.0)
+    meter = Meter(phases, Stragglers(1.5, ("h1", "h2")), forecast, topology, CPU)
     owns = []
 
     def everyone(own: float, *_: object) -> list[float]:
@@ -103,7 +105,7 @@ def test_rates_and_own_work(time: Time) -> None:
                     time.now += 3
                 seconds -= 3
             time.now += seconds
-        meter.count(SimpleNamespace(global_tokens=310))
+        meter.count(SimpleNamespace(global_tokens=310, global_targets=31, global_squares=62))
 
     with mock.patch.object(meter_module, "every_value", everyone):
         step(recorded=False)
@@ -115,6 +117,9 @@ def test_rates_and_own_work(time: Time) -> None:
         assert owns == [4] and lines == []
         assert values["tokens_per_second"] == 2 * 310 / (2 * 31)
         assert values["tokens_per_second_per_rank"] == 5
+        flops = (7 * 310 + 11 * 31 + 13 * 62) / 31 / 2
+        assert values["tflops_per_rank"] == pytest.approx(flops / 1e12)
+        assert values["mfu_percent"] == pytest.approx(100 * flops / 1000)
         assert values["checkpoint_seconds"] == 100 and values["backward_seconds"] == 8
         step(recorded=True)
         assert meter.end(3)[0]["tokens_per_second"] == 10 and WAITS.clock is None

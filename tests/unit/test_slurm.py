@@ -118,7 +118,7 @@ def test_cpu_runs_ask_for_no_gpus(config: Path) -> None:
     ("words", "size", "said"),
     [
         (["parallel.tensor=3"], {}, ["parallel.tensor: 3", "2 nodes × 8 = 16 ranks", "1, 2, 4, 8, 16"]),
-        (["parallel.tensor=16"], {}, ["would cross nodes", "1, 2, 4, 8", "--allow-tp-across-nodes"]),
+        (["parallel.tensor=16"], {}, ["would cross nodes", "1, 2, 4, 8", "parallel.across_nodes=true"]),
         (["parallel.tensor=4"], {"gpus": 6}, ["would cross nodes", "1, 2, 3, 6"]),
         (["parallel.data=2"], {}, ["parallel.data", "4 tensor × 2 data parallel", "write 4"]),
         (["train.lrr=1"], {}, ["train.lrr: unknown key", "train.lr"]),
@@ -150,8 +150,9 @@ def test_a_folder_that_yaml_would_read_otherwise(config: Path, tmp_path: Path) -
 
 
 def test_tensor_groups_across_nodes_when_allowed(config: Path) -> None:
-    assert slurm(config, "parallel.tensor=16", "--allow-tp-across-nodes", "--dry-run").exit_code == 0
-    refused(slurm(config, "parallel.tensor=5", "--allow-tp-across-nodes"), "parallel.tensor: 5 does not divide")
+    script = slurm(config, "parallel.tensor=16", "parallel.across_nodes=true", "--dry-run").stdout
+    assert json.loads(variables(script)["OVERRIDES"]) == ["parallel.tensor=16", "parallel.across_nodes=true"]
+    refused(slurm(config, "parallel.tensor=5", "parallel.across_nodes=true"), "parallel.tensor: 5 does not divide")
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 24))

@@ -1,0 +1,160 @@
+"""`lowrank-dist generate`: what a model, with or without an adapter, goes on with."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowrank_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from lowrank_dist.generate.decode import Generation
+    from lowrank_dist.generate.prompts import Prompt
+    from lowrank_dist.generate.session import Session
+
+# What both commands that decode are told.
+ModelOption = Annotated[Path, typer.Option("--model", help="Hugging Face folder: base or merged.", metavar="DIR")]
+AdapterOption = Annotated[
+    Path | None, typer.Option(help="PEFT adapter folder or checkpoint to put on the model.", metavar="DIR")
+]
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of a completion.", metavar="N")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", metavar="T")]
+TopK = Annotated[int | None, typer.Option(help="Sample from the K likeliest tokens.", metavar="K")]
+TopP = Annotated[float, typer.Option(help="Sample from the fewest tokens that hold this probability.", metavar="P")]
+Seed = Annotated[int, typer.Option(help="What is drawn depends on it, the prompt's number and the step.", metavar="N")]
+Stop = Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.", metavar="TEXT")]
+Batch = Annotated[int, typer.Option(help="Prompts decoded together on a rank.", metavar="N")]
+Tensor = Annotated[int, typer.Option(help="Tensor-parallel size; other ranks share out the prompts.", metavar="N")]
+Dtype = Annotated[str, typer.Option(help="auto (the weights' own), fp32 or bf16.", metavar="TYPE")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="DEVICE")]
+TokenizerOption = Annotated[
+    Path | None, typer.Option("--tokenizer", help="Tokenizer folder, where it is not the model's.", metavar="DIR")
+]
+
+
+def generate_command(
+    model: ModelOption,
+    adapter: AdapterOption = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to go on from; its completion is printed.", metavar="TEXT")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="JSONL file of prompts, or of messages for the chat template.", metavar="FILE")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="File for a JSON line a prompt; must not exist.", metavar="FILE")
+    ] = None,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    batch: Batch = 8,
+    tensor: Tensor = 1,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    tokenizer: TokenizerOption = None,
+) -> None:
+    """Generate completions. Sharded: torchrun --nproc-per-node N -m lowrank_dist.cli generate … --tensor N."""
+    quiet()
+    from lowrank_dist.generate.decode import generate
+    from lowrank_dist.generate.load import load
+    from lowrank_dist.generate.prompts import prompt_of, read_prompts, stop_tokens
+    from lowrank_dist.generate.rules import DecodingRules
+    from lowrank_dist.generate.session import session
+
+    with session(tensor, device) as job:
+        rules = DecodingRules(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
+        if (prompt is None) == (prompts is None):
+            raise UserError("give one of --prompt and --prompts: what is to be gone on from")
+        refuse_existing(out)
+        loaded = load(model, adapter, job.topology, job.backend.device, dtype=known_dtype(dtype), tokenizer=tokenizer)
+        stops, vocab = stop_tokens(model, loaded.tokenizer), loaded.model.architecture.vocab
+        if prompts is None:
+            asked = [prompt_of(prompt, loaded.tokenizer, stops, vocab)]
+        else:
+            asked = read_prompts(prompts, loaded.tokenizer, stops, vocab=vocab, references=False)
+        with progress_bar(len(asked), job) as advance:
+            found = generate(loaded.model, loaded.tokenizer, asked, rules, job.topology, advance)
+        if not job.speaks:
+            return
+        if out is None and prompts is None:
+            typer.echo(found[0].text)
+        else:
+            write_jsonl(out, [record(ask, generation) for ask, generation in zip(asked, found, strict=True)])
+        say_limited(sum(generation.finish == "length" for generation in found), len(found))
+
+
+def quiet() -> None:
+    """Before Megatron is imported, which says at once what it would rather have found."""
+    from lowrank_dist.backend.select import quiet_libraries
+
+    quiet_libraries()
+
+
+def record(prompt: Prompt, generation: Generation) -> dict[str, Any]:
+    """A line of the output."""
+    return {
+        "prompt": prompt.shown,
+        "completion": generation.text,
+        "finish_reason": generation.finish,
+        "tokens": list(generation.tokens),
+    }
+
+
+def known_dtype(dtype: str) -> str:
+    if dtype not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--dtype {dtype}: give auto, fp32 or bf16")
+    return dtype
+
+
+def refuse_existing(out: Path | None) -> None:
+    """Before the work is done, not after it."""
+    if out is not None and out.exists():
+        raise UserError(f"--out: {out} exists already: choose another name, or move it away")
+    if out is not None and not out.parent.is_dir():
+        raise UserError(f"--out: {out.parent} is no folder: make it first")
+
+
+def write_jsonl(out: Path | None, records: Sequence[Mapping[str, Any]]) -> None:
+    """To the file, or to stdout without one."""
+    lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
+    if out is None:
+        typer.echo(lines, nl=False)
+        return
+    try:
+        with out.open("x", encoding="utf-8") as file:
+            file.write(lines)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written: {error}") from error
+    typer.echo(f"{out}: {len(records)} completions", err=True)
+
+
+def say_limited(limited: int, total: int) -> None:
+    """On stderr: completions that ended for their length may lack their end."""
+    if limited:
+        typer.echo(
+            f"{limited} of {total} completions met their length limit (--max-new-tokens, or the model's positions)",
+            err=True,
+        )
+
+
+@contextmanager
+def progress_bar(total: int, job: Session) -> Iterator[Callable[[int], None]]:
+    """This rank's share of the prompts, on a terminal, where it is the rank that speaks."""
+    if not (job.speaks and sys.stderr.isatty()):
+        yield lambda prompts: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("decoding", total=-(-total // job.topology.dp_size))
+        yield lambda prompts: bar.update(task, advance=prompts)

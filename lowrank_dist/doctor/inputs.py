@@ -1,0 +1,127 @@
+"""What a run reads: its configuration, base model, tokenizer, adapter and data, as this node sees them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowrank_dist.doctor.rows import Row, counted, one_line, size_of
+
+if TYPE_CHECKING:
+    from lowrank_dist.config import Config
+
+# Of a data file the beginning, the middle and the end are hashed: a node that has another file is to be found out in
+# less than a second a file.
+SAMPLE_BYTES = 16 * 2**20
+
+
+def configuration(config: Config) -> list[Row]:
+    """The configuration as it was resolved here."""
+    digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:12]
+    return [Row("configuration", "ok", f"valid, digest {digest}", alike=f"digest {digest}")]
+
+
+def device(config: Config) -> list[Row]:
+    """Whether the device that is asked for is here."""
+    from lowrank_dist.backend.devices import gpus
+
+    wanted = config.model.device
+    if wanted == "cuda":
+        try:
+            gpus()
+        except RuntimeError as error:
+            detail = f"cuda is asked for, but {one_line(str(error))}; use model.device=cpu or auto"
+            return [Row("model.device", "missing", detail)]
+    return [Row("model.device", "ok", wanted)]
+
+
+def model(config: Config) -> list[Row]:
+    """Whether the model folder is complete and of a family that can be trained; a row a problem."""
+    from lowrank_dist.checkpoint.fingerprint import fingerprint
+    from lowrank_dist.checkpoint.inspection.model import inspect_model
+
+    folder = config.model.path
+    report = inspect_model(folder)
+    if report.problems:
+        return [Row("model folder", "broken", one_line(problem)) for problem in dict.fromkeys(report.problems)]
+    facts = report.facts
+    if not facts["trainable_here"]:
+        return [Row("model folder", "unsupported", f"{folder}: {one_line(str(facts['why_not']))}")]
+    digest = fingerprint(folder)[:12]
+    size = f"{counted(facts['shards'], 'shard')}, {size_of(facts['file_bytes'])}"
+    said = f"{facts['family']}, {facts['parameters']:,} parameters, {size}"
+    rows = [Row("model folder", "ok", f"{folder}: {said}, fingerprint {digest}", alike=f"fingerprint {digest}")]
+    if config.parallel.tensor not in (sizes := facts["tensor_parallel_sizes"]):
+        detail = f"{config.parallel.tensor} does not divide the heads; it may be {', '.join(map(str, sizes))}"
+        rows.append(Row("parallel.tensor", "broken", detail))
+    return rows
+
+
+def tokenizer(config: Config) -> list[Row]:
+    """Whether the tokenizer loads and encodes."""
+    from lowrank_dist.data.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(config.data.tokenizer or config.model.path)
+    ids = loaded.encode(["The quick brown fox"])[0]
+    digest = hashlib.sha256(repr(ids).encode()).hexdigest()[:12]
+    return [Row("tokenizer", "ok", f"{loaded.path}: loads and encodes", alike=f"encodes a sentence to {digest}")]
+
+
+def factors(config: Config) -> list[Row]:
+    """The low-rank factors that the run would train."""
+    count = factor_count(config)
+    start = "" if config.lora.init_from is None else f", from {config.lora.init_from}"
+    return [Row("low-rank factors", "ok", f"{count:,} trainable numbers{start}", alike=f"{count:,}")]
+
+
+def factor_count(config: Config) -> int:
+    """|Θ|. UserError where the targets, the model or the adapter to start from do not fit together."""
+    from lowrank_dist.engine.start import adopt_adapter
+    from lowrank_dist.lora.placement import LoraRules, place
+    from lowrank_dist.model.huggingface import load_architecture
+
+    lora = adopt_adapter(config).lora
+    rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
+    placements = place(load_architecture(config.model.path), rules)
+    specs = [spec for placement in placements for spec in placement.factors]
+    return sum(spec.rank * (spec.rows + spec.in_features) for spec in specs)
+
+
+def layout(config: Config, size: int, local_size: int) -> list[Row]:
+    """Whether TP × DP is what the job has, and tensor-parallel groups lie inside nodes. size: ranks of the job."""
+    from lowrank_dist.slurm.layout import check_layout
+
+    parallel = config.parallel
+    check_layout(parallel, size // local_size, local_size, across_nodes=parallel.across_nodes)
+    return [Row("parallel layout", "ok", f"{parallel.tensor} tensor × {size // parallel.tensor} data parallel")]
+
+
+def data(config: Config) -> Iterator[Row]:
+    """Whether the data files are there; whether every line of them is good the run itself says at its start."""
+    for key in ("train", "eval"):
+        path: Path | None = getattr(config.data, key)
+        if path is None:
+            continue
+        what = f"data.{key}"
+        try:
+            size, digest = _sampled(path)
+        except OSError as error:
+            detail = f"{path}: {error.strerror}; correct {what}, or copy the file to this node"
+            yield Row(what, "missing" if isinstance(error, FileNotFoundError) else "broken", detail)
+            continue
+        if size == 0:
+            yield Row(what, "broken", f"{path}: empty; write one JSON object a line")
+        else:
+            yield Row(what, "ok", f"{path}: {size_of(size)}, digest {digest}", alike=f"{size} bytes, digest {digest}")
+
+
+def _sampled(path: Path) -> tuple[int, str]:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        for start in sorted({0, max(0, (size - SAMPLE_BYTES) // 2), max(0, size - SAMPLE_BYTES)}):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))
+    return size, digest.hexdigest()[:12]

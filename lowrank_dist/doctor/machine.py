@@ -1,0 +1,116 @@
+"""What a node computes with: GPUs, memory, the compiled operators and what stands in for them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lowrank_dist.doctor.rows import Row, one_line, size_of
+
+SHARED_MEMORY = Path("/dev/shm")
+# NCCL keeps some 10 MB there for each pair of ranks of a node; containers have 64 MB unless told.
+ENOUGH_SHARED = 512 * 2**20
+# A GPU that others leave less of than this share is not free.
+FREE_SHARE = 0.9
+# The limit that a container or a batch system sets, for cgroups of both versions.
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def devices() -> list[Row]:
+    """The GPUs, their driver, and NCCL."""
+    from lowrank_dist.backend.devices import driver, gpus, nccl
+
+    rows = []
+    try:
+        found = gpus()
+        rows.append(Row("GPUs", "ok", str(len(found)), alike=str(len(found)), if_unlike="warning"))
+        rows += [_gpu(index, gpu.name, gpu.total, gpu.free, gpu.architecture) for index, gpu in enumerate(found)]
+    except RuntimeError as error:
+        remedy = "GPUs want a CUDA build of torch and a driver that fits it; CUDA_VISIBLE_DEVICES hides them"
+        detail = f"{one_line(str(error))}, so training runs on the CPU; {remedy}"
+        rows.append(Row("GPUs", "off", detail, alike="none", if_unlike="warning"))
+    if (version := driver()) is not None:
+        rows.append(Row("GPU driver", "ok", version, version, "warning"))
+    version = nccl()
+    rows.append(
+        Row("NCCL", "ok", version, version)
+        if version
+        else Row("NCCL", "off", "this torch has none, so ranks meet over gloo; CUDA builds of torch have it")
+    )
+    return rows
+
+
+def _gpu(index: int, name: str, total: int, free: int, architecture: str) -> Row:
+    detail = f"{name}, {size_of(total)}, {architecture}"
+    figures = {"total_bytes": total, "free_bytes": free}
+    if free >= FREE_SHARE * total:
+        return Row(f"GPU {index}", "ok", f"{detail}, {size_of(free)} free", detail, "warning", figures)
+    taken = f"{detail}, but only {size_of(free)} free: `nvidia-smi` shows whose process to end"
+    return Row(f"GPU {index}", "warning", taken, detail, "warning", figures)
+
+
+def memory() -> list[Row]:
+    """Host memory: what is there, what is available, and a container's limit."""
+    kib = {}
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        kib[name] = int(value.split()[0])
+    total, available = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
+    limits = [int(text) for path in MEMORY_LIMITS if path.is_file() and (text := path.read_text().strip()).isdigit()]
+    limit = min([*limits, total])
+    of = f"{size_of(total)}" if limit == total else f"{size_of(total)}, limited to {size_of(limit)}"
+    figures = {"total_bytes": total, "available_bytes": min(available, limit)}
+    return [Row("host memory", "ok", f"{size_of(min(available, limit))} available of {of}", figures=figures)]
+
+
+def shared_memory(gpus: bool, place: Path = SHARED_MEMORY) -> list[Row]:
+    """/dev/shm, through which NCCL's ranks of one node speak."""
+    what = str(SHARED_MEMORY)
+    remedy = "`mount -o remount,size=8g /dev/shm`, or start the container with --shm-size=8g (or --ipc=host)"
+    if not place.is_dir():
+        return [Row(what, "warning", f"not there: NCCL needs it; mount a tmpfs, or give the container one: {remedy}")]
+    facts = os.statvfs(place)
+    size, free = facts.f_blocks * facts.f_frsize, facts.f_bavail * facts.f_frsize
+    figures = {"total_bytes": size, "free_bytes": free}
+    if gpus and free < ENOUGH_SHARED:
+        short = f"{size_of(free)} free of {size_of(size)}: too little for NCCL's ranks of a node; {remedy}"
+        return [Row(what, "warning", short, figures=figures)]
+    return [Row(what, "ok", f"{size_of(free)} free of {size_of(size)}", figures=figures)]
+
+
+def operators() -> Iterator[Row]:
+    """The compiled operators of both devices, and the instruction set that those of the CPU use."""
+    from lowrank_dist.ops.extension import CUDA_LIBRARY, LIBRARY, cpu_capability, why_not, why_not_cuda
+
+    for device, reason, library in (("CPU", why_not(), LIBRARY), ("CUDA", why_not_cuda(), CUDA_LIBRARY)):
+        what = f"compiled {device} operators"
+        if reason is not None:
+            yield Row(what, "off", reason, "none", "warning")
+            continue
+        build = hashlib.sha256(library.read_bytes()).hexdigest()[:12]
+        # A warning: two builds of the same sources need not be the same bytes, and own_sources compares the sources.
+        yield Row(what, "ok", f"{library}, build {build}", f"build {build}", "warning")
+    limit = os.environ.get("ATEN_CPU_CAPABILITY")
+    asked = f", as ATEN_CPU_CAPABILITY={limit} asks" if limit else ""
+    used = (cpu_capability() or "PyTorch's own choice") + asked
+    yield Row("CPU instruction set", "ok", used, used, "warning")
+
+
+def products() -> list[Row]:
+    """What multiplies with a frozen fp32 weight on a CPU (ops/gemm.py)."""
+    import torch
+
+    what = "frozen fp32 GEMM on CPU"
+    if torch.backends.mkldnn.is_available():
+        return [Row(what, "ok", "oneDNN")]
+    return [Row(what, "off", "torch.mm: this build of torch has no oneDNN; PyTorch's own builds have it")]
+
+
+def apex() -> list[Row]:
+    """Which apex is there, if any."""
+    from lowrank_dist.backend.apex import find_apex
+
+    found = find_apex()
+    return [Row("apex", "ok" if found.usable else "off", found.reason)]

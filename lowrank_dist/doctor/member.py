@@ -1,0 +1,158 @@
+"""One rank's part in looking at all nodes of a job: its node, if it is the first there, and what lies between nodes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from lowrank_dist.backend.devices import device_of_rank
+from lowrank_dist.doctor import clocks, links
+from lowrank_dist.doctor.board import Board, Silent
+from lowrank_dist.doctor.local import diagnose
+from lowrank_dist.doctor.place import Place
+from lowrank_dist.doctor.rows import Row, one_line
+from lowrank_dist.doctor.storage import Probe, unseen
+from lowrank_dist.doctor.watch import LOOK_SECONDS, Watch
+
+if TYPE_CHECKING:
+    from lowrank_dist.config import Config
+
+# How long rank 0 waits for what the nodes find: one of them may hang, and says so after LOOK_SECONDS.
+REPORT_SECONDS = 2 * LOOK_SECONDS
+# What a rank that is told something waits longer than rank 0 waits before it says it.
+GRACE_SECONDS = 15.0
+NO_WAY = (
+    "the interfaces of all nodes have to reach one another, without a firewall between them: set GLOO_SOCKET_IFNAME "
+    "(and NCCL_SOCKET_IFNAME) to the one of the network that they share"
+)
+
+
+@dataclass(frozen=True)
+class Roll:
+    """Who came: node → its ranks in order, in the order of their lowest. refused: a node's complaint of the input."""
+
+    ranks: dict[str, list[int]]
+    absent: list[int]
+    refused: dict[str, str]
+
+    @property
+    def leaders(self) -> dict[str, int]:
+        """Node → the rank that looks at it."""
+        return {node: ranks[0] for node, ranks in self.ranks.items()}
+
+
+def leave(board: Board, place: Place, roll: Roll) -> None:
+    """To be called last. Rank 0, which has the store, waits until the others need it no more."""
+    try:
+        if place.rank != 0:
+            board.put(f"left/{place.rank}", None)
+            return
+        end = time.monotonic() + GRACE_SECONDS
+        for rank in (rank for ranks in roll.ranks.values() for rank in ranks if rank != 0):
+            board.take(f"left/{rank}", end - time.monotonic())
+    except Silent:
+        return  # whoever is gone needs no store
+
+
+class Member:
+    """A rank that has come. Its node's lowest rank looks at the node; all take part in what is between nodes."""
+
+    def __init__(self, place: Place, config: Config | None, seconds: float, board: Board, roll: Roll) -> None:
+        self.place = place
+        self.config = config
+        self.seconds = seconds
+        self.board = board
+        self.roll = roll
+        self.leads = place.rank in roll.leaders.values()
+        self.probe = Probe(config.output.dir) if self.leads and config is not None else None
+
+    def take_part(self) -> int:
+        """What every rank but 0 does."""
+        patience = REPORT_SECONDS + GRACE_SECONDS
+        try:
+            self._report()
+            plan = self.board.take("plan", patience)
+            if self.place.rank in plan["leaders"].values():
+                self._look_across(plan["probes"])
+                ahead = clocks.offset(self.board, self.place.rank, patience)
+                self.board.put(f"clock/{self.place.rank}", ahead)
+            self.board.take("looked", patience)
+        finally:
+            self._clean()
+        if plan["library"] is not None:
+            self._measure(plan["library"])
+        return int(self.board.take("verdict", patience))
+
+    def _report(self) -> None:
+        rows: list[Row] = []
+        try:
+            with Watch(self._hung).looking("GPUs", rows):
+                device, library = self._device()
+            used: tuple[str, str] = (device.type, library)
+        except RuntimeError as error:  # a driver that refuses
+            used = ("none", one_line(str(error)))
+        if self.leads:
+            rows = diagnose(self.config, self.place, self.probe, Watch(self._hung))
+        self._say_report(rows, used, hangs=False)
+
+    def _device(self) -> tuple[torch.device, str]:
+        wanted = self.config.model.device if self.config is not None else "auto"
+        return device_of_rank(wanted, self.place.local_rank, self.place.local_size)
+
+    def _say_report(self, rows: Sequence[Row], used: tuple[str, str], hangs: bool) -> None:
+        probe = self.probe.written if self.probe is not None and not hangs else None
+        values = {"rows": [asdict(row) for row in rows], "used": used, "probe": probe, "hangs": hangs}
+        self.board.put(f"report/{self.place.rank}", values)
+
+    def _hung(self, rows: Sequence[Row]) -> None:
+        """Rank 0 shows it; a rank that ended before would have its launcher end the others."""
+        self._say_report(rows, ("none", "hangs"), hangs=True)
+        self._wait_and_leave(REPORT_SECONDS + self.seconds)
+
+    def _look_across(self, probes: Mapping[str, Mapping[str, str]]) -> None:
+        """Look for what the other nodes wrote into the run folder."""
+        others = {node: probe for node, probe in probes.items() if node != self.place.host}
+        with Watch(_shout).looking(f"{self.place.host}: run folder of the other nodes", []):
+            missing = unseen(others)
+        self.board.put(f"unseen/{self.place.rank}", missing)
+
+    def _clean(self) -> None:
+        if self.probe is not None:
+            self.probe.remove()
+
+    def _measure(self, library: str) -> None:
+        name = f"links/{self.place.rank}"
+
+        def hung(rows: Sequence[Row]) -> None:
+            self.board.put(name, {"error": rows[-1].detail})
+            self._end_of_links()
+
+        try:
+            with Watch(hung, self.seconds + 5).looking("all-reduce", [], NO_WAY):
+                links.join_group(self.board.store.clone(), self.place.rank, self.place.size, library, self.seconds)
+                device, _ = self._device()
+                values = {"all": asdict(links.measure(None, device, library))}
+                group = links.node_group(list(self.roll.ranks.values()), self.seconds)
+                if group is not None:
+                    values["node"] = asdict(links.measure(group, device, library))
+                links.leave_group()
+        except Exception as error:  # of gloo and NCCL: types with no common base
+            values = {"error": f"{one_line(str(error))[:300]}; {NO_WAY}"}
+        self.board.put(name, values)
+
+    def _end_of_links(self) -> None:
+        """Where the ranks' group hangs: what is left to do before this process ends, in a thread of its own."""
+        self._wait_and_leave(GRACE_SECONDS + self.seconds)
+
+    def _wait_and_leave(self, seconds: float) -> None:
+        self.board.take("verdict", seconds)
+        leave(self.board, self.place, self.roll)
+
+
+def _shout(rows: Sequence[Row]) -> None:
+    print(f"doctor: {rows[-1].what}: {rows[-1].detail}", file=sys.stderr, flush=True)

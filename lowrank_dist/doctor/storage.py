@@ -1,0 +1,133 @@
+"""The run folder of a node: whether it can be written as a checkpoint is, seen from the others, and has room."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lowrank_dist.checkpoint.atomic import atomic_folder, temporary_name
+from lowrank_dist.doctor.inputs import factor_count
+from lowrank_dist.doctor.rows import Row, size_of
+from lowrank_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from lowrank_dist.config import Config
+
+PROBE_BYTES = 2**20
+# fp32 master, and two moments of AdamW; beside them the adapter, in fp32.
+BYTES_PER_FACTOR = 12
+ADAPTER_BYTES_PER_FACTOR = 4
+# Logs, metrics and everything else that does not grow with the model.
+ROOM = 64 * 2**20
+# How long a shared file system may take to show another node's file.
+SEEN_SECONDS = 5
+FILE = "probe"
+
+
+class Probe:
+    """A folder of one file that is written into the run folder as a checkpoint is, and looked for from other nodes.
+
+    It lies in the run folder or, before there is one, in its nearest parent that exists; no folder is made for it. Its
+    name is one that the run folder's next owner takes for a leftover.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run.absolute()
+        self.folder: Path | None = None
+        self._content = secrets.token_bytes(32) * (PROBE_BYTES // 32)
+
+    def write(self) -> list[Row]:
+        """Write, fsync, rename, and read back. UserError (DiskError) where the disk refuses."""
+        place = existing(self.run)
+        self.folder = temporary_name(place / "doctor")
+        start = time.monotonic()
+        with atomic_folder(self.folder) as temporary:
+            (temporary / FILE).write_bytes(self._content)
+        seconds = time.monotonic() - start
+        where = str(place) if place == self.run else f"{place}, where {self.run} is to be"
+        if (self.folder / FILE).read_bytes() != self._content:
+            detail = f"{where}: what was written reads back otherwise; give output.dir on another disk"
+            return [Row("run folder", "broken", detail)]
+        detail = f"{where}: {size_of(PROBE_BYTES)} written, synced, renamed and read back in {seconds * 1e3:.0f} ms"
+        return [Row("run folder", "ok", detail, figures={"write_seconds": seconds})]
+
+    @property
+    def written(self) -> dict[str, str] | None:
+        """What another node needs to recognise it: its path and the beginning of its content; None where it failed."""
+        if self.folder is None or not (self.folder / FILE).is_file():
+            return None
+        return {"path": str(self.folder / FILE), "mark": self._content[:32].hex()}
+
+    def remove(self) -> None:
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def unseen(probes: Mapping[str, Mapping[str, str]], seconds: float = SEEN_SECONDS) -> list[str]:
+    """The nodes whose probe (`Probe.written`) this node does not see within `seconds`, or sees otherwise."""
+    end = time.monotonic() + seconds
+    waiting = dict(probes)
+    while waiting:
+        waiting = {node: probe for node, probe in waiting.items() if not _sees(Path(probe["path"]), probe["mark"])}
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1 if waiting else 0)
+    return list(waiting)
+
+
+def _sees(path: Path, mark: str) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(mark) // 2).hex() == mark
+    except OSError:
+        return False
+
+
+def existing(path: Path) -> Path:
+    """The path itself or its nearest parent that is there. UserError where that is no folder."""
+    place = next(place for place in (path, *path.parents) if place.exists())
+    if not place.is_dir():
+        raise UserError(f"output.dir: {place} is a file; choose a folder")
+    return place
+
+
+def space(config: Config, writes: bool) -> list[Row]:
+    """The free disk in the run folder beside what the checkpoints take.
+
+    writes: rank 0, which alone writes checkpoints, is on this node.
+    """
+    try:
+        factors = factor_count(config) if writes else None
+    except UserError:  # which has a row of its own
+        factors = None
+    place = existing(config.output.dir.absolute())
+    facts = os.statvfs(place)
+    free = facts.f_bavail * facts.f_frsize
+    said = f"{size_of(free)} free for {config.output.dir}"
+    figures: dict[str, float] = {"free_bytes": free}
+    if factors is not None:
+        one = (BYTES_PER_FACTOR + ADAPTER_BYTES_PER_FACTOR) * factors
+        # The one that `best` points to always stays; the one that is being written is whole before another goes; the
+        # adapter is exported at the end.
+        best = max(1, config.output.keep_best) if config.data.eval is not None else 0
+        kept = (config.output.keep_last or 1) + best + 1
+        needed = kept * one + ADAPTER_BYTES_PER_FACTOR * factors + ROOM
+        figures |= {"needed_bytes": needed, "checkpoint_bytes": one}
+        said += f"; {kept} checkpoints of {size_of(one)} and the rest take {size_of(needed)}"
+        if config.output.keep_last is None:
+            said += " (output.keep_last is null: every other one adds to it)"
+    else:
+        needed = ROOM
+        said += f"; logs want {size_of(needed)}"
+    if facts.f_favail == 0 and facts.f_files:
+        detail = f"{said}; no inode is left: remove files, or give output.dir on another disk"
+        return [Row("free disk", "broken", detail, figures=figures)]
+    if free < needed:
+        detail = f"{said}: too little; free some, keep fewer (output.keep_last) or give output.dir on another disk"
+        return [Row("free disk", "broken", detail, figures=figures)]
+    return [Row("free disk", "ok", said, figures=figures)]

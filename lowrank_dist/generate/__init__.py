@@ -1,0 +1,1 @@
+"""Decoding with a sharded model, and how good what it writes is."""

@@ -1,0 +1,145 @@
+"""Prompts → completions: left-padded batches over data-parallel ranks, a key/value cache, one token a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import torch
+
+from lowrank_dist.data.tokenizer import Tokenizer
+from lowrank_dist.errors import UserError
+from lowrank_dist.generate.prompts import Prompt
+from lowrank_dist.generate.rules import DecodingRules
+from lowrank_dist.generate.sampling import next_tokens
+from lowrank_dist.generate.sharing import gather_json
+from lowrank_dist.generate.text import StopTexts, completion_text
+from lowrank_dist.messages import some_of
+from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.parallel.topology import Topology
+
+
+@dataclass(frozen=True)
+class Generation:
+    """text: without the token or text that stopped it. tokens: all ids, a stop token included.
+
+    finish: "stop" for a stop token or text, "length" for max_new_tokens or the model's last position.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    finish: Literal["stop", "length"]
+
+
+@dataclass
+class _Row:
+    number: int
+    prompt: Prompt
+    limit: int
+    ids: list[int] = field(default_factory=list)
+
+
+def generate(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Prompt],
+    rules: DecodingRules,
+    topology: Topology,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> list[Generation]:
+    """The completion of every prompt, in their order, on every rank. Collective over all ranks.
+
+    Prompts of like length share a batch, the longest first; batches go round the data-parallel ranks. The model is in
+    evaluation mode and without sequence parallelism for as long as this takes. progress: told of a batch that is done
+    on this rank, in prompts.
+
+    Raises UserError for a prompt that leaves no position to write to, before anything runs.
+    """
+    check_lengths(prompts, model.architecture.max_positions)
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number].ids))
+    batches = [order[start : start + rules.batch] for start in range(0, len(order), rules.batch)]
+    stops, training = StopTexts(tokenizer, rules.stop), model.training
+    found: list[tuple[int, Generation]] = []
+    model.eval()
+    try:
+        with model.without_sequence_parallelism():
+            for batch in batches[topology.dp_rank :: topology.dp_size]:
+                rows = [_Row(number, prompts[number], _limit(prompts[number], model, rules)) for number in batch]
+                for row, finish in _decode_batch(model, rows, stops, rules, topology):
+                    text = stops.cut(completion_text(tokenizer, row.prompt.ids, _without_stop(row)))
+                    found.append((row.number, Generation(text, tuple(row.ids), finish)))
+                progress(len(rows))
+    finally:
+        model.train(training)
+    return _shared(found, len(prompts), topology, next(model.parameters()).device)
+
+
+def check_lengths(prompts: Sequence[Prompt], max_positions: int) -> None:
+    """Raise UserError naming the prompts that are longer than the model's positions, or leave none for a token."""
+    too_long = [f"{p.where} ({len(p.ids)} tokens)" for p in prompts if len(p.ids) >= max_positions]
+    if too_long:
+        raise UserError(
+            f"{some_of(too_long)}: the model has {max_positions} positions for a prompt and its completion: shorten it"
+        )
+
+
+def _limit(prompt: Prompt, model: CausalLM, rules: DecodingRules) -> int:
+    return min(rules.max_new_tokens, model.architecture.max_positions - len(prompt.ids))
+
+
+def _decode_batch(
+    model: CausalLM, rows: list[_Row], stops: StopTexts, rules: DecodingRules, topology: Topology
+) -> list[tuple[_Row, Literal["stop", "length"]]]:
+    """Decode the rows until each has finished; a row leaves the batch when it has."""
+    device = next(model.parameters()).device
+    width = max(len(row.prompt.ids) for row in rows)
+    padding = [width - len(row.prompt.ids) for row in rows]
+    input_ids = torch.tensor(
+        [[0] * empty + list(row.prompt.ids) for empty, row in zip(padding, rows, strict=True)], device=device
+    )
+    # The last token of a row is drawn from the columns before it and never fed.
+    columns = max(empty + len(row.prompt.ids) + row.limit for empty, row in zip(padding, rows, strict=True)) - 1
+    cache = model.new_cache(torch.tensor(padding, device=device), columns)
+    finished: list[tuple[_Row, Literal["stop", "length"]]] = []
+    step = 0
+    while rows:
+        logits = model.decode(input_ids, cache)
+        numbers = [row.number for row in rows]
+        tokens = next_tokens(logits, model.architecture.vocab, rules, numbers, step, topology.tp_group)
+        going = []
+        for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            row.ids.append(token)
+            if token in row.prompt.stop_ids or stops.found_in(row.prompt.ids, row.ids):
+                finished.append((row, "stop"))
+            elif len(row.ids) == row.limit:
+                finished.append((row, "length"))
+            else:
+                going.append(place)
+        if going and len(going) < len(rows):
+            cache.keep(going)
+        rows, input_ids = [rows[place] for place in going], tokens[going, None]
+        step += 1
+    return finished
+
+
+def _without_stop(row: _Row) -> list[int]:
+    return row.ids[:-1] if row.ids[-1] in row.prompt.stop_ids else row.ids
+
+
+def _shared(
+    found: list[tuple[int, Generation]], count: int, topology: Topology, device: torch.device
+) -> list[Generation]:
+    """All ranks' generations, in the order of the prompts."""
+    if topology.dp_size == 1:
+        parts = [[(number, asdict(generation)) for number, generation in found]]
+    else:
+        # The ranks of a tensor-parallel group hold the same: the first speaks for them.
+        mine = [(number, asdict(generation)) for number, generation in found] if topology.tp_rank == 0 else []
+        parts = gather_json(mine, topology.world_group, device)
+    whole = {number: fields for part in parts for number, fields in part}
+    assert len(whole) == count, "a prompt was dealt to no rank, or to two"
+    return [
+        Generation(whole[number]["text"], tuple(whole[number]["tokens"]), whole[number]["finish"])
+        for number in range(count)
+    ]

@@ -1,0 +1,185 @@
+"""The whole plan as plain data: what --json prints and the tables show. Bytes are bytes, times are seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+from lowrank_dist.plan import storage
+from lowrank_dist.plan.hardware import usable
+from lowrank_dist.plan.job import Job
+from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, tensor_sizes
+from lowrank_dist.plan.memory import memory, moments, standing
+from lowrank_dist.plan.methods import MethodPlan, Sizes, compare
+from lowrank_dist.plan.parameters import frozen_parameters, frozen_size, theta_on_rank
+from lowrank_dist.plan.step_time import job_flops
+from lowrank_dist.plan.traffic import Message, bytes_of, calls, microbatch_messages, of_step
+
+_LARGEST_TENSOR = 64  # sizes above which nobody asks why not
+
+
+def describe(
+    planned: Choice, recommended: Choice | None, cluster: Cluster, sizes: Sizes, keep_last: int | None, keep_best: int
+) -> dict[str, Any]:
+    """Everything about `planned`; `recommended` where the plan's own choice differs from what the user has fixed."""
+    candidate = planned.best
+    job = candidate.job
+    return {
+        "model": _model(job),
+        "trained": _trained(job),
+        "files": _files(job, cluster, keep_last, keep_best),
+        "cluster": {
+            "nodes": cluster.nodes,
+            "gpus_per_node": cluster.gpus_per_node,
+            "gpu": cluster.gpu.name,
+            "memory": cluster.memory,
+            "usable": usable(cluster.memory),
+        },
+        "layout": _layout(candidate),
+        "fits": planned.fits,
+        "remedies": list(planned.remedies),
+        "runner_up": _layout(planned.runner_up) if planned.runner_up is not None else None,
+        "recommended": _layout(recommended.best) if recommended is not None else None,
+        "memory": _memory(candidate),
+        "messages": _messages(candidate),
+        "flops": asdict(job_flops(job)) | {"per_gpu": job_flops(job).executed // job.layout.ranks},
+        "time": _time(candidate) if job.device == "cuda" else None,
+        "tensor_sizes": _tensor(job, cluster),
+        "state": _state(job),
+        "methods": [_method(plan, job) for plan in compare(candidate, sizes)],
+    }
+
+
+def _model(job: Job) -> dict[str, Any]:
+    shape = job.shape
+    return {
+        "name": shape.name,
+        "family": shape.family,
+        "layers": shape.layers,
+        "hidden": shape.hidden,
+        "dtype": job.dtype,
+        "parameters": frozen_size(shape),
+        "parameters_by_part": frozen_parameters(shape),
+    }
+
+
+def _trained(job: Job) -> dict[str, Any]:
+    size = frozen_size(job.shape)
+    return {
+        "parameters": job.placement.elements,
+        "percent": 100 * job.placement.elements / size,
+        "by_module": {
+            name: {"parameters": elements, "percent": 100 * elements / size}
+            for name, elements in job.placement.by_module().items()
+        },
+    }
+
+
+def _files(job: Job, cluster: Cluster, keep_last: int | None, keep_best: int) -> dict[str, int]:
+    return {
+        "adapter": storage.adapter_bytes(job),
+        "adapter_16_bit": storage.adapter_bytes(job) // 2,
+        "checkpoint": storage.checkpoint_bytes(job),
+        "base": storage.base_bytes(job),
+        "disk": storage.disk_bytes(job, keep_last, keep_best),
+        "host_memory_loading": storage.host_bytes(job, cluster.gpus_per_node),
+        "host_memory_saving": storage.saving_bytes(job),
+    }
+
+
+def _layout(candidate: Candidate) -> dict[str, Any]:
+    layout = candidate.job.layout
+    found = {
+        "tensor": layout.tensor,
+        "data": layout.data,
+        "sequence": layout.sequence,
+        "micro_batch": layout.micro_batch,
+        "recompute": layout.recompute,
+        "microbatches": candidate.job.microbatches,
+        "memory": candidate.memory.total,
+        "short": candidate.short,
+    }
+    return found | ({"seconds": candidate.time.seconds} if candidate.job.device == "cuda" else {})
+
+
+def _memory(candidate: Candidate) -> dict[str, Any]:
+    """With and without recomputation of the same layout, by part at the fullest moment, and every moment's total."""
+    found = {}
+    for name, recompute in (("without_recompute", False), ("with_recompute", True)):
+        layout = replace(candidate.job.layout, recompute=recompute)
+        job = replace(candidate.job, layout=layout)
+        held = memory(job, candidate.tp_rank)
+        always = sum(standing(job, theta_on_rank(job, candidate.tp_rank)).values())
+        found[name] = {
+            "total": held.total,
+            "moment": held.moment,
+            "parts": held.parts,
+            "moments": {m.name: always + sum(m.parts.values()) for m in moments(job, candidate.tp_rank)},
+        }
+    return found
+
+
+def _messages(candidate: Candidate) -> list[dict[str, Any]]:
+    """Of one rank: per microbatch and per optimizer step, by kind and group."""
+    step, micro = of_step(candidate.job, candidate.tp_rank), microbatch_messages(candidate.job)
+    return [
+        {
+            "kind": kind,
+            "group": group,
+            "calls_per_microbatch": calls(micro)[kind, group],
+            "calls": count,
+            "bytes": bytes_of(step)[kind, group],
+        }
+        for (kind, group), count in sorted(calls(step).items())
+    ]
+
+
+def messages_of(messages: Iterable[Message]) -> dict[str, dict[str, int]]:
+    """Calls and bytes by kind, of messages over one group."""
+    held = list(messages)
+    return {
+        kind: {"calls": n, "bytes": bytes_of(held)[kind, group]} for (kind, group), n in sorted(calls(held).items())
+    }
+
+
+def _time(candidate: Candidate) -> dict[str, Any]:
+    time = candidate.time
+    return {
+        "modelled": True,
+        "seconds": time.seconds,
+        "terms": time.terms,
+        "bound": time.bound,
+        "mfu": time.mfu,
+        "tokens_per_second": time.tokens_per_second,
+    }
+
+
+def _state(job: Job) -> dict[str, float]:
+    """Bytes of weights, gradients, masters and moments of a replica, however sharded: low-rank and full training."""
+    size = frozen_size(job.shape)
+    lora = job.itemsize * size + (4 + 4 + 12) * job.placement.elements
+    full = (job.itemsize + 4 + 12) * size
+    return {
+        "lora": lora,
+        "lora_bytes_per_parameter": lora / size,
+        "full": full,
+        "full_bytes_per_parameter": full / size,
+    }
+
+
+def _tensor(job: Job, cluster: Cluster) -> dict[str, Any]:
+    largest = min(_LARGEST_TENSOR, cluster.gpus)
+    why_not, legal = tensor_sizes(job.shape, largest)
+    return {
+        "legal": [size for size in legal if cluster.gpus % size == 0],
+        "not": {size: f"does not divide {reason}" for size, reason in why_not.items()}
+        | {size: f"does not divide {cluster.gpus} GPUs" for size in legal if cluster.gpus % size},
+    }
+
+
+def _method(plan: MethodPlan, job: Job) -> dict[str, Any]:
+    found = asdict(plan) | {"percent": 100 * plan.trained / frozen_size(job.shape)}
+    if job.device == "cpu":
+        del found["seconds"]
+    return found

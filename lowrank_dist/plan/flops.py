@@ -1,0 +1,94 @@
+"""FLOPs of a step on a frozen base, counted: what is executed, and what the model needs (MFU's numerator).
+
+Frozen weights have no weight gradient, the lowest adapted linear forms no gradient of its input, nothing below it runs
+backward, and only target positions reach the vocabulary projection. A multiply-add is two FLOPs; norms, activations and
+softmax are left out. Causal attention counts the half of the scores that exists.
+
+Legend: T tokens, n target tokens, H hidden, V vocabulary, r rank of a factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowrank_dist.plan.placement import Layer, Placement, gradients
+from lowrank_dist.plan.shapes import LINEARS, Shape
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs over all ranks. executed: with recomputation, and flash attention's scores made again in backward.
+
+    model: without either, as MFU is defined (Chowdhery et al., "PaLM", 2022, appendix B), and without the weight
+    gradients that a frozen base does not have. attention: the part of `executed` that attention is.
+    """
+
+    executed: int
+    model: int
+    attention: int
+
+
+def step_flops(
+    shape: Shape,
+    placement: Placement,
+    *,
+    tokens: int,
+    target_tokens: int,
+    square_lengths: int,
+    recompute: bool,
+) -> FlopCount:
+    """FLOPs of forward and backward of `tokens` tokens, of which `target_tokens` are trained on.
+
+    square_lengths: Σ length² over the samples, each of which attends within itself. Sums may run over any number of
+    microbatches, steps and ranks: the count is linear in all three.
+    """
+    linears = {name: shape.linears[name].weights for name in LINEARS}
+    forward_linears = 2 * tokens * sum(linears.values())
+    forward_attention = 2 * square_lengths * shape.heads * shape.head_dim
+    vocabulary = 2 * target_tokens * shape.vocab * shape.hidden
+    trained = placement.trains
+    executed = model = vocabulary * (2 if trained else 1)
+    attention = 0
+    for layer, stream, count in placement.kinds:
+        forward = forward_linears + _low_rank_forward(layer, tokens)
+        needs = gradients(layer, stream)
+        backward = sum(2 * tokens * linears[name] for name, dx in zip(LINEARS, needs, strict=True) if dx)
+        backward += _low_rank_backward(layer, needs, tokens)
+        model += count * (forward + backward + forward_attention * (3 if needs[1] else 1))
+        again = recompute and (stream or any(layer))
+        # Flash attention's backward: five products, the scores' among them, where forward has two.
+        executed += count * (forward * (2 if again else 1) + backward)
+        attention += count * forward_attention * (1 + again)
+        attention += count * forward_attention * 5 // 2 * needs[1]
+    return FlopCount(executed + attention, model, attention)
+
+
+def replicated_flops(placement: Placement, *, tokens: int, recompute: bool) -> int:
+    """FLOPs that every tensor-parallel rank repeats without sequence parallelism: those of the replicated factors,
+    A of column- and B of row-parallel linears, which then see all tokens everywhere.
+    """
+    found = 0
+    for layer, stream, count in placement.kinds:
+        forwards = 2 if recompute and (stream or any(layer)) else 1
+        for index, (factors, needs_dx) in enumerate(zip(layer, gradients(layer, stream), strict=True)):
+            column = index % 2 == 0
+            # Beside the forward product: dA, and dU·A where it is needed; or dU and dB.
+            products = forwards + (1 + needs_dx if column else 2)
+            side = sum(factor.rank * (factor.in_features if column else factor.rows) for factor in factors)
+            found += count * products * 2 * tokens * side
+    return found
+
+
+def _low_rank_forward(layer: Layer, tokens: int) -> int:
+    """U = X·Aᵀ and U·Bᵀ."""
+    return sum(2 * tokens * factor.elements for factors in layer for factor in factors)
+
+
+def _low_rank_backward(layer: Layer, needs: tuple[bool, ...], tokens: int) -> int:
+    """dU = dY·B, dA = dUᵀ·X, dB = dYᵀ·U, and dU·A where the input needs a gradient."""
+    found = 0
+    for factors, needs_dx in zip(layer, needs, strict=True):
+        for factor in factors:
+            on_rows, on_inputs = factor.rank * factor.rows, factor.rank * factor.in_features
+            found += 2 * tokens * (2 * on_rows + (2 if needs_dx else 1) * on_inputs)
+    return found

@@ -1,0 +1,97 @@
+"""What is planned: a model, its factors, a parallel layout and the sizes of a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from lowrank_dist.plan.placement import Placement
+from lowrank_dist.plan.shapes import Shape
+
+ITEMSIZE = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How tensor × data ranks share the work. micro_batch: rows a rank and microbatch; recompute: of all layers."""
+
+    tensor: int
+    data: int
+    sequence: bool
+    micro_batch: int
+    recompute: bool
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.data
+
+    def __str__(self) -> str:
+        words = [f"TP {self.tensor}", f"DP {self.data}", f"microbatch {self.micro_batch}"]
+        words += ["sequence parallel"] * self.sequence + ["recompute"] * self.recompute
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One optimizer step to be planned. Every row is taken as `length` tokens long: the most that the config allows.
+
+    target_share: the part of the tokens that is trained on, and hence reaches the vocabulary. reduce_bucket: elements,
+    None for |Θ| on the rank. device: whose operators run. lanes: factors beside the weights (parallel/lanes.py).
+    packing: several samples a row.
+    """
+
+    shape: Shape
+    placement: Placement
+    layout: Layout
+    global_batch: int
+    length: int
+    target_share: float
+    dtype: Literal["fp32", "bf16"]
+    vocab_multiple: int
+    zero_stage: Literal[1, 2]
+    reduce_bucket: int | None
+    device: Literal["cpu", "cuda"]
+    lanes: bool
+    packing: bool
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def sequence_length(self) -> int:
+        """Positions of a row, padded so that every rank's token shard is of one size."""
+        step = self.layout.tensor if self.layout.sequence else 1
+        return math.ceil(self.length / step) * step
+
+    @property
+    def tokens(self) -> int:
+        """T of a microbatch: rows × positions, padding included."""
+        return self.layout.micro_batch * self.sequence_length
+
+    @property
+    def shard_tokens(self) -> int:
+        """T_j: tokens on a rank outside attention and MLP."""
+        return self.tokens // self.layout.tensor if self.layout.sequence else self.tokens
+
+    @property
+    def targets(self) -> int:
+        """n of a microbatch: positions whose next token is trained on; the last of a row has none."""
+        return self.layout.micro_batch * int(self.target_share * (self.length - 1))
+
+    @property
+    def microbatches(self) -> int:
+        """Of one rank in one optimizer step."""
+        return math.ceil(self.global_batch / (self.layout.micro_batch * self.layout.data))
+
+
+def padded_vocab(job: Job) -> int:
+    """Embedding rows over all ranks, as Megatron pads them."""
+    step = job.vocab_multiple * job.layout.tensor
+    return math.ceil(job.shape.vocab / step) * step
+
+
+def head_rows(job: Job) -> int:
+    """Rows of the vocabulary projection that the fullest rank multiplies with (padding is cut off)."""
+    return min(padded_vocab(job) // job.layout.tensor, job.shape.vocab)

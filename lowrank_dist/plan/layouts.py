@@ -1,0 +1,214 @@
+"""Which layouts a cluster has for a job, which of them fit, and which is the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from lowrank_dist.errors import UserError
+from lowrank_dist.plan.hardware import Gpu, usable
+from lowrank_dist.plan.job import Job, Layout
+from lowrank_dist.plan.memory import Memory, memory
+from lowrank_dist.plan.parameters import heaviest_rank
+from lowrank_dist.plan.shapes import Shape
+from lowrank_dist.plan.step_time import StepTime, step_time
+
+_LARGEST_CLUSTER = 512  # nodes, up to which a larger one is looked for
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`memory`: bytes of a GPU."""
+
+    nodes: int
+    gpus_per_node: int
+    gpu: Gpu
+    memory: int
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What the user has decided of a layout; None is for the plan to choose."""
+
+    tensor: int | None = None
+    data: int | None = None
+    sequence: bool | None = None
+    micro_batch: int | None = None
+    recompute: bool | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A job in one layout on a cluster."""
+
+    job: Job
+    cluster: Cluster
+
+    @cached_property
+    def tp_rank(self) -> int:
+        return heaviest_rank(self.job)
+
+    @cached_property
+    def memory(self) -> Memory:
+        return memory(self.job, self.tp_rank)
+
+    @cached_property
+    def time(self) -> StepTime:
+        return step_time(self.job, self.cluster.gpu, self.cluster.gpus_per_node, self.tp_rank)
+
+    @property
+    def short(self) -> int:
+        """Bytes by which a GPU is too small; 0 where it fits."""
+        return max(0, self.memory.total - usable(self.cluster.memory))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """best: the fastest layout that fits, or where none does the smallest. remedies: what would make it fit."""
+
+    best: Candidate
+    runner_up: Candidate | None
+    remedies: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.best.short == 0
+
+
+def tensor_sizes(shape: Shape, largest: int) -> tuple[dict[int, str], list[int]]:
+    """For every size up to `largest` that cannot be, why not; and the sizes that can."""
+    why_not, legal = {}, []
+    for size in range(1, largest + 1):
+        reason = why_illegal(shape, size)
+        if reason is None:
+            legal.append(size)
+        else:
+            why_not[size] = reason
+    return why_not, legal
+
+
+def why_illegal(shape: Shape, tensor: int) -> str | None:
+    """Why the model cannot be cut into `tensor` parts, or None."""
+    if shape.heads % tensor:
+        return f"{shape.heads} attention heads"
+    if shape.ffn % tensor:
+        return f"ffn {shape.ffn}"
+    if shape.kv_heads % tensor == 0:
+        return None
+    rows = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+    if tensor % shape.kv_heads or rows % tensor:
+        return f"{shape.kv_heads} key/value heads"
+    return None
+
+
+def check_tensor(shape: Shape, tensor: int) -> None:
+    """Raise UserError where `tensor` does not divide the model."""
+    reason = why_illegal(shape, tensor)
+    if reason is not None:
+        legal = ", ".join(map(str, tensor_sizes(shape, shape.heads)[1]))
+        raise UserError(f"parallel.tensor: {tensor} does not divide {shape.name} ({reason}); it may be {legal}")
+
+
+def choose(job: Job, fixed: Fixed, cluster: Cluster) -> Choice:
+    """The fastest layout of `job` that fits the cluster and what is fixed, and the fastest of another kind.
+
+    Tensor-parallel groups stay inside a node unless nothing fits or the user says otherwise. Raises UserError where
+    what is fixed fits no layout at all.
+    """
+    if fixed.tensor is not None:
+        check_tensor(job.shape, fixed.tensor)
+    candidates = [Candidate(replace(job, layout=layout), cluster) for layout in _layouts(job, fixed, cluster)]
+    if not candidates:
+        raise UserError(_no_layout(job, fixed, cluster))
+    fitting = [candidate for candidate in candidates if not candidate.short]
+    inside = [c for c in fitting if cluster.gpus_per_node % c.job.layout.tensor == 0]
+    ranked = sorted(inside or fitting, key=lambda candidate: candidate.time.seconds)
+    if not ranked:
+        smallest = min(candidates, key=lambda candidate: candidate.memory.total)
+        return Choice(smallest, None, tuple(_remedies(smallest, fixed)))
+    best = ranked[0]
+    others = (c for c in ranked if _kind(c.job.layout) != _kind(best.job.layout))
+    return Choice(best, next(others, None), ())
+
+
+def _kind(layout: Layout) -> tuple[int, bool, bool]:
+    return layout.tensor, layout.sequence, layout.recompute
+
+
+def _layouts(job: Job, fixed: Fixed, cluster: Cluster) -> Iterator[Layout]:
+    sizes = (
+        [fixed.tensor] if fixed.tensor is not None else tensor_sizes(job.shape, min(cluster.gpus, job.shape.heads))[1]
+    )
+    for tensor in sizes:
+        if cluster.gpus % tensor:
+            continue
+        data = cluster.gpus // tensor
+        if fixed.data not in (None, data) or data > job.global_batch:
+            continue
+        sequences = [tensor > 1] if fixed.sequence is None else [fixed.sequence and tensor > 1]
+        for sequence in sequences:
+            for micro_batch in _micro_batches(job.global_batch, data, fixed.micro_batch):
+                for recompute in (False, True) if fixed.recompute is None else (fixed.recompute,):
+                    yield Layout(tensor, data, sequence, micro_batch, recompute)
+
+
+def _micro_batches(global_batch: int, data: int, fixed: int | None) -> list[int]:
+    """Powers of two that cut each replica's share of the global batch without a rest."""
+    if fixed is not None:
+        return [fixed]
+    share = global_batch // data
+    return [
+        size for size in (2**power for power in range(7)) if size <= share and global_batch % (size * data) == 0
+    ] or [1]
+
+
+def _no_layout(job: Job, fixed: Fixed, cluster: Cluster) -> str:
+    where = f"{cluster.nodes} × {cluster.gpus_per_node} = {cluster.gpus} GPUs"
+    if fixed.tensor is not None and cluster.gpus % fixed.tensor:
+        return (
+            f"parallel.tensor: {fixed.tensor} does not divide {where}; change --nodes or --gpus-per-node, or the size"
+        )
+    if fixed.tensor is not None and fixed.data is not None and fixed.tensor * fixed.data != cluster.gpus:
+        return f"parallel.data: {fixed.tensor} tensor × {fixed.data} data parallel is not {where}; leave it null"
+    return (
+        f"train.global_batch: {job.global_batch} samples do not give every data-parallel replica on {where} a sample; "
+        "raise it, or plan for fewer GPUs"
+    )
+
+
+def _remedies(smallest: Candidate, fixed: Fixed) -> Iterator[str]:
+    """Changes, one at a time, that would make the smallest layout fit."""
+    job, cluster = smallest.job, smallest.cluster
+    layout = job.layout
+    needed = smallest.memory.total
+    if not layout.recompute:
+        with_recompute = Candidate(replace(job, layout=replace(layout, recompute=True)), cluster)
+        if not with_recompute.short:
+            yield "engine.recompute=full"
+    if layout.micro_batch > 1:
+        one = Candidate(replace(job, layout=replace(layout, micro_batch=1)), cluster)
+        if not one.short:
+            yield "train.micro_batch=1"
+    length = job.length // 2
+    while length >= 128:
+        if not Candidate(replace(job, length=length), cluster).short:
+            yield f"data.max_length={length}"
+            break
+        length //= 2
+    nodes = 2 * cluster.nodes
+    while nodes <= _LARGEST_CLUSTER:
+        larger = replace(cluster, nodes=nodes)
+        layouts = _layouts(job, replace(fixed, tensor=None, data=None), larger)
+        found = next((c for c in (Candidate(replace(job, layout=x), larger) for x in layouts) if not c.short), None)
+        if found is not None:
+            across = " parallel.across_nodes=true" * (found.job.layout.tensor > cluster.gpus_per_node)
+            yield f"--nodes {nodes} with parallel.tensor={found.job.layout.tensor}{across}"
+            break
+        nodes *= 2
+    size = next(gigabytes for gigabytes in range(1, 10**6) if usable(gigabytes * 10**9) >= needed)
+    yield f"GPUs of {size} GB"

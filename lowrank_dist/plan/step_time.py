@@ -1,0 +1,138 @@
+"""How long a step takes on a GPU, modelled: GEMMs at the rate they reach, passes over memory, messages, in turn.
+
+A figure to compare layouts with, and not a measurement: kernels are taken as as good as the ones the rates come from,
+launches and stragglers are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from lowrank_dist.plan.flops import FlopCount, replicated_flops, step_flops
+from lowrank_dist.plan.hardware import (
+    GEMM_SHARE,
+    LINK_SHARE,
+    MEMORY_SHARE,
+    NETWORK_LATENCY,
+    NODE_LATENCY,
+    Gpu,
+)
+from lowrank_dist.plan.job import Job, Layout
+from lowrank_dist.plan.memory import frozen_bytes
+from lowrank_dist.plan.parameters import theta_on_rank
+from lowrank_dist.plan.placement import gradients
+from lowrank_dist.plan.shapes import LINEARS
+from lowrank_dist.plan.traffic import Message, of_step
+from lowrank_dist.plan.zero import partition_elements
+
+GEMMS, PASSES, TENSOR, DATA = "GEMMs", "memory", "tensor-parallel messages", "data-parallel messages"
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Modelled seconds of an optimizer step by term, and its model FLOPs utilisation (0 to 1) over all GPUs."""
+
+    terms: dict[str, float]
+    mfu: float
+    tokens_per_second: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.terms.values())
+
+    @property
+    def bound(self) -> str:
+        """The term that takes longest."""
+        return max(self.terms, key=lambda term: self.terms[term])
+
+
+def job_flops(job: Job) -> FlopCount:
+    """All ranks, one optimizer step, padding included, and what ranks repeat of one another's work in `executed`."""
+    layout = job.layout
+    rows = layout.micro_batch * job.microbatches * layout.data
+    tokens = rows * job.sequence_length
+    flops = step_flops(
+        job.shape,
+        job.placement,
+        tokens=tokens,
+        target_tokens=rows * (job.targets // layout.micro_batch),
+        square_lengths=rows * job.sequence_length**2,
+        recompute=layout.recompute,
+    )
+    if layout.sequence or layout.tensor == 1:
+        return flops
+    repeated = replicated_flops(job.placement, tokens=tokens, recompute=layout.recompute)
+    return replace(flops, executed=flops.executed + (layout.tensor - 1) * repeated)
+
+
+def step_time(job: Job, gpu: Gpu, gpus_per_node: int, tp_rank: int) -> StepTime:
+    """Modelled time of one optimizer step."""
+    flops = job_flops(job)
+    ranks = job.layout.ranks
+    messages = of_step(job, tp_rank)
+    terms = {
+        GEMMS: gemm_seconds(job, gpu, flops.executed / ranks),
+        PASSES: _passes(job, tp_rank) / (gpu.bandwidth * MEMORY_SHARE),
+        TENSOR: message_seconds((m for m in messages if m.group == "tensor"), job.layout, gpu, gpus_per_node),
+        DATA: message_seconds((m for m in messages if m.group == "data"), job.layout, gpu, gpus_per_node),
+    }
+    seconds = sum(terms.values())
+    rows = min(job.global_batch, job.layout.micro_batch * job.microbatches * job.layout.data)
+    return StepTime(terms, flops.model / (seconds * ranks * gpu.flops), rows * job.length / seconds)
+
+
+def gemm_seconds(job: Job, gpu: Gpu, flops: float) -> float:
+    """At the GEMMs' rate, or where a microbatch is small at the rate at which the weights are read, twice or more."""
+    rate = gpu.flops * GEMM_SHARE * (1 if job.dtype == "bf16" else 0.5)  # TF32's rate is half
+    reads = job.microbatches * frozen_bytes(job) * (3 if job.layout.recompute else 2)
+    return max(flops / rate, reads / (gpu.bandwidth * MEMORY_SHARE))
+
+
+def message_seconds(messages: Iterable[Message], layout: Layout, gpu: Gpu, gpus_per_node: int) -> float:
+    """Rings: a gather moves (N − 1)/N of its message, an all-reduce twice that.
+
+    A group that crosses nodes goes through the NICs of all its members on a node at once, as NCCL's rings do.
+    """
+    found = 0.0
+    for message in messages:
+        if message.group == "tensor":
+            size, members = layout.tensor, min(layout.tensor, gpus_per_node)
+        else:
+            size, members = layout.data, min(layout.data, max(1, gpus_per_node // layout.tensor))
+        across = size > members
+        bandwidth = min(gpu.node, gpu.network * members) if across else gpu.node
+        moved = message.bytes * (size - 1) / size * (2 if message.kind == "all-reduce" else 1)
+        latency = NETWORK_LATENCY if across else NODE_LATENCY
+        found += message.count * (latency + moved / (bandwidth * LINK_SHARE))
+    return found
+
+
+def _passes(job: Job, tp_rank: int) -> int:
+    """Bytes that a rank reads and writes outside the GEMMs: norms, residuals, activations, rotations, thin products.
+
+    Elements a token, forward; backward passes over twice as much. The thin products make six passes over inputs and
+    outputs of an adapted linear (benchmarks/roofline.py counts them one by one).
+    """
+    shape, n, e = job.shape, job.layout.tensor, job.itemsize
+    hidden = (2 * 2 + 2 * 3) * shape.hidden * job.shard_tokens
+    inner = (3 if shape.gated else 2) * shape.ffn // n * job.tokens
+    heads = 4 * (shape.heads + shape.kv_heads) * shape.head_dim // n * job.tokens
+    messages = 4 * shape.hidden * job.tokens if job.layout.sequence else 0
+    forward = hidden + inner + heads + messages
+    found = 0
+    for layer, stream, count in job.placement.kinds:
+        trained = any(gradients(layer, stream)) or any(layer)
+        found += count * forward * (1 + 2 * trained + (trained and job.layout.recompute)) * e
+        for name, factors in zip(LINEARS, layer, strict=True):
+            if factors:
+                linear = shape.linears[name]
+                inputs, outputs = linear.in_features, sum(factor.rows for factor in factors)
+                column = linear.kind == "column"
+                sides = inputs * (job.shard_tokens if column else job.tokens / n)
+                sides += outputs * (job.tokens / n if column else job.shard_tokens)
+                found += int(count * 3 * sides * e)
+    head = 3 * 4 * job.targets * (shape.vocab // n) + 6 * job.tokens * shape.hidden * e
+    theta = theta_on_rank(job, tp_rank)
+    adam = 4 * 7 * sum(partition_elements(x, job.layout.data) for x in (theta.replicated, theta.sharded))
+    return job.microbatches * (found + head) + adam

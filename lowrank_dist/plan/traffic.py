@@ -1,0 +1,143 @@
+"""The collectives of an optimizer step: how many, of which kind, over which group, how many bytes.
+
+Bytes are those of the whole message, as parallel/counting.py has them: what a gather receives, what a reduction is
+given. The scalars that every distributed optimiser exchanges (norm, overflow, loss) are left out.
+
+Legend: T tokens of a microbatch, H hidden, R = Σ r of a linear, n target tokens, N tensor-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from lowrank_dist.plan.job import Job, padded_vocab
+from lowrank_dist.plan.parameters import theta_on_rank
+from lowrank_dist.plan.placement import Layer, gradients, total_rank
+from lowrank_dist.plan.zero import bucket_elements, partition_elements
+
+GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
+# Positions of which logits exist at one time: parallel/vocab.py keeps a block of fp32 logits to 128 MiB.
+_LOGIT_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class Message:
+    """`count` calls of `bytes` each. phase: forward or backward of one microbatch, or the step at the end."""
+
+    kind: str
+    group: Literal["tensor", "data"]
+    phase: Literal["forward", "backward", "step"]
+    bytes: int
+    count: int = 1
+
+
+def logit_block(job: Job) -> int:
+    """Positions in a block of logits. Of padded rows, which are the same on every rank: blocks are all-reduced."""
+    return max(1, _LOGIT_BYTES // (4 * (padded_vocab(job) // job.layout.tensor)))
+
+
+def microbatch_messages(job: Job) -> list[Message]:
+    """Forward and backward of one microbatch: the tensor-parallel group's messages."""
+    if job.layout.tensor == 1:
+        return []
+    messages = [*_ends(job)]
+    for layer, stream, count in job.placement.kinds:
+        for phase, kind, nbytes in _layer(job, layer, stream):
+            messages.append(Message(kind, "tensor", phase, nbytes, count))
+    return messages
+
+
+def step_messages(job: Job, tp_rank: int) -> list[Message]:
+    """What an optimizer step adds to its microbatches: the deferred sum, and ZeRO over data parallelism."""
+    theta = theta_on_rank(job, tp_rank)
+    if not theta.elements:
+        return []
+    messages, data = [], job.layout.data
+    if job.layout.tensor > 1:
+        nbytes = 4 * partition_elements(theta.replicated, data)
+        messages.append(Message(REDUCE, "tensor", "step", nbytes))
+    if data > 1:
+        rounds = job.microbatches if job.zero_stage == 2 else 1
+        for elements in bucket_elements(job, tp_rank):
+            messages.append(Message(REDUCE, "data", "step", 4 * elements, rounds))
+        for elements in (theta.replicated, theta.sharded):
+            messages.append(Message(GATHER, "data", "step", 4 * data * partition_elements(elements, data)))
+    return messages
+
+
+def of_step(job: Job, tp_rank: int) -> list[Message]:
+    """All messages of one optimizer step on a rank."""
+    repeated = [
+        Message(m.kind, m.group, m.phase, m.bytes, m.count * job.microbatches) for m in microbatch_messages(job)
+    ]
+    return repeated + step_messages(job, tp_rank)
+
+
+def calls(messages: Iterable[Message]) -> Counter[tuple[str, str]]:
+    """Calls by (kind, group)."""
+    found: Counter[tuple[str, str]] = Counter()
+    for message in messages:
+        found[message.kind, message.group] += message.count
+    return found
+
+
+def bytes_of(messages: Iterable[Message]) -> Counter[tuple[str, str]]:
+    """Bytes by (kind, group)."""
+    found: Counter[tuple[str, str]] = Counter()
+    for message in messages:
+        found[message.kind, message.group] += message.count * message.bytes
+    return found
+
+
+def _ends(job: Job) -> Iterator[Message]:
+    """Embedding and head."""
+    shape, layout = job.shape, job.layout
+    whole = job.tokens * shape.hidden * job.itemsize
+    # With learned positions Megatron reduces the word embeddings whole and cuts the sum.
+    scattered = layout.sequence and not shape.position_rows
+    yield Message(SCATTER if scattered else REDUCE, "tensor", "forward", whole)
+    if layout.sequence:
+        yield Message(GATHER, "tensor", "forward", whole)
+        if job.placement.trains:
+            yield Message(SCATTER, "tensor", "backward", whole)
+    elif job.placement.trains:
+        yield Message(REDUCE, "tensor", "backward", job.targets * shape.hidden * job.itemsize)
+    block = logit_block(job)
+    full, rest = divmod(job.targets, block)
+    for positions, count in ((block, full), (rest, 1)):
+        if positions and count:
+            yield Message(REDUCE, "tensor", "forward", 4 * positions, count)  # maximum
+            yield Message(REDUCE, "tensor", "forward", 8 * positions, count)  # Σ exp and the target's logit
+
+
+def _layer(job: Job, layer: Layer, stream: bool) -> Iterator[tuple[Literal["forward", "backward"], str, int]]:
+    """(phase, kind, bytes) of a layer's calls."""
+    shape, sequence = job.shape, job.layout.sequence
+    unit = job.tokens * job.itemsize
+    ranks = [total_rank(factors) if sequence else 0 for factors in layer]
+    needs = gradients(layer, stream)
+    forward = [(GATHER if i % 2 == 0 else SCATTER, unit * (shape.hidden + ranks[i])) for i in range(4)]
+    if not sequence:
+        forward = [(REDUCE, unit * shape.hidden) if i % 2 else None for i in range(4)]
+    fused = unit * shape.linears["linear_qkv"].out_features
+    if shape.kv_heads < job.layout.tensor:  # Megatron gathers q, k, v where a rank's rows are no whole heads
+        forward.insert(1, (GATHER, fused))
+    forward = [call for call in forward if call is not None]
+    yield from (("forward", *call) for call in forward)
+    if not (stream or any(layer)):
+        return
+    if job.layout.recompute:
+        # Non-reentrant checkpoint stops at the last tensor that was saved: fc2's reduction comes after it.
+        yield from (("backward", *call) for call in forward[:-1])
+    for i, (factors, needs_dx) in enumerate(zip(layer, needs, strict=True)):
+        if sequence and (needs_dx or factors):
+            # The lowest adapted linear has no dX to ride on: its dU travels alone.
+            columns = shape.hidden * needs_dx + ranks[i]
+            yield "backward", SCATTER if i % 2 == 0 else GATHER, unit * columns
+        elif not sequence and needs_dx and i % 2 == 0:
+            yield "backward", REDUCE, unit * shape.hidden
+    if shape.kv_heads < job.layout.tensor and (stream or layer[0]):
+        yield "backward", SCATTER, fused

@@ -1,0 +1,18 @@
+"""The plan's memory against what a training step takes, on all of SmolLM2-135M's shape."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.dist.test_plan_memory import Case, compare, tiny, write_smollm2  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_smollm2(tmp_path_factory.mktemp("smollm2"))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("tensor", [1, 3])
+def test_measured_peak_of_smollm2(folder: str, tiny: str, tensor: int, recompute: bool) -> None:  # noqa: F811
+    compare(folder, tiny, Case(tensor, recompute))

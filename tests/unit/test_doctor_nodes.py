@@ -1,0 +1,167 @@
+"""What rank 0 makes of the nodes' answers, how their clocks are compared, and that nothing waits for ever."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from lowrank_dist.doctor import clocks
+from lowrank_dist.doctor.board import Board, Silent
+from lowrank_dist.doctor.findings import SHOWN, Examination, Finding
+from lowrank_dist.doctor.findings import findings as table_of
+from lowrank_dist.doctor.rows import Row, counted, guarded, size_of
+from lowrank_dist.doctor.together import call_roll
+from lowrank_dist.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+def findings(nodes: dict[str, list[Row]], between: list[Row] | None = None) -> list[Finding]:
+    ranks = {node: [rank] for rank, node in enumerate(nodes)}
+    return table_of(Examination(len(nodes), ranks, nodes, between or []))
+
+
+def version(value: str, **more: str) -> Row:
+    return Row("torch", "ok", f"{value} (supported)", alike=value, **more)
+
+
+def test_what_all_nodes_have_is_said_once() -> None:
+    table = findings({"h1": [version("2.13")], "h2": [version("2.13")]}, [Row("all-reduce", "ok", "fast")])
+    assert table == [
+        Finding("torch", "ok", "2.13 (supported)", ("h1", "h2")),
+        Finding("all-reduce", "ok", "fast"),
+    ]
+    assert all(one.passes for one in table)
+
+
+def test_what_differs_is_named_with_its_nodes() -> None:
+    nodes = {"h1": [version("2.13")], "h2": [version("2.12")], "h3": [version("2.13")]}
+    (one,) = findings(nodes)
+    assert (one.state, one.passes) == ("differs", False)
+    assert one.detail == "2.13 on h1, h3; 2.12 on h2: make it the same on every node"
+    # One that may differ is a warning, whichever node comes first.
+    (one,) = findings({node: [version(row.alike or "", if_unlike="warning")] for node, (row,) in nodes.items()})
+    assert (one.state, one.passes) == ("warning", True)
+
+
+def test_what_is_wrong_on_one_node_is_its_own_line() -> None:
+    missing = Row("torch", "missing", "not installed")
+    wrong, fine = findings({"h1": [version("2.13")], "h2": [missing]})[::-1]
+    assert (wrong.nodes, wrong.state, fine.nodes, fine.state) == (("h2",), "missing", ("h1",), "ok")
+    # It has another version and that is out of range: both are said, what is in order is not said again.
+    old = Row("torch", "unsupported", "2.1 is too old", alike="2.1")
+    differs, unsupported = findings({"h1": [version("2.13")], "h2": [old]})
+    assert (differs.state, unsupported.state, unsupported.nodes) == ("differs", "unsupported", ("h2",))
+
+
+def test_a_concern_of_one_node_alone_is_no_difference() -> None:
+    (one,) = findings({"h1": [version("2.13")], "h2": []})
+    assert one == Finding("torch", "ok", "2.13 (supported)", ("h1",))
+
+
+def test_many_answers_that_are_in_order_are_cut_and_others_are_not() -> None:
+    nodes = {f"n{i}": [Row("host memory", "ok", f"{i} GiB"), Row("GPUs", "broken", f"{i} lost")] for i in range(9)}
+    table = findings(nodes)
+    memory = [one for one in table if one.what == "host memory"]
+    assert len(memory) == SHOWN + 1 and "6 more nodes" in memory[-1].detail
+    assert sum(len(one.nodes) for one in memory) == 9
+    assert len([one for one in table if one.what == "GPUs"]) == 9
+
+
+def offsets(ahead: float, wait: float = 0.0) -> tuple[float, float]:
+    """A rank whose clock is `ahead` asks one whose clock is right, over a store; every answer takes `wait` seconds."""
+    board = Board(dist.HashStore())
+
+    def late() -> float:
+        time.sleep(wait)
+        return time.time()
+
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(clocks.answer, board, [3], 10.0, late)
+        found = clocks.offset(board, 3, 10.0, lambda: time.time() + ahead)
+        answering.result()
+    return found
+
+
+@pytest.mark.parametrize("ahead", [0.0, 5.0, -5.0])
+def test_clocks_are_compared_by_round_trips(ahead: float) -> None:
+    found, error = offsets(ahead)
+    assert abs(found - ahead) <= error < 0.5
+    (row,) = clocks.skew({"h2": (found, error), "h3": (0.001, 0.0005)}, "h1")
+    if ahead == 0:
+        assert row.state == "ok" and "h1" in row.detail
+    else:
+        assert row.state == "warning" and "chrony" in row.detail
+        assert f"h2 is 5 s {'ahead of' if ahead > 0 else 'behind'} h1" in row.detail and "h3" not in row.detail
+    assert row.figures["h2_seconds"] == found
+
+
+def test_a_slow_network_is_no_skew() -> None:
+    """All of the delay on one way is the worst case: the offset is wrong by half of it, and says so."""
+    found, error = offsets(0.0, wait=0.1)
+    assert error >= 0.05 and abs(found) <= error
+    (row,) = clocks.skew({"h2": (2.0, 1.5)}, "h1")
+    assert row.state == "ok"
+    assert clocks.skew({}, "h1") == []
+
+
+def test_a_board_that_nobody_writes_on() -> None:
+    board = Board(dist.HashStore())
+    board.put("here", {"host": "h1", "numbers": [1, 2.5, None]})
+    assert board.take("here", 1) == {"host": "h1", "numbers": [1, 2.5, None]}
+    start = time.monotonic()
+    with pytest.raises(Silent, match="nobody"):
+        board.take("nobody", 0.2)
+    assert 0.2 <= time.monotonic() - start < 5
+
+
+def test_who_did_not_come_is_known_by_number() -> None:
+    board = Board(dist.HashStore())
+    for rank, host in ((0, "h1"), (1, "h1"), (4, "h3")):
+        board.put(f"here/{rank}", {"host": host, "refused": None})
+    board.put("here/2", {"host": "h2", "refused": "no config file"})
+    roll = call_roll(board, 6, 0.1)
+    assert roll.ranks == {"h1": [0, 1], "h2": [2], "h3": [4]} and roll.absent == [3, 5]
+    assert roll.leaders == {"h1": 0, "h2": 2, "h3": 4} and roll.refused == {"h2": "no config file"}
+
+
+def test_a_look_that_hangs_ends_the_process_with_what_was_found() -> None:
+    code = """
+import time
+from lowrank_dist.doctor.rows import Row
+from lowrank_dist.doctor.watch import Watch
+watch = Watch(lambda rows: print(*(f"{row.what}|{row.state}" for row in rows), flush=True), seconds=0.3)
+with watch.looking("model folder", [Row("torch", "ok", "2.13")]):
+    time.sleep({pause})
+time.sleep(0.6)
+print("went on")
+"""
+    for pause, expected in (("0", (0, "went on\n")), ("60", (1, "torch|ok model folder|broken\n"))):
+        command = [sys.executable, "-c", code.replace("{pause}", pause)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+        assert (done.returncode, done.stdout) == expected, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "said"), [(UserError("x: missing:\n download"), "x: missing: download"), (OSError("x"), "OSError: x")]
+)
+def test_a_concern_that_fails_is_a_row(error: Exception, said: str) -> None:
+    def concern() -> list[Row]:
+        raise error
+
+    look: Callable[[], list[Row]] = concern
+    assert guarded("x", look) == [Row("x", "broken", said)] and guarded("x", look, needed=False)[0].state == "off"
+
+
+def test_sizes_and_counts() -> None:
+    assert [size_of(x) for x in (0, 1023, 1024, 2**20, 3 * 2**30, 2**42)] == [
+        *("0 bytes", "1023 bytes", "1.0 KiB", "1.0 MiB", "3.0 GiB", "4096.0 GiB")
+    ]
+    assert (counted(1, "node"), counted(2, "node")) == ("1 node", "2 nodes")

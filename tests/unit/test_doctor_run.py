@@ -1,0 +1,380 @@
+"""`lowrank-dist doctor CONFIG`, alone and as ranks of a job on this machine: what a run reads and where it writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from lowrank_dist.backend import devices
+from lowrank_dist.cli.main import app
+from lowrank_dist.config import load_config
+from lowrank_dist.doctor import inputs, storage
+from lowrank_dist.doctor.storage import Probe, unseen
+from lowrank_dist.errors import UserError
+from tests.integration.launching import (
+    LAUNCHER_VARIABLES,
+    ROOT,
+    free_port,
+    samples,
+    snapshot,
+    write_config,
+    write_jsonl,
+)
+from tests.tiny_models import make_tiny
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    sections = {
+        "model": {"path": make_tiny("llama", tmp_path / "base", max_shard_size="100KB"), "device": "cpu"},
+        "lora": {"rank": 4, "targets": ["q_proj", "down_proj"]},
+        "data": {
+            "train": write_jsonl(tmp_path / "train.jsonl", samples(8)),
+            "eval": write_jsonl(tmp_path / "eval.jsonl", samples(2)),
+        },
+        "output": {"dir": tmp_path / "runs" / "first"},
+    }
+    return write_config(tmp_path / "config.yaml", sections)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["doctor", *(str(argument) for argument in arguments)])
+
+
+def rows(*arguments: object, code: int = 0) -> dict[str, dict[str, Any]]:
+    done = run(*arguments, "--json")
+    assert done.exit_code == code, done.output
+    return {row["what"]: row for row in json.loads(done.stdout)["rows"]}
+
+
+def test_a_run_that_can_begin(config: Path, tmp_path: Path) -> None:
+    before = snapshot(tmp_path)
+    found = rows(config)
+    for what in ("configuration", "model folder", "tokenizer", "low-rank factors", "data.train", "data.eval"):
+        assert found[what]["state"] == "ok", what
+    # A [4, 64] and B [64, 4] of q, A [4, 96] and B [64, 4] of down, in two layers.
+    assert inputs.factor_count(load_config([str(config)])) == 2 * 4 * (64 + 64 + 96 + 64)
+    assert found["low-rank factors"]["detail"] == "2,304 trainable numbers"
+    assert found["run folder"]["state"] == "ok" and f"{tmp_path}, where" in found["run folder"]["detail"]
+    assert found["free disk"]["state"] == "ok" and "5 checkpoints of 36.0 KiB" in found["free disk"]["detail"]
+    assert "rendezvous" not in found and "all-reduce" not in found
+    assert snapshot(tmp_path) == before, "doctor left something behind, or made the run folder"
+
+
+def test_the_run_folder_itself_once_it_is_there(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "first").mkdir(parents=True)
+    before = snapshot(tmp_path)
+    detail = rows(config)["run folder"]["detail"]
+    assert detail.startswith(f"{tmp_path / 'runs' / 'first'}: 1.0 MiB written, synced, renamed and read back")
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["{config}", "train.speed=1"], "train.speed: unknown key"),
+        (["{config}", "more.yaml"], "second config file"),
+    ],
+)
+def test_bad_input(config: Path, arguments: list[str], said: str) -> None:
+    done = run(*(argument.format(config=config) for argument in arguments))
+    assert done.exit_code == 2 and said in done.stderr and done.stdout == "" and "Traceback" not in done.output
+
+
+def remove_shard(place: Path) -> None:
+    sorted((place / "base").glob("model-*.safetensors"))[1].unlink()
+
+
+def cut_shard(place: Path) -> None:
+    shard = sorted((place / "base").glob("model-*.safetensors"))[1]
+    os.truncate(shard, shard.stat().st_size - 100)
+
+
+def other_family(place: Path) -> None:
+    (place / "base" / "config.json").write_text('{"model_type": "mamba"}')
+
+
+def no_tokenizer(place: Path) -> None:
+    (place / "base" / "tokenizer.json").unlink()
+
+
+def empty_data(place: Path) -> None:
+    (place / "train.jsonl").write_text("")
+
+
+def nothing(place: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("plant", "change", "what", "state", "said"),
+    [
+        (remove_shard, None, "model folder", "broken", "missing: download the model completely"),
+        (cut_shard, None, "model folder", "broken", "truncated or not a safetensors file"),
+        (other_family, None, "model folder", "unsupported", "'mamba' is not supported"),
+        (nothing, "model.path=/no/model", "model folder", "broken", "no such folder"),
+        (nothing, "parallel.tensor=3", "parallel.tensor", "broken", "it may be 1, 2, 4"),
+        (no_tokenizer, None, "tokenizer", "broken", "holds neither tokenizer.json nor"),
+        (nothing, "lora.targets=[qproj]", "low-rank factors", "broken", "matches no linear"),
+        (nothing, "data.train=/no/data.jsonl", "data.train", "missing", "No such file"),
+        (nothing, "data.eval=/tmp", "data.eval", "broken", "Is a directory"),
+        (empty_data, None, "data.train", "broken", "empty; write one JSON object a line"),
+        (nothing, "output.dir={config}/run", "run folder", "broken", "is a file; choose a folder"),
+    ],
+)
+def test_a_planted_fault_is_found(
+    config: Path, tmp_path: Path, plant: Callable[[Path], None], change: str | None, what: str, state: str, said: str
+) -> None:
+    assert rows(config)[what.replace("parallel.tensor", "configuration")]["state"] == "ok"
+    plant(tmp_path)
+    before = snapshot(tmp_path)
+    found = rows(config, *([change.format(config=config)] if change else []), code=1)
+    assert found[what]["state"] == state and said in found[what]["detail"]
+    assert snapshot(tmp_path) == before
+
+
+def test_a_gpu_that_is_asked_for_and_not_there(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none() -> list[devices.Gpu]:
+        raise RuntimeError("the driver is too old")
+
+    asked = load_config([str(config), "model.device=cuda"])
+    monkeypatch.setattr(devices, "gpus", none)
+    (row,) = inputs.device(asked)
+    assert row.state == "missing" and "the driver is too old; use model.device=cpu or auto" in row.detail
+    assert inputs.device(load_config([str(config)]))[0].state == "ok"
+    monkeypatch.setattr(devices, "gpus", lambda: [devices.Gpu("NVIDIA H200", 1, 1, "sm_90")])
+    assert inputs.device(asked)[0].state == "ok"
+
+
+def test_every_missing_shard_is_named(config: Path, tmp_path: Path) -> None:
+    shards = sorted((tmp_path / "base").glob("model-*.safetensors"))
+    for shard in shards[:2]:
+        shard.unlink()
+    lines = [line for line in run(config).stdout.splitlines() if line.startswith("model folder")]
+    assert len(lines) == 2 and all(str(shard) in line for shard, line in zip(shards, lines, strict=False))
+
+
+def disk(free: float, inodes: int = 100) -> SimpleNamespace:
+    return SimpleNamespace(f_bavail=int(free) // 4096, f_frsize=4096, f_favail=inodes, f_files=1000)
+
+
+def test_room_for_the_checkpoints(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 bytes a number, in as many checkpoints as lie there at once, and 64 MiB for all else."""
+    run_config = load_config([str(config), "lora.rank=1024"])  # |Θ| = 589,824
+    needed = 5 * 16 * 589_824 + 4 * 589_824 + 64 * 2**20
+    for free, state in ((needed + 4096, "ok"), (needed - 4096, "broken")):
+        monkeypatch.setattr(os, "statvfs", lambda path, free=free: disk(free))
+        (row,) = storage.space(run_config, writes=True)
+        assert row.state == state and row.figures["needed_bytes"] == needed
+    assert "keep fewer (output.keep_last)" in row.detail
+    # Where rank 0 is not, no checkpoint is written.
+    (row,) = storage.space(run_config, writes=False)
+    assert row.state == "ok"
+    monkeypatch.setattr(os, "statvfs", lambda path: disk(1e12, inodes=0))
+    (row,) = storage.space(run_config, writes=True)
+    assert row.state == "broken" and "no inode is left" in row.detail
+    monkeypatch.setattr(os, "statvfs", lambda path: disk(1e12))
+    everything = load_config([str(config), "output.keep_last=null", "data.eval=null"])
+    (row,) = storage.space(everything, writes=True)
+    assert row.state == "ok" and "2 checkpoints" in row.detail and "every other one adds to it" in row.detail
+
+
+def test_a_disk_that_gives_back_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = Probe(tmp_path)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"something else")
+    (row,) = probe.write()
+    assert row.state == "broken" and "reads back otherwise" in row.detail
+    probe.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_one_node_writes_another_looks_for(tmp_path: Path) -> None:
+    probe = Probe(tmp_path / "run")
+    assert probe.written is None
+    probe.write()
+    written = probe.written
+    assert written is not None and unseen({"h2": written}) == []
+    other = {**written, "mark": "00" * 32}
+    elsewhere = {**written, "path": str(tmp_path / "elsewhere")}
+    start = time.monotonic()
+    assert unseen({"h1": other, "h2": written, "h3": elsewhere}, seconds=0.3) == ["h1", "h3"]
+    assert time.monotonic() - start >= 0.3, "a slow file system was not waited for"
+    probe.remove()
+    assert probe.written is None and unseen({"h2": written}, seconds=0) == ["h2"]
+
+
+def test_a_probe_is_removed_when_the_launcher_ends_its_rank(config: Path, tmp_path: Path) -> None:
+    """And the run folder's next owner would know it for a leftover."""
+    code = """
+import time
+from lowrank_dist.cli.main import app
+from lowrank_dist.doctor import machine
+machine.apex = lambda: time.sleep(60)
+app()
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, "doctor", str(config)], cwd=ROOT)
+    try:
+        end = time.monotonic() + 60
+        while not (left := [*tmp_path.glob(".doctor.lowrank_dist-tmp-*/probe")]) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert left, "the probe that is to vanish was not there"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert not [*tmp_path.glob(".*")]
+
+
+class Job:
+    """Ranks of a job on this machine, each started as deepspeed starts a module."""
+
+    def __init__(self, size: int, local_size: int | None = None) -> None:
+        self.shared = {
+            **{name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES},
+            **{"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(local_size or size)},
+            **{"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"},
+        }
+
+    def start(self, rank: int, *arguments: object) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "lowrank_dist.cli", f"--local_rank={rank}", "doctor", *map(str, arguments)]
+        environment = {**self.shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    def run(self, ranks: list[int], *arguments: object) -> list[tuple[int, str, str]]:
+        """Exit code, stdout and stderr of each."""
+        processes = [self.start(rank, *arguments) for rank in ranks]
+        said = [process.communicate(timeout=120) for process in processes]
+        return [(process.returncode, *both) for process, both in zip(processes, said, strict=True)]
+
+
+def test_ranks_of_one_node(config: Path, tmp_path: Path) -> None:
+    before = snapshot(tmp_path)
+    (code, stdout, _), (other, nothing, _) = Job(2).run([0, 1], config, "parallel.tensor=2", "--json")
+    assert (code, other, nothing) == (0, 0, "")
+    report = json.loads(stdout)
+    found = {row["what"]: row for row in report["rows"]}
+    assert report["can_train"] and report["size"] == 2
+    assert found["parallel layout"]["detail"] == "2 tensor × 1 data parallel"
+    assert "over 2 ranks by gloo" in found["all-reduce"]["detail"] and "all-reduce in a node" not in found
+    assert snapshot(tmp_path) == before
+
+
+def test_a_layout_that_does_not_fit_the_nodes(config: Path) -> None:
+    four = load_config([str(config), "parallel.tensor=4"])
+    assert inputs.layout(four, 8, 4)[0].detail == "4 tensor × 2 data parallel"
+    with pytest.raises(UserError, match="would cross nodes"):
+        inputs.layout(four, 8, 2)
+    assert inputs.layout(load_config([str(config), "parallel.tensor=4", "parallel.across_nodes=true"]), 8, 2)
+    with pytest.raises(UserError, match="does not divide 3 nodes"):
+        inputs.layout(four, 6, 2)
+
+
+def test_bad_input_in_a_job_is_one_message(config: Path) -> None:
+    outcomes = Job(2).run([0, 1], config, "train.speed=1")
+    assert [code for code, _, _ in outcomes] == [2, 2]
+    assert "".join(stderr for _, _, stderr in outcomes).count("train.speed: unknown key") == 1
+    assert all("Traceback" not in stderr for _, _, stderr in outcomes)
+
+
+def test_a_rank_that_does_not_come() -> None:
+    start = time.monotonic()
+    ((code, stdout, _),) = Job(3).run([0], "--timeout", 3)
+    assert code == 1 and time.monotonic() - start < 60
+    assert "ranks 1, 2 of 3 did not come to localhost:" in stdout and "there: rank 0 on " in stdout
+    assert "not tried: not every rank is there" in stdout and "launcher deepspeed" in stdout
+
+
+def test_rank_0_that_is_not_there() -> None:
+    ((code, stdout, stderr),) = Job(2, local_size=1).run([1], "--timeout", 1)
+    assert code == 1 and stdout == "", "a rank speaks on stdout that is not rank 0"
+    assert "rank 1 does not reach the others at localhost:" not in stderr, "it is not its node's first rank"
+    job = Job(2, local_size=1)
+    job.shared["LOCAL_RANK"] = "0"
+    command = [sys.executable, "-m", "lowrank_dist.cli", "doctor", "--timeout", "1"]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**job.shared, "RANK": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1 and "rank 1 does not reach the others at localhost:" in done.stderr
+    assert "launcher deepspeed" in done.stderr and "Traceback" not in done.stderr
+
+
+# Two nodes on one machine: each rank takes a host name of its own. The second meets a file that never answers.
+NODE = """
+import os, socket
+from functools import partial
+socket.gethostname = lambda: "n" + os.environ["RANK"]
+from lowrank_dist.cli.main import app
+from lowrank_dist.doctor import machine, member, watch
+member.Watch = partial(watch.Watch, seconds=8)
+if os.environ["RANK"] == "1":
+    os.mkfifo(os.environ["FIFO"])
+    machine.memory = lambda: open(os.environ["FIFO"])
+app()
+"""
+
+
+def test_a_node_that_hangs_is_named_and_waited_for_no_longer(tmp_path: Path) -> None:
+    job = Job(2, local_size=1)
+    processes = []
+    for rank in range(2):
+        environment = {**job.shared, "RANK": str(rank), "LOCAL_RANK": "0", "FIFO": str(tmp_path / "fifo")}
+        command = [sys.executable, "-c", NODE, "doctor", "--json"]
+        processes.append(
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    said = [process.communicate(timeout=120) for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], said
+    assert said[1][0] == ""
+    report = json.loads(said[0][0])
+    (row,) = [row for row in report["rows"] if row["what"] == "host memory" and row["state"] == "broken"]
+    assert row["nodes"] == ["n1"] and "hangs: no answer within 8 s" in row["detail"]
+    assert {node: of["ranks"] for node, of in report["nodes"].items()} == {"n0": [0], "n1": [1]}
+    (row,) = [row for row in report["rows"] if row["what"] == "all-reduce"]
+    assert row["detail"] == "not tried: not every rank is there"
+    # What the two found before is there, and what the other one found afterwards.
+    (row,) = [row for row in report["rows"] if row["what"] == "torch"]
+    assert row["state"] == "ok" and row["nodes"] == ["n0", "n1"]
+    (row,) = [row for row in report["rows"] if row["what"] == "MASTER_ADDR"]
+    assert row["state"] == "broken" and row["nodes"] == ["n0"]
+
+
+def test_a_missing_hostfile_is_an_error(tmp_path: Path) -> None:
+    """deepspeed goes on without it, on this machine alone, and doctor would find that in order."""
+    launcher = tmp_path / "deepspeed"
+    rank = "subprocess.run([sys.executable, '-m', 'lowrank_dist.cli', 'doctor'])"
+    launcher.write_text(f"import subprocess, sys\nsys.exit({rank}.returncode)\n")
+    command = [sys.executable, str(launcher), "--hostfile", "nowhere", "--module", "lowrank_dist.cli", "doctor"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and f"deepspeed --hostfile: {ROOT / 'nowhere'} is not a file" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT not set"),
+        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "h1", "MASTER_PORT": "1"}, "have to be numbers"),
+    ],
+)
+def test_half_a_launcher(environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = run()
+    assert done.exit_code == 2 and said in done.stderr

@@ -1,0 +1,182 @@
+"""Prompts reach the model as training put them before a completion, and completions come back as text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank_dist.data.dataset import load_dataset
+from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
+from lowrank_dist.errors import UserError
+from lowrank_dist.generate.prompts import prompt_of, read_prompts, stop_tokens
+from lowrank_dist.generate.text import StopTexts, completion_text
+from tests.integration.launching import write_jsonl
+from tests.tiny_tokenizers import CHATML, CHATML_MARKED, LLAMA3, byte_level, dummy_prefix, sentencepiece
+
+VOCAB = 1000
+KINDS: dict[str, Callable[[Path], Path]] = {
+    "byte level": lambda folder: byte_level(folder, bos=True),
+    "dummy prefix": dummy_prefix,
+    "metaspace": lambda folder: dummy_prefix(folder, metaspace=True),
+    "sentencepiece": sentencepiece,
+    "sentencepiece unigram": lambda folder: sentencepiece(folder, llama=False),
+}
+
+
+def read(path: Path, tokenizer: Tokenizer, references: bool = True) -> list[Any]:
+    return read_prompts(path, tokenizer, {2}, vocab=VOCAB, references=references)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_and_completions_are_cut_as_in_training(kind: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(KINDS[kind](tmp_path / "tokenizer"))
+    rows = [
+        {"prompt": "Q: 2 + 2\nA:", "completion": " 4"},
+        {"prompt": "hello", "completion": "world again"},
+        {"prompt": "the ", "completion": "fox jumps"},
+        {"prompt": "Q:", "completion": "\ncode"},
+    ]
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    trained = load_dataset(path, tokenizer, 100, VOCAB)
+    for prompt, row, sample in zip(read(path, tokenizer), rows, trained, strict=True):
+        begins = int(sample.target.argmax())
+        assert prompt.ids == tuple(sample.tokens[:begins])
+        assert (prompt.shown, prompt.references) == (row["prompt"], (row["completion"],))
+        written = sample.tokens[begins:-1].tolist()
+        found = completion_text(tokenizer, prompt.ids, written)
+        if kind == "sentencepiece unigram":  # its normaliser moves white space, as it does in training
+            assert found.split() == row["completion"].split()
+        else:
+            assert found == row["completion"]
+
+
+def test_a_completion_alone_would_lose_its_space(tmp_path: Path) -> None:
+    """Negative control of decoding behind the prompt."""
+    tokenizer = load_tokenizer(dummy_prefix(tmp_path))
+    (ids,) = tokenizer.encode_continuations([" 4 is"], ["A:"])
+    assert completion_text(tokenizer, tokenizer.encode(["A:"])[0], ids) == " 4 is" != tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, LLAMA3])
+def test_the_last_turn_of_a_chat_is_asked_for(template: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer", template=template))
+    chat = [
+        {"role": "user", "content": "what is 2 + 2"},
+        {"role": "assistant", "content": "It is 4"},
+        {"role": "user", "content": "and again?"},
+    ]
+    answer = {"role": "assistant", "content": "again 4"}
+    path = write_jsonl(tmp_path / "data.jsonl", [{"messages": [*chat, answer]}, {"messages": chat[:2]}])
+    trained = load_dataset(path, tokenizer, 200, VOCAB)
+    end = tokenizer.encode(["<|eot_id|>" if template is LLAMA3 else "<|im_end|>"])[0]
+    for prompt, sample, asked, text in zip(
+        read(path, tokenizer), trained, (chat, chat[:1]), ("again 4", "It is 4"), strict=True
+    ):
+        written = sample.tokens[len(prompt.ids) :]
+        assert prompt.ids == tuple(sample.tokens[: len(prompt.ids)]) and sample.target[len(prompt.ids) :].all()
+        assert completion_text(tokenizer, prompt.ids, written[:-1].tolist()) == text == prompt.references[0]
+        assert prompt.stop_ids == {2, *end} and written[-1] in end
+        assert prompt.shown == asked
+    # The same without the turn: what follows is asked for, and the words made up in its place are nowhere.
+    open_path = write_jsonl(tmp_path / "open.jsonl", [{"messages": chat}])
+    (still_open,) = read(open_path, tokenizer, references=False)
+    assert (still_open.ids, still_open.shown, still_open.references) == (read(path, tokenizer)[0].ids, chat, ())
+    assert read(open_path, tokenizer)[0].references == ("It is 4",)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('{"prompt": ""}', "data.jsonl:2: the prompt must be a text that is not empty"),
+        ('{"prompt": 3, "completion": "x"}', "data.jsonl:2: the prompt must be a text"),
+        ('{"completion": "x"}', "data.jsonl:2: the prompt must be a text"),
+        ('{"prompt": "\\ud800", "completion": "x"}', "data.jsonl:2: .*surrogates"),
+        ('{"prompt": "a", "completion": []}', "data.jsonl:2: no 'completion'"),
+        ('{"prompt": "a"}', "data.jsonl:2: no 'completion'"),
+        ('{"prompt": "a", "completion": ["b", 1]}', "data.jsonl:2: 'completion' must be a text, or a list"),
+        ('{"messages": []}', "data.jsonl:2: 'messages' must be a list"),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', "data.jsonl:2: 'messages' must be"),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "data.jsonl:2: no message of the assistant"),
+        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}', "is empty"),
+        ("[1]", "data.jsonl:2: not a JSON object"),
+        ('{"prompt": ', "data.jsonl:2: not JSON in UTF-8"),
+        ("[" * 100_000, "data.jsonl:2: not JSON in UTF-8"),
+    ],
+)
+def test_lines_that_cannot_be_read_are_named(row: str, said: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer", template=CHATML))
+    path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, row])
+    with pytest.raises(UserError, match=said):
+        read(path, tokenizer)
+
+
+def test_every_line_is_named_at_once_up_to_twenty(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer"))
+    path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": ""}] * 23)
+    with pytest.raises(UserError) as raised:
+        read(path, tokenizer)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 21 and lines[-1] == "... and 3 more"
+
+
+def test_files_and_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer", template=CHATML))
+    with pytest.raises(UserError, match="no such file"):
+        read(tmp_path / "nothing.jsonl", tokenizer)
+    with pytest.raises(UserError, match="holds no line"):
+        read(write_jsonl(tmp_path / "empty.jsonl", ["", "  "]), tokenizer)
+    both = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "x"}]}]
+    with pytest.raises(UserError, match="use one format a file"):
+        read(write_jsonl(tmp_path / "both.jsonl", both), tokenizer, references=False)
+    path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "hello"}])
+    with pytest.raises(UserError, match=r"data.jsonl:1: token \d+ is not among the model's 20"):
+        read_prompts(path, tokenizer, (), vocab=20, references=False)
+    with pytest.raises(UserError, match="--prompt: the prompt must be a text that is not empty"):
+        prompt_of("", tokenizer, (), VOCAB)
+
+
+def test_several_references_and_other_keys(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer"))
+    rows = [{"id": 7, "prompt": "a", "completion": ["b", "c"]}, {"prompt": "a", "completion": "b"}]
+    found = read(write_jsonl(tmp_path / "data.jsonl", rows), tokenizer)
+    assert [prompt.references for prompt in found] == [("b", "c"), ("b",)]
+
+
+def test_stop_tokens_are_the_model_s_and_the_tokenizer_s(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level(tmp_path))
+    own = tokenizer.eos_id
+    assert stop_tokens(tmp_path, tokenizer) == {own}
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 50}))
+    assert stop_tokens(tmp_path, tokenizer) == {own, 50}
+    # transformers reads config.json's only where there is no generation_config.json that says it.
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [60, 61]}))
+    assert stop_tokens(tmp_path, tokenizer) == {own, 60, 61}
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(UserError, match="generation_config.json: malformed JSON"):
+        stop_tokens(tmp_path, tokenizer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stop_texts_are_found_once_they_are_whole(kind: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(KINDS[kind](tmp_path))
+    prompt = tokenizer.encode(["the dog"])[0]
+    text = " jumps over the lazy dog and again it jumps over the fox"
+    (ids,) = tokenizer.encode_continuations([text], ["the dog"])
+    for stop in ("lazy dog", "again", "ver the f", "j"):
+        stops = StopTexts(tokenizer, ["nowhere", stop])
+        met = next(n for n in range(1, len(ids) + 1) if stops.found_in(prompt, ids[:n]))
+        assert stop in completion_text(tokenizer, prompt, ids[:met])
+        assert stop not in completion_text(tokenizer, prompt, ids[: met - 1])
+        assert stops.cut(text) == text[: text.index(stop)]
+    # The prompt holds it, the completion does not.
+    assert not any(StopTexts(tokenizer, ["the dog"]).found_in(prompt, ids[:n]) for n in range(1, len(ids) + 1))
+    assert StopTexts(tokenizer, []).cut(text) == text and not StopTexts(tokenizer, []).found_in(prompt, ids)
+
+
+def test_the_earliest_stop_text_counts(tmp_path: Path) -> None:
+    stops = StopTexts(load_tokenizer(byte_level(tmp_path)), ["fox", "lazy", "the lazy"])
+    assert stops.cut("over the lazy fox") == "over "

@@ -1,0 +1,191 @@
+"""`lowrank-dist plan`: answers at once, prints what was asked for, and says what was wrong with the rest."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from typer.testing import CliRunner
+
+from lowrank_dist.cli.main import app
+from lowrank_dist.plan import memory
+from lowrank_dist.plan.shapes import built_in_config
+from tests.tiny_adapters import random_adapter, save_adapter
+from tests.tiny_models import make_tiny
+
+GPT3 = ("gpt3-175b", "lora.rank=4", "lora.targets=[q_proj,v_proj]")
+runner = CliRunner()
+
+
+def plan(*words: object) -> Result:
+    return runner.invoke(app, ["plan", *map(str, words)])
+
+
+def data(*words: object) -> dict[str, Any]:
+    done = plan(*words, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_answers_in_under_three_seconds_without_torch() -> None:
+    code = (
+        "import sys; from lowrank_dist.cli.main import app\n"
+        f"app(['plan', *{GPT3}], standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'megatron', 'numpy', 'safetensors'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)) or 0)"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        seconds.append(time.monotonic() - started)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert min(seconds) < 3
+
+
+def test_the_tables_of_gpt3() -> None:
+    done = plan(*GPT3, "--nodes", 4, "--gpus-per-node", 8, "--gpu-memory", "80GB", "--gpu", "h100")
+    assert done.exit_code == 0
+    # |Θ| and its share, its 16-bit size against the base's, and what the paper prints.
+    for text in ("18,874,368", "0.011 %", "37.7 MB", "349 GB", "350 GB", "1.2 TB", "q_proj", "v_proj"):
+        assert text in done.output, text
+    for title in ("Memory of a GPU", "Messages of a rank", "modelled, not measured", "Layouts", "by every method"):
+        assert title in done.output, title
+    for part in memory.PARTS:
+        assert part in done.output, part
+    assert "tensor-parallel sizes 1, 2, 4, 8" in done.output and "attention heads" in done.output
+
+
+def test_json_is_the_same_plan() -> None:
+    found = data(*GPT3, "--nodes", 4, "train.global_batch=32")
+    assert found["trained"]["parameters"] == 18_874_368 and found["files"]["adapter_16_bit"] == 37_748_736
+    assert found["layout"]["tensor"] * found["layout"]["data"] == 32
+    assert found["fits"] and found["time"]["modelled"]
+    assert {row["method"] for row in found["methods"]} == {"lora", "full", "adapter_h", "adapter_l", "prefix", "prompt"}
+    assert found["state"]["lora_bytes_per_parameter"] == pytest.approx(2.0, abs=0.01)
+    tensor = [row for row in found["messages"] if row["group"] == "tensor"]
+    assert tensor and all(row["calls"] > 0 and row["bytes"] > 0 for row in found["messages"])
+
+
+def test_overrides_are_followed() -> None:
+    found = data("llama-3-8b", "parallel.tensor=4", "engine.recompute=full", "train.micro_batch=2", "lora.rank=8")
+    layout = found["layout"]
+    assert (layout["tensor"], layout["recompute"], layout["micro_batch"]) == (4, True, 2)
+    # What the plan would have chosen without them is said beside.
+    assert found["recommended"]["tensor"] == 1
+    assert data("llama-3-8b")["recommended"] is None
+    assert data("llama-3-8b", "--target-share", 0.1)["flops"]["model"] < data("llama-3-8b")["flops"]["model"]
+    smaller = data("llama-3-8b", "--gpu-memory", "24GB", "parallel.tensor=1")
+    assert smaller["cluster"]["memory"] == 24 * 10**9
+
+
+def test_where_nothing_fits() -> None:
+    done = plan("llama-3-405b", "--gpus-per-node", 2)
+    assert done.exit_code == 0 and "does not fit" in done.output and "It would fit with:" in done.output
+    assert "too much" in " ".join(done.output.split())
+
+
+def test_a_config_as_it_is(tmp_path: Path) -> None:
+    """A run's YAML, planned as the run would be: its layout, defaults included."""
+    base = make_tiny("llama", tmp_path / "base")
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {{path: {base}}}\nparallel: {{tensor: 2}}\ndata: {{train: t.jsonl, max_length: 64}}\n"
+        "train: {global_batch: 4}\noutput: {dir: run}\n"
+    )
+    found = data(config, "--gpus-per-node", 4)
+    assert (found["layout"]["tensor"], found["layout"]["data"], found["layout"]["micro_batch"]) == (2, 2, 1)
+    assert found["model"]["dtype"] == "fp32"
+    assert data(config, "--gpus-per-node", 4, "parallel.tensor=4")["layout"]["tensor"] == 4
+    on_cpu = data(config, "model.device=cpu", "--gpus-per-node", 4)
+    assert on_cpu["time"] is None and "seconds" not in on_cpu["layout"]
+
+
+def test_a_model_folder_and_its_config(tmp_path: Path) -> None:
+    base = make_tiny("gpt2", tmp_path / "base")
+    folder, file = data(base, "data.max_length=64"), data(base / "config.json", "data.max_length=64")
+    assert folder == file and folder["model"]["family"] == "gpt2"
+
+
+def test_verify_prints_both_sides(tmp_path: Path) -> None:
+    base = make_tiny("llama", tmp_path / "base", num_hidden_layers=3)
+    done = plan(base, "data.max_length=64", "parallel.tensor=2", "--gpus-per-node", 2, "--verify")
+    assert done.exit_code == 0, done.output
+    assert "the executed step agrees with the plan" in done.output and "exact" in done.output
+
+
+def test_verify_fails_where_a_formula_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_tiny("llama", tmp_path / "base", num_hidden_layers=3)
+    monkeypatch.setattr(memory, "frozen_bytes", lambda job: 0)
+    done = plan(base, "data.max_length=64", "parallel.tensor=2", "--gpus-per-node", 2, "--verify")
+    assert done.exit_code == 1 and "does not agree" in done.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["llama-4-8b"], "'llama-4-8b' is no shape, model folder or file: did you mean llama-3-8b?"),
+        (["llama-3-8b", "--gpu-memory", "80"], "--gpu-memory: '80' has no unit"),
+        (["llama-3-8b", "--gpu-memory", "lots"], "--gpu-memory: 'lots' is not a size"),
+        (["llama-3-8b", "--gpus-per-node", "0"], "--gpus-per-node: 0"),
+        (["llama-3-8b", "--nodes", "-1"], "--nodes: -1"),
+        (["llama-3-8b", "--gpu", "h1000"], "did you mean h100?"),
+        (["llama-3-8b", "parallel.tensor=3"], "parallel.tensor: 3 does not divide llama-3-8b (32 attention heads)"),
+        (["llama-3-8b", "parallel.tensor=16"], "parallel.tensor: 16 does not divide 1 × 8 = 8 GPUs"),
+        (["llama-3-8b", "lora.rnak=4"], "lora.rnak: unknown key — did you mean rank?"),
+        (["llama-3-8b", "lora.rank=0"], "lora.rank"),
+        (["llama-3-8b", "lora.targets=[c_attn]"], "lora.targets: 'c_attn' matches no linear of llama-3-8b"),
+        (["llama-3-8b", "data.max_length=10000"], "data.max_length=10000 is longer than the 8192 positions"),
+        (["llama-3-8b", "--target-share", "1.5"], "--target-share: 1.5"),
+        (["llama-3-8b", "train.micro_batch=3"], "train.micro_batch"),
+        (["no.yaml"], "no.yaml: cannot be read"),
+    ],
+)
+def test_bad_input_gets_a_message(words: list[str], said: str) -> None:
+    done = plan(*words)
+    assert done.exit_code == 2 and said in done.stderr, (done.exit_code, done.stderr)
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_config_json_that_lacks_a_field(tmp_path: Path) -> None:
+    values = dict(built_in_config("llama-3-8b"))
+    del values["intermediate_size"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    done = plan(tmp_path)
+    assert done.exit_code == 2 and "config.json: intermediate_size is missing" in done.stderr
+    (tmp_path / "config.json").write_text("[]")
+    assert "is not a JSON object" in plan(tmp_path).stderr
+    (tmp_path / "config.json").write_text("{")
+    assert "is not JSON" in plan(tmp_path).stderr
+    (tmp_path / "config.json").unlink()
+    assert "cannot be read" in plan(tmp_path).stderr
+
+
+def test_a_config_whose_model_is_not_there(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: {path: /nowhere}\ndata: {train: t}\noutput: {dir: r}\n")
+    done = plan(config)
+    assert done.exit_code == 2 and "model.path: /nowhere is not there" in done.stderr
+    assert data(config, "model.path=gpt2-medium", "--gpus-per-node", 1)["model"]["name"] == "gpt2-medium"
+
+
+def test_factors_of_an_adapter_that_a_run_starts_from(tmp_path: Path) -> None:
+    base = make_tiny("llama", tmp_path / "base")
+    factors = random_adapter(base, lambda module: (3, 6.0) if module.endswith("v_proj") else None)
+    adapter = save_adapter(tmp_path / "adapter", base, factors)
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {{path: {base}}}\nlora: {{init_from: {adapter}}}\ndata: {{train: t, max_length: 64}}\n"
+        "output: {dir: r}\n"
+    )
+    found = data(config, "--gpus-per-node", 1)
+    assert list(found["trained"]["by_module"]) == ["v_proj"]
+    assert found["trained"]["parameters"] == 2 * 3 * (64 + 32)
+    refused = plan("llama-3-8b", f"lora.init_from={adapter}")
+    assert refused.exit_code == 2 and "lora.init_from: an adapter is read together with its model" in refused.stderr

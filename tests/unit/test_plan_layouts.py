@@ -1,0 +1,276 @@
+"""Layouts: what is legal, what fits, what is recommended; and what a plan says of time and traffic."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lowrank_dist.errors import UserError
+from lowrank_dist.plan import storage
+from lowrank_dist.plan.describe import describe
+from lowrank_dist.plan.flops import step_flops
+from lowrank_dist.plan.hardware import GPUS, bytes_in, gpu_of, peak_flops, usable
+from lowrank_dist.plan.job import Job, Layout
+from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, Fixed, check_tensor, choose, tensor_sizes
+from lowrank_dist.plan.memory import memory
+from lowrank_dist.plan.methods import METHODS, Sizes, compare
+from lowrank_dist.plan.placement import place
+from lowrank_dist.plan.settings import job_of, layout_overrides, read_request
+from lowrank_dist.plan.shapes import find_shape
+from lowrank_dist.plan.step_time import DATA, GEMMS, TENSOR, job_flops
+from lowrank_dist.plan.traffic import calls, microbatch_messages
+
+H100 = GPUS["h100"]
+
+
+def planned(shape: str, *overrides: str) -> Job:
+    return job_of(read_request(shape, overrides), 1.0)
+
+
+def cluster(nodes: int = 1, gpus: int = 8, memory: int = H100.memory) -> Cluster:
+    return Cluster(nodes, gpus, H100, memory)
+
+
+def chosen(shape: str, *overrides: str, nodes: int = 1, memory: int = H100.memory, **fixed: Any) -> Choice:
+    return choose(planned(shape, *overrides), Fixed(**fixed), cluster(nodes, memory=memory))
+
+
+def test_legal_sizes_and_why_the_others_are_not() -> None:
+    why_not, legal = tensor_sizes(find_shape("llama-3-70b"), 16)
+    assert legal == [1, 2, 4, 8, 16]
+    assert why_not[3] == "64 attention heads"
+    # 28 heads, 4 key/value heads, ffn 18944 = 2^9·37.
+    why_not, legal = tensor_sizes(find_shape("qwen2.5-7b"), 28)
+    assert legal == [1, 2, 4] and why_not[7] == "ffn 18944" and why_not[8] == "28 attention heads"
+    with pytest.raises(
+        UserError, match=r"parallel.tensor: 3 does not divide llama-3-70b \(64 attention heads\).* 1, 2, 4"
+    ):
+        check_tensor(find_shape("llama-3-70b"), 3)
+
+
+def test_a_small_model_needs_no_tensor_parallelism_and_a_large_one_stays_inside_its_node() -> None:
+    small = chosen("llama-3-8b")
+    assert small.fits and (small.best.job.layout.tensor, small.best.job.layout.data) == (1, 8)
+    large = chosen("gpt3-175b", "train.global_batch=32", nodes=4)
+    assert large.fits and (large.best.job.layout.tensor, large.best.job.layout.data) == (8, 4)
+    for choice in (small, large):
+        assert choice.runner_up is not None and choice.remedies == ()
+        assert choice.best.time.seconds <= choice.runner_up.time.seconds
+        assert choice.best.memory.total <= usable(H100.memory)
+
+
+def test_what_is_fixed_stays() -> None:
+    choice = chosen("llama-3-8b", tensor=4, micro_batch=2, recompute=True, sequence=False)
+    assert choice.best.job.layout == Layout(4, 2, False, 2, True)
+    assert choice.runner_up is None
+
+
+def test_where_nothing_fits_it_says_how_much_is_short_and_what_would_fit() -> None:
+    choice = chosen("llama-3-405b")
+    assert not choice.fits
+    needed = choice.best.memory.total
+    assert choice.best.short == needed - usable(H100.memory) > 0
+    size = int(choice.remedies[-1].removeprefix("GPUs of ").removesuffix(" GB"))
+    assert usable((size - 1) * 10**9) < needed <= usable(size * 10**9)
+    more = next(remedy for remedy in choice.remedies if remedy.startswith("--nodes"))
+    nodes, tensor = int(more.split()[1]), int(more.split("parallel.tensor=")[1].split()[0])
+    assert "parallel.across_nodes=true" in more
+    job = planned("llama-3-405b")
+    assert choose(job, Fixed(tensor=tensor), cluster(nodes)).fits
+    assert not choose(job, Fixed(), cluster(nodes // 2)).fits
+
+
+@pytest.mark.parametrize("remedy", ["engine.recompute=full", "train.micro_batch=1", "data.max_length"])
+def test_each_remedy_is_one(remedy: str) -> None:
+    """What is offered fits, where what was asked for does not."""
+    overrides = ["data.max_length=8192", "train.global_batch=8"]
+    fixed: dict[str, Any] = {"tensor": 8, "micro_batch": 8, "recompute": False}
+    choice = chosen("llama-3-70b", *overrides, **fixed)
+    assert not choice.fits
+    offered = [text for text in choice.remedies if text.startswith(remedy)]
+    if remedy == "engine.recompute=full":
+        fixed["recompute"] = True
+    elif remedy == "train.micro_batch=1":
+        fixed["micro_batch"] = 1
+    else:
+        overrides[0] = offered[0]
+    assert chosen("llama-3-70b", *overrides, **fixed).fits == bool(offered) and offered
+
+
+@pytest.mark.parametrize(
+    ("fixed", "said"),
+    [
+        ({"tensor": 16}, "parallel.tensor: 16 does not divide 1 × 8 = 8 GPUs"),
+        ({"tensor": 4, "data": 4}, "parallel.data: 4 tensor × 4 data parallel is not"),
+        ({"data": 3}, "train.global_batch"),
+    ],
+)
+def test_what_cannot_be_laid_out_is_refused(fixed: dict[str, int], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        chosen("llama-3-8b", **fixed)
+
+
+def test_more_replicas_than_samples_are_refused() -> None:
+    with pytest.raises(UserError, match="train.global_batch: 8 samples"):
+        chosen("gpt2-medium", nodes=16, tensor=1)
+
+
+def test_recomputation_costs_time_and_saves_memory() -> None:
+    kept = chosen("llama-3-70b", tensor=8, micro_batch=1, recompute=False).best
+    again = chosen("llama-3-70b", tensor=8, micro_batch=1, recompute=True).best
+    assert again.memory.total < kept.memory.total and again.time.seconds > kept.time.seconds
+    flops = job_flops(kept.job), job_flops(again.job)
+    assert flops[0].model == flops[1].model and 1.4 < flops[1].executed / flops[0].executed < 1.6
+
+
+def test_flops_of_a_frozen_base_by_hand() -> None:
+    """Two products of the weights a token where full training has three; the lowest linear has no dX; n ≤ T logits."""
+    shape = find_shape("gpt2-medium")
+    weights, head = shape.layers * shape.layer_weights, shape.vocab * shape.hidden
+    placement = place(shape, rank=1, targets=["q_proj"])
+    found = step_flops(shape, placement, tokens=1000, target_tokens=100, square_lengths=0, recompute=False)
+    low_rank = placement.elements
+    lowest = shape.linears["linear_qkv"].weights
+    once = place(shape, rank=1, targets=["q_proj"]).layers[0][0][0]
+    expected = 2 * 1000 * (2 * weights - lowest) + 2 * 100 * 2 * head
+    # U, U·B; dU, dB, dA, and dU·A but in the lowest.
+    expected += 2 * 1000 * (3 * low_rank - once.rank * once.in_features)
+    assert found.model == found.executed == expected
+    attended = step_flops(shape, placement, tokens=1000, target_tokens=100, square_lengths=10**6, recompute=False)
+    # Scores and values, the causal half, forward and twice backward; flash attention makes the scores again.
+    half = 2 * 10**6 * shape.hidden * shape.layers
+    assert attended.model - found.model == 3 * half
+    assert attended.executed - found.executed == attended.attention == half * 7 // 2
+
+
+def test_attention_below_the_lowest_factor_has_no_backward() -> None:
+    shape = find_shape("gpt2-medium")
+    placement = place(shape, rank=1, targets=r".*\.h\.23\.mlp\.c_proj")
+    counts = [
+        step_flops(shape, placement, tokens=0, target_tokens=0, square_lengths=10**6, recompute=recompute)
+        for recompute in (False, True)
+    ]
+    half = 2 * 10**6 * shape.hidden
+    assert counts[0].model == counts[0].executed == 24 * half
+    assert counts[1].executed == 25 * half, "the one layer that has a backward is run again"
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_messages_of_a_layer(sequence: bool) -> None:
+    """DESIGN section 1: four calls forward and four backward, or two and two; under recomputation three or one more."""
+    shape = find_shape("gpt2-medium")
+    found = {}
+    for layers in (3, 4):
+        for recompute in (False, True):
+            deep = replace(shape, layers=layers)
+            job = planned("gpt2-medium")
+            job = replace(
+                job,
+                shape=deep,
+                placement=place(deep, rank=4, targets="all-linear"),
+                layout=Layout(2, 1, sequence, 1, recompute),
+            )
+            found[layers, recompute] = calls(microbatch_messages(job)).total()
+    assert found[4, False] - found[3, False] == (8 if sequence else 4)
+    assert found[4, True] - found[3, True] == (11 if sequence else 5)
+
+
+def test_time_is_bound_by_what_takes_longest() -> None:
+    """A network where every rank is on a node of its own; nobody to talk to where a GPU holds the model."""
+    job = planned("llama-3-405b", "data.max_length=4096")
+    across = choose(job, Fixed(tensor=16), Cluster(16, 1, H100, H100.memory)).best.time
+    assert across.bound == TENSOR and across.mfu < 0.25
+    inside = chosen("llama-3-8b", "data.max_length=4096", tensor=1).best.time
+    assert inside.bound == GEMMS and 0.3 < inside.mfu < 0.8
+    assert inside.terms[TENSOR] == 0 < inside.terms[DATA]
+    assert across.seconds == pytest.approx(sum(across.terms.values()))
+
+
+def test_files_and_host_memory() -> None:
+    job = planned("gpt3-175b", "lora.rank=4", "lora.targets=[q_proj,v_proj]")
+    assert storage.adapter_bytes(job) == 4 * 18_874_368
+    assert storage.checkpoint_bytes(job) == 16 * 18_874_368
+    assert storage.base_bytes(job) == 2 * 174_604_259_328
+    assert storage.disk_bytes(job, 3, 1) == storage.base_bytes(job) + (5 * 16 + 4) * 18_874_368
+    # On a CPU the shards lie in host memory, on a GPU they do not.
+    on_cpu = replace(job, device="cpu", layout=Layout(8, 1, True, 1, False))
+    assert storage.host_bytes(on_cpu, 8) > storage.base_bytes(job) > 10 * storage.host_bytes(job, 8)
+
+
+def test_every_method_is_beside() -> None:
+    candidate = chosen("llama-3-8b", tensor=2, recompute=False).best
+    rows = compare(candidate, Sizes(bottleneck=64, virtual=16))
+    assert list(dict.fromkeys(row.method for row in rows)) == list(METHODS)
+    by_name = {(row.method, row.placement): row for row in rows}
+    lora = by_name["lora", ""]
+    assert lora.memory == candidate.memory.total and lora.added == 0 and lora.seconds == candidate.time.seconds
+    # A gather and a scatter each way under sequence parallelism; none where every rank holds all of a bottleneck.
+    assert by_name["adapter_h", "sharded"].added == 8 and by_name["adapter_l", "sharded"].added == 4
+    assert by_name["adapter_h", "replicated"].added == 0
+    assert by_name["adapter_h", "sharded"].memory < by_name["adapter_h", "replicated"].memory
+    full = by_name["full", ""]
+    assert full.trained == 8_030_261_248
+    assert full.memory > 2 * lora.memory and full.flops > 1.4 * lora.flops
+    without = choose(candidate.job, Fixed(tensor=2, sequence=False, recompute=False), cluster()).best
+    rows = {(row.method, row.placement): row for row in compare(without, Sizes())}
+    assert rows["adapter_h", "sharded"].added == 4 and rows["adapter_l", "sharded"].added == 2
+    again = choose(candidate.job, Fixed(tensor=2, recompute=True), cluster()).best
+    rows = {(row.method, row.placement): row for row in compare(again, Sizes())}
+    assert rows["adapter_h", "sharded"].added == 12 and rows["adapter_l", "sharded"].added == 6
+
+
+def test_a_description_is_json_all_through() -> None:
+    import json
+
+    choice = chosen("llama-3-8b")
+    text = json.dumps(describe(choice, None, cluster(), Sizes(), 3, 1), allow_nan=False)
+    plan = json.loads(text)
+    held = plan["memory"]["without_recompute"]
+    assert sum(held["parts"].values()) == held["total"] == max(held["moments"].values())
+    assert plan["time"]["modelled"] is True
+
+
+def test_less_memory_per_rank_with_more_ranks() -> None:
+    totals = []
+    for tensor in (1, 2, 4, 8):
+        layout = Layout(tensor, 1, tensor > 1, 1, False)
+        totals.append(memory(replace(planned("llama-3-8b"), layout=layout), 0).total)
+    assert totals == sorted(totals, reverse=True)
+
+
+def test_layout_of_a_job_script() -> None:
+    """What config and command line leave open comes from the plan; what they say stays."""
+    request = read_request("llama-3-70b", ["train.global_batch=16", "engine.recompute=full"])
+    found = layout_overrides(request, cluster(2))
+    assert not any(text.startswith("engine.recompute") for text in found)
+    layout = choose(job_of(request, 1.0), Fixed(recompute=True), cluster(2)).best.job.layout
+    assert found == [f"parallel.tensor={layout.tensor}", f"train.micro_batch={layout.micro_batch}"]
+    with pytest.raises(UserError, match=r"no layout of llama-3-405b fits 1 × 8 h100.*would fit with --nodes"):
+        layout_overrides(read_request("llama-3-405b", []), cluster(1))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("80GB", 80 * 10**9), ("80 GiB", 80 * 2**30), ("0.5TB", 5 * 10**11), ("900mb", 9 * 10**8)]
+)
+def test_sizes_have_units(text: str, size: int) -> None:
+    assert bytes_in(text, "--gpu-memory") == size
+
+
+@pytest.mark.parametrize("text", ["80", "GB", "-1GB", "0GB", "80 bananas", "", "1e3GB"])
+def test_sizes_without_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--gpu-memory.*80GB or 80GiB"):
+        bytes_in(text, "--gpu-memory")
+
+
+def test_gpus_by_name() -> None:
+    assert gpu_of("H100") is H100
+    with pytest.raises(UserError, match="did you mean h100"):
+        gpu_of("h1000")
+    assert peak_flops("NVIDIA H100 80GB HBM3") == H100.flops and peak_flops("AMD EPYC") is None
+
+
+def test_a_candidate_remembers() -> None:
+    candidate = Candidate(replace(planned("gpt2-medium"), layout=Layout(1, 8, False, 1, False)), cluster())
+    assert candidate.memory is candidate.memory and candidate.short == 0

@@ -1,0 +1,46 @@
+"""docs/SCALE.md is what its command writes, and what it says of peers follows from their counts."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+import scale  # noqa: E402
+
+from lowrank_dist.plan.job import Layout  # noqa: E402
+from lowrank_dist.plan.layouts import Candidate  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def document() -> str:
+    return scale.document()
+
+
+def test_the_document_is_what_the_command_writes(document: str) -> None:
+    assert scale.OUT.read_text(encoding="utf-8") == document, "run `python benchmarks/scale.py`"
+
+
+def test_every_model_on_every_number_of_nodes(document: str) -> None:
+    for model in scale.MODELS:
+        section = document.split(f"## {model}\n")[1].split("\n## ")[0]
+        rows = [line for line in section.splitlines() if line.startswith("| ") and line[2].isdigit()]
+        assert [int(row.split("|")[1]) for row in rows] == list(scale.NODES)
+    assert "modelled" in document and "published counts" in document
+
+
+def test_added_calls_cost_latency_and_bytes() -> None:
+    """No call costs nothing; a wide message more than a thin one; across nodes more than inside."""
+    job = scale.job_for("llama-3-70b")
+    inside = Candidate(replace(job, layout=Layout(8, 1, True, 1, True)), scale.cluster_of(1))
+    across = Candidate(replace(job, layout=Layout(16, 1, True, 1, True)), scale.cluster_of(2))
+    none = scale.with_added_calls(inside, 0)
+    assert none.thin == none.wide == none.ours
+    few, many = scale.with_added_calls(inside, 4), scale.with_added_calls(inside, 10)
+    assert few.ours < few.thin < few.wide and many.thin - many.ours == pytest.approx(2.5 * (few.thin - few.ours))
+    far = scale.with_added_calls(across, 4)
+    assert far.thin - far.ours > few.thin - few.ours

@@ -1,0 +1,89 @@
+"""Which rank Slurm says this is, from the variables that Slurm 22.05 sets for a step."""
+
+from __future__ import annotations
+
+import pytest
+
+from lowrank_dist.backend.slurm import first_host, ranks_from_slurm
+from lowrank_dist.errors import UserError
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What a batch script has, be there a step in it or not: it is one task itself.
+BATCH = {
+    "SLURM_JOB_ID": "41234",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "5",
+    "SLURM_JOB_NODELIST": "a[07-09]",
+}
+
+
+def step(rank: int, local_rank: int, node: int) -> dict[str, str]:
+    """A step of five tasks on three nodes."""
+    place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank), "SLURM_NODEID": str(node)}
+    size = {"SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_STEP_NODELIST": "a[07-09]"}
+    return {**BATCH, **place, **size}
+
+
+@pytest.mark.parametrize(
+    ("rank", "local_rank", "node", "local_size"), [(0, 0, 0, 2), (1, 1, 0, 2), (3, 1, 1, 2), (4, 0, 2, 1)]
+)
+def test_a_task_of_a_step(rank: int, local_rank: int, node: int, local_size: int) -> None:
+    environment = step(rank, local_rank, node)
+    ranks_from_slurm(environment)
+    expected = [str(rank), "5", str(local_rank), str(local_size), "a07", str(10000 + 41234 % 20000)]
+    assert [environment[name] for name in NAMES] == expected
+
+
+def test_jobs_meet_at_ports_of_their_own() -> None:
+    """Below what Linux hands out for outgoing connections (32768), and no port that only root may open."""
+    ports = set()
+    for number in (1, 2, 19999, 20000, 4_000_000_001):
+        environment = {**step(0, 0, 0), "SLURM_JOB_ID": str(number)}
+        ranks_from_slurm(environment)
+        ports.add(int(environment["MASTER_PORT"]))
+    assert len(ports) == 4 and min(ports) >= 1024 and max(ports) < 32768  # 1 and 4,000,000,001 share one
+
+
+def test_what_a_launcher_set_stays() -> None:
+    launched = {**step(3, 1, 1), "RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "b1"}
+    environment = dict(launched)
+    ranks_from_slurm(environment)
+    assert environment == launched
+
+
+def test_where_to_meet_can_be_said() -> None:
+    environment = {**step(3, 1, 1), "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
+    ranks_from_slurm(environment)
+    assert [environment[name] for name in NAMES] == ["3", "5", "1", "2", "10.0.0.7", "29500"]
+
+
+@pytest.mark.parametrize("environment", [{}, BATCH], ids=["no Slurm", "batch script"])
+def test_nothing_outside_a_step(environment: dict[str, str]) -> None:
+    before = dict(environment)
+    ranks_from_slurm(environment)
+    assert environment == before
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("a1", "a1"),
+        ("a1,b2", "a1"),
+        ("a[07-09,12],b1", "a07"),
+        ("a[3,5]", "a3"),
+        ("rack-2-node[001-128].cluster.org", "rack-2-node001.cluster.org"),
+        ("rack[1-2]n[03-04,7],a1", "rack1n03"),
+        ("gpu-1.x,gpu[2-3]", "gpu-1.x"),
+    ],
+)
+def test_first_of_a_host_list(nodes: str, first: str) -> None:
+    """`scontrol show hostnames` gives the same first lines."""
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize("nodes", ["", "[1-2]", "a[", "a[x-y]", ",a"])
+def test_what_is_no_host_list(nodes: str) -> None:
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        first_host(nodes)
