@@ -83,7 +83,7 @@ def run(arguments: list[str]) -> int:
     with Supervision(config.engine.timeout_seconds) as supervision:
         try:
             code = main(config, supervision)
-        except (Exception, KeyboardInterrupt) as error:
+        except BaseException as error:  # a library's sys.exit and Ctrl-C as well
             code = supervision.failed(error)
         supervision.leave(code)
     return code

@@ -7,10 +7,11 @@
 #   restarts    newest saved step at the last requeue, and how many requeues there have been since a newer one
 
 readonly PREEMPTED=85          # how a rank ends that was told to stop and has saved
-readonly UNHEARD=$((128 + 10)) # how it or srun ends that USR1 reaches before it listens
-STEP=                          # process id of srun
-TOLD=                          # not empty: the job was told to stop
-SIGNALLED=                     # not empty: it was told since the last look
+readonly UNHEARD=$((128 + 10)) # how it ends in a container that lets USR1 through before it listens
+
+# shellcheck source=launch/slurm/relay.sh
+source "$PROJECT/launch/slurm/relay.sh"
+trap 'say "told to stop: USR1 to every rank"; told' USR1 USR2 TERM
 
 say() { printf '[%(%F %T)T] %s\n' -1 "$*"; }
 
@@ -62,31 +63,14 @@ rendezvous() {
 # Run a command as one task a rank, and leave its exit code in CODE: PREEMPTED where the ranks saved and stopped.
 run_ranks() {
     local mark=$RUN/.preempted-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-    trap forward USR1 USR2 TERM
-    srun --kill-on-bad-exit=1 --wait=60 "${SRUN_OPTIONS[@]}" \
-        bash "$PROJECT/launch/slurm/task.sh" "$mark" "${INSIDE[@]}" "$@" &
-    STEP=$!
-    CODE=0
-    wait "$STEP" || CODE=$?
-    # A signal ends wait, not the step: wait again for as long as one came meanwhile.
-    while [ -n "$SIGNALLED" ]; do
-        SIGNALLED=
-        CODE=0
-        wait "$STEP" || CODE=$?
-    done
-    trap '' USR1 USR2 TERM
+    # By srun's own process, which passes signals on: scancel with the number of an array's job would reach the other
+    # tasks of the array.
+    relay srun --kill-on-bad-exit=1 --wait=60 "${SRUN_OPTIONS[@]}" \
+        bash "$PROJECT/launch/slurm/task.sh" "$mark" "${INSIDE[@]}" "$@"
     say "the step ended with code $CODE"
     if [ "$CODE" = 0 ] && [ -e "$mark" ]; then CODE=$PREEMPTED; fi
     if [ "$CODE" = "$UNHEARD" ] && [ -n "$TOLD" ]; then CODE=$PREEMPTED; fi
     rm -f "$mark"
-}
-
-forward() {
-    TOLD=yes
-    SIGNALLED=yes
-    say "told to stop: USR1 to every rank"
-    # By srun's own process, which passes it on: scancel with the number of an array's job would reach the other tasks.
-    [ -z "$STEP" ] || kill -USR1 "$STEP" 2> /dev/null || true
 }
 
 # End the job: with the ranks' code, or by requeueing it where they were told to stop.
@@ -98,16 +82,16 @@ finish() {
     fi
     [ "$CODE" = "$PREEMPTED" ] || exit "$CODE"
     refuse_stopped
-    # Slurm requeues a job that it preempts, and none that was cancelled: that is not for this script to do.
-    local state
-    state=$(squeue --noheader --job "$SLURM_JOB_ID" --format %T | head -n 1)
-    if [ "$state" != RUNNING ]; then
-        say "not requeued by itself: Slurm has the job as ${state:-unknown}"
+    # By its place in the array: the number of an array's last task is that of the whole array.
+    local job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} shown
+    shown=" $(scontrol show job --oneliner "$job") "
+    # A job that Slurm has ended it requeues itself, or it was cancelled; where this node was given up for lost, a later
+    # start of the job may run already.
+    if [[ $shown != *" JobState=RUNNING "* || $shown != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
+        say "not requeued by itself: Slurm has ended this start of the job"
         exit "$PREEMPTED"
     fi
     count_restart
-    # By its place in the array: the number of an array's last task is that of the whole array.
-    local job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
     scontrol requeue "$job" || die "job $job cannot be requeued: submit it again to go on"
     say "requeued as $job"
 }

@@ -22,6 +22,13 @@ def slurm_command(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to CONFIG.", metavar="section.key=value ...")
     ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="GPU of the nodes (h100, a100, …): what CONFIG leaves open of the layout then comes from the plan.",
+            metavar="NAME",
+        ),
+    ] = None,
     job_name: Annotated[str, typer.Option(help="Name of the job.", metavar="NAME")] = "lowrank",
     partition: Annotated[str | None, typer.Option(help="As sbatch's.", metavar="NAME")] = None,
     account: Annotated[str | None, typer.Option(help="As sbatch's.", metavar="NAME")] = None,
@@ -44,9 +51,11 @@ def slurm_command(
     from lowrank_dist.slurm.layout import check_layout, check_time
     from lowrank_dist.slurm.template import checkout, fill
 
-    changes = overrides or []
+    changes = list(overrides or [])
+    if gpu is not None:
+        changes += _planned_layout(config, changes, nodes, gpus_per_node, gpu)
     run = load_config([str(config), *changes])
-    check_layout(run.parallel, nodes, gpus_per_node, across_nodes=run.parallel.across_nodes)
+    check_layout(run.parallel, nodes, gpus_per_node)
     check_time(time, lead)
     # These two the script passes by itself, from RUN and RESUME.
     kept = [change for change in changes if not _says(change, "output.dir", "train.resume")]
@@ -86,6 +95,15 @@ def slurm_command(
     path = out or Path(f"{job_name}.sbatch")
     _write_new(path, script)
     typer.echo(f"{path}: {nodes} × {gpus_per_node} ranks, run folder {folder}; submit it with: sbatch {path}")
+
+
+def _planned_layout(config: Path, changes: list[str], nodes: int, gpus_per_node: int, gpu: str) -> list[str]:
+    from lowrank_dist.plan.hardware import gpu_of
+    from lowrank_dist.plan.layouts import Cluster
+    from lowrank_dist.plan.settings import layout_overrides, read_request
+
+    card = gpu_of(gpu)
+    return layout_overrides(read_request(str(config), changes), Cluster(nodes, gpus_per_node, card, card.memory))
 
 
 def _says(change: str, *keys: str) -> bool:

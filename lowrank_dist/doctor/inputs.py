@@ -94,7 +94,7 @@ def layout(config: Config, size: int, local_size: int) -> list[Row]:
     from lowrank_dist.slurm.layout import check_layout
 
     parallel = config.parallel
-    check_layout(parallel, size // local_size, local_size, across_nodes=parallel.across_nodes)
+    check_layout(parallel, size // local_size, local_size)
     return [Row("parallel layout", "ok", f"{parallel.tensor} tensor × {size // parallel.tensor} data parallel")]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -79,10 +80,14 @@ class Monitor:
 
     def say(self, message: str) -> None:
         """One line for the person who watches."""
-        if self._active:
-            print(message, flush=True) if self._progress is None else self._progress.console.print(
-                message, highlight=False
-            )
+        if not self._active:
+            return
+        # Whoever reads this may be gone, with the launcher: no reason for a run to fail before it has saved.
+        with contextlib.suppress(OSError):
+            if self._progress is None:
+                print(message, flush=True)
+            else:
+                self._progress.console.print(message, highlight=False)
 
     def close(self) -> None:
         """Flush, stop the bar, draw the picture."""
@@ -109,7 +114,7 @@ class Monitor:
             self._progress.update(self._task, completed=step, status=status)
         else:
             left = (time.monotonic() - self._begun) / (step - self._done) * (self._total - step)
-            print(f"step {step}/{self._total}  {status}  {left:.0f} s left", flush=True)
+            self.say(f"step {step}/{self._total}  {status}  {left:.0f} s left")
 
 
 def _keep_records(path: Path, done: int) -> list[dict[str, float]]:

@@ -28,7 +28,7 @@ from lowrank_dist.parallel.topology import Topology
 logger = logging.getLogger(__name__)
 
 _WRITTEN, _NO_SPACE, _FAILED = range(3)
-_LAST_SECONDS = 20  # that a run which fails waits for a checkpoint that is being written
+_LAST_SECONDS = 15  # that a run which fails waits for a checkpoint that is being written
 
 
 @dataclass

@@ -29,6 +29,7 @@ from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.agreement import all_equal, digest, every_value
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.supervision.page import LEAVING
 from lowrank_dist.supervision.signals import StopRequest
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,9 @@ class Trainer:
         """
         try:
             return self._run()
+        except BaseException:
+            self.phases.enter(LEAVING)  # what is tidied up below takes its time, and is not where the run failed
+            raise
         finally:
             self.saver.close()
             self.monitor.close()

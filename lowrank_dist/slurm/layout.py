@@ -12,7 +12,7 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d{1,2}){0,2})")
 _ENDLESS = ("UNLIMITED", "INFINITE")
 
 
-def check_layout(parallel: ParallelConfig, nodes: int, ranks_per_node: int, *, across_nodes: bool = False) -> None:
+def check_layout(parallel: ParallelConfig, nodes: int, ranks_per_node: int) -> None:
     """Raise UserError where TP × DP is not the number of ranks, or a tensor-parallel group crosses nodes unasked.
 
     Tensor-parallel ranks are consecutive and Slurm fills node after node: groups stay inside nodes exactly where
@@ -24,7 +24,7 @@ def check_layout(parallel: ParallelConfig, nodes: int, ranks_per_node: int, *, a
         raise UserError(
             f"parallel.tensor: {parallel.tensor} does not divide {job}; it may be {_divisors(ranks, ranks)}"
         )
-    if ranks_per_node % parallel.tensor and not across_nodes:
+    if ranks_per_node % parallel.tensor and not parallel.across_nodes:
         raise UserError(
             f"parallel.tensor: with {parallel.tensor} a tensor-parallel group would cross nodes ({job}), where every "
             f"layer waits for the network; it may be {_divisors(ranks_per_node, ranks_per_node)}, or set "

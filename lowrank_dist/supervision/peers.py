@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,8 @@ _FAILED, _BEHIND = "lowrank_dist/failed", "lowrank_dist/left behind"
 @dataclass(frozen=True)
 class Answer:
     """speaks: this rank is to say what happened, the others of its kind need not. silent: ranks that said nothing
-    within ASK_SECONDS. cause: what a rank said that went first. reached: whether the store answered.
+    within ASK_SECONDS, where nobody knows the cause. cause: what a rank said that went first. reached: whether the
+    store answered.
     """
 
     speaks: bool
@@ -55,15 +57,19 @@ def _ask(store: dist.Store, rank: int, size: int, said: str | None, known: Calla
     store.set(_left(rank), "")
     everyone = [_left(other) for other in range(size)]
     if said is not None:
-        first = store.compare_set(_FAILED, "", said) == said.encode()
+        # Signed: several ranks may have the same to say.
+        signed = f"{secrets.token_hex(8)} {said}".encode()
+        first = store.compare_set(_FAILED, "", signed.decode()) == signed
         if rank == 0:  # the store ends with it, and whoever asks then takes itself for the first
             _await(lambda: store.check(everyone), end)
         return Answer(speaks=first)
     _await(lambda: known() or store.check([_FAILED]), end)
     if rank == 0:
         _await(lambda: store.check(everyone), end)
-    cause = store.get(_FAILED).decode(errors="replace") if store.check([_FAILED]) else None
-    silent = [other for other in range(size) if not store.check([_left(other)])]
+    cause = store.get(_FAILED).decode(errors="replace").partition(" ")[2] if store.check([_FAILED]) else None
+    # Once the cause is known nobody has been waited for, and nobody need be named.
+    explained = cause is not None or known()
+    silent = [] if explained else [other for other in range(size) if not store.check([_left(other)])]
     return Answer(speaks=store.add(_BEHIND, 1) == 1, silent=silent, cause=cause)
 
 

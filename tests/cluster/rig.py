@@ -10,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,12 @@ class Host:
         """Run a command as `start` does and wait for it. Code 124: it took longer than `seconds`."""
         return wait(self.start(command, seconds=seconds, environment=environment))
 
+    def kill(self, pattern: str) -> None:
+        """SIGKILL every process here whose command line matches; there must be one."""
+        # The bracket keeps what runs pkill from being what it looks for.
+        done = self.run(["pkill", "-KILL", "-f", f"{pattern[:-1]}[{pattern[-1]}]"], seconds=20)
+        assert done.code == 0, f"nothing on {self.name} matches {pattern}: {self.processes()}"
+
     def processes(self) -> list[str]:
         """Command lines of what runs here besides the host's services."""
         done = self.run(["ps", "-e", "-o", "args="], seconds=60)
@@ -88,9 +95,24 @@ class Rig:
         self._process.kill()
         self._process.wait()
 
+    @contextmanager
+    def cut_off(self, host: Host) -> Iterator[None]:
+        """A host without a network: its cable is pulled at the switch, so that its own card sees nothing of it."""
+        port = f"port{host.name.removeprefix('h')}"
+        link = ["nsenter", "-t", str(host.rig_pid), "-a", "ip", "link", "set", port]
+        subprocess.run([*link, "down"], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run([*link, "up"], check=True)
+
+    def running(self) -> list[str]:
+        """What runs on any host besides its services."""
+        return [f"{host.name}: {line}" for host in self.hosts for line in host.processes()]
+
     def idle(self) -> list[str]:
-        """What runs on any host besides its services, once it had a moment to end."""
-        return settled(lambda: [f"{host.name}: {line}" for host in self.hosts for line in host.processes()], [])
+        """The same, once it had a moment to end."""
+        return settled(self.running, [])
 
     def _started(self) -> list[Host]:
         readable, _, _ = select.select([self._process.stdout], [], [], START_SECONDS)

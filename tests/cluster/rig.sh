@@ -64,11 +64,15 @@ SelectTypeParameters=CR_CPU
 SchedulerParameters=sched_min_interval=0,batch_sched_delay=0
 ReturnToService=2
 SlurmdTimeout=20
-KillWait=5
+KillWait=10
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PropagateResourceLimits=NONE
 NodeName=h[1-$hosts] CPUs=4 RealMemory=1000 State=UNKNOWN
-PartitionName=main Nodes=h[1-$hosts] Default=YES MaxTime=60 State=UP
+PartitionName=main Nodes=h[1-$hosts] Default=YES PriorityTier=1 GraceTime=20 MaxTime=60 State=UP
+PartitionName=abrupt Nodes=h[1-$hosts] PriorityTier=1 MaxTime=60 State=UP
+PartitionName=urgent Nodes=h[1-$hosts] PriorityTier=9 MaxTime=60 State=UP
 CONF
 }
 
@@ -93,7 +97,7 @@ host() {
 }
 
 # How many nodes Slurm would give work to, asked on the host whose first process is $1.
-idle() { nsenter -t "$1" -a sinfo -hN -o %T 2> /dev/null | grep -c '^idle$' || true; }
+idle() { nsenter -t "$1" -a sinfo -hN -p main -o %T 2> /dev/null | grep -c '^idle$' || true; }
 
 rig() {
     local hosts=$1 i outer inner first=()

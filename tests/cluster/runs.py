@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.cluster.rig import Host, settled
-from tests.integration.launching import Outcome, metrics, samples, write_config, write_jsonl
+from tests.integration.launching import Outcome, metrics, program, samples, write_config, write_jsonl
 from tests.tiny_models import make_tiny
 
 STEPS = 5
@@ -41,14 +42,22 @@ def write_run(place: Path) -> Path:
     return write_config(place / "config.yaml", sections)
 
 
+def write_job(config: Path, script: Path, *options: object) -> Path:
+    """The script that `lowrank-dist slurm` writes for two hosts of two ranks; the job is told 15 s before its end."""
+    size = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1, "--time", 30, "--lead", 15]
+    done = program(["lowrank-dist", "slurm", config, *size, "--out", script, *options])
+    assert done.code == 0, done.stderr
+    return script
+
+
 def losses(run: Path) -> dict[str, list[float]]:
     """Everything in metrics.jsonl that does not depend on the clock."""
     return {name: metrics(run, name).tolist() for name in NAMES}
 
 
-def well_trained(curves: dict[str, list[float]]) -> bool:
+def well_trained(curves: dict[str, list[float]], steps: int = STEPS) -> bool:
     """Whether the curves are those of a whole run that learned: two runs that did nothing are equal as well."""
-    return len(curves["loss"]) == STEPS and bool(np.isfinite(curves["loss"]).all()) and _falls(curves["eval_loss"])
+    return len(curves["loss"]) == steps and bool(np.isfinite(curves["loss"]).all()) and _falls(curves["eval_loss"])
 
 
 def _falls(values: list[float]) -> bool:
@@ -88,19 +97,30 @@ class Job:
         done = self.login.run(["scancel", f"--signal={name}", *options, self.number])
         assert done.code == 0, done.stderr
 
+    def hurry(self) -> None:
+        """Have Slurm start a job that was requeued: it would leave it waiting for two minutes."""
+        if self.field("JobState") == "PENDING" and self.field("Restarts") != "0":
+            # Started at once, a job ends when the last message of its start before arrives.
+            time.sleep(2)
+            self.login.run(["scontrol", "update", f"jobid={self.number}", "StartTime=now"])
+
     def start_now(self, start: int) -> None:
-        """Have a job that requeued itself begin start number `start`: Slurm would leave it waiting for two minutes."""
+        """Have a job that was requeued begin start number `start`."""
 
         def started() -> bool:
-            # Again and again: while the last nodes report back, Slurm sets its own time once more.
-            self.login.run(["scontrol", "update", f"jobid={self.number}", "StartTime=now"])
+            self.hurry()
             return f"start {start}:" in self.said()
 
         assert settled(started, True), self.said()
 
     def finished(self, *, seconds: float = 400) -> str:
-        """The state in which the job ended, or the one it is in when the time is over."""
-        settled(lambda: self.field("JobState") in FINISHED, True, seconds=seconds)
+        """The state in which the job ended, after all its requeues, or the one it is in when the time is over."""
+
+        def ended() -> bool:
+            self.hurry()
+            return self.field("JobState") in FINISHED
+
+        settled(ended, True, seconds=seconds)
         return self.field("JobState")
 
     def said(self) -> str:

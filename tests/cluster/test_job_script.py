@@ -143,8 +143,26 @@ sys.exit(85)
     assert (job.field("Restarts"), (folder(script) / "restarts").read_text()) == ("2", "9 1\n")
 
 
-def test_a_signal_before_the_ranks_listen(quiet_rig: Rig, script: Path) -> None:
-    """It kills them, and there was nothing to save: the job starts again."""
+@pytest.mark.parametrize(("name", "options"), [("TERM", []), ("USR2", ["--batch"])], ids=["ranks", "batch shell"])
+def test_a_signal_before_the_ranks_listen(quiet_rig: Rig, script: Path, name: str, options: list[str]) -> None:
+    """They ignore it for as long as they load, and hear of it afterwards."""
+    loading = """
+if 'SLURM_RESTART_COUNT' in os.environ:
+    sys.exit(0)
+assert {signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)} == {signal.SIG_IGN}
+print("loads", flush=True)
+time.sleep(3)
+"""
+    job = submit(quiet_rig, script, f"{loading}\n{OBEDIENT}")
+    assert settled(lambda: job.said().count("loads"), 4) == 4, job.said()
+    job.signal(name, *options)
+    job.start_now(2)
+    assert job.finished() == "COMPLETED", job.said()
+    assert job.said().count("listens") == 4 and "requeued as" in job.said()
+
+
+def test_a_container_that_lets_a_signal_through(quiet_rig: Rig, script: Path) -> None:
+    """It kills the ranks, and there was nothing to save: the job starts again."""
     deaf = "signal.signal(signal.SIGUSR1, signal.SIG_DFL); print('deaf', flush=True); time.sleep(100)"
     ends = "if 'SLURM_RESTART_COUNT' in os.environ: sys.exit(0)"
     job = submit(quiet_rig, script, f"{ends}\n{deaf}")
@@ -152,6 +170,14 @@ def test_a_signal_before_the_ranks_listen(quiet_rig: Rig, script: Path) -> None:
     job.signal("USR1", "--batch")
     job.start_now(2)
     assert job.finished() == "COMPLETED", job.said()
+
+
+def test_a_start_that_slurm_gave_up_requeues_nothing(quiet_rig: Rig, script: Path) -> None:
+    """Its node was lost and lives on: what runs under the job's number is a later start."""
+    script.write_text(script.read_text().replace("\nset -euo", "\nexport SLURM_RESTART_COUNT=7\nset -euo"))
+    job = submit(quiet_rig, script, "sys.exit(85)")
+    assert (job.finished(), job.field("ExitCode"), job.field("Restarts")) == ("FAILED", "85:0", "0")
+    assert "start 8:" in job.said() and "not requeued by itself" in job.said()
 
 
 def test_cancelled_it_is_not_requeued(quiet_rig: Rig, script: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.cluster.rig import Rig
@@ -12,9 +13,7 @@ from tests.cluster.runs import ENVIRONMENT, losses, on_each
 from tests.integration.launching import Outcome, free_port
 
 TRAIN = "launch/train.py"
-RANKS_FROM_SLURM = (
-    'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec "$0" launch/train.py "$@"'
-)
+SRUN = ["srun", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1", sys.executable, TRAIN]
 
 
 @pytest.fixture
@@ -75,9 +74,23 @@ def test_torchrun(quiet_rig: Rig, config: Path, expected: dict[str, list[float]]
 
 
 def test_srun(quiet_rig: Rig, config: Path, expected: dict[str, list[float]], tmp_path: Path) -> None:
-    launcher = ["srun", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1"]
-    done = quiet_rig.hosts[0].run(
-        [*launcher, "bash", "-c", RANKS_FROM_SLURM, sys.executable, config, f"output.dir={tmp_path / 'run'}"],
-        environment={**ENVIRONMENT, "MASTER_ADDR": "h1", "MASTER_PORT": str(free_port())},
-    )
-    check([done], tmp_path / "run", expected)
+    """With nothing set: which rank is which, and where they meet, is Slurm's to say."""
+    command = [*SRUN, config, f"output.dir={tmp_path / 'run'}"]
+    check([quiet_rig.hosts[0].run(command, environment=ENVIRONMENT)], tmp_path / "run", expected)
+
+
+def test_a_tensor_parallel_group_across_hosts(
+    quiet_rig: Rig, config: Path, expected: dict[str, list[float]], tmp_path: Path
+) -> None:
+    """Refused; where it is asked for the layout changes the last bits of the losses and no more."""
+    command = [*SRUN, config, "parallel.tensor=4", f"output.dir={tmp_path / 'run'}"]
+    refused = quiet_rig.hosts[0].run(command, environment=ENVIRONMENT)
+    assert refused.code == 2 and not (tmp_path / "run").exists()
+    said = "parallel.tensor: with 4 the ranks 0 to 3 of one tensor-parallel group lie on h1 and h2"
+    assert said in refused.stderr and "it may be 1, 2, or set parallel.across_nodes=true" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    done = quiet_rig.hosts[0].run([*command, "parallel.across_nodes=true"], environment=ENVIRONMENT)
+    assert done.code == 0, done.stderr
+    found = losses(tmp_path / "run")
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=name)

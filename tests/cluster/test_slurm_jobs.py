@@ -7,19 +7,11 @@ from pathlib import Path
 
 from lowrank_dist.slurm.template import BEGIN, END, fill
 from tests.cluster.rig import Rig
-from tests.cluster.runs import Job, losses
-from tests.integration.launching import ROOT, program
+from tests.cluster.runs import Job, losses, write_job
+from tests.integration.launching import ROOT
 from tests.tiny_adapters import random_adapter, save_adapter
 
 FOLDER = ROOT / "launch" / "slurm"
-
-
-def written(config: Path, script: Path, *options: object) -> Path:
-    """The script that `lowrank-dist slurm` writes for two hosts of two ranks."""
-    size = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1, "--time", "30"]
-    done = program(["lowrank-dist", "slurm", config, *size, "--out", script, *options])
-    assert done.code == 0, done.stderr
-    return script
 
 
 def around_the_edit_block(text: str) -> tuple[str, str]:
@@ -30,7 +22,7 @@ def test_the_shipped_template_trains_as_one_host(
     quiet_rig: Rig, config: Path, expected: dict[str, list[float]], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    script = written(config, tmp_path / "job.sbatch", f"output.dir={run}")
+    script = write_job(config, tmp_path / "job.sbatch", f"output.dir={run}")
     assert around_the_edit_block(script.read_text()) == around_the_edit_block((FOLDER / "train.sbatch").read_text())
     job = Job.submit(quiet_rig.hosts[0], script)
     assert job.finished() == "COMPLETED", job.said()

@@ -18,6 +18,7 @@ from lowrank_dist.cli.main import app
 from lowrank_dist.config import load_config
 from lowrank_dist.config.schema import ParallelConfig
 from lowrank_dist.errors import UserError
+from lowrank_dist.plan.shapes import built_in_config
 from lowrank_dist.slurm import template
 from lowrank_dist.slurm.layout import check_layout, check_time
 from lowrank_dist.slurm.template import BEGIN, END, checkout, fill
@@ -164,7 +165,7 @@ def test_groups_inside_nodes_are_those_accepted(nodes: int, gpus: int, tensor: i
     inside = whole and all(group[0] // gpus == group[-1] // gpus for group in groups)
     for across in (False, True):
         try:
-            check_layout(ParallelConfig(tensor=tensor), nodes, gpus, across_nodes=across)
+            check_layout(ParallelConfig(tensor=tensor, across_nodes=across), nodes, gpus)
             accepted = True
         except UserError:
             accepted = False
@@ -216,3 +217,32 @@ def test_words_of_the_shipped_block_are_plain() -> None:
     for line in SHIPPED.partition(BEGIN)[2].partition(END)[0].splitlines():
         if line and not line.startswith("#") and "=(" not in line:
             assert shlex.split(line) == [line]
+
+
+@pytest.fixture
+def large(config: Path, tmp_path: Path) -> Path:
+    """The same run on Llama-3-70B, with nothing said of the layout."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_text(json.dumps(built_in_config("llama-3-70b")))
+    sections = yaml.safe_load(config.read_text())
+    del sections["parallel"]
+    config.write_text(yaml.safe_dump({**sections, "data": {"train": "train.jsonl", "max_length": 2048}}))
+    return config
+
+
+def test_the_plan_lays_out_what_is_left_open(large: Path) -> None:
+    """On one GPU a node of 8 ranks holds the model at TP 8 or so; what the user says stays."""
+    done = slurm(large, "--gpu", "h100", "train.global_batch=16", "--dry-run")
+    assert done.exit_code == 0, done.output
+    planned = dict(change.split("=") for change in json.loads(variables(done.stdout)["OVERRIDES"]))
+    assert planned.pop("train.global_batch") == "16"
+    assert planned.keys() == {"parallel.tensor", "train.micro_batch", "engine.recompute"}
+    assert planned["parallel.tensor"] in ("2", "4", "8")
+    fixed = slurm(large, "--gpu", "h100", "train.global_batch=16", "parallel.tensor=8", "--dry-run")
+    assert json.loads(variables(fixed.stdout)["OVERRIDES"]).count("parallel.tensor=8") == 1
+    assert "parallel.tensor" not in slurm(large, "train.global_batch=16", "--dry-run").stdout
+
+
+def test_the_plan_says_where_nothing_fits(large: Path) -> None:
+    refused(slurm(large, "--gpu", "h100", nodes=1, gpus=1), "no layout of", "fits 1 × 1 h100", "it would fit with")
+    refused(slurm(large, "--gpu", "h1000"), "--gpu: 'h1000' is not known: did you mean h100?")

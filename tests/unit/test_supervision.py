@@ -153,6 +153,11 @@ def test_ranks_learn_the_cause_and_one_of_each_kind_speaks(soon: None) -> None:
     assert all(answer.reached and not answer.silent for answer in answers.values())
 
 
+def test_of_ranks_that_say_the_same_one_speaks(soon: None) -> None:
+    answers = asked(dist.HashStore(), dict.fromkeys(range(4), "why"))
+    assert [answer.speaks for answer in answers.values()].count(True) == 1
+
+
 def test_ranks_name_those_that_say_nothing(soon: None) -> None:
     began = time.monotonic()
     answers = asked(dist.HashStore(), {0: None, 2: None})

@@ -1,0 +1,107 @@
+"""Faults planted in the ranks of a run (faulty/sitecustomize.py), and how a job ends after one."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.cluster.rig import Rig, settled
+from tests.cluster.runs import ENVIRONMENT
+
+CODE = Path(__file__).with_name("faulty")
+TIMEOUT = 15
+# What a job has beyond the timeout to end.
+BEYOND = 30
+MEMORY_MIB = 64
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What befalls a run: "KIND:RANK:STEP,…". folder: where its gates lie."""
+
+    planted: str
+    folder: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            **ENVIRONMENT,
+            "FAULTS": self.planted,
+            "FAULT_FOLDER": str(self.folder),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(CODE), os.environ.get("PYTHONPATH")])),
+        }
+
+    def await_gate(self, step: int, said: Callable[[], object]) -> None:
+        """Until a rank waits at the gate of a step; `said` explains why none does."""
+        assert settled((self.folder / f"{step}.reached").exists, True), said()
+
+    def open_gate(self, step: int, *, once: Path | None = None) -> None:
+        """Let the rank go on; `once` a file is there."""
+        assert once is None or settled(once.exists, True, seconds=10), f"there is no {once}"
+        (self.folder / f"{step}.open").touch()
+
+
+@contextmanager
+def small_cgroup(folder: Path) -> Iterator[None]:
+    """A memory cgroup under the name folder/cgroup: what enters it may take MEMORY_MIB more than it has."""
+    first = Path("/sys/fs/cgroup/memory")
+    hierarchy, limit = (first, "memory.limit_in_bytes") if first.exists() else (first.parent, "memory.max")
+    cgroup = hierarchy / f"lowrank_dist-{os.getpid()}-{folder.name}"
+    cgroup.mkdir()
+    try:
+        (cgroup / limit).write_text(str(MEMORY_MIB << 20))
+        (folder / "cgroup").symlink_to(cgroup)
+        yield
+    finally:
+        assert settled(lambda: _removed(cgroup), True, seconds=10), f"{cgroup} is still in use"
+
+
+def _removed(cgroup: Path) -> bool:
+    try:
+        cgroup.rmdir()
+    except OSError:
+        return False
+    return True
+
+
+class Stopwatch:
+    """From a fault to the end of every process of the job."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig, self._began = rig, time.monotonic()
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def all_ended(self) -> float:
+        """Seconds until nothing of the job was left on any host; fails where it takes too long."""
+        return self._ended("")
+
+    def ranks_ended(self) -> float:
+        """The same of the ranks and their watchdogs alone: what Slurm has running to report on them may wait longer."""
+        return self._ended("python")
+
+    def _ended(self, name: str) -> float:
+        def left() -> list[str]:
+            return [line for line in self._rig.running() if name in line.partition(": ")[2].partition(" ")[0]]
+
+        limit = TIMEOUT + BEYOND
+        found = settled(left, [], seconds=limit - self.seconds())
+        assert found == [], f"after {limit} s: {found}"
+        return self.seconds()
+
+
+def culprit(run: Path) -> str:
+    """The headline of RUN/FAILED."""
+    return (run / "FAILED").read_text().partition("\n")[0]
+
+
+def last_words(said: str) -> str:
+    """A log from the last line on in which a rank says what happened."""
+    at = [match.start() for match in re.finditer(r"rank \d+ on h\d ", said)]
+    return said[at[-1] :] if at else ""

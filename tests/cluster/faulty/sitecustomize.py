@@ -1,0 +1,135 @@
+"""Faults of a rank, below the code: on PYTHONPATH, Python imports this before anything else.
+
+FAULTS="KIND:RANK:STEP,…" says what befalls which rank as it begins a step, counted from 1 (save: as it sends what the
+checkpoint of that step needs). FAULT_FOLDER is where `gate` and `save` leave "STEP.reached", and wait for "STEP.open";
+its cgroup is where `bloat` dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.abc
+import importlib.machinery
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+MIB = 1 << 20
+ALLOWANCE = 256 * MIB  # of address space, beside what the rank has mapped already
+FOREVER = 10_000
+
+
+def spin(step: int) -> None:
+    while True:
+        pass
+
+
+def allocate(step: int) -> None:
+    """Until Python has no more."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + ALLOWANCE,) * 2)
+    eat()
+
+
+def bloat(step: int) -> None:
+    """Until the kernel has no more."""
+    Path(os.environ["FAULT_FOLDER"], "cgroup", "cgroup.procs").write_text("0")
+    eat()
+
+
+def eat() -> None:
+    held = []
+    while True:
+        held.append(bytearray(b"x" * MIB))
+
+
+def fail(step: int) -> None:
+    raise RuntimeError("planted")
+
+
+def hold(step: int) -> None:
+    """Waits for itself in C, without giving up the interpreter's lock and whatever signal comes."""
+    lock, libc = (ctypes.c_long * 16)(), ctypes.PyDLL(None)
+    for _ in range(2):
+        libc.pthread_mutex_lock(lock)
+
+
+def wait(step: int) -> None:
+    folder = Path(os.environ["FAULT_FOLDER"])
+    (folder / f"{step}.reached").touch()
+    while not (folder / f"{step}.open").exists():
+        time.sleep(0.02)
+
+
+# exit: without a word.
+FAULTS: dict[str, Callable[[int], object]] = {
+    "raise": fail,
+    "kill": lambda step: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda step: os.kill(os.getpid(), signal.SIGSTOP),
+    "sleep": lambda step: time.sleep(FOREVER),
+    "spin": spin,
+    "hold": hold,
+    "exit": lambda step: os._exit(3),
+    "segfault": lambda step: ctypes.string_at(0),
+    "allocate": allocate,
+    "bloat": bloat,
+    "gate": wait,
+}
+
+
+def planted() -> list[tuple[str, int]]:
+    """KIND and STEP of what befalls this rank."""
+    faults = (fault.split(":") for fault in os.environ.get("FAULTS", "").split(",") if fault)
+    return [(kind, int(step)) for kind, rank, step in faults if rank == os.environ.get("RANK")]
+
+
+def in_steps(module: ModuleType) -> None:
+    step_of = module.Trainer._step
+
+    def _step(self: object, step: int) -> None:
+        self.phases.enter("data", step + 1)
+        for kind, at in planted():
+            if at == step + 1 and kind != "save":
+                FAULTS[kind](at)
+        step_of(self, step)
+
+    module.Trainer._step = _step
+
+
+def in_saves(module: ModuleType) -> None:
+    fly_of = module.CheckpointSaver._fly
+
+    def _fly(self: object, flight: object, *rest: object) -> None:
+        if ("save", flight.step) in planted():
+            wait(flight.step)
+        fly_of(self, flight, *rest)
+
+    module.CheckpointSaver._fly = _fly
+
+
+PLANT = {"lowrank_dist.engine.trainer": in_steps, "lowrank_dist.engine.saving": in_saves}
+
+
+class Finder(importlib.abc.MetaPathFinder):
+    """Finds modules as ever, and plants the faults in them."""
+
+    def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        if name not in PLANT:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            PLANT[name](module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+sys.meta_path.insert(0, Finder())

@@ -1,0 +1,232 @@
+"""Ranks and launchers killed, stopped and hung, links cut, on two hosts: what ends, how soon, what it says, and that it
+goes on.
+
+Faults are planted below the code (tests/cluster/faulty). Every test fails where a process is left behind (quiet_rig).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.faults import BEYOND, TIMEOUT, Faults, Stopwatch, culprit, last_words, small_cgroup
+from tests.cluster.rig import Rig, settled, wait
+from tests.cluster.runs import ENVIRONMENT, Job, losses, on_each, write_job
+from tests.integration.launching import free_port
+
+TRAIN = "launch/train.py"
+OVERRIDES = [f"engine.timeout_seconds={TIMEOUT}", "output.save_every=1"]
+CURVES = dict[str, list[float]]
+# What befalls one rank of two → what FAILED says of it, and what comes after that.
+ONE_RANK = {
+    "raise": (r"RuntimeError: planted", "in fail\n"),
+    "sleep": (r"it stood still for \d+ s, and was killed by its watchdog", "faulty/sitecustomize.py"),
+    "hold": (r"it stood still for \d+ s, and was killed by its watchdog", "faulty/sitecustomize.py"),
+    "exit": (r"it ended (with code 3|without a word)", ""),
+    "segfault": (r"it (crashed|ended with signal 11)", "Segmentation fault"),
+    "allocate": (r"MemoryError", "in eat\n"),
+    "bloat": (r"it ended .*out-of-memory killer", ""),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    path = tmp_path / "faults"
+    path.mkdir()
+    return path
+
+
+def submit(rig: Rig, config: Path, run: Path, environment: dict[str, str]) -> Job:
+    script = run.with_name("job.sbatch")
+    if not script.exists():
+        write_job(config, script, f"output.dir={run}", *OVERRIDES)
+    return Job.submit(rig.hosts[0], script, environment)
+
+
+def goes_on(rig: Rig, config: Path, run: Path, expected: CURVES) -> None:
+    """The same script, submitted again, ends the run as if nothing had been."""
+    job = submit(rig, config, run, ENVIRONMENT)
+    assert job.finished() == "COMPLETED", job.said()
+    assert "resumed from" in job.said()
+    assert losses(run) == expected
+    assert not (run / "FAILED").exists()
+
+
+def failed(job: Job, watch: Stopwatch) -> str:
+    """How a job of Slurm ended that has no process left, and how soon."""
+    seconds = watch.all_ended()
+    assert job.finished(seconds=20) == "FAILED", job.said()
+    return f"sbatch {job.field('ExitCode')} after {seconds:.1f} s"
+
+
+def test_a_killed_rank(quiet_rig: Rig, config: Path, expected: CURVES, tmp_path: Path, folder: Path) -> None:
+    run, faults = tmp_path / "run", Faults("gate:2:4,kill:2:4", folder)
+    job = submit(quiet_rig, config, run, faults.environment)
+    faults.await_gate(4, job.said)
+    watch = Stopwatch(quiet_rig)
+    faults.open_gate(4)
+    print(failed(job, watch), "|", culprit(run))
+    assert re.match("rank 2 on h2 went first, at step 4 in data: it ended (with signal 9|without a word)", culprit(run))
+    assert last_words(job.said()).startswith(culprit(run))
+    goes_on(quiet_rig, config, run, expected)
+
+
+def test_a_stopped_rank(quiet_rig: Rig, config: Path, tmp_path: Path, folder: Path) -> None:
+    run, faults = tmp_path / "run", Faults("gate:2:4,stop:2:4", folder)
+    job = submit(quiet_rig, config, run, faults.environment)
+    faults.await_gate(4, job.said)
+    watch = Stopwatch(quiet_rig)
+    faults.open_gate(4)
+    print(failed(job, watch), "|", culprit(run))
+    assert re.match(r"rank 2 on h2 went first, at step 4 in data: it was stopped \(SIGSTOP\)", culprit(run))
+    said = last_words(job.said())
+    assert said.startswith(culprit(run)) and "faulty/sitecustomize.py" in said, "its stack is missing"
+
+
+def test_a_link_that_flaps_and_one_that_is_cut(
+    quiet_rig: Rig, config: Path, expected: CURVES, tmp_path: Path, folder: Path
+) -> None:
+    """Down for 3 s the job does not notice. Cut in mid-step the job ends, and Slurm has it go on by itself; then it is
+    cut during a checkpoint.
+    """
+    away = quiet_rig.hosts[1]
+    run, faults = tmp_path / "run", Faults("gate:2:2,gate:1:3,save:2:4", folder)
+    job = submit(quiet_rig, config, run, faults.environment)
+    faults.await_gate(2, job.said)
+    with quiet_rig.cut_off(away):
+        faults.open_gate(2)
+        assert not settled(lambda: (folder / "3.reached").exists(), True, seconds=3), "the link was not down"
+    for step in (3, 4):
+        faults.await_gate(step, job.said)
+        watch = Stopwatch(quiet_rig)
+        with quiet_rig.cut_off(away):
+            faults.open_gate(step)
+            print(f"sbatch, link cut at step {step}: ranks ended after {watch.ranks_ended():.1f} s |", culprit(run))
+            assert re.match(
+                r"rank [01] on h1 was left behind at step \d .* by rank 2 on h2, rank 3 on h2: ", culprit(run)
+            )
+            assert last_words(job.said()).startswith(culprit(run))
+            # Slurm has lost the node as well, and puts the job back into the queue.
+            assert settled(lambda: job.field("JobState"), "PENDING") == "PENDING", job.said()
+        job.start_now(step - 1)
+    assert job.finished() == "COMPLETED", job.said()
+    assert losses(run) == expected
+
+
+def test_a_killed_srun(quiet_rig: Rig, config: Path, expected: CURVES, tmp_path: Path, folder: Path) -> None:
+    """Slurm itself ends the ranks, whose job is over; the job's log says what was killed."""
+    run, faults = tmp_path / "run", Faults("gate:2:2", folder)
+    job = submit(quiet_rig, config, run, faults.environment)
+    faults.await_gate(2, job.said)
+    watch = Stopwatch(quiet_rig)
+    quiet_rig.hosts[0].kill("srun --kill-on-bad-exit")
+    faults.open_gate(2)
+    print(failed(job, watch), "| srun killed")
+    assert re.search(r"Killed +srun --kill-on-bad-exit", job.said()) and "the step ended with code 137" in job.said()
+    goes_on(quiet_rig, config, run, expected)
+
+
+def test_a_killed_slurmstepd(quiet_rig: Rig, config: Path, tmp_path: Path, folder: Path) -> None:
+    """The ranks save and stop at once. Only srun, which nobody tells of theirs, waits for as long as --wait says."""
+    run, faults = tmp_path / "run", Faults("gate:2:2", folder)
+    job = submit(quiet_rig, config, run, faults.environment)
+    faults.await_gate(2, job.said)
+    watch = Stopwatch(quiet_rig)
+    quiet_rig.hosts[1].kill(r"slurmstepd: \[[0-9]*\.0")
+    faults.open_gate(2, once=run / "FAILED")
+    seconds = watch.ranks_ended()
+    assert job.finished(seconds=60 + BEYOND) == "FAILED", job.said()
+    print(f"sbatch {job.field('ExitCode')}, ranks ended after {seconds:.1f} s |", culprit(run))
+    assert re.match(
+        r"rank [23] on h2 went first, at step [23] in [a-z]+: its launcher \(slurmstepd\) is gone", culprit(run)
+    )
+    assert last_words(job.said()).startswith(culprit(run)) and "train.resume=auto goes on from it" in job.said()
+
+
+@pytest.mark.parametrize("host, launcher", [(0, "bin/deepspeed --hostfile"), (1, "deepspeed.launcher.launch")])
+def test_a_killed_launcher_of_deepspeed(
+    quiet_rig: Rig, config: Path, expected: CURVES, tmp_path: Path, folder: Path, host: int, launcher: str
+) -> None:
+    run, faults = tmp_path / "run", Faults("gate:2:2", folder)
+    hostfile, forwarded = tmp_path / "hosts", tmp_path / "environment"
+    hostfile.write_text("h1 slots=2\nh2 slots=2\n")
+    forwarded.write_text("".join(f"{name}={value}\n" for name, value in faults.environment.items()))
+    command = ["deepspeed", "--hostfile", hostfile, "--master_port", free_port(), TRAIN, config, f"output.dir={run}"]
+    environment = {**faults.environment, "DS_ENV_FILE": str(forwarded)}
+    process = quiet_rig.hosts[0].start([*command, *OVERRIDES], seconds=200, environment=environment)
+    faults.await_gate(2, quiet_rig.running)
+    watch = Stopwatch(quiet_rig)
+    quiet_rig.hosts[host].kill(launcher)
+    faults.open_gate(2, once=run / "FAILED")
+    seconds, done = watch.all_ended(), wait(process)
+    print(f"deepspeed {done.code} after {seconds:.1f} s |", culprit(run))
+    assert re.match(r"rank \d on h\d went first, at step [23] in [a-z]+: its launcher \(.*\) is gone", culprit(run))
+    assert done.code != 0
+    assert "return code = 85" in done.stdout + done.stderr, "the ranks were to save and stop"
+    forwarded.write_text("".join(f"{name}={value}\n" for name, value in ENVIRONMENT.items()))
+    environment = {**ENVIRONMENT, "DS_ENV_FILE": str(forwarded)}
+    done = quiet_rig.hosts[0].run([*command, *OVERRIDES, "train.resume=auto"], environment=environment)
+    assert (done.code, losses(run)) == (0, expected), done.stderr
+    assert not (run / "FAILED").exists()
+
+
+def test_a_killed_launcher_of_torchrun(
+    quiet_rig: Rig, config: Path, expected: CURVES, tmp_path: Path, folder: Path
+) -> None:
+    run, faults = tmp_path / "run", Faults("gate:2:2", folder)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 2]
+
+    def commands(*more: str) -> list[list[object]]:
+        meeting = ["--master-addr", "h1", "--master-port", free_port()]
+        ending = [*meeting, TRAIN, config, f"output.dir={run}", *OVERRIDES, *more]
+        return [[*torchrun, "--node-rank", rank, *ending] for rank in range(2)]
+
+    processes = [
+        host.start(command, seconds=200, environment=faults.environment)
+        for host, command in zip(quiet_rig.hosts, commands(), strict=True)
+    ]
+    faults.await_gate(2, quiet_rig.running)
+    watch = Stopwatch(quiet_rig)
+    quiet_rig.hosts[1].kill(r"bin/python.* -m torch.distributed.run")
+    faults.open_gate(2, once=run / "FAILED")
+    seconds, outcomes = watch.all_ended(), [wait(process) for process in processes]
+    print(f"torchrun {[done.code for done in outcomes]} after {seconds:.1f} s |", culprit(run))
+    assert re.match(
+        r"rank [23] on h2 went first, at step [23] in [a-z]+: its launcher \(torchrun\) is gone", culprit(run)
+    )
+    assert outcomes[0].code not in (0, 124)
+    done = on_each(quiet_rig.hosts, commands("train.resume=auto"))
+    assert ([d.code for d in done], losses(run)) == ([0, 0], expected), done[0].stderr
+
+
+def test_what_befalls_one_rank(quiet_rig: Rig, config: Path, tmp_path: Path) -> None:
+    """Each in a job of its own, as many at a time as Slurm has room for."""
+
+    def befall(kind: str) -> tuple[int, float, str, str]:
+        place = tmp_path / kind
+        place.mkdir()
+        run, faults = place / "run", Faults(f"gate:1:3,{kind}:1:3", place)
+        srun = ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", sys.executable, "-u", TRAIN, config]
+        process = quiet_rig.hosts[0].start(
+            [*srun, f"output.dir={run}", "parallel.tensor=1", *OVERRIDES], seconds=300, environment=faults.environment
+        )
+        with small_cgroup(place):
+            faults.await_gate(3, quiet_rig.running)
+            watch = Stopwatch(quiet_rig)
+            faults.open_gate(3)
+            done = wait(process)
+        return done.code, watch.seconds(), culprit(run), last_words(done.stdout + done.stderr)
+
+    with ThreadPoolExecutor(len(ONE_RANK)) as pool:
+        found = dict(zip(ONE_RANK, pool.map(befall, ONE_RANK), strict=True))
+    for kind, (code, seconds, record, _) in found.items():
+        print(f"{kind}, srun {code} after {seconds:.1f} s |", record)
+    for kind, (code, seconds, record, said) in found.items():
+        reason, trace = ONE_RANK[kind]
+        assert re.match(f"rank 1 on h2 went first, at step 3 in data: {reason}", record), (kind, record)
+        assert said.startswith(record) and trace in said, (kind, said)
+        assert code not in (0, 124) and seconds < TIMEOUT + 30, kind

@@ -1,0 +1,208 @@
+"""A job that is interrupted, however, goes on by itself and ends with the loss curve of one that never was.
+
+Nobody helps: a test does nothing to a job once it has interrupted it, but for the two minutes that Slurm would wait.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.rig import Host, Rig, settled, wait
+from tests.cluster.runs import ENVIRONMENT, FINISHED, Job, losses, well_trained, write_job, write_run
+from tests.integration.launching import free_port, metrics
+
+STEPS = 20
+START_SECONDS = 200
+LONGER = (f"train.steps={STEPS}", "train.global_batch=32", "train.lr=5e-3", "output.save_every=4")
+SAVED = re.compile(r"stopped by (.+) at step (\d+) of \d+: checkpoint saved ([\d.]+) s after the signal")
+# Process ids of this host's ranks, each after its number among the tasks of the step.
+LIST_RANKS = """
+for pid in $(pgrep -f "^$0 .*launch/train.py"); do
+    grep -z '^SLURM_PROCID=' "/proc/$pid/environ" | tr '\\0' ' ' | sed 's/.*=//'
+    echo "$pid"
+done
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("preemption"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(rig: Rig, config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    """The curves of a job that nobody interrupts."""
+    job, run = submit(rig, config, tmp_path_factory.mktemp("undisturbed"))
+    submitted = time.monotonic()
+    reach(run, 1, partial(job_ended, job))
+    print(f"{time.monotonic() - submitted:.1f} s from sbatch to the first step")
+    assert job.finished() == "COMPLETED", job.said()
+    curves = losses(run)
+    assert well_trained(curves, STEPS), curves
+    return curves
+
+
+@pytest.fixture
+def job(quiet_rig: Rig, config: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Job:
+    """A job in mid-run. Options of `lowrank-dist slurm` come from `with_options`."""
+    started, run = submit(quiet_rig, config, tmp_path, *getattr(request, "param", ()))
+    reach(run, 6, partial(job_ended, started))
+    return started
+
+
+def with_options(*options: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("job", [options], indirect=True, ids=[" ".join(options)])
+
+
+def submit(rig: Rig, config: Path, place: Path, *options: object) -> tuple[Job, Path]:
+    """The job, and its run folder."""
+    run = place / "run"
+    script = write_job(config, place / "job.sbatch", *options, f"output.dir={run}", *LONGER)
+    return Job.submit(rig.hosts[0], script), run
+
+
+def reach(run: Path, step: int, ended: Callable[[], str | None]) -> None:
+    """Wait for the end of a step of the run. ended: what the run says for an explanation once it has ended."""
+    said: list[str] = []
+
+    def looked() -> bool:
+        said[:] = filter(None, [ended()])
+        return bool(said) or ((run / "metrics.jsonl").exists() and len(metrics(run, "loss")) >= step)
+
+    assert settled(looked, True, seconds=START_SECONDS) and not said, f"{run} does not get to step {step}: {said}"
+
+
+def job_ended(job: Job) -> str | None:
+    return job.said() if job.field("JobState") in FINISHED else None
+
+
+def process_ended(process: subprocess.Popen[str]) -> str | None:
+    return None if process.poll() is None else wait(process).stderr
+
+
+def went_on(job: Job, undisturbed: dict[str, list[float]], *, saves: int = 1) -> None:
+    """The job ends well and with the right curves, after as many saves upon a signal."""
+    assert job.finished() == "COMPLETED", job.said()
+    assert losses(job.log.parent / "run") == undisturbed
+    stops = SAVED.findall(job.said())
+    print(f"{job.field('Restarts')} restarts, saved {stops}")
+    assert job.field("Restarts") == "1" and len(stops) == saves, job.said()
+    assert all(6 <= int(step) < STEPS and float(seconds) < 10 for _, step, seconds in stops), stops
+
+
+def ranks_on(host: Host) -> dict[int, int]:
+    """Number among the tasks of the step → process id, of the host's ranks."""
+    done = host.run(["bash", "-c", LIST_RANKS, sys.executable], seconds=20)
+    words = [int(word) for word in done.stdout.split()]
+    return dict(zip(words[::2], words[1::2], strict=True))
+
+
+def exit_codes(said: str) -> dict[int, int]:
+    """Task → exit code, as srun says them: "srun: error: h1: tasks 0-1,3: Exited with exit code 85"."""
+    codes = {}
+    for tasks, code in re.findall(r"srun: error: \w+: tasks? ([\d,-]+): Exited with exit code (\d+)", said):
+        for part in tasks.split(","):
+            first, _, last = part.partition("-")
+            codes |= {task: int(code) for task in range(int(first), int(last or first) + 1)}
+    return codes
+
+
+def tell(host: Host, rank: int, *signals: str) -> None:
+    """Send signals to one rank alone."""
+    for name in signals:
+        done = host.run(["kill", f"-{name}", ranks_on(host)[rank]], seconds=20)
+        assert done.code == 0, done.stderr
+
+
+@pytest.fixture
+def held(rig: Rig, job: Job) -> Iterator[Job]:
+    """The job with rank 1 stopped, so that it is still in mid-run when Slurm acts; Slurm or the test continues it."""
+    tell(rig.hosts[0], 1, "STOP")
+    yield job
+
+
+def test_requeued_by_a_person(rig: Rig, job: Job, undisturbed: dict[str, list[float]]) -> None:
+    """Slurm leaves the ranks KillWait seconds, in which they save."""
+    assert rig.hosts[0].run(["scontrol", "requeue", job.number]).code == 0
+    went_on(job, undisturbed)
+    assert "not requeued by itself" in job.said()
+
+
+def test_signal_to_the_ranks(job: Job, undisturbed: dict[str, list[float]]) -> None:
+    job.signal("USR1")
+    went_on(job, undisturbed)
+
+
+def test_signal_to_the_batch_shell(job: Job, undisturbed: dict[str, list[float]]) -> None:
+    job.signal("USR1", "--batch")
+    went_on(job, undisturbed)
+    assert "told to stop: USR1 to every rank" in job.said()
+
+
+@pytest.mark.parametrize(
+    ("job", "requeued_by"),
+    [(("--partition", "main"), "requeued as"), (("--partition", "abrupt"), "not requeued by itself")],
+    indirect=["job"],
+    ids=["20 s of grace", "none"],
+)
+def test_preempted(rig: Rig, job: Job, undisturbed: dict[str, list[float]], requeued_by: str) -> None:
+    """In its grace time the job saves and makes way; without one it has KillWait seconds."""
+    urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
+    assert rig.hosts[0].run(urgent).code == 0
+    went_on(job, undisturbed)
+    assert requeued_by in job.said()
+
+
+@with_options("--time", "1")
+def test_time_runs_out(rig: Rig, held: Job, undisturbed: dict[str, list[float]]) -> None:
+    """Slurm tells the batch shell, 15 to 45 s before the end of the minute."""
+    assert settled(lambda: "told to stop" in held.said(), True), held.said()
+    tell(rig.hosts[0], 1, "CONT")
+    went_on(held, undisturbed)
+
+
+def test_node_is_lost(rig: Rig, held: Job, undisturbed: dict[str, list[float]]) -> None:
+    """slurmd dies on the second host, whose ranks live on: Slurm gives the node up and tells those of the first."""
+    lost = rig.hosts[1]
+    assert lost.run(["pkill", "-KILL", "-x", "slurmd"]).code == 0
+    assert settled(lambda: held.field("JobState") != "RUNNING", True), held.said()
+    assert settled(lambda: ranks_on(lost), {}) == {}, "ranks outlive their job"
+    assert lost.run(["slurmd"]).code == 0
+    went_on(held, undisturbed)
+    assert "NODE FAILURE" in held.said()
+
+
+def test_a_signal_to_any_rank_stops_all(
+    quiet_rig: Rig, config: Path, undisturbed: dict[str, list[float]], tmp_path: Path
+) -> None:
+    """Under a bare srun, whose own exit code is the ranks'; the same command goes on. Further signals are safe."""
+    run = tmp_path / "run"
+    launcher = ["srun", "--nodes=2", "--ntasks-per-node=2", sys.executable, "launch/train.py"]
+    options = [config, f"output.dir={run}", "train.resume=auto", *LONGER]
+
+    def start() -> subprocess.Popen[str]:
+        environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
+        return quiet_rig.hosts[0].start([*launcher, *options], seconds=200, environment=environment)
+
+    told = {3: (0, 1, ["USR1"]), 7: (1, 2, ["USR2"]), 11: (1, 3, ["TERM", "USR1", "TERM", "USR2", "TERM"])}
+    for step, (host, rank, signals) in told.items():
+        process = start()
+        reach(run, step, partial(process_ended, process))
+        tell(quiet_rig.hosts[host], rank, *signals)
+        done = wait(process)
+        assert done.code == 85, done.stderr
+        assert exit_codes(done.stderr) == {rank: 85 for rank in range(4)}, done.stderr
+        (saved,) = SAVED.findall(done.stdout)
+        print(f"{signals} to rank {rank}: {saved}")
+        assert (run / f"checkpoints/step-{int(saved[1])}/manifest.json").exists()
+        assert not (run / "FAILED").exists()
+    assert wait(start()).code == 0
+    assert losses(run) == undisturbed

@@ -1,0 +1,95 @@
+"""What a run is told of its memory before it starts, on a device whose memory the test chooses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lowrank_dist.config import Config, load_config
+from lowrank_dist.engine.forecast import Forecast
+from lowrank_dist.errors import UserError
+from lowrank_dist.plan.flops import step_flops
+from lowrank_dist.plan.hardware import peak_flops
+from lowrank_dist.plan.placement import place
+from lowrank_dist.plan.shapes import find_shape
+from tests.tiny_models import make_tiny
+
+TOPOLOGY: Any = SimpleNamespace(tp_size=2, dp_size=1, sequence_parallel=True)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("forecast")
+    sections = {
+        "model": {"path": str(make_tiny("llama", place / "base"))},
+        "data": {"train": "train.jsonl", "max_length": 48},
+        "output": {"dir": "run"},
+    }
+    path = place / "config.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    return path
+
+
+def forecast(path: Path, memory: int, *overrides: str) -> Forecast:
+    backend: Any = SimpleNamespace(
+        device=torch.device("cpu"), memory_for_a_rank=lambda: memory, name=lambda: "NVIDIA H100 80GB HBM3"
+    )
+    return Forecast(config(path, *overrides), TOPOLOGY, backend)
+
+
+def config(path: Path, *overrides: str) -> Config:
+    return load_config([str(path), *overrides])
+
+
+def planned(path: Path) -> int:
+    """Bytes, found by what a run is refused for."""
+    low, high = 0, 2**40
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if "IT MAY" not in memory_line(path, middle) else (middle, high)
+    return high
+
+
+def memory_line(path: Path, memory: int) -> str:
+    return forecast(path, memory, "train.ignore_plan=true").memory_line
+
+
+def test_a_run_that_fits_too_barely_and_not_at_all(path: Path) -> None:
+    enough = planned(path)
+    assert re.match(r"planned memory \d+\.\d\d GiB a rank \(.+\) of ", forecast(path, enough).memory_line)
+    assert "IT MAY NOT FIT" not in forecast(path, enough).memory_line
+    assert forecast(path, enough - 1).memory_line.endswith("IT MAY NOT FIT")
+    assert forecast(path, int(enough / 1.09)).memory_line.endswith("IT MAY NOT FIT")
+    with pytest.raises(UserError, match=r"it does not fit\. .*train\.ignore_plan=true starts it anyway"):
+        forecast(path, int(enough / 1.11))
+    assert forecast(path, 1, "train.ignore_plan=true").memory_line.endswith("IT MAY NOT FIT")
+
+
+def test_flops_are_the_plans(path: Path) -> None:
+    ahead = forecast(path, 2**40)
+    shape = find_shape(str(path.parent / "base"))
+    lora = config(path).lora
+    count = step_flops(
+        shape,
+        place(shape, rank=lora.rank, targets=lora.targets),
+        tokens=100,
+        target_tokens=30,
+        square_lengths=2000,
+        recompute=False,
+    )
+    assert ahead.flops(100, 30, 2000) == count.model > 0
+    assert ahead.peak() == 989e12
+
+
+@pytest.mark.parametrize(
+    ("name", "flops"),
+    [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H200", 989e12), ("NVIDIA GH200 480GB", None), ("x86_64 CPU", None)],
+)
+def test_peak_by_name(name: str, flops: float | None) -> None:
+    assert peak_flops(name) == flops
