@@ -8,6 +8,7 @@
 
 readonly PREEMPTED=85          # how a rank ends that was told to stop and has saved
 readonly UNHEARD=$((128 + 10)) # how it ends in a container that lets USR1 through before it listens
+readonly BROKEN=255            # how srun says that now and then, when ranks on several nodes die of a signal
 
 # shellcheck source=launch/slurm/relay.sh
 source "$PROJECT/launch/slurm/relay.sh"
@@ -69,7 +70,7 @@ run_ranks() {
         bash "$PROJECT/launch/slurm/task.sh" "$mark" "${INSIDE[@]}" "$@"
     say "the step ended with code $CODE"
     if [ "$CODE" = 0 ] && [ -e "$mark" ]; then CODE=$PREEMPTED; fi
-    if [ "$CODE" = "$UNHEARD" ] && [ -n "$TOLD" ]; then CODE=$PREEMPTED; fi
+    if [ -n "$TOLD" ] && { [ "$CODE" = "$UNHEARD" ] || [ "$CODE" = "$BROKEN" ]; }; then CODE=$PREEMPTED; fi
     rm -f "$mark"
 }
 

@@ -98,6 +98,10 @@ def went_on(job: Job, undisturbed: dict[str, list[float]], *, saves: int = 1) ->
     assert all(6 <= int(step) < STEPS and float(seconds) < 10 for _, step, seconds in stops), stops
 
 
+def node_state(host: Host) -> str:
+    return host.run(["sinfo", "-hN", "-p", "main", "-n", host.name, "-o", "%T"], seconds=20).stdout.strip()
+
+
 def ranks_on(host: Host) -> dict[int, int]:
     """Number among the tasks of the step → process id, of the host's ranks."""
     done = host.run(["bash", "-c", LIST_RANKS, sys.executable], seconds=20)
@@ -176,6 +180,9 @@ def test_node_is_lost(rig: Rig, held: Job, undisturbed: dict[str, list[float]]) 
     assert settled(lambda: held.field("JobState") != "RUNNING", True), held.said()
     assert settled(lambda: ranks_on(lost), {}) == {}, "ranks outlive their job"
     assert lost.run(["slurmd"]).code == 0
+    # The node first ends what it knows of the job, by its number: started in the same seconds, the next start too.
+    assert settled(lambda: node_state(lost), "idle") == "idle"
+    time.sleep(10)
     went_on(held, undisturbed)
     assert "NODE FAILURE" in held.said()
 
