@@ -2,7 +2,7 @@
 # Installs what tests/cluster needs from Debian, where it is missing.
 set -euo pipefail
 if [ "$(id -u)" != 0 ]; then
-    echo "error: make test-cluster makes network hosts and a Slurm of its own: run it as root" >&2
+    echo "error: tests/cluster makes network hosts and a Slurm of its own: run it as root" >&2
     exit 1
 fi
 missing=()

@@ -147,4 +147,4 @@ def _refuse_without() -> None:
         raise RuntimeError("tests/cluster makes network hosts and a Slurm of its own: run it as root")
     missing = [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]
     if missing:
-        raise RuntimeError(f"{', '.join(missing)} not found: run tests/cluster/install.sh, as `make test-cluster` does")
+        raise RuntimeError(f"{', '.join(missing)} not found: run tests/cluster/install.sh")

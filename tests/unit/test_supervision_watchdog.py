@@ -26,8 +26,9 @@ TIMEOUT, GRACE, STACKS, LEAVE, ASKED = 0.6, 0.4, 2, 0.8, 0.5
 PROGRAM = """
 import ctypes, faulthandler, os, signal, sys, threading, time
 faulthandler.enable(int(sys.argv[1]))
-print(threading.main_thread().ident, flush=True)
 sys.path.insert(0, sys.argv[2])
+{before}
+print(threading.main_thread().ident, flush=True)
 """
 SLEEP = "time.sleep(60)"
 SPIN = "while True: pass"
@@ -44,14 +45,17 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Ward:
-    """A child process in place of a rank, which runs `code`, and a page that says where it is."""
+    """A child process in place of a rank, which runs `code`, and a page that says where it is.
 
-    def __init__(self, folder: Path, code: str, phase: str = "forward") -> None:
+    before: code that has run when this is made.
+    """
+
+    def __init__(self, folder: Path, code: str, phase: str, before: str) -> None:
         self.folder, self.page = folder, Page.make()
         self.page.set_folder(str(folder))
         self._stacks = os.memfd_create("stacks")
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM + code, str(self._stacks), str(folder)],
+            [sys.executable, "-c", PROGRAM.format(before=before) + code, str(self._stacks), str(folder)],
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             pass_fds=[self._stacks],
@@ -94,8 +98,8 @@ class Ward:
 def ward(tmp_path: Path) -> Iterator[Callable[..., Ward]]:
     wards: list[Ward] = []
 
-    def make(code: str, phase: str = "forward") -> Ward:
-        wards.append(Ward(tmp_path, code, phase))
+    def make(code: str, phase: str = "forward", before: str = "") -> Ward:
+        wards.append(Ward(tmp_path, code, phase, before))
         return wards[-1]
 
     yield make
@@ -278,14 +282,14 @@ def test_a_stopped_rank_that_is_asked_to_end(ward: Callable[..., Ward], told: Ca
     assert rank.said().startswith(f"{FIRST}it was stopped")
 
 
-OBEYS = "signal.signal(signal.SIGTERM, lambda *_: os._exit(85)); time.sleep(60)"
-REFUSES = "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+OBEYS = "signal.signal(signal.SIGTERM, lambda *_: os._exit(85))"
+REFUSES = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
 
 def test_a_rank_without_its_launcher_is_told_to_stop(
     ward: Callable[..., Ward], launcher: subprocess.Popen[bytes]
 ) -> None:
-    rank = ward(OBEYS)
+    rank = ward(SLEEP, before=OBEYS)
     kill = threading.Timer(0.3, launcher.kill)
     kill.start()
     rank.watch([launcher_of(launcher)])
@@ -294,19 +298,19 @@ def test_a_rank_without_its_launcher_is_told_to_stop(
 
 
 def test_a_rank_with_its_launcher_is_not(ward: Callable[..., Ward], launcher: subprocess.Popen[bytes]) -> None:
-    rank = ward(f"{OBEYS}".replace("60", "0.5") + "; os._exit(3)")
+    rank = ward("time.sleep(0.5); os._exit(3)", before=OBEYS)
     rank.watch([launcher_of(launcher)])
     assert rank.said() == f"{FIRST}it ended with code 3\n"
 
 
 def test_a_launcher_that_was_gone_before_the_rank_could_see_it(ward: Callable[..., Ward]) -> None:
-    rank = ward(OBEYS)
+    rank = ward(SLEEP, before=OBEYS)
     rank.watch([Launcher(0, "", "torchrun")])
     assert rank.process.wait() == 85 and "its launcher (torchrun) is gone" in rank.said()
 
 
 def test_a_rank_that_does_not_stop_without_its_launcher_is_killed(ward: Callable[..., Ward]) -> None:
-    rank = ward(REFUSES)
+    rank = ward(SLEEP, before=REFUSES)
     assert rank.watch([Launcher(0, "", "torchrun")]) < TIMEOUT + GRACE + STACKS
     assert rank.process.wait() == -signal.SIGABRT
 
