@@ -154,6 +154,8 @@ def run_linear(
     masks.set(STEP + (broken == "mask"), data["rows"].to(ranks.device()) + (broken == "mask_row"))
     linear.attach(adapted.factors, masks, STREAM, lanes)
     if broken == "stale lanes":
+        # Memory that is not written may hold anything, an earlier run's factor too.
+        linear._lanes._factor.zero_()
         linear._lanes.with_factor = lambda factor: linear._lanes._buffer
 
     tokens = slice(rank * S // n, (rank + 1) * S // n) if sharded else slice(None)
