@@ -12,12 +12,15 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from lowrank_dist.backend.select import shutdown
 from lowrank_dist.checkpoint.folder import newest_checkpoint
 from lowrank_dist.engine.writing import CheckpointWriter
+from lowrank_dist.supervision.rank import Supervision
 from tests.faults import Action, Outcome, Zygote, arm, count, disarm
 from tests.integration.launching import ROOT, free_port
 from tests.integration.resuming import SAVED, STEPS, Layout, curve, make_job, tensors
@@ -54,10 +57,12 @@ def _rank(rank: int, arguments: list[str], port: int) -> int:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="4", LOCAL_WORLD_SIZE="4")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
     sys.argv = ["launch/train.py", *arguments]
-    try:
-        runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
-    except SystemExit as end:
-        return int(end.code or 0)
+    # Of leaving all but the end of this process, which has something to report.
+    with mock.patch.object(Supervision, "leave", lambda self, code: shutdown(clean=code == 0)):
+        try:
+            runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
     return 0
 
 
