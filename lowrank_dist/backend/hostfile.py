@@ -6,10 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowrank_dist.backend.processes import ancestors, words
+from lowrank_dist.backend.processes import DEEPSPEED, ancestors, words
 from lowrank_dist.errors import UserError
 
-_PROGRAMS = ("deepspeed", "deepspeed.launcher.runner", "ds")
 _OPTIONS = ("-H", "--hostfile")
 
 
@@ -34,7 +33,7 @@ def refuse_missing_hostfile() -> None:
 
 def named_hostfile(command: Sequence[str]) -> str | None:
     """The FILE of a command line `[python] deepspeed --hostfile FILE … SCRIPT …`; None for any other command."""
-    programs = [at for at, word in enumerate(command) if os.path.basename(word) in _PROGRAMS]
+    programs = [at for at, word in enumerate(command) if os.path.basename(word) in DEEPSPEED]
     if not programs:
         return None
     rest = iter(command[programs[0] + 1 :])

@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# What the runner of `deepspeed` is called on its command line.
+DEEPSPEED = ("deepspeed", "deepspeed.launcher.runner", "ds")
+
 # Places in `stat_fields`; proc(5) numbers them from 1, with the process id and the name before.
 STATE, USER_TICKS, SYSTEM_TICKS, STARTED, EXIT_CODE = (number - 3 for number in (3, 14, 15, 22, 52))
 

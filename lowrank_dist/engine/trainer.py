@@ -34,6 +34,9 @@ from lowrank_dist.supervision.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
+# What follows from a number that is not finite, and what to do.
+_STOPS = "training stops on every rank. Lower train.lr, add train.warmup_steps, or look at the samples of this step"
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -231,13 +234,12 @@ class Trainer:
         bad = every_value(float(not own.isfinite()), self.topology.world_group, self.backend.device)
         ranks = [f"rank {rank} on {self.topology.hosts[rank]}" for rank, found in enumerate(bad) if found]
         what = f"the loss is {loss} ({some_of(ranks)})" if ranks else "a gradient is not finite"
-        remedy = "Lower train.lr, add train.warmup_steps, or look at the samples of this step"
         if not self.nonfinite.skip:
-            raise UserError(f"step {step}: {what}; training stops on every rank. {remedy}")
+            raise UserError(f"step {step}: {what}; {_STOPS}")
         if self._skipped >= self.nonfinite.most_skips:
             raise UserError(
                 f"step {step}: {what}, and train.max_skips ({self.nonfinite.most_skips}) steps in a row were skipped; "
-                f"training stops on every rank. {remedy}"
+                f"{_STOPS}"
             )
         self._skipped += 1
         self.monitor.say(f"step {step}: {what}; the step is skipped on every rank")
@@ -245,7 +247,4 @@ class Trainer:
     def _require_finite(self, value: float, what: str, step: int) -> None:
         """Every rank holds the same value, so every rank stops at the same step."""
         if not math.isfinite(value):
-            raise UserError(
-                f"step {step}: the {what} is {value}; training stops on every rank. Lower train.lr, add "
-                "train.warmup_steps, or look at the samples of this step"
-            )
+            raise UserError(f"step {step}: the {what} is {value}; {_STOPS}")

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lowrank_dist.backend.processes import ancestors, parent, started, words
+from lowrank_dist.backend.processes import DEEPSPEED, ancestors, parent, started, words
 
 _NODE = ("deepspeed.launcher.launch", "launch.py")  # deepspeed's, one a node
-_RUNNER = ("deepspeed", "deepspeed.launcher.runner", "ds")
 _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _NODE_NAME, _TORCHRUN_NAME = "deepspeed's node launcher", "torchrun"
 # What only these launchers set.
@@ -60,7 +59,7 @@ def launcher_name(command: Sequence[str]) -> str | None:
     names = {os.path.basename(word) for word in command[:4]}
     if names.intersection(_NODE) and any(word.startswith("--world_info") for word in command):
         return _NODE_NAME
-    if names.intersection(_RUNNER):
+    if names.intersection(DEEPSPEED):
         return "deepspeed"
     if command and command[0].startswith("slurmstepd"):  # it writes the step's number into its command line
         return "slurmstepd"
