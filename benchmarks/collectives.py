@@ -161,8 +161,9 @@ def plant(group: Any, module: Any, args: Any, output: Any) -> None:
 def run(tp: int, folders: dict[int, Path]) -> dict[tuple[Setting, int], tuple[Calls, Calls, Ranks]]:
     ranks, pipes = start_ranks(rank_main, tp, folders)
     results = [pipe.recv() for pipe in pipes]
-    for process, pipe in zip(ranks, pipes, strict=True):
+    for pipe in pipes:  # all of them before any is waited for: they leave together
         pipe.send("bye")
+    for process in ranks:
         process.join()
     assert all(result == results[0] for result in results), "ranks of one group must issue the same calls"
     return results[0]

@@ -113,8 +113,9 @@ def measure(folder: Path, tp: int) -> tuple[list[dict[str, float]], float]:
         gap, last = max(gap, time.perf_counter() - last), time.perf_counter()
     peaks = [max(peak, rss_anon(process.pid)) for peak, process in zip(peaks, ranks, strict=True)]
     reports = [pipe.recv() for pipe in ours]
-    for pipe, process in zip(ours, ranks, strict=True):
+    for pipe in ours:  # all of them before any is waited for: they leave together
         pipe.send("bye")
+    for process in ranks:
         process.join()
     rows = zip(baselines, peaks, reports, strict=True)
     return [{"baseline": start, "peak": peak - start, **report} for start, peak, report in rows], gap

@@ -1,4 +1,4 @@
-"""Train low-rank factors on a frozen, tensor-parallel base.
+"""Train low-rank factors, or what another `method` trains, on a tensor-parallel base.
 
     deepspeed --num_gpus 4 launch/train.py configs/FILE.yaml [section.key=value ...]
 
@@ -28,6 +28,7 @@ def main(config: Config, supervision: Supervision) -> int:
     from lowrank_dist.engine import assemble
     from lowrank_dist.engine.forecast import Forecast
     from lowrank_dist.engine.resume import complete, find_resumption
+    from lowrank_dist.methods.choose import choose
     from lowrank_dist.model.build import check_model, load_model
     from lowrank_dist.parallel.topology import Topology
 
@@ -45,7 +46,7 @@ def main(config: Config, supervision: Supervision) -> int:
     resumption = find_resumption(config, folder, topology)
     config = complete(config, resumption)
     architecture = check_model(config.model.path, topology.tp_size, config.data.max_length)
-    placements = assemble.place_factors(architecture, config)
+    method = choose(config, architecture)
     forecast = Forecast(config, topology, backend)
     model = load_model(
         config.model.path,
@@ -56,16 +57,16 @@ def main(config: Config, supervision: Supervision) -> int:
         vocab_multiple=config.model.vocab_multiple,
         broadcast=config.model.load == "broadcast",
     )
-    theta = assemble.build_theta(model, placements, config, topology, resumption)
+    theta = assemble.build_theta(model, method, config, topology, resumption)
     supervision.enter("data set")
-    data = assemble.build_data(config, model.architecture.vocab, topology)
+    data = assemble.build_data(config, method, model.architecture, topology)
     assemble.check_resumption(resumption, config, data)
     # Only now: a start that fails for its input leaves no folder that would refuse the corrected one.
     folder.open(topology.world_group.rank(), config.to_yaml())
     supervision.in_folder(folder.path)
     supervision.enter("optimiser state")
     trainer = assemble.build_trainer(
-        model, theta, data, config, folder, resumption, forecast, supervision, topology, backend
+        model, method, theta, data, config, folder, resumption, forecast, supervision, topology, backend
     )
     return 0 if trainer.run() else PREEMPTED
 

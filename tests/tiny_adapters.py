@@ -38,9 +38,9 @@ def random_adapter(
     return Adapter(factors, 0.0, rslora, architecture.conv1d, str(base))
 
 
-def save_adapter(folder: Path, base: Path, adapter: Adapter, *, trained: bool = True, replace: bool = False) -> Path:
+def save_adapter(folder: Path, base: Path, adapter: Adapter, *, trained: bool = True) -> Path:
     """Write `adapter` as trained on `base` into `folder`, and return `folder`."""
     provenance = Provenance(fingerprint(base), str(base), {"lora": {"rank": 2}})
     modules = module_paths(load_architecture(base))
-    write_adapter(folder, adapter, provenance, modules, trained=trained, replace=replace)
+    write_adapter(folder, adapter, provenance, modules, trained=trained)
     return folder

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping
+import shutil
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,26 +69,29 @@ def module_paths(architecture: Architecture) -> frozenset[str]:
 
 
 def write_adapter(
-    folder: Path,
-    adapter: Adapter,
-    provenance: Provenance,
-    modules: Collection[str],
-    *,
-    trained: bool,
-    replace: bool = False,
+    folder: Path, adapter: Adapter, provenance: Provenance, modules: Collection[str], *, trained: bool
 ) -> None:
     """Write an adapter folder from which plain PEFT gets exactly these modules, ranks and scales. All or nothing.
 
     modules: `module_paths` of the base, so that the target names in the config can be as short as is exact.
     trained: the factors have been trained, so that B = 0 everywhere is an error. Factors are stored in fp32.
-    replace: exchange an adapter that this function wrote before in one step.
 
     Raises UserError for an existing folder, an empty adapter, an untrained one, NaN or infinity, or a failing disk.
     """
-    if replace and folder.exists() and not (folder / PROVENANCE_FILE).is_file():
-        raise UserError(f"{folder} is not replaced: it holds no {PROVENANCE_FILE}, so lowrank-dist did not write it")
-    with atomic_folder(folder, replace=replace) as temporary:
+    with atomic_folder(folder) as temporary:
         write_adapter_files(temporary, adapter, provenance, modules, trained=trained)
+
+
+def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Copy the files of an adapter out of a checkpoint, in place of what was copied to `folder` before. All or nothing.
+
+    Raises UserError where `folder` holds something else, DiskError for the disk.
+    """
+    if folder.exists() and not (folder / PROVENANCE_FILE).is_file():
+        raise UserError(f"{folder} is not replaced: it holds no {PROVENANCE_FILE}, so lowrank-dist did not write it")
+    with atomic_folder(folder, replace=True) as temporary:
+        for name in names:
+            shutil.copyfile(source / name, temporary / name)
 
 
 def write_adapter_files(

@@ -1,22 +1,21 @@
-"""A checkpoint: an adapter folder as PEFT reads it, the optimiser's state, the trainer's, and a manifest of all."""
+"""A checkpoint: what was trained as others read it, the optimiser's state, the trainer's, and a manifest of all."""
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
-from lowrank_dist.checkpoint.adapter import Adapter, write_adapter_files
 from lowrank_dist.checkpoint.atomic import atomic_folder
 from lowrank_dist.checkpoint.manifest import verify_manifest, write_manifest
-from lowrank_dist.checkpoint.provenance import Provenance
 from lowrank_dist.checkpoint.training_state import (
     OPTIMIZER_FILE,
     STATE_FILE,
+    OptimizerWriter,
     TrainingState,
     read_state,
-    write_optimizer,
 )
 from lowrank_dist.errors import UserError
 
@@ -33,21 +32,39 @@ class Found:
     passed_over: tuple[str, ...]
 
 
+class TrainedFiles(Protocol):
+    """Writes what a method trained into a folder, as those read it who have no use for an optimiser's state.
+
+    It is given every tensor of Θ, by its stored name, in fp32, one after the other, and told when it has them all.
+    `finish` raises UserError for what no one may take for trained weights: nothing, no change, NaN or infinity.
+    """
+
+    def put(self, name: str, tensor: Tensor) -> None: ...
+
+    def finish(self) -> None: ...
+
+
 def write_checkpoint(
     folder: Path,
-    adapter: Adapter,
-    provenance: Provenance,
-    modules: Collection[str],
-    tensors: Mapping[str, Tensor],
+    open_files: Callable[[Path], TrainedFiles],
+    shapes: Mapping[str, tuple[int, ...]],
+    stream: Iterable[Mapping[str, Tensor]],
     state: TrainingState,
 ) -> None:
     """Write a checkpoint, all or nothing; one that lies there already is exchanged for it in one step.
 
-    tensors: of `write_optimizer`. Raises UserError for what `write_adapter_files` refuses, DiskError for the disk.
+    open_files: given the folder to write in. shapes: stored name → shape of Θ's tensors. stream: these tensors, each
+    [3, *shape] in the order of KINDS, a few at a time, in the order of `shapes`. Raises UserError for what the trained
+    files refuse, DiskError for the disk.
     """
     with atomic_folder(folder, replace=True) as temporary:
-        write_adapter_files(temporary, adapter, provenance, modules, trained=True)
-        write_optimizer(temporary / OPTIMIZER_FILE, tensors)
+        files = open_files(temporary)
+        with OptimizerWriter(temporary / OPTIMIZER_FILE, shapes) as optimizer:
+            for tensors in stream:
+                for name, tensor in tensors.items():
+                    optimizer.put(tensor)
+                    files.put(name, tensor[0])
+        files.finish()
         (temporary / STATE_FILE).write_text(state.to_json(), encoding="utf-8")
         write_manifest(temporary)
 

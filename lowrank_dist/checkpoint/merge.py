@@ -1,6 +1,5 @@
 """Fold low-rank adapters into their base: W + Σ w·s·B·A, tensor by tensor, from safetensors to safetensors."""
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lowrank_dist.checkpoint.adapter import read_adapter
 from lowrank_dist.checkpoint.atomic import atomic_folder
+from lowrank_dist.checkpoint.base_files import other_files
 from lowrank_dist.checkpoint.fingerprint import fingerprint
 from lowrank_dist.checkpoint.merge_layout import OutputFile, Piece, plan_layout, write_config, write_index
 from lowrank_dist.checkpoint.merge_options import WeightedAdapter
@@ -20,15 +20,12 @@ from lowrank_dist.checkpoint.merge_update import Update, updates_of
 from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.checkpoint.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.huggingface import FLOAT_DTYPES, INDEX_FILE, load_architecture, open_checkpoint
+from lowrank_dist.model.huggingface import FLOAT_DTYPES, load_architecture, open_checkpoint
 from lowrank_dist.model.load import check_checkpoint
 
 # Elements of a weight in work at a time: below 250 MB of temporaries, whatever the size of the tensor.
 _CHUNK_ELEMENTS = 8 * 1024 * 1024
 _COPY_BYTES = 16 * 1024 * 1024
-# Weights in any other format would be the unmerged ones; an adapter's config would make transformers apply an adapter.
-_WEIGHT_SUFFIXES = frozenset(".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .onnx_data .gguf .npz .ot".split())
-_NOT_COPIED = frozenset((INDEX_FILE, "pytorch_model.bin.index.json", "adapter_config.json"))
 
 Progress = Callable[[int, int], None]
 
@@ -91,7 +88,7 @@ def merge(
         read = [(adapter.path, adapter.weight, read_adapter(adapter.path)) for adapter in weighted]
         updates = updates_of(architecture, checkpoint, read)
     warnings = _check_base(base, weighted, force_mismatch)
-    others = _other_files(base)
+    others = other_files(base)
     layout = plan_layout(mapped, dtype, shard_size)
     meter = _Meter(layout.read, progress)
     changes = _Changes()
@@ -263,23 +260,6 @@ def _convert_tensor(file: FileIO, piece: Piece, writer: SafetensorsWriter, meter
 def _finite(tensor: Tensor) -> bool:
     # NaN and infinity show in the extremes, which are found 40 times faster than by isfinite.
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
-
-
-def _other_files(base: Path) -> list[Path]:
-    """Every other file of the base that holds no weights, subfolders included, hidden or linked folders not."""
-    found = []
-    for parent, folders, names in os.walk(base):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(parent, name)
-            if path.suffix in _WEIGHT_SUFFIXES or name in _NOT_COPIED or path == base / "config.json":
-                continue
-            if not path.is_file():
-                raise UserError(
-                    f"{path} cannot be copied, it is no regular file (a broken link?): remove or restore it"
-                )
-            found.append(path)
-    return sorted(found)
 
 
 def _check_space(folder: Path, needed: int) -> None:

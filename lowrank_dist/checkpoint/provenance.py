@@ -29,7 +29,7 @@ class Provenance:
 
     created_by and versions describe the installation and are filled in. training: what the trainer knows when it
     writes, in JSON, each key optional: step, epoch, tokens, target_tokens, data (path, sha256, samples), loss and
-    eval_loss in nats a token.
+    eval_loss in nats a token, eval_METRIC of what was generated.
     """
 
     base_fingerprint: str
@@ -45,7 +45,7 @@ class Provenance:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The text of lowrank_dist.json. `config` (`model_dump(mode="json")`) and `training` must be JSON."""
+        """The text of lowrank_dist.json. `config` (`Config.read_keys`) and `training` must be JSON."""
         whole = {"format": _FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
         return json.dumps(whole, indent=2) + "\n"
 

@@ -11,18 +11,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowrank_dist.checkpoint.manifest import MANIFEST_FILE
-from lowrank_dist.checkpoint.safetensors_file import write_fp32
+from lowrank_dist.checkpoint.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
 from lowrank_dist.errors import UserError
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "trainer_state.json"
 # What AdamW keeps of every element of Θ: the fp32 master and the two moments, under torch's names.
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+# The eval loss among the names of what evaluations measure; the others are metrics of generated texts.
+LOSS = "loss"
 
 
-def tensor_name(module: str, side: str, kind: str) -> str:
-    """The name in optimizer.safetensors of a module's A or B (side) and one of KINDS."""
-    return f"{module}.lora_{side}.{kind}"
+def tensor_name(stored: str, kind: str) -> str:
+    """The name in optimizer.safetensors of a tensor of Θ (parallel/theta.py) and one of KINDS."""
+    return f"{stored}.{kind}"
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -44,7 +46,9 @@ class TrainingState(BaseModel):
     """Where a run stands after `step` optimizer steps; `samples` of the endless shuffled stream have been consumed.
 
     tokens and target_tokens: non-padding tokens seen and tokens trained on so far. loss: mean of the last step, in nats
-    a target token; eval_losses: step → the same on the eval set. rng: `backend.rng.capture`. config: as JSON.
+    a target token; eval_losses: step → the same on the eval set. eval_metrics: metric → step → its value for what was
+    generated (generate/metrics.py); a checkpoint from before these existed has none. rng: `backend.rng.capture`.
+    config: as JSON.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -57,6 +61,7 @@ class TrainingState(BaseModel):
     target_tokens: int = Field(ge=0)
     loss: float
     eval_losses: dict[int, float]
+    eval_metrics: dict[str, dict[int, float]] = {}
     data: DataState
     held_out: DataState | None
     rng: dict[str, Any]
@@ -64,6 +69,11 @@ class TrainingState(BaseModel):
     base_fingerprint: str
     ranks: dict[str, int]
     versions: dict[str, str]
+
+    @property
+    def evaluations(self) -> dict[str, dict[int, float]]:
+        """`LOSS` or a metric → step → value."""
+        return {LOSS: self.eval_losses, **self.eval_metrics}
 
     def to_json(self) -> str:
         """The text of trainer_state.json."""
@@ -79,6 +89,7 @@ class TrainingState(BaseModel):
             "data": self.data.model_dump(),
             "loss": self.loss if math.isfinite(self.loss) else None,
             "eval_loss": self.eval_losses.get(self.step),
+            **{f"eval_{name}": steps[self.step] for name, steps in self.eval_metrics.items() if self.step in steps},
         }
 
 
@@ -95,27 +106,59 @@ def parse_state(text: bytes) -> TrainingState:
     return TrainingState.model_validate_json(text)
 
 
-def write_optimizer(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """fp32 tensors by `tensor_name`, whole (unsharded): those of side A are [r, in], those of side B [out, r]."""
-    write_fp32(path, {name: tensors[name].contiguous() for name in sorted(tensors)})
+class OptimizerWriter(SafetensorsWriter):
+    """Writes optimizer.safetensors front to back: masters and moments in fp32, whole (unsharded).
+
+    shapes: stored name → shape of the tensors of Θ, in the order in which they will be `put`.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        entries = (
+            TensorEntry(tensor_name(name, kind), "F32", shape, 0, 4 * torch.Size(shape).numel())
+            for name, shape in shapes.items()
+            for kind in KINDS
+        )
+        super().__init__(path, entries, {"format": "pt"})
+
+    def put(self, tensor: Tensor) -> None:
+        """The next tensor's [3, *shape] in fp32, in the order of KINDS."""
+        assert tensor.dtype == torch.float32
+        self.write(tensor_bytes(tensor.contiguous()))
 
 
-def read_optimizer(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of `shapes`, and only these; UserError, naming file and tensor, for anything else or not finite."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is not a complete safetensors file ({error}): take another checkpoint") from error
-    odd = sorted(found.keys() ^ shapes.keys())
-    if odd:
-        raise UserError(f"{path}: {odd[0]} and this run's factors do not fit together: lora.targets must be the same")
-    for name, tensor in found.items():
-        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shapes[name]:
+class OptimizerReader:
+    """The tensors of optimizer.safetensors, one at a time. UserError, naming file and tensor, for what is not as asked.
+
+    shapes: stored name → shape of all tensors of Θ. Only these must be there.
+    """
+
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{path} is not a complete safetensors file ({error}): take another checkpoint") from error
+        expected = {tensor_name(name, kind): shape for name, shape in shapes.items() for kind in KINDS}
+        odd = sorted(set(self._file.keys()) ^ expected.keys())
+        if odd:
             raise UserError(
-                f"{path}: {name} is {tensor.dtype} {list(tensor.shape)}, this run needs float32 {list(shapes[name])}: "
-                "lora.rank and the model must be the same"
+                f"{path}: {odd[0]} and what this run trains do not fit together: method and lora.targets must be the "
+                "same"
             )
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds NaN or infinity: take an earlier checkpoint")
-    return found
+        for name, shape in expected.items():
+            entry = self._file.get_slice(name)
+            if entry.get_dtype() != "F32" or tuple(entry.get_shape()) != shape:
+                raise UserError(
+                    f"{path}: {name} is {entry.get_dtype()} {entry.get_shape()}, this run needs F32 {list(shape)}: "
+                    "the sizes of the method (such as lora.rank) and the model must be the same"
+                )
+
+    def get(self, stored: str) -> Tensor:
+        """[3, *shape] in fp32, in the order of KINDS."""
+        kinds = []
+        for kind in KINDS:
+            name = tensor_name(stored, kind)
+            kinds.append(self._file.get_tensor(name))
+            if not torch.isfinite(kinds[-1]).all():
+                raise UserError(f"{self._path}: {name} holds NaN or infinity: take an earlier checkpoint")
+        return torch.stack(kinds)

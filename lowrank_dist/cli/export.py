@@ -10,7 +10,7 @@ from lowrank_dist.errors import UserError
 
 def export_command(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Checkpoint (RUN/checkpoints/best) or PEFT adapter folder.", metavar="CHECKPOINT")
+        Path, typer.Argument(help="Checkpoint (RUN/checkpoints/best) or adapter folder.", metavar="CHECKPOINT")
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.", metavar="DIR")],
     target: Annotated[

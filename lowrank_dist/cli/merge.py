@@ -45,10 +45,13 @@ def merge_command(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+    from lowrank_dist.checkpoint.kinds import refuse_unmergeable
     from lowrank_dist.checkpoint.merge import merge
     from lowrank_dist.checkpoint.merge_options import parse_adapter, parse_dtype, parse_shard_size
 
     adapters = [parse_adapter(text) for text in adapter]
+    for given in adapters:
+        refuse_unmergeable(given.path)
     limit = None if shard_size is None else parse_shard_size(shard_size)
     stored = parse_dtype(dtype)
     if verify_text is not None and not verify:

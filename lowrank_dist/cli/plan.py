@@ -34,16 +34,18 @@ def plan_command(
     target_share: Annotated[
         float, typer.Option(help="Part of the tokens that is trained on, above 0 and at most 1.", metavar="SHARE")
     ] = 1.0,
-    bottleneck: Annotated[int, typer.Option(help="Bottleneck of the adapter layers beside.", metavar="M", min=1)] = 64,
+    bottleneck: Annotated[
+        int, typer.Option(help="Bottleneck of adapter layers beside the planned method.", metavar="M", min=1)
+    ] = 64,
     virtual_tokens: Annotated[
-        int, typer.Option(help="Positions of the prefix and prompt beside.", metavar="L", min=1)
+        int, typer.Option(help="Positions of prefix and prompt beside the planned method.", metavar="L", min=1)
     ] = 32,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run the planned step on fake tensors and hold the plan against it.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
 ) -> None:
-    """Plan a run: parameters, memory, messages, FLOPs, time, layouts. No weights, no GPU."""
+    """Plan a run by its method: parameters, memory, messages, FLOPs, time, layouts. No weights, no GPU."""
     from lowrank_dist.plan.describe import describe
     from lowrank_dist.plan.hardware import bytes_in, gpu_of
     from lowrank_dist.plan.layouts import Cluster, Fixed, choose
@@ -85,7 +87,7 @@ def _with_adapter(request: Request) -> Request:
             "lora.init_from: an adapter is read together with its model: plan a run's YAML file, or give lora.rank and "
             "lora.targets"
         )
-    from lowrank_dist.engine.start import adopt_adapter
+    from lowrank_dist.methods.start import adopt_adapter
 
     return replace(request, config=adopt_adapter(request.config))
 

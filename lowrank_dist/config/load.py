@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from lowrank_dist.config.errors import ConfigError
 from lowrank_dist.config.scalars import Loader, scalar
-from lowrank_dist.config.schema import Config, Section
+from lowrank_dist.config.schema import Config, Section, UnreadKeys
 
 USAGE = "give one YAML file, then overrides: CONFIG.yaml section.key=value or --section.key value"
 COMMAND_LINE = "command line"
 Key = tuple[str, ...]
+# What is no section is a value at the top level, as `method` is.
+_SECTIONS: dict[str, type[Section]] = {
+    name: field.annotation
+    for name, field in Config.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+}
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -36,7 +43,7 @@ def load_config(argv: Sequence[str]) -> Config:
         raw.override(key, text)
     if raw.fatal:
         raise ConfigError("\n".join(raw.problems))
-    for section in Config.model_fields:
+    for section in _SECTIONS:
         raw.values.setdefault(section, {})
     try:
         config = Config.model_validate(raw.values)
@@ -88,12 +95,15 @@ class _Raw:
             )
         for section, values in self._construct(root, (), lambda node: f"{path}:{node.start_mark.line + 1}").items():
             # A section all of whose keys are commented out is null to YAML.
-            self.values[section] = {} if values is None and section in Config.model_fields else values
+            self.values[section] = {} if values is None and section in _SECTIONS else values
 
     def override(self, dotted: str, text: str) -> None:
         """Take one value of the command line."""
         key = tuple(dotted.split("."))
-        if len(key) != 2:
+        alone = key[0] in Config.model_fields and key[0] not in _SECTIONS
+        if alone and len(key) > 1:
+            return self.problem(COMMAND_LINE, f"{dotted}: {key[0]} has no keys", f"write {key[0]}=VALUE")
+        if not alone and len(key) != 2:
             return self.problem(
                 COMMAND_LINE, f"{dotted} is not section.key", "for a mapping use section.key={name: value}"
             )
@@ -102,6 +112,10 @@ class _Raw:
         except yaml.YAMLError as error:
             _, what = _explain_yaml(error, COMMAND_LINE)
             return self.problem(COMMAND_LINE, f"{dotted}: {what}", "quote the value, as YAML does")
+        if alone:
+            self._origin[key] = COMMAND_LINE
+            self.values[key[0]] = None if node is None else self._construct(node, key, lambda node: COMMAND_LINE)
+            return
         section = self.values.setdefault(key[0], {})
         if isinstance(section, dict):
             self._origin = {known: at for known, at in self._origin.items() if known[:2] != key}
@@ -184,32 +198,62 @@ def _explain(detail: ErrorDetails, raw: _Raw) -> str:
     key = tuple(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return f"{raw.where(key)}: {'.'.join(key)}: unknown key — {_meant(key)}"
-    section = Config.model_fields[key[0]].annotation
-    assert isinstance(section, type) and issubclass(section, Section)
-    if len(key) == 1:
-        return f"{raw.where(key)}: {key[0]}: not a mapping — its keys are {_names(section.model_fields)}"
-    field = section.model_fields[key[1]]
-    # What lies deeper is a name of a mapping, a place in a list, or pydantic's own word for a branch.
-    key = key[:3] if get_origin(field.annotation) is dict else key[:2]
+    field, key = _field_of(key)
     dotted = ".".join(key) + "".join(f"[{part}]" for part in detail["loc"] if isinstance(part, int))
+    section = _section_in(field)
+    if section is not None and detail["type"] == "value_error":
+        error = detail["ctx"]["error"]  # of several keys, with its remedy
+        if isinstance(error, UnreadKeys):
+            return "\n".join(f"{raw.where((*key, name))}: {dotted}.{name}: {error}" for name in error.keys)
+        return f"{raw.where(key)}: {error}"
+    if section is not None:
+        return f"{raw.where(key)}: {dotted}: not a mapping — its keys are {_names(section.model_fields)}"
     if detail["type"] == "missing":
         return f"{raw.where(key)}: {dotted}: required — expected: {field.description}"
     message = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
     what = f"{reprlib.repr(detail['input'])} is not valid, {message[0].lower()}{message[1:]}"
-    return f"{raw.where(key)}: {dotted}: {what} — expected: {field.description}"
+    closest = ""
+    if detail["type"] == "literal_error" and isinstance(detail["input"], str):
+        closest = _closest(detail["input"], [word for word in get_args(field.annotation) if isinstance(word, str)])
+    return f"{raw.where(key)}: {dotted}: {what} — {closest}expected: {field.description}"
+
+
+def _section_in(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, null or not."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+def _field_of(key: Key) -> tuple[FieldInfo, Key]:
+    """The field in which an error lies, and its key.
+
+    What lies deeper is a name of a mapping, a place in a list, or pydantic's own word for a branch.
+    """
+    field, depth = Config.model_fields[key[0]], 1
+    while depth < len(key) and (section := _section_in(field)) is not None:
+        field, depth = section.model_fields[key[depth]], depth + 1
+    return field, key[: depth + 1 if get_origin(field.annotation) is dict else depth]
 
 
 def _meant(key: Key) -> str:
     """Which key was probably meant, and all there are beside it."""
     if len(key) == 1:
-        return _closest(key[0], Config.model_fields) + f"the sections are {_names(Config.model_fields)}"
-    sections = {name: field.annotation for name, field in Config.model_fields.items()}
-    known = sections[key[0]].model_fields
-    closest = _closest(key[1], known)
+        return _closest(key[0], Config.model_fields) + f"at the top level are {_names(Config.model_fields)}"
+    known = _section_in(_field_of(key[:-1])[0]).model_fields
+    closest = _closest(key[-1], known)
     if not closest:
-        elsewhere = [f"{name}.{key[1]}" for name, section in sections.items() if key[1] in section.model_fields]
+        elsewhere = [".".join(other) for other in _keys(Config) if len(other) > 1 and other[-1] == key[-1]]
         closest = f"did you mean {' or '.join(elsewhere)}? " if elsewhere else ""
-    return closest + f"the keys of {key[0]} are {_names(known)}"
+    return closest + f"the keys of {'.'.join(key[:-1])} are {_names(known)}"
+
+
+def _keys(section: type[Section]) -> Iterator[Key]:
+    """Every key of a section and of those in it."""
+    for name, field in section.model_fields.items():
+        yield (name,)
+        inner = _section_in(field)
+        if inner is not None:
+            yield from ((name, *rest) for rest in _keys(inner))
 
 
 def _closest(name: str, known: Iterable[str]) -> str:

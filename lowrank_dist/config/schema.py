@@ -6,6 +6,7 @@ Imports nothing of ours and no torch, so that a config can be checked anywhere.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -92,6 +93,29 @@ class LoraConfig(Section):
     )
     init_from: YamlPath | None = Field(
         None, description="folder of a PEFT LoRA adapter to start from, which says all of lora but dropout, or null"
+    )
+
+
+class AdapterConfig(Section):
+    bottleneck: int = Field(64, ge=1, le=65536, description="width m of a bottleneck, an integer of at least 1")
+    placement: Literal["sharded", "replicated"] = Field(
+        "sharded",
+        description="sharded (column then row over parallel.tensor, with collectives of its own) or replicated (every "
+        "rank stores and computes all of it)",
+    )
+
+
+class PrefixConfig(Section):
+    length: int = Field(16, ge=1, le=65536, description="virtual positions l, an integer of at least 1")
+    width: int | None = Field(
+        512, ge=1, le=65536, description="width of the MLP that makes keys and values in training, or null for none"
+    )
+
+
+class PromptConfig(Section):
+    length: int = Field(16, ge=1, le=65536, description="virtual positions l, an integer of at least 1")
+    init: Literal["vocabulary", "random"] = Field(
+        "vocabulary", description="vocabulary (the embeddings of tokens drawn by train.seed) or random"
     )
 
 
@@ -195,6 +219,22 @@ class TrainConfig(Section):
         return micro_batch
 
 
+class GenerateConfig(Section):
+    """What is generated at an evaluation, always greedily: equal models write equal texts."""
+
+    metrics: list[Literal["exact_match", "bleu", "rouge_l"]] = Field(
+        ["exact_match"], min_length=1, description="list of exact_match, bleu and rouge_l"
+    )
+    max_new_tokens: int = Field(
+        128, ge=1, description="most tokens of a completion, an integer of at least 1; how many met it is recorded"
+    )
+    batch: int = Field(8, ge=1, description="prompts decoded together on a rank, at least 1")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="list of texts that end a completion, beside the end-of-text and end-of-turn tokens"
+    )
+    samples: int | None = Field(None, ge=1, description="samples of data.eval to use, its first, or null for all")
+
+
 class EvalConfig(Section):
     every: int | None = Field(
         None, ge=1, description="steps between evaluations, or null for only at the start and end"
@@ -203,13 +243,47 @@ class EvalConfig(Section):
         None, ge=1, description="rows per rank and microbatch, or null for train.micro_batch"
     )
     at_start: bool = Field(True, description="true or false")
+    generate: GenerateConfig | None = Field(
+        None,
+        description="mapping of what to generate for data.eval's prompts at every evaluation ({} for its defaults), or "
+        "null for the loss alone",
+    )
+    best: Literal["loss", "exact_match", "bleu", "rouge_l"] = Field(
+        "loss",
+        description="what checkpoints/best and eval.patience go by: loss (the lowest), or one of eval.generate.metrics "
+        "(the highest); of equals the earlier step",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="evaluations in a row without a better value of eval.best after which the run ends early, at least "
+        "1, or null for never",
+    )
+
+    @field_validator("best")
+    @classmethod
+    def _is_measured(cls, best: str, info: ValidationInfo) -> str:
+        if best != "loss" and "generate" in info.data:
+            generate = info.data["generate"]
+            if generate is None:
+                raise ValueError("nothing is generated: eval.generate is null")
+            if best not in generate.metrics:
+                raise ValueError(f"eval.generate.metrics has only {', '.join(generate.metrics)}")
+        return best
+
+    @field_validator("patience")
+    @classmethod
+    def _sees_evaluations(cls, patience: int | None, info: ValidationInfo) -> int | None:
+        if patience is not None and info.data.get("every", 1) is None:
+            raise ValueError("eval.every is null: there is no evaluation after which a run could end early")
+        return patience
 
 
 class OutputConfig(Section):
     dir: YamlPath = Field(description="folder of the run; it holds none yet, or the one that train.resume goes on with")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, or null for only at the end")
     keep_last: int | None = Field(3, ge=1, description="newest checkpoints to keep, at least 1, or null for all")
-    keep_best: int = Field(1, ge=0, description="checkpoints of lowest eval loss to keep beside them, at least 0")
+    keep_best: int = Field(1, ge=0, description="checkpoints, the best by eval.best, to keep beside them, at least 0")
     tensorboard: bool = Field(True, description="true or false")
     plot: bool = Field(True, description="true or false")
     probe: int = Field(
@@ -217,11 +291,32 @@ class OutputConfig(Section):
     )
 
 
+# The section that belongs to each method alone; full has none.
+SECTION_OF = {"lora": "lora", "adapter_h": "adapter", "adapter_l": "adapter", "prefix": "prefix", "prompt": "prompt"}
+
+
+class UnreadKeys(ValueError):
+    """`keys` of a section that the method does not read. Its text is what is wrong with each, and the remedy."""
+
+    def __init__(self, keys: Sequence[str], section: str, method: str) -> None:
+        self.keys = tuple(keys)
+        readers = " or ".join(name for name, read in SECTION_OF.items() if read == section)
+        super().__init__(f"not read by method {method} — remove it, or set method to {readers}")
+
+
 class Config(Section):
     """A whole run. Two configs are equal when the runs they describe are."""
 
     model: ModelConfig
+    method: Literal["lora", "full", "adapter_h", "adapter_l", "prefix", "prompt"] = Field(
+        "lora",
+        description="lora, full (every weight), adapter_h, adapter_l (adapter layers of Houlsby and of Lin), prefix or "
+        "prompt",
+    )
     lora: LoraConfig = LoraConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    prefix: PrefixConfig = PrefixConfig()
+    prompt: PromptConfig = PromptConfig()
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
     engine: EngineConfig = EngineConfig()
@@ -229,7 +324,27 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     output: OutputConfig
 
+    @field_validator("lora", "adapter", "prefix", "prompt")
+    @classmethod
+    def _of_the_method(cls, section: Section, info: ValidationInfo) -> Section:
+        method = info.data.get("method")
+        if method is not None and SECTION_OF.get(method) != info.field_name and section.model_fields_set:
+            raise UnreadKeys(sorted(section.model_fields_set), info.field_name, method)
+        return section
+
+    @field_validator("eval")
+    @classmethod
+    def _has_samples(cls, section: EvalConfig, info: ValidationInfo) -> EvalConfig:
+        asked = [key for key in ("generate", "patience") if getattr(section, key) is not None]
+        if asked and "data" in info.data and info.data["data"].eval is None:
+            raise ValueError(f"eval.{asked[0]} is given, but data.eval is null — name a JSONL file in data.eval")
+        return section
+
+    def read_keys(self) -> dict[str, Any]:
+        """Every key that the run reads, in its section, as JSON values: those of other methods are left out."""
+        unread = set(SECTION_OF.values()) - {SECTION_OF.get(self.method)}
+        return self.model_dump(mode="json", exclude=unread)
+
     def to_yaml(self) -> str:
-        """Every key with the value it has, in a form that `load_config` reads back to an equal config."""
-        values: dict[str, Any] = self.model_dump(mode="json")
-        return yaml.dump(values, Dumper=Dumper, sort_keys=False)
+        """Every key that the run reads with the value it has, as `load_config` reads it back to an equal config."""
+        return yaml.dump(self.read_keys(), Dumper=Dumper, sort_keys=False)

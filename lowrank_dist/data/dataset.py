@@ -89,10 +89,13 @@ class Dataset:
         return Sample(self._tokens[start:end], self._target[start:end], int(self._lines[index]))
 
 
-def load_dataset(path: Path, tokenizer: Tokenizer, max_length: int, vocab_size: int) -> Dataset:
+def load_dataset(
+    path: Path, tokenizer: Tokenizer, max_length: int, vocab_size: int, lead: Sequence[int] = ()
+) -> Dataset:
     """Read, tokenise and mask a JSONL file; leave out samples over `max_length` tokens or without a target.
 
-    vocab_size: the model's real vocabulary (no padding). Raises UserError for bad lines (see `read_jsonl`), a
+    vocab_size: the model's real vocabulary (no padding). lead: ids that are put before every sample that is kept, on
+    top of its length, and are no targets. Raises UserError for bad lines (see `read_jsonl`), a
     template or tokenizer that can't be trained on, ids the model does not have, and where no sample is left.
     """
     records = read_jsonl(path)
@@ -109,7 +112,7 @@ def load_dataset(path: Path, tokenizer: Tokenizer, max_length: int, vocab_size: 
         elif len(sample.tokens) > max_length:
             too_long.append(sample.line)
         else:
-            kept.append(sample)
+            kept.append(_led(sample, lead))
     report = DropReport(
         path=path,
         max_length=max_length,
@@ -136,6 +139,13 @@ def _samples(records: Records, tokenizer: Tokenizer) -> Iterator[Sample]:
             yield from mask_completions(tokenizer, records.completions[at : at + _CHUNK])
         else:
             yield from mask_conversations(tokenizer, records.conversations[at : at + _CHUNK], records.path)
+
+
+def _led(sample: Sample, lead: Sequence[int]) -> Sample:
+    if not lead:
+        return sample
+    tokens = np.concatenate([np.array(lead, dtype=sample.tokens.dtype), sample.tokens])
+    return Sample(tokens, np.concatenate([np.zeros(len(lead), np.bool_), sample.target]), sample.line)
 
 
 def _check_ids(sample: Sample, tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_dist.doctor.rows import Row, counted, one_line, size_of
+from lowrank_dist.errors import UserError
+from lowrank_dist.plan.methods import adapter_parameters, prefix_parameters, prompt_parameters
+from lowrank_dist.plan.parameters import frozen_size
+from lowrank_dist.plan.shapes import read_shape
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
@@ -15,6 +19,9 @@ if TYPE_CHECKING:
 # Of a data file the beginning, the middle and the end are hashed: a node that has another file is to be found out in
 # less than a second a file.
 SAMPLE_BYTES = 16 * 2**20
+# fp32 master, and two moments of AdamW.
+STATE_BYTES = 12
+THETA = "trained parameters"
 
 
 def configuration(config: Config) -> list[Row]:
@@ -69,24 +76,59 @@ def tokenizer(config: Config) -> list[Row]:
     return [Row("tokenizer", "ok", f"{loaded.path}: loads and encodes", alike=f"encodes a sentence to {digest}")]
 
 
-def factors(config: Config) -> list[Row]:
-    """The low-rank factors that the run would train."""
-    count = factor_count(config)
+def theta(config: Config) -> list[Row]:
+    """What the run would train."""
+    count = trained_size(config)
     start = "" if config.lora.init_from is None else f", from {config.lora.init_from}"
-    return [Row("low-rank factors", "ok", f"{count:,} trainable numbers{start}", alike=f"{count:,}")]
+    return [Row(THETA, "ok", f"{config.method}: {count:,} trainable numbers{start}", alike=f"{count:,}")]
 
 
-def factor_count(config: Config) -> int:
-    """|Θ|. UserError where the targets, the model or the adapter to start from do not fit together."""
-    from lowrank_dist.engine.start import adopt_adapter
+def trained_size(config: Config) -> int:
+    """|Θ|. UserError where targets, sizes, model or the adapter to start from do not fit together."""
     from lowrank_dist.lora.placement import LoraRules, place
+    from lowrank_dist.methods.start import adopt_adapter
     from lowrank_dist.model.huggingface import load_architecture
 
+    if config.method != "lora":
+        return _sizes(config)[0]
     lora = adopt_adapter(config).lora
     rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
     placements = place(load_architecture(config.model.path), rules)
     specs = [spec for placement in placements for spec in placement.factors]
     return sum(spec.rank * (spec.rows + spec.in_features) for spec in specs)
+
+
+def checkpoint_bytes(config: Config) -> tuple[int, int]:
+    """Bytes of a checkpoint's tensors, and of what is copied out of the last one. Raises as `trained_size` does.
+
+    Beside the fp32 master and two moments of each element of Θ: the adapter in fp32, or the model in its own type.
+    """
+    if config.method == "lora":
+        count = stored = trained_size(config)
+    else:
+        count, stored = _sizes(config)
+    if config.method != "full":
+        return STATE_BYTES * count + 4 * stored, 4 * stored
+    dtype = read_shape(config.model.path).dtype if config.model.dtype == "auto" else config.model.dtype
+    return STATE_BYTES * count + {"fp32": 4, "bf16": 2}[dtype] * stored, 0
+
+
+def _sizes(config: Config) -> tuple[int, int]:
+    """|Θ| while training and as it is stored, of any method but lora: a prefix' MLP is not stored."""
+    shape = read_shape(config.model.path)
+    if config.method == "full":
+        return (frozen_size(shape),) * 2
+    if config.method in ("adapter_h", "adapter_l"):
+        return (adapter_parameters(shape, config.adapter.bottleneck, config.method),) * 2
+    section = config.prefix if config.method == "prefix" else config.prompt
+    if config.data.max_length - section.length < 2:
+        raise UserError(
+            f"{config.method}.length={section.length} leaves no room for a sample of two tokens in "
+            f"data.max_length={config.data.max_length}; give a smaller one"
+        )
+    if config.method == "prompt":
+        return (prompt_parameters(shape, section.length),) * 2
+    return prefix_parameters(shape, section.length, section.width), prefix_parameters(shape, section.length)
 
 
 def layout(config: Config, size: int, local_size: int) -> list[Row]:

@@ -83,7 +83,7 @@ def _of_the_run(config: Config, place: Place | None, probe: Probe | None) -> Ite
     yield "model.device", partial(inputs.device, config)
     yield "model folder", partial(inputs.model, config)
     yield "tokenizer", partial(inputs.tokenizer, config)
-    yield "low-rank factors", partial(inputs.factors, config)
+    yield inputs.THETA, partial(inputs.theta, config)
     yield "data files", partial(inputs.data, config)
     if place is not None:
         yield "parallel layout", partial(inputs.layout, config, place.size, place.local_size)

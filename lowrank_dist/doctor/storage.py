@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_dist.checkpoint.atomic import atomic_folder, temporary_name
-from lowrank_dist.doctor.inputs import factor_count
+from lowrank_dist.doctor.inputs import checkpoint_bytes
 from lowrank_dist.doctor.rows import Row, size_of
 from lowrank_dist.errors import UserError
 
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from lowrank_dist.config import Config
 
 PROBE_BYTES = 2**20
-# fp32 master, and two moments of AdamW; beside them the adapter, in fp32.
-BYTES_PER_FACTOR = 12
-ADAPTER_BYTES_PER_FACTOR = 4
 # Logs, metrics and everything else that does not grow with the model.
 ROOM = 64 * 2**20
 # How long a shared file system may take to show another node's file.
@@ -102,21 +99,21 @@ def space(config: Config, writes: bool) -> list[Row]:
     writes: rank 0, which alone writes checkpoints, is on this node.
     """
     try:
-        factors = factor_count(config) if writes else None
+        sizes = checkpoint_bytes(config) if writes else None
     except UserError:  # which has a row of its own
-        factors = None
+        sizes = None
     place = existing(config.output.dir.absolute())
     facts = os.statvfs(place)
     free = facts.f_bavail * facts.f_frsize
     said = f"{size_of(free)} free for {config.output.dir}"
     figures: dict[str, float] = {"free_bytes": free}
-    if factors is not None:
-        one = (BYTES_PER_FACTOR + ADAPTER_BYTES_PER_FACTOR) * factors
+    if sizes is not None:
+        one, final = sizes
         # The one that `best` points to always stays; the one that is being written is whole before another goes; the
         # adapter is exported at the end.
         best = max(1, config.output.keep_best) if config.data.eval is not None else 0
         kept = (config.output.keep_last or 1) + best + 1
-        needed = kept * one + ADAPTER_BYTES_PER_FACTOR * factors + ROOM
+        needed = kept * one + final + ROOM
         figures |= {"needed_bytes": needed, "checkpoint_bytes": one}
         said += f"; {kept} checkpoints of {size_of(one)} and the rest take {size_of(needed)}"
         if config.output.keep_last is None:

@@ -60,10 +60,15 @@ class Forecast:
         return f"peak memory of a rank {measured:.2f} GiB; planned {self._planned.total / _GIB:.2f} GiB{beside}"
 
     def flops(self, tokens: int, targets: int, squares: int) -> int:
-        """FLOPs that the model needs for so many tokens, over all ranks (MFU's numerator)."""
+        """FLOPs that model and method need for so many tokens, over all ranks (MFU's numerator).
+
+        A prompt's positions are among the tokens and their squares, a prefix' are not. The MLP that makes a prefix,
+        once a microbatch whatever its tokens, is left out.
+        """
         count = step_flops(
             self._job.shape,
             self._job.placement,
+            self._job.tuning,
             tokens=tokens,
             target_tokens=targets,
             square_lengths=squares,

@@ -1,4 +1,4 @@
-"""Θ and its moments from every rank's ZeRO partitions, whole, on rank 0.
+"""Θ and its moments from every rank's ZeRO partitions, whole, on rank 0, a few tensors at a time.
 
 Each rank sends what it alone holds, so rank 0 receives 12·|Θ| bytes whatever the topology is. Nothing here touches the
 groups that training uses: it runs in the checkpoint's thread, over the topology's host_group.
@@ -6,7 +6,7 @@ groups that training uses: it runs in the checkpoint's thread, over the topology
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import itemgetter
 
 import torch
@@ -16,18 +16,20 @@ from torch import Tensor
 from lowrank_dist.checkpoint.training_state import KINDS
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
-from lowrank_dist.lora.inject import AdaptedLinear, shards_of, theta_of
-from lowrank_dist.lora.state import WholeFactor, join_factors
 from lowrank_dist.parallel.agreement import digest
+from lowrank_dist.parallel.theta import Theta, gather
 from lowrank_dist.parallel.topology import Topology
+
+# Elements of Θ that rank 0 holds whole at a time, unless one parameter has more; low-rank Θ is mostly below it.
+BATCH_ELEMENTS = 2**24
 
 
 class Gathering:
     """Collective to make: the ranks tell each other which elements of Θ their partitions hold."""
 
-    def __init__(self, adapted: Sequence[AdaptedLinear], optimiser: ZeroOptimiser, topology: Topology) -> None:
-        self._adapted, self._topology = adapted, topology
-        self._parameters = theta_of(adapted)
+    def __init__(self, theta: Theta, optimiser: ZeroOptimiser, topology: Topology) -> None:
+        self._theta, self._topology = theta, topology
+        self._batches = theta.batches(BATCH_ELEMENTS)
         own = torch.tensor(optimiser.fragments(), dtype=torch.int64)
         tables = [torch.empty_like(own) for _ in range(topology.world_group.size())]
         dist.all_gather(tables, own, group=topology.host_group)
@@ -37,38 +39,44 @@ class Gathering:
             for table in tables
         ]
 
-    def collect(self, snapshot: Tensor) -> dict[str, dict[str, WholeFactor]] | None:
-        """Kind (of KINDS) → module path → whole factor, on rank 0; None elsewhere.
+    def stream(self, snapshot: Tensor) -> Iterator[dict[str, Tensor]]:
+        """On rank 0, in the order of `Theta.shapes`: stored name → [3, *shape], whole, in the order of KINDS.
 
-        snapshot: [3, elements] of `ZeroOptimiser.snapshot`. Raises UserError where replicated factors or their moments
-        differ between tensor-parallel ranks.
+        snapshot: [3, elements] of `ZeroOptimiser.snapshot`. Every rank must exhaust it; others get nothing. Raises
+        UserError where copies of a parameter, or their moments, differ between tensor-parallel ranks.
         """
         rank, group = self._topology.world_group.rank(), self._topology.host_group
-        own, sent = self._digest(snapshot), self._sent_of(rank, snapshot)
+        pieces, own = self._pieces(rank, snapshot), self._digest(snapshot)
+        others = range(1, self._topology.world_group.size())
         if rank:
             dist.send(own, 0, group=group)
-            if sent.numel():
-                dist.send(sent, 0, group=group)
-            return None
-        digests, received = [own], [sent]
-        for other in range(1, self._topology.world_group.size()):
-            digests.append(torch.empty_like(own))
-            dist.recv(digests[-1], other, group=group)
-            received.append(torch.empty(len(KINDS), sum(count for *_, count in self._sends(other))))
-            if received[-1].numel():
-                dist.recv(received[-1], other, group=group)
-        self._require_equal_replicas([int(each) for each in digests])
-        return self._join(received)
+            for batch in self._batches:
+                sent = [pieces[number] for number, *_ in self._sends(rank, batch)]
+                if sent:
+                    dist.send(torch.cat(sent, dim=1), 0, group=group)
+            return
+        digests = [own, *(torch.empty_like(own) for _ in others)]
+        for other in others:
+            dist.recv(digests[other], other, group=group)
+        self._require_equal_copies([int(each) for each in digests])
+        for batch in self._batches:
+            received = [[pieces[number] for number, *_ in self._sends(0, batch)]]
+            for other in others:
+                counts = [count for *_, count in self._sends(other, batch)]
+                message = torch.empty(len(KINDS), sum(counts))
+                if counts:
+                    dist.recv(message, other, group=group)
+                received.append(list(message.split(counts, dim=1)))
+            yield self._join(batch, received)
 
-    def _sends(self, rank: int) -> list[tuple[int, int, int]]:
-        """What of its fragments a rank sends: a replicated factor comes from tensor-parallel rank 0 alone."""
-        first = rank % self._topology.tp_size == 0
-        return [held for held in self._held[rank] if first or not self._parameters[held[0]].tp_partial_grad]
-
-    def _sent_of(self, rank: int, snapshot: Tensor) -> Tensor:
-        pieces = self._pieces(rank, snapshot)
-        wanted = [pieces[number] for number, *_ in self._sends(rank)]
-        return torch.cat(wanted, dim=1) if wanted else snapshot.new_empty(len(KINDS), 0)
+    def _sends(self, rank: int, batch: Sequence[int]) -> list[tuple[int, int, int]]:
+        """What of its fragments a rank sends: of copies those of tensor-parallel rank 0 alone."""
+        first, parameters = rank % self._topology.tp_size == 0, self._theta.parameters
+        return [
+            held
+            for held in self._held[rank]
+            if held[0] in batch and (first or parameters[held[0]].tensor_model_parallel)
+        ]
 
     def _pieces(self, rank: int, snapshot: Tensor) -> dict[int, Tensor]:
         counts = [count for *_, count in self._held[rank]]
@@ -76,43 +84,40 @@ class Gathering:
 
     def _digest(self, snapshot: Tensor) -> Tensor:
         pieces = self._pieces(self._topology.world_group.rank(), snapshot)
-        replicated = (piece for number, piece in pieces.items() if self._parameters[number].tp_partial_grad)
-        return torch.tensor(digest(replicated), dtype=torch.int64)
+        parameters = self._theta.parameters
+        copies = (piece for number, piece in pieces.items() if not parameters[number].tensor_model_parallel)
+        return torch.tensor(digest(copies), dtype=torch.int64)
 
-    def _require_equal_replicas(self, digests: Sequence[int]) -> None:
-        """A replicated factor that differs between tensor-parallel ranks has lost its deferred sum somewhere."""
+    def _require_equal_copies(self, digests: Sequence[int]) -> None:
+        """A copy that differs between tensor-parallel ranks has lost its deferred sum somewhere."""
         size = self._topology.tp_size
         if any(len(set(digests[at : at + size])) > 1 for at in range(0, len(digests), size)):
             raise UserError(
-                "replicated factors differ between tensor-parallel ranks: the adapter would be wrong and is not saved. "
-                "This is a fault of the machine or of lowrank_dist; please report it with the logs of all ranks"
+                "replicated parameters differ between tensor-parallel ranks: what was trained would be wrong and is "
+                "not saved. This is a fault of the machine or of lowrank_dist; please report it with the logs of all "
+                "ranks"
             )
 
-    def _join(self, received: Sequence[Tensor]) -> dict[str, dict[str, WholeFactor]]:
-        size = self._topology.tp_size
-        pieces: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
-        for rank, tensor in enumerate(received):
-            sends = self._sends(rank)
-            counts = [count for *_, count in sends]
-            for (number, start, _), piece in zip(sends, tensor.split(counts, dim=1), strict=True):
-                pieces.setdefault((rank % size, number), []).append((start, piece))
-        # The fragments of all data-parallel ranks make up a parameter without a hole.
+    def _join(self, batch: Sequence[int], received: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+        size, kinds = self._topology.tp_size, range(len(KINDS))
+        fragments: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+        for rank, tensors in enumerate(received):
+            for (number, start, _), piece in zip(self._sends(rank, batch), tensors, strict=True):
+                fragments.setdefault((rank % size, number), []).append((start, piece))
         whole = {
-            key: torch.cat([piece for _, piece in sorted(found, key=itemgetter(0))], dim=1)
-            for key, found in pieces.items()
+            name: torch.zeros(len(KINDS), *shape)
+            for number in batch
+            for name, shape in self._theta.shapes[number].items()
         }
-
-        def held(tp_rank: int, linear: int) -> tuple[Tensor, Tensor]:
-            a, b = (
-                whole[0 if self._parameters[number].tp_partial_grad else tp_rank, number]
-                for number in (2 * linear, 2 * linear + 1)
-            )
-            return a.view(len(KINDS), *self._parameters[2 * linear].shape), b
-
-        joined: dict[str, dict[str, WholeFactor]] = {kind: {} for kind in KINDS}
-        for number, linear in enumerate(self._adapted):
-            layout = [shards_of(linear.placement, rank, size) for rank in range(size)]
-            shards = [held(rank, number) for rank in range(size)]
-            for index, kind in enumerate(KINDS):
-                joined[kind] |= join_factors(linear, layout, [(a[index], b[index]) for a, b in shards])
-        return joined
+        of_kind = [{name: tensor[kind] for name, tensor in whole.items()} for kind in kinds]
+        for tp_rank in range(size):
+            layout = self._theta.layout(tp_rank)
+            for number in batch:
+                if (tp_rank, number) not in fragments:
+                    continue
+                # The fragments of all data-parallel ranks make up a parameter without a hole.
+                parts = [piece for _, piece in sorted(fragments[tp_rank, number], key=itemgetter(0))]
+                local = torch.cat(parts, dim=1).view(len(KINDS), *layout[number].shape)
+                for kind in kinds:
+                    gather(layout[number].pieces, local[kind], of_kind[kind])
+        return whole

@@ -14,11 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lowrank_dist.checkpoint.atomic import temporary_name
 from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.generate.metrics import METRICS
 
 # Hugging Face's tags, so that runs lie beside those of other trainers in one board.
 TAGS = {
     "loss": "train/loss",
     "eval_loss": "eval/loss",
+    **{f"eval_{name}": f"eval/{name}" for name in (*METRICS, "met_length_limit", "mean_tokens")},
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",
     "tokens_per_second": "throughput(tps)",
@@ -103,7 +105,7 @@ class Monitor:
 
     def _show(self, step: int, values: Mapping[str, float]) -> None:
         if "eval_loss" in values:
-            self.say(f"step {step}/{self._total}  eval loss {values['eval_loss']:.4f}")
+            self.say(f"step {step}/{self._total}  eval loss {values['eval_loss']:.4f}{_generated(values)}")
         if "loss" not in values:
             return
         status = (
@@ -115,6 +117,15 @@ class Monitor:
         else:
             left = (time.monotonic() - self._begun) / (step - self._done) * (self._total - step)
             self.say(f"step {step}/{self._total}  {status}  {left:.0f} s left")
+
+
+def _generated(values: Mapping[str, float]) -> str:
+    """What an evaluation found in generated texts, where it generated any."""
+    if "eval_met_length_limit" not in values:
+        return ""
+    found = "".join(f"  {name} {values[f'eval_{name}']:.4f}" for name in METRICS if f"eval_{name}" in values)
+    limited = f"{values['eval_met_length_limit']:.0f} of {values['eval_samples']:.0f} met their length limit"
+    return f"{found}  {values['eval_mean_tokens']:.1f} tokens each, {limited}"
 
 
 def _keep_records(path: Path, done: int) -> list[dict[str, float]]:

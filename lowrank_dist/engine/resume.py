@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,18 @@ from lowrank_dist.checkpoint.training_state import (
     KINDS,
     OPTIMIZER_FILE,
     DataState,
+    OptimizerReader,
     TrainingState,
     parse_state,
-    read_optimizer,
-    tensor_name,
 )
 from lowrank_dist.config import Config
 from lowrank_dist.config.schema import LoraConfig
+from lowrank_dist.engine.gathering import BATCH_ELEMENTS
 from lowrank_dist.engine.run_folder import RunFolder
-from lowrank_dist.engine.start import adopt_adapter
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
-from lowrank_dist.lora.inject import AdaptedLinear, theta_of
-from lowrank_dist.lora.state import spread_factors
+from lowrank_dist.methods.start import adopt_adapter
+from lowrank_dist.parallel.theta import Theta, scatter
 from lowrank_dist.parallel.topology import Topology
 
 # What a run may change without a word: it trains the same Θ on the same samples. Data files and the base are compared
@@ -40,6 +39,7 @@ _FREE_KEYS = (
     *("model.path", "model.device", "model.load", "model.vocab_multiple"),
     *("data.train", "data.eval", "data.tokenizer"),
     *("train.micro_batch", "train.log_every", "train.resume", "train.resume_changes"),
+    "adapter.placement",
 )
 
 
@@ -140,7 +140,7 @@ def require_same_run(
 ) -> None:
     """Raise UserError, naming every key, where going on would give another result than not having stopped."""
     state = resumption.state
-    old, new = _flat(state.config), _flat(config.model_dump(mode="json"))
+    old, new = _flat(state.config), _flat(config.read_keys())
     changed = {key: (old[key], new[key]) for key in new if key in old and old[key] != new[key] and not _is_free(key)}
     for key, before, now in (("data.train", state.data, data), ("data.eval", state.held_out, held_out)):
         if (before and before.sha256) != (now and now.sha256):
@@ -167,47 +167,49 @@ def _content(data: DataState | None) -> str:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    sections = {name: values for name, values in config.items() if isinstance(values, dict)}
-    return {f"{name}.{key}": value for name, values in sections.items() for key, value in values.items()}
+    flat = {}
+    for name, values in config.items():
+        flat |= (
+            {f"{name}.{key}": value for key, value in values.items()} if isinstance(values, dict) else {name: values}
+        )
+    return flat
 
 
 def restore(
-    resumption: Resumption,
-    adapted: Sequence[AdaptedLinear],
-    optimiser: ZeroOptimiser,
-    topology: Topology,
-    device: torch.device,
+    resumption: Resumption, theta: Theta, optimiser: ZeroOptimiser, topology: Topology, device: torch.device
 ) -> None:
     """Masters, moments, step count and generators as in the checkpoint, at any topology and ZeRO stage. Collective.
 
-    Rank 0 reads and sends to all, so the run folder need not be seen from every node.
+    Rank 0 reads and sends to all, a few tensors at a time, so the run folder need not be seen from every node.
     """
-    specs = [spec for linear in adapted for spec in linear.placement.factors]
-    shapes = {
-        tensor_name(spec.path, side, kind): torch.Size(shape)
-        for kind in KINDS
-        for spec in specs
-        for side, shape in (("A", (spec.rank, spec.in_features)), ("B", (spec.rows, spec.rank)))
-    }
-    sizes = [shape.numel() for shape in shapes.values()]
-    flat = torch.empty(sum(sizes))
+    shapes, layout = theta.all_shapes(), theta.layout(topology.tp_rank)
+    opened: list[OptimizerReader] = []
 
-    def read() -> dict[str, Any]:
-        found = read_optimizer(resumption.folder / OPTIMIZER_FILE, shapes)
-        torch.cat([found[name].flatten() for name in shapes], out=flat)
+    def open_file() -> dict[str, Any]:
+        opened.append(OptimizerReader(resumption.folder / OPTIMIZER_FILE, shapes))
         return {}
 
-    _told_by_rank_0(read, topology)
-    dist.broadcast(flat, 0, group=topology.host_group)
-    pieces = flat.split(sizes)
-    whole = {name: piece.view(shape) for (name, shape), piece in zip(shapes.items(), pieces, strict=True)}
-    local = {}
-    for kind in KINDS:
-        into = {p: torch.zeros_like(p, requires_grad=False) for p in theta_of(adapted)}
-        values = {s.path: (whole[tensor_name(s.path, "A", kind)], whole[tensor_name(s.path, "B", kind)]) for s in specs}
-        spread_factors(adapted, topology.tp_rank, values, into.__getitem__)
-        local[kind] = list(into.values())
-    optimiser.restore(local, resumption.state.step)
+    _told_by_rank_0(open_file, topology)
+    for batch in theta.batches(BATCH_ELEMENTS):
+        whole = {
+            name: torch.empty(len(KINDS), *shape) for number in batch for name, shape in theta.shapes[number].items()
+        }
+
+        def read(whole: Mapping[str, torch.Tensor] = whole) -> dict[str, Any]:
+            for name, tensor in whole.items():
+                tensor.copy_(opened[0].get(name))
+            return {}
+
+        _told_by_rank_0(read, topology)
+        for tensor in whole.values():
+            dist.broadcast(tensor, 0, group=topology.host_group)
+        for number in batch:
+            parameter = theta.parameters[number]
+            values = torch.zeros(len(KINDS), *parameter.shape, device=parameter.device)
+            for kind in range(len(KINDS)):
+                scatter(layout[number].pieces, {name: tensor[kind] for name, tensor in whole.items()}, values[kind])
+            optimiser.restore(number, values)
+    optimiser.restored(resumption.state.step)
     try:
         rng.restore(resumption.state.rng, device)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,14 +16,15 @@ from torch import Tensor
 
 from lowrank_dist.backend import rng
 from lowrank_dist.backend.select import Backend
-from lowrank_dist.checkpoint.training_state import TrainingState
+from lowrank_dist.checkpoint.training_state import LOSS, TrainingState
 from lowrank_dist.engine.gathering import Gathering
+from lowrank_dist.engine.history import History
 from lowrank_dist.engine.progress import Progress
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.writing import CheckpointWriter, Facts
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import DiskError, ElsewhereError
-from lowrank_dist.lora.inject import AdaptedLinear
+from lowrank_dist.parallel.theta import Theta
 from lowrank_dist.parallel.topology import Topology
 
 logger = logging.getLogger(__name__)
@@ -51,25 +53,24 @@ class CheckpointSaver:
     def __init__(
         self,
         folder: RunFolder,
-        adapted: Sequence[AdaptedLinear],
+        theta: Theta,
         optimiser: ZeroOptimiser,
         writer: CheckpointWriter | None,
-        resumed: TrainingState | None,
+        history: History,
         report: Callable[[str], None],
         topology: Topology,
         backend: Backend,
     ) -> None:
-        """`writer`: on rank 0 of the job only. report: says a line to the person who watches."""
+        """`writer`: on rank 0 of the job only. history: what evaluations found, for the state that is saved.
+
+        report: says a line to the person who watches.
+        """
         self._folder, self._optimiser, self._writer = folder, optimiser, writer
         self._topology, self._backend, self._report = topology, backend, report
-        self._gathering = Gathering(adapted, optimiser, topology)
-        self._eval_losses = dict(resumed.eval_losses) if resumed else {}
+        self._gathering = Gathering(theta, optimiser, topology)
+        self._history = history
         self._flight: _Flight | None = None
         self._refusal: str | None = None
-
-    def evaluated(self, step: int, loss: float) -> None:
-        """Remember an eval loss; `best` points to the saved step with the lowest."""
-        self._eval_losses[step] = loss
 
     def save(self, progress: Progress, *, final: bool = False) -> None:
         """Start a save, once the one before has ended. Collective."""
@@ -91,6 +92,8 @@ class CheckpointSaver:
         if self._refusal is not None:
             kind = DiskError if self._writer else ElsewhereError
             raise kind(f"the last checkpoint was not written: {self._refusal}")
+        if self._writer is not None:
+            self._report(self._writer.summary)
 
     def close(self) -> None:
         """Give the save under way of a run that fails a last chance. Not collective."""
@@ -132,17 +135,20 @@ class CheckpointSaver:
 
     def _fly(self, flight: _Flight, snapshot: Tensor, state: TrainingState | None, final: bool) -> None:
         """The thread of one save. What happened is left in `flight`, for training to find."""
+        stream = self._gathering.stream(snapshot)
         try:
-            whole = self._gathering.collect(snapshot)
-            if whole is not None:
-                self._writer.write(whole, state, final=final)
+            if self._writer:
+                self._writer.write(stream, state, final=final)
+            _exhaust(stream)
         except DiskError as error:
             flight.outcome, flight.error = _NO_SPACE, error
+            _exhaust(stream)  # the other ranks send what they have, and training goes on
         except Exception as error:  # whatever it is: a thread that dies of it in silence would be the worst
             flight.outcome, flight.error = _FAILED, error
 
     def _state(self, progress: Progress, facts: Facts) -> TrainingState:
         topology = self._topology
+        values = {name: dict(steps) for name, steps in self._history.values.items()}
         return TrainingState(
             step=progress.step,
             epoch=progress.epoch,
@@ -150,7 +156,8 @@ class CheckpointSaver:
             tokens=progress.tokens,
             target_tokens=progress.target_tokens,
             loss=progress.loss,
-            eval_losses=dict(self._eval_losses),
+            eval_losses=values.pop(LOSS),
+            eval_metrics=values,
             data=facts.data,
             held_out=facts.held_out,
             rng=rng.capture(self._backend.device),
@@ -159,3 +166,7 @@ class CheckpointSaver:
             ranks={"tensor": topology.tp_size, "data": topology.dp_size},
             versions=dict(facts.provenance.versions),
         )
+
+
+def _exhaust(stream: Iterator[object]) -> None:
+    deque(stream, maxlen=0)

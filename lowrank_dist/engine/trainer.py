@@ -14,8 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_dist.backend.select import Backend
+from lowrank_dist.checkpoint.training_state import LOSS
 from lowrank_dist.data.batch import Microbatch
 from lowrank_dist.data.loader import Loader, StepBatch
+from lowrank_dist.engine.history import History
 from lowrank_dist.engine.meter import Meter
 from lowrank_dist.engine.monitor import Monitor
 from lowrank_dist.engine.phases import Phases
@@ -24,6 +26,7 @@ from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.engine.schedule import Schedule
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
+from lowrank_dist.generate.metrics import METRICS
 from lowrank_dist.messages import some_of
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.agreement import all_equal, digest, every_value
@@ -34,13 +37,19 @@ from lowrank_dist.supervision.signals import StopRequest
 
 logger = logging.getLogger(__name__)
 
+# Given the model, and what to tell of the prompts of each batch that is done: names and values.
+Generating = Callable[[CausalLM, Callable[[int], None]], dict[str, float]]
+
 # What follows from a number that is not finite, and what to do.
 _STOPS = "training stops on every rank. Lower train.lr, add train.warmup_steps, or look at the samples of this step"
 
 
 @dataclass(frozen=True)
 class Pace:
-    """When things happen, in optimizer steps. None: at the end only. probe_rows: rows of the probe, 0 for none."""
+    """When things happen, in optimizer steps. None: at the end only. probe_rows: rows of the probe, 0 for none.
+
+    patience: evaluations without a better one after which training ends early, None for never.
+    """
 
     steps: int
     log_every: int
@@ -48,6 +57,7 @@ class Pace:
     eval_at_start: bool
     save_every: int | None
     probe_rows: int
+    patience: int | None
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,11 @@ class NonFinite:
 
 
 class Trainer:
-    """Maximises log p(y | x; Φ₀ + ΔΦ(Θ)) over Θ: the mean over the target tokens of a global batch."""
+    """Maximises log p(y | x; Φ₀ + ΔΦ(Θ)) over Θ: the mean over the target tokens of a global batch.
+
+    evaluation: the eval set's batches. generation: decodes its prompts and scores what comes (`evaluate_generation`).
+    history: what both have found so far.
+    """
 
     def __init__(
         self,
@@ -68,6 +82,8 @@ class Trainer:
         optimiser: ZeroOptimiser,
         train: Loader,
         evaluation: Callable[[], Iterator[StepBatch]] | None,
+        generation: Generating | None,
+        history: History,
         schedule: Schedule,
         pace: Pace,
         nonfinite: NonFinite,
@@ -82,6 +98,7 @@ class Trainer:
     ) -> None:
         self.model, self.masks, self.optimiser = model, masks, optimiser
         self.train, self.evaluation = train, evaluation
+        self.generation, self.history = generation, history
         self.schedule, self.pace, self.nonfinite = schedule, pace, nonfinite
         self.monitor, self.meter, self.saver = monitor, meter, saver
         self.progress, self.phases, self.stop = progress, phases, stop
@@ -89,7 +106,8 @@ class Trainer:
         self._stopping, self._skipped = False, 0
 
     def run(self) -> bool:
-        """Train from where the run stands to the last step; at the end the adapter lies in the run folder.
+        """Train from where the run stands to the last step, or until patience is over; at the end the adapter lies in
+        the run folder.
 
         Returns False where the run was told to stop before: it has saved, and can go on from there.
         """
@@ -106,19 +124,24 @@ class Trainer:
         pace = self.pace
         if pace.eval_at_start and self.progress.step == 0:
             self._evaluate(0)
-        for step in range(self.progress.step, pace.steps):
+        trains = not self._ended
+        while not self._ended:
             self.phases.enter("checkpoint")
             self.saver.poll()
-            self._step(step)
-            done, last = step + 1, step + 1 == pace.steps
-            if last or (pace.eval_every is not None and done % pace.eval_every == 0):
+            self._step(self.progress.step)
+            done = self.progress.step
+            if done == pace.steps or (pace.eval_every is not None and done % pace.eval_every == 0):
                 self._evaluate(done)
             self.phases.enter("checkpoint")
-            if self._stopping and not last:
+            if self._ended:
+                break
+            if self._stopping:
                 self._save_and_stop()
                 return False
-            if not last and pace.save_every is not None and done % pace.save_every == 0:
+            if pace.save_every is not None and done % pace.save_every == 0:
                 self.saver.save(self.progress)
+        if self.progress.step < pace.steps:
+            self._say_early(trains)
         # Again where the run had ended already: it may have been killed between the checkpoint and the adapter.
         self.phases.enter("checkpoint")
         self.saver.save(self.progress, final=True)
@@ -127,6 +150,21 @@ class Trainer:
             self._probe(pace.probe_rows)
         self.monitor.say(self.meter.summary())
         return True
+
+    @property
+    def _ended(self) -> bool:
+        """The same on every rank, since the history is."""
+        patience = self.pace.patience
+        lost = patience is not None and self.history.without_better >= patience
+        return lost or self.progress.step == self.pace.steps
+
+    def _say_early(self, trained: bool) -> None:
+        what = "stopped early" if trained else "nothing is trained: the run ends early"
+        remedy = "" if trained else "; raise it, or set it to null, to go on"
+        self.monitor.say(
+            f"{what} at step {self.progress.step} of {self.pace.steps}: {self.history.without_better} evaluations in a "
+            f"row no better than {self.history.describe_best()} (eval.patience {self.pace.patience}{remedy})"
+        )
 
     def _save_and_stop(self) -> None:
         self.saver.save(self.progress)
@@ -176,7 +214,7 @@ class Trainer:
                 self.monitor.say(line)
 
     def _evaluate(self, done: int) -> None:
-        """Mean loss over the eval set's target tokens; the best so far is remembered by the saver."""
+        """Mean loss over the eval set's target tokens, and how good generated texts are."""
         if self.evaluation is None:
             return
         self.phases.enter("evaluation")
@@ -190,10 +228,15 @@ class Trainer:
                     total[0] += self._loss(moved)
                     total[1] += moved.target_ids.numel()
         dist.all_reduce(total, group=self.topology.dp_group)
-        loss = (total[0] / total[1]).item()
-        self._require_finite(loss, "eval loss", done)
-        self.monitor.record(done, {"eval_loss": loss})
-        self.saver.evaluated(done, loss)
+        # Not left to each tensor-parallel rank's own arithmetic: all must end early at the same step, or none.
+        dist.broadcast(total, group=self.topology.world_group, group_src=0)
+        found = {LOSS: (total[0] / total[1]).item()}
+        self._require_finite(found[LOSS], "eval loss", done)
+        if self.generation is not None:
+            self.phases.enter("evaluation")
+            found |= self.generation(self.model, lambda rows: self.phases.enter("evaluation"))
+        self.monitor.record(done, {f"eval_{name}": value for name, value in found.items()})
+        self.history.add(done, {name: value for name, value in found.items() if name in (LOSS, *METRICS)})
 
     def _probe(self, rows: int) -> None:
         """Keep the trained model's logits on a few rows, so that adapter and merge can be held against them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from lowrank_dist.backend.apex import adamw
 from lowrank_dist.errors import UserError
 from lowrank_dist.parallel.topology import DeepSpeedMpu, Topology
 
-# Index of the replicated factors' parameter group; the sharded ones are group 1.
-REPLICATED = 0
+# DeepSpeed's own default for both of its buckets: what it allocates in every backward where Θ is larger.
+_LARGEST_BUCKET = 5 * 10**8
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -49,8 +49,8 @@ class _Theta(nn.Module):
 class ZeroOptimiser:
     """Accumulates gradients of Θ over microbatches and steps AdamW with its state partitioned over data parallelism.
 
-    Replicated and sharded factors are two parameter groups. Within the replicated group every tensor-parallel rank
-    has the same partition of the same parameters, so the deferred sum over tensor parallelism is one flat fp32
+    Parameters with partial gradients are a group of their own (`parallel.theta.mark`). Within it every tensor-parallel
+    rank has the same partition of the same parameters, so the deferred sum over tensor parallelism is one flat fp32
     all-reduce of 1/DP of the group, after ZeRO's own reduction and before norm, clipping and update; it is the same
     code at stages 1 and 2.
     """
@@ -71,10 +71,10 @@ class ZeroOptimiser:
         __compatible_ops__["deepspeed_shm_comm"] = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._topology, self._parameters, self._enter = topology, tuple(parameters), enter
-        groups = [
-            {"params": [p for p in parameters if p.tp_partial_grad], "weight_decay": rules.weight_decay},
-            {"params": [p for p in parameters if not p.tp_partial_grad], "weight_decay": rules.weight_decay},
-        ]
+        # DeepSpeed cannot flatten an empty group. The partial one comes first.
+        parts = [[p for p in parameters if p.tp_partial_grad], [p for p in parameters if not p.tp_partial_grad]]
+        self._partial = bool(parts[0])
+        groups = [{"params": part, "weight_decay": rules.weight_decay} for part in parts if part]
         optimiser = adamw(parameters[0].device.type)(groups, lr=0.0, betas=rules.betas, eps=rules.eps)
         self.engine, *_ = deepspeed.initialize(
             model=_Theta(parameters),
@@ -94,7 +94,7 @@ class ZeroOptimiser:
 
     @staticmethod
     def _config(parameters: Sequence[nn.Parameter], rules: OptimiserRules) -> dict[str, Any]:
-        bucket = rules.reduce_bucket or sum(p.numel() for p in parameters)
+        bucket = rules.reduce_bucket or min(_LARGEST_BUCKET, sum(p.numel() for p in parameters))
         return {
             # One "step" of DeepSpeed is one microbatch: boundaries are announced explicitly, their number may vary.
             "train_micro_batch_size_per_gpu": 1,
@@ -135,7 +135,7 @@ class ZeroOptimiser:
         inf: a gradient was not finite, or a rank asked to `spoil` the step; then no rank has changed anything. They
         agree by DeepSpeed's own check for overflow, without a message more.
         """
-        self._sum_replicated()
+        self._sum_partial()
         self._enter("optimiser")
         if spoil:
             self._spoil()
@@ -162,23 +162,25 @@ class ZeroOptimiser:
     def snapshot(self) -> Tensor:
         """[3, elements] fp32 on the CPU, a copy: masters, exp_avg and exp_avg_sq of all `fragments`, in their order."""
         held = [p._hp_mapping for p in self._parameters if p._hp_mapping is not None]
+        if not held:  # a very small Θ over many ranks
+            return torch.zeros(1 + len(_MOMENTS), 0)
         rows = [
             torch.cat([mapping.get_hp_fragment(key).detach().flatten() for mapping in held]).cpu()
             for key in (None, *_MOMENTS)
         ]
         return torch.stack(rows)
 
-    def restore(self, values: Mapping[str, Sequence[Tensor]], step: int) -> None:
-        """Set masters and moments (kind → a tensor like each parameter) and AdamW's count of steps.
-
-        Collective over data parallelism: the parameters follow their masters.
-        """
+    def restore(self, number: int, values: Tensor) -> None:
+        """Set master and moments [3, *shape] of one parameter. Collective over data parallelism; see `restored`."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        for index, parameter in enumerate(self._parameters):
-            safe_set_full_fp32_param(parameter, values["master"][index])
-            for key in _MOMENTS:
-                safe_set_full_optimizer_state(parameter, values[key][index], key)
+        parameter = self._parameters[number]
+        safe_set_full_fp32_param(parameter, values[0])
+        for key, moment in zip(_MOMENTS, values[1:], strict=True):
+            safe_set_full_optimizer_state(parameter, moment, key)
+
+    def restored(self, step: int) -> None:
+        """All parameters are set: they follow their masters, and AdamW counts from `step`. Collective."""
         self._count_from(step)
         self.engine.optimizer.update_lp_params()
 
@@ -211,10 +213,10 @@ class ZeroOptimiser:
             for gradient in gradients:
                 gradient.fill_(torch.nan)
 
-    def _sum_replicated(self) -> None:
-        if self._topology.tp_size == 1:
+    def _sum_partial(self) -> None:
+        if self._topology.tp_size == 1 or not self._partial:
             return
-        gradients = self.engine.optimizer.averaged_gradients[REPLICATED]
+        gradients = self.engine.optimizer.averaged_gradients[0]
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat, group=self._topology.tp_group)
         pieces = flat.split([gradient.numel() for gradient in gradients])

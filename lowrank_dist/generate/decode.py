@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 
 from lowrank_dist.data.tokenizer import Tokenizer
 from lowrank_dist.errors import UserError
@@ -47,36 +48,44 @@ def generate(
     rules: DecodingRules,
     topology: Topology,
     progress: Callable[[int], None] = lambda rows: None,
+    *,
+    in_step: bool = False,
 ) -> list[Generation]:
     """The completion of every prompt, in their order, on every rank. Collective over all ranks.
 
     Prompts of like length share a batch, the longest first; batches go round the data-parallel ranks. The model is in
     evaluation mode and without sequence parallelism for as long as this takes. progress: told of a batch that is done
-    on this rank, in prompts.
+    on this rank, in prompts. in_step: data-parallel ranks wait for one another after every batch, and not at the end
+    alone, when one may have had all the long completions.
 
     Raises UserError for a prompt that leaves no position to write to, before anything runs.
     """
-    check_lengths(prompts, model.architecture.max_positions)
+    check_lengths(prompts, model.architecture.max_positions - model.virtual)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number].ids))
     batches = [order[start : start + rules.batch] for start in range(0, len(order), rules.batch)]
     stops, training = StopTexts(tokenizer, rules.stop), model.training
     found: list[tuple[int, Generation]] = []
+    mine = batches[topology.dp_rank :: topology.dp_size]
     model.eval()
     try:
         with model.without_sequence_parallelism():
-            for batch in batches[topology.dp_rank :: topology.dp_size]:
+            for batch in mine:
                 rows = [_Row(number, prompts[number], _limit(prompts[number], model, rules)) for number in batch]
                 for row, finish in _decode_batch(model, rows, stops, rules, topology):
                     text = stops.cut(completion_text(tokenizer, row.prompt.ids, _without_stop(row)))
                     found.append((row.number, Generation(text, tuple(row.ids), finish)))
                 progress(len(rows))
+                if in_step:
+                    _meet(model, topology)
+            if in_step and len(mine) * topology.dp_size < len(batches):  # the others have one more
+                _meet(model, topology)
     finally:
         model.train(training)
     return _shared(found, len(prompts), topology, next(model.parameters()).device)
 
 
 def check_lengths(prompts: Sequence[Prompt], max_positions: int) -> None:
-    """Raise UserError naming the prompts that are longer than the model's positions, or leave none for a token."""
+    """Raise UserError naming the prompts that leave none of the positions for a token."""
     too_long = [f"{p.where} ({len(p.ids)} tokens)" for p in prompts if len(p.ids) >= max_positions]
     if too_long:
         raise UserError(
@@ -84,8 +93,13 @@ def check_lengths(prompts: Sequence[Prompt], max_positions: int) -> None:
         )
 
 
+def _meet(model: CausalLM, topology: Topology) -> None:
+    if topology.dp_size > 1:
+        dist.all_reduce(torch.zeros(1, device=next(model.parameters()).device), group=topology.dp_group)
+
+
 def _limit(prompt: Prompt, model: CausalLM, rules: DecodingRules) -> int:
-    return min(rules.max_new_tokens, model.architecture.max_positions - len(prompt.ids))
+    return min(rules.max_new_tokens, model.architecture.max_positions - model.virtual - len(prompt.ids))
 
 
 def _decode_batch(
@@ -96,10 +110,11 @@ def _decode_batch(
     width = max(len(row.prompt.ids) for row in rows)
     padding = [width - len(row.prompt.ids) for row in rows]
     input_ids = torch.tensor(
-        [[0] * empty + list(row.prompt.ids) for empty, row in zip(padding, rows, strict=True)], device=device
+        [[0] * empty + [*model.lead, *row.prompt.ids] for empty, row in zip(padding, rows, strict=True)], device=device
     )
     # The last token of a row is drawn from the columns before it and never fed.
-    columns = max(empty + len(row.prompt.ids) + row.limit for empty, row in zip(padding, rows, strict=True)) - 1
+    needed = (empty + len(row.prompt.ids) + row.limit for empty, row in zip(padding, rows, strict=True))
+    columns = len(model.lead) + max(needed) - 1
     cache = model.new_cache(torch.tensor(padding, device=device), columns)
     finished: list[tuple[_Row, Literal["stop", "length"]]] = []
     step = 0

@@ -35,9 +35,11 @@ def evaluate_generation(
 ) -> dict[str, float]:
     """The metrics by name, the same on every rank, and how the completions ended; see `summary`. Collective.
 
-    samples: of `read_prompts` with references.
+    samples: of `read_prompts` with references. No rank waits for another for longer than a batch takes, so that this
+    can run under the timeouts of training.
     """
-    return summary(generate(model, tokenizer, samples, rules.decoding, topology, progress), samples, rules.metrics)
+    found = generate(model, tokenizer, samples, rules.decoding, topology, progress, in_step=True)
+    return summary(found, samples, rules.metrics)
 
 
 def summary(found: Sequence[Generation], samples: Sequence[Prompt], metrics: Sequence[str]) -> dict[str, float]:

@@ -1,20 +1,21 @@
-"""Θ without its sharding: whole factors under Hugging Face names, joined from and spread over the ranks."""
+"""Low-rank Θ without its sharding: whole factors under Hugging Face names, and where they lie on the ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lowrank_dist.checkpoint.adapter import LowRankFactor
-from lowrank_dist.lora.inject import AdaptedLinear
-from lowrank_dist.lora.placement import FactorSpec
-from lowrank_dist.parallel.factors import FactorShard, a_of, b_of
-
-Select = Callable[[torch.nn.Parameter], Tensor]
+from lowrank_dist.lora.inject import AdaptedLinear, shards_of, theta_of
+from lowrank_dist.lora.placement import FactorSpec, LinearPlacement
+from lowrank_dist.parallel.factors import FactorShard, a_of, b_elements, b_of
+from lowrank_dist.parallel.masks import MaskSource
+from lowrank_dist.parallel.theta import Held, Piece, Theta, scatter
 
 
 @dataclass(frozen=True)
@@ -26,46 +27,67 @@ class WholeFactor:
     b: Tensor
 
 
-def join_factors(
-    linear: AdaptedLinear, layout: Sequence[Sequence[FactorShard]], held: Sequence[tuple[Tensor, Tensor]]
-) -> dict[str, WholeFactor]:
-    """The factors of a linear, whole, by module path, from what each tensor-parallel rank holds of them.
+def lora_theta(adapted: Sequence[AdaptedLinear], tp_size: int, masks: MaskSource) -> Theta:
+    """Θ of low-rank updates: A and B of every linear in turn, stored under the names of Hugging Face's modules."""
+    shapes: list[dict[str, tuple[int, ...]]] = []
+    for linear in adapted:
+        specs = linear.placement.factors
+        shapes.append({f"{spec.path}.lora_A": (spec.rank, spec.in_features) for spec in specs})
+        shapes.append({f"{spec.path}.lora_B": (spec.rows, spec.rank) for spec in specs})
 
-    layout: `shards_of` each rank. held: `lora_A` and `lora_B` there, or moments of their shapes, on the CPU; of a
-    replicated one rank 0's is taken.
-    """
-    whole = {}
-    for index, spec in enumerate(linear.placement.factors):
-        if linear.placement.layout.kind == "row":
-            a = torch.cat([a_of(shards, index, a) for shards, (a, _) in zip(layout, held, strict=True)], dim=1)
-            b = b_of(layout[0], index, held[0][1])
-        else:
-            a, b = a_of(layout[0], index, held[0][0]), torch.zeros(spec.rows, spec.rank)
-            for shards, (_, flat) in zip(layout, held, strict=True):
-                b[list(shards[index].factor_rows)] = b_of(shards, index, flat)
-        whole[spec.path] = WholeFactor(spec, a.contiguous(), b.contiguous())
-    return whole
+    return Theta(tuple(theta_of(adapted)), tuple(shapes), lambda tp_rank: _Layout(adapted, tp_rank, tp_size), masks)
 
 
-def spread_factors(
-    adapted: Sequence[AdaptedLinear],
-    tp_rank: int,
-    values: Mapping[str, tuple[Tensor, Tensor]],
-    select: Select = lambda parameter: parameter.detach(),
-) -> None:
-    """Set every factor from its whole (A, B); the inverse of `join_factors`, without communication.
+class _Layout(Sequence[Held]):
+    """Made as it is asked for: the rows of every factor of a large model, on every rank, would fill a GB of lists."""
 
-    `select` takes a parameter to what is set: itself, or a tensor of its shape.
-    """
-    with torch.no_grad():
-        for linear in adapted:
-            factors, sharded_a = linear.factors, linear.placement.layout.kind == "row"
-            into_a, into_b = select(factors.lora_A), select(factors.lora_B)
-            for index, spec in enumerate(linear.placement.factors):
-                whole_a, whole_b = values[spec.path]
-                a, b = factors.a_of(index, into_a), factors.b_of(index, into_b)
-                a.copy_(whole_a.narrow(1, tp_rank * a.size(1), a.size(1)) if sharded_a else whole_a)
-                b.copy_(whole_b[list(factors.shards[index].factor_rows)])
+    def __init__(self, adapted: Sequence[AdaptedLinear], tp_rank: int, tp_size: int) -> None:
+        self._adapted, self._tp_rank, self._tp_size = adapted, tp_rank, tp_size
+
+    def __len__(self) -> int:
+        return 2 * len(self._adapted)
+
+    def __getitem__(self, number: int) -> Held:
+        linear = self._adapted[number // 2]
+        shards = shards_of(linear.placement, self._tp_rank, self._tp_size)
+        a, b = _pieces(linear, shards, self._tp_rank)
+        if number % 2:
+            return Held((max(1, b_elements(shards)),), b)
+        return Held(tuple(linear.factors.lora_A.shape), a)
+
+
+def _pieces(
+    linear: AdaptedLinear, shards: Sequence[FactorShard], tp_rank: int
+) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+    """Those of lora_A, which a row-parallel linear cuts by columns, and of lora_B, of which rows may be anywhere."""
+    k = linear.factors.lora_A.size(1)
+    sharded_a = linear.placement.layout.kind == "row"
+    columns = slice(tp_rank * k, (tp_rank + 1) * k) if sharded_a else slice(None)
+    a, b = [], []
+    for index, shard in enumerate(shards):
+        a.append(Piece(f"{shard.name}.lora_A", (slice(None), columns), partial(a_of, shards, index)))
+        b.append(Piece(f"{shard.name}.lora_B", (list(shard.factor_rows),), partial(b_of, shards, index)))
+    return tuple(a), tuple(b)
+
+
+def spread_factors(adapted: Sequence[AdaptedLinear], tp_rank: int, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Set every factor from its whole (A, B), by module path, without communication."""
+    named = {
+        f"{path}.lora_{side}": tensor for path, pair in values.items() for side, tensor in zip("AB", pair, strict=True)
+    }
+    for linear in adapted:
+        pieces = _pieces(linear, linear.factors.shards, tp_rank)
+        for parameter, ours in zip((linear.factors.lora_A, linear.factors.lora_B), pieces, strict=True):
+            scatter(ours, named, parameter)
+
+
+def whole_factors(placements: Sequence[LinearPlacement], tensors: Mapping[str, Tensor]) -> dict[str, WholeFactor]:
+    """Module path → factor, from the stored tensors of `lora_theta`."""
+    return {
+        spec.path: WholeFactor(spec, tensors[f"{spec.path}.lora_A"], tensors[f"{spec.path}.lora_B"])
+        for placement in placements
+        for spec in placement.factors
+    }
 
 
 def adapter_factors(whole: Mapping[str, WholeFactor]) -> dict[str, LowRankFactor]:

@@ -1,7 +1,7 @@
 """Core attention of the frozen base: rotary positions and scaled-dot-product attention, on CPU and CUDA alike.
 
-Legend: s positions, b rows of the microbatch, h query heads and g key/value heads of this rank, d head width; when
-decoding t columns, those in the cache and the s new ones.
+Legend: s positions, b rows of the microbatch, h query heads and g key/value heads of this rank, d head width, l
+positions of a trained prefix, L layers; when decoding t columns, those in the cache and the s new ones.
 """
 
 from __future__ import annotations
@@ -19,19 +19,34 @@ from torch.nn import functional as F
 class KVCache:
     """Keys (rotated) and values of every layer on this rank, for left-padded rows: column c is the same for all rows.
 
-    Not Megatron's inference context, which takes keys before core attention, where ours are not rotated yet.
+    A trained prefix is the first l columns, before the padding. Not Megatron's inference context, which takes keys
+    before core attention, where ours are not rotated yet.
     """
 
     def __init__(
-        self, padding: Tensor, *, layers: int, kv_heads: int, columns: int, head_dim: int, dtype: torch.dtype
+        self,
+        padding: Tensor,
+        *,
+        layers: int,
+        kv_heads: int,
+        columns: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        prefix: Tensor | None = None,
     ) -> None:
-        """padding: int64 [b], empty columns at the left of each row. columns: the most that will be written."""
+        """padding: int64 [b], empty columns at the left of each row. columns: the most that will be written.
+
+        prefix: [L, 2, g, l, d], the same for all rows.
+        """
         self.padding = padding
         self._padded = bool(padding.any())
-        self.filled = 0
-        shape = (layers, padding.size(0), kv_heads, columns, head_dim)
+        self._prefix = self.filled = 0 if prefix is None else prefix.size(3)
+        shape = (layers, padding.size(0), kv_heads, self.filled + columns, head_dim)
         self._keys = torch.empty(shape, dtype=dtype, device=padding.device)
         self._values = torch.empty_like(self._keys)
+        if prefix is not None:
+            for stored, part in ((self._keys, prefix[:, 0]), (self._values, prefix[:, 1])):
+                stored[..., : self.filled, :] = part[:, None]
 
     def extend(self, layer: int, k_bgsd: Tensor, v_bgsd: Tensor) -> tuple[Tensor, Tensor]:
         """Store the next s columns of one layer; returns all keys and values so far, [b, g, t, d]."""
@@ -55,7 +70,8 @@ class KVCache:
     def visible(self, new: int, window: int | None) -> Tensor | None:
         """Which columns the next `new` ones see: bool [b, 1, s, t], None where causality alone says it.
 
-        window: column i sees j with i − window < j ≤ i. Padding sees itself, so that no softmax is over nothing.
+        window: position i sees j with i − window < j ≤ i. Padding sees itself, so that no softmax is over nothing. A
+        prefix is seen by all rows, its positions before those of their first tokens.
         """
         total = self.filled + new
         causal = new == 1 or self.filled == 0
@@ -63,9 +79,12 @@ class KVCache:
             return None
         columns = torch.arange(total, device=self.padding.device)
         queries = columns[self.filled :, None]
-        seen = (columns <= queries) & (columns >= self.padding[:, None, None])
+        kept = (columns < self._prefix) | (columns >= self._prefix + self.padding[:, None, None])
+        seen = (columns <= queries) & kept
         if window is not None:
-            seen &= columns > queries - window
+            # The padding between a prefix and its row takes no positions.
+            positions = columns - self.padding[:, None].where(columns >= self._prefix, 0)
+            seen &= positions[:, None] > positions[:, self.filled :, None] - window
         return (seen | (columns == queries))[:, None]
 
 
@@ -75,7 +94,8 @@ class SequencePlan(PackedSeqParams):
 
     cos, sin: [s, b or 1, 1, d/2], or None for learned positions. segments: (row, start, end) of every packed sample,
     or None where each row is one sample and causality alone keeps right padding out. cache: where decoding keeps the
-    columns before, with `KVCache.visible` of the new ones.
+    columns before, with `KVCache.visible` of the new ones. prefix: [L, 2, g, l, d], trained keys and values that every
+    position sees; a cache holds its own.
     """
 
     qkv_format: str = "sbhd"
@@ -84,6 +104,7 @@ class SequencePlan(PackedSeqParams):
     segments: tuple[tuple[int, int, int], ...] | None = None
     cache: KVCache | None = None
     visible: Tensor | None = None
+    prefix: Tensor | None = None
 
 
 class _Rotate(torch.autograd.Function):
@@ -133,26 +154,50 @@ class CoreAttention(nn.Module):
         heads = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
         if plan.cache is not None:
             out_bhsd = self._attend_cached(*heads, plan.cache, plan.visible)
-        elif plan.segments is None:
-            out_bhsd = self._attend(*heads)
         else:
-            out_bhsd = self._attend_packed(*heads, plan.segments)
+            prefix = None if plan.prefix is None else plan.prefix[self.layer]
+            if plan.segments is None:
+                out_bhsd = self._attend(*heads, prefix)
+            else:
+                out_bhsd = self._attend_packed(*heads, plan.segments, prefix)
         return out_bhsd.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor) -> Tensor:
+    def _attend(self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """Causal attention, where prefix [2, g, l, d] comes before all positions."""
         grouped = q_bhsd.size(1) != k_bgsd.size(1)
-        return F.scaled_dot_product_attention(
-            q_bhsd, k_bgsd, v_bgsd, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+        if prefix is None:
+            return F.scaled_dot_product_attention(
+                q_bhsd, k_bgsd, v_bgsd, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+            )
+        k_bgtd, v_bgtd = (
+            torch.cat((part.expand(len(own), *part.shape), own), dim=2)
+            for part, own in zip(prefix, (k_bgsd, v_bgsd), strict=True)
         )
+        # Queries for the prefix too: as many as keys, so that every kernel's own causality holds and no mask exists.
+        length = prefix.size(2)
+        out_bhtd = F.scaled_dot_product_attention(
+            F.pad(q_bhsd, (0, 0, length, 0)),
+            k_bgtd,
+            v_bgtd,
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=grouped,
+        )
+        return out_bhtd[:, :, length:]
 
     def _attend_packed(
-        self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, segments: tuple[tuple[int, int, int], ...]
+        self,
+        q_bhsd: Tensor,
+        k_bgsd: Tensor,
+        v_bgsd: Tensor,
+        segments: tuple[tuple[int, int, int], ...],
+        prefix: Tensor | None,
     ) -> Tensor:
         """Each sample attends within itself: the cost is Σ length², and no mask exists."""
         rows: list[list[Tensor]] = [[] for _ in range(q_bhsd.size(0))]
         for row, start, end in segments:
             part = (slice(row, row + 1), slice(None), slice(start, end))
-            rows[row].append(self._attend(q_bhsd[part], k_bgsd[part], v_bgsd[part]))
+            rows[row].append(self._attend(q_bhsd[part], k_bgsd[part], v_bgsd[part], prefix))
         return torch.cat([torch.cat(parts, dim=2) for parts in rows], dim=0)
 
     def _attend_cached(

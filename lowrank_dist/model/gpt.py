@@ -1,4 +1,4 @@
-"""The frozen base as megatron-core's GPTModel, built from an Architecture.
+"""The base as megatron-core's GPTModel, built from an Architecture, and the places where a method adds to it.
 
 Legend: b rows, s positions (a multiple of N under sequence parallelism), H hidden, V vocabulary, n target positions.
 """
@@ -14,16 +14,18 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lowrank_dist.model.architecture import Architecture, inv_freq, padded_vocab
 from lowrank_dist.model.attention import KVCache, SequencePlan
 from lowrank_dist.model.layers import ACTIVATIONS, layer_spec
+from lowrank_dist.model.virtual import WithVirtualTokens
 from lowrank_dist.ops.gemm import linear
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
+from lowrank_dist.parallel.prefix import Prefix
 from lowrank_dist.parallel.topology import Topology
-from lowrank_dist.parallel.vocab import FrozenHeadLoss, gathered_logits
+from lowrank_dist.parallel.vocab import HeadLoss, gathered_logits
 
 Segments = Sequence[tuple[int, int, int]] | None
 
@@ -69,6 +71,9 @@ class CausalLM(GPTModel):
 
     The forward pass of GPTModel ends at the final norm: the vocabulary projection runs on the positions that are asked
     for, so a prompt token costs no logits.
+
+    prefix: trained keys and values before every sequence, or None. lead: ids of trained embeddings that come before
+    every sample (`add_virtual_tokens`).
     """
 
     def __init__(
@@ -97,7 +102,28 @@ class CausalLM(GPTModel):
                 self.register_buffer("inv_freq", inv_freq(architecture.rope, architecture.head_dim).to(device), False)
         self.architecture = architecture
         self.topology = topology
+        self.prefix: Prefix | None = None
+        self.lead: tuple[int, ...] = ()
         self.requires_grad_(False)
+
+    @property
+    def virtual(self) -> int:
+        """Positions before the first token of every sequence."""
+        return len(self.lead) + (0 if self.prefix is None else self.prefix.length)
+
+    def add_virtual_tokens(self, rows: Tensor) -> nn.Parameter:
+        """Let the ids from the vocabulary's end on be the trained embeddings `rows` [l, H], fp32; returns these."""
+        embedding, first = self.embedding, self.architecture.vocab
+        embedding.word_embeddings = WithVirtualTokens(
+            embedding.word_embeddings, rows, first, sequence_parallel=self.topology.sequence_parallel
+        )
+        self.lead = tuple(range(first, first + rows.size(0)))
+        return embedding.word_embeddings.rows
+
+    def embeddings_of(self, ids: Tensor) -> Tensor:
+        """[n, H] of ids [n], whole on every rank. Collective over tensor parallelism."""
+        with torch.no_grad(), self.without_sequence_parallelism():
+            return self.embedding.word_embeddings(ids[None])[0]
 
     def set_recompute(self, enabled: bool) -> None:
         """Drop each layer's activations after forward and run it again in backward."""
@@ -121,7 +147,7 @@ class CausalLM(GPTModel):
         reduce_dgrad = self.topology.tp_size > 1 and not self.topology.sequence_parallel
         weight, first = self._head()
         padded_rows, group = self._head_weight().size(0), self.topology.tp_group
-        return FrozenHeadLoss.apply(hidden_nH, weight, target_ids, first, padded_rows, group, reduce_dgrad)
+        return HeadLoss.apply(hidden_nH, weight, target_ids, first, padded_rows, group, reduce_dgrad)
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, segments: Segments = None) -> Tensor:
         """[b, s, V] on every rank, vocabulary padding cut off. Not differentiable."""
@@ -164,6 +190,8 @@ class CausalLM(GPTModel):
     def new_cache(self, padding: Tensor, columns: int) -> KVCache:
         """An empty cache for `columns` columns of rows that begin with `padding` [b] empty ones; see `decode`."""
         architecture = self.architecture
+        with torch.no_grad():
+            prefix = self._prefix()
         return KVCache(
             padding,
             layers=architecture.layers,
@@ -172,13 +200,17 @@ class CausalLM(GPTModel):
             columns=columns,
             head_dim=architecture.head_dim,
             dtype=self.config.params_dtype,
+            prefix=prefix,
         )
+
+    def _prefix(self) -> Tensor | None:
+        return None if self.prefix is None else self.prefix().to(self.config.params_dtype)
 
     def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
         """Logits [b, V_i] of the token after the last column, for this rank's rows of the head; −∞ on padded rows.
 
         input_ids [b, s]: the columns after those in the cache, which takes them up. Positions count from each row's
-        first column that is not padding. Not differentiable; only without sequence parallelism.
+        first column that is not padding, behind a prefix. Not differentiable; only without sequence parallelism.
         """
         assert not self.topology.sequence_parallel, "decode inside `without_sequence_parallelism`"
         columns = torch.arange(cache.filled, cache.filled + input_ids.size(1), device=input_ids.device)
@@ -195,13 +227,16 @@ class CausalLM(GPTModel):
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, segments: Segments) -> Tensor:
         """[s, b, H] after the final norm, whole on every rank (under sequence parallelism dH is scattered)."""
+        if self.prefix is not None:
+            position_ids = position_ids + self.prefix.length
         if segments is None:
             # Unpacked rows all count 0, 1, 2, …: one column of angles serves them all, padding included.
-            positions_sb = torch.arange(position_ids.size(1), device=position_ids.device)[:, None]
+            first = 0 if self.prefix is None else self.prefix.length
+            positions_sb = torch.arange(first, first + position_ids.size(1), device=position_ids.device)[:, None]
         else:
             positions_sb = position_ids.t()
         plan = self._plan(positions_sb)
-        plan.segments = segments
+        plan.segments, plan.prefix = segments, self._prefix()
         hidden = super().forward(input_ids, position_ids, attention_mask=None, packed_seq_params=plan)
         if not self.topology.sequence_parallel:
             return hidden

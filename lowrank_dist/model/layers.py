@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -75,6 +76,11 @@ class RecomputableLayer(TransformerLayer):
     """
 
     recompute = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Megatron's is torch.enable_grad: evaluation would keep what a trained bottleneck or bias saves for backward.
+        self.bias_dropout_add_exec_handler = nullcontext
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if not (self.recompute and torch.is_grad_enabled()):

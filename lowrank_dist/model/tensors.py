@@ -95,6 +95,15 @@ def copy_plans(
     return plans
 
 
+def is_cut(name: str, architecture: Architecture) -> bool:
+    """Whether tensor parallelism cuts the Megatron parameter of this name; else every rank has a copy."""
+    module, _, leaf = name.rpartition(".")
+    linear = module.rpartition(".")[2]
+    if linear in architecture.linears:
+        return leaf == "weight" or architecture.linears[linear].kind == "column"
+    return any(rule.megatron == name and rule.sharding == "vocab" for rule in architecture.tensors)
+
+
 def _layers(template: str, architecture: Architecture) -> range:
     return range(architecture.layers if "{layer}" in template else 1)
 

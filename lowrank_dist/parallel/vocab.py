@@ -1,4 +1,4 @@
-"""The vocabulary projection of a frozen head: loss on target positions, and whole logits.
+"""The vocabulary projection: loss on target positions, and whole logits.
 
 Legend: n target positions, H hidden, V_i rows of the head on this rank (vocabulary padding cut off), N ranks.
 """
@@ -19,12 +19,13 @@ from lowrank_dist.parallel.collectives import all_gather_columns, all_reduce
 LOGIT_BLOCK_BYTES = 128 * 2**20
 
 
-class FrozenHeadLoss(torch.autograd.Function):
-    """Σ −log p(target) over n positions, for a frozen head sharded over the vocabulary.
+class HeadLoss(torch.autograd.Function):
+    """Σ −log p(target) over n positions, for a head sharded over the vocabulary.
 
-    The head has no weight gradient, so the only gradient, dH = (p − onehot)·W, is formed while the logits of a block
-    exist; no logits outlive forward. The maximum and [Σ exp ∣ target logit] are one reduction each. `reduce_dgrad`
-    says that dH, a partial sum over vocabulary shards, must be all-reduced here (no sequence parallelism).
+    The gradients, dH = (p − onehot)·W and for a trained head dW = (p − onehot)ᵀ·H, are formed while the logits of a
+    block exist; no logits outlive forward. The maximum and [Σ exp ∣ target logit] are one reduction each.
+    `reduce_dgrad` says that dH, a partial sum over vocabulary shards, must be all-reduced here (no sequence
+    parallelism).
     """
 
     @staticmethod
@@ -42,14 +43,16 @@ class FrozenHeadLoss(torch.autograd.Function):
         block = max(1, LOGIT_BLOCK_BYTES // (4 * padded_rows))
         needs_grad = ctx.needs_input_grad[0]
         grad_nH = torch.empty_like(hidden_nH) if needs_grad else None
+        grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = hidden_nH.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden_nH.size(0), block):
             rows = slice(start, start + block)
-            loss, grad = _block(hidden_nH[rows], weight_VH, targets_n[rows] - first_id, group, needs_grad)
+            loss, grad = _block(hidden_nH[rows], weight_VH, targets_n[rows] - first_id, group, needs_grad, grad_VH)
             total += loss
             if grad_nH is not None:
                 grad_nH[rows] = grad
-        ctx.grad_nH, ctx.group, ctx.reduce_dgrad = grad_nH, group, reduce_dgrad
+        ctx.grad_nH, ctx.grad_VH = grad_nH, None if grad_VH is None else grad_VH.to(weight_VH.dtype)
+        ctx.group, ctx.reduce_dgrad = group, reduce_dgrad
         return total
 
     @staticmethod
@@ -58,13 +61,22 @@ class FrozenHeadLoss(torch.autograd.Function):
         grad_nH = ctx.grad_nH.mul_(dloss.to(ctx.grad_nH.dtype))
         if ctx.reduce_dgrad:
             all_reduce(grad_nH, ctx.group).wait()
-        return grad_nH, None, None, None, None, None, None
+        grad_VH = None if ctx.grad_VH is None else ctx.grad_VH.mul_(dloss.to(ctx.grad_VH.dtype))
+        return grad_nH, grad_VH, None, None, None, None, None
 
 
 def _block(
-    hidden: Tensor, weight: Tensor, local_targets: Tensor, group: ProcessGroup, needs_grad: bool
+    hidden: Tensor,
+    weight: Tensor,
+    local_targets: Tensor,
+    group: ProcessGroup,
+    needs_grad: bool,
+    weight_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss and this rank's part of the gradient with respect to `hidden`, for one block of positions."""
+    """Summed loss and this rank's part of the gradient with respect to `hidden`, for one block of positions.
+
+    weight_grad: fp32, to which the gradient of a trained head is added.
+    """
     logits = linear(hidden, weight).float()
     if weight.size(0):
         peak = logits.amax(dim=-1, keepdim=True)
@@ -87,6 +99,9 @@ def _block(
     grad = linear(logits.to(weight.dtype), weight.t()).float().div_(sums[:, :1])
     if weight.size(0):
         grad -= weight[column[:, 0]] * mine[:, None]
+        if weight_grad is not None:
+            logits.div_(sums[:, :1]).scatter_add_(1, column, -mine[:, None].float())
+            weight_grad += logits.to(hidden.dtype).t() @ hidden
     return loss, grad.to(hidden.dtype)
 
 

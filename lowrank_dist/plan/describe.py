@@ -11,7 +11,7 @@ from lowrank_dist.plan.hardware import usable
 from lowrank_dist.plan.job import Job
 from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, tensor_sizes
 from lowrank_dist.plan.memory import memory, moments, standing
-from lowrank_dist.plan.methods import MethodPlan, Sizes, compare
+from lowrank_dist.plan.methods import MethodPlan, Sizes, compare, stored_parameters, trained_parameters
 from lowrank_dist.plan.parameters import frozen_parameters, frozen_size, theta_on_rank
 from lowrank_dist.plan.step_time import job_flops
 from lowrank_dist.plan.traffic import Message, bytes_of, calls, microbatch_messages, of_step
@@ -65,13 +65,20 @@ def _model(job: Job) -> dict[str, Any]:
 
 
 def _trained(job: Job) -> dict[str, Any]:
-    size = frozen_size(job.shape)
+    """by_module: of low-rank updates by the module that has them, of full fine-tuning by part of the model."""
+    size, method, trained = frozen_size(job.shape), job.tuning.method, trained_parameters(job)
+    parts = {method: trained}
+    if method == "lora":
+        parts = job.placement.by_module()
+    elif method == "full":
+        parts = frozen_parameters(job.shape)
     return {
-        "parameters": job.placement.elements,
-        "percent": 100 * job.placement.elements / size,
+        "method": method,
+        "parameters": trained,
+        "stored": stored_parameters(job),
+        "percent": 100 * trained / size,
         "by_module": {
-            name: {"parameters": elements, "percent": 100 * elements / size}
-            for name, elements in job.placement.by_module().items()
+            name: {"parameters": elements, "percent": 100 * elements / size} for name, elements in parts.items()
         },
     }
 
@@ -79,7 +86,7 @@ def _trained(job: Job) -> dict[str, Any]:
 def _files(job: Job, cluster: Cluster, keep_last: int | None, keep_best: int) -> dict[str, int]:
     return {
         "adapter": storage.adapter_bytes(job),
-        "adapter_16_bit": storage.adapter_bytes(job) // 2,
+        "adapter_16_bit": 2 * stored_parameters(job),
         "checkpoint": storage.checkpoint_bytes(job),
         "base": storage.base_bytes(job),
         "disk": storage.disk_bytes(job, keep_last, keep_best),
@@ -156,13 +163,15 @@ def _time(candidate: Candidate) -> dict[str, Any]:
 
 
 def _state(job: Job) -> dict[str, float]:
-    """Bytes of weights, gradients, masters and moments of a replica, however sharded: low-rank and full training."""
-    size = frozen_size(job.shape)
-    lora = job.itemsize * size + (4 + 4 + 12) * job.placement.elements
-    full = (job.itemsize + 4 + 12) * size
+    """Bytes of weights, gradients, masters and moments of a replica, however sharded: as planned and of full training,
+    where Φ itself is fp32.
+    """
+    size, method = frozen_size(job.shape), job.tuning.method
+    full = (4 + 4 + 12) * size
+    planned = full if method == "full" else job.itemsize * size + (4 + 4 + 12) * trained_parameters(job)
     return {
-        "lora": lora,
-        "lora_bytes_per_parameter": lora / size,
+        "planned": planned,
+        "planned_bytes_per_parameter": planned / size,
         "full": full,
         "full_bytes_per_parameter": full / size,
     }

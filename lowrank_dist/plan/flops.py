@@ -1,16 +1,18 @@
-"""FLOPs of a step on a frozen base, counted: what is executed, and what the model needs (MFU's numerator).
+"""FLOPs of a step, counted: what is executed, and what the model needs (MFU's numerator).
 
 Frozen weights have no weight gradient, the lowest adapted linear forms no gradient of its input, nothing below it runs
 backward, and only target positions reach the vocabulary projection. A multiply-add is two FLOPs; norms, activations and
-softmax are left out. Causal attention counts the half of the scores that exists.
+softmax are left out. Causal attention counts the half of the scores that exists, and a prefix in full.
 
-Legend: T tokens, n target tokens, H hidden, V vocabulary, r rank of a factor.
+Legend: T tokens, n target tokens, H hidden, V vocabulary, r rank of a factor, m bottleneck, l virtual positions, w
+width of the prefix' MLP.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowrank_dist.plan.job import Tuning
 from lowrank_dist.plan.placement import Layer, Placement, gradients
 from lowrank_dist.plan.shapes import LINEARS, Shape
 
@@ -31,6 +33,7 @@ class FlopCount:
 def step_flops(
     shape: Shape,
     placement: Placement,
+    tuning: Tuning,
     *,
     tokens: int,
     target_tokens: int,
@@ -39,36 +42,54 @@ def step_flops(
 ) -> FlopCount:
     """FLOPs of forward and backward of `tokens` tokens, of which `target_tokens` are trained on.
 
-    square_lengths: Σ length² over the samples, each of which attends within itself. Sums may run over any number of
-    microbatches, steps and ranks: the count is linear in all three.
+    square_lengths: Σ length² over the samples, each of which attends within itself, a prompt included and a prefix not.
+    Sums may run over any number of microbatches, steps and ranks: the count is linear in all three. The MLP of a
+    prefix, which runs once a microbatch whatever its tokens, is apart (`prefix_flops`).
     """
     linears = {name: shape.linears[name].weights for name in LINEARS}
+    full = tuning.method == "full"
     forward_linears = 2 * tokens * sum(linears.values())
-    forward_attention = 2 * square_lengths * shape.heads * shape.head_dim
+    forward_attention = 2 * (square_lengths + 2 * tokens * tuning.prefix) * shape.heads * shape.head_dim
     vocabulary = 2 * target_tokens * shape.vocab * shape.hidden
-    trained = placement.trains
-    executed = model = vocabulary * (2 if trained else 1)
+    executed = model = vocabulary * (1 + placement.trains + full)
     attention = 0
     for layer, stream, count in placement.kinds:
-        forward = forward_linears + _low_rank_forward(layer, tokens)
+        forward = forward_linears + _low_rank_forward(layer, tokens) + _bottlenecks(shape, tuning, tokens)
         needs = gradients(layer, stream)
         backward = sum(2 * tokens * linears[name] for name, dx in zip(LINEARS, needs, strict=True) if dx)
-        backward += _low_rank_backward(layer, needs, tokens)
+        backward += _low_rank_backward(layer, needs, tokens) + _bottlenecks_backward(shape, tuning, stream, tokens)
+        backward += forward_linears * full
         model += count * (forward + backward + forward_attention * (3 if needs[1] else 1))
         again = recompute and (stream or any(layer))
+        # Non-reentrant checkpoint stops at the last tensor that was saved: before the last bottleneck's last product.
+        repeated = forward - _product(shape, tuning, tokens) * bool(tuning.bottlenecks)
         # Flash attention's backward: five products, the scores' among them, where forward has two.
-        executed += count * (forward * (2 if again else 1) + backward)
+        executed += count * (forward + backward + again * repeated)
         attention += count * forward_attention * (1 + again)
         attention += count * forward_attention * 5 // 2 * needs[1]
     return FlopCount(executed + attention, model, attention)
 
 
-def replicated_flops(placement: Placement, *, tokens: int, recompute: bool) -> int:
+def prefix_flops(shape: Shape, tuning: Tuning) -> tuple[int, int]:
+    """Of one microbatch, forward and backward of the MLP that makes a prefix: what every tensor-parallel rank repeats,
+    and what is cut over them.
+    """
+    if not tuning.prefix or tuning.width is None:
+        return 0, 0
+    once = 3 * 2 * tuning.virtual * tuning.width
+    return once * shape.hidden, once * 2 * shape.layers * shape.kv_heads * shape.head_dim
+
+
+def replicated_flops(shape: Shape, placement: Placement, tuning: Tuning, *, tokens: int, recompute: bool) -> int:
     """FLOPs that every tensor-parallel rank repeats without sequence parallelism: those of the replicated factors,
-    A of column- and B of row-parallel linears, which then see all tokens everywhere.
+    A of column- and B of row-parallel linears, and of replicated bottlenecks, which then see all tokens everywhere.
     """
     found = 0
     for layer, stream, count in placement.kinds:
+        if tuning.bottlenecks and not tuning.sharded:
+            forward = _bottlenecks(shape, tuning, tokens)
+            again = (forward - _product(shape, tuning, tokens)) * recompute
+            found += count * (forward + again + _bottlenecks_backward(shape, tuning, stream, tokens))
         forwards = 2 if recompute and (stream or any(layer)) else 1
         for index, (factors, needs_dx) in enumerate(zip(layer, gradients(layer, stream), strict=True)):
             column = index % 2 == 0
@@ -92,3 +113,18 @@ def _low_rank_backward(layer: Layer, needs: tuple[bool, ...], tokens: int) -> in
             on_rows, on_inputs = factor.rank * factor.rows, factor.rank * factor.in_features
             found += 2 * tokens * (2 * on_rows + (2 if needs_dx else 1) * on_inputs)
     return found
+
+
+def _product(shape: Shape, tuning: Tuning, tokens: int) -> int:
+    """One product of a bottleneck: [T, H] by [H, m] or [T, m] by [m, H]."""
+    return 2 * tokens * shape.hidden * tuning.bottleneck
+
+
+def _bottlenecks(shape: Shape, tuning: Tuning, tokens: int) -> int:
+    return 2 * tuning.bottlenecks * _product(shape, tuning, tokens)
+
+
+def _bottlenecks_backward(shape: Shape, tuning: Tuning, stream: bool, tokens: int) -> int:
+    """dX and dW of both products; the lowest bottleneck needs no dX, unless a trained norm is before it."""
+    lowest = not stream and tuning.method == "adapter_h"
+    return 2 * _bottlenecks(shape, tuning, tokens) - lowest * _product(shape, tuning, tokens)

@@ -10,6 +10,33 @@ from lowrank_dist.plan.placement import Placement
 from lowrank_dist.plan.shapes import Shape
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
+MethodName = Literal["lora", "full", "adapter_h", "adapter_l", "prefix", "prompt"]
+_BOTTLENECKS = {"adapter_h": 2, "adapter_l": 1}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the model is fine-tuned, and what a method has of sizes; the factors of low-rank updates are a Placement.
+
+    bottleneck: width m of an adapter layer, and whether it is cut over tensor parallelism (`sharded`) or a copy on
+    every rank. virtual: positions l of a prefix or prompt. width: of the MLP that makes a prefix, None for none.
+    """
+
+    method: MethodName = "lora"
+    bottleneck: int = 0
+    sharded: bool = False
+    virtual: int = 0
+    width: int | None = None
+
+    @property
+    def bottlenecks(self) -> int:
+        """Of a layer."""
+        return _BOTTLENECKS.get(self.method, 0)
+
+    @property
+    def prefix(self) -> int:
+        """Positions that attention sees before a row, and that are in no row."""
+        return self.virtual if self.method == "prefix" else 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +61,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Job:
-    """One optimizer step to be planned. Every row is taken as `length` tokens long: the most that the config allows.
+    """One optimizer step to be planned. Every row is taken as long as `length` allows, virtual positions included.
 
     target_share: the part of the tokens that is trained on, and hence reaches the vocabulary. reduce_bucket: elements,
     None for |Θ| on the rank. device: whose operators run. lanes: factors beside the weights (parallel/lanes.py).
@@ -54,16 +81,22 @@ class Job:
     device: Literal["cpu", "cuda"]
     lanes: bool
     packing: bool
+    tuning: Tuning = Tuning()
 
     @property
     def itemsize(self) -> int:
         return ITEMSIZE[self.dtype]
 
     @property
+    def row(self) -> int:
+        """Positions of a row before padding: a prompt's are among them, a prefix' are not."""
+        return self.length - self.tuning.prefix
+
+    @property
     def sequence_length(self) -> int:
         """Positions of a row, padded so that every rank's token shard is of one size."""
         step = self.layout.tensor if self.layout.sequence else 1
-        return math.ceil(self.length / step) * step
+        return math.ceil(self.row / step) * step
 
     @property
     def tokens(self) -> int:
@@ -77,8 +110,8 @@ class Job:
 
     @property
     def targets(self) -> int:
-        """n of a microbatch: positions whose next token is trained on; the last of a row has none."""
-        return self.layout.micro_batch * int(self.target_share * (self.length - 1))
+        """n of a microbatch: positions whose next token is trained on; the last of a row has none, nor have virtual."""
+        return self.layout.micro_batch * int(self.target_share * (self.length - self.tuning.virtual - 1))
 
     @property
     def microbatches(self) -> int:

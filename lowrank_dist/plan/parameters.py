@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lowrank_dist.plan.job import Job, padded_vocab
 from lowrank_dist.plan.placement import Factor, Layer, total_rank
 from lowrank_dist.plan.shapes import LINEARS, Shape
+from lowrank_dist.plan.tuned import norm_elements, parameters
 
 
 def frozen_parameters(shape: Shape) -> dict[str, int]:
@@ -28,10 +29,6 @@ def frozen_parameters(shape: Shape) -> dict[str, int]:
     return found
 
 
-def norm_elements(shape: Shape) -> int:
-    return shape.hidden * (2 if shape.norm == "LayerNorm" else 1)
-
-
 def frozen_size(shape: Shape) -> int:
     """|Φ|."""
     return sum(frozen_parameters(shape).values())
@@ -50,7 +47,11 @@ def frozen_on_rank(job: Job) -> int:
 
 @dataclass(frozen=True)
 class ThetaOnRank:
-    """Elements of Θ on one rank. replicated: A of column- and B of row-parallel linears, the same on every rank."""
+    """Elements of Θ on one rank, in the optimiser's two groups.
+
+    replicated: with partial gradients, as A of column- and B of row-parallel linears have; sharded: the others. b,
+    total_ranks: elements of B and ranks of all factors, of low-rank updates alone.
+    """
 
     replicated: int
     sharded: int
@@ -65,6 +66,9 @@ class ThetaOnRank:
 def theta_on_rank(job: Job, tp_rank: int) -> ThetaOnRank:
     """Θ on tensor-parallel rank `tp_rank`: with fewer key/value heads than ranks the shares of B are uneven."""
     replicated = sharded = b = ranks = 0
+    if job.tuning.method != "lora":
+        groups = parameter_sizes(job, tp_rank)
+        return ThetaOnRank(*map(sum, groups), 0, 0)
     for layer, _, count in job.placement.kinds:
         for column, a_elements, b_elements, rank in _linears(job, layer, tp_rank):
             replicated += count * (a_elements if column else b_elements)
@@ -74,7 +78,10 @@ def theta_on_rank(job: Job, tp_rank: int) -> ThetaOnRank:
 
 
 def parameter_sizes(job: Job, tp_rank: int) -> tuple[list[int], list[int]]:
-    """Elements of every replicated and of every sharded parameter of Θ on a rank, in the order of execution."""
+    """Elements of every parameter of Θ on a rank with a partial gradient, and of every other, in order."""
+    if job.tuning.method != "lora":
+        held = parameters(job)
+        return [p.elements for p in held if p.partial], [p.elements for p in held if not p.partial]
     replicated, sharded = [], []
     for layer in job.placement.layers:
         for column, a_elements, b_elements, _ in _linears(job, layer, tp_rank):
@@ -97,6 +104,8 @@ def _linears(job: Job, layer: Layer, tp_rank: int) -> Iterator[tuple[bool, int, 
 
 def heaviest_rank(job: Job) -> int:
     """The tensor-parallel rank with the most of Θ: the one that a plan speaks of."""
+    if job.tuning.method != "lora":
+        return 0
     distinct = range(job.layout.tensor if job.layout.tensor > job.shape.kv_heads else 1)
     return max(distinct, key=lambda rank: (theta_on_rank(job, rank).elements, -rank))
 

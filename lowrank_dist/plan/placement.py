@@ -35,12 +35,15 @@ class Factor:
 
 # The factors of a layer's four linears, in the order of LINEARS.
 Layer = tuple[tuple[Factor, ...], ...]
+# Where what another method trains joins a layer, behind the linear that has it: of no rank, and in no message.
+JOINS = Factor("", 0, 0, 0, ())
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The factors of every layer. flows: every layer's input requires a gradient, as where the embeddings are trained
-    (other methods than low-rank updates are planned with such a placement, without factors).
+    """The factors of every layer. flows: every layer's input requires a gradient, as where the embeddings are trained.
+
+    Other methods than low-rank updates are planned with `joined`, a placement without factors.
     """
 
     layers: tuple[Layer, ...]
@@ -72,7 +75,7 @@ class Placement:
     @property
     def trains(self) -> bool:
         """Whether backward runs at all."""
-        return self.flows or self.elements > 0
+        return self.flows or self.lowest[0] < len(self.layers)
 
     @cached_property
     def elements(self) -> int:
@@ -91,6 +94,20 @@ class Placement:
     def factors(self) -> int:
         """Adapted linears over all layers (each has one A and one B parameter)."""
         return sum(count * sum(map(bool, layer)) for layer, _, count in self.kinds)
+
+
+def joined(shape: Shape, method: str) -> Placement:
+    """How the gradient of another method than low-rank updates flows through the frozen base.
+
+    Full fine-tuning and a prompt train what comes before the first layer; a prefix joins in its attention, the adapters
+    behind the projection that they follow.
+    """
+    frozen: Layer = ((), (), (), ())
+    if method in ("full", "prompt"):
+        return Placement((frozen,) * shape.layers, flows=True)
+    index = {"prefix": 0, "adapter_h": 1, "adapter_l": 3}[method]
+    first = tuple((JOINS,) if number == index else () for number in range(4))
+    return Placement((first, *(frozen,) * (shape.layers - 1)))
 
 
 def total_rank(factors: Sequence[Factor]) -> int:

@@ -40,8 +40,8 @@ def _table(title: str, *heads: str) -> Table:
 def headline(plan: Mapping[str, Any]) -> str:
     model, trained = plan["model"], plan["trained"]
     return (
-        f"{model['name']}: |Φ| {model['parameters']:,} in {model['dtype']}, |Θ| {trained['parameters']:,} "
-        f"({percent(trained['percent'])} %)"
+        f"{model['name']}: |Φ| {model['parameters']:,} in {model['dtype']}, {trained['method']}: "
+        f"|Θ| {trained['parameters']:,} ({percent(trained['percent'])} %)"
     )
 
 
@@ -81,15 +81,17 @@ def percent(value: float) -> str:
 
 def _theta(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
     files = plan["files"]
-    table = _table("Θ", "module", "parameters", "% of |Φ|")
+    table = _table("Θ", "trained", "parameters", "% of |Φ|")
     for name, found in plan["trained"]["by_module"].items():
         table.add_row(name, f"{found['parameters']:,}", percent(found["percent"]))
     yield table
+    stored = f"adapter {size(files['adapter'])} in fp32 ({size(files['adapter_16_bit'])} in 16 bits)"
+    if plan["trained"]["method"] == "full":
+        stored = f"trained model {size(files['adapter'])}"
     yield Text(
-        f"adapter {size(files['adapter'])} in fp32 ({size(files['adapter_16_bit'])} in 16 bits) beside a base of "
-        f"{size(files['base'])}; checkpoint {size(files['checkpoint'])}; disk {size(files['disk'])}; host memory of a "
-        f"node {size(files['host_memory_loading'])} while loading, rank 0 {size(files['host_memory_saving'])} more "
-        "while saving"
+        f"{stored} beside a base of {size(files['base'])}; checkpoint {size(files['checkpoint'])}; disk "
+        f"{size(files['disk'])}; host memory of a node {size(files['host_memory_loading'])} while loading, rank 0 "
+        f"{size(files['host_memory_saving'])} more while saving"
     )
 
 
@@ -123,7 +125,8 @@ def _time(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
     table.add_row("step", f"{time['seconds']:.3f}")
     yield table
     yield Text(
-        f"{flops['executed']:.3g} FLOPs executed, {flops['model']:.3g} by the model, none for weight gradients of Φ; "
+        f"{flops['executed']:.3g} FLOPs executed, {flops['model']:.3g} by the model"
+        f"{'' if plan['trained']['method'] == 'full' else ', none for weight gradients of Φ'}; "
         f"modelled MFU {100 * time['mfu']:.1f} %, {time['tokens_per_second']:,.0f} tokens/s"
     )
 
@@ -179,9 +182,10 @@ def _methods(plan: Mapping[str, Any]) -> Table:
 
 def _notes(plan: Mapping[str, Any]) -> Iterator[str]:
     state = plan["state"]
+    planned, full = ((state[f"{key}_bytes_per_parameter"], size(state[key])) for key in ("planned", "full"))
     yield (
-        f"weights, gradients and optimiser of a replica: low-rank {state['lora_bytes_per_parameter']:.3g} bytes a "
-        f"parameter of Φ ({size(state['lora'])}), full {state['full_bytes_per_parameter']:.3g} ({size(state['full'])})"
+        f"weights, gradients and optimiser of a replica: {plan['trained']['method']} {planned[0]:.3g} bytes a "
+        f"parameter of Φ ({planned[1]}), full {full[0]:.3g} ({full[1]})"
     )
     if plan["model"]["name"] == "gpt3-175b":
         yield "Hu et al. (2021) print 350 GB for low-rank and 1.2 TB for full training of GPT-3 175B with Adam"

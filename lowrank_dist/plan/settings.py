@@ -9,9 +9,9 @@ from pathlib import Path
 
 from lowrank_dist.config import Config, load_config
 from lowrank_dist.errors import UserError
-from lowrank_dist.plan.job import Job, Layout
+from lowrank_dist.plan.job import Job, Layout, Tuning
 from lowrank_dist.plan.layouts import Cluster, Fixed, choose
-from lowrank_dist.plan.placement import place
+from lowrank_dist.plan.placement import joined, place
 from lowrank_dist.plan.shapes import BUILT_IN, Shape, find_shape
 
 # What a plan from a shape has no use for, and a config cannot do without.
@@ -99,10 +99,17 @@ def job_of(request: Request, target_share: float) -> Job:
             f"use at most data.max_length={shape.max_positions}"
         )
     device = "cpu" if config.model.device == "cpu" else "cuda"
-    lora = config.lora
+    lora, tuning = config.lora, tuning_of(config)
+    if length - tuning.virtual < 2:
+        raise UserError(
+            f"{config.method}.length={tuning.virtual} takes from data.max_length={length}: no room is left for a "
+            f"sample of two tokens; give a length of at most {length - 2}, or a larger data.max_length"
+        )
     return Job(
         shape=shape,
-        placement=place(shape, rank=lora.rank, targets=lora.targets, rank_pattern=lora.rank_pattern),
+        placement=place(shape, rank=lora.rank, targets=lora.targets, rank_pattern=lora.rank_pattern)
+        if config.method == "lora"
+        else joined(shape, config.method),
         layout=Layout(1, 1, False, config.train.micro_batch, config.engine.recompute == "full"),
         global_batch=config.train.global_batch,
         length=length,
@@ -115,4 +122,17 @@ def job_of(request: Request, target_share: float) -> Job:
         # On by itself only where lanes were measured to be faster (parallel/lanes.py).
         lanes=config.engine.lanes == "on" or (config.engine.lanes == "auto" and device == "cpu"),
         packing=config.data.packing,
+        tuning=tuning,
     )
+
+
+def tuning_of(config: Config) -> Tuning:
+    """What the config's method section says."""
+    if config.method in ("adapter_h", "adapter_l"):
+        adapter = config.adapter
+        return Tuning(config.method, bottleneck=adapter.bottleneck, sharded=adapter.placement == "sharded")
+    if config.method == "prefix":
+        return Tuning("prefix", virtual=config.prefix.length, width=config.prefix.width)
+    if config.method == "prompt":
+        return Tuning("prompt", virtual=config.prompt.length)
+    return Tuning(config.method)

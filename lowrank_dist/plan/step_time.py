@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from lowrank_dist.plan.flops import FlopCount, replicated_flops, step_flops
+from lowrank_dist.plan.flops import FlopCount, prefix_flops, replicated_flops, step_flops
 from lowrank_dist.plan.hardware import (
     GEMM_SHARE,
     LINK_SHARE,
@@ -19,8 +19,7 @@ from lowrank_dist.plan.hardware import (
     Gpu,
 )
 from lowrank_dist.plan.job import Job, Layout
-from lowrank_dist.plan.memory import frozen_bytes
-from lowrank_dist.plan.parameters import theta_on_rank
+from lowrank_dist.plan.parameters import frozen_on_rank, theta_on_rank
 from lowrank_dist.plan.placement import gradients
 from lowrank_dist.plan.shapes import LINEARS
 from lowrank_dist.plan.traffic import Message, of_step
@@ -55,15 +54,18 @@ def job_flops(job: Job) -> FlopCount:
     flops = step_flops(
         job.shape,
         job.placement,
+        job.tuning,
         tokens=tokens,
         target_tokens=rows * (job.targets // layout.micro_batch),
         square_lengths=rows * job.sequence_length**2,
         recompute=layout.recompute,
     )
-    if layout.sequence or layout.tensor == 1:
-        return flops
-    repeated = replicated_flops(job.placement, tokens=tokens, recompute=layout.recompute)
-    return replace(flops, executed=flops.executed + (layout.tensor - 1) * repeated)
+    once, cut = (job.microbatches * layout.data * count for count in prefix_flops(job.shape, job.tuning))
+    repeated = (layout.tensor - 1) * once
+    if not layout.sequence and layout.tensor > 1:
+        more = replicated_flops(job.shape, job.placement, job.tuning, tokens=tokens, recompute=layout.recompute)
+        repeated += (layout.tensor - 1) * more
+    return replace(flops, executed=flops.executed + once + cut + repeated, model=flops.model + once + cut)
 
 
 def step_time(job: Job, gpu: Gpu, gpus_per_node: int, tp_rank: int) -> StepTime:
@@ -85,7 +87,7 @@ def step_time(job: Job, gpu: Gpu, gpus_per_node: int, tp_rank: int) -> StepTime:
 def gemm_seconds(job: Job, gpu: Gpu, flops: float) -> float:
     """At the GEMMs' rate, or where a microbatch is small at the rate at which the weights are read, twice or more."""
     rate = gpu.flops * GEMM_SHARE * (1 if job.dtype == "bf16" else 0.5)  # TF32's rate is half
-    reads = job.microbatches * frozen_bytes(job) * (3 if job.layout.recompute else 2)
+    reads = job.microbatches * job.itemsize * frozen_on_rank(job) * (3 if job.layout.recompute else 2)
     return max(flops / rate, reads / (gpu.bandwidth * MEMORY_SHARE))
 
 
@@ -115,7 +117,8 @@ def _passes(job: Job, tp_rank: int) -> int:
     outputs of an adapted linear (benchmarks/roofline.py counts them one by one).
     """
     shape, n, e = job.shape, job.layout.tensor, job.itemsize
-    hidden = (2 * 2 + 2 * 3) * shape.hidden * job.shard_tokens
+    # Norms and residuals; a bottleneck is read, added to its input and written, a bias in between.
+    hidden = (2 * 2 + 2 * 3 + 6 * job.tuning.bottlenecks) * shape.hidden * job.shard_tokens
     inner = (3 if shape.gated else 2) * shape.ffn // n * job.tokens
     heads = 4 * (shape.heads + shape.kv_heads) * shape.head_dim // n * job.tokens
     messages = 4 * shape.hidden * job.tokens if job.layout.sequence else 0

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lowrank_dist.plan.job import ITEMSIZE, Job
-from lowrank_dist.plan.memory import frozen_bytes
-from lowrank_dist.plan.parameters import frozen_size
+from lowrank_dist.plan.methods import stored_parameters, trained_parameters
+from lowrank_dist.plan.parameters import frozen_on_rank, frozen_size
 
 # model/load.py converts at most this much at a time; everything else stays in pages of the mapped files.
 _CHUNK = 16 * 2**20
@@ -19,13 +19,13 @@ def base_bytes(job: Job) -> int:
 
 
 def adapter_bytes(job: Job) -> int:
-    """adapter_model.safetensors: Θ in fp32. Its header and the JSON beside it are some tens of kB."""
-    return 4 * job.placement.elements
+    """What others load: Θ in fp32 (header and JSON are some tens of kB), or after full fine-tuning a model."""
+    return base_bytes(job) if job.tuning.method == "full" else 4 * stored_parameters(job)
 
 
 def checkpoint_bytes(job: Job) -> int:
-    """A checkpoint is an adapter with masters and two moments beside it."""
-    return 16 * job.placement.elements
+    """A checkpoint is what others load with masters and two moments beside it."""
+    return adapter_bytes(job) + 12 * trained_parameters(job)
 
 
 def disk_bytes(job: Job, keep_last: int | None, keep_best: int) -> int:
@@ -42,10 +42,15 @@ def host_bytes(job: Job, ranks_on_node: int) -> int:
 
     On a CPU a rank's shard lies there too. While it saves, rank 0 receives masters and moments of all of Θ.
     """
-    beside = frozen_bytes(job) if job.device == "cpu" else _CUDA
+    beside = job.itemsize * frozen_on_rank(job) if job.device == "cpu" else _CUDA
     return ranks_on_node * (_PROCESS + _CHUNK + beside)
 
 
 def saving_bytes(job: Job) -> int:
-    """What rank 0 holds more of in host memory while a checkpoint is written."""
-    return 12 * job.placement.elements
+    """What rank 0 holds more of in host memory while a checkpoint is written: masters and moments of all of Θ, or
+    where they are streamed of the largest weight.
+    """
+    if job.tuning.method == "full":
+        shape = job.shape
+        return 12 * max(shape.vocab * shape.hidden, *(linear.weights for linear in shape.linears.values()))
+    return 12 * trained_parameters(job)

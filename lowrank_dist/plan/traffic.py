@@ -50,13 +50,18 @@ def microbatch_messages(job: Job) -> list[Message]:
     return messages
 
 
+def layer_calls(job: Job) -> int:
+    """Calls of the topmost layer in a microbatch."""
+    return 0 if job.layout.tensor == 1 else sum(1 for _ in _layer(job, *job.placement.top))
+
+
 def step_messages(job: Job, tp_rank: int) -> list[Message]:
     """What an optimizer step adds to its microbatches: the deferred sum, and ZeRO over data parallelism."""
     theta = theta_on_rank(job, tp_rank)
     if not theta.elements:
         return []
     messages, data = [], job.layout.data
-    if job.layout.tensor > 1:
+    if job.layout.tensor > 1 and theta.replicated:
         nbytes = 4 * partition_elements(theta.replicated, data)
         messages.append(Message(REDUCE, "tensor", "step", nbytes))
     if data > 1:
@@ -64,7 +69,8 @@ def step_messages(job: Job, tp_rank: int) -> list[Message]:
         for elements in bucket_elements(job, tp_rank):
             messages.append(Message(REDUCE, "data", "step", 4 * elements, rounds))
         for elements in (theta.replicated, theta.sharded):
-            messages.append(Message(GATHER, "data", "step", 4 * data * partition_elements(elements, data)))
+            if elements:
+                messages.append(Message(GATHER, "data", "step", 4 * data * partition_elements(elements, data)))
     return messages
 
 
@@ -94,11 +100,14 @@ def bytes_of(messages: Iterable[Message]) -> Counter[tuple[str, str]]:
 
 def _ends(job: Job) -> Iterator[Message]:
     """Embedding and head."""
-    shape, layout = job.shape, job.layout
+    shape, layout, method = job.shape, job.layout, job.tuning.method
     whole = job.tokens * shape.hidden * job.itemsize
     # With learned positions Megatron reduces the word embeddings whole and cuts the sum.
     scattered = layout.sequence and not shape.position_rows
     yield Message(SCATTER if scattered else REDUCE, "tensor", "forward", whole)
+    # The way back to embeddings that are trained; those of a prompt are put in behind the scatter.
+    if layout.sequence and (method == "full" or (method == "prompt" and not scattered)):
+        yield Message(GATHER, "tensor", "backward", whole)
     if layout.sequence:
         yield Message(GATHER, "tensor", "forward", whole)
         if job.placement.trains:
@@ -115,29 +124,54 @@ def _ends(job: Job) -> Iterator[Message]:
 
 def _layer(job: Job, layer: Layer, stream: bool) -> Iterator[tuple[Literal["forward", "backward"], str, int]]:
     """(phase, kind, bytes) of a layer's calls."""
-    shape, sequence = job.shape, job.layout.sequence
+    shape, sequence, tuning = job.shape, job.layout.sequence, job.tuning
     unit = job.tokens * job.itemsize
     ranks = [total_rank(factors) if sequence else 0 for factors in layer]
     needs = gradients(layer, stream)
     forward = [(GATHER if i % 2 == 0 else SCATTER, unit * (shape.hidden + ranks[i])) for i in range(4)]
     if not sequence:
         forward = [(REDUCE, unit * shape.hidden) if i % 2 else None for i in range(4)]
+    own = _bottleneck(job)
     fused = unit * shape.linears["linear_qkv"].out_features
-    if shape.kv_heads < job.layout.tensor:  # Megatron gathers q, k, v where a rank's rows are no whole heads
-        forward.insert(1, (GATHER, fused))
+    # Megatron gathers q, k, v where a rank's rows are no whole heads.
+    gathered = [(GATHER, fused)] if shape.kv_heads < job.layout.tensor else []
+    after_attention = own if tuning.bottlenecks == 2 else []
+    forward = [forward[0], *gathered, forward[1], *after_attention, *forward[2:], *own]
     forward = [call for call in forward if call is not None]
     yield from (("forward", *call) for call in forward)
     if not (stream or any(layer)):
         return
     if job.layout.recompute:
-        # Non-reentrant checkpoint stops at the last tensor that was saved: fc2's reduction comes after it.
-        yield from (("backward", *call) for call in forward[:-1])
-    for i, (factors, needs_dx) in enumerate(zip(layer, needs, strict=True)):
-        if sequence and (needs_dx or factors):
-            # The lowest adapted linear has no dX to ride on: its dU travels alone.
-            columns = shape.hidden * needs_dx + ranks[i]
+        # Non-reentrant checkpoint stops at the last tensor that was saved: the last reduction comes after it, unless a
+        # bottleneck follows that has none.
+        again = forward if tuning.bottlenecks and not tuning.sharded else forward[:-1]
+        yield from (("backward", *call) for call in again)
+    for i, needs_dx in enumerate(needs):
+        # The lowest adapted linear has no dX to ride on: its dU travels alone.
+        columns = shape.hidden * needs_dx + ranks[i]
+        if sequence and columns:
             yield "backward", SCATTER if i % 2 == 0 else GATHER, unit * columns
         elif not sequence and needs_dx and i % 2 == 0:
             yield "backward", REDUCE, unit * shape.hidden
-    if shape.kv_heads < job.layout.tensor and (stream or layer[0]):
+        if sequence and tuning.method == "full" and i % 2 == 0:
+            # Megatron saves the shard of a column linear's input and gathers it again for its weight's gradient.
+            yield "backward", GATHER, unit * shape.hidden
+    yield from (("backward", *call) for call in _bottlenecks_backward(job, stream))
+    if gathered and (stream or total_rank(layer[0])):
         yield "backward", SCATTER, fused
+
+
+def _bottleneck(job: Job) -> list[tuple[str, int]]:
+    """(kind, bytes) of the forward of a bottleneck that is cut: a column then a row linear."""
+    if not job.tuning.sharded:
+        return []
+    whole = job.tokens * job.shape.hidden * job.itemsize
+    return [(GATHER, whole), (SCATTER, whole)] if job.layout.sequence else [(REDUCE, whole)]
+
+
+def _bottlenecks_backward(job: Job, stream: bool) -> list[tuple[str, int]]:
+    """As many as forward; the lowest bottleneck sends no dX on, unless a trained norm is before it."""
+    calls, tuning = _bottleneck(job) * job.tuning.bottlenecks, job.tuning
+    if calls and not stream and tuning.method == "adapter_h":
+        calls.remove((SCATTER, calls[-1][1]) if job.layout.sequence else calls[-1])
+    return calls

@@ -1,14 +1,14 @@
 """Runs the planned step of one rank without its machines, and counts what the formulas claim.
 
 Fake tensors have sizes and no memory, and a fake process group has ranks and no peers: the project's own model,
-low-rank linears, head and deferred sum run forward and backward as they are, on a CPU's operators. ZeRO's partition
+method, head and deferred sum run forward and backward as they are, on a CPU's operators. ZeRO's partition
 alone is taken from the formula (tests hold it against DeepSpeed).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
 from lowrank_dist.backend.select import quiet_libraries, select_backend
-from lowrank_dist.config.schema import LoraConfig
-from lowrank_dist.engine.zero import REPLICATED, ZeroOptimiser
+from lowrank_dist.config import Config
+from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.lora.inject import inject, theta_of
 from lowrank_dist.lora.placement import LoraRules, place
+from lowrank_dist.methods.choose import choose
 from lowrank_dist.model.architecture import Architecture
 from lowrank_dist.model.from_config import architecture_of
 from lowrank_dist.model.gpt import CausalLM
@@ -36,15 +37,17 @@ from lowrank_dist.ops.mask import quantise
 from lowrank_dist.parallel.counting import CollectiveCount, count_collectives
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.plan.activations import activations
 from lowrank_dist.plan.describe import messages_of
 from lowrank_dist.plan.job import Job, head_rows
 from lowrank_dist.plan.layouts import Candidate
-from lowrank_dist.plan.memory import activations, moments, standing
+from lowrank_dist.plan.memory import moments, standing
 from lowrank_dist.plan.parameters import theta_on_rank
 from lowrank_dist.plan.settings import Request
 from lowrank_dist.plan.shapes import BUILT_IN, built_in_config
 from lowrank_dist.plan.step_time import job_flops
 from lowrank_dist.plan.traffic import Message, microbatch_messages, step_messages
+from lowrank_dist.plan.tuned import virtual_positions
 from lowrank_dist.plan.zero import partition_elements
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -75,7 +78,7 @@ def verification(candidate: Candidate, request: Request) -> dict[str, Any]:
     Both sides are of a CPU's operators: CUDA's norms are fused, save less and need less beside.
     """
     job, tp_rank = replace(candidate.job, device="cpu"), candidate.tp_rank
-    executed = execute(job, request.source, request.config.lora, tp_rank)
+    executed = execute(job, request.source, request.config, tp_rank)
     rows = {part: {"formula": value, "executed": executed.parts[part]} for part, value in _parts(job, tp_rank).items()}
     rows["peak"] = {"formula": executed_peak(job, tp_rank), "executed": executed.peak}
     formulas = {
@@ -119,20 +122,21 @@ def microbatch_flops(job: Job) -> int:
     layout = job.layout
     flops = job_flops(replace(job, global_batch=layout.micro_batch * layout.data))
     more_rows = head_rows(job) - job.shape.vocab / layout.tensor
-    head = 2 * 2 * job.targets * job.shape.hidden * more_rows
+    head = (6 if job.tuning.method == "full" else 4) * job.targets * job.shape.hidden * more_rows
     return round((flops.executed - flops.attention) / layout.ranks + head)
 
 
-def execute(job: Job, source: str, lora: LoraConfig, tp_rank: int) -> Executed:
+def execute(job: Job, source: str, config: Config, tp_rank: int) -> Executed:
     """Build rank `tp_rank` of the job and run two microbatches and the deferred sum. source: as `find_shape` takes."""
     quiet_libraries()
     architecture = _architecture(source)
-    with _fake_ranks(job, tp_rank) as topology, FakeTensorMode(allow_non_fake_inputs=True), _Live() as live:
-        model, adapted, masks = _build(job, architecture, lora, topology)
-        parameters = theta_of(adapted)
-        theta = sum(map(_storage_bytes, parameters)) + sum(
-            _storage_bytes(buffer) for linear in adapted for buffer in linear.factors.buffers()
-        )
+    with (
+        _fake_ranks(job, tp_rank) as topology,
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _Live() as live,
+        _KnownPositions(job, tp_rank),
+    ):
+        model, parameters, theta, masks = _build(job, architecture, config, topology)
         built = live.now
         batch = _batch(job)
         masks.set(0, batch["rows"])
@@ -149,7 +153,7 @@ def execute(job: Job, source: str, lora: LoraConfig, tp_rank: int) -> Executed:
         gradients = sum(_storage_bytes(p.grad) for p in parameters if p.grad is not None)
         peak = live.peak - (before - built)
         with count_collectives() as step:
-            _deferred_sum(job, topology, tp_rank)
+            _deferred_sum(job, topology, parameters)
         microbatch = [*_messages(forward, topology, "forward"), *_messages(backward, topology, "backward")]
         steps = _messages(step, topology, "step")
     parts = {
@@ -185,8 +189,9 @@ def _fake_ranks(job: Job, tp_rank: int) -> Iterator[Topology]:
 
 
 def _build(
-    job: Job, architecture: Architecture, lora: LoraConfig, topology: Topology
-) -> tuple[CausalLM, tuple[Any, ...], MaskSource]:
+    job: Job, architecture: Architecture, config: Config, topology: Topology
+) -> tuple[CausalLM, tuple[nn.Parameter, ...], int, MaskSource]:
+    """The model, what is trained, its bytes with buffers of its own, and where dropout comes from."""
     with _made_in(_DTYPES[job.dtype]):
         model = CausalLM(
             architecture,
@@ -196,11 +201,17 @@ def _build(
             vocab_multiple=job.vocab_multiple,
         )
     model.set_recompute(job.layout.recompute)
+    if config.method != "lora":
+        theta = choose(config, architecture).attach(model, topology, resumed=False)
+        return model, theta.parameters, sum(map(_storage_bytes, theta.parameters)), theta.masks
+    # Its own `attach` would draw the factors, which takes long for the largest models.
+    lora = config.lora
     rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
     masks = MaskSource(0, quantise(lora.dropout))
-    placements = place(architecture, rules)
-    adapted = inject(model, placements, masks, 0, topology.tp_rank, topology.tp_size, job.lanes)
-    return model, adapted, masks
+    adapted = inject(model, place(architecture, rules), masks, 0, topology.tp_rank, topology.tp_size, job.lanes)
+    parameters = theta_of(adapted)
+    buffers = sum(_storage_bytes(buffer) for linear in adapted for buffer in linear.factors.buffers())
+    return model, parameters, sum(map(_storage_bytes, parameters)) + buffers, masks
 
 
 @contextmanager
@@ -237,11 +248,14 @@ def _loss(model: CausalLM, batch: dict[str, Any]) -> Tensor:
     return model.loss(batch["ids"], batch["ids"], batch["targets"], batch["targets"], batch["segments"])
 
 
-def _deferred_sum(job: Job, topology: Topology, tp_rank: int) -> None:
-    """The optimiser's own method on what it needs of itself: this rank's partition of the replicated gradients."""
-    partition = torch.zeros(partition_elements(theta_on_rank(job, tp_rank).replicated, job.layout.data))
-    zero = SimpleNamespace(averaged_gradients={REPLICATED: [partition]})
-    ZeroOptimiser._sum_replicated(SimpleNamespace(_topology=topology, engine=SimpleNamespace(optimizer=zero)))
+def _deferred_sum(job: Job, topology: Topology, parameters: Sequence[nn.Parameter]) -> None:
+    """The optimiser's own method on what it needs of itself: this rank's partition of the partial gradients."""
+    partial = sum(parameter.numel() for parameter in parameters if parameter.tp_partial_grad)
+    partition = torch.zeros(partition_elements(partial, job.layout.data))
+    zero = SimpleNamespace(averaged_gradients={0: [partition]})
+    ZeroOptimiser._sum_partial(
+        SimpleNamespace(_topology=topology, _partial=partial > 0, engine=SimpleNamespace(optimizer=zero))
+    )
 
 
 def _messages(count: CollectiveCount, topology: Topology, phase: Any) -> list[Message]:
@@ -251,6 +265,22 @@ def _messages(count: CollectiveCount, topology: Topology, phase: Any) -> list[Me
     found = count.within(topology.tp_group).calls
     assert len(found) == len(count.calls), "a microbatch talks to its tensor-parallel group alone"
     return [Message(call.kind, "tensor", phase, call.bytes) for call in found]
+
+
+class _KnownPositions(TorchDispatchMode):
+    """Fake ids have no values: this says how many of a rank's positions hold virtual tokens, and not which."""
+
+    def __init__(self, job: Job, tp_rank: int) -> None:
+        super().__init__()
+        self._count = virtual_positions(job, tp_rank)
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.nonzero.default:
+            return torch.zeros(self._count, args[0].dim(), dtype=torch.int64)
+        if func is torch.ops.aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
+            there = args[1][0]
+            return func(args[0].flatten(0, there.dim() - 1), [torch.zeros(self._count, dtype=torch.int64)])
+        return func(*args, **(kwargs or {}))
 
 
 class _Live(TorchDispatchMode):

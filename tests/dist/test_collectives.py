@@ -246,7 +246,7 @@ def test_lowest_adapted_linear_forms_no_gradient_of_its_input(folders: dict[str,
 
 def optimiser_calls(folder: str, tensor: int, stage: int, micro_batch: int, per_parameter: bool) -> dict[str, Any]:
     """One rank: the tensor-parallel group's calls in the microbatches of one step and in the step itself."""
-    from lowrank_dist.engine.zero import REPLICATED, OptimiserRules, ZeroOptimiser
+    from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 
     setting = Setting(folder, tensor, True, zero_b=False, micro_batch=micro_batch, zero_stage=stage, pad_to=48)
     model, adapted, masks, topology = build_for_training(setting)
@@ -264,9 +264,9 @@ def optimiser_calls(folder: str, tensor: int, stage: int, micro_batch: int, per_
     rules = OptimiserRules(stage, 0.5, None, 0.01, (0.9, 0.999), 1e-6)
     optimiser = ZeroOptimiser(parameters, topology, rules)
     if per_parameter:
-        optimiser._sum_replicated = lambda: [
+        optimiser._sum_partial = lambda: [
             dist.all_reduce(gradient, group=topology.tp_group)
-            for gradient in optimiser.engine.optimizer.averaged_gradients[REPLICATED]
+            for gradient in optimiser.engine.optimizer.averaged_gradients[0]
         ]
     with count_collectives() as accumulated:
         for index, batch in enumerate(batches):

@@ -12,17 +12,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lowrank_dist.config import Config
 from lowrank_dist.plan.job import Job, Layout
 from lowrank_dist.plan.memory import Memory, memory
-from lowrank_dist.plan.placement import place
-from lowrank_dist.plan.shapes import read_shape
+from lowrank_dist.plan.settings import Request, job_of, read_request
 from tests.dist.ranks import _World
 
 INTERVAL = 0.003
@@ -35,6 +35,7 @@ class Case:
     tensor: int
     recompute: bool
     microbatches: int = 2
+    method: str = "lora"
 
 
 def resident(pid: int | str = "self") -> int:
@@ -51,15 +52,12 @@ def ready(folder: str, case: Case) -> int:
 
 
 def step(folder: str, case: Case) -> int:
-    """One rank: load, inject, two microbatches and an update, as the trainer does. Returns the target tokens."""
+    """One rank: load, attach, two microbatches and an update, as the trainer does. Returns the target tokens."""
     import torch
 
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
-    from lowrank_dist.lora.inject import inject, theta_of
-    from lowrank_dist.lora.placement import LoraRules, place
+    from lowrank_dist.methods.choose import choose
     from lowrank_dist.model.build import load_model
-    from lowrank_dist.parallel.lanes import wanted
-    from lowrank_dist.parallel.masks import MaskSource
     from tests.dist import ranks
 
     topology = ranks.topology(case.tensor, True)
@@ -73,11 +71,9 @@ def step(folder: str, case: Case) -> int:
         broadcast=False,
     )
     model.set_recompute(case.recompute)
-    masks = MaskSource(0, 0)
-    placements = place(model.architecture, LoraRules(RANK, 16.0, "all-linear", False, {}, {}))
-    adapted = inject(model, placements, masks, 0, topology.tp_rank, topology.tp_size, wanted("auto", "cpu"))
+    theta = choose(config(folder, case), model.architecture).attach(model, topology, resumed=False)
     rules = OptimiserRules(1, 1.0, None, 0.0, (0.9, 0.999), 1e-8)
-    optimiser = ZeroOptimiser(theta_of(adapted), topology, rules)
+    optimiser = ZeroOptimiser(theta.parameters, topology, rules)
     generator = torch.Generator().manual_seed(1)
     # Sequence-major: every position but a row's last is trained on.
     chosen = torch.arange(ROWS * (LENGTH - 1))
@@ -132,23 +128,30 @@ def peaks(folder: str, tiny: str, case: Case) -> list[int]:
         world.close()
 
 
-def planned(folder: str, case: Case) -> tuple[Job, Memory]:
-    shape = read_shape(Path(folder))
-    job = Job(
-        shape=shape,
-        placement=place(shape, rank=RANK, targets="all-linear"),
-        layout=Layout(case.tensor, 1, case.tensor > 1, ROWS, case.recompute),
-        global_batch=ROWS * case.microbatches,
-        length=LENGTH,
-        target_share=1.0,
-        dtype=shape.dtype,
-        vocab_multiple=128,
-        zero_stage=1,
-        reduce_bucket=None,
-        device="cpu",
-        lanes=True,
-        packing=False,
+def config(folder: str, case: Case) -> Config:
+    return request(folder, case).config
+
+
+def request(folder: str, case: Case) -> Request:
+    own = {"lora": [f"lora.rank={RANK}"], "adapter_h": ["adapter.bottleneck=48"]}.get(case.method, [])
+    found = read_request(
+        folder,
+        [
+            f"method={case.method}",
+            *own,
+            f"data.max_length={LENGTH}",
+            f"train.global_batch={ROWS * case.microbatches}",
+            f"train.micro_batch={ROWS}",
+            "model.device=cpu",
+        ],
     )
+    model = found.config.model.model_copy(update={"path": Path(folder)})
+    return replace(found, config=found.config.model_copy(update={"model": model}))
+
+
+def planned(folder: str, case: Case) -> tuple[Job, Memory]:
+    layout = Layout(case.tensor, 1, case.tensor > 1, ROWS, case.recompute)
+    job = replace(job_of(request(folder, case), 1.0), layout=layout)
     return job, memory(job, 0)
 
 
@@ -190,12 +193,17 @@ def test_measured_peak(folder: str, tiny: str, tensor: int, recompute: bool) -> 
     compare(folder, tiny, Case(tensor, recompute))
 
 
+@pytest.mark.parametrize(("method", "tensor"), [("full", 1), ("full", 3), ("adapter_h", 3)])
+def test_measured_peak_of_the_other_methods(folder: str, tiny: str, method: str, tensor: int) -> None:
+    compare(folder, tiny, Case(tensor, recompute=True, method=method))
+
+
 def compare(folder: str, tiny: str, case: Case) -> None:
     """The plan is within 10 % of every rank's peak, and would not be without Φ or with gradients of it."""
     job, expected = planned(folder, case)
     for found in peaks(folder, tiny, case):
         assert abs(expected.total / found - 1) < TOLERANCE, (expected, found)
         # Negative controls.
-        frozen = expected.parts["frozen weights"]
+        frozen = expected.parts["Θ" if case.method == "full" else "frozen weights"]
         assert abs((expected.total - frozen) / found - 1) > TOLERANCE
         assert abs((expected.total + frozen) / found - 1) > TOLERANCE

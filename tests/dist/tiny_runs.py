@@ -5,6 +5,7 @@ Everything goes through the production code (load_model, inject, ZeroOptimiser);
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,26 @@ def samples() -> list[tuple[Tensor, Tensor]]:
     return made
 
 
-def microbatches(setting: Setting, dp_rank: int, dp_size: int, pad_multiple: int) -> tuple[list[Any], int]:
-    """This data-parallel rank's microbatches of the one global batch, and the number of targets in all of it."""
+def microbatches(
+    setting: Setting, dp_rank: int, dp_size: int, pad_multiple: int, lead: Sequence[int] = ()
+) -> tuple[list[Any], int]:
+    """This data-parallel rank's microbatches of the one global batch, and the number of targets in all of it.
+
+    lead: ids before every sample; broken "behind" puts them after it.
+    """
     from lowrank_dist.data.batch import build_microbatch
     from lowrank_dist.data.sample import Sample
 
+    front, back = ((), lead) if setting.broken == "behind" else (lead, ())
     everything = [
-        (i, Sample(tokens.numpy().astype(np.int32), target.numpy(), i + 1))
+        (
+            i,
+            Sample(
+                np.concatenate((front, tokens.numpy(), back)).astype(np.int32),
+                np.pad(target.numpy(), (len(front), len(back))),
+                i + 1,
+            ),
+        )
         for i, (tokens, target) in enumerate(samples())
     ]
     targets = sum(int(sample.target[1:].sum()) for _, sample in everything)
@@ -182,7 +196,7 @@ def train(setting: Setting) -> dict[str, Any]:
         parameters, topology, OptimiserRules(setting.zero_stage, 0.5, None, 0.01, (0.9, 0.999), 1e-3)
     )
     if setting.broken == "deferred":
-        optimiser._sum_replicated = lambda: None
+        optimiser._sum_partial = lambda: None
     pad = topology.tp_size if topology.sequence_parallel else 1
     batches, targets = microbatches(setting, topology.dp_rank, topology.dp_size, pad)
     losses, norms = [], []

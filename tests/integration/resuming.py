@@ -41,11 +41,26 @@ class Layout:
         ]
 
 
-def make_job(place: Path, **lora: Any) -> Path:
-    """A model, its data and a configuration that resumes by itself; returns the configuration's path."""
+# The section of each method and what a tiny run puts in it.
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "lora": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
+    "full": {},
+    "adapter_h": {"adapter": {"bottleneck": 8}},
+    "adapter_l": {"adapter": {"bottleneck": 8}},
+    "prefix": {"prefix": {"length": 5, "width": 12}},
+    "prompt": {"prompt": {"length": 5}},
+}
+
+
+def make_job(place: Path, method: str = "lora", **sizes: Any) -> Path:
+    """A model, its data and a configuration that resumes by itself; returns the configuration's path.
+
+    sizes: keys of the method's own section.
+    """
     sections = {
         "model": {"path": make_tiny("qwen2", place / "base", num_key_value_heads=2), "dtype": "fp32", "device": "cpu"},
-        "lora": {"rank": 4, "alpha": 8, "dropout": 0.1, **lora},
+        "method": method,
+        **{name: {**keys, **sizes} for name, keys in SIZES[method].items()},
         "data": {
             "train": write_jsonl(place / "train.jsonl", samples(22)),
             "eval": write_jsonl(place / "eval.jsonl", samples(9)),

@@ -163,7 +163,10 @@ def test_killed_before_the_first_checkpoint_starts_again(job: Path, runs: dict[s
         (["engine.clip=null"], "engine.clip was 1.0, is None"),
         (["data.eval=null"], "data.eval was "),
         (["train.steps=1", "train.resume_changes=[train.steps]"], "is at step 2, but the run ends at 1"),
-        (["lora.rank=8", "train.resume_changes=[lora.rank]"], "lora.rank and the model must be the same"),
+        (
+            ["lora.rank=8", "train.resume_changes=[lora.rank]"],
+            "sizes of the method (such as lora.rank) and the model must be the same",
+        ),
     ],
 )
 def test_another_run_is_refused_by_name(
@@ -269,7 +272,7 @@ def _with_a_skewed_replica(arguments: list[str]) -> Outcome:
 def test_replicas_that_differ_are_not_saved(job: Path, tmp_path: Path) -> None:
     arguments = [str(job), f"output.dir={tmp_path / 'run'}", *LAYOUTS["TP2"].overrides]
     said = refused(run_ranks(2, _with_a_skewed_replica, arguments))
-    assert "replicated factors differ" in said
+    assert "replicated parameters differ" in said
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 

@@ -21,10 +21,10 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowrank_dist.checkpoint.adapter import LowRankFactor, read_adapter
+from lowrank_dist.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, LowRankFactor, copy_adapter, read_adapter
 from lowrank_dist.checkpoint.fingerprint import fingerprint
 from lowrank_dist.checkpoint.peft_config import describe
-from lowrank_dist.checkpoint.provenance import read_provenance
+from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.errors import UserError
 from tests.tiny_adapters import Size, random_adapter, save_adapter
 from tests.tiny_models import make_tiny
@@ -258,7 +258,9 @@ class TestRefusedToWrite:
         other = random_adapter(bases["llama"], seed=1)
         with pytest.raises(UserError, match="already exists"):
             save_adapter(folder, bases["llama"], other)
-        save_adapter(folder, bases["llama"], other, replace=True)
+        files = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
+        source = save_adapter(tmp_path / "new", bases["llama"], other)
+        copy_adapter(source, folder, files)
         assert torch.equal(
             read_adapter(folder).factors["model.layers.0.mlp.up_proj"].b, other.factors["model.layers.0.mlp.up_proj"].b
         )
@@ -266,7 +268,7 @@ class TestRefusedToWrite:
         foreign.mkdir()
         (foreign / "thesis.tex").touch()
         with pytest.raises(UserError, match="did not write it"):
-            save_adapter(foreign, bases["llama"], other, replace=True)
+            copy_adapter(source, foreign, files)
         assert (foreign / "thesis.tex").exists()
 
 

@@ -6,19 +6,16 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
-from lowrank_dist.checkpoint.adapter import read_adapter
+from lowrank_dist.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter
 from lowrank_dist.checkpoint.folder import newest_checkpoint, read_checkpoint, step_folders
 from lowrank_dist.checkpoint.manifest import MANIFEST_FILE
-from lowrank_dist.checkpoint.provenance import Provenance
-from lowrank_dist.checkpoint.training_state import KINDS, OPTIMIZER_FILE, TrainingState
+from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.checkpoint.training_state import OPTIMIZER_FILE, TrainingState
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.writing import CheckpointWriter, Facts, Retention
-from lowrank_dist.lora.placement import FactorSpec
-from lowrank_dist.lora.state import WholeFactor
 from tests.faults import Action, Zygote
-from tests.unit.test_checkpoint_folder import MODULES
+from tests.unit.test_checkpoint_folder import MODULES, SHAPES, lora_files, tensors_of
 from tests.unit.test_checkpoint_folder import state_of as whole_state
 
 OLD, NEW = 2, 4
@@ -29,24 +26,21 @@ def state_of(step: int) -> TrainingState:
     return whole_state(step).model_copy(update={"eval_losses": {at: 2.0 / at for at in range(1, step + 1)}})
 
 
+class StandIn:
+    """Of a method what saving needs."""
+
+    published = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
+    files = staticmethod(lora_files)
+
+
 def work(root: Path, step: int, resumed: int | None) -> None:
     """One final save of a run that keeps one checkpoint, so that everything a save can do is done."""
-    generator = torch.Generator().manual_seed(step)
-    spec = {m: FactorSpec(m, m, 0, 16, 4, 8.0, 2.0, False, 16, 16, ((0, 0),)) for m in MODULES}
-    whole = {
-        kind: {
-            m: WholeFactor(spec[m], torch.randn(4, 16, generator=generator), torch.randn(16, 4, generator=generator))
-            for m in MODULES
-        }
-        for kind in KINDS
-    }
-    facts = Facts(
-        0.0, False, False, Path("base"), MODULES, Provenance("cd" * 32, "base", {}), state_of(step).data, None
-    )
+    facts = Facts(Provenance("cd" * 32, "base", {}), state_of(step).data, None)
     folder = RunFolder(root)
     folder.checkpoints.mkdir(exist_ok=True)
-    writer = CheckpointWriter(folder, facts, Retention(1, 1), state_of(resumed) if resumed else None)
-    writer.write(whole, state_of(step), final=True)
+    resumed_state = state_of(resumed) if resumed else None
+    writer = CheckpointWriter(folder, StandIn(), SHAPES, facts, Retention(1, 1, "loss"), resumed_state)
+    writer.write([tensors_of(step)], state_of(step), final=True)
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,22 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from lowrank_dist.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, LowRankFactor, read_adapter
+from lowrank_dist.checkpoint.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    LowRankFactor,
+    read_adapter,
+    write_adapter_files,
+)
 from lowrank_dist.checkpoint.folder import newest_checkpoint, read_checkpoint, step_folders, write_checkpoint
 from lowrank_dist.checkpoint.inspection import inspect_folder
 from lowrank_dist.checkpoint.manifest import MANIFEST_FILE
@@ -24,16 +32,17 @@ from lowrank_dist.checkpoint.training_state import (
     OPTIMIZER_FILE,
     STATE_FILE,
     DataState,
+    OptimizerReader,
     TrainingState,
-    read_optimizer,
     read_state,
 )
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
+from lowrank_dist.methods.collected import Collected
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 FILES = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE, OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE)
-SHAPES = {f"{m}.lora_{s}.{k}": (4, 16) if s == "A" else (16, 4) for m in MODULES for s in "AB" for k in KINDS}
+SHAPES = {f"{m}.lora_{s}": (4, 16) if s == "A" else (16, 4) for m in MODULES for s in "AB"}
 
 
 def state_of(step: int) -> TrainingState:
@@ -56,13 +65,30 @@ def state_of(step: int) -> TrainingState:
 
 
 def write(folder: Path, step: int) -> Path:
-    generator = torch.Generator().manual_seed(step)
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    factors = {m: LowRankFactor(*(tensors[f"{m}.lora_{s}.master"] for s in "AB"), 8.0) for m in MODULES}
-    adapter = Adapter(factors, 0.0, False, False, "base")
     provenance = Provenance("cd" * 32, "base", {}, training=state_of(step).summary())
-    write_checkpoint(folder, adapter, provenance, MODULES, tensors, state_of(step))
+    write_checkpoint(folder, partial(lora_files, provenance=provenance), SHAPES, [tensors_of(step)], state_of(step))
     return folder
+
+
+def tensors_of(step: int) -> dict[str, torch.Tensor]:
+    """Masters and moments of every tensor of Θ."""
+    generator = torch.Generator().manual_seed(step)
+    return {name: torch.randn(len(KINDS), *shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def lora_files(folder: Path, provenance: Provenance) -> Collected:
+    """What the method `lora` writes, for factors on MODULES."""
+
+    def write_files(tensors: Mapping[str, torch.Tensor]) -> None:
+        factors = {m: LowRankFactor(*(tensors[f"{m}.lora_{s}"] for s in "AB"), 8.0) for m in MODULES}
+        write_adapter_files(folder, Adapter(factors, 0.0, False, False, "base"), provenance, MODULES, trained=True)
+
+    return Collected(write_files)
+
+
+def read_all(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    reader = OptimizerReader(path, shapes)
+    return {name: reader.get(name) for name in shapes}
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +122,11 @@ def test_a_whole_one_is_found(checkpoints: Path) -> None:
     assert found.folder == checkpoints / "step-4" and not found.passed_over
     assert found.state == state_of(4)
     assert {path.name for path in found.folder.iterdir()} == set(FILES)
-    tensors = read_optimizer(found.folder / OPTIMIZER_FILE, SHAPES)
+    tensors = read_all(found.folder / OPTIMIZER_FILE, SHAPES)
     adapter = read_adapter(found.folder)
     for module in MODULES:
-        assert torch.equal(tensors[f"{module}.lora_A.master"], adapter.factors[module].a)
-        assert torch.equal(tensors[f"{module}.lora_B.master"], adapter.factors[module].b)
+        assert torch.equal(tensors[f"{module}.lora_A"][0], adapter.factors[module].a)
+        assert torch.equal(tensors[f"{module}.lora_B"][0], adapter.factors[module].b)
     assert read_adapter(checkpoints / "last").factors.keys() == set(MODULES)
 
 
@@ -193,7 +219,7 @@ def test_a_planted_pickle_is_never_read(checkpoints: Path, tmp_path: Path, name:
         write_manifest(folder)
     elif name not in FILES:
         refuses(folder, name)
-    for read in (read_checkpoint, read_adapter, lambda f: read_optimizer(f / OPTIMIZER_FILE, SHAPES)):
+    for read in (read_checkpoint, read_adapter, lambda f: read_all(f / OPTIMIZER_FILE, SHAPES)):
         try:
             read(folder)
         except UserError:
@@ -238,11 +264,11 @@ def test_state_that_says_too_much_or_too_little(checkpoints: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda shapes: {**shapes, "other.lora_A.master": (1, 1)}, "other"),
+        (lambda shapes: {**shapes, "other.lora_A": (1, 1)}, "other"),
         (lambda shapes: {k: v for k, v in shapes.items() if "down" not in k}, "down_proj"),
         (lambda shapes: {k: (v[1], v[0]) for k, v in shapes.items()}, "lora.rank"),
     ],
 )
 def test_optimiser_of_another_run(pristine: Path, change: Callable[[dict], dict], named: str) -> None:
     with pytest.raises(UserError, match=named):
-        read_optimizer(pristine / "step-4" / OPTIMIZER_FILE, change(SHAPES))
+        read_all(pristine / "step-4" / OPTIMIZER_FILE, change(SHAPES))

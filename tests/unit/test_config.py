@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from lowrank_dist.config import Config, ConfigError, load_config
 from lowrank_dist.config.scalars import Dumper, Loader, scalar
 
+METHODS = ("lora", "full", "adapter_h", "adapter_l", "prefix", "prompt")
 REQUIRED = {"model": {"path": "base"}, "data": {"train": "train.jsonl"}, "output": {"dir": "run"}}
 
 
@@ -103,7 +104,7 @@ def test_all_errors_are_reported_at_once(path: Path) -> None:
         "command line: eval.every: 2.5 is not valid",
         "run.yaml:18: output.dir: required — expected: folder of the run",
         "run.yaml:18: output.plot: 'no' is not valid, input should be a valid boolean",
-        "run.yaml:10: engin: unknown key — did you mean engine? the sections are model, lora,",
+        "run.yaml:10: engin: unknown key — did you mean engine? at the top level are model, method, lora,",
     ]
     for line in expected:
         assert sum(found_line.startswith(line) for found_line in found) == 1, line
@@ -189,6 +190,71 @@ def test_divisibility_uses_the_default_where_one_is_not_given(path: Path) -> Non
     assert "train.global_batch" in line
 
 
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("method: lorra\n", [], ["run.yaml:4: method: 'lorra' is not valid, input should be 'lora', 'full'"]),
+        ("method:\n", [], ["run.yaml:4: method: None is not valid"]),
+        ("method: {lora: {rank: 4}}\n", [], ["run.yaml:4: method: {'lora': {'rank': 4}} is not valid"]),
+        ("method: [lora]\n", [], ["run.yaml:4: method: ['lora'] is not valid"]),
+        ("", ["method=4"], ["command line: method: 4 is not valid"]),
+        ("", ["method.rank=4"], ["command line: method.rank: method has no keys — write method=VALUE"]),
+        ("method: lora\n", ["method.rank=4"], ["command line: method.rank: method has no keys — write method=VALUE"]),
+        (
+            "method: full\nlora:\n  rank: 4\n  alpha: 8\n",
+            [],
+            [
+                "run.yaml:7: lora.alpha: not read by method full — remove it, or set method to lora",
+                "run.yaml:6: lora.rank: not read by method full — remove it, or set method to lora",
+            ],
+        ),
+        (
+            "adapter:\n  bottleneck: 8\n",
+            ["prefix.length=4"],
+            [
+                "run.yaml:5: adapter.bottleneck: not read by method lora — remove it, or set method to adapter_h or",
+                "command line: prefix.length: not read by method lora — remove it, or set method to prefix",
+            ],
+        ),
+        ("lora: {rank: 4}\n", ["method=full"], ["run.yaml:4: lora.rank: not read by method full"]),
+        ("method: prompt\n", ["lora.init_from=x"], ["command line: lora.init_from: not read by method prompt"]),
+        ("method: adapter_h\n", ["prompt.length=4"], ["command line: prompt.length: not read by method adapter_h"]),
+        ("method: adapter_h\nadapter: {bottleneck: 0}\n", [], ["run.yaml:5: adapter.bottleneck: 0 is not valid"]),
+        ("method: prefix\nprefix: {width: 0, length: -1}\n", [], ["run.yaml:5: prefix.length", "run.yaml:5: prefix.w"]),
+        ("method: prompt\n", ["prompt.init=zero"], ["command line: prompt.init: 'zero' is not valid"]),
+    ],
+)
+def test_what_a_method_does_not_know(path: Path, text: str, overrides: list[str], expected: list[str]) -> None:
+    required = "model: {path: base}\ndata: {train: t}\noutput: {dir: run}\n"
+    found = errors(path, required + text, *overrides)
+    assert len(found) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(found, expected, strict=True)), found
+
+
+def test_a_word_that_was_meant(path: Path) -> None:
+    for override, meant in (
+        ("method=lorra", "did you mean lora? expected: lora, full"),
+        ("method=Adapter-H", "did you mean adapter_h? expected: "),
+        ("engine.kernels=plian", "did you mean plain? expected: "),
+        ("adapter.placement=shared", "did you mean sharded? expected: "),
+    ):
+        (line,) = errors(path, json.dumps(REQUIRED), override)
+        assert f" — {meant}" in line
+    assert "did you mean" not in errors(path, json.dumps(REQUIRED), "method=3")[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_from_the_command_line_and_its_section(path: Path, method: str) -> None:
+    """Empty sections of other methods say nothing, and the resolved config has its own alone."""
+    path.write_text(json.dumps({**REQUIRED, "method": "lora", "lora": None, "prefix": {}}))
+    for arguments in (["method=" + method], ["--method", method], ["--method=" + method]):
+        config = load_config([str(path), *arguments])
+        assert config.method == method
+    sections = {"lora", "adapter", "prefix", "prompt"}
+    own = {"adapter"} if method.startswith("adapter") else {method} & sections
+    assert sections & config.read_keys().keys() == own == sections & yaml.safe_load(config.to_yaml()).keys()
+
+
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12)
 TRICKY = st.sampled_from(
     ["1e3", "2e-4", "no", "null", "~", "1:30", "0x1f", "1_000", "007", "2024-01-01", ".inf", "*a", " x "]
@@ -213,6 +279,20 @@ def configs(draw: st.DrawFn) -> Config:
         "targets": draw(st.lists(NAMES, min_size=1) | st.just(r".*\.(q|v)_proj")),
         "alpha_pattern": draw(st.dictionaries(st.from_regex(r"[a-z0-9_.]{1,8}", fullmatch=True), st.just(2.5))),
     }
+    length = st.integers(1, 65536)
+    adapter = {"bottleneck": draw(length), "placement": draw(st.sampled_from(["sharded", "replicated"]))}
+    own = draw(
+        st.sampled_from(
+            [
+                {"lora": lora},
+                {"method": "full"},
+                {"method": "adapter_h", "adapter": adapter},
+                {"method": "adapter_l", "adapter": adapter},
+                {"method": "prefix", "prefix": {"length": draw(length), "width": draw(st.none() | length)}},
+                {"method": "prompt", "prompt": {"length": draw(length), "init": "random"}},
+            ]
+        )
+    )
     return Config.model_validate(
         {
             "model": {"path": draw(NAMES)},
@@ -225,7 +305,7 @@ def configs(draw: st.DrawFn) -> Config:
             },
             "parallel": {"sequence": draw(st.none() | st.booleans())},
             "train": train,
-            "lora": lora,
+            **own,
         }
     )
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import Result
 from typer.testing import CliRunner
 
@@ -62,15 +63,42 @@ def rows(*arguments: object, code: int = 0) -> dict[str, dict[str, Any]]:
 def test_a_run_that_can_begin(config: Path, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     found = rows(config)
-    for what in ("configuration", "model folder", "tokenizer", "low-rank factors", "data.train", "data.eval"):
+    for what in ("configuration", "model folder", "tokenizer", "trained parameters", "data.train", "data.eval"):
         assert found[what]["state"] == "ok", what
     # A [4, 64] and B [64, 4] of q, A [4, 96] and B [64, 4] of down, in two layers.
-    assert inputs.factor_count(load_config([str(config)])) == 2 * 4 * (64 + 64 + 96 + 64)
-    assert found["low-rank factors"]["detail"] == "2,304 trainable numbers"
+    assert inputs.trained_size(load_config([str(config)])) == 2 * 4 * (64 + 64 + 96 + 64)
+    assert found["trained parameters"]["detail"] == "lora: 2,304 trainable numbers"
     assert found["run folder"]["state"] == "ok" and f"{tmp_path}, where" in found["run folder"]["detail"]
     assert found["free disk"]["state"] == "ok" and "5 checkpoints of 36.0 KiB" in found["free disk"]["detail"]
     assert "rendezvous" not in found and "all-reduce" not in found
     assert snapshot(tmp_path) == before, "doctor left something behind, or made the run folder"
+
+
+@pytest.mark.parametrize(
+    ("method", "trained", "stored"),
+    [
+        # H 64, two layers, two key/value heads of 16; m 8, l 5, w 12.
+        (["adapter_h", "adapter.bottleneck=8"], 4 * (2 * 64 * 8 + 8 + 64), None),
+        (["adapter_l", "adapter.bottleneck=8"], 2 * (2 * 64 * 8 + 8 + 64 + 2 * 64), None),
+        (["prefix", "prefix.length=5", "prefix.width=null"], 5 * 2 * 2 * 32, None),
+        (["prefix", "prefix.length=5", "prefix.width=12"], 5 * 64 + 65 * 12 + 13 * 128, 5 * 128),
+        (["prompt", "prompt.length=5"], 5 * 64, None),
+        (["full"], 75_456, 0),
+    ],
+)
+def test_theta_of_each_method(config: Path, method: list[str], trained: int, stored: int | None) -> None:
+    """As it is trained, and what a checkpoint of it takes: 12 bytes an element beside what is stored of it."""
+    text = yaml.safe_load(config.read_text())
+    del text["lora"]
+    config.write_text(yaml.safe_dump(text))
+    found = rows(config, f"method={method[0]}", *method[1:])
+    assert found["trained parameters"]["detail"] == f"{method[0]}: {trained:,} trainable numbers"
+    beside = trained if not stored else stored
+    told = load_config([str(config), f"method={method[0]}", *method[1:]])
+    one, final = inputs.checkpoint_bytes(told)
+    assert (one, final) == (12 * trained + 4 * beside, 0 if stored == 0 else 4 * beside)
+    (space,) = storage.space(told, writes=True)
+    assert space.figures["checkpoint_bytes"] == one and space.figures["needed_bytes"] == 5 * one + final + storage.ROOM
 
 
 def test_the_run_folder_itself_once_it_is_there(config: Path, tmp_path: Path) -> None:
@@ -128,7 +156,7 @@ def nothing(place: Path) -> None:
         (nothing, "model.path=/no/model", "model folder", "broken", "no such folder"),
         (nothing, "parallel.tensor=3", "parallel.tensor", "broken", "it may be 1, 2, 4"),
         (no_tokenizer, None, "tokenizer", "broken", "holds neither tokenizer.json nor"),
-        (nothing, "lora.targets=[qproj]", "low-rank factors", "broken", "matches no linear"),
+        (nothing, "lora.targets=[qproj]", "trained parameters", "broken", "matches no linear"),
         (nothing, "data.train=/no/data.jsonl", "data.train", "missing", "No such file"),
         (nothing, "data.eval=/tmp", "data.eval", "broken", "Is a directory"),
         (empty_data, None, "data.train", "broken", "empty; write one JSON object a line"),

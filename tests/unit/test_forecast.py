@@ -16,6 +16,7 @@ from lowrank_dist.engine.forecast import Forecast
 from lowrank_dist.errors import UserError
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.hardware import peak_flops
+from lowrank_dist.plan.job import Tuning
 from lowrank_dist.plan.placement import place
 from lowrank_dist.plan.shapes import find_shape
 from tests.tiny_models import make_tiny
@@ -78,6 +79,7 @@ def test_flops_are_the_plans(path: Path) -> None:
     count = step_flops(
         shape,
         place(shape, rank=lora.rank, targets=lora.targets),
+        Tuning(),
         tokens=100,
         target_tokens=30,
         square_lengths=2000,
@@ -85,6 +87,42 @@ def test_flops_are_the_plans(path: Path) -> None:
     )
     assert ahead.flops(100, 30, 2000) == count.model > 0
     assert ahead.peak() == 989e12
+
+
+def test_flops_of_every_method(path: Path) -> None:
+    """By hand, at 100 tokens and none trained on: two FLOPs a weight forward, where a gradient passes two more, and two
+    where the weight is trained.
+    """
+    shape, counted = find_shape(str(path.parent / "base")), {}
+    for method, *sizes in (
+        ("full",),
+        ("adapter_h", "adapter.bottleneck=8"),
+        ("adapter_l", "adapter.bottleneck=8"),
+        ("prefix", "prefix.length=8", "prefix.width=null"),
+        ("prompt", "prompt.length=8"),
+    ):
+        ahead = forecast(path, 2**40, f"method={method}", *sizes)
+        counted[method] = ahead.flops(100, 0, 0)
+    once, weights, layers = 2 * 100, shape.layer_weights, shape.layers
+    assert counted["full"] == once * 3 * weights * layers
+    assert counted["prompt"] == once * 2 * weights * layers
+    # The lowest layer has a backward only above what is trained, and the lowest bottleneck no gradient of its input.
+    qkv, proj, fc1, fc2 = (linear.weights for linear in shape.linears.values())
+    bottleneck = 2 * shape.hidden * 8
+    assert counted["adapter_h"] == once * (
+        2 * weights * layers - qkv - proj + 3 * 2 * layers * bottleneck - bottleneck // 2
+    )
+    assert counted["adapter_l"] == once * (2 * weights * layers - weights + 3 * layers * bottleneck)
+    pairs = 100 * 8 * shape.heads * shape.head_dim
+    assert counted["prefix"] == once * (2 * weights * layers - qkv) + 3 * layers * 4 * pairs
+
+
+def test_memory_is_that_of_the_method(path: Path) -> None:
+    """A run that has room as low-rank updates has none as full fine-tuning, and is refused."""
+    enough = planned(path)
+    assert "(masters and moments" in forecast(path, 2**40, "method=full").memory_line
+    with pytest.raises(UserError, match="it does not fit"):
+        forecast(path, enough, "method=full")
 
 
 @pytest.mark.parametrize(

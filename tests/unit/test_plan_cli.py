@@ -68,7 +68,7 @@ def test_json_is_the_same_plan() -> None:
     assert found["layout"]["tensor"] * found["layout"]["data"] == 32
     assert found["fits"] and found["time"]["modelled"]
     assert {row["method"] for row in found["methods"]} == {"lora", "full", "adapter_h", "adapter_l", "prefix", "prompt"}
-    assert found["state"]["lora_bytes_per_parameter"] == pytest.approx(2.0, abs=0.01)
+    assert found["state"]["planned_bytes_per_parameter"] == pytest.approx(2.0, abs=0.01)
     tensor = [row for row in found["messages"] if row["group"] == "tensor"]
     assert tensor and all(row["calls"] > 0 and row["bytes"] > 0 for row in found["messages"])
 

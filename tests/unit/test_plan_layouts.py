@@ -12,7 +12,7 @@ from lowrank_dist.plan import storage
 from lowrank_dist.plan.describe import describe
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.hardware import GPUS, bytes_in, gpu_of, peak_flops, usable
-from lowrank_dist.plan.job import Job, Layout
+from lowrank_dist.plan.job import Job, Layout, Tuning
 from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, Fixed, check_tensor, choose, tensor_sizes
 from lowrank_dist.plan.memory import memory
 from lowrank_dist.plan.methods import METHODS, Sizes, compare
@@ -130,7 +130,7 @@ def test_flops_of_a_frozen_base_by_hand() -> None:
     shape = find_shape("gpt2-medium")
     weights, head = shape.layers * shape.layer_weights, shape.vocab * shape.hidden
     placement = place(shape, rank=1, targets=["q_proj"])
-    found = step_flops(shape, placement, tokens=1000, target_tokens=100, square_lengths=0, recompute=False)
+    found = step_flops(shape, placement, Tuning(), tokens=1000, target_tokens=100, square_lengths=0, recompute=False)
     low_rank = placement.elements
     lowest = shape.linears["linear_qkv"].weights
     once = place(shape, rank=1, targets=["q_proj"]).layers[0][0][0]
@@ -138,7 +138,9 @@ def test_flops_of_a_frozen_base_by_hand() -> None:
     # U, U·B; dU, dB, dA, and dU·A but in the lowest.
     expected += 2 * 1000 * (3 * low_rank - once.rank * once.in_features)
     assert found.model == found.executed == expected
-    attended = step_flops(shape, placement, tokens=1000, target_tokens=100, square_lengths=10**6, recompute=False)
+    attended = step_flops(
+        shape, placement, Tuning(), tokens=1000, target_tokens=100, square_lengths=10**6, recompute=False
+    )
     # Scores and values, the causal half, forward and twice backward; flash attention makes the scores again.
     half = 2 * 10**6 * shape.hidden * shape.layers
     assert attended.model - found.model == 3 * half
@@ -149,7 +151,7 @@ def test_attention_below_the_lowest_factor_has_no_backward() -> None:
     shape = find_shape("gpt2-medium")
     placement = place(shape, rank=1, targets=r".*\.h\.23\.mlp\.c_proj")
     counts = [
-        step_flops(shape, placement, tokens=0, target_tokens=0, square_lengths=10**6, recompute=recompute)
+        step_flops(shape, placement, Tuning(), tokens=0, target_tokens=0, square_lengths=10**6, recompute=recompute)
         for recompute in (False, True)
     ]
     half = 2 * 10**6 * shape.hidden
@@ -209,7 +211,8 @@ def test_every_method_is_beside() -> None:
     # A gather and a scatter each way under sequence parallelism; none where every rank holds all of a bottleneck.
     assert by_name["adapter_h", "sharded"].added == 8 and by_name["adapter_l", "sharded"].added == 4
     assert by_name["adapter_h", "replicated"].added == 0
-    assert by_name["adapter_h", "sharded"].memory < by_name["adapter_h", "replicated"].memory
+    # Cut, a bottleneck saves the gathered input; a copy saves its own tokens', and has a fraction of a layer's weights.
+    assert by_name["adapter_h", "replicated"].memory < by_name["adapter_h", "sharded"].memory
     full = by_name["full", ""]
     assert full.trained == 8_030_261_248
     assert full.memory > 2 * lora.memory and full.flops > 1.4 * lora.flops
@@ -219,6 +222,56 @@ def test_every_method_is_beside() -> None:
     again = choose(candidate.job, Fixed(tensor=2, recompute=True), cluster()).best
     rows = {(row.method, row.placement): row for row in compare(again, Sizes())}
     assert rows["adapter_h", "sharded"].added == 12 and rows["adapter_l", "sharded"].added == 6
+    # The layer runs again to its last saved tensor, which is the bottleneck's, behind fc2's reduction.
+    assert rows["adapter_h", "replicated"].added == rows["adapter_l", "replicated"].added == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "trained", "stored"),
+    [
+        (["method=full"], 8_030_261_248, 8_030_261_248),
+        (["method=adapter_h", "adapter.bottleneck=16"], 64 * (2 * 4096 * 16 + 16 + 4096), None),
+        (["method=prefix", "prefix.length=4", "prefix.width=8"], 4 * 4096 + 4097 * 8 + 9 * 65536, 4 * 65536),
+        (["method=prompt", "prompt.length=4"], 4 * 4096, None),
+    ],
+)
+def test_the_configured_method_is_planned(overrides: list[str], trained: int, stored: int | None) -> None:
+    """It comes first, with its own sizes, and what is on disk is its own; low-rank updates are beside."""
+    choice = chosen("llama-3-8b", *overrides, tensor=2)
+    plan = describe(choice, None, cluster(), Sizes(), 3, 1)
+    first, *others = plan["methods"]
+    assert first["method"] == plan["trained"]["method"] == overrides[0].removeprefix("method=")
+    assert (first["trained"], first["stored"]) == (trained, stored or trained)
+    assert plan["trained"]["parameters"] == trained and first["memory"] == plan["layout"]["memory"]
+    assert {row["method"] for row in others} | {first["method"]} == set(METHODS)
+    per_element = 2 if first["method"] == "full" else 4
+    assert plan["files"]["adapter"] == per_element * (stored or trained)
+    assert plan["files"]["checkpoint"] == plan["files"]["adapter"] + 12 * trained
+
+
+def test_full_fine_tuning_needs_more_gpus_and_says_so() -> None:
+    """16 bytes a parameter of optimiser's state and gradients do not fit where the factors do."""
+    assert chosen("llama-3-70b", tensor=8).fits
+    full = chosen("llama-3-70b", "method=full", tensor=8)
+    assert not full.fits and 3 * full.best.memory.parts["Θ"] <= full.best.memory.parts["masters and moments"] > 100e9
+    assert any(remedy.startswith("--nodes") for remedy in full.remedies)
+
+
+def test_a_bottleneck_that_cannot_be_cut() -> None:
+    with pytest.raises(UserError, match=r"adapter.bottleneck=6 cannot be cut over parallel.tensor=4.*replicated"):
+        chosen("llama-3-8b", "method=adapter_l", "adapter.bottleneck=6", tensor=4)
+    assert chosen("llama-3-8b", "method=adapter_l", "adapter.bottleneck=6", "adapter.placement=replicated", tensor=4)
+
+
+def test_virtual_positions_take_from_the_sequence() -> None:
+    prefix, prompt, lora = (
+        planned("llama-3-8b", "data.max_length=512", *more)
+        for more in (["method=prefix", "prefix.length=32"], ["method=prompt", "prompt.length=32"], [])
+    )
+    assert (prefix.row, prompt.row, lora.row) == (480, 512, 512)
+    assert prefix.targets == prompt.targets == lora.targets - 32
+    with pytest.raises(UserError, match=r"prefix.length=511 takes from data.max_length=512.*at most 510"):
+        planned("llama-3-8b", "data.max_length=512", "method=prefix", "prefix.length=511")
 
 
 def test_a_description_is_json_all_through() -> None:

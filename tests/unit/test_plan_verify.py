@@ -17,6 +17,7 @@ from lowrank_dist.plan import memory, traffic, verify
 from lowrank_dist.plan.hardware import GPUS
 from lowrank_dist.plan.job import Layout
 from lowrank_dist.plan.layouts import Candidate, Cluster
+from lowrank_dist.plan.parameters import frozen_on_rank
 from lowrank_dist.plan.settings import job_of, read_request
 from lowrank_dist.plan.shapes import built_in_config
 
@@ -114,6 +115,92 @@ def test_formulas_agree_with_the_executed_step(
         assert found["memory"][part]["difference"] == 0, part
     assert abs(found["memory"]["activations"]["difference"]) < 1e-3
     assert tensor == 1 or found["messages"]["microbatch"]["executed"]
+
+
+ADAPTER_H = ["method=adapter_h", "adapter.bottleneck=64"]
+ADAPTER_L = ["method=adapter_l", "adapter.bottleneck=64"]
+REPLICATED = "adapter.placement=replicated"
+PREFIX = ["method=prefix", "prefix.length=32", "prefix.width=null"]
+MLP = ["method=prefix", "prefix.length=16", "prefix.width=128"]
+PROMPT = ["method=prompt", "prompt.length=32"]
+PACKED = "data.packing=true"
+OTHER_METHODS = [
+    # folder, TP, sequence parallel, recompute, target share, overrides
+    ("llama", 1, False, False, 1.0, ["method=full"]),
+    ("qwen2", 2, True, True, 0.3, ["method=full"]),
+    ("gpt2", 2, False, False, 0.3, ["method=full"]),
+    ("qwen3", 2, True, False, 0.3, ["method=full"]),
+    ("two_kv", 4, True, True, 1.0, ["method=full"]),
+    ("mha", 1, False, True, 0.3, ["method=full", PACKED]),
+    ("llama", 2, True, False, 1.0, ADAPTER_H),
+    ("gpt2", 2, False, True, 0.3, ADAPTER_H),
+    ("mha", 4, True, True, 0.3, [*ADAPTER_H, REPLICATED]),
+    ("llama", 1, False, False, 0.3, ADAPTER_H),
+    ("llama", 2, False, False, 1.0, ADAPTER_L),
+    ("mha", 2, True, True, 1.0, ADAPTER_L),
+    ("opt", 2, False, True, 0.3, [*ADAPTER_L, REPLICATED]),
+    ("qwen3", 1, False, True, 0.3, ADAPTER_L),
+    ("llama", 1, False, False, 1.0, MLP),
+    ("gpt2", 2, True, True, 0.3, MLP),
+    ("qwen3", 2, True, False, 0.3, PREFIX),
+    ("two_kv", 4, True, False, 0.3, MLP),
+    ("mha", 2, False, True, 0.3, PREFIX),
+    ("llama", 2, True, False, 0.3, [*PREFIX, PACKED]),
+    ("llama", 1, False, True, 1.0, PROMPT),
+    ("llama", 4, True, False, 0.3, PROMPT),
+    ("gpt2", 2, True, False, 1.0, PROMPT),
+    ("mha", 2, False, True, 0.3, [*PROMPT, PACKED]),
+]
+
+
+@pytest.mark.parametrize(("folder", "tensor", "sequence", "recompute", "share", "overrides"), OTHER_METHODS)
+def test_the_formulas_of_the_other_methods(
+    folders: dict[str, str],
+    folder: str,
+    tensor: int,
+    sequence: bool,
+    recompute: bool,
+    share: float,
+    overrides: list[str],
+) -> None:
+    """Messages to the byte, what is always there and what is saved exactly, the fullest moment within 5 %."""
+    layout = Layout(tensor, 1, sequence, 2, recompute)
+    found = verified(folders[folder], "data.max_length=512", *overrides, layout=layout, target_share=share)
+    assert found["agrees"], found
+    for part in ("frozen weights", "Θ", "gradients of Θ"):
+        assert found["memory"][part]["difference"] == 0, part
+    assert abs(found["memory"]["activations"]["difference"]) < 1e-3
+    if tensor == 1:
+        assert found["memory"]["FLOPs of a microbatch"]["difference"] == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "broken", "overrides"),
+    [
+        ("activations", "bottleneck", lambda job: 0, ADAPTER_H),
+        ("traffic", "_bottlenecks_backward", lambda job, stream: [], ADAPTER_L),
+        ("activations", "norm_saves", lambda job, rows, features: 4 * rows * features, ["method=full"]),
+        ("memory", "frozen_bytes", lambda job: job.itemsize * frozen_on_rank(job), ["method=full"]),
+        ("activations", "_attention_behind_prefix", lambda job, stream: 0, PREFIX),
+        (
+            "flops",
+            "_bottlenecks_backward",
+            lambda shape, tuning, stream, tokens: 0,
+            [*ADAPTER_H, "adapter.bottleneck=256"],
+        ),
+    ],
+)
+def test_notices_a_wrong_formula_of_another_method(
+    folders: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    name: str,
+    broken: Any,
+    overrides: list[str],
+) -> None:
+    monkeypatch.setattr(f"lowrank_dist.plan.{module}.{name}", broken)
+    layout = Layout(2, 1, True, 2, False)
+    assert not verified(folders["llama"], "data.max_length=512", *overrides, layout=layout)["agrees"]
 
 
 def test_lanes_are_counted(folders: dict[str, str]) -> None:
@@ -244,5 +331,5 @@ def test_every_rank_issues_the_same_messages() -> None:
     """Blocks of logits are all-reduced: a rank with fewer rows of the vocabulary must not cut them otherwise."""
     request = read_request("llama-3-8b", ["lora.rank=4", "lora.targets=[v_proj]", "data.max_length=2048"])
     job = replace(job_of(request, 0.6), layout=Layout(8, 1, True, 2, False))
-    first, last = (verify.execute(job, "llama-3-8b", request.config.lora, rank).microbatch for rank in (0, 7))
+    first, last = (verify.execute(job, "llama-3-8b", request.config, rank).microbatch for rank in (0, 7))
     assert first == last

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lowrank_dist.config import Config
-from lowrank_dist.engine.start import adopt_adapter, initial_factors
 from lowrank_dist.errors import UserError
 from lowrank_dist.lora.placement import LoraRules, place
+from lowrank_dist.methods.start import adopt_adapter, initial_factors
 from lowrank_dist.model.huggingface import load_architecture
 from tests.tiny_adapters import Size, random_adapter, save_adapter
 from tests.tiny_models import make_tiny

@@ -1,21 +1,23 @@
 """What a folder is, what is in it and whether it verifies: adapters, checkpoints, runs and Hugging Face models.
 
-Nothing is changed, no pickle is read, and tensors are looked at one by one.
+Nothing is changed, no pickle is read, and no model is ever held whole.
 """
 
 from pathlib import Path
 
+from lowrank_dist.checkpoint import bottlenecks
 from lowrank_dist.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
-from lowrank_dist.checkpoint.inspection.adapter import inspect_adapter
+from lowrank_dist.checkpoint.inspection.methods import inspect_trained
 from lowrank_dist.checkpoint.inspection.model import inspect_model
 from lowrank_dist.checkpoint.inspection.report import Report
 from lowrank_dist.checkpoint.inspection.run import RUN_ENTRIES, inspect_run
+from lowrank_dist.checkpoint.training_state import is_checkpoint
 from lowrank_dist.errors import UserError
 from lowrank_dist.model.huggingface import INDEX_FILE, SINGLE_FILE
 
 __all__ = ["Report", "inspect_folder"]
 
-_ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
+_ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", bottlenecks.CONFIG_FILE, bottlenecks.WEIGHTS_FILE)
 _MODEL_FILES = ("config.json", SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -32,8 +34,9 @@ def inspect_folder(folder: Path, base: Path | None = None) -> Report:
         raise UserError(f"{folder}: {error.strerror}: give an adapter, checkpoint, run or model folder") from error
     if base is not None and not base.is_dir():
         raise UserError(f"--base {base}: no such folder: give the Hugging Face folder of the base model")
-    if names & set(_ADAPTER_FILES):
-        return inspect_adapter(folder, base)
+    # A checkpoint of full fine-tuning is a model folder as well.
+    if names & set(_ADAPTER_FILES) or names & set(_MODEL_FILES) and is_checkpoint(folder):
+        return inspect_trained(folder, base)
     # Two of three, so that a run that lost one of them is still told what it lost.
     if len(names & set(RUN_ENTRIES)) >= 2:
         return inspect_run(folder, base)
@@ -42,6 +45,6 @@ def inspect_folder(folder: Path, base: Path | None = None) -> Report:
             raise UserError(f"{folder} is a model folder: --base goes with an adapter, a checkpoint or a run")
         return inspect_model(folder)
     raise UserError(
-        f"{folder} is no adapter or checkpoint (with {CONFIG_FILE}), no run (with {', '.join(RUN_ENTRIES)}) and no "
-        "Hugging Face model (with config.json): give one of these folders"
+        f"{folder} is no adapter or checkpoint (with {CONFIG_FILE} or {bottlenecks.CONFIG_FILE}), no run (with "
+        f"{', '.join(RUN_ENTRIES)}) and no Hugging Face model (with config.json): give one of these folders"
     )

@@ -1,12 +1,11 @@
-"""An adapter folder, or a checkpoint that is one: what it says, whether it verifies, and how large its update is."""
+"""A LoRA adapter, or a checkpoint that is one: what it says, whether it verifies, and how large its update is."""
 
-import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from statistics import median
@@ -16,52 +15,41 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, LowRankFactor, check_pair, own_file, read_pairs
-from lowrank_dist.checkpoint.atomic import is_temporary
-from lowrank_dist.checkpoint.fingerprint import fingerprint
-from lowrank_dist.checkpoint.inspection.model import architecture_of_folder, parameters_of
+from lowrank_dist.checkpoint.inspection.found import (
+    Found,
+    begin,
+    look_at_base,
+    look_at_manifest,
+    look_at_provenance,
+)
 from lowrank_dist.checkpoint.inspection.report import Report
-from lowrank_dist.checkpoint.manifest import MANIFEST_FILE, verify_manifest
 from lowrank_dist.checkpoint.peft_config import PeftConfig, read_config
-from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, Provenance, read_provenance
 from lowrank_dist.checkpoint.safetensors_file import TensorEntry, read_header, read_into
-from lowrank_dist.checkpoint.training_state import is_checkpoint
 from lowrank_dist.messages import some_of
-from lowrank_dist.model.huggingface import FLOAT_DTYPES, Checkpoint, open_checkpoint
+from lowrank_dist.model.architecture import Architecture
+from lowrank_dist.model.huggingface import FLOAT_DTYPES, Checkpoint
 
 MODULES, SUMMARY = "modules", "update_norms"
-_STEP = re.compile(r"step-(\d+)", re.ASCII)
 
 
 @dataclass
-class _Found:
-    """What the parts of an inspection hand on to each other; None is what could not be read."""
+class _LowRank(Found):
+    """With what is read of a LoRA adapter's own files."""
 
-    folder: Path
-    base: Path | None
-    report: Report
     config: PeftConfig | None = None
-    provenance: Provenance | None = None
     pairs: Mapping[str, tuple[TensorEntry, TensorEntry]] = field(default_factory=dict)
 
 
-def step_of(folder: Path) -> int | None:
-    """N of a folder checkpoints/step-N, links followed; None for any other folder."""
-    real = folder.resolve()
-    match = _STEP.fullmatch(real.name)
-    return int(match[1]) if match and real.parent.name == "checkpoints" else None
-
-
 def inspect_adapter(folder: Path, base: Path | None = None, *, check_base: bool = True) -> Report:
-    """The report on an adapter folder. base: as in `inspect_folder`; check_base: whether to look at a base at all."""
-    step = step_of(folder)
-    report = Report(folder, "adapter" if step is None else "checkpoint")
-    if step is not None:
-        report.facts["step"] = step
-    if is_temporary(folder.resolve()):
-        report.problems.append(f"{folder} is what a killed writer left behind: remove it")
-    found = _Found(folder, base, report)
-    for part in _PARTS if check_base else _PARTS[:-1]:
-        part(found)
+    """The report on a LoRA adapter. base: as in `inspect_folder`; check_base: whether to look at a base at all."""
+    report = begin(folder)
+    found = _LowRank(folder, base, report)
+    look_at_manifest(found)
+    _config(found)
+    _weights(found)
+    look_at_provenance(found)
+    if check_base:
+        look_at_base(found, partial(_fit, found))
     return report
 
 
@@ -83,21 +71,15 @@ def _read_own(folder: Path, name: str, reader: Callable[[Path], Any]) -> Any:
     return reader(own_file(folder, name))
 
 
-def _manifest(found: _Found) -> None:
-    """A checkpoint is what its manifest says; an adapter has none."""
-    if is_checkpoint(found.folder):
-        before = len(found.report.problems)
-        found.report.read(found.folder / MANIFEST_FILE, verify_manifest, found.folder)
-        found.report.facts["manifest"] = "verifies" if len(found.report.problems) == before else "does not verify"
-
-
-def _config(found: _Found) -> None:
+def _config(found: _LowRank) -> None:
     path = found.folder / CONFIG_FILE
     found.config = config = found.report.read(path, _read_own, found.folder, CONFIG_FILE, read_config)
     if config is None:
         return
+    found.named = config.base
     patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
     found.report.facts |= {
+        "method": "lora",
         "base": config.base or "not named",
         "targets": config.targets,
         "rank": config.rank,
@@ -109,7 +91,7 @@ def _config(found: _Found) -> None:
     }
 
 
-def _weights(found: _Found) -> None:
+def _weights(found: _LowRank) -> None:
     """Keys, shapes and dtypes from the header, then the factors' values, a pair at a time."""
     report, path = found.report, found.folder / WEIGHTS_FILE
     found.pairs = report.read(path, _read_own, found.folder, WEIGHTS_FILE, read_pairs) or {}
@@ -172,7 +154,7 @@ def _tensor(file: FileIO, start: int, entry: TensorEntry) -> Tensor:
     return torch.frombuffer(buffer, dtype=FLOAT_DTYPES[entry.dtype]).view(entry.shape)
 
 
-def _norms(found: _Found, rows: list[dict[str, Any]]) -> None:
+def _norms(found: _LowRank, rows: list[dict[str, Any]]) -> None:
     report = found.report
     scales = sorted({row["scale"] for row in rows})
     zero = [row["module"] for row in rows if "B is zero" in row["note"]]
@@ -207,70 +189,10 @@ def _summary(leaf: str, group: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _provenance(found: _Found) -> None:
-    report, path = found.report, found.folder / PROVENANCE_FILE
-    if not os.path.lexists(path):
-        report.facts["provenance"] = f"none: there is no {PROVENANCE_FILE}"
-        return
-    owned = report.read(path, own_file, found.folder, PROVENANCE_FILE)
-    found.provenance = report.read(path, read_provenance, found.folder) if owned else None
-    if found.provenance is not None:
-        report.facts["created_by"] = str(found.provenance.created_by)
-        report.facts["versions"] = report.read(path, _flat, found.provenance.versions)
-        report.facts["config"] = report.read(path, _sections, found.provenance.config)
-        report.facts["base_fingerprint"] = found.provenance.base_fingerprint
-
-
-def _sections(config: Any) -> Any:
-    return {str(name): _flat(inner) for name, inner in config.items()} if isinstance(config, dict) else _leaf(config)
-
-
-def _flat(section: Any) -> Any:
-    return {str(key): _leaf(value) for key, value in section.items()} if isinstance(section, dict) else _leaf(section)
-
-
-def _leaf(value: Any) -> Any:
-    return value if value is None or isinstance(value, str | bool | int | float) else json.dumps(value)
-
-
-def _base(found: _Found) -> None:
-    """Whether the base is there, is the one trained on, and has a place for every factor."""
-    report, provenance = found.report, found.provenance
-    named = [provenance.base if provenance else None, found.config.base if found.config else None]
-    folders = [Path(name) for name in named if isinstance(name, str) and name and os.path.isdir(name)]
-    folder = found.base or (folders[0] if folders else None)
-    if folder is None:
-        report.facts["base_folder"] = "not at hand: give --base DIR to check the adapter against it"
-        return
-    report.facts["base_folder"] = str(folder)
-    checkpoint = report.read(folder, open_checkpoint, folder)
-    digest = report.read(folder, fingerprint, folder) if checkpoint else None
-    if checkpoint is None or digest is None:
-        report.facts["base_verifies"] = False
-        return
-    if provenance is None:
-        report.facts["base_matches"] = "unknown: no fingerprint is recorded"
-    else:
-        report.facts["base_matches"] = digest == provenance.base_fingerprint
-        if digest != provenance.base_fingerprint:
-            report.problems.append(
-                f"{found.folder / PROVENANCE_FILE}: base_fingerprint is {provenance.base_fingerprint[:12]}…, but "
-                f"{folder} has {digest[:12]}…: give the base that it was trained on, unchanged, with --base"
-            )
-    with checkpoint:
-        _fit(found, folder, checkpoint)
-
-
-def _fit(found: _Found, folder: Path, checkpoint: Checkpoint) -> None:
+def _fit(found: _LowRank, folder: Path, architecture: Architecture, checkpoint: Checkpoint) -> None:
+    """A place in the base for every factor, and factors for every target."""
     report = found.report
-    architecture, reason = architecture_of_folder(folder)
-    if reason is not None:
-        report.warnings.append(f"whether the factors fit the base is not checked: {reason}")
-    total = parameters_of(architecture, checkpoint)
-    report.facts["base_parameters"] = total
-    if "parameters" in report.facts and total:
-        report.facts["percent_of_base"] = 100 * report.facts["parameters"] / total
-    if architecture is None or not found.pairs:
+    if not found.pairs:
         return
     inner = architecture.linear_modules()
     linears = inner if architecture.tied else inner | {"lm_head"}
@@ -296,7 +218,3 @@ def _fit(found: _Found, folder: Path, checkpoint: Checkpoint) -> None:
             report.warnings.append(f"{text}: PEFT leaves them as in the base")
         else:
             report.problems.append(f"{text}: take another checkpoint, this one is incomplete")
-
-
-# Each part adds what it finds; the base is last, where it can be left out.
-_PARTS = (_manifest, _config, _weights, _provenance, _base)

@@ -8,7 +8,8 @@ from typing import Any
 
 from lowrank_dist.checkpoint.atomic import is_temporary
 from lowrank_dist.checkpoint.folder import LINKS
-from lowrank_dist.checkpoint.inspection.adapter import inspect_adapter, step_of
+from lowrank_dist.checkpoint.inspection.found import step_of
+from lowrank_dist.checkpoint.inspection.methods import inspect_trained
 from lowrank_dist.checkpoint.inspection.report import Report
 from lowrank_dist.config.errors import ConfigError
 from lowrank_dist.config.load import load_config
@@ -16,7 +17,7 @@ from lowrank_dist.errors import UserError
 
 CONFIG, METRICS, CHECKPOINTS, ADAPTER = "config.yaml", "metrics.jsonl", "checkpoints", "adapter"
 RUN_ENTRIES = (CONFIG, METRICS, CHECKPOINTS)
-_SHOWN = ("modules", "parameters", "update_norm")
+_SHOWN = ("modules", "parameters", "update_norm", "norm")
 # A record has some three hundred bytes.
 _LONGEST_LINE = 1 << 20
 
@@ -44,7 +45,7 @@ def _own(path: Path, folder: Path) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     path = _own(folder / CONFIG, folder)
     try:
-        return load_config([str(path)]).model_dump(mode="json")
+        return load_config([str(path)]).read_keys()
     except ConfigError as error:
         raise UserError(str(error)) from error
 
@@ -109,11 +110,11 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
     for name in LINKS:
         report.facts[name] = pointers[name] if name in pointers else "none"
     final = folder / ADAPTER
-    report.facts["adapter"] = "written" if final.exists() else "not written: the run has not finished"
+    report.facts["adapter"] = _final(final, report)
     chosen = final if final.exists() else held / (pointers["last"] if "last" in pointers else "")
     rows = []
     for path in [*steps, *([_own(final, folder)] if final.exists() else [])]:
-        found = inspect_adapter(path, base, check_base=path == chosen)
+        found = inspect_trained(path, base, check_base=path == chosen)
         report.problems += found.problems
         report.warnings += found.warnings
         facts = found.facts
@@ -129,7 +130,17 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
             labels = ("base_folder", "base_matches", "base_verifies", "base_parameters", "percent_of_base")
             report.facts |= {label: facts[label] for label in labels if label in facts}
     if rows:
-        report.tables["adapters"] = rows
+        # What a method has none of needs no column.
+        empty = {key for key in _SHOWN if all(row[key] is None for row in rows)}
+        report.tables["adapters"] = [{key: row[key] for key in row if key not in empty} for row in rows]
+
+
+def _final(adapter: Path, report: Report) -> str:
+    if adapter.exists():
+        return "written"
+    if report.facts.get("config", {}).get("method") == "full":
+        return "none: every checkpoint of full fine-tuning is a model folder"
+    return "not written: the run has not finished"
 
 
 def _pointers(held: Path, report: Report) -> dict[str, str]:

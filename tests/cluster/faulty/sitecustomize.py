@@ -24,6 +24,11 @@ ALLOWANCE = 256 * MIB  # of address space, beside what the rank has mapped alrea
 FOREVER = 10_000
 
 
+def segfault(step: int) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core of a GB in the working directory
+    ctypes.string_at(0)
+
+
 def spin(step: int) -> None:
     while True:
         pass
@@ -75,7 +80,7 @@ FAULTS: dict[str, Callable[[int], object]] = {
     "spin": spin,
     "hold": hold,
     "exit": lambda step: os._exit(3),
-    "segfault": lambda step: ctypes.string_at(0),
+    "segfault": segfault,
     "allocate": allocate,
     "bloat": bloat,
     "gate": wait,

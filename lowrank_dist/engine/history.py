@@ -1,0 +1,59 @@
+"""What every evaluation so far found, and which of them was the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from lowrank_dist.checkpoint.training_state import LOSS, TrainingState
+
+
+def best_first(values: Mapping[int, float], name: str) -> list[int]:
+    """The steps, best value first: the lowest eval loss (`LOSS`), the highest of a metric of generated texts.
+
+    Of equals the earlier step, which has drifted less from the base for the same result.
+    """
+    sign = 1 if name == LOSS else -1
+    return sorted(values, key=lambda step: (sign * values[step], step))
+
+
+def label(name: str) -> str:
+    """How a value is called in messages."""
+    return "eval loss" if name == LOSS else name
+
+
+class History:
+    """Values of all evaluations of a run, those before it was resumed included. The same on every rank.
+
+    best: the name of what decides, `LOSS` or one of generate.metrics.METRICS. values: name → step → value.
+    """
+
+    def __init__(self, best: str, resumed: TrainingState | None) -> None:
+        self.best = best
+        self.values: dict[str, dict[int, float]] = {LOSS: {}}
+        if resumed is not None:
+            self.values = {name: dict(values) for name, values in resumed.evaluations.items()}
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Remember what an evaluation found."""
+        for name, value in values.items():
+            self.values.setdefault(name, {})[step] = value
+
+    @property
+    def best_step(self) -> int | None:
+        """None before the first evaluation that measured what decides."""
+        return next(iter(best_first(self._deciding, self.best)), None)
+
+    @property
+    def without_better(self) -> int:
+        """Evaluations since the best one. They are counted anew each time, so a resumed run counts as if it had not
+        stopped."""
+        best = self.best_step
+        return 0 if best is None else sum(step > best for step in self._deciding)
+
+    def describe_best(self) -> str:
+        """The best value and its step, where there is one."""
+        return f"{label(self.best)} {self._deciding[self.best_step]:.4f} of step {self.best_step}"
+
+    @property
+    def _deciding(self) -> Mapping[int, float]:
+        return self.values.get(self.best, {})

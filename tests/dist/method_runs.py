@@ -1,0 +1,346 @@
+"""Short training runs of every method on tiny models, as plain numbers: on spawned ranks, and plain references of them.
+
+The ranks go through the production code (choose, load_model, ZeroOptimiser); only the data and the values away from the
+start are made here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.dist import ranks
+from tests.dist.tiny_runs import MAX_LENGTH, Setting, microbatches, samples
+from tests.tiny_models import VOCAB
+
+VIRTUAL, BOTTLENECK, WIDTH = 5, 12, 10
+# Name here → (method, section of its options, options).
+METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "full": ("full", "", {}),
+    "adapter_h": ("adapter_h", "adapter", {"bottleneck": BOTTLENECK, "placement": "sharded"}),
+    "adapter_h_replicated": ("adapter_h", "adapter", {"bottleneck": BOTTLENECK, "placement": "replicated"}),
+    "adapter_l": ("adapter_l", "adapter", {"bottleneck": BOTTLENECK, "placement": "sharded"}),
+    "adapter_l_replicated": ("adapter_l", "adapter", {"bottleneck": BOTTLENECK, "placement": "replicated"}),
+    "prefix": ("prefix", "prefix", {"length": VIRTUAL, "width": None}),
+    "prefix_mlp": ("prefix", "prefix", {"length": VIRTUAL, "width": WIDTH}),
+    "prompt": ("prompt", "prompt", {"length": VIRTUAL}),
+}
+CLIP, DECAY, BETAS, EPS = 0.5, 0.01, (0.9, 0.999), 1e-3
+# Spread of values away from the start, by the end of a stored name.
+_SPREADS = {
+    "norm.weight": 0.2,
+    "down.weight": 0.2,
+    "up.weight": 0.2,
+    "prefix": 0.7,
+    "prefix.embedding": 1.0,
+    "hidden.weight": 0.15,
+    "output.weight": 0.25,
+    "prompt.embeddings": 0.15,
+}
+
+
+@dataclass(frozen=True)
+class MethodSetting(Setting):
+    """name: a key of METHODS. away: whole tensors of `values_away` in place of the method's own start.
+
+    logit_bytes: largest block of logits, 0 for the usual one.
+    """
+
+    name: str = "full"
+    away: bool = True
+    logit_bytes: int = 0
+
+
+@dataclass
+class Built:
+    """What `build` makes of a setting on this rank."""
+
+    model: Any
+    method: Any
+    theta: Any
+    topology: Any
+
+
+def values_away(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Random whole tensors by their stored names, the same on every rank."""
+    generator = torch.Generator().manual_seed(3)
+    values = {}
+    for name, shape in shapes.items():
+        spread = next((value for end, value in _SPREADS.items() if name == end or name.endswith(f".{end}")), 0.1)
+        values[name] = torch.randn(shape, generator=generator) * spread + name.endswith("norm.weight")
+    return values
+
+
+def run_config(folder: str, name: str) -> Any:
+    """The configuration of a run of this method."""
+    from lowrank_dist.config import Config
+
+    method, section, options = METHODS[name]
+    return Config.model_validate(
+        {
+            "model": {"path": folder},
+            "method": method,
+            **({section: options} if section else {}),
+            "data": {"train": "none.jsonl", "max_length": MAX_LENGTH},
+            "output": {"dir": "none"},
+        }
+    )
+
+
+def build(setting: MethodSetting) -> Built:
+    from lowrank_dist.methods.choose import choose
+    from lowrank_dist.model.build import load_model
+
+    topology = ranks.topology(setting.tensor, setting.sequence)
+    model = load_model(
+        Path(setting.folder),
+        topology,
+        device=ranks.device(),
+        dtype=setting.dtype,
+        max_length=1,  # a window is tried by decoding beyond it
+        vocab_multiple=setting.vocab_multiple,
+        broadcast=False,
+    )
+    method = choose(run_config(setting.folder, setting.name), model.architecture)
+    model.set_recompute(setting.recompute)
+    theta = method.attach(model, topology, resumed=False)
+    if setting.away and setting.name != "full":
+        values = values_away(theta.all_shapes())
+        if setting.broken == "heads":
+            values["prefix"] = values["prefix"].flip(3)
+        theta.spread(values, topology.tp_rank)
+    if setting.broken == "qk_norm":
+        for name, parameter in model.named_parameters():
+            if "q_layernorm" in name or "k_layernorm" in name:
+                parameter.tp_partial_grad = False
+    if setting.broken == "positions":
+        model.prefix.length = 0
+    return Built(model, method, theta, topology)
+
+
+def whole(built: Built, select: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
+    """Stored tensors from every rank's parameters, copies as this rank has them. Collective."""
+    from lowrank_dist.parallel.theta import gather
+
+    theta, topology = built.theta, built.topology
+    found = {}
+    held_here = theta.layout(topology.tp_rank)
+    for parameter, held, shapes in zip(theta.parameters, held_here, theta.shapes, strict=True):
+        values = {name: torch.zeros(shape) for name, shape in shapes.items()}
+        gather(held.pieces, select(parameter).detach().float().cpu(), values)
+        for name, value in values.items():
+            if parameter.tensor_model_parallel:
+                value = value.to(ranks.device())
+                dist.all_reduce(value, group=topology.tp_group)
+            found[name] = value.cpu()
+    return found
+
+
+def measure(settings: Sequence[MethodSetting]) -> list[dict[str, Any]]:
+    """One rank: of each setting loss and whole gradients; then losses, norms and whole weights of a short training."""
+    from lowrank_dist.parallel import vocab
+
+    found = []
+    for setting in settings:
+        built = build(setting)
+        with mock.patch.object(vocab, "LOGIT_BLOCK_BYTES", setting.logit_bytes or vocab.LOGIT_BLOCK_BYTES):
+            numbers = forward_backward(built, setting)
+            found.append(numbers | train(built, setting) if setting.steps else numbers)
+    return found
+
+
+def forward_backward(built: Built, setting: MethodSetting) -> dict[str, Any]:
+    """Loss and every whole gradient, without DeepSpeed."""
+    topology = built.topology
+    batches, targets = _batches(built, setting)
+    total = torch.zeros((), device=ranks.device())
+    for batch in batches:
+        loss = _loss(built, batch)
+        (loss / targets).backward()
+        total += loss.detach()
+    for parameter in built.theta.parameters:
+        dist.all_reduce(parameter.grad, group=topology.dp_group)
+        if parameter.tp_partial_grad and setting.broken != "deferred":
+            dist.all_reduce(parameter.grad, group=topology.tp_group)
+    dist.all_reduce(total, group=topology.dp_group)
+    gradients = whole(built, lambda parameter: parameter.grad)
+    for parameter in built.theta.parameters:
+        parameter.grad = None
+    return {"loss": total.item() / targets, **_named("gradient", gradients)}
+
+
+def train(built: Built, setting: MethodSetting) -> dict[str, Any]:
+    """Losses, gradient norms and whole weights of AdamW steps with clipping, through ZeRO."""
+    from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
+
+    rules = OptimiserRules(setting.zero_stage, CLIP, None, DECAY, BETAS, EPS)
+    optimiser = ZeroOptimiser(built.theta.parameters, built.topology, rules)
+    if setting.broken == "deferred":
+        optimiser._sum_partial = lambda: None
+    batches, targets = _batches(built, setting)
+    losses, norms = [], []
+    for _ in range(setting.steps):
+        total = torch.zeros((), device=ranks.device())
+        for index, batch in enumerate(batches):
+            total += optimiser.accumulate(
+                lambda batch=batch: _loss(built, batch), 1 / targets, index + 1 == len(batches)
+            )
+        dist.all_reduce(total, group=built.topology.dp_group)
+        losses.append(total.item() / targets)
+        norms.append(optimiser.step(setting.lr))
+    return {"losses": losses, "norms": norms, **_named("weight", whole(built, lambda parameter: parameter))}
+
+
+def _batches(built: Built, setting: MethodSetting) -> tuple[list[Any], int]:
+    topology, lead = built.topology, built.method.lead
+    pad = topology.tp_size if topology.sequence_parallel else 1
+    return microbatches(setting, topology.dp_rank, topology.dp_size, pad, lead)
+
+
+def _loss(built: Built, batch: Any) -> Tensor:
+    return built.model.loss(batch.input_ids, batch.position_ids, batch.target_index, batch.target_ids, batch.segments)
+
+
+def _named(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {f"{kind} {name}": tensor.numpy() for name, tensor in tensors.items()}
+
+
+def write_and_score(setting: MethodSetting, folder: str) -> np.ndarray:
+    """One rank: logits [2, 16, V] of fixed tokens; rank 0 writes the method's folder."""
+    from lowrank_dist.checkpoint.fingerprint import fingerprint
+    from lowrank_dist.checkpoint.provenance import Provenance
+
+    built = build(setting)
+    tensors = whole(built, lambda parameter: parameter)
+    if dist.get_rank() == 0:
+        provenance = Provenance(fingerprint(Path(setting.folder)), setting.folder, {})
+        files = built.method.files(Path(folder), provenance)
+        for name, tensor in tensors.items():
+            files.put(name, tensor)
+        files.finish()
+    return logits_of(built.model.eval(), fixed_tokens()).cpu().numpy()
+
+
+def fixed_tokens() -> Tensor:
+    """[2, 16], the same whatever the setting."""
+    return torch.randint(5, 100, (2, 16), generator=torch.Generator().manual_seed(5))
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    """[b, s, V] of the given tokens, behind what the method puts before them."""
+    lead = torch.tensor(model.lead, dtype=torch.int64).expand(ids.size(0), len(model.lead))
+    every = torch.cat((lead, ids), dim=1)
+    # Right padding, which no token before it sees, for a length that the ranks divide.
+    multiple = model.topology.tp_size if model.topology.sequence_parallel else 1
+    every = F.pad(every, (0, -every.size(1) % multiple)).to(ranks.device())
+    positions = torch.arange(every.size(1), device=every.device).expand(every.shape)
+    return model.logits(every, positions)[:, len(model.lead) : len(model.lead) + ids.size(1)]
+
+
+def reference(
+    parameters: Mapping[str, nn.Parameter],
+    shapes: Mapping[str, tuple[int, ...]],
+    logits_of_one: Callable[[Tensor], Tensor],
+    steps: int = 3,
+    lr: float = MethodSetting.lr,
+) -> dict[str, Any]:
+    """What `measure` finds, of a plain model: sample by sample, torch's own clipping and AdamW.
+
+    parameters: by stored name. logits_of_one: tokens [s] → logits [s, V].
+    """
+    targets = sum(int(target[1:].sum()) for _, target in samples())
+
+    def backward() -> float:
+        total = 0.0
+        for tokens, target in samples():
+            kept = target[1:]
+            loss = F.cross_entropy(logits_of_one(tokens)[:-1][kept].float(), tokens[1:][kept], reduction="sum")
+            (loss / targets).backward()
+            total += loss.item() / targets
+        return total
+
+    def named(kind: str, select: Callable[[nn.Parameter], Tensor]) -> dict[str, Any]:
+        values = ((name, select(p).detach().float().clone().view(shapes[name])) for name, p in parameters.items())
+        return _named(kind, dict(values))
+
+    found = {"loss": backward(), **named("gradient", lambda parameter: parameter.grad)}
+    if not steps:
+        return found
+    optimiser = torch.optim.AdamW(parameters.values(), lr, BETAS, EPS, DECAY)
+    losses, norms = [], []
+    for _ in range(steps):
+        optimiser.zero_grad()
+        losses.append(backward())
+        norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), CLIP)))
+        optimiser.step()
+    return {**found, "losses": losses, "norms": norms, **named("weight", lambda parameter: parameter)}
+
+
+def twins_of(settings: Iterable[MethodSetting], tensor: int, sequence: bool) -> list[MethodSetting]:
+    return [replace(setting, tensor=tensor, sequence=sequence) for setting in settings]
+
+
+PROMPT_LENGTHS, NEW = (3, 11, 7, 1, 14, 9), 12
+STOPS = tuple(range(30, 38))  # of random models every thirteenth token or so
+
+
+def prompt_rows(lengths: Sequence[int] = PROMPT_LENGTHS) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(11)
+    return [torch.randint(6, VOCAB, (length,), generator=generator).tolist() for length in lengths]
+
+
+def decode(
+    settings: Sequence[MethodSetting], batch: int, lengths: Sequence[int] = PROMPT_LENGTHS
+) -> list[dict[str, Any]]:
+    """One rank: greedy completions, and what whole forward passes over them would have written in their place."""
+    from lowrank_dist.data.tokenizer import load_tokenizer
+    from lowrank_dist.generate.decode import generate
+    from lowrank_dist.generate.prompts import Prompt
+    from lowrank_dist.generate.rules import DecodingRules
+
+    found = []
+    for setting in settings:
+        built = build(setting)
+        model, rows = built.model.eval(), prompt_rows(lengths)
+        prompts = [Prompt(f"row {i}", "", tuple(row), frozenset(STOPS)) for i, row in enumerate(rows)]
+        rules = DecodingRules(max_new_tokens=NEW, batch=batch)
+        if setting.broken == "cache":
+            model.new_cache = _without_prefix(model)
+        made = generate(model, load_tokenizer(Path(setting.folder)), prompts, rules, built.topology)
+        written = [list(generation.tokens) for generation in made]
+        found.append({"written": written, "whole": _rewritten(model, rows, written)})
+    return found
+
+
+def _without_prefix(model: Any) -> Callable[..., Any]:
+    make, prefix = model.new_cache, model.prefix
+
+    def new_cache(*sizes: Any) -> Any:
+        model.prefix = None
+        cache = make(*sizes)
+        model.prefix = prefix
+        return cache
+
+    return new_cache
+
+
+def _rewritten(model: Any, rows: list[list[int]], written: list[list[int]]) -> list[list[int]]:
+    """For every token of the completions the likeliest one after all before it."""
+    every = [row + tokens for row, tokens in zip(rows, written, strict=True)]
+    longest = max(map(len, every))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in every])
+    with model.without_sequence_parallelism():  # the longest leaves no position for padding
+        best = logits_of(model, ids).argmax(dim=-1).tolist()
+    return [
+        likeliest[len(row) - 1 : len(row) + len(tokens) - 1]
+        for likeliest, row, tokens in zip(best, rows, written, strict=True)
+    ]

@@ -1,0 +1,88 @@
+"""Which evaluation was the best, for how long none was better, and checkpoints that follow it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lowrank_dist.checkpoint.provenance import Provenance
+from lowrank_dist.checkpoint.training_state import LOSS, TrainingState, parse_state
+from lowrank_dist.engine.history import History, best_first
+from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.engine.writing import CheckpointWriter, Facts, Retention
+from tests.unit.test_checkpoint_faults import StandIn
+from tests.unit.test_checkpoint_folder import SHAPES, state_of, tensors_of
+
+VALUES = {0: 0.0, 2: 0.5, 4: 0.25, 6: 0.5, 8: 0.5}
+
+
+def measured(step: int, **metrics: dict[int, float]) -> TrainingState:
+    return state_of(step).model_copy(update={"eval_losses": {2: 3.0, 4: 2.0, 6: 2.0}, "eval_metrics": metrics})
+
+
+def test_best_first() -> None:
+    assert best_first(VALUES, "exact_match") == [2, 6, 8, 4, 0]
+    assert best_first(VALUES, LOSS) == [0, 4, 2, 6, 8]
+    assert best_first({}, LOSS) == []
+
+
+@pytest.mark.parametrize(("name", "best", "without"), [("exact_match", 2, 3), (LOSS, 0, 4), ("bleu", None, 0)])
+def test_evaluations_without_a_better(name: str, best: int | None, without: int) -> None:
+    """The same whether the values come one by one or, in part, from the checkpoint that a run goes on from."""
+    whole = History(name, None)
+    counts = []
+    for step, value in VALUES.items():
+        whole.add(step, {LOSS: value, "exact_match": value})
+        counts.append(whole.without_better)
+    assert (whole.best_step, counts[-1]) == (best, without)
+    state = state_of(4).model_copy(
+        update={
+            "eval_losses": {step: VALUES[step] for step in (0, 2, 4)},
+            "eval_metrics": {"exact_match": {step: VALUES[step] for step in (0, 2, 4)}},
+        }
+    )
+    resumed = History(name, state)
+    assert resumed.without_better == counts[2]
+    for step in (6, 8):
+        resumed.add(step, {LOSS: VALUES[step], "exact_match": VALUES[step]})
+    assert (resumed.values, resumed.without_better) == (whole.values, without)
+    assert state.eval_losses.keys() == {0, 2, 4}, "what was read is not written to"
+
+
+def test_checkpoints_from_before_there_were_metrics_load() -> None:
+    text = json.loads(measured(6, bleu={6: 1.0}).to_json())
+    assert parse_state(json.dumps(text).encode()).evaluations["bleu"] == {6: 1.0}
+    del text["eval_metrics"]
+    old = parse_state(json.dumps(text).encode())
+    assert old.eval_metrics == {} and old.evaluations == {LOSS: old.eval_losses}
+    assert old.summary().keys() == measured(6, bleu={4: 1.0}).summary().keys()
+    assert measured(6, bleu={6: 1.0}).summary()["eval_bleu"] == 1.0
+
+
+def test_links_and_folders_follow_what_decides(tmp_path: Path) -> None:
+    """By another measure than before: the step that is best by it, or no link while nothing saved has it."""
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    facts = Facts(Provenance("cd" * 32, "base", {}), state_of(2).data, None)
+
+    def writer(by: str, resumed: TrainingState | None, last: int | None = None) -> CheckpointWriter:
+        return CheckpointWriter(folder, StandIn(), SHAPES, facts, Retention(last, 1, by), resumed)
+
+    def write(to: CheckpointWriter, state: TrainingState) -> tuple[str, set[str]]:
+        to.write([tensors_of(state.step)], state, final=False)
+        names = {path.name for path in folder.checkpoints.iterdir()}
+        return (folder.checkpoints / "best").readlink().name if "best" in names else "", names - {"last", "best"}
+
+    first = writer(LOSS, None)
+    for step in (2, 4):
+        write(first, measured(step))
+    assert write(first, measured(6)) == ("step-4", {"step-2", "step-4", "step-6"})  # of equals the earlier
+    assert first.summary == "checkpoints/last: step 6; checkpoints/best: step 4, eval loss 2.0000"
+    known = measured(6, rouge_l={2: 0.75, 4: 0.5, 6: 0.5})
+    assert write(writer("rouge_l", known), known.model_copy(update={"step": 7}))[0] == "step-2"
+    # Nothing saved has a value: no link, and none that leads nowhere once the folder is retired.
+    unknown = writer("bleu", measured(7), last=1)
+    assert write(unknown, measured(8)) == ("", {"step-8"}) and unknown.summary == "checkpoints/last: step 8"
+    assert write(unknown, measured(9, bleu={9: 1.0})) == ("step-9", {"step-9"})
