@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# `make gpu-bench`: what the low-rank path costs on this GPU (benchmarks/overhead.py), in nine minutes, without a network.
+# `make gpu-bench`: what adapter layers and low-rank updates add to a forward pass on this GPU (benchmarks/latency.py), and
+# what the low-rank path costs in training (benchmarks/overhead.py), in nine minutes, without a network.
 #
 #   make gpu-bench PYTHON=python3            on the interpreter that has torch
 #   GPU_CHECK_DEVICE=cpu tests/gpu/bench.sh  a rehearsal without a GPU; further words go to benchmarks/overhead.py
 #
-# The table is printed; JSON, table and log of the build go to $OUT, or to build/gpu-bench where it is not set.
+# Tables are printed; JSON, tables, picture and log of the build go to $OUT, or to build/gpu-bench where it is not set.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -22,8 +23,23 @@ if ! timeout -k 5 180 "${build_extension[@]}" >"$out/build.txt" 2>&1; then
     exit 1
 fi
 tail -n 1 "$out/build.txt"
-timeout -k 5 $((seconds - SECONDS)) "$python" benchmarks/overhead.py --device "$device" --out "$out" "$@" 2>&1 |
-    tee "$out/overhead.txt"
-code=${PIPESTATUS[0]}
-((code == 0)) || echo "benchmarks/overhead.py ends with code $code after $SECONDS s (124: ran past its time)" >&2
-exit "$code"
+
+# measure NAME LIMIT WORDS...: one benchmark, in at most LIMIT seconds.
+measure() {
+    local name=$1 limit=$2 code
+    shift 2
+    timeout -k 5 "$limit" "$python" "benchmarks/$name.py" --device "$device" --out "$out" "$@" 2>&1 |
+        tee "$out/$name.txt"
+    code=${PIPESTATUS[0]}
+    ((code == 0)) || echo "benchmarks/$name.py ends with code $code after $SECONDS s (124: ran past its time)" >&2
+    return "$code"
+}
+
+failed=0
+if [[ $device == cuda ]]; then
+    measure latency 240 || failed=$?
+else
+    measure latency 240 --settings 1x128:2 --tp 1 || true # two trials of a rehearsal: its verdict means nothing
+fi
+measure overhead $((seconds - SECONDS)) "$@" || failed=$?
+exit "$failed"

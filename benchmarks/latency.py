@@ -1,0 +1,600 @@
+"""Table 1 of Hu et al., "LoRA" (2021), again: latency of one forward pass, low-rank updates against adapter layers.
+
+    python benchmarks/latency.py [--settings 1x128 16x256:5 …] [--trials 100] [--tp 1 2] [--device cpu] [--out DIR]
+
+The model is GPT-2 medium (24 layers, H 1024, 16 heads) with random weights, in one process for each tensor-parallel
+rank, over gloo on a CPU. A trial is one `CausalLM.decode` of the whole input, which is what a user waits for before the
+first token: all layers with the keys and values kept, and the head on the last position, the same in every row. No
+gradients, no sequence parallelism (there is none in decoding). A setting is BATCHxLENGTH[:TRIALS].
+
+Rows, all on one base in memory: `base`, which is also any fully fine-tuned model; `merged`, the base's own modules
+where q and v have W + s·B·A for W; `unmerged`, low-rank factors on q and v; adapter_l and adapter_h, at tensor parallel
+sharded and replicated. Width or rank is the one whose |Θ| is nearest to the paper's, a multiple of every --tp.
+
+Trials are interleaved: a round is one of every row, in an order drawn anew, so that drift of the machine and what a row
+leaves in the caches meet all rows alike. Of several ranks a trial's time is the slowest one's, from a barrier on. A
+row's relative latency is the mean of (row − base) of a round over the base's mean, ± its standard error. Collectives
+are counted as they are issued (parallel/counting.py), not claimed. Before timing, merged must give what unmerged gives,
+be made of the base's modules and parameters, and every row but the base's must differ from it.
+
+The last line is the verdict: merged adds nothing if it is within 2 standard errors (of at most 2.5 %) or 1 % of the
+base and adds no collective; else the exit code is 1. results/latency.json (latency_cuda.json) and docs/latency.png are
+written where the device's settings were all measured, with at least 100 trials of (1, 128); --out writes both whatever
+was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import math
+import os
+import random
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import machine, write_result
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from spawn import start_ranks
+from torch import Tensor, nn
+
+from lowrank_dist.plan.methods import adapter_parameters
+from lowrank_dist.plan.shapes import built_in_config, find_shape
+
+MODEL = "gpt2-medium"
+TARGETS = ("q_proj", "v_proj")  # as the paper adapts GPT-2
+SCALE, SPREAD = 2.0, 0.05  # s, and of every value of Θ: large enough that each row's output is its own
+VOCAB_MULTIPLE = 128
+WHOLE_TRIALS = 100
+WITHIN_SHARE, WITHIN_ERRORS = 0.01, 2.0
+LARGEST_NOISE = 0.05  # of two standard errors: beyond it everything is within them
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# |merged − unmerged| over |unmerged − base| of the logits, at most.
+AGREEMENT = {"fp32": 1e-3, "bf16": 0.2}
+TIMEOUT_SECONDS = 3600
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+@dataclass(frozen=True)
+class Published:
+    """Table 1 of the paper, on a Quadro RTX8000: |Θ|, milliseconds of merged, and what adapter layers add to them."""
+
+    theta: float
+    milliseconds: float
+    added: dict[str, float]
+
+
+PUBLISHED = {
+    (32, 512): Published(0.5e6, 1449.4, {"adapter_l": 0.022, "adapter_h": 0.030}),
+    (16, 256): Published(11e6, 338.0, {"adapter_l": 0.050, "adapter_h": 0.084}),
+    (1, 128): Published(11e6, 19.8, {"adapter_l": 0.207, "adapter_h": 0.303}),
+}
+# The shortest first: what a time limit cuts off is the least.
+DEFAULTS = {"cpu": ((1, 128),), "cuda": tuple(reversed(PUBLISHED))}
+
+
+@dataclass(frozen=True)
+class Setting:
+    batch: int
+    length: int
+    trials: int | None
+
+    @property
+    def published(self) -> Published:
+        return PUBLISHED[self.batch, self.length]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of the table. placement: of adapter layers over the ranks, where there are several."""
+
+    method: str
+    placement: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.method if self.placement is None else f"{self.method}, {self.placement}"
+
+
+def rows_of(tp: int) -> list[Row]:
+    """The rows at tensor-parallel size `tp`, the base first."""
+    placements = (None,) if tp == 1 else ("sharded", "replicated")
+    adapters = [Row(method, placement) for method in ("adapter_l", "adapter_h") for placement in placements]
+    return [Row("base"), Row("merged"), Row("unmerged"), *adapters]
+
+
+def parameters_of(method: str, width: int) -> int:
+    """|Θ| of low-rank factors of rank `width` on TARGETS of every layer, or of adapter layers of bottleneck `width`."""
+    shape = find_shape(MODEL)
+    if method in ("adapter_l", "adapter_h"):
+        return adapter_parameters(shape, width, method)
+    return shape.layers * len(TARGETS) * 2 * shape.hidden * width
+
+
+def nearest_width(method: str, theta: float, step: int) -> int:
+    """The multiple of `step`, at least one, whose |Θ|, which is linear in it, is nearest to `theta`."""
+    fixed = parameters_of(method, 0)
+    slope = parameters_of(method, 1) - fixed
+    return step * max(1, round((theta - fixed) / slope / step))
+
+
+def order(count: int, number: int) -> list[int]:
+    """The order of the rows in round `number`: drawn, the same on every rank."""
+    return random.Random(number).sample(range(count), count)
+
+
+# --- on every rank
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a row differs from the base: an attribute of one object, and the row's value of it."""
+
+    owner: Any
+    name: str
+    value: Any
+
+    def put(self) -> Part:
+        """Set it; returns the part that undoes it."""
+        before = Part(self.owner, self.name, getattr(self.owner, self.name))
+        if isinstance(self.owner, nn.Module) and self.name in self.owner._modules:
+            delattr(self.owner, self.name)  # torch takes no function in the place of a module
+        setattr(self.owner, self.name, self.value)
+        return before
+
+
+@contextmanager
+def installed(parts: Sequence[Part]) -> Iterator[None]:
+    """The model is the row's for as long as this lasts."""
+    before = [part.put() for part in parts]
+    try:
+        yield
+    finally:
+        for part in before:
+            part.put()
+
+
+class Bench:
+    """The base on this rank, and the rows of one setting made from it."""
+
+    def __init__(self, tp: int, args: argparse.Namespace) -> None:
+        from transformers import GPT2Config
+
+        from lowrank_dist.backend.select import init_process_group, local_rank_and_size, select_backend
+        from lowrank_dist.model.from_config import architecture_of
+        from lowrank_dist.model.gpt import CausalLM
+        from lowrank_dist.parallel.topology import Topology
+
+        self.backend = select_backend(args.device, *local_rank_and_size())
+        init_process_group(self.backend, TIMEOUT_SECONDS)
+        self.topology = Topology.build(tp, None, False, TIMEOUT_SECONDS)
+        self.dtype = args.dtype
+        config = GPT2Config(**{key: value for key, value in built_in_config(MODEL).items() if key != "dtype"})
+        self.model = CausalLM(
+            architecture_of(config, MODEL),
+            self.topology,
+            dtype=DTYPES[args.dtype],
+            device=self.backend.device,
+            vocab_multiple=VOCAB_MULTIPLE,
+        ).eval()
+        self._fill()
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        """GPT-2's initialisation, of each tensor by its name, and of a shard by its rank."""
+        from lowrank_dist.model.tensors import is_cut
+
+        for name, parameter in self.model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(float(name.endswith("weight")))
+                continue
+            rank = self.topology.tp_rank if is_cut(name, self.model.architecture) else 0
+            values = torch.empty(parameter.shape).normal_(0, 0.02, generator=_generator(f"{name}:{rank}"))
+            parameter.copy_(values)
+
+    def _slots(self) -> list[tuple[nn.Module, str]]:
+        """Every place where a method puts something of its own."""
+        slots = [(module, "factors") for module in self.model.modules() if hasattr(module, "factors")]
+        return slots + [(layer, name) for layer in self.model.decoder.layers for name in ("self_attn_bda", "mlp_bda")]
+
+    def _taken(self, attach: Callable[[], Any]) -> tuple[list[Part], int]:
+        """What `attach` (→ Theta) puts into the model, taken out of it again with values that are not zero; its |Θ|."""
+        slots = self._slots()
+        before = [Part(owner, name, getattr(owner, name)) for owner, name in slots]
+        theta = attach()
+        shapes = theta.all_shapes()
+        values = {name: torch.empty(s).normal_(0, SPREAD, generator=_generator(name)) for name, s in shapes.items()}
+        theta.spread(values, self.topology.tp_rank)
+        after = [Part(owner, name, getattr(owner, name)) for owner, name in slots]
+        parts = [new for old, new in zip(before, after, strict=True) if new.value is not old.value]
+        for part in before:
+            part.put()
+        return parts, sum(value.numel() for value in values.values())
+
+    def _low_rank(self, rank: int) -> tuple[list[Part], int]:
+        from lowrank_dist.lora.inject import inject
+        from lowrank_dist.lora.placement import LoraRules, place
+        from lowrank_dist.lora.state import lora_theta
+        from lowrank_dist.parallel.masks import MaskSource
+
+        topology = self.topology
+        placements = place(self.model.architecture, LoraRules(rank, SCALE * rank, TARGETS, False, {}, {}))
+        masks = MaskSource(0, 0)
+
+        def attach() -> Any:
+            adapted = inject(self.model, placements, masks, 0, topology.tp_rank, topology.tp_size)
+            return lora_theta(adapted, topology.tp_size, masks)
+
+        return self._taken(attach)
+
+    def _adapter(self, row: Row, bottleneck: int) -> tuple[list[Part], int]:
+        from lowrank_dist.checkpoint.bottlenecks import BottleneckConfig
+        from lowrank_dist.methods.adapter import Adapters
+
+        architecture = self.model.architecture
+        config = BottleneckConfig(
+            method=row.method,
+            bottleneck=bottleneck,
+            layers=architecture.layers,
+            hidden=architecture.hidden,
+            base=MODEL,
+        )
+        method = Adapters(config, row.placement or "replicated", 0)
+        return self._taken(lambda: method.attach(self.model, self.topology, resumed=True))
+
+    def parts(self, widths: dict[str, int]) -> dict[Row, tuple[list[Part], int]]:
+        """Every row's difference from the base, and its |Θ|."""
+        low_rank, theta = self._low_rank(widths["unmerged"])
+        made: dict[Row, tuple[list[Part], int]] = {}
+        for row in rows_of(self.topology.tp_size):
+            if row.method == "base":
+                made[row] = ([], 0)
+            elif row.method == "merged":
+                made[row] = ([merged(part.owner, part.value) for part in low_rank], theta)
+            elif row.method == "unmerged":
+                made[row] = (low_rank, theta)
+            else:
+                made[row] = self._adapter(row, widths[row.method])
+        return made
+
+    def describe(self) -> tuple[list[tuple[str, str]], list[tuple[str, tuple[int, ...], str, tuple[int, ...]]]]:
+        """What the model is made of now: its modules and their kinds, and its parameters with shape, dtype, strides."""
+        modules = [(name, type(module).__qualname__) for name, module in self.model.named_modules()]
+        parameters = [(name, tuple(p.shape), str(p.dtype), p.stride()) for name, p in self.model.named_parameters()]
+        return modules, parameters
+
+    def measure(self, setting: Setting, trials: int, widths: dict[str, int]) -> list[dict[str, Any]]:
+        """Every row checked, counted and timed: its |Θ|, collectives by kind, and the seconds of each trial here."""
+        from lowrank_dist.parallel.counting import count_collectives
+
+        device = self.backend.device
+        tokens = torch.arange(setting.batch * setting.length, device=device).view(setting.batch, -1)
+        tokens = tokens * 48_271 % self.model.architecture.vocab
+        cache = self.model.new_cache(torch.zeros(setting.batch, dtype=torch.int64, device=device), setting.length)
+
+        def forward() -> Tensor:
+            cache.filled = 0
+            return self.model.decode(tokens, cache)
+
+        made = self.parts(widths)
+        facts: list[dict[str, Any]] = []
+        logits, kinds = {}, {}
+        for row, (parts, theta) in made.items():
+            with installed(parts), count_collectives() as count:
+                logits[row], kinds[row] = forward(), self.describe()
+            facts.append({"name": row.name, "theta": theta, "calls": count.calls_by_kind(), "seconds": []})
+        self._require(logits, kinds)
+        del logits
+        gc.collect()
+        gc.disable()
+        for number in range(-1, trials):  # the first round warms up
+            for index in order(len(made), number):
+                with installed(list(made.values())[index][0]):
+                    seconds = self._timed(forward)
+                if number >= 0:
+                    facts[index]["seconds"].append(seconds)
+        gc.enable()
+        return facts
+
+    def _timed(self, forward: Callable[[], Tensor]) -> float:
+        if self.topology.tp_size > 1:
+            torch.distributed.barrier(self.topology.tp_group)
+        self.backend.synchronize()
+        started = time.perf_counter()
+        logits = forward()
+        self.backend.synchronize()
+        seconds = time.perf_counter() - started
+        del logits  # freed outside the clock
+        return seconds
+
+    def _require(self, logits: dict[Row, Tensor], kinds: dict[Row, Any]) -> None:
+        """Each row is what it says it is, or AssertionError."""
+        base, own, plain = Row("base"), Row("merged"), Row("unmerged")
+        assert kinds[own] == kinds[base], "merged is not made of the base's modules and parameters"
+        assert kinds[plain] != kinds[base], "unmerged is made of the base's modules alone"
+        vocab = min(self.model.architecture.vocab, logits[base].size(1))  # −∞ in rows of padding, of the last rank
+        found = {row: value.float()[:, :vocab].nan_to_num(neginf=0.0) for row, value in logits.items()}
+
+        def apart(a: Row, b: Row) -> float:
+            return (found[a] - found[b]).abs().max().item()
+
+        update = apart(plain, base)
+        assert apart(own, plain) <= AGREEMENT[self.dtype] * update, "merged computes something else than unmerged"
+        for row in found:
+            assert row == base or apart(row, base) > 0.01 * found[base].abs().max().item(), f"{row.name} is the base"
+
+
+def merged(linear: nn.Module, factors: Any) -> Part:
+    """The linear's weight with the update folded in, rounded once: W + s·B·A of this rank's share."""
+    update = factors.dense_bt(torch.float32).t() @ factors.scaled_a(torch.float32, None)
+    return Part(linear.weight, "data", update.add_(linear.weight.detach().float()).to(linear.weight.dtype))
+
+
+def _generator(name: str) -> torch.Generator:
+    digest = hashlib.sha256(name.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+def rank_main(rank: int, tp: int, port: int, args: argparse.Namespace, parent: Connection) -> None:
+    """One rank: sends the facts of every setting as they come."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_WORLD_SIZE=str(tp))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(max(1, args.threads // tp))
+    from lowrank_dist.backend.select import quiet_libraries, shutdown
+
+    quiet_libraries()
+    bench = Bench(tp, args)
+    for setting in args.settings:
+        parent.send(bench.measure(setting, setting.trials or args.trials, widths_of(setting, args.tp)))
+    parent.recv()
+    shutdown(clean=True)
+
+
+# --- in the process that was started
+
+
+def widths_of(setting: Setting, sizes: Sequence[int]) -> dict[str, int]:
+    """Rank or bottleneck by method: the same at every tensor-parallel size, so a multiple of each."""
+    step = math.lcm(*sizes)
+    theta = setting.published.theta
+    widths = {method: nearest_width(method, theta, step) for method in ("adapter_l", "adapter_h")}
+    return widths | {"unmerged": nearest_width("unmerged", theta, 1)}
+
+
+def statistics_of(base: Sequence[float], row: Sequence[float]) -> dict[str, float]:
+    """Milliseconds, mean and deviation; over the base's mean the mean difference of a round, and its standard error."""
+    differences = [mine - its for mine, its in zip(row, base, strict=True)]
+    mean = statistics.mean(base)
+    spread = [statistics.stdev(values) if len(values) > 1 else math.nan for values in (row, differences)]
+    return {
+        "milliseconds": 1e3 * statistics.mean(row),
+        "deviation": 1e3 * spread[0],
+        "added": statistics.mean(differences) / mean,
+        "standard_error": spread[1] / math.sqrt(len(differences)) / mean,
+    }
+
+
+def judged(setting: Setting, tp: int, trials: int, widths: dict[str, int], ranks: Sequence[Any]) -> dict[str, Any]:
+    """The figures of one setting from what its ranks sent."""
+    facts = ranks[0]
+    for other in ranks[1:]:
+        same = [[fact[key] for key in ("name", "theta", "calls")] for fact in other]
+        assert same == [[fact[key] for key in ("name", "theta", "calls")] for fact in facts], "ranks are not alike"
+    slowest = [
+        [max(of_rank) for of_rank in zip(*(rank[index]["seconds"] for rank in ranks), strict=True)]
+        for index in range(len(facts))
+    ]
+    rows = []
+    for row, fact, seconds in zip(rows_of(tp), facts, slowest, strict=True):
+        method = "unmerged" if row.method == "merged" else row.method
+        width = widths.get(method)
+        if width is not None:
+            assert fact["theta"] == parameters_of(method, width), f"{row.name}: |Θ| is not the formula's"
+        more: Counter[str] = fact["calls"] - facts[0]["calls"]
+        assert not facts[0]["calls"] - fact["calls"], f"{row.name} issues fewer collectives than the base"
+        rows.append(
+            {
+                "name": row.name,
+                "method": row.method,
+                "theta": fact["theta"],
+                "width": width,
+                "collectives": fact["calls"].total(),
+                "added_collectives": dict(more),
+                **statistics_of(slowest[0], seconds),
+            }
+        )
+    return {"batch": setting.batch, "length": setting.length, "tp": tp, "trials": trials, "rows": rows}
+
+
+def run(tp: int, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
+    """Every setting at one tensor-parallel size."""
+    processes, pipes = start_ranks(rank_main, tp, args)
+    results = []
+    for setting in args.settings:
+        try:
+            ranks = [pipe.recv() for pipe in pipes]
+        except EOFError:
+            sys.exit(f"a rank of {tp} ended before its time; what it said stands above")
+        results.append(judged(setting, tp, setting.trials or args.trials, widths_of(setting, args.tp), ranks))
+        show(results[-1], console)
+    for pipe in pipes:  # all of them first: the ranks leave together
+        pipe.send("bye")
+    for process in processes:
+        process.join()
+    return results
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """One setting as a Markdown table."""
+    published = PUBLISHED[result["batch"], result["length"]]
+    console.print(
+        f"\nbatch {result['batch']}, length {result['length']}, |Θ| about {published.theta / 1e6:g}M, "
+        f"TP {result['tp']}, {result['trials']} trials; published: Quadro RTX8000\n"
+    )
+    table = Table(box=box.MARKDOWN)
+    for name in ("", "|Θ|", "r or m", "ms", "over base", "added collectives", "published ms", "published"):
+        # A bar inside a cell would end it.
+        table.add_column(name.replace("|", r"\|"), justify="left" if not name else "right")
+    for row in result["rows"]:
+        added = published.added.get(row["method"])
+        theirs = published.milliseconds if row["method"] in ("base", "merged") else None
+        if added is not None:
+            theirs = published.milliseconds * (1 + added)
+        table.add_row(
+            row["name"],
+            f"{row['theta']:,}" if row["theta"] else "",
+            "" if row["width"] is None else str(row["width"]),
+            f"{row['milliseconds']:.1f} ± {row['deviation']:.1f}",
+            "" if row["method"] == "base" else f"{row['added']:+.1%} ± {row['standard_error']:.1%}",
+            collectives(row),
+            "" if theirs is None else f"{theirs:.1f}",
+            "" if added is None else f"{added:+.1%}",
+        )
+    console.print(table)
+
+
+def collectives(row: dict[str, Any]) -> str:
+    """The calls that a forward pass of this row adds, by kind; of the base, all it has."""
+    if row["method"] == "base":
+        return f"(has {row['collectives']})"
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(row["added_collectives"].items())) or "0"
+
+
+def verdict(result: dict[str, Any]) -> tuple[str, bool]:
+    """Whether merged adds nothing, and in words."""
+    row = next(row for row in result["rows"] if row["method"] == "merged")
+    noise = WITHIN_ERRORS * row["standard_error"]
+    tells = noise <= LARGEST_NOISE
+    within = abs(row["added"]) <= max(WITHIN_SHARE, noise)
+    holds = tells and within and not row["added_collectives"]
+    return (
+        f"({result['batch']}, {result['length']}), TP {result['tp']}: merged {row['added']:+.2%} ± "
+        f"{row['standard_error']:.2%} of the base, {sum(row['added_collectives'].values())} collectives added "
+        f"(at most {WITHIN_ERRORS:g} standard errors or {WITHIN_SHARE:.0%}, and none): "
+        f"{'holds' if holds else 'MISSED' if tells else 'TOO NOISY TO TELL, take more trials or a quiet machine'}"
+    ), holds
+
+
+def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """What each row adds to the base's latency, with two standard errors, beside what was published."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    sizes = list(dict.fromkeys(result["tp"] for result in results))
+    figure = Figure(figsize=(5.5 * len(sizes), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for place, tp in enumerate(sizes, start=1):
+        axes = figure.add_subplot(1, len(sizes), place, title=f"TP {tp}", ylabel="added to the base's latency, %")
+        shown = [result for result in results if result["tp"] == tp]
+        names = [row["name"] for row in shown[0]["rows"][1:]]
+        width = 0.8 / len(names)
+        for index, name in enumerate(names):
+            x = [at + (index - (len(names) - 1) / 2) * width for at in range(len(shown))]
+            rows = [result["rows"][index + 1] for result in shown]
+            errors = [100 * WITHIN_ERRORS * row["standard_error"] for row in rows]
+            axes.bar(x, [100 * row["added"] for row in rows], width, yerr=errors, label=name, capsize=2)
+            known = [
+                (at, 100 * PUBLISHED[result["batch"], result["length"]].added[row["method"]])
+                for at, result, row in zip(x, shown, rows, strict=True)
+                if row["method"] in ("adapter_l", "adapter_h")
+            ]
+            if known:
+                label = "published" if index == len(names) - 1 else None
+                axes.plot(*zip(*known, strict=True), "kD", markerfacecolor="white", zorder=3, label=label)
+        axes.set_xticks(range(len(shown)), [f"({result['batch']}, {result['length']})" for result in shown])
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=90)
+
+
+def parse_setting(text: str) -> Setting:
+    """BATCHxLENGTH[:TRIALS]"""
+    try:
+        sizes, _, trials = text.partition(":")
+        batch, length = map(int, sizes.split("x"))
+        setting = Setting(batch, length, int(trials) if trials else None)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not BATCHxLENGTH[:TRIALS]") from None
+    if (batch, length) not in PUBLISHED or (setting.trials is not None and setting.trials < 1):
+        known = ", ".join(f"{batch}x{length}" for batch, length in PUBLISHED)
+        raise argparse.ArgumentTypeError(f"{text}: the settings are {known}, with at least one trial")
+    return setting
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--settings", nargs="+", type=parse_setting, metavar="BATCHxLENGTH[:TRIALS]")
+    parser.add_argument("--trials", type=int, default=WHOLE_TRIALS, help="of a setting that does not say its own")
+    parser.add_argument("--tp", nargs="+", type=int, help="tensor-parallel sizes (on a CPU 1 and 2, else 1)")
+    parser.add_argument("--device", choices=DEFAULTS, default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of all ranks together")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write JSON and picture there, whatever was measured")
+    args = parser.parse_args()
+    args.settings = args.settings or [Setting(*sizes, None) for sizes in DEFAULTS[args.device]]
+    args.tp = args.tp or ([1, 2] if args.device == "cpu" else [1])
+    if min(args.trials, args.threads) < 1:
+        parser.error("--trials and --threads must be at least 1")
+    heads = find_shape(MODEL).heads
+    if any(tp < 1 or heads % tp for tp in args.tp):
+        parser.error(f"--tp must divide {heads} heads")
+    if args.device == "cuda" and max(args.tp) > torch.cuda.device_count():
+        parser.error(f"--tp {max(args.tp)} needs as many GPUs: ranks that share one measure its time slices")
+    return args
+
+
+def is_whole(args: argparse.Namespace) -> bool:
+    """Whether this is a measurement to keep: see above."""
+    trials = {(setting.batch, setting.length): setting.trials or args.trials for setting in args.settings}
+    sizes = {1, 2} if args.device == "cpu" else {1}
+    enough = trials.get((1, 128), 0) >= WHOLE_TRIALS
+    return enough and set(DEFAULTS[args.device]) <= trials.keys() and sizes <= set(args.tp) and args.dtype == "fp32"
+
+
+def main() -> None:
+    args, started_on = parse(), machine()
+    if args.device == "cuda":
+        started_on["gpu"] = torch.cuda.get_device_name()
+    console = Console(width=150)
+    results = [result for tp in args.tp for result in run(tp, args, console)]
+    verdicts = [verdict(result) for result in results]
+    figures = {
+        "model": MODEL,
+        "dtype": args.dtype,
+        "device": args.device,
+        "threads": args.threads,
+        "published_on": "Quadro RTX8000",
+        "settings": results,
+        "merged_adds_nothing": all(holds for _, holds in verdicts),
+    }
+    name = "latency_cuda" if args.device == "cuda" else "latency"
+    if is_whole(args):
+        print(f"\nwritten: {write_result(name, started_on, figures)}, {DOCS / f'{name}.png'}")
+        draw(results, DOCS / f"{name}.png")
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"machine": started_on, **figures}, indent=2)
+        (args.out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        draw(results, args.out / f"{name}.png")
+    print()
+    for words, _ in verdicts:
+        print(words)
+    sys.exit(0 if figures["merged_adds_nothing"] else 1)
+
+
+if __name__ == "__main__":
+    main()
