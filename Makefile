@@ -17,7 +17,7 @@ export PYTHON
 # The ranks of a test share the cores: more than one thread each makes them wait for one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test test-all quickstart cuda-build-check gpu-check gpu-bench clean
+.PHONY: install test test-all test-cluster quickstart cuda-build-check gpu-check gpu-bench clean
 
 install: $(READY)
 
@@ -36,6 +36,11 @@ test: $(READY)
 # What takes too long for every change: every layout into every other, runs killed in their saves.
 test-all: $(READY)
 	$(PYTHON) -m pytest -q tests/long
+
+# A real Slurm and real network hosts on this machine; as root, which installs what is missing from Debian.
+test-cluster: $(READY)
+	bash tests/cluster/install.sh
+	$(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile tests/cluster
 
 # When the whole thing began, so that the table counts the installation too.
 quickstart: export MAKE_STARTED_MS := $(shell date +%s%3N)

@@ -46,22 +46,21 @@ class Gathering:
         UserError where copies of a parameter, or their moments, differ between tensor-parallel ranks.
         """
         rank, group = self._topology.world_group.rank(), self._topology.host_group
-        pieces, own = self._pieces(rank, snapshot), self._digest(snapshot)
-        others = range(1, self._topology.world_group.size())
+        pieces, size = self._pieces(rank, snapshot), self._topology.world_group.size()
+        own = self._digest(snapshot)
+        digests = [torch.empty_like(own) for _ in range(size)]
+        dist.all_gather(digests, own, group=group)
+        # Every rank knows of it before any has sent what nobody would receive.
+        self._require_equal_copies([int(each) for each in digests])
         if rank:
-            dist.send(own, 0, group=group)
             for batch in self._batches:
                 sent = [pieces[number] for number, *_ in self._sends(rank, batch)]
                 if sent:
                     dist.send(torch.cat(sent, dim=1), 0, group=group)
             return
-        digests = [own, *(torch.empty_like(own) for _ in others)]
-        for other in others:
-            dist.recv(digests[other], other, group=group)
-        self._require_equal_copies([int(each) for each in digests])
         for batch in self._batches:
             received = [[pieces[number] for number, *_ in self._sends(0, batch)]]
-            for other in others:
+            for other in range(1, size):
                 counts = [count for *_, count in self._sends(other, batch)]
                 message = torch.empty(len(KINDS), sum(counts))
                 if counts:

@@ -89,7 +89,7 @@ def check_lengths(prompts: Sequence[Prompt], max_positions: int) -> None:
     too_long = [f"{p.where} ({len(p.ids)} tokens)" for p in prompts if len(p.ids) >= max_positions]
     if too_long:
         raise UserError(
-            f"{some_of(too_long)}: the model has {max_positions} positions for a prompt and its completion: shorten it"
+            f"{some_of(too_long)}: there are {max_positions} positions for a prompt and its completion: shorten it"
         )
 
 

@@ -355,12 +355,12 @@ BAD: dict[str, tuple[list[dict[str, Any]] | None, tuple[str, ...], str]] = {
     "long prompt": (
         [{"prompt": LONG, "completion": "er"}, *rows(1)],
         ("data.max_length=64",),
-        "eval.generate: EVAL:1 (64 tokens): the model has 64 positions for a prompt and its completion: shorten it",
+        "eval.generate: EVAL:1 (64 tokens): there are 64 positions for a prompt and its completion: shorten it",
     ),
     "long prompt behind a prefix": (
         [{"prompt": LONG[3:], "completion": "er"}, *rows(1)],
         ("data.max_length=64", "method=prefix", "prefix.length=3"),
-        "eval.generate: EVAL:1 (61 tokens): the model has 61 positions for a prompt and its completion: shorten it",
+        "eval.generate: EVAL:1 (61 tokens): there are 61 positions for a prompt and its completion: shorten it",
     ),
 }
 

@@ -204,7 +204,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "empty prompt": (lambda base, _: ["--model", base, "--prompt", ""], "--prompt: the prompt must be a text"),
     "long prompt": (
         lambda base, _: ["--model", base, "--prompt", LONG],
-        "--prompt (64 tokens): the model has 64 positions for a prompt and its completion",
+        "--prompt (64 tokens): there are 64 positions for a prompt and its completion",
     ),
     "no prompt": (lambda base, _: ["--model", base], "give one of --prompt and --prompts"),
     "no folder": (lambda base, _: ["--model", base / "none", "--prompt", "a"], "no such file or folder"),
