@@ -3,6 +3,8 @@ VENV ?= .venv
 BOOTSTRAP ?= python3
 TORCH ?= torch==2.13.0
 JOBS ?= 2
+# These wait for Slurm, for timeouts and for one another more than they compute.
+CLUSTER_JOBS ?= 3
 
 ifdef PYTHON
 READY :=
@@ -40,7 +42,7 @@ test-all: $(READY)
 # A real Slurm and real network hosts on this machine; as root, which installs what is missing from Debian.
 test-cluster: $(READY)
 	bash tests/cluster/install.sh
-	$(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile tests/cluster
+	$(PYTHON) -m pytest -q -n $(CLUSTER_JOBS) --dist loadfile --no-loadscope-reorder tests/cluster
 
 # When the whole thing began, so that the table counts the installation too.
 quickstart: export MAKE_STARTED_MS := $(shell date +%s%3N)

@@ -60,11 +60,12 @@ def _listed(lines: tuple[int, ...], count: int) -> str:
 class Dataset:
     """Samples in file order, kept as three flat arrays; `dataset[i]` is a view.
 
-    lengths [n] int64: tokens of each sample. targets [n] int64: target tokens of each.
+    lengths [n] int64: tokens of each sample. targets [n] int64: target tokens of each. The first `lead` tokens of each
+    are not the file's.
     """
 
-    def __init__(self, samples: Sequence[Sample], report: DropReport) -> None:
-        self.report = report
+    def __init__(self, samples: Sequence[Sample], report: DropReport, lead: int = 0) -> None:
+        self.report, self._lead = report, lead
         self.lengths = np.array([len(s.tokens) for s in samples], dtype=np.int64)
         self.targets = np.array([np.count_nonzero(s.target[1:]) for s in samples], dtype=np.int64)
         self._ends = np.cumsum(self.lengths)
@@ -74,9 +75,14 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 over the samples in order, as they are trained on: tokenizer, template and masking show in it."""
+        """SHA-256 over the samples in order, as they are trained on: tokenizer, template and masking show in it.
+
+        Not what a method puts before them: that is the method's, and the data stay the same.
+        """
+        own = np.ones(len(self._tokens), np.bool_)
+        own[(self._ends - self.lengths)[:, None] + np.arange(self._lead)] = False
         sha = hashlib.sha256()
-        for array in (self.lengths, self._tokens, self._target):
+        for array in (self.lengths - self._lead, self._tokens[own], self._target[own]):
             sha.update(np.ascontiguousarray(array).data)
         return sha.hexdigest()
 
@@ -130,7 +136,7 @@ def load_dataset(
             f"{report.summary()}. Nothing is left to train on: raise data.max_length (the longest sample has {longest} "
             "tokens), shorten the samples, or give them a completion or an assistant turn"
         )
-    return Dataset(kept, report)
+    return Dataset(kept, report, len(lead))
 
 
 def _samples(records: Records, tokenizer: Tokenizer) -> Iterator[Sample]:

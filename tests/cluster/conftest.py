@@ -10,6 +10,25 @@ import pytest
 from tests.cluster.rig import Rig
 from tests.cluster.runs import ENVIRONMENT, losses, well_trained, write_run
 
+# Each file is one worker's: the longest are begun first.
+LONGEST = ("test_preemption", "test_faults", "test_launchers", "test_links")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where the gates of planted faults lie."""
+    path = tmp_path / "faults"
+    path.mkdir()
+    return path
+
 
 @pytest.fixture(scope="session")
 def rig() -> Iterator[Rig]:

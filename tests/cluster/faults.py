@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.rig import Rig, settled
-from tests.cluster.runs import ENVIRONMENT
+from tests.cluster.runs import ENVIRONMENT, Job, write_job
 
 CODE = Path(__file__).with_name("faulty")
 TIMEOUT = 15
 # What a job has beyond the timeout to end.
 BEYOND = 30
 MEMORY_MIB = 64
+OVERRIDES = [f"engine.timeout_seconds={TIMEOUT}", "output.save_every=1"]
+CURVES = dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,14 @@ class Faults:
         """Let the rank go on; `once` a file is there."""
         assert once is None or settled(once.exists, True, seconds=10), f"there is no {once}"
         (self.folder / f"{step}.open").touch()
+
+
+def submit(rig: Rig, config: Path, run: Path, environment: dict[str, str]) -> Job:
+    """A job of that run, on both hosts; the same script each time."""
+    script = run.with_name("job.sbatch")
+    if not script.exists():
+        write_job(config, script, f"output.dir={run}", *OVERRIDES)
+    return Job.submit(rig.hosts[0], script, environment)
 
 
 @contextmanager

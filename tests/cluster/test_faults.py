@@ -13,14 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.faults import BEYOND, TIMEOUT, Faults, Stopwatch, culprit, last_words, small_cgroup
-from tests.cluster.rig import Rig, settled, wait
-from tests.cluster.runs import ENVIRONMENT, Job, losses, on_each, write_job
+from tests.cluster.faults import (
+    BEYOND,
+    CURVES,
+    OVERRIDES,
+    TIMEOUT,
+    Faults,
+    Stopwatch,
+    culprit,
+    last_words,
+    small_cgroup,
+    submit,
+)
+from tests.cluster.rig import Rig, wait
+from tests.cluster.runs import ENVIRONMENT, Job, losses, on_each
 from tests.integration.launching import free_port
 
 TRAIN = "launch/train.py"
-OVERRIDES = [f"engine.timeout_seconds={TIMEOUT}", "output.save_every=1"]
-CURVES = dict[str, list[float]]
 # What befalls one rank of two → what FAILED says of it, and what comes after that.
 ONE_RANK = {
     "raise": (r"RuntimeError: planted", "in fail\n"),
@@ -31,20 +40,6 @@ ONE_RANK = {
     "allocate": (r"MemoryError", "in eat\n"),
     "bloat": (r"it ended .*out-of-memory killer", ""),
 }
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "faults"
-    path.mkdir()
-    return path
-
-
-def submit(rig: Rig, config: Path, run: Path, environment: dict[str, str]) -> Job:
-    script = run.with_name("job.sbatch")
-    if not script.exists():
-        write_job(config, script, f"output.dir={run}", *OVERRIDES)
-    return Job.submit(rig.hosts[0], script, environment)
 
 
 def goes_on(rig: Rig, config: Path, run: Path, expected: CURVES) -> None:
@@ -85,36 +80,6 @@ def test_a_stopped_rank(quiet_rig: Rig, config: Path, tmp_path: Path, folder: Pa
     assert re.match(r"rank 2 on h2 went first, at step 4 in data: it was stopped \(SIGSTOP\)", culprit(run))
     said = last_words(job.said())
     assert said.startswith(culprit(run)) and "faulty/sitecustomize.py" in said, "its stack is missing"
-
-
-def test_a_link_that_flaps_and_one_that_is_cut(
-    quiet_rig: Rig, config: Path, expected: CURVES, tmp_path: Path, folder: Path
-) -> None:
-    """Down for 3 s the job does not notice. Cut in mid-step the job ends, and Slurm has it go on by itself; then it is
-    cut during a checkpoint.
-    """
-    away = quiet_rig.hosts[1]
-    run, faults = tmp_path / "run", Faults("gate:2:2,gate:1:3,save:2:4", folder)
-    job = submit(quiet_rig, config, run, faults.environment)
-    faults.await_gate(2, job.said)
-    with quiet_rig.cut_off(away):
-        faults.open_gate(2)
-        assert not settled(lambda: (folder / "3.reached").exists(), True, seconds=3), "the link was not down"
-    for step in (3, 4):
-        faults.await_gate(step, job.said)
-        watch = Stopwatch(quiet_rig)
-        with quiet_rig.cut_off(away):
-            faults.open_gate(step)
-            print(f"sbatch, link cut at step {step}: ranks ended after {watch.ranks_ended():.1f} s |", culprit(run))
-            assert re.match(
-                r"rank [01] on h1 was left behind at step \d .* by rank 2 on h2, rank 3 on h2: ", culprit(run)
-            )
-            assert last_words(job.said()).startswith(culprit(run))
-            # Slurm has lost the node as well, and puts the job back into the queue.
-            assert settled(lambda: job.field("JobState"), "PENDING") == "PENDING", job.said()
-        job.start_now(step - 1)
-    assert job.finished() == "COMPLETED", job.said()
-    assert losses(run) == expected
 
 
 def test_a_killed_srun(quiet_rig: Rig, config: Path, expected: CURVES, tmp_path: Path, folder: Path) -> None:

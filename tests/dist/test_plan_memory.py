@@ -193,11 +193,6 @@ def test_measured_peak(folder: str, tiny: str, tensor: int, recompute: bool) -> 
     compare(folder, tiny, Case(tensor, recompute))
 
 
-@pytest.mark.parametrize(("method", "tensor"), [("full", 1), ("full", 3), ("adapter_h", 3)])
-def test_measured_peak_of_the_other_methods(folder: str, tiny: str, method: str, tensor: int) -> None:
-    compare(folder, tiny, Case(tensor, recompute=True, method=method))
-
-
 def compare(folder: str, tiny: str, case: Case) -> None:
     """The plan is within 10 % of every rank's peak, and would not be without Φ or with gradients of it."""
     job, expected = planned(folder, case)

@@ -12,6 +12,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_smollm2(tmp_path_factory.mktemp("smollm2"))
 
 
+@pytest.fixture(scope="module")
+def third(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_smollm2(tmp_path_factory.mktemp("third"), num_hidden_layers=10)
+
+
+@pytest.mark.parametrize(("method", "tensor"), [("full", 1), ("full", 3), ("adapter_h", 3)])
+def test_measured_peak_of_the_other_methods(third: str, tiny: str, method: str, tensor: int) -> None:  # noqa: F811
+    compare(third, tiny, Case(tensor, recompute=True, method=method))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("tensor", [1, 3])
 def test_measured_peak_of_smollm2(folder: str, tiny: str, tensor: int, recompute: bool) -> None:  # noqa: F811
