@@ -170,13 +170,7 @@ def read_config(path: Path) -> PeftConfig:
     Raises UserError, naming file and key, for another method than LoRA, for options that make the update more than
     s·B·A (DoRA, biases, fully trained modules, a changed base, …), and for values that make no sense.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): write the adapter again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object: write the adapter again")
-    values = {**_DEFAULTS, **found}
+    values = {**_DEFAULTS, **read_object(path)}
     _refuse_more_than_lora(values, path)
     targets = values["target_modules"]
     return PeftConfig(
@@ -194,6 +188,17 @@ def read_config(path: Path) -> PeftConfig:
             key: _finite(alpha, path, f"alpha_pattern.{key}") for key, alpha in _regexes(values, "alpha_pattern", path)
         },
     )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; UserError, naming it, for anything else."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): write the adapter again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds no JSON object: write the adapter again")
+    return found
 
 
 def _refuse_more_than_lora(values: Mapping[str, Any], path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lowrank_dist.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, own_file
 from lowrank_dist.checkpoint.atomic import target_of
 from lowrank_dist.checkpoint.manifest import verify_manifest
+from lowrank_dist.checkpoint.peft_config import read_object
 from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.checkpoint.safetensors_file import read_header, write_fp32
 from lowrank_dist.checkpoint.training_state import is_checkpoint
@@ -139,14 +140,7 @@ def require_fit(folder: Path, learned: PromptLearning, architecture: Architectur
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = own_file(folder, CONFIG_FILE)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): write the adapter again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object: write the adapter again")
-    return found
+    return read_object(own_file(folder, CONFIG_FILE))
 
 
 def _text(config: dict[str, Any], key: str, folder: Path) -> str:

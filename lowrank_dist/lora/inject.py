@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +12,7 @@ from lowrank_dist.lora.placement import FactorSpec, LinearPlacement
 from lowrank_dist.model.tensors import MEGATRON_LINEARS
 from lowrank_dist.parallel.factors import FactorShard, LowRankFactors
 from lowrank_dist.parallel.masks import MaskSource, stream_of
+from lowrank_dist.parallel.theta import drawn_by_name
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,7 @@ def initial_a(spec: FactorSpec, seed: int) -> Tensor:
 
     Drawn from (seed, module path) alone: a shard is a slice of it, so the spread does not grow with N.
     """
-    digest = hashlib.sha256(f"{seed}:{spec.path}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    bound = 1 / math.sqrt(spec.in_features)
-    return torch.empty(spec.rank, spec.in_features).uniform_(-bound, bound, generator=generator)
+    return drawn_by_name(spec.path, seed, spec.rank, spec.in_features)
 
 
 def shards_of(placement: LinearPlacement, tp_rank: int, tp_size: int) -> list[FactorShard]:

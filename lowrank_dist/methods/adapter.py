@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -28,7 +26,7 @@ from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.model.residual import ThenAdd
 from lowrank_dist.parallel.bottleneck import Bottleneck
 from lowrank_dist.parallel.masks import MaskSource
-from lowrank_dist.parallel.theta import ALL, Held, Index, Piece, Theta
+from lowrank_dist.parallel.theta import ALL, Held, Index, Piece, Theta, drawn_by_name
 from lowrank_dist.parallel.topology import Topology
 
 Placement = Literal["sharded", "replicated"]
@@ -102,10 +100,7 @@ class Adapters:
         for name, shape in shapes.items():
             values[name] = torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
             if name.endswith("down.weight"):
-                digest = hashlib.sha256(f"{self._seed}:{name}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-                bound = 1 / math.sqrt(shape[1])
-                values[name].uniform_(-bound, bound, generator=generator)
+                values[name] = drawn_by_name(name, self._seed, *shape)
         return values
 
     def files(self, folder: Path, provenance: Provenance) -> Collected:

@@ -6,6 +6,8 @@ layout takes its pieces from it.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -98,6 +100,14 @@ def mark(parameter: nn.Parameter, *, sharded: bool, partial: bool) -> nn.Paramet
     assert not (sharded and partial)
     parameter.tensor_model_parallel, parameter.tp_partial_grad = sharded, partial  # the first is DeepSpeed's name too
     return parameter
+
+
+def drawn_by_name(name: str, seed: int, rows: int, columns: int) -> Tensor:
+    """[rows, columns] of U(−1/√columns, 1/√columns), a linear's usual start, from (seed, name) alone."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    bound = 1 / math.sqrt(columns)
+    return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
 
 
 @torch.no_grad()
