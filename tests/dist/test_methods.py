@@ -59,19 +59,11 @@ from tests.dist.method_runs import (
 from tests.dist.ranks import run_ranks
 from tests.dist.test_collectives import build as build_frozen
 from tests.dist.test_collectives import loss_of, train_embedding
-from tests.dist.tiny_runs import worst
+from tests.dist.tiny_runs import LAYOUTS, worst
 from tests.tiny_models import PAD, make_tiny
 
 # fp32 sums in another order; found: at most 3e-6. A broken twin is off by 1e-2 or more (see the negative controls).
 TOLERANCE, BROKEN = 5e-5, 1e-2
-LAYOUTS = {
-    "tp2": (2, 2, True),
-    "tp2_nosp": (2, 2, False),
-    "tp4": (4, 4, True),
-    "tp4_nosp": (4, 4, False),
-    "tp2_dp2": (4, 2, True),
-    "tp2_dp2_nosp": (4, 2, False),
-}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama2": ("llama2", {}),

@@ -57,11 +57,11 @@ def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndar
     from lowrank_dist.checkpoint.fingerprint import fingerprint
     from lowrank_dist.checkpoint.provenance import Provenance
     from lowrank_dist.config import Config
-    from lowrank_dist.methods.start import adopt_adapter, initial_factors
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
     from lowrank_dist.lora.inject import inject
     from lowrank_dist.lora.placement import LoraRules, place
     from lowrank_dist.lora.state import adapter_factors, spread_factors
+    from lowrank_dist.methods.start import adopt_adapter, initial_factors
     from lowrank_dist.model.build import load_model
     from lowrank_dist.ops.mask import quantise
     from lowrank_dist.parallel.masks import MaskSource

@@ -8,19 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.dist.ranks import run_ranks
-from tests.dist.tiny_runs import Setting, forward_backward, train, worst
+from tests.dist.tiny_runs import LAYOUTS, Setting, forward_backward, train, worst
 from tests.tiny_models import make_tiny
 
 # fp32 sums in another order. A broken twin is off by 1e-2 or more (see the negative controls).
 TOLERANCE = 5e-5
-LAYOUTS = {
-    "tp2": (2, 2, True),
-    "tp2_nosp": (2, 2, False),
-    "tp4": (4, 4, True),
-    "tp4_nosp": (4, 4, False),
-    "tp2_dp2": (4, 2, True),
-    "tp2_dp2_nosp": (4, 2, False),
-}
 FAMILIES = ("llama", "gpt2")
 
 

@@ -19,6 +19,15 @@ from tests.dist import ranks
 
 MAX_LENGTH = 48
 LENGTHS = (13, 40, 7, 22)  # uneven, so that every cut pads differently
+# Name → ranks, tensor-parallel size, sequence parallelism: what every twin is held against one rank at.
+LAYOUTS = {
+    "tp2": (2, 2, True),
+    "tp2_nosp": (2, 2, False),
+    "tp4": (4, 4, True),
+    "tp4_nosp": (4, 4, False),
+    "tp2_dp2": (4, 2, True),
+    "tp2_dp2_nosp": (4, 2, False),
+}
 
 
 @dataclass(frozen=True)
