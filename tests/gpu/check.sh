@@ -13,6 +13,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source tests/gpu/common.sh
 readonly seconds=${GPU_CHECK_SECONDS:-525} # of all steps; what has not begun by then is reported, not run
 readonly out=build/gpu-check
+# Workers of a test step, each with ranks of its own; without pytest-xdist one.
+readonly jobs=${GPU_CHECK_JOBS:-$(($(nproc) / 4))}
+workers=()
+if ((jobs > 1)) && "$python" -c 'import xdist' 2>/dev/null; then
+    workers=(-n "$jobs" --dist worksteal)
+fi
 
 rm -rf "$out"
 mkdir -p "$out"
@@ -47,7 +53,11 @@ step() {
     names+=("$name") results+=("$result, $((SECONDS - start)) s")
 }
 
-tests() { local limit=$1 name=$2; shift 2; step "$limit" "$name" "$python" -m pytest -q -rs -p no:cacheprovider "$@"; }
+tests() {
+    local limit=$1 name=$2
+    shift 2
+    step "$limit" "$name" "$python" -m pytest -q -rs -p no:cacheprovider "${workers[@]}" "$@"
+}
 
 # short_run NAME LAUNCHER RANKS DTYPE COLLECTIVE
 short_run() {
@@ -81,7 +91,9 @@ done
 
 tests 120 "logits against transformers" tests/dist/test_logits.py
 tests 150 "twins" tests/dist/test_twins.py
+tests 150 "methods' twins" tests/dist/test_methods.py
 tests 120 "batches" tests/dist/test_batches.py
+tests 120 "generation" tests/dist/test_generate_ranks.py
 tests 90 "PEFT's loss curve" tests/integration/test_peft_curve.py
 
 {

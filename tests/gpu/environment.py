@@ -40,6 +40,7 @@ NEEDED = {
     "sentencepiece": "sentencepiece",
     "tensorboard": "tensorboard",
     "matplotlib": "matplotlib",
+    "sacrebleu": "sacrebleu",
     "peft": "peft",
     "setuptools": "setuptools",
     "ninja": "ninja",
