@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -79,10 +80,12 @@ def make_base(layers: int, device: str) -> Path:
 
 def write_config(args: argparse.Namespace, base: Path, method: str, run: Path) -> Path:
     """The run's data and configuration; more steps than are waited for."""
-    half = args.length // 2 - 2  # what begins and ends a sample has room
+    prompt = args.length // 2
+    answer = args.length - prompt - 1  # and the token that ends it
+    digits = random.Random(0)
     rows = [
-        {"prompt": "".join(str((i * j + i) % 10) for j in range(half)), "completion": str(i % 10) * half}
-        for i in range(1, 4 * args.micro_batch + 1)
+        {"prompt": "".join(digits.choices("0123456789", k=prompt)), "completion": str(i % 10) * answer}
+        for i in range(4 * args.micro_batch)
     ]
     data = PLACE / "train.jsonl"
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
@@ -151,6 +154,12 @@ def steps_of(run: Path) -> list[dict[str, float]]:
     return [record for record in records(run / "metrics.jsonl") if "tokens_per_second" in record]
 
 
+def ratio(rows: list[dict[str, Any]]) -> float | None:
+    """Low-rank over full in tokens/s, None where one was not run."""
+    found = {row["method"]: row["tokens_per_second"] for row in rows}
+    return found["lora"] / found["full"] if {"lora", "full"} <= found.keys() else None
+
+
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(box=box.MARKDOWN)
     for name in ("method", "tokens/s", "TFLOP/s", "MFU %", "peak GiB", "planned GiB", "peak over planned"):
@@ -187,21 +196,22 @@ def main() -> None:
         started_on["gpu"] = torch.cuda.get_device_name()
     PLACE.mkdir(parents=True, exist_ok=True)
     base = make_base(args.layers, args.device)
-    rows = [train(args, base, method) for method in args.methods]
-    show(rows, console)
-    by_method = {row["method"]: row["tokens_per_second"] for row in rows}
-    ratio = by_method["lora"] / by_method["full"] if {"lora", "full"} <= by_method.keys() else None
     sizes = {"layers": args.layers, "length": args.length, "micro_batch": args.micro_batch, "steps": args.steps}
-    figures = {"device": args.device, **sizes, "methods": rows, "low_rank_over_full_tokens_per_second": ratio}
-    whole = list(by_method) == list(METHODS) and (args.layers, args.length, args.device) == (LAYERS, LENGTH, "cuda")
-    if whole:
+    rows: list[dict[str, Any]] = []
+    for method in args.methods:
+        rows.append(train(args, base, method))
+        console.print(f"{method}: {rows[-1]['tokens_per_second']:,.0f} tokens/s")
+        figures = {"device": args.device, **sizes, "methods": rows, "low_rank_over_full_tokens_per_second": ratio(rows)}
+        if args.out is not None:  # after every run: a time limit may cut the others off
+            args.out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({"machine": started_on, **figures}, indent=2)
+            (args.out / f"training_{args.device}.json").write_text(text + "\n", encoding="utf-8")
+    show(rows, console)
+    every = [row["method"] for row in rows] == list(METHODS)
+    if every and (args.layers, args.length, args.device) == (LAYERS, LENGTH, "cuda"):
         write_result("training_cuda", started_on, figures)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"machine": started_on, **figures}, indent=2)
-        (args.out / f"training_{args.device}.json").write_text(text + "\n", encoding="utf-8")
-    if ratio is not None:
-        print(f"low_rank_over_full={ratio:.2f} (published {PAPER[0] / PAPER[1]:.2f} on 175B)")
+    if figures["low_rank_over_full_tokens_per_second"] is not None:
+        print(f"low_rank_over_full={ratio(rows):.2f} (published {PAPER[0] / PAPER[1]:.2f} on 175B)")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_dist.doctor.rows import Row, counted, one_line, size_of
 from lowrank_dist.errors import UserError
+from lowrank_dist.plan.job import Tuning
 from lowrank_dist.plan.methods import adapter_parameters, prefix_parameters, prompt_parameters
 from lowrank_dist.plan.parameters import frozen_size
 from lowrank_dist.plan.shapes import read_shape
@@ -119,7 +120,10 @@ def _sizes(config: Config) -> tuple[int, int]:
     if config.method == "full":
         return (frozen_size(shape),) * 2
     if config.method in ("adapter_h", "adapter_l"):
-        return (adapter_parameters(shape, config.adapter.bottleneck, config.method),) * 2
+        tuning = Tuning(config.method, config.adapter.bottleneck, config.adapter.placement == "sharded")
+        if reason := tuning.why_uncut(config.parallel.tensor):
+            raise UserError(reason)
+        return (adapter_parameters(shape, tuning.bottleneck, config.method),) * 2
     section = config.prefix if config.method == "prefix" else config.prompt
     if config.data.max_length - section.length < 2:
         raise UserError(

@@ -28,6 +28,7 @@ from lowrank_dist.parallel.bottleneck import Bottleneck
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.theta import ALL, Held, Index, Piece, Theta, drawn_by_name
 from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.plan.job import Tuning
 
 Placement = Literal["sharded", "replicated"]
 # As in the papers' own code.
@@ -53,12 +54,10 @@ class Adapters:
 
     def attach(self, model: CausalLM, topology: Topology, *, resumed: bool) -> Theta:
         config = self._config
-        size = topology.tp_size if self._placement == "sharded" else 1
-        if config.bottleneck % size:
-            raise UserError(
-                f"adapter.bottleneck={config.bottleneck} cannot be cut over parallel.tensor={size}: give a multiple of "
-                "it, or adapter.placement=replicated"
-            )
+        tuning = Tuning(config.method, config.bottleneck, self._placement == "sharded")
+        if reason := tuning.why_uncut(topology.tp_size):
+            raise UserError(reason)
+        size = topology.tp_size if tuning.sharded else 1
         device = next(model.parameters()).device
         built: list[tuple[int, str, Bottleneck]] = []
         for layer, module in enumerate(model.decoder.layers):

@@ -38,6 +38,15 @@ class Tuning:
         """Positions that attention sees before a row, and that are in no row."""
         return self.virtual if self.method == "prefix" else 0
 
+    def why_uncut(self, tensor: int) -> str | None:
+        """Why its adapter layers cannot lie on `tensor` ranks, with the remedy, or None."""
+        if not self.sharded or self.bottleneck % tensor == 0:
+            return None
+        return (
+            f"adapter.bottleneck={self.bottleneck} cannot be cut over parallel.tensor={tensor}: give a multiple of it, "
+            "or adapter.placement=replicated"
+        )
+
 
 @dataclass(frozen=True)
 class Layout:

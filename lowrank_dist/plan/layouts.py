@@ -145,7 +145,7 @@ def _layouts(job: Job, fixed: Fixed, cluster: Cluster) -> Iterator[Layout]:
         [fixed.tensor] if fixed.tensor is not None else tensor_sizes(job.shape, min(cluster.gpus, job.shape.heads))[1]
     )
     for tensor in sizes:
-        if cluster.gpus % tensor or not _cuts_bottleneck(job, tensor):
+        if cluster.gpus % tensor or job.tuning.why_uncut(tensor):
             continue
         data = cluster.gpus // tensor
         if fixed.data not in (None, data) or data > job.global_batch:
@@ -155,10 +155,6 @@ def _layouts(job: Job, fixed: Fixed, cluster: Cluster) -> Iterator[Layout]:
             for micro_batch in _micro_batches(job.global_batch, data, fixed.micro_batch):
                 for recompute in (False, True) if fixed.recompute is None else (fixed.recompute,):
                     yield Layout(tensor, data, sequence, micro_batch, recompute)
-
-
-def _cuts_bottleneck(job: Job, tensor: int) -> bool:
-    return not job.tuning.sharded or job.tuning.bottleneck % tensor == 0
 
 
 def _micro_batches(global_batch: int, data: int, fixed: int | None) -> list[int]:
@@ -177,11 +173,8 @@ def _no_layout(job: Job, fixed: Fixed, cluster: Cluster) -> str:
         return (
             f"parallel.tensor: {fixed.tensor} does not divide {where}; change --nodes or --gpus-per-node, or the size"
         )
-    if fixed.tensor is not None and not _cuts_bottleneck(job, fixed.tensor):
-        return (
-            f"adapter.bottleneck={job.tuning.bottleneck} cannot be cut over parallel.tensor={fixed.tensor}: give a "
-            "multiple of it, or adapter.placement=replicated"
-        )
+    if fixed.tensor is not None and (reason := job.tuning.why_uncut(fixed.tensor)):
+        return reason
     if fixed.tensor is not None and fixed.data is not None and fixed.tensor * fixed.data != cluster.gpus:
         return f"parallel.data: {fixed.tensor} tensor × {fixed.data} data parallel is not {where}; leave it null"
     return (

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# `make gpu-bench`: what adapter layers and low-rank updates add to a forward pass on this GPU (benchmarks/latency.py), and
-# what the low-rank path costs in training (benchmarks/overhead.py), in nine minutes, without a network.
+# `make gpu-bench`: what adapter layers and low-rank updates add to a forward pass on this GPU (benchmarks/latency.py),
+# training steps of each method (benchmarks/training.py), and what the low-rank path costs a layer in training
+# (benchmarks/overhead.py), in nine minutes, without a network.
 #
 #   make gpu-bench PYTHON=python3            on the interpreter that has torch
 #   GPU_CHECK_DEVICE=cpu tests/gpu/bench.sh  a rehearsal without a GPU; further words go to benchmarks/overhead.py
@@ -37,9 +38,11 @@ measure() {
 
 failed=0
 if [[ $device == cuda ]]; then
-    measure latency 240 || failed=$?
+    measure latency 210 || failed=$?
+    measure training 120 || failed=$?
 else
-    measure latency 240 --settings 1x128:2 --tp 1 || true # two trials of a rehearsal: its verdict means nothing
+    measure latency 210 --settings 1x128:2 --tp 1 || true # two trials of a rehearsal: its verdict means nothing
+    measure training 120 --methods lora full --layers 1 --length 64 --steps 3 || failed=$?
 fi
 measure overhead $((seconds - SECONDS)) "$@" || failed=$?
 exit "$failed"

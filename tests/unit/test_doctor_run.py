@@ -101,6 +101,17 @@ def test_theta_of_each_method(config: Path, method: list[str], trained: int, sto
     assert space.figures["checkpoint_bytes"] == one and space.figures["needed_bytes"] == 5 * one + final + storage.ROOM
 
 
+def test_adapter_layers_that_the_ranks_cannot_share(config: Path) -> None:
+    text = yaml.safe_load(config.read_text())
+    del text["lora"]
+    config.write_text(yaml.safe_dump(text))
+    for bottleneck, placement, fits in ((6, "sharded", True), (7, "sharded", False), (7, "replicated", True)):
+        words = [f"adapter.bottleneck={bottleneck}", f"adapter.placement={placement}", "parallel.tensor=2"]
+        found = rows(config, "method=adapter_h", *words)["trained parameters"]
+        assert (found["state"] == "ok") == fits
+        assert fits or "adapter.bottleneck=7 cannot be cut over parallel.tensor=2" in found["detail"]
+
+
 def test_the_run_folder_itself_once_it_is_there(config: Path, tmp_path: Path) -> None:
     (tmp_path / "runs" / "first").mkdir(parents=True)
     before = snapshot(tmp_path)
