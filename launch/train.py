@@ -26,6 +26,7 @@ def main(config: Config, supervision: Supervision) -> int:
     refuse_missing_hostfile()
     # Imported here: a mistake in the configuration should not wait for Megatron and transformers to load.
     from lowrank_dist.engine import assemble
+    from lowrank_dist.engine.datasets import build_data
     from lowrank_dist.engine.forecast import Forecast
     from lowrank_dist.engine.resume import complete, find_resumption
     from lowrank_dist.methods.choose import choose
@@ -59,7 +60,7 @@ def main(config: Config, supervision: Supervision) -> int:
     )
     theta = assemble.build_theta(model, method, config, topology, resumption)
     supervision.enter("data set")
-    data = assemble.build_data(config, method, model.architecture, topology)
+    data = build_data(config, method, model.architecture, topology)
     assemble.check_resumption(resumption, config, data)
     # Only now: a start that fails for its input leaves no folder that would refuse the corrected one.
     folder.open(topology.world_group.rank(), config.to_yaml())

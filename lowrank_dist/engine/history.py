@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from lowrank_dist.checkpoint.training_state import LOSS, TrainingState
+from lowrank_dist.config import Config
 
 
 def best_first(values: Mapping[int, float], name: str) -> list[int]:
@@ -57,3 +59,30 @@ class History:
     @property
     def _deciding(self) -> Mapping[int, float]:
         return self.values.get(self.best, {})
+
+
+def notes_on_best(config: Config, state: TrainingState | None) -> list[str]:
+    """What limits the choice of the best step, a line each. state: of the run that goes on, or None."""
+    evaluation, save_every, lines = config.eval, config.output.save_every, []
+    if config.data.eval is not None and evaluation.every is not None:
+        both = None if save_every is None else math.lcm(evaluation.every, save_every)
+        if both != evaluation.every:
+            steps = "the last" if both is None else f"one of {both}, {2 * both}, … and the last"
+            lines.append(
+                f"checkpoints/best can only be a step that is both evaluated and saved, {steps}: eval.every is "
+                f"{evaluation.every}, output.save_every {save_every or 'null'}"
+            )
+    if state is None:
+        return lines
+    if not state.evaluations.get(evaluation.best) and any(state.evaluations.values()):
+        lines.append(
+            f"eval.best is {label(evaluation.best)}, which was not measured up to step {state.step}: checkpoints/best "
+            "and eval.patience begin with the next evaluation"
+        )
+    before, now = (state.config.get("eval") or {}).get("generate"), config.model_dump(mode="json")["eval"]["generate"]
+    if before and now and any(before.get(key) != now[key] for key in ("max_new_tokens", "stop", "samples")):
+        lines.append(
+            f"eval.generate was {before} up to step {state.step}: what was measured until then counts on, though other "
+            "texts were generated"
+        )
+    return lines

@@ -188,7 +188,7 @@ def trained(run: Path, method: str) -> tuple[Path, list[object]]:
 def _reloaded_loss(config: str, model: str, adapter: str | None, tensor: int) -> float:
     """The eval loss in nats a target token, of what lies on the disk."""
     from lowrank_dist.config import load_config
-    from lowrank_dist.engine.assemble import build_data
+    from lowrank_dist.engine.datasets import build_data
     from lowrank_dist.generate.load import load
     from lowrank_dist.methods.choose import choose
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lowrank_dist.config import Config
-from lowrank_dist.engine.assemble import _notes_on_best
+from lowrank_dist.engine.history import notes_on_best
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.choose import choose
 from lowrank_dist.model.build import check_model
@@ -42,19 +42,19 @@ def test_a_dropout_that_would_round_to_everything_is_the_users_mistake(tmp_path:
 )
 def test_evaluations_that_cannot_be_the_best(every: int | None, save_every: int | None, said: str | None) -> None:
     output = {"dir": "run", "save_every": save_every}
-    lines = _notes_on_best(config_of(eval={"every": every}, output=output), None)
+    lines = notes_on_best(config_of(eval={"every": every}, output=output), None)
     announced = "checkpoints/best can only be a step that is both evaluated and saved, "
     assert lines == ([announced + said] if said else [])
-    assert not _notes_on_best(config_of(eval={"every": every}, output=output, data={"train": "t"}), None)
+    assert not notes_on_best(config_of(eval={"every": every}, output=output, data={"train": "t"}), None)
 
 
 def test_a_run_that_goes_on_by_another_measure() -> None:
     asked = {"metrics": ["bleu"], "max_new_tokens": 4}
     config = config_of(eval={"generate": asked, "best": "bleu"})
     state = state_of(2)
-    assert "eval.best is bleu, which was not measured up to step 2" in _notes_on_best(config, state)[0]
+    assert "eval.best is bleu, which was not measured up to step 2" in notes_on_best(config, state)[0]
     known = state.model_copy(update={"eval_metrics": {"bleu": {2: 1.0}}, "config": config.model_dump(mode="json")})
-    assert not _notes_on_best(config, known)
+    assert not notes_on_best(config, known)
     for key, value, noted in (("batch", 2, False), ("metrics", ["bleu", "rouge_l"], False), ("stop", ["#"], True)):
         other = config_of(eval={"generate": {**asked, key: value}, "best": "bleu"})
-        assert bool(_notes_on_best(other, known)) == noted
+        assert bool(notes_on_best(other, known)) == noted

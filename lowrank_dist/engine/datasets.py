@@ -1,0 +1,97 @@
+"""The data sets of a run, and what it generates from them: from their sections of the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from lowrank_dist.checkpoint.training_state import DataState
+from lowrank_dist.config import Config
+from lowrank_dist.data.dataset import Dataset, load_dataset
+from lowrank_dist.data.loader import Loader, StepBatch, eval_batches
+from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
+from lowrank_dist.engine.trainer import Generating
+from lowrank_dist.errors import UserError
+from lowrank_dist.generate.decode import check_lengths
+from lowrank_dist.generate.evaluation import EvaluationRules, evaluate_generation
+from lowrank_dist.generate.prompts import read_prompts, stop_tokens
+from lowrank_dist.generate.rules import DecodingRules
+from lowrank_dist.methods.method import Method
+from lowrank_dist.model.architecture import Architecture
+from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.parallel.topology import Topology
+
+EVAL_MICROBATCHES = 16  # of each rank, made at a time
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data sets of a run and their loaders on this data-parallel rank; generation: see `Trainer`."""
+
+    dataset: Dataset
+    train: Loader
+    held_out: Dataset | None
+    evaluation: Callable[[], Iterator[StepBatch]] | None
+    generation: Generating | None
+
+
+def build_data(config: Config, method: Method, architecture: Architecture, topology: Topology) -> Data:
+    """Tokenise and deal out the data sets; the order of samples is a function of seed and step.
+
+    Raises UserError for samples that cannot be trained on, and for those from which eval.generate cannot generate.
+    """
+    vocab = architecture.vocab
+    data, train = config.data, config.train
+    # The longest sample, and the longest row: a prefix has positions, but none in a row.
+    longest = data.max_length - method.virtual
+    tokenizer = load_tokenizer(data.tokenizer or config.model.path)
+    cut = {
+        "global_batch": train.global_batch,
+        "max_length": longest + len(method.lead),
+        "packing": data.packing,
+        "dp_rank": topology.dp_rank,
+        "dp_size": topology.dp_size,
+        "pad_multiple": topology.tp_size if topology.sequence_parallel else 1,
+    }
+    dataset = load_dataset(data.train, tokenizer, longest, vocab, method.lead)
+    loader = Loader(dataset, seed=train.seed, micro_batch=train.micro_batch, **cut)
+    if data.eval is None:
+        return Data(dataset, loader, None, None, None)
+    held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead)
+    micro_batch = config.eval.micro_batch or train.micro_batch
+    # Nothing is accumulated over an eval batch: its size decides how many rows of like length are put together, and
+    # bounds what is laid out as tensors, and packed, at a time.
+    cut["global_batch"] = EVAL_MICROBATCHES * micro_batch * topology.dp_size
+    evaluation = partial(eval_batches, held_out, micro_batch=micro_batch, **cut)
+    return Data(dataset, loader, held_out, evaluation, _generation(config, method, tokenizer, architecture, topology))
+
+
+def _generation(
+    config: Config, method: Method, tokenizer: Tokenizer, architecture: Architecture, topology: Topology
+) -> Generating | None:
+    """What an evaluation generates, with everything that may be wrong with it found before training begins."""
+    asked = config.eval.generate
+    if asked is None:
+        return None
+    try:
+        decoding = DecodingRules(asked.max_new_tokens, batch=asked.batch, stop=tuple(asked.stop))
+        rules = EvaluationRules(tuple(asked.metrics), decoding)
+        stops = stop_tokens(config.model.path, tokenizer)
+        samples = read_prompts(config.data.eval, tokenizer, stops, vocab=architecture.vocab, references=True)
+        samples = samples[: asked.samples]
+        check_lengths(samples, architecture.max_positions - method.virtual)
+    except UserError as error:
+        raise UserError(f"eval.generate: {error}") from error
+
+    def generation(model: CausalLM, progress: Callable[[int], None]) -> dict[str, float]:
+        return evaluate_generation(model, tokenizer, samples, rules, topology, progress)
+
+    return generation
+
+
+def data_state(dataset: Dataset | None) -> DataState | None:
+    """What a checkpoint says of a data set, and a run that goes on holds its own against."""
+    if dataset is None:
+        return None
+    return DataState(path=str(dataset.report.path), sha256=dataset.sha256, samples=len(dataset))
