@@ -23,7 +23,7 @@ from lowrank_dist.checkpoint.training_state import OPTIMIZER_FILE
 from lowrank_dist.cli.main import app
 from tests.dist import ranks
 from tests.dist.ranks import run_ranks
-from tests.integration.launching import Outcome, deepspeed, metrics, write_config, write_jsonl
+from tests.integration.launching import Outcome, metrics, write_config, write_jsonl
 from tests.integration.resuming import (
     SAVED,
     STEPS,
@@ -161,18 +161,6 @@ def test_another_method_or_size_is_refused_by_name(jobs: dict[str, Path], alone:
     )
     for trained, asked, overrides, wanted in cases:
         assert wanted in refused(train(jobs[asked], stopped[trained], ALONE, *overrides)), (trained, asked, overrides)
-
-
-# --- the launcher ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("method", "tensor"), [("adapter_h", 2), ("full", 1)], ids=["TP 2", "DP 2"])
-def test_under_the_launcher(method: str, tensor: int, jobs: dict[str, Path], alone: Any, tmp_path: Path) -> None:
-    """`deepspeed launch/train.py` on two ranks, with nothing replaced."""
-    run, layout = tmp_path / "run", Layout(tensor, 2 // tensor, 2, 4 // (2 // tensor))
-    done = deepspeed(2, jobs[method], f"output.dir={run}", *layout.overrides)
-    assert done.code == 0 and "Traceback" not in done.stderr + done.stdout, done.stderr
-    assert gap(tensors(run), tensors(alone(method))) < TOLERANCE
 
 
 # --- reload ----------------------------------------------------------------------------------------------------------
