@@ -498,7 +498,7 @@ def conclude(cache: Cache, console: Console) -> None:
     show(rows, rate_rows(cache), cache.result(Run(None)), console)
     sources = {row["source"] for row in rows if "source" in row}
     if sources - {source()}:
-        console.print(f"runs of {len(sources)} states of the code; some are not of the present one")
+        console.print("some runs are of another state of the code than the present one")
     for method, course in courses(rows).items():
         turns = "grows with |Θ|" if course["monotonic"] else "does not grow with |Θ| throughout"
         matches = " → ".join(f"{value:.3f}" for value in course["exact_match"])
