@@ -427,7 +427,7 @@ def show(rows: Sequence[Result], rates: Mapping[str, Mapping[str, Any]], base: R
 
 
 def ratio(rows: Sequence[Result]) -> float | None:
-    """Low-rank over full in tokens/s, at their middle sizes; None where one is not there."""
+    """Low-rank over full in tokens/s, of the rows that have them; None where one is not there."""
     found = {row["method"]: row["tokens_per_second"] for row in rows if "tokens_per_second" in row}
     return found["lora"] / found["full"] if {"lora", "full"} <= found.keys() else None
 

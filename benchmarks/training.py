@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from methods import PAPER, records, speed
+from methods import PAPER, ratio, records, speed
 from record import machine, write_result
 from rich import box
 from rich.console import Console
@@ -152,12 +152,6 @@ def train(args: argparse.Namespace, base: Path, method: str) -> dict[str, Any]:
 
 def steps_of(run: Path) -> list[dict[str, float]]:
     return [record for record in records(run / "metrics.jsonl") if "tokens_per_second" in record]
-
-
-def ratio(rows: list[dict[str, Any]]) -> float | None:
-    """Low-rank over full in tokens/s, None where one was not run."""
-    found = {row["method"]: row["tokens_per_second"] for row in rows}
-    return found["lora"] / found["full"] if {"lora", "full"} <= found.keys() else None
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
