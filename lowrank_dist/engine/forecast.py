@@ -50,8 +50,8 @@ class Forecast:
             return f"{line}: IT MAY NOT FIT"
         raise UserError(
             f"{line}: it does not fit. `lowrank-dist plan` with this configuration says what would; a smaller "
-            "train.micro_batch or data.max_length, engine.recompute=full or a larger parallel.tensor need less. "
-            "train.ignore_plan=true starts it anyway"
+            "train.micro_batch, eval.generate.batch or data.max_length, engine.recompute=full or a larger "
+            "parallel.tensor need less. train.ignore_plan=true starts it anyway"
         )
 
     def compare(self, measured: float) -> str:

@@ -69,12 +69,20 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class Decoding:
+    """What an evaluation decodes (eval.generate): prompts together on a rank, and tokens that may follow each."""
+
+    batch: int
+    new_tokens: int
+
+
+@dataclass(frozen=True)
 class Job:
     """One optimizer step to be planned. Every row is taken as long as `length` allows, virtual positions included.
 
     target_share: the part of the tokens that is trained on, and hence reaches the vocabulary. reduce_bucket: elements,
     None for |Θ| on the rank. device: whose operators run. lanes: factors beside the weights (parallel/lanes.py).
-    packing: several samples a row.
+    packing: several samples a row. decoding: what evaluations generate, or None.
     """
 
     shape: Shape
@@ -91,6 +99,7 @@ class Job:
     lanes: bool
     packing: bool
     tuning: Tuning = Tuning()
+    decoding: Decoding | None = None
 
     @property
     def itemsize(self) -> int:

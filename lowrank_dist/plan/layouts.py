@@ -196,6 +196,10 @@ def _remedies(smallest: Candidate, fixed: Fixed) -> Iterator[str]:
         one = Candidate(replace(job, layout=replace(layout, micro_batch=1)), cluster)
         if not one.short:
             yield "train.micro_batch=1"
+    if job.decoding is not None and job.decoding.batch > 1:
+        one = Candidate(replace(job, decoding=replace(job.decoding, batch=1)), cluster)
+        if not one.short:
+            yield "eval.generate.batch=1"
     length = job.length // 2
     while length >= 128:
         if not Candidate(replace(job, length=length), cluster).short:

@@ -2,7 +2,7 @@
 
 What lives for the whole run is counted exactly; activations are what autograd saves (plan/activations.py). Beside them
 the largest of a few moments decides: the vocabulary projection, the gradient that comes back from it, the topmost
-layer's backward, and the optimizer's step.
+layer's backward, the optimizer's step, and the prompts of an evaluation that generates.
 
 Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, F ffn, N tensor-parallel ranks,
 R = Σ r of a linear, n target tokens, e bytes of an element of the base.
@@ -21,7 +21,7 @@ from lowrank_dist.plan.activations import (
     widths,
     written_out,
 )
-from lowrank_dist.plan.job import Job, head_rows, padded_vocab
+from lowrank_dist.plan.job import Decoding, Job, head_rows, padded_vocab
 from lowrank_dist.plan.parameters import ThetaOnRank, frozen_on_rank, theta_on_rank
 from lowrank_dist.plan.placement import Layer, total_rank
 from lowrank_dist.plan.shapes import LINEARS
@@ -37,13 +37,14 @@ PARTS = (
     "activations",
     "communication buffers",
     "logits",
+    "keys and values",
     "working memory",
 )
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What exists at one moment of a step, in bytes, beside what is always there; the keys are of PARTS."""
+    """What exists at one moment, in bytes, beside what is always there; the keys are of PARTS."""
 
     name: str
     parts: dict[str, int]
@@ -62,7 +63,7 @@ class Memory:
 
 
 def memory(job: Job, tp_rank: int) -> Memory:
-    """The fullest moment of an optimizer step on tensor-parallel rank `tp_rank`."""
+    """The fullest moment of a run on tensor-parallel rank `tp_rank`."""
     theta = theta_on_rank(job, tp_rank)
     fixed = standing(job, theta)
     fullest = max(moments(job, tp_rank), key=lambda moment: sum(moment.parts.values()))
@@ -103,7 +104,13 @@ def _lanes(job: Job) -> int:
 
 
 def moments(job: Job, tp_rank: int) -> list[Moment]:
-    """The moments of a step of which one is the fullest."""
+    """The moments of which one is the fullest: of a microbatch, the optimizer's step, an evaluation."""
+    decoding = [] if job.decoding is None else [_prompts(job, job.decoding, theta_on_rank(job, tp_rank))]
+    return [*of_microbatch(job, tp_rank), _step(job, tp_rank), *decoding]
+
+
+def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
+    """The moments of forward and backward."""
     recompute = job.layout.recompute
     kept = activations(job, recompute=recompute)
     top, stream = job.placement.top
@@ -132,7 +139,7 @@ def moments(job: Job, tp_rank: int) -> list[Moment]:
     # DeepSpeed allocates its bucket when the first gradient of Θ arrives, which is one of the top layer's.
     bucket = {"DeepSpeed's buckets": 4 * bucket_size(job, tp_rank)}
     layers = [Moment(moment.name, moment.parts | bucket) for moment in found[3:]]
-    return [*found[:3], *layers, _step(job, tp_rank)]
+    return [*found[:3], *layers]
 
 
 def _head(job: Job, kept: int) -> Moment:
@@ -243,6 +250,33 @@ def _step(job: Job, tp_rank: int) -> Moment:
         parts = {"gradients of Θ": -freed, "working memory": 4 * 3 * partition_elements(elements, job.layout.data)}
         found.append(Moment("optimizer step", parts))
     return max(found, key=lambda moment: sum(moment.parts.values()))
+
+
+def _prompts(job: Job, decoding: Decoding, theta: ThetaOnRank) -> Moment:
+    """A layer on the prompts of an evaluation, all of them as long as samples may be.
+
+    Their keys and values have their place, and that of the tokens to come, from the beginning. Nothing is saved for
+    backward, gradients are gone, and there is no sequence parallelism.
+    """
+    shape, n, e = job.shape, job.layout.tensor, job.itemsize
+    stream = decoding.batch * job.row * shape.hidden * e
+    inner = decoding.batch * job.row * shape.ffn // n * e
+    columns = min(job.length + decoding.new_tokens, shape.max_positions) - 1
+    heads = max(1, shape.kv_heads // n)
+    kept = 2 * shape.layers * decoding.batch * heads * columns * shape.head_dim * e
+    # The embeddings, the layer's input and that of its MLP, the norm of it; and the activation beside its own input.
+    working = 4 * stream + (3 if shape.gated else 2) * inner
+    if job.tuning.bottlenecks:
+        # A sublayer's output on its way through the bottleneck, with and without its bias.
+        working = max(working, (8 + shape.linear_bias) * stream)
+    if job.tuning.method == "full" and e < 4:
+        working = max(working, stream + e * _head_weight(job))  # the head's cast
+    parts = {
+        "gradients of Θ": -4 * theta.elements,
+        "keys and values": kept,
+        "working memory": working,
+    }
+    return Moment("prompts of an evaluation", parts)
 
 
 def _head_weight(job: Job) -> int:

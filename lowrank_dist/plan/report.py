@@ -97,7 +97,7 @@ def _theta(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 def _memory(plan: Mapping[str, Any]) -> Table:
     kinds = {"without_recompute": "without recompute", "with_recompute": "with recompute"}
-    table = _table("Memory of a GPU at the fullest moment of a step", "part", *kinds.values())
+    table = _table("Memory of a GPU at the fullest moment", "part", *kinds.values())
     held = {name: plan["memory"][name] for name in kinds}
     for part in PARTS:
         table.add_row(part, *(size(found["parts"][part]) for found in held.values()))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lowrank_dist.config import Config, load_config
 from lowrank_dist.errors import UserError
-from lowrank_dist.plan.job import Job, Layout, Tuning
+from lowrank_dist.plan.job import Decoding, Job, Layout, Tuning
 from lowrank_dist.plan.layouts import Cluster, Fixed, choose
 from lowrank_dist.plan.placement import joined, place
 from lowrank_dist.plan.shapes import BUILT_IN, Shape, find_shape
@@ -99,7 +99,7 @@ def job_of(request: Request, target_share: float) -> Job:
             f"use at most data.max_length={shape.max_positions}"
         )
     device = "cpu" if config.model.device == "cpu" else "cuda"
-    lora, tuning = config.lora, tuning_of(config)
+    lora, tuning, generate = config.lora, tuning_of(config), config.eval.generate
     if length - tuning.virtual < 2:
         raise UserError(
             f"{config.method}.length={tuning.virtual} takes from data.max_length={length}: no room is left for a "
@@ -123,6 +123,7 @@ def job_of(request: Request, target_share: float) -> Job:
         lanes=config.engine.lanes == "on" or (config.engine.lanes == "auto" and device == "cpu"),
         packing=config.data.packing,
         tuning=tuning,
+        decoding=None if generate is None else Decoding(generate.batch, generate.max_new_tokens),
     )
 
 

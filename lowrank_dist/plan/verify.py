@@ -41,7 +41,7 @@ from lowrank_dist.plan.activations import activations
 from lowrank_dist.plan.describe import messages_of
 from lowrank_dist.plan.job import Job, head_rows
 from lowrank_dist.plan.layouts import Candidate
-from lowrank_dist.plan.memory import moments, standing
+from lowrank_dist.plan.memory import of_microbatch, standing
 from lowrank_dist.plan.parameters import theta_on_rank
 from lowrank_dist.plan.settings import Request
 from lowrank_dist.plan.shapes import BUILT_IN, built_in_config
@@ -108,7 +108,7 @@ def executed_peak(job: Job, tp_rank: int) -> int:
     """The formula's fullest moment of forward and backward, without the optimiser's state and DeepSpeed's buckets."""
     fullest = max(
         sum(value for part, value in moment.parts.items() if part != "DeepSpeed's buckets")
-        for moment in moments(job, tp_rank)[:-1]
+        for moment in of_microbatch(job, tp_rank)
     )
     fixed = standing(job, theta_on_rank(job, tp_rank))
     return sum(fixed.values()) - fixed["masters and moments"] + fullest

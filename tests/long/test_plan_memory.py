@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.dist.test_plan_memory import Case, compare, tiny, write_smollm2  # noqa: F401
+from tests.dist.test_plan_memory import Case, compare, planned, tiny, write_smollm2  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -20,6 +20,13 @@ def third(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(("method", "tensor"), [("full", 1), ("full", 3), ("adapter_h", 3)])
 def test_measured_peak_of_the_other_methods(third: str, tiny: str, method: str, tensor: int) -> None:  # noqa: F811
     compare(third, tiny, Case(tensor, recompute=True, method=method))
+
+
+@pytest.mark.parametrize(("method", "tensor"), [("lora", 3), ("full", 1)])
+def test_measured_peak_of_an_evaluation_that_generates(third: str, tiny: str, method: str, tensor: int) -> None:  # noqa: F811
+    case = Case(tensor, recompute=True, method=method, decoded=96)
+    assert planned(third, case).moment == "prompts of an evaluation"
+    compare(third, tiny, case)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -14,7 +14,7 @@ from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.hardware import GPUS, bytes_in, gpu_of, peak_flops, usable
 from lowrank_dist.plan.job import Job, Layout, Tuning
 from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, Fixed, check_tensor, choose, tensor_sizes
-from lowrank_dist.plan.memory import memory
+from lowrank_dist.plan.memory import Memory, memory
 from lowrank_dist.plan.methods import METHODS, Sizes, compare
 from lowrank_dist.plan.placement import place
 from lowrank_dist.plan.settings import job_of, layout_overrides, read_request
@@ -272,6 +272,30 @@ def test_virtual_positions_take_from_the_sequence() -> None:
     assert prefix.targets == prompt.targets == lora.targets - 32
     with pytest.raises(UserError, match=r"prefix.length=511 takes from data.max_length=512.*at most 510"):
         planned("llama-3-8b", "data.max_length=512", "method=prefix", "prefix.length=511")
+
+
+def test_an_evaluation_that_generates_has_its_keys_and_values_planned() -> None:
+    def held(batch: int, new: int = 256) -> Memory:
+        generate = f"eval.generate={{batch: {batch}, max_new_tokens: {new}}}"
+        job = planned("llama-3-8b", "data.max_length=1024", "data.eval=none", generate)
+        return memory(replace(job, layout=Layout(2, 1, True, 1, True)), 0)
+
+    large = held(64)
+    assert large.moment == "prompts of an evaluation" and large.parts["gradients of Θ"] == 0
+    # 32 layers, 4 of 8 key/value heads of 128, in bf16; the last token is never fed.
+    assert large.parts["keys and values"] == 2 * 32 * 64 * 4 * (1024 + 256 - 1) * 128 * 2
+    # No more columns than the model has positions.
+    assert held(64, 10**6).parts["keys and values"] == 2 * 32 * 64 * 4 * (8192 - 1) * 128 * 2
+    small, plain = held(1), planned("llama-3-8b", "data.max_length=1024")
+    assert small == memory(replace(plain, layout=Layout(2, 1, True, 1, True)), 0)
+
+
+def test_a_smaller_batch_of_an_evaluation_is_a_remedy() -> None:
+    overrides = ["data.max_length=4096", "data.eval=none"]
+    fixed: dict[str, Any] = {"tensor": 8, "micro_batch": 1, "recompute": True}
+    choice = chosen("llama-3-70b", *overrides, "eval.generate={batch: 512}", **fixed)
+    assert not choice.fits and "eval.generate.batch=1" in choice.remedies
+    assert chosen("llama-3-70b", *overrides, "eval.generate={batch: 1}", **fixed).fits
 
 
 def test_a_description_is_json_all_through() -> None:

@@ -1,0 +1,70 @@
+"""The plan's memory of an evaluation that generates, against the project's own decoding on fake tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowrank_dist.backend.select import quiet_libraries
+from lowrank_dist.plan.job import Job, Layout
+from lowrank_dist.plan.memory import moments
+from lowrank_dist.plan.settings import job_of, read_request
+from lowrank_dist.plan.verify import TOLERANCE, _architecture, _build, _fake_ranks, _KnownPositions, _Live
+
+BATCH, NEW = 64, 5
+CASES = [
+    ("llama-3-8b", 1, "lora", ()),
+    ("llama-3-8b", 2, "lora", ("model.dtype=bf16",)),
+    ("llama-3-8b", 8, "lora", ("lora.rank=64",)),
+    ("qwen2.5-7b", 4, "prefix", ()),
+    ("llama-3-8b", 2, "prompt", ()),
+    ("llama-3-8b", 4, "adapter_h", ("adapter.placement=sharded",)),
+    ("llama-3-8b", 1, "full", ("model.dtype=bf16", "data.max_length=65")),
+    ("gpt2-medium", 1, "lora", ()),
+    ("gpt2-medium", 4, "adapter_l", ()),
+    ("gpt2-medium", 2, "full", ()),
+]
+
+
+def planned(shape: str, tensor: int, method: str, overrides: tuple[str, ...]) -> tuple[Job, tuple[int, int]]:
+    """The job, and what keys and values, and the fullest moment of decoding, take beside the model when executed."""
+    generate = f"eval.generate={{batch: {BATCH}, max_new_tokens: {NEW}}}"
+    fixed = ["data.max_length=257", "data.eval=none", generate, "model.device=cpu", "model.dtype=fp32"]
+    request = read_request(shape, [f"method={method}", *fixed, *overrides])
+    job = replace(job_of(request, 1.0), layout=Layout(tensor, 1, tensor > 1, 1, False))
+    architecture = _architecture(shape)
+    quiet_libraries()
+    with (
+        _fake_ranks(job, 0) as topology,
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _Live() as live,
+        _KnownPositions(job, 0),
+        # No padding in the rows: a fake tensor does not know.
+        mock.patch.object(torch.Tensor, "__bool__", lambda tensor: False),
+    ):
+        model, *_ = _build(job, architecture, request.config, topology)
+        ids = torch.zeros(BATCH, job.row, dtype=torch.int64)
+        model.eval()
+        with model.without_sequence_parallelism():
+            built = live.now
+            columns = len(model.lead) + job.length - job.tuning.virtual + NEW - 1
+            cache = model.new_cache(torch.zeros(BATCH, dtype=torch.int64), columns)
+            kept, live.peak = live.now - built, live.now
+            model.decode(ids, cache)
+    return job, (kept, live.peak - built)
+
+
+@pytest.mark.parametrize(("shape", "tensor", "method", "overrides"), CASES)
+def test_prompts_of_an_evaluation(shape: str, tensor: int, method: str, overrides: tuple[str, ...]) -> None:
+    job, (kept, peak) = planned(shape, tensor, method, overrides)
+    moment = moments(job, 0)[-1]
+    assert moment.name == "prompts of an evaluation"
+    keys, working = moment.parts["keys and values"], moment.parts["working memory"]
+    assert keys == pytest.approx(kept, rel=1e-3)  # a row's own numbers beside them
+    assert abs((keys + working) / peak - 1) < TOLERANCE
+    # Neither is nothing: the control.
+    assert keys / peak < 1 - TOLERANCE and working / peak < 1 - TOLERANCE
