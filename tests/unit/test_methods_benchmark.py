@@ -166,8 +166,10 @@ def test_low_rank_over_full_is_of_the_middle_sizes(cache: Cache) -> None:
     assert methods.ratio(methods.table_rows(cache)) is None
     keep(cache, at_the_middle("full")[1], tokens_per_second=80.0)
     assert methods.ratio(methods.table_rows(cache)) == 1.5
-    # A run at a worse rate did the same work in less time.
+    # Of the run that the row is of, not of one at a worse rate.
     keep(cache, at_the_middle("lora")[2], 2.0, tokens_per_second=160.0)
+    assert methods.ratio(methods.table_rows(cache)) == 1.5
+    keep(cache, at_the_middle("lora")[2], 0.5, tokens_per_second=160.0)
     assert methods.ratio(methods.table_rows(cache)) == 2.0
 
 
