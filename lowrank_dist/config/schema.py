@@ -134,7 +134,9 @@ class ParallelConfig(Section):
 
 class DataConfig(Section):
     train: YamlPath = Field(description="JSONL file to train on")
-    eval: YamlPath | None = Field(None, description="JSONL file to evaluate on, or null")
+    eval: YamlPath | None = Field(
+        None, description="JSONL file to evaluate on, or null; of a list of completions the loss is of the first"
+    )
     max_length: int = Field(1024, ge=2, description="longest sample in tokens, an integer of at least 2")
     packing: bool = Field(False, description="true (several samples a row) or false")
     tokenizer: YamlPath | None = Field(None, description="folder or file of the tokenizer, or null for model.path")
@@ -178,7 +180,11 @@ class TrainConfig(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="cosine, linear or constant")
     warmup_steps: int = Field(0, ge=0, description="steps of linear warmup, at least 0")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate over the peak, from 0 to 1")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, at least 0")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="AdamW's decoupled weight decay, at least 0; of all that is trained, norms and biases too",
+    )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate, at least 0 and below 1")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate, at least 0 and below 1")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon above 0")

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from lowrank_dist.data.formats import Records, read_jsonl
+from lowrank_dist.data.formats import Records, Use, read_jsonl
 from lowrank_dist.data.masking import mask_completions, mask_conversations
 from lowrank_dist.data.sample import Sample
 from lowrank_dist.data.tokenizer import Tokenizer
@@ -61,11 +62,17 @@ class Dataset:
     """Samples in file order, kept as three flat arrays; `dataset[i]` is a view.
 
     lengths [n] int64: tokens of each sample. targets [n] int64: target tokens of each. The first `lead` tokens of each
-    are not the file's.
+    are not the file's. others: what else is right where texts are judged, by the file's line.
     """
 
-    def __init__(self, samples: Sequence[Sample], report: DropReport, lead: int = 0) -> None:
-        self.report, self._lead = report, lead
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        report: DropReport,
+        lead: int = 0,
+        others: Mapping[int, Sequence[str]] | None = None,
+    ) -> None:
+        self.report, self._lead, self._others = report, lead, others
         self.lengths = np.array([len(s.tokens) for s in samples], dtype=np.int64)
         self.targets = np.array([np.count_nonzero(s.target[1:]) for s in samples], dtype=np.int64)
         self._ends = np.cumsum(self.lengths)
@@ -77,13 +84,16 @@ class Dataset:
     def sha256(self) -> str:
         """SHA-256 over the samples in order, as they are trained on: tokenizer, template and masking show in it.
 
-        Not what a method puts before them: that is the method's, and the data stay the same.
+        And over further completions, which decide what an evaluation finds. Not what a method puts before them: that is
+        the method's, and the data stay the same.
         """
         own = np.ones(len(self._tokens), np.bool_)
         own[(self._ends - self.lengths)[:, None] + np.arange(self._lead)] = False
         sha = hashlib.sha256()
         for array in (self.lengths - self._lead, self._tokens[own], self._target[own]):
             sha.update(np.ascontiguousarray(array).data)
+        if self._others:
+            sha.update(json.dumps(list(self._others.items())).encode())
         return sha.hexdigest()
 
     def __len__(self) -> int:
@@ -96,15 +106,21 @@ class Dataset:
 
 
 def load_dataset(
-    path: Path, tokenizer: Tokenizer, max_length: int, vocab_size: int, lead: Sequence[int] = ()
+    path: Path,
+    tokenizer: Tokenizer,
+    max_length: int,
+    vocab_size: int,
+    lead: Sequence[int] = (),
+    use: Use = Use.TRAINING,
 ) -> Dataset:
     """Read, tokenise and mask a JSONL file; leave out samples over `max_length` tokens or without a target.
 
     vocab_size: the model's real vocabulary (no padding). lead: ids that are put before every sample that is kept, on
-    top of its length, and are no targets. Raises UserError for bad lines (see `read_jsonl`), a
-    template or tokenizer that can't be trained on, ids the model does not have, and where no sample is left.
+    top of its length, and are no targets. use: of several completions of a line the first is the sample's. Raises
+    UserError for bad lines (see `read_jsonl`), a template or tokenizer that can't be trained on, ids the model does not
+    have, and where no sample is left.
     """
-    records = read_jsonl(path)
+    records = read_jsonl(path, use)
     kept: list[Sample] = []
     too_long: list[int] = []
     no_target: list[int] = []
@@ -136,7 +152,8 @@ def load_dataset(
             f"{report.summary()}. Nothing is left to train on: raise data.max_length (the longest sample has {longest} "
             "tokens), shorten the samples, or give them a completion or an assistant turn"
         )
-    return Dataset(kept, report, len(lead))
+    others = {record.line: record.others for record in records.completions if record.others}
+    return Dataset(kept, report, len(lead), others)
 
 
 def _samples(records: Records, tokenizer: Tokenizer) -> Iterator[Sample]:

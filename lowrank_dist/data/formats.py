@@ -1,7 +1,8 @@
 """JSONL files of {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}: reading and checking.
 
 One JSON object a line, UTF-8, one format a file, blank lines allowed. Every problem is reported with its line and
-key, up to `MAX_PROBLEMS` of them in one error, so that a file is mended in one go.
+key, up to `MAX_PROBLEMS` of them in one error, so that a file is mended in one go. What training, its evaluations,
+`lowrank-dist evaluate` and `generate` read differs in the completions of a line alone (`Use`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +28,26 @@ REFUSED_KEYS = frozenset({"tools", "functions", "documents", "images", "system"}
 Kind = Literal["completion", "messages"]
 
 
+class Use(Enum):
+    """What a file is read for."""
+
+    TRAINING = auto()  # a line has one completion
+    JUDGING = auto()  # one, or a list of which any is right
+    PROMPTING = auto()  # it may have any, which is not read
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One prompt (may be empty) and the completion that is trained; `line` counts from 1."""
+    """One prompt (may be empty) and its completion; `line` counts from 1.
+
+    completion: what is trained, and the loss is of; empty where the use is PROMPTING. others: right as well, where
+    texts are judged.
+    """
 
     line: int
     prompt: str
     completion: str
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +72,23 @@ class Records:
     ignored_keys: dict[str, int] = field(default_factory=dict)
 
 
-class _Problem(Exception):
+class Problem(Exception):
     """What is wrong with one line; becomes one row of the UserError."""
 
 
-def read_jsonl(path: Path) -> Records:
-    """Read and check a whole file.
+def read_jsonl(
+    path: Path, use: Use = Use.TRAINING, check: Callable[[Completion | Conversation], None] = lambda record: None
+) -> Records:
+    """Read and check a whole file. check: raises `Problem` for what else a line must not be.
 
     Raises UserError naming file, line and key: file missing or empty, not UTF-8, malformed JSON, a key given twice,
     missing or wrongly typed, an unknown role, an empty completion, two formats in one file.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; data.train and data.eval name a JSONL file, one of {FORMATS} a line")
+        named = "data.train, data.eval, --data and --prompts name a JSONL file"
+        raise UserError(f"{path}: no such file; {named}, one of {FORMATS} a line")
     parsers: dict[Kind, Callable[[int, dict[str, Any]], Completion | Conversation]] = {
-        "completion": _completion,
+        "completion": partial(_completion, use),
         "messages": _conversation,
     }
     kind: Kind | None = None
@@ -83,10 +102,11 @@ def read_jsonl(path: Path) -> Records:
             line_kind = _kind_of(value)
             kind = kind or line_kind
             if line_kind != kind:
-                raise _Problem(f"a {line_kind!r} line in a file that began with {kind!r} lines; use one format a file")
+                raise Problem(f"a {line_kind!r} line in a file that began with {kind!r} lines; use one format a file")
             rows.append(parsers[kind](number, value))
+            check(rows[-1])
             extra.update(value.keys() - {"prompt", "completion", "messages"})
-        except _Problem as problem:
+        except Problem as problem:
             found += 1
             if found <= MAX_PROBLEMS:
                 problems.append(f"{path}:{number}: {problem}")
@@ -112,7 +132,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        raise _Problem(f"key {repeated[0]!r} is given twice; keep one")
+        raise Problem(f"key {repeated[0]!r} is given twice; keep one")
     return result
 
 
@@ -120,33 +140,33 @@ def _parse(raw: bytes, *, first: bool) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8-sig" if first else "utf-8")
     except UnicodeDecodeError as error:
-        raise _Problem(f"not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from error
+        raise Problem(f"not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from error
     try:
         value = json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         # Not error.colno: a line that breaks off is blamed on the column after its newline.
         where = f"malformed JSON at column {error.pos + 1}"
-        raise _Problem(f"{where}: {error.msg}; write one JSON object a line") from error
+        raise Problem(f"{where}: {error.msg}; write one JSON object a line") from error
     except RecursionError as error:
-        raise _Problem("JSON nested too deeply; write one flat object a line") from error
+        raise Problem("JSON nested too deeply; write one flat object a line") from error
     if not isinstance(value, dict):
-        raise _Problem(f"a JSON {_type(value)} where an object is expected: {FORMATS}")
+        raise Problem(f"a JSON {_type(value)} where an object is expected: {FORMATS}")
     return value
 
 
 def _kind_of(value: dict[str, Any]) -> Kind:
     flat, chat = value.keys() & {"prompt", "completion"}, "messages" in value
     if flat and chat:
-        raise _Problem(f"both {sorted(flat)[0]!r} and 'messages'; a line has one format: {FORMATS}")
+        raise Problem(f"both {sorted(flat)[0]!r} and 'messages'; a line has one format: {FORMATS}")
     if refused := sorted(value.keys() & REFUSED_KEYS):
-        raise _Problem(
+        raise Problem(
             f"key {refused[0]!r} would change what the model sees and is not supported; "
             "write it into the prompt or a system message, or remove it"
         )
     if not flat and not chat:
         hints = [(key, difflib.get_close_matches(key, ("prompt", "completion", "messages"), n=1)) for key in value]
         meant = "".join(f"; {key!r}: did you mean {hit[0]!r}?" for key, hit in hints if hit)
-        raise _Problem(f"no key 'prompt', 'completion' or 'messages', found {sorted(value)}{meant} Expected {FORMATS}")
+        raise Problem(f"no key 'prompt', 'completion' or 'messages', found {sorted(value)}{meant} Expected {FORMATS}")
     return "messages" if chat else "completion"
 
 
@@ -159,40 +179,61 @@ def _text(holder: dict[str, Any], key: str, where: str) -> str:
     if key not in holder:
         near = difflib.get_close_matches(key, list(holder), n=1)
         meant = f"; is {near[0]!r} meant for it?" if near else ""
-        raise _Problem(f"key '{where}' is missing{meant} Add it as a string")
-    value = holder[key]
+        raise Problem(f"key '{where}' is missing{meant} Add it as a string")
+    return _string(holder[key], where)
+
+
+def _string(value: object, where: str) -> str:
     if not isinstance(value, str):
-        raise _Problem(f"key '{where}' is a JSON {_type(value)}; it must be a string")
+        raise Problem(f"key '{where}' is a JSON {_type(value)}; it must be a string")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise _Problem(f"key '{where}' holds an unpaired surrogate escape (\\udXXX); mend the text") from error
+        raise Problem(f"key '{where}' holds an unpaired surrogate escape (\\udXXX); mend the text") from error
     return value
 
 
-def _completion(line: int, value: dict[str, Any]) -> Completion:
-    prompt, completion = _text(value, "prompt", "prompt"), _text(value, "completion", "completion")
-    if not completion:
-        raise _Problem("key 'completion' is empty: nothing to train on; fill it or remove the line")
-    return Completion(line, prompt, completion)
+def _completion(use: Use, line: int, value: dict[str, Any]) -> Completion:
+    prompt = _text(value, "prompt", "prompt")
+    if use is Use.PROMPTING:
+        return Completion(line, prompt, "")
+    given = value.get("completion")
+    if not isinstance(given, list):
+        return Completion(line, prompt, _filled(_text(value, "completion", "completion"), "completion"))
+    if use is Use.TRAINING:
+        raise Problem(
+            "key 'completion' is a JSON array; it must be a string (several that are right are for evaluation: "
+            "data.eval and --data)"
+        )
+    if not given:
+        raise Problem("key 'completion' is an empty array; it must be a string, or an array of those that are right")
+    places = [f"completion[{place}]" for place in range(len(given))]
+    first, *others = (_filled(_string(text, where), where) for text, where in zip(given, places, strict=True))
+    return Completion(line, prompt, first, tuple(others))
+
+
+def _filled(text: str, where: str) -> str:
+    if not text:
+        raise Problem(f"key '{where}' is empty: nothing to train on or to hold a text against; fill it or remove it")
+    return text
 
 
 def _conversation(line: int, value: dict[str, Any]) -> Conversation:
     messages = value["messages"]
     if not isinstance(messages, list) or not messages:
         found = "an empty array" if messages == [] else f"a JSON {_type(messages)}"
-        raise _Problem(f"key 'messages' is {found}; it must be an array of {{'role', 'content'}} objects")
+        raise Problem(f"key 'messages' is {found}; it must be an array of {{'role', 'content'}} objects")
     return Conversation(line, [_message(message, f"messages[{i}]") for i, message in enumerate(messages)])
 
 
 def _message(message: object, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise _Problem(f"'{where}' is a JSON {_type(message)}; it must be an object with 'role' and 'content'")
+        raise Problem(f"'{where}' is a JSON {_type(message)}; it must be an object with 'role' and 'content'")
     role, content = _text(message, "role", f"{where}.role"), _text(message, "content", f"{where}.content")
     if unknown := sorted(message.keys() - {"role", "content"}):
-        raise _Problem(f"'{where}' has the key {unknown[0]!r}, which is not supported; keep only 'role' and 'content'")
+        raise Problem(f"'{where}' has the key {unknown[0]!r}, which is not supported; keep only 'role' and 'content'")
     if role not in ROLES:
-        raise _Problem(f"'{where}.role' is {role!r}; it must be one of {', '.join(ROLES)}")
+        raise Problem(f"'{where}.role' is {role!r}; it must be one of {', '.join(ROLES)}")
     if role == "assistant" and not content.strip():
-        raise _Problem(f"'{where}.content' of the assistant is empty: nothing to train on; fill or remove it")
+        raise Problem(f"'{where}.content' of the assistant is empty: nothing to train on; fill or remove it")
     return {"role": role, "content": content}

@@ -9,6 +9,7 @@ from functools import partial
 from lowrank_dist.checkpoint.training_state import DataState
 from lowrank_dist.config import Config
 from lowrank_dist.data.dataset import Dataset, load_dataset
+from lowrank_dist.data.formats import Use
 from lowrank_dist.data.loader import Loader, StepBatch, eval_batches
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.engine.trainer import Generating
@@ -58,7 +59,7 @@ def build_data(config: Config, method: Method, architecture: Architecture, topol
     loader = Loader(dataset, seed=train.seed, micro_batch=train.micro_batch, **cut)
     if data.eval is None:
         return Data(dataset, loader, None, None, None)
-    held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead)
+    held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead, Use.JUDGING)
     micro_batch = config.eval.micro_batch or train.micro_batch
     # Nothing is accumulated over an eval batch: its size decides how many rows of like length are put together, and
     # bounds what is laid out as tensors, and packed, at a time.

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lowrank_dist.data.formats import MAX_PROBLEMS, ROLES, Conversation
+from lowrank_dist.data.formats import Completion, Conversation, Problem, Use, read_jsonl
 from lowrank_dist.data.masking import mask_conversations
 from lowrank_dist.data.tokenizer import Tokenizer
 from lowrank_dist.errors import UserError
-
-FORMATS = (
-    '{"prompt": "...", "completion": "..." or ["...", ...]} or {"messages": [{"role": "user", "content": "..."}, ...]}'
-)
 
 
 @dataclass(frozen=True)
 class Prompt:
     """where: for messages. shown: the text, or the messages, as given. stop_ids: tokens that end its completion.
 
-    references: what the completion should be, any of them; empty where the file has none.
+    references: what the completion should be, any of them; empty where none were asked for.
     """
 
     where: str
@@ -55,40 +50,42 @@ def stop_tokens(model: Path, tokenizer: Tokenizer) -> frozenset[int]:
 def prompt_of(text: str, tokenizer: Tokenizer, stop_ids: Collection[int], vocab: int) -> Prompt:
     """A text to go on from, as it is. Raises UserError where it is empty or not the model's (see `read_prompts`)."""
     try:
-        row = _completion({"prompt": text}, wanted=False)
-    except ValueError as error:
-        raise UserError(f"--prompt: {error}") from error
-    return _checked(_plain([("--prompt", *row)], tokenizer, stop_ids), tokenizer, vocab)[0]
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("--prompt: holds bytes that are not UTF-8; write the text into a file for --prompts") from error
+    if not text:
+        raise UserError("--prompt: is empty: nothing to go on from")
+    (ids,) = tokenizer.encode([text])
+    prompt = Prompt("--prompt", text, (*tokenizer.prefix_ids, *ids), frozenset(stop_ids))
+    return _checked([prompt], tokenizer, vocab)[0]
 
 
 def read_prompts(
     path: Path, tokenizer: Tokenizer, stop_ids: Collection[int], *, vocab: int, references: bool
 ) -> list[Prompt]:
-    """The prompts of a JSONL file of `FORMATS`, in its order.
+    """The prompts of a JSONL file (`read_jsonl`), in its order.
 
     Of messages the assistant's last turn is what is to be written, and the prompt is what precedes it; without
     references, messages that end with another role ask for the turn that follows. The end of turn that the template
-    puts, which training trains, stops a completion as well. references: every line must have one.
+    puts, which training trains, stops a completion as well. references: every line must have one, and the prompts hold
+    them.
 
     Raises UserError, with every line that is wrong, for a file that cannot be read so, an empty prompt, and ids that
     the model (of `vocab` tokens) does not have.
     """
-    rows = _rows(path)
-    problems: list[str] = []
-    plain: list[tuple[str, str, tuple[str, ...]]] = []
-    chats: list[tuple[Conversation, tuple[str, ...]]] = []
-    for line, row in rows:
-        try:
-            if "messages" in row:
-                chats.append(_chat(line, row["messages"], references))
-            else:
-                plain.append((f"{path}:{line}", *_completion(row, references)))
-        except ValueError as error:
-            problems.append(f"{path}:{line}: {error}")
-    if plain and chats:
-        problems.append(f"{path}: lines with 'prompt' and lines with 'messages'; use one format a file")
-    _refuse(problems)
-    prompts = _plain(plain, tokenizer, stop_ids) if plain else _chats(chats, path, tokenizer, stop_ids)
+
+    def check(record: Completion | Conversation) -> None:
+        if isinstance(record, Completion):
+            if not record.prompt:
+                raise Problem("key 'prompt' is empty: nothing to go on from; fill it or remove the line")
+        elif references and not _turns(record):
+            raise Problem("'messages' has none of the assistant to hold the model's against: add it")
+
+    records = read_jsonl(path, Use.JUDGING if references else Use.PROMPTING, check)
+    if records.kind == "completion":
+        prompts = _plain(records.completions, path, tokenizer, stop_ids, references)
+    else:
+        prompts = _chats(records.conversations, path, tokenizer, stop_ids, references)
     return _checked(prompts, tokenizer, vocab)
 
 
@@ -104,104 +101,51 @@ def _checked(prompts: list[Prompt], tokenizer: Tokenizer, vocab: int) -> list[Pr
     return prompts
 
 
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        more = [f"... and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
-        raise UserError("\n".join([*problems[:MAX_PROBLEMS], *more]))
-
-
-def _rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
-    """(line from 1, JSON object) of every line that is not blank."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file: give a JSONL file, a line {FORMATS}")
-    rows, problems = [], []
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                problems.append(f"{path}:{line}: not JSON in UTF-8 ({error}); write one object a line")
-                continue
-            if isinstance(row, dict):
-                rows.append((line, row))
-            else:
-                problems.append(f"{path}:{line}: not a JSON object; a line is {FORMATS}")
-    _refuse(problems)
-    if not rows:
-        raise UserError(f"{path}: the file holds no line; write {FORMATS}")
-    return rows
-
-
-def _completion(row: Mapping[str, Any], wanted: bool) -> tuple[str, tuple[str, ...]]:
-    """Prompt and references of a line; ValueError says what is wrong with it."""
-    prompt = row.get("prompt")
-    if not isinstance(prompt, str) or not prompt:
-        raise ValueError(f"the prompt must be a text that is not empty, found {prompt!r}")
-    prompt.encode()  # a surrogate without its other half is a ValueError too
-    given = row.get("completion", [])
-    references = [given] if isinstance(given, str) else given
-    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
-        raise ValueError("'completion' must be a text, or a list of texts of which any is right")
-    if wanted and not references:
-        raise ValueError("no 'completion' to hold the model's against: add one, or a list of several")
-    return prompt, tuple(references)
-
-
-def _chat(line: int, messages: Any, wanted: bool) -> tuple[Conversation, tuple[str, ...]]:
-    """The messages up to and with the assistant's last, and its text; one is made up where there is none."""
-    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise ValueError(
-            "'messages' must be a list of {'role', 'content'} with texts in both and a role of " + ", ".join(ROLES)
-        )
-    turns = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    if not wanted and messages[-1]["role"] != "assistant":
-        # Its text is never fed: it shows where the template puts what the assistant writes, and how a turn ends.
-        return Conversation(line, [*messages, {"role": "assistant", "content": "answer"}]), ()
-    if not turns:
-        raise ValueError("no message of the assistant to hold the model's against: add it")
-    kept = messages[: turns[-1] + 1]
-    if not kept[-1]["content"].strip():
-        raise ValueError("the assistant's last message is empty: nothing to hold the model's against")
-    return Conversation(line, kept), (kept[-1]["content"],)
-
-
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict)
-        and message.keys() == {"role", "content"}
-        and message["role"] in ROLES
-        and isinstance(message["content"], str)
-    )
-
-
 def _plain(
-    lines: Sequence[tuple[str, str, tuple[str, ...]]], tokenizer: Tokenizer, stop_ids: Collection[int]
+    records: Sequence[Completion], path: Path, tokenizer: Tokenizer, stop_ids: Collection[int], references: bool
 ) -> list[Prompt]:
-    encoded = tokenizer.encode([text for _, text, _ in lines])
+    encoded = tokenizer.encode([record.prompt for record in records])
     return [
-        Prompt(where, text, (*tokenizer.prefix_ids, *ids), frozenset(stop_ids), references)
-        for (where, text, references), ids in zip(lines, encoded, strict=True)
+        Prompt(
+            where=f"{path}:{record.line}",
+            shown=record.prompt,
+            ids=(*tokenizer.prefix_ids, *ids),
+            stop_ids=frozenset(stop_ids),
+            references=(record.completion, *record.others) if references else (),
+        )
+        for record, ids in zip(records, encoded, strict=True)
     ]
 
 
 def _chats(
-    chats: Sequence[tuple[Conversation, tuple[str, ...]]], path: Path, tokenizer: Tokenizer, stop_ids: Collection[int]
+    records: Sequence[Conversation], path: Path, tokenizer: Tokenizer, stop_ids: Collection[int], references: bool
 ) -> list[Prompt]:
-    """The tokens before the assistant's last turn, cut where training cuts them."""
-    samples = mask_conversations(tokenizer, [conversation for conversation, _ in chats], path)
+    """The tokens before the turn that is asked for, cut where training cuts them."""
+    asked = [_asked(record, references) for record in records]
     prompts = []
-    for (conversation, references), sample in zip(chats, samples, strict=True):
+    for record, sample in zip(asked, mask_conversations(tokenizer, asked, path), strict=True):
         # The last run of targets; the sample ends with it.
         before = int(np.flatnonzero(~sample.target)[-1]) + 1
         prompts.append(
             Prompt(
-                where=f"{path}:{conversation.line}",
-                shown=conversation.messages[:-1],
+                where=f"{path}:{record.line}",
+                shown=record.messages[:-1],
                 ids=tuple(sample.tokens[:before].tolist()),
                 stop_ids=frozenset({*stop_ids, int(sample.tokens[-1])}),
-                references=references,
+                references=(record.messages[-1]["content"],) if references else (),
             )
         )
     return prompts
+
+
+def _asked(record: Conversation, references: bool) -> Conversation:
+    """The messages up to and with the turn that is asked for, which is made up where there is none."""
+    if not references and record.messages[-1]["role"] != "assistant":
+        # Its text is never fed: it shows where the template puts what the assistant writes, and how a turn ends.
+        return Conversation(record.line, [*record.messages, {"role": "assistant", "content": "answer"}])
+    return Conversation(record.line, record.messages[: _turns(record)[-1] + 1])
+
+
+def _turns(record: Conversation) -> list[int]:
+    """Places of the assistant's messages."""
+    return [place for place, message in enumerate(record.messages) if message["role"] == "assistant"]

@@ -302,7 +302,8 @@ def test_a_target_that_matches_nothing(place: Place, override: str, wanted: str)
 
 def test_no_data_file(place: Place) -> None:
     place.train.unlink()
-    assert f"{place.train}: no such file; data.train and data.eval name a JSONL file" in refused(place)
+    named = "data.train, data.eval, --data and --prompts name a JSONL file"
+    assert f"{place.train}: no such file; {named}" in refused(place)
 
 
 def test_malformed_lines(place: Place) -> None:

@@ -153,6 +153,24 @@ def test_they_are_those_of_evaluate(job: Path, runs: dict[str, Path]) -> None:
     assert afterwards[0] != afterwards[2] != afterwards[4]
 
 
+def test_of_several_references_any_is_right(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    """Half of the lines have the right one behind a wrong one, the control half has the wrong one alone."""
+    samples = [
+        {**row, "completion": ["over", row["completion"]] if i % 2 else ["over"]} for i, row in enumerate(rows(8, 1))
+    ]
+    data = write_jsonl(tmp_path / "eval.jsonl", samples)
+    learnt = runs["TP1"] / "adapter"
+    going_on = (f"lora.init_from={learnt}", "train.steps=1", "eval.every=null", f"data.eval={data}")
+    well(train(job, tmp_path / "run", LAYOUTS["TP1"], *going_on))
+    found = evaluated(tmp_path / "run")[0]
+    assert found["eval_exact_match"] == 0.5
+    assert evaluate(job.parent / "base", data, "--adapter", learnt) == results(found)
+    # The loss is of the first.
+    alone = write_jsonl(tmp_path / "first.jsonl", [{**row, "completion": row["completion"][0]} for row in samples])
+    well(train(job, tmp_path / "first", LAYOUTS["TP1"], *going_on, f"data.eval={alone}"))
+    assert evaluated(tmp_path / "first")[0]["eval_loss"] == found["eval_loss"]
+
+
 def test_best_is_the_first_of_the_highest(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
     """The eval loss would have chosen another step: the control, with all else alike."""
     run, records = runs["TP1"], evaluated(runs["TP1"])
@@ -350,7 +368,7 @@ BAD: dict[str, tuple[list[dict[str, Any]] | None, tuple[str, ...], str]] = {
     "no data": (None, ("data.eval=null",), "eval.generate is given, but data.eval is null"),
     "never": (None, ("eval.every=null", "eval.patience=2"), "eval.every is null: there is no evaluation after which"),
     "unknown key": (None, ("eval.generate={max_tokens: 3}",), "unknown key — did you mean max_new_tokens?"),
-    "empty prompt": ([{"prompt": "", "completion": "er"}], (), "eval.generate: EVAL:1: the prompt must be a text that"),
+    "empty prompt": ([{"prompt": "", "completion": "er"}], (), "eval.generate: EVAL:1: key 'prompt' is empty"),
     "no reference": ([{"prompt": "cat"}], (), "EVAL:1"),
     "long prompt": (
         [{"prompt": LONG, "completion": "er"}, *rows(1)],

@@ -201,7 +201,7 @@ def broken_weights(base: Path, folder: Path) -> Path:
 
 LONG = "a" * 64
 BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
-    "empty prompt": (lambda base, _: ["--model", base, "--prompt", ""], "--prompt: the prompt must be a text"),
+    "empty prompt": (lambda base, _: ["--model", base, "--prompt", ""], "--prompt: is empty: nothing to go on from"),
     "long prompt": (
         lambda base, _: ["--model", base, "--prompt", LONG],
         "--prompt (64 tokens): there are 64 positions for a prompt and its completion",
@@ -242,7 +242,7 @@ def test_bad_input_is_one_message(what: str, base: Path, adapter: Path, tmp_path
 
 def test_bad_evaluations_are_one_message(base: Path, asked: Path) -> None:
     for arguments, said in (
-        (("--data", asked, "--metric", "exact_match"), "prompts.jsonl:1: no 'completion'"),
+        (("--data", asked, "--metric", "exact_match"), "prompts.jsonl:1: key 'completion' is missing"),
         (("--data", asked, "--metric", "accuracy"), "metric 'accuracy' is not known: give one of exact_match"),
         (("--data", asked.parent / "none", "--metric", "bleu"), "no such file"),
     ):

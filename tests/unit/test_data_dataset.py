@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lowrank_dist.data.dataset import load_dataset
-from lowrank_dist.data.formats import Completion
+from lowrank_dist.data.formats import Completion, Use
 from lowrank_dist.data.masking import mask_completions
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
@@ -60,6 +60,24 @@ def test_what_a_method_puts_before_samples_is_not_of_the_data(tmp_path: Path, to
     assert other.sha256 != plain.sha256
     # A sample is as long as the file says: the limit does not count what comes before.
     assert len(load_dataset(path, tokenizer, int(plain.lengths.max()), VOCAB, lead)) == 2
+
+
+def test_of_several_completions_the_first_is_the_sample_s(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    several = [{**row("q", ""), "completion": [" answer", " reply"]}, row("question", " another")]
+    path = write(tmp_path, *several)
+    with pytest.raises(UserError, match=":1: key 'completion' is a JSON array"):
+        load_dataset(path, tokenizer, 64, VOCAB)
+    judged = load_dataset(path, tokenizer, 64, VOCAB, use=Use.JUDGING)
+    plain = load_dataset(write(tmp_path, row("q", " answer"), several[1]), tokenizer, 64, VOCAB, use=Use.JUDGING)
+    assert [s.tokens.tolist() for s in judged] == [s.tokens.tolist() for s in plain]
+    # What else is right decides what an evaluation finds, and on which line it stands.
+    swapped = [row("q", " answer"), {**several[1], "completion": [" another", " reply"]}]
+    others = [judged, plain]
+    others += [
+        load_dataset(write(tmp_path, *rows), tokenizer, 64, VOCAB, use=Use.JUDGING)
+        for rows in (swapped, [{**several[0], "completion": [" answer", " rep"]}, several[1]])
+    ]
+    assert len({dataset.sha256 for dataset in others}) == len(others)
 
 
 def test_too_long_and_targetless_samples_are_dropped_and_reported(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_dist.data.formats import MAX_PROBLEMS, read_jsonl
+from lowrank_dist.data.formats import MAX_PROBLEMS, Problem, Use, read_jsonl
 from lowrank_dist.errors import UserError
 
 GOOD = '{"prompt": "a", "completion": "b"}'
@@ -60,7 +60,7 @@ def test_extra_keys_are_counted(tmp_path: Path) -> None:
         ('{"completion": "a"}', ["'prompt' is missing"]),
         ('{"prompt": 3, "completion": "b"}', ["'prompt' is a JSON number", "must be a string"]),
         ('{"prompt": "a", "completion": null}', ["'completion' is a JSON null"]),
-        ('{"prompt": "a", "completion": ["b"]}', ["'completion' is a JSON array"]),
+        ('{"prompt": "a", "completion": ["b"]}', ["'completion' is a JSON array", "for evaluation: data.eval"]),
         ('{"prompt": "a", "completion": ""}', ["'completion' is empty"]),
         ('{"prompt": "a", "prompt": "b", "completion": "c"}', ["'prompt' is given twice"]),
         ('{"prompt": "\\ud83d", "completion": "c"}', ["'prompt'", "unpaired surrogate"]),
@@ -96,6 +96,44 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str | bytes, fragments: list[
         assert fragment in message
 
 
+def test_where_texts_are_judged_a_line_may_have_several_completions(tmp_path: Path) -> None:
+    records = read_jsonl(write(tmp_path, GOOD, '{"prompt": "a", "completion": ["b", "c", "d"]}'), Use.JUDGING)
+    assert [(r.completion, r.others) for r in records.completions] == [("b", ()), ("b", ("c", "d"))]
+
+
+def test_a_prompt_needs_no_completion(tmp_path: Path) -> None:
+    lines = (GOOD, '{"prompt": "a"}', '{"prompt": "a", "completion": ""}', '{"prompt": "a", "completion": [7]}')
+    records = read_jsonl(write(tmp_path, *lines), Use.PROMPTING)
+    assert [(r.prompt, r.completion, r.others) for r in records.completions] == [("a", "", ())] * len(lines)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "a", "completion": []}', "'completion' is an empty array"),
+        ('{"prompt": "a", "completion": ["b", 1]}', r"'completion\[1\]' is a JSON number; it must be a string"),
+        ('{"prompt": "a", "completion": ["b", ""]}', r"'completion\[1\]' is empty"),
+        ('{"prompt": "a", "completion": ["\\ud800"]}', r"'completion\[0\]' holds an unpaired surrogate"),
+        ('{"prompt": "a", "completion": {"b": 1}}', "'completion' is a JSON object; it must be a string"),
+        ('{"prompt": "a"}', "'completion' is missing"),
+    ],
+)
+def test_bad_completions_to_judge_by_are_named(tmp_path: Path, line: str, said: str) -> None:
+    with pytest.raises(UserError, match=f":2: key {said}"):
+        read_jsonl(write(tmp_path, GOOD, line), Use.JUDGING)
+
+
+def test_what_a_caller_refuses_is_a_problem_of_its_line(tmp_path: Path) -> None:
+    def check(record: object) -> None:
+        if record.prompt == "no":
+            raise Problem("not this")
+
+    path = write(tmp_path, "{", GOOD, '{"prompt": "no", "completion": "b"}')
+    with pytest.raises(UserError) as caught:
+        read_jsonl(path, check=check)
+    assert [row.split(": ")[0] for row in str(caught.value).splitlines()] == [f"{path}:1", f"{path}:3"]
+
+
 def test_mixed_formats_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r":3: a 'messages' line in a file that began with 'completion' lines"):
         read_jsonl(write(tmp_path, GOOD, GOOD, CHAT))
@@ -121,7 +159,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(UserError, match="no such file; data.train and data.eval"):
+        with pytest.raises(UserError, match="no such file; data.train, data.eval, --data and --prompts name"):
             read_jsonl(path)
 
 

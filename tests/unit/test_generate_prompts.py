@@ -91,26 +91,40 @@ def test_the_last_turn_of_a_chat_is_asked_for(template: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ('{"prompt": ""}', "data.jsonl:2: the prompt must be a text that is not empty"),
-        ('{"prompt": 3, "completion": "x"}', "data.jsonl:2: the prompt must be a text"),
-        ('{"completion": "x"}', "data.jsonl:2: the prompt must be a text"),
-        ('{"prompt": "\\ud800", "completion": "x"}', "data.jsonl:2: .*surrogates"),
-        ('{"prompt": "a", "completion": []}', "data.jsonl:2: no 'completion'"),
-        ('{"prompt": "a"}', "data.jsonl:2: no 'completion'"),
-        ('{"prompt": "a", "completion": ["b", 1]}', "data.jsonl:2: 'completion' must be a text, or a list"),
-        ('{"messages": []}', "data.jsonl:2: 'messages' must be a list"),
-        ('{"messages": [{"role": "bot", "content": "x"}]}', "data.jsonl:2: 'messages' must be"),
-        ('{"messages": [{"role": "user", "content": "x"}]}', "data.jsonl:2: no message of the assistant"),
-        ('{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]}', "is empty"),
-        ("[1]", "data.jsonl:2: not a JSON object"),
-        ('{"prompt": ', "data.jsonl:2: not JSON in UTF-8"),
-        ("[" * 100_000, "data.jsonl:2: not JSON in UTF-8"),
+        ('{"prompt": "", "completion": "x"}', "key 'prompt' is empty: nothing to go on from"),
+        ('{"prompt": 3, "completion": "x"}', "key 'prompt' is a JSON number"),
+        ('{"completion": "x"}', "key 'prompt' is missing"),
+        ('{"prompt": "\\ud800", "completion": "x"}', "key 'prompt' .*surrogate"),
+        ('{"prompt": "a", "completion": []}', "key 'completion' is an empty array"),
+        ('{"prompt": "a"}', "key 'completion' is missing"),
+        ('{"prompt": "a", "completion": ["b", 1]}', r"key 'completion\[1\]' is a JSON number"),
+        ('{"prompt": "a", "completion": "b", "tools": []}', "key 'tools' would change what the model sees"),
+        ("[1]", "a JSON array where an object"),
+        ('{"prompt": ', "malformed JSON at column"),
+        ("[" * 100_000, "JSON nested too deeply"),
     ],
 )
 def test_lines_that_cannot_be_read_are_named(row: str, said: str, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer", template=CHATML))
+    tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer"))
     path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "a", "completion": "b"}, row])
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=f"data.jsonl:2: {said}"):
+        read(path, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ("[]", "key 'messages' is an empty array"),
+        ('[{"role": "bot", "content": "x"}]', r"'messages\[0\].role' is 'bot'"),
+        ('[{"role": "user", "content": "x"}]', "'messages' has none of the assistant"),
+        ('[{"role": "user", "content": "x"}, {"role": "assistant", "content": " "}]', r"'messages\[1\].*is empty"),
+    ],
+)
+def test_chats_that_cannot_be_read_are_named(messages: str, said: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer", template=CHATML))
+    good = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    path = write_jsonl(tmp_path / "data.jsonl", [{"messages": good}, f'{{"messages": {messages}}}'])
+    with pytest.raises(UserError, match=f"data.jsonl:2: {said}"):
         read(path, tokenizer)
 
 
@@ -120,14 +134,14 @@ def test_every_line_is_named_at_once_up_to_twenty(tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         read(path, tokenizer)
     lines = str(raised.value).splitlines()
-    assert len(lines) == 21 and lines[-1] == "... and 3 more"
+    assert len(lines) == 21 and lines[-1] == "... and 3 more lines with errors"
 
 
 def test_files_and_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer", template=CHATML))
     with pytest.raises(UserError, match="no such file"):
         read(tmp_path / "nothing.jsonl", tokenizer)
-    with pytest.raises(UserError, match="holds no line"):
+    with pytest.raises(UserError, match="holds no sample"):
         read(write_jsonl(tmp_path / "empty.jsonl", ["", "  "]), tokenizer)
     both = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "x"}]}]
     with pytest.raises(UserError, match="use one format a file"):
@@ -135,8 +149,10 @@ def test_files_and_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "hello"}])
     with pytest.raises(UserError, match=r"data.jsonl:1: token \d+ is not among the model's 20"):
         read_prompts(path, tokenizer, (), vocab=20, references=False)
-    with pytest.raises(UserError, match="--prompt: the prompt must be a text that is not empty"):
+    with pytest.raises(UserError, match="--prompt: is empty: nothing to go on from"):
         prompt_of("", tokenizer, (), VOCAB)
+    with pytest.raises(UserError, match="--prompt: holds bytes that are not UTF-8"):
+        prompt_of("a\udcff", tokenizer, (), VOCAB)
 
 
 def test_several_references_and_other_keys(tmp_path: Path) -> None:
