@@ -8,8 +8,9 @@ first token: all layers with the keys and values kept, and the head on the last 
 gradients, no sequence parallelism (there is none in decoding). A setting is BATCHxLENGTH[:TRIALS].
 
 Rows, all on one base in memory: `base`, which is also any fully fine-tuned model; `merged`, the base's own modules
-where q and v have W + s·B·A for W; `unmerged`, low-rank factors on q and v; adapter_l and adapter_h, at tensor parallel
-sharded and replicated. Width or rank is the one whose |Θ| is nearest to the paper's, a multiple of every --tp.
+where q and v have W + s·B·A for W, written before a trial where W lies, as every other row writes W; `unmerged`,
+low-rank factors on q and v; adapter_l and adapter_h, at tensor parallel sharded and replicated. Width or rank is the
+one whose |Θ| is nearest to the paper's, a multiple of every --tp.
 
 Trials are interleaved: a round is one of every row, in an order drawn anew, so that drift of the machine and what a row
 leaves in the caches meet all rows alike. Of several ranks a trial's time is the slowest one's, from a barrier on. A
@@ -156,8 +157,31 @@ class Part:
         return before
 
 
+@dataclass(frozen=True)
+class Values:
+    """What a row has in a weight, beside the base's `own`; written where the weight lies.
+
+    Every row writes all of them, the base its own, so that no row's weights lie elsewhere, or were read or written
+    longer ago, than another's.
+    """
+
+    weight: nn.Parameter
+    values: Tensor
+    own: Tensor
+
+    def put(self) -> Values:
+        """Write them; returns what undoes it."""
+        self.weight.data.copy_(self.values)
+        return self.plain
+
+    @property
+    def plain(self) -> Values:
+        """The base's, of the same weight."""
+        return Values(self.weight, self.own, self.own)
+
+
 @contextmanager
-def installed(parts: Sequence[Part]) -> Iterator[None]:
+def installed(parts: Sequence[Part | Values]) -> Iterator[None]:
     """The model is the row's for as long as this lasts."""
     before = [part.put() for part in parts]
     try:
@@ -255,19 +279,22 @@ class Bench:
         method = Adapters(config, row.placement or "replicated", 0)
         return self._taken(lambda: method.attach(self.model, self.topology, resumed=True))
 
-    def parts(self, widths: dict[str, int]) -> dict[Row, tuple[list[Part], int]]:
+    def parts(self, widths: dict[str, int]) -> dict[Row, tuple[list[Part | Values], int]]:
         """Every row's difference from the base, and its |Θ|."""
         low_rank, theta = self._low_rank(widths["unmerged"])
-        made: dict[Row, tuple[list[Part], int]] = {}
+        folded = [merged(part.owner, part.value) for part in low_rank]
+        plain = [values.plain for values in folded]
+        made: dict[Row, tuple[list[Part | Values], int]] = {}
         for row in rows_of(self.topology.tp_size):
             if row.method == "base":
-                made[row] = ([], 0)
+                made[row] = (plain, 0)
             elif row.method == "merged":
-                made[row] = ([merged(part.owner, part.value) for part in low_rank], theta)
+                made[row] = (folded, theta)
             elif row.method == "unmerged":
-                made[row] = (low_rank, theta)
+                made[row] = (low_rank + plain, theta)
             else:
-                made[row] = self._adapter(row, widths[row.method])
+                parts, count = self._adapter(row, widths[row.method])
+                made[row] = (parts + plain, count)
         return made
 
     def describe(self) -> tuple[list[tuple[str, str]], list[tuple[str, tuple[int, ...], str, tuple[int, ...]]]]:
@@ -337,10 +364,11 @@ class Bench:
             assert row == base or apart(row, base) > 0.01 * found[base].abs().max().item(), f"{row.name} is the base"
 
 
-def merged(linear: nn.Module, factors: Any) -> Part:
+def merged(linear: nn.Module, factors: Any) -> Values:
     """The linear's weight with the update folded in, rounded once: W + s·B·A of this rank's share."""
+    own = linear.weight.detach().clone()
     update = factors.dense_bt(torch.float32).t() @ factors.scaled_a(torch.float32, None)
-    return Part(linear.weight, "data", update.add_(linear.weight.detach().float()).to(linear.weight.dtype))
+    return Values(linear.weight, update.add_(own.float()).to(own.dtype), own)
 
 
 def _generator(name: str) -> torch.Generator:

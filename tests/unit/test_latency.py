@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,9 @@ def test_the_model_is_the_base_again_after_every_row(bench: latency.Bench) -> No
 def test_a_merge_that_is_not_the_update_is_refused(bench: latency.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     right = latency.merged
 
-    def half(linear: Any, factors: Any) -> latency.Part:
-        part = right(linear, factors)
-        return latency.Part(part.owner, part.name, (part.value + linear.weight.detach()) / 2)
+    def half(linear: Any, factors: Any) -> latency.Values:
+        folded = right(linear, factors)
+        return replace(folded, values=(folded.values + folded.own) / 2)
 
     monkeypatch.setattr(latency, "merged", half)
     with pytest.raises(AssertionError, match="merged computes something else"):
@@ -89,7 +90,13 @@ def test_a_merge_that_is_not_the_update_is_refused(bench: latency.Bench, monkeyp
 
 
 def test_a_merged_row_with_modules_of_its_own_is_refused(bench: latency.Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "merged", lambda linear, factors: latency.Part(linear, "factors", factors))
+    right = latency.Bench.parts
+
+    def unmerged(bench: latency.Bench, widths: dict[str, int]) -> Any:
+        made = right(bench, widths)
+        return {**made, latency.Row("merged"): made[latency.Row("unmerged")]}
+
+    monkeypatch.setattr(latency.Bench, "parts", unmerged)
     with pytest.raises(AssertionError, match="not made of the base's modules"):
         bench.measure(SETTING, TRIALS, WIDTHS)
 
