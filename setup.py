@@ -40,9 +40,22 @@ def library(name: str, sources: list[str], **options) -> Extension:
     from torch.utils.cpp_extension import CppExtension
 
     options["include_dirs"] = [str(ROOT / "csrc/include"), *options.get("include_dirs", [])]
+    options["extra_link_args"] = [*options.get("extra_link_args", []), *torch_cxx_library()]
     module = CppExtension(f"lowrank_dist.ops.{name}", sources, py_limited_api=True, **options)
     module.depends = paths("*/*.h", "*/*.cuh")
     return module
+
+
+def torch_cxx_library() -> list[str]:
+    """For the linker: the libstdc++ that torch has loaded here.
+
+    Some compilers put a copy of their own into a library. Two in one process do not know each other's locales: torch
+    writing to a stream of ours, as it does where an operator refuses an argument, is then a segmentation fault.
+    """
+    import torch  # noqa: F401
+
+    loaded = re.search(r"/.*/libstdc\+\+\.so\S*", Path("/proc/self/maps").read_text()) if LINUX else None
+    return [loaded[0]] if loaded else []
 
 
 def cpu_library() -> Extension:

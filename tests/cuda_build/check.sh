@@ -12,6 +12,8 @@ mkdir -p "$out"
 
 torch=$("$python" -m tests.cuda_build.cuda_torch)
 export PYTHONPATH="$torch:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+# Some machines' compilers do this unasked, and setup.py must not let them.
+export CXX="${CXX:-c++} -static-libstdc++"
 # The architectures are those that ship; nvcc itself appends what the report needs to setup.py's flags.
 unset TORCH_CUDA_ARCH_LIST
 if ! NVCC_APPEND_FLAGS="-Xptxas=-v" MAX_JOBS=${JOBS:-2} "$python" setup.py build_ext \

@@ -57,6 +57,16 @@ def test_both_libraries_load_in_a_cuda_torch(built: None) -> None:
     assert not torch.cuda.is_initialized()
 
 
+def test_neither_library_has_a_libstdcxx_of_its_own(built: None) -> None:
+    """Though the compiler was told so (check.sh). With one, what an operator says of an argument ends the process."""
+    for library in (extension.LIBRARY, extension.CUDA_LIBRARY):
+        assert b"\0libstdc++.so.6\0" in library.read_bytes(), library.name
+    extension.demand("cpu")
+    out, matrix = torch.zeros(5, 3), torch.zeros(5, 3)
+    with pytest.raises(RuntimeError, match=r"a must be Float \[4, 3\] on the CPU, not Int \[4, 3\]"):
+        torch.ops.lowrank_dist.down(out, matrix, torch.zeros(4, 3).int(), [], None, None, 0, 0, 0)
+
+
 def test_both_architectures_and_the_newest_ptx_are_shipped() -> None:
     found = images((BUILT / extension.CUDA_LIBRARY.name).read_bytes())
     assert found == {(CUBIN, 80), (CUBIN, 90), (PTX, 90)}
