@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lowrank_dist.parallel.theta import mark
 
@@ -43,5 +44,7 @@ class WithVirtualTokens(nn.Module):
             group = self.words.tp_group
             virtual = virtual.t().chunk(group.size())[group.rank()]
         there = virtual >= 0
+        # Looked up, not indexed: the gradient of indexing is summed in whatever order the threads of a CPU come.
+        rows = F.embedding(virtual[there], self.rows).to(embedded.dtype)
         # Written where they are, so that no tensor as large as the embeddings is made for a few of them.
-        return embedded.index_put(there.nonzero(as_tuple=True), self.rows.to(embedded.dtype)[virtual[there]])
+        return embedded.index_put(there.nonzero(as_tuple=True), rows)

@@ -440,6 +440,29 @@ def test_trained_parameters_are_those_of_the_formulas(folders: dict[str, str], f
                     assert stored / 2 <= here < 0.6 * stored, name
 
 
+def gradients_of_a_prompt(folder: str) -> list[bytes]:
+    """One rank: the same gradient twenty times over, of rows enough for several threads."""
+    words = build(MethodSetting(folder, 1, name="prompt")).model.embedding.word_embeddings
+    ids = (torch.arange(VIRTUAL, device=ranks.device()) + words._first_id).repeat(512, 1)
+    weight = torch.randn(512, VIRTUAL, words.rows.size(1), generator=torch.Generator().manual_seed(0)).to(ids.device)
+    before, found = torch.get_num_threads(), []
+    torch.set_num_threads(4)
+    try:
+        for _ in range(20):
+            words.rows.grad = None
+            (words(ids) * weight).sum().backward()
+            found.append(words.rows.grad.cpu().numpy().tobytes())
+    finally:
+        torch.set_num_threads(before)
+    return found
+
+
+def test_the_gradient_of_a_prompt_does_not_depend_on_threads(folders: dict[str, str]) -> None:
+    """Indexing's would: it adds up what many threads bring as they come."""
+    (found,) = run_ranks(1, gradients_of_a_prompt, folders["llama"])
+    assert len(set(found)) == 1
+
+
 def sizes_of(folder: str, tensor: int) -> dict[str, tuple[int, int]]:
     """One rank: of every method the elements of all stored tensors, and those of its own parameters."""
     found = {}
