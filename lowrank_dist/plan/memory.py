@@ -71,7 +71,7 @@ def memory(job: Job, tp_rank: int) -> Memory:
 
 
 def standing(job: Job, theta: ThetaOnRank) -> dict[str, int]:
-    """Bytes that are there for the whole run. Gradients exist from the first microbatch's backward on."""
+    """Bytes that are there for the whole run. Gradients exist from the first of several microbatches on."""
     data = job.layout.data
     partitions = partition_elements(theta.replicated, data) + partition_elements(theta.sharded, data)
     # With B's elements goes their place in the dense Bᵀ (int64), with each rank its scale.
@@ -139,7 +139,18 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
     # DeepSpeed allocates its bucket when the first gradient of Θ arrives, which is one of the top layer's.
     bucket = {"DeepSpeed's buckets": 4 * bucket_size(job, tp_rank)}
     layers = [Moment(moment.name, moment.parts | bucket) for moment in found[3:]]
-    return [*found[:3], *layers]
+    if job.microbatches > 1:
+        return [*found[:3], *layers]
+    # Of a step's only microbatch: gradients come as backward goes down. The head's are there from the top layer on.
+    of_head = 4 * _head_weight(job) * (job.tuning.method == "full" and not job.shape.tied)
+    missing = -4 * theta_on_rank(job, tp_rank).elements
+    lowest, into_lowest, _ = job.placement.kinds[0]
+    last = _mlp_backward(job, lowest, saved_of_layer(job, lowest, into_lowest))
+    return [
+        *(Moment(moment.name, moment.parts | {"gradients of Θ": missing}) for moment in found[:3]),
+        *(Moment(moment.name, moment.parts | {"gradients of Θ": missing + of_head}) for moment in layers),
+        Moment("backward of the lowest layer", last.parts | bucket),
+    ]
 
 
 def _head(job: Job, kept: int) -> Moment:

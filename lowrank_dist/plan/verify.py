@@ -105,10 +105,11 @@ def _parts(job: Job, tp_rank: int) -> dict[str, int]:
 
 
 def executed_peak(job: Job, tp_rank: int) -> int:
-    """The formula's fullest moment of forward and backward, without the optimiser's state and DeepSpeed's buckets."""
+    """The formula's fullest moment of a second microbatch, without the optimiser's state and DeepSpeed's buckets."""
+    second = replace(job, global_batch=2 * job.layout.micro_batch * job.layout.data)
     fullest = max(
         sum(value for part, value in moment.parts.items() if part != "DeepSpeed's buckets")
-        for moment in of_microbatch(job, tp_rank)
+        for moment in of_microbatch(second, tp_rank)
     )
     fixed = standing(job, theta_on_rank(job, tp_rank))
     return sum(fixed.values()) - fixed["masters and moments"] + fullest

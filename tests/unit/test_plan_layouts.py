@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -290,6 +292,27 @@ def test_an_evaluation_that_generates_has_its_keys_and_values_planned() -> None:
     assert small == memory(replace(plain, layout=Layout(2, 1, True, 1, True)), 0)
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_memory_is_what_a_gpu_took(method: str, tmp_path: Path) -> None:
+    """The peak of torch's allocator on an H200, as benchmarks/training.py recorded it: TinyLlama, one microbatch."""
+    measured = json.loads((Path(__file__).parents[2] / "benchmarks/results/training_cuda_short.json").read_text())
+    peak = next(run["peak_gib"] for run in measured["methods"] if run["method"] == method) * 2**30
+    keys = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
+    keys |= {"num_hidden_layers": measured["layers"], "vocab_size": 32000, "max_position_embeddings": 4096}
+    config = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-6, "dtype": "bfloat16", **keys}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rows = measured["micro_batch"]
+    overrides = [f"method={method}", f"data.max_length={measured['length']}", f"train.global_batch={rows}"]
+    job = planned(str(tmp_path), *overrides, *(["lora.rank=16"] if method == "lora" else []))
+    one, two = (
+        memory(replace(job, global_batch=count * rows, layout=Layout(1, 1, False, rows, False)), 0).total
+        for count in (1, 2)
+    )
+    assert abs(one / peak - 1) < 0.01
+    # The control, where gradients count: those of Φ, all of them, as a second microbatch would have it.
+    assert method == "lora" or two / peak > 1.1
+
+
 def test_a_smaller_batch_of_an_evaluation_is_a_remedy() -> None:
     overrides = ["data.max_length=4096", "data.eval=none"]
     fixed: dict[str, Any] = {"tensor": 8, "micro_batch": 1, "recompute": True}
@@ -299,8 +322,6 @@ def test_a_smaller_batch_of_an_evaluation_is_a_remedy() -> None:
 
 
 def test_a_description_is_json_all_through() -> None:
-    import json
-
     choice = chosen("llama-3-8b")
     text = json.dumps(describe(choice, None, cluster(), Sizes(), 3, 1), allow_nan=False)
     plan = json.loads(text)
