@@ -176,9 +176,11 @@ class Problem:
         assert same_bits(storage, full((len(storage),), self.dtype)), "something around out was written"
         return found
 
-    def plain(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The definition in this precision, on this device."""
-        left, right, initial = (t.to(device, dtype) for t in (self.left, self.right, self.initial))
+    def plain(self, dtype: torch.dtype, device: torch.device, *, placed: bool = False) -> Tensor:
+        """The definition in this precision, on this device. placed: of operands that lie as `run` has them."""
+        operands = zip((self.left, self.right), self.layouts, strict=True)
+        left, right = (place(*pair) if placed else pair[0] for pair in operands)
+        left, right, initial = (t.to(device, dtype) for t in (left, right, self.initial))
         mask = on_device(self.mask) if device == ranks.device() else self.mask
         if self.operator == "expand":
             return expand_ref(initial, left, right, mask)

@@ -15,8 +15,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-# Where it was measured to be faster (docs/LOG.md): 0.93 to 0.99 of the two products' time on a CPU. On a GPU it was not
-# measured yet (`make gpu-bench` does).
+# Where it was measured to be faster (docs/LOG.md): 0.93 to 0.99 of the two products' time on a CPU. On an H200 a layer
+# took 0.985 of the time in one setting, and no twin has trained with it there.
 FASTER_ON = ("cpu",)
 
 

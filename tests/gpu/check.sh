@@ -13,12 +13,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source tests/gpu/common.sh
 readonly seconds=${GPU_CHECK_SECONDS:-525} # of all steps; what has not begun by then is reported, not run
 readonly out=build/gpu-check
-# Workers of a test step, each with ranks of its own; without pytest-xdist one.
-readonly jobs=${GPU_CHECK_JOBS:-$(($(nproc) / 4))}
+# Workers of a test step. Each has ranks of its own, which share the GPU by turns: more are slower.
+readonly jobs=${GPU_CHECK_JOBS:-$(($(nproc) / 8))}
 workers=()
-if ((jobs > 1)) && "$python" -c 'import xdist' 2>/dev/null; then
-    workers=(-n "$jobs" --dist worksteal)
-fi
 
 rm -rf "$out"
 mkdir -p "$out"
@@ -36,7 +33,8 @@ step() {
         return
     fi
     echo "== $name (at most $limit s)"
-    timeout -k 5 "$limit" "$@" >"$log" 2>&1
+    # An interrupt first: pytest then still says what has failed.
+    timeout -s INT -k 10 "$limit" "$@" >"$log" 2>&1
     code=$?
     case $code in
         0) result=ok ;;
@@ -68,6 +66,10 @@ short_run() {
 if wheels_wanted; then
     step 60 "carried wheels" "${install_wheels[@]}"
 fi
+if ((jobs > 1)) && "$python" -c 'import xdist' 2>/dev/null; then
+    workers=(-n "$jobs" --dist worksteal)
+fi
+((${#workers[@]})) || echo "tests run one at a time: no pytest-xdist, or too few cores for $jobs workers"
 step 60 "environment" "$python" -m tests.gpu.environment --device "$device"
 step 180 "build the extension" "${build_extension[@]}"
 tests 90 "collectives, products, masks" tests/gpu/test_device.py
