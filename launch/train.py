@@ -9,7 +9,6 @@ Exit code 0 on success, 2 for a mistake in the input (one message, no traceback)
 from __future__ import annotations
 
 import logging
-import os
 import sys
 
 from lowrank_dist.backend.hostfile import refuse_missing_hostfile
@@ -17,7 +16,7 @@ from lowrank_dist.backend.select import init_process_group, local_rank_and_size,
 from lowrank_dist.backend.slurm import ranks_from_slurm
 from lowrank_dist.config import Config, ConfigError, load_config
 from lowrank_dist.errors import UserError
-from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision
+from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision, speaks_for_node
 
 
 def main(config: Config, supervision: Supervision) -> int:
@@ -79,7 +78,7 @@ def run(arguments: list[str]) -> int:
         ranks_from_slurm()
         config = load_config(arguments)
     except (ConfigError, UserError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if speaks_for_node():
             print(f"lowrank_dist: {error}", file=sys.stderr, flush=True)
         return USER_ERROR
     with Supervision(config.engine.timeout_seconds) as supervision:

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 # Exit codes. PREEMPTED: the run was told to stop, saved, and can go on; a job script requeues it.
 FAILURE, USER_ERROR, PREEMPTED, INTERRUPTED = 1, 2, 85, 130
+# Seconds that a rank stays which leaves it to another to speak.
+_SPOKEN_BY_THEN = 5.0
 
 
 class Supervision:
@@ -144,7 +146,7 @@ class Supervision:
     def _ask_peers(self, said: str | None, mistake: bool) -> Answer:
         if not dist.is_initialized():
             # All ranks make the same mistakes; other failures are one rank's own.
-            return Answer(speaks=not mistake or os.environ.get("LOCAL_RANK", "0") == "0")
+            return Answer(speaks=not mistake or speaks_for_node())
         try:
             store = dist.distributed_c10d._get_default_store()
             return ask(store, self.rank, dist.get_world_size(), said, self._cause_recorded)
@@ -170,6 +172,17 @@ class Supervision:
             stacks=self._stacks.fileno(),
             launchers=find_launchers(),
         )
+
+
+def speaks_for_node() -> bool:
+    """Before the ranks have met: whether this one says what is wrong, as every rank of its node will find.
+
+    Another waits for it to: a launcher ends all ranks as soon as one has ended.
+    """
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return True
+    time.sleep(_SPOKEN_BY_THEN)
+    return False
 
 
 def lost_peers(error: BaseException) -> bool:

@@ -7,9 +7,13 @@ person sees is one message and no traceback.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,7 @@ from tests.integration.launching import deepspeed, in_ranks, snapshot, write_con
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import CHATML, make_tiny
 
+ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
 # What a run may leave that stops before its first step: what it was asked to do, its logs, and why it stopped.
 TRACES = {"config.yaml", "checkpoints", "logs", "logs/rank-0.log", "logs/rank-1.log", "FAILED"}
@@ -417,6 +422,26 @@ def test_an_adapter_of_another_base(place: Place) -> None:
 
 def merge(base: Path, adapter: Path, out: Path) -> Result:
     return CliRunner().invoke(app, ["merge", "--base", str(base), "--adapter", str(adapter), "--out", str(out)])
+
+
+def test_a_rank_that_leaves_it_to_another_to_speak_ends_after_it(place: Place) -> None:
+    """Or a launcher, which ends all when one has ended, would end the one that has yet to speak."""
+    command = [sys.executable, "launch/train.py", str(place.config), "train.stesp=1"]
+    streams = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+
+    def start(rank: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(command, env={**os.environ, "RANK": rank, "LOCAL_RANK": rank}, **streams)
+
+    silent = start("1")
+    time.sleep(2)  # its lead
+    speaker = start("0")
+    try:
+        _, said = speaker.communicate(timeout=60)
+        assert speaker.returncode == 2 and "train.stesp: unknown key" in said
+        assert silent.poll() is None
+        assert silent.communicate(timeout=60) == ("", "") and silent.returncode == 2
+    finally:
+        silent.kill()
 
 
 # --- what the person at the launcher sees ----------------------------------------------------------------------------
