@@ -26,6 +26,7 @@ from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import DiskError, ElsewhereError
 from lowrank_dist.parallel.theta import Theta
 from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.supervision.peers import lost_peers
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +119,18 @@ class CheckpointSaver:
         """Agree on the outcome. Ranks poll at the same steps, so all see the same answer at the same step."""
         flight = self._flight
         running = flight.thread.is_alive()
+        failure = None if running or flight.outcome != _FAILED else flight.error
+        if failure is not None and lost_peers(failure):
+            # There is nobody to agree with. Finding that out takes another timeout, and the watchdog waits for little
+            # more than one.
+            raise failure
         status = torch.tensor([running, 0 if running else flight.outcome], device=self._backend.device)
-        dist.all_reduce(status, op=dist.ReduceOp.MAX, group=self._topology.world_group)
+        try:
+            dist.all_reduce(status, op=dist.ReduceOp.MAX, group=self._topology.world_group)
+        except RuntimeError:
+            if failure is not None:  # it says more than that the others have gone
+                raise failure from None
+            raise
         unfinished, outcome = status.tolist()
         if outcome == _FAILED:
             self._flight = None

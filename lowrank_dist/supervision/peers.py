@@ -1,4 +1,4 @@
-"""What ranks that end for a failure tell one another, through the store by which the job's ranks met."""
+"""Ranks that lost others, and what those that end for a failure tell one another, through the store where they met."""
 
 from __future__ import annotations
 
@@ -28,6 +28,15 @@ class Answer:
     silent: Sequence[int] = ()
     cause: str | None = None
     reached: bool = True
+
+
+def lost_peers(error: BaseException) -> bool:
+    """Whether an error only says that another rank, or the network to it, is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    # gloo and its store raise plain RuntimeErrors.
+    signs = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def ask(store: dist.Store, rank: int, size: int, said: str | None, known: Callable[[], bool]) -> Answer:

@@ -25,7 +25,7 @@ from lowrank_dist.errors import ElsewhereError, UserError
 from lowrank_dist.supervision.failure import Failure, explains, read, record, retire
 from lowrank_dist.supervision.launchers import find_launchers
 from lowrank_dist.supervision.page import ENDING, LEAVING, STARTING, Page, State
-from lowrank_dist.supervision.peers import Answer, ask
+from lowrank_dist.supervision.peers import Answer, ask, lost_peers
 from lowrank_dist.supervision.signals import StopRequest
 from lowrank_dist.supervision.watchdog import Charge, start
 
@@ -183,12 +183,3 @@ def speaks_for_node() -> bool:
         return True
     time.sleep(_SPOKEN_BY_THEN)
     return False
-
-
-def lost_peers(error: BaseException) -> bool:
-    """Whether an error only says that another rank, or the network to it, is gone."""
-    if isinstance(error, dist.DistError):
-        return True
-    # gloo and its store raise plain RuntimeErrors.
-    signs = ("gloo/", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -53,7 +53,7 @@ def submit(rig: Rig, config: Path, run: Path, environment: dict[str, str]) -> Jo
     script = run.with_name("job.sbatch")
     if not script.exists():
         write_job(config, script, f"output.dir={run}", *OVERRIDES)
-    return Job.submit(rig.hosts[0], script, environment)
+    return Job.submit(rig, script, environment)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.cluster.rig import Host, settled
+from tests.cluster.rig import Host, Rig, settled
 from tests.integration.launching import Outcome, metrics, program, samples, write_config, write_jsonl
 from tests.tiny_models import make_tiny
 
@@ -72,37 +72,40 @@ def on_each(hosts: Sequence[Host], commands: Sequence[Sequence[object]]) -> list
 
 @dataclass(frozen=True)
 class Job:
-    """A job of the rig's Slurm; `login` is the host that it was submitted on."""
+    """A job of the rig's Slurm, submitted on its first host."""
 
-    login: Host
+    rig: Rig
     number: int | str
     log: Path
 
     @classmethod
-    def submit(cls, login: Host, script: Path, environment: Mapping[str, str] | None = None) -> Job:
+    def submit(cls, rig: Rig, script: Path, environment: Mapping[str, str] | None = None) -> Job:
         """Submit with sbatch. The log lies beside the script, as the template's --output says."""
         command = ["sbatch", "--parsable", f"--chdir={script.parent}", script]
-        done = login.run(command, environment={**ENVIRONMENT, **(environment or {})})
+        done = rig.hosts[0].run(command, environment={**ENVIRONMENT, **(environment or {})})
         assert done.code == 0, done.stderr
         number = int(done.stdout)
         name = re.search(r"^#SBATCH --job-name=(\S+)$", script.read_text(), re.MULTILINE).group(1)
-        return cls(login, number, script.parent / f"{name}-{number}.out")
+        return cls(rig, number, script.parent / f"{name}-{number}.out")
 
     def field(self, name: str) -> str:
         """One field of `scontrol show job`."""
-        shown = self.login.run(["scontrol", "show", "job", "--oneliner", self.number], seconds=20).stdout
+        shown = self._login.run(["scontrol", "show", "job", "--oneliner", self.number], seconds=20).stdout
         return re.search(rf"\b{name}=(\S*)", shown).group(1)
 
     def signal(self, name: str, *options: str) -> None:
-        done = self.login.run(["scancel", f"--signal={name}", *options, self.number])
+        done = self._login.run(["scancel", f"--signal={name}", *options, self.number])
         assert done.code == 0, done.stderr
 
     def hurry(self) -> None:
-        """Have Slurm start a job that was requeued: it would leave it waiting for two minutes."""
-        if self.field("JobState") == "PENDING" and self.field("Restarts") != "0":
-            # Started at once, a job ends when the last message of its start before arrives.
-            time.sleep(2)
-            self.login.run(["scontrol", "update", f"jobid={self.number}", "StartTime=now"])
+        """Have Slurm start a job that was requeued: it would leave it waiting for two minutes.
+
+        Those hide that Slurm takes what arrives late of one start for the next one's: it ends it, or no longer counts
+        the host among the job's, and does not requeue the job when that host is lost (22.05).
+        """
+        if self.field("JobState") == "PENDING" and self.field("Restarts") != "0" and not self._has_steps():
+            time.sleep(2)  # for the last message
+            self._login.run(["scontrol", "update", f"jobid={self.number}", "StartTime=now"])
 
     def start_now(self, start: int) -> None:
         """Have a job that was requeued begin start number `start`."""
@@ -122,6 +125,15 @@ class Job:
 
         settled(ended, True, seconds=seconds)
         return self.field("JobState")
+
+    @property
+    def _login(self) -> Host:
+        return self.rig.hosts[0]
+
+    def _has_steps(self) -> bool:
+        """Whether a host still has a process of Slurm's that looks after the job."""
+        keeper = f"slurmstepd: [{self.field('JobId')}."
+        return any(keeper in line for line in self.rig.running())
 
     def said(self) -> str:
         return self.log.read_text() if self.log.exists() else ""

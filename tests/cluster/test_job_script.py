@@ -57,7 +57,7 @@ def write_script(place: Path, name: str, directives: dict[str, str], variables: 
 
 
 def submit(rig: Rig, script: Path, behaviour: str) -> Job:
-    return Job.submit(rig.hosts[0], script, {"STAND_IN": behaviour})
+    return Job.submit(rig, script, {"STAND_IN": behaviour})
 
 
 def folder(script: Path) -> Path:
@@ -82,7 +82,7 @@ def test_ranks_know_who_they_are(quiet_rig: Rig, script: Path) -> None:
 def test_interface_is_passed_on(quiet_rig: Rig, tmp_path: Path) -> None:
     script = write_script(tmp_path, "train.sbatch", {"nodes": "2"}, {"RUN": "run", "INTERFACE": "eth0"})
     show = "print('is', os.environ['NCCL_SOCKET_IFNAME'], os.environ['GLOO_SOCKET_IFNAME'])"
-    job = Job.submit(quiet_rig.hosts[0], script, {"STAND_IN": show, "GLOO_SOCKET_IFNAME": "lo"})
+    job = Job.submit(quiet_rig, script, {"STAND_IN": show, "GLOO_SOCKET_IFNAME": "lo"})
     assert job.finished() == "COMPLETED", job.said()
     assert job.said().count("is eth0 lo\n") == 4
 
@@ -202,10 +202,10 @@ time.sleep(1)
 sys.exit(85 if run.name == "1" and "SLURM_RESTART_COUNT" not in os.environ else 0)
 """
     job = submit(quiet_rig, script, last_stops_once)
-    second = Job(job.login, f"{job.number}_1", tmp_path / f"lowrank-sweep-{job.number}_1.out")
+    second = Job(job.rig, f"{job.number}_1", tmp_path / f"lowrank-sweep-{job.number}_1.out")
     second.start_now(2)
     assert second.finished() == "COMPLETED", second.said()
-    first = Job(job.login, f"{job.number}_0", tmp_path / f"lowrank-sweep-{job.number}_0.out")
+    first = Job(job.rig, f"{job.number}_0", tmp_path / f"lowrank-sweep-{job.number}_0.out")
     assert (first.finished(), first.field("Restarts"), second.field("Restarts")) == ("COMPLETED", "0", "1")
     seen = {run: sorted(path.name for path in (tmp_path / "runs" / run).glob("seen-*")) for run in "01"}
     assert seen == {"0": ["seen-0-train.lr=1e-3"], "1": ["seen-0-train.lr=2e-3", "seen-1-train.lr=2e-3"]}

@@ -66,7 +66,7 @@ def submit(rig: Rig, config: Path, place: Path, *options: object) -> tuple[Job, 
     """The job, and its run folder."""
     run = place / "run"
     script = write_job(config, place / "job.sbatch", *options, f"output.dir={run}", *LONGER)
-    return Job.submit(rig.hosts[0], script), run
+    return Job.submit(rig, script), run
 
 
 def reach(run: Path, step: int, ended: Callable[[], str | None]) -> None:

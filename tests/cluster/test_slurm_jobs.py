@@ -24,7 +24,7 @@ def test_the_shipped_template_trains_as_one_host(
     run = tmp_path / "run"
     script = write_job(config, tmp_path / "job.sbatch", f"output.dir={run}")
     assert around_the_edit_block(script.read_text()) == around_the_edit_block((FOLDER / "train.sbatch").read_text())
-    job = Job.submit(quiet_rig.hosts[0], script)
+    job = Job.submit(quiet_rig, script)
     assert job.finished() == "COMPLETED", job.said()
     assert losses(run) == expected
     said = job.said()
@@ -40,10 +40,10 @@ def test_the_shipped_merge_template(quiet_rig: Rig, config: Path, tmp_path: Path
     script = tmp_path / "job.sbatch"
     values = {"PYTHON": sys.executable, "BASE": str(base), "ADAPTERS": [str(adapter)], "OUT": str(tmp_path / "merged")}
     script.write_text(fill((FOLDER / "merge.sbatch").read_text(), {"cpus-per-task": "1", "time": "30"}, values))
-    job = Job.submit(quiet_rig.hosts[0], script)
+    job = Job.submit(quiet_rig, script)
     assert job.finished() == "COMPLETED", job.said()
     assert f"{tmp_path / 'merged'}: " in job.said() and "verif" in job.said()
     assert (tmp_path / "merged" / "config.json").exists()
     # An --out that exists is the user's mistake, and the job says so by its code.
-    again = Job.submit(quiet_rig.hosts[0], script)
+    again = Job.submit(quiet_rig, script)
     assert (again.finished(), again.field("ExitCode")) == ("FAILED", "2:0")

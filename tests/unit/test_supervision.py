@@ -21,8 +21,8 @@ from lowrank_dist.supervision import failure, peers
 from lowrank_dist.supervision.failure import Failure, explains, read, record, retire
 from lowrank_dist.supervision.launchers import Launcher, find_launchers, launcher_name
 from lowrank_dist.supervision.page import LEAVING, PHASES, Page
-from lowrank_dist.supervision.peers import Answer, ask
-from lowrank_dist.supervision.rank import FAILURE, INTERRUPTED, USER_ERROR, Supervision, lost_peers
+from lowrank_dist.supervision.peers import Answer, ask, lost_peers
+from lowrank_dist.supervision.rank import FAILURE, INTERRUPTED, USER_ERROR, Supervision
 
 ROOT = Path(__file__).parents[2]
 CAUSE = Failure(2, "h2", 4, "forward", "ValueError: no", "Traceback\n  …", True)
