@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.cluster.rig import Rig
 from tests.cluster.runs import ENVIRONMENT, losses, well_trained, write_run
@@ -52,11 +54,15 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def expected(rig: Rig, config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """The curves of the run on one host, under `deepspeed --num_gpus 4`."""
-    run = tmp_path_factory.mktemp("one host") / "run"
-    command = ["deepspeed", "--num_gpus", 4, "launch/train.py", config, f"output.dir={run}"]
-    done = rig.hosts[0].run(command, environment=ENVIRONMENT)
-    assert done.code == 0, done.stderr
+    """The curves of the run on one host, under `deepspeed --num_gpus 4`. One worker trains it for all of them."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    shared = tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent
+    run = shared / "one host"
+    with FileLock(shared / "one host.lock"):
+        if not run.exists():
+            command = ["deepspeed", "--num_gpus", 4, "launch/train.py", config, f"output.dir={run}"]
+            done = rig.hosts[0].run(command, environment=ENVIRONMENT)
+            assert done.code == 0, done.stderr
     curves = losses(run)
     assert well_trained(curves), curves
     return curves

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.rig import Rig, settled
+from tests.cluster.rig import SELDOM, Rig, settled
 from tests.cluster.runs import ENVIRONMENT, Job, write_job
 
 CODE = Path(__file__).with_name("faulty")
@@ -101,7 +101,7 @@ class Stopwatch:
             return [line for line in self._rig.running() if name in line.partition(": ")[2].partition(" ")[0]]
 
         limit = TIMEOUT + BEYOND
-        found = settled(left, [], seconds=limit - self.seconds())
+        found = settled(left, [], seconds=limit - self.seconds(), every=SELDOM)
         assert found == [], f"after {limit} s: {found}"
         return self.seconds()
 

@@ -20,6 +20,8 @@ from tests.integration.launching import LAUNCHER_VARIABLES, ROOT, Outcome
 SCRIPT = Path(__file__).with_name("rig.sh")
 PROGRAMS = ("ip", "munged", "nsenter", "pdsh", "setpriv", "slurmctld", "slurmd", "sshd", "unshare")
 START_SECONDS = 60
+# Between looks that start programs on the hosts: three rigs that look at every moment take a core's third.
+SELDOM = 0.8
 # Services of a host, which are there for as long as the rig is.
 SERVICES = re.compile(r"(/bin/bash )?\S*(rig\.sh|sshd|munged|slurmctld|slurmd)\b|: slurmscriptd|sleep 3600$")
 
@@ -112,7 +114,7 @@ class Rig:
 
     def idle(self) -> list[str]:
         """The same, once it had a moment to end."""
-        return settled(self.running, [])
+        return settled(self.running, [], every=SELDOM)
 
     def _started(self) -> list[Host]:
         readable, _, _ = select.select([self._process.stdout], [], [], START_SECONDS)
@@ -128,11 +130,11 @@ def wait(process: subprocess.Popen[str]) -> Outcome:
     return Outcome(process.returncode, stdout, stderr)
 
 
-def settled(look: Callable[[], object], wanted: object, *, seconds: float = 90) -> object:
-    """What `look` gives as soon as that is `wanted`, or in the end."""
+def settled(look: Callable[[], object], wanted: object, *, seconds: float = 90, every: float = 0.2) -> object:
+    """What `look` gives as soon as that is `wanted`, or in the end. every: seconds between two looks."""
     end = time.monotonic() + seconds
     while (found := look()) != wanted and time.monotonic() < end:
-        time.sleep(0.2)
+        time.sleep(every)
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.cluster.rig import Host, Rig, settled
+from tests.cluster.rig import SELDOM, Host, Rig, settled
 from tests.integration.launching import Outcome, metrics, program, samples, write_config, write_jsonl
 from tests.tiny_models import make_tiny
 
@@ -114,7 +114,7 @@ class Job:
             self.hurry()
             return f"start {start}:" in self.said()
 
-        assert settled(started, True), self.said()
+        assert settled(started, True, every=SELDOM), self.said()
 
     def finished(self, *, seconds: float = 400) -> str:
         """The state in which the job ended, after all its requeues, or the one it is in when the time is over."""
@@ -123,7 +123,7 @@ class Job:
             self.hurry()
             return self.field("JobState") in FINISHED
 
-        settled(ended, True, seconds=seconds)
+        settled(ended, True, seconds=seconds, every=SELDOM)
         return self.field("JobState")
 
     @property

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from tests.cluster.faults import CURVES, TIMEOUT, Faults, Stopwatch, culprit, last_words, submit
-from tests.cluster.rig import Host, Rig, settled
+from tests.cluster.rig import SELDOM, Host, Rig, settled
 from tests.cluster.runs import STEPS, Job, losses
 
 
@@ -44,4 +44,4 @@ def cut_off(rig: Rig, host: Host, job: Job, run: Path, faults: Faults, gate: int
         assert re.match(ended, culprit(run)), job.said()
         assert last_words(job.said()).startswith(culprit(run))
         # Slurm has lost the node as well, and puts the job back into the queue.
-        assert settled(lambda: job.field("JobState"), "PENDING") == "PENDING", job.said()
+        assert settled(lambda: job.field("JobState"), "PENDING", every=SELDOM) == "PENDING", job.said()
