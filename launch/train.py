@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 
+from lowrank_dist.backend.collector import lasting
 from lowrank_dist.backend.hostfile import refuse_missing_hostfile
 from lowrank_dist.backend.select import init_process_group, local_rank_and_size, quiet_libraries, select_backend
 from lowrank_dist.backend.slurm import ranks_from_slurm
@@ -24,13 +25,14 @@ def main(config: Config, supervision: Supervision) -> int:
     quiet_libraries()
     refuse_missing_hostfile()
     # Imported here: a mistake in the configuration should not wait for Megatron and transformers to load.
-    from lowrank_dist.engine import assemble
-    from lowrank_dist.engine.datasets import build_data
-    from lowrank_dist.engine.forecast import Forecast
-    from lowrank_dist.engine.resume import complete, find_resumption
-    from lowrank_dist.methods.choose import choose
-    from lowrank_dist.model.build import check_model, load_model
-    from lowrank_dist.parallel.topology import Topology
+    with lasting():
+        from lowrank_dist.engine import assemble
+        from lowrank_dist.engine.datasets import build_data
+        from lowrank_dist.engine.forecast import Forecast
+        from lowrank_dist.engine.resume import complete, find_resumption
+        from lowrank_dist.methods.choose import choose
+        from lowrank_dist.model.build import check_model, load_model
+        from lowrank_dist.parallel.topology import Topology
 
     backend = select_backend(config.model.device, *local_rank_and_size())
     assemble.choose_kernels(config.engine.kernels, backend.device.type)
