@@ -26,8 +26,8 @@ SAVED = re.compile(r"stopped by (.+) at step (\d+) of \d+: checkpoint saved ([\d
 # Process ids of this host's ranks, each after its number among the tasks of the step.
 LIST_RANKS = """
 for pid in $(pgrep -f "^$0 .*launch/train.py"); do
-    grep -z '^SLURM_PROCID=' "/proc/$pid/environ" | tr '\\0' ' ' | sed 's/.*=//'
-    echo "$pid"
+    number=$(grep -z '^SLURM_PROCID=' "/proc/$pid/environ" | tr '\\0' ' ' | sed 's/.*=//')
+    [ -z "$number" ] || echo "$number $pid"  # a rank may end in between
 done
 """
 
