@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -148,12 +148,12 @@ class CheckpointSaver:
         """The thread of one save. What happened is left in `flight`, for training to find."""
         stream = self._gathering.stream(snapshot)
         try:
-            if self._writer:
-                self._writer.write(stream, state, final=final)
-            _exhaust(stream)
-        except DiskError as error:
-            flight.outcome, flight.error = _NO_SPACE, error
-            _exhaust(stream)  # the other ranks send what they have, and training goes on
+            try:
+                if self._writer:
+                    self._writer.write(stream, state, final=final)
+            except DiskError as error:
+                flight.outcome, flight.error = _NO_SPACE, error
+            deque(stream, maxlen=0)  # after a refusal too the other ranks send what they have, and training goes on
         except Exception as error:  # whatever it is: a thread that dies of it in silence would be the worst
             flight.outcome, flight.error = _FAILED, error
 
@@ -177,7 +177,3 @@ class CheckpointSaver:
             ranks={"tensor": topology.tp_size, "data": topology.dp_size},
             versions=dict(facts.provenance.versions),
         )
-
-
-def _exhaust(stream: Iterator[object]) -> None:
-    deque(stream, maxlen=0)
