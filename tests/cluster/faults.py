@@ -44,7 +44,7 @@ class Faults:
 
     def open_gate(self, step: int, *, once: Path | None = None) -> None:
         """Let the rank go on; `once` a file is there."""
-        assert once is None or settled(once.exists, True, seconds=10), f"there is no {once}"
+        assert once is None or settled(once.exists, True), f"there is no {once}"
         (self.folder / f"{step}.open").touch()
 
 
@@ -68,7 +68,7 @@ def small_cgroup(folder: Path) -> Iterator[None]:
         (folder / "cgroup").symlink_to(cgroup)
         yield
     finally:
-        assert settled(lambda: _removed(cgroup), True, seconds=10), f"{cgroup} is still in use"
+        assert settled(lambda: _removed(cgroup), True), f"{cgroup} is still in use"
 
 
 def _removed(cgroup: Path) -> bool:

@@ -130,8 +130,11 @@ def wait(process: subprocess.Popen[str]) -> Outcome:
     return Outcome(process.returncode, stdout, stderr)
 
 
-def settled(look: Callable[[], object], wanted: object, *, seconds: float = 90, every: float = 0.2) -> object:
-    """What `look` gives as soon as that is `wanted`, or in the end. every: seconds between two looks."""
+def settled(look: Callable[[], object], wanted: object, *, seconds: float = 240, every: float = 0.2) -> object:
+    """What `look` gives as soon as that is `wanted`, or in the end. every: seconds between two looks.
+
+    seconds: a start may take a minute on a machine that is busy with other tests, and what waits for room two or three.
+    """
     end = time.monotonic() + seconds
     while (found := look()) != wanted and time.monotonic() < end:
         time.sleep(every)

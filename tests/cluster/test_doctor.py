@@ -47,7 +47,7 @@ def examine(rig: Rig, *arguments: object, of: Mapping[str, Mapping[str, str]] | 
         ranks = {"RANK": number, "LOCAL_RANK": 0, "WORLD_SIZE": len(rig.hosts), "LOCAL_WORLD_SIZE": 1}
         settings = {**ranks, "MASTER_ADDR": "h1", "MASTER_PORT": port, **(of or {}).get(host.name, {})}
         command = ["env", *(f"{name}={value}" for name, value in settings.items()), sys.executable, *DOCTOR, *arguments]
-        started.append(host.start(command, seconds=200, environment=ENVIRONMENT))
+        started.append(host.start(command, seconds=400, environment=ENVIRONMENT))
     return [wait(process) for process in started]
 
 

@@ -27,7 +27,7 @@ def test_a_link_that_flaps_and_one_that_is_cut(
     cut_off(quiet_rig, away, job, run, faults, 3, "step 3 in reduction")
     job.start_now(2)
     faults.await_gate(4, job.said)
-    assert settled(lambda: f"step {STEPS}/{STEPS}  eval loss" in job.said(), True, seconds=TIMEOUT / 2), job.said()
+    assert settled(lambda: f"step {STEPS}/{STEPS}  eval loss" in job.said(), True, seconds=TIMEOUT - 4), job.said()
     cut_off(quiet_rig, away, job, run, faults, 4, f"step {STEPS} in checkpoint")
     job.start_now(3)
     assert job.finished() == "COMPLETED", job.said()

@@ -9,19 +9,22 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.rig import Host, Rig, settled, wait
+from tests.cluster.faults import Faults
+from tests.cluster.rig import SELDOM, Host, Rig, settled, wait
 from tests.cluster.runs import ENVIRONMENT, FINISHED, Job, losses, well_trained, write_job, write_run
 from tests.integration.launching import free_port, metrics
 
 STEPS = 24
-START_SECONDS = 200
-LONGER = (f"train.steps={STEPS}", "train.global_batch=32", "train.lr=5e-3", "output.save_every=4")
+# Rank 1 sleeps from here on: nine seconds in which to interrupt the job, without work that other tests would wait for.
+SLOW_FROM = 6
+SLOW = Faults(f"slow:1:{SLOW_FROM}", Path())
+LONGER = (f"train.steps={STEPS}", "train.lr=5e-3", "output.save_every=4")
 SAVED = re.compile(r"stopped by (.+) at step (\d+) of \d+: checkpoint saved ([\d.]+) s after the signal")
 # Process ids of this host's ranks, each after its number among the tasks of the step.
 LIST_RANKS = """
@@ -40,7 +43,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(rig: Rig, config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """The curves of a job that nobody interrupts."""
-    job, run = submit(rig, config, tmp_path_factory.mktemp("undisturbed"))
+    job, run = submit(rig, config, tmp_path_factory.mktemp("undisturbed"), environment=ENVIRONMENT)
     submitted = time.monotonic()
     reach(run, 1, partial(job_ended, job))
     print(f"{time.monotonic() - submitted:.1f} s from sbatch to the first step")
@@ -53,8 +56,9 @@ def undisturbed(rig: Rig, config: Path, tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def job(quiet_rig: Rig, config: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Job:
     """A job in mid-run. Options of `lowrank-dist slurm` come from `with_options`."""
-    started, run = submit(quiet_rig, config, tmp_path, *getattr(request, "param", ()))
-    reach(run, 6, partial(job_ended, started))
+    options = getattr(request, "param", ())
+    started, run = submit(quiet_rig, config, tmp_path, *options, environment=SLOW.environment)
+    reach(run, SLOW_FROM, partial(job_ended, started))
     return started
 
 
@@ -62,11 +66,11 @@ def with_options(*options: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("job", [options], indirect=True, ids=[" ".join(options)])
 
 
-def submit(rig: Rig, config: Path, place: Path, *options: object) -> tuple[Job, Path]:
+def submit(rig: Rig, config: Path, place: Path, *options: object, environment: Mapping[str, str]) -> tuple[Job, Path]:
     """The job, and its run folder."""
     run = place / "run"
     script = write_job(config, place / "job.sbatch", *options, f"output.dir={run}", *LONGER)
-    return Job.submit(rig, script), run
+    return Job.submit(rig, script, environment), run
 
 
 def reach(run: Path, step: int, ended: Callable[[], str | None]) -> None:
@@ -77,7 +81,7 @@ def reach(run: Path, step: int, ended: Callable[[], str | None]) -> None:
         said[:] = filter(None, [ended()])
         return bool(said) or ((run / "metrics.jsonl").exists() and len(metrics(run, "loss")) >= step)
 
-    assert settled(looked, True, seconds=START_SECONDS) and not said, f"{run} does not get to step {step}: {said}"
+    assert settled(looked, True, every=SELDOM) and not said, f"{run} does not get to step {step}: {said}"
 
 
 def job_ended(job: Job) -> str | None:
@@ -95,7 +99,7 @@ def went_on(job: Job, undisturbed: dict[str, list[float]], *, saves: int = 1) ->
     stops = SAVED.findall(job.said())
     print(f"{job.field('Restarts')} restarts, saved {stops}")
     assert job.field("Restarts") == "1" and len(stops) == saves, job.said()
-    assert all(6 <= int(step) < STEPS and float(seconds) < 10 for _, step, seconds in stops), stops
+    assert all(SLOW_FROM <= int(step) < STEPS and float(seconds) < 10 for _, step, seconds in stops), stops
 
 
 def node_state(host: Host) -> str:
@@ -179,35 +183,39 @@ def test_node_is_lost(rig: Rig, held: Job, undisturbed: dict[str, list[float]]) 
     """slurmd dies on the second host, whose ranks live on: Slurm gives the node up and tells those of the first."""
     lost = rig.hosts[1]
     assert lost.run(["pkill", "-KILL", "-x", "slurmd"]).code == 0
-    assert settled(lambda: held.field("JobState") != "RUNNING", True), held.said()
-    assert settled(lambda: ranks_on(lost), {}) == {}, "ranks outlive their job"
-    assert lost.run(["slurmd"]).code == 0
+    try:
+        assert settled(lambda: held.field("JobState") != "RUNNING", True, every=SELDOM), held.said()
+        assert settled(lambda: ranks_on(lost), {}, every=SELDOM) == {}, "ranks outlive their job"
+    finally:
+        assert lost.run(["slurmd"]).code == 0
     # The node first ends what it knows of the job, by its number: started in the same seconds, the next start too.
-    assert settled(lambda: node_state(lost), "idle") == "idle"
+    assert settled(lambda: node_state(lost), "idle", every=SELDOM) == "idle"
     time.sleep(10)
     went_on(held, undisturbed)
     assert "NODE FAILURE" in held.said()
 
 
 def test_a_signal_to_any_rank_stops_all(
-    quiet_rig: Rig, config: Path, undisturbed: dict[str, list[float]], tmp_path: Path
+    quiet_rig: Rig, config: Path, undisturbed: dict[str, list[float]], tmp_path: Path, folder: Path
 ) -> None:
     """Under a bare srun, whose own exit code is the ranks'; the same command goes on. Further signals are safe."""
     run = tmp_path / "run"
     launcher = ["srun", "--nodes=2", "--ntasks-per-node=2", sys.executable, "launch/train.py"]
     options = [config, f"output.dir={run}", "train.resume=auto", *LONGER]
 
-    def start() -> subprocess.Popen[str]:
-        environment = {**ENVIRONMENT, "MASTER_PORT": str(free_port())}
-        return quiet_rig.hosts[0].start([*launcher, *options], seconds=200, environment=environment)
+    def start(environment: Mapping[str, str]) -> subprocess.Popen[str]:
+        environment = {**environment, "MASTER_PORT": str(free_port())}
+        return quiet_rig.hosts[0].start([*launcher, *options], seconds=400, environment=environment)
 
-    # Some steps go by until a rank is told; early enough for all of it to come before the run's own end.
     told = [(0, 1, ["USR1"]), (1, 2, ["USR2"]), (1, 3, ["TERM", "USR1", "TERM", "USR2", "TERM"])]
     done_before = 0
     for host, rank, signals in told:
-        process = start()
-        reach(run, done_before + 2, partial(process_ended, process))
+        # Rank 0 waits in the third step of this start, and the others for it, until one of them is told.
+        faults = Faults(f"gate:0:{done_before + 3}", folder)
+        process = start(faults.environment)
+        faults.await_gate(done_before + 3, partial(process_ended, process))
         tell(quiet_rig.hosts[host], rank, *signals)
+        faults.open_gate(done_before + 3)
         done = wait(process)
         assert done.code == 85, done.stderr
         assert exit_codes(done.stderr) == {rank: 85 for rank in range(4)}, done.stderr
@@ -216,5 +224,5 @@ def test_a_signal_to_any_rank_stops_all(
         done_before = int(saved[1])
         assert (run / f"checkpoints/step-{done_before}/manifest.json").exists()
         assert not (run / "FAILED").exists()
-    assert wait(start()).code == 0
+    assert wait(start(ENVIRONMENT)).code == 0
     assert losses(run) == undisturbed

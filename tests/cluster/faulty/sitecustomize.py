@@ -1,8 +1,8 @@
 """Faults of a rank, below the code: on PYTHONPATH, Python imports this before anything else.
 
 FAULTS="KIND:RANK:STEP,…" says what befalls which rank as it begins a step, counted from 1 (save: as it sends what the
-checkpoint of that step needs). FAULT_FOLDER is where `gate` and `save` leave "STEP.reached", and wait for "STEP.open";
-its cgroup is where `bloat` dies.
+checkpoint of that step needs; slow: from that step on, until Slurm starts the job again). FAULT_FOLDER is where `gate`
+and `save` leave "STEP.reached", and wait for "STEP.open"; its cgroup is where `bloat` dies.
 """
 
 from __future__ import annotations
@@ -71,6 +71,11 @@ def wait(step: int) -> None:
         time.sleep(0.02)
 
 
+def doze(step: int) -> None:
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        time.sleep(0.5)
+
+
 # exit: without a word.
 FAULTS: dict[str, Callable[[int], object]] = {
     "raise": fail,
@@ -84,6 +89,7 @@ FAULTS: dict[str, Callable[[int], object]] = {
     "allocate": allocate,
     "bloat": bloat,
     "gate": wait,
+    "slow": doze,
 }
 
 
@@ -99,7 +105,7 @@ def in_steps(module: ModuleType) -> None:
     def _step(self: object, step: int) -> None:
         self.phases.enter("data", step + 1)
         for kind, at in planted():
-            if at == step + 1 and kind != "save":
+            if kind != "save" and (at == step + 1 or (kind == "slow" and at <= step)):
                 FAULTS[kind](at)
         step_of(self, step)
 
