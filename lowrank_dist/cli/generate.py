@@ -94,9 +94,9 @@ def generate_command(
 
 def quiet() -> None:
     """Before Megatron is imported, which says at once what it would rather have found."""
-    from lowrank_dist.backend.select import quiet_libraries
+    from lowrank_dist.backend.select import restrain_libraries
 
-    quiet_libraries()
+    restrain_libraries()
 
 
 def record(prompt: Prompt, generation: Generation) -> dict[str, Any]:

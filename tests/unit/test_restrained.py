@@ -1,0 +1,26 @@
+"""What libraries load without being asked stays out of a rank."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+LOADS = """
+import sys
+from lowrank_dist.backend.select import restrain_libraries
+if sys.argv[1] == "True":
+    restrain_libraries()
+import megatron.core.transformer
+print("torch._inductor.compile_fx" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("restrained", [True, False])
+def test_megatron_loads_no_compiler(restrained: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    command = [sys.executable, "-c", LOADS, str(restrained)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout.split() == [str(not restrained)]
