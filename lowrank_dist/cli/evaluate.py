@@ -24,8 +24,8 @@ from lowrank_dist.cli.generate import (
     TopK,
     TopP,
     known_dtype,
+    loading,
     progress_bar,
-    quiet,
     record,
     refuse_existing,
     say_limited,
@@ -63,13 +63,13 @@ def evaluate_command(
     tokenizer: TokenizerOption = None,
 ) -> None:
     """Generate for every sample and score it. Sharded as `generate` is."""
-    quiet()
-    from lowrank_dist.generate.decode import generate
-    from lowrank_dist.generate.evaluation import EvaluationRules, summary
-    from lowrank_dist.generate.load import load
-    from lowrank_dist.generate.prompts import read_prompts, stop_tokens
-    from lowrank_dist.generate.rules import DecodingRules
-    from lowrank_dist.generate.session import session
+    with loading():
+        from lowrank_dist.generate.decode import generate
+        from lowrank_dist.generate.evaluation import EvaluationRules, summary
+        from lowrank_dist.generate.load import load
+        from lowrank_dist.generate.prompts import read_prompts, stop_tokens
+        from lowrank_dist.generate.rules import DecodingRules
+        from lowrank_dist.generate.session import session
 
     with session(tensor, device) as job:
         decoding = DecodingRules(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lowrank_dist.backend.collector import lasting
 from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -63,12 +64,12 @@ def generate_command(
     tokenizer: TokenizerOption = None,
 ) -> None:
     """Generate completions. Sharded: torchrun --nproc-per-node N -m lowrank_dist.cli generate … --tensor N."""
-    quiet()
-    from lowrank_dist.generate.decode import generate
-    from lowrank_dist.generate.load import load
-    from lowrank_dist.generate.prompts import prompt_of, read_prompts, stop_tokens
-    from lowrank_dist.generate.rules import DecodingRules
-    from lowrank_dist.generate.session import session
+    with loading():
+        from lowrank_dist.generate.decode import generate
+        from lowrank_dist.generate.load import load
+        from lowrank_dist.generate.prompts import prompt_of, read_prompts, stop_tokens
+        from lowrank_dist.generate.rules import DecodingRules
+        from lowrank_dist.generate.session import session
 
     with session(tensor, device) as job:
         rules = DecodingRules(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
@@ -92,11 +93,14 @@ def generate_command(
         say_limited(sum(generation.finish == "length" for generation in found), len(found))
 
 
-def quiet() -> None:
-    """Before Megatron is imported, which says at once what it would rather have found."""
-    from lowrank_dist.backend.select import restrain_libraries
+@contextmanager
+def loading() -> Iterator[None]:
+    """For the imports that bring Megatron, which says at once what it would rather have found."""
+    with lasting():
+        from lowrank_dist.backend.select import restrain_libraries
 
-    restrain_libraries()
+        restrain_libraries()
+        yield
 
 
 def record(prompt: Prompt, generation: Generation) -> dict[str, Any]:
