@@ -28,7 +28,7 @@ import torch
 import throughput
 torch.set_num_threads(int(sys.argv[1]))
 throughput.QUICKSTART = throughput.Path(sys.argv[2])
-throughput.restrain_libraries()
+throughput.quiet_libraries()
 throughput.join_alone()
 dtype, share = sys.argv[3].split(":")
 side = throughput.our_side(throughput.QUICKSTART / "base", dtype, 128)

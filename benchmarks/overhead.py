@@ -46,7 +46,7 @@ from rich.console import Console
 from rich.table import Table
 from sides import DTYPES, SHAPES, WORLD, Layer, Side, join_fake_world
 
-from lowrank_dist.backend.select import restrain_libraries, select_backend
+from lowrank_dist.backend.select import quiet_libraries, select_backend
 from lowrank_dist.parallel.topology import Topology
 
 RANKS, DROPOUTS = (8, 16, 64), (0.0, 0.1)
@@ -259,7 +259,7 @@ def leave(name: str, started_on: dict[str, object], figures: dict[str, object], 
 def prepare(args: argparse.Namespace, started_on: dict[str, object], console: Console) -> torch.device:
     """Threads and the device; the GPU's name into the machine's description; says which peers are not here."""
     torch.set_num_threads(args.threads)
-    restrain_libraries()
+    quiet_libraries()
     device = select_backend(args.device, 0, 1).device
     if device.type == "cuda":
         started_on["gpu"] = torch.cuda.get_device_name(device)

@@ -30,7 +30,7 @@ from rich.table import Table
 from spawn import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_dist.backend.select import init_process_group, restrain_libraries, select_backend, shutdown
+from lowrank_dist.backend.select import init_process_group, quiet_libraries, select_backend, shutdown
 from lowrank_dist.data.batch import Microbatch
 from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 from lowrank_dist.lora.inject import inject
@@ -238,7 +238,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.torch_gemm:
         gemm._onednn_is_faster = lambda *_: False
-    restrain_libraries()
+    quiet_libraries()
     started_on, console = machine(), Console()
     subprocess.run([sys.executable, "-m", "launch.quickstart.prepare"], cwd=ROOT, check=True)
     join_alone()

@@ -13,7 +13,7 @@ import sys
 
 from lowrank_dist.backend.collector import lasting
 from lowrank_dist.backend.hostfile import refuse_missing_hostfile
-from lowrank_dist.backend.select import init_process_group, local_rank_and_size, restrain_libraries, select_backend
+from lowrank_dist.backend.select import init_process_group, local_rank_and_size, quiet_libraries, select_backend
 from lowrank_dist.backend.slurm import ranks_from_slurm
 from lowrank_dist.config import Config, ConfigError, load_config
 from lowrank_dist.errors import UserError
@@ -22,7 +22,7 @@ from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision, sp
 
 def main(config: Config, supervision: Supervision) -> int:
     """Compose one run from its configuration and run it. Returns the exit code."""
-    restrain_libraries()
+    quiet_libraries()
     refuse_missing_hostfile()
     # Imported here: a mistake in the configuration should not wait for Megatron and transformers to load.
     with lasting():

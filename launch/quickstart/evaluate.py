@@ -27,7 +27,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lowrank_dist.backend.select import restrain_libraries
+from lowrank_dist.backend.select import quiet_libraries
 from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.data.loader import eval_batches
 from lowrank_dist.errors import UserError
@@ -42,7 +42,7 @@ FAR = 100 * TOLERANCE
 
 def score(args: argparse.Namespace) -> dict[str, float]:
     """Exact match and loss of one folder on one file."""
-    restrain_libraries()
+    quiet_libraries()
     # Imported here: Megatron says at its import what it would rather have found.
     from lowrank_dist.generate.evaluation import EvaluationRules, evaluate_generation
     from lowrank_dist.generate.load import load

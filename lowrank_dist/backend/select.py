@@ -59,7 +59,7 @@ class Backend:
         return f"{self.name()}{threads}, {self.collective}"
 
 
-def restrain_libraries() -> None:
+def quiet_libraries() -> None:
     """Before Megatron is imported: no messages to the libraries' own developers, no compiler that nobody uses."""
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

@@ -95,11 +95,11 @@ def generate_command(
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """For the imports that bring Megatron, which says at once what it would rather have found."""
+    """For imports that bring Megatron: it says at once what it would rather have found."""
     with lasting():
-        from lowrank_dist.backend.select import restrain_libraries
+        from lowrank_dist.backend.select import quiet_libraries
 
-        restrain_libraries()
+        quiet_libraries()
         yield
 
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig
 
-from lowrank_dist.backend.select import restrain_libraries, select_backend
+from lowrank_dist.backend.select import quiet_libraries, select_backend
 from lowrank_dist.config import Config
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.lora.inject import inject, theta_of
@@ -129,7 +129,7 @@ def microbatch_flops(job: Job) -> int:
 
 def execute(job: Job, source: str, config: Config, tp_rank: int) -> Executed:
     """Build rank `tp_rank` of the job and run two microbatches and the deferred sum. source: as `find_shape` takes."""
-    restrain_libraries()
+    quiet_libraries()
     architecture = _architecture(source)
     with (
         _fake_ranks(job, tp_rank) as topology,

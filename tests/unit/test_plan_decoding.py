@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowrank_dist.backend.select import restrain_libraries
+from lowrank_dist.backend.select import quiet_libraries
 from lowrank_dist.plan.job import Job, Layout
 from lowrank_dist.plan.memory import moments
 from lowrank_dist.plan.settings import job_of, read_request
@@ -31,7 +31,7 @@ def planned(shape: str, tensor: int, method: str, overrides: tuple[str, ...]) ->
     request = read_request(shape, [f"method={method}", *fixed, *overrides])
     job = replace(job_of(request, 1.0), layout=Layout(tensor, 1, tensor > 1, 1, False))
     architecture = _architecture(shape)
-    restrain_libraries()
+    quiet_libraries()
     with (
         _fake_ranks(job, 0) as topology,
         FakeTensorMode(allow_non_fake_inputs=True),

@@ -10,17 +10,17 @@ import pytest
 
 LOADS = """
 import sys
-from lowrank_dist.backend.select import restrain_libraries
+from lowrank_dist.backend.select import quiet_libraries
 if sys.argv[1] == "True":
-    restrain_libraries()
+    quiet_libraries()
 import megatron.core.transformer
 print("torch._inductor.compile_fx" in sys.modules)
 """
 
 
-@pytest.mark.parametrize("restrained", [True, False])
-def test_megatron_loads_no_compiler(restrained: bool) -> None:
+@pytest.mark.parametrize("quieted", [True, False])
+def test_megatron_loads_no_compiler(quieted: bool) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
-    command = [sys.executable, "-c", LOADS, str(restrained)]
+    command = [sys.executable, "-c", LOADS, str(quieted)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
-    assert done.stdout.split() == [str(not restrained)]
+    assert done.stdout.split() == [str(not quieted)]
