@@ -5,6 +5,7 @@ import os
 # Before torch and transformers are imported, and inherited by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as in every rank that launch/train.py starts
 
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
