@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def undisturbed(rig: Rig, config: Path, tmp_path_factory: pytest.TempPathFactory
     """The curves of a job that nobody interrupts."""
     job, run = submit(rig, config, tmp_path_factory.mktemp("undisturbed"), environment=ENVIRONMENT)
     submitted = time.monotonic()
-    reach(run, 1, partial(job_ended, job))
+    reach(job, run, 1)
     print(f"{time.monotonic() - submitted:.1f} s from sbatch to the first step")
     assert job.finished() == "COMPLETED", job.said()
     curves = losses(run)
@@ -58,7 +58,7 @@ def job(quiet_rig: Rig, config: Path, tmp_path: Path, request: pytest.FixtureReq
     """A job in mid-run. Options of `lowrank-dist slurm` come from `with_options`."""
     options = getattr(request, "param", ())
     started, run = submit(quiet_rig, config, tmp_path, *options, environment=SLOW.environment)
-    reach(run, SLOW_FROM, partial(job_ended, started))
+    reach(started, run, SLOW_FROM)
     return started
 
 
@@ -73,19 +73,14 @@ def submit(rig: Rig, config: Path, place: Path, *options: object, environment: M
     return Job.submit(rig, script, environment), run
 
 
-def reach(run: Path, step: int, ended: Callable[[], str | None]) -> None:
-    """Wait for the end of a step of the run. ended: what the run says for an explanation once it has ended."""
-    said: list[str] = []
+def reach(job: Job, run: Path, step: int) -> None:
+    """Wait for the end of a step of the job's run."""
 
-    def looked() -> bool:
-        said[:] = filter(None, [ended()])
-        return bool(said) or ((run / "metrics.jsonl").exists() and len(metrics(run, "loss")) >= step)
+    def reached() -> bool:
+        return (run / "metrics.jsonl").exists() and len(metrics(run, "loss")) >= step
 
-    assert settled(looked, True, every=SELDOM) and not said, f"{run} does not get to step {step}: {said}"
-
-
-def job_ended(job: Job) -> str | None:
-    return job.said() if job.field("JobState") in FINISHED else None
+    settled(lambda: reached() or job.field("JobState") in FINISHED, True, every=SELDOM)
+    assert reached(), f"{run} does not get to step {step}: {job.said()}"
 
 
 def process_ended(process: subprocess.Popen[str]) -> str | None:
