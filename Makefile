@@ -6,6 +6,9 @@ JOBS ?= 2
 # These wait for Slurm, for timeouts and for one another more than they compute.
 CLUSTER_JOBS ?= 3
 
+PYTEST = $(PYTHON) -m pytest -q
+SLOWEST := --durations=20
+
 ifdef PYTHON
 READY :=
 else
@@ -19,7 +22,7 @@ export PYTHON
 # The ranks of a test share the cores: more than one thread each makes them wait for one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install test test-all test-cluster quickstart cuda-build-check gpu-check gpu-bench clean
+.PHONY: install check test test-all test-cluster test-nightly quickstart cuda-build-check gpu-check gpu-bench clean
 
 install: $(READY)
 
@@ -30,19 +33,29 @@ $(VENV)/.installed: setup.py pyproject.toml .ci/constraints.txt $(wildcard csrc/
 	$(PYTHON) -m pip install -q -c .ci/constraints.txt --no-build-isolation -e '.[test,quickstart]'
 	touch $@
 
+# Of use while one works: a minute and a half.
+check: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not nightly" tests/unit
+
 test: $(READY)
 	$(PYTHON) -m ruff check .
-	$(PYTHON) -m pytest -q -n $(JOBS) --dist loadfile tests/unit
-	$(PYTHON) -m pytest -q tests/dist tests/integration
+	$(PYTEST) -n $(JOBS) --dist worksteal $(SLOWEST) tests/unit tests/dist tests/integration
 
-# What takes too long for every change: every layout into every other, runs killed in their saves.
+# What takes too long for every change: every layout into another, runs killed in their saves.
 test-all: $(READY)
-	$(PYTHON) -m pytest -q tests/long
+	$(PYTEST) -n $(JOBS) --dist loadfile $(SLOWEST) tests/long
 
 # A real Slurm and real network hosts on this machine; as root, which installs what is missing from Debian.
 test-cluster: $(READY)
 	bash tests/cluster/install.sh
-	$(PYTHON) -m pytest -q -n $(CLUSTER_JOBS) --dist loadfile --no-loadscope-reorder tests/cluster
+	$(PYTEST) -n $(CLUSTER_JOBS) --dist loadfile --no-loadscope-reorder $(SLOWEST) tests/cluster
+
+# Run before an issue is closed: what takes long and rarely finds what the tests above do not.
+test-nightly: $(READY)
+	bash tests/cluster/install.sh
+	$(PYTEST) -m nightly -n $(JOBS) --dist loadfile $(SLOWEST) tests/unit tests/dist tests/integration tests/long
+	$(PYTEST) -m nightly -n $(CLUSTER_JOBS) --dist loadfile $(SLOWEST) tests/cluster
 
 # When the whole thing began, so that the table counts the installation too.
 quickstart: export MAKE_STARTED_MS := $(shell date +%s%3N)

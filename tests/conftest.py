@@ -1,5 +1,6 @@
 """One thread, nothing remote, no deadlines: a test gives the same result on a quiet machine and on a busy one."""
 
+import gc
 import os
 
 # Before torch and transformers are imported, and inherited by every process that a test starts.
@@ -7,9 +8,22 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as in every rank that launch/train.py starts
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 torch.set_num_threads(1)
 settings.register_profile("lowrank_dist", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("lowrank_dist")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported, half a million objects, out of every later garbage collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws does not depend on the tests before it, which differ with the number of workers."""
+    torch.manual_seed(0)

@@ -119,9 +119,7 @@ def problem(
     def drawn(*size: int) -> Tensor:
         return draw(*size, generator=generator, dtype=dtype).to(device)
 
-    rows = torch.randint(
-        0, 2**40, (shape.numel() if isinstance(shape, torch.Size) else int(torch.Size(shape).numel()),)
-    )
+    rows = torch.randint(0, 2**40, (torch.Size(shape).numel(),), generator=torch.Generator().manual_seed(3))
     mask = Mask(rows, torch.tensor([5, 3]), 9, quantise(p), 0) if p else None
     factors = factors_of(kind, k, torch.float64 if dtype == torch.float64 else torch.float32)
     return Linear(

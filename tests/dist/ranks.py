@@ -1,7 +1,7 @@
-"""Spawned ranks for the distributed tests: started once a world size, reused by every test.
+"""Ranks for the distributed tests: forked once a world size (tests/forked.py), reused by every test.
 
-A rank that raises fails the test with its traceback and ends its world; a hang ends after TIMEOUT seconds as an error,
-because every process group carries that timeout.
+A rank that raises fails the test with its traceback and ends its world, as does one that dies, with what it died of; a
+hang ends after TIMEOUT seconds as an error, because every process group carries that timeout.
 
 They run on CPUs unless LOWRANK_DIST_TEST_DEVICE=cuda (tests/gpu/check.sh). Ranks that outnumber the GPUs share them,
 over gloo, which stages through the host. A test builds its tensors on `device()`; a rank returns numpy either way.
@@ -10,53 +10,80 @@ over gloo, which stages through the host. A test builds its tensors on `device()
 from __future__ import annotations
 
 import atexit
-import multiprocessing
 import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
+from tests import forked
+from tests.forked import DEVICE
+
 TIMEOUT = 90
-DEVICE = os.environ.get("LOWRANK_DIST_TEST_DEVICE", "cpu")
 _device: Any = None
-_worlds: dict[int, _World] = {}
+_worlds: dict[int, World] = {}
 _topologies: dict[int, tuple[Any, dict[str, Any]]] = {}
 
 
-class _World:
-    def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+class World:
+    """`size` ranks that have met and wait for functions to call. fresh: as `forked.start` says.
+
+    While nothing is to be called they are stopped (SIGSTOP): gloo looks at each of its groups a hundred times a second,
+    which for the worlds of one run of tests took a third of two cores.
+    """
+
+    def __init__(self, size: int, *, fresh: bool = False) -> None:
         self._rendezvous = tempfile.TemporaryDirectory()
         store = os.path.join(self._rendezvous.name, "store")
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, store), daemon=True)
-            process.start()
+            ours, theirs = Pipe()
+            self.processes.append(forked.start(_serve, theirs, rank, size, store, fresh=fresh))
+            theirs.close()  # the rank's alone: it reads as closed once the rank is dead
             self.pipes.append(ours)
-            self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+    def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float = 2 * TIMEOUT) -> list[Any]:
+        """Call `function(*arguments)` on every rank. Raises AssertionError where one fails, dies or hangs.
+
+        seconds: after which ranks hang that have not answered.
+        """
+        self._signal(signal.SIGCONT)
         for pipe in self.pipes:
             pipe.send((function, arguments))
         results: dict[int, Any] = {}
         while len(results) < len(self.pipes):
             pending = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
-            ready = wait(pending, timeout=2 * TIMEOUT)
+            ready = wait(pending, timeout=seconds)
             if not ready:
                 raise AssertionError(f"ranks {sorted(set(range(len(self.pipes))) - set(results))} hang")
             for pipe in ready:
                 rank = self.pipes.index(pipe)
-                failed, value = pipe.recv()
+                try:
+                    failed, value = pipe.recv()
+                except (EOFError, ConnectionResetError):
+                    failed, value = True, self._how_it_died(rank)
                 if failed:
                     raise AssertionError(f"rank {rank} of {len(self.pipes)}:\n{value}")
                 results[rank] = value
+        self._signal(signal.SIGSTOP)
         return [results[rank] for rank in range(len(self.pipes))]
+
+    def _signal(self, number: signal.Signals) -> None:
+        for process in self.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    def _how_it_died(self, rank: int) -> str:
+        process = self.processes[rank]
+        process.join()
+        if process.exitcode < 0:
+            return f"killed by signal {-process.exitcode} ({signal.strsignal(-process.exitcode)})"
+        return f"ended with code {process.exitcode} in the middle of a test"
 
     def close(self) -> None:
         for process in self.processes:
@@ -69,7 +96,7 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[
     """Call the module-level `function(*arguments)` on `size` ranks; returns their results (arrays, not tensors)."""
     world = _worlds.get(size)
     if world is None:
-        world = _worlds[size] = _World(size)
+        world = _worlds[size] = World(size)
     try:
         return world.run(function, arguments)
     except BaseException:
@@ -126,6 +153,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
         torch.set_float32_matmul_precision("highest")
     # A world of one has nobody to talk to: NCCL at N = 1 is tried by tests/gpu/short_run.py, not by every reference.
     collective = backend.collective if size > 1 else "gloo"
+    _share_the_device_of_gloo()
     dist.init_process_group(
         collective, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
     )
@@ -139,3 +167,25 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
             pipe.send((False, function(*arguments)))
         except BaseException:
             pipe.send((True, traceback.format_exc()))
+
+
+def _share_the_device_of_gloo() -> None:
+    """One device, and so one thread that looks at sockets, for all groups of this process.
+
+    torch makes one a group, and each looks a hundred times a second: 55 of them in each rank of a world of four.
+    """
+    from torch.distributed import ProcessGroupGloo, distributed_c10d
+
+    before = set(os.listdir("/proc/self/task"))
+    device = ProcessGroupGloo.create_default_device()
+    (thread,) = set(os.listdir("/proc/self/task")) - before
+    # It spins from a message's arrival until its rank asks for it, and more ranks compute than there are cores.
+    os.setpriority(os.PRIO_PROCESS, int(thread), 5)
+
+    class Sharing(ProcessGroupGloo):
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+            options = ProcessGroupGloo._Options()
+            options._devices, options._timeout, options._threads = [device], timeout, 2
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = Sharing

@@ -7,11 +7,11 @@ those of torch's fake process group, as one rank of two.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 from dataclasses import replace
 
 import pytest
 
+from tests import forked
 from tests.dist.tiny_runs import Setting
 from tests.tiny_models import make_tiny
 
@@ -71,7 +71,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> list[Setting]:
 
 
 def apart(settings: list[Setting], broken: str) -> list[set[str] | str]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with forked.context().Pool(1) as pool:
         return pool.apply(devices_of_a_step, (settings, broken))
 
 

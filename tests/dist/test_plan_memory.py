@@ -23,7 +23,7 @@ from lowrank_dist.config import Config
 from lowrank_dist.plan.job import Layout
 from lowrank_dist.plan.memory import Memory, memory
 from lowrank_dist.plan.settings import Request, job_of, read_request
-from tests.dist.ranks import _World
+from tests.dist.ranks import World
 
 INTERVAL = 0.003
 ROWS, LENGTH, RANK = 4, 258, 8
@@ -114,7 +114,7 @@ def malloc_gives_back() -> Iterator[None]:
 def peaks(folder: str, tiny: str, case: Case) -> list[int]:
     """Peak anonymous bytes of every rank above its baseline, which a step of a `tiny` model leaves behind."""
     with malloc_gives_back():
-        world = _World(case.tensor)
+        world = World(case.tensor, fresh=True)
     try:
         baselines = world.run(ready, (tiny, case))
         found, done = list(baselines), threading.Event()

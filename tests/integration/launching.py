@@ -1,4 +1,7 @@
-"""Runs of launch/train.py for the integration tests: under a launcher, or as the main program of spawned ranks."""
+"""Runs of launch/train.py for the integration tests: under a launcher, on forked ranks, or on the pooled ones.
+
+Under a launcher a start costs 4 s of CPU a rank: `deepspeed` and `torchrun` are for the tests that are about them.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from unittest import mock
 import numpy as np
 import yaml
 
+from tests import forked
 from tests.dist import ranks
 
 ROOT = Path(__file__).parents[2]
@@ -97,15 +101,32 @@ def torchrun(size: int, *arguments: object) -> Outcome:
     return program([*launcher, "launch/train.py", *arguments])
 
 
-def program(command: Sequence[object]) -> Outcome:
-    """Run a command from the root of the repository, with the programs beside this interpreter on PATH."""
+def forked_ranks(size: int, *arguments: object) -> Outcome:
+    """launch/train.py on forked ranks, in the environment that torchrun gives its own: the whole program, no launcher.
+
+    The code of the outcome is the first rank's that is not 0; output is rank by rank.
+    """
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    meeting |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    environments = [{**environment(), **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    ended = forked.run_programs([ROOT / "launch/train.py", *arguments], environments, seconds=TIMEOUT)
+    code = next((one.code for one in ended if one.code), 0)
+    return Outcome(code, "".join(one.stdout for one in ended), "".join(one.stderr for one in ended))
+
+
+def environment() -> dict[str, str]:
+    """This process's, without a launcher's variables and with the programs beside this interpreter on PATH."""
     inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     beside = Path(sys.executable).parent
-    environment = {**inherited, "DS_ACCELERATOR": "cpu", "PATH": f"{beside}{os.pathsep}{os.environ['PATH']}"}
+    return {**inherited, "DS_ACCELERATOR": "cpu", "PATH": f"{beside}{os.pathsep}{os.environ['PATH']}"}
+
+
+def program(command: Sequence[object]) -> Outcome:
+    """Run a command from the root of the repository, in `environment()`."""
     process = subprocess.Popen(
         [str(word) for word in command],
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -124,7 +145,7 @@ def program(command: Sequence[object]) -> Outcome:
 
 
 def in_ranks(size: int, *arguments: object, launcher: bool = True) -> list[Outcome]:
-    """launch/train.py as the main program of `size` spawned ranks, without the seconds that a launcher's start costs.
+    """launch/train.py as the main program of `size` pooled ranks.
 
     Everything is the program's own but the process group and its subgroups, which the ranks have already and keep.
     launcher=False: nothing is replaced, and the environment is one that no launcher has prepared.
@@ -137,6 +158,7 @@ def _main(arguments: list[str], launcher: bool) -> Outcome:
 
     from lowrank_dist.backend import select
     from lowrank_dist.parallel.topology import Topology
+    from lowrank_dist.supervision import rank as supervision
     from lowrank_dist.supervision.rank import Supervision
 
     build = Topology.build
@@ -161,6 +183,7 @@ def _main(arguments: list[str], launcher: bool) -> Outcome:
         stack.enter_context(mock.patch.object(sys, "argv", ["launch/train.py", *arguments]))
         stack.enter_context(mock.patch.dict(os.environ))
         stack.enter_context(mock.patch.object(Supervision, "leave"))  # it would end the process
+        stack.enter_context(mock.patch.object(supervision, "_SPOKEN_BY_THEN", 0.0))  # no launcher ends the others
         if launcher:
             stack.enter_context(mock.patch.object(Topology, "build", kept))
             stack.enter_context(mock.patch.object(select, "init_process_group", lambda *_: dist.barrier()))

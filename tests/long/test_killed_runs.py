@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+import tests.preloaded  # noqa: F401  (the zygote imports this module, and each run forks from it)
 from lowrank_dist.backend.select import shutdown
 from lowrank_dist.checkpoint.folder import newest_checkpoint
 from lowrank_dist.engine.writing import CheckpointWriter

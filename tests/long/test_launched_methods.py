@@ -1,4 +1,7 @@
-"""Every method under the real `deepspeed launch/train.py`, on a real model, alone, TP 2 and DP 2."""
+"""Every method by launch/train.py in processes of its own, on a real model, alone, TP 2 and DP 2.
+
+Low-rank under the real deepspeed; the others on forked ranks: that the launcher starts does not depend on the method.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.launching import deepspeed, metrics, write_config, write_jsonl
+from tests.integration.launching import deepspeed, forked_ranks, metrics, write_config, write_jsonl
 from tests.integration.resuming import SIZES, Layout, gap, tensors
 from tests.integration.test_real_model import sentences
 from tests.real_models import glassllm_folder
@@ -41,10 +44,11 @@ def test_a_method_trains_alike_at_every_layout(method: str, folder: Path, tmp_pa
             "output": {"dir": tmp_path / "unused", "tensorboard": False, "plot": False},
         },
     )
+    launch = deepspeed if method == "lora" else forked_ranks
     found = {}
     for name, layout in LAYOUTS.items():
         run = tmp_path / name.replace(" ", "")
-        done = deepspeed(layout.tensor * layout.data, config, f"output.dir={run}", *layout.overrides)
+        done = launch(layout.tensor * layout.data, config, f"output.dir={run}", *layout.overrides)
         assert done.code == 0 and "Traceback" not in done.stderr + done.stdout, done.stderr
         found[name] = tensors(run, STEPS)
         before, after = metrics(run, "eval_loss")

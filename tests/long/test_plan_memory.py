@@ -31,7 +31,7 @@ def test_measured_peak_of_an_only_microbatch(third: str, tiny: str) -> None:  # 
     compare(third, tiny, case)
 
 
-@pytest.mark.parametrize(("method", "tensor"), [("lora", 3), ("full", 1)])
+@pytest.mark.parametrize(("method", "tensor"), [("lora", 3), pytest.param("full", 1, marks=pytest.mark.nightly)])
 def test_measured_peak_of_an_evaluation_that_generates(third: str, tiny: str, method: str, tensor: int) -> None:  # noqa: F811
     case = Case(tensor, recompute=True, method=method, decoded=96)
     assert planned(third, case).moment == "prompts of an evaluation"

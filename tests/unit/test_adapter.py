@@ -75,6 +75,7 @@ SIZES: Mapping[str, Size] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("family", FAMILIES)

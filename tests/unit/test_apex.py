@@ -19,6 +19,8 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.model.layers import FrozenNorm
 from lowrank_dist.ops import choice, extension
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 MODULES = ("apex", "amp_C", "fused_layer_norm_cuda")
 EXTENSIONS = {"amp_C.py": "", "fused_layer_norm_cuda.py": ""}

@@ -18,6 +18,8 @@ from tests.faults import Action, Zygote
 from tests.unit.test_checkpoint_folder import MODULES, SHAPES, lora_files, tensors_of
 from tests.unit.test_checkpoint_folder import state_of as whole_state
 
+pytestmark = pytest.mark.slow
+
 OLD, NEW = 2, 4
 
 

@@ -91,6 +91,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch, base: Path, adapte
     assert done.exit_code == 1 and isinstance(done.exception, ValueError)
 
 
+@pytest.mark.slow
 def test_as_a_program(base: Path, adapter: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", "from lowrank_dist.cli.main import app; app()", "merge", "--base", str(base)]
     done = subprocess.run(

@@ -19,9 +19,9 @@ class Loop:
 
 
 @pytest.fixture(autouse=True)
-def thawed() -> Iterator[None]:
+def enabled_again() -> Iterator[None]:
+    """What is frozen stays so: tests/conftest.py counts on it."""
     yield
-    gc.unfreeze()
     gc.enable()
 
 

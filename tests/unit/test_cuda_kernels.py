@@ -17,6 +17,8 @@ from lowrank_dist.ops.mask import LEVELS, Mask
 from tests import emulation
 from tests.emulation import EmulationError
 
+pytestmark = pytest.mark.slow
+
 # "write" is expand where out is not read: it then holds NaN.
 OPERATORS = ["down", "expand", "write", "grad_a"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -24,6 +24,8 @@ from lowrank_dist.doctor.rows import PASSING, Row
 from lowrank_dist.ops import extension
 from lowrank_dist.ops.extension import cpu_capability
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 WANTED = Declared(">=3.11", ("torch>=2.11", "deepspeed>=0.19.8,<0.20"), ("peft>=0.17",))
 

@@ -20,6 +20,8 @@ from lowrank_dist.doctor.rows import Row, counted, guarded, size_of
 from lowrank_dist.doctor.together import call_roll
 from lowrank_dist.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

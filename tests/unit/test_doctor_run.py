@@ -35,6 +35,8 @@ from tests.integration.launching import (
 )
 from tests.tiny_models import make_tiny
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:

@@ -14,6 +14,8 @@ from lowrank_dist.checkpoint.atomic import atomic_folder, is_temporary
 from tests import faults
 from tests.faults import Action, Outcome, Zygote
 
+pytestmark = pytest.mark.slow
+
 OLD = {"a": "old a", "b": "old b"}
 NEW = {"a": "new a" * 1000, "sub/c": "new c"}
 KILLS = (Action.KILL_BEFORE, Action.KILL_DURING)

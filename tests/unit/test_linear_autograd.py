@@ -260,6 +260,7 @@ def on_a_world_of_one(dtype: torch.dtype) -> dict[str, bool]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_module_drops_in_training_only(dtype: torch.dtype) -> None:
     (found,) = run_ranks(1, on_a_world_of_one, dtype)

@@ -397,6 +397,7 @@ def peak_of_merge(base: Path, adapter: Path, out: Path, **options: Any) -> int:
     return peak - before
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One tensor is 16 MB, the model 130 MB: with chunks of 2 MB anonymous memory grows by 10 MB, without by 36.
 

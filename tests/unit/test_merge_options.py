@@ -439,6 +439,7 @@ class TestVerify:
         with pytest.raises(UserError, match="pip install peft"):
             Verifier(base, adapters)
 
+    @pytest.mark.slow
     def test_merging_does_not_import_it(self) -> None:
         code = (
             "import sys; import lowrank_dist.checkpoint.merge\n"

@@ -26,6 +26,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import methods  # noqa: E402
 from methods import PLANS, Cache, Run  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SHOWN = list(PLANS)
 
 

@@ -17,6 +17,8 @@ from tests.dist import ranks
 from tests.operands import DTYPES, HALVES, Problem, grid
 from tests.operator_checks import notices_what_is_broken, rounds_as_pytorch
 
+pytestmark = pytest.mark.slow
+
 OPERATORS = ["down", "expand", "grad_a"]
 # What ATen is told, and what the operators then run. AVX-512 where this processor has it.
 LEVELS = {"default": "baseline", "avx2": "AVX2"}

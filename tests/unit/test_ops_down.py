@@ -10,12 +10,14 @@ from tests import operator_checks
 from tests.operands import DTYPES, HALVES, Problem, grid, problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_at_most_twice_pytorchs(dtype: torch.dtype) -> None:
     for problem in grid("down", dtype):
         problem.check()
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(problem=problems("down"))
 def test_any_problem(problem: Problem) -> None:
@@ -57,6 +59,7 @@ def test_rows_lie_more_than_two_to_the_31_elements_apart() -> None:
     operator_checks.far_apart("down")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
     operator_checks.checked_by_torch("down", dtype)

@@ -12,12 +12,14 @@ from tests.dist import ranks
 from tests.operands import DTYPES, HALVES, Problem, arguments, grid, problems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_at_most_twice_pytorchs(dtype: torch.dtype) -> None:
     for problem in grid("expand", dtype):
         problem.check()
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(problem=problems("expand"))
 def test_any_problem(problem: Problem) -> None:
@@ -89,6 +91,7 @@ def test_rows_lie_more_than_two_to_the_31_elements_apart() -> None:
     operator_checks.far_apart("expand")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_opcheck(dtype: torch.dtype) -> None:
     operator_checks.checked_by_torch("expand", dtype)

@@ -15,6 +15,8 @@ from lowrank_dist.plan.memory import moments
 from lowrank_dist.plan.settings import job_of, read_request
 from lowrank_dist.plan.verify import TOLERANCE, _architecture, _build, _fake_ranks, _KnownPositions, _Live
 
+pytestmark = pytest.mark.slow
+
 BATCH, NEW = 64, 5
 Case = tuple[str, int, str, tuple[str, ...]]  # shape, tensor-parallel size, method, overrides
 CASES: list[Case] = [  # the others: tests/long

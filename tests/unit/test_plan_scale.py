@@ -15,6 +15,8 @@ import scale  # noqa: E402
 from lowrank_dist.plan.job import Layout  # noqa: E402
 from lowrank_dist.plan.layouts import Candidate  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def document() -> str:

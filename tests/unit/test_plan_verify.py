@@ -21,6 +21,8 @@ from lowrank_dist.plan.parameters import frozen_on_rank
 from lowrank_dist.plan.settings import job_of, read_request
 from lowrank_dist.plan.shapes import built_in_config
 
+pytestmark = pytest.mark.slow
+
 H100 = GPUS["h100"]
 # Small in every dimension but with the ratios of the published ones; kv: key/value heads.
 _SMALL = {

@@ -15,6 +15,8 @@ from launch.quickstart.prepare import Verb, read_verbs, split
 from launch.quickstart.report import shortfalls
 from lowrank_dist.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 def regular(lemma: str) -> Verb:
     return Verb(lemma, f"{lemma}s", f"{lemma}ed", f"{lemma}ed", f"{lemma}ing")

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 LOADS = """
 import sys
 from lowrank_dist.backend.select import quiet_libraries

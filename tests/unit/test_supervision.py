@@ -85,6 +85,7 @@ record(Path(sys.argv[2]), entry)
 """
 
 
+@pytest.mark.slow
 def test_records_of_many_processes_at_once(tmp_path: Path) -> None:
     at = str(time.time() + 2)
     command = [sys.executable, "-c", RACE]
@@ -158,6 +159,7 @@ def test_of_ranks_that_say_the_same_one_speaks(soon: None) -> None:
     assert [answer.speaks for answer in answers.values()].count(True) == 1
 
 
+@pytest.mark.slow
 def test_ranks_name_those_that_say_nothing(soon: None) -> None:
     began = time.monotonic()
     answers = asked(dist.HashStore(), {0: None, 2: None})
@@ -165,6 +167,7 @@ def test_ranks_name_those_that_say_nothing(soon: None) -> None:
     assert 1 <= time.monotonic() - began < 2
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_or_hangs(soon: None) -> None:
     class Gone:
         def set_timeout(self, timeout: object) -> None:

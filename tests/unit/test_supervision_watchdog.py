@@ -21,6 +21,8 @@ from lowrank_dist.supervision.launchers import Launcher
 from lowrank_dist.supervision.page import LEAVING, Page
 from lowrank_dist.supervision.watchdog import Charge, Watchdog, start
 
+pytestmark = pytest.mark.slow
+
 # What the tests do not wait for.
 TIMEOUT, GRACE, STACKS, LEAVE, ASKED = 0.6, 0.4, 2, 0.8, 0.5
 PROGRAM = """

@@ -1,0 +1,29 @@
+"""What a rank imports, loaded once by the process from which the ranks of the tests are forked (tests/forked.py)."""
+
+from __future__ import annotations
+
+import os
+
+# DeepSpeed chooses its accelerator as it is imported. Ranks on a GPU are not forked.
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+
+from lowrank_dist.backend.collector import lasting
+from lowrank_dist.backend.select import quiet_libraries
+
+quiet_libraries()
+with lasting():
+    import peft  # noqa: F401
+    import transformers.models.auto.modeling_auto  # noqa: F401
+
+    import lowrank_dist.cli.main
+    import lowrank_dist.engine.assemble
+    import lowrank_dist.engine.datasets
+    import lowrank_dist.engine.forecast
+    import lowrank_dist.engine.resume
+    import lowrank_dist.generate.session
+    import lowrank_dist.methods.choose
+    import lowrank_dist.model.build  # noqa: F401
+
+torch.set_num_threads(1)
