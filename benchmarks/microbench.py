@@ -1,0 +1,332 @@
+"""Each product of one layer's linears by itself: time, TB/s and TFLOP/s beside what the GPU can do.
+
+    python benchmarks/microbench.py [--device cuda] [--shape llama-3-8b] [--tokens 8192] [--only NAME …] [--out DIR]
+
+The four fused linears of a Llama layer, whole, in bf16 at adapter rank 16 (R = 16 for every projection that a linear
+fuses). `gemm` and `gemm dX` are cuBLAS's frozen products, with beta 0 (written) and 1 (added to what is there); `up`,
+`dU` and `dB` its thin ones; `down`, `expand` and `grad_a` our kernels, without a mask and with one at dropout 0.1.
+`copy` (device to device) and `square` (a product of 8192 × 8192 × 8192) are this GPU's own ceilings.
+
+A product runs on a pool of operand sets in turn, random and together several times larger than L2, so that none is
+found in the cache. One pass over the pool is a captured CUDA graph; its replays are timed by events, so the host leaves
+no gaps. Medians of --repeats. Bytes are the fewest possible: every operand once, and with beta 1 the output twice.
+results: microbench_cuda.json under --out, after every product.
+
+On a CPU a plain loop takes the graph's place: a rehearsal. --once NAME … runs those products once each between
+cudaProfilerStart and cudaProfilerStop and times nothing: what benchmarks/counters.py gives to Nsight Compute.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from record import machine, write_result
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from sides import SHAPES, architecture
+from torch import Tensor
+
+from lowrank_dist.backend.devices import synchronize
+from lowrank_dist.backend.select import quiet_libraries, select_backend
+from lowrank_dist.model.rows import LinearLayout
+from lowrank_dist.model.tensors import MEGATRON_LINEARS
+from lowrank_dist.ops.down import down
+from lowrank_dist.ops.expand import expand
+from lowrank_dist.ops.extension import demand
+from lowrank_dist.ops.grad_a import grad_a
+from lowrank_dist.ops.mask import Mask, quantise
+from lowrank_dist.ops.up import up_grad_b, up_grad_u
+from lowrank_dist.plan.hardware import GPUS, peak_flops
+
+RANK, DROPOUT, DTYPE, ITEMSIZE = 16, 0.1, torch.bfloat16, 2
+SQUARE = 8192
+# The pool's size over L2's (taken as 64 MiB on a CPU), and between which numbers of sets.
+POOL_OVER_L2, FEWEST_SETS, MOST_SETS = 3.0, 2, 32
+SECONDS = 0.06  # of one repeat
+
+
+@dataclass(frozen=True)
+class Product:
+    """One operation. make: a call on random operands of its own. flops and bytes are of one call."""
+
+    name: str
+    linear: str
+    variant: str
+    make: Callable[[], Callable[[], object]]
+    flops: int
+    bytes: int
+
+    @property
+    def label(self) -> str:
+        return " ".join(filter(None, (self.name, self.linear, self.variant)))
+
+
+class Operands:
+    """Random tensors on one device."""
+
+    def __init__(self, tokens: int, device: torch.device) -> None:
+        self.tokens, self.device = tokens, device
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=DTYPE, device=self.device)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=DTYPE, device=self.device)
+
+    def mask(self) -> Mask:
+        rows = torch.arange(self.tokens, device=self.device)
+        return Mask(rows, torch.tensor([5, 3], device=self.device), 1, quantise(DROPOUT), 0)
+
+
+def products(layouts: dict[str, LinearLayout], operands: Operands) -> Iterator[Product]:
+    """Every product of every linear, those of one kind together."""
+    yield from ceilings(operands)
+    for of_linear in (frozen, thin, ours):
+        for name, layout in layouts.items():
+            yield from of_linear(name, layout, operands)
+
+
+def ceilings(operands: Operands) -> Iterator[Product]:
+    """What memory and tensor cores reach on this GPU."""
+    side = min(SQUARE, operands.tokens)
+
+    def copy() -> Callable[[], object]:
+        source, target = operands.normal(side, side), operands.empty(side, side)
+        return lambda: target.copy_(source)
+
+    def square() -> Callable[[], object]:
+        a, b, out = operands.normal(side, side), operands.normal(side, side), operands.empty(side, side)
+        return lambda: torch.mm(a, b, out=out)
+
+    yield Product("copy", "", "", copy, 0, 2 * side * side * ITEMSIZE)
+    yield Product("square", "", "", square, 2 * side**3, 3 * side * side * ITEMSIZE)
+
+
+def frozen(name: str, layout: LinearLayout, operands: Operands) -> Iterator[Product]:
+    """Y = X·Wᵀ and dX = dY·W, written or added to."""
+    t, (o, k) = operands.tokens, layout.local_shape(1)
+    for direction, inner, outer in (("gemm", k, o), ("gemm dX", o, k)):
+        for beta in (0, 1):
+
+            def make(inner: int = inner, outer: int = outer, beta: int = beta, dx: bool = inner == o) -> Callable:
+                x, weight = operands.normal(t, inner), operands.normal(o, k)
+                y, right = operands.normal(t, outer), weight if dx else weight.t()
+                return (lambda: y.addmm_(x, right)) if beta else (lambda: torch.mm(x, right, out=y))
+
+            moved = t * inner + o * k + (1 + beta) * t * outer
+            yield Product(direction, name, f"beta {beta}", make, 2 * t * o * k, moved * ITEMSIZE)
+
+
+def thin(name: str, layout: LinearLayout, operands: Operands) -> Iterator[Product]:
+    """The products with B: U·Bᵀ as the adapted linear starts from it on CUDA, dY·B, Uᵀ·dY."""
+    t, (o, _), r = operands.tokens, layout.local_shape(1), RANK * len(layout.parts)
+    blocks = (0, o, 0, r)
+
+    def up() -> Callable[[], object]:
+        u, bt, y = operands.normal(t, r), operands.normal(r, o), operands.empty(t, o)
+        return lambda: torch.mm(u, bt, out=y)
+
+    def grad_u() -> Callable[[], object]:
+        dy, bt, du = operands.normal(t, o), operands.normal(r, o), operands.empty(t, r)
+        return lambda: up_grad_u(du, dy, bt, blocks)
+
+    def grad_b() -> Callable[[], object]:
+        dy, u = operands.normal(t, o), operands.normal(t, r)
+        return lambda: up_grad_b(dy, u, blocks)
+
+    flops, both = 2 * t * r * o, t * o + t * r
+    yield Product("up", name, "", up, flops, (both + r * o) * ITEMSIZE)
+    yield Product("dU", name, "", grad_u, flops, (both + r * o) * ITEMSIZE)
+    yield Product("dB", name, "", grad_b, flops, both * ITEMSIZE + 4 * r * o)
+
+
+def ours(name: str, layout: LinearLayout, operands: Operands) -> Iterator[Product]:
+    """Our kernels, with the stacked A of every projection that the linear fuses."""
+    t, (_, k), r = operands.tokens, layout.local_shape(1), RANK * len(layout.parts)
+    flops, both = 2 * t * r * k, t * k + t * r
+    for masked in (False, True):
+        mask = operands.mask() if masked else None
+        variant = "masked" if masked else "unmasked"
+
+        def down_(mask: Mask | None = mask) -> Callable[[], object]:
+            u, x, a = operands.empty(t, r), operands.normal(t, k), operands.normal(r, k)
+            return lambda: down(u, x, a, mask)
+
+        def expand_(mask: Mask | None = mask) -> Callable[[], object]:
+            dx, du, a = operands.empty(t, k), operands.normal(t, r), operands.normal(r, k)
+            return lambda: expand(dx, du, a, mask, accumulate=False)
+
+        def grad_a_(mask: Mask | None = mask) -> Callable[[], object]:
+            du, x = operands.normal(t, r), operands.normal(t, k)
+            return lambda: grad_a(du, x, mask)
+
+        counters = 8 * t if masked else 0
+        yield Product("down", name, variant, down_, flops, (both + r * k) * ITEMSIZE + counters)
+        yield Product("expand", name, variant, expand_, flops, (both + r * k) * ITEMSIZE + counters)
+        yield Product("grad_a", name, variant, grad_a_, flops, both * ITEMSIZE + 4 * r * k + counters)
+
+
+def pool_of(product: Product, l2: int) -> list[Callable[[], object]]:
+    """Calls on operand sets that are together `POOL_OVER_L2` times the cache, where `MOST_SETS` of them can be."""
+    count = math.ceil(POOL_OVER_L2 * l2 / product.bytes)
+    return [product.make() for _ in range(min(max(FEWEST_SETS, count), MOST_SETS))]
+
+
+def replayed(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], object]:
+    """One pass over the calls, as a captured CUDA graph where there is CUDA."""
+
+    def plain() -> None:
+        for call in calls:
+            call()
+
+    if device.type != "cuda":
+        plain()
+        return plain
+    # Once beforehand, on another stream, as capture asks for: libraries allocate and choose on their first call.
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        plain()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        plain()
+    return graph.replay
+
+
+def seconds_of(work: Callable[[], object], count: int, device: torch.device) -> float:
+    """Seconds of `count` runs of `work`, on the device's clock."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(count):
+            work()
+        return time.perf_counter() - started
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(count):
+        work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def measure(product: Product, repeats: int, l2: int, device: torch.device) -> dict[str, object]:
+    """Median time of one call, and what it reaches."""
+    calls = pool_of(product, l2)
+    work = replayed(calls, device)
+    once = seconds_of(work, 1, device)
+    count = max(1, round(SECONDS / max(once, 1e-6)))
+    each = [seconds_of(work, count, device) / count / len(calls) for _ in range(repeats)]
+    seconds = statistics.median(each)
+    return {
+        "product": product.name,
+        "linear": product.linear,
+        "variant": product.variant,
+        "us": 1e6 * seconds,
+        "spread": (max(each) - min(each)) / seconds,
+        "sets": len(calls),
+        "bytes": product.bytes,
+        "flops": product.flops,
+        "terabytes_per_second": product.bytes / seconds / 1e12,
+        "teraflops": product.flops / seconds / 1e12,
+    }
+
+
+def show(rows: Sequence[dict[str, object]], flops: float | None, bandwidth: float | None, console: Console) -> None:
+    """One row a product, with shares of the GPU's data sheet where that is known."""
+
+    def share(rate: object, peak: float | None) -> str:
+        return "" if peak is None else f"{100e12 * float(rate) / peak:.0f}"
+
+    table = Table(box=box.MARKDOWN)
+    for name in ("product", "µs", "± %", "TB/s", "% of peak", "TFLOP/s", "% of peak "):
+        table.add_column(name, justify="left" if name == "product" else "right")
+    for row in rows:
+        rates = row["terabytes_per_second"], row["teraflops"]
+        table.add_row(
+            " ".join(filter(None, (row["product"], row["linear"], row["variant"]))),
+            f"{row['us']:.1f}",
+            f"{50 * row['spread']:.0f}",
+            f"{rates[0]:.2f}",
+            share(rates[0], bandwidth),
+            f"{rates[1]:.0f}",
+            share(rates[1], flops),
+        )
+    console.print(table)
+
+
+def run_once(chosen: Sequence[Product], names: Sequence[str], device: torch.device) -> None:
+    """The last product of each name (masked, fc2), once, as all that a profiler sees."""
+    last = {product.name: product for product in chosen if product.name in names}
+    for product in last.values():
+        call = product.make()
+        call()
+        synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.profiler.start()
+        call()
+        synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.profiler.stop()
+        print(f"ran once: {product.label}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="products of these names alone")
+    parser.add_argument("--once", nargs="+", metavar="NAME", help="run these once for a profiler, time nothing")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the JSON there")
+    args = parser.parse_args()
+    if min(args.tokens, args.repeats) < 1:
+        parser.error("--tokens and --repeats must be at least 1")
+    return args
+
+
+def main() -> None:
+    args, console = parse(), Console(width=150)
+    started_on = machine(args.device)
+    quiet_libraries()
+    device = select_backend(args.device, 0, 1).device
+    demand(args.device)
+    torch.manual_seed(0)
+    linears = architecture(args.shape).linears
+    chosen = list(products({name: linears[name] for name in MEGATRON_LINEARS}, Operands(args.tokens, device)))
+    unknown = {*(args.only or ()), *(args.once or ())} - {product.name for product in chosen}
+    if unknown:
+        known = ", ".join(dict.fromkeys(product.name for product in chosen))
+        raise SystemExit(f"no product is called {', '.join(sorted(unknown))}: there are {known}")
+    if args.once:
+        return run_once(chosen, args.once, device)
+    cuda = device.type == "cuda"
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size if cuda else 64 * 2**20
+    flops = peak_flops(torch.cuda.get_device_name(device)) if cuda else None
+    bandwidth = next((gpu.bandwidth for gpu in GPUS.values() if flops and gpu.name in started_on["gpu"].lower()), None)
+    replay = "CUDA graph" if cuda else "plain loop"
+    console.print(f"replay: {replay}; operands: {POOL_OVER_L2:g} times L2's {l2 / 2**20:.0f} MiB")
+    rows: list[dict[str, object]] = []
+    for product in chosen:
+        if args.only and product.name not in args.only:
+            continue
+        rows.append(measure(product, args.repeats, l2, device))
+        if args.out is not None:  # after every product: a time limit may cut the others off
+            facts = {"device": args.device, "shape": args.shape, "tokens": args.tokens, "r": RANK, "replay": replay}
+            peaks = {"data_sheet_flops": flops, "data_sheet_bytes_per_second": bandwidth, "l2_bytes": l2}
+            write_result(f"microbench_{args.device}", started_on, {**facts, **peaks, "products": rows}, args.out)
+    show(rows, flops, bandwidth, console)
+    print(f"{len(rows)} products measured ({replay})")
+
+
+if __name__ == "__main__":
+    main()
