@@ -28,7 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from sides import DTYPES, SHAPES, WORLD, Layer, Side, join_fake_world
-from timeline import by_name, record
+from timeline import by_name, record, start_profiler
 
 from lowrank_dist.backend.select import quiet_libraries, select_backend
 from lowrank_dist.parallel.topology import Topology
@@ -104,7 +104,7 @@ def main() -> None:
     quiet_libraries()
     device = select_backend(args.device, 0, 1).device
     join_fake_world()
-    record(lambda: torch.ones(8, device=device) + 1, device)  # starts CUPTI
+    start_profiler(device)
     rows: list[dict[str, Any]] = []
     for shard, dropout in product(SHARDS, DROPOUTS):
         layer = Layer(args.shape, args.tokens, DTYPES["bf16"], device, Topology.build(shard, None, shard > 1, 60))

@@ -85,9 +85,8 @@ class Trace:
 
 
 def record(call: Callable[[], object], device: torch.device, *, shapes: bool = False) -> Trace:
-    """Run `call` once under the profiler. shapes: know the operands of each kernel, at the cost of slower operators.
-
-    The first use of the profiler in a process starts CUPTI, which takes seconds: call it once before what is measured.
+    """Run `call` once under the profiler, after `start_profiler`. shapes: know the operands of each kernel, at the cost
+    of slower operators.
     """
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if cuda else []
@@ -104,6 +103,11 @@ def record(call: Callable[[], object], device: torch.device, *, shapes: bool = F
         profiler.export_chrome_trace(str(file))
         events = json.loads(file.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
     return read(events, seconds)
+
+
+def start_profiler(device: torch.device) -> None:
+    """Use the profiler for the first time in this process, which starts CUPTI and takes seconds."""
+    record(lambda: torch.ones(8, device=device) + 1, device)
 
 
 def read(events: Iterable[Mapping[str, Any]], seconds: float) -> Trace:

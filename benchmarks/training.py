@@ -162,8 +162,7 @@ def train(args: argparse.Namespace, name: str, method: str) -> dict[str, Any]:
     shutil.rmtree(run, ignore_errors=True)
     traced.unlink(missing_ok=True)
     config, steps = write_config(args, recipe, make_base(name, recipe), method, run), FIRST_STEPS + args.steps
-    # The step before the traced one starts the profiler, so it is not counted either.
-    command = [sys.executable, "benchmarks/training_run.py", str(config), str(steps + 2), str(traced)]
+    command = [sys.executable, "benchmarks/training_run.py", str(config), str(steps + 1), str(traced)]
     settings = os.environ | {
         **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": args.device},

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timeline import Trace, record
+from timeline import Trace, record, start_profiler
 from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
@@ -36,15 +36,13 @@ def draw_weights(parameters: Mapping[str, Tensor], *_: Any, **__: Any) -> None:
 
 
 def traced(step: Callable[[Any, int], None], number: int, keep: Callable[[Trace], None]) -> Callable[[Any, int], None]:
-    """`Trainer._step` whose step `number` is recorded. The one before starts the profiler, which takes seconds."""
+    """`Trainer._step` whose step `number` is recorded."""
 
     def stepping(trainer: Any, done: int) -> None:
-        if done + 1 not in (number - 1, number):
+        if done + 1 != number:
             return step(trainer, done)
-        trace = record(lambda: step(trainer, done), trainer.backend.device)
-        if done + 1 == number:
-            keep(trace)
-        return None
+        start_profiler(trainer.backend.device)
+        return keep(record(lambda: step(trainer, done), trainer.backend.device))
 
     return stepping
 

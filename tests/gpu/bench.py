@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from tests.gpu.prepare import DEVICE, build, install_wheels, python, runner
+from tests.gpu.prepare import DEVICE, build, environment, install_wheels, python, runner
 from tests.gpu.stages import Runner, Stage
 
 # On a CPU a rehearsal of every stage at sizes of no meaning.
@@ -25,19 +25,19 @@ def benchmark(run: Runner, seconds: float, name: str, script: str, *words: str) 
 
 def stages(run: Runner) -> Iterator[Stage]:
     """The most valuable first: what a time limit cuts off is the last."""
-    yield benchmark(run, 40, "kernels of a layer", "kernel_table", *TINY_LAYER)
+    yield benchmark(run, 45, "kernels of a layer", "kernel_table", *TINY_LAYER)
     model = ("--shapes", "llama-3-8b", "tinyllama", "--methods", "lora", "--steps", "3")
     yield benchmark(run, 100, "training steps", "training", *model, *TINY_MODEL)
-    yield benchmark(run, 60, "each product by itself", "microbench", *TINY_LAYER)
+    yield benchmark(run, 45, "each product by itself", "microbench", *TINY_LAYER)
     layer = (*(TINY_LAYER or ("--shape", "llama-3-8b")), "--shard", "1", "8", "--rounds", "10")
     yield benchmark(run, 60, "overhead of a layer", "overhead", *layer, "--settings", *SETTINGS)
-    yield benchmark(run, 30, "hardware counters", "counters", *TINY_LAYER)
+    yield benchmark(run, 40, "hardware counters", "counters", *TINY_LAYER)
 
 
 def main() -> int:
     run = runner("gpu-bench")
     install_wheels(run)
-    if build(run):
+    if build(run, [environment()]):
         for stage in stages(run):
             run.run(stage)
     return run.close()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from tests.gpu.environment import absent
-from tests.gpu.prepare import DEVICE, ROOT, build, install_wheels, python, runner
+from tests.gpu.prepare import DEVICE, ROOT, build, environment, install_wheels, python, runner
 from tests.gpu.stages import Stage
 
 METHODS = "tests/dist/test_methods.py"
@@ -87,8 +87,7 @@ def stages() -> Iterator[Stage]:
 def main() -> int:
     run = runner("gpu-check")
     install_wheels(run)
-    environment = Stage("environment", 30, python("-m", "tests.gpu.environment", "--device", DEVICE))
-    build(run, [environment, tests(45, "collectives", *COLLECTIVES)])
+    build(run, [environment(), tests(45, "collectives", *COLLECTIVES)])
     for stage in stages():
         run.run(stage)
     return run.close()

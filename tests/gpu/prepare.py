@@ -46,6 +46,11 @@ def install_wheels(run: Runner) -> None:
     importlib.invalidate_caches()
 
 
+def environment() -> Stage:
+    """A look at the machine: what it has, and what it lacks by name."""
+    return Stage("environment", 30, python("-m", "tests.gpu.environment", "--device", DEVICE))
+
+
 def build(run: Runner, beside: Sequence[Stage] = ()) -> bool:
     """Build the extension, and run meanwhile what does not need it. Whether the operators are there."""
     building = run.start(
