@@ -76,6 +76,7 @@ class Trace:
         """What is kept of a trace: times in seconds, number of kernels, and microseconds by group."""
         return {
             "seconds": self.seconds,
+            "busy_seconds": union(self.kernels),
             "busy_share": self.busy_share,
             "host_seconds": self.host_seconds,
             "launch_call_seconds": union(self.launches),

@@ -11,10 +11,11 @@ Shapes, with random weights in bf16 and no recomputation:
 Low-rank factors have rank 16 on all linears and dropout 0.1; full fine-tuning trains every weight.
 
 Every run is launch/train.py (benchmarks/training_run.py), ended when its steps are recorded: what it would save at its
-end is not measured here. Tokens/s and MFU are medians over --steps after five that warm up; the step after them runs
-under the profiler. `busy` is the share of that step in which the GPU ran a kernel; `host` the time in which the host
-issued it, i.e. did not wait for the GPU; a step under the profiler takes longer, so both stand beside its own seconds.
-Memory is the peak that the device's allocator handed out, beside what `lowrank-dist plan` says of the same config.
+end is not measured here. Tokens/s, MFU and `step s` are medians over --steps after five that warm up; the step after
+them runs under the profiler. `busy` is the time in which the GPU ran at least one kernel, over `step s`, and over
+`traced s`, the traced step's own time, which is longer; `host s` is the time of the traced step in which the host did
+not wait for the GPU, i.e. issued its work. Memory is the peak that the device's allocator handed out, beside what
+`lowrank-dist plan` says of the same config.
 
 results/training_cuda.json is written where all methods ran whole on a GPU; --out writes training_DEVICE.json there
 after every run.
@@ -198,6 +199,7 @@ def train(args: argparse.Namespace, name: str, method: str) -> dict[str, Any]:
         "planned_gib": float(PLANNED.search(said)[1]),
         "traced_step": json.loads(traced.read_text(encoding="utf-8")),
     }
+    found["busy_share"] = found["traced_step"]["busy_seconds"] / found["step_seconds"]
     if "mfu_percent" in counted[-1]:
         found["mfu_percent"] = speed([step["mfu_percent"] for step in counted])
     published = PUBLISHED.get((name, method))
@@ -228,8 +230,8 @@ def steps_of(run: Path) -> list[dict[str, float]]:
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table(box=box.MARKDOWN)
-    names = ("shape, method", "tokens/s", "TFLOP/s", "MFU %", "step s", "traced s", "busy %", "host s", "kernels")
-    for name in (*names, "peak GiB", "planned GiB"):
+    names = ("shape, method", "tokens/s", "TFLOP/s", "MFU %", "step s", "busy %", "traced s", "busy % ", "host s")
+    for name in (*names, "kernels", "peak GiB", "planned GiB"):
         table.add_column(name, justify="left" if name == names[0] else "right")
     for row in rows:
         trace = row["traced_step"]
@@ -238,6 +240,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
             *(f"{row[key]:,.{digits}f}" for key, digits in (("tokens_per_second", 0), ("tflops", 1))),
             f"{row['mfu_percent']:.1f}" if "mfu_percent" in row else "–",
             f"{row['step_seconds']:.3f}",
+            f"{100 * row['busy_share']:.0f}",
             f"{trace['seconds']:.3f}",
             f"{100 * trace['busy_share']:.0f}",
             f"{trace['host_seconds']:.3f}",
@@ -247,8 +250,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
         if "published" in row:
             theirs = row["published"]
             mfu = f"{theirs['mfu_percent']} ({theirs['mfu_percent_by_our_count']:.1f} by our count)"
-            rest = [""] * (len(names) + 2 - 4)
-            table.add_row("published: NeMo Automodel, H100", f"{theirs['tokens_per_second']:,}", "", mfu, *rest)
+            table.add_row("published: NeMo Automodel, H100", f"{theirs['tokens_per_second']:,}", "", mfu)
     console.print(table)
     for row in rows:
         groups = ", ".join(f"{name} {found['us'] / 1e3:.1f}" for name, found in row["traced_step"]["groups"].items())
@@ -274,7 +276,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    args, console = parse(), Console(width=150)
+    args, console = parse(), Console(width=190)
     started_on = machine(args.device)
     rows: list[dict[str, Any]] = []
     for name in args.shapes:

@@ -290,14 +290,14 @@ def test_published_tokens_per_second_by_our_count() -> None:
 def test_the_published_figure_stands_beside_ours() -> None:
     trace = {"seconds": 0.5, "busy_share": 0.75, "host_seconds": 0.3, "kernels": 9, "groups": {"GEMM": {"us": 1500}}}
     row = {"shape": "llama-3-8b", "method": "lora", "tokens_per_second": 9000.0, "tflops": 300.0, "mfu_percent": 30.3}
-    row |= {"step_seconds": 1.8, "peak_gib": 55.0, "planned_gib": 53.4, "traced_step": trace}
+    row |= {"step_seconds": 1.8, "busy_share": 0.21, "peak_gib": 55.0, "planned_gib": 53.4, "traced_step": trace}
     theirs = {**training.PUBLISHED["llama-3-8b", "lora"], "mfu_percent_by_our_count": 41.0}
-    console = Console(width=150, record=True, file=io.StringIO())
+    console = Console(width=190, record=True, file=io.StringIO())
     training.show([row | {"published": theirs}], console)
     said = console.export_text()
     lines = said.splitlines()
     ours, published = (next(line for line in lines if words in line) for words in ("| llama", "| published"))
-    assert all(word in ours for word in ("9,000", "30.3", "1.800", "75", "0.300"))
+    assert all(word in ours for word in ("9,000", "30.3", "1.800", " 21 ", " 75 ", "0.300"))
     assert "12,473" in published and "41 (41.0 by our count)" in published and "memory bandwidth" in said
     training.show([row], console)
     assert "published" not in console.export_text()
