@@ -272,14 +272,17 @@ def test_flops_of_a_step_are_those_that_peft_executes(tmp_path: Path) -> None:
     ids = torch.arange(40).view(2, 20)
     with FlopCounterMode(display=False) as counter:
         peft(input_ids=ids, use_cache=False).logits.sum().backward()
-    executed = {str(name): count for name, count in counter.get_flop_counts()["Global"].items()}
+    modules = counter.get_flop_counts()
+    executed = {str(name): count for name, count in modules["Global"].items()}
+    # RoPE's angles are a product in some versions of transformers.
+    angles = [count for name, counts in modules.items() if name.endswith("rotary_emb") for count in counts.values()]
     job = job_of(read_request(str(tmp_path), ["lora.rank=4"]), target_share=1.0)
     count = {"tokens": 40, "target_tokens": 40, "recompute": False}
     whole, linear = (
         step_flops(job.shape, job.placement, job.tuning, square_lengths=squares, **count).model for squares in (800, 0)
     )
     assert linear == executed["aten.mm"] + executed.get("aten.addmm", 0)
-    assert 2 * (whole - linear) == executed["aten.bmm"], "transformers computes both triangles of attention"
+    assert 2 * (whole - linear) == executed["aten.bmm"] - sum(angles), "transformers computes both triangles"
 
 
 def test_published_tokens_per_second_by_our_count() -> None:
