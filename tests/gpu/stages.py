@@ -49,11 +49,12 @@ class Outcome:
 
 @dataclass
 class Running:
-    """A stage that was started; `process` is None where that failed."""
+    """A stage that was started; `process` is None where that failed. began: by the wall clock; until: monotonic."""
 
     stage: Stage
     process: subprocess.Popen[bytes] | None
     log: Path
+    limit: float
     began: float
     until: float
 
@@ -98,7 +99,7 @@ class Runner:
             return None
         print(f"== {stage.name} (at most {limit:.0f} s)", flush=True)
         log = self.logs / f"{re.sub(r'[^a-zA-Z0-9]+', '-', stage.name)}.log"
-        began = time.monotonic()
+        began, until = time.time(), time.monotonic() + limit
         with log.open("wb") as stream:
             try:
                 # A session of its own, so that whatever the stage leaves behind can be ended with it.
@@ -113,18 +114,22 @@ class Runner:
             except OSError as error:
                 stream.write(f"{error}\n".encode())
                 process = None
-        return Running(stage, process, log, began, began + limit)
+        return Running(stage, process, log, limit, began, until)
 
     def finish(self, running: Running | None) -> bool:
         """Wait for a started stage, end it where its time is over, and keep its outcome; whether it succeeded."""
         if running is None:
             return False
+        # One that ran beside others may have ended before: with its last word, as far as can be told.
+        over = running.process is None or running.process.poll() is not None
+        ended = running.log.stat().st_mtime if over else None
         code, late = (127, False) if running.process is None else _wait(running.process, running.until)
         result = "ok" if code == 0 else f"FAILED: code {code}"
         if late:
-            result = f"FAILED: ran past {running.until - running.began:.0f} s"
+            result = f"FAILED: ran past {running.limit:.0f} s"
         text = running.log.read_bytes()[-KEPT_BYTES:].decode("utf-8", errors="replace")
-        outcome = Outcome(running.stage, time.monotonic() - running.began, result, last_words(text))
+        seconds = max(0.0, (ended or time.time()) - running.began)
+        outcome = Outcome(running.stage, seconds, result, last_words(text))
         if outcome.failed:
             for line in text.splitlines()[-SHOWN_LINES:]:
                 print(line[:SHOWN_COLUMNS])

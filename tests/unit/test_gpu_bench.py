@@ -29,6 +29,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import counters  # noqa: E402
 import microbench  # noqa: E402
+import products  # noqa: E402
 import roofline  # noqa: E402
 import sides  # noqa: E402
 import timeline  # noqa: E402
@@ -136,16 +137,16 @@ def test_a_real_profile_on_a_cpu() -> None:
 # --- each product by itself
 
 
-def products(tokens: int = 24) -> list[microbench.Product]:
+def all_products(tokens: int = 24) -> list[products.Product]:
     linears = sides.architecture("tiny").linears
     layouts = {name: linears[name] for name in MEGATRON_LINEARS}
-    return list(microbench.products(layouts, microbench.Operands(tokens, CPU)))
+    return list(products.products(layouts, products.Operands(tokens, CPU)))
 
 
 def test_every_product_that_the_layer_has_is_there_once() -> None:
-    labels = [product.label for product in products()]
+    labels = [product.label for product in all_products()]
     assert len(labels) == len(set(labels)) == 2 + 16 + 12 + 24
-    assert sum(product.name.startswith("gemm") for product in products()) == 16
+    assert sum(product.name.startswith("gemm") for product in all_products()) == 16
 
 
 def test_the_bytes_are_those_of_the_roofline() -> None:
@@ -153,13 +154,13 @@ def test_the_bytes_are_those_of_the_roofline() -> None:
     tokens = 24
     for name in MEGATRON_LINEARS:
         layout = sides.architecture("tiny").linears[name]
-        (o, k), r = layout.local_shape(1), microbench.RANK * len(layout.parts)
-        counted = roofline.passes(layout, 1, tokens, microbench.RANK)
+        (o, k), r = layout.local_shape(1), products.RANK * len(layout.parts)
+        counted = roofline.passes(layout, 1, tokens, products.RANK)
         factor = {"down": 2 * r * k, "expand": 2 * r * k, "grad_a": 4 * r * k, "up": 2 * r * o, "dU": 2 * r * o}
-        for product in products(tokens):
+        for product in all_products(tokens):
             if product.linear == name and product.name in counted and product.variant != "masked":
                 assert product.bytes == 2 * counted[product.name] + factor.get(product.name, 4 * r * o), product.label
-        frozen = {p.label: p for p in products(tokens) if p.linear == name and p.name.startswith("gemm")}
+        frozen = {p.label: p for p in all_products(tokens) if p.linear == name and p.name.startswith("gemm")}
         assert {product.flops for product in frozen.values()} == {2 * tokens * o * k}
         for direction, output in (("gemm", o), ("gemm dX", k)):
             written, added = (frozen[f"{direction} {name} beta {beta}"].bytes for beta in (0, 1))
@@ -171,8 +172,8 @@ def test_the_bytes_are_those_of_the_roofline() -> None:
 def test_a_frozen_product_is_what_it_is_called(direction: str, beta: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Given every operand by hand: Y = X·Wᵀ or dY·W, written over what is there or added to it."""
     drawn: list[torch.Tensor] = []
-    monkeypatch.setattr(microbench.Operands, "normal", lambda _, *shape: drawn.append(torch.randn(*shape)) or drawn[-1])
-    product = next(p for p in products() if p.label == f"{direction} linear_fc1 beta {beta}")
+    monkeypatch.setattr(products.Operands, "normal", lambda _, *shape: drawn.append(torch.randn(*shape)) or drawn[-1])
+    product = next(p for p in all_products() if p.label == f"{direction} linear_fc1 beta {beta}")
     call = product.make()
     x, weight, y = drawn
     expected = x @ (weight.t() if direction == "gemm" else weight) + beta * y
@@ -181,7 +182,7 @@ def test_a_frozen_product_is_what_it_is_called(direction: str, beta: int, monkey
 
 
 def test_the_pool_exceeds_the_cache_and_has_sets_of_its_own() -> None:
-    product = next(p for p in products() if p.name == "dU")
+    product = next(p for p in all_products() if p.name == "dU")
     made = []
     counting = replace(product, make=lambda: made.append(len(made)) or (lambda: None))
     assert len(microbench.pool_of(counting, round(4 * product.bytes / 3.0))) == 4 == len(made)
@@ -191,7 +192,7 @@ def test_the_pool_exceeds_the_cache_and_has_sets_of_its_own() -> None:
 
 def test_a_time_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three sets in the pool, a clock that moves 0.01 s a call."""
-    product = microbench.Product("p", "", "", lambda: lambda: None, flops=10**9, bytes=10**8)
+    product = products.Product("p", "", "", lambda: lambda: None, flops=10**9, bytes=10**8)
     monkeypatch.setattr(microbench, "seconds_of", lambda work, count, device: 0.03 * count)
     row = microbench.measure(product, 3, 10**8, CPU)
     assert row["sets"] == 3 and row["us"] == pytest.approx(10_000)

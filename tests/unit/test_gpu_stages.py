@@ -127,8 +127,9 @@ def test_a_larger_budget_stretches_the_stages_own_limits(make_runner: MakeRunner
 def test_stages_run_beside_each_other(make_runner: MakeRunner) -> None:
     run = make_runner()
     building = run.start(stage("sleep 0.5; echo built", name="build"))
-    assert run.run(stage("echo meanwhile", name="beside"))
+    assert run.run(stage("sleep 1.5; echo meanwhile", name="beside"))
     assert list(results(run)) == ["beside"] and run.finish(building) and run.outcomes[1].says == "built"
+    assert run.outcomes[1].seconds < 1.2, "its seconds are its own"
 
 
 @pytest.mark.parametrize(
