@@ -125,7 +125,7 @@ class Runner:
         ended = running.log.stat().st_mtime if over else None
         code, late = (127, False) if running.process is None else _wait(running.process, running.until)
         result = "ok" if code == 0 else f"FAILED: code {code}"
-        if late:
+        if late and code:  # one that was at its end anyway, and says so, has not failed
             result = f"FAILED: ran past {running.limit:.0f} s"
         text = running.log.read_bytes()[-KEPT_BYTES:].decode("utf-8", errors="replace")
         seconds = max(0.0, (ended or time.time()) - running.began)

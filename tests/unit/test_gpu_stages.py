@@ -101,6 +101,12 @@ def test_an_interrupted_stage_still_says_what_it_found(make_runner: MakeRunner) 
     assert run.outcomes[0].says == "2 failed, 3 passed" and run.outcomes[0].result == "FAILED: ran past 1 s"
 
 
+def test_a_stage_that_ends_well_while_it_is_interrupted_has_not_failed(make_runner: MakeRunner) -> None:
+    run = make_runner()
+    assert run.run(stage("trap '' INT; sleep 0.8; echo 3 passed in 1s", 1.0))
+    assert results(run) == {"a stage": "ok"} and run.outcomes[0].says == "3 passed"
+
+
 def test_the_budget_bounds_all_stages_together(make_runner: MakeRunner) -> None:
     """Three that would each sleep a minute, in a budget of three seconds; the last has no time to begin."""
     run = make_runner(seconds=3.0)
