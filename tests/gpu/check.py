@@ -67,8 +67,8 @@ def stages() -> Iterator[Stage]:
     yield tests(30, "masks of every operator", "tests/unit/test_ops_mask.py", parallel=several)
     yield tests(40, "accuracy", *ACCURACY, parallel=several)
     yield tests(40, "collectives of the plan", OF_THE_PLAN)
-    yield tests(90, "methods' twins", METHODS, "--deselect", OF_THE_PLAN, parallel=several)
-    yield tests(60, "batches", "tests/dist/test_batches.py", parallel=several)
+    yield tests(110, "methods' twins", METHODS, "--deselect", OF_THE_PLAN, parallel=several)
+    yield tests(50, "batches", "tests/dist/test_batches.py", parallel=several)
     yield tests(60, "logits against transformers", "tests/dist/test_logits.py", parallel=several)
     yield tests(75, "twins", "tests/dist/test_twins.py", parallel=several)
     if gpus() > 1:
