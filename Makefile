@@ -66,7 +66,7 @@ quickstart: $(READY)
 cuda-build-check: $(READY)
 	JOBS=$(JOBS) bash tests/cuda_build/check.sh
 
-# With PYTHON given these two install nothing and need no network (tests/gpu/README.md).
+# At most 330 s each on one GPU. With PYTHON given they install nothing and need no network (tests/gpu/README.md).
 gpu-check: $(READY)
 	bash tests/gpu/check.sh
 

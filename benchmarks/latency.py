@@ -29,7 +29,6 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import json
 import math
 import os
 import random
@@ -594,9 +593,8 @@ def is_whole(args: argparse.Namespace) -> bool:
 
 
 def main() -> None:
-    args, started_on = parse(), machine()
-    if args.device == "cuda":
-        started_on["gpu"] = torch.cuda.get_device_name()
+    args = parse()
+    started_on = machine(args.device)
     console = Console(width=150)
     results = [result for tp in args.tp for result in run(tp, args, console)]
     verdicts = [verdict(result) for result in results]
@@ -614,9 +612,7 @@ def main() -> None:
         print(f"\nwritten: {write_result(name, started_on, figures)}, {DOCS / f'{name}.png'}")
         draw(results, DOCS / f"{name}.png")
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"machine": started_on, **figures}, indent=2)
-        (args.out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        write_result(name, started_on, figures, args.out)
         draw(results, args.out / f"{name}.png")
     print()
     for words, _ in verdicts:

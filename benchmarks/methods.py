@@ -480,8 +480,7 @@ def publish(cache: Cache, started_on: dict[str, object], args: argparse.Namespac
         draw(rows, base, ROOT / "docs" / "methods.png")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"machine": started_on, **figures}, indent=2)
-        (args.out / "methods.json").write_text(text + "\n", encoding="utf-8")
+        write_result("methods", started_on, figures, args.out)
         draw(rows, base, args.out / "methods.png")
 
 

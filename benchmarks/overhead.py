@@ -28,11 +28,10 @@ The last line is `overhead_ours=… overhead_peft=…` for bf16, r = 16, dropout
 import argparse
 import gc
 import importlib.util
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -150,22 +149,17 @@ def cell(layer: Layer, setting: tuple[str, int, float], args: argparse.Namespace
     return row
 
 
-def run(args: argparse.Namespace, device: torch.device, console: Console) -> tuple[list[Row], dict[str, bool]]:
-    """Every setting of every shape and shard, one layer in memory at a time."""
-    copying = join_fake_world()
-    copies = all(copying.values())
-    rows = []
+def run(args: argparse.Namespace, device: torch.device, copies: bool) -> Iterator[Row]:
+    """Every setting of every shape and shard as it is measured, one layer in memory at a time."""
     for shape, shard in product(args.shape, args.shard):
         topology = Topology.build(shard, None, shard > 1, timeout_seconds=60)
         for dtype in dict.fromkeys(dtype for dtype, _, _ in args.settings):
             layer = Layer(shape, args.tokens, DTYPES[dtype], device, topology)
             for setting in (setting for setting in args.settings if setting[0] == dtype):
                 where = {"shape": shape, "shard": shard, "tokens": args.tokens}
-                rows.append({**where, **cell(layer, setting, args, copies)})
-                console.print(describe(rows[-1]))
+                yield {**where, **cell(layer, setting, args, copies)}
             del layer
             gc.collect()
-    return rows, copying
 
 
 def describe(row: Row) -> str:
@@ -251,18 +245,14 @@ def leave(name: str, started_on: dict[str, object], figures: dict[str, object], 
     if whole:
         write_result(name, started_on, figures)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"machine": started_on, **figures}, indent=2)
-        (out / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+        write_result(name, started_on, figures, out)
 
 
-def prepare(args: argparse.Namespace, started_on: dict[str, object], console: Console) -> torch.device:
-    """Threads and the device; the GPU's name into the machine's description; says which peers are not here."""
+def prepare(args: argparse.Namespace, console: Console) -> torch.device:
+    """Threads and the device; says which peers are not here."""
     torch.set_num_threads(args.threads)
     quiet_libraries()
     device = select_backend(args.device, 0, 1).device
-    if device.type == "cuda":
-        started_on["gpu"] = torch.cuda.get_device_name(device)
     there = [name for name in PEERS if importlib.util.find_spec(name) is not None]
     absent = [name for name in PEERS if name not in there]
     console.print(f"peers absent: {', '.join(absent) or 'none'}; there, but not measured: {', '.join(there) or 'none'}")
@@ -271,21 +261,26 @@ def prepare(args: argparse.Namespace, started_on: dict[str, object], console: Co
 
 def main() -> None:
     args, whole = parse()
-    console, started_on = Console(width=150), machine()
+    console, started_on = Console(width=150), machine(args.device)
     if args.model:
         leave(f"overhead_modelled_{args.model}", started_on, roofline.report(args.model, console), True, args.out)
         return
-    device = prepare(args, started_on, console)
-    rows, copying = run(args, device, console)
+    device = prepare(args, console)
+    name = "overhead_cuda" if device.type == "cuda" else "overhead"
+    copying = join_fake_world()
+    facts = {"device": device.type, "threads": args.threads, "rounds": args.rounds, "fake_group": copying}
+    rows: list[Row] = []
+    for row in run(args, device, all(copying.values())):
+        rows.append(row)
+        console.print(describe(row))
+        leave(name, started_on, {**facts, "settings": rows}, False, args.out)  # a time limit may cut the others off
     show(rows, console)
     judged = verdicts(rows, device.type)
     for verdict in judged:
         says = "holds" if verdict["holds"] else "MISSED"
         print(f"limit {verdict['limit']}: {verdict['what']} = {verdict['value']:.3f} ({verdict['setting']}) {says}")
-    facts = {"device": device.type, "threads": args.threads, "rounds": args.rounds, "fake_group": copying}
     headline = [row["overhead"] for row in rows if (row["dtype"], row["r"], row["dropout"]) == HEADLINE]
     last = {f"overhead_{side}": headline[0][side]["median"] for side in ("ours", "peft")} if headline else {}
-    name = "overhead_cuda" if device.type == "cuda" else "overhead"
     leave(name, started_on, {**facts, "settings": rows, "limits": judged, **last}, whole, args.out)
     if last:
         print(" ".join(f"{key}={value:.3f}" for key, value in last.items()))

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: its figures and the machine they were measured on, as JSON in results/."""
+"""What a benchmark leaves behind: its figures and the machine they were measured on, as JSON."""
 
 import json
 import os
@@ -11,11 +11,11 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def machine() -> dict[str, object]:
-    """Processor, cores, memory, load and library versions; nothing that names the host."""
+def machine(device: str = "cpu") -> dict[str, object]:
+    """Processor, cores, memory, load and library versions, on "cuda" the GPU too; nothing that names the host."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = next((line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "")
-    return {
+    found: dict[str, object] = {
         "processor": f"{model or platform.machine()} ({torch.backends.cpu.get_cpu_capability()})",
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
@@ -23,12 +23,21 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+    if device == "cuda":
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
 
 
-def write_result(name: str, started_on: dict[str, object], figures: dict[str, object]) -> Path:
-    """Write results/NAME.json. `started_on`: `machine()` from before the measurement, so that its load is others'."""
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"{name}.json"
+def write_result(name: str, started_on: dict[str, object], figures: dict[str, object], folder: Path = RESULTS) -> Path:
+    """Write FOLDER/NAME.json, whole or not at all, and return its path.
+
+    `started_on`: `machine()` from before the measurement, so that its load is others'.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{name}.json"
     result = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": started_on, **figures}
-    target.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    # A stage may be stopped by its time limit in the middle of a write; the figures before it stay.
+    unfinished = target.with_suffix(".part")
+    unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(target)
     return target

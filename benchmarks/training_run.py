@@ -1,0 +1,72 @@
+"""launch/train.py in this process, on random weights made where they lie, with one of its steps under the profiler.
+
+    python benchmarks/training_run.py CONFIG STEP FILE
+
+What benchmarks/training.py starts. Everything of the run is launch/train.py's own but for two things: the frozen
+weights are drawn on the device in place of being read (reading 16 GB would take longer than the steps that are
+measured; the base's file holds its header alone), and step STEP, counted from 1, runs under torch.profiler, whose
+figures go to FILE. GEMMs on zeros run faster than on weights, so zeros would not do.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from timeline import Trace, record, start_profiler
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+# The spread that the models' own configurations initialise with (initializer_range).
+SPREAD = 0.02
+
+
+@torch.no_grad()
+def draw_weights(parameters: Mapping[str, Tensor], *_: Any, **__: Any) -> None:
+    """In the place of `load_weights`: matrices normal, norms' weights 1, as at an initialisation."""
+    for parameter in parameters.values():
+        if parameter.dim() > 1:
+            parameter.normal_(0.0, SPREAD)
+        else:
+            parameter.fill_(1.0)
+
+
+def traced(step: Callable[[Any, int], None], number: int, keep: Callable[[Trace], None]) -> Callable[[Any, int], None]:
+    """`Trainer._step` whose step `number` is recorded."""
+
+    def stepping(trainer: Any, done: int) -> None:
+        if done + 1 != number:
+            return step(trainer, done)
+        start_profiler(trainer.backend.device)
+        return keep(record(lambda: step(trainer, done), trainer.backend.device))
+
+    return stepping
+
+
+def main() -> int:
+    config, number, file = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    sys.path.insert(0, str(ROOT / "launch"))
+    import train
+
+    from lowrank_dist.backend.select import quiet_libraries
+
+    quiet_libraries()  # as launch/train.py does before the same imports
+    from lowrank_dist.engine.trainer import Trainer
+    from lowrank_dist.model import build
+
+    def keep(trace: Trace) -> None:
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(trace.figures()), encoding="utf-8")
+        part.replace(file)
+
+    build.load_weights = draw_weights
+    Trainer._step = traced(Trainer._step, number, keep)
+    return train.run([config])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""`make gpu-bench`: where the time of one layer and of a training step goes on this GPU (README.md beside this file).
+
+    python -m tests.gpu.bench        # through tests/gpu/bench.sh, which sets the environment
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from tests.gpu.prepare import DEVICE, build, environment, install_wheels, python, runner
+from tests.gpu.stages import Runner, Stage
+
+# On a CPU a rehearsal of every stage at sizes of no meaning.
+TINY_LAYER = () if DEVICE == "cuda" else ("--shape", "tiny", "--tokens", "128")
+TINY_MODEL = () if DEVICE == "cuda" else ("--layers", "2", "--hidden", "256", "--length", "64")
+SETTINGS = ("bf16:16:0", "bf16:16:0.1")
+
+
+def benchmark(run: Runner, seconds: float, name: str, script: str, *words: str) -> Stage:
+    """A stage that is one benchmark, whose JSON goes where the table goes."""
+    where = ("--device", DEVICE, "--out", str(run.out))
+    return Stage(name, seconds, python(f"benchmarks/{script}.py", *where, *words))
+
+
+def stages(run: Runner) -> Iterator[Stage]:
+    """The most valuable first: what a time limit cuts off is the last."""
+    yield benchmark(run, 45, "kernels of a layer", "kernel_table", *TINY_LAYER)
+    model = ("--shapes", "llama-3-8b", "tinyllama", "--methods", "lora", "--steps", "3")
+    yield benchmark(run, 100, "training steps", "training", *model, *TINY_MODEL)
+    yield benchmark(run, 45, "each product by itself", "microbench", *TINY_LAYER)
+    layer = (*(TINY_LAYER or ("--shape", "llama-3-8b")), "--shard", "1", "8", "--rounds", "10")
+    yield benchmark(run, 60, "overhead of a layer", "overhead", *layer, "--settings", *SETTINGS)
+    yield benchmark(run, 40, "hardware counters", "counters", *TINY_LAYER)
+
+
+def main() -> int:
+    run = runner("gpu-bench")
+    install_wheels(run)
+    if build(run, [environment()]):
+        for stage in stages(run):
+            run.run(stage)
+    return run.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

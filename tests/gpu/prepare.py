@@ -1,0 +1,61 @@
+"""What `make gpu-check` and `make gpu-bench` begin with: missing packages and the compiled operators."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.gpu.environment import NEEDED, absent
+from tests.gpu.stages import Runner, Stage
+
+ROOT = Path(__file__).parents[2]
+USUAL_SECONDS = 330
+SITE = ROOT / "build" / "gpu-site"
+DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
+# Both libraries; without the one for this device nothing that follows would mean anything.
+_BUILT = """
+import sys
+from lowrank_dist.ops.extension import demand, describe
+demand(sys.argv[1])
+print(describe(sys.argv[1]))
+"""
+
+
+def runner(name: str) -> Runner:
+    """The runner of `name`: results in $OUT, or in build/NAME where that is not set."""
+    logs = ROOT / "build" / name
+    seconds = float(os.environ.get("GPU_CHECK_SECONDS", USUAL_SECONDS))
+    return Runner(f"make {name} on {DEVICE}", name, Path(os.environ.get("OUT") or logs), logs, seconds, USUAL_SECONDS)
+
+
+def python(*words: str) -> list[str]:
+    """A command of this interpreter."""
+    return [sys.executable, *words]
+
+
+def install_wheels(run: Runner) -> None:
+    """Install what .whl/ carries into build/gpu-site where this interpreter lacks something that is needed."""
+    wheels = sorted(str(wheel) for wheel in (ROOT / ".whl").glob("*.whl"))
+    if not wheels or not any(absent(module) for module in NEEDED.values()):
+        return
+    options = ["-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--upgrade", "--target", str(SITE)]
+    run.run(Stage("carried wheels", 40, python("-m", "pip", "install", *options, *wheels)))
+    importlib.invalidate_caches()
+
+
+def environment() -> Stage:
+    """A look at the machine: what it has, and what it lacks by name."""
+    return Stage("environment", 30, python("-m", "tests.gpu.environment", "--device", DEVICE))
+
+
+def build(run: Runner, beside: Sequence[Stage] = ()) -> bool:
+    """Build the extension, and run meanwhile what does not need it. Whether the operators are there."""
+    command = ["sh", "-c", '"$0" setup.py build_ext --inplace && "$0" -c "$1" "$2"', sys.executable, _BUILT, DEVICE]
+    # It took 31 s on an H200's 16 cores. To cut it off sooner would gain nothing: all else stands on it.
+    building = run.start(Stage("build the extension", 90, command))
+    for stage in beside:
+        run.run(stage)
+    return run.finish(building)

@@ -1,0 +1,158 @@
+"""tests/gpu/stages.py: a stage that fails, hangs or cannot start stops no other, and the time is kept to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import stages
+from tests.gpu.stages import Outcome, Runner, Stage
+
+MakeRunner = Callable[..., Runner]
+HANG = "sleep 60"
+
+
+@pytest.fixture
+def make_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRunner:
+    """A runner whose grace is a fraction of a second."""
+    monkeypatch.setattr(stages, "GRACE", 0.4)
+
+    def make(seconds: float = 30.0, usual: float = 30.0) -> Runner:
+        return Runner("rehearsal", "gpu-test", tmp_path / "out", tmp_path / "logs", seconds, usual)
+
+    return make
+
+
+def stage(script: str, seconds: float = 20.0, name: str = "a stage", if_time: bool = False) -> Stage:
+    return Stage(name, seconds, ["sh", "-c", script], if_time)
+
+
+def results(run: Runner) -> dict[str, str]:
+    return {outcome.stage.name: outcome.result for outcome in run.outcomes}
+
+
+def test_a_stage_that_fails_hangs_or_cannot_start_stops_no_other(make_runner: MakeRunner) -> None:
+    run = make_runner()
+    run.run(stage("echo fine", name="first"))
+    run.run(stage("exit 3", name="fails"))
+    run.run(stage(f"echo here; {HANG}", 1.0, "hangs"))
+    run.run(stage("kill -SEGV $$", name="crashes"))
+    run.run(Stage("cannot start", 5.0, ["/no/such/program"]))
+    run.run(stage("echo '1 passed in 0.1s'", name="last"))
+    assert results(run) == {
+        "first": "ok",
+        "fails": "FAILED: code 3",
+        "hangs": "FAILED: ran past 1 s",
+        "crashes": "FAILED: code -11",
+        "cannot start": "FAILED: code 127",
+        "last": "ok",
+    }
+    assert run.close() == 1
+    table, log = (run.out / f"gpu-test.{ending}" for ending in ("txt", "log"))
+    lines = table.read_text().splitlines()[3:]
+    assert [line.split("  ")[0] for line in lines] == list(results(run))
+    assert lines[0].endswith("fine") and lines[-1].endswith("1 passed")
+    assert "here" in log.read_text() and "No such file" in log.read_text()
+
+
+def test_only_a_run_without_failure_ends_with_zero(make_runner: MakeRunner) -> None:
+    run = make_runner()
+    assert run.close() == 1, "nothing ran"
+    assert run.run(stage("")) and run.close() == 0
+    assert not run.run(stage("exit 1")) and run.close() == 1
+
+
+def test_the_table_stands_after_every_stage(make_runner: MakeRunner) -> None:
+    """What ends the whole command from outside loses nothing of what had ended."""
+    run, tables = make_runner(), []
+    for name in ("one", "two"):
+        run.run(stage("", name=name))
+        tables.append((run.out / "gpu-test.txt").read_text())
+    assert "one" in tables[0] and "two" not in tables[0] and "two" in tables[1]
+
+
+def test_a_hanging_stage_that_ignores_the_interrupt_is_killed_with_its_children(make_runner: MakeRunner) -> None:
+    run = make_runner()
+    began = time.monotonic()
+    run.run(stage(f"trap '' INT; {HANG} & echo $!; wait", 1.0, "deaf"))
+    assert 0.9 < time.monotonic() - began < 4
+    child = Path("/proc", run.outcomes[0].says, "stat")
+    assert run.outcomes[0].says.isdigit()
+    until = time.monotonic() + 5
+    while lives(child) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not lives(child)
+
+
+def lives(stat: Path) -> bool:
+    """Whether there is such a process, and not only what whoever inherits it has not collected."""
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_an_interrupted_stage_still_says_what_it_found(make_runner: MakeRunner) -> None:
+    run = make_runner()
+    run.run(stage(f"trap 'echo 2 failed, 3 passed in 1s; exit 2' INT; {HANG} & wait", 1.0))
+    assert run.outcomes[0].says == "2 failed, 3 passed" and run.outcomes[0].result == "FAILED: ran past 1 s"
+
+
+def test_a_stage_that_ends_well_while_it_is_interrupted_has_not_failed(make_runner: MakeRunner) -> None:
+    run = make_runner()
+    assert run.run(stage("trap '' INT; sleep 0.8; echo 3 passed in 1s", 1.0))
+    assert results(run) == {"a stage": "ok"} and run.outcomes[0].says == "3 passed"
+
+
+def test_the_budget_bounds_all_stages_together(make_runner: MakeRunner) -> None:
+    """Three that would each sleep a minute, in a budget of three seconds; the last has no time to begin."""
+    run = make_runner(seconds=3.0)
+    for name in ("one", "two", "three"):
+        run.run(stage(HANG, 2.0, name))
+    assert run.elapsed < 4.5
+    late = {"one": "FAILED: ran past 2 s", "two": "FAILED: ran past 1 s"}
+    assert results(run) == {**late, "three": "not run: no time left"}
+    assert run.close() == 1
+
+
+@pytest.mark.parametrize("if_time", [True, False])
+def test_not_run_is_a_failure_unless_it_was_for_spare_time(make_runner: MakeRunner, if_time: bool) -> None:
+    run = make_runner(seconds=0.5)
+    assert not run.run(stage("", 20.0, "late", if_time))
+    assert results(run) == {"late": "not run: no time left"} and run.close() == (not if_time)
+
+
+def test_a_larger_budget_stretches_the_stages_own_limits(make_runner: MakeRunner) -> None:
+    assert not make_runner(seconds=30.0, usual=30.0).run(stage("sleep 1.2", 1.0))
+    assert make_runner(seconds=90.0, usual=30.0).run(stage("sleep 1.2", 1.0))
+
+
+def test_stages_run_beside_each_other(make_runner: MakeRunner) -> None:
+    run = make_runner()
+    building = run.start(stage("sleep 0.5; echo built", name="build"))
+    assert run.run(stage("sleep 1.5; echo meanwhile", name="beside"))
+    assert list(results(run)) == ["beside"] and run.finish(building) and run.outcomes[1].says == "built"
+    assert run.outcomes[1].seconds < 1.2, "its seconds are its own"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("F.\n=== 1 failed, 12 passed, 2 warnings in 3.21s ===\n", "1 failed, 12 passed, 2 warnings"),
+        ("12 passed in 3.21s (0:00:03)\n", "12 passed"),
+        ("3 passed in 1s\nlater words of an interpreter that ends\n", "3 passed"),
+        ("one\n\n two \n\n", "two"),
+        ("", ""),
+    ],
+)
+def test_last_words(text: str, expected: str) -> None:
+    assert stages.last_words(text) == expected
+
+
+def test_what_failed_is_told_from_what_had_no_time() -> None:
+    spare, wanted = stage("", if_time=True), stage("")
+    assert not Outcome(spare, 0.0, "not run: no time left").failed
+    assert Outcome(wanted, 0.0, "not run: no time left").failed and Outcome(spare, 0.0, "FAILED: code 1").failed
