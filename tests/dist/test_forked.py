@@ -163,7 +163,7 @@ def test_a_module_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:
     )
     script = tmp_path / "script.py"
     script.write_text(code)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert "the fork server has not loaded tests.preloaded: " in done.stdout + done.stderr, done
 
@@ -182,7 +182,7 @@ if __name__ == "__main__":
 def test_ranks_end_with_a_killed_owner_though_they_are_stopped(tmp_path: Path) -> None:
     script = tmp_path / "owner.py"
     script.write_text(OWNER)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == -9 and len(done.stdout.split()) == 2, done
     end = time.monotonic() + 10
