@@ -33,7 +33,7 @@ $(VENV)/.installed: setup.py pyproject.toml .ci/constraints.txt $(wildcard csrc/
 	$(PYTHON) -m pip install -q -c .ci/constraints.txt --no-build-isolation -e '.[test,quickstart]'
 	touch $@
 
-# Of use while one works: a minute and a half.
+# ruff and the quick unit tests: at most 90 s on 2 cores.
 check: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not nightly" tests/unit
@@ -53,9 +53,7 @@ test-cluster: $(READY)
 
 # Run before an issue is closed: what takes long and rarely finds what the tests above do not.
 test-nightly: $(READY)
-	bash tests/cluster/install.sh
 	$(PYTEST) -m nightly -n $(JOBS) --dist loadfile $(SLOWEST) tests/unit tests/dist tests/integration tests/long
-	$(PYTEST) -m nightly -n $(CLUSTER_JOBS) --dist loadfile $(SLOWEST) tests/cluster
 
 # When the whole thing began, so that the table counts the installation too.
 quickstart: export MAKE_STARTED_MS := $(shell date +%s%3N)

@@ -479,7 +479,6 @@ def publish(cache: Cache, started_on: dict[str, object], args: argparse.Namespac
         write_result("methods", started_on, figures)
         draw(rows, base, ROOT / "docs" / "methods.png")
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
         write_result("methods", started_on, figures, args.out)
         draw(rows, base, args.out / "methods.png")
 

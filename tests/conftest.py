@@ -25,5 +25,5 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """What a test draws does not depend on the tests before it, which differ with the number of workers."""
+    """A test's draws do not depend on the tests before it, which differ with the number of workers."""
     torch.manual_seed(0)

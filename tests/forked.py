@@ -38,7 +38,7 @@ class Ended(NamedTuple):
 
 
 def context(*, fresh: bool = False) -> BaseContext:
-    """What multiprocessing starts processes by.
+    """Return the context in which multiprocessing starts processes.
 
     fresh: each is a new interpreter, which reads this process's environment. On a GPU all are, for CUDA does not
     survive a fork.
@@ -64,7 +64,7 @@ def start(target: Callable[..., None], *arguments: Any, fresh: bool = False) -> 
 def run_programs(
     command: Sequence[object], environments: Sequence[Mapping[str, str]], *, seconds: float
 ) -> list[Ended]:
-    """`python COMMAND` in this working directory, once for each environment and at the same time.
+    """Run a script, and what it is told, in this working directory, once for each environment and at the same time.
 
     Raises TimeoutError, with what they have said, where one has not ended after `seconds`; all are killed then.
     """
@@ -83,7 +83,7 @@ def run_programs(
             process.join(max(0.0, end - time.monotonic()))
         hanging = [number for number, process in enumerate(processes) if process.exitcode is None]
         for number in hanging:
-            os.kill(processes[number].pid, signal.SIGKILL)
+            processes[number].kill()
             processes[number].join()
         ended = [
             Ended(process.exitcode, *(output.with_suffix(suffix).read_text() for suffix in (".out", ".err")))
@@ -120,9 +120,5 @@ def _program(words: list[str], environment: dict[str, str], folder: str, output:
         os.dup2(opened, descriptor)
         os.close(opened)
     sys.path.insert(0, folder)
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words
-        runpy.run_path(words[0], run_name="__main__")
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")

@@ -1,4 +1,4 @@
-"""What a rank imports, loaded once by the process from which the ranks of the tests are forked (tests/forked.py)."""
+"""Everything that a rank imports, loaded once by the process from which tests fork their ranks (tests/forked.py)."""
 
 from __future__ import annotations
 

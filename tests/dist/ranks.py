@@ -178,9 +178,9 @@ def _share_the_device_of_gloo() -> None:
 
     before = set(os.listdir("/proc/self/task"))
     device = ProcessGroupGloo.create_default_device()
-    (thread,) = set(os.listdir("/proc/self/task")) - before
     # It spins from a message's arrival until its rank asks for it, and more ranks compute than there are cores.
-    os.setpriority(os.PRIO_PROCESS, int(thread), 5)
+    for thread in set(os.listdir("/proc/self/task")) - before:
+        os.setpriority(os.PRIO_PROCESS, int(thread), 5)
 
     class Sharing(ProcessGroupGloo):
         def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
