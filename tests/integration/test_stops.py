@@ -206,8 +206,17 @@ def slowed(slow_rank: int, what: str, arguments: list[str]) -> Outcome:
 
 @pytest.mark.parametrize(
     ("layout", "slow_rank", "what"),
-    [(PAIR, 1, "data"), (SQUARE, 2, "layers"), (Layout(2, 1, 1, sequence=False), 0, "layers")],
-    ids=["data", "layers", "layers without sequence parallelism"],
+    [
+        pytest.param(PAIR, 1, "data", id="data"),
+        pytest.param(SQUARE, 2, "layers", id="layers"),
+        pytest.param(
+            Layout(2, 1, 1, sequence=False),
+            0,
+            "layers",
+            id="layers without sequence parallelism",
+            marks=pytest.mark.nightly,
+        ),
+    ],
 )
 def test_a_straggler_is_named(job: Path, tmp_path: Path, layout: Layout, slow_rank: int, what: str) -> None:
     arguments = [str(job), f"output.dir={tmp_path / 'run'}", *layout.overrides, "train.steps=4", "data.eval=null"]

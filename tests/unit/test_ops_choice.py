@@ -125,7 +125,10 @@ def check_blocks(operator: str, dtype: torch.dtype) -> None:
         Problem(operator, dtype, 37, 340, 20, 6554, 5, blocks=blocks, layouts=("misaligned", "columns")).check()
 
 
-@pytest.mark.parametrize("level", LEVELS)
+# Every other test of an operator runs at the machine's own level.
+@pytest.mark.parametrize(
+    "level", [pytest.param(level, marks=() if level == "avx2" else pytest.mark.nightly) for level in LEVELS]
+)
 def test_every_instruction_set(level: str) -> None:
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": level, "LOWRANK_DIST_TEST_DEVICE": "cpu"}
     code = f"from tests.unit.test_ops_choice import check_level; check_level({LEVELS[level]!r})"

@@ -210,6 +210,7 @@ def test_lanes_are_counted(folders: dict[str, str]) -> None:
     assert found["agrees"] and found["memory"]["frozen weights"]["difference"] == 0, found
 
 
+@pytest.mark.nightly
 def test_the_paper_s_model() -> None:
     agrees_at_tp_8("gpt3-175b", "[q_proj,v_proj]")  # larger steps: tests/long
 

@@ -176,6 +176,7 @@ def test_a_store_that_fails_or_hangs(soon: None) -> None:
     class CutOff:
         def set_timeout(self, timeout: object) -> None:
             time.sleep(60)
+            raise dist.DistNetworkError("gone")
 
     for store, limit in ((Gone(), 1), (CutOff(), 4)):
         began = time.monotonic()
