@@ -105,7 +105,7 @@ def main() -> None:
             sys.exit(f"the run failed: exit codes {[code for code, _ in results]}")
         last = Path(scratch) / "run" / "checkpoints" / "last"
         sizes = {path.name: path.stat().st_size for path in sorted(last.iterdir())}
-        from lowrank_dist.checkpoint.safetensors_file import read_header
+        from lowrank_dist.formats.safetensors_file import read_header
 
         theta = sum(entry.nbytes for entry in read_header(last / "optimizer.safetensors").entries) // 12
     every = [events for _, events in results]

@@ -30,7 +30,7 @@ from spawn import start_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from lowrank_dist.model.tensors import MEGATRON_LINEARS
+from lowrank_dist.arch.tensors import MEGATRON_LINEARS
 
 HIDDEN, DEPTHS, RANK = 128, (1, 2), 4
 ROWS, LENGTH = 2, 32
@@ -124,8 +124,8 @@ def measure(setting: Setting, folder: Path, topology: Any) -> tuple[Calls, Calls
 def build(setting: Setting, folder: Path, topology: Any) -> tuple[Any, Ranks]:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-    from lowrank_dist.lora.inject import inject
-    from lowrank_dist.lora.placement import LoraRules, place
+    from lowrank_dist.arch.placement import LoraRules, place
+    from lowrank_dist.methods.lora.inject import inject
     from lowrank_dist.model.build import load_model
     from lowrank_dist.parallel.lanes import wanted
     from lowrank_dist.parallel.masks import MaskSource

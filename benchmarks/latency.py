@@ -196,8 +196,8 @@ class Bench:
     def __init__(self, tp: int, args: argparse.Namespace) -> None:
         from transformers import GPT2Config
 
+        from lowrank_dist.arch.from_config import architecture_of
         from lowrank_dist.backend.select import init_process_group, local_rank_and_size, select_backend
-        from lowrank_dist.model.from_config import architecture_of
         from lowrank_dist.model.gpt import CausalLM
         from lowrank_dist.parallel.topology import Topology
 
@@ -218,7 +218,7 @@ class Bench:
     @torch.no_grad()
     def _fill(self) -> None:
         """GPT-2's initialisation, of each tensor by its name, and of a shard by its rank."""
-        from lowrank_dist.model.tensors import is_cut
+        from lowrank_dist.arch.tensors import is_cut
 
         for name, parameter in self.model.named_parameters():
             if parameter.dim() == 1:
@@ -248,9 +248,9 @@ class Bench:
         return parts, sum(value.numel() for value in values.values())
 
     def _low_rank(self, rank: int) -> tuple[list[Part], int]:
-        from lowrank_dist.lora.inject import inject
-        from lowrank_dist.lora.placement import LoraRules, place
-        from lowrank_dist.lora.state import lora_theta
+        from lowrank_dist.arch.placement import LoraRules, place
+        from lowrank_dist.methods.lora.inject import inject
+        from lowrank_dist.methods.lora.state import lora_theta
         from lowrank_dist.parallel.masks import MaskSource
 
         topology = self.topology
@@ -264,8 +264,8 @@ class Bench:
         return self._taken(attach)
 
     def _adapter(self, row: Row, bottleneck: int) -> tuple[list[Part], int]:
-        from lowrank_dist.checkpoint.bottlenecks import BottleneckConfig
-        from lowrank_dist.methods.adapter import Adapters
+        from lowrank_dist.methods.bottleneck.files import BottleneckConfig
+        from lowrank_dist.methods.bottleneck.method import Adapters
 
         architecture = self.model.architecture
         config = BottleneckConfig(

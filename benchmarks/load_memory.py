@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from spawn import start_ranks
 from transformers import LlamaConfig
 
-from lowrank_dist.model.huggingface import load_architecture
-from lowrank_dist.model.tensors import hf_shapes
+from lowrank_dist.arch.tensors import hf_shapes
+from lowrank_dist.formats.model_folder import load_architecture
 
 INTERVAL = 0.005
 LAYERS_PER_FILE = 6

@@ -36,12 +36,12 @@ from rich.table import Table
 from safetensors import safe_open
 from transformers import LlamaConfig
 
-from lowrank_dist.checkpoint.adapter import Adapter, LowRankFactor, module_paths, write_adapter
-from lowrank_dist.checkpoint.fingerprint import fingerprint
-from lowrank_dist.checkpoint.provenance import Provenance
-from lowrank_dist.checkpoint.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
-from lowrank_dist.model.huggingface import load_architecture
-from lowrank_dist.model.tensors import hf_shapes
+from lowrank_dist.arch.tensors import hf_shapes
+from lowrank_dist.formats.fingerprint import fingerprint
+from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
+from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, module_paths, write_adapter
 
 BUILD = Path(__file__).parents[1] / "build"
 COMMAND = Path(sys.executable).with_name("lowrank-dist")

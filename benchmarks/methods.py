@@ -51,9 +51,10 @@ from rich.table import Table
 from spawn import free_port
 
 import lowrank_dist
-from lowrank_dist.checkpoint.safetensors_file import read_header
-from lowrank_dist.checkpoint.training_state import KINDS, OPTIMIZER_FILE
+from lowrank_dist.checkpoint.training_state import KINDS
 from lowrank_dist.config import load_config
+from lowrank_dist.formats.manifest import OPTIMIZER_FILE
+from lowrank_dist.formats.safetensors_file import read_header
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = Path("configs/methods/template.yaml")

@@ -33,9 +33,9 @@ from rich.console import Console
 from rich.table import Table
 from sides import SHAPES, architecture
 
+from lowrank_dist.arch.tensors import MEGATRON_LINEARS
 from lowrank_dist.backend.devices import synchronize
 from lowrank_dist.backend.select import quiet_libraries, select_backend
-from lowrank_dist.model.tensors import MEGATRON_LINEARS
 from lowrank_dist.ops.extension import demand
 from lowrank_dist.plan.hardware import GPUS, peak_flops
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_dist.model.rows import LinearLayout
+from lowrank_dist.arch.rows import LinearLayout
 from lowrank_dist.ops.down import down
 from lowrank_dist.ops.expand import expand
 from lowrank_dist.ops.grad_a import grad_a

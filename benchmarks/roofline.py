@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from sides import architecture
 
-from lowrank_dist.model.rows import LinearLayout
+from lowrank_dist.arch.rows import LinearLayout
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from torch.distributed import ProcessGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig
 
-from lowrank_dist.lora.inject import AdaptedLinear, inject
-from lowrank_dist.lora.placement import LoraRules, place
-from lowrank_dist.model.architecture import Architecture
-from lowrank_dist.model.from_config import architecture_of
-from lowrank_dist.model.rows import LinearLayout, Part
-from lowrank_dist.model.tensors import MEGATRON_LINEARS
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.from_config import architecture_of
+from lowrank_dist.arch.placement import LoraRules, place
+from lowrank_dist.arch.rows import LinearLayout, Part
+from lowrank_dist.arch.tensors import MEGATRON_LINEARS
+from lowrank_dist.methods.lora.inject import AdaptedLinear, inject
 from lowrank_dist.ops.mask import quantise
 from lowrank_dist.parallel.collectives import gather_rows, reduce_scatter_rows
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear

@@ -30,11 +30,11 @@ from rich.table import Table
 from spawn import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.backend.select import init_process_group, quiet_libraries, select_backend, shutdown
 from lowrank_dist.data.batch import Microbatch
 from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
-from lowrank_dist.lora.inject import inject
-from lowrank_dist.lora.placement import LoraRules, place
+from lowrank_dist.methods.lora.inject import inject
 from lowrank_dist.model.build import load_model
 from lowrank_dist.ops import gemm
 from lowrank_dist.parallel.masks import MaskSource

@@ -45,8 +45,8 @@ from rich.console import Console
 from rich.table import Table
 from spawn import free_port
 
-from lowrank_dist.model.huggingface import SINGLE_FILE, load_architecture
-from lowrank_dist.model.tensors import hf_shapes
+from lowrank_dist.arch.tensors import hf_shapes
+from lowrank_dist.formats.model_folder import SINGLE_FILE, load_architecture
 from lowrank_dist.plan.hardware import GPUS
 from lowrank_dist.plan.shapes import built_in_config
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-from lowrank_dist.checkpoint.adapter import Adapter, LowRankFactor, module_paths, write_adapter
-from lowrank_dist.checkpoint.fingerprint import fingerprint
-from lowrank_dist.checkpoint.provenance import Provenance
-from lowrank_dist.model.huggingface import load_architecture
-from lowrank_dist.model.tensors import hf_shapes
+from lowrank_dist.arch.tensors import hf_shapes
+from lowrank_dist.formats.fingerprint import fingerprint
+from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, module_paths, write_adapter
 
 # Module path → (rank, alpha) of its factors, None for a module without.
 Size = Callable[[str], tuple[int, float] | None]

@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dist.checkpoint.bottlenecks import (
+from lowrank_dist.arch.tensors import hf_shapes
+from lowrank_dist.checkpoint.folder import write_checkpoint
+from lowrank_dist.checkpoint.training_state import DataState, TrainingState
+from lowrank_dist.formats.fingerprint import fingerprint
+from lowrank_dist.formats.model_folder import load_architecture, open_checkpoint, stored_name
+from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.formats.trained_files import TrainedFiles
+from lowrank_dist.methods.bottleneck.files import (
     BottleneckConfig,
     Bottlenecks,
     places,
     stored_shapes,
     write_bottlenecks,
 )
-from lowrank_dist.checkpoint.fingerprint import fingerprint
-from lowrank_dist.checkpoint.folder import TrainedFiles, write_checkpoint
-from lowrank_dist.checkpoint.prompt_learning import PromptLearning, write_prompt_learning
-from lowrank_dist.checkpoint.provenance import Provenance
-from lowrank_dist.checkpoint.training_state import DataState, TrainingState
-from lowrank_dist.checkpoint.whole_model import WholeModelFiles
-from lowrank_dist.model.huggingface import load_architecture, open_checkpoint
-from lowrank_dist.model.load import stored_name
-from lowrank_dist.model.tensors import hf_shapes
+from lowrank_dist.methods.full.files import WholeModelFiles
+from lowrank_dist.methods.prompt_files import PromptLearning, write_prompt_learning
 
 LENGTH, BOTTLENECK = 3, 6
 

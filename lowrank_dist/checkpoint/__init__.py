@@ -1,1 +1,1 @@
-"""PEFT adapters in and out, the base's fingerprint, and the offline merge. No process group, no GPU."""
+"""Checkpoints of a run: the folder, the training state, export and inspection. No process group, no GPU."""

@@ -3,10 +3,6 @@
 import shutil
 from pathlib import Path
 
-from lowrank_dist.checkpoint import bottlenecks
-from lowrank_dist.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, own_file, read_adapter
-from lowrank_dist.checkpoint.atomic import atomic_folder
-from lowrank_dist.checkpoint.kinds import Kind, kind_of
 from lowrank_dist.checkpoint.model_card import (
     VLLM_DEFAULT_RANK,
     VLLM_RANKS,
@@ -15,10 +11,14 @@ from lowrank_dist.checkpoint.model_card import (
     prompt_learning_card,
     serving_rank,
 )
-from lowrank_dist.checkpoint.peft_config import PeftConfig, read_config
-from lowrank_dist.checkpoint.prompt_learning import read_prompt_learning
-from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, Provenance, read_provenance
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.atomic import atomic_folder
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, read_provenance
+from lowrank_dist.methods.bottleneck import files as bottlenecks
+from lowrank_dist.methods.kinds import Kind, kind_of
+from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, own_file, read_adapter
+from lowrank_dist.methods.lora.peft_config import PeftConfig, read_config
+from lowrank_dist.methods.prompt_files import read_prompt_learning
 
 CARD_FILE = "README.md"
 

@@ -4,20 +4,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 
-from lowrank_dist.checkpoint.atomic import atomic_folder
-from lowrank_dist.checkpoint.manifest import verify_manifest, write_manifest
-from lowrank_dist.checkpoint.training_state import (
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    OptimizerWriter,
-    TrainingState,
-    read_state,
-)
+from lowrank_dist.checkpoint.training_state import OptimizerWriter, TrainingState, read_state
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.atomic import atomic_folder
+from lowrank_dist.formats.manifest import OPTIMIZER_FILE, STATE_FILE, verify_manifest, write_manifest
+from lowrank_dist.formats.trained_files import TrainedFiles
 
 _STEP = re.compile(r"step-([1-9]\d*)", re.ASCII)
 LINKS = ("last", "best")
@@ -30,18 +24,6 @@ class Found:
     folder: Path | None
     state: TrainingState | None
     passed_over: tuple[str, ...]
-
-
-class TrainedFiles(Protocol):
-    """Writes what a method trained into a folder, as those read it who have no use for an optimiser's state.
-
-    It is given every tensor of Θ, by its stored name, in fp32, one after the other, and told when it has them all.
-    `finish` raises UserError for what no one may take for trained weights: nothing, no change, NaN or infinity.
-    """
-
-    def put(self, name: str, tensor: Tensor) -> None: ...
-
-    def finish(self) -> None: ...
 
 
 def write_checkpoint(

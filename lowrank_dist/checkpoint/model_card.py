@@ -8,11 +8,11 @@ from typing import Any
 
 import yaml
 
-from lowrank_dist.checkpoint.adapter import Adapter
-from lowrank_dist.checkpoint.bottlenecks import Bottlenecks, places
-from lowrank_dist.checkpoint.prompt_learning import PromptLearning
-from lowrank_dist.checkpoint.provenance import Provenance
+from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.messages import printable
+from lowrank_dist.methods.bottleneck.files import Bottlenecks, places
+from lowrank_dist.methods.lora.files import Adapter
+from lowrank_dist.methods.prompt_files import PromptLearning
 
 # vLLM's LoRAConfig.max_lora_rank (vllm.config.lora.MaxLoRARanks without 1) and its default.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -10,12 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowrank_dist.checkpoint.manifest import MANIFEST_FILE
-from lowrank_dist.checkpoint.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
 
-OPTIMIZER_FILE = "optimizer.safetensors"
-STATE_FILE = "trainer_state.json"
 # What AdamW keeps of every element of Θ: the fp32 master and the two moments, under torch's names.
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 # The eval loss among the names of what evaluations measure; the others are metrics of generated texts.
@@ -25,11 +22,6 @@ LOSS = "loss"
 def tensor_name(stored: str, kind: str) -> str:
     """The name in optimizer.safetensors of a tensor of Θ (parallel/theta.py) and one of KINDS."""
     return f"{stored}.{kind}"
-
-
-def is_checkpoint(folder: Path) -> bool:
-    """Whether an adapter folder is a checkpoint, whole or not: any file is there that a plain adapter does not have."""
-    return any((folder / name).exists() for name in (MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE))
 
 
 class DataState(BaseModel):

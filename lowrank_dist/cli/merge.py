@@ -45,9 +45,9 @@ def merge_command(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from lowrank_dist.checkpoint.kinds import refuse_unmergeable
-    from lowrank_dist.checkpoint.merge import merge
-    from lowrank_dist.checkpoint.merge_options import parse_adapter, parse_dtype, parse_shard_size
+    from lowrank_dist.merge.merge import merge
+    from lowrank_dist.merge.options import parse_adapter, parse_dtype, parse_shard_size
+    from lowrank_dist.methods.kinds import refuse_unmergeable
 
     adapters = [parse_adapter(text) for text in adapter]
     for given in adapters:
@@ -64,7 +64,7 @@ def merge_command(
     if verify:
         from transformers.utils.logging import disable_progress_bar
 
-        from lowrank_dist.checkpoint.merge_verify import Verifier
+        from lowrank_dist.merge.verify import Verifier
 
         disable_progress_bar()
         verifier = Verifier(base, adapters, verify_text)

@@ -70,7 +70,7 @@ def plan_command(
         planned, recommended, cluster, Sizes(bottleneck, virtual_tokens), output.keep_last, output.keep_best
     )
     if verify:
-        from lowrank_dist.plan.verify import verification
+        from lowrank_dist.engine.dry_run import verification
 
         plan["verification"] = verification(planned.best, request)
     _show(plan, as_json)
@@ -87,7 +87,7 @@ def _with_adapter(request: Request) -> Request:
             "lora.init_from: an adapter is read together with its model: plan a run's YAML file, or give lora.rank and "
             "lora.targets"
         )
-    from lowrank_dist.methods.start import adopt_adapter
+    from lowrank_dist.methods.lora.adopt import adopt_adapter
 
     return replace(request, config=adopt_adapter(request.config))
 

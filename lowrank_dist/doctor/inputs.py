@@ -47,8 +47,8 @@ def device(config: Config) -> list[Row]:
 
 def model(config: Config) -> list[Row]:
     """Whether the model folder is complete and of a family that can be trained; a row a problem."""
-    from lowrank_dist.checkpoint.fingerprint import fingerprint
     from lowrank_dist.checkpoint.inspection.model import inspect_model
+    from lowrank_dist.formats.fingerprint import fingerprint
 
     folder = config.model.path
     report = inspect_model(folder)
@@ -86,9 +86,9 @@ def theta(config: Config) -> list[Row]:
 
 def trained_size(config: Config) -> int:
     """|Θ|. UserError where targets, sizes, model or the adapter to start from do not fit together."""
-    from lowrank_dist.lora.placement import LoraRules, place
-    from lowrank_dist.methods.start import adopt_adapter
-    from lowrank_dist.model.huggingface import load_architecture
+    from lowrank_dist.arch.placement import LoraRules, place
+    from lowrank_dist.formats.model_folder import load_architecture
+    from lowrank_dist.methods.lora.adopt import adopt_adapter
 
     if config.method != "lora":
         return _sizes(config)[0]

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_dist.checkpoint.atomic import atomic_folder, temporary_name
 from lowrank_dist.doctor.inputs import checkpoint_bytes
 from lowrank_dist.doctor.rows import Row, size_of
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.atomic import atomic_folder, temporary_name
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config

@@ -8,24 +8,22 @@ from collections.abc import Iterator, Sequence
 from lowrank_dist.backend import apex
 from lowrank_dist.backend.build_locks import stale_build_locks
 from lowrank_dist.backend.select import Backend
-from lowrank_dist.checkpoint.fingerprint import fingerprint
-from lowrank_dist.checkpoint.provenance import Provenance
 from lowrank_dist.config import Config
 from lowrank_dist.engine.datasets import Data, data_state
 from lowrank_dist.engine.forecast import Forecast
-from lowrank_dist.engine.history import History, notes_on_best
-from lowrank_dist.engine.meter import Meter
+from lowrank_dist.engine.history import History, Progress, notes_on_best
+from lowrank_dist.engine.meter import Meter, Stragglers
 from lowrank_dist.engine.monitor import Monitor
 from lowrank_dist.engine.phases import Phases
-from lowrank_dist.engine.progress import Progress
 from lowrank_dist.engine.resume import Resumption, require_same_run, restore
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.engine.schedule import Schedule
-from lowrank_dist.engine.stragglers import Stragglers
 from lowrank_dist.engine.trainer import NonFinite, Pace, Trainer
 from lowrank_dist.engine.writing import CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
+from lowrank_dist.formats.fingerprint import fingerprint
+from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.method import Method
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.ops import choice, extension

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.checkpoint.training_state import DataState
 from lowrank_dist.config import Config
 from lowrank_dist.data.dataset import Dataset, load_dataset
@@ -19,7 +20,6 @@ from lowrank_dist.generate.evaluation import EvaluationRules, evaluate_generatio
 from lowrank_dist.generate.prompts import read_prompts, stop_tokens
 from lowrank_dist.generate.rules import DecodingRules
 from lowrank_dist.methods.method import Method
-from lowrank_dist.model.architecture import Architecture
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.topology import Topology
 

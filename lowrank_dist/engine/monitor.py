@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from lowrank_dist.checkpoint.atomic import temporary_name
 from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.formats.atomic import temporary_name
 from lowrank_dist.generate.metrics import METRICS
 
 # Hugging Face's tags, so that runs lie beside those of other trainers in one board.

@@ -12,23 +12,17 @@ import torch
 import torch.distributed as dist
 
 from lowrank_dist.backend import rng
-from lowrank_dist.checkpoint.fingerprint import fingerprint
 from lowrank_dist.checkpoint.folder import newest_checkpoint, read_checkpoint, step_folders
-from lowrank_dist.checkpoint.training_state import (
-    KINDS,
-    OPTIMIZER_FILE,
-    DataState,
-    OptimizerReader,
-    TrainingState,
-    parse_state,
-)
+from lowrank_dist.checkpoint.training_state import KINDS, DataState, OptimizerReader, TrainingState, parse_state
 from lowrank_dist.config import Config
 from lowrank_dist.config.schema import LoraConfig
 from lowrank_dist.engine.gathering import BATCH_ELEMENTS
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
-from lowrank_dist.methods.start import adopt_adapter
+from lowrank_dist.formats.fingerprint import fingerprint
+from lowrank_dist.formats.manifest import OPTIMIZER_FILE
+from lowrank_dist.methods.lora.adopt import adopt_adapter
 from lowrank_dist.parallel.theta import Theta, scatter
 from lowrank_dist.parallel.topology import Topology
 

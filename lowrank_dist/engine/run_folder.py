@@ -7,8 +7,8 @@ import logging
 import shutil
 from pathlib import Path
 
-from lowrank_dist.checkpoint.atomic import is_temporary, sync, temporary_name
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.atomic import is_temporary, sync, temporary_name
 
 logger = logging.getLogger(__name__)
 

@@ -18,8 +18,7 @@ from lowrank_dist.backend import rng
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.checkpoint.training_state import LOSS, TrainingState
 from lowrank_dist.engine.gathering import Gathering
-from lowrank_dist.engine.history import History
-from lowrank_dist.engine.progress import Progress
+from lowrank_dist.engine.history import History, Progress
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.writing import CheckpointWriter, Facts
 from lowrank_dist.engine.zero import ZeroOptimiser

@@ -17,11 +17,10 @@ from lowrank_dist.backend.select import Backend
 from lowrank_dist.checkpoint.training_state import LOSS
 from lowrank_dist.data.batch import Microbatch
 from lowrank_dist.data.loader import Loader, StepBatch
-from lowrank_dist.engine.history import History
+from lowrank_dist.engine.history import History, Progress
 from lowrank_dist.engine.meter import Meter
 from lowrank_dist.engine.monitor import Monitor
 from lowrank_dist.engine.phases import Phases
-from lowrank_dist.engine.progress import Progress
 from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.engine.schedule import Schedule
 from lowrank_dist.engine.zero import ZeroOptimiser

@@ -10,14 +10,14 @@ from functools import partial
 
 from torch import Tensor
 
-from lowrank_dist.checkpoint.adapter import copy_adapter
-from lowrank_dist.checkpoint.atomic import temporary_name
 from lowrank_dist.checkpoint.folder import step_folders, write_checkpoint
-from lowrank_dist.checkpoint.provenance import Provenance
 from lowrank_dist.checkpoint.training_state import DataState, TrainingState
 from lowrank_dist.engine.history import best_first, label
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import DiskError
+from lowrank_dist.formats.atomic import temporary_name
+from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.methods.lora.files import copy_adapter
 from lowrank_dist.methods.method import Method
 
 logger = logging.getLogger(__name__)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from lowrank_dist.checkpoint.bottlenecks import BottleneckConfig
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.config import Config
 from lowrank_dist.errors import UserError
-from lowrank_dist.methods.adapter import Adapters
-from lowrank_dist.methods.full import FullFineTuning
-from lowrank_dist.methods.lora import Lora
+from lowrank_dist.methods.bottleneck.files import BottleneckConfig
+from lowrank_dist.methods.bottleneck.method import Adapters
+from lowrank_dist.methods.full.method import FullFineTuning
+from lowrank_dist.methods.lora.method import Lora
 from lowrank_dist.methods.method import Method
-from lowrank_dist.methods.prefix import PrefixTuning
-from lowrank_dist.methods.prompt import PromptTuning
-from lowrank_dist.model.architecture import Architecture
+from lowrank_dist.methods.prefix.method import PrefixTuning
+from lowrank_dist.methods.prompt.method import PromptTuning
 
 
 def choose(config: Config, architecture: Architecture) -> Method:

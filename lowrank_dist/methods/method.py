@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from lowrank_dist.checkpoint.folder import TrainedFiles
-from lowrank_dist.checkpoint.provenance import Provenance
+from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.formats.trained_files import TrainedFiles
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.theta import Theta
 from lowrank_dist.parallel.topology import Topology

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lowrank_dist.checkpoint import bottlenecks, prompt_learning
-from lowrank_dist.checkpoint.adapter import read_adapter
-from lowrank_dist.checkpoint.kinds import kind_of
+from lowrank_dist.arch.placement import place
 from lowrank_dist.errors import UserError
-from lowrank_dist.lora.adopt import factors_for, refuse_another_base, refuse_foreign, rules_of
-from lowrank_dist.lora.inject import inject
-from lowrank_dist.lora.placement import place
-from lowrank_dist.lora.state import spread_factors
-from lowrank_dist.methods.adapter import Adapters
-from lowrank_dist.methods.prefix import PrefixTuning
+from lowrank_dist.methods import prompt_files as prompt_learning
+from lowrank_dist.methods.bottleneck import files as bottlenecks
+from lowrank_dist.methods.bottleneck.method import Adapters
+from lowrank_dist.methods.kinds import kind_of
+from lowrank_dist.methods.lora.adopt import factors_for, refuse_another_base, refuse_foreign, rules_of
+from lowrank_dist.methods.lora.files import read_adapter
+from lowrank_dist.methods.lora.inject import inject
+from lowrank_dist.methods.lora.state import spread_factors
+from lowrank_dist.methods.prefix.method import PrefixTuning
+from lowrank_dist.methods.prefix.module import KEYS_VALUES
+from lowrank_dist.methods.prompt.module import add_virtual_tokens
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.masks import MaskSource
-from lowrank_dist.parallel.prefix import KEYS_VALUES
 from lowrank_dist.parallel.topology import Topology
 
 
@@ -65,4 +67,4 @@ def _attach_prompt_learning(model: CausalLM, folder: Path, topology: Topology) -
         shape = (length, architecture.layers, 2, architecture.kv_heads, architecture.head_dim)
         theta.spread({KEYS_VALUES: found.embeddings.view(shape)}, topology.tp_rank)
     else:
-        model.add_virtual_tokens(found.embeddings.to(next(model.parameters()).device))
+        add_virtual_tokens(model, found.embeddings.to(next(model.parameters()).device))

@@ -1,1 +1,1 @@
-"""The Megatron model and its layer spec, Hugging Face name tables, and the sharded streaming load."""
+"""The Megatron model built from an Architecture, and the sharded streaming load."""

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.architecture import Architecture
+from lowrank_dist.formats.model_folder import Checkpoint, load_architecture, open_checkpoint
 from lowrank_dist.model.gpt import CausalLM
-from lowrank_dist.model.huggingface import Checkpoint, load_architecture, open_checkpoint
 from lowrank_dist.model.load import load_weights
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 from lowrank_dist.parallel.topology import Topology

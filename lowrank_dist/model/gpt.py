@@ -8,22 +8,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_dist.model.architecture import Architecture, inv_freq, padded_vocab
+from lowrank_dist.arch.architecture import Architecture, padded_vocab
 from lowrank_dist.model.attention import KVCache, SequencePlan
-from lowrank_dist.model.layers import ACTIVATIONS, layer_spec
-from lowrank_dist.model.virtual import WithVirtualTokens
+from lowrank_dist.model.layers import ACTIVATIONS, inv_freq, layer_spec
 from lowrank_dist.ops.gemm import linear
+from lowrank_dist.parallel.collectives import enter_parallel_region
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
-from lowrank_dist.parallel.prefix import Prefix
 from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.parallel.vocab import HeadLoss, gathered_logits
 
@@ -66,6 +64,14 @@ def transformer_config(
     )
 
 
+class KeysValues(Protocol):
+    """What attention sees before every sequence: called, keys and values [L, 2, g, length, d] of this rank's heads."""
+
+    length: int
+
+    def __call__(self) -> Tensor: ...
+
+
 class CausalLM(GPTModel):
     """A frozen causal language model, sharded by tensor parallelism.
 
@@ -73,7 +79,7 @@ class CausalLM(GPTModel):
     for, so a prompt token costs no logits.
 
     prefix: trained keys and values before every sequence, or None. lead: ids of trained embeddings that come before
-    every sample (`add_virtual_tokens`).
+    every sample (`lead_with`).
     """
 
     def __init__(
@@ -102,7 +108,7 @@ class CausalLM(GPTModel):
                 self.register_buffer("inv_freq", inv_freq(architecture.rope, architecture.head_dim).to(device), False)
         self.architecture = architecture
         self.topology = topology
-        self.prefix: Prefix | None = None
+        self.prefix: KeysValues | None = None
         self.lead: tuple[int, ...] = ()
         self.requires_grad_(False)
 
@@ -111,14 +117,14 @@ class CausalLM(GPTModel):
         """Positions before the first token of every sequence."""
         return len(self.lead) + (0 if self.prefix is None else self.prefix.length)
 
-    def add_virtual_tokens(self, rows: Tensor) -> nn.Parameter:
-        """Let the ids from the vocabulary's end on be the trained embeddings `rows` [l, H], fp32; returns these."""
-        embedding, first = self.embedding, self.architecture.vocab
-        embedding.word_embeddings = WithVirtualTokens(
-            embedding.word_embeddings, rows, first, sequence_parallel=self.topology.sequence_parallel
-        )
-        self.lead = tuple(range(first, first + rows.size(0)))
-        return embedding.word_embeddings.rows
+    def lead_with(self, embeddings: nn.Module, count: int) -> None:
+        """Let `embeddings` stand in for the word embeddings: it knows `count` more ids, which come before every sample.
+
+        It is called as Megatron's VocabParallelEmbedding is, which it wraps, and has its `weight`.
+        """
+        self.embedding.word_embeddings = embeddings
+        first = self.architecture.vocab
+        self.lead = tuple(range(first, first + count))
 
     def embeddings_of(self, ids: Tensor) -> Tensor:
         """[n, H] of ids [n], whole on every rank. Collective over tensor parallelism."""
@@ -240,9 +246,7 @@ class CausalLM(GPTModel):
         hidden = super().forward(input_ids, position_ids, attention_mask=None, packed_seq_params=plan)
         if not self.topology.sequence_parallel:
             return hidden
-        return gather_from_sequence_parallel_region(
-            hidden, tensor_parallel_output_grad=True, group=self.topology.tp_group
-        )
+        return enter_parallel_region(hidden, self.topology.tp_group, sequence_parallel=True)
 
     def _plan(self, positions_sb: Tensor) -> SequencePlan:
         """The rotation of each position; all else that attention is told is the caller's to add."""

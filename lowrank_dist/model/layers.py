@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lowrank_dist.arch.architecture import RopeParameters
 from lowrank_dist.backend.apex import norm_class
 from lowrank_dist.model.attention import CoreAttention
 
@@ -128,3 +130,26 @@ def layer_spec(config: TransformerConfig, column_linear: type, row_linear: type)
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=FrozenNorm)
+
+
+def inv_freq(rope: RopeParameters, head_dim: int) -> torch.Tensor:
+    """Inverse frequencies [head_dim / 2] in float32, operation by operation as transformers computes them.
+
+    Source: transformers `modeling_rope_utils.py`; "llama3" is `apply_scaling` of Meta's llama-models.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
+    frequencies = 1.0 / (rope.theta**exponents)
+    if rope.type == "default":
+        return frequencies
+    if rope.type == "linear":
+        return frequencies / rope.factor
+    low_wavelength = rope.original_max_positions / rope.low_freq_factor
+    high_wavelength = rope.original_max_positions / rope.high_freq_factor
+    wavelength = 2 * math.pi / frequencies
+    scaled = torch.where(wavelength > low_wavelength, frequencies / rope.factor, frequencies)
+    smooth = (rope.original_max_positions / wavelength - rope.low_freq_factor) / (
+        rope.high_freq_factor - rope.low_freq_factor
+    )
+    between = (1 - smooth) * scaled / rope.factor + smooth * scaled
+    is_between = ~(wavelength < high_wavelength) & ~(wavelength > low_wavelength)
+    return torch.where(is_between, between, scaled)

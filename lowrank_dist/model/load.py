@@ -3,16 +3,15 @@
 Host memory: a rank's own parameters, the file's pages (mapped, the kernel can drop them) and one bounded chunk.
 """
 
-import re
 from collections.abc import Callable, Mapping
 
 import torch
 
+from lowrank_dist.arch.architecture import WORD_EMBEDDINGS, Architecture
+from lowrank_dist.arch.families import OUTPUT_LAYER
+from lowrank_dist.arch.tensors import Copy, ParameterPlan, copy_plans
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.architecture import Architecture
-from lowrank_dist.model.families import OUTPUT_LAYER
-from lowrank_dist.model.huggingface import Checkpoint
-from lowrank_dist.model.tensors import WORD_EMBEDDINGS, Copy, ParameterPlan, copy_plans, hf_shapes
+from lowrank_dist.formats.model_folder import Checkpoint, check_checkpoint, stored_name
 
 _CHUNK_BYTES = 16 * 2**20
 
@@ -52,58 +51,6 @@ def load_weights(
             broadcast(parameter)
 
 
-def check_checkpoint(architecture: Architecture, checkpoint: Checkpoint) -> None:
-    """Compare the checkpoint's headers with the architecture; raise UserError with all differences, a line each."""
-    problems, used = [], set()
-    expected_shapes = hf_shapes(architecture)
-    for name, expected in expected_shapes.items():
-        found = stored_name(name, architecture, checkpoint)
-        if found is None:
-            problems.append(f"{checkpoint.path}: tensor {name} {list(expected)} is missing; download the model again")
-            continue
-        used.add(found)
-        where = f"{checkpoint.file(found)}: tensor {found}"
-        if checkpoint.shape(found) != expected:
-            problems.append(
-                f"{where} has shape {list(checkpoint.shape(found))}, but config.json asks for {list(expected)}; "
-                "use the config.json that belongs to these weights"
-            )
-        try:
-            checkpoint.dtype(found)
-        except UserError as error:
-            problems.append(str(error))
-    for name in checkpoint.names():
-        if name not in used and not _is_ignored(name, architecture):
-            problems.append(
-                f"{checkpoint.file(name)}: tensor {name} has no place in a {architecture.family} model with this "
-                "config.json; use the config.json that belongs to these weights"
-            )
-    if problems:
-        raise UserError("\n".join(problems))
-
-
-def stored_name(name: str, architecture: Architecture, checkpoint: Checkpoint) -> str | None:
-    """The name under which tensor `name` lies in the checkpoint, or None.
-
-    The base-model prefix may be missing; tied embeddings may lie under the name of the output layer alone.
-    """
-    found = architecture.find(name, checkpoint)
-    if found is None and architecture.tied and name == _embedding_name(architecture):
-        found = architecture.find(OUTPUT_LAYER.hf, checkpoint)
-    return found
-
-
-def _embedding_name(architecture: Architecture) -> str:
-    return next(rule.hf for rule in architecture.tensors if rule.megatron == WORD_EMBEDDINGS)
-
-
-def _is_ignored(name: str, architecture: Architecture) -> bool:
-    if architecture.tied and name == OUTPUT_LAYER.hf:
-        return True
-    bare = name.removeprefix(architecture.prefix)
-    return any(re.fullmatch(pattern, bare) for pattern in architecture.ignored)
-
-
 @torch.no_grad()
 def _fill(parameter: torch.Tensor, plan: ParameterPlan, architecture: Architecture, checkpoint: Checkpoint) -> None:
     for copy in plan.copies:
@@ -136,7 +83,7 @@ def _chunks(destination: torch.Tensor) -> list[slice]:
 def _check_tied(plan: ParameterPlan, architecture: Architecture, checkpoint: Checkpoint) -> None:
     """An output layer stored beside the embeddings it is tied to must equal them; transformers then ignores the tie."""
     output = architecture.find(OUTPUT_LAYER.hf, checkpoint)
-    embedding = stored_name(_embedding_name(architecture), architecture, checkpoint)
+    embedding = stored_name(architecture.embedding_name, architecture, checkpoint)
     if output is None or output == embedding:
         return
     for copy in plan.copies:

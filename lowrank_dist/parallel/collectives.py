@@ -1,4 +1,5 @@
-"""The raw collectives of this project: rows of a 2-D tensor over one process group, no autograd.
+"""The raw collectives of this project, rows of a 2-D tensor over one process group, and below them Megatron's
+differentiable ones, which a method's own column- and row-parallel products need.
 
 Legend: T tokens of the whole sequence, T_j the tokens of this rank's shard (T / N), C columns.
 Every call is one message; the process group is an argument, never a global.
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
@@ -53,3 +55,21 @@ def all_gather_columns(shard_TC: Tensor, group: ProcessGroup) -> Tensor:
     shards = [torch.empty_like(shard_TC) for _ in range(group.size())]
     dist.all_gather(shards, shard_TC.contiguous(), group=group)
     return torch.cat(shards, dim=-1)
+
+
+def enter_parallel_region(x: Tensor, group: ProcessGroup, *, sequence_parallel: bool) -> Tensor:
+    """The input of a column-parallel product: every token on every rank. Differentiable.
+
+    [s / N, b, H] → [s, b, H] under sequence parallelism, whose gradient is reduce-scattered; else `x` itself, whose
+    gradient is all-reduced.
+    """
+    if sequence_parallel:
+        return mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
+    return mappings.copy_to_tensor_model_parallel_region(x, group=group)
+
+
+def leave_parallel_region(partial_sbH: Tensor, group: ProcessGroup, *, sequence_parallel: bool) -> Tensor:
+    """The summed output of a row-parallel product; under sequence parallelism this rank's tokens. Differentiable."""
+    if sequence_parallel:
+        return mappings.reduce_scatter_to_sequence_parallel_region(partial_sbH, group=group)
+    return mappings.reduce_from_tensor_model_parallel_region(partial_sbH, group=group)

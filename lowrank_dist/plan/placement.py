@@ -1,6 +1,6 @@
 """Which projections get factors of which rank, from the `lora` section and a Shape. Plain Python.
 
-The rules are PEFT's, as lora/placement.py has them for the model itself; the plan reads them for itself so that neither
+The rules are PEFT's, as arch/placement.py has them for the model itself; the plan reads them for itself so that neither
 follows the other's mistake (tests hold the two together).
 """
 

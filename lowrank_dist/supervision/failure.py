@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lowrank_dist.checkpoint.atomic import temporary_name
+from lowrank_dist.formats.atomic import temporary_name
 
 NAME = "FAILED"
 _FIRST, _LEFT, _BY = " went first, ", " was left behind ", " by "

@@ -216,8 +216,8 @@ def _named(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def write_and_score(setting: MethodSetting, folder: str) -> np.ndarray:
     """One rank: logits [2, 16, V] of fixed tokens; rank 0 writes the method's folder."""
-    from lowrank_dist.checkpoint.fingerprint import fingerprint
-    from lowrank_dist.checkpoint.provenance import Provenance
+    from lowrank_dist.formats.fingerprint import fingerprint
+    from lowrank_dist.formats.provenance import Provenance
 
     built = build(setting)
     tensors = whole(built, lambda parameter: parameter)

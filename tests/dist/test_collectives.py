@@ -60,8 +60,8 @@ def build(folder: str, topology: Any, targets: Any, recompute: bool, lanes: bool
     """
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-    from lowrank_dist.lora.inject import inject
-    from lowrank_dist.lora.placement import LoraRules, place
+    from lowrank_dist.methods.lora.inject import inject
+    from lowrank_dist.arch.placement import LoraRules, place
     from lowrank_dist.model.build import load_model
     from lowrank_dist.parallel.masks import MaskSource
 

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from lowrank_dist.checkpoint.bottlenecks import BottleneckConfig, places, stored_shapes
-from lowrank_dist.model.huggingface import load_architecture
-from lowrank_dist.model.tensors import hf_shapes
+from lowrank_dist.methods.bottleneck.files import BottleneckConfig, places, stored_shapes
+from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.plan.hardware import GPUS
 from lowrank_dist.plan.job import Layout
 from lowrank_dist.plan.layouts import Candidate, Cluster

@@ -53,15 +53,15 @@ def peft_logits(base: Path, adapter: Path) -> np.ndarray:
 
 def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndarray, np.ndarray]:
     """One rank: the sharded model's logits at the start and after two steps, when rank 0 has written its adapter."""
-    from lowrank_dist.checkpoint.adapter import Adapter, module_paths, write_adapter
-    from lowrank_dist.checkpoint.fingerprint import fingerprint
-    from lowrank_dist.checkpoint.provenance import Provenance
+    from lowrank_dist.methods.lora.files import Adapter, module_paths, write_adapter
+    from lowrank_dist.formats.fingerprint import fingerprint
+    from lowrank_dist.formats.provenance import Provenance
     from lowrank_dist.config import Config
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
-    from lowrank_dist.lora.inject import inject
-    from lowrank_dist.lora.placement import LoraRules, place
-    from lowrank_dist.lora.state import adapter_factors, spread_factors
-    from lowrank_dist.methods.start import adopt_adapter, initial_factors
+    from lowrank_dist.methods.lora.inject import inject
+    from lowrank_dist.arch.placement import LoraRules, place
+    from lowrank_dist.methods.lora.state import adapter_factors, spread_factors
+    from lowrank_dist.methods.lora.adopt import adopt_adapter, initial_factors
     from lowrank_dist.model.build import load_model
     from lowrank_dist.ops.mask import quantise
     from lowrank_dist.parallel.masks import MaskSource

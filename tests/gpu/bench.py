@@ -1,6 +1,6 @@
 """`make gpu-bench`: where the time of one layer and of a training step goes on this GPU (README.md beside this file).
 
-    python -m tests.gpu.bench        # through tests/gpu/bench.sh, which sets the environment
+python -m tests.gpu.bench        # through tests/gpu/bench.sh, which sets the environment
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`make gpu-check`: what can be proven only on a GPU, the most valuable first (README.md beside this file).
 
-    python -m tests.gpu.check        # through tests/gpu/check.sh, which sets the environment
+python -m tests.gpu.check        # through tests/gpu/check.sh, which sets the environment
 """
 
 from __future__ import annotations

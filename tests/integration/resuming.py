@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from lowrank_dist.checkpoint.training_state import OPTIMIZER_FILE
+from lowrank_dist.formats.manifest import OPTIMIZER_FILE
 from tests.integration.launching import Outcome, in_ranks, samples, write_config, write_jsonl
 from tests.tiny_models import make_tiny
 

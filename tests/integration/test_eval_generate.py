@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import yaml
 
-from lowrank_dist.checkpoint.provenance import read_provenance
-from lowrank_dist.checkpoint.training_state import STATE_FILE
+from lowrank_dist.formats.manifest import STATE_FILE
+from lowrank_dist.formats.provenance import read_provenance
 from tests.dist.ranks import run_ranks
 from tests.integration import launching
 from tests.integration.launching import WORDS, Outcome, in_ranks, write_config, write_jsonl
@@ -287,7 +287,7 @@ def test_patience_survives_a_resume(job: Path, early: Path, tmp_path: Path) -> N
 
 
 def _manifest(checkpoint: Path) -> None:
-    from lowrank_dist.checkpoint.manifest import MANIFEST_FILE, write_manifest
+    from lowrank_dist.formats.manifest import MANIFEST_FILE, write_manifest
 
     (checkpoint / MANIFEST_FILE).unlink()
     write_manifest(checkpoint)

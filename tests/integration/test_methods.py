@@ -18,9 +18,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lowrank_dist.checkpoint.manifest import MANIFEST_FILE, write_manifest
-from lowrank_dist.checkpoint.training_state import OPTIMIZER_FILE
 from lowrank_dist.cli.main import app
+from lowrank_dist.formats.manifest import MANIFEST_FILE, OPTIMIZER_FILE, write_manifest
 from tests.dist import ranks
 from tests.dist.ranks import run_ranks
 from tests.integration.launching import Outcome, metrics, write_config, write_jsonl
@@ -262,8 +261,8 @@ def test_inspect_the_run(method: str, sharded: Any) -> None:
 
 def _main_with(arguments: list[str], batch: int, shard: int) -> tuple[Outcome, int]:
     """One rank, with so many elements gathered at a time and shards of so many bytes; the largest batch there was."""
-    from lowrank_dist.checkpoint import whole_model
     from lowrank_dist.engine import gathering, resume
+    from lowrank_dist.methods.full import files as whole_model
     from tests.integration.launching import _main
 
     largest, join = 0, gathering.Gathering._join

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from lowrank_dist.lora.inject import initial_a
-from lowrank_dist.lora.placement import LoraRules, place
-from lowrank_dist.model.huggingface import load_architecture
+from lowrank_dist.arch.placement import LoraRules, place
+from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.methods.lora.inject import initial_a
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny_runs import Setting, samples, train
 from tests.tiny_models import make_tiny

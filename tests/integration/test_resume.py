@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lowrank_dist.checkpoint.training_state import OPTIMIZER_FILE, STATE_FILE
+from lowrank_dist.formats.manifest import OPTIMIZER_FILE, STATE_FILE
 from tests.dist.ranks import run_ranks
 from tests.integration.launching import Outcome, samples, snapshot, write_jsonl
 from tests.integration.resuming import (
@@ -95,7 +95,7 @@ def test_the_comparison_can_fail(job: Path, runs: dict[str, Path], tmp_path: Pat
     """Without the moments, or with another order of samples, the end is another."""
     from safetensors.numpy import load_file, save_file
 
-    from lowrank_dist.checkpoint.manifest import MANIFEST_FILE, write_manifest
+    from lowrank_dist.formats.manifest import MANIFEST_FILE, write_manifest
 
     for name, spoil in (("moments", True), ("seed", False)):
         stopped = stopped_after(runs["TP1"], SAVED, tmp_path / name)

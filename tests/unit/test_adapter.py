@@ -21,11 +21,11 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lowrank_dist.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, LowRankFactor, copy_adapter, read_adapter
-from lowrank_dist.checkpoint.fingerprint import fingerprint
-from lowrank_dist.checkpoint.peft_config import describe
-from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.fingerprint import fingerprint
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
+from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, LowRankFactor, copy_adapter, read_adapter
+from lowrank_dist.methods.lora.peft_config import describe
 from tests.tiny_adapters import Size, random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 

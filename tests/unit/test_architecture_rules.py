@@ -38,12 +38,15 @@ ARROWS = [
     Arrow("", "torch.ops.lowrank_dist", exempt=rooms("ops")),
     Arrow("", "torch.ops.load_library", exempt=rooms("ops")),
     Arrow("", f"{PACKAGE}.ops._C", exempt=rooms("ops")),
-    *(Arrow(f"{PACKAGE}.model", room) for room in rooms("lora", "data", "engine", "checkpoint")),
+    *(Arrow(f"{PACKAGE}.model", room) for room in rooms("methods", "data", "engine", "checkpoint")),
+    *(Arrow(f"{PACKAGE}.methods", room) for room in rooms("checkpoint", "engine", "data")),
+    *(Arrow(f"{PACKAGE}.plan", room) for room in (*rooms("engine", "parallel", "model", "methods"), "torch")),
+    *(Arrow(room, out) for room in rooms("merge", "formats") for out in ("deepspeed", "megatron", "torch.distributed")),
     Arrow(f"{PACKAGE}.data", "torch.distributed"),
     Arrow("", "launch", exempt=("launch",)),
 ]
 # What merging may not reach at all, through whatever it imports of ours: it runs without a process group.
-MERGE = f"{PACKAGE}.checkpoint.merge"
+MERGE = f"{PACKAGE}.merge.merge"
 OUT_OF_MERGE = ("deepspeed", "megatron", "torch.distributed")
 # Files are untrusted: nothing may run code that came in one.
 RUNS_CODE = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "torch.load", "torch.save")
@@ -155,7 +158,7 @@ def test_no_forbidden_arrow() -> None:
 
 def test_merging_reaches_no_process_group() -> None:
     reached = reachable(MERGE, dict(modules(PACKAGE)))
-    assert MERGE in reached and f"{PACKAGE}.model.huggingface" in reached
+    assert MERGE in reached and f"{PACKAGE}.formats.model_folder" in reached
     bad = [f"{name}: {x}" for name, found in reached.items() for x in found if any(under(x, o) for o in OUT_OF_MERGE)]
     assert bad == []
 
@@ -175,18 +178,23 @@ def test_nothing_runs_code_from_a_file() -> None:
         ("lowrank_dist.config.schema", "def f():\n    import torch"),
         ("lowrank_dist.config.schema", "from lowrank_dist.errors import UserError"),
         ("lowrank_dist.config.schema", "from ..errors import UserError"),
-        ("lowrank_dist.lora.inject", "def f():\n    from deepspeed.runtime import zero"),
+        ("lowrank_dist.methods.lora.inject", "def f():\n    from deepspeed.runtime import zero"),
         ("launch.train", "import deepspeed"),
         ("lowrank_dist.data.loader", "import importlib\nimportlib.import_module('megatron.core')"),
-        ("lowrank_dist.checkpoint.adapter", "from megatron.core import parallel_state"),
+        ("lowrank_dist.methods.lora.files", "from megatron.core import parallel_state"),
         ("lowrank_dist.engine.loop", "import torch\ndef f():\n    torch.cuda.synchronize()"),
         ("lowrank_dist.engine.loop", "def f():\n    t.cuda.synchronize()\nimport torch as t"),
         ("lowrank_dist.engine.loop", "from torch import cuda"),
         ("lowrank_dist.parallel.masks", "import torch\ntorch.ops.lowrank_dist.dropout(1)"),
         ("lowrank_dist.parallel.masks", "from torch import ops\nops.load_library('x')"),
         ("lowrank_dist.parallel.masks", "from lowrank_dist.ops import _C"),
-        ("lowrank_dist.model.load", "if True:\n    from lowrank_dist import lora"),
-        ("lowrank_dist.model.load", "import lowrank_dist.checkpoint.merge as m"),
+        ("lowrank_dist.model.load", "if True:\n    from lowrank_dist import methods"),
+        ("lowrank_dist.model.load", "import lowrank_dist.checkpoint.folder as m"),
+        ("lowrank_dist.methods.lora.files", "from lowrank_dist.checkpoint.folder import x"),
+        ("lowrank_dist.plan.job", "from lowrank_dist.methods.method import x"),
+        ("lowrank_dist.plan.job", "def f():\n    import torch"),
+        ("lowrank_dist.formats.atomic", "import torch.distributed"),
+        ("lowrank_dist.merge.update", "import megatron.core"),
         ("lowrank_dist.data.loader", "import torch.distributed as dist"),
         ("lowrank_dist.data.loader", "import torch\nr = torch.distributed.get_rank()"),
         ("lowrank_dist.cli.main", "from launch.train import main"),
@@ -212,12 +220,12 @@ def test_what_is_allowed_is_not_found(module: str, source: str) -> None:
 
 
 def test_a_planted_import_below_merging_is_found(tmp_path: Path) -> None:
-    ours = {MERGE: "from lowrank_dist.model.huggingface import x", f"{PACKAGE}.model.huggingface": ""}
-    ours[f"{PACKAGE}.model"] = "import megatron.core"
+    ours = {MERGE: "from lowrank_dist.formats.model_folder import x", f"{PACKAGE}.formats.model_folder": ""}
+    ours[f"{PACKAGE}.formats"] = "import megatron.core"
     for name, source in ours.items():
         (tmp_path / name).write_text(source)
     reached = reachable(MERGE, {name: tmp_path / name for name in ours})
-    assert "megatron.core" in reached[f"{PACKAGE}.model"]
+    assert "megatron.core" in reached[f"{PACKAGE}.formats"]
 
 
 @pytest.mark.parametrize(

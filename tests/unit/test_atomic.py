@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_dist.checkpoint import atomic
-from lowrank_dist.checkpoint.atomic import atomic_folder, is_temporary
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats import atomic
+from lowrank_dist.formats.atomic import atomic_folder, is_temporary
 
 
 def test_the_folder_appears_only_at_the_end(tmp_path: Path) -> None:

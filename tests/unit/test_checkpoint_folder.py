@@ -15,7 +15,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lowrank_dist.checkpoint.adapter import (
+from lowrank_dist.checkpoint.folder import newest_checkpoint, read_checkpoint, step_folders, write_checkpoint
+from lowrank_dist.checkpoint.inspection import inspect_folder
+from lowrank_dist.checkpoint.training_state import KINDS, DataState, OptimizerReader, TrainingState, read_state
+from lowrank_dist.cli.main import app
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.manifest import MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.formats.trained_files import Collected
+from lowrank_dist.methods.lora.files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     Adapter,
@@ -23,22 +31,6 @@ from lowrank_dist.checkpoint.adapter import (
     read_adapter,
     write_adapter_files,
 )
-from lowrank_dist.checkpoint.folder import newest_checkpoint, read_checkpoint, step_folders, write_checkpoint
-from lowrank_dist.checkpoint.inspection import inspect_folder
-from lowrank_dist.checkpoint.manifest import MANIFEST_FILE
-from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, Provenance
-from lowrank_dist.checkpoint.training_state import (
-    KINDS,
-    OPTIMIZER_FILE,
-    STATE_FILE,
-    DataState,
-    OptimizerReader,
-    TrainingState,
-    read_state,
-)
-from lowrank_dist.cli.main import app
-from lowrank_dist.errors import UserError
-from lowrank_dist.methods.collected import Collected
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 FILES = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE, OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE)
@@ -209,7 +201,7 @@ class _Planted:
 def test_a_planted_pickle_is_never_read(checkpoints: Path, tmp_path: Path, name: str, listed: bool) -> None:
     import pickle  # to make what no one may read
 
-    from lowrank_dist.checkpoint.manifest import write_manifest
+    from lowrank_dist.formats.manifest import write_manifest
 
     folder, planted = checkpoints / "step-4", _Planted()
     planted.place = tmp_path / "executed"

@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from lowrank_dist.checkpoint.export import export
-from lowrank_dist.checkpoint.manifest import write_manifest
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.manifest import write_manifest
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 

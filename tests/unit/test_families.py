@@ -13,12 +13,13 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from lowrank_dist.arch.architecture import Architecture, RopeParameters, padded_vocab
+from lowrank_dist.arch.families import FAMILIES
+from lowrank_dist.arch.from_config import architecture_of
+from lowrank_dist.arch.tensors import copy_plans, hf_shapes, parameter_shapes
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.architecture import Architecture, RopeParameters, inv_freq, padded_vocab
-from lowrank_dist.model.families import FAMILIES
-from lowrank_dist.model.from_config import architecture_of
-from lowrank_dist.model.huggingface import load_architecture
-from lowrank_dist.model.tensors import copy_plans, hf_shapes, parameter_shapes
+from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.model.layers import inv_freq
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_dist.checkpoint.atomic import atomic_folder, is_temporary
+from lowrank_dist.formats.atomic import atomic_folder, is_temporary
 from tests import faults
 from tests.faults import Action, Outcome, Zygote
 

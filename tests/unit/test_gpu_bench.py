@@ -18,9 +18,8 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowrank_dist.model.huggingface import load_architecture, open_checkpoint
-from lowrank_dist.model.load import check_checkpoint
-from lowrank_dist.model.tensors import MEGATRON_LINEARS
+from lowrank_dist.arch.tensors import MEGATRON_LINEARS
+from lowrank_dist.formats.model_folder import check_checkpoint, load_architecture, open_checkpoint
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.settings import job_of, read_request
 from tests.gpu.bench import stages as bench_stages

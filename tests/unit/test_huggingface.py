@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.huggingface import INDEX_FILE, SINGLE_FILE, load_architecture, open_checkpoint
+from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE, load_architecture, open_checkpoint
 from tests.tiny_models import make_tiny
 
 

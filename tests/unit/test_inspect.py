@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lowrank_dist.checkpoint.adapter import Adapter, LowRankFactor, read_adapter
 from lowrank_dist.checkpoint.inspection import inspect_folder
 from lowrank_dist.checkpoint.inspection.adapter import update_norm
 from lowrank_dist.cli.main import app
+from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, read_adapter
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 from tests.unit.test_architecture_rules import OUT_OF_MERGE, modules, reachable, under

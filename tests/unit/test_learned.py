@@ -14,13 +14,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lowrank_dist.checkpoint.bottlenecks import read_bottlenecks, write_bottlenecks
 from lowrank_dist.checkpoint.inspection import inspect_folder
-from lowrank_dist.checkpoint.kinds import kind_of
-from lowrank_dist.checkpoint.prompt_learning import read_prompt_learning, write_prompt_learning
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.huggingface import load_architecture
+from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.methods.bottleneck.files import read_bottlenecks, write_bottlenecks
+from lowrank_dist.methods.kinds import kind_of
+from lowrank_dist.methods.prompt_files import read_prompt_learning, write_prompt_learning
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_learned import (
     BOTTLENECK,

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowrank_dist.model.load as load
+from lowrank_dist.arch.architecture import Architecture, padded_vocab
+from lowrank_dist.arch.rows import LinearLayout, Segment
+from lowrank_dist.arch.tensors import copy_plans, hf_shapes, parameter_shapes
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.architecture import Architecture, padded_vocab
-from lowrank_dist.model.huggingface import SINGLE_FILE, load_architecture, open_checkpoint
+from lowrank_dist.formats.model_folder import SINGLE_FILE, load_architecture, open_checkpoint
 from lowrank_dist.model.load import load_weights
-from lowrank_dist.model.rows import LinearLayout, Segment
-from lowrank_dist.model.tensors import copy_plans, hf_shapes, parameter_shapes
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 
 MULTIPLE = 8

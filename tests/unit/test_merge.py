@@ -19,12 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_dist.checkpoint import merge as merge_module
-from lowrank_dist.checkpoint.adapter import LowRankFactor, read_adapter
-from lowrank_dist.checkpoint.merge import Update, merge
-from lowrank_dist.checkpoint.merge_update import Term
-from lowrank_dist.checkpoint.safetensors_file import chunks
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.safetensors_file import chunks
+from lowrank_dist.merge import merge as merge_module
+from lowrank_dist.merge.merge import Update, merge
+from lowrank_dist.merge.update import Term
+from lowrank_dist.methods.lora.files import LowRankFactor, read_adapter
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 

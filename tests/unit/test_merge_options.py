@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lowrank_dist.checkpoint import merge as merge_module
-from lowrank_dist.checkpoint.adapter import read_adapter
-from lowrank_dist.checkpoint.merge import MergeReport, merge
-from lowrank_dist.checkpoint.merge_layout import pack, shard_names
-from lowrank_dist.checkpoint.merge_options import WeightedAdapter, parse_adapter, parse_dtype, parse_shard_size
-from lowrank_dist.checkpoint.merge_verify import TOLERANCES, Verification, Verifier
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.layout import pack, shard_names
+from lowrank_dist.merge import merge as merge_module
+from lowrank_dist.merge.merge import MergeReport, merge
+from lowrank_dist.merge.options import WeightedAdapter, parse_adapter, parse_dtype, parse_shard_size
+from lowrank_dist.merge.verify import TOLERANCES, Verification, Verifier
+from lowrank_dist.methods.lora.files import read_adapter
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 
@@ -442,8 +442,8 @@ class TestVerify:
     @pytest.mark.slow
     def test_merging_does_not_import_it(self) -> None:
         code = (
-            "import sys; import lowrank_dist.checkpoint.merge\n"
-            "sys.exit(', '.join({'peft', 'lowrank_dist.checkpoint.merge_verify'} & set(sys.modules)) or 0)"
+            "import sys; import lowrank_dist.merge.merge\n"
+            "sys.exit(', '.join({'peft', 'lowrank_dist.merge.verify'} & set(sys.modules)) or 0)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
         assert (done.returncode, done.stderr) == (0, "")

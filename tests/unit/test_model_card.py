@@ -6,10 +6,10 @@ import pytest
 import torch
 import yaml
 
-from lowrank_dist.checkpoint.adapter import Adapter, LowRankFactor
 from lowrank_dist.checkpoint.model_card import model_card, plain, repository_of
-from lowrank_dist.checkpoint.provenance import Provenance, read_provenance
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.provenance import Provenance, read_provenance
+from lowrank_dist.methods.lora.files import Adapter, LowRankFactor
 
 TRAINING = {
     "step": 20,

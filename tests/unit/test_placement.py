@@ -10,11 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.errors import UserError
-from lowrank_dist.lora.inject import initial_a
-from lowrank_dist.lora.placement import LoraRules, place
-from lowrank_dist.model.architecture import Architecture
-from lowrank_dist.model.huggingface import load_architecture
+from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.methods.lora.inject import initial_a
 from tests.tiny_models import make_tiny
 
 

@@ -10,10 +10,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_dist.backend.select import quiet_libraries
+from lowrank_dist.engine.dry_run import TOLERANCE, _architecture, _build, _fake_ranks, _KnownPositions, _Live
 from lowrank_dist.plan.job import Job, Layout
 from lowrank_dist.plan.memory import moments
 from lowrank_dist.plan.settings import job_of, read_request
-from lowrank_dist.plan.verify import TOLERANCE, _architecture, _build, _fake_ranks, _KnownPositions, _Live
 
 pytestmark = pytest.mark.slow
 

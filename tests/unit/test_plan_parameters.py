@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from lowrank_dist.arch.placement import LoraRules
+from lowrank_dist.arch.placement import place as place_factors
 from lowrank_dist.errors import UserError
-from lowrank_dist.lora.placement import LoraRules
-from lowrank_dist.lora.placement import place as place_factors
-from lowrank_dist.model.huggingface import load_architecture
+from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.plan.methods import adapter_parameters, prefix_parameters, prompt_parameters
 from lowrank_dist.plan.parameters import frozen_size
 from lowrank_dist.plan.placement import place

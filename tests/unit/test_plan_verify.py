@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lowrank_dist.engine import dry_run as verify
 from lowrank_dist.ops.extension import extension_loaded
-from lowrank_dist.plan import memory, traffic, verify
+from lowrank_dist.plan import memory, traffic
 from lowrank_dist.plan.hardware import GPUS
 from lowrank_dist.plan.job import Layout
 from lowrank_dist.plan.layouts import Candidate, Cluster
@@ -302,7 +303,7 @@ def test_built_in_shapes_are_models_that_can_be_built() -> None:
     """transformers reads every built-in config, and finds the sizes that the plan reads."""
     from transformers import AutoConfig
 
-    from lowrank_dist.model.from_config import architecture_of
+    from lowrank_dist.arch.from_config import architecture_of
     from lowrank_dist.plan.shapes import BUILT_IN, find_shape
 
     for name in BUILT_IN:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowrank_dist.engine.stragglers import WINDOW, Stragglers
+from lowrank_dist.engine.meter import WINDOW, Stragglers
 from lowrank_dist.errors import UserError
 from lowrank_dist.parallel.topology import refuse_crossing
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_dist.model.rows import LinearLayout, Part, Segment
+from lowrank_dist.arch.rows import LinearLayout, Part, Segment
 
 
 def qkv_layout(kv_heads: int, queries_per_group: int, head_dim: int, fused: bool = False) -> LinearLayout:

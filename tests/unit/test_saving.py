@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lowrank_dist.engine import saving
-from lowrank_dist.engine.progress import Progress
+from lowrank_dist.engine.history import Progress
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.errors import DiskError

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.config import Config
 from lowrank_dist.errors import UserError
-from lowrank_dist.lora.placement import LoraRules, place
-from lowrank_dist.methods.start import adopt_adapter, initial_factors
-from lowrank_dist.model.huggingface import load_architecture
+from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.methods.lora.adopt import adopt_adapter, initial_factors
 from tests.tiny_adapters import Size, random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 

@@ -16,15 +16,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lowrank_dist.checkpoint import whole_model
+from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.checkpoint.folder import read_checkpoint
 from lowrank_dist.checkpoint.inspection import inspect_folder
-from lowrank_dist.checkpoint.kinds import kind_of
-from lowrank_dist.checkpoint.manifest import MANIFEST_FILE, write_manifest
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.huggingface import load_architecture
-from lowrank_dist.model.tensors import hf_shapes
+from lowrank_dist.formats.manifest import MANIFEST_FILE, write_manifest
+from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.methods.full import files as whole_model
+from lowrank_dist.methods.kinds import kind_of
 from tests.tiny_learned import base_tensors, run_of, save_whole
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 from tests.unit.test_inspect import broken, facts_of, same_in_text_and_json

@@ -5,15 +5,15 @@ Nothing is changed, no pickle is read, and no model is ever held whole.
 
 from pathlib import Path
 
-from lowrank_dist.checkpoint import bottlenecks
-from lowrank_dist.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_dist.checkpoint.inspection.methods import inspect_trained
 from lowrank_dist.checkpoint.inspection.model import inspect_model
 from lowrank_dist.checkpoint.inspection.report import Report
 from lowrank_dist.checkpoint.inspection.run import RUN_ENTRIES, inspect_run
-from lowrank_dist.checkpoint.training_state import is_checkpoint
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.huggingface import INDEX_FILE, SINGLE_FILE
+from lowrank_dist.formats.manifest import is_checkpoint
+from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE
+from lowrank_dist.methods.bottleneck import files as bottlenecks
+from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE
 
 __all__ = ["Report", "inspect_folder"]
 

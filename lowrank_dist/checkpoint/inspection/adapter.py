@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dist.checkpoint.adapter import CONFIG_FILE, WEIGHTS_FILE, LowRankFactor, check_pair, own_file, read_pairs
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.checkpoint.inspection.found import (
     Found,
     begin,
@@ -23,11 +23,11 @@ from lowrank_dist.checkpoint.inspection.found import (
     look_at_provenance,
 )
 from lowrank_dist.checkpoint.inspection.report import Report
-from lowrank_dist.checkpoint.peft_config import PeftConfig, read_config
-from lowrank_dist.checkpoint.safetensors_file import TensorEntry, read_header, read_into
+from lowrank_dist.formats.model_folder import FLOAT_DTYPES, Checkpoint
+from lowrank_dist.formats.safetensors_file import TensorEntry, read_header, read_into
 from lowrank_dist.messages import some_of
-from lowrank_dist.model.architecture import Architecture
-from lowrank_dist.model.huggingface import FLOAT_DTYPES, Checkpoint
+from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, LowRankFactor, check_pair, own_file, read_pairs
+from lowrank_dist.methods.lora.peft_config import PeftConfig, read_config
 
 MODULES, SUMMARY = "modules", "update_norms"
 

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist.checkpoint.adapter import own_file
-from lowrank_dist.checkpoint.atomic import is_temporary
-from lowrank_dist.checkpoint.fingerprint import fingerprint
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.checkpoint.inspection.model import architecture_of_folder, parameters_of
 from lowrank_dist.checkpoint.inspection.report import Report
-from lowrank_dist.checkpoint.manifest import MANIFEST_FILE, verify_manifest
-from lowrank_dist.checkpoint.provenance import PROVENANCE_FILE, Provenance, read_provenance
-from lowrank_dist.checkpoint.training_state import is_checkpoint
-from lowrank_dist.model.architecture import Architecture
-from lowrank_dist.model.huggingface import Checkpoint, open_checkpoint
+from lowrank_dist.formats.atomic import is_temporary
+from lowrank_dist.formats.fingerprint import fingerprint
+from lowrank_dist.formats.manifest import MANIFEST_FILE, is_checkpoint, verify_manifest
+from lowrank_dist.formats.model_folder import Checkpoint, open_checkpoint
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, read_provenance
+from lowrank_dist.methods.lora.files import own_file
 
 _STEP = re.compile(r"step-(\d+)", re.ASCII)
 

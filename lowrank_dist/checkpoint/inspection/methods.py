@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowrank_dist.checkpoint import bottlenecks, prompt_learning
-from lowrank_dist.checkpoint.adapter import WEIGHTS_FILE
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.checkpoint.inspection.adapter import inspect_adapter
 from lowrank_dist.checkpoint.inspection.found import (
     Found,
@@ -19,11 +18,13 @@ from lowrank_dist.checkpoint.inspection.found import (
 )
 from lowrank_dist.checkpoint.inspection.model import inspect_model
 from lowrank_dist.checkpoint.inspection.report import Report
-from lowrank_dist.checkpoint.kinds import kind_of
-from lowrank_dist.checkpoint.safetensors_file import read_header
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.architecture import Architecture
-from lowrank_dist.model.huggingface import open_checkpoint
+from lowrank_dist.formats.model_folder import open_checkpoint
+from lowrank_dist.formats.safetensors_file import read_header
+from lowrank_dist.methods import prompt_files as prompt_learning
+from lowrank_dist.methods.bottleneck import files as bottlenecks
+from lowrank_dist.methods.kinds import kind_of
+from lowrank_dist.methods.lora.files import WEIGHTS_FILE
 
 _Fit = Callable[[Architecture], None]
 

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.families import FAMILIES
+from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.checkpoint.inspection.report import Report, one_line
-from lowrank_dist.checkpoint.safetensors_file import read_header
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.architecture import Architecture
-from lowrank_dist.model.families import FAMILIES
-from lowrank_dist.model.huggingface import (
+from lowrank_dist.formats.model_folder import (
     FLOAT_DTYPES,
     INDEX_FILE,
     SINGLE_FILE,
     Checkpoint,
+    check_checkpoint,
     load_architecture,
     open_checkpoint,
 )
-from lowrank_dist.model.load import check_checkpoint
-from lowrank_dist.model.tensors import hf_shapes
+from lowrank_dist.formats.safetensors_file import read_header
 
 # For families without a table here: label → the spellings of its key.
 _SIZES = {

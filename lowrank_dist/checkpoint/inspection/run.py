@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist.checkpoint.atomic import is_temporary
 from lowrank_dist.checkpoint.folder import LINKS
 from lowrank_dist.checkpoint.inspection.found import step_of
 from lowrank_dist.checkpoint.inspection.methods import inspect_trained
@@ -14,6 +13,7 @@ from lowrank_dist.checkpoint.inspection.report import Report
 from lowrank_dist.config.errors import ConfigError
 from lowrank_dist.config.load import load_config
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.atomic import is_temporary
 
 CONFIG, METRICS, CHECKPOINTS, ADAPTER = "config.yaml", "metrics.jsonl", "checkpoints", "adapter"
 RUN_ENTRIES = (CONFIG, METRICS, CHECKPOINTS)

@@ -1,0 +1,144 @@
+"""What a model is made of, in the terms both Hugging Face and Megatron need. No megatron import."""
+
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from lowrank_dist.arch.rows import LinearLayout
+from lowrank_dist.errors import UserError
+
+WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+
+
+@dataclass(frozen=True)
+class RopeParameters:
+    """Rotary position embedding: base `theta` and the scaling of its frequencies.
+
+    "linear" uses `factor`; "llama3" all four numbers (`original_max_positions` in tokens).
+    """
+
+    theta: float
+    type: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+def padded_vocab(vocab: int, multiple: int, tp_size: int) -> int:
+    """Embedding rows over all ranks: `vocab` rounded up to a multiple of multiple × tp_size, as Megatron pads."""
+    step = multiple * tp_size
+    return -(-vocab // step) * step
+
+
+@dataclass(frozen=True)
+class TensorRule:
+    """One tensor outside the linears: its Megatron name, its Hugging Face name (both may have a `{layer}` field).
+
+    shape: the Hugging Face shape in terms of `Architecture.size`.
+    sharding: "replicated", or "vocab" = rows over the padded vocabulary are cut evenly into tp_size blocks.
+    row_offset: Megatron's row i is Hugging Face's row i + row_offset (OPT never uses its first two position rows).
+    """
+
+    megatron: str
+    hf: str
+    shape: tuple[str, ...]
+    sharding: Literal["replicated", "vocab"] = "replicated"
+    row_offset: int = 0
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes, options and tensor tables of one decoder-only model.
+
+    prefix: base-model prefix of the Hugging Face names ("model."), which some published checkpoints leave out.
+    head_dim: width of a head; heads × head_dim need not be `hidden`.
+    ffn: width of the MLP (of gate and of up each, when `gated`).
+    activation: "gelu" is the exact one, "gelu_tanh" the tanh approximation.
+    qkv_bias / linear_bias: linear_qkv has a bias / every linear has one.
+    position_offset: rows of the Hugging Face position table before position 0 (OPT: 2), already cut off by its rule.
+    sliding_window: query i sees keys j with i - sliding_window < j <= i, in every layer; None = plain causal.
+    conv1d: linear weights are stored [in, out] (GPT-2).
+    linears: layout of "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", the same in every layer.
+    tensors: every other tensor. ignored: patterns of file tensors that carry no weights of this model.
+    """
+
+    family: str
+    prefix: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    max_positions: int
+    norm: Literal["RMSNorm", "LayerNorm"]
+    norm_eps: float
+    activation: Literal["silu", "gelu_tanh", "gelu", "relu"]
+    gated: bool
+    qkv_bias: bool
+    linear_bias: bool
+    tied: bool
+    positions: Literal["rope", "learned"]
+    position_offset: int
+    qk_norm: bool
+    rope: RopeParameters | None
+    sliding_window: int | None
+    conv1d: bool
+    linears: Mapping[str, LinearLayout]
+    tensors: tuple[TensorRule, ...]
+    ignored: tuple[str, ...]
+
+    def size(self, dimension: str) -> int:
+        """A dimension named in `TensorRule.shape`: hidden, vocab, head_dim, positions (rows of the position table)."""
+        if dimension == "positions":
+            return self.max_positions + self.position_offset
+        return {"hidden": self.hidden, "vocab": self.vocab, "head_dim": self.head_dim}[dimension]
+
+    @property
+    def embedding_name(self) -> str:
+        """Hugging Face name of the word embeddings."""
+        return next(rule.hf for rule in self.tensors if rule.megatron == WORD_EMBEDDINGS)
+
+    def linear_modules(self) -> set[str]:
+        """Hugging Face path of every linear in the layers: what factors can be on, the output layer aside."""
+        return {
+            part.path.format(layer=layer)
+            for layer in range(self.layers)
+            for layout in self.linears.values()
+            for part in layout.parts
+        }
+
+    def find(self, name: str, names: Container[str]) -> str | None:
+        """The name under which tensor (or module) `name` lies among a checkpoint's `names`, or None.
+
+        Accepts names without the base-model prefix ("h.0.ln_1.weight" for "transformer.h.0.ln_1.weight").
+        """
+        if name in names:
+            return name
+        bare = name.removeprefix(self.prefix)
+        return bare if bare in names else None
+
+    def legal_tp_sizes(self, world_max: int | None = None) -> tuple[int, ...]:
+        """Tensor-parallel sizes that divide this model, up to `world_max` ranks."""
+        largest = self.heads if world_max is None else min(world_max, self.heads)
+        return tuple(size for size in range(1, largest + 1) if self._divides(size))
+
+    def check_tp(self, tp_size: int) -> None:
+        """Raise UserError naming the sizes that do divide when `tp_size` does not."""
+        if tp_size >= 1 and self._divides(tp_size):
+            return
+        legal = ", ".join(str(size) for size in self.legal_tp_sizes())
+        raise UserError(
+            f"parallel.tensor={tp_size} does not divide this {self.family} model "
+            f"({self.heads} attention heads, {self.kv_heads} key/value heads, ffn {self.ffn}): use one of {legal}"
+        )
+
+    def _divides(self, tp_size: int) -> bool:
+        # With fewer key/value heads than ranks Megatron cuts the fused rows evenly and gathers them in attention.
+        whole_kv_heads = self.kv_heads % tp_size == 0
+        cut_kv_heads = (
+            tp_size % self.kv_heads == 0 and ((self.heads + 2 * self.kv_heads) * self.head_dim) % tp_size == 0
+        )
+        return self.heads % tp_size == 0 and self.ffn % tp_size == 0 and (whole_kv_heads or cut_kv_heads)

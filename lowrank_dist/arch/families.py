@@ -1,0 +1,254 @@
+"""One declarative table a family: its keys in config.json and all its tensor names, used in both directions.
+
+The tables follow transformers' `modeling_<family>.py`. `from_config.architecture_of` reads them; to add a family whose
+blocks Megatron can express, add a table here and a tiny model to tests/tiny_models.py.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lowrank_dist.arch.architecture import TensorRule
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one `model_type` of config.json maps onto Megatron.
+
+    keys: field of `Architecture` → key of config.json. fixed: fields that every model of the family shares.
+    only: key of config.json → the one value that is supported, and what another value would ask for.
+    linears: Megatron linear → Hugging Face module path, one per projection, in the order of LinearLayout.parts.
+    tensors: every other tensor; `OUTPUT_LAYER` drops out where the embeddings are tied.
+    ignored: patterns, on names without `prefix`, of file tensors that carry no weights.
+    fused_qkv: q, k and v are stacked in this order in one Hugging Face module (its path stands in `linears` once).
+    sliding: which layers `sliding_window` governs: none, all, or those that `layer_types` names.
+    """
+
+    prefix: str
+    keys: Mapping[str, str]
+    fixed: Mapping[str, Any]
+    only: Mapping[str, tuple[object, str]]
+    linears: Mapping[str, tuple[str, ...]]
+    tensors: tuple[TensorRule, ...]
+    ignored: tuple[str, ...] = ()
+    fused_qkv: bool = False
+    sliding: Literal["none", "all", "layer_types"] = "none"
+
+
+def _weight_and_bias(megatron: str, hf: str, shape: tuple[str, ...] = ("hidden",)) -> tuple[TensorRule, TensorRule]:
+    return (
+        TensorRule(f"{megatron}.weight", f"{hf}.weight", shape),
+        TensorRule(f"{megatron}.bias", f"{hf}.bias", shape),
+    )
+
+
+OUTPUT_LAYER = TensorRule("output_layer.weight", "lm_head.weight", ("vocab", "hidden"), "vocab")
+
+_LLAMA_KEYS = {
+    "hidden": "hidden_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "ffn": "intermediate_size",
+    "vocab": "vocab_size",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "activation": "hidden_act",
+    "tied": "tie_word_embeddings",
+}
+_LLAMA_FIXED = {
+    "norm": "RMSNorm",
+    "gated": True,
+    "qkv_bias": False,
+    "linear_bias": False,
+    "positions": "rope",
+    "position_offset": 0,
+    "qk_norm": False,
+    "conv1d": False,
+}
+_LLAMA_LINEARS = {
+    "linear_qkv": (
+        "model.layers.{layer}.self_attn.q_proj",
+        "model.layers.{layer}.self_attn.k_proj",
+        "model.layers.{layer}.self_attn.v_proj",
+    ),
+    "linear_proj": ("model.layers.{layer}.self_attn.o_proj",),
+    "linear_fc1": ("model.layers.{layer}.mlp.gate_proj", "model.layers.{layer}.mlp.up_proj"),
+    "linear_fc2": ("model.layers.{layer}.mlp.down_proj",),
+}
+_LLAMA_TENSORS = (
+    TensorRule("embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab", "hidden"), "vocab"),
+    TensorRule(
+        "decoder.layers.{layer}.input_layernorm.weight", "model.layers.{layer}.input_layernorm.weight", ("hidden",)
+    ),
+    TensorRule(
+        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+        "model.layers.{layer}.post_attention_layernorm.weight",
+        ("hidden",),
+    ),
+    TensorRule("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
+    OUTPUT_LAYER,
+)
+_QK_NORM_TENSORS = (
+    TensorRule(
+        "decoder.layers.{layer}.self_attention.q_layernorm.weight",
+        "model.layers.{layer}.self_attn.q_norm.weight",
+        ("head_dim",),
+    ),
+    TensorRule(
+        "decoder.layers.{layer}.self_attention.k_layernorm.weight",
+        "model.layers.{layer}.self_attn.k_norm.weight",
+        ("head_dim",),
+    ),
+)
+_OUTPUT_BIAS_REFUSED = (False, "a bias on the attention's output projection (Megatron has one flag for q, k, v alone)")
+# Old checkpoints carry the frequencies as a buffer; transformers ignores it and so do we.
+_ROPE_BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        prefix="model.",
+        keys=_LLAMA_KEYS,
+        fixed=_LLAMA_FIXED,
+        only={"attention_bias": _OUTPUT_BIAS_REFUSED, "mlp_bias": (False, "biases in the MLP")},
+        linears=_LLAMA_LINEARS,
+        tensors=_LLAMA_TENSORS,
+        ignored=_ROPE_BUFFERS,
+    ),
+    "mistral": Family(
+        prefix="model.",
+        keys=_LLAMA_KEYS,
+        fixed=_LLAMA_FIXED,
+        only={},
+        linears=_LLAMA_LINEARS,
+        tensors=_LLAMA_TENSORS,
+        ignored=_ROPE_BUFFERS,
+        sliding="all",
+    ),
+    "qwen2": Family(
+        prefix="model.",
+        keys=_LLAMA_KEYS,
+        fixed={**_LLAMA_FIXED, "qkv_bias": True},
+        only={},
+        linears=_LLAMA_LINEARS,
+        tensors=_LLAMA_TENSORS,
+        ignored=_ROPE_BUFFERS,
+        sliding="layer_types",
+    ),
+    "qwen3": Family(
+        prefix="model.",
+        keys=_LLAMA_KEYS,
+        fixed={**_LLAMA_FIXED, "qk_norm": True},
+        only={"attention_bias": _OUTPUT_BIAS_REFUSED},
+        linears=_LLAMA_LINEARS,
+        tensors=_LLAMA_TENSORS + _QK_NORM_TENSORS,
+        ignored=_ROPE_BUFFERS,
+        sliding="layer_types",
+    ),
+    "gpt2": Family(
+        prefix="transformer.",
+        keys={
+            "hidden": "n_embd",
+            "layers": "n_layer",
+            "heads": "n_head",
+            "kv_heads": "n_head",
+            "ffn": "n_inner",
+            "vocab": "vocab_size",
+            "max_positions": "n_positions",
+            "norm_eps": "layer_norm_epsilon",
+            "activation": "activation_function",
+            "tied": "tie_word_embeddings",
+        },
+        fixed={
+            "norm": "LayerNorm",
+            "gated": False,
+            "qkv_bias": True,
+            "linear_bias": True,
+            "positions": "learned",
+            "position_offset": 0,
+            "qk_norm": False,
+            "conv1d": True,
+        },
+        only={
+            "scale_attn_weights": (True, "attention scores without the 1/√head_dim scale"),
+            "scale_attn_by_inverse_layer_idx": (False, "attention scores divided by the layer number"),
+            "add_cross_attention": (False, "cross-attention"),
+        },
+        linears={
+            "linear_qkv": ("transformer.h.{layer}.attn.c_attn",),
+            "linear_proj": ("transformer.h.{layer}.attn.c_proj",),
+            "linear_fc1": ("transformer.h.{layer}.mlp.c_fc",),
+            "linear_fc2": ("transformer.h.{layer}.mlp.c_proj",),
+        },
+        tensors=(
+            TensorRule("embedding.word_embeddings.weight", "transformer.wte.weight", ("vocab", "hidden"), "vocab"),
+            TensorRule("embedding.position_embeddings.weight", "transformer.wpe.weight", ("positions", "hidden")),
+            *_weight_and_bias("decoder.layers.{layer}.input_layernorm", "transformer.h.{layer}.ln_1"),
+            *_weight_and_bias("decoder.layers.{layer}.pre_mlp_layernorm", "transformer.h.{layer}.ln_2"),
+            *_weight_and_bias("decoder.final_layernorm", "transformer.ln_f"),
+            OUTPUT_LAYER,
+        ),
+        # The causal mask and its fill value, kept as buffers by old versions of transformers.
+        ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
+        fused_qkv=True,
+    ),
+    "opt": Family(
+        prefix="model.",
+        keys={
+            "hidden": "hidden_size",
+            "layers": "num_hidden_layers",
+            "heads": "num_attention_heads",
+            "kv_heads": "num_attention_heads",
+            "ffn": "ffn_dim",
+            "vocab": "vocab_size",
+            "max_positions": "max_position_embeddings",
+            "activation": "activation_function",
+            "qkv_bias": "enable_bias",
+            "linear_bias": "enable_bias",
+            "tied": "tie_word_embeddings",
+        },
+        fixed={
+            "norm": "LayerNorm",
+            "norm_eps": 1e-5,
+            "gated": False,
+            "positions": "learned",
+            "position_offset": 2,
+            "qk_norm": False,
+            "conv1d": False,
+        },
+        only={
+            "do_layer_norm_before": (True, "layer norms after the residual sum, as in opt-350m"),
+            "layer_norm_elementwise_affine": (True, "layer norms without weights"),
+            "_remove_final_layer_norm": (False, "no final layer norm"),
+        },
+        linears={
+            "linear_qkv": (
+                "model.decoder.layers.{layer}.self_attn.q_proj",
+                "model.decoder.layers.{layer}.self_attn.k_proj",
+                "model.decoder.layers.{layer}.self_attn.v_proj",
+            ),
+            "linear_proj": ("model.decoder.layers.{layer}.self_attn.out_proj",),
+            "linear_fc1": ("model.decoder.layers.{layer}.fc1",),
+            "linear_fc2": ("model.decoder.layers.{layer}.fc2",),
+        },
+        tensors=(
+            TensorRule(
+                "embedding.word_embeddings.weight", "model.decoder.embed_tokens.weight", ("vocab", "hidden"), "vocab"
+            ),
+            TensorRule(
+                "embedding.position_embeddings.weight",
+                "model.decoder.embed_positions.weight",
+                ("positions", "hidden"),
+                row_offset=2,
+            ),
+            *_weight_and_bias(
+                "decoder.layers.{layer}.input_layernorm", "model.decoder.layers.{layer}.self_attn_layer_norm"
+            ),
+            *_weight_and_bias(
+                "decoder.layers.{layer}.pre_mlp_layernorm", "model.decoder.layers.{layer}.final_layer_norm"
+            ),
+            *_weight_and_bias("decoder.final_layernorm", "model.decoder.final_layer_norm"),
+            OUTPUT_LAYER,
+        ),
+    ),
+}

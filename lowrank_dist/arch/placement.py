@@ -1,0 +1,199 @@
+"""Which linears get which factors: a pure function of the architecture and the `lora` section."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.rows import LinearLayout
+from lowrank_dist.errors import UserError
+
+ALL_LINEAR = "all-linear"
+Value = TypeVar("Value", int, float)
+
+
+@dataclass(frozen=True)
+class FactorSpec:
+    """One pair (A, B) on one Hugging Face module, or on a part of one (q_proj inside GPT-2's c_attn).
+
+    `path` is the module as users and PEFT name it; `export_path` the module that exists in the checkpoint and
+    `export_row` where this factor's rows begin inside it. `parts` maps a part of the fused linear to the first row of
+    that part in this factor's B. `rows` × `in_features` is the shape of ΔW = s·B·A.
+    """
+
+    path: str
+    export_path: str
+    export_row: int
+    export_rows: int
+    rank: int
+    alpha: float
+    scale: float
+    rslora: bool
+    rows: int
+    in_features: int
+    parts: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class LinearPlacement:
+    """The factors of one Megatron linear of one layer; they share its input and hence one mask."""
+
+    layer: int
+    linear: str
+    layout: LinearLayout
+    factors: tuple[FactorSpec, ...]
+
+
+@dataclass(frozen=True)
+class LoraRules:
+    """The part of the configuration that placement needs (see config.LoraConfig)."""
+
+    rank: int
+    alpha: float
+    targets: str | Sequence[str]
+    rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+
+
+def place(architecture: Architecture, rules: LoraRules) -> tuple[LinearPlacement, ...]:
+    """All adapted linears, in execution order.
+
+    Raises UserError for a target or a pattern that matches nothing, and for a target that covers another.
+    """
+    matcher = _Matcher(rules, architecture)
+    placements = []
+    for layer in range(architecture.layers):
+        for linear, layout in architecture.linears.items():
+            factors = tuple(
+                _spec(candidate, layout, rules, matcher)
+                for candidate in _candidates(layout, layer)
+                if matcher.targets(candidate)
+            )
+            _refuse_overlap(factors)
+            if factors:
+                placements.append(LinearPlacement(layer, linear, layout, factors))
+    matcher.refuse_unused()
+    return tuple(placements)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    path: str
+    export_path: str
+    whole: bool
+    parts: tuple[int, ...]
+
+
+def _candidates(layout: LinearLayout, layer: int) -> Iterator[_Candidate]:
+    """Every module, or part of one, that a target may name inside this linear."""
+    if layout.whole is not None:
+        path = layout.parts[0].path.format(layer=layer)
+        yield _Candidate(path, path, True, tuple(range(len(layout.parts))))
+    for index, part in enumerate(layout.parts):
+        path = part.path.format(layer=layer)
+        named = f"{path.rpartition('.')[0]}.{part.name}" if layout.whole is not None else path
+        yield _Candidate(named, path, layout.whole is None, (index,))
+
+
+class _Matcher:
+    """Matches module paths against the targets and patterns, and remembers which of them were of use."""
+
+    def __init__(self, rules: LoraRules, architecture: Architecture) -> None:
+        self._architecture = architecture
+        self._rules = rules
+        targets = rules.targets
+        if isinstance(targets, str) and targets != ALL_LINEAR:
+            self._tests = {targets: re.compile(targets)}
+        else:
+            names = [targets] if isinstance(targets, str) else list(targets)
+            self._tests = {name: None if name == ALL_LINEAR else _suffix(re.escape(name)) for name in names}
+        self._ranks = {key: _suffix(key) for key in rules.rank_pattern}
+        self._alphas = {key: _suffix(key) for key in rules.alpha_pattern}
+        self._used: set[tuple[str, str]] = set()
+
+    def targets(self, candidate: _Candidate) -> bool:
+        hits = [
+            name
+            for name, test in self._tests.items()
+            if (candidate.whole if test is None else test.fullmatch(candidate.path) is not None)
+        ]
+        self._used.update(("lora.targets", name) for name in hits)
+        return bool(hits)
+
+    def rank(self, path: str) -> int:
+        return self._first("lora.rank_pattern", self._ranks, self._rules.rank_pattern, path, self._rules.rank)
+
+    def alpha(self, path: str) -> float:
+        return self._first("lora.alpha_pattern", self._alphas, self._rules.alpha_pattern, path, self._rules.alpha)
+
+    def _first(
+        self, key: str, tests: Mapping[str, re.Pattern[str]], values: Mapping[str, Value], path: str, otherwise: Value
+    ) -> Value:
+        for name, test in tests.items():
+            if test.fullmatch(path):
+                self._used.add((key, name))
+                return values[name]
+        return otherwise
+
+    def refuse_unused(self) -> None:
+        sections = (
+            ("lora.targets", self._tests),
+            ("lora.rank_pattern", self._ranks),
+            ("lora.alpha_pattern", self._alphas),
+        )
+        unused = [f"{key}: {name!r}" for key, names in sections for name in names if (key, name) not in self._used]
+        if not unused:
+            return
+        leaves = sorted(
+            {
+                candidate.path.rpartition(".")[2]
+                for x in self._architecture.linears.values()
+                for candidate in _candidates(x, 0)
+            }
+        )
+        example = next(_candidates(next(iter(self._architecture.linears.values())), 0)).path
+        raise UserError(
+            f"{'; '.join(unused)} matches no linear of this {self._architecture.family} model. "
+            f"It has {', '.join(leaves)} in {self._architecture.layers} layers (for example {example}); a list holds "
+            f"such names or ends of paths, a string is a regular expression over the whole path, or {ALL_LINEAR!r}"
+        )
+
+
+def _suffix(pattern: str) -> re.Pattern[str]:
+    """PEFT's rule for pattern keys: a regular expression for the end of the path, from a dot on."""
+    return re.compile(rf"(?:.*\.)?(?:{pattern})")
+
+
+def _spec(candidate: _Candidate, layout: LinearLayout, rules: LoraRules, matcher: _Matcher) -> FactorSpec:
+    rank, alpha = matcher.rank(candidate.path), matcher.alpha(candidate.path)
+    members = [layout.parts[index] for index in candidate.parts]
+    first = min(part.offset for part in members)
+    return FactorSpec(
+        path=candidate.path,
+        export_path=candidate.export_path,
+        export_row=first,
+        export_rows=layout.tensor_rows(members[0].path),
+        rank=rank,
+        alpha=alpha,
+        scale=alpha / (math.sqrt(rank) if rules.rslora else rank),
+        rslora=rules.rslora,
+        rows=sum(part.rows for part in members),
+        in_features=layout.in_features,
+        parts=tuple((index, layout.parts[index].offset - first) for index in candidate.parts),
+    )
+
+
+def _refuse_overlap(factors: Sequence[FactorSpec]) -> None:
+    seen: dict[int, FactorSpec] = {}
+    for factor in factors:
+        for part, _ in factor.parts:
+            if part in seen:
+                raise UserError(
+                    f"lora.targets: {seen[part].path} and {factor.path} name the same weights; target one of them"
+                )
+            seen[part] = factor

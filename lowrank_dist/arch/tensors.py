@@ -1,0 +1,159 @@
+"""Every Megatron parameter of a rank and where it lies in a Hugging Face checkpoint, from the architecture's tables.
+
+One list of copies serves both ways: loading runs it from the checkpoint to the shard, export and tests from the shard
+to the checkpoint. Pure: no file is opened and no tensor is made here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lowrank_dist.arch.architecture import Architecture, TensorRule, padded_vocab
+from lowrank_dist.arch.rows import LinearLayout
+
+# Name in `Architecture.linears` → Megatron module.
+MEGATRON_LINEARS: Mapping[str, str] = {
+    "linear_qkv": "decoder.layers.{layer}.self_attention.linear_qkv",
+    "linear_proj": "decoder.layers.{layer}.self_attention.linear_proj",
+    "linear_fc1": "decoder.layers.{layer}.mlp.linear_fc1",
+    "linear_fc2": "decoder.layers.{layer}.mlp.linear_fc2",
+}
+
+
+@dataclass(frozen=True)
+class Copy:
+    """local[local_index] equals hf[hf_index], transposed when `transposed` (GPT-2 stores [in, out]).
+
+    hf: tensor name in the checkpoint, with the base-model prefix (`Architecture.find` knows names without it).
+    """
+
+    hf: str
+    hf_index: tuple[slice, ...]
+    local_index: tuple[slice, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """One Megatron parameter of one rank: its local shape and the copies that fill it.
+
+    zero_rows: rows from here on are vocabulary padding, which no copy covers; they are zero.
+    """
+
+    shape: tuple[int, ...]
+    copies: tuple[Copy, ...]
+    zero_rows: int | None = None
+
+
+def parameter_shapes(architecture: Architecture, tp_size: int, vocab_multiple: int) -> dict[str, tuple[int, ...]]:
+    """Local shape of every Megatron parameter, in loading order. The same on every tensor-parallel rank."""
+    rows = padded_vocab(architecture.vocab, vocab_multiple, tp_size)
+    return {name: plan.shape for name, plan in copy_plans(architecture, 0, tp_size, rows).items()}
+
+
+def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
+    """Shape of every Hugging Face tensor that the model needs, by its name with the base-model prefix."""
+    shapes = {}
+    for rule in architecture.tensors:
+        for layer in _layers(rule.hf, architecture):
+            shapes[rule.hf.format(layer=layer)] = tuple(architecture.size(dimension) for dimension in rule.shape)
+    for layer in range(architecture.layers):
+        for layout in architecture.linears.values():
+            for part in layout.parts:
+                path = part.path.format(layer=layer)
+                rows = layout.tensor_rows(part.path)
+                weight = (rows, layout.in_features)
+                shapes[f"{path}.weight"] = weight[::-1] if architecture.conv1d else weight
+                if layout.bias:
+                    shapes[f"{path}.bias"] = (rows,)
+    return shapes
+
+
+def copy_plans(
+    architecture: Architecture, tp_rank: int, tp_size: int, padded_vocab_rows: int
+) -> dict[str, ParameterPlan]:
+    """The plan of every Megatron parameter of rank `tp_rank`, by name, in the order of the layers.
+
+    padded_vocab_rows: embedding rows over all ranks (`padded_vocab`), a multiple of tp_size.
+    """
+    assert padded_vocab_rows % tp_size == 0 and padded_vocab_rows >= architecture.vocab
+    plans = {}
+    for rule in architecture.tensors:
+        if "{layer}" not in rule.megatron:
+            plans[rule.megatron] = _rule_plan(rule, None, architecture, tp_rank, tp_size, padded_vocab_rows)
+    for layer in range(architecture.layers):
+        for rule in architecture.tensors:
+            if "{layer}" in rule.megatron:
+                name = rule.megatron.format(layer=layer)
+                plans[name] = _rule_plan(rule, layer, architecture, tp_rank, tp_size, padded_vocab_rows)
+        for linear, layout in architecture.linears.items():
+            module = MEGATRON_LINEARS[linear].format(layer=layer)
+            plans[f"{module}.weight"] = _weight_plan(layout, layer, architecture.conv1d, tp_rank, tp_size)
+            if layout.bias:
+                plans[f"{module}.bias"] = _bias_plan(layout, layer, tp_rank, tp_size)
+    return plans
+
+
+def is_cut(name: str, architecture: Architecture) -> bool:
+    """Whether tensor parallelism cuts the Megatron parameter of this name; else every rank has a copy."""
+    module, _, leaf = name.rpartition(".")
+    linear = module.rpartition(".")[2]
+    if linear in architecture.linears:
+        return leaf == "weight" or architecture.linears[linear].kind == "column"
+    return any(rule.megatron == name and rule.sharding == "vocab" for rule in architecture.tensors)
+
+
+def _layers(template: str, architecture: Architecture) -> range:
+    return range(architecture.layers if "{layer}" in template else 1)
+
+
+def _rule_plan(
+    rule: TensorRule, layer: int | None, architecture: Architecture, tp_rank: int, tp_size: int, padded_rows: int
+) -> ParameterPlan:
+    hf = rule.hf.format(layer=layer)
+    rows, *rest = (architecture.size(dimension) for dimension in rule.shape)
+    everything = tuple(slice(0, size) for size in rest)
+    if rule.sharding == "replicated":
+        kept = rows - rule.row_offset
+        copy = Copy(hf, (slice(rule.row_offset, rows), *everything), (slice(0, kept), *everything))
+        return ParameterPlan((kept, *rest), (copy,))
+    block = padded_rows // tp_size
+    start = min(tp_rank * block, rows)
+    count = min(start + block, rows) - start
+    copies = (Copy(hf, (slice(start, start + count), *everything), (slice(0, count), *everything)),) if count else ()
+    return ParameterPlan((block, *rest), copies, zero_rows=count)
+
+
+def _weight_plan(layout: LinearLayout, layer: int, conv1d: bool, tp_rank: int, tp_size: int) -> ParameterPlan:
+    shape = layout.local_shape(tp_size)
+    first_column = tp_rank * shape[1] if layout.kind == "row" else 0
+    columns = slice(first_column, first_column + shape[1])
+    copies = []
+    for path, hf_rows, local_rows in _row_runs(layout, layer, tp_rank, tp_size):
+        hf_index = (columns, hf_rows) if conv1d else (hf_rows, columns)
+        copies.append(Copy(f"{path}.weight", hf_index, (local_rows, slice(0, shape[1])), transposed=conv1d))
+    return ParameterPlan(shape, tuple(copies))
+
+
+def _bias_plan(layout: LinearLayout, layer: int, tp_rank: int, tp_size: int) -> ParameterPlan:
+    """The bias of a row-parallel linear is replicated: it is added once, after the reduction."""
+    copies = (
+        Copy(f"{path}.bias", (hf_rows,), (local_rows,))
+        for path, hf_rows, local_rows in _row_runs(layout, layer, tp_rank, tp_size)
+    )
+    return ParameterPlan(layout.local_shape(tp_size)[:1], tuple(copies))
+
+
+def _row_runs(layout: LinearLayout, layer: int, tp_rank: int, tp_size: int) -> list[tuple[str, slice, slice]]:
+    """(Hugging Face module path, its rows, local rows) of each segment of a rank."""
+    runs = []
+    for segment in layout.segments(tp_rank, tp_size):
+        part = layout.parts[segment.part]
+        start = part.offset + segment.part_start
+        runs.append(
+            (
+                part.path.format(layer=layer),
+                slice(start, start + segment.length),
+                slice(segment.local_start, segment.local_start + segment.length),
+            )
+        )
+    return runs

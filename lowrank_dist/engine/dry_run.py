@@ -1,0 +1,345 @@
+"""Runs the planned step of one rank without its machines, and counts what the formulas claim.
+
+Fake tensors have sizes and no memory, and a fake process group has ranks and no peers: the project's own model,
+method, head and deferred sum run forward and backward as they are, on a CPU's operators. ZeRO's partition
+alone is taken from the formula (tests hold it against DeepSpeed).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig
+
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.from_config import architecture_of
+from lowrank_dist.arch.placement import LoraRules, place
+from lowrank_dist.backend.select import quiet_libraries, select_backend
+from lowrank_dist.config import Config
+from lowrank_dist.engine.zero import ZeroOptimiser
+from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.methods.choose import choose
+from lowrank_dist.methods.lora.inject import inject, theta_of
+from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.ops.mask import quantise
+from lowrank_dist.parallel.counting import CollectiveCount, count_collectives
+from lowrank_dist.parallel.masks import MaskSource
+from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.plan.activations import activations
+from lowrank_dist.plan.describe import messages_of
+from lowrank_dist.plan.job import Job, head_rows
+from lowrank_dist.plan.layouts import Candidate
+from lowrank_dist.plan.memory import of_microbatch, standing
+from lowrank_dist.plan.parameters import theta_on_rank
+from lowrank_dist.plan.settings import Request
+from lowrank_dist.plan.shapes import BUILT_IN, built_in_config
+from lowrank_dist.plan.step_time import job_flops
+from lowrank_dist.plan.traffic import Message, microbatch_messages, step_messages
+from lowrank_dist.plan.tuned import virtual_positions
+from lowrank_dist.plan.zero import partition_elements
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Executed:
+    """What was counted: bytes by part as in plan/memory.py, and the calls of a microbatch and of the step at its end.
+
+    peak: the most bytes that existed in the second of two microbatches, when gradients exist already; the optimiser's
+    state and DeepSpeed's buckets are not in it. flops: of a microbatch's matrix products, attention's apart.
+    """
+
+    parts: dict[str, int]
+    peak: int
+    flops: int
+    microbatch: list[Message]
+    step: list[Message]
+
+
+# Memory may differ by this much of what was counted; calls and bytes may not differ at all.
+TOLERANCE = 0.05
+
+
+def verification(candidate: Candidate, request: Request) -> dict[str, Any]:
+    """Run the candidate's step and put what was counted beside the formulas.
+
+    Both sides are of a CPU's operators: CUDA's norms are fused, save less and need less beside.
+    """
+    job, tp_rank = replace(candidate.job, device="cpu"), candidate.tp_rank
+    executed = execute(job, request.source, request.config, tp_rank)
+    rows = {part: {"formula": value, "executed": executed.parts[part]} for part, value in _parts(job, tp_rank).items()}
+    rows["peak"] = {"formula": executed_peak(job, tp_rank), "executed": executed.peak}
+    formulas = {
+        "microbatch": microbatch_messages(job),
+        "step": [message for message in step_messages(job, tp_rank) if message.group == "tensor"],
+    }
+    messages = {
+        name: {"formula": messages_of(formulas[name]), "executed": messages_of(getattr(executed, name))}
+        for name in formulas
+    }
+    rows["FLOPs of a microbatch"] = {"formula": microbatch_flops(job), "executed": executed.flops}
+    for row in rows.values():
+        row["difference"] = row["formula"] / row["executed"] - 1 if row["executed"] else float(row["formula"] > 0)
+    agrees = all(abs(row["difference"]) <= TOLERANCE for row in rows.values()) and all(
+        found["formula"] == found["executed"] for found in messages.values()
+    )
+    return {"agrees": agrees, "tensor_rank": tp_rank, "memory": rows, "messages": messages}
+
+
+def _parts(job: Job, tp_rank: int) -> dict[str, int]:
+    fixed = standing(job, theta_on_rank(job, tp_rank))
+    del fixed["masters and moments"]
+    return fixed | {"activations": activations(job, recompute=job.layout.recompute)}
+
+
+def executed_peak(job: Job, tp_rank: int) -> int:
+    """The formula's fullest moment of a second microbatch, without the optimiser's state and DeepSpeed's buckets."""
+    second = replace(job, global_batch=2 * job.layout.micro_batch * job.layout.data)
+    fullest = max(
+        sum(value for part, value in moment.parts.items() if part != "DeepSpeed's buckets")
+        for moment in of_microbatch(second, tp_rank)
+    )
+    fixed = standing(job, theta_on_rank(job, tp_rank))
+    return sum(fixed.values()) - fixed["masters and moments"] + fullest
+
+
+def microbatch_flops(job: Job) -> int:
+    """The formula's matrix products of a microbatch on one rank, attention's apart.
+
+    Of the vocabulary a rank has the rows that padding leaves it: the first ranks have more than their share.
+    """
+    layout = job.layout
+    flops = job_flops(replace(job, global_batch=layout.micro_batch * layout.data))
+    more_rows = head_rows(job) - job.shape.vocab / layout.tensor
+    head = (6 if job.tuning.method == "full" else 4) * job.targets * job.shape.hidden * more_rows
+    return round((flops.executed - flops.attention) / layout.ranks + head)
+
+
+def execute(job: Job, source: str, config: Config, tp_rank: int) -> Executed:
+    """Build rank `tp_rank` of the job and run two microbatches and the deferred sum. source: as `find_shape` takes."""
+    quiet_libraries()
+    architecture = _architecture(source)
+    with (
+        _fake_ranks(job, tp_rank) as topology,
+        FakeTensorMode(allow_non_fake_inputs=True),
+        _Live() as live,
+        _KnownPositions(job, tp_rank),
+    ):
+        model, parameters, theta, masks = _build(job, architecture, config, topology)
+        built = live.now
+        batch = _batch(job)
+        masks.set(0, batch["rows"])
+        before = live.now
+        with count_collectives() as forward:
+            loss = _loss(model, batch)
+        saved = live.now - before
+        with count_collectives() as backward:
+            loss.backward()
+        flops = live.flops
+        del loss
+        live.peak = live.now
+        _loss(model, batch).backward()
+        gradients = sum(_storage_bytes(p.grad) for p in parameters if p.grad is not None)
+        peak = live.peak - (before - built)
+        with count_collectives() as step:
+            _deferred_sum(job, topology, parameters)
+        microbatch = [*_messages(forward, topology, "forward"), *_messages(backward, topology, "backward")]
+        steps = _messages(step, topology, "step")
+    parts = {
+        "frozen weights": built - theta,
+        "Θ": theta,
+        "gradients of Θ": gradients,
+        "activations": saved,
+    }
+    return Executed(parts, peak, flops, microbatch, steps)
+
+
+def _architecture(source: str) -> Architecture:
+    if source in BUILT_IN:
+        values = dict(built_in_config(source))
+        return architecture_of(AutoConfig.for_model(values.pop("model_type"), **values), source)
+    path = Path(source)
+    return load_architecture(path if path.is_dir() else path.parent)
+
+
+@contextmanager
+def _fake_ranks(job: Job, tp_rank: int) -> Iterator[Topology]:
+    """A job of the planned size in which this process is tensor-parallel rank `tp_rank` of replica 0."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    assert not dist.is_initialized(), "this process is a rank of a real job"
+    select_backend("cpu", 0, 1)
+    dist.init_process_group("fake", store=FakeStore(), rank=tp_rank, world_size=job.layout.ranks)
+    try:
+        topology = Topology.build(job.layout.tensor, job.layout.data, job.layout.sequence, timeout_seconds=600)
+        yield replace(topology, sequence_parallel=job.layout.sequence and job.layout.tensor > 1)
+    finally:
+        dist.destroy_process_group()  # Megatron's are forgotten by the next Topology.build
+
+
+def _build(
+    job: Job, architecture: Architecture, config: Config, topology: Topology
+) -> tuple[CausalLM, tuple[nn.Parameter, ...], int, MaskSource]:
+    """The model, what is trained, its bytes with buffers of its own, and where dropout comes from."""
+    with _made_in(_DTYPES[job.dtype]):
+        model = CausalLM(
+            architecture,
+            topology,
+            dtype=_DTYPES[job.dtype],
+            device=torch.device("cpu"),
+            vocab_multiple=job.vocab_multiple,
+        )
+    model.set_recompute(job.layout.recompute)
+    if config.method != "lora":
+        theta = choose(config, architecture).attach(model, topology, resumed=False)
+        return model, theta.parameters, sum(map(_storage_bytes, theta.parameters)), theta.masks
+    # Its own `attach` would draw the factors, which takes long for the largest models.
+    lora = config.lora
+    rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
+    masks = MaskSource(0, quantise(lora.dropout))
+    adapted = inject(model, place(architecture, rules), masks, 0, topology.tp_rank, topology.tp_size, job.lanes)
+    parameters = theta_of(adapted)
+    buffers = sum(_storage_bytes(buffer) for linear in adapted for buffer in linear.factors.buffers())
+    return model, parameters, sum(map(_storage_bytes, parameters)) + buffers, masks
+
+
+@contextmanager
+def _made_in(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters are made in `dtype` at once: nn.Module.to would swap them, which fake tensors refuse."""
+
+    def already(module: nn.Module, *args: object, **kwargs: object) -> nn.Module:
+        assert all(parameter.dtype == dtype for parameter in module.parameters())
+        return module
+
+    default, to = torch.get_default_dtype(), nn.Module.to
+    torch.set_default_dtype(dtype)
+    nn.Module.to = already
+    try:
+        yield
+    finally:
+        nn.Module.to = to
+        torch.set_default_dtype(default)
+
+
+def _batch(job: Job) -> dict[str, Any]:
+    """Packed rows hold two samples each."""
+    rows, positions = job.layout.micro_batch, job.sequence_length
+    halves = ((0, positions // 2), (positions // 2, positions))
+    return {
+        "segments": tuple((row, *half) for row in range(rows) for half in halves) if job.packing else None,
+        "ids": torch.zeros(rows, positions, dtype=torch.int64),
+        "rows": torch.zeros(positions, rows, dtype=torch.int64),
+        "targets": torch.zeros(job.targets, dtype=torch.int64),
+    }
+
+
+def _loss(model: CausalLM, batch: dict[str, Any]) -> Tensor:
+    return model.loss(batch["ids"], batch["ids"], batch["targets"], batch["targets"], batch["segments"])
+
+
+def _deferred_sum(job: Job, topology: Topology, parameters: Sequence[nn.Parameter]) -> None:
+    """The optimiser's own method on what it needs of itself: this rank's partition of the partial gradients."""
+    partial = sum(parameter.numel() for parameter in parameters if parameter.tp_partial_grad)
+    partition = torch.zeros(partition_elements(partial, job.layout.data))
+    zero = SimpleNamespace(averaged_gradients={0: [partition]})
+    ZeroOptimiser._sum_partial(
+        SimpleNamespace(_topology=topology, _partial=partial > 0, engine=SimpleNamespace(optimizer=zero))
+    )
+
+
+def _messages(count: CollectiveCount, topology: Topology, phase: Any) -> list[Message]:
+    """The calls over the tensor-parallel group; on one rank there is nobody to call."""
+    if topology.tp_size == 1:
+        return []
+    found = count.within(topology.tp_group).calls
+    assert len(found) == len(count.calls), "a microbatch talks to its tensor-parallel group alone"
+    return [Message(call.kind, "tensor", phase, call.bytes) for call in found]
+
+
+class _KnownPositions(TorchDispatchMode):
+    """Fake ids have no values: this says how many of a rank's positions hold virtual tokens, and not which."""
+
+    def __init__(self, job: Job, tp_rank: int) -> None:
+        super().__init__()
+        self._count = virtual_positions(job, tp_rank)
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.nonzero.default:
+            return torch.zeros(self._count, args[0].dim(), dtype=torch.int64)
+        if func is torch.ops.aten.index.Tensor and args[1][0] is not None and args[1][0].dtype == torch.bool:
+            there = args[1][0]
+            return func(args[0].flatten(0, there.dim() - 1), [torch.zeros(self._count, dtype=torch.int64)])
+        return func(*args, **(kwargs or {}))
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of all storages that exist, from those that any operator returns: `now`, and the most of it so far.
+
+    flops: of the matrix products so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.flops = 0
+        self._storages: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.flops += _product_flops(str(func.overloadpacket), args)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._add(leaf.untyped_storage())
+        return result
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, nbytes = id(storage), storage.nbytes()
+        if key in self._storages:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            self.now -= nbytes
+            del self._storages[key]
+
+        self._storages[key] = weakref.ref(storage, gone)
+        self.now += nbytes
+        self.peak = max(self.peak, self.now)
+
+
+def _storage_bytes(tensor: Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
+
+
+def _product_flops(name: str, args: tuple[Any, ...]) -> int:
+    """FLOPs of a matrix product, or 0 for any other operator."""
+    if name in ("aten.mm", "aten.addmm", "aten.addmm_"):
+        left, right = args[-2:]
+        return 2 * left.size(0) * left.size(1) * right.size(1)
+    if name == "mkldnn._linear_pointwise":
+        x, weight = args[:2]
+        return 2 * x.size(0) * weight.numel()
+    if name == "lowrank_dist.down":
+        _, x, a, blocks = args[:4]
+        return 2 * x.size(0) * (_block_elements(blocks) or a.numel())
+    if name == "lowrank_dist.expand":
+        _, u, a, _, blocks = args[:5]
+        return 2 * u.size(0) * (_block_elements(blocks) or a.numel())
+    if name == "lowrank_dist.grad_a":
+        out, u, _, blocks = args[:4]
+        return 2 * u.size(0) * (_block_elements(blocks) or out.numel())
+    return 0
+
+
+def _block_elements(blocks: list[int]) -> int:
+    return sum(columns * ranks for columns, ranks in zip(blocks[1::4], blocks[3::4], strict=True))

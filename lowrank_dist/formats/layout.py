@@ -1,0 +1,145 @@
+"""Which tensor of a merged model lies in which file, and Hugging Face's index of them."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lowrank_dist.formats.model_folder import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
+from lowrank_dist.formats.safetensors_file import TensorEntry, read_header
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor on its way: from byte `start` of `path`, where it is `source`, to `target` (type and size)."""
+
+    path: Path
+    start: int
+    source: TensorEntry
+    target: TensorEntry
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file to write: its tensors in the order of their bytes."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+    metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files to write. read: bytes that are read for them, `headers` of which are headers; written: bytes of data.
+
+    mapped: tensor name → file of the base that counts for it (a file can hold stale copies of others).
+    """
+
+    files: tuple[OutputFile, ...]
+    mapped: Mapping[str, Path]
+    headers: int
+    read: int
+    written: int
+
+
+def plan_layout(mapped: Mapping[str, Path], dtype: str | None, shard_size: int | None) -> Layout:
+    """Lay out the tensors of a base (name → file): its own files, or with `shard_size` files of at most so many bytes.
+
+    dtype: safetensors' name of the type that all floating-point tensors get; None keeps each one's own.
+    """
+    headers = {path: read_header(path) for path in sorted(set(mapped.values()))}
+    pieces = {
+        path: tuple(
+            Piece(path, header.data_start + entry.start, entry, _converted(entry, dtype)) for entry in header.entries
+        )
+        for path, header in headers.items()
+    }
+    if shard_size is None:
+        files = [
+            OutputFile(path.name, pieces[path], {**header.metadata, "format": "pt"}) for path, header in headers.items()
+        ]
+    else:
+        ordered = [piece for path in headers for piece in pieces[path] if mapped[piece.source.name] == path]
+        shards = pack([piece.target.nbytes for piece in ordered], shard_size)
+        names = shard_names(len(shards))
+        files = [
+            OutputFile(name, tuple(ordered[index] for index in shard), {"format": "pt"})
+            for name, shard in zip(names, shards, strict=True)
+        ]
+    everything = [piece for file in files for piece in file.pieces]
+    head = sum(header.data_start for header in headers.values())
+    return Layout(
+        tuple(files),
+        mapped,
+        head,
+        head + sum(piece.source.nbytes for piece in everything),
+        sum(piece.target.nbytes for piece in everything),
+    )
+
+
+def _converted(entry: TensorEntry, dtype: str | None) -> TensorEntry:
+    if dtype is None or entry.dtype not in FLOAT_DTYPES:
+        return entry
+    size = torch.Size(entry.shape).numel() * FLOAT_DTYPES[dtype].itemsize
+    return TensorEntry(entry.name, dtype, entry.shape, 0, size)
+
+
+def pack(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of `sizes` cut into shards of at most `limit`, in order; a larger tensor has a shard to itself.
+
+    As huggingface_hub's split_state_dict_into_shards_factory: the shard begun goes on after an oversized tensor.
+    """
+    shards: list[list[int]] = []
+    current: list[int] = []
+    room = limit
+    for index, size in enumerate(sizes):
+        if size > limit:
+            shards.append([index])
+            continue
+        if size > room:
+            shards.append(current)
+            current, room = [], limit
+        current.append(index)
+        room -= size
+    return [*shards, current] if current else shards
+
+
+def shard_names(count: int) -> list[str]:
+    """File names of `count` shards as transformers writes them: model.safetensors alone when there is one."""
+    if count == 1:
+        return [SINGLE_FILE]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def write_index(folder: Path, layout: Layout) -> None:
+    """The index as transformers' save_pretrained writes it; none beside a single model.safetensors."""
+    if [file.name for file in layout.files] == [SINGLE_FILE]:
+        return
+    places = {piece.target.name: (file.name, piece.target) for file, piece in _counted(layout)}
+    metadata = {
+        "total_parameters": sum(torch.Size(entry.shape).numel() for _, entry in places.values()),
+        "total_size": sum(entry.nbytes for _, entry in places.values()),
+    }
+    index = {"metadata": metadata, "weight_map": {name: file for name, (file, _) in places.items()}}
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _counted(layout: Layout) -> Iterable[tuple[OutputFile, Piece]]:
+    for file in layout.files:
+        for piece in file.pieces:
+            if layout.mapped.get(piece.source.name) == piece.path:
+                yield file, piece
+
+
+def write_config(source: Path, target: Path, dtype: str | None) -> None:
+    """Copy config.json; with `dtype` its type is set, under the key it has (transformers 4: torch_dtype, 5: dtype)."""
+    if dtype is None:
+        target.write_bytes(source.read_bytes())
+        return
+    config = json.loads(source.read_text(encoding="utf-8"))
+    name = str(FLOAT_DTYPES[dtype]).removeprefix("torch.")
+    for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
+        config[key] = name
+    target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

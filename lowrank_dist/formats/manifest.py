@@ -1,0 +1,72 @@
+"""manifest.json: what a checkpoint folder holds, to the byte. Written last, so without it there is no checkpoint."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from lowrank_dist.errors import UserError
+
+MANIFEST_FILE = "manifest.json"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer_state.json"
+_FORMAT = 1
+_LARGEST_MANIFEST = 1 << 20
+_ANOTHER = "take another checkpoint"
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and SHA-256 of every file in the folder, which holds files only."""
+    files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
+    (folder / MANIFEST_FILE).write_text(_text(files), encoding="utf-8")
+
+
+def verify_manifest(folder: Path) -> None:
+    """Raise UserError, naming the file, unless the folder holds exactly what its manifest says, in regular files.
+
+    The manifest has one spelling only and carries its own digest, so a change of any byte in it shows too.
+    """
+    path = folder / MANIFEST_FILE
+    if path.is_symlink() or not path.is_file():
+        raise UserError(f"{path} is missing: the checkpoint is incomplete, {_ANOTHER}")
+    try:
+        with path.open("rb") as file:
+            text = file.read(_LARGEST_MANIFEST)
+        files = json.loads(text)["files"]
+        genuine = isinstance(files, dict) and text == _text(files).encode()
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): {_ANOTHER}") from error
+    if not genuine:
+        raise UserError(f"{path} was changed after it was written: {_ANOTHER}")
+    found = {child.name for child in folder.iterdir()} - {MANIFEST_FILE}
+    for what, names in (("is missing", files.keys() - found), ("is not in the manifest", found - files.keys())):
+        if names:
+            raise UserError(f"{folder / min(names)} {what}: the checkpoint is not as it was written, {_ANOTHER}")
+    for name, expected in files.items():
+        child = folder / name
+        if child.is_symlink() or not child.is_file():
+            raise UserError(f"{child} is no regular file: {_ANOTHER}")
+        # The size first: hashing what was cut short takes longer than saying so.
+        if child.stat().st_size != expected["size"]:
+            raise UserError(f"{child} has {child.stat().st_size} bytes, not {expected['size']}: {_ANOTHER}")
+        try:
+            damaged = _describe(child) != expected
+        except OSError as error:
+            raise UserError(f"{child} cannot be read ({error.strerror}): {_ANOTHER}") from error
+        if damaged:
+            raise UserError(f"{child} is damaged, its SHA-256 is not the one written: {_ANOTHER}")
+
+
+def _describe(path: Path) -> dict[str, object]:
+    with path.open("rb") as file:
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _text(files: Mapping[str, object]) -> str:
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"format": _FORMAT, "sha256": digest, "files": files}, indent=2, sort_keys=True) + "\n"
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether an adapter folder is a checkpoint, whole or not: any file is there that a plain adapter does not have."""
+    return any((folder / name).exists() for name in (MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE))

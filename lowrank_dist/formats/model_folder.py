@@ -1,0 +1,258 @@
+"""A local Hugging Face model folder, opened without reading its weights. Nothing remote, no pickle, no remote code."""
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig
+
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.families import FAMILIES, OUTPUT_LAYER
+from lowrank_dist.arch.from_config import architecture_of
+from lowrank_dist.arch.tensors import hf_shapes
+from lowrank_dist.errors import UserError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# safetensors' names of the element types a base model may have.
+FLOAT_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_OPEN_FILES = 4
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """What a file's header says of one tensor. dtype: safetensors' name ("BF16")."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint:
+    """The tensors of a model folder by name; made by `open_checkpoint`.
+
+    Weights are memory-mapped: `slice(name)[rows, columns]` is a tensor on the file's pages, which copies nothing and
+    which nobody may write to. A few files are kept open; use it as a context manager, or call `close`.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, StoredTensor]) -> None:
+        self.path = path
+        self._tensors = dict(tensors)
+        self._open: OrderedDict[Path, Any] = OrderedDict()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def names(self) -> tuple[str, ...]:
+        """Names of all tensors, sorted."""
+        return tuple(sorted(self._tensors))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Element type of a floating-point tensor; raises UserError for any other type."""
+        stored = self._tensors[name]
+        if stored.dtype not in FLOAT_DTYPES:
+            raise UserError(
+                f"{stored.file}: tensor {name} is {stored.dtype}: expected one of {', '.join(FLOAT_DTYPES)}; "
+                "use an unquantized checkpoint"
+            )
+        return FLOAT_DTYPES[stored.dtype]
+
+    def file(self, name: str) -> Path:
+        """The file that holds `name`."""
+        return self._tensors[name].file
+
+    def main_dtype(self) -> torch.dtype:
+        """The floating-point type that most elements have, which is what `model.dtype: auto` means."""
+        elements: dict[str, int] = {}
+        for stored in self._tensors.values():
+            if stored.dtype in FLOAT_DTYPES:
+                elements[stored.dtype] = elements.setdefault(stored.dtype, 0) + torch.Size(stored.shape).numel()
+        if not elements:
+            raise UserError(f"{self.path}: no floating-point tensor in the checkpoint; use an unquantized checkpoint")
+        return FLOAT_DTYPES[max(elements, key=elements.__getitem__)]
+
+    def slice(self, name: str) -> Any:
+        """A lazy view of `name`: index it with slices to get a tensor on the mapped file (valid also after `close`)."""
+        return self._handle(self._tensors[name].file).get_slice(name)
+
+    def close(self) -> None:
+        """Close the files kept open; a later `slice` opens them again."""
+        while self._open:
+            self._open.popitem()[1].__exit__(None, None, None)
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._open:
+            if len(self._open) == _OPEN_FILES:
+                self._open.popitem(last=False)[1].__exit__(None, None, None)
+            self._open[file] = safe_open(file, framework="pt", device="cpu")
+        self._open.move_to_end(file)
+        return self._open[file]
+
+
+def load_architecture(path: Path) -> Architecture:
+    """The `Architecture` that `path`/config.json describes; raises UserError naming the key it cannot accept."""
+    file = _folder(path) / "config.json"
+    config = _read_json(file, "a Hugging Face model folder holds one; download the model completely")
+    if "model_type" not in config:
+        raise UserError(f"{file}: key model_type is missing: set it to one of {', '.join(FAMILIES)}")
+    if config["model_type"] not in FAMILIES:
+        raise UserError(
+            f"{file}: model_type {config['model_type']!r} is not supported: use a model of one of {', '.join(FAMILIES)}"
+        )
+    try:
+        parsed = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers and its validators raise types with no common base
+        raise UserError(f"{file}: transformers cannot read it: {error}; correct config.json") from error
+    return architecture_of(parsed, str(file))
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open the weights under `path`, checked from the files' headers alone (all problems in one UserError).
+
+    A single model.safetensors wins over an index, as in transformers. Raises UserError for: a missing folder,
+    config.json or file; a folder of pickles; an index that is malformed, names a file outside the folder or a tensor
+    that its file does not hold; a truncated or malformed file.
+    """
+    folder = _folder(path)
+    _read_json(folder / "config.json", "a Hugging Face model folder holds one; download the model completely")
+    if (folder / SINGLE_FILE).is_file():
+        return Checkpoint(folder, _read_header(folder / SINGLE_FILE))
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise UserError(_no_weights(folder))
+    weight_map = _read_weight_map(index)
+    problems, headers = [], {}
+    for name in sorted(set(weight_map.values())):
+        try:
+            headers[name] = _read_header(folder / name)
+        except UserError as error:
+            problems.append(f"{error} (named by {INDEX_FILE})")
+    for tensor, name in weight_map.items():
+        if name in headers and tensor not in headers[name]:
+            problems.append(f"{index}: weight_map: tensor {tensor} is not in {name}; download the model again")
+    if problems:
+        raise UserError("\n".join(problems))
+    return Checkpoint(folder, {tensor: headers[name][tensor] for tensor, name in weight_map.items()})
+
+
+def _folder(path: Path) -> Path:
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder: model.path must be a local Hugging Face model folder")
+    return path
+
+
+def _read_json(file: Path, remedy: str) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"{file}: missing: {remedy}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}; download the model again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; download the model again")
+    return content
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    content = _read_json(index, "download the model again")
+    if "weight_map" not in content or not isinstance(content["weight_map"], dict) or not content["weight_map"]:
+        raise UserError(f"{index}: key weight_map must be an object of tensor names to file names; download it again")
+    for tensor, name in content["weight_map"].items():
+        # Only a plain name: the hub's cache links its files elsewhere, but an index must not choose the place.
+        plain = isinstance(name, str) and not set(name) & set("/\\\0") and name.endswith(".safetensors")
+        if not plain:
+            raise UserError(
+                f"{index}: weight_map: {tensor} lies in {name!r}: expected the plain name of a .safetensors file "
+                "inside the model folder; download the index again"
+            )
+    return content["weight_map"]
+
+
+def _read_header(file: Path) -> dict[str, StoredTensor]:
+    if not file.is_file():
+        raise UserError(f"{file}: missing: download the model completely")
+    try:
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            views = {name: handle.get_slice(name) for name in handle.keys()}
+            return {name: StoredTensor(file, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: truncated or not a safetensors file ({error}); download it again") from error
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        return (
+            f"{folder}: holds only pickled weights ({', '.join(pickles[:3])}), which can run code when read: convert "
+            "them once with transformers' save_pretrained(..., safe_serialization=True), or download the safetensors"
+        )
+    return f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}: download the model completely"
+
+
+def check_checkpoint(architecture: Architecture, checkpoint: Checkpoint) -> None:
+    """Compare the checkpoint's headers with the architecture; raise UserError with all differences, a line each."""
+    problems, used = [], set()
+    expected_shapes = hf_shapes(architecture)
+    for name, expected in expected_shapes.items():
+        found = stored_name(name, architecture, checkpoint)
+        if found is None:
+            problems.append(f"{checkpoint.path}: tensor {name} {list(expected)} is missing; download the model again")
+            continue
+        used.add(found)
+        where = f"{checkpoint.file(found)}: tensor {found}"
+        if checkpoint.shape(found) != expected:
+            problems.append(
+                f"{where} has shape {list(checkpoint.shape(found))}, but config.json asks for {list(expected)}; "
+                "use the config.json that belongs to these weights"
+            )
+        try:
+            checkpoint.dtype(found)
+        except UserError as error:
+            problems.append(str(error))
+    for name in checkpoint.names():
+        if name not in used and not _is_ignored(name, architecture):
+            problems.append(
+                f"{checkpoint.file(name)}: tensor {name} has no place in a {architecture.family} model with this "
+                "config.json; use the config.json that belongs to these weights"
+            )
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def stored_name(name: str, architecture: Architecture, checkpoint: Checkpoint) -> str | None:
+    """The name under which tensor `name` lies in the checkpoint, or None.
+
+    The base-model prefix may be missing; tied embeddings may lie under the name of the output layer alone.
+    """
+    found = architecture.find(name, checkpoint)
+    if found is None and architecture.tied and name == architecture.embedding_name:
+        found = architecture.find(OUTPUT_LAYER.hf, checkpoint)
+    return found
+
+
+def _is_ignored(name: str, architecture: Architecture) -> bool:
+    if architecture.tied and name == OUTPUT_LAYER.hf:
+        return True
+    bare = name.removeprefix(architecture.prefix)
+    return any(re.fullmatch(pattern, bare) for pattern in architecture.ignored)

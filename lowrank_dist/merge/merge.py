@@ -1,0 +1,269 @@
+"""Fold low-rank adapters into their base: W + Σ w·s·B·A, tensor by tensor, from safetensors to safetensors."""
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.atomic import atomic_folder
+from lowrank_dist.formats.base_files import other_files
+from lowrank_dist.formats.fingerprint import fingerprint
+from lowrank_dist.formats.layout import OutputFile, Piece, plan_layout, write_config, write_index
+from lowrank_dist.formats.model_folder import FLOAT_DTYPES, check_checkpoint, load_architecture, open_checkpoint
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
+from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
+from lowrank_dist.merge.options import WeightedAdapter
+from lowrank_dist.merge.update import Update, updates_of
+from lowrank_dist.methods.lora.files import read_adapter
+
+# Elements of a weight in work at a time: below 250 MB of temporaries, whatever the size of the tensor.
+_CHUNK_ELEMENTS = 8 * 1024 * 1024
+_COPY_BYTES = 16 * 1024 * 1024
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """adapted: tensors the adapter has factors on; changed: those that would differ, as stored, without it."""
+
+    adapter: WeightedAdapter
+    adapted: int
+    changed: int
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """tensors: all in the model; adapted: those with an update; changed: those it changed; nbytes: of all files."""
+
+    tensors: int
+    adapted: int
+    changed: int
+    nbytes: int
+    adapters: tuple[AdapterReport, ...]
+    warnings: tuple[str, ...]
+
+
+def merge(
+    base: Path,
+    adapters: Path | Sequence[WeightedAdapter],
+    out: Path,
+    *,
+    progress: Progress | None = None,
+    force_mismatch: bool = False,
+    shard_size: int | None = None,
+    dtype: str | None = None,
+    verify: Callable[[Path], None] | None = None,
+) -> MergeReport:
+    """Write the base model with the adapters folded in as a plain Hugging Face folder at `out`. All or nothing.
+
+    Tensors without an update are copied byte by byte, and so is every file that holds no weights; the files of weights
+    are the base's own unless told otherwise. Beyond the adapters themselves, memory does not grow with the model.
+
+    adapters: one folder, or several with weights; ΔW = Σ w·s·B·A is summed before the one rounding.
+    progress: called with (bytes done, bytes in all). force_mismatch: another base than the one trained on is a warning.
+    shard_size: bytes of tensors in a file, at most, unless one tensor is larger. dtype: safetensors' name of the type
+    in which all floating-point tensors are stored, instead of each one's own. verify: called with the complete folder
+    before it gets its name; what it raises leaves nothing behind.
+
+    Raises UserError when `out` exists or lies in the base, when base or adapter is incomplete or malformed, when they
+    do not belong together (fingerprint, modules, shapes), when nothing would change, when a value does not fit the
+    type, and when the disk fails.
+    """
+    weighted = (WeightedAdapter(adapters),) if isinstance(adapters, Path) else tuple(adapters)
+    _check_distinct(weighted)
+    if out.resolve().is_relative_to(base.resolve()):
+        raise UserError(f"{out} is or lies in the base folder {base}: give an output path outside it")
+    architecture = load_architecture(base)
+    with open_checkpoint(base) as checkpoint:
+        check_checkpoint(architecture, checkpoint)
+        mapped = {name: checkpoint.file(name) for name in checkpoint.names()}
+        read = [(adapter.path, adapter.weight, read_adapter(adapter.path)) for adapter in weighted]
+        updates = updates_of(architecture, checkpoint, read)
+    warnings = _check_base(base, weighted, force_mismatch)
+    others = other_files(base)
+    layout = plan_layout(mapped, dtype, shard_size)
+    meter = _Meter(layout.read, progress)
+    changes = _Changes()
+    with atomic_folder(out) as temporary:
+        _check_space(temporary, layout.written)
+        for path in others:
+            target = temporary / path.relative_to(base)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        write_config(base / "config.json", temporary / "config.json", dtype)
+        meter.advance(layout.headers)
+        for file in layout.files:
+            _write_file(file, temporary / file.name, updates, changes, meter)
+        if not changes.tensors:
+            which = ", ".join(str(adapter.path) for adapter in weighted)
+            raise UserError(f"{which} changes nothing in {base}: its update is zero, or lost in {_rounding(dtype)}")
+        write_index(temporary, layout)
+        nbytes = sum((temporary / file.name).stat().st_size for file in layout.files)
+        if verify is not None:
+            verify(temporary)
+    reports = tuple(_report(index, adapter, updates, changes) for index, adapter in enumerate(weighted))
+    for report in reports:
+        if not report.changed:
+            warnings.append(f"{report.adapter.path} changes nothing: its update is zero, or lost in {_rounding(dtype)}")
+        elif report.changed < report.adapted:
+            lost = f"{report.adapted - report.changed} of {report.adapted} tensors"
+            warnings.append(f"{report.adapter.path}: the update of {lost} is zero, or lost in {_rounding(dtype)}")
+    return MergeReport(len(mapped), len(updates), len(changes.tensors), nbytes, reports, tuple(warnings))
+
+
+def _rounding(dtype: str | None) -> str:
+    return "the base's rounding" if dtype is None else f"the rounding to {dtype}"
+
+
+def _check_distinct(adapters: Sequence[WeightedAdapter]) -> None:
+    seen = set()
+    for adapter in adapters:
+        if adapter.path.resolve() in seen:
+            raise UserError(f"adapter {adapter.path} is given twice: give it once, with the sum of the weights")
+        seen.add(adapter.path.resolve())
+    if not seen:
+        raise UserError("no adapter to merge: give at least one")
+
+
+def _check_base(base: Path, adapters: Sequence[WeightedAdapter], force_mismatch: bool) -> list[str]:
+    """Warnings about whether the adapters were trained on this base; UserError when one certainly was not."""
+    warnings = []
+    found: str | None = None
+    for adapter in adapters:
+        provenance = read_provenance(adapter.path)
+        if provenance is None:
+            warnings.append(
+                f"{adapter.path} has no {PROVENANCE_FILE}: that it belongs to {base} is checked by names and shapes "
+                "alone"
+            )
+            continue
+        found = found or fingerprint(base)
+        if found == provenance.base_fingerprint:
+            continue
+        mismatch = (
+            f"{adapter.path} was trained on another base than {base} (fingerprint {provenance.base_fingerprint[:12]}… "
+            f"of {provenance.base or 'an unnamed model'}, found {found[:12]}…)"
+        )
+        if not force_mismatch:
+            raise UserError(f"{mismatch}: give the base that it was trained on, unchanged, config.json included")
+        warnings.append(mismatch)
+    return warnings
+
+
+@dataclass
+class _Meter:
+    """Counts bytes and tells the caller's progress function."""
+
+    total: int
+    progress: Progress | None
+    done: int = field(default=0, init=False)
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(min(self.done, self.total), self.total)
+
+
+@dataclass
+class _Changes:
+    """tensors: names of those that differ from the base as stored; parts: (name, adapter) that made a difference."""
+
+    tensors: set[str] = field(default_factory=set)
+    parts: set[tuple[str, int]] = field(default_factory=set)
+
+
+def _report(index: int, adapter: WeightedAdapter, updates: Mapping[str, Update], changes: _Changes) -> AdapterReport:
+    adapted = [name for name, update in updates.items() if any(term.adapter == index for term in update.terms)]
+    return AdapterReport(adapter, len(adapted), sum((name, index) in changes.parts for name in adapted))
+
+
+def _write_file(
+    output: OutputFile, target: Path, updates: Mapping[str, Update], changes: _Changes, meter: _Meter
+) -> None:
+    """Write one file, reading each of its tensors from the file of the base that holds it; one is open at a time."""
+    entries = [piece.target for piece in output.pieces]
+    with SafetensorsWriter(target, entries, output.metadata) as writer, ExitStack() as opened:
+        path, source = None, None
+        for piece in output.pieces:
+            if source is None or piece.path != path:
+                opened.close()
+                path, source = piece.path, opened.enter_context(piece.path.open("rb", buffering=0))
+            if piece.source.name in updates:
+                _merge_tensor(source, piece, updates[piece.source.name], changes, writer, meter)
+            elif piece.source.dtype != piece.target.dtype:
+                _convert_tensor(source, piece, writer, meter)
+            else:
+                for first, last in chunks(piece.source.nbytes, _COPY_BYTES):
+                    writer.write(_read(source, piece, first, last))
+                    meter.advance(last - first)
+
+
+def _read(file: FileIO, piece: Piece, first: int, last: int) -> bytearray:
+    buffer = bytearray(last - first)
+    read_into(file, piece.start + first, memoryview(buffer))
+    return buffer
+
+
+def _merge_tensor(
+    file: FileIO, piece: Piece, update: Update, changes: _Changes, writer: SafetensorsWriter, meter: _Meter
+) -> None:
+    name, (rows, columns) = piece.source.name, piece.source.shape
+    row_bytes = piece.source.nbytes // rows
+    dtype = FLOAT_DTYPES[piece.target.dtype]
+    for first, last in chunks(rows, max(1, _CHUNK_ELEMENTS // columns)):
+        buffer = _read(file, piece, first * row_bytes, last * row_bytes)
+        weight = torch.frombuffer(buffer, dtype=FLOAT_DTYPES[piece.source.dtype]).view(last - first, columns)
+        chosen = slice(first, last)
+        merged = update.apply(chosen, weight, dtype)
+        if not _finite(merged):
+            raise UserError(
+                f"{piece.path}: {name} would hold NaN or infinity as {piece.target.dtype}: base and adapter do not fit "
+                "together, or the type is too narrow"
+            )
+        if name not in changes.tensors and not torch.equal(merged, weight.to(dtype)):
+            changes.tensors.add(name)
+        for term in update.terms:
+            part = (name, term.adapter)
+            # Seldom more than the first chunk: a part that shows is not looked for again.
+            if part not in changes.parts and not torch.equal(
+                merged, update.apply(chosen, weight, dtype, without=term.adapter)
+            ):
+                changes.parts.add(part)
+        writer.write(tensor_bytes(merged))
+        meter.advance(len(buffer))
+
+
+def _convert_tensor(file: FileIO, piece: Piece, writer: SafetensorsWriter, meter: _Meter) -> None:
+    stored, dtype = FLOAT_DTYPES[piece.source.dtype], FLOAT_DTYPES[piece.target.dtype]
+    for first, last in chunks(piece.source.nbytes // stored.itemsize, _CHUNK_ELEMENTS):
+        buffer = _read(file, piece, first * stored.itemsize, last * stored.itemsize)
+        weight = torch.frombuffer(buffer, dtype=stored)
+        converted = weight.to(dtype)
+        # What the base itself holds as infinity stays so.
+        if not _finite(converted) and bool((converted.isinf() & weight.isfinite()).any()):
+            raise UserError(
+                f"{piece.path}: {piece.source.name} would hold infinity as {piece.target.dtype}, its largest magnitude "
+                f"is {weight[weight.isfinite()].abs().max():g}: give a wider --dtype"
+            )
+        writer.write(tensor_bytes(converted))
+        meter.advance(len(buffer))
+
+
+def _finite(tensor: Tensor) -> bool:
+    # NaN and infinity show in the extremes, which are found 40 times faster than by isfinite.
+    return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder.parent} has {free >> 20} MB free, the merged model needs {needed >> 20} MB: make room"
+        )

@@ -1,0 +1,96 @@
+"""What is added to each stored tensor: Σ w·s·B·A over the adapters that have factors on it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.model_folder import Checkpoint
+from lowrank_dist.methods.lora.files import Adapter, LowRankFactor
+
+
+@dataclass(frozen=True)
+class Term:
+    """One adapter's part: scale·b·a, with the adapter's weight in the scale. adapter: its place in the list given."""
+
+    factor: LowRankFactor
+    scale: float
+    adapter: int = 0
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is added to one stored tensor: the terms' sum, transposed where the base stores [in, out] (GPT-2)."""
+
+    terms: tuple[Term, ...]
+    transposed: bool
+
+    def apply(
+        self, rows: slice, weight: Tensor, dtype: torch.dtype | None = None, without: int | None = None
+    ) -> Tensor:
+        """Rows `rows` of the merged tensor from the same rows of the stored one, rounded once to `dtype` (its own).
+
+        The sum is formed in fp32 (fp64 for an fp64 base); each product is scaled after it is formed, as PEFT does.
+        without: leave the term of this adapter out.
+        """
+        compute = torch.promote_types(weight.dtype, torch.float32)
+        total: Tensor | None = None
+        for term in self.terms:
+            if term.adapter == without:
+                continue
+            a, b = term.factor.a.to(compute), term.factor.b.to(compute)
+            delta = ((b @ a[:, rows]).T if self.transposed else b[rows] @ a).mul_(term.scale)
+            total = delta if total is None else total.add_(delta)
+        merged = weight if total is None else total.add_(weight)
+        return merged.to(dtype or weight.dtype).contiguous()
+
+
+def updates_of(
+    architecture: Architecture, checkpoint: Checkpoint, adapters: Sequence[tuple[Path, float, Adapter]]
+) -> dict[str, Update]:
+    """Stored tensor name → its update by all adapters (folder, weight, content).
+
+    Raises UserError with every factor of an adapter that has no place in the base, and when all of them are zero.
+    """
+    terms: dict[str, list[Term]] = {}
+    for index, (folder, weight, adapter) in enumerate(adapters):
+        for name, factor in _placed(architecture, checkpoint, adapter, folder).items():
+            terms.setdefault(name, []).append(Term(factor, weight * factor.scale(adapter.rslora), index))
+    if not any(
+        term.scale and term.factor.a.any() and term.factor.b.any() for several in terms.values() for term in several
+    ):
+        folders = ", ".join(str(folder) for folder, _, _ in adapters)
+        raise UserError(f"{folders} changes nothing: s·B·A is zero in every module (an untrained adapter?)")
+    linears = architecture.linear_modules()
+    stored = {architecture.find(f"{module}.weight", checkpoint) for module in linears}
+    return {name: Update(tuple(several), architecture.conv1d and name in stored) for name, several in terms.items()}
+
+
+def _placed(
+    architecture: Architecture, checkpoint: Checkpoint, adapter: Adapter, folder: Path
+) -> dict[str, LowRankFactor]:
+    modules = architecture.linear_modules()
+    placed, problems = {}, []
+    for module, factor in adapter.factors.items():
+        name = architecture.find(f"{module}.weight", checkpoint)
+        # A tied output layer is the embedding: an update of the one would change the other.
+        if name is None or module not in (modules if architecture.tied else modules | {"lm_head"}):
+            problems.append(f"{module} is no linear of the base that can be updated on its own")
+            continue
+        shape = (factor.b.size(0), factor.a.size(1))
+        stored = checkpoint.shape(name)
+        if shape != (stored[::-1] if architecture.conv1d and module in modules else stored):
+            problems.append(
+                f"{module} has an update [out, in] = {list(shape)}, but {name} in the base is {list(stored)}"
+            )
+            continue
+        placed[name] = factor
+    if problems:
+        raise UserError(
+            f"{folder} does not fit the base {checkpoint.path}: {'; '.join(problems[:5])} ({len(problems)} in all)"
+        )
+    return placed

@@ -1,0 +1,117 @@
+"""Adapter layers as a folder: bottleneck_config.json and bottleneck_model.safetensors. PEFT has no such method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import safe_open
+from torch import Tensor
+
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.atomic import target_of
+from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.formats.safetensors_file import read_header, write_fp32
+from lowrank_dist.methods.lora.files import own_file
+
+CONFIG_FILE = "bottleneck_config.json"
+WEIGHTS_FILE = "bottleneck_model.safetensors"
+
+
+class BottleneckConfig(BaseModel):
+    """What bottleneck_config.json says. method: as in a run's config; base: path or name of the base model."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    method: Literal["adapter_h", "adapter_l"]
+    bottleneck: int = Field(ge=1)
+    layers: int = Field(ge=1)
+    hidden: int = Field(ge=1)
+    base: str
+
+
+@dataclass(frozen=True)
+class Bottlenecks:
+    """The adapter layers of a model. tensors: name → fp32, whole: those of `stored_shapes`."""
+
+    config: BottleneckConfig
+    tensors: Mapping[str, Tensor]
+
+
+def places(method: str) -> tuple[str, ...]:
+    """Where a layer has a bottleneck: after attention's projection and after the MLP, or after the MLP alone."""
+    return ("attention", "mlp") if method == "adapter_h" else ("mlp",)
+
+
+def stored_shapes(config: BottleneckConfig, layer: int, place: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one bottleneck's tensors, in the order of parallel.bottleneck.Bottleneck's parameters."""
+    hidden, bottleneck = config.hidden, config.bottleneck
+    norm = {"norm.weight": (hidden,), "norm.bias": (hidden,)} if config.method == "adapter_l" else {}
+    shapes = {
+        **norm,
+        "down.weight": (bottleneck, hidden),
+        "down.bias": (bottleneck,),
+        "up.weight": (hidden, bottleneck),
+        "up.bias": (hidden,),
+    }
+    return {f"layers.{layer}.{place}.{name}": shape for name, shape in shapes.items()}
+
+
+def write_bottlenecks(folder: Path, bottlenecks: Bottlenecks, provenance: Provenance) -> None:
+    """Write the three files into a folder that exists. UserError for untrained layers, NaN or infinity."""
+    target, tensors = target_of(folder), bottlenecks.tensors
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{target} is not written: {name} holds NaN or infinity; lower train.lr or resume earlier")
+    if not any(tensor.any() for name, tensor in tensors.items() if ".up." in name):
+        raise UserError(f"{target} is not written: every up-projection is zero, so training did not change the model")
+    (folder / CONFIG_FILE).write_text(bottlenecks.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
+    write_fp32(folder / WEIGHTS_FILE, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def read_bottlenecks(folder: Path) -> Bottlenecks:
+    """Read what `write_bottlenecks` wrote. UserError, naming file and key, for anything else."""
+    if is_checkpoint(folder):
+        verify_manifest(folder)
+    where = own_file(folder, CONFIG_FILE)
+    try:
+        config = BottleneckConfig.model_validate(json.loads(where.read_text(encoding="utf-8")))
+    except (OSError, ValueError, RecursionError, ValidationError) as error:
+        raise UserError(f"{where} is not what lowrank_dist writes ({error}): take another folder") from error
+    path = own_file(folder, WEIGHTS_FILE)
+    expected = {
+        name: shape
+        for layer in range(config.layers)
+        for place in places(config.method)
+        for name, shape in stored_shapes(config, layer, place).items()
+    }
+    found = {entry.name: entry.shape for entry in read_header(path).entries if entry.dtype == "F32"}
+    odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    if odd:
+        raise UserError(
+            f"{path}: {odd[0]} has shape {found.get(odd[0])} in fp32, {CONFIG_FILE} asks for {expected.get(odd[0])}: "
+            "take another folder"
+        )
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in expected}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity: take an earlier checkpoint")
+    return Bottlenecks(config, tensors)
+
+
+def require_fit(folder: Path, config: BottleneckConfig, architecture: Architecture) -> None:
+    """Raise UserError where the model has other sizes than the one that was trained."""
+    if (config.layers, config.hidden) != (architecture.layers, architecture.hidden):
+        raise UserError(
+            f"{folder / CONFIG_FILE}: it is for {config.layers} layers of width {config.hidden}, the model has "
+            f"{architecture.layers} of {architecture.hidden}: give the model that it was trained on"
+        )

@@ -1,0 +1,126 @@
+"""Adapter layers: two bottlenecks a layer (Houlsby et al. 2019), or one with a norm of its own (Lin et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.formats.trained_files import Collected
+from lowrank_dist.methods.bottleneck.files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    BottleneckConfig,
+    Bottlenecks,
+    places,
+    stored_shapes,
+    write_bottlenecks,
+)
+from lowrank_dist.methods.bottleneck.module import Bottleneck
+from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.residual import ThenAdd
+from lowrank_dist.parallel.masks import MaskSource
+from lowrank_dist.parallel.theta import ALL, Held, Index, Piece, Theta, drawn_by_name
+from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.plan.job import Tuning
+
+Placement = Literal["sharded", "replicated"]
+# As in the papers' own code.
+_ACTIVATIONS = {"adapter_h": F.gelu, "adapter_l": F.relu}
+_PLACES = {"attention": "self_attn_bda", "mlp": "mlp_bda"}
+
+
+class Adapters:
+    """See methods/method.py."""
+
+    virtual = 0
+    lead: tuple[int, ...] = ()
+    published = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
+
+    def __init__(self, config: BottleneckConfig, placement: Placement, seed: int) -> None:
+        self._config, self._placement, self._seed = config, placement, seed
+
+    @property
+    def summary(self) -> str:
+        config = self._config
+        which = " and ".join(places(config.method))
+        return f"{config.method}: bottlenecks of {config.bottleneck} after {which} of every layer, {self._placement}"
+
+    def attach(self, model: CausalLM, topology: Topology, *, resumed: bool) -> Theta:
+        config = self._config
+        tuning = Tuning(config.method, config.bottleneck, self._placement == "sharded")
+        if reason := tuning.why_uncut(topology.tp_size):
+            raise UserError(reason)
+        size = topology.tp_size if tuning.sharded else 1
+        device = next(model.parameters()).device
+        built: list[tuple[int, str, Bottleneck]] = []
+        for layer, module in enumerate(model.decoder.layers):
+            for place in places(config.method):
+                bottleneck = Bottleneck(
+                    config.hidden,
+                    config.bottleneck,
+                    _ACTIVATIONS[config.method],
+                    norm=config.method == "adapter_l",
+                    placement=self._placement,
+                    group=topology.tp_group,
+                    sequence_parallel=topology.sequence_parallel,
+                    device=device,
+                )
+                setattr(module, _PLACES[place], ThenAdd(bottleneck))
+                built.append((layer, place, bottleneck))
+        theta = self._theta(built, size)
+        theta.spread(self._initial(theta.all_shapes()), topology.tp_rank)
+        return theta
+
+    def _theta(self, built: list[tuple[int, str, Bottleneck]], size: int) -> Theta:
+        parameters, shapes = [], []
+        for layer, place, bottleneck in built:
+            parameters += list(bottleneck.parameters())
+            shapes += [{name: shape} for name, shape in stored_shapes(self._config, layer, place).items()]
+
+        def layout(tp_rank: int) -> list[Held]:
+            held = []
+            for parameter, stored in zip(parameters, shapes, strict=True):
+                ((name, shape),) = stored.items()
+                held.append(Held(tuple(parameter.shape), (Piece(name, _index(name, shape, tp_rank, size), _same),)))
+            return held
+
+        return Theta(tuple(parameters), tuple(shapes), layout, MaskSource(self._seed, 0))
+
+    def _initial(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Down as a linear's usual start, by its name alone; up zero, so that training starts from the base itself."""
+        values = {}
+        for name, shape in shapes.items():
+            values[name] = torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
+            if name.endswith("down.weight"):
+                values[name] = drawn_by_name(name, self._seed, *shape)
+        return values
+
+    def files(self, folder: Path, provenance: Provenance) -> Collected:
+        def write(tensors: Mapping[str, Tensor]) -> None:
+            write_bottlenecks(folder, Bottlenecks(self._config, tensors), provenance)
+
+        return Collected(write)
+
+
+def _same(local: Tensor) -> Tensor:
+    return local
+
+
+def _index(name: str, shape: tuple[int, ...], tp_rank: int, size: int) -> Index:
+    """Down and its bias are cut by rows, up by columns."""
+    if size == 1:
+        return ALL
+    if name.endswith(("down.weight", "down.bias")):
+        count = shape[0] // size
+        return (slice(tp_rank * count, (tp_rank + 1) * count),)
+    if name.endswith("up.weight"):
+        count = shape[1] // size
+        return (slice(None), slice(tp_rank * count, (tp_rank + 1) * count))
+    return ALL

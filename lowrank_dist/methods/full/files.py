@@ -1,0 +1,95 @@
+"""A trained Φ as a Hugging Face folder, written tensor by tensor: no one ever holds it whole."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.atomic import target_of
+from lowrank_dist.formats.base_files import other_files
+from lowrank_dist.formats.layout import pack, write_config
+from lowrank_dist.formats.model_folder import FLOAT_DTYPES, INDEX_FILE, load_architecture, open_checkpoint, stored_name
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
+
+# As transformers' save_pretrained has it.
+SHARD_BYTES = 5 * 10**9
+
+
+class WholeModelFiles:
+    """See formats/trained_files.py. Config, tokenizer and the like are the base's.
+
+    Always with an index, since vLLM reads every safetensors file beside it in a folder that has none, the optimiser's
+    too.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        base: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        provenance: Provenance,
+    ) -> None:
+        """shapes: Hugging Face name → shape, in the order in which the tensors will be `put`."""
+        self._folder, self._base, self._dtype, self._provenance = folder, base, dtype, provenance
+        self._architecture = load_architecture(base)
+        # The first rows of OPT's positions are in no parameter, so they are not among what is `put`.
+        self._unused = {rule.hf: rule.row_offset for rule in self._architecture.tensors if rule.row_offset}
+        self._name = next(name for name, each in FLOAT_DTYPES.items() if each == dtype)
+        entries = [
+            TensorEntry(name, self._name, shape, 0, torch.Size(shape).numel() * dtype.itemsize)
+            for name, shape in shapes.items()
+        ]
+        shards = pack([entry.nbytes for entry in entries], SHARD_BYTES)
+        self._open = ExitStack()
+        self._places: dict[str, str] = {}
+        self._writers: dict[str, SafetensorsWriter] = {}
+        self._size = sum(entry.nbytes for entry in entries)
+        self._changed = False
+        for number, shard in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            inside = [entries[index] for index in shard]
+            writer = self._open.enter_context(SafetensorsWriter(folder / file, inside, {"format": "pt"}))
+            for entry in inside:
+                self._places[entry.name], self._writers[entry.name] = file, writer
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{target_of(self._folder)} is not written: {name} holds NaN or infinity; lower train.lr or resume "
+                "earlier"
+            )
+        rounded = tensor.to(self._dtype).contiguous()
+        if name in self._unused:
+            unused = self._unused[name]
+            rounded = torch.cat((self._before(name)[:unused], rounded[unused:]))
+        self._changed = self._changed or not torch.equal(rounded, self._before(name))
+        self._writers[name].write(tensor_bytes(rounded))
+
+    def _before(self, name: str) -> Tensor:
+        with open_checkpoint(self._base) as checkpoint:
+            stored = stored_name(name, self._architecture, checkpoint)
+            return checkpoint.slice(stored)[:].to(self._dtype)
+
+    def finish(self) -> None:
+        self._open.close()
+        if not self._changed:
+            raise UserError(
+                f"{target_of(self._folder)} is not written: in {self._name} every weight is the base's, so training "
+                "did not change the model; raise train.lr or train.steps"
+            )
+        for path in other_files(self._base):
+            if path.parent == self._base:  # a checkpoint has no folders in it
+                shutil.copyfile(path, self._folder / path.name)
+        write_config(self._base / "config.json", self._folder / "config.json", self._name)
+        index = {"metadata": {"total_size": self._size}, "weight_map": self._places}
+        (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (self._folder / PROVENANCE_FILE).write_text(self._provenance.to_json(), encoding="utf-8")

@@ -1,0 +1,106 @@
+"""Full fine-tuning: Φ itself is trained (equation 1 of Hu et al., "LoRA", 2021)."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lowrank_dist.arch.architecture import WORD_EMBEDDINGS, Architecture
+from lowrank_dist.arch.tensors import Copy, ParameterPlan, copy_plans, hf_shapes, is_cut
+from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.methods.full.files import WholeModelFiles
+from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.parallel.masks import MaskSource
+from lowrank_dist.parallel.theta import Held, Piece, Theta, mark
+from lowrank_dist.parallel.topology import Topology
+
+
+class FullFineTuning:
+    """See methods/method.py. Its checkpoints are Hugging Face folders in the dtype that the model was loaded in."""
+
+    virtual = 0
+    lead: tuple[int, ...] = ()
+    published: tuple[str, ...] = ()
+
+    def __init__(self, architecture: Architecture, base: Path, seed: int) -> None:
+        self._architecture, self._base, self._seed = architecture, base, seed
+        self._shapes: tuple[dict[str, tuple[int, ...]], ...] = ()
+        self._dtype = torch.float32
+
+    @property
+    def summary(self) -> str:
+        return "full fine-tuning: every weight, bias, norm and embedding"
+
+    def attach(self, model: CausalLM, topology: Topology, *, resumed: bool) -> Theta:
+        architecture, size = self._architecture, topology.tp_size
+        self._dtype = model.config.params_dtype
+        padded_rows = dict(model.named_parameters())[WORD_EMBEDDINGS].size(0) * size
+
+        def plans(tp_rank: int, tp_size: int = size) -> dict[str, ParameterPlan]:
+            return copy_plans(architecture, tp_rank, tp_size, padded_rows)
+
+        parameters = []
+        for name in plans(topology.tp_rank):
+            cut = is_cut(name, architecture)
+            partial_grad = size > 1 and not cut and _is_partial(name, topology.sequence_parallel)
+            parameters.append(mark(_trained(model, name), sharded=cut and size > 1, partial=partial_grad))
+        shapes = hf_shapes(architecture)
+        # By the plan of a single rank, which holds something of every tensor.
+        self._shapes = tuple({copy.hf: shapes[copy.hf] for copy in plan.copies} for plan in plans(0, 1).values())
+
+        @cache
+        def layout(tp_rank: int) -> list[Held]:
+            return [
+                Held(plan.shape, tuple(Piece(copy.hf, copy.hf_index, partial(_view, copy)) for copy in plan.copies))
+                for plan in plans(tp_rank).values()
+            ]
+
+        return Theta(tuple(parameters), self._shapes, layout, MaskSource(self._seed, 0))
+
+    def files(self, folder: Path, provenance: Provenance) -> WholeModelFiles:
+        shapes = {name: shape for part in self._shapes for name, shape in part.items()}
+        return WholeModelFiles(folder, self._base, shapes, self._dtype, provenance)
+
+
+class _Cast(nn.Module):
+    """Φ is fp32 while it is trained, and used in the dtype that the model was loaded in."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._dtype = dtype
+
+    def forward(self, master: Tensor) -> Tensor:
+        return master.to(self._dtype)
+
+
+def _trained(model: CausalLM, name: str) -> nn.Parameter:
+    """The parameter of this name, to be trained, in fp32."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    parameter = getattr(module, leaf)
+    if parameter.dtype == torch.float32:
+        return parameter.requires_grad_(True)
+    # Not by the parametrization's `right_inverse`, which may not change the dtype.
+    master = nn.Parameter(parameter.detach().float())
+    setattr(module, leaf, master)
+    parametrize.register_parametrization(module, leaf, _Cast(parameter.dtype), unsafe=True)
+    return master
+
+
+def _is_partial(name: str, sequence_parallel: bool) -> bool:
+    """Whether each rank has a part of a copy's gradient: of its heads, or of its tokens.
+
+    Position embeddings are added before the tokens are cut.
+    """
+    if "q_layernorm" in name or "k_layernorm" in name:
+        return True
+    return sequence_parallel and not name.startswith("embedding.")
+
+
+def _view(copy: Copy, local: Tensor) -> Tensor:
+    part = local[copy.local_index]
+    return part.t() if copy.transposed else part

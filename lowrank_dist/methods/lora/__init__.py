@@ -1,0 +1,1 @@
+"""Low-rank updates on the linears (Hu et al. 2021)."""

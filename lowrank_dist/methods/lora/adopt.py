@@ -1,0 +1,146 @@
+"""A PEFT adapter on a model of ours: the rules that give exactly its factors, and these, checked against the base."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from torch import Tensor
+
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.placement import ALL_LINEAR, LinearPlacement, LoraRules
+from lowrank_dist.config import Config
+from lowrank_dist.config.schema import LoraConfig
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.fingerprint import fingerprint
+from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
+from lowrank_dist.messages import some_of
+from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, Adapter, module_paths, read_adapter
+from lowrank_dist.methods.lora.peft_config import describe
+
+
+def adopt_adapter(config: Config) -> Config:
+    """The config whose lora section says what the adapter in lora.init_from is; `config` itself without one.
+
+    Rank, alpha, targets, patterns and rslora become the adapter's, so that `place` gives exactly its factors; dropout
+    stays the config's. Raises UserError for a key of them that was given another value, for factors on modules that the
+    model cannot adapt, and for a rank or an alpha that a run cannot have.
+    """
+    folder = config.lora.init_from
+    if folder is None:
+        return config
+    adapter, architecture = read_adapter(folder), load_architecture(config.model.path)
+    refuse_foreign(folder, adapter, architecture.linear_modules(), config.model.path)
+    adopted = asdict(rules_of(adapter, architecture))
+    _refuse_contradictions(config.lora, adopted, adapter, architecture)
+    try:
+        lora = LoraConfig.model_validate({**config.lora.model_dump(), **adopted})
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{'.'.join(map(str, detail['loc']))} is {detail['input']!r}: {detail['msg']}"
+            for detail in error.errors(include_url=False)
+        )
+        raise UserError(
+            f"{folder / CONFIG_FILE}: a run cannot start from this adapter ({wrong}): give lora.init_from another one"
+        ) from None
+    return config.model_copy(update={"lora": lora})
+
+
+def initial_factors(config: Config, placements: Sequence[LinearPlacement]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module path → A [r, in] and B [out, r] in fp32, as `spread_factors` takes them; config: `adopt_adapter`'s.
+
+    Raises UserError for an adapter that was trained on another base, by its fingerprint, or that has other modules or
+    shapes than `placements`.
+    """
+    folder = config.lora.init_from
+    assert folder is not None, "there is no adapter to start from"
+    refuse_another_base(folder, config.model.path)
+    return factors_for(folder, read_adapter(folder), placements, config.model.path)
+
+
+def _refuse_contradictions(
+    lora: LoraConfig, adopted: Mapping[str, Any], adapter: Adapter, architecture: Architecture
+) -> None:
+    other = []
+    for key, value in adopted.items():
+        given = getattr(lora, key)
+        same = given == value
+        if key == "targets":
+            same = (
+                adapter.factors.keys() == architecture.linear_modules()
+                if given == ALL_LINEAR
+                else isinstance(given, list) and sorted(given) == value
+            )
+        if key in lora.model_fields_set and not same:
+            other.append(f"lora.{key} is {given!r}, the adapter's {value!r}")
+    if other:
+        raise UserError(
+            f"lora.init_from: {lora.init_from} says what its factors are, and the config says otherwise: "
+            f"{'; '.join(other)}: remove these keys from the config"
+        )
+
+
+def rules_of(adapter: Adapter, architecture: Architecture) -> LoraRules:
+    """Rules under which `place` gives exactly the adapter's factors, if all are on linears of the model."""
+    peft = describe(
+        {module: (factor.rank, factor.alpha) for module, factor in adapter.factors.items()},
+        module_paths(architecture),
+        dropout=adapter.dropout,
+        rslora=adapter.rslora,
+        fan_in_fan_out=adapter.fan_in_fan_out,
+        base=adapter.base,
+    )
+    return LoraRules(
+        peft.rank, peft.alpha, list(peft.targets), peft.rslora, dict(peft.rank_pattern), dict(peft.alpha_pattern)
+    )
+
+
+def refuse_foreign(folder: Path, adapter: Adapter, known: Collection[str], base: Path) -> None:
+    """Raise UserError for factors of modules that are not among those `known`."""
+    foreign = sorted(adapter.factors.keys() - set(known))
+    if foreign:
+        raise UserError(
+            f"{folder / WEIGHTS_FILE}: {some_of(foreign)} cannot be adapted in the model in {base}: give an adapter of "
+            "this model's attention and MLP linears"
+        )
+
+
+def refuse_another_base(folder: Path, base: Path) -> None:
+    """Raise UserError where lowrank_dist.json beside the adapter names a base of another fingerprint."""
+    provenance = read_provenance(folder)
+    if provenance is None:
+        return
+    digest = fingerprint(base)
+    if digest != provenance.base_fingerprint:
+        raise UserError(
+            f"{folder / PROVENANCE_FILE}: base_fingerprint is {provenance.base_fingerprint[:12]}…, but {base} has "
+            f"{digest[:12]}…: give the base that the adapter was trained on, unchanged"
+        )
+
+
+def factors_for(
+    folder: Path, adapter: Adapter, placements: Sequence[LinearPlacement], base: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Module path → A [r, in] and B [out, r] in fp32, as `spread_factors` takes them.
+
+    Raises UserError where the adapter has other modules or shapes than `placements`.
+    """
+    specs = {spec.path: spec for placement in placements for spec in placement.factors}
+    refuse_foreign(folder, adapter, specs, base)
+    lacking = sorted(specs.keys() - adapter.factors.keys())
+    if lacking:
+        raise UserError(f"{folder / WEIGHTS_FILE}: no factors for {some_of(lacking)}, which the targets name")
+    for path, spec in specs.items():
+        found = adapter.factors[path]
+        expected = (spec.rank, spec.in_features), (spec.rows, spec.rank)
+        if (tuple(found.a.shape), tuple(found.b.shape)) != expected:
+            raise UserError(
+                f"{folder / WEIGHTS_FILE}: {path} has lora_A {list(found.a.shape)} and lora_B {list(found.b.shape)}, "
+                f"but the model in {base} takes {list(expected[0])} and {list(expected[1])}: give the model that the "
+                "adapter was trained on"
+            )
+    return {path: (adapter.factors[path].a, adapter.factors[path].b) for path in specs}

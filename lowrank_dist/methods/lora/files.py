@@ -1,0 +1,218 @@
+"""Low-rank factors as a PEFT adapter folder: adapter_config.json, adapter_model.safetensors, lowrank_dist.json."""
+
+import math
+import re
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.tensors import hf_shapes
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.atomic import atomic_folder, target_of
+from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.formats.safetensors_file import TensorEntry, read_header, write_fp32
+from lowrank_dist.methods.lora.peft_config import PeftConfig, describe, read_config
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_KEY = re.compile(r"base_model\.model\.(?P<module>\w+(\.\w+)*)\.lora_(?P<side>[AB])\.weight", re.ASCII)
+_FLOATS = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class LowRankFactor:
+    """One pair of factors: a [r, in], b [out, r]; ΔW = s·b·a is [out, in]."""
+
+    a: Tensor
+    b: Tensor
+    alpha: float
+
+    def __post_init__(self) -> None:
+        assert self.a.ndim == self.b.ndim == 2 and self.a.size(0) == self.b.size(1), "a is [r, in], b is [out, r]"
+
+    @property
+    def rank(self) -> int:
+        """r, the number of rows of a."""
+        return self.a.size(0)
+
+    def scale(self, rslora: bool) -> float:
+        """s = alpha / r (LoRA, arXiv 2106.09685), or alpha / √r (rsLoRA, arXiv 2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if rslora else self.rank)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """All factors of one adapter.
+
+    factors: Hugging Face module path ("model.layers.0.self_attn.q_proj") → its factors.
+    fan_in_fan_out: the base stores its linear weights [in, out] (GPT-2). base: path or name of the base model.
+    """
+
+    factors: Mapping[str, LowRankFactor]
+    dropout: float
+    rslora: bool
+    fan_in_fan_out: bool
+    base: str
+
+
+def module_paths(architecture: Architecture) -> frozenset[str]:
+    """The path of every module with weights in the Hugging Face model, the (possibly tied) lm_head included."""
+    return frozenset(name.rpartition(".")[0] for name in hf_shapes(architecture)) | {"lm_head"}
+
+
+def write_adapter(
+    folder: Path, adapter: Adapter, provenance: Provenance, modules: Collection[str], *, trained: bool
+) -> None:
+    """Write an adapter folder from which plain PEFT gets exactly these modules, ranks and scales. All or nothing.
+
+    modules: `module_paths` of the base, so that the target names in the config can be as short as is exact.
+    trained: the factors have been trained, so that B = 0 everywhere is an error. Factors are stored in fp32.
+
+    Raises UserError for an existing folder, an empty adapter, an untrained one, NaN or infinity, or a failing disk.
+    """
+    with atomic_folder(folder) as temporary:
+        write_adapter_files(temporary, adapter, provenance, modules, trained=trained)
+
+
+def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Copy the files of an adapter out of a checkpoint, in place of what was copied to `folder` before. All or nothing.
+
+    Raises UserError where `folder` holds something else, DiskError for the disk.
+    """
+    if folder.exists() and not (folder / PROVENANCE_FILE).is_file():
+        raise UserError(f"{folder} is not replaced: it holds no {PROVENANCE_FILE}, so lowrank-dist did not write it")
+    with atomic_folder(folder, replace=True) as temporary:
+        for name in names:
+            shutil.copyfile(source / name, temporary / name)
+
+
+def write_adapter_files(
+    folder: Path, adapter: Adapter, provenance: Provenance, modules: Collection[str], *, trained: bool
+) -> None:
+    """The three files of `write_adapter` in a folder that exists, such as the temporary one of `atomic_folder`.
+
+    Raises UserError, naming what the folder was to become, for an empty or untrained adapter and for NaN or infinity.
+    """
+    target = target_of(folder)
+    if not adapter.factors:
+        raise UserError(f"{target} is not written: the adapter has no factors; check lora.targets")
+    assert set(adapter.factors) <= set(modules), "factors on modules that the base does not have"
+    tensors = _named_tensors(adapter)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{target} is not written: {name} holds NaN or infinity; lower train.lr or resume earlier")
+    if trained and not any(factor.b.any() for factor in adapter.factors.values()):
+        raise UserError(f"{target} is not written: B is zero in every module, so training did not change the model")
+    config = describe(
+        {module: (factor.rank, factor.alpha) for module, factor in adapter.factors.items()},
+        modules,
+        dropout=adapter.dropout,
+        rslora=adapter.rslora,
+        fan_in_fan_out=adapter.fan_in_fan_out,
+        base=adapter.base,
+    )
+    (folder / CONFIG_FILE).write_text(config.to_json(), encoding="utf-8")
+    (folder / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
+    write_fp32(folder / WEIGHTS_FILE, tensors)
+
+
+def _named_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """PEFT's key → contiguous fp32 tensor on the CPU, sorted by key."""
+    named = {}
+    for module, factor in sorted(adapter.factors.items()):
+        for side, tensor in (("A", factor.a), ("B", factor.b)):
+            name = f"base_model.model.{module}.lora_{side}.weight"
+            named[name] = tensor.detach().to("cpu", torch.float32).contiguous()
+    return named
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read any PEFT LoRA adapter folder, with PEFT's own meaning of rank and alpha patterns. Factors come as fp32.
+
+    Raises UserError, naming file and key, for a folder that is missing or incomplete, a pickle in place of safetensors,
+    files that are links out of the folder, a checkpoint that is not what its manifest says, what `read_config` refuses,
+    tensors that are no plain LoRA pair on a linear or disagree with the config in rank or target, and NaN or infinity.
+    """
+    if is_checkpoint(folder):
+        verify_manifest(folder)
+    config = read_config(own_file(folder, CONFIG_FILE))
+    path = own_file(folder, WEIGHTS_FILE)
+    pairs = read_pairs(path)
+    for module, (a, b) in pairs.items():
+        check_pair(path, config, module, a, b)
+    factors = {}
+    with safe_open(path, framework="pt") as file:
+        for module, (a, b) in pairs.items():
+            tensors = [file.get_tensor(entry.name).float() for entry in (a, b)]
+            for entry, tensor in zip((a, b), tensors, strict=True):
+                if not torch.isfinite(tensor).all():
+                    raise UserError(f"{path}: {entry.name} holds NaN or infinity: take an earlier checkpoint")
+            factors[module] = LowRankFactor(*tensors, alpha=config.alpha_of(module))
+    return Adapter(factors, config.dropout, config.rslora, config.fan_in_fan_out, config.base)
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """A regular file of the folder; a link may only lead inside it, or to the blobs of the Hub's cache."""
+    path = folder / name
+    if not path.is_file():
+        pickle = folder / "adapter_model.bin"
+        if name == WEIGHTS_FILE and pickle.is_file():
+            raise UserError(
+                f"{pickle} is a pickle and is never read: save the adapter again with safe_serialization=True"
+            )
+        raise UserError(f"{path} is missing: give a PEFT adapter folder (with {CONFIG_FILE} and {WEIGHTS_FILE})")
+    real, home = path.resolve(), folder.resolve()
+    # The Hub's cache links snapshots/<revision>/<file> to ../../blobs/<hash>.
+    if not real.is_relative_to(home) and real.parent != home.parent.parent / "blobs":
+        raise UserError(f"{path} is a link out of its folder (to {real}): copy the file into the folder")
+    return path
+
+
+def read_pairs(path: Path) -> dict[str, tuple[TensorEntry, TensorEntry]]:
+    """Module path → the entries of its A and B; UserError for other tensors and for half a pair."""
+    sides: dict[str, dict[str, TensorEntry]] = {"A": {}, "B": {}}
+    odd = []
+    for entry in read_header(path).entries:
+        match = _KEY.fullmatch(entry.name)
+        if match is None:
+            odd.append(entry.name)
+        else:
+            sides[match["side"]][match["module"]] = entry
+    if odd:
+        raise UserError(
+            f"{path}: {len(odd)} tensors are no LoRA factors of a linear, such as {odd[0]!r}: only keys of the form "
+            "base_model.model.<module>.lora_A.weight and …lora_B.weight are supported (no embeddings, no saved modules)"
+        )
+    half = sorted(set(sides["A"]) ^ set(sides["B"]))
+    if half:
+        raise UserError(
+            f"{path}: {half[0]} has only one of lora_A and lora_B: the adapter is incomplete, write it again"
+        )
+    if not sides["A"]:
+        raise UserError(f"{path} holds no factors: the adapter is empty, write it again")
+    return {module: (sides["A"][module], sides["B"][module]) for module in sorted(sides["A"])}
+
+
+def check_pair(path: Path, config: PeftConfig, module: str, a: TensorEntry, b: TensorEntry) -> None:
+    for entry in (a, b):
+        if entry.dtype not in _FLOATS or len(entry.shape) != 2 or 0 in entry.shape:
+            raise UserError(
+                f"{path}: {entry.name} is {entry.dtype} {list(entry.shape)}, expected a matrix in {', '.join(_FLOATS)}"
+            )
+    rank = config.rank_of(module)
+    if (a.shape[0], b.shape[1]) != (rank, rank):
+        raise UserError(
+            f"{path}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, but {CONFIG_FILE} gives it rank "
+            f"{rank}, so they should be [{rank}, in] and [out, {rank}]"
+        )
+    if not config.adapts(module):
+        raise UserError(
+            f"{path}: {module} is no target by {CONFIG_FILE} (target_modules), so PEFT would ignore its factors"
+        )

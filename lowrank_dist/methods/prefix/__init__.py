@@ -1,0 +1,1 @@
+"""Prefix tuning: trained keys and values at virtual positions of every layer (Li & Liang 2021)."""

@@ -1,0 +1,149 @@
+"""Prefixes and prompts as PEFT folders: adapter_config.json and one tensor, `prompt_embeddings`.
+
+Layout of PEFT 0.21 (`peft_model.get_prompt`): a prompt is [l, H]; a prefix [l, 2·L·G·d], of each layer its keys and
+then its values. Legend: l virtual positions, L layers, G key/value heads, d head width, H hidden.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.atomic import target_of
+from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.formats.safetensors_file import read_header, write_fp32
+from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, own_file
+from lowrank_dist.methods.lora.peft_config import read_object
+
+Kind = Literal["PREFIX_TUNING", "PROMPT_TUNING"]
+_TENSOR = "prompt_embeddings"
+_FLOATS = ("F32", "BF16", "F16")
+
+
+@dataclass(frozen=True)
+class PromptLearning:
+    """kind: PEFT's name of the method. embeddings: [l, width] in fp32. The rest describes the base, as PEFT asks.
+
+    heads: key/value heads for a prefix. token_dim: G·d for a prefix, H for a prompt.
+    """
+
+    kind: Kind
+    embeddings: Tensor
+    layers: int
+    heads: int
+    token_dim: int
+    base: str
+
+
+def write_prompt_learning(folder: Path, learned: PromptLearning, provenance: Provenance) -> None:
+    """Write the three files into a folder that exists. UserError for NaN or infinity."""
+    if not torch.isfinite(learned.embeddings).all():
+        raise UserError(
+            f"{target_of(folder)} is not written: {_TENSOR} holds NaN or infinity; lower train.lr or resume earlier"
+        )
+    config: dict[str, Any] = {
+        "peft_type": learned.kind,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": learned.base,
+        "num_virtual_tokens": learned.embeddings.size(0),
+        "token_dim": learned.token_dim,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": learned.heads,
+        "num_layers": learned.layers,
+        "inference_mode": True,
+    }
+    if learned.kind == "PREFIX_TUNING":
+        config |= {"prefix_projection": False, "encoder_hidden_size": learned.token_dim}
+    else:
+        config |= {"prompt_tuning_init": "RANDOM", "prompt_tuning_init_text": None, "tokenizer_name_or_path": None}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
+    write_fp32(folder / WEIGHTS_FILE, {_TENSOR: learned.embeddings.detach().to("cpu", torch.float32).contiguous()})
+
+
+def peft_type(folder: Path) -> str:
+    """What adapter_config.json says that it is. UserError where it is missing or says nothing."""
+    return _text(_config(folder), "peft_type", folder)
+
+
+def read_prompt_learning(folder: Path) -> PromptLearning:
+    """Read a PREFIX_TUNING or PROMPT_TUNING folder of PEFT's or ours.
+
+    Raises UserError, naming file and key, for one that is incomplete, whose parts do not fit together, or which keeps
+    its MLP (prefix_projection) beside or in place of the keys and values.
+    """
+    if is_checkpoint(folder):
+        verify_manifest(folder)
+    config, where = _config(folder), folder / CONFIG_FILE
+    kind = _text(config, "peft_type", folder)
+    if kind not in ("PREFIX_TUNING", "PROMPT_TUNING"):
+        raise UserError(f"{where}: peft_type is {kind!r}: give a folder of PREFIX_TUNING or PROMPT_TUNING")
+    if config.get("num_transformer_submodules") not in (None, 1):
+        raise UserError(f"{where}: num_transformer_submodules is not 1, so it is not for a decoder-only model")
+    sizes = {key: config.get(key) for key in ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")}
+    for key, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{where}: {key} is {value!r}: it must be an integer of at least 1")
+    width = sizes["token_dim"] * (2 * sizes["num_layers"] if kind == "PREFIX_TUNING" else 1)
+    path, expected = own_file(folder, WEIGHTS_FILE), (sizes["num_virtual_tokens"], width)
+    found = {entry.name: (entry.dtype, entry.shape) for entry in read_header(path).entries}
+    if found.keys() != {_TENSOR} or found[_TENSOR][1] != expected or found[_TENSOR][0] not in _FLOATS:
+        raise UserError(
+            f"{path} holds {', '.join(f'{name} {list(shape)} {dtype}' for name, (dtype, shape) in found.items())}, but "
+            f"{CONFIG_FILE} asks for {_TENSOR} {list(expected)} alone"
+        )
+    with safe_open(path, framework="pt") as file:
+        embeddings = file.get_tensor(_TENSOR).float()
+    if not torch.isfinite(embeddings).all():
+        raise UserError(f"{path}: {_TENSOR} holds NaN or infinity: take an earlier checkpoint")
+    return PromptLearning(
+        kind,
+        embeddings,
+        sizes["num_layers"],
+        sizes["num_attention_heads"],
+        sizes["token_dim"],
+        str(config.get("base_model_name_or_path") or ""),
+    )
+
+
+def require_fit(folder: Path, learned: PromptLearning, architecture: Architecture) -> None:
+    """Raise UserError where the model has other sizes than the one that was trained, or no positions to spare."""
+    where, length = folder / CONFIG_FILE, learned.embeddings.size(0)
+    if learned.kind == "PREFIX_TUNING":
+        expected = architecture.layers, architecture.kv_heads, architecture.kv_heads * architecture.head_dim
+    else:
+        expected = architecture.layers, architecture.heads, architecture.hidden
+    found = learned.layers, learned.heads, learned.token_dim
+    names = ("num_layers", "num_attention_heads", "token_dim")
+    wrong = [
+        f"{name} is {value}, the model's is {other}"
+        for name, value, other in zip(names, found, expected, strict=True)
+        if value != other
+    ]
+    if wrong:
+        raise UserError(f"{where}: {'; '.join(wrong)}: give the model that it was trained on")
+    if length >= architecture.max_positions:
+        raise UserError(
+            f"{where}: num_virtual_tokens is {length}, which leaves nothing of the model's "
+            f"{architecture.max_positions} positions: give the model that it was trained on"
+        )
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return read_object(own_file(folder, CONFIG_FILE))
+
+
+def _text(config: dict[str, Any], key: str, folder: Path) -> str:
+    value = config.get(key)
+    if not isinstance(value, str):
+        raise UserError(f"{folder / CONFIG_FILE}: {key} is {value!r}: it must be text")
+    return value
