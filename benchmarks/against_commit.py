@@ -19,8 +19,8 @@ from pathlib import Path
 from record import machine, write_result
 from rich.console import Console
 from rich.table import Table
+from trees import ROOT, checked_out
 
-ROOT = Path(__file__).parent.parent
 # Run by each process with its tree in front of the path: one line in, one step, its seconds out.
 WORKER = """
 import json, sys, time
@@ -38,18 +38,6 @@ for _ in sys.stdin:
     loss = side.step(batch)
     print(json.dumps([time.perf_counter() - started, loss]), flush=True)
 """
-
-
-def checked_out(commit: str) -> tuple[Path, str]:
-    """A worktree of the commit with its operators built, and its full name."""
-    name = subprocess.check_output(["git", "rev-parse", commit], cwd=ROOT, text=True).strip()
-    tree = ROOT / "build" / f"commit-{name[:12]}"
-    if not tree.exists():
-        subprocess.run(["git", "worktree", "prune"], cwd=ROOT, check=True)
-        subprocess.run(["git", "worktree", "add", "--detach", "-q", tree, name], cwd=ROOT, check=True)
-    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    subprocess.run(build, cwd=tree, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return tree, name
 
 
 def start(tree: Path, threads: int, setting: str) -> subprocess.Popen[str]:
