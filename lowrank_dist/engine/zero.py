@@ -107,7 +107,7 @@ class ZeroOptimiser:
                 "reduce_bucket_size": bucket,
                 "allgather_bucket_size": bucket,
             },
-            # Θ is fp32 with fp32 gradients. DeepSpeed's bf16 would accumulate in bf16 or lose the deferred sum (FACTS).
+            # Θ is fp32 with fp32 gradients. DeepSpeed's bf16 would accumulate in bf16 or lose the deferred sum.
             "bf16": {"enabled": False},
             "steps_per_print": None,
         }

@@ -1,4 +1,4 @@
-"""Hand-written autograd of the low-rank linears (DESIGN section 1). No function here adds a collective.
+"""Hand-written autograd of the low-rank linears (docs/DESIGN.md, "Mathematics"). No function here adds a collective.
 
 Legend: T tokens, T_j = T / N this rank's token shard, K inputs and O outputs of the rank's weight, R = Σ r.
 m the binary dropout mask; a = s/(1−p)·A [R, K]; b = block-diagonal B [O, R], held as bᵀ; W frozen [O, K].

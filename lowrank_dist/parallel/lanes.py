@@ -1,4 +1,4 @@
-"""A frozen weight and its low-rank factor in one buffer, so that one GEMM multiplies both (DESIGN section 1, "Lanes").
+"""A frozen weight and its low-rank factor in one buffer, so that one GEMM multiplies both (docs/DESIGN.md).
 
     column-parallel   buffer [O, K + R] = [W ∣ b]     Y = [X ∣ U]·bufferᵀ      [dX ∣ dU] = dY·buffer
     row-parallel      buffer [O + R, K] = [W ; a]     P = [X·Wᵀ ∣ U] = X·bufferᵀ      dX = [dY ∣ dU]·buffer
