@@ -163,7 +163,7 @@ def test_attention_below_the_lowest_factor_has_no_backward() -> None:
 
 @pytest.mark.parametrize("sequence", [True, False])
 def test_messages_of_a_layer(sequence: bool) -> None:
-    """As in docs/DESIGN.md: four calls forward and four backward, or two and two; under recomputation three or one more."""
+    """docs/DESIGN.md: four calls forward and four backward, or two and two; under recomputation three or one more."""
     shape = find_shape("gpt2-medium")
     found = {}
     for layers in (3, 4):
