@@ -285,6 +285,14 @@ def unmet(values: Values) -> bool:
     return values.get("trained", "").startswith("no")
 
 
+def refused(name: str, values: Values) -> str | None:
+    """The last line of a command's error, where it ended with one; None where it went well."""
+    if values.get("exit code 0") == "0" or name.endswith("/resume") or name.startswith("train/"):
+        return None
+    lines = [value for key, value in values.items() if key.startswith("stderr")]
+    return lines[-1] if lines else "no message"
+
+
 def shown(value: str | None) -> str:
     return "absent" if value is None else value if len(value) <= 60 else f"{value[:28]} … {value[-28:]}"
 
@@ -347,10 +355,15 @@ def main() -> int:
         print_differences(console, bad + [difference for difference in found if difference.reason], 40)
     for name in failed:
         console.print(f"{name}: {results[0][name]['trained']}", soft_wrap=True)
+    # Equal refusals are equal, and show less than equal results: whoever reads this should see which they are.
+    refusals = {name: said for name, values in results[0].items() if (said := refused(name, values)) is not None}
+    for name, said in refusals.items():
+        console.print(f"refused: {name}: {shown(said)}", soft_wrap=True)
     facts = {
         **{"commit": commit_name, "parts": args.parts, "dtype": args.dtype, "planted": args.plant},
         **{"cases": len(results[0]), "values": count, "seconds": round(time.monotonic() - started, 1)},
         "not_trained": failed,
+        "refused": refusals,
         "differences": [vars(difference) for difference in found],
     }
     write_result("same_bits", started_on, facts, *([args.out] if args.out else []))
