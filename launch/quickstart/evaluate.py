@@ -66,8 +66,16 @@ def score(args: argparse.Namespace) -> dict[str, float]:
 @torch.inference_mode()
 def mean_loss(model: CausalLM, dataset: Dataset, max_length: int) -> float:
     """Mean negative log-likelihood per target token [nats]."""
-    cut = {"max_length": max_length, "packing": False, "dp_rank": 0, "dp_size": 1, "pad_multiple": 1}
-    batches = eval_batches(dataset, global_batch=len(dataset), micro_batch=BATCH, **cut)
+    batches = eval_batches(
+        dataset,
+        global_batch=len(dataset),
+        micro_batch=BATCH,
+        max_length=max_length,
+        packing=False,
+        dp_rank=0,
+        dp_size=1,
+        pad_multiple=1,
+    )
     total = sum(
         model.loss(m.input_ids, m.position_ids, m.target_index, m.target_ids).item()
         for batch in batches

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +27,7 @@ def parameters(file: Path) -> int:
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
 
 
-def collect(out: Path) -> dict[str, object]:
+def collect(out: Path) -> dict[str, Any]:
     """Everything the table shows. Sizes in bytes, times in seconds, losses in nats per target token."""
     base, merged, proof = (json.loads((out / f"{name}.json").read_text()) for name in ("base", "merged", "proof"))
     base_file, adapter_file = out / "base" / "model.safetensors", out / "run" / "adapter" / "adapter_model.safetensors"
@@ -42,7 +43,7 @@ def collect(out: Path) -> dict[str, object]:
     }
 
 
-def table(report: Mapping[str, object]) -> Table:
+def table(report: Mapping[str, Any]) -> Table:
     """The report for people."""
     match, loss, size, count = (report[key] for key in ("exact_match", "loss", "bytes", "parameters"))
     proof, seconds = report["logit_difference"], report["seconds"]
@@ -63,7 +64,7 @@ def table(report: Mapping[str, object]) -> Table:
     return rows
 
 
-def shortfalls(report: Mapping[str, object]) -> list[str]:
+def shortfalls(report: Mapping[str, Any]) -> list[str]:
     """What the run promised and did not reach."""
     match, loss = report["exact_match"], report["loss"]
     missed = []

@@ -119,7 +119,7 @@ def _distribution(folders: Sequence[str]) -> Distribution | None:
     """The installed distribution that the found package belongs to, if metadata lies beside it."""
     places = {Path(folder).resolve() for folder in folders}
     found = distributions(name="apex")
-    return next((one for one in found if Path(one.locate_file("apex")).resolve() in places), None)
+    return next((one for one in found if Path(str(one.locate_file("apex"))).resolve() in places), None)
 
 
 def _unrelated(spec: ModuleSpec, folders: Sequence[str], distribution: Distribution | None) -> str:

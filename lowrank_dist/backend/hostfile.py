@@ -19,11 +19,11 @@ def refuse_missing_hostfile() -> None:
     meant is passed on. It is their ancestor, though, and Linux shows its command line.
     """
     for process in ancestors():
-        path = named_hostfile(words(process))
-        if path is None:
+        named = named_hostfile(words(process))
+        if named is None:
             continue
         # As the launcher saw it: relative to where that was started.
-        path = Path(os.readlink(process / "cwd")) / path
+        path = Path(os.readlink(process / "cwd")) / named
         if not path.is_file():
             raise UserError(
                 f"deepspeed --hostfile: {path} is not a file, and the launcher went on without it, on this machine "

@@ -51,4 +51,5 @@ def prepare(device: torch.device) -> None:
             setattr(mappings, name, _waiting(function))
     if device.type == "cpu":
         # Megatron asks for "the current CUDA device" when it allocates and when it builds masks, also on a CPU.
-        torch.cuda.current_device = lambda: torch.device("cpu")
+        cuda: Any = torch.cuda
+        cuda.current_device = lambda: torch.device("cpu")

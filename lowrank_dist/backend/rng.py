@@ -14,10 +14,10 @@ import torch
 def capture(device: torch.device) -> dict[str, Any]:
     """States of Python's, NumPy's and torch's generators, and of the GPU's where there is one, as JSON."""
     version, numbers, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    states = {
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # a tuple, as restored below
+    states: dict[str, Any] = {
         "python": [version, list(numbers), gauss],
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
         "torch": torch.get_rng_state().numpy().tobytes().hex(),
     }
     if device.type == "cuda":

@@ -37,7 +37,9 @@ class SentencePieceTokenizer:
         self.path = model
         self.eos_id = self._own.eos_id() if self._own.eos_id() >= 0 else None
         bos = self._own.bos_id()
-        self.prefix_ids = (bos,) if bos >= 0 and _adds_bos(model.parent / "tokenizer_config.json") else ()
+        self.prefix_ids: tuple[int, ...] = (
+            (bos,) if bos >= 0 and _adds_bos(model.parent / "tokenizer_config.json") else ()
+        )
         # Models trained with remove_extra_whitespaces drop a leading space, also the one that separates two words.
         self._drops_leading_space = self._bare.normalize(" a") == self._bare.normalize("a")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
@@ -67,13 +68,15 @@ class ChatTemplate:
     def _by_markers(self, messages: list[dict[str, str]]) -> RenderedChat:
         # What apply_chat_template(return_assistant_tokens_mask=True) calls, for the characters in place of the tokens:
         # its char_to_token marks a token that begins before the turn and one too many where an offset is missing.
-        texts, spans = render_jinja_template(
+        special: dict[str, Any] = self._hf.special_tokens_map
+        rendered: Any = render_jinja_template(
             conversations=[messages],
             chat_template=self._source,
             return_assistant_tokens_mask=True,
             add_generation_prompt=False,
-            **self._hf.special_tokens_map,
+            **special,
         )
+        texts, spans = rendered  # as it is with return_assistant_tokens_mask
         text, merged = texts[0], list[tuple[int, int]]()
         for start, end in spans[0]:
             if merged and merged[-1][1] == start:
@@ -86,7 +89,9 @@ class ChatTemplate:
         return RenderedChat(text, tuple(_turn(text, s, e, c) for (s, e), c in zip(merged, contents, strict=True)))
 
     def _text(self, messages: list[dict[str, str]], prompt: bool) -> str:
-        return self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        text = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+        assert isinstance(text, str), "one conversation that is not tokenised is one text"
+        return text
 
     def _by_prefixes(self, messages: list[dict[str, str]], where: str) -> RenderedChat:
         text = self._text(messages, prompt=False)

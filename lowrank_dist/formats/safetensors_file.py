@@ -126,4 +126,4 @@ def chunks(total: int, largest: int) -> Iterator[tuple[int, int]]:
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous CPU tensor as they lie in a file, without a copy."""
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+    return tensor.flatten().view(torch.uint8).numpy().data

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from lowrank_dist.errors import UserError
 
@@ -34,7 +35,7 @@ def bleu(texts: Sequence[str], references: References) -> float:
         raise UserError(f"the metric bleu is sacrebleu's ({error}): `pip install 'sacrebleu>=2.4'`") from error
     most = max(map(len, references))
     # One list for each place among the references, None where a text has fewer.
-    streams = [[given[place] if place < len(given) else None for given in references] for place in range(most)]
+    streams: Any = [[given[place] if place < len(given) else None for given in references] for place in range(most)]
     return corpus_bleu(list(texts), streams).score
 
 

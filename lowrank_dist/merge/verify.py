@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -111,15 +112,17 @@ class Verifier:
             peft = PeftModel.from_pretrained(model, self._adapters[0].path, adapter_name=names[0])
             for name, adapter in zip(names[1:], self._adapters[1:], strict=True):
                 peft.load_adapter(adapter.path, adapter_name=name)
-            peft.base_model.set_adapter(names)
+            combined: Any = peft.base_model
+            combined.set_adapter(names)
         except Exception as error:  # PEFT raises types with no common base
             raise UserError(f"--verify: PEFT cannot load the adapter: {error}") from error
         # Not add_weighted_adapter: its combinations are not exact for adapters of different targets and ranks.
         for module in peft.modules():
             if isinstance(module, LoraLayer):
+                scaling: dict[str, float] = module.scaling
                 for name, adapter in zip(names, self._adapters, strict=True):
-                    if name in module.scaling:
-                        module.scaling[name] *= adapter.weight
+                    if name in scaling:
+                        scaling[name] *= adapter.weight
         return plain, _logits(peft, self._samples)
 
 

@@ -101,7 +101,7 @@ class SequencePlan(PackedSeqParams):
     qkv_format: str = "sbhd"
     cos: Tensor | None = None
     sin: Tensor | None = None
-    segments: tuple[tuple[int, int, int], ...] | None = None
+    segments: Sequence[tuple[int, int, int]] | None = None
     cache: KVCache | None = None
     visible: Tensor | None = None
     prefix: Tensor | None = None
@@ -151,15 +151,15 @@ class CoreAttention(nn.Module):
         plan = packed_seq_params
         if plan.cos is not None:
             query, key = _Rotate.apply(query, plan.cos, plan.sin), _Rotate.apply(key, plan.cos, plan.sin)
-        heads = [tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)]
+        q_bhsd, k_bgsd, v_bgsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if plan.cache is not None:
-            out_bhsd = self._attend_cached(*heads, plan.cache, plan.visible)
+            out_bhsd = self._attend_cached(q_bhsd, k_bgsd, v_bgsd, plan.cache, plan.visible)
         else:
             prefix = None if plan.prefix is None else plan.prefix[self.layer]
             if plan.segments is None:
-                out_bhsd = self._attend(*heads, prefix)
+                out_bhsd = self._attend(q_bhsd, k_bgsd, v_bgsd, prefix)
             else:
-                out_bhsd = self._attend_packed(*heads, plan.segments, prefix)
+                out_bhsd = self._attend_packed(q_bhsd, k_bgsd, v_bgsd, plan.segments, prefix)
         return out_bhsd.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, prefix: Tensor | None = None) -> Tensor:
@@ -190,7 +190,7 @@ class CoreAttention(nn.Module):
         q_bhsd: Tensor,
         k_bgsd: Tensor,
         v_bgsd: Tensor,
-        segments: tuple[tuple[int, int, int], ...],
+        segments: Sequence[tuple[int, int, int]],
         prefix: Tensor | None,
     ) -> Tensor:
         """Each sample attends within itself: the cost is Σ length², and no mask exists."""

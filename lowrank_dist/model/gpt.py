@@ -105,6 +105,7 @@ class CausalLM(GPTModel):
             if architecture.positions == "learned":
                 self.embedding.position_embeddings.to(dtype)
             else:
+                assert architecture.rope is not None, "rotary positions have parameters"
                 self.register_buffer("inv_freq", inv_freq(architecture.rope, architecture.head_dim).to(device), False)
         self.architecture = architecture
         self.topology = topology

@@ -33,7 +33,7 @@ class FrozenNorm:
     of the weight over token shards; a frozen norm has none. On CUDA it is apex's, where that is usable.
     """
 
-    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> nn.Module:
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> Any:
         # The model is built under `with torch.device(…)`, which is where its norms will run.
         kind = norm_class(config.normalization, torch.get_default_device().type)
         return kind(hidden_size, eps=eps).to(config.params_dtype)

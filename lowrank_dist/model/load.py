@@ -4,6 +4,7 @@ Host memory: a rank's own parameters, the file's pages (mapped, the kernel can d
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ def _fill(parameter: torch.Tensor, plan: ParameterPlan, architecture: Architectu
         parameter[plan.zero_rows :].zero_()
 
 
-def _read(source: object, copy: Copy, rows: slice) -> torch.Tensor:
+def _read(source: Any, copy: Copy, rows: slice) -> torch.Tensor:
     """Rows `rows` of the copy's local region, as a view of the mapped file."""
     outputs = copy.hf_index[-1] if copy.transposed else copy.hf_index[0]
     chunk = slice(outputs.start + rows.start, outputs.start + rows.stop)
@@ -86,6 +87,7 @@ def _check_tied(plan: ParameterPlan, architecture: Architecture, checkpoint: Che
     embedding = stored_name(architecture.embedding_name, architecture, checkpoint)
     if output is None or output == embedding:
         return
+    assert embedding is not None, "check_checkpoint comes first"
     for copy in plan.copies:
         for rows in _chunks(torch.empty(plan.shape, device="meta")[copy.local_index]):
             same = torch.equal(

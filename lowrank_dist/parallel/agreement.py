@@ -18,7 +18,7 @@ def digest(tensors: Iterable[Tensor]) -> int:
     """A 63-bit hash of the tensors' bytes."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return int.from_bytes(sha.digest()[:8], "little") >> 1
 
 

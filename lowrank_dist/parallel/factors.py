@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dist.ops.mask import Mask
+from lowrank_dist.parallel.theta import mark
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class LowRankFactors(nn.Module):
       tp_partial_grad        replicated, with a gradient that is a partial sum (the deferred reduction).
     """
 
+    scale: Tensor
+    position: Tensor
+
     def __init__(
         self,
         shards: Sequence[FactorShard],
@@ -61,8 +65,7 @@ class LowRankFactors(nn.Module):
         # DeepSpeed cannot flatten an empty parameter: a rank without a row of B keeps one element that nothing reads.
         self.lora_B = nn.Parameter(torch.zeros(max(1, b_elements(shards)), dtype=torch.float32, device=device))
         for parameter, sharded in ((self.lora_A, sharded_a), (self.lora_B, not sharded_a)):
-            parameter.tensor_model_parallel = sharded
-            parameter.tp_partial_grad = not sharded
+            mark(parameter, sharded=sharded, partial=not sharded)
         scales = [shard.scale for shard in shards for _ in range(shard.rank)]
         self.register_buffer("scale", torch.tensor(scales, dtype=torch.float32, device=device), persistent=False)
         self.register_buffer("position", self._dense_positions().to(device), persistent=False)

@@ -10,7 +10,8 @@ from typing import Literal
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from lowrank_dist.ops.mask import Mask
 from lowrank_dist.parallel.autograd import GatherLinear, LocalLinear, PartialLinear, ReduceExpand
@@ -24,6 +25,11 @@ class _LowRankMixin:
 
     factors: LowRankFactors | None
     kind: Literal["column", "row"]
+    # Megatron's, of the class that this is mixed into.
+    weight: nn.Parameter
+    tp_group: ProcessGroup
+    sequence_parallel: bool
+    training: bool
 
     def attach(self, factors: LowRankFactors, masks: MaskSource, stream: int, lanes: bool = False) -> None:
         """Give this linear its factors. `stream` names its input among all inputs of the model (masks.stream_of).
@@ -41,7 +47,7 @@ class _LowRankMixin:
         shard = (self.tp_group.rank(), self.tp_group.size()) if tokens_sharded else None
         return self._masks.mask(self._stream, feature_offset, shard)
 
-    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict:
+    def sharded_state_dict(self, *args: object, **kwargs: object) -> dict[str, object]:
         # Megatron would mark the sharded factor as a replica and write one rank's share as the whole.
         raise AssertionError(
             "factors are saved whole, by lowrank_dist.checkpoint, not through Megatron's sharded state"

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,8 @@ def mark(parameter: nn.Parameter, *, sharded: bool, partial: bool) -> nn.Paramet
     over the ranks (the deferred reduction), else every rank has the whole of it.
     """
     assert not (sharded and partial)
-    parameter.tensor_model_parallel, parameter.tp_partial_grad = sharded, partial  # the first is DeepSpeed's name too
+    marked: Any = parameter  # torch declares no attributes of ours
+    marked.tensor_model_parallel, marked.tp_partial_grad = sharded, partial  # the first is DeepSpeed's name too
     return parameter
 
 

@@ -63,6 +63,8 @@ class Topology:
             create_gloo_process_groups=False,
             distributed_timeout_minutes=timedelta(seconds=timeout_seconds) / timedelta(minutes=1),
         )
+        world_group = dist.group.WORLD
+        assert world_group is not None, "the process group was initialised above"
         return cls(
             tp_rank=parallel_state.get_tensor_model_parallel_rank(),
             tp_size=tensor,
@@ -70,7 +72,7 @@ class Topology:
             dp_size=world // tensor,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             dp_group=parallel_state.get_data_parallel_group(),
-            world_group=dist.group.WORLD,
+            world_group=world_group,
             host_group=host_group,
             hosts=hosts,
             sequence_parallel=tensor > 1 and sequence is not False,

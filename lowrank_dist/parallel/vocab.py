@@ -49,7 +49,7 @@ class HeadLoss(torch.autograd.Function):
             rows = slice(start, start + block)
             loss, grad = _block(hidden_nH[rows], weight_VH, targets_n[rows] - first_id, group, needs_grad, grad_VH)
             total += loss
-            if grad_nH is not None:
+            if grad_nH is not None and grad is not None:
                 grad_nH[rows] = grad
         ctx.grad_nH, ctx.grad_VH = grad_nH, None if grad_VH is None else grad_VH.to(weight_VH.dtype)
         ctx.group, ctx.reduce_dgrad = group, reduce_dgrad
