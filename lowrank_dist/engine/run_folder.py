@@ -6,6 +6,7 @@ import fcntl
 import logging
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import is_temporary, sync, temporary_name
@@ -27,6 +28,17 @@ class RunFolder:
         self.plot = path / "loss.png"
         self.probe = path / "probe.safetensors"
         self.tensorboard = path / "tensorboard"
+
+    @classmethod
+    def prepare(cls, path: Path, resume: Literal["never", "auto"] | Path) -> RunFolder:
+        """Return the folder of a run that starts, or goes on as `resume` (train.resume) says. Makes nothing yet.
+
+        Raises UserError where it holds a run that this one does not go on with.
+        """
+        folder = cls(path)
+        if resume == "never" or (isinstance(resume, Path) and not folder.holds(resume)):
+            folder.refuse_existing()
+        return folder
 
     def refuse_existing(self) -> None:
         """Raise UserError where a run lies here already: nothing is ever overwritten."""
