@@ -40,7 +40,7 @@ def main(config: Config, supervision: Supervision) -> int:
     choose_kernels(config.engine.kernels, backend.device.type)
     folder = RunFolder.prepare(config.output.dir, config.train.resume)
 
-    supervision.enter("meeting")
+    supervision.enter("meeting")  # all processes: which of them is which rank of which group
     parallel, timeout = config.parallel, config.engine.timeout_seconds
     init_process_group(backend, timeout)
     topology = Topology.build(
@@ -48,7 +48,7 @@ def main(config: Config, supervision: Supervision) -> int:
     )
     supervision.hosts = topology.hosts
 
-    supervision.enter("model")
+    supervision.enter("model")  # the frozen base, sharded, and attached to it Θ, what the method trains
     run = Run.begin(config, topology, backend, folder, supervision)
     config = run.config  # what an adapter or a checkpoint says is in it now
     architecture = check_model(config.model.path, topology.tp_size, config.data.max_length)
@@ -66,11 +66,11 @@ def main(config: Config, supervision: Supervision) -> int:
     model.set_recompute(config.engine.recompute == "full")
     theta = method.attach(model, topology, resumed=run.resumption is not None)
 
-    supervision.enter("data set")
+    supervision.enter("data set")  # samples as tokens, a share for each data-parallel rank
     data = build_data(config, method, architecture, topology)
     run.open_folder(data)
 
-    supervision.enter("optimiser state")
+    supervision.enter("optimiser state")  # ZeRO over Θ alone, and the loop that steps, evaluates, saves and reports
     engine = build_engine(run, model, theta)
     trainer = build_trainer(run, method, engine, data, forecast)
     return 0 if trainer.train() else PREEMPTED

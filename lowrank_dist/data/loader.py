@@ -28,7 +28,7 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a global batch is laid out in rows, and which of them are this data-parallel rank's.
+    """The layout of a global batch in rows, and the share of this data-parallel rank.
 
     micro_batch: rows of a microbatch. max_length: the one that the data set was loaded with (row limit of packing,
     stride of dropout_rows). pad_multiple: rows are padded to a multiple of it.

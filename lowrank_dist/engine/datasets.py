@@ -46,7 +46,7 @@ class Data:
 
     @property
     def state(self) -> DataState:
-        """What a checkpoint says of the training set, and a run that goes on compares with its own."""
+        """The training set as a checkpoint states it, for a run that goes on to compare with its own."""
         return _state(self.dataset)
 
     @property

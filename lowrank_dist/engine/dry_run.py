@@ -54,7 +54,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Executed:
-    """What was counted: bytes by part as in plan/memory.py, and the calls of a microbatch and of the step at its end.
+    """Counts of an execution: bytes by part as in plan/memory.py, calls of a microbatch and of the step at its end.
 
     peak: the most bytes that existed in the second of two microbatches, when gradients exist already; the optimiser's
     state and DeepSpeed's buckets are not in it. flops: of a microbatch's matrix products, attention's apart.

@@ -1,4 +1,4 @@
-"""Where a rank is and for how long, how fast the run is, and which rank the others wait for."""
+"""Time by phase, throughput, and the rank that the others wait for."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Meter:
         self._squares += batch.global_squares
 
     def end(self, step: int) -> tuple[dict[str, float], list[str]]:
-        """Rates and seconds since the last record, and what is to be said of stragglers. Collective."""
+        """Return rates and seconds since the last record, and lines to say of stragglers. Collective."""
         seconds, waited = self._settle(measure_waits=False)
         lines = []
         if self._stragglers is not None:
@@ -138,7 +138,7 @@ class Meter:
         return values, lines
 
     def summary(self) -> str:
-        """Of the whole run: what it needed beside what was planned. Collective."""
+        """Return a line on the whole run: memory needed beside memory planned. Collective."""
         peaks = every_value(self._backend.peak_memory_gib(), self._topology.world_group, self._backend.device)
         return self._forecast.compare(max(peaks))
 

@@ -19,10 +19,10 @@ from lowrank_dist.supervision.rank import Supervision
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What the parts of a run have in common.
+    """The things that every part of a run needs.
 
-    config: complete, with what an adapter or the checkpoint says of it. phases: where this rank is, told to its
-    supervision. resumption: the checkpoint that the run goes on from; None for a run that starts afresh.
+    config: complete, with the values that an adapter or the checkpoint gives. phases: reports to supervision which
+    phase this rank is in. resumption: the checkpoint that the run goes on from; None for a run that starts afresh.
     """
 
     config: Config
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def writes(self) -> bool:
-        """Whether this is the rank that writes files and speaks to the person who watches."""
+        """True on the rank that writes files and speaks to the person who watches."""
         return self.topology.world_group.rank() == 0
 
     def open_folder(self, data: Data) -> None:
@@ -80,7 +80,7 @@ class Progress:
 
     @classmethod
     def of(cls, state: TrainingState | None) -> Progress:
-        """Where a checkpoint stands; the beginning without one."""
+        """Return the progress of a checkpoint, or of a run that begins where there is none."""
         if state is None:
             return cls()
         return cls(**{name: getattr(state, name) for name in cls.__dataclass_fields__})

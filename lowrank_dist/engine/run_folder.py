@@ -52,7 +52,7 @@ class RunFolder:
             raise UserError(f"output.dir: {self.path} is a file; choose a folder")
 
     def holds(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint lies in this run."""
+        """Return whether a checkpoint lies in this run."""
         return checkpoint.resolve().parent == self.checkpoints.resolve()
 
     def open(self, rank: int, config_yaml: str) -> None:

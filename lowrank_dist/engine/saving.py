@@ -39,7 +39,7 @@ _LAST_SECONDS = 15  # that a run which fails waits for a checkpoint that is bein
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checkpoint says beside numbers."""
+    """The facts of a job that every checkpoint of it states."""
 
     provenance: Provenance
     data: DataState
@@ -48,7 +48,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Retention:
-    """Which checkpoints stay: the newest `last` (None: all) and the `best` by the values named `by` (`best_first`)."""
+    """Checkpoints that stay: the newest `last` (None: all) and the `best` by the values named `by` (`best_first`)."""
 
     last: int | None
     best: int
@@ -56,9 +56,10 @@ class Retention:
 
 
 class CheckpointWriter:
-    """The disk's side of saving, on one rank. `facts` and the steps in `resumed`'s run are all it knows of the job.
+    """Writes checkpoints to the disk, on one rank; knows nothing of the ranks they come from.
 
-    shapes: stored name → shape of the tensors of Θ. summary: which step lies where since the last `write`, in words.
+    shapes: stored name → shape of the tensors of Θ. summary: the steps that the links point to since the
+    last `write`, in words. resumed: the state that the run goes on from.
     """
 
     def __init__(

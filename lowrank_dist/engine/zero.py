@@ -23,7 +23,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class OptimiserRules:
-    """What ZeRO and AdamW need of the configuration (sections `engine` and `train`)."""
+    """Settings of ZeRO and AdamW, from the configuration (sections `engine` and `train`)."""
 
     zero_stage: int
     clip: float | None
