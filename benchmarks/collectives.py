@@ -126,17 +126,17 @@ def build(setting: Setting, folder: Path, topology: Any) -> tuple[Any, Ranks]:
 
     from lowrank_dist.arch.placement import LoraRules, place
     from lowrank_dist.methods.lora.inject import inject
-    from lowrank_dist.model.build import load_model
+    from lowrank_dist.model.build import check_model, load_model
     from lowrank_dist.parallel.lanes import wanted
     from lowrank_dist.parallel.masks import MaskSource
 
     load: Callable[..., Any] = partial(
         load_model,
         folder,
+        check_model(folder, topology.tp_size, LENGTH),
         topology,
         device=torch.device("cpu"),
         dtype="fp32",
-        max_length=LENGTH,
         vocab_multiple=1,
         broadcast=False,
     )

@@ -74,7 +74,7 @@ def rank_main(rank: int, tp: int, port: int, folder: Path, parent: Connection) -
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     from lowrank_dist.backend.select import init_process_group, select_backend, shutdown
-    from lowrank_dist.model.build import load_model
+    from lowrank_dist.model.build import check_model, load_model
     from lowrank_dist.parallel.topology import Topology
 
     backend = select_backend("cpu", rank, tp)
@@ -84,7 +84,13 @@ def rank_main(rank: int, tp: int, port: int, folder: Path, parent: Connection) -
     parent.recv()
     started = time.perf_counter()
     model = load_model(
-        folder, topology, device=backend.device, dtype="auto", max_length=2048, vocab_multiple=128, broadcast=False
+        folder,
+        check_model(folder, tp, 2048),
+        topology,
+        device=backend.device,
+        dtype="auto",
+        vocab_multiple=128,
+        broadcast=False,
     )
     seconds = time.perf_counter() - started
     parent.send({"shard": sum(tensor.nbytes for tensor in model.parameters()), "seconds": seconds})

@@ -35,7 +35,7 @@ from lowrank_dist.backend.select import init_process_group, quiet_libraries, sel
 from lowrank_dist.data.batch import Microbatch
 from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 from lowrank_dist.methods.lora.inject import inject
-from lowrank_dist.model.build import load_model
+from lowrank_dist.model.build import check_model, load_model
 from lowrank_dist.ops import gemm
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.topology import Topology
@@ -88,10 +88,10 @@ def our_side(model_path: Path, dtype: str, length: int) -> Side:
     topology = Topology.build(1, 1, None, timeout_seconds=600)
     model = load_model(
         model_path,
+        check_model(model_path, 1, length),
         topology,
         device=torch.device("cpu"),
         dtype=dtype,
-        max_length=length,
         vocab_multiple=128,
         broadcast=False,
     )

@@ -41,8 +41,8 @@ def traced(step: Callable[[Any, int], None], number: int, keep: Callable[[Trace]
     def stepping(trainer: Any, done: int) -> None:
         if done + 1 != number:
             return step(trainer, done)
-        start_profiler(trainer.backend.device)
-        return keep(record(lambda: step(trainer, done), trainer.backend.device))
+        start_profiler(trainer.run.backend.device)
+        return keep(record(lambda: step(trainer, done), trainer.run.backend.device))
 
     return stepping
 
@@ -65,7 +65,7 @@ def main() -> int:
 
     build.load_weights = draw_weights
     Trainer._step = traced(Trainer._step, number, keep)
-    return train.run([config])
+    return train.start([config])
 
 
 if __name__ == "__main__":

@@ -26,54 +26,57 @@ def main(config: Config, supervision: Supervision) -> int:
     refuse_missing_hostfile()
     # Imported here: a mistake in the configuration should not wait for Megatron and transformers to load.
     with lasting():
-        from lowrank_dist.engine import assemble
+        from lowrank_dist.engine.assemble import build_trainer, choose_kernels
         from lowrank_dist.engine.datasets import build_data
+        from lowrank_dist.engine.engine import build_engine
         from lowrank_dist.engine.forecast import Forecast
-        from lowrank_dist.engine.resume import complete, find_resumption
+        from lowrank_dist.engine.run import Run
+        from lowrank_dist.engine.run_folder import RunFolder
         from lowrank_dist.methods.choose import choose
         from lowrank_dist.model.build import check_model, load_model
         from lowrank_dist.parallel.topology import Topology
 
     backend = select_backend(config.model.device, *local_rank_and_size())
-    assemble.choose_kernels(config.engine.kernels, backend.device.type)
-    folder = assemble.prepare_folder(config)
-    supervision.enter("meeting")
+    choose_kernels(config.engine.kernels, backend.device.type)
+    folder = RunFolder.prepare(config.output.dir, config.train.resume)
+
+    supervision.enter("meeting")  # all processes: which of them is which rank of which group
     parallel, timeout = config.parallel, config.engine.timeout_seconds
     init_process_group(backend, timeout)
     topology = Topology.build(
         parallel.tensor, parallel.data, parallel.sequence, timeout, across_nodes=parallel.across_nodes
     )
     supervision.hosts = topology.hosts
-    supervision.enter("model")
-    resumption = find_resumption(config, folder, topology)
-    config = complete(config, resumption)
+
+    supervision.enter("model")  # the frozen base, sharded, and attached to it Θ, what the method trains
+    run = Run.begin(config, topology, backend, folder, supervision)
+    config = run.config  # what an adapter or a checkpoint says is in it now
     architecture = check_model(config.model.path, topology.tp_size, config.data.max_length)
     method = choose(config, architecture)
     forecast = Forecast(config, topology, backend)
     model = load_model(
         config.model.path,
+        architecture,
         topology,
         device=backend.device,
         dtype=config.model.dtype,
-        max_length=config.data.max_length,
         vocab_multiple=config.model.vocab_multiple,
         broadcast=config.model.load == "broadcast",
     )
-    theta = assemble.build_theta(model, method, config, topology, resumption)
-    supervision.enter("data set")
-    data = build_data(config, method, model.architecture, topology)
-    assemble.check_resumption(resumption, config, data)
-    # Only now: a start that fails for its input leaves no folder that would refuse the corrected one.
-    folder.open(topology.world_group.rank(), config.to_yaml())
-    supervision.in_folder(folder.path)
-    supervision.enter("optimiser state")
-    trainer = assemble.build_trainer(
-        model, method, theta, data, config, folder, resumption, forecast, supervision, topology, backend
-    )
-    return 0 if trainer.run() else PREEMPTED
+    model.set_recompute(config.engine.recompute == "full")
+    theta = method.attach(model, topology, resumed=run.resumption is not None)
+
+    supervision.enter("data set")  # samples as tokens, a share for each data-parallel rank
+    data = build_data(config, method, architecture, topology)
+    run.open_folder(data)
+
+    supervision.enter("optimiser state")  # ZeRO over Θ alone, and the loop that steps, evaluates, saves and reports
+    engine = build_engine(run, model, theta)
+    trainer = build_trainer(run, method, engine, data, forecast)
+    return 0 if trainer.train() else PREEMPTED
 
 
-def run(arguments: list[str]) -> int:
+def start(arguments: list[str]) -> int:
     """One rank, from its command line to its exit code."""
     logging.getLogger().addHandler(logging.NullHandler())  # records go to the run folder; what to print is said apart
     try:
@@ -93,4 +96,4 @@ def run(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(start(sys.argv[1:]))

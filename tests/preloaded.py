@@ -19,9 +19,6 @@ with lasting():
 
     import lowrank_dist.cli.main
     import lowrank_dist.engine.assemble
-    import lowrank_dist.engine.datasets
-    import lowrank_dist.engine.forecast
-    import lowrank_dist.engine.resume
     import lowrank_dist.generate.session
     import lowrank_dist.methods.choose
     import lowrank_dist.model.build  # noqa: F401

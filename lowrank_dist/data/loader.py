@@ -27,8 +27,12 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """How a global batch is laid out and which part is ours."""
+class Cut:
+    """The layout of a global batch in rows, and the share of this data-parallel rank.
+
+    micro_batch: rows of a microbatch. max_length: the one that the data set was loaded with (row limit of packing,
+    stride of dropout_rows). pad_multiple: rows are padded to a multiple of it.
+    """
 
     micro_batch: int
     max_length: int
@@ -42,6 +46,7 @@ class _Cut:
         assert 0 <= self.dp_rank < self.dp_size
 
     def batch(self, dataset: Dataset, numbers: np.ndarray, epoch: float) -> StepBatch:
+        """Return this rank's share of the global batch that the samples `numbers` make."""
         lengths = dataset.lengths[numbers]
         rows = make_rows(lengths.tolist(), self.max_length, self.packing)
         # Rows of like length side by side: the loss does not depend on how a batch is cut, but the padding and the
@@ -64,27 +69,11 @@ class _Cut:
 
 
 class Loader:
-    """Training batches of `global_batch` samples from the shuffled, endless stream of `dataset`.
+    """Training batches of `global_batch` samples from the shuffled, endless stream of `dataset`."""
 
-    max_length must be the one the data set was loaded with (row limit of packing, stride of dropout_rows).
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        *,
-        seed: int,
-        global_batch: int,
-        micro_batch: int,
-        max_length: int,
-        packing: bool,
-        dp_rank: int,
-        dp_size: int,
-        pad_multiple: int,
-    ) -> None:
-        assert global_batch >= 1 and len(dataset) > 0 and int(dataset.lengths.max()) <= max_length
-        self._dataset, self._seed, self.global_batch = dataset, seed, global_batch
-        self._cut = _Cut(micro_batch, max_length, packing, dp_rank, dp_size, pad_multiple)
+    def __init__(self, dataset: Dataset, cut: Cut, *, seed: int, global_batch: int) -> None:
+        assert global_batch >= 1 and len(dataset) > 0 and int(dataset.lengths.max()) <= cut.max_length
+        self._dataset, self._cut, self._seed, self.global_batch = dataset, cut, seed, global_batch
 
     def step(self, k: int) -> StepBatch:
         """Batch of optimizer step k, from 0."""
@@ -93,19 +82,8 @@ class Loader:
         return self._cut.batch(self._dataset, numbers, (k + 1) * size / n)
 
 
-def eval_batches(
-    dataset: Dataset,
-    *,
-    global_batch: int,
-    micro_batch: int,
-    max_length: int,
-    packing: bool,
-    dp_rank: int,
-    dp_size: int,
-    pad_multiple: int,
-) -> Iterator[StepBatch]:
+def eval_batches(dataset: Dataset, cut: Cut, *, global_batch: int) -> Iterator[StepBatch]:
     """Every sample once, in file order, `global_batch` at a time (the last may be smaller), cut as in training."""
-    cut = _Cut(micro_batch, max_length, packing, dp_rank, dp_size, pad_multiple)
     n = len(dataset)
     for start in range(0, n, global_batch):
         end = min(start + global_batch, n)

@@ -1,9 +1,10 @@
-"""The data sets of a run, and what it generates from them: from their sections of the configuration."""
+"""The data sets of a run, their batches on this rank, and the texts that evaluation generates."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from lowrank_dist.arch.architecture import Architecture
@@ -11,9 +12,8 @@ from lowrank_dist.checkpoint.training_state import DataState
 from lowrank_dist.config import Config
 from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.data.formats import Use
-from lowrank_dist.data.loader import Loader, StepBatch, eval_batches
+from lowrank_dist.data.loader import Cut, Loader, StepBatch, eval_batches
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
-from lowrank_dist.engine.trainer import Generating
 from lowrank_dist.errors import UserError
 from lowrank_dist.generate.decode import check_lengths
 from lowrank_dist.generate.evaluation import EvaluationRules, evaluate_generation
@@ -25,16 +25,38 @@ from lowrank_dist.parallel.topology import Topology
 
 EVAL_MICROBATCHES = 16  # of each rank, made at a time
 
+# Takes the model, and what to tell of the prompts of each batch that is done. Returns names and values.
+Generating = Callable[[CausalLM, Callable[[int], None]], dict[str, float]]
+
 
 @dataclass(frozen=True)
 class Data:
-    """The data sets of a run and their loaders on this data-parallel rank; generation: see `Trainer`."""
+    """The data sets of a run and their batches on this data-parallel rank.
+
+    steps: optimizer steps of the whole run. evaluation: the eval set's batches, from the first each time. generation:
+    decodes the eval set's prompts and scores the completions (`evaluate_generation`).
+    """
 
     dataset: Dataset
     train: Loader
-    held_out: Dataset | None
-    evaluation: Callable[[], Iterator[StepBatch]] | None
-    generation: Generating | None
+    steps: int
+    held_out: Dataset | None = None
+    evaluation: Callable[[], Iterator[StepBatch]] | None = None
+    generation: Generating | None = None
+
+    @property
+    def state(self) -> DataState:
+        """The training set as a checkpoint states it, for a run that goes on to compare with its own."""
+        return _state(self.dataset)
+
+    @property
+    def held_out_state(self) -> DataState | None:
+        """The same of the eval set; None without one."""
+        return None if self.held_out is None else _state(self.held_out)
+
+    def first_batch(self) -> StepBatch:
+        """Return the first batch of the eval set, or of training where there is none."""
+        return self.train.step(0) if self.evaluation is None else next(self.evaluation())
 
 
 def build_data(config: Config, method: Method, architecture: Architecture, topology: Topology) -> Data:
@@ -47,31 +69,33 @@ def build_data(config: Config, method: Method, architecture: Architecture, topol
     # The longest sample, and the longest row: a prefix has positions, but none in a row.
     longest = data.max_length - method.virtual
     tokenizer = load_tokenizer(data.tokenizer or config.model.path)
-    cut = {
-        "global_batch": train.global_batch,
-        "max_length": longest + len(method.lead),
-        "packing": data.packing,
-        "dp_rank": topology.dp_rank,
-        "dp_size": topology.dp_size,
-        "pad_multiple": topology.tp_size if topology.sequence_parallel else 1,
-    }
+    cut = Cut(
+        train.micro_batch,
+        max_length=longest + len(method.lead),
+        packing=data.packing,
+        dp_rank=topology.dp_rank,
+        dp_size=topology.dp_size,
+        pad_multiple=topology.tp_size if topology.sequence_parallel else 1,
+    )
     dataset = load_dataset(data.train, tokenizer, longest, vocab, method.lead)
-    loader = Loader(dataset, seed=train.seed, micro_batch=train.micro_batch, **cut)
+    loader = Loader(dataset, cut, seed=train.seed, global_batch=train.global_batch)
+    steps = train.steps or max(1, math.ceil(train.epochs * len(dataset) / train.global_batch))
     if data.eval is None:
-        return Data(dataset, loader, None, None, None)
+        return Data(dataset, loader, steps)
     held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead, Use.JUDGING)
-    micro_batch = config.eval.micro_batch or train.micro_batch
+    cut = replace(cut, micro_batch=config.eval.micro_batch or train.micro_batch)
     # Nothing is accumulated over an eval batch: its size decides how many rows of like length are put together, and
     # bounds what is laid out as tensors, and packed, at a time.
-    cut["global_batch"] = EVAL_MICROBATCHES * micro_batch * topology.dp_size
-    evaluation = partial(eval_batches, held_out, micro_batch=micro_batch, **cut)
-    return Data(dataset, loader, held_out, evaluation, _generation(config, method, tokenizer, architecture, topology))
+    together = EVAL_MICROBATCHES * cut.micro_batch * topology.dp_size
+    evaluation = partial(eval_batches, held_out, cut, global_batch=together)
+    generation = _generation(config, method, tokenizer, architecture, topology)
+    return Data(dataset, loader, steps, held_out, evaluation, generation)
 
 
 def _generation(
     config: Config, method: Method, tokenizer: Tokenizer, architecture: Architecture, topology: Topology
 ) -> Generating | None:
-    """What an evaluation generates, with everything that may be wrong with it found before training begins."""
+    """Prepare what an evaluation generates, so that everything wrong with it is found before training begins."""
     asked = config.eval.generate
     if asked is None:
         return None
@@ -91,8 +115,5 @@ def _generation(
     return generation
 
 
-def data_state(dataset: Dataset | None) -> DataState | None:
-    """What a checkpoint says of a data set, and a run that goes on holds its own against."""
-    if dataset is None:
-        return None
+def _state(dataset: Dataset) -> DataState:
     return DataState(path=str(dataset.report.path), sha256=dataset.sha256, samples=len(dataset))

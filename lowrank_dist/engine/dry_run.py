@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ from lowrank_dist.arch.from_config import architecture_of
 from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.backend.select import quiet_libraries, select_backend
 from lowrank_dist.config import Config
-from lowrank_dist.engine.zero import ZeroOptimiser
+from lowrank_dist.engine.zero import sum_partial_gradients
 from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.methods.choose import choose
 from lowrank_dist.methods.lora.inject import inject, theta_of
@@ -55,7 +54,7 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Executed:
-    """What was counted: bytes by part as in plan/memory.py, and the calls of a microbatch and of the step at its end.
+    """Counts of an execution: bytes by part as in plan/memory.py, calls of a microbatch and of the step at its end.
 
     peak: the most bytes that existed in the second of two microbatches, when gradients exist already; the optimiser's
     state and DeepSpeed's buckets are not in it. flops: of a microbatch's matrix products, attention's apart.
@@ -250,13 +249,10 @@ def _loss(model: CausalLM, batch: dict[str, Any]) -> Tensor:
 
 
 def _deferred_sum(job: Job, topology: Topology, parameters: Sequence[nn.Parameter]) -> None:
-    """The optimiser's own method on what it needs of itself: this rank's partition of the partial gradients."""
+    """Run the optimiser's own sum on this rank's partition of the partial gradients."""
     partial = sum(parameter.numel() for parameter in parameters if parameter.tp_partial_grad)
-    partition = torch.zeros(partition_elements(partial, job.layout.data))
-    zero = SimpleNamespace(averaged_gradients={0: [partition]})
-    ZeroOptimiser._sum_partial(
-        SimpleNamespace(_topology=topology, _partial=partial > 0, engine=SimpleNamespace(optimizer=zero))
-    )
+    if partial and topology.tp_size > 1:
+        sum_partial_gradients([torch.zeros(partition_elements(partial, job.layout.data))], topology.tp_group)
 
 
 def _messages(count: CollectiveCount, topology: Topology, phase: Any) -> list[Message]:

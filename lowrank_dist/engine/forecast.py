@@ -1,4 +1,4 @@
-"""What the plan (lowrank_dist/plan) says of the run that is about to start: memory of a rank, and work of a step."""
+"""The plan of the run that is about to start (lowrank_dist/plan): memory of a rank, and work of a step."""
 
 from __future__ import annotations
 

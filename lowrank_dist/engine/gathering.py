@@ -69,7 +69,7 @@ class Gathering:
             yield self._join(batch, received)
 
     def _sends(self, rank: int, batch: Sequence[int]) -> list[tuple[int, int, int]]:
-        """What of its fragments a rank sends: of copies those of tensor-parallel rank 0 alone."""
+        """Return the fragments that a rank sends; of copies only tensor-parallel rank 0 sends its own."""
         first, parameters = rank % self._topology.tp_size == 0, self._theta.parameters
         return [
             held

@@ -1,20 +1,62 @@
-"""How fast a run is, what it spends its time on, and which rank the others wait for."""
+"""Time by phase, throughput, and the rank that the others wait for."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Sequence
+from itertools import pairwise
 from statistics import median
+from typing import Protocol
 
+from lowrank_dist.backend.clock import WAITS, Clock, Mark
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.loader import StepBatch
 from lowrank_dist.engine.forecast import Forecast
-from lowrank_dist.engine.phases import Phases
 from lowrank_dist.parallel.agreement import every_value
 from lowrank_dist.parallel.topology import Topology
 
 # A rank is slow when it was over this many records; one slow step is the machine's affair.
 WINDOW = 3
+# Of a step; evaluation and checkpoints are no part of the throughput.
+STEP_PHASES = ("data", "forward", "backward", "reduction", "optimiser")
+# What a rank does by itself, but for what it waits for its tensor-parallel peers meanwhile.
+OWN_PHASES = ("data", "forward", "backward")
+
+
+class Watcher(Protocol):
+    """Is told where the rank is (supervision.rank.Supervision)."""
+
+    def enter(self, phase: str, step: int | None = None) -> None: ...
+
+
+class Phases:
+    """The phases of the training loop, one after the other without a gap (supervision.page.TRAINING)."""
+
+    def __init__(self, watcher: Watcher, backend: Backend) -> None:
+        self._watcher, self._clock = watcher, Clock(backend.device)
+        self._marks: list[tuple[str, Mark]] = []
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Leave the phase before. step: the one that begins, counted from 1."""
+        self._watcher.enter(phase, step)
+        self._marks.append((phase, self._clock.mark()))
+
+    def measure_waits(self, measure: bool) -> None:
+        """From now on measure the time spent waiting for tensor-parallel peers, or no longer."""
+        WAITS.clock = self._clock if measure else None
+
+    def take(self) -> tuple[Counter[str], float]:
+        """Return the seconds in each phase since the last call, and how many of them were measured to be waits.
+
+        The device must have nothing left to do (`Backend.synchronize`).
+        """
+        if self._marks:
+            self._marks.append((self._marks[-1][0], self._clock.mark()))
+        seconds: Counter[str] = Counter()
+        for (phase, begin), (_, end) in pairwise(self._marks):
+            seconds[phase] += self._clock.seconds(begin, end)
+        self._marks = self._marks[-1:]
+        return seconds, WAITS.take()
 
 
 class Stragglers:
@@ -45,12 +87,6 @@ class Stragglers:
         return lines
 
 
-# Of a step; evaluation and checkpoints are no part of the throughput.
-STEP_PHASES = ("data", "forward", "backward", "reduction", "optimiser")
-# What a rank does by itself, but for what it waits for its tensor-parallel peers meanwhile.
-OWN_PHASES = ("data", "forward", "backward")
-
-
 class Meter:
     """Between `begin` and `end` lies one step that is recorded; `count` is told of every step."""
 
@@ -79,7 +115,7 @@ class Meter:
         self._squares += batch.global_squares
 
     def end(self, step: int) -> tuple[dict[str, float], list[str]]:
-        """Rates and seconds since the last record, and what is to be said of stragglers. Collective."""
+        """Return rates and seconds since the last record, and lines to say of stragglers. Collective."""
         seconds, waited = self._settle(measure_waits=False)
         lines = []
         if self._stragglers is not None:
@@ -102,7 +138,7 @@ class Meter:
         return values, lines
 
     def summary(self) -> str:
-        """Of the whole run: what it needed beside what was planned. Collective."""
+        """Return a line on the whole run: memory needed beside memory planned. Collective."""
         peaks = every_value(self._backend.peak_memory_gib(), self._topology.world_group, self._backend.device)
         return self._forecast.compare(max(peaks))
 

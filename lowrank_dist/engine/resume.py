@@ -47,7 +47,7 @@ class Resumption:
 
 
 def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Resumption | None:
-    """What train.resume means here; None to start afresh. Collective: rank 0 looks and verifies, all get its answer.
+    """Find the checkpoint that train.resume asks for; None to start afresh. Collective: rank 0 looks and verifies.
 
     Raises UserError on every rank for a checkpoint that was named and does not verify, that newer ones follow in this
     run, or whose base is not the one in model.path.
@@ -94,7 +94,7 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
 
 
 def _told_by_rank_0(ask: Callable[[], dict[str, Any]], topology: Topology) -> dict[str, Any]:
-    """What `ask` returns, in JSON, on rank 0, where alone it is called; its UserError is raised on every rank."""
+    """Call `ask` on rank 0 alone and return its answer on every rank, by way of JSON; so is its UserError raised."""
     text = b""
     if topology.world_group.rank() == 0:
         try:

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import shutil
 from pathlib import Path
+from typing import Literal
 
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import is_temporary, sync, temporary_name
@@ -28,6 +29,17 @@ class RunFolder:
         self.probe = path / "probe.safetensors"
         self.tensorboard = path / "tensorboard"
 
+    @classmethod
+    def prepare(cls, path: Path, resume: Literal["never", "auto"] | Path) -> RunFolder:
+        """Return the folder of a run that starts, or goes on as `resume` (train.resume) says. Makes nothing yet.
+
+        Raises UserError where it holds a run that this one does not go on with.
+        """
+        folder = cls(path)
+        if resume == "never" or (isinstance(resume, Path) and not folder.holds(resume)):
+            folder.refuse_existing()
+        return folder
+
     def refuse_existing(self) -> None:
         """Raise UserError where a run lies here already: nothing is ever overwritten."""
         held = [name for name in ENTRIES if (self.path / name).exists()]
@@ -40,7 +52,7 @@ class RunFolder:
             raise UserError(f"output.dir: {self.path} is a file; choose a folder")
 
     def holds(self, checkpoint: Path) -> bool:
-        """Whether a checkpoint lies in this run."""
+        """Return whether a checkpoint lies in this run."""
         return checkpoint.resolve().parent == self.checkpoints.resolve()
 
     def open(self, rank: int, config_yaml: str) -> None:

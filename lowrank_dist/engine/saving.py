@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -15,16 +17,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_dist.backend import rng
-from lowrank_dist.backend.select import Backend
-from lowrank_dist.checkpoint.training_state import LOSS, TrainingState
+from lowrank_dist.checkpoint.folder import step_folders, write_checkpoint
+from lowrank_dist.checkpoint.training_state import LOSS, DataState, TrainingState
+from lowrank_dist.engine.engine import Engine
+from lowrank_dist.engine.evaluator import History, best_first, label
 from lowrank_dist.engine.gathering import Gathering
-from lowrank_dist.engine.history import History, Progress
+from lowrank_dist.engine.run import Progress, Run
 from lowrank_dist.engine.run_folder import RunFolder
-from lowrank_dist.engine.writing import CheckpointWriter, Facts
-from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import DiskError, ElsewhereError
-from lowrank_dist.parallel.theta import Theta
-from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.formats.atomic import temporary_name
+from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.methods.lora.files import copy_adapter
+from lowrank_dist.methods.method import Method
 from lowrank_dist.supervision.peers import lost_peers
 
 logger = logging.getLogger(__name__)
@@ -33,8 +37,94 @@ _WRITTEN, _NO_SPACE, _FAILED = range(3)
 _LAST_SECONDS = 15  # that a run which fails waits for a checkpoint that is being written
 
 
+@dataclass(frozen=True)
+class Facts:
+    """The facts of a job that every checkpoint of it states."""
+
+    provenance: Provenance
+    data: DataState
+    held_out: DataState | None
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Checkpoints that stay: the newest `last` (None: all) and the `best` by the values named `by` (`best_first`)."""
+
+    last: int | None
+    best: int
+    by: str
+
+
+class CheckpointWriter:
+    """Writes checkpoints to the disk, on one rank; knows nothing of the ranks they come from.
+
+    shapes: stored name → shape of the tensors of Θ. summary: the steps that the links point to since the
+    last `write`, in words. resumed: the state that the run goes on from.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        method: Method,
+        shapes: Mapping[str, tuple[int, ...]],
+        facts: Facts,
+        retention: Retention,
+        resumed: TrainingState | None,
+    ) -> None:
+        self.facts, self._folder, self._retention = facts, folder, retention
+        self._method, self._shapes = method, shapes
+        # What lies behind the step that was resumed. A newer folder did not verify, or it would have been resumed.
+        self._saved = [step for step in step_folders(folder.checkpoints) if resumed and step <= resumed.step]
+        self.summary = ""
+
+    def write(self, stream: Iterable[Mapping[str, Tensor]], state: TrainingState, *, final: bool) -> None:
+        """Write checkpoints/step-N of the tensors that `Gathering.stream` gives, and with `final` adapter/ too.
+
+        In an order in which a kill at any point leaves a complete checkpoint where there was one. Raises DiskError for
+        what the disk refuses, UserError for what is untrained or not finite.
+        """
+        try:
+            self._write(stream, state, final)
+        except OSError as error:
+            raise DiskError(f"could not write in {self._folder.checkpoints}: {error}") from error
+
+    def _write(self, stream: Iterable[Mapping[str, Tensor]], state: TrainingState, final: bool) -> None:
+        provenance = replace(self.facts.provenance, training=state.summary())
+        target = self._folder.checkpoints / f"step-{state.step}"
+        write_checkpoint(target, partial(self._method.files, provenance=provenance), self._shapes, stream, state)
+        self._saved = [*(step for step in self._saved if step != state.step), state.step]
+        self._folder.point("last", target)
+        values = state.evaluations.get(self._retention.by, {})
+        best = [step for step in best_first(values, self._retention.by) if step in self._saved]
+        if best:
+            self._folder.point("best", self._folder.checkpoints / f"step-{best[0]}")
+        else:
+            # A run that goes on by another measure: what was the best by the former one may be retired.
+            (self._folder.checkpoints / "best").unlink(missing_ok=True)
+        self._retire(best)
+        if final and self._method.published:
+            copy_adapter(target, self._folder.adapter, self._method.published)
+        logger.info("checkpoint of step %d written to %s", state.step, target)
+        adapter = "adapter/ and " if final and self._method.published else ""
+        self.summary = f"{adapter}checkpoints/last: step {state.step}"
+        if best:
+            self.summary += f"; checkpoints/best: step {best[0]}, {label(self._retention.by)} {values[best[0]]:.4f}"
+
+    def _retire(self, best: list[int]) -> None:
+        if self._retention.last is None:
+            return
+        # The one that `best` points to stays, whatever keep_best says: a link to nothing helps nobody.
+        kept = {*sorted(self._saved)[-self._retention.last :], *best[: max(1, self._retention.best)]}
+        for step in [step for step in self._saved if step not in kept]:
+            folder = self._folder.checkpoints / f"step-{step}"
+            doomed = temporary_name(folder)
+            folder.rename(doomed)  # so that a kill leaves what is known as unfinished, not half a checkpoint
+            shutil.rmtree(doomed)
+            self._saved.remove(step)
+
+
 @dataclass
-class _Flight:
+class _Save:
     """One save under way: what this rank's thread made of it."""
 
     step: int
@@ -52,43 +142,39 @@ class CheckpointSaver:
 
     def __init__(
         self,
-        folder: RunFolder,
-        theta: Theta,
-        optimiser: ZeroOptimiser,
+        run: Run,
+        engine: Engine,
         writer: CheckpointWriter | None,
         history: History,
         report: Callable[[str], None],
-        topology: Topology,
-        backend: Backend,
     ) -> None:
         """`writer`: on rank 0 of the job only. history: what evaluations found, for the state that is saved.
 
         report: says a line to the person who watches.
         """
-        self._folder, self._optimiser, self._writer = folder, optimiser, writer
-        self._topology, self._backend, self._report = topology, backend, report
-        self._gathering = Gathering(theta, optimiser, topology)
-        self._history = history
-        self._flight: _Flight | None = None
+        self._folder, self._topology, self._device = run.folder, run.topology, run.backend.device
+        self._optimiser, self._writer, self._history, self._report = engine.optimiser, writer, history, report
+        self._gathering = Gathering(engine.theta, engine.optimiser, run.topology)
+        self._current: _Save | None = None
         self._refusal: str | None = None
 
     def save(self, progress: Progress, *, final: bool = False) -> None:
         """Start a save, once the one before has ended. Collective."""
-        self._land()
+        self._wait()
         snapshot = self._optimiser.snapshot()
         state = self._state(progress, self._writer.facts) if self._writer else None
-        self._flight = flight = _Flight(progress.step)
-        flight.thread = threading.Thread(target=self._fly, args=(flight, snapshot, state, final), daemon=True)
-        flight.thread.start()
+        self._current = save = _Save(progress.step)
+        save.thread = threading.Thread(target=self._save_in_thread, args=(save, snapshot, state, final), daemon=True)
+        save.thread.start()
 
     def poll(self) -> None:
         """Learn whether the save under way has ended on all ranks, and how. Collective while there is one."""
-        if self._flight is not None:
+        if self._current is not None:
             self._conclude()
 
     def finish(self) -> None:
         """Wait for the save under way. When the last was refused: DiskError, ElsewhereError on other ranks than 0."""
-        self._land()
+        self._wait()
         if self._refusal is not None:
             kind = DiskError if self._writer else ElsewhereError
             raise kind(f"the last checkpoint was not written: {self._refusal}")
@@ -97,8 +183,8 @@ class CheckpointSaver:
 
     def close(self) -> None:
         """Give the save under way of a run that fails a last chance. Not collective."""
-        if self._flight is not None:
-            self._flight.thread.join(_LAST_SECONDS)
+        if self._current is not None:
+            self._current.thread.join(_LAST_SECONDS)
 
     def keep_probe(self, input_ids: Tensor, logits: Tensor) -> None:
         """Write probe.safetensors: input_ids [b, s] int64 and the trained model's logits [b, s, V] fp32."""
@@ -109,21 +195,21 @@ class CheckpointSaver:
             except (OSError, SafetensorError) as error:
                 raise DiskError(f"could not write {self._folder.probe}: {error}; is the disk full?") from error
 
-    def _land(self) -> None:
-        if self._flight is not None:
-            self._flight.thread.join()
+    def _wait(self) -> None:
+        if self._current is not None:
+            self._current.thread.join()
             self._conclude()
 
     def _conclude(self) -> None:
         """Agree on the outcome. Ranks poll at the same steps, so all see the same answer at the same step."""
-        flight = self._flight
-        running = flight.thread.is_alive()
-        failure = None if running or flight.outcome != _FAILED else flight.error
+        save = self._current
+        running = save.thread.is_alive()
+        failure = None if running or save.outcome != _FAILED else save.error
         if failure is not None and lost_peers(failure):
             # There is nobody to agree with. Finding that out takes another timeout, and the watchdog waits for little
             # more than one.
             raise failure
-        status = torch.tensor([running, 0 if running else flight.outcome], device=self._backend.device)
+        status = torch.tensor([running, 0 if running else save.outcome], device=self._device)
         try:
             dist.all_reduce(status, op=dist.ReduceOp.MAX, group=self._topology.world_group)
         except RuntimeError:
@@ -132,29 +218,29 @@ class CheckpointSaver:
             raise
         unfinished, outcome = status.tolist()
         if outcome == _FAILED:
-            self._flight = None
-            raise flight.error or ElsewhereError(f"step {flight.step}: another rank could not save; see its log")
+            self._current = None
+            raise save.error or ElsewhereError(f"step {save.step}: another rank could not save; see its log")
         if unfinished:
             return
-        self._flight, self._refusal = None, None
+        self._current, self._refusal = None, None
         if outcome == _NO_SPACE:
-            self._refusal = str(flight.error or "rank 0 could not write it; see its log")
-            message = f"step {flight.step}: NO CHECKPOINT WAS WRITTEN: {self._refusal}. Training goes on"
+            self._refusal = str(save.error or "rank 0 could not write it; see its log")
+            message = f"step {save.step}: NO CHECKPOINT WAS WRITTEN: {self._refusal}. Training goes on"
             logger.error("%s", message)
             self._report(message)
 
-    def _fly(self, flight: _Flight, snapshot: Tensor, state: TrainingState | None, final: bool) -> None:
-        """The thread of one save. What happened is left in `flight`, for training to find."""
+    def _save_in_thread(self, save: _Save, snapshot: Tensor, state: TrainingState | None, final: bool) -> None:
+        """The thread of one save. What happened is left in `save`, for training to find."""
         stream = self._gathering.stream(snapshot)
         try:
             try:
                 if self._writer:
                     self._writer.write(stream, state, final=final)
             except DiskError as error:
-                flight.outcome, flight.error = _NO_SPACE, error
+                save.outcome, save.error = _NO_SPACE, error
             deque(stream, maxlen=0)  # after a refusal too the other ranks send what they have, and training goes on
         except Exception as error:  # whatever it is: a thread that dies of it in silence would be the worst
-            flight.outcome, flight.error = _FAILED, error
+            save.outcome, save.error = _FAILED, error
 
     def _state(self, progress: Progress, facts: Facts) -> TrainingState:
         topology = self._topology
@@ -170,7 +256,7 @@ class CheckpointSaver:
             eval_metrics=values,
             data=facts.data,
             held_out=facts.held_out,
-            rng=rng.capture(self._backend.device),
+            rng=rng.capture(self._device),
             config=dict(facts.provenance.config),
             base_fingerprint=facts.provenance.base_fingerprint,
             ranks={"tensor": topology.tp_size, "data": topology.dp_size},

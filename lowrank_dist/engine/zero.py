@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from lowrank_dist.backend.apex import adamw
 from lowrank_dist.errors import UserError
@@ -22,7 +23,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class OptimiserRules:
-    """What ZeRO and AdamW need of the configuration (sections `engine` and `train`)."""
+    """Settings of ZeRO and AdamW, from the configuration (sections `engine` and `train`)."""
 
     zero_stage: int
     clip: float | None
@@ -129,16 +130,16 @@ class ZeroOptimiser:
             self.engine.step()
         return loss.detach()
 
-    def step(self, lr: float, *, spoil: bool = False) -> float:
+    def step(self, lr: float, *, poison: bool = False) -> float:
         """Deferred sum, clipping, AdamW. Returns the gradient norm before clipping.
 
-        inf: a gradient was not finite, or a rank asked to `spoil` the step; then no rank has changed anything. They
-        agree by DeepSpeed's own check for overflow, without a message more.
+        inf: a gradient was not finite, or a rank asked to `poison` the gradients; then no rank has changed anything.
+        They agree by DeepSpeed's own check for overflow, without a message more.
         """
         self._sum_partial()
         self._enter("optimiser")
-        if spoil:
-            self._spoil()
+        if poison:
+            self._poison_gradients()
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -208,7 +209,7 @@ class ZeroOptimiser:
                 if "step" in state:
                     state["step"].fill_(step)
 
-    def _spoil(self) -> None:
+    def _poison_gradients(self) -> None:
         for gradients in self.engine.optimizer.averaged_gradients.values():
             for gradient in gradients:
                 gradient.fill_(torch.nan)
@@ -216,9 +217,13 @@ class ZeroOptimiser:
     def _sum_partial(self) -> None:
         if self._topology.tp_size == 1 or not self._partial:
             return
-        gradients = self.engine.optimizer.averaged_gradients[0]
-        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-        dist.all_reduce(flat, group=self._topology.tp_group)
-        pieces = flat.split([gradient.numel() for gradient in gradients])
-        for gradient, summed in zip(gradients, pieces, strict=True):
-            gradient.copy_(summed.view_as(gradient))
+        sum_partial_gradients(self.engine.optimizer.averaged_gradients[0], self._topology.tp_group)
+
+
+def sum_partial_gradients(gradients: Sequence[Tensor], tp_group: ProcessGroup) -> None:
+    """Sum gradients over tensor-parallel ranks, in place: the deferred sum, one flat all-reduce."""
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat, group=tp_group)
+    pieces = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, summed in zip(gradients, pieces, strict=True):
+        gradient.copy_(summed.view_as(gradient))

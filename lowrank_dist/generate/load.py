@@ -1,4 +1,4 @@
-"""What to decode with: a base or merged folder, alone or with what a method trained on it."""
+"""The model that a command decodes with: a base or merged folder, alone or with what a method trained on it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
+from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.methods.read import attach
 from lowrank_dist.model.build import load_model
 from lowrank_dist.model.gpt import CausalLM
@@ -39,13 +40,15 @@ def load(
     dtype: auto (the weights' own), fp32 or bf16. tokenizer: its folder, `path` where it is not given.
     """
     words = load_tokenizer(tokenizer or path)
-    # Lengths are checked prompt by prompt, and a sliding window is applied when decoding: neither limits anything here.
+    # No length is refused here: prompts are checked one by one, and decoding applies a sliding window.
+    architecture = load_architecture(path)
+    architecture.check_tp(topology.tp_size)
     model = load_model(
         path,
+        architecture,
         topology,
         device=device,
         dtype=dtype,
-        max_length=1,
         vocab_multiple=_VOCAB_MULTIPLE,
         broadcast=topology.dp_size > 1,
     )

@@ -1,4 +1,4 @@
-"""How good texts are against references, any of which is right. No torch: a pure function of texts.
+"""Scores of texts against references, any of which is right. No torch: a pure function of texts.
 
 exact_match  share of texts that equal a reference, white space at both ends aside.
 bleu         corpus BLEU from 0 to 100 (Papineni et al. 2002) as sacrebleu computes it by default (Post 2018).

@@ -1,4 +1,4 @@
-"""How to decode: lengths, sampling, what stops a row, how many rows at a time."""
+"""Rules of decoding: lengths, sampling, what stops a row, how many rows at a time."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class StopTexts:
         self._tail = 2 * max((len(text.encode()) for text in texts), default=0) + _CONTEXT
 
     def found_in(self, prompt: Sequence[int], ids: Sequence[int]) -> bool:
-        """Whether the completion holds a stop text, given that it held none before its last token."""
+        """Return whether the completion holds a stop text, given that it held none before its last token."""
         if not self._texts:
             return False
         tail = completion_text(self._tokenizer, [*prompt[-_CONTEXT:], *ids[: -self._tail]], ids[-self._tail :])

@@ -21,21 +21,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def load_model(
     path: Path,
+    architecture: Architecture,
     topology: Topology,
     *,
     device: torch.device,
     dtype: str,
-    max_length: int,
     vocab_multiple: int,
     broadcast: bool,
     linears: tuple[type, type] = (LowRankColumnParallelLinear, LowRankRowParallelLinear),
 ) -> CausalLM:
     """Build the frozen model of this rank and stream its slices in.
 
-    dtype: "auto" keeps the checkpoint's. broadcast: data-parallel replica 0 reads and sends, so that a file is read
-    once a cluster and not once a replica. Raises UserError for a folder, an option or a length that does not fit.
+    architecture: of the same folder, divisible by the tensor-parallel size (`check_model`). dtype: "auto" keeps the
+    checkpoint's. broadcast: data-parallel replica 0 reads and sends, so that a file is read once a cluster and not once
+    a replica. Raises UserError for weights that are missing or do not fit the architecture.
     """
-    architecture = check_model(path, topology.tp_size, max_length)
     source = dist.get_process_group_ranks(topology.dp_group)[0]
     send = broadcast and topology.dp_size > 1
     with open_checkpoint(path) as checkpoint:
@@ -60,7 +60,7 @@ def load_model(
 
 
 def check_model(path: Path, tp_size: int, max_length: int) -> Architecture:
-    """What the folder's config.json describes, without a look at the weights.
+    """Return what the folder's config.json describes, without a look at the weights.
 
     Raises UserError for what is no model of ours, a tensor-parallel size that does not divide it, or a length that it
     cannot represent.

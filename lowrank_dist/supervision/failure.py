@@ -18,8 +18,10 @@ _SHOWN = 8  # ranks in a list of names
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a rank. first: it can be the cause; else it only met the end of others, of which `silent` said nothing
-    before they were gone ("rank 3 on h2").
+    """The end of a rank and its reason.
+
+    first: it can be the cause; else it only met the end of others, of which `silent` said nothing before they were gone
+    ("rank 3 on h2").
     """
 
     rank: int
@@ -65,7 +67,7 @@ def record(folder: Path, failure: Failure) -> str:
 
 
 def read(folder: Path) -> str | None:
-    """What FAILED says, None where there is none to read."""
+    """Return what FAILED says, None where there is none to read."""
     try:
         return (folder / NAME).read_text(encoding="utf-8", errors="replace").rstrip()
     except OSError:
@@ -73,12 +75,12 @@ def read(folder: Path) -> str | None:
 
 
 def explains(said: str | None) -> bool:
-    """Whether a record names a cause."""
+    """Return whether a record names a cause."""
     return _weight(said) == 3
 
 
 def _weight(said: str | None) -> int:
-    """How much a record explains: a cause is worth more than who is missing, and that more than that somebody is."""
+    """Return how much a record explains: a cause more than who is missing, and that more than that somebody is."""
     if not said:
         return 0
     ours = said.partition(": ")[0]

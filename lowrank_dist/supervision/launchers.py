@@ -1,4 +1,4 @@
-"""Which processes started this rank, and have to live for as long as it does."""
+"""The processes that started this rank, and have to live for as long as it does."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _above() -> Iterator[tuple[Path, str]]:
 
 
 def launcher_name(command: Sequence[str]) -> str | None:
-    """What kind of launcher a command line is, None for anything else."""
+    """Return the kind of launcher that a command line is, None for anything else."""
     names = {os.path.basename(word) for word in command[:4]}
     if names.intersection(_NODE) and any(word.startswith("--world_info") for word in command):
         return _NODE_NAME

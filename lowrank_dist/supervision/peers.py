@@ -31,7 +31,7 @@ class Answer:
 
 
 def lost_peers(error: BaseException) -> bool:
-    """Whether an error only says that another rank, or the network to it, is gone."""
+    """Return whether an error only says that another rank, or the network to it, is gone."""
     if isinstance(error, dist.DistError):
         return True
     # gloo and its store raise plain RuntimeErrors.

@@ -45,7 +45,7 @@ _EXTENSIONS = re.compile(r"^Extension modules: .*\n?", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Charge:
-    """What a watchdog is told at its start. timeout: that of the rank's collectives.
+    """The facts that a watchdog is given at its start. timeout: that of the rank's collectives.
 
     started and launchers: `processes.started` and `find_launchers`. thread: the main one, as faulthandler names it.
     page and stacks are descriptors: of `Page`, and of what faulthandler writes.
@@ -99,7 +99,7 @@ class Watchdog:
             time.sleep(LOOK_SECONDS)
 
     def _look(self) -> bool:
-        """Whether there is anything left to watch."""
+        """Look once; return whether there is anything left to watch."""
         fields, now = stat_fields(self._process), time.monotonic()
         state = self._page.state()  # read after the process: of one that has ended it is final
         if not self._runs(fields):
@@ -132,7 +132,7 @@ class Watchdog:
             self._told_at = now
 
     def _why_end_it(self, state: State, now: float) -> str | None:
-        """What is wrong with a rank that is still there, None while nothing is."""
+        """Return what is wrong with a rank that is still there, None while nothing is."""
         since = self._active_since if state.phase in STARTING else state.since
         still, told, limit = now - max(since, self._counts_from), self._told_at, self._charge.timeout + GRACE_SECONDS
         if state.phase == LEAVING:
@@ -206,7 +206,7 @@ class Watchdog:
                 print(f"lowrank_dist: {failure}", file=sys.stderr, flush=True)
 
     def _stacks(self) -> str:
-        """What faulthandler wrote of the rank's threads before it died."""
+        """Return what faulthandler wrote of the rank's threads before it died."""
         size = os.fstat(self._charge.stacks).st_size
         text = os.pread(self._charge.stacks, min(size, 20_000), 0).decode(errors="replace")
         return _EXTENSIONS.sub("", text)

@@ -62,16 +62,16 @@ def build(folder: str, topology: Any, targets: Any, recompute: bool, lanes: bool
 
     from lowrank_dist.methods.lora.inject import inject
     from lowrank_dist.arch.placement import LoraRules, place
-    from lowrank_dist.model.build import load_model
+    from lowrank_dist.model.build import check_model, load_model
     from lowrank_dist.parallel.masks import MaskSource
 
     load = partial(
         load_model,
         Path(folder),
+        check_model(Path(folder), topology.tp_size, LENGTH),
         topology,
         device=torch.device("cpu"),
         dtype="fp32",
-        max_length=LENGTH,
         vocab_multiple=1,
         broadcast=False,
     )

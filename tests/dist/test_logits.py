@@ -63,14 +63,14 @@ def gap(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def load(folder: str, topology: Any, dtype: str = "fp32", broadcast: bool = False) -> Any:
-    from lowrank_dist.model.build import load_model
+    from lowrank_dist.model.build import check_model, load_model
 
     return load_model(
         Path(folder),
+        check_model(Path(folder), topology.tp_size, LENGTH),
         topology,
         device=ranks.device(),
         dtype=dtype,
-        max_length=LENGTH,
         vocab_multiple=1,
         broadcast=broadcast,
     )

@@ -62,16 +62,16 @@ def step(folder: str, case: Case) -> int:
 
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
     from lowrank_dist.methods.choose import choose
-    from lowrank_dist.model.build import load_model
+    from lowrank_dist.model.build import check_model, load_model
     from tests.dist import ranks
 
     topology = ranks.topology(case.tensor, True)
     model = load_model(
         Path(folder),
+        check_model(Path(folder), topology.tp_size, LENGTH),
         topology,
         device=torch.device("cpu"),
         dtype="auto",
-        max_length=LENGTH,
         vocab_multiple=128,
         broadcast=False,
     )

@@ -20,7 +20,7 @@ import pytest
 import tests.preloaded  # noqa: F401  (the zygote imports this module, and each run forks from it)
 from lowrank_dist.backend.select import shutdown
 from lowrank_dist.checkpoint.folder import newest_checkpoint
-from lowrank_dist.engine.writing import CheckpointWriter
+from lowrank_dist.engine.saving import CheckpointWriter
 from lowrank_dist.supervision.rank import Supervision
 from tests.faults import Action, Outcome, Zygote, arm, count, disarm
 from tests.integration.launching import ROOT, free_port

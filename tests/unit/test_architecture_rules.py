@@ -51,6 +51,10 @@ OUT_OF_MERGE = ("deepspeed", "megatron", "torch.distributed")
 # Files are untrusted: nothing may run code that came in one.
 RUNS_CODE = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "torch.load", "torch.save")
 MUST_BE = {"trust_remote_code": False, "allow_pickle": False, "weights_only": True}
+MOST_ARGUMENTS = 8
+# A dataclass without an __init__ of its own is plain data and has as many fields as it describes. Two other kinds of
+# signature are not ours to choose: typer reads a command's options from it, and torch hands every operand to forward.
+ARGUMENTS_GIVEN = {f"{PACKAGE}.cli": "_command", f"{PACKAGE}.parallel.autograd": "forward"}
 
 
 def under(name: str, prefix: str) -> bool:
@@ -127,6 +131,20 @@ def code_from_files(source: str) -> list[str]:
     return bad + [f"{key}={value}" for key, value in names.arguments if value is not MUST_BE[key]]
 
 
+def long_signatures(source: str, module: str) -> list[str]:
+    """Constructors and functions of a module with more arguments than the house allows, self and cls not counted."""
+    given = [name for room, name in ARGUMENTS_GIVEN.items() if under(module, room)]
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        arguments = (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+        count = sum(argument.arg not in ("self", "cls", "ctx") for argument in arguments)
+        if count > MOST_ARGUMENTS and not any(node.name.endswith(name) for name in given):
+            found.append(f"{module}: {node.name} takes {count} arguments")
+    return found
+
+
 def modules(*folders: str) -> Iterator[tuple[str, Path]]:
     """Dotted name and path of every Python file below the folders."""
     for folder in folders:
@@ -154,6 +172,11 @@ def test_no_forbidden_arrow() -> None:
     assert len(found) > 30, "the tree was not found"
     broken = [line for name, path in found for line in broken_arrows(path.read_text(), name, path.stem == "__init__")]
     assert broken == []
+
+
+def test_constructors_and_functions_take_few_things() -> None:
+    found = [line for name, path in modules(PACKAGE, "launch") for line in long_signatures(path.read_text(), name)]
+    assert found == []
 
 
 def test_merging_reaches_no_process_group() -> None:
@@ -217,6 +240,26 @@ def test_a_planted_arrow_is_found(module: str, source: str) -> None:
 )
 def test_what_is_allowed_is_not_found(module: str, source: str) -> None:
     assert broken_arrows(source, module) == []
+
+
+EIGHT = ", ".join("abcdefgh")
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "found"),
+    [
+        ("engine.loop", f"class Loop:\n    def __init__(self, {EIGHT}, i): ...", 1),
+        ("engine.loop", f"class Loop:\n    def __init__(self, a, /, *, {EIGHT[3:]}, i, j=1): ...", 1),
+        ("engine.loop", f"def f():\n    async def g({EIGHT}, i): ...", 1),
+        ("cli.merge", f"def work({EIGHT}, i): ...", 1),
+        ("engine.loop", f"class Loop:\n    def __init__(self, {EIGHT}): ...", 0),
+        ("engine.loop", "@dataclass\nclass Facts:\n" + "".join(f"    {name}: int\n" for name in "abcdefghij"), 0),
+        ("cli.merge", f"def merge_command({EIGHT}, i): ...", 0),
+        ("parallel.autograd", f"class Linear:\n    def forward(ctx, {EIGHT}, i): ...", 0),
+    ],
+)
+def test_a_planted_long_signature_is_found(module: str, source: str, found: int) -> None:
+    assert len(long_signatures(source, f"{PACKAGE}.{module}")) == found
 
 
 def test_a_planted_import_below_merging_is_found(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lowrank_dist.config import Config
-from lowrank_dist.engine.history import notes_on_best
+from lowrank_dist.engine.evaluator import notes_on_best
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.choose import choose
 from lowrank_dist.model.build import check_model

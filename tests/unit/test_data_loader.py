@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lowrank_dist.data.batch import Microbatch, order
 from lowrank_dist.data.dataset import Dataset, DropReport
-from lowrank_dist.data.loader import Loader, StepBatch, eval_batches
+from lowrank_dist.data.loader import Cut, Loader, StepBatch, eval_batches
 from lowrank_dist.data.sample import Sample
 
 Context = tuple[int, ...]
@@ -121,8 +121,8 @@ def test_every_target_once_over_ranks_and_microbatches(
     numbers = order(seed, len(dataset), k * global_batch, global_batch)
     batches = []
     for dp_rank in range(dp_size):
-        shares = {"max_length": max_length, "dp_rank": dp_rank, "dp_size": dp_size, **cut}
-        batches.append(Loader(dataset, seed=seed, global_batch=global_batch, **shares).step(k))
+        ours = Cut(max_length=max_length, dp_rank=dp_rank, dp_size=dp_size, **cut)
+        batches.append(Loader(dataset, ours, seed=seed, global_batch=global_batch).step(k))
     everything = [m for batch in batches for m in batch.microbatches]
     assert len({len(batch.microbatches) for batch in batches}) == 1
     assert {m.input_ids.shape[0] for m in everything} == {cut["micro_batch"]}
@@ -149,8 +149,8 @@ def test_evaluation_sees_every_sample_once(
     lengths: list[int], global_batch: int, dp_size: int, cut: dict[str, int]
 ) -> None:
     dataset = make_dataset(lengths)
-    shares = {"global_batch": global_batch, "max_length": max(lengths), "dp_size": dp_size, **cut}
-    ranks = [list(eval_batches(dataset, dp_rank=r, **shares)) for r in range(dp_size)]
+    shares = [Cut(max_length=max(lengths), dp_rank=r, dp_size=dp_size, **cut) for r in range(dp_size)]
+    ranks = [list(eval_batches(dataset, ours, global_batch=global_batch)) for ours in shares]
     assert {len(batches) for batches in ranks} == {-(-len(dataset) // global_batch)}
     flat: list[StepBatch] = [batch for batches in ranks for batch in batches]
     assert found(m for batch in flat for m in batch.microbatches) == wanted(dataset, range(len(dataset)))
@@ -164,18 +164,8 @@ def test_evaluation_sees_every_sample_once(
 
 def one_microbatch(packing: bool) -> tuple[Dataset, Microbatch]:
     dataset = make_dataset([5, 3, 7, 2])
-    loader = Loader(
-        dataset,
-        seed=1,
-        global_batch=4,
-        micro_batch=2 if packing else 4,
-        max_length=10,
-        packing=packing,
-        dp_rank=0,
-        dp_size=1,
-        pad_multiple=4,
-    )
-    (microbatch,) = loader.step(0).microbatches
+    cut = Cut(2 if packing else 4, max_length=10, packing=packing, dp_rank=0, dp_size=1, pad_multiple=4)
+    (microbatch,) = Loader(dataset, cut, seed=1, global_batch=4).step(0).microbatches
     return dataset, microbatch
 
 
@@ -222,10 +212,10 @@ def test_dropout_rows_agree_packed_and_unpacked() -> None:
 
 def test_a_step_does_not_depend_on_the_steps_before() -> None:
     dataset = make_dataset([3, 4, 5, 6, 7])
-    shares = {"global_batch": 4, "micro_batch": 2, "max_length": 9, "packing": True, "pad_multiple": 2}
+    cut = Cut(micro_batch=2, max_length=9, packing=True, dp_rank=0, dp_size=1, pad_multiple=2)
 
     def loader() -> Loader:
-        return Loader(dataset, seed=9, dp_rank=0, dp_size=1, **shares)
+        return Loader(dataset, cut, seed=9, global_batch=4)
 
     walked = loader()
     for k in range(6):
@@ -237,15 +227,15 @@ def test_a_step_does_not_depend_on_the_steps_before() -> None:
 
 def test_rows_of_like_length_share_a_microbatch() -> None:
     dataset = make_dataset([2, 30] * 8)
-    shares = {"seed": 3, "global_batch": 16, "micro_batch": 4, "max_length": 32, "packing": False, "pad_multiple": 1}
-    ranks = [Loader(dataset, dp_rank=r, dp_size=2, **shares).step(0).microbatches for r in range(2)]
+    cuts = [Cut(4, 32, packing=False, dp_rank=rank, dp_size=2, pad_multiple=1) for rank in range(2)]
+    ranks = [Loader(dataset, cut, seed=3, global_batch=16).step(0).microbatches for cut in cuts]
     assert [[m.input_ids.shape[1] for m in microbatches] for microbatches in ranks] == [[30, 2], [30, 2]]
 
 
 def test_a_step_takes_well_under_a_millisecond_a_sample() -> None:
     dataset = make_dataset([100 + i % 300 for i in range(2000)])
-    shares = {"seed": 3, "global_batch": 64, "micro_batch": 8, "max_length": 512, "packing": True, "pad_multiple": 8}
-    loader = Loader(dataset, dp_rank=0, dp_size=1, **shares)
+    cut = Cut(8, 512, packing=True, dp_rank=0, dp_size=1, pad_multiple=8)
+    loader = Loader(dataset, cut, seed=3, global_batch=64)
     loader.step(0)
     start = time.process_time()  # CPU time: other work on the machine does not count
     for k in range(1, 11):

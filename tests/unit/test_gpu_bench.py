@@ -329,7 +329,7 @@ def test_every_step_runs_once_and_the_one_that_was_asked_for_is_traced() -> None
     done: list[int] = []
     kept: list[timeline.Trace] = []
     stepping = training_run.traced(lambda trainer, step: done.append(step), 4, kept.append)
-    trainer = SimpleNamespace(backend=SimpleNamespace(device=CPU))
+    trainer = SimpleNamespace(run=SimpleNamespace(backend=SimpleNamespace(device=CPU)))
     for step in range(6):
         stepping(trainer, step)
         assert len(kept) == (step >= 3)

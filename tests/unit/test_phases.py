@@ -13,8 +13,7 @@ from lowrank_dist.backend import clock
 from lowrank_dist.backend.clock import WAITS
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.engine import meter as meter_module
-from lowrank_dist.engine.meter import Meter, Stragglers
-from lowrank_dist.engine.phases import Phases
+from lowrank_dist.engine.meter import Meter, Phases, Stragglers
 
 CPU = Backend(torch.device("cpu"), "gloo", "cpu")
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from lowrank_dist.engine import saving
-from lowrank_dist.engine.history import Progress
+from lowrank_dist.engine.run import Progress
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.errors import DiskError
@@ -44,8 +45,9 @@ class Gathered:
 def saver_of(gathered: Gathered, monkeypatch: pytest.MonkeyPatch, place: Path) -> CheckpointSaver:
     monkeypatch.setattr(saving, "Gathering", lambda *_: gathered)
     monkeypatch.setattr(CheckpointSaver, "_state", lambda *_: None)
-    optimiser = SimpleNamespace(snapshot=lambda: torch.zeros(1))
-    return CheckpointSaver(RunFolder(place), None, optimiser, FullDisk(), None, lambda _: None, None, None)
+    run: Any = SimpleNamespace(folder=RunFolder(place), topology=None, backend=SimpleNamespace(device=None))
+    engine: Any = SimpleNamespace(theta=None, optimiser=SimpleNamespace(snapshot=lambda: torch.zeros(1)))
+    return CheckpointSaver(run, engine, FullDisk(), None, lambda _: None)
 
 
 def test_a_refused_checkpoint_lets_the_others_send_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -54,7 +56,7 @@ def test_a_refused_checkpoint_lets_the_others_send_all(monkeypatch: pytest.Monke
     saver.save(Progress(step=4))
     saver.close()
     assert gathered.sent == 3
-    assert saver._flight.outcome == saving._NO_SPACE and isinstance(saver._flight.error, DiskError)
+    assert saver._current.outcome == saving._NO_SPACE and isinstance(saver._current.error, DiskError)
 
 
 def test_a_refused_checkpoint_and_a_lost_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

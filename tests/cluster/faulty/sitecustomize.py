@@ -103,7 +103,7 @@ def in_steps(module: ModuleType) -> None:
     step_of = module.Trainer._step
 
     def _step(self: object, step: int) -> None:
-        self.phases.enter("data", step + 1)
+        self.run.phases.enter("data", step + 1)
         for kind, at in planted():
             if kind != "save" and (at == step + 1 or (kind == "slow" and at <= step)):
                 FAULTS[kind](at)
@@ -113,14 +113,14 @@ def in_steps(module: ModuleType) -> None:
 
 
 def in_saves(module: ModuleType) -> None:
-    fly_of = module.CheckpointSaver._fly
+    save_of = module.CheckpointSaver._save_in_thread
 
-    def _fly(self: object, flight: object, *rest: object) -> None:
-        if ("save", flight.step) in planted():
-            wait(flight.step)
-        fly_of(self, flight, *rest)
+    def _save_in_thread(self: object, save: object, *rest: object) -> None:
+        if ("save", save.step) in planted():
+            wait(save.step)
+        save_of(self, save, *rest)
 
-    module.CheckpointSaver._fly = _fly
+    module.CheckpointSaver._save_in_thread = _save_in_thread
 
 
 PLANT = {"lowrank_dist.engine.trainer": in_steps, "lowrank_dist.engine.saving": in_saves}

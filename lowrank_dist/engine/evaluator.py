@@ -1,0 +1,153 @@
+"""Evaluation while a run trains: loss, quality of generated texts, and which evaluation was the best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowrank_dist.checkpoint.training_state import LOSS, TrainingState
+from lowrank_dist.config import Config
+from lowrank_dist.data.loader import StepBatch
+from lowrank_dist.engine.datasets import Data
+from lowrank_dist.engine.engine import Engine
+from lowrank_dist.engine.reporter import Reporter
+from lowrank_dist.engine.run import Run
+from lowrank_dist.errors import UserError
+from lowrank_dist.generate.metrics import METRICS
+
+# What follows from a number that is not finite, and what to do.
+STOPS = "training stops on every rank. Lower train.lr, add train.warmup_steps, or look at the samples of this step"
+
+
+def best_first(values: Mapping[int, float], name: str) -> list[int]:
+    """Return the steps, best value first: the lowest eval loss (`LOSS`), the highest of a metric of generated texts.
+
+    Of equals the earlier step, which has drifted less from the base for the same result.
+    """
+    sign = 1 if name == LOSS else -1
+    return sorted(values, key=lambda step: (sign * values[step], step))
+
+
+def label(name: str) -> str:
+    """Return what a value is called in messages."""
+    return "eval loss" if name == LOSS else name
+
+
+class History:
+    """Values of all evaluations of a run, those before it was resumed included. The same on every rank.
+
+    best: the name of what decides, `LOSS` or one of generate.metrics.METRICS. values: name → step → value.
+    """
+
+    def __init__(self, best: str, resumed: TrainingState | None) -> None:
+        self.best = best
+        self.values: dict[str, dict[int, float]] = {LOSS: {}}
+        if resumed is not None:
+            self.values = {name: dict(values) for name, values in resumed.evaluations.items()}
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Remember what an evaluation found."""
+        for name, value in values.items():
+            self.values.setdefault(name, {})[step] = value
+
+    @property
+    def best_step(self) -> int | None:
+        """None before the first evaluation that measured what decides."""
+        return next(iter(best_first(self._deciding, self.best)), None)
+
+    @property
+    def without_better(self) -> int:
+        """Evaluations since the best one. They are counted anew each time, so a resumed run counts as if it had not
+        stopped."""
+        best = self.best_step
+        return 0 if best is None else sum(step > best for step in self._deciding)
+
+    def describe_best(self) -> str:
+        """The best value and its step, where there is one."""
+        return f"{label(self.best)} {self._deciding[self.best_step]:.4f} of step {self.best_step}"
+
+    @property
+    def _deciding(self) -> Mapping[int, float]:
+        return self.values.get(self.best, {})
+
+
+class Evaluator:
+    """Evaluates on the eval set, if there is one, and remembers in `history` what every evaluation found."""
+
+    def __init__(self, run: Run, engine: Engine, data: Data, reporter: Reporter) -> None:
+        self._run, self._engine, self._data, self._reporter = run, engine, data, reporter
+        self.history = History(run.config.eval.best, run.state)
+
+    def evaluate(self, step: int) -> None:
+        """Report the mean loss over the eval set's target tokens, and how good generated texts are. Collective.
+
+        Raises UserError, on every rank, for a loss that is not finite.
+        """
+        batches, phases = self._data.evaluation, self._run.phases
+        if batches is None:
+            return
+        phases.enter("evaluation")
+        self._engine.model.eval()
+        found = {LOSS: self._mean_loss(batches())}
+        # Every rank holds the same value, so every rank stops at the same step.
+        if not math.isfinite(found[LOSS]):
+            raise UserError(f"step {step}: the eval loss is {found[LOSS]}; {STOPS}")
+        if self._data.generation is not None:
+            phases.enter("evaluation")
+            found |= self._data.generation(self._engine.model, lambda rows: phases.enter("evaluation"))
+        self._reporter.record(step, {f"eval_{name}": value for name, value in found.items()})
+        self.history.add(step, {name: value for name, value in found.items() if name in (LOSS, *METRICS)})
+
+    def probe(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return a few rows of ids, of the eval set if there is one, and the trained model's logits on them.
+
+        Adapter and merge can be held against these. They are plain rows of tokens, packed or not: whoever compares has
+        the tokens alone, and knows of no samples in a row.
+        """
+        self._engine.model.eval()
+        return self._engine.logits(self._data.first_batch().microbatches[0].input_ids[:rows])
+
+    @torch.no_grad()
+    def _mean_loss(self, batches: Iterable[StepBatch]) -> float:
+        total = torch.zeros(2, dtype=torch.float64, device=self._engine.device)
+        for batch in batches:
+            for microbatch in batch.microbatches:
+                self._run.phases.enter("evaluation")
+                total[0] += self._engine.loss(microbatch)
+                total[1] += microbatch.target_ids.numel()
+        topology = self._run.topology
+        dist.all_reduce(total, group=topology.dp_group)
+        # Not left to each tensor-parallel rank's own arithmetic: all must end early at the same step, or none.
+        dist.broadcast(total, group=topology.world_group, group_src=0)
+        return (total[0] / total[1]).item()
+
+
+def notes_on_best(config: Config, state: TrainingState | None) -> list[str]:
+    """Return a line for each thing that limits the choice of the best step. state: of the run that goes on, or None."""
+    evaluation, save_every, lines = config.eval, config.output.save_every, []
+    if config.data.eval is not None and evaluation.every is not None:
+        both = None if save_every is None else math.lcm(evaluation.every, save_every)
+        if both != evaluation.every:
+            steps = "the last" if both is None else f"one of {both}, {2 * both}, … and the last"
+            lines.append(
+                f"checkpoints/best can only be a step that is both evaluated and saved, {steps}: eval.every is "
+                f"{evaluation.every}, output.save_every {save_every or 'null'}"
+            )
+    if state is None:
+        return lines
+    if not state.evaluations.get(evaluation.best) and any(state.evaluations.values()):
+        lines.append(
+            f"eval.best is {label(evaluation.best)}, which was not measured up to step {state.step}: checkpoints/best "
+            "and eval.patience begin with the next evaluation"
+        )
+    before, now = (state.config.get("eval") or {}).get("generate"), config.model_dump(mode="json")["eval"]["generate"]
+    if before and now and any(before.get(key) != now[key] for key in ("max_new_tokens", "stop", "samples")):
+        lines.append(
+            f"eval.generate was {before} up to step {state.step}: what was measured until then counts on, though other "
+            "texts were generated"
+        )
+    return lines

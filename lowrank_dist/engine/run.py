@@ -1,0 +1,98 @@
+"""One run as one of its ranks knows it, and how far it has come."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from lowrank_dist.backend.select import Backend
+from lowrank_dist.checkpoint.training_state import TrainingState
+from lowrank_dist.config import Config
+from lowrank_dist.data.loader import StepBatch
+from lowrank_dist.engine.datasets import Data
+from lowrank_dist.engine.meter import Phases
+from lowrank_dist.engine.resume import Resumption, complete, find_resumption, require_same_run
+from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.supervision.rank import Supervision
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The things that every part of a run needs.
+
+    config: complete, with the values that an adapter or the checkpoint gives. phases: reports to supervision which
+    phase this rank is in. resumption: the checkpoint that the run goes on from; None for a run that starts afresh.
+    """
+
+    config: Config
+    topology: Topology
+    backend: Backend
+    folder: RunFolder
+    supervision: Supervision
+    phases: Phases
+    resumption: Resumption | None
+
+    @classmethod
+    def begin(
+        cls, config: Config, topology: Topology, backend: Backend, folder: RunFolder, supervision: Supervision
+    ) -> Run:
+        """Find the checkpoint to go on from, if train.resume asks for one. Collective.
+
+        Raises UserError on every rank for a checkpoint that this run cannot go on from.
+        """
+        resumption = find_resumption(config, folder, topology)
+        phases = Phases(supervision, backend)
+        return cls(complete(config, resumption), topology, backend, folder, supervision, phases, resumption)
+
+    @property
+    def state(self) -> TrainingState | None:
+        """The state of the checkpoint that the run goes on from."""
+        return None if self.resumption is None else self.resumption.state
+
+    @property
+    def writes(self) -> bool:
+        """True on the rank that writes files and speaks to the person who watches."""
+        return self.topology.world_group.rank() == 0
+
+    def open_folder(self, data: Data) -> None:
+        """Begin to write into the run folder, once the run is known to be one that can train.
+
+        A start that failed for its input before this leaves no folder that would refuse the corrected one. Raises
+        UserError where going on from the checkpoint would give another result than not having stopped.
+        """
+        if self.resumption is not None:
+            require_same_run(self.config, self.resumption, data.state, data.held_out_state, data.steps)
+        self.folder.open(self.topology.world_group.rank(), self.config.to_yaml())
+        self.supervision.in_folder(self.folder.path)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """After `step` optimizer steps; the rest as in checkpoint.training_state.TrainingState."""
+
+    step: int = 0
+    epoch: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    loss: float = math.nan
+
+    @classmethod
+    def of(cls, state: TrainingState | None) -> Progress:
+        """Return the progress of a checkpoint, or of a run that begins where there is none."""
+        if state is None:
+            return cls()
+        return cls(**{name: getattr(state, name) for name in cls.__dataclass_fields__})
+
+    def after(self, batch: StepBatch, samples: int, loss: float) -> Progress:
+        """One step of `samples` samples later."""
+        return replace(
+            self,
+            step=self.step + 1,
+            epoch=batch.epoch,
+            samples=self.samples + samples,
+            tokens=self.tokens + batch.global_tokens,
+            target_tokens=self.target_tokens + batch.global_targets,
+            loss=loss,
+        )
