@@ -49,7 +49,7 @@ def main(config: Config, supervision: Supervision) -> int:
     config = complete(config, resumption)
     architecture = check_model(config.model.path, topology.tp_size, config.data.max_length)
     method = choose(config, architecture)
-    forecast = Forecast(config, topology, backend)
+    forecast = Forecast(config, architecture, topology, backend)
     model = load_model(
         config.model.path,
         topology,
