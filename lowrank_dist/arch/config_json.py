@@ -69,11 +69,16 @@ def read_architecture(path: Path) -> Architecture:
 
 def config_file(path: Path) -> Path:
     """The config.json of a model folder; a file is taken for one."""
-    if path.is_file():
+    if path.is_file() or path.name == CONFIG_FILE:
         return path
+    return require_folder(path) / CONFIG_FILE
+
+
+def require_folder(path: Path) -> Path:
+    """`path`; UserError where it is no folder."""
     if not path.is_dir():
         raise UserError(f"{path}: no such folder: model.path must be a local Hugging Face model folder")
-    return path / CONFIG_FILE
+    return path
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.config_json import read_config, read_json
+from lowrank_dist.arch.config_json import read_config, read_json, require_folder
 from lowrank_dist.arch.families import OUTPUT_LAYER
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
@@ -115,7 +115,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config.json or file; a folder of pickles; an index that is malformed, names a file outside the folder or a tensor
     that its file does not hold; a truncated or malformed file.
     """
-    read_config(path)
+    read_config(require_folder(path))
     if (path / SINGLE_FILE).is_file():
         return Checkpoint(path, _read_header(path / SINGLE_FILE))
     index = path / INDEX_FILE

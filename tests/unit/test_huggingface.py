@@ -128,6 +128,8 @@ def test_missing_folder(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "no such folder")
     with pytest.raises(UserError, match="no such folder"):
         read_architecture(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    refused(tmp_path / "config.json", "no such folder")
 
 
 def test_missing_or_malformed_config(broken: Path) -> None:
