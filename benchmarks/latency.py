@@ -52,7 +52,7 @@ from spawn import start_ranks
 from torch import Tensor, nn
 
 from lowrank_dist.plan.methods import adapter_parameters
-from lowrank_dist.plan.shapes import built_in_config, find_shape
+from lowrank_dist.plan.model import find_model
 
 MODEL = "gpt2-medium"
 TARGETS = ("q_proj", "v_proj")  # as the paper adapts GPT-2
@@ -118,7 +118,7 @@ def rows_of(tp: int) -> list[Row]:
 
 def parameters_of(method: str, width: int) -> int:
     """|Θ| of low-rank factors of rank `width` on TARGETS of every layer, or of adapter layers of bottleneck `width`."""
-    shape = find_shape(MODEL)
+    shape = find_model(MODEL).architecture
     if method in ("adapter_l", "adapter_h"):
         return adapter_parameters(shape, width, method)
     return shape.layers * len(TARGETS) * 2 * shape.hidden * width
@@ -194,9 +194,6 @@ class Bench:
     """The base on this rank, and the rows of one setting made from it."""
 
     def __init__(self, tp: int, args: argparse.Namespace) -> None:
-        from transformers import GPT2Config
-
-        from lowrank_dist.arch.from_config import architecture_of
         from lowrank_dist.backend.select import init_process_group, local_rank_and_size, select_backend
         from lowrank_dist.model.gpt import CausalLM
         from lowrank_dist.parallel.topology import Topology
@@ -205,9 +202,8 @@ class Bench:
         init_process_group(self.backend, TIMEOUT_SECONDS)
         self.topology = Topology.build(tp, None, False, TIMEOUT_SECONDS)
         self.dtype = args.dtype
-        config = GPT2Config(**{key: value for key, value in built_in_config(MODEL).items() if key != "dtype"})
         self.model = CausalLM(
-            architecture_of(config, MODEL),
+            find_model(MODEL).architecture,
             self.topology,
             dtype=DTYPES[args.dtype],
             device=self.backend.device,
@@ -576,7 +572,7 @@ def parse() -> argparse.Namespace:
     args.tp = args.tp or ([1, 2] if args.device == "cpu" else [1])
     if min(args.trials, args.threads) < 1:
         parser.error("--trials and --threads must be at least 1")
-    heads = find_shape(MODEL).heads
+    heads = find_model(MODEL).architecture.heads
     if any(tp < 1 or heads % tp for tp in args.tp):
         parser.error(f"--tp must divide {heads} heads")
     if args.device == "cuda" and max(args.tp) > torch.cuda.device_count():

@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from spawn import start_ranks
 from transformers import LlamaConfig
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
-from lowrank_dist.formats.model_folder import load_architecture
 
 INTERVAL = 0.005
 LAYERS_PER_FILE = 6
@@ -47,7 +47,7 @@ def write_checkpoint(folder: Path) -> int:
         tie_word_embeddings=False,
         dtype="bfloat16",
     ).save_pretrained(folder)
-    shapes = hf_shapes(load_architecture(folder))
+    shapes = hf_shapes(read_architecture(folder))
     largest = max(torch.Size(shape).numel() for shape in shapes.values())
     # One block of noise; every tensor is a window of it at another place. No page of the files is a hole.
     noise = torch.empty(largest + len(shapes), dtype=torch.bfloat16).normal_(std=0.02)

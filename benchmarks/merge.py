@@ -36,9 +36,9 @@ from rich.table import Table
 from safetensors import safe_open
 from transformers import LlamaConfig
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.formats.fingerprint import fingerprint
-from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
 from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, module_paths, write_adapter
@@ -108,7 +108,7 @@ def write_checkpoint(folder: Path, linear_bytes: int) -> None:
         tie_word_embeddings=False,
         dtype="bfloat16",
     ).save_pretrained(folder)
-    shapes = hf_shapes(load_architecture(folder))
+    shapes = hf_shapes(read_architecture(folder))
     sizes = {name: 2 * torch.Size(shape).numel() for name, shape in shapes.items()}
     # One block of noise; every tensor is a window of it at another place. No page of the files is a hole.
     noise = torch.empty(max(sizes.values()) // 2 + len(shapes), dtype=torch.bfloat16).normal_(std=0.02)
@@ -132,7 +132,7 @@ def write_checkpoint(folder: Path, linear_bytes: int) -> None:
 
 def write_random_adapter(folder: Path, base: Path) -> None:
     """Factors of rank 16 on every linear of `base`, lm_head included, with an update that bf16 can show."""
-    architecture = load_architecture(base)
+    architecture = read_architecture(base)
     factors = {}
     for module in sorted(architecture.linear_modules() | {"lm_head"}):
         rows, columns = hf_shapes(architecture)[f"{module}.weight"]
@@ -245,7 +245,7 @@ def check_space(scratch: Path, linear_bytes: int, there: bool) -> None:
 
 def report(base: Path, started_on: dict[str, object], copies: list[Copied], merges: list[Merged]) -> bool:
     """Print and record everything; whether both limits hold."""
-    tensors = [torch.Size(shape).numel() * 2 for shape in hf_shapes(load_architecture(base)).values()]
+    tensors = [torch.Size(shape).numel() * 2 for shape in hf_shapes(read_architecture(base)).values()]
     total, largest = sum(tensors), max(tensors)
     limit = MEMORY_LIMIT + MEMORY_TENSORS * largest
     ours = statistics.median(merge.seconds for merge in merges)

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowrank_dist.plan.factors import total_rank
 from lowrank_dist.plan.hardware import GPUS
 from lowrank_dist.plan.job import Job, Layout
 from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, Fixed, choose
-from lowrank_dist.plan.placement import total_rank
 from lowrank_dist.plan.report import layout_name, size
 from lowrank_dist.plan.settings import job_of, read_request
 from lowrank_dist.plan.step_time import TENSOR, message_seconds
@@ -81,7 +81,7 @@ def with_added_calls(candidate: Candidate, added: int) -> Added:
     job, cluster = candidate.job, candidate.cluster
     layer = job.placement.layers[-1]
     columns = sum(total_rank(factors) for factors in layer) / sum(map(bool, layer))
-    unit, count = job.tokens * job.itemsize, added * job.shape.layers * job.microbatches
+    unit, count = job.tokens * job.itemsize, added * job.architecture.layers * job.microbatches
     seconds = [
         message_seconds(
             [Message(GATHER, "tensor", "forward", int(unit * width), count)],
@@ -89,7 +89,7 @@ def with_added_calls(candidate: Candidate, added: int) -> Added:
             cluster.gpu,
             cluster.gpus_per_node,
         )
-        for width in (columns, job.shape.hidden)
+        for width in (columns, job.architecture.hidden)
     ]
     return Added(candidate.time.seconds, *(candidate.time.seconds + more for more in seconds))
 
@@ -131,7 +131,7 @@ def peer_rows(model: str) -> Iterator[str]:
     """The same job, tensor parallel inside a node and across two, with and without the peers' calls."""
     job = job_for(model)
     for nodes, tensor in ((1, 4 if model == MODELS[0] else 8), (2, 16)):
-        if job.shape.heads % tensor:
+        if job.architecture.heads % tensor:
             continue
         layout = Layout(tensor, nodes * GPUS_PER_NODE // tensor, True, 1, True)
         candidate = Candidate(replace(job, layout=layout), cluster_of(nodes))

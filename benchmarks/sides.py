@@ -17,10 +17,9 @@ from rivals import EagerLinear, FrozenColumn, FrozenRow
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import LlamaConfig
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.from_config import architecture_of
+from lowrank_dist.arch.config_json import architecture_of
 from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.arch.rows import LinearLayout, Part
 from lowrank_dist.arch.tensors import MEGATRON_LINEARS
@@ -46,13 +45,15 @@ WORLD = 8
 
 def architecture(shape: str) -> Architecture:
     hidden, ffn, heads, kv_heads = SHAPES[shape]
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-    )
+    config = {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": 32_000,
+    }
     return architecture_of(config, shape)
 
 

@@ -45,10 +45,11 @@ from rich.console import Console
 from rich.table import Table
 from spawn import free_port
 
+from lowrank_dist.arch.config_json import read_architecture
+from lowrank_dist.arch.published import built_in_config
 from lowrank_dist.arch.tensors import hf_shapes
-from lowrank_dist.formats.model_folder import SINGLE_FILE, load_architecture
+from lowrank_dist.formats.model_folder import SINGLE_FILE
 from lowrank_dist.plan.hardware import GPUS
-from lowrank_dist.plan.shapes import built_in_config
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / "build" / "training"
@@ -100,7 +101,7 @@ def make_base(name: str, recipe: Recipe) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(recipe.config), indent=2), encoding="utf-8")
     header, end = {}, 0
-    for tensor, shape in hf_shapes(load_architecture(folder)).items():
+    for tensor, shape in hf_shapes(read_architecture(folder)).items():
         begin, end = end, end + 2 * math.prod(shape)
         header[tensor] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()

@@ -53,7 +53,7 @@ def main(config: Config, supervision: Supervision) -> int:
     config = run.config  # what an adapter or a checkpoint says is in it now
     architecture = check_model(config.model.path, topology.tp_size, config.data.max_length)
     method = choose(config, architecture)
-    forecast = Forecast(config, topology, backend)
+    forecast = Forecast(config, architecture, topology, backend)
     model = load_model(
         config.model.path,
         architecture,

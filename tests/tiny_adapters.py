@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.formats.fingerprint import fingerprint
-from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, module_paths, write_adapter
 
@@ -22,7 +22,7 @@ def random_adapter(
 
     scale: standard deviation of B (A has 1).
     """
-    architecture = load_architecture(base)
+    architecture = read_architecture(base)
     linears = {part.path for layout in architecture.linears.values() for part in layout.parts}
     paths = {path.format(layer=layer) for path in linears for layer in range(architecture.layers)} | {"lm_head"}
     generator = torch.Generator().manual_seed(seed)
@@ -41,6 +41,6 @@ def random_adapter(
 def save_adapter(folder: Path, base: Path, adapter: Adapter, *, trained: bool = True) -> Path:
     """Write `adapter` as trained on `base` into `folder`, and return `folder`."""
     provenance = Provenance(fingerprint(base), str(base), {"lora": {"rank": 2}})
-    modules = module_paths(load_architecture(base))
+    modules = module_paths(read_architecture(base))
     write_adapter(folder, adapter, provenance, modules, trained=trained)
     return folder

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.checkpoint.folder import write_checkpoint
 from lowrank_dist.checkpoint.training_state import DataState, TrainingState
 from lowrank_dist.formats.fingerprint import fingerprint
-from lowrank_dist.formats.model_folder import load_architecture, open_checkpoint, stored_name
+from lowrank_dist.formats.model_folder import open_checkpoint, stored_name
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.formats.trained_files import TrainedFiles
 from lowrank_dist.methods.bottleneck.files import (
@@ -59,7 +60,7 @@ def state(base: Path, step: int, method: str) -> TrainingState:
 
 def learned(base: Path, kind: str, length: int = LENGTH) -> PromptLearning:
     """A drawn prefix or prompt (`kind`) for the model in `base`."""
-    found, generator = load_architecture(base), torch.Generator().manual_seed(5)
+    found, generator = read_architecture(base), torch.Generator().manual_seed(5)
     if kind == "prefix":
         heads, width = found.kv_heads, found.kv_heads * found.head_dim
         drawn = torch.randn(length, 2 * found.layers * width, generator=generator)
@@ -70,7 +71,7 @@ def learned(base: Path, kind: str, length: int = LENGTH) -> PromptLearning:
 
 def layers(base: Path, method: str, scale: float = 0.3) -> Bottlenecks:
     """Drawn adapter layers of `method` for the model in `base`."""
-    found, generator = load_architecture(base), torch.Generator().manual_seed(5)
+    found, generator = read_architecture(base), torch.Generator().manual_seed(5)
     config = BottleneckConfig(
         method=method, bottleneck=BOTTLENECK, layers=found.layers, hidden=found.hidden, base=str(base)
     )
@@ -120,7 +121,7 @@ def save_checkpoint(folder: Path, base: Path, method: str) -> Path:
 
 def base_tensors(base: Path) -> dict[str, Tensor]:
     """Every tensor of the model in `base`, in fp32, by its name with the base-model prefix."""
-    architecture = load_architecture(base)
+    architecture = read_architecture(base)
     with open_checkpoint(base) as checkpoint:
         return {
             name: checkpoint.slice(stored_name(name, architecture, checkpoint))[:].float().clone()
@@ -139,7 +140,7 @@ def save_whole(
 
     wrap: put between the stream of tensors and who writes them.
     """
-    shapes = hf_shapes(load_architecture(base))
+    shapes = hf_shapes(read_architecture(base))
     step = int(folder.name.removeprefix("step-"))
 
     def stream() -> Iterator[dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""What a model is made of, in the terms both Hugging Face and Megatron need. No megatron import."""
+"""What a model is made of, in the terms that Hugging Face, Megatron and the plan need."""
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -97,6 +97,16 @@ class Architecture:
         return {"hidden": self.hidden, "vocab": self.vocab, "head_dim": self.head_dim}[dimension]
 
     @property
+    def position_rows(self) -> int:
+        """Rows of the learned position table without those before position 0; 0 with rotary positions."""
+        return self.max_positions if self.positions == "learned" else 0
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of a layer's weight matrices: what its GEMMs multiply with."""
+        return sum(layout.weights for layout in self.linears.values())
+
+    @property
     def embedding_name(self) -> str:
         """Hugging Face name of the word embeddings."""
         return next(rule.hf for rule in self.tensors if rule.megatron == WORD_EMBEDDINGS)
@@ -123,11 +133,11 @@ class Architecture:
     def legal_tp_sizes(self, world_max: int | None = None) -> tuple[int, ...]:
         """Tensor-parallel sizes that divide this model, up to `world_max` ranks."""
         largest = self.heads if world_max is None else min(world_max, self.heads)
-        return tuple(size for size in range(1, largest + 1) if self._divides(size))
+        return tuple(size for size in range(1, largest + 1) if self.indivisible_by(size) is None)
 
     def check_tp(self, tp_size: int) -> None:
         """Raise UserError naming the sizes that do divide when `tp_size` does not."""
-        if tp_size >= 1 and self._divides(tp_size):
+        if tp_size >= 1 and self.indivisible_by(tp_size) is None:
             return
         legal = ", ".join(str(size) for size in self.legal_tp_sizes())
         raise UserError(
@@ -135,10 +145,13 @@ class Architecture:
             f"({self.heads} attention heads, {self.kv_heads} key/value heads, ffn {self.ffn}): use one of {legal}"
         )
 
-    def _divides(self, tp_size: int) -> bool:
+    def indivisible_by(self, tp_size: int) -> str | None:
+        """The size that `tp_size` ranks cannot share ("32 attention heads"), or None where they can share the model."""
+        if self.heads % tp_size:
+            return f"{self.heads} attention heads"
+        if self.ffn % tp_size:
+            return f"ffn {self.ffn}"
         # With fewer key/value heads than ranks Megatron cuts the fused rows evenly and gathers them in attention.
-        whole_kv_heads = self.kv_heads % tp_size == 0
-        cut_kv_heads = (
-            tp_size % self.kv_heads == 0 and ((self.heads + 2 * self.kv_heads) * self.head_dim) % tp_size == 0
-        )
-        return self.heads % tp_size == 0 and self.ffn % tp_size == 0 and (whole_kv_heads or cut_kv_heads)
+        whole = self.kv_heads % tp_size == 0
+        cut = tp_size % self.kv_heads == 0 and ((self.heads + 2 * self.kv_heads) * self.head_dim) % tp_size == 0
+        return None if whole or cut else f"{self.kv_heads} key/value heads"

@@ -1,38 +1,48 @@
 """One declarative table a family: its keys in config.json and all its tensor names, used in both directions.
 
-The tables follow transformers' `modeling_<family>.py`. `from_config.architecture_of` reads them; to add a family whose
-blocks Megatron can express, add a table here and a tiny model to tests/tiny_models.py.
+The tables follow transformers' `configuration_<family>.py` (which key is left out means what) and
+`modeling_<family>.py`. `config_json.architecture_of` reads them; to add a family whose blocks Megatron can express, add
+a table here and a tiny model to tests/tiny_models.py.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 from lowrank_dist.arch.architecture import TensorRule
+from lowrank_dist.arch.keys import Key
 
 
 @dataclass(frozen=True)
 class Family:
     """How one `model_type` of config.json maps onto Megatron.
 
-    keys: field of `Architecture` → key of config.json. fixed: fields that every model of the family shares.
-    only: key of config.json → the one value that is supported, and what another value would ask for.
+    keys: field of `Architecture` → key of config.json. Of fields that neither `keys` nor `fixed` has, or that are
+    None, ffn is four times hidden, kv_heads is heads, and head_dim is hidden by heads.
+    fixed: fields that every model of the family shares.
+    only: key of config.json → the one value that is supported (and taken where it is missing), and what another value
+    would ask for. equal: key of config.json → the field that it must equal where it is given, and what else it asks
+    for.
     linears: Megatron linear → Hugging Face module path, one per projection, in the order of LinearLayout.parts.
     tensors: every other tensor; `OUTPUT_LAYER` drops out where the embeddings are tied.
     ignored: patterns, on names without `prefix`, of file tensors that carry no weights.
     fused_qkv: q, k and v are stacked in this order in one Hugging Face module (its path stands in `linears` once).
-    sliding: which layers `sliding_window` governs: none, all, or those that `layer_types` names.
+    window: the keys of a sliding window, none where the family has no window. "window" is its width; alone it governs
+    all layers. Otherwise "used" is whether it is on, "first" the first layer that has it, "kinds" every layer's kind.
+    rope_theta: base of the rotary embedding where config.json has none.
     """
 
     prefix: str
-    keys: Mapping[str, str]
+    keys: Mapping[str, Key]
     fixed: Mapping[str, Any]
     only: Mapping[str, tuple[object, str]]
     linears: Mapping[str, tuple[str, ...]]
     tensors: tuple[TensorRule, ...]
     ignored: tuple[str, ...] = ()
     fused_qkv: bool = False
-    sliding: Literal["none", "all", "layer_types"] = "none"
+    window: Mapping[str, Key] = field(default_factory=dict)
+    equal: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    rope_theta: float = 10_000.0
 
 
 def _weight_and_bias(megatron: str, hf: str, shape: tuple[str, ...] = ("hidden",)) -> tuple[TensorRule, TensorRule]:
@@ -45,16 +55,32 @@ def _weight_and_bias(megatron: str, hf: str, shape: tuple[str, ...] = ("hidden",
 OUTPUT_LAYER = TensorRule("output_layer.weight", "lm_head.weight", ("vocab", "hidden"), "vocab")
 
 _LLAMA_KEYS = {
-    "hidden": "hidden_size",
-    "layers": "num_hidden_layers",
-    "heads": "num_attention_heads",
-    "kv_heads": "num_key_value_heads",
-    "ffn": "intermediate_size",
-    "vocab": "vocab_size",
-    "max_positions": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "activation": "hidden_act",
-    "tied": "tie_word_embeddings",
+    "hidden": Key("hidden_size", "size"),
+    "layers": Key("num_hidden_layers", "size"),
+    "heads": Key("num_attention_heads", "size"),
+    "kv_heads": Key("num_key_value_heads", "size", None),
+    "head_dim": Key("head_dim", "even", None),
+    "ffn": Key("intermediate_size", "size"),
+    "vocab": Key("vocab_size", "size"),
+    "max_positions": Key("max_position_embeddings", "size", 2048),
+    "norm_eps": Key("rms_norm_eps", "number", 1e-6),
+    "activation": Key("hidden_act", "text", "silu"),
+    "tied": Key("tie_word_embeddings", "flag", False),
+}
+_MISTRAL_KEYS = _LLAMA_KEYS | {
+    "kv_heads": Key("num_key_value_heads", "size", 8),
+    "max_positions": Key("max_position_embeddings", "size", 131_072),
+}
+_QWEN_KEYS = _LLAMA_KEYS | {
+    "kv_heads": Key("num_key_value_heads", "size", 32, null=True),
+    "max_positions": Key("max_position_embeddings", "size", 32_768),
+}
+_WINDOW = Key("sliding_window", "size", 4096, null=True)
+_QWEN_WINDOW = {
+    "window": _WINDOW,
+    "used": Key("use_sliding_window", "flag", False),
+    "first": Key("max_window_layers", "integer", 28),
+    "kinds": Key("layer_types", "names", None),
 }
 _LLAMA_FIXED = {
     "norm": "RMSNorm",
@@ -117,47 +143,46 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "mistral": Family(
         prefix="model.",
-        keys=_LLAMA_KEYS,
+        keys=_MISTRAL_KEYS,
         fixed=_LLAMA_FIXED,
         only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
-        sliding="all",
+        window={"window": _WINDOW},
     ),
     "qwen2": Family(
         prefix="model.",
-        keys=_LLAMA_KEYS,
+        keys=_QWEN_KEYS,
         fixed={**_LLAMA_FIXED, "qkv_bias": True},
         only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
-        sliding="layer_types",
+        window=_QWEN_WINDOW,
     ),
     "qwen3": Family(
         prefix="model.",
-        keys=_LLAMA_KEYS,
+        keys=_QWEN_KEYS | {"head_dim": Key("head_dim", "even", 128)},
         fixed={**_LLAMA_FIXED, "qk_norm": True},
         only={"attention_bias": _OUTPUT_BIAS_REFUSED},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS + _QK_NORM_TENSORS,
         ignored=_ROPE_BUFFERS,
-        sliding="layer_types",
+        window=_QWEN_WINDOW,
     ),
     "gpt2": Family(
         prefix="transformer.",
         keys={
-            "hidden": "n_embd",
-            "layers": "n_layer",
-            "heads": "n_head",
-            "kv_heads": "n_head",
-            "ffn": "n_inner",
-            "vocab": "vocab_size",
-            "max_positions": "n_positions",
-            "norm_eps": "layer_norm_epsilon",
-            "activation": "activation_function",
-            "tied": "tie_word_embeddings",
+            "hidden": Key("n_embd", "size", also="hidden_size"),
+            "layers": Key("n_layer", "size", also="num_hidden_layers"),
+            "heads": Key("n_head", "size", also="num_attention_heads"),
+            "ffn": Key("n_inner", "size", None),
+            "vocab": Key("vocab_size", "size"),
+            "max_positions": Key("n_positions", "size", 1024, also="max_position_embeddings"),
+            "norm_eps": Key("layer_norm_epsilon", "number", 1e-5),
+            "activation": Key("activation_function", "text", "gelu_new"),
+            "tied": Key("tie_word_embeddings", "flag", True),
         },
         fixed={
             "norm": "LayerNorm",
@@ -195,17 +220,16 @@ FAMILIES: Mapping[str, Family] = {
     "opt": Family(
         prefix="model.",
         keys={
-            "hidden": "hidden_size",
-            "layers": "num_hidden_layers",
-            "heads": "num_attention_heads",
-            "kv_heads": "num_attention_heads",
-            "ffn": "ffn_dim",
-            "vocab": "vocab_size",
-            "max_positions": "max_position_embeddings",
-            "activation": "activation_function",
-            "qkv_bias": "enable_bias",
-            "linear_bias": "enable_bias",
-            "tied": "tie_word_embeddings",
+            "hidden": Key("hidden_size", "size"),
+            "layers": Key("num_hidden_layers", "size"),
+            "heads": Key("num_attention_heads", "size"),
+            "ffn": Key("ffn_dim", "size"),
+            "vocab": Key("vocab_size", "size"),
+            "max_positions": Key("max_position_embeddings", "size", 2048),
+            "activation": Key("activation_function", "text", "relu"),
+            "qkv_bias": Key("enable_bias", "flag", True),
+            "linear_bias": Key("enable_bias", "flag", True),
+            "tied": Key("tie_word_embeddings", "flag", True),
         },
         fixed={
             "norm": "LayerNorm",
@@ -220,6 +244,9 @@ FAMILIES: Mapping[str, Family] = {
             "do_layer_norm_before": (True, "layer norms after the residual sum, as in opt-350m"),
             "layer_norm_elementwise_affine": (True, "layer norms without weights"),
             "_remove_final_layer_norm": (False, "no final layer norm"),
+        },
+        equal={
+            "word_embed_proj_dim": ("hidden", "a projection between embedding and decoder, as in opt-350m"),
         },
         linears={
             "linear_qkv": (

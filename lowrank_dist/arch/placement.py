@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lowrank_dist.arch.architecture import Architecture
@@ -55,9 +55,9 @@ class LoraRules:
     rank: int
     alpha: float
     targets: str | Sequence[str]
-    rslora: bool
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rslora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
 
 def place(architecture: Architecture, rules: LoraRules) -> tuple[LinearPlacement, ...]:

@@ -59,6 +59,11 @@ class LinearLayout:
         assert (self.group is not None) == (self.interleave == "qkv"), "a qkv layout needs its group, others have none"
         assert len(self.parts) == {"qkv": 3, "gate_up": 2, "none": 1}[self.interleave]
 
+    @property
+    def weights(self) -> int:
+        """Elements of the weight matrix, unsharded."""
+        return self.in_features * self.out_features
+
     def segments(self, tp_rank: int, tp_size: int) -> tuple[Segment, ...]:
         """The rows of rank `tp_rank` in their local order; together they cover its rows exactly once.
 

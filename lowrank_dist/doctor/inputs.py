@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowrank_dist.arch.config_json import read_architecture
+from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.doctor.rows import Row, counted, one_line, size_of
 from lowrank_dist.errors import UserError
 from lowrank_dist.plan.job import Tuning
 from lowrank_dist.plan.methods import adapter_parameters, prefix_parameters, prompt_parameters
+from lowrank_dist.plan.model import read_model
 from lowrank_dist.plan.parameters import frozen_size
-from lowrank_dist.plan.shapes import read_shape
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
@@ -86,15 +88,13 @@ def theta(config: Config) -> list[Row]:
 
 def trained_size(config: Config) -> int:
     """|Θ|. UserError where targets, sizes, model or the adapter to start from do not fit together."""
-    from lowrank_dist.arch.placement import LoraRules, place
-    from lowrank_dist.formats.model_folder import load_architecture
     from lowrank_dist.methods.lora.adopt import adopt_adapter
 
     if config.method != "lora":
         return _sizes(config)[0]
     lora = adopt_adapter(config).lora
     rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
-    placements = place(load_architecture(config.model.path), rules)
+    placements = place(read_architecture(config.model.path), rules)
     specs = [spec for placement in placements for spec in placement.factors]
     return sum(spec.rank * (spec.rows + spec.in_features) for spec in specs)
 
@@ -110,20 +110,20 @@ def checkpoint_bytes(config: Config) -> tuple[int, int]:
         count, stored = _sizes(config)
     if config.method != "full":
         return STATE_BYTES * count + 4 * stored, 4 * stored
-    dtype = read_shape(config.model.path).dtype if config.model.dtype == "auto" else config.model.dtype
+    dtype = read_model(config.model.path).dtype if config.model.dtype == "auto" else config.model.dtype
     return STATE_BYTES * count + {"fp32": 4, "bf16": 2}[dtype] * stored, 0
 
 
 def _sizes(config: Config) -> tuple[int, int]:
     """|Θ| while training and as it is stored, of any method but lora: a prefix' MLP is not stored."""
-    shape = read_shape(config.model.path)
+    architecture = read_architecture(config.model.path)
     if config.method == "full":
-        return (frozen_size(shape),) * 2
+        return (frozen_size(architecture),) * 2
     if config.method in ("adapter_h", "adapter_l"):
         tuning = Tuning(config.method, config.adapter.bottleneck, config.adapter.placement == "sharded")
         if reason := tuning.why_uncut(config.parallel.tensor):
             raise UserError(reason)
-        return (adapter_parameters(shape, tuning.bottleneck, config.method),) * 2
+        return (adapter_parameters(architecture, tuning.bottleneck, config.method),) * 2
     section = config.prefix if config.method == "prefix" else config.prompt
     if config.data.max_length - section.length < 2:
         raise UserError(
@@ -131,8 +131,10 @@ def _sizes(config: Config) -> tuple[int, int]:
             f"data.max_length={config.data.max_length}; give a smaller one"
         )
     if config.method == "prompt":
-        return (prompt_parameters(shape, section.length),) * 2
-    return prefix_parameters(shape, section.length, section.width), prefix_parameters(shape, section.length)
+        return (prompt_parameters(architecture, section.length),) * 2
+    return prefix_parameters(architecture, section.length, section.width), prefix_parameters(
+        architecture, section.length
+    )
 
 
 def layout(config: Config, size: int, local_size: int) -> list[Row]:

@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +19,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig
 
-from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.from_config import architecture_of
 from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.backend.select import quiet_libraries, select_backend
 from lowrank_dist.config import Config
 from lowrank_dist.engine.zero import sum_partial_gradients
-from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.methods.choose import choose
 from lowrank_dist.methods.lora.inject import inject, theta_of
 from lowrank_dist.model.gpt import CausalLM
@@ -43,7 +38,6 @@ from lowrank_dist.plan.layouts import Candidate
 from lowrank_dist.plan.memory import of_microbatch, standing
 from lowrank_dist.plan.parameters import theta_on_rank
 from lowrank_dist.plan.settings import Request
-from lowrank_dist.plan.shapes import BUILT_IN, built_in_config
 from lowrank_dist.plan.step_time import job_flops
 from lowrank_dist.plan.traffic import Message, microbatch_messages, step_messages
 from lowrank_dist.plan.tuned import virtual_positions
@@ -77,7 +71,7 @@ def verification(candidate: Candidate, request: Request) -> dict[str, Any]:
     Both sides are of a CPU's operators: CUDA's norms are fused, save less and need less beside.
     """
     job, tp_rank = replace(candidate.job, device="cpu"), candidate.tp_rank
-    executed = execute(job, request.source, request.config, tp_rank)
+    executed = execute(job, request.config, tp_rank)
     rows = {part: {"formula": value, "executed": executed.parts[part]} for part, value in _parts(job, tp_rank).items()}
     rows["peak"] = {"formula": executed_peak(job, tp_rank), "executed": executed.peak}
     formulas = {
@@ -121,22 +115,21 @@ def microbatch_flops(job: Job) -> int:
     """
     layout = job.layout
     flops = job_flops(replace(job, global_batch=layout.micro_batch * layout.data))
-    more_rows = head_rows(job) - job.shape.vocab / layout.tensor
-    head = (6 if job.tuning.method == "full" else 4) * job.targets * job.shape.hidden * more_rows
+    more_rows = head_rows(job) - job.architecture.vocab / layout.tensor
+    head = (6 if job.tuning.method == "full" else 4) * job.targets * job.architecture.hidden * more_rows
     return round((flops.executed - flops.attention) / layout.ranks + head)
 
 
-def execute(job: Job, source: str, config: Config, tp_rank: int) -> Executed:
-    """Build rank `tp_rank` of the job and run two microbatches and the deferred sum. source: as `find_shape` takes."""
+def execute(job: Job, config: Config, tp_rank: int) -> Executed:
+    """Build rank `tp_rank` of the job and run two microbatches and the deferred sum."""
     quiet_libraries()
-    architecture = _architecture(source)
     with (
         _fake_ranks(job, tp_rank) as topology,
         FakeTensorMode(allow_non_fake_inputs=True),
         _Live() as live,
         _KnownPositions(job, tp_rank),
     ):
-        model, parameters, theta, masks = _build(job, architecture, config, topology)
+        model, parameters, theta, masks = _build(job, config, topology)
         built = live.now
         batch = _batch(job)
         masks.set(0, batch["rows"])
@@ -165,14 +158,6 @@ def execute(job: Job, source: str, config: Config, tp_rank: int) -> Executed:
     return Executed(parts, peak, flops, microbatch, steps)
 
 
-def _architecture(source: str) -> Architecture:
-    if source in BUILT_IN:
-        values = dict(built_in_config(source))
-        return architecture_of(AutoConfig.for_model(values.pop("model_type"), **values), source)
-    path = Path(source)
-    return load_architecture(path if path.is_dir() else path.parent)
-
-
 @contextmanager
 def _fake_ranks(job: Job, tp_rank: int) -> Iterator[Topology]:
     """A job of the planned size in which this process is tensor-parallel rank `tp_rank` of replica 0."""
@@ -188,13 +173,11 @@ def _fake_ranks(job: Job, tp_rank: int) -> Iterator[Topology]:
         dist.destroy_process_group()  # Megatron's are forgotten by the next Topology.build
 
 
-def _build(
-    job: Job, architecture: Architecture, config: Config, topology: Topology
-) -> tuple[CausalLM, tuple[nn.Parameter, ...], int, MaskSource]:
+def _build(job: Job, config: Config, topology: Topology) -> tuple[CausalLM, tuple[nn.Parameter, ...], int, MaskSource]:
     """The model, what is trained, its bytes with buffers of its own, and where dropout comes from."""
     with _made_in(_DTYPES[job.dtype]):
         model = CausalLM(
-            architecture,
+            job.architecture,
             topology,
             dtype=_DTYPES[job.dtype],
             device=torch.device("cpu"),
@@ -202,13 +185,13 @@ def _build(
         )
     model.set_recompute(job.layout.recompute)
     if config.method != "lora":
-        theta = choose(config, architecture).attach(model, topology, resumed=False)
+        theta = choose(config, job.architecture).attach(model, topology, resumed=False)
         return model, theta.parameters, sum(map(_storage_bytes, theta.parameters)), theta.masks
     # Its own `attach` would draw the factors, which takes long for the largest models.
     lora = config.lora
     rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
     masks = MaskSource(0, quantise(lora.dropout))
-    adapted = inject(model, place(architecture, rules), masks, 0, topology.tp_rank, topology.tp_size, job.lanes)
+    adapted = inject(model, place(job.architecture, rules), masks, 0, topology.tp_rank, topology.tp_size, job.lanes)
     parameters = theta_of(adapted)
     buffers = sum(_storage_bytes(buffer) for linear in adapted for buffer in linear.factors.buffers())
     return model, parameters, sum(map(_storage_bytes, parameters)) + buffers, masks

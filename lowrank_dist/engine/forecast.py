@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.config import Config
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.headers import stored_dtype
 from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.hardware import peak_flops
 from lowrank_dist.plan.job import Layout
 from lowrank_dist.plan.memory import memory
+from lowrank_dist.plan.model import Model
 from lowrank_dist.plan.parameters import heaviest_rank
 from lowrank_dist.plan.settings import Request, job_of
-from lowrank_dist.plan.shapes import find_shape
 
 # Beyond this share of what there is, a run does not start: the plan is not that far off (tests hold it to 10 %).
 _CERTAIN = 1.1
@@ -24,10 +26,10 @@ _GIB = 2**30
 class Forecast:
     """The plan of one run as it was launched. memory_line: what it says of memory."""
 
-    def __init__(self, config: Config, topology: Topology, backend: Backend) -> None:
+    def __init__(self, config: Config, architecture: Architecture, topology: Topology, backend: Backend) -> None:
         """Raises UserError where the run does not fit the device by far, unless train.ignore_plan."""
-        source = str(config.model.path)
-        request = Request(source, find_shape(source), config, True)
+        path = config.model.path
+        request = Request(Model(path.name, architecture, stored_dtype(path) or "fp32"), config, True)
         train, self._recompute = config.train, config.engine.recompute == "full"
         layout = Layout(
             topology.tp_size, topology.dp_size, topology.sequence_parallel, train.micro_batch, self._recompute
@@ -66,7 +68,7 @@ class Forecast:
         once a microbatch whatever its tokens, is left out.
         """
         count = step_flops(
-            self._job.shape,
+            self._job.architecture,
             self._job.placement,
             self._job.tuning,
             tokens=tokens,

@@ -1,6 +1,5 @@
 """A local Hugging Face model folder, opened without reading its weights. Nothing remote, no pickle, no remote code."""
 
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -10,11 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.families import FAMILIES, OUTPUT_LAYER
-from lowrank_dist.arch.from_config import architecture_of
+from lowrank_dist.arch.config_json import read_config, read_json, require_folder
+from lowrank_dist.arch.families import OUTPUT_LAYER
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
 
@@ -110,23 +108,6 @@ class Checkpoint:
         return self._open[file]
 
 
-def load_architecture(path: Path) -> Architecture:
-    """The `Architecture` that `path`/config.json describes; raises UserError naming the key it cannot accept."""
-    file = _folder(path) / "config.json"
-    config = _read_json(file, "a Hugging Face model folder holds one; download the model completely")
-    if "model_type" not in config:
-        raise UserError(f"{file}: key model_type is missing: set it to one of {', '.join(FAMILIES)}")
-    if config["model_type"] not in FAMILIES:
-        raise UserError(
-            f"{file}: model_type {config['model_type']!r} is not supported: use a model of one of {', '.join(FAMILIES)}"
-        )
-    try:
-        parsed = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and its validators raise types with no common base
-        raise UserError(f"{file}: transformers cannot read it: {error}; correct config.json") from error
-    return architecture_of(parsed, str(file))
-
-
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open the weights under `path`, checked from the files' headers alone (all problems in one UserError).
 
@@ -134,18 +115,17 @@ def open_checkpoint(path: Path) -> Checkpoint:
     config.json or file; a folder of pickles; an index that is malformed, names a file outside the folder or a tensor
     that its file does not hold; a truncated or malformed file.
     """
-    folder = _folder(path)
-    _read_json(folder / "config.json", "a Hugging Face model folder holds one; download the model completely")
-    if (folder / SINGLE_FILE).is_file():
-        return Checkpoint(folder, _read_header(folder / SINGLE_FILE))
-    index = folder / INDEX_FILE
+    read_config(require_folder(path))
+    if (path / SINGLE_FILE).is_file():
+        return Checkpoint(path, _read_header(path / SINGLE_FILE))
+    index = path / INDEX_FILE
     if not index.is_file():
-        raise UserError(_no_weights(folder))
+        raise UserError(_no_weights(path))
     weight_map = _read_weight_map(index)
     problems, headers = [], {}
     for name in sorted(set(weight_map.values())):
         try:
-            headers[name] = _read_header(folder / name)
+            headers[name] = _read_header(path / name)
         except UserError as error:
             problems.append(f"{error} (named by {INDEX_FILE})")
     for tensor, name in weight_map.items():
@@ -153,29 +133,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
             problems.append(f"{index}: weight_map: tensor {tensor} is not in {name}; download the model again")
     if problems:
         raise UserError("\n".join(problems))
-    return Checkpoint(folder, {tensor: headers[name][tensor] for tensor, name in weight_map.items()})
-
-
-def _folder(path: Path) -> Path:
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder: model.path must be a local Hugging Face model folder")
-    return path
-
-
-def _read_json(file: Path, remedy: str) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"{file}: missing: {remedy}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}; download the model again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; download the model again")
-    return content
+    return Checkpoint(path, {tensor: headers[name][tensor] for tensor, name in weight_map.items()})
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    content = _read_json(index, "download the model again")
+    content = read_json(index, "download the model again")
     if "weight_map" not in content or not isinstance(content["weight_map"], dict) or not content["weight_map"]:
         raise UserError(f"{index}: key weight_map must be an object of tensor names to file names; download it again")
     for tensor, name in content["weight_map"].items():

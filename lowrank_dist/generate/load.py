@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
-from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.methods.read import attach
 from lowrank_dist.model.build import load_model
 from lowrank_dist.model.gpt import CausalLM
@@ -41,7 +41,7 @@ def load(
     """
     words = load_tokenizer(tokenizer or path)
     # No length is refused here: prompts are checked one by one, and decoding applies a sliding window.
-    architecture = load_architecture(path)
+    architecture = read_architecture(path)
     architecture.check_tp(topology.tp_size)
     model = load_model(
         path,

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.base_files import other_files
 from lowrank_dist.formats.fingerprint import fingerprint
 from lowrank_dist.formats.layout import OutputFile, Piece, plan_layout, write_config, write_index
-from lowrank_dist.formats.model_folder import FLOAT_DTYPES, check_checkpoint, load_architecture, open_checkpoint
+from lowrank_dist.formats.model_folder import FLOAT_DTYPES, check_checkpoint, open_checkpoint
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
 from lowrank_dist.merge.options import WeightedAdapter
@@ -80,7 +81,7 @@ def merge(
     _check_distinct(weighted)
     if out.resolve().is_relative_to(base.resolve()):
         raise UserError(f"{out} is or lies in the base folder {base}: give an output path outside it")
-    architecture = load_architecture(base)
+    architecture = read_architecture(base)
     with open_checkpoint(base) as checkpoint:
         check_checkpoint(architecture, checkpoint)
         mapped = {name: checkpoint.file(name) for name in checkpoint.names()}

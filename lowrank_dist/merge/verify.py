@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.formats.safetensors_file import read_header
 from lowrank_dist.merge.options import WeightedAdapter
 
@@ -154,7 +154,7 @@ def _logits(model: nn.Module, samples: Sequence[Tensor]) -> Tensor:
 
 def _samples(base: Path, text: Path | None) -> tuple[str, list[Tensor]]:
     """Where the sample is from, and the token ids of each piece."""
-    architecture = load_architecture(base)
+    architecture = read_architecture(base)
     length = min(_TOKENS, architecture.max_positions)
     lines = SAMPLE if text is None else _lines(text)
     if not any((base / name).is_file() for name in _TOKENIZER_FILES):

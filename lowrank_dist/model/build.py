@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.model_folder import Checkpoint, load_architecture, open_checkpoint
+from lowrank_dist.formats.model_folder import Checkpoint, open_checkpoint
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.model.load import load_weights
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
@@ -65,7 +66,7 @@ def check_model(path: Path, tp_size: int, max_length: int) -> Architecture:
     Raises UserError for what is no model of ours, a tensor-parallel size that does not divide it, or a length that it
     cannot represent.
     """
-    architecture = load_architecture(path)
+    architecture = read_architecture(path)
     architecture.check_tp(tp_size)
     check_length(architecture, path, max_length)
     return architecture

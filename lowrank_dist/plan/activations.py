@@ -7,18 +7,18 @@ l virtual positions, N tensor-parallel ranks, e bytes of an element of the base.
 
 from __future__ import annotations
 
+from lowrank_dist.plan.factors import Layer, gradients, total_rank
 from lowrank_dist.plan.job import Job, head_rows
-from lowrank_dist.plan.placement import Layer, gradients, total_rank
 from lowrank_dist.plan.tuned import norm_elements
 
 
 def saved_of_layer(job: Job, layer: Layer, stream: bool) -> int:
     """Bytes that a layer saves for backward, where its activations are kept."""
-    shape, n, e = job.shape, job.layout.tensor, job.itemsize
-    t, tj, h = job.tokens, job.shard_tokens, job.shape.hidden
+    arch, n, e = job.architecture, job.layout.tensor, job.itemsize
+    t, tj, h = job.tokens, job.shard_tokens, job.architecture.hidden
     qkv, proj, fc1, fc2 = (total_rank(factors) for factors in layer)
     _, attention, after_attention, activation = gradients(layer, stream)
-    heads_out = t * shape.linears["linear_proj"].in_features // n * e
+    heads_out = t * arch.linears["linear_proj"].in_features // n * e
     full = job.tuning.method == "full"
     found = (stream + after_attention) * norm_saves(job, tj, h)
     found += _linear(full, qkv, tj * h * e, t * qkv * e)
@@ -28,14 +28,14 @@ def saved_of_layer(job: Job, layer: Layer, stream: bool) -> int:
     shared = attention and not job.packing
     found += _linear(full, proj, 0 if shared else heads_out, tj * proj * e)
     found += _linear(full, fc1, tj * h * e, t * fc1 * e)
-    inner = t * shape.ffn // n * e
+    inner = t * arch.ffn // n * e
     if activation:
         found += widths(job) * inner
     # ReLU's backward reads its output, which is fc2's input.
-    found += _linear(full, fc2, 0 if activation and shape.activation == "relu" else inner, tj * fc2 * e)
+    found += _linear(full, fc2, 0 if activation and arch.activation == "relu" else inner, tj * fc2 * e)
     if full and e < 4:
         # Weights are fp32 and cast where they are used; the copy is what backward multiplies with.
-        found += e * sum(linear.weights // n for linear in shape.linears.values())
+        found += e * sum(linear.weights // n for linear in arch.linears.values())
     found += job.tuning.bottlenecks * bottleneck(job)
     if job.tuning.method == "adapter_h" and not stream and e < 4:
         found -= e * h * bottleneck_rows(job)  # the lowest sends no gradient on, and keeps no weight to form it
@@ -50,7 +50,7 @@ def bottleneck_rows(job: Job) -> int:
 
 def bottleneck(job: Job) -> int:
     """The inputs of both its products, what its activation saves, and weights that are cast where they are used."""
-    tuning, e, h = job.tuning, job.itemsize, job.shape.hidden
+    tuning, e, h = job.tuning, job.itemsize, job.architecture.hidden
     sharded = tuning.sharded and job.layout.tensor > 1
     rows = bottleneck_rows(job)
     gathered = sharded and sequence_parallel(job)
@@ -67,9 +67,9 @@ def bottleneck(job: Job) -> int:
 
 def widths(job: Job) -> int:
     """What the activation saves, in widths of ffn: Megatron's own expression of a gated one keeps all its steps."""
-    if not job.shape.gated:
+    if not job.architecture.gated:
         return 1
-    return 2 if job.shape.activation == "silu" else 4
+    return 2 if job.architecture.activation == "silu" else 4
 
 
 def _linear(trained: bool, rank: int, x: int, u: int) -> int:
@@ -83,29 +83,29 @@ def norm_saves(job: Job, rows: int, features: int) -> int:
     PyTorch's RMSNorm is fused on CUDA; on a CPU it is written out and saves the input in fp32, and what it multiplies
     with its weight where that is trained, which is then cast.
     """
-    layer_norm = job.shape.norm == "LayerNorm"
+    layer_norm = job.architecture.norm == "LayerNorm"
     itemsize, cast = 4 if written_out(job) else job.itemsize, 0
     if job.tuning.method == "full":
         itemsize += 4 * (job.device == "cpu" and not layer_norm)
-        cast = norm_elements(job.shape) * job.itemsize * (job.itemsize < 4)
+        cast = norm_elements(job.architecture) * job.itemsize * (job.itemsize < 4)
     return cast + rows * features * itemsize + rows * (2 * job.itemsize if layer_norm else 4)
 
 
 def written_out(job: Job) -> bool:
     """Whether norms save a copy of their input in fp32 in place of the input."""
-    return job.device == "cpu" and job.shape.norm == "RMSNorm" and job.itemsize < 4
+    return job.device == "cpu" and job.architecture.norm == "RMSNorm" and job.itemsize < 4
 
 
 def _attention(job: Job, heads_out: int) -> int:
     """q, k, v, the output and log Σ exp of flash attention. v lies inside the fused q, k, v, which it keeps alive."""
-    shape, n, e, t = job.shape, job.layout.tensor, job.itemsize, job.tokens
-    whole_heads = shape.kv_heads >= n
-    fused = t * shape.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
-    keys = t * max(1, shape.kv_heads // n) * shape.head_dim * e
-    found = fused + heads_out + 4 * t * shape.heads // n
+    arch, n, e, t = job.architecture, job.layout.tensor, job.itemsize, job.tokens
+    whole_heads = arch.kv_heads >= n
+    fused = t * arch.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
+    keys = t * max(1, arch.kv_heads // n) * arch.head_dim * e
+    found = fused + heads_out + 4 * t * arch.heads // n
     # q is taken together from between the k and v of every group, unless a head or a group is all there is.
-    copied = whole_heads and shape.kv_heads // n > 1 and shape.heads > shape.kv_heads
-    if not shape.position_rows:
+    copied = whole_heads and arch.kv_heads // n > 1 and arch.heads > arch.kv_heads
+    if not arch.position_rows:
         found += heads_out + keys  # rotated q and k
     elif copied:
         found += heads_out
@@ -114,18 +114,18 @@ def _attention(job: Job, heads_out: int) -> int:
 
 def _head_norms(job: Job, copied: bool) -> int:
     """Of q and k, which lie in the fused q, k, v that is kept alive; copied: q does not."""
-    shape, n, e, t = job.shape, job.layout.tensor, job.itemsize, job.tokens
-    if not shape.qk_norm:
+    arch, n, e, t = job.architecture, job.layout.tensor, job.itemsize, job.tokens
+    if not arch.qk_norm:
         return 0
     in_fp32 = written_out(job)
-    queries = t * (shape.heads // n if shape.kv_heads >= n else shape.heads // shape.kv_heads) * shape.head_dim * e
-    keys = t * max(1, shape.kv_heads // n) * shape.head_dim * e
+    queries = t * (arch.heads // n if arch.kv_heads >= n else arch.heads // arch.kv_heads) * arch.head_dim * e
+    keys = t * max(1, arch.kv_heads // n) * arch.head_dim * e
     widths = 4 // e if in_fp32 else 1
     # In fp32 the norms save q and k where they lie; q perhaps in its copy.
     found = (queries + keys) * widths if in_fp32 else (queries if copied else 0)
     if job.tuning.method == "full" and job.device == "cpu":
         found += (queries + keys) * 4 // e
-    return found + 4 * (queries + keys) // (shape.head_dim * e)
+    return found + 4 * (queries + keys) // (arch.head_dim * e)
 
 
 def _attention_behind_prefix(job: Job, stream: bool) -> int:
@@ -133,15 +133,15 @@ def _attention_behind_prefix(job: Job, stream: bool) -> int:
 
     stream: q, k and v themselves require a gradient, which in the first layer the prefix alone does.
     """
-    shape, n, e = job.shape, job.layout.tensor, job.itemsize
-    whole_heads = shape.kv_heads >= n
+    arch, n, e = job.architecture, job.layout.tensor, job.itemsize
+    whole_heads = arch.kv_heads >= n
     positions = job.tokens + _prefix_positions(job)
-    heads = shape.linears["linear_proj"].in_features // n + max(1, shape.kv_heads // n) * shape.head_dim
-    found = positions * (2 * heads * e + 4 * shape.heads // n)
-    if shape.qk_norm and stream:
-        copied = whole_heads and shape.kv_heads // n > 1 and shape.heads > shape.kv_heads
+    heads = arch.linears["linear_proj"].in_features // n + max(1, arch.kv_heads // n) * arch.head_dim
+    found = positions * (2 * heads * e + 4 * arch.heads // n)
+    if arch.qk_norm and stream:
+        copied = whole_heads and arch.kv_heads // n > 1 and arch.heads > arch.kv_heads
         if not written_out(job):
-            found += job.tokens * shape.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
+            found += job.tokens * arch.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
         found += _head_norms(job, copied)
     return found
 
@@ -153,10 +153,10 @@ def _prefix_positions(job: Job) -> int:
 
 def _kept_of_prefix(job: Job, recompute: bool) -> int:
     """Of the MLP that makes it, its inner activation; and where layers run again what it made, in the base's dtype."""
-    tuning, shape = job.tuning, job.shape
+    tuning, arch = job.tuning, job.architecture
     if not tuning.prefix:
         return 0
-    made = tuning.virtual * 2 * shape.layers * max(1, shape.kv_heads // job.layout.tensor) * shape.head_dim
+    made = tuning.virtual * 2 * arch.layers * max(1, arch.kv_heads // job.layout.tensor) * arch.head_dim
     found = 0 if tuning.width is None else 4 * tuning.virtual * tuning.width
     return found + (made * job.itemsize if recompute and (tuning.width is not None or job.itemsize < 4) else 0)
 
@@ -170,19 +170,22 @@ def activations(job: Job, *, recompute: bool) -> int:
         found += count * (_kept_of_layer(job, layer) if recompute else saved_of_layer(job, layer, stream))
     if job.placement.trains:
         # The final norm's input, and the head's gradient at the targets, which is formed in forward.
-        found += norm_saves(job, job.shard_tokens, job.shape.hidden) + job.targets * job.shape.hidden * job.itemsize
+        found += (
+            norm_saves(job, job.shard_tokens, job.architecture.hidden)
+            + job.targets * job.architecture.hidden * job.itemsize
+        )
     if job.tuning.method == "full":
         # The gradient of the head's weight, likewise; ids and mask of the lookup in a part of the embeddings; and the
         # buffer in which Megatron gathers the inputs of trained linears.
-        found += head_rows(job) * job.shape.hidden * job.itemsize
+        found += head_rows(job) * job.architecture.hidden * job.itemsize
         found += 9 * job.tokens * (job.layout.tensor > 1)
-        found += job.tokens * job.shape.hidden * job.itemsize * sequence_parallel(job)
+        found += job.tokens * job.architecture.hidden * job.itemsize * sequence_parallel(job)
     found += _kept_of_prefix(job, recompute)
     rotates_back = any(gradients(layer, stream)[1] for layer, stream, _ in job.placement.kinds)
-    if rotates_back and not job.shape.position_rows:
+    if rotates_back and not job.architecture.position_rows:
         # cos and sin of half a head each; packed rows have positions of their own.
         rows = job.layout.micro_batch if job.packing else 1
-        found += rows * job.sequence_length * job.shape.head_dim * job.itemsize
+        found += rows * job.sequence_length * job.architecture.head_dim * job.itemsize
     return found
 
 
@@ -190,7 +193,7 @@ def _kept_of_layer(job: Job, layer: Layer) -> int:
     """Where activations are recomputed: a layer's input, and U_j of its row-parallel linears, which their second half
     keeps beside the graph so that nothing asks for the reduction again (parallel/autograd.py).
     """
-    columns = job.shape.hidden + (total_rank(layer[1]) + total_rank(layer[3]) if sequence_parallel(job) else 0)
+    columns = job.architecture.hidden + (total_rank(layer[1]) + total_rank(layer[3]) if sequence_parallel(job) else 0)
     return job.shard_tokens * columns * job.itemsize
 
 

@@ -52,26 +52,26 @@ def describe(
 
 
 def _model(job: Job) -> dict[str, Any]:
-    shape = job.shape
+    arch = job.architecture
     return {
-        "name": shape.name,
-        "family": shape.family,
-        "layers": shape.layers,
-        "hidden": shape.hidden,
+        "name": job.name,
+        "family": arch.family,
+        "layers": arch.layers,
+        "hidden": arch.hidden,
         "dtype": job.dtype,
-        "parameters": frozen_size(shape),
-        "parameters_by_part": frozen_parameters(shape),
+        "parameters": frozen_size(arch),
+        "parameters_by_part": frozen_parameters(arch),
     }
 
 
 def _trained(job: Job) -> dict[str, Any]:
     """by_module: of low-rank updates by the module that has them, of full fine-tuning by part of the model."""
-    size, method, trained = frozen_size(job.shape), job.tuning.method, trained_parameters(job)
+    size, method, trained = frozen_size(job.architecture), job.tuning.method, trained_parameters(job)
     parts = {method: trained}
     if method == "lora":
         parts = job.placement.by_module()
     elif method == "full":
-        parts = frozen_parameters(job.shape)
+        parts = frozen_parameters(job.architecture)
     return {
         "method": method,
         "parameters": trained,
@@ -166,7 +166,7 @@ def _state(job: Job) -> dict[str, float]:
     """Bytes of weights, gradients, masters and moments of a replica, however sharded: as planned and of full training,
     where Φ itself is fp32.
     """
-    size, method = frozen_size(job.shape), job.tuning.method
+    size, method = frozen_size(job.architecture), job.tuning.method
     full = (4 + 4 + 12) * size
     planned = full if method == "full" else job.itemsize * size + (4 + 4 + 12) * trained_parameters(job)
     return {
@@ -179,7 +179,7 @@ def _state(job: Job) -> dict[str, float]:
 
 def _tensor(job: Job, cluster: Cluster) -> dict[str, Any]:
     largest = min(_LARGEST_TENSOR, cluster.gpus)
-    why_not, legal = tensor_sizes(job.shape, largest)
+    why_not, legal = tensor_sizes(job.architecture, largest)
     return {
         "legal": [size for size in legal if cluster.gpus % size == 0],
         "not": {size: f"does not divide {reason}" for size, reason in why_not.items()}
@@ -188,7 +188,7 @@ def _tensor(job: Job, cluster: Cluster) -> dict[str, Any]:
 
 
 def _method(plan: MethodPlan, job: Job) -> dict[str, Any]:
-    found = asdict(plan) | {"percent": 100 * plan.trained / frozen_size(job.shape)}
+    found = asdict(plan) | {"percent": 100 * plan.trained / frozen_size(job.architecture)}
     if job.device == "cpu":
         del found["seconds"]
     return found

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.plan.factors import Layer, Placement, gradients
 from lowrank_dist.plan.job import Tuning
-from lowrank_dist.plan.placement import Layer, Placement, gradients
-from lowrank_dist.plan.shapes import LINEARS, Shape
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FlopCount:
 
 
 def step_flops(
-    shape: Shape,
+    arch: Architecture,
     placement: Placement,
     tuning: Tuning,
     *,
@@ -46,23 +46,23 @@ def step_flops(
     Sums may run over any number of microbatches, steps and ranks: the count is linear in all three. The MLP of a
     prefix, which runs once a microbatch whatever its tokens, is apart (`prefix_flops`).
     """
-    linears = {name: shape.linears[name].weights for name in LINEARS}
+    linears = [layout.weights for layout in arch.linears.values()]
     full = tuning.method == "full"
-    forward_linears = 2 * tokens * sum(linears.values())
-    forward_attention = 2 * (square_lengths + 2 * tokens * tuning.prefix) * shape.heads * shape.head_dim
-    vocabulary = 2 * target_tokens * shape.vocab * shape.hidden
+    forward_linears = 2 * tokens * sum(linears)
+    forward_attention = 2 * (square_lengths + 2 * tokens * tuning.prefix) * arch.heads * arch.head_dim
+    vocabulary = 2 * target_tokens * arch.vocab * arch.hidden
     executed = model = vocabulary * (1 + placement.trains + full)
     attention = 0
     for layer, stream, count in placement.kinds:
-        forward = forward_linears + _low_rank_forward(layer, tokens) + _bottlenecks(shape, tuning, tokens)
+        forward = forward_linears + _low_rank_forward(layer, tokens) + _bottlenecks(arch, tuning, tokens)
         needs = gradients(layer, stream)
-        backward = sum(2 * tokens * linears[name] for name, dx in zip(LINEARS, needs, strict=True) if dx)
-        backward += _low_rank_backward(layer, needs, tokens) + _bottlenecks_backward(shape, tuning, stream, tokens)
+        backward = sum(2 * tokens * weights for weights, dx in zip(linears, needs, strict=True) if dx)
+        backward += _low_rank_backward(layer, needs, tokens) + _bottlenecks_backward(arch, tuning, stream, tokens)
         backward += forward_linears * full
         model += count * (forward + backward + forward_attention * (3 if needs[1] else 1))
         again = recompute and (stream or any(layer))
         # Non-reentrant checkpoint stops at the last tensor that was saved: before the last bottleneck's last product.
-        repeated = forward - _product(shape, tuning, tokens) * bool(tuning.bottlenecks)
+        repeated = forward - _product(arch, tuning, tokens) * bool(tuning.bottlenecks)
         # Flash attention's backward: five products, the scores' among them, where forward has two.
         executed += count * (forward + backward + again * repeated)
         attention += count * forward_attention * (1 + again)
@@ -70,26 +70,26 @@ def step_flops(
     return FlopCount(executed + attention, model, attention)
 
 
-def prefix_flops(shape: Shape, tuning: Tuning) -> tuple[int, int]:
+def prefix_flops(arch: Architecture, tuning: Tuning) -> tuple[int, int]:
     """Of one microbatch, forward and backward of the MLP that makes a prefix: what every tensor-parallel rank repeats,
     and what is cut over them.
     """
     if not tuning.prefix or tuning.width is None:
         return 0, 0
     once = 3 * 2 * tuning.virtual * tuning.width
-    return once * shape.hidden, once * 2 * shape.layers * shape.kv_heads * shape.head_dim
+    return once * arch.hidden, once * 2 * arch.layers * arch.kv_heads * arch.head_dim
 
 
-def replicated_flops(shape: Shape, placement: Placement, tuning: Tuning, *, tokens: int, recompute: bool) -> int:
+def replicated_flops(arch: Architecture, placement: Placement, tuning: Tuning, *, tokens: int, recompute: bool) -> int:
     """FLOPs that every tensor-parallel rank repeats without sequence parallelism: those of the replicated factors,
     A of column- and B of row-parallel linears, and of replicated bottlenecks, which then see all tokens everywhere.
     """
     found = 0
     for layer, stream, count in placement.kinds:
         if tuning.bottlenecks and not tuning.sharded:
-            forward = _bottlenecks(shape, tuning, tokens)
-            again = (forward - _product(shape, tuning, tokens)) * recompute
-            found += count * (forward + again + _bottlenecks_backward(shape, tuning, stream, tokens))
+            forward = _bottlenecks(arch, tuning, tokens)
+            again = (forward - _product(arch, tuning, tokens)) * recompute
+            found += count * (forward + again + _bottlenecks_backward(arch, tuning, stream, tokens))
         forwards = 2 if recompute and (stream or any(layer)) else 1
         for index, (factors, needs_dx) in enumerate(zip(layer, gradients(layer, stream), strict=True)):
             column = index % 2 == 0
@@ -115,16 +115,16 @@ def _low_rank_backward(layer: Layer, needs: tuple[bool, ...], tokens: int) -> in
     return found
 
 
-def _product(shape: Shape, tuning: Tuning, tokens: int) -> int:
+def _product(arch: Architecture, tuning: Tuning, tokens: int) -> int:
     """One product of a bottleneck: [T, H] by [H, m] or [T, m] by [m, H]."""
-    return 2 * tokens * shape.hidden * tuning.bottleneck
+    return 2 * tokens * arch.hidden * tuning.bottleneck
 
 
-def _bottlenecks(shape: Shape, tuning: Tuning, tokens: int) -> int:
-    return 2 * tuning.bottlenecks * _product(shape, tuning, tokens)
+def _bottlenecks(arch: Architecture, tuning: Tuning, tokens: int) -> int:
+    return 2 * tuning.bottlenecks * _product(arch, tuning, tokens)
 
 
-def _bottlenecks_backward(shape: Shape, tuning: Tuning, stream: bool, tokens: int) -> int:
+def _bottlenecks_backward(arch: Architecture, tuning: Tuning, stream: bool, tokens: int) -> int:
     """dX and dW of both products; the lowest bottleneck needs no dX, unless a trained norm is before it."""
     lowest = not stream and tuning.method == "adapter_h"
-    return 2 * _bottlenecks(shape, tuning, tokens) - lowest * _product(shape, tuning, tokens)
+    return 2 * _bottlenecks(arch, tuning, tokens) - lowest * _product(arch, tuning, tokens)

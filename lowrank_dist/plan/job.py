@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from lowrank_dist.plan.placement import Placement
-from lowrank_dist.plan.shapes import Shape
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.architecture import padded_vocab as padded_rows
+from lowrank_dist.plan.factors import Placement
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 MethodName = Literal["lora", "full", "adapter_h", "adapter_l", "prefix", "prompt"]
@@ -80,12 +81,15 @@ class Decoding:
 class Job:
     """One optimizer step to be planned. Every row is taken as long as `length` allows, virtual positions included.
 
+    name, stored_dtype: of the model, and the element type of its weights in the files; dtype: that in which they run.
     target_share: the part of the tokens that is trained on, and hence reaches the vocabulary. reduce_bucket: elements,
     None for |Θ| on the rank. device: whose operators run. lanes: factors beside the weights (parallel/lanes.py).
     packing: several samples a row. decoding: what evaluations generate, or None.
     """
 
-    shape: Shape
+    architecture: Architecture
+    name: str
+    stored_dtype: Literal["fp32", "bf16"]
     placement: Placement
     layout: Layout
     global_batch: int
@@ -139,10 +143,9 @@ class Job:
 
 def padded_vocab(job: Job) -> int:
     """Embedding rows over all ranks, as Megatron pads them."""
-    step = job.vocab_multiple * job.layout.tensor
-    return math.ceil(job.shape.vocab / step) * step
+    return padded_rows(job.architecture.vocab, job.vocab_multiple, job.layout.tensor)
 
 
 def head_rows(job: Job) -> int:
     """Rows of the vocabulary projection that the fullest rank multiplies with (padding is cut off)."""
-    return min(padded_vocab(job) // job.layout.tensor, job.shape.vocab)
+    return min(padded_vocab(job) // job.layout.tensor, job.architecture.vocab)

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.plan.hardware import Gpu, usable
 from lowrank_dist.plan.job import Job, Layout
 from lowrank_dist.plan.memory import Memory, memory
 from lowrank_dist.plan.parameters import heaviest_rank
-from lowrank_dist.plan.shapes import Shape
 from lowrank_dist.plan.step_time import StepTime, step_time
 
 _LARGEST_CLUSTER = 512  # nodes, up to which a larger one is looked for
@@ -80,38 +80,16 @@ class Choice:
         return self.best.short == 0
 
 
-def tensor_sizes(shape: Shape, largest: int) -> tuple[dict[int, str], list[int]]:
+def tensor_sizes(arch: Architecture, largest: int) -> tuple[dict[int, str], list[int]]:
     """For every size up to `largest` that cannot be, why not; and the sizes that can."""
     why_not, legal = {}, []
     for size in range(1, largest + 1):
-        reason = why_illegal(shape, size)
+        reason = arch.indivisible_by(size)
         if reason is None:
             legal.append(size)
         else:
             why_not[size] = reason
     return why_not, legal
-
-
-def why_illegal(shape: Shape, tensor: int) -> str | None:
-    """Why the model cannot be cut into `tensor` parts, or None."""
-    if shape.heads % tensor:
-        return f"{shape.heads} attention heads"
-    if shape.ffn % tensor:
-        return f"ffn {shape.ffn}"
-    if shape.kv_heads % tensor == 0:
-        return None
-    rows = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    if tensor % shape.kv_heads or rows % tensor:
-        return f"{shape.kv_heads} key/value heads"
-    return None
-
-
-def check_tensor(shape: Shape, tensor: int) -> None:
-    """Raise UserError where `tensor` does not divide the model."""
-    reason = why_illegal(shape, tensor)
-    if reason is not None:
-        legal = ", ".join(map(str, tensor_sizes(shape, shape.heads)[1]))
-        raise UserError(f"parallel.tensor: {tensor} does not divide {shape.name} ({reason}); it may be {legal}")
 
 
 def choose(job: Job, fixed: Fixed, cluster: Cluster) -> Choice:
@@ -121,7 +99,7 @@ def choose(job: Job, fixed: Fixed, cluster: Cluster) -> Choice:
     what is fixed fits no layout at all.
     """
     if fixed.tensor is not None:
-        check_tensor(job.shape, fixed.tensor)
+        job.architecture.check_tp(fixed.tensor)
     candidates = [Candidate(replace(job, layout=layout), cluster) for layout in _layouts(job, fixed, cluster)]
     if not candidates:
         raise UserError(_no_layout(job, fixed, cluster))
@@ -141,9 +119,7 @@ def _kind(layout: Layout) -> tuple[int, bool, bool]:
 
 
 def _layouts(job: Job, fixed: Fixed, cluster: Cluster) -> Iterator[Layout]:
-    sizes = (
-        [fixed.tensor] if fixed.tensor is not None else tensor_sizes(job.shape, min(cluster.gpus, job.shape.heads))[1]
-    )
+    sizes = (fixed.tensor,) if fixed.tensor is not None else job.architecture.legal_tp_sizes(cluster.gpus)
     for tensor in sizes:
         if cluster.gpus % tensor or job.tuning.why_uncut(tensor):
             continue

@@ -21,10 +21,9 @@ from lowrank_dist.plan.activations import (
     widths,
     written_out,
 )
+from lowrank_dist.plan.factors import Layer, total_rank
 from lowrank_dist.plan.job import Decoding, Job, head_rows, padded_vocab
 from lowrank_dist.plan.parameters import ThetaOnRank, frozen_on_rank, theta_on_rank
-from lowrank_dist.plan.placement import Layer, total_rank
-from lowrank_dist.plan.shapes import LINEARS
 from lowrank_dist.plan.traffic import logit_block
 from lowrank_dist.plan.zero import bucket_size, partition_elements
 
@@ -86,7 +85,7 @@ def standing(job: Job, theta: ThetaOnRank) -> dict[str, int]:
 
 def frozen_bytes(job: Job) -> int:
     """Φ on a rank; with rotary positions their frequencies in fp32. Where Φ is trained, these alone."""
-    frequencies = 0 if job.shape.position_rows else 2 * job.shape.head_dim
+    frequencies = 0 if job.architecture.position_rows else 2 * job.architecture.head_dim
     return frequencies + (0 if job.tuning.method == "full" else job.itemsize * frozen_on_rank(job))
 
 
@@ -96,8 +95,7 @@ def _lanes(job: Job) -> int:
         return 0
     n, found = job.layout.tensor, 0
     for layer, _, count in job.placement.kinds:
-        for name, factors in zip(LINEARS, layer, strict=True):
-            linear = job.shape.linears[name]
+        for linear, factors in zip(job.architecture.linears.values(), layer, strict=True):
             side = linear.out_features if linear.kind == "column" else linear.in_features
             found += count * total_rank(factors) * side // n
     return job.itemsize * found
@@ -118,11 +116,13 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
     if recompute and (stream or any(top)):
         layer = saved_of_layer(job, top, stream)
         if stream and not written_out(job):
-            layer -= job.shard_tokens * job.shape.hidden * job.itemsize  # the norm's input is the layer's, kept anyway
+            layer -= (
+                job.shard_tokens * job.architecture.hidden * job.itemsize
+            )  # the norm's input is the layer's, kept anyway
     # Once backward is past the final norm, what that saved is free; past it comes the bottleneck behind the top MLP.
-    below = kept + layer - norm_saves(job, job.shard_tokens, job.shape.hidden)
+    below = kept + layer - norm_saves(job, job.shard_tokens, job.architecture.hidden)
     behind_mlp = below - (bottleneck(job) if job.tuning.bottlenecks else 0)
-    if job.tuning.method == "full" and job.shape.tied:
+    if job.tuning.method == "full" and job.architecture.tied:
         # The head's part of the embeddings' gradient waits for the lookup's, until backward is over.
         behind_mlp += 4 * _head_weight(job)
     found = [
@@ -142,7 +142,7 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
     if job.microbatches > 1:
         return [*found[:3], *layers]
     # Of a step's only microbatch: gradients come as backward goes down. The head's are there from the top layer on.
-    of_head = 4 * _head_weight(job) * (job.tuning.method == "full" and not job.shape.tied)
+    of_head = 4 * _head_weight(job) * (job.tuning.method == "full" and not job.architecture.tied)
     missing = -4 * theta_on_rank(job, tp_rank).elements
     lowest, into_lowest, _ = job.placement.kinds[0]
     last = _mlp_backward(job, lowest, saved_of_layer(job, lowest, into_lowest))
@@ -155,7 +155,7 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
 
 def _head(job: Job, kept: int) -> Moment:
     """Loss and its gradient, one block of target positions at a time."""
-    e, h = job.itemsize, job.shape.hidden
+    e, h = job.itemsize, job.architecture.hidden
     rows, positions = head_rows(job), min(job.targets, logit_block(job))
     own = positions * h
     exponentials = 4 * positions * rows
@@ -175,7 +175,7 @@ def _head(job: Job, kept: int) -> Moment:
 
 def _head_backward(job: Job, kept: int) -> Moment:
     """dH at the targets spread over all tokens: the zeros, and the sum with what is put into them."""
-    working = 2 * job.tokens * job.shape.hidden * job.itemsize
+    working = 2 * job.tokens * job.architecture.hidden * job.itemsize
     if job.tuning.method == "full":
         # dW beside it, with padding, and in fp32.
         working += _head_weight(job) * (job.itemsize + 4 if job.itemsize < 4 else 4)
@@ -184,26 +184,26 @@ def _head_backward(job: Job, kept: int) -> Moment:
 
 def _norm_backward(job: Job) -> int:
     """dX of a norm over T_j tokens; an RMSNorm that is written out (on a CPU) goes through five products in fp32."""
-    elements = job.shard_tokens * job.shape.hidden
-    if job.device == "cpu" and job.shape.norm == "RMSNorm":
+    elements = job.shard_tokens * job.architecture.hidden
+    if job.device == "cpu" and job.architecture.norm == "RMSNorm":
         return elements * 5 * 4
     return elements * 3 * job.itemsize
 
 
 def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
     """The topmost layer's MLP: gradients as wide as ffn beside nearly all that was saved."""
-    shape, e, t = job.shape, job.itemsize, job.tokens
+    arch, e, t = job.architecture, job.itemsize, job.tokens
     fc1, fc2 = total_rank(top[2]), total_rank(top[3])
-    inner = t * shape.ffn // job.layout.tensor * e
-    residual = job.shard_tokens * shape.hidden * e
+    inner = t * arch.ffn // job.layout.tensor * e
+    residual = job.shard_tokens * arch.hidden * e
     full = job.tuning.method == "full"
     freed = inner if fc2 or full else 0  # fc2's input, once fc2 is behind
     # A trained weight's gradient in the base's dtype, then in fp32, when the gradient of fc1's output is free.
-    weight = shape.linears["linear_fc1"].weights // job.layout.tensor * full
+    weight = arch.linears["linear_fc1"].weights // job.layout.tensor * full
     grown = weight * e + (max(0, 4 * weight - widths(job) * inner) if e < 4 else 0)
     # dY and dX, and a product on the way where two factors meet.
-    wide = 4 if shape.gated else 2
-    whole, sequence = t * shape.hidden * e, sequence_parallel(job)
+    wide = 4 if arch.gated else 2
+    whole, sequence = t * arch.hidden * e, sequence_parallel(job)
     # On a CPU a product that is a part of a message is computed apart and copied into it.
     apart = whole if sequence and job.device == "cpu" and not job.lanes else 0
     candidates = [
@@ -221,7 +221,7 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
 
 def _bottleneck_backward(job: Job, kept: int) -> Moment:
     """The topmost bottleneck: its output's gradient, and its input's; where it is cut, one of them of all tokens."""
-    e, hidden = job.itemsize, job.shape.hidden
+    e, hidden = job.itemsize, job.architecture.hidden
     whole = job.tokens * hidden * e if job.tuning.sharded and sequence_parallel(job) else 0
     working = (2 if whole == 0 else 1) * job.shard_tokens * hidden * e
     parts = {"activations": kept, "communication buffers": whole, "working memory": working}
@@ -231,15 +231,15 @@ def _bottleneck_backward(job: Job, kept: int) -> Moment:
 def _attention_backward(job: Job, top: Layer, stream: bool, kept: int) -> Moment:
     """The norm between attention and MLP: what the MLP saved is free, the norm's products are as wide as H."""
     mlp_only = saved_of_layer(job, ((), (), *top[2:]), True) - saved_of_layer(job, ((), (), (), ()), True)
-    inner = job.tokens * job.shape.ffn // job.layout.tensor * job.itemsize
+    inner = job.tokens * job.architecture.ffn // job.layout.tensor * job.itemsize
     freed = (mlp_only + widths(job) * inner) if stream or any(top) else 0
     return Moment("backward of the top attention", {"activations": kept - freed, "working memory": _norm_backward(job)})
 
 
 def _recomputation(job: Job, top: Layer, kept: int) -> Moment:
     """The end of the topmost layer's second forward: fc2's product, while the gradient that asked for it waits."""
-    e, whole = job.itemsize, job.tokens * job.shape.hidden * job.itemsize
-    residual = (2 if written_out(job) else 1) * job.shard_tokens * job.shape.hidden * e
+    e, whole = job.itemsize, job.tokens * job.architecture.hidden * job.itemsize
+    residual = (2 if written_out(job) else 1) * job.shard_tokens * job.architecture.hidden * e
     waiting, product = _message(job, total_rank(top[3])), _message(job, total_rank(top[3]))
     apart = whole if sequence_parallel(job) and job.device == "cpu" and not job.lanes and top[3] else 0
     working = residual + apart + (0 if sequence_parallel(job) else whole)
@@ -249,7 +249,7 @@ def _recomputation(job: Job, top: Layer, kept: int) -> Moment:
 
 def _message(job: Job, rank: int) -> int:
     """[T, H + R] under sequence parallelism, whole on the rank that gathers it or gives it away."""
-    return job.tokens * (job.shape.hidden + rank) * job.itemsize if sequence_parallel(job) else 0
+    return job.tokens * (job.architecture.hidden + rank) * job.itemsize if sequence_parallel(job) else 0
 
 
 def _step(job: Job, tp_rank: int) -> Moment:
@@ -269,17 +269,17 @@ def _prompts(job: Job, decoding: Decoding, theta: ThetaOnRank) -> Moment:
     Their keys and values have their place, and that of the tokens to come, from the beginning. Nothing is saved for
     backward, gradients are gone, and there is no sequence parallelism.
     """
-    shape, n, e = job.shape, job.layout.tensor, job.itemsize
-    stream = decoding.batch * job.row * shape.hidden * e
-    inner = decoding.batch * job.row * shape.ffn // n * e
-    columns = min(job.length + decoding.new_tokens, shape.max_positions) - 1
-    heads = max(1, shape.kv_heads // n)
-    kept = 2 * shape.layers * decoding.batch * heads * columns * shape.head_dim * e
+    arch, n, e = job.architecture, job.layout.tensor, job.itemsize
+    stream = decoding.batch * job.row * arch.hidden * e
+    inner = decoding.batch * job.row * arch.ffn // n * e
+    columns = min(job.length + decoding.new_tokens, arch.max_positions) - 1
+    heads = max(1, arch.kv_heads // n)
+    kept = 2 * arch.layers * decoding.batch * heads * columns * arch.head_dim * e
     # The embeddings, the layer's input and that of its MLP, the norm of it; and the activation beside its own input.
-    working = 4 * stream + (3 if shape.gated else 2) * inner
+    working = 4 * stream + (3 if arch.gated else 2) * inner
     if job.tuning.bottlenecks:
         # A sublayer's output on its way through the bottleneck, with and without its bias.
-        working = max(working, (8 + shape.linear_bias) * stream)
+        working = max(working, (8 + arch.linear_bias) * stream)
     if job.tuning.method == "full" and e < 4:
         working = max(working, stream + e * _head_weight(job))  # the head's cast
     parts = {
@@ -292,4 +292,4 @@ def _prompts(job: Job, decoding: Decoding, theta: ThetaOnRank) -> Moment:
 
 def _head_weight(job: Job) -> int:
     """Elements of the head on a rank, padding included."""
-    return padded_vocab(job) // job.layout.tensor * job.shape.hidden
+    return padded_vocab(job) // job.layout.tensor * job.architecture.hidden

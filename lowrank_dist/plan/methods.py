@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.plan.factors import joined, on_every_linear
 from lowrank_dist.plan.job import Job, Tuning
 from lowrank_dist.plan.layouts import Candidate
 from lowrank_dist.plan.parameters import frozen_size
-from lowrank_dist.plan.placement import joined, place
-from lowrank_dist.plan.shapes import Shape
 from lowrank_dist.plan.step_time import job_flops
 from lowrank_dist.plan.traffic import layer_calls
 
@@ -54,49 +54,49 @@ class MethodPlan:
     seconds: float
 
 
-def adapter_parameters(shape: Shape, bottleneck: int, method: Literal["adapter_h", "adapter_l"]) -> int:
+def adapter_parameters(arch: Architecture, bottleneck: int, method: Literal["adapter_h", "adapter_l"]) -> int:
     """(2·H·m + m + H) for each bottleneck, and 2·H for each LayerNorm of adapter_l (Hu et al. 2021, section 5.1)."""
-    bottlenecks = shape.layers * (2 if method == "adapter_h" else 1)
-    norms = shape.layers if method == "adapter_l" else 0
-    return bottlenecks * (2 * shape.hidden * bottleneck + bottleneck + shape.hidden) + norms * 2 * shape.hidden
+    bottlenecks = arch.layers * (2 if method == "adapter_h" else 1)
+    norms = arch.layers if method == "adapter_l" else 0
+    return bottlenecks * (2 * arch.hidden * bottleneck + bottleneck + arch.hidden) + norms * 2 * arch.hidden
 
 
-def prefix_parameters(shape: Shape, virtual: int, reparametrised: int | None = None) -> int:
+def prefix_parameters(arch: Architecture, virtual: int, reparametrised: int | None = None) -> int:
     """Keys and values, 2·L·l·(key/value heads × head width). While training with the MLP of width w: an embedding
     [l, H], and H → w → 2·L·(key/value width) with biases.
     """
-    keys = 2 * shape.layers * shape.kv_heads * shape.head_dim
+    keys = 2 * arch.layers * arch.kv_heads * arch.head_dim
     if reparametrised is None:
         return virtual * keys
-    return virtual * shape.hidden + (shape.hidden + 1) * reparametrised + (reparametrised + 1) * keys
+    return virtual * arch.hidden + (arch.hidden + 1) * reparametrised + (reparametrised + 1) * keys
 
 
-def prompt_parameters(shape: Shape, virtual: int) -> int:
+def prompt_parameters(arch: Architecture, virtual: int) -> int:
     """l·H."""
-    return virtual * shape.hidden
+    return virtual * arch.hidden
 
 
 def trained_parameters(job: Job) -> int:
     """|Θ| while it is trained, unsharded: with the MLP of a prefix."""
-    tuning, shape = job.tuning, job.shape
+    tuning, arch = job.tuning, job.architecture
     if tuning.method == "lora":
         return job.placement.elements
     if tuning.method == "full":
-        return frozen_size(shape)
+        return frozen_size(arch)
     if tuning.method == "prefix":
-        return prefix_parameters(shape, tuning.virtual, tuning.width)
+        return prefix_parameters(arch, tuning.virtual, tuning.width)
     return stored_parameters(job)
 
 
 def stored_parameters(job: Job) -> int:
     """|Θ| as others load it: a prefix without its MLP."""
-    tuning, shape = job.tuning, job.shape
+    tuning, arch = job.tuning, job.architecture
     if tuning.method in ("adapter_h", "adapter_l"):
-        return adapter_parameters(shape, tuning.bottleneck, tuning.method)
+        return adapter_parameters(arch, tuning.bottleneck, tuning.method)
     if tuning.method == "prefix":
-        return prefix_parameters(shape, tuning.virtual)
+        return prefix_parameters(arch, tuning.virtual)
     if tuning.method == "prompt":
-        return prompt_parameters(shape, tuning.virtual)
+        return prompt_parameters(arch, tuning.virtual)
     return trained_parameters(job)
 
 
@@ -124,9 +124,9 @@ def _others(job: Job, sizes: Sizes) -> Iterator[Job]:
         if tuning.method == own.method:
             tuning = replace(own, sharded=tuning.sharded)
         placement = (
-            place(job.shape, rank=sizes.rank, targets="all-linear")
+            on_every_linear(job.architecture, sizes.rank)
             if tuning.method == "lora"
-            else joined(job.shape, tuning.method)
+            else joined(job.architecture, tuning.method)
         )
         yield replace(job, tuning=tuning, placement=placement)
 
@@ -143,7 +143,8 @@ def _plan(candidate: Candidate) -> MethodPlan:
         stored_parameters(job),
         candidate.memory.total,
         candidate.short == 0,
-        layer_calls(job) - layer_calls(replace(job, tuning=Tuning("prompt"), placement=joined(job.shape, "prompt"))),
+        layer_calls(job)
+        - layer_calls(replace(job, tuning=Tuning("prompt"), placement=joined(job.architecture, "prompt"))),
         job_flops(job).executed,
         candidate.time.seconds,
     )

@@ -5,44 +5,45 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.rows import LinearLayout
+from lowrank_dist.plan.factors import Factor, Layer, total_rank
 from lowrank_dist.plan.job import Job, padded_vocab
-from lowrank_dist.plan.placement import Factor, Layer, total_rank
-from lowrank_dist.plan.shapes import LINEARS, Shape
 from lowrank_dist.plan.tuned import norm_elements, parameters
 
 
-def frozen_parameters(shape: Shape) -> dict[str, int]:
+def frozen_parameters(arch: Architecture) -> dict[str, int]:
     """|Φ| by part, unsharded and without padding of the vocabulary."""
     found = {
-        "embeddings": shape.vocab * shape.hidden + shape.position_rows * shape.hidden,
+        "embeddings": arch.vocab * arch.hidden + arch.position_rows * arch.hidden,
         "attention": 0,
         "MLP": 0,
         "biases and norms": 0,
-        "output layer": 0 if shape.tied else shape.vocab * shape.hidden,
+        "output layer": 0 if arch.tied else arch.vocab * arch.hidden,
     }
-    for name, linear in shape.linears.items():
+    for name, linear in arch.linears.items():
         part = "attention" if name in ("linear_qkv", "linear_proj") else "MLP"
-        found[part] += shape.layers * linear.weights
-        found["biases and norms"] += shape.layers * linear.bias * linear.out_features
-    found["biases and norms"] += (2 * shape.layers + 1) * norm_elements(shape)
-    found["biases and norms"] += 2 * shape.layers * shape.head_dim * shape.qk_norm
+        found[part] += arch.layers * linear.weights
+        found["biases and norms"] += arch.layers * linear.bias * linear.out_features
+    found["biases and norms"] += (2 * arch.layers + 1) * norm_elements(arch)
+    found["biases and norms"] += 2 * arch.layers * arch.head_dim * arch.qk_norm
     return found
 
 
-def frozen_size(shape: Shape) -> int:
+def frozen_size(arch: Architecture) -> int:
     """|Φ|."""
-    return sum(frozen_parameters(shape).values())
+    return sum(frozen_parameters(arch).values())
 
 
 def frozen_on_rank(job: Job) -> int:
     """Elements of Φ on a rank, padded vocabulary rows included; the same on every rank."""
-    shape, n = job.shape, job.layout.tensor
-    layer = 2 * norm_elements(shape) + 2 * shape.head_dim * shape.qk_norm
-    for linear in shape.linears.values():
+    arch, n = job.architecture, job.layout.tensor
+    layer = 2 * norm_elements(arch) + 2 * arch.head_dim * arch.qk_norm
+    for linear in arch.linears.values():
         sharded_bias = linear.out_features // (n if linear.kind == "column" else 1)
         layer += linear.weights // n + linear.bias * sharded_bias
-    vocabulary = padded_vocab(job) // n * shape.hidden * (1 if shape.tied else 2)
-    return shape.layers * layer + norm_elements(shape) + vocabulary + shape.position_rows * shape.hidden
+    vocabulary = padded_vocab(job) // n * arch.hidden * (1 if arch.tied else 2)
+    return arch.layers * layer + norm_elements(arch) + vocabulary + arch.position_rows * arch.hidden
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,13 @@ def parameter_sizes(job: Job, tp_rank: int) -> tuple[list[int], list[int]]:
 
 def _linears(job: Job, layer: Layer, tp_rank: int) -> Iterator[tuple[bool, int, int, int]]:
     """(column-parallel, elements of A, elements of B, R) of every adapted linear of a layer on a rank."""
-    for name, factors in zip(LINEARS, layer, strict=True):
+    for layout, factors in zip(job.architecture.linears.values(), layer, strict=True):
         if factors:
-            column = job.shape.linears[name].kind == "column"
+            column = layout.kind == "column"
             rank = total_rank(factors)
             a_elements = rank * (factors[0].in_features // (1 if column else job.layout.tensor))
             # A rank without a row of B keeps one element, since DeepSpeed cannot flatten an empty parameter.
-            b_elements = max(1, sum(f.rank * _rows_on_rank(job, name, f, tp_rank) for f in factors))
+            b_elements = max(1, sum(f.rank * _rows_on_rank(layout, f, tp_rank, job.layout.tensor) for f in factors))
             yield column, a_elements, b_elements, rank
 
 
@@ -106,31 +107,10 @@ def heaviest_rank(job: Job) -> int:
     """The tensor-parallel rank with the most of Θ: the one that a plan speaks of."""
     if job.tuning.method != "lora":
         return 0
-    distinct = range(job.layout.tensor if job.layout.tensor > job.shape.kv_heads else 1)
+    distinct = range(job.layout.tensor if job.layout.tensor > job.architecture.kv_heads else 1)
     return max(distinct, key=lambda rank: (theta_on_rank(job, rank).elements, -rank))
 
 
-def _rows_on_rank(job: Job, name: str, factor: Factor, tp_rank: int) -> int:
+def _rows_on_rank(layout: LinearLayout, factor: Factor, tp_rank: int, tp_size: int) -> int:
     """Rows of a factor's B on a rank."""
-    n = job.layout.tensor
-    linear = job.shape.linears[name]
-    if linear.kind == "row":
-        return factor.rows
-    if name != "linear_qkv":
-        return factor.rows // n
-    block = linear.out_features // n
-    first, last = tp_rank * block, (tp_rank + 1) * block
-    return sum(
-        max(0, min(last, start + length) - max(first, start))
-        for part, start, length in _qkv_runs(job.shape)
-        if part in factor.parts
-    )
-
-
-def _qkv_runs(shape: Shape) -> Iterator[tuple[int, int, int]]:
-    """(part, first row, rows) of the fused q, k, v matrix: by key/value group its q heads, its k head, its v head."""
-    start = 0
-    for _ in range(shape.kv_heads):
-        for part, heads in ((0, shape.heads // shape.kv_heads), (1, 1), (2, 1)):
-            yield part, start, heads * shape.head_dim
-            start += heads * shape.head_dim
+    return sum(segment.length for segment in layout.segments(tp_rank, tp_size) if segment.part in factor.parts)

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowrank_dist.arch.placement import LoraRules
+from lowrank_dist.arch.published import BUILT_IN
 from lowrank_dist.config import Config, load_config
 from lowrank_dist.errors import UserError
+from lowrank_dist.plan.factors import joined, low_rank
 from lowrank_dist.plan.job import Decoding, Job, Layout, Tuning
 from lowrank_dist.plan.layouts import Cluster, Fixed, choose
-from lowrank_dist.plan.placement import joined, place
-from lowrank_dist.plan.shapes import BUILT_IN, Shape, find_shape
+from lowrank_dist.plan.model import Model, find_model
 
 # What a plan from a shape has no use for, and a config cannot do without.
 _STAND_IN = "model: {path: none}\ndata: {train: none}\noutput: {dir: none}\n"
@@ -20,10 +22,9 @@ _STAND_IN = "model: {path: none}\ndata: {train: none}\noutput: {dir: none}\n"
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned. source: as `find_shape` takes it. whole: the config is a run's, defaults included."""
+    """What is to be planned. whole: the config is a run's, defaults included."""
 
-    source: str
-    shape: Shape
+    model: Model
     config: Config
     whole: bool
 
@@ -42,12 +43,12 @@ def read_request(what: str, overrides: Sequence[str]) -> Request:
                 f"model.path: {source} is not there, and a plan needs its config.json: give the folder as "
                 f"model.path=DIR, or one of the built-in shapes ({', '.join(BUILT_IN)})"
             )
-        return Request(source, find_shape(source), config, True)
-    shape = find_shape(what)
+        return Request(find_model(source), config, True)
+    model = find_model(what)
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as stand_in:
         stand_in.write(_STAND_IN)
         stand_in.flush()
-        return Request(what, shape, load_config([stand_in.name, *overrides]), False)
+        return Request(model, load_config([stand_in.name, *overrides]), False)
 
 
 def fixed_of(request: Request) -> Fixed:
@@ -77,7 +78,7 @@ def layout_overrides(request: Request, cluster: Cluster) -> list[str]:
     layout = choice.best.job.layout
     if not choice.fits:
         raise UserError(
-            f"no layout of {request.shape.name} fits {cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}: the "
+            f"no layout of {request.model.name} fits {cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}: the "
             f"smallest ({layout}) lacks {choice.best.short / 1e9:.1f} GB on each; it would fit with "
             f"{'; '.join(choice.remedies)}"
         )
@@ -91,12 +92,12 @@ def layout_overrides(request: Request, cluster: Cluster) -> list[str]:
 
 def job_of(request: Request, target_share: float) -> Job:
     """The job in a layout of one rank, for `layouts.choose` to replace."""
-    config, shape = request.config, request.shape
+    config, model, arch = request.config, request.model, request.model.architecture
     length = config.data.max_length
-    if length > shape.max_positions:
+    if length > arch.max_positions:
         raise UserError(
-            f"data.max_length={length} is longer than the {shape.max_positions} positions of {shape.name}; "
-            f"use at most data.max_length={shape.max_positions}"
+            f"data.max_length={length} is longer than the {arch.max_positions} positions of {model.name}; "
+            f"use at most data.max_length={arch.max_positions}"
         )
     device = "cpu" if config.model.device == "cpu" else "cuda"
     lora, tuning, generate = config.lora, tuning_of(config), config.eval.generate
@@ -106,15 +107,20 @@ def job_of(request: Request, target_share: float) -> Job:
             f"sample of two tokens; give a length of at most {length - 2}, or a larger data.max_length"
         )
     return Job(
-        shape=shape,
-        placement=place(shape, rank=lora.rank, targets=lora.targets, rank_pattern=lora.rank_pattern)
+        architecture=arch,
+        name=model.name,
+        stored_dtype=model.dtype,
+        placement=low_rank(
+            arch,
+            LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern),
+        )
         if config.method == "lora"
-        else joined(shape, config.method),
+        else joined(arch, config.method),
         layout=Layout(1, 1, False, config.train.micro_batch, config.engine.recompute == "full"),
         global_batch=config.train.global_batch,
         length=length,
         target_share=target_share,
-        dtype=shape.dtype if config.model.dtype == "auto" else config.model.dtype,
+        dtype=model.dtype if config.model.dtype == "auto" else config.model.dtype,
         vocab_multiple=config.model.vocab_multiple,
         zero_stage=config.engine.zero_stage,
         reduce_bucket=config.engine.reduce_bucket,

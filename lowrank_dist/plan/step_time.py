@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from lowrank_dist.plan.factors import gradients
 from lowrank_dist.plan.flops import FlopCount, prefix_flops, replicated_flops, step_flops
 from lowrank_dist.plan.hardware import (
     GEMM_SHARE,
@@ -20,8 +21,6 @@ from lowrank_dist.plan.hardware import (
 )
 from lowrank_dist.plan.job import Job, Layout
 from lowrank_dist.plan.parameters import frozen_on_rank, theta_on_rank
-from lowrank_dist.plan.placement import gradients
-from lowrank_dist.plan.shapes import LINEARS
 from lowrank_dist.plan.traffic import Message, of_step
 from lowrank_dist.plan.zero import partition_elements
 
@@ -52,7 +51,7 @@ def job_flops(job: Job) -> FlopCount:
     rows = layout.micro_batch * job.microbatches * layout.data
     tokens = rows * job.sequence_length
     flops = step_flops(
-        job.shape,
+        job.architecture,
         job.placement,
         job.tuning,
         tokens=tokens,
@@ -60,10 +59,10 @@ def job_flops(job: Job) -> FlopCount:
         square_lengths=rows * job.sequence_length**2,
         recompute=layout.recompute,
     )
-    once, cut = (job.microbatches * layout.data * count for count in prefix_flops(job.shape, job.tuning))
+    once, cut = (job.microbatches * layout.data * count for count in prefix_flops(job.architecture, job.tuning))
     repeated = (layout.tensor - 1) * once
     if not layout.sequence and layout.tensor > 1:
-        more = replicated_flops(job.shape, job.placement, job.tuning, tokens=tokens, recompute=layout.recompute)
+        more = replicated_flops(job.architecture, job.placement, job.tuning, tokens=tokens, recompute=layout.recompute)
         repeated += (layout.tensor - 1) * more
     return replace(flops, executed=flops.executed + once + cut + repeated, model=flops.model + once + cut)
 
@@ -116,26 +115,25 @@ def _passes(job: Job, tp_rank: int) -> int:
     Elements a token, forward; backward passes over twice as much. The thin products make six passes over inputs and
     outputs of an adapted linear (benchmarks/roofline.py counts them one by one).
     """
-    shape, n, e = job.shape, job.layout.tensor, job.itemsize
+    arch, n, e = job.architecture, job.layout.tensor, job.itemsize
     # Norms and residuals; a bottleneck is read, added to its input and written, a bias in between.
-    hidden = (2 * 2 + 2 * 3 + 6 * job.tuning.bottlenecks) * shape.hidden * job.shard_tokens
-    inner = (3 if shape.gated else 2) * shape.ffn // n * job.tokens
-    heads = 4 * (shape.heads + shape.kv_heads) * shape.head_dim // n * job.tokens
-    messages = 4 * shape.hidden * job.tokens if job.layout.sequence else 0
+    hidden = (2 * 2 + 2 * 3 + 6 * job.tuning.bottlenecks) * arch.hidden * job.shard_tokens
+    inner = (3 if arch.gated else 2) * arch.ffn // n * job.tokens
+    heads = 4 * (arch.heads + arch.kv_heads) * arch.head_dim // n * job.tokens
+    messages = 4 * arch.hidden * job.tokens if job.layout.sequence else 0
     forward = hidden + inner + heads + messages
     found = 0
     for layer, stream, count in job.placement.kinds:
         trained = any(gradients(layer, stream)) or any(layer)
         found += count * forward * (1 + 2 * trained + (trained and job.layout.recompute)) * e
-        for name, factors in zip(LINEARS, layer, strict=True):
+        for linear, factors in zip(arch.linears.values(), layer, strict=True):
             if factors:
-                linear = shape.linears[name]
                 inputs, outputs = linear.in_features, sum(factor.rows for factor in factors)
                 column = linear.kind == "column"
                 sides = inputs * (job.shard_tokens if column else job.tokens / n)
                 sides += outputs * (job.tokens / n if column else job.shard_tokens)
                 found += int(count * 3 * sides * e)
-    head = 3 * 4 * job.targets * (shape.vocab // n) + 6 * job.tokens * shape.hidden * e
+    head = 3 * 4 * job.targets * (arch.vocab // n) + 6 * job.tokens * arch.hidden * e
     theta = theta_on_rank(job, tp_rank)
     adam = 4 * 7 * sum(partition_elements(x, job.layout.data) for x in (theta.replicated, theta.sharded))
     return job.microbatches * (found + head) + adam

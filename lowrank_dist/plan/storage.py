@@ -15,7 +15,7 @@ _PROCESS, _CUDA = 330 * 2**20, 1500 * 2**20
 
 def base_bytes(job: Job) -> int:
     """The Hugging Face checkpoint, and a merged model of its dtype."""
-    return frozen_size(job.shape) * ITEMSIZE[job.shape.dtype]
+    return frozen_size(job.architecture) * ITEMSIZE[job.stored_dtype]
 
 
 def adapter_bytes(job: Job) -> int:
@@ -51,6 +51,6 @@ def saving_bytes(job: Job) -> int:
     where they are streamed of the largest weight.
     """
     if job.tuning.method == "full":
-        shape = job.shape
-        return 12 * max(shape.vocab * shape.hidden, *(linear.weights for linear in shape.linears.values()))
+        arch = job.architecture
+        return 12 * max(arch.vocab * arch.hidden, *(linear.weights for linear in arch.linears.values()))
     return 12 * trained_parameters(job)

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from lowrank_dist.plan.factors import Layer, gradients, total_rank
 from lowrank_dist.plan.job import Job, padded_vocab
 from lowrank_dist.plan.parameters import theta_on_rank
-from lowrank_dist.plan.placement import Layer, gradients, total_rank
 from lowrank_dist.plan.zero import bucket_elements, partition_elements
 
 GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
@@ -100,10 +100,10 @@ def bytes_of(messages: Iterable[Message]) -> Counter[tuple[str, str]]:
 
 def _ends(job: Job) -> Iterator[Message]:
     """Embedding and head."""
-    shape, layout, method = job.shape, job.layout, job.tuning.method
-    whole = job.tokens * shape.hidden * job.itemsize
+    arch, layout, method = job.architecture, job.layout, job.tuning.method
+    whole = job.tokens * arch.hidden * job.itemsize
     # With learned positions Megatron reduces the word embeddings whole and cuts the sum.
-    scattered = layout.sequence and not shape.position_rows
+    scattered = layout.sequence and not arch.position_rows
     yield Message(SCATTER if scattered else REDUCE, "tensor", "forward", whole)
     # The way back to embeddings that are trained; those of a prompt are put in behind the scatter.
     if layout.sequence and (method == "full" or (method == "prompt" and not scattered)):
@@ -113,7 +113,7 @@ def _ends(job: Job) -> Iterator[Message]:
         if job.placement.trains:
             yield Message(SCATTER, "tensor", "backward", whole)
     elif job.placement.trains:
-        yield Message(REDUCE, "tensor", "backward", job.targets * shape.hidden * job.itemsize)
+        yield Message(REDUCE, "tensor", "backward", job.targets * arch.hidden * job.itemsize)
     block = logit_block(job)
     full, rest = divmod(job.targets, block)
     for positions, count in ((block, full), (rest, 1)):
@@ -124,17 +124,17 @@ def _ends(job: Job) -> Iterator[Message]:
 
 def _layer(job: Job, layer: Layer, stream: bool) -> Iterator[tuple[Literal["forward", "backward"], str, int]]:
     """(phase, kind, bytes) of a layer's calls."""
-    shape, sequence, tuning = job.shape, job.layout.sequence, job.tuning
+    arch, sequence, tuning = job.architecture, job.layout.sequence, job.tuning
     unit = job.tokens * job.itemsize
     ranks = [total_rank(factors) if sequence else 0 for factors in layer]
     needs = gradients(layer, stream)
-    forward = [(GATHER if i % 2 == 0 else SCATTER, unit * (shape.hidden + ranks[i])) for i in range(4)]
+    forward = [(GATHER if i % 2 == 0 else SCATTER, unit * (arch.hidden + ranks[i])) for i in range(4)]
     if not sequence:
-        forward = [(REDUCE, unit * shape.hidden) if i % 2 else None for i in range(4)]
+        forward = [(REDUCE, unit * arch.hidden) if i % 2 else None for i in range(4)]
     own = _bottleneck(job)
-    fused = unit * shape.linears["linear_qkv"].out_features
+    fused = unit * arch.linears["linear_qkv"].out_features
     # Megatron gathers q, k, v where a rank's rows are no whole heads.
-    gathered = [(GATHER, fused)] if shape.kv_heads < job.layout.tensor else []
+    gathered = [(GATHER, fused)] if arch.kv_heads < job.layout.tensor else []
     after_attention = own if tuning.bottlenecks == 2 else []
     forward = [forward[0], *gathered, forward[1], *after_attention, *forward[2:], *own]
     forward = [call for call in forward if call is not None]
@@ -148,14 +148,14 @@ def _layer(job: Job, layer: Layer, stream: bool) -> Iterator[tuple[Literal["forw
         yield from (("backward", *call) for call in again)
     for i, needs_dx in enumerate(needs):
         # The lowest adapted linear has no dX to ride on: its dU travels alone.
-        columns = shape.hidden * needs_dx + ranks[i]
+        columns = arch.hidden * needs_dx + ranks[i]
         if sequence and columns:
             yield "backward", SCATTER if i % 2 == 0 else GATHER, unit * columns
         elif not sequence and needs_dx and i % 2 == 0:
-            yield "backward", REDUCE, unit * shape.hidden
+            yield "backward", REDUCE, unit * arch.hidden
         if sequence and tuning.method == "full" and i % 2 == 0:
             # Megatron saves the shard of a column linear's input and gathers it again for its weight's gradient.
-            yield "backward", GATHER, unit * shape.hidden
+            yield "backward", GATHER, unit * arch.hidden
     yield from (("backward", *call) for call in _bottlenecks_backward(job, stream))
     if gathered and (stream or total_rank(layer[0])):
         yield "backward", SCATTER, fused
@@ -165,7 +165,7 @@ def _bottleneck(job: Job) -> list[tuple[str, int]]:
     """(kind, bytes) of the forward of a bottleneck that is cut: a column then a row linear."""
     if not job.tuning.sharded:
         return []
-    whole = job.tokens * job.shape.hidden * job.itemsize
+    whole = job.tokens * job.architecture.hidden * job.itemsize
     return [(GATHER, whole), (SCATTER, whole)] if job.layout.sequence else [(REDUCE, whole)]
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.plan.job import Job, padded_vocab
-from lowrank_dist.plan.shapes import Shape
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ def parameters(job: Job) -> list[Parameter]:
         return list(_prefix(job))
     if method == "prompt":
         # Learned positions are added before the tokens are cut over the ranks.
-        partial = _sequence(job) and not job.shape.position_rows
-        return [Parameter(job.tuning.virtual * job.shape.hidden, partial)]
+        partial = _sequence(job) and not job.architecture.position_rows
+        return [Parameter(job.tuning.virtual * job.architecture.hidden, partial)]
     layer = [parameter for _ in range(job.tuning.bottlenecks) for parameter in _bottleneck(job)]
-    return layer * job.shape.layers
+    return layer * job.architecture.layers
 
 
-def norm_elements(shape: Shape) -> int:
-    return shape.hidden * (2 if shape.norm == "LayerNorm" else 1)
+def norm_elements(arch: Architecture) -> int:
+    return arch.hidden * (2 if arch.norm == "LayerNorm" else 1)
 
 
 def _sequence(job: Job) -> bool:
@@ -54,19 +54,19 @@ def _full(job: Job) -> Iterator[Parameter]:
     """Every weight and bias. A copy sees a rank's tokens alone under sequence parallelism, q's and k's norms its heads
     at any time.
     """
-    shape, n, sequence = job.shape, job.layout.tensor, _sequence(job)
-    norm = [Parameter(shape.hidden, sequence)] * (norm_elements(shape) // shape.hidden)
-    rows = Parameter(padded_vocab(job) // n * shape.hidden, False)
+    arch, n, sequence = job.architecture, job.layout.tensor, _sequence(job)
+    norm = [Parameter(arch.hidden, sequence)] * (norm_elements(arch) // arch.hidden)
+    rows = Parameter(padded_vocab(job) // n * arch.hidden, False)
     yield rows
-    if shape.position_rows:
-        yield Parameter(shape.position_rows * shape.hidden, False)
+    if arch.position_rows:
+        yield Parameter(arch.position_rows * arch.hidden, False)
     yield from norm
-    if not shape.tied:
+    if not arch.tied:
         yield rows
-    for _ in range(shape.layers):
+    for _ in range(arch.layers):
         yield from norm * 2
-        yield from [Parameter(shape.head_dim, n > 1)] * (2 * shape.qk_norm)
-        for linear in shape.linears.values():
+        yield from [Parameter(arch.head_dim, n > 1)] * (2 * arch.qk_norm)
+        for linear in arch.linears.values():
             column = linear.kind == "column"
             yield Parameter(linear.weights // n, False)
             if linear.bias:
@@ -75,7 +75,7 @@ def _full(job: Job) -> Iterator[Parameter]:
 
 def _bottleneck(job: Job) -> Iterator[Parameter]:
     """Norm, down [m, H] with its bias, up [H, m] with its bias."""
-    tuning, hidden, partial = job.tuning, job.shape.hidden, _sequence(job)
+    tuning, hidden, partial = job.tuning, job.architecture.hidden, _sequence(job)
     sharded = tuning.sharded and job.layout.tensor > 1
     rows = tuning.bottleneck // (job.layout.tensor if sharded else 1)
     if tuning.method == "adapter_l":
@@ -87,13 +87,13 @@ def _bottleneck(job: Job) -> Iterator[Parameter]:
 
 def _prefix(job: Job) -> Iterator[Parameter]:
     """Keys and values, or the MLP that makes them. Where ranks share a head, they are whole on every rank."""
-    shape, n, tuning = job.shape, job.layout.tensor, job.tuning
-    cut = shape.kv_heads % n == 0
-    keys = 2 * shape.layers * (shape.kv_heads // n if cut else shape.kv_heads) * shape.head_dim
+    arch, n, tuning = job.architecture, job.layout.tensor, job.tuning
+    cut = arch.kv_heads % n == 0
+    keys = 2 * arch.layers * (arch.kv_heads // n if cut else arch.kv_heads) * arch.head_dim
     if tuning.width is None:
         yield Parameter(tuning.virtual * keys, not cut)
         return
-    for elements in (tuning.virtual * shape.hidden, tuning.width * shape.hidden, tuning.width):
+    for elements in (tuning.virtual * arch.hidden, tuning.width * arch.hidden, tuning.width):
         yield Parameter(elements, True)
     for elements in (keys * tuning.width, keys):
         yield Parameter(elements, not cut)
@@ -103,7 +103,7 @@ def virtual_positions(job: Job, tp_rank: int) -> int:
     """Positions of a prompt among a microbatch's tokens on a rank, which under sequence parallelism has a part of a row
     (without learned positions, which are added to all of it). A packed row holds two samples.
     """
-    tuning, sequence = job.tuning, _sequence(job) and not job.shape.position_rows
+    tuning, sequence = job.tuning, _sequence(job) and not job.architecture.position_rows
     if tuning.method != "prompt":
         return 0
     length = job.sequence_length

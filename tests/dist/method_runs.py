@@ -97,14 +97,14 @@ def run_config(folder: str, name: str) -> Any:
 
 
 def build(setting: MethodSetting) -> Built:
-    from lowrank_dist.formats.model_folder import load_architecture
+    from lowrank_dist.arch.config_json import read_architecture
     from lowrank_dist.methods.choose import choose
     from lowrank_dist.model.build import load_model
 
     topology = ranks.topology(setting.tensor, setting.sequence)
     model = load_model(
         Path(setting.folder),
-        load_architecture(Path(setting.folder)),  # without a limit of length: a window is tried by decoding beyond it
+        read_architecture(Path(setting.folder)),  # without a limit of length: a window is tried by decoding beyond it
         topology,
         device=ranks.device(),
         dtype=setting.dtype,

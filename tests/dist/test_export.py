@@ -16,7 +16,7 @@ from lowrank_dist.methods.lora.files import Adapter, module_paths, write_adapter
 from lowrank_dist.formats.fingerprint import fingerprint
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.lora.state import adapter_factors
-from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.arch.config_json import read_architecture
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny_runs import Setting, build, nonzero_factors
 from tests.tiny_models import make_tiny
@@ -81,7 +81,7 @@ def test_parts_of_different_scale_and_rank_become_one_factor(tmp_path: Path) -> 
 
     base = make_tiny("gpt2", tmp_path / "base")
     rules = LoraRules(4, 8.0, ["q_proj", "v_proj"], False, {"v_proj": 2}, {"v_proj": 3.0})
-    placements = place(load_architecture(base), rules)
+    placements = place(read_architecture(base), rules)
     values = nonzero_factors(placements)
     specs = {f.path: f for p in placements for f in p.factors}
     whole = {path: WholeFactor(specs[path], *values[path]) for path in values}

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from lowrank_dist.methods.bottleneck.files import BottleneckConfig, places, stored_shapes
-from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.plan.hardware import GPUS
 from lowrank_dist.plan.job import Layout
@@ -34,7 +34,6 @@ from lowrank_dist.plan.methods import (
 )
 from lowrank_dist.plan.parameters import frozen_size
 from lowrank_dist.plan.settings import job_of, read_request
-from lowrank_dist.plan.shapes import read_shape
 from tests.dist import ranks
 from tests.dist.method_runs import (
     BOTTLENECK,
@@ -204,7 +203,7 @@ def full_reference(folder: str, dtype: torch.dtype = torch.float32, steps: int =
     """transformers' own model, every parameter trained. A tied head is one parameter with the embeddings."""
     model = transformers_model(folder, dtype)
     parameters = dict(model.named_parameters())
-    shapes = hf_shapes(load_architecture(Path(folder)))
+    shapes = hf_shapes(read_architecture(Path(folder)))
     assert parameters.keys() == shapes.keys()
     return reference(parameters, shapes, lambda tokens: model(tokens[None]).logits[0], steps)
 
@@ -358,7 +357,7 @@ _LAST_LINEARS = {
 def adapter_reference(folder: str, family: str, method: str) -> dict[str, Any]:
     """Bottlenecks in plain PyTorch, hooked onto transformers' model before its residual additions."""
     model = transformers_model(folder).requires_grad_(False)
-    architecture = load_architecture(Path(folder))
+    architecture = read_architecture(Path(folder))
     config = BottleneckConfig(
         method=method, bottleneck=BOTTLENECK, layers=architecture.layers, hidden=architecture.hidden, base=""
     )
@@ -432,7 +431,7 @@ SIZES = Sizes(bottleneck=BOTTLENECK, virtual=VIRTUAL, reparametrised=WIDTH)
 
 @pytest.mark.parametrize("family", TRIED)
 def test_trained_parameters_are_those_of_the_formulas(folders: dict[str, str], family: str) -> None:
-    shape = read_shape(Path(folders[family]))
+    shape = read_architecture(Path(folders[family]))
     expected = {
         "full": frozen_size(shape),
         **{name: adapter_parameters(shape, BOTTLENECK, METHODS[name][0]) for name in METHODS if "adapter" in name},

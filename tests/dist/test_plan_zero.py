@@ -12,8 +12,9 @@ from torch import Tensor
 from lowrank_dist.parallel.counting import count_collectives
 from lowrank_dist.plan.job import Job, Layout
 from lowrank_dist.plan.parameters import theta_on_rank
-from lowrank_dist.plan.placement import place
-from lowrank_dist.plan.shapes import read_shape
+from lowrank_dist.plan.factors import low_rank
+from lowrank_dist.arch.placement import LoraRules
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.plan.traffic import step_messages
 from lowrank_dist.plan.zero import bucket_size, partition_elements
 from tests.dist.ranks import run_ranks
@@ -60,13 +61,15 @@ def zero_step(setting: Setting, reduce_bucket: int | None) -> dict[str, Any]:
 
 
 def planned(folder: str, setting: Setting, reduce_bucket: int | None, microbatch_rows: int) -> Job:
-    shape = read_shape(Path(folder))
-    pattern = {"down_proj": 6} if setting.targets == ("all-linear",) and shape.gated else {}
+    architecture = read_architecture(Path(folder))
+    pattern = {"down_proj": 6} if setting.targets == ("all-linear",) and architecture.gated else {}
     targets = "all-linear" if setting.targets == ("all-linear",) else list(setting.targets)
     data = 4 // setting.tensor
     return Job(
-        shape=shape,
-        placement=place(shape, rank=4, targets=targets, rank_pattern=pattern),
+        architecture=architecture,
+        name="tiny",
+        stored_dtype="fp32",
+        placement=low_rank(architecture, LoraRules(4, 8.0, targets, rank_pattern=pattern)),
         layout=Layout(setting.tensor, data, setting.sequence and setting.tensor > 1, microbatch_rows, False),
         global_batch=4,
         length=MAX_LENGTH,

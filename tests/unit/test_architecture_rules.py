@@ -22,7 +22,7 @@ class Arrow:
     source: str
     target: str
     exempt: tuple[str, ...] = ()
-    but: str = ""
+    but: tuple[str, ...] = ()
 
 
 def rooms(*names: str) -> tuple[str, ...]:
@@ -31,7 +31,9 @@ def rooms(*names: str) -> tuple[str, ...]:
 
 ARROWS = [
     Arrow(f"{PACKAGE}.config", "torch"),
-    Arrow(f"{PACKAGE}.config", PACKAGE, but=f"{PACKAGE}.config"),
+    Arrow(f"{PACKAGE}.config", PACKAGE, but=(f"{PACKAGE}.config",)),
+    Arrow(f"{PACKAGE}.arch", PACKAGE, but=(f"{PACKAGE}.arch", f"{PACKAGE}.errors")),
+    *(Arrow(f"{PACKAGE}.arch", out) for out in ("torch", "transformers", "megatron", "deepspeed", "safetensors")),
     Arrow("", "deepspeed", exempt=rooms("engine")),
     Arrow("", "megatron", exempt=rooms("parallel", "model", "backend")),
     Arrow("", "torch.cuda", exempt=rooms("backend")),
@@ -45,6 +47,9 @@ ARROWS = [
     Arrow(f"{PACKAGE}.data", "torch.distributed"),
     Arrow("", "launch", exempt=("launch",)),
 ]
+# What answers at once loads none of these, through whatever it imports.
+LIGHT = ("arch", "plan")
+HEAVY = ("torch", "transformers", "megatron", "deepspeed", "safetensors")
 # What merging may not reach at all, through whatever it imports of ours: it runs without a process group.
 MERGE = f"{PACKAGE}.merge.merge"
 OUT_OF_MERGE = ("deepspeed", "megatron", "torch.distributed")
@@ -121,7 +126,7 @@ def broken_arrows(source: str, module: str, is_package: bool = False) -> list[st
         for arrow in ARROWS
         if under(module, arrow.source) and not any(under(module, room) for room in arrow.exempt)
         for name in sorted(names)
-        if under(name, arrow.target) and not (arrow.but and under(name, arrow.but))
+        if under(name, arrow.target) and not any(under(name, room) for room in arrow.but)
     ]
 
 
@@ -186,6 +191,21 @@ def test_merging_reaches_no_process_group() -> None:
     assert bad == []
 
 
+@pytest.mark.parametrize("room", LIGHT)
+def test_importing_a_light_room_loads_nothing_heavy(room: str) -> None:
+    """Every module of it, in a process of its own; and what is imported only when a function runs, by its syntax."""
+    names = [name for name, _ in modules(f"{PACKAGE}/{room}")]
+    assert len(names) > 5
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
+    code += f"sys.exit(', '.join(sorted(set({HEAVY}) & sys.modules.keys())) or 0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    ours = dict(modules(PACKAGE))
+    reached = {name: found for start in names for name, found in reachable(start, ours).items()}
+    bad = [f"{name}: {x}" for name, found in reached.items() for x in found if any(under(x, out) for out in HEAVY)]
+    assert bad == []
+
+
 def test_nothing_runs_code_from_a_file() -> None:
     files = [path for _, path in modules(PACKAGE, "launch", "benchmarks", "tests")] + [ROOT / "setup.py"]
     found = {path.relative_to(ROOT): code_from_files(path.read_text()) for path in files}
@@ -214,6 +234,11 @@ def test_nothing_runs_code_from_a_file() -> None:
         ("lowrank_dist.model.load", "if True:\n    from lowrank_dist import methods"),
         ("lowrank_dist.model.load", "import lowrank_dist.checkpoint.folder as m"),
         ("lowrank_dist.methods.lora.files", "from lowrank_dist.checkpoint.folder import x"),
+        ("lowrank_dist.arch.rows", "import torch"),
+        ("lowrank_dist.arch.rows", "def f():\n    from transformers import AutoConfig"),
+        ("lowrank_dist.arch.rows", "from megatron.core import mpu"),
+        ("lowrank_dist.arch.rows", "from lowrank_dist.formats.headers import stored_dtype"),
+        ("lowrank_dist.arch.rows", "from lowrank_dist import config"),
         ("lowrank_dist.plan.job", "from lowrank_dist.methods.method import x"),
         ("lowrank_dist.plan.job", "def f():\n    import torch"),
         ("lowrank_dist.formats.atomic", "import torch.distributed"),
@@ -231,6 +256,7 @@ def test_a_planted_arrow_is_found(module: str, source: str) -> None:
     ("module", "source"),
     [
         ("lowrank_dist.config.load", "from lowrank_dist.config.schema import Config\nfrom .errors import ConfigError"),
+        ("lowrank_dist.arch.rows", "from lowrank_dist.errors import UserError\nfrom lowrank_dist.arch.keys import Key"),
         ("lowrank_dist.engine.zero", "import deepspeed"),
         ("lowrank_dist.model.gpt", "from megatron.core.models.gpt import GPTModel"),
         ("lowrank_dist.backend.select", "import torch\ntorch.cuda.is_available()"),

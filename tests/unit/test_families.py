@@ -14,11 +14,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lowrank_dist.arch.architecture import Architecture, RopeParameters, padded_vocab
+from lowrank_dist.arch.config_json import architecture_of, read_architecture
 from lowrank_dist.arch.families import FAMILIES
-from lowrank_dist.arch.from_config import architecture_of
 from lowrank_dist.arch.tensors import copy_plans, hf_shapes, parameter_shapes
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.model.layers import inv_freq
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 
@@ -60,7 +59,7 @@ EXPECTED = {
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_config_means_what_transformers_means(family: str, tiny: dict[str, Path]) -> None:
-    architecture = load_architecture(tiny[family])
+    architecture = read_architecture(tiny[family])
     assert {field: getattr(architecture, field) for field in EXPECTED[family]} == EXPECTED[family]
     assert (architecture.hidden, architecture.layers, architecture.heads, architecture.vocab) == (64, 2, 4, 107)
 
@@ -71,21 +70,21 @@ def test_tables_name_every_tensor_that_transformers_writes(family: str, tied: bo
     folder = make_tiny(family, tmp_path, tie_word_embeddings=tied)
     with safe_open(folder / "model.safetensors", framework="pt") as handle:
         written = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}
-    architecture = load_architecture(folder)
+    architecture = read_architecture(folder)
     assert hf_shapes(architecture) == written
     assert ("output_layer.weight" in parameter_shapes(architecture, 1, 1)) == (not tied)
 
 
 def test_opt_without_biases(tmp_path: Path) -> None:
     folder = make_tiny("opt", tmp_path, enable_bias=False)
-    architecture = load_architecture(folder)
+    architecture = read_architecture(folder)
     assert not architecture.linear_bias and not architecture.linears["linear_qkv"].bias
     with safe_open(folder / "model.safetensors", framework="pt") as handle:
         assert set(hf_shapes(architecture)) == set(handle.keys())
 
 
 def test_parameter_shapes_of_llama(tiny: dict[str, Path]) -> None:
-    shapes = parameter_shapes(load_architecture(tiny["llama"]), tp_size=2, vocab_multiple=8)
+    shapes = parameter_shapes(read_architecture(tiny["llama"]), tp_size=2, vocab_multiple=8)
     layer = "decoder.layers.1"
     assert shapes["embedding.word_embeddings.weight"] == shapes["output_layer.weight"] == (56, 64)
     assert shapes[f"{layer}.self_attention.linear_qkv.weight"] == (64, 64)
@@ -98,7 +97,7 @@ def test_parameter_shapes_of_llama(tiny: dict[str, Path]) -> None:
 
 def test_projection_names(tiny: dict[str, Path]) -> None:
     names = {
-        family: [part.name for layout in load_architecture(tiny[family]).linears.values() for part in layout.parts]
+        family: [part.name for layout in read_architecture(tiny[family]).linears.values() for part in layout.parts]
         for family in ("llama", "gpt2", "opt")
     }
     assert names == {
@@ -106,7 +105,7 @@ def test_projection_names(tiny: dict[str, Path]) -> None:
         "gpt2": ["q_proj", "k_proj", "v_proj", "c_proj", "c_fc", "c_proj"],
         "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     }
-    fused = load_architecture(tiny["gpt2"]).linears["linear_qkv"]
+    fused = read_architecture(tiny["gpt2"]).linears["linear_qkv"]
     assert fused.whole == "c_attn" and [part.offset for part in fused.parts] == [0, 64, 128]
     assert {part.path for part in fused.parts} == {"transformer.h.{layer}.attn.c_attn"}
 
@@ -133,7 +132,7 @@ def test_inv_freq_is_transformers_to_the_bit(rope: dict[str, Any], head_dim: int
         expected, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
     else:
         expected, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
-    found = architecture_of(config, "config.json").rope
+    found = architecture_of(config.to_dict(), "config.json").rope
     assert inv_freq(found, head_dim).dtype == torch.float32
     assert torch.equal(inv_freq(found, head_dim), expected)
     assert not torch.equal(inv_freq(RopeParameters(rope["rope_theta"] + 1), head_dim), expected)
@@ -144,23 +143,9 @@ def test_inv_freq_is_transformers_to_the_bit(rope: dict[str, Any], head_dim: int
 def test_rope_of_older_config_files(tiny: dict[str, Path], tmp_path: Path) -> None:
     scaling = {"type": "linear", "factor": 2.0}
     older = edited(tiny["llama"], tmp_path, drop=("rope_parameters",), rope_theta=2e4, rope_scaling=scaling)
-    assert load_architecture(older).rope == RopeParameters(2e4, "linear", 2.0)
+    assert read_architecture(older).rope == RopeParameters(2e4, "linear", 2.0)
     plain = edited(tiny["llama"], tmp_path, drop=("rope_parameters",), rope_theta=2e4)
-    assert load_architecture(plain).rope == RopeParameters(2e4)
-
-
-class OlderConfig:
-    """A transformers 4 config object: no rope_parameters, but rope_theta and rope_scaling."""
-
-    def __init__(self, config: LlamaConfig, rope_scaling: dict[str, Any] | None) -> None:
-        self.__dict__ = {key: value for key, value in config.to_dict().items() if key != "rope_parameters"}
-        self.model_type, self.rope_theta, self.rope_scaling = config.model_type, 3e4, rope_scaling
-
-
-@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 4.0}])
-def test_rope_of_older_transformers(scaling: dict[str, Any] | None) -> None:
-    found = architecture_of(OlderConfig(LlamaConfig(), scaling), "config.json").rope
-    assert found == (RopeParameters(3e4) if scaling is None else RopeParameters(3e4, "linear", 4.0))
+    assert read_architecture(plain).rope == RopeParameters(2e4)
 
 
 REFUSED = [
@@ -206,23 +191,23 @@ def test_what_is_not_supported_is_refused_by_key(
     family: str, changes: dict[str, Any], named: str, tiny: dict[str, Path], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError) as error:
-        load_architecture(edited(tiny[family], tmp_path, **changes))
+        read_architecture(edited(tiny[family], tmp_path, **changes))
     assert str(tmp_path / "config.json") in str(error.value) and named in str(error.value)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_an_unchanged_config_is_not_refused(family: str, tiny: dict[str, Path], tmp_path: Path) -> None:
-    assert load_architecture(edited(tiny[family], tmp_path)) == load_architecture(tiny[family])
+    assert read_architecture(edited(tiny[family], tmp_path)) == read_architecture(tiny[family])
 
 
 def test_every_layer_sliding_is_a_window(tiny: dict[str, Path], tmp_path: Path) -> None:
     changes = {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 32, "layer_types": None}
-    assert load_architecture(edited(tiny["qwen2"], tmp_path, **changes)).sliding_window == 32
-    assert load_architecture(edited(tiny["mistral"], tmp_path, sliding_window=None)).sliding_window is None
+    assert read_architecture(edited(tiny["qwen2"], tmp_path, **changes)).sliding_window == 32
+    assert read_architecture(edited(tiny["mistral"], tmp_path, sliding_window=None)).sliding_window is None
 
 
 def test_gpt2_without_n_inner(tiny: dict[str, Path], tmp_path: Path) -> None:
-    assert load_architecture(edited(tiny["gpt2"], tmp_path, n_inner=None)).ffn == 256
+    assert read_architecture(edited(tiny["gpt2"], tmp_path, n_inner=None)).ffn == 256
 
 
 @pytest.mark.parametrize(
@@ -244,14 +229,15 @@ def test_tp_sizes(heads: int, kv_heads: int, legal: tuple[int, ...]) -> None:
 
 
 def architecture_for(heads: int, kv_heads: int) -> Architecture:
-    config = LlamaConfig(
-        hidden_size=8 * heads,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        vocab_size=107,
-    )
+    config = {
+        "model_type": "llama",
+        "hidden_size": 8 * heads,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": 96,
+        "num_hidden_layers": 1,
+        "vocab_size": 107,
+    }
     return architecture_of(config, "config.json")
 
 
@@ -263,7 +249,7 @@ def test_padded_vocab(vocab: int, multiple: int, tp_size: int) -> None:
 
 
 def test_find_accepts_a_missing_prefix(tiny: dict[str, Path]) -> None:
-    architecture = load_architecture(tiny["gpt2"])
+    architecture = read_architecture(tiny["gpt2"])
     name = "transformer.h.0.ln_1.weight"
     assert architecture.find(name, {name, "h.0.ln_1.weight"}) == name
     assert architecture.find(name, {"h.0.ln_1.weight"}) == "h.0.ln_1.weight"

@@ -11,14 +11,15 @@ import pytest
 import torch
 import yaml
 
+from lowrank_dist.arch.config_json import read_architecture
+from lowrank_dist.arch.placement import LoraRules
 from lowrank_dist.config import Config, load_config
 from lowrank_dist.engine.forecast import Forecast
 from lowrank_dist.errors import UserError
+from lowrank_dist.plan.factors import low_rank
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.hardware import peak_flops
 from lowrank_dist.plan.job import Tuning
-from lowrank_dist.plan.placement import place
-from lowrank_dist.plan.shapes import find_shape
 from tests.tiny_models import make_tiny
 
 TOPOLOGY: Any = SimpleNamespace(tp_size=2, dp_size=1, sequence_parallel=True)
@@ -41,7 +42,7 @@ def forecast(path: Path, memory: int, *overrides: str) -> Forecast:
     backend: Any = SimpleNamespace(
         device=torch.device("cpu"), memory_for_a_rank=lambda: memory, name=lambda: "NVIDIA H100 80GB HBM3"
     )
-    return Forecast(config(path, *overrides), TOPOLOGY, backend)
+    return Forecast(config(path, *overrides), read_architecture(path.parent / "base"), TOPOLOGY, backend)
 
 
 def config(path: Path, *overrides: str) -> Config:
@@ -74,11 +75,11 @@ def test_a_run_that_fits_too_barely_and_not_at_all(path: Path) -> None:
 
 def test_flops_are_the_plans(path: Path) -> None:
     ahead = forecast(path, 2**40)
-    shape = find_shape(str(path.parent / "base"))
+    shape = read_architecture(path.parent / "base")
     lora = config(path).lora
     count = step_flops(
         shape,
-        place(shape, rank=lora.rank, targets=lora.targets),
+        low_rank(shape, LoraRules(lora.rank, lora.alpha, lora.targets)),
         Tuning(),
         tokens=100,
         target_tokens=30,
@@ -93,7 +94,7 @@ def test_flops_of_every_method(path: Path) -> None:
     """By hand, at 100 tokens and none trained on: two FLOPs a weight forward, where a gradient passes two more, and two
     where the weight is trained.
     """
-    shape, counted = find_shape(str(path.parent / "base")), {}
+    shape, counted = read_architecture(path.parent / "base"), {}
     for method, *sizes in (
         ("full",),
         ("adapter_h", "adapter.bottleneck=8"),

@@ -18,8 +18,9 @@ from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import MEGATRON_LINEARS
-from lowrank_dist.formats.model_folder import check_checkpoint, load_architecture, open_checkpoint
+from lowrank_dist.formats.model_folder import check_checkpoint, open_checkpoint
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.settings import job_of, read_request
 from tests.gpu.bench import stages as bench_stages
@@ -313,7 +314,7 @@ def test_the_base_is_a_complete_folder_that_takes_no_space(
     monkeypatch.setattr(training, "PLACE", tmp_path)
     folder = training.make_base(name, training.RECIPES[name])
     with open_checkpoint(folder) as checkpoint:
-        check_checkpoint(load_architecture(folder), checkpoint)
+        check_checkpoint(read_architecture(folder), checkpoint)
     weights = (folder / "model.safetensors").stat()
     assert weights.st_size > 2e9 and weights.st_blocks * 512 < 2**20
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE, load_architecture, open_checkpoint
+from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from tests.tiny_models import make_tiny
 
 
@@ -126,14 +127,16 @@ def refused(folder: Path, *said: str) -> None:
 def test_missing_folder(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "no such folder")
     with pytest.raises(UserError, match="no such folder"):
-        load_architecture(tmp_path / "nowhere")
+        read_architecture(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    refused(tmp_path / "config.json", "no such folder")
 
 
 def test_missing_or_malformed_config(broken: Path) -> None:
     for content, said in (("{", "not valid JSON"), ("[]", "expected a JSON object"), ("{}", "model_type is missing")):
         (broken / "config.json").write_text(content)
         with pytest.raises(UserError, match=said):
-            load_architecture(broken)
+            read_architecture(broken)
     (broken / "config.json").unlink()
     refused(broken, "config.json: missing")
 

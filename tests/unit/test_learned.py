@@ -14,10 +14,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.checkpoint.inspection import inspect_folder
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.methods.bottleneck.files import read_bottlenecks, write_bottlenecks
 from lowrank_dist.methods.kinds import kind_of
 from lowrank_dist.methods.prompt_files import read_prompt_learning, write_prompt_learning
@@ -87,7 +87,7 @@ def test_what_is_written_is_read(base: Path, method: str, folder: Path) -> None:
 
 def test_published_formulas(base: Path) -> None:
     """|Θ| of Hu et al. 2021, section 5.1, at H, m, L and the heads of the tiny model."""
-    sizes = load_architecture(base)
+    sizes = read_architecture(base)
     hidden, depth, m = sizes.hidden, sizes.layers, BOTTLENECK
     found = {method: layers(base, method).tensors.values() for method in LAYERS}
     counts = {method: sum(tensor.numel() for tensor in tensors) for method, tensors in found.items()}

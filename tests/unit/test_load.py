@@ -11,10 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import lowrank_dist.model.load as load
 from lowrank_dist.arch.architecture import Architecture, padded_vocab
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.rows import LinearLayout, Segment
 from lowrank_dist.arch.tensors import copy_plans, hf_shapes, parameter_shapes
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.model_folder import SINGLE_FILE, load_architecture, open_checkpoint
+from lowrank_dist.formats.model_folder import SINGLE_FILE, open_checkpoint
 from lowrank_dist.model.load import load_weights
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 
@@ -22,7 +23,7 @@ MULTIPLE = 8
 
 
 def load_ranks(folder: Path, tp_size: int, dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
-    architecture, ranks = load_architecture(folder), []
+    architecture, ranks = read_architecture(folder), []
     for tp_rank in range(tp_size):
         # NaN shows whatever is left unwritten.
         shapes = parameter_shapes(architecture, tp_size, MULTIPLE)
@@ -68,7 +69,7 @@ CASES += [("llama", {"num_attention_heads": 8, "head_dim": 8, "num_key_value_hea
 @pytest.mark.parametrize(("family", "overrides"), CASES, ids=[f"{f}-{'-'.join(o)}" for f, o in CASES])
 def test_round_trip_is_exact(family: str, overrides: dict, tp_size: int, tmp_path: Path) -> None:
     folder = make_tiny(family, tmp_path, **overrides)
-    architecture, ranks = load_architecture(folder), load_ranks(folder, tp_size)
+    architecture, ranks = read_architecture(folder), load_ranks(folder, tp_size)
     assert differing(architecture, ranks, folder) == []
     words = torch.cat([parameters["embedding.word_embeddings.weight"] for parameters in ranks])
     assert len(words) == padded_vocab(107, MULTIPLE, tp_size) and (words[107:] == 0).all()
@@ -80,7 +81,7 @@ def test_round_trip_is_exact(family: str, overrides: dict, tp_size: int, tmp_pat
 def test_qkv_rows_are_megatrons(family: str, tp_size: int, tmp_path: Path) -> None:
     """Independently of the plans: Megatron's fused weight and bias, built from the file by torch operations."""
     folder = make_tiny(family, tmp_path)
-    architecture, ranks = load_architecture(folder), load_ranks(folder, tp_size)
+    architecture, ranks = read_architecture(folder), load_ranks(folder, tp_size)
     stored = load_file(folder / SINGLE_FILE)
     for kind in ("weight", "bias") if architecture.linears["linear_qkv"].bias else ("weight",):
         if family == "gpt2":
@@ -118,7 +119,7 @@ def test_a_wrong_map_is_noticed(defect: str, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(LinearLayout, "segments", wrong)
     ranks = load_ranks(folder, 2)
     monkeypatch.undo()
-    damaged = {name.split(".")[-2] for name in differing(load_architecture(folder), ranks, folder)}
+    damaged = {name.split(".")[-2] for name in differing(read_architecture(folder), ranks, folder)}
     assert (
         damaged
         == {
@@ -159,7 +160,7 @@ def test_sharded_checkpoint_loads_the_same(tmp_path: Path) -> None:
 
 def test_parameters_that_require_gradients_are_filled_in_place(tmp_path: Path) -> None:
     folder = make_tiny("llama", tmp_path)
-    architecture = load_architecture(folder)
+    architecture = read_architecture(folder)
     shapes = parameter_shapes(architecture, 1, MULTIPLE)
     parameters = {name: torch.nn.Parameter(torch.empty(shape)) for name, shape in shapes.items()}
     places = {name: parameter.data_ptr() for name, parameter in parameters.items()}
@@ -173,7 +174,7 @@ def test_parameters_that_require_gradients_are_filled_in_place(tmp_path: Path) -
 def test_broadcast_hands_over_every_parameter_in_order(tmp_path: Path) -> None:
     """A reader and a receiver joined by a queue: the receiver ends with the same and reads nothing."""
     folder = make_tiny("llama", tmp_path)
-    architecture, checkpoint = load_architecture(folder), open_checkpoint(folder)
+    architecture, checkpoint = read_architecture(folder), open_checkpoint(folder)
     shapes = parameter_shapes(architecture, 2, MULTIPLE)
     reader = {name: torch.empty(shape) for name, shape in shapes.items()}
     receiver = {name: torch.full(reader[name].shape, math.nan) for name in reversed(list(shapes))}
@@ -214,7 +215,7 @@ def test_names_without_the_base_model_prefix(family: str, tmp_path: Path) -> Non
     """As gpt2 lies on the hub, with the causal mask that old versions of transformers stored."""
     folder = make_tiny(family, tmp_path)
     expected = load_ranks(folder, 2)
-    prefix = load_architecture(folder).prefix
+    prefix = read_architecture(folder).prefix
     tensors = {name.removeprefix(prefix): tensor for name, tensor in load_file(folder / SINGLE_FILE).items()}
     if family == "gpt2":
         tensors["h.0.attn.bias"] = torch.ones(1, 1, 64, 64, dtype=torch.uint8)
@@ -283,14 +284,14 @@ def test_half_a_model_is_refused(tmp_path: Path) -> None:
 
 def test_tp_size_that_does_not_divide(tmp_path: Path) -> None:
     folder = make_tiny("llama", tmp_path)
-    architecture = load_architecture(folder)
+    architecture = read_architecture(folder)
     with pytest.raises(UserError, match="parallel.tensor=3 .*use one of 1, 2, 4"):
         load_weights({}, architecture, open_checkpoint(folder), tp_rank=0, tp_size=3)
 
 
 def test_a_parameter_without_a_rule_is_a_programming_error(tmp_path: Path) -> None:
     folder = make_tiny("llama", tmp_path)
-    architecture, checkpoint = load_architecture(folder), open_checkpoint(folder)
+    architecture, checkpoint = read_architecture(folder), open_checkpoint(folder)
     parameters = {name: torch.empty(shape) for name, shape in parameter_shapes(architecture, 1, MULTIPLE).items()}
     with pytest.raises(AssertionError, match="adapter"):
         load_weights(parameters | {"adapter": torch.empty(1)}, architecture, checkpoint, tp_rank=0, tp_size=1)

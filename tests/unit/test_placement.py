@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.methods.lora.inject import initial_a
 from tests.tiny_models import make_tiny
 
@@ -26,7 +26,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def architectures(folders: dict[str, Path]) -> dict[str, Architecture]:
-    return {family: load_architecture(folder) for family, folder in folders.items()}
+    return {family: read_architecture(folder) for family, folder in folders.items()}
 
 
 def paths(architecture: Architecture, targets: str | list[str]) -> set[str]:

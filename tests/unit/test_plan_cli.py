@@ -13,9 +13,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
+from lowrank_dist.arch.published import built_in_config
 from lowrank_dist.cli.main import app
 from lowrank_dist.plan import memory
-from lowrank_dist.plan.shapes import built_in_config
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 
@@ -136,11 +136,14 @@ def test_verify_fails_where_a_formula_is_wrong(tmp_path: Path, monkeypatch: pyte
         (["llama-3-8b", "--gpus-per-node", "0"], "--gpus-per-node: 0"),
         (["llama-3-8b", "--nodes", "-1"], "--nodes: -1"),
         (["llama-3-8b", "--gpu", "h1000"], "did you mean h100?"),
-        (["llama-3-8b", "parallel.tensor=3"], "parallel.tensor: 3 does not divide llama-3-8b (32 attention heads)"),
+        (
+            ["llama-3-8b", "parallel.tensor=3"],
+            "parallel.tensor=3 does not divide this llama model (32 attention heads",
+        ),
         (["llama-3-8b", "parallel.tensor=16"], "parallel.tensor: 16 does not divide 1 × 8 = 8 GPUs"),
         (["llama-3-8b", "lora.rnak=4"], "lora.rnak: unknown key — did you mean rank?"),
         (["llama-3-8b", "lora.rank=0"], "lora.rank"),
-        (["llama-3-8b", "lora.targets=[c_attn]"], "lora.targets: 'c_attn' matches no linear of llama-3-8b"),
+        (["llama-3-8b", "lora.targets=[c_attn]"], "lora.targets: 'c_attn' matches no linear of this llama model"),
         (["llama-3-8b", "data.max_length=10000"], "data.max_length=10000 is longer than the 8192 positions"),
         (["llama-3-8b", "--target-share", "1.5"], "--target-share: 1.5"),
         (["llama-3-8b", "train.micro_batch=3"], "train.micro_batch"),
@@ -160,11 +163,11 @@ def test_a_config_json_that_lacks_a_field(tmp_path: Path) -> None:
     done = plan(tmp_path)
     assert done.exit_code == 2 and "config.json: intermediate_size is missing" in done.stderr
     (tmp_path / "config.json").write_text("[]")
-    assert "is not a JSON object" in plan(tmp_path).stderr
+    assert "expected a JSON object, found list" in plan(tmp_path).stderr
     (tmp_path / "config.json").write_text("{")
-    assert "is not JSON" in plan(tmp_path).stderr
+    assert "not valid JSON" in plan(tmp_path).stderr
     (tmp_path / "config.json").unlink()
-    assert "cannot be read" in plan(tmp_path).stderr
+    assert "config.json: missing" in plan(tmp_path).stderr
 
 
 def test_a_config_whose_model_is_not_there(tmp_path: Path) -> None:

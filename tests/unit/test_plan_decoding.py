@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_dist.backend.select import quiet_libraries
-from lowrank_dist.engine.dry_run import TOLERANCE, _architecture, _build, _fake_ranks, _KnownPositions, _Live
+from lowrank_dist.engine.dry_run import TOLERANCE, _build, _fake_ranks, _KnownPositions, _Live
 from lowrank_dist.plan.job import Job, Layout
 from lowrank_dist.plan.memory import moments
 from lowrank_dist.plan.settings import job_of, read_request
@@ -32,7 +32,6 @@ def planned(shape: str, tensor: int, method: str, overrides: tuple[str, ...]) ->
     fixed = ["data.max_length=257", "data.eval=none", generate, "model.device=cpu", "model.dtype=fp32"]
     request = read_request(shape, [f"method={method}", *fixed, *overrides])
     job = replace(job_of(request, 1.0), layout=Layout(tensor, 1, tensor > 1, 1, False))
-    architecture = _architecture(shape)
     quiet_libraries()
     with (
         _fake_ranks(job, 0) as topology,
@@ -42,7 +41,7 @@ def planned(shape: str, tensor: int, method: str, overrides: tuple[str, ...]) ->
         # No padding in the rows: a fake tensor does not know.
         mock.patch.object(torch.Tensor, "__bool__", lambda tensor: False),
     ):
-        model, *_ = _build(job, architecture, request.config, topology)
+        model, *_ = _build(job, request.config, topology)
         ids = torch.zeros(BATCH, job.row, dtype=torch.int64)
         model.eval()
         with model.without_sequence_parallelism():

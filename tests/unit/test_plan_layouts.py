@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 
+from lowrank_dist.arch.placement import LoraRules
 from lowrank_dist.errors import UserError
 from lowrank_dist.plan import storage
 from lowrank_dist.plan.describe import describe
+from lowrank_dist.plan.factors import low_rank, on_every_linear
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.hardware import GPUS, bytes_in, gpu_of, peak_flops, usable
 from lowrank_dist.plan.job import Job, Layout, Tuning
-from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, Fixed, check_tensor, choose, tensor_sizes
+from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, Fixed, choose, tensor_sizes
 from lowrank_dist.plan.memory import Memory, memory
 from lowrank_dist.plan.methods import METHODS, Sizes, compare
-from lowrank_dist.plan.placement import place
+from lowrank_dist.plan.model import find_model
 from lowrank_dist.plan.settings import job_of, layout_overrides, read_request
-from lowrank_dist.plan.shapes import find_shape
 from lowrank_dist.plan.step_time import DATA, GEMMS, TENSOR, job_flops
 from lowrank_dist.plan.traffic import calls, microbatch_messages
 
@@ -40,16 +41,14 @@ def chosen(shape: str, *overrides: str, nodes: int = 1, memory: int = H100.memor
 
 
 def test_legal_sizes_and_why_the_others_are_not() -> None:
-    why_not, legal = tensor_sizes(find_shape("llama-3-70b"), 16)
+    why_not, legal = tensor_sizes(find_model("llama-3-70b").architecture, 16)
     assert legal == [1, 2, 4, 8, 16]
     assert why_not[3] == "64 attention heads"
     # 28 heads, 4 key/value heads, ffn 18944 = 2^9·37.
-    why_not, legal = tensor_sizes(find_shape("qwen2.5-7b"), 28)
+    why_not, legal = tensor_sizes(find_model("qwen2.5-7b").architecture, 28)
     assert legal == [1, 2, 4] and why_not[7] == "ffn 18944" and why_not[8] == "28 attention heads"
-    with pytest.raises(
-        UserError, match=r"parallel.tensor: 3 does not divide llama-3-70b \(64 attention heads\).* 1, 2, 4"
-    ):
-        check_tensor(find_shape("llama-3-70b"), 3)
+    with pytest.raises(UserError, match=r"parallel.tensor=3 does not divide .* \(64 attention heads.* 1, 2, 4"):
+        chosen("llama-3-70b", tensor=3)
 
 
 def test_a_small_model_needs_no_tensor_parallelism_and_a_large_one_stays_inside_its_node() -> None:
@@ -129,16 +128,16 @@ def test_recomputation_costs_time_and_saves_memory() -> None:
 
 def test_flops_of_a_frozen_base_by_hand() -> None:
     """Two products of the weights a token where full training has three; the lowest linear has no dX; n ≤ T logits."""
-    shape = find_shape("gpt2-medium")
+    shape = find_model("gpt2-medium").architecture
     weights, head = shape.layers * shape.layer_weights, shape.vocab * shape.hidden
-    placement = place(shape, rank=1, targets=["q_proj"])
+    placement = low_rank(shape, LoraRules(1, 1.0, ["q_proj"]))
     found = step_flops(shape, placement, Tuning(), tokens=1000, target_tokens=100, square_lengths=0, recompute=False)
-    low_rank = placement.elements
+    elements = placement.elements
     lowest = shape.linears["linear_qkv"].weights
-    once = place(shape, rank=1, targets=["q_proj"]).layers[0][0][0]
+    once = low_rank(shape, LoraRules(1, 1.0, ["q_proj"])).layers[0][0][0]
     expected = 2 * 1000 * (2 * weights - lowest) + 2 * 100 * 2 * head
     # U, U·B; dU, dB, dA, and dU·A but in the lowest.
-    expected += 2 * 1000 * (3 * low_rank - once.rank * once.in_features)
+    expected += 2 * 1000 * (3 * elements - once.rank * once.in_features)
     assert found.model == found.executed == expected
     attended = step_flops(
         shape, placement, Tuning(), tokens=1000, target_tokens=100, square_lengths=10**6, recompute=False
@@ -150,8 +149,8 @@ def test_flops_of_a_frozen_base_by_hand() -> None:
 
 
 def test_attention_below_the_lowest_factor_has_no_backward() -> None:
-    shape = find_shape("gpt2-medium")
-    placement = place(shape, rank=1, targets=r".*\.h\.23\.mlp\.c_proj")
+    shape = find_model("gpt2-medium").architecture
+    placement = low_rank(shape, LoraRules(1, 1.0, r".*\.h\.23\.mlp\.c_proj"))
     counts = [
         step_flops(shape, placement, Tuning(), tokens=0, target_tokens=0, square_lengths=10**6, recompute=recompute)
         for recompute in (False, True)
@@ -164,7 +163,7 @@ def test_attention_below_the_lowest_factor_has_no_backward() -> None:
 @pytest.mark.parametrize("sequence", [True, False])
 def test_messages_of_a_layer(sequence: bool) -> None:
     """docs/DESIGN.md: four calls forward and four backward, or two and two; under recomputation three or one more."""
-    shape = find_shape("gpt2-medium")
+    shape = find_model("gpt2-medium").architecture
     found = {}
     for layers in (3, 4):
         for recompute in (False, True):
@@ -172,8 +171,8 @@ def test_messages_of_a_layer(sequence: bool) -> None:
             job = planned("gpt2-medium")
             job = replace(
                 job,
-                shape=deep,
-                placement=place(deep, rank=4, targets="all-linear"),
+                architecture=deep,
+                placement=on_every_linear(deep, 4),
                 layout=Layout(2, 1, sequence, 1, recompute),
             )
             found[layers, recompute] = calls(microbatch_messages(job)).total()

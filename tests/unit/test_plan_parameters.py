@@ -8,38 +8,36 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_dist.arch.placement import LoraRules
-from lowrank_dist.arch.placement import place as place_factors
+from lowrank_dist.arch.config_json import architecture_of, read_architecture
+from lowrank_dist.arch.placement import LoraRules, place
+from lowrank_dist.arch.published import BUILT_IN, built_in_config
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.model_folder import load_architecture
+from lowrank_dist.plan.factors import low_rank
 from lowrank_dist.plan.methods import adapter_parameters, prefix_parameters, prompt_parameters
+from lowrank_dist.plan.model import find_model, read_model
 from lowrank_dist.plan.parameters import frozen_size
-from lowrank_dist.plan.placement import place
-from lowrank_dist.plan.shapes import BUILT_IN, built_in_config, find_shape, read_shape, shape_of
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 from tests.unit.test_architecture_rules import modules, names_in, under
 
 QV = ["q_proj", "v_proj"]
-ROOM = "lowrank_dist.plan"
 
 
 def test_the_formulas_import_nothing_that_they_describe() -> None:
-    """Neither torch nor the model, its factors or the counter: a second opinion. `verify` alone runs the code."""
-    formulas = [(name, path) for name, path in modules("lowrank_dist/plan") if path.stem != "verify"]
+    """Neither the modules that train nor their operators: a second opinion on them, from the same architecture."""
+    formulas = list(modules("lowrank_dist/plan"))
     assert len(formulas) > 12
-    allowed = tuple(f"lowrank_dist.{room}" for room in ("plan", "config", "errors"))
+    allowed = tuple(f"lowrank_dist.{name}" for name in ("plan", "arch", "config", "errors", "formats.headers"))
     for name, path in formulas:
         found = names_in(path.read_text(), name, path.stem == "__init__").found
-        assert not [x for x in found if under(x, "torch") or under(x, "transformers") or under(x, "megatron")], name
         foreign = [x for x in found if under(x, "lowrank_dist") and not any(under(x, room) for room in allowed)]
-        assert [x for x in foreign if x != "lowrank_dist"] == [] and f"{ROOM}.verify" not in found, name
+        assert [x for x in foreign if x not in ("lowrank_dist", "lowrank_dist.formats")] == [], name
 
 
 @pytest.mark.parametrize(("rank", "elements"), [(1, 4_718_592), (4, 18_874_368), (8, 37_748_736)])
 def test_gpt3_as_published(rank: int, elements: int) -> None:
     """Hu et al. 2021, table 4: 4.7M and 37.7M of 175B; 0.01 % at rank 4."""
-    shape = find_shape("gpt3-175b")
-    placement = place(shape, rank=rank, targets=QV)
+    shape = find_model("gpt3-175b").architecture
+    placement = low_rank(shape, LoraRules(rank, 1.0, QV))
     assert placement.elements == elements
     assert placement.by_module() == {"q_proj": elements // 2, "v_proj": elements // 2}
     if rank == 4:
@@ -50,7 +48,7 @@ def test_gpt3_as_published(rank: int, elements: int) -> None:
 
 def test_gpt2_medium_as_published() -> None:
     """Hu et al. 2021, table 3: 0.35M, by its own count of 24 layers, q and v, rank 4."""
-    assert place(find_shape("gpt2-medium"), rank=4, targets=QV).elements == 393_216
+    assert low_rank(find_model("gpt2-medium").architecture, LoraRules(4, 1.0, QV)).elements == 393_216
 
 
 @pytest.mark.parametrize(
@@ -68,7 +66,7 @@ def test_gpt2_medium_as_published() -> None:
     ],
 )
 def test_built_in_sizes_as_published(name: str, billions: float) -> None:
-    assert frozen_size(find_shape(name)) / 1e9 == pytest.approx(billions, rel=2e-3)
+    assert frozen_size(find_model(name).architecture) / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
 def test_every_built_in_shape_has_a_size_here() -> None:
@@ -85,18 +83,18 @@ def test_every_built_in_shape_has_a_size_here() -> None:
 )
 def test_adapters_as_published(bottleneck: int, method: Any, name: str, millions: float) -> None:
     """Hu et al. 2021, tables 3 and 4."""
-    found = adapter_parameters(find_shape(name), bottleneck, method) / 1e6
+    found = adapter_parameters(find_model(name).architecture, bottleneck, method) / 1e6
     assert round(found, 2 if millions < 1 else 1) == millions
 
 
 def test_prefix_and_prompt_counts() -> None:
     """Li & Liang 2021: keys and values of l positions in every layer; Lester et al. 2021: l embeddings."""
-    shape = find_shape("gpt2-medium")
+    shape = find_model("gpt2-medium").architecture
     assert prefix_parameters(shape, 10) == 24 * 2 * 10 * 1024
     # The embedding, and two linears with biases: 1024 → 512 → 24·2·1024.
     assert prefix_parameters(shape, 10, 512) == 10 * 1024 + 1025 * 512 + 513 * 24 * 2 * 1024
     assert prompt_parameters(shape, 20) == 20 * 1024
-    grouped = find_shape("llama-3-8b")
+    grouped = find_model("llama-3-8b").architecture
     assert prefix_parameters(grouped, 1) == 32 * 2 * 8 * 128
 
 
@@ -113,9 +111,9 @@ def test_frozen_size_is_that_of_transformers(folders: dict[str, Path], family: s
     model = AutoModelForCausalLM.from_pretrained(folders[family])
     # OPT's table has two rows that no position reads, and which loading cuts off.
     unread = 2 * model.config.hidden_size if family == "opt" else 0
-    shape = read_shape(folders[family])
-    assert frozen_size(shape) == sum(p.numel() for p in model.parameters()) - unread
-    assert shape.dtype == "bf16"
+    found = read_model(folders[family])
+    assert frozen_size(found.architecture) == sum(p.numel() for p in model.parameters()) - unread
+    assert (found.dtype, found.name) == ("bf16", family)
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -128,35 +126,58 @@ def test_frozen_size_is_that_of_transformers(folders: dict[str, Path], family: s
         (["k_proj", "v_proj"], {r"1\.(self_)?attn\.v_proj": 3}),
     ],
 )
-def test_placement_is_that_of_the_code(
+def test_factors_are_those_that_are_placed(
     folders: dict[str, Path], family: str, targets: Any, pattern: dict[str, int]
 ) -> None:
-    """Two readings of the same rules: every factor's layer, linear, name, rank and shape."""
-    rules = LoraRules(4, 8.0, targets, False, pattern, {})
+    """Taking equal layers together loses nothing: every factor's layer, linear, name, rank and shape."""
+    rules, architecture = LoraRules(4, 8.0, targets, rank_pattern=pattern), read_architecture(folders[family])
     expected = [
         (p.layer, p.linear, f.path.rpartition(".")[2], f.rank, f.in_features, f.rows)
-        for p in place_factors(load_architecture(folders[family]), rules)
+        for p in place(architecture, rules)
         for f in p.factors
     ]
-    shape = read_shape(folders[family])
-    names = list(shape.linears)
+    placement, names = low_rank(architecture, rules), list(architecture.linears)
     found = [
         (number, names[index], f.name, f.rank, f.in_features, f.rows)
-        for number, layer in enumerate(place(shape, rank=4, targets=targets, rank_pattern=pattern).layers)
+        for number, layer in enumerate(placement.layers)
         for index, factors in enumerate(layer)
         for f in factors
     ]
     assert found == expected and found
+    assert sum(count for *_, count in placement.kinds) == architecture.layers
+    assert placement.elements == sum(rank * (inputs + rows) for *_, rank, inputs, rows in found)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "pattern"),
+    [
+        ("llama", "all-linear", {}),
+        ("qwen3", ["q_proj", "v_proj"], {"1.self_attn.v_proj": 3}),
+        ("gpt2", ["c_attn", "mlp.c_proj"], {"c_attn": 2}),
+        ("opt", r".*\.1\..*(q_proj|fc2)", {}),
+    ],
+)
+def test_theta_is_of_the_size_that_peft_makes(
+    folders: dict[str, Path], family: str, targets: Any, pattern: dict[str, int]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=4, target_modules=targets, rank_pattern=pattern, task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folders[family]), config)
+    rules = LoraRules(4, 8.0, targets, rank_pattern=pattern)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert low_rank(read_architecture(folders[family]), rules).elements == trained
 
 
 def test_what_matches_nothing_is_refused() -> None:
-    shape = find_shape("llama-3-8b")
+    shape = find_model("llama-3-8b").architecture
     with pytest.raises(UserError, match=r"lora.targets: 'c_attn'.*q_proj"):
-        place(shape, rank=4, targets=["q_proj", "c_attn"])
+        low_rank(shape, LoraRules(4, 1.0, ["q_proj", "c_attn"]))
     with pytest.raises(UserError, match="lora.rank_pattern: 'w'"):
-        place(shape, rank=4, targets=["q_proj"], rank_pattern={"w": 2})
+        low_rank(shape, LoraRules(4, 1.0, ["q_proj"], rank_pattern={"w": 2}))
     with pytest.raises(UserError, match="name the same weights"):
-        place(find_shape("gpt2-medium"), rank=4, targets=["c_attn", "q_proj"])
+        low_rank(find_model("gpt2-medium").architecture, LoraRules(4, 1.0, ["c_attn", "q_proj"]))
 
 
 @pytest.mark.parametrize(
@@ -171,11 +192,11 @@ def test_what_matches_nothing_is_refused() -> None:
 )
 def test_a_wrong_config_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        shape_of({**built_in_config("llama-3-8b"), **changes}, "x", "config.json")
+        architecture_of({**built_in_config("llama-3-8b"), **changes}, "config.json")
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"])
 def test_a_config_that_lacks_a_field_is_refused(key: str) -> None:
     values = {name: value for name, value in built_in_config("llama-3-8b").items() if name != key}
     with pytest.raises(UserError, match=f"config.json: {key} is missing"):
-        shape_of(values, "x", "config.json")
+        architecture_of(values, "config.json")

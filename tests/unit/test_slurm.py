@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+from lowrank_dist.arch.published import built_in_config
 from lowrank_dist.cli.main import app
 from lowrank_dist.config import load_config
 from lowrank_dist.config.schema import ParallelConfig
 from lowrank_dist.errors import UserError
-from lowrank_dist.plan.shapes import built_in_config
 from lowrank_dist.slurm import template
 from lowrank_dist.slurm.layout import check_layout, check_time
 from lowrank_dist.slurm.template import BEGIN, END, checkout, fill

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.config import Config
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.methods.lora.adopt import adopt_adapter, initial_factors
 from tests.tiny_adapters import Size, random_adapter, save_adapter
 from tests.tiny_models import make_tiny
@@ -25,7 +25,7 @@ def config(base: Path, **lora: Any) -> Config:
 def placements(config: Config) -> Any:
     lora = config.lora
     rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
-    return place(load_architecture(config.model.path), rules)
+    return place(read_architecture(config.model.path), rules)
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.checkpoint.folder import read_checkpoint
 from lowrank_dist.checkpoint.inspection import inspect_folder
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.manifest import MANIFEST_FILE, write_manifest
-from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.methods.full import files as whole_model
 from lowrank_dist.methods.kinds import kind_of
 from tests.tiny_learned import base_tensors, run_of, save_whole
@@ -61,7 +61,7 @@ def expected_logits(base: Path, dtype: torch.dtype) -> Tensor:
 
 
 def unused_rows(base: Path) -> dict[str, int]:
-    return {rule.hf: rule.row_offset for rule in load_architecture(base).tensors if rule.row_offset}
+    return {rule.hf: rule.row_offset for rule in read_architecture(base).tensors if rule.row_offset}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -105,7 +105,7 @@ def test_shards_and_their_index(base: Path, tmp_path: Path, monkeypatch: pytest.
     assert all(path.stat().st_size < 70_000 for path in shards)
     index = json.loads((sharded / INDEX).read_text())
     held = {name: path.name for path in shards for name in load_file(path)}
-    assert index["weight_map"] == held and held.keys() == hf_shapes(load_architecture(base)).keys()
+    assert index["weight_map"] == held and held.keys() == hf_shapes(read_architecture(base)).keys()
     assert index["metadata"]["total_size"] == sum(t.nbytes for path in shards for t in load_file(path).values())
     assert torch.equal(logits(sharded), logits(whole))
     # vLLM reads every file of a folder that has no index, the optimiser's too.
@@ -136,7 +136,7 @@ def most_alive(base: Path, folder: Path, hold: bool) -> int:
 
 def test_no_one_holds_it_whole(base: Path, tmp_path: Path) -> None:
     """Of a stream a tensor at a time, the two largest at most: the one before is let go when the next has come."""
-    sizes = [3 * torch.Size(shape).numel() for shape in hf_shapes(load_architecture(base)).values()]
+    sizes = [3 * torch.Size(shape).numel() for shape in hf_shapes(read_architecture(base)).values()]
     assert most_alive(base, tmp_path / "step-1", hold=False) <= 2 * max(sizes) < sum(sizes) / 2
     # The control: a writer that keeps them.
     assert most_alive(base, tmp_path / "step-2", hold=True) == sum(sizes)
@@ -188,7 +188,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 def test_inspect(base: Path, checkpoint: Path, tmp_path: Path) -> None:
     facts, report = facts_of(checkpoint), inspect_folder(checkpoint)
-    size = sum(torch.Size(shape).numel() for shape in hf_shapes(load_architecture(base)).values())
+    size = sum(torch.Size(shape).numel() for shape in hf_shapes(read_architecture(base)).values())
     assert (report.kind, facts["method"], facts["step"], facts["parameters"]) == ("checkpoint", "full", 7, size)
     assert facts["manifest"] == "verifies" and facts["base_matches"] is True and facts["percent_of_base"] == 100
     assert facts["family"] == "llama" and facts["dtypes"] == {"F32": size} and not report.warnings

@@ -3,14 +3,14 @@
 import json
 import re
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.families import FAMILIES
+from lowrank_dist.arch.config_json import CONFIG_FILE, UnsupportedModel, read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.checkpoint.inspection.report import Report, one_line
 from lowrank_dist.errors import UserError
@@ -20,7 +20,6 @@ from lowrank_dist.formats.model_folder import (
     SINGLE_FILE,
     Checkpoint,
     check_checkpoint,
-    load_architecture,
     open_checkpoint,
 )
 from lowrank_dist.formats.safetensors_file import read_header
@@ -71,25 +70,16 @@ def inspect_model(folder: Path) -> Report:
 def architecture_of_folder(folder: Path) -> tuple[Architecture | None, str | None]:
     """The architecture, or why this system has none for the folder."""
     try:
-        return load_architecture(folder), None
-    except Exception as error:  # config.json is anyone's: the reason is kept
+        return read_architecture(folder), None
+    except UserError as error:
         return None, one_line(error)
 
 
 def _require_config(folder: Path) -> None:
     """Tell a config.json that nobody can use from one that only this system has no table for."""
-    path = folder / "config.json"
-    if not path.is_file():
-        return  # open_checkpoint has said so
-    config = _object(path)
-    family = config["model_type"] if "model_type" in config else None
-    if not isinstance(family, str):
-        raise UserError(f"{path}: model_type is {family!r}, expected text; download the model again")
-    if family in FAMILIES:
-        try:
-            AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # as in load_architecture: types with no common base
-            raise UserError(f"{path}: transformers cannot read it: {one_line(error)}; correct it") from error
+    if (folder / CONFIG_FILE).is_file():  # open_checkpoint has said where it is not
+        with suppress(UnsupportedModel):
+            read_architecture(folder)
 
 
 def _described(folder: Path, architecture: Architecture | None) -> dict[str, Any]:

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import target_of
 from lowrank_dist.formats.base_files import other_files
 from lowrank_dist.formats.layout import pack, write_config
-from lowrank_dist.formats.model_folder import FLOAT_DTYPES, INDEX_FILE, load_architecture, open_checkpoint, stored_name
+from lowrank_dist.formats.model_folder import FLOAT_DTYPES, INDEX_FILE, open_checkpoint, stored_name
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
 
@@ -40,7 +41,7 @@ class WholeModelFiles:
     ) -> None:
         """shapes: Hugging Face name → shape, in the order in which the tensors will be `put`."""
         self._folder, self._base, self._dtype, self._provenance = folder, base, dtype, provenance
-        self._architecture = load_architecture(base)
+        self._architecture = read_architecture(base)
         # The first rows of OPT's positions are in no parameter, so they are not among what is `put`.
         self._unused = {rule.hf: rule.row_offset for rule in self._architecture.tensors if rule.row_offset}
         self._name = next(name for name, each in FLOAT_DTYPES.items() if each == dtype)

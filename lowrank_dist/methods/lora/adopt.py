@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import ALL_LINEAR, LinearPlacement, LoraRules
 from lowrank_dist.config import Config
 from lowrank_dist.config.schema import LoraConfig
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.fingerprint import fingerprint
-from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.messages import some_of
 from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, Adapter, module_paths, read_adapter
@@ -33,7 +33,7 @@ def adopt_adapter(config: Config) -> Config:
     folder = config.lora.init_from
     if folder is None:
         return config
-    adapter, architecture = read_adapter(folder), load_architecture(config.model.path)
+    adapter, architecture = read_adapter(folder), read_architecture(config.model.path)
     refuse_foreign(folder, adapter, architecture.linear_modules(), config.model.path)
     adopted = asdict(rules_of(adapter, architecture))
     _refuse_contradictions(config.lora, adopted, adapter, architecture)

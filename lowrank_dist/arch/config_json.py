@@ -1,0 +1,309 @@
+"""A Hugging Face config.json and its family's table → `Architecture`.
+
+What a table cannot express is refused with the key of config.json that asks for it, never approximated. A key that is
+missing means what it means to transformers, which a test holds the tables against.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lowrank_dist.arch.architecture import Architecture, RopeParameters
+from lowrank_dist.arch.families import FAMILIES, OUTPUT_LAYER, Family
+from lowrank_dist.arch.keys import Key, is_number
+from lowrank_dist.arch.rows import LinearLayout, Part
+from lowrank_dist.errors import UserError
+
+CONFIG_FILE = "config.json"
+
+# transformers has several spellings of the same function.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+# Field of RopeParameters → key, for each rope_type that `inv_freq` computes.
+_ROPE_KEYS: Mapping[str, Mapping[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_positions": "original_max_position_embeddings",
+    },
+}
+
+# Keys that any family may have, and what they ask for that no table here can express.
+_REFUSED = {
+    "quantization_config": ("quantized checkpoints are not supported", "use the checkpoint in bf16, fp16 or fp32"),
+    "per_layer_config": ("layers that differ in their sizes are not supported", "use a checkpoint without it"),
+}
+
+# Names of a layer's kind, old and new.
+_FULL, _SLIDING = ("full_attention", "attention"), ("sliding_attention",)
+
+# torch's names of element types; a checkpoint in fp16 runs in bf16, whose range is fp32's.
+_DTYPES: Mapping[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
+
+
+class UnsupportedModel(UserError):
+    """The config.json may well be right, but its family or one of its options has no table here."""
+
+
+def read_architecture(path: Path) -> Architecture:
+    """The `Architecture` that a model folder's config.json, or the file itself, describes.
+
+    Raises UserError naming the key that is missing, malformed or (UnsupportedModel) not supported.
+    """
+    return architecture_of(read_config(path), str(config_file(path)))
+
+
+def config_file(path: Path) -> Path:
+    """The config.json of a model folder; a file is taken for one."""
+    if path.is_file() or path.name == CONFIG_FILE:
+        return path
+    return require_folder(path) / CONFIG_FILE
+
+
+def require_folder(path: Path) -> Path:
+    """`path`; UserError where it is no folder."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder: model.path must be a local Hugging Face model folder")
+    return path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a model folder's config.json, or in the file itself; UserError where there is none."""
+    return read_json(config_file(path), "a Hugging Face model folder holds one; download the model completely")
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file of a model folder. remedy: what to do where the file is missing."""
+    if not file.is_file():
+        raise UserError(f"{file}: missing: {remedy}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}; download the model again") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}): give this user the right to read it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; download the model again")
+    return content
+
+
+def declared_dtype(values: Mapping[str, Any]) -> Literal["fp32", "bf16"]:
+    """The element type that a config.json names for its weights, fp32 where it names none. fp16 runs as bf16."""
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(name := values.get(key), str):
+            return _DTYPES.get(name, "fp32")
+    return "fp32"
+
+
+def architecture_of(values: Mapping[str, Any], where: str) -> Architecture:
+    """The `Architecture` of a config.json's `values` (their `model_type` selects the table).
+
+    `where` names the file in messages. Raises as `read_architecture` does.
+    """
+    family = _family(values, where)
+    _check_options(values, family, where)
+    fields: dict[str, Any] = {field: key.read(values, where) for field, key in family.keys.items()}
+    fields |= family.fixed
+    if fields["ffn"] is None:
+        fields["ffn"] = 4 * fields["hidden"]
+    _check_equal(values, family, fields, where)
+    fields["activation"] = _activation(fields["activation"], family, where)
+    _set_heads(fields, family, where)
+    return Architecture(
+        family=values["model_type"],
+        prefix=family.prefix,
+        **fields,
+        rope=_rope(values, family, fields, where) if fields["positions"] == "rope" else None,
+        sliding_window=_sliding_window(values, family, fields["layers"], where),
+        linears=_linears(family, fields),
+        tensors=tuple(rule for rule in family.tensors if not (fields["tied"] and rule is OUTPUT_LAYER)),
+        ignored=family.ignored,
+    )
+
+
+def _family(values: Mapping[str, Any], where: str) -> Family:
+    if "model_type" not in values:
+        raise UserError(f"{where}: key model_type is missing: set it to one of {', '.join(FAMILIES)}")
+    name = values["model_type"]
+    if not isinstance(name, str):
+        raise UserError(f"{where}: model_type must be text, not {name!r}: set it to one of {', '.join(FAMILIES)}")
+    if name not in FAMILIES:
+        raise UnsupportedModel(
+            f"{where}: model_type {name!r} is not supported: use a model of one of {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[name]
+
+
+def _check_options(values: Mapping[str, Any], family: Family, where: str) -> None:
+    for key, (what, remedy) in _REFUSED.items():
+        if values.get(key) is not None:
+            raise UnsupportedModel(f"{where}: {key}: {what}: {remedy}")
+    for key, (supported, meaning) in family.only.items():
+        found = Key(key, "flag", supported).read(values, where)
+        if found != supported:
+            raise UnsupportedModel(
+                f"{where}: {key}={found!r} is not supported ({meaning}): use a checkpoint with {key}={supported!r}"
+            )
+
+
+def _check_equal(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], where: str) -> None:
+    for key, (field, meaning) in family.equal.items():
+        found = Key(key, "size", None).read(values, where)
+        if found not in (None, fields[field]):
+            raise UnsupportedModel(
+                f"{where}: {key}={found} is not supported ({meaning}): use a checkpoint where it equals "
+                f"{family.keys[field].name}={fields[field]}"
+            )
+
+
+def _activation(name: str, family: Family, where: str) -> str:
+    if name not in _ACTIVATIONS:
+        raise UnsupportedModel(
+            f"{where}: {family.keys['activation'].name}={name!r} is not supported: "
+            f"use a checkpoint with one of {', '.join(_ACTIVATIONS)}"
+        )
+    return _ACTIVATIONS[name]
+
+
+def _set_heads(fields: dict[str, Any], family: Family, where: str) -> None:
+    """Fill in kv_heads and head_dim where they follow from heads and hidden."""
+    hidden, heads = fields["hidden"], fields["heads"]
+    if fields.get("kv_heads") is None:
+        fields["kv_heads"] = heads
+    if heads % fields["kv_heads"]:
+        raise UserError(
+            f"{where}: {family.keys['heads'].name}={heads} is not a multiple of "
+            f"{family.keys['kv_heads'].name}={fields['kv_heads']}: correct it"
+        )
+    if fields.get("head_dim") is not None:
+        return
+    sizes = f"{family.keys['hidden'].name}={hidden}", f"{family.keys['heads'].name}={heads}"
+    if hidden % heads:
+        raise UserError(f"{where}: {sizes[0]} is not a multiple of {sizes[1]}: correct it")
+    fields["head_dim"] = hidden // heads
+    if fields["positions"] == "rope" and fields["head_dim"] % 2:
+        raise UserError(
+            f"{where}: {sizes[0]} and {sizes[1]} give heads of {fields['head_dim']}, which rotary positions cannot "
+            "halve: correct it"
+        )
+
+
+def _sliding_window(values: Mapping[str, Any], family: Family, layers: int, where: str) -> int | None:
+    found = {name: key.read(values, where) for name, key in family.window.items()}
+    window: int | None = found.get("window")
+    if "used" not in found:
+        return window
+    if not found["used"]:
+        window = None
+    kinds = found["kinds"]
+    if kinds is None:
+        first = layers if window is None else min(max(found["first"], 0), layers)
+        kinds = [_FULL[0]] * first + [_SLIDING[0]] * (layers - first)
+    key = family.window["kinds"].name
+    if len(kinds) != layers:
+        raise UserError(f"{where}: {key} has {len(kinds)} entries for {layers} layers: correct it")
+    if all(kind in _FULL for kind in kinds):
+        return None
+    if all(kind in _SLIDING for kind in kinds):
+        return window
+    raise UnsupportedModel(
+        f"{where}: {key} {sorted(set(kinds))} (from {family.window['used'].name} and {family.window['first'].name}) is "
+        "not supported: every layer must have full attention, or every layer a sliding window"
+    )
+
+
+def _rope(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], where: str) -> RopeParameters:
+    """transformers 5 keeps everything in rope_parameters; before, rope_theta and rope_scaling stood apart."""
+    found: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):  # the latter wins
+        stated = values.get(key)
+        if stated is not None and not isinstance(stated, dict):
+            raise UserError(f"{where}: {key} must be an object, not {stated!r}")
+        found = dict(stated) if stated else found
+    nested = [key for key, value in found.items() if isinstance(value, dict)]
+    if nested:
+        raise UnsupportedModel(
+            f"{where}: rope_parameters by kind of layer ({', '.join(nested)}) are not supported: "
+            "use a checkpoint whose layers all rotate alike"
+        )
+    found.setdefault("rope_theta", values.get("rope_theta", family.rope_theta))
+    if values.get("partial_rotary_factor") is not None:
+        found.setdefault("partial_rotary_factor", values["partial_rotary_factor"])
+    kind = found["rope_type"] if "rope_type" in found else found.get("type", "default")
+    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+        raise UnsupportedModel(
+            f"{where}: rope_type {kind!r} (in rope_parameters or rope_scaling) is not supported: "
+            f"use a checkpoint with one of {', '.join(_ROPE_KEYS)}"
+        )
+    if "partial_rotary_factor" in found and found["partial_rotary_factor"] != 1.0:
+        raise UnsupportedModel(
+            f"{where}: partial_rotary_factor={found['partial_rotary_factor']!r} is not supported: "
+            "use a checkpoint that rotates the whole head"
+        )
+    names = {"theta": "rope_theta", **_ROPE_KEYS[kind]}
+    if "original_max_positions" in names:
+        found.setdefault(names["original_max_positions"], fields["max_positions"])
+    for key in names.values():
+        if key not in found or not is_number(found[key]) or found[key] <= 0:
+            stated = found[key] if key in found else "nothing"
+            raise UserError(f"{where}: rope_type {kind!r} needs a positive number {key}, found {stated!r}")
+    return RopeParameters(type=kind, **{field: found[key] for field, key in names.items()})
+
+
+def _linears(family: Family, fields: Mapping[str, Any]) -> dict[str, LinearLayout]:
+    hidden, ffn, head_dim, bias = fields["hidden"], fields["ffn"], fields["head_dim"], fields["linear_bias"]
+    queries, keys = fields["heads"] * head_dim, fields["kv_heads"] * head_dim
+    fc1_rows = (ffn, ffn) if fields["gated"] else (ffn,)
+    paths = family.linears
+    return {
+        "linear_qkv": LinearLayout(
+            kind="column",
+            in_features=hidden,
+            out_features=queries + 2 * keys,
+            parts=_qkv_parts(family, queries, keys),
+            interleave="qkv",
+            bias=bias or fields["qkv_bias"],
+            group=(fields["heads"] // fields["kv_heads"], head_dim),
+            whole=_leaf(paths["linear_qkv"][0]) if family.fused_qkv else None,
+        ),
+        "linear_proj": LinearLayout("row", queries, hidden, _parts(paths["linear_proj"], (hidden,)), "none", bias),
+        "linear_fc1": LinearLayout(
+            kind="column",
+            in_features=hidden,
+            out_features=sum(fc1_rows),
+            parts=_parts(paths["linear_fc1"], fc1_rows),
+            interleave="gate_up" if fields["gated"] else "none",
+            bias=bias,
+        ),
+        "linear_fc2": LinearLayout("row", ffn, hidden, _parts(paths["linear_fc2"], (hidden,)), "none", bias),
+    }
+
+
+def _qkv_parts(family: Family, queries: int, keys: int) -> tuple[Part, ...]:
+    if not family.fused_qkv:
+        return _parts(family.linears["linear_qkv"], (queries, keys, keys))
+    (path,) = family.linears["linear_qkv"]
+    names = ("q_proj", "k_proj", "v_proj")
+    return tuple(Part(name, path, queries, index * queries) for index, name in enumerate(names))
+
+
+def _parts(paths: tuple[str, ...], rows: tuple[int, ...]) -> tuple[Part, ...]:
+    return tuple(Part(_leaf(path), path, count) for path, count in zip(paths, rows, strict=True))
+
+
+def _leaf(path: str) -> str:
+    return path.rpartition(".")[2]

@@ -1,0 +1,62 @@
+"""One key of config.json: what it may hold, and what it means where it is missing."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lowrank_dist.errors import UserError
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "size": ("a positive integer", lambda value: is_integer(value) and value > 0),
+    "even": ("a positive even integer", lambda value: is_integer(value) and value > 0 and value % 2 == 0),
+    "integer": ("an integer", is_integer),
+    "number": ("a number that is not negative", lambda value: is_number(value) and value >= 0),
+    "flag": ("true or false", lambda value: isinstance(value, bool)),
+    "text": ("text", lambda value: isinstance(value, str)),
+    "names": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)),
+}
+
+# The default of a key that must be there: sizes are never guessed.
+REQUIRED = "required"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key of config.json: its name, its values, and what transformers takes where it is missing.
+
+    kind: "size" is a positive integer, "even" an even one, "integer" any, "number" not negative, "flag" true or false,
+    "names" a list of texts. default: a value, REQUIRED, or None, for what follows from other keys.
+    null: null is a value too, with the meaning of None. also: another name that transformers maps to this key, and
+    which wins over it.
+    """
+
+    name: str
+    kind: Literal["size", "even", "integer", "number", "flag", "text", "names"]
+    default: object = REQUIRED
+    null: bool = False
+    also: str | None = None
+
+    def read(self, values: Mapping[str, Any], where: str) -> Any:
+        """The key's value among those of a config.json, or its default; UserError where neither can be had."""
+        name = self.also if self.also is not None and self.also in values else self.name
+        if name not in values:
+            if self.default is REQUIRED:
+                raise UserError(f"{where}: {name} is missing: add it as in the model's own config.json")
+            return self.default
+        value = values[name]
+        if value is None and (self.null or self.default is None):
+            return None
+        description, fits = _KINDS[self.kind]
+        if not fits(value):
+            raise UserError(f"{where}: {name} must be {description}, not {value!r}")
+        return value

@@ -1,0 +1,417 @@
+"""config.json as arch reads it against transformers, which is the referee: defaults, spellings and refusals."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+
+from lowrank_dist.arch import families
+from lowrank_dist.arch.config_json import UnsupportedModel, architecture_of, declared_dtype, read_architecture
+from lowrank_dist.arch.families import FAMILIES
+from lowrank_dist.arch.published import BUILT_IN, built_in_config
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.headers import stored_dtype
+from lowrank_dist.formats.model_folder import check_checkpoint, open_checkpoint
+from lowrank_dist.plan.model import find_model
+from lowrank_dist.plan.parameters import frozen_size
+from lowrank_dist.plan.settings import job_of, read_request
+from tests.tiny_models import FAMILY_NAMES, make_tiny
+
+Values = dict[str, Any]
+transformers.logging.set_verbosity_error()
+
+OURS = {
+    "silu": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+# Activations that there is a table for; transformers knows many more.
+ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
+WRONG = [None, "x", True, 1.5, [2], {"a": 1}, -2, 0]
+
+LLAMA_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+SIZES = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA_SIZES),
+    "gpt2": ("n_embd", "n_layer", "n_head", "vocab_size"),
+    "opt": ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "vocab_size"),
+}
+ROPE = {
+    "rope_theta": st.sampled_from([5e5, 1e6, 10000, None, "x", -1.0]),
+    "rope_scaling": st.sampled_from([None, {}, {"type": "linear", "factor": 2.0}, {"type": "yarn", "factor": 2.0}]),
+    "rope_parameters": st.one_of(
+        st.sampled_from([None, {}, "x", [1], {"rope_type": None}, {"full_attention": {"rope_theta": 2.0}}]),
+        st.fixed_dictionaries(
+            {"rope_type": st.sampled_from(["default", "linear", "llama3", "dynamic"])},
+            optional={
+                "rope_theta": st.sampled_from([7.0, 3, None, "x", -1.0]),
+                "factor": st.sampled_from([4.0, 2, 0.0, "x", None]),
+                "low_freq_factor": st.just(1.0),
+                "high_freq_factor": st.just(4.0),
+                "original_max_position_embeddings": st.sampled_from([128, None]),
+                "partial_rotary_factor": st.sampled_from([1.0, 0.5]),
+            },
+        ),
+    ),
+    "partial_rotary_factor": st.sampled_from([None, 1.0, 0.5]),
+    "original_max_position_embeddings": st.just(77),
+}
+NUMBER = st.sampled_from([1e-5, 1e-6, 0.0, None, "x", True, [1], -1.0])
+FLAG = st.sampled_from([True, False, None, 0, "x"])
+
+
+def size(*good: int) -> st.SearchStrategy[Any]:
+    return st.one_of(st.sampled_from(good), st.sampled_from(good), st.sampled_from(WRONG))
+
+
+ACTIVATION = st.one_of(st.sampled_from(ACTIVATIONS), st.sampled_from(["quick_gelu", None, 3, ["silu"]]))
+LLAMA = {
+    "num_key_value_heads": size(1, 2, 4, 3),
+    "head_dim": size(8, 24, 15),
+    "max_position_embeddings": size(64, 4096),
+    "rms_norm_eps": NUMBER,
+    "hidden_act": ACTIVATION,
+    "tie_word_embeddings": FLAG,
+    "attention_bias": FLAG,
+    **ROPE,
+}
+QWEN = LLAMA | {
+    "use_sliding_window": FLAG,
+    "sliding_window": size(32),
+    "max_window_layers": st.sampled_from([0, 1, 3, 28, -1, None, "x", 1.5]),
+    "layer_types": st.one_of(
+        st.just(None),
+        st.lists(
+            st.sampled_from(["full_attention", "sliding_attention", "attention", "other"]), min_size=1, max_size=3
+        ),
+        st.sampled_from(["x", [1, 2, 3]]),
+    ),
+}
+OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "llama": LLAMA | {"mlp_bias": FLAG},
+    "mistral": {key: value for key, value in LLAMA.items() if key != "attention_bias"} | {"sliding_window": size(32)},
+    "qwen2": {key: value for key, value in QWEN.items() if key != "attention_bias"},
+    "qwen3": QWEN,
+    "gpt2": {
+        "hidden_size": size(32),
+        "num_hidden_layers": size(3),
+        "num_attention_heads": size(2),
+        "max_position_embeddings": size(32),
+        "n_inner": size(96),
+        "n_positions": size(64),
+        "layer_norm_epsilon": NUMBER,
+        "activation_function": ACTIVATION,
+        "tie_word_embeddings": FLAG,
+        "scale_attn_weights": FLAG,
+        "scale_attn_by_inverse_layer_idx": FLAG,
+        "add_cross_attention": FLAG,
+    },
+    "opt": {
+        "max_position_embeddings": size(64),
+        "activation_function": ACTIVATION,
+        "enable_bias": FLAG,
+        "tie_word_embeddings": FLAG,
+        "do_layer_norm_before": FLAG,
+        "layer_norm_elementwise_affine": FLAG,
+        "_remove_final_layer_norm": FLAG,
+        "word_embed_proj_dim": size(64, 32),
+    },
+}
+
+
+def configs(family: str) -> st.SearchStrategy[Values]:
+    """A config.json of the family: sizes, sometimes one of them wrong or missing, and a few of the other keys."""
+    good = dict.fromkeys(SIZES[family], st.just(64))
+    good[SIZES[family][1]] = st.sampled_from([1, 2, 3])
+    good[SIZES[family][2]] = st.sampled_from([4, 4, 4, 3])
+    keys = st.lists(st.sampled_from(sorted(OPTIONAL[family])), max_size=5, unique=True)
+    others = keys.flatmap(lambda names: st.fixed_dictionaries({name: OPTIONAL[family][name] for name in names}))
+    wrong = st.one_of(
+        st.just({}), st.just({}), st.dictionaries(st.sampled_from(SIZES[family]), st.sampled_from(WRONG), max_size=1)
+    )
+    missing = st.one_of(st.none(), st.none(), st.none(), st.sampled_from(SIZES[family]))
+
+    def put_together(parts: tuple[Values, Values, Values, str | None]) -> Values:
+        sizes, rest, faults, gone = parts
+        values = {"model_type": family, **sizes, **faults, **rest}
+        return {key: value for key, value in values.items() if key != gone}
+
+    return st.tuples(st.fixed_dictionaries(good), others, wrong, missing).map(put_together)
+
+
+def least(family: str) -> Values:
+    """A config.json with sizes alone."""
+    return {"model_type": family, **dict.fromkeys(SIZES[family], 64), SIZES[family][2]: 32}
+
+
+def by_transformers(values: Values) -> PreTrainedConfig | None:
+    """What transformers makes of a config.json, or None where it refuses it."""
+    rest = copy.deepcopy(values)
+    try:
+        return AutoConfig.for_model(rest.pop("model_type"), **rest)
+    except Exception:  # its validators raise types with no common base
+        return None
+
+
+def expected(config: PreTrainedConfig) -> Values:
+    """Fields of `Architecture` by transformers' own names, as its modelling code reads them."""
+    rope = getattr(config, "rope_parameters", None)
+    learned = config.model_type in ("gpt2", "opt")
+    ffn = {"gpt2": "n_inner", "opt": "ffn_dim"}.get(config.model_type, "intermediate_size")
+    eps = {"gpt2": "layer_norm_epsilon", "opt": None}.get(config.model_type, "rms_norm_eps")
+    kinds = set(getattr(config, "layer_types", None) or ()) if config.model_type in ("qwen2", "qwen3") else None
+    window = getattr(config, "sliding_window", None) if config.model_type != "llama" else None
+    return {
+        "family": config.model_type,
+        "hidden": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "kv_heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "ffn": getattr(config, ffn) or 4 * config.hidden_size,
+        "vocab": config.vocab_size,
+        "max_positions": config.max_position_embeddings,
+        "norm_eps": 1e-5 if eps is None else getattr(config, eps),
+        "qkv_bias": config.model_type in ("gpt2", "qwen2") or getattr(config, "enable_bias", False),
+        "linear_bias": config.model_type == "gpt2" or getattr(config, "enable_bias", False),
+        "tied": config.tie_word_embeddings,
+        "sliding_window": None if kinds == {"full_attention"} else window,
+        "rope": None if learned else {key: rope[key] for key in RELEVANT[rope["rope_type"]]},
+    }
+
+
+RELEVANT = {
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+FIELDS = ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_positions")
+
+
+def found_in(values: Values) -> Values:
+    architecture = architecture_of(copy.deepcopy(values), "config.json")
+    x = torch.linspace(-3, 3, 50)
+    key = "hidden_act" if architecture.positions == "rope" else "activation_function"
+    spelled = values.get(key, {"gpt2": "gelu_new", "opt": "relu"}.get(architecture.family, "silu"))
+    torch.testing.assert_close(OURS[architecture.activation](x), ACT2FN[spelled](x), rtol=0, atol=1e-6)
+    rope = architecture.rope
+    stated = None if rope is None else dict(zip(RELEVANT["llama3"], [getattr(rope, f) for f in FIELDS], strict=True))
+    if rope is not None and stated is not None:
+        stated = {key: stated[key] for key in RELEVANT[rope.type]}
+    names = [field for field in expected(AutoConfig.for_model("llama")) if field != "rope"]
+    return {field: getattr(architecture, field) for field in names} | {"rope": stated}
+
+
+def has_no_table(values: Values, config: PreTrainedConfig) -> bool:
+    """Whether we must refuse what transformers takes: a size nobody can have, a missing one, an option without a
+    table.
+    """
+    if any(key not in values for key in SIZES[config.model_type] if not _aliased(key, values)):
+        return True
+    numbers = [config.hidden_size, config.num_hidden_layers, config.num_attention_heads, config.vocab_size]
+    numbers.append(config.max_position_embeddings)
+    optional = ("intermediate_size", "ffn_dim", "n_inner", "num_key_value_heads", "word_embed_proj_dim")
+    numbers += [getattr(config, key) for key in optional if getattr(config, key, None) is not None]
+    if config.model_type != "llama" and values.get("sliding_window") is not None:
+        numbers.append(values["sliding_window"])
+    eps = [getattr(config, key, 1.0) for key in ("rms_norm_eps", "layer_norm_epsilon")]
+    # transformers does not check the type of a key by its other name.
+    if any(type(number) is not int or number < 1 for number in numbers) or min(eps) < 0:
+        return True
+    acts = [getattr(config, key, "silu") for key in ("hidden_act", "activation_function")]
+    only = {
+        "llama": {"attention_bias": False, "mlp_bias": False},
+        "qwen3": {"attention_bias": False},
+        "gpt2": {
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        "opt": {
+            "do_layer_norm_before": True,
+            "layer_norm_elementwise_affine": True,
+            "_remove_final_layer_norm": False,
+            "word_embed_proj_dim": config.hidden_size,
+        },
+    }.get(config.model_type, {})
+    wanted = {key: getattr(config, key) for key in only}
+    if not set(acts) <= set(ACTIVATIONS) or wanted != only:
+        return True
+    if config.num_attention_heads % getattr(config, "num_key_value_heads", 1):
+        return True
+    return _heads_or_rope_without_table(values, config)
+
+
+def _heads_or_rope_without_table(values: Values, config: PreTrainedConfig) -> bool:
+    divides = config.hidden_size % config.num_attention_heads == 0
+    if config.model_type in ("gpt2", "opt"):
+        return not divides
+    stated = values.get("head_dim", 128 if config.model_type == "qwen3" else None)
+    if stated is None and not divides:
+        return True
+    head_dim = config.hidden_size // config.num_attention_heads if stated is None else stated
+    if head_dim < 1 or head_dim % 2:
+        return True
+    if config.model_type in ("qwen2", "qwen3") and len(set(config.layer_types)) > 1:
+        return True
+    rope = config.rope_parameters
+    if rope.get("rope_type") not in RELEVANT or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        return True
+    if any(isinstance(value, dict) for value in rope.values()):
+        return True
+    needed = [rope.get(key) for key in RELEVANT[rope["rope_type"]]]
+    return any(not isinstance(number, int | float) or number <= 0 for number in needed)
+
+
+def _aliased(key: str, values: Values) -> bool:
+    aliases = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+    return key in aliases and aliases[key] in values
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(data=st.data())
+def test_transformers_is_the_referee(family: str, data: st.DataObject) -> None:
+    values = data.draw(configs(family))
+    config = by_transformers(values)
+    # LlamaConfig alone insists on hidden = heads × something where head_dim says otherwise.
+    whole = all(isinstance(values.get(key), int) and values.get(key) for key in LLAMA_SIZES)
+    assume(not (family == "llama" and whole and values["hidden_size"] % values["num_attention_heads"]))
+    if config is None or has_no_table(values, config):
+        with pytest.raises(UserError, match="^config.json: "):
+            architecture_of(values, "config.json")
+    else:
+        assert found_in(values) == expected(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_alone_mean_transformers_defaults(family: str) -> None:
+    values = least(family)
+    config = by_transformers(values)
+    assert config is not None and found_in(values) == expected(config)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_published_shapes_are_configs_that_transformers_reads(name: str) -> None:
+    values = built_in_config(name)
+    config = by_transformers(values)
+    assert config is not None and found_in(values) == expected(config)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(deadline=None, max_examples=100)
+@given(data=st.data())
+@example(data=None)
+def test_no_value_makes_a_traceback(family: str, data: Any) -> None:
+    """Any JSON at any key that a table names."""
+    table = FAMILIES[family]
+    keys = [*(key.name for key in (*table.keys.values(), *table.window.values())), *table.only, *table.equal, *ROPE]
+    keys += ["dtype", "torch_dtype", "model_type", "quantization_config", "per_layer_config"]
+    values = least(family)
+    if data is not None:
+        anything = st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+            lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+            max_leaves=4,
+        )
+        values |= data.draw(st.dictionaries(st.sampled_from(keys), anything, max_size=3))
+    try:
+        architecture_of(values, "config.json")
+    except UserError as error:
+        assert str(error).startswith("config.json: ")
+    assert declared_dtype(values) in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"hidden_size": "64"}, "hidden_size must be a positive integer, not '64'"),
+        ({"vocab_size": True}, "vocab_size must be a positive integer, not True"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers must be a positive integer, not 2.0"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number that is not negative, not '1e-5'"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, not 'no'"),
+        ({"hidden_act": None}, "hidden_act must be text, not None"),
+        ({"rope_scaling": "linear"}, "rope_scaling must be an object, not 'linear'"),
+        ({"layer_types": "full"}, "layer_types must be a list of texts, not 'full'"),
+        ({"layer_types": ["full_attention"]}, "layer_types has 1 entries for 64 layers"),
+        ({"model_type": 3}, "model_type must be text, not 3"),
+        ({"hidden_size": 480}, "heads of 15, which rotary positions cannot halve"),
+    ],
+)
+def test_a_wrong_type_is_refused_by_its_key(values: Values, named: str) -> None:
+    with pytest.raises(UserError) as error:
+        architecture_of(least("qwen2") | values, "config.json")
+    assert named in str(error.value) and not isinstance(error.value, UnsupportedModel)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model_type": "mamba"},
+        {"hidden_act": "quick_gelu"},
+        {"quantization_config": {}},
+        {"rope_scaling": {"type": "yarn"}},
+    ],
+)
+def test_what_has_no_table_is_told_from_what_is_wrong(values: Values) -> None:
+    with pytest.raises(UnsupportedModel):
+        architecture_of(least("llama") | values, "config.json")
+
+
+def test_a_folder_and_its_file_are_the_same(tmp_path: Path) -> None:
+    folder = make_tiny("llama", tmp_path)
+    assert read_architecture(folder) == read_architecture(folder / "config.json")
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_dtype_is_that_of_the_files_and_without_them_the_config_s(family: str, tmp_path: Path) -> None:
+    folder = make_tiny(family, tmp_path, dtype=torch.bfloat16)
+    assert stored_dtype(folder) == "bf16"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    assert find_model(str(folder)).dtype == "bf16"
+    (folder / "model.safetensors").unlink()
+    assert find_model(str(folder)).dtype == "fp32" and stored_dtype(folder) is None
+    (folder / "model.safetensors").write_bytes(b"\x00" * 5)
+    assert find_model(str(folder)).dtype == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("keys", "dtype"),
+    [
+        ({"dtype": "float16"}, "bf16"),
+        ({"torch_dtype": "bfloat16"}, "bf16"),
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "fp32"),
+        ({}, "fp32"),
+    ],
+)
+def test_declared_dtype(keys: Values, dtype: str) -> None:
+    assert declared_dtype(keys) == dtype
+
+
+def test_a_table_alone_makes_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model_type that nothing but FAMILIES knows is read, its weights fit, and it is planned."""
+    folder = make_tiny("llama", tmp_path / "cria")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "cria"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match="model_type 'cria' is not supported"):
+        read_architecture(folder)
+    monkeypatch.setitem(families.FAMILIES, "cria", FAMILIES["llama"])
+    architecture = read_architecture(folder)
+    with open_checkpoint(folder) as checkpoint:
+        check_checkpoint(architecture, checkpoint)
+        held = sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names())
+    job = job_of(read_request(str(folder), ["lora.rank=2", "data.max_length=64"]), 1.0)
+    assert (job.name, job.architecture.family, job.stored_dtype) == ("cria", "cria", "fp32")
+    assert frozen_size(job.architecture) == held and job.placement.elements > 0
