@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 
 from lowrank_dist.arch.tensors import hf_shapes
+from lowrank_dist.checkpoint.inspection import Report, inspect_folder
+from lowrank_dist.config import load_config
 from lowrank_dist.formats.fingerprint import fingerprint
 from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.formats.provenance import Provenance
@@ -44,3 +46,8 @@ def save_adapter(folder: Path, base: Path, adapter: Adapter, *, trained: bool = 
     modules = module_paths(load_architecture(base))
     write_adapter(folder, adapter, provenance, modules, trained=trained)
     return folder
+
+
+def inspected(folder: Path, base: Path | None = None) -> Report:
+    """The report on a folder, as `lowrank-dist inspect` makes it."""
+    return inspect_folder(folder, base, read_config=lambda path: load_config([str(path)]).read_keys())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.backend import apex
 from lowrank_dist.backend.build_locks import stale_build_locks
 from lowrank_dist.backend.select import Backend
@@ -24,7 +25,8 @@ from lowrank_dist.engine.writing import CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 from lowrank_dist.formats.fingerprint import fingerprint
 from lowrank_dist.formats.provenance import Provenance
-from lowrank_dist.methods.method import Method
+from lowrank_dist.methods.method import Method, Setting
+from lowrank_dist.methods.registry import home
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.ops import choice, extension
 from lowrank_dist.parallel.theta import Theta
@@ -53,6 +55,12 @@ def prepare_folder(config: Config) -> RunFolder:
     if resume == "never" or (resume != "auto" and not folder.holds(resume)):
         folder.refuse_existing()
     return folder
+
+
+def build_method(config: Config, architecture: Architecture) -> Method:
+    """Return what config.method names, for this model. UserError as `methods.method.Tuner.build` raises it."""
+    setting = Setting(config.method, config.model.path, config.train.seed, config.data.max_length, config.engine.lanes)
+    return home(config.method).tuner.build(config.own_section, setting, architecture)
 
 
 def build_theta(

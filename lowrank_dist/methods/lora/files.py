@@ -2,8 +2,7 @@
 
 import math
 import re
-import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from lowrank_dist.methods.lora.peft_config import PeftConfig, describe, read_con
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
 _KEY = re.compile(r"base_model\.model\.(?P<module>\w+(\.\w+)*)\.lora_(?P<side>[AB])\.weight", re.ASCII)
 _FLOATS = ("F32", "BF16", "F16")
 
@@ -79,18 +79,6 @@ def write_adapter(
     """
     with atomic_folder(folder) as temporary:
         write_adapter_files(temporary, adapter, provenance, modules, trained=trained)
-
-
-def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
-    """Copy the files of an adapter out of a checkpoint, in place of what was copied to `folder` before. All or nothing.
-
-    Raises UserError where `folder` holds something else, DiskError for the disk.
-    """
-    if folder.exists() and not (folder / PROVENANCE_FILE).is_file():
-        raise UserError(f"{folder} is not replaced: it holds no {PROVENANCE_FILE}, so lowrank-dist did not write it")
-    with atomic_folder(folder, replace=True) as temporary:
-        for name in names:
-            shutil.copyfile(source / name, temporary / name)
 
 
 def write_adapter_files(

@@ -12,7 +12,6 @@ from transformers import AutoConfig
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.arch.tensors import hf_shapes
-from lowrank_dist.checkpoint.inspection.report import Report, one_line
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import (
     FLOAT_DTYPES,
@@ -23,6 +22,7 @@ from lowrank_dist.formats.model_folder import (
     load_architecture,
     open_checkpoint,
 )
+from lowrank_dist.formats.report import Report, one_line
 from lowrank_dist.formats.safetensors_file import read_header
 
 # For families without a table here: label → the spellings of its key.
