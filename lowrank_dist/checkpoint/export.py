@@ -6,7 +6,7 @@ from pathlib import Path
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.provenance import PROVENANCE_FILE
-from lowrank_dist.methods.lora.files import own_file
+from lowrank_dist.methods.files import own_file
 from lowrank_dist.methods.registry import home_of, reader_of
 
 CARD_FILE = "README.md"

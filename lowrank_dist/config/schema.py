@@ -28,7 +28,7 @@ class UnreadKeys(ValueError):
 
     def __init__(self, keys: Sequence[str], section: str, method: str) -> None:
         self.keys = tuple(keys)
-        readers = " or ".join(name for home in HOMES if home.section == section for name in home.names)
+        readers = " or ".join(name for each in HOMES if each.section == section for name in each.names)
         super().__init__(f"not read by method {method} — remove it, or set method to {readers}")
 
 

@@ -8,6 +8,8 @@ from lowrank_dist.sections.section import Section, YamlPath
 
 
 class DataConfig(Section):
+    """The samples and how they become tokens."""
+
     train: YamlPath = Field(description="JSONL file to train on")
     eval: YamlPath | None = Field(
         None, description="JSONL file to evaluate on, or null; of a list of completions the loss is of the first"

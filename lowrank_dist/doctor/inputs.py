@@ -1,4 +1,4 @@
-"""What a run reads: its configuration, base model, tokenizer, adapter and data, as this node sees them."""
+"""The inputs of a run as this node sees them: configuration, base model, tokenizer, adapter and data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def configuration(config: Config) -> list[Row]:
 
 
 def device(config: Config) -> list[Row]:
-    """Whether the device that is asked for is here."""
+    """A row on the device that is asked for."""
     from lowrank_dist.backend.devices import gpus
 
     wanted = config.model.device
@@ -43,7 +43,7 @@ def device(config: Config) -> list[Row]:
 
 
 def model(config: Config) -> list[Row]:
-    """Whether the model folder is complete and of a family that can be trained; a row a problem."""
+    """Rows on the model folder: complete, and of a family that can be trained; a row a problem."""
     from lowrank_dist.formats.fingerprint import fingerprint
     from lowrank_dist.formats.model_report import inspect_model
 
@@ -65,7 +65,7 @@ def model(config: Config) -> list[Row]:
 
 
 def tokenizer(config: Config) -> list[Row]:
-    """Whether the tokenizer loads and encodes."""
+    """A row on the tokenizer: it loads and encodes."""
     from lowrank_dist.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(config.data.tokenizer or config.model.path)
@@ -75,7 +75,7 @@ def tokenizer(config: Config) -> list[Row]:
 
 
 def theta(config: Config) -> list[Row]:
-    """What the run would train."""
+    """A row on what the run would train."""
     count, start = parameters(config).trained, config.own_section.starts_from
     origin = "" if start is None else f", from {start}"
     return [Row(THETA, "ok", f"{config.method}: {count:,} trainable numbers{origin}", alike=f"{count:,}")]
@@ -118,7 +118,7 @@ def checkpoint_bytes(config: Config) -> tuple[int, int]:
 
 
 def layout(config: Config, size: int, local_size: int) -> list[Row]:
-    """Whether TP × DP is what the job has, and tensor-parallel groups lie inside nodes. size: ranks of the job."""
+    """A row on TP × DP: the ranks that the job has, tensor-parallel groups inside nodes. size: ranks of the job."""
     from lowrank_dist.slurm.layout import check_layout
 
     parallel = config.parallel

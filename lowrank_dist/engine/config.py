@@ -15,6 +15,8 @@ Resume: TypeAlias = Annotated[
 
 
 class EngineConfig(Section):
+    """How the run executes: ZeRO, operators, time limits."""
+
     zero_stage: Literal[1, 2] = Field(1, description="1 or 2 (0 trains wrongly and 3 gathers the base every step)")
     clip: float | None = Field(
         1.0, gt=0, description="largest gradient norm, a number above 0, or null for no clipping"
@@ -44,6 +46,8 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
+    """How the run trains: length, batches, optimiser, resumption."""
+
     steps: int | None = Field(None, ge=1, description="optimizer steps of at least 1; or set train.epochs instead")
     epochs: float | None = Field(None, gt=0, description="passes over the data, above 0; or set train.steps instead")
     global_batch: int = Field(8, ge=1, description="samples in an optimizer step over all ranks, at least 1")
@@ -98,6 +102,8 @@ class TrainConfig(Section):
 
 
 class OutputConfig(Section):
+    """What the run leaves behind."""
+
     dir: YamlPath = Field(description="folder of the run; it holds none yet, or the one that train.resume goes on with")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, or null for only at the end")
     keep_last: int | None = Field(3, ge=1, description="newest checkpoints to keep, at least 1, or null for all")

@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: what it is, whether its files agree, and whether it can be trained here."""
+"""The report on a Hugging Face model folder: what it is, whether its files agree, and whether it can be trained."""
 
 import json
 import re

@@ -26,6 +26,8 @@ class GenerateConfig(Section):
 
 
 class EvalConfig(Section):
+    """When the run is evaluated, and what is the best."""
+
     every: int | None = Field(
         None, ge=1, description="steps between evaluations, or null for only at the start and end"
     )

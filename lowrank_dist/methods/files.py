@@ -16,10 +16,16 @@ from torch import Tensor
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import Checkpoint
+from lowrank_dist.formats.provenance import PROVENANCE_FILE
 from lowrank_dist.formats.report import Report
 from lowrank_dist.sections.section import MethodSection
 
 S = TypeVar("S", bound=MethodSection)
+# PEFT's names, which all methods that it has write.
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,23 @@ class MethodFiles(ABC):
 def any_there(folder: Path, names: Iterable[str]) -> bool:
     """Return whether the folder has one of the files, be it a link that leads nowhere."""
     return any(os.path.lexists(folder / name) for name in names)
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """A regular file of the folder; a link may only lead inside it, or to the blobs of the Hub's cache."""
+    path = folder / name
+    if not path.is_file():
+        pickle = folder / PICKLE_FILE
+        if name == WEIGHTS_FILE and pickle.is_file():
+            raise UserError(
+                f"{pickle} is a pickle and is never read: save the adapter again with safe_serialization=True"
+            )
+        raise UserError(f"{path} is missing: give a PEFT adapter folder (with {CONFIG_FILE} and {WEIGHTS_FILE})")
+    real, home = path.resolve(), folder.resolve()
+    # The Hub's cache links snapshots/<revision>/<file> to ../../blobs/<hash>.
+    if not real.is_relative_to(home) and real.parent != home.parent.parent / "blobs":
+        raise UserError(f"{path} is a link out of its folder (to {real}): copy the file into the folder")
+    return path
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

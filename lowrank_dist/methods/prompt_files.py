@@ -23,12 +23,22 @@ from lowrank_dist.formats.model_card import NOT_MERGED, USE, WITH_GENERATE, WITH
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, read_provenance
 from lowrank_dist.formats.report import Report
 from lowrank_dist.formats.safetensors_file import read_header, write_fp32
-from lowrank_dist.methods.files import Inspected, MethodFiles, Published, any_there, no_update, norm, not_for_vllm
-from lowrank_dist.methods.lora.files import CONFIG_FILE, PUBLISHED, WEIGHTS_FILE, own_file
+from lowrank_dist.methods.files import (
+    CONFIG_FILE,
+    PUBLISHED,
+    WEIGHTS_FILE,
+    Inspected,
+    MethodFiles,
+    Published,
+    any_there,
+    no_update,
+    norm,
+    not_for_vllm,
+    own_file,
+)
 from lowrank_dist.methods.lora.peft_config import read_object
 
 Kind = Literal["PREFIX_TUNING", "PROMPT_TUNING"]
-_PEFT_FILES = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
 _TENSOR = "prompt_embeddings"
 _FLOATS = ("F32", "BF16", "F16")
 
@@ -160,7 +170,7 @@ class PromptLearningFiles(MethodFiles):
     published = PUBLISHED
 
     def wrote(self, folder: Path) -> bool:
-        if not any_there(folder, _PEFT_FILES):
+        if not any_there(folder, (CONFIG_FILE, WEIGHTS_FILE)):
             return False
         try:
             return _text(_config(folder), "peft_type", folder) == self.kind

@@ -56,8 +56,8 @@ HOMES = (
     Home("lora", ("lora",), "lora", "lora.folder:FILES"),
     Home("full", ("full",), None, "full.files:FILES"),
 )
-SECTIONS = tuple(home.section for home in HOMES if home.section is not None)
-_BY_NAME = {name: home for home in HOMES for name in home.names}
+SECTIONS = tuple(each.section for each in HOMES if each.section is not None)
+_BY_NAME = {name: each for each in HOMES for name in each.names}
 
 
 def home(name: MethodName) -> Home:
@@ -70,7 +70,7 @@ def home_of(folder: Path) -> Home | None:
 
     A Hugging Face model counts as written by full fine-tuning, whose checkpoints are such folders.
     """
-    return next((home for home in HOMES if home.files.wrote(folder)), None)
+    return next((each for each in HOMES if each.files.wrote(folder)), None)
 
 
 def reader_of(folder: Path) -> Home:

@@ -10,6 +10,8 @@ from lowrank_dist.sections.section import Section, YamlPath
 
 
 class ModelConfig(Section):
+    """The base model."""
+
     path: YamlPath = Field(description="folder of a Hugging Face checkpoint (config.json and safetensors)")
     dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto (the checkpoint's), fp32 or bf16")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")

@@ -8,6 +8,8 @@ from lowrank_dist.sections.section import Section
 
 
 class ParallelConfig(Section):
+    """The layout of ranks."""
+
     tensor: int = Field(1, ge=1, description="tensor-parallel size, an integer of at least 1")
     data: int | None = Field(
         None, ge=1, description="data-parallel size of at least 1, or null for all remaining ranks"

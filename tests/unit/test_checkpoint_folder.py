@@ -22,14 +22,8 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.manifest import MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.formats.trained_files import Collected
-from lowrank_dist.methods.lora.files import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Adapter,
-    LowRankFactor,
-    read_adapter,
-    write_adapter_files,
-)
+from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
+from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, read_adapter, write_adapter_files
 from tests.tiny_adapters import inspected
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")

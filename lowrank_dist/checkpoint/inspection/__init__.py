@@ -1,4 +1,4 @@
-"""What a folder is, what is in it and whether it verifies: adapters, checkpoints, runs and Hugging Face models.
+"""Inspection of folders: adapters, checkpoints, runs and Hugging Face models; what they hold and whether they verify.
 
 Nothing is changed, no pickle is read, and no model is ever held whole.
 """
@@ -16,7 +16,7 @@ from lowrank_dist.methods.registry import HOMES, home_of
 
 __all__ = ["Report", "inspect_folder"]
 
-_ADAPTER_CONFIGS = sorted({home.files.published[0] for home in HOMES if home.files.published})
+_ADAPTER_CONFIGS = sorted({each.files.published[0] for each in HOMES if each.files.published})
 _MODEL_FILES = ("config.json", SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 

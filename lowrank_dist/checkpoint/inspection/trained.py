@@ -13,8 +13,7 @@ from lowrank_dist.formats.model_folder import open_checkpoint
 from lowrank_dist.formats.model_report import architecture_of_folder, parameters_of
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, read_provenance
 from lowrank_dist.formats.report import Report
-from lowrank_dist.methods.files import Base, Inspected
-from lowrank_dist.methods.lora.files import own_file
+from lowrank_dist.methods.files import Base, Inspected, own_file
 from lowrank_dist.methods.registry import reader_of
 
 _STEP = re.compile(r"step-(\d+)", re.ASCII)

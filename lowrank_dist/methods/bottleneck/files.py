@@ -22,8 +22,16 @@ from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, read_pr
 from lowrank_dist.formats.report import Report
 from lowrank_dist.formats.safetensors_file import read_header, write_fp32
 from lowrank_dist.methods.bottleneck.config import has_norm, places
-from lowrank_dist.methods.files import Inspected, MethodFiles, Published, any_there, no_update, norm, not_for_vllm
-from lowrank_dist.methods.lora.files import own_file
+from lowrank_dist.methods.files import (
+    Inspected,
+    MethodFiles,
+    Published,
+    any_there,
+    no_update,
+    norm,
+    not_for_vllm,
+    own_file,
+)
 
 CONFIG_FILE = "bottleneck_config.json"
 WEIGHTS_FILE = "bottleneck_model.safetensors"

@@ -16,8 +16,9 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import load_architecture
 from lowrank_dist.formats.provenance import refuse_another_base
 from lowrank_dist.messages import some_of
+from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_dist.methods.lora.config import LoraConfig
-from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, Adapter, module_paths, read_adapter
+from lowrank_dist.methods.lora.files import Adapter, module_paths, read_adapter
 from lowrank_dist.methods.lora.peft_config import describe
 
 

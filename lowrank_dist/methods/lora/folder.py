@@ -8,14 +8,23 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_card import USE, WITH_PEFT, base_model, model_card
 from lowrank_dist.formats.provenance import Provenance, read_provenance
 from lowrank_dist.formats.report import Report
-from lowrank_dist.methods.files import Inspected, MethodFiles, Published, any_there
+from lowrank_dist.methods.files import (
+    CONFIG_FILE,
+    PICKLE_FILE,
+    PUBLISHED,
+    WEIGHTS_FILE,
+    Inspected,
+    MethodFiles,
+    Published,
+    any_there,
+    own_file,
+)
 from lowrank_dist.methods.lora.adopt import adopt_adapter
 from lowrank_dist.methods.lora.config import LoraConfig
-from lowrank_dist.methods.lora.files import CONFIG_FILE, PUBLISHED, WEIGHTS_FILE, Adapter, own_file, read_adapter
+from lowrank_dist.methods.lora.files import Adapter, read_adapter
 from lowrank_dist.methods.lora.inspection import inspect_adapter
 from lowrank_dist.methods.lora.peft_config import PeftConfig, read_config
 
-PEFT_FILES = (CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin")
 # vLLM's LoRAConfig.max_lora_rank (vllm.config.lora.MaxLoRARanks without 1) and its default.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
@@ -27,7 +36,7 @@ class LoraFiles(MethodFiles):
     published = PUBLISHED
 
     def wrote(self, folder: Path) -> bool:
-        return any_there(folder, PEFT_FILES)
+        return any_there(folder, (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE))
 
     def refuse_merge(self, folder: Path) -> None:
         """Low-rank updates are what can be merged."""

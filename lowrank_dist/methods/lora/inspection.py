@@ -18,8 +18,8 @@ from lowrank_dist.formats.model_folder import FLOAT_DTYPES
 from lowrank_dist.formats.report import Report
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header, read_into
 from lowrank_dist.messages import some_of
-from lowrank_dist.methods.files import Base, Inspected
-from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, LowRankFactor, check_pair, own_file, read_pairs
+from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, Base, Inspected, own_file
+from lowrank_dist.methods.lora.files import LowRankFactor, check_pair, read_pairs
 from lowrank_dist.methods.lora.peft_config import PeftConfig, read_config
 
 MODULES, SUMMARY = "modules", "update_norms"

@@ -12,9 +12,10 @@ from lowrank_dist.arch.placement import place
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import Provenance, refuse_another_base
 from lowrank_dist.formats.trained_files import Collected
+from lowrank_dist.methods.files import PUBLISHED
 from lowrank_dist.methods.lora.adopt import factors_for, initial_factors, refuse_foreign, rules_of
 from lowrank_dist.methods.lora.config import LoraConfig
-from lowrank_dist.methods.lora.files import PUBLISHED, Adapter, module_paths, read_adapter, write_adapter_files
+from lowrank_dist.methods.lora.files import Adapter, module_paths, read_adapter, write_adapter_files
 from lowrank_dist.methods.lora.footprint import placement_rules
 from lowrank_dist.methods.lora.inject import inject
 from lowrank_dist.methods.lora.state import adapter_factors, lora_theta, spread_factors, whole_factors
