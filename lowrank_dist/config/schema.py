@@ -1,15 +1,17 @@
-"""The whole configuration of a run, put together from the sections that lie beside their owners. Imports no torch."""
+"""The whole configuration of a run, put together from the sections that lie beside their owners. Imports no torch.
+
+The sections `engine`, `train` and `output` lie here: their owner, the engine, reads the whole configuration.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from lowrank_dist.data.config import DataConfig
-from lowrank_dist.engine.config import EngineConfig, OutputConfig, TrainConfig
 from lowrank_dist.generate.config import EvalConfig
 from lowrank_dist.methods import MethodName
 from lowrank_dist.methods.bottleneck.config import AdapterConfig
@@ -20,7 +22,113 @@ from lowrank_dist.methods.registry import HOMES, SECTIONS, home
 from lowrank_dist.model.config import ModelConfig
 from lowrank_dist.parallel.config import ParallelConfig
 from lowrank_dist.sections.scalars import Dumper
-from lowrank_dist.sections.section import MethodSection, Section
+from lowrank_dist.sections.section import MethodSection, Section, YamlPath
+
+Resume: TypeAlias = Annotated[
+    Annotated[Literal["never", "auto"], Tag("word")] | Annotated[YamlPath, Tag("path")],
+    Discriminator(lambda value: "word" if value in ("never", "auto") else "path"),
+]
+
+
+class EngineConfig(Section):
+    """How the run executes: ZeRO, operators, time limits."""
+
+    zero_stage: Literal[1, 2] = Field(1, description="1 or 2 (0 trains wrongly and 3 gathers the base every step)")
+    clip: float | None = Field(
+        1.0, gt=0, description="largest gradient norm, a number above 0, or null for no clipping"
+    )
+    recompute: Literal["none", "full"] = Field(
+        "none", description="none, or full (recompute every layer's activations)"
+    )
+    timeout_seconds: int = Field(
+        600, ge=1, description="seconds after which a collective that hangs, or a rank that stands still, is an error"
+    )
+    straggler_factor: float | None = Field(
+        1.5, gt=1, description="a rank that needs this many times the median's time is named, above 1, or null for none"
+    )
+    reduce_bucket: int | None = Field(
+        None, ge=1, description="elements of the reduction bucket, or null for the number of trainable parameters"
+    )
+    kernels: Literal["auto", "compiled", "plain"] = Field(
+        "auto",
+        description="auto (compiled operators and apex where they are there), compiled (the same, but an error where "
+        "the operators are not built) or plain (PyTorch's alone)",
+    )
+    lanes: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="on (under sequence parallelism a factor is kept beside its frozen weight, so that one GEMM "
+        "computes both products), off, or auto (on where that was measured to be faster)",
+    )
+
+
+class TrainConfig(Section):
+    """How the run trains: length, batches, optimiser, resumption."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps of at least 1; or set train.epochs instead")
+    epochs: float | None = Field(None, gt=0, description="passes over the data, above 0; or set train.steps instead")
+    global_batch: int = Field(8, ge=1, description="samples in an optimizer step over all ranks, at least 1")
+    micro_batch: int = Field(1, ge=1, description="rows per rank and microbatch, a divisor of train.global_batch")
+    lr: float = Field(2e-4, gt=0, description="peak learning rate above 0")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="cosine, linear or constant")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warmup, at least 0")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate over the peak, from 0 to 1")
+    weight_decay: float = Field(
+        0.0,
+        ge=0,
+        description="AdamW's decoupled weight decay, at least 0; of all that is trained, norms and biases too",
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate, at least 0 and below 1")
+    beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate, at least 0 and below 1")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon above 0")
+    seed: int = Field(42, ge=0, lt=2**32, description="integer of at least 0 and below 2^32")
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="what a loss or gradient that is not finite does: stop the run, or skip the step"
+    )
+    max_skips: int = Field(
+        10, ge=1, description="steps skipped in a row after which train.nonfinite=skip stops the run, at least 1"
+    )
+    log_every: int = Field(1, ge=1, description="steps between log lines, at least 1")
+    ignore_plan: bool = Field(
+        False, description="true (start also where the plan says that memory does not suffice) or false"
+    )
+    resume: Resume = Field(
+        "never",
+        description="never, auto (from the newest complete checkpoint in output.dir, where there is one) or the folder "
+        "of a checkpoint (./auto for one of such a name)",
+    )
+    resume_changes: list[str] = Field(
+        [],
+        description="list of the keys (section.key) that may differ from the checkpoint's, such as [train.lr]",
+    )
+
+    @field_validator("epochs")
+    @classmethod
+    def _one_length(cls, epochs: float | None, info: ValidationInfo) -> float | None:
+        steps = info.data.get("steps")
+        if steps is not None and epochs is not None:
+            raise ValueError(f"train.steps ({steps}) and train.epochs both say how long to train")
+        return 1.0 if epochs is None and steps is None else epochs
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _divides_the_batch(cls, micro_batch: int, info: ValidationInfo) -> int:
+        if "global_batch" in info.data and info.data["global_batch"] % micro_batch:
+            raise ValueError(f"train.global_batch ({info.data['global_batch']}) is not a multiple of it")
+        return micro_batch
+
+
+class OutputConfig(Section):
+    """What the run leaves behind."""
+
+    dir: YamlPath = Field(description="folder of the run; it holds none yet, or the one that train.resume goes on with")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints, or null for only at the end")
+    keep_last: int | None = Field(3, ge=1, description="newest checkpoints to keep, at least 1, or null for all")
+    keep_best: int = Field(1, ge=0, description="checkpoints, the best by eval.best, to keep beside them, at least 0")
+    tensorboard: bool = Field(True, description="true or false")
+    plot: bool = Field(True, description="true or false")
+    probe: int = Field(
+        0, ge=0, description="rows of eval data whose logits are kept in probe.safetensors to prove a merge, at least 0"
+    )
 
 
 class UnreadKeys(ValueError):

@@ -12,7 +12,7 @@ from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
-    from lowrank_dist.methods.footprint import Parameters
+    from lowrank_dist.methods.registry import Parameters
 
 # Of a data file the beginning, the middle and the end are hashed: a node that has another file is to be found out in
 # less than a second a file.

@@ -9,14 +9,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.methods import MethodName
+from lowrank_dist.sections.section import MethodSection
 
 if TYPE_CHECKING:
     from lowrank_dist.methods.files import MethodFiles
-    from lowrank_dist.methods.footprint import Footprint
     from lowrank_dist.methods.method import Tuner
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """|Θ|, unsharded: while it is trained, and as others load it."""
+
+    trained: int
+    stored: int
+
+
+class Footprint(Protocol):
+    """What the module `footprint` of every home has."""
+
+    def parameters(self, method: MethodName, section: MethodSection, architecture: Architecture) -> Parameters:
+        """Return |Θ|. Raises UserError where the section does not fit the model."""
+        ...
 
 
 @dataclass(frozen=True)

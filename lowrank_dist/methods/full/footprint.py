@@ -7,7 +7,7 @@ import math
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.methods import MethodName
-from lowrank_dist.methods.footprint import Parameters
+from lowrank_dist.methods.registry import Parameters
 from lowrank_dist.sections.section import MethodSection
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.methods import MethodName
-from lowrank_dist.methods.footprint import Parameters
 from lowrank_dist.methods.prompt.config import PromptConfig
+from lowrank_dist.methods.registry import Parameters
 
 
 def parameters(method: MethodName, section: PromptConfig, architecture: Architecture) -> Parameters:
