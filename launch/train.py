@@ -15,7 +15,7 @@ from lowrank_dist.backend.collector import lasting
 from lowrank_dist.backend.hostfile import refuse_missing_hostfile
 from lowrank_dist.backend.select import init_process_group, local_rank_and_size, quiet_libraries, select_backend
 from lowrank_dist.backend.slurm import ranks_from_slurm
-from lowrank_dist.config import Config, ConfigError, load_config
+from lowrank_dist.config import Config, load_config
 from lowrank_dist.errors import UserError
 from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision, speaks_for_node
 
@@ -26,13 +26,12 @@ def main(config: Config, supervision: Supervision) -> int:
     refuse_missing_hostfile()
     # Imported here: a mistake in the configuration should not wait for Megatron and transformers to load.
     with lasting():
-        from lowrank_dist.engine.assemble import build_trainer, choose_kernels
+        from lowrank_dist.engine.assemble import build_method, build_trainer, choose_kernels
         from lowrank_dist.engine.datasets import build_data
         from lowrank_dist.engine.engine import build_engine
         from lowrank_dist.engine.forecast import Forecast
         from lowrank_dist.engine.run import Run
         from lowrank_dist.engine.run_folder import RunFolder
-        from lowrank_dist.methods.choose import choose
         from lowrank_dist.model.build import check_model, load_model
         from lowrank_dist.parallel.topology import Topology
 
@@ -52,7 +51,7 @@ def main(config: Config, supervision: Supervision) -> int:
     run = Run.begin(config, topology, backend, folder, supervision)
     config = run.config  # what an adapter or a checkpoint says is in it now
     architecture = check_model(config.model.path, topology.tp_size, config.data.max_length)
-    method = choose(config, architecture)
+    method = build_method(config, architecture)
     forecast = Forecast(config, architecture, topology, backend)
     model = load_model(
         config.model.path,
@@ -82,7 +81,7 @@ def start(arguments: list[str]) -> int:
     try:
         ranks_from_slurm()
         config = load_config(arguments)
-    except (ConfigError, UserError) as error:
+    except UserError as error:
         if speaks_for_node():
             print(f"lowrank_dist: {error}", file=sys.stderr, flush=True)
         return USER_ERROR

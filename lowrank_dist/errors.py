@@ -1,10 +1,17 @@
+"""The errors whose message is for the user, who sees it without a traceback. Imports nothing."""
+
+
 class UserError(ValueError):
-    """What the user gave is wrong; the message says what, where, and the remedy."""
+    """A mistake in what the user gave; the message says what, where, and the remedy."""
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a configuration, a line each: where: section.key: what is wrong — the remedy."""
 
 
 class DiskError(UserError):
-    """The disk refused (no space, no permission, …): what was to be written is not there, what was there still is."""
+    """A refusal of the disk (no space, no permission, …): nothing new was written, and what was there still is."""
 
 
 class ElsewhereError(UserError):
-    """Another rank failed, and its own message says why."""
+    """The failure of another rank, whose own message says why."""

@@ -20,7 +20,11 @@ with lasting():
     import lowrank_dist.cli.main
     import lowrank_dist.engine.assemble
     import lowrank_dist.generate.session
-    import lowrank_dist.methods.choose
+    import lowrank_dist.methods.bottleneck.method
+    import lowrank_dist.methods.full.method
+    import lowrank_dist.methods.lora.method
+    import lowrank_dist.methods.prefix.method
+    import lowrank_dist.methods.prompt.method
     import lowrank_dist.model.build  # noqa: F401
 
 torch.set_num_threads(1)

@@ -7,6 +7,8 @@ import torch
 
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
+from lowrank_dist.checkpoint.inspection import Report, inspect_folder
+from lowrank_dist.config import load_config
 from lowrank_dist.formats.fingerprint import fingerprint
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, module_paths, write_adapter
@@ -44,3 +46,8 @@ def save_adapter(folder: Path, base: Path, adapter: Adapter, *, trained: bool = 
     modules = module_paths(read_architecture(base))
     write_adapter(folder, adapter, provenance, modules, trained=trained)
     return folder
+
+
+def inspected(folder: Path, base: Path | None = None) -> Report:
+    """The report on a folder, as `lowrank-dist inspect` makes it."""
+    return inspect_folder(folder, base, read_config=lambda path: load_config([str(path)]).read_keys())

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowrank_dist.backend.select import quiet_libraries
 from lowrank_dist.data.dataset import Dataset, load_dataset
-from lowrank_dist.data.loader import eval_batches
+from lowrank_dist.data.loader import Cut, eval_batches
 from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,16 +66,8 @@ def score(args: argparse.Namespace) -> dict[str, float]:
 @torch.inference_mode()
 def mean_loss(model: CausalLM, dataset: Dataset, max_length: int) -> float:
     """Mean negative log-likelihood per target token [nats]."""
-    batches = eval_batches(
-        dataset,
-        global_batch=len(dataset),
-        micro_batch=BATCH,
-        max_length=max_length,
-        packing=False,
-        dp_rank=0,
-        dp_size=1,
-        pad_multiple=1,
-    )
+    cut = Cut(micro_batch=BATCH, max_length=max_length, packing=False, dp_rank=0, dp_size=1, pad_multiple=1)
+    batches = eval_batches(dataset, cut, global_batch=len(dataset))
     total = sum(
         model.loss(m.input_ids, m.position_ids, m.target_index, m.target_ids).item()
         for batch in batches

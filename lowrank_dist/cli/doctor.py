@@ -83,9 +83,9 @@ def _read(arguments: Sequence[str]) -> tuple[Config | None, list[Row]]:
 
 
 def _in_job(place: Place, arguments: Sequence[str], timeout: float, as_json: bool) -> int:
-    from lowrank_dist.config.errors import ConfigError
     from lowrank_dist.doctor.board import Silent
     from lowrank_dist.doctor.together import examine_together
+    from lowrank_dist.errors import ConfigError
 
     run, refused = None, None
     try:

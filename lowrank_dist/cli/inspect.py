@@ -12,7 +12,7 @@ import typer
 from lowrank_dist.messages import printable
 
 if TYPE_CHECKING:
-    from lowrank_dist.checkpoint.inspection import Report
+    from lowrank_dist.formats.report import Report
 
 
 def inspect_command(
@@ -25,9 +25,10 @@ def inspect_command(
 ) -> None:
     """Show what an adapter, checkpoint, run or model folder holds; exit code 1 where something in it is broken."""
     from lowrank_dist.checkpoint.inspection import inspect_folder
-    from lowrank_dist.checkpoint.inspection.adapter import MODULES, SUMMARY
+    from lowrank_dist.config import load_config
+    from lowrank_dist.methods.lora.inspection import MODULES, SUMMARY
 
-    report = inspect_folder(folder, base)
+    report = inspect_folder(folder, base, read_config=lambda path: load_config([str(path)]).read_keys())
     report.tables.pop(SUMMARY if modules else MODULES, None)
     if as_json:
         typer.echo(json.dumps(report.to_json(), indent=2, allow_nan=False))

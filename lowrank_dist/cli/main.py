@@ -1,6 +1,5 @@
 """The `lowrank-dist` command. Heavy imports wait until a command runs, so that --help answers at once."""
 
-import sys
 from typing import Annotated
 
 import click
@@ -27,17 +26,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
-        except Exception as error:
-            if not _is_the_users(error):
-                raise
+        except UserError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(_USER_ERROR) from error
-
-
-def _is_the_users(error: Exception) -> bool:
-    # The config room needs yaml, and `doctor` must run where that is missing: who raises its error has imported it.
-    config = sys.modules.get("lowrank_dist.config.errors")
-    return isinstance(error, UserError) or (config is not None and isinstance(error, config.ConfigError))
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)

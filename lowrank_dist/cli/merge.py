@@ -47,11 +47,11 @@ def merge_command(
 
     from lowrank_dist.merge.merge import merge
     from lowrank_dist.merge.options import parse_adapter, parse_dtype, parse_shard_size
-    from lowrank_dist.methods.kinds import refuse_unmergeable
+    from lowrank_dist.methods.registry import reader_of
 
     adapters = [parse_adapter(text) for text in adapter]
     for given in adapters:
-        refuse_unmergeable(given.path)
+        reader_of(given.path).files.refuse_merge(given.path)
     limit = None if shard_size is None else parse_shard_size(shard_size)
     stored = parse_dtype(dtype)
     if verify_text is not None and not verify:

@@ -79,17 +79,19 @@ def plan_command(
 
 
 def _with_adapter(request: Request) -> Request:
-    """Where lora.init_from says what the factors are, the request with them."""
-    if request.config.lora.init_from is None:
+    """Return the request with what the adapter that training starts from says of its factors."""
+    config = request.config
+    if config.own_section.starts_from is None:
         return request
     if not request.whole:
         raise UserError(
             "lora.init_from: an adapter is read together with its model: plan a run's YAML file, or give lora.rank and "
             "lora.targets"
         )
-    from lowrank_dist.methods.lora.adopt import adopt_adapter
+    from lowrank_dist.methods.registry import home
 
-    return replace(request, config=adopt_adapter(request.config))
+    section = home(config.method).files.complete(config.own_section, config.model.path)
+    return replace(request, config=config.with_own_section(section))
 
 
 def _show(plan: dict[str, Any], as_json: bool) -> None:

@@ -55,7 +55,8 @@ def slurm_command(
     if gpu is not None:
         changes += _planned_layout(config, changes, nodes, gpus_per_node, gpu)
     run = load_config([str(config), *changes])
-    check_layout(run.parallel, nodes, gpus_per_node)
+    parallel = run.parallel
+    check_layout(nodes, gpus_per_node, tensor=parallel.tensor, data=parallel.data, across_nodes=parallel.across_nodes)
     check_time(time, lead)
     # These two the script passes by itself, from RUN and RESUME.
     kept = [change for change in changes if not _says(change, "output.dir", "train.resume")]

@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from lowrank_dist.config.errors import ConfigError
-from lowrank_dist.config.scalars import Loader, scalar
-from lowrank_dist.config.schema import Config, Section, UnreadKeys
+from lowrank_dist.config.schema import Config, UnreadKeys
+from lowrank_dist.errors import ConfigError
+from lowrank_dist.sections.scalars import Loader, scalar
+from lowrank_dist.sections.section import Section
 
 USAGE = "give one YAML file, then overrides: CONFIG.yaml section.key=value or --section.key value"
 COMMAND_LINE = "command line"

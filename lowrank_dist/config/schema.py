@@ -1,57 +1,28 @@
-"""What a run can be told: frozen, strict models, one a section. A field's description is the remedy in an error.
+"""The whole configuration of a run, put together from the sections that lie beside their owners. Imports no torch.
 
-Imports nothing of ours and no torch, so that a config can be checked anywhere.
+The sections `engine`, `train` and `output` lie here: their owner, the engine, reads the whole configuration.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
-from lowrank_dist.config.scalars import Dumper
-
-
-def _path(value: object) -> Path:
-    # Strict mode takes no text for a path, and YAML has nothing else.
-    if isinstance(value, Path) or isinstance(value, str) and value:
-        return Path(value)
-    raise ValueError("a path is text that is not empty (a number as a name needs quotes)")
-
-
-def _regular_expression(value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from error
-    return value
-
-
-YamlPath: TypeAlias = Annotated[Path, BeforeValidator(_path)]
-Pattern: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_regular_expression)]
-Rank: TypeAlias = Annotated[int, Field(ge=1, le=1024)]
-Alpha: TypeAlias = Annotated[float, Field(gt=0)]
-# Told apart by hand, so that an error speaks of the branch that was meant.
-Targets: TypeAlias = Annotated[
-    Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), Tag("names")]
-    | Annotated[Pattern, Tag("pattern")],
-    Discriminator(lambda value: "names" if isinstance(value, list) else "pattern"),
-]
-
+from lowrank_dist.data.config import DataConfig
+from lowrank_dist.generate.config import EvalConfig
+from lowrank_dist.methods import MethodName
+from lowrank_dist.methods.bottleneck.config import AdapterConfig
+from lowrank_dist.methods.lora.config import LoraConfig
+from lowrank_dist.methods.prefix.config import PrefixConfig
+from lowrank_dist.methods.prompt.config import PromptConfig
+from lowrank_dist.methods.registry import HOMES, SECTIONS, home
+from lowrank_dist.model.config import ModelConfig
+from lowrank_dist.parallel.config import ParallelConfig
+from lowrank_dist.sections.scalars import Dumper
+from lowrank_dist.sections.section import MethodSection, Section, YamlPath
 
 Resume: TypeAlias = Annotated[
     Annotated[Literal["never", "auto"], Tag("word")] | Annotated[YamlPath, Tag("path")],
@@ -59,90 +30,9 @@ Resume: TypeAlias = Annotated[
 ]
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-
-
-class ModelConfig(Section):
-    path: YamlPath = Field(description="folder of a Hugging Face checkpoint (config.json and safetensors)")
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto (the checkpoint's), fp32 or bf16")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
-    load: Literal["each", "broadcast"] = Field(
-        "each", description="each (every data-parallel replica reads its slices) or broadcast (replica 0 reads for all)"
-    )
-    vocab_multiple: int = Field(
-        128,
-        ge=1,
-        description="integer of at least 1: embedding rows are padded to a multiple of it times parallel.tensor",
-    )
-
-
-class LoraConfig(Section):
-    rank: Rank = Field(8, description="rank r of a factor pair, an integer from 1 to 1024")
-    alpha: Alpha = Field(16.0, description="number above 0: the update is scaled by alpha/rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability of at least 0 and below 1")
-    targets: Targets = Field(
-        "all-linear", description="list of module names ([q_proj, v_proj]), all-linear, or one regular expression"
-    )
-    rslora: bool = Field(False, description="true (scale by alpha/sqrt(rank)) or false")
-    rank_pattern: dict[Pattern, Rank] = Field(
-        {}, description="mapping from module path or regular expression to a rank from 1 to 1024"
-    )
-    alpha_pattern: dict[Pattern, Alpha] = Field(
-        {}, description="mapping from module path or regular expression to an alpha above 0"
-    )
-    init_from: YamlPath | None = Field(
-        None, description="folder of a PEFT LoRA adapter to start from, which says all of lora but dropout, or null"
-    )
-
-
-class AdapterConfig(Section):
-    bottleneck: int = Field(64, ge=1, le=65536, description="width m of a bottleneck, an integer of at least 1")
-    placement: Literal["sharded", "replicated"] = Field(
-        "sharded",
-        description="sharded (column then row over parallel.tensor, with collectives of its own) or replicated (every "
-        "rank stores and computes all of it)",
-    )
-
-
-class PrefixConfig(Section):
-    length: int = Field(16, ge=1, le=65536, description="virtual positions l, an integer of at least 1")
-    width: int | None = Field(
-        512, ge=1, le=65536, description="width of the MLP that makes keys and values in training, or null for none"
-    )
-
-
-class PromptConfig(Section):
-    length: int = Field(16, ge=1, le=65536, description="virtual positions l, an integer of at least 1")
-    init: Literal["vocabulary", "random"] = Field(
-        "vocabulary", description="vocabulary (the embeddings of tokens drawn by train.seed) or random"
-    )
-
-
-class ParallelConfig(Section):
-    tensor: int = Field(1, ge=1, description="tensor-parallel size, an integer of at least 1")
-    data: int | None = Field(
-        None, ge=1, description="data-parallel size of at least 1, or null for all remaining ranks"
-    )
-    sequence: bool | None = Field(None, description="true, false, or null for on when parallel.tensor is above 1")
-    across_nodes: bool = Field(
-        False,
-        description="true (a tensor-parallel group may lie on several nodes, where every layer waits for the network) "
-        "or false",
-    )
-
-
-class DataConfig(Section):
-    train: YamlPath = Field(description="JSONL file to train on")
-    eval: YamlPath | None = Field(
-        None, description="JSONL file to evaluate on, or null; of a list of completions the loss is of the first"
-    )
-    max_length: int = Field(1024, ge=2, description="longest sample in tokens, an integer of at least 2")
-    packing: bool = Field(False, description="true (several samples a row) or false")
-    tokenizer: YamlPath | None = Field(None, description="folder or file of the tokenizer, or null for model.path")
-
-
 class EngineConfig(Section):
+    """How the run executes: ZeRO, operators, time limits."""
+
     zero_stage: Literal[1, 2] = Field(1, description="1 or 2 (0 trains wrongly and 3 gathers the base every step)")
     clip: float | None = Field(
         1.0, gt=0, description="largest gradient norm, a number above 0, or null for no clipping"
@@ -172,6 +62,8 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
+    """How the run trains: length, batches, optimiser, resumption."""
+
     steps: int | None = Field(None, ge=1, description="optimizer steps of at least 1; or set train.epochs instead")
     epochs: float | None = Field(None, gt=0, description="passes over the data, above 0; or set train.steps instead")
     global_batch: int = Field(8, ge=1, description="samples in an optimizer step over all ranks, at least 1")
@@ -225,67 +117,9 @@ class TrainConfig(Section):
         return micro_batch
 
 
-class GenerateConfig(Section):
-    """What is generated at an evaluation, always greedily: equal models write equal texts."""
-
-    metrics: list[Literal["exact_match", "bleu", "rouge_l"]] = Field(
-        ["exact_match"], min_length=1, description="list of exact_match, bleu and rouge_l"
-    )
-    max_new_tokens: int = Field(
-        128, ge=1, description="most tokens of a completion, an integer of at least 1; how many met it is recorded"
-    )
-    batch: int = Field(8, ge=1, description="prompts decoded together on a rank, at least 1")
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(
-        [], description="list of texts that end a completion, beside the end-of-text and end-of-turn tokens"
-    )
-    samples: int | None = Field(None, ge=1, description="samples of data.eval to use, its first, or null for all")
-
-
-class EvalConfig(Section):
-    every: int | None = Field(
-        None, ge=1, description="steps between evaluations, or null for only at the start and end"
-    )
-    micro_batch: int | None = Field(
-        None, ge=1, description="rows per rank and microbatch, or null for train.micro_batch"
-    )
-    at_start: bool = Field(True, description="true or false")
-    generate: GenerateConfig | None = Field(
-        None,
-        description="mapping of what to generate for data.eval's prompts at every evaluation ({} for its defaults), or "
-        "null for the loss alone",
-    )
-    best: Literal["loss", "exact_match", "bleu", "rouge_l"] = Field(
-        "loss",
-        description="what checkpoints/best and eval.patience go by: loss (the lowest), or one of eval.generate.metrics "
-        "(the highest); of equals the earlier step",
-    )
-    patience: int | None = Field(
-        None,
-        ge=1,
-        description="evaluations in a row without a better value of eval.best after which the run ends early, at least "
-        "1, or null for never",
-    )
-
-    @field_validator("best")
-    @classmethod
-    def _is_measured(cls, best: str, info: ValidationInfo) -> str:
-        if best != "loss" and "generate" in info.data:
-            generate = info.data["generate"]
-            if generate is None:
-                raise ValueError("nothing is generated: eval.generate is null")
-            if best not in generate.metrics:
-                raise ValueError(f"eval.generate.metrics has only {', '.join(generate.metrics)}")
-        return best
-
-    @field_validator("patience")
-    @classmethod
-    def _sees_evaluations(cls, patience: int | None, info: ValidationInfo) -> int | None:
-        if patience is not None and info.data.get("every", 1) is None:
-            raise ValueError("eval.every is null: there is no evaluation after which a run could end early")
-        return patience
-
-
 class OutputConfig(Section):
+    """What the run leaves behind."""
+
     dir: YamlPath = Field(description="folder of the run; it holds none yet, or the one that train.resume goes on with")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, or null for only at the end")
     keep_last: int | None = Field(3, ge=1, description="newest checkpoints to keep, at least 1, or null for all")
@@ -297,16 +131,12 @@ class OutputConfig(Section):
     )
 
 
-# The section that belongs to each method alone; full has none.
-SECTION_OF = {"lora": "lora", "adapter_h": "adapter", "adapter_l": "adapter", "prefix": "prefix", "prompt": "prompt"}
-
-
 class UnreadKeys(ValueError):
     """`keys` of a section that the method does not read. Its text is what is wrong with each, and the remedy."""
 
     def __init__(self, keys: Sequence[str], section: str, method: str) -> None:
         self.keys = tuple(keys)
-        readers = " or ".join(name for name, read in SECTION_OF.items() if read == section)
+        readers = " or ".join(name for each in HOMES if each.section == section for name in each.names)
         super().__init__(f"not read by method {method} — remove it, or set method to {readers}")
 
 
@@ -314,7 +144,7 @@ class Config(Section):
     """A whole run. Two configs are equal when the runs they describe are."""
 
     model: ModelConfig
-    method: Literal["lora", "full", "adapter_h", "adapter_l", "prefix", "prompt"] = Field(
+    method: MethodName = Field(
         "lora",
         description="lora, full (every weight), adapter_h, adapter_l (adapter layers of Houlsby and of Lin), prefix or "
         "prompt",
@@ -330,11 +160,11 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     output: OutputConfig
 
-    @field_validator("lora", "adapter", "prefix", "prompt")
+    @field_validator(*SECTIONS)
     @classmethod
     def _of_the_method(cls, section: Section, info: ValidationInfo) -> Section:
         method = info.data.get("method")
-        if method is not None and SECTION_OF.get(method) != info.field_name and section.model_fields_set:
+        if method is not None and home(method).section != info.field_name and section.model_fields_set:
             raise UnreadKeys(sorted(section.model_fields_set), info.field_name, method)
         return section
 
@@ -346,10 +176,20 @@ class Config(Section):
             raise ValueError(f"eval.{asked[0]} is given, but data.eval is null — name a JSONL file in data.eval")
         return section
 
+    @property
+    def own_section(self) -> MethodSection:
+        """The section of the chosen method; one without keys for a method that has none."""
+        name = home(self.method).section
+        return MethodSection() if name is None else getattr(self, name)
+
+    def with_own_section(self, section: MethodSection) -> Config:
+        """The same config with another section of the chosen method."""
+        name = home(self.method).section
+        return self if name is None else self.model_copy(update={name: section})
+
     def read_keys(self) -> dict[str, Any]:
         """Every key that the run reads, in its section, as JSON values: those of other methods are left out."""
-        unread = set(SECTION_OF.values()) - {SECTION_OF.get(self.method)}
-        return self.model_dump(mode="json", exclude=unread)
+        return self.model_dump(mode="json", exclude=set(SECTIONS) - {home(self.method).section})
 
     def to_yaml(self) -> str:
         """Every key that the run reads with the value it has, as `load_config` reads it back to an equal config."""

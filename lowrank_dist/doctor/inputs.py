@@ -1,4 +1,4 @@
-"""What a run reads: its configuration, base model, tokenizer, adapter and data, as this node sees them."""
+"""The inputs of a run as this node sees them: configuration, base model, tokenizer, adapter and data."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_dist.arch.config_json import read_architecture
-from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.doctor.rows import Row, counted, one_line, size_of
 from lowrank_dist.errors import UserError
-from lowrank_dist.plan.job import Tuning
-from lowrank_dist.plan.methods import adapter_parameters, prefix_parameters, prompt_parameters
-from lowrank_dist.plan.model import read_model
-from lowrank_dist.plan.parameters import frozen_size
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
+    from lowrank_dist.methods.registry import Parameters
 
 # Of a data file the beginning, the middle and the end are hashed: a node that has another file is to be found out in
 # less than a second a file.
@@ -34,7 +30,7 @@ def configuration(config: Config) -> list[Row]:
 
 
 def device(config: Config) -> list[Row]:
-    """Whether the device that is asked for is here."""
+    """A row on the device that is asked for."""
     from lowrank_dist.backend.devices import gpus
 
     wanted = config.model.device
@@ -48,9 +44,9 @@ def device(config: Config) -> list[Row]:
 
 
 def model(config: Config) -> list[Row]:
-    """Whether the model folder is complete and of a family that can be trained; a row a problem."""
-    from lowrank_dist.checkpoint.inspection.model import inspect_model
+    """Rows on the model folder: complete, and of a family that can be trained; a row a problem."""
     from lowrank_dist.formats.fingerprint import fingerprint
+    from lowrank_dist.formats.model_report import inspect_model
 
     folder = config.model.path
     report = inspect_model(folder)
@@ -70,7 +66,7 @@ def model(config: Config) -> list[Row]:
 
 
 def tokenizer(config: Config) -> list[Row]:
-    """Whether the tokenizer loads and encodes."""
+    """A row on the tokenizer: it loads and encodes."""
     from lowrank_dist.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(config.data.tokenizer or config.model.path)
@@ -80,69 +76,59 @@ def tokenizer(config: Config) -> list[Row]:
 
 
 def theta(config: Config) -> list[Row]:
-    """What the run would train."""
-    count = trained_size(config)
-    start = "" if config.lora.init_from is None else f", from {config.lora.init_from}"
-    return [Row(THETA, "ok", f"{config.method}: {count:,} trainable numbers{start}", alike=f"{count:,}")]
+    """A row on what the run would train."""
+    count, start = parameters(config).trained, config.own_section.starts_from
+    origin = "" if start is None else f", from {start}"
+    return [Row(THETA, "ok", f"{config.method}: {count:,} trainable numbers{origin}", alike=f"{count:,}")]
 
 
-def trained_size(config: Config) -> int:
-    """|Θ|. UserError where targets, sizes, model or the adapter to start from do not fit together."""
-    from lowrank_dist.methods.lora.adopt import adopt_adapter
+def parameters(config: Config) -> Parameters:
+    """|Θ|. UserError where targets, sizes, ranks, model or the adapter to start from do not fit together."""
+    from lowrank_dist.methods.registry import home
 
-    if config.method != "lora":
-        return _sizes(config)[0]
-    lora = adopt_adapter(config).lora
-    rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
-    placements = place(read_architecture(config.model.path), rules)
-    specs = [spec for placement in placements for spec in placement.factors]
-    return sum(spec.rank * (spec.rows + spec.in_features) for spec in specs)
+    own = home(config.method)
+    section = own.files.complete(config.own_section, config.model.path)
+    reasons = (
+        section.reason_not_shardable(config.parallel.tensor),
+        section.reason_without_room(config.method, config.data.max_length),
+    )
+    for reason in reasons:
+        if reason is not None:
+            raise UserError(reason)
+    return own.footprint.parameters(config.method, section, read_architecture(config.model.path))
 
 
 def checkpoint_bytes(config: Config) -> tuple[int, int]:
-    """Bytes of a checkpoint's tensors, and of what is copied out of the last one. Raises as `trained_size` does.
+    """Bytes of a checkpoint's tensors, and of what is copied out of the last one. Raises as `parameters` does.
 
     Beside the fp32 master and two moments of each element of Θ: the adapter in fp32, or the model in its own type.
     """
-    if config.method == "lora":
-        count = stored = trained_size(config)
+    from lowrank_dist.formats.model_folder import open_checkpoint
+    from lowrank_dist.methods.registry import home
+
+    count = parameters(config)
+    if home(config.method).files.published:
+        return STATE_BYTES * count.trained + 4 * count.stored, 4 * count.stored
+    if config.model.dtype == "auto":
+        with open_checkpoint(config.model.path) as checkpoint:
+            itemsize = checkpoint.main_dtype().itemsize
     else:
-        count, stored = _sizes(config)
-    if config.method != "full":
-        return STATE_BYTES * count + 4 * stored, 4 * stored
-    dtype = read_model(config.model.path).dtype if config.model.dtype == "auto" else config.model.dtype
-    return STATE_BYTES * count + {"fp32": 4, "bf16": 2}[dtype] * stored, 0
-
-
-def _sizes(config: Config) -> tuple[int, int]:
-    """|Θ| while training and as it is stored, of any method but lora: a prefix' MLP is not stored."""
-    architecture = read_architecture(config.model.path)
-    if config.method == "full":
-        return (frozen_size(architecture),) * 2
-    if config.method in ("adapter_h", "adapter_l"):
-        tuning = Tuning(config.method, config.adapter.bottleneck, config.adapter.placement == "sharded")
-        if reason := tuning.why_uncut(config.parallel.tensor):
-            raise UserError(reason)
-        return (adapter_parameters(architecture, tuning.bottleneck, config.method),) * 2
-    section = config.prefix if config.method == "prefix" else config.prompt
-    if config.data.max_length - section.length < 2:
-        raise UserError(
-            f"{config.method}.length={section.length} leaves no room for a sample of two tokens in "
-            f"data.max_length={config.data.max_length}; give a smaller one"
-        )
-    if config.method == "prompt":
-        return (prompt_parameters(architecture, section.length),) * 2
-    return prefix_parameters(architecture, section.length, section.width), prefix_parameters(
-        architecture, section.length
-    )
+        itemsize = {"fp32": 4, "bf16": 2}[config.model.dtype]
+    return STATE_BYTES * count.trained + itemsize * count.stored, 0
 
 
 def layout(config: Config, size: int, local_size: int) -> list[Row]:
-    """Whether TP × DP is what the job has, and tensor-parallel groups lie inside nodes. size: ranks of the job."""
+    """A row on TP × DP: the ranks that the job has, tensor-parallel groups inside nodes. size: ranks of the job."""
     from lowrank_dist.slurm.layout import check_layout
 
     parallel = config.parallel
-    check_layout(parallel, size // local_size, local_size)
+    check_layout(
+        size // local_size,
+        local_size,
+        tensor=parallel.tensor,
+        data=parallel.data,
+        across_nodes=parallel.across_nodes,
+    )
     return [Row("parallel layout", "ok", f"{parallel.tensor} tensor × {size // parallel.tensor} data parallel")]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.backend import apex
 from lowrank_dist.backend.build_locks import stale_build_locks
+from lowrank_dist.config import Config
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.engine import Engine
 from lowrank_dist.engine.evaluator import Evaluator, notes_on_best
@@ -17,7 +19,8 @@ from lowrank_dist.engine.saving import CheckpointSaver, CheckpointWriter, Facts,
 from lowrank_dist.engine.trainer import Trainer
 from lowrank_dist.formats.fingerprint import fingerprint
 from lowrank_dist.formats.provenance import Provenance
-from lowrank_dist.methods.method import Method
+from lowrank_dist.methods.method import Method, Setting
+from lowrank_dist.methods.registry import home
 from lowrank_dist.ops import choice, extension
 
 
@@ -34,6 +37,12 @@ def describe_kernels(kernels: str, device: str) -> list[str]:
     if kernels == "plain":
         return ["plain PyTorch operators, norms and AdamW (engine.kernels: plain)"]
     return [extension.describe(device), *([apex.describe(device)] if device == "cuda" else [])]
+
+
+def build_method(config: Config, architecture: Architecture) -> Method:
+    """Return what config.method names, for this model. UserError as `methods.method.Tuner.build` raises it."""
+    setting = Setting(config.method, config.model.path, config.train.seed, config.data.max_length, config.engine.lanes)
+    return home(config.method).tuner.build(config.own_section, setting, architecture)
 
 
 def build_trainer(run: Run, method: Method, engine: Engine, data: Data, forecast: Forecast) -> Trainer:

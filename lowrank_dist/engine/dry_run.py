@@ -20,14 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.backend.select import quiet_libraries, select_backend
 from lowrank_dist.config import Config
+from lowrank_dist.engine.assemble import build_method
 from lowrank_dist.engine.zero import sum_partial_gradients
-from lowrank_dist.methods.choose import choose
-from lowrank_dist.methods.lora.inject import inject, theta_of
 from lowrank_dist.model.gpt import CausalLM
-from lowrank_dist.ops.mask import quantise
 from lowrank_dist.parallel.counting import CollectiveCount, count_collectives
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.topology import Topology
@@ -184,17 +181,13 @@ def _build(job: Job, config: Config, topology: Topology) -> tuple[CausalLM, tupl
             vocab_multiple=job.vocab_multiple,
         )
     model.set_recompute(job.layout.recompute)
-    if config.method != "lora":
-        theta = choose(config, job.architecture).attach(model, topology, resumed=False)
-        return model, theta.parameters, sum(map(_storage_bytes, theta.parameters)), theta.masks
-    # Its own `attach` would draw the factors, which takes long for the largest models.
-    lora = config.lora
-    rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
-    masks = MaskSource(0, quantise(lora.dropout))
-    adapted = inject(model, place(job.architecture, rules), masks, 0, topology.tp_rank, topology.tp_size, job.lanes)
-    parameters = theta_of(adapted)
-    buffers = sum(_storage_bytes(buffer) for linear in adapted for buffer in linear.factors.buffers())
-    return model, parameters, sum(map(_storage_bytes, parameters)) + buffers, masks
+    buffers = set(model.buffers())
+    # As if resumed: an adapter to start from is not read. Lanes as planned, for the device that the job is planned for.
+    planned = config.engine.model_copy(update={"lanes": "on" if job.lanes else "off"})
+    method = build_method(config.model_copy(update={"engine": planned}), job.architecture)
+    theta = method.attach(model, topology, resumed=True)
+    size = sum(map(_storage_bytes, (*theta.parameters, *(set(model.buffers()) - buffers))))
+    return model, theta.parameters, size, theta.masks
 
 
 @contextmanager

@@ -15,14 +15,13 @@ from lowrank_dist.backend import rng
 from lowrank_dist.checkpoint.folder import newest_checkpoint, read_checkpoint, step_folders
 from lowrank_dist.checkpoint.training_state import KINDS, DataState, OptimizerReader, TrainingState, parse_state
 from lowrank_dist.config import Config
-from lowrank_dist.config.schema import LoraConfig
 from lowrank_dist.engine.gathering import BATCH_ELEMENTS
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.fingerprint import fingerprint
 from lowrank_dist.formats.manifest import OPTIMIZER_FILE
-from lowrank_dist.methods.lora.adopt import adopt_adapter
+from lowrank_dist.methods.registry import home
 from lowrank_dist.parallel.theta import Theta, scatter
 from lowrank_dist.parallel.topology import Topology
 
@@ -115,18 +114,15 @@ def _told_by_rank_0(ask: Callable[[], dict[str, Any]], topology: Topology) -> di
 
 
 def complete(config: Config, resumption: Resumption | None) -> Config:
-    """The config with all of `lora` where an adapter says it: the one in lora.init_from, or the checkpoint's own.
+    """Return the config with all of its method's section: as an adapter to start from, or the checkpoint, says it.
 
     A run that goes on does not read the adapter that it once started from; it may be gone.
     """
+    own, section = home(config.method), config.own_section
     if resumption is None:
-        return adopt_adapter(config)
-    saved = resumption.state.config.get("lora")
-    init_from = config.lora.init_from
-    if init_from is None or not isinstance(saved, dict) or saved.get("init_from") != str(init_from):
-        return config
-    given = {key: getattr(config.lora, key) for key in config.lora.model_fields_set}
-    return config.model_copy(update={"lora": LoraConfig.model_validate({**saved, **given})})
+        return config.with_own_section(own.files.complete(section, config.model.path))
+    saved = None if own.section is None else resumption.state.config.get(own.section)
+    return config.with_own_section(section.resumed(saved)) if isinstance(saved, dict) else config
 
 
 def require_same_run(

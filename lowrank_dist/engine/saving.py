@@ -27,7 +27,7 @@ from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import DiskError, ElsewhereError
 from lowrank_dist.formats.atomic import temporary_name
 from lowrank_dist.formats.provenance import Provenance
-from lowrank_dist.methods.lora.files import copy_adapter
+from lowrank_dist.formats.trained_files import copy_adapter
 from lowrank_dist.methods.method import Method
 from lowrank_dist.supervision.peers import lost_peers
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowrank_dist import __version__
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.fingerprint import fingerprint
 
 PROVENANCE_FILE = "lowrank_dist.json"
 _FORMAT = 1
@@ -71,3 +72,16 @@ def read_provenance(folder: Path) -> Provenance | None:
             f"{path} is not what lowrank_dist writes ({type(error).__name__}: {error}): restore the file, or remove it "
             "to go without the check that the adapter belongs to the base"
         ) from error
+
+
+def refuse_another_base(folder: Path, base: Path) -> None:
+    """Raise UserError where lowrank_dist.json beside the adapter names a base of another fingerprint."""
+    provenance = read_provenance(folder)
+    if provenance is None:
+        return
+    digest = fingerprint(base)
+    if digest != provenance.base_fingerprint:
+        raise UserError(
+            f"{folder / PROVENANCE_FILE}: base_fingerprint is {provenance.base_fingerprint[:12]}…, but {base} has "
+            f"{digest[:12]}…: give the base that the adapter was trained on, unchanged"
+        )

@@ -1,11 +1,17 @@
-"""Writers of what a method trained: the protocol, and the one for a Θ that is small enough to be held whole."""
+"""What a method trained as files: the writers' protocol, one for a Θ that is held whole, and copies of an adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
+
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.atomic import atomic_folder
+from lowrank_dist.formats.provenance import PROVENANCE_FILE
 
 
 class TrainedFiles(Protocol):
@@ -32,3 +38,15 @@ class Collected:
 
     def finish(self) -> None:
         self._write(self._tensors)
+
+
+def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Copy the files of an adapter out of a checkpoint, in place of what was copied to `folder` before. All or nothing.
+
+    Raises UserError where `folder` holds something else, DiskError for the disk.
+    """
+    if folder.exists() and not (folder / PROVENANCE_FILE).is_file():
+        raise UserError(f"{folder} is not replaced: it holds no {PROVENANCE_FILE}, so lowrank-dist did not write it")
+    with atomic_folder(folder, replace=True) as temporary:
+        for name in names:
+            shutil.copyfile(source / name, temporary / name)

@@ -9,7 +9,7 @@ import torch
 
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
-from lowrank_dist.methods.read import attach
+from lowrank_dist.methods.registry import reader_of
 from lowrank_dist.model.build import load_model
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.topology import Topology
@@ -35,7 +35,7 @@ def load(
     dtype: str = "auto",
     tokenizer: Path | None = None,
 ) -> Loaded:
-    """This rank's shard of the model in `path`, with the adapter of any folder that `attach` knows.
+    """This rank's shard of the model in `path`, with what any method trained into the folder `adapter`.
 
     dtype: auto (the weights' own), fp32 or bf16. tokenizer: its folder, `path` where it is not given.
     """
@@ -53,5 +53,5 @@ def load(
         broadcast=topology.dp_size > 1,
     )
     if adapter is not None:
-        attach(model, path, adapter, topology)
+        reader_of(adapter).tuner.attach_trained(model, path, adapter, topology)
     return Loaded(path, model.eval(), words)

@@ -1,15 +1,19 @@
-"""What the engine asks of a method."""
+"""What the engine asks of a method, and what a method is told by a run."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.formats.trained_files import TrainedFiles
+from lowrank_dist.methods import MethodName
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.theta import Theta
 from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.sections.section import MethodSection
 
 
 class Method(Protocol):
@@ -36,4 +40,37 @@ class Method(Protocol):
 
     def files(self, folder: Path, provenance: Provenance) -> TrainedFiles:
         """Writes what was trained into a folder that exists."""
+        ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run says to any method, beside the method's own section of its config.
+
+    base: folder of the base model. seed: train.seed. max_length: data.max_length. lanes: engine.lanes.
+    """
+
+    method: MethodName
+    base: Path
+    seed: int
+    max_length: int
+    lanes: Literal["auto", "on", "off"]
+
+
+class Tuner(Protocol):
+    """What the module `method` of every home has."""
+
+    def build(self, section: MethodSection, setting: Setting, architecture: Architecture) -> Method:
+        """Return the method for a model, which need not be loaded.
+
+        Raises UserError where it leaves no room for a sample, and as each method does.
+        """
+        ...
+
+    def attach_trained(self, model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
+        """Give the model in `base` what the method trained into `folder`, for decoding.
+
+        Raises UserError for what the reader refuses, for something that was trained on another base (by fingerprint,
+        where it has one), and for modules or shapes that this model does not have.
+        """
         ...

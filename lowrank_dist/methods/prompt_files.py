@@ -19,9 +19,23 @@ from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import target_of
 from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
-from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.formats.model_card import NOT_MERGED, USE, WITH_GENERATE, WITH_PEFT, base_model, model_card
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, read_provenance
+from lowrank_dist.formats.report import Report
 from lowrank_dist.formats.safetensors_file import read_header, write_fp32
-from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, own_file
+from lowrank_dist.methods.files import (
+    CONFIG_FILE,
+    PUBLISHED,
+    WEIGHTS_FILE,
+    Inspected,
+    MethodFiles,
+    Published,
+    any_there,
+    no_update,
+    norm,
+    not_for_vllm,
+    own_file,
+)
 from lowrank_dist.methods.lora.peft_config import read_object
 
 Kind = Literal["PREFIX_TUNING", "PROMPT_TUNING"]
@@ -68,11 +82,6 @@ def write_prompt_learning(folder: Path, learned: PromptLearning, provenance: Pro
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
     write_fp32(folder / WEIGHTS_FILE, {_TENSOR: learned.embeddings.detach().to("cpu", torch.float32).contiguous()})
-
-
-def peft_type(folder: Path) -> str:
-    """What adapter_config.json says that it is. UserError where it is missing or says nothing."""
-    return _text(_config(folder), "peft_type", folder)
 
 
 def read_prompt_learning(folder: Path) -> PromptLearning:
@@ -147,3 +156,66 @@ def _text(config: dict[str, Any], key: str, folder: Path) -> str:
     if not isinstance(value, str):
         raise UserError(f"{folder / CONFIG_FILE}: {key} is {value!r}: it must be text")
     return value
+
+
+@dataclass(frozen=True)
+class PromptLearningFiles(MethodFiles):
+    """The folders of one of the two methods. name: of the method; tag: on the Hub; merging: why it cannot be merged."""
+
+    kind: Kind
+    name: str
+    tag: str
+    merging: str
+
+    published = PUBLISHED
+
+    def wrote(self, folder: Path) -> bool:
+        if not any_there(folder, (CONFIG_FILE, WEIGHTS_FILE)):
+            return False
+        try:
+            return _text(_config(folder), "peft_type", folder) == self.kind
+        except UserError:  # which the reader of a LoRA adapter says as well
+            return False
+
+    def refuse_merge(self, folder: Path) -> None:
+        raise no_update(folder, f"a {self.name}: {self.merging}, which are in no weight of the base")
+
+    def publish(self, source: Path, name: str, *, vllm: bool, max_rank: int | None) -> Published:
+        provenance = read_provenance(source)
+        if vllm:
+            raise not_for_vllm(source, f"a {self.name}")
+        learned = read_prompt_learning(source)
+        size = learned.embeddings.numel()
+        about = f"A {self.name} for {base_model(learned.base)}: {_where(learned)}, {size:,} parameters."
+        usage = f"{USE}\n\n{WITH_PEFT}\n\n{WITH_GENERATE}\n\n{NOT_MERGED}"
+        return Published(self.published, model_card(name, self.tag, learned.base, about, usage, provenance))
+
+    def inspect(self, folder: Path, report: Report) -> Inspected:
+        path = folder / WEIGHTS_FILE
+        learned = report.read(path, read_prompt_learning, folder)
+        report.facts["method"] = self.name
+        if learned is None:
+            return Inspected()
+        report.facts |= {
+            "base": learned.base or "not named",
+            "virtual_positions": learned.embeddings.size(0),
+            "layers": learned.layers,
+            "heads": learned.heads,
+            "token_dim": learned.token_dim,
+            "parameters": learned.embeddings.numel(),
+            "dtypes": sorted({entry.dtype for entry in read_header(path).entries}),
+            "bytes": path.stat().st_size,
+            "norm": norm([learned.embeddings]),
+        }
+        return Inspected(learned.base, lambda base: require_fit(folder, learned, base.architecture))
+
+
+PREFIX = PromptLearningFiles("PREFIX_TUNING", "prefix", "prefix-tuning", "more keys and values for attention to see")
+PROMPT = PromptLearningFiles("PROMPT_TUNING", "prompt", "prompt-tuning", "more embeddings before the input")
+
+
+def _where(learned: PromptLearning) -> str:
+    length = learned.embeddings.size(0)
+    if learned.kind == PREFIX.kind:
+        return f"keys and values at {length} positions of every one of {learned.layers} layers"
+    return f"embeddings at {length} positions before the input"

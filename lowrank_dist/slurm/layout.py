@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-from lowrank_dist.config.schema import ParallelConfig
 from lowrank_dist.errors import UserError
 
 # Minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds.
@@ -12,28 +11,30 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d{1,2}){0,2})")
 _ENDLESS = ("UNLIMITED", "INFINITE")
 
 
-def check_layout(parallel: ParallelConfig, nodes: int, ranks_per_node: int) -> None:
+def check_layout(
+    nodes: int, ranks_per_node: int, *, tensor: int, data: int | None = None, across_nodes: bool = False
+) -> None:
     """Raise UserError where TP × DP is not the number of ranks, or a tensor-parallel group crosses nodes unasked.
+
+    tensor, data, across_nodes: as in the section `parallel` of a run's config.
 
     Tensor-parallel ranks are consecutive and Slurm fills node after node: groups stay inside nodes exactly where
     parallel.tensor divides the ranks of a node.
     """
     ranks = nodes * ranks_per_node
     job = f"{nodes} nodes × {ranks_per_node} = {ranks} ranks"
-    if ranks % parallel.tensor:
+    if ranks % tensor:
+        raise UserError(f"parallel.tensor: {tensor} does not divide {job}; it may be {_divisors(ranks, ranks)}")
+    if ranks_per_node % tensor and not across_nodes:
         raise UserError(
-            f"parallel.tensor: {parallel.tensor} does not divide {job}; it may be {_divisors(ranks, ranks)}"
-        )
-    if ranks_per_node % parallel.tensor and not parallel.across_nodes:
-        raise UserError(
-            f"parallel.tensor: with {parallel.tensor} a tensor-parallel group would cross nodes ({job}), where every "
+            f"parallel.tensor: with {tensor} a tensor-parallel group would cross nodes ({job}), where every "
             f"layer waits for the network; it may be {_divisors(ranks_per_node, ranks_per_node)}, or set "
             "parallel.across_nodes=true"
         )
-    if parallel.data is not None and parallel.data * parallel.tensor != ranks:
+    if data is not None and data * tensor != ranks:
         raise UserError(
-            f"parallel.data: {parallel.tensor} tensor × {parallel.data} data parallel is not {job}; leave it null, "
-            f"or write {ranks // parallel.tensor}"
+            f"parallel.data: {tensor} tensor × {data} data parallel is not {job}; leave it null, "
+            f"or write {ranks // tensor}"
         )
 
 

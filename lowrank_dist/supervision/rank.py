@@ -20,7 +20,6 @@ import torch.distributed as dist
 
 from lowrank_dist.backend.processes import started
 from lowrank_dist.backend.select import shutdown
-from lowrank_dist.config import ConfigError
 from lowrank_dist.errors import ElsewhereError, UserError
 from lowrank_dist.supervision.failure import Failure, explains, read, record, retire
 from lowrank_dist.supervision.launchers import find_launchers
@@ -92,7 +91,7 @@ class Supervision:
         if isinstance(error, KeyboardInterrupt):
             return INTERRUPTED
         self.enter(LEAVING)
-        mistake = isinstance(error, UserError | ConfigError)
+        mistake = isinstance(error, UserError)
         if mistake:
             logger.error("%s", error)
         else:

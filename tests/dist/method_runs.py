@@ -98,7 +98,7 @@ def run_config(folder: str, name: str) -> Any:
 
 def build(setting: MethodSetting) -> Built:
     from lowrank_dist.arch.config_json import read_architecture
-    from lowrank_dist.methods.choose import choose
+    from lowrank_dist.engine.assemble import build_method
     from lowrank_dist.model.build import load_model
 
     topology = ranks.topology(setting.tensor, setting.sequence)
@@ -111,7 +111,7 @@ def build(setting: MethodSetting) -> Built:
         vocab_multiple=setting.vocab_multiple,
         broadcast=False,
     )
-    method = choose(run_config(setting.folder, setting.name), model.architecture)
+    method = build_method(run_config(setting.folder, setting.name), model.architecture)
     model.set_recompute(setting.recompute)
     theta = method.attach(model, topology, resumed=False)
     if setting.away and setting.name != "full":

@@ -57,18 +57,19 @@ def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndar
     from lowrank_dist.formats.fingerprint import fingerprint
     from lowrank_dist.formats.provenance import Provenance
     from lowrank_dist.config import Config
+    from lowrank_dist.engine.resume import complete
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
     from lowrank_dist.methods.lora.inject import inject
     from lowrank_dist.arch.placement import LoraRules, place
     from lowrank_dist.methods.lora.state import adapter_factors, spread_factors
-    from lowrank_dist.methods.lora.adopt import adopt_adapter, initial_factors
+    from lowrank_dist.methods.lora.adopt import initial_factors
     from lowrank_dist.model.build import check_model, load_model
     from lowrank_dist.ops.mask import quantise
     from lowrank_dist.parallel.masks import MaskSource
     from tests.dist.whole import gather_factors
 
     sections = {"model": {"path": folder}, "lora": {"init_from": start}, "data": {"train": "-"}, "output": {"dir": "-"}}
-    config = adopt_adapter(Config.model_validate(sections))
+    config = complete(Config.model_validate(sections), None)
     lora = config.lora
     topology = ranks.topology(2, True)
     model = load_model(
@@ -84,7 +85,7 @@ def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndar
     placements = place(model.architecture, rules)
     masks = MaskSource(11, quantise(0.0))
     adapted = inject(model, placements, masks, 3, topology.tp_rank, topology.tp_size)
-    values = initial_factors(config, placements)
+    values = initial_factors(lora.init_from, placements, Path(folder))
     if spoiled:
         q, k = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
         values[k] = (values[q][0], values[k][1])

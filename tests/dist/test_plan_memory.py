@@ -61,7 +61,7 @@ def step(folder: str, case: Case) -> int:
     import torch
 
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
-    from lowrank_dist.methods.choose import choose
+    from lowrank_dist.engine.assemble import build_method
     from lowrank_dist.model.build import check_model, load_model
     from tests.dist import ranks
 
@@ -76,7 +76,7 @@ def step(folder: str, case: Case) -> int:
         broadcast=False,
     )
     model.set_recompute(case.recompute)
-    theta = choose(config(folder, case), model.architecture).attach(model, topology, resumed=False)
+    theta = build_method(config(folder, case), model.architecture).attach(model, topology, resumed=False)
     rules = OptimiserRules(1, 1.0, None, 0.0, (0.9, 0.999), 1e-8)
     optimiser = ZeroOptimiser(theta.parameters, topology, rules)
     generator = torch.Generator().manual_seed(1)

@@ -175,14 +175,14 @@ def trained(run: Path, method: str) -> tuple[Path, list[object]]:
 def _reloaded_loss(config: str, model: str, adapter: str | None, tensor: int) -> float:
     """The eval loss in nats a target token, of what lies on the disk."""
     from lowrank_dist.config import load_config
+    from lowrank_dist.engine.assemble import build_method
     from lowrank_dist.engine.datasets import build_data
     from lowrank_dist.generate.load import load
-    from lowrank_dist.methods.choose import choose
 
     told, topology = load_config([config]), ranks.topology(tensor, False)
     loaded = load(Path(model), adapter and Path(adapter), topology, ranks.device(), dtype="fp32")
     architecture = loaded.model.architecture
-    data = build_data(told, choose(told, architecture), architecture, topology)
+    data = build_data(told, build_method(told, architecture), architecture, topology)
     total = count = 0.0
     with torch.no_grad():
         for step in data.evaluation():

@@ -24,7 +24,9 @@ from transformers import AutoModelForCausalLM
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.fingerprint import fingerprint
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
-from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, LowRankFactor, copy_adapter, read_adapter
+from lowrank_dist.formats.trained_files import copy_adapter
+from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
+from lowrank_dist.methods.lora.files import LowRankFactor, read_adapter
 from lowrank_dist.methods.lora.peft_config import describe
 from tests.tiny_adapters import Size, random_adapter, save_adapter
 from tests.tiny_models import make_tiny

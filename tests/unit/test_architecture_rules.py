@@ -8,8 +8,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from lowrank_dist.methods import MethodName
+from lowrank_dist.methods.registry import HOMES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "lowrank_dist"
@@ -29,11 +33,21 @@ def rooms(*names: str) -> tuple[str, ...]:
     return tuple(f"{PACKAGE}.{name}" for name in names)
 
 
+# The modules that hold the model of a config section, beside its owner.
+SECTIONS = (
+    *rooms("model.config", "parallel.config", "data.config", "generate.config"),
+    *(f"{PACKAGE}.methods.{home.folder}.config" for home in HOMES if home.section is not None),
+)
 ARROWS = [
     Arrow(f"{PACKAGE}.config", "torch"),
-    Arrow(f"{PACKAGE}.config", PACKAGE, but=(f"{PACKAGE}.config",)),
     Arrow(f"{PACKAGE}.arch", PACKAGE, but=(f"{PACKAGE}.arch", f"{PACKAGE}.errors")),
     *(Arrow(f"{PACKAGE}.arch", out) for out in ("torch", "transformers", "megatron", "deepspeed", "safetensors")),
+    Arrow(f"{PACKAGE}.sections", PACKAGE, but=(f"{PACKAGE}.sections",)),
+    Arrow(f"{PACKAGE}.sections", "torch"),
+    *(Arrow(section, PACKAGE, but=(f"{PACKAGE}.sections",)) for section in SECTIONS),
+    *(Arrow(section, "torch") for section in SECTIONS),
+    # plan reads it until its requests carry sections alone.
+    Arrow(PACKAGE, f"{PACKAGE}.config", exempt=rooms("config", "cli", "engine", "doctor", "plan")),
     Arrow("", "deepspeed", exempt=rooms("engine")),
     Arrow("", "megatron", exempt=rooms("parallel", "model", "backend")),
     Arrow("", "torch.cuda", exempt=rooms("backend")),
@@ -69,11 +83,19 @@ def under(name: str, prefix: str) -> bool:
 class Names(ast.NodeVisitor):
     """Every dotted name that a module imports, anywhere in it, or reaches through what it imported."""
 
-    def __init__(self, module: str, is_package: bool) -> None:
+    def __init__(self, module: str, is_package: bool, at_run_time: bool) -> None:
+        self._at_run_time = at_run_time
         self.found: set[str] = set()
         self.arguments: list[tuple[str, object]] = []
         self._parents = module.split(".") if is_package else module.split(".")[:-1]
         self._aliases: dict[str, str] = {}
+
+    def visit_If(self, node: ast.If) -> None:
+        if self._at_run_time and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            for other in node.orelse:
+                self.visit(other)
+        else:
+            self.generic_visit(node)
 
     def visit_Import(self, node: ast.Import) -> None:
         for alias in node.names:
@@ -110,9 +132,10 @@ class Names(ast.NodeVisitor):
         self.generic_visit(node)
 
 
-def names_in(source: str, module: str, is_package: bool = False) -> Names:
+def names_in(source: str, module: str, is_package: bool = False, *, at_run_time: bool = False) -> Names:
+    """at_run_time: leave out what is imported for a type checker alone."""
     tree = ast.parse(source)
-    names = Names(module, is_package)
+    names = Names(module, is_package, at_run_time)
     # Twice: an attribute may stand above the import that binds its root.
     names.visit(tree)
     names.visit(tree)
@@ -167,7 +190,8 @@ def reachable(module: str, ours: dict[str, Path]) -> dict[str, set[str]]:
         current = waiting.pop()
         if current in reached or current not in ours:
             continue
-        reached[current] = names_in(ours[current].read_text(), current, ours[current].name == "__init__.py").found
+        source, is_package = ours[current].read_text(), ours[current].name == "__init__.py"
+        reached[current] = names_in(source, current, is_package, at_run_time=True).found
         waiting += [current.rpartition(".")[0], *reached[current]]
     return reached
 
@@ -184,9 +208,14 @@ def test_constructors_and_functions_take_few_things() -> None:
     assert found == []
 
 
-def test_merging_reaches_no_process_group() -> None:
-    reached = reachable(MERGE, dict(modules(PACKAGE)))
-    assert MERGE in reached and f"{PACKAGE}.formats.model_folder" in reached
+# What reads and writes a method's folders, which the registry imports by name: merge, inspect and export stand on it.
+FILES = tuple(f"{PACKAGE}.methods.{home.written.partition(':')[0]}" for home in HOMES)
+
+
+@pytest.mark.parametrize("start", [MERGE, f"{PACKAGE}.checkpoint.export", f"{PACKAGE}.checkpoint.inspection", *FILES])
+def test_files_are_read_without_a_process_group(start: str) -> None:
+    reached = reachable(start, dict(modules(PACKAGE)))
+    assert start in reached and f"{PACKAGE}.formats.model_folder" in reached
     bad = [f"{name}: {x}" for name, found in reached.items() for x in found if any(under(x, o) for o in OUT_OF_MERGE)]
     assert bad == []
 
@@ -206,6 +235,37 @@ def test_importing_a_light_room_loads_nothing_heavy(room: str) -> None:
     assert bad == []
 
 
+def loaded_by(code: str, *names: str) -> list[str]:
+    """Those of the modules that a new process has loaded after it ran the code."""
+    show = f"import sys\n{code}\nprint(*({set(names)} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", show], cwd=ROOT, capture_output=True, text=True, check=True)
+    return sorted(done.stdout.split())
+
+
+TORCHLESS = (
+    *(f"{PACKAGE}.{name}" for name in ("config", "sections.section", "sections.scalars", "methods.registry")),
+    *SECTIONS,
+)
+
+
+def test_configuration_and_footprints_load_no_torch() -> None:
+    imports = "".join(f"import {module}\nassert 'torch' not in sys.modules, {module!r}\n" for module in TORCHLESS)
+    footprints = f"[home.footprint for home in {PACKAGE}.methods.registry.HOMES]"
+    assert loaded_by(imports + footprints, "torch") == []
+    assert loaded_by(f"import {PACKAGE}.ops.extension", "torch") == ["torch"], "the control"
+
+
+def test_the_files_of_methods_load_no_megatron() -> None:
+    code = f"import {PACKAGE}.checkpoint.export, {PACKAGE}.checkpoint.inspection, {PACKAGE}.merge.merge\n"
+    code += f"from {PACKAGE}.methods.registry import HOMES\n"
+    assert loaded_by(f"{code}[home.files for home in HOMES]", "megatron", "deepspeed", "torch") == ["torch"]
+    assert loaded_by("import megatron", "megatron") == ["megatron"], "the control"
+
+
+def test_every_method_has_a_home() -> None:
+    assert sorted(name for home in HOMES for name in home.names) == sorted(get_args(MethodName))
+
+
 def test_nothing_runs_code_from_a_file() -> None:
     files = [path for _, path in modules(PACKAGE, "launch", "benchmarks", "tests")] + [ROOT / "setup.py"]
     found = {path.relative_to(ROOT): code_from_files(path.read_text()) for path in files}
@@ -219,8 +279,15 @@ def test_nothing_runs_code_from_a_file() -> None:
     ("module", "source"),
     [
         ("lowrank_dist.config.schema", "def f():\n    import torch"),
-        ("lowrank_dist.config.schema", "from lowrank_dist.errors import UserError"),
-        ("lowrank_dist.config.schema", "from ..errors import UserError"),
+        ("lowrank_dist.sections.section", "from lowrank_dist.errors import UserError"),
+        ("lowrank_dist.sections.section", "from ..errors import UserError"),
+        ("lowrank_dist.methods.lora.config", "from lowrank_dist.arch.placement import place"),
+        ("lowrank_dist.generate.config", "from lowrank_dist.model.config import ModelConfig"),
+        ("lowrank_dist.data.config", "import torch"),
+        ("lowrank_dist.slurm.layout", "from lowrank_dist.config.schema import Config"),
+        ("lowrank_dist.supervision.rank", "def f():\n    from lowrank_dist.config import load_config"),
+        ("lowrank_dist.methods.lora.adopt", "from lowrank_dist.config import Config"),
+        ("lowrank_dist.checkpoint.inspection.run", "if TYPE_CHECKING:\n    from lowrank_dist.config import Config"),
         ("lowrank_dist.methods.lora.inject", "def f():\n    from deepspeed.runtime import zero"),
         ("launch.train", "import deepspeed"),
         ("lowrank_dist.data.loader", "import importlib\nimportlib.import_module('megatron.core')"),
@@ -255,8 +322,10 @@ def test_a_planted_arrow_is_found(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("lowrank_dist.config.load", "from lowrank_dist.config.schema import Config\nfrom .errors import ConfigError"),
+        ("lowrank_dist.config.load", "from lowrank_dist.config.schema import Config\nfrom ..errors import ConfigError"),
         ("lowrank_dist.arch.rows", "from lowrank_dist.errors import UserError\nfrom lowrank_dist.arch.keys import Key"),
+        ("lowrank_dist.engine.assemble", "from lowrank_dist.config import Config"),
+        ("lowrank_dist.methods.lora.config", "from lowrank_dist.sections.section import MethodSection"),
         ("lowrank_dist.engine.zero", "import deepspeed"),
         ("lowrank_dist.model.gpt", "from megatron.core.models.gpt import GPTModel"),
         ("lowrank_dist.backend.select", "import torch\ntorch.cuda.is_available()"),

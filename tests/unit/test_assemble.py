@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from lowrank_dist.config import Config
+from lowrank_dist.engine.assemble import build_method
 from lowrank_dist.engine.evaluator import notes_on_best
 from lowrank_dist.errors import UserError
-from lowrank_dist.methods.choose import choose
 from lowrank_dist.model.build import check_model
 from tests.tiny_models import make_tiny
 from tests.unit.test_checkpoint_folder import state_of
@@ -23,9 +23,9 @@ def config_of(**sections: Any) -> Config:
 
 def test_a_dropout_that_would_round_to_everything_is_the_users_mistake(tmp_path: Path) -> None:
     architecture = check_model(make_tiny("qwen2", tmp_path / "base"), 1, 16)
-    choose(config_of(lora={"dropout": 0.9999}), architecture)
+    build_method(config_of(lora={"dropout": 0.9999}), architecture)
     with pytest.raises(UserError, match="lora.dropout: dropout probability 0.999999.*smaller"):
-        choose(config_of(lora={"dropout": 0.999999}), architecture)
+        build_method(config_of(lora={"dropout": 0.999999}), architecture)
 
 
 @pytest.mark.parametrize(

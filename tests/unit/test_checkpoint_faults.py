@@ -13,7 +13,8 @@ from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.saving import CheckpointWriter, Facts, Retention
 from lowrank_dist.formats.manifest import MANIFEST_FILE, OPTIMIZER_FILE
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
-from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
+from lowrank_dist.methods.lora.files import read_adapter
 from tests.faults import Action, Zygote
 from tests.unit.test_checkpoint_folder import MODULES, SHAPES, lora_files, tensors_of
 from tests.unit.test_checkpoint_folder import state_of as whole_state

@@ -16,21 +16,15 @@ import torch
 from typer.testing import CliRunner
 
 from lowrank_dist.checkpoint.folder import newest_checkpoint, read_checkpoint, step_folders, write_checkpoint
-from lowrank_dist.checkpoint.inspection import inspect_folder
 from lowrank_dist.checkpoint.training_state import KINDS, DataState, OptimizerReader, TrainingState, read_state
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.manifest import MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.formats.trained_files import Collected
-from lowrank_dist.methods.lora.files import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Adapter,
-    LowRankFactor,
-    read_adapter,
-    write_adapter_files,
-)
+from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
+from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, read_adapter, write_adapter_files
+from tests.tiny_adapters import inspected
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
 FILES = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE, OPTIMIZER_FILE, STATE_FILE, MANIFEST_FILE)
@@ -216,7 +210,7 @@ def test_a_planted_pickle_is_never_read(checkpoints: Path, tmp_path: Path, name:
             read(folder)
         except UserError:
             continue
-    inspect_folder(folder)
+    inspected(folder)
     result = CliRunner().invoke(app, ["export", str(folder), "--out", str(tmp_path / "out")])
     assert result.exit_code in (0, 2)
     assert not (tmp_path / "executed").exists()
@@ -233,9 +227,9 @@ def test_links_out_of_the_folder_are_refused(checkpoints: Path, tmp_path: Path) 
 
 
 def test_inspect_says_that_it_does_not_verify(checkpoints: Path) -> None:
-    assert inspect_folder(checkpoints / "step-4").facts["manifest"] == "verifies"
+    assert inspected(checkpoints / "step-4").facts["manifest"] == "verifies"
     os.truncate(checkpoints / "step-4" / OPTIMIZER_FILE, 100)
-    report = inspect_folder(checkpoints / "step-4")
+    report = inspected(checkpoints / "step-4")
     assert not report.verifies and any(OPTIMIZER_FILE in problem for problem in report.problems)
 
 

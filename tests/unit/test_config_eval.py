@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_dist.config import ConfigError, load_config
+from lowrank_dist.config import load_config
+from lowrank_dist.errors import ConfigError
 
 BASE = "model: {path: base}\ndata: {train: t, eval: e}\noutput: {dir: run}\n"
 

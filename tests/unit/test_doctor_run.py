@@ -68,7 +68,7 @@ def test_a_run_that_can_begin(config: Path, tmp_path: Path) -> None:
     for what in ("configuration", "model folder", "tokenizer", "trained parameters", "data.train", "data.eval"):
         assert found[what]["state"] == "ok", what
     # A [4, 64] and B [64, 4] of q, A [4, 96] and B [64, 4] of down, in two layers.
-    assert inputs.trained_size(load_config([str(config)])) == 2 * 4 * (64 + 64 + 96 + 64)
+    assert inputs.parameters(load_config([str(config)])).trained == 2 * 4 * (64 + 64 + 96 + 64)
     assert found["trained parameters"]["detail"] == "lora: 2,304 trainable numbers"
     assert found["run folder"]["state"] == "ok" and f"{tmp_path}, where" in found["run folder"]["detail"]
     assert found["free disk"]["state"] == "ok" and "5 checkpoints of 36.0 KiB" in found["free disk"]["detail"]

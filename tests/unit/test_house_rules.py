@@ -102,8 +102,8 @@ def test_a_planted_circle_is_found(where: str, planted: dict[str, str]) -> None:
 def test_a_package_may_import_what_is_in_it() -> None:
     sources = {"lowrank_dist": "", "lowrank_dist.config": "from lowrank_dist.config.load import load_config"}
     sources |= {
-        "lowrank_dist.config.load": "from lowrank_dist.config.errors import E",
-        "lowrank_dist.config.errors": "",
+        "lowrank_dist.config.load": "from lowrank_dist.config.schema import C",
+        "lowrank_dist.config.schema": "",
     }
     assert circles(sources, ["lowrank_dist", "lowrank_dist.config"]) == {}
 
@@ -239,12 +239,15 @@ def branches(source: str) -> list[tuple[int, str]]:
     return Branches(ast.parse(source)).found
 
 
-@pytest.mark.xfail(strict=False, reason="next stage of the redraw: footprints and sections move to methods/<name>")
+# These do, until every method answers for its footprint.
+BY_NAME = (f"{PACKAGE}.plan", f"{PACKAGE}.engine.dry_run")
+
+
 def test_nothing_outside_methods_goes_by_a_methods_name() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}: {what}"
         for name, path in modules(PACKAGE, "launch")
-        if not under(name, METHODS_ROOM)
+        if not any(under(name, room) for room in (METHODS_ROOM, *BY_NAME))
         for line, what in branches(path.read_text())
     ]
     assert found == []
@@ -319,7 +322,6 @@ _OPERATOR = "one file an operator, its plain-PyTorch definition beside it"
 SHORT = {
     "__init__.py": "the version, and what the package offers",
     "errors.py": "the one error that every room raises; imports nothing",
-    "config/errors.py": "the error of a leaf room, which imports nothing of ours",
     "cli/__main__.py": "the form that launchers of modules run",
     **{f"ops/{name}.py": _OPERATOR for name in ("adapted", "down", "expand", "gemm", "grad_a", "up")},
     "backend/megatron.py": "every patch of Megatron in one place",

@@ -14,11 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lowrank_dist.checkpoint.inspection import inspect_folder
-from lowrank_dist.checkpoint.inspection.adapter import update_norm
 from lowrank_dist.cli.main import app
 from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, read_adapter
-from tests.tiny_adapters import random_adapter, save_adapter
+from lowrank_dist.methods.lora.inspection import update_norm
+from tests.tiny_adapters import inspected, random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 from tests.unit.test_architecture_rules import OUT_OF_MERGE, modules, reachable, under
 
@@ -123,14 +122,14 @@ def test_norms_of_factors_in_half_precision(adapter: Path) -> None:
     change(adapter, lambda t: t.update({name: tensor.bfloat16() for name, tensor in t.items()}))
     tensors = load_file(adapter / WEIGHTS)
     dense = torch.linalg.norm(2 * tensors[KEY.format("B")].double() @ tensors[KEY.format("A")].double()).item()
-    (row,) = [row for row in inspect_folder(adapter).tables["modules"] if row["module"] == QUERY]
+    (row,) = [row for row in inspected(adapter).tables["modules"] if row["module"] == QUERY]
     assert row["norm"] == pytest.approx(dense, rel=1e-12) and facts_of(adapter)["dtypes"] == ["BF16"]
 
 
 def test_layers_in_their_order(base: Path, tmp_path: Path) -> None:
     deep = make_tiny("llama", tmp_path / "deep", num_hidden_layers=11)
     only = random_adapter(deep, lambda module: (1, 1.0) if module.endswith("q_proj") else None)
-    rows = inspect_folder(save_adapter(tmp_path / "adapter", deep, only)).tables["modules"]
+    rows = inspected(save_adapter(tmp_path / "adapter", deep, only)).tables["modules"]
     assert [row["module"] for row in rows] == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(11)]
 
 

@@ -15,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lowrank_dist.arch.config_json import read_architecture
-from lowrank_dist.checkpoint.inspection import inspect_folder
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.bottleneck.files import read_bottlenecks, write_bottlenecks
-from lowrank_dist.methods.kinds import kind_of
 from lowrank_dist.methods.prompt_files import read_prompt_learning, write_prompt_learning
-from tests.tiny_adapters import random_adapter, save_adapter
+from lowrank_dist.methods.registry import home, home_of
+from tests.tiny_adapters import inspected, random_adapter, save_adapter
 from tests.tiny_learned import (
     BOTTLENECK,
     LENGTH,
@@ -77,12 +76,12 @@ def test_what_is_written_is_read(base: Path, method: str, folder: Path) -> None:
         found, expected = read_prompt_learning(folder), learned(base, method)
         assert torch.equal(found.embeddings, expected.embeddings)
         assert replace(found, embeddings=None) == replace(expected, embeddings=None)
-        assert kind_of(folder) == method
+        assert home_of(folder) == home(method)
     else:
         found, expected = read_bottlenecks(folder), layers(base, method)
         assert found.config == expected.config and found.tensors.keys() == expected.tensors.keys()
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
-        assert kind_of(folder) == "bottlenecks"
+        assert home_of(folder) == home(method)
 
 
 def test_published_formulas(base: Path) -> None:
@@ -259,7 +258,7 @@ def test_untrained_layers_are_not_written(base: Path, tmp_path: Path) -> None:
 
 
 def test_inspect_an_adapter(base: Path, method: str, folder: Path, tmp_path: Path) -> None:
-    facts, report = facts_of(folder), inspect_folder(folder)
+    facts, report = facts_of(folder), inspected(folder)
     tensors = load_file(folder / WEIGHTS[method])
     assert (report.kind, facts["method"], facts["base"]) == ("adapter", method, str(base))
     assert facts["parameters"] == sum(tensor.numel() for tensor in tensors.values())
@@ -278,7 +277,7 @@ def test_inspect_an_adapter(base: Path, method: str, folder: Path, tmp_path: Pat
 def test_inspect_a_checkpoint(base: Path, method: str, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "checkpoints/step-7", base, method)
     facts = facts_of(folder)
-    assert (inspect_folder(folder).kind, facts["method"], facts["step"]) == ("checkpoint", method, 7)
+    assert (inspected(folder).kind, facts["method"], facts["step"]) == ("checkpoint", method, 7)
     assert facts["manifest"] == "verifies" and facts["base_matches"] is True
     (folder / "optimizer.safetensors").write_bytes(b"x")
     broken(folder, "optimizer.safetensors", "has 1 bytes")
@@ -287,7 +286,7 @@ def test_inspect_a_checkpoint(base: Path, method: str, tmp_path: Path) -> None:
 def test_inspect_a_run(base: Path, method: str, tmp_path: Path) -> None:
     run_folder = run_of(tmp_path / "run", base, method, lambda folder: save_checkpoint(folder, base, method))
     save_learned(run_folder / "adapter", base, method)
-    report = inspect_folder(run_folder)
+    report = inspected(run_folder)
     assert report.verifies and not report.warnings, report.problems + report.warnings
     assert report.facts["config"]["method"] == method and report.facts["adapter"] == "written"
     assert not {"lora", "adapter", "prefix", "prompt"} - {method.split("_")[0]} & report.facts["config"].keys()
@@ -345,7 +344,7 @@ def test_merge_says_why_it_cannot(base: Path, folder: Path, method: str, tmp_pat
 def test_a_lora_adapter_is_still_what_it_was(base: Path, tmp_path: Path) -> None:
     """The control: what the other methods' folders are refused for, low-rank updates are not."""
     folder = save_adapter(tmp_path / "lora", base, random_adapter(base))
-    assert kind_of(folder) == "lora" and kind_of(base) == "model" and kind_of(tmp_path) is None
+    assert (home_of(folder), home_of(base), home_of(tmp_path)) == (home("lora"), home("full"), None)
     assert facts_of(folder)["method"] == "lora"
     assert run("export", folder, "--out", tmp_path / "exported", "--for", "vllm")[0] == 0
     assert run("merge", "--base", base, "--adapter", folder, "--out", tmp_path / "merged")[0] == 0

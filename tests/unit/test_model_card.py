@@ -6,10 +6,11 @@ import pytest
 import torch
 import yaml
 
-from lowrank_dist.checkpoint.model_card import model_card, plain, repository_of
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.model_card import plain, repository_of
 from lowrank_dist.formats.provenance import Provenance, read_provenance
 from lowrank_dist.methods.lora.files import Adapter, LowRankFactor
+from lowrank_dist.methods.lora.folder import adapter_card as model_card
 
 TRAINING = {
     "step": 20,

@@ -17,7 +17,6 @@ from typer.testing import CliRunner
 from lowrank_dist.arch.published import built_in_config
 from lowrank_dist.cli.main import app
 from lowrank_dist.config import load_config
-from lowrank_dist.config.schema import ParallelConfig
 from lowrank_dist.errors import UserError
 from lowrank_dist.slurm import template
 from lowrank_dist.slurm.layout import check_layout, check_time
@@ -165,7 +164,7 @@ def test_groups_inside_nodes_are_those_accepted(nodes: int, gpus: int, tensor: i
     inside = whole and all(group[0] // gpus == group[-1] // gpus for group in groups)
     for across in (False, True):
         try:
-            check_layout(ParallelConfig(tensor=tensor, across_nodes=across), nodes, gpus)
+            check_layout(nodes, gpus, tensor=tensor, across_nodes=across)
             accepted = True
         except UserError:
             accepted = False

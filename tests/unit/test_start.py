@@ -10,8 +10,9 @@ import torch
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.config import Config
+from lowrank_dist.engine.resume import complete
 from lowrank_dist.errors import UserError
-from lowrank_dist.methods.lora.adopt import adopt_adapter, initial_factors
+from lowrank_dist.methods.lora.adopt import initial_factors
 from tests.tiny_adapters import Size, random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 
@@ -48,28 +49,28 @@ def alike(module: str) -> tuple[int, float] | None:
 def test_placement_reproduces_the_factors(bases: dict[str, Path], tmp_path: Path, family: str, size: Size) -> None:
     adapter = random_adapter(bases[family], size, rslora=True)
     folder = save_adapter(tmp_path / "adapter", bases[family], adapter)
-    adopted = adopt_adapter(config(bases[family], init_from=str(folder), dropout=0.25))
+    adopted = complete(config(bases[family], init_from=str(folder), dropout=0.25), None)
     assert adopted.lora.dropout == 0.25 and adopted.lora.rslora
     placed = placements(adopted)
     specs = {spec.path: spec for placement in placed for spec in placement.factors}
     assert {p: (s.rank, s.alpha) for p, s in specs.items()} == {
         m: (f.rank, f.alpha) for m, f in adapter.factors.items()
     }
-    for path, (a, b) in initial_factors(adopted, placed).items():
+    for path, (a, b) in initial_factors(folder, placed, bases[family]).items():
         assert torch.equal(a, adapter.factors[path].a) and torch.equal(b, adapter.factors[path].b)
-    assert adopt_adapter(adopted) == adopted, "the config that a run writes down starts the same run"
+    assert complete(adopted, None) == adopted, "the config that a run writes down starts the same run"
 
 
 def test_contradictions_come_together(bases: dict[str, Path], tmp_path: Path) -> None:
     base = bases["llama"]
     folder = save_adapter(tmp_path / "adapter", base, random_adapter(base, alike))
     with pytest.raises(UserError) as caught:
-        adopt_adapter(config(base, init_from=str(folder), rank=4, alpha=7.0, targets=["q_proj"], rslora=False))
+        complete(config(base, init_from=str(folder), rank=4, alpha=7.0, targets=["q_proj"], rslora=False), None)
     for part in ("lora.rank is 4, the adapter's 3", "lora.alpha is 7.0, the adapter's 6.0", "lora.targets"):
         assert part in str(caught.value)
     assert "rslora" not in str(caught.value)
-    assert adopt_adapter(config(base, init_from=str(folder), rank=3, targets="all-linear")).lora.alpha == 6.0
-    assert adopt_adapter(config(base)) == config(base)
+    assert complete(config(base, init_from=str(folder), rank=3, targets="all-linear"), None).lora.alpha == 6.0
+    assert complete(config(base), None) == config(base)
 
 
 @pytest.mark.parametrize(("key", "value"), [("lora_alpha", -2), ("lora_alpha", 0), ("alpha_pattern", {"q_proj": -1})])
@@ -78,19 +79,19 @@ def test_an_alpha_that_no_run_has(bases: dict[str, Path], tmp_path: Path, key: s
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(UserError, match="adapter_config.json.*alpha"):
-        adopt_adapter(config(bases["llama"], init_from=str(folder)))
+        complete(config(bases["llama"], init_from=str(folder)), None)
 
 
 def test_another_model(bases: dict[str, Path], tmp_path: Path) -> None:
     folder = save_adapter(tmp_path / "adapter", bases["llama"], random_adapter(bases["llama"], alike))
     with pytest.raises(UserError, match="cannot be adapted"):
-        adopt_adapter(config(bases["gpt2"], init_from=str(folder)))
+        complete(config(bases["gpt2"], init_from=str(folder)), None)
     other = make_tiny("llama", tmp_path / "wide", intermediate_size=128)
-    adopted = adopt_adapter(config(other, init_from=str(folder)))
+    adopted = complete(config(other, init_from=str(folder)), None)
     with pytest.raises(UserError, match="base_fingerprint"):
-        initial_factors(adopted, placements(adopted))
+        initial_factors(folder, placements(adopted), other)
     (folder / "lowrank_dist.json").unlink()
     with pytest.raises(UserError, match=r"gate_proj has lora_A .* takes \[3, 64\] and \[128, 3\]"):
-        initial_factors(adopted, placements(adopted))
+        initial_factors(folder, placements(adopted), other)
     with pytest.raises(UserError, match="missing"):
-        adopt_adapter(config(other, init_from=str(tmp_path / "nowhere")))
+        complete(config(other, init_from=str(tmp_path / "nowhere")), None)

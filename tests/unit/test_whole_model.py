@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.checkpoint.folder import read_checkpoint
-from lowrank_dist.checkpoint.inspection import inspect_folder
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.manifest import MANIFEST_FILE, write_manifest
 from lowrank_dist.methods.full import files as whole_model
-from lowrank_dist.methods.kinds import kind_of
+from lowrank_dist.methods.registry import home, home_of
+from tests.tiny_adapters import inspected
 from tests.tiny_learned import base_tensors, run_of, save_whole
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 from tests.unit.test_inspect import broken, facts_of, same_in_text_and_json
@@ -187,7 +187,7 @@ def run(*arguments: object) -> tuple[int, str]:
 
 
 def test_inspect(base: Path, checkpoint: Path, tmp_path: Path) -> None:
-    facts, report = facts_of(checkpoint), inspect_folder(checkpoint)
+    facts, report = facts_of(checkpoint), inspected(checkpoint)
     size = sum(torch.Size(shape).numel() for shape in hf_shapes(read_architecture(base)).values())
     assert (report.kind, facts["method"], facts["step"], facts["parameters"]) == ("checkpoint", "full", 7, size)
     assert facts["manifest"] == "verifies" and facts["base_matches"] is True and facts["percent_of_base"] == 100
@@ -213,7 +213,7 @@ def test_inspect_finds_what_is_broken(base: Path, checkpoint: Path, tmp_path: Pa
 
 def test_inspect_a_run(base: Path, tmp_path: Path) -> None:
     folder = run_of(tmp_path / "run", base, "full", lambda step: save_whole(step, base, drift))
-    report = inspect_folder(folder)
+    report = inspected(folder)
     assert report.verifies and not report.warnings, report.problems + report.warnings
     assert report.facts["adapter"] == "none: every checkpoint of full fine-tuning is a model folder"
     assert [row["folder"] for row in report.tables["adapters"]] == ["checkpoints/step-5", "checkpoints/step-10"]
@@ -222,7 +222,7 @@ def test_inspect_a_run(base: Path, tmp_path: Path) -> None:
 
 
 def test_export_and_merge_say_that_it_is_a_model_already(base: Path, checkpoint: Path, tmp_path: Path) -> None:
-    assert kind_of(checkpoint) == "model"
+    assert home_of(checkpoint) == home("full")
     code, text = run("export", checkpoint, "--out", tmp_path / "out")
     assert code == 2 and "is a whole model and a Hugging Face folder already. Use it as it lies" in text
     code, text = run("merge", "--base", base, "--adapter", checkpoint, "--out", tmp_path / "out")

@@ -2,19 +2,18 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from lowrank_dist.checkpoint.folder import LINKS
-from lowrank_dist.checkpoint.inspection.found import step_of
-from lowrank_dist.checkpoint.inspection.methods import inspect_trained
-from lowrank_dist.checkpoint.inspection.report import Report
-from lowrank_dist.config.errors import ConfigError
-from lowrank_dist.config.load import load_config
+from lowrank_dist.checkpoint.inspection.trained import inspect_trained, step_of
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import is_temporary
+from lowrank_dist.formats.report import Report
+from lowrank_dist.methods.registry import home
 
+ReadConfig = Callable[[Path], dict[str, Any]]
 CONFIG, METRICS, CHECKPOINTS, ADAPTER = "config.yaml", "metrics.jsonl", "checkpoints", "adapter"
 RUN_ENTRIES = (CONFIG, METRICS, CHECKPOINTS)
 _SHOWN = ("modules", "parameters", "update_norm", "norm")
@@ -22,10 +21,10 @@ _SHOWN = ("modules", "parameters", "update_norm", "norm")
 _LONGEST_LINE = 1 << 20
 
 
-def inspect_run(folder: Path, base: Path | None = None) -> Report:
+def inspect_run(folder: Path, base: Path | None, read_config: ReadConfig) -> Report:
     """The report on a run. The base is checked for one adapter of it: the final one, else that of `last`."""
     report = Report(folder, "run")
-    config = report.read(folder / CONFIG, _config, folder)
+    config = report.read(folder / CONFIG, lambda: read_config(_own(folder / CONFIG, folder)))
     if config is not None:
         report.facts["config"] = config
     report.read(folder / METRICS, _metrics, folder, report)
@@ -40,14 +39,6 @@ def _own(path: Path, folder: Path) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UserError(f"{path} is a link out of the run (to {path.resolve()}): copy what it means into the run")
     return path
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    path = _own(folder / CONFIG, folder)
-    try:
-        return load_config([str(path)]).read_keys()
-    except ConfigError as error:
-        raise UserError(str(error)) from error
 
 
 def _metrics(folder: Path, report: Report) -> None:
@@ -138,7 +129,8 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
 def _final(adapter: Path, report: Report) -> str:
     if adapter.exists():
         return "written"
-    if report.facts.get("config", {}).get("method") == "full":
+    config = report.facts.get("config")
+    if config is not None and not home(config["method"]).files.published:
         return "none: every checkpoint of full fine-tuning is a model folder"
     return "not written: the run has not finished"
 

@@ -17,12 +17,25 @@ from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import target_of
 from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
-from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.formats.model_card import NOT_MERGED, USE, WITH_GENERATE, base_model, model_card, plain
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, read_provenance
+from lowrank_dist.formats.report import Report
 from lowrank_dist.formats.safetensors_file import read_header, write_fp32
-from lowrank_dist.methods.lora.files import own_file
+from lowrank_dist.methods.bottleneck.config import has_norm, places
+from lowrank_dist.methods.files import (
+    Inspected,
+    MethodFiles,
+    Published,
+    any_there,
+    no_update,
+    norm,
+    not_for_vllm,
+    own_file,
+)
 
 CONFIG_FILE = "bottleneck_config.json"
 WEIGHTS_FILE = "bottleneck_model.safetensors"
+PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
 
 
 class BottleneckConfig(BaseModel):
@@ -45,15 +58,10 @@ class Bottlenecks:
     tensors: Mapping[str, Tensor]
 
 
-def places(method: str) -> tuple[str, ...]:
-    """Where a layer has a bottleneck: after attention's projection and after the MLP, or after the MLP alone."""
-    return ("attention", "mlp") if method == "adapter_h" else ("mlp",)
-
-
 def stored_shapes(config: BottleneckConfig, layer: int, place: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of one bottleneck's tensors, in the order of parallel.bottleneck.Bottleneck's parameters."""
     hidden, bottleneck = config.hidden, config.bottleneck
-    norm = {"norm.weight": (hidden,), "norm.bias": (hidden,)} if config.method == "adapter_l" else {}
+    norm = {"norm.weight": (hidden,), "norm.bias": (hidden,)} if has_norm(config.method) else {}
     shapes = {
         **norm,
         "down.weight": (bottleneck, hidden),
@@ -115,3 +123,61 @@ def require_fit(folder: Path, config: BottleneckConfig, architecture: Architectu
             f"{folder / CONFIG_FILE}: it is for {config.layers} layers of width {config.hidden}, the model has "
             f"{architecture.layers} of {architecture.hidden}: give the model that it was trained on"
         )
+
+
+class BottleneckFiles(MethodFiles):
+    """Folders of adapter layers, of either placement of them."""
+
+    published = PUBLISHED
+
+    def wrote(self, folder: Path) -> bool:
+        return any_there(folder, (CONFIG_FILE, WEIGHTS_FILE))
+
+    def refuse_merge(self, folder: Path) -> None:
+        raise no_update(
+            folder,
+            "adapter layers: each has a nonlinearity between its two products, so that no weight of the base can take "
+            "it up",
+        )
+
+    def publish(self, source: Path, name: str, *, vllm: bool, max_rank: int | None) -> Published:
+        provenance = read_provenance(source)
+        if vllm:
+            raise not_for_vllm(source, "adapter layers")
+        found = read_bottlenecks(source)
+        config, size = found.config, sum(tensor.numel() for tensor in found.tensors.values())
+        about = (
+            f"Adapter layers ({plain(config.method)}) of {base_model(config.base)}: bottlenecks of width "
+            f"{config.bottleneck} after {' and '.join(places(config.method))} in every one of {config.layers} layers, "
+            f"{size:,} parameters."
+        )
+        usage = f"{USE}\n\n{WITH_GENERATE}\n\nPEFT has no such method. {NOT_MERGED}"
+        card = model_card(name, "adapter-layers", config.base, about, usage, provenance, library="lowrank_dist")
+        return Published(self.published, card)
+
+    def inspect(self, folder: Path, report: Report) -> Inspected:
+        path = folder / WEIGHTS_FILE
+        found = report.read(path, read_bottlenecks, folder)
+        if found is None:
+            return Inspected()
+        config, tensors = found.config, found.tensors
+        # What comes out of a layer is zero, and the base as it was, where this is zero.
+        ends = [tensor for name, tensor in tensors.items() if ".up." in name]
+        report.facts |= {
+            "method": config.method,
+            "base": config.base,
+            "bottleneck": config.bottleneck,
+            "layers": config.layers,
+            "hidden": config.hidden,
+            "after": list(places(config.method)),
+            "parameters": sum(tensor.numel() for tensor in tensors.values()),
+            "dtypes": ["F32"],
+            "bytes": path.stat().st_size,
+            "norm": norm(ends),
+        }
+        if not any(tensor.any() for tensor in ends):
+            report.warnings.append(f"{folder}: every up-projection is zero: it is untrained and changes nothing")
+        return Inspected(config.base, lambda base: require_fit(folder, config, base.architecture))
+
+
+FILES = BottleneckFiles()

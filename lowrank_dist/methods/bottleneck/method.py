@@ -4,33 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.formats.provenance import Provenance, refuse_another_base
 from lowrank_dist.formats.trained_files import Collected
+from lowrank_dist.methods.bottleneck.config import AdapterConfig, Placement, has_norm, places, reason_not_shardable
 from lowrank_dist.methods.bottleneck.files import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
+    PUBLISHED,
     BottleneckConfig,
     Bottlenecks,
-    places,
+    read_bottlenecks,
+    require_fit,
     stored_shapes,
     write_bottlenecks,
 )
 from lowrank_dist.methods.bottleneck.module import Bottleneck
+from lowrank_dist.methods.method import Setting
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.model.residual import ThenAdd
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.theta import ALL, Held, Index, Piece, Theta, drawn_by_name
 from lowrank_dist.parallel.topology import Topology
-from lowrank_dist.plan.job import Tuning
 
-Placement = Literal["sharded", "replicated"]
 # As in the papers' own code.
 _ACTIVATIONS = {"adapter_h": F.gelu, "adapter_l": F.relu}
 _PLACES = {"attention": "self_attn_bda", "mlp": "mlp_bda"}
@@ -41,7 +41,7 @@ class Adapters:
 
     virtual = 0
     lead: tuple[int, ...] = ()
-    published = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
+    published = PUBLISHED
 
     def __init__(self, config: BottleneckConfig, placement: Placement, seed: int) -> None:
         self._config, self._placement, self._seed = config, placement, seed
@@ -54,10 +54,9 @@ class Adapters:
 
     def attach(self, model: CausalLM, topology: Topology, *, resumed: bool) -> Theta:
         config = self._config
-        tuning = Tuning(config.method, config.bottleneck, self._placement == "sharded")
-        if reason := tuning.why_uncut(topology.tp_size):
+        if reason := reason_not_shardable(config.bottleneck, self._placement, topology.tp_size):
             raise UserError(reason)
-        size = topology.tp_size if tuning.sharded else 1
+        size = topology.tp_size if self._placement == "sharded" else 1
         device = next(model.parameters()).device
         built: list[tuple[int, str, Bottleneck]] = []
         for layer, module in enumerate(model.decoder.layers):
@@ -66,7 +65,7 @@ class Adapters:
                     config.hidden,
                     config.bottleneck,
                     _ACTIVATIONS[config.method],
-                    norm=config.method == "adapter_l",
+                    norm=has_norm(config.method),
                     placement=self._placement,
                     group=topology.tp_group,
                     sequence_parallel=topology.sequence_parallel,
@@ -107,6 +106,29 @@ class Adapters:
             write_bottlenecks(folder, Bottlenecks(self._config, tensors), provenance)
 
         return Collected(write)
+
+
+def build(section: AdapterConfig, setting: Setting, architecture: Architecture) -> Adapters:
+    """See `method.Tuner`."""
+    sizes = BottleneckConfig(
+        method=setting.method,
+        bottleneck=section.bottleneck,
+        layers=architecture.layers,
+        hidden=architecture.hidden,
+        base=str(setting.base),
+    )
+    return Adapters(sizes, section.placement, setting.seed)
+
+
+def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
+    """See `method.Tuner`."""
+    refuse_another_base(folder, base)
+    found = read_bottlenecks(folder)
+    require_fit(folder, found.config, model.architecture)
+    # The same function either way; a width that the ranks do not divide is no reason to refuse.
+    placement: Placement = "replicated" if found.config.bottleneck % topology.tp_size else "sharded"
+    theta = Adapters(found.config, placement, 0).attach(model, topology, resumed=True)
+    theta.spread(found.tensors, topology.tp_rank)
 
 
 def _same(local: Tensor) -> Tensor:

@@ -16,9 +16,12 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import target_of
 from lowrank_dist.formats.base_files import other_files
 from lowrank_dist.formats.layout import pack, write_config
-from lowrank_dist.formats.model_folder import FLOAT_DTYPES, INDEX_FILE, open_checkpoint, stored_name
+from lowrank_dist.formats.model_folder import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, open_checkpoint, stored_name
+from lowrank_dist.formats.model_report import inspect_model
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.formats.report import Report
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
+from lowrank_dist.methods.files import Inspected, MethodFiles, Published, any_there
 
 # As transformers' save_pretrained has it.
 SHARD_BYTES = 5 * 10**9
@@ -94,3 +97,41 @@ class WholeModelFiles:
         index = {"metadata": {"total_size": self._size}, "weight_map": self._places}
         (self._folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         (self._folder / PROVENANCE_FILE).write_text(self._provenance.to_json(), encoding="utf-8")
+
+
+class ModelFolders(MethodFiles):
+    """Checkpoints of full fine-tuning: Hugging Face model folders like any other."""
+
+    published = ()
+
+    def wrote(self, folder: Path) -> bool:
+        return any_there(folder, ("config.json", SINGLE_FILE, INDEX_FILE))
+
+    def refuse_merge(self, folder: Path) -> None:
+        raise UserError(f"{folder} is a whole model, not an adapter: there is nothing to merge, use it as it is")
+
+    def publish(self, source: Path, name: str, *, vllm: bool, max_rank: int | None) -> Published:
+        raise UserError(
+            f"{source} is not exported: it is a whole model and a Hugging Face folder already. Use it as it lies; to "
+            "publish it, leave out optimizer.safetensors, trainer_state.json and manifest.json"
+        )
+
+    def inspect(self, folder: Path, report: Report) -> Inspected:
+        """As any model folder, but every number has to be finite. Of its base the fingerprint says all there is."""
+        model = inspect_model(folder)
+        report.facts |= {"method": "full", **model.facts}
+        report.warnings += model.warnings
+        report.problems += model.problems
+        if model.verifies:
+            report.read(folder, _require_finite, folder)
+        return Inspected()
+
+
+FILES = ModelFolders()
+
+
+def _require_finite(folder: Path) -> None:
+    with open_checkpoint(folder) as checkpoint:
+        for name in checkpoint.names():
+            if not torch.isfinite(checkpoint.slice(name)[:]).all():
+                raise UserError(f"{checkpoint.file(name)}: {name} holds NaN or infinity: take an earlier checkpoint")

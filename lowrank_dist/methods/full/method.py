@@ -11,12 +11,15 @@ from torch.nn.utils import parametrize
 
 from lowrank_dist.arch.architecture import WORD_EMBEDDINGS, Architecture
 from lowrank_dist.arch.tensors import Copy, ParameterPlan, copy_plans, hf_shapes, is_cut
+from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.full.files import WholeModelFiles
+from lowrank_dist.methods.method import Setting
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.theta import Held, Piece, Theta, mark
 from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.sections.section import MethodSection
 
 
 class FullFineTuning:
@@ -64,6 +67,16 @@ class FullFineTuning:
     def files(self, folder: Path, provenance: Provenance) -> WholeModelFiles:
         shapes = {name: shape for part in self._shapes for name, shape in part.items()}
         return WholeModelFiles(folder, self._base, shapes, self._dtype, provenance)
+
+
+def build(section: MethodSection, setting: Setting, architecture: Architecture) -> FullFineTuning:
+    """See `method.Tuner`."""
+    return FullFineTuning(architecture, setting.base, setting.seed)
+
+
+def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
+    """Raise UserError: what was trained is the model itself."""
+    raise UserError(f"{folder} is a whole model, not an adapter: give it in place of the base, as the model")
 
 
 class _Cast(nn.Module):

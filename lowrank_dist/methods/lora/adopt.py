@@ -13,32 +13,31 @@ from torch import Tensor
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import ALL_LINEAR, LinearPlacement, LoraRules
-from lowrank_dist.config import Config
-from lowrank_dist.config.schema import LoraConfig
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.fingerprint import fingerprint
-from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
+from lowrank_dist.formats.provenance import refuse_another_base
 from lowrank_dist.messages import some_of
-from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, Adapter, module_paths, read_adapter
+from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
+from lowrank_dist.methods.lora.config import LoraConfig
+from lowrank_dist.methods.lora.files import Adapter, module_paths, read_adapter
 from lowrank_dist.methods.lora.peft_config import describe
 
 
-def adopt_adapter(config: Config) -> Config:
-    """The config whose lora section says what the adapter in lora.init_from is; `config` itself without one.
+def adopt_adapter(section: LoraConfig, base: Path) -> LoraConfig:
+    """Return the section with what the adapter in its init_from is; the section itself where there is none.
 
     Rank, alpha, targets, patterns and rslora become the adapter's, so that `place` gives exactly its factors; dropout
-    stays the config's. Raises UserError for a key of them that was given another value, for factors on modules that the
-    model cannot adapt, and for a rank or an alpha that a run cannot have.
+    stays the section's. Raises UserError for a key of them that was given another value, for factors on modules that
+    the model in `base` cannot adapt, and for a rank or an alpha that a run cannot have.
     """
-    folder = config.lora.init_from
+    folder = section.init_from
     if folder is None:
-        return config
-    adapter, architecture = read_adapter(folder), read_architecture(config.model.path)
-    refuse_foreign(folder, adapter, architecture.linear_modules(), config.model.path)
+        return section
+    adapter, architecture = read_adapter(folder), read_architecture(base)
+    refuse_foreign(folder, adapter, architecture.linear_modules(), base)
     adopted = asdict(rules_of(adapter, architecture))
-    _refuse_contradictions(config.lora, adopted, adapter, architecture)
+    _refuse_contradictions(section, adopted, adapter, architecture)
     try:
-        lora = LoraConfig.model_validate({**config.lora.model_dump(), **adopted})
+        return LoraConfig.model_validate({**section.model_dump(), **adopted})
     except ValidationError as error:
         wrong = "; ".join(
             f"{'.'.join(map(str, detail['loc']))} is {detail['input']!r}: {detail['msg']}"
@@ -47,19 +46,18 @@ def adopt_adapter(config: Config) -> Config:
         raise UserError(
             f"{folder / CONFIG_FILE}: a run cannot start from this adapter ({wrong}): give lora.init_from another one"
         ) from None
-    return config.model_copy(update={"lora": lora})
 
 
-def initial_factors(config: Config, placements: Sequence[LinearPlacement]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path → A [r, in] and B [out, r] in fp32, as `spread_factors` takes them; config: `adopt_adapter`'s.
+def initial_factors(
+    folder: Path, placements: Sequence[LinearPlacement], base: Path
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the adapter in `folder`, that of an adopted section, as `spread_factors` takes it.
 
-    Raises UserError for an adapter that was trained on another base, by its fingerprint, or that has other modules or
-    shapes than `placements`.
+    Module path → A [r, in] and B [out, r] in fp32. Raises UserError for an adapter that was trained on another base, by
+    its fingerprint, or that has other modules or shapes than `placements`.
     """
-    folder = config.lora.init_from
-    assert folder is not None, "there is no adapter to start from"
-    refuse_another_base(folder, config.model.path)
-    return factors_for(folder, read_adapter(folder), placements, config.model.path)
+    refuse_another_base(folder, base)
+    return factors_for(folder, read_adapter(folder), placements, base)
 
 
 def _refuse_contradictions(
@@ -106,19 +104,6 @@ def refuse_foreign(folder: Path, adapter: Adapter, known: Collection[str], base:
         raise UserError(
             f"{folder / WEIGHTS_FILE}: {some_of(foreign)} cannot be adapted in the model in {base}: give an adapter of "
             "this model's attention and MLP linears"
-        )
-
-
-def refuse_another_base(folder: Path, base: Path) -> None:
-    """Raise UserError where lowrank_dist.json beside the adapter names a base of another fingerprint."""
-    provenance = read_provenance(folder)
-    if provenance is None:
-        return
-    digest = fingerprint(base)
-    if digest != provenance.base_fingerprint:
-        raise UserError(
-            f"{folder / PROVENANCE_FILE}: base_fingerprint is {provenance.base_fingerprint[:12]}…, but {base} has "
-            f"{digest[:12]}…: give the base that the adapter was trained on, unchanged"
         )
 
 

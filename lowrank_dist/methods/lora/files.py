@@ -2,8 +2,7 @@
 
 import math
 import re
-import shutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,10 +17,9 @@ from lowrank_dist.formats.atomic import atomic_folder, target_of
 from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header, write_fp32
+from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, own_file
 from lowrank_dist.methods.lora.peft_config import PeftConfig, describe, read_config
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(?P<module>\w+(\.\w+)*)\.lora_(?P<side>[AB])\.weight", re.ASCII)
 _FLOATS = ("F32", "BF16", "F16")
 
@@ -79,18 +77,6 @@ def write_adapter(
     """
     with atomic_folder(folder) as temporary:
         write_adapter_files(temporary, adapter, provenance, modules, trained=trained)
-
-
-def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
-    """Copy the files of an adapter out of a checkpoint, in place of what was copied to `folder` before. All or nothing.
-
-    Raises UserError where `folder` holds something else, DiskError for the disk.
-    """
-    if folder.exists() and not (folder / PROVENANCE_FILE).is_file():
-        raise UserError(f"{folder} is not replaced: it holds no {PROVENANCE_FILE}, so lowrank-dist did not write it")
-    with atomic_folder(folder, replace=True) as temporary:
-        for name in names:
-            shutil.copyfile(source / name, temporary / name)
 
 
 def write_adapter_files(
@@ -156,23 +142,6 @@ def read_adapter(folder: Path) -> Adapter:
                     raise UserError(f"{path}: {entry.name} holds NaN or infinity: take an earlier checkpoint")
             factors[module] = LowRankFactor(*tensors, alpha=config.alpha_of(module))
     return Adapter(factors, config.dropout, config.rslora, config.fan_in_fan_out, config.base)
-
-
-def own_file(folder: Path, name: str) -> Path:
-    """A regular file of the folder; a link may only lead inside it, or to the blobs of the Hub's cache."""
-    path = folder / name
-    if not path.is_file():
-        pickle = folder / "adapter_model.bin"
-        if name == WEIGHTS_FILE and pickle.is_file():
-            raise UserError(
-                f"{pickle} is a pickle and is never read: save the adapter again with safe_serialization=True"
-            )
-        raise UserError(f"{path} is missing: give a PEFT adapter folder (with {CONFIG_FILE} and {WEIGHTS_FILE})")
-    real, home = path.resolve(), folder.resolve()
-    # The Hub's cache links snapshots/<revision>/<file> to ../../blobs/<hash>.
-    if not real.is_relative_to(home) and real.parent != home.parent.parent / "blobs":
-        raise UserError(f"{path} is a link out of its folder (to {real}): copy the file into the folder")
-    return path
 
 
 def read_pairs(path: Path) -> dict[str, tuple[TensorEntry, TensorEntry]]:

@@ -8,15 +8,18 @@ from pathlib import Path
 from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.placement import LoraRules, place
-from lowrank_dist.config import Config
+from lowrank_dist.arch.placement import place
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.formats.provenance import Provenance, refuse_another_base
 from lowrank_dist.formats.trained_files import Collected
-from lowrank_dist.methods.lora.adopt import initial_factors
-from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, Adapter, module_paths, write_adapter_files
+from lowrank_dist.methods.files import PUBLISHED
+from lowrank_dist.methods.lora.adopt import factors_for, initial_factors, refuse_foreign, rules_of
+from lowrank_dist.methods.lora.config import LoraConfig
+from lowrank_dist.methods.lora.files import Adapter, module_paths, read_adapter, write_adapter_files
+from lowrank_dist.methods.lora.footprint import placement_rules
 from lowrank_dist.methods.lora.inject import inject
 from lowrank_dist.methods.lora.state import adapter_factors, lora_theta, spread_factors, whole_factors
+from lowrank_dist.methods.method import Setting
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.ops.mask import quantise
 from lowrank_dist.parallel.lanes import wanted
@@ -30,41 +33,55 @@ class Lora:
 
     virtual = 0
     lead: tuple[int, ...] = ()
-    published = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
+    published = PUBLISHED
 
-    def __init__(self, config: Config, architecture: Architecture) -> None:
-        self._config, self._architecture = config, architecture
-        lora = config.lora
-        rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
-        self._placements = place(architecture, rules)
+    def __init__(self, section: LoraConfig, setting: Setting, architecture: Architecture) -> None:
+        self._section, self._setting, self._architecture = section, setting, architecture
+        self._placements = place(architecture, placement_rules(section))
         try:
-            self._threshold = quantise(lora.dropout)
+            self._threshold = quantise(section.dropout)
         except ValueError as error:
             raise UserError(f"lora.dropout: {error}; give a smaller one") from error
 
     @property
     def summary(self) -> str:
-        return f"low-rank updates of rank {self._config.lora.rank} on {len(self._placements)} fused linears"
+        return f"low-rank updates of rank {self._section.rank} on {len(self._placements)} fused linears"
 
     def attach(self, model: CausalLM, topology: Topology, *, resumed: bool) -> Theta:
-        config, seed = self._config, self._config.train.seed
-        masks = MaskSource(seed, self._threshold)
-        lanes = wanted(config.engine.lanes, next(model.parameters()).device.type)
-        adapted = inject(model, self._placements, masks, seed, topology.tp_rank, topology.tp_size, lanes)
-        if config.lora.init_from is not None and not resumed:
-            spread_factors(adapted, topology.tp_rank, initial_factors(config, self._placements))
+        setting, start = self._setting, self._section.init_from
+        masks = MaskSource(setting.seed, self._threshold)
+        lanes = wanted(setting.lanes, next(model.parameters()).device.type)
+        adapted = inject(model, self._placements, masks, setting.seed, topology.tp_rank, topology.tp_size, lanes)
+        if start is not None and not resumed:
+            spread_factors(adapted, topology.tp_rank, initial_factors(start, self._placements, setting.base))
         return lora_theta(adapted, topology.tp_size, masks)
 
     def files(self, folder: Path, provenance: Provenance) -> Collected:
         def write(tensors: Mapping[str, Tensor]) -> None:
-            lora, architecture = self._config.lora, self._architecture
+            lora, architecture = self._section, self._architecture
             adapter = Adapter(
                 adapter_factors(whole_factors(self._placements, tensors)),
                 lora.dropout,
                 lora.rslora,
                 architecture.conv1d,
-                str(self._config.model.path),
+                str(self._setting.base),
             )
             write_adapter_files(folder, adapter, provenance, module_paths(architecture), trained=True)
 
         return Collected(write)
+
+
+def build(section: LoraConfig, setting: Setting, architecture: Architecture) -> Lora:
+    """See `method.Tuner`."""
+    return Lora(section, setting, architecture)
+
+
+def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
+    """See `method.Tuner`."""
+    refuse_another_base(folder, base)
+    adapter = read_adapter(folder)
+    refuse_foreign(folder, adapter, model.architecture.linear_modules(), base)
+    placements = place(model.architecture, rules_of(adapter, model.architecture))
+    factors = factors_for(folder, adapter, placements, base)
+    adapted = inject(model, placements, MaskSource(0, 0), 0, topology.tp_rank, topology.tp_size)
+    spread_factors(adapted, topology.tp_rank, factors)

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.provenance import Provenance, refuse_another_base
 from lowrank_dist.formats.trained_files import Collected
-from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from lowrank_dist.methods.method import Setting
+from lowrank_dist.methods.prefix.config import PrefixConfig
 from lowrank_dist.methods.prefix.module import EMBEDDING, HIDDEN, KEYS_VALUES, OUTPUT, Prefix, keys_values
-from lowrank_dist.methods.prompt_files import PromptLearning, write_prompt_learning
+from lowrank_dist.methods.prompt_files import (
+    PREFIX,
+    PromptLearning,
+    read_prompt_learning,
+    require_fit,
+    write_prompt_learning,
+)
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.theta import Theta
@@ -28,7 +36,7 @@ class PrefixTuning:
     """See methods/method.py. width: of the reparametrising MLP, which the files do not have, None for none."""
 
     lead: tuple[int, ...] = ()
-    published = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
+    published = PREFIX.published
 
     def __init__(self, length: int, width: int | None, architecture: Architecture, base: str, seed: int) -> None:
         self.virtual, self._width = length, width
@@ -75,7 +83,7 @@ class PrefixTuning:
         def write(tensors: Mapping[str, Tensor]) -> None:
             architecture = self._architecture
             learned = PromptLearning(
-                "PREFIX_TUNING",
+                PREFIX.kind,
                 keys_values(tensors).flatten(1),
                 architecture.layers,
                 architecture.kv_heads,
@@ -85,3 +93,21 @@ class PrefixTuning:
             write_prompt_learning(folder, learned, provenance)
 
         return Collected(write)
+
+
+def build(section: PrefixConfig, setting: Setting, architecture: Architecture) -> PrefixTuning:
+    """See `method.Tuner`."""
+    if reason := section.reason_without_room(setting.method, setting.max_length):
+        raise UserError(reason)
+    return PrefixTuning(section.length, section.width, architecture, str(setting.base), setting.seed)
+
+
+def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
+    """See `method.Tuner`."""
+    refuse_another_base(folder, base)
+    found, architecture = read_prompt_learning(folder), model.architecture
+    require_fit(folder, found, architecture)
+    length = found.embeddings.size(0)
+    theta = PrefixTuning(length, None, architecture, str(folder), 0).attach(model, topology, resumed=True)
+    shape = (length, architecture.layers, 2, architecture.kv_heads, architecture.head_dim)
+    theta.spread({KEYS_VALUES: found.embeddings.view(shape)}, topology.tp_rank)

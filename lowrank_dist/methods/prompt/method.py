@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.provenance import Provenance, refuse_another_base
 from lowrank_dist.formats.trained_files import Collected
-from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE
+from lowrank_dist.methods.method import Setting
+from lowrank_dist.methods.prompt.config import PromptConfig
 from lowrank_dist.methods.prompt.module import add_virtual_tokens
-from lowrank_dist.methods.prompt_files import PromptLearning, write_prompt_learning
+from lowrank_dist.methods.prompt_files import (
+    PROMPT,
+    PromptLearning,
+    read_prompt_learning,
+    require_fit,
+    write_prompt_learning,
+)
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.theta import Held, Theta, all_of
@@ -27,7 +35,7 @@ _SPREAD = 0.02
 class PromptTuning:
     """See methods/method.py. init: "vocabulary" (embeddings of tokens drawn by the seed) or "random"."""
 
-    published = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
+    published = PROMPT.published
 
     def __init__(
         self, length: int, init: Literal["vocabulary", "random"], architecture: Architecture, base: str, seed: int
@@ -59,7 +67,7 @@ class PromptTuning:
         def write(tensors: Mapping[str, Tensor]) -> None:
             architecture = self._architecture
             learned = PromptLearning(
-                "PROMPT_TUNING",
+                PROMPT.kind,
                 tensors[EMBEDDINGS],
                 architecture.layers,
                 architecture.heads,
@@ -69,3 +77,18 @@ class PromptTuning:
             write_prompt_learning(folder, learned, provenance)
 
         return Collected(write)
+
+
+def build(section: PromptConfig, setting: Setting, architecture: Architecture) -> PromptTuning:
+    """See `method.Tuner`."""
+    if reason := section.reason_without_room(setting.method, setting.max_length):
+        raise UserError(reason)
+    return PromptTuning(section.length, section.init, architecture, str(setting.base), setting.seed)
+
+
+def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
+    """See `method.Tuner`."""
+    refuse_another_base(folder, base)
+    found = read_prompt_learning(folder)
+    require_fit(folder, found, model.architecture)
+    add_virtual_tokens(model, found.embeddings.to(next(model.parameters()).device))

@@ -1,4 +1,4 @@
-"""A LoRA adapter, or a checkpoint that is one: what it says, whether it verifies, and how large its update is."""
+"""Inspection of a LoRA adapter, or of a checkpoint that is one: what it says, and how large its update is."""
 
 import math
 import re
@@ -14,43 +14,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.checkpoint.inspection.found import (
-    Found,
-    begin,
-    look_at_base,
-    look_at_manifest,
-    look_at_provenance,
-)
-from lowrank_dist.checkpoint.inspection.report import Report
-from lowrank_dist.formats.model_folder import FLOAT_DTYPES, Checkpoint
+from lowrank_dist.formats.model_folder import FLOAT_DTYPES
+from lowrank_dist.formats.report import Report
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header, read_into
 from lowrank_dist.messages import some_of
-from lowrank_dist.methods.lora.files import CONFIG_FILE, WEIGHTS_FILE, LowRankFactor, check_pair, own_file, read_pairs
+from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, Base, Inspected, own_file
+from lowrank_dist.methods.lora.files import LowRankFactor, check_pair, read_pairs
 from lowrank_dist.methods.lora.peft_config import PeftConfig, read_config
 
 MODULES, SUMMARY = "modules", "update_norms"
 
 
 @dataclass
-class _LowRank(Found):
-    """With what is read of a LoRA adapter's own files."""
+class _Found:
+    """What is read of the adapter's own files; None or empty is what could not be read."""
 
+    folder: Path
+    report: Report
     config: PeftConfig | None = None
     pairs: Mapping[str, tuple[TensorEntry, TensorEntry]] = field(default_factory=dict)
 
 
-def inspect_adapter(folder: Path, base: Path | None = None, *, check_base: bool = True) -> Report:
-    """The report on a LoRA adapter. base: as in `inspect_folder`; check_base: whether to look at a base at all."""
-    report = begin(folder)
-    found = _LowRank(folder, base, report)
-    look_at_manifest(found)
+def inspect_adapter(folder: Path, report: Report) -> Inspected:
+    """Add to the report what a LoRA adapter's config and weights say; see `MethodFiles.inspect`."""
+    found = _Found(folder, report)
     _config(found)
     _weights(found)
-    look_at_provenance(found)
-    if check_base:
-        look_at_base(found, partial(_fit, found))
-    return report
+    return Inspected(found.config and found.config.base, partial(_fit, found))
 
 
 def update_norm(factor: LowRankFactor, scale: float) -> float:
@@ -71,12 +61,11 @@ def _read_own(folder: Path, name: str, reader: Callable[[Path], Any]) -> Any:
     return reader(own_file(folder, name))
 
 
-def _config(found: _LowRank) -> None:
+def _config(found: _Found) -> None:
     path = found.folder / CONFIG_FILE
     found.config = config = found.report.read(path, _read_own, found.folder, CONFIG_FILE, read_config)
     if config is None:
         return
-    found.named = config.base
     patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
     found.report.facts |= {
         "method": "lora",
@@ -91,7 +80,7 @@ def _config(found: _LowRank) -> None:
     }
 
 
-def _weights(found: _LowRank) -> None:
+def _weights(found: _Found) -> None:
     """Keys, shapes and dtypes from the header, then the factors' values, a pair at a time."""
     report, path = found.report, found.folder / WEIGHTS_FILE
     found.pairs = report.read(path, _read_own, found.folder, WEIGHTS_FILE, read_pairs) or {}
@@ -154,7 +143,7 @@ def _tensor(file: FileIO, start: int, entry: TensorEntry) -> Tensor:
     return torch.frombuffer(buffer, dtype=FLOAT_DTYPES[entry.dtype]).view(entry.shape)
 
 
-def _norms(found: _LowRank, rows: list[dict[str, Any]]) -> None:
+def _norms(found: _Found, rows: list[dict[str, Any]]) -> None:
     report = found.report
     scales = sorted({row["scale"] for row in rows})
     zero = [row["module"] for row in rows if "B is zero" in row["note"]]
@@ -189,9 +178,9 @@ def _summary(leaf: str, group: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _fit(found: _LowRank, folder: Path, architecture: Architecture, checkpoint: Checkpoint) -> None:
+def _fit(found: _Found, base: Base) -> None:
     """A place in the base for every factor, and factors for every target."""
-    report = found.report
+    report, folder, architecture, checkpoint = found.report, base.folder, base.architecture, base.checkpoint
     if not found.pairs:
         return
     inner = architecture.linear_modules()
@@ -210,11 +199,11 @@ def _fit(found: _LowRank, folder: Path, architecture: Architecture, checkpoint: 
                 f"{list(stored)}: give the base that it was trained on"
             )
     # PEFT's all-linear leaves the output layer out; only what we wrote names its modules exactly.
-    config, wanted = found.config, inner if found.provenance is None else linears
+    config, wanted = found.config, linears if base.ours else inner
     lacking = sorted(m for m in wanted - found.pairs.keys() if config is not None and config.adapts(m))
     if lacking:
         text = f"{path}: no factors for {some_of(lacking)}, which target_modules names"
-        if found.provenance is None:  # layers_to_transform and exclude_modules may mean it so
+        if not base.ours:  # layers_to_transform and exclude_modules may mean it so
             report.warnings.append(f"{text}: PEFT leaves them as in the base")
         else:
             report.problems.append(f"{text}: take another checkpoint, this one is incomplete")

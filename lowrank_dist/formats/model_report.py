@@ -1,4 +1,4 @@
-"""A Hugging Face model folder: what it is, whether its files agree, and whether it can be trained here."""
+"""The report on a Hugging Face model folder: what it is, whether its files agree, and whether it can be trained."""
 
 import json
 import re
@@ -12,7 +12,6 @@ import torch
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import CONFIG_FILE, UnsupportedModel, read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
-from lowrank_dist.checkpoint.inspection.report import Report, one_line
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import (
     FLOAT_DTYPES,
@@ -22,6 +21,7 @@ from lowrank_dist.formats.model_folder import (
     check_checkpoint,
     open_checkpoint,
 )
+from lowrank_dist.formats.report import Report, one_line
 from lowrank_dist.formats.safetensors_file import read_header
 
 # For families without a table here: label → the spellings of its key.

@@ -1,4 +1,4 @@
-"""What an inspection found, in a form that text and JSON both come from."""
+"""The report of an inspection, from which both text and JSON are made."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -1,0 +1,121 @@
+"""Inspection of a trained folder of any method: its manifest, the method's own files, where it comes from, its base."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from lowrank_dist.formats.atomic import is_temporary
+from lowrank_dist.formats.fingerprint import fingerprint
+from lowrank_dist.formats.manifest import MANIFEST_FILE, is_checkpoint, verify_manifest
+from lowrank_dist.formats.model_folder import open_checkpoint
+from lowrank_dist.formats.model_report import architecture_of_folder, parameters_of
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, read_provenance
+from lowrank_dist.formats.report import Report
+from lowrank_dist.methods.files import Base, Inspected, own_file
+from lowrank_dist.methods.registry import reader_of
+
+_STEP = re.compile(r"step-(\d+)", re.ASCII)
+
+
+def inspect_trained(folder: Path, base: Path | None = None, *, check_base: bool = True) -> Report:
+    """The report on an adapter folder or a checkpoint of any method.
+
+    base: as in `inspect_folder`; check_base: whether to look at a base at all.
+    """
+    step = step_of(folder)
+    report = Report(folder, "adapter" if step is None else "checkpoint")
+    if step is not None:
+        report.facts["step"] = step
+    if is_temporary(folder.resolve()):
+        report.problems.append(f"{folder} is what a killed writer left behind: remove it")
+    _look_at_manifest(folder, report)
+    inspected = reader_of(folder).files.inspect(folder, report)
+    provenance = _look_at_provenance(folder, report)
+    if check_base:
+        _look_at_base(folder, base, report, inspected, provenance)
+    return report
+
+
+def step_of(folder: Path) -> int | None:
+    """N of a folder checkpoints/step-N, links followed; None for any other folder."""
+    real = folder.resolve()
+    match = _STEP.fullmatch(real.name)
+    return int(match[1]) if match and real.parent.name == "checkpoints" else None
+
+
+def _look_at_manifest(folder: Path, report: Report) -> None:
+    """A checkpoint is what its manifest says; an adapter has none."""
+    if is_checkpoint(folder):
+        before = len(report.problems)
+        report.read(folder / MANIFEST_FILE, verify_manifest, folder)
+        report.facts["manifest"] = "verifies" if len(report.problems) == before else "does not verify"
+
+
+def _look_at_provenance(folder: Path, report: Report) -> Provenance | None:
+    path = folder / PROVENANCE_FILE
+    if not os.path.lexists(path):
+        report.facts["provenance"] = f"none: there is no {PROVENANCE_FILE}"
+        return None
+    owned = report.read(path, own_file, folder, PROVENANCE_FILE)
+    provenance = report.read(path, read_provenance, folder) if owned else None
+    if provenance is not None:
+        report.facts["created_by"] = str(provenance.created_by)
+        report.facts["versions"] = report.read(path, _flat, provenance.versions)
+        report.facts["config"] = report.read(path, _sections, provenance.config)
+        report.facts["base_fingerprint"] = provenance.base_fingerprint
+    return provenance
+
+
+def _sections(config: Any) -> Any:
+    return {str(name): _flat(inner) for name, inner in config.items()} if isinstance(config, dict) else _leaf(config)
+
+
+def _flat(section: Any) -> Any:
+    return {str(key): _leaf(value) for key, value in section.items()} if isinstance(section, dict) else _leaf(section)
+
+
+def _leaf(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | bool | int | float) else json.dumps(value)
+
+
+def _look_at_base(
+    trained: Path, base: Path | None, report: Report, inspected: Inspected, provenance: Provenance | None
+) -> None:
+    """Add whether the base is there, is the one trained on, and takes what was trained.
+
+    base: the folder to check against, in place of the one that is named.
+    """
+    named = [provenance.base if provenance else None, inspected.base]
+    folders = [Path(name) for name in named if isinstance(name, str) and name and os.path.isdir(name)]
+    folder = base or (folders[0] if folders else None)
+    if folder is None:
+        report.facts["base_folder"] = "not at hand: give --base DIR to check the adapter against it"
+        return
+    report.facts["base_folder"] = str(folder)
+    checkpoint = report.read(folder, open_checkpoint, folder)
+    digest = report.read(folder, fingerprint, folder) if checkpoint else None
+    if checkpoint is None or digest is None:
+        report.facts["base_verifies"] = False
+        return
+    if provenance is None:
+        report.facts["base_matches"] = "unknown: no fingerprint is recorded"
+    else:
+        report.facts["base_matches"] = digest == provenance.base_fingerprint
+        if digest != provenance.base_fingerprint:
+            report.problems.append(
+                f"{trained / PROVENANCE_FILE}: base_fingerprint is {provenance.base_fingerprint[:12]}…, but "
+                f"{folder} has {digest[:12]}…: give the base that it was trained on, unchanged, with --base"
+            )
+    with checkpoint:
+        architecture, reason = architecture_of_folder(folder)
+        if reason is not None:
+            report.warnings.append(f"whether what was trained fits the base is not checked: {reason}")
+        total = parameters_of(architecture, checkpoint)
+        report.facts["base_parameters"] = total
+        if "parameters" in report.facts and total:
+            report.facts["percent_of_base"] = 100 * report.facts["parameters"] / total
+        if architecture is not None and inspected.require_fit is not None:
+            held = Base(folder, architecture, checkpoint, ours=provenance is not None)
+            report.read(folder, inspected.require_fit, held)

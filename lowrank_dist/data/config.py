@@ -1,0 +1,19 @@
+"""The section `data` of a run: files, lengths and the tokenizer."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from lowrank_dist.sections.section import Section, YamlPath
+
+
+class DataConfig(Section):
+    """The samples and how they become tokens."""
+
+    train: YamlPath = Field(description="JSONL file to train on")
+    eval: YamlPath | None = Field(
+        None, description="JSONL file to evaluate on, or null; of a list of completions the loss is of the first"
+    )
+    max_length: int = Field(1024, ge=2, description="longest sample in tokens, an integer of at least 2")
+    packing: bool = Field(False, description="true (several samples a row) or false")
+    tokenizer: YamlPath | None = Field(None, description="folder or file of the tokenizer, or null for model.path")

@@ -1,0 +1,133 @@
+"""What others ask of the folders that a method writes: checkpoints and adapters. Imports no Megatron."""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.model_folder import Checkpoint
+from lowrank_dist.formats.provenance import PROVENANCE_FILE
+from lowrank_dist.formats.report import Report
+from lowrank_dist.sections.section import MethodSection
+
+S = TypeVar("S", bound=MethodSection)
+# PEFT's names, which all methods that it has write.
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
+PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
+
+
+@dataclass(frozen=True)
+class Published:
+    """An adapter to publish. files: those to copy, unchanged, out of its folder. card: text of its model card."""
+
+    files: tuple[str, ...]
+    card: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that a trained folder is held against. ours: lowrank-dist wrote the folder, not PEFT."""
+
+    folder: Path
+    architecture: Architecture
+    checkpoint: Checkpoint
+    ours: bool
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What an inspection of a method's own files hands on.
+
+    base: the base model that they name. require_fit: adds to the report, or raises UserError for, what does not fit a
+    base; None where there is nothing to hold against it.
+    """
+
+    base: str | None = None
+    require_fit: Callable[[Base], None] | None = None
+
+
+class MethodFiles(ABC):
+    """The folders of one method. published: files that are the adapter; none where the folder is a whole model."""
+
+    published: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def wrote(self, folder: Path) -> bool:
+        """Return whether the method wrote the folder, told by its files alone."""
+
+    @abstractmethod
+    def refuse_merge(self, folder: Path) -> None:
+        """Raise UserError for a folder that cannot be folded into the weights of a base."""
+
+    @abstractmethod
+    def publish(self, source: Path, name: str, *, vllm: bool, max_rank: int | None) -> Published:
+        """Return what to publish of a folder under `name`; `vllm` and `max_rank` as in `checkpoint.export.export`.
+
+        Raises UserError for what is not exported, what the reader refuses and what vLLM would not serve right.
+        """
+
+    @abstractmethod
+    def inspect(self, folder: Path, report: Report) -> Inspected:
+        """Add facts, tables, warnings and problems of the method's own files to the report."""
+
+    def complete(self, section: S, base: Path) -> S:
+        """Return the method's section with what the adapter says that training starts from.
+
+        Raises UserError where that adapter cannot be read, or fits neither the base nor the section.
+        """
+        return section
+
+
+def any_there(folder: Path, names: Iterable[str]) -> bool:
+    """Return whether the folder has one of the files, be it a link that leads nowhere."""
+    return any(os.path.lexists(folder / name) for name in names)
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """A regular file of the folder; a link may only lead inside it, or to the blobs of the Hub's cache."""
+    path = folder / name
+    if not path.is_file():
+        pickle = folder / PICKLE_FILE
+        if name == WEIGHTS_FILE and pickle.is_file():
+            raise UserError(
+                f"{pickle} is a pickle and is never read: save the adapter again with safe_serialization=True"
+            )
+        raise UserError(f"{path} is missing: give a PEFT adapter folder (with {CONFIG_FILE} and {WEIGHTS_FILE})")
+    real, home = path.resolve(), folder.resolve()
+    # The Hub's cache links snapshots/<revision>/<file> to ../../blobs/<hash>.
+    if not real.is_relative_to(home) and real.parent != home.parent.parent / "blobs":
+        raise UserError(f"{path} is a link out of its folder (to {real}): copy the file into the folder")
+    return path
+
+
+def norm(tensors: Iterable[Tensor]) -> float:
+    """The Frobenius norm over all of them, in fp64."""
+    return math.sqrt(sum(torch.linalg.vector_norm(tensor.double()).item() ** 2 for tensor in tensors))
+
+
+def no_update(folder: Path, what: str) -> UserError:
+    """The refusal to merge what is no low-rank update; `what` it is instead, and why no weight can take it up."""
+    return UserError(
+        f"{folder} is {what}: it cannot be merged, only low-rank updates (method lora) can. Give it to "
+        "lowrank-dist generate or evaluate with --adapter"
+    )
+
+
+def not_for_vllm(source: Path, what: str) -> UserError:
+    """The refusal to export for vLLM anything but a LoRA adapter."""
+    return UserError(
+        f"{source} is not exported for vLLM: it is {what}, and of adapters vLLM serves LoRA alone; leave --for "
+        "out, or train with method lora"
+    )

@@ -1,0 +1,52 @@
+"""The section `lora` of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeAlias
+
+from pydantic import Discriminator, Field, Tag
+
+from lowrank_dist.sections.section import MethodSection, Pattern, YamlPath
+
+Rank: TypeAlias = Annotated[int, Field(ge=1, le=1024)]
+Alpha: TypeAlias = Annotated[float, Field(gt=0)]
+# Told apart by hand, so that an error speaks of the branch that was meant.
+Targets: TypeAlias = Annotated[
+    Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), Tag("names")]
+    | Annotated[Pattern, Tag("pattern")],
+    Discriminator(lambda value: "names" if isinstance(value, list) else "pattern"),
+]
+
+
+class LoraConfig(MethodSection):
+    """Low-rank updates: which factors, and where they start."""
+
+    rank: Rank = Field(8, description="rank r of a factor pair, an integer from 1 to 1024")
+    alpha: Alpha = Field(16.0, description="number above 0: the update is scaled by alpha/rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="probability of at least 0 and below 1")
+    targets: Targets = Field(
+        "all-linear", description="list of module names ([q_proj, v_proj]), all-linear, or one regular expression"
+    )
+    rslora: bool = Field(False, description="true (scale by alpha/sqrt(rank)) or false")
+    rank_pattern: dict[Pattern, Rank] = Field(
+        {}, description="mapping from module path or regular expression to a rank from 1 to 1024"
+    )
+    alpha_pattern: dict[Pattern, Alpha] = Field(
+        {}, description="mapping from module path or regular expression to an alpha above 0"
+    )
+    init_from: YamlPath | None = Field(
+        None, description="folder of a PEFT LoRA adapter to start from, which says all of lora but dropout, or null"
+    )
+
+    @property
+    def starts_from(self) -> Path | None:
+        return self.init_from
+
+    def resumed(self, saved: Mapping[str, Any]) -> Self:
+        """With all that the adapter in init_from said when the run began: it may be gone, and is not read again."""
+        if self.init_from is None or saved.get("init_from") != str(self.init_from):
+            return self
+        given = {key: getattr(self, key) for key in self.model_fields_set}
+        return self.model_validate({**saved, **given})

@@ -1,0 +1,20 @@
+"""The section `prefix` of a run."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from lowrank_dist.sections.section import MethodSection
+
+
+class PrefixConfig(MethodSection):
+    """Virtual positions with keys and values of their own in every layer."""
+
+    length: int = Field(16, ge=1, le=65536, description="virtual positions l, an integer of at least 1")
+    width: int | None = Field(
+        512, ge=1, le=65536, description="width of the MLP that makes keys and values in training, or null for none"
+    )
+
+    @property
+    def virtual(self) -> int:
+        return self.length

@@ -1,0 +1,22 @@
+"""The section `prompt` of a run."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lowrank_dist.sections.section import MethodSection
+
+
+class PromptConfig(MethodSection):
+    """Virtual positions with embeddings of their own before every sample."""
+
+    length: int = Field(16, ge=1, le=65536, description="virtual positions l, an integer of at least 1")
+    init: Literal["vocabulary", "random"] = Field(
+        "vocabulary", description="vocabulary (the embeddings of tokens drawn by train.seed) or random"
+    )
+
+    @property
+    def virtual(self) -> int:
+        return self.length

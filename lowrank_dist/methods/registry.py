@@ -1,0 +1,95 @@
+"""The table of methods: names, config sections and homes. To add a method, add its folder and a row.
+
+Imports no torch. What a home does with files comes with torch, how it trains with Megatron: both are imported when
+they are asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Protocol
+
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.methods import MethodName
+from lowrank_dist.sections.section import MethodSection
+
+if TYPE_CHECKING:
+    from lowrank_dist.methods.files import MethodFiles
+    from lowrank_dist.methods.method import Tuner
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """|Θ|, unsharded: while it is trained, and as others load it."""
+
+    trained: int
+    stored: int
+
+
+class Footprint(Protocol):
+    """What the module `footprint` of every home has."""
+
+    def parameters(self, method: MethodName, section: MethodSection, architecture: Architecture) -> Parameters:
+        """Return |Θ|. Raises UserError where the section does not fit the model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where the methods `names` live. section: of the config, if they have one.
+
+    folder: of this room. written: the MethodFiles, as module:object.
+    """
+
+    folder: str
+    names: tuple[MethodName, ...]
+    section: str | None
+    written: str
+
+    @property
+    def files(self) -> MethodFiles:
+        """What the method writes: recognised, published, inspected. Imports torch, but no Megatron."""
+        return resolve_name(f"{__package__}.{self.written}")
+
+    @property
+    def footprint(self) -> Footprint:
+        """How much the method trains and stores, in closed formulas. Imports no torch."""
+        return resolve_name(f"{__package__}.{self.folder}.footprint")
+
+    @property
+    def tuner(self) -> Tuner:
+        """How the method is attached to a model. Imports Megatron."""
+        return resolve_name(f"{__package__}.{self.folder}.method")
+
+
+# In the order in which they are asked whether a folder is theirs: LoRA takes every PEFT folder that is no other's, and
+# a checkpoint of any method but full fine-tuning has no config.json.
+HOMES = (
+    Home("bottleneck", ("adapter_h", "adapter_l"), "adapter", "bottleneck.files:FILES"),
+    Home("prefix", ("prefix",), "prefix", "prompt_files:PREFIX"),
+    Home("prompt", ("prompt",), "prompt", "prompt_files:PROMPT"),
+    Home("lora", ("lora",), "lora", "lora.folder:FILES"),
+    Home("full", ("full",), None, "full.files:FILES"),
+)
+SECTIONS = tuple(each.section for each in HOMES if each.section is not None)
+_BY_NAME = {name: each for each in HOMES for name in each.names}
+
+
+def home(name: MethodName) -> Home:
+    """Return the home of a method by its name in a run's config."""
+    return _BY_NAME[name]
+
+
+def home_of(folder: Path) -> Home | None:
+    """Return the home of the method that wrote the folder, told by its files alone, or None.
+
+    A Hugging Face model counts as written by full fine-tuning, whose checkpoints are such folders.
+    """
+    return next((each for each in HOMES if each.files.wrote(folder)), None)
+
+
+def reader_of(folder: Path) -> Home:
+    """Return the home to read a folder with: LoRA's where no method knows it, whose errors say what is missing."""
+    return home_of(folder) or home("lora")

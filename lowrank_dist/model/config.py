@@ -1,0 +1,25 @@
+"""The section `model` of a run: which base model, in which type, on which device."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from lowrank_dist.sections.section import Section, YamlPath
+
+
+class ModelConfig(Section):
+    """The base model."""
+
+    path: YamlPath = Field(description="folder of a Hugging Face checkpoint (config.json and safetensors)")
+    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto (the checkpoint's), fp32 or bf16")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
+    load: Literal["each", "broadcast"] = Field(
+        "each", description="each (every data-parallel replica reads its slices) or broadcast (replica 0 reads for all)"
+    )
+    vocab_multiple: int = Field(
+        128,
+        ge=1,
+        description="integer of at least 1: embedding rows are padded to a multiple of it times parallel.tensor",
+    )
