@@ -84,7 +84,13 @@ def rank_main(rank: int, tp: int, port: int, folder: Path, parent: Connection) -
     parent.recv()
     started = time.perf_counter()
     model = load_model(
-        folder, topology, device=backend.device, dtype="auto", max_length=2048, vocab_multiple=128, broadcast=False
+        folder,
+        read_architecture(folder),
+        topology,
+        device=backend.device,
+        dtype="auto",
+        vocab_multiple=128,
+        broadcast=False,
     )
     seconds = time.perf_counter() - started
     parent.send({"shard": sum(tensor.nbytes for tensor in model.parameters()), "seconds": seconds})

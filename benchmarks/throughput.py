@@ -30,6 +30,7 @@ from rich.table import Table
 from spawn import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.backend.select import init_process_group, quiet_libraries, select_backend, shutdown
 from lowrank_dist.data.batch import Microbatch
@@ -88,10 +89,10 @@ def our_side(model_path: Path, dtype: str, length: int) -> Side:
     topology = Topology.build(1, 1, None, timeout_seconds=600)
     model = load_model(
         model_path,
+        read_architecture(model_path),
         topology,
         device=torch.device("cpu"),
         dtype=dtype,
-        max_length=length,
         vocab_multiple=128,
         broadcast=False,
     )

@@ -52,10 +52,10 @@ def main(config: Config, supervision: Supervision) -> int:
     forecast = Forecast(config, architecture, topology, backend)
     model = load_model(
         config.model.path,
+        architecture,
         topology,
         device=backend.device,
         dtype=config.model.dtype,
-        max_length=config.data.max_length,
         vocab_multiple=config.model.vocab_multiple,
         broadcast=config.model.load == "broadcast",
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.methods.read import attach
 from lowrank_dist.model.build import load_model
@@ -39,13 +40,15 @@ def load(
     dtype: auto (the weights' own), fp32 or bf16. tokenizer: its folder, `path` where it is not given.
     """
     words = load_tokenizer(tokenizer or path)
-    # Lengths are checked prompt by prompt, and a sliding window is applied when decoding: neither limits anything here.
+    # Lengths are checked prompt by prompt, and a sliding window is applied when decoding.
+    architecture = read_architecture(path)
+    architecture.check_tp(topology.tp_size)
     model = load_model(
         path,
+        architecture,
         topology,
         device=device,
         dtype=dtype,
-        max_length=1,
         vocab_multiple=_VOCAB_MULTIPLE,
         broadcast=topology.dp_size > 1,
     )

@@ -22,21 +22,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def load_model(
     path: Path,
+    architecture: Architecture,
     topology: Topology,
     *,
     device: torch.device,
     dtype: str,
-    max_length: int,
     vocab_multiple: int,
     broadcast: bool,
     linears: tuple[type, type] = (LowRankColumnParallelLinear, LowRankRowParallelLinear),
 ) -> CausalLM:
     """Build the frozen model of this rank and stream its slices in.
 
-    dtype: "auto" keeps the checkpoint's. broadcast: data-parallel replica 0 reads and sends, so that a file is read
-    once a cluster and not once a replica. Raises UserError for a folder, an option or a length that does not fit.
+    architecture: the folder's (`check_model`). dtype: "auto" keeps the checkpoint's. broadcast: data-parallel replica 0
+    reads and sends, so that a file is read once a cluster and not once a replica. Raises UserError for weights that do
+    not fit.
     """
-    architecture = check_model(path, topology.tp_size, max_length)
     source = dist.get_process_group_ranks(topology.dp_group)[0]
     send = broadcast and topology.dp_size > 1
     with open_checkpoint(path) as checkpoint:

@@ -98,15 +98,16 @@ def run_config(folder: str, name: str) -> Any:
 
 def build(setting: MethodSetting) -> Built:
     from lowrank_dist.methods.choose import choose
+    from lowrank_dist.arch.config_json import read_architecture
     from lowrank_dist.model.build import load_model
 
     topology = ranks.topology(setting.tensor, setting.sequence)
     model = load_model(
         Path(setting.folder),
+        read_architecture(Path(setting.folder)),
         topology,
         device=ranks.device(),
         dtype=setting.dtype,
-        max_length=1,  # a window is tried by decoding beyond it
         vocab_multiple=setting.vocab_multiple,
         broadcast=False,
     )

@@ -63,14 +63,15 @@ def gap(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def load(folder: str, topology: Any, dtype: str = "fp32", broadcast: bool = False) -> Any:
+    from lowrank_dist.arch.config_json import read_architecture
     from lowrank_dist.model.build import load_model
 
     return load_model(
         Path(folder),
+        read_architecture(Path(folder)),
         topology,
         device=ranks.device(),
         dtype=dtype,
-        max_length=LENGTH,
         vocab_multiple=1,
         broadcast=broadcast,
     )

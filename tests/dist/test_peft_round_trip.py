@@ -62,6 +62,7 @@ def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndar
     from lowrank_dist.arch.placement import LoraRules, place
     from lowrank_dist.methods.lora.state import adapter_factors, spread_factors
     from lowrank_dist.methods.lora.adopt import adopt_adapter, initial_factors
+    from lowrank_dist.arch.config_json import read_architecture
     from lowrank_dist.model.build import load_model
     from lowrank_dist.ops.mask import quantise
     from lowrank_dist.parallel.masks import MaskSource
@@ -73,10 +74,10 @@ def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndar
     topology = ranks.topology(2, True)
     model = load_model(
         Path(folder),
+        read_architecture(Path(folder)),
         topology,
         device=ranks.device(),
         dtype="fp32",
-        max_length=MAX_LENGTH,
         vocab_multiple=4,
         broadcast=False,
     )

@@ -62,16 +62,17 @@ def step(folder: str, case: Case) -> int:
 
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
     from lowrank_dist.methods.choose import choose
+    from lowrank_dist.arch.config_json import read_architecture
     from lowrank_dist.model.build import load_model
     from tests.dist import ranks
 
     topology = ranks.topology(case.tensor, True)
     model = load_model(
         Path(folder),
+        read_architecture(Path(folder)),
         topology,
         device=torch.device("cpu"),
         dtype="auto",
-        max_length=LENGTH,
         vocab_multiple=128,
         broadcast=False,
     )

@@ -119,6 +119,7 @@ def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
     from lowrank_dist.methods.lora.inject import inject
     from lowrank_dist.arch.placement import LoraRules, place
     from lowrank_dist.methods.lora.state import spread_factors
+    from lowrank_dist.arch.config_json import read_architecture
     from lowrank_dist.model.build import load_model
     from lowrank_dist.ops.mask import quantise
     from lowrank_dist.parallel.masks import MaskSource
@@ -126,10 +127,10 @@ def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
     topology = ranks.topology(setting.tensor, setting.sequence)
     model = load_model(
         Path(setting.folder),
+        read_architecture(Path(setting.folder)),
         topology,
         device=ranks.device(),
         dtype=setting.dtype,
-        max_length=MAX_LENGTH,
         vocab_multiple=setting.vocab_multiple,
         broadcast=False,
     )

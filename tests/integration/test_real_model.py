@@ -39,15 +39,16 @@ def sentences() -> list[dict[str, str]]:
 
 def sharded_logits(folder: str, ids: np.ndarray, sequence: bool) -> np.ndarray:
     """One rank: logits [b, s, V] through the production loader."""
+    from lowrank_dist.arch.config_json import read_architecture
     from lowrank_dist.model.build import load_model
 
     input_ids = torch.from_numpy(ids)
     model: Any = load_model(
         Path(folder),
+        read_architecture(Path(folder)),
         ranks.topology(2, sequence),
         device=torch.device("cpu"),
         dtype="auto",
-        max_length=input_ids.size(1),
         vocab_multiple=128,
         broadcast=False,
     )
