@@ -30,7 +30,6 @@ from rich.table import Table
 from spawn import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.backend.select import init_process_group, quiet_libraries, select_backend, shutdown
 from lowrank_dist.data.batch import Microbatch
