@@ -1,1 +1,1 @@
-"""The training loop and its monitors; the only room that knows DeepSpeed."""
+"""The training loop, what it evaluates, saves and reports; the only room that knows DeepSpeed."""
