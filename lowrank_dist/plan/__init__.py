@@ -1,5 +1,5 @@
 """What a run will take and cost, by closed formulas: parameters, memory, messages, FLOPs, time, layouts.
 
-The formulas import neither torch nor the code they describe, so a plan answers at once and is a second opinion on that
-code. Only `verify` runs it, on fake tensors, and holds it against the formulas.
+The formulas read the architecture and the placement of factors (arch/), and import neither torch nor the code that
+trains: a plan answers at once, and engine/dry_run.py holds it against that code.
 """

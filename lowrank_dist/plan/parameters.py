@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.rows import LinearLayout
@@ -111,6 +112,8 @@ def heaviest_rank(job: Job) -> int:
     return max(distinct, key=lambda rank: (theta_on_rank(job, rank).elements, -rank))
 
 
+# A plan asks for the same few over and over, for every layout that it tries.
+@lru_cache(maxsize=4096)
 def _rows_on_rank(layout: LinearLayout, factor: Factor, tp_rank: int, tp_size: int) -> int:
     """Rows of a factor's B on a rank."""
     return sum(segment.length for segment in layout.segments(tp_rank, tp_size) if segment.part in factor.parts)
