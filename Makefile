@@ -6,7 +6,8 @@ JOBS ?= 2
 # These wait for Slurm, for timeouts and for one another more than they compute.
 CLUSTER_JOBS ?= 3
 
-PYTEST = $(PYTHON) -m pytest -q
+# Warnings are third parties' own, forty lines of them; pytest by hand shows them.
+PYTEST = $(PYTHON) -m pytest -q --disable-warnings
 SLOWEST := --durations=20
 
 ifdef PYTHON
@@ -22,7 +23,22 @@ export PYTHON
 # The ranks of a test share the cores: more than one thread each makes them wait for one another.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install check test test-all test-cluster test-nightly quickstart cuda-build-check gpu-check gpu-bench clean
+.DEFAULT_GOAL := help
+.PHONY: help install check test test-all test-cluster test-nightly quickstart cuda-build-check gpu-check gpu-bench clean
+
+help:
+	@echo "make install           .venv with everything; the targets below do it themselves"
+	@echo "make check             ruff and the quick unit tests"
+	@echo "make test              ruff and all tests but those below"
+	@echo "make test-all          layouts resharded, runs killed in their saves"
+	@echo "make test-cluster      as root: a real Slurm and real network hosts"
+	@echo "make test-nightly      what takes long and rarely finds anything"
+	@echo "make quickstart        train, evaluate, merge and prove a small model"
+	@echo "make cuda-build-check  compile the CUDA operators; needs nvcc, no GPU"
+	@echo "make gpu-check         on a GPU: what can be proven only there (tests/gpu/README.md)"
+	@echo "make gpu-bench         on a GPU: where the time goes"
+	@echo "make clean             remove what was built"
+	@echo "CONTRIBUTING.md says which of them a change needs and how long they take"
 
 install: $(READY)
 

@@ -106,14 +106,17 @@ def main() -> None:
     join_fake_world()
     start_profiler(device)
     rows: list[dict[str, Any]] = []
-    for shard, dropout in product(SHARDS, DROPOUTS):
+    cells = list(product(SHARDS, DROPOUTS))
+    for shard, dropout in cells:
         layer = Layer(args.shape, args.tokens, DTYPES["bf16"], device, Topology.build(shard, None, shard > 1, 60))
         found = cell(layer, dropout, args.rounds)
         rows += found
         show(found, console)
         if args.out is not None:  # after every cell: a time limit may cut the others off
             sizes = {"device": args.device, "shape": args.shape, "tokens": args.tokens, "r": RANK}
-            write_result(f"kernel_table_{args.device}", started_on, {**sizes, "sides": rows}, args.out)
+            last = (shard, dropout) == cells[-1]
+            figures = {**sizes, "sides": rows}
+            write_result(f"kernel_table_{args.device}", started_on, figures, args.out, complete=last)
         del layer, found
         gc.collect()
     for row in rows:

@@ -186,14 +186,14 @@ def main() -> None:
     replay = "CUDA graph" if cuda else "plain loop"
     console.print(f"replay: {replay}; operands: {POOL_OVER_L2:g} times L2's {l2 / 2**20:.0f} MiB")
     rows: list[dict[str, object]] = []
-    for product in chosen:
-        if args.only and product.name not in args.only:
-            continue
+    measured = [product for product in chosen if not args.only or product.name in args.only]
+    for product in measured:
         rows.append(measure(product, args.repeats, l2, device))
         if args.out is not None:  # after every product: a time limit may cut the others off
             facts = {"device": args.device, "shape": args.shape, "tokens": args.tokens, "r": RANK, "replay": replay}
             peaks = {"data_sheet_flops": flops, "data_sheet_bytes_per_second": bandwidth, "l2_bytes": l2}
-            write_result(f"microbench_{args.device}", started_on, {**facts, **peaks, "products": rows}, args.out)
+            figures, complete = {**facts, **peaks, "products": rows}, len(rows) == len(measured)
+            write_result(f"microbench_{args.device}", started_on, figures, args.out, complete=complete)
     show(rows, flops, bandwidth, console)
     print(f"{len(rows)} products measured ({replay})")
 

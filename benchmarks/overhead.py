@@ -240,12 +240,20 @@ def parse() -> tuple[argparse.Namespace, bool]:
     return args, not changed and args.rounds >= 40
 
 
-def leave(name: str, started_on: dict[str, object], figures: dict[str, object], whole: bool, out: Path | None) -> None:
+def leave(
+    name: str,
+    started_on: dict[str, object],
+    figures: dict[str, object],
+    whole: bool,
+    out: Path | None,
+    *,
+    complete: bool = True,
+) -> None:
     """The JSON into results/ where it is the whole table, and into --out."""
     if whole:
         write_result(name, started_on, figures)
     if out is not None:
-        write_result(name, started_on, figures, out)
+        write_result(name, started_on, figures, out, complete=complete)
 
 
 def prepare(args: argparse.Namespace, console: Console) -> torch.device:
@@ -273,7 +281,8 @@ def main() -> None:
     for row in run(args, device, all(copying.values())):
         rows.append(row)
         console.print(describe(row))
-        leave(name, started_on, {**facts, "settings": rows}, False, args.out)  # a time limit may cut the others off
+        # A time limit may cut the others off.
+        leave(name, started_on, {**facts, "settings": rows}, False, args.out, complete=False)
     show(rows, console)
     judged = verdicts(rows, device.type)
     for verdict in judged:

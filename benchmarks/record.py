@@ -1,8 +1,10 @@
 """What a benchmark leaves behind: its figures and the machine they were measured on, as JSON."""
 
+import functools
 import json
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,14 +30,34 @@ def machine(device: str = "cpu") -> dict[str, object]:
     return found
 
 
-def write_result(name: str, started_on: dict[str, object], figures: dict[str, object], folder: Path = RESULTS) -> Path:
+@functools.cache
+def commit() -> str | None:
+    """The commit that this tree stands at, with "+" where files differ from it; None where there is no repository."""
+    words = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
+    try:
+        said = subprocess.run(words, cwd=RESULTS.parent, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return said.stdout.strip() or None
+
+
+def write_result(
+    name: str,
+    started_on: dict[str, object],
+    figures: dict[str, object],
+    folder: Path = RESULTS,
+    *,
+    complete: bool = True,
+) -> Path:
     """Write FOLDER/NAME.json, whole or not at all, and return its path.
 
-    `started_on`: `machine()` from before the measurement, so that its load is others'.
+    `started_on`: `machine()` from before the measurement, so that its load is others'. complete: False where more
+    figures are to come.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}.json"
-    result = {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "machine": started_on, **figures}
+    date = datetime.now(UTC).strftime("%Y-%m-%d")
+    result = {"date": date, "commit": commit(), "complete": complete, "machine": started_on, **figures}
     # A stage may be stopped by its time limit in the middle of a write; the figures before it stay.
     unfinished = target.with_suffix(".part")
     unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

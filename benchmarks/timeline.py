@@ -87,8 +87,19 @@ class Trace:
 
 def record(call: Callable[[], object], device: torch.device, *, shapes: bool = False) -> Trace:
     """Run `call` once under the profiler, after `start_profiler`. shapes: know the operands of each kernel, at the cost
-    of slower operators.
+    of slower operators. Raises RuntimeError where the profiler saw nothing of a GPU's work.
     """
+    events, seconds = _profiled(call, device, shapes)
+    return read(events, seconds, cuda=device.type == "cuda")
+
+
+def start_profiler(device: torch.device) -> None:
+    """Use the profiler for the first time in this process, which starts CUPTI and takes seconds."""
+    _profiled(lambda: torch.ones(8, device=device) + 1, device, False)
+
+
+def _profiled(call: Callable[[], object], device: torch.device, shapes: bool) -> tuple[list[dict[str, Any]], float]:
+    """The events of one call, and its seconds."""
     cuda = device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if cuda else []
     if shapes or not cuda:
@@ -102,23 +113,25 @@ def record(call: Callable[[], object], device: torch.device, *, shapes: bool = F
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(file))
-        events = json.loads(file.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
-    return read(events, seconds)
+        return json.loads(file.read_text(encoding="utf-8", errors="replace"))["traceEvents"], seconds
 
 
-def start_profiler(device: torch.device) -> None:
-    """Use the profiler for the first time in this process, which starts CUPTI and takes seconds."""
-    record(lambda: torch.ones(8, device=device) + 1, device)
+def read(events: Iterable[Mapping[str, Any]], seconds: float, *, cuda: bool) -> Trace:
+    """The Trace of a Chrome trace's events. Kernels and host calls belong together by their correlation number.
 
-
-def read(events: Iterable[Mapping[str, Any]], seconds: float) -> Trace:
-    """The Trace of a Chrome trace's events. Kernels and host calls belong together by their correlation number."""
+    cuda: the call ran on a GPU. A trace without a kernel is then an error, and operators do not stand for kernels.
+    """
     events = [event for event in events if event.get("ph") == "X"]
     work = [event for event in events if event.get("cat") in DEVICE_WORK]
     host = [event for event in events if event.get("cat") in HOST_CALLS]
     operators = [event for event in events if event.get("cat") == "cpu_op"]
-    if not work and not host:
+    if not cuda:
         return Trace([_span(event, event) for event in exclusive(operators)], [], [], seconds)
+    if not work:
+        raise RuntimeError(
+            f"the profiler saw no kernel of the GPU, {len(host)} CUDA calls and {len(operators)} operators: CUPTI does "
+            "not work here (another profiler, a driver that is too old, or no permission)"
+        )
     by_id = {event["args"]["External id"]: event for event in operators if "External id" in event.get("args", {})}
     launched = {_correlation(event) for event in work}
     # A copy to the host from memory that is not pinned returns when it is done.

@@ -280,13 +280,14 @@ def main() -> None:
     args, console = parse(), Console(width=190)
     started_on = machine(args.device)
     rows: list[dict[str, Any]] = []
-    for name in args.shapes:
-        for method in args.methods:
-            rows.append(train(args, name, method))
-            figures = {"device": args.device, "steps": args.steps, "runs": rows, **over_full(rows)}
-            if args.out is not None:  # after every run: a time limit may cut the others off
-                write_result(f"training_{args.device}", started_on, figures, args.out)
-            show(rows[-1:], console)
+    runs = [(name, method) for name in args.shapes for method in args.methods]
+    for name, method in runs:
+        rows.append(train(args, name, method))
+        figures = {"device": args.device, "steps": args.steps, "runs": rows, **over_full(rows)}
+        if args.out is not None:  # after every run: a time limit may cut the others off
+            complete = len(rows) == len(runs)
+            write_result(f"training_{args.device}", started_on, figures, args.out, complete=complete)
+        show(rows[-1:], console)
     whole = args.device == "cuda" and args.methods == list(METHODS) and not (args.layers or args.hidden or args.length)
     if whole and args.shapes == ["tinyllama"]:
         write_result("training_cuda", started_on, figures)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 
 # Before torch and transformers are imported, and inherited by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -17,8 +18,15 @@ settings.register_profile("lowrank_dist", deadline=None, derandomize=True, print
 settings.load_profile("lowrank_dist")
 
 
-def pytest_collection_finish() -> None:
-    """Leave what was imported, half a million objects, out of every later garbage collection."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the fork server, where ranks will be wanted, before any test can leave a trace in it.
+
+    What was imported until now, half a million objects, is left out of every later garbage collection.
+    """
+    forked = sys.modules.get("tests.forked")
+    ranks = any(not item.nodeid.startswith("tests/unit/") for item in session.items)
+    if forked is not None and ranks and not session.config.option.collectonly:
+        forked.start_server()
     gc.collect()
     gc.freeze()
 

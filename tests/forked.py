@@ -3,38 +3,73 @@
 The server is Python's own (multiprocessing's forkserver), one for each process that runs tests. What is forked shares
 with its server, and so with all others, what a launcher's ranks have for themselves: the hash seed, and what libraries
 read from the environment as they were imported (OMP_NUM_THREADS, DS_ACCELERATOR=cpu, TORCHDYNAMO_DISABLE, malloc's
-settings). Tests that are about those, or about a launcher, start a process of their own.
+settings). Tests that are about those, or about a launcher, start a process of their own. Under a launcher every rank
+has another hash seed, so an order that depends on it is seen there.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import ctypes
+import functools
+import json
 import multiprocessing
 import os
+import random
+import resource
 import runpy
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 PRELOADED = "tests.preloaded"
 DEVICE = os.environ.get("LOWRANK_DIST_TEST_DEVICE", "cpu")
+# Once one of several has failed, what the others have left to end in: they may wait for it until a timeout of minutes.
+AFTER_A_FAILURE = 20.0
 _PR_SET_PDEATHSIG = 1
 _RESET_PEAK = "5"  # for /proc/self/clear_refs: the peak of resident memory counts from now on
+_LOST = 255  # multiprocessing's code of a process whose fork server died before it could report the real one
+_servers: WeakKeyDictionary[BaseProcess, int] = WeakKeyDictionary()
 
 
-class Ended(NamedTuple):
-    """How a forked program ended; a negative code is the signal that ended it."""
+class Outcome(NamedTuple):
+    """How a program ended; a negative code is the signal that ended it."""
 
     code: int
     stdout: str
     stderr: str
+
+
+class Inherited(NamedTuple):
+    """What a process has from the one that starts it: the server's is the state of whoever started that first."""
+
+    umask: int
+    limits: dict[int, tuple[int, int]]
+
+    @classmethod
+    def of_this_process(cls) -> Inherited:
+        status = Path("/proc/self/status").read_text().splitlines()
+        umask = next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))
+        kinds = {getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+        return cls(umask, {kind: resource.getrlimit(kind) for kind in kinds})
+
+    def apply(self) -> None:
+        os.umask(self.umask)
+        for kind, limit in self.limits.items():
+            if resource.getrlimit(kind) != limit:
+                resource.setrlimit(kind, limit)
 
 
 def context(*, fresh: bool = False) -> BaseContext:
@@ -49,59 +84,156 @@ def context(*, fresh: bool = False) -> BaseContext:
     return multiprocessing.get_context("forkserver")
 
 
+def start_server() -> None:
+    """Start the fork server, where ranks are forked, without waiting for what it imports.
+
+    For the beginning of a session: a server that a test starts keeps that test's directory and environment.
+    """
+    if context().get_start_method() == "forkserver":
+        forkserver.ensure_running()
+
+
 def start(target: Callable[..., None], *arguments: Any, fresh: bool = False) -> BaseProcess:
     """Run a module-level function in a process that ends with this one, however this one ends.
 
     fresh: as `context` says.
     """
     chosen = context(fresh=fresh)
-    main = _forked if chosen.get_start_method() == "forkserver" else _bound
-    process = chosen.Process(target=main, args=(target, *arguments), daemon=True)
+    if chosen.get_start_method() != "forkserver":
+        process = chosen.Process(target=_bound, args=(target, *arguments), daemon=True)
+        process.start()
+        return process
+    inherited = Inherited.of_this_process()
+    process = chosen.Process(target=_forked, args=(inherited, target, *arguments), daemon=True)
     process.start()
+    _servers[process] = forkserver._forkserver._forkserver_pid
     return process
+
+
+def how_it_ended(process: BaseProcess) -> str:
+    """Return in words what ended a process: its code, a signal, or the death of its fork server."""
+    code = process.exitcode
+    assert code is not None, "it runs"
+    if code < 0:
+        return f"killed by signal {-code} ({signal.strsignal(-code)})"
+    server = _servers.get(process)
+    if code == _LOST and server is not None and _dies(server):
+        return f"lost with its fork server (process {server}), which died: out of memory? `dmesg` may say"
+    return f"ended with code {code}"
 
 
 def run_programs(
     command: Sequence[object], environments: Sequence[Mapping[str, str]], *, seconds: float
-) -> list[Ended]:
+) -> list[Outcome]:
     """Run a script, and what it is told, in this working directory, once for each environment and at the same time.
 
-    Raises TimeoutError, with what they have said, where one has not ended after `seconds`; all are killed then.
+    Raises TimeoutError, with what all of them have said, where one has not ended after `seconds`, or AFTER_A_FAILURE
+    seconds after another ended with a code; RuntimeError where one was lost with the fork server. None is left running.
     """
     words = [str(word) for word in command]
+    processes: list[BaseProcess] = []
     with tempfile.TemporaryDirectory() as place:
         outputs = [Path(place, str(number)) for number in range(len(environments))]
         for output in outputs:  # for a process that ends before it has any
             output.with_suffix(".out").touch()
             output.with_suffix(".err").touch()
-        processes = [
-            start(_program, words, dict(environment), os.getcwd(), str(output))
-            for environment, output in zip(environments, outputs, strict=True)
-        ]
-        end = time.monotonic() + seconds
-        for process in processes:
-            process.join(max(0.0, end - time.monotonic()))
-        hanging = [number for number, process in enumerate(processes) if process.exitcode is None]
-        for number in hanging:
-            processes[number].kill()
-            processes[number].join()
+        try:
+            for environment, output in zip(environments, outputs, strict=True):
+                own = dict(environment), _path(words[0], environment.get("PYTHONPATH", ""))
+                processes.append(start(_program, words, *own, os.getcwd(), str(output)))
+            waited = _wait(processes, seconds)
+            hanging = [number for number, process in enumerate(processes) if process.exitcode is None]
+        finally:
+            for process in processes:
+                _end(process)
         ended = [
-            Ended(process.exitcode, *(output.with_suffix(suffix).read_text() for suffix in (".out", ".err")))
+            Outcome(process.exitcode, *(_text(output.with_suffix(suffix)) for suffix in (".out", ".err")))
             for process, output in zip(processes, outputs, strict=True)
         ]
+    ends = ["did not end" if number in hanging else how_it_ended(process) for number, process in enumerate(processes)]
+    told = zip(ends, ended, strict=True)
+    said = "".join(f"\nprocess {n}: {end}\n{one.stdout}{one.stderr}" for n, (end, one) in enumerate(told))
     if hanging:
-        said = "".join(f"\nprocess {number}:\n{ended[number].stdout}{ended[number].stderr}" for number in hanging)
-        raise TimeoutError(f"processes {hanging} of {len(processes)} run for more than {seconds:.0f} s{said}")
+        raise TimeoutError(f"processes {hanging} of {len(processes)} {waited}{said}")
+    if any(end.startswith("lost") for end in ends):
+        raise RuntimeError(f"the fork server died{said}")
     return ended
 
 
-def _forked(target: Callable[..., None], *arguments: Any) -> None:
+def _wait(processes: Sequence[BaseProcess], seconds: float) -> str:
+    """Wait for all, as long as `run_programs` says; returns in words how long that was."""
+    end, waited = time.monotonic() + seconds, f"run for more than {seconds:.0f} s"
+    failed = False
+    while running := [process for process in processes if process.exitcode is None]:
+        if not failed and any(process.exitcode for process in processes):
+            failed = True
+            if time.monotonic() + AFTER_A_FAILURE < end:
+                end = time.monotonic() + AFTER_A_FAILURE
+                waited = f"still run {AFTER_A_FAILURE:.0f} s after another failed"
+        left = end - time.monotonic()
+        if left <= 0:
+            break
+        connection.wait([process.sentinel for process in running], left)
+    return waited
+
+
+def _end(process: BaseProcess) -> None:
+    """Kill a program that still runs, and what it started, which is in its session."""
+    if process.exitcode is None:
+        with contextlib.suppress(ProcessLookupError):  # it has not come to setsid
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _dies(pid: int, seconds: float = 1.0) -> bool:
+    """Return whether a process is dead, or is in a moment: its files are closed before it counts as dead."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+
+
+def _path(script: str, python_path: str) -> list[str]:
+    """sys.path as `python SCRIPT` has it: nothing of what pytest or the server adds."""
+    return [str(Path(script).resolve().parent), *filter(None, python_path.split(os.pathsep)), *_interpreters_path()]
+
+
+@functools.cache
+def _interpreters_path() -> list[str]:
+    """The standard library and site-packages, with what their .pth files add."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    code = "import json, sys; print(json.dumps(sys.path[1:]))"  # the first is that of `-c`
+    return json.loads(subprocess.check_output([sys.executable, "-c", code], env=environment, text=True))
+
+
+def _forked(inherited: Inherited, target: Callable[..., None], *arguments: Any) -> None:
     if PRELOADED not in sys.modules:  # the server passes over a module that it cannot import
         raise ImportError(f"the fork server has not loaded {PRELOADED}: `python -c 'import {PRELOADED}'` says why")
     # The server lives for as long as anyone has this open, and ranks are to end with it.
     os.close(forkserver._forkserver._forkserver_alive_fd)
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
+    inherited.apply()
+    _reseed()
     _bound(target, *arguments)
+
+
+def _reseed() -> None:
+    """Draw anew what an interpreter draws as it starts: with the server's state all ranks would agree by chance."""
+    import numpy as np
+
+    random.seed()
+    np.random.seed(int.from_bytes(os.urandom(4), "little"))
 
 
 def _bound(target: Callable[..., None], *arguments: Any) -> None:
@@ -110,8 +242,9 @@ def _bound(target: Callable[..., None], *arguments: Any) -> None:
     target(*arguments)
 
 
-def _program(words: list[str], environment: dict[str, str], folder: str, output: str) -> None:
-    """The whole life of one program: its streams, its environment, and the code that it ends with."""
+def _program(words: list[str], environment: dict[str, str], path: list[str], folder: str, output: str) -> None:
+    """Run one program from its first line to its interpreter's last: streams, environment, imports, exit handlers."""
+    os.setsid()  # so that what it starts can be ended with it
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
@@ -119,6 +252,27 @@ def _program(words: list[str], environment: dict[str, str], folder: str, output:
         opened = os.open(output + suffix, os.O_WRONLY)
         os.dup2(opened, descriptor)
         os.close(opened)
-    sys.path.insert(0, folder)
+    sys.path[:] = path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+        del sys.modules[name]  # a program that imports one of these fails as it would elsewhere
     sys.argv = words
-    runpy.run_path(words[0], run_name="__main__")
+    code: object = 0
+    try:
+        runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    except BaseException as error:
+        error = error.with_traceback(_below(error.__traceback__, words[0]))
+        sys.excepthook(type(error), error, error.__traceback__)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.exit(code)
+
+
+def _below(traceback: TracebackType | None, script: str) -> TracebackType | None:
+    """The part of a traceback that begins in the script; all of it where none does."""
+    part = traceback
+    while part is not None and part.tb_frame.f_code.co_filename != script:
+        part = part.tb_next
+    return part or traceback

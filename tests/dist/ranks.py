@@ -1,7 +1,8 @@
 """Ranks for the distributed tests: forked once a world size (tests/forked.py), reused by every test.
 
 A rank that raises fails the test with its traceback and ends its world, as does one that dies, with what it died of; a
-hang ends after TIMEOUT seconds as an error, because every process group carries that timeout.
+hang ends after TIMEOUT seconds as an error, because every process group carries that timeout. Ranks that wait for one
+whose program ended with a code end sooner (forked.AFTER_A_FAILURE), with what that one said.
 
 They run on CPUs unless LOWRANK_DIST_TEST_DEVICE=cuda (tests/gpu/check.sh). Ranks that outnumber the GPUs share them,
 over gloo, which stages through the host. A test builds its tensors on `device()`; a rank returns numpy either way.
@@ -13,11 +14,13 @@ import atexit
 import os
 import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from tests import forked
@@ -26,6 +29,8 @@ from tests.forked import DEVICE
 TIMEOUT = 90
 _device: Any = None
 _worlds: dict[int, World] = {}
+# Every World that is not closed. What is left when the interpreter ends is waited for, and a stopped rank waits for ever.
+_open: set[World] = set()
 _topologies: dict[int, tuple[Any, dict[str, Any]]] = {}
 
 
@@ -40,7 +45,8 @@ class World:
         self._rendezvous = tempfile.TemporaryDirectory()
         store = os.path.join(self._rendezvous.name, "store")
         self.pipes: list[Connection] = []
-        self.processes = []
+        self.processes: list[BaseProcess] = []
+        _open.add(self)
         for rank in range(size):
             ours, theirs = Pipe()
             self.processes.append(forked.start(_serve, theirs, rank, size, store, fresh=fresh))
@@ -53,14 +59,19 @@ class World:
         seconds: after which ranks hang that have not answered.
         """
         self._signal(signal.SIGCONT)
-        for pipe in self.pipes:
-            pipe.send((function, arguments))
+        size, end = len(self.pipes), time.monotonic() + seconds
+        for rank, pipe in enumerate(self.pipes):
+            try:
+                pipe.send((function, arguments))
+            except OSError:
+                raise AssertionError(f"rank {rank} of {size}:\n{self._how_it_died(rank)}") from None
         results: dict[int, Any] = {}
-        while len(results) < len(self.pipes):
+        said = ""
+        while len(results) < size:
             pending = [pipe for rank, pipe in enumerate(self.pipes) if rank not in results]
-            ready = wait(pending, timeout=seconds)
+            ready = wait(pending, timeout=max(0.0, end - time.monotonic()))
             if not ready:
-                raise AssertionError(f"ranks {sorted(set(range(len(self.pipes))) - set(results))} hang")
+                raise AssertionError(f"ranks {sorted(set(range(size)) - set(results))} hang{said}")
             for pipe in ready:
                 rank = self.pipes.index(pipe)
                 try:
@@ -68,10 +79,13 @@ class World:
                 except (EOFError, ConnectionResetError):
                     failed, value = True, self._how_it_died(rank)
                 if failed:
-                    raise AssertionError(f"rank {rank} of {len(self.pipes)}:\n{value}")
+                    raise AssertionError(f"rank {rank} of {size}:\n{value}")
                 results[rank] = value
+                if isinstance(value, forked.Outcome) and value.code and not said:
+                    end = min(end, time.monotonic() + forked.AFTER_A_FAILURE)
+                    said = f", rank {rank} ended with code {value.code}:\n{value.stdout}{value.stderr}"
         self._signal(signal.SIGSTOP)
-        return [results[rank] for rank in range(len(self.pipes))]
+        return [results[rank] for rank in range(size)]
 
     def _signal(self, number: signal.Signals) -> None:
         for process in self.processes:
@@ -81,15 +95,14 @@ class World:
     def _how_it_died(self, rank: int) -> str:
         process = self.processes[rank]
         process.join()
-        if process.exitcode < 0:
-            return f"killed by signal {-process.exitcode} ({signal.strsignal(-process.exitcode)})"
-        return f"ended with code {process.exitcode} in the middle of a test"
+        return forked.how_it_ended(process)
 
     def close(self) -> None:
         for process in self.processes:
             process.kill()
             process.join()
         self._rendezvous.cleanup()
+        _open.discard(self)
 
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -133,8 +146,9 @@ def device() -> Any:
 
 @atexit.register
 def close_worlds() -> None:
-    while _worlds:
-        _worlds.popitem()[1].close()
+    _worlds.clear()
+    for world in list(_open):
+        world.close()
 
 
 def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:

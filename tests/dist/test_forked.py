@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,8 @@ import pytest
 
 from tests import forked
 from tests.dist.ranks import World
-from tests.integration.launching import ROOT
+from tests.integration.launching import ROOT, Outcome, assert_codes
+from tests.integration.launching import program as launched
 
 pytestmark = pytest.mark.skipif(forked.DEVICE != "cpu", reason="ranks on a GPU are not forked")
 
@@ -50,7 +52,7 @@ def befall(kind: str, victim: int) -> int:
     [
         ("raise", r"(?s)rank 1 of 2:\nTraceback.*in befall.*RuntimeError: planted"),
         ("segfault", r"rank 1 of 2:\nkilled by signal 11 \(Segmentation fault\)"),
-        ("exit", r"rank 1 of 2:\nended with code 3 in the middle of a test"),
+        ("exit", r"rank 1 of 2:\nended with code 3"),
         ("hang", r"ranks \[1\] hang"),
     ],
 )
@@ -58,6 +60,38 @@ def test_what_befalls_a_rank_fails_the_test(world: World, kind: str, said: str) 
     assert world.run(befall, ("nothing", 1)) == [0, 1]
     with pytest.raises(AssertionError, match=said):
         world.run(befall, (kind, 1), seconds=2)
+
+
+def test_a_rank_that_is_killed_between_two_calls_is_named(world: World) -> None:
+    world.run(befall, ("nothing", 1))
+    world.processes[1].kill()
+    world.processes[1].join()
+    with pytest.raises(AssertionError, match=r"rank 1 of 2:\nkilled by signal 9"):
+        world.run(befall, ("nothing", 1))
+
+
+def test_ranks_that_wait_for_one_whose_program_failed_end_with_its_words(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forked, "AFTER_A_FAILURE", 1.0)
+    began = time.monotonic()
+    with pytest.raises(AssertionError, match=r"ranks \[1\] hang, rank 0 ended with code 3:\nplanted"):
+        world.run(one_fails, ())
+    assert time.monotonic() - began < 60
+
+
+def one_fails() -> Outcome:
+    import torch.distributed as dist
+
+    if dist.get_rank() == 1:
+        time.sleep(600)
+    return Outcome(3, "", "planted")
+
+
+def test_codes_that_differ_are_shown_with_what_was_said() -> None:
+    assert_codes([Outcome(0, "", ""), Outcome(0, "", "")], 0)
+    with pytest.raises(AssertionError, match=r"rank 1, code 3:\nplanted"):
+        assert_codes([Outcome(0, "", ""), Outcome(3, "", "planted")], 0)
 
 
 def test_a_collective_without_its_peer_ends(world: World) -> None:
@@ -115,14 +149,26 @@ def call(function: Any, *arguments: Any) -> list[Any]:
 
 
 PROGRAM = """
-import os, sys, time
-print("argument", sys.argv[1], os.environ["WHO"], os.environ.get("HOME"), os.getcwd(), flush=True)
+import atexit, os, subprocess, sys, time
+kind, who = sys.argv[1], int(os.environ["WHO"])
+print("argument", kind, who, os.environ.get("HOME"), os.getcwd(), flush=True)
 print("an error", file=sys.stderr)
-if sys.argv[1] == "hang":
-    time.sleep(600)
-if sys.argv[1] == "die":
+if kind == "import":
+    print(sys.path, "tests.preloaded" in sys.modules)
+    import tests.preloaded
+if kind == "exit":
+    atexit.register(print, "at the exit")
+    sys.excepthook = lambda kind, error, traceback: print("hook", error, traceback.tb_lineno)
+    raise ValueError("planted")
+if kind == "bytes":
+    os.write(1, b"caf\\xe9\\n")
+if kind == "die":
     os.kill(os.getpid(), 9)
-sys.exit(int(os.environ["WHO"]))
+if kind == "child":
+    print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
+if kind in ("hang", "child") or kind == "one fails" and who == 0:
+    time.sleep(600)
+sys.exit(who)
 """
 
 
@@ -133,24 +179,83 @@ def program(tmp_path: Path) -> Path:
     return path
 
 
-def test_programs_have_their_own_environment_output_and_code(program: Path) -> None:
-    """As two new interpreters would: the same words, codes and streams."""
-    environments = [{"WHO": "0"}, {"WHO": "3"}]
-    found = forked.run_programs([program, "word"], environments, seconds=30)
+@pytest.mark.parametrize("kind", ["word", "exit", "import", "bytes"])
+def test_programs_are_what_a_new_interpreter_makes_of_them(program: Path, kind: str) -> None:
+    """The same words, codes, streams, imports and last acts."""
+    environments = [{"WHO": "0"}, {"WHO": "3", "PYTHONPATH": "/nowhere"}]
+    found = forked.run_programs([program, kind], environments, seconds=60)
+    options = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "check": False}
     fresh = [
-        subprocess.run([sys.executable, program, "word"], env=environment, capture_output=True, text=True, check=False)
-        for environment in environments
+        subprocess.run([sys.executable, program, kind], env=environment, **options) for environment in environments
     ]
-    assert [tuple(ended) for ended in found] == [(done.returncode, done.stdout, done.stderr) for done in fresh]
-    assert found[1] == (3, f"argument word 3 None {os.getcwd()}\n", "an error\n")
+    assert found == [(done.returncode, done.stdout, done.stderr) for done in fresh]
+    said, complained = {
+        "word": ("", "an error\n"),
+        "exit": ("hook planted 12\nat the exit\n", "an error\n"),
+        "import": ("False\n", "No module named 'tests'\n"),
+        "bytes": ("caf\N{REPLACEMENT CHARACTER}\n", "an error\n"),
+    }[kind]
+    assert found[1].code == (1 if kind in ("exit", "import") else 3)
+    assert found[1].stdout.startswith(f"argument {kind} 3 None {os.getcwd()}\n") and found[1].stdout.endswith(said)
+    assert found[1].stderr.endswith(complained)
+
+
+def test_output_of_a_launcher_that_is_not_text_hides_nothing(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WHO", "3")
+    assert launched([sys.executable, program, "bytes"])[:2] == forked.run_programs(
+        [program, "bytes"], [{**os.environ}], seconds=60
+    )[0][:2]
 
 
 def test_a_program_that_is_killed_or_hangs(program: Path) -> None:
     assert forked.run_programs([program, "die"], [{"WHO": "0"}], seconds=30)[0].code == -9
     began = time.monotonic()
-    with pytest.raises(TimeoutError, match=r"processes \[0\] of 1 run for more than 2 s\nprocess 0:\nargument hang 0"):
+    said = r"processes \[0\] of 1 run for more than 2 s\nprocess 0: did not end\nargument hang 0"
+    with pytest.raises(TimeoutError, match=said):
         forked.run_programs([program, "hang"], [{"WHO": "0"}], seconds=2)
     assert time.monotonic() - began < 20
+
+
+def test_one_that_fails_is_shown_though_another_waits_for_it(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forked, "AFTER_A_FAILURE", 1.0)
+    said = r"(?s)\[0\] of 2 still run 1 s after.*process 0: did not end.*process 1: ended with code 3\nargument one fails 3"
+    with pytest.raises(TimeoutError, match=said):
+        forked.run_programs([program, "one fails"], [{"WHO": "0"}, {"WHO": "3"}], seconds=300)
+
+
+def test_a_program_that_hangs_is_killed_with_its_children(program: Path) -> None:
+    with pytest.raises(TimeoutError) as raised:
+        forked.run_programs([program, "child"], [{"WHO": "0"}], seconds=2)
+    child = int(str(raised.value).splitlines()[3])
+    assert forked._dies(child, 20.0)
+
+
+def draws_and_limits() -> tuple[float, int, tuple[int, int]]:
+    import numpy as np
+
+    umask = os.umask(0)
+    return float(np.random.rand()), umask, resource.getrlimit(resource.RLIMIT_CORE)
+
+
+def test_a_fork_draws_for_itself_and_has_its_starters_limits() -> None:
+    """Not those of whoever started the server."""
+    umask, core = os.umask(0o027), resource.getrlimit(resource.RLIMIT_CORE)
+    os.umask(umask)
+    wanted = (1, core[1]) if core[1] != 0 else core
+    started = World(1)
+    started.run(os.getpid, ())
+    os.umask(0o027)
+    resource.setrlimit(resource.RLIMIT_CORE, wanted)
+    try:
+        second = World(1)
+    finally:
+        os.umask(umask)
+        resource.setrlimit(resource.RLIMIT_CORE, core)
+    first, later = (world.run(draws_and_limits, ())[0] for world in (started, second))
+    started.close()
+    second.close()
+    assert first[0] != later[0]
+    assert first[1:] == (umask, core) and later[1:] == (0o027, wanted)
 
 
 def test_a_module_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:
@@ -168,6 +273,66 @@ def test_a_module_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:
     assert "the fork server has not loaded tests.preloaded: " in done.stdout + done.stderr, done
 
 
+LOST = """
+import os, signal, time
+from multiprocessing import forkserver
+from pathlib import Path
+from threading import Timer
+from tests import forked
+if __name__ == "__main__":
+    forked.start_server()
+    there = Path("there")
+    def kill():
+        while not there.exists():
+            time.sleep(0.02)
+        os.kill(forkserver._forkserver._forkserver_pid, signal.SIGKILL)
+    Timer(0.1, kill).start()
+    Path("hang.py").write_text("import pathlib, time; pathlib.Path('there').touch(); time.sleep(600)")
+    try:
+        forked.run_programs(["hang.py"], [{}], seconds=120)
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def owner(tmp_path: Path, code: str) -> subprocess.Popen[str]:
+    """A process that starts ranks of its own, in `tmp_path`."""
+    script = tmp_path / "owner.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, script], env=environment, cwd=tmp_path, **streams)
+
+
+def test_a_dead_server_is_called_that(tmp_path: Path) -> None:
+    said, _ = owner(tmp_path, LOST).communicate(timeout=120)
+    assert "the fork server died\nprocess 0: lost with its fork server" in said
+
+
+INTERRUPTED = """
+import os, signal
+from pathlib import Path
+from tests import forked
+from tests.dist.ranks import World
+if __name__ == "__main__":
+    world = World(1)
+    print(*world.run(os.getpid, ()), flush=True)
+    deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); os.kill(int(os.environ['OWNER']), signal.SIGINT)"
+    Path("deaf.py").write_text(f"import os, signal, time; {deaf}; time.sleep(600)")
+    forked.run_programs(["deaf.py"], [{"OWNER": str(os.getpid())}], seconds=300)
+"""
+
+
+def test_an_interrupt_ends_programs_that_are_deaf_and_worlds_that_stand_still(tmp_path: Path) -> None:
+    started = owner(tmp_path, INTERRUPTED)
+    try:
+        said, _ = started.communicate(timeout=120)
+    finally:
+        started.kill()
+    assert "KeyboardInterrupt" in said and started.returncode == -signal.SIGINT
+    assert forked._dies(int(said.split()[0]), 20.0)
+
+
 OWNER = """
 import os, signal, sys
 from tests.dist import ranks
@@ -180,15 +345,10 @@ if __name__ == "__main__":
 
 
 def test_ranks_end_with_a_killed_owner_though_they_are_stopped(tmp_path: Path) -> None:
-    script = tmp_path / "owner.py"
-    script.write_text(OWNER)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=60)
-    assert done.returncode == -9 and len(done.stdout.split()) == 2, done
-    end = time.monotonic() + 10
-    while (left := [pid for pid in done.stdout.split() if Path("/proc", pid).exists()]) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert left == []
+    started = owner(tmp_path, OWNER)
+    said, _ = started.communicate(timeout=120)
+    assert started.returncode == -9 and len(said.split()) == 2, said
+    assert all(forked._dies(int(pid), 20.0) for pid in said.split())
 
 
 def test_a_world_stands_still_between_two_calls(world: World) -> None:

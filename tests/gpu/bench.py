@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 
-from tests.gpu.prepare import DEVICE, build, environment, install_wheels, python, runner
+from tests.gpu.prepare import DEVICE, environment, execute, python, runner
 from tests.gpu.stages import Runner, Stage
 
 # On a CPU a rehearsal of every stage at sizes of no meaning.
@@ -17,10 +17,11 @@ TINY_MODEL = () if DEVICE == "cuda" else ("--layers", "2", "--hidden", "256", "-
 SETTINGS = ("bf16:16:0", "bf16:16:0.1")
 
 
-def benchmark(run: Runner, seconds: float, name: str, script: str, *words: str) -> Stage:
+def benchmark(run: Runner, seconds: float, name: str, script: str, *words: str, writes: str = "") -> Stage:
     """A stage that is one benchmark, whose JSON goes where the table goes."""
     where = ("--device", DEVICE, "--out", str(run.out))
-    return Stage(name, seconds, python(f"benchmarks/{script}.py", *where, *words))
+    command = python(f"benchmarks/{script}.py", *where, *words)
+    return Stage(name, seconds, command, writes=f"{writes or f'{script}_{DEVICE}'}.json")
 
 
 def stages(run: Runner) -> Iterator[Stage]:
@@ -30,17 +31,14 @@ def stages(run: Runner) -> Iterator[Stage]:
     yield benchmark(run, 100, "training steps", "training", *model, *TINY_MODEL)
     yield benchmark(run, 45, "each product by itself", "microbench", *TINY_LAYER)
     layer = (*(TINY_LAYER or ("--shape", "llama-3-8b")), "--shard", "1", "8", "--rounds", "10")
-    yield benchmark(run, 60, "overhead of a layer", "overhead", *layer, "--settings", *SETTINGS)
+    writes = "overhead_cuda" if DEVICE == "cuda" else "overhead"
+    yield benchmark(run, 60, "overhead of a layer", "overhead", *layer, "--settings", *SETTINGS, writes=writes)
     yield benchmark(run, 40, "hardware counters", "counters", *TINY_LAYER)
 
 
 def main() -> int:
     run = runner("gpu-bench")
-    install_wheels(run)
-    if build(run, [environment()]):
-        for stage in stages(run):
-            run.run(stage)
-    return run.close()
+    return execute(run, [environment()], list(stages(run)), without_operators=False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.gpu.environment import NEEDED, absent
-from tests.gpu.stages import Runner, Stage
+from tests.gpu.stages import Runner, Stage, select
 
 ROOT = Path(__file__).parents[2]
 USUAL_SECONDS = 330
@@ -34,6 +34,27 @@ def runner(name: str) -> Runner:
 def python(*words: str) -> list[str]:
     """A command of this interpreter."""
     return [sys.executable, *words]
+
+
+def execute(run: Runner, beside: Sequence[Stage], after: Sequence[Stage], *, without_operators: bool) -> int:
+    """Run a whole check or benchmark and return its exit code; GPU_CHECK_ONLY names the stages of a part.
+
+    beside: the stages that need no compiled operators, which run while these are built. without_operators: go on though
+    the build failed.
+    """
+    only = {name.strip() for name in os.environ.get("GPU_CHECK_ONLY", "").split(",") if name.strip()}
+    chosen = select([*beside, *after], only)
+    early, late = ([stage for stage in stages if stage in chosen] for stages in (beside, after))
+    with run:
+        run.forget(chosen)
+        install_wheels(run)
+        if not late:
+            for stage in early:
+                run.run(stage)
+        elif build(run, early) or without_operators:
+            for stage in late:
+                run.run(stage)
+    return run.close()
 
 
 def install_wheels(run: Runner) -> None:

@@ -2,35 +2,54 @@
 
 What a stage said is kept as soon as it ends, and one that fails, hangs or cannot start does not keep the next from
 running. In the folder for results lie two files: NAME.txt, the table, written anew after every stage, and NAME.log,
-which every stage's output is added to. No torch is needed here.
+which every stage's output is added to. A signal that ends the runner ends its stages, and the table says so. No torch
+is needed here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import json
 import os
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType, TracebackType
 
 # A stage has this long to say what it found once its time is over; then it is killed.
 GRACE = 5.0
 # Of a stage's output, what the log that is sent back keeps, and what is printed where it failed.
 KEPT_BYTES, SHOWN_LINES, SHOWN_COLUMNS = 2**20, 40, 300
+# A process that is killed is gone in this time, unless a driver holds it.
+DYING = 5.0
+_MARK = "GPU_CHECK_STAGE"
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
 _PYTEST = re.compile(r"((?:\d+ (?:passed|failed|errors?|skipped|deselected|xfailed|warnings?)(?:, )?)+)(?: in .*)?$")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. seconds: at most, GRACE included. if_time: that it is not begun for want of time is no failure."""
+    """One command. seconds: at most, GRACE included. if_time: that it is not begun for want of time is no failure.
+
+    Code 0 alone is no success where more is expected. tests: at least one passes. writes: the JSON that it leaves,
+    complete, in the runner's `out`. when: asked as its turn comes; where it says no there is no such stage.
+    """
 
     name: str
     seconds: float
     command: Sequence[str]
     if_time: bool = False
+    tests: bool = False
+    writes: str = ""
+    when: Callable[[], bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -49,8 +68,12 @@ class Outcome:
 
 @dataclass
 class Running:
-    """A stage that was started; `process` is None where that failed. began: by the wall clock; until: monotonic."""
+    """A stage that was started; `process` is None where that failed. began: by the wall clock; until: monotonic.
 
+    mark: in the environment of every process of the stage, whatever session or parent it has.
+    """
+
+    mark: str
     stage: Stage
     process: subprocess.Popen[bytes] | None
     log: Path
@@ -59,9 +82,15 @@ class Running:
     until: float
 
 
+class Stopped(BaseException):
+    """A signal told the runner to end."""
+
+
 @dataclass
 class Runner:
     """title: what runs, for the table. name: of the two files in `out`. logs: a folder for each stage's whole output.
+
+    As a context it answers signals: they end the stages and the context, and `close` returns 1.
 
     seconds: the budget of all stages, counted from when the runner is made; `usual` is the one that the stages' own
     limits are meant for, and a larger budget stretches them.
@@ -82,6 +111,37 @@ class Runner:
             folder.mkdir(parents=True, exist_ok=True)
         self.log = self.out / f"{self.name}.log"
         self.log.write_text("", encoding="utf-8")
+        self._running: list[Running] = []
+        self._stopped = ""
+        self._write_table()  # over that of a run before this one
+
+    def __enter__(self) -> Runner:
+        self._handlers = {number: signal.signal(number, self._stop) for number in _ENDING}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> bool:
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_IGN)
+        for running in list(self._running):
+            _kill(running)
+            if not any(outcome.stage is running.stage for outcome in self.outcomes):
+                self._ended(running, f"FAILED: stopped by {self._stopped or 'an error of the runner'}")
+        self._write_table()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        return kind is Stopped
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        for each in _ENDING:  # make and timeout may each send one
+            signal.signal(each, signal.SIG_IGN)
+        self._stopped = signal.Signals(number).name
+        raise Stopped
+
+    def forget(self, stages: Iterable[Stage]) -> None:
+        """Remove what the stages wrote in a run before this one, so that it does not pass as this one's."""
+        for stage in stages:
+            if stage.writes:
+                (self.out / stage.writes).unlink(missing_ok=True)
 
     @property
     def elapsed(self) -> float:
@@ -92,14 +152,16 @@ class Runner:
         return self.finish(self.start(stage))
 
     def start(self, stage: Stage) -> Running | None:
-        """Start a stage, to be handed to `finish`; None where too little time is left."""
+        """Start a stage, to be handed to `finish`; None where too little time is left, or there is no such stage."""
+        if stage.when is not None and not stage.when():
+            return None
         limit = min(stage.seconds * max(1.0, self.seconds / self.usual), self.seconds - self.elapsed)
         if limit <= 2 * GRACE and limit < stage.seconds:
             self._keep(Outcome(stage, 0.0, "not run: no time left"))
             return None
         print(f"== {stage.name} (at most {limit:.0f} s)", flush=True)
         log = self.logs / f"{re.sub(r'[^a-zA-Z0-9]+', '-', stage.name)}.log"
-        began, until = time.time(), time.monotonic() + limit
+        began, until, mark = time.time(), time.monotonic() + limit, uuid.uuid4().hex
         with log.open("wb") as stream:
             try:
                 # A session of its own, so that whatever the stage leaves behind can be ended with it.
@@ -108,13 +170,16 @@ class Runner:
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
                     stderr=subprocess.STDOUT,
-                    env=dict(self.environment),
+                    env={**self.environment, _MARK: mark},
                     start_new_session=True,
+                    preexec_fn=_end_with_the_runner,
                 )
             except OSError as error:
                 stream.write(f"{error}\n".encode())
                 process = None
-        return Running(stage, process, log, limit, began, until)
+        running = Running(mark, stage, process, log, limit, began, until)
+        self._running.append(running)
+        return running
 
     def finish(self, running: Running | None) -> bool:
         """Wait for a started stage, end it where its time is over, and keep its outcome; whether it succeeded."""
@@ -123,25 +188,50 @@ class Runner:
         # One that ran beside others may have ended before: with its last word, as far as can be told.
         over = running.process is None or running.process.poll() is not None
         ended = running.log.stat().st_mtime if over else None
-        code, late = (127, False) if running.process is None else _wait(running.process, running.until)
+        code, late = _wait(running)
         result = "ok" if code == 0 else f"FAILED: code {code}"
-        if late and code:  # one that was at its end anyway, and says so, has not failed
-            result = f"FAILED: ran past {running.limit:.0f} s"
+        if late and code != 0:  # one that was at its end anyway, and says so, has not failed
+            result = f"FAILED: ran past {running.limit:.0f} s" + (", cannot be killed" if code is None else "")
+        return self._ended(running, result, ended)
+
+    def _ended(self, running: Running, result: str, ended: float | None = None) -> bool:
+        """Keep the outcome of a stage that no longer runs; whether it succeeded. ended: when, if not now."""
         text = running.log.read_bytes()[-KEPT_BYTES:].decode("utf-8", errors="replace")
         seconds = max(0.0, (ended or time.time()) - running.began)
-        outcome = Outcome(running.stage, seconds, result, last_words(text))
+        says = last_words(text)
+        if result == "ok":
+            result = self._unproven(running.stage, says) or result
+        outcome = Outcome(running.stage, seconds, result, says)
         if outcome.failed:
             for line in text.splitlines()[-SHOWN_LINES:]:
                 print(line[:SHOWN_COLUMNS])
         self._keep(outcome, text)
+        self._running.remove(running)
         return not outcome.failed
+
+    def _unproven(self, stage: Stage, says: str) -> str:
+        """Why code 0 is not believed; "" where it is."""
+        if stage.tests and not re.search(r"\b[1-9]\d* passed", says):
+            return "FAILED: no test passed"
+        if stage.writes:
+            try:
+                found = json.loads((self.out / stage.writes).read_text(encoding="utf-8"))
+            except (OSError, ValueError):
+                return f"FAILED: {stage.writes} was not written"
+            if not found.get("complete"):
+                return f"FAILED: {stage.writes} is not complete"
+        return ""
 
     def _keep(self, outcome: Outcome, text: str = "") -> None:
         print(f"-- {outcome.stage.name}: {outcome.result}, {outcome.seconds:.0f} s  {outcome.says}", flush=True)
         self.outcomes.append(outcome)
-        with self.log.open("a", encoding="utf-8") as log:
+        with _reported(), self.log.open("a", encoding="utf-8") as log:
             log.write(f"\n===== {outcome.stage.name}: {outcome.result}, {outcome.seconds:.1f} s\n{text}")
-        (self.out / f"{self.name}.txt").write_text(self.table(), encoding="utf-8")
+        self._write_table()
+
+    def _write_table(self) -> None:
+        with _reported():
+            (self.out / f"{self.name}.txt").write_text(self.table(), encoding="utf-8")
 
     def table(self) -> str:
         """What has run so far: stage, seconds, result, and what it said last."""
@@ -150,32 +240,78 @@ class Runner:
         names, _, results = (max(len(row[column]) for row in rows) for column in range(3))
         lines = [f"{name:<{names}}  {took:>7}  {result:<{results}}  {says}" for name, took, result, says in rows]
         head = f"{self.title}: {self.elapsed:.0f} of {self.seconds:.0f} s"
+        head += f", stopped by {self._stopped}" if self._stopped else ""
         return "\n".join([head, "", *(line.rstrip() for line in lines)]) + "\n"
 
     def close(self) -> int:
-        """Print the table. Returns the exit code: 1 if anything failed, or nothing ran."""
+        """Print the table. Returns the exit code: 1 if anything failed, nothing ran, or a signal ended it."""
         print(f"\n{self.table()}", end="", flush=True)
-        return int(not self.outcomes or any(outcome.failed for outcome in self.outcomes))
+        return int(bool(self._stopped) or not self.outcomes or any(outcome.failed for outcome in self.outcomes))
 
 
-def _wait(process: subprocess.Popen[bytes], until: float) -> tuple[int, bool]:
-    """The exit code of a stage, and whether its time ran out; nothing of its session is left behind."""
-    late = False
+def select(stages: Collection[Stage], only: Collection[str]) -> list[Stage]:
+    """Return the stages of these names, in their own order; all where none is named. SystemExit at an unknown name."""
+    unknown = set(only) - {stage.name for stage in stages}
+    if unknown:
+        known = "".join(f"\n  {stage.name}" for stage in stages)
+        raise SystemExit(f"GPU_CHECK_ONLY: no stage is called {', '.join(sorted(unknown))}; there are{known}")
+    return [stage for stage in stages if not only or stage.name in only]
+
+
+@contextlib.contextmanager
+def _reported() -> Iterator[None]:
+    """A full disk, or a folder for results that is gone, ends no stage: what is lost there is printed as well."""
     try:
-        process.wait(max(0.0, until - GRACE - time.monotonic()))
+        yield
+    except OSError as error:
+        print(f"not written: {error}", flush=True)
+
+
+def _end_with_the_runner() -> None:
+    """In a stage before its command: the kernel kills it once the runner is dead, however that died."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _wait(running: Running) -> tuple[int | None, bool]:
+    """The exit code of a stage, and whether its time ran out. Nothing of it is left behind; None: it does not die."""
+    process, late = running.process, False
+    if process is None:
+        return 127, False
+    try:
+        process.wait(max(0.0, running.until - GRACE - time.monotonic()))
     except subprocess.TimeoutExpired:
         late = True
         # An interrupt first: pytest then still says what has failed.
         process.send_signal(signal.SIGINT)
-        try:
-            process.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            pass
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    return process.wait(), late
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, running.until - time.monotonic()))
+    _kill(running)
+    return process.poll(), late
+
+
+def _kill(running: Running) -> None:
+    """Kill all of a stage's processes: a launcher's ranks too, which have sessions of their own."""
+    until = time.monotonic() + DYING
+    while time.monotonic() < until:
+        left = _marked(running.mark)
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if running.process is not None:
+            running.process.poll()
+        if not left:
+            return
+        time.sleep(0.02)
+
+
+def _marked(mark: str) -> list[int]:
+    """The processes that have the mark in their environment."""
+    sign, found = f"{_MARK}={mark}".encode(), []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # another user's, or it has ended
+            if sign in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
 
 
 def last_words(text: str) -> str:

@@ -19,7 +19,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,6 +28,7 @@ import yaml
 
 from tests import forked
 from tests.dist import ranks
+from tests.forked import Outcome
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 180
@@ -36,13 +36,10 @@ WORDS = ("cat", "dog", "ant", "hen", "rat", "pig")
 LAUNCHER_VARIABLES = tuple("RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split())
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How launch/train.py ended: under a launcher, or on one rank of the pool."""
-
-    code: int
-    stdout: str
-    stderr: str
+def assert_codes(outcomes: Sequence[Outcome], expected: int) -> None:
+    """Hold the code of every rank to the expected one; what each said last goes with the failure."""
+    said = (f"rank {n}, code {one.code}:\n{one.stdout[-2000:]}{one.stderr[-4000:]}" for n, one in enumerate(outcomes))
+    assert {outcome.code for outcome in outcomes} == {expected}, "\n".join(said)
 
 
 def free_port() -> int:
@@ -129,7 +126,8 @@ def program(command: Sequence[object]) -> Outcome:
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",  # a stray byte must not take the place of the result
         start_new_session=True,  # so that a hang ends with the launcher's workers, not with the launcher alone
     )
     try:

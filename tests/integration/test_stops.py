@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from lowrank_dist.data.loader import Loader
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear
 from tests.dist import ranks
-from tests.integration.launching import Outcome, _main, metrics, samples, write_jsonl
+from tests.integration.launching import Outcome, _main, assert_codes, metrics, samples, write_jsonl
 from tests.integration.resuming import Layout, curve, gap, make_job, tensors, train
 
 SQUARE, PAIR = Layout(2, 2, 1), Layout(2, 1, 1)
@@ -38,12 +38,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert codes(train(job, run, SQUARE, *LONG)) == [0, 0, 0, 0]
+    assert_codes(train(job, run, SQUARE, *LONG), 0)
     return run
-
-
-def codes(outcomes: list[Outcome]) -> list[int]:
-    return [outcome.code for outcome in outcomes]
 
 
 def pids(size: int) -> list[int]:
@@ -85,14 +81,14 @@ def test_one_rank_is_told_and_all_save_and_stop(
             yield
 
     outcomes = meanwhile(lambda: train(job, run, SQUARE, *LONG), tell)
-    assert codes(outcomes) == [85, 85, 85, 85], outcomes
+    assert_codes(outcomes, 85)
     (said,) = STOPPED.findall(outcomes[0].stdout)
     assert said[0] == (numbers[0].name if rank == 0 else "a signal to another rank")
     step, seconds = int(said[1]), float(said[2])
     assert 3 <= step < STEPS and 0 < seconds < 30
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == sorted({"last", f"step-{step}"} | best(run))
     assert not (run / "adapter").exists() and not (run / "FAILED").exists()
-    assert codes(train(job, run, SQUARE, *LONG)) == [0, 0, 0, 0]
+    assert_codes(train(job, run, SQUARE, *LONG), 0)
     assert curve(run) == curve(undisturbed)
     assert gap(tensors(run, STEPS), tensors(undisturbed, STEPS)) == 0
 
@@ -112,7 +108,8 @@ def test_told_at_its_last_step_a_run_just_ends(job: Path, tmp_path: Path) -> Non
         yield
 
     outcomes = meanwhile(lambda: train(job, run, SQUARE, *LONG, "train.steps=1"), tell)
-    assert codes(outcomes) == [0, 0, 0, 0] and (run / "adapter").is_dir()
+    assert_codes(outcomes, 0)
+    assert (run / "adapter").is_dir()
 
 
 # --- a loss that is not finite ---------------------------------------------------------------------------------------
@@ -146,7 +143,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(poisoned: Path, tmp_path: P
     """The sample comes once in three steps. Where it came last, the weights are those of the step before."""
     run = tmp_path / "run"
     outcomes = train(poisoned, run, SQUARE, *SKIP)
-    assert codes(outcomes) == [0, 0, 0, 0], outcomes
+    assert_codes(outcomes, 0)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     skipped = [record["step"] for record in records if record.get("skipped_in_a_row") == 1]
     assert len(skipped) == 2 and skipped[1] > 2 and len(records) == 6 and all(np.isfinite(metrics(run, "loss")))
@@ -161,7 +158,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(poisoned: Path, tmp_path: P
     end = skipped[1]
     before, until = tmp_path / "before", tmp_path / "until"
     for folder, steps in ((before, end - 1), (until, end)):
-        assert codes(train(poisoned, folder, SQUARE, *SKIP, f"train.steps={steps}")) == [0, 0, 0, 0]
+        assert_codes(train(poisoned, folder, SQUARE, *SKIP, f"train.steps={steps}"), 0)
     masters = [
         {name: value for name, value in tensors(folder, steps).items() if name.endswith("master")}
         for folder, steps in ((before, end - 1), (until, end), (run, 6))
@@ -172,12 +169,13 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(poisoned: Path, tmp_path: P
 
 def test_it_stops_by_default_and_after_too_many_in_a_row(poisoned: Path, tmp_path: Path) -> None:
     by_default = train(poisoned, tmp_path / "first", SQUARE, *SKIP, "train.nonfinite=stop")
-    assert codes(by_default) == [2, 2, 2, 2]
+    assert_codes(by_default, 2)
     # With every sample like it no step is finite.
     rows = [{"prompt": "Z:", "completion": "dog"}] * 24
     every = write_jsonl(tmp_path / "every.jsonl", rows)
     too_many = train(poisoned, tmp_path / "second", SQUARE, *SKIP, f"data.train={every}", "train.max_skips=2")
-    assert codes(too_many) == [2, 2, 2, 2] and too_many[0].stdout.count("the step is skipped on every rank") == 2
+    assert_codes(too_many, 2)
+    assert too_many[0].stdout.count("the step is skipped on every rank") == 2
     (said,) = [outcome.stderr for outcome in too_many if outcome.stderr]
     assert "step 3: the loss is nan" in said and "train.max_skips (2) steps in a row were skipped" in said
 
@@ -221,7 +219,7 @@ def slowed(slow_rank: int, what: str, arguments: list[str]) -> Outcome:
 def test_a_straggler_is_named(job: Path, tmp_path: Path, layout: Layout, slow_rank: int, what: str) -> None:
     arguments = [str(job), f"output.dir={tmp_path / 'run'}", *layout.overrides, "train.steps=4", "data.eval=null"]
     outcomes = ranks.run_ranks(layout.tensor * layout.data, slowed, slow_rank, what, arguments)
-    assert codes(outcomes) == [0] * len(outcomes)
+    assert_codes(outcomes, 0)
     named = set(re.findall(r"rank (\d) on \S+ is a straggler", outcomes[0].stdout))
     assert named == {str(slow_rank)}, outcomes[0].stdout
 
@@ -230,4 +228,5 @@ def test_no_factor_no_straggler(job: Path, tmp_path: Path) -> None:
     options = ["engine.straggler_factor=null", "train.steps=4", "data.eval=null"]
     arguments = [str(job), f"output.dir={tmp_path / 'run'}", *PAIR.overrides, *options]
     outcomes = ranks.run_ranks(2, slowed, 1, "data", arguments)
-    assert codes(outcomes) == [0, 0] and "straggler" not in outcomes[0].stdout
+    assert_codes(outcomes, 0)
+    assert "straggler" not in outcomes[0].stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import counters  # noqa: E402
 import microbench  # noqa: E402
 import products  # noqa: E402
+import record  # noqa: E402
 import roofline  # noqa: E402
 import sides  # noqa: E402
 import timeline  # noqa: E402
@@ -72,7 +74,7 @@ STEP = [
 
 
 def test_a_trace_is_read_from_the_profilers_events() -> None:
-    trace = timeline.read(STEP, 100e-6)
+    trace = timeline.read(STEP, 100e-6, cuda=True)
     assert [span.name[:5] for span in trace.kernels] == ["nvjet", "void ", "Memcp"]
     assert trace.busy_share == pytest.approx(0.45)  # 20 to 60 and 70 to 75: no annotation, nothing twice
     assert trace.host_seconds == pytest.approx(19e-6)  # all but 15 to 76 and 80 to 100
@@ -84,7 +86,16 @@ def test_a_trace_is_read_from_the_profilers_events() -> None:
 def test_an_annotation_taken_for_work_would_be_seen() -> None:
     """Negative control: the same trace with Kineto's projection of an annotation called a kernel."""
     spoilt = [{**e, "cat": "kernel"} if e.get("cat") == "gpu_user_annotation" else e for e in STEP]
-    assert timeline.read(spoilt, 100e-6).busy_share == pytest.approx(1.0)
+    assert timeline.read(spoilt, 100e-6, cuda=True).busy_share == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("categories", [{"cpu_op"}, {"cpu_op", "cuda_runtime", "cuda_driver"}, set()])
+def test_a_trace_of_a_gpu_without_kernels_is_an_error(categories: set[str]) -> None:
+    """What a CPU did must not pass as a GPU's kernels, nor nothing as a busy share of zero."""
+    seen = [e for e in STEP if e.get("cat") in categories]
+    with pytest.raises(RuntimeError, match="the profiler saw no kernel of the GPU"):
+        timeline.read(seen, 1.0, cuda=True)
+    assert len(timeline.read(seen, 1.0, cuda=False).kernels) == ("cpu_op" in categories)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +123,7 @@ def test_groups_of_kernels(name: str, shapes: tuple[tuple[int, ...], ...], expec
 
 
 def test_groups_add_up_to_all_kernels() -> None:
-    kernels = timeline.read(STEP, 1.0).kernels
+    kernels = timeline.read(STEP, 1.0, cuda=True).kernels
     for rows in (timeline.by_group(kernels).values(), timeline.by_name(kernels)):
         assert sum(row["launches"] for row in rows) == 3
         assert sum(row["us"] for row in rows) == pytest.approx(55.0)
@@ -132,6 +143,18 @@ def test_a_real_profile_on_a_cpu() -> None:
     products = [span for span in trace.kernels if span.name == "aten::mm"]
     assert len(products) == 1 and products[0].shapes[:2] == ((96, 128), (128, 96))
     assert 0 < trace.busy_share <= 1 and trace.waits == [] and trace.host_seconds == trace.seconds
+
+
+# --- what is left of a benchmark
+
+
+def test_a_result_says_which_commit_it_is_of_and_whether_more_was_to_come(tmp_path: Path) -> None:
+    path = record.write_result("some", {"cores": 2}, {"rows": [1]}, tmp_path, complete=False)
+    assert json.loads(path.read_text())["complete"] is False
+    found = json.loads(record.write_result("some", {"cores": 2}, {"rows": [1, 2]}, tmp_path).read_text())
+    assert found["complete"] is True and found["rows"] == [1, 2] and found["machine"] == {"cores": 2}
+    assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{40}\+?", found["commit"])
+    assert [child.name for child in tmp_path.iterdir()] == ["some.json"]
 
 
 # --- each product by itself

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.gpu import stages
-from tests.gpu.stages import Outcome, Runner, Stage
+from tests.gpu import check, prepare, stages
+from tests.gpu.stages import Outcome, Runner, Stage, select
 
 MakeRunner = Callable[..., Runner]
 HANG = "sleep 60"
@@ -156,3 +159,173 @@ def test_what_failed_is_told_from_what_had_no_time() -> None:
     spare, wanted = stage("", if_time=True), stage("")
     assert not Outcome(spare, 0.0, "not run: no time left").failed
     assert Outcome(wanted, 0.0, "not run: no time left").failed and Outcome(spare, 0.0, "FAILED: code 1").failed
+
+
+# A child with a session of its own, as torchrun's ranks have, whose parent ends or stays; its id is said at once.
+LEFT_BEHIND = "setsid sh -c 'echo $$; exec sleep 60' & sleep 0.3"
+
+
+def assert_dead(pid: str) -> None:
+    until = time.monotonic() + 20
+    while lives(Path("/proc", pid, "stat")) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert pid.isdigit() and not lives(Path("/proc", pid, "stat"))
+
+
+def test_nothing_of_a_stage_outlives_it_whatever_its_session(make_runner: MakeRunner) -> None:
+    run = make_runner()
+    beside = run.start(stage("sleep 2.5; echo built", name="beside"))
+    run.run(stage(LEFT_BEHIND, name="ends"))
+    run.run(stage(f"{LEFT_BEHIND}; {HANG}", 1.5, name="hangs"))
+    assert results(run) == {"ends": "ok", "hangs": "FAILED: ran past 2 s"}
+    for outcome in run.outcomes:
+        assert_dead(outcome.says)
+    assert run.finish(beside), "a stage that runs beside is another's"
+
+
+RUN = """
+import sys
+from pathlib import Path
+from tests.gpu.stages import Runner, Stage
+out = Path(sys.argv[1])
+with Runner("rehearsal", "gpu-test", out, out / "logs", 100.0, 100.0) as run:
+    run.run(Stage("done", 20.0, ["true"]))
+    run.run(Stage("cut off", 80.0, ["sh", "-c", sys.argv[2]]))
+    run.run(Stage("not begun", 20.0, ["true"]))
+sys.exit(run.close())
+"""
+
+
+def started(out: Path, script: str) -> tuple[subprocess.Popen[str], str]:
+    """A process with a runner, and the id of what its stage has left in the background."""
+    process = subprocess.Popen([sys.executable, "-c", RUN, str(out), script], stdout=subprocess.PIPE, text=True)
+    log = out / "logs" / "cut-off.log"
+    until = time.monotonic() + 60
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.01)
+    return process, log.read_text().strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_stage_and_is_in_the_table(tmp_path: Path, number: signal.Signals) -> None:
+    process, child = started(tmp_path, f"{LEFT_BEHIND}; {HANG}")
+    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)  # as make and timeout do, both
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert_dead(child)
+    table = (tmp_path / "gpu-test.txt").read_text()
+    assert f"FAILED: stopped by {number.name}" in table and "done" in table and "not begun" not in table
+    assert table in said and child in (tmp_path / "gpu-test.log").read_text()
+
+
+def test_a_stage_ends_with_a_runner_that_is_killed(tmp_path: Path) -> None:
+    process, leader = started(tmp_path, "echo $$; exec sleep 60")
+    process.kill()
+    process.communicate(timeout=60)
+    assert_dead(leader)
+
+
+def test_what_a_run_before_left_is_gone(make_runner: MakeRunner) -> None:
+    run = make_runner()
+    run.run(stage("", name="before"))
+    ours, other = run.out / "ours.json", run.out / "other.json"
+    for path in (ours, other):
+        path.write_text('{"complete": true}')
+    again = make_runner()
+    assert "before" not in (again.out / "gpu-test.txt").read_text()
+    again.forget([Stage("ours", 5.0, ["true"], writes="ours.json")])
+    assert not ours.exists() and other.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "result"),
+    [
+        ("true", "FAILED: of.json was not written"),
+        ("echo '{\"complete\": false}' >of.json", "FAILED: of.json is not complete"),
+        ("echo '{\"complete\": true}' >of.json", "ok"),
+    ],
+)
+def test_a_benchmark_without_its_whole_result_has_failed(make_runner: MakeRunner, script: str, result: str) -> None:
+    run = make_runner()
+    run.run(Stage("bench", 20.0, ["sh", "-c", f"cd {run.out}; {script}"], writes="of.json"))
+    assert results(run) == {"bench": result}
+
+
+@pytest.mark.parametrize(
+    ("said", "result"),
+    [("3 skipped in 1s", "FAILED: no test passed"), ("done", "FAILED: no test passed"), ("2 passed in 1s", "ok")],
+)
+def test_tests_of_which_none_passed_prove_nothing(make_runner: MakeRunner, said: str, result: str) -> None:
+    run = make_runner()
+    run.run(Stage("tests", 20.0, ["echo", said], tests=True))
+    assert results(run) == {"tests": result}
+
+
+def test_results_that_cannot_be_written_end_no_stage(
+    make_runner: MakeRunner, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_runner()
+    run.out.rename(tmp_path / "gone")
+    assert run.run(stage("echo fine")) and run.close() == 0
+    assert "not written: " in capsys.readouterr().out
+
+
+def test_a_process_that_does_not_die_ends_no_run(make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that waits for a GPU's driver."""
+    run = make_runner()
+    kept: list[stages.Running] = []
+    monkeypatch.setattr(stages, "_kill", kept.append)
+    run.run(stage(f"trap '' INT; {HANG} & wait", 1.0))
+    assert results(run) == {"a stage": "FAILED: ran past 1 s, cannot be killed"}
+    monkeypatch.undo()
+    stages._kill(kept[0])
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [("print('a warning'); print(2)", True), ("print(1)", False), ("print('no')", False), ("raise OSError", False)],
+)
+def test_the_number_of_gpus_is_asked_for_without_risk(
+    monkeypatch: pytest.MonkeyPatch, code: str, expected: bool
+) -> None:
+    monkeypatch.setattr(check, "DEVICE", "cuda")
+    monkeypatch.setattr(check, "python", lambda *_: [sys.executable, "-c", code])
+    assert check.several_gpus() == expected
+
+
+def test_a_stage_whose_time_never_comes_is_not_in_the_table(make_runner: MakeRunner) -> None:
+    run = make_runner()
+    assert not run.run(Stage("several GPUs", 5.0, ["true"], when=lambda: False)) and run.outcomes == []
+
+
+def test_stages_are_chosen_by_name() -> None:
+    every = [stage("", name=name) for name in ("environment", "accuracy", "twins")]
+    assert [one.name for one in select(every, {"twins", "environment"})] == ["environment", "twins"]
+    assert select(every, ()) == every
+    with pytest.raises(SystemExit, match=r"no stage is called acuracy; there are\n  environment\n  accuracy"):
+        select(every, {"acuracy"})
+    assert not [one.name for one in check.stages() if "," in one.name], "names are separated by commas"
+
+
+@pytest.mark.parametrize(
+    ("only", "built", "ran"),
+    [
+        ("", True, ["build", "early", "late"]),
+        ("late", True, ["build", "late"]),
+        ("early", False, ["early"]),
+        (" early , late", True, ["build", "early", "late"]),
+    ],
+)
+def test_a_part_of_the_stages_builds_what_it_needs(
+    make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch, only: str, built: bool, ran: list[str]
+) -> None:
+    run = make_runner()
+    monkeypatch.setenv("GPU_CHECK_ONLY", only)
+    monkeypatch.setattr(prepare, "install_wheels", lambda _: None)
+    monkeypatch.setattr(
+        prepare, "build", lambda run, beside: [run.run(one) for one in [stage("", name="build"), *beside]][0]
+    )
+    assert prepare.execute(run, [stage("", name="early")], [stage("", name="late")], without_operators=False) == 0
+    assert list(results(run)) == ran and ("build" in ran) == built
