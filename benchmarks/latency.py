@@ -245,8 +245,7 @@ class Bench:
 
     def _low_rank(self, rank: int) -> tuple[list[Part], int]:
         from lowrank_dist.arch.placement import LoraRules, place
-        from lowrank_dist.methods.lora.inject import inject
-        from lowrank_dist.methods.lora.state import lora_theta
+        from lowrank_dist.methods.lora.factors import inject, lora_theta
         from lowrank_dist.parallel.masks import MaskSource
 
         topology = self.topology

@@ -74,7 +74,7 @@ def rank_main(rank: int, tp: int, port: int, folder: Path, parent: Connection) -
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     from lowrank_dist.backend.select import init_process_group, select_backend, shutdown
-    from lowrank_dist.model.build import check_model, load_model
+    from lowrank_dist.model.load import check_model, load_model
     from lowrank_dist.parallel.topology import Topology
 
     backend = select_backend("cpu", rank, tp)

@@ -38,8 +38,7 @@ from transformers import LlamaConfig
 
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
-from lowrank_dist.formats.fingerprint import fingerprint
-from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.formats.provenance import Provenance, fingerprint
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
 from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, module_paths, write_adapter
 

@@ -8,17 +8,17 @@ no attention, norm or activation. On a CPU TinyLlama's (H 2048, ffn 5632, 32 hea
 Llama-3-8B's and 70B's at T = 8192, whole (`--shard 1`) and as one rank's share of 8 with sequence parallelism
 (`--shard 8`), where the real parallel linears run on a process group that copies in place of communicating.
 
-Sides, all in one process: `ours`; `ours_lanes` (shard 8: parallel/lanes.py); `peft`, its layers on nn.Linear q, k, v,
+Sides, all in one process: `ours`; `ours_lanes` (shard 8: parallel/factors.py); `peft`, its layers on nn.Linear q, k, v,
 o, gate, up, down, with fp32 adapters under a bf16 base as users get them by default; `peft_same_dtype`, adapters in the
 base's dtype; on CUDA `eager`, plain torch with fused weights and hand-written autograd. Shard 8 gives PEFT the rank's
 weights and all tokens, without collectives: that is what it would do there if it could.
 
-Each side is measured against its own frozen twin: ours and eager against the fused weights through ops/gemm.py (oneDNN
-for fp32 on a CPU), PEFT's against the bare nn.Linear (torch's choice, MKL). So a faster GEMM hides nothing; ours over
-PEFT's twin is reported beside it. A round is one step of every side, in rotating order and every other time backwards.
-A figure is the median over rounds of (side − twin), over the twin's median, with a bootstrap 95 % interval of that
-median difference. Gradients are dropped outside the clock. On CUDA the clock is the GPU's, events around a step that
-was launched whole behind a kernel that waits; the seconds that launching took are reported too.
+Each side is measured against its own frozen twin: ours and eager against the fused weights through ops/linear.py
+(oneDNN for fp32 on a CPU), PEFT's against the bare nn.Linear (torch's choice, MKL). So a faster GEMM hides nothing;
+ours over PEFT's twin is reported beside it. A round is one step of every side, in rotating order and every other time
+backwards. A figure is the median over rounds of (side − twin), over the twin's median, with a bootstrap 95 % interval
+of that median difference. Gradients are dropped outside the clock. On CUDA the clock is the GPU's, events around a step
+that was launched whole behind a kernel that waits; the seconds that launching took are reported too.
 
 Before timing, ours and PEFT must agree at dropout 0 (B is not zero): outputs, dX, every factor gradient that one rank
 computes whole. Counted besides: the bytes that forward leaves for backward, which must be the distinct inputs + U.

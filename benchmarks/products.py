@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.arch.rows import LinearLayout
-from lowrank_dist.ops.down import down
-from lowrank_dist.ops.expand import expand
-from lowrank_dist.ops.grad_a import grad_a
+from lowrank_dist.ops.low_rank import down, expand, grad_a, up_grad_b, up_grad_u
 from lowrank_dist.ops.mask import Mask, quantise
-from lowrank_dist.ops.up import up_grad_b, up_grad_u
 
 RANK, DROPOUT, DTYPE, ITEMSIZE = 16, 0.1, torch.bfloat16, 2
 SQUARE = 8192

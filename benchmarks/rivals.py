@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lowrank_dist.ops.gemm import linear
+from lowrank_dist.ops.linear import linear
 from lowrank_dist.parallel.collectives import gather_rows, reduce_scatter_rows
 
 

@@ -38,7 +38,7 @@ ITEMSIZE = 2
 def passes(layout: LinearLayout, n: int, tokens: int, r: int) -> dict[str, int]:
     """Elements that each product of the low-rank path reads and writes, on one of n ranks.
 
-    A thin product is written for the frozen one to add to (ops/adapted.py). Where n > 1 (sequence parallelism) the side
+    A thin product is written for the frozen one to add to (ops/linear.py). Where n > 1 (sequence parallelism) the side
     that the replicated factor is on has T_j tokens and is added to what arrives, so it reads and writes; and what a
     message carries is copied into it: X before a gather forward, dY before one backward. U is copied out of it.
     """

@@ -23,7 +23,7 @@ from lowrank_dist.arch.config_json import architecture_of
 from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.arch.rows import LinearLayout, Part
 from lowrank_dist.arch.tensors import MEGATRON_LINEARS
-from lowrank_dist.methods.lora.inject import AdaptedLinear, inject
+from lowrank_dist.methods.lora.factors import AdaptedLinear, inject
 from lowrank_dist.ops.mask import quantise
 from lowrank_dist.parallel.collectives import gather_rows, reduce_scatter_rows
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear

@@ -34,9 +34,9 @@ from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.backend.select import init_process_group, quiet_libraries, select_backend, shutdown
 from lowrank_dist.data.batch import Microbatch
 from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
-from lowrank_dist.methods.lora.inject import inject
-from lowrank_dist.model.build import check_model, load_model
-from lowrank_dist.ops import gemm
+from lowrank_dist.methods.lora.factors import inject
+from lowrank_dist.model.load import check_model, load_model
+from lowrank_dist.ops import linear
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.topology import Topology
 
@@ -237,7 +237,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.torch_gemm:
-        gemm._onednn_is_faster = lambda *_: False
+        linear._onednn_is_faster = lambda *_: False
     quiet_libraries()
     started_on, console = machine(), Console()
     subprocess.run([sys.executable, "-m", "launch.quickstart.prepare"], cwd=ROOT, check=True)

@@ -46,7 +46,7 @@ from rich.table import Table
 from spawn import free_port
 
 from lowrank_dist.arch.config_json import read_architecture
-from lowrank_dist.arch.published import built_in_config
+from lowrank_dist.arch.model_files import built_in_config
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.formats.model_folder import SINGLE_FILE
 from lowrank_dist.plan.hardware import GPUS

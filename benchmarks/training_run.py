@@ -56,14 +56,14 @@ def main() -> int:
 
     quiet_libraries()  # as launch/train.py does before the same imports
     from lowrank_dist.engine.trainer import Trainer
-    from lowrank_dist.model import build
+    from lowrank_dist.model import load
 
     def keep(trace: Trace) -> None:
         part = file.with_suffix(".part")
         part.write_text(json.dumps(trace.figures()), encoding="utf-8")
         part.replace(file)
 
-    build.load_weights = draw_weights
+    load.load_weights = draw_weights
     Trainer._step = traced(Trainer._step, number, keep)
     return train.start([config])
 

@@ -32,7 +32,7 @@ def main(config: Config, supervision: Supervision) -> int:
         from lowrank_dist.engine.forecast import Forecast
         from lowrank_dist.engine.run import Run
         from lowrank_dist.engine.run_folder import RunFolder
-        from lowrank_dist.model.build import check_model, load_model
+        from lowrank_dist.model.load import check_model, load_model
         from lowrank_dist.parallel.topology import Topology
 
     backend = select_backend(config.model.device, *local_rank_and_size())

@@ -20,9 +20,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank_dist.ops.down import down, down_ref
-from lowrank_dist.ops.expand import expand, expand_ref
-from lowrank_dist.ops.grad_a import grad_a, grad_a_ref
+from lowrank_dist.ops.low_rank import down, down_ref, expand, expand_ref, grad_a, grad_a_ref
 from lowrank_dist.ops.mask import LEVELS, Mask, counters, quantise
 from tests.dist import ranks
 

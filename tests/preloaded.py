@@ -25,6 +25,6 @@ with lasting():
     import lowrank_dist.methods.lora.method
     import lowrank_dist.methods.prefix.method
     import lowrank_dist.methods.prompt.method
-    import lowrank_dist.model.build  # noqa: F401
+    import lowrank_dist.model.load  # noqa: F401
 
 torch.set_num_threads(1)

@@ -9,8 +9,7 @@ from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.checkpoint.inspection import Report, inspect_folder
 from lowrank_dist.config import load_config
-from lowrank_dist.formats.fingerprint import fingerprint
-from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.formats.provenance import Provenance, fingerprint
 from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, module_paths, write_adapter
 
 # Module path → (rank, alpha) of its factors, None for a module without.

@@ -17,10 +17,8 @@ from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.checkpoint.folder import write_checkpoint
 from lowrank_dist.checkpoint.training_state import DataState, TrainingState
-from lowrank_dist.formats.fingerprint import fingerprint
 from lowrank_dist.formats.model_folder import open_checkpoint, stored_name
-from lowrank_dist.formats.provenance import Provenance
-from lowrank_dist.formats.trained_files import TrainedFiles
+from lowrank_dist.formats.provenance import Provenance, fingerprint
 from lowrank_dist.methods.bottleneck.files import (
     BottleneckConfig,
     Bottlenecks,
@@ -28,6 +26,7 @@ from lowrank_dist.methods.bottleneck.files import (
     stored_shapes,
     write_bottlenecks,
 )
+from lowrank_dist.methods.files import TrainedFiles
 from lowrank_dist.methods.full.files import WholeModelFiles
 from lowrank_dist.methods.prompt_files import PromptLearning, write_prompt_learning
 

@@ -1,4 +1,4 @@
-// out[T,R] = (m ⊙ x)[T,K] · a[R,K]ᵀ: lowrank_dist/ops/down.py. Blocks of rows are the tasks; each sums over K in one
+// out[T,R] = (m ⊙ x)[T,K] · a[R,K]ᵀ: lowrank_dist/ops/low_rank.py. Blocks of rows are the tasks; each sums over K in one
 // order.
 #include <torch/library.h>
 

@@ -1,4 +1,4 @@
-// out[T,K] += m ⊙ (u[T,R] · a[R,K]), or without `accumulate` =: lowrank_dist/ops/expand.py. No element of out belongs
+// out[T,K] += m ⊙ (u[T,R] · a[R,K]), or without `accumulate` =: lowrank_dist/ops/low_rank.py. No element of out belongs
 // to two tasks.
 #include <torch/library.h>
 

@@ -4,18 +4,16 @@ What a table cannot express is refused with the key of config.json that asks for
 missing means what it means to transformers, which a test holds the tables against.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lowrank_dist.arch.architecture import Architecture, RopeParameters
 from lowrank_dist.arch.families import FAMILIES, OUTPUT_LAYER, Family
 from lowrank_dist.arch.keys import Key, is_number
+from lowrank_dist.arch.model_files import config_file, read_config
 from lowrank_dist.arch.rows import LinearLayout, Part
 from lowrank_dist.errors import UserError
-
-CONFIG_FILE = "config.json"
 
 # transformers has several spellings of the same function.
 _ACTIVATIONS = {
@@ -51,9 +49,6 @@ _REFUSED = {
 # Names of a layer's kind, old and new.
 _FULL, _SLIDING = ("full_attention", "attention"), ("sliding_attention",)
 
-# torch's names of element types; a checkpoint in fp16 runs in bf16, whose range is fp32's.
-_DTYPES: Mapping[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
-
 
 class UnsupportedModel(UserError):
     """The config.json may well be right, but its family or one of its options has no table here."""
@@ -65,48 +60,6 @@ def read_architecture(path: Path) -> Architecture:
     Raises UserError naming the key that is missing, malformed or (UnsupportedModel) not supported.
     """
     return architecture_of(read_config(path), str(config_file(path)))
-
-
-def config_file(path: Path) -> Path:
-    """The config.json of a model folder; a file is taken for one."""
-    if path.is_file() or path.name == CONFIG_FILE:
-        return path
-    return require_folder(path) / CONFIG_FILE
-
-
-def require_folder(path: Path) -> Path:
-    """`path`; UserError where it is no folder."""
-    if not path.is_dir():
-        raise UserError(f"{path}: no such folder: model.path must be a local Hugging Face model folder")
-    return path
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The object in a model folder's config.json, or in the file itself; UserError where there is none."""
-    return read_json(config_file(path), "a Hugging Face model folder holds one; download the model completely")
-
-
-def read_json(file: Path, remedy: str) -> dict[str, Any]:
-    """The JSON object in a file of a model folder. remedy: what to do where the file is missing."""
-    if not file.is_file():
-        raise UserError(f"{file}: missing: {remedy}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}; download the model again") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}): give this user the right to read it") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; download the model again")
-    return content
-
-
-def declared_dtype(values: Mapping[str, Any]) -> Literal["fp32", "bf16"]:
-    """The element type that a config.json names for its weights, fp32 where it names none. fp16 runs as bf16."""
-    for key in ("dtype", "torch_dtype"):
-        if isinstance(name := values.get(key), str):
-            return _DTYPES.get(name, "fp32")
-    return "fp32"
 
 
 def architecture_of(values: Mapping[str, Any], where: str) -> Architecture:

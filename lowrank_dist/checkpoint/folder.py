@@ -1,6 +1,10 @@
-"""A checkpoint: what was trained as others read it, the optimiser's state, the trainer's, and a manifest of all."""
+"""A checkpoint folder: written, verified, found again, and the adapter copied or published out of it.
+
+It holds what was trained as others read it, the optimiser's state, the trainer's, and a manifest of all.
+"""
 
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +15,13 @@ from lowrank_dist.checkpoint.training_state import OptimizerWriter, TrainingStat
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.manifest import OPTIMIZER_FILE, STATE_FILE, verify_manifest, write_manifest
-from lowrank_dist.formats.trained_files import TrainedFiles
+from lowrank_dist.formats.provenance import PROVENANCE_FILE
+from lowrank_dist.methods.files import TrainedFiles, own_file
+from lowrank_dist.methods.registry import home_of, reader_of
 
 _STEP = re.compile(r"step-([1-9]\d*)", re.ASCII)
 LINKS = ("last", "best")
+CARD_FILE = "README.md"
 
 
 @dataclass(frozen=True)
@@ -88,3 +95,37 @@ def newest_checkpoint(checkpoints: Path) -> Found:
             continue
         return Found(folder, state, tuple(passed_over))
     return Found(None, None, tuple(passed_over))
+
+
+def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
+    """Copy the files of an adapter out of a checkpoint, in place of what was copied to `folder` before. All or nothing.
+
+    Raises UserError where `folder` holds something else, DiskError for the disk.
+    """
+    if folder.exists() and not (folder / PROVENANCE_FILE).is_file():
+        raise UserError(f"{folder} is not replaced: it holds no {PROVENANCE_FILE}, so lowrank-dist did not write it")
+    with atomic_folder(folder, replace=True) as temporary:
+        for name in names:
+            shutil.copyfile(source / name, temporary / name)
+
+
+def export(source: Path, out: Path, *, vllm: bool = False, max_rank: int | None = None) -> None:
+    """Write the adapter of `source`, unchanged, and README.md into the new folder `out`. All or nothing.
+
+    vllm: refuse what vLLM would not load or would scale wrongly; max_rank: the --max-lora-rank that it is started with.
+    Raises UserError for a run folder, a whole model, what the reader of its method refuses, a malformed provenance, and
+    an `out` that exists.
+    """
+    if home_of(source) is None and (source / "checkpoints").is_dir():
+        raise UserError(
+            f"{source} is a run, not a checkpoint: give {source / 'checkpoints' / 'best'} or "
+            f"{source / 'checkpoints' / 'last'}"
+        )
+    published = reader_of(source).files.publish(source, out.name, vllm=vllm, max_rank=max_rank)
+    # The files themselves, not written anew: only their own config says for sure what they mean to PEFT.
+    with atomic_folder(out) as temporary:
+        for name in published.files:
+            # PEFT's own folders have no provenance.
+            if name != PROVENANCE_FILE or (source / name).exists():
+                shutil.copyfile(own_file(source, name), temporary / name)
+        (temporary / CARD_FILE).write_text(published.card, encoding="utf-8")

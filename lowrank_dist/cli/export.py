@@ -21,7 +21,7 @@ def export_command(
     ] = None,
 ) -> None:
     """Write a checkpoint's adapter with a model card: without optimizer state, for PEFT, the Hub and vLLM."""
-    from lowrank_dist.checkpoint.export import export
+    from lowrank_dist.checkpoint.folder import export
 
     if target not in (None, "vllm"):
         raise UserError(f"--for {target}: give vllm, or leave it out")

@@ -13,7 +13,6 @@ from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 
 from lowrank_dist.data.config import DataConfig
 from lowrank_dist.generate.config import EvalConfig
-from lowrank_dist.methods import MethodName
 from lowrank_dist.methods.bottleneck.config import AdapterConfig
 from lowrank_dist.methods.lora.config import LoraConfig
 from lowrank_dist.methods.prefix.config import PrefixConfig
@@ -22,7 +21,7 @@ from lowrank_dist.methods.registry import HOMES, SECTIONS, home
 from lowrank_dist.model.config import ModelConfig
 from lowrank_dist.parallel.config import ParallelConfig
 from lowrank_dist.sections.scalars import Dumper
-from lowrank_dist.sections.section import MethodSection, Section, YamlPath
+from lowrank_dist.sections.section import MethodName, MethodSection, Section, YamlPath
 
 Resume: TypeAlias = Annotated[
     Annotated[Literal["never", "auto"], Tag("word")] | Annotated[YamlPath, Tag("path")],

@@ -99,7 +99,7 @@ def operators() -> Iterator[Row]:
 
 
 def products() -> list[Row]:
-    """What multiplies with a frozen fp32 weight on a CPU (ops/gemm.py)."""
+    """What multiplies with a frozen fp32 weight on a CPU (ops/linear.py)."""
     import torch
 
     what = "frozen fp32 GEMM on CPU"

@@ -17,16 +17,15 @@ from lowrank_dist.engine.reporter import open_reporter
 from lowrank_dist.engine.run import Run
 from lowrank_dist.engine.saving import CheckpointSaver, CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.trainer import Trainer
-from lowrank_dist.formats.fingerprint import fingerprint
-from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.formats.provenance import Provenance, fingerprint
 from lowrank_dist.methods.method import Method, Setting
 from lowrank_dist.methods.registry import home
-from lowrank_dist.ops import choice, extension
+from lowrank_dist.ops import extension
 
 
 def choose_kernels(kernels: str, device: str) -> None:
     """Follow engine.kernels on `device` ("cpu" or "cuda"). UserError where what it demands was not built."""
-    choice.use_plain(kernels == "plain")
+    extension.use_plain(kernels == "plain")
     apex.use_plain(kernels == "plain")
     if kernels == "compiled":
         extension.demand(device)

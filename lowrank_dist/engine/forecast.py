@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.model_files import stored_dtype
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.config import Config
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.headers import stored_dtype
 from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.hardware import peak_flops

@@ -16,7 +16,7 @@ from torch import Tensor
 from lowrank_dist.checkpoint.training_state import KINDS
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
-from lowrank_dist.parallel.agreement import digest
+from lowrank_dist.parallel.collectives import digest
 from lowrank_dist.parallel.theta import Theta, gather
 from lowrank_dist.parallel.topology import Topology
 

@@ -12,7 +12,7 @@ from lowrank_dist.backend.clock import WAITS, Clock, Mark
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.loader import StepBatch
 from lowrank_dist.engine.forecast import Forecast
-from lowrank_dist.parallel.agreement import every_value
+from lowrank_dist.parallel.collectives import every_value
 from lowrank_dist.parallel.topology import Topology
 
 # A rank is slow when it was over this many records; one slow step is the machine's affair.

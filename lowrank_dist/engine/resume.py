@@ -19,8 +19,8 @@ from lowrank_dist.engine.gathering import BATCH_ELEMENTS
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.fingerprint import fingerprint
 from lowrank_dist.formats.manifest import OPTIMIZER_FILE
+from lowrank_dist.formats.provenance import fingerprint
 from lowrank_dist.methods.registry import home
 from lowrank_dist.parallel.theta import Theta, scatter
 from lowrank_dist.parallel.topology import Topology

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_dist.backend import rng
-from lowrank_dist.checkpoint.folder import step_folders, write_checkpoint
+from lowrank_dist.checkpoint.folder import copy_adapter, step_folders, write_checkpoint
 from lowrank_dist.checkpoint.training_state import LOSS, DataState, TrainingState
 from lowrank_dist.engine.engine import Engine
 from lowrank_dist.engine.evaluator import History, best_first, label
@@ -27,7 +27,6 @@ from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import DiskError, ElsewhereError
 from lowrank_dist.formats.atomic import temporary_name
 from lowrank_dist.formats.provenance import Provenance
-from lowrank_dist.formats.trained_files import copy_adapter
 from lowrank_dist.methods.method import Method
 from lowrank_dist.supervision.peers import lost_peers
 

@@ -1,5 +1,6 @@
 """A local Hugging Face model folder, opened without reading its weights. Nothing remote, no pickle, no remote code."""
 
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -11,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.config_json import read_config, read_json, require_folder
 from lowrank_dist.arch.families import OUTPUT_LAYER
+from lowrank_dist.arch.model_files import read_config, read_json, require_folder
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
 
@@ -27,6 +28,9 @@ FLOAT_DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 _OPEN_FILES = 4
+# Weights in any other format would be the unmerged ones; an adapter's config would make transformers apply an adapter.
+_WEIGHT_SUFFIXES = frozenset(".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .onnx_data .gguf .npz .ot".split())
+_NOT_COPIED = frozenset((INDEX_FILE, "pytorch_model.bin.index.json", "adapter_config.json"))
 
 
 @dataclass(frozen=True)
@@ -218,3 +222,20 @@ def _is_ignored(name: str, architecture: Architecture) -> bool:
         return True
     bare = name.removeprefix(architecture.prefix)
     return any(re.fullmatch(pattern, bare) for pattern in architecture.ignored)
+
+
+def other_files(base: Path) -> list[Path]:
+    """Every other file of the base that holds no weights, subfolders included, hidden or linked folders not."""
+    found = []
+    for parent, folders, names in os.walk(base):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix in _WEIGHT_SUFFIXES or name in _NOT_COPIED or path == base / "config.json":
+                continue
+            if not path.is_file():
+                raise UserError(
+                    f"{path} cannot be copied, it is no regular file (a broken link?): remove or restore it"
+                )
+            found.append(path)
+    return sorted(found)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.config_json import CONFIG_FILE, UnsupportedModel, read_architecture
+from lowrank_dist.arch.config_json import UnsupportedModel, read_architecture
+from lowrank_dist.arch.model_files import CONFIG_FILE
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import (

@@ -10,8 +10,8 @@ import torch
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.methods.registry import reader_of
-from lowrank_dist.model.build import load_model
 from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.load import load_model
 from lowrank_dist.parallel.topology import Topology
 
 _VOCAB_MULTIPLE = 128

@@ -13,11 +13,9 @@ from torch import Tensor
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
-from lowrank_dist.formats.base_files import other_files
-from lowrank_dist.formats.fingerprint import fingerprint
 from lowrank_dist.formats.layout import OutputFile, Piece, plan_layout, write_config, write_index
-from lowrank_dist.formats.model_folder import FLOAT_DTYPES, check_checkpoint, open_checkpoint
-from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
+from lowrank_dist.formats.model_folder import FLOAT_DTYPES, check_checkpoint, open_checkpoint, other_files
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
 from lowrank_dist.merge.options import WeightedAdapter
 from lowrank_dist.merge.update import Update, updates_of

@@ -1,14 +1,14 @@
-"""What others ask of the folders that a method writes: checkpoints and adapters. Imports no Megatron."""
+"""A method's folders, checkpoints and adapters: how they are written, and what others ask of them. No Megatron."""
 
 from __future__ import annotations
 
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +26,32 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
+
+
+class TrainedFiles(Protocol):
+    """Writes what a method trained into a folder, as those read it who have no use for an optimiser's state.
+
+    It is given every tensor of Θ, by its stored name, in fp32, one after the other, and told when it has them all.
+    `finish` raises UserError for what no one may take for trained weights: nothing, no change, NaN or infinity.
+    """
+
+    def put(self, name: str, tensor: Tensor) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class Collected:
+    """Keeps every tensor, and hands them to `write` at the end."""
+
+    def __init__(self, write: Callable[[Mapping[str, Tensor]], None]) -> None:
+        self._write = write
+        self._tensors: dict[str, Tensor] = {}
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        self._tensors[name] = tensor
+
+    def finish(self) -> None:
+        self._write(self._tensors)
 
 
 @dataclass(frozen=True)
@@ -73,7 +99,7 @@ class MethodFiles(ABC):
 
     @abstractmethod
     def publish(self, source: Path, name: str, *, vllm: bool, max_rank: int | None) -> Published:
-        """Return what to publish of a folder under `name`; `vllm` and `max_rank` as in `checkpoint.export.export`.
+        """Return what to publish of a folder under `name`; `vllm` and `max_rank` as in `checkpoint.folder.export`.
 
         Raises UserError for what is not exported, what the reader refuses and what vLLM would not serve right.
         """
@@ -96,7 +122,7 @@ def any_there(folder: Path, names: Iterable[str]) -> bool:
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """A regular file of the folder; a link may only lead inside it, or to the blobs of the Hub's cache."""
+    """Return the path of a file of the folder; a link may only lead inside it, or to the blobs of the Hub's cache."""
     path = folder / name
     if not path.is_file():
         pickle = folder / PICKLE_FILE
@@ -113,12 +139,12 @@ def own_file(folder: Path, name: str) -> Path:
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
-    """The Frobenius norm over all of them, in fp64."""
+    """Return the Frobenius norm over all of them, in fp64."""
     return math.sqrt(sum(torch.linalg.vector_norm(tensor.double()).item() ** 2 for tensor in tensors))
 
 
 def no_update(folder: Path, what: str) -> UserError:
-    """The refusal to merge what is no low-rank update; `what` it is instead, and why no weight can take it up."""
+    """Return the refusal to merge what is no low-rank update; `what` it is, and why no weight takes it up."""
     return UserError(
         f"{folder} is {what}: it cannot be merged, only low-rank updates (method lora) can. Give it to "
         "lowrank-dist generate or evaluate with --adapter"
@@ -126,7 +152,7 @@ def no_update(folder: Path, what: str) -> UserError:
 
 
 def not_for_vllm(source: Path, what: str) -> UserError:
-    """The refusal to export for vLLM anything but a LoRA adapter."""
+    """Return the refusal to export for vLLM anything but a LoRA adapter."""
     return UserError(
         f"{source} is not exported for vLLM: it is {what}, and of adapters vLLM serves LoRA alone; leave --for "
         "out, or train with method lora"

@@ -12,8 +12,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.methods import MethodName
-from lowrank_dist.sections.section import MethodSection
+from lowrank_dist.sections.section import MethodName, MethodSection
 
 if TYPE_CHECKING:
     from lowrank_dist.methods.files import MethodFiles

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lowrank_dist.arch.architecture import Architecture, padded_vocab
 from lowrank_dist.model.attention import KVCache, SequencePlan
 from lowrank_dist.model.layers import ACTIVATIONS, inv_freq, layer_spec
-from lowrank_dist.ops.gemm import linear
+from lowrank_dist.ops.linear import linear
 from lowrank_dist.parallel.collectives import enter_parallel_region
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 from lowrank_dist.parallel.topology import Topology

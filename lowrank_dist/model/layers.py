@@ -1,8 +1,9 @@
-"""What the frozen model takes from us instead of Megatron's fused modules, and the layer spec that puts it together."""
+"""The frozen model's own modules in place of Megatron's fused ones, and the layer spec that puts them together."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -153,3 +154,21 @@ def inv_freq(rope: RopeParameters, head_dim: int) -> torch.Tensor:
     between = (1 - smooth) * scaled / rope.factor + smooth * scaled
     is_between = ~(wavelength < high_wavelength) & ~(wavelength > low_wavelength)
     return torch.where(is_between, between, scaled)
+
+
+class ThenAdd(nn.Module):
+    """In the place of Megatron's `get_bias_dropout_add`: a block's output goes through `module` before it is added."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        add = get_bias_dropout_add(training, fused)
+
+        def through(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, *rest: Any) -> Tensor:
+            x, bias = x_with_bias
+            x = x if bias is None else x + bias
+            return add((self.module(x), None), residual, *rest)
+
+        return through

@@ -22,16 +22,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lowrank_dist.ops.adapted import adapted, adapted_grad_x
-from lowrank_dist.ops.down import down
-from lowrank_dist.ops.expand import expand
-from lowrank_dist.ops.gemm import linear, linear_into
-from lowrank_dist.ops.grad_a import grad_a
+from lowrank_dist.ops.linear import adapted, adapted_grad_x, linear, linear_into
+from lowrank_dist.ops.low_rank import down, expand, grad_a, up, up_grad_b, up_grad_u
 from lowrank_dist.ops.mask import Mask
-from lowrank_dist.ops.up import up, up_grad_b, up_grad_u
 from lowrank_dist.parallel.collectives import all_reduce, gather_rows, reduce_scatter_rows
-from lowrank_dist.parallel.factors import LowRankFactors
-from lowrank_dist.parallel.lanes import Lanes
+from lowrank_dist.parallel.factors import Lanes, LowRankFactors
 
 
 def _grad_a(factors: LowRankFactors, du_TR: Tensor, x: Tensor, mask: Mask | None) -> Tensor:

@@ -15,8 +15,7 @@ from torch.distributed import ProcessGroup
 
 from lowrank_dist.ops.mask import Mask
 from lowrank_dist.parallel.autograd import GatherLinear, LocalLinear, PartialLinear, ReduceExpand
-from lowrank_dist.parallel.factors import LowRankFactors
-from lowrank_dist.parallel.lanes import Lanes
+from lowrank_dist.parallel.factors import Lanes, LowRankFactors
 from lowrank_dist.parallel.masks import MaskSource
 
 
@@ -34,7 +33,7 @@ class _LowRankMixin:
     def attach(self, factors: LowRankFactors, masks: MaskSource, stream: int, lanes: bool = False) -> None:
         """Give this linear its factors. `stream` names its input among all inputs of the model (masks.stream_of).
 
-        lanes: keep the factor beside the weight (parallel/lanes.py), where sequence parallelism lets it pay.
+        lanes: keep the factor beside the weight (parallel/factors.py), where sequence parallelism lets it pay.
         """
         self.factors = factors
         self._masks, self._stream = masks, stream

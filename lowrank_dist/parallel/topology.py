@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from torch.distributed import ProcessGroup
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.parallel.agreement import host_names
+from lowrank_dist.parallel.collectives import host_names
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lowrank_dist.ops.gemm import linear
+from lowrank_dist.ops.linear import linear
 from lowrank_dist.parallel.collectives import all_gather_columns, all_reduce
 
 # Largest block of fp32 logits that exists at one time. A larger vocabulary is cut into more blocks of positions.

@@ -1,5 +1,5 @@
 """What autograd saves of one microbatch on one rank, in bytes (parallel/autograd.py, model/layers.py,
-model/attention.py, model/gpt.py; methods/bottleneck/module.py and methods/prefix/module.py of the other methods).
+model/attention.py, model/gpt.py; methods/bottleneck/method.py and methods/prefix/method.py of the other methods).
 
 Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, V vocabulary, F ffn, m bottleneck,
 l virtual positions, N tensor-parallel ranks, e bytes of an element of the base.

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Literal
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.config_json import architecture_of, config_file, declared_dtype, read_config
-from lowrank_dist.arch.published import BUILT_IN, find_config
-from lowrank_dist.formats.headers import stored_dtype
+from lowrank_dist.arch.config_json import architecture_of
+from lowrank_dist.arch.model_files import BUILT_IN, config_file, declared_dtype, find_config, read_config, stored_dtype
 
 
 @dataclass(frozen=True)

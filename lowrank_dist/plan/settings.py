@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowrank_dist.arch.model_files import BUILT_IN
 from lowrank_dist.arch.placement import LoraRules
-from lowrank_dist.arch.published import BUILT_IN
 from lowrank_dist.config import Config, load_config
 from lowrank_dist.errors import UserError
 from lowrank_dist.plan.factors import joined, low_rank
@@ -125,7 +125,7 @@ def job_of(request: Request, target_share: float) -> Job:
         zero_stage=config.engine.zero_stage,
         reduce_bucket=config.engine.reduce_bucket,
         device=device,
-        # On by itself only where lanes were measured to be faster (parallel/lanes.py).
+        # On by itself only where lanes were measured to be faster (parallel/factors.py).
         lanes=config.engine.lanes == "on" or (config.engine.lanes == "auto" and device == "cpu"),
         packing=config.data.packing,
         tuning=tuning,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, TypeAlias
+from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -29,6 +29,8 @@ def _regular_expression(value: str) -> str:
     return value
 
 
+# The methods, as a run's config names them; methods/registry.py says where each lives.
+MethodName: TypeAlias = Literal["lora", "full", "adapter_h", "adapter_l", "prefix", "prompt"]
 YamlPath: TypeAlias = Annotated[Path, BeforeValidator(_path)]
 Pattern: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_regular_expression)]
 

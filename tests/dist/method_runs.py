@@ -99,7 +99,7 @@ def run_config(folder: str, name: str) -> Any:
 def build(setting: MethodSetting) -> Built:
     from lowrank_dist.arch.config_json import read_architecture
     from lowrank_dist.engine.assemble import build_method
-    from lowrank_dist.model.build import load_model
+    from lowrank_dist.model.load import load_model
 
     topology = ranks.topology(setting.tensor, setting.sequence)
     model = load_model(
@@ -217,7 +217,7 @@ def _named(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def write_and_score(setting: MethodSetting, folder: str) -> np.ndarray:
     """One rank: logits [2, 16, V] of fixed tokens; rank 0 writes the method's folder."""
-    from lowrank_dist.formats.fingerprint import fingerprint
+    from lowrank_dist.formats.provenance import fingerprint
     from lowrank_dist.formats.provenance import Provenance
 
     built = build(setting)

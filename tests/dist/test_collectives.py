@@ -60,9 +60,9 @@ def build(folder: str, topology: Any, targets: Any, recompute: bool, lanes: bool
     """
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-    from lowrank_dist.methods.lora.inject import inject
+    from lowrank_dist.methods.lora.factors import inject
     from lowrank_dist.arch.placement import LoraRules, place
-    from lowrank_dist.model.build import check_model, load_model
+    from lowrank_dist.model.load import check_model, load_model
     from lowrank_dist.parallel.masks import MaskSource
 
     load = partial(

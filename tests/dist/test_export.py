@@ -13,9 +13,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lowrank_dist.methods.lora.files import Adapter, module_paths, write_adapter
-from lowrank_dist.formats.fingerprint import fingerprint
+from lowrank_dist.formats.provenance import fingerprint
 from lowrank_dist.formats.provenance import Provenance
-from lowrank_dist.methods.lora.state import adapter_factors
+from lowrank_dist.methods.lora.factors import adapter_factors
 from lowrank_dist.arch.config_json import read_architecture
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny_runs import Setting, build, nonzero_factors
@@ -77,7 +77,7 @@ def test_peft_reproduces_the_sharded_model(case: str, rslora: bool, tmp_path: Pa
 def test_parts_of_different_scale_and_rank_become_one_factor(tmp_path: Path) -> None:
     """q at alpha 8 and rank 4, v at alpha 3 and rank 2: one c_attn factor of rank 6 keeps both updates."""
     from lowrank_dist.arch.placement import LoraRules, place
-    from lowrank_dist.methods.lora.state import WholeFactor
+    from lowrank_dist.methods.lora.factors import WholeFactor
 
     base = make_tiny("gpt2", tmp_path / "base")
     rules = LoraRules(4, 8.0, ["q_proj", "v_proj"], False, {"v_proj": 2}, {"v_proj": 3.0})

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_dist.methods.lora.inject import AdaptedLinear, shards_of
+from lowrank_dist.methods.lora.factors import AdaptedLinear, shards_of
 from lowrank_dist.arch.placement import FactorSpec, LinearPlacement
-from lowrank_dist.methods.lora.state import spread_factors
+from lowrank_dist.methods.lora.factors import spread_factors
 from lowrank_dist.arch.rows import LinearLayout, Part
 from lowrank_dist.ops.mask import Mask, quantise
 from tests.dist import ranks

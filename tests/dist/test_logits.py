@@ -63,7 +63,7 @@ def gap(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def load(folder: str, topology: Any, dtype: str = "fp32", broadcast: bool = False) -> Any:
-    from lowrank_dist.model.build import check_model, load_model
+    from lowrank_dist.model.load import check_model, load_model
 
     return load_model(
         Path(folder),

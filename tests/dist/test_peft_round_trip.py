@@ -54,16 +54,16 @@ def peft_logits(base: Path, adapter: Path) -> np.ndarray:
 def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndarray, np.ndarray]:
     """One rank: the sharded model's logits at the start and after two steps, when rank 0 has written its adapter."""
     from lowrank_dist.methods.lora.files import Adapter, module_paths, write_adapter
-    from lowrank_dist.formats.fingerprint import fingerprint
+    from lowrank_dist.formats.provenance import fingerprint
     from lowrank_dist.formats.provenance import Provenance
     from lowrank_dist.config import Config
     from lowrank_dist.engine.resume import complete
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
-    from lowrank_dist.methods.lora.inject import inject
+    from lowrank_dist.methods.lora.factors import inject
     from lowrank_dist.arch.placement import LoraRules, place
-    from lowrank_dist.methods.lora.state import adapter_factors, spread_factors
+    from lowrank_dist.methods.lora.factors import adapter_factors, spread_factors
     from lowrank_dist.methods.lora.adopt import initial_factors
-    from lowrank_dist.model.build import check_model, load_model
+    from lowrank_dist.model.load import check_model, load_model
     from lowrank_dist.ops.mask import quantise
     from lowrank_dist.parallel.masks import MaskSource
     from tests.dist.whole import gather_factors

@@ -62,7 +62,7 @@ def step(folder: str, case: Case) -> int:
 
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
     from lowrank_dist.engine.assemble import build_method
-    from lowrank_dist.model.build import check_model, load_model
+    from lowrank_dist.model.load import check_model, load_model
     from tests.dist import ranks
 
     topology = ranks.topology(case.tensor, True)

@@ -116,10 +116,10 @@ def on_device(batch: Any) -> Any:
 
 def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
     """(model, adapted linears, masks, topology) of this rank."""
-    from lowrank_dist.methods.lora.inject import inject
+    from lowrank_dist.methods.lora.factors import inject
     from lowrank_dist.arch.placement import LoraRules, place
-    from lowrank_dist.methods.lora.state import spread_factors
-    from lowrank_dist.model.build import check_model, load_model
+    from lowrank_dist.methods.lora.factors import spread_factors
+    from lowrank_dist.model.load import check_model, load_model
     from lowrank_dist.ops.mask import quantise
     from lowrank_dist.parallel.masks import MaskSource
 
@@ -159,7 +159,7 @@ def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
 
 def nonzero_factors(placements: Any) -> dict[str, tuple[Tensor, Tensor]]:
     """Random A and B for every factor, the same on every rank."""
-    from lowrank_dist.methods.lora.inject import initial_a
+    from lowrank_dist.methods.lora.factors import initial_a
 
     generator = torch.Generator().manual_seed(1)
     return {

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lowrank_dist.methods.lora.inject import AdaptedLinear
-from lowrank_dist.methods.lora.state import WholeFactor
+from lowrank_dist.methods.lora.factors import AdaptedLinear
+from lowrank_dist.methods.lora.factors import WholeFactor
 
 Select = Callable[[torch.nn.Parameter], Tensor]
 

@@ -85,7 +85,7 @@ def test_collectives(name: str, size: int) -> None:
 
 def products(dtype: str) -> tuple[float, float]:
     """Worst error of the frozen product, with and without bias, into a wider message too; and TF32's for scale."""
-    from lowrank_dist.ops.gemm import linear, linear_into
+    from lowrank_dist.ops.linear import linear, linear_into
 
     generator = torch.Generator().manual_seed(3)
     x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((37, 256), (48, 256), (48,)))
@@ -110,7 +110,7 @@ def test_products_are_full_precision() -> None:
 
 def masks(device: str) -> np.ndarray:
     """The mask as `down` draws it: ones through the identity come out where they are kept."""
-    from lowrank_dist.ops.down import down
+    from lowrank_dist.ops.low_rank import down
     from lowrank_dist.ops.mask import Mask, quantise
 
     generator = torch.Generator().manual_seed(0)

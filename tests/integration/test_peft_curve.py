@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import LoraRules, place
-from lowrank_dist.methods.lora.inject import initial_a
+from lowrank_dist.methods.lora.factors import initial_a
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny_runs import Setting, samples, train
 from tests.tiny_models import make_tiny

@@ -39,7 +39,7 @@ def sentences() -> list[dict[str, str]]:
 
 def sharded_logits(folder: str, ids: np.ndarray, sequence: bool) -> np.ndarray:
     """One rank: logits [b, s, V] through the production loader."""
-    from lowrank_dist.model.build import check_model, load_model
+    from lowrank_dist.model.load import check_model, load_model
 
     input_ids = torch.from_numpy(ids)
     model: Any = load_model(

@@ -21,10 +21,9 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lowrank_dist.checkpoint.folder import copy_adapter
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.fingerprint import fingerprint
-from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
-from lowrank_dist.formats.trained_files import copy_adapter
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_dist.methods.lora.files import LowRankFactor, read_adapter
 from lowrank_dist.methods.lora.peft_config import describe

@@ -17,7 +17,7 @@ from lowrank_dist.backend import apex
 from lowrank_dist.engine.assemble import choose_kernels, describe_kernels
 from lowrank_dist.errors import UserError
 from lowrank_dist.model.layers import FrozenNorm
-from lowrank_dist.ops import choice, extension
+from lowrank_dist.ops import extension
 
 pytestmark = pytest.mark.slow
 
@@ -356,7 +356,7 @@ def test_auto_and_compiled_say_what_is_used(install: Installed) -> None:
     install(NVIDIA | EXTENSIONS)
     for kernels in ("auto", "compiled"):
         assert choose_and_describe(kernels, "cpu") == [extension.describe("cpu")]
-        assert choice.compiled(torch.zeros(1))
+        assert extension.compiled(torch.zeros(1))
     assert choose_and_describe("auto", "cuda") == [extension.describe("cuda"), apex.describe("cuda")]
 
 
@@ -379,9 +379,9 @@ def test_plain_leaves_out_everything_but_pytorch(install: Installed) -> None:
         assert choose_and_describe("plain", "cuda") == [
             "plain PyTorch operators, norms and AdamW (engine.kernels: plain)"
         ]
-        assert not choice.compiled(torch.zeros(1))
+        assert not extension.compiled(torch.zeros(1))
         assert apex.norm_class("RMSNorm", "cuda") is nn.RMSNorm and apex.adamw("cuda") is torch.optim.AdamW
     finally:
         choose_kernels("auto", "cpu")
     # The control: the same again without it.
-    assert choice.compiled(torch.zeros(1)) and apex.norm_class("RMSNorm", "cuda") is not nn.RMSNorm
+    assert extension.compiled(torch.zeros(1)) and apex.norm_class("RMSNorm", "cuda") is not nn.RMSNorm

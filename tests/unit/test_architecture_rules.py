@@ -12,8 +12,8 @@ from typing import get_args
 
 import pytest
 
-from lowrank_dist.methods import MethodName
 from lowrank_dist.methods.registry import HOMES
+from lowrank_dist.sections.section import MethodName
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "lowrank_dist"
@@ -212,7 +212,7 @@ def test_constructors_and_functions_take_few_things() -> None:
 FILES = tuple(f"{PACKAGE}.methods.{home.written.partition(':')[0]}" for home in HOMES)
 
 
-@pytest.mark.parametrize("start", [MERGE, f"{PACKAGE}.checkpoint.export", f"{PACKAGE}.checkpoint.inspection", *FILES])
+@pytest.mark.parametrize("start", [MERGE, f"{PACKAGE}.checkpoint.folder", f"{PACKAGE}.checkpoint.inspection", *FILES])
 def test_files_are_read_without_a_process_group(start: str) -> None:
     reached = reachable(start, dict(modules(PACKAGE)))
     assert start in reached and f"{PACKAGE}.formats.model_folder" in reached
@@ -256,7 +256,7 @@ def test_configuration_and_footprints_load_no_torch() -> None:
 
 
 def test_the_files_of_methods_load_no_megatron() -> None:
-    code = f"import {PACKAGE}.checkpoint.export, {PACKAGE}.checkpoint.inspection, {PACKAGE}.merge.merge\n"
+    code = f"import {PACKAGE}.checkpoint.folder, {PACKAGE}.checkpoint.inspection, {PACKAGE}.merge.merge\n"
     code += f"from {PACKAGE}.methods.registry import HOMES\n"
     assert loaded_by(f"{code}[home.files for home in HOMES]", "megatron", "deepspeed", "torch") == ["torch"]
     assert loaded_by("import megatron", "megatron") == ["megatron"], "the control"
@@ -287,8 +287,8 @@ def test_nothing_runs_code_from_a_file() -> None:
         ("lowrank_dist.slurm.layout", "from lowrank_dist.config.schema import Config"),
         ("lowrank_dist.supervision.rank", "def f():\n    from lowrank_dist.config import load_config"),
         ("lowrank_dist.methods.lora.adopt", "from lowrank_dist.config import Config"),
-        ("lowrank_dist.checkpoint.inspection.run", "if TYPE_CHECKING:\n    from lowrank_dist.config import Config"),
-        ("lowrank_dist.methods.lora.inject", "def f():\n    from deepspeed.runtime import zero"),
+        ("lowrank_dist.checkpoint.inspection", "if TYPE_CHECKING:\n    from lowrank_dist.config import Config"),
+        ("lowrank_dist.methods.lora.factors", "def f():\n    from deepspeed.runtime import zero"),
         ("launch.train", "import deepspeed"),
         ("lowrank_dist.data.loader", "import importlib\nimportlib.import_module('megatron.core')"),
         ("lowrank_dist.methods.lora.files", "from megatron.core import parallel_state"),
@@ -304,7 +304,7 @@ def test_nothing_runs_code_from_a_file() -> None:
         ("lowrank_dist.arch.rows", "import torch"),
         ("lowrank_dist.arch.rows", "def f():\n    from transformers import AutoConfig"),
         ("lowrank_dist.arch.rows", "from megatron.core import mpu"),
-        ("lowrank_dist.arch.rows", "from lowrank_dist.formats.headers import stored_dtype"),
+        ("lowrank_dist.arch.rows", "from lowrank_dist.formats.manifest import is_checkpoint"),
         ("lowrank_dist.arch.rows", "from lowrank_dist import config"),
         ("lowrank_dist.plan.job", "from lowrank_dist.methods.method import x"),
         ("lowrank_dist.plan.job", "def f():\n    import torch"),

@@ -11,7 +11,7 @@ from lowrank_dist.config import Config
 from lowrank_dist.engine.assemble import build_method
 from lowrank_dist.engine.evaluator import notes_on_best
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.build import check_model
+from lowrank_dist.model.load import check_model
 from tests.tiny_models import make_tiny
 from tests.unit.test_checkpoint_folder import state_of
 

@@ -21,8 +21,7 @@ from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.manifest import MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
-from lowrank_dist.formats.trained_files import Collected
-from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
+from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, Collected
 from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, read_adapter, write_adapter_files
 from tests.tiny_adapters import inspected
 

@@ -17,11 +17,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from lowrank_dist.arch import families
-from lowrank_dist.arch.config_json import UnsupportedModel, architecture_of, declared_dtype, read_architecture
+from lowrank_dist.arch.config_json import UnsupportedModel, architecture_of, read_architecture
 from lowrank_dist.arch.families import FAMILIES
-from lowrank_dist.arch.published import BUILT_IN, built_in_config
+from lowrank_dist.arch.model_files import BUILT_IN, built_in_config, declared_dtype, stored_dtype
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.headers import stored_dtype
 from lowrank_dist.formats.model_folder import check_checkpoint, open_checkpoint
 from lowrank_dist.plan.model import find_model
 from lowrank_dist.plan.parameters import frozen_size

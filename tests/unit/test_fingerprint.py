@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.fingerprint import fingerprint
+from lowrank_dist.formats.provenance import fingerprint
 from tests.tiny_models import make_tiny
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_dist.ops import choice
-from lowrank_dist.ops.gemm import linear as frozen
+from lowrank_dist.ops import extension
+from lowrank_dist.ops.linear import linear as frozen
 from lowrank_dist.ops.mask import Mask, quantise
 from lowrank_dist.parallel.autograd import LocalLinear
 from tests.dist import ranks
@@ -38,11 +38,11 @@ def test_error_at_most_twice_pytorchs(dtype: torch.dtype, kind: str, p: float) -
 def test_plain_pytorch_in_place_of_the_operators(dtype: torch.dtype) -> None:
     linear = problem(dtype)
     compiled = linear.ours()
-    choice.use_plain(True)
+    extension.use_plain(True)
     try:
         plain = linear.ours()
     finally:
-        choice.use_plain(False)
+        extension.use_plain(False)
     assert worst(linear, dtype, plain) <= 1
     assert any(not same_bits(plain[name], compiled[name]) for name in NAMES)
 

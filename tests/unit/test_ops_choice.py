@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_dist.ops import choice, extension
+from lowrank_dist.ops import extension
 from tests.dist import ranks
 from tests.operands import DTYPES, HALVES, Problem, grid
 from tests.operator_checks import notices_what_is_broken, rounds_as_pytorch
@@ -28,9 +28,9 @@ if torch.backends.cpu.get_cpu_capability() == "AVX512":
 
 @pytest.fixture
 def plain() -> Iterator[None]:
-    choice.use_plain(True)
+    extension.use_plain(True)
     yield
-    choice.use_plain(False)
+    extension.use_plain(False)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def no_extension(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     """As if no library had been built."""
     monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_C.abi3.so")
     monkeypatch.setattr(extension, "CUDA_LIBRARY", tmp_path / "_C_cuda.abi3.so")
-    cached = (extension.why_not, extension.why_not_cuda, choice._available)
+    cached = (extension.why_not, extension.why_not_cuda, extension._available)
     for function in cached:
         function.cache_clear()
     yield
@@ -58,7 +58,7 @@ def is_the_reference(problem: Problem) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_pytorch_on_demand(name: str, dtype: torch.dtype, plain: None) -> None:
     """Into columns of a message too. Blocks are hints: plain PyTorch multiplies the zeros."""
-    assert not choice.compiled(torch.empty(0, device=ranks.device()))
+    assert not extension.compiled(torch.empty(0, device=ranks.device()))
     for threshold in (0, 6554):
         for accumulate in {name != "expand", True}:
             problem = Problem(
@@ -78,12 +78,12 @@ def test_plain_pytorch_on_demand(name: str, dtype: torch.dtype, plain: None) -> 
 
 def test_the_compiled_operators_run_otherwise() -> None:
     """The control: a long sum in fp32 has an order of its own."""
-    assert choice.compiled(torch.empty(0, device=ranks.device()))
+    assert extension.compiled(torch.empty(0, device=ranks.device()))
     assert not is_the_reference(Problem("down", torch.float32, 65, 1032, 12, 6554))
 
 
 def test_a_device_without_operators_of_ours_runs_plain_pytorch() -> None:
-    assert not choice.compiled(torch.empty(0, device="meta"))
+    assert not extension.compiled(torch.empty(0, device="meta"))
 
 
 def test_without_the_library_the_reference_runs_and_says_so_once(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_dist.ops.gemm import linear, linear_into, linear_ref
+from lowrank_dist.ops.linear import linear, linear_into, linear_ref
 
 
 def relative_error(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> float:

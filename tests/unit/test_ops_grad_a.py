@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from lowrank_dist.ops.grad_a import grad_a
+from lowrank_dist.ops.low_rank import grad_a
 from tests import operator_checks
 from tests.dist import ranks
 from tests.operands import DTYPES, HALVES, Problem, arguments, grid, problems, same_bits

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_dist.ops import mask as module
-from lowrank_dist.ops.down import down
-from lowrank_dist.ops.grad_a import grad_a
+from lowrank_dist.ops.low_rank import down, grad_a
 from lowrank_dist.ops.mask import LEVELS, Mask, quantise
 from lowrank_dist.parallel.masks import INPUTS, MaskSource, stream_of
 from tests.dist import ranks

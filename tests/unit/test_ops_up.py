@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_dist.ops.up import up, up_grad_b, up_grad_u
+from lowrank_dist.ops.low_rank import up, up_grad_b, up_grad_u
 from lowrank_dist.parallel.factors import LowRankFactors
 from tests.dist import ranks
 from tests.low_rank import FACTORS, factors_of

@@ -14,7 +14,7 @@ from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.errors import UserError
-from lowrank_dist.methods.lora.inject import initial_a
+from lowrank_dist.methods.lora.factors import initial_a
 from tests.tiny_models import make_tiny
 
 

@@ -13,7 +13,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from lowrank_dist.arch.published import built_in_config
+from lowrank_dist.arch.model_files import built_in_config
 from lowrank_dist.cli.main import app
 from lowrank_dist.plan import memory
 from tests.tiny_adapters import random_adapter, save_adapter

@@ -14,9 +14,15 @@ from torch import Tensor
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import target_of
-from lowrank_dist.formats.base_files import other_files
 from lowrank_dist.formats.layout import pack, write_config
-from lowrank_dist.formats.model_folder import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE, open_checkpoint, stored_name
+from lowrank_dist.formats.model_folder import (
+    FLOAT_DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    open_checkpoint,
+    other_files,
+    stored_name,
+)
 from lowrank_dist.formats.model_report import inspect_model
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.formats.report import Report
@@ -28,7 +34,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 class WholeModelFiles:
-    """See formats/trained_files.py. Config, tokenizer and the like are the base's.
+    """See methods/files.py. Config, tokenizer and the like are the base's.
 
     Always with an index, since vLLM reads every safetensors file beside it in a folder that has none, the optimiser's
     too.

@@ -6,9 +6,8 @@ import math
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.tensors import hf_shapes
-from lowrank_dist.methods import MethodName
 from lowrank_dist.methods.registry import Parameters
-from lowrank_dist.sections.section import MethodSection
+from lowrank_dist.sections.section import MethodName, MethodSection
 
 
 def parameters(method: MethodName, section: MethodSection, architecture: Architecture) -> Parameters:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.placement import LoraRules, place
-from lowrank_dist.methods import MethodName
 from lowrank_dist.methods.lora.config import LoraConfig
 from lowrank_dist.methods.registry import Parameters
+from lowrank_dist.sections.section import MethodName
 
 
 def placement_rules(section: LoraConfig) -> LoraRules:

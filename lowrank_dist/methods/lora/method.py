@@ -11,18 +11,16 @@ from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.placement import place
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import Provenance, refuse_another_base
-from lowrank_dist.formats.trained_files import Collected
-from lowrank_dist.methods.files import PUBLISHED
+from lowrank_dist.methods.files import PUBLISHED, Collected
 from lowrank_dist.methods.lora.adopt import factors_for, initial_factors, refuse_foreign, rules_of
 from lowrank_dist.methods.lora.config import LoraConfig
+from lowrank_dist.methods.lora.factors import adapter_factors, inject, lora_theta, spread_factors, whole_factors
 from lowrank_dist.methods.lora.files import Adapter, module_paths, read_adapter, write_adapter_files
 from lowrank_dist.methods.lora.footprint import placement_rules
-from lowrank_dist.methods.lora.inject import inject
-from lowrank_dist.methods.lora.state import adapter_factors, lora_theta, spread_factors, whole_factors
 from lowrank_dist.methods.method import Setting
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.ops.mask import quantise
-from lowrank_dist.parallel.lanes import wanted
+from lowrank_dist.parallel.factors import wanted
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.theta import Theta
 from lowrank_dist.parallel.topology import Topology

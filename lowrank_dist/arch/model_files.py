@@ -1,0 +1,111 @@
+"""The files of a model folder that say what the model is, and published models without their weights.
+
+shapes/<name>.json is a config.json with all that a plan needs of a published model. Sources: the models' own
+config.json files; for GPT-3, Brown et al. 2020, table 2.1, with GPT-2's vocabulary.
+
+Headers of safetensors files are read without torch or the safetensors library: `plan` starts without either.
+"""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from lowrank_dist.errors import UserError
+
+CONFIG_FILE = "config.json"
+
+# torch's and safetensors' names of element types; a checkpoint in fp16 runs in bf16, whose range is fp32's.
+_DTYPES: Mapping[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
+_STORED_DTYPES: Mapping[str, Literal["fp32", "bf16"]] = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}
+
+_SHAPES = Path(__file__).parent / "shapes"
+BUILT_IN = tuple(sorted(file.stem for file in _SHAPES.glob("*.json")))
+
+
+def config_file(path: Path) -> Path:
+    """Return the config.json of a model folder; a file is taken for one."""
+    if path.is_file() or path.name == CONFIG_FILE:
+        return path
+    return require_folder(path) / CONFIG_FILE
+
+
+def require_folder(path: Path) -> Path:
+    """Return `path`. Raises UserError where it is no folder."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder: model.path must be a local Hugging Face model folder")
+    return path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the object in a model folder's config.json, or in the file itself; UserError where there is none."""
+    return read_json(config_file(path), "a Hugging Face model folder holds one; download the model completely")
+
+
+def read_json(file: Path, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in a file of a model folder. remedy: what to do where the file is missing."""
+    if not file.is_file():
+        raise UserError(f"{file}: missing: {remedy}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}; download the model again") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}): give this user the right to read it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; download the model again")
+    return content
+
+
+def built_in_config(name: str) -> dict[str, Any]:
+    """Return the config.json of a built-in shape."""
+    return read_config(_SHAPES / f"{name}.json")
+
+
+def find_config(what: str) -> Path:
+    """Return the config.json of a built-in shape or of a model folder, or that file itself.
+
+    Raises UserError for anything else.
+    """
+    if what in BUILT_IN:
+        return _SHAPES / f"{what}.json"
+    path = Path(what)
+    if path.exists():
+        return config_file(path)
+    match = difflib.get_close_matches(what.lower(), BUILT_IN, n=1)
+    meant = f"did you mean {match[0]}? " if match else ""
+    raise UserError(
+        f"{what!r} is no shape, model folder or file: {meant}The shapes are {', '.join(BUILT_IN)}; "
+        "any other model is planned from its folder or its config.json"
+    )
+
+
+def declared_dtype(values: Mapping[str, Any]) -> Literal["fp32", "bf16"]:
+    """Return the element type that a config.json names for its weights, fp32 where it names none. fp16 runs as bf16."""
+    for key in ("dtype", "torch_dtype"):
+        if isinstance(name := values.get(key), str):
+            return _DTYPES.get(name, "fp32")
+    return "fp32"
+
+
+def stored_dtype(folder: Path) -> Literal["fp32", "bf16"] | None:
+    """Return the element type of most of a model folder's first safetensors file; None where none says.
+
+    fp16 runs as bf16. The loader goes by the files, not by config.json.
+    """
+    for file in sorted(folder.glob("*.safetensors"))[:1]:
+        try:
+            with file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length)) if length < 2**27 else {}
+            sizes: dict[str, int] = {}
+            for name, entry in header.items():
+                if name != "__metadata__":
+                    start, end = entry["data_offsets"]
+                    sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - start
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # the loader will say what is wrong with it
+        largest = max(sizes, key=lambda name: sizes[name], default="")
+        return _STORED_DTYPES.get(largest)
+    return None
