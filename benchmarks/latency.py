@@ -51,8 +51,9 @@ from rich.table import Table
 from spawn import start_ranks
 from torch import Tensor, nn
 
-from lowrank_dist.plan.methods import adapter_parameters
-from lowrank_dist.plan.model import find_model
+from lowrank_dist.engine.planning import find_model
+from lowrank_dist.methods.bottleneck.config import AdapterConfig
+from lowrank_dist.methods.bottleneck.footprint import footprint_of
 
 MODEL = "gpt2-medium"
 TARGETS = ("q_proj", "v_proj")  # as the paper adapts GPT-2
@@ -120,7 +121,7 @@ def parameters_of(method: str, width: int) -> int:
     """|Θ| of low-rank factors of rank `width` on TARGETS of every layer, or of adapter layers of bottleneck `width`."""
     shape = find_model(MODEL).architecture
     if method in ("adapter_l", "adapter_h"):
-        return adapter_parameters(shape, width, method)
+        return footprint_of(method, AdapterConfig(bottleneck=width), shape).parameters(shape).trained
     return shape.layers * len(TARGETS) * 2 * shape.hidden * width
 
 

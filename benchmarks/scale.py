@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.plan.factors import total_rank
 from lowrank_dist.plan.hardware import GPUS
 from lowrank_dist.plan.job import Job, Layout
 from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, Fixed, choose
 from lowrank_dist.plan.report import layout_name, size
-from lowrank_dist.plan.settings import job_of, read_request
 from lowrank_dist.plan.step_time import TENSOR, message_seconds
 from lowrank_dist.plan.traffic import GATHER, Message, bytes_of, calls, of_step
 

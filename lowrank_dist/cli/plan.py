@@ -11,7 +11,7 @@ import typer
 from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from lowrank_dist.plan.settings import Request
+    from lowrank_dist.engine.planning import Request
 
 
 def plan_command(
@@ -46,11 +46,11 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
 ) -> None:
     """Plan a run by its method: parameters, memory, messages, FLOPs, time, layouts. No weights, no GPU."""
+    from lowrank_dist.engine.planning import fixed_of, job_of, read_request
+    from lowrank_dist.methods.registry import Sizes, footprints_beside
     from lowrank_dist.plan.describe import describe
     from lowrank_dist.plan.hardware import bytes_in, gpu_of
     from lowrank_dist.plan.layouts import Cluster, Fixed, choose
-    from lowrank_dist.plan.methods import Sizes
-    from lowrank_dist.plan.settings import fixed_of, job_of, read_request
 
     for option, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
         if value < 1:
@@ -65,10 +65,11 @@ def plan_command(
     planned = choose(job, fixed, cluster)
     free = choose(job, Fixed(), cluster)
     recommended = None if free.best.job.layout == planned.best.job.layout else free
+    sizes = Sizes(bottleneck, virtual_tokens)
+    tensor = planned.best.job.layout.tensor
+    others = footprints_beside(job.footprint, sizes, job.architecture, tensor)
     output = request.config.output
-    plan = describe(
-        planned, recommended, cluster, Sizes(bottleneck, virtual_tokens), output.keep_last, output.keep_best
-    )
+    plan = describe(planned, recommended, cluster, others, output.keep_last, output.keep_best)
     if verify:
         from lowrank_dist.engine.dry_run import verification
 

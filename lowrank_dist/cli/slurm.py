@@ -99,9 +99,9 @@ def slurm_command(
 
 
 def _planned_layout(config: Path, changes: list[str], nodes: int, gpus_per_node: int, gpu: str) -> list[str]:
+    from lowrank_dist.engine.planning import layout_overrides, read_request
     from lowrank_dist.plan.hardware import gpu_of
     from lowrank_dist.plan.layouts import Cluster
-    from lowrank_dist.plan.settings import layout_overrides, read_request
 
     card = gpu_of(gpu)
     return layout_overrides(read_request(str(config), changes), Cluster(nodes, gpus_per_node, card, card.memory))

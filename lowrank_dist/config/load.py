@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -38,8 +38,28 @@ def load_config(argv: Sequence[str]) -> Config:
     """
     raw = _Raw()
     path, overrides = _split_arguments(argv, raw)
-    if path is not None:
+    if path is None:
+        raw.problem(COMMAND_LINE, "no config file", USAGE, fatal=True)
+    else:
         raw.read(path)
+    return _checked(raw, overrides)
+
+
+def config_of(values: Mapping[str, Mapping[str, object]], overrides: Sequence[str]) -> Config:
+    """The config that `values`, keys by section as a YAML file would give them, and the overrides describe.
+
+    Raises ConfigError with everything that is wrong.
+    """
+    raw = _Raw()
+    raw.values = {section: dict(keys) for section, keys in values.items()}
+    path, changes = _split_arguments(overrides, raw)
+    if path is not None:
+        raw.problem(COMMAND_LINE, f"{path} is not section.key=value", "give overrides alone")
+    return _checked(raw, changes)
+
+
+def _checked(raw: _Raw, overrides: Sequence[tuple[str, str]]) -> Config:
+    """The values with the overrides, checked as a whole."""
     for key, text in overrides:
         raw.override(key, text)
     if raw.fatal:
@@ -180,8 +200,6 @@ def _split_arguments(argv: Sequence[str], raw: _Raw) -> tuple[Path | None, list[
             path = Path(argument)
         else:
             raw.problem(COMMAND_LINE, f"{argument} is a second config file beside {path}", USAGE)
-    if path is None:
-        raw.problem(COMMAND_LINE, "no config file", USAGE, fatal=True)
     return path, overrides
 
 

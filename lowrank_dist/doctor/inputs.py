@@ -13,7 +13,7 @@ from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
-    from lowrank_dist.methods.registry import Parameters
+    from lowrank_dist.plan.job import Parameters
 
 # Of a data file the beginning, the middle and the end are hashed: a node that has another file is to be found out in
 # less than a second a file.
@@ -95,7 +95,8 @@ def parameters(config: Config) -> Parameters:
     for reason in reasons:
         if reason is not None:
             raise UserError(reason)
-    return own.footprint.parameters(config.method, section, read_architecture(config.model.path))
+    architecture = read_architecture(config.model.path)
+    return own.footprint.footprint_of(config.method, section, architecture).parameters(architecture)
 
 
 def checkpoint_bytes(config: Config) -> tuple[int, int]:

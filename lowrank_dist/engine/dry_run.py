@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from lowrank_dist.backend.select import quiet_libraries, select_backend
 from lowrank_dist.config import Config
 from lowrank_dist.engine.assemble import build_method
+from lowrank_dist.engine.planning import Request
 from lowrank_dist.engine.zero import sum_partial_gradients
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.counting import CollectiveCount, count_collectives
@@ -33,12 +34,9 @@ from lowrank_dist.plan.describe import messages_of
 from lowrank_dist.plan.job import Job, head_rows
 from lowrank_dist.plan.layouts import Candidate
 from lowrank_dist.plan.memory import of_microbatch, standing
-from lowrank_dist.plan.parameters import theta_on_rank
-from lowrank_dist.plan.settings import Request
+from lowrank_dist.plan.parameters import partition_elements, theta_on_rank
 from lowrank_dist.plan.step_time import job_flops
 from lowrank_dist.plan.traffic import Message, microbatch_messages, step_messages
-from lowrank_dist.plan.tuned import virtual_positions
-from lowrank_dist.plan.zero import partition_elements
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -113,7 +111,7 @@ def microbatch_flops(job: Job) -> int:
     layout = job.layout
     flops = job_flops(replace(job, global_batch=layout.micro_batch * layout.data))
     more_rows = head_rows(job) - job.architecture.vocab / layout.tensor
-    head = (6 if job.tuning.method == "full" else 4) * job.targets * job.architecture.hidden * more_rows
+    head = (6 if job.footprint.trains_base else 4) * job.targets * job.architecture.hidden * more_rows
     return round((flops.executed - flops.attention) / layout.ranks + head)
 
 
@@ -245,7 +243,7 @@ class _KnownPositions(TorchDispatchMode):
 
     def __init__(self, job: Job, tp_rank: int) -> None:
         super().__init__()
-        self._count = virtual_positions(job, tp_rank)
+        self._count = job.footprint.virtual_in_rows(job, tp_rank)
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.nonzero.default:

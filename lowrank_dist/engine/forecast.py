@@ -8,15 +8,14 @@ from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.model_files import stored_dtype
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.config import Config
+from lowrank_dist.engine.planning import Model, Request, job_of
 from lowrank_dist.errors import UserError
 from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.hardware import peak_flops
 from lowrank_dist.plan.job import Layout
 from lowrank_dist.plan.memory import memory
-from lowrank_dist.plan.model import Model
 from lowrank_dist.plan.parameters import heaviest_rank
-from lowrank_dist.plan.settings import Request, job_of
 
 # Beyond this share of what there is, a run does not start: the plan is not that far off (tests hold it to 10 %).
 _CERTAIN = 1.1
@@ -34,7 +33,9 @@ class Forecast:
         layout = Layout(
             topology.tp_size, topology.dp_size, topology.sequence_parallel, train.micro_batch, self._recompute
         )
-        job = replace(job_of(request, target_share=1.0), layout=layout, device=backend.device.type)
+        job = replace(
+            job_of(request, target_share=1.0), layout=layout, device="cpu" if backend.device.type == "cpu" else "cuda"
+        )
         self._job, self._ignored = job, train.ignore_plan
         self._planned = memory(job, heaviest_rank(job))
         self._backend = backend
@@ -64,13 +65,12 @@ class Forecast:
     def flops(self, tokens: int, targets: int, squares: int) -> int:
         """FLOPs that model and method need for so many tokens, over all ranks (MFU's numerator).
 
-        A prompt's positions are among the tokens and their squares, a prefix' are not. The MLP that makes a prefix,
-        once a microbatch whatever its tokens, is left out.
+        Virtual positions that are tokens of a row are among the tokens and their squares, others are not. What a
+        microbatch costs whatever its tokens is left out.
         """
         count = step_flops(
             self._job.architecture,
-            self._job.placement,
-            self._job.tuning,
+            self._job.footprint,
             tokens=tokens,
             target_tokens=targets,
             square_lengths=squares,

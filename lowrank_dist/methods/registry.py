@@ -6,12 +6,14 @@ they are asked for.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, get_args
 
 from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.plan.job import Footprint
 from lowrank_dist.sections.section import MethodName, MethodSection
 
 if TYPE_CHECKING:
@@ -20,18 +22,30 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """|Θ|, unsharded: while it is trained, and as others load it."""
+class Sizes:
+    """Sizes of the methods that a plan puts beside its own.
 
-    trained: int
-    stored: int
+    rank: of factors on every linear. bottleneck: m. virtual: positions of prefix and prompt. reparametrised: width of
+    the prefix' MLP, None for none.
+    """
+
+    rank: int = 8
+    bottleneck: int = 64
+    virtual: int = 32
+    reparametrised: int | None = None
 
 
-class Footprint(Protocol):
+class Footprints(Protocol):
     """What the module `footprint` of every home has."""
 
-    def parameters(self, method: MethodName, section: MethodSection, architecture: Architecture) -> Parameters:
-        """Return |Θ|. Raises UserError where the section does not fit the model."""
+    def footprint_of(self, method: MethodName, section: MethodSection, architecture: Architecture) -> Footprint:
+        """Return the footprint of a run. Raises UserError where the section does not fit the model."""
+        ...
+
+    def footprints_of_size(
+        self, method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int
+    ) -> Sequence[Footprint]:
+        """Return the footprints at these sizes, one for each way to lie on `tensor` ranks."""
         ...
 
 
@@ -53,8 +67,8 @@ class Home:
         return resolve_name(f"{__package__}.{self.written}")
 
     @property
-    def footprint(self) -> Footprint:
-        """How much the method trains and stores, in closed formulas. Imports no torch."""
+    def footprint(self) -> Footprints:
+        """What the method trains, stores, computes and sends, in closed formulas. Imports no torch."""
         return resolve_name(f"{__package__}.{self.folder}.footprint")
 
     @property
@@ -79,6 +93,15 @@ _BY_NAME = {name: each for each in HOMES for name in each.names}
 def home(name: MethodName) -> Home:
     """Return the home of a method by its name in a run's config."""
     return _BY_NAME[name]
+
+
+def footprints_beside(own: Footprint, sizes: Sizes, architecture: Architecture, tensor: int) -> list[Footprint]:
+    """Return what to compare `own` with on `tensor` ranks: every other method, and its own as it may lie otherwise."""
+    found: list[Footprint] = []
+    for name in get_args(MethodName):
+        of_size = home(name).footprint.footprints_of_size(name, sizes, architecture, tensor)
+        found += own.placed_otherwise(tensor) if name == own.name else of_size
+    return found
 
 
 def home_of(folder: Path) -> Home | None:

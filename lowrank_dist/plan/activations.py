@@ -1,15 +1,15 @@
 """What autograd saves of one microbatch on one rank, in bytes (parallel/autograd.py, model/layers.py,
-model/attention.py, model/gpt.py; methods/bottleneck/method.py and methods/prefix/method.py of the other methods).
+model/attention.py, model/gpt.py); what a method adds is its footprint's.
 
-Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, V vocabulary, F ffn, m bottleneck,
-l virtual positions, N tensor-parallel ranks, e bytes of an element of the base.
+Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, V vocabulary, F ffn, N
+tensor-parallel ranks, e bytes of an element of the base.
 """
 
 from __future__ import annotations
 
 from lowrank_dist.plan.factors import Layer, gradients, total_rank
 from lowrank_dist.plan.job import Job, head_rows
-from lowrank_dist.plan.tuned import norm_elements
+from lowrank_dist.plan.parameters import norm_elements
 
 
 def saved_of_layer(job: Job, layer: Layer, stream: bool) -> int:
@@ -19,50 +19,24 @@ def saved_of_layer(job: Job, layer: Layer, stream: bool) -> int:
     qkv, proj, fc1, fc2 = (total_rank(factors) for factors in layer)
     _, attention, after_attention, activation = gradients(layer, stream)
     heads_out = t * arch.linears["linear_proj"].in_features // n * e
-    full = job.tuning.method == "full"
+    trained = job.footprint.trains_base
     found = (stream + after_attention) * norm_saves(job, tj, h)
-    found += _linear(full, qkv, tj * h * e, t * qkv * e)
+    found += _linear(trained, qkv, tj * h * e, t * qkv * e)
     if attention:
-        found += _attention(job, heads_out) if not job.tuning.prefix else _attention_behind_prefix(job, stream)
+        found += job.footprint.saved_by_attention(job, stream, _attention(job, heads_out))
     # Attention's output is proj's input, but where it is put together from those of packed samples.
     shared = attention and not job.packing
-    found += _linear(full, proj, 0 if shared else heads_out, tj * proj * e)
-    found += _linear(full, fc1, tj * h * e, t * fc1 * e)
+    found += _linear(trained, proj, 0 if shared else heads_out, tj * proj * e)
+    found += _linear(trained, fc1, tj * h * e, t * fc1 * e)
     inner = t * arch.ffn // n * e
     if activation:
         found += widths(job) * inner
     # ReLU's backward reads its output, which is fc2's input.
-    found += _linear(full, fc2, 0 if activation and arch.activation == "relu" else inner, tj * fc2 * e)
-    if full and e < 4:
+    found += _linear(trained, fc2, 0 if activation and arch.activation == "relu" else inner, tj * fc2 * e)
+    if trained and e < 4:
         # Weights are fp32 and cast where they are used; the copy is what backward multiplies with.
         found += e * sum(linear.weights // n for linear in arch.linears.values())
-    found += job.tuning.bottlenecks * bottleneck(job)
-    if job.tuning.method == "adapter_h" and not stream and e < 4:
-        found -= e * h * bottleneck_rows(job)  # the lowest sends no gradient on, and keeps no weight to form it
-    return found
-
-
-def bottleneck_rows(job: Job) -> int:
-    """Of m, on a rank."""
-    sharded = job.tuning.sharded and job.layout.tensor > 1
-    return job.tuning.bottleneck // (job.layout.tensor if sharded else 1)
-
-
-def bottleneck(job: Job) -> int:
-    """The inputs of both its products, what its activation saves, and weights that are cast where they are used."""
-    tuning, e, h = job.tuning, job.itemsize, job.architecture.hidden
-    sharded = tuning.sharded and job.layout.tensor > 1
-    rows = bottleneck_rows(job)
-    gathered = sharded and sequence_parallel(job)
-    found = (job.tokens if gathered else job.shard_tokens) * h * e
-    # GELU saves its input; ReLU its output, which the second product saves too.
-    found += (job.tokens if sharded else job.shard_tokens) * rows * e * (2 if tuning.method == "adapter_h" else 1)
-    casts = 2 * rows * h
-    if tuning.method == "adapter_l":
-        # Its LayerNorm saves its input and two statistics of each row, and its weight.
-        found += job.shard_tokens * (h + 2) * e
-        casts += h
-    return found + (casts * e if e < 4 else 0)
+    return found + job.footprint.saved_by_layer(job, stream)
 
 
 def widths(job: Job) -> int:
@@ -85,7 +59,7 @@ def norm_saves(job: Job, rows: int, features: int) -> int:
     """
     layer_norm = job.architecture.norm == "LayerNorm"
     itemsize, cast = 4 if written_out(job) else job.itemsize, 0
-    if job.tuning.method == "full":
+    if job.footprint.trains_base:
         itemsize += 4 * (job.device == "cpu" and not layer_norm)
         cast = norm_elements(job.architecture) * job.itemsize * (job.itemsize < 4)
     return cast + rows * features * itemsize + rows * (2 * job.itemsize if layer_norm else 4)
@@ -109,10 +83,10 @@ def _attention(job: Job, heads_out: int) -> int:
         found += heads_out + keys  # rotated q and k
     elif copied:
         found += heads_out
-    return found + _head_norms(job, copied)
+    return found + head_norms(job, copied)
 
 
-def _head_norms(job: Job, copied: bool) -> int:
+def head_norms(job: Job, copied: bool) -> int:
     """Of q and k, which lie in the fused q, k, v that is kept alive; copied: q does not."""
     arch, n, e, t = job.architecture, job.layout.tensor, job.itemsize, job.tokens
     if not arch.qk_norm:
@@ -123,42 +97,9 @@ def _head_norms(job: Job, copied: bool) -> int:
     widths = 4 // e if in_fp32 else 1
     # In fp32 the norms save q and k where they lie; q perhaps in its copy.
     found = (queries + keys) * widths if in_fp32 else (queries if copied else 0)
-    if job.tuning.method == "full" and job.device == "cpu":
+    if job.footprint.trains_base and job.device == "cpu":
         found += (queries + keys) * 4 // e
     return found + 4 * (queries + keys) // (arch.head_dim * e)
-
-
-def _attention_behind_prefix(job: Job, stream: bool) -> int:
-    """As above, but with keys and values that were put together, and as many queries: nothing fused is kept for them.
-
-    stream: q, k and v themselves require a gradient, which in the first layer the prefix alone does.
-    """
-    arch, n, e = job.architecture, job.layout.tensor, job.itemsize
-    whole_heads = arch.kv_heads >= n
-    positions = job.tokens + _prefix_positions(job)
-    heads = arch.linears["linear_proj"].in_features // n + max(1, arch.kv_heads // n) * arch.head_dim
-    found = positions * (2 * heads * e + 4 * arch.heads // n)
-    if arch.qk_norm and stream:
-        copied = whole_heads and arch.kv_heads // n > 1 and arch.heads > arch.kv_heads
-        if not written_out(job):
-            found += job.tokens * arch.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
-        found += _head_norms(job, copied)
-    return found
-
-
-def _prefix_positions(job: Job) -> int:
-    """Of a microbatch: every sample has its own copy. A packed row is taken to hold two."""
-    return job.layout.micro_batch * (2 if job.packing else 1) * job.tuning.prefix
-
-
-def _kept_of_prefix(job: Job, recompute: bool) -> int:
-    """Of the MLP that makes it, its inner activation; and where layers run again what it made, in the base's dtype."""
-    tuning, arch = job.tuning, job.architecture
-    if not tuning.prefix:
-        return 0
-    made = tuning.virtual * 2 * arch.layers * max(1, arch.kv_heads // job.layout.tensor) * arch.head_dim
-    found = 0 if tuning.width is None else 4 * tuning.virtual * tuning.width
-    return found + (made * job.itemsize if recompute and (tuning.width is not None or job.itemsize < 4) else 0)
 
 
 def activations(job: Job, *, recompute: bool) -> int:
@@ -174,13 +115,13 @@ def activations(job: Job, *, recompute: bool) -> int:
             norm_saves(job, job.shard_tokens, job.architecture.hidden)
             + job.targets * job.architecture.hidden * job.itemsize
         )
-    if job.tuning.method == "full":
+    if job.footprint.trains_base:
         # The gradient of the head's weight, likewise; ids and mask of the lookup in a part of the embeddings; and the
         # buffer in which Megatron gathers the inputs of trained linears.
         found += head_rows(job) * job.architecture.hidden * job.itemsize
         found += 9 * job.tokens * (job.layout.tensor > 1)
-        found += job.tokens * job.architecture.hidden * job.itemsize * sequence_parallel(job)
-    found += _kept_of_prefix(job, recompute)
+        found += job.tokens * job.architecture.hidden * job.itemsize * job.sequence_parallel
+    found += job.footprint.saved_by_model(job, recompute)
     rotates_back = any(gradients(layer, stream)[1] for layer, stream, _ in job.placement.kinds)
     if rotates_back and not job.architecture.position_rows:
         # cos and sin of half a head each; packed rows have positions of their own.
@@ -193,9 +134,5 @@ def _kept_of_layer(job: Job, layer: Layer) -> int:
     """Where activations are recomputed: a layer's input, and U_j of its row-parallel linears, which their second half
     keeps beside the graph so that nothing asks for the reduction again (parallel/autograd.py).
     """
-    columns = job.architecture.hidden + (total_rank(layer[1]) + total_rank(layer[3]) if sequence_parallel(job) else 0)
+    columns = job.architecture.hidden + (total_rank(layer[1]) + total_rank(layer[3]) if job.sequence_parallel else 0)
     return job.shard_tokens * columns * job.itemsize
-
-
-def sequence_parallel(job: Job) -> bool:
-    return job.layout.sequence and job.layout.tensor > 1

@@ -2,27 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lowrank_dist.plan import storage
+from lowrank_dist.plan.factors import joined
 from lowrank_dist.plan.hardware import usable
-from lowrank_dist.plan.job import Job
+from lowrank_dist.plan.job import Footprint, Job
 from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, tensor_sizes
 from lowrank_dist.plan.memory import memory, moments, standing
-from lowrank_dist.plan.methods import MethodPlan, Sizes, compare, stored_parameters, trained_parameters
-from lowrank_dist.plan.parameters import frozen_parameters, frozen_size, theta_on_rank
+from lowrank_dist.plan.parameters import (
+    adapter_bytes,
+    base_bytes,
+    checkpoint_bytes,
+    disk_bytes,
+    frozen_parameters,
+    frozen_size,
+    host_bytes,
+    saving_bytes,
+    theta_on_rank,
+)
 from lowrank_dist.plan.step_time import job_flops
-from lowrank_dist.plan.traffic import Message, bytes_of, calls, microbatch_messages, of_step
+from lowrank_dist.plan.traffic import Message, bytes_of, calls, layer_calls, microbatch_messages, of_step
 
 _LARGEST_TENSOR = 64  # sizes above which nobody asks why not
 
 
+@dataclass(frozen=True)
+class MethodPlan:
+    """One method on the layout of the plan. added: collectives a layer, forward and backward, beside those of a frozen
+    layer that sends a gradient down.
+
+    trained: while training; stored: in the adapter. flops: executed in a step by all GPUs.
+    """
+
+    method: str
+    placement: str
+    trained: int
+    stored: int
+    memory: int
+    fits: bool
+    added: int
+    flops: int
+    seconds: float
+
+
+def compare(candidate: Candidate, others: Iterable[Footprint]) -> list[MethodPlan]:
+    """Return the candidate's own method as it is configured, then the others that leave a row two positions."""
+    job = candidate.job
+    jobs = [replace(job, footprint=other) for other in others if job.length - other.virtual >= 2]
+    return [_plan(candidate), *(_plan(replace(candidate, job=other)) for other in jobs)]
+
+
+def _plan(candidate: Candidate) -> MethodPlan:
+    job, arch = candidate.job, candidate.job.architecture
+    frozen = replace(job, footprint=Footprint("frozen", joined(arch, None)))
+    theta = job.footprint.parameters(arch)
+    return MethodPlan(
+        job.footprint.name,
+        job.footprint.label(job),
+        theta.trained,
+        theta.stored,
+        candidate.memory.total,
+        candidate.short == 0,
+        layer_calls(job) - layer_calls(frozen),
+        job_flops(job).executed,
+        candidate.time.seconds,
+    )
+
+
 def describe(
-    planned: Choice, recommended: Choice | None, cluster: Cluster, sizes: Sizes, keep_last: int | None, keep_best: int
+    planned: Choice,
+    recommended: Choice | None,
+    cluster: Cluster,
+    others: Sequence[Footprint],
+    keep_last: int | None,
+    keep_best: int,
 ) -> dict[str, Any]:
-    """Everything about `planned`; `recommended` where the plan's own choice differs from what the user has fixed."""
+    """Return everything about `planned`, beside `others` on its layout.
+
+    recommended: where the plan's own choice differs from what the user has fixed.
+    """
     candidate = planned.best
     job = candidate.job
     return {
@@ -47,7 +107,7 @@ def describe(
         "time": _time(candidate) if job.device == "cuda" else None,
         "tensor_sizes": _tensor(job, cluster),
         "state": _state(job),
-        "methods": [_method(plan, job) for plan in compare(candidate, sizes)],
+        "methods": [_method(plan, job) for plan in compare(candidate, others)],
     }
 
 
@@ -65,33 +125,29 @@ def _model(job: Job) -> dict[str, Any]:
 
 
 def _trained(job: Job) -> dict[str, Any]:
-    """by_module: of low-rank updates by the module that has them, of full fine-tuning by part of the model."""
-    size, method, trained = frozen_size(job.architecture), job.tuning.method, trained_parameters(job)
-    parts = {method: trained}
-    if method == "lora":
-        parts = job.placement.by_module()
-    elif method == "full":
-        parts = frozen_parameters(job.architecture)
+    footprint, size = job.footprint, frozen_size(job.architecture)
+    theta = footprint.parameters(job.architecture)
     return {
-        "method": method,
-        "parameters": trained,
-        "stored": stored_parameters(job),
-        "percent": 100 * trained / size,
+        "method": footprint.name,
+        "parameters": theta.trained,
+        "stored": theta.stored,
+        "percent": 100 * theta.trained / size,
         "by_module": {
-            name: {"parameters": elements, "percent": 100 * elements / size} for name, elements in parts.items()
+            name: {"parameters": elements, "percent": 100 * elements / size}
+            for name, elements in footprint.parts(job.architecture).items()
         },
     }
 
 
 def _files(job: Job, cluster: Cluster, keep_last: int | None, keep_best: int) -> dict[str, int]:
     return {
-        "adapter": storage.adapter_bytes(job),
-        "adapter_16_bit": 2 * stored_parameters(job),
-        "checkpoint": storage.checkpoint_bytes(job),
-        "base": storage.base_bytes(job),
-        "disk": storage.disk_bytes(job, keep_last, keep_best),
-        "host_memory_loading": storage.host_bytes(job, cluster.gpus_per_node),
-        "host_memory_saving": storage.saving_bytes(job),
+        "adapter": adapter_bytes(job),
+        "adapter_16_bit": 2 * job.footprint.parameters(job.architecture).stored,
+        "checkpoint": checkpoint_bytes(job),
+        "base": base_bytes(job),
+        "disk": disk_bytes(job, keep_last, keep_best),
+        "host_memory_loading": host_bytes(job, cluster.gpus_per_node),
+        "host_memory_saving": saving_bytes(job),
     }
 
 
@@ -166,9 +222,9 @@ def _state(job: Job) -> dict[str, float]:
     """Bytes of weights, gradients, masters and moments of a replica, however sharded: as planned and of full training,
     where Φ itself is fp32.
     """
-    size, method = frozen_size(job.architecture), job.tuning.method
+    size, theta = frozen_size(job.architecture), job.footprint.parameters(job.architecture)
     full = (4 + 4 + 12) * size
-    planned = full if method == "full" else job.itemsize * size + (4 + 4 + 12) * trained_parameters(job)
+    planned = full if job.footprint.trains_base else job.itemsize * size + (4 + 4 + 12) * theta.trained
     return {
         "planned": planned,
         "planned_bytes_per_parameter": planned / size,

@@ -31,15 +31,15 @@ class Factor:
 
 # The factors of a layer's linears, in the order of `Architecture.linears`.
 Layer = tuple[tuple[Factor, ...], ...]
-# Where what another method trains joins a layer, behind the linear that has it: of no rank, and in no message.
+# Where what is no factor joins a layer, behind the linear that has it: of no rank, and in no message.
 JOINS = Factor("", 0, 0, 0, ())
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The factors of every layer. flows: every layer's input requires a gradient, as where the embeddings are trained.
+    """The factors of every layer.
 
-    Other methods than low-rank updates are planned with `joined`, a placement without factors.
+    flows: every layer's input requires a gradient, as where the embeddings are trained.
     """
 
     layers: tuple[Layer, ...]
@@ -86,11 +86,6 @@ class Placement:
                 found[factor.name] += count * factor.elements
         return dict(found)
 
-    @cached_property
-    def factors(self) -> int:
-        """Adapted linears over all layers (each has one A and one B parameter)."""
-        return sum(count * sum(map(bool, layer)) for layer, _, count in self.kinds)
-
 
 def low_rank(arch: Architecture, rules: LoraRules) -> Placement:
     """The factors that `place` gives, by layer. Raises UserError as it does."""
@@ -103,21 +98,19 @@ def low_rank(arch: Architecture, rules: LoraRules) -> Placement:
 
 
 def on_every_linear(arch: Architecture, rank: int) -> Placement:
-    """Factors of one rank on all linears. Their scale, which alpha gives, is nothing to a plan."""
+    """Return factors of one rank on all linears. Their scale, which alpha gives, does not matter to a plan."""
     return low_rank(arch, LoraRules(rank, rank, ALL_LINEAR))
 
 
-def joined(arch: Architecture, method: str) -> Placement:
-    """How the gradient of another method than low-rank updates flows through the frozen base.
+def joined(arch: Architecture, linear: int | None) -> Placement:
+    """Return a placement without factors, for what is trained otherwise.
 
-    Full fine-tuning and a prompt train what comes before the first layer; a prefix joins in its attention, the adapters
-    behind the projection that they follow.
+    linear: behind which linear of a layer it joins; None where it is before the first layer.
     """
     frozen: Layer = ((), (), (), ())
-    if method in ("full", "prompt"):
+    if linear is None:
         return Placement((frozen,) * arch.layers, flows=True)
-    index = {"prefix": 0, "adapter_h": 1, "adapter_l": 3}[method]
-    first = tuple((JOINS,) if number == index else () for number in range(4))
+    first = tuple((JOINS,) if number == linear else () for number in range(4))
     return Placement((first, *(frozen,) * (arch.layers - 1)))
 
 

@@ -2,10 +2,9 @@
 
 Frozen weights have no weight gradient, the lowest adapted linear forms no gradient of its input, nothing below it runs
 backward, and only target positions reach the vocabulary projection. A multiply-add is two FLOPs; norms, activations and
-softmax are left out. Causal attention counts the half of the scores that exists, and a prefix in full.
+softmax are left out. Causal attention counts the half of the scores that exists, and positions outside a row in full.
 
-Legend: T tokens, n target tokens, H hidden, V vocabulary, r rank of a factor, m bottleneck, l virtual positions, w
-width of the prefix' MLP.
+Legend: T tokens, n target tokens, H hidden, V vocabulary, r rank of a factor.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.plan.factors import Layer, Placement, gradients
-from lowrank_dist.plan.job import Tuning
+from lowrank_dist.plan.factors import Layer, gradients
+from lowrank_dist.plan.job import Footprint
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,7 @@ class FlopCount:
 
 def step_flops(
     arch: Architecture,
-    placement: Placement,
-    tuning: Tuning,
+    footprint: Footprint,
     *,
     tokens: int,
     target_tokens: int,
@@ -42,54 +40,42 @@ def step_flops(
 ) -> FlopCount:
     """FLOPs of forward and backward of `tokens` tokens, of which `target_tokens` are trained on.
 
-    square_lengths: Σ length² over the samples, each of which attends within itself, a prompt included and a prefix not.
-    Sums may run over any number of microbatches, steps and ranks: the count is linear in all three. The MLP of a
-    prefix, which runs once a microbatch whatever its tokens, is apart (`prefix_flops`).
+    square_lengths: Σ length² over the samples, each of which attends within itself; positions outside a row are not
+    counted in it. Sums may run over any number of microbatches, steps and ranks: the count is linear in all three. What
+    a microbatch costs whatever its tokens is apart (`Footprint.microbatch_flops`).
     """
     linears = [layout.weights for layout in arch.linears.values()]
-    full = tuning.method == "full"
+    placement, trained = footprint.placement, footprint.trains_base
     forward_linears = 2 * tokens * sum(linears)
-    forward_attention = 2 * (square_lengths + 2 * tokens * tuning.prefix) * arch.heads * arch.head_dim
+    forward_attention = 2 * (square_lengths + 2 * tokens * footprint.outside_row) * arch.heads * arch.head_dim
     vocabulary = 2 * target_tokens * arch.vocab * arch.hidden
-    executed = model = vocabulary * (1 + placement.trains + full)
+    executed = model = vocabulary * (1 + placement.trains + trained)
     attention = 0
     for layer, stream, count in placement.kinds:
-        forward = forward_linears + _low_rank_forward(layer, tokens) + _bottlenecks(arch, tuning, tokens)
+        own = footprint.layer_flops(arch, tokens, stream)
+        shared = forward_linears + _low_rank_forward(layer, tokens)
+        forward = shared + own.forward
         needs = gradients(layer, stream)
         backward = sum(2 * tokens * weights for weights, dx in zip(linears, needs, strict=True) if dx)
-        backward += _low_rank_backward(layer, needs, tokens) + _bottlenecks_backward(arch, tuning, stream, tokens)
-        backward += forward_linears * full
+        backward += _low_rank_backward(layer, needs, tokens) + own.backward + forward_linears * trained
         model += count * (forward + backward + forward_attention * (3 if needs[1] else 1))
         again = recompute and (stream or any(layer))
-        # Non-reentrant checkpoint stops at the last tensor that was saved: before the last bottleneck's last product.
-        repeated = forward - _product(arch, tuning, tokens) * bool(tuning.bottlenecks)
         # Flash attention's backward: five products, the scores' among them, where forward has two.
-        executed += count * (forward + backward + again * repeated)
+        executed += count * (forward + backward + again * (shared + own.again))
         attention += count * forward_attention * (1 + again)
         attention += count * forward_attention * 5 // 2 * needs[1]
     return FlopCount(executed + attention, model, attention)
 
 
-def prefix_flops(arch: Architecture, tuning: Tuning) -> tuple[int, int]:
-    """Of one microbatch, forward and backward of the MLP that makes a prefix: what every tensor-parallel rank repeats,
-    and what is cut over them.
-    """
-    if not tuning.prefix or tuning.width is None:
-        return 0, 0
-    once = 3 * 2 * tuning.virtual * tuning.width
-    return once * arch.hidden, once * 2 * arch.layers * arch.kv_heads * arch.head_dim
-
-
-def replicated_flops(arch: Architecture, placement: Placement, tuning: Tuning, *, tokens: int, recompute: bool) -> int:
+def replicated_flops(arch: Architecture, footprint: Footprint, *, tokens: int, recompute: bool) -> int:
     """FLOPs that every tensor-parallel rank repeats without sequence parallelism: those of the replicated factors,
-    A of column- and B of row-parallel linears, and of replicated bottlenecks, which then see all tokens everywhere.
+    A of column- and B of row-parallel linears, and of what the method replicates.
     """
     found = 0
-    for layer, stream, count in placement.kinds:
-        if tuning.bottlenecks and not tuning.sharded:
-            forward = _bottlenecks(arch, tuning, tokens)
-            again = (forward - _product(arch, tuning, tokens)) * recompute
-            found += count * (forward + again + _bottlenecks_backward(arch, tuning, stream, tokens))
+    for layer, stream, count in footprint.placement.kinds:
+        own = footprint.layer_flops(arch, tokens, stream)
+        if own.replicated:
+            found += count * (own.forward + own.again * recompute + own.backward)
         forwards = 2 if recompute and (stream or any(layer)) else 1
         for index, (factors, needs_dx) in enumerate(zip(layer, gradients(layer, stream), strict=True)):
             column = index % 2 == 0
@@ -113,18 +99,3 @@ def _low_rank_backward(layer: Layer, needs: tuple[bool, ...], tokens: int) -> in
             on_rows, on_inputs = factor.rank * factor.rows, factor.rank * factor.in_features
             found += 2 * tokens * (2 * on_rows + (2 if needs_dx else 1) * on_inputs)
     return found
-
-
-def _product(arch: Architecture, tuning: Tuning, tokens: int) -> int:
-    """One product of a bottleneck: [T, H] by [H, m] or [T, m] by [m, H]."""
-    return 2 * tokens * arch.hidden * tuning.bottleneck
-
-
-def _bottlenecks(arch: Architecture, tuning: Tuning, tokens: int) -> int:
-    return 2 * tuning.bottlenecks * _product(arch, tuning, tokens)
-
-
-def _bottlenecks_backward(arch: Architecture, tuning: Tuning, stream: bool, tokens: int) -> int:
-    """dX and dW of both products; the lowest bottleneck needs no dX, unless a trained norm is before it."""
-    lowest = not stream and tuning.method == "adapter_h"
-    return 2 * _bottlenecks(arch, tuning, tokens) - lowest * _product(arch, tuning, tokens)

@@ -121,7 +121,7 @@ def _kind(layout: Layout) -> tuple[int, bool, bool]:
 def _layouts(job: Job, fixed: Fixed, cluster: Cluster) -> Iterator[Layout]:
     sizes = (fixed.tensor,) if fixed.tensor is not None else job.architecture.legal_tp_sizes(cluster.gpus)
     for tensor in sizes:
-        if cluster.gpus % tensor or job.tuning.why_uncut(tensor):
+        if cluster.gpus % tensor or job.footprint.reason_not_shardable(tensor):
             continue
         data = cluster.gpus // tensor
         if fixed.data not in (None, data) or data > job.global_batch:
@@ -149,7 +149,7 @@ def _no_layout(job: Job, fixed: Fixed, cluster: Cluster) -> str:
         return (
             f"parallel.tensor: {fixed.tensor} does not divide {where}; change --nodes or --gpus-per-node, or the size"
         )
-    if fixed.tensor is not None and (reason := job.tuning.why_uncut(fixed.tensor)):
+    if fixed.tensor is not None and (reason := job.footprint.reason_not_shardable(fixed.tensor)):
         return reason
     if fixed.tensor is not None and fixed.data is not None and fixed.tensor * fixed.data != cluster.gpus:
         return f"parallel.data: {fixed.tensor} tensor × {fixed.data} data parallel is not {where}; leave it null"

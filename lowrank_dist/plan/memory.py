@@ -12,20 +12,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_dist.plan.activations import (
-    activations,
-    bottleneck,
-    norm_saves,
-    saved_of_layer,
-    sequence_parallel,
-    widths,
-    written_out,
-)
+from lowrank_dist.plan.activations import activations, norm_saves, saved_of_layer, widths, written_out
 from lowrank_dist.plan.factors import Layer, total_rank
-from lowrank_dist.plan.job import Decoding, Job, head_rows, padded_vocab
-from lowrank_dist.plan.parameters import ThetaOnRank, frozen_on_rank, theta_on_rank
+from lowrank_dist.plan.job import Decoding, Job, Moment, head_rows, padded_vocab
+from lowrank_dist.plan.parameters import (
+    ThetaOnRank,
+    bucket_size,
+    frozen_on_rank,
+    partition_elements,
+    theta_on_rank,
+)
 from lowrank_dist.plan.traffic import logit_block
-from lowrank_dist.plan.zero import bucket_size, partition_elements
 
 PARTS = (
     "frozen weights",
@@ -39,14 +36,6 @@ PARTS = (
     "keys and values",
     "working memory",
 )
-
-
-@dataclass(frozen=True)
-class Moment:
-    """What exists at one moment, in bytes, beside what is always there; the keys are of PARTS."""
-
-    name: str
-    parts: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,7 @@ def standing(job: Job, theta: ThetaOnRank) -> dict[str, int]:
 def frozen_bytes(job: Job) -> int:
     """Φ on a rank; with rotary positions their frequencies in fp32. Where Φ is trained, these alone."""
     frequencies = 0 if job.architecture.position_rows else 2 * job.architecture.head_dim
-    return frequencies + (0 if job.tuning.method == "full" else job.itemsize * frozen_on_rank(job))
+    return frequencies + (0 if job.footprint.trains_base else job.itemsize * frozen_on_rank(job))
 
 
 def _lanes(job: Job) -> int:
@@ -116,13 +105,12 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
     if recompute and (stream or any(top)):
         layer = saved_of_layer(job, top, stream)
         if stream and not written_out(job):
-            layer -= (
-                job.shard_tokens * job.architecture.hidden * job.itemsize
-            )  # the norm's input is the layer's, kept anyway
-    # Once backward is past the final norm, what that saved is free; past it comes the bottleneck behind the top MLP.
+            # The norm's input is the layer's, kept anyway.
+            layer -= job.shard_tokens * job.architecture.hidden * job.itemsize
+    # Once backward is past the final norm, what that saved is free; what a method has behind the top MLP comes next.
     below = kept + layer - norm_saves(job, job.shard_tokens, job.architecture.hidden)
-    behind_mlp = below - (bottleneck(job) if job.tuning.bottlenecks else 0)
-    if job.tuning.method == "full" and job.architecture.tied:
+    behind_mlp = below - job.footprint.saved_behind_mlp(job)
+    if job.footprint.trains_base and job.architecture.tied:
         # The head's part of the embeddings' gradient waits for the lookup's, until backward is over.
         behind_mlp += 4 * _head_weight(job)
     found = [
@@ -134,15 +122,14 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
     ]
     if recompute:
         found.append(_recomputation(job, top, below))
-    if job.tuning.bottlenecks:
-        found.append(_bottleneck_backward(job, below))
+    found.extend(job.footprint.backward_moments(job, below))
     # DeepSpeed allocates its bucket when the first gradient of Θ arrives, which is one of the top layer's.
     bucket = {"DeepSpeed's buckets": 4 * bucket_size(job, tp_rank)}
     layers = [Moment(moment.name, moment.parts | bucket) for moment in found[3:]]
     if job.microbatches > 1:
         return [*found[:3], *layers]
     # Of a step's only microbatch: gradients come as backward goes down. The head's are there from the top layer on.
-    of_head = 4 * _head_weight(job) * (job.tuning.method == "full" and not job.architecture.tied)
+    of_head = 4 * _head_weight(job) * (job.footprint.trains_base and not job.architecture.tied)
     missing = -4 * theta_on_rank(job, tp_rank).elements
     lowest, into_lowest, _ = job.placement.kinds[0]
     last = _mlp_backward(job, lowest, saved_of_layer(job, lowest, into_lowest))
@@ -166,7 +153,7 @@ def _head(job: Job, kept: int) -> Moment:
     if working != own * e:
         logits = exponentials
     chosen = job.targets * h * e  # the hidden states at the targets; their gradient is among the activations
-    if job.tuning.method == "full":
+    if job.footprint.trains_base:
         # dW is summed in fp32 (what is kept of it has the base's dtype), of a product beside the weight's cast.
         logits = exponentials + cast
         working = 4 * own + 4 * rows * h + (e * _head_weight(job) if e < 4 else 0)
@@ -176,7 +163,7 @@ def _head(job: Job, kept: int) -> Moment:
 def _head_backward(job: Job, kept: int) -> Moment:
     """dH at the targets spread over all tokens: the zeros, and the sum with what is put into them."""
     working = 2 * job.tokens * job.architecture.hidden * job.itemsize
-    if job.tuning.method == "full":
+    if job.footprint.trains_base:
         # dW beside it, with padding, and in fp32.
         working += _head_weight(job) * (job.itemsize + 4 if job.itemsize < 4 else 4)
     return Moment("gradient of the head", {"activations": kept, "working memory": working})
@@ -196,14 +183,14 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
     fc1, fc2 = total_rank(top[2]), total_rank(top[3])
     inner = t * arch.ffn // job.layout.tensor * e
     residual = job.shard_tokens * arch.hidden * e
-    full = job.tuning.method == "full"
-    freed = inner if fc2 or full else 0  # fc2's input, once fc2 is behind
+    trained = job.footprint.trains_base
+    freed = inner if fc2 or trained else 0  # fc2's input, once fc2 is behind
     # A trained weight's gradient in the base's dtype, then in fp32, when the gradient of fc1's output is free.
-    weight = arch.linears["linear_fc1"].weights // job.layout.tensor * full
+    weight = arch.linears["linear_fc1"].weights // job.layout.tensor * trained
     grown = weight * e + (max(0, 4 * weight - widths(job) * inner) if e < 4 else 0)
     # dY and dX, and a product on the way where two factors meet.
     wide = 4 if arch.gated else 2
-    whole, sequence = t * arch.hidden * e, sequence_parallel(job)
+    whole, sequence = t * arch.hidden * e, job.sequence_parallel
     # On a CPU a product that is a part of a message is computed apart and copied into it.
     apart = whole if sequence and job.device == "cpu" and not job.lanes else 0
     candidates = [
@@ -219,15 +206,6 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
     return Moment("backward of the top MLP", parts)
 
 
-def _bottleneck_backward(job: Job, kept: int) -> Moment:
-    """The topmost bottleneck: its output's gradient, and its input's; where it is cut, one of them of all tokens."""
-    e, hidden = job.itemsize, job.architecture.hidden
-    whole = job.tokens * hidden * e if job.tuning.sharded and sequence_parallel(job) else 0
-    working = (2 if whole == 0 else 1) * job.shard_tokens * hidden * e
-    parts = {"activations": kept, "communication buffers": whole, "working memory": working}
-    return Moment("backward of the top bottleneck", parts)
-
-
 def _attention_backward(job: Job, top: Layer, stream: bool, kept: int) -> Moment:
     """The norm between attention and MLP: what the MLP saved is free, the norm's products are as wide as H."""
     mlp_only = saved_of_layer(job, ((), (), *top[2:]), True) - saved_of_layer(job, ((), (), (), ()), True)
@@ -241,15 +219,15 @@ def _recomputation(job: Job, top: Layer, kept: int) -> Moment:
     e, whole = job.itemsize, job.tokens * job.architecture.hidden * job.itemsize
     residual = (2 if written_out(job) else 1) * job.shard_tokens * job.architecture.hidden * e
     waiting, product = _message(job, total_rank(top[3])), _message(job, total_rank(top[3]))
-    apart = whole if sequence_parallel(job) and job.device == "cpu" and not job.lanes and top[3] else 0
-    working = residual + apart + (0 if sequence_parallel(job) else whole)
+    apart = whole if job.sequence_parallel and job.device == "cpu" and not job.lanes and top[3] else 0
+    working = residual + apart + (0 if job.sequence_parallel else whole)
     parts = {"activations": kept, "communication buffers": waiting + product, "working memory": working}
     return Moment("recomputation of the top layer", parts)
 
 
 def _message(job: Job, rank: int) -> int:
     """[T, H + R] under sequence parallelism, whole on the rank that gathers it or gives it away."""
-    return job.tokens * (job.architecture.hidden + rank) * job.itemsize if sequence_parallel(job) else 0
+    return job.tokens * (job.architecture.hidden + rank) * job.itemsize if job.sequence_parallel else 0
 
 
 def _step(job: Job, tp_rank: int) -> Moment:
@@ -277,10 +255,8 @@ def _prompts(job: Job, decoding: Decoding, theta: ThetaOnRank) -> Moment:
     kept = 2 * arch.layers * decoding.batch * heads * columns * arch.head_dim * e
     # The embeddings, the layer's input and that of its MLP, the norm of it; and the activation beside its own input.
     working = 4 * stream + (3 if arch.gated else 2) * inner
-    if job.tuning.bottlenecks:
-        # A sublayer's output on its way through the bottleneck, with and without its bias.
-        working = max(working, (8 + arch.linear_bias) * stream)
-    if job.tuning.method == "full" and e < 4:
+    working = max(working, job.footprint.evaluation_working(job, stream))
+    if job.footprint.trains_base and e < 4:
         working = max(working, stream + e * _head_weight(job))  # the head's cast
     parts = {
         "gradients of Θ": -4 * theta.elements,

@@ -1,7 +1,12 @@
-"""How many parameters there are: of Φ and of Θ, whole and on one tensor-parallel rank."""
+"""How many parameters there are, of Φ and of Θ, whole and on one rank, and what they take on disk and in host memory.
+
+ZeRO 1 and 2 (deepspeed 0.19, runtime/zero/stage_1_and_2.py) hold parameters with partial gradients and the others as
+two groups, each flattened and cut evenly over data parallelism.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,8 +14,21 @@ from functools import lru_cache
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.rows import LinearLayout
 from lowrank_dist.plan.factors import Factor, Layer, total_rank
-from lowrank_dist.plan.job import Job, padded_vocab
-from lowrank_dist.plan.tuned import norm_elements, parameters
+from lowrank_dist.plan.job import ITEMSIZE, Job, padded_vocab
+
+# nccl_start_alignment_factor: a flat group is padded to a multiple of this times the data-parallel size.
+_ALIGNMENT = 2
+# engine/zero.py: the most elements of a bucket that was not asked for.
+_LARGEST_BUCKET = 5 * 10**8
+# model/load.py converts at most this much at a time; everything else stays in pages of the mapped files.
+_CHUNK = 16 * 2**20
+# A rank with torch, Megatron, DeepSpeed and transformers loaded: anonymous memory as measured on a CPU. What CUDA's
+# driver and NCCL take of the host beside is assumed.
+_PROCESS, _CUDA = 330 * 2**20, 1500 * 2**20
+
+
+def norm_elements(arch: Architecture) -> int:
+    return arch.hidden * (2 if arch.norm == "LayerNorm" else 1)
 
 
 def frozen_parameters(arch: Architecture) -> dict[str, int]:
@@ -52,7 +70,7 @@ class ThetaOnRank:
     """Elements of Θ on one rank, in the optimiser's two groups.
 
     replicated: with partial gradients, as A of column- and B of row-parallel linears have; sharded: the others. b,
-    total_ranks: elements of B and ranks of all factors, of low-rank updates alone.
+    total_ranks: elements of B and ranks of all factors.
     """
 
     replicated: int
@@ -67,10 +85,10 @@ class ThetaOnRank:
 
 def theta_on_rank(job: Job, tp_rank: int) -> ThetaOnRank:
     """Θ on tensor-parallel rank `tp_rank`: with fewer key/value heads than ranks the shares of B are uneven."""
-    replicated = sharded = b = ranks = 0
-    if job.tuning.method != "lora":
-        groups = parameter_sizes(job, tp_rank)
-        return ThetaOnRank(*map(sum, groups), 0, 0)
+    own = job.footprint.on_rank(job)
+    replicated = sum(p.elements for p in own if p.partial)
+    sharded = sum(p.elements for p in own if not p.partial)
+    b = ranks = 0
     for layer, _, count in job.placement.kinds:
         for column, a_elements, b_elements, rank in _linears(job, layer, tp_rank):
             replicated += count * (a_elements if column else b_elements)
@@ -81,10 +99,8 @@ def theta_on_rank(job: Job, tp_rank: int) -> ThetaOnRank:
 
 def parameter_sizes(job: Job, tp_rank: int) -> tuple[list[int], list[int]]:
     """Elements of every parameter of Θ on a rank with a partial gradient, and of every other, in order."""
-    if job.tuning.method != "lora":
-        held = parameters(job)
-        return [p.elements for p in held if p.partial], [p.elements for p in held if not p.partial]
-    replicated, sharded = [], []
+    own = job.footprint.on_rank(job)
+    replicated, sharded = [p.elements for p in own if p.partial], [p.elements for p in own if not p.partial]
     for layer in job.placement.layers:
         for column, a_elements, b_elements, _ in _linears(job, layer, tp_rank):
             replicated.append(a_elements if column else b_elements)
@@ -95,9 +111,9 @@ def parameter_sizes(job: Job, tp_rank: int) -> tuple[list[int], list[int]]:
 def _linears(job: Job, layer: Layer, tp_rank: int) -> Iterator[tuple[bool, int, int, int]]:
     """(column-parallel, elements of A, elements of B, R) of every adapted linear of a layer on a rank."""
     for layout, factors in zip(job.architecture.linears.values(), layer, strict=True):
-        if factors:
+        rank = total_rank(factors)
+        if rank:
             column = layout.kind == "column"
-            rank = total_rank(factors)
             a_elements = rank * (factors[0].in_features // (1 if column else job.layout.tensor))
             # A rank without a row of B keeps one element, since DeepSpeed cannot flatten an empty parameter.
             b_elements = max(1, sum(f.rank * _rows_on_rank(layout, f, tp_rank, job.layout.tensor) for f in factors))
@@ -106,8 +122,6 @@ def _linears(job: Job, layer: Layer, tp_rank: int) -> Iterator[tuple[bool, int, 
 
 def heaviest_rank(job: Job) -> int:
     """The tensor-parallel rank with the most of Θ: the one that a plan speaks of."""
-    if job.tuning.method != "lora":
-        return 0
     distinct = range(job.layout.tensor if job.layout.tensor > job.architecture.kv_heads else 1)
     return max(distinct, key=lambda rank: (theta_on_rank(job, rank).elements, -rank))
 
@@ -117,3 +131,67 @@ def heaviest_rank(job: Job) -> int:
 def _rows_on_rank(layout: LinearLayout, factor: Factor, tp_rank: int, tp_size: int) -> int:
     """Rows of a factor's B on a rank."""
     return sum(segment.length for segment in layout.segments(tp_rank, tp_size) if segment.part in factor.parts)
+
+
+def partition_elements(group: int, data: int) -> int:
+    """Elements of one data-parallel rank's share of a parameter group of `group` elements, padding included."""
+    return math.ceil(group / (_ALIGNMENT * data)) * _ALIGNMENT
+
+
+def bucket_size(job: Job, tp_rank: int) -> int:
+    """Elements of the buffer that DeepSpeed allocates in every backward."""
+    return job.reduce_bucket or min(_LARGEST_BUCKET, theta_on_rank(job, tp_rank).elements)
+
+
+def bucket_elements(job: Job, tp_rank: int) -> list[int]:
+    """Elements of each reduction over data parallelism: parameters are copied together until the next does not fit."""
+    size, buckets = bucket_size(job, tp_rank), [0]
+    replicated, sharded = parameter_sizes(job, tp_rank)
+    for elements in replicated + sharded:
+        if buckets[-1] and buckets[-1] + elements > size:
+            buckets.append(0)
+        buckets[-1] += elements
+    return buckets
+
+
+def base_bytes(job: Job) -> int:
+    """The Hugging Face checkpoint, and a merged model of its dtype."""
+    return frozen_size(job.architecture) * ITEMSIZE[job.stored_dtype]
+
+
+def adapter_bytes(job: Job) -> int:
+    """What others load: Θ in fp32 (header and JSON are some tens of kB), or a model where Φ is trained."""
+    return base_bytes(job) if job.footprint.trains_base else 4 * job.footprint.parameters(job.architecture).stored
+
+
+def checkpoint_bytes(job: Job) -> int:
+    """A checkpoint is what others load with masters and two moments beside it."""
+    return adapter_bytes(job) + 12 * job.footprint.parameters(job.architecture).trained
+
+
+def disk_bytes(job: Job, keep_last: int | None, keep_best: int) -> int:
+    """Base, checkpoints that are kept at a time (one more while it is written), and the adapter at the end.
+
+    Where all checkpoints are kept, one is counted: the rest grows with the run.
+    """
+    kept = (1 if keep_last is None else keep_last) + keep_best + 1
+    return base_bytes(job) + kept * checkpoint_bytes(job) + adapter_bytes(job)
+
+
+def host_bytes(job: Job, ranks_on_node: int) -> int:
+    """Anonymous memory of a node while it loads. Pages of the mapped checkpoint come and go, and are not counted.
+
+    On a CPU a rank's shard lies there too. While it saves, rank 0 receives masters and moments of all of Θ.
+    """
+    beside = job.itemsize * frozen_on_rank(job) if job.device == "cpu" else _CUDA
+    return ranks_on_node * (_PROCESS + _CHUNK + beside)
+
+
+def saving_bytes(job: Job) -> int:
+    """What rank 0 holds more of in host memory while a checkpoint is written: masters and moments of all of Θ, or
+    where they are streamed of the largest weight.
+    """
+    if job.footprint.trains_base:
+        arch = job.architecture
+        return 12 * max(arch.vocab * arch.hidden, *(linear.weights for linear in arch.linears.values()))
+    return 12 * job.footprint.parameters(job.architecture).trained

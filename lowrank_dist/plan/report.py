@@ -45,6 +45,11 @@ def headline(plan: Mapping[str, Any]) -> str:
     )
 
 
+def _trains_base(plan: Mapping[str, Any]) -> bool:
+    """Return whether Θ is all of Φ."""
+    return plan["trained"]["parameters"] == plan["model"]["parameters"]
+
+
 def verdict(plan: Mapping[str, Any]) -> Text:
     """Whether it fits, and what would make it fit."""
     layout, cluster = plan["layout"], plan["cluster"]
@@ -86,7 +91,7 @@ def _theta(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
         table.add_row(name, f"{found['parameters']:,}", percent(found["percent"]))
     yield table
     stored = f"adapter {size(files['adapter'])} in fp32 ({size(files['adapter_16_bit'])} in 16 bits)"
-    if plan["trained"]["method"] == "full":
+    if _trains_base(plan):
         stored = f"trained model {size(files['adapter'])}"
     yield Text(
         f"{stored} beside a base of {size(files['base'])}; checkpoint {size(files['checkpoint'])}; disk "
@@ -126,7 +131,7 @@ def _time(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
     yield table
     yield Text(
         f"{flops['executed']:.3g} FLOPs executed, {flops['model']:.3g} by the model"
-        f"{'' if plan['trained']['method'] == 'full' else ', none for weight gradients of Φ'}; "
+        f"{'' if _trains_base(plan) else ', none for weight gradients of Φ'}; "
         f"modelled MFU {100 * time['mfu']:.1f} %, {time['tokens_per_second']:,.0f} tokens/s"
     )
 
@@ -200,9 +205,9 @@ def _verification(found: Mapping[str, Any]) -> Iterator[RenderableType]:
     for when, sides in found["messages"].items():
         table.add_section()
         for kind in sorted(sides["formula"].keys() | sides["executed"].keys()):
-            cells = [sides[side].get(kind, {"calls": 0, "bytes": 0}) for side in ("formula", "executed")]
-            same = "exact" if cells[0] == cells[1] else "DIFFERS"
-            texts = (f"{cell['calls']} calls, {cell['bytes']:,} B" for cell in cells)
+            counts = [sides[side].get(kind, {"calls": 0, "bytes": 0}) for side in ("formula", "executed")]
+            same = "exact" if counts[0] == counts[1] else "DIFFERS"
+            texts = (f"{count['calls']} calls, {count['bytes']:,} B" for count in counts)
             table.add_row(f"{kind}, {when}", *texts, same)
     yield table
     if found["agrees"]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lowrank_dist.plan.factors import gradients
-from lowrank_dist.plan.flops import FlopCount, prefix_flops, replicated_flops, step_flops
+from lowrank_dist.plan.flops import FlopCount, replicated_flops, step_flops
 from lowrank_dist.plan.hardware import (
     GEMM_SHARE,
     LINK_SHARE,
@@ -20,9 +20,8 @@ from lowrank_dist.plan.hardware import (
     Gpu,
 )
 from lowrank_dist.plan.job import Job, Layout
-from lowrank_dist.plan.parameters import frozen_on_rank, theta_on_rank
+from lowrank_dist.plan.parameters import frozen_on_rank, partition_elements, theta_on_rank
 from lowrank_dist.plan.traffic import Message, of_step
-from lowrank_dist.plan.zero import partition_elements
 
 GEMMS, PASSES, TENSOR, DATA = "GEMMs", "memory", "tensor-parallel messages", "data-parallel messages"
 
@@ -52,17 +51,16 @@ def job_flops(job: Job) -> FlopCount:
     tokens = rows * job.sequence_length
     flops = step_flops(
         job.architecture,
-        job.placement,
-        job.tuning,
+        job.footprint,
         tokens=tokens,
         target_tokens=rows * (job.targets // layout.micro_batch),
         square_lengths=rows * job.sequence_length**2,
         recompute=layout.recompute,
     )
-    once, cut = (job.microbatches * layout.data * count for count in prefix_flops(job.architecture, job.tuning))
+    once, cut = (job.microbatches * layout.data * count for count in job.footprint.microbatch_flops(job.architecture))
     repeated = (layout.tensor - 1) * once
     if not layout.sequence and layout.tensor > 1:
-        more = replicated_flops(job.architecture, job.placement, job.tuning, tokens=tokens, recompute=layout.recompute)
+        more = replicated_flops(job.architecture, job.footprint, tokens=tokens, recompute=layout.recompute)
         repeated += (layout.tensor - 1) * more
     return replace(flops, executed=flops.executed + once + cut + repeated, model=flops.model + once + cut)
 
@@ -116,8 +114,8 @@ def _passes(job: Job, tp_rank: int) -> int:
     outputs of an adapted linear (benchmarks/roofline.py counts them one by one).
     """
     arch, n, e = job.architecture, job.layout.tensor, job.itemsize
-    # Norms and residuals; a bottleneck is read, added to its input and written, a bias in between.
-    hidden = (2 * 2 + 2 * 3 + 6 * job.tuning.bottlenecks) * arch.hidden * job.shard_tokens
+    # Norms and residuals, and what the method does to the latter.
+    hidden = (2 * 2 + 2 * 3 + job.footprint.residual_passes) * arch.hidden * job.shard_tokens
     inner = (3 if arch.gated else 2) * arch.ffn // n * job.tokens
     heads = 4 * (arch.heads + arch.kv_heads) * arch.head_dim // n * job.tokens
     messages = 4 * arch.hidden * job.tokens if job.layout.sequence else 0

@@ -9,14 +9,13 @@ Legend: T tokens of a microbatch, H hidden, R = Σ r of a linear, n target token
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from lowrank_dist.plan.factors import Layer, gradients, total_rank
-from lowrank_dist.plan.job import Job, padded_vocab
-from lowrank_dist.plan.parameters import theta_on_rank
-from lowrank_dist.plan.zero import bucket_elements, partition_elements
+from lowrank_dist.plan.job import Call, Job, padded_vocab
+from lowrank_dist.plan.parameters import bucket_elements, partition_elements, theta_on_rank
 
 GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 # Positions of which logits exist at one time: parallel/vocab.py keeps a block of fp32 logits to 128 MiB.
@@ -100,13 +99,12 @@ def bytes_of(messages: Iterable[Message]) -> Counter[tuple[str, str]]:
 
 def _ends(job: Job) -> Iterator[Message]:
     """Embedding and head."""
-    arch, layout, method = job.architecture, job.layout, job.tuning.method
+    arch, layout = job.architecture, job.layout
     whole = job.tokens * arch.hidden * job.itemsize
     # With learned positions Megatron reduces the word embeddings whole and cuts the sum.
     scattered = layout.sequence and not arch.position_rows
     yield Message(SCATTER if scattered else REDUCE, "tensor", "forward", whole)
-    # The way back to embeddings that are trained; those of a prompt are put in behind the scatter.
-    if layout.sequence and (method == "full" or (method == "prompt" and not scattered)):
+    if layout.sequence and job.footprint.gathers_embedding_gradient(job):
         yield Message(GATHER, "tensor", "backward", whole)
     if layout.sequence:
         yield Message(GATHER, "tensor", "forward", whole)
@@ -124,28 +122,23 @@ def _ends(job: Job) -> Iterator[Message]:
 
 def _layer(job: Job, layer: Layer, stream: bool) -> Iterator[tuple[Literal["forward", "backward"], str, int]]:
     """(phase, kind, bytes) of a layer's calls."""
-    arch, sequence, tuning = job.architecture, job.layout.sequence, job.tuning
+    arch, sequence, footprint = job.architecture, job.layout.sequence, job.footprint
     unit = job.tokens * job.itemsize
     ranks = [total_rank(factors) if sequence else 0 for factors in layer]
     needs = gradients(layer, stream)
-    forward = [(GATHER if i % 2 == 0 else SCATTER, unit * (arch.hidden + ranks[i])) for i in range(4)]
-    if not sequence:
-        forward = [(REDUCE, unit * arch.hidden) if i % 2 else None for i in range(4)]
-    own = _bottleneck(job)
+    own = footprint.layer_calls(job, stream)
     fused = unit * arch.linears["linear_qkv"].out_features
     # Megatron gathers q, k, v where a rank's rows are no whole heads.
     gathered = [(GATHER, fused)] if arch.kv_heads < job.layout.tensor else []
-    after_attention = own if tuning.bottlenecks == 2 else []
-    forward = [forward[0], *gathered, forward[1], *after_attention, *forward[2:], *own]
-    forward = [call for call in forward if call is not None]
+    qkv, proj, fc1, fc2 = ([call] if call else [] for call in _linears(job, ranks))
+    forward = [*qkv, *gathered, *proj, *own.behind_attention, *fc1, *fc2, *own.behind_mlp]
     yield from (("forward", *call) for call in forward)
     if not (stream or any(layer)):
         return
     if job.layout.recompute:
-        # Non-reentrant checkpoint stops at the last tensor that was saved: the last reduction comes after it, unless a
-        # bottleneck follows that has none.
-        again = forward if tuning.bottlenecks and not tuning.sharded else forward[:-1]
-        yield from (("backward", *call) for call in again)
+        # Non-reentrant checkpoint stops at the last tensor that was saved: the last reduction comes after it, unless
+        # the method saves one behind.
+        yield from (("backward", *call) for call in (forward if own.last_again else forward[:-1]))
     for i, needs_dx in enumerate(needs):
         # The lowest adapted linear has no dX to ride on: its dU travels alone.
         columns = arch.hidden * needs_dx + ranks[i]
@@ -153,25 +146,19 @@ def _layer(job: Job, layer: Layer, stream: bool) -> Iterator[tuple[Literal["forw
             yield "backward", SCATTER if i % 2 == 0 else GATHER, unit * columns
         elif not sequence and needs_dx and i % 2 == 0:
             yield "backward", REDUCE, unit * arch.hidden
-        if sequence and tuning.method == "full" and i % 2 == 0:
+        if sequence and footprint.trains_base and i % 2 == 0:
             # Megatron saves the shard of a column linear's input and gathers it again for its weight's gradient.
             yield "backward", GATHER, unit * arch.hidden
-    yield from (("backward", *call) for call in _bottlenecks_backward(job, stream))
+    yield from (("backward", *call) for call in own.backward)
     if gathered and (stream or total_rank(layer[0])):
         yield "backward", SCATTER, fused
 
 
-def _bottleneck(job: Job) -> list[tuple[str, int]]:
-    """(kind, bytes) of the forward of a bottleneck that is cut: a column then a row linear."""
-    if not job.tuning.sharded:
-        return []
-    whole = job.tokens * job.architecture.hidden * job.itemsize
-    return [(GATHER, whole), (SCATTER, whole)] if job.layout.sequence else [(REDUCE, whole)]
-
-
-def _bottlenecks_backward(job: Job, stream: bool) -> list[tuple[str, int]]:
-    """As many as forward; the lowest bottleneck sends no dX on, unless a trained norm is before it."""
-    calls, tuning = _bottleneck(job) * job.tuning.bottlenecks, job.tuning
-    if calls and not stream and tuning.method == "adapter_h":
-        calls.remove((SCATTER, calls[-1][1]) if job.layout.sequence else calls[-1])
-    return calls
+def _linears(job: Job, ranks: Sequence[int]) -> Iterator[Call | None]:
+    """The call that each of a layer's four linears issues in forward, if it does."""
+    unit, hidden = job.tokens * job.itemsize, job.architecture.hidden
+    for i, rank in enumerate(ranks):
+        if job.layout.sequence:
+            yield GATHER if i % 2 == 0 else SCATTER, unit * (hidden + rank)
+        else:
+            yield (REDUCE, unit * hidden) if i % 2 else None

@@ -22,18 +22,14 @@ from lowrank_dist.methods.bottleneck.files import BottleneckConfig, places, stor
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.plan.hardware import GPUS
-from lowrank_dist.plan.job import Layout
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.sections.section import MethodName
+from lowrank_dist.plan.job import Footprint, Layout
 from lowrank_dist.plan.layouts import Candidate, Cluster
-from lowrank_dist.plan.methods import (
-    MethodPlan,
-    Sizes,
-    adapter_parameters,
-    compare,
-    prefix_parameters,
-    prompt_parameters,
-)
+from lowrank_dist.methods.registry import Sizes, footprints_beside, home
+from lowrank_dist.plan.describe import MethodPlan, compare
 from lowrank_dist.plan.parameters import frozen_size
-from lowrank_dist.plan.settings import job_of, read_request
+from lowrank_dist.engine.planning import job_of, read_request
 from tests.dist import ranks
 from tests.dist.method_runs import (
     BOTTLENECK,
@@ -429,15 +425,25 @@ def test_notices_a_sum_that_is_missing(
 SIZES = Sizes(bottleneck=BOTTLENECK, virtual=VIRTUAL, reparametrised=WIDTH)
 
 
+def of_size(method: MethodName, sizes: Sizes, architecture: Architecture) -> Footprint:
+    """On one rank, where there is one way to lie."""
+    (found,) = home(method).footprint.footprints_of_size(method, sizes, architecture, 1)
+    return found
+
+
 @pytest.mark.parametrize("family", TRIED)
 def test_trained_parameters_are_those_of_the_formulas(folders: dict[str, str], family: str) -> None:
     shape = read_architecture(Path(folders[family]))
     expected = {
         "full": frozen_size(shape),
-        **{name: adapter_parameters(shape, BOTTLENECK, METHODS[name][0]) for name in METHODS if "adapter" in name},
-        "prefix": prefix_parameters(shape, VIRTUAL),
-        "prefix_mlp": prefix_parameters(shape, VIRTUAL, WIDTH),
-        "prompt": prompt_parameters(shape, VIRTUAL),
+        **{
+            name: of_size(METHODS[name][0], SIZES, shape).parameters(shape).trained
+            for name in METHODS
+            if "adapter" in name
+        },
+        "prefix": of_size("prefix", SIZES, shape).parameters(shape).stored,
+        "prefix_mlp": of_size("prefix", SIZES, shape).parameters(shape).trained,
+        "prompt": of_size("prompt", SIZES, shape).parameters(shape).trained,
     }
     for world in (1, 2):
         for rank in run_ranks(world, sizes_of, folders[family], world):
@@ -514,7 +520,8 @@ def planned(folder: str, sequence: bool, recompute: bool) -> dict[str, MethodPla
     """What the plan says of each method at TP 2, by our names."""
     job = job_of(read_request(folder, ["data.max_length=16"]), 1.0)
     job = replace(job, layout=Layout(2, 1, sequence, 1, recompute))
-    rows = compare(Candidate(job, Cluster(1, 2, GPUS["h100"], GPUS["h100"].memory)), SIZES)
+    others = footprints_beside(job.footprint, SIZES, job.architecture, 2)
+    rows = compare(Candidate(job, Cluster(1, 2, GPUS["h100"], GPUS["h100"].memory)), others)
     return {row.method + ("_replicated" if row.placement == "replicated" else ""): row for row in rows}
 
 

@@ -10,13 +10,14 @@ import pytest
 from torch import Tensor
 
 from lowrank_dist.parallel.counting import count_collectives
+from lowrank_dist.methods.lora.footprint import LowRank
 from lowrank_dist.plan.job import Job, Layout
 from lowrank_dist.plan.parameters import theta_on_rank
 from lowrank_dist.plan.factors import low_rank
 from lowrank_dist.arch.placement import LoraRules
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.plan.traffic import step_messages
-from lowrank_dist.plan.zero import bucket_size, partition_elements
+from lowrank_dist.plan.parameters import bucket_size, partition_elements
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny_runs import MAX_LENGTH, Setting, build, microbatches
 from tests.tiny_models import make_tiny
@@ -69,7 +70,7 @@ def planned(folder: str, setting: Setting, reduce_bucket: int | None, microbatch
         architecture=architecture,
         name="tiny",
         stored_dtype="fp32",
-        placement=low_rank(architecture, LoraRules(4, 8.0, targets, rank_pattern=pattern)),
+        footprint=LowRank("lora", low_rank(architecture, LoraRules(4, 8.0, targets, rank_pattern=pattern))),
         layout=Layout(setting.tensor, data, setting.sequence and setting.tensor > 1, microbatch_rows, False),
         global_batch=4,
         length=MAX_LENGTH,

@@ -20,11 +20,10 @@ from lowrank_dist.arch import families
 from lowrank_dist.arch.config_json import UnsupportedModel, architecture_of, read_architecture
 from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.arch.model_files import BUILT_IN, built_in_config, declared_dtype, stored_dtype
+from lowrank_dist.engine.planning import find_model, job_of, read_request
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import check_checkpoint, open_checkpoint
-from lowrank_dist.plan.model import find_model
 from lowrank_dist.plan.parameters import frozen_size
-from lowrank_dist.plan.settings import job_of, read_request
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 
 Values = dict[str, Any]

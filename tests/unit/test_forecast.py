@@ -16,10 +16,10 @@ from lowrank_dist.arch.placement import LoraRules
 from lowrank_dist.config import Config, load_config
 from lowrank_dist.engine.forecast import Forecast
 from lowrank_dist.errors import UserError
+from lowrank_dist.methods.lora.footprint import LowRank
 from lowrank_dist.plan.factors import low_rank
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.hardware import peak_flops
-from lowrank_dist.plan.job import Tuning
 from tests.tiny_models import make_tiny
 
 TOPOLOGY: Any = SimpleNamespace(tp_size=2, dp_size=1, sequence_parallel=True)
@@ -79,8 +79,7 @@ def test_flops_are_the_plans(path: Path) -> None:
     lora = config(path).lora
     count = step_flops(
         shape,
-        low_rank(shape, LoraRules(lora.rank, lora.alpha, lora.targets)),
-        Tuning(),
+        LowRank("lora", low_rank(shape, LoraRules(lora.rank, lora.alpha, lora.targets))),
         tokens=100,
         target_tokens=30,
         square_lengths=2000,

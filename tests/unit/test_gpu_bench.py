@@ -21,9 +21,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import MEGATRON_LINEARS
+from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.formats.model_folder import check_checkpoint, open_checkpoint
 from lowrank_dist.plan.flops import step_flops
-from lowrank_dist.plan.settings import job_of, read_request
 from tests.gpu.bench import stages as bench_stages
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -303,8 +303,7 @@ def test_flops_of_a_step_are_those_that_peft_executes(tmp_path: Path) -> None:
     job = job_of(read_request(str(tmp_path), ["lora.rank=4"]), target_share=1.0)
     count = {"tokens": 40, "target_tokens": 40, "recompute": False}
     whole, linear = (
-        step_flops(job.architecture, job.placement, job.tuning, square_lengths=squares, **count).model
-        for squares in (800, 0)
+        step_flops(job.architecture, job.footprint, square_lengths=squares, **count).model for squares in (800, 0)
     )
     assert linear == executed["aten.mm"] + executed.get("aten.addmm", 0)
     assert 2 * (whole - linear) == executed["aten.bmm"] - sum(angles), "transformers computes both triangles"

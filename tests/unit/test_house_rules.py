@@ -239,15 +239,11 @@ def branches(source: str) -> list[tuple[int, str]]:
     return Branches(ast.parse(source)).found
 
 
-# These do, until every method answers for its footprint.
-BY_NAME = (f"{PACKAGE}.plan", f"{PACKAGE}.engine.dry_run")
-
-
 def test_nothing_outside_methods_goes_by_a_methods_name() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}: {what}"
         for name, path in modules(PACKAGE, "launch")
-        if not any(under(name, room) for room in (METHODS_ROOM, *BY_NAME))
+        if not under(name, METHODS_ROOM)
         for line, what in branches(path.read_text())
     ]
     assert found == []

@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lowrank_dist.arch.config_json import architecture_of
 from lowrank_dist.backend import select
-from lowrank_dist.plan.model import Model
+from lowrank_dist.engine.planning import Model
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 

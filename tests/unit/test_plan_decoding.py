@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_dist.backend.select import quiet_libraries
 from lowrank_dist.engine.dry_run import TOLERANCE, _build, _fake_ranks, _KnownPositions, _Live
+from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.plan.job import Job, Layout
 from lowrank_dist.plan.memory import moments
-from lowrank_dist.plan.settings import job_of, read_request
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def planned(shape: str, tensor: int, method: str, overrides: tuple[str, ...]) ->
         model.eval()
         with model.without_sequence_parallelism():
             built = live.now
-            columns = len(model.lead) + job.length - job.tuning.virtual + NEW - 1
+            columns = len(model.lead) + job.length - job.footprint.virtual + NEW - 1
             cache = model.new_cache(torch.zeros(BATCH, dtype=torch.int64), columns)
             kept, live.peak = live.now - built, live.now
             model.decode(ids, cache)

@@ -5,27 +5,29 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from lowrank_dist.arch.placement import LoraRules
+from lowrank_dist.engine.planning import find_model, job_of, layout_overrides, read_request
 from lowrank_dist.errors import UserError
-from lowrank_dist.plan import storage
-from lowrank_dist.plan.describe import describe
+from lowrank_dist.methods.lora.footprint import LowRank
+from lowrank_dist.methods.registry import Sizes, footprints_beside
+from lowrank_dist.plan.describe import MethodPlan, compare, describe
 from lowrank_dist.plan.factors import low_rank, on_every_linear
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.hardware import GPUS, bytes_in, gpu_of, peak_flops, usable
-from lowrank_dist.plan.job import Job, Layout, Tuning
+from lowrank_dist.plan.job import Footprint, Job, Layout
 from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, Fixed, choose, tensor_sizes
 from lowrank_dist.plan.memory import Memory, memory
-from lowrank_dist.plan.methods import METHODS, Sizes, compare
-from lowrank_dist.plan.model import find_model
-from lowrank_dist.plan.settings import job_of, layout_overrides, read_request
+from lowrank_dist.plan.parameters import adapter_bytes, base_bytes, checkpoint_bytes, disk_bytes, host_bytes
 from lowrank_dist.plan.step_time import DATA, GEMMS, TENSOR, job_flops
 from lowrank_dist.plan.traffic import calls, microbatch_messages
+from lowrank_dist.sections.section import MethodName
 
 H100 = GPUS["h100"]
+METHODS = get_args(MethodName)
 
 
 def planned(shape: str, *overrides: str) -> Job:
@@ -38,6 +40,15 @@ def cluster(nodes: int = 1, gpus: int = 8, memory: int = H100.memory) -> Cluster
 
 def chosen(shape: str, *overrides: str, nodes: int = 1, memory: int = H100.memory, **fixed: Any) -> Choice:
     return choose(planned(shape, *overrides), Fixed(**fixed), cluster(nodes, memory=memory))
+
+
+def beside(candidate: Candidate, sizes: Sizes) -> list[Footprint]:
+    job = candidate.job
+    return footprints_beside(job.footprint, sizes, job.architecture, job.layout.tensor)
+
+
+def compared(candidate: Candidate, sizes: Sizes) -> list[MethodPlan]:
+    return compare(candidate, beside(candidate, sizes))
 
 
 def test_legal_sizes_and_why_the_others_are_not() -> None:
@@ -131,7 +142,8 @@ def test_flops_of_a_frozen_base_by_hand() -> None:
     shape = find_model("gpt2-medium").architecture
     weights, head = shape.layers * shape.layer_weights, shape.vocab * shape.hidden
     placement = low_rank(shape, LoraRules(1, 1.0, ["q_proj"]))
-    found = step_flops(shape, placement, Tuning(), tokens=1000, target_tokens=100, square_lengths=0, recompute=False)
+    lora = LowRank("lora", placement)
+    found = step_flops(shape, lora, tokens=1000, target_tokens=100, square_lengths=0, recompute=False)
     elements = placement.elements
     lowest = shape.linears["linear_qkv"].weights
     once = low_rank(shape, LoraRules(1, 1.0, ["q_proj"])).layers[0][0][0]
@@ -139,9 +151,7 @@ def test_flops_of_a_frozen_base_by_hand() -> None:
     # U, U·B; dU, dB, dA, and dU·A but in the lowest.
     expected += 2 * 1000 * (3 * elements - once.rank * once.in_features)
     assert found.model == found.executed == expected
-    attended = step_flops(
-        shape, placement, Tuning(), tokens=1000, target_tokens=100, square_lengths=10**6, recompute=False
-    )
+    attended = step_flops(shape, lora, tokens=1000, target_tokens=100, square_lengths=10**6, recompute=False)
     # Scores and values, the causal half, forward and twice backward; flash attention makes the scores again.
     half = 2 * 10**6 * shape.hidden * shape.layers
     assert attended.model - found.model == 3 * half
@@ -150,9 +160,9 @@ def test_flops_of_a_frozen_base_by_hand() -> None:
 
 def test_attention_below_the_lowest_factor_has_no_backward() -> None:
     shape = find_model("gpt2-medium").architecture
-    placement = low_rank(shape, LoraRules(1, 1.0, r".*\.h\.23\.mlp\.c_proj"))
+    lora = LowRank("lora", low_rank(shape, LoraRules(1, 1.0, r".*\.h\.23\.mlp\.c_proj")))
     counts = [
-        step_flops(shape, placement, Tuning(), tokens=0, target_tokens=0, square_lengths=10**6, recompute=recompute)
+        step_flops(shape, lora, tokens=0, target_tokens=0, square_lengths=10**6, recompute=recompute)
         for recompute in (False, True)
     ]
     half = 2 * 10**6 * shape.hidden
@@ -172,7 +182,7 @@ def test_messages_of_a_layer(sequence: bool) -> None:
             job = replace(
                 job,
                 architecture=deep,
-                placement=on_every_linear(deep, 4),
+                footprint=LowRank("lora", on_every_linear(deep, 4)),
                 layout=Layout(2, 1, sequence, 1, recompute),
             )
             found[layers, recompute] = calls(microbatch_messages(job)).total()
@@ -193,18 +203,18 @@ def test_time_is_bound_by_what_takes_longest() -> None:
 
 def test_files_and_host_memory() -> None:
     job = planned("gpt3-175b", "lora.rank=4", "lora.targets=[q_proj,v_proj]")
-    assert storage.adapter_bytes(job) == 4 * 18_874_368
-    assert storage.checkpoint_bytes(job) == 16 * 18_874_368
-    assert storage.base_bytes(job) == 2 * 174_604_259_328
-    assert storage.disk_bytes(job, 3, 1) == storage.base_bytes(job) + (5 * 16 + 4) * 18_874_368
+    assert adapter_bytes(job) == 4 * 18_874_368
+    assert checkpoint_bytes(job) == 16 * 18_874_368
+    assert base_bytes(job) == 2 * 174_604_259_328
+    assert disk_bytes(job, 3, 1) == base_bytes(job) + (5 * 16 + 4) * 18_874_368
     # On a CPU the shards lie in host memory, on a GPU they do not.
     on_cpu = replace(job, device="cpu", layout=Layout(8, 1, True, 1, False))
-    assert storage.host_bytes(on_cpu, 8) > storage.base_bytes(job) > 10 * storage.host_bytes(job, 8)
+    assert host_bytes(on_cpu, 8) > base_bytes(job) > 10 * host_bytes(job, 8)
 
 
 def test_every_method_is_beside() -> None:
     candidate = chosen("llama-3-8b", tensor=2, recompute=False).best
-    rows = compare(candidate, Sizes(bottleneck=64, virtual=16))
+    rows = compared(candidate, Sizes(bottleneck=64, virtual=16))
     assert list(dict.fromkeys(row.method for row in rows)) == list(METHODS)
     by_name = {(row.method, row.placement): row for row in rows}
     lora = by_name["lora", ""]
@@ -218,10 +228,10 @@ def test_every_method_is_beside() -> None:
     assert full.trained == 8_030_261_248
     assert full.memory > 2 * lora.memory and full.flops > 1.4 * lora.flops
     without = choose(candidate.job, Fixed(tensor=2, sequence=False, recompute=False), cluster()).best
-    rows = {(row.method, row.placement): row for row in compare(without, Sizes())}
+    rows = {(row.method, row.placement): row for row in compared(without, Sizes())}
     assert rows["adapter_h", "sharded"].added == 4 and rows["adapter_l", "sharded"].added == 2
     again = choose(candidate.job, Fixed(tensor=2, recompute=True), cluster()).best
-    rows = {(row.method, row.placement): row for row in compare(again, Sizes())}
+    rows = {(row.method, row.placement): row for row in compared(again, Sizes())}
     assert rows["adapter_h", "sharded"].added == 12 and rows["adapter_l", "sharded"].added == 6
     # The layer runs again to its last saved tensor, which is the bottleneck's, behind fc2's reduction.
     assert rows["adapter_h", "replicated"].added == rows["adapter_l", "replicated"].added == 1
@@ -239,7 +249,7 @@ def test_every_method_is_beside() -> None:
 def test_the_configured_method_is_planned(overrides: list[str], trained: int, stored: int | None) -> None:
     """It comes first, with its own sizes, and what is on disk is its own; low-rank updates are beside."""
     choice = chosen("llama-3-8b", *overrides, tensor=2)
-    plan = describe(choice, None, cluster(), Sizes(), 3, 1)
+    plan = describe(choice, None, cluster(), beside(choice.best, Sizes()), 3, 1)
     first, *others = plan["methods"]
     assert first["method"] == plan["trained"]["method"] == overrides[0].removeprefix("method=")
     assert (first["trained"], first["stored"]) == (trained, stored or trained)
@@ -322,7 +332,7 @@ def test_a_smaller_batch_of_an_evaluation_is_a_remedy() -> None:
 
 def test_a_description_is_json_all_through() -> None:
     choice = chosen("llama-3-8b")
-    text = json.dumps(describe(choice, None, cluster(), Sizes(), 3, 1), allow_nan=False)
+    text = json.dumps(describe(choice, None, cluster(), beside(choice.best, Sizes()), 3, 1), allow_nan=False)
     plan = json.loads(text)
     held = plan["memory"]["without_recompute"]
     assert sum(held["parts"].values()) == held["total"] == max(held["moments"].values())

@@ -8,14 +8,20 @@ from typing import Any
 import pytest
 import torch
 
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import architecture_of, read_architecture
 from lowrank_dist.arch.model_files import BUILT_IN, built_in_config
 from lowrank_dist.arch.placement import LoraRules, place
+from lowrank_dist.engine.planning import find_model, read_model
 from lowrank_dist.errors import UserError
+from lowrank_dist.methods.bottleneck.config import AdapterConfig
+from lowrank_dist.methods.prefix.config import PrefixConfig
+from lowrank_dist.methods.prompt.config import PromptConfig
+from lowrank_dist.methods.registry import home
 from lowrank_dist.plan.factors import low_rank
-from lowrank_dist.plan.methods import adapter_parameters, prefix_parameters, prompt_parameters
-from lowrank_dist.plan.model import find_model, read_model
+from lowrank_dist.plan.job import Parameters
 from lowrank_dist.plan.parameters import frozen_size
+from lowrank_dist.sections.section import MethodName, MethodSection
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 from tests.unit.test_architecture_rules import modules, names_in, under
 
@@ -24,13 +30,16 @@ QV = ["q_proj", "v_proj"]
 
 def test_the_formulas_import_nothing_that_they_describe() -> None:
     """Neither the modules that train nor their operators: a second opinion on them, from the same architecture."""
-    formulas = list(modules("lowrank_dist/plan"))
-    assert len(formulas) > 12
-    allowed = tuple(f"lowrank_dist.{name}" for name in ("plan", "arch", "config", "errors"))
+    formulas = [*modules("lowrank_dist/plan"), *modules("lowrank_dist/methods")]
+    formulas = [(name, path) for name, path in formulas if under(name, "lowrank_dist.plan") or path.stem == "footprint"]
+    assert len(formulas) > 16
+    sizes = ("methods.MethodName", "methods.registry", "sections.section")
     for name, path in formulas:
+        own = name.removeprefix("lowrank_dist.").replace("footprint", "config")
+        allowed = ("plan", "arch", "errors", *((own, *sizes) if path.stem == "footprint" else ()))
         found = names_in(path.read_text(), name, path.stem == "__init__").found
-        foreign = [x for x in found if under(x, "lowrank_dist") and not any(under(x, room) for room in allowed)]
-        assert [x for x in foreign if x != "lowrank_dist"] == [], name
+        foreign = {x for x in found if under(x, "lowrank_dist")} - {"lowrank_dist", "lowrank_dist.methods"}
+        assert [x for x in foreign if not any(under(x, f"lowrank_dist.{room}") for room in allowed)] == [], name
 
 
 @pytest.mark.parametrize(("rank", "elements"), [(1, 4_718_592), (4, 18_874_368), (8, 37_748_736)])
@@ -73,6 +82,10 @@ def test_every_built_in_shape_has_a_size_here() -> None:
     assert len(BUILT_IN) == 9
 
 
+def parameters(method: MethodName, section: MethodSection, architecture: Architecture) -> Parameters:
+    return home(method).footprint.footprint_of(method, section, architecture).parameters(architecture)
+
+
 @pytest.mark.parametrize(
     ("bottleneck", "method", "name", "millions"),
     [
@@ -83,19 +96,22 @@ def test_every_built_in_shape_has_a_size_here() -> None:
 )
 def test_adapters_as_published(bottleneck: int, method: Any, name: str, millions: float) -> None:
     """Hu et al. 2021, tables 3 and 4."""
-    found = adapter_parameters(find_model(name).architecture, bottleneck, method) / 1e6
-    assert round(found, 2 if millions < 1 else 1) == millions
+    found = parameters(method, AdapterConfig(bottleneck=bottleneck), find_model(name).architecture)
+    assert found.trained == found.stored
+    assert round(found.trained / 1e6, 2 if millions < 1 else 1) == millions
 
 
 def test_prefix_and_prompt_counts() -> None:
     """Li & Liang 2021: keys and values of l positions in every layer; Lester et al. 2021: l embeddings."""
     shape = find_model("gpt2-medium").architecture
-    assert prefix_parameters(shape, 10) == 24 * 2 * 10 * 1024
+    keys = 24 * 2 * 10 * 1024
+    assert parameters("prefix", PrefixConfig(length=10, width=None), shape) == Parameters(keys, keys)
     # The embedding, and two linears with biases: 1024 → 512 → 24·2·1024.
-    assert prefix_parameters(shape, 10, 512) == 10 * 1024 + 1025 * 512 + 513 * 24 * 2 * 1024
-    assert prompt_parameters(shape, 20) == 20 * 1024
+    made = 10 * 1024 + 1025 * 512 + 513 * 24 * 2 * 1024
+    assert parameters("prefix", PrefixConfig(length=10, width=512), shape) == Parameters(made, keys)
+    assert parameters("prompt", PromptConfig(length=20), shape) == Parameters(20 * 1024, 20 * 1024)
     grouped = find_model("llama-3-8b").architecture
-    assert prefix_parameters(grouped, 1) == 32 * 2 * 8 * 128
+    assert parameters("prefix", PrefixConfig(length=1), grouped).stored == 32 * 2 * 8 * 128
 
 
 @pytest.fixture(scope="module")

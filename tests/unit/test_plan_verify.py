@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 
 from lowrank_dist.engine import dry_run as verify
+from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.ops.extension import extension_loaded
 from lowrank_dist.plan import memory, traffic
 from lowrank_dist.plan.hardware import GPUS
-from lowrank_dist.plan.job import Layout
+from lowrank_dist.plan.job import LayerCalls, LayerFlops, Layout
 from lowrank_dist.plan.layouts import Candidate, Cluster
 from lowrank_dist.plan.parameters import frozen_on_rank
-from lowrank_dist.plan.settings import job_of, read_request
 
 pytestmark = pytest.mark.slow
 
@@ -177,17 +177,16 @@ def test_the_formulas_of_the_other_methods(
 
 
 @pytest.mark.parametrize(
-    ("module", "name", "broken", "overrides"),
+    ("formula", "broken", "overrides"),
     [
-        ("activations", "bottleneck", lambda job: 0, ADAPTER_H),
-        ("traffic", "_bottlenecks_backward", lambda job, stream: [], ADAPTER_L),
-        ("activations", "norm_saves", lambda job, rows, features: 4 * rows * features, ["method=full"]),
-        ("memory", "frozen_bytes", lambda job: job.itemsize * frozen_on_rank(job), ["method=full"]),
-        ("activations", "_attention_behind_prefix", lambda job, stream: 0, PREFIX),
+        ("methods.bottleneck.footprint.Bottlenecks._saved", lambda self, job: 0, ADAPTER_H),
+        ("methods.bottleneck.footprint.Bottlenecks.layer_calls", lambda self, job, stream: LayerCalls(), ADAPTER_L),
+        ("plan.activations.norm_saves", lambda job, rows, features: 4 * rows * features, ["method=full"]),
+        ("plan.memory.frozen_bytes", lambda job: job.itemsize * frozen_on_rank(job), ["method=full"]),
+        ("methods.prefix.footprint.PrefixFootprint.saved_by_attention", lambda self, job, stream, alone: 0, PREFIX),
         (
-            "flops",
-            "_bottlenecks_backward",
-            lambda shape, tuning, stream, tokens: 0,
+            "methods.bottleneck.footprint.Bottlenecks.layer_flops",
+            lambda self, architecture, tokens, stream: LayerFlops(),
             [*ADAPTER_H, "adapter.bottleneck=256"],
         ),
     ],
@@ -195,12 +194,11 @@ def test_the_formulas_of_the_other_methods(
 def test_notices_a_wrong_formula_of_another_method(
     folders: dict[str, str],
     monkeypatch: pytest.MonkeyPatch,
-    module: str,
-    name: str,
+    formula: str,
     broken: Any,
     overrides: list[str],
 ) -> None:
-    monkeypatch.setattr(f"lowrank_dist.plan.{module}.{name}", broken)
+    monkeypatch.setattr(f"lowrank_dist.{formula}", broken)
     layout = Layout(2, 1, True, 2, False)
     assert not verified(folders["llama"], "data.max_length=512", *overrides, layout=layout)["agrees"]
 

@@ -1,16 +1,70 @@
-"""What full fine-tuning trains and stores: Φ. No torch."""
+"""The footprint of full fine-tuning: Φ itself is trained (equation 1 of Hu et al., "LoRA", 2021). No torch."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.tensors import hf_shapes
-from lowrank_dist.methods.registry import Parameters
+from lowrank_dist.methods.registry import Sizes
+from lowrank_dist.plan.factors import joined
+from lowrank_dist.plan.job import Footprint, Job, Parameter, Parameters, padded_vocab
+from lowrank_dist.plan.parameters import frozen_parameters, frozen_size, norm_elements
 from lowrank_dist.sections.section import MethodName, MethodSection
 
 
-def parameters(method: MethodName, section: MethodSection, architecture: Architecture) -> Parameters:
-    """|Φ|, tied weights once."""
-    count = sum(math.prod(shape) for shape in hf_shapes(architecture).values())
-    return Parameters(count, count)
+@dataclass(frozen=True)
+class WholeModel(Footprint):
+    """Every weight, bias, norm and embedding; tied weights once."""
+
+    trains_base: ClassVar[bool] = True
+
+    def parameters(self, architecture: Architecture) -> Parameters:
+        """Return |Φ|."""
+        size = frozen_size(architecture)
+        return Parameters(size, size)
+
+    def parts(self, architecture: Architecture) -> dict[str, int]:
+        """Return |Φ| by part of the model."""
+        return frozen_parameters(architecture)
+
+    def on_rank(self, job: Job) -> Sequence[Parameter]:
+        return list(_parameters(job))
+
+    def gathers_embedding_gradient(self, job: Job) -> bool:
+        """Embeddings are trained: their gradient takes the way of their output back."""
+        return True
+
+
+def footprint_of(method: MethodName, section: MethodSection, architecture: Architecture) -> WholeModel:
+    return WholeModel(method, joined(architecture, None))
+
+
+def footprints_of_size(method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int) -> list[WholeModel]:
+    """Return the one size there is."""
+    return [WholeModel(method, joined(architecture, None))]
+
+
+def _parameters(job: Job) -> Iterator[Parameter]:
+    """Yield every weight and bias on a rank.
+
+    A copy sees a rank's tokens alone under sequence parallelism; q's and k's norms see its heads alone at any time.
+    """
+    arch, n, sequence = job.architecture, job.layout.tensor, job.sequence_parallel
+    norm = [Parameter(arch.hidden, sequence)] * (norm_elements(arch) // arch.hidden)
+    rows = Parameter(padded_vocab(job) // n * arch.hidden, False)
+    yield rows
+    if arch.position_rows:
+        yield Parameter(arch.position_rows * arch.hidden, False)
+    yield from norm
+    if not arch.tied:
+        yield rows
+    for _ in range(arch.layers):
+        yield from norm * 2
+        yield from [Parameter(arch.head_dim, n > 1)] * (2 * arch.qk_norm)
+        for linear in arch.linears.values():
+            column = linear.kind == "column"
+            yield Parameter(linear.weights // n, False)
+            if linear.bias:
+                yield Parameter(linear.out_features // (n if column else 1), sequence and not column)

@@ -1,21 +1,103 @@
-"""What a prefix trains and stores. No torch. Legend: H hidden, L layers, l positions, w width of the MLP."""
+"""The footprint of a prefix: keys and values at l virtual positions of every layer. No torch.
+
+Legend: H hidden, L layers, l virtual positions, w width of the MLP that makes keys and values in training.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.methods.prefix.config import PrefixConfig
-from lowrank_dist.methods.registry import Parameters
+from lowrank_dist.methods.registry import Sizes
+from lowrank_dist.plan.activations import head_norms, written_out
+from lowrank_dist.plan.factors import joined
+from lowrank_dist.plan.job import Footprint, Job, Parameter, Parameters
 from lowrank_dist.sections.section import MethodName
 
+# The linear behind which it joins: attention has keys and values from qkv.
+_QKV = 0
 
-def parameters(method: MethodName, section: PrefixConfig, architecture: Architecture) -> Parameters:
-    """Keys and values, 2·L·l·(key/value heads × head width), which alone are stored.
 
-    While training with the MLP: an embedding [l, H], and H → w → 2·L·(key/value width) with biases.
-    """
-    keys = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim
-    stored = trained = section.length * keys
-    if section.width is not None:
-        embedding = section.length * architecture.hidden
-        trained = embedding + (architecture.hidden + 1) * section.width + (section.width + 1) * keys
-    return Parameters(trained, stored)
+@dataclass(frozen=True, kw_only=True)
+class PrefixFootprint(Footprint):
+    """Keys and values of a rank's heads. width: of the MLP, or None where they are trained themselves."""
+
+    width: int | None
+
+    @property
+    def outside_row(self) -> int:
+        return self.virtual
+
+    def label(self, job: Job) -> str:
+        return "heads"
+
+    def parameters(self, architecture: Architecture) -> Parameters:
+        """Return 2·L·l·(key/value heads × head width), which alone is stored.
+
+        While training with the MLP: an embedding [l, H], and H → w → 2·L·(key/value width) with biases.
+        """
+        keys = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim
+        stored = trained = self.virtual * keys
+        if self.width is not None:
+            embedding = self.virtual * architecture.hidden
+            trained = embedding + (architecture.hidden + 1) * self.width + (self.width + 1) * keys
+        return Parameters(trained, stored)
+
+    def on_rank(self, job: Job) -> Sequence[Parameter]:
+        """Keys and values, or the MLP that makes them. Where ranks share a head, they are whole on every rank."""
+        arch, n = job.architecture, job.layout.tensor
+        cut = arch.kv_heads % n == 0
+        keys = 2 * arch.layers * (arch.kv_heads // n if cut else arch.kv_heads) * arch.head_dim
+        if self.width is None:
+            return [Parameter(self.virtual * keys, not cut)]
+        copies = (self.virtual * arch.hidden, self.width * arch.hidden, self.width)
+        return [
+            *(Parameter(elements, True) for elements in copies),
+            *(Parameter(elements, not cut) for elements in (keys * self.width, keys)),
+        ]
+
+    def saved_by_attention(self, job: Job, stream: bool, alone: int) -> int:
+        """Keys and values that were put together, and as many queries: nothing fused is kept for them.
+
+        Without `stream`, as in the first layer, the prefix requires a gradient and q, k and v do not.
+        """
+        arch, n, e = job.architecture, job.layout.tensor, job.itemsize
+        whole_heads = arch.kv_heads >= n
+        # Every sample has its own copy. A packed row is taken to hold two.
+        positions = job.tokens + job.layout.micro_batch * (2 if job.packing else 1) * self.virtual
+        heads = arch.linears["linear_proj"].in_features // n + max(1, arch.kv_heads // n) * arch.head_dim
+        found = positions * (2 * heads * e + 4 * arch.heads // n)
+        if arch.qk_norm and stream:
+            copied = whole_heads and arch.kv_heads // n > 1 and arch.heads > arch.kv_heads
+            if not written_out(job):
+                found += job.tokens * arch.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
+            found += head_norms(job, copied)
+        return found
+
+    def saved_by_model(self, job: Job, recompute: bool) -> int:
+        """The MLP's inner activation; and where layers run again what it made, in the base's dtype."""
+        arch = job.architecture
+        made = self.virtual * 2 * arch.layers * max(1, arch.kv_heads // job.layout.tensor) * arch.head_dim
+        inner = 0 if self.width is None else 4 * self.virtual * self.width
+        return inner + (made * job.itemsize if recompute and (self.width is not None or job.itemsize < 4) else 0)
+
+    def microbatch_flops(self, architecture: Architecture) -> tuple[int, int]:
+        """Forward and backward of the MLP: the inner product on every rank, the outer one cut over them."""
+        if self.width is None:
+            return 0, 0
+        once = 3 * 2 * self.virtual * self.width
+        keys = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim
+        return once * architecture.hidden, once * keys
+
+
+def footprint_of(method: MethodName, section: PrefixConfig, architecture: Architecture) -> PrefixFootprint:
+    return PrefixFootprint(method, joined(architecture, _QKV), section.length, width=section.width)
+
+
+def footprints_of_size(
+    method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int
+) -> list[PrefixFootprint]:
+    """Return a prefix of the size's virtual positions."""
+    return [PrefixFootprint(method, joined(architecture, _QKV), sizes.virtual, width=sizes.reparametrised)]

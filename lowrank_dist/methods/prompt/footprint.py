@@ -1,14 +1,64 @@
-"""What a prompt trains and stores: an embedding of each virtual position. No torch."""
+"""The footprint of a prompt: an embedding of each of l virtual positions of the input. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.methods.prompt.config import PromptConfig
-from lowrank_dist.methods.registry import Parameters
+from lowrank_dist.methods.registry import Sizes
+from lowrank_dist.plan.factors import joined
+from lowrank_dist.plan.job import Footprint, Job, Parameter, Parameters
 from lowrank_dist.sections.section import MethodName
 
 
-def parameters(method: MethodName, section: PromptConfig, architecture: Architecture) -> Parameters:
-    """length × hidden."""
-    count = section.length * architecture.hidden
-    return Parameters(count, count)
+@dataclass(frozen=True)
+class PromptFootprint(Footprint):
+    """Embeddings [l, H], a copy on every rank. Virtual positions are tokens of a row like any other."""
+
+    def label(self, job: Job) -> str:
+        return "replicated"
+
+    def parameters(self, architecture: Architecture) -> Parameters:
+        """Return l·H."""
+        count = self.virtual * architecture.hidden
+        return Parameters(count, count)
+
+    def on_rank(self, job: Job) -> Sequence[Parameter]:
+        return [Parameter(self.virtual * job.architecture.hidden, _after_the_cut(job))]
+
+    def gathers_embedding_gradient(self, job: Job) -> bool:
+        """A prompt is put in behind the embeddings' scatter, where there is one."""
+        return not _after_the_cut(job)
+
+    def virtual_in_rows(self, job: Job, tp_rank: int) -> int:
+        """Return how many of a rank's tokens are virtual: with cut tokens it has a part of a row.
+
+        A packed row holds two samples.
+        """
+        cut, length = _after_the_cut(job), job.sequence_length
+        samples = (0, length // 2) if job.packing else (0,)
+        chunk = length // job.layout.tensor if cut else length
+        first = tp_rank * chunk if cut else 0
+        inside = (min(first + chunk, start + self.virtual) - max(first, start) for start in samples)
+        return job.layout.micro_batch * sum(max(0, count) for count in inside)
+
+
+def footprint_of(method: MethodName, section: PromptConfig, architecture: Architecture) -> PromptFootprint:
+    return PromptFootprint(method, joined(architecture, None), section.length)
+
+
+def footprints_of_size(
+    method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int
+) -> list[PromptFootprint]:
+    """Return a prompt of the size's virtual positions."""
+    return [PromptFootprint(method, joined(architecture, None), sizes.virtual)]
+
+
+def _after_the_cut(job: Job) -> bool:
+    """Return whether tokens are cut over the ranks before the prompt is put in.
+
+    Learned positions are added to whole rows, so that tokens are cut after them.
+    """
+    return job.sequence_parallel and not job.architecture.position_rows

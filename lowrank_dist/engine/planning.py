@@ -1,23 +1,36 @@
-"""From a config, or from a shape and overrides, to the job that is planned."""
+"""From a run's config, or from a shape and overrides, to the job that is planned. Imports no torch."""
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from lowrank_dist.arch.model_files import BUILT_IN
-from lowrank_dist.arch.placement import LoraRules
-from lowrank_dist.config import Config, load_config
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.config_json import architecture_of
+from lowrank_dist.arch.model_files import BUILT_IN, config_file, declared_dtype, find_config, read_config, stored_dtype
+from lowrank_dist.config import Config, config_of, load_config
 from lowrank_dist.errors import UserError
-from lowrank_dist.plan.factors import joined, low_rank
-from lowrank_dist.plan.job import Decoding, Job, Layout, Tuning
+from lowrank_dist.methods.registry import home
+from lowrank_dist.plan.job import Decoding, Job, Layout
 from lowrank_dist.plan.layouts import Cluster, Fixed, choose
-from lowrank_dist.plan.model import Model, find_model
+from lowrank_dist.sections.section import Section
 
 # What a plan from a shape has no use for, and a config cannot do without.
-_STAND_IN = "model: {path: none}\ndata: {train: none}\noutput: {dir: none}\n"
+_STAND_IN = {"model": {"path": "none"}, "data": {"train": "none"}, "output": {"dir": "none"}}
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model that is planned.
+
+    name: of a built-in shape, or of the model's folder. dtype: of the published weights; fp16 runs as bf16.
+    """
+
+    name: str
+    architecture: Architecture
+    dtype: Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +42,25 @@ class Request:
     whole: bool
 
 
+def find_model(what: str) -> Model:
+    """Return the model of a built-in shape, a model folder or a config.json. UserError for anything else."""
+    file = find_config(what)
+    return read_model(file, what if what in BUILT_IN else None)
+
+
+def read_model(path: Path, name: str | None = None) -> Model:
+    """Return the model of a folder, or of a config.json and the weights beside it.
+
+    name: the folder's where it is None.
+    """
+    file = config_file(path)
+    values = read_config(file)
+    dtype = stored_dtype(file.parent) or declared_dtype(values)
+    return Model(name or file.parent.name, architecture_of(values, str(file)), dtype)
+
+
 def read_request(what: str, overrides: Sequence[str]) -> Request:
-    """`what` is a run's YAML file, a built-in shape, a model folder or a config.json.
+    """Return the request for a run's YAML file, a built-in shape, a model folder or a config.json.
 
     Raises ConfigError for what is wrong with the config, UserError for the rest.
     """
@@ -44,18 +74,14 @@ def read_request(what: str, overrides: Sequence[str]) -> Request:
                 f"model.path=DIR, or one of the built-in shapes ({', '.join(BUILT_IN)})"
             )
         return Request(find_model(source), config, True)
-    model = find_model(what)
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as stand_in:
-        stand_in.write(_STAND_IN)
-        stand_in.flush()
-        return Request(model, load_config([stand_in.name, *overrides]), False)
+    return Request(find_model(what), config_of(_STAND_IN, overrides), False)
 
 
 def fixed_of(request: Request) -> Fixed:
-    """What is decided of the layout: all of it by a run's config, what was given as overrides for a shape."""
+    """Return what is decided of the layout: all of it by a run's config, what was given as overrides for a shape."""
     parallel, engine, train = request.config.parallel, request.config.engine, request.config.train
 
-    def given(section: object, key: str) -> bool:
+    def given(section: Section, key: str) -> bool:
         return request.whole or key in section.model_fields_set
 
     return Fixed(
@@ -68,7 +94,7 @@ def fixed_of(request: Request) -> Fixed:
 
 
 def layout_overrides(request: Request, cluster: Cluster) -> list[str]:
-    """Overrides that give a run the plan's layout, for the keys that its config and command line leave open.
+    """Return overrides that give a run the plan's layout, for the keys that its config and command line leave open.
 
     Every row is taken to be as long as data.max_length allows, and all of it trained on. Raises UserError where nothing
     fits, with what would make it fit.
@@ -82,7 +108,7 @@ def layout_overrides(request: Request, cluster: Cluster) -> list[str]:
             f"smallest ({layout}) lacks {choice.best.short / 1e9:.1f} GB on each; it would fit with "
             f"{'; '.join(choice.remedies)}"
         )
-    wanted = [(parallel, "tensor", "parallel.tensor", str(layout.tensor))]
+    wanted: list[tuple[Section, str, str, str]] = [(parallel, "tensor", "parallel.tensor", str(layout.tensor))]
     if layout.tensor > cluster.gpus_per_node:
         wanted.append((parallel, "across_nodes", "parallel.across_nodes", "true"))
     wanted.append((train, "micro_batch", "train.micro_batch", str(layout.micro_batch)))
@@ -91,7 +117,7 @@ def layout_overrides(request: Request, cluster: Cluster) -> list[str]:
 
 
 def job_of(request: Request, target_share: float) -> Job:
-    """The job in a layout of one rank, for `layouts.choose` to replace."""
+    """Return the job in a layout of one rank, for `layouts.choose` to replace."""
     config, model, arch = request.config, request.model, request.model.architecture
     length = config.data.max_length
     if length > arch.max_positions:
@@ -99,23 +125,15 @@ def job_of(request: Request, target_share: float) -> Job:
             f"data.max_length={length} is longer than the {arch.max_positions} positions of {model.name}; "
             f"use at most data.max_length={arch.max_positions}"
         )
-    device = "cpu" if config.model.device == "cpu" else "cuda"
-    lora, tuning, generate = config.lora, tuning_of(config), config.eval.generate
-    if length - tuning.virtual < 2:
-        raise UserError(
-            f"{config.method}.length={tuning.virtual} takes from data.max_length={length}: no room is left for a "
-            f"sample of two tokens; give a length of at most {length - 2}, or a larger data.max_length"
-        )
+    reason = config.own_section.reason_without_room(config.method, length)
+    if reason is not None:
+        raise UserError(reason)
+    device: Literal["cpu", "cuda"] = "cpu" if config.model.device == "cpu" else "cuda"
+    generate = config.eval.generate
     return Job(
         architecture=arch,
         name=model.name,
         stored_dtype=model.dtype,
-        placement=low_rank(
-            arch,
-            LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern),
-        )
-        if config.method == "lora"
-        else joined(arch, config.method),
         layout=Layout(1, 1, False, config.train.micro_batch, config.engine.recompute == "full"),
         global_batch=config.train.global_batch,
         length=length,
@@ -128,18 +146,6 @@ def job_of(request: Request, target_share: float) -> Job:
         # On by itself only where lanes were measured to be faster (parallel/factors.py).
         lanes=config.engine.lanes == "on" or (config.engine.lanes == "auto" and device == "cpu"),
         packing=config.data.packing,
-        tuning=tuning,
+        footprint=home(config.method).footprint.footprint_of(config.method, config.own_section, arch),
         decoding=None if generate is None else Decoding(generate.batch, generate.max_new_tokens),
     )
-
-
-def tuning_of(config: Config) -> Tuning:
-    """What the config's method section says."""
-    if config.method in ("adapter_h", "adapter_l"):
-        adapter = config.adapter
-        return Tuning(config.method, bottleneck=adapter.bottleneck, sharded=adapter.placement == "sharded")
-    if config.method == "prefix":
-        return Tuning("prefix", virtual=config.prefix.length, width=config.prefix.width)
-    if config.method == "prompt":
-        return Tuning("prompt", virtual=config.prompt.length)
-    return Tuning(config.method)
