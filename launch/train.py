@@ -26,9 +26,8 @@ def main(config: Config, supervision: Supervision) -> int:
     refuse_missing_hostfile()
     # Imported here: a mistake in the configuration should not wait for Megatron and transformers to load.
     with lasting():
-        from lowrank_dist.engine.assemble import build_method, build_trainer, choose_kernels
+        from lowrank_dist.engine.assemble import build_engine, build_method, build_trainer, choose_kernels
         from lowrank_dist.engine.datasets import build_data
-        from lowrank_dist.engine.engine import build_engine
         from lowrank_dist.engine.forecast import Forecast
         from lowrank_dist.engine.run import Run
         from lowrank_dist.engine.run_folder import RunFolder

@@ -6,7 +6,7 @@ missing means what it means to transformers, which a test holds the tables again
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lowrank_dist.arch.architecture import Architecture, RopeParameters
 from lowrank_dist.arch.families import FAMILIES, OUTPUT_LAYER, Family
@@ -29,7 +29,7 @@ _ACTIVATIONS = {
 }
 
 # Field of RopeParameters → key, for each rope_type that `inv_freq` computes.
-_ROPE_KEYS: Mapping[str, Mapping[str, str]] = {
+_ROPE_KEYS: Mapping[Literal["default", "linear", "llama3"], Mapping[str, str]] = {
     "default": {},
     "linear": {"factor": "factor"},
     "llama3": {
@@ -197,7 +197,8 @@ def _rope(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], 
     if values.get("partial_rotary_factor") is not None:
         found.setdefault("partial_rotary_factor", values["partial_rotary_factor"])
     kind = found["rope_type"] if "rope_type" in found else found.get("type", "default")
-    if not isinstance(kind, str) or kind not in _ROPE_KEYS:
+    rope_type = next((each for each in _ROPE_KEYS if each == kind), None)
+    if rope_type is None:
         raise UnsupportedModel(
             f"{where}: rope_type {kind!r} (in rope_parameters or rope_scaling) is not supported: "
             f"use a checkpoint with one of {', '.join(_ROPE_KEYS)}"
@@ -207,14 +208,14 @@ def _rope(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], 
             f"{where}: partial_rotary_factor={found['partial_rotary_factor']!r} is not supported: "
             "use a checkpoint that rotates the whole head"
         )
-    names = {"theta": "rope_theta", **_ROPE_KEYS[kind]}
+    names = {"theta": "rope_theta", **_ROPE_KEYS[rope_type]}
     if "original_max_positions" in names:
         found.setdefault(names["original_max_positions"], fields["max_positions"])
     for key in names.values():
         if key not in found or not is_number(found[key]) or found[key] <= 0:
             stated = found[key] if key in found else "nothing"
             raise UserError(f"{where}: rope_type {kind!r} needs a positive number {key}, found {stated!r}")
-    return RopeParameters(type=kind, **{field: found[key] for field, key in names.items()})
+    return RopeParameters(type=rope_type, **{field: found[key] for field, key in names.items()})
 
 
 def _linears(family: Family, fields: Mapping[str, Any]) -> dict[str, LinearLayout]:

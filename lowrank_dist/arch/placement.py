@@ -107,6 +107,7 @@ class _Matcher:
         self._architecture = architecture
         self._rules = rules
         targets = rules.targets
+        self._tests: dict[str, re.Pattern[str] | None]
         if isinstance(targets, str) and targets != ALL_LINEAR:
             self._tests = {targets: re.compile(targets)}
         else:

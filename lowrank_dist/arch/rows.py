@@ -96,6 +96,7 @@ class LinearLayout:
 
     def _qkv_runs(self) -> tuple[Segment, ...]:
         """The whole fused matrix as runs: for each key/value group its q heads, then its k head, then its v head."""
+        assert self.group is not None, "a qkv layout has its group"
         queries_per_group, head_dim = self.group
         runs, start = [], 0
         for group in range(self.parts[1].rows // head_dim):

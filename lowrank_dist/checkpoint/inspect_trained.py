@@ -9,9 +9,8 @@ from typing import Any
 from lowrank_dist.formats.atomic import is_temporary
 from lowrank_dist.formats.manifest import MANIFEST_FILE, is_checkpoint, verify_manifest
 from lowrank_dist.formats.model_folder import open_checkpoint
-from lowrank_dist.formats.model_report import architecture_of_folder, parameters_of
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, fingerprint, read_provenance
-from lowrank_dist.formats.report import Report
+from lowrank_dist.formats.report import Report, architecture_of_folder, parameters_of
 from lowrank_dist.methods.files import Base, Inspected, own_file
 from lowrank_dist.methods.registry import reader_of
 

@@ -16,8 +16,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import is_temporary
 from lowrank_dist.formats.manifest import is_checkpoint
 from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE
-from lowrank_dist.formats.model_report import inspect_model
-from lowrank_dist.formats.report import Report
+from lowrank_dist.formats.report import Report, inspect_model
 from lowrank_dist.methods.registry import HOMES, home, home_of
 
 ReadConfig = Callable[[Path], dict[str, Any]]
@@ -132,7 +131,8 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
     for child in children:
         if is_temporary(child):
             report.warnings.append(f"{child} is what a killed writer left behind: it can be removed")
-    steps = sorted((c for c in children if not c.is_symlink() and step_of(c) is not None), key=step_of)
+    numbered = [(step, child) for child in children if not child.is_symlink() and (step := step_of(child)) is not None]
+    steps = [child for _, child in sorted(numbered)]
     newest = steps[-1].name if steps else None
     if newest is not None and "last" not in pointers and not (held / "last").is_symlink():
         report.warnings.append(f"{held / 'last'} is missing (killed while saving?): link it to {newest}")

@@ -45,8 +45,8 @@ def device(config: Config) -> list[Row]:
 
 def model(config: Config) -> list[Row]:
     """Rows on the model folder: complete, and of a family that can be trained; a row a problem."""
-    from lowrank_dist.formats.model_report import inspect_model
     from lowrank_dist.formats.provenance import fingerprint
+    from lowrank_dist.formats.report import inspect_model
 
     folder = config.model.path
     report = inspect_model(folder)

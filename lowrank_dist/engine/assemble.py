@@ -1,4 +1,4 @@
-"""The parts of a run around its engine, put together, and the lines that it introduces itself with."""
+"""The parts of a run, put together: method, engine, loop; and the lines that it introduces itself with."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from lowrank_dist.backend import apex
 from lowrank_dist.backend.build_locks import stale_build_locks
 from lowrank_dist.config import Config
 from lowrank_dist.engine.datasets import Data
-from lowrank_dist.engine.engine import Engine
 from lowrank_dist.engine.evaluator import Evaluator, notes_on_best
 from lowrank_dist.engine.forecast import Forecast
 from lowrank_dist.engine.meter import Meter, Stragglers
 from lowrank_dist.engine.reporter import open_reporter
+from lowrank_dist.engine.resume import restore
 from lowrank_dist.engine.run import Run
 from lowrank_dist.engine.saving import CheckpointSaver, CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.trainer import Trainer
+from lowrank_dist.engine.zero import Engine, OptimiserRules, ZeroOptimiser
 from lowrank_dist.formats.provenance import Provenance, fingerprint
 from lowrank_dist.methods.method import Method, Setting
 from lowrank_dist.methods.registry import home
+from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.ops import extension
+from lowrank_dist.parallel.theta import Theta
 
 
 def choose_kernels(kernels: str, device: str) -> None:
@@ -42,6 +45,21 @@ def build_method(config: Config, architecture: Architecture) -> Method:
     """Return what config.method names, for this model. UserError as `methods.method.Tuner.build` raises it."""
     setting = Setting(config.method, config.model.path, config.train.seed, config.data.max_length, config.engine.lanes)
     return home(config.method).tuner.build(config.own_section, setting, architecture)
+
+
+def build_engine(run: Run, model: CausalLM, theta: Theta) -> Engine:
+    """Make the optimiser of Θ, with masters, moments and generators from the checkpoint where the run goes on from one.
+
+    Collective.
+    """
+    train, engine, device = run.config.train, run.config.engine, run.backend.device
+    rules = OptimiserRules(
+        engine.zero_stage, engine.clip, engine.reduce_bucket, train.weight_decay, (train.beta1, train.beta2), train.eps
+    )
+    optimiser = ZeroOptimiser(theta.parameters, run.topology, rules, run.phases.enter)
+    if run.resumption is not None:
+        restore(run.resumption, theta, optimiser, run.topology, device)
+    return Engine(model, theta, optimiser, device)
 
 
 def build_trainer(run: Run, method: Method, engine: Engine, data: Data, forecast: Forecast) -> Trainer:

@@ -79,7 +79,11 @@ def build_data(config: Config, method: Method, architecture: Architecture, topol
     )
     dataset = load_dataset(data.train, tokenizer, longest, vocab, method.lead)
     loader = Loader(dataset, cut, seed=train.seed, global_batch=train.global_batch)
-    steps = train.steps or max(1, math.ceil(train.epochs * len(dataset) / train.global_batch))
+    if train.steps is not None:
+        steps = train.steps
+    else:
+        assert train.epochs is not None, "the configuration has one of the two"
+        steps = max(1, math.ceil(train.epochs * len(dataset) / train.global_batch))
     if data.eval is None:
         return Data(dataset, loader, steps)
     held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead, Use.JUDGING)
@@ -99,6 +103,7 @@ def _generation(
     asked = config.eval.generate
     if asked is None:
         return None
+    assert config.data.eval is not None, "there is nothing to generate for without an eval set"
     try:
         decoding = DecodingRules(asked.max_new_tokens, batch=asked.batch, stop=tuple(asked.stop))
         rules = EvaluationRules(tuple(asked.metrics), decoding)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -28,6 +29,7 @@ from lowrank_dist.engine.zero import sum_partial_gradients
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.counting import CollectiveCount, count_collectives
 from lowrank_dist.parallel.masks import MaskSource
+from lowrank_dist.parallel.theta import is_partial
 from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.plan.activations import activations
 from lowrank_dist.plan.describe import messages_of
@@ -67,7 +69,9 @@ def verification(candidate: Candidate, request: Request) -> dict[str, Any]:
     """
     job, tp_rank = replace(candidate.job, device="cpu"), candidate.tp_rank
     executed = execute(job, request.config, tp_rank)
-    rows = {part: {"formula": value, "executed": executed.parts[part]} for part, value in _parts(job, tp_rank).items()}
+    rows: dict[str, dict[str, float]] = {
+        part: {"formula": value, "executed": executed.parts[part]} for part, value in _parts(job, tp_rank).items()
+    }
     rows["peak"] = {"formula": executed_peak(job, tp_rank), "executed": executed.peak}
     formulas = {
         "microbatch": microbatch_messages(job),
@@ -196,13 +200,14 @@ def _made_in(dtype: torch.dtype) -> Iterator[None]:
         assert all(parameter.dtype == dtype for parameter in module.parameters())
         return module
 
+    patched: Any = nn.Module
     default, to = torch.get_default_dtype(), nn.Module.to
     torch.set_default_dtype(dtype)
-    nn.Module.to = already
+    patched.to = already
     try:
         yield
     finally:
-        nn.Module.to = to
+        patched.to = to
         torch.set_default_dtype(default)
 
 
@@ -224,7 +229,7 @@ def _loss(model: CausalLM, batch: dict[str, Any]) -> Tensor:
 
 def _deferred_sum(job: Job, topology: Topology, parameters: Sequence[nn.Parameter]) -> None:
     """Run the optimiser's own sum on this rank's partition of the partial gradients."""
-    partial = sum(parameter.numel() for parameter in parameters if parameter.tp_partial_grad)
+    partial = sum(parameter.numel() for parameter in parameters if is_partial(parameter))
     if partial and topology.tp_size > 1:
         sum_partial_gradients([torch.zeros(partition_elements(partial, job.layout.data))], topology.tp_group)
 
@@ -265,7 +270,7 @@ class _Live(TorchDispatchMode):
         self.now = self.peak = self.flops = 0
         self._storages: dict[int, weakref.ref] = {}
 
-    def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         self.flops += _product_flops(str(func.overloadpacket), args)
         for leaf in tree_leaves(result):

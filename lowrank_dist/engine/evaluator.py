@@ -13,9 +13,9 @@ from lowrank_dist.checkpoint.training_state import LOSS, TrainingState
 from lowrank_dist.config import Config
 from lowrank_dist.data.loader import StepBatch
 from lowrank_dist.engine.datasets import Data
-from lowrank_dist.engine.engine import Engine
 from lowrank_dist.engine.reporter import Reporter
 from lowrank_dist.engine.run import Run
+from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import UserError
 from lowrank_dist.generate.metrics import METRICS
 
@@ -67,8 +67,10 @@ class History:
         return 0 if best is None else sum(step > best for step in self._deciding)
 
     def describe_best(self) -> str:
-        """The best value and its step, where there is one."""
-        return f"{label(self.best)} {self._deciding[self.best_step]:.4f} of step {self.best_step}"
+        """Return the best value and its step, where there is one."""
+        step = self.best_step
+        assert step is not None
+        return f"{label(self.best)} {self._deciding[step]:.4f} of step {step}"
 
     @property
     def _deciding(self) -> Mapping[int, float]:

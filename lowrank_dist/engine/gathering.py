@@ -17,7 +17,7 @@ from lowrank_dist.checkpoint.training_state import KINDS
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
 from lowrank_dist.parallel.collectives import digest
-from lowrank_dist.parallel.theta import Theta, gather
+from lowrank_dist.parallel.theta import Theta, gather, is_sharded
 from lowrank_dist.parallel.topology import Topology
 
 # Elements of Θ that rank 0 holds whole at a time, unless one parameter has more; low-rank Θ is mostly below it.
@@ -71,11 +71,7 @@ class Gathering:
     def _sends(self, rank: int, batch: Sequence[int]) -> list[tuple[int, int, int]]:
         """Return the fragments that a rank sends; of copies only tensor-parallel rank 0 sends its own."""
         first, parameters = rank % self._topology.tp_size == 0, self._theta.parameters
-        return [
-            held
-            for held in self._held[rank]
-            if held[0] in batch and (first or parameters[held[0]].tensor_model_parallel)
-        ]
+        return [held for held in self._held[rank] if held[0] in batch and (first or is_sharded(parameters[held[0]]))]
 
     def _pieces(self, rank: int, snapshot: Tensor) -> dict[int, Tensor]:
         counts = [count for *_, count in self._held[rank]]
@@ -84,7 +80,7 @@ class Gathering:
     def _digest(self, snapshot: Tensor) -> Tensor:
         pieces = self._pieces(self._topology.world_group.rank(), snapshot)
         parameters = self._theta.parameters
-        copies = (piece for number, piece in pieces.items() if not parameters[number].tensor_model_parallel)
+        copies = (piece for number, piece in pieces.items() if not is_sharded(parameters[number]))
         return torch.tensor(digest(copies), dtype=torch.int64)
 
     def _require_equal_copies(self, digests: Sequence[int]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
@@ -45,14 +45,14 @@ class Phases:
         """From now on measure the time spent waiting for tensor-parallel peers, or no longer."""
         WAITS.clock = self._clock if measure else None
 
-    def take(self) -> tuple[Counter[str], float]:
+    def take(self) -> tuple[defaultdict[str, float], float]:
         """Return the seconds in each phase since the last call, and how many of them were measured to be waits.
 
         The device must have nothing left to do (`Backend.synchronize`).
         """
         if self._marks:
             self._marks.append((self._marks[-1][0], self._clock.mark()))
-        seconds: Counter[str] = Counter()
+        seconds: defaultdict[str, float] = defaultdict(float)
         for (phase, begin), (_, end) in pairwise(self._marks):
             seconds[phase] += self._clock.seconds(begin, end)
         self._marks = self._marks[-1:]
@@ -101,7 +101,7 @@ class Meter:
         self._phases, self._stragglers, self._forecast = phases, stragglers, forecast
         self._topology, self._backend = topology, backend
         self._peak = forecast.peak()
-        self._seconds: Counter[str] = Counter()
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._tokens = self._targets = self._squares = 0
 
     def begin(self) -> None:
@@ -142,10 +142,11 @@ class Meter:
         peaks = every_value(self._backend.peak_memory_gib(), self._topology.world_group, self._backend.device)
         return self._forecast.compare(max(peaks))
 
-    def _settle(self, *, measure_waits: bool) -> tuple[Counter[str], float]:
-        """Seconds since the last call, which are also added up."""
+    def _settle(self, *, measure_waits: bool) -> tuple[defaultdict[str, float], float]:
+        """Return the seconds since the last call, which are also added up."""
         self._backend.synchronize()
         seconds, waited = self._phases.take()
         self._phases.measure_waits(measure_waits)
-        self._seconds.update(seconds)
+        for phase, value in seconds.items():
+            self._seconds[phase] += value
         return seconds, waited

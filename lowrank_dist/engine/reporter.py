@@ -209,7 +209,7 @@ def keep_records(path: Path, done: int) -> list[Record]:
     """
     if not path.exists():
         return []
-    kept = []
+    kept: list[Record] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)

@@ -66,11 +66,13 @@ def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Re
 
 
 def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
-    chosen, passed_over = config.train.resume, ()
-    if chosen == "auto":
+    asked = config.train.resume
+    assert asked != "never"
+    if asked == "auto":
         found = newest_checkpoint(folder.checkpoints)
         chosen, state, passed_over = found.folder, found.state, found.passed_over
     else:
+        chosen, passed_over = asked, ()
         state = read_checkpoint(chosen)
         newer = [step for step in step_folders(folder.checkpoints) if step > state.step]
         if folder.holds(chosen) and newer:
@@ -157,7 +159,7 @@ def _content(data: DataState | None) -> str:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, values in config.items():
         flat |= (
             {f"{name}.{key}": value for key, value in values.items()} if isinstance(values, dict) else {name: values}

@@ -66,6 +66,7 @@ class RunFolder:
             self.checkpoints.mkdir(exist_ok=True)
             handler = logging.FileHandler(logs / f"rank-{rank}.log")
             if rank == 0:
+                assert handler.stream is not None, "opened by its constructor"
                 self._lock(handler.stream.fileno())
                 self._clear()
                 self.config.write_text(config_yaml)

@@ -7,7 +7,7 @@ import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor
 from lowrank_dist.backend import rng
 from lowrank_dist.checkpoint.folder import copy_adapter, step_folders, write_checkpoint
 from lowrank_dist.checkpoint.training_state import LOSS, DataState, TrainingState
-from lowrank_dist.engine.engine import Engine
 from lowrank_dist.engine.evaluator import History, best_first, label
 from lowrank_dist.engine.gathering import Gathering
 from lowrank_dist.engine.run import Progress, Run
 from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import DiskError, ElsewhereError
 from lowrank_dist.formats.atomic import temporary_name
 from lowrank_dist.formats.provenance import Provenance
@@ -127,7 +127,7 @@ class _Save:
     """One save under way: what this rank's thread made of it."""
 
     step: int
-    thread: threading.Thread | None = None
+    thread: threading.Thread = field(init=False)
     outcome: int = _WRITTEN
     error: Exception | None = None
 
@@ -169,7 +169,7 @@ class CheckpointSaver:
     def poll(self) -> None:
         """Learn whether the save under way has ended on all ranks, and how. Collective while there is one."""
         if self._current is not None:
-            self._conclude()
+            self._conclude(self._current)
 
     def finish(self) -> None:
         """Wait for the save under way. When the last was refused: DiskError, ElsewhereError on other ranks than 0."""
@@ -197,11 +197,10 @@ class CheckpointSaver:
     def _wait(self) -> None:
         if self._current is not None:
             self._current.thread.join()
-            self._conclude()
+            self._conclude(self._current)
 
-    def _conclude(self) -> None:
+    def _conclude(self, save: _Save) -> None:
         """Agree on the outcome. Ranks poll at the same steps, so all see the same answer at the same step."""
-        save = self._current
         running = save.thread.is_alive()
         failure = None if running or save.outcome != _FAILED else save.error
         if failure is not None and lost_peers(failure):
@@ -233,7 +232,7 @@ class CheckpointSaver:
         stream = self._gathering.stream(snapshot)
         try:
             try:
-                if self._writer:
+                if self._writer is not None and state is not None:
                     self._writer.write(stream, state, final=final)
             except DiskError as error:
                 save.outcome, save.error = _NO_SPACE, error

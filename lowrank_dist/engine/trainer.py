@@ -14,12 +14,12 @@ from torch import Tensor
 
 from lowrank_dist.data.loader import StepBatch
 from lowrank_dist.engine.datasets import Data
-from lowrank_dist.engine.engine import Engine
 from lowrank_dist.engine.evaluator import STOPS, Evaluator
 from lowrank_dist.engine.meter import Meter
 from lowrank_dist.engine.reporter import Reporter
 from lowrank_dist.engine.run import Progress, Run
 from lowrank_dist.engine.saving import CheckpointSaver
+from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import UserError
 from lowrank_dist.messages import some_of
 from lowrank_dist.parallel.collectives import all_equal, digest, every_value

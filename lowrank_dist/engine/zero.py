@@ -1,10 +1,10 @@
-"""DeepSpeed ZeRO for the optimiser state of Θ, and of nothing else."""
+"""DeepSpeed ZeRO for the optimiser state of Θ, and of nothing else; with the model, all that computes in a step."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lowrank_dist.backend.apex import adamw
+from lowrank_dist.data.batch import Microbatch
 from lowrank_dist.errors import UserError
+from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.parallel.theta import Theta, is_partial
 from lowrank_dist.parallel.topology import DeepSpeedMpu, Topology
 
 # DeepSpeed's own default for both of its buckets: what it allocates in every backward where Θ is larger.
@@ -73,7 +76,7 @@ class ZeroOptimiser:
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self._topology, self._parameters, self._enter = topology, tuple(parameters), enter
         # DeepSpeed cannot flatten an empty group. The partial one comes first.
-        parts = [[p for p in parameters if p.tp_partial_grad], [p for p in parameters if not p.tp_partial_grad]]
+        parts = [[p for p in parameters if is_partial(p)], [p for p in parameters if not is_partial(p)]]
         self._partial = bool(parts[0])
         groups = [{"params": part, "weight_decay": rules.weight_decay} for part in parts if part]
         optimiser = adamw(parameters[0].device.type)(groups, lr=0.0, betas=rules.betas, eps=rules.eps)
@@ -154,15 +157,13 @@ class ZeroOptimiser:
         parameter and kind; a checkpoint wants them once and on one rank.
         """
         return [
-            (0, 0)
-            if parameter._hp_mapping is None
-            else (parameter._hp_mapping.lp_fragment_address.start, parameter._hp_mapping.lp_fragment_address.numel)
-            for parameter in self._parameters
+            (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+            for mapping in map(_mapping, self._parameters)
         ]
 
     def snapshot(self) -> Tensor:
         """[3, elements] fp32 on the CPU, a copy: masters, exp_avg and exp_avg_sq of all `fragments`, in their order."""
-        held = [p._hp_mapping for p in self._parameters if p._hp_mapping is not None]
+        held = [mapping for mapping in map(_mapping, self._parameters) if mapping is not None]
         if not held:  # a very small Θ over many ranks
             return torch.zeros(1 + len(_MOMENTS), 0)
         rows = [
@@ -220,6 +221,12 @@ class ZeroOptimiser:
         sum_partial_gradients(self.engine.optimizer.averaged_gradients[0], self._topology.tp_group)
 
 
+def _mapping(parameter: nn.Parameter) -> Any:
+    """Return DeepSpeed's account of a parameter's fragment in this rank's partition; None where it has none there."""
+    linked: Any = parameter
+    return linked._hp_mapping
+
+
 def sum_partial_gradients(gradients: Sequence[Tensor], tp_group: ProcessGroup) -> None:
     """Sum gradients over tensor-parallel ranks, in place: the deferred sum, one flat all-reduce."""
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
@@ -227,3 +234,43 @@ def sum_partial_gradients(gradients: Sequence[Tensor], tp_group: ProcessGroup) -
     pieces = flat.split([gradient.numel() for gradient in gradients])
     for gradient, summed in zip(gradients, pieces, strict=True):
         gradient.copy_(summed.view_as(gradient))
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """The frozen model with Θ attached, and ZeRO's AdamW over Θ alone."""
+
+    model: CausalLM
+    theta: Theta
+    optimiser: ZeroOptimiser
+    device: torch.device
+
+    def accumulate(self, step: int, batch: Microbatch, scale: float, last: bool) -> Tensor:
+        """Add a microbatch's gradients to those of the step, and return its summed loss, detached.
+
+        step: from 0, for the dropout masks. scale, last: as `ZeroOptimiser.accumulate` takes them.
+        """
+        moved = self._on_device(batch)
+        self.theta.masks.set(step, moved.dropout_rows)
+        return self.optimiser.accumulate(lambda: self._loss(moved), scale, last)
+
+    def loss(self, batch: Microbatch) -> Tensor:
+        """Return the summed loss of a microbatch's target tokens."""
+        return self._loss(self._on_device(batch))
+
+    def logits(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `input_ids` [b, s] on the device and their logits [b, s, V], every row one sample from position 0."""
+        input_ids = input_ids.to(self.device, non_blocking=True)
+        positions = torch.arange(input_ids.size(1), device=self.device).expand_as(input_ids)
+        return input_ids, self.model.logits(input_ids, positions)
+
+    def _loss(self, batch: Microbatch) -> Tensor:
+        return self.model.loss(
+            batch.input_ids, batch.position_ids, batch.target_index, batch.target_ids, batch.segments
+        )
+
+    def _on_device(self, batch: Microbatch) -> Microbatch:
+        def move(value: Any) -> Any:
+            return value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
+
+        return Microbatch(**{field.name: move(getattr(batch, field.name)) for field in fields(batch)})

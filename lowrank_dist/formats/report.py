@@ -1,12 +1,31 @@
-"""The report of an inspection, from which both text and JSON are made."""
+"""The report of an inspection, from which both text and JSON are made, and the one on a Hugging Face model folder."""
 
+import json
 import math
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import torch
+
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.config_json import UnsupportedModel, read_architecture
+from lowrank_dist.arch.model_files import CONFIG_FILE
+from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.model_folder import (
+    FLOAT_DTYPES,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Checkpoint,
+    check_checkpoint,
+    open_checkpoint,
+)
+from lowrank_dist.formats.safetensors_file import read_header
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -69,3 +88,158 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
+
+
+# For families without a table here: label → the spellings of its key.
+_SIZES = {
+    "layers": ("num_hidden_layers", "n_layer"),
+    "hidden": ("hidden_size", "n_embd"),
+    "heads": ("num_attention_heads", "n_head"),
+}
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors", re.ASCII)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+
+
+def parameters_of(architecture: Architecture | None, checkpoint: Checkpoint) -> int:
+    """Parameters of a model, tied ones once; for a family without a table all that the files hold."""
+    if architecture is not None:
+        return sum(torch.Size(shape).numel() for shape in hf_shapes(architecture).values())
+    return sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names())
+
+
+def inspect_model(folder: Path) -> Report:
+    """The report on a model folder. One that this system cannot train is no problem, one that is incomplete is."""
+    report = Report(folder, "model")
+    checkpoint = report.read(folder, open_checkpoint, folder)
+    architecture, reason = architecture_of_folder(folder)
+    if reason is not None:
+        report.read(folder / "config.json", _require_config, folder)
+    report.facts |= _described(folder, architecture)
+    if checkpoint is not None:
+        with checkpoint:
+            report.facts["parameters"] = parameters_of(architecture, checkpoint)
+            report.read(folder, _files, folder, checkpoint, report)
+            if architecture is not None:
+                report.read(folder, check_checkpoint, architecture, checkpoint)
+    _tokenizer(folder, report)
+    if architecture is not None and report.problems:
+        reason = f"the folder is broken: {report.problems[0]}"
+    report.facts["trainable_here"] = reason is None
+    if reason is not None:
+        report.facts["why_not"] = reason
+    elif architecture is not None:
+        report.facts["tensor_parallel_sizes"] = list(architecture.legal_tp_sizes())
+    return report
+
+
+def architecture_of_folder(folder: Path) -> tuple[Architecture | None, str | None]:
+    """The architecture, or why this system has none for the folder."""
+    try:
+        return read_architecture(folder), None
+    except UserError as error:
+        return None, one_line(error)
+
+
+def _require_config(folder: Path) -> None:
+    """Tell a config.json that nobody can use from one that only this system has no table for."""
+    if (folder / CONFIG_FILE).is_file():  # open_checkpoint has said where it is not
+        with suppress(UnsupportedModel):
+            read_architecture(folder)
+
+
+def _described(folder: Path, architecture: Architecture | None) -> dict[str, Any]:
+    if architecture is not None:
+        return {
+            "family": architecture.family,
+            "layers": architecture.layers,
+            "hidden": architecture.hidden,
+            "heads": architecture.heads,
+            "kv_heads": architecture.kv_heads,
+            "head_dim": architecture.head_dim,
+            "ffn": architecture.ffn,
+            "vocabulary": architecture.vocab,
+            "positions": architecture.max_positions,
+            "tied_embeddings": architecture.tied,
+        }
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}  # open_checkpoint has said why
+    if not isinstance(config, dict):
+        return {}
+    found: dict[str, Any] = {"family": str(config["model_type"]) if "model_type" in config else "not named"}
+    for label, keys in _SIZES.items():
+        sizes = [config[key] for key in keys if key in config and isinstance(config[key], int)]
+        if sizes:
+            found[label] = sizes[0]
+    if isinstance(tied := config["tie_word_embeddings"] if "tie_word_embeddings" in config else None, bool):
+        found["tied_embeddings"] = tied
+    return found
+
+
+def _files(folder: Path, checkpoint: Checkpoint, report: Report) -> None:
+    """Dtypes, shards and bytes, and that every tensor lies in one file only, the one that the index names."""
+    shards = sorted({checkpoint.file(name) for name in checkpoint.names()})
+    dtypes: Counter[str] = Counter()
+    nbytes = 0
+    for shard in shards:
+        for entry in read_header(shard).entries:
+            if entry.name not in checkpoint:
+                report.problems.append(f"{shard}: tensor {entry.name} is not in {INDEX_FILE}; download the model again")
+            elif checkpoint.file(entry.name) != shard:
+                report.problems.append(
+                    f"{shard}: tensor {entry.name} is also in {checkpoint.file(entry.name).name}, where {INDEX_FILE} "
+                    "has it; download the model again"
+                )
+            else:
+                dtypes[entry.dtype] += torch.Size(entry.shape).numel()
+                nbytes += entry.nbytes
+    report.facts |= {
+        "dtypes": dict(sorted(dtypes.items())),
+        "tensors": len(checkpoint.names()),
+        "shards": len(shards),
+        "tensor_bytes": nbytes,
+        "file_bytes": sum(shard.stat().st_size for shard in shards),
+    }
+    odd = sorted(set(dtypes) - set(FLOAT_DTYPES))
+    if odd:
+        report.warnings.append(f"{folder}: tensors in {', '.join(odd)}: a quantized checkpoint cannot be trained here")
+    if (folder / SINGLE_FILE).is_file():
+        if (folder / INDEX_FILE).is_file():
+            report.warnings.append(f"{folder}: {INDEX_FILE} is ignored, because {SINGLE_FILE} wins: remove one of them")
+        return
+    strays = sorted(p.name for p in folder.iterdir() if _SHARD.fullmatch(p.name) and folder / p.name not in shards)
+    report.problems += [f"{folder / name} is not named by {INDEX_FILE}; download the model again" for name in strays]
+    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    metadata = index["metadata"] if "metadata" in index else None
+    said = metadata["total_size"] if isinstance(metadata, dict) and "total_size" in metadata else None
+    # No reader uses it, and published models have it wrong: worth knowing, not broken.
+    if said is not None and said != nbytes:
+        report.warnings.append(f"{folder / INDEX_FILE}: total_size is {said}, but the tensors have {nbytes} bytes")
+
+
+def _tokenizer(folder: Path, report: Report) -> None:
+    found = [name for name in _TOKENIZERS if (folder / name).is_file()]
+    report.facts["tokenizer"] = found or "none"
+    if not found:
+        report.warnings.append(
+            f"{folder} has neither {' nor '.join(_TOKENIZERS)}: data.tokenizer has to name a folder that has one"
+        )
+    templates = [name for name in _TEMPLATES if (folder / name).is_file()]
+    settings = folder / "tokenizer_config.json"
+    if settings.is_file():
+        values = report.read(settings, _object, settings)
+        if values is not None and "chat_template" in values and values["chat_template"]:
+            templates.append(settings.name)
+    report.facts["chat_template_in"] = templates or "none"
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}; download it again")
+    return values

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from lowrank_dist.formats.provenance import PROVENANCE_FILE
 from lowrank_dist.formats.report import Report
 from lowrank_dist.sections.section import MethodSection
 
-S = TypeVar("S", bound=MethodSection)
 # PEFT's names, which all methods that it has write.
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -108,7 +107,7 @@ class MethodFiles(ABC):
     def inspect(self, folder: Path, report: Report) -> Inspected:
         """Add facts, tables, warnings and problems of the method's own files to the report."""
 
-    def complete(self, section: S, base: Path) -> S:
+    def complete(self, section: MethodSection, base: Path) -> MethodSection:
         """Return the method's section with what the adapter says that training starts from.
 
         Raises UserError where that adapter cannot be read, or fits neither the base nor the section.

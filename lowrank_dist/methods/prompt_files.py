@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import safe_open
@@ -93,15 +93,18 @@ def read_prompt_learning(folder: Path) -> PromptLearning:
     if is_checkpoint(folder):
         verify_manifest(folder)
     config, where = _config(folder), folder / CONFIG_FILE
-    kind = _text(config, "peft_type", folder)
-    if kind not in ("PREFIX_TUNING", "PROMPT_TUNING"):
-        raise UserError(f"{where}: peft_type is {kind!r}: give a folder of PREFIX_TUNING or PROMPT_TUNING")
+    named = _text(config, "peft_type", folder)
+    kind: Kind | None = next((each for each in get_args(Kind) if each == named), None)
+    if kind is None:
+        raise UserError(f"{where}: peft_type is {named!r}: give a folder of PREFIX_TUNING or PROMPT_TUNING")
     if config.get("num_transformer_submodules") not in (None, 1):
         raise UserError(f"{where}: num_transformer_submodules is not 1, so it is not for a decoder-only model")
-    sizes = {key: config.get(key) for key in ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")}
-    for key, value in sizes.items():
+    sizes: dict[str, int] = {}
+    for key in ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim"):
+        value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise UserError(f"{where}: {key} is {value!r}: it must be an integer of at least 1")
+        sizes[key] = value
     width = sizes["token_dim"] * (2 * sizes["num_layers"] if kind == "PREFIX_TUNING" else 1)
     path, expected = own_file(folder, WEIGHTS_FILE), (sizes["num_virtual_tokens"], width)
     found = {entry.name: (entry.dtype, entry.shape) for entry in read_header(path).entries}

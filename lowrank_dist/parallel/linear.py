@@ -19,8 +19,8 @@ from lowrank_dist.parallel.factors import Lanes, LowRankFactors
 from lowrank_dist.parallel.masks import MaskSource
 
 
-class _LowRankMixin:
-    """What both linears share: the factors, where their mask comes from, and no Megatron sharded checkpoint."""
+class LowRankLinear:
+    """The part that both linears share: factors, where their mask comes from, and no Megatron sharded checkpoint."""
 
     factors: LowRankFactors | None
     kind: Literal["column", "row"]
@@ -53,7 +53,7 @@ class _LowRankMixin:
         )
 
 
-class LowRankColumnParallelLinear(_LowRankMixin, ColumnParallelLinear):
+class LowRankColumnParallelLinear(LowRankLinear, ColumnParallelLinear):
     """W and B sharded over outputs, A replicated. Returns (y, bias if skip_bias_add else None), as Megatron does.
 
     Input [s, b, K] ([s / N, b, K] under sequence parallelism), output [s, b, O / N].
@@ -81,7 +81,7 @@ class LowRankColumnParallelLinear(_LowRankMixin, ColumnParallelLinear):
         return output, self.bias if self.skip_bias_add else None
 
 
-class LowRankRowParallelLinear(_LowRankMixin, RowParallelLinear):
+class LowRankRowParallelLinear(LowRankLinear, RowParallelLinear):
     """W and A sharded over inputs, B replicated. Returns (y, bias if skip_bias_add else None), as Megatron does.
 
     Input [s, b, K / N], output [s, b, O] ([s / N, b, O] under sequence parallelism).

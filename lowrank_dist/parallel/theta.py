@@ -104,6 +104,18 @@ def mark(parameter: nn.Parameter, *, sharded: bool, partial: bool) -> nn.Paramet
     return parameter
 
 
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Return whether tensor parallelism cuts a `mark`ed parameter; else every rank has a copy."""
+    marked: Any = parameter
+    return marked.tensor_model_parallel
+
+
+def is_partial(parameter: nn.Parameter) -> bool:
+    """Return whether the gradient of a `mark`ed parameter is a partial sum over the ranks."""
+    marked: Any = parameter
+    return marked.tp_partial_grad
+
+
 def drawn_by_name(name: str, seed: int, rows: int, columns: int) -> Tensor:
     """[rows, columns] of U(−1/√columns, 1/√columns), a linear's usual start, from (seed, name) alone."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()

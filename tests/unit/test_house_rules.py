@@ -313,13 +313,14 @@ def test_ordinary_words_are_no_methods(source: str) -> None:
 # --- the grain of files ----------------------------------------------------------------------------------------------
 
 SHORT_LINES, MOST_SHORT, MEDIAN = 60, 25, (120, 250)
-_OPERATOR = "one file an operator, its plain-PyTorch definition beside it"
+_SECTION = "a section of the configuration, which may import nothing but sections"
 # Every file below SHORT_LINES lines, and why it is one.
 SHORT = {
     "__init__.py": "the version, and what the package offers",
     "errors.py": "the one error that every room raises; imports nothing",
     "cli/__main__.py": "the form that launchers of modules run",
-    **{f"ops/{name}.py": _OPERATOR for name in ("adapted", "down", "expand", "gemm", "grad_a", "up")},
+    **{f"{owner}/config.py": _SECTION for owner in ("model", "parallel")},
+    **{f"methods/{name}/config.py": _SECTION for name in ("bottleneck", "lora", "prefix", "prompt")},
     "backend/megatron.py": "every patch of Megatron in one place",
     "parallel/masks.py": "which mask is drawn, apart from the operator that draws it",
 }

@@ -81,7 +81,7 @@ class Bottleneck(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = x
-        if self.norm_weight is not None:
+        if self.norm_weight is not None and self.norm_bias is not None:
             weight, bias = self.norm_weight.to(x.dtype), self.norm_bias.to(x.dtype)
             inner = F.layer_norm(x, (x.size(-1),), weight, bias, _NORM_EPS)
         if self._sharded:
@@ -94,7 +94,7 @@ class Bottleneck(nn.Module):
 
 
 # As in the papers' own code.
-_ACTIVATIONS = {"adapter_h": F.gelu, "adapter_l": F.relu}
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"adapter_h": F.gelu, "adapter_l": F.relu}
 _PLACES = {"attention": "self_attn_bda", "mlp": "mlp_bda"}
 
 
@@ -172,6 +172,7 @@ class Adapters:
 
 def build(section: AdapterConfig, setting: Setting, architecture: Architecture) -> Adapters:
     """See `method.Tuner`."""
+    assert setting.method in ("adapter_h", "adapter_l")
     sizes = BottleneckConfig(
         method=setting.method,
         bottleneck=section.bottleneck,

@@ -23,9 +23,8 @@ from lowrank_dist.formats.model_folder import (
     other_files,
     stored_name,
 )
-from lowrank_dist.formats.model_report import inspect_model
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
-from lowrank_dist.formats.report import Report
+from lowrank_dist.formats.report import Report, inspect_model
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
 from lowrank_dist.methods.files import Inspected, MethodFiles, Published, any_there
 
@@ -87,6 +86,7 @@ class WholeModelFiles:
     def _before(self, name: str) -> Tensor:
         with open_checkpoint(self._base) as checkpoint:
             stored = stored_name(name, self._architecture, checkpoint)
+            assert stored is not None, "every tensor that is trained is one of the base's"
             return checkpoint.slice(stored)[:].to(self._dtype)
 
     def finish(self) -> None:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from lowrank_dist.arch.placement import FactorSpec, LinearPlacement
 from lowrank_dist.arch.tensors import MEGATRON_LINEARS
 from lowrank_dist.methods.lora.files import LowRankFactor
 from lowrank_dist.parallel.factors import FactorShard, LowRankFactors, a_of, b_elements, b_of
+from lowrank_dist.parallel.linear import LowRankLinear
 from lowrank_dist.parallel.masks import MaskSource, stream_of
 from lowrank_dist.parallel.theta import Held, Piece, Theta, drawn_by_name, scatter
 
@@ -50,6 +52,7 @@ def inject(
     adapted = []
     for placement in placements:
         linear = model.get_submodule(MEGATRON_LINEARS[placement.linear].format(layer=placement.layer))
+        assert isinstance(linear, LowRankLinear), "the model is built with linears that take factors"
         sharded_a = placement.layout.kind == "row"
         k = placement.layout.in_features // (tp_size if sharded_a else 1)
         factors = LowRankFactors(
@@ -129,7 +132,15 @@ class _Layout(Sequence[Held]):
     def __len__(self) -> int:
         return 2 * len(self._adapted)
 
-    def __getitem__(self, number: int) -> Held:
+    @overload
+    def __getitem__(self, number: int) -> Held: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Held]: ...
+
+    def __getitem__(self, number: int | slice) -> Held | Sequence[Held]:
+        if isinstance(number, slice):
+            return [self[each] for each in range(len(self))[number]]
         linear = self._adapted[number // 2]
         shards = shards_of(linear.placement, self._tp_rank, self._tp_size)
         a, b = _pieces(linear, shards, self._tp_rank)

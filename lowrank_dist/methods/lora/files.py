@@ -140,7 +140,7 @@ def read_adapter(folder: Path) -> Adapter:
             for entry, tensor in zip((a, b), tensors, strict=True):
                 if not torch.isfinite(tensor).all():
                     raise UserError(f"{path}: {entry.name} holds NaN or infinity: take an earlier checkpoint")
-            factors[module] = LowRankFactor(*tensors, alpha=config.alpha_of(module))
+            factors[module] = LowRankFactor(tensors[0], tensors[1], config.alpha_of(module))
     return Adapter(factors, config.dropout, config.rslora, config.fan_in_fan_out, config.base)
 
 

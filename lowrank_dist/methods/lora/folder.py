@@ -24,6 +24,7 @@ from lowrank_dist.methods.lora.config import LoraConfig
 from lowrank_dist.methods.lora.files import Adapter, read_adapter
 from lowrank_dist.methods.lora.inspection import inspect_adapter
 from lowrank_dist.methods.lora.peft_config import PeftConfig, read_config
+from lowrank_dist.sections.section import MethodSection
 
 # vLLM's LoRAConfig.max_lora_rank (vllm.config.lora.MaxLoRARanks without 1) and its default.
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -52,7 +53,8 @@ class LoraFiles(MethodFiles):
     def inspect(self, folder: Path, report: Report) -> Inspected:
         return inspect_adapter(folder, report)
 
-    def complete(self, section: LoraConfig, base: Path) -> LoraConfig:
+    def complete(self, section: MethodSection, base: Path) -> LoraConfig:
+        assert isinstance(section, LoraConfig)
         return adopt_adapter(section, base)
 
 

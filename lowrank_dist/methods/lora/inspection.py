@@ -40,7 +40,8 @@ def inspect_adapter(folder: Path, report: Report) -> Inspected:
     found = _Found(folder, report)
     _config(found)
     _weights(found)
-    return Inspected(found.config and found.config.base, partial(_fit, found))
+    base = None if found.config is None else found.config.base
+    return Inspected(base, partial(_fit, found))
 
 
 def update_norm(factor: LowRankFactor, scale: float) -> float:
@@ -116,7 +117,7 @@ def _rows(
     with path.open("rb", buffering=0) as file:
         for module in sorted(pairs, key=_in_order):
             a, b = pairs[module]
-            factor = LowRankFactor(*(_tensor(file, start, entry) for entry in (a, b)), config.alpha_of(module))
+            factor = LowRankFactor(_tensor(file, start, a), _tensor(file, start, b), config.alpha_of(module))
             odd = [e.name for e, x in ((a, factor.a), (b, factor.b)) if not torch.isfinite(x).all()]
             report.problems += [f"{path}: {name} holds NaN or infinity: take an earlier checkpoint" for name in odd]
             zero = [side for side, x in (("B", factor.b), ("A", factor.a)) if not x.any()]

@@ -85,9 +85,11 @@ class Prefix(nn.Module):
         self._width, self._hidden = width, hidden
 
     def forward(self) -> Tensor:
-        if self.embedding is None:
+        found: Tensor
+        if self.keys_values is not None:
             found = self.keys_values
         else:
+            assert self.embedding is not None
             inner = torch.tanh(F.linear(self.embedding, self.hidden, self.hidden_bias))
             found = F.linear(inner, self.output.flatten(0, 3), self.output_bias.flatten()).unflatten(
                 1, self.output_bias.shape
@@ -128,7 +130,7 @@ class Prefix(nn.Module):
         return (*(slice(None),) * before, slice(tp_rank * count, (tp_rank + 1) * count))
 
 
-def keys_values(tensors: dict[str, Tensor]) -> Tensor:
+def keys_values(tensors: Mapping[str, Tensor]) -> Tensor:
     """[l, L, 2, G, d] from the stored tensors of a `Prefix`, whole, with or without an MLP."""
     if KEYS_VALUES in tensors:
         return tensors[KEYS_VALUES]

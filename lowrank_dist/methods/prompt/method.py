@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from lowrank_dist.arch.architecture import Architecture
@@ -32,14 +33,24 @@ from lowrank_dist.parallel.theta import Held, Theta, all_of, mark
 from lowrank_dist.parallel.topology import Topology
 
 
+class _WordEmbeddings(Protocol):
+    """Megatron's VocabParallelEmbedding, as far as it is used here."""
+
+    weight: Tensor
+    tp_group: ProcessGroup
+    reduce_scatter_embeddings: bool
+
+    def __call__(self, input_ids: Tensor) -> Tensor: ...
+
+
 class WithVirtualTokens(nn.Module):
     """The word embeddings, where id `first_id` + j is row j of `rows`; in the place of Megatron's module.
 
     Output as Megatron's: [b, s, H], or [s / N, b, H] where it scatters.
     """
 
-    def __init__(self, words: nn.Module, rows: Tensor, first_id: int, *, sequence_parallel: bool) -> None:
-        """words: Megatron's VocabParallelEmbedding. rows: [l, H] fp32, the same on every rank."""
+    def __init__(self, words: _WordEmbeddings, rows: Tensor, first_id: int, *, sequence_parallel: bool) -> None:
+        """rows: [l, H] fp32, the same on every rank."""
         super().__init__()
         self.words, self._first_id = words, first_id
         # Without sequence parallelism every rank has the gradient at all positions, with it at its own.
