@@ -29,6 +29,15 @@ from lowrank_dist.formats.safetensors_file import read_header
 
 T = TypeVar("T")
 P = ParamSpec("P")
+# For families without a table here: label → the spellings of its key.
+_SIZES = {
+    "layers": ("num_hidden_layers", "n_layer"),
+    "hidden": ("hidden_size", "n_embd"),
+    "heads": ("num_attention_heads", "n_head"),
+}
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors", re.ASCII)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 @dataclass
@@ -88,17 +97,6 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
-
-
-# For families without a table here: label → the spellings of its key.
-_SIZES = {
-    "layers": ("num_hidden_layers", "n_layer"),
-    "hidden": ("hidden_size", "n_embd"),
-    "heads": ("num_attention_heads", "n_head"),
-}
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors", re.ASCII)
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
-_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
 def parameters_of(architecture: Architecture | None, checkpoint: Checkpoint) -> int:
