@@ -52,8 +52,8 @@ from spawn import start_ranks
 from torch import Tensor, nn
 
 from lowrank_dist.engine.planning import find_model
-from lowrank_dist.methods.bottleneck.config import AdapterConfig
-from lowrank_dist.methods.bottleneck.footprint import footprint_of
+from lowrank_dist.methods.bottleneck.footprint import footprints_of_size
+from lowrank_dist.methods.registry import Sizes
 
 MODEL = "gpt2-medium"
 TARGETS = ("q_proj", "v_proj")  # as the paper adapts GPT-2
@@ -121,7 +121,8 @@ def parameters_of(method: str, width: int) -> int:
     """|Θ| of low-rank factors of rank `width` on TARGETS of every layer, or of adapter layers of bottleneck `width`."""
     shape = find_model(MODEL).architecture
     if method in ("adapter_l", "adapter_h"):
-        return footprint_of(method, AdapterConfig(bottleneck=width), shape).parameters(shape).trained
+        (adapters,) = footprints_of_size(method, Sizes(bottleneck=width), shape, 1)
+        return adapters.parameters(shape).trained
     return shape.layers * len(TARGETS) * 2 * shape.hidden * width
 
 
