@@ -1,4 +1,11 @@
-"""The errors whose message is for the user, who sees it without a traceback. Imports nothing."""
+"""The errors whose message is for the user, who sees it without a traceback, and pieces of such messages.
+
+Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
 
 
 class UserError(ValueError):
@@ -15,3 +22,13 @@ class DiskError(UserError):
 
 class ElsewhereError(UserError):
     """The failure of another rank, whose own message says why."""
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Return the first three, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def printable(text: str) -> str:
+    """Return the text with what a terminal would obey, or cannot show, spelled out: it may come from anyone's file."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -19,8 +19,7 @@ from lowrank_dist.doctor.local import diagnose
 from lowrank_dist.doctor.place import Place, place_in_job, speaks_for_node
 from lowrank_dist.doctor.rows import Row, counted
 from lowrank_dist.doctor.watch import Watch
-from lowrank_dist.errors import UserError
-from lowrank_dist.messages import printable, some_of
+from lowrank_dist.errors import UserError, printable, some_of
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config

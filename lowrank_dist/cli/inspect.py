@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowrank_dist.messages import printable
+from lowrank_dist.errors import printable
 
 if TYPE_CHECKING:
     from lowrank_dist.formats.report import Report

@@ -48,8 +48,7 @@ def slurm_command(
 ) -> None:
     """Write a job script that trains CONFIG under Slurm, from launch/slurm/train.sbatch."""
     from lowrank_dist.config import load_config
-    from lowrank_dist.slurm.layout import check_layout, check_time
-    from lowrank_dist.slurm.template import checkout, fill
+    from lowrank_dist.slurm import check_layout, check_time, checkout, fill
 
     changes = list(overrides or [])
     if gpu is not None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from lowrank_dist.doctor.rows import PASSING, Row, State
-from lowrank_dist.messages import some_of
+from lowrank_dist.errors import some_of
 
 # Of what is in order as many different answers are shown as fit a glance; a report in JSON has all.
 SHOWN = 3

@@ -120,7 +120,7 @@ def checkpoint_bytes(config: Config) -> tuple[int, int]:
 
 def layout(config: Config, size: int, local_size: int) -> list[Row]:
     """A row on TP × DP: the ranks that the job has, tensor-parallel groups inside nodes. size: ranks of the job."""
-    from lowrank_dist.slurm.layout import check_layout
+    from lowrank_dist.slurm import check_layout
 
     parallel = config.parallel
     check_layout(

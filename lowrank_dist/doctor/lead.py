@@ -13,7 +13,7 @@ from lowrank_dist.doctor.local import failing
 from lowrank_dist.doctor.member import GRACE_SECONDS, NO_WAY, REPORT_SECONDS, Member, Roll, leave
 from lowrank_dist.doctor.place import Place
 from lowrank_dist.doctor.rows import Row, counted
-from lowrank_dist.messages import some_of
+from lowrank_dist.errors import some_of
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_dist.doctor.rows import Row, State
-from lowrank_dist.messages import some_of
+from lowrank_dist.errors import some_of
 
 NETWORKS = Path("/sys/class/net")
 INFINIBAND = Path("/sys/class/infiniband")

@@ -12,8 +12,7 @@ from lowrank_dist.doctor.findings import Examination
 from lowrank_dist.doctor.lead import Lead
 from lowrank_dist.doctor.member import GRACE_SECONDS, Member, Roll, leave
 from lowrank_dist.doctor.place import Place
-from lowrank_dist.errors import UserError
-from lowrank_dist.messages import some_of
+from lowrank_dist.errors import UserError, some_of
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config

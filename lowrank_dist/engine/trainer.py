@@ -20,8 +20,7 @@ from lowrank_dist.engine.reporter import Reporter
 from lowrank_dist.engine.run import Progress, Run
 from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.engine.zero import Engine
-from lowrank_dist.errors import UserError
-from lowrank_dist.messages import some_of
+from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.parallel.collectives import all_equal, digest, every_value
 from lowrank_dist.supervision.page import LEAVING
 

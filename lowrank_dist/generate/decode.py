@@ -10,13 +10,12 @@ import torch
 import torch.distributed as dist
 
 from lowrank_dist.data.tokenizer import Tokenizer
-from lowrank_dist.errors import UserError
+from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.generate.prompts import Prompt
 from lowrank_dist.generate.rules import DecodingRules
 from lowrank_dist.generate.sampling import next_tokens
 from lowrank_dist.generate.sharing import gather_json
 from lowrank_dist.generate.text import StopTexts, completion_text
-from lowrank_dist.messages import some_of
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.topology import Topology
 

@@ -286,7 +286,7 @@ def test_nothing_runs_code_from_a_file() -> None:
         ("lowrank_dist.methods.lora.config", "from lowrank_dist.arch.placement import place"),
         ("lowrank_dist.generate.config", "from lowrank_dist.model.config import ModelConfig"),
         ("lowrank_dist.data.config", "import torch"),
-        ("lowrank_dist.slurm.layout", "from lowrank_dist.config.schema import Config"),
+        ("lowrank_dist.slurm", "from lowrank_dist.config.schema import Config"),
         ("lowrank_dist.supervision.rank", "def f():\n    from lowrank_dist.config import load_config"),
         ("lowrank_dist.methods.lora.adopt", "from lowrank_dist.config import Config"),
         ("lowrank_dist.checkpoint.inspection", "if TYPE_CHECKING:\n    from lowrank_dist.config import Config"),

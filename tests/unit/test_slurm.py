@@ -14,13 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import lowrank_dist
 from lowrank_dist.arch.model_files import built_in_config
 from lowrank_dist.cli.main import app
 from lowrank_dist.config import load_config
 from lowrank_dist.errors import UserError
-from lowrank_dist.slurm import template
-from lowrank_dist.slurm.layout import check_layout, check_time
-from lowrank_dist.slurm.template import BEGIN, END, checkout, fill
+from lowrank_dist.slurm import BEGIN, END, check_layout, check_time, checkout, fill
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = (ROOT / "launch" / "slurm" / "train.sbatch").read_text()
@@ -206,7 +205,7 @@ def test_a_template_without_the_line_is_a_bug() -> None:
 
 def test_package_without_its_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert checkout() == ROOT
-    monkeypatch.setattr(template.lowrank_dist, "__file__", str(tmp_path / "site-packages/lowrank_dist/__init__.py"))
+    monkeypatch.setattr(lowrank_dist, "__file__", str(tmp_path / "site-packages/lowrank_dist/__init__.py"))
     with pytest.raises(UserError, match="need a checkout"):
         checkout()
 

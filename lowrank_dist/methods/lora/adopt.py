@@ -13,9 +13,8 @@ from torch import Tensor
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import ALL_LINEAR, LinearPlacement, LoraRules
-from lowrank_dist.errors import UserError
+from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.formats.provenance import refuse_another_base
-from lowrank_dist.messages import some_of
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_dist.methods.lora.config import LoraConfig
 from lowrank_dist.methods.lora.files import Adapter, module_paths, read_adapter

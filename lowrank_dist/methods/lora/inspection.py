@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowrank_dist.errors import some_of
 from lowrank_dist.formats.model_folder import FLOAT_DTYPES
 from lowrank_dist.formats.report import Report
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header, read_into
-from lowrank_dist.messages import some_of
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, Base, Inspected, own_file
 from lowrank_dist.methods.lora.files import LowRankFactor, check_pair, read_pairs
 from lowrank_dist.methods.lora.peft_config import PeftConfig, read_config
