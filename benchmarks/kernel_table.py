@@ -30,7 +30,8 @@ from rich.table import Table
 from sides import DTYPES, SHAPES, WORLD, Layer, Side, join_fake_world
 from timeline import by_name, record, start_profiler
 
-from lowrank_dist.backend.select import quiet_libraries, select_backend
+from lowrank_dist.backend.libraries import quiet_libraries
+from lowrank_dist.backend.select import select_backend
 from lowrank_dist.parallel.topology import Topology
 
 RANK, DROPOUTS, SHARDS = 16, (0.0, 0.1), (1, WORLD)

@@ -377,7 +377,8 @@ def rank_main(rank: int, tp: int, port: int, args: argparse.Namespace, parent: C
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_WORLD_SIZE=str(tp))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(max(1, args.threads // tp))
-    from lowrank_dist.backend.select import quiet_libraries, shutdown
+    from lowrank_dist.backend.libraries import quiet_libraries
+    from lowrank_dist.backend.select import shutdown
 
     quiet_libraries()
     bench = Bench(tp, args)

@@ -35,7 +35,8 @@ from sides import SHAPES, architecture
 
 from lowrank_dist.arch.tensors import MEGATRON_LINEARS
 from lowrank_dist.backend.devices import synchronize
-from lowrank_dist.backend.select import quiet_libraries, select_backend
+from lowrank_dist.backend.libraries import quiet_libraries
+from lowrank_dist.backend.select import select_backend
 from lowrank_dist.ops.extension import demand
 from lowrank_dist.plan.hardware import GPUS, peak_flops
 

@@ -45,7 +45,8 @@ from rich.console import Console
 from rich.table import Table
 from sides import DTYPES, SHAPES, WORLD, Layer, Side, join_fake_world
 
-from lowrank_dist.backend.select import quiet_libraries, select_backend
+from lowrank_dist.backend.libraries import quiet_libraries
+from lowrank_dist.backend.select import select_backend
 from lowrank_dist.parallel.topology import Topology
 
 RANKS, DROPOUTS = (8, 16, 64), (0.0, 0.1)

@@ -52,7 +52,7 @@ def main() -> int:
     sys.path.insert(0, str(ROOT / "launch"))
     import train
 
-    from lowrank_dist.backend.select import quiet_libraries
+    from lowrank_dist.backend.libraries import quiet_libraries
 
     quiet_libraries()  # as launch/train.py does before the same imports
     from lowrank_dist.engine.trainer import Trainer

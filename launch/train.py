@@ -11,10 +11,9 @@ from __future__ import annotations
 import logging
 import sys
 
-from lowrank_dist.backend.collector import lasting
-from lowrank_dist.backend.hostfile import refuse_missing_hostfile
-from lowrank_dist.backend.select import init_process_group, local_rank_and_size, quiet_libraries, select_backend
-from lowrank_dist.backend.slurm import ranks_from_slurm
+from lowrank_dist.backend.launchers import ranks_from_slurm, refuse_missing_hostfile
+from lowrank_dist.backend.libraries import lasting, quiet_libraries
+from lowrank_dist.backend.select import init_process_group, local_rank_and_size, select_backend
 from lowrank_dist.config import Config, load_config
 from lowrank_dist.errors import UserError
 from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision, speaks_for_node

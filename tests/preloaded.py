@@ -9,8 +9,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 
-from lowrank_dist.backend.collector import lasting
-from lowrank_dist.backend.select import quiet_libraries
+from lowrank_dist.backend.libraries import lasting, quiet_libraries
 
 quiet_libraries()
 with lasting():

@@ -27,7 +27,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lowrank_dist.backend.select import quiet_libraries
+from lowrank_dist.backend.libraries import quiet_libraries
 from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.data.loader import Cut, eval_batches
 from lowrank_dist.errors import UserError

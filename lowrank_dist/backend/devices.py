@@ -1,15 +1,22 @@
-"""What this machine offers to torch, for those who ask before a run (`lowrank-dist doctor`)."""
+"""The devices of this machine: what torch sees of them, their clocks and their generators."""
 
 from __future__ import annotations
 
+import random
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 DRIVER = Path("/proc/driver/nvidia/version")
+Mark: TypeAlias = Any
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,7 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
-    """Every CUDA device. RuntimeError with the reason where there is none, or one that does not answer."""
+    """Return every CUDA device. RuntimeError with the reason where there is none, or one that does not answer."""
     if torch.version.cuda is None:
         raise RuntimeError(f"torch {torch.__version__} is not a CUDA build")
     with warnings.catch_warnings(record=True) as said:
@@ -41,7 +48,7 @@ def gpus() -> list[Gpu]:
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's kernel driver, or None without one."""
+    """Return the version of NVIDIA's kernel driver, or None without one."""
     if not DRIVER.is_file():
         return None
     words = DRIVER.read_text().partition("\n")[0].split()
@@ -50,14 +57,14 @@ def driver() -> str | None:
 
 
 def nccl() -> str | None:
-    """The version of the NCCL that torch was built with, or None."""
+    """Return the version of the NCCL that torch was built with, or None."""
     if not (dist.is_available() and dist.is_nccl_available()):
         return None
     return ".".join(map(str, torch.cuda.nccl.version()))
 
 
 def device_of_rank(requested: str, local_rank: int, local_size: int) -> tuple[torch.device, str]:
-    """The device of a rank and the collective library that its job uses there; makes the device the current one.
+    """Make the device of a rank the current one, and return it with the collective library that its job uses there.
 
     requested: "auto", "cpu" or "cuda" (where there is none, the CPU). More ranks on a node than GPUs share them over
     gloo, which stages through the host: NCCL refuses two ranks on one device.
@@ -74,3 +81,82 @@ def synchronize(device: torch.device) -> None:
     """Wait for what is queued on `device`, so that a clock read afterwards means something."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Marks cost no synchronisation: on CUDA they are events in the current stream, read when it is past them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def mark(self) -> Mark:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, first: Mark, second: Mark) -> float:
+        """Return the time between two marks. On CUDA the device must have reached the second (`Backend.synchronize`)."""
+        return first.elapsed_time(second) / 1000 if self._cuda else second - first
+
+
+class Waits:
+    """Pairs of marks around every wait for a tensor-parallel collective, while `clock` is set.
+
+    One for the process: the waits are deep inside autograd functions, ours and Megatron's, which know nothing of who
+    trains. Without a clock a wait costs one comparison.
+    """
+
+    def __init__(self) -> None:
+        self.clock: Clock | None = None
+        self._marks: list[tuple[Mark, Mark]] = []
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        if self.clock is None:
+            yield
+            return
+        begin = self.clock.mark()
+        yield
+        self._marks.append((begin, self.clock.mark()))
+
+    def take(self) -> float:
+        """Return the seconds waited since the last call; synchronise first."""
+        marks, self._marks = self._marks, []
+        return sum(self.clock.seconds(*pair) for pair in marks) if self.clock is not None else 0.0
+
+
+WAITS = Waits()
+
+
+def generator_states(device: torch.device) -> dict[str, Any]:
+    """Return the states of Python's, NumPy's and torch's generators, and of the GPU's where there is one, as JSON.
+
+    They are for a checkpoint. Training draws from none of them: order, initial factors and dropout are functions of
+    seed, step and name. What a user's tokenizer or template draws goes on where it stopped.
+    """
+    version, numbers, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # a tuple, as restored below
+    states: dict[str, Any] = {
+        "python": [version, list(numbers), gauss],
+        "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, cached],
+        "torch": torch.get_rng_state().numpy().tobytes().hex(),
+    }
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes().hex()
+    return states
+
+
+def restore_generators(states: dict[str, Any], device: torch.device) -> None:
+    """Go on from what `generator_states` returned. Raises ValueError, TypeError or KeyError for anything else."""
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    np.random.set_state(tuple(states["numpy"]))
+    torch.set_rng_state(_state(states["torch"]))
+    if device.type == "cuda" and "cuda" in states:  # saved on a CPU, there is none
+        torch.cuda.set_rng_state(_state(states["cuda"]), device)
+
+
+def _state(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)

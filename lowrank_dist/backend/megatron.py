@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowrank_dist.backend.clock import WAITS
+from lowrank_dist.backend.devices import WAITS
 
 
 class _StatelessRngTracker:

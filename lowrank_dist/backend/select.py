@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -57,15 +56,6 @@ class Backend:
     def describe(self) -> str:
         threads = "" if self.device.type == "cuda" else f", {torch.get_num_threads()} threads"
         return f"{self.name()}{threads}, {self.collective}"
-
-
-def quiet_libraries() -> None:
-    """Before Megatron is imported: no messages to the libraries' own developers, no compiler that nobody uses."""
-    warnings.filterwarnings("ignore", module=r"megatron\.")
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-    # As it is imported Megatron wraps functions that we never call in torch.compile, which would load all of
-    # TorchInductor: a sixth of what a rank takes to start, and 40 MiB of its memory.
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def local_rank_and_size() -> tuple[int, int]:

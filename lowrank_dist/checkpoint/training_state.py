@@ -39,8 +39,8 @@ class TrainingState(BaseModel):
 
     tokens and target_tokens: non-padding tokens seen and tokens trained on so far. loss: mean of the last step, in nats
     a target token; eval_losses: step → the same on the eval set. eval_metrics: metric → step → its value for what was
-    generated (generate/metrics.py); a checkpoint from before these existed has none. rng: `backend.rng.capture`.
-    config: as JSON.
+    generated (generate/metrics.py); a checkpoint from before these existed has none. rng: as
+    `backend.devices.generator_states` returned it. config: as JSON.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowrank_dist.backend.collector import lasting
+from lowrank_dist.backend.libraries import lasting
 from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def generate_command(
 def loading() -> Iterator[None]:
     """For imports that bring Megatron: it says at once what it would rather have found."""
     with lasting():
-        from lowrank_dist.backend.select import quiet_libraries
+        from lowrank_dist.backend.libraries import quiet_libraries
 
         quiet_libraries()
         yield

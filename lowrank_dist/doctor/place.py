@@ -6,8 +6,7 @@ import os
 import socket
 from dataclasses import dataclass
 
-from lowrank_dist.backend.hostfile import refuse_missing_hostfile
-from lowrank_dist.backend.slurm import ranks_from_slurm
+from lowrank_dist.backend.launchers import ranks_from_slurm, refuse_missing_hostfile
 from lowrank_dist.errors import UserError
 
 

@@ -57,7 +57,7 @@ def ninja(path: str | None, beside: Path = Path(sys.executable).parent) -> Row:
 
 def build_locks() -> list[Row]:
     """Locks that killed builds of torch extensions left behind."""
-    from lowrank_dist.backend.build_locks import STALE_SECONDS, stale_build_locks
+    from lowrank_dist.backend.libraries import STALE_SECONDS, stale_build_locks
 
     stale = stale_build_locks()
     if not stale:

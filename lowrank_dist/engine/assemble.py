@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.backend import apex
-from lowrank_dist.backend.build_locks import stale_build_locks
+from lowrank_dist.backend.libraries import stale_build_locks
 from lowrank_dist.config import Config
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.evaluator import Evaluator, notes_on_best

@@ -21,7 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowrank_dist.backend.select import quiet_libraries, select_backend
+from lowrank_dist.backend.libraries import quiet_libraries
+from lowrank_dist.backend.select import select_backend
 from lowrank_dist.config import Config
 from lowrank_dist.engine.assemble import build_method
 from lowrank_dist.engine.planning import Request

@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Protocol
 
-from lowrank_dist.backend.clock import WAITS, Clock, Mark
+from lowrank_dist.backend.devices import WAITS, Clock, Mark
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.loader import StepBatch
 from lowrank_dist.engine.forecast import Forecast

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lowrank_dist.backend import rng
+from lowrank_dist.backend.devices import restore_generators
 from lowrank_dist.checkpoint.folder import newest_checkpoint, read_checkpoint, step_folders
 from lowrank_dist.checkpoint.training_state import KINDS, DataState, OptimizerReader, TrainingState, parse_state
 from lowrank_dist.config import Config
@@ -203,6 +203,6 @@ def restore(
             optimiser.restore(number, values)
     optimiser.restored(resumption.state.step)
     try:
-        rng.restore(resumption.state.rng, device)
+        restore_generators(resumption.state.rng, device)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(f"{resumption.folder}: the generators' states cannot be set ({error}): take another") from error

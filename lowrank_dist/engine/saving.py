@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_dist.backend import rng
+from lowrank_dist.backend.devices import generator_states
 from lowrank_dist.checkpoint.folder import copy_adapter, step_folders, write_checkpoint
 from lowrank_dist.checkpoint.training_state import LOSS, DataState, TrainingState
 from lowrank_dist.engine.evaluator import History, best_first, label
@@ -254,7 +254,7 @@ class CheckpointSaver:
             eval_metrics=values,
             data=facts.data,
             held_out=facts.held_out,
-            rng=rng.capture(self._device),
+            rng=generator_states(self._device),
             config=dict(facts.provenance.config),
             base_fingerprint=facts.provenance.base_fingerprint,
             ranks={"tensor": topology.tp_size, "data": topology.dp_size},

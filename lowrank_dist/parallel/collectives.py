@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from lowrank_dist.backend.clock import WAITS
+from lowrank_dist.backend.devices import WAITS
 
 _NAME_BYTES = 64  # HOST_NAME_MAX of Linux
 

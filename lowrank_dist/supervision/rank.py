@@ -18,11 +18,10 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from lowrank_dist.backend.processes import started
+from lowrank_dist.backend.launchers import find_launchers, started
 from lowrank_dist.backend.select import shutdown
 from lowrank_dist.errors import ElsewhereError, UserError
 from lowrank_dist.supervision.failure import Failure, explains, read, record, retire
-from lowrank_dist.supervision.launchers import find_launchers
 from lowrank_dist.supervision.page import ENDING, LEAVING, STARTING, Page, State
 from lowrank_dist.supervision.peers import Answer, ask, lost_peers
 from lowrank_dist.supervision.signals import StopRequest

@@ -21,9 +21,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lowrank_dist.backend.processes import EXIT_CODE, STARTED, STATE, SYSTEM_TICKS, USER_TICKS, runs, stat_fields
+from lowrank_dist.backend.launchers import (
+    EXIT_CODE,
+    STARTED,
+    STATE,
+    SYSTEM_TICKS,
+    USER_TICKS,
+    Launcher,
+    runs,
+    stat_fields,
+)
 from lowrank_dist.supervision.failure import Failure, record
-from lowrank_dist.supervision.launchers import Launcher
 from lowrank_dist.supervision.page import LEAVING, STARTING, Page, State
 from lowrank_dist.supervision.signals import SIGNALS
 
@@ -47,7 +55,7 @@ _EXTENSIONS = re.compile(r"^Extension modules: .*\n?", re.MULTILINE)
 class Charge:
     """The facts that a watchdog is given at its start. timeout: that of the rank's collectives.
 
-    started and launchers: `processes.started` and `find_launchers`. thread: the main one, as faulthandler names it.
+    started and launchers: `launchers.started` and `find_launchers`. thread: the main one, as faulthandler names it.
     page and stacks are descriptors: of `Page`, and of what faulthandler writes.
     """
 

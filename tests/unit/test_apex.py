@@ -295,11 +295,11 @@ def test_adamw_agrees(on_cpu: None) -> None:
 ZERO = """
 import sys, torch, torch.distributed as dist
 from torch import nn
-from lowrank_dist.backend import apex, select
+from lowrank_dist.backend import apex, libraries, select
 from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 from lowrank_dist.parallel.topology import Topology
 
-select.quiet_libraries()
+libraries.quiet_libraries()
 select.select_backend("cpu", 0, 1)
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 topology = Topology.build(1, 1, False, 60)

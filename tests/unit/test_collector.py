@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lowrank_dist.backend.collector import lasting
+from lowrank_dist.backend.libraries import lasting
 
 
 class Loop:

@@ -11,7 +11,7 @@ import pytest
 from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
-from lowrank_dist.backend.build_locks import STALE_SECONDS, stale_build_locks
+from lowrank_dist.backend.libraries import STALE_SECONDS, stale_build_locks
 from lowrank_dist.doctor import programs
 
 

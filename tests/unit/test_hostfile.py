@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_dist.backend.hostfile import named_hostfile, refuse_missing_hostfile
+from lowrank_dist.backend.launchers import named_hostfile, refuse_missing_hostfile
 
-RANK = "from lowrank_dist.backend.hostfile import refuse_missing_hostfile; refuse_missing_hostfile()"
+RANK = "from lowrank_dist.backend.launchers import refuse_missing_hostfile; refuse_missing_hostfile()"
 # As deepspeed does it: a process between the runner and the rank.
 RUNNER = (
     f"import subprocess, sys; sys.exit(subprocess.call(['sh', '-c', '\"$0\" -c \"$1\"', sys.executable, {RANK!r}]))"

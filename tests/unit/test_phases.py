@@ -9,8 +9,8 @@ from unittest import mock
 import pytest
 import torch
 
-from lowrank_dist.backend import clock
-from lowrank_dist.backend.clock import WAITS
+from lowrank_dist.backend import devices
+from lowrank_dist.backend.devices import WAITS
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.engine import meter as meter_module
 from lowrank_dist.engine.meter import Meter, Phases, Stragglers
@@ -31,7 +31,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     moved = Time()
-    monkeypatch.setattr(clock, "time", moved)
+    monkeypatch.setattr(devices, "time", moved)
     return moved
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowrank_dist.backend.select import quiet_libraries
+from lowrank_dist.backend.libraries import quiet_libraries
 from lowrank_dist.engine.dry_run import TOLERANCE, _build, _fake_ranks, _KnownPositions, _Live
 from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.plan.job import Job, Layout

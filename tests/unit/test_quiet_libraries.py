@@ -12,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 LOADS = """
 import sys
-from lowrank_dist.backend.select import quiet_libraries
+from lowrank_dist.backend.libraries import quiet_libraries
 if sys.argv[1] == "True":
     quiet_libraries()
 import megatron.core.transformer

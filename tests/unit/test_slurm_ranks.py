@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lowrank_dist.backend.slurm import first_host, ranks_from_slurm
+from lowrank_dist.backend.launchers import first_host, ranks_from_slurm
 from lowrank_dist.errors import UserError
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -15,11 +15,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from lowrank_dist.backend.processes import started
+from lowrank_dist.backend.launchers import Launcher, find_launchers, launcher_name, started
 from lowrank_dist.errors import ElsewhereError, UserError
 from lowrank_dist.supervision import failure, peers
 from lowrank_dist.supervision.failure import Failure, explains, read, record, retire
-from lowrank_dist.supervision.launchers import Launcher, find_launchers, launcher_name
 from lowrank_dist.supervision.page import LEAVING, PHASES, Page
 from lowrank_dist.supervision.peers import Answer, ask, lost_peers
 from lowrank_dist.supervision.rank import FAILURE, INTERRUPTED, USER_ERROR, Supervision
@@ -215,7 +214,7 @@ def test_what_is_a_launcher(command: list[str], name: str | None) -> None:
 
 
 PROBE = """
-from lowrank_dist.supervision.launchers import find_launchers
+from lowrank_dist.backend.launchers import find_launchers
 print(*(found.name for found in find_launchers()), sep="\\n")
 """
 RUNS_THE_REST = (

@@ -15,9 +15,8 @@ from unittest import mock
 
 import pytest
 
-from lowrank_dist.backend.processes import started
+from lowrank_dist.backend.launchers import Launcher, started
 from lowrank_dist.supervision import watchdog
-from lowrank_dist.supervision.launchers import Launcher
 from lowrank_dist.supervision.page import LEAVING, Page
 from lowrank_dist.supervision.watchdog import Charge, Watchdog, start
 

@@ -1,0 +1,205 @@
+"""The processes that started this rank, as Linux shows them under /proc, and what they leave unsaid.
+
+The standard library alone: a watchdog imports this. Where there is no /proc there are no processes to see.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lowrank_dist.errors import UserError
+
+# What the runner of `deepspeed` is called on its command line, and where it is told its hosts.
+_DEEPSPEED = ("deepspeed", "deepspeed.launcher.runner", "ds")
+_HOSTFILE = ("-H", "--hostfile")
+_NODE = ("deepspeed.launcher.launch", "launch.py")  # deepspeed's, one a node
+_TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
+_NODE_NAME, _TORCHRUN_NAME = "deepspeed's node launcher", "torchrun"
+# What only these launchers set.
+_SIGNS = {"CROSS_RANK": _NODE_NAME, "TORCHELASTIC_RUN_ID": _TORCHRUN_NAME}
+# Below what Linux hands out for outgoing connections; jobs that share a node differ in their numbers.
+_FIRST_PORT, _PORTS = 10000, 20000
+# A name with one list of numbers or several in it, up to a comma that is not in a list.
+_FIRST_HOST = re.compile(r"([^\[\],](?:[^\[\],]|\[\d[^\[\]]*\])*)(?:,.*)?")
+# Places in `stat_fields`; proc(5) numbers them from 1, with the process id and the name before.
+STATE, USER_TICKS, SYSTEM_TICKS, STARTED, EXIT_CODE = (number - 3 for number in (3, 14, 15, 22, 52))
+
+
+def ancestors() -> Iterator[Path]:
+    """Yield /proc/PID of this process's parent, of that one's parent, and so on."""
+    process: Path | None = Path("/proc") / str(os.getppid())
+    while process is not None and process.name != "0" and (process / "status").exists():
+        yield process
+        process = parent(process)
+
+
+def parent(process: Path) -> Path | None:
+    """Return /proc/PID of the parent; None where the process has ended."""
+    try:
+        status = (process / "status").read_text()
+    except OSError:
+        return None
+    return process.parent / next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:"))
+
+
+def words(process: Path) -> list[str]:
+    """Return the command line of /proc/PID; empty where the process has ended."""
+    try:
+        return (process / "cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
+    except OSError:
+        return []
+
+
+def stat_fields(process: Path) -> list[str]:
+    """Return the fields of /proc/PID/stat from the state on; empty where the process has ended and its parent knows."""
+    try:
+        return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def started(process: Path) -> str:
+    """Return when a process began, which tells it from a later one of the same number; "" where it has ended."""
+    fields = stat_fields(process)
+    return fields[STARTED] if runs(fields) else ""
+
+
+def runs(fields: list[str]) -> bool:
+    """Return whether `stat_fields` are those of a process that has not ended."""
+    return bool(fields) and fields[STATE] not in "ZX"
+
+
+class Launcher(NamedTuple):
+    """A process that started this rank. started: as `started` says; "" for one that is gone."""
+
+    pid: int
+    started: str
+    name: str
+
+    def lives(self) -> bool:
+        return bool(self.started) and started(Path("/proc", str(self.pid))) == self.started
+
+
+def find_launchers(environment: Mapping[str, str] = os.environ) -> list[Launcher]:
+    """Return the launchers above this rank, and the deepspeed that reached this node over pdsh.
+
+    A process that is no launcher is not among them: a shell may end while its job goes on.
+    """
+    found = [Launcher(int(process.name), started(process), name) for process, name in _above()]
+    if os.getppid() == 1:  # nobody's child: its launcher may have ended before it could be seen
+        names = {launcher.name for launcher in found}
+        found += [Launcher(0, "", name) for sign, name in _SIGNS.items() if sign in environment and name not in names]
+    return found
+
+
+def _above() -> Iterator[tuple[Path, str]]:
+    node = None
+    for process in ancestors():
+        name = launcher_name(words(process))
+        if name is not None:
+            yield process, name
+            node = process if name == _NODE_NAME else None
+        elif node is not None and _is_session(words(process)):
+            # Nothing of deepspeed's is above its node launcher but the ssh session that pdsh holds.
+            yield process, "the ssh session of pdsh"
+            break
+    if node is not None:
+        yield from _runner_of(words(node))
+
+
+def launcher_name(command: Sequence[str]) -> str | None:
+    """Return the kind of launcher that a command line is, None for anything else."""
+    names = {os.path.basename(word) for word in command[:4]}
+    if names.intersection(_NODE) and any(word.startswith("--world_info") for word in command):
+        return _NODE_NAME
+    if names.intersection(_DEEPSPEED):
+        return "deepspeed"
+    if command and command[0].startswith("slurmstepd"):  # it writes the step's number into its command line
+        return "slurmstepd"
+    return _TORCHRUN_NAME if names.intersection(_TORCHRUN) else None
+
+
+def _is_session(command: Sequence[str]) -> bool:
+    line = " ".join(command)
+    return line.startswith("sshd") and "@" in line
+
+
+def _runner_of(node: Sequence[str]) -> Iterator[tuple[Path, str]]:
+    """Yield the deepspeed whose pdsh started this node launcher, where it runs on this machine."""
+    world = next(word for word in node if word.startswith("--world_info"))
+    for process in Path("/proc").glob("[0-9]*"):
+        command = words(process)
+        if command and os.path.basename(command[0]) == "pdsh" and any(world in word for word in command):
+            above = parent(process)
+            if above is not None and launcher_name(words(above)) == "deepspeed":
+                yield above, "deepspeed"
+                return
+
+
+def refuse_missing_hostfile() -> None:
+    """Raise UserError where this rank was started by `deepspeed --hostfile FILE` and there is no FILE.
+
+    The launcher warns and starts its ranks here, which see nothing of it: neither FILE nor the number of hosts that was
+    meant is passed on. It is their ancestor, though, and Linux shows its command line.
+    """
+    for process in ancestors():
+        named = named_hostfile(words(process))
+        if named is None:
+            continue
+        # As the launcher saw it: relative to where that was started.
+        path = Path(os.readlink(process / "cwd")) / named
+        if not path.is_file():
+            raise UserError(
+                f"deepspeed --hostfile: {path} is not a file, and the launcher went on without it, on this machine "
+                "alone; correct the path, or leave --hostfile out to train here"
+            )
+
+
+def named_hostfile(command: Sequence[str]) -> str | None:
+    """Return the FILE of a command line `[python] deepspeed --hostfile FILE … SCRIPT …`; None for any other command."""
+    programs = [at for at, word in enumerate(command) if os.path.basename(word) in _DEEPSPEED]
+    if not programs:
+        return None
+    rest = iter(command[programs[0] + 1 :])
+    for word in rest:
+        name, given, value = word.partition("=")
+        if name in _HOSTFILE:
+            return value if given else next(rest, None)
+        if word.endswith(".py"):  # what follows is the script's own
+            return None
+    return None
+
+
+def ranks_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the step's variables.
+
+    What is set already stays. Nothing happens outside a step: the variables that a batch script has say one task where
+    there are none.
+    """
+    if "RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment:
+        return
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    node = int(environment.get("SLURM_NODEID", "0"))
+    environment["LOCAL_WORLD_SIZE"] = str(_tasks_of(environment["SLURM_STEP_TASKS_PER_NODE"])[node])
+    environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
+    environment.setdefault("MASTER_PORT", str(_FIRST_PORT + int(environment["SLURM_JOB_ID"]) % _PORTS))
+
+
+def first_host(nodes: str) -> str:
+    """Return the first name of a Slurm host list: "a[07-09,12],b1" → "a07". UserError for what is none."""
+    match = _FIRST_HOST.fullmatch(nodes)
+    if match is None:
+        raise UserError(f"SLURM_STEP_NODELIST: {nodes!r} is not understood; set MASTER_ADDR to the first node's name")
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[1])
+
+
+def _tasks_of(text: str) -> list[int]:
+    """Return the tasks of each node: "2(x2),1" → [2, 2, 1]."""
+    found = re.findall(r"(\d+)(?:\(x(\d+)\))?(?:,|$)", text)
+    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
