@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.backend.libraries import quiet_libraries
 from lowrank_dist.backend.select import init_process_group, select_backend, shutdown
-from lowrank_dist.data.batch import Microbatch
+from lowrank_dist.data.batches import Microbatch
 from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 from lowrank_dist.methods.lora.factors import inject
 from lowrank_dist.model.load import check_model, load_model

@@ -28,8 +28,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowrank_dist.backend.libraries import quiet_libraries
+from lowrank_dist.data.batches import Cut, eval_batches
 from lowrank_dist.data.dataset import Dataset, load_dataset
-from lowrank_dist.data.loader import Cut, eval_batches
 from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,11 +44,10 @@ def score(args: argparse.Namespace) -> dict[str, float]:
     """Exact match and loss of one folder on one file."""
     quiet_libraries()
     # Imported here: Megatron says at its import what it would rather have found.
-    from lowrank_dist.generate.evaluation import EvaluationRules, evaluate_generation
-    from lowrank_dist.generate.load import load
+    from lowrank_dist.generate.decode import EvaluationRules, evaluate_generation
     from lowrank_dist.generate.prompts import read_prompts, stop_tokens
-    from lowrank_dist.generate.rules import DecodingRules
-    from lowrank_dist.generate.session import session
+    from lowrank_dist.generate.sampling import DecodingRules
+    from lowrank_dist.generate.session import load, session
 
     with session(1, "cpu") as job:
         loaded = load(args.model, None, job.topology, job.backend.device, dtype="fp32")

@@ -97,7 +97,7 @@ class Clock:
         return event
 
     def seconds(self, first: Mark, second: Mark) -> float:
-        """Return the time between two marks. On CUDA the device must have reached the second (`Backend.synchronize`)."""
+        """Return the seconds between two marks. On CUDA the device must have reached the second (`synchronize`)."""
         return first.elapsed_time(second) / 1000 if self._cuda else second - first
 
 

@@ -28,7 +28,7 @@ class Backend:
     ranks_per_device: int = 1
 
     def peak_memory_gib(self) -> float:
-        """Peak memory so far: allocated on the GPU, or resident of this process."""
+        """Return the peak memory so far: allocated on the GPU, or resident of this process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         with open("/proc/self/status") as status:
@@ -36,7 +36,7 @@ class Backend:
         return kib / 2**20
 
     def memory_for_a_rank(self) -> int:
-        """Bytes that this rank may take: its share of the GPU's memory, or of what the node has left."""
+        """Return the bytes that this rank may take: its share of the GPU's memory, or of what the node has left."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory // self.ranks_per_device
         with open("/proc/meminfo") as lines:
@@ -44,7 +44,7 @@ class Backend:
         return kib * 1024 // self.ranks_per_device
 
     def name(self) -> str:
-        """What the device is called."""
+        """Return the name of the device."""
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return f"{platform.processor() or platform.machine()} CPU"
@@ -59,7 +59,7 @@ class Backend:
 
 
 def local_rank_and_size() -> tuple[int, int]:
-    """This rank's number on its node and how many ranks the node runs, as the launcher says; (0, 1) without one.
+    """Return this rank's number on its node and how many ranks the node runs, as the launcher says; (0, 1) without one.
 
     torchrun says the size in LOCAL_WORLD_SIZE, the deepspeed launcher in LOCAL_SIZE.
     """

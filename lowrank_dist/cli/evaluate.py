@@ -64,12 +64,10 @@ def evaluate_command(
 ) -> None:
     """Generate for every sample and score it. Sharded as `generate` is."""
     with loading():
-        from lowrank_dist.generate.decode import generate
-        from lowrank_dist.generate.evaluation import EvaluationRules, summary
-        from lowrank_dist.generate.load import load
+        from lowrank_dist.generate.decode import EvaluationRules, generate, summary
         from lowrank_dist.generate.prompts import read_prompts, stop_tokens
-        from lowrank_dist.generate.rules import DecodingRules
-        from lowrank_dist.generate.session import session
+        from lowrank_dist.generate.sampling import DecodingRules
+        from lowrank_dist.generate.session import load, session
 
     with session(tensor, device) as job:
         decoding = DecodingRules(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)

@@ -66,10 +66,9 @@ def generate_command(
     """Generate completions. Sharded: torchrun --nproc-per-node N -m lowrank_dist.cli generate … --tensor N."""
     with loading():
         from lowrank_dist.generate.decode import generate
-        from lowrank_dist.generate.load import load
         from lowrank_dist.generate.prompts import prompt_of, read_prompts, stop_tokens
-        from lowrank_dist.generate.rules import DecodingRules
-        from lowrank_dist.generate.session import session
+        from lowrank_dist.generate.sampling import DecodingRules
+        from lowrank_dist.generate.session import load, session
 
     with session(tensor, device) as job:
         rules = DecodingRules(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)

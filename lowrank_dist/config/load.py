@@ -255,7 +255,7 @@ def _field_of(key: Key) -> tuple[FieldInfo, Key]:
 
 
 def _meant(key: Key) -> str:
-    """Which key was probably meant, and all there are beside it."""
+    """Say which key was probably meant, and all there are beside it."""
     if len(key) == 1:
         return _closest(key[0], Config.model_fields) + f"at the top level are {_names(Config.model_fields)}"
     known = _section_in(_field_of(key[:-1])[0]).model_fields

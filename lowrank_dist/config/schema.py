@@ -30,7 +30,7 @@ Resume: TypeAlias = Annotated[
 
 
 class EngineConfig(Section):
-    """How the run executes: ZeRO, operators, time limits."""
+    """Execution of a run: ZeRO, operators, time limits."""
 
     zero_stage: Literal[1, 2] = Field(1, description="1 or 2 (0 trains wrongly and 3 gathers the base every step)")
     clip: float | None = Field(
@@ -61,7 +61,7 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
-    """How the run trains: length, batches, optimiser, resumption."""
+    """Training of a run: length, batches, optimiser, resumption."""
 
     steps: int | None = Field(None, ge=1, description="optimizer steps of at least 1; or set train.epochs instead")
     epochs: float | None = Field(None, gt=0, description="passes over the data, above 0; or set train.steps instead")
@@ -117,7 +117,7 @@ class TrainConfig(Section):
 
 
 class OutputConfig(Section):
-    """What the run leaves behind."""
+    """Output of a run: its folder, checkpoints and logs."""
 
     dir: YamlPath = Field(description="folder of the run; it holds none yet, or the one that train.resume goes on with")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, or null for only at the end")

@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from lowrank_dist.data.formats import Records, Use, read_jsonl
-from lowrank_dist.data.masking import mask_completions, mask_conversations
-from lowrank_dist.data.sample import Sample
+from lowrank_dist.data.masking import Sample, mask_completions, mask_conversations
 from lowrank_dist.data.tokenizer import Tokenizer
 from lowrank_dist.errors import UserError
 

@@ -29,7 +29,7 @@ Kind = Literal["completion", "messages"]
 
 
 class Use(Enum):
-    """What a file is read for."""
+    """The use that a file is read for."""
 
     TRAINING = auto()  # a line has one completion
     JUDGING = auto()  # one, or a list of which any is right
@@ -73,7 +73,7 @@ class Records:
 
 
 class Problem(Exception):
-    """What is wrong with one line; becomes one row of the UserError."""
+    """The fault of one line; becomes one row of the UserError."""
 
 
 def read_jsonl(

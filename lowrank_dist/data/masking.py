@@ -1,4 +1,6 @@
-"""Records → token ids and which are targets: the completion and its EOS, or the assistant's turns and their ends.
+"""Records → samples: token ids and which of them are targets.
+
+That is a completion and its EOS, or the assistant's turns and their ends.
 
 Masks come from where text came from, never from ids, so a pad token that equals EOS changes nothing.
 """
@@ -6,21 +8,29 @@ Masks come from where text came from, never from ids, so a pad token that equals
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from lowrank_dist.data.fast_tokenizer import Encoding, FastTokenizer
 from lowrank_dist.data.formats import Completion, Conversation
-from lowrank_dist.data.sample import Sample
 from lowrank_dist.data.template import RenderedChat, Turn
-from lowrank_dist.data.tokenizer import Tokenizer
+from lowrank_dist.data.tokenizer import Encoding, FastTokenizer, Tokenizer
 from lowrank_dist.errors import UserError
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """A sample. tokens [n] int32; target [n] bool, False at position 0 (nothing predicts it); line: of the file."""
+
+    tokens: np.ndarray
+    target: np.ndarray
+    line: int
+
+
 def mask_completions(tokenizer: Tokenizer, records: Sequence[Completion]) -> list[Sample]:
-    """BOS (if the tokenizer puts one) + prompt + completion + EOS; targets are completion and EOS.
+    """Return BOS (if the tokenizer puts one) + prompt + completion + EOS; targets are completion and EOS.
 
     An empty prompt makes the completion the beginning of the text. A completion that already ends in EOS gets no
     second one. Raises UserError where the tokenizer has no EOS.
@@ -45,7 +55,7 @@ def mask_completions(tokenizer: Tokenizer, records: Sequence[Completion]) -> lis
 
 
 def mask_conversations(tokenizer: Tokenizer, records: Sequence[Conversation], path: Path) -> list[Sample]:
-    """The chat template's text; targets are the assistant's turns up to and with their end-of-turn token.
+    """Return the chat template's text; targets are the assistant's turns up to and with their end-of-turn token.
 
     The text is cut where a turn begins and each piece encoded on its own, so that the tokens before a turn are those
     that inference feeds and none spans the boundary ("\\n" + "\\nHi" must not become one token "\\n\\n"). Tokens
@@ -78,7 +88,7 @@ def _pieces(chat: RenderedChat) -> list[str]:
 
 
 def _turn_length(tokenizer: FastTokenizer, turn: Turn, text: str, encoding: Encoding, where: str) -> int:
-    """How many of the piece's first tokens are trained: all up to the end-of-turn token."""
+    """Return how many of the piece's first tokens are trained: all up to the end-of-turn token."""
     # White space after that token is the template's layout, and tokens that are white space end no turn.
     inside = [k for k, (a, b) in enumerate(encoding.spans) if a < turn.end - turn.start and text[a:b].strip()]
     last = inside[-1] if inside else None

@@ -1,18 +1,29 @@
-"""The one face that every tokenizer has in data/, and the choice between its two makers."""
+"""Tokenizers: their one interface, a tokenizer.json read by `tokenizers`, and a bare SentencePiece tokenizer.model."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from lowrank_dist.data.fast_tokenizer import FastTokenizer
-from lowrank_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
+
+from lowrank_dist.data.template import ChatTemplate
 from lowrank_dist.errors import UserError
+
+# A protobuf message followed by another of its kind is their merge (protobuf.dev, "Last One Wins"), so these four bytes
+# override one field of the model: normalizer_spec (3) { add_dummy_prefix (3): 0 or 1 } in sentencepiece_model.proto.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+_DUMMY_PREFIX = b"\x1a\x02\x18\x01"
 
 
 class Tokenizer(Protocol):
-    """What masking needs from a tokenizer; made by `load_tokenizer`.
+    """The interface of every tokenizer here; made by `load_tokenizer`.
 
     path: the folder or file it came from, for messages. eos_id: end of text, None where the tokenizer has none.
     prefix_ids: what the tokenizer itself puts before a text (BOS, or nothing).
@@ -23,23 +34,23 @@ class Tokenizer(Protocol):
     prefix_ids: tuple[int, ...]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as the beginning of a document, without added special tokens."""
+        """Return the ids of each text as the beginning of a document, without added special tokens."""
 
     def encode_continuations(self, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as what follows `before[i]`, no token across the boundary and no space made up at it.
+        """Return the ids of each text as what follows `before[i]`: no token across the boundary, no space made up at it.
 
         decode(encode(before) + these) is before + text, up to what the tokenizer normalises anyway.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens included where the tokenizer can show them."""
+        """Return the text of the ids, special tokens included where the tokenizer can show them."""
 
     def token(self, token_id: int) -> str:
-        """The vocabulary's spelling of one id."""
+        """Return the vocabulary's spelling of one id."""
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a folder (tokenizer.json, else a bare SentencePiece tokenizer.model) or of one such file.
+    """Return the tokenizer of a folder (tokenizer.json, else a bare SentencePiece tokenizer.model) or of one such file.
 
     Reads local files only and runs no code from them. Raises UserError where there is neither or the file is broken.
     """
@@ -55,3 +66,164 @@ def load_tokenizer(path: Path) -> Tokenizer:
         f"{path}: holds neither tokenizer.json nor tokenizer.model; point data.tokenizer at a folder that does, or "
         "write one with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Ids of one text and each token's [start, end) in its characters."""
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+
+
+class FastTokenizer:
+    """`Tokenizer` over a folder with tokenizer.json; `template` is its chat template, None where it has none.
+
+    tokenizer.json alone decides how text is cut: transformers' AutoTokenizer may put a class in its place that
+    rebuilds the normaliser and pre-tokenizer (transformers 5: a GPT2Tokenizer loses SmolLM2's digit splitting), so
+    the plain PreTrainedTokenizerFast is used, which takes the file as it is.
+
+    A continuation is encoded apart from what precedes it: inference feeds the prompt alone, so no token may span the
+    boundary and the prompt's own tokens may not depend on what follows. Tokenizers that put a dummy space before a
+    text (Llama 2, Mistral) would put one at the boundary, so a second copy without that rule encodes continuations.
+
+    Special-looking text in the data ("</s>", "<|im_end|>") becomes the special token, as transformers does it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            hf = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            definition = json.loads(hf.backend_tokenizer.to_str())
+        except Exception as error:  # tokenizers raises bare Exception, transformers a dozen kinds
+            raise UserError(f"{folder}: tokenizer.json or tokenizer_config.json can't be read: {error}") from error
+        self.path = folder
+        definition |= {"truncation": None, "padding": None}
+        self._start = Backend.from_str(json.dumps(definition))
+        bare = definition | {
+            "normalizer": _without_prefix(definition["normalizer"]),
+            "pre_tokenizer": _without_prefix(definition["pre_tokenizer"]),
+        }
+        self._middle = self._start if bare == definition else Backend.from_str(json.dumps(bare))
+        self.eos_id = hf.eos_token_id if hf.eos_token_id is not None else _eos_of_model(folder / "config.json")
+        probe = self._start.encode("a", add_special_tokens=True)
+        before = len(list(takewhile(bool, probe.special_tokens_mask)))
+        self.prefix_ids = tuple(probe.ids[:before])
+        self._added_ids = frozenset(hf.added_tokens_decoder)
+        self.turn_end_ids = self._added_ids if self.eos_id is None else self._added_ids | {self.eos_id}
+        self.template = ChatTemplate(hf, folder) if hf.chat_template else None
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._start.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_continuations(self, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._middle.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_turns(self, texts: Sequence[str]) -> list[Encoding]:
+        """Encode as `encode_continuations` does, but pieces of a rendered chat, with character offsets into each piece.
+
+        The dummy space is left out at the piece's beginning only: after a special token the tokenizer puts it as
+        always.
+        """
+        whole = self._start.encode_batch(list(texts), add_special_tokens=False)
+        if self._middle is self._start:
+            return [Encoding(e.ids, e.offsets) for e in whole]
+        first = [next((k for k, i in enumerate(e.ids) if i in self._added_ids), len(e.ids)) for e in whole]
+        heads = [
+            text[: e.offsets[k][0]] if k < len(e.ids) else text for text, e, k in zip(texts, whole, first, strict=True)
+        ]
+        bare = self._middle.encode_batch(heads, add_special_tokens=False)
+        return [
+            Encoding(h.ids + e.ids[k:], h.offsets + e.offsets[k:]) for h, e, k in zip(bare, whole, first, strict=True)
+        ]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._start.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token(self, token_id: int) -> str:
+        return str(self._start.id_to_token(token_id))
+
+
+def _eos_of_model(config: Path) -> int | None:
+    """Return config.json's eos_token_id where it is one id: GPT-2's tokenizer_config.json on the hub names no EOS."""
+    if not config.is_file():
+        return None
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{config}: malformed JSON ({error}); mend it") from error
+    eos = settings["eos_token_id"] if isinstance(settings, dict) and "eos_token_id" in settings else None
+    return eos if isinstance(eos, int) else None
+
+
+def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return a normalizer or pre-tokenizer of tokenizer.json without the steps that put a space before the text."""
+    if part is None:
+        return None
+    match part["type"]:
+        case "Prepend":
+            return None
+        case "Metaspace":
+            return part | {"prepend_scheme": "never"}
+        case "ByteLevel" if "add_prefix_space" in part:
+            return part | {"add_prefix_space": False}
+        case "Sequence":
+            key = "normalizers" if "normalizers" in part else "pretokenizers"
+            return part | {key: [kept for step in part[key] if (kept := _without_prefix(step)) is not None]}
+    return part
+
+
+class SentencePieceTokenizer:
+    """`Tokenizer` over a SentencePiece model file. BOS and EOS are the model's own.
+
+    SentencePiece puts a dummy space before a text, which is right where a document begins and wrong where a completion
+    continues a prompt: "A:" + " 4" would decode as "A:  4". Continuations are therefore encoded without it. No token
+    spans the boundary, which is what inference, fed the prompt alone, needs.
+
+    Special-looking text ("</s>") is encoded as plain text. A tokenizer_config.json beside the model may switch BOS off.
+    """
+
+    def __init__(self, model: Path) -> None:
+        raw = model.read_bytes()
+        try:
+            self._own = SentencePieceProcessor(model_proto=raw)
+            self._bare = SentencePieceProcessor(model_proto=raw + _NO_DUMMY_PREFIX)
+            self._spaced = SentencePieceProcessor(model_proto=raw + _DUMMY_PREFIX)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{model}: not a SentencePiece model ({error}); fetch the file again") from error
+        self.path = model
+        self.eos_id = self._own.eos_id() if self._own.eos_id() >= 0 else None
+        bos = self._own.bos_id()
+        self.prefix_ids: tuple[int, ...] = (
+            (bos,) if bos >= 0 and _adds_bos(model.parent / "tokenizer_config.json") else ()
+        )
+        # Models trained with remove_extra_whitespaces drop a leading space, also the one that separates two words.
+        self._drops_leading_space = self._bare.normalize(" a") == self._bare.normalize("a")
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._own.encode(list(texts))
+
+    def encode_continuations(self, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
+        return [self._encode_after(text, left) for text, left in zip(texts, before, strict=True)]
+
+    def _encode_after(self, text: str, left: str) -> list[int]:
+        if self._drops_leading_space and (text[:1].isspace() or left[-1:].isspace()):
+            # Both sides of the boundary lost their spaces and one has to come back: the dummy prefix is that one.
+            return self._spaced.encode(text)
+        return self._bare.encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._own.decode([int(i) for i in ids])
+
+    def token(self, token_id: int) -> str:
+        return self._own.id_to_piece(token_id)
+
+
+def _adds_bos(config: Path) -> bool:
+    """Return `add_bos_token` of the tokenizer_config.json that Hugging Face folders have; True where it is not said."""
+    if not config.is_file():
+        return True
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{config}: malformed JSON ({error}); mend or remove it") from error
+    return not (isinstance(settings, dict) and "add_bos_token" in settings and settings["add_bos_token"] is False)

@@ -10,15 +10,14 @@ from functools import partial
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.checkpoint.training_state import DataState
 from lowrank_dist.config import Config
+from lowrank_dist.data.batches import Cut, Loader, StepBatch, eval_batches
 from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.data.formats import Use
-from lowrank_dist.data.loader import Cut, Loader, StepBatch, eval_batches
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
-from lowrank_dist.generate.decode import check_lengths
-from lowrank_dist.generate.evaluation import EvaluationRules, evaluate_generation
+from lowrank_dist.generate.decode import EvaluationRules, check_lengths, evaluate_generation
 from lowrank_dist.generate.prompts import read_prompts, stop_tokens
-from lowrank_dist.generate.rules import DecodingRules
+from lowrank_dist.generate.sampling import DecodingRules
 from lowrank_dist.methods.method import Method
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.topology import Topology

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowrank_dist.checkpoint.training_state import LOSS, TrainingState
 from lowrank_dist.config import Config
-from lowrank_dist.data.loader import StepBatch
+from lowrank_dist.data.batches import StepBatch
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.reporter import Reporter
 from lowrank_dist.engine.run import Run

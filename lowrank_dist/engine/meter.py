@@ -10,7 +10,7 @@ from typing import Protocol
 
 from lowrank_dist.backend.devices import WAITS, Clock, Mark
 from lowrank_dist.backend.select import Backend
-from lowrank_dist.data.loader import StepBatch
+from lowrank_dist.data.batches import StepBatch
 from lowrank_dist.engine.forecast import Forecast
 from lowrank_dist.parallel.collectives import every_value
 from lowrank_dist.parallel.topology import Topology
@@ -30,7 +30,7 @@ class Watcher(Protocol):
 
 
 class Phases:
-    """The phases of the training loop, one after the other without a gap (supervision.page.TRAINING)."""
+    """The phases of the training loop, one after the other without a gap (supervision.status.TRAINING)."""
 
     def __init__(self, watcher: Watcher, backend: Backend) -> None:
         self._watcher, self._clock = watcher, Clock(backend.device)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.checkpoint.training_state import TrainingState
 from lowrank_dist.config import Config
-from lowrank_dist.data.loader import StepBatch
+from lowrank_dist.data.batches import StepBatch
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.meter import Phases
 from lowrank_dist.engine.resume import Resumption, complete, find_resumption, require_same_run

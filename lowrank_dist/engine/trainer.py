@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_dist.data.loader import StepBatch
+from lowrank_dist.data.batches import StepBatch
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.evaluator import STOPS, Evaluator
 from lowrank_dist.engine.meter import Meter
@@ -22,7 +22,7 @@ from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.parallel.collectives import all_equal, digest, every_value
-from lowrank_dist.supervision.page import LEAVING
+from lowrank_dist.supervision.status import LEAVING
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from lowrank_dist.sections.section import Section
 
 
 class GenerateConfig(Section):
-    """What is generated at an evaluation, always greedily: equal models write equal texts."""
+    """The part of an evaluation that generates, always greedily: equal models write equal texts."""
 
     metrics: list[Literal["exact_match", "bleu", "rouge_l"]] = Field(
         ["exact_match"], min_length=1, description="list of exact_match, bleu and rouge_l"

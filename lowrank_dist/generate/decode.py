@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from lowrank_dist.data.tokenizer import Tokenizer
 from lowrank_dist.errors import UserError, some_of
+from lowrank_dist.generate.metrics import check_metrics, score
 from lowrank_dist.generate.prompts import Prompt
-from lowrank_dist.generate.rules import DecodingRules
-from lowrank_dist.generate.sampling import next_tokens
-from lowrank_dist.generate.sharing import gather_json
-from lowrank_dist.generate.text import StopTexts, completion_text
+from lowrank_dist.generate.sampling import DecodingRules, next_tokens
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.topology import Topology
+
+# A tokenizer may drop a space where a text begins, so ids are decoded behind the last few of the prompt.
+_CONTEXT = 8
+
+
+def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """Return the text of `ids` as what follows the prompt: spaces as they were trained, no text of the prompt."""
+    context = list(prompt[-_CONTEXT:])
+    before = tokenizer.decode(context)
+    return tokenizer.decode([*context, *ids])[len(before) :]
+
+
+class StopTexts:
+    """Finds the first of some texts in a completion, at a cost for each token that does not grow with its length."""
+
+    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
+        self._tokenizer, self._texts = tokenizer, tuple(texts)
+        # A token stands for at least one byte, but for the special ones, which decoding may leave out.
+        self._tail = 2 * max((len(text.encode()) for text in texts), default=0) + _CONTEXT
+
+    def found_in(self, prompt: Sequence[int], ids: Sequence[int]) -> bool:
+        """Return whether the completion holds a stop text, given that it held none before its last token."""
+        if not self._texts:
+            return False
+        tail = completion_text(self._tokenizer, [*prompt[-_CONTEXT:], *ids[: -self._tail]], ids[-self._tail :])
+        return any(text in tail for text in self._texts)
+
+    def cut(self, text: str) -> str:
+        """Return the completion up to the first stop text."""
+        places = [place for stop in self._texts if (place := text.find(stop)) >= 0]
+        return text[: min(places)] if places else text
 
 
 @dataclass(frozen=True)
 class Generation:
-    """text: without the token or text that stopped it. tokens: all ids, a stop token included.
+    """A completion. text: without the token or text that stopped it. tokens: all ids, a stop token included.
 
     finish: "stop" for a stop token or text, "length" for max_new_tokens or the model's last position.
     """
@@ -50,7 +81,7 @@ def generate(
     *,
     in_step: bool = False,
 ) -> list[Generation]:
-    """The completion of every prompt, in their order, on every rank. Collective over all ranks.
+    """Return the completion of every prompt, in their order, on every rank. Collective over all ranks.
 
     Prompts of like length share a batch, the longest first; batches go round the data-parallel ranks. The model is in
     evaluation mode and without sequence parallelism for as long as this takes. progress: told of a batch that is done
@@ -144,7 +175,7 @@ def _without_stop(row: _Row) -> list[int]:
 def _shared(
     found: list[tuple[int, Generation]], count: int, topology: Topology, device: torch.device
 ) -> list[Generation]:
-    """All ranks' generations, in the order of the prompts."""
+    """Return all ranks' generations, in the order of the prompts."""
     if topology.dp_size == 1:
         parts = [[(number, asdict(generation)) for number, generation in found]]
     else:
@@ -157,3 +188,57 @@ def _shared(
         Generation(whole[number]["text"], tuple(whole[number]["tokens"]), whole[number]["finish"])
         for number in range(count)
     ]
+
+
+def gather_json(value: Any, group: ProcessGroup, device: torch.device) -> list[Any]:
+    """Return `value` of every rank of the group, in rank order, on each. device: where the group's tensors live."""
+    text = json.dumps(value).encode()
+    sizes = torch.empty(group.size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([len(text)], device=device), group=group)
+    longest = int(sizes.max())
+    mine = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8).to(device)
+    everyone = torch.empty(group.size() * longest, dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    return [json.loads(part.numpy().tobytes()) for part in everyone.cpu().split(longest)]
+
+
+@dataclass(frozen=True)
+class EvaluationRules:
+    """The decoding and the metrics of an evaluation. UserError for a metric that is not in `metrics.METRICS`."""
+
+    metrics: tuple[str, ...]
+    decoding: DecodingRules
+
+    def __post_init__(self) -> None:
+        check_metrics(self.metrics)
+
+
+def evaluate_generation(
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    samples: Sequence[Prompt],
+    rules: EvaluationRules,
+    topology: Topology,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> dict[str, float]:
+    """Return the metrics, the same on every rank, and how the completions ended; see `summary`. Collective.
+
+    samples: of `read_prompts` with references. No rank waits for another for longer than a batch takes, so that this
+    can run under the timeouts of training.
+    """
+    found = generate(model, tokenizer, samples, rules.decoding, topology, progress, in_step=True)
+    return summary(found, samples, rules.metrics)
+
+
+def summary(found: Sequence[Generation], samples: Sequence[Prompt], metrics: Sequence[str]) -> dict[str, float]:
+    """Return the metrics by name, and beside them how the completions ended.
+
+    samples: their number. met_length_limit: how many of them ended for their length and not for a stop. mean_tokens:
+    generated for each.
+    """
+    return {
+        **score(metrics, [generation.text for generation in found], [sample.references for sample in samples]),
+        "samples": float(len(samples)),
+        "met_length_limit": float(sum(generation.finish == "length" for generation in found)),
+        "mean_tokens": sum(len(generation.tokens) for generation in found) / len(found),
+    }

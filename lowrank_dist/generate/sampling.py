@@ -1,4 +1,4 @@
-"""The next token of each row, the same on every tensor-parallel rank.
+"""Rules of decoding, and the next token of each row by them, the same on every tensor-parallel rank.
 
 Legend: b rows, V_i rows of the head on this rank (padded ones hold −∞), V the vocabulary.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -14,16 +15,52 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.generate.rules import DecodingRules
 from lowrank_dist.parallel.collectives import all_gather_columns
+
+
+@dataclass(frozen=True)
+class DecodingRules:
+    """Rules of decoding. Raises UserError for a value that means nothing.
+
+    temperature 0 is greedy. top_k and top_p cut the distribution in this order; None and 1 leave it whole. stop: texts
+    that end a completion and are not part of it. batch: rows decoded together on a rank. What is drawn for a prompt
+    depends on seed, the prompt's number and the step alone, so batch and order of the prompts do not matter.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_new_tokens", self.max_new_tokens), ("batch", self.batch)):
+            if value < 1:
+                raise UserError(f"{name} is {value}: give at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}: give 0 for greedy decoding, or a number above")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}: give at least 1, or leave it out")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}: give a number above 0 and at most 1")
+        if self.greedy and (self.top_k is not None or self.top_p < 1):
+            raise UserError("top_k and top_p cut what is sampled from: give a temperature above 0 with them")
+        if "" in self.stop:
+            raise UserError("an empty stop text would end every completion before it begins: leave it out")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
 
 
 def next_tokens(
     logits_bVi: Tensor, vocab: int, rules: DecodingRules, samples: Sequence[int], step: int, group: ProcessGroup
 ) -> Tensor:
-    """int64 [b]. samples: the number of each row's prompt; step: tokens generated before this one.
+    """Return the next tokens, int64 [b].
 
-    Raises UserError on every rank for logits that are not numbers.
+    samples: the number of each row's prompt; step: tokens generated before this one. Raises UserError on every rank for logits that are not numbers.
     """
     best, token = _largest(logits_bVi.float(), group)
     if not torch.isfinite(best).all():
@@ -42,7 +79,7 @@ def next_tokens(
 
 
 def _largest(logits_bVi: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The largest logit of each row over all ranks and its id, the lowest among equals; NaN counts as largest."""
+    """Return the largest logit of each row over all ranks and its id, the lowest among equals; NaN is largest."""
     column = logits_bVi.argmax(dim=1, keepdim=True)
     first = group.rank() * logits_bVi.size(1)
     # In float64 both are exact, and one message carries them.
@@ -53,7 +90,7 @@ def _largest(logits_bVi: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
 
 
 def draw(logits_bV: Tensor, rules: DecodingRules, uniform_b: Tensor) -> Tensor:
-    """int64 [b]: the inverse of the distribution function at `uniform_b`, tokens ordered by logit, then by id.
+    """Return, int64 [b], the inverse of the distribution function at `uniform_b`; tokens go by logit, then by id.
 
     Temperature, then the top_k largest, then the fewest that reach top_p of what these hold (Holtzman et al. 2020).
     """
@@ -69,6 +106,6 @@ def draw(logits_bV: Tensor, rules: DecodingRules, uniform_b: Tensor) -> Tensor:
 
 
 def uniform_of(seed: int, sample: int, step: int) -> float:
-    """A number in [0, 1) that is a function of its arguments alone, whatever the ranks, the batch and the order."""
+    """Return a number in [0, 1) that depends on the arguments alone, whatever the ranks, the batch and the order."""
     digest = hashlib.blake2b(f"{seed} {sample} {step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

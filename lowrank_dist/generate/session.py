@@ -1,4 +1,4 @@
-"""The ranks of a command that decodes: those of a launcher, or this process alone."""
+"""A command that decodes: its ranks, those of a launcher or this process alone, and the model that they load."""
 
 from __future__ import annotations
 
@@ -7,22 +7,30 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.backend import select
 from lowrank_dist.backend.select import Backend
+from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
+from lowrank_dist.methods.registry import reader_of
+from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.load import load_model
 from lowrank_dist.parallel.topology import Topology
 
 # Data-parallel ranks meet at the end of a command alone, and one may have decoded for hours when another is done.
 _TIMEOUT_SECONDS = 24 * 3600
 _USER_ERROR = 2
+_VOCAB_MULTIPLE = 128
 
 
 @dataclass(frozen=True)
 class Session:
-    """speaks: whether this is the rank that prints and writes."""
+    """The job of a command that decodes. speaks: whether this is the rank that prints and writes."""
 
     topology: Topology
     backend: Backend
@@ -69,3 +77,43 @@ def _is_first_to_fail() -> bool:
         return dist.distributed_c10d._get_default_store().add("lowrank_dist/decoding_failed", 1) == 1
     except RuntimeError:  # the rank that held the store is gone: better twice than never
         return True
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to decode, with its tokenizer; path: the folder of the base or merged model."""
+
+    path: Path
+    model: CausalLM
+    tokenizer: Tokenizer
+
+
+def load(
+    path: Path,
+    adapter: Path | None,
+    topology: Topology,
+    device: torch.device,
+    *,
+    dtype: str = "auto",
+    tokenizer: Path | None = None,
+) -> Loaded:
+    """Return this rank's shard of the model in `path`, with what any method trained into the folder `adapter`.
+
+    dtype: auto (the weights' own), fp32 or bf16. tokenizer: its folder, `path` where it is not given.
+    """
+    words = load_tokenizer(tokenizer or path)
+    # No length is refused here: prompts are checked one by one, and decoding applies a sliding window.
+    architecture = read_architecture(path)
+    architecture.check_tp(topology.tp_size)
+    model = load_model(
+        path,
+        architecture,
+        topology,
+        device=device,
+        dtype=dtype,
+        vocab_multiple=_VOCAB_MULTIPLE,
+        broadcast=topology.dp_size > 1,
+    )
+    if adapter is not None:
+        reader_of(adapter).tuner.attach_trained(model, path, adapter, topology)
+    return Loaded(path, model.eval(), words)

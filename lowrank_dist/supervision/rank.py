@@ -22,9 +22,8 @@ from lowrank_dist.backend.launchers import find_launchers, started
 from lowrank_dist.backend.select import shutdown
 from lowrank_dist.errors import ElsewhereError, UserError
 from lowrank_dist.supervision.failure import Failure, explains, read, record, retire
-from lowrank_dist.supervision.page import ENDING, LEAVING, STARTING, Page, State
 from lowrank_dist.supervision.peers import Answer, ask, lost_peers
-from lowrank_dist.supervision.signals import StopRequest
+from lowrank_dist.supervision.status import ENDING, LEAVING, STARTING, Page, State, StopRequest
 from lowrank_dist.supervision.watchdog import Charge, start
 
 logger = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ class Supervision:
         self._page.close()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Say that the rank goes on, with `phase` (of supervision.page.PHASES); steps count from 1."""
+        """Say that the rank goes on, with `phase` (of supervision.status.PHASES); steps count from 1."""
         if step is not None:
             self._step = step
         if phase == LEAVING and self._left is None:

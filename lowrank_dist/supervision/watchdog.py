@@ -32,8 +32,7 @@ from lowrank_dist.backend.launchers import (
     stat_fields,
 )
 from lowrank_dist.supervision.failure import Failure, record
-from lowrank_dist.supervision.page import LEAVING, STARTING, Page, State
-from lowrank_dist.supervision.signals import SIGNALS
+from lowrank_dist.supervision.status import LEAVING, SIGNALS, STARTING, Page, State
 
 LOOK_SECONDS = 0.2
 # Longer than a collective's own timeout, whose error says more than that a rank stood still.

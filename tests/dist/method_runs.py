@@ -306,7 +306,7 @@ def decode(
     from lowrank_dist.data.tokenizer import load_tokenizer
     from lowrank_dist.generate.decode import generate
     from lowrank_dist.generate.prompts import Prompt
-    from lowrank_dist.generate.rules import DecodingRules
+    from lowrank_dist.generate.sampling import DecodingRules
 
     found = []
     for setting in settings:

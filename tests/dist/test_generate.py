@@ -66,7 +66,7 @@ def transformers_tokens(folder: str, adapter: str | None = None) -> list[list[in
 
 
 def load(folder: str, topology: Any, adapter: str | None = None) -> Any:
-    from lowrank_dist.generate.load import load
+    from lowrank_dist.generate.session import load
 
     return load(Path(folder), Path(adapter) if adapter else None, topology, ranks.device(), dtype="fp32")
 
@@ -76,7 +76,7 @@ def generated(
 ) -> dict[str, list[list[int]]]:
     """One rank: the tokens of every prompt from every folder."""
     from lowrank_dist.generate.decode import generate
-    from lowrank_dist.generate.rules import DecodingRules
+    from lowrank_dist.generate.sampling import DecodingRules
 
     topology = ranks.topology(tensor, sequence)
     found = {}

@@ -92,9 +92,9 @@ def test_decoding_under_sequence_parallelism_is_refused(folders: dict[str, str])
 def step_calls(folder: str, temperature: float) -> list[tuple[str, int]]:
     """One rank: the calls of one decoding step, from completions of two lengths."""
     from lowrank_dist.generate.decode import generate
-    from lowrank_dist.generate.load import load
+    from lowrank_dist.generate.session import load
     from lowrank_dist.generate.prompts import Prompt
-    from lowrank_dist.generate.rules import DecodingRules
+    from lowrank_dist.generate.sampling import DecodingRules
     from lowrank_dist.parallel.counting import count_collectives
 
     topology = ranks.topology(2, True)
@@ -120,7 +120,7 @@ def test_calls_of_a_step(folders: dict[str, str], temperature: float, drawing: l
 def drawn_by_ranks(disagree: bool, agreement: bool) -> list[list[int]]:
     """One rank: tokens of equal logits, drawn with numbers that depend on the rank where `disagree`."""
     from lowrank_dist.generate import sampling
-    from lowrank_dist.generate.rules import DecodingRules
+    from lowrank_dist.generate.sampling import DecodingRules
 
     topology = ranks.topology(2, False)
     shard = torch.zeros(ROWS, 8, device=ranks.device())
@@ -147,7 +147,7 @@ def test_ranks_go_on_with_one_token() -> None:
 def greedy_of(logits: list[list[float]]) -> list[int] | str:
     """One rank: the greedy tokens of whole logits, of which it holds its share, padded to whole columns."""
     from lowrank_dist.errors import UserError
-    from lowrank_dist.generate.rules import DecodingRules
+    from lowrank_dist.generate.sampling import DecodingRules
     from lowrank_dist.generate.sampling import next_tokens
 
     topology = ranks.topology(dist.get_world_size(), False)
@@ -182,7 +182,7 @@ def test_logits_that_are_no_numbers_end_every_rank(broken: float) -> None:
 
 def last_columns(folder: str) -> np.ndarray:
     """One rank of four, whose head is padded to 128 rows: its logits after one token."""
-    from lowrank_dist.generate.load import load
+    from lowrank_dist.generate.session import load
 
     model = load(Path(folder), None, ranks.topology(4, False), ranks.device(), dtype="fp32").model
     cache = model.new_cache(torch.zeros(1, dtype=torch.int64, device=ranks.device()), 1)
@@ -198,10 +198,10 @@ def test_padded_rows_of_the_vocabulary_never_win(folders: dict[str, str]) -> Non
 def evaluated_in_training(folder: str, data: str, tensor: int) -> dict[str, Any]:
     """One rank: what an evaluation finds between two passes of training, and the gradients of both."""
     from lowrank_dist.data.tokenizer import load_tokenizer
-    from lowrank_dist.generate.evaluation import EvaluationRules, evaluate_generation
+    from lowrank_dist.generate.decode import EvaluationRules, evaluate_generation
     from lowrank_dist.generate.prompts import read_prompts, stop_tokens
-    from lowrank_dist.generate.rules import DecodingRules
     from lowrank_dist.methods.lora.factors import theta_of
+    from lowrank_dist.generate.sampling import DecodingRules
 
     setting = Setting(folder, tensor, True, dropout=0.1, zero_b=False, lanes=True, recompute=True)
     model, adapted, masks, topology = build(setting)
@@ -234,9 +234,9 @@ def test_an_evaluation_leaves_training_as_it_was(folders: dict[str, str], tmp_pa
 def tokens_near_the_end(folder: str, lengths: tuple[int, ...]) -> list[tuple[int, str]]:
     """One rank: how many tokens prompts of these lengths get of a model of 64 positions, and why they end."""
     from lowrank_dist.generate.decode import generate
-    from lowrank_dist.generate.load import load
+    from lowrank_dist.generate.session import load
     from lowrank_dist.generate.prompts import Prompt
-    from lowrank_dist.generate.rules import DecodingRules
+    from lowrank_dist.generate.sampling import DecodingRules
 
     topology = ranks.topology(1, False)
     loaded = load(Path(folder), None, topology, ranks.device(), dtype="fp32")

@@ -71,8 +71,8 @@ def microbatches(
 
     lead: ids before every sample; broken "behind" puts them after it.
     """
-    from lowrank_dist.data.batch import build_microbatch
-    from lowrank_dist.data.sample import Sample
+    from lowrank_dist.data.batches import build_microbatch
+    from lowrank_dist.data.masking import Sample
 
     front, back = ((), lead) if setting.broken == "behind" else (lead, ())
     everything = [

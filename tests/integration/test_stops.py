@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from lowrank_dist.data.loader import Loader
+from lowrank_dist.data.batches import Loader
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear
 from tests.dist import ranks
 from tests.integration.launching import Outcome, _main, assert_codes, metrics, samples, write_jsonl

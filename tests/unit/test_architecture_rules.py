@@ -292,7 +292,7 @@ def test_nothing_runs_code_from_a_file() -> None:
         ("lowrank_dist.checkpoint.inspection", "if TYPE_CHECKING:\n    from lowrank_dist.config import Config"),
         ("lowrank_dist.methods.lora.factors", "def f():\n    from deepspeed.runtime import zero"),
         ("launch.train", "import deepspeed"),
-        ("lowrank_dist.data.loader", "import importlib\nimportlib.import_module('megatron.core')"),
+        ("lowrank_dist.data.batches", "import importlib\nimportlib.import_module('megatron.core')"),
         ("lowrank_dist.methods.lora.files", "from megatron.core import parallel_state"),
         ("lowrank_dist.engine.loop", "import torch\ndef f():\n    torch.cuda.synchronize()"),
         ("lowrank_dist.engine.loop", "def f():\n    t.cuda.synchronize()\nimport torch as t"),
@@ -313,8 +313,8 @@ def test_nothing_runs_code_from_a_file() -> None:
         ("lowrank_dist.plan.job", "def f():\n    import torch"),
         ("lowrank_dist.formats.atomic", "import torch.distributed"),
         ("lowrank_dist.merge.update", "import megatron.core"),
-        ("lowrank_dist.data.loader", "import torch.distributed as dist"),
-        ("lowrank_dist.data.loader", "import torch\nr = torch.distributed.get_rank()"),
+        ("lowrank_dist.data.batches", "import torch.distributed as dist"),
+        ("lowrank_dist.data.batches", "import torch\nr = torch.distributed.get_rank()"),
         ("lowrank_dist.cli.main", "from launch.train import main"),
     ],
 )
@@ -332,7 +332,7 @@ def test_a_planted_arrow_is_found(module: str, source: str) -> None:
         ("lowrank_dist.engine.zero", "import deepspeed"),
         ("lowrank_dist.model.gpt", "from megatron.core.models.gpt import GPTModel"),
         ("lowrank_dist.backend.select", "import torch\ntorch.cuda.is_available()"),
-        ("lowrank_dist.data.loader", "import torch\nx = torch.arange(3)\nx.cuda()"),
+        ("lowrank_dist.data.batches", "import torch\nx = torch.arange(3)\nx.cuda()"),
         ("lowrank_dist.engine.loop", "def f(backend):\n    return backend.torch.cuda"),
     ],
 )

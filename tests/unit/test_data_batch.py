@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_dist.data.batch import build_microbatch, make_rows, order
-from lowrank_dist.data.sample import Sample
+from lowrank_dist.data.batches import build_microbatch, make_rows, order
+from lowrank_dist.data.masking import Sample
 
 ORDER_42 = [6, 0, 8, 2, 4, 7, 3, 9, 1, 5, 4, 6, 0, 3, 8, 5, 9, 7, 2, 1]
 
@@ -63,6 +63,6 @@ def test_order_differs_by_seed_and_by_epoch_and_is_the_same_everywhere() -> None
     torch.manual_seed(123)  # the global generator has no part in it
     assert order(1, 50, 0, 100).tolist() == a.tolist()
     assert order(42, 10, 0, 20).tolist() == ORDER_42
-    code = "from lowrank_dist.data.batch import order; print(order(42, 10, 0, 20).tolist())"
+    code = "from lowrank_dist.data.batches import order; print(order(42, 10, 0, 20).tolist())"
     fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert fresh.stdout.strip() == str(ORDER_42)

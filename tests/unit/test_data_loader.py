@@ -14,10 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_dist.data.batch import Microbatch, order
+from lowrank_dist.data.batches import Cut, Loader, Microbatch, StepBatch, eval_batches, order
 from lowrank_dist.data.dataset import Dataset, DropReport
-from lowrank_dist.data.loader import Cut, Loader, StepBatch, eval_batches
-from lowrank_dist.data.sample import Sample
+from lowrank_dist.data.masking import Sample
 
 Context = tuple[int, ...]
 

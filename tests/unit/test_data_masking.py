@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from lowrank_dist.data.fast_tokenizer import FastTokenizer
 from lowrank_dist.data.formats import Completion, Conversation
-from lowrank_dist.data.masking import mask_completions, mask_conversations
-from lowrank_dist.data.sample import Sample
-from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
+from lowrank_dist.data.masking import Sample, mask_completions, mask_conversations
+from lowrank_dist.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
 from tests import tiny_tokenizers as tiny
 

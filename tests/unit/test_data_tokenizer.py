@@ -10,9 +10,7 @@ import pytest
 from tokenizers import normalizers
 from transformers import AutoTokenizer
 
-from lowrank_dist.data.fast_tokenizer import FastTokenizer
-from lowrank_dist.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
+from lowrank_dist.data.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
 from tests.tiny_tokenizers import byte_level, dummy_prefix, sentencepiece
 

@@ -12,8 +12,8 @@ import pytest
 from lowrank_dist.data.dataset import load_dataset
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
+from lowrank_dist.generate.decode import StopTexts, completion_text
 from lowrank_dist.generate.prompts import prompt_of, read_prompts, stop_tokens
-from lowrank_dist.generate.text import StopTexts, completion_text
 from tests.integration.launching import write_jsonl
 from tests.tiny_tokenizers import CHATML, CHATML_MARKED, LLAMA3, byte_level, dummy_prefix, sentencepiece
 

@@ -7,8 +7,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.generate.rules import DecodingRules
-from lowrank_dist.generate.sampling import draw, uniform_of
+from lowrank_dist.generate.sampling import DecodingRules, draw, uniform_of
 
 CUTS = [
     {"temperature": 1.0},

@@ -19,9 +19,9 @@ from lowrank_dist.backend.launchers import Launcher, find_launchers, launcher_na
 from lowrank_dist.errors import ElsewhereError, UserError
 from lowrank_dist.supervision import failure, peers
 from lowrank_dist.supervision.failure import Failure, explains, read, record, retire
-from lowrank_dist.supervision.page import LEAVING, PHASES, Page
 from lowrank_dist.supervision.peers import Answer, ask, lost_peers
 from lowrank_dist.supervision.rank import FAILURE, INTERRUPTED, USER_ERROR, Supervision
+from lowrank_dist.supervision.status import LEAVING, PHASES, Page
 
 ROOT = Path(__file__).parents[2]
 CAUSE = Failure(2, "h2", 4, "forward", "ValueError: no", "Traceback\n  …", True)
@@ -112,10 +112,8 @@ def test_a_page_is_read_by_another_process() -> None:
     assert page.folder() is None
     page.enter("backward", 12)
     page.set_folder("/runs/größte Läufe")
-    code = (
-        "import sys; from lowrank_dist.supervision.page import Page; p = Page(int(sys.argv[1])); print(p.state().phase)"
-    )
-    code += "; print(p.state().step, p.folder(), p.state().since)"
+    code = "import sys; from lowrank_dist.supervision.status import Page; p = Page(int(sys.argv[1]))"
+    code += "; print(p.state().phase); print(p.state().step, p.folder(), p.state().since)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(page.descriptor)],
         cwd=ROOT,

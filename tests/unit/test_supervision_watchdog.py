@@ -17,7 +17,7 @@ import pytest
 
 from lowrank_dist.backend.launchers import Launcher, started
 from lowrank_dist.supervision import watchdog
-from lowrank_dist.supervision.page import LEAVING, Page
+from lowrank_dist.supervision.status import LEAVING, Page
 from lowrank_dist.supervision.watchdog import Charge, Watchdog, start
 
 pytestmark = pytest.mark.slow

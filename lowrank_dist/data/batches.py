@@ -1,20 +1,21 @@
-"""From sample numbers to tensors: the order of samples, rows of a batch, and one microbatch.
+"""From sample numbers to tensors: the order of samples, rows, microbatches, and global batches cut for this rank.
 
-Legend: b rows of a microbatch, s padded length, n target tokens. Megatron's activations are sequence-major, so
-position q of row r is flat index q * b + r.
+Everything depends on the seed and the step alone. Legend: b rows of a microbatch, s padded length, n target tokens.
+Megatron's activations are sequence-major, so position q of row r is flat index q * b + r.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from lowrank_dist.data.sample import Sample
+from lowrank_dist.data.dataset import Dataset
+from lowrank_dist.data.masking import Sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,7 @@ def _permutation(seed: int, n: int, epoch: int) -> np.ndarray:
 
 
 def order(seed: int, n: int, start: int, count: int) -> np.ndarray:
-    """Sample numbers [count] int64 at positions start..start+count of the endless stream of permutations of n.
+    """Return sample numbers [count] int64: positions start..start+count of the endless stream of permutations of n.
 
     A pure function of its arguments, so that any step can be had without the ones before it.
     """
@@ -63,7 +64,7 @@ def order(seed: int, n: int, start: int, count: int) -> np.ndarray:
 
 
 def make_rows(lengths: Sequence[int], max_length: int, packing: bool) -> list[list[int]]:
-    """Which samples (by place in `lengths`) share a row. One a row without packing, else first-fit in order.
+    """Return the samples (by place in `lengths`) of each row: one a row without packing, else first-fit in order.
 
     No row exceeds max_length tokens; every sample is in exactly one row.
     """
@@ -124,3 +125,82 @@ def build_microbatch(
         dropout_rows=torch.from_numpy(dropout_rows),
         segments=tuple(segments) if packing else None,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class StepBatch:
+    """This rank's share of one global batch; every rank has the same number of microbatches.
+
+    global_targets and global_tokens count target and non-padding tokens over all ranks; global_squares is Σ length² of
+    the samples, which attention's work goes with. epoch: passes over the data set once this batch is done.
+    """
+
+    microbatches: list[Microbatch]
+    global_targets: int
+    global_tokens: int
+    global_squares: int
+    epoch: float
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The layout of a global batch in rows, and the share of this data-parallel rank.
+
+    micro_batch: rows of a microbatch. max_length: the one that the data set was loaded with (row limit of packing,
+    stride of dropout_rows). pad_multiple: rows are padded to a multiple of it.
+    """
+
+    micro_batch: int
+    max_length: int
+    packing: bool
+    dp_rank: int
+    dp_size: int
+    pad_multiple: int
+
+    def __post_init__(self) -> None:
+        assert min(self.micro_batch, self.max_length, self.dp_size, self.pad_multiple) >= 1
+        assert 0 <= self.dp_rank < self.dp_size
+
+    def batch(self, dataset: Dataset, numbers: np.ndarray, epoch: float) -> StepBatch:
+        """Return this rank's share of the global batch that the samples `numbers` make."""
+        lengths = dataset.lengths[numbers]
+        rows = make_rows(lengths.tolist(), self.max_length, self.packing)
+        # Rows of like length side by side: the loss does not depend on how a batch is cut, but the padding and the
+        # balance between ranks do. The sort is stable, so it is a function of the batch alone.
+        rows.sort(key=lambda row: -int(lengths[row].sum()))
+        group = self.micro_batch * self.dp_size
+        rows += [[] for _ in range(-len(rows) % group)]
+        ours = self.dp_rank * self.micro_batch
+        microbatches = [
+            build_microbatch(
+                [[(i, dataset[int(numbers[i])]) for i in row] for row in rows[at : at + self.micro_batch]],
+                max_length=self.max_length,
+                packing=self.packing,
+                pad_multiple=self.pad_multiple,
+            )
+            for at in range(ours, len(rows), group)
+        ]
+        targets, tokens = int(dataset.targets[numbers].sum()), int(lengths.sum())
+        return StepBatch(microbatches, targets, tokens, int(np.square(lengths).sum()), epoch)
+
+
+class Loader:
+    """Training batches of `global_batch` samples from the shuffled, endless stream of `dataset`."""
+
+    def __init__(self, dataset: Dataset, cut: Cut, *, seed: int, global_batch: int) -> None:
+        assert global_batch >= 1 and len(dataset) > 0 and int(dataset.lengths.max()) <= cut.max_length
+        self._dataset, self._cut, self._seed, self.global_batch = dataset, cut, seed, global_batch
+
+    def step(self, k: int) -> StepBatch:
+        """Return the batch of optimizer step k, from 0."""
+        n, size = len(self._dataset), self.global_batch
+        numbers = order(self._seed, n, k * size, size)
+        return self._cut.batch(self._dataset, numbers, (k + 1) * size / n)
+
+
+def eval_batches(dataset: Dataset, cut: Cut, *, global_batch: int) -> Iterator[StepBatch]:
+    """Yield every sample once, in file order, `global_batch` at a time (the last may be fewer), cut as in training."""
+    n = len(dataset)
+    for start in range(0, n, global_batch):
+        end = min(start + global_batch, n)
+        yield cut.batch(dataset, np.arange(start, end), end / n)

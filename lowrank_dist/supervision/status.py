@@ -1,12 +1,14 @@
-"""A page of memory that a rank and its watchdog share: where the rank is, and since when."""
+"""A rank as it and its watchdog see it: the phase that it is in, and the signals that ask its run to stop."""
 
 from __future__ import annotations
 
 import mmap
 import os
+import signal
 import struct
 import time
 from dataclasses import dataclass
+from types import FrameType, TracebackType
 
 # In order. Until training begins a rank is judged by whether it computes or reads at all: to load 175B takes as long
 # as the disk needs. From then on every phase says when it began. The end: all ranks wait for one another once more.
@@ -16,6 +18,8 @@ TRAINING = ("data", "forward", "backward", "reduction", "optimiser", "evaluation
 # What is left to do before the process ends, well or not: it has said what there was to say, or is about to.
 LEAVING = "leaving"
 PHASES = (*STARTING, *TRAINING, LEAVING)
+# Slurm's warning before the time is over (--signal), its preemption, and what launchers and people send.
+SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 _STATE = struct.Struct("=dqq")  # when the phase began (CLOCK_MONOTONIC), its number, the step
 _FOLDER = struct.Struct("=H4000s")
@@ -24,7 +28,7 @@ _SIZE = mmap.PAGESIZE * 2
 
 @dataclass(frozen=True)
 class State:
-    """`since`: seconds of CLOCK_MONOTONIC, which all processes of a machine share. step counts from 1, 0: before."""
+    """A rank's phase. since: seconds of CLOCK_MONOTONIC, one clock for a machine. step: from 1; 0 before the first."""
 
     since: float
     phase: str
@@ -32,7 +36,10 @@ class State:
 
 
 class Page:
-    """One writer, one reader; a reader may see a phase with the time of the one before, which does no harm."""
+    """A page of memory that a rank writes and its watchdog reads: where the rank is, and since when.
+
+    A reader may see a phase with the time of the one before, which does no harm.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -56,10 +63,37 @@ class Page:
         return State(since, PHASES[phase], step)
 
     def set_folder(self, path: str) -> None:
-        """The run folder, where a record of failure belongs; none before it is set."""
+        """Set the run folder, where a record of failure belongs; there is none before."""
         name = os.fsencode(path)
         _FOLDER.pack_into(self._memory, _STATE.size, len(name), name)
 
     def folder(self) -> str | None:
         length, name = _FOLDER.unpack_from(self._memory, _STATE.size)
         return os.fsdecode(name[:length]) if length else None
+
+
+class StopRequest:
+    """The request to stop: noted when a signal comes, obeyed at the end of a step.
+
+    While it is entered, the first of SIGNALS is remembered and any further one changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.told_at: float | None = None
+        self.by = ""
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @property
+    def told(self) -> bool:
+        return self.told_at is not None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.told_at is None:
+            self.told_at, self.by = time.monotonic(), signal.Signals(number).name
