@@ -14,11 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowrank_dist import __version__
-from lowrank_dist.doctor.findings import Examination, Finding, findings
-from lowrank_dist.doctor.local import diagnose
-from lowrank_dist.doctor.place import Place, place_in_job, speaks_for_node
-from lowrank_dist.doctor.rows import Row, counted
-from lowrank_dist.doctor.watch import Watch
+from lowrank_dist.doctor.local import Place, Watch, diagnose, place_in_job, speaks_for_node
+from lowrank_dist.doctor.rows import Examination, Finding, Row, counted, findings
 from lowrank_dist.errors import UserError, printable, some_of
 
 if TYPE_CHECKING:

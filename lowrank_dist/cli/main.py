@@ -1,29 +1,25 @@
 """The `lowrank-dist` command. Heavy imports wait until a command runs, so that --help answers at once."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
 from lowrank_dist import __version__
+from lowrank_dist.cli.decode import evaluate_command, generate_command
 from lowrank_dist.cli.doctor import doctor_command
-from lowrank_dist.cli.evaluate import evaluate_command
-from lowrank_dist.cli.export import export_command
-from lowrank_dist.cli.generate import generate_command
-from lowrank_dist.cli.inspect import inspect_command
-from lowrank_dist.cli.merge import merge_command
 from lowrank_dist.cli.plan import plan_command
 from lowrank_dist.cli.slurm import slurm_command
+from lowrank_dist.cli.weights import export_command, inspect_command, merge_command
 from lowrank_dist.errors import UserError
 
 _USER_ERROR = 2
 
 
 class _Commands(TyperGroup):
-    """What the user got wrong is a message on stderr and exit code 2, for every command; a bug keeps its traceback."""
+    """The commands. A mistake of the user is a message on stderr and exit code 2; a bug keeps its traceback."""
 
-    def invoke(self, ctx: click.Context) -> object:
+    def invoke(self, ctx: Any) -> Any:  # click's Context, which newer versions of typer bring themselves
         try:
             return super().invoke(ctx)
         except UserError as error:

@@ -154,6 +154,7 @@ class _Raw:
             return values
         if isinstance(node, yaml.SequenceNode):
             return [self._construct(item, key, place) for item in node.value]
+        assert isinstance(node, yaml.ScalarNode), "YAML has no fourth kind of node"
         try:
             return scalar(node)
         except ValueError as error:
@@ -258,7 +259,9 @@ def _meant(key: Key) -> str:
     """Say which key was probably meant, and all there are beside it."""
     if len(key) == 1:
         return _closest(key[0], Config.model_fields) + f"at the top level are {_names(Config.model_fields)}"
-    known = _section_in(_field_of(key[:-1])[0]).model_fields
+    section = _section_in(_field_of(key[:-1])[0])
+    assert section is not None, "only a section has unknown keys"
+    known = section.model_fields
     closest = _closest(key[-1], known)
     if not closest:
         elsewhere = [".".join(other) for other in _keys(Config) if len(other) > 1 and other[-1] == key[-1]]

@@ -162,9 +162,10 @@ class Config(Section):
     @field_validator(*SECTIONS)
     @classmethod
     def _of_the_method(cls, section: Section, info: ValidationInfo) -> Section:
-        method = info.data.get("method")
-        if method is not None and home(method).section != info.field_name and section.model_fields_set:
-            raise UnreadKeys(sorted(section.model_fields_set), info.field_name, method)
+        method, name = info.data.get("method"), info.field_name
+        assert name is not None, "a validator of fields"
+        if method is not None and home(method).section != name and section.model_fields_set:
+            raise UnreadKeys(sorted(section.model_fields_set), name, method)
         return section
 
     @field_validator("eval")

@@ -37,7 +37,7 @@ class Tokenizer(Protocol):
         """Return the ids of each text as the beginning of a document, without added special tokens."""
 
     def encode_continuations(self, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text as what follows `before[i]`: no token across the boundary, no space made up at it.
+        """Return the ids of each text as what follows `before[i]`: no token across the boundary, no space made up.
 
         decode(encode(before) + these) is before + text, up to what the tokenizer normalises anyway.
         """

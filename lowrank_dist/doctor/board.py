@@ -1,18 +1,21 @@
-"""Where the ranks of a job leave word for one another: JSON under names in the job's store.
+"""The board on which the ranks of a job leave word for one another, and the nodes' clocks, compared over it.
 
-The store needs nothing but MASTER_ADDR and MASTER_PORT, so that ranks can say why they cannot meet in a process group.
+The board is JSON under names in the job's store, which needs nothing but MASTER_ADDR and MASTER_PORT: ranks can say why
+they cannot meet in a process group.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
-from lowrank_dist.doctor.place import Place
+from lowrank_dist.doctor.local import Place
+from lowrank_dist.doctor.rows import Row
 
 # Between two looks for what is not there yet; the store's own wait warns of every time-out, and hears no signal.
 _FIRST_PAUSE_SECONDS = 0.0005
@@ -20,6 +23,10 @@ _LONGEST_PAUSE_SECONDS = 0.25
 # How long a store that was reached may take over an answer, on a machine that is busy.
 ANSWER_SECONDS = 30.0
 PREFIX = "lowrank_dist.doctor"
+# Round trips by which two clocks are compared, as NTP does.
+ROUNDS = 8
+# Beyond it files seem to come from the future, and log lines of two nodes cannot be put in order.
+TOLERATED_SECONDS = 1.0
 
 
 class Silent(Exception):
@@ -27,12 +34,17 @@ class Silent(Exception):
 
 
 class Board:
+    """JSON under names in the job's store."""
+
     def __init__(self, store: dist.Store) -> None:
         self.store = store
 
     @classmethod
     def join(cls, place: Place, seconds: float) -> Board:
-        """The job's store, which rank 0 opens unless the launcher has. RuntimeError where it is not reached in time."""
+        """Return the board of the job's store, which rank 0 opens unless the launcher has.
+
+        RuntimeError where it is not reached in time.
+        """
         store = dist.TCPStore(
             place.master,
             place.port,
@@ -45,14 +57,14 @@ class Board:
         return cls(dist.PrefixStore(PREFIX, store))
 
     def put(self, name: str, value: Any) -> None:
-        """Raises Silent where the store is gone."""
+        """Leave word under a name. Raises Silent where the store is gone."""
         try:
             self.store.set(name, json.dumps(value))
         except RuntimeError as error:
             raise Silent(f"{name}: {error}") from error
 
     def take(self, name: str, seconds: float) -> Any:
-        """What lies under `name`, as soon as it does. Raises Silent after `seconds`."""
+        """Return what lies under `name`, as soon as it does. Raises Silent after `seconds`."""
         end = time.monotonic() + seconds
         pause = _FIRST_PAUSE_SECONDS
         try:
@@ -64,3 +76,48 @@ class Board:
             return json.loads(self.store.get(name))
         except RuntimeError as error:
             raise Silent(f"{name}: {error}") from error
+
+
+def answer_clock(board: Board, ranks: Sequence[int], seconds: float, clock: Callable[[], float] = time.time) -> None:
+    """Tell each of `ranks`, one after the other, what time it is here, as often as they ask (`clock_offset`)."""
+    for rank in ranks:
+        for number in range(ROUNDS):
+            board.take(f"clock/{rank}/{number}", seconds)
+            board.put(f"clock/{rank}/{number}/answer", clock())
+
+
+def clock_offset(
+    board: Board, rank: int, seconds: float, clock: Callable[[], float] = time.time
+) -> tuple[float, float]:
+    """Return the seconds that this node's clock is ahead of the answering one's, and by how much that may be wrong.
+
+    Of all round trips the shortest counts: the answer was given somewhere within it, so half of it bounds the error.
+    """
+    best = (0.0, float("inf"))
+    for number in range(ROUNDS):
+        asked = clock()
+        board.put(f"clock/{rank}/{number}", None)
+        there = board.take(f"clock/{rank}/{number}/answer", seconds)
+        heard = clock()
+        if (heard - asked) / 2 < best[1]:
+            best = ((asked + heard) / 2 - there, (heard - asked) / 2)
+    return best
+
+
+def clock_skew(offsets: Mapping[str, tuple[float, float]], reference: str) -> list[Row]:
+    """Return a row on how far the clocks are apart. offsets: node → `clock_offset` against the clock of `reference`."""
+    if not offsets:
+        return []
+    figures = {f"{node}_seconds": ahead for node, (ahead, _) in offsets.items()}
+    error = max(error for _, error in offsets.values())
+    off = {node: ahead for node, (ahead, error) in offsets.items() if abs(ahead) - error > TOLERATED_SECONDS}
+    if off:
+        said = ", ".join(
+            f"{node} is {abs(ahead):.3g} s {'ahead of' if ahead > 0 else 'behind'} {reference}"
+            for node, ahead in off.items()
+        )
+        detail = f"{said} (± {error * 1e3:.1f} ms); let chrony or ntpd set the clocks of all nodes"
+        return [Row("clocks", "warning", detail, figures=figures)]
+    most = max(abs(ahead) for ahead, _ in offsets.values())
+    detail = f"at most {most * 1e3:.1f} ms (± {error * 1e3:.1f} ms) from {reference}'s"
+    return [Row("clocks", "ok", detail, figures=figures)]

@@ -24,13 +24,13 @@ THETA = "trained parameters"
 
 
 def configuration(config: Config) -> list[Row]:
-    """The configuration as it was resolved here."""
+    """Return a row on the configuration as it was resolved here."""
     digest = hashlib.sha256(config.to_yaml().encode()).hexdigest()[:12]
     return [Row("configuration", "ok", f"valid, digest {digest}", alike=f"digest {digest}")]
 
 
 def device(config: Config) -> list[Row]:
-    """A row on the device that is asked for."""
+    """Return a row on the device that is asked for."""
     from lowrank_dist.backend.devices import gpus
 
     wanted = config.model.device
@@ -44,7 +44,7 @@ def device(config: Config) -> list[Row]:
 
 
 def model(config: Config) -> list[Row]:
-    """Rows on the model folder: complete, and of a family that can be trained; a row a problem."""
+    """Return rows on the model folder: complete, and of a family that can be trained; a row a problem."""
     from lowrank_dist.formats.provenance import fingerprint
     from lowrank_dist.formats.report import inspect_model
 
@@ -66,7 +66,7 @@ def model(config: Config) -> list[Row]:
 
 
 def tokenizer(config: Config) -> list[Row]:
-    """A row on the tokenizer: it loads and encodes."""
+    """Return a row on the tokenizer: it loads and encodes."""
     from lowrank_dist.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(config.data.tokenizer or config.model.path)
@@ -76,14 +76,14 @@ def tokenizer(config: Config) -> list[Row]:
 
 
 def theta(config: Config) -> list[Row]:
-    """A row on what the run would train."""
+    """Return a row on what the run would train."""
     count, start = parameters(config).trained, config.own_section.starts_from
     origin = "" if start is None else f", from {start}"
     return [Row(THETA, "ok", f"{config.method}: {count:,} trainable numbers{origin}", alike=f"{count:,}")]
 
 
 def parameters(config: Config) -> Parameters:
-    """|Θ|. UserError where targets, sizes, ranks, model or the adapter to start from do not fit together."""
+    """Return |Θ|. UserError where targets, sizes, ranks, model or the adapter to start from do not fit together."""
     from lowrank_dist.methods.registry import home
 
     own = home(config.method)
@@ -100,7 +100,7 @@ def parameters(config: Config) -> Parameters:
 
 
 def checkpoint_bytes(config: Config) -> tuple[int, int]:
-    """Bytes of a checkpoint's tensors, and of what is copied out of the last one. Raises as `parameters` does.
+    """Return the bytes of a checkpoint's tensors, and of what is copied out of the last. Raises as `parameters` does.
 
     Beside the fp32 master and two moments of each element of Θ: the adapter in fp32, or the model in its own type.
     """
@@ -119,7 +119,7 @@ def checkpoint_bytes(config: Config) -> tuple[int, int]:
 
 
 def layout(config: Config, size: int, local_size: int) -> list[Row]:
-    """A row on TP × DP: the ranks that the job has, tensor-parallel groups inside nodes. size: ranks of the job."""
+    """Return a row on TP × DP: the ranks that the job has, groups inside nodes. size: ranks of the job."""
     from lowrank_dist.slurm import check_layout
 
     parallel = config.parallel
@@ -134,7 +134,7 @@ def layout(config: Config, size: int, local_size: int) -> list[Row]:
 
 
 def data(config: Config) -> Iterator[Row]:
-    """Whether the data files are there; whether every line of them is good the run itself says at its start."""
+    """Yield rows on the data files: they are there. Their lines are checked by the run itself, at its start."""
     for key in ("train", "eval"):
         path: Path | None = getattr(config.data, key)
         if path is None:

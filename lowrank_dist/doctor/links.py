@@ -1,4 +1,4 @@
-"""What the network between ranks carries: an all-reduce over all of them, and over those of one node."""
+"""The bandwidth of the network between ranks: an all-reduce over all of them, and over those of one node."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def join_group(store: dist.Store, rank: int, size: int, library: str, seconds: f
 
 
 def node_group(nodes: Sequence[Sequence[int]], seconds: float) -> dist.ProcessGroup | None:
-    """The group of this rank's node, from the ranks of every node; None for a node that is alone, or has one rank."""
+    """Return the group of this rank's node, from the ranks of every node; None for a node alone or of one rank."""
     mine = next(ranks for ranks in nodes if dist.get_rank() in ranks)
     if len(nodes) == 1 or len(mine) == 1:
         return None
@@ -55,7 +55,7 @@ def node_group(nodes: Sequence[Sequence[int]], seconds: float) -> dist.ProcessGr
 
 
 def measure(group: dist.ProcessGroup | None, device: torch.device, library: str) -> AllReduce:
-    """Time it over `group` (None: all ranks). RuntimeError where it fails, or the sum is wrong."""
+    """Time an all-reduce over `group` (None: all ranks). RuntimeError where it fails, or the sum is wrong."""
     size = dist.get_world_size(group)
     message = torch.empty(LARGE_BYTES[device.type] // 4, device=device)
     _check_sum(message, group, size)
@@ -89,7 +89,7 @@ def _median_seconds(message: torch.Tensor, group: dist.ProcessGroup | None, devi
 
 
 def row(what: str, found: Mapping[str, float]) -> Row:
-    """found: an `AllReduce` as a mapping."""
+    """Return a row on an `AllReduce`, given as a mapping."""
     detail = (
         f"{size_of(found['message_bytes'])} over {found['ranks']} ranks by {found['library']}: "
         f"{found['algbw_gb_s']:.2f} GB/s algbw, {found['busbw_gb_s']:.2f} GB/s busbw; "
@@ -100,6 +100,6 @@ def row(what: str, found: Mapping[str, float]) -> Row:
 
 
 def leave_group() -> None:
-    """Together, or a rank that is still in a barrier loses its peers."""
+    """Leave the group together, or a rank that is still in a barrier loses its peers."""
     dist.barrier()
     dist.destroy_process_group()

@@ -1,21 +1,104 @@
-"""Everything that is looked at on one node, in one process."""
+"""Everything that is looked at on one node, in one process: its place in a job, the rows, and an end for what hangs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lowrank_dist.doctor import machine, packages, programs
-from lowrank_dist.doctor.place import Place
+from lowrank_dist.backend.launchers import ranks_from_slurm, refuse_missing_hostfile
+from lowrank_dist.doctor import machine, software
 from lowrank_dist.doctor.rows import PASSING, Row, guarded
-from lowrank_dist.doctor.watch import Watch
+from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
     from lowrank_dist.doctor.storage import Probe
 
+# Longer than anything takes that is looked at, on a slow network's file system.
+LOOK_SECONDS = 120.0
 Concern = Callable[[], Iterable[Row]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank of a job. host: this node's name. agent: the launcher keeps the job's store, not rank 0 (torchrun)."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    host: str
+    master: str
+    port: int
+    agent: bool
+
+
+def speaks_for_node() -> bool:
+    """Return whether this rank is the one to say what the others of its node would say as well."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def place_in_job() -> Place | None:
+    """Return this process's place; None where it was started alone, or without torch, by which ranks meet.
+
+    Raises UserError where a launcher said only half of it, or went on without its hostfile.
+    """
+    refuse_missing_hostfile()
+    ranks_from_slurm()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: start doctor with deepspeed, "
+            "torchrun or srun, or unset WORLD_SIZE to look at this machine alone"
+        )
+    try:
+        rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    except ValueError as error:
+        raise UserError(f"RANK, WORLD_SIZE and MASTER_PORT have to be numbers ({error}): mend the launcher's") from None
+    try:
+        from lowrank_dist.backend.select import local_rank_and_size
+    except ImportError:
+        return None
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    local = local_rank_and_size()
+    return Place(rank, size, *local, socket.gethostname(), os.environ["MASTER_ADDR"], port, agent)
+
+
+class Watch:
+    """An end for what does not end: a file system or a driver that hangs, where Python could not be interrupted.
+
+    hung: told, in a thread of its own, what had been found and what hangs, when `seconds` are over; then the process
+    ends with code 1.
+    """
+
+    def __init__(self, hung: Callable[[list[Row]], object], seconds: float = LOOK_SECONDS) -> None:
+        self._hung = hung
+        self._seconds = seconds
+
+    @contextmanager
+    def looking(self, what: str, found: Sequence[Row], remedy: str = "see what it stands on") -> Iterator[None]:
+        """Watch over the block; `found` is what there is to say if it never ends."""
+        timer = threading.Timer(self._seconds, self._end, (what, found, remedy))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _end(self, what: str, found: Sequence[Row], remedy: str) -> None:
+        try:
+            self._hung([*found, Row(what, "broken", f"hangs: no answer within {self._seconds:.0f} s; {remedy}")])
+        finally:
+            os._exit(1)
 
 
 def diagnose(
@@ -24,7 +107,7 @@ def diagnose(
     probe: Probe | None = None,
     watch: Watch | None = None,
 ) -> list[Row]:
-    """Every row of this node, from what training stands on to what it does without.
+    """Return every row of this node, from what training stands on to what it does without.
 
     config: the run that is to be trained. place: this rank's in its job. probe: what is written into the run folder.
     """
@@ -38,9 +121,9 @@ def diagnose(
 
     look(
         (
-            ("lowrank_dist", packages.own_sources),
-            ("packages", packages.packages),
-            ("PyTorch", packages.pytorch),
+            ("lowrank_dist", software.own_sources),
+            ("packages", software.packages),
+            ("PyTorch", software.pytorch),
         )
     )
     has_torch = not any(row.what == "PyTorch" and row.state != "ok" for row in rows)
@@ -54,9 +137,9 @@ def diagnose(
     look(
         (
             ("apex", machine.apex),
-            ("build tools", programs.build_tools),
-            ("build locks", programs.build_locks),
-            ("launchers", programs.launchers),
+            ("build tools", software.build_tools),
+            ("build locks", software.build_locks),
+            ("launchers", software.launchers),
         ),
         needed=False,
     )
@@ -64,7 +147,7 @@ def diagnose(
 
 
 def failing(rows: Iterable[Row]) -> list[Row]:
-    """The rows for which training cannot run."""
+    """Return the rows for which training cannot run."""
     return [row for row in rows if row.state not in PASSING]
 
 

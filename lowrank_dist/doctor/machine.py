@@ -1,4 +1,4 @@
-"""What a node computes with: GPUs, memory, the compiled operators and what stands in for them."""
+"""The hardware of a node and what computes on it: GPUs, memory, the compiled operators and what stands in for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 
 
 def devices() -> list[Row]:
-    """The GPUs, their driver, and NCCL."""
+    """Return rows on the GPUs, their driver, and NCCL."""
     from lowrank_dist.backend.devices import driver, gpus, nccl
 
     rows = []
@@ -52,7 +52,7 @@ def _gpu(index: int, name: str, total: int, free: int, architecture: str) -> Row
 
 
 def memory() -> list[Row]:
-    """Host memory: what is there, what is available, and a container's limit."""
+    """Return a row on host memory: what is there, what is available, and a container's limit."""
     kib = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -66,7 +66,7 @@ def memory() -> list[Row]:
 
 
 def shared_memory(gpus: bool, place: Path = SHARED_MEMORY) -> list[Row]:
-    """/dev/shm, through which NCCL's ranks of one node speak."""
+    """Return a row on /dev/shm, through which NCCL's ranks of one node speak."""
     what = str(SHARED_MEMORY)
     remedy = "`mount -o remount,size=8g /dev/shm`, or start the container with --shm-size=8g (or --ipc=host)"
     if not place.is_dir():
@@ -81,7 +81,7 @@ def shared_memory(gpus: bool, place: Path = SHARED_MEMORY) -> list[Row]:
 
 
 def operators() -> Iterator[Row]:
-    """The compiled operators of both devices, and the instruction set that those of the CPU use."""
+    """Yield rows on the compiled operators of both devices, and the instruction set that those of the CPU use."""
     from lowrank_dist.ops.extension import CUDA_LIBRARY, LIBRARY, cpu_capability, why_not, why_not_cuda
 
     for device, reason, library in (("CPU", why_not(), LIBRARY), ("CUDA", why_not_cuda(), CUDA_LIBRARY)):
@@ -99,7 +99,7 @@ def operators() -> Iterator[Row]:
 
 
 def products() -> list[Row]:
-    """What multiplies with a frozen fp32 weight on a CPU (ops/linear.py)."""
+    """Return a row on what multiplies with a frozen fp32 weight on a CPU (ops/linear.py)."""
     import torch
 
     what = "frozen fp32 GEMM on CPU"
@@ -109,7 +109,7 @@ def products() -> list[Row]:
 
 
 def apex() -> list[Row]:
-    """Which apex is there, if any."""
+    """Return a row on apex."""
     from lowrank_dist.backend.apex import find_apex
 
     found = find_apex()

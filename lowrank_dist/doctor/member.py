@@ -6,18 +6,16 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lowrank_dist.backend.devices import device_of_rank
-from lowrank_dist.doctor import clocks, links
-from lowrank_dist.doctor.board import Board, Silent
-from lowrank_dist.doctor.local import diagnose
-from lowrank_dist.doctor.place import Place
+from lowrank_dist.doctor import links
+from lowrank_dist.doctor.board import Board, Silent, clock_offset
+from lowrank_dist.doctor.local import LOOK_SECONDS, Place, Watch, diagnose
 from lowrank_dist.doctor.rows import Row, one_line
 from lowrank_dist.doctor.storage import Probe, unseen
-from lowrank_dist.doctor.watch import LOOK_SECONDS, Watch
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
@@ -34,7 +32,7 @@ NO_WAY = (
 
 @dataclass(frozen=True)
 class Roll:
-    """Who came: node → its ranks in order, in the order of their lowest. refused: a node's complaint of the input."""
+    """The ranks that came. ranks: node → its ranks in order; nodes go by their lowest. refused: nodes' complaints."""
 
     ranks: dict[str, list[int]]
     absent: list[int]
@@ -42,12 +40,12 @@ class Roll:
 
     @property
     def leaders(self) -> dict[str, int]:
-        """Node → the rank that looks at it."""
+        """Return node → the rank that looks at it."""
         return {node: ranks[0] for node, ranks in self.ranks.items()}
 
 
 def leave(board: Board, place: Place, roll: Roll) -> None:
-    """To be called last. Rank 0, which has the store, waits until the others need it no more."""
+    """Leave the job, as the last thing done. Rank 0, which has the store, waits until the others need it no more."""
     try:
         if place.rank != 0:
             board.put(f"left/{place.rank}", None)
@@ -72,14 +70,14 @@ class Member:
         self.probe = Probe(config.output.dir) if self.leads and config is not None else None
 
     def take_part(self) -> int:
-        """What every rank but 0 does."""
+        """Take the part of every rank but 0; returns the exit code."""
         patience = REPORT_SECONDS + GRACE_SECONDS
         try:
             self._report()
             plan = self.board.take("plan", patience)
             if self.place.rank in plan["leaders"].values():
                 self._look_across(plan["probes"])
-                ahead = clocks.offset(self.board, self.place.rank, patience)
+                ahead = clock_offset(self.board, self.place.rank, patience)
                 self.board.put(f"clock/{self.place.rank}", ahead)
             self.board.take("looked", patience)
         finally:
@@ -133,10 +131,11 @@ class Member:
             self._end_of_links()
 
         try:
+            store: Any = self.board.store  # in torch's stubs it has no clone
             with Watch(hung, self.seconds + 5).looking("all-reduce", [], NO_WAY):
-                links.join_group(self.board.store.clone(), self.place.rank, self.place.size, library, self.seconds)
+                links.join_group(store.clone(), self.place.rank, self.place.size, library, self.seconds)
                 device, _ = self._device()
-                values = {"all": asdict(links.measure(None, device, library))}
+                values: dict[str, Any] = {"all": asdict(links.measure(None, device, library))}
                 group = links.node_group(list(self.roll.ranks.values()), self.seconds)
                 if group is not None:
                     values["node"] = asdict(links.measure(group, device, library))
@@ -146,7 +145,7 @@ class Member:
         self.board.put(name, values)
 
     def _end_of_links(self) -> None:
-        """Where the ranks' group hangs: what is left to do before this process ends, in a thread of its own."""
+        """Do what is left where the ranks' group hangs, before this process ends, in a thread of its own."""
         self._wait_and_leave(GRACE_SECONDS + self.seconds)
 
     def _wait_and_leave(self, seconds: float) -> None:

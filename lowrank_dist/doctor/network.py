@@ -37,7 +37,7 @@ class Interface:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What the choice of an interface depends on.
+    """The facts on which the choice of an interface depends.
 
     several: the job has ranks on other nodes. nccl: collectives go over NCCL. master: its MASTER_ADDR, None without a
     job. own: the address that this host's name stands for. towards: the local address that leads to master.
@@ -55,7 +55,7 @@ class Surroundings:
 
     @property
     def leading(self) -> Interface | None:
-        """The interface by which other nodes are reached, as far as is known."""
+        """Return the interface by which other nodes are reached, as far as is known."""
         return self.having(self.towards) if self.master is not None else None
 
 
@@ -83,7 +83,7 @@ def interfaces() -> list[Interface]:
 
 
 def address_of(host: str) -> str | None:
-    """The address that a name stands for, or None."""
+    """Return the address that a name stands for, or None."""
     try:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
@@ -91,7 +91,7 @@ def address_of(host: str) -> str | None:
 
 
 def _source(host: str) -> str | None:
-    """The local address that packets to `host` leave from. Nothing is sent."""
+    """Return the local address that packets to `host` leave from. Nothing is sent."""
     address = address_of(host)
     if address is None:
         return None
@@ -105,7 +105,7 @@ def _source(host: str) -> str | None:
 
 
 def network(around: Surroundings, environment: Mapping[str, str] = os.environ) -> list[Row]:
-    """The cards, MASTER_ADDR, and the interface of gloo and NCCL."""
+    """Return rows on the cards, MASTER_ADDR, and the interface of gloo and NCCL."""
     cards = sorted(around.interfaces, key=lambda card: (card.loopback, not card.up, card.name))
     rows = [Row("NICs", "ok", ", ".join(map(str, cards)) + "".join(f", {port}" for port in infiniband_ports()))]
     if around.master is not None:
@@ -117,7 +117,7 @@ def network(around: Surroundings, environment: Mapping[str, str] = os.environ) -
 
 
 def infiniband_ports(place: Path = INFINIBAND) -> list[str]:
-    """Ports of InfiniBand and RoCE cards with their state and rate, as the kernel says them."""
+    """Return the ports of InfiniBand and RoCE cards with their state and rate, as the kernel says them."""
     return [
         f"{port.parts[-3]} port {port.name} ({_text(port / 'state').partition(': ')[2]}, {_text(port / 'rate')})"
         for port in sorted(place.glob("*/ports/*"))
@@ -165,6 +165,7 @@ def _nccl(around: Surroundings, environment: Mapping[str, str]) -> Row:
     if not value:
         return Row("interface of NCCL", "ok", "chosen by NCCL itself (NCCL_SOCKET_IFNAME is not set)")
     match = re.fullmatch(r"(\^?)(=?)(.*)", value)
+    assert match is not None, "every text matches"
     excluded, exact, listed = bool(match[1]), bool(match[2]), [name for name in match[3].split(",") if name]
 
     def named(card: Interface, name: str) -> bool:
@@ -182,7 +183,7 @@ def _nccl(around: Surroundings, environment: Mapping[str, str]) -> Row:
 
 
 def _judged(library: str, variable: str, cards: Sequence[Interface], reason: str, around: Surroundings) -> Row:
-    """Whether ranks can meet over these cards."""
+    """Return a row on whether ranks can meet over these cards."""
     what, said = f"interface of {library}", ", ".join(map(str, cards)) + reason
     usable = [card for card in cards if card.up and card.addresses]
     if not usable:

@@ -1,4 +1,4 @@
-"""The run folder of a node: whether it can be written as a checkpoint is, seen from the others, and has room."""
+"""The run folder of a node: written as a checkpoint is, seen from the other nodes, with room for checkpoints."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Probe:
 
     @property
     def written(self) -> dict[str, str] | None:
-        """What another node needs to recognise it: its path and the beginning of its content; None where it failed."""
+        """Return what identifies it on another node: path and beginning of its content; None where it failed."""
         if self.folder is None or not (self.folder / FILE).is_file():
             return None
         return {"path": str(self.folder / FILE), "mark": self._content[:32].hex()}
@@ -66,7 +66,7 @@ class Probe:
 
 
 def unseen(probes: Mapping[str, Mapping[str, str]], seconds: float = SEEN_SECONDS) -> list[str]:
-    """The nodes whose probe (`Probe.written`) this node does not see within `seconds`, or sees otherwise."""
+    """Return the nodes whose probe (`Probe.written`) this node does not see within `seconds`, or sees otherwise."""
     end = time.monotonic() + seconds
     waiting = dict(probes)
     while waiting:
@@ -86,7 +86,7 @@ def _sees(path: Path, mark: str) -> bool:
 
 
 def existing(path: Path) -> Path:
-    """The path itself or its nearest parent that is there. UserError where that is no folder."""
+    """Return the path itself or its nearest parent that is there. UserError where that is no folder."""
     place = next(place for place in (path, *path.parents) if place.exists())
     if not place.is_dir():
         raise UserError(f"output.dir: {place} is a file; choose a folder")
@@ -94,7 +94,7 @@ def existing(path: Path) -> Path:
 
 
 def space(config: Config, writes: bool) -> list[Row]:
-    """The free disk in the run folder beside what the checkpoints take.
+    """Return a row on the free disk in the run folder beside what the checkpoints take.
 
     writes: rank 0, which alone writes checkpoints, is on this node.
     """

@@ -1,27 +1,30 @@
-"""All ranks of a job look at their nodes and at what lies between these; rank 0 puts the answers together (lead.py)."""
+"""All ranks of a job look at their nodes and at what lies between them; rank 0 asks, and puts the answers together."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lowrank_dist.doctor.board import Board, Silent
-from lowrank_dist.doctor.findings import Examination
-from lowrank_dist.doctor.lead import Lead
-from lowrank_dist.doctor.member import GRACE_SECONDS, Member, Roll, leave
-from lowrank_dist.doctor.place import Place
+from lowrank_dist.doctor import links
+from lowrank_dist.doctor.board import Board, Silent, answer_clock, clock_skew
+from lowrank_dist.doctor.local import Place, failing
+from lowrank_dist.doctor.member import GRACE_SECONDS, NO_WAY, REPORT_SECONDS, Member, Roll, leave
+from lowrank_dist.doctor.rows import Examination, Row, counted
 from lowrank_dist.errors import UserError, some_of
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
 
+# Rows of a node without which its ranks cannot meet the others'.
+MEETING = ("MASTER_ADDR", "interface of gloo", "interface of NCCL")
+
 
 def examine_together(
     place: Place, config: Config | None, refused: str | None, seconds: float, publish: Callable[[Examination], int]
 ) -> int:
-    """One rank's part; returns the exit code, the same on every rank.
+    """Take one rank's part; returns the exit code, the same on every rank.
 
     config: as this rank read it; refused: why it could not. seconds: how long ranks wait for one another to come.
     publish: on rank 0, shows what was found and says with which code all ranks are to end.
@@ -53,7 +56,8 @@ def call_roll(board: Board, size: int, seconds: float) -> Roll:
     """Wait until all ranks came, or the time is over."""
     end = time.monotonic() + seconds
     ranks: dict[str, list[int]] = {}
-    absent, refused = [], {}
+    absent: list[int] = []
+    refused: dict[str, str] = {}
     for rank in range(size):
         try:
             said = board.take(f"here/{rank}", max(end - time.monotonic(), 0.01))
@@ -66,8 +70,173 @@ def call_roll(board: Board, size: int, seconds: float) -> Roll:
     return Roll(ranks, absent, refused)
 
 
+class Lead(Member):
+    """Rank 0. publish: shows what was found, and says with which code all ranks are to end."""
+
+    def __init__(
+        self,
+        place: Place,
+        config: Config | None,
+        seconds: float,
+        board: Board,
+        roll: Roll,
+        publish: Callable[[Examination], int],
+    ) -> None:
+        super().__init__(place, config, seconds, board, roll)
+        self._publish = publish
+        self._found = Examination(place.size, roll.ranks)
+
+    def lead(self, met_after: float) -> int:
+        """Take rank 0's part; returns the code with which all ranks end."""
+        found = self._found
+        found.between.append(self._rendezvous(met_after))
+        try:
+            self._report()
+            reports = self._reports(found)
+            plan = self._plan(reports, found)
+            self.board.put("plan", plan)
+            self._look_across(plan["probes"])
+            self._across(plan["leaders"], found)
+            self.board.put("looked", None)
+        finally:
+            self._clean()
+        if plan["library"] is not None:
+            self._measure(plan["library"])
+            self._links(found)
+        return self._conclude()
+
+    def _conclude(self) -> int:
+        code = self._publish(self._found)
+        self.board.put("verdict", code)
+        return code
+
+    def _hung(self, rows: Sequence[Row]) -> None:
+        """Show rank 0's own node, which is all that there is where rank 0 itself hangs."""
+        self._found.rows[self.place.host] = list(rows)
+        self._conclude()
+        leave(self.board, self.place, self.roll)
+
+    def _end_of_links(self) -> None:
+        self._links(self._found)
+        self._conclude()
+        leave(self.board, self.place, self.roll)
+
+    def _rendezvous(self, met_after: float) -> Row:
+        where = f"{self.place.master}:{self.place.port}"
+        if not self.roll.absent:
+            nodes = counted(len(self.roll.ranks), "node")
+            detail = f"{self.place.size} ranks on {nodes} met at {where} in {met_after:.1f} s"
+            return Row("rendezvous", "ok", detail, figures={"seconds": met_after})
+        came = "; ".join(f"{_numbers(ranks)} on {node}" for node, ranks in self.roll.ranks.items())
+        detail = (
+            f"{_numbers(self.roll.absent)} of {self.place.size} did not come to {where} within {self.seconds:.0f} s; "
+            f"there: {came}. Their own messages say more; were none started, look at the launcher, else at the route "
+            f"to {self.place.master} and at firewalls"
+        )
+        return Row("rendezvous", "broken", detail)
+
+    def _reports(self, found: Examination) -> dict[int, dict[str, Any]]:
+        """Return the report of every rank that came and still answers."""
+        end = time.monotonic() + REPORT_SECONDS
+        reports: dict[int, dict[str, Any]] = {}
+        for node, ranks in self.roll.ranks.items():
+            for rank in ranks:
+                try:
+                    reports[rank] = self.board.take(f"report/{rank}", max(end - time.monotonic(), 0.01))
+                except Silent:
+                    detail = f"no answer from rank {rank} any more: see its own messages, and whether {node} is alive"
+                    found.between.append(Row(f"node {node}", "broken", detail))
+            if ranks[0] in reports:
+                found.rows[node] = [Row(**row) for row in reports[ranks[0]]["rows"]]
+        return reports
+
+    def _plan(self, reports: Mapping[int, Mapping[str, Any]], found: Examination) -> dict[str, Any]:
+        """Return who looks across nodes, at what; and the library by which the ranks meet, None where they cannot."""
+        alive = {
+            node: rank for node, rank in self.roll.leaders.items() if rank in reports and not reports[rank]["hangs"]
+        }
+        probes = {node: reports[rank]["probe"] for node, rank in alive.items() if reports[rank]["probe"] is not None}
+        used = {
+            node: [tuple(reports[rank]["used"]) for rank in ranks if rank in reports]
+            for node, ranks in self.roll.ranks.items()
+        }
+        kinds = {kind for kinds in used.values() for kind in kinds}
+        library = next(iter(kinds))[1]
+        reason = ""
+        bad = [node for node, rows in found.rows.items() if any(row.what in MEETING for row in failing(rows))]
+        if self.roll.absent or len(reports) < self.place.size or len(alive) < len(self.roll.ranks):
+            reason = "not every rank is there"
+        elif bad:
+            reason = f"{some_of(bad)} cannot meet the others"
+        elif len(kinds) > 1:
+            reason = "; ".join(f"{node}: {_kinds(of)}" for node, of in used.items())
+            reason += ": set model.device to what all nodes have"
+        if reason:
+            found.between.append(Row("all-reduce", "broken", f"not tried: {reason}"))
+        return {"leaders": alive, "probes": probes, "library": None if reason else library}
+
+    def _across(self, leaders: Mapping[str, int], found: Examination) -> None:
+        """Find which run folders are not seen from where, and how far the clocks are apart."""
+        patience = GRACE_SECONDS + self.seconds
+        blind: dict[str, list[str]] = {}
+        others = [rank for rank in leaders.values() if rank != 0]
+        try:
+            for node, rank in leaders.items():
+                for other in self.board.take(f"unseen/{rank}", patience):
+                    blind.setdefault(other, []).append(node)
+            answer_clock(self.board, others, patience)
+            offsets = {
+                node: tuple(self.board.take(f"clock/{rank}", patience)) for node, rank in leaders.items() if rank != 0
+            }
+        except Silent as error:
+            found.between.append(Row("nodes", "broken", f"one fell silent ({error}): see its own messages"))
+            return
+        if self.config is not None and len(leaders) > 1:
+            found.between.append(_shared(blind, self.config))
+        found.between += clock_skew(offsets, self.place.host)
+
+    def _links(self, found: Examination) -> None:
+        answers: dict[int, dict[str, Any]] = {}
+        errors: dict[str, list[int]] = {}
+        end = time.monotonic() + self.seconds + GRACE_SECONDS
+        for rank in range(self.place.size):
+            try:
+                answers[rank] = self.board.take(f"links/{rank}", max(end - time.monotonic(), 0.01))
+            except Silent:
+                answers[rank] = {"error": f"no answer any more; {NO_WAY}"}
+            if "error" in answers[rank]:
+                errors.setdefault(answers[rank]["error"], []).append(rank)
+        for text, ranks in errors.items():
+            found.between.append(Row("all-reduce", "broken", f"{_numbers(ranks)}: {text}"))
+        if errors:
+            return
+        found.between.append(links.row("all-reduce", answers[0]["all"]))
+        for node, rank in self.roll.leaders.items():
+            if "node" in answers[rank]:
+                found.rows[node].append(links.row("all-reduce in a node", answers[rank]["node"]))
+
+
+def _shared(blind: Mapping[str, Sequence[str]], config: Config) -> Row:
+    if not blind:
+        return Row("run folder, shared", "ok", "what each node writes every other one sees")
+    said = "; ".join(f"what {node} writes is not seen on {some_of(list(by))}" for node, by in blind.items())
+    detail = (
+        f"{said}: checkpoints would lie on rank 0's node alone, and a job that starts on others does not find them; "
+        f"give output.dir ({config.output.dir}) on a file system that all nodes share"
+    )
+    return Row("run folder, shared", "warning", detail)
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + some_of([str(rank) for rank in ranks])
+
+
+def _kinds(kinds: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{device} by {library}" for device, library in dict.fromkeys(kinds))
+
+
 def _once(refused: Mapping[str, str]) -> dict[str, str]:
-    """A complaint that several nodes have in common once, under the names of all."""
+    """Return a complaint that several nodes have in common once, under the names of all."""
     nodes: dict[str, list[str]] = {}
     for node, text in refused.items():
         nodes.setdefault(text, []).append(node)

@@ -60,7 +60,8 @@ def next_tokens(
 ) -> Tensor:
     """Return the next tokens, int64 [b].
 
-    samples: the number of each row's prompt; step: tokens generated before this one. Raises UserError on every rank for logits that are not numbers.
+    samples: the number of each row's prompt; step: tokens generated before this one. Raises UserError on every rank
+    for logits that are not numbers.
     """
     best, token = _largest(logits_bVi.float(), group)
     if not torch.isfinite(best).all():

@@ -128,6 +128,7 @@ class Supervision:
         os._exit(code)
 
     def _failure(self, reason: str, trace: str, cause: bool, silent: Sequence[str] = ()) -> Failure:
+        assert self._left is not None, "a failure is made of a rank that leaves"
         return Failure(self.rank, self.host, self._left.step, self._left.phase, reason, trace, cause, silent)
 
     def _left_behind(self, failure: Failure, answer: Answer) -> str:
@@ -158,10 +159,12 @@ class Supervision:
         return f"rank {rank} on {self.hosts[rank]}" if self.hosts else f"rank {rank}"
 
     def _charge(self) -> Charge:
+        thread = threading.main_thread().ident
+        assert thread is not None, "it runs"
         return Charge(
             pid=os.getpid(),
             started=started(Path("/proc/self")),
-            thread=threading.main_thread().ident,
+            thread=thread,
             rank=self.rank,
             host=self.host,
             timeout=self._timeout,

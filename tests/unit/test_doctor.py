@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 
 from lowrank_dist.backend import apex
 from lowrank_dist.cli.main import app
-from lowrank_dist.doctor import local, machine, packages, programs
-from lowrank_dist.doctor.packages import Declared
+from lowrank_dist.doctor import local, machine, software
 from lowrank_dist.doctor.rows import PASSING, Row
+from lowrank_dist.doctor.software import Declared
 from lowrank_dist.ops import extension
 from lowrank_dist.ops.extension import cpu_capability
 
@@ -82,18 +82,18 @@ def test_json_says_the_same() -> None:
     ],
 )
 def test_packages_against_their_ranges(found: Callable, expected: tuple[str, ...], said: str) -> None:
-    rows = list(packages.packages(WANTED, found))
+    rows = list(software.packages(WANTED, found))
     assert states(rows) == dict(zip(("Python", "torch", "deepspeed", "peft"), ("ok", *expected), strict=True))
     assert any(said in row.detail for row in rows)
 
 
 def test_an_old_python_is_named() -> None:
-    row = next(packages.packages(Declared(">=9", (), ()), versions()))
+    row = next(software.packages(Declared(">=9", (), ()), versions()))
     assert row.state == "unsupported" and "Python >=9" in row.detail
 
 
 def test_the_ranges_are_those_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    declared = packages.declared()
+    declared = software.declared()
     assert declared.python == ">=3.11" and declared.optional == ("peft>=0.17",)
     assert {"torch>=2.11", "deepspeed>=0.19.8,<0.20", "megatron-core>=0.16", "transformers>=5,<6"} <= {
         *declared.required
@@ -104,11 +104,11 @@ def test_the_ranges_are_those_of_the_project(tmp_path: Path, monkeypatch: pytest
     for text in (*declared.required, "pytest>=8; extra == 'test'", "peft>=0.17; extra == 'test'"):
         metadata["Requires-Dist"] = text
     monkeypatch.setattr(importlib.metadata, "metadata", {"lowrank-dist": metadata}.__getitem__)
-    assert packages.declared(tmp_path / "pyproject.toml") == declared
+    assert software.declared(tmp_path / "pyproject.toml") == declared
 
 
 def test_what_is_required_and_missing_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packages, "declared", lambda: Declared(">=3.11", ("torch>=2.11", "no-such-package>=1"), ()))
+    monkeypatch.setattr(software, "declared", lambda: Declared(">=3.11", ("torch>=2.11", "no-such-package>=1"), ()))
     done = run()
     assert done.exit_code == 1 and "Traceback" not in done.output
     assert done.stdout.splitlines()[-1] == "training cannot run here: no-such-package"
@@ -161,7 +161,7 @@ def test_a_torch_that_does_not_load_is_named() -> None:
     def load(name: str) -> object:
         raise ImportError("libtorch_cpu.so: undefined symbol")
 
-    (row,) = packages.pytorch(load)
+    (row,) = software.pytorch(load)
     assert row.state == "missing" and "undefined symbol" in row.detail
 
 
@@ -257,16 +257,16 @@ def test_the_drivers_complaint_is_the_reason(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_tools_that_are_not_there_or_do_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "clang++-99 -v")
-    rows = programs.build_tools(lambda program: None)
+    rows = software.build_tools(lambda program: None)
     assert set(states(rows).values()) == {"off"} and "clang++-99 not found" in rows[0].detail
-    assert set(states(programs.launchers(lambda program: None)).values()) == {"off"}
+    assert set(states(software.launchers(lambda program: None)).values()) == {"off"}
     nvcc = tmp_path / "bin" / "nvcc"
     nvcc.parent.mkdir()
     nvcc.write_text("#!/bin/sh\necho made by\necho 'tools, release 13.0'\n")
     nvcc.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    row = programs.build_tools()[1]
+    row = software.build_tools()[1]
     assert row == Row("nvcc", "ok", f"{nvcc}: tools, release 13.0")
     nvcc.write_text("#!/bin/sh\nexit 3\n")
-    row = programs.build_tools()[1]
+    row = software.build_tools()[1]
     assert row.state == "off" and "exit status 3" in row.detail

@@ -12,7 +12,7 @@ from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
 from lowrank_dist.backend.libraries import STALE_SECONDS, stale_build_locks
-from lowrank_dist.doctor import programs
+from lowrank_dist.doctor import software
 
 
 @pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"])
@@ -30,11 +30,11 @@ def test_a_lock_that_a_killed_build_left(variable: str, tmp_path: Path, monkeypa
     old = time.time() - STALE_SECONDS - 60
     os.utime(lock, (old, old))
     assert stale_build_locks() == [lock]
-    (row,) = programs.build_locks()
+    (row,) = software.build_locks()
     assert row.state == "warning" and f"`rm {lock}`" in row.detail
     baton.release()
     assert stale_build_locks() == []
-    (row,) = programs.build_locks()
+    (row,) = software.build_locks()
     assert row.state == "ok"
 
 
@@ -67,26 +67,26 @@ def test_two_ninjas(tmp_path: Path) -> None:
     system, own = tmp_path / "system", tmp_path / "venv"
     path = make_ninja(system, "1.11.1")
     make_ninja(own, "1.13.0")
-    row = programs.ninja(path, own)
+    row = software.ninja(path, own)
     assert row.state == "warning" and row.alike == "1.11.1" and row.if_unlike == "warning"
     for said in (path, "1.11.1", str(own / "ninja"), "1.13.0", f"put {own} first on PATH"):
         assert said in row.detail
     make_ninja(own, "1.11.1")
-    row = programs.ninja(path, own)
+    row = software.ninja(path, own)
     assert (row.state, row.alike, row.if_unlike) == ("ok", "1.11.1", "warning")
     shutil.rmtree(own)
-    assert programs.ninja(path, own).state == "ok"
+    assert software.ninja(path, own).state == "ok"
 
 
 def test_no_ninja_on_path(tmp_path: Path) -> None:
-    row = programs.ninja(None, tmp_path)
+    row = software.ninja(None, tmp_path)
     assert row.state == "off" and "`pip install ninja`" in row.detail
     make_ninja(tmp_path, "1.13.0")
-    row = programs.ninja(None, tmp_path)
+    row = software.ninja(None, tmp_path)
     assert row.state == "off" and f"put {tmp_path} on PATH" in row.detail and "pip" not in row.detail
 
 
 def test_a_ninja_that_does_not_run(tmp_path: Path) -> None:
     path = make_ninja(tmp_path, "1.13.0")
     Path(path).write_text("#!/bin/sh\nexit 3\n")
-    assert programs.ninja(path, tmp_path / "none").state == "off"
+    assert software.ninja(path, tmp_path / "none").state == "off"

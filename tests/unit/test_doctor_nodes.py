@@ -12,11 +12,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from lowrank_dist.doctor import clocks
-from lowrank_dist.doctor.board import Board, Silent
-from lowrank_dist.doctor.findings import SHOWN, Examination, Finding
-from lowrank_dist.doctor.findings import findings as table_of
-from lowrank_dist.doctor.rows import Row, counted, guarded, size_of
+from lowrank_dist.doctor.board import Board, Silent, answer_clock, clock_offset, clock_skew
+from lowrank_dist.doctor.rows import SHOWN, Examination, Finding, Row, counted, guarded, size_of
+from lowrank_dist.doctor.rows import findings as table_of
 from lowrank_dist.doctor.together import call_roll
 from lowrank_dist.errors import UserError
 
@@ -86,8 +84,8 @@ def offsets(ahead: float, wait: float = 0.0) -> tuple[float, float]:
         return time.time()
 
     with ThreadPoolExecutor(1) as pool:
-        answering = pool.submit(clocks.answer, board, [3], 10.0, late)
-        found = clocks.offset(board, 3, 10.0, lambda: time.time() + ahead)
+        answering = pool.submit(answer_clock, board, [3], 10.0, late)
+        found = clock_offset(board, 3, 10.0, lambda: time.time() + ahead)
         answering.result()
     return found
 
@@ -96,7 +94,7 @@ def offsets(ahead: float, wait: float = 0.0) -> tuple[float, float]:
 def test_clocks_are_compared_by_round_trips(ahead: float) -> None:
     found, error = offsets(ahead)
     assert abs(found - ahead) <= error < 0.5
-    (row,) = clocks.skew({"h2": (found, error), "h3": (0.001, 0.0005)}, "h1")
+    (row,) = clock_skew({"h2": (found, error), "h3": (0.001, 0.0005)}, "h1")
     if ahead == 0:
         assert row.state == "ok" and "h1" in row.detail
     else:
@@ -109,9 +107,9 @@ def test_a_slow_network_is_no_skew() -> None:
     """All of the delay on one way is the worst case: the offset is wrong by half of it, and says so."""
     found, error = offsets(0.0, wait=0.1)
     assert error >= 0.05 and abs(found) <= error
-    (row,) = clocks.skew({"h2": (2.0, 1.5)}, "h1")
+    (row,) = clock_skew({"h2": (2.0, 1.5)}, "h1")
     assert row.state == "ok"
-    assert clocks.skew({}, "h1") == []
+    assert clock_skew({}, "h1") == []
 
 
 def test_a_board_that_nobody_writes_on() -> None:
@@ -138,7 +136,7 @@ def test_a_look_that_hangs_ends_the_process_with_what_was_found() -> None:
     code = """
 import time
 from lowrank_dist.doctor.rows import Row
-from lowrank_dist.doctor.watch import Watch
+from lowrank_dist.doctor.local import Watch
 watch = Watch(lambda rows: print(*(f"{row.what}|{row.state}" for row in rows), flush=True), seconds=0.3)
 with watch.looking("model folder", [Row("torch", "ok", "2.13")]):
     time.sleep({pause})

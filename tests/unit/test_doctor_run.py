@@ -359,8 +359,8 @@ import os, socket
 from functools import partial
 socket.gethostname = lambda: "n" + os.environ["RANK"]
 from lowrank_dist.cli.main import app
-from lowrank_dist.doctor import machine, member, watch
-member.Watch = partial(watch.Watch, seconds=8)
+from lowrank_dist.doctor import local, machine, member
+member.Watch = partial(local.Watch, seconds=8)
 if os.environ["RANK"] == "1":
     os.mkfifo(os.environ["FIFO"])
     machine.memory = lambda: open(os.environ["FIFO"])

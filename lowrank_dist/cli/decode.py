@@ -1,4 +1,4 @@
-"""`lowrank-dist generate`: what a model, with or without an adapter, goes on with."""
+"""`lowrank-dist generate` and `evaluate`: a model's completions, alone or against references."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def generate_command(
         refuse_existing(out)
         loaded = load(model, adapter, job.topology, job.backend.device, dtype=known_dtype(dtype), tokenizer=tokenizer)
         stops, vocab = stop_tokens(model, loaded.tokenizer), loaded.model.architecture.vocab
-        if prompts is None:
+        if prompt is not None:
             asked = [prompt_of(prompt, loaded.tokenizer, stops, vocab)]
-        else:
+        elif prompts is not None:
             asked = read_prompts(prompts, loaded.tokenizer, stops, vocab=vocab, references=False)
         with progress_bar(len(asked), job) as advance:
             found = generate(loaded.model, loaded.tokenizer, asked, rules, job.topology, advance)
@@ -92,9 +92,67 @@ def generate_command(
         say_limited(sum(generation.finish == "length" for generation in found), len(found))
 
 
+def evaluate_command(
+    model: ModelOption,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="JSONL file of prompt and completion (a text, or a list of which any is right), or of messages whose "
+            "last assistant turn is the reference.",
+            metavar="FILE",
+        ),
+    ],
+    metric: Annotated[list[str], typer.Option(help="exact_match, bleu or rouge_l; may be repeated.", metavar="METRIC")],
+    adapter: AdapterOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File for a JSON line a sample with what was generated; must not exist.", metavar="FILE"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop: Stop = None,
+    batch: Batch = 8,
+    tensor: Tensor = 1,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    tokenizer: TokenizerOption = None,
+) -> None:
+    """Generate for every sample and score it. Sharded as `generate` is."""
+    with loading():
+        from lowrank_dist.generate.decode import EvaluationRules, generate, summary
+        from lowrank_dist.generate.prompts import read_prompts, stop_tokens
+        from lowrank_dist.generate.sampling import DecodingRules
+        from lowrank_dist.generate.session import load, session
+
+    with session(tensor, device) as job:
+        decoding = DecodingRules(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
+        rules = EvaluationRules(tuple(metric), decoding)
+        refuse_existing(out)
+        loaded = load(model, adapter, job.topology, job.backend.device, dtype=known_dtype(dtype), tokenizer=tokenizer)
+        stops, vocab = stop_tokens(model, loaded.tokenizer), loaded.model.architecture.vocab
+        samples = read_prompts(data, loaded.tokenizer, stops, vocab=vocab, references=True)
+        with progress_bar(len(samples), job) as advance:
+            found = generate(loaded.model, loaded.tokenizer, samples, decoding, job.topology, advance)
+        if not job.speaks:
+            return
+        result = summary(found, samples, rules.metrics)
+        if out is not None:
+            lines = [
+                {**record(sample, generation), "references": list(sample.references)}
+                for sample, generation in zip(samples, found, strict=True)
+            ]
+            write_jsonl(out, lines)
+        typer.echo(json.dumps(result, indent=2) if as_json else table(result))
+        say_limited(int(result["met_length_limit"]), len(samples))
+
+
 @contextmanager
 def loading() -> Iterator[None]:
-    """For imports that bring Megatron: it says at once what it would rather have found."""
+    """Silence Megatron in the block that imports it: it says at once what it would rather have found."""
     with lasting():
         from lowrank_dist.backend.libraries import quiet_libraries
 
@@ -103,7 +161,7 @@ def loading() -> Iterator[None]:
 
 
 def record(prompt: Prompt, generation: Generation) -> dict[str, Any]:
-    """A line of the output."""
+    """Return a line of the output."""
     return {
         "prompt": prompt.shown,
         "completion": generation.text,
@@ -119,7 +177,7 @@ def known_dtype(dtype: str) -> str:
 
 
 def refuse_existing(out: Path | None) -> None:
-    """Before the work is done, not after it."""
+    """Refuse an output that cannot be made, before the work is done and not after it."""
     if out is not None and out.exists():
         raise UserError(f"--out: {out} exists already: choose another name, or move it away")
     if out is not None and not out.parent.is_dir():
@@ -127,7 +185,7 @@ def refuse_existing(out: Path | None) -> None:
 
 
 def write_jsonl(out: Path | None, records: Sequence[Mapping[str, Any]]) -> None:
-    """To the file, or to stdout without one."""
+    """Write to the file, or to stdout without one."""
     lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
     if out is None:
         typer.echo(lines, nl=False)
@@ -141,7 +199,7 @@ def write_jsonl(out: Path | None, records: Sequence[Mapping[str, Any]]) -> None:
 
 
 def say_limited(limited: int, total: int) -> None:
-    """On stderr: completions that ended for their length may lack their end."""
+    """Say on stderr: completions that ended for their length may lack their end."""
     if limited:
         typer.echo(
             f"{limited} of {total} completions met their length limit (--max-new-tokens, or the model's positions)",
@@ -151,7 +209,7 @@ def say_limited(limited: int, total: int) -> None:
 
 @contextmanager
 def progress_bar(total: int, job: Session) -> Iterator[Callable[[int], None]]:
-    """This rank's share of the prompts, on a terminal, where it is the rank that speaks."""
+    """Show this rank's share of the prompts, on a terminal, where it is the rank that speaks."""
     if not (job.speaks and sys.stderr.isatty()):
         yield lambda prompts: None
         return
@@ -161,3 +219,9 @@ def progress_bar(total: int, job: Session) -> Iterator[Callable[[int], None]]:
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("decoding", total=-(-total // job.topology.dp_size))
         yield lambda prompts: bar.update(task, advance=prompts)
+
+
+def table(result: Mapping[str, float]) -> str:
+    """Return a line for each value."""
+    width = max(map(len, result))
+    return "\n".join(f"{name:<{width}}  {value:.4f}".removesuffix(".0000") for name, value in result.items())

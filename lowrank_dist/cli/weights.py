@@ -1,0 +1,210 @@
+"""`lowrank-dist merge`, `export` and `inspect`: folders of weights, folded into one, published, or looked at."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lowrank_dist.errors import UserError, printable
+
+if TYPE_CHECKING:
+    from lowrank_dist.formats.report import Report
+
+
+def merge_command(
+    base: Annotated[Path, typer.Option(help="Hugging Face folder of the base model.", metavar="DIR")],
+    adapter: Annotated[
+        list[str],
+        typer.Option(
+            help="PEFT adapter folder, with a weight if other than 1; repeat it to add several. What follows the last "
+            "'=' is the weight, unless a folder has the whole as its name.",
+            metavar="DIR[=WEIGHT]",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.", metavar="DIR")],
+    force_mismatch: Annotated[
+        bool,
+        typer.Option("--force-mismatch", help="Merge although the base is not the one the adapter was trained on."),
+    ] = False,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(help="Largest file of weights, such as 5GB or 2GiB; as in the base if not given.", metavar="SIZE"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto (each tensor's own), fp32, bf16 or fp16.", metavar="TYPE")] = "auto",
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify",
+            help="Compare the result's logits with base + adapter in PEFT before it gets its name. Loads the model "
+            "whole, in fp32.",
+        ),
+    ] = False,
+    verify_text: Annotated[
+        Path | None,
+        typer.Option(help="Text for --verify: the first 8 lines, 128 tokens of each.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Fold adapters into their base model, tensor by tensor, without a GPU."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from lowrank_dist.merge.merge import merge
+    from lowrank_dist.merge.options import parse_adapter, parse_dtype, parse_shard_size
+    from lowrank_dist.methods.registry import reader_of
+
+    adapters = [parse_adapter(text) for text in adapter]
+    for given in adapters:
+        reader_of(given.path).files.refuse_merge(given.path)
+    limit = None if shard_size is None else parse_shard_size(shard_size)
+    stored = parse_dtype(dtype)
+    if verify_text is not None and not verify:
+        raise UserError("--verify-text says what --verify reads: add --verify")
+    columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    # The bar goes to stderr, so that stdout holds the result alone.
+    console = Console(stderr=True)
+    verified: list[object] = []
+    check = None
+    if verify:
+        from transformers.utils.logging import disable_progress_bar
+
+        from lowrank_dist.merge.verify import Verifier
+
+        disable_progress_bar()
+        verifier = Verifier(base, adapters, verify_text)
+
+        def check(folder: Path) -> None:
+            console.print("verifying: loading base, adapters and merged model whole, in fp32", soft_wrap=True)
+            verified.append(verifier(folder))
+
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("merge", total=None)
+        report = merge(
+            base,
+            adapters,
+            out,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            force_mismatch=force_mismatch,
+            shard_size=limit,
+            dtype=stored,
+            verify=check,
+        )
+    for warning in report.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"{out}: {report.tensors} tensors, {report.changed} changed, {report.nbytes / 1e9:.2f} GB")
+    for part in report.adapters:
+        typer.echo(f"  {part.adapter}: {part.changed} of {part.adapted} tensors changed")
+    for result in verified:
+        typer.echo(str(result))
+
+
+def export_command(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Checkpoint (RUN/checkpoints/best) or adapter folder.", metavar="CHECKPOINT")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.", metavar="DIR")],
+    target: Annotated[
+        str | None, typer.Option("--for", help="vllm: refuse what vLLM would not serve right.", metavar="vllm")
+    ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option(help="With --for vllm: the --max-lora-rank that vLLM is started with.", metavar="N")
+    ] = None,
+) -> None:
+    """Write a checkpoint's adapter with a model card: without optimizer state, for PEFT, the Hub and vLLM."""
+    from lowrank_dist.checkpoint.folder import export
+
+    if target not in (None, "vllm"):
+        raise UserError(f"--for {target}: give vllm, or leave it out")
+    if max_rank is not None and target is None:
+        raise UserError("--max-rank says what vLLM is started with: add --for vllm")
+    export(checkpoint, out, vllm=target == "vllm", max_rank=max_rank)
+    typer.echo(f"{out}: adapter and model card of {checkpoint}")
+
+
+def inspect_command(
+    folder: Annotated[Path, typer.Argument(help="Adapter, checkpoint, run or model folder.", metavar="DIR")],
+    base: Annotated[
+        Path | None, typer.Option(help="Base model to check against, in place of the one named.", metavar="DIR")
+    ] = None,
+    modules: Annotated[bool, typer.Option("--modules", help="The update's norm in every module.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+) -> None:
+    """Show what an adapter, checkpoint, run or model folder holds; exit code 1 where something in it is broken."""
+    from lowrank_dist.checkpoint.inspection import inspect_folder
+    from lowrank_dist.config import load_config
+    from lowrank_dist.methods.lora.inspection import MODULES, SUMMARY
+
+    report = inspect_folder(folder, base, read_config=lambda path: load_config([str(path)]).read_keys())
+    report.tables.pop(SUMMARY if modules else MODULES, None)
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=2, allow_nan=False))
+    else:
+        _show(report)
+    if not report.verifies:
+        raise typer.Exit(1)
+
+
+def _show(report: Report) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = list(_lines({"folder": str(report.path), "is": report.kind, **report.facts}))
+    tables = {title: [list(map(_text, row.values())) for row in rows] for title, rows in report.tables.items()}
+    heads = {title: [key.replace("_", " ") for key in rows[0]] for title, rows in report.tables.items()}
+    notes = [("warning", text, "yellow") for text in report.warnings]
+    notes += [("broken", text, "red") for text in report.problems]
+    verdict = "it verifies" if report.verifies else f"it does not verify: {len(report.problems)} broken"
+    console = Console()
+    if not console.is_terminal:
+        width = max(len(label) for label, _ in facts)
+        lines = [f"{label:<{width}}  {value}" for label, value in facts]
+        for title, rows in tables.items():
+            lines += ["", title.replace("_", " "), *_columns([heads[title], *rows])]
+        lines += ["", *(f"{kind}: {printable(text)}" for kind, text, _ in notes), verdict]
+        typer.echo("\n".join(lines))
+        return
+    # Text, not str: names come from files, and rich would take [brackets] in them for its markup.
+    grid = Table.grid(padding=(0, 2))
+    for label, value in facts:
+        grid.add_row(Text(label, style="bold"), Text(value))
+    console.print(grid)
+    for title, rows in tables.items():
+        table = Table(title=title.replace("_", " "), title_justify="left")
+        for index, head in enumerate(heads[title]):
+            table.add_column(head, justify="right" if index and head != "note" else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console.print(table)
+    for kind, text, style in notes:
+        console.print(Text.assemble((f"{kind}: ", style), printable(text)))
+    console.print(Text(verdict, style="green" if report.verifies else "red"))
+
+
+def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(label, value) of every fact; sections of a config have a line each."""
+    for label, value in facts.items():
+        if isinstance(value, Mapping) and any(isinstance(inner, Mapping) for inner in value.values()):
+            yield from ((f"{label} {printable(str(name))}", _text(inner)) for name, inner in value.items())
+        else:
+            yield label.replace("_", " "), _text(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{printable(str(key))}={_text(inner)}" for key, inner in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_text, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, float) else printable(str(value))
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

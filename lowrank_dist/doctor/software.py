@@ -1,0 +1,201 @@
+"""The software of a node: Python, this project and the packages that it needs; what builds operators and starts runs.
+
+Packages are read from their metadata; only torch is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+from lowrank_dist import __version__
+from lowrank_dist.doctor.rows import Row, State, Unlike, guarded, one_line
+
+PACKAGE = Path(__file__).parents[1]
+PROJECT = PACKAGE.parent / "pyproject.toml"
+# Not needed to train: what the exported adapter is read and checked with.
+OPTIONAL = ("peft",)
+INSTALL = "pip install --no-build-isolation -e ."
+# The launchers and what each does for a run.
+LAUNCHERS = {
+    "deepspeed": "starts the ranks of one node or several",
+    "torchrun": "starts the ranks of a node in place of deepspeed",
+    "srun": "starts ranks under Slurm",
+    "pdsh": "carries deepspeed --hostfile to other nodes",
+}
+NINJA = "`pip install ninja`"
+
+
+@dataclass(frozen=True)
+class Declared:
+    """The requirements of the project; `required` and `optional` are requirements as in pyproject.toml."""
+
+    python: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+
+
+def declared(project: Path = PROJECT) -> Declared:
+    """Return the requirements, from pyproject.toml beside the package or, without one, from the metadata."""
+    if project.is_file():
+        table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        python, required = table["requires-python"], table["dependencies"]
+        extras = [one for extra in table["optional-dependencies"].values() for one in extra]
+    else:
+        metadata = importlib.metadata.metadata("lowrank-dist")
+        python, everything = metadata["Requires-Python"], metadata.get_all("Requires-Dist") or []
+        required = [one for one in everything if "extra ==" not in one]
+        extras = [one.partition(";")[0] for one in everything if "extra ==" in one]
+    # An extra may be named by several: once is enough.
+    optional = {name: one for one in extras for name in OPTIONAL if one.startswith(name)}
+    return Declared(python, tuple(required), tuple(optional.values()))
+
+
+def own_sources(package: Path = PACKAGE) -> list[Row]:
+    """Return a row on this project: its version, where it lies, and a digest of its Python files."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package)}\0{len(content)}\0".encode() + content)
+    version = f"{__version__}, sources {digest.hexdigest()[:12]}"
+    return [Row("lowrank_dist", "ok", f"{version} ({package})", alike=version)]
+
+
+def packages(
+    wanted: Declared | None = None, version: Callable[[str], str | None] = importlib.metadata.version
+) -> Iterator[Row]:
+    """Yield rows on Python and the installed packages against the ranges of pyproject.toml."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    wanted = wanted or declared()
+    python = platform.python_version()
+    supported = SpecifierSet(wanted.python).contains(python, prereleases=True)
+    remedy = "" if supported else f"; make an environment with a Python {wanted.python}"
+    yield Row("Python", "ok" if supported else "unsupported", f"{python} ({sys.executable}){remedy}", alike=python)
+    for needed, texts in ((True, wanted.required), (False, wanted.optional)):
+        for text in texts:
+            requirement = Requirement(text)
+            # Pre-releases count: NVIDIA's containers ship such builds of torch.
+            fits = partial(requirement.specifier.contains, prereleases=True)
+            row = partial(_package, requirement.name, fits, text, version, needed)
+            yield from guarded(requirement.name, row, needed)
+
+
+def _package(
+    name: str, fits: Callable[[str], bool], text: str, version: Callable[[str], str | None], needed: bool
+) -> list[Row]:
+    remedy = f"`pip install '{text}'`"
+    try:
+        found = version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return [Row(name, "missing" if needed else "off", f"not installed; {remedy}")]
+    if found is None:
+        return [Row(name, "broken" if needed else "off", f"its metadata has no version; {remedy} mends it")]
+    unlike: Unlike = "differs" if needed else "warning"
+    if fits(found):
+        return [Row(name, "ok", f"{found} (supported: {text.removeprefix(name)})", found, unlike)]
+    state: State = "unsupported" if needed else "off"
+    return [Row(name, state, f"{found} is not {text.removeprefix(name)}; {remedy}", found, unlike)]
+
+
+def pytorch(load: Callable[[str], ModuleType] = importlib.import_module) -> list[Row]:
+    """Return a row on torch: whether it can be imported, and which build it is."""
+    try:
+        torch = load("torch")
+    except ImportError as error:
+        remedy = f"install torch for this Python (https://pytorch.org), then `{INSTALL}`"
+        return [Row("PyTorch", "missing", f"{one_line(str(error))}; {remedy}")]
+    build = f"{torch.__version__}, " + (f"CUDA {torch.version.cuda} build" if torch.version.cuda else "CPU build")
+    return [Row("PyTorch", "ok", build, alike=build)]
+
+
+def build_tools(which: Callable[[str], str | None] = shutil.which) -> list[Row]:
+    """Return rows on what builds the operators; where these are built already none of it is needed."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = (which(f"{home}/bin/nvcc") if home else None) or which("nvcc") or which("/usr/local/cuda/bin/nvcc")
+    return [
+        _program("C++ compiler", which(compiler), f"{compiler} not found: it builds the CPU operators; install g++"),
+        _program("nvcc", nvcc, "not on PATH or in CUDA_HOME: it builds the CUDA operators; install the CUDA toolkit"),
+        ninja(which("ninja")),
+    ]
+
+
+def ninja(path: str | None, beside: Path = Path(sys.executable).parent) -> Row:
+    """Return a row on the ninja on PATH, which torch's builds take, and on another one beside the interpreter."""
+    own = shutil.which("ninja", path=str(beside))
+    remedy = NINJA if own is None else f"{own} is there: put {beside} on PATH of every node"
+    absent = f"not on PATH: builds go without it, more slowly, and those of DeepSpeed not at all; {remedy}"
+    row = _program("ninja", path, absent)
+    if path is None or row.state != "ok":
+        return row
+    version = row.detail.removeprefix(f"{path}: ")
+    if own is not None and (other := _program("ninja", own, "")).state == "ok":
+        other_version = other.detail.removeprefix(f"{own}: ")
+        if other_version != version:
+            detail = (
+                f"PATH has {path}, {version}, and the interpreter {own}, {other_version}: a build by the one is built "
+                f"again by the other, every time; put {beside} first on PATH of every node"
+            )
+            return Row("ninja", "warning", detail, version, "warning")
+    return replace(row, alike=version, if_unlike="warning")
+
+
+def build_locks() -> list[Row]:
+    """Return a row on locks that killed builds of torch extensions left behind."""
+    from lowrank_dist.backend.libraries import STALE_SECONDS, stale_build_locks
+
+    stale = stale_build_locks()
+    if not stale:
+        return [Row("build locks", "ok", "none older than the builds that may hold them")]
+    rows = "; ".join(f"`rm {shlex.quote(str(path))}`" for path in stale)
+    detail = (
+        f"held for more than {STALE_SECONDS // 60} minutes: whoever builds the same extension waits for ever; where no "
+        f"build runs: {rows}"
+    )
+    return [Row("build locks", "warning", detail)]
+
+
+def launchers(which: Callable[[str], str | None] | None = None) -> list[Row]:
+    """Return rows on what can start a run."""
+    found = {name: (which or _which)(name) for name in LAUNCHERS}
+    return [
+        Row(
+            f"launcher {name}",
+            "ok" if path else "off",
+            path or f"not found: it {LAUNCHERS[name]}; install it to use it",
+        )
+        for name, path in found.items()
+    ]
+
+
+def _program(what: str, path: str | None, absent: str) -> Row:
+    if path is None:
+        return Row(what, "off", absent)
+    try:
+        done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Row(what, "off", f"{path} does not run: {one_line(str(error))}; install it again")
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    # nvcc says who made it first, and in the fourth line of what release it is.
+    said = next((line for line in lines if "release" in line), lines[0] if lines else "says nothing")
+    return Row(what, "ok", f"{path}: {said.strip()}")
+
+
+def _which(program: str) -> str | None:
+    """Look beside the interpreter as well, where a virtual environment that is not activated has its programs."""
+    return shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))
