@@ -317,9 +317,11 @@ _SECTION = "a section of the configuration, which may import nothing but section
 # Every file below SHORT_LINES lines, and why it is one.
 SHORT = {
     "__init__.py": "the version, and what the package offers",
-    "errors.py": "the one error that every room raises; imports nothing",
+    "errors.py": "the errors that every room raises; imports nothing of ours",
     "cli/__main__.py": "the form that launchers of modules run",
-    **{f"{owner}/config.py": _SECTION for owner in ("model", "parallel")},
+    "cli/main.py": "the entry point: it lists the commands and imports nothing heavy",
+    "config/__init__.py": "the two names that the room offers",
+    **{f"{owner}/config.py": _SECTION for owner in ("data", "model", "parallel")},
     **{f"methods/{name}/config.py": _SECTION for name in ("bottleneck", "lora", "prefix", "prompt")},
     "backend/megatron.py": "every patch of Megatron in one place",
     "parallel/masks.py": "which mask is drawn, apart from the operator that draws it",
