@@ -34,8 +34,8 @@ class Update:
     ) -> Tensor:
         """Return rows `rows` of the merged tensor from the same rows of the stored one.
 
-        It is rounded once, to `dtype` (its own). The sum is formed in fp32 (fp64 for an fp64 base); each product is scaled
-        after it is formed, as PEFT does.
+        It is rounded once, to `dtype` (its own). The sum is formed in fp32 (fp64 for an fp64 base); each product is
+        scaled after it is formed, as PEFT does.
         without: leave the term of this adapter out.
         """
         compute = torch.promote_types(weight.dtype, torch.float32)
