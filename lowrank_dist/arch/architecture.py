@@ -1,4 +1,4 @@
-"""What a model is made of, in the terms that Hugging Face, Megatron and the plan need."""
+"""The make-up of a model, in the terms that Hugging Face, Megatron and the plan need."""
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which linears get which factors: a pure function of the architecture and the `lora` section."""
+"""The placement of factors on linears: a pure function of the architecture and the `lora` section."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def copy_plans(
 
 
 def is_cut(name: str, architecture: Architecture) -> bool:
-    """Whether tensor parallelism cuts the Megatron parameter of this name; else every rank has a copy."""
+    """Return whether tensor parallelism cuts the Megatron parameter of this name; else every rank has a copy."""
     module, _, leaf = name.rpartition(".")
     linear = module.rpartition(".")[2]
     if linear in architecture.linears:

@@ -18,7 +18,7 @@ _STEP = re.compile(r"step-(\d+)", re.ASCII)
 
 
 def inspect_trained(folder: Path, base: Path | None = None, *, check_base: bool = True) -> Report:
-    """The report on an adapter folder or a checkpoint of any method.
+    """Return the report on an adapter folder or a checkpoint of any method.
 
     base: as in `inspect_folder`; check_base: whether to look at a base at all.
     """
@@ -37,14 +37,14 @@ def inspect_trained(folder: Path, base: Path | None = None, *, check_base: bool 
 
 
 def step_of(folder: Path) -> int | None:
-    """N of a folder checkpoints/step-N, links followed; None for any other folder."""
+    """Return N of a folder checkpoints/step-N, links followed; None for any other folder."""
     real = folder.resolve()
     match = _STEP.fullmatch(real.name)
     return int(match[1]) if match and real.parent.name == "checkpoints" else None
 
 
 def _look_at_manifest(folder: Path, report: Report) -> None:
-    """A checkpoint is what its manifest says; an adapter has none."""
+    """Check a checkpoint against its manifest; an adapter has none."""
     if is_checkpoint(folder):
         before = len(report.problems)
         report.read(folder / MANIFEST_FILE, verify_manifest, folder)

@@ -30,7 +30,7 @@ _MODEL_FILES = ("config.json", SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "py
 
 
 def inspect_folder(folder: Path, base: Path | None = None, *, read_config: ReadConfig) -> Report:
-    """The report on a folder; what is broken in it is among the report's `problems`, never raised.
+    """Return the report on a folder; what is broken in it is among the report's `problems`, never raised.
 
     base: the model that an adapter is checked against, in place of the one that it names. read_config: gives every key
     that a run's config.yaml has, or raises ConfigError for what is wrong in it.
@@ -61,7 +61,7 @@ def inspect_folder(folder: Path, base: Path | None = None, *, read_config: ReadC
 
 
 def inspect_run(folder: Path, base: Path | None, read_config: ReadConfig) -> Report:
-    """The report on a run. The base is checked for one adapter of it: the final one, else that of `last`."""
+    """Return the report on a run. The base is checked for one adapter of it: the final one, else that of `last`."""
     report = Report(folder, "run")
     config = report.read(folder / CONFIG, lambda: read_config(_own(folder / CONFIG, folder)))
     if config is not None:
@@ -72,7 +72,7 @@ def inspect_run(folder: Path, base: Path | None, read_config: ReadConfig) -> Rep
 
 
 def _own(path: Path, folder: Path) -> Path:
-    """A file or folder of the run that does not lead out of it."""
+    """Return a path of the run. Raises UserError where it is missing or leads out of the run."""
     if not path.exists():
         raise UserError(f"{path} is missing: copy the run completely")
     if not path.resolve().is_relative_to(folder.resolve()):
@@ -103,7 +103,7 @@ def _metrics(folder: Path, report: Report) -> None:
 
 
 def _records(path: Path, report: Report) -> Iterator[dict[str, Any]]:
-    """The good lines; a bad one is a problem, except the one that a killed run left half written."""
+    """Yield the good lines; a bad one is a problem, except the one that a killed run left half written."""
     with path.open("rb") as file:
         number = 0
         while line := file.readline(_LONGEST_LINE):
@@ -176,7 +176,7 @@ def _final(adapter: Path, report: Report) -> str:
 
 
 def _pointers(held: Path, report: Report) -> dict[str, str]:
-    """`last` and `best` → the name of the step folder beside them that each leads to."""
+    """Return `last` and `best` → the name of the step folder beside them that each leads to."""
     found = {}
     for name in LINKS:
         link = held / name

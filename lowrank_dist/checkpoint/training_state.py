@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside the adapter: optimizer.safetensors and trainer_state.json."""
+"""The state that a checkpoint holds beside the adapter: optimizer.safetensors and trainer_state.json."""
 
 import math
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ class TrainingState(BaseModel):
         return self.model_dump_json(indent=2) + "\n"
 
     def summary(self) -> dict[str, Any]:
-        """What an adapter that is taken out of the checkpoint still says of its training (`Provenance.training`)."""
+        """Return what an adapter taken out of the checkpoint still says of its training (`Provenance.training`)."""
         return {
             "step": self.step,
             "epoch": self.epoch,

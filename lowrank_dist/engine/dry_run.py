@@ -160,7 +160,7 @@ def execute(job: Job, config: Config, tp_rank: int) -> Executed:
 
 @contextmanager
 def _fake_ranks(job: Job, tp_rank: int) -> Iterator[Topology]:
-    """A job of the planned size in which this process is tensor-parallel rank `tp_rank` of replica 0."""
+    """Be in a job of the planned size, in which this process is tensor-parallel rank `tp_rank` of replica 0."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "this process is a rank of a real job"

@@ -105,11 +105,11 @@ class Meter:
         self._tokens = self._targets = self._squares = 0
 
     def begin(self) -> None:
-        """A step that will be recorded begins."""
+        """Begin a step that will be recorded."""
         self._settle(measure_waits=self._stragglers is not None)
 
     def count(self, batch: StepBatch) -> None:
-        """A step is done."""
+        """Count a step that is done."""
         self._tokens += batch.global_tokens
         self._targets += batch.global_targets
         self._squares += batch.global_squares

@@ -33,6 +33,8 @@ from lowrank_dist.supervision.peers import lost_peers
 logger = logging.getLogger(__name__)
 
 _WRITTEN, _NO_SPACE, _FAILED = range(3)
+# Writes a checkpoint from the stream of its tensors.
+_Write = Callable[[Iterable[Mapping[str, Tensor]]], None]
 _LAST_SECONDS = 15  # that a run which fails waits for a checkpoint that is being written
 
 
@@ -161,9 +163,12 @@ class CheckpointSaver:
         """Start a save, once the one before has ended. Collective."""
         self._wait()
         snapshot = self._optimiser.snapshot()
-        state = self._state(progress, self._writer.facts) if self._writer else None
+        write = None
+        if self._writer is not None:
+            state = self._state(progress, self._writer.facts)
+            write = partial(self._writer.write, state=state, final=final)
         self._current = save = _Save(progress.step)
-        save.thread = threading.Thread(target=self._save_in_thread, args=(save, snapshot, state, final), daemon=True)
+        save.thread = threading.Thread(target=self._save_in_thread, args=(save, snapshot, write), daemon=True)
         save.thread.start()
 
     def poll(self) -> None:
@@ -227,13 +232,13 @@ class CheckpointSaver:
             logger.error("%s", message)
             self._report(message)
 
-    def _save_in_thread(self, save: _Save, snapshot: Tensor, state: TrainingState | None, final: bool) -> None:
-        """The thread of one save. What happened is left in `save`, for training to find."""
+    def _save_in_thread(self, save: _Save, snapshot: Tensor, write: _Write | None) -> None:
+        """Gather, and on rank 0 write, in the thread of one save; `save` says what happened, for training to find."""
         stream = self._gathering.stream(snapshot)
         try:
             try:
-                if self._writer is not None and state is not None:
-                    self._writer.write(stream, state, final=final)
+                if write is not None:
+                    write(stream)
             except DiskError as error:
                 save.outcome, save.error = _NO_SPACE, error
             deque(stream, maxlen=0)  # after a refusal too the other ranks send what they have, and training goes on

@@ -162,7 +162,7 @@ class ZeroOptimiser:
         ]
 
     def snapshot(self) -> Tensor:
-        """[3, elements] fp32 on the CPU, a copy: masters, exp_avg and exp_avg_sq of all `fragments`, in their order."""
+        """Return a copy, [3, elements] fp32 on the CPU: masters, exp_avg and exp_avg_sq of all `fragments` in order."""
         held = [mapping for mapping in map(_mapping, self._parameters) if mapping is not None]
         if not held:  # a very small Θ over many ranks
             return torch.zeros(1 + len(_MOMENTS), 0)

@@ -1,1 +1,1 @@
-"""What is common to files: model folders, safetensors, atomic writes, manifest, fingerprint and provenance."""
+"""The parts that all files share: model folders, safetensors, atomic writes, manifest, fingerprint and provenance."""

@@ -19,17 +19,17 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 def is_temporary(folder: Path) -> bool:
-    """Whether `folder` is what a killed writer left behind, by its name: unfinished, never to be read."""
+    """Return whether `folder` is what a killed writer left behind, by its name: unfinished, never to be read."""
     return folder.name.startswith(".") and _MARK in folder.name
 
 
 def temporary_name(target: Path) -> Path:
-    """A name beside `target` that nobody has, and that `is_temporary` knows."""
+    """Return a name beside `target` that nobody has, and that `is_temporary` knows."""
     return target.with_name(f".{target.name}{_MARK}{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def target_of(folder: Path) -> Path:
-    """What a temporary folder is to become, for messages; any other folder is itself."""
+    """Return the folder that a temporary one is to become, for messages; any other folder is itself."""
     if not is_temporary(folder):
         return folder
     return folder.with_name(folder.name.removeprefix(".").rpartition(_MARK)[0])

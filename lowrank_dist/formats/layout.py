@@ -1,4 +1,4 @@
-"""Which tensor of a merged model lies in which file, and Hugging Face's index of them."""
+"""The file of each tensor of a merged model, and Hugging Face's index of them."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence

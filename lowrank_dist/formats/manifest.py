@@ -1,4 +1,4 @@
-"""manifest.json: what a checkpoint folder holds, to the byte. Written last, so without it there is no checkpoint."""
+"""manifest.json: the content of a checkpoint folder, to the byte. Written last: without it there is no checkpoint."""
 
 import hashlib
 import json
@@ -68,5 +68,5 @@ def _text(files: Mapping[str, object]) -> str:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether an adapter folder is a checkpoint, whole or not: any file is there that a plain adapter does not have."""
+    """Return whether an adapter folder is a checkpoint, whole or not: it has a file that a plain adapter has not."""
     return any((folder / name).exists() for name in (MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE))

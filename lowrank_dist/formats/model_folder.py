@@ -35,7 +35,7 @@ _NOT_COPIED = frozenset((INDEX_FILE, "pytorch_model.bin.index.json", "adapter_co
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file's header says of one tensor. dtype: safetensors' name ("BF16")."""
+    """One tensor as a file's header describes it. dtype: safetensors' name ("BF16")."""
 
     file: Path
     shape: tuple[int, ...]
@@ -225,7 +225,7 @@ def _is_ignored(name: str, architecture: Architecture) -> bool:
 
 
 def other_files(base: Path) -> list[Path]:
-    """Every other file of the base that holds no weights, subfolders included, hidden or linked folders not."""
+    """Return every other file of the base that holds no weights, subfolders included, hidden or linked folders not."""
     found = []
     for parent, folders, names in os.walk(base):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -21,7 +21,7 @@ _SAMPLE = 4096
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 (64 hex digits) over what identifies the base model in a Hugging Face folder.
+    """Return the SHA-256 (64 hex digits) over what identifies the base model in a Hugging Face folder.
 
     Hashed, each preceded by its length as 8 little-endian bytes: the bytes of config.json; then per tensor, sorted by
     name, the JSON list [name, dtype, shape] and up to three samples of 4096 bytes: the first, the middle (from byte
@@ -87,13 +87,13 @@ class Provenance:
     training: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """The text of lowrank_dist.json. `config` (`Config.read_keys`) and `training` must be JSON."""
+        """Return the text of lowrank_dist.json. `config` (`Config.read_keys`) and `training` must be JSON."""
         whole = {"format": _FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
         return json.dumps(whole, indent=2) + "\n"
 
 
 def read_provenance(folder: Path) -> Provenance | None:
-    """What lowrank_dist.json in an adapter folder says; None when there is none. UserError when it is malformed."""
+    """Return the content of an adapter folder's lowrank_dist.json, or None. UserError when it is malformed."""
     path = folder / PROVENANCE_FILE
     if not path.exists():
         return None

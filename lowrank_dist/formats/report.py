@@ -60,7 +60,7 @@ class Report:
         return not self.problems
 
     def read(self, where: Path, reader: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """What `reader` returns, or None with the reason (one a line of a UserError) among the problems."""
+        """Return what `reader` returns, or None with the reason (one a line of a UserError) among the problems."""
         try:
             return reader(*args, **kwargs)
         except UserError as error:

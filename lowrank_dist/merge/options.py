@@ -1,4 +1,4 @@
-"""What the user says of a merge, as text: `DIR=0.7`, `5GB`, `bf16`."""
+"""The options of a merge, as text: `DIR=0.7`, `5GB`, `bf16`."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""What is added to each stored tensor: Σ w·s·B·A over the adapters that have factors on it."""
+"""The update of each stored tensor: Σ w·s·B·A over the adapters that have factors on it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Update:
-    """What is added to one stored tensor: the terms' sum, transposed where the base stores [in, out] (GPT-2)."""
+    """The update of one stored tensor: the terms' sum, transposed where the base stores [in, out] (GPT-2)."""
 
     terms: tuple[Term, ...]
     transposed: bool
@@ -32,9 +32,10 @@ class Update:
     def apply(
         self, rows: slice, weight: Tensor, dtype: torch.dtype | None = None, without: int | None = None
     ) -> Tensor:
-        """Rows `rows` of the merged tensor from the same rows of the stored one, rounded once to `dtype` (its own).
+        """Return rows `rows` of the merged tensor from the same rows of the stored one.
 
-        The sum is formed in fp32 (fp64 for an fp64 base); each product is scaled after it is formed, as PEFT does.
+        It is rounded once, to `dtype` (its own). The sum is formed in fp32 (fp64 for an fp64 base); each product is
+        scaled after it is formed, as PEFT does.
         without: leave the term of this adapter out.
         """
         compute = torch.promote_types(weight.dtype, torch.float32)

@@ -37,7 +37,7 @@ TOLERANCES = {"F64": 1e-4, "F32": 1e-4, "BF16": 0.05, "F16": 0.01}
 
 @dataclass(frozen=True)
 class Verification:
-    """What the comparison found, over `positions` of `source` ("built-in text", …).
+    """The result of the comparison, over `positions` of `source` ("built-in text", …).
 
     difference, effect: largest |logit − expected| of the merged model and of the base alone, over the largest
     |expected|. tolerance: what `difference` may be. agreement: share of positions with the same argmax.
@@ -148,12 +148,12 @@ def _load(folder: Path) -> nn.Module:
 
 @torch.no_grad()
 def _logits(model: nn.Module, samples: Sequence[Tensor]) -> Tensor:
-    """[positions, vocabulary] over all samples, each run on its own."""
+    """Return [positions, vocabulary] over all samples, each run on its own."""
     return torch.cat([model(input_ids=ids[None], use_cache=False).logits[0] for ids in samples])
 
 
 def _samples(base: Path, text: Path | None) -> tuple[str, list[Tensor]]:
-    """Where the sample is from, and the token ids of each piece."""
+    """Return the source of the sample, and the token ids of each piece."""
     architecture = read_architecture(base)
     length = min(_TOKENS, architecture.max_positions)
     lines = SAMPLE if text is None else _lines(text)

@@ -73,7 +73,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Inspected:
-    """What an inspection of a method's own files hands on.
+    """The findings that an inspection of a method's own files hands on.
 
     base: the base model that they name. require_fit: adds to the report, or raises UserError for, what does not fit a
     base; None where there is nothing to hold against it.

@@ -1,4 +1,4 @@
-"""What the engine asks of a method, and what a method is told by a run."""
+"""The method as the engine asks for it, and the setting that a run gives to it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run says to any method, beside the method's own section of its config.
+    """The setting that a run gives to any method, beside the method's own section of its config.
 
     base: folder of the base model. seed: train.seed. max_length: data.max_length. lanes: engine.lanes.
     """
@@ -57,7 +57,7 @@ class Setting:
 
 
 class Tuner(Protocol):
-    """What the module `method` of every home has."""
+    """The functions of the module `method` of every home."""
 
     def build(self, section: MethodSection, setting: Setting, architecture: Architecture) -> Method:
         """Return the method for a model, which need not be loaded.

@@ -36,7 +36,7 @@ class Sizes:
 
 
 class Footprints(Protocol):
-    """What the module `footprint` of every home has."""
+    """The functions of the module `footprint` of every home."""
 
     def footprint_of(self, method: MethodName, section: MethodSection, architecture: Architecture) -> Footprint:
         """Return the footprint of a run. Raises UserError where the section does not fit the model."""
@@ -51,7 +51,7 @@ class Footprints(Protocol):
 
 @dataclass(frozen=True)
 class Home:
-    """Where the methods `names` live. section: of the config, if they have one.
+    """The home of the methods `names`. section: of the config, if they have one.
 
     folder: of this room. written: the MethodFiles, as module:object.
     """
@@ -63,7 +63,7 @@ class Home:
 
     @property
     def files(self) -> MethodFiles:
-        """What the method writes: recognised, published, inspected. Imports torch, but no Megatron."""
+        """The method's folders: recognised, published, inspected. Imports torch, but no Megatron."""
         return resolve_name(f"{__package__}.{self.written}")
 
     @property

@@ -68,7 +68,7 @@ class KVCache:
         self._padded = bool(self.padding.any())
 
     def visible(self, new: int, window: int | None) -> Tensor | None:
-        """Which columns the next `new` ones see: bool [b, 1, s, t], None where causality alone says it.
+        """Return the columns that the next `new` ones see: bool [b, 1, s, t], None where causality alone says it.
 
         window: position i sees j with i − window < j ≤ i. Padding sees itself, so that no softmax is over nothing. A
         prefix is seen by all rows, its positions before those of their first tokens.
@@ -90,7 +90,7 @@ class KVCache:
 
 @dataclass
 class SequencePlan(PackedSeqParams):
-    """What attention must know of a microbatch; travels through Megatron's layers as their `packed_seq_params`.
+    """The layout of a microbatch, for attention; travels through Megatron's layers as their `packed_seq_params`.
 
     cos, sin: [s, b or 1, 1, d/2], or None for learned positions. segments: (row, start, end) of every packed sample,
     or None where each row is one sample and causality alone keeps right padding out. cache: where decoding keeps the

@@ -65,7 +65,10 @@ def transformer_config(
 
 
 class KeysValues(Protocol):
-    """What attention sees before every sequence: called, keys and values [L, 2, g, length, d] of this rank's heads."""
+    """The keys and values that attention sees before every sequence.
+
+    Called, it returns those of this rank's heads: [L, 2, g, length, d].
+    """
 
     length: int
 
@@ -128,7 +131,7 @@ class CausalLM(GPTModel):
         self.lead = tuple(range(first, first + count))
 
     def embeddings_of(self, ids: Tensor) -> Tensor:
-        """[n, H] of ids [n], whole on every rank. Collective over tensor parallelism."""
+        """Return [n, H] of ids [n], whole on every rank. Collective over tensor parallelism."""
         with torch.no_grad(), self.without_sequence_parallelism():
             return self.embedding.word_embeddings(ids[None])[0]
 
@@ -145,7 +148,7 @@ class CausalLM(GPTModel):
         target_ids: Tensor,
         segments: Segments = None,
     ) -> Tensor:
-        """Σ −log p(target) in fp32 over the microbatch, the same on every tensor-parallel rank.
+        """Return Σ −log p(target) in fp32 over the microbatch, the same on every tensor-parallel rank.
 
         input_ids, position_ids [b, s]; target_index [n] into the sequence-major [s·b] positions whose next token is a
         target; target_ids [n]. With n = 0 the loss is 0 and every collective still runs.
@@ -157,7 +160,7 @@ class CausalLM(GPTModel):
         return HeadLoss.apply(hidden_nH, weight, target_ids, first, padded_rows, group, reduce_dgrad)
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, segments: Segments = None) -> Tensor:
-        """[b, s, V] on every rank, vocabulary padding cut off. Not differentiable."""
+        """Return [b, s, V] on every rank, vocabulary padding cut off. Not differentiable."""
         with torch.no_grad():
             hidden_sbH = self._hidden(input_ids, position_ids, segments)
             flat = gathered_logits(
@@ -195,7 +198,7 @@ class CausalLM(GPTModel):
                 module.allreduce_dgrad = not enabled
 
     def new_cache(self, padding: Tensor, columns: int) -> KVCache:
-        """An empty cache for `columns` columns of rows that begin with `padding` [b] empty ones; see `decode`."""
+        """Return an empty cache of `columns`, for rows that begin with `padding` [b] empty ones: see `decode`."""
         architecture = self.architecture
         with torch.no_grad():
             prefix = self._prefix()
@@ -233,7 +236,7 @@ class CausalLM(GPTModel):
         return logits
 
     def _hidden(self, input_ids: Tensor, position_ids: Tensor, segments: Segments) -> Tensor:
-        """[s, b, H] after the final norm, whole on every rank (under sequence parallelism dH is scattered)."""
+        """Return [s, b, H] after the final norm, whole on every rank (under sequence parallelism dH is scattered)."""
         if self.prefix is not None:
             position_ids = position_ids + self.prefix.length
         if segments is None:

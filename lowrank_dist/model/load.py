@@ -94,7 +94,7 @@ def check_length(architecture: Architecture, path: Path, max_length: int) -> Non
 
 
 def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype most weights are stored in; fp16 checkpoints run in bf16, whose range is fp32's."""
+    """Return the dtype most weights are stored in; fp16 checkpoints run in bf16, whose range is fp32's."""
     dtype = checkpoint.main_dtype()
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
@@ -152,7 +152,7 @@ def _fill(parameter: torch.Tensor, plan: ParameterPlan, architecture: Architectu
 
 
 def _read(source: Any, copy: Copy, rows: slice) -> torch.Tensor:
-    """Rows `rows` of the copy's local region, as a view of the mapped file."""
+    """Return rows `rows` of the copy's local region, as a view of the mapped file."""
     outputs = copy.hf_index[-1] if copy.transposed else copy.hf_index[0]
     chunk = slice(outputs.start + rows.start, outputs.start + rows.stop)
     if copy.transposed:
@@ -161,14 +161,14 @@ def _read(source: Any, copy: Copy, rows: slice) -> torch.Tensor:
 
 
 def _chunks(destination: torch.Tensor) -> list[slice]:
-    """Row ranges of at most `_CHUNK_BYTES`: a copy that converts or goes to a GPU may need a temporary of its size."""
+    """Return row ranges of at most `_CHUNK_BYTES`: a copy that converts or goes to a GPU may need a temporary."""
     row_bytes = max(destination[:1].numel() * max(destination.element_size(), 4), 1)
     step = max(_CHUNK_BYTES // row_bytes, 1)
     return [slice(start, min(start + step, len(destination))) for start in range(0, len(destination), step)]
 
 
 def _check_tied(plan: ParameterPlan, architecture: Architecture, checkpoint: Checkpoint) -> None:
-    """An output layer stored beside the embeddings it is tied to must equal them; transformers then ignores the tie."""
+    """Refuse an output layer that differs from the embeddings it is tied to: transformers would ignore the tie."""
     output = architecture.find(OUTPUT_LAYER.hf, checkpoint)
     embedding = stored_name(architecture.embedding_name, architecture, checkpoint)
     if output is None or output == embedding:

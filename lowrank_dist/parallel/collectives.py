@@ -27,7 +27,7 @@ _NAME_BYTES = 64  # HOST_NAME_MAX of Linux
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective on its way. What is spent in `wait` is known as time spent waiting for other ranks."""
+    """A collective on its way. Time in `wait` counts as waiting for other ranks."""
 
     work: Work
 
@@ -83,7 +83,7 @@ def leave_parallel_region(partial_sbH: Tensor, group: ProcessGroup, *, sequence_
 
 
 def digest(tensors: Iterable[Tensor]) -> int:
-    """A 63-bit hash of the tensors' bytes."""
+    """Return a 63-bit hash of the tensors' bytes."""
     sha = hashlib.sha256()
     for tensor in tensors:
         sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
@@ -91,7 +91,7 @@ def digest(tensors: Iterable[Tensor]) -> int:
 
 
 def all_equal(value: int, flag: bool, group: ProcessGroup, device: torch.device) -> tuple[bool, bool]:
-    """Whether `value` is the same on every rank of the group, and whether any rank raised `flag`: one message."""
+    """Return whether `value` is the same on every rank of the group, and whether any raised `flag`: one message."""
     if group.size() == 1:
         return True, flag
     bounds = torch.tensor([value, -value, flag], dtype=torch.int64, device=device)
@@ -101,14 +101,14 @@ def all_equal(value: int, flag: bool, group: ProcessGroup, device: torch.device)
 
 
 def all_succeeded(ok: bool, group: ProcessGroup, device: torch.device) -> bool:
-    """Whether every rank of the group succeeded."""
+    """Return whether every rank of the group succeeded."""
     flag = torch.tensor([0 if ok else 1], dtype=torch.int64, device=device)
     dist.all_reduce(flag, group=group)
     return flag.item() == 0
 
 
 def every_value(value: float, group: ProcessGroup, device: torch.device) -> list[float]:
-    """The value of every rank of the group, in rank order."""
+    """Return the value of every rank of the group, in rank order."""
     values = torch.empty(group.size(), dtype=torch.float64, device=device)
     own = torch.tensor([value], dtype=torch.float64, device=device)
     dist.all_gather_into_tensor(values, own, group=group)
@@ -116,7 +116,7 @@ def every_value(value: float, group: ProcessGroup, device: torch.device) -> list
 
 
 def host_names(group: ProcessGroup) -> tuple[str, ...]:
-    """The name of the host of every rank of a gloo group, in rank order."""
+    """Return the name of the host of every rank of a gloo group, in rank order."""
     own = torch.zeros(_NAME_BYTES, dtype=torch.uint8)
     name = socket.gethostname().encode()[:_NAME_BYTES]
     own[: len(name)] = torch.frombuffer(bytearray(name), dtype=torch.uint8)

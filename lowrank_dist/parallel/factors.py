@@ -98,7 +98,7 @@ class LowRankFactors(nn.Module):
         return torch.cat(positions)
 
     def _blocks(self) -> tuple[int, ...]:
-        """Where Bᵀ is not zero, for the operators: (first column, columns, first rank, ranks) of every run of rows."""
+        """Return the non-zero blocks of Bᵀ: (first column, columns, first rank, ranks) of every run of rows."""
         blocks: list[int] = []
         first = 0
         for shard in self.shards:
@@ -112,11 +112,11 @@ class LowRankFactors(nn.Module):
         return tuple(blocks) or (0, 0, 0, 0)
 
     def scaled_a(self, dtype: torch.dtype, mask: Mask | None) -> Tensor:
-        """[R, K]: A with s = alpha / r (or alpha / √r) and 1/(1 − p) folded in, so that no pass over tokens scales."""
+        """Return [R, K]: A with s = alpha / r (or alpha / √r) and 1/(1 − p) folded in: no pass over tokens scales."""
         return (self.lora_A.detach() * self._scale(mask)).to(dtype)
 
     def dense_bt(self, dtype: torch.dtype) -> Tensor:
-        """[R, O]: block-diagonal B, transposed."""
+        """Return [R, O]: block-diagonal B, transposed."""
         stored = self.lora_B.detach().to(dtype)
         if self.dense:
             return stored.view(self.total_rank, self.out_features)

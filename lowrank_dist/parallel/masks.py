@@ -1,4 +1,4 @@
-"""Which dropout mask a low-rank input draws: a pure function of what the token is, never of where it is computed.
+"""The dropout mask that a low-rank input draws: a pure function of what the token is, never of where it is computed.
 
 The mask of an element is Philox4×32-7 of (seed, step, layer and input, sample in the global batch, position in the
 sample, global feature), so any sharding, packing, padding or recomputation regenerates the same one.

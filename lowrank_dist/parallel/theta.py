@@ -48,7 +48,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Theta:
-    """What a method trains.
+    """The parameters that a method trains, and how they lie on the ranks.
 
     parameters: of this rank, fp32, `mark`ed, in the order that optimiser and checkpoints go by. shapes: of each
     parameter, the stored tensors (name → whole shape) that it holds pieces of on some rank; a tensor is in one
@@ -117,7 +117,7 @@ def is_partial(parameter: nn.Parameter) -> bool:
 
 
 def drawn_by_name(name: str, seed: int, rows: int, columns: int) -> Tensor:
-    """[rows, columns] of U(−1/√columns, 1/√columns), a linear's usual start, from (seed, name) alone."""
+    """Return [rows, columns] of U(−1/√columns, 1/√columns), a linear's usual start, from (seed, name) alone."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     bound = 1 / math.sqrt(columns)

@@ -1,4 +1,4 @@
-"""Who is where: tensor- and data-parallel groups of this rank, and the same facts in the form DeepSpeed asks for."""
+"""The place of each rank: its tensor- and data-parallel groups, and the same facts in the form DeepSpeed asks for."""
 
 from __future__ import annotations
 

@@ -106,5 +106,5 @@ def _block(
 
 
 def gathered_logits(hidden_nH: Tensor, weight_VH: Tensor, vocab: int, group: ProcessGroup) -> Tensor:
-    """[n, vocab]: logits of all vocabulary shards (padding included in `weight_VH`, cut off here), on every rank."""
+    """Return [n, vocab], on every rank: logits of all vocabulary shards, padding (in `weight_VH`) cut off."""
     return all_gather_columns(hidden_nH @ weight_VH.t(), group)[:, :vocab]

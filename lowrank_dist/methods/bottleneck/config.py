@@ -36,7 +36,7 @@ def reason_not_shardable(bottleneck: int, placement: Placement, tp_size: int) ->
 
 
 def places(method: str) -> tuple[str, ...]:
-    """Where a layer has a bottleneck: after attention's projection and after the MLP, or after the MLP alone."""
+    """Return where a layer has bottlenecks: after attention's projection and the MLP, or after the MLP alone."""
     return ("attention", "mlp") if method == "adapter_h" else ("mlp",)
 
 

@@ -39,7 +39,7 @@ PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
 
 
 class BottleneckConfig(BaseModel):
-    """What bottleneck_config.json says. method: as in a run's config; base: path or name of the base model."""
+    """The content of bottleneck_config.json. method: as in a run's config; base: path or name of the base model."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 

@@ -105,7 +105,7 @@ def _trained(model: CausalLM, name: str) -> nn.Parameter:
 
 
 def _is_partial(name: str, sequence_parallel: bool) -> bool:
-    """Whether each rank has a part of a copy's gradient: of its heads, or of its tokens.
+    """Return whether each rank has a part of a copy's gradient: of its heads, or of its tokens.
 
     Position embeddings are added before the tokens are cut.
     """

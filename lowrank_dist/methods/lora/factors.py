@@ -32,7 +32,7 @@ class AdaptedLinear:
 
 
 def theta_of(adapted: Sequence[AdaptedLinear]) -> list[nn.Parameter]:
-    """Θ on this rank: A and B of every linear in turn, which is the order that optimiser and checkpoints go by."""
+    """Return Θ on this rank: A and B of every linear in turn, the order that optimiser and checkpoints go by."""
     return [p for linear in adapted for p in (linear.factors.lora_A, linear.factors.lora_B)]
 
 
@@ -72,7 +72,7 @@ def inject(
 
 
 def initial_a(spec: FactorSpec, seed: int) -> Tensor:
-    """[r, in]: PEFT's kaiming_uniform(a=√5), that is U(−1/√in, 1/√in), over the full matrix; B starts at zero.
+    """Return [r, in]: PEFT's kaiming_uniform(a=√5), that is U(−1/√in, 1/√in), over the full matrix; B starts at zero.
 
     Drawn from (seed, module path) alone: a shard is a slice of it, so the spread does not grow with N.
     """
@@ -80,7 +80,7 @@ def initial_a(spec: FactorSpec, seed: int) -> Tensor:
 
 
 def shards_of(placement: LinearPlacement, tp_rank: int, tp_size: int) -> list[FactorShard]:
-    """Which rows of each factor's B lie on a rank; a pure function, so that any rank can tell for all."""
+    """Return the rows of each factor's B on a rank; a pure function, so that any rank can tell for all."""
     segments = placement.layout.segments(tp_rank, tp_size)
     shards = []
     for spec in placement.factors:
@@ -113,7 +113,7 @@ class WholeFactor:
 
 
 def lora_theta(adapted: Sequence[AdaptedLinear], tp_size: int, masks: MaskSource) -> Theta:
-    """Θ of low-rank updates: A and B of every linear in turn, stored under the names of Hugging Face's modules."""
+    """Return Θ of low-rank updates: A and B of every linear in turn, stored under Hugging Face's module names."""
     shapes: list[dict[str, tuple[int, ...]]] = []
     for linear in adapted:
         specs = linear.placement.factors
@@ -124,7 +124,10 @@ def lora_theta(adapted: Sequence[AdaptedLinear], tp_size: int, masks: MaskSource
 
 
 class _Layout(Sequence[Held]):
-    """Made as it is asked for: the rows of every factor of a large model, on every rank, would fill a GB of lists."""
+    """The layout of a rank, made as it is asked for.
+
+    The rows of every factor of a large model, on every rank, would fill a GB of lists.
+    """
 
     def __init__(self, adapted: Sequence[AdaptedLinear], tp_rank: int, tp_size: int) -> None:
         self._adapted, self._tp_rank, self._tp_size = adapted, tp_rank, tp_size
@@ -152,7 +155,7 @@ class _Layout(Sequence[Held]):
 def _pieces(
     linear: AdaptedLinear, shards: Sequence[FactorShard], tp_rank: int
 ) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
-    """Those of lora_A, which a row-parallel linear cuts by columns, and of lora_B, of which rows may be anywhere."""
+    """Return the pieces of lora_A, cut by columns if row-parallel, and of lora_B, whose rows may be anywhere."""
     k = linear.factors.lora_A.size(1)
     sharded_a = linear.placement.layout.kind == "row"
     columns = slice(tp_rank * k, (tp_rank + 1) * k) if sharded_a else slice(None)
@@ -175,7 +178,7 @@ def spread_factors(adapted: Sequence[AdaptedLinear], tp_rank: int, values: Mappi
 
 
 def whole_factors(placements: Sequence[LinearPlacement], tensors: Mapping[str, Tensor]) -> dict[str, WholeFactor]:
-    """Module path → factor, from the stored tensors of `lora_theta`."""
+    """Return module path → factor, from the stored tensors of `lora_theta`."""
     return {
         spec.path: WholeFactor(spec, tensors[f"{spec.path}.lora_A"], tensors[f"{spec.path}.lora_B"])
         for placement in placements
@@ -184,7 +187,7 @@ def whole_factors(placements: Sequence[LinearPlacement], tensors: Mapping[str, T
 
 
 def adapter_factors(whole: Mapping[str, WholeFactor]) -> dict[str, LowRankFactor]:
-    """The factors as Hugging Face modules hold them.
+    """Return the factors as Hugging Face modules hold them.
 
     Parts of one module (q_proj, k_proj, v_proj inside GPT-2's c_attn) become one factor of rank R = Σ r: A stacked, B
     zero outside its block, alpha set so that the module keeps the first part's scale (a part of another scale has the

@@ -1,4 +1,4 @@
-"""What others ask of a folder of low-rank factors: what it is, how it is published and served, what starts from it."""
+"""A folder of low-rank factors as others ask for it: recognised, inspected, published, served, started from."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ MODULES, SUMMARY = "modules", "update_norms"
 
 @dataclass
 class _Found:
-    """What is read of the adapter's own files; None or empty is what could not be read."""
+    """The adapter's own files as far as they could be read; the rest is None or empty."""
 
     folder: Path
     report: Report

@@ -42,7 +42,7 @@ _LARGEST = 1e30
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """What adapter_config.json says about a LoRA adapter: `rank` and `alpha` hold where no pattern matches.
+    """The content of adapter_config.json for a LoRA adapter: `rank` and `alpha` hold where no pattern matches.
 
     targets: names or ends of module paths, or one regular expression over the whole path ("all-linear": any linear).
     Pattern keys are regular expressions for the end of a module path, from a dot on; the first that matches counts.
@@ -67,7 +67,7 @@ class PeftConfig:
         return _first_match(self.alpha_pattern, module, self.alpha)
 
     def adapts(self, module: str) -> bool:
-        """Whether PEFT would put factors on `module`."""
+        """Return whether PEFT would put factors on `module`."""
         if isinstance(self.targets, str):
             return self.targets == "all-linear" or re.fullmatch(self.targets, module) is not None
         return any(module == target or module.endswith(f".{target}") for target in self.targets)

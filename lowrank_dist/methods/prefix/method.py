@@ -101,7 +101,7 @@ class Prefix(nn.Module):
         return found.permute(1, 2, 3, 0, 4)
 
     def shapes(self) -> tuple[dict[str, tuple[int, ...]], ...]:
-        """Of each parameter in turn: the stored tensor and its whole shape."""
+        """Return for each parameter in turn the stored tensor and its whole shape."""
         if self._width is None:
             return ({KEYS_VALUES: (self.length, *self._whole)},)
         return (
@@ -113,7 +113,7 @@ class Prefix(nn.Module):
         )
 
     def layout(self, tp_rank: int) -> list[Held]:
-        """Of each parameter in turn: what it is on a tensor-parallel rank."""
+        """Return for each parameter in turn its share on a tensor-parallel rank."""
         held = []
         for parameter, shapes in zip(self.parameters(), self.shapes(), strict=True):
             ((name, shape),) = shapes.items()
@@ -131,7 +131,7 @@ class Prefix(nn.Module):
 
 
 def keys_values(tensors: Mapping[str, Tensor]) -> Tensor:
-    """[l, L, 2, G, d] from the stored tensors of a `Prefix`, whole, with or without an MLP."""
+    """Return [l, L, 2, G, d] from the stored tensors of a `Prefix`, whole, with or without an MLP."""
     if KEYS_VALUES in tensors:
         return tensors[KEYS_VALUES]
     inner = torch.tanh(F.linear(tensors[EMBEDDING], tensors[HIDDEN], tensors[HIDDEN_BIAS]))
@@ -176,7 +176,7 @@ class PrefixTuning:
         return theta
 
     def _initial(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """As PEFT's embeddings and linears start, but for keys and values alone; the same at every layout."""
+        """Return initial values, the same at every layout: PEFT's, but for keys and values alone."""
         generator = torch.Generator().manual_seed(self._seed)
         values = {}
         for name, shape in shapes.items():
