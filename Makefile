@@ -24,11 +24,11 @@ export PYTHON
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install check test test-all test-cluster test-nightly quickstart cuda-build-check gpu-check gpu-bench clean
+.PHONY: help install check types quick test test-all test-cluster test-nightly quickstart cuda-build-check gpu-check gpu-bench clean
 
 help:
 	@echo "make install           .venv with everything; the targets below do it themselves"
-	@echo "make check             ruff and the quick unit tests"
+	@echo "make check             ruff, mypy and the quick unit tests"
 	@echo "make test              ruff and all tests but those below"
 	@echo "make test-all          layouts resharded, runs killed in their saves"
 	@echo "make test-cluster      as root: a real Slurm and real network hosts"
@@ -49,13 +49,20 @@ $(VENV)/.installed: setup.py pyproject.toml .ci/constraints.txt $(wildcard csrc/
 	$(PYTHON) -m pip install -q -c .ci/constraints.txt --no-build-isolation -e '.[test,quickstart]'
 	touch $@
 
-# ruff and the quick unit tests: at most 90 s on 2 cores.
+# ruff, mypy and the quick unit tests: at most 90 s on 2 cores. mypy has one thread, and needs most of a minute at first.
 check: $(READY)
 	$(PYTHON) -m ruff check .
+	$(MAKE) --no-print-directory -j2 --output-sync types quick
+
+types: $(READY)
+	$(PYTHON) -m mypy
+
+quick: $(READY)
 	$(PYTEST) -n $(JOBS) --dist loadfile -m "not slow and not nightly" tests/unit
 
 test: $(READY)
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
 	$(PYTEST) -n $(JOBS) --dist worksteal $(SLOWEST) tests/unit tests/dist tests/integration
 
 # What takes too long for every change: every layout into another, runs killed in their saves.
@@ -88,5 +95,5 @@ gpu-bench: $(READY)
 	bash tests/gpu/bench.sh
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV)/.installed lowrank_dist/ops/_C*.so
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(VENV)/.installed lowrank_dist/ops/_C*.so
 	find lowrank_dist tests launch benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
