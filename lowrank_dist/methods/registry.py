@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lowrank_dist.methods.method import Tuner
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sizes:
     """Sizes of the methods that a plan puts beside its own.
 

@@ -49,6 +49,16 @@ def test_answers_in_under_three_seconds_without_torch() -> None:
     assert min(seconds) < 3
 
 
+def test_the_other_methods_have_the_sizes_asked_for() -> None:
+    found = data("gpt2-medium", "method=full", "--bottleneck", 48, "--virtual-tokens", 5, "--gpus-per-node", 1)
+    trained = {row["method"]: row["trained"] for row in found["methods"]}
+    hidden, layers, one = 1024, 24, 2 * 1024 * 48 + 48 + 1024
+    assert trained["adapter_h"] == layers * 2 * one and trained["adapter_l"] == layers * (one + 2 * hidden)
+    assert trained["prompt"] == 5 * hidden and trained["prefix"] == 5 * 2 * layers * hidden
+    # r = 8 on the fused qkv, proj, fc1 and fc2.
+    assert trained["lora"] == 8 * layers * (4 + 2 + 5 + 5) * hidden
+
+
 def test_the_tables_of_gpt3() -> None:
     done = plan(*GPT3, "--nodes", 4, "--gpus-per-node", 8, "--gpu-memory", "80GB", "--gpu", "h100")
     assert done.exit_code == 0
