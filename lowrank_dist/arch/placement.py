@@ -50,7 +50,7 @@ class LinearPlacement:
 
 @dataclass(frozen=True)
 class LoraRules:
-    """The part of the configuration that placement needs (see config.LoraConfig)."""
+    """The part of the configuration that placement needs (see methods/lora/config.py)."""
 
     rank: int
     alpha: float

@@ -32,7 +32,7 @@ from lowrank_dist.supervision.peers import lost_peers
 
 logger = logging.getLogger(__name__)
 
-_WRITTEN, _NO_SPACE, _FAILED = range(3)
+_WRITTEN, _REFUSED, _FAILED = range(3)
 # Writes a checkpoint from the stream of its tensors.
 _Write = Callable[[Iterable[Mapping[str, Tensor]]], None]
 _LAST_SECONDS = 15  # that a run which fails waits for a checkpoint that is being written
@@ -60,7 +60,8 @@ class CheckpointWriter:
     """Writes checkpoints to the disk, on one rank; knows nothing of the ranks they come from.
 
     shapes: stored name → shape of the tensors of Θ. summary: the steps that the links point to since the
-    last `write`, in words. resumed: the state that the run goes on from.
+    last `write`, in words. leftovers: the old checkpoints that it could not remove, in words. resumed: the state that
+    the run goes on from.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class CheckpointWriter:
         self._method, self._shapes = method, shapes
         # What lies behind the step that was resumed. A newer folder did not verify, or it would have been resumed.
         self._saved = [step for step in step_folders(folder.checkpoints) if resumed and step <= resumed.step]
-        self.summary = ""
+        self.summary = self.leftovers = ""
 
     def write(self, stream: Iterable[Mapping[str, Tensor]], state: TrainingState, *, final: bool) -> None:
         """Write checkpoints/step-N of the tensors that `Gathering.stream` gives, and with `final` adapter/ too.
@@ -116,12 +117,19 @@ class CheckpointWriter:
             return
         # The one that `best` points to stays, whatever keep_best says: a link to nothing helps nobody.
         kept = {*sorted(self._saved)[-self._retention.last :], *best[: max(1, self._retention.best)]}
+        failed = []
         for step in [step for step in self._saved if step not in kept]:
+            self._saved.remove(step)
             folder = self._folder.checkpoints / f"step-{step}"
             doomed = temporary_name(folder)
-            folder.rename(doomed)  # so that a kill leaves what is known as unfinished, not half a checkpoint
-            shutil.rmtree(doomed)
-            self._saved.remove(step)
+            try:
+                folder.rename(doomed)  # so that a kill leaves what is known as unfinished, not half a checkpoint
+                shutil.rmtree(doomed)
+            except FileNotFoundError:
+                logger.info("%s is gone already: somebody removed it", folder)
+            except OSError as error:  # the new checkpoint is there all the same
+                failed.append(f"{folder}: {error}")
+        self.leftovers = f"old checkpoints could not be removed ({'; '.join(failed)}): remove them" if failed else ""
 
 
 @dataclass
@@ -226,11 +234,14 @@ class CheckpointSaver:
         if unfinished:
             return
         self._current, self._refusal = None, None
-        if outcome == _NO_SPACE:
+        if outcome == _REFUSED:
             self._refusal = str(save.error or "rank 0 could not write it; see its log")
             message = f"step {save.step}: NO CHECKPOINT WAS WRITTEN: {self._refusal}. Training goes on"
             logger.error("%s", message)
             self._report(message)
+        elif self._writer is not None and self._writer.leftovers:
+            logger.warning("%s", self._writer.leftovers)
+            self._report(f"step {save.step}: {self._writer.leftovers}")
 
     def _save_in_thread(self, save: _Save, snapshot: Tensor, write: _Write | None) -> None:
         """Gather, and on rank 0 write, in the thread of one save; `save` says what happened, for training to find."""
@@ -240,7 +251,7 @@ class CheckpointSaver:
                 if write is not None:
                     write(stream)
             except DiskError as error:
-                save.outcome, save.error = _NO_SPACE, error
+                save.outcome, save.error = _REFUSED, error
             deque(stream, maxlen=0)  # after a refusal too the other ranks send what they have, and training goes on
         except Exception as error:  # whatever it is: a thread that dies of it in silence would be the worst
             save.outcome, save.error = _FAILED, error

@@ -14,6 +14,9 @@ import pytest
 from tests.gpu import check, prepare, stages
 from tests.gpu.stages import Outcome, Runner, Stage, select
 
+# They wait for limits to run out.
+pytestmark = pytest.mark.slow
+
 MakeRunner = Callable[..., Runner]
 HANG = "sleep 60"
 
@@ -98,10 +101,13 @@ def lives(stat: Path) -> bool:
         return False
 
 
-def test_an_interrupted_stage_still_says_what_it_found(make_runner: MakeRunner) -> None:
+def test_an_interrupted_stage_still_says_what_it_found(
+    make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_runner()
-    run.run(stage(f"trap 'echo 2 failed, 3 passed in 1s; exit 2' INT; {HANG} & wait", 1.0))
-    assert run.outcomes[0].says == "2 failed, 3 passed" and run.outcomes[0].result == "FAILED: ran past 1 s"
+    monkeypatch.setattr(stages, "GRACE", 10.0)  # it takes what it needs, on a busy machine too
+    run.run(stage(f"trap 'echo 2 failed, 3 passed in 1s; exit 2' INT; {HANG} & wait", 4.0))
+    assert run.outcomes[0].says == "2 failed, 3 passed" and run.outcomes[0].result == "FAILED: ran past 4 s"
 
 
 def test_a_stage_that_ends_well_while_it_is_interrupted_has_not_failed(make_runner: MakeRunner) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,3 +87,30 @@ def test_links_and_folders_follow_what_decides(tmp_path: Path) -> None:
     unknown = writer("bleu", measured(7), last=1)
     assert write(unknown, measured(8)) == ("", {"step-8"}) and unknown.summary == "checkpoints/last: step 8"
     assert write(unknown, measured(9, bleu={9: 1.0})) == ("step-9", {"step-9"})
+
+
+def test_an_old_checkpoint_that_is_gone_or_that_stays_fails_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    facts = Facts(Provenance("cd" * 32, "base", {}), state_of(2).data, None)
+    writer = CheckpointWriter(folder, StandIn(), SHAPES, facts, Retention(1, 0, "bleu"), None)
+
+    def write(step: int) -> set[str]:
+        writer.write([tensors_of(step)], measured(step), final=False)
+        assert (folder.checkpoints / "last").readlink().name == f"step-{step}"
+        return {path.name for path in folder.checkpoints.iterdir()} - {"last"}
+
+    assert write(2) == {"step-2"}
+    shutil.rmtree(folder.checkpoints / "step-2")
+    assert write(4) == {"step-4"} and writer.leftovers == ""
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", busy)
+        assert "step-6" in write(6) and "step-4" in writer.leftovers and "busy" in writer.leftovers
+    assert "step-8" in write(8) and writer.leftovers == ""
+
+
+def busy(path: Path, ignore_errors: bool = False) -> None:
+    if not ignore_errors:
+        raise OSError(f"{path} is busy")

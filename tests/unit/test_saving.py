@@ -56,7 +56,7 @@ def test_a_refused_checkpoint_lets_the_others_send_all(monkeypatch: pytest.Monke
     saver.save(Progress(step=4))
     saver.close()
     assert gathered.sent == 3
-    assert saver._current.outcome == saving._NO_SPACE and isinstance(saver._current.error, DiskError)
+    assert saver._current.outcome == saving._REFUSED and isinstance(saver._current.error, DiskError)
 
 
 def test_a_refused_checkpoint_and_a_lost_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ class Bottlenecks:
 
 
 def stored_shapes(config: BottleneckConfig, layer: int, place: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of one bottleneck's tensors, in the order of parallel.bottleneck.Bottleneck's parameters."""
+    """Names and shapes of one bottleneck's tensors, in the order of the parameters of method.Bottleneck."""
     hidden, bottleneck = config.hidden, config.bottleneck
     norm = {"norm.weight": (hidden,), "norm.bias": (hidden,)} if has_norm(config.method) else {}
     shapes = {
