@@ -82,7 +82,10 @@ def step_folders(checkpoints: Path) -> dict[int, Path]:
 
 
 def newest_checkpoint(checkpoints: Path) -> Found:
-    """Look from the newest step backwards. The links are not trusted: they may be older, or lead nowhere."""
+    """Return the newest checkpoint that verifies, with what was passed over on the way.
+
+    The links are not trusted: they may be older, or lead nowhere.
+    """
     links = (checkpoints / name for name in LINKS)
     passed_over = [f"{link} leads nowhere" for link in links if link.is_symlink() and not link.exists()]
     for step, folder in reversed(step_folders(checkpoints).items()):

@@ -25,7 +25,10 @@ BATCH_ELEMENTS = 2**24
 
 
 class Gathering:
-    """Collective to make: the ranks tell each other which elements of Θ their partitions hold."""
+    """Gathers Θ and its Adam state from all ranks on rank 0.
+
+    Collective to make: the ranks tell each other which elements of Θ their partitions hold.
+    """
 
     def __init__(self, theta: Theta, optimiser: ZeroOptimiser, topology: Topology) -> None:
         self._theta, self._topology = theta, topology

@@ -19,7 +19,7 @@ from lowrank_dist.supervision.rank import Supervision
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """The things that every part of a run needs.
+    """What all parts of a run share: configuration, ranks, folder, phases and the checkpoint it goes on from.
 
     config: complete, with the values that an adapter or the checkpoint gives. phases: reports to supervision which
     phase this rank is in. resumption: the checkpoint that the run goes on from; None for a run that starts afresh.
@@ -69,7 +69,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Progress:
-    """After `step` optimizer steps; the rest as in checkpoint.training_state.TrainingState."""
+    """How far a run has come: `step` optimizer steps; the rest as in checkpoint.training_state.TrainingState."""
 
     step: int = 0
     epoch: float = 0.0

@@ -155,15 +155,16 @@ class Trainer:
 
     @property
     def _ended(self) -> bool:
-        """The same on every rank, since the history is."""
+        """Training is over: the last step is done or patience lost. The same on every rank, since the history is."""
         patience = self.run.config.eval.patience
         lost = patience is not None and self.evaluator.history.without_better >= patience
         return lost or self.progress.step == self.steps
 
     def _agree(self, step: int, batch: StepBatch) -> bool:
-        """Return whether a rank of this tensor-parallel group was told to stop.
+        """Refuse a step for which this tensor-parallel group read different batches; return whether one of its ranks was
+        told to stop.
 
-        The same message tells ranks that see different data, which would train on garbage without a sign of it.
+        One message for both. Ranks that see different data would train on garbage without a sign of it.
         """
         topology, device = self.run.topology, self.run.backend.device
         tokens = digest(m.input_ids for m in batch.microbatches)

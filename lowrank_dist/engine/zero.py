@@ -182,7 +182,7 @@ class ZeroOptimiser:
             safe_set_full_optimizer_state(parameter, moment, key)
 
     def restored(self, step: int) -> None:
-        """All parameters are set: they follow their masters, and AdamW counts from `step`. Collective."""
+        """Finish a restore, once all masters are set: parameters follow them, AdamW counts from `step`. Collective."""
         self._count_from(step)
         self.engine.optimizer.update_lp_params()
 

@@ -42,8 +42,9 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 @dataclass
 class Report:
-    """kind: adapter, checkpoint, run or model. facts: name_of_fact → scalar, list or mapping of these, in order.
+    """What an inspection found in a folder.
 
+    kind: adapter, checkpoint, run or model. facts: name_of_fact → scalar, list or mapping of these, in order.
     tables: name → rows with the same keys. warnings: what works but should be known. problems: what is broken, each
     with file, key and remedy.
     """

@@ -91,7 +91,9 @@ def _largest(logits_bVi: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
 
 
 def draw(logits_bV: Tensor, rules: DecodingRules, uniform_b: Tensor) -> Tensor:
-    """Return, int64 [b], the inverse of the distribution function at `uniform_b`; tokens go by logit, then by id.
+    """Sample one token a row, int64 [b]: the inverse of the distribution function at `uniform_b`.
+
+    Tokens go by logit, then by id.
 
     Temperature, then the top_k largest, then the fewest that reach top_p of what these hold (Holtzman et al. 2020).
     """

@@ -30,7 +30,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """adapted: tensors the adapter has factors on; changed: those that would differ, as stored, without it."""
+    """The effect of one adapter on a merge.
+
+    adapted: tensors the adapter has factors on; changed: those that would differ, as stored, without it.
+    """
 
     adapter: WeightedAdapter
     adapted: int

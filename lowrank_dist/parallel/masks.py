@@ -1,4 +1,4 @@
-"""The dropout mask that a low-rank input draws: a pure function of what the token is, never of where it is computed.
+"""The dropout mask that each linear draws: a pure function of what the token is, never of where it is computed.
 
 The mask of an element is Philox4×32-7 of (seed, step, layer and input, sample in the global batch, position in the
 sample, global feature), so any sharding, packing, padding or recomputation regenerates the same one.
@@ -20,7 +20,9 @@ def stream_of(layer: int, linear: str) -> int:
 
 
 class MaskSource:
-    """Shared by all linears of a model: the microbatch at hand. The engine moves it, the linears read it.
+    """The source of dropout masks, shared by all linears of a model.
+
+    The engine tells it of the microbatch at hand, the linears draw from it.
 
     `rows` is int64 [s, b] (sequence-major): index in the global batch × sequence limit + position in the sample.
     """

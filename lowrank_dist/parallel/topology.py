@@ -17,7 +17,9 @@ from lowrank_dist.parallel.collectives import host_names
 
 @dataclass(frozen=True)
 class Topology:
-    """Tensor-parallel ranks are consecutive, so that a group of at most a node's size lies inside a node.
+    """The process groups, and the place of this rank in them.
+
+    Tensor-parallel ranks are consecutive, so that a group of at most a node's size lies inside a node.
 
     host_group: all ranks over gloo, on tensors in host memory. It is the checkpoints' own, whose thread may send while
     training uses the others. hosts: the name of every rank's host.

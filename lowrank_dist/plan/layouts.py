@@ -19,7 +19,7 @@ _LARGEST_CLUSTER = 512  # nodes, up to which a larger one is looked for
 
 @dataclass(frozen=True)
 class Cluster:
-    """`memory`: bytes of a GPU."""
+    """The nodes to plan for. memory: bytes of a GPU."""
 
     nodes: int
     gpus_per_node: int
@@ -69,7 +69,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """best: the fastest layout that fits, or where none does the smallest. remedies: what would make it fit."""
+    """The chosen layout and its alternatives.
+
+    best: the fastest that fits, or where none does the smallest. remedies: what would make it fit.
+    """
 
     best: Candidate
     runner_up: Candidate | None

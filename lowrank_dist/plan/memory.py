@@ -141,7 +141,7 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
 
 
 def _head(job: Job, kept: int) -> Moment:
-    """Loss and its gradient, one block of target positions at a time."""
+    """The vocabulary projection: loss and its gradient, one block of target positions at a time."""
     e, h = job.itemsize, job.architecture.hidden
     rows, positions = head_rows(job), min(job.targets, logit_block(job))
     own = positions * h
@@ -231,7 +231,7 @@ def _message(job: Job, rank: int) -> int:
 
 
 def _step(job: Job, tp_rank: int) -> Moment:
-    """AdamW on a flat gradient partition, with two temporaries as large; the group's own gradients are free by then."""
+    """The optimizer step: AdamW on a flat gradient partition, with two temporaries as large; the group's own gradients are free by then."""
     theta = theta_on_rank(job, tp_rank)
     found, freed = [], 0
     for elements in (theta.replicated, theta.sharded):
@@ -242,7 +242,7 @@ def _step(job: Job, tp_rank: int) -> Moment:
 
 
 def _prompts(job: Job, decoding: Decoding, theta: ThetaOnRank) -> Moment:
-    """A layer on the prompts of an evaluation, all of them as long as samples may be.
+    """An evaluation that reads its prompts: a layer on all of them, as long as samples may be.
 
     Their keys and values have their place, and that of the tokens to come, from the beginning. Nothing is saved for
     backward, gradients are gone, and there is no sequence parallelism.

@@ -19,7 +19,9 @@ _FAILED, _BEHIND = "lowrank_dist/failed", "lowrank_dist/left behind"
 
 @dataclass(frozen=True)
 class Answer:
-    """speaks: this rank is to say what happened, the others of its kind need not. silent: ranks that said nothing
+    """What the other ranks answered about a failure.
+
+    speaks: this rank is to say what happened, the others of its kind need not. silent: ranks that said nothing
     within ASK_SECONDS, where nobody knows the cause. cause: what a rank said that went first. reached: whether the
     store answered.
     """

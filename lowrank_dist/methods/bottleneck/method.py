@@ -99,7 +99,7 @@ _PLACES = {"attention": "self_attn_bda", "mlp": "mlp_bda"}
 
 
 class Adapters:
-    """See methods/method.py."""
+    """Adapter layers as a `Method` (methods/method.py)."""
 
     virtual = 0
     lead: tuple[int, ...] = ()

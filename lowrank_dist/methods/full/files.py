@@ -33,7 +33,7 @@ SHARD_BYTES = 5 * 10**9
 
 
 class WholeModelFiles:
-    """See methods/files.py. Config, tokenizer and the like are the base's.
+    """Writes the trained model as a Hugging Face folder. Config, tokenizer and the like are the base's.
 
     Always with an index, since vLLM reads every safetensors file beside it in a folder that has none, the optimiser's
     too.
