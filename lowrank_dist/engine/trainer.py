@@ -161,8 +161,9 @@ class Trainer:
         return lost or self.progress.step == self.steps
 
     def _agree(self, step: int, batch: StepBatch) -> bool:
-        """Refuse a step for which this tensor-parallel group read different batches; return whether one of its ranks was
-        told to stop.
+        """Refuse a step for which this tensor-parallel group read different batches.
+
+        Returns whether one of its ranks was told to stop.
 
         One message for both. Ranks that see different data would train on garbage without a sign of it.
         """

@@ -231,7 +231,10 @@ def _message(job: Job, rank: int) -> int:
 
 
 def _step(job: Job, tp_rank: int) -> Moment:
-    """The optimizer step: AdamW on a flat gradient partition, with two temporaries as large; the group's own gradients are free by then."""
+    """The optimizer step: AdamW on a flat gradient partition, with two temporaries as large.
+
+    The group's own gradients are free by then.
+    """
     theta = theta_on_rank(job, tp_rank)
     found, freed = [], 0
     for elements in (theta.replicated, theta.sharded):
