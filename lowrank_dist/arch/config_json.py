@@ -105,6 +105,9 @@ def _check_options(values: Mapping[str, Any], family: Family, where: str) -> Non
     for key, (what, remedy) in _REFUSED.items():
         if values.get(key) is not None:
             raise UnsupportedModel(f"{where}: {key}: {what}: {remedy}")
+    for key, meaning in family.absent.items():
+        if key in values:
+            raise UnsupportedModel(f"{where}: {key} is not supported in a {values['model_type']} ({meaning})")
     for key, (supported, meaning) in family.only.items():
         found = Key(key, "flag", supported).read(values, where)
         if found != supported:
@@ -163,11 +166,11 @@ def _sliding_window(values: Mapping[str, Any], family: Family, layers: int, wher
     if not found["used"]:
         window = None
     kinds = found["kinds"]
+    key = family.window["kinds"].name
     if kinds is None:
         first = layers if window is None else min(max(found["first"], 0), layers)
-        kinds = [_FULL[0]] * first + [_SLIDING[0]] * (layers - first)
-    key = family.window["kinds"].name
-    if len(kinds) != layers:
+        kinds = [_FULL[0]] * (first > 0) + [_SLIDING[0]] * (first < layers)
+    elif len(kinds) != layers:
         raise UserError(f"{where}: {key} has {len(kinds)} entries for {layers} layers: correct it")
     if all(kind in _FULL for kind in kinds):
         return None

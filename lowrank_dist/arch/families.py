@@ -43,6 +43,7 @@ class Family:
     window: Mapping[str, Key] = field(default_factory=dict)
     equal: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     rope_theta: float = 10_000.0
+    absent: Mapping[str, str] = field(default_factory=dict)
 
 
 def _weight_and_bias(megatron: str, hf: str, shape: tuple[str, ...] = ("hidden",)) -> tuple[TensorRule, TensorRule]:
@@ -150,6 +151,7 @@ FAMILIES: Mapping[str, Family] = {
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
         window={"window": _WINDOW},
+        absent={"layer_types": "transformers takes it for a ministral, whose layers differ"},
     ),
     "qwen2": Family(
         prefix="model.",

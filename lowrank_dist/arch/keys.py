@@ -1,6 +1,6 @@
 """One key of config.json: what it may hold, and what it means where it is missing."""
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +13,8 @@ def is_integer(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Return whether the value is a number that a float can hold: JSON has longer integers, and NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
@@ -26,6 +27,8 @@ _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "names": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)),
 }
 
+# No size of a model comes near; what follows from a larger one would take minutes or the memory of this machine.
+_LARGEST = 2**31
 # The default of a key that must be there: sizes are never guessed.
 REQUIRED = "required"
 
@@ -59,4 +62,6 @@ class Key:
         description, fits = _KINDS[self.kind]
         if not fits(value):
             raise UserError(f"{where}: {name} must be {description}, not {value!r}")
+        if self.kind != "number" and is_integer(value) and abs(value) >= _LARGEST:
+            raise UserError(f"{where}: {name} must be below 2^31, not {value}: correct it")
         return value

@@ -136,7 +136,7 @@ def architecture_of_folder(folder: Path) -> tuple[Architecture | None, str | Non
     """The architecture, or why this system has none for the folder."""
     try:
         return read_architecture(folder), None
-    except UserError as error:
+    except Exception as error:  # config.json is anyone's, and an inspection reports what it finds
         return None, one_line(error)
 
 

@@ -100,13 +100,6 @@ def all_equal(value: int, flag: bool, group: ProcessGroup, device: torch.device)
     return high == -negative_low, bool(flagged)
 
 
-def all_succeeded(ok: bool, group: ProcessGroup, device: torch.device) -> bool:
-    """Return whether every rank of the group succeeded."""
-    flag = torch.tensor([0 if ok else 1], dtype=torch.int64, device=device)
-    dist.all_reduce(flag, group=group)
-    return flag.item() == 0
-
-
 def every_value(value: float, group: ProcessGroup, device: torch.device) -> list[float]:
     """Return the value of every rank of the group, in rank order."""
     values = torch.empty(group.size(), dtype=torch.float64, device=device)

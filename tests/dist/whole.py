@@ -1,4 +1,4 @@
-"""Whole factors by collectives, independent of `lora.state.join_factors`: the referee of what a checkpoint holds."""
+"""Whole factors by collectives, independent of the gathering of checkpoints: the referee of what a checkpoint holds."""
 
 from __future__ import annotations
 

@@ -413,3 +413,25 @@ def test_a_table_alone_makes_a_family(tmp_path: Path, monkeypatch: pytest.Monkey
     job = job_of(read_request(str(folder), ["lora.rank=2", "data.max_length=64"]), 1.0)
     assert (job.name, job.architecture.family, job.stored_dtype) == ("cria", "cria", "fp32")
     assert frozen_size(job.architecture) == held and job.placement.elements > 0
+
+
+def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path: Path) -> None:
+    """transformers decides so when it reads the file, whatever the key holds."""
+    for kinds in (["full_attention", "sliding_attention"], None):
+        values = least("mistral") | {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": kinds}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        if kinds is not None:
+            assert AutoConfig.from_pretrained(tmp_path).model_type == "ministral"
+        with pytest.raises(UnsupportedModel, match="layer_types"):
+            read_architecture(tmp_path)
+
+
+@pytest.mark.parametrize("value", [10**400, 2**31, -(10**400), 10**30])
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps", "num_hidden_layers", "hidden_size", "max_window_layers"])
+def test_numbers_that_no_model_has_are_refused_at_once(key: str, value: int) -> None:
+    values = least("qwen2") | {key: value}
+    if key in ("rope_theta", "rms_norm_eps") and 0 < value < 10**400:
+        architecture_of(values, "config.json")  # a float that large is a float
+    else:
+        with pytest.raises(UserError, match=key):
+            architecture_of(values, "config.json")
