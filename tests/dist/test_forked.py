@@ -315,6 +315,7 @@ from pathlib import Path
 from tests import forked
 from tests.dist.ranks import World
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where a shell runs the tests in the background
     world = World(1)
     print(*world.run(os.getpid, ()), flush=True)
     deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN); os.kill(int(os.environ['OWNER']), signal.SIGINT)"

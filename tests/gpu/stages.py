@@ -270,6 +270,8 @@ def _reported() -> Iterator[None]:
 def _end_with_the_runner() -> None:
     """In a stage before its command: the kernel kills it once the runner is dead, however that died."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A shell lets what it starts in the background ignore this one, which then could not tell a stage to end.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(running: Running) -> tuple[int | None, bool]:
