@@ -71,12 +71,12 @@ def _arm_saves(root: Path, points: list[int], action: Action) -> None:
     """Arm at the first save for good, or with several points anew at each."""
     write, waiting = CheckpointWriter.write, iter(points or [0])
 
-    def armed(self: CheckpointWriter, *values: Any, final: bool) -> None:
+    def armed(self: CheckpointWriter, *values: Any, **options: Any) -> None:
         nth = next(waiting, None)
         if nth is not None:
             arm(root, nth, action if nth else Action.COUNT)
         try:
-            write(self, *values, final=final)
+            write(self, *values, **options)
         finally:
             if len(points) > 1:
                 disarm()
