@@ -145,14 +145,19 @@ class FastTokenizer:
 
 def _eos_of_model(config: Path) -> int | None:
     """Return config.json's eos_token_id where it is one id: GPT-2's tokenizer_config.json on the hub names no EOS."""
+    eos = _settings(config, "mend it").get("eos_token_id")
+    return eos if isinstance(eos, int) else None
+
+
+def _settings(config: Path, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in a file beside a tokenizer; empty where there is no file, or no object in it."""
     if not config.is_file():
-        return None
+        return {}
     try:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{config}: malformed JSON ({error}); mend it") from error
-    eos = settings["eos_token_id"] if isinstance(settings, dict) and "eos_token_id" in settings else None
-    return eos if isinstance(eos, int) else None
+        raise UserError(f"{config}: malformed JSON ({error}); {remedy}") from error
+    return settings if isinstance(settings, dict) else {}
 
 
 def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -220,10 +225,4 @@ class SentencePieceTokenizer:
 
 def _adds_bos(config: Path) -> bool:
     """Return `add_bos_token` of the tokenizer_config.json that Hugging Face folders have; True where it is not said."""
-    if not config.is_file():
-        return True
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config}: malformed JSON ({error}); mend or remove it") from error
-    return not (isinstance(settings, dict) and "add_bos_token" in settings and settings["add_bos_token"] is False)
+    return _settings(config, "mend or remove it").get("add_bos_token") is not False
