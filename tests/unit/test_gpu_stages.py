@@ -19,6 +19,8 @@ pytestmark = pytest.mark.slow
 
 MakeRunner = Callable[..., Runner]
 HANG = "sleep 60"
+# A stage that does something about an interrupt is given this long to set its trap before it comes.
+HEARD = 3.0
 
 
 @pytest.fixture
@@ -83,8 +85,8 @@ def test_the_table_stands_after_every_stage(make_runner: MakeRunner) -> None:
 def test_a_hanging_stage_that_ignores_the_interrupt_is_killed_with_its_children(make_runner: MakeRunner) -> None:
     run = make_runner()
     began = time.monotonic()
-    run.run(stage(f"trap '' INT; {HANG} & echo $!; wait", 1.0, "deaf"))
-    assert 0.9 < time.monotonic() - began < 4
+    run.run(stage(f"trap '' INT; {HANG} & echo $!; wait", HEARD, "deaf"))
+    assert HEARD - 0.1 < time.monotonic() - began < HEARD + 3
     child = Path("/proc", run.outcomes[0].says, "stat")
     assert run.outcomes[0].says.isdigit()
     until = time.monotonic() + 5
@@ -106,13 +108,17 @@ def test_an_interrupted_stage_still_says_what_it_found(
 ) -> None:
     run = make_runner()
     monkeypatch.setattr(stages, "GRACE", 10.0)  # it takes what it needs, on a busy machine too
-    run.run(stage(f"trap 'echo 2 failed, 3 passed in 1s; exit 2' INT; {HANG} & wait", 4.0))
-    assert run.outcomes[0].says == "2 failed, 3 passed" and run.outcomes[0].result == "FAILED: ran past 4 s"
+    run.run(stage(f"trap 'echo 2 failed, 3 passed in 1s; exit 2' INT; {HANG} & wait", 10.0 + HEARD))
+    assert run.outcomes[0].says == "2 failed, 3 passed" and run.outcomes[0].result == "FAILED: ran past 13 s"
 
 
-def test_a_stage_that_ends_well_while_it_is_interrupted_has_not_failed(make_runner: MakeRunner) -> None:
+def test_a_stage_that_ends_well_while_it_is_interrupted_has_not_failed(
+    make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = make_runner()
-    assert run.run(stage("trap '' INT; sleep 0.8; echo 3 passed in 1s", 1.0))
+    monkeypatch.setattr(stages, "GRACE", 10.0)
+    assert run.run(stage(f"trap '' INT; sleep {HEARD + 0.5}; echo 3 passed in 1s", 10.0 + HEARD))
+    assert HEARD < run.outcomes[0].seconds, "it was interrupted"
     assert results(run) == {"a stage": "ok"} and run.outcomes[0].says == "3 passed"
 
 
@@ -283,8 +289,8 @@ def test_a_process_that_does_not_die_ends_no_run(make_runner: MakeRunner, monkey
     run = make_runner()
     kept: list[stages.Running] = []
     monkeypatch.setattr(stages, "_kill", kept.append)
-    run.run(stage(f"trap '' INT; {HANG} & wait", 1.0))
-    assert results(run) == {"a stage": "FAILED: ran past 1 s, cannot be killed"}
+    run.run(stage(f"trap '' INT; {HANG} & wait", HEARD))
+    assert results(run) == {"a stage": "FAILED: ran past 3 s, cannot be killed"}
     monkeypatch.undo()
     stages._kill(kept[0])
 
