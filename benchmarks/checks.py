@@ -121,10 +121,10 @@ def factor_gradients(
     layer: Layer, ours: Side, mine: Sequence[Tensor], theirs: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """(ours, PEFT's) for the A and B of every projection whose gradient is whole on this rank."""
-    linears = (module for module in ours.modules[0].modules() if getattr(module, "factors", None) is not None)
+    linears = (module for module in ours.modules[0].modules() if getattr(module, "update", None) is not None)
     rest = iter(theirs)
     for number, module in enumerate(linears):
-        factors = module.factors
+        factors = module.update
         for index in range(len(factors.shards)):
             views = (factors.a_of(index, mine[2 * number]), factors.b_of(index, mine[2 * number + 1]))
             for parameter, view in zip((factors.lora_A, factors.lora_B), views, strict=True):

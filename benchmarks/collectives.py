@@ -127,7 +127,7 @@ def build(setting: Setting, folder: Path, topology: Any) -> tuple[Any, Ranks]:
     from lowrank_dist.arch.placement import LoraRules, place
     from lowrank_dist.methods.lora.factors import inject
     from lowrank_dist.model.load import check_model, load_model
-    from lowrank_dist.parallel.factors import wanted
+    from lowrank_dist.parallel.frozen import wanted
     from lowrank_dist.parallel.masks import MaskSource
 
     load: Callable[..., Any] = partial(

@@ -228,7 +228,10 @@ class Bench:
 
     def _slots(self) -> list[tuple[nn.Module, str]]:
         """Every place where a method puts something of its own."""
-        slots = [(module, "factors") for module in self.model.modules() if hasattr(module, "factors")]
+        from lowrank_dist.parallel.linear import LowRankLinear
+
+        linears = [module for module in self.model.modules() if isinstance(module, LowRankLinear)]
+        slots: list[tuple[nn.Module, str]] = [(linear, name) for linear in linears for name in ("frozen", "update")]
         return slots + [(layer, name) for layer in self.model.decoder.layers for name in ("self_attn_bda", "mlp_bda")]
 
     def _taken(self, attach: Callable[[], Any]) -> tuple[list[Part], int]:
@@ -238,7 +241,7 @@ class Bench:
         theta = attach()
         shapes = theta.all_shapes()
         values = {name: torch.empty(s).normal_(0, SPREAD, generator=_generator(name)) for name, s in shapes.items()}
-        theta.spread(values, self.topology.tp_rank)
+        theta.spread(values, self.topology.place)
         after = [Part(owner, name, getattr(owner, name)) for owner, name in slots]
         parts = [new for old, new in zip(before, after, strict=True) if new.value is not old.value]
         for part in before:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowrank_dist.ops.mask import Mask, quantise
 from lowrank_dist.parallel.autograd import LocalLinear
 from lowrank_dist.parallel.factors import FactorShard, LowRankFactors
+from lowrank_dist.parallel.frozen import Dense
 from tests.dist import ranks
 from tests.operands import draw, excess, luck, on_device
 
@@ -75,9 +76,7 @@ class Linear:
 
     def apply(self, x: Tensor) -> Tensor:
         factors = self.factors
-        return LocalLinear.apply(
-            x, self.weight, self.bias, factors.lora_A, factors.lora_B, factors, on_device(self.mask), None
-        )
+        return local_linear(x, self, on_device(self.mask), factors.lora_A, factors.lora_B)
 
     def ours(self) -> dict[str, Tensor]:
         """y and every gradient."""
@@ -103,6 +102,11 @@ class Linear:
         )
         y.backward(dy)
         return dict(zip(NAMES, [y.detach(), x.grad, a.grad, b.grad], strict=True))
+
+
+def local_linear(x: Tensor, linear: Linear, mask: Mask | None, a: Tensor, b: Tensor) -> Tensor:
+    """The problem's linear, with gradients that go to `a` and `b`."""
+    return LocalLinear.apply(x, Dense(linear.weight), linear.bias, linear.factors, mask, None, a, b)
 
 
 def problem(

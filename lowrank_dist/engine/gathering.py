@@ -17,6 +17,7 @@ from lowrank_dist.checkpoint.training_state import KINDS
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
 from lowrank_dist.parallel.collectives import digest
+from lowrank_dist.parallel.coordinates import Place
 from lowrank_dist.parallel.theta import Theta, gather, is_sharded
 from lowrank_dist.parallel.topology import Topology
 
@@ -32,6 +33,7 @@ class Gathering:
 
     def __init__(self, theta: Theta, optimiser: ZeroOptimiser, topology: Topology) -> None:
         self._theta, self._topology = theta, topology
+        self._places = [topology.grid.place(rank) for rank in range(topology.grid.world)]
         self._batches = theta.batches(BATCH_ELEMENTS)
         own = torch.tensor(optimiser.fragments(), dtype=torch.int64)
         tables = [torch.empty_like(own) for _ in range(topology.world_group.size())]
@@ -43,7 +45,7 @@ class Gathering:
         ]
 
     def stream(self, snapshot: Tensor) -> Iterator[dict[str, Tensor]]:
-        """On rank 0, in the order of `Theta.shapes`: stored name → [3, *shape], whole, in the order of KINDS.
+        """On rank 0, in the order of `Theta.trained`: stored name → [3, *shape], whole, in the order of KINDS.
 
         snapshot: [3, elements] of `ZeroOptimiser.snapshot`. Every rank must exhaust it; others get nothing. Raises
         UserError where copies of a parameter, or their moments, differ between tensor-parallel ranks.
@@ -72,9 +74,9 @@ class Gathering:
             yield self._join(batch, received)
 
     def _sends(self, rank: int, batch: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Return the fragments that a rank sends; of copies only tensor-parallel rank 0 sends its own."""
-        first, parameters = rank % self._topology.tp_size == 0, self._theta.parameters
-        return [held for held in self._held[rank] if held[0] in batch and (first or is_sharded(parameters[held[0]]))]
+        """Return the fragments that a rank sends."""
+        place, trained = self._places[rank], self._theta.trained
+        return [held for held in self._held[rank] if held[0] in batch and trained[held[0]].is_sent_by(place)]
 
     def _pieces(self, rank: int, snapshot: Tensor) -> dict[int, Tensor]:
         counts = [count for *_, count in self._held[rank]]
@@ -97,25 +99,24 @@ class Gathering:
             )
 
     def _join(self, batch: Sequence[int], received: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-        size, kinds = self._topology.tp_size, range(len(KINDS))
-        fragments: dict[tuple[int, int], list[tuple[int, Tensor]]] = {}
+        trained, kinds = self._theta.trained, range(len(KINDS))
+        # By parameter and shard: what its data-parallel replicas sent, and the place of any of these.
+        fragments: dict[tuple[int, tuple[int, int]], list[tuple[int, Tensor]]] = {}
+        places: dict[tuple[int, tuple[int, int]], Place] = {}
         for rank, tensors in enumerate(received):
             for (number, start, _), piece in zip(self._sends(rank, batch), tensors, strict=True):
-                fragments.setdefault((rank % size, number), []).append((start, piece))
+                key = number, trained[number].shard(self._places[rank])
+                fragments.setdefault(key, []).append((start, piece))
+                places[key] = self._places[rank]
         whole = {
-            name: torch.zeros(len(KINDS), *shape)
-            for number in batch
-            for name, shape in self._theta.shapes[number].items()
+            name: torch.zeros(len(KINDS), *shape) for number in batch for name, shape in trained[number].shapes.items()
         }
         of_kind = [{name: tensor[kind] for name, tensor in whole.items()} for kind in kinds]
-        for tp_rank in range(size):
-            layout = self._theta.layout(tp_rank)
-            for number in batch:
-                if (tp_rank, number) not in fragments:
-                    continue
-                # The fragments of all data-parallel ranks make up a parameter without a hole.
-                parts = [piece for _, piece in sorted(fragments[tp_rank, number], key=itemgetter(0))]
-                local = torch.cat(parts, dim=1).view(len(KINDS), *layout[number].shape)
-                for kind in kinds:
-                    gather(layout[number].pieces, local[kind], of_kind[kind])
+        for (number, shard), found in fragments.items():
+            held = trained[number].held(places[number, shard])
+            # The fragments of all data-parallel ranks make up a parameter without a hole.
+            parts = [piece for _, piece in sorted(found, key=itemgetter(0))]
+            local = torch.cat(parts, dim=1).view(len(KINDS), *held.shape)
+            for kind in kinds:
+                gather(held.pieces, local[kind], of_kind[kind])
         return whole

@@ -174,7 +174,7 @@ def restore(
 
     Rank 0 reads and sends to all, a few tensors at a time, so the run folder need not be seen from every node.
     """
-    shapes, layout = theta.all_shapes(), theta.layout(topology.tp_rank)
+    shapes, place = theta.all_shapes(), topology.place
     opened: list[OptimizerReader] = []
 
     def open_file() -> dict[str, Any]:
@@ -184,7 +184,9 @@ def restore(
     _told_by_rank_0(open_file, topology)
     for batch in theta.batches(BATCH_ELEMENTS):
         whole = {
-            name: torch.empty(len(KINDS), *shape) for number in batch for name, shape in theta.shapes[number].items()
+            name: torch.empty(len(KINDS), *shape)
+            for number in batch
+            for name, shape in theta.trained[number].shapes.items()
         }
 
         def read(whole: Mapping[str, torch.Tensor] = whole) -> dict[str, Any]:
@@ -196,12 +198,13 @@ def restore(
         for tensor in whole.values():
             dist.broadcast(tensor, 0, group=topology.host_group)
         for number in batch:
-            parameter = theta.parameters[number]
+            parameter, pieces = theta.trained[number].parameter, theta.trained[number].held(place).pieces
             values = torch.zeros(len(KINDS), *parameter.shape, device=parameter.device)
             for kind in range(len(KINDS)):
-                scatter(layout[number].pieces, {name: tensor[kind] for name, tensor in whole.items()}, values[kind])
+                scatter(pieces, {name: tensor[kind] for name, tensor in whole.items()}, values[kind])
             optimiser.restore(number, values)
     optimiser.restored(resumption.state.step)
+    theta.refresh()
     try:
         restore_generators(resumption.state.rng, device)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:

@@ -136,7 +136,7 @@ class Trainer:
         dist.all_reduce(total, group=self.run.topology.dp_group)
         summed, told_ranks = total.tolist()
         loss, lr, self._stopping = summed / batch.global_targets, self.schedule.at(step), told_ranks > 0
-        norm = self.engine.optimiser.step(lr, poison=not math.isfinite(loss))
+        norm = self.engine.step(lr, poison=not math.isfinite(loss))
         self.meter.count(batch)
         if math.isfinite(norm):
             self._skipped = 0

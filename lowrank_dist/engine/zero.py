@@ -254,6 +254,12 @@ class Engine:
         self.theta.masks.set(step, moved.dropout_rows)
         return self.optimiser.accumulate(lambda: self._loss(moved), scale, last)
 
+    def step(self, lr: float, *, poison: bool = False) -> float:
+        """Update Θ, and what its method derives from it. Returns the norm, as `ZeroOptimiser.step` does."""
+        norm = self.optimiser.step(lr, poison=poison)
+        self.theta.refresh()
+        return norm
+
     def loss(self, batch: Microbatch) -> Tensor:
         """Return the summed loss of a microbatch's target tokens."""
         return self._loss(self._on_device(batch))

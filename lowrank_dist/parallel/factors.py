@@ -1,33 +1,22 @@
 """Θ of one fused linear on one rank: packed storage of A and B, and the forms in which they are used.
 
-One form, `Lanes`, keeps a frozen weight and its low-rank factor in one buffer, so that one GEMM multiplies both
-(docs/DESIGN.md):
-
-    column-parallel   buffer [O, K + R] = [W ∣ b]     Y = [X ∣ U]·bufferᵀ      [dX ∣ dU] = dY·buffer
-    row-parallel      buffer [O + R, K] = [W ; a]     P = [X·Wᵀ ∣ U] = X·bufferᵀ      dX = [dY ∣ dU]·buffer
-
-Only under sequence parallelism, where [X ∣ U] and [dY ∣ dU] lie side by side anyway: they are the messages. The
-row-parallel identities need X̃ = X and hence no dropout; with a mask the linear uses W as a part of the buffer.
-
 Legend: R = Σ r over the factors of this linear, K inputs and O outputs of this rank's shard; a = s·A [R, K];
 b = block-diagonal B [O, R].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_dist.ops.mask import Mask
-from lowrank_dist.parallel.theta import mark
-
-# Where lanes were measured to be faster (docs/LOG.md): 0.93 to 0.99 of the two products' time on a CPU. On an H200 a
-# layer took 0.985 of the time in one setting, and no twin has trained with it there.
-FASTER_ON = ("cpu",)
+from lowrank_dist.parallel.coordinates import Place
+from lowrank_dist.parallel.theta import Held, Piece, Trained, is_sharded, mark
+from lowrank_dist.parallel.update import LowRankUpdate
 
 
 @dataclass(frozen=True)
@@ -45,17 +34,26 @@ class FactorShard:
     factor_rows: tuple[int, ...]
 
 
-class LowRankFactors(nn.Module):
+@dataclass(frozen=True)
+class FactorMap:
+    """How the factors of one linear lie on all ranks.
+
+    shapes: of each factor's whole B [out, r], in the order of the shards. in_features: columns of every whole A.
+    shards: tensor-parallel rank → the shards there; pure, so that any rank can tell for all.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    in_features: int
+    shards: Callable[[int], Sequence[FactorShard]]
+
+
+class LowRankFactors(LowRankUpdate):
     """The packed factors of one fused linear: `lora_A` [R, K] and `lora_B`, flat.
 
     A is the stack of the factors' A; B is block-diagonal, so only its blocks are stored, one after the other and
     transposed ([r, rows of the factor on this rank] each), which is how every operator reads them. Stacking and filling
     inside autograd would save both as activations in every layer; the hand-written linears call `scaled_a` and
     `dense_bt` instead, in forward and again in backward.
-
-    Attributes set on the parameters, all read by the engine:
-      tensor_model_parallel  sharded over tensor parallelism (DeepSpeed's and Megatron's name for it);
-      tp_partial_grad        replicated, with a gradient that is a partial sum (the deferred reduction).
     """
 
     scale: Tensor
@@ -111,8 +109,16 @@ class LowRankFactors(nn.Module):
         # Nothing at all on this rank: a block of no columns, since none means dense.
         return tuple(blocks) or (0, 0, 0, 0)
 
+    @property
+    def down_parameters(self) -> tuple[nn.Parameter, ...]:
+        return (self.lora_A,)
+
+    @property
+    def up_parameters(self) -> tuple[nn.Parameter, ...]:
+        return (self.lora_B,)
+
     def scaled_a(self, dtype: torch.dtype, mask: Mask | None) -> Tensor:
-        """Return [R, K]: A with s = alpha / r (or alpha / √r) and 1/(1 − p) folded in: no pass over tokens scales."""
+        """Return [R, K]: A with s = alpha / r (or alpha / √r) and 1/(1 − p) folded in."""
         return (self.lora_A.detach() * self._scale(mask)).to(dtype)
 
     def dense_bt(self, dtype: torch.dtype) -> Tensor:
@@ -124,17 +130,52 @@ class LowRankFactors(nn.Module):
         dense.scatter_(0, self.position, stored)
         return dense.view(self.total_rank, self.out_features)
 
-    def grad_a(self, unscaled_RK: Tensor, mask: Mask | None) -> Tensor:
-        """dA [R, K] in fp32, from dUᵀ·(m ⊙ X) where dU = dY·B does not carry s/(1 − p)."""
-        return unscaled_RK.to(self.lora_A.dtype) * self._scale(mask)
+    def down_gradients(self, unscaled_RK: Tensor, mask: Mask | None) -> tuple[Tensor, ...]:
+        """Return dA [R, K] in fp32; dU = dY·B does not carry s/(1 − p), so dUᵀ·(m ⊙ X) is scaled here."""
+        return (unscaled_RK.to(self.lora_A.dtype) * self._scale(mask),)
 
-    def grad_b(self, dense_RO: Tensor) -> Tensor:
-        """dB in packed storage, fp32, from dBᵀ [R, O]; what lies outside the blocks is not read."""
+    def up_gradients(self, dense_RO: Tensor) -> tuple[Tensor, ...]:
+        """Return dB in packed storage, fp32, from dBᵀ [R, O]; what lies outside the blocks is not read."""
         if self.dense:
-            return dense_RO.to(self.lora_B.dtype).reshape(-1)
+            return (dense_RO.to(self.lora_B.dtype).reshape(-1),)
         packed = torch.zeros_like(self.lora_B)
         packed[: self.position.numel()] = dense_RO.reshape(-1)[self.position].to(packed.dtype)
-        return packed
+        return (packed,)
+
+    def trained(self, everywhere: FactorMap) -> tuple[Trained, ...]:
+        """Return A and B as parts of Θ, stored as `<module path>.lora_A` [r, in] and `.lora_B` [out, r]."""
+        names = [shard.name for shard in self.shards]
+        whole_a = {
+            f"{name}.lora_A": (rank, everywhere.in_features)
+            for name, (_, rank) in zip(names, everywhere.shapes, strict=True)
+        }
+        whole_b = {f"{name}.lora_B": shape for name, shape in zip(names, everywhere.shapes, strict=True)}
+        return (
+            Trained(self.lora_A, whole_a, partial(self._held_a, everywhere)),
+            Trained(self.lora_B, whole_b, partial(self._held_b, everywhere)),
+        )
+
+    def _held_a(self, everywhere: FactorMap, place: Place) -> Held:
+        """A is cut by columns where the linear is row-parallel."""
+        columns = slice(None)
+        if is_sharded(self.lora_A):
+            k = self.lora_A.size(1)
+            columns = slice(place.dense.tp * k, (place.dense.tp + 1) * k)
+        shards = everywhere.shards(place.dense.tp)
+        pieces = (
+            Piece(f"{shard.name}.lora_A", (slice(None), columns), partial(a_of, shards, index))
+            for index, shard in enumerate(shards)
+        )
+        return Held(tuple(self.lora_A.shape), tuple(pieces))
+
+    def _held_b(self, everywhere: FactorMap, place: Place) -> Held:
+        """The rows of B that lie on a rank may be any."""
+        shards = everywhere.shards(place.dense.tp)
+        pieces = (
+            Piece(f"{shard.name}.lora_B", (list(shard.factor_rows),), partial(b_of, shards, index))
+            for index, shard in enumerate(shards)
+        )
+        return Held((max(1, b_elements(shards)),), tuple(pieces))
 
     def _scale(self, mask: Mask | None) -> Tensor:
         return self.scale[:, None] if mask is None else (self.scale * mask.scale)[:, None]
@@ -163,32 +204,3 @@ def b_of(shards: Sequence[FactorShard], index: int, flat: Tensor) -> Tensor:
 def b_elements(shards: Sequence[FactorShard]) -> int:
     """Elements of the blocks of Bᵀ."""
     return sum(len(shard.local_rows) * shard.rank for shard in shards)
-
-
-def wanted(lanes: Literal["auto", "on", "off"], device: str) -> bool:
-    """Return whether engine.lanes puts factors into lanes on this kind of device."""
-    return lanes == "on" or (lanes == "auto" and device in FASTER_ON)
-
-
-class Lanes:
-    """One buffer of a weight and its factor.
-
-    The weight's storage moves into it, so W exists once; the factor is written anew before each use.
-    """
-
-    def __init__(self, weight: nn.Parameter, total_rank: int, kind: Literal["column", "row"]) -> None:
-        out_features, in_features = weight.shape
-        self.kind = kind
-        if kind == "column":
-            self._buffer = weight.new_empty(out_features, in_features + total_rank, requires_grad=False)
-            inside, self._factor = self._buffer[:, :in_features], self._buffer[:, in_features:]
-        else:
-            self._buffer = weight.new_empty(out_features + total_rank, in_features, requires_grad=False)
-            inside, self._factor = self._buffer[:out_features], self._buffer[out_features:]
-        inside.copy_(weight.detach())
-        weight.data = inside
-
-    def with_factor(self, factor: Tensor) -> Tensor:
-        """Return the buffer with b [O, R] or a [R, K] in its lanes, as the factor is now."""
-        self._factor.copy_(factor)
-        return self._buffer

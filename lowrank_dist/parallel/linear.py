@@ -1,7 +1,8 @@
-"""Megatron's column- and row-parallel linears, carrying low-rank factors that ride the collectives already there.
+"""Megatron's column- and row-parallel linears, carrying low-rank updates that ride the collectives already there.
 
-Without factors both classes are Megatron's own, unmodified. Factors are attached after construction, since Megatron's
-layer specs pass a linear neither its name nor its layer.
+Without an update, on a weight that Megatron holds, both classes are Megatron's own, unmodified. An update is attached
+after construction, since Megatron's layer specs pass a linear neither its name nor its layer; so is another kind of
+frozen weight.
 """
 
 from __future__ import annotations
@@ -15,30 +16,43 @@ from torch.distributed import ProcessGroup
 
 from lowrank_dist.ops.mask import Mask
 from lowrank_dist.parallel.autograd import GatherLinear, LocalLinear, PartialLinear, ReduceExpand
-from lowrank_dist.parallel.factors import Lanes, LowRankFactors
+from lowrank_dist.parallel.collectives import enter_parallel_region, leave_parallel_region
+from lowrank_dist.parallel.frozen import Dense, FrozenLinear, FrozenWeight, Lanes
 from lowrank_dist.parallel.masks import MaskSource
+from lowrank_dist.parallel.update import LowRankUpdate
 
 
 class LowRankLinear:
-    """The part that both linears share: factors, where their mask comes from, and no Megatron sharded checkpoint."""
+    """The part that both linears share: the frozen weight, its update and where the mask of the update comes from.
 
-    factors: LowRankFactors | None
+    frozen: how the weight is held, None for the dense parameter of Megatron's linear. update: None for a frozen linear.
+    """
+
+    frozen: FrozenWeight | None
+    update: LowRankUpdate | None
     kind: Literal["column", "row"]
     # Megatron's, of the class that this is mixed into.
     weight: nn.Parameter
+    bias: nn.Parameter | None
+    skip_bias_add: bool
     tp_group: ProcessGroup
     sequence_parallel: bool
     training: bool
 
-    def attach(self, factors: LowRankFactors, masks: MaskSource, stream: int, lanes: bool = False) -> None:
-        """Give this linear its factors. `stream` names its input among all inputs of the model (masks.stream_of).
+    def hold(self, frozen: FrozenWeight) -> None:
+        """Let the frozen weight be held in another form than Megatron's parameter."""
+        self.frozen = frozen
 
-        lanes: keep the factor beside the weight (parallel/factors.py), where sequence parallelism lets it pay.
+    def attach(self, update: LowRankUpdate, masks: MaskSource, stream: int, lanes: bool = False) -> None:
+        """Give this linear its update. `stream` names its input among all inputs of the model (masks.stream_of).
+
+        lanes: keep the factor beside a dense weight (parallel/frozen.py), where sequence parallelism lets it pay.
         """
-        self.factors = factors
+        self.update = update
         self._masks, self._stream = masks, stream
-        pays = lanes and self.sequence_parallel and self.tp_group.size() > 1
-        self._lanes = Lanes(self.weight, factors.total_rank, self.kind) if pays else None
+        if self.frozen is None:
+            pays = lanes and self.sequence_parallel and self.tp_group.size() > 1
+            self.frozen = Lanes(self.weight, update.total_rank, self.kind) if pays else Dense(self.weight)
 
     def _mask(self, feature_offset: int, tokens_sharded: bool) -> Mask | None:
         if not self.training:
@@ -63,21 +77,24 @@ class LowRankColumnParallelLinear(LowRankLinear, ColumnParallelLinear):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        self.factors = None
+        self.frozen = self.update = None
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        if self.factors is None:
+        if self.frozen is None:
             return super().forward(input_, weight, runtime_gather_output)
+        update, bias = self.update, None if self.skip_bias_add else self.bias
+        if update is None:
+            gathered = enter_parallel_region(input_, self.tp_group, sequence_parallel=self.sequence_parallel)
+            return FrozenLinear.apply(gathered, self.frozen, bias), self.bias if self.skip_bias_add else None
         mask = self._mask(0, self.sequence_parallel)
-        bias = None if self.skip_bias_add else self.bias
-        theta = (self.factors.lora_A, self.factors.lora_B, self.factors)
+        parameters = (*update.down_parameters, *update.up_parameters)
         if self.sequence_parallel:
-            output = GatherLinear.apply(input_, self.weight, bias, *theta, mask, self.tp_group, self._lanes)
+            output = GatherLinear.apply(input_, self.frozen, bias, update, mask, self.tp_group, *parameters)
         else:
             group = self.tp_group if self.allreduce_dgrad else None
-            output = LocalLinear.apply(input_, self.weight, bias, *theta, mask, group)
+            output = LocalLinear.apply(input_, self.frozen, bias, update, mask, group, *parameters)
         return output, self.bias if self.skip_bias_add else None
 
 
@@ -91,21 +108,26 @@ class LowRankRowParallelLinear(LowRankLinear, RowParallelLinear):
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
-        self.factors = None
+        self.frozen = self.update = None
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.factors is None:
+        if self.frozen is None:
             return super().forward(input_)
-        factors = self.factors
-        mask = self._mask(self.tp_group.rank() * self.input_size_per_partition, tokens_sharded=False)
-        if self.sequence_parallel and self.tp_group.size() > 1:
-            partial = PartialLinear.apply(input_, self.weight, factors.lora_A, factors, mask, self._lanes)
-            output = ReduceExpand.apply(partial, factors.lora_B, factors, self.tp_group, input_.requires_grad)
+        if self.update is None:
+            output = FrozenLinear.apply(input_, self.frozen, None)
+            output = leave_parallel_region(output, self.tp_group, sequence_parallel=self.sequence_parallel)
         else:
-            # U·bᵀ is added before the reduction that sums X·Wᵀ anyway, so B's gradient is partial over ranks.
-            theta = (factors.lora_A, factors.lora_B, factors)
-            output = LocalLinear.apply(input_, self.weight, None, *theta, mask, None)
-            output = reduce_from_tensor_model_parallel_region(output, group=self.tp_group)
+            output = self._adapted(input_, self.frozen, self.update)
         if self.skip_bias_add or self.bias is None:
             return output, self.bias if self.skip_bias_add else None
         return output + self.bias, None
+
+    def _adapted(self, x: Tensor, frozen: FrozenWeight, update: LowRankUpdate) -> Tensor:
+        mask = self._mask(self.tp_group.rank() * self.input_size_per_partition, tokens_sharded=False)
+        downs, ups = update.down_parameters, update.up_parameters
+        if self.sequence_parallel and self.tp_group.size() > 1:
+            partial = PartialLinear.apply(x, frozen, update, mask, *downs)
+            return ReduceExpand.apply(partial, update, self.tp_group, x.requires_grad, *ups)
+        # U·bᵀ is added before the reduction that sums X·Wᵀ anyway, so B's gradient is partial over ranks.
+        output = LocalLinear.apply(x, frozen, None, update, mask, None, *downs, *ups)
+        return reduce_from_tensor_model_parallel_region(output, group=self.tp_group)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_dist.parallel.coordinates import Place
 from lowrank_dist.parallel.masks import MaskSource
 
 Index = tuple[slice | list[int], ...]
@@ -47,22 +48,49 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Theta:
-    """The parameters that a method trains, and how they lie on the ranks.
+class Trained:
+    """One parameter of Θ, and how it lies on the ranks.
 
-    parameters: of this rank, fp32, `mark`ed, in the order that optimiser and checkpoints go by. shapes: of each
-    parameter, the stored tensors (name → whole shape) that it holds pieces of on some rank; a tensor is in one
-    parameter's alone. layout: tensor-parallel rank → what each parameter is there; pure, so that any rank can tell for
-    all. masks: of the dropout, to be told of each microbatch.
+    parameter: of this rank, fp32, `mark`ed. shapes: the stored tensors (name → whole shape) that it holds pieces of on
+    some rank; a tensor is in one parameter's alone. held: place of a rank → its share there; pure, so that any rank can
+    tell for all. of_expert: it is keyed by the expert coordinate of a rank, else by the dense one.
     """
 
-    parameters: tuple[nn.Parameter, ...]
-    shapes: tuple[Mapping[str, tuple[int, ...]], ...]
-    layout: Callable[[int], Sequence[Held]]
-    masks: MaskSource
+    parameter: nn.Parameter
+    shapes: Mapping[str, tuple[int, ...]]
+    held: Callable[[Place], Held]
+    of_expert: bool = False
 
-    def __post_init__(self) -> None:
-        assert len(self.parameters) == len(self.shapes)
+    def shard(self, place: Place) -> tuple[int, int]:
+        """Return the key that ranks with the same share, data-parallel replicas, have in common."""
+        dense, expert = place
+        return (expert.ep, expert.pp) if self.of_expert else (dense.tp, dense.pp)
+
+    def is_sent_by(self, place: Place) -> bool:
+        """Return whether a rank's share goes into a checkpoint: of copies the first shard's alone."""
+        return is_sharded(self.parameter) or self.shard(place)[0] == 0
+
+
+def _nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Theta:
+    """What a method trains, in the order that optimiser and checkpoints go by.
+
+    masks: of the dropout, to be told of each microbatch. refresh: to be called whenever values have changed, by an
+    optimizer step or a restore: what the method derives from them is computed anew. Collective.
+    """
+
+    trained: tuple[Trained, ...]
+    masks: MaskSource
+    refresh: Callable[[], None] = _nothing
+
+    @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Those of this rank."""
+        return tuple(each.parameter for each in self.trained)
 
     @property
     def elements(self) -> int:
@@ -71,19 +99,20 @@ class Theta:
 
     def all_shapes(self) -> dict[str, tuple[int, ...]]:
         """Stored name → whole shape."""
-        return {name: shape for shapes in self.shapes for name, shape in shapes.items()}
+        return {name: shape for each in self.trained for name, shape in each.shapes.items()}
 
-    def spread(self, values: Mapping[str, Tensor], tp_rank: int) -> None:
-        """Set every parameter from whole tensors by their stored names."""
-        for parameter, held in zip(self.parameters, self.layout(tp_rank), strict=True):
-            scatter(held.pieces, values, parameter)
+    def spread(self, values: Mapping[str, Tensor], place: Place) -> None:
+        """Set every parameter of the rank at `place` from whole tensors by their stored names."""
+        for each in self.trained:
+            scatter(each.held(place).pieces, values, each.parameter)
+        self.refresh()
 
     def batches(self, elements: int) -> list[list[int]]:
         """Numbers of consecutive parameters whose stored tensors have about so many elements together."""
         found: list[list[int]] = []
         room = 0
-        for number, shapes in enumerate(self.shapes):
-            size = sum(torch.Size(shape).numel() for shape in shapes.values())
+        for number, each in enumerate(self.trained):
+            size = sum(torch.Size(shape).numel() for shape in each.shapes.values())
             if not found or size > room:
                 found.append([])
                 room = elements
@@ -93,7 +122,7 @@ class Theta:
 
 
 def mark(parameter: nn.Parameter, *, sharded: bool, partial: bool) -> nn.Parameter:
-    """Say what the engine must know of a parameter of Θ.
+    """Say what the engine must know of a parameter of Θ, by attributes that it reads.
 
     sharded: cut over tensor parallelism, else a copy on every rank. partial: a copy whose gradient is a partial sum
     over the ranks (the deferred reduction), else every rank has the whole of it.

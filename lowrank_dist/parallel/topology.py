@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 
 from lowrank_dist.errors import UserError
 from lowrank_dist.parallel.collectives import host_names
+from lowrank_dist.parallel.coordinates import Grid, Place
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,16 @@ class Topology:
     host_group: ProcessGroup
     hosts: tuple[str, ...]
     sequence_parallel: bool
+
+    @property
+    def grid(self) -> Grid:
+        """The coordinates of every rank of the job."""
+        return Grid(self.tp_size, self.dp_size)
+
+    @property
+    def place(self) -> Place:
+        """Where this rank's pieces of Θ lie."""
+        return self.grid.place(self.world_group.rank())
 
     @classmethod
     def build(

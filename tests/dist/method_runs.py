@@ -118,7 +118,7 @@ def build(setting: MethodSetting) -> Built:
         values = values_away(theta.all_shapes())
         if setting.broken == "heads":
             values["prefix"] = values["prefix"].flip(3)
-        theta.spread(values, topology.tp_rank)
+        theta.spread(values, topology.place)
     if setting.broken == "qk_norm":
         for name, parameter in model.named_parameters():
             if "q_layernorm" in name or "k_layernorm" in name:
@@ -134,10 +134,10 @@ def whole(built: Built, select: Callable[[nn.Parameter], Tensor]) -> dict[str, T
 
     theta, topology = built.theta, built.topology
     found = {}
-    held_here = theta.layout(topology.tp_rank)
-    for parameter, held, shapes in zip(theta.parameters, held_here, theta.shapes, strict=True):
-        values = {name: torch.zeros(shape) for name, shape in shapes.items()}
-        gather(held.pieces, select(parameter).detach().float().cpu(), values)
+    for trained in theta.trained:
+        parameter = trained.parameter
+        values = {name: torch.zeros(shape) for name, shape in trained.shapes.items()}
+        gather(trained.held(topology.place).pieces, select(parameter).detach().float().cpu(), values)
         for name, value in values.items():
             if parameter.tensor_model_parallel:
                 value = value.to(ranks.device())

@@ -31,7 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def adapted_model(folder: str, sequence: bool) -> tuple[Any, list[Any]]:
     """The model with factors (B ≠ 0) in lanes, where sequence parallelism lets them be, and the factors."""
-    from lowrank_dist.methods.lora.factors import theta_of
+    from tests.dist.whole import theta_of
 
     model, adapted, _, _ = build(Setting(folder, 2, sequence, zero_b=False, lanes=True))
     return model, theta_of(adapted)
@@ -200,7 +200,7 @@ def evaluated_in_training(folder: str, data: str, tensor: int) -> dict[str, Any]
     from lowrank_dist.data.tokenizer import load_tokenizer
     from lowrank_dist.generate.decode import EvaluationRules, evaluate_generation
     from lowrank_dist.generate.prompts import read_prompts, stop_tokens
-    from lowrank_dist.methods.lora.factors import theta_of
+    from tests.dist.whole import theta_of
     from lowrank_dist.generate.sampling import DecodingRules
 
     setting = Setting(folder, tensor, True, dropout=0.1, zero_b=False, lanes=True, recompute=True)

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from lowrank_dist.methods.lora.factors import AdaptedLinear, shards_of
 from lowrank_dist.arch.placement import FactorSpec, LinearPlacement
-from lowrank_dist.methods.lora.factors import spread_factors
 from lowrank_dist.arch.rows import LinearLayout, Part
 from lowrank_dist.ops.mask import Mask, quantise
 from tests.dist import ranks
 from tests.dist.ranks import run_ranks
-from tests.dist.whole import gather_factors
+from tests.dist.whole import gather_factors, spread_factors
 
 S, B, HIDDEN, HEAD = 8, 3, 24, 4
 SEED, STEP, STREAM = 5, 3, 9
@@ -149,14 +148,14 @@ def run_linear(
         linear.weight.data[segment.local_start : segment.local_start + segment.length] = w[:, columns]
     if layout.bias:
         linear.bias.data.copy_(data["bias"])
-    spread_factors([adapted], rank, data["theta"])
+    spread_factors([adapted], topology, data["theta"])
     masks = MaskSource(SEED, quantise(p))
     masks.set(STEP + (broken == "mask"), data["rows"].to(ranks.device()) + (broken == "mask_row"))
     linear.attach(adapted.factors, masks, STREAM, lanes)
     if broken == "stale lanes":
         # Memory that is not written may hold anything, an earlier run's factor too.
-        linear._lanes._factor.zero_()
-        linear._lanes.with_factor = lambda factor: linear._lanes._buffer
+        linear.frozen._factor.zero_()
+        linear.frozen.with_factor = lambda factor: linear.frozen._buffer
 
     tokens = slice(rank * S // n, (rank + 1) * S // n) if sharded else slice(None)
     x = data["x"][..., rank * HIDDEN // n : (rank + 1) * HIDDEN // n] if layout.kind == "row" else data["x"][tokens]

@@ -61,7 +61,8 @@ def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndar
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
     from lowrank_dist.methods.lora.factors import inject
     from lowrank_dist.arch.placement import LoraRules, place
-    from lowrank_dist.methods.lora.factors import adapter_factors, spread_factors
+    from lowrank_dist.methods.lora.factors import adapter_factors
+    from tests.dist.whole import spread_factors
     from lowrank_dist.methods.lora.adopt import initial_factors
     from lowrank_dist.model.load import check_model, load_model
     from lowrank_dist.ops.mask import quantise
@@ -89,7 +90,7 @@ def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndar
     if spoiled:
         q, k = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
         values[k] = (values[q][0], values[k][1])
-    spread_factors(adapted, topology.tp_rank, values)
+    spread_factors(adapted, topology, values)
     first = _logits(model)
     parameters = [p for linear in adapted for p in linear.factors.parameters()]
     optimiser = ZeroOptimiser(parameters, topology, OptimiserRules(1, 0.5, None, 0.01, (0.9, 0.999), 1e-3))

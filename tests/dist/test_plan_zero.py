@@ -29,7 +29,7 @@ SCALARS = 64
 def zero_step(setting: Setting, reduce_bucket: int | None) -> dict[str, Any]:
     """One rank: what DeepSpeed holds after a step, and the messages of the step that are no scalars."""
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
-    from lowrank_dist.methods.lora.factors import theta_of
+    from tests.dist.whole import theta_of
 
     model, adapted, masks, topology = build(setting)
     parameters = theta_of(adapted)

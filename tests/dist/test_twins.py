@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,21 @@ def test_lanes(folders: dict[str, str], family: str, layout: str) -> None:
         twin = Setting(folders[family], tensor, sequence, dropout, False, recompute=recompute, lanes=True)
         for found in run_ranks(world, train, twin):
             assert worst(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("layout", ["tp2", "tp2_nosp", "tp4", "tp2_dp2"])
+@pytest.mark.parametrize(("family", "targets"), [("llama", ("q_proj", "down_proj")), ("gpt2", ("all-linear",))])
+def test_another_kind_of_frozen_weight(
+    folders: dict[str, str], family: str, targets: tuple[str, ...], layout: str
+) -> None:
+    """A weight that Megatron does not hold, under every linear, adapted or not: the dense one's numbers."""
+    world, tensor, sequence = LAYOUTS[layout]
+    expected = run_ranks(1, train, Setting(folders[family], dropout=0.1, zero_b=False, targets=targets))[0]
+    twin = Setting(folders[family], tensor, sequence, 0.1, False, targets, transposed=True)
+    for found in run_ranks(world, train, twin):
+        assert worst(found, expected) < TOLERANCE
+    if layout == "tp2":
+        assert not worst(run_ranks(world, train, replace(twin, broken="grad_x"))[0], expected) < 1e-3
 
 
 @pytest.mark.parametrize("layout", ["tp2", "tp2_dp2"])

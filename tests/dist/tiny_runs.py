@@ -51,6 +51,7 @@ class Setting:
     dtype: str = "fp32"
     rslora: bool = False
     lanes: bool = False
+    transposed: bool = False  # every linear's weight is held by tests/dist/transposed.py
     broken: str = ""
 
 
@@ -118,10 +119,11 @@ def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
     """(model, adapted linears, masks, topology) of this rank."""
     from lowrank_dist.methods.lora.factors import inject
     from lowrank_dist.arch.placement import LoraRules, place
-    from lowrank_dist.methods.lora.factors import spread_factors
     from lowrank_dist.model.load import check_model, load_model
     from lowrank_dist.ops.mask import quantise
     from lowrank_dist.parallel.masks import MaskSource
+    from tests.dist.transposed import hold_transposed
+    from tests.dist.whole import spread_factors
 
     topology = ranks.topology(setting.tensor, setting.sequence)
     model = load_model(
@@ -149,11 +151,13 @@ def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
             replace(p, factors=tuple(replace(f, path=f"{f.path}@{topology.tp_rank}") for f in p.factors))
             for p in placements
         )
+    if setting.transposed:
+        hold_transposed(model, setting.broken)
     masks = MaskSource(11, quantise(setting.dropout))
     adapted = inject(model, placements, masks, 3, topology.tp_rank, topology.tp_size, setting.lanes)
     model.set_recompute(setting.recompute)
     if not setting.zero_b:
-        spread_factors(adapted, topology.tp_rank, nonzero_factors(placements))
+        spread_factors(adapted, topology, nonzero_factors(placements))
     return model, adapted, masks, topology
 
 

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from lowrank_dist.methods.lora.factors import AdaptedLinear
-from lowrank_dist.methods.lora.factors import WholeFactor
+from lowrank_dist.methods.lora.factors import AdaptedLinear, WholeFactor, lora_theta, stored_tensors
+from lowrank_dist.parallel.masks import MaskSource
+from lowrank_dist.parallel.topology import Topology
+
+
+def theta_of(adapted: Sequence[AdaptedLinear]) -> list[torch.nn.Parameter]:
+    """Θ on this rank, in the order of its linears."""
+    return [parameter for linear in adapted for parameter in linear.factors.parameters()]
+
+
+def spread_factors(
+    adapted: Sequence[AdaptedLinear], topology: Topology, values: Mapping[str, tuple[Tensor, Tensor]]
+) -> None:
+    """Set this rank's factors from whole ones, by module path."""
+    lora_theta(adapted, topology.tp_size, MaskSource(0, 0)).spread(stored_tensors(values), topology.place)
+
 
 Select = Callable[[torch.nn.Parameter], Tensor]
 

@@ -151,6 +151,7 @@ def linear_over_steps(tokens: int, broken: bool) -> list[bool]:
     from lowrank_dist.ops.mask import Mask, quantise
     from lowrank_dist.parallel.autograd import LocalLinear
     from lowrank_dist.parallel.factors import FactorShard, LowRankFactors
+    from lowrank_dist.parallel.frozen import Dense
 
     device, generator = ranks.device(), torch.Generator().manual_seed(tokens)
     shards = [
@@ -168,7 +169,7 @@ def linear_over_steps(tokens: int, broken: bool) -> list[bool]:
     x.requires_grad_()
     key = torch.tensor([5, 0], device=device)
     mask = Mask(torch.arange(tokens, device=device), key, 9, quantise(0.25), 0)
-    arguments = (x, weight, None, factors.lora_A, factors.lora_B, factors, mask, None)
+    arguments = (x, Dense(weight), None, factors, mask, None, factors.lora_A, factors.lora_B)
     found: list[Tensor] = []
 
     def compute() -> None:

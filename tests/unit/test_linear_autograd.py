@@ -15,10 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from lowrank_dist.ops import extension
 from lowrank_dist.ops.linear import linear as frozen
 from lowrank_dist.ops.mask import Mask, quantise
-from lowrank_dist.parallel.autograd import LocalLinear
 from tests.dist import ranks
 from tests.dist.ranks import run_ranks
-from tests.low_rank import FACTORS, NAMES, K, problem, worst
+from tests.low_rank import FACTORS, NAMES, K, local_linear, problem, worst
 from tests.operands import draw, on_device, same_bits
 
 
@@ -129,7 +128,7 @@ def test_gradcheck(kind: str, p: float) -> None:
     def apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         # The linear reads Θ from where it is stored.
         factors.lora_A.data, factors.lora_B.data = a.detach(), b.detach()
-        return LocalLinear.apply(x, linear.weight, linear.bias, a, b, factors, on_device(linear.mask), None)
+        return local_linear(x, linear, on_device(linear.mask), a, b)
 
     inputs = [t.detach().clone().requires_grad_() for t in (linear.x, factors.lora_A, factors.lora_B)]
     assert torch.autograd.gradcheck(apply, inputs)
@@ -141,7 +140,7 @@ def test_gradcheck(kind: str, p: float) -> None:
             key[1] = 3
             factors.lora_A.data, factors.lora_B.data = a.detach(), b.detach()
             mask = Mask(linear.mask.rows.to(key.device), key, 9, linear.mask.threshold, 0)
-            y = LocalLinear.apply(x, linear.weight, linear.bias, a, b, factors, mask, None)
+            y = local_linear(x, linear, mask, a, b)
             key[1] = 4
             return y
 
@@ -216,12 +215,12 @@ def test_repeatable_with_any_number_of_threads(dtype: torch.dtype) -> None:
 
 
 def test_what_is_saved_for_backward() -> None:
-    """The input, the frozen weight and U, R wide; no mask and nothing dropped."""
+    """The input, and U, R wide; no mask and nothing dropped. The frozen weight is there anyway."""
     linear = problem(torch.bfloat16)
     saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         linear.apply(linear.x.clone().requires_grad_())
-    assert saved == [(13, 5, K), (65, linear.factors.total_rank), tuple(linear.weight.shape)]
+    assert saved == [(13, 5, K), (65, linear.factors.total_rank)]
 
 
 def on_a_world_of_one(dtype: torch.dtype) -> dict[str, bool]:

@@ -100,6 +100,6 @@ def test_blocks_are_where_the_dense_form_is_not_zero(kind: str) -> None:
         assert torch.equal(block.t(), factors.b_of(i).detach().cpu())
         first += shard.rank
     # Back into packed storage: every element where it came from.
-    packed = factors.grad_b(factors.dense_bt(torch.float32))
+    (packed,) = factors.up_gradients(factors.dense_bt(torch.float32))
     stored = sum(len(shard.local_rows) * shard.rank for shard in factors.shards)
     assert torch.equal(packed[:stored], factors.lora_B.detach()[:stored]) and packed.dtype == torch.float32

@@ -8,6 +8,7 @@ Legend: H hidden, m bottleneck, N ranks.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -34,8 +35,9 @@ from lowrank_dist.methods.method import Setting
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.model.layers import ThenAdd
 from lowrank_dist.parallel.collectives import enter_parallel_region, leave_parallel_region
+from lowrank_dist.parallel.coordinates import Place
 from lowrank_dist.parallel.masks import MaskSource
-from lowrank_dist.parallel.theta import ALL, Held, Index, Piece, Theta, drawn_by_name, mark
+from lowrank_dist.parallel.theta import ALL, Held, Index, Piece, Theta, Trained, drawn_by_name, mark
 from lowrank_dist.parallel.topology import Topology
 
 _NORM_EPS = 1e-5
@@ -136,23 +138,17 @@ class Adapters:
                 setattr(module, _PLACES[place], ThenAdd(bottleneck))
                 built.append((layer, place, bottleneck))
         theta = self._theta(built, size)
-        theta.spread(self._initial(theta.all_shapes()), topology.tp_rank)
+        theta.spread(self._initial(theta.all_shapes()), topology.place)
         return theta
 
     def _theta(self, built: list[tuple[int, str, Bottleneck]], size: int) -> Theta:
-        parameters, shapes = [], []
+        trained = []
         for layer, place, bottleneck in built:
-            parameters += list(bottleneck.parameters())
-            shapes += [{name: shape} for name, shape in stored_shapes(self._config, layer, place).items()]
-
-        def layout(tp_rank: int) -> list[Held]:
-            held = []
-            for parameter, stored in zip(parameters, shapes, strict=True):
-                ((name, shape),) = stored.items()
-                held.append(Held(tuple(parameter.shape), (Piece(name, _index(name, shape, tp_rank, size), _same),)))
-            return held
-
-        return Theta(tuple(parameters), tuple(shapes), layout, MaskSource(self._seed, 0))
+            stored = stored_shapes(self._config, layer, place).items()
+            for parameter, (name, shape) in zip(bottleneck.parameters(), stored, strict=True):
+                held = partial(_held, name, shape, tuple(parameter.shape), size)
+                trained.append(Trained(parameter, {name: shape}, held))
+        return Theta(tuple(trained), MaskSource(self._seed, 0))
 
     def _initial(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Down as a linear's usual start, by its name alone; up zero, so that training starts from the base itself."""
@@ -191,11 +187,11 @@ def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology
     # The same function either way; a width that the ranks do not divide is no reason to refuse.
     placement: Placement = "replicated" if found.config.bottleneck % topology.tp_size else "sharded"
     theta = Adapters(found.config, placement, 0).attach(model, topology, resumed=True)
-    theta.spread(found.tensors, topology.tp_rank)
+    theta.spread(found.tensors, topology.place)
 
 
-def _same(local: Tensor) -> Tensor:
-    return local
+def _held(name: str, shape: tuple[int, ...], local: tuple[int, ...], size: int, place: Place) -> Held:
+    return Held(local, (Piece(name, _index(name, shape, place.dense.tp, size), lambda part: part),))
 
 
 def _index(name: str, shape: tuple[int, ...], tp_rank: int, size: int) -> Index:

@@ -16,8 +16,9 @@ from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.full.files import WholeModelFiles
 from lowrank_dist.methods.method import Setting
 from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.parallel.coordinates import Place
 from lowrank_dist.parallel.masks import MaskSource
-from lowrank_dist.parallel.theta import Held, Piece, Theta, mark
+from lowrank_dist.parallel.theta import Held, Piece, Theta, Trained, mark
 from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.sections.section import MethodSection
 
@@ -31,7 +32,7 @@ class FullFineTuning:
 
     def __init__(self, architecture: Architecture, base: Path, seed: int) -> None:
         self._architecture, self._base, self._seed = architecture, base, seed
-        self._shapes: tuple[dict[str, tuple[int, ...]], ...] = ()
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtype = torch.float32
 
     @property
@@ -46,27 +47,25 @@ class FullFineTuning:
         def plans(tp_rank: int, tp_size: int = size) -> dict[str, ParameterPlan]:
             return copy_plans(architecture, tp_rank, tp_size, padded_rows)
 
-        parameters = []
-        for name in plans(topology.tp_rank):
+        plans_here = cache(plans)
+
+        def held(name: str, place: Place) -> Held:
+            plan = plans_here(place.dense.tp)[name]
+            return Held(plan.shape, tuple(Piece(copy.hf, copy.hf_index, partial(_view, copy)) for copy in plan.copies))
+
+        shapes, trained = hf_shapes(architecture), []
+        # By the plan of a single rank, which holds something of every tensor.
+        for name, plan in plans(0, 1).items():
             cut = is_cut(name, architecture)
             partial_grad = size > 1 and not cut and _is_partial(name, topology.sequence_parallel)
-            parameters.append(mark(_trained(model, name), sharded=cut and size > 1, partial=partial_grad))
-        shapes = hf_shapes(architecture)
-        # By the plan of a single rank, which holds something of every tensor.
-        self._shapes = tuple({copy.hf: shapes[copy.hf] for copy in plan.copies} for plan in plans(0, 1).values())
-
-        @cache
-        def layout(tp_rank: int) -> list[Held]:
-            return [
-                Held(plan.shape, tuple(Piece(copy.hf, copy.hf_index, partial(_view, copy)) for copy in plan.copies))
-                for plan in plans(tp_rank).values()
-            ]
-
-        return Theta(tuple(parameters), self._shapes, layout, MaskSource(self._seed, 0))
+            parameter = mark(_trained(model, name), sharded=cut and size > 1, partial=partial_grad)
+            trained.append(Trained(parameter, {copy.hf: shapes[copy.hf] for copy in plan.copies}, partial(held, name)))
+        theta = Theta(tuple(trained), MaskSource(self._seed, 0))
+        self._shapes = theta.all_shapes()
+        return theta
 
     def files(self, folder: Path, provenance: Provenance) -> WholeModelFiles:
-        shapes = {name: shape for part in self._shapes for name, shape in part.items()}
-        return WholeModelFiles(folder, self._base, shapes, self._dtype, provenance)
+        return WholeModelFiles(folder, self._base, self._shapes, self._dtype, provenance)
 
 
 def build(section: MethodSection, setting: Setting, architecture: Architecture) -> FullFineTuning:

@@ -50,7 +50,7 @@ def adopt_adapter(section: LoraConfig, base: Path) -> LoraConfig:
 def initial_factors(
     folder: Path, placements: Sequence[LinearPlacement], base: Path
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the adapter in `folder`, that of an adopted section, as `spread_factors` takes it.
+    """Return the adapter in `folder`, that of an adopted section, as `stored_tensors` takes it.
 
     Module path → A [r, in] and B [out, r] in fp32. Raises UserError for an adapter that was trained on another base, by
     its fingerprint, or that has other modules or shapes than `placements`.
@@ -109,7 +109,7 @@ def refuse_foreign(folder: Path, adapter: Adapter, known: Collection[str], base:
 def factors_for(
     folder: Path, adapter: Adapter, placements: Sequence[LinearPlacement], base: Path
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path → A [r, in] and B [out, r] in fp32, as `spread_factors` takes them.
+    """Module path → A [r, in] and B [out, r] in fp32, as `stored_tensors` takes them.
 
     Raises UserError where the adapter has other modules or shapes than `placements`.
     """

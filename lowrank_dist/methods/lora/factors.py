@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +16,10 @@ from torch import Tensor, nn
 from lowrank_dist.arch.placement import FactorSpec, LinearPlacement
 from lowrank_dist.arch.tensors import MEGATRON_LINEARS
 from lowrank_dist.methods.lora.files import LowRankFactor
-from lowrank_dist.parallel.factors import FactorShard, LowRankFactors, a_of, b_elements, b_of
+from lowrank_dist.parallel.factors import FactorMap, FactorShard, LowRankFactors
 from lowrank_dist.parallel.linear import LowRankLinear
 from lowrank_dist.parallel.masks import MaskSource, stream_of
-from lowrank_dist.parallel.theta import Held, Piece, Theta, drawn_by_name, scatter
+from lowrank_dist.parallel.theta import Theta, drawn_by_name
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,6 @@ class AdaptedLinear:
 
     placement: LinearPlacement
     factors: LowRankFactors
-
-
-def theta_of(adapted: Sequence[AdaptedLinear]) -> list[nn.Parameter]:
-    """Return Θ on this rank: A and B of every linear in turn, the order that optimiser and checkpoints go by."""
-    return [p for linear in adapted for p in (linear.factors.lora_A, linear.factors.lora_B)]
 
 
 def inject(
@@ -47,7 +41,7 @@ def inject(
 ) -> tuple[AdaptedLinear, ...]:
     """Attach factors to the model's linears and initialise them as PEFT does, whatever the tensor-parallel size.
 
-    lanes: see parallel/factors.py.
+    lanes: see parallel/frozen.py.
     """
     adapted = []
     for placement in placements:
@@ -80,7 +74,10 @@ def initial_a(spec: FactorSpec, seed: int) -> Tensor:
 
 
 def shards_of(placement: LinearPlacement, tp_rank: int, tp_size: int) -> list[FactorShard]:
-    """Return the rows of each factor's B on a rank; a pure function, so that any rank can tell for all."""
+    """Return the rows of each factor's B on a rank; a pure function, so that any rank can tell for all.
+
+    Made as they are asked for: those of a large model on every rank would fill a GB of lists.
+    """
     segments = placement.layout.segments(tp_rank, tp_size)
     shards = []
     for spec in placement.factors:
@@ -113,68 +110,21 @@ class WholeFactor:
 
 
 def lora_theta(adapted: Sequence[AdaptedLinear], tp_size: int, masks: MaskSource) -> Theta:
-    """Return Θ of low-rank updates: A and B of every linear in turn, stored under Hugging Face's module names."""
-    shapes: list[dict[str, tuple[int, ...]]] = []
-    for linear in adapted:
-        specs = linear.placement.factors
-        shapes.append({f"{spec.path}.lora_A": (spec.rank, spec.in_features) for spec in specs})
-        shapes.append({f"{spec.path}.lora_B": (spec.rows, spec.rank) for spec in specs})
-
-    return Theta(tuple(theta_of(adapted)), tuple(shapes), lambda tp_rank: _Layout(adapted, tp_rank, tp_size), masks)
+    """Return Θ of low-rank updates, each linear's in turn, stored under Hugging Face's module names."""
+    trained = (each for linear in adapted for each in linear.factors.trained(_everywhere(linear.placement, tp_size)))
+    return Theta(tuple(trained), masks)
 
 
-class _Layout(Sequence[Held]):
-    """The layout of a rank, made as it is asked for.
-
-    The rows of every factor of a large model, on every rank, would fill a GB of lists.
-    """
-
-    def __init__(self, adapted: Sequence[AdaptedLinear], tp_rank: int, tp_size: int) -> None:
-        self._adapted, self._tp_rank, self._tp_size = adapted, tp_rank, tp_size
-
-    def __len__(self) -> int:
-        return 2 * len(self._adapted)
-
-    @overload
-    def __getitem__(self, number: int) -> Held: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[Held]: ...
-
-    def __getitem__(self, number: int | slice) -> Held | Sequence[Held]:
-        if isinstance(number, slice):
-            return [self[each] for each in range(len(self))[number]]
-        linear = self._adapted[number // 2]
-        shards = shards_of(linear.placement, self._tp_rank, self._tp_size)
-        a, b = _pieces(linear, shards, self._tp_rank)
-        if number % 2:
-            return Held((max(1, b_elements(shards)),), b)
-        return Held(tuple(linear.factors.lora_A.shape), a)
+def _everywhere(placement: LinearPlacement, tp_size: int) -> FactorMap:
+    shapes = tuple((spec.rows, spec.rank) for spec in placement.factors)
+    return FactorMap(shapes, placement.layout.in_features, partial(shards_of, placement, tp_size=tp_size))
 
 
-def _pieces(
-    linear: AdaptedLinear, shards: Sequence[FactorShard], tp_rank: int
-) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
-    """Return the pieces of lora_A, cut by columns if row-parallel, and of lora_B, whose rows may be anywhere."""
-    k = linear.factors.lora_A.size(1)
-    sharded_a = linear.placement.layout.kind == "row"
-    columns = slice(tp_rank * k, (tp_rank + 1) * k) if sharded_a else slice(None)
-    a, b = [], []
-    for index, shard in enumerate(shards):
-        a.append(Piece(f"{shard.name}.lora_A", (slice(None), columns), partial(a_of, shards, index)))
-        b.append(Piece(f"{shard.name}.lora_B", (list(shard.factor_rows),), partial(b_of, shards, index)))
-    return tuple(a), tuple(b)
-
-
-def spread_factors(adapted: Sequence[AdaptedLinear], tp_rank: int, values: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Set every factor from its whole (A, B), by module path, without communication."""
-    named = {
-        f"{path}.lora_{side}": tensor for path, pair in values.items() for side, tensor in zip("AB", pair, strict=True)
+def stored_tensors(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Return whole A and B by the names under which `lora_theta` stores them, from those by module path."""
+    return {
+        f"{path}.lora_{side}": tensor for path, pair in factors.items() for side, tensor in zip("AB", pair, strict=True)
     }
-    for linear in adapted:
-        pieces = _pieces(linear, linear.factors.shards, tp_rank)
-        for parameter, ours in zip((linear.factors.lora_A, linear.factors.lora_B), pieces, strict=True):
-            scatter(ours, named, parameter)
 
 
 def whole_factors(placements: Sequence[LinearPlacement], tensors: Mapping[str, Tensor]) -> dict[str, WholeFactor]:

@@ -14,13 +14,13 @@ from lowrank_dist.formats.provenance import Provenance, refuse_another_base
 from lowrank_dist.methods.files import PUBLISHED, Collected
 from lowrank_dist.methods.lora.adopt import factors_for, initial_factors, refuse_foreign, rules_of
 from lowrank_dist.methods.lora.config import LoraConfig
-from lowrank_dist.methods.lora.factors import adapter_factors, inject, lora_theta, spread_factors, whole_factors
+from lowrank_dist.methods.lora.factors import adapter_factors, inject, lora_theta, stored_tensors, whole_factors
 from lowrank_dist.methods.lora.files import Adapter, module_paths, read_adapter, write_adapter_files
 from lowrank_dist.methods.lora.footprint import placement_rules
 from lowrank_dist.methods.method import Setting
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.ops.mask import quantise
-from lowrank_dist.parallel.factors import wanted
+from lowrank_dist.parallel.frozen import wanted
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.theta import Theta
 from lowrank_dist.parallel.topology import Topology
@@ -50,9 +50,10 @@ class Lora:
         masks = MaskSource(setting.seed, self._threshold)
         lanes = wanted(setting.lanes, next(model.parameters()).device.type)
         adapted = inject(model, self._placements, masks, setting.seed, topology.tp_rank, topology.tp_size, lanes)
+        theta = lora_theta(adapted, topology.tp_size, masks)
         if start is not None and not resumed:
-            spread_factors(adapted, topology.tp_rank, initial_factors(start, self._placements, setting.base))
-        return lora_theta(adapted, topology.tp_size, masks)
+            theta.spread(stored_tensors(initial_factors(start, self._placements, setting.base)), topology.place)
+        return theta
 
     def files(self, folder: Path, provenance: Provenance) -> Collected:
         def write(tensors: Mapping[str, Tensor]) -> None:
@@ -81,5 +82,6 @@ def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology
     refuse_foreign(folder, adapter, model.architecture.linear_modules(), base)
     placements = place(model.architecture, rules_of(adapter, model.architecture))
     factors = factors_for(folder, adapter, placements, base)
-    adapted = inject(model, placements, MaskSource(0, 0), 0, topology.tp_rank, topology.tp_size)
-    spread_factors(adapted, topology.tp_rank, factors)
+    masks = MaskSource(0, 0)
+    adapted = inject(model, placements, masks, 0, topology.tp_rank, topology.tp_size)
+    lora_theta(adapted, topology.tp_size, masks).spread(stored_tensors(factors), topology.place)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,8 +30,9 @@ from lowrank_dist.methods.prompt_files import (
     write_prompt_learning,
 )
 from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.parallel.coordinates import Place
 from lowrank_dist.parallel.masks import MaskSource
-from lowrank_dist.parallel.theta import ALL, Held, Index, Piece, Theta, all_of, mark
+from lowrank_dist.parallel.theta import ALL, Held, Index, Piece, Theta, Trained, all_of, mark
 from lowrank_dist.parallel.topology import Topology
 
 KEYS_VALUES = "prefix"
@@ -100,27 +102,28 @@ class Prefix(nn.Module):
             found = found[:, :, :, own : own + 1]
         return found.permute(1, 2, 3, 0, 4)
 
-    def shapes(self) -> tuple[dict[str, tuple[int, ...]], ...]:
-        """Return for each parameter in turn the stored tensor and its whole shape."""
+    def trained(self) -> tuple[Trained, ...]:
+        """Return each parameter in turn with the tensor that it is stored as."""
+        stored: tuple[tuple[str, tuple[int, ...]], ...]
         if self._width is None:
-            return ({KEYS_VALUES: (self.length, *self._whole)},)
-        return (
-            {EMBEDDING: (self.length, self._hidden)},
-            {HIDDEN: (self._width, self._hidden)},
-            {HIDDEN_BIAS: (self._width,)},
-            {OUTPUT: (*self._whole, self._width)},
-            {OUTPUT_BIAS: self._whole},
+            stored = ((KEYS_VALUES, (self.length, *self._whole)),)
+        else:
+            stored = (
+                (EMBEDDING, (self.length, self._hidden)),
+                (HIDDEN, (self._width, self._hidden)),
+                (HIDDEN_BIAS, (self._width,)),
+                (OUTPUT, (*self._whole, self._width)),
+                (OUTPUT_BIAS, self._whole),
+            )
+        return tuple(
+            Trained(parameter, {name: shape}, partial(self._held, name, tuple(parameter.shape)))
+            for parameter, (name, shape) in zip(self.parameters(), stored, strict=True)
         )
 
-    def layout(self, tp_rank: int) -> list[Held]:
-        """Return for each parameter in turn its share on a tensor-parallel rank."""
-        held = []
-        for parameter, shapes in zip(self.parameters(), self.shapes(), strict=True):
-            ((name, shape),) = shapes.items()
-            piece = Piece(name, self._heads_of(name, tp_rank), lambda local: local) if self._cut else all_of(name)
-            held.append(Held(tuple(parameter.shape), (piece,)))
-            assert self._cut or tuple(parameter.shape) == shape
-        return held
+    def _held(self, name: str, local: tuple[int, ...], place: Place) -> Held:
+        if not self._cut:
+            return Held(local, (all_of(name),))
+        return Held(local, (Piece(name, self._heads_of(name, place.dense.tp), lambda part: part),))
 
     def _heads_of(self, name: str, tp_rank: int) -> Index:
         before = {KEYS_VALUES: 3, OUTPUT: 2, OUTPUT_BIAS: 2}.get(name)
@@ -171,8 +174,8 @@ class PrefixTuning:
             device=next(model.parameters()).device,
         )
         model.prefix = prefix
-        theta = Theta(tuple(prefix.parameters()), prefix.shapes(), prefix.layout, MaskSource(self._seed, 0))
-        theta.spread(self._initial(theta.all_shapes()), topology.tp_rank)
+        theta = Theta(prefix.trained(), MaskSource(self._seed, 0))
+        theta.spread(self._initial(theta.all_shapes()), topology.place)
         return theta
 
     def _initial(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -221,4 +224,4 @@ def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology
     length = found.embeddings.size(0)
     theta = PrefixTuning(length, None, architecture, str(folder), 0).attach(model, topology, resumed=True)
     shape = (length, architecture.layers, 2, architecture.kv_heads, architecture.head_dim)
-    theta.spread({KEYS_VALUES: found.embeddings.view(shape)}, topology.tp_rank)
+    theta.spread({KEYS_VALUES: found.embeddings.view(shape)}, topology.place)

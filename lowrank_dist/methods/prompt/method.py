@@ -29,7 +29,7 @@ from lowrank_dist.methods.prompt_files import (
 )
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.parallel.masks import MaskSource
-from lowrank_dist.parallel.theta import Held, Theta, all_of, mark
+from lowrank_dist.parallel.theta import Held, Theta, Trained, all_of, mark
 from lowrank_dist.parallel.topology import Topology
 
 
@@ -113,9 +113,9 @@ class PromptTuning:
 
     def attach(self, model: CausalLM, topology: Topology, *, resumed: bool) -> Theta:
         rows = add_virtual_tokens(model, self._initial(model))
-        shape = {EMBEDDINGS: (self.virtual, self._architecture.hidden)}
-        held = [Held(shape[EMBEDDINGS], (all_of(EMBEDDINGS),))]
-        return Theta((rows,), (shape,), lambda tp_rank: held, MaskSource(self._seed, 0))
+        shape = (self.virtual, self._architecture.hidden)
+        held = Held(shape, (all_of(EMBEDDINGS),))
+        return Theta((Trained(rows, {EMBEDDINGS: shape}, lambda place: held),), MaskSource(self._seed, 0))
 
     def _initial(self, model: CausalLM) -> Tensor:
         generator = torch.Generator().manual_seed(self._seed)
