@@ -219,7 +219,7 @@ def _merge_tensor(
     name, (rows, columns) = piece.source.name, piece.source.shape
     row_bytes = piece.source.nbytes // rows
     dtype = FLOAT_DTYPES[piece.target.dtype]
-    for first, last in chunks(rows, max(1, _CHUNK_ELEMENTS // columns)):
+    for first, last in chunks(rows, rows if update.takes_all_rows else max(1, _CHUNK_ELEMENTS // columns)):
         buffer = _read(file, piece, first * row_bytes, last * row_bytes)
         weight = torch.frombuffer(buffer, dtype=FLOAT_DTYPES[piece.source.dtype]).view(last - first, columns)
         chosen = slice(first, last)

@@ -1,4 +1,4 @@
-"""The update of each stored tensor: Σ w·s·B·A over the adapters that have factors on it."""
+"""The update of each stored tensor: Σ w·s·B·A over the adapters that have factors on it, or the one with magnitudes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +24,18 @@ class Term:
 
 @dataclass(frozen=True)
 class Update:
-    """The update of one stored tensor: the terms' sum, transposed where the base stores [in, out] (GPT-2)."""
+    """The update of one stored tensor: the terms' sum, transposed where the base stores [in, out] (GPT-2).
+
+    A term with magnitudes stands alone: m ⊙ (W + s·B·A) / ‖W + s·B·A‖, by output (DoRA).
+    """
 
     terms: tuple[Term, ...]
     transposed: bool
+
+    @property
+    def takes_all_rows(self) -> bool:
+        """Return whether `apply` needs all rows of the stored tensor at once: the norms of outputs that are columns."""
+        return self.transposed and self.terms[0].factor.magnitude is not None
 
     def apply(
         self, rows: slice, weight: Tensor, dtype: torch.dtype | None = None, without: int | None = None
@@ -47,7 +55,18 @@ class Update:
             delta = ((b @ a[:, rows]).T if self.transposed else b[rows] @ a).mul_(term.scale)
             total = delta if total is None else total.add_(delta)
         merged = weight if total is None else total.add_(weight)
+        magnitude = self.terms[0].factor.magnitude
+        if total is not None and magnitude is not None:
+            merged = _with_norm(merged, magnitude.to(compute), rows, self.transposed)
         return merged.to(dtype or weight.dtype).contiguous()
+
+
+def _with_norm(merged: Tensor, magnitude: Tensor, rows: slice, transposed: bool) -> Tensor:
+    """Return the outputs, rows or where `transposed` columns, scaled to the norms `magnitude` [out]; zeros stay."""
+    inputs = 0 if transposed else 1
+    norms = torch.linalg.norm(merged, dim=inputs, keepdim=True).clamp_(min=torch.finfo(merged.dtype).tiny)
+    wanted = magnitude[None] if transposed else magnitude[rows, None]
+    return merged.mul_(wanted / norms)
 
 
 def updates_of(
@@ -57,18 +76,31 @@ def updates_of(
 
     Raises UserError with every factor of an adapter that has no place in the base, and when all of them are zero.
     """
+    _refuse_sums([(folder, weight) for folder, weight, adapter in adapters if adapter.dora], len(adapters))
     terms: dict[str, list[Term]] = {}
     for index, (folder, weight, adapter) in enumerate(adapters):
         for name, factor in _placed(architecture, checkpoint, adapter, folder).items():
             terms.setdefault(name, []).append(Term(factor, weight * factor.scale(adapter.rslora), index))
     if not any(
-        term.scale and term.factor.a.any() and term.factor.b.any() for several in terms.values() for term in several
+        term.factor.magnitude is not None or (term.scale and term.factor.a.any() and term.factor.b.any())
+        for several in terms.values()
+        for term in several
     ):
         folders = ", ".join(str(folder) for folder, _, _ in adapters)
         raise UserError(f"{folders} changes nothing: s·B·A is zero in every module (an untrained adapter?)")
     linears = architecture.linear_modules()
     stored = {architecture.find(f"{module}.weight", checkpoint) for module in linears}
     return {name: Update(tuple(several), architecture.conv1d and name in stored) for name, several in terms.items()}
+
+
+def _refuse_sums(decomposed: Sequence[tuple[Path, float]], adapters: int) -> None:
+    """Raise UserError for a DoRA adapter among others or with a weight: it is no update that could be added."""
+    for folder, weight in decomposed:
+        if adapters > 1 or weight != 1:
+            raise UserError(
+                f"{folder} is a DoRA adapter, which scales the rows of the weights: it cannot be weighted or summed "
+                "with others. Merge it alone, with weight 1"
+            )
 
 
 def _placed(

@@ -90,11 +90,14 @@ class LowRankColumnParallelLinear(LowRankLinear, ColumnParallelLinear):
             return FrozenLinear.apply(gathered, self.frozen, bias), self.bias if self.skip_bias_add else None
         mask = self._mask(0, self.sequence_parallel)
         parameters = (*update.down_parameters, *update.up_parameters)
+        inner_bias = None if update.rescales else bias
         if self.sequence_parallel:
-            output = GatherLinear.apply(input_, self.frozen, bias, update, mask, self.tp_group, *parameters)
+            output = GatherLinear.apply(input_, self.frozen, inner_bias, update, mask, self.tp_group, *parameters)
         else:
             group = self.tp_group if self.allreduce_dgrad else None
-            output = LocalLinear.apply(input_, self.frozen, bias, update, mask, group, *parameters)
+            output = LocalLinear.apply(input_, self.frozen, inner_bias, update, mask, group, *parameters)
+        if update.rescales:
+            output = update.rescaled(output, bias, beside_graph=False)
         return output, self.bias if self.skip_bias_add else None
 
 
@@ -127,7 +130,10 @@ class LowRankRowParallelLinear(LowRankLinear, RowParallelLinear):
         downs, ups = update.down_parameters, update.up_parameters
         if self.sequence_parallel and self.tp_group.size() > 1:
             partial = PartialLinear.apply(x, frozen, update, mask, *downs)
-            return ReduceExpand.apply(partial, update, self.tp_group, x.requires_grad, *ups)
+            output = ReduceExpand.apply(partial, update, self.tp_group, x.requires_grad, *ups)
+            return update.rescaled(output, None, beside_graph=True) if update.rescales else output
         # U·bᵀ is added before the reduction that sums X·Wᵀ anyway, so B's gradient is partial over ranks.
         output = LocalLinear.apply(x, frozen, None, update, mask, None, *downs, *ups)
+        if update.rescales:
+            output = update.rescaled(output, None, beside_graph=False)
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group)

@@ -9,6 +9,7 @@ Legend: R = Σ r over the factors of this linear, K inputs and O outputs of this
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,10 @@ class LowRankUpdate(nn.Module, ABC):
     """Y = X·Wᵀ + U·bᵀ + bias with U = (m ⊙ X)·aᵀ, by operands a [R, K] and bᵀ [R, O].
 
     out_features: O. total_rank: R. blocks: non-zeros of bᵀ as in ops/low_rank.py, empty where it is dense.
+    rescales: the linear hands X·Wᵀ + U·bᵀ to `rescaled`, which adds the bias, in place of adding it itself.
     """
+
+    rescales: ClassVar[bool] = False
 
     out_features: int
     total_rank: int
@@ -51,3 +55,11 @@ class LowRankUpdate(nn.Module, ABC):
     @abstractmethod
     def up_gradients(self, dense_RO: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of `up_parameters` from Uᵀ·dY; what lies outside `blocks` is undefined there."""
+
+    def rescaled(self, z: Tensor, bias: Tensor | None, *, beside_graph: bool) -> Tensor:
+        """Return the output [.., O] of `z` = X·Wᵀ + U·bᵀ [.., O], which may be a partial sum over ranks.
+
+        beside_graph: what backward needs is kept where recomputation does not ask for it, since z came out of a
+        collective that would be issued again (parallel/autograd.py, ReduceExpand).
+        """
+        raise AssertionError("an update that rescales nothing is not asked to")

@@ -33,6 +33,8 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "prefix": ("prefix", "prefix", {"length": VIRTUAL, "width": None}),
     "prefix_mlp": ("prefix", "prefix", {"length": VIRTUAL, "width": WIDTH}),
     "prompt": ("prompt", "prompt", {"length": VIRTUAL}),
+    "dora": ("lora", "lora", {"dora": True, "rank": 4, "alpha": 8.0}),
+    "dora_dropout": ("lora", "lora", {"dora": True, "rank": 4, "alpha": 8.0, "dropout": 0.1}),
 }
 CLIP, DECAY, BETAS, EPS = 0.5, 0.01, (0.9, 0.999), 1e-3
 # Spread of values away from the start, by the end of a stored name.
@@ -45,7 +47,10 @@ _SPREADS = {
     "hidden.weight": 0.15,
     "output.weight": 0.25,
     "prompt.embeddings": 0.15,
+    "lora_magnitude_vector": 0.05,
 }
+# What is about 1 away from the start, not about 0.
+_AROUND_1 = ("norm.weight", "lora_magnitude_vector")
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def values_away(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     values = {}
     for name, shape in shapes.items():
         spread = next((value for end, value in _SPREADS.items() if name == end or name.endswith(f".{end}")), 0.1)
-        values[name] = torch.randn(shape, generator=generator) * spread + name.endswith("norm.weight")
+        values[name] = torch.randn(shape, generator=generator) * spread + name.endswith(_AROUND_1)
     return values
 
 
@@ -198,6 +203,8 @@ def train(built: Built, setting: MethodSetting) -> dict[str, Any]:
         dist.all_reduce(total, group=built.topology.dp_group)
         losses.append(total.item() / targets)
         norms.append(optimiser.step(setting.lr))
+        if setting.broken != "stale":
+            built.theta.refresh()
     return {"losses": losses, "norms": norms, **_named("weight", whole(built, lambda parameter: parameter))}
 
 
@@ -208,6 +215,7 @@ def _batches(built: Built, setting: MethodSetting) -> tuple[list[Any], int]:
 
 
 def _loss(built: Built, batch: Any) -> Tensor:
+    built.theta.masks.set(0, batch.dropout_rows)
     return built.model.loss(batch.input_ids, batch.position_ids, batch.target_index, batch.target_ids, batch.segments)
 
 

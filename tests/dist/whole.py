@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from lowrank_dist.methods.lora.factors import AdaptedLinear, WholeFactor, lora_theta, stored_tensors
+from lowrank_dist.methods.lora.files import LowRankFactor
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.topology import Topology
 
@@ -23,7 +24,8 @@ def spread_factors(
     adapted: Sequence[AdaptedLinear], topology: Topology, values: Mapping[str, tuple[Tensor, Tensor]]
 ) -> None:
     """Set this rank's factors from whole ones, by module path."""
-    lora_theta(adapted, topology.tp_size, MaskSource(0, 0)).spread(stored_tensors(values), topology.place)
+    factors = {path: LowRankFactor(a, b, 1.0) for path, (a, b) in values.items()}
+    lora_theta(adapted, topology.tp_size, MaskSource(0, 0)).spread(stored_tensors(factors), topology.place)
 
 
 Select = Callable[[torch.nn.Parameter], Tensor]

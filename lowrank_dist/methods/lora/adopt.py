@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import read_architecture
@@ -17,23 +16,23 @@ from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.formats.provenance import refuse_another_base
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_dist.methods.lora.config import LoraConfig
-from lowrank_dist.methods.lora.files import Adapter, module_paths, read_adapter
+from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, module_paths, read_adapter
 from lowrank_dist.methods.lora.peft_config import describe
 
 
 def adopt_adapter(section: LoraConfig, base: Path) -> LoraConfig:
     """Return the section with what the adapter in its init_from is; the section itself where there is none.
 
-    Rank, alpha, targets, patterns and rslora become the adapter's, so that `place` gives exactly its factors; dropout
-    stays the section's. Raises UserError for a key of them that was given another value, for factors on modules that
-    the model in `base` cannot adapt, and for a rank or an alpha that a run cannot have.
+    Rank, alpha, targets, patterns, rslora and dora become the adapter's, so that `place` gives exactly its factors;
+    dropout stays the section's. Raises UserError for a key of them that was given another value, for factors on modules
+    that the model in `base` cannot adapt, and for a rank or an alpha that a run cannot have.
     """
     folder = section.init_from
     if folder is None:
         return section
     adapter, architecture = read_adapter(folder), read_architecture(base)
     refuse_foreign(folder, adapter, architecture.linear_modules(), base)
-    adopted = asdict(rules_of(adapter, architecture))
+    adopted = {**asdict(rules_of(adapter, architecture)), "dora": adapter.dora}
     _refuse_contradictions(section, adopted, adapter, architecture)
     try:
         return LoraConfig.model_validate({**section.model_dump(), **adopted})
@@ -47,13 +46,11 @@ def adopt_adapter(section: LoraConfig, base: Path) -> LoraConfig:
         ) from None
 
 
-def initial_factors(
-    folder: Path, placements: Sequence[LinearPlacement], base: Path
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the adapter in `folder`, that of an adopted section, as `stored_tensors` takes it.
+def initial_factors(folder: Path, placements: Sequence[LinearPlacement], base: Path) -> dict[str, LowRankFactor]:
+    """Return the adapter in `folder`, that of an adopted section, by module path.
 
-    Module path → A [r, in] and B [out, r] in fp32. Raises UserError for an adapter that was trained on another base, by
-    its fingerprint, or that has other modules or shapes than `placements`.
+    Raises UserError for an adapter that was trained on another base, by its fingerprint, or that has other modules or
+    shapes than `placements`.
     """
     refuse_another_base(folder, base)
     return factors_for(folder, read_adapter(folder), placements, base)
@@ -88,6 +85,7 @@ def rules_of(adapter: Adapter, architecture: Architecture) -> LoraRules:
         module_paths(architecture),
         dropout=adapter.dropout,
         rslora=adapter.rslora,
+        dora=adapter.dora,
         fan_in_fan_out=adapter.fan_in_fan_out,
         base=adapter.base,
     )
@@ -108,8 +106,8 @@ def refuse_foreign(folder: Path, adapter: Adapter, known: Collection[str], base:
 
 def factors_for(
     folder: Path, adapter: Adapter, placements: Sequence[LinearPlacement], base: Path
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Module path → A [r, in] and B [out, r] in fp32, as `stored_tensors` takes them.
+) -> dict[str, LowRankFactor]:
+    """Return the adapter's factors by module path.
 
     Raises UserError where the adapter has other modules or shapes than `placements`.
     """
@@ -127,4 +125,4 @@ def factors_for(
                 f"but the model in {base} takes {list(expected[0])} and {list(expected[1])}: give the model that the "
                 "adapter was trained on"
             )
-    return {path: (adapter.factors[path].a, adapter.factors[path].b) for path in specs}
+    return {path: adapter.factors[path] for path in specs}

@@ -29,6 +29,9 @@ class LoraConfig(MethodSection):
     targets: Targets = Field(
         "all-linear", description="list of module names ([q_proj, v_proj]), all-linear, or one regular expression"
     )
+    dora: bool = Field(
+        False, description="true (train a magnitude for each row of the adapted weights as well) or false"
+    )
     rslora: bool = Field(False, description="true (scale by alpha/sqrt(rank)) or false")
     rank_pattern: dict[Pattern, Rank] = Field(
         {}, description="mapping from module path or regular expression to a rank from 1 to 1024"

@@ -6,7 +6,7 @@ Whole factors have Hugging Face names, and no sharding.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,10 +38,11 @@ def inject(
     tp_rank: int,
     tp_size: int,
     lanes: bool = False,
+    kind: type[LowRankFactors] = LowRankFactors,
 ) -> tuple[AdaptedLinear, ...]:
     """Attach factors to the model's linears and initialise them as PEFT does, whatever the tensor-parallel size.
 
-    lanes: see parallel/frozen.py.
+    lanes: see parallel/frozen.py. kind: of the updates; what it has beside factors is not initialised.
     """
     adapted = []
     for placement in placements:
@@ -49,7 +50,7 @@ def inject(
         assert isinstance(linear, LowRankLinear), "the model is built with linears that take factors"
         sharded_a = placement.layout.kind == "row"
         k = placement.layout.in_features // (tp_size if sharded_a else 1)
-        factors = LowRankFactors(
+        factors = kind(
             shards_of(placement, tp_rank, tp_size),
             k,
             linear.weight.size(0),
@@ -102,17 +103,20 @@ def shards_of(placement: LinearPlacement, tp_rank: int, tp_size: int) -> list[Fa
 
 @dataclass(frozen=True)
 class WholeFactor:
-    """A [r, in] and B [out, r] of one factor, unsharded, on the CPU."""
+    """A [r, in] and B [out, r] of one factor, and the magnitude [out] if it has one, unsharded, on the CPU."""
 
     spec: FactorSpec
     a: Tensor
     b: Tensor
+    magnitude: Tensor | None = None
 
 
-def lora_theta(adapted: Sequence[AdaptedLinear], tp_size: int, masks: MaskSource) -> Theta:
+def lora_theta(
+    adapted: Sequence[AdaptedLinear], tp_size: int, masks: MaskSource, refresh: Callable[[], None] = lambda: None
+) -> Theta:
     """Return Θ of low-rank updates, each linear's in turn, stored under Hugging Face's module names."""
     trained = (each for linear in adapted for each in linear.factors.trained(_everywhere(linear.placement, tp_size)))
-    return Theta(tuple(trained), masks)
+    return Theta(tuple(trained), masks, refresh)
 
 
 def _everywhere(placement: LinearPlacement, tp_size: int) -> FactorMap:
@@ -120,17 +124,24 @@ def _everywhere(placement: LinearPlacement, tp_size: int) -> FactorMap:
     return FactorMap(shapes, placement.layout.in_features, partial(shards_of, placement, tp_size=tp_size))
 
 
-def stored_tensors(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Return whole A and B by the names under which `lora_theta` stores them, from those by module path."""
+def stored_tensors(factors: Mapping[str, LowRankFactor]) -> dict[str, Tensor]:
+    """Return whole tensors by the names under which `lora_theta` stores them, from factors by module path."""
     return {
-        f"{path}.lora_{side}": tensor for path, pair in factors.items() for side, tensor in zip("AB", pair, strict=True)
+        f"{path}.lora_{name}": tensor
+        for path, factor in factors.items()
+        for name, tensor in zip(("A", "B", "magnitude_vector"), factor.tensors, strict=False)
     }
 
 
 def whole_factors(placements: Sequence[LinearPlacement], tensors: Mapping[str, Tensor]) -> dict[str, WholeFactor]:
     """Return module path → factor, from the stored tensors of `lora_theta`."""
     return {
-        spec.path: WholeFactor(spec, tensors[f"{spec.path}.lora_A"], tensors[f"{spec.path}.lora_B"])
+        spec.path: WholeFactor(
+            spec,
+            tensors[f"{spec.path}.lora_A"],
+            tensors[f"{spec.path}.lora_B"],
+            tensors.get(f"{spec.path}.lora_magnitude_vector"),
+        )
         for placement in placements
         for spec in placement.factors
     }
@@ -152,14 +163,17 @@ def adapter_factors(whole: Mapping[str, WholeFactor]) -> dict[str, LowRankFactor
 def _as_module(members: Sequence[WholeFactor]) -> LowRankFactor:
     first = members[0].spec
     if len(members) == 1 and first.rows == first.export_rows:
-        return LowRankFactor(members[0].a, members[0].b, first.alpha)
+        return LowRankFactor(members[0].a, members[0].b, first.alpha, members[0].magnitude)
     total = sum(member.spec.rank for member in members)
     b, column = members[0].b.new_zeros(first.export_rows, total), 0
+    magnitude = None if members[0].magnitude is None else b.new_empty(first.export_rows)
     for member in members:
         spec = member.spec
-        block = member.b * (spec.scale / first.scale)
-        b[spec.export_row : spec.export_row + spec.rows, column : column + spec.rank] = block
+        rows = slice(spec.export_row, spec.export_row + spec.rows)
+        b[rows, column : column + spec.rank] = member.b * (spec.scale / first.scale)
+        if magnitude is not None and member.magnitude is not None:
+            magnitude[rows] = member.magnitude
         column += spec.rank
     # s = alpha / r, or alpha / √r with rsLoRA: alpha grows with that power of the rank to keep s.
     alpha = first.scale * (math.sqrt(total) if first.rslora else total)
-    return LowRankFactor(torch.cat([member.a for member in members]), b, alpha)
+    return LowRankFactor(torch.cat([member.a for member in members]), b, alpha, magnitude)

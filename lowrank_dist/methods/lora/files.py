@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -20,20 +21,32 @@ from lowrank_dist.formats.safetensors_file import TensorEntry, read_header, writ
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, own_file
 from lowrank_dist.methods.lora.peft_config import PeftConfig, describe, read_config
 
-_KEY = re.compile(r"base_model\.model\.(?P<module>\w+(\.\w+)*)\.lora_(?P<side>[AB])\.weight", re.ASCII)
+_KEY = re.compile(
+    r"base_model\.model\.(?P<module>\w+(\.\w+)*)\.lora_((?P<side>[AB])\.weight|magnitude_vector)", re.ASCII
+)
 _FLOATS = ("F32", "BF16", "F16")
 
 
 @dataclass(frozen=True)
 class LowRankFactor:
-    """One pair of factors: a [r, in], b [out, r]; ΔW = s·b·a is [out, in]."""
+    """One pair of factors: a [r, in], b [out, r]; ΔW = s·b·a is [out, in].
+
+    magnitude: m [out] of DoRA, with which the weight becomes m ⊙ (W + ΔW) / ‖W + ΔW‖, row by row; None without it.
+    """
 
     a: Tensor
     b: Tensor
     alpha: float
+    magnitude: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.a.ndim == self.b.ndim == 2 and self.a.size(0) == self.b.size(1), "a is [r, in], b is [out, r]"
+        assert self.magnitude is None or self.magnitude.shape == self.b.shape[:1], "magnitude is [out]"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that there are."""
+        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     @property
     def rank(self) -> int:
@@ -58,6 +71,24 @@ class Adapter:
     rslora: bool
     fan_in_fan_out: bool
     base: str
+
+    @property
+    def dora(self) -> bool:
+        """Whether the factors have magnitudes: all or none of them."""
+        return any(factor.magnitude is not None for factor in self.factors.values())
+
+
+class PairEntries(NamedTuple):
+    """The entries of one module's tensors in a file; magnitude: of DoRA, None without it."""
+
+    a: TensorEntry
+    b: TensorEntry
+    magnitude: TensorEntry | None
+
+    @property
+    def all(self) -> tuple[TensorEntry, ...]:
+        """Those that there are."""
+        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
 
 def module_paths(architecture: Architecture) -> frozenset[str]:
@@ -101,6 +132,7 @@ def write_adapter_files(
         modules,
         dropout=adapter.dropout,
         rslora=adapter.rslora,
+        dora=adapter.dora,
         fan_in_fan_out=adapter.fan_in_fan_out,
         base=adapter.base,
     )
@@ -113,9 +145,10 @@ def _named_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """PEFT's key → contiguous fp32 tensor on the CPU, sorted by key."""
     named = {}
     for module, factor in sorted(adapter.factors.items()):
-        for side, tensor in (("A", factor.a), ("B", factor.b)):
-            name = f"base_model.model.{module}.lora_{side}.weight"
-            named[name] = tensor.detach().to("cpu", torch.float32).contiguous()
+        tensors = {"A.weight": factor.a, "B.weight": factor.b, "magnitude_vector": factor.magnitude}
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                named[f"base_model.model.{module}.lora_{name}"] = tensor.detach().to("cpu", torch.float32).contiguous()
     return named
 
 
@@ -131,45 +164,52 @@ def read_adapter(folder: Path) -> Adapter:
     config = read_config(own_file(folder, CONFIG_FILE))
     path = own_file(folder, WEIGHTS_FILE)
     pairs = read_pairs(path)
-    for module, (a, b) in pairs.items():
-        check_pair(path, config, module, a, b)
+    for module, entries in pairs.items():
+        check_pair(path, config, module, entries)
     factors = {}
     with safe_open(path, framework="pt") as file:
-        for module, (a, b) in pairs.items():
-            tensors = [file.get_tensor(entry.name).float() for entry in (a, b)]
-            for entry, tensor in zip((a, b), tensors, strict=True):
+        for module, entries in pairs.items():
+            tensors = [file.get_tensor(entry.name).float() for entry in entries.all]
+            for entry, tensor in zip(entries.all, tensors, strict=True):
                 if not torch.isfinite(tensor).all():
                     raise UserError(f"{path}: {entry.name} holds NaN or infinity: take an earlier checkpoint")
-            factors[module] = LowRankFactor(tensors[0], tensors[1], config.alpha_of(module))
+            a, b, *magnitude = tensors
+            factors[module] = LowRankFactor(a, b, config.alpha_of(module), *magnitude)
     return Adapter(factors, config.dropout, config.rslora, config.fan_in_fan_out, config.base)
 
 
-def read_pairs(path: Path) -> dict[str, tuple[TensorEntry, TensorEntry]]:
-    """Module path → the entries of its A and B; UserError for other tensors and for half a pair."""
-    sides: dict[str, dict[str, TensorEntry]] = {"A": {}, "B": {}}
+def read_pairs(path: Path) -> dict[str, PairEntries]:
+    """Module path → the entries of its A, B and magnitude; UserError for other tensors and for half a pair."""
+    sides: dict[str, dict[str, TensorEntry]] = {"A": {}, "B": {}, "magnitude": {}}
     odd = []
     for entry in read_header(path).entries:
         match = _KEY.fullmatch(entry.name)
         if match is None:
             odd.append(entry.name)
         else:
-            sides[match["side"]][match["module"]] = entry
+            sides[match["side"] or "magnitude"][match["module"]] = entry
     if odd:
         raise UserError(
             f"{path}: {len(odd)} tensors are no LoRA factors of a linear, such as {odd[0]!r}: only keys of the form "
-            "base_model.model.<module>.lora_A.weight and …lora_B.weight are supported (no embeddings, no saved modules)"
+            "base_model.model.<module>.lora_A.weight, …lora_B.weight and …lora_magnitude_vector are supported (no "
+            "embeddings, no saved modules)"
         )
-    half = sorted(set(sides["A"]) ^ set(sides["B"]))
+    half = sorted((set(sides["A"]) ^ set(sides["B"])) | (set(sides["magnitude"]) - set(sides["A"])))
     if half:
         raise UserError(
-            f"{path}: {half[0]} has only one of lora_A and lora_B: the adapter is incomplete, write it again"
+            f"{path}: {half[0]} has not both of lora_A and lora_B: the adapter is incomplete, write it again"
         )
     if not sides["A"]:
         raise UserError(f"{path} holds no factors: the adapter is empty, write it again")
-    return {module: (sides["A"][module], sides["B"][module]) for module in sorted(sides["A"])}
+    return {
+        module: PairEntries(sides["A"][module], sides["B"][module], sides["magnitude"].get(module))
+        for module in sorted(sides["A"])
+    }
 
 
-def check_pair(path: Path, config: PeftConfig, module: str, a: TensorEntry, b: TensorEntry) -> None:
+def check_pair(path: Path, config: PeftConfig, module: str, entries: PairEntries) -> None:
+    """Raise UserError where a module's tensors are not what the config says of them."""
+    a, b, magnitude = entries
     for entry in (a, b):
         if entry.dtype not in _FLOATS or len(entry.shape) != 2 or 0 in entry.shape:
             raise UserError(
@@ -180,6 +220,17 @@ def check_pair(path: Path, config: PeftConfig, module: str, a: TensorEntry, b: T
         raise UserError(
             f"{path}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, but {CONFIG_FILE} gives it rank "
             f"{rank}, so they should be [{rank}, in] and [out, {rank}]"
+        )
+    if config.dora != (magnitude is not None):
+        there = "no lora_magnitude_vector" if magnitude is None else "a lora_magnitude_vector"
+        raise UserError(
+            f"{path}: {module} has {there}, but use_dora is {str(config.dora).lower()} in {CONFIG_FILE}: correct it, "
+            "or write the adapter again"
+        )
+    if magnitude is not None and (magnitude.dtype not in _FLOATS or magnitude.shape != b.shape[:1]):
+        raise UserError(
+            f"{path}: {magnitude.name} is {magnitude.dtype} {list(magnitude.shape)}, expected [{b.shape[0]}] in "
+            f"{', '.join(_FLOATS)}"
         )
     if not config.adapts(module):
         raise UserError(

@@ -68,9 +68,12 @@ def adapter_card(name: str, adapter: Adapter, provenance: Provenance | None, lar
 
 def _about(adapter: Adapter) -> str:
     ranks = sorted({factor.rank for factor in adapter.factors.values()})
-    size = sum(factor.a.numel() + factor.b.numel() for factor in adapter.factors.values())
+    size = sum(tensor.numel() for factor in adapter.factors.values() for tensor in factor.tensors)
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
-    return f"A LoRA adapter of {base_model(adapter.base)}: {rank}, {len(adapter.factors)} modules, {size:,} parameters."
+    kind = "DoRA" if adapter.dora else "LoRA"
+    return (
+        f"A {kind} adapter of {base_model(adapter.base)}: {rank}, {len(adapter.factors)} modules, {size:,} parameters."
+    )
 
 
 def _usage(largest_rank: int) -> str:
@@ -95,6 +98,8 @@ def serving_rank(rank: int) -> int | None:
 
 def _refuse_for_vllm(source: Path, config: PeftConfig, largest: int, max_rank: int | None) -> None:
     problems = []
+    if config.dora:
+        problems.append("vLLM does not serve DoRA: merge it into the base with lowrank-dist merge")
     if max_rank is not None and max_rank not in VLLM_RANKS:
         problems.append(f"--max-rank {max_rank}: vLLM takes one of {', '.join(map(str, VLLM_RANKS))}")
     fitting = serving_rank(largest)

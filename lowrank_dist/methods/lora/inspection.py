@@ -19,7 +19,7 @@ from lowrank_dist.formats.model_folder import FLOAT_DTYPES
 from lowrank_dist.formats.report import Report
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header, read_into
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, Base, Inspected, own_file
-from lowrank_dist.methods.lora.files import LowRankFactor, check_pair, read_pairs
+from lowrank_dist.methods.lora.files import LowRankFactor, PairEntries, check_pair, read_pairs
 from lowrank_dist.methods.lora.peft_config import PeftConfig, read_config
 
 MODULES, SUMMARY = "modules", "update_norms"
@@ -32,7 +32,7 @@ class _Found:
     folder: Path
     report: Report
     config: PeftConfig | None = None
-    pairs: Mapping[str, tuple[TensorEntry, TensorEntry]] = field(default_factory=dict)
+    pairs: Mapping[str, PairEntries] = field(default_factory=dict)
 
 
 def inspect_adapter(folder: Path, report: Report) -> Inspected:
@@ -76,6 +76,7 @@ def _config(found: _Found) -> None:
         "alpha": config.alpha,
         **{label: pattern for label, pattern in patterns.items() if pattern},
         "rslora": config.rslora,
+        "dora": config.dora,
         "dropout": config.dropout,
         "fan_in_fan_out": config.fan_in_fan_out,
     }
@@ -87,7 +88,7 @@ def _weights(found: _Found) -> None:
     found.pairs = report.read(path, _read_own, found.folder, WEIGHTS_FILE, read_pairs) or {}
     if not found.pairs:
         return
-    entries = [entry for pair in found.pairs.values() for entry in pair]
+    entries = [entry for pair in found.pairs.values() for entry in pair.all]
     report.facts |= {
         "modules": len(found.pairs),
         "parameters": sum(torch.Size(entry.shape).numel() for entry in entries),
@@ -99,7 +100,7 @@ def _weights(found: _Found) -> None:
         return
     before = len(report.problems)
     for module, pair in found.pairs.items():
-        report.read(path, check_pair, path, config, module, *pair)
+        report.read(path, check_pair, path, config, module, pair)
     if isinstance(config.targets, tuple):
         unmatched = [t for t in config.targets if not any(m == t or m.endswith(f".{t}") for m in found.pairs)]
         report.warnings += [f"{found.folder / CONFIG_FILE}: target_modules: {t!r} has no factors" for t in unmatched]
@@ -109,16 +110,15 @@ def _weights(found: _Found) -> None:
             _norms(found, rows)
 
 
-def _rows(
-    path: Path, config: PeftConfig, pairs: Mapping[str, tuple[TensorEntry, TensorEntry]], report: Report
-) -> list[dict[str, Any]]:
+def _rows(path: Path, config: PeftConfig, pairs: Mapping[str, PairEntries], report: Report) -> list[dict[str, Any]]:
     rows = []
     start = read_header(path).data_start
     with path.open("rb", buffering=0) as file:
         for module in sorted(pairs, key=_in_order):
-            a, b = pairs[module]
-            factor = LowRankFactor(_tensor(file, start, a), _tensor(file, start, b), config.alpha_of(module))
-            odd = [e.name for e, x in ((a, factor.a), (b, factor.b)) if not torch.isfinite(x).all()]
+            a, b, _ = pairs[module]
+            tensors = {entry.name: _tensor(file, start, entry) for entry in pairs[module].all}
+            factor = LowRankFactor(tensors[a.name], tensors[b.name], config.alpha_of(module))
+            odd = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
             report.problems += [f"{path}: {name} holds NaN or infinity: take an earlier checkpoint" for name in odd]
             zero = [side for side, x in (("B", factor.b), ("A", factor.a)) if not x.any()]
             scale = factor.scale(config.rslora)
@@ -187,7 +187,7 @@ def _fit(found: _Found, base: Base) -> None:
     inner = architecture.linear_modules()
     linears = inner if architecture.tied else inner | {"lm_head"}
     path = found.folder / WEIGHTS_FILE
-    for module, (a, b) in found.pairs.items():
+    for module, (a, b, _) in found.pairs.items():
         name = architecture.find(f"{module}.weight", checkpoint)
         if name is None or module not in linears:
             report.problems.append(f"{path}: {module} is no linear of {folder}: give the base that it was trained on")

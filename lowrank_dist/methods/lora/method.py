@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.placement import place
+from lowrank_dist.arch.placement import LinearPlacement, place
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import Provenance, refuse_another_base
 from lowrank_dist.methods.files import PUBLISHED, Collected
@@ -20,7 +21,10 @@ from lowrank_dist.methods.lora.footprint import placement_rules
 from lowrank_dist.methods.method import Setting
 from lowrank_dist.model.gpt import CausalLM
 from lowrank_dist.ops.mask import quantise
+from lowrank_dist.parallel.decomposed import DecomposedFactors, refresh_norms, start_magnitudes
+from lowrank_dist.parallel.factors import LowRankFactors
 from lowrank_dist.parallel.frozen import wanted
+from lowrank_dist.parallel.linear import LowRankLinear
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.theta import Theta
 from lowrank_dist.parallel.topology import Topology
@@ -40,17 +44,19 @@ class Lora:
             self._threshold = quantise(section.dropout)
         except ValueError as error:
             raise UserError(f"lora.dropout: {error}; give a smaller one") from error
+        if section.dora:
+            _refuse_parts(self._placements)
 
     @property
     def summary(self) -> str:
-        return f"low-rank updates of rank {self._section.rank} on {len(self._placements)} fused linears"
+        kind = "weight-decomposed low-rank" if self._section.dora else "low-rank"
+        return f"{kind} updates of rank {self._section.rank} on {len(self._placements)} fused linears"
 
     def attach(self, model: CausalLM, topology: Topology, *, resumed: bool) -> Theta:
         setting, start = self._setting, self._section.init_from
         masks = MaskSource(setting.seed, self._threshold)
         lanes = wanted(setting.lanes, next(model.parameters()).device.type)
-        adapted = inject(model, self._placements, masks, setting.seed, topology.tp_rank, topology.tp_size, lanes)
-        theta = lora_theta(adapted, topology.tp_size, masks)
+        theta = _attach(model, self._placements, topology, masks, setting.seed, lanes=lanes, dora=self._section.dora)
         if start is not None and not resumed:
             theta.spread(stored_tensors(initial_factors(start, self._placements, setting.base)), topology.place)
         return theta
@@ -82,6 +88,37 @@ def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology
     refuse_foreign(folder, adapter, model.architecture.linear_modules(), base)
     placements = place(model.architecture, rules_of(adapter, model.architecture))
     factors = factors_for(folder, adapter, placements, base)
-    masks = MaskSource(0, 0)
-    adapted = inject(model, placements, masks, 0, topology.tp_rank, topology.tp_size)
-    lora_theta(adapted, topology.tp_size, masks).spread(stored_tensors(factors), topology.place)
+    theta = _attach(model, placements, topology, MaskSource(0, 0), 0, lanes=False, dora=adapter.dora)
+    theta.spread(stored_tensors(factors), topology.place)
+
+
+def _attach(
+    model: CausalLM,
+    placements: Sequence[LinearPlacement],
+    topology: Topology,
+    masks: MaskSource,
+    seed: int,
+    *,
+    lanes: bool,
+    dora: bool,
+) -> Theta:
+    """Give the model low-rank updates as they start. Collective where they are decomposed."""
+    kind = DecomposedFactors if dora else LowRankFactors
+    adapted = inject(model, placements, masks, seed, topology.tp_rank, topology.tp_size, lanes, kind)
+    if not dora:
+        return lora_theta(adapted, topology.tp_size, masks)
+    linears = [module for module in model.modules() if isinstance(module, LowRankLinear) and module.update is not None]
+    start_magnitudes(linears, topology.tp_group)
+    return lora_theta(adapted, topology.tp_size, masks, partial(refresh_norms, linears, topology.tp_group))
+
+
+def _refuse_parts(placements: Sequence[LinearPlacement]) -> None:
+    """Raise UserError for a target that is a part of a module: a magnitude in an adapter file is of whole modules."""
+    for placement in placements:
+        for spec in placement.factors:
+            covered = sum(other.rows for other in placement.factors if other.export_path == spec.export_path)
+            if covered < spec.export_rows:
+                raise UserError(
+                    f"lora.dora: {spec.path} is a part of {spec.export_path}, of which an adapter with magnitudes has "
+                    f"all rows: target {spec.export_path.rpartition('.')[2]}, or all of its parts"
+                )

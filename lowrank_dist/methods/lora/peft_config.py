@@ -22,6 +22,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "rank_pattern": {},
     "alpha_pattern": {},
     "use_rslora": False,
+    "use_dora": False,
     "fan_in_fan_out": False,
     "bias": "none",
     "task_type": None,
@@ -29,7 +30,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "base_model_name_or_path": None,
 }
 # Keys that change how factors are found, started or trained, never what the saved factors mean. Any key that is
-# neither here nor in _DEFAULTS changes the mathematics when it is set (use_dora, lora_bias, layer_replication, …).
+# neither here nor in _DEFAULTS changes the mathematics when it is set (lora_bias, layer_replication, …).
 _HARMLESS = frozenset(
     "auto_mapping inference_mode peft_type peft_version revision exclude_modules layers_to_transform layers_pattern "
     "megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size "
@@ -52,6 +53,7 @@ class PeftConfig:
     alpha: float
     dropout: float
     rslora: bool
+    dora: bool
     fan_in_fan_out: bool
     base: str
     targets: tuple[str, ...] | str
@@ -85,7 +87,7 @@ class PeftConfig:
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": {key: _number(alpha) for key, alpha in self.alpha_pattern.items()},
             "use_rslora": self.rslora,
-            "use_dora": False,
+            "use_dora": self.dora,
             "bias": "none",
             "fan_in_fan_out": self.fan_in_fan_out,
             "modules_to_save": None,
@@ -101,6 +103,7 @@ def describe(
     *,
     dropout: float,
     rslora: bool,
+    dora: bool,
     fan_in_fan_out: bool,
     base: str,
 ) -> PeftConfig:
@@ -117,6 +120,7 @@ def describe(
         alpha=alpha,
         dropout=dropout,
         rslora=rslora,
+        dora=dora,
         fan_in_fan_out=fan_in_fan_out,
         base=base,
         targets=tuple(sorted(set(_short_names(sizes, set(modules) - set(sizes)).values()))),
@@ -165,10 +169,10 @@ def _first_match(pattern: Mapping[str, Any], module: str, otherwise: Any) -> Any
 
 
 def read_config(path: Path) -> PeftConfig:
-    """Read the adapter_config.json of any plain LoRA adapter.
+    """Read the adapter_config.json of any plain LoRA or DoRA adapter.
 
     Raises UserError, naming file and key, for another method than LoRA, for options that make the update more than
-    s·B·A (DoRA, biases, fully trained modules, a changed base, …), and for values that make no sense.
+    s·B·A and magnitudes (biases, fully trained modules, a changed base, …), and for values that make no sense.
     """
     values = {**_DEFAULTS, **read_object(path)}
     _refuse_more_than_lora(values, path)
@@ -178,6 +182,7 @@ def read_config(path: Path) -> PeftConfig:
         alpha=_finite(values["lora_alpha"], path, "lora_alpha"),
         dropout=_finite(values["lora_dropout"], path, "lora_dropout"),
         rslora=_is_true(values["use_rslora"], path, "use_rslora"),
+        dora=_is_true(values["use_dora"], path, "use_dora"),
         fan_in_fan_out=_is_true(values["fan_in_fan_out"], path, "fan_in_fan_out"),
         base=str(values["base_model_name_or_path"] or ""),
         targets=_targets(targets, path),

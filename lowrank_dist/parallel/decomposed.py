@@ -1,0 +1,177 @@
+"""Weight-decomposed updates: DoRA (Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", 2024, eq. 5 and 11).
+
+    y = g ⊙ (W·x + s·B·A·drop(x)) + bias,      g = m / ‖W + s·B·A‖, row by row
+
+The magnitude m is trained, the norm is detached. It changes only with the factors, so it is computed once an optimizer
+step, not in a forward pass, and a layer gains no collective: ranks with a part of the columns sum their squares for the
+whole model in one reduction.
+
+Scaling is linear, so it may come before the reduction of a row-parallel linear: m's gradient is then a partial sum over
+ranks, as B's is. Under dropout PEFT computes another function, base(x) + (g − 1)·base(drop(x)) + …; without, they
+agree.
+
+Legend: T tokens, O outputs and K inputs of this rank's weight, n rows of it that factors are on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from lowrank_dist.parallel.collectives import all_reduce
+from lowrank_dist.parallel.coordinates import Place
+from lowrank_dist.parallel.factors import FactorMap, FactorShard, LowRankFactors
+from lowrank_dist.parallel.frozen import FrozenWeight
+from lowrank_dist.parallel.linear import LowRankLinear
+from lowrank_dist.parallel.theta import Held, Piece, Trained, mark
+
+# Elements of a weight, and of outputs, that are in work at a time in fp32.
+_CHUNK_ELEMENTS = 2**22
+
+
+class DecomposedFactors(LowRankFactors):
+    """Packed factors and the magnitudes of the rows that they are on: `magnitude` [n], in the order of B's rows.
+
+    As they are made, magnitudes and norms mean nothing: `start` and `refresh_norms` come first.
+    """
+
+    rescales: ClassVar[bool] = True
+    covered: Tensor
+    norm: Tensor
+    surplus: Tensor
+
+    def __init__(
+        self,
+        shards: Sequence[FactorShard],
+        in_features: int,
+        out_features: int,
+        *,
+        sharded_a: bool,
+        device: torch.device,
+    ) -> None:
+        super().__init__(shards, in_features, out_features, sharded_a=sharded_a, device=device)
+        rows = [row for shard in self.shards for row in shard.local_rows]
+
+        def unset(size: int) -> Tensor:
+            return torch.full((size,), torch.nan, dtype=torch.float32, device=device)
+
+        # One element that nothing reads where a rank has no row, as in lora_B.
+        self.magnitude = nn.Parameter(unset(max(1, len(rows))) if rows else torch.zeros(1, device=device))
+        mark(self.magnitude, sharded=not sharded_a, partial=sharded_a)
+        self.register_buffer("covered", torch.tensor(rows, dtype=torch.int64, device=device), persistent=False)
+        self.register_buffer("norm", unset(len(rows)), persistent=False)
+        # g − 1 of every output: in 16 bits it keeps what g itself, close to 1, would round away.
+        self.register_buffer("surplus", unset(out_features), persistent=False)
+
+    @torch.no_grad()
+    def squared_norms(self, weight: FrozenWeight) -> Tensor:
+        """Return Σ (W + s·B·A)² over this rank's columns [n], in fp32 (fp64 with factors in fp64)."""
+        a_RK, b_OR = self.scaled_a(self.lora_A.dtype, None), self.dense_bt(self.lora_A.dtype).t()
+        rows, step = self.out_features, max(1, _CHUNK_ELEMENTS // a_RK.size(1))
+        squares = []
+        for at in range(0, rows, step):
+            part = weight.rows(at, min(at + step, rows)).to(a_RK.dtype)
+            squares.append(torch.addmm(part, b_OR[at : at + step], a_RK).square_().sum(1))
+        return torch.cat(squares)[self.covered]
+
+    @torch.no_grad()
+    def set_norms(self, squares: Tensor) -> None:
+        """Take the norms from their squares [n] over all columns."""
+        # A row of zeros has the magnitude 0 and stays what it is.
+        self.norm.copy_(squares.sqrt().clamp_(min=torch.finfo(squares.dtype).tiny))
+        self.surplus.zero_()
+        self.surplus[self.covered] = self.magnitude[: self.covered.numel()] / self.norm - 1
+
+    @torch.no_grad()
+    def start(self) -> None:
+        """Take the norms for magnitudes: g = 1."""
+        self.magnitude[: self.covered.numel()] = self.norm
+        self.surplus.zero_()
+
+    def rescaled(self, z: Tensor, bias: Tensor | None, *, beside_graph: bool) -> Tensor:
+        y: Tensor = _Rescale.apply(z, self, beside_graph, self.magnitude)
+        return y if bias is None else y + bias
+
+    def magnitude_gradient(self, dy: Tensor, z: Tensor) -> Tensor:
+        """Return dm [n] = Σ_t dy ⊙ z / ‖W + s·B·A‖ in fp32, summed over this rank's tokens."""
+        dy_TO, z_TO = dy.flatten(0, -2), z.flatten(0, -2)
+        total = torch.zeros(self.out_features, dtype=self.magnitude.dtype, device=dy.device)
+        step = max(1, _CHUNK_ELEMENTS // self.out_features)
+        for mine, theirs in zip(dy_TO.split(step), z_TO.split(step), strict=True):
+            total += (mine.to(total.dtype) * theirs).sum(0)
+        gradient = torch.zeros_like(self.magnitude)
+        gradient[: self.covered.numel()] = total[self.covered] / self.norm
+        return gradient
+
+    def trained(self, everywhere: FactorMap) -> tuple[Trained, ...]:
+        """Return A, B and the magnitudes, stored as `<module path>.lora_magnitude_vector` [out]."""
+        whole = {
+            f"{shard.name}.lora_magnitude_vector": (rows,)
+            for shard, (rows, _) in zip(self.shards, everywhere.shapes, strict=True)
+        }
+        return *super().trained(everywhere), Trained(self.magnitude, whole, partial(_held_magnitude, everywhere))
+
+
+def _held_magnitude(everywhere: FactorMap, place: Place) -> Held:
+    pieces, first = [], 0
+    for shard in everywhere.shards(place.dense.tp):
+        part = slice(first, first + len(shard.factor_rows))
+        pieces.append(Piece(f"{shard.name}.lora_magnitude_vector", (list(shard.factor_rows),), partial(_part, part)))
+        first = part.stop
+    return Held((max(1, first),), tuple(pieces))
+
+
+def _part(part: slice, local: Tensor) -> Tensor:
+    return local[part]
+
+
+class _Rescale(torch.autograd.Function):
+    """Y = g ⊙ Z; dZ = g ⊙ dY and dm, which takes Z."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, update: DecomposedFactors, beside_graph: bool, magnitude: Tensor) -> Tensor:
+        ctx.update, ctx.beside = update, z.detach() if beside_graph else None
+        if not beside_graph:
+            ctx.save_for_backward(z)
+        return torch.addcmul(z, z, update.surplus.to(z.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        update = ctx.update
+        (z,) = (ctx.beside,) if ctx.beside is not None else ctx.saved_tensors
+        dz = torch.addcmul(dy, dy, update.surplus.to(dy.dtype)) if ctx.needs_input_grad[0] else None
+        dm = update.magnitude_gradient(dy, z) if ctx.needs_input_grad[3] else None
+        return dz, None, None, dm
+
+
+def start_magnitudes(linears: Sequence[LowRankLinear], group: ProcessGroup) -> None:
+    """Let every magnitude be the norm of its row, with the factors as they are. Collective over `group`."""
+    refresh_norms(linears, group)
+    for linear in linears:
+        assert isinstance(linear.update, DecomposedFactors), "refresh_norms saw it"
+        linear.update.start()
+
+
+def refresh_norms(linears: Sequence[LowRankLinear], group: ProcessGroup) -> None:
+    """Compute the norms of decomposed updates as their factors are now. One reduction over `group` for all.
+
+    A row-parallel linear has a part of the columns on each rank of the group.
+    """
+    squares = []
+    for linear in linears:
+        update, frozen = linear.update, linear.frozen
+        assert isinstance(update, DecomposedFactors) and frozen is not None, "only linears with a decomposed update"
+        squares.append((linear.kind, update, update.squared_norms(frozen)))
+    partial_sums = [each for kind, _, each in squares if kind == "row"]
+    if partial_sums and group.size() > 1:
+        flat = torch.cat(partial_sums)
+        all_reduce(flat, group).wait()
+        for partial_sum, whole in zip(partial_sums, flat.split([each.numel() for each in partial_sums]), strict=True):
+            partial_sum.copy_(whole)
+    for _, update, each in squares:
+        update.set_norms(each)
