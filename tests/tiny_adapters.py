@@ -17,11 +17,17 @@ Size = Callable[[str], tuple[int, float] | None]
 
 
 def random_adapter(
-    base: Path, size: Size = lambda module: (3, 6.0), *, rslora: bool = False, seed: int = 0, scale: float = 0.1
+    base: Path,
+    size: Size = lambda module: (3, 6.0),
+    *,
+    rslora: bool = False,
+    seed: int = 0,
+    scale: float = 0.1,
+    dora: bool = False,
 ) -> Adapter:
     """Random factors on every linear of `base` (lm_head included when untied) that `size` gives a rank and an alpha.
 
-    scale: standard deviation of B (A has 1).
+    scale: standard deviation of B (A has 1). dora: with magnitudes around 1.
     """
     architecture = read_architecture(base)
     linears = {part.path for layout in architecture.linears.values() for part in layout.parts}
@@ -35,7 +41,9 @@ def random_adapter(
         rows, columns = shape[::-1] if architecture.conv1d else shape
         rank, alpha = chosen
         a = torch.randn(rank, columns, generator=generator)
-        factors[module] = LowRankFactor(a, scale * torch.randn(rows, rank, generator=generator), alpha)
+        b = scale * torch.randn(rows, rank, generator=generator)
+        magnitude = 1 + 0.2 * torch.randn(rows, generator=generator) if dora else None
+        factors[module] = LowRankFactor(a, b, alpha, magnitude)
     return Adapter(factors, 0.0, rslora, architecture.conv1d, str(base))
 
 

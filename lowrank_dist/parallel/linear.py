@@ -50,7 +50,7 @@ class LowRankLinear:
         """
         self.update = update
         self._masks, self._stream = masks, stream
-        if self.frozen is None:
+        if self.frozen is None or isinstance(self.frozen, Dense):
             pays = lanes and self.sequence_parallel and self.tp_group.size() > 1
             self.frozen = Lanes(self.weight, update.total_rank, self.kind) if pays else Dense(self.weight)
 

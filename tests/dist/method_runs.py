@@ -128,6 +128,11 @@ def build(setting: MethodSetting) -> Built:
         for name, parameter in model.named_parameters():
             if "q_layernorm" in name or "k_layernorm" in name:
                 parameter.tp_partial_grad = False
+    if setting.broken == "norms":
+        from lowrank_dist.parallel import decomposed
+
+        with mock.patch.object(decomposed, "all_reduce", lambda *_: mock.Mock()):
+            theta.refresh()
     if setting.broken == "positions":
         model.prefix.length = 0
     return Built(model, method, theta, topology)

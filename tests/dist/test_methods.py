@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -246,6 +246,8 @@ _PEFT_NAMES = {
 
 def peft_model(folder: str, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, dict[str, nn.Parameter]]:
     """PEFT's own method on transformers' model with the values of `values_away`, and its parameters by our names."""
+    if name == "dora":
+        return peft_dora(folder, shapes)
     if name == "prompt":
         config: Any = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)
     else:
@@ -265,6 +267,21 @@ def peft_model(folder: str, name: str, shapes: Mapping[str, tuple[int, ...]]) ->
     return model, parameters
 
 
+def peft_dora(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, dict[str, nn.Parameter]]:
+    config = LoraConfig(
+        r=4, lora_alpha=8, use_dora=True, target_modules="all-linear", fan_in_fan_out="gpt2" in Path(folder).name
+    )
+    model = get_peft_model(transformers_model(folder), config).eval()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ours = {name.removeprefix("base_model.model.").removesuffix(".default.weight"): name for name in trained}
+    assert ours.keys() == shapes.keys()
+    parameters = {stored: trained[name] for stored, name in ours.items()}
+    with torch.no_grad():
+        for stored, value in values_away(shapes).items():
+            parameters[stored].copy_(value)
+    return model, parameters
+
+
 def peft_reference(folder: str, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     model, parameters = peft_model(folder, name, shapes)
     return reference(parameters, shapes, lambda tokens: model(tokens[None]).logits[0, -len(tokens) :])
@@ -275,6 +292,7 @@ PEFT_CASES = [
     *((family, "prefix") for family in ("llama", "gpt2", "qwen3", "one_kv")),
     *((family, "prefix_mlp") for family in ("llama2", "gpt2")),
     *((family, "prompt") for family in ("llama", "gpt2", "qwen3")),
+    *((family, "dora") for family in ("llama", "gpt2", "one_kv")),
 ]
 
 
@@ -298,10 +316,15 @@ def test_peft_trains_the_same(folders: dict[str, str], family: str, name: str) -
         ("gpt2", "prefix", "heads"),
         ("llama", "prompt", "behind"),
         ("gpt2", "prompt", "behind"),
+        ("llama", "dora", "norms"),
+        ("gpt2", "dora", "norms"),
     ],
 )
 def test_peft_notices_what_is_broken(folders: dict[str, str], family: str, name: str, broken: str) -> None:
-    """Negative controls: a prefix that takes no positions or whose heads are exchanged, a prompt after the text."""
+    """Negative controls: a prefix that takes no positions or whose heads are exchanged, a prompt after the text.
+
+    Norms of a row-parallel weight's columns on one rank alone.
+    """
     setting = MethodSetting(folders[family], 2, True, name=name, broken=broken, steps=0)
     (found,) = run_ranks(2, measure, [setting])[0]
     expected = peft_reference(folders[family], name, shapes_in(found))

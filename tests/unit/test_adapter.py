@@ -26,8 +26,9 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_dist.methods.lora.files import LowRankFactor, read_adapter
+from lowrank_dist.methods.lora.folder import FILES
 from lowrank_dist.methods.lora.peft_config import describe
-from tests.tiny_adapters import Size, random_adapter, save_adapter
+from tests.tiny_adapters import Size, inspected, random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 
 FAMILIES = ("llama", "gpt2", "opt")
@@ -325,6 +326,50 @@ def test_a_config_that_means_more_or_nothing_is_refused(folder: Path, key: str, 
     with pytest.raises(UserError, match=r"adapter_config\.json|adapter_model\.safetensors") as caught:
         read_adapter(folder)
     assert key in str(caught.value) or key == "r"
+
+
+def test_dora_there_and_back(bases: dict[str, Path], tmp_path: Path) -> None:
+    written = random_adapter(bases["llama"], SIZES["one name"], dora=True)
+    folder = save_adapter(tmp_path / "adapter", bases["llama"], written)
+    found = read_adapter(folder)
+    assert found.dora and json.loads((folder / CONFIG_FILE).read_text())["use_dora"] is True
+    for module, factor in written.factors.items():
+        assert torch.equal(found.factors[module].magnitude, factor.magnitude)
+    report = inspected(folder, bases["llama"])
+    assert not report.problems and report.facts["dora"] is True
+    with pytest.raises(UserError, match="vLLM does not serve DoRA"):
+        FILES.publish(folder, "name", vllm=True, max_rank=None)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("no magnitude", "has no lora_magnitude_vector, but use_dora is true"),
+        ("use_dora", "has a lora_magnitude_vector, but use_dora is false"),
+        ("half a pair", "or neither but a magnitude"),
+        ("another length", r"lora_magnitude_vector is F32 \[3\], expected \["),
+        ("not finite", "lora_magnitude_vector holds NaN"),
+    ],
+)
+def test_a_dora_adapter_that_is_not_whole(bases: dict[str, Path], tmp_path: Path, mistake: str, message: str) -> None:
+    written = random_adapter(bases["llama"], SIZES["one name"], dora=True)
+    folder = save_adapter(tmp_path / "adapter", bases["llama"], written)
+    path = folder / WEIGHTS_FILE
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("lora_magnitude_vector"))
+    if mistake == "use_dora":
+        set_config(folder, use_dora=False)
+    elif mistake == "half a pair":
+        del tensors[name.replace("lora_magnitude_vector", "lora_A.weight")]
+        del tensors[name.replace("lora_magnitude_vector", "lora_B.weight")]
+    elif mistake == "no magnitude":
+        del tensors[name]
+    else:
+        tensors[name] = torch.ones(3) if mistake == "another length" else torch.full_like(tensors[name], torch.nan)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(UserError, match=message):
+        read_adapter(folder)
+    assert inspected(folder).problems
 
 
 def test_harmless_keys_of_other_versions_are_accepted(folder: Path) -> None:

@@ -23,6 +23,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.safetensors_file import chunks
 from lowrank_dist.merge import merge as merge_module
 from lowrank_dist.merge.merge import Update, merge
+from lowrank_dist.merge.options import WeightedAdapter
 from lowrank_dist.merge.update import Term
 from lowrank_dist.methods.lora.files import LowRankFactor, read_adapter
 from tests.tiny_adapters import random_adapter, save_adapter
@@ -120,6 +121,46 @@ def test_transformers_and_peft_agree_with_it(tmp_path: Path, family: str) -> Non
     plain = logits(load(base))
     assert (logits(merged) - plain).abs().max() > 0.01 * plain.abs().max()
     assert AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True).chat_template
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_dora_is_merged_as_peft_does(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In chunks of a few rows, but for GPT-2, whose outputs are columns."""
+    base = make_tiny(family, tmp_path / "base", max_shard_size="60KB")
+
+    def size(module: str) -> tuple[int, float] | None:
+        return (3, 6.0) if TARGETS.fullmatch(module) else None
+
+    decomposed = random_adapter(base, size, dora=True)
+    adapter = save_adapter(tmp_path / "adapter", base, decomposed)
+    monkeypatch.setattr(merge_module, "_CHUNK_ELEMENTS", 200)
+    report = merge(base, adapter, tmp_path / "out")
+    by_peft = PeftModel.from_pretrained(load(base), adapter).merge_and_unload()
+    expected, found = by_peft.state_dict(), load(tmp_path / "out").state_dict()
+    assert all(torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-7) for name in expected)
+    assert report.adapted == report.changed == len(decomposed.factors)
+    # The control: without its magnitudes the adapter is another one.
+    plain = replace(decomposed, factors={name: replace(f, magnitude=None) for name, f in decomposed.factors.items()})
+    merge(base, save_adapter(tmp_path / "plain", base, plain), tmp_path / "other")
+    other = load(tmp_path / "other").state_dict()
+    assert not all(torch.allclose(other[name], expected[name], rtol=1e-2, atol=1e-3) for name in expected)
+
+
+def test_a_dora_adapter_is_no_term_of_a_sum(tmp_path: Path) -> None:
+    base = make_tiny("llama", tmp_path / "base")
+    one = save_adapter(tmp_path / "a", base, random_adapter(base, dora=True))
+    other = save_adapter(tmp_path / "b", base, random_adapter(base))
+    for adapters in ((WeightedAdapter(one, 0.5),), (WeightedAdapter(one), WeightedAdapter(other))):
+        with pytest.raises(UserError, match=r"a is a DoRA adapter.* Merge it alone, with weight 1"):
+            merge(base, adapters, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_magnitudes_alone_are_a_change(tmp_path: Path) -> None:
+    base = make_tiny("llama", tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base, random_adapter(base, scale=0.0, dora=True), trained=False)
+    report = merge(base, adapter, tmp_path / "out")
+    assert report.changed == report.adapted
 
 
 def test_gpt2_without_the_prefix(tmp_path: Path) -> None:

@@ -197,7 +197,8 @@ def read_pairs(path: Path) -> dict[str, PairEntries]:
     half = sorted((set(sides["A"]) ^ set(sides["B"])) | (set(sides["magnitude"]) - set(sides["A"])))
     if half:
         raise UserError(
-            f"{path}: {half[0]} has not both of lora_A and lora_B: the adapter is incomplete, write it again"
+            f"{path}: {half[0]} has only one of lora_A and lora_B, or neither but a magnitude: the adapter is "
+            "incomplete, write it again"
         )
     if not sides["A"]:
         raise UserError(f"{path} holds no factors: the adapter is empty, write it again")
