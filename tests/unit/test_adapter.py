@@ -160,7 +160,7 @@ def test_described_configs_are_exact_by_pefts_own_matching(modules: set[str], da
     if not _describable(modules, chosen):
         return
     sizes = {m: (data.draw(st.integers(1, 3)), data.draw(st.sampled_from([1.0, 2.5]))) for m in sorted(chosen)}
-    config = describe(sizes, modules, dropout=0.0, rslora=False, fan_in_fan_out=False, base="")
+    config = describe(sizes, modules, dropout=0.0, rslora=False, dora=False, fan_in_fan_out=False, base="")
     lora = LoraConfig(target_modules=list(config.targets))
     assert {module for module in modules if check_target_module_exists(lora, module)} == chosen
     for module, (rank, alpha) in sizes.items():
