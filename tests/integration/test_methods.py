@@ -41,6 +41,8 @@ from tests.tiny_models import make_tiny
 
 METHODS = ("full", "adapter_h", "adapter_l", "prefix", "prompt")
 ADAPTERS = METHODS[1:]
+# What low-rank updates have beside factors is tried as methods are.
+RUNS = (*METHODS, "dora")
 ALONE, SHARDED = Layout(1, 1, 1, 4), Layout(2, 2, 2, 2)
 WITHOUT_SEQUENCE = replace(SHARDED, zero=1, sequence=False)
 PROBE = "output.probe=3"
@@ -54,7 +56,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def jobs(place: Path) -> dict[str, Path]:
     """The configuration of each method, on one base and one data set."""
-    return {method: make_job(place / method, method) for method in ("lora", *METHODS)}
+    made = {method: make_job(place / method, method) for method in ("lora", *METHODS)}
+    return {**made, "dora": make_job(place / "dora", "lora", dora=True)}
 
 
 def placed(method: str, how: str) -> list[str]:
@@ -90,7 +93,7 @@ def sharded(jobs: dict[str, Path], place: Path) -> Any:
 # --- resume ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_same_layout_goes_on_bit_by_bit(method: str, jobs: dict[str, Path], sharded: Any, tmp_path: Path) -> None:
     whole, stopped = sharded(method), stopped_after(sharded(method), 4, tmp_path / "run")
     said = well(train(jobs[method], stopped, SHARDED, *placed(method, "sharded"), PROBE))
@@ -101,7 +104,7 @@ def test_same_layout_goes_on_bit_by_bit(method: str, jobs: dict[str, Path], shar
     assert any(np.any(before[key] != expected[key]) for key in expected), "two steps that change nothing"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_other_layouts_go_on(method: str, jobs: dict[str, Path], alone: Any, sharded: Any, tmp_path: Path) -> None:
     """Ranks, ZeRO stage, sequence parallelism and the placement of bottlenecks may all be others."""
     expected = alone(method)
@@ -193,7 +196,7 @@ def _reloaded_loss(config: str, model: str, adapter: str | None, tensor: int) ->
     return total / count
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RUNS)
 def test_the_eval_loss_of_what_is_reloaded(method: str, jobs: dict[str, Path], sharded: Any, place: Path) -> None:
     """Trained sharded, read again at both sizes: training's own last eval loss, and not the base's."""
     run = sharded(method)
