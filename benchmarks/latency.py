@@ -197,7 +197,7 @@ class Bench:
 
     def __init__(self, tp: int, args: argparse.Namespace) -> None:
         from lowrank_dist.backend.select import init_process_group, local_rank_and_size, select_backend
-        from lowrank_dist.model.gpt import CausalLM
+        from lowrank_dist.model.causal_lm import CausalLM
         from lowrank_dist.parallel.topology import Topology
 
         self.backend = select_backend(args.device, *local_rank_and_size())

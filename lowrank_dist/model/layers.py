@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -99,7 +101,24 @@ ACTIVATIONS = {
 }
 
 
-def layer_spec(config: TransformerConfig, column_linear: type, row_linear: type) -> TransformerBlockSubmodules:
+@dataclass(frozen=True)
+class MlpSpec:
+    """An MLP for Megatron's layers: before 0.18 they read these attributes, since then they call it.
+
+    Not a ModuleSpec, of whose MLP newer layers warn; and older ones hand an MLP its group only if it is one.
+    """
+
+    submodules: MLPSubmodules
+    params: Mapping[str, Any]
+    module: type = MLP
+
+    def __call__(self, config: TransformerConfig, **_: Any) -> nn.Module:
+        return self.module(config, self.submodules, **self.params)
+
+
+def layer_spec(
+    config: TransformerConfig, tp_group: ProcessGroup, column_linear: type, row_linear: type
+) -> TransformerBlockSubmodules:
     """The decoder's spec: Megatron's layer with the given column- and row-parallel linears."""
     qk_norm = FrozenNorm if config.qk_layernorm else IdentityOp
     layer = ModuleSpec(
@@ -119,13 +138,13 @@ def layer_spec(config: TransformerConfig, column_linear: type, row_linear: type)
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=FrozenNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
+            mlp=MlpSpec(
+                MLPSubmodules(
                     linear_fc1=column_linear,
                     linear_fc2=row_linear,
                     activation_func=SwiGlu if config.use_te_activation_func else None,
                 ),
+                {"tp_group": tp_group},
             ),
             mlp_bda=get_bias_dropout_add,
         ),

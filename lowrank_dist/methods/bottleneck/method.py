@@ -31,7 +31,7 @@ from lowrank_dist.methods.bottleneck.files import (
 )
 from lowrank_dist.methods.files import Collected
 from lowrank_dist.methods.method import Setting
-from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.model.layers import ThenAdd
 from lowrank_dist.parallel.collectives import enter_parallel_region, leave_parallel_region
 from lowrank_dist.parallel.masks import MaskSource
