@@ -229,7 +229,8 @@ class Bench:
     def _slots(self) -> list[tuple[nn.Module, str]]:
         """Every place where a method puts something of its own."""
         slots = [(module, "factors") for module in self.model.modules() if hasattr(module, "factors")]
-        return slots + [(layer, name) for layer in self.model.decoder.layers for name in ("self_attn_bda", "mlp_bda")]
+        sums = [add for layer in self.model.decoder.layers for add in (layer.self_attn_bda, layer.mlp_bda)]
+        return slots + [(add, "adapter") for add in sums]
 
     def _taken(self, attach: Callable[[], Any]) -> tuple[list[Part], int]:
         """What `attach` (→ Theta) puts into the model, taken out of it again with values that are not zero; its |Θ|."""
