@@ -197,7 +197,7 @@ class Bench:
 
     def __init__(self, tp: int, args: argparse.Namespace) -> None:
         from lowrank_dist.backend.select import init_process_group, local_rank_and_size, select_backend
-        from lowrank_dist.model.gpt import CausalLM
+        from lowrank_dist.model.causal_lm import CausalLM
         from lowrank_dist.parallel.topology import Topology
 
         self.backend = select_backend(args.device, *local_rank_and_size())
@@ -232,7 +232,8 @@ class Bench:
 
         linears = [module for module in self.model.modules() if isinstance(module, LowRankLinear)]
         slots: list[tuple[nn.Module, str]] = [(linear, name) for linear in linears for name in ("frozen", "update")]
-        return slots + [(layer, name) for layer in self.model.decoder.layers for name in ("self_attn_bda", "mlp_bda")]
+        sums = [add for layer in self.model.decoder.layers for add in (layer.self_attn_bda, layer.mlp_bda)]
+        return slots + [(add, "adapter") for add in sums]
 
     def _taken(self, attach: Callable[[], Any]) -> tuple[list[Part], int]:
         """What `attach` (→ Theta) puts into the model, taken out of it again with values that are not zero; its |Θ|."""

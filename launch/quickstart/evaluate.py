@@ -33,7 +33,7 @@ from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from lowrank_dist.model.gpt import CausalLM
+    from lowrank_dist.model.causal_lm import CausalLM
 
 BATCH = 25
 TOLERANCE = 1e-4

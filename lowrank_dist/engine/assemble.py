@@ -21,7 +21,7 @@ from lowrank_dist.engine.zero import Engine, OptimiserRules, ZeroOptimiser
 from lowrank_dist.formats.provenance import Provenance, fingerprint
 from lowrank_dist.methods.method import Method, Setting
 from lowrank_dist.methods.registry import home
-from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.ops import extension
 from lowrank_dist.parallel.theta import Theta
 

@@ -19,7 +19,7 @@ from lowrank_dist.generate.decode import EvaluationRules, check_lengths, evaluat
 from lowrank_dist.generate.prompts import read_prompts, stop_tokens
 from lowrank_dist.generate.sampling import DecodingRules
 from lowrank_dist.methods.method import Method
-from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.topology import Topology
 
 EVAL_MICROBATCHES = 16  # of each rank, made at a time

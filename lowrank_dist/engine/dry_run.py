@@ -27,7 +27,7 @@ from lowrank_dist.config import Config
 from lowrank_dist.engine.assemble import build_method
 from lowrank_dist.engine.planning import Request
 from lowrank_dist.engine.zero import sum_partial_gradients
-from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.counting import CollectiveCount, count_collectives
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.theta import is_partial

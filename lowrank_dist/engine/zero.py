@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from lowrank_dist.backend.apex import adamw
 from lowrank_dist.data.batches import Microbatch
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.theta import Theta, is_partial
 from lowrank_dist.parallel.topology import DeepSpeedMpu, Topology
 

@@ -16,7 +16,7 @@ from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.generate.metrics import check_metrics, score
 from lowrank_dist.generate.prompts import Prompt
 from lowrank_dist.generate.sampling import DecodingRules, next_tokens
-from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.topology import Topology
 
 # A tokenizer may drop a space where a text begins, so ids are decoded behind the last few of the prompt.

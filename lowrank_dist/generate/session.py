@@ -18,7 +18,7 @@ from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.registry import reader_of
-from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.model.load import load_model
 from lowrank_dist.parallel.topology import Topology
 

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.files import TrainedFiles
-from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.theta import Theta
 from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.sections.section import MethodName, MethodSection

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -70,18 +72,76 @@ class SwiGlu(nn.Module):
         return _SwiGlu.apply(gate_up)
 
 
+class ResidualAdd(nn.Module):
+    """In the place of Megatron's `get_bias_dropout_add`: what a block's output passes before it is added.
+
+    That is `adapter`, a method's own module, then the layer's post-norm, then the scale; each where there is one.
+    """
+
+    def __init__(self, norm: nn.Module | None, scale: float) -> None:
+        super().__init__()
+        self.adapter: nn.Module | None = None
+        # The norm is a submodule of the layer; a tuple keeps it from being one here too, by a second name.
+        self._norm, self._scale = (norm,), scale
+
+    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
+        add = get_bias_dropout_add(training, fused)
+        modules = [module for module in (self.adapter, *self._norm) if module is not None]
+        if not modules and self._scale == 1.0:
+            return add
+
+        def through(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, *rest: Any) -> Tensor:
+            x, bias = x_with_bias
+            x = x if bias is None else x + bias
+            for module in modules:
+                x = module(x)
+            if self._scale != 1.0:
+                x = x * self._scale
+            return add((x, None), residual, *rest)
+
+        return through
+
+
+@dataclass
+class LayerSubmodules(TransformerLayerSubmodules):
+    """Megatron's, and builders of the norms on the outputs of attention and MLP, before these are added."""
+
+    post_self_attn_layernorm: Callable[..., nn.Module] | None = None
+    post_mlp_layernorm: Callable[..., nn.Module] | None = None
+
+
+def _post_norm(builder: Callable[..., nn.Module] | None, config: TransformerConfig) -> nn.Module | None:
+    if builder is None:
+        return None
+    return builder(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+
+
 class RecomputableLayer(TransformerLayer):
     """A transformer layer that can drop its activations and run again in backward.
 
     PyTorch's non-reentrant checkpoint instead of Megatron's, which asks for CUDA RNG state, and whose re-entrant form
     gives the first layer's factors no gradient when the embedding is frozen. There is no RNG state to keep: masks are
     functions of counters.
+
+    A block's output may pass a norm (LayerSubmodules) and a scale, `residual_scale`, before it is added to the residual
+    stream; Megatron's layer has a place for neither.
     """
 
     recompute = False
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: LayerSubmodules,
+        *args: Any,
+        residual_scale: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, *args, **kwargs)
+        self.post_self_attn_layernorm = _post_norm(submodules.post_self_attn_layernorm, config)
+        self.post_mlp_layernorm = _post_norm(submodules.post_mlp_layernorm, config)
+        self.self_attn_bda = ResidualAdd(self.post_self_attn_layernorm, residual_scale)
+        self.mlp_bda = ResidualAdd(self.post_mlp_layernorm, residual_scale)
         # Megatron's is torch.enable_grad: evaluation would keep what a trained bottleneck or bias saves for backward.
         self.bias_dropout_add_exec_handler = nullcontext
 
@@ -99,12 +159,29 @@ ACTIVATIONS = {
 }
 
 
-def layer_spec(config: TransformerConfig, column_linear: type, row_linear: type) -> TransformerBlockSubmodules:
+@dataclass(frozen=True)
+class MlpSpec:
+    """An MLP for Megatron's layers: before 0.18 they read these attributes, since then they call it.
+
+    Not a ModuleSpec, of whose MLP newer layers warn; and older ones hand an MLP its group only if it is one.
+    """
+
+    submodules: MLPSubmodules
+    params: Mapping[str, Any]
+    module: type = MLP
+
+    def __call__(self, config: TransformerConfig, **_: Any) -> nn.Module:
+        return self.module(config, self.submodules, **self.params)
+
+
+def layer_spec(
+    config: TransformerConfig, tp_group: ProcessGroup, column_linear: type, row_linear: type
+) -> TransformerBlockSubmodules:
     """The decoder's spec: Megatron's layer with the given column- and row-parallel linears."""
     qk_norm = FrozenNorm if config.qk_layernorm else IdentityOp
     layer = ModuleSpec(
         module=RecomputableLayer,
-        submodules=TransformerLayerSubmodules(
+        submodules=LayerSubmodules(
             input_layernorm=FrozenNorm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
@@ -117,17 +194,15 @@ def layer_spec(config: TransformerConfig, column_linear: type, row_linear: type)
                     k_layernorm=qk_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=FrozenNorm,
-            mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(
+            mlp=MlpSpec(
+                MLPSubmodules(
                     linear_fc1=column_linear,
                     linear_fc2=row_linear,
                     activation_func=SwiGlu if config.use_te_activation_func else None,
                 ),
+                {"tp_group": tp_group},
             ),
-            mlp_bda=get_bias_dropout_add,
         ),
     )
     return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=FrozenNorm)
@@ -154,21 +229,3 @@ def inv_freq(rope: RopeParameters, head_dim: int) -> torch.Tensor:
     between = (1 - smooth) * scaled / rope.factor + smooth * scaled
     is_between = ~(wavelength < high_wavelength) & ~(wavelength > low_wavelength)
     return torch.where(is_between, between, scaled)
-
-
-class ThenAdd(nn.Module):
-    """In the place of Megatron's `get_bias_dropout_add`: a block's output goes through `module` before it is added."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
-        add = get_bias_dropout_add(training, fused)
-
-        def through(x_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, *rest: Any) -> Tensor:
-            x, bias = x_with_bias
-            x = x if bias is None else x + bias
-            return add((self.module(x), None), residual, *rest)
-
-        return through

@@ -19,7 +19,7 @@ from lowrank_dist.arch.families import OUTPUT_LAYER
 from lowrank_dist.arch.tensors import Copy, ParameterPlan, copy_plans
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import Checkpoint, check_checkpoint, open_checkpoint, stored_name
-from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 from lowrank_dist.parallel.topology import Topology
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lowrank_dist.ops.linear import linear
@@ -17,6 +17,14 @@ from lowrank_dist.parallel.collectives import all_gather_columns, all_reduce
 
 # Largest block of fp32 logits that exists at one time. A larger vocabulary is cut into more blocks of positions.
 LOGIT_BLOCK_BYTES = 128 * 2**20
+
+
+class OutputLayer(nn.Module):
+    """This rank's rows of the vocabulary projection, padding among them: weight [rows, H]. See the functions below."""
+
+    def __init__(self, rows: int, hidden: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, hidden, dtype=dtype))
 
 
 class HeadLoss(torch.autograd.Function):

@@ -1,5 +1,5 @@
 """What autograd saves of one microbatch on one rank, in bytes (parallel/autograd.py, model/layers.py,
-model/attention.py, model/gpt.py); what a method adds is its footprint's.
+model/attention.py, model/causal_lm.py); what a method adds is its footprint's.
 
 Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, V vocabulary, F ffn, N
 tensor-parallel ranks, e bytes of an element of the base.

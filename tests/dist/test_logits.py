@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from tests.dist import ranks
@@ -176,6 +177,24 @@ def test_bf16_notices_exchanged_projections(bf16_folders: dict[str, str]) -> Non
     for family, folder in bf16_folders.items():
         exact = transformers_logits(folder, tokens())
         assert gap(found[family], exact) > 2 * gap(transformers_logits(folder, tokens(), torch.bfloat16), exact), family
+
+
+def logits_without_global_groups(folder: str) -> np.ndarray:
+    """One rank of TP 2: logits of a model that is built and run while Megatron's global state knows no group."""
+    from megatron.core import parallel_state
+
+    topology, device = ranks.topology(2, True), ranks.device()
+    groups = {name: None for name, value in vars(parallel_state).items() if isinstance(value, dist.ProcessGroup)}
+    ids, positions = tokens().to(device), torch.arange(LENGTH, device=device).expand(ROWS, LENGTH)
+    with mock.patch.multiple(parallel_state, **groups):
+        with pytest.raises(AssertionError, match="not initialized"):
+            parallel_state.get_tensor_model_parallel_group()
+        return load(folder, topology).logits(ids, positions).double().cpu().numpy()
+
+
+def test_process_groups_are_arguments(folders: dict[str, str]) -> None:
+    for found in run_ranks(2, logits_without_global_groups, folders["gpt2"]):
+        assert gap(found, transformers_logits(folders["gpt2"], tokens())) <= TOLERANCE
 
 
 def packed_logits(folders: dict[str, str], tensor: int, sequence: bool, segmented: bool) -> dict[str, np.ndarray]:

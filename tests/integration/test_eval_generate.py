@@ -206,7 +206,7 @@ def test_training_is_the_same_bit_by_bit(job: Path, runs: dict[str, Path], tmp_p
 def _main_that_leaves_the_model_changed(arguments: list[str]) -> Outcome:
     from dataclasses import replace
 
-    from lowrank_dist.model.gpt import CausalLM
+    from lowrank_dist.model.causal_lm import CausalLM
 
     @contextmanager
     def changed(model: CausalLM) -> Iterator[None]:

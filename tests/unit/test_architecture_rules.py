@@ -330,7 +330,7 @@ def test_a_planted_arrow_is_found(module: str, source: str) -> None:
         ("lowrank_dist.engine.assemble", "from lowrank_dist.config import Config"),
         ("lowrank_dist.methods.lora.config", "from lowrank_dist.sections.section import MethodSection"),
         ("lowrank_dist.engine.zero", "import deepspeed"),
-        ("lowrank_dist.model.gpt", "from megatron.core.models.gpt import GPTModel"),
+        ("lowrank_dist.model.causal_lm", "from megatron.core.transformer.transformer_block import TransformerBlock"),
         ("lowrank_dist.backend.select", "import torch\ntorch.cuda.is_available()"),
         ("lowrank_dist.data.batches", "import torch\nx = torch.arange(3)\nx.cuda()"),
         ("lowrank_dist.engine.loop", "def f(backend):\n    return backend.torch.cuda"),

@@ -32,8 +32,7 @@ from lowrank_dist.methods.bottleneck.files import (
 )
 from lowrank_dist.methods.files import Collected
 from lowrank_dist.methods.method import Setting
-from lowrank_dist.model.gpt import CausalLM
-from lowrank_dist.model.layers import ThenAdd
+from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.collectives import enter_parallel_region, leave_parallel_region
 from lowrank_dist.parallel.coordinates import Place
 from lowrank_dist.parallel.masks import MaskSource
@@ -135,7 +134,7 @@ class Adapters:
                     sequence_parallel=topology.sequence_parallel,
                     device=device,
                 )
-                setattr(module, _PLACES[place], ThenAdd(bottleneck))
+                getattr(module, _PLACES[place]).adapter = bottleneck
                 built.append((layer, place, bottleneck))
         theta = self._theta(built, size)
         theta.spread(self._initial(theta.all_shapes()), topology.place)

@@ -15,7 +15,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.full.files import WholeModelFiles
 from lowrank_dist.methods.method import Setting
-from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.coordinates import Place
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.theta import Held, Piece, Theta, Trained, mark

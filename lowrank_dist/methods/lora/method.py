@@ -19,7 +19,7 @@ from lowrank_dist.methods.lora.factors import adapter_factors, inject, lora_thet
 from lowrank_dist.methods.lora.files import Adapter, module_paths, read_adapter, write_adapter_files
 from lowrank_dist.methods.lora.footprint import placement_rules
 from lowrank_dist.methods.method import Setting
-from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.ops.mask import quantise
 from lowrank_dist.parallel.decomposed import DecomposedFactors, refresh_norms, start_magnitudes
 from lowrank_dist.parallel.factors import LowRankFactors

@@ -27,7 +27,7 @@ from lowrank_dist.methods.prompt_files import (
     require_fit,
     write_prompt_learning,
 )
-from lowrank_dist.model.gpt import CausalLM
+from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.theta import Held, Theta, Trained, all_of, mark
 from lowrank_dist.parallel.topology import Topology

@@ -1,4 +1,4 @@
-"""The base as megatron-core's GPTModel, built from an Architecture, and the places where a method adds to it.
+"""The base, put together from megatron-core's parts by an Architecture, and the places where a method adds to it.
 
 Legend: b rows, s positions (a multiple of N under sequence parallelism), H hidden, V vocabulary, n target positions.
 """
@@ -11,7 +11,9 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-from megatron.core.models.gpt import GPTModel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +25,7 @@ from lowrank_dist.ops.linear import linear
 from lowrank_dist.parallel.collectives import enter_parallel_region
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 from lowrank_dist.parallel.topology import Topology
-from lowrank_dist.parallel.vocab import HeadLoss, gathered_logits
+from lowrank_dist.parallel.vocab import HeadLoss, OutputLayer, gathered_logits
 
 Segments = Sequence[tuple[int, int, int]] | None
 
@@ -75,15 +77,17 @@ class KeysValues(Protocol):
     def __call__(self) -> Tensor: ...
 
 
-class CausalLM(GPTModel):
+class CausalLM(nn.Module):
     """A frozen causal language model, sharded by tensor parallelism.
 
-    The forward pass of GPTModel ends at the final norm: the vocabulary projection runs on the positions that are asked
-    for, so a prompt token costs no logits.
+    Megatron's embedding and its block of layers, and a head of our own: the vocabulary projection runs on the positions
+    that are asked for, so a prompt token costs no logits. A tied model has no `output_layer`.
 
     prefix: trained keys and values before every sequence, or None. lead: ids of trained embeddings that come before
     every sample (`lead_with`).
     """
+
+    inv_freq: Tensor
 
     def __init__(
         self,
@@ -95,16 +99,23 @@ class CausalLM(GPTModel):
         vocab_multiple: int,
         linears: tuple[type, type] = (LowRankColumnParallelLinear, LowRankRowParallelLinear),
     ) -> None:
-        config = transformer_config(architecture, topology, dtype, device)
+        super().__init__()
+        self.config = config = transformer_config(architecture, topology, dtype, device)
+        vocab = padded_vocab(architecture.vocab, vocab_multiple, topology.tp_size)
+        group = topology.tp_group
         with torch.device(device):
-            super().__init__(
+            self.embedding = LanguageModelEmbedding(
                 config,
-                layer_spec(config, *linears),
-                vocab_size=padded_vocab(architecture.vocab, vocab_multiple, topology.tp_size),
-                max_sequence_length=architecture.max_positions,
-                share_embeddings_and_output_weights=architecture.tied,
+                vocab,
+                architecture.max_positions,
                 position_embedding_type="learned_absolute" if architecture.positions == "learned" else "none",
+                tp_group=group,
             )
+            # No group is a group of one: a rank has whole sequences, and all layers.
+            groups = ProcessGroupCollection(tp=group, cp=None, pp=None)
+            self.decoder = TransformerBlock(config, layer_spec(config, group, *linears), pg_collection=groups)
+            if not architecture.tied:
+                self.output_layer = OutputLayer(vocab // topology.tp_size, architecture.hidden, dtype)
             if architecture.positions == "learned":
                 self.embedding.position_embeddings.to(dtype)
             else:
@@ -191,7 +202,8 @@ class CausalLM(GPTModel):
         scattered = enabled and not self.embedding.add_position_embedding
         self.embedding.reduce_scatter_embeddings = scattered
         self.embedding.word_embeddings.reduce_scatter_embeddings = scattered
-        for module in self.modules():
+        modules: Iterator[Any] = self.modules()
+        for module in modules:
             if hasattr(module, "sequence_parallel"):
                 module.sequence_parallel = enabled
             if hasattr(module, "allreduce_dgrad"):
@@ -228,7 +240,7 @@ class CausalLM(GPTModel):
         plan = self._plan(position_ids.t())
         plan.cache, plan.visible = cache, cache.visible(input_ids.size(1), self.architecture.sliding_window)
         with torch.no_grad():
-            hidden_sbH = super().forward(input_ids, position_ids, attention_mask=None, packed_seq_params=plan)
+            hidden_sbH = self._decoded(input_ids, position_ids, plan)
             cache.filled += input_ids.size(1)
             logits = linear(hidden_sbH[-1], self._head_weight())
         kept, _ = self._head()
@@ -247,7 +259,7 @@ class CausalLM(GPTModel):
             positions_sb = position_ids.t()
         plan = self._plan(positions_sb)
         plan.segments, plan.prefix = segments, self._prefix()
-        hidden = super().forward(input_ids, position_ids, attention_mask=None, packed_seq_params=plan)
+        hidden = self._decoded(input_ids, position_ids, plan)
         if not self.topology.sequence_parallel:
             return hidden
         return enter_parallel_region(hidden, self.topology.tp_group, sequence_parallel=True)
@@ -260,13 +272,13 @@ class CausalLM(GPTModel):
         dtype = self.config.params_dtype
         return SequencePlan(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype))
 
-    def _postprocess(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-        return hidden_states
+    def _decoded(self, input_ids: Tensor, position_ids: Tensor, plan: SequencePlan) -> Tensor:
+        """Return [s, b, H] after the final norm, of this rank's positions."""
+        embedded = self.embedding(input_ids, position_ids)
+        return self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=plan)
 
     def _head_weight(self) -> Tensor:
-        if self.share_embeddings_and_output_weights:
-            return self.shared_embedding_or_output_weight()
-        return self.output_layer.weight
+        return self.embedding.word_embeddings.weight if self.architecture.tied else self.output_layer.weight
 
     def _head(self) -> tuple[Tensor, int]:
         """This rank's rows of the head without vocabulary padding, and the token id of the first."""
