@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lowrank_dist.arch.architecture import WORD_EMBEDDINGS, Architecture
-from lowrank_dist.arch.tensors import Copy, ParameterPlan, copy_plans, hf_shapes, is_cut
+from lowrank_dist.arch.tensors import Copy, ParameterPlan, copy_plans, hf_shapes
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.full.files import WholeModelFiles
@@ -47,10 +47,9 @@ class FullFineTuning:
             return copy_plans(architecture, tp_rank, tp_size, padded_rows)
 
         parameters = []
-        for name in plans(topology.tp_rank):
-            cut = is_cut(name, architecture)
-            partial_grad = size > 1 and not cut and _is_partial(name, topology.sequence_parallel)
-            parameters.append(mark(_trained(model, name), sharded=cut and size > 1, partial=partial_grad))
+        for name, plan in plans(topology.tp_rank).items():
+            partial_grad = size > 1 and not plan.cut and _is_partial(name, topology.sequence_parallel)
+            parameters.append(mark(_trained(model, name), sharded=plan.cut and size > 1, partial=partial_grad))
         shapes = hf_shapes(architecture)
         # By the plan of a single rank, which holds something of every tensor.
         self._shapes = tuple({copy.hf: shapes[copy.hf] for copy in plan.copies} for plan in plans(0, 1).values())
