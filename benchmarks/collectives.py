@@ -30,8 +30,6 @@ from spawn import start_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from lowrank_dist.arch.tensors import MEGATRON_LINEARS
-
 HIDDEN, DEPTHS, RANK = 128, (1, 2), 4
 ROWS, LENGTH = 2, 32
 TARGETS = {
@@ -102,7 +100,7 @@ def rank_main(rank: int, tp: int, port: int, folders: dict[int, Path], parent: C
 
 
 def measure(setting: Setting, folder: Path, topology: Any) -> tuple[Calls, Calls, Ranks]:
-    """Calls and bytes by phase and kind of one microbatch's forward and backward, and R of each adapted linear."""
+    """Calls and bytes by phase and kind of one microbatch's forward and backward, and R of each linear."""
     from lowrank_dist.parallel.counting import count_collectives
 
     model, ranks = build(setting, folder, topology)
@@ -147,7 +145,8 @@ def build(setting: Setting, folder: Path, topology: Any) -> tuple[Any, Ranks]:
         placements = place(model.architecture, LoraRules(RANK, 2.0 * RANK, TARGETS[setting.targets], False, {}, {}))
         lanes = wanted("auto", "cpu")
         adapted = inject(model, placements, MaskSource(0, 0), 0, topology.tp_rank, topology.tp_size, lanes)
-        ranks = {x.placement.linear: x.factors.total_rank for x in adapted if x.placement.layer == 0}
+        ranks = dict.fromkeys(model.architecture.layers[0].linears, 0)
+        ranks |= {x.placement.linear: x.factors.total_rank for x in adapted if x.placement.layer == 0}
     model.set_recompute(setting.recompute)
     return model, ranks
 
@@ -184,7 +183,7 @@ def mean_rank(ranks: Ranks, recompute: bool) -> float:
     Each linear has one message forward and one backward. Recomputation repeats the forward ones, but stops short of the
     last: nobody needs what comes after fc2 again.
     """
-    messages = {name: 2 + (recompute and name != "linear_fc2") for name in MEGATRON_LINEARS}
+    messages = {name: 2 + (recompute and name != "linear_fc2") for name in ranks}
     return sum(messages[name] * rank for name, rank in ranks.items()) / sum(messages.values())
 
 

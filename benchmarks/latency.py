@@ -123,7 +123,7 @@ def parameters_of(method: str, width: int) -> int:
     if method in ("adapter_l", "adapter_h"):
         (adapters,) = footprints_of_size(method, Sizes(bottleneck=width), shape, 1)
         return adapters.parameters(shape).trained
-    return shape.layers * len(TARGETS) * 2 * shape.hidden * width
+    return len(shape.layers) * len(TARGETS) * 2 * shape.hidden * width
 
 
 def nearest_width(method: str, theta: float, step: int) -> int:
@@ -216,13 +216,16 @@ class Bench:
     @torch.no_grad()
     def _fill(self) -> None:
         """GPT-2's initialisation, of each tensor by its name, and of a shard by its rank."""
-        from lowrank_dist.arch.tensors import is_cut
+        from lowrank_dist.arch.architecture import padded_vocab
+        from lowrank_dist.arch.tensors import copy_plans
 
+        architecture, size = self.model.architecture, self.topology.tp_size
+        plans = copy_plans(architecture, 0, size, padded_vocab(architecture.vocab, VOCAB_MULTIPLE, size))
         for name, parameter in self.model.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(float(name.endswith("weight")))
                 continue
-            rank = self.topology.tp_rank if is_cut(name, self.model.architecture) else 0
+            rank = self.topology.tp_rank if plans[name].cut else 0
             values = torch.empty(parameter.shape).normal_(0, 0.02, generator=_generator(f"{name}:{rank}"))
             parameter.copy_(values)
 
@@ -272,7 +275,7 @@ class Bench:
         config = BottleneckConfig(
             method=row.method,
             bottleneck=bottleneck,
-            layers=architecture.layers,
+            layers=len(architecture.layers),
             hidden=architecture.hidden,
             base=MODEL,
         )

@@ -33,7 +33,6 @@ from rich.console import Console
 from rich.table import Table
 from sides import SHAPES, architecture
 
-from lowrank_dist.arch.tensors import MEGATRON_LINEARS
 from lowrank_dist.backend.devices import synchronize
 from lowrank_dist.backend.libraries import quiet_libraries
 from lowrank_dist.backend.select import select_backend
@@ -172,8 +171,7 @@ def main() -> None:
     device = select_backend(args.device, 0, 1).device
     demand(args.device)
     torch.manual_seed(0)
-    linears = architecture(args.shape).linears
-    chosen = list(products({name: linears[name] for name in MEGATRON_LINEARS}, Operands(args.tokens, device)))
+    chosen = list(products(architecture(args.shape).layers[0].linears, Operands(args.tokens, device)))
     unknown = {*(args.only or ()), *(args.once or ())} - {product.name for product in chosen}
     if unknown:
         known = ", ".join(dict.fromkeys(product.name for product in chosen))

@@ -5,7 +5,7 @@ Legend: T tokens, K inputs and O outputs of the weight, R = Σ r of the projecti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +52,7 @@ class Operands:
         return Mask(rows, torch.tensor([5, 3], device=self.device), 1, quantise(DROPOUT), 0)
 
 
-def products(layouts: dict[str, LinearLayout], operands: Operands) -> Iterator[Product]:
+def products(layouts: Mapping[str, LinearLayout], operands: Operands) -> Iterator[Product]:
     """Every product of every linear, those of one kind together."""
     yield from ceilings(operands)
     for of_linear in (frozen, thin, ours):

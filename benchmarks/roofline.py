@@ -64,7 +64,7 @@ def passes(layout: LinearLayout, n: int, tokens: int, r: int) -> dict[str, int]:
 def modelled(shape: str, shard: int, gpu: Gpu, tokens: int, r: int) -> dict[str, Any]:
     """Seconds of the frozen forward + dX and of each product, and the overhead: their ratio."""
     flops, elements = 0, Counter()
-    for layout in architecture(shape).linears.values():
+    for layout in architecture(shape).layers[0].linears.values():
         out_features, in_features = layout.local_shape(shard)
         flops += 2 * 2 * tokens * in_features * out_features
         elements.update(passes(layout, shard, tokens, r))

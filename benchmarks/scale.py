@@ -80,8 +80,8 @@ def with_added_calls(candidate: Candidate, added: int) -> Added:
     """A layer's added calls carry R columns, the mean of its linears', or H, of all tokens of a microbatch."""
     job, cluster = candidate.job, candidate.cluster
     layer = job.placement.layers[-1]
-    columns = sum(total_rank(factors) for factors in layer) / sum(map(bool, layer))
-    unit, count = job.tokens * job.itemsize, added * job.architecture.layers * job.microbatches
+    columns = sum(total_rank(factors) for factors in layer.factors) / sum(map(bool, layer.factors))
+    unit, count = job.tokens * job.itemsize, added * len(job.architecture.layers) * job.microbatches
     seconds = [
         message_seconds(
             [Message(GATHER, "tensor", "forward", int(unit * width), count)],

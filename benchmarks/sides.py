@@ -22,7 +22,6 @@ from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import architecture_of
 from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.arch.rows import LinearLayout, Part
-from lowrank_dist.arch.tensors import MEGATRON_LINEARS
 from lowrank_dist.methods.lora.factors import AdaptedLinear, inject
 from lowrank_dist.ops.mask import quantise
 from lowrank_dist.parallel.collectives import gather_rows, reduce_scatter_rows
@@ -112,8 +111,7 @@ class Layer:
     def __init__(self, shape: str, tokens: int, dtype: torch.dtype, device: torch.device, topology: Topology) -> None:
         self.architecture, self.topology, self.device, self.dtype = architecture(shape), topology, device, dtype
         self.tokens, self.n = tokens, topology.tp_size
-        self.names = list(MEGATRON_LINEARS)
-        self.layouts = [self.architecture.linears[name] for name in self.names]
+        self.layouts = list(self.architecture.layers[0].linears.values())
         torch.manual_seed(0)
         shapes = [layout.local_shape(self.n) for layout in self.layouts]
         self.weights = [torch.randn(o, k, device=device, dtype=dtype).mul_(k**-0.5) for o, k in shapes]
@@ -154,8 +152,8 @@ class Layer:
     def ours(self, r: int, p: float, lanes: bool = False) -> tuple[Side, list[AdaptedLinear]]:
         """The project's own parallel linears with its own placement and injection."""
         skeleton = nn.Module()
-        for name, layout, weight in zip(self.names, self.layouts, self.weights, strict=True):
-            self._put(skeleton, MEGATRON_LINEARS[name].format(layer=0), self._megatron_linear(layout, weight, lanes))
+        for layout, weight in zip(self.layouts, self.weights, strict=True):
+            self._put(skeleton, layout.module_of(0), self._megatron_linear(layout, weight, lanes))
         masks = MaskSource(0, quantise(p))
         masks.set(0, self.rows)
         placements = place(self.architecture, LoraRules(r, SCALE * r, "all-linear", False, {}, {}))
@@ -163,7 +161,7 @@ class Layer:
         torch.manual_seed(1)
         for x in adapted:
             x.factors.lora_B.data.normal_(std=B_SPREAD)
-        linears = [skeleton.get_submodule(MEGATRON_LINEARS[name].format(layer=0)) for name in self.names]
+        linears = [skeleton.get_submodule(layout.module_of(0)) for layout in self.layouts]
 
         def forward(inputs: Sequence[Tensor]) -> list[Tensor]:
             return [module(x)[0] for module, x in zip(linears, inputs, strict=True)]

@@ -30,8 +30,7 @@ def random_adapter(
     scale: standard deviation of B (A has 1). dora: with magnitudes around 1.
     """
     architecture = read_architecture(base)
-    linears = {part.path for layout in architecture.linears.values() for part in layout.parts}
-    paths = {path.format(layer=layer) for path in linears for layer in range(architecture.layers)} | {"lm_head"}
+    paths = architecture.linear_modules() | {"lm_head"}
     generator = torch.Generator().manual_seed(seed)
     factors = {}
     for name, shape in sorted(hf_shapes(architecture).items()):

@@ -62,20 +62,20 @@ def learned(base: Path, kind: str, length: int = LENGTH) -> PromptLearning:
     found, generator = read_architecture(base), torch.Generator().manual_seed(5)
     if kind == "prefix":
         heads, width = found.kv_heads, found.kv_heads * found.head_dim
-        drawn = torch.randn(length, 2 * found.layers * width, generator=generator)
-        return PromptLearning("PREFIX_TUNING", drawn, found.layers, heads, width, str(base))
+        drawn = torch.randn(length, 2 * len(found.layers) * width, generator=generator)
+        return PromptLearning("PREFIX_TUNING", drawn, len(found.layers), heads, width, str(base))
     drawn = torch.randn(length, found.hidden, generator=generator)
-    return PromptLearning("PROMPT_TUNING", drawn, found.layers, found.heads, found.hidden, str(base))
+    return PromptLearning("PROMPT_TUNING", drawn, len(found.layers), found.heads, found.hidden, str(base))
 
 
 def layers(base: Path, method: str, scale: float = 0.3) -> Bottlenecks:
     """Drawn adapter layers of `method` for the model in `base`."""
     found, generator = read_architecture(base), torch.Generator().manual_seed(5)
     config = BottleneckConfig(
-        method=method, bottleneck=BOTTLENECK, layers=found.layers, hidden=found.hidden, base=str(base)
+        method=method, bottleneck=BOTTLENECK, layers=len(found.layers), hidden=found.hidden, base=str(base)
     )
     shapes: dict[str, tuple[int, ...]] = {}
-    for layer in range(found.layers):
+    for layer in range(len(found.layers)):
         for place in places(method):
             shapes |= stored_shapes(config, layer, place)
     return Bottlenecks(

@@ -1,10 +1,12 @@
 """The make-up of a model, in the terms that Hugging Face, Megatron and the plan need."""
 
+from collections import Counter
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
-from lowrank_dist.arch.rows import LinearLayout
+from lowrank_dist.arch.rows import Linear
 from lowrank_dist.errors import UserError
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
@@ -33,7 +35,7 @@ def padded_vocab(vocab: int, multiple: int, tp_size: int) -> int:
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One tensor outside the linears: its Megatron name, its Hugging Face name (both may have a `{layer}` field).
+    """One tensor outside the linears: its Megatron name, its Hugging Face name (with a `{layer}` field if a layer's).
 
     shape: the Hugging Face shape in terms of `Architecture.size`.
     sharding: "replicated", or "vocab" = rows over the padded vocabulary are cut evenly into tp_size blocks.
@@ -48,29 +50,50 @@ class TensorRule:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """What layers that are alike are made of.
+
+    linears: by Megatron's name ("linear_qkv"), in the order of execution.
+    tensors: the layer's other tensors.
+    sliding_window: query i sees keys j with i - sliding_window < j <= i; None = plain causal.
+    """
+
+    linears: Mapping[str, Linear] = field(hash=False)
+    tensors: tuple[TensorRule, ...]
+    sliding_window: int | None
+
+    @property
+    def ffn(self) -> int:
+        """Width of the MLP (of gate and of up each, where it is gated)."""
+        return self.linears["linear_fc2"].in_features
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weight matrices: what a layer's GEMMs multiply with."""
+        return sum(linear.weights for linear in self.linears.values())
+
+
+@dataclass(frozen=True)
 class Architecture:
     """Sizes, options and tensor tables of one decoder-only model.
 
+    layers: the kind of each, from the lowest up; layers that are alike share one object.
     prefix: base-model prefix of the Hugging Face names ("model."), which some published checkpoints leave out.
     head_dim: width of a head; heads × head_dim need not be `hidden`.
-    ffn: width of the MLP (of gate and of up each, when `gated`).
     activation: "gelu" is the exact one, "gelu_tanh" the tanh approximation.
     qkv_bias / linear_bias: linear_qkv has a bias / every linear has one.
     position_offset: rows of the Hugging Face position table before position 0 (OPT: 2), already cut off by its rule.
-    sliding_window: query i sees keys j with i - sliding_window < j <= i, in every layer; None = plain causal.
     conv1d: linear weights are stored [in, out] (GPT-2).
-    linears: layout of "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", the same in every layer.
-    tensors: every other tensor. ignored: patterns of file tensors that carry no weights of this model.
+    tensors: those outside the layers. ignored: patterns of file tensors that carry no weights of this model.
     """
 
     family: str
     prefix: str
     hidden: int
-    layers: int
+    layers: tuple[LayerKind, ...]
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: int
     vocab: int
     max_positions: int
     norm: Literal["RMSNorm", "LayerNorm"]
@@ -84,9 +107,7 @@ class Architecture:
     position_offset: int
     qk_norm: bool
     rope: RopeParameters | None
-    sliding_window: int | None
     conv1d: bool
-    linears: Mapping[str, LinearLayout]
     tensors: tuple[TensorRule, ...]
     ignored: tuple[str, ...]
 
@@ -101,10 +122,15 @@ class Architecture:
         """Rows of the learned position table without those before position 0; 0 with rotary positions."""
         return self.max_positions if self.positions == "learned" else 0
 
+    @cached_property
+    def kinds(self) -> Mapping[LayerKind, int]:
+        """Every distinct kind of layer, in the order in which they first occur → the number of layers of it."""
+        return Counter(self.layers)
+
     @property
-    def layer_weights(self) -> int:
-        """Elements of a layer's weight matrices: what its GEMMs multiply with."""
-        return sum(layout.weights for layout in self.linears.values())
+    def sliding_window(self) -> int | None:
+        """The narrowest window of any layer; None where every layer is plain causal."""
+        return min((kind.sliding_window for kind in self.kinds if kind.sliding_window is not None), default=None)
 
     @property
     def embedding_name(self) -> str:
@@ -115,9 +141,9 @@ class Architecture:
         """Hugging Face path of every linear in the layers: what factors can be on, the output layer aside."""
         return {
             part.path.format(layer=layer)
-            for layer in range(self.layers)
-            for layout in self.linears.values()
-            for part in layout.parts
+            for layer, kind in enumerate(self.layers)
+            for linear in kind.linears.values()
+            for part in linear.parts
         }
 
     def find(self, name: str, names: Container[str]) -> str | None:
@@ -142,16 +168,20 @@ class Architecture:
         legal = ", ".join(str(size) for size in self.legal_tp_sizes())
         raise UserError(
             f"parallel.tensor={tp_size} does not divide this {self.family} model "
-            f"({self.heads} attention heads, {self.kv_heads} key/value heads, ffn {self.ffn}): use one of {legal}"
+            f"({self.heads} attention heads, {self.kv_heads} key/value heads, {self._ffn}): use one of {legal}"
         )
 
     def indivisible_by(self, tp_size: int) -> str | None:
         """The size that `tp_size` ranks cannot share ("32 attention heads"), or None where they can share the model."""
         if self.heads % tp_size:
             return f"{self.heads} attention heads"
-        if self.ffn % tp_size:
-            return f"ffn {self.ffn}"
+        if any(kind.ffn % tp_size for kind in self.kinds):
+            return self._ffn
         # With fewer key/value heads than ranks Megatron cuts the fused rows evenly and gathers them in attention.
         whole = self.kv_heads % tp_size == 0
         cut = tp_size % self.kv_heads == 0 and ((self.heads + 2 * self.kv_heads) * self.head_dim) % tp_size == 0
         return None if whole or cut else f"{self.kv_heads} key/value heads"
+
+    @property
+    def _ffn(self) -> str:
+        return f"ffn {' and '.join(str(width) for width in sorted({kind.ffn for kind in self.kinds}))}"

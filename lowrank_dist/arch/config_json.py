@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from lowrank_dist.arch.architecture import Architecture, RopeParameters
+from lowrank_dist.arch.architecture import Architecture, LayerKind, RopeParameters, TensorRule
 from lowrank_dist.arch.families import FAMILIES, OUTPUT_LAYER, Family
 from lowrank_dist.arch.keys import Key, is_number
 from lowrank_dist.arch.model_files import config_file, read_config
-from lowrank_dist.arch.rows import LinearLayout, Part
+from lowrank_dist.arch.rows import Linear, Part
 from lowrank_dist.errors import UserError
 
 # transformers has several spellings of the same function.
@@ -76,14 +76,16 @@ def architecture_of(values: Mapping[str, Any], where: str) -> Architecture:
     _check_equal(values, family, fields, where)
     fields["activation"] = _activation(fields["activation"], family, where)
     _set_heads(fields, family, where)
+    layers = _layers(values, family, fields, where)
+    del fields["ffn"]
     return Architecture(
         family=values["model_type"],
         prefix=family.prefix,
-        **fields,
+        **fields | {"layers": layers},
         rope=_rope(values, family, fields, where) if fields["positions"] == "rope" else None,
-        sliding_window=_sliding_window(values, family, fields["layers"], where),
-        linears=_linears(family, fields),
-        tensors=tuple(rule for rule in family.tensors if not (fields["tied"] and rule is OUTPUT_LAYER)),
+        tensors=tuple(
+            rule for rule in family.tensors if not (_in_layer(rule) or (fields["tied"] and rule is OUTPUT_LAYER))
+        ),
         ignored=family.ignored,
     )
 
@@ -221,13 +223,26 @@ def _rope(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], 
     return RopeParameters(type=rope_type, **{field: found[key] for field, key in names.items()})
 
 
-def _linears(family: Family, fields: Mapping[str, Any]) -> dict[str, LinearLayout]:
+def _layers(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], where: str) -> tuple[LayerKind, ...]:
+    """All of one kind: no family here has another."""
+    count = fields["layers"]
+    tensors = tuple(rule for rule in family.tensors if _in_layer(rule))
+    return (LayerKind(_linears(family, fields), tensors, _sliding_window(values, family, count, where)),) * count
+
+
+def _in_layer(rule: TensorRule) -> bool:
+    return "{layer}" in rule.megatron
+
+
+def _linears(family: Family, fields: Mapping[str, Any]) -> dict[str, Linear]:
     hidden, ffn, head_dim, bias = fields["hidden"], fields["ffn"], fields["head_dim"], fields["linear_bias"]
     queries, keys = fields["heads"] * head_dim, fields["kv_heads"] * head_dim
     fc1_rows = (ffn, ffn) if fields["gated"] else (ffn,)
     paths = family.linears
     return {
-        "linear_qkv": LinearLayout(
+        "linear_qkv": Linear(
+            module="self_attention.linear_qkv",
+            stream=0,
             kind="column",
             in_features=hidden,
             out_features=queries + 2 * keys,
@@ -237,8 +252,19 @@ def _linears(family: Family, fields: Mapping[str, Any]) -> dict[str, LinearLayou
             group=(fields["heads"] // fields["kv_heads"], head_dim),
             whole=_leaf(paths["linear_qkv"][0]) if family.fused_qkv else None,
         ),
-        "linear_proj": LinearLayout("row", queries, hidden, _parts(paths["linear_proj"], (hidden,)), "none", bias),
-        "linear_fc1": LinearLayout(
+        "linear_proj": Linear(
+            module="self_attention.linear_proj",
+            stream=1,
+            kind="row",
+            in_features=queries,
+            out_features=hidden,
+            parts=_parts(paths["linear_proj"], (hidden,)),
+            interleave="none",
+            bias=bias,
+        ),
+        "linear_fc1": Linear(
+            module="mlp.linear_fc1",
+            stream=2,
             kind="column",
             in_features=hidden,
             out_features=sum(fc1_rows),
@@ -246,7 +272,16 @@ def _linears(family: Family, fields: Mapping[str, Any]) -> dict[str, LinearLayou
             interleave="gate_up" if fields["gated"] else "none",
             bias=bias,
         ),
-        "linear_fc2": LinearLayout("row", ffn, hidden, _parts(paths["linear_fc2"], (hidden,)), "none", bias),
+        "linear_fc2": Linear(
+            module="mlp.linear_fc2",
+            stream=3,
+            kind="row",
+            in_features=ffn,
+            out_features=hidden,
+            parts=_parts(paths["linear_fc2"], (hidden,)),
+            interleave="none",
+            bias=bias,
+        ),
     }
 
 

@@ -17,14 +17,16 @@ from lowrank_dist.arch.keys import Key
 class Family:
     """How one `model_type` of config.json maps onto Megatron.
 
-    keys: field of `Architecture` → key of config.json. Of fields that neither `keys` nor `fixed` has, or that are
-    None, ffn is four times hidden, kv_heads is heads, and head_dim is hidden by heads.
+    keys: field of `Architecture`, or "ffn" → key of config.json; "layers" is their number. Of those that neither
+    `keys` nor `fixed` has, or that are None, ffn is four times hidden, kv_heads is heads, and head_dim is hidden by
+    heads.
     fixed: fields that every model of the family shares.
     only: key of config.json → the one value that is supported (and taken where it is missing), and what another value
     would ask for. equal: key of config.json → the field that it must equal where it is given, and what else it asks
     for.
     linears: Megatron linear → Hugging Face module path, one per projection, in the order of LinearLayout.parts.
-    tensors: every other tensor; `OUTPUT_LAYER` drops out where the embeddings are tied.
+    tensors: every other tensor, those of a layer with a `{layer}` field; `OUTPUT_LAYER` drops out where the embeddings
+    are tied.
     ignored: patterns, on names without `prefix`, of file tensors that carry no weights.
     fused_qkv: q, k and v are stacked in this order in one Hugging Face module (its path stands in `linears` once).
     window: the keys of a sliding window, none where the family has no window. "window" is its width; alone it governs

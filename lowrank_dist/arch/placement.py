@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.rows import LinearLayout
+from lowrank_dist.arch.rows import Linear, LinearLayout
 from lowrank_dist.errors import UserError
 
 ALL_LINEAR = "all-linear"
@@ -44,7 +44,7 @@ class LinearPlacement:
 
     layer: int
     linear: str
-    layout: LinearLayout
+    layout: Linear
     factors: tuple[FactorSpec, ...]
 
 
@@ -67,8 +67,8 @@ def place(architecture: Architecture, rules: LoraRules) -> tuple[LinearPlacement
     """
     matcher = _Matcher(rules, architecture)
     placements = []
-    for layer in range(architecture.layers):
-        for linear, layout in architecture.linears.items():
+    for layer, kind in enumerate(architecture.layers):
+        for linear, layout in kind.linears.items():
             factors = tuple(
                 _spec(candidate, layout, rules, matcher)
                 for candidate in _candidates(layout, layer)
@@ -153,15 +153,17 @@ class _Matcher:
         leaves = sorted(
             {
                 candidate.path.rpartition(".")[2]
-                for x in self._architecture.linears.values()
-                for candidate in _candidates(x, 0)
+                for kind in self._architecture.kinds
+                for layout in kind.linears.values()
+                for candidate in _candidates(layout, 0)
             }
         )
-        example = next(_candidates(next(iter(self._architecture.linears.values())), 0)).path
+        example = next(_candidates(next(iter(self._architecture.layers[0].linears.values())), 0)).path
         raise UserError(
             f"{'; '.join(unused)} matches no linear of this {self._architecture.family} model. "
-            f"It has {', '.join(leaves)} in {self._architecture.layers} layers (for example {example}); a list holds "
-            f"such names or ends of paths, a string is a regular expression over the whole path, or {ALL_LINEAR!r}"
+            f"It has {', '.join(leaves)} in {len(self._architecture.layers)} layers (for example {example}); a list "
+            "holds such names or ends of paths, a string is a regular expression over the whole path, or "
+            f"{ALL_LINEAR!r}"
         )
 
 

@@ -107,6 +107,27 @@ class LinearLayout:
         return tuple(runs)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Linear(LinearLayout):
+    """A linear of a layer: its rows, its place in Megatron's layer, and its dropout stream.
+
+    module: its path inside the layer ("self_attention.linear_qkv").
+    stream: number of its input among those of the layer, from which its masks are drawn. It is never given to another.
+    """
+
+    module: str
+    stream: int
+
+    def module_of(self, layer: int) -> str:
+        """Megatron path of this linear in layer `layer`."""
+        return f"decoder.layers.{layer}.{self.module}"
+
+    @property
+    def in_attention(self) -> bool:
+        """Whether it belongs to attention; else to the MLP."""
+        return self.module.startswith("self_attention.")
+
+
 def _cut(runs: tuple[Segment, ...], start: int, length: int) -> tuple[Segment, ...]:
     """The runs inside the global rows [start, start + length), with local_start counted from `start`."""
     pieces = []

@@ -4,19 +4,10 @@ One list of copies serves both ways: loading runs it from the checkpoint to the 
 to the checkpoint. Pure: no file is opened and no tensor is made here.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowrank_dist.arch.architecture import Architecture, TensorRule, padded_vocab
 from lowrank_dist.arch.rows import LinearLayout
-
-# Name in `Architecture.linears` → Megatron module.
-MEGATRON_LINEARS: Mapping[str, str] = {
-    "linear_qkv": "decoder.layers.{layer}.self_attention.linear_qkv",
-    "linear_proj": "decoder.layers.{layer}.self_attention.linear_proj",
-    "linear_fc1": "decoder.layers.{layer}.mlp.linear_fc1",
-    "linear_fc2": "decoder.layers.{layer}.mlp.linear_fc2",
-}
 
 
 @dataclass(frozen=True)
@@ -36,11 +27,13 @@ class Copy:
 class ParameterPlan:
     """One Megatron parameter of one rank: its local shape and the copies that fill it.
 
+    cut: tensor parallelism cuts it; else every rank has a copy.
     zero_rows: rows from here on are vocabulary padding, which no copy covers; they are zero.
     """
 
     shape: tuple[int, ...]
     copies: tuple[Copy, ...]
+    cut: bool
     zero_rows: int | None = None
 
 
@@ -52,12 +45,10 @@ def parameter_shapes(architecture: Architecture, tp_size: int, vocab_multiple: i
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     """Shape of every Hugging Face tensor that the model needs, by its name with the base-model prefix."""
-    shapes = {}
-    for rule in architecture.tensors:
-        for layer in _layers(rule.hf, architecture):
-            shapes[rule.hf.format(layer=layer)] = tuple(architecture.size(dimension) for dimension in rule.shape)
-    for layer in range(architecture.layers):
-        for layout in architecture.linears.values():
+    shapes = {rule.hf: _shape(rule, architecture) for rule in architecture.tensors}
+    for layer, kind in enumerate(architecture.layers):
+        shapes |= {rule.hf.format(layer=layer): _shape(rule, architecture) for rule in kind.tensors}
+        for layout in kind.linears.values():
             for part in layout.parts:
                 path = part.path.format(layer=layer)
                 rows = layout.tensor_rows(part.path)
@@ -78,49 +69,38 @@ def copy_plans(
     assert padded_vocab_rows % tp_size == 0 and padded_vocab_rows >= architecture.vocab
     plans = {}
     for rule in architecture.tensors:
-        if "{layer}" not in rule.megatron:
-            plans[rule.megatron] = _rule_plan(rule, None, architecture, tp_rank, tp_size, padded_vocab_rows)
-    for layer in range(architecture.layers):
-        for rule in architecture.tensors:
-            if "{layer}" in rule.megatron:
-                name = rule.megatron.format(layer=layer)
-                plans[name] = _rule_plan(rule, layer, architecture, tp_rank, tp_size, padded_vocab_rows)
-        for linear, layout in architecture.linears.items():
-            module = MEGATRON_LINEARS[linear].format(layer=layer)
-            plans[f"{module}.weight"] = _weight_plan(layout, layer, architecture.conv1d, tp_rank, tp_size)
-            if layout.bias:
-                plans[f"{module}.bias"] = _bias_plan(layout, layer, tp_rank, tp_size)
+        plans[rule.megatron] = _rule_plan(rule, None, architecture, tp_rank, tp_size, padded_vocab_rows)
+    for layer, kind in enumerate(architecture.layers):
+        for rule in kind.tensors:
+            name = rule.megatron.format(layer=layer)
+            plans[name] = _rule_plan(rule, layer, architecture, tp_rank, tp_size, padded_vocab_rows)
+        for linear in kind.linears.values():
+            module = linear.module_of(layer)
+            plans[f"{module}.weight"] = _weight_plan(linear, layer, architecture.conv1d, tp_rank, tp_size)
+            if linear.bias:
+                plans[f"{module}.bias"] = _bias_plan(linear, layer, tp_rank, tp_size)
     return plans
 
 
-def is_cut(name: str, architecture: Architecture) -> bool:
-    """Return whether tensor parallelism cuts the Megatron parameter of this name; else every rank has a copy."""
-    module, _, leaf = name.rpartition(".")
-    linear = module.rpartition(".")[2]
-    if linear in architecture.linears:
-        return leaf == "weight" or architecture.linears[linear].kind == "column"
-    return any(rule.megatron == name and rule.sharding == "vocab" for rule in architecture.tensors)
-
-
-def _layers(template: str, architecture: Architecture) -> range:
-    return range(architecture.layers if "{layer}" in template else 1)
+def _shape(rule: TensorRule, architecture: Architecture) -> tuple[int, ...]:
+    return tuple(architecture.size(dimension) for dimension in rule.shape)
 
 
 def _rule_plan(
     rule: TensorRule, layer: int | None, architecture: Architecture, tp_rank: int, tp_size: int, padded_rows: int
 ) -> ParameterPlan:
     hf = rule.hf.format(layer=layer)
-    rows, *rest = (architecture.size(dimension) for dimension in rule.shape)
+    rows, *rest = _shape(rule, architecture)
     everything = tuple(slice(0, size) for size in rest)
     if rule.sharding == "replicated":
         kept = rows - rule.row_offset
         copy = Copy(hf, (slice(rule.row_offset, rows), *everything), (slice(0, kept), *everything))
-        return ParameterPlan((kept, *rest), (copy,))
+        return ParameterPlan((kept, *rest), (copy,), cut=False)
     block = padded_rows // tp_size
     start = min(tp_rank * block, rows)
     count = min(start + block, rows) - start
     copies = (Copy(hf, (slice(start, start + count), *everything), (slice(0, count), *everything)),) if count else ()
-    return ParameterPlan((block, *rest), copies, zero_rows=count)
+    return ParameterPlan((block, *rest), copies, cut=True, zero_rows=count)
 
 
 def _weight_plan(layout: LinearLayout, layer: int, conv1d: bool, tp_rank: int, tp_size: int) -> ParameterPlan:
@@ -131,7 +111,7 @@ def _weight_plan(layout: LinearLayout, layer: int, conv1d: bool, tp_rank: int, t
     for path, hf_rows, local_rows in _row_runs(layout, layer, tp_rank, tp_size):
         hf_index = (columns, hf_rows) if conv1d else (hf_rows, columns)
         copies.append(Copy(f"{path}.weight", hf_index, (local_rows, slice(0, shape[1])), transposed=conv1d))
-    return ParameterPlan(shape, tuple(copies))
+    return ParameterPlan(shape, tuple(copies), cut=True)
 
 
 def _bias_plan(layout: LinearLayout, layer: int, tp_rank: int, tp_size: int) -> ParameterPlan:
@@ -140,7 +120,7 @@ def _bias_plan(layout: LinearLayout, layer: int, tp_rank: int, tp_size: int) -> 
         Copy(f"{path}.bias", (hf_rows,), (local_rows,))
         for path, hf_rows, local_rows in _row_runs(layout, layer, tp_rank, tp_size)
     )
-    return ParameterPlan(layout.local_shape(tp_size)[:1], tuple(copies))
+    return ParameterPlan(layout.local_shape(tp_size)[:1], tuple(copies), cut=layout.kind == "column")
 
 
 def _row_runs(layout: LinearLayout, layer: int, tp_rank: int, tp_size: int) -> list[tuple[str, slice, slice]]:

@@ -149,14 +149,15 @@ def _require_config(folder: Path) -> None:
 
 def _described(folder: Path, architecture: Architecture | None) -> dict[str, Any]:
     if architecture is not None:
+        widths = [kind.ffn for kind in architecture.kinds]
         return {
             "family": architecture.family,
-            "layers": architecture.layers,
+            "layers": len(architecture.layers),
             "hidden": architecture.hidden,
             "heads": architecture.heads,
             "kv_heads": architecture.kv_heads,
             "head_dim": architecture.head_dim,
-            "ffn": architecture.ffn,
+            "ffn": widths[0] if len(widths) == 1 else widths,
             "vocabulary": architecture.vocab,
             "positions": architecture.max_positions,
             "tied_embeddings": architecture.tied,

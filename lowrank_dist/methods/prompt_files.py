@@ -131,9 +131,9 @@ def require_fit(folder: Path, learned: PromptLearning, architecture: Architectur
     """Raise UserError where the model has other sizes than the one that was trained, or no positions to spare."""
     where, length = folder / CONFIG_FILE, learned.embeddings.size(0)
     if learned.kind == "PREFIX_TUNING":
-        expected = architecture.layers, architecture.kv_heads, architecture.kv_heads * architecture.head_dim
+        expected = len(architecture.layers), architecture.kv_heads, architecture.kv_heads * architecture.head_dim
     else:
-        expected = architecture.layers, architecture.heads, architecture.hidden
+        expected = len(architecture.layers), architecture.heads, architecture.hidden
     found = learned.layers, learned.heads, learned.token_dim
     names = ("num_layers", "num_attention_heads", "token_dim")
     wrong = [

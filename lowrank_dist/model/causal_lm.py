@@ -34,14 +34,15 @@ def transformer_config(
     architecture: Architecture, topology: Topology, dtype: torch.dtype, device: torch.device
 ) -> TransformerConfig:
     """Megatron's configuration of the base: no dropout, no initialisation, no fusion that needs a GPU to exist."""
+    assert len(architecture.kinds) == 1, "Megatron's configuration is one for all layers"
     gated_silu = architecture.gated and architecture.activation == "silu"
     return TransformerConfig(
-        num_layers=architecture.layers,
+        num_layers=len(architecture.layers),
         hidden_size=architecture.hidden,
         num_attention_heads=architecture.heads,
         num_query_groups=architecture.kv_heads,
         kv_channels=architecture.head_dim,
-        ffn_hidden_size=architecture.ffn,
+        ffn_hidden_size=architecture.layers[0].ffn,
         normalization=architecture.norm,
         layernorm_epsilon=architecture.norm_eps,
         activation_func=F.silu if gated_silu else ACTIVATIONS[architecture.activation],
@@ -216,7 +217,7 @@ class CausalLM(nn.Module):
             prefix = self._prefix()
         return KVCache(
             padding,
-            layers=architecture.layers,
+            layers=len(architecture.layers),
             # With fewer heads than ranks every rank has gathered the one it needs.
             kv_heads=max(1, architecture.kv_heads // self.topology.tp_size),
             columns=columns,

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from lowrank_dist.ops.mask import Mask
 
-# Inputs of a transformer layer that carry a mask of their own (qkv and fc1 are both H wide and must not share one).
-INPUTS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
+def stream_of(layer: int, number: int) -> int:
+    """The Philox stream (32 bits) of the input that `arch.rows.Linear.stream` numbers, in layer `layer` (from 0).
 
-def stream_of(layer: int, linear: str) -> int:
-    """The Philox stream of one input of one layer (layer counts from 0)."""
-    return layer * len(INPUTS) + INPUTS.index(linear)
+    Four inputs a layer lie side by side; further ones repeat that above bit 24.
+    """
+    assert 0 <= layer < 2**22 and 0 <= number < 2**10, "the stream has 32 bits"
+    above, beside = divmod(number, 4)
+    return above << 24 | layer * 4 + beside
 
 
 class MaskSource:

@@ -7,6 +7,7 @@ tensor-parallel ranks, e bytes of an element of the base.
 
 from __future__ import annotations
 
+from lowrank_dist.arch.architecture import LayerKind
 from lowrank_dist.plan.factors import Layer, gradients, total_rank
 from lowrank_dist.plan.job import Job, head_rows
 from lowrank_dist.plan.parameters import norm_elements
@@ -16,26 +17,28 @@ def saved_of_layer(job: Job, layer: Layer, stream: bool) -> int:
     """Bytes that a layer saves for backward, where its activations are kept."""
     arch, n, e = job.architecture, job.layout.tensor, job.itemsize
     t, tj, h = job.tokens, job.shard_tokens, job.architecture.hidden
-    qkv, proj, fc1, fc2 = (total_rank(factors) for factors in layer)
-    _, attention, after_attention, activation = gradients(layer, stream)
-    heads_out = t * arch.linears["linear_proj"].in_features // n * e
+    kind = layer.kind
+    qkv, proj, fc1, fc2 = (layer.rank(f"linear_{name}") for name in ("qkv", "proj", "fc1", "fc2"))
+    needs = gradients(layer, stream)
+    attention, after_attention, activation = (needs[f"linear_{name}"] for name in ("proj", "fc1", "fc2"))
+    heads_out = t * kind.linears["linear_proj"].in_features // n * e
     trained = job.footprint.trains_base
     found = (stream + after_attention) * norm_saves(job, tj, h)
     found += _linear(trained, qkv, tj * h * e, t * qkv * e)
     if attention:
-        found += job.footprint.saved_by_attention(job, stream, _attention(job, heads_out))
+        found += job.footprint.saved_by_attention(job, kind, stream, _attention(job, kind, heads_out))
     # Attention's output is proj's input, but where it is put together from those of packed samples.
     shared = attention and not job.packing
     found += _linear(trained, proj, 0 if shared else heads_out, tj * proj * e)
     found += _linear(trained, fc1, tj * h * e, t * fc1 * e)
-    inner = t * arch.ffn // n * e
+    inner = t * kind.ffn // n * e
     if activation:
         found += widths(job) * inner
     # ReLU's backward reads its output, which is fc2's input.
     found += _linear(trained, fc2, 0 if activation and arch.activation == "relu" else inner, tj * fc2 * e)
     if trained and e < 4:
         # Weights are fp32 and cast where they are used; the copy is what backward multiplies with.
-        found += e * sum(linear.weights // n for linear in arch.linears.values())
+        found += e * sum(linear.weights // n for linear in kind.linears.values())
     return found + job.footprint.saved_by_layer(job, stream)
 
 
@@ -70,11 +73,11 @@ def written_out(job: Job) -> bool:
     return job.device == "cpu" and job.architecture.norm == "RMSNorm" and job.itemsize < 4
 
 
-def _attention(job: Job, heads_out: int) -> int:
+def _attention(job: Job, kind: LayerKind, heads_out: int) -> int:
     """q, k, v, the output and log Σ exp of flash attention. v lies inside the fused q, k, v, which it keeps alive."""
     arch, n, e, t = job.architecture, job.layout.tensor, job.itemsize, job.tokens
     whole_heads = arch.kv_heads >= n
-    fused = t * arch.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
+    fused = t * kind.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
     keys = t * max(1, arch.kv_heads // n) * arch.head_dim * e
     found = fused + heads_out + 4 * t * arch.heads // n
     # q is taken together from between the k and v of every group, unless a head or a group is all there is.
@@ -104,11 +107,9 @@ def head_norms(job: Job, copied: bool) -> int:
 
 def activations(job: Job, *, recompute: bool) -> int:
     """Bytes saved for backward of one microbatch: all of it, or with recomputation the inputs of the layers."""
-    found = 0
-    for layer, stream, count in job.placement.kinds:
-        if not (stream or any(layer)):
-            continue
-        found += count * (_kept_of_layer(job, layer) if recompute else saved_of_layer(job, layer, stream))
+    found = sum(
+        count * kept_of_layer(job, layer, stream, recompute=recompute) for layer, stream, count in job.placement.kinds
+    )
     if job.placement.trains:
         # The final norm's input, and the head's gradient at the targets, which is formed in forward.
         found += (
@@ -122,7 +123,7 @@ def activations(job: Job, *, recompute: bool) -> int:
         found += 9 * job.tokens * (job.layout.tensor > 1)
         found += job.tokens * job.architecture.hidden * job.itemsize * job.sequence_parallel
     found += job.footprint.saved_by_model(job, recompute)
-    rotates_back = any(gradients(layer, stream)[1] for layer, stream, _ in job.placement.kinds)
+    rotates_back = any(gradients(layer, stream)["linear_proj"] for layer, stream, _ in job.placement.kinds)
     if rotates_back and not job.architecture.position_rows:
         # cos and sin of half a head each; packed rows have positions of their own.
         rows = job.layout.micro_batch if job.packing else 1
@@ -130,9 +131,16 @@ def activations(job: Job, *, recompute: bool) -> int:
     return found
 
 
-def _kept_of_layer(job: Job, layer: Layer) -> int:
-    """Where activations are recomputed: a layer's input, and U_j of its row-parallel linears, which their second half
-    keeps beside the graph so that nothing asks for the reduction again (parallel/autograd.py).
+def kept_of_layer(job: Job, layer: Layer, stream: bool, *, recompute: bool) -> int:
+    """Bytes that a layer keeps from its forward to its backward, if it has one.
+
+    Where activations are recomputed: its input, and U_j of its row-parallel linears, which their second half keeps
+    beside the graph so that nothing asks for the reduction again (parallel/autograd.py).
     """
-    columns = job.architecture.hidden + (total_rank(layer[1]) + total_rank(layer[3]) if job.sequence_parallel else 0)
+    if not (stream or layer.adapted):
+        return 0
+    if not recompute:
+        return saved_of_layer(job, layer, stream)
+    rows = sum(total_rank(factors) for linear, factors in layer.linears if linear.kind == "row")
+    columns = job.architecture.hidden + (rows if job.sequence_parallel else 0)
     return job.shard_tokens * columns * job.itemsize

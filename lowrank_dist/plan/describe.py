@@ -116,7 +116,7 @@ def _model(job: Job) -> dict[str, Any]:
     return {
         "name": job.name,
         "family": arch.family,
-        "layers": arch.layers,
+        "layers": len(arch.layers),
         "hidden": arch.hidden,
         "dtype": job.dtype,
         "parameters": frozen_size(arch),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.architecture import Architecture, LayerKind
 from lowrank_dist.arch.placement import ALL_LINEAR, FactorSpec, LoraRules, place
+from lowrank_dist.arch.rows import Linear
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,32 @@ class Factor:
         return self.rank * (self.in_features + self.rows)
 
 
-# The factors of a layer's linears, in the order of `Architecture.linears`.
-Layer = tuple[tuple[Factor, ...], ...]
+@dataclass(frozen=True)
+class Layer:
+    """A layer of this kind. factors: those of each of the kind's linears, in their order."""
+
+    kind: LayerKind
+    factors: tuple[tuple[Factor, ...], ...]
+
+    @property
+    def linears(self) -> Iterator[tuple[Linear, tuple[Factor, ...]]]:
+        """Every linear with its factors, in the order of execution."""
+        return zip(self.kind.linears.values(), self.factors, strict=True)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether any linear has factors, or what joins behind it."""
+        return any(self.factors)
+
+    def on(self, linear: str) -> tuple[Factor, ...]:
+        """The factors of the linear of this name."""
+        return self.factors[list(self.kind.linears).index(linear)]
+
+    def rank(self, linear: str) -> int:
+        """R of the linear of this name."""
+        return total_rank(self.on(linear))
+
+
 # Where what is no factor joins a layer, behind the linear that has it: of no rank, and in no message.
 JOINS = Factor("", 0, 0, 0, ())
 
@@ -46,13 +71,9 @@ class Placement:
     flows: bool = False
 
     @cached_property
-    def lowest(self) -> tuple[int, int]:
-        """(layer, index of the linear) of the lowest adapted linear, below which nothing runs backward."""
-        for index, layer in enumerate(self.layers):
-            for linear, factors in enumerate(layer):
-                if factors:
-                    return index, linear
-        return len(self.layers), 0
+    def lowest(self) -> int:
+        """The number of the lowest adapted layer, below which nothing runs backward."""
+        return next((number for number, layer in enumerate(self.layers) if layer.adapted), len(self.layers))
 
     @cached_property
     def kinds(self) -> tuple[tuple[Layer, bool, int], ...]:
@@ -64,14 +85,21 @@ class Placement:
         """The last layer, and whether its input requires a gradient."""
         return self.layers[-1], self._gradient[-1]
 
+    @cached_property
+    def tops(self) -> tuple[tuple[Layer, bool, tuple[tuple[Layer, bool], ...]], ...]:
+        """Of every kind of layer its topmost one, whether its input requires a gradient, and likewise those above."""
+        layers = tuple(zip(self.layers, self._gradient, strict=True))
+        topmost = {layer.kind: number for number, layer in enumerate(self.layers)}
+        return tuple((*layers[number], layers[number + 1 :]) for number in topmost.values())
+
     @property
     def _gradient(self) -> list[bool]:
-        return [self.flows or index > self.lowest[0] for index in range(len(self.layers))]
+        return [self.flows or number > self.lowest for number in range(len(self.layers))]
 
     @property
     def trains(self) -> bool:
         """Whether backward runs at all."""
-        return self.flows or self.lowest[0] < len(self.layers)
+        return self.flows or self.lowest < len(self.layers)
 
     @cached_property
     def elements(self) -> int:
@@ -82,7 +110,7 @@ class Placement:
         """Elements of Θ by the name of the module, over all layers."""
         found: Counter[str] = Counter()
         for layer, _, count in self.kinds:
-            for factor in (factor for factors in layer for factor in factors):
+            for factor in (factor for factors in layer.factors for factor in factors):
                 found[factor.name] += count * factor.elements
         return dict(found)
 
@@ -93,7 +121,10 @@ def low_rank(arch: Architecture, rules: LoraRules) -> Placement:
         (placement.layer, placement.linear): tuple(map(_factor, placement.factors)) for placement in place(arch, rules)
     }
     return Placement(
-        tuple(tuple(found.get((layer, linear), ()) for linear in arch.linears) for layer in range(arch.layers))
+        tuple(
+            Layer(kind, tuple(found.get((layer, linear), ()) for linear in kind.linears))
+            for layer, kind in enumerate(arch.layers)
+        )
     )
 
 
@@ -102,16 +133,15 @@ def on_every_linear(arch: Architecture, rank: int) -> Placement:
     return low_rank(arch, LoraRules(rank, rank, ALL_LINEAR))
 
 
-def joined(arch: Architecture, linear: int | None) -> Placement:
+def joined(arch: Architecture, linear: str | None) -> Placement:
     """Return a placement without factors, for what is trained otherwise.
 
     linear: behind which linear of a layer it joins; None where it is before the first layer.
     """
-    frozen: Layer = ((), (), (), ())
-    if linear is None:
-        return Placement((frozen,) * arch.layers, flows=True)
-    first = tuple((JOINS,) if number == linear else () for number in range(4))
-    return Placement((first, *(frozen,) * (arch.layers - 1)))
+    first, *others = arch.layers
+    joins = Layer(first, tuple((JOINS,) if name == linear else () for name in first.linears))
+    frozen = (Layer(kind, ((),) * len(kind.linears)) for kind in others)
+    return Placement((joins, *frozen), flows=linear is None)
 
 
 def total_rank(factors: Sequence[Factor]) -> int:
@@ -119,14 +149,19 @@ def total_rank(factors: Sequence[Factor]) -> int:
     return sum(factor.rank for factor in factors)
 
 
-def gradients(layer: Layer, stream: bool) -> tuple[bool, bool, bool, bool]:
-    """Whether the input of each of the four linears requires a gradient, given whether the layer's does.
+def gradients(layer: Layer, stream: bool) -> dict[str, bool]:
+    """Whether the input of each linear requires a gradient, given whether the layer's does.
 
-    Past an adapted linear everything does. The MLP's input is the residual sum, which attention's output joins.
+    Past an adapted linear everything does. A column-parallel linear reads the residual sum, which the output of a
+    row-parallel one joins.
     """
-    qkv, proj, fc1, _ = (bool(factors) for factors in layer)
-    after_attention = stream or qkv or proj
-    return stream, stream or qkv, after_attention, after_attention or fc1
+    needs, inner = {}, stream
+    for name, (linear, factors) in zip(layer.kind.linears, layer.linears, strict=True):
+        needs[name] = stream if linear.kind == "column" else inner
+        inner = inner or bool(factors)
+        if linear.kind == "row":
+            stream = inner
+    return needs
 
 
 def _factor(spec: FactorSpec) -> Factor:

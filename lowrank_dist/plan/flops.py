@@ -9,6 +9,7 @@ Legend: T tokens, n target tokens, H hidden, V vocabulary, r rank of a factor.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowrank_dist.arch.architecture import Architecture
@@ -44,26 +45,25 @@ def step_flops(
     counted in it. Sums may run over any number of microbatches, steps and ranks: the count is linear in all three. What
     a microbatch costs whatever its tokens is apart (`Footprint.microbatch_flops`).
     """
-    linears = [layout.weights for layout in arch.linears.values()]
     placement, trained = footprint.placement, footprint.trains_base
-    forward_linears = 2 * tokens * sum(linears)
     forward_attention = 2 * (square_lengths + 2 * tokens * footprint.outside_row) * arch.heads * arch.head_dim
     vocabulary = 2 * target_tokens * arch.vocab * arch.hidden
     executed = model = vocabulary * (1 + placement.trains + trained)
     attention = 0
     for layer, stream, count in placement.kinds:
         own = footprint.layer_flops(arch, tokens, stream)
+        forward_linears = 2 * tokens * layer.kind.weights
         shared = forward_linears + _low_rank_forward(layer, tokens)
         forward = shared + own.forward
         needs = gradients(layer, stream)
-        backward = sum(2 * tokens * weights for weights, dx in zip(linears, needs, strict=True) if dx)
+        backward = sum(2 * tokens * layer.kind.linears[name].weights for name, dx in needs.items() if dx)
         backward += _low_rank_backward(layer, needs, tokens) + own.backward + forward_linears * trained
-        model += count * (forward + backward + forward_attention * (3 if needs[1] else 1))
-        again = recompute and (stream or any(layer))
+        model += count * (forward + backward + forward_attention * (3 if needs["linear_proj"] else 1))
+        again = recompute and (stream or layer.adapted)
         # Flash attention's backward: five products, the scores' among them, where forward has two.
         executed += count * (forward + backward + again * (shared + own.again))
         attention += count * forward_attention * (1 + again)
-        attention += count * forward_attention * 5 // 2 * needs[1]
+        attention += count * forward_attention * 5 // 2 * needs["linear_proj"]
     return FlopCount(executed + attention, model, attention)
 
 
@@ -76,9 +76,9 @@ def replicated_flops(arch: Architecture, footprint: Footprint, *, tokens: int, r
         own = footprint.layer_flops(arch, tokens, stream)
         if own.replicated:
             found += count * (own.forward + own.again * recompute + own.backward)
-        forwards = 2 if recompute and (stream or any(layer)) else 1
-        for index, (factors, needs_dx) in enumerate(zip(layer, gradients(layer, stream), strict=True)):
-            column = index % 2 == 0
+        forwards = 2 if recompute and (stream or layer.adapted) else 1
+        for (linear, factors), needs_dx in zip(layer.linears, gradients(layer, stream).values(), strict=True):
+            column = linear.kind == "column"
             # Beside the forward product: dA, and dU·A where it is needed; or dU and dB.
             products = forwards + (1 + needs_dx if column else 2)
             side = sum(factor.rank * (factor.in_features if column else factor.rows) for factor in factors)
@@ -88,13 +88,13 @@ def replicated_flops(arch: Architecture, footprint: Footprint, *, tokens: int, r
 
 def _low_rank_forward(layer: Layer, tokens: int) -> int:
     """U = X·Aᵀ and U·Bᵀ."""
-    return sum(2 * tokens * factor.elements for factors in layer for factor in factors)
+    return sum(2 * tokens * factor.elements for factors in layer.factors for factor in factors)
 
 
-def _low_rank_backward(layer: Layer, needs: tuple[bool, ...], tokens: int) -> int:
+def _low_rank_backward(layer: Layer, needs: Mapping[str, bool], tokens: int) -> int:
     """dU = dY·B, dA = dUᵀ·X, dB = dYᵀ·U, and dU·A where the input needs a gradient."""
     found = 0
-    for factors, needs_dx in zip(layer, needs, strict=True):
+    for factors, needs_dx in zip(layer.factors, needs.values(), strict=True):
         for factor in factors:
             on_rows, on_inputs = factor.rank * factor.rows, factor.rank * factor.in_features
             found += 2 * tokens * (2 * on_rows + (2 if needs_dx else 1) * on_inputs)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.architecture import Architecture, LayerKind
 from lowrank_dist.arch.architecture import padded_vocab as padded_rows
 from lowrank_dist.plan.factors import Placement
 
@@ -155,8 +155,8 @@ class Footprint:
         """Return what a layer saves more for backward. stream: its input requires a gradient."""
         return 0
 
-    def saved_by_attention(self, job: Job, stream: bool, alone: int) -> int:
-        """Return what attention saves where it does. alone: what it saves without the method."""
+    def saved_by_attention(self, job: Job, kind: LayerKind, stream: bool, alone: int) -> int:
+        """Return what attention saves where it does. kind: of the layer. alone: what it saves without the method."""
         return alone
 
     def saved_by_model(self, job: Job, recompute: bool) -> int:

@@ -10,9 +10,16 @@ R = Σ r of a linear, n target tokens, e bytes of an element of the base.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lowrank_dist.plan.activations import activations, norm_saves, saved_of_layer, widths, written_out
+from lowrank_dist.plan.activations import (
+    activations,
+    kept_of_layer,
+    norm_saves,
+    saved_of_layer,
+    widths,
+    written_out,
+)
 from lowrank_dist.plan.factors import Layer, total_rank
 from lowrank_dist.plan.job import Decoding, Job, Moment, head_rows, padded_vocab
 from lowrank_dist.plan.parameters import (
@@ -84,7 +91,7 @@ def _lanes(job: Job) -> int:
         return 0
     n, found = job.layout.tensor, 0
     for layer, _, count in job.placement.kinds:
-        for linear, factors in zip(job.architecture.linears.values(), layer, strict=True):
+        for linear, factors in layer.linears:
             side = linear.out_features if linear.kind == "column" else linear.in_features
             found += count * total_rank(factors) * side // n
     return job.itemsize * found
@@ -98,46 +105,56 @@ def moments(job: Job, tp_rank: int) -> list[Moment]:
 
 def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
     """The moments of forward and backward."""
-    recompute = job.layout.recompute
+    recompute, depth = job.layout.recompute, len(job.placement.layers)
     kept = activations(job, recompute=recompute)
-    top, stream = job.placement.top
-    layer = 0
-    if recompute and (stream or any(top)):
-        layer = saved_of_layer(job, top, stream)
+    ends = [
+        _head(job, kept),
+        _head_backward(job, kept),
+        Moment("backward of the final norm", {"activations": kept, "working memory": _norm_backward(job)}),
+    ]
+    # Once backward is past the final norm, what that saved is free; in a lower layer what those above have kept, too.
+    below = kept - norm_saves(job, job.shard_tokens, job.architecture.hidden)
+    # DeepSpeed allocates its bucket when the first gradient of Θ arrives, which is one of the top layer's.
+    bucket = {"DeepSpeed's buckets": 4 * bucket_size(job, tp_rank)}
+    # Of a step's only microbatch: gradients come as backward goes down. The head's are there from the top layer on.
+    only = job.microbatches == 1
+    of_head = 4 * _head_weight(job) * (job.footprint.trains_base and not job.architecture.tied)
+    theta = theta_on_rank(job, tp_rank).elements
+    layers = []
+    for top, stream, above in job.placement.tops:
+        freed = sum(kept_of_layer(job, *layer, recompute=recompute) for layer in above)
+        missing = {"gradients of Θ": of_head - 4 * (theta * (depth - len(above)) // depth)} if only else {}
+        layers += [
+            Moment(moment.name, moment.parts | bucket | missing)
+            for moment in _of_layer(job, top, stream, below - freed)
+        ]
+    if not only:
+        return [*ends, *layers]
+    lowest, into_lowest, _ = job.placement.kinds[0]
+    last = _mlp_backward(job, lowest, saved_of_layer(job, lowest, into_lowest))
+    return [
+        *(Moment(moment.name, moment.parts | {"gradients of Θ": -4 * theta}) for moment in ends),
+        *layers,
+        Moment("backward of the lowest layer", last.parts | bucket),
+    ]
+
+
+def _of_layer(job: Job, top: Layer, stream: bool, below: int) -> list[Moment]:
+    """The moments of a layer's backward, the topmost of its kind. below: bytes kept of it and of those under it."""
+    if job.layout.recompute and (stream or top.adapted):
+        below += saved_of_layer(job, top, stream)
         if stream and not written_out(job):
             # The norm's input is the layer's, kept anyway.
-            layer -= job.shard_tokens * job.architecture.hidden * job.itemsize
-    # Once backward is past the final norm, what that saved is free; what a method has behind the top MLP comes next.
-    below = kept + layer - norm_saves(job, job.shard_tokens, job.architecture.hidden)
+            below -= job.shard_tokens * job.architecture.hidden * job.itemsize
+    # What a method has behind the MLP comes first.
     behind_mlp = below - job.footprint.saved_behind_mlp(job)
     if job.footprint.trains_base and job.architecture.tied:
         # The head's part of the embeddings' gradient waits for the lookup's, until backward is over.
         behind_mlp += 4 * _head_weight(job)
-    found = [
-        _head(job, kept),
-        _head_backward(job, kept),
-        Moment("backward of the final norm", {"activations": kept, "working memory": _norm_backward(job)}),
-        _mlp_backward(job, top, behind_mlp),
-        _attention_backward(job, top, stream, behind_mlp),
-    ]
-    if recompute:
+    found = [_mlp_backward(job, top, behind_mlp), _attention_backward(job, top, stream, behind_mlp)]
+    if job.layout.recompute:
         found.append(_recomputation(job, top, below))
-    found.extend(job.footprint.backward_moments(job, below))
-    # DeepSpeed allocates its bucket when the first gradient of Θ arrives, which is one of the top layer's.
-    bucket = {"DeepSpeed's buckets": 4 * bucket_size(job, tp_rank)}
-    layers = [Moment(moment.name, moment.parts | bucket) for moment in found[3:]]
-    if job.microbatches > 1:
-        return [*found[:3], *layers]
-    # Of a step's only microbatch: gradients come as backward goes down. The head's are there from the top layer on.
-    of_head = 4 * _head_weight(job) * (job.footprint.trains_base and not job.architecture.tied)
-    missing = -4 * theta_on_rank(job, tp_rank).elements
-    lowest, into_lowest, _ = job.placement.kinds[0]
-    last = _mlp_backward(job, lowest, saved_of_layer(job, lowest, into_lowest))
-    return [
-        *(Moment(moment.name, moment.parts | {"gradients of Θ": missing}) for moment in found[:3]),
-        *(Moment(moment.name, moment.parts | {"gradients of Θ": missing + of_head}) for moment in layers),
-        Moment("backward of the lowest layer", last.parts | bucket),
-    ]
+    return [*found, *job.footprint.backward_moments(job, below)]
 
 
 def _head(job: Job, kept: int) -> Moment:
@@ -180,13 +197,13 @@ def _norm_backward(job: Job) -> int:
 def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
     """The topmost layer's MLP: gradients as wide as ffn beside nearly all that was saved."""
     arch, e, t = job.architecture, job.itemsize, job.tokens
-    fc1, fc2 = total_rank(top[2]), total_rank(top[3])
-    inner = t * arch.ffn // job.layout.tensor * e
+    fc1, fc2 = top.rank("linear_fc1"), top.rank("linear_fc2")
+    inner = t * top.kind.ffn // job.layout.tensor * e
     residual = job.shard_tokens * arch.hidden * e
     trained = job.footprint.trains_base
     freed = inner if fc2 or trained else 0  # fc2's input, once fc2 is behind
     # A trained weight's gradient in the base's dtype, then in fp32, when the gradient of fc1's output is free.
-    weight = arch.linears["linear_fc1"].weights // job.layout.tensor * trained
+    weight = top.kind.linears["linear_fc1"].weights // job.layout.tensor * trained
     grown = weight * e + (max(0, 4 * weight - widths(job) * inner) if e < 4 else 0)
     # dY and dX, and a product on the way where two factors meet.
     wide = 4 if arch.gated else 2
@@ -208,9 +225,11 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
 
 def _attention_backward(job: Job, top: Layer, stream: bool, kept: int) -> Moment:
     """The norm between attention and MLP: what the MLP saved is free, the norm's products are as wide as H."""
-    mlp_only = saved_of_layer(job, ((), (), *top[2:]), True) - saved_of_layer(job, ((), (), (), ()), True)
-    inner = job.tokens * job.architecture.ffn // job.layout.tensor * job.itemsize
-    freed = (mlp_only + widths(job) * inner) if stream or any(top) else 0
+    frozen = replace(top, factors=((),) * len(top.factors))
+    adapted = replace(top, factors=tuple(() if linear.in_attention else factors for linear, factors in top.linears))
+    mlp_only = saved_of_layer(job, adapted, True) - saved_of_layer(job, frozen, True)
+    inner = job.tokens * top.kind.ffn // job.layout.tensor * job.itemsize
+    freed = (mlp_only + widths(job) * inner) if stream or top.adapted else 0
     return Moment("backward of the top attention", {"activations": kept - freed, "working memory": _norm_backward(job)})
 
 
@@ -218,8 +237,9 @@ def _recomputation(job: Job, top: Layer, kept: int) -> Moment:
     """The end of the topmost layer's second forward: fc2's product, while the gradient that asked for it waits."""
     e, whole = job.itemsize, job.tokens * job.architecture.hidden * job.itemsize
     residual = (2 if written_out(job) else 1) * job.shard_tokens * job.architecture.hidden * e
-    waiting, product = _message(job, total_rank(top[3])), _message(job, total_rank(top[3]))
-    apart = whole if job.sequence_parallel and job.device == "cpu" and not job.lanes and top[3] else 0
+    fc2 = top.rank("linear_fc2")
+    waiting, product = _message(job, fc2), _message(job, fc2)
+    apart = whole if job.sequence_parallel and job.device == "cpu" and not job.lanes and top.on("linear_fc2") else 0
     working = residual + apart + (0 if job.sequence_parallel else whole)
     parts = {"activations": kept, "communication buffers": waiting + product, "working memory": working}
     return Moment("recomputation of the top layer", parts)
@@ -252,10 +272,10 @@ def _prompts(job: Job, decoding: Decoding, theta: ThetaOnRank) -> Moment:
     """
     arch, n, e = job.architecture, job.layout.tensor, job.itemsize
     stream = decoding.batch * job.row * arch.hidden * e
-    inner = decoding.batch * job.row * arch.ffn // n * e
+    inner = decoding.batch * job.row * max(kind.ffn for kind in arch.kinds) // n * e
     columns = min(job.length + decoding.new_tokens, arch.max_positions) - 1
     heads = max(1, arch.kv_heads // n)
-    kept = 2 * arch.layers * decoding.batch * heads * columns * arch.head_dim * e
+    kept = 2 * len(arch.layers) * decoding.batch * heads * columns * arch.head_dim * e
     # The embeddings, the layer's input and that of its MLP, the norm of it; and the activation beside its own input.
     working = 4 * stream + (3 if arch.gated else 2) * inner
     working = max(working, job.footprint.evaluation_working(job, stream))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.architecture import Architecture, LayerKind
 from lowrank_dist.arch.rows import LinearLayout
 from lowrank_dist.plan.factors import Factor, Layer, total_rank
 from lowrank_dist.plan.job import ITEMSIZE, Job, padded_vocab
@@ -40,13 +40,18 @@ def frozen_parameters(arch: Architecture) -> dict[str, int]:
         "biases and norms": 0,
         "output layer": 0 if arch.tied else arch.vocab * arch.hidden,
     }
-    for name, linear in arch.linears.items():
-        part = "attention" if name in ("linear_qkv", "linear_proj") else "MLP"
-        found[part] += arch.layers * linear.weights
-        found["biases and norms"] += arch.layers * linear.bias * linear.out_features
-    found["biases and norms"] += (2 * arch.layers + 1) * norm_elements(arch)
-    found["biases and norms"] += 2 * arch.layers * arch.head_dim * arch.qk_norm
+    found["biases and norms"] += norm_elements(arch)
+    for kind, count in arch.kinds.items():
+        for linear in kind.linears.values():
+            found["attention" if linear.in_attention else "MLP"] += count * linear.weights
+            found["biases and norms"] += count * linear.bias * linear.out_features
+        found["biases and norms"] += count * _other_elements(arch, kind)
     return found
+
+
+def _other_elements(arch: Architecture, kind: LayerKind) -> int:
+    """Elements of a layer outside its linears: its norms."""
+    return sum(math.prod(arch.size(dimension) for dimension in rule.shape) for rule in kind.tensors)
 
 
 def frozen_size(arch: Architecture) -> int:
@@ -57,12 +62,14 @@ def frozen_size(arch: Architecture) -> int:
 def frozen_on_rank(job: Job) -> int:
     """Elements of Φ on a rank, padded vocabulary rows included; the same on every rank."""
     arch, n = job.architecture, job.layout.tensor
-    layer = 2 * norm_elements(arch) + 2 * arch.head_dim * arch.qk_norm
-    for linear in arch.linears.values():
-        sharded_bias = linear.out_features // (n if linear.kind == "column" else 1)
-        layer += linear.weights // n + linear.bias * sharded_bias
+    layers = 0
+    for kind, count in arch.kinds.items():
+        layers += count * _other_elements(arch, kind)
+        for linear in kind.linears.values():
+            sharded_bias = linear.out_features // (n if linear.kind == "column" else 1)
+            layers += count * (linear.weights // n + linear.bias * sharded_bias)
     vocabulary = padded_vocab(job) // n * arch.hidden * (1 if arch.tied else 2)
-    return arch.layers * layer + norm_elements(arch) + vocabulary + arch.position_rows * arch.hidden
+    return layers + norm_elements(arch) + vocabulary + arch.position_rows * arch.hidden
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def parameter_sizes(job: Job, tp_rank: int) -> tuple[list[int], list[int]]:
 
 def _linears(job: Job, layer: Layer, tp_rank: int) -> Iterator[tuple[bool, int, int, int]]:
     """(column-parallel, elements of A, elements of B, R) of every adapted linear of a layer on a rank."""
-    for layout, factors in zip(job.architecture.linears.values(), layer, strict=True):
+    for layout, factors in layer.linears:
         rank = total_rank(factors)
         if rank:
             column = layout.kind == "column"
@@ -193,5 +200,5 @@ def saving_bytes(job: Job) -> int:
     """
     if job.footprint.trains_base:
         arch = job.architecture
-        return 12 * max(arch.vocab * arch.hidden, *(linear.weights for linear in arch.linears.values()))
+        return 12 * max(arch.vocab * arch.hidden, *(x.weights for kind in arch.kinds for x in kind.linears.values()))
     return 12 * job.footprint.parameters(job.architecture).trained

@@ -116,15 +116,15 @@ def _passes(job: Job, tp_rank: int) -> int:
     arch, n, e = job.architecture, job.layout.tensor, job.itemsize
     # Norms and residuals, and what the method does to the latter.
     hidden = (2 * 2 + 2 * 3 + job.footprint.residual_passes) * arch.hidden * job.shard_tokens
-    inner = (3 if arch.gated else 2) * arch.ffn // n * job.tokens
     heads = 4 * (arch.heads + arch.kv_heads) * arch.head_dim // n * job.tokens
     messages = 4 * arch.hidden * job.tokens if job.layout.sequence else 0
-    forward = hidden + inner + heads + messages
     found = 0
     for layer, stream, count in job.placement.kinds:
-        trained = any(gradients(layer, stream)) or any(layer)
+        inner = (3 if arch.gated else 2) * layer.kind.ffn // n * job.tokens
+        forward = hidden + inner + heads + messages
+        trained = any(gradients(layer, stream).values()) or layer.adapted
         found += count * forward * (1 + 2 * trained + (trained and job.layout.recompute)) * e
-        for linear, factors in zip(arch.linears.values(), layer, strict=True):
+        for linear, factors in layer.linears:
             if factors:
                 inputs, outputs = linear.in_features, sum(factor.rows for factor in factors)
                 column = linear.kind == "column"

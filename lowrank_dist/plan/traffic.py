@@ -9,10 +9,11 @@ Legend: T tokens of a microbatch, H hidden, R = Σ r of a linear, n target token
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from lowrank_dist.arch.rows import Linear
 from lowrank_dist.plan.factors import Layer, gradients, total_rank
 from lowrank_dist.plan.job import Call, Job, padded_vocab
 from lowrank_dist.plan.parameters import bucket_elements, partition_elements, theta_on_rank
@@ -124,41 +125,44 @@ def _layer(job: Job, layer: Layer, stream: bool) -> Iterator[tuple[Literal["forw
     """(phase, kind, bytes) of a layer's calls."""
     arch, sequence, footprint = job.architecture, job.layout.sequence, job.footprint
     unit = job.tokens * job.itemsize
-    ranks = [total_rank(factors) if sequence else 0 for factors in layer]
-    needs = gradients(layer, stream)
     own = footprint.layer_calls(job, stream)
-    fused = unit * arch.linears["linear_qkv"].out_features
+    fused = unit * layer.kind.linears["linear_qkv"].out_features
     # Megatron gathers q, k, v where a rank's rows are no whole heads.
     gathered = [(GATHER, fused)] if arch.kv_heads < job.layout.tensor else []
-    qkv, proj, fc1, fc2 = ([call] if call else [] for call in _linears(job, ranks))
-    forward = [*qkv, *gathered, *proj, *own.behind_attention, *fc1, *fc2, *own.behind_mlp]
+    attention: list[Call] = []
+    mlp: list[Call] = []
+    for linear, factors in layer.linears:
+        part = attention if linear.in_attention else mlp
+        part += _forward(job, linear, total_rank(factors))
+        if linear.interleave == "qkv":
+            part += gathered
+    forward = [*attention, *own.behind_attention, *mlp, *own.behind_mlp]
     yield from (("forward", *call) for call in forward)
-    if not (stream or any(layer)):
+    if not (stream or layer.adapted):
         return
     if job.layout.recompute:
         # Non-reentrant checkpoint stops at the last tensor that was saved: the last reduction comes after it, unless
         # the method saves one behind.
         yield from (("backward", *call) for call in (forward if own.last_again else forward[:-1]))
-    for i, needs_dx in enumerate(needs):
+    for (linear, factors), needs_dx in zip(layer.linears, gradients(layer, stream).values(), strict=True):
+        column = linear.kind == "column"
         # The lowest adapted linear has no dX to ride on: its dU travels alone.
-        columns = arch.hidden * needs_dx + ranks[i]
+        columns = arch.hidden * needs_dx + total_rank(factors)
         if sequence and columns:
-            yield "backward", SCATTER if i % 2 == 0 else GATHER, unit * columns
-        elif not sequence and needs_dx and i % 2 == 0:
+            yield "backward", SCATTER if column else GATHER, unit * columns
+        elif not sequence and needs_dx and column:
             yield "backward", REDUCE, unit * arch.hidden
-        if sequence and footprint.trains_base and i % 2 == 0:
+        if sequence and footprint.trains_base and column:
             # Megatron saves the shard of a column linear's input and gathers it again for its weight's gradient.
             yield "backward", GATHER, unit * arch.hidden
     yield from (("backward", *call) for call in own.backward)
-    if gathered and (stream or total_rank(layer[0])):
+    if gathered and (stream or layer.rank("linear_qkv")):
         yield "backward", SCATTER, fused
 
 
-def _linears(job: Job, ranks: Sequence[int]) -> Iterator[Call | None]:
-    """The call that each of a layer's four linears issues in forward, if it does."""
-    unit, hidden = job.tokens * job.itemsize, job.architecture.hidden
-    for i, rank in enumerate(ranks):
-        if job.layout.sequence:
-            yield GATHER if i % 2 == 0 else SCATTER, unit * (hidden + rank)
-        else:
-            yield (REDUCE, unit * hidden) if i % 2 else None
+def _forward(job: Job, linear: Linear, rank: int) -> list[Call]:
+    """The call that a linear issues in forward, if it does. rank: R of its factors."""
+    unit, hidden, column = job.tokens * job.itemsize, job.architecture.hidden, linear.kind == "column"
+    if job.layout.sequence:
+        return [(GATHER if column else SCATTER, unit * (hidden + rank))]
+    return [] if column else [(REDUCE, unit * hidden)]

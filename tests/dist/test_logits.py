@@ -94,7 +94,7 @@ def all_logits(
 
 
 def exchange_k_and_v(model: Any) -> None:
-    layout, topology = model.architecture.linears["linear_qkv"], model.topology
+    layout, topology = model.architecture.layers[0].linears["linear_qkv"], model.topology
     part_of = {
         s.local_start + i: s.part for s in layout.segments(topology.tp_rank, topology.tp_size) for i in range(s.length)
     }

@@ -378,7 +378,7 @@ def adapter_reference(folder: str, family: str, method: str) -> dict[str, Any]:
     model = transformers_model(folder).requires_grad_(False)
     architecture = read_architecture(Path(folder))
     config = BottleneckConfig(
-        method=method, bottleneck=BOTTLENECK, layers=architecture.layers, hidden=architecture.hidden, base=""
+        method=method, bottleneck=BOTTLENECK, layers=len(architecture.layers), hidden=architecture.hidden, base=""
     )
     shapes: dict[str, tuple[int, ...]] = {}
     for layer, place in itertools.product(range(config.layers), places(method)):

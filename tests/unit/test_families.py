@@ -50,7 +50,6 @@ EXPECTED = {
         "positions": "learned",
         "rope": None,
         "tied": True,
-        "ffn": 96,
         "prefix": "transformer.",
     },
     "opt": {"activation": "relu", "position_offset": 2, "linear_bias": True, "norm_eps": 1e-5, "positions": "learned"},
@@ -61,7 +60,8 @@ EXPECTED = {
 def test_config_means_what_transformers_means(family: str, tiny: dict[str, Path]) -> None:
     architecture = read_architecture(tiny[family])
     assert {field: getattr(architecture, field) for field in EXPECTED[family]} == EXPECTED[family]
-    assert (architecture.hidden, architecture.layers, architecture.heads, architecture.vocab) == (64, 2, 4, 107)
+    assert (architecture.hidden, len(architecture.layers), architecture.heads, architecture.vocab) == (64, 2, 4, 107)
+    assert architecture.kinds == {architecture.layers[0]: 2} and architecture.layers[0].ffn == 96
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -78,7 +78,7 @@ def test_tables_name_every_tensor_that_transformers_writes(family: str, tied: bo
 def test_opt_without_biases(tmp_path: Path) -> None:
     folder = make_tiny("opt", tmp_path, enable_bias=False)
     architecture = read_architecture(folder)
-    assert not architecture.linear_bias and not architecture.linears["linear_qkv"].bias
+    assert not architecture.linear_bias and not architecture.layers[0].linears["linear_qkv"].bias
     with safe_open(folder / "model.safetensors", framework="pt") as handle:
         assert set(hf_shapes(architecture)) == set(handle.keys())
 
@@ -97,7 +97,7 @@ def test_parameter_shapes_of_llama(tiny: dict[str, Path]) -> None:
 
 def test_projection_names(tiny: dict[str, Path]) -> None:
     names = {
-        family: [part.name for layout in read_architecture(tiny[family]).linears.values() for part in layout.parts]
+        family: [x.name for linear in read_architecture(tiny[family]).layers[0].linears.values() for x in linear.parts]
         for family in ("llama", "gpt2", "opt")
     }
     assert names == {
@@ -105,7 +105,7 @@ def test_projection_names(tiny: dict[str, Path]) -> None:
         "gpt2": ["q_proj", "k_proj", "v_proj", "c_proj", "c_fc", "c_proj"],
         "opt": ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
     }
-    fused = read_architecture(tiny["gpt2"]).linears["linear_qkv"]
+    fused = read_architecture(tiny["gpt2"]).layers[0].linears["linear_qkv"]
     assert fused.whole == "c_attn" and [part.offset for part in fused.parts] == [0, 64, 128]
     assert {part.path for part in fused.parts} == {"transformer.h.{layer}.attn.c_attn"}
 
@@ -207,7 +207,7 @@ def test_every_layer_sliding_is_a_window(tiny: dict[str, Path], tmp_path: Path) 
 
 
 def test_gpt2_without_n_inner(tiny: dict[str, Path], tmp_path: Path) -> None:
-    assert read_architecture(edited(tiny["gpt2"], tmp_path, n_inner=None)).ffn == 256
+    assert read_architecture(edited(tiny["gpt2"], tmp_path, n_inner=None)).layers[0].ffn == 256
 
 
 @pytest.mark.parametrize(

@@ -103,11 +103,11 @@ def test_flops_of_every_method(path: Path) -> None:
     ):
         ahead = forecast(path, 2**40, f"method={method}", *sizes)
         counted[method] = ahead.flops(100, 0, 0)
-    once, weights, layers = 2 * 100, shape.layer_weights, shape.layers
+    once, weights, layers = 2 * 100, shape.layers[0].weights, len(shape.layers)
     assert counted["full"] == once * 3 * weights * layers
     assert counted["prompt"] == once * 2 * weights * layers
     # The lowest layer has a backward only above what is trained, and the lowest bottleneck no gradient of its input.
-    qkv, proj, fc1, fc2 = (linear.weights for linear in shape.linears.values())
+    qkv, proj, fc1, fc2 = (linear.weights for linear in shape.layers[0].linears.values())
     bottleneck = 2 * shape.hidden * 8
     assert counted["adapter_h"] == once * (
         2 * weights * layers - qkv - proj + 3 * 2 * layers * bottleneck - bottleneck // 2

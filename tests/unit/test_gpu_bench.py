@@ -20,7 +20,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_dist.arch.config_json import read_architecture
-from lowrank_dist.arch.tensors import MEGATRON_LINEARS
 from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.formats.model_folder import check_checkpoint, open_checkpoint
 from lowrank_dist.plan.flops import step_flops
@@ -161,9 +160,7 @@ def test_a_result_says_which_commit_it_is_of_and_whether_more_was_to_come(tmp_pa
 
 
 def all_products(tokens: int = 24) -> list[products.Product]:
-    linears = sides.architecture("tiny").linears
-    layouts = {name: linears[name] for name in MEGATRON_LINEARS}
-    return list(products.products(layouts, products.Operands(tokens, CPU)))
+    return list(products.products(sides.architecture("tiny").layers[0].linears, products.Operands(tokens, CPU)))
 
 
 def test_every_product_that_the_layer_has_is_there_once() -> None:
@@ -175,8 +172,7 @@ def test_every_product_that_the_layer_has_is_there_once() -> None:
 def test_the_bytes_are_those_of_the_roofline() -> None:
     """roofline.passes counts elements of the same products in another place; here the factors come on top."""
     tokens = 24
-    for name in MEGATRON_LINEARS:
-        layout = sides.architecture("tiny").linears[name]
+    for name, layout in sides.architecture("tiny").layers[0].linears.items():
         (o, k), r = layout.local_shape(1), products.RANK * len(layout.parts)
         counted = roofline.passes(layout, 1, tokens, products.RANK)
         factor = {"down": 2 * r * k, "expand": 2 * r * k, "grad_a": 4 * r * k, "up": 2 * r * o, "dU": 2 * r * o}

@@ -87,7 +87,7 @@ def test_what_is_written_is_read(base: Path, method: str, folder: Path) -> None:
 def test_published_formulas(base: Path) -> None:
     """|Θ| of Hu et al. 2021, section 5.1, at H, m, L and the heads of the tiny model."""
     sizes = read_architecture(base)
-    hidden, depth, m = sizes.hidden, sizes.layers, BOTTLENECK
+    hidden, depth, m = sizes.hidden, len(sizes.layers), BOTTLENECK
     found = {method: layers(base, method).tensors.values() for method in LAYERS}
     counts = {method: sum(tensor.numel() for tensor in tensors) for method, tensors in found.items()}
     assert counts["adapter_h"] == 2 * depth * (2 * hidden * m + m + hidden)

@@ -83,7 +83,7 @@ def test_qkv_rows_are_megatrons(family: str, tp_size: int, tmp_path: Path) -> No
     folder = make_tiny(family, tmp_path)
     architecture, ranks = read_architecture(folder), load_ranks(folder, tp_size)
     stored = load_file(folder / SINGLE_FILE)
-    for kind in ("weight", "bias") if architecture.linears["linear_qkv"].bias else ("weight",):
+    for kind in ("weight", "bias") if architecture.layers[0].linears["linear_qkv"].bias else ("weight",):
         if family == "gpt2":
             q, k, v = stored[f"transformer.h.1.attn.c_attn.{kind}"].split(64, dim=-1)
             if kind == "weight":

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowrank_dist.ops import mask as module
 from lowrank_dist.ops.low_rank import down, grad_a
 from lowrank_dist.ops.mask import LEVELS, Mask, quantise
-from lowrank_dist.parallel.masks import INPUTS, MaskSource, stream_of
+from lowrank_dist.parallel.masks import MaskSource, stream_of
 from tests.dist import ranks
 from tests.operands import DTYPES, Problem, on_device, same_bits
 from tests.operator_checks import draws
@@ -189,12 +189,30 @@ def test_seed_step_stream_row_and_feature_give_independent_masks() -> None:
 
 
 def test_inputs_of_all_layers_have_independent_masks() -> None:
-    streams = [stream_of(layer, linear) for layer in range(4) for linear in INPUTS]
+    streams = [stream_of(layer, number) for layer in range(4) for number in range(4)]
     assert streams == list(range(16))
     rows = torch.arange(400)
     masks = torch.stack([drawn(mask_of(rows, stream=stream), 512).flatten() for stream in streams]).double()
     deviations = torch.corrcoef(masks).fill_diagonal_(0) * math.sqrt(400 * 512)
     assert deviations.abs().max() < 5
+
+
+@given(layer=st.integers(0, 2**22 - 1), number=st.integers(0, 2**10 - 1))
+def test_a_stream_tells_its_layer_and_number(layer: int, number: int) -> None:
+    """Hence no two share one; and the first four of a layer are what they were when a layer had no more."""
+    stream = stream_of(layer, number)
+    above, below = divmod(stream, 2**24)
+    assert (below // 4, 4 * above + below % 4) == (layer, number) and 0 <= stream < 2**32
+    assert stream_of(layer, number % 4) == layer * 4 + number % 4
+
+
+def test_the_last_stream_is_drawn_and_none_beyond_it() -> None:
+    last, rows = stream_of(2**22 - 1, 2**10 - 1), torch.arange(50)
+    assert last == 2**32 - 1
+    assert correlation(drawn(mask_of(rows, stream=last), 512), drawn(mask_of(rows, stream=2**24 - 1), 512)) < 5
+    for layer, number in ((2**22, 0), (0, 2**10), (-1, 0), (0, -1)):
+        with pytest.raises(AssertionError, match="32 bits"):
+            stream_of(layer, number)
 
 
 def test_neighbours_within_a_mask_are_independent() -> None:

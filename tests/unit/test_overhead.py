@@ -167,7 +167,7 @@ def test_eager_is_what_autograd_makes_of_it(layers: Layers) -> None:
 
 def test_the_model_counts_passes() -> None:
     """A layer of one linear, by hand: K 64, O 64, T 24, r 4, whole and as one of 8."""
-    proj = sides.architecture("tiny").linears["linear_proj"]
+    proj = sides.architecture("tiny").layers[0].linears["linear_proj"]
     x = y = TOKENS * 64
     u = TOKENS * R
     whole = roofline.passes(proj, 1, TOKENS, R)

@@ -140,20 +140,20 @@ def test_recomputation_costs_time_and_saves_memory() -> None:
 def test_flops_of_a_frozen_base_by_hand() -> None:
     """Two products of the weights a token where full training has three; the lowest linear has no dX; n ≤ T logits."""
     shape = find_model("gpt2-medium").architecture
-    weights, head = shape.layers * shape.layer_weights, shape.vocab * shape.hidden
+    weights, head = sum(kind.weights for kind in shape.layers), shape.vocab * shape.hidden
     placement = low_rank(shape, LoraRules(1, 1.0, ["q_proj"]))
     lora = LowRank("lora", placement)
     found = step_flops(shape, lora, tokens=1000, target_tokens=100, square_lengths=0, recompute=False)
     elements = placement.elements
-    lowest = shape.linears["linear_qkv"].weights
-    once = low_rank(shape, LoraRules(1, 1.0, ["q_proj"])).layers[0][0][0]
+    lowest = shape.layers[0].linears["linear_qkv"].weights
+    once = low_rank(shape, LoraRules(1, 1.0, ["q_proj"])).layers[0].factors[0][0]
     expected = 2 * 1000 * (2 * weights - lowest) + 2 * 100 * 2 * head
     # U, U·B; dU, dB, dA, and dU·A but in the lowest.
     expected += 2 * 1000 * (3 * elements - once.rank * once.in_features)
     assert found.model == found.executed == expected
     attended = step_flops(shape, lora, tokens=1000, target_tokens=100, square_lengths=10**6, recompute=False)
     # Scores and values, the causal half, forward and twice backward; flash attention makes the scores again.
-    half = 2 * 10**6 * shape.hidden * shape.layers
+    half = 2 * 10**6 * shape.hidden * len(shape.layers)
     assert attended.model - found.model == 3 * half
     assert attended.executed - found.executed == attended.attention == half * 7 // 2
 
@@ -177,7 +177,7 @@ def test_messages_of_a_layer(sequence: bool) -> None:
     found = {}
     for layers in (3, 4):
         for recompute in (False, True):
-            deep = replace(shape, layers=layers)
+            deep = replace(shape, layers=shape.layers[:1] * layers)
             job = planned("gpt2-medium")
             job = replace(
                 job,

@@ -152,15 +152,15 @@ def test_factors_are_those_that_are_placed(
         for p in place(architecture, rules)
         for f in p.factors
     ]
-    placement, names = low_rank(architecture, rules), list(architecture.linears)
+    placement = low_rank(architecture, rules)
     found = [
-        (number, names[index], f.name, f.rank, f.in_features, f.rows)
+        (number, name, f.name, f.rank, f.in_features, f.rows)
         for number, layer in enumerate(placement.layers)
-        for index, factors in enumerate(layer)
-        for f in factors
+        for name in layer.kind.linears
+        for f in layer.on(name)
     ]
     assert found == expected and found
-    assert sum(count for *_, count in placement.kinds) == architecture.layers
+    assert sum(count for *_, count in placement.kinds) == len(architecture.layers)
     assert placement.elements == sum(rank * (inputs + rows) for *_, rank, inputs, rows in found)
 
 

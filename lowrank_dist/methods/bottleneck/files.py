@@ -118,10 +118,10 @@ def read_bottlenecks(folder: Path) -> Bottlenecks:
 
 def require_fit(folder: Path, config: BottleneckConfig, architecture: Architecture) -> None:
     """Raise UserError where the model has other sizes than the one that was trained."""
-    if (config.layers, config.hidden) != (architecture.layers, architecture.hidden):
+    if (config.layers, config.hidden) != (len(architecture.layers), architecture.hidden):
         raise UserError(
             f"{folder / CONFIG_FILE}: it is for {config.layers} layers of width {config.hidden}, the model has "
-            f"{architecture.layers} of {architecture.hidden}: give the model that it was trained on"
+            f"{len(architecture.layers)} of {architecture.hidden}: give the model that it was trained on"
         )
 
 

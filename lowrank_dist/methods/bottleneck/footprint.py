@@ -23,7 +23,7 @@ from lowrank_dist.plan.traffic import GATHER, REDUCE, SCATTER
 from lowrank_dist.sections.section import MethodName
 
 # The linear behind which the lowest bottleneck of a layer joins, by where that is.
-_LINEAR = {"attention": 1, "mlp": 3}
+_LINEAR = {"attention": "linear_proj", "mlp": "linear_fc2"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +52,11 @@ class Bottlenecks(Footprint):
         """Return (2·H·m + m + H) a bottleneck, and 2·H for its LayerNorm (Hu et al. 2021, section 5.1)."""
         hidden, m = architecture.hidden, self.bottleneck
         one = 2 * hidden * m + m + hidden + (2 * hidden if self._norm else 0)
-        count = architecture.layers * self._count * one
+        count = len(architecture.layers) * self._count * one
         return Parameters(count, count)
 
     def on_rank(self, job: Job) -> Sequence[Parameter]:
-        return [*self._parameters(job)] * (self._count * job.architecture.layers)
+        return [*self._parameters(job)] * (self._count * len(job.architecture.layers))
 
     def saved_by_layer(self, job: Job, stream: bool) -> int:
         found = self._count * self._saved(job)

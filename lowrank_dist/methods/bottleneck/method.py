@@ -171,7 +171,7 @@ def build(section: AdapterConfig, setting: Setting, architecture: Architecture) 
     sizes = BottleneckConfig(
         method=setting.method,
         bottleneck=section.bottleneck,
-        layers=architecture.layers,
+        layers=len(architecture.layers),
         hidden=architecture.hidden,
         base=str(setting.base),
     )

@@ -60,10 +60,11 @@ def _parameters(job: Job) -> Iterator[Parameter]:
     yield from norm
     if not arch.tied:
         yield rows
-    for _ in range(arch.layers):
-        yield from norm * 2
-        yield from [Parameter(arch.head_dim, n > 1)] * (2 * arch.qk_norm)
-        for linear in arch.linears.values():
+    for kind in arch.layers:
+        for rule in kind.tensors:
+            (dimension,) = rule.shape
+            yield Parameter(arch.size(dimension), n > 1 if dimension == "head_dim" else sequence)
+        for linear in kind.linears.values():
             column = linear.kind == "column"
             yield Parameter(linear.weights // n, False)
             if linear.bias:

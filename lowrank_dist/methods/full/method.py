@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lowrank_dist.arch.architecture import WORD_EMBEDDINGS, Architecture
-from lowrank_dist.arch.tensors import Copy, ParameterPlan, copy_plans, hf_shapes, is_cut
+from lowrank_dist.arch.tensors import Copy, ParameterPlan, copy_plans, hf_shapes
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.full.files import WholeModelFiles
@@ -56,9 +56,8 @@ class FullFineTuning:
         shapes, trained = hf_shapes(architecture), []
         # By the plan of a single rank, which holds something of every tensor.
         for name, plan in plans(0, 1).items():
-            cut = is_cut(name, architecture)
-            partial_grad = size > 1 and not cut and _is_partial(name, topology.sequence_parallel)
-            parameter = mark(_trained(model, name), sharded=cut and size > 1, partial=partial_grad)
+            partial_grad = size > 1 and not plan.cut and _is_partial(name, topology.sequence_parallel)
+            parameter = mark(_trained(model, name), sharded=plan.cut and size > 1, partial=partial_grad)
             trained.append(Trained(parameter, {copy.hf: shapes[copy.hf] for copy in plan.copies}, partial(held, name)))
         theta = Theta(tuple(trained), MaskSource(self._seed, 0))
         self._shapes = theta.all_shapes()

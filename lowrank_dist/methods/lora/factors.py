@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dist.arch.placement import FactorSpec, LinearPlacement
-from lowrank_dist.arch.tensors import MEGATRON_LINEARS
 from lowrank_dist.methods.lora.files import LowRankFactor
 from lowrank_dist.parallel.factors import FactorMap, FactorShard, LowRankFactors
 from lowrank_dist.parallel.linear import LowRankLinear
@@ -46,7 +45,7 @@ def inject(
     """
     adapted = []
     for placement in placements:
-        linear = model.get_submodule(MEGATRON_LINEARS[placement.linear].format(layer=placement.layer))
+        linear = model.get_submodule(placement.layout.module_of(placement.layer))
         assert isinstance(linear, LowRankLinear), "the model is built with linears that take factors"
         sharded_a = placement.layout.kind == "row"
         k = placement.layout.in_features // (tp_size if sharded_a else 1)
@@ -61,7 +60,7 @@ def inject(
         with torch.no_grad():
             for index, spec in enumerate(placement.factors):
                 factors.a_of(index).copy_(initial_a(spec, seed)[:, columns])
-        linear.attach(factors, masks, stream_of(placement.layer, placement.linear), lanes)
+        linear.attach(factors, masks, stream_of(placement.layer, placement.layout.stream), lanes)
         adapted.append(AdaptedLinear(placement, factors))
     return tuple(adapted)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.architecture import Architecture, LayerKind
 from lowrank_dist.methods.prefix.config import PrefixConfig
 from lowrank_dist.methods.registry import Sizes
 from lowrank_dist.plan.activations import head_norms, written_out
@@ -17,7 +17,7 @@ from lowrank_dist.plan.job import Footprint, Job, Parameter, Parameters
 from lowrank_dist.sections.section import MethodName
 
 # The linear behind which it joins: attention has keys and values from qkv.
-_QKV = 0
+_QKV = "linear_qkv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class PrefixFootprint(Footprint):
 
         While training with the MLP: an embedding [l, H], and H → w → 2·L·(key/value width) with biases.
         """
-        keys = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim
+        keys = 2 * len(architecture.layers) * architecture.kv_heads * architecture.head_dim
         stored = trained = self.virtual * keys
         if self.width is not None:
             embedding = self.virtual * architecture.hidden
@@ -49,7 +49,7 @@ class PrefixFootprint(Footprint):
         """Keys and values, or the MLP that makes them. Where ranks share a head, they are whole on every rank."""
         arch, n = job.architecture, job.layout.tensor
         cut = arch.kv_heads % n == 0
-        keys = 2 * arch.layers * (arch.kv_heads // n if cut else arch.kv_heads) * arch.head_dim
+        keys = 2 * len(arch.layers) * (arch.kv_heads // n if cut else arch.kv_heads) * arch.head_dim
         if self.width is None:
             return [Parameter(self.virtual * keys, not cut)]
         copies = (self.virtual * arch.hidden, self.width * arch.hidden, self.width)
@@ -58,7 +58,7 @@ class PrefixFootprint(Footprint):
             *(Parameter(elements, not cut) for elements in (keys * self.width, keys)),
         ]
 
-    def saved_by_attention(self, job: Job, stream: bool, alone: int) -> int:
+    def saved_by_attention(self, job: Job, kind: LayerKind, stream: bool, alone: int) -> int:
         """Keys and values that were put together, and as many queries: nothing fused is kept for them.
 
         Without `stream`, as in the first layer, the prefix requires a gradient and q, k and v do not.
@@ -67,19 +67,19 @@ class PrefixFootprint(Footprint):
         whole_heads = arch.kv_heads >= n
         # Every sample has its own copy. A packed row is taken to hold two.
         positions = job.tokens + job.layout.micro_batch * (2 if job.packing else 1) * self.virtual
-        heads = arch.linears["linear_proj"].in_features // n + max(1, arch.kv_heads // n) * arch.head_dim
+        heads = kind.linears["linear_proj"].in_features // n + max(1, arch.kv_heads // n) * arch.head_dim
         found = positions * (2 * heads * e + 4 * arch.heads // n)
         if arch.qk_norm and stream:
             copied = whole_heads and arch.kv_heads // n > 1 and arch.heads > arch.kv_heads
             if not written_out(job):
-                found += job.tokens * arch.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
+                found += job.tokens * kind.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
             found += head_norms(job, copied)
         return found
 
     def saved_by_model(self, job: Job, recompute: bool) -> int:
         """The MLP's inner activation; and where layers run again what it made, in the base's dtype."""
         arch = job.architecture
-        made = self.virtual * 2 * arch.layers * max(1, arch.kv_heads // job.layout.tensor) * arch.head_dim
+        made = self.virtual * 2 * len(arch.layers) * max(1, arch.kv_heads // job.layout.tensor) * arch.head_dim
         inner = 0 if self.width is None else 4 * self.virtual * self.width
         return inner + (made * job.itemsize if recompute and (self.width is not None or job.itemsize < 4) else 0)
 
@@ -88,7 +88,7 @@ class PrefixFootprint(Footprint):
         if self.width is None:
             return 0, 0
         once = 3 * 2 * self.virtual * self.width
-        keys = 2 * architecture.layers * architecture.kv_heads * architecture.head_dim
+        keys = 2 * len(architecture.layers) * architecture.kv_heads * architecture.head_dim
         return once * architecture.hidden, once * keys
 
 

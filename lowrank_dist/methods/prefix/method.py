@@ -167,7 +167,7 @@ class PrefixTuning:
             self.virtual,
             self._width,
             hidden=architecture.hidden,
-            layers=architecture.layers,
+            layers=len(architecture.layers),
             kv_heads=architecture.kv_heads,
             head_dim=architecture.head_dim,
             group=topology.tp_group,
@@ -199,7 +199,7 @@ class PrefixTuning:
             learned = PromptLearning(
                 PREFIX.kind,
                 keys_values(tensors).flatten(1),
-                architecture.layers,
+                len(architecture.layers),
                 architecture.kv_heads,
                 architecture.kv_heads * architecture.head_dim,
                 self._base,
@@ -223,5 +223,5 @@ def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology
     require_fit(folder, found, architecture)
     length = found.embeddings.size(0)
     theta = PrefixTuning(length, None, architecture, str(folder), 0).attach(model, topology, resumed=True)
-    shape = (length, architecture.layers, 2, architecture.kv_heads, architecture.head_dim)
+    shape = (length, len(architecture.layers), 2, architecture.kv_heads, architecture.head_dim)
     theta.spread({KEYS_VALUES: found.embeddings.view(shape)}, topology.place)

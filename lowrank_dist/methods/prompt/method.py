@@ -132,7 +132,7 @@ class PromptTuning:
             learned = PromptLearning(
                 PROMPT.kind,
                 tensors[EMBEDDINGS],
-                architecture.layers,
+                len(architecture.layers),
                 architecture.heads,
                 architecture.hidden,
                 self._base,
