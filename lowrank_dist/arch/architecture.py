@@ -84,6 +84,9 @@ class Architecture:
     qkv_bias / linear_bias: linear_qkv has a bias / every linear has one.
     position_offset: rows of the Hugging Face position table before position 0 (OPT: 2), already cut off by its rule.
     conv1d: linear weights are stored [in, out] (GPT-2).
+    embedding_multiplier: of the embeddings, before the first layer. attention_multiplier: of the attention scores, None
+    for 1/√head_dim. residual_multiplier: of the output of attention and of MLP, before each is added.
+    logits_divisor: what logits are divided by.
     tensors: those outside the layers. ignored: patterns of file tensors that carry no weights of this model.
     """
 
@@ -110,6 +113,10 @@ class Architecture:
     conv1d: bool
     tensors: tuple[TensorRule, ...]
     ignored: tuple[str, ...]
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
 
     def size(self, dimension: str) -> int:
         """A dimension named in `TensorRule.shape`: hidden, vocab, head_dim, positions (rows of the position table)."""

@@ -59,7 +59,7 @@ OUTPUT_LAYER = TensorRule("output_layer.weight", "lm_head.weight", ("vocab", "hi
 
 _LLAMA_KEYS = {
     "hidden": Key("hidden_size", "size"),
-    "layers": Key("num_hidden_layers", "size"),
+    "layers": Key("num_hidden_layers", "depth"),
     "heads": Key("num_attention_heads", "size"),
     "kv_heads": Key("num_key_value_heads", "size", None),
     "head_dim": Key("head_dim", "even", None),
@@ -179,7 +179,7 @@ FAMILIES: Mapping[str, Family] = {
         prefix="transformer.",
         keys={
             "hidden": Key("n_embd", "size", also="hidden_size"),
-            "layers": Key("n_layer", "size", also="num_hidden_layers"),
+            "layers": Key("n_layer", "depth", also="num_hidden_layers"),
             "heads": Key("n_head", "size", also="num_attention_heads"),
             "ffn": Key("n_inner", "size", None),
             "vocab": Key("vocab_size", "size"),
@@ -225,7 +225,7 @@ FAMILIES: Mapping[str, Family] = {
         prefix="model.",
         keys={
             "hidden": Key("hidden_size", "size"),
-            "layers": Key("num_hidden_layers", "size"),
+            "layers": Key("num_hidden_layers", "depth"),
             "heads": Key("num_attention_heads", "size"),
             "ffn": Key("ffn_dim", "size"),
             "vocab": Key("vocab_size", "size"),

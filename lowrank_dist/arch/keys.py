@@ -19,9 +19,11 @@ def is_number(value: object) -> bool:
 
 _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "size": ("a positive integer", lambda value: is_integer(value) and value > 0),
+    "depth": ("an integer from 1 to 10000", lambda value: is_integer(value) and 0 < value <= 10_000),
     "even": ("a positive even integer", lambda value: is_integer(value) and value > 0 and value % 2 == 0),
     "integer": ("an integer", is_integer),
     "number": ("a number that is not negative", lambda value: is_number(value) and value >= 0),
+    "positive": ("a number above 0", lambda value: is_number(value) and value > 0),
     "flag": ("true or false", lambda value: isinstance(value, bool)),
     "text": ("text", lambda value: isinstance(value, str)),
     "names": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)),
@@ -37,14 +39,15 @@ REQUIRED = "required"
 class Key:
     """One key of config.json: its name, its values, and what transformers takes where it is missing.
 
-    kind: "size" is a positive integer, "even" an even one, "integer" any, "number" not negative, "flag" true or false,
-    "names" a list of texts. default: a value, REQUIRED, or None, for what follows from other keys.
+    kind: "size" is a positive integer, "depth" one that may count layers, "even" an even one, "integer" any,
+    "number" not negative, "positive" above 0, "flag" true or false, "names" a list of texts.
+    default: a value, REQUIRED, or None, for what follows from other keys.
     null: null is a value too, with the meaning of None. also: another name that transformers maps to this key, and
     which wins over it.
     """
 
     name: str
-    kind: Literal["size", "even", "integer", "number", "flag", "text", "names"]
+    kind: Literal["size", "depth", "even", "integer", "number", "positive", "flag", "text", "names"]
     default: object = REQUIRED
     null: bool = False
     also: str | None = None
@@ -62,6 +65,6 @@ class Key:
         description, fits = _KINDS[self.kind]
         if not fits(value):
             raise UserError(f"{where}: {name} must be {description}, not {value!r}")
-        if self.kind != "number" and is_integer(value) and abs(value) >= _LARGEST:
+        if self.kind not in ("number", "positive") and is_integer(value) and abs(value) >= _LARGEST:
             raise UserError(f"{where}: {name} must be below 2^31, not {value}: correct it")
         return value

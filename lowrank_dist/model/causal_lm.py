@@ -52,6 +52,7 @@ def transformer_config(
         add_bias_linear=architecture.linear_bias,
         add_qkv_bias=architecture.qkv_bias,
         qk_layernorm=architecture.qk_norm,
+        softmax_scale=architecture.attention_multiplier,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=topology.tp_size,
@@ -114,7 +115,8 @@ class CausalLM(nn.Module):
             )
             # No group is a group of one: a rank has whole sequences, and all layers.
             groups = ProcessGroupCollection(tp=group, cp=None, pp=None)
-            self.decoder = TransformerBlock(config, layer_spec(config, group, *linears), pg_collection=groups)
+            spec = layer_spec(config, group, linears, architecture.residual_multiplier)
+            self.decoder = TransformerBlock(config, spec, pg_collection=groups)
             if not architecture.tied:
                 self.output_layer = OutputLayer(vocab // topology.tp_size, architecture.hidden, dtype)
             if architecture.positions == "learned":
@@ -274,9 +276,14 @@ class CausalLM(nn.Module):
         return SequencePlan(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype))
 
     def _decoded(self, input_ids: Tensor, position_ids: Tensor, plan: SequencePlan) -> Tensor:
-        """Return [s, b, H] after the final norm, of this rank's positions."""
+        """Return [s, b, H] after the final norm, of this rank's positions, as the head takes it."""
+        multiplier, divisor = self.architecture.embedding_multiplier, self.architecture.logits_divisor
         embedded = self.embedding(input_ids, position_ids)
-        return self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=plan)
+        if multiplier != 1:
+            embedded = embedded * multiplier
+        hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=plan)
+        # Here and not on logits, of which there are more; published divisors are powers of two, so it is exact.
+        return hidden if divisor == 1 else hidden / divisor
 
     def _head_weight(self) -> Tensor:
         return self.embedding.word_embeddings.weight if self.architecture.tied else self.output_layer.weight

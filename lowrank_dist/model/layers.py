@@ -175,12 +175,14 @@ class MlpSpec:
 
 
 def layer_spec(
-    config: TransformerConfig, tp_group: ProcessGroup, column_linear: type, row_linear: type
+    config: TransformerConfig, tp_group: ProcessGroup, linears: tuple[type, type], residual_scale: float
 ) -> TransformerBlockSubmodules:
     """The decoder's spec: Megatron's layer with the given column- and row-parallel linears."""
+    column_linear, row_linear = linears
     qk_norm = FrozenNorm if config.qk_layernorm else IdentityOp
     layer = ModuleSpec(
         module=RecomputableLayer,
+        params={"residual_scale": residual_scale},
         submodules=LayerSubmodules(
             input_layernorm=FrozenNorm,
             self_attention=ModuleSpec(
