@@ -208,7 +208,9 @@ def found_in(values: Values) -> Values:
     if rope is not None and stated is not None:
         stated = {key: stated[key] for key in RELEVANT[rope.type]}
     names = [field for field in expected(AutoConfig.for_model("llama")) if field != "rope"]
-    return {field: getattr(architecture, field) for field in names} | {"rope": stated}
+    assert len(architecture.kinds) == 1, "all layers alike"
+    counted = {"layers": len(architecture.layers), "ffn": architecture.layers[0].ffn}
+    return {field: getattr(architecture, field) for field in names if field not in counted} | counted | {"rope": stated}
 
 
 def has_no_table(values: Values, config: PreTrainedConfig) -> bool:
@@ -336,7 +338,7 @@ def test_no_value_makes_a_traceback(family: str, data: Any) -> None:
     [
         ({"hidden_size": "64"}, "hidden_size must be a positive integer, not '64'"),
         ({"vocab_size": True}, "vocab_size must be a positive integer, not True"),
-        ({"num_hidden_layers": 2.0}, "num_hidden_layers must be a positive integer, not 2.0"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers must be an integer from 1 to 10000, not 2.0"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a number that is not negative, not '1e-5'"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, not 'no'"),
         ({"hidden_act": None}, "hidden_act must be text, not None"),
