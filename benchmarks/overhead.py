@@ -8,7 +8,7 @@ no attention, norm or activation. On a CPU TinyLlama's (H 2048, ffn 5632, 32 hea
 Llama-3-8B's and 70B's at T = 8192, whole (`--shard 1`) and as one rank's share of 8 with sequence parallelism
 (`--shard 8`), where the real parallel linears run on a process group that copies in place of communicating.
 
-Sides, all in one process: `ours`; `ours_lanes` (shard 8: parallel/factors.py); `peft`, its layers on nn.Linear q, k, v,
+Sides, all in one process: `ours`; `ours_lanes` (shard 8: parallel/frozen.py); `peft`, its layers on nn.Linear q, k, v,
 o, gate, up, down, with fp32 adapters under a bf16 base as users get them by default; `peft_same_dtype`, adapters in the
 base's dtype; on CUDA `eager`, plain torch with fused weights and hand-written autograd. Shard 8 gives PEFT the rank's
 weights and all tokens, without collectives: that is what it would do there if it could.

@@ -143,7 +143,7 @@ def job_of(request: Request, target_share: float) -> Job:
         zero_stage=config.engine.zero_stage,
         reduce_bucket=config.engine.reduce_bucket,
         device=device,
-        # On by itself only where lanes were measured to be faster (parallel/factors.py).
+        # On by itself only where lanes were measured to be faster (parallel/frozen.py).
         lanes=config.engine.lanes == "on" or (config.engine.lanes == "auto" and device == "cpu"),
         packing=config.data.packing,
         footprint=home(config.method).footprint.footprint_of(config.method, config.own_section, arch),

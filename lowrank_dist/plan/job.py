@@ -206,7 +206,7 @@ class Job:
 
     name, stored_dtype: of the model, and the element type of its weights in the files; dtype: that in which they run.
     target_share: the part of the tokens that is trained on, and hence reaches the vocabulary. reduce_bucket: elements,
-    None for |Θ| on the rank. device: whose operators run. lanes: factors beside the weights (parallel/factors.py).
+    None for |Θ| on the rank. device: whose operators run. lanes: factors beside the weights (parallel/frozen.py).
     packing: several samples a row. footprint: of the method. decoding: what evaluations generate, or None.
     """
 
