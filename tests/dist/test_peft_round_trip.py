@@ -86,7 +86,8 @@ def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndar
     placements = place(model.architecture, rules)
     masks = MaskSource(11, quantise(0.0))
     adapted = inject(model, placements, masks, 3, topology.tp_rank, topology.tp_size)
-    values = initial_factors(lora.init_from, placements, Path(folder))
+    read = initial_factors(lora.init_from, placements, Path(folder))
+    values = {path: (factor.a, factor.b) for path, factor in read.items()}
     if spoiled:
         q, k = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
         values[k] = (values[q][0], values[k][1])
