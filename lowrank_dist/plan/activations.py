@@ -36,7 +36,17 @@ def saved_of_layer(job: Job, layer: Layer, stream: bool) -> int:
     if trained and e < 4:
         # Weights are fp32 and cast where they are used; the copy is what backward multiplies with.
         found += e * sum(linear.weights // n for linear in arch.linears.values())
+    found += sum(job.footprint.saved_behind_linear(job, index, factors) for index, factors in enumerate(layer))
     return found + job.footprint.saved_by_layer(job, stream)
+
+
+def beside_graph(job: Job, layer: Layer) -> int:
+    """Bytes of `saved_of_layer` that are kept until backward is over, recomputation or not: what a method saves of a
+    product that came out of a collective (parallel/update.py).
+    """
+    if not job.sequence_parallel:
+        return 0
+    return sum(job.footprint.saved_behind_linear(job, index, layer[index]) for index in (1, 3))
 
 
 def widths(job: Job) -> int:
@@ -135,4 +145,4 @@ def _kept_of_layer(job: Job, layer: Layer) -> int:
     keeps beside the graph so that nothing asks for the reduction again (parallel/autograd.py).
     """
     columns = job.architecture.hidden + (total_rank(layer[1]) + total_rank(layer[3]) if job.sequence_parallel else 0)
-    return job.shard_tokens * columns * job.itemsize
+    return job.shard_tokens * columns * job.itemsize + beside_graph(job, layer)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_dist.plan.activations import activations, norm_saves, saved_of_layer, widths, written_out
+from lowrank_dist.plan.activations import activations, beside_graph, norm_saves, saved_of_layer, widths, written_out
 from lowrank_dist.plan.factors import Layer, total_rank
 from lowrank_dist.plan.job import Decoding, Job, Moment, head_rows, padded_vocab
 from lowrank_dist.plan.parameters import (
@@ -63,7 +63,7 @@ def standing(job: Job, theta: ThetaOnRank) -> dict[str, int]:
     data = job.layout.data
     partitions = partition_elements(theta.replicated, data) + partition_elements(theta.sharded, data)
     # With B's elements goes their place in the dense Bᵀ (int64), with each rank its scale.
-    buffers = 8 * theta.b + 4 * theta.total_ranks
+    buffers = 8 * theta.b + 4 * theta.total_ranks + job.footprint.buffers(job, theta.rows)
     return {
         "frozen weights": frozen_bytes(job) + _lanes(job),
         "Θ": 4 * theta.elements + buffers,
@@ -103,7 +103,7 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
     top, stream = job.placement.top
     layer = 0
     if recompute and (stream or any(top)):
-        layer = saved_of_layer(job, top, stream)
+        layer = saved_of_layer(job, top, stream) - beside_graph(job, top)
         if stream and not written_out(job):
             # The norm's input is the layer's, kept anyway.
             layer -= job.shard_tokens * job.architecture.hidden * job.itemsize
@@ -132,7 +132,8 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
     of_head = 4 * _head_weight(job) * (job.footprint.trains_base and not job.architecture.tied)
     missing = -4 * theta_on_rank(job, tp_rank).elements
     lowest, into_lowest, _ = job.placement.kinds[0]
-    last = _mlp_backward(job, lowest, saved_of_layer(job, lowest, into_lowest))
+    above = sum(count * beside_graph(job, layer) for layer, _, count in job.placement.kinds) - beside_graph(job, lowest)
+    last = _mlp_backward(job, lowest, saved_of_layer(job, lowest, into_lowest) + above)
     return [
         *(Moment(moment.name, moment.parts | {"gradients of Θ": missing}) for moment in found[:3]),
         *(Moment(moment.name, moment.parts | {"gradients of Θ": missing + of_head}) for moment in layers),
@@ -191,6 +192,9 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
     # dY and dX, and a product on the way where two factors meet.
     wide = 4 if arch.gated else 2
     whole, sequence = t * arch.hidden * e, job.sequence_parallel
+    # What is saved behind a product is free before it, but for what is kept beside the graph.
+    behind_fc1, behind_fc2 = (job.footprint.saved_behind_linear(job, index, top[index]) for index in (2, 3))
+    kept -= 0 if sequence else behind_fc2
     # On a CPU a product that is a part of a message is computed apart and copied into it.
     apart = whole if sequence and job.device == "cpu" and not job.lanes else 0
     candidates = [
@@ -199,7 +203,7 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
         # The activation: its gradient and what it needs on the way.
         (0, wide * inner + residual - freed),
         # fc1: dX leaves as a partial sum.
-        (_message(job, fc1), residual + apart + (0 if sequence else whole) + grown - freed),
+        (_message(job, fc1), residual + apart + (0 if sequence else whole) + grown - freed - behind_fc1),
     ]
     buffers, working = max(candidates, key=sum)
     parts = {"activations": kept, "communication buffers": buffers, "working memory": working}
@@ -210,6 +214,7 @@ def _attention_backward(job: Job, top: Layer, stream: bool, kept: int) -> Moment
     """The norm between attention and MLP: what the MLP saved is free, the norm's products are as wide as H."""
     mlp_only = saved_of_layer(job, ((), (), *top[2:]), True) - saved_of_layer(job, ((), (), (), ()), True)
     inner = job.tokens * job.architecture.ffn // job.layout.tensor * job.itemsize
+    mlp_only -= beside_graph(job, ((), (), (), top[3]))
     freed = (mlp_only + widths(job) * inner) if stream or any(top) else 0
     return Moment("backward of the top attention", {"activations": kept - freed, "working memory": _norm_backward(job)})
 
@@ -221,6 +226,7 @@ def _recomputation(job: Job, top: Layer, kept: int) -> Moment:
     waiting, product = _message(job, total_rank(top[3])), _message(job, total_rank(top[3]))
     apart = whole if job.sequence_parallel and job.device == "cpu" and not job.lanes and top[3] else 0
     working = residual + apart + (0 if job.sequence_parallel else whole)
+    working += beside_graph(job, ((), top[1], (), ()))  # made again, beside the first
     parts = {"activations": kept, "communication buffers": waiting + product, "working memory": working}
     return Moment("recomputation of the top layer", parts)
 

@@ -47,6 +47,7 @@ from tests.dist.method_runs import (
     measure,
     prompt_rows,
     reference,
+    run_config,
     twins_of,
     values_away,
     write_and_score,
@@ -454,6 +455,14 @@ def of_size(method: MethodName, sizes: Sizes, architecture: Architecture) -> Foo
     return found
 
 
+def of_run(folder: str, name: str) -> Footprint:
+    """As a run of this method is planned."""
+    config = run_config(folder, name)
+    return home(config.method).footprint.footprint_of(
+        config.method, config.own_section, read_architecture(Path(folder))
+    )
+
+
 @pytest.mark.parametrize("family", TRIED)
 def test_trained_parameters_are_those_of_the_formulas(folders: dict[str, str], family: str) -> None:
     shape = read_architecture(Path(folders[family]))
@@ -467,6 +476,7 @@ def test_trained_parameters_are_those_of_the_formulas(folders: dict[str, str], f
         "prefix": of_size("prefix", SIZES, shape).parameters(shape).stored,
         "prefix_mlp": of_size("prefix", SIZES, shape).parameters(shape).trained,
         "prompt": of_size("prompt", SIZES, shape).parameters(shape).trained,
+        **{name: of_run(folders[family], name).parameters(shape).trained for name in METHODS if "dora" in name},
     }
     for world in (1, 2):
         for rank in run_ranks(world, sizes_of, folders[family], world):
@@ -540,12 +550,16 @@ def calls_of_a_layer(folders: dict[str, str], sequence: bool, recompute: bool) -
 
 
 def planned(folder: str, sequence: bool, recompute: bool) -> dict[str, MethodPlan]:
-    """What the plan says of each method at TP 2, by our names."""
-    job = job_of(read_request(folder, ["data.max_length=16"]), 1.0)
+    """What the plan says of each method at TP 2, by our names; "lora" is weight-decomposed."""
+    job = job_of(read_request(folder, ["data.max_length=16", "lora.dora=true"]), 1.0)
     job = replace(job, layout=Layout(2, 1, sequence, 1, recompute))
     others = footprints_beside(job.footprint, SIZES, job.architecture, 2)
     rows = compare(Candidate(job, Cluster(1, 2, GPUS["h100"], GPUS["h100"].memory)), others)
     return {row.method + ("_replicated" if row.placement == "replicated" else ""): row for row in rows}
+
+
+# Our names that the plan has others for.
+_PLANNED = {"prompt": "prompt_replicated", "prefix_mlp": "prefix", "dora": "lora", "dora_dropout": "lora"}
 
 
 @pytest.mark.parametrize(("sequence", "recompute"), itertools.product((True, False), (False, True)))
@@ -556,7 +570,7 @@ def test_added_collectives_are_those_of_the_plan(folders: dict[str, str], sequen
         for name, phases in rank.items():
             assert all(not before - now for before, now in zip(frozen, phases, strict=True)), name
             added = [now - before for before, now in zip(frozen, phases, strict=True)]
-            row = plan["prompt_replicated" if name == "prompt" else name.removesuffix("_mlp")]
+            row = plan[_PLANNED.get(name, name)]
             assert sum(phase.total() for phase in added) == row.added, (name, added)
 
 
