@@ -24,12 +24,12 @@ from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.plan.hardware import GPUS
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.sections.section import MethodName
-from lowrank_dist.plan.job import Footprint, Layout
+from lowrank_dist.plan.job import Footprint, Job, Layout
 from lowrank_dist.plan.layouts import Candidate, Cluster
 from lowrank_dist.methods.registry import Sizes, footprints_beside, home
 from lowrank_dist.plan.describe import MethodPlan, compare
-from lowrank_dist.plan.parameters import frozen_size
-from lowrank_dist.engine.planning import job_of, read_request
+from lowrank_dist.plan.parameters import frozen_size, theta_on_rank
+from lowrank_dist.engine.planning import Request, find_model, job_of, read_request
 from tests.dist import ranks
 from tests.dist.method_runs import (
     BOTTLENECK,
@@ -54,7 +54,7 @@ from tests.dist.method_runs import (
 )
 from tests.dist.ranks import run_ranks
 from tests.dist.test_collectives import build as build_frozen
-from tests.dist.test_collectives import loss_of, train_embedding
+from tests.dist.test_collectives import LENGTH, ROWS, loss_of, train_embedding
 from tests.dist.tiny_runs import LAYOUTS, worst
 from tests.tiny_models import PAD, make_tiny
 
@@ -455,12 +455,9 @@ def of_size(method: MethodName, sizes: Sizes, architecture: Architecture) -> Foo
     return found
 
 
-def of_run(folder: str, name: str) -> Footprint:
+def job_of_run(folder: str, name: str) -> Job:
     """As a run of this method is planned."""
-    config = run_config(folder, name)
-    return home(config.method).footprint.footprint_of(
-        config.method, config.own_section, read_architecture(Path(folder))
-    )
+    return job_of(Request(find_model(folder), run_config(folder, name), True), 1.0)
 
 
 @pytest.mark.parametrize("family", TRIED)
@@ -476,14 +473,21 @@ def test_trained_parameters_are_those_of_the_formulas(folders: dict[str, str], f
         "prefix": of_size("prefix", SIZES, shape).parameters(shape).stored,
         "prefix_mlp": of_size("prefix", SIZES, shape).parameters(shape).trained,
         "prompt": of_size("prompt", SIZES, shape).parameters(shape).trained,
-        **{name: of_run(folders[family], name).parameters(shape).trained for name in METHODS if "dora" in name},
+        **{
+            name: job_of_run(folders[family], name).footprint.parameters(shape).trained
+            for name in METHODS
+            if "dora" in name
+        },
     }
     for world in (1, 2):
-        for rank in run_ranks(world, sizes_of, folders[family], world):
+        for tp_rank, rank in enumerate(run_ranks(world, sizes_of, folders[family], world)):
             assert {name: stored for name, (stored, _) in rank.items()} == expected
             for name, (stored, here) in rank.items():
                 # One rank has all of it and nothing twice; of two, each has all of a copy and half of what is cut.
-                if world == 1 or name.endswith("replicated") or name == "prompt":
+                if "dora" in name:
+                    job = replace(job_of_run(folders[family], name), layout=Layout(world, 1, True, 1, False))
+                    assert here == theta_on_rank(job, tp_rank).elements
+                elif world == 1 or name.endswith("replicated") or name == "prompt":
                     assert here == stored, name
                 elif name != "prefix_mlp" and (family, name) != ("one_kv", "prefix"):
                     assert stored / 2 <= here < 0.6 * stored, name
@@ -522,6 +526,13 @@ def sizes_of(folder: str, tensor: int) -> dict[str, tuple[int, int]]:
     return found
 
 
+def model_for_loss(setting: MethodSetting) -> Any:
+    """The model of `build`, with masks for the rows of `loss_of`."""
+    built = build(setting)
+    built.theta.masks.set(0, torch.zeros(LENGTH, ROWS, dtype=torch.int64, device=ranks.device()))
+    return built.model
+
+
 def calls_of_a_layer(folders: dict[str, str], sequence: bool, recompute: bool) -> dict[str, list[Counter[str]]]:
     """One rank: of every method, and "frozen", what a layer in the midst of others calls, forward and backward."""
     from lowrank_dist.parallel.counting import count_collectives
@@ -534,7 +545,7 @@ def calls_of_a_layer(folders: dict[str, str], sequence: bool, recompute: bool) -
             if name == "frozen":
                 model = build_frozen(folders[depth], ranks.topology(2, sequence), None, recompute)
             else:
-                model = build(setting).model
+                model = model_for_loss(setting)
             train_embedding(model)
             with count_collectives() as forward:
                 loss = loss_of(model)
@@ -586,11 +597,11 @@ def saved_in_evaluation(folder: str) -> dict[str, list[int]]:
     """One rank: of every method, how many tensors autograd keeps of logits, and of a loss that is trained on."""
     found = {}
     for name in METHODS:
-        built = build(MethodSetting(folder, 2, True, name=name))
+        model = model_for_loss(MethodSetting(folder, 2, True, name=name))
         counts = []
         for score in (
-            lambda built=built: logits_of(built.model, fixed_tokens()),
-            lambda built=built: loss_of(built.model),
+            lambda model=model: logits_of(model.eval(), fixed_tokens()),
+            lambda model=model: loss_of(model.train()),
         ):
             kept: list[int] = []
             with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(1) or x, lambda x: x):
