@@ -29,8 +29,7 @@ from lowrank_dist.engine.planning import Request
 from lowrank_dist.engine.zero import sum_partial_gradients
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.counting import CollectiveCount, count_collectives
-from lowrank_dist.parallel.masks import MaskSource
-from lowrank_dist.parallel.theta import is_partial
+from lowrank_dist.parallel.theta import Theta, is_partial
 from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.plan.activations import activations
 from lowrank_dist.plan.describe import messages_of
@@ -121,7 +120,7 @@ def microbatch_flops(job: Job) -> int:
 
 
 def execute(job: Job, config: Config, tp_rank: int) -> Executed:
-    """Build rank `tp_rank` of the job and run two microbatches and the deferred sum."""
+    """Build rank `tp_rank` of the job and run two microbatches, the deferred sum, and what follows an update."""
     quiet_libraries()
     with (
         _fake_ranks(job, tp_rank) as topology,
@@ -129,29 +128,30 @@ def execute(job: Job, config: Config, tp_rank: int) -> Executed:
         _Live() as live,
         _KnownPositions(job, tp_rank),
     ):
-        model, parameters, theta, masks = _build(job, config, topology)
+        model, theta, theta_bytes = _build(job, config, topology)
         built = live.now
         batch = _batch(job)
-        masks.set(0, batch["rows"])
-        before = live.now
+        theta.masks.set(0, batch["rows"])
+        before, flops = live.now, -live.flops
         with count_collectives() as forward:
             loss = _loss(model, batch)
         saved = live.now - before
         with count_collectives() as backward:
             loss.backward()
-        flops = live.flops
+        flops += live.flops
         del loss
         live.peak = live.now
         _loss(model, batch).backward()
-        gradients = sum(_storage_bytes(p.grad) for p in parameters if p.grad is not None)
+        gradients = sum(_storage_bytes(p.grad) for p in theta.parameters if p.grad is not None)
         peak = live.peak - (before - built)
         with count_collectives() as step:
-            _deferred_sum(job, topology, parameters)
+            _deferred_sum(job, topology, theta.parameters)
+            theta.refresh()
         microbatch = [*_messages(forward, topology, "forward"), *_messages(backward, topology, "backward")]
         steps = _messages(step, topology, "step")
     parts = {
-        "frozen weights": built - theta,
-        "Θ": theta,
+        "frozen weights": built - theta_bytes,
+        "Θ": theta_bytes,
         "gradients of Θ": gradients,
         "activations": saved,
     }
@@ -173,8 +173,8 @@ def _fake_ranks(job: Job, tp_rank: int) -> Iterator[Topology]:
         dist.destroy_process_group()  # Megatron's are forgotten by the next Topology.build
 
 
-def _build(job: Job, config: Config, topology: Topology) -> tuple[CausalLM, tuple[nn.Parameter, ...], int, MaskSource]:
-    """The model, what is trained, its bytes with buffers of its own, and where dropout comes from."""
+def _build(job: Job, config: Config, topology: Topology) -> tuple[CausalLM, Theta, int]:
+    """The model, what is trained, and its bytes with buffers of its own."""
     with _made_in(_DTYPES[job.dtype]):
         model = CausalLM(
             job.architecture,
@@ -190,7 +190,7 @@ def _build(job: Job, config: Config, topology: Topology) -> tuple[CausalLM, tupl
     method = build_method(config.model_copy(update={"engine": planned}), job.architecture)
     theta = method.attach(model, topology, resumed=True)
     size = sum(map(_storage_bytes, (*theta.parameters, *(set(model.buffers()) - buffers))))
-    return model, theta.parameters, size, theta.masks
+    return model, theta, size
 
 
 @contextmanager

@@ -39,7 +39,18 @@ def saved_of_layer(job: Job, layer: Layer, stream: bool) -> int:
     if trained and e < 4:
         # Weights are fp32 and cast where they are used; the copy is what backward multiplies with.
         found += e * sum(linear.weights // n for linear in kind.linears.values())
+    found += sum(job.footprint.saved_behind_linear(job, linear, factors) for linear, factors in layer.linears)
     return found + job.footprint.saved_by_layer(job, stream)
+
+
+def beside_graph(job: Job, layer: Layer) -> int:
+    """Bytes of `saved_of_layer` that are kept until backward is over, recomputation or not: what a method saves of a
+    product that came out of a collective (parallel/update.py).
+    """
+    if not job.sequence_parallel:
+        return 0
+    rows = ((linear, factors) for linear, factors in layer.linears if linear.kind == "row")
+    return sum(job.footprint.saved_behind_linear(job, linear, factors) for linear, factors in rows)
 
 
 def widths(job: Job) -> int:
@@ -143,4 +154,4 @@ def kept_of_layer(job: Job, layer: Layer, stream: bool, *, recompute: bool) -> i
         return saved_of_layer(job, layer, stream)
     rows = sum(total_rank(factors) for linear, factors in layer.linears if linear.kind == "row")
     columns = job.architecture.hidden + (rows if job.sequence_parallel else 0)
-    return job.shard_tokens * columns * job.itemsize
+    return job.shard_tokens * columns * job.itemsize + beside_graph(job, layer)

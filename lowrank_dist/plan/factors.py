@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lowrank_dist.arch.architecture import Architecture, LayerKind
@@ -50,6 +50,12 @@ class Layer:
     def on(self, linear: str) -> tuple[Factor, ...]:
         """The factors of the linear of this name."""
         return self.factors[list(self.kind.linears).index(linear)]
+
+    def part(self, *, in_attention: bool) -> Layer:
+        """The layer with the factors of attention alone, or of the MLP alone."""
+        return replace(
+            self, factors=tuple(found if x.in_attention == in_attention else () for x, found in self.linears)
+        )
 
     def rank(self, linear: str) -> int:
         """R of the linear of this name."""

@@ -12,7 +12,8 @@ from typing import ClassVar, Literal
 
 from lowrank_dist.arch.architecture import Architecture, LayerKind
 from lowrank_dist.arch.architecture import padded_vocab as padded_rows
-from lowrank_dist.plan.factors import Placement
+from lowrank_dist.arch.rows import Linear
+from lowrank_dist.plan.factors import Factor, Layer, Placement
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 # A collective's kind and the bytes of its whole message, as plan/traffic.py has them.
@@ -108,6 +109,8 @@ class Footprint:
 
     # Φ itself is trained: it is fp32, and every weight has a gradient, masters and moments.
     trains_base: ClassVar[bool] = False
+    # A scale is trained of each row that factors are on: one parameter a linear, behind B, which lies as B's rows do.
+    trains_row_scales: ClassVar[bool] = False
 
     name: str
     placement: Placement
@@ -121,6 +124,15 @@ class Footprint:
     @property
     def residual_passes(self) -> int:
         """Reads and writes of the residual stream in a layer's forward, in elements a token and feature."""
+        return 0
+
+    @property
+    def output_passes(self) -> int:
+        """Reads and writes of an adapted linear's output beside the factors' own, forward and backward."""
+        return 0
+
+    def step_passes(self, job: Job) -> int:
+        """Return bytes that a rank reads and writes once in an optimizer step, beside AdamW's."""
         return 0
 
     def label(self, job: Job) -> str:
@@ -151,6 +163,14 @@ class Footprint:
 
     # Memory, in bytes on a rank
 
+    def buffers(self, job: Job, rows: int) -> int:
+        """Return what it holds beside parameters, where factors are on `rows` of the rank's outputs."""
+        return 0
+
+    def saved_behind_linear(self, job: Job, linear: Linear, factors: Sequence[Factor]) -> int:
+        """Return what a linear of a layer, with its factors, saves of its product before anything follows it."""
+        return 0
+
     def saved_by_layer(self, job: Job, stream: bool) -> int:
         """Return what a layer saves more for backward. stream: its input requires a gradient."""
         return 0
@@ -167,8 +187,8 @@ class Footprint:
         """Return the part of `saved_by_layer` that is free before the MLP's backward begins."""
         return 0
 
-    def backward_moments(self, job: Job, kept: int) -> Sequence[Moment]:
-        """Return moments of its own in the topmost layer's backward. kept: activations at that time."""
+    def backward_moments(self, job: Job, top: Layer, kept: int) -> Sequence[Moment]:
+        """Return moments of its own in a layer's backward, the topmost of its kind. kept: activations at that time."""
         return ()
 
     def evaluation_working(self, job: Job, residual: int) -> int:
@@ -190,6 +210,10 @@ class Footprint:
     def layer_calls(self, job: Job, stream: bool) -> LayerCalls:
         """Return what a layer sends more. stream: its input requires a gradient."""
         return LayerCalls()
+
+    def step_calls(self, job: Job) -> Sequence[Call]:
+        """Return what it sends once in an optimizer step, beside the sum of partial gradients."""
+        return ()
 
     def gathers_embedding_gradient(self, job: Job) -> bool:
         """Return whether under sequence parallelism the gradient of the embeddings' output is gathered."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from lowrank_dist.plan.activations import (
     activations,
+    beside_graph,
     kept_of_layer,
     norm_saves,
     saved_of_layer,
@@ -70,7 +71,7 @@ def standing(job: Job, theta: ThetaOnRank) -> dict[str, int]:
     data = job.layout.data
     partitions = partition_elements(theta.replicated, data) + partition_elements(theta.sharded, data)
     # With B's elements goes their place in the dense Bᵀ (int64), with each rank its scale.
-    buffers = 8 * theta.b + 4 * theta.total_ranks
+    buffers = 8 * theta.b + 4 * theta.total_ranks + job.footprint.buffers(job, theta.rows)
     return {
         "frozen weights": frozen_bytes(job) + _lanes(job),
         "Θ": 4 * theta.elements + buffers,
@@ -112,7 +113,8 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
         _head_backward(job, kept),
         Moment("backward of the final norm", {"activations": kept, "working memory": _norm_backward(job)}),
     ]
-    # Once backward is past the final norm, what that saved is free; in a lower layer what those above have kept, too.
+    # Once backward is past the final norm, what that saved is free; in a lower layer what those above have kept, too,
+    # but for what is beside the graph.
     below = kept - norm_saves(job, job.shard_tokens, job.architecture.hidden)
     # DeepSpeed allocates its bucket when the first gradient of Θ arrives, which is one of the top layer's.
     bucket = {"DeepSpeed's buckets": 4 * bucket_size(job, tp_rank)}
@@ -122,7 +124,9 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
     theta = theta_on_rank(job, tp_rank).elements
     layers = []
     for top, stream, above in job.placement.tops:
-        freed = sum(kept_of_layer(job, *layer, recompute=recompute) for layer in above)
+        freed = sum(
+            kept_of_layer(job, layer, into, recompute=recompute) - beside_graph(job, layer) for layer, into in above
+        )
         missing = {"gradients of Θ": of_head - 4 * (theta * (depth - len(above)) // depth)} if only else {}
         layers += [
             Moment(moment.name, moment.parts | bucket | missing)
@@ -131,7 +135,9 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
     if not only:
         return [*ends, *layers]
     lowest, into_lowest, _ = job.placement.kinds[0]
-    last = _mlp_backward(job, lowest, saved_of_layer(job, lowest, into_lowest))
+    beside = sum(count * beside_graph(job, layer) for layer, _, count in job.placement.kinds)
+    kept = saved_of_layer(job, lowest, into_lowest) + beside - beside_graph(job, lowest)
+    last = _mlp_backward(job, lowest, kept)
     return [
         *(Moment(moment.name, moment.parts | {"gradients of Θ": -4 * theta}) for moment in ends),
         *layers,
@@ -142,7 +148,7 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
 def _of_layer(job: Job, top: Layer, stream: bool, below: int) -> list[Moment]:
     """The moments of a layer's backward, the topmost of its kind. below: bytes kept of it and of those under it."""
     if job.layout.recompute and (stream or top.adapted):
-        below += saved_of_layer(job, top, stream)
+        below += saved_of_layer(job, top, stream) - beside_graph(job, top)
         if stream and not written_out(job):
             # The norm's input is the layer's, kept anyway.
             below -= job.shard_tokens * job.architecture.hidden * job.itemsize
@@ -154,7 +160,7 @@ def _of_layer(job: Job, top: Layer, stream: bool, below: int) -> list[Moment]:
     found = [_mlp_backward(job, top, behind_mlp), _attention_backward(job, top, stream, behind_mlp)]
     if job.layout.recompute:
         found.append(_recomputation(job, top, below))
-    return [*found, *job.footprint.backward_moments(job, below)]
+    return [*found, *job.footprint.backward_moments(job, top, below)]
 
 
 def _head(job: Job, kept: int) -> Moment:
@@ -208,6 +214,12 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
     # dY and dX, and a product on the way where two factors meet.
     wide = 4 if arch.gated else 2
     whole, sequence = t * arch.hidden * e, job.sequence_parallel
+    # What is saved behind a product is free before it, but for what is kept beside the graph.
+    behind_fc1, behind_fc2 = (
+        job.footprint.saved_behind_linear(job, top.kind.linears[name], top.on(name))
+        for name in ("linear_fc1", "linear_fc2")
+    )
+    kept -= 0 if sequence else behind_fc2
     # On a CPU a product that is a part of a message is computed apart and copied into it.
     apart = whole if sequence and job.device == "cpu" and not job.lanes else 0
     candidates = [
@@ -216,7 +228,7 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
         # The activation: its gradient and what it needs on the way.
         (0, wide * inner + residual - freed),
         # fc1: dX leaves as a partial sum.
-        (_message(job, fc1), residual + apart + (0 if sequence else whole) + grown - freed),
+        (_message(job, fc1), residual + apart + (0 if sequence else whole) + grown - freed - behind_fc1),
     ]
     buffers, working = max(candidates, key=sum)
     parts = {"activations": kept, "communication buffers": buffers, "working memory": working}
@@ -225,9 +237,8 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
 
 def _attention_backward(job: Job, top: Layer, stream: bool, kept: int) -> Moment:
     """The norm between attention and MLP: what the MLP saved is free, the norm's products are as wide as H."""
-    frozen = replace(top, factors=((),) * len(top.factors))
-    adapted = replace(top, factors=tuple(() if linear.in_attention else factors for linear, factors in top.linears))
-    mlp_only = saved_of_layer(job, adapted, True) - saved_of_layer(job, frozen, True)
+    frozen, adapted = replace(top, factors=((),) * len(top.factors)), top.part(in_attention=False)
+    mlp_only = saved_of_layer(job, adapted, True) - saved_of_layer(job, frozen, True) - beside_graph(job, adapted)
     inner = job.tokens * top.kind.ffn // job.layout.tensor * job.itemsize
     freed = (mlp_only + widths(job) * inner) if stream or top.adapted else 0
     return Moment("backward of the top attention", {"activations": kept - freed, "working memory": _norm_backward(job)})
@@ -241,6 +252,7 @@ def _recomputation(job: Job, top: Layer, kept: int) -> Moment:
     waiting, product = _message(job, fc2), _message(job, fc2)
     apart = whole if job.sequence_parallel and job.device == "cpu" and not job.lanes and top.on("linear_fc2") else 0
     working = residual + apart + (0 if job.sequence_parallel else whole)
+    working += beside_graph(job, top.part(in_attention=True))  # made again, beside the first
     parts = {"activations": kept, "communication buffers": waiting + product, "working memory": working}
     return Moment("recomputation of the top layer", parts)
 

@@ -77,12 +77,13 @@ class ThetaOnRank:
     """Elements of Θ on one rank, in the optimiser's two groups.
 
     replicated: with partial gradients, as A of column- and B of row-parallel linears have; sharded: the others. b,
-    total_ranks: elements of B and ranks of all factors.
+    rows, total_ranks: elements of B, rows and ranks of all factors.
     """
 
     replicated: int
     sharded: int
     b: int
+    rows: int
     total_ranks: int
 
     @property
@@ -95,13 +96,13 @@ def theta_on_rank(job: Job, tp_rank: int) -> ThetaOnRank:
     own = job.footprint.on_rank(job)
     replicated = sum(p.elements for p in own if p.partial)
     sharded = sum(p.elements for p in own if not p.partial)
-    b = ranks = 0
+    b = rows = ranks = 0
     for layer, _, count in job.placement.kinds:
-        for column, a_elements, b_elements, rank in _linears(job, layer, tp_rank):
-            replicated += count * (a_elements if column else b_elements)
-            sharded += count * (b_elements if column else a_elements)
-            b, ranks = b + count * b_elements, ranks + count * rank
-    return ThetaOnRank(replicated, sharded, b, ranks)
+        for linear in _linears(job, layer, tp_rank):
+            replicated += count * sum(linear.partial)
+            sharded += count * sum(linear.whole)
+            b, rows, ranks = b + count * linear.b, rows + count * linear.rows, ranks + count * linear.rank
+    return ThetaOnRank(replicated, sharded, b, rows, ranks)
 
 
 def parameter_sizes(job: Job, tp_rank: int) -> tuple[list[int], list[int]]:
@@ -109,22 +110,49 @@ def parameter_sizes(job: Job, tp_rank: int) -> tuple[list[int], list[int]]:
     own = job.footprint.on_rank(job)
     replicated, sharded = [p.elements for p in own if p.partial], [p.elements for p in own if not p.partial]
     for layer in job.placement.layers:
-        for column, a_elements, b_elements, _ in _linears(job, layer, tp_rank):
-            replicated.append(a_elements if column else b_elements)
-            sharded.append(b_elements if column else a_elements)
+        for linear in _linears(job, layer, tp_rank):
+            replicated += linear.partial
+            sharded += linear.whole
     return replicated, sharded
 
 
-def _linears(job: Job, layer: Layer, tp_rank: int) -> Iterator[tuple[bool, int, int, int]]:
-    """(column-parallel, elements of A, elements of B, R) of every adapted linear of a layer on a rank."""
+@dataclass(frozen=True)
+class _Linear:
+    """An adapted linear on a rank. a, b: elements of A and B. scales: of a parameter over B's rows, or empty.
+
+    rank: R.
+    """
+
+    column: bool
+    a: int
+    b: int
+    scales: tuple[int, ...]
+    rows: int
+    rank: int
+
+    @property
+    def partial(self) -> tuple[int, ...]:
+        """Elements of each parameter with a partial gradient."""
+        return (self.a,) if self.column else (self.b, *self.scales)
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Elements of every other."""
+        return (self.b, *self.scales) if self.column else (self.a,)
+
+
+def _linears(job: Job, layer: Layer, tp_rank: int) -> Iterator[_Linear]:
+    """Yield the adapted linears of a layer."""
     for layout, factors in layer.linears:
         rank = total_rank(factors)
         if rank:
             column = layout.kind == "column"
             a_elements = rank * (factors[0].in_features // (1 if column else job.layout.tensor))
+            rows = [_rows_on_rank(layout, factor, tp_rank, job.layout.tensor) for factor in factors]
             # A rank without a row of B keeps one element, since DeepSpeed cannot flatten an empty parameter.
-            b_elements = max(1, sum(f.rank * _rows_on_rank(layout, f, tp_rank, job.layout.tensor) for f in factors))
-            yield column, a_elements, b_elements, rank
+            b_elements = max(1, sum(factor.rank * held for factor, held in zip(factors, rows, strict=True)))
+            scales = (max(1, sum(rows)),) * job.footprint.trains_row_scales
+            yield _Linear(column, a_elements, b_elements, scales, sum(rows), rank)
 
 
 def heaviest_rank(job: Job) -> int:

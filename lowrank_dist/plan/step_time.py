@@ -128,10 +128,12 @@ def _passes(job: Job, tp_rank: int) -> int:
             if factors:
                 inputs, outputs = linear.in_features, sum(factor.rows for factor in factors)
                 column = linear.kind == "column"
+                out_tokens = job.tokens / n if column else job.shard_tokens
                 sides = inputs * (job.shard_tokens if column else job.tokens / n)
-                sides += outputs * (job.tokens / n if column else job.shard_tokens)
+                sides += outputs * out_tokens
                 found += int(count * 3 * sides * e)
+                found += int(count * job.footprint.output_passes * outputs * out_tokens * e)
     head = 3 * 4 * job.targets * (arch.vocab // n) + 6 * job.tokens * arch.hidden * e
     theta = theta_on_rank(job, tp_rank)
     adam = 4 * 7 * sum(partition_elements(x, job.layout.data) for x in (theta.replicated, theta.sharded))
-    return job.microbatches * (found + head) + adam
+    return job.microbatches * (found + head) + adam + job.footprint.step_passes(job)

@@ -56,7 +56,9 @@ def layer_calls(job: Job) -> int:
 
 
 def step_messages(job: Job, tp_rank: int) -> list[Message]:
-    """What an optimizer step adds to its microbatches: the deferred sum, and ZeRO over data parallelism."""
+    """What an optimizer step adds to its microbatches: the deferred sum, ZeRO over data parallelism, and the method's
+    own.
+    """
     theta = theta_on_rank(job, tp_rank)
     if not theta.elements:
         return []
@@ -64,6 +66,8 @@ def step_messages(job: Job, tp_rank: int) -> list[Message]:
     if job.layout.tensor > 1 and theta.replicated:
         nbytes = 4 * partition_elements(theta.replicated, data)
         messages.append(Message(REDUCE, "tensor", "step", nbytes))
+    if job.layout.tensor > 1:
+        messages += [Message(kind, "tensor", "step", nbytes) for kind, nbytes in job.footprint.step_calls(job)]
     if data > 1:
         rounds = job.microbatches if job.zero_stage == 2 else 1
         for elements in bucket_elements(job, tp_rank):

@@ -24,12 +24,12 @@ from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.plan.hardware import GPUS
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.sections.section import MethodName
-from lowrank_dist.plan.job import Footprint, Layout
+from lowrank_dist.plan.job import Footprint, Job, Layout
 from lowrank_dist.plan.layouts import Candidate, Cluster
 from lowrank_dist.methods.registry import Sizes, footprints_beside, home
 from lowrank_dist.plan.describe import MethodPlan, compare
-from lowrank_dist.plan.parameters import frozen_size
-from lowrank_dist.engine.planning import job_of, read_request
+from lowrank_dist.plan.parameters import frozen_size, theta_on_rank
+from lowrank_dist.engine.planning import Request, find_model, job_of, read_request
 from tests.dist import ranks
 from tests.dist.method_runs import (
     BOTTLENECK,
@@ -47,13 +47,14 @@ from tests.dist.method_runs import (
     measure,
     prompt_rows,
     reference,
+    run_config,
     twins_of,
     values_away,
     write_and_score,
 )
 from tests.dist.ranks import run_ranks
 from tests.dist.test_collectives import build as build_frozen
-from tests.dist.test_collectives import loss_of, train_embedding
+from tests.dist.test_collectives import LENGTH, ROWS, loss_of, train_embedding
 from tests.dist.tiny_runs import LAYOUTS, worst
 from tests.tiny_models import PAD, make_tiny
 
@@ -454,6 +455,11 @@ def of_size(method: MethodName, sizes: Sizes, architecture: Architecture) -> Foo
     return found
 
 
+def job_of_run(folder: str, name: str) -> Job:
+    """As a run of this method is planned."""
+    return job_of(Request(find_model(folder), run_config(folder, name), True), 1.0)
+
+
 @pytest.mark.parametrize("family", TRIED)
 def test_trained_parameters_are_those_of_the_formulas(folders: dict[str, str], family: str) -> None:
     shape = read_architecture(Path(folders[family]))
@@ -467,13 +473,21 @@ def test_trained_parameters_are_those_of_the_formulas(folders: dict[str, str], f
         "prefix": of_size("prefix", SIZES, shape).parameters(shape).stored,
         "prefix_mlp": of_size("prefix", SIZES, shape).parameters(shape).trained,
         "prompt": of_size("prompt", SIZES, shape).parameters(shape).trained,
+        **{
+            name: job_of_run(folders[family], name).footprint.parameters(shape).trained
+            for name in METHODS
+            if "dora" in name
+        },
     }
     for world in (1, 2):
-        for rank in run_ranks(world, sizes_of, folders[family], world):
+        for tp_rank, rank in enumerate(run_ranks(world, sizes_of, folders[family], world)):
             assert {name: stored for name, (stored, _) in rank.items()} == expected
             for name, (stored, here) in rank.items():
                 # One rank has all of it and nothing twice; of two, each has all of a copy and half of what is cut.
-                if world == 1 or name.endswith("replicated") or name == "prompt":
+                if "dora" in name:
+                    job = replace(job_of_run(folders[family], name), layout=Layout(world, 1, True, 1, False))
+                    assert here == theta_on_rank(job, tp_rank).elements
+                elif world == 1 or name.endswith("replicated") or name == "prompt":
                     assert here == stored, name
                 elif name != "prefix_mlp" and (family, name) != ("one_kv", "prefix"):
                     assert stored / 2 <= here < 0.6 * stored, name
@@ -512,6 +526,13 @@ def sizes_of(folder: str, tensor: int) -> dict[str, tuple[int, int]]:
     return found
 
 
+def model_for_loss(setting: MethodSetting) -> Any:
+    """The model of `build`, with masks for the rows of `loss_of`."""
+    built = build(setting)
+    built.theta.masks.set(0, torch.zeros(LENGTH, ROWS, dtype=torch.int64, device=ranks.device()))
+    return built.model
+
+
 def calls_of_a_layer(folders: dict[str, str], sequence: bool, recompute: bool) -> dict[str, list[Counter[str]]]:
     """One rank: of every method, and "frozen", what a layer in the midst of others calls, forward and backward."""
     from lowrank_dist.parallel.counting import count_collectives
@@ -524,7 +545,7 @@ def calls_of_a_layer(folders: dict[str, str], sequence: bool, recompute: bool) -
             if name == "frozen":
                 model = build_frozen(folders[depth], ranks.topology(2, sequence), None, recompute)
             else:
-                model = build(setting).model
+                model = model_for_loss(setting)
             train_embedding(model)
             with count_collectives() as forward:
                 loss = loss_of(model)
@@ -540,12 +561,16 @@ def calls_of_a_layer(folders: dict[str, str], sequence: bool, recompute: bool) -
 
 
 def planned(folder: str, sequence: bool, recompute: bool) -> dict[str, MethodPlan]:
-    """What the plan says of each method at TP 2, by our names."""
-    job = job_of(read_request(folder, ["data.max_length=16"]), 1.0)
+    """What the plan says of each method at TP 2, by our names; "lora" is weight-decomposed."""
+    job = job_of(read_request(folder, ["data.max_length=16", "lora.dora=true"]), 1.0)
     job = replace(job, layout=Layout(2, 1, sequence, 1, recompute))
     others = footprints_beside(job.footprint, SIZES, job.architecture, 2)
     rows = compare(Candidate(job, Cluster(1, 2, GPUS["h100"], GPUS["h100"].memory)), others)
     return {row.method + ("_replicated" if row.placement == "replicated" else ""): row for row in rows}
+
+
+# Our names that the plan has others for.
+_PLANNED = {"prompt": "prompt_replicated", "prefix_mlp": "prefix", "dora": "lora", "dora_dropout": "lora"}
 
 
 @pytest.mark.parametrize(("sequence", "recompute"), itertools.product((True, False), (False, True)))
@@ -556,7 +581,7 @@ def test_added_collectives_are_those_of_the_plan(folders: dict[str, str], sequen
         for name, phases in rank.items():
             assert all(not before - now for before, now in zip(frozen, phases, strict=True)), name
             added = [now - before for before, now in zip(frozen, phases, strict=True)]
-            row = plan["prompt_replicated" if name == "prompt" else name.removesuffix("_mlp")]
+            row = plan[_PLANNED.get(name, name)]
             assert sum(phase.total() for phase in added) == row.added, (name, added)
 
 
@@ -572,11 +597,11 @@ def saved_in_evaluation(folder: str) -> dict[str, list[int]]:
     """One rank: of every method, how many tensors autograd keeps of logits, and of a loss that is trained on."""
     found = {}
     for name in METHODS:
-        built = build(MethodSetting(folder, 2, True, name=name))
+        model = model_for_loss(MethodSetting(folder, 2, True, name=name))
         counts = []
         for score in (
-            lambda built=built: logits_of(built.model, fixed_tokens()),
-            lambda built=built: loss_of(built.model),
+            lambda model=model: logits_of(model.eval(), fixed_tokens()),
+            lambda model=model: loss_of(model.train()),
         ):
             kept: list[int] = []
             with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(1) or x, lambda x: x):

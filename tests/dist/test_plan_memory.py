@@ -37,6 +37,7 @@ class Case:
     recompute: bool
     microbatches: int = 2
     method: str = "lora"
+    dora: bool = False
     decoded: int = 0  # prompts that an evaluation after the step decodes together
 
 
@@ -92,6 +93,7 @@ def step(folder: str, case: Case) -> int:
             index + 1 == case.microbatches,
         )
     optimiser.step(1e-3)
+    theta.refresh()
     if case.decoded:
         with model.without_sequence_parallelism():
             cache = model.new_cache(torch.zeros(case.decoded, dtype=torch.int64), LENGTH + NEW - 1)
@@ -142,7 +144,7 @@ def config(folder: str, case: Case) -> Config:
 
 
 def request(folder: str, case: Case) -> Request:
-    own = {"lora": [f"lora.rank={RANK}"], "adapter_h": ["adapter.bottleneck=48"]}.get(case.method, [])
+    own = {"lora": [f"lora.rank={RANK}", f"lora.dora={str(case.dora).lower()}"], "adapter_h": ["adapter.bottleneck=48"]}.get(case.method, [])
     if case.decoded:
         own += ["data.eval=none", f"eval.generate={{batch: {case.decoded}, max_new_tokens: {NEW}}}"]
     found = read_request(
@@ -200,6 +202,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_measured_peak(folder: str, tiny: str) -> None:
     """The other cases: tests/long."""
     compare(folder, tiny, Case(1, recompute=True))
+
+
+def test_measured_peak_of_dora(folder: str, tiny: str) -> None:
+    """Without what is saved behind every linear the plan would be off."""
+    case = Case(1, recompute=False, dora=True)
+    lora = planned(folder, replace(case, dora=False)).parts["activations"]
+    expected = planned(folder, case)
+    assert expected.parts["activations"] - lora > TOLERANCE / (1 - TOLERANCE) * expected.total
+    compare(folder, tiny, case)
 
 
 def compare(folder: str, tiny: str, case: Case) -> None:

@@ -24,6 +24,10 @@ def test_measured_peak_of_the_other_methods(third: str, tiny: str, method: str, 
     compare(third, tiny, Case(tensor, recompute=True, method=method))
 
 
+def test_measured_peak_of_dora(third: str, tiny: str) -> None:  # noqa: F811
+    compare(third, tiny, Case(3, recompute=False, dora=True))
+
+
 def test_measured_peak_of_an_only_microbatch(third: str, tiny: str) -> None:  # noqa: F811
     """Gradients of all weights are not there yet where activations are the most; with them the plan would be off."""
     case = Case(1, recompute=False, microbatches=1, method="full")

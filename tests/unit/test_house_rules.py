@@ -324,7 +324,6 @@ SHORT = {
     **{f"{owner}/config.py": _SECTION for owner in ("data", "model", "parallel")},
     **{f"methods/{name}/config.py": _SECTION for name in ("bottleneck", "lora", "prefix", "prompt")},
     "backend/megatron.py": "every patch of Megatron in one place",
-    "methods/lora/footprint.py": "every method has its footprint in this file",
     "parallel/masks.py": "which mask is drawn, apart from the operator that draws it",
 }
 

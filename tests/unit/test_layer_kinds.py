@@ -18,14 +18,14 @@ from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.arch.tensors import copy_plans, hf_shapes, parameter_shapes
 from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.methods.full.footprint import WholeModel
-from lowrank_dist.methods.lora.footprint import LowRank
+from lowrank_dist.methods.lora.footprint import Decomposed, LowRank
 from lowrank_dist.plan.activations import activations
 from lowrank_dist.plan.factors import Factor, joined, low_rank
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.job import Footprint, Job, Layout
-from lowrank_dist.plan.memory import of_microbatch
+from lowrank_dist.plan.memory import of_microbatch, standing
 from lowrank_dist.plan.parameters import frozen_on_rank, frozen_parameters, parameter_sizes, theta_on_rank
-from lowrank_dist.plan.traffic import bytes_of, microbatch_messages
+from lowrank_dist.plan.traffic import bytes_of, microbatch_messages, step_messages
 
 HIDDEN, HEADS, KV_HEADS, HEAD, VOCAB, RANK = 64, 4, 2, 16, 107, 3
 NARROW, WIDE = 96, 160
@@ -101,6 +101,10 @@ def job(architecture: Architecture, footprint: Footprint, layout: Layout) -> Job
 
 def lora(architecture: Architecture) -> LowRank:
     return LowRank("lora", low_rank(architecture, EVERYTHING))
+
+
+def dora(architecture: Architecture) -> Decomposed:
+    return Decomposed("lora", low_rank(architecture, EVERYTHING))
 
 
 def full(architecture: Architecture) -> WholeModel:
@@ -229,7 +233,7 @@ def test_flops() -> None:
 
 
 @pytest.mark.parametrize("layout", layouts(), ids=str)
-@pytest.mark.parametrize("method", [lora, full])
+@pytest.mark.parametrize("method", [lora, dora, full])
 def test_activations_of_two_kinds_are_the_mean_of_one_kind_each(layout: Layout, method: type) -> None:
     """Half of the layers are of either; the lowest, whose input may need no gradient, is cut off in the difference."""
 
@@ -244,16 +248,23 @@ def test_activations_of_two_kinds_are_the_mean_of_one_kind_each(layout: Layout, 
 
 
 @pytest.mark.parametrize("layout", layouts(), ids=str)
-@pytest.mark.parametrize("method", [lora, full])
+@pytest.mark.parametrize("method", [lora, dora, full])
 def test_a_wide_layer_below_a_narrow_one_has_its_moments(layout: Layout, method: type) -> None:
-    """Those of the model that ends with it: what the layer above kept is free by then."""
+    """Those of the model that ends with it: what the layer above kept is free by then, but for what DoRA keeps beside
+    the graph of products that came out of a collective.
+    """
 
-    def moments(*kinds: int) -> list[tuple[str, tuple[tuple[str, int], ...]]]:
+    def moments(*kinds: int, more: int = 0) -> list[tuple[str, tuple[tuple[str, int], ...]]]:
         architecture = replace(MIXED, layers=tuple(MIXED.layers[kind] for kind in kinds))
         found = of_microbatch(job(architecture, method(architecture), layout), 0)
-        return [(moment.name, tuple(moment.parts.items())) for moment in found if "of the top" in moment.name]
+        own = [x for x in found if "of the top" in x.name or "magnitudes" in x.name]
+        return [(x.name, tuple((x.parts | {"activations": x.parts["activations"] + more}).items())) for x in own]
 
-    assert set(moments(1, 1)) < set(moments(1, 1, 0))
+    # Z and U of o_proj and of down_proj.
+    beside = 2 * job(MIXED, method(MIXED), layout).shard_tokens * (HIDDEN + RANK) * 2
+    beside *= method is dora and layout.sequence
+    assert len(moments(1, 1)) == 2 + layout.recompute + 2 * (method is dora)
+    assert set(moments(1, 1, more=beside)) < set(moments(1, 1, 0))
     assert not set(moments(1, 1)) & set(moments(0, 0, 0)), "another kind has other moments"
 
 
@@ -269,3 +280,42 @@ def test_messages_follow_the_factors_of_each_layer() -> None:
     layer = low_rank(MIXED, rules).layers[3]
     assert layer.rank("linear_fc1") == 2 * RANK and layer.rank("linear_qkv") == 0
     assert layer.on("linear_fc2") == (Factor("down_proj", RANK, WIDE, HIDDEN, (0,)),)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_magnitudes_are_those_of_each_layer(n: int) -> None:
+    """One a row of every projection; a row-parallel linear has all of its rows on every rank."""
+
+    def magnitudes(architecture: Architecture) -> tuple[int, ...]:
+        """Elements of Θ of the model and of a rank, bytes of buffers and passes, and messages of a step."""
+        with_them, without = (
+            job(architecture, method(architecture), Layout(n, 1, n > 1, 2, False)) for method in (dora, lora)
+        )
+        held, bare = (theta_on_rank(each, n - 1) for each in (with_them, without))
+        buffers = standing(with_them, held)["Θ"] - standing(without, bare)["Θ"] - 4 * (held.elements - bare.elements)
+        return (
+            with_them.footprint.parameters(architecture).trained - without.footprint.parameters(architecture).trained,
+            held.elements - bare.elements,
+            buffers,
+            with_them.footprint.step_passes(with_them),
+            sum(message.bytes for message in step_messages(with_them, 0) if message.bytes == 4 * 2 * HIDDEN * len(FFN)),
+        )
+
+    on_rows = {name: rows for name, (rows, _) in all_projections().items()}
+    here = sum(rows if "o_proj" in name or "down" in name else rows // n for name, rows in on_rows.items())
+    # Where rows are (int64), norms and g − 1 (fp32). W's cast from bf16, and seven passes in fp32.
+    passes = (2 + 4 + 7 * 4) * sum(WEIGHTS) // n
+    sent = 4 * 2 * HIDDEN * len(FFN) if n > 1 else 0
+    assert magnitudes(MIXED) == (sum(on_rows.values()), here, (8 + 4 + 4) * here, passes, sent)
+    assert all(found != alike for found, alike in zip(magnitudes(MIXED)[:4], magnitudes(ALIKE)[:4], strict=True))
+
+
+def test_the_widest_adapted_kind_decides_what_an_evaluation_needs() -> None:
+    def working(targets: str) -> int:
+        footprint = Decomposed("lora", low_rank(MIXED, LoraRules(RANK, 1.0, targets)))
+        return footprint.evaluation_working(job(MIXED, footprint, layouts()[0]), 1000 * HIDDEN)
+
+    residual = 4 * 1000 * HIDDEN
+    for layers, fc1 in ("01", 2 * WIDE), ("0", 2 * NARROW):
+        assert working(rf".*layers\.[{layers}]\.mlp\..*") == residual + 2 * 1000 * fc1
+    assert working(r".*layers\.1\.self_attn\..*") == residual

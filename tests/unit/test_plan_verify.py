@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_dist.engine import dry_run as verify
 from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.ops.extension import extension_loaded
+from lowrank_dist.parallel.theta import is_partial
 from lowrank_dist.plan import memory, traffic
 from lowrank_dist.plan.hardware import GPUS
 from lowrank_dist.plan.job import LayerCalls, LayerFlops, Layout
 from lowrank_dist.plan.layouts import Candidate, Cluster
-from lowrank_dist.plan.parameters import frozen_on_rank
+from lowrank_dist.plan.parameters import frozen_on_rank, parameter_sizes
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +68,7 @@ def verified(source: str, *overrides: str, layout: Layout, target_share: float =
     return verify.verification(Candidate(job, cluster), request)
 
 
+DORA = "lora.dora=true"
 CASES = [
     # folder, TP, DP, sequence parallel, rows, recompute, target share, overrides
     ("llama", 1, 1, False, 2, False, 1.0, []),
@@ -94,6 +97,11 @@ CASES = [
     # The top layer is like one below it, and not like the one that differs last.
     ("llama", 4, 1, True, 4, False, 0.1, [r"lora.targets=.*layers\.[013]\.mlp\..*_proj"]),
     ("llama", 4, 1, True, 4, True, 0.1, [r"lora.targets=.*layers\.[013]\.mlp\..*_proj"]),
+    ("llama", 2, 2, True, 2, False, 1.0, [DORA, "lora.dropout=0.1"]),
+    ("llama", 4, 1, True, 2, True, 0.1, [DORA]),
+    ("two_kv", 8, 1, False, 2, False, 0.5, [DORA]),
+    ("gpt2", 4, 1, False, 2, True, 0.1, [DORA]),
+    ("llama", 4, 1, True, 2, False, 0.3, [DORA, r"lora.targets=.*layers\.(1\.mlp|3)\..*(up|down|o)_proj"]),
 ]
 
 
@@ -189,6 +197,8 @@ def test_the_formulas_of_the_other_methods(
             lambda self, architecture, tokens, stream: LayerFlops(),
             [*ADAPTER_H, "adapter.bottleneck=256"],
         ),
+        ("methods.lora.footprint.Decomposed.saved_behind_linear", lambda self, job, linear, factors: 0, [DORA]),
+        ("methods.lora.footprint.Decomposed.step_calls", lambda self, job: [], [DORA]),
     ],
 )
 def test_notices_a_wrong_formula_of_another_method(
@@ -221,11 +231,26 @@ def agrees_at_tp_8(name: str, targets: str) -> None:
     assert time.process_time() - started < 120
 
 
+@pytest.mark.parametrize("targets", ["[v_proj]", "all-linear"])
+def test_magnitudes_lie_as_the_rows_of_b(folders: dict[str, str], targets: str) -> None:
+    """Parameter by parameter, as ZeRO's buckets have them; of v_proj two of four ranks hold no row."""
+    request = read_request(folders["two_kv"], [DORA, f"lora.targets={targets}"])
+    job = replace(job_of(request, 1.0), layout=Layout(4, 1, True, 2, False))
+    lone = []
+    for rank in range(4):
+        with verify._fake_ranks(job, rank) as topology, FakeTensorMode(allow_non_fake_inputs=True):
+            _, theta, _ = verify._build(job, request.config, topology)
+        found = tuple([p.numel() for p in theta.parameters if is_partial(p) == partial] for partial in (True, False))
+        assert found == parameter_sizes(job, rank)
+        lone.append(1 in found[1])
+    assert lone == [targets == "[v_proj]", False] * 2
+
+
 def test_flops_are_those_of_the_products(folders: dict[str, str]) -> None:
     """Attention apart, to the last multiplication, on one rank, with the compiled operators' block-diagonal B."""
     if not extension_loaded():
         pytest.skip("the compiled operators are not built: B's zeros are multiplied")
-    for overrides in ([], [r"lora.targets=.*layers\.[12]\..*(q|up)_proj"]):
+    for overrides in ([], [DORA], [r"lora.targets=.*layers\.[12]\..*(q|up)_proj"]):
         for recompute in (False, True):
             layout = Layout(1, 1, False, 2, recompute)
             found = verified(folders["llama"], "data.max_length=512", *overrides, layout=layout, target_share=0.3)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.methods.bottleneck.config import AdapterConfig, has_norm, places, reason_not_shardable
 from lowrank_dist.methods.registry import Sizes
-from lowrank_dist.plan.factors import Placement, joined
+from lowrank_dist.plan.factors import Layer, Placement, joined
 from lowrank_dist.plan.job import Call, Footprint, Job, LayerCalls, LayerFlops, Moment, Parameter, Parameters
 from lowrank_dist.plan.traffic import GATHER, REDUCE, SCATTER
 from lowrank_dist.sections.section import MethodName
@@ -67,7 +67,7 @@ class Bottlenecks(Footprint):
     def saved_behind_mlp(self, job: Job) -> int:
         return self._saved(job)
 
-    def backward_moments(self, job: Job, kept: int) -> Sequence[Moment]:
+    def backward_moments(self, job: Job, top: Layer, kept: int) -> Sequence[Moment]:
         """The topmost bottleneck: its output's gradient and its input's; where it is cut, one of them of all tokens."""
         e, hidden = job.itemsize, job.architecture.hidden
         whole = job.tokens * hidden * e if self.sharded and job.sequence_parallel else 0

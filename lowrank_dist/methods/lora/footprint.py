@@ -1,16 +1,31 @@
-"""The footprint of low-rank updates: factors A [r, in] and B [out, r] of every target. No torch."""
+"""The footprint of low-rank updates: factors A [r, in] and B [out, r] of every target. No torch.
+
+Weight-decomposed ones have a magnitude of every output row as well (parallel/decomposed.py).
+
+Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, O outputs and K inputs of a linear,
+N ranks, R = Σ r of a linear.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.placement import LoraRules
+from lowrank_dist.arch.placement import LinearPlacement, LoraRules, place
+from lowrank_dist.arch.rows import Linear
+from lowrank_dist.errors import UserError
 from lowrank_dist.methods.lora.config import LoraConfig
 from lowrank_dist.methods.registry import Sizes
-from lowrank_dist.plan.factors import low_rank, on_every_linear
-from lowrank_dist.plan.job import Footprint
+from lowrank_dist.plan.activations import widths
+from lowrank_dist.plan.factors import Factor, Layer, low_rank, on_every_linear, total_rank
+from lowrank_dist.plan.job import Call, Footprint, Job, Moment, Parameters
+from lowrank_dist.plan.traffic import REDUCE
 from lowrank_dist.sections.section import MethodName
+
+# parallel/decomposed.py: elements of a weight, and of outputs, that are in work at a time in fp32.
+_CHUNK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,100 @@ class LowRank(Footprint):
         return self.placement.by_module()
 
 
+@dataclass(frozen=True)
+class Decomposed(LowRank):
+    """A magnitude of every row that factors are on beside them.
+
+    Left out: FLOPs of the norms, 2·R·O·K of a linear in a step, as AdamW's are; and their two chunks of a weight, which
+    exist when gradients and activations are gone.
+    """
+
+    trains_row_scales: ClassVar[bool] = True
+
+    @property
+    def output_passes(self) -> int:
+        """Y = g ⊙ Z reads and writes one; backward dZ = g ⊙ dY as well, and dm reads two."""
+        return 6
+
+    def step_passes(self, job: Job) -> int:
+        """The norms: W is cast, copied into the product's output, added to B·A, squared and summed."""
+        cast = job.itemsize + 4 if job.itemsize < 4 else 0
+        weights = sum(count * linear.weights for linear, _, count in self._adapted())
+        return (cast + (2 + 2 + 2 + 1) * 4) * weights // job.layout.tensor
+
+    def parameters(self, architecture: Architecture) -> Parameters:
+        """Return (in + out)·r of a factor, and out."""
+        count = sum(self.parts(architecture).values())
+        return Parameters(count, count)
+
+    def parts(self, architecture: Architecture) -> dict[str, int]:
+        found = super().parts(architecture)
+        for _, factors, count in self._adapted():
+            for factor in factors:
+                found[factor.name] += count * factor.rows
+        return found
+
+    def buffers(self, job: Job, rows: int) -> int:
+        """Which rows factors are on (int64), the norms of these, and g − 1 of every output."""
+        return (8 + 4) * rows + 4 * sum(count * _outputs(job, linear) for linear, _, count in self._adapted())
+
+    def saved_behind_linear(self, job: Job, linear: Linear, factors: Sequence[Factor]) -> int:
+        """Z; of a row-parallel linear under sequence parallelism as it came, with U beside it."""
+        if not factors:
+            return 0
+        if linear.kind == "row" and job.sequence_parallel:
+            return job.shard_tokens * (linear.out_features + total_rank(factors)) * job.itemsize
+        return job.tokens * _outputs(job, linear) * job.itemsize
+
+    def backward_moments(self, job: Job, top: Layer, kept: int) -> Sequence[Moment]:
+        """The top MLP's magnitudes: dY, dZ and chunks of them in fp32. fc1's when the activation is behind."""
+        fc1, fc2 = (top.kind.linears[name] for name in ("linear_fc1", "linear_fc2"))
+        on_fc2 = top.on("linear_fc2")
+        residual = job.shard_tokens * job.architecture.hidden * job.itemsize
+        inner = job.tokens * top.kind.ffn // job.layout.tensor * job.itemsize
+        found = []
+        if on_fc2:
+            working = _rescaling(job, job.shard_tokens * _outputs(job, fc2))
+            found.append(Moment("backward of fc2's magnitudes", {"activations": kept, "working memory": working}))
+        if top.on("linear_fc1"):
+            freed = widths(job) * inner + (inner if on_fc2 else 0)
+            freed += 0 if job.sequence_parallel else self.saved_behind_linear(job, fc2, on_fc2)
+            working = residual + _rescaling(job, job.tokens * _outputs(job, fc1))
+            parts = {"activations": kept - freed, "working memory": working}
+            found.append(Moment("backward of fc1's magnitudes", parts))
+        return found
+
+    def evaluation_working(self, job: Job, residual: int) -> int:
+        """Z and Y of fc1 beside the embeddings, the layer's input and that of its MLP, and the norm of it."""
+        adapted = (layer.kind for layer, _, _ in self.placement.kinds if layer.on("linear_fc1"))
+        widest = max((_outputs(job, kind.linears["linear_fc1"]) for kind in adapted), default=0)
+        return 4 * residual + 2 * widest * residual // job.architecture.hidden
+
+    def step_calls(self, job: Job) -> Sequence[Call]:
+        """Squares of all rows of row-parallel linears, whose columns lie on many ranks, in one sum."""
+        row_parallel = ((factors, count) for linear, factors, count in self._adapted() if linear.kind == "row")
+        rows = sum(count * factor.rows for factors, count in row_parallel for factor in factors)
+        return [(REDUCE, 4 * rows)] if rows else []
+
+    def _adapted(self) -> Iterator[tuple[Linear, tuple[Factor, ...], int]]:
+        """Yield linears with factors, and how many are alike."""
+        for layer, _, count in self.placement.kinds:
+            for linear, factors in layer.linears:
+                if factors:
+                    yield linear, factors, count
+
+
+def _outputs(job: Job, linear: Linear) -> int:
+    """O on a rank."""
+    return linear.local_shape(job.layout.tensor)[0]
+
+
+def _rescaling(job: Job, outputs: int) -> int:
+    """Working memory of backward through g: dY and dZ of `outputs` elements, dY's chunk in fp32, its product with Z."""
+    chunks = 1 if job.itemsize == 4 else 2
+    return 2 * outputs * job.itemsize + chunks * 4 * min(outputs, _CHUNK_ELEMENTS)
+
+
 def placement_rules(section: LoraConfig) -> LoraRules:
     """The part of the section by which `place` puts factors on linears."""
     return LoraRules(
@@ -29,9 +138,24 @@ def placement_rules(section: LoraConfig) -> LoraRules:
     )
 
 
+def refuse_parts(placements: Sequence[LinearPlacement]) -> None:
+    """Raise UserError for a target that is a part of a module: a magnitude in an adapter file is of whole modules."""
+    for placement in placements:
+        for spec in placement.factors:
+            covered = sum(other.rows for other in placement.factors if other.export_path == spec.export_path)
+            if covered < spec.export_rows:
+                raise UserError(
+                    f"lora.dora: {spec.path} is a part of {spec.export_path}, of which an adapter with magnitudes has "
+                    f"all rows: target {spec.export_path.rpartition('.')[2]}, or all of its parts"
+                )
+
+
 def footprint_of(method: MethodName, section: LoraConfig, architecture: Architecture) -> LowRank:
-    """Return the footprint. UserError where targets or patterns do not fit the model."""
-    return LowRank(method, low_rank(architecture, placement_rules(section)))
+    """Return the footprint. UserError where targets or patterns do not fit the model, or their magnitudes its files."""
+    rules = placement_rules(section)
+    if section.dora:
+        refuse_parts(place(architecture, rules))
+    return (Decomposed if section.dora else LowRank)(method, low_rank(architecture, rules))
 
 
 def footprints_of_size(method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int) -> list[LowRank]:

@@ -17,7 +17,7 @@ from lowrank_dist.methods.lora.adopt import factors_for, initial_factors, refuse
 from lowrank_dist.methods.lora.config import LoraConfig
 from lowrank_dist.methods.lora.factors import adapter_factors, inject, lora_theta, stored_tensors, whole_factors
 from lowrank_dist.methods.lora.files import Adapter, module_paths, read_adapter, write_adapter_files
-from lowrank_dist.methods.lora.footprint import placement_rules
+from lowrank_dist.methods.lora.footprint import placement_rules, refuse_parts
 from lowrank_dist.methods.method import Setting
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.ops.mask import quantise
@@ -45,7 +45,7 @@ class Lora:
         except ValueError as error:
             raise UserError(f"lora.dropout: {error}; give a smaller one") from error
         if section.dora:
-            _refuse_parts(self._placements)
+            refuse_parts(self._placements)
 
     @property
     def summary(self) -> str:
@@ -110,15 +110,3 @@ def _attach(
     linears = [module for module in model.modules() if isinstance(module, LowRankLinear) and module.update is not None]
     start_magnitudes(linears, topology.tp_group)
     return lora_theta(adapted, topology.tp_size, masks, partial(refresh_norms, linears, topology.tp_group))
-
-
-def _refuse_parts(placements: Sequence[LinearPlacement]) -> None:
-    """Raise UserError for a target that is a part of a module: a magnitude in an adapter file is of whole modules."""
-    for placement in placements:
-        for spec in placement.factors:
-            covered = sum(other.rows for other in placement.factors if other.export_path == spec.export_path)
-            if covered < spec.export_rows:
-                raise UserError(
-                    f"lora.dora: {spec.path} is a part of {spec.export_path}, of which an adapter with magnitudes has "
-                    f"all rows: target {spec.export_path.rpartition('.')[2]}, or all of its parts"
-                )
