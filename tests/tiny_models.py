@@ -13,6 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -51,10 +53,19 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
+# No two alike, none 1, and that of attention far from 1/√head_dim = 0.25: one that is left out or exchanged is noticed.
+_MULTIPLIERS = {
+    "embedding_multiplier": 5.0,
+    "attention_multiplier": 0.06,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
+
 # Name here → (config class, model class, keys of config.json).
 _RECIPES: dict[str, tuple[type, type[PreTrainedModel], dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {**_GROUPED, "head_dim": 16, "rope_parameters": _LLAMA3_ROPE}),
     "llama2": (LlamaConfig, LlamaForCausalLM, {**_GROUPED, "num_key_value_heads": 4}),
+    "granite": (GraniteConfig, GraniteForCausalLM, {**_GROUPED, **_MULTIPLIERS}),
     "mistral": (MistralConfig, MistralForCausalLM, {**_GROUPED, "head_dim": 16, "sliding_window": 64}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {**_GROUPED, "tie_word_embeddings": True}),
     # heads × head_dim is not the hidden size, as in the published Qwen3 models.

@@ -2,7 +2,7 @@
 
 The tables follow transformers' `configuration_<family>.py` (which key is left out means what) and
 `modeling_<family>.py`. `config_json.architecture_of` reads them; to add a family whose blocks Megatron can express, add
-a table here and a tiny model to tests/tiny_models.py.
+a table here and a tiny model to tests/tiny_models.py (docs/DESIGN.md has all steps).
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,9 @@ class Family:
     `keys` nor `fixed` has, or that are None, ffn is four times hidden, kv_heads is heads, and head_dim is hidden by
     heads.
     fixed: fields that every model of the family shares.
-    only: key of config.json → the one value that is supported (and taken where it is missing), and what another value
-    would ask for. equal: key of config.json → the field that it must equal where it is given, and what else it asks
-    for.
+    only: a flag of config.json → the one value that is supported (and taken where it is missing), and what the other
+    would ask for. equal: a size of config.json → the field that it must equal where it is given, and what else it asks
+    for. absent: a key that config.json must not have → what it asks for.
     linears: Megatron linear → Hugging Face module path, one per projection, in the order of LinearLayout.parts.
     tensors: every other tensor, those of a layer with a `{layer}` field; `OUTPUT_LAYER` drops out where the embeddings
     are tied.
@@ -73,6 +73,13 @@ _LLAMA_KEYS = {
 _MISTRAL_KEYS = _LLAMA_KEYS | {
     "kv_heads": Key("num_key_value_heads", "size", 8),
     "max_positions": Key("max_position_embeddings", "size", 131_072),
+}
+_GRANITE_KEYS = _LLAMA_KEYS | {
+    "embedding_multiplier": Key("embedding_multiplier", "positive", 1.0),
+    # Where it is missing scores are not scaled at all, not even by 1/√head_dim.
+    "attention_multiplier": Key("attention_multiplier", "positive", 1.0),
+    "residual_multiplier": Key("residual_multiplier", "positive", 1.0),
+    "logits_divisor": Key("logits_scaling", "positive", 1.0),
 }
 _QWEN_KEYS = _LLAMA_KEYS | {
     "kv_heads": Key("num_key_value_heads", "size", 32, null=True),
@@ -131,6 +138,7 @@ _QK_NORM_TENSORS = (
     ),
 )
 _OUTPUT_BIAS_REFUSED = (False, "a bias on the attention's output projection (Megatron has one flag for q, k, v alone)")
+_LLAMA_ONLY = {"attention_bias": _OUTPUT_BIAS_REFUSED, "mlp_bias": (False, "biases in the MLP")}
 # Old checkpoints carry the frequencies as a buffer; transformers ignores it and so do we.
 _ROPE_BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
@@ -139,7 +147,16 @@ FAMILIES: Mapping[str, Family] = {
         prefix="model.",
         keys=_LLAMA_KEYS,
         fixed=_LLAMA_FIXED,
-        only={"attention_bias": _OUTPUT_BIAS_REFUSED, "mlp_bias": (False, "biases in the MLP")},
+        only=_LLAMA_ONLY,
+        linears=_LLAMA_LINEARS,
+        tensors=_LLAMA_TENSORS,
+        ignored=_ROPE_BUFFERS,
+    ),
+    "granite": Family(
+        prefix="model.",
+        keys=_GRANITE_KEYS,
+        fixed=_LLAMA_FIXED,
+        only=_LLAMA_ONLY,
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,

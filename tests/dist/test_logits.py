@@ -127,9 +127,36 @@ def forget_norm_weights(model: Any) -> None:
             parameter.fill_(1.0)
 
 
+def forget_embedding_multiplier(model: Any) -> None:
+    model.architecture = replace(model.architecture, embedding_multiplier=1.0)
+
+
+def forget_attention_multiplier(model: Any) -> None:
+    for layer in model.decoder.layers:
+        layer.self_attention.core_attention.softmax_scale = None  # 1/√head_dim
+
+
+def forget_residual_multiplier(model: Any) -> None:
+    for layer in model.decoder.layers:
+        layer.self_attn_bda._scale = layer.mlp_bda._scale = 1.0
+
+
+def forget_logits_divisor(model: Any) -> None:
+    model.architecture = replace(model.architecture, logits_divisor=1.0)
+
+
+MULTIPLIERS = (
+    forget_embedding_multiplier,
+    forget_attention_multiplier,
+    forget_residual_multiplier,
+    forget_logits_divisor,
+)
 BREAKAGES: dict[str, Callable[[Any], None]] = {
     function.__name__: function
-    for function in (exchange_k_and_v, scale_rope_theta, shift_positions, forget_biases, forget_norm_weights)
+    for function in (
+        *(exchange_k_and_v, scale_rope_theta, shift_positions, forget_biases, forget_norm_weights),
+        *MULTIPLIERS,
+    )
 }
 
 
@@ -157,10 +184,11 @@ def test_bf16_errs_as_transformers_does(bf16_folders: dict[str, str], layout: st
     ("broken", "families"),
     [
         ("exchange_k_and_v", FAMILY_NAMES),
-        ("scale_rope_theta", ("llama", "llama2", "mistral", "qwen2", "qwen3")),
+        ("scale_rope_theta", ("llama", "llama2", "granite", "mistral", "qwen2", "qwen3")),
         ("shift_positions", ("gpt2", "opt")),
         ("forget_biases", ("qwen2", "gpt2", "opt")),
         ("forget_norm_weights", FAMILY_NAMES),
+        *((function.__name__, ("granite",)) for function in MULTIPLIERS),
     ],
 )
 def test_notices_what_is_broken(folders: dict[str, str], broken: str, families: tuple[str, ...]) -> None:

@@ -65,6 +65,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("llama2", {}),
     "gpt2": ("gpt2", {}),
     "qwen3": ("qwen3", {}),
+    "granite": ("granite", {}),
     "one_kv": ("llama", {"num_key_value_heads": 1}),
     "window": ("mistral", {"sliding_window": 12}),
 }
@@ -205,7 +206,7 @@ def full_reference(folder: str, dtype: torch.dtype = torch.float32, steps: int =
     return reference(parameters, shapes, lambda tokens: model(tokens[None]).logits[0], steps)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "one_kv"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "granite", "one_kv"])
 def test_full_is_transformers_trained(folders: dict[str, str], family: str) -> None:
     """Not by our map of shards but by transformers' names: gradients and weights of every tensor of the folder."""
     expected = full_reference(folders[family])
@@ -290,9 +291,9 @@ def peft_reference(folder: str, name: str, shapes: Mapping[str, tuple[int, ...]]
 
 # PEFT's embedding of a position is as wide as the keys, ours as the model: with the MLP only where these agree.
 PEFT_CASES = [
-    *((family, "prefix") for family in ("llama", "gpt2", "qwen3", "one_kv")),
+    *((family, "prefix") for family in ("llama", "gpt2", "qwen3", "granite", "one_kv")),
     *((family, "prefix_mlp") for family in ("llama2", "gpt2")),
-    *((family, "prompt") for family in ("llama", "gpt2", "qwen3")),
+    *((family, "prompt") for family in ("llama", "gpt2", "qwen3", "granite")),
     *((family, "dora") for family in ("llama", "gpt2", "one_kv")),
 ]
 
@@ -369,7 +370,9 @@ def test_adapters_are_read_back_at_another_size(folders: dict[str, str], tmp_pat
 
 # The module whose output a bottleneck takes: the last linear of attention and of the MLP, its bias included.
 _LAST_LINEARS = {
-    "llama": ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj"),
+    **dict.fromkeys(
+        ("llama", "granite"), ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj")
+    ),
     "gpt2": ("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj"),
 }
 

@@ -1,7 +1,8 @@
 """Norms and scales on a block's output, before it is added to the residual stream, against transformers' layers.
 
-No family has them yet: they are planted in the layer spec. The referee of norms is Gemma 3, whose layers have one on
-either side of attention and MLP; of a scale alone, Granite. A method's adapter comes before both.
+No family has such norms yet: they are planted in the layer spec. Their referee is Gemma 3, whose layers have one on
+either side of attention and MLP; that of a scale alone, which granite has, is Granite. A method's adapter comes before
+both.
 """
 
 from __future__ import annotations

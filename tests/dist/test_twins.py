@@ -15,12 +15,13 @@ from tests.tiny_models import make_tiny
 # fp32 sums in another order. A broken twin is off by 1e-2 or more (see the negative controls).
 TOLERANCE = 5e-5
 FAMILIES = ("llama", "gpt2")
+MULTIPLIED = "granite"  # its layers are llama's, so it runs at few layouts
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     base = tmp_path_factory.mktemp("twins")
-    return {family: str(make_tiny(family, base / family)) for family in FAMILIES}
+    return {family: str(make_tiny(family, base / family)) for family in (*FAMILIES, MULTIPLIED)}
 
 
 @pytest.mark.parametrize(("family", "layout"), list(itertools.product(FAMILIES, LAYOUTS)))
@@ -34,7 +35,10 @@ def test_loss_and_gradients(folders: dict[str, str], family: str, layout: str) -
             assert worst(found, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "layout"), list(itertools.product(FAMILIES, LAYOUTS)))
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [*itertools.product(FAMILIES, LAYOUTS), (MULTIPLIED, "tp2"), (MULTIPLIED, "tp4_nosp"), (MULTIPLIED, "tp2_dp2")],
+)
 def test_three_steps(folders: dict[str, str], family: str, layout: str) -> None:
     world, tensor, sequence = LAYOUTS[layout]
     for dropout, zero_b in itertools.product((0.0, 0.1), (True, False)):

@@ -40,8 +40,9 @@ ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_t
 WRONG = [None, "x", True, 1.5, [2], {"a": 1}, -2, 0]
 
 LLAMA_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 SIZES = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA_SIZES),
+    **dict.fromkeys(("llama", "granite", "mistral", "qwen2", "qwen3"), LLAMA_SIZES),
     "gpt2": ("n_embd", "n_layer", "n_head", "vocab_size"),
     "opt": ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "vocab_size"),
 }
@@ -66,6 +67,7 @@ ROPE = {
     "original_max_position_embeddings": st.just(77),
 }
 NUMBER = st.sampled_from([1e-5, 1e-6, 0.0, None, "x", True, [1], -1.0])
+MULTIPLIER = st.sampled_from([0.22, 12, 0, None, "x", True, [1], -1.0])
 FLAG = st.sampled_from([True, False, None, 0, "x"])
 
 
@@ -98,6 +100,7 @@ QWEN = LLAMA | {
 }
 OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "llama": LLAMA | {"mlp_bias": FLAG},
+    "granite": LLAMA | {"mlp_bias": FLAG, **dict.fromkeys(MULTIPLIERS, MULTIPLIER)},
     "mistral": {key: value for key, value in LLAMA.items() if key != "attention_bias"} | {"sliding_window": size(32)},
     "qwen2": {key: value for key, value in QWEN.items() if key != "attention_bias"},
     "qwen3": QWEN,
@@ -184,6 +187,10 @@ def expected(config: PreTrainedConfig) -> Values:
         "qkv_bias": config.model_type in ("gpt2", "qwen2") or getattr(config, "enable_bias", False),
         "linear_bias": config.model_type == "gpt2" or getattr(config, "enable_bias", False),
         "tied": config.tie_word_embeddings,
+        "embedding_multiplier": getattr(config, "embedding_multiplier", 1.0),
+        "attention_multiplier": getattr(config, "attention_multiplier", None),
+        "residual_multiplier": getattr(config, "residual_multiplier", 1.0),
+        "logits_divisor": getattr(config, "logits_scaling", 1.0),
         "sliding_window": None if kinds == {"full_attention"} else window,
         "rope": None if learned else {key: rope[key] for key in RELEVANT[rope["rope_type"]]},
     }
@@ -229,9 +236,12 @@ def has_no_table(values: Values, config: PreTrainedConfig) -> bool:
     # transformers does not check the type of a key by its other name.
     if any(type(number) is not int or number < 1 for number in numbers) or min(eps) < 0:
         return True
+    multipliers = [getattr(config, key, 1.0) for key in MULTIPLIERS]
+    if any(type(number) not in (int, float) or number <= 0 for number in multipliers):
+        return True
     acts = [getattr(config, key, "silu") for key in ("hidden_act", "activation_function")]
     only = {
-        "llama": {"attention_bias": False, "mlp_bias": False},
+        **dict.fromkeys(("llama", "granite"), {"attention_bias": False, "mlp_bias": False}),
         "qwen3": {"attention_bias": False},
         "gpt2": {
             "scale_attn_weights": True,
@@ -261,7 +271,8 @@ def _heads_or_rope_without_table(values: Values, config: PreTrainedConfig) -> bo
     if stated is None and not divides:
         return True
     head_dim = config.hidden_size // config.num_attention_heads if stated is None else stated
-    if head_dim < 1 or head_dim % 2:
+    # GraniteConfig has no such key, so any value goes; its modelling code reads it all the same.
+    if type(head_dim) is not int or head_dim < 1 or head_dim % 2:
         return True
     if config.model_type in ("qwen2", "qwen3") and len(set(config.layer_types)) > 1:
         return True

@@ -38,6 +38,13 @@ def edited(tiny: Path, tmp_path: Path, drop: tuple[str, ...] = (), **changes: An
 EXPECTED = {
     "llama": {"norm": "RMSNorm", "activation": "silu", "gated": True, "kv_heads": 2, "head_dim": 16, "tied": False},
     "llama2": {"family": "llama", "kv_heads": 4, "rope": RopeParameters(10000.0), "norm_eps": 1e-6},
+    "granite": {
+        "embedding_multiplier": 5.0,
+        "attention_multiplier": 0.06,
+        "residual_multiplier": 0.4,
+        "logits_divisor": 3.0,
+        "kv_heads": 2,
+    },
     "mistral": {"sliding_window": 64, "qkv_bias": False, "max_positions": 64},
     "qwen2": {"qkv_bias": True, "linear_bias": False, "tied": True, "sliding_window": None},
     "qwen3": {"qk_norm": True, "qkv_bias": False, "head_dim": 24, "hidden": 64},
@@ -151,6 +158,10 @@ def test_rope_of_older_config_files(tiny: dict[str, Path], tmp_path: Path) -> No
 REFUSED = [
     ("llama", {"attention_bias": True}, "attention_bias"),
     ("llama", {"mlp_bias": True}, "mlp_bias"),
+    ("granite", {"attention_bias": True}, "attention_bias"),
+    ("granite", {"mlp_bias": True}, "mlp_bias"),
+    ("granite", {"logits_scaling": 0}, "logits_scaling"),
+    ("granite", {"attention_multiplier": None}, "attention_multiplier"),
     ("llama", {"hidden_act": "quick_gelu"}, "hidden_act"),
     ("llama", {"num_key_value_heads": 3}, "num_key_value_heads"),
     ("llama", {"num_hidden_layers": 0}, "num_hidden_layers"),

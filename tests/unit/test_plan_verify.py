@@ -35,6 +35,12 @@ _SMALL = {
     "vocab_size": 4001,
     "max_position_embeddings": 1024,
 }
+_MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.015625,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 8.0,
+}
 _GPT2 = {"model_type": "gpt2", "n_embd": 512, "n_layer": 4, "n_head": 8, "vocab_size": 4001, "n_positions": 1024}
 
 
@@ -47,6 +53,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "two_kv": {"model_type": "llama", **_SMALL, "num_key_value_heads": 2, "dtype": "bfloat16"},
         "qwen2": {"model_type": "qwen2", **_SMALL, "num_key_value_heads": 4, "tie_word_embeddings": True},
         "qwen3": {"model_type": "qwen3", **_SMALL, "num_key_value_heads": 4, "head_dim": 96, "dtype": "bfloat16"},
+        "granite": {"model_type": "granite", **_SMALL, **_MULTIPLIERS, "dtype": "bfloat16"},
         "gpt2": {**_GPT2, "dtype": "float16"},
         "opt": {
             **{"model_type": "opt", **_SMALL, "ffn_dim": 2048, "word_embed_proj_dim": 512},
@@ -90,6 +97,9 @@ CASES = [
     ("gpt2", 2, 1, True, 2, False, 1.0, ["lora.targets=[q_proj,v_proj]"]),
     ("gpt2", 4, 1, False, 2, True, 0.1, []),
     ("opt", 4, 1, True, 2, False, 0.5, []),
+    # Multipliers save nothing for backward.
+    ("granite", 2, 1, True, 2, False, 1.0, []),
+    ("granite", 2, 1, False, 2, True, 0.3, ["data.packing=true"]),
     # Only layers 1 and 3, from the MLP of 1 on: nothing runs backward below.
     ("llama", 4, 1, True, 2, False, 0.3, [r"lora.targets=.*layers\.(1\.mlp|3)\..*(up|down|o)_proj"]),
     ("llama", 4, 1, True, 2, True, 0.3, [r"lora.targets=.*layers\.2\..*o_proj"]),
@@ -140,6 +150,7 @@ OTHER_METHODS = [
     ("qwen2", 2, True, True, 0.3, ["method=full"]),
     ("gpt2", 2, False, False, 0.3, ["method=full"]),
     ("qwen3", 2, True, False, 0.3, ["method=full"]),
+    ("granite", 2, True, False, 0.3, ["method=full"]),
     ("two_kv", 4, True, True, 1.0, ["method=full"]),
     ("mha", 1, False, True, 0.3, ["method=full", PACKED]),
     ("llama", 2, True, False, 1.0, ADAPTER_H),

@@ -147,7 +147,7 @@ def test_the_grid_is_every_family_method_and_layout(tmp_path: Path) -> None:
     )
     options.parts = ["train"]
     names = [case.name for case in same_bits.cases(options, None, None)]  # type: ignore[arg-type]
-    assert len(names) == len(set(names)) == 7 * 6 * 3
+    assert len(names) == len(set(names)) == len(FAMILY_NAMES) * 6 * 3
     options.parts = ["plan"]
     names = [case.name for case in same_bits.cases(options, None, None)]  # type: ignore[arg-type]
-    assert len(names) == len(set(names)) == 7 * 6 * 3 + len(same_bits.SHAPES) * 6
+    assert len(names) == len(set(names)) == len(FAMILY_NAMES) * 6 * 3 + len(same_bits.SHAPES) * 6
