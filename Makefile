@@ -1,6 +1,9 @@
 # make test PYTHON=/path/to/python uses an environment that is already there; otherwise VENV is made and filled.
 VENV ?= .venv
 BOOTSTRAP ?= python3
+# The newest Megatron wants a newer Python, and so an environment of its own.
+NEXT := .venv-next
+NEXT_PYTHON := 3.12
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 # These wait for Slurm, for timeouts and for one another more than they compute.
@@ -24,7 +27,7 @@ export PYTHON
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install check types quick test test-all test-cluster test-nightly quickstart cuda-build-check gpu-check gpu-bench clean
+.PHONY: help install check types quick test test-all test-cluster test-nightly test-next quickstart cuda-build-check gpu-check gpu-bench clean
 
 help:
 	@echo "make install           .venv with everything; the targets below do it themselves"
@@ -33,6 +36,7 @@ help:
 	@echo "make test-all          layouts resharded, runs killed in their saves"
 	@echo "make test-cluster      as root: a real Slurm and real network hosts"
 	@echo "make test-nightly      what takes long and rarely finds anything"
+	@echo "make test-next         the tests of make test on Python $(NEXT_PYTHON) and the newest Megatron"
 	@echo "make quickstart        train, evaluate, merge and prove a small model"
 	@echo "make cuda-build-check  compile the CUDA operators; needs nvcc, no GPU"
 	@echo "make gpu-check         on a GPU: what can be proven only there (tests/gpu/README.md)"
@@ -42,12 +46,27 @@ help:
 
 install: $(READY)
 
-$(VENV)/.installed: setup.py pyproject.toml .ci/constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
-	$(BOOTSTRAP) -m venv $(VENV)
+# Everything, into the environment that PYTHON is of. The operators' libraries lie beside their sources and serve every
+# Python and every build of one torch release, so the last environment that was made has built them for all.
+define fill
 	$(PYTHON) -m pip install -q -c .ci/constraints.txt setuptools ninja
 	$(PYTHON) -m pip install -q -c .ci/constraints.txt $(TORCH)
 	$(PYTHON) -m pip install -q -c .ci/constraints.txt --no-build-isolation -e '.[test,quickstart]'
 	touch $@
+endef
+
+INSTALLED_FROM := setup.py pyproject.toml .ci/constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
+
+$(VENV)/.installed: $(INSTALLED_FROM)
+	$(BOOTSTRAP) -m venv $(VENV)
+	$(fill)
+
+$(NEXT)/.installed test-next: override export PYTHON := $(NEXT)/bin/python
+$(NEXT)/.installed test-next: export PATH := $(abspath $(NEXT)/bin):$(PATH)
+
+$(NEXT)/.installed: $(INSTALLED_FROM)
+	python=$$(.ci/find-python $(NEXT_PYTHON)) && "$$python" -m venv $(NEXT)
+	$(fill)
 
 # ruff, mypy and the quick unit tests: at most 90 s on 2 cores. mypy has one thread, and needs most of a minute at first.
 check: $(READY)
@@ -77,6 +96,10 @@ test-cluster: $(READY)
 # Run before an issue is closed: what takes long and rarely finds what the tests above do not.
 test-nightly: $(READY)
 	$(PYTEST) -m nightly -n $(JOBS) --dist loadfile $(SLOWEST) tests/unit tests/dist tests/integration tests/long
+	$(MAKE) --no-print-directory test-next
+
+test-next: $(NEXT)/.installed
+	$(PYTEST) -n $(JOBS) --dist worksteal $(SLOWEST) tests/unit tests/dist tests/integration
 
 # When the whole thing began, so that the table counts the installation too.
 quickstart: export MAKE_STARTED_MS := $(shell date +%s%3N)
@@ -95,5 +118,5 @@ gpu-bench: $(READY)
 	bash tests/gpu/bench.sh
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(VENV)/.installed lowrank_dist/ops/_C*.so
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis $(VENV)/.installed $(NEXT)/.installed lowrank_dist/ops/_C*.so
 	find lowrank_dist tests launch benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,6 +6,7 @@ Importing this module imports none of them.
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import sys
 import time
@@ -16,6 +17,11 @@ from pathlib import Path
 
 # No build of an extension takes so long.
 STALE_SECONDS = 600
+# Log messages that ask nothing of whoever trains, by logger and first words.
+NOISE = {
+    "torch.utils.cpp_extension": "No CUDA runtime is found",  # a CUDA build of torch on a machine without a GPU
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",  # the form of spec that 0.16 knows too
+}
 
 
 def quiet_libraries() -> None:
@@ -25,9 +31,15 @@ def quiet_libraries() -> None:
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    for name in NOISE:
+        logging.getLogger(name).addFilter(_no_noise)
     # As it is imported Megatron wraps functions that we never call in torch.compile, which would load all of
     # TorchInductor: a sixth of what a rank takes to start, and 40 MiB of its memory.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+
+def _no_noise(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(NOISE[record.name])
 
 
 @contextmanager

@@ -148,7 +148,15 @@ class RecomputableLayer(TransformerLayer):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if not (self.recompute and torch.is_grad_enabled()):
             return super().forward(*args, **kwargs)
-        return checkpoint(super().forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(self._forward_once, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    def _forward_once(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            # Megatron 0.19 keeps the input of the second norm here, and with it all that the layer saved, until the
+            # layer is through; in backward the checkpoint leaves it by an exception once it has what it wants.
+            self.mlp_norm_manager = None
 
 
 ACTIVATIONS = {
