@@ -285,7 +285,7 @@ class Bench:
     def parts(self, widths: dict[str, int]) -> dict[Row, tuple[list[Part | Values], int]]:
         """Every row's difference from the base, and its |Θ|."""
         low_rank, theta = self._low_rank(widths["unmerged"])
-        folded = [merged(part.owner, part.value) for part in low_rank]
+        folded = [merged(part.owner, part.value) for part in low_rank if part.name == "update"]
         plain = [values.plain for values in folded]
         made: dict[Row, tuple[list[Part | Values], int]] = {}
         for row in rows_of(self.topology.tp_size):

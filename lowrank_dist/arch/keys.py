@@ -67,4 +67,5 @@ class Key:
             raise UserError(f"{where}: {name} must be {description}, not {value!r}")
         if self.kind not in ("number", "positive") and is_integer(value) and abs(value) >= _LARGEST:
             raise UserError(f"{where}: {name} must be below 2^31, not {value}: correct it")
-        return value
+        # JSON has longer integers than a tensor can be multiplied with.
+        return float(value) if self.kind == "positive" else value

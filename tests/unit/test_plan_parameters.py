@@ -203,7 +203,7 @@ def test_what_matches_nothing_is_refused() -> None:
         ({"num_attention_heads": 7}, "is not a multiple"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads=3"),
         ({"model_type": "mamba"}, "model_type 'mamba'"),
-        ({"num_hidden_layers": True}, "must be a positive integer"),
+        ({"num_hidden_layers": True}, "must be an integer from 1 to 10000"),
     ],
 )
 def test_a_wrong_config_is_refused(changes: dict[str, Any], said: str) -> None:

@@ -56,8 +56,8 @@ def test_placement_reproduces_the_factors(bases: dict[str, Path], tmp_path: Path
     assert {p: (s.rank, s.alpha) for p, s in specs.items()} == {
         m: (f.rank, f.alpha) for m, f in adapter.factors.items()
     }
-    for path, (a, b) in initial_factors(folder, placed, bases[family]).items():
-        assert torch.equal(a, adapter.factors[path].a) and torch.equal(b, adapter.factors[path].b)
+    for path, found in initial_factors(folder, placed, bases[family]).items():
+        assert torch.equal(found.a, adapter.factors[path].a) and torch.equal(found.b, adapter.factors[path].b)
     assert complete(adopted, None) == adopted, "the config that a run writes down starts the same run"
 
 
