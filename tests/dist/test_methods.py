@@ -74,7 +74,7 @@ TRIED = {
     "llama": tuple(METHODS),
     "gpt2": tuple(METHODS),
     "qwen3": ("full", "prefix", "prefix_mlp"),
-    "one_kv": ("full", "prefix", "prefix_mlp"),
+    "one_kv": ("full", "prefix", "prefix_mlp", "dora_dropout"),
 }
 
 
