@@ -1,5 +1,6 @@
 """The update of each stored tensor: Σ w·s·B·A over the adapters that have factors on it, or the one with magnitudes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,9 @@ class Update:
 def _with_norm(merged: Tensor, magnitude: Tensor, rows: slice, transposed: bool) -> Tensor:
     """Return the outputs, rows or where `transposed` columns, scaled to the norms `magnitude` [out]; zeros stay."""
     inputs = 0 if transposed else 1
-    norms = torch.linalg.norm(merged, dim=inputs, keepdim=True).clamp_(min=torch.finfo(merged.dtype).tiny)
+    # The clamp of training (parallel/decomposed.py).
+    least = math.sqrt(torch.finfo(merged.dtype).tiny)
+    norms = torch.linalg.norm(merged, dim=inputs, keepdim=True).clamp_(min=least)
     wanted = magnitude[None] if transposed else magnitude[rows, None]
     return merged.mul_(wanted / norms)
 

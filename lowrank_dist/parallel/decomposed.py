@@ -82,8 +82,9 @@ class DecomposedFactors(LowRankFactors):
     @torch.no_grad()
     def set_norms(self, squares: Tensor) -> None:
         """Take the norms from their squares [n] over all columns."""
-        # A row of zeros has the magnitude 0 and stays what it is.
-        self.norm.copy_(squares.sqrt().clamp_(min=torch.finfo(squares.dtype).tiny))
+        # Squares underflow before norms do: clamped after the root, a row below it would have a norm far too small, and
+        # dm, which divides by the norm, would be out of bounds. A row of zeros stays zero while factors add nothing.
+        self.norm.copy_(squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt_())
         self.surplus.zero_()
         self.surplus[self.covered] = self.magnitude[: self.covered.numel()] / self.norm - 1
 

@@ -1,0 +1,53 @@
+"""DoRA's norms at the edge of fp32, where their squares underflow: no gradient explodes, and merging agrees."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lowrank_dist.merge.update import Term, Update
+from lowrank_dist.methods.lora.files import LowRankFactor
+from lowrank_dist.parallel.decomposed import DecomposedFactors
+from lowrank_dist.parallel.factors import FactorShard
+from lowrank_dist.parallel.frozen import Dense
+
+OUT, K, T = 6, 32, 64
+
+
+def started(weight: torch.Tensor) -> DecomposedFactors:
+    """One factor on all rows, B = 0, its magnitudes the norms."""
+    rows = tuple(range(OUT))
+    update = DecomposedFactors(
+        [FactorShard("m", 2, 1.0, rows, rows)], K, OUT, sharded_a=False, device=torch.device("cpu")
+    )
+    update.set_norms(update.squared_norms(Dense(nn.Parameter(weight))))
+    update.start()
+    return update
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-36, 1e-25, 1e-21, 1e-10, 1.0])
+def test_rows_of_any_size(scale: float) -> None:
+    """A magnitude's gradient is at most Σ_t |dy|·‖x‖, and merging leaves a base that nothing has changed as it is."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(OUT, K, generator=generator), torch.randn(T, K, generator=generator)
+    weight[2] *= scale
+    update = started(weight)
+    dm = update.magnitude_gradient(torch.ones(T, OUT), x @ weight.t())
+    assert (dm.abs() <= x.norm(dim=1).sum() * (1 + 1e-5)).all()
+    factor = LowRankFactor(update.lora_A.detach(), torch.zeros(OUT, 2), 2.0, update.magnitude.detach())
+    for transposed in (False, True):
+        stored = weight.t().contiguous() if transposed else weight
+        merged = Update((Term(factor, 1.0),), transposed).apply(slice(None), stored)
+        torch.testing.assert_close(merged, stored, rtol=1e-2 if scale == 1e-21 else 1e-5, atol=0)
+
+
+def test_the_control() -> None:
+    """The least norm is not the least number: clamped to that, a small row's gradient is out of bounds."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(OUT, K, generator=generator), torch.randn(T, K, generator=generator)
+    weight[2] *= 1e-25
+    update = started(weight)
+    update.norm.copy_(update.squared_norms(Dense(nn.Parameter(weight))).sqrt().clamp(min=torch.finfo().tiny))
+    dm = update.magnitude_gradient(torch.ones(T, OUT), x @ weight.t())
+    assert dm[2].abs() > 1e9 * x.norm(dim=1).sum()
