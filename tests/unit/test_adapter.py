@@ -339,6 +339,16 @@ def test_dora_there_and_back(bases: dict[str, Path], tmp_path: Path) -> None:
     assert not report.problems and report.facts["dora"] is True
     with pytest.raises(UserError, match="vLLM does not serve DoRA"):
         FILES.publish(folder, "name", vllm=True, max_rank=None)
+    card = FILES.publish(folder, "name", vllm=False, max_rank=None).card
+    assert "vllm serve MERGED" in card and "--enable-lora" not in card
+
+
+def test_a_dora_adapter_without_b_may_still_change_the_base(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Its magnitudes do, as test_merge.py shows; without them it is untrained."""
+    for dora, effect in ((True, "its magnitudes alone can change the base"), (False, "changes nothing")):
+        written = random_adapter(bases["llama"], SIZES["one name"], scale=0.0, dora=dora)
+        folder = save_adapter(tmp_path / f"adapter-{dora}", bases["llama"], written, trained=False)
+        assert [warning for warning in inspected(folder).warnings if effect in warning]
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ FILES = LoraFiles()
 
 def adapter_card(name: str, adapter: Adapter, provenance: Provenance | None, largest_rank: int) -> str:
     """The card of an adapter. largest_rank: over its modules, which vLLM has to be told."""
-    return model_card(name, "lora", adapter.base, _about(adapter), _usage(largest_rank), provenance)
+    return model_card(name, "lora", adapter.base, _about(adapter), _usage(adapter, largest_rank), provenance)
 
 
 def _about(adapter: Adapter) -> str:
@@ -76,8 +76,15 @@ def _about(adapter: Adapter) -> str:
     )
 
 
-def _usage(largest_rank: int) -> str:
+def _usage(adapter: Adapter, largest_rank: int) -> str:
     rank = f" --max-lora-rank {serving_rank(largest_rank) or largest_rank}" if largest_rank > VLLM_DEFAULT_RANK else ""
+    served = f"""Served by vLLM (an adapter with rank or alpha patterns has to be merged first):
+
+    vllm serve BASE --enable-lora{rank} --lora-modules adapter=ADAPTER"""
+    if adapter.dora:
+        served = """Served by vLLM, which takes no DoRA adapter, merged:
+
+    vllm serve MERGED"""
     return f"""{USE}
 
 {WITH_PEFT}
@@ -86,9 +93,7 @@ Merged into the base, as fast as the base alone:
 
     lowrank-dist merge --base BASE --adapter ADAPTER --out MERGED --verify
 
-Served by vLLM (an adapter with rank or alpha patterns has to be merged first):
-
-    vllm serve BASE --enable-lora{rank} --lora-modules adapter=ADAPTER"""
+{served}"""
 
 
 def serving_rank(rank: int) -> int | None:

@@ -151,10 +151,13 @@ def _norms(found: _Found, rows: list[dict[str, Any]]) -> None:
     report.facts["scale"] = scales[0] if len(scales) == 1 else scales
     report.facts["update_norm"] = math.sqrt(sum(row["norm"] ** 2 for row in rows))
     report.facts["modules_with_zero_B"] = len(zero)
+    dora = found.config is not None and found.config.dora
     if len(zero) == len(rows):
-        report.warnings.append(f"{found.folder}: B is zero in every module: it is untrained and changes nothing")
+        effect = "its magnitudes alone can change the base" if dora else "it is untrained and changes nothing"
+        report.warnings.append(f"{found.folder}: B is zero in every module: {effect}")
     elif zero:
-        report.warnings.append(f"{found.folder}: B is zero in {some_of(zero)}: these modules are as in the base")
+        effect = "their magnitudes alone can change them" if dora else "these modules are as in the base"
+        report.warnings.append(f"{found.folder}: B is zero in {some_of(zero)}: {effect}")
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(re.sub(r"\.\d+\.", ".*.", row["module"]), []).append(row)
