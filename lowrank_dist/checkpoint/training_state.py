@@ -134,8 +134,8 @@ class OptimizerReader:
         odd = sorted(set(self._file.keys()) ^ expected.keys())
         if odd:
             raise UserError(
-                f"{path}: {odd[0]} and what this run trains do not fit together: method and lora.targets must be the "
-                "same"
+                f"{path}: {odd[0]} and what this run trains do not fit together: method, lora.targets and "
+                "lora.dora must be the same"
             )
         for name, shape in expected.items():
             entry = self._file.get_slice(name)

@@ -150,6 +150,12 @@ def test_another_method_or_size_is_refused_by_name(jobs: dict[str, Path], alone:
         ("adapter_h", "adapter_l", (), "method was adapter_h, is adapter_l. Set them back"),
         ("adapter_h", "lora", (), "method was adapter_h, is lora. Set them back"),
         ("lora", "prefix", ("train.resume_changes=[method]",), "and what this run trains do not fit together: method"),
+        (
+            "lora",
+            "lora",
+            ("lora.dora=true", "train.resume_changes=[lora.dora]"),
+            "method, lora.targets and lora.dora must be the same",
+        ),
         ("adapter_h", "adapter_h", ("adapter.bottleneck=4",), "adapter.bottleneck was 8, is 4"),
         ("prefix", "prefix", ("prefix.length=4",), "prefix.length was 5, is 4"),
         ("prefix", "prefix", ("prefix.width=null",), "prefix.width was 12, is None"),
