@@ -202,7 +202,11 @@ def test_the_formulas_of_the_other_methods(
         ("methods.bottleneck.footprint.Bottlenecks.layer_calls", lambda self, job, stream: LayerCalls(), ADAPTER_L),
         ("plan.activations.norm_saves", lambda job, rows, features: 4 * rows * features, ["method=full"]),
         ("plan.memory.frozen_bytes", lambda job: job.itemsize * frozen_on_rank(job), ["method=full"]),
-        ("methods.prefix.footprint.PrefixFootprint.saved_by_attention", lambda self, job, kind, stream, alone: 0, PREFIX),
+        (
+            "methods.prefix.footprint.PrefixFootprint.saved_by_attention",
+            lambda self, job, kind, stream, alone: 0,
+            PREFIX,
+        ),
         (
             "methods.bottleneck.footprint.Bottlenecks.layer_flops",
             lambda self, architecture, tokens, stream: LayerFlops(),
