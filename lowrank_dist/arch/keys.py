@@ -23,7 +23,8 @@ _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "even": ("a positive even integer", lambda value: is_integer(value) and value > 0 and value % 2 == 0),
     "integer": ("an integer", is_integer),
     "number": ("a number that is not negative", lambda value: is_number(value) and value >= 0),
-    "positive": ("a number above 0", lambda value: is_number(value) and value > 0),
+    # A multiplier that fp32 holds, as a factor of what it holds.
+    "positive": ("a number from 1e-30 to 1e30", lambda value: is_number(value) and 1e-30 <= value <= 1e30),
     "flag": ("true or false", lambda value: isinstance(value, bool)),
     "text": ("text", lambda value: isinstance(value, str)),
     "names": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)),
@@ -64,7 +65,9 @@ class Key:
             return None
         description, fits = _KINDS[self.kind]
         if not fits(value):
-            raise UserError(f"{where}: {name} must be {description}, not {value!r}")
+            found = repr(value)
+            shown = found if len(found) <= 100 else f"{found[:100]}…"
+            raise UserError(f"{where}: {name} must be {description}, not {shown}")
         if self.kind not in ("number", "positive") and is_integer(value) and abs(value) >= _LARGEST:
             raise UserError(f"{where}: {name} must be below 2^31, not {value}: correct it")
         # JSON has longer integers than a tensor can be multiplied with.

@@ -43,7 +43,7 @@ class DecomposedFactors(LowRankFactors):
     rescales: ClassVar[bool] = True
     covered: Tensor
     norm: Tensor
-    surplus: Tensor
+    gain: Tensor
 
     def __init__(
         self,
@@ -65,8 +65,8 @@ class DecomposedFactors(LowRankFactors):
         mark(self.magnitude, sharded=not sharded_a, partial=sharded_a)
         self.register_buffer("covered", torch.tensor(rows, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("norm", unset(len(rows)), persistent=False)
-        # g − 1 of every output: in 16 bits it keeps what g itself, close to 1, would round away.
-        self.register_buffer("surplus", unset(out_features), persistent=False)
+        # g of every output, in fp32: rounded to 16 bits it would lose all that training changes below 2⁻⁸.
+        self.register_buffer("gain", unset(out_features), persistent=False)
 
     @torch.no_grad()
     def squared_norms(self, weight: FrozenWeight) -> Tensor:
@@ -85,14 +85,14 @@ class DecomposedFactors(LowRankFactors):
         # Squares underflow before norms do: clamped after the root, a row below it would have a norm far too small, and
         # dm, which divides by the norm, would be out of bounds. A row of zeros stays zero while factors add nothing.
         self.norm.copy_(squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt_())
-        self.surplus.zero_()
-        self.surplus[self.covered] = self.magnitude[: self.covered.numel()] / self.norm - 1
+        self.gain.fill_(1)
+        self.gain[self.covered] = self.magnitude[: self.covered.numel()] / self.norm
 
     @torch.no_grad()
     def start(self) -> None:
         """Take the norms for magnitudes: g = 1."""
         self.magnitude[: self.covered.numel()] = self.norm
-        self.surplus.zero_()
+        self.gain.fill_(1)
 
     def rescaled(self, z: Tensor, bias: Tensor | None, *, beside_graph: bool) -> Tensor:
         y: Tensor = _Rescale.apply(z, self, beside_graph, self.magnitude)
@@ -131,6 +131,11 @@ def _part(part: slice, local: Tensor) -> Tensor:
     return local[part]
 
 
+def _scaled(x: Tensor, gain: Tensor) -> Tensor:
+    """Return gain ⊙ X in X's dtype, formed in the wider one and rounded once."""
+    return torch.mul(x, gain, out=torch.empty_like(x))
+
+
 class _Rescale(torch.autograd.Function):
     """Y = g ⊙ Z; dZ = g ⊙ dY and dm, which takes Z."""
 
@@ -139,13 +144,13 @@ class _Rescale(torch.autograd.Function):
         ctx.update, ctx.beside = update, z.detach() if beside_graph else None
         if not beside_graph:
             ctx.save_for_backward(z)
-        return torch.addcmul(z, z, update.surplus.to(z.dtype))
+        return _scaled(z, update.gain)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         update = ctx.update
         (z,) = (ctx.beside,) if ctx.beside is not None else ctx.saved_tensors
-        dz = torch.addcmul(dy, dy, update.surplus.to(dy.dtype)) if ctx.needs_input_grad[0] else None
+        dz = _scaled(dy, update.gain) if ctx.needs_input_grad[0] else None
         dm = update.magnitude_gradient(dy, z) if ctx.needs_input_grad[3] else None
         return dz, None, None, dm
 

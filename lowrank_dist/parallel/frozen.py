@@ -198,6 +198,7 @@ class FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
+        assert bias is None or not bias.requires_grad, "only what is frozen goes through here"
         ctx.weight = weight
         return weight.product(x.flatten(0, -2), bias).unflatten(0, x.shape[:-1])
 

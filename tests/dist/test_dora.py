@@ -31,7 +31,7 @@ def updates(model: torch.nn.Module) -> list[Any]:
 def poison(model: torch.nn.Module) -> None:
     for update in updates(model):
         update.norm.fill_(torch.nan)
-        update.surplus.fill_(torch.nan)
+        update.gain.fill_(torch.nan)
 
 
 def losses_around_a_step(folder: str, poisoned: bool, refreshing: bool) -> tuple[float, float, dict[tuple[str, str], int]]:

@@ -51,3 +51,22 @@ def test_the_control() -> None:
     update.norm.copy_(update.squared_norms(Dense(nn.Parameter(weight))).sqrt().clamp(min=torch.finfo().tiny))
     dm = update.magnitude_gradient(torch.ones(T, OUT), x @ weight.t())
     assert dm[2].abs() > 1e9 * x.norm(dim=1).sum()
+
+
+@pytest.mark.parametrize("gain", [1.0, 1.001, 0.2, 0.01, 1e-3, -0.01, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_any_gain_errs_by_one_rounding(dtype: torch.dtype, gain: float) -> None:
+    """Output and gradient of the input, at most half an ulp of what is exact: g itself is not rounded to 16 bits."""
+    generator = torch.Generator().manual_seed(0)
+    update = started(torch.randn(OUT, K, generator=generator))
+    with torch.no_grad():
+        update.magnitude.mul_(gain)
+        update.set_norms(update.norm.square())
+    z = torch.randn(T, OUT, generator=generator).to(dtype).requires_grad_()
+    dy = torch.randn(T, OUT, generator=generator).to(dtype)
+    y = update.rescaled(z, None, beside_graph=False)
+    y.backward(dy)
+    half_ulp = torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
+    for found, of in ((y, z), (z.grad, dy)):
+        exact = of.detach().double() * gain
+        assert ((found.double() - exact).abs() <= half_ulp * exact.abs() + torch.finfo(dtype).smallest_normal).all()

@@ -71,7 +71,7 @@ class Decomposed(LowRank):
         return found
 
     def buffers(self, job: Job, rows: int) -> int:
-        """Which rows factors are on (int64), the norms of these, and g − 1 of every output."""
+        """Which rows factors are on (int64), the norms of these, and g of every output."""
         return (8 + 4) * rows + 4 * sum(count * _outputs(job, linear) for linear, _, count in self._adapted())
 
     def saved_behind_linear(self, job: Job, linear: Linear, factors: Sequence[Factor]) -> int:
