@@ -140,9 +140,16 @@ def require_same_run(
     changed = {key: values for key, values in changed.items() if key not in config.train.resume_changes}
     if changed:
         listed = "; ".join(f"{key} was {before}, is {now}" for key, (before, now) in sorted(changed.items()))
+        own = home(config.method).section
+        shaping = sorted(key for key in changed if key in {f"{own}.{each}" for each in config.own_section.shaping})
+        other = (
+            f"{' and '.join(shaping)} cannot be another with this checkpoint, whose tensors would not fit"
+            if shaping
+            else f"or allow the change with 'train.resume_changes=[{', '.join(sorted(changed))}]'"
+        )
         raise UserError(
-            f"train.resume: {resumption.folder} belongs to a run of other results: {listed}. Set them back, or allow "
-            f"the change with 'train.resume_changes=[{', '.join(sorted(changed))}]'"
+            f"train.resume: {resumption.folder} belongs to a run of other results: {listed}. Set them back"
+            f"{': ' if shaping else ', '}{other}"
         )
     if state.step > steps:
         raise UserError(

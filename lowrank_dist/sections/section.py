@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -45,7 +45,10 @@ class MethodSection(Section):
     """The section of one method, and what others ask of any method before it is built.
 
     As it stands it is the section of a method that has no keys, takes no positions and can be sharded anyhow.
+    shaping: keys that say which tensors are trained and how large, so that no checkpoint fits another value.
     """
+
+    shaping: ClassVar[frozenset[str]] = frozenset()
 
     @property
     def virtual(self) -> int:

@@ -14,6 +14,8 @@ Placement: TypeAlias = Literal["sharded", "replicated"]
 class AdapterConfig(MethodSection):
     """Adapter layers, of Houlsby's and of Lin's placement alike."""
 
+    shaping = frozenset({"bottleneck"})
+
     bottleneck: int = Field(64, ge=1, le=65536, description="width m of a bottleneck, an integer of at least 1")
     placement: Placement = Field(
         "sharded",

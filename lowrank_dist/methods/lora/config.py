@@ -23,6 +23,8 @@ Targets: TypeAlias = Annotated[
 class LoraConfig(MethodSection):
     """Low-rank updates: which factors, and where they start."""
 
+    shaping = frozenset({"rank", "targets", "rank_pattern", "dora"})
+
     rank: Rank = Field(8, description="rank r of a factor pair, an integer from 1 to 1024")
     alpha: Alpha = Field(16.0, description="number above 0: the update is scaled by alpha/rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="probability of at least 0 and below 1")

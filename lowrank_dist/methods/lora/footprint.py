@@ -47,6 +47,9 @@ class Decomposed(LowRank):
 
     trains_row_scales: ClassVar[bool] = True
 
+    def label(self, job: Job) -> str:
+        return "DoRA"
+
     @property
     def output_passes(self) -> int:
         """Y = g ⊙ Z reads and writes one; backward dZ = g ⊙ dY as well, and dm reads two."""

@@ -149,9 +149,11 @@ def _norms(found: _Found, rows: list[dict[str, Any]]) -> None:
     scales = sorted({row["scale"] for row in rows})
     zero = [row["module"] for row in rows if "B is zero" in row["note"]]
     report.facts["scale"] = scales[0] if len(scales) == 1 else scales
-    report.facts["update_norm"] = math.sqrt(sum(row["norm"] ** 2 for row in rows))
-    report.facts["modules_with_zero_B"] = len(zero)
     dora = found.config is not None and found.config.dora
+    # That of DoRA's whole change needs the base, whose rows it scales.
+    name = "update_norm_before_scaling" if dora else "update_norm"
+    report.facts[name] = math.sqrt(sum(row["norm"] ** 2 for row in rows))
+    report.facts["modules_with_zero_B"] = len(zero)
     if len(zero) == len(rows):
         effect = "its magnitudes alone can change the base" if dora else "it is untrained and changes nothing"
         report.warnings.append(f"{found.folder}: B is zero in every module: {effect}")

@@ -10,6 +10,8 @@ from lowrank_dist.sections.section import MethodSection
 class PrefixConfig(MethodSection):
     """Virtual positions with keys and values of their own in every layer."""
 
+    shaping = frozenset({"length", "width"})
+
     length: int = Field(16, ge=1, le=65536, description="virtual positions l, an integer of at least 1")
     width: int | None = Field(
         512, ge=1, le=65536, description="width of the MLP that makes keys and values in training, or null for none"

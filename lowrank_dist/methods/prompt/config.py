@@ -12,6 +12,8 @@ from lowrank_dist.sections.section import MethodSection
 class PromptConfig(MethodSection):
     """Virtual positions with embeddings of their own before every sample."""
 
+    shaping = frozenset({"length"})
+
     length: int = Field(16, ge=1, le=65536, description="virtual positions l, an integer of at least 1")
     init: Literal["vocabulary", "random"] = Field(
         "vocabulary", description="vocabulary (the embeddings of tokens drawn by train.seed) or random"
