@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lowrank_dist.formats.manifest import OPTIMIZER_FILE, STATE_FILE
-from tests.dist.ranks import run_ranks
+from tests.dist.ranks import close_worlds, run_ranks
 from tests.integration.launching import Outcome, samples, snapshot, write_jsonl
 from tests.integration.resuming import (
     SAVED,
@@ -240,6 +240,7 @@ def _with_small_files(arguments: list[str], largest: int) -> Outcome:
 def test_a_disk_that_refuses_ends_no_training_in_silence(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = [str(job), f"output.dir={folder}", *LAYOUTS["TP2xDP2"].overrides]
+    close_worlds()  # the ranks' own store is a file as well, which has grown with every run before this one
     outcomes = run_ranks(4, _with_small_files, arguments, 60_000)
     said = refused(outcomes)
     assert "the last checkpoint was not written" in said
