@@ -303,7 +303,7 @@ def test_magnitudes_are_those_of_each_layer(n: int) -> None:
 
     on_rows = {name: rows for name, (rows, _) in all_projections().items()}
     here = sum(rows if "o_proj" in name or "down" in name else rows // n for name, rows in on_rows.items())
-    # Where rows are (int64), norms and g − 1 (fp32). W's cast from bf16, and seven passes in fp32.
+    # Where rows are (int64), norms and g (fp32). W's cast from bf16, and seven passes in fp32.
     passes = (2 + 4 + 7 * 4) * sum(WEIGHTS) // n
     sent = 4 * 2 * HIDDEN * len(FFN) if n > 1 else 0
     assert magnitudes(MIXED) == (sum(on_rows.values()), here, (8 + 4 + 4) * here, passes, sent)
