@@ -124,6 +124,7 @@ def evaluate_command(
     """Generate for every sample and score it. Sharded as `generate` is."""
     with loading():
         from lowrank_dist.generate.decode import EvaluationRules, generate, summary
+        from lowrank_dist.generate.metrics import notes_on_references
         from lowrank_dist.generate.prompts import read_prompts, stop_tokens
         from lowrank_dist.generate.sampling import DecodingRules
         from lowrank_dist.generate.session import load, session
@@ -146,7 +147,11 @@ def evaluate_command(
                 for sample, generation in zip(samples, found, strict=True)
             ]
             write_jsonl(out, lines)
-        typer.echo(json.dumps(result, indent=2) if as_json else table(result))
+        notes = notes_on_references(rules.metrics, [sample.references for sample in samples])
+        noted = {**result, "notes": notes} if notes else result
+        typer.echo(json.dumps(noted, indent=2) if as_json else table(result))
+        for note in notes:
+            typer.echo(note, err=True)
         say_limited(int(result["met_length_limit"]), len(samples))
 
 

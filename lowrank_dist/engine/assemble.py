@@ -101,6 +101,7 @@ def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast:
     for dataset in (data.dataset, data.held_out):
         if dataset is not None:
             yield dataset.report.summary()
+    yield from data.notes
     if run.resumption is not None:
         yield from run.resumption.messages
         yield f"resumed from {run.resumption.folder} at step {run.resumption.state.step} of {data.steps}"

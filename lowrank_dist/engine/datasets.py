@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,6 +16,7 @@ from lowrank_dist.data.formats import Use
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
 from lowrank_dist.generate.decode import EvaluationRules, check_lengths, evaluate_generation
+from lowrank_dist.generate.metrics import notes_on_references
 from lowrank_dist.generate.prompts import read_prompts, stop_tokens
 from lowrank_dist.generate.sampling import DecodingRules
 from lowrank_dist.methods.method import Method
@@ -33,7 +34,8 @@ class Data:
     """The data sets of a run and their batches on this data-parallel rank.
 
     steps: optimizer steps of the whole run. evaluation: the eval set's batches, from the first each time. generation:
-    decodes the eval set's prompts and scores the completions (`evaluate_generation`).
+    decodes the eval set's prompts and scores the completions (`evaluate_generation`). notes: on what its metrics mean
+    for the eval set's references.
     """
 
     dataset: Dataset
@@ -42,6 +44,7 @@ class Data:
     held_out: Dataset | None = None
     evaluation: Callable[[], Iterator[StepBatch]] | None = None
     generation: Generating | None = None
+    notes: Sequence[str] = ()
 
     @property
     def state(self) -> DataState:
@@ -91,17 +94,20 @@ def build_data(config: Config, method: Method, architecture: Architecture, topol
     # bounds what is laid out as tensors, and packed, at a time.
     together = EVAL_MICROBATCHES * cut.micro_batch * topology.dp_size
     evaluation = partial(eval_batches, held_out, cut, global_batch=together)
-    generation = _generation(config, method, tokenizer, architecture, topology)
-    return Data(dataset, loader, steps, held_out, evaluation, generation)
+    generation, notes = _generation(config, method, tokenizer, architecture, topology)
+    return Data(dataset, loader, steps, held_out, evaluation, generation, notes)
 
 
 def _generation(
     config: Config, method: Method, tokenizer: Tokenizer, architecture: Architecture, topology: Topology
-) -> Generating | None:
-    """Prepare what an evaluation generates, so that everything wrong with it is found before training begins."""
+) -> tuple[Generating | None, Sequence[str]]:
+    """Prepare what an evaluation generates, so that everything wrong with it is found before training begins.
+
+    Returns notes on the references beside it.
+    """
     asked = config.eval.generate
     if asked is None:
-        return None
+        return None, ()
     assert config.data.eval is not None, "there is nothing to generate for without an eval set"
     try:
         decoding = DecodingRules(asked.max_new_tokens, batch=asked.batch, stop=tuple(asked.stop))
@@ -116,7 +122,7 @@ def _generation(
     def generation(model: CausalLM, progress: Callable[[int], None]) -> dict[str, float]:
         return evaluate_generation(model, tokenizer, samples, rules, topology, progress)
 
-    return generation
+    return generation, notes_on_references(rules.metrics, [sample.references for sample in samples])
 
 
 def _state(dataset: Dataset) -> DataState:

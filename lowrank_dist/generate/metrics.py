@@ -3,20 +3,37 @@
 exact_match  share of texts that equal a reference, white space at both ends aside.
 bleu         corpus BLEU from 0 to 100 (Papineni et al. 2002) as sacrebleu computes it by default (Post 2018).
 rouge_l      mean over texts of the best F-measure of the longest common subsequence, from 0 to 1 (Lin 2004, β = 1), on
-             words of lower-case letters and digits: rouge_score's rougeL without stemming.
+             words of lower-case letters and digits of any script: on ASCII rouge_score's rougeL without stemming.
+
+bleu and rouge_l take each character of a script without spaces (Chinese, Japanese, Thai, …) for a word, wherever it
+stands; sacrebleu's default tokeniser, `13a`, splits the rest. So nothing is chosen by text or corpus: text with spaces
+has the tokens of `13a`, Chinese those of sacrebleu's `zh` (but …… and —— are one token each), Japanese and Thai those
+of its `char` (but Latin words and numbers stay whole). Both metrics compare texts in NFC: é is one character however
+it is written.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unicodedata import normalize
+
+import regex
 
 from lowrank_dist.errors import UserError
 
 References = Sequence[Sequence[str]]
 
-_WORD = re.compile(r"[a-z0-9]+")
+# The scripts without spaces, and what is written with them: punctuation, kana marks, units, full-width forms. Hangul
+# and its compatibility letters have spaces.
+_SCRIPTS = ("Han", "Hiragana", "Katakana", "Bopomofo", "Yi", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan")
+_UNSPACED = regex.compile(
+    "(["
+    + "".join(rf"\p{{{script}}}" for script in _SCRIPTS)
+    + r"\u3000-\u30ff\u3200-\u33ff\uff00-\uff9f\uffe0-\uffef])"
+)
+# With vowel signs and accents, but not the mark that asks for a coloured emoji.
+_WORD = regex.compile(r"(?V1)[[\p{L}\p{Mn}\p{Mc}\p{N}]--\p{Variation_Selector}]+")
 
 
 def exact_match(texts: Sequence[str], references: References) -> float:
@@ -35,8 +52,10 @@ def bleu(texts: Sequence[str], references: References) -> float:
         raise UserError(f"the metric bleu is sacrebleu's ({error}): `pip install 'sacrebleu>=2.4'`") from error
     most = max(map(len, references))
     # One list for each place among the references, None where a text has fewer.
-    streams: Any = [[given[place] if place < len(given) else None for given in references] for place in range(most)]
-    return corpus_bleu(list(texts), streams).score
+    streams: Any = [
+        [spaced(given[place]) if place < len(given) else None for given in references] for place in range(most)
+    ]
+    return corpus_bleu([spaced(text) for text in texts], streams).score
 
 
 def rouge_l(texts: Sequence[str], references: References) -> float:
@@ -49,7 +68,12 @@ def rouge_l(texts: Sequence[str], references: References) -> float:
 
 def words(text: str) -> list[str]:
     """The words that ROUGE compares."""
-    return _WORD.findall(text.lower())
+    return _WORD.findall(spaced(text).lower())
+
+
+def spaced(text: str) -> str:
+    """Return the text in NFC with spaces around each character of a script without spaces."""
+    return _UNSPACED.sub(r" \1 ", normalize("NFC", text))
 
 
 def _lcs_f(found: Sequence[str], wanted: Sequence[str]) -> float:
@@ -88,3 +112,23 @@ def check_metrics(names: Sequence[str]) -> None:
 def score(names: Sequence[str], texts: Sequence[str], references: References) -> dict[str, float]:
     """Every metric by name; every text has at least one reference."""
     return {name: METRICS[name](texts, references) for name in names}
+
+
+def notes_on_references(names: Sequence[str], references: References) -> list[str]:
+    """Return a line for each thing in the references that decides what the metrics of these names mean."""
+    split: Mapping[str, Callable[[str], list[str]]] = {"bleu": str.split, "rouge_l": words}
+    asked, lines = [name for name in split if name in names], []
+    unspaced = sum(any(_UNSPACED.search(reference) for reference in given) for given in references)
+    if asked and unspaced:
+        lines.append(
+            f"{' and '.join(asked)}: each character of a script without spaces counts as a word, in the references of "
+            f"{unspaced} of {len(references)} samples"
+        )
+    for name in asked:
+        empty = sum(not any(map(split[name], given)) for given in references)
+        if empty:
+            lines.append(
+                f"{name}: the references of {empty} of {len(references)} samples have no word: no generated text "
+                "can match them"
+            )
+    return lines

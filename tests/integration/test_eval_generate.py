@@ -338,6 +338,21 @@ def test_evaluations_without_a_checkpoint_are_announced(job: Path, tmp_path: Pat
     assert announced not in said["1"] and "1 of 1 met their length limit" in said["1"]
 
 
+def test_a_run_notes_references_without_a_word(job: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "the cat", "completion": text} for text in ("er", "!")])
+    shared = (f"data.eval={data}", "train.steps=1", "eval.at_start=false", "eval.best=loss")
+    said = {
+        name: well(
+            train(
+                job, tmp_path / name, LAYOUTS["TP1"], *shared, f"eval.generate={{metrics: [{name}], max_new_tokens: 1}}"
+            )
+        )
+        for name in ("rouge_l", "exact_match")
+    }
+    assert "rouge_l: the references of 1 of 2 samples have no word" in said["rouge_l"]
+    assert "have no word" not in said["exact_match"]
+
+
 def test_the_watchdog_sees_life_at_every_batch(job: Path, tmp_path: Path) -> None:
     arguments = [job, f"output.dir={tmp_path / 'run'}", *LAYOUTS["DP2"].overrides, "train.steps=1"]
     seen = run_ranks(2, _signs_of_life, [str(argument) for argument in arguments])

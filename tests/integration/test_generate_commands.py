@@ -186,6 +186,15 @@ def test_the_table_says_the_same(base: Path, scored: Path) -> None:
     assert (rows["exact_match"], rows["samples"]) == ("0.6000", "5")
 
 
+def test_evaluate_notes_references_that_decide_what_a_metric_means(base: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "the cat", "completion": text} for text in ("猫", "!")]
+    data, options = write_jsonl(tmp_path / "rows.jsonl", rows), ("--metric", "rouge_l", "--max-new-tokens", 2)
+    (done,) = command(1, "evaluate", "--model", base, "--data", data, *options, "--json")
+    notes = json.loads(done.stdout)["notes"]
+    assert [("script without spaces" in note, "have no word" in note) for note in notes] == [(1, 0), (0, 1)]
+    assert done.stderr.splitlines()[:2] == notes
+
+
 def other_base(base: Path, folder: Path) -> Path:
     return make_tiny("llama", folder / "other", seed=9)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from itertools import combinations
@@ -10,9 +11,19 @@ from unittest import mock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sacrebleu import corpus_bleu
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.generate.metrics import METRICS, bleu, check_metrics, exact_match, rouge_l, score, words
+from lowrank_dist.generate.metrics import (
+    METRICS,
+    bleu,
+    check_metrics,
+    exact_match,
+    notes_on_references,
+    rouge_l,
+    score,
+    words,
+)
 
 
 def test_exact_match_takes_any_reference_and_no_white_space_at_the_ends() -> None:
@@ -44,9 +55,49 @@ def test_rouge_l_takes_the_best_reference_and_the_mean_over_texts() -> None:
     assert rouge_l(["a b c", "x"], [["z", "a b"], ["y"]]) == pytest.approx((2 * 2 / 5 + 0) / 2)
 
 
-def test_words_are_those_of_rouge_score() -> None:
+@given(st.text(st.characters(codec="ascii")))
+def test_words_of_ascii_are_those_of_rouge_score(text: str) -> None:
     """Its tokenizer: lower case, and anything but a to z and 0 to 9 separates."""
-    assert words("Don't  stop 3.5—Über x_y") == ["don", "t", "stop", "3", "5", "ber", "x", "y"]
+    assert words(text) == re.findall("[a-z0-9]+", text.lower())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Don't  stop 3.5—Über x_y", "don t stop 3 5 über x y"),
+        ("Кот съел 5", "кот съел 5"),
+        ("hindi: हिन्दी", "hindi हिन्दी"),
+        ("هل أكل القطُّ ٥ تفاحات؟", "هل أكل القطُّ ٥ تفاحات"),
+        ("고양이가 5개를 ㅋㅋㅋ", "고양이가 5개를 ㅋㅋㅋ"),
+        ("我喜欢PyTorch 2.5。", "我 喜 欢 pytorch 2 5"),
+        ("カレーを「食」", "カ レ ー を 食"),
+        ("𠮷野家", "𠮷 野 家"),
+        ("กินข้าว", "ก ิ น ข ้ า ว"),
+        ("cafe\u0301 ❤️ 🎉", "café"),
+        ("！？ …", ""),
+    ],
+)
+def test_words_of_every_script(text: str, expected: str) -> None:
+    assert words(text) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "expected"),
+    [
+        ("кот съел 5", "дом стоит 5", 1 / 3),
+        ("我喜欢苹果", "我喜欢苹果", 1.0),
+        ("我喜欢苹果", "我吃苹果", 2 * 3 / 9),
+        ("猫は魚を食べた", "犬は肉を食べた", 5 / 7),
+        ("กา", "กิ", 1 / 2),
+        ("القط أكل ٥", "القط أكل ٦", 2 / 3),
+        ("고양이가 잔다", "개가 잔다", 1 / 2),
+        ("un café", "un cafe\u0301", 1.0),
+        ("a café", "a cafe", 1 / 2),
+        ("使用 PyTorch 训练", "使用 Megatron 训练", 4 / 5),
+    ],
+)
+def test_rouge_l_in_other_scripts(text: str, reference: str, expected: float) -> None:
+    assert rouge_l([text], [[reference]]) == pytest.approx(expected, abs=1e-15)
 
 
 small = st.lists(st.sampled_from("abc"), max_size=6)
@@ -77,6 +128,43 @@ def test_bleu_with_several_references_each() -> None:
     # A corpus is not the mean of its sentences: counts are summed.
     parts = [bleu([text], [references[:1]]) for text, references in zip(texts, several, strict=True)]
     assert bleu(texts, [references[:1] for references in several]) != pytest.approx(sum(parts) / 2, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("tokenize", "text", "reference"),
+    [
+        ("zh", "我喜欢吃苹果，他说：“好的”。", "我们都喜欢吃苹果，她说：“好”。"),
+        ("zh", "2024年使用 PyTorch 训练模型(3.5 倍)!", "2024年用 PyTorch 2 训练大模型(3.5 倍)!"),
+        ("char", "猫は魚を食べたあとで、カレーを食べた。", "犬は魚を食べたあと、カレーも食べた。"),
+        ("char", "แมวกินปลาแล้วนอน", "แมวกินข้าวแล้วก็นอน"),
+        ("char", "ແມວກິນປາແລ້ວ", "ແມວກິນເຂົ້າແລ້ວ"),
+        ("13a", "the “cat” — it's 3.5% &amp; more…", "the “dog” — it's 3.5% &amp; no more…"),
+        ("13a", "кот съел пять яблок, а потом уснул", "кот съел шесть яблок, а потом ушёл"),
+        ("13a", "고양이가 생선을 먹고 나서 잤다.", "고양이가 생선을 먹고 다시 잤다."),
+        ("13a", "أكل القط السمكة ثم نام طويلا", "أكل القط السمكة ثم ذهب بعيدا"),
+        ("13a", "good job to all of you 🎉", "good job to both of you 🎉"),
+    ],
+)
+def test_bleu_has_the_tokens_of_sacrebleu_for_the_script(tokenize: str, text: str, reference: str) -> None:
+    expected = corpus_bleu([text], [[reference]], tokenize=tokenize).score
+    assert 0 < expected < 90
+    assert bleu([text], [[reference]]) == pytest.approx(expected, abs=1e-12)
+    assert bleu([reference], [[reference]]) == pytest.approx(100)
+
+
+def test_bleu_takes_a_mixed_corpus_and_either_form_of_an_accent() -> None:
+    texts = ["the cat sat on a mat", "我喜欢吃苹果", "PyTorchで猫を学習", "un cafe\u0301 noir et chaud"]
+    references = [[text] for text in texts[:3]] + [["un café noir et chaud"]]
+    assert bleu(texts, references) == pytest.approx(100)
+
+
+def test_references_that_decide_what_a_metric_means_are_noted() -> None:
+    assert notes_on_references(["bleu", "rouge_l"], [["the cat"], ["", "кот 5"], ["고양이", "🎉"]]) == []
+    assert notes_on_references(["exact_match"], [[""], ["猫"]]) == []
+    notes = notes_on_references(["rouge_l", "bleu", "exact_match"], [["cat", "猫"], ["🎉", "!"], [" \n"], ["แมว"]])
+    assert [note.split(":")[0] for note in notes] == ["bleu and rouge_l", "bleu", "rouge_l"]
+    assert "in the references of 2 of 4 samples" in notes[0]
+    assert "1 of 4 samples have no word" in notes[1] and "2 of 4 samples have no word" in notes[2]
 
 
 def test_metrics_that_are_not_there_are_said_before_decoding() -> None:
