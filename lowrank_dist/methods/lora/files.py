@@ -11,8 +11,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder, target_of
 from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
@@ -89,11 +87,6 @@ class PairEntries(NamedTuple):
     def all(self) -> tuple[TensorEntry, ...]:
         """Those that there are."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
-
-
-def module_paths(architecture: Architecture) -> frozenset[str]:
-    """The path of every module with weights in the Hugging Face model, the (possibly tied) lm_head included."""
-    return frozenset(name.rpartition(".")[0] for name in hf_shapes(architecture)) | {"lm_head"}
 
 
 def write_adapter(
