@@ -31,7 +31,8 @@ def adopt_adapter(section: LoraConfig, base: Path) -> LoraConfig:
     folder = section.init_from
     if folder is None:
         return section
-    adapter, architecture = read_adapter(folder), read_architecture(base)
+    architecture = read_architecture(base)
+    adapter = read_adapter(folder, architecture)
     refuse_foreign(folder, adapter, architecture.linear_modules(), base)
     adopted = {**asdict(rules_of(adapter, architecture)), "dora": adapter.dora}
     _refuse_contradictions(section, adopted, adapter, architecture)

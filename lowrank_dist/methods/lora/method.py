@@ -85,7 +85,7 @@ def build(section: LoraConfig, setting: Setting, architecture: Architecture) -> 
 def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
     """See `method.Tuner`."""
     refuse_another_base(folder, base)
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, model.architecture)
     refuse_foreign(folder, adapter, model.architecture.linear_modules(), base)
     placements = place(model.architecture, rules_of(adapter, model.architecture))
     factors = factors_for(folder, adapter, placements, base)
