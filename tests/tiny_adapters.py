@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from lowrank_dist.arch.config_json import read_architecture
-from lowrank_dist.arch.tensors import hf_shapes
+from lowrank_dist.arch.tensors import hf_shapes, module_paths
 from lowrank_dist.checkpoint.inspection import Report, inspect_folder
 from lowrank_dist.config import load_config
 from lowrank_dist.formats.provenance import Provenance, fingerprint
-from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, module_paths, write_adapter
+from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, write_adapter
 
 # Module path → (rank, alpha) of its factors, None for a module without.
 Size = Callable[[str], tuple[int, float] | None]

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.rows import Linear, LinearLayout
-from lowrank_dist.errors import UserError
+from lowrank_dist.arch.tensors import module_paths
+from lowrank_dist.errors import UserError, some_of
 
 ALL_LINEAR = "all-linear"
 Value = TypeVar("Value", int, float)
@@ -63,7 +64,8 @@ class LoraRules:
 def place(architecture: Architecture, rules: LoraRules) -> tuple[LinearPlacement, ...]:
     """All adapted linears, in execution order.
 
-    Raises UserError for a target or a pattern that matches nothing, and for a target that covers another.
+    Raises UserError for a target or a pattern that matches nothing, for a target that reaches what takes no factors
+    (lm_head, embeddings, norms), and for a target that covers another.
     """
     matcher = _Matcher(rules, architecture)
     placements = []
@@ -78,6 +80,7 @@ def place(architecture: Architecture, rules: LoraRules) -> tuple[LinearPlacement
             if factors:
                 placements.append(LinearPlacement(layer, linear, layout, factors))
     matcher.refuse_unused()
+    matcher.refuse_unadaptable()
     return tuple(placements)
 
 
@@ -118,13 +121,17 @@ class _Matcher:
         self._used: set[tuple[str, str]] = set()
 
     def targets(self, candidate: _Candidate) -> bool:
-        hits = [
-            name
-            for name, test in self._tests.items()
-            if (candidate.whole if test is None else test.fullmatch(candidate.path) is not None)
-        ]
+        hits = self._hits(candidate.path, candidate.whole)
         self._used.update(("lora.targets", name) for name in hits)
         return bool(hits)
+
+    def _hits(self, path: str, whole_linear: bool) -> list[str]:
+        """Return the targets that name the module at `path`; all-linear names whole linears alone."""
+        return [
+            name
+            for name, test in self._tests.items()
+            if (whole_linear if test is None else test.fullmatch(path) is not None)
+        ]
 
     def rank(self, path: str) -> int:
         return self._first("lora.rank_pattern", self._ranks, self._rules.rank_pattern, path, self._rules.rank)
@@ -141,6 +148,31 @@ class _Matcher:
                 return values[name]
         return otherwise
 
+    def refuse_unadaptable(self) -> None:
+        """Raise UserError for a target that names a module with weights and without a place for factors."""
+        others = module_paths(self._architecture) - self._architecture.linear_modules()
+        reached: dict[str, list[str]] = {}
+        for path in sorted(others):
+            for name in self._hits(path, whole_linear=False):
+                reached.setdefault(name, []).append(path)
+        if reached:
+            each = "; ".join(f"{name!r} reaches {some_of(paths)}" for name, paths in reached.items())
+            raise UserError(
+                f"lora.targets: {each}: no factors can be put there in this {self._architecture.family} model, only on "
+                f"the linears of its layers ({', '.join(self._leaves())}). Name these alone"
+            )
+
+    def _leaves(self) -> list[str]:
+        """The last part of every module that a target may name."""
+        return sorted(
+            {
+                candidate.path.rpartition(".")[2]
+                for kind in self._architecture.kinds
+                for layout in kind.linears.values()
+                for candidate in _candidates(layout, 0)
+            }
+        )
+
     def refuse_unused(self) -> None:
         sections = (
             ("lora.targets", self._tests),
@@ -150,19 +182,11 @@ class _Matcher:
         unused = [f"{key}: {name!r}" for key, names in sections for name in names if (key, name) not in self._used]
         if not unused:
             return
-        leaves = sorted(
-            {
-                candidate.path.rpartition(".")[2]
-                for kind in self._architecture.kinds
-                for layout in kind.linears.values()
-                for candidate in _candidates(layout, 0)
-            }
-        )
         example = next(_candidates(next(iter(self._architecture.layers[0].linears.values())), 0)).path
         raise UserError(
             f"{'; '.join(unused)} matches no linear of this {self._architecture.family} model. "
-            f"It has {', '.join(leaves)} in {len(self._architecture.layers)} layers (for example {example}); a list "
-            "holds such names or ends of paths, a string is a regular expression over the whole path, or "
+            f"It has {', '.join(self._leaves())} in {len(self._architecture.layers)} layers (for example {example}); "
+            "a list holds such names or ends of paths, a string is a regular expression over the whole path, or "
             f"{ALL_LINEAR!r}"
         )
 

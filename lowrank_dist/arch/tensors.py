@@ -59,6 +59,11 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def module_paths(architecture: Architecture) -> frozenset[str]:
+    """The path of every module with weights in the Hugging Face model, the (possibly tied) lm_head included."""
+    return frozenset(name.rpartition(".")[0] for name in hf_shapes(architecture)) | {"lm_head"}
+
+
 def copy_plans(
     architecture: Architecture, tp_rank: int, tp_size: int, padded_vocab_rows: int
 ) -> dict[str, ParameterPlan]:

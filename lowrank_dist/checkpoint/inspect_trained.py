@@ -115,5 +115,4 @@ def _look_at_base(
         if "parameters" in report.facts and total:
             report.facts["percent_of_base"] = 100 * report.facts["parameters"] / total
         if architecture is not None and inspected.require_fit is not None:
-            held = Base(folder, architecture, checkpoint, ours=provenance is not None)
-            report.read(folder, inspected.require_fit, held)
+            report.read(folder, inspected.require_fit, Base(folder, architecture, checkpoint))

@@ -86,7 +86,7 @@ def merge(
     with open_checkpoint(base) as checkpoint:
         check_checkpoint(architecture, checkpoint)
         mapped = {name: checkpoint.file(name) for name in checkpoint.names()}
-        read = [(adapter.path, adapter.weight, read_adapter(adapter.path)) for adapter in weighted]
+        read = [(adapter.path, adapter.weight, read_adapter(adapter.path, architecture)) for adapter in weighted]
         updates = updates_of(architecture, checkpoint, read)
     warnings = _check_base(base, weighted, force_mismatch)
     others = other_files(base)

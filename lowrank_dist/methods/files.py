@@ -63,12 +63,11 @@ class Published:
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that a trained folder is held against. ours: lowrank-dist wrote the folder, not PEFT."""
+    """A base model that a trained folder is held against."""
 
     folder: Path
     architecture: Architecture
     checkpoint: Checkpoint
-    ours: bool
 
 
 @dataclass(frozen=True)

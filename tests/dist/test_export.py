@@ -12,11 +12,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lowrank_dist.methods.lora.files import Adapter, module_paths, write_adapter
+from lowrank_dist.methods.lora.files import Adapter, write_adapter
 from lowrank_dist.formats.provenance import fingerprint
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.lora.factors import adapter_factors
 from lowrank_dist.arch.config_json import read_architecture
+from lowrank_dist.arch.tensors import module_paths
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny_runs import Setting, build, nonzero_factors
 from tests.tiny_models import make_tiny

@@ -53,7 +53,8 @@ def peft_logits(base: Path, adapter: Path) -> np.ndarray:
 
 def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndarray, np.ndarray]:
     """One rank: the sharded model's logits at the start and after two steps, when rank 0 has written its adapter."""
-    from lowrank_dist.methods.lora.files import Adapter, module_paths, write_adapter
+    from lowrank_dist.arch.tensors import module_paths
+    from lowrank_dist.methods.lora.files import Adapter, write_adapter
     from lowrank_dist.formats.provenance import fingerprint
     from lowrank_dist.formats.provenance import Provenance
     from lowrank_dist.config import Config

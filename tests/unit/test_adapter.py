@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,13 +22,18 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.checkpoint.folder import copy_adapter
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
+from lowrank_dist.merge.merge import merge
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
+from lowrank_dist.methods.lora.adopt import adopt_adapter
+from lowrank_dist.methods.lora.config import LoraConfig as LoraSection
 from lowrank_dist.methods.lora.files import LowRankFactor, read_adapter
 from lowrank_dist.methods.lora.folder import FILES
-from lowrank_dist.methods.lora.peft_config import describe
+from lowrank_dist.methods.lora.method import attach_trained
+from lowrank_dist.methods.lora.peft_config import describe, read_config
 from tests.tiny_adapters import Size, inspected, random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 
@@ -326,6 +332,162 @@ def test_a_config_that_means_more_or_nothing_is_refused(folder: Path, key: str, 
     with pytest.raises(UserError, match=r"adapter_config\.json|adapter_model\.safetensors") as caught:
         read_adapter(folder)
     assert key in str(caught.value) or key == "r"
+
+
+_LAYERED = tuple(
+    f"{prefix}.{layer}.{leaf}"
+    for prefix in ("model.layers", "transformer.h", "a.layers.1.experts", "layers")
+    for layer in (0, 1, 12)
+    for leaf in ("attn.q_proj", "mlp.up_proj")
+) + ("lm_head", "model.embed_tokens", "q_proj")
+_LIST = st.lists(st.sampled_from(("q_proj", "up_proj", "attn.q_proj", "lm_head", "h.1.mlp.up_proj", *_LAYERED[:3])))
+_REGEX = st.sampled_from((r".*q_proj", r"model\.layers\.[01]\..*", "lm_head", r".*\.1\..*", "q_proj"))
+_PATTERN = st.sampled_from(("layers", "h", "experts", r"\w+", "layers|h", "none"))
+_NARROWED = st.fixed_dictionaries(
+    {"target_modules": _LIST.filter(bool) | _REGEX},
+    optional={
+        "exclude_modules": st.none() | _LIST | _REGEX | st.just(""),
+        "layers_to_transform": st.none() | st.integers(-1, 2) | st.lists(st.integers(0, 12), max_size=3),
+        "layers_pattern": st.none() | _PATTERN | st.lists(_PATTERN, max_size=2) | st.just(""),
+    },
+)
+
+
+@given(values=_NARROWED)
+def test_any_config_adapts_what_it_adapts_in_peft(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, object]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / CONFIG_FILE
+    path.write_text(json.dumps({"peft_type": "LORA", **values}))
+    try:
+        peft = LoraConfig(**values)
+    except ValueError:
+        with pytest.raises(UserError, match="layers_to_transform"):
+            read_config(path)
+        return
+    config = read_config(path)
+    for module in _LAYERED:
+        # What PEFT returns for an excluded module is false in a boolean context.
+        assert config.adapts(module) == bool(check_target_module_exists(peft, module)), module
+    path.write_text(config.to_json())
+    assert replace(read_config(path), layer_patterns=()) == replace(config, layer_patterns=())
+
+
+@pytest.mark.parametrize(
+    ("values", "dropped"),
+    [
+        ({"exclude_modules": ["v_proj"]}, "v_proj"),
+        ({"exclude_modules": r"model\.layers\.1\..*"}, "layers.1"),
+        ({"layers_to_transform": 0}, "layers.1"),
+        ({"layers_to_transform": [1], "layers_pattern": ["h", "layers"]}, "layers.0"),
+        ({"target_modules": ["q_proj"]}, "v_proj"),
+    ],
+)
+def test_factors_that_peft_drops_are_refused_and_its_own_choice_is_read(
+    bases: dict[str, Path], tmp_path: Path, values: dict[str, Any], dropped: str
+) -> None:
+    base, options = bases["llama"], {"r": 2, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+    wide, narrow = tmp_path / "wide", tmp_path / "narrow"
+    get_peft_model(load_base(base), LoraConfig(**options, task_type="CAUSAL_LM")).save_pretrained(wide)
+    get_peft_model(load_base(base), LoraConfig(**{**options, **values}, task_type="CAUSAL_LM")).save_pretrained(narrow)
+
+    chosen = set(peft_layers(PeftModel.from_pretrained(load_base(base), narrow)))
+    assert read_adapter(narrow, read_architecture(base)).factors.keys() == chosen
+    assert not any(dropped in module for module in chosen)
+    report = inspected(narrow, base)
+    assert not report.problems and not any("no factors for" in warning for warning in report.warnings)
+    merge(base, narrow, tmp_path / "out")
+    ids = torch.randint(5, 100, (2, 9), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(load_base(base), narrow).eval()(ids).logits
+        found = load_base(tmp_path / "out")(ids).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+    set_config(wide, **values)
+    assert set(peft_layers(PeftModel.from_pretrained(load_base(base), wide))) == chosen, "PEFT drops the others"
+    with pytest.raises(UserError, match=rf"{next(iter(values))}.*so PEFT would ignore its factors"):
+        read_adapter(wide)
+    with pytest.raises(UserError, match="PEFT would ignore"):
+        merge(base, wide, tmp_path / "none")
+    assert any("PEFT would ignore" in problem for problem in inspected(wide, base).problems)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "ALL-linear"])
+def test_all_linear_leaves_the_output_layer_out(bases: dict[str, Path], tmp_path: Path, targets: str) -> None:
+    base = bases["llama"]
+    folder = save_adapter(tmp_path / "adapter", base, random_adapter(base))
+    assert "lm_head" in read_adapter(folder).factors
+    set_config(folder, target_modules=targets)
+    assert "lm_head" not in peft_layers(PeftModel.from_pretrained(load_base(base), folder))
+    with pytest.raises(UserError, match="lm_head is no target .* PEFT would ignore"):
+        read_adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "lacking"),
+    [
+        ({}, "model.layers.1.mlp.up_proj"),
+        ({"target_modules": "all-linear"}, "model.layers.1.mlp.up_proj"),
+        ({"target_modules": "All-Linear"}, "model.layers.1.mlp.up_proj"),
+        ({"target_modules": r".*_proj"}, "model.layers.1.mlp.up_proj"),
+        ({"exclude_modules": ["layers.1.mlp.up_proj"]}, None),
+        ({"target_modules": "all-linear", "exclude_modules": r".*\.1\.mlp\.up_proj"}, None),
+        ({"target_modules": r".*_proj|lm_head", "exclude_modules": ["layers.1.mlp.up_proj"]}, "lm_head"),
+        ({"target_modules": r".*(_proj|tokens)", "exclude_modules": ["1.mlp.up_proj"]}, "model.embed_tokens"),
+    ],
+)
+@pytest.mark.parametrize("ours", [True, False])
+def test_an_incomplete_adapter_is_refused_in_every_room(
+    bases: dict[str, Path], tmp_path: Path, values: dict[str, Any], lacking: str | None, ours: bool
+) -> None:
+    """One that all-linear names is whole without the output layer, as PEFT leaves that out."""
+    base = bases["llama"]
+    folder = save_adapter(tmp_path / "adapter", base, random_adapter(base, SIZES["all linears alike"]))
+    if not ours:
+        (folder / PROVENANCE_FILE).unlink()
+    tensors = load_file(folder / WEIGHTS_FILE)
+    save_file({name: tensor for name, tensor in tensors.items() if "1.mlp.up_proj" not in name}, folder / WEIGHTS_FILE)
+    set_config(folder, **values)
+    architecture = read_architecture(base)
+    rooms: tuple[Callable[[], object], ...] = (
+        lambda: merge(base, folder, tmp_path / "out"),
+        lambda: adopt_adapter(LoraSection(init_from=folder), base),
+        lambda: read_adapter(folder, architecture),
+    )
+    said = [problem for problem in inspected(folder, base).problems if "no factors for" in problem]
+    if lacking is None:
+        assert not said
+        for room in rooms:
+            room()
+        return
+    message = rf"no factors for {re.escape(lacking)}, which adapter_config\.json names \(target_modules"
+    assert len(said) == 1 and re.search(message, said[0])
+    decoding = cast(Any, SimpleNamespace(architecture=architecture))
+    for room in (*rooms, lambda: attach_trained(decoding, base, folder, cast(Any, None))):
+        with pytest.raises(UserError, match=message):
+            room()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layers_to_transform": "1"}, "must be a layer's number"),
+        ({"layers_to_transform": [1.0]}, "must be a layer's number"),
+        ({"layers_to_transform": True}, "must be a layer's number"),
+        ({"layers_to_transform": 1, "layers_pattern": 3}, "must be the name"),
+        ({"layers_to_transform": 1, "layers_pattern": ["(h"]}, "not a regular expression"),
+        ({"layers_pattern": "h"}, "remove it, or give both"),
+        ({"layers_to_transform": 1, "target_modules": "all-linear"}, "with a list of target_modules alone"),
+        ({"layers_to_transform": 1, "target_modules": [f"q{i}" for i in range(20)]}, "20 or more target_modules"),
+        ({"exclude_modules": {"q_proj": 1}}, "exclude_modules must be a list"),
+        ({"exclude_modules": "(q_proj"}, "exclude_modules: .* not a regular expression"),
+    ],
+)
+def test_keys_that_narrow_and_make_no_sense(folder: Path, values: dict[str, object], message: str) -> None:
+    set_config(folder, **values)
+    with pytest.raises(UserError, match=message):
+        read_config(folder / CONFIG_FILE)
 
 
 def test_dora_there_and_back(bases: dict[str, Path], tmp_path: Path) -> None:

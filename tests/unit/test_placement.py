@@ -78,6 +78,8 @@ def test_ranks_and_scales_by_pattern(architectures: dict[str, Architecture]) -> 
     [
         (LoraRules(4, 8.0, ["q_prj"], False, {}, {}), "'q_prj'"),
         (LoraRules(4, 8.0, ["q_proj", "c_attn"], False, {}, {}), "'c_attn'"),
+        (LoraRules(4, 8.0, ["q_proj", "lm_head"], False, {}, {}), "'lm_head'"),
+        (LoraRules(4, 8.0, "lm_head|.*layernorm", False, {}, {}), "layernorm"),
         (LoraRules(4, 8.0, r"model\.layers\.7\..*", False, {}, {}), "layers"),
         (LoraRules(4, 8.0, ["q_proj"], False, {"k_proj": 2}, {}), "lora.rank_pattern: 'k_proj'"),
         (LoraRules(4, 8.0, ["q_proj"], False, {}, {"w": 2.0}), "lora.alpha_pattern: 'w'"),
@@ -87,6 +89,32 @@ def test_what_matches_nothing_is_an_error(architectures: dict[str, Architecture]
     with pytest.raises(UserError, match="matches no linear of this llama model") as error:
         place(architectures["llama"], rules)
     assert named in str(error.value) and "q_proj" in str(error.value) and "down_proj" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "named"),
+    [
+        ("llama", r".*(q_proj|lm_head)", "reaches lm_head"),
+        ("llama", r"model\.(embed_tokens|layers\..*_proj)", "reaches model.embed_tokens"),
+        ("llama", r"model\.layers\.1\.[a-z_.]*", "reaches model.layers.1.input_layernorm, model.layers.1.post_"),
+        ("gpt2", r".*(c_attn|wte|wpe)", "reaches transformer.wpe, transformer.wte"),
+        ("gpt2", r".*(c_attn|lm_head)", "reaches lm_head"),
+        ("opt", r".*(fc1|embed_positions)", "reaches model.decoder.embed_positions"),
+    ],
+)
+def test_a_target_that_reaches_more_than_takes_factors_is_an_error(
+    architectures: dict[str, Architecture], family: str, targets: str | list[str], named: str
+) -> None:
+    with pytest.raises(UserError, match="only on the linears of its layers") as error:
+        paths(architectures[family], targets)
+    assert named in str(error.value) and "lora.targets" in str(error.value)
+    assert ("c_attn" if family == "gpt2" else "q_proj") in str(error.value)
+
+
+def test_a_pattern_of_ranks_may_reach_further_than_the_targets(architectures: dict[str, Architecture]) -> None:
+    """It says of which rank a module would be, not that it is one."""
+    rules = LoraRules(4, 8.0, ["q_proj"], False, {".*(q_proj|lm_head)": 2}, {})
+    assert {f.rank for p in place(architectures["llama"], rules) for f in p.factors} == {2}
 
 
 def test_a_module_and_its_part_are_one_too_many(architectures: dict[str, Architecture]) -> None:

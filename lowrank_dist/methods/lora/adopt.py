@@ -12,11 +12,12 @@ from pydantic import ValidationError
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import ALL_LINEAR, LinearPlacement, LoraRules
+from lowrank_dist.arch.tensors import module_paths
 from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.formats.provenance import refuse_another_base
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_dist.methods.lora.config import LoraConfig
-from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, module_paths, read_adapter
+from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, read_adapter
 from lowrank_dist.methods.lora.peft_config import describe
 
 
@@ -30,7 +31,8 @@ def adopt_adapter(section: LoraConfig, base: Path) -> LoraConfig:
     folder = section.init_from
     if folder is None:
         return section
-    adapter, architecture = read_adapter(folder), read_architecture(base)
+    architecture = read_architecture(base)
+    adapter = read_adapter(folder, architecture)
     refuse_foreign(folder, adapter, architecture.linear_modules(), base)
     adopted = {**asdict(rules_of(adapter, architecture)), "dora": adapter.dora}
     _refuse_contradictions(section, adopted, adapter, architecture)

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.tensors import hf_shapes
-from lowrank_dist.errors import UserError
+from lowrank_dist.arch.tensors import module_paths
+from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.formats.atomic import atomic_folder, target_of
 from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
@@ -91,11 +91,6 @@ class PairEntries(NamedTuple):
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
 
-def module_paths(architecture: Architecture) -> frozenset[str]:
-    """The path of every module with weights in the Hugging Face model, the (possibly tied) lm_head included."""
-    return frozenset(name.rpartition(".")[0] for name in hf_shapes(architecture)) | {"lm_head"}
-
-
 def write_adapter(
     folder: Path, adapter: Adapter, provenance: Provenance, modules: Collection[str], *, trained: bool
 ) -> None:
@@ -152,8 +147,10 @@ def _named_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return named
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """Read any PEFT LoRA adapter folder, with PEFT's own meaning of rank and alpha patterns. Factors come as fp32.
+def read_adapter(folder: Path, architecture: Architecture | None = None) -> Adapter:
+    """Read any PEFT LoRA adapter folder, with PEFT's own meaning of targets and patterns. Factors come as fp32.
+
+    architecture: of the base, where there is one, of which the adapter has to be whole (`require_complete`).
 
     Raises UserError, naming file and key, for a folder that is missing or incomplete, a pickle in place of safetensors,
     files that are links out of the folder, a checkpoint that is not what its manifest says, what `read_config` refuses,
@@ -166,6 +163,8 @@ def read_adapter(folder: Path) -> Adapter:
     pairs = read_pairs(path)
     for module, entries in pairs.items():
         check_pair(path, config, module, entries)
+    if architecture is not None:
+        require_complete(path, config, pairs, architecture)
     factors = {}
     with safe_open(path, framework="pt") as file:
         for module, entries in pairs.items():
@@ -235,5 +234,25 @@ def check_pair(path: Path, config: PeftConfig, module: str, entries: PairEntries
         )
     if not config.adapts(module):
         raise UserError(
-            f"{path}: {module} is no target by {CONFIG_FILE} (target_modules), so PEFT would ignore its factors"
+            f"{path}: {module} is no target by {CONFIG_FILE} ({_deciding(config)}), so PEFT would ignore its factors: "
+            "correct it, or write the adapter again"
+        )
+
+
+def _deciding(config: PeftConfig) -> str:
+    """The keys of the config that decide which modules are targets."""
+    return ", ".join(["target_modules", *config.narrowing])
+
+
+def require_complete(path: Path, config: PeftConfig, held: Collection[str], architecture: Architecture) -> None:
+    """Raise UserError where the file lacks the factors of a module of the base that its config names.
+
+    held: the modules that it has factors of.
+    """
+    modules = architecture.linear_modules() if config.all_linear else module_paths(architecture)
+    lacking = sorted(module for module in modules - set(held) if config.adapts(module))
+    if lacking:
+        raise UserError(
+            f"{path}: no factors for {some_of(lacking)}, which {CONFIG_FILE} names ({_deciding(config)}): the adapter "
+            "is incomplete; take a whole one, or have target_modules name only what it holds"
         )

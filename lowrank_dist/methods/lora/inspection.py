@@ -19,7 +19,7 @@ from lowrank_dist.formats.model_folder import FLOAT_DTYPES
 from lowrank_dist.formats.report import Report
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header, read_into
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, Base, Inspected, own_file
-from lowrank_dist.methods.lora.files import LowRankFactor, PairEntries, check_pair, read_pairs
+from lowrank_dist.methods.lora.files import LowRankFactor, PairEntries, check_pair, read_pairs, require_complete
 from lowrank_dist.methods.lora.peft_config import PeftConfig, read_config
 
 MODULES, SUMMARY = "modules", "update_norms"
@@ -72,6 +72,7 @@ def _config(found: _Found) -> None:
         "method": "lora",
         "base": config.base or "not named",
         "targets": config.targets,
+        **config.narrowing,
         "rank": config.rank,
         "alpha": config.alpha,
         **{label: pattern for label, pattern in patterns.items() if pattern},
@@ -204,12 +205,5 @@ def _fit(found: _Found, base: Base) -> None:
                 f"{path}: {module} is [out, in] = [{b.shape[0]}, {a.shape[1]}], but {name} of {folder} is "
                 f"{list(stored)}: give the base that it was trained on"
             )
-    # PEFT's all-linear leaves the output layer out; only what we wrote names its modules exactly.
-    config, wanted = found.config, linears if base.ours else inner
-    lacking = sorted(m for m in wanted - found.pairs.keys() if config is not None and config.adapts(m))
-    if lacking:
-        text = f"{path}: no factors for {some_of(lacking)}, which target_modules names"
-        if not base.ours:  # layers_to_transform and exclude_modules may mean it so
-            report.warnings.append(f"{text}: PEFT leaves them as in the base")
-        else:
-            report.problems.append(f"{text}: take another checkpoint, this one is incomplete")
+    if found.config is not None:
+        report.read(path, require_complete, path, found.config, found.pairs, architecture)

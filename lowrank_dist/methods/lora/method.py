@@ -10,13 +10,14 @@ from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.placement import LinearPlacement, place
+from lowrank_dist.arch.tensors import module_paths
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import Provenance, refuse_another_base
 from lowrank_dist.methods.files import PUBLISHED, Collected
 from lowrank_dist.methods.lora.adopt import factors_for, initial_factors, refuse_foreign, rules_of
 from lowrank_dist.methods.lora.config import LoraConfig
 from lowrank_dist.methods.lora.factors import adapter_factors, inject, lora_theta, stored_tensors, whole_factors
-from lowrank_dist.methods.lora.files import Adapter, module_paths, read_adapter, write_adapter_files
+from lowrank_dist.methods.lora.files import Adapter, read_adapter, write_adapter_files
 from lowrank_dist.methods.lora.footprint import placement_rules, refuse_parts
 from lowrank_dist.methods.method import Setting
 from lowrank_dist.model.causal_lm import CausalLM
@@ -84,7 +85,7 @@ def build(section: LoraConfig, setting: Setting, architecture: Architecture) -> 
 def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
     """See `method.Tuner`."""
     refuse_another_base(folder, base)
-    adapter = read_adapter(folder)
+    adapter = read_adapter(folder, model.architecture)
     refuse_foreign(folder, adapter, model.architecture.linear_modules(), base)
     placements = place(model.architecture, rules_of(adapter, model.architecture))
     factors = factors_for(folder, adapter, placements, base)

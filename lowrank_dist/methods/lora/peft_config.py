@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowrank_dist.arch.placement import ALL_LINEAR
 from lowrank_dist.errors import UserError
 
 # What PEFT assumes for a key that is absent.
@@ -19,6 +20,9 @@ _DEFAULTS: Mapping[str, Any] = {
     "lora_alpha": 8,
     "lora_dropout": 0.0,
     "target_modules": None,
+    "exclude_modules": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
     "rank_pattern": {},
     "alpha_pattern": {},
     "use_rslora": False,
@@ -29,23 +33,27 @@ _DEFAULTS: Mapping[str, Any] = {
     "init_lora_weights": True,
     "base_model_name_or_path": None,
 }
-# Keys that change how factors are found, started or trained, never what the saved factors mean. Any key that is
-# neither here nor in _DEFAULTS changes the mathematics when it is set (lora_bias, layer_replication, …).
+# Keys that change how factors are started or trained, never which of the saved ones count or what they mean. Any key
+# that is neither here nor in _DEFAULTS changes the mathematics when it is set (lora_bias, layer_replication, …).
 _HARMLESS = frozenset(
-    "auto_mapping inference_mode peft_type peft_version revision exclude_modules layers_to_transform layers_pattern "
-    "megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config qalora_group_size "
-    "runtime_config ensure_weight_tying".split()
+    "auto_mapping inference_mode peft_type peft_version revision megatron_config megatron_core loftq_config eva_config "
+    "corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying".split()
 )
 # The other starts (pissa, olora, corda, loftq, lora_ga, …) change the base too, so s·B·A alone is not the update.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _LARGEST = 1e30
+_OUTPUT_LAYER = "lm_head"
+# From so many names on PEFT shortens target_modules (MIN_TARGET_MODULES_FOR_OPTIMIZATION).
+_SHORTENED_FROM = 20
 
 
 @dataclass(frozen=True)
 class PeftConfig:
     """The content of adapter_config.json for a LoRA adapter: `rank` and `alpha` hold where no pattern matches.
 
-    targets: names or ends of module paths, or one regular expression over the whole path ("all-linear": any linear).
+    targets: names or ends of module paths, or one regular expression over the whole path ("all-linear": any linear but
+    the output layer). excluded: names, ends or an expression alike, which outdo the targets. layers: the only ones in
+    which ends count, any where there are none; layer_patterns: expressions for what comes before a layer's number.
     Pattern keys are regular expressions for the end of a module path, from a dot on; the first that matches counts.
     """
 
@@ -59,6 +67,24 @@ class PeftConfig:
     targets: tuple[str, ...] | str
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    excluded: tuple[str, ...] | str = ()
+    layers: tuple[int, ...] = ()
+    layer_patterns: tuple[str, ...] = ()
+
+    @property
+    def all_linear(self) -> bool:
+        """Whether the targets are "all-linear", which says nothing of modules that are no linears."""
+        return isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR
+
+    @property
+    def narrowing(self) -> dict[str, Any]:
+        """The keys beside target_modules that decide which modules are adapted, as far as they are set."""
+        values = {
+            "exclude_modules": self.excluded,
+            "layers_to_transform": self.layers,
+            "layers_pattern": self.layer_patterns,
+        }
+        return {key: value for key, value in values.items() if value}
 
     def rank_of(self, module: str) -> int:
         """The rank that PEFT gives `module`."""
@@ -69,10 +95,20 @@ class PeftConfig:
         return _first_match(self.alpha_pattern, module, self.alpha)
 
     def adapts(self, module: str) -> bool:
-        """Return whether PEFT would put factors on `module`."""
-        if isinstance(self.targets, str):
-            return self.targets == "all-linear" or re.fullmatch(self.targets, module) is not None
-        return any(module == target or module.endswith(f".{target}") for target in self.targets)
+        """Return whether PEFT would put factors on `module`, with "all-linear" one of the linears."""
+        if _names(self.excluded, module):
+            return False
+        if self.all_linear:
+            return module != _OUTPUT_LAYER
+        if not self.layers or isinstance(self.targets, str):
+            return _names(self.targets, module)
+        # A whole path counts in any layer.
+        return module in self.targets or (_names(self.targets, module) and self._layer_of(module) in self.layers)
+
+    def _layer_of(self, module: str) -> int | None:
+        patterns = [_before_layer(pattern) for pattern in self.layer_patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+        match = next(filter(None, (re.match(pattern, module) for pattern in patterns)), None)
+        return None if match is None or match["idx"] is None else int(match["idx"])
 
     def to_json(self) -> str:
         """The text of adapter_config.json."""
@@ -84,6 +120,7 @@ class PeftConfig:
             "lora_alpha": _number(self.alpha),
             "lora_dropout": self.dropout,
             "target_modules": self.targets if isinstance(self.targets, str) else list(self.targets),
+            **self.narrowing,
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": {key: _number(alpha) for key, alpha in self.alpha_pattern.items()},
             "use_rslora": self.rslora,
@@ -132,6 +169,17 @@ def describe(
     return config
 
 
+def _names(targets: tuple[str, ...] | str, module: str) -> bool:
+    """Return whether a list of names and ends, or a regular expression, names the module."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets)
+
+
+def _before_layer(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+
+
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """Pattern keys that give each module its value, none for the default; no two keys overlap."""
     pattern = {}
@@ -176,7 +224,9 @@ def read_config(path: Path) -> PeftConfig:
     """
     values = {**_DEFAULTS, **read_object(path)}
     _refuse_more_than_lora(values, path)
-    targets = values["target_modules"]
+    targets = _module_names(values["target_modules"], path, "target_modules")
+    excluded = values["exclude_modules"]
+    layers, layer_patterns = _layers(values, targets, path)
     return PeftConfig(
         rank=_rank(values["r"], path, "r"),
         alpha=_finite(values["lora_alpha"], path, "lora_alpha"),
@@ -185,13 +235,16 @@ def read_config(path: Path) -> PeftConfig:
         dora=_is_true(values["use_dora"], path, "use_dora"),
         fan_in_fan_out=_is_true(values["fan_in_fan_out"], path, "fan_in_fan_out"),
         base=str(values["base_model_name_or_path"] or ""),
-        targets=_targets(targets, path),
+        targets=targets,
         rank_pattern={
             key: _rank(rank, path, f"rank_pattern.{key}") for key, rank in _regexes(values, "rank_pattern", path)
         },
         alpha_pattern={
             key: _finite(alpha, path, f"alpha_pattern.{key}") for key, alpha in _regexes(values, "alpha_pattern", path)
         },
+        excluded=_module_names(excluded, path, "exclude_modules") if excluded else (),
+        layers=layers,
+        layer_patterns=layer_patterns,
     )
 
 
@@ -228,13 +281,39 @@ def _refuse_more_than_lora(values: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _targets(value: Any, path: Path) -> tuple[str, ...] | str:
+def _module_names(value: Any, path: Path, key: str) -> tuple[str, ...] | str:
     if isinstance(value, str):
-        _compile(value, path, "target_modules")
+        _compile(value, path, key)
         return value
     if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
         return tuple(value)
-    raise UserError(f"{path}: target_modules must be a list of module names or a regular expression, found {value!r}")
+    raise UserError(f"{path}: {key} must be a list of module names or a regular expression, found {value!r}")
+
+
+def _layers(
+    values: Mapping[str, Any], targets: tuple[str, ...] | str, path: Path
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return `layers` and `layer_patterns`. UserError for what PEFT refuses, or reads by more than a module's path."""
+    value, patterns = values["layers_to_transform"], values["layers_pattern"]
+    found = f"{path}: layers_to_transform: {value!r}, layers_pattern: {patterns!r}"
+    if isinstance(targets, str) and not (value is None and patterns is None):
+        raise UserError(f"{found}: PEFT takes them with a list of target_modules alone: write the names as a list")
+    layers = [] if value is None else value if isinstance(value, list) else [value]
+    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or []
+    if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
+        raise UserError(f"{found}: layers_to_transform must be a layer's number or a list of them")
+    if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise UserError(f"{found}: layers_pattern must be the name of the list of layers, or a list of such names")
+    if patterns and value is None:
+        raise UserError(f"{found}: PEFT takes layers_pattern with layers_to_transform alone: remove it, or give both")
+    if layers and len(set(targets)) >= _SHORTENED_FROM:
+        raise UserError(
+            f"{found}: PEFT shortens a list of {_SHORTENED_FROM} or more target_modules, which changes the layers that "
+            "whole paths mean: remove layers_to_transform and name every module"
+        )
+    for pattern in patterns:
+        _compile(_before_layer(pattern), path, "layers_pattern")
+    return tuple(layers), tuple(patterns)
 
 
 def _regexes(values: Mapping[str, Any], key: str, path: Path) -> list[tuple[str, Any]]:
