@@ -55,8 +55,8 @@ class RunFolder:
         """Return whether a checkpoint lies in this run."""
         return checkpoint.resolve().parent == self.checkpoints.resolve()
 
-    def open(self, rank: int, config_yaml: str) -> None:
-        """Make the folder, keep the resolved configuration in it (rank 0), and log to logs/rank-N.log from now on.
+    def open(self, rank: int) -> None:
+        """Make the folder and log to logs/rank-N.log from now on; nothing else of an earlier run is touched yet.
 
         Raises UserError where the folder cannot be written, or another process trains in it.
         """
@@ -69,7 +69,6 @@ class RunFolder:
                 assert handler.stream is not None, "opened by its constructor"
                 self._lock(handler.stream.fileno())
                 self._clear()
-                self.config.write_text(config_yaml)
         except OSError as error:
             raise UserError(
                 f"output.dir: cannot write {self.path}: {error.strerror}; choose a writable folder"
@@ -78,6 +77,18 @@ class RunFolder:
         root = logging.getLogger()
         root.addHandler(handler)
         root.setLevel(logging.INFO)
+
+    def begin(self, config_yaml: str) -> None:
+        """Keep the resolved configuration of a run that is known to train, in place of that of the start before it.
+
+        Raises UserError where it cannot be written.
+        """
+        temporary = temporary_name(self.config)
+        try:
+            temporary.write_text(config_yaml)
+            temporary.replace(self.config)
+        except OSError as error:
+            raise UserError(f"output.dir: cannot write {self.config}: {error.strerror}; is the disk full?") from error
 
     def _lock(self, descriptor: int) -> None:
         """Held until this process ends, however it ends: two that write checkpoints here would retire each other's."""
