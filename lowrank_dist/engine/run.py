@@ -71,7 +71,8 @@ class Run:
         """Write what belongs to this start, once the state of the checkpoint is restored: until then it may be refused,
         and what an earlier start left must still say what it was."""
         if self.writes:
-            self.folder.begin(self.config.to_yaml())
+            within = self.resumption is not None and self.folder.holds(self.resumption.folder)
+            self.folder.begin(self.config.to_yaml(), anew=self.config.output.overwrite and not within)
 
 
 @dataclass(frozen=True)
