@@ -81,6 +81,13 @@ def step_folders(checkpoints: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def step_links(checkpoints: Path) -> list[Path]:
+    """Return the links that are named like step folders."""
+    if not checkpoints.is_dir():
+        return []
+    return sorted(path for path in checkpoints.iterdir() if _STEP.fullmatch(path.name) and path.is_symlink())
+
+
 def newest_checkpoint(checkpoints: Path) -> Found:
     """Return the newest checkpoint that verifies, with what was passed over on the way.
 
@@ -88,6 +95,7 @@ def newest_checkpoint(checkpoints: Path) -> Found:
     """
     links = (checkpoints / name for name in LINKS)
     passed_over = [f"{link} leads nowhere" for link in links if link.is_symlink() and not link.exists()]
+    passed_over += [f"{link} is a link: move its folder back in its place" for link in step_links(checkpoints)]
     for step, folder in reversed(step_folders(checkpoints).items()):
         try:
             state = read_checkpoint(folder)

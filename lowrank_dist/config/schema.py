@@ -120,6 +120,11 @@ class OutputConfig(Section):
     """Output of a run: its folder, checkpoints and logs."""
 
     dir: YamlPath = Field(description="folder of the run; it holds none yet, or the one that train.resume goes on with")
+    overwrite: bool = Field(
+        False,
+        description="true or false; true removes the run that lies in output.dir, unless train.resume goes on from a "
+        "checkpoint of it",
+    )
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, or null for only at the end")
     keep_last: int | None = Field(3, ge=1, description="newest checkpoints to keep, at least 1, or null for all")
     keep_best: int = Field(1, ge=0, description="checkpoints, the best by eval.best, to keep beside them, at least 0")

@@ -49,17 +49,19 @@ def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Re
     """Find the checkpoint that train.resume asks for; None to start afresh. Collective: rank 0 looks and verifies.
 
     Raises UserError on every rank for a checkpoint that was named and does not verify, that newer ones follow in this
-    run, or whose base is not the one in model.path.
+    run, or whose base is not the one in model.path; and, without output.overwrite, where starting afresh would destroy
+    a run that has saved (`RunFolder.saved_run`, or checkpoints of which none verifies).
     """
     if config.train.resume == "never":
         return None
     answer = _told_by_rank_0(lambda: _look(config, folder), topology)
     messages = tuple(f"passed over: {reason}" for reason in answer["passed_over"])
     if answer["state"] is None:
-        if messages:
+        reasons = messages or tuple(f"there is none, beside {name} of a run that saved" for name in answer["saved_run"])
+        if reasons and not config.output.overwrite:
             raise UserError(
-                f"train.resume: none of the checkpoints in {folder.checkpoints} verifies ({'; '.join(messages)}): "
-                "restore one, or move the folder away to start afresh"
+                f"train.resume: none of the checkpoints in {folder.checkpoints} verifies ({'; '.join(reasons)}): "
+                "restore one, choose another output.dir, or let output.overwrite=true remove that run and start afresh"
             )
         return None
     return Resumption(Path(answer["folder"]), parse_state(answer["state"].encode()), messages)
@@ -91,6 +93,7 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
         "folder": str(chosen),
         "state": state and state.model_dump_json(),
         "passed_over": list(passed_over),
+        "saved_run": [] if state else folder.saved_run(),
     }
 
 

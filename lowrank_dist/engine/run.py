@@ -56,15 +56,23 @@ class Run:
         return self.topology.world_group.rank() == 0
 
     def open_folder(self, data: Data) -> None:
-        """Begin to write into the run folder, once the run is known to be one that can train.
+        """Lock the run folder and begin to log in it, once the input is known to be good.
 
-        A start that failed for its input before this leaves no folder that would refuse the corrected one. Raises
+        A start that failed for its input before this leaves no folder that would refuse the corrected one, and one
+        that fails before `begin_in_folder` leaves nothing but its logs and FAILED. Raises
         UserError where going on from the checkpoint would give another result than not having stopped.
         """
         if self.resumption is not None:
             require_same_run(self.config, self.resumption, data.state, data.held_out_state, data.steps)
-        self.folder.open(self.topology.world_group.rank(), self.config.to_yaml())
+        self.folder.open(self.topology.world_group.rank())
         self.supervision.in_folder(self.folder.path)
+
+    def begin_in_folder(self) -> None:
+        """Write what belongs to this start, once the state of the checkpoint is restored: until then it may be refused,
+        and what an earlier start left must still say what it was."""
+        if self.writes:
+            within = self.resumption is not None and self.folder.holds(self.resumption.folder)
+            self.folder.begin(self.config.to_yaml(), anew=self.config.output.overwrite and not within)
 
 
 @dataclass(frozen=True)

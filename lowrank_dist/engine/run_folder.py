@@ -8,12 +8,15 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
+from lowrank_dist.checkpoint.folder import LINKS, step_folders, step_links
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import is_temporary, sync, temporary_name
 
 logger = logging.getLogger(__name__)
 
 ENTRIES = ("config.yaml", "metrics.jsonl", "checkpoints", "adapter")
+# The line of a checkpoint in logs/rank-0.log, from which `RunFolder.saved_run` knows that there was one.
+WRITTEN = "checkpoint of step %d written to %s"
 
 
 class RunFolder:
@@ -21,6 +24,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.logs = path / "logs"
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
@@ -30,46 +34,68 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
 
     @classmethod
-    def prepare(cls, path: Path, resume: Literal["never", "auto"] | Path) -> RunFolder:
+    def prepare(cls, path: Path, resume: Literal["never", "auto"] | Path, *, overwrite: bool) -> RunFolder:
         """Return the folder of a run that starts, or goes on as `resume` (train.resume) says. Makes nothing yet.
 
-        Raises UserError where it holds a run that this one does not go on with.
+        overwrite: output.overwrite. Raises UserError where it holds a run that this one neither goes on with nor may
+        remove. With `resume` "auto" that shows only once its checkpoints were read (`saved_run`).
         """
         folder = cls(path)
-        if resume == "never" or (isinstance(resume, Path) and not folder.holds(resume)):
+        if not overwrite and (resume == "never" or (isinstance(resume, Path) and not folder.holds(resume))):
             folder.refuse_existing()
+        if path.exists() and not path.is_dir():
+            raise UserError(f"output.dir: {path} is a file; choose a folder")
         return folder
 
     def refuse_existing(self) -> None:
-        """Raise UserError where a run lies here already: nothing is ever overwritten."""
+        """Raise UserError where a run lies here already: nothing is overwritten unasked."""
         held = [name for name in ENTRIES if (self.path / name).exists()]
         if held:
             raise UserError(
                 f"output.dir: {self.path} already holds a run ({', '.join(held)}); "
-                "choose another output.dir or move it away"
+                "choose another output.dir or move it away, or let output.overwrite=true remove it"
             )
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"output.dir: {self.path} is a file; choose a folder")
+
+    def saved_run(self) -> list[str]:
+        """Return what lies here that only a run with a checkpoint leaves: where none can be resumed, that is lost by
+        starting afresh.
+
+        That is adapter/, which is copied out of the last checkpoint, and metrics.jsonl of a run that wrote checkpoints
+        by its log, or whose folder of checkpoints is gone. What a run leaves that was stopped before its first
+        checkpoint, or whose disk took none, is none of it: such a run starts again by itself.
+        """
+        held = [self.adapter] if self.adapter.exists() else []
+        if self.metrics.exists() and (not self.checkpoints.is_dir() or self._wrote_checkpoints()):
+            held.append(self.metrics)
+        return [path.name for path in held]
+
+    def _wrote_checkpoints(self) -> bool:
+        if not self._log(0).is_file():
+            return False
+        said = f": {WRITTEN.partition('%')[0]}"
+        with self._log(0).open(encoding="utf-8", errors="replace") as lines:
+            return any(said in line for line in lines)
+
+    def _log(self, rank: int) -> Path:
+        return self.logs / f"rank-{rank}.log"
 
     def holds(self, checkpoint: Path) -> bool:
         """Return whether a checkpoint lies in this run."""
         return checkpoint.resolve().parent == self.checkpoints.resolve()
 
-    def open(self, rank: int, config_yaml: str) -> None:
-        """Make the folder, keep the resolved configuration in it (rank 0), and log to logs/rank-N.log from now on.
+    def open(self, rank: int) -> None:
+        """Make the folder and log to logs/rank-N.log from now on; nothing else of an earlier run is touched yet.
 
         Raises UserError where the folder cannot be written, or another process trains in it.
         """
         try:
-            logs = self.path / "logs"
-            logs.mkdir(parents=True, exist_ok=True)
+            self.logs.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            handler = logging.FileHandler(logs / f"rank-{rank}.log")
+            handler = logging.FileHandler(self._log(rank))
             if rank == 0:
                 assert handler.stream is not None, "opened by its constructor"
                 self._lock(handler.stream.fileno())
                 self._clear()
-                self.config.write_text(config_yaml)
         except OSError as error:
             raise UserError(
                 f"output.dir: cannot write {self.path}: {error.strerror}; choose a writable folder"
@@ -78,6 +104,29 @@ class RunFolder:
         root = logging.getLogger()
         root.addHandler(handler)
         root.setLevel(logging.INFO)
+
+    def begin(self, config_yaml: str, *, anew: bool) -> None:
+        """Keep the resolved configuration of a run that is known to train, in place of that of the start before it.
+
+        anew: the run that lies here is removed first (output.overwrite); its logs stay. Raises UserError where the
+        folder cannot be written.
+        """
+        temporary = temporary_name(self.config)
+        try:
+            if anew:
+                self._remove_run()
+            temporary.write_text(config_yaml)
+            temporary.replace(self.config)
+        except OSError as error:
+            raise UserError(f"output.dir: cannot write {self.config}: {error.strerror}; is the disk full?") from error
+
+    def _remove_run(self) -> None:
+        checkpoints = [*step_folders(self.checkpoints).values(), *step_links(self.checkpoints)]
+        links = [self.checkpoints / name for name in LINKS]
+        for path in (*checkpoints, *links, self.adapter, self.metrics, self.plot, self.probe, self.tensorboard):
+            if path.exists() or path.is_symlink():
+                logger.warning("removing %s of an earlier run (output.overwrite)", path)
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _lock(self, descriptor: int) -> None:
         """Held until this process ends, however it ends: two that write checkpoints here would retire each other's."""

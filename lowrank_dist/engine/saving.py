@@ -22,7 +22,7 @@ from lowrank_dist.checkpoint.training_state import LOSS, DataState, TrainingStat
 from lowrank_dist.engine.evaluator import History, best_first, label
 from lowrank_dist.engine.gathering import Gathering
 from lowrank_dist.engine.run import Progress, Run
-from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.engine.run_folder import WRITTEN, RunFolder
 from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import DiskError, ElsewhereError
 from lowrank_dist.formats.atomic import temporary_name
@@ -106,7 +106,7 @@ class CheckpointWriter:
         self._retire(best)
         if final and self._method.published:
             copy_adapter(target, self._folder.adapter, self._method.published)
-        logger.info("checkpoint of step %d written to %s", state.step, target)
+        logger.info(WRITTEN, state.step, target)
         adapter = "adapter/ and " if final and self._method.published else ""
         self.summary = f"{adapter}checkpoints/last: step {state.step}"
         if best:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,13 @@ def refused(outcomes: list[Outcome]) -> str:
     said = "".join(outcome.stderr for outcome in outcomes)
     assert "Traceback" not in said
     return said
+
+
+def untouched(run: Path) -> dict[str, str]:
+    """All of a run folder that a start which is refused must leave as it was: not its logs, and not why it failed."""
+    return {
+        name: content for name, content in snapshot(run).items() if not name.startswith("logs") and name != "FAILED"
+    }
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +151,78 @@ def test_nothing_that_verifies_is_no_new_start(job: Path, runs: dict[str, Path],
     assert snapshot(stopped / "checkpoints") == before
 
 
+def _emptied(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "checkpoints").mkdir()
+
+
+def _without_adapter(run: Path) -> None:
+    _emptied(run)
+    shutil.rmtree(run / "adapter")
+
+
+def _only_metrics(run: Path) -> None:
+    for name in ("checkpoints", "adapter", "logs"):
+        shutil.rmtree(run / name)
+
+
+def _moved_and_linked(run: Path) -> None:
+    for step in (2, 4, 6):
+        folder = run / f"checkpoints/step-{step}"
+        folder.symlink_to(folder.rename(run / f"moved-{step}"))
+
+
+@pytest.mark.parametrize(
+    ("lose", "named"),
+    [
+        (_emptied, "there is none, beside adapter of a run that saved; there is none, beside metrics.jsonl"),
+        (_without_adapter, "(there is none, beside metrics.jsonl of a run that saved)"),
+        (_only_metrics, "(there is none, beside metrics.jsonl of a run that saved)"),
+        (_moved_and_linked, "step-6 is a link: move its folder back"),
+    ],
+)
+def test_a_run_that_lost_its_checkpoints_is_not_started_over(
+    job: Path, runs: dict[str, Path], lose: Callable[[Path], None], named: str, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(runs["TP1"], tmp_path / "run", symlinks=True))
+    lose(run)
+    before = snapshot(run)
+    said = refused(train(job, run, LAYOUTS["TP1"], "train.seed=7", "train.resume_changes=[train.seed]"))
+    assert named in said and "choose another output.dir, or let output.overwrite=true remove that run" in said
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_overwrite_starts_over_and_leaves_nothing_of_the_run_before(
+    job: Path, runs: dict[str, Path], resume: str, tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(runs["TP1"], tmp_path / "run", symlinks=True))
+    if resume == "auto":
+        _moved_and_linked(run)
+    arguments = (f"train.resume={resume}", "train.steps=4")
+    refused(train(job, run, LAYOUTS["TP1"], *arguments))
+    moved = {path.name: snapshot(path) for path in run.glob("moved-*")}
+    well(train(job, run, LAYOUTS["TP1"], *arguments, "output.overwrite=true"))
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-2", "step-4", "last", "best"}
+    assert not any((run / "checkpoints" / f"step-{step}").is_symlink() for step in (2, 4))
+    assert {record["step"] for record in curve(run)} == {0, 1, 2, 3, 4}
+    assert {path.name: snapshot(path) for path in run.glob("moved-*")} == moved, "what a link led to is not ours"
+
+
+def test_overwrite_removes_nothing_that_is_resumed_or_of_a_start_that_is_refused(
+    job: Path, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    stopped = stopped_after(runs["TP1"], 4, tmp_path / "run")
+    before = untouched(stopped)
+    refused(train(job, stopped, LAYOUTS["TP1"], "output.overwrite=true", "lora.rank=8"))
+    assert untouched(stopped) == before
+    assert "at step 4 of" in well(train(job, stopped, LAYOUTS["TP1"], "output.overwrite=true"))
+    assert curve(stopped) == curve(runs["TP1"])
+
+
 def test_killed_before_the_first_checkpoint_starts_again(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(runs["TP2"], folder, ignore=shutil.ignore_patterns("step-*", "last", "best", "adapter"))
+    shutil.copytree(runs["TP2"], folder, ignore=shutil.ignore_patterns("step-*", "last", "best", "adapter", "logs"))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "ti')
     well(train(job, folder, LAYOUTS["TP2"]))
@@ -173,9 +250,10 @@ def test_another_run_is_refused_by_name(
     job: Path, runs: dict[str, Path], overrides: list[str], named: str, tmp_path: Path
 ) -> None:
     stopped = stopped_after(runs["TP2"], SAVED, tmp_path / "run")
-    before = snapshot(stopped / "checkpoints")
+    shutil.copytree(runs["TP2"] / "adapter", stopped / "adapter")
+    before = untouched(stopped)
     assert named in refused(train(job, stopped, LAYOUTS["TP2"], *overrides))
-    assert snapshot(stopped / "checkpoints") == before
+    assert untouched(stopped) == before
 
 
 def test_other_data_and_another_base_are_refused(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:

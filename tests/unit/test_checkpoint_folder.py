@@ -180,6 +180,9 @@ def test_unfinished_and_foreign_entries_are_no_checkpoints(checkpoints: Path) ->
     (checkpoints / "step-11").write_text("a file")
     (checkpoints / "step-12").symlink_to("step-2")
     assert list(step_folders(checkpoints)) == [2, 4]
+    found = newest_checkpoint(checkpoints)
+    assert found.state.step == 4
+    assert found.passed_over == (f"{checkpoints / 'step-12'} is a link: move its folder back in its place",)
 
 
 class _Planted:
