@@ -51,7 +51,7 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What layers that are alike are made of.
+    """The make-up of layers that are alike.
 
     linears: by Megatron's name ("linear_qkv"), in the order of execution.
     tensors: the layer's other tensors.

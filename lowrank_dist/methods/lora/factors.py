@@ -6,7 +6,7 @@ Whole factors have Hugging Face names, and no sharding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -110,12 +110,10 @@ class WholeFactor:
     magnitude: Tensor | None = None
 
 
-def lora_theta(
-    adapted: Sequence[AdaptedLinear], tp_size: int, masks: MaskSource, refresh: Callable[[], None] = lambda: None
-) -> Theta:
+def lora_theta(adapted: Sequence[AdaptedLinear], tp_size: int, masks: MaskSource) -> Theta:
     """Return Θ of low-rank updates, each linear's in turn, stored under Hugging Face's module names."""
     trained = (each for linear in adapted for each in linear.factors.trained(_everywhere(linear.placement, tp_size)))
-    return Theta(tuple(trained), masks, refresh)
+    return Theta(tuple(trained), masks)
 
 
 def _everywhere(placement: LinearPlacement, tp_size: int) -> FactorMap:

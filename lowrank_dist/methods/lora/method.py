@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -106,8 +107,9 @@ def _attach(
     """Give the model low-rank updates as they start. Collective where they are decomposed."""
     kind = DecomposedFactors if dora else LowRankFactors
     adapted = inject(model, placements, masks, seed, topology.tp_rank, topology.tp_size, lanes, kind)
+    theta = lora_theta(adapted, topology.tp_size, masks)
     if not dora:
-        return lora_theta(adapted, topology.tp_size, masks)
+        return theta
     linears = [module for module in model.modules() if isinstance(module, LowRankLinear) and module.update is not None]
     start_magnitudes(linears, topology.tp_group)
-    return lora_theta(adapted, topology.tp_size, masks, partial(refresh_norms, linears, topology.tp_group))
+    return replace(theta, refresh=partial(refresh_norms, linears, topology.tp_group))
