@@ -40,10 +40,11 @@ SECTIONS = (
 )
 ARROWS = [
     Arrow(f"{PACKAGE}.config", "torch"),
-    Arrow(f"{PACKAGE}.arch", PACKAGE, but=(f"{PACKAGE}.arch", f"{PACKAGE}.errors")),
+    Arrow(f"{PACKAGE}.arch", PACKAGE, but=rooms("arch", "errors", "untrusted")),
     *(Arrow(f"{PACKAGE}.arch", out) for out in ("torch", "transformers", "megatron", "deepspeed", "safetensors")),
-    Arrow(f"{PACKAGE}.sections", PACKAGE, but=(f"{PACKAGE}.sections",)),
-    Arrow(f"{PACKAGE}.sections", "torch"),
+    Arrow(f"{PACKAGE}.sections", PACKAGE, but=rooms("sections", "untrusted")),
+    Arrow(f"{PACKAGE}.untrusted", PACKAGE, but=rooms("untrusted", "errors")),
+    *(Arrow(room, "torch") for room in rooms("sections", "untrusted")),
     *(Arrow(section, PACKAGE, but=(f"{PACKAGE}.sections",)) for section in SECTIONS),
     *(Arrow(section, "torch") for section in SECTIONS),
     Arrow(PACKAGE, f"{PACKAGE}.config", exempt=rooms("config", "cli", "engine", "doctor")),
@@ -283,6 +284,8 @@ def test_nothing_runs_code_from_a_file() -> None:
         ("lowrank_dist.config.schema", "def f():\n    import torch"),
         ("lowrank_dist.sections.section", "from lowrank_dist.errors import UserError"),
         ("lowrank_dist.sections.section", "from ..errors import UserError"),
+        ("lowrank_dist.untrusted.json", "from lowrank_dist.sections.section import Section"),
+        ("lowrank_dist.untrusted.files", "import torch"),
         ("lowrank_dist.methods.lora.config", "from lowrank_dist.arch.placement import place"),
         ("lowrank_dist.generate.config", "from lowrank_dist.model.config import ModelConfig"),
         ("lowrank_dist.data.config", "import torch"),
@@ -327,6 +330,8 @@ def test_a_planted_arrow_is_found(module: str, source: str) -> None:
     [
         ("lowrank_dist.config.load", "from lowrank_dist.config.schema import Config\nfrom ..errors import ConfigError"),
         ("lowrank_dist.arch.rows", "from lowrank_dist.errors import UserError\nfrom lowrank_dist.arch.keys import Key"),
+        ("lowrank_dist.arch.model_files", "from lowrank_dist.untrusted.json import read_object"),
+        ("lowrank_dist.sections.section", "from lowrank_dist.untrusted.patterns import require_expression"),
         ("lowrank_dist.engine.assemble", "from lowrank_dist.config import Config"),
         ("lowrank_dist.methods.lora.config", "from lowrank_dist.sections.section import MethodSection"),
         ("lowrank_dist.engine.zero", "import deepspeed"),

@@ -1,0 +1,80 @@
+"""Files that anyone may have written: read whole up to a bound, or line by line, and names that no disk could hold.
+
+The bound is met before anything of that size is held: a file may be a device without an end.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lowrank_dist.errors import UserError, printable
+
+MIB = 1 << 20
+# Linux: NAME_MAX and PATH_MAX, the latter with its closing zero byte.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+
+
+def read_bytes(path: Path, remedy: str, *, largest: int) -> bytes:
+    """Return the content of a regular file of at most `largest` bytes; UserError for anything else."""
+    try:
+        # Not opened before: whoever opens a pipe waits for its writer.
+        if path.exists() and not path.is_file():
+            raise UserError(f"{shown(path)}: is no regular file: {remedy}")
+        with path.open("rb") as file:
+            content = file.read(largest + 1)
+    except OSError as error:
+        raise UserError(f"{shown(path)}: cannot be read ({error.strerror}): {remedy}") from error
+    if len(content) > largest:
+        raise UserError(f"{shown(path)}: is larger than the {sized(largest)} that such a file may have: {remedy}")
+    return content
+
+
+def read_text(path: Path, remedy: str, *, largest: int) -> str:
+    """Return the text of a UTF-8 file; UserError as `read_bytes` raises it, and for what is no UTF-8."""
+    try:
+        return read_bytes(path, remedy, largest=largest).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{shown(path)}: is not UTF-8 (byte {error.start}: {error.reason}): {remedy}") from error
+
+
+def read_lines(path: Path, remedy: str, *, longest: int) -> Iterator[tuple[int, bytes]]:
+    """Yield each line's number, from 1, and its bytes, with the newline where it has one.
+
+    Cut at newlines alone: text mode also splits at U+2028 or \\x0c in some readers and would shift the numbers that an
+    editor shows. UserError for a line over `longest` bytes, before it is held.
+    """
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(longest + 1):
+                number += 1
+                if len(line) > longest:
+                    raise UserError(f"{shown(path)}:{number}: the line is longer than {sized(longest)}: {remedy}")
+                yield number, line
+    except OSError as error:
+        raise UserError(f"{shown(path)}: cannot be read ({error.strerror}): {remedy}") from error
+
+
+def require_nameable(text: str) -> str:
+    """Return the text; ValueError where no file of Linux can be called so."""
+    if "\0" in text:
+        raise ValueError("a path cannot hold a zero byte")
+    size = len(os.fsencode(text))
+    if size > _LONGEST_PATH:
+        raise ValueError(f"a path has at most {_LONGEST_PATH} bytes, and this has {size}")
+    longest = max((len(os.fsencode(name)) for name in text.split("/")), default=0)
+    if longest > _LONGEST_NAME:
+        raise ValueError(f"a name in a path has at most {_LONGEST_NAME} bytes, and one here has {longest}")
+    return text
+
+
+def shown(path: Path | str) -> str:
+    """Return a path for a message: one line, without the middle of one that no screen would hold."""
+    text = printable(str(path))
+    return text if len(text) <= 500 else f"{text[:240]}…{text[-240:]}"
+
+
+def sized(count: int) -> str:
+    return f"{count >> 20} MiB" if count >= MIB else f"{count} bytes"

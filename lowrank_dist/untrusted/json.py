@@ -1,0 +1,188 @@
+"""JSON that anyone may have written: the one place that parses it, with a bound on each thing that can grow.
+
+Refused beyond what is no JSON: a file over a size, nesting, an integer that no float holds, half of a surrogate pair,
+text that is no UTF-8; and where asked, a key that is given twice (others take the last) and NaN or infinity (published
+configurations have them: `"time_step_limit": [0.0, Infinity]`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from lowrank_dist.errors import UserError, printable
+from lowrank_dist.untrusted.files import MIB, read_bytes, shown
+
+T = TypeVar("T")
+# The largest that are published are indices of some thousand shards, below 16 MiB. JSON takes up to 30 times its size.
+LARGEST = 32 * MIB
+DEEPEST = 100
+# A float ends at 309 digits, and Python converts no more than 4300; a tokenizer's model_max_length has 31.
+_MOST_DIGITS = 308
+_LONG_INTEGER = re.compile(rf"\d{{{_MOST_DIGITS + 1},}}")
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+_NAMES: Mapping[type, str] = {
+    str: "text",
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+
+class JsonFault(ValueError):
+    """What is wrong with a text as JSON. line: its number from 1, None where the fault has a key, or no place."""
+
+    def __init__(self, what: str, line: int | None = None) -> None:
+        super().__init__(what)
+        self.line = line
+
+
+def parse_json(content: bytes | str, *, unique: bool = False, finite: bool = False) -> Any:
+    """Return the value of a JSON text. unique: refuse a key that an object has twice. finite: NaN and infinity.
+
+    Raises JsonFault.
+    """
+    text = _decoded(content)
+    try:
+        value = json.loads(
+            text,
+            parse_int=_integer,
+            parse_float=_finite if finite else None,
+            parse_constant=_refuse_constant if finite else None,
+            object_pairs_hook=_unique if unique else None,
+        )
+    except json.JSONDecodeError as error:
+        # Not error.colno: a text that breaks off is blamed on the column after its newline.
+        column = error.pos - text.rfind("\n", 0, error.pos)
+        raise JsonFault(f"malformed JSON at column {column}: {error.msg}", error.lineno) from error
+    except RecursionError as error:
+        raise JsonFault(_TOO_DEEP) from error
+    except _LongInteger as error:
+        match = _LONG_INTEGER.search(text)
+        assert match is not None, "the integer stands in the text"
+        line = text.count("\n", 0, match.start()) + 1
+        raise JsonFault(f"an integer of {len(match[0])} digits; no count or size has so many", line) from error
+    _refuse_depth(value)
+    if _HALF_PAIR.search(text):
+        _refuse_half_pairs(value)
+    return value
+
+
+def read_json(path: Path, remedy: str, *, largest: int = LARGEST, unique: bool = False, finite: bool = False) -> Any:
+    """Return the value in a file, as `parse_json` does. Raises UserError with the place and the remedy."""
+    content = read_bytes(path, remedy, largest=largest)
+    try:
+        return parse_json(content, unique=unique, finite=finite)
+    except JsonFault as fault:
+        line = "" if fault.line is None else f":{fault.line}"
+        raise UserError(f"{shown(path)}{line}: not valid JSON: {fault}: {remedy}") from fault
+
+
+def read_object(
+    path: Path, remedy: str, *, largest: int = LARGEST, unique: bool = False, finite: bool = False
+) -> dict[str, Any]:
+    """Return the object in a file; UserError as `read_json` raises it, and for a value that is no object."""
+    value = read_json(path, remedy, largest=largest, unique=unique, finite=finite)
+    if not isinstance(value, dict):
+        raise UserError(f"{shown(path)}: expected a JSON object, found {type(value).__name__}: {remedy}")
+    return value
+
+
+def take(values: Mapping[str, Any], key: str, kind: type[T], where: Path | str, remedy: str = "correct it") -> T | None:
+    """Return the value of a key, None where there is none or it is null; UserError where it is of another kind.
+
+    kind: str, int, float (any number), bool, list or dict.
+    """
+    value = values.get(key)
+    if value is None:
+        return None
+    kinds: tuple[type, ...] = (int, float) if kind is float else (kind,)
+    if not isinstance(value, kinds) or isinstance(value, bool) and kind is not bool:
+        raise UserError(f"{shown(where)}: {key} must be {_NAMES[kind]}, not {brief(value)}: {remedy}")
+    return value  # type: ignore[return-value]
+
+
+def brief(value: object) -> str:
+    """Return a value for a message: its beginning, on one line."""
+    text = printable(repr(value))
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+_TOO_DEEP = f"JSON nested too deeply, over {DEEPEST} levels"
+
+
+class _LongInteger(Exception):
+    pass
+
+
+def _decoded(content: bytes | str) -> str:
+    if isinstance(content, str):
+        return content
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        column = error.start - content.rfind(b"\n", 0, error.start)
+        raise JsonFault(f"not UTF-8 at byte {column} of the line", line) from error
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise _LongInteger
+    return int(digits)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise JsonFault(f"{digits[:20]} is beyond every float")
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise JsonFault(f"{name} where a finite number is expected")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+        raise JsonFault(f"key {brief(repeated[0])} is given twice; keep one")
+    return result
+
+
+def _refuse_depth(value: object) -> None:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
+        if not level:
+            return
+    raise JsonFault(_TOO_DEEP)
+
+
+def _inside(value: object) -> Iterator[object]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
+
+
+def _refuse_half_pairs(value: object, key: str = "") -> None:
+    """Python keeps half of a surrogate pair as text that can neither be written nor printed."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_half_pairs(name, f"{key}.{name}")
+            _refuse_half_pairs(inner, f"{key}.{name}")
+    elif isinstance(value, list):
+        for place, inner in enumerate(value):
+            _refuse_half_pairs(inner, f"{key}[{place}]")
+    elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        where = f"key {brief(key.removeprefix('.'))} holds" if key else "there is"
+        raise JsonFault(f"{where} an unpaired surrogate escape (\\udXXX)")

@@ -1,0 +1,119 @@
+"""Regular expressions that anyone may have written: Python's own syntax and meaning, in bounded time.
+
+`re` decides what an expression is, as it does for PEFT and transformers; it cannot be stopped once it backtracks, so
+`regex` matches, which means the same by all that is let through here and gives up after a time.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+
+import regex
+
+from lowrank_dist.errors import UserError, printable
+
+LONGEST = 20_000
+# A path of a module. No published one has 200 characters.
+_LONGEST_TEXT = 2_000
+# The counts of an expression, multiplied: `regex` writes repetitions out.
+_MOST_REPEATED = 1 << 16
+_COUNTS = re.compile(r"\{(\d*)(?:,(\d*))?\}")
+# `re` takes a brace that counts nothing as itself, and `regex` for a number of mistakes; [[: begins a class to it.
+_BRACE = re.compile(r"(?<!\\)(?:\\\\)*\{(?!\d+(?:,\d*)?\}|,\d+\})")
+_CLASS = "[[:"
+# Of one set in all: a name against a short expression takes a microsecond or two.
+_SECONDS = 5.0
+
+
+class Patterns:
+    """The regular expressions of one file or section. All their matches together take at most five seconds.
+
+    where: for messages, the file or the section. seconds: of this thread's time.
+    """
+
+    def __init__(self, where: object, seconds: float = _SECONDS) -> None:
+        self._where = where
+        self._left = self._seconds = seconds
+        self._compiled: dict[str, regex.Pattern] = {}
+
+    def require(self, pattern: str, key: str, form: str = "{}") -> None:
+        """Raise UserError, naming the key, where the expression cannot be used. form: what it is put into, at {}."""
+        try:
+            self._compile(pattern, form)
+        except ValueError as error:
+            raise UserError(f"{self._where}: {key}: {error}") from error
+
+    def fullmatch(self, pattern: str, text: str) -> bool:
+        """Return whether the whole text is what the expression describes."""
+        return self._run(pattern, "{}", text, "fullmatch") is not None
+
+    def match(self, pattern: str, text: str, form: str = "{}") -> regex.Match | None:
+        """Return the match at the beginning of a text. form: what the expression is put into, at {}."""
+        return self._run(pattern, form, text, "match")
+
+    def _run(self, pattern: str, form: str, text: str, how: str) -> regex.Match | None:
+        if len(text) > _LONGEST_TEXT:
+            raise UserError(
+                f"{self._where}: a name of {len(text)} characters ({text[:40]!r}…) is no module's: correct it"
+            )
+        compiled = self._compile(pattern, form)
+        began = time.thread_time()
+        try:
+            if self._left <= 0:
+                raise TimeoutError
+            return getattr(compiled, how)(text, timeout=self._left)
+        except (TimeoutError, MemoryError) as error:
+            raise UserError(
+                f"{self._where}: matching the regular expression {short(pattern)} takes longer than "
+                f"{self._seconds:g} s: it backtracks; write it without a repetition inside a repetition"
+            ) from error
+        finally:
+            self._left -= time.thread_time() - began
+
+    def _compile(self, pattern: str, form: str) -> regex.Pattern:
+        whole = form.replace("{}", pattern)
+        if whole not in self._compiled:
+            require_expression(pattern, form)
+            self._compiled[whole] = regex.compile(whole, regex.VERSION0, cache_pattern=False)
+        return self._compiled[whole]
+
+
+def require_expression(pattern: str, form: str = "{}") -> None:
+    """Raise ValueError, saying why, unless `form` with the pattern at {} is a regular expression within the bounds."""
+    if len(pattern) > LONGEST:
+        raise ValueError(f"a regular expression of {len(pattern)} characters; at most {LONGEST} are taken")
+    repeated = 1
+    for least, most in _COUNTS.findall(pattern):
+        # Digits alone are counted before they are converted.
+        repeated *= max(
+            1, *(int(count) if len(count) < 7 else _MOST_REPEATED + 1 for count in (least, most) if count), 1
+        )
+        if repeated > _MOST_REPEATED:
+            raise ValueError(f"{short(pattern)} repeats more than {_MOST_REPEATED} times; use * or + for a count")
+    if _BRACE.search(pattern):
+        raise ValueError(f"{short(pattern)} has a brace that counts nothing; write \\{{ for a brace itself")
+    if _CLASS in pattern:
+        raise ValueError(f"{short(pattern)} has '{_CLASS}', which no two engines read alike; write the characters out")
+    if re.search(r"\(\?[aLmsux]*i", pattern) and (not pattern.isascii() or re.search(r"\\[xuUN]", pattern)):
+        raise ValueError(f"{short(pattern)} ignores the case of characters beyond ASCII; no module is named so")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of syntax that may come to mean something else
+            # By itself as well: ")(" is one only inside of a form.
+            re.compile(pattern)
+            re.compile(form.replace("{}", pattern))
+        regex.compile(form.replace("{}", pattern), regex.VERSION0, cache_pattern=False)
+    except (re.error, regex.error, OverflowError) as error:
+        remedy = ""
+        if "global flags" in str(error):
+            remedy = "; write flags for a part of it, (?i:…)"
+        raise ValueError(f"not a regular expression: {error}{remedy}") from error
+    except (RecursionError, MemoryError) as error:
+        raise ValueError(f"{short(pattern)} is nested too deeply") from error
+
+
+def short(pattern: str) -> str:
+    text = printable(repr(pattern))
+    return text if len(text) <= 100 else f"{text[:100]}…"
