@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -12,6 +11,7 @@ from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.rows import Linear, LinearLayout
 from lowrank_dist.arch.tensors import module_paths
 from lowrank_dist.errors import UserError, some_of
+from lowrank_dist.untrusted.patterns import PATH_END, Patterns
 
 ALL_LINEAR = "all-linear"
 Value = TypeVar("Value", int, float)
@@ -110,14 +110,9 @@ class _Matcher:
         self._architecture = architecture
         self._rules = rules
         targets = rules.targets
-        self._tests: dict[str, re.Pattern[str] | None]
-        if isinstance(targets, str) and targets != ALL_LINEAR:
-            self._tests = {targets: re.compile(targets)}
-        else:
-            names = [targets] if isinstance(targets, str) else list(targets)
-            self._tests = {name: None if name == ALL_LINEAR else _suffix(re.escape(name)) for name in names}
-        self._ranks = {key: _suffix(key) for key in rules.rank_pattern}
-        self._alphas = {key: _suffix(key) for key in rules.alpha_pattern}
+        self._patterns = Patterns("lora")
+        self._tests = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(targets))
+        self._expression = targets if isinstance(targets, str) and targets != ALL_LINEAR else None
         self._used: set[tuple[str, str]] = set()
 
     def targets(self, candidate: _Candidate) -> bool:
@@ -127,25 +122,26 @@ class _Matcher:
 
     def _hits(self, path: str, whole_linear: bool) -> list[str]:
         """Return the targets that name the module at `path`; all-linear names whole linears alone."""
+        if self._expression is not None:
+            return [self._expression] if self._patterns.fullmatch(self._expression, path) else []
         return [
             name
-            for name, test in self._tests.items()
-            if (whole_linear if test is None else test.fullmatch(path) is not None)
+            for name in self._tests
+            if (whole_linear if name == ALL_LINEAR else path == name or path.endswith(f".{name}"))
         ]
 
     def rank(self, path: str) -> int:
-        return self._first("lora.rank_pattern", self._ranks, self._rules.rank_pattern, path, self._rules.rank)
+        return self._first("lora.rank_pattern", self._rules.rank_pattern, path, self._rules.rank)
 
     def alpha(self, path: str) -> float:
-        return self._first("lora.alpha_pattern", self._alphas, self._rules.alpha_pattern, path, self._rules.alpha)
+        return self._first("lora.alpha_pattern", self._rules.alpha_pattern, path, self._rules.alpha)
 
-    def _first(
-        self, key: str, tests: Mapping[str, re.Pattern[str]], values: Mapping[str, Value], path: str, otherwise: Value
-    ) -> Value:
-        for name, test in tests.items():
-            if test.fullmatch(path):
+    def _first(self, key: str, values: Mapping[str, Value], path: str, otherwise: Value) -> Value:
+        for name, value in values.items():
+            # PEFT's rule for pattern keys.
+            if self._patterns.fullmatch(name, path, PATH_END):
                 self._used.add((key, name))
-                return values[name]
+                return value
         return otherwise
 
     def refuse_unadaptable(self) -> None:
@@ -176,8 +172,8 @@ class _Matcher:
     def refuse_unused(self) -> None:
         sections = (
             ("lora.targets", self._tests),
-            ("lora.rank_pattern", self._ranks),
-            ("lora.alpha_pattern", self._alphas),
+            ("lora.rank_pattern", tuple(self._rules.rank_pattern)),
+            ("lora.alpha_pattern", tuple(self._rules.alpha_pattern)),
         )
         unused = [f"{key}: {name!r}" for key, names in sections for name in names if (key, name) not in self._used]
         if not unused:
@@ -189,11 +185,6 @@ class _Matcher:
             "a list holds such names or ends of paths, a string is a regular expression over the whole path, or "
             f"{ALL_LINEAR!r}"
         )
-
-
-def _suffix(pattern: str) -> re.Pattern[str]:
-    """PEFT's rule for pattern keys: a regular expression for the end of the path, from a dot on."""
-    return re.compile(rf"(?:.*\.)?(?:{pattern})")
 
 
 def _spec(candidate: _Candidate, layout: LinearLayout, rules: LoraRules, matcher: _Matcher) -> FactorSpec:

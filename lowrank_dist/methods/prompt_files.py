@@ -36,7 +36,7 @@ from lowrank_dist.methods.files import (
     not_for_vllm,
     own_file,
 )
-from lowrank_dist.methods.lora.peft_config import read_object
+from lowrank_dist.untrusted.json import read_object
 
 Kind = Literal["PREFIX_TUNING", "PROMPT_TUNING"]
 _TENSOR = "prompt_embeddings"
@@ -151,7 +151,7 @@ def require_fit(folder: Path, learned: PromptLearning, architecture: Architectur
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return read_object(own_file(folder, CONFIG_FILE))
+    return read_object(own_file(folder, CONFIG_FILE), "write the adapter again")
 
 
 def _text(config: dict[str, Any], key: str, folder: Path) -> str:

@@ -6,26 +6,30 @@ torch, so that a configuration can be checked anywhere. A field's description is
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from lowrank_dist.untrusted.files import require_nameable
+from lowrank_dist.untrusted.patterns import PATH_END, require_expression
+
 
 def _path(value: object) -> Path:
     # Strict mode takes no text for a path, and YAML has nothing else.
     if isinstance(value, Path) or isinstance(value, str) and value:
-        return Path(value)
+        return Path(require_nameable(str(value)))
     raise ValueError("a path is text that is not empty (a number as a name needs quotes)")
 
 
 def _regular_expression(value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from error
+    require_expression(value)
+    return value
+
+
+def _end_of_path(value: str) -> str:
+    require_expression(value, PATH_END)
     return value
 
 
@@ -33,6 +37,8 @@ def _regular_expression(value: str) -> str:
 MethodName: TypeAlias = Literal["lora", "full", "adapter_h", "adapter_l", "prefix", "prompt"]
 YamlPath: TypeAlias = Annotated[Path, BeforeValidator(_path)]
 Pattern: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_regular_expression)]
+# Of the end of a module's path, from a dot on.
+EndPattern: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_end_of_path)]
 
 
 class Section(BaseModel):

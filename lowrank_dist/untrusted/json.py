@@ -24,7 +24,6 @@ LARGEST = 32 * MIB
 DEEPEST = 100
 # A float ends at 309 digits, and Python converts no more than 4300; a tokenizer's model_max_length has 31.
 _MOST_DIGITS = 308
-_LONG_INTEGER = re.compile(rf"\d{{{_MOST_DIGITS + 1},}}")
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 _NAMES: Mapping[type, str] = {
     str: "text",
@@ -65,10 +64,10 @@ def parse_json(content: bytes | str, *, unique: bool = False, finite: bool = Fal
     except RecursionError as error:
         raise JsonFault(_TOO_DEEP) from error
     except _LongInteger as error:
-        match = _LONG_INTEGER.search(text)
-        assert match is not None, "the integer stands in the text"
-        line = text.count("\n", 0, match.start()) + 1
-        raise JsonFault(f"an integer of {len(match[0])} digits; no count or size has so many", line) from error
+        # Once more, to say at which key.
+        value = json.loads(text, parse_int=_digits)
+        key = next(key for key, found in _walk(value) if isinstance(found, _Digits))
+        raise JsonFault(f"{_at(key)}an integer of {error.count} digits; at most {_MOST_DIGITS} are taken") from error
     _refuse_depth(value)
     if _HALF_PAIR.search(text):
         _refuse_half_pairs(value)
@@ -119,7 +118,13 @@ _TOO_DEEP = f"JSON nested too deeply, over {DEEPEST} levels"
 
 
 class _LongInteger(Exception):
-    pass
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+
+class _Digits:
+    """Stands for an integer that is too long to be one."""
 
 
 def _decoded(content: bytes | str) -> str:
@@ -135,8 +140,12 @@ def _decoded(content: bytes | str) -> str:
 
 def _integer(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
-        raise _LongInteger
+        raise _LongInteger(len(digits.lstrip("-")))
     return int(digits)
+
+
+def _digits(digits: str) -> object:
+    return _Digits() if len(digits) > _MOST_DIGITS else 0
 
 
 def _finite(digits: str) -> float:
@@ -174,15 +183,26 @@ def _inside(value: object) -> Iterator[object]:
         yield from value
 
 
-def _refuse_half_pairs(value: object, key: str = "") -> None:
+def _refuse_half_pairs(value: object) -> None:
     """Python keeps half of a surrogate pair as text that can neither be written nor printed."""
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            _refuse_half_pairs(name, f"{key}.{name}")
-            _refuse_half_pairs(inner, f"{key}.{name}")
-    elif isinstance(value, list):
-        for place, inner in enumerate(value):
-            _refuse_half_pairs(inner, f"{key}[{place}]")
-    elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
-        where = f"key {brief(key.removeprefix('.'))} holds" if key else "there is"
-        raise JsonFault(f"{where} an unpaired surrogate escape (\\udXXX)")
+    for key, found in _walk(value):
+        if isinstance(found, str) and any("\ud800" <= character <= "\udfff" for character in found):
+            raise JsonFault(f"{_at(key)}an unpaired surrogate escape (\\udXXX)")
+
+
+def _walk(value: object) -> Iterator[tuple[str, object]]:
+    """Yield every name and value in a value, each with its key: "a[2].b"."""
+    waiting = [("", value)]
+    while waiting:
+        key, found = waiting.pop()
+        yield key, found
+        if isinstance(found, dict):
+            for name, inner in found.items():
+                yield f"{key}.{name}", name
+                waiting.append((f"{key}.{name}", inner))
+        elif isinstance(found, list):
+            waiting += [(f"{key}[{place}]", inner) for place, inner in enumerate(found)]
+
+
+def _at(key: str) -> str:
+    return f"key {brief(key.removeprefix('.'))} holds " if key else ""

@@ -15,6 +15,8 @@ import regex
 from lowrank_dist.errors import UserError, printable
 
 LONGEST = 20_000
+# The form of an expression for the end of a dotted path, from a dot on.
+PATH_END = r"(?:.*\.)?(?:{})"
 # A path of a module. No published one has 200 characters.
 _LONGEST_TEXT = 2_000
 # The counts of an expression, multiplied: `regex` writes repetitions out.
@@ -23,19 +25,20 @@ _COUNTS = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 # `re` takes a brace that counts nothing as itself, and `regex` for a number of mistakes; [[: begins a class to it.
 _BRACE = re.compile(r"(?<!\\)(?:\\\\)*\{(?!\d+(?:,\d*)?\}|,\d+\})")
 _CLASS = "[[:"
-# Of one set in all: a name against a short expression takes a microsecond or two.
-_SECONDS = 5.0
 
 
 class Patterns:
-    """The regular expressions of one file or section. All their matches together take at most five seconds.
+    """The regular expressions of one file or section, which together are matched for `seconds` of this thread's time.
 
-    where: for messages, the file or the section. seconds: of this thread's time.
+    where: for messages, the file or the section.
     """
 
-    def __init__(self, where: object, seconds: float = _SECONDS) -> None:
+    # A name against a short expression takes a microsecond or two.
+    seconds = 5.0
+
+    def __init__(self, where: object) -> None:
         self._where = where
-        self._left = self._seconds = seconds
+        self._left = self.seconds
         self._compiled: dict[str, regex.Pattern] = {}
 
     def require(self, pattern: str, key: str, form: str = "{}") -> None:
@@ -43,11 +46,11 @@ class Patterns:
         try:
             self._compile(pattern, form)
         except ValueError as error:
-            raise UserError(f"{self._where}: {key}: {error}") from error
+            raise UserError(f"{self._where}: {key}: {short(pattern)}: {error}") from error
 
-    def fullmatch(self, pattern: str, text: str) -> bool:
-        """Return whether the whole text is what the expression describes."""
-        return self._run(pattern, "{}", text, "fullmatch") is not None
+    def fullmatch(self, pattern: str, text: str, form: str = "{}") -> bool:
+        """Return whether the whole text is what the expression describes. form: what it is put into, at {}."""
+        return self._run(pattern, form, text, "fullmatch") is not None
 
     def match(self, pattern: str, text: str, form: str = "{}") -> regex.Match | None:
         """Return the match at the beginning of a text. form: what the expression is put into, at {}."""
@@ -67,7 +70,7 @@ class Patterns:
         except (TimeoutError, MemoryError) as error:
             raise UserError(
                 f"{self._where}: matching the regular expression {short(pattern)} takes longer than "
-                f"{self._seconds:g} s: it backtracks; write it without a repetition inside a repetition"
+                f"{self.seconds:g} s: it backtracks; write it without a repetition inside a repetition"
             ) from error
         finally:
             self._left -= time.thread_time() - began
@@ -91,13 +94,13 @@ def require_expression(pattern: str, form: str = "{}") -> None:
             1, *(int(count) if len(count) < 7 else _MOST_REPEATED + 1 for count in (least, most) if count), 1
         )
         if repeated > _MOST_REPEATED:
-            raise ValueError(f"{short(pattern)} repeats more than {_MOST_REPEATED} times; use * or + for a count")
+            raise ValueError(f"repeats more than {_MOST_REPEATED} times; use * or + for a count")
     if _BRACE.search(pattern):
-        raise ValueError(f"{short(pattern)} has a brace that counts nothing; write \\{{ for a brace itself")
+        raise ValueError("a brace that counts nothing; write \\{ for a brace itself")
     if _CLASS in pattern:
-        raise ValueError(f"{short(pattern)} has '{_CLASS}', which no two engines read alike; write the characters out")
+        raise ValueError(f"'{_CLASS}', which no two engines read alike; write the characters out")
     if re.search(r"\(\?[aLmsux]*i", pattern) and (not pattern.isascii() or re.search(r"\\[xuUN]", pattern)):
-        raise ValueError(f"{short(pattern)} ignores the case of characters beyond ASCII; no module is named so")
+        raise ValueError("ignores the case of characters beyond ASCII; no module is named so")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of syntax that may come to mean something else
@@ -111,7 +114,7 @@ def require_expression(pattern: str, form: str = "{}") -> None:
             remedy = "; write flags for a part of it, (?i:…)"
         raise ValueError(f"not a regular expression: {error}{remedy}") from error
     except (RecursionError, MemoryError) as error:
-        raise ValueError(f"{short(pattern)} is nested too deeply") from error
+        raise ValueError("a regular expression that is nested too deeply") from error
 
 
 def short(pattern: str) -> str:

@@ -34,6 +34,7 @@ from lowrank_dist.methods.lora.files import LowRankFactor, read_adapter
 from lowrank_dist.methods.lora.folder import FILES
 from lowrank_dist.methods.lora.method import attach_trained
 from lowrank_dist.methods.lora.peft_config import describe, read_config
+from lowrank_dist.untrusted.patterns import Patterns
 from tests.tiny_adapters import Size, inspected, random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 
@@ -289,6 +290,38 @@ def folder(bases: dict[str, Path], tmp_path: Path) -> Path:
 def set_config(folder: Path, **values: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"rank_pattern": {"(.|.)*[!Z]": 4}}, "takes longer than 0.2 s: it backtracks"),
+        ({"alpha_pattern": {"(.|.)*[!Z]": 4}}, "takes longer than 0.2 s: it backtracks"),
+        ({"target_modules": "(.|.)*[!Z]"}, "takes longer than 0.2 s: it backtracks"),
+        ({"exclude_modules": "(.|.)*[!Z]"}, "takes longer than 0.2 s: it backtracks"),
+        ({"layers_to_transform": [0], "layers_pattern": "(.|.)*[!Z]"}, "takes longer than 0.2 s: it backtracks"),
+        ({"rank_pattern": {"(?i)q_proj": 4}}, "rank_pattern: '(?i)q_proj': not a regular expression: global flags"),
+        ({"layers_to_transform": [0], "layers_pattern": "(?i)h"}, "layers_pattern: '(?i)h': not a regular expression"),
+        ({"alpha_pattern": {"((a{999}){999}){999}": 4}}, "': repeats more than 65536 times"),
+        ({"target_modules": "a{9999999999999999999}"}, "target_modules: 'a{9999999999999999999}': repeats more than"),
+        ({"target_modules": "(" * 9000 + ")" * 9000}, "a regular expression that is nested too deeply"),
+    ],
+)
+def test_a_hostile_expression_is_an_error_in_time(
+    folder: Path, values: dict[str, object], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Patterns, "seconds", 0.2)
+    set_config(folder, **values)
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        read_adapter(folder)
+    assert "adapter_config.json: " in str(caught.value)
+
+
+@pytest.mark.parametrize("expression", ["([a-z_.0-9]+)+!", "(?i:Q_PROJ)|.*[13]{30}", r"(?!.*visual)(x|y)\.{2}"])
+def test_an_expression_that_is_odd_and_harmless_is_read(folder: Path, expression: str) -> None:
+    before = read_adapter(folder).factors
+    set_config(folder, rank_pattern={expression: next(iter(before.values())).rank})
+    assert read_adapter(folder).factors.keys() == before.keys()
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,15 @@ def test_all_errors_are_reported_at_once(path: Path) -> None:
         ("lora.targets=a(", "command line: lora.targets: 'a(' is not valid, not a regular expression: missing )"),
         ("lora.rank_pattern={q: 0}", "command line: lora.rank_pattern.q: 0 is not valid"),
         ("lora.alpha_pattern={'[': 2}", "command line: lora.alpha_pattern.[: '[' is not valid, not a regular"),
+        (
+            "lora.rank_pattern={'(?i)q': 2}",
+            "command line: lora.rank_pattern.(?i)q: '(?i)q' is not valid, not a",
+        ),
+        ("lora.targets=(a{999}){999}", "command line: lora.targets: '(a{999}){999}' is not valid, repeats more than"),
+        (
+            f"output.dir={'a' * 300}",
+            "command line: output.dir: 'aaaaaaaaaaaa...aaaaaaaaaaaaa' is not valid, a name in a path",
+        ),
         ("lora.rank_pattern={q: 1, q: 2}", "command line: lora.rank_pattern.q: given twice"),
         ("engine.zero_stage=0", "command line: engine.zero_stage: 0 is not valid, input should be 1 or 2"),
         ("engine.clip=0", "command line: engine.clip: 0 is not valid"),

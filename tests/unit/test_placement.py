@@ -15,6 +15,7 @@ from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import LoraRules, place
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.lora.factors import initial_a
+from lowrank_dist.untrusted.patterns import Patterns
 from tests.tiny_models import make_tiny
 
 
@@ -139,3 +140,13 @@ def test_a_starts_as_peft_starts_it(folders: dict[str, Path], architectures: dic
     assert torch.equal(ours, initial_a(spec, seed=1))
     assert not torch.equal(ours, initial_a(spec, seed=2))
     assert not torch.equal(ours, initial_a(placements[1].factors[0], seed=1))
+
+
+@pytest.mark.parametrize("key", ["targets", "rank_pattern", "alpha_pattern"])
+def test_an_expression_that_backtracks_is_an_error_in_time(
+    architectures: dict[str, Architecture], key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Patterns, "seconds", 0.2)
+    expression: object = "(.|.)*[!Z]" if key == "targets" else {"(.|.)*[!Z]": 4}
+    with pytest.raises(UserError, match="lora: matching the regular expression .* takes longer than 0.2 s"):
+        place(architectures["llama"], LoraRules(**{"rank": 8, "alpha": 16, "targets": "all-linear", key: expression}))

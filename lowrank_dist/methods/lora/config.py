@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import Discriminator, Field, Tag
 
-from lowrank_dist.sections.section import MethodSection, Pattern, YamlPath
+from lowrank_dist.sections.section import EndPattern, MethodSection, Pattern, YamlPath
 
 Rank: TypeAlias = Annotated[int, Field(ge=1, le=1024)]
 Alpha: TypeAlias = Annotated[float, Field(gt=0)]
@@ -35,10 +35,10 @@ class LoraConfig(MethodSection):
         False, description="true (train a magnitude for each row of the adapted weights as well) or false"
     )
     rslora: bool = Field(False, description="true (scale by alpha/sqrt(rank)) or false")
-    rank_pattern: dict[Pattern, Rank] = Field(
+    rank_pattern: dict[EndPattern, Rank] = Field(
         {}, description="mapping from module path or regular expression to a rank from 1 to 1024"
     )
-    alpha_pattern: dict[Pattern, Alpha] = Field(
+    alpha_pattern: dict[EndPattern, Alpha] = Field(
         {}, description="mapping from module path or regular expression to an alpha above 0"
     )
     init_from: YamlPath | None = Field(

@@ -7,12 +7,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lowrank_dist.arch.placement import ALL_LINEAR
 from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.json import read_object
+from lowrank_dist.untrusted.patterns import Patterns
 
 # What PEFT assumes for a key that is absent.
 _DEFAULTS: Mapping[str, Any] = {
@@ -42,9 +44,14 @@ _HARMLESS = frozenset(
 # The other starts (pissa, olora, corda, loftq, lora_ga, …) change the base too, so s·B·A alone is not the update.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _LARGEST = 1e30
+_ANEW = "write the adapter again"
 _OUTPUT_LAYER = "lm_head"
 # From so many names on PEFT shortens target_modules (MIN_TARGET_MODULES_FOR_OPTIMIZATION).
 _SHORTENED_FROM = 20
+# PEFT's forms: of a key of rank_pattern or alpha_pattern, of a key of layers_pattern, and where there is none of these.
+_END_OF_PATH = r"(.*\.)?({})$"
+_BEFORE_LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+_ANY_LAYERS = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class PeftConfig:
     the output layer). excluded: names, ends or an expression alike, which outdo the targets. layers: the only ones in
     which ends count, any where there are none; layer_patterns: expressions for what comes before a layer's number.
     Pattern keys are regular expressions for the end of a module path, from a dot on; the first that matches counts.
+    matching: does it, for all expressions of the file.
     """
 
     rank: int
@@ -70,6 +78,7 @@ class PeftConfig:
     excluded: tuple[str, ...] | str = ()
     layers: tuple[int, ...] = ()
     layer_patterns: tuple[str, ...] = ()
+    matching: Patterns = field(default_factory=lambda: Patterns("adapter_config.json"), compare=False, repr=False)
 
     @property
     def all_linear(self) -> bool:
@@ -88,27 +97,37 @@ class PeftConfig:
 
     def rank_of(self, module: str) -> int:
         """The rank that PEFT gives `module`."""
-        return _first_match(self.rank_pattern, module, self.rank)
+        return self._first_match(self.rank_pattern, module, self.rank)
 
     def alpha_of(self, module: str) -> float:
         """The alpha that PEFT gives `module`."""
-        return _first_match(self.alpha_pattern, module, self.alpha)
+        return self._first_match(self.alpha_pattern, module, self.alpha)
 
     def adapts(self, module: str) -> bool:
         """Return whether PEFT would put factors on `module`, with "all-linear" one of the linears."""
-        if _names(self.excluded, module):
+        if self._names(self.excluded, module):
             return False
         if self.all_linear:
             return module != _OUTPUT_LAYER
         if not self.layers or isinstance(self.targets, str):
-            return _names(self.targets, module)
+            return self._names(self.targets, module)
         # A whole path counts in any layer.
-        return module in self.targets or (_names(self.targets, module) and self._layer_of(module) in self.layers)
+        return module in self.targets or (self._names(self.targets, module) and self._layer_of(module) in self.layers)
 
     def _layer_of(self, module: str) -> int | None:
-        patterns = [_before_layer(pattern) for pattern in self.layer_patterns] or [r".*?\.[^.]*\.(?P<idx>\d+)\."]
-        match = next(filter(None, (re.match(pattern, module) for pattern in patterns)), None)
+        forms = [(pattern, _BEFORE_LAYER) for pattern in self.layer_patterns] or [("", _ANY_LAYERS)]
+        match = next(filter(None, (self.matching.match(pattern, module, form) for pattern, form in forms)), None)
         return None if match is None or match["idx"] is None else int(match["idx"])
+
+    def _names(self, targets: tuple[str, ...] | str, module: str) -> bool:
+        """Return whether a list of names and ends, or a regular expression, names the module."""
+        if isinstance(targets, str):
+            return self.matching.fullmatch(targets, module)
+        return any(module == target or module.endswith(f".{target}") for target in targets)
+
+    def _first_match(self, pattern: Mapping[str, Any], module: str, otherwise: Any) -> Any:
+        values = (value for key, value in pattern.items() if self.matching.match(key, module, _END_OF_PATH))
+        return next(values, otherwise)
 
     def to_json(self) -> str:
         """The text of adapter_config.json."""
@@ -169,17 +188,6 @@ def describe(
     return config
 
 
-def _names(targets: tuple[str, ...] | str, module: str) -> bool:
-    """Return whether a list of names and ends, or a regular expression, names the module."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets)
-
-
-def _before_layer(pattern: str) -> str:
-    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
-
-
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """Pattern keys that give each module its value, none for the default; no two keys overlap."""
     pattern = {}
@@ -212,21 +220,18 @@ def _number(alpha: float) -> int | float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
-def _first_match(pattern: Mapping[str, Any], module: str, otherwise: Any) -> Any:
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), otherwise)
-
-
 def read_config(path: Path) -> PeftConfig:
     """Read the adapter_config.json of any plain LoRA or DoRA adapter.
 
     Raises UserError, naming file and key, for another method than LoRA, for options that make the update more than
     s·B·A and magnitudes (biases, fully trained modules, a changed base, …), and for values that make no sense.
     """
-    values = {**_DEFAULTS, **read_object(path)}
+    values = {**_DEFAULTS, **read_object(path, _ANEW)}
     _refuse_more_than_lora(values, path)
-    targets = _module_names(values["target_modules"], path, "target_modules")
+    matching = Patterns(path)
+    targets = _module_names(values["target_modules"], matching, path, "target_modules")
     excluded = values["exclude_modules"]
-    layers, layer_patterns = _layers(values, targets, path)
+    layers, layer_patterns = _layers(values, targets, matching, path)
     return PeftConfig(
         rank=_rank(values["r"], path, "r"),
         alpha=_finite(values["lora_alpha"], path, "lora_alpha"),
@@ -237,26 +242,18 @@ def read_config(path: Path) -> PeftConfig:
         base=str(values["base_model_name_or_path"] or ""),
         targets=targets,
         rank_pattern={
-            key: _rank(rank, path, f"rank_pattern.{key}") for key, rank in _regexes(values, "rank_pattern", path)
+            key: _rank(rank, path, f"rank_pattern.{key}")
+            for key, rank in _regexes(values, "rank_pattern", matching, path)
         },
         alpha_pattern={
-            key: _finite(alpha, path, f"alpha_pattern.{key}") for key, alpha in _regexes(values, "alpha_pattern", path)
+            key: _finite(alpha, path, f"alpha_pattern.{key}")
+            for key, alpha in _regexes(values, "alpha_pattern", matching, path)
         },
-        excluded=_module_names(excluded, path, "exclude_modules") if excluded else (),
+        excluded=_module_names(excluded, matching, path, "exclude_modules") if excluded else (),
         layers=layers,
         layer_patterns=layer_patterns,
+        matching=matching,
     )
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; UserError, naming it, for anything else."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): write the adapter again") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds no JSON object: write the adapter again")
-    return found
 
 
 def _refuse_more_than_lora(values: Mapping[str, Any], path: Path) -> None:
@@ -281,9 +278,9 @@ def _refuse_more_than_lora(values: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _module_names(value: Any, path: Path, key: str) -> tuple[str, ...] | str:
+def _module_names(value: Any, matching: Patterns, path: Path, key: str) -> tuple[str, ...] | str:
     if isinstance(value, str):
-        _compile(value, path, key)
+        matching.require(value, key)
         return value
     if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
         return tuple(value)
@@ -291,7 +288,7 @@ def _module_names(value: Any, path: Path, key: str) -> tuple[str, ...] | str:
 
 
 def _layers(
-    values: Mapping[str, Any], targets: tuple[str, ...] | str, path: Path
+    values: Mapping[str, Any], targets: tuple[str, ...] | str, matching: Patterns, path: Path
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Return `layers` and `layer_patterns`. UserError for what PEFT refuses, or reads by more than a module's path."""
     value, patterns = values["layers_to_transform"], values["layers_pattern"]
@@ -312,24 +309,17 @@ def _layers(
             "whole paths mean: remove layers_to_transform and name every module"
         )
     for pattern in patterns:
-        _compile(_before_layer(pattern), path, "layers_pattern")
+        matching.require(pattern, "layers_pattern", _BEFORE_LAYER)
     return tuple(layers), tuple(patterns)
 
 
-def _regexes(values: Mapping[str, Any], key: str, path: Path) -> list[tuple[str, Any]]:
+def _regexes(values: Mapping[str, Any], key: str, matching: Patterns, path: Path) -> list[tuple[str, Any]]:
     pattern = values[key] or {}
     if not isinstance(pattern, dict):
         raise UserError(f"{path}: {key} must map module names to numbers, found {pattern!r}")
     for name in pattern:
-        _compile(name, path, key)
+        matching.require(name, key, _END_OF_PATH)
     return list(pattern.items())
-
-
-def _compile(pattern: str, path: Path, key: str) -> None:
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError) as error:
-        raise UserError(f"{path}: {key}: {pattern!r} is not a regular expression ({error})") from error
 
 
 def _rank(value: Any, path: Path, key: str) -> int:
