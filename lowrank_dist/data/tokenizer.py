@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -20,6 +21,7 @@ from lowrank_dist.errors import UserError
 # override one field of the model: normalizer_spec (3) { add_dummy_prefix (3): 0 or 1 } in sentencepiece_model.proto.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 _DUMMY_PREFIX = b"\x1a\x02\x18\x01"
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer(Protocol):
@@ -47,6 +49,9 @@ class Tokenizer(Protocol):
 
     def token(self, token_id: int) -> str:
         """Return the vocabulary's spelling of one id."""
+
+    def byte_of(self, token_id: int) -> int | None:
+        """Return the byte that a token of byte fallback stands for, None for every other token."""
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -104,6 +109,7 @@ class FastTokenizer:
             "pre_tokenizer": _without_prefix(definition["pre_tokenizer"]),
         }
         self._middle = self._start if bare == definition else Backend.from_str(json.dumps(bare))
+        self._byte_fallback = _has_step(definition["decoder"], "ByteFallback")
         self.eos_id = hf.eos_token_id if hf.eos_token_id is not None else _eos_of_model(folder / "config.json")
         probe = self._start.encode("a", add_special_tokens=True)
         before = len(list(takewhile(bool, probe.special_tokens_mask)))
@@ -142,6 +148,10 @@ class FastTokenizer:
     def token(self, token_id: int) -> str:
         return str(self._start.id_to_token(token_id))
 
+    def byte_of(self, token_id: int) -> int | None:
+        found = _BYTE.fullmatch(self.token(token_id)) if self._byte_fallback else None
+        return int(found[1], 16) if found else None
+
 
 def _eos_of_model(config: Path) -> int | None:
     """Return config.json's eos_token_id where it is one id: GPT-2's tokenizer_config.json on the hub names no EOS."""
@@ -158,6 +168,11 @@ def _settings(config: Path, remedy: str) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{config}: malformed JSON ({error}); {remedy}") from error
     return settings if isinstance(settings, dict) else {}
+
+
+def _has_step(part: dict[str, Any] | None, kind: str) -> bool:
+    """Return whether a part of tokenizer.json is, or has among its steps, one of a kind."""
+    return part is not None and (part["type"] == kind or any(_has_step(p, kind) for p in part.get("decoders", ())))
 
 
 def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -217,10 +232,15 @@ class SentencePieceTokenizer:
         return self._bare.encode(text)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._own.decode([int(i) for i in ids])
+        # A model may have more rows than its tokenizer has pieces; tokenizer.json's decoder leaves such ids out too.
+        return self._own.decode([int(i) for i in ids if i < len(self._own)])
 
     def token(self, token_id: int) -> str:
         return self._own.id_to_piece(token_id)
+
+    def byte_of(self, token_id: int) -> int | None:
+        known = token_id < len(self._own) and self._own.is_byte(token_id)
+        return int(self.token(token_id)[3:5], 16) if known else None
 
 
 def _adds_bos(config: Path) -> bool:

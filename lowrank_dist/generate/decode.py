@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from os.path import commonprefix
 from typing import Any, Literal
 
 import torch
@@ -21,13 +22,36 @@ from lowrank_dist.parallel.topology import Topology
 
 # A tokenizer may drop a space where a text begins, so ids are decoded behind the last few of the prompt.
 _CONTEXT = 8
+_CHARACTER = 4  # bytes of UTF-8's longest characters
 
 
 def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """Return the text of `ids` as what follows the prompt: spaces as they were trained, no text of the prompt."""
-    context = list(prompt[-_CONTEXT:])
-    before = tokenizer.decode(context)
-    return tokenizer.decode([*context, *ids])[len(before) :]
+    """Return the text of `ids` as what follows the prompt: spaces as they were trained, no text of the prompt.
+
+    A run of byte tokens is one text to a decoder, and U+FFFD for each byte where it is not UTF-8 as a whole. So it is
+    decoded from its first byte in `ids`, and a character that `ids` break off is one U+FFFD, as with byte-level BPE.
+    """
+    context = [] if ids and tokenizer.byte_of(ids[0]) is not None else list(prompt[-_CONTEXT:])
+    cut = _broken_off(tokenizer, ids)
+    whole = tokenizer.decode([*context, *ids[: len(ids) - cut]])
+    # Not the length of the context's text alone, which byte-level BPE may end within a character, too.
+    return whole[len(commonprefix([tokenizer.decode(context), whole])) :] + ("\ufffd" if cut else "")
+
+
+def _broken_off(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+    """Return how many of the last tokens are bytes of a UTF-8 character that lacks its last ones."""
+    for count, token in enumerate(reversed(ids[-_CHARACTER:]), start=1):
+        byte = tokenizer.byte_of(token)
+        if byte is None:
+            return 0
+        if not _continues(byte):
+            return count if count < 1 + (byte >= 0xC0) + (byte >= 0xE0) + (byte >= 0xF0) else 0
+    return 0
+
+
+def _continues(byte: int) -> bool:
+    """Return whether a byte is one of a UTF-8 character's after its first."""
+    return 0x80 <= byte < 0xC0
 
 
 class StopTexts:
@@ -42,7 +66,13 @@ class StopTexts:
         """Return whether the completion holds a stop text, given that it held none before its last token."""
         if not self._texts:
             return False
-        tail = completion_text(self._tokenizer, [*prompt[-_CONTEXT:], *ids[: -self._tail]], ids[-self._tail :])
+        start = max(len(ids) - self._tail, 0)
+        for _ in range(_CHARACTER - 1):  # back to where a character begins
+            byte = self._tokenizer.byte_of(ids[start]) if start else None
+            if byte is None or not _continues(byte):
+                break
+            start -= 1
+        tail = completion_text(self._tokenizer, [*prompt[-_CONTEXT:], *ids[:start]], ids[start:])
         return any(text in tail for text in self._texts)
 
     def cut(self, text: str) -> str:

@@ -61,6 +61,51 @@ def test_a_completion_alone_would_lose_its_space(tmp_path: Path) -> None:
     assert completion_text(tokenizer, tokenizer.encode(["A:"])[0], ids) == " 4 is" != tokenizer.decode(ids)
 
 
+# Characters that no tiny vocabulary has: runs of byte tokens, or of bytes in byte-level BPE. Nine of three bytes are
+# longer than the context that a completion is decoded behind, and the emoji is four.
+WRITTEN = ["日本語で書く文章です", "日", "the 日本 fox 😀 x", "\n日\n", "😀", "é à", " 日", "fox"]
+RUNS = ["Q:", "日本語で書く文章", "the 日", "😀", "A:\n", "the "]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "sentencepiece unigram"])
+@pytest.mark.parametrize("before", RUNS)
+def test_byte_tokens_come_back_as_text(kind: str, before: str, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(KINDS[kind](tmp_path))
+    prompt = tokenizer.encode([before])[0]
+    for text in WRITTEN:
+        (ids,) = tokenizer.encode_continuations([text], [before])
+        assert completion_text(tokenizer, prompt, ids) == text
+        # Broken off anywhere: what is whole, and one U+FFFD for a character that lacks its last bytes.
+        for n in range(1, len(ids)):
+            found = completion_text(tokenizer, prompt, ids[:n])
+            assert text.startswith(found.removesuffix("\ufffd")) and found.count("\ufffd") <= 1
+        for stop in {*text} - {" "}:
+            stops = StopTexts(tokenizer, [stop])
+            met = next(n for n in range(1, len(ids) + 1) if stops.found_in(prompt, ids[:n]))
+            assert stops.cut(completion_text(tokenizer, prompt, ids[:met])) == text[: text.index(stop)]
+
+
+def test_a_stop_text_far_into_a_run_of_bytes(tmp_path: Path) -> None:
+    # The tail that is searched begins within a character of the run, in two of three places.
+    for kind in ("dummy prefix", "sentencepiece", "byte level"):
+        tokenizer = load_tokenizer(KINDS[kind](tmp_path / kind))
+        for lead in range(3):
+            text = "日" * 20 + "x" * lead + "本語で"
+            (ids,) = tokenizer.encode_continuations([text], ["Q:"])
+            met = [n for n in range(1, len(ids) + 1) if StopTexts(tokenizer, ["本語"]).found_in([1], ids[:n])]
+            assert met and completion_text(tokenizer, [1], ids[: met[0]]).endswith("本語")
+
+
+def test_bytes_that_are_no_text_are_left_as_the_decoder_shows_them(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(dummy_prefix(tmp_path))
+    (whole,) = tokenizer.encode(["一"])
+    assert [tokenizer.byte_of(i) for i in whole] == [None, 0xE4, 0xB8, 0x80]
+    alone = whole[2:]
+    assert completion_text(tokenizer, [1], alone) == tokenizer.decode(alone) == "\ufffd\ufffd"
+    # None of the prompt's text comes along, whose run of bytes the completion's would spoil.
+    assert completion_text(tokenizer, whole, alone) == "\ufffd\ufffd"
+
+
 @pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, LLAMA3])
 def test_the_last_turn_of_a_chat_is_asked_for(template: str, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer", template=template))
