@@ -25,7 +25,7 @@ class DropReport:
     """Counts of one file: total = kept + too_long + no_target. The line tuples hold the first few, counted from 1.
 
     longest: tokens of the longest sample, dropped ones included. ignored_keys: extra JSON keys and their number of
-    lines.
+    lines. own_bos, own_end: samples whose text spells out the BOS that the tokenizer puts, or its end (`Sample`).
     """
 
     path: Path
@@ -38,6 +38,8 @@ class DropReport:
     no_target_lines: tuple[int, ...]
     longest: int
     ignored_keys: dict[str, int]
+    own_bos: int = 0
+    own_end: int = 0
 
     def summary(self) -> str:
         """One line for the log."""
@@ -48,6 +50,10 @@ class DropReport:
         if self.no_target:
             lines = _listed(self.no_target_lines, self.no_target)
             parts.append(f"{self.no_target} without target tokens dropped ({lines})")
+        if self.own_bos:
+            parts.append(f"{self.own_bos} begin with the tokenizer's BOS in their text: it is not put a second time")
+        if self.own_end:
+            parts.append(f"{self.own_end} end a completion in their text: no second end is trained")
         if self.ignored_keys:
             parts.append("ignored keys: " + ", ".join(f"{key!r} ({n} lines)" for key, n in self.ignored_keys.items()))
         return "; ".join(parts)
@@ -123,9 +129,11 @@ def load_dataset(
     kept: list[Sample] = []
     too_long: list[int] = []
     no_target: list[int] = []
-    total, longest = 0, 0
+    total, longest, own_bos, own_end = 0, 0, 0, 0
     for sample in _samples(records, tokenizer):
         total += 1
+        own_bos += sample.own_bos
+        own_end += sample.own_end
         longest = max(longest, len(sample.tokens))
         _check_ids(sample, tokenizer, vocab_size, path)
         if not sample.target.any():
@@ -145,6 +153,8 @@ def load_dataset(
         no_target_lines=tuple(no_target[:_SHOWN_LINES]),
         longest=longest,
         ignored_keys=records.ignored_keys,
+        own_bos=own_bos,
+        own_end=own_end,
     )
     if not kept:
         raise UserError(

@@ -16,24 +16,30 @@ import numpy as np
 
 from lowrank_dist.data.formats import Completion, Conversation
 from lowrank_dist.data.template import RenderedChat, Turn
-from lowrank_dist.data.tokenizer import Encoding, FastTokenizer, Tokenizer
+from lowrank_dist.data.tokenizer import Encoding, FastTokenizer, Tokenizer, has_prefix, with_prefix
 from lowrank_dist.errors import UserError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """A sample. tokens [n] int32; target [n] bool, False at position 0 (nothing predicts it); line: of the file."""
+    """A sample. tokens [n] int32; target [n] bool, False at position 0 (nothing predicts it); line: of the file.
+
+    own_bos, own_end: whether its text spells out the BOS that the tokenizer puts before it, or an end that follows.
+    """
 
     tokens: np.ndarray
     target: np.ndarray
     line: int
+    own_bos: bool = False
+    own_end: bool = False
 
 
 def mask_completions(tokenizer: Tokenizer, records: Sequence[Completion]) -> list[Sample]:
     """Return BOS (if the tokenizer puts one) + prompt + completion + EOS; targets are completion and EOS.
 
-    An empty prompt makes the completion the beginning of the text. A completion that already ends in EOS gets no
-    second one. Raises UserError where the tokenizer has no EOS.
+    An empty prompt makes the completion the beginning of the text. A text that begins with BOS gets no second one, and
+    none is a target; a completion that ends in EOS (and white space, which no inference would come to) has one. Raises
+    UserError where the tokenizer has no EOS.
     """
     if tokenizer.eos_id is None:
         raise UserError(
@@ -46,12 +52,27 @@ def mask_completions(tokenizer: Tokenizer, records: Sequence[Completion]) -> lis
     following = iter(tokenizer.encode_continuations([r.completion for r in later], [r.prompt for r in later]))
     samples = []
     for record, prompt in zip(records, prompts, strict=True):
-        context = [*tokenizer.prefix_ids, *prompt]
         trained = next(following) if record.prompt else next(starting)
-        if not trained or trained[-1] != tokenizer.eos_id:
-            trained = [*trained, tokenizer.eos_id]
-        samples.append(_sample(context + trained, [(len(context), len(context) + len(trained))], record.line))
+        own_bos = has_prefix(tokenizer, prompt if record.prompt else trained)
+        if own_bos and not record.prompt:
+            trained = trained[len(tokenizer.prefix_ids) :]
+        end = _first_end(tokenizer, trained, tokenizer.eos_id)
+        trained = trained[:end] if end else [*trained, tokenizer.eos_id]
+        context = with_prefix(tokenizer, prompt)
+        span = (len(context), len(context) + len(trained))
+        samples.append(_sample(context + trained, [span], record.line, own_bos, own_end=end > 0))
     return samples
+
+
+def _first_end(tokenizer: Tokenizer, ids: Sequence[int], end: int) -> int:
+    """Return how many ids there are up to the first `end` that only white space and more of them follow; else 0."""
+    count = 0
+    for k in range(len(ids) - 1, -1, -1):
+        if ids[k] == end:
+            count = k + 1
+        elif tokenizer.decode([ids[k]]).strip():
+            break
+    return count
 
 
 def mask_conversations(tokenizer: Tokenizer, records: Sequence[Conversation], path: Path) -> list[Sample]:
@@ -72,13 +93,16 @@ def mask_conversations(tokenizer: Tokenizer, records: Sequence[Conversation], pa
     pieces = iter(tokenizer.encode_turns([piece for c in chats for piece in _pieces(c)]))
     samples = []
     for record, chat in zip(records, chats, strict=True):
-        ids, trained = next(contexts), list[tuple[int, int]]()
+        ids, trained, own_end = next(contexts), list[tuple[int, int]](), False
         for turn, text in zip(chat.turns, _pieces(chat), strict=True):
             encoding = next(pieces)
-            kept = _turn_length(tokenizer, turn, text, encoding, f"{path}:{record.line}")
+            length = _turn_length(tokenizer, turn, text, encoding, f"{path}:{record.line}")
+            # A message that spells the end out has it twice: inference comes to the first one only.
+            kept = _first_end(tokenizer, encoding.ids[:length], encoding.ids[length - 1])
+            own_end = own_end or kept < length
             trained.append((len(ids), len(ids) + kept))
             ids = ids + encoding.ids
-        samples.append(_sample(ids[: trained[-1][1]] if trained else ids, trained, record.line))
+        samples.append(_sample(ids[: trained[-1][1]] if trained else ids, trained, record.line, own_end=own_end))
     return samples
 
 
@@ -88,7 +112,7 @@ def _pieces(chat: RenderedChat) -> list[str]:
 
 
 def _turn_length(tokenizer: FastTokenizer, turn: Turn, text: str, encoding: Encoding, where: str) -> int:
-    """Return how many of the piece's first tokens are trained: all up to the end-of-turn token."""
+    """Return how many of the piece's first tokens are the turn's: all up to its end-of-turn token."""
     # White space after that token is the template's layout, and tokens that are white space end no turn.
     inside = [k for k, (a, b) in enumerate(encoding.spans) if a < turn.end - turn.start and text[a:b].strip()]
     last = inside[-1] if inside else None
@@ -105,10 +129,12 @@ def _turn_length(tokenizer: FastTokenizer, turn: Turn, text: str, encoding: Enco
     return last + 1
 
 
-def _sample(ids: list[int], trained: list[tuple[int, int]], line: int) -> Sample:
+def _sample(
+    ids: list[int], trained: list[tuple[int, int]], line: int, own_bos: bool = False, own_end: bool = False
+) -> Sample:
     tokens = np.asarray(ids, dtype=np.int32)
     target = np.zeros(len(ids), dtype=np.bool_)
     for start, end in trained:
         target[start:end] = True
     target[:1] = False
-    return Sample(tokens, target, line)
+    return Sample(tokens, target, line, own_bos, own_end)

@@ -73,6 +73,17 @@ def load_tokenizer(path: Path) -> Tokenizer:
     )
 
 
+def has_prefix(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+    """Return whether the ids of a text begin with what the tokenizer itself puts before a text."""
+    prefix = tokenizer.prefix_ids
+    return bool(prefix) and tuple(ids[: len(prefix)]) == prefix
+
+
+def with_prefix(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """Return the ids of a text behind what the tokenizer puts before one: once, also where the text spells it out."""
+    return list(ids) if has_prefix(tokenizer, ids) else [*tokenizer.prefix_ids, *ids]
+
+
 @dataclass(frozen=True, slots=True)
 class Encoding:
     """Ids of one text and each token's [start, end) in its characters."""

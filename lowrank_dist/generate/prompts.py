@@ -11,7 +11,7 @@ import numpy as np
 
 from lowrank_dist.data.formats import Completion, Conversation, Problem, Use, read_jsonl
 from lowrank_dist.data.masking import mask_conversations
-from lowrank_dist.data.tokenizer import Tokenizer
+from lowrank_dist.data.tokenizer import Tokenizer, with_prefix
 from lowrank_dist.errors import UserError
 
 
@@ -56,7 +56,7 @@ def prompt_of(text: str, tokenizer: Tokenizer, stop_ids: Collection[int], vocab:
     if not text:
         raise UserError("--prompt: is empty: nothing to go on from")
     (ids,) = tokenizer.encode([text])
-    prompt = Prompt("--prompt", text, (*tokenizer.prefix_ids, *ids), frozenset(stop_ids))
+    prompt = Prompt("--prompt", text, tuple(with_prefix(tokenizer, ids)), frozenset(stop_ids))
     return _checked([prompt], tokenizer, vocab)[0]
 
 
@@ -109,7 +109,7 @@ def _plain(
         Prompt(
             where=f"{path}:{record.line}",
             shown=record.prompt,
-            ids=(*tokenizer.prefix_ids, *ids),
+            ids=tuple(with_prefix(tokenizer, ids)),
             stop_ids=frozenset(stop_ids),
             references=(record.completion, *record.others) if references else (),
         )

@@ -113,6 +113,17 @@ def test_a_lone_first_token_is_no_target(tmp_path: Path) -> None:
         load_dataset(write(tmp_path, row("", "<|endoftext|>")), load_tokenizer(folder), 64, VOCAB)
 
 
+def test_what_texts_spell_out_themselves_is_said(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny.dummy_prefix(tmp_path / "tokenizer"))
+    plain = [row("Q:", " 4"), row("", "fox")]
+    assert "BOS" not in load_dataset(write(tmp_path, *plain), tokenizer, 64, 480).report.summary()
+    spelled = [row("<s>Q:", " 4"), row("", "<s>fox"), row("Q:", " 4</s>\n"), *plain]
+    report = load_dataset(write(tmp_path, *spelled), tokenizer, 64, 480).report
+    assert (report.own_bos, report.own_end) == (2, 1)
+    assert "2 begin with the tokenizer's BOS in their text: it is not put a second time" in report.summary()
+    assert "1 end a completion in their text: no second end is trained" in report.summary()
+
+
 def test_nothing_left_names_counts_and_the_longest(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (whole,) = mask_completions(tokenizer, [Completion(1, "hello hello", " world")])
     path = write(tmp_path, row("hello", " world"), row("hello hello", " world"))

@@ -84,6 +84,44 @@ def test_eos_is_not_doubled(tmp_path: Path) -> None:
     assert sample.tokens.tolist().count(tokenizer.eos_id) == 1 and sample.target[-1]
 
 
+@pytest.mark.parametrize("tail", ["<|endoftext|>\n", "<|endoftext|> ", "<|endoftext|><|endoftext|>", "<|endoftext|>"])
+def test_one_eos_is_trained_and_nothing_behind_it(tmp_path: Path, tail: str) -> None:
+    tokenizer = load_tokenizer(tiny.byte_level(tmp_path))
+    plain, spelled, inside = mask_completions(
+        tokenizer, [Completion(n, "hello", text) for n, text in enumerate([" world", " world" + tail, tail + "again"])]
+    )
+    assert spelled.tokens.tolist() == plain.tokens.tolist() and spelled.target.tolist() == plain.target.tolist()
+    assert (plain.own_end, spelled.own_end, inside.own_end) == (False, True, False)
+    # Control: text that follows an EOS stays, and its own EOS comes.
+    assert trained_texts(tokenizer, inside) == [tail + "again<|endoftext|>"]
+
+
+@pytest.mark.parametrize("metaspace", [False, True])
+def test_bos_is_put_once_and_never_trained(tmp_path: Path, metaspace: bool) -> None:
+    folder = tiny.dummy_prefix(tmp_path, metaspace=metaspace)
+    tokenizer, hf = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    (bos,) = tokenizer.prefix_ids
+    texts = [("<s>Q:", " 4"), ("<s>", " 4"), ("", "<s>fox"), ("Q:", " 4"), ("", "fox"), ("Q:<s>", " 4")]
+    samples = mask_completions(tokenizer, [Completion(n, *pair) for n, pair in enumerate(texts, 1)])
+    for (prompt, completion), sample in zip(texts, samples, strict=True):
+        fed = hf(prompt or completion, add_special_tokens=not (prompt or completion).startswith("<s>"))["input_ids"]
+        assert sample.tokens[: len(fed)].tolist() == fed
+        assert sample.tokens.tolist().count(bos) == 1 + ("<s>" in prompt[1:])
+        # One target run, which begins behind the prompt and never with BOS.
+        begins = sample.target.tolist().index(True)
+        assert begins == (len(fed) if prompt else 1) and sample.target[begins:].all()
+    assert [sample.own_bos for sample in samples] == [True, True, True, False, False, False]
+
+
+def test_of_several_tokens_before_a_text_all_must_be_there(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tiny.byte_level(tmp_path))
+    bos, start = (tokenizer.encode([name])[0][0] for name in ("<|bos|>", "<|im_start|>"))
+    tokenizer.prefix_ids = (bos, start)
+    found = mask_completions(tokenizer, [Completion(1, p, "x") for p in ("<|bos|><|im_start|>a", "<|bos|>a", "a")])
+    assert [sample.tokens.tolist().count(bos) for sample in found] == [1, 2, 1]
+    assert [sample.own_bos for sample in found] == [True, False, False]
+
+
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tiny.byte_level(tmp_path, eos=None))
     with pytest.raises(UserError, match="has no end-of-sequence token.*set eos_token in tokenizer_config.json"):
@@ -208,8 +246,23 @@ def test_messages_after_the_last_turn_are_left_out_and_none_means_no_target(tmp_
 def test_content_that_looks_like_the_end_of_the_turn(tmp_path: Path) -> None:
     # "end" is also inside "<|im_end|>"; and a turn's end inside the content is not the turn's end.
     tokenizer = load_tokenizer(tiny.byte_level(tmp_path, template=tiny.CHATML))
-    for content in ("end", "a<|im_end|>b", "<|im_end|>", "\n<|im_end|>\n"):
-        assert trained_texts(tokenizer, mask(tokenizer, chat("hi", content))) == [content + "<|im_end|>"]
+    for content in ("end", "a<|im_end|>b", "a<|im_end|>b "):
+        sample = mask(tokenizer, chat("hi", content))
+        assert trained_texts(tokenizer, sample) == [content + "<|im_end|>"] and not sample.own_end
+
+
+def test_an_end_that_the_message_spells_out_is_trained_once(tmp_path: Path) -> None:
+    # Inference stops at the first: a second would be trained behind it. The tokens stay those of the template.
+    folder = tiny.byte_level(tmp_path, template=tiny.CHATML)
+    tokenizer, hf = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for content in ("<|im_end|>", "Paris.<|im_end|>", "Paris.<|im_end|>\n", "\nParis.<|im_end|>\n <|im_end|> "):
+        messages = chat("hi", content, "and?", "4")
+        sample = mask(tokenizer, messages)
+        kept = content[: content.index("<|im_end|>")] + "<|im_end|>"
+        assert trained_texts(tokenizer, sample) == [kept, "4<|im_end|>"] and sample.own_end
+        whole = hf.apply_chat_template(messages, return_dict=False)
+        assert sample.tokens.tolist() == whole[: len(sample.tokens)]
+        assert trained_texts(tokenizer, mask(tokenizer, messages[:2])) == [kept]
 
 
 # ---- templates that must be refused ---------------------------------------------------------------------------------

@@ -54,6 +54,17 @@ def test_prompts_and_completions_are_cut_as_in_training(kind: str, tmp_path: Pat
             assert found == row["completion"]
 
 
+def test_a_prompt_that_begins_with_bos_gets_no_second_one(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(dummy_prefix(tmp_path / "tokenizer"))
+    path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": p, "completion": " 4"} for p in ("<s>A:", "A:")])
+    spelled, plain = read(path, tokenizer)
+    assert spelled.ids == plain.ids == (1, *tokenizer.encode(["A:"])[0])
+    assert prompt_of("<s>A:", tokenizer, (), VOCAB).ids == prompt_of("A:", tokenizer, (), VOCAB).ids == plain.ids
+    # Control: where the tokenizer puts none, the text's is the only one, and it is kept.
+    bare = load_tokenizer(byte_level(tmp_path / "bare"))
+    assert bare.prefix_ids == () and prompt_of("<|bos|>a", bare, (), VOCAB).ids == tuple(bare.encode(["<|bos|>a"])[0])
+
+
 def test_a_completion_alone_would_lose_its_space(tmp_path: Path) -> None:
     """Negative control of decoding behind the prompt."""
     tokenizer = load_tokenizer(dummy_prefix(tmp_path))
