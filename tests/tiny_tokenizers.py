@@ -91,15 +91,16 @@ def byte_level(
     bos: bool = False,
     trim_offsets: bool = True,
     pattern: str | None = None,
+    prefix_space: bool = False,
 ) -> Path:
     """GPT-2's kind. bos: put <|bos|> before a text and, to be taken off again, <|endoftext|> after it.
 
-    pattern: how words are told apart, in place of GPT-2's own expression.
+    pattern: how words are told apart, in place of GPT-2's own expression. prefix_space: put a space before a text.
     """
     tokenizer = Tokenizer(models.BPE())
     words = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [*words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not words)]
+        [*words, pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=not words)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -115,8 +116,15 @@ def byte_level(
     return _save(folder, tokenizer, settings, template)
 
 
-def dummy_prefix(folder: Path, *, template: str | None = None, metaspace: bool = False) -> Path:
-    """Llama 2's kind: "▁" for a space and one before every text, byte fallback, BOS."""
+def dummy_prefix(
+    folder: Path, *, template: str | None = None, metaspace: bool = False, scheme: str | None = None
+) -> Path:
+    """Llama 2's kind: "▁" for a space and one before every text, byte fallback, BOS.
+
+    By a Prepend normalizer, which puts it after every special token too; metaspace: by a Metaspace pre-tokenizer that
+    puts it "first", or by another scheme of it.
+    """
+    metaspace = metaspace or scheme is not None
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens])
@@ -129,6 +137,8 @@ def dummy_prefix(folder: Path, *, template: str | None = None, metaspace: bool =
     if not metaspace:
         tokenizer.pre_tokenizer = None
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif scheme:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

@@ -47,12 +47,9 @@ def mask_completions(tokenizer: Tokenizer, records: Sequence[Completion]) -> lis
             "trained; set eos_token in tokenizer_config.json"
         )
     prompts = tokenizer.encode([r.prompt for r in records])
-    starting = iter(tokenizer.encode([r.completion for r in records if not r.prompt]))
-    later = [r for r in records if r.prompt]
-    following = iter(tokenizer.encode_continuations([r.completion for r in later], [r.prompt for r in later]))
+    completions = tokenizer.encode_continuations([r.completion for r in records], [r.prompt for r in records])
     samples = []
-    for record, prompt in zip(records, prompts, strict=True):
-        trained = next(following) if record.prompt else next(starting)
+    for record, prompt, trained in zip(records, prompts, completions, strict=True):
         own_bos = has_prefix(tokenizer, prompt if record.prompt else trained)
         if own_bos and not record.prompt:
             trained = trained[len(tokenizer.prefix_ids) :]
@@ -89,8 +86,9 @@ def mask_conversations(tokenizer: Tokenizer, records: Sequence[Conversation], pa
             "folder with chat_template.jinja (or chat_template in tokenizer_config.json), or prompt/completion lines"
         )
     chats = [tokenizer.template.render(r.messages, f"{path}:{r.line}") for r in records]
-    contexts = iter(tokenizer.encode([c.text[: c.turns[0].start] if c.turns else c.text for c in chats]))
-    pieces = iter(tokenizer.encode_turns([piece for c in chats for piece in _pieces(c)]))
+    contexts = iter(tokenizer.encode([_context(c) for c in chats]))
+    cut = [text for c in chats for text in pairwise([_context(c), *_pieces(c)])]
+    pieces = iter(tokenizer.encode_turns([piece for _, piece in cut], [before for before, _ in cut]))
     samples = []
     for record, chat in zip(records, chats, strict=True):
         ids, trained, own_end = next(contexts), list[tuple[int, int]](), False
@@ -104,6 +102,10 @@ def mask_conversations(tokenizer: Tokenizer, records: Sequence[Conversation], pa
             ids = ids + encoding.ids
         samples.append(_sample(ids[: trained[-1][1]] if trained else ids, trained, record.line, own_end=own_end))
     return samples
+
+
+def _context(chat: RenderedChat) -> str:
+    return chat.text[: chat.turns[0].start] if chat.turns else chat.text
 
 
 def _pieces(chat: RenderedChat) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -41,7 +41,8 @@ class Tokenizer(Protocol):
     def encode_continuations(self, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text as what follows `before[i]`: no token across the boundary, no space made up.
 
-        decode(encode(before) + these) is before + text, up to what the tokenizer normalises anyway.
+        decode(encode(before) + these) is before + text, up to what the tokenizer normalises anyway. Where nothing comes
+        before a text it is the beginning of a document.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -101,7 +102,9 @@ class FastTokenizer:
 
     A continuation is encoded apart from what precedes it: inference feeds the prompt alone, so no token may span the
     boundary and the prompt's own tokens may not depend on what follows. Tokenizers that put a dummy space before a
-    text (Llama 2, Mistral) would put one at the boundary, so a second copy without that rule encodes continuations.
+    text (Llama 2, Mistral) would put one at the boundary, so there are further copies of them: `_middle` is without
+    that rule, and `_after_token` is for what follows an added token ("[/INST]", "</s>"), where most such rules put
+    their space once more (all but a Metaspace that does so "first"; transformers' `legacy`).
 
     Special-looking text in the data ("</s>", "<|im_end|>") becomes the special token, as transformers does it.
     """
@@ -114,12 +117,17 @@ class FastTokenizer:
             raise UserError(f"{folder}: tokenizer.json or tokenizer_config.json can't be read: {error}") from error
         self.path = folder
         definition |= {"truncation": None, "padding": None}
+        _check_repeatable(definition, folder)
+        after_token, middle = (_without_prefix_of(definition, after_token) for after_token in (True, False))
         self._start = Backend.from_str(json.dumps(definition))
-        bare = definition | {
-            "normalizer": _without_prefix(definition["normalizer"]),
-            "pre_tokenizer": _without_prefix(definition["pre_tokenizer"]),
-        }
-        self._middle = self._start if bare == definition else Backend.from_str(json.dumps(bare))
+        self._after_token = self._start if after_token == definition else Backend.from_str(json.dumps(after_token))
+        # It is given what precedes the first added token, and without its prefix more would look like one ("▁</s>" is
+        # what a `normalized` "</s>" is compared with).
+        bare = middle | {"added_tokens": []}
+        self._middle = self._after_token if middle == after_token else Backend.from_str(json.dumps(bare))
+        for copy in (self._start, self._after_token, self._middle):
+            copy.encode_special_tokens = hf.split_special_tokens  # no part of the definition
+        self._cleaned = _cleaning(hf, definition["model"]["type"])
         self._byte_fallback = _has_step(definition["decoder"], "ByteFallback")
         self.eos_id = hf.eos_token_id if hf.eos_token_id is not None else _eos_of_model(folder / "config.json")
         probe = self._start.encode("a", add_special_tokens=True)
@@ -133,28 +141,38 @@ class FastTokenizer:
         return [e.ids for e in self._start.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def encode_continuations(self, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._middle.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def encode_turns(self, texts: Sequence[str]) -> list[Encoding]:
-        """Encode as `encode_continuations` does, but pieces of a rendered chat, with character offsets into each piece.
-
-        The dummy space is left out at the piece's beginning only: after a special token the tokenizer puts it as
-        always.
-        """
-        whole = self._start.encode_batch(list(texts), add_special_tokens=False)
         if self._middle is self._start:
-            return [Encoding(e.ids, e.offsets) for e in whole]
-        first = [next((k for k, i in enumerate(e.ids) if i in self._added_ids), len(e.ids)) for e in whole]
-        heads = [
-            text[: e.offsets[k][0]] if k < len(e.ids) else text for text, e, k in zip(texts, whole, first, strict=True)
-        ]
-        bare = self._middle.encode_batch(heads, add_special_tokens=False)
-        return [
-            Encoding(h.ids + e.ids[k:], h.offsets + e.offsets[k:]) for h, e, k in zip(bare, whole, first, strict=True)
-        ]
+            return self.encode(texts)
+        return [encoding.ids for encoding in self.encode_turns(texts, before)]
+
+    def encode_turns(self, texts: Sequence[str], before: Sequence[str]) -> list[Encoding]:
+        """Encode as `encode_continuations` does, with character offsets into each text, a piece of a rendered chat.
+
+        The dummy space is left out at the text's beginning only: after an added token the tokenizer puts it as always.
+        """
+        found = self._batch(self._after_token, list(texts))
+        if self._middle is self._start:
+            return found
+        starting = [k for k, left in enumerate(before) if not left]
+        for k, e in zip(starting, self._batch(self._start, [texts[k] for k in starting]), strict=True):
+            found[k] = e
+        if self._middle is self._after_token:
+            return found
+        ends = self.encode(before)
+        inside = [k for k, ids in enumerate(ends) if ids and ids[-1] not in self._added_ids]
+        cuts = [next((n for n, i in enumerate(found[k].ids) if i in self._added_ids), None) for k in inside]
+        heads = [texts[k] if n is None else texts[k][: found[k].spans[n][0]] for k, n in zip(inside, cuts, strict=True)]
+        for k, n, head in zip(inside, cuts, self._batch(self._middle, heads), strict=True):
+            rest = Encoding([], []) if n is None else Encoding(found[k].ids[n:], found[k].spans[n:])
+            found[k] = Encoding(head.ids + rest.ids, head.spans + rest.spans)
+        return found
+
+    def _batch(self, copy: Backend, texts: list[str]) -> list[Encoding]:
+        return [Encoding(e.ids, e.offsets) for e in copy.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._start.decode([int(i) for i in ids], skip_special_tokens=False)
+        text = self._start.decode([int(i) for i in ids], skip_special_tokens=False)
+        return self._cleaned(text) if self._cleaned else text
 
     def token(self, token_id: int) -> str:
         return str(self._start.id_to_token(token_id))
@@ -181,26 +199,65 @@ def _settings(config: Path, remedy: str) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
+def _cleaning(hf: PreTrainedTokenizerFast, kind: str) -> Callable[[str], str] | None:
+    """Return what transformers does to decoded text under clean_up_tokenization_spaces: nothing to BPE's, by itself."""
+    forced = hf.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
+    return hf.clean_up_tokenization if hf.clean_up_tokenization_spaces and (kind != "BPE" or forced) else None
+
+
 def _has_step(part: dict[str, Any] | None, kind: str) -> bool:
     """Return whether a part of tokenizer.json is, or has among its steps, one of a kind."""
     return part is not None and (part["type"] == kind or any(_has_step(p, kind) for p in part.get("decoders", ())))
 
 
-def _without_prefix(part: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return a normalizer or pre-tokenizer of tokenizer.json without the steps that put a space before the text."""
+def _without_prefix_of(definition: dict[str, Any], after_token: bool) -> dict[str, Any]:
+    """Return tokenizer.json for texts that follow an added token, or that follow other text."""
+    parts = {name: _without_prefix(definition[name], after_token) for name in ("normalizer", "pre_tokenizer")}
+    return definition | parts
+
+
+def _without_prefix(part: dict[str, Any] | None, after_token: bool) -> dict[str, Any] | None:
+    """Return a normalizer or pre-tokenizer of tokenizer.json without the steps that change where a text begins.
+
+    after_token: without those alone that do so at the beginning of a document and not behind each added token.
+    """
     if part is None:
         return None
     match part["type"]:
+        case "Metaspace" if part["prepend_scheme"] == "first":
+            return part | {"prepend_scheme": "never"}
+        case "Sequence":
+            key = "normalizers" if "normalizers" in part else "pretokenizers"
+            steps = (_without_prefix(step, after_token) for step in part[key])
+            return part | {key: [step for step in steps if step is not None]}
+        case _ if after_token:
+            return part
         case "Prepend":
             return None
+        case "Strip" if "strip_left" in part:
+            return part | {"strip_left": False}
         case "Metaspace":
             return part | {"prepend_scheme": "never"}
         case "ByteLevel" if "add_prefix_space" in part:
             return part | {"add_prefix_space": False}
-        case "Sequence":
-            key = "normalizers" if "normalizers" in part else "pretokenizers"
-            return part | {key: [kept for step in part[key] if (kept := _without_prefix(step)) is not None]}
     return part
+
+
+def _check_repeatable(definition: dict[str, Any], folder: Path) -> None:
+    """Raise UserError for a tokenizer whose ids change from call to call, or hide which words were apart."""
+    if definition["model"].get("dropout"):
+        raise UserError(
+            f"{folder}/tokenizer.json: model.dropout is {definition['model']['dropout']}: every rank and every run "
+            "would be trained on other tokens; set it to null"
+        )
+    pre = definition["pre_tokenizer"] or {}
+    for step in pre.get("pretokenizers", [])[1:]:
+        if step.get("prepend_scheme") == "always" or (step["type"] == "ByteLevel" and step["add_prefix_space"]):
+            raise UserError(
+                f"{folder}/tokenizer.json: pre_tokenizer cuts words and then puts a space before each "
+                f"({step['type']}), so a completion can't be encoded as what follows its prompt without one; such "
+                "tokenizers are not supported"
+            )
 
 
 class SentencePieceTokenizer:
@@ -237,6 +294,8 @@ class SentencePieceTokenizer:
         return [self._encode_after(text, left) for text, left in zip(texts, before, strict=True)]
 
     def _encode_after(self, text: str, left: str) -> list[int]:
+        if not left:
+            return self._own.encode(text)
         if self._drops_leading_space and (text[:1].isspace() or left[-1:].isspace()):
             # Both sides of the boundary lost their spaces and one has to come back: the dummy prefix is that one.
             return self._spaced.encode(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -224,8 +225,77 @@ def test_llama2_history_keeps_its_spaces_after_special_tokens(tmp_path: Path) ->
     begins = [i for i, piece in enumerate(pieces) if piece == "<s>"]
     assert len(begins) == 3 and {pieces[i + 1][0] for i in begins} == {"▁"}
     # Control: encoded without the dummy prefix throughout, the later rounds would lose theirs.
-    bare = tokenizer._middle.encode("</s><s>[INST]", add_special_tokens=False).tokens
-    assert not bare[2].startswith("▁")
+    assert not tokenizer._middle.encode("[INST]", add_special_tokens=False).tokens[0].startswith("▁")
+
+
+# No white space between the special token that ends the prompt and what the assistant writes.
+TIGHT = (
+    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ '[INST]' + message['content'] + '[/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}"
+    "{% endfor %}"
+)
+SPACING: dict[str, Callable[..., Path]] = {
+    "Prepend": tiny.dummy_prefix,
+    "Metaspace always": lambda folder, **kw: tiny.dummy_prefix(folder, scheme="always", **kw),
+    "Metaspace first": lambda folder, **kw: tiny.dummy_prefix(folder, scheme="first", **kw),
+    "Metaspace never": lambda folder, **kw: tiny.dummy_prefix(folder, scheme="never", **kw),
+    "ByteLevel": lambda folder, **kw: tiny.byte_level(folder, bos=True, prefix_space=True, **kw),
+}
+
+
+@pytest.mark.parametrize("special", [True, False])
+@pytest.mark.parametrize("kind", SPACING)
+def test_what_follows_a_special_token_is_encoded_as_transformers_encodes_it(
+    tmp_path: Path, kind: str, special: bool
+) -> None:
+    folder = SPACING[kind](tmp_path, template=TIGHT)
+    for name in ("[INST]", "[/INST]"):
+        tiny.add_token(folder, name, special=special)
+    tokenizer, hf = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for answer in ("yo", " yo", "hello[/INST]again", "[/INST]", "日本", "\nyo"):
+        messages = chat("hello", answer, "and", answer)
+        sample = mask(tokenizer, messages)
+        # Every boundary is one of an added token, so no token could span it: the whole text is cut alike.
+        assert sample.tokens.tolist() == hf.apply_chat_template(messages, return_dict=False)
+        fed = hf.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+        assert sample.target.tolist().index(True) == len(fed)
+        # The same as lines of prompt and completion, also behind a prompt that ends in other text.
+        for prompt in ("[INST]hello[/INST]", "hello</s>" if kind != "ByteLevel" else "hello<|im_end|>"):
+            (row,) = mask_completions(tokenizer, [Completion(1, prompt, answer)])
+            whole = hf(prompt + answer, add_special_tokens=False)["input_ids"]
+            assert row.tokens.tolist() == [*tokenizer.prefix_ids, *whole, tokenizer.eos_id]
+    # Control: behind other text no space is made up.
+    (row,) = mask_completions(tokenizer, [Completion(1, "A:", "yo")])
+    assert tokenizer.decode(row.tokens[row.target][:-1]) == "yo"
+    assert "A:yo" in tokenizer.decode(row.tokens)
+
+
+def test_a_turn_that_begins_the_text_has_the_space_of_a_beginning(tmp_path: Path) -> None:
+    template = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}"
+        "{{ message['content'] + eos_token }}{% endgeneration %}{% else %}{{ message['content'] }}{% endif %}"
+        "{% endfor %}"
+    )
+    for kind in SPACING:
+        folder = SPACING[kind](tmp_path / kind, template=template)
+        tokenizer, hf = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        messages = [{"role": "assistant", "content": "hello"}]
+        found = mask(tokenizer, messages).tokens.tolist()
+        assert found == hf.apply_chat_template(messages, return_dict=False)
+
+
+def test_a_normalized_end_of_turn_that_the_text_does_not_hold_is_refused(tmp_path: Path) -> None:
+    # tokenizers compares such a token in its normalised spelling, "▁</s>": "hello</s>" is then six pieces, in
+    # transformers as well, and the model would never see its end of turn.
+    folder = tiny.dummy_prefix(tmp_path, template=TIGHT)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    for token in definition["added_tokens"]:
+        token["normalized"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    tokenizer, hf = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert tokenizer.eos_id not in hf("hello</s>", add_special_tokens=False)["input_ids"]
+    with pytest.raises(UserError, match="end-of-turn token would never be trained"):
+        mask(tokenizer, chat("hello", "world"))
 
 
 def test_the_template_may_strip_content_and_add_a_system_prompt(tmp_path: Path) -> None:

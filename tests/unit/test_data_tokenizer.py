@@ -85,6 +85,98 @@ def test_tokenizer_json_is_taken_as_it_is(tmp_path: Path) -> None:
     assert loaded.decode(loaded.encode(["Hello"])[0]) == "hello"
 
 
+def test_what_the_config_says_of_special_tokens_is_honoured_as_transformers_honours_it(tmp_path: Path) -> None:
+    flags = {"lstrip": True, "rstrip": True, "single_word": False, "normalized": False, "special": True}
+    said: list[dict[str, object]] = [
+        {"split_special_tokens": True},
+        {"additional_special_tokens": ["<|new|>", "<|im_start|>"]},
+        {"extra_special_tokens": {"image_token": "<|new|>"}},
+        {"added_tokens_decoder": {"400": {"content": "<|new|>", **flags}}},
+        {"added_tokens_decoder": {"400": {"content": "ox", **flags, "single_word": True, "special": False}}},
+        {"eos_token": "<|new|>"},
+        {"eos_token": {"__type": "AddedToken", "content": "<|new|>", **flags}},
+        {"add_prefix_space": True, "add_bos_token": True, "add_eos_token": True, "model_max_length": 2},
+        {"clean_up_tokenization_spaces": True},
+        {"clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output": True}
+        | {"clean_up_tokenization_spaces": True},
+        {"legacy": True, "sp_model_kwargs": {}, "bos_token": "<|im_start|>"},
+    ]
+    texts = ["a <|new|> fox", "<|im_end|>ox fox ox", "<|new|>", " it 's . ", "<|endoftext|>\n<|new|>"]
+    plain = load_tokenizer(byte_level(tmp_path / "plain", bos=True))
+    changed = 0
+    for number, settings in enumerate(said):
+        folder = byte_level(tmp_path / str(number), bos=True)
+        config = folder / "tokenizer_config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+        ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        assert ours.eos_id == theirs.eos_token_id
+        for text in texts:
+            ids = theirs(text, add_special_tokens=False)["input_ids"]
+            assert ours.encode([text])[0] == ids and ours.decode(ids) == theirs.decode(ids)
+            changed += plain.encode([text])[0] != ids or plain.decode(ids) != ours.decode(ids)
+            # None of this family puts anything at a beginning: a text that follows another is cut as it is.
+            assert ours.encode_continuations([text], ["A:"])[0] == ids
+    assert changed > 15  # control: most of them matter
+
+
+@pytest.mark.parametrize("name", ["tokens_map", "added"])
+def test_older_files_beside_tokenizer_json_are_read_as_transformers_reads_them(tmp_path: Path, name: str) -> None:
+    folder = byte_level(tmp_path)
+    size = FastTokenizer(folder)._start.get_vocab_size()
+    if name == "added":
+        (folder / "added_tokens.json").write_text(json.dumps({"<|new|>": size}))
+    else:
+        (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|new|>", "pad_token": "<pad>"}))
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text = "a <|new|> fox <pad>"
+    assert ours.encode([text])[0] == theirs(text, add_special_tokens=False)["input_ids"]
+    assert size in ours.encode([text])[0] and ours.eos_id == theirs.eos_token_id
+
+
+def edit(folder: Path, **parts: object) -> Path:
+    path = folder / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    for name, value in parts.items():
+        definition[name] = value(definition[name]) if callable(value) else value
+    path.write_text(json.dumps(definition))
+    return folder
+
+
+def test_tokenizers_that_cut_at_random_or_space_every_word_are_refused(tmp_path: Path) -> None:
+    for dropout, refused in ((0.1, True), (0.0, False), (None, False)):
+        folder = edit(byte_level(tmp_path / str(dropout)), model=lambda part, d=dropout: part | {"dropout": d})
+        if refused:
+            with pytest.raises(UserError, match=r"tokenizer\.json: model\.dropout is 0\.1: every rank"):
+                load_tokenizer(folder)
+        else:
+            load_tokenizer(folder)
+    spaced = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    words = {"type": "WhitespaceSplit"}
+    for steps, refused in (
+        ([words, spaced], True),
+        ([spaced], False),
+        ([words, spaced | {"prepend_scheme": "first"}], 0),
+    ):
+        folder = dummy_prefix(tmp_path / f"{len(steps)}{refused}", metaspace=True)
+        edit(folder, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+        if refused:
+            with pytest.raises(UserError, match=r"pre_tokenizer cuts words and then puts a space before each +\(Metas"):
+                load_tokenizer(folder)
+        else:
+            load_tokenizer(folder)
+
+
+def test_a_normalizer_that_strips_a_beginning_leaves_the_space_of_a_continuation(tmp_path: Path) -> None:
+    strip = {"type": "Strip", "strip_left": True, "strip_right": False}
+    tokenizer = load_tokenizer(edit(byte_level(tmp_path), normalizer=strip))
+    assert tokenizer.encode([" fox"]) == tokenizer.encode(["fox"])
+    assert tokenizer.decode(tokenizer.encode_continuations([" fox"], ["the"])[0]) == " fox"
+    # Behind a special token it is stripped, as transformers strips it there.
+    (ids,) = tokenizer.encode_continuations([" fox"], ["the<|im_end|>"])
+    assert tokenizer.decode(ids) == "fox"
+    assert tokenizer.encode(["the<|im_end|> fox"])[0] == [*tokenizer.encode(["the<|im_end|>"])[0], *ids]
+
+
 def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
     folder = byte_level(tmp_path)
     backend = FastTokenizer(folder)._start
