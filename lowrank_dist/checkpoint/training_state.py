@@ -35,12 +35,14 @@ class DataState(BaseModel):
 
 
 class TrainingState(BaseModel):
-    """Where a run stands after `step` optimizer steps; `samples` of the endless shuffled stream have been consumed.
+    """Where a run stands after `step` optimizer steps, which trained on `samples` samples.
 
-    tokens and target_tokens: non-padding tokens seen and tokens trained on so far. loss: mean of the last step, in nats
-    a target token; eval_losses: step → the same on the eval set. eval_metrics: metric → step → its value for what was
-    generated (generate/metrics.py); a checkpoint from before these existed has none. rng: as
-    `backend.devices.generator_states` returned it. config: as JSON.
+    position: samples behind it of the shuffled, endless stream that `data` makes under its seed; epoch: the same in
+    passes over `data`. A checkpoint from before it was kept has none (`stream_position`). tokens and target_tokens:
+    non-padding tokens seen and tokens trained on so far. loss: mean of the last step, in nats a target token;
+    eval_losses: step → the same on the eval set. eval_metrics: metric → step → its value for what was generated
+    (generate/metrics.py); a checkpoint from before these existed has none. rng: as `backend.devices.generator_states`
+    returned it. config: as JSON.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -49,6 +51,7 @@ class TrainingState(BaseModel):
     step: int = Field(ge=1)
     epoch: float = Field(ge=0)
     samples: int = Field(ge=0)
+    position: int | None = Field(None, ge=0)
     tokens: int = Field(ge=0)
     target_tokens: int = Field(ge=0)
     loss: float
@@ -61,6 +64,19 @@ class TrainingState(BaseModel):
     base_fingerprint: str
     ranks: dict[str, int]
     versions: dict[str, str]
+
+    @property
+    def stream_position(self) -> int:
+        """`position`, which runs that did not keep it derived from the step, whatever their batch had been before."""
+        if self.position is not None:
+            return self.position
+        batch = self.setting("train", "global_batch")
+        return self.step * batch if isinstance(batch, int) else self.samples
+
+    def setting(self, section: str, key: str) -> Any:
+        """Return a value of the configuration that the run had; None where it had no such key."""
+        values = self.config.get(section)
+        return values.get(key) if isinstance(values, dict) else None
 
     @property
     def evaluations(self) -> dict[str, dict[int, float]]:

@@ -64,7 +64,11 @@ class TrainConfig(Section):
     """Training of a run: length, batches, optimiser, resumption."""
 
     steps: int | None = Field(None, ge=1, description="optimizer steps of at least 1; or set train.epochs instead")
-    epochs: float | None = Field(None, gt=0, description="passes over the data, above 0; or set train.steps instead")
+    epochs: float | None = Field(
+        None,
+        gt=0,
+        description="passes over the data, above 0, the last batch with what is left; or set train.steps instead",
+    )
     global_batch: int = Field(8, ge=1, description="samples in an optimizer step over all ranks, at least 1")
     micro_batch: int = Field(1, ge=1, description="rows per rank and microbatch, a divisor of train.global_batch")
     lr: float = Field(2e-4, gt=0, description="peak learning rate above 0")

@@ -1,6 +1,7 @@
 """From sample numbers to tensors: the order of samples, rows, microbatches, and global batches cut for this rank.
 
-Everything depends on the seed and the step alone. Legend: b rows of a microbatch, s padded length, n target tokens.
+Everything depends on the seed and on how many samples came before. Legend: b rows of a microbatch, s padded length,
+n target tokens.
 Megatron's activations are sequence-major, so position q of row r is flat index q * b + r.
 """
 
@@ -131,11 +132,13 @@ def build_microbatch(
 class StepBatch:
     """This rank's share of one global batch; every rank has the same number of microbatches.
 
-    global_targets and global_tokens count target and non-padding tokens over all ranks; global_squares is Σ length² of
-    the samples, which attention's work goes with. epoch: passes over the data set once this batch is done.
+    samples, global_targets and global_tokens count samples, target and non-padding tokens over all ranks;
+    global_squares is Σ length² of the samples, which attention's work goes with. epoch: passes over the data set once
+    this batch is done.
     """
 
     microbatches: list[Microbatch]
+    samples: int
     global_targets: int
     global_tokens: int
     global_squares: int
@@ -181,21 +184,27 @@ class Cut:
             for at in range(ours, len(rows), group)
         ]
         targets, tokens = int(dataset.targets[numbers].sum()), int(lengths.sum())
-        return StepBatch(microbatches, targets, tokens, int(np.square(lengths).sum()), epoch)
+        squares = int(np.square(lengths).sum())
+        return StepBatch(microbatches, len(numbers), targets, tokens, squares, epoch)
 
 
 class Loader:
-    """Training batches of `global_batch` samples from the shuffled, endless stream of `dataset`."""
+    """Training batches of `global_batch` samples from the shuffled, endless stream of `dataset`, or up to its `end`."""
 
-    def __init__(self, dataset: Dataset, cut: Cut, *, seed: int, global_batch: int) -> None:
+    def __init__(self, dataset: Dataset, cut: Cut, *, seed: int, global_batch: int, end: int | None = None) -> None:
+        """end: samples of the stream that are trained on; the last batch has what is left. None: it never ends."""
         assert global_batch >= 1 and len(dataset) > 0 and int(dataset.lengths.max()) <= cut.max_length
-        self._dataset, self._cut, self._seed, self.global_batch = dataset, cut, seed, global_batch
+        self._dataset, self._cut, self._seed = dataset, cut, seed
+        self._global_batch, self._end = global_batch, end
 
-    def step(self, k: int) -> StepBatch:
-        """Return the batch of optimizer step k, from 0."""
-        n, size = len(self._dataset), self.global_batch
-        numbers = order(self._seed, n, k * size, size)
-        return self._cut.batch(self._dataset, numbers, (k + 1) * size / n)
+    def batch(self, position: int) -> StepBatch:
+        """Return the batch that follows on `position` samples of the stream."""
+        n, size = len(self._dataset), self._global_batch
+        if self._end is not None:
+            size = min(size, self._end - position)
+        assert size > 0, "nothing is left to train on"
+        numbers = order(self._seed, n, position, size)
+        return self._cut.batch(self._dataset, numbers, (position + size) / n)
 
 
 def eval_batches(dataset: Dataset, cut: Cut, *, global_batch: int) -> Iterator[StepBatch]:

@@ -65,7 +65,7 @@ def build_engine(run: Run, model: CausalLM, theta: Theta) -> Engine:
 def build_trainer(run: Run, method: Method, engine: Engine, data: Data, forecast: Forecast) -> Trainer:
     """Build the loop with what it reports to, evaluates and saves by. Collective."""
     run.begin_in_folder()
-    reporter = open_reporter(run, data.steps)
+    reporter = open_reporter(run, data.course.steps)
     for line in introduction(run, method, engine, data, forecast):
         reporter.say(line)
     evaluator = Evaluator(run, engine, data, reporter)
@@ -105,7 +105,8 @@ def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast:
     yield from data.notes
     if run.resumption is not None:
         yield from run.resumption.messages
-        yield f"resumed from {run.resumption.folder} at step {run.resumption.state.step} of {data.steps}"
+        yield f"resumed from {run.resumption.folder} at step {run.resumption.state.step} of {data.course.steps}"
+        yield from data.course.notes
 
 
 def _checkpoint_writer(run: Run, method: Method, engine: Engine, data: Data) -> CheckpointWriter:

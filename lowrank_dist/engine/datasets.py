@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.checkpoint.training_state import DataState
+from lowrank_dist.checkpoint.training_state import DataState, TrainingState
 from lowrank_dist.config import Config
+from lowrank_dist.config.schema import TrainConfig
 from lowrank_dist.data.batches import Cut, Loader, StepBatch, eval_batches
 from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.data.formats import Use
@@ -30,17 +31,61 @@ Generating = Callable[[CausalLM, Callable[[int], None]], dict[str, float]]
 
 
 @dataclass(frozen=True)
+class Course:
+    """The part of the training stream that a run reads, the shuffled and endless one of its data set and seed.
+
+    position: samples that lie behind the run. end: samples of a run by epochs, None for one by steps. steps: optimizer
+    steps of the whole run. notes: a line where the data does not go on as it would have without a stop.
+    """
+
+    position: int
+    end: int | None
+    steps: int
+    notes: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, train: TrainConfig, dataset: Dataset, resumed: TrainingState | None) -> Course:
+        """Return the course of a run that goes on from `resumed`, if from anything. Steps follow from the position."""
+        position, notes = (0, ()) if resumed is None else _position(train, dataset, resumed)
+        if train.steps is not None:
+            return cls(position, None, train.steps, notes)
+        assert train.epochs is not None, "the configuration has one of the two"
+        # Rounded first: 0.1 of 30 samples is 3.0000000000000004.
+        end = max(1, math.ceil(round(train.epochs * len(dataset), 6)))
+        done = 0 if resumed is None else resumed.step
+        return cls(position, end, done + math.ceil((end - position) / train.global_batch), notes)
+
+
+def _position(train: TrainConfig, dataset: Dataset, resumed: TrainingState) -> tuple[int, Sequence[str]]:
+    """Return the position in the stream, and what to say of it.
+
+    Another data set or seed makes another stream. Gone on with in its middle, a pass would leave samples out.
+    """
+    position, n, before = resumed.stream_position, len(dataset), f"up to step {resumed.step}"
+    seed, batch = resumed.setting("train", "seed"), resumed.setting("train", "global_batch")
+    if resumed.data.sha256 != dataset.sha256:
+        return 0, [f"data.train is another than {before}: it is read from its beginning, and passes are counted anew"]
+    if seed not in (None, train.seed):
+        whole = position // n
+        return whole * n, [
+            f"train.seed was {seed} {before}: pass {whole + 1} over the data begins again in a new order"
+        ]
+    if batch not in (None, train.global_batch):
+        return position, [f"train.global_batch was {batch} {before}: the data goes on after {position / n:.2f} passes"]
+    return position, ()
+
+
+@dataclass(frozen=True)
 class Data:
     """The data sets of a run and their batches on this data-parallel rank.
 
-    steps: optimizer steps of the whole run. evaluation: the eval set's batches, from the first each time. generation:
-    decodes the eval set's prompts and scores the completions (`evaluate_generation`). notes: on what its metrics mean
-    for the eval set's references.
+    evaluation: the eval set's batches, from the first each time. generation: decodes the eval set's prompts and scores
+    the completions (`evaluate_generation`). notes: on what its metrics mean for the eval set's references.
     """
 
     dataset: Dataset
     train: Loader
-    steps: int
+    course: Course
     held_out: Dataset | None = None
     evaluation: Callable[[], Iterator[StepBatch]] | None = None
     generation: Generating | None = None
@@ -58,13 +103,20 @@ class Data:
 
     def first_batch(self) -> StepBatch:
         """Return the first batch of the eval set, or of training where there is none."""
-        return self.train.step(0) if self.evaluation is None else next(self.evaluation())
+        return self.train.batch(0) if self.evaluation is None else next(self.evaluation())
 
 
-def build_data(config: Config, method: Method, architecture: Architecture, topology: Topology) -> Data:
-    """Tokenise and deal out the data sets; the order of samples is a function of seed and step.
+def build_data(
+    config: Config,
+    method: Method,
+    architecture: Architecture,
+    topology: Topology,
+    resumed: TrainingState | None = None,
+) -> Data:
+    """Tokenise and deal out the data sets; the order of samples is a function of the seed.
 
-    Raises UserError for samples that cannot be trained on, and for those from which eval.generate cannot generate.
+    resumed: the state that the run goes on from. Raises UserError for samples that cannot be trained on, and for those
+    from which eval.generate cannot generate.
     """
     vocab = architecture.vocab
     data, train = config.data, config.train
@@ -80,14 +132,10 @@ def build_data(config: Config, method: Method, architecture: Architecture, topol
         pad_multiple=topology.tp_size if topology.sequence_parallel else 1,
     )
     dataset = load_dataset(data.train, tokenizer, longest, vocab, method.lead)
-    loader = Loader(dataset, cut, seed=train.seed, global_batch=train.global_batch)
-    if train.steps is not None:
-        steps = train.steps
-    else:
-        assert train.epochs is not None, "the configuration has one of the two"
-        steps = max(1, math.ceil(train.epochs * len(dataset) / train.global_batch))
+    course = Course.of(train, dataset, resumed)
+    loader = Loader(dataset, cut, seed=train.seed, global_batch=train.global_batch, end=course.end)
     if data.eval is None:
-        return Data(dataset, loader, steps)
+        return Data(dataset, loader, course)
     held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead, Use.JUDGING)
     cut = replace(cut, micro_batch=config.eval.micro_batch or train.micro_batch)
     # Nothing is accumulated over an eval batch: its size decides how many rows of like length are put together, and
@@ -95,7 +143,7 @@ def build_data(config: Config, method: Method, architecture: Architecture, topol
     together = EVAL_MICROBATCHES * cut.micro_batch * topology.dp_size
     evaluation = partial(eval_batches, held_out, cut, global_batch=together)
     generation, notes = _generation(config, method, tokenizer, architecture, topology)
-    return Data(dataset, loader, steps, held_out, evaluation, generation, notes)
+    return Data(dataset, loader, course, held_out, evaluation, generation, notes)
 
 
 def _generation(

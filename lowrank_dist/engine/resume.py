@@ -155,8 +155,9 @@ def require_same_run(
             f"{': ' if shaping else ', '}{other}"
         )
     if state.step > steps:
+        length = "train.epochs" if config.train.steps is None else "train.steps"
         raise UserError(
-            f"train.resume: {resumption.folder} is at step {state.step}, but the run ends at {steps}: raise train.steps"
+            f"train.resume: {resumption.folder} is at step {state.step}, but the run ends at {steps}: raise {length}"
         )
 
 

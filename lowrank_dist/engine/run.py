@@ -63,7 +63,7 @@ class Run:
         UserError where going on from the checkpoint would give another result than not having stopped.
         """
         if self.resumption is not None:
-            require_same_run(self.config, self.resumption, data.state, data.held_out_state, data.steps)
+            require_same_run(self.config, self.resumption, data.state, data.held_out_state, data.course.steps)
         self.folder.open(self.topology.world_group.rank())
         self.supervision.in_folder(self.folder.path)
 
@@ -82,24 +82,30 @@ class Progress:
     step: int = 0
     epoch: float = 0.0
     samples: int = 0
+    position: int = 0
     tokens: int = 0
     target_tokens: int = 0
     loss: float = math.nan
 
     @classmethod
-    def of(cls, state: TrainingState | None) -> Progress:
-        """Return the progress of a checkpoint, or of a run that begins where there is none."""
-        if state is None:
-            return cls()
-        return cls(**{name: getattr(state, name) for name in cls.__dataclass_fields__})
+    def of(cls, state: TrainingState | None, position: int) -> Progress:
+        """Return the progress of a checkpoint, or of a run that begins where there is none.
 
-    def after(self, batch: StepBatch, samples: int, loss: float) -> Progress:
-        """One step of `samples` samples later."""
+        position: in the stream that is read from now on (`Course.position`), which may not be the checkpoint's.
+        """
+        if state is None:
+            return cls(position=position)
+        found = {name: getattr(state, name) for name in cls.__dataclass_fields__}
+        return cls(**{**found, "position": position})
+
+    def after(self, batch: StepBatch, loss: float) -> Progress:
+        """One step later."""
         return replace(
             self,
             step=self.step + 1,
             epoch=batch.epoch,
-            samples=self.samples + samples,
+            samples=self.samples + batch.samples,
+            position=self.position + batch.samples,
             tokens=self.tokens + batch.global_tokens,
             target_tokens=self.target_tokens + batch.global_targets,
             loss=loss,

@@ -263,6 +263,7 @@ class CheckpointSaver:
             step=progress.step,
             epoch=progress.epoch,
             samples=progress.samples,
+            position=progress.position,
             tokens=progress.tokens,
             target_tokens=progress.target_tokens,
             loss=progress.loss,

@@ -62,10 +62,10 @@ class Trainer:
         meter: Meter,
     ) -> None:
         train = run.config.train
-        self.run, self.engine, self.batches, self.steps = run, engine, data.train, data.steps
+        self.run, self.engine, self.batches, self.steps = run, engine, data.train, data.course.steps
         self.evaluator, self.saver, self.reporter, self.meter = evaluator, saver, reporter, meter
-        self.schedule = Schedule(train.schedule, train.lr, train.warmup_steps, data.steps, train.min_lr_ratio)
-        self.progress = Progress.of(run.state)
+        self.schedule = Schedule(train.schedule, train.lr, train.warmup_steps, data.course.steps, train.min_lr_ratio)
+        self.progress = Progress.of(run.state, data.course.position)
         self._stopping, self._skipped = False, 0
 
     def train(self) -> bool:
@@ -123,7 +123,7 @@ class Trainer:
         if recorded:
             self.meter.begin()
         self.run.phases.enter("data", step + 1)
-        batch = self.batches.step(step)
+        batch = self.batches.batch(self.progress.position)
         self.run.phases.enter("reduction")
         told = self._agree(step, batch)
         self.engine.model.train()
@@ -145,7 +145,7 @@ class Trainer:
         else:
             self._skip_or_stop(step + 1, loss, own)
             learned = {"skipped_in_a_row": self._skipped}
-        self.progress = self.progress.after(batch, self.batches.global_batch, learned.get("loss", self.progress.loss))
+        self.progress = self.progress.after(batch, learned.get("loss", self.progress.loss))
         if recorded:
             measured, lines = self.meter.end(step + 1)
             facts = {"epoch": batch.epoch, "target_tokens": batch.global_targets}

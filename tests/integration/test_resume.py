@@ -301,6 +301,28 @@ def test_old_checkpoints_go_and_the_best_stays(job: Path, tmp_path: Path) -> Non
     assert (tmp_path / "run/checkpoints/last").resolve().name == "step-6"
 
 
+def test_a_run_by_epochs_ends_with_what_is_left_and_goes_on_by_samples(job: Path, tmp_path: Path) -> None:
+    """22 samples: the last batch has 2, so that of four data-parallel ranks two have none."""
+    epoch = ("train.steps=null", "train.epochs=1", "train.global_batch=4")
+    for name in ("TP1", "DP4"):
+        well(train(job, tmp_path / name, LAYOUTS[name], *epoch))
+    assert gap(tensors(tmp_path / "DP4"), tensors(tmp_path / "TP1")) < TOLERANCE
+    targets = [record["target_tokens"] for record in curve(tmp_path / "DP4") if "target_tokens" in record]
+    state = json.loads((tmp_path / "DP4/checkpoints/step-6" / STATE_FILE).read_text())
+    assert (state["step"], state["samples"], state["epoch"], state["target_tokens"]) == (6, 22, 1.0, sum(targets))
+    stopped = stopped_after(tmp_path / "DP4", 4, tmp_path / "run")
+    well(train(job, stopped, LAYOUTS["DP4"], *epoch))
+    assert all(np.array_equal(a, tensors(tmp_path / "DP4")[key]) for key, a in tensors(stopped).items())
+    assert curve(stopped) == curve(tmp_path / "DP4")
+    # Another batch, of six samples that are left: one step fewer would be if it went by the step.
+    stopped = stopped_after(tmp_path / "DP4", 4, tmp_path / "other")
+    changed = (*epoch[:2], "train.global_batch=3", "train.resume_changes=[train.global_batch]")
+    said = well(train(job, stopped, LAYOUTS["DP4"], *changed))
+    assert "at step 4 of 6\ntrain.global_batch was 4 up to step 4: the data goes on after 0.73 passes" in said
+    again = [record["target_tokens"] for record in curve(stopped) if "target_tokens" in record]
+    assert again[:4] == targets[:4] and len(again) == 6 and sum(again) == sum(targets)
+
+
 def _with_small_files(arguments: list[str], largest: int) -> Outcome:
     """One rank on which no file may grow beyond `largest` bytes: a disk that is full to all but short texts."""
     import resource

@@ -121,7 +121,7 @@ def test_every_target_once_over_ranks_and_microbatches(
     batches = []
     for dp_rank in range(dp_size):
         ours = Cut(max_length=max_length, dp_rank=dp_rank, dp_size=dp_size, **cut)
-        batches.append(Loader(dataset, ours, seed=seed, global_batch=global_batch).step(k))
+        batches.append(Loader(dataset, ours, seed=seed, global_batch=global_batch).batch(k * global_batch))
     everything = [m for batch in batches for m in batch.microbatches]
     assert len({len(batch.microbatches) for batch in batches}) == 1
     assert {m.input_ids.shape[0] for m in everything} == {cut["micro_batch"]}
@@ -164,7 +164,7 @@ def test_evaluation_sees_every_sample_once(
 def one_microbatch(packing: bool) -> tuple[Dataset, Microbatch]:
     dataset = make_dataset([5, 3, 7, 2])
     cut = Cut(2 if packing else 4, max_length=10, packing=packing, dp_rank=0, dp_size=1, pad_multiple=4)
-    (microbatch,) = Loader(dataset, cut, seed=1, global_batch=4).step(0).microbatches
+    (microbatch,) = Loader(dataset, cut, seed=1, global_batch=4).batch(0).microbatches
     return dataset, microbatch
 
 
@@ -218,7 +218,7 @@ def test_a_step_does_not_depend_on_the_steps_before() -> None:
 
     walked = loader()
     for k in range(6):
-        one, two = walked.step(k), loader().step(k)
+        one, two = walked.batch(4 * k), loader().batch(4 * k)
         for a, b in zip(one.microbatches, two.microbatches, strict=True):
             assert torch.equal(a.input_ids, b.input_ids) and torch.equal(a.target_index, b.target_index)
             assert torch.equal(a.dropout_rows, b.dropout_rows) and a.segments == b.segments
@@ -227,7 +227,7 @@ def test_a_step_does_not_depend_on_the_steps_before() -> None:
 def test_rows_of_like_length_share_a_microbatch() -> None:
     dataset = make_dataset([2, 30] * 8)
     cuts = [Cut(4, 32, packing=False, dp_rank=rank, dp_size=2, pad_multiple=1) for rank in range(2)]
-    ranks = [Loader(dataset, cut, seed=3, global_batch=16).step(0).microbatches for cut in cuts]
+    ranks = [Loader(dataset, cut, seed=3, global_batch=16).batch(0).microbatches for cut in cuts]
     assert [[m.input_ids.shape[1] for m in microbatches] for microbatches in ranks] == [[30, 2], [30, 2]]
 
 
@@ -235,8 +235,8 @@ def test_a_step_takes_well_under_a_millisecond_a_sample() -> None:
     dataset = make_dataset([100 + i % 300 for i in range(2000)])
     cut = Cut(8, 512, packing=True, dp_rank=0, dp_size=1, pad_multiple=8)
     loader = Loader(dataset, cut, seed=3, global_batch=64)
-    loader.step(0)
+    loader.batch(0)
     start = time.process_time()  # CPU time: other work on the machine does not count
     for k in range(1, 11):
-        loader.step(k)
+        loader.batch(64 * k)
     assert (time.process_time() - start) / (10 * 64) < 0.5e-3

@@ -1,0 +1,175 @@
+"""Which samples a run reads: every one once a pass, wherever it was stopped and whatever it goes on with."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lowrank_dist.checkpoint.training_state import DataState, TrainingState
+from lowrank_dist.config.schema import TrainConfig
+from lowrank_dist.data.batches import Cut, Loader, StepBatch
+from lowrank_dist.data.dataset import Dataset
+from lowrank_dist.engine.datasets import Course
+from lowrank_dist.engine.run import Progress
+from tests.unit.test_data_loader import make_dataset
+
+Read = list[list[int]]
+
+
+def state_of(dataset: Dataset, progress: Progress, train: TrainConfig, **changes: Any) -> TrainingState:
+    """What a checkpoint of the run says."""
+    facts = {name: getattr(progress, name) for name in Progress.__dataclass_fields__}
+    state = TrainingState(
+        **{**facts, "loss": 1.0},
+        eval_losses={},
+        data=DataState(path="train.jsonl", sha256=dataset.sha256, samples=len(dataset)),
+        held_out=None,
+        rng={},
+        config={"train": train.model_dump(mode="json")},
+        base_fingerprint="ab",
+        ranks={},
+        versions={},
+    )
+    return state.model_copy(update=changes)
+
+
+def run(
+    dataset: Dataset, train: TrainConfig, resumed: TrainingState | None, steps: int | None = None, dp_size: int = 1
+) -> tuple[Read, TrainingState]:
+    """Read a run's batches from `resumed` to its end, or to `steps`. Returns the samples of each step, and the state
+    at its end. Every data-parallel rank has the same number of microbatches."""
+    course = Course.of(train, dataset, resumed)
+    cuts = [Cut(train.micro_batch, int(dataset.lengths.max()), False, rank, dp_size, 1) for rank in range(dp_size)]
+    loaders = [Loader(dataset, cut, seed=train.seed, global_batch=train.global_batch, end=course.end) for cut in cuts]
+    progress, read = Progress.of(resumed, course.position), []
+    while progress.step < (course.steps if steps is None else steps):
+        shares = [loader.batch(progress.position) for loader in loaders]
+        assert len({len(share.microbatches) for share in shares}) == 1
+        read.append(sorted(number for share in shares for number in numbers_in(dataset, share)))
+        assert len(read[-1]) == shares[0].samples
+        progress = progress.after(shares[0], 1.0)
+    return read, state_of(dataset, progress, train)
+
+
+def numbers_in(dataset: Dataset, batch: StepBatch) -> list[int]:
+    """The samples of a batch of one sample a row: no token occurs in two of `make_dataset`'s."""
+    number = {int(dataset[i].tokens[0]): i for i in range(len(dataset))}
+    return [number[first] for m in batch.microbatches for first in m.input_ids[:, 0].tolist() if first]
+
+
+def once(read: Read, n: int, passes: int = 1) -> bool:
+    return Counter(number for step in read for number in step) == Counter(passes * [*range(n)])
+
+
+@pytest.mark.parametrize(
+    ("n", "epochs", "batch", "sizes"),
+    [
+        (9, 1, 32, [9]),
+        (9, 2, 4, [4, 4, 4, 4, 2]),
+        (9, 2, 32, [18]),
+        (9, 1, 3, [3, 3, 3]),
+        (9, 0.5, 4, [4, 1]),
+        (30, 0.1, 2, [2, 1]),
+        (1, 0.01, 8, [1]),
+    ],
+)
+def test_a_run_by_epochs_reads_no_more_than_its_passes(n: int, epochs: float, batch: int, sizes: list[int]) -> None:
+    dataset = make_dataset([3] * n)
+    read, state = run(dataset, TrainConfig(epochs=epochs, global_batch=batch), None)
+    assert [len(step) for step in read] == sizes
+    assert state.epoch == sum(sizes) / n and state.samples == state.position == sum(sizes)
+    if epochs >= 1:
+        assert once(read, n, int(epochs))
+
+
+def test_a_run_by_steps_has_whole_batches() -> None:
+    """Control: it goes on into the next pass as it always did."""
+    read, state = run(make_dataset([3] * 9), TrainConfig(steps=3, global_batch=8), None)
+    assert [len(step) for step in read] == [8, 8, 8] and state.epoch == 24 / 9
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 20),
+    passes=st.integers(1, 3),
+    batches=st.tuples(st.integers(1, 24), st.integers(1, 24)),
+    dp_sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    seed=st.integers(0, 9),
+    stop=st.integers(0, 99),
+)
+def test_every_sample_once_a_pass_wherever_a_run_stops(
+    n: int, passes: int, batches: tuple[int, int], dp_sizes: tuple[int, int], seed: int, stop: int
+) -> None:
+    dataset = make_dataset([2 + i % 5 for i in range(n)])
+    first, then = (TrainConfig(epochs=passes, global_batch=batch, seed=seed) for batch in batches)
+    steps = math.ceil(passes * n / batches[0])
+    before, state = run(dataset, first, None, max(1, stop % (steps + 1)), dp_sizes[0])
+    after, end = run(dataset, then, state, None, dp_sizes[1])
+    assert once(before + after, n, passes)
+    assert end.epoch == passes and end.step == len(before) + len(after)
+    # Unchanged, it reads what it would have read.
+    assert before + run(dataset, first, state)[0] == run(dataset, first, None)[0]
+
+
+def test_another_batch_goes_on_where_the_data_stopped() -> None:
+    dataset = make_dataset([3] * 40)
+    before, state = run(dataset, TrainConfig(epochs=1, global_batch=4), None, 5)
+    for batch, steps in ((8, 3), (7, 3), (2, 10), (40, 1)):
+        train = TrainConfig(epochs=1, global_batch=batch)
+        after, end = run(dataset, train, state)
+        assert once(before + after, 40) and (len(after), end.step) == (steps, 5 + steps)
+        assert Course.of(train, dataset, state).notes == [
+            "train.global_batch was 4 up to step 5: the data goes on after 0.50 passes"
+        ]
+    # By steps as well, whose number stays.
+    after, end = run(dataset, TrainConfig(steps=7, global_batch=10), state)
+    assert once(before + after, 40) and end.step == 7
+
+
+def test_a_checkpoint_without_a_position_stood_at_step_times_its_batch() -> None:
+    """`samples` of a run that had gone on with another batch was not where it read."""
+    dataset = make_dataset([3] * 40)
+    before, state = run(dataset, TrainConfig(epochs=1, global_batch=4), None, 5)
+    old = state.model_copy(update={"position": None, "samples": 12})
+    assert once(before + run(dataset, TrainConfig(epochs=1, global_batch=8), old)[0], 40)
+    # One that had finished, with more than its passes, has finished.
+    small, train = make_dataset([3] * 9), TrainConfig(epochs=1, global_batch=32)
+    finished = state_of(small, Progress(step=1, samples=32, epoch=32 / 9), train, position=None)
+    assert Course.of(train, small, finished).steps == 1
+    assert old.model_copy(update={"config": {}}).stream_position == 12, "nothing better is known"
+
+
+def test_other_data_is_read_from_its_beginning() -> None:
+    dataset, other = make_dataset([3] * 12), make_dataset([4] * 15)
+    train = TrainConfig(epochs=1, global_batch=4)
+    _, state = run(dataset, train, None, 2)
+    course = Course.of(train, other, state)
+    assert course.notes == [
+        "data.train is another than up to step 2: it is read from its beginning, and passes are counted anew"
+    ]
+    after, end = run(other, train, state)
+    assert once(after, 15) and (end.step, end.epoch, end.samples) == (2 + 4, 1.0, 8 + 15)
+    # Stopped within it and gone on with, it is what it was.
+    within, then = run(other, train, state, 4)
+    assert within + run(other, train, then)[0] == after and Course.of(train, other, then).notes == ()
+
+
+def test_another_seed_begins_the_pass_again() -> None:
+    dataset = make_dataset([3] * 12)
+    _, state = run(dataset, TrainConfig(epochs=3, global_batch=4), None, 5)
+    other = TrainConfig(epochs=3, global_batch=4, seed=7)
+    after, end = run(dataset, other, state)
+    assert once(after, 12, passes=2) and end.epoch == 3
+    assert "pass 2 over the data begins again in a new order" in Course.of(other, dataset, state).notes[0]
+
+
+def test_a_run_that_ends_before_its_checkpoint_is_seen() -> None:
+    dataset = make_dataset([3] * 12)
+    _, state = run(dataset, TrainConfig(epochs=3, global_batch=4), None, 5)
+    assert Course.of(TrainConfig(epochs=1, global_batch=4), dataset, state).steps < 5
+    assert Course.of(TrainConfig(epochs=4, global_batch=4), dataset, state).steps == 12
