@@ -195,7 +195,7 @@ def slowed(slow_rank: int, what: str, arguments: list[str]) -> Outcome:
         return wrapped
 
     # Far above what a busy machine adds to a step of these models.
-    owner, name, seconds = {"data": (Loader, "step", 1.0), "layers": (LowRankColumnParallelLinear, "forward", 0.1)}[
+    owner, name, seconds = {"data": (Loader, "batch", 1.0), "layers": (LowRankColumnParallelLinear, "forward", 0.1)}[
         what
     ]
     with mock.patch.object(owner, name, late(getattr(owner, name))):
