@@ -89,7 +89,7 @@ def save_learned(folder: Path, base: Path, method: str) -> Path:
     if method in ("prefix", "prompt"):
         write_prompt_learning(folder, learned(base, method), provenance(base, method))
     else:
-        write_bottlenecks(folder, layers(base, method), provenance(base, method))
+        write_bottlenecks(folder, layers(base, method), provenance(base, method), trained=True)
     return folder
 
 
@@ -112,7 +112,9 @@ def save_checkpoint(folder: Path, base: Path, method: str) -> Path:
     def files(temporary: Path) -> TrainedFiles:
         if method in ("prefix", "prompt"):
             return _Written(partial(write_prompt_learning, temporary, learned(base, method), provenance(base, method)))
-        return _Written(partial(write_bottlenecks, temporary, layers(base, method), provenance(base, method)))
+        return _Written(
+            partial(write_bottlenecks, temporary, layers(base, method), provenance(base, method), trained=True)
+        )
 
     write_checkpoint(folder, files, {"x": (1,)}, [{"x": torch.ones(3, 1)}], state(base, step, method))
     return folder
@@ -147,7 +149,7 @@ def save_whole(
             yield {name: torch.stack([edit(name, tensor), *[torch.zeros_like(tensor)] * 2])}
 
     def files(temporary: Path) -> TrainedFiles:
-        return WholeModelFiles(temporary, base, shapes, dtype, provenance(base, "full"))
+        return WholeModelFiles(temporary, base, shapes, dtype, provenance(base, "full"), trained=True)
 
     write_checkpoint(folder, files, shapes, wrap(stream()), state(base, step, "full"))
     return folder

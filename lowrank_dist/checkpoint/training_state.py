@@ -1,6 +1,5 @@
 """The state that a checkpoint holds beside the adapter: optimizer.safetensors and trainer_state.json."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,24 +36,26 @@ class DataState(BaseModel):
 class TrainingState(BaseModel):
     """Where a run stands after `step` optimizer steps, which trained on `samples` samples.
 
+    updates: those that were not skipped, which is what AdamW counts; None as for position (`updates_made`).
     position: samples behind it of the shuffled, endless stream that `data` makes under its seed; epoch: the same in
     passes over `data`. A checkpoint from before it was kept has none (`stream_position`). tokens and target_tokens:
-    non-padding tokens seen and tokens trained on so far. loss: mean of the last step, in nats a target token;
-    eval_losses: step → the same on the eval set. eval_metrics: metric → step → its value for what was generated
-    (generate/metrics.py); a checkpoint from before these existed has none. rng: as `backend.devices.generator_states`
-    returned it. config: as JSON.
+    non-padding tokens seen and tokens trained on so far. loss: mean of the last step that was not skipped, in nats a
+    target token, None where all were; eval_losses: step → the same on the eval set. eval_metrics: metric → step → its
+    value for what was generated (generate/metrics.py); a checkpoint from before these existed has none. rng: as
+    `backend.devices.generator_states` returned it. config: as JSON.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
     format: int = 1
     step: int = Field(ge=1)
+    updates: int | None = Field(None, ge=0)
     epoch: float = Field(ge=0)
     samples: int = Field(ge=0)
     position: int | None = Field(None, ge=0)
     tokens: int = Field(ge=0)
     target_tokens: int = Field(ge=0)
-    loss: float
+    loss: float | None
     eval_losses: dict[int, float]
     eval_metrics: dict[str, dict[int, float]] = {}
     data: DataState
@@ -72,6 +73,11 @@ class TrainingState(BaseModel):
             return self.position
         batch = self.setting("train", "global_batch")
         return self.step * batch if isinstance(batch, int) else self.samples
+
+    @property
+    def updates_made(self) -> int:
+        """`updates`, as far as it is known."""
+        return self.step if self.updates is None else self.updates
 
     def setting(self, section: str, key: str) -> Any:
         """Return a value of the configuration that the run had; None where it had no such key."""
@@ -95,7 +101,7 @@ class TrainingState(BaseModel):
             "tokens": self.tokens,
             "target_tokens": self.target_tokens,
             "data": self.data.model_dump(),
-            "loss": self.loss if math.isfinite(self.loss) else None,
+            "loss": self.loss,
             "eval_loss": self.eval_losses.get(self.step),
             **{f"eval_{name}": steps[self.step] for name, steps in self.eval_metrics.items() if self.step in steps},
         }

@@ -214,7 +214,7 @@ def restore(
             for kind in range(len(KINDS)):
                 scatter(pieces, {name: tensor[kind] for name, tensor in whole.items()}, values[kind])
             optimiser.restore(number, values)
-    optimiser.restored(resumption.state.step)
+    optimiser.restored(resumption.state.updates_made)
     theta.refresh()
     try:
         restore_generators(resumption.state.rng, device)

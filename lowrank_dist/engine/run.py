@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from lowrank_dist.backend.select import Backend
@@ -80,12 +79,13 @@ class Progress:
     """How far a run has come: `step` optimizer steps; the rest as in checkpoint.training_state.TrainingState."""
 
     step: int = 0
+    updates: int = 0
     epoch: float = 0.0
     samples: int = 0
     position: int = 0
     tokens: int = 0
     target_tokens: int = 0
-    loss: float = math.nan
+    loss: float | None = None
 
     @classmethod
     def of(cls, state: TrainingState | None, position: int) -> Progress:
@@ -96,17 +96,18 @@ class Progress:
         if state is None:
             return cls(position=position)
         found = {name: getattr(state, name) for name in cls.__dataclass_fields__}
-        return cls(**{**found, "position": position})
+        return cls(**{**found, "updates": state.updates_made, "position": position})
 
-    def after(self, batch: StepBatch, loss: float) -> Progress:
-        """One step later."""
+    def after(self, batch: StepBatch, loss: float | None) -> Progress:
+        """One step later. loss: None where it was skipped."""
         return replace(
             self,
             step=self.step + 1,
+            updates=self.updates + (loss is not None),
             epoch=batch.epoch,
             samples=self.samples + batch.samples,
             position=self.position + batch.samples,
             tokens=self.tokens + batch.global_tokens,
             target_tokens=self.target_tokens + batch.global_targets,
-            loss=loss,
+            loss=self.loss if loss is None else loss,
         )

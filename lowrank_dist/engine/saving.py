@@ -24,7 +24,7 @@ from lowrank_dist.engine.gathering import Gathering
 from lowrank_dist.engine.run import Progress, Run
 from lowrank_dist.engine.run_folder import WRITTEN, RunFolder
 from lowrank_dist.engine.zero import Engine
-from lowrank_dist.errors import DiskError, ElsewhereError
+from lowrank_dist.errors import DiskError, ElsewhereError, UserError
 from lowrank_dist.formats.atomic import temporary_name
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.method import Method
@@ -92,8 +92,9 @@ class CheckpointWriter:
 
     def _write(self, stream: Iterable[Mapping[str, Tensor]], state: TrainingState, final: bool) -> None:
         provenance = replace(self.facts.provenance, training=state.summary())
-        target = self._folder.checkpoints / f"step-{state.step}"
-        write_checkpoint(target, partial(self._method.files, provenance=provenance), self._shapes, stream, state)
+        target, trained = self._folder.checkpoints / f"step-{state.step}", state.loss is not None
+        open_files = partial(self._method.files, provenance=provenance, trained=trained)
+        write_checkpoint(target, open_files, self._shapes, stream, state)
         self._saved = [*(step for step in self._saved if step != state.step), state.step]
         self._folder.point("last", target)
         values = state.evaluations.get(self._retention.by, {})
@@ -104,6 +105,11 @@ class CheckpointWriter:
             # A run that goes on by another measure: what was the best by the former one may be retired.
             (self._folder.checkpoints / "best").unlink(missing_ok=True)
         self._retire(best)
+        if final and not trained:
+            raise UserError(
+                f"{target} holds what the run began with: all of its steps were skipped (train.nonfinite=skip). Lower "
+                "train.lr, or look at the samples"
+            )
         if final and self._method.published:
             copy_adapter(target, self._folder.adapter, self._method.published)
         logger.info(WRITTEN, state.step, target)
@@ -261,6 +267,7 @@ class CheckpointSaver:
         values = {name: dict(steps) for name, steps in self._history.values.items()}
         return TrainingState(
             step=progress.step,
+            updates=progress.updates,
             epoch=progress.epoch,
             samples=progress.samples,
             position=progress.position,

@@ -140,12 +140,12 @@ class Trainer:
         self.meter.count(batch)
         if math.isfinite(norm):
             self._skipped = 0
-            learned = {"loss": loss, "learning_rate": lr, "grad_norm": norm}
+            learned: dict[str, float] = {"loss": loss, "learning_rate": lr, "grad_norm": norm}
             logger.info("step %d: loss %.6f, gradient norm %.6f", step + 1, loss, norm)
         else:
             self._skip_or_stop(step + 1, loss, own)
             learned = {"skipped_in_a_row": self._skipped}
-        self.progress = self.progress.after(batch, learned.get("loss", self.progress.loss))
+        self.progress = self.progress.after(batch, learned.get("loss"))
         if recorded:
             measured, lines = self.meter.end(step + 1)
             facts = {"epoch": batch.epoch, "target_tokens": batch.global_targets}

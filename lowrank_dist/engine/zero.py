@@ -181,9 +181,10 @@ class ZeroOptimiser:
         for key, moment in zip(_MOMENTS, values[1:], strict=True):
             safe_set_full_optimizer_state(parameter, moment, key)
 
-    def restored(self, step: int) -> None:
-        """Finish a restore, once all masters are set: parameters follow them, AdamW counts from `step`. Collective."""
-        self._count_from(step)
+    def restored(self, updates: int) -> None:
+        """Finish a restore, once all masters are set: parameters follow them, AdamW counts on from `updates`, among
+        which skipped steps are not. Collective."""
+        self._count_from(updates)
         self.engine.optimizer.update_lp_params()
 
     def _make_moments(self) -> None:
@@ -201,14 +202,14 @@ class ZeroOptimiser:
         self._count_from(0)
         self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _count_from(self, step: int) -> None:
+    def _count_from(self, updates: int) -> None:
         base = self.engine.optimizer.optimizer
         for group in base.param_groups:
             if "step" in group:  # apex counts there, torch beside the moments
-                group["step"] = step
+                group["step"] = updates
             for state in (base.state[partition] for partition in group["params"]):
                 if "step" in state:
-                    state["step"].fill_(step)
+                    state["step"].fill_(updates)
 
     def _poison_gradients(self) -> None:
         for gradients in self.engine.optimizer.averaged_gradients.values():

@@ -31,7 +31,8 @@ class TrainedFiles(Protocol):
     """Writes what a method trained into a folder, as those read it who have no use for an optimiser's state.
 
     It is given every tensor of Θ, by its stored name, in fp32, one after the other, and told when it has them all.
-    `finish` raises UserError for what no one may take for trained weights: nothing, no change, NaN or infinity.
+    `finish` raises UserError for what no one may take for trained weights: nothing, NaN or infinity, and where they
+    were trained no change.
     """
 
     def put(self, name: str, tensor: Tensor) -> None: ...

@@ -37,8 +37,11 @@ class Method(Protocol):
         """
         ...
 
-    def files(self, folder: Path, provenance: Provenance) -> TrainedFiles:
-        """Writes what was trained into a folder that exists."""
+    def files(self, folder: Path, provenance: Provenance, *, trained: bool) -> TrainedFiles:
+        """Writes what was trained into a folder that exists.
+
+        trained: a step has changed Θ, so that values that change nothing are an error.
+        """
         ...
 
 

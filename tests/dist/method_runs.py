@@ -237,7 +237,7 @@ def write_and_score(setting: MethodSetting, folder: str) -> np.ndarray:
     tensors = whole(built, lambda parameter: parameter)
     if dist.get_rank() == 0:
         provenance = Provenance(fingerprint(Path(setting.folder)), setting.folder, {})
-        files = built.method.files(Path(folder), provenance)
+        files = built.method.files(Path(folder), provenance, trained=True)
         for name, tensor in tensors.items():
             files.put(name, tensor)
         files.finish()

@@ -15,14 +15,16 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from lowrank_dist.data.batches import Loader
+from lowrank_dist.data.batches import Loader, order
+from lowrank_dist.formats.manifest import STATE_FILE
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear
 from tests.dist import ranks
-from tests.integration.launching import Outcome, _main, assert_codes, metrics, samples, write_jsonl
-from tests.integration.resuming import Layout, curve, gap, make_job, tensors, train
+from tests.integration.launching import Outcome, _main, assert_codes, metrics, samples, write_config, write_jsonl
+from tests.integration.resuming import SIZES, Layout, curve, gap, make_job, stopped_after, tensors, train
 
 SQUARE, PAIR = Layout(2, 2, 1), Layout(2, 1, 1)
 STEPS = 30
@@ -165,6 +167,32 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(poisoned: Path, tmp_path: P
     ]
     assert masters[0] and gap(masters[1], masters[0]) == 0
     assert gap(masters[2], masters[0]) > 1e-3, "the run did not go on after the step"
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_a_run_whose_first_step_is_skipped_goes_on_from_there(poisoned: Path, tmp_path: Path, method: str) -> None:
+    """The sample is in the first batch of this seed; nothing is trained yet where the first checkpoint is written."""
+    seed = next(seed for seed in range(99) if 5 in order(seed, 24, 0, 8))
+    changes = ("train.steps=3", f"train.seed={seed}", "output.save_every=1")
+    if method == "prefix":
+        sections = {**yaml.safe_load(poisoned.read_text()), "method": method, method: SIZES[method][method]}
+        poisoned = write_config(tmp_path / "prefix.yaml", {key: sections[key] for key in sections if key != "lora"})
+    whole = tmp_path / "whole"
+    assert_codes(train(poisoned, whole, PAIR, *SKIP, *changes), 0)
+    assert [len(metrics(whole, name)) for name in ("skipped_in_a_row", "loss")] == [1, 2]
+    first = json.loads((whole / "checkpoints/step-1" / STATE_FILE).read_text())
+    assert first["loss"] is None
+    stopped = stopped_after(whole, 1, tmp_path / "run")
+    assert_codes(train(poisoned, stopped, PAIR, *SKIP, *changes), 0)
+    assert curve(stopped) == curve(whole) and gap(tensors(stopped, 3), tensors(whole, 3)) == 0
+
+
+def test_a_run_that_skips_every_step_fails_by_name(poisoned: Path, tmp_path: Path) -> None:
+    every = write_jsonl(tmp_path / "every.jsonl", [{"prompt": "Z:", "completion": "dog"}] * 24)
+    outcomes = train(poisoned, tmp_path / "run", PAIR, *SKIP, "train.steps=2", f"data.train={every}")
+    assert_codes(outcomes, 2)
+    assert "all of its steps were skipped" in "".join(outcome.stderr for outcome in outcomes)
+    assert not (tmp_path / "run/adapter").exists()
 
 
 def test_it_stops_by_default_and_after_too_many_in_a_row(poisoned: Path, tmp_path: Path) -> None:

@@ -61,12 +61,12 @@ def tensors_of(step: int) -> dict[str, torch.Tensor]:
     return {name: torch.randn(len(KINDS), *shape, generator=generator) for name, shape in SHAPES.items()}
 
 
-def lora_files(folder: Path, provenance: Provenance) -> Collected:
+def lora_files(folder: Path, provenance: Provenance, *, trained: bool = True) -> Collected:
     """What the method `lora` writes, for factors on MODULES."""
 
     def write_files(tensors: Mapping[str, torch.Tensor]) -> None:
         factors = {m: LowRankFactor(*(tensors[f"{m}.lora_{s}"] for s in "AB"), 8.0) for m in MODULES}
-        write_adapter_files(folder, Adapter(factors, 0.0, False, False, "base"), provenance, MODULES, trained=True)
+        write_adapter_files(folder, Adapter(factors, 0.0, False, False, "base"), provenance, MODULES, trained=trained)
 
     return Collected(write_files)
 

@@ -142,6 +142,7 @@ def test_a_checkpoint_without_a_position_stood_at_step_times_its_batch() -> None
     finished = state_of(small, Progress(step=1, samples=32, epoch=32 / 9), train, position=None)
     assert Course.of(train, small, finished).steps == 1
     assert old.model_copy(update={"config": {}}).stream_position == 12, "nothing better is known"
+    assert old.model_copy(update={"updates": None}).updates_made == old.step == 5
 
 
 def test_other_data_is_read_from_its_beginning() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -234,7 +235,7 @@ def test_nothing_that_is_not_finite_is_written(base: Path, method: str, value: f
     else:
         drawn = layers(base, method)
         drawn.tensors["layers.1.mlp.up.bias"][-1] = value
-        write = write_bottlenecks
+        write = partial(write_bottlenecks, trained=False)
     with pytest.raises(UserError, match="is not written: .* holds NaN or infinity; lower train.lr"):
         write(tmp_path, drawn, provenance(base, method))
     assert not list(tmp_path.iterdir())
@@ -247,9 +248,9 @@ def test_untrained_layers_are_not_written(base: Path, tmp_path: Path) -> None:
             if ".up." in name:
                 tensor.zero_()
         with pytest.raises(UserError, match="every up-projection is zero"):
-            write_bottlenecks(tmp_path, drawn, provenance(base, method))
+            write_bottlenecks(tmp_path, drawn, provenance(base, method), trained=True)
         drawn.tensors["layers.1.mlp.up.bias"][-1] = 1e-30
-        write_bottlenecks(tmp_path, drawn, provenance(base, method))
+        write_bottlenecks(tmp_path, drawn, provenance(base, method), trained=True)
         for path in tmp_path.iterdir():
             path.unlink()
 

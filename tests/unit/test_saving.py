@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,12 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from lowrank_dist.checkpoint.folder import read_checkpoint
+from lowrank_dist.checkpoint.training_state import parse_state
 from lowrank_dist.engine import saving
 from lowrank_dist.engine.run import Progress
 from lowrank_dist.engine.run_folder import RunFolder
-from lowrank_dist.engine.saving import CheckpointSaver
-from lowrank_dist.errors import DiskError
+from lowrank_dist.engine.saving import CheckpointSaver, CheckpointWriter, Facts, Retention
+from lowrank_dist.errors import DiskError, UserError
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
+from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
+from tests.unit.test_checkpoint_folder import SHAPES, lora_files, state_of, tensors_of
 
 LOST = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:11425"
 
@@ -57,6 +65,42 @@ def test_a_refused_checkpoint_lets_the_others_send_all(monkeypatch: pytest.Monke
     saver.close()
     assert gathered.sent == 3
     assert saver._current.outcome == saving._REFUSED and isinstance(saver._current.error, DiskError)
+
+
+def test_a_run_whose_steps_were_skipped_is_saved_and_hands_out_nothing(tmp_path: Path) -> None:
+    """B is zero while no step has changed it, which is an error only of what was trained."""
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+    first = state_of(2).model_copy(update={"loss": None})
+    facts = Facts(Provenance("cd" * 32, "base", {}), first.data, None)
+    method: Any = SimpleNamespace(published=(CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE), files=lora_files)
+    writer = CheckpointWriter(folder, method, SHAPES, facts, Retention(None, 1, "loss"), None)
+    untrained = {name: tensor * ("lora_A" in name) for name, tensor in tensors_of(2).items()}
+    writer.write([untrained], first, final=False)
+    assert read_checkpoint(folder.checkpoints / "step-2") == first
+    assert json.loads((folder.checkpoints / "step-2" / PROVENANCE_FILE).read_text())["training"]["loss"] is None
+    with pytest.raises(UserError, match=r"all of its steps were skipped \(train.nonfinite=skip\)"):
+        writer.write([tensors_of(2)], first, final=True)
+    assert not folder.adapter.exists()
+    # Controls: what was trained without effect is no checkpoint, and what was trained is handed out.
+    with pytest.raises(UserError, match="B is zero in every module"):
+        writer.write([untrained], state_of(4), final=False)
+    writer.write([tensors_of(4)], state_of(4), final=True)
+    assert folder.adapter.is_dir()
+
+
+@given(
+    step=st.integers(1, 10**6),
+    counts=st.tuples(*[st.integers(0, 10**12)] * 4),
+    epoch=st.floats(0, 1e6),
+    loss=st.none() | st.floats(allow_nan=False, allow_infinity=False),
+)
+def test_every_state_reads_back(step: int, counts: tuple[int, ...], epoch: float, loss: float | None) -> None:
+    names = ("samples", "position", "tokens", "updates")
+    progress = Progress(step=step, epoch=epoch, loss=loss, **dict(zip(names, counts, strict=True)))
+    facts = {name: getattr(progress, name) for name in Progress.__dataclass_fields__}
+    state = state_of(1).model_copy(update=facts)
+    assert parse_state(state.to_json().encode()) == state
 
 
 def test_a_refused_checkpoint_and_a_lost_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -72,13 +72,14 @@ def stored_shapes(config: BottleneckConfig, layer: int, place: str) -> dict[str,
     return {f"layers.{layer}.{place}.{name}": shape for name, shape in shapes.items()}
 
 
-def write_bottlenecks(folder: Path, bottlenecks: Bottlenecks, provenance: Provenance) -> None:
-    """Write the three files into a folder that exists. UserError for untrained layers, NaN or infinity."""
+def write_bottlenecks(folder: Path, bottlenecks: Bottlenecks, provenance: Provenance, *, trained: bool) -> None:
+    """Write the three files into a folder that exists. UserError for NaN or infinity, and for layers that were
+    `trained` without effect."""
     target, tensors = target_of(folder), bottlenecks.tensors
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{target} is not written: {name} holds NaN or infinity; lower train.lr or resume earlier")
-    if not any(tensor.any() for name, tensor in tensors.items() if ".up." in name):
+    if trained and not any(tensor.any() for name, tensor in tensors.items() if ".up." in name):
         raise UserError(f"{target} is not written: every up-projection is zero, so training did not change the model")
     (folder / CONFIG_FILE).write_text(bottlenecks.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (folder / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")

@@ -158,9 +158,9 @@ class Adapters:
                 values[name] = drawn_by_name(name, self._seed, *shape)
         return values
 
-    def files(self, folder: Path, provenance: Provenance) -> Collected:
+    def files(self, folder: Path, provenance: Provenance, *, trained: bool) -> Collected:
         def write(tensors: Mapping[str, Tensor]) -> None:
-            write_bottlenecks(folder, Bottlenecks(self._config, tensors), provenance)
+            write_bottlenecks(folder, Bottlenecks(self._config, tensors), provenance, trained=trained)
 
         return Collected(write)
 

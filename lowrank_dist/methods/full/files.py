@@ -46,8 +46,11 @@ class WholeModelFiles:
         shapes: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype,
         provenance: Provenance,
+        *,
+        trained: bool,
     ) -> None:
-        """shapes: Hugging Face name → shape, in the order in which the tensors will be `put`."""
+        """shapes: Hugging Face name → shape, in the order in which the tensors will be `put`. trained: they differ from
+        the base's, or it is an error."""
         self._folder, self._base, self._dtype, self._provenance = folder, base, dtype, provenance
         self._architecture = read_architecture(base)
         # The first rows of OPT's positions are in no parameter, so they are not among what is `put`.
@@ -62,7 +65,7 @@ class WholeModelFiles:
         self._places: dict[str, str] = {}
         self._writers: dict[str, SafetensorsWriter] = {}
         self._size = sum(entry.nbytes for entry in entries)
-        self._changed = False
+        self._changed = not trained
         for number, shard in enumerate(shards, start=1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             inside = [entries[index] for index in shard]

@@ -63,8 +63,8 @@ class FullFineTuning:
         self._shapes = theta.all_shapes()
         return theta
 
-    def files(self, folder: Path, provenance: Provenance) -> WholeModelFiles:
-        return WholeModelFiles(folder, self._base, self._shapes, self._dtype, provenance)
+    def files(self, folder: Path, provenance: Provenance, *, trained: bool) -> WholeModelFiles:
+        return WholeModelFiles(folder, self._base, self._shapes, self._dtype, provenance, trained=trained)
 
 
 def build(section: MethodSection, setting: Setting, architecture: Architecture) -> FullFineTuning:

@@ -63,7 +63,7 @@ class Lora:
             theta.spread(stored_tensors(initial_factors(start, self._placements, setting.base)), topology.place)
         return theta
 
-    def files(self, folder: Path, provenance: Provenance) -> Collected:
+    def files(self, folder: Path, provenance: Provenance, *, trained: bool) -> Collected:
         def write(tensors: Mapping[str, Tensor]) -> None:
             lora, architecture = self._section, self._architecture
             adapter = Adapter(
@@ -73,7 +73,7 @@ class Lora:
                 architecture.conv1d,
                 str(self._setting.base),
             )
-            write_adapter_files(folder, adapter, provenance, module_paths(architecture), trained=True)
+            write_adapter_files(folder, adapter, provenance, module_paths(architecture), trained=trained)
 
         return Collected(write)
 

@@ -193,7 +193,7 @@ class PrefixTuning:
                 values[name].uniform_(-bound, bound, generator=generator)
         return values
 
-    def files(self, folder: Path, provenance: Provenance) -> Collected:
+    def files(self, folder: Path, provenance: Provenance, *, trained: bool) -> Collected:
         def write(tensors: Mapping[str, Tensor]) -> None:
             architecture = self._architecture
             learned = PromptLearning(

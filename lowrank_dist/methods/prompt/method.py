@@ -126,7 +126,7 @@ class PromptTuning:
         drawn = torch.randint(self._architecture.vocab, (self.virtual,), generator=generator)
         return model.embeddings_of(drawn.to(device)).float()
 
-    def files(self, folder: Path, provenance: Provenance) -> Collected:
+    def files(self, folder: Path, provenance: Provenance, *, trained: bool) -> Collected:
         def write(tensors: Mapping[str, Tensor]) -> None:
             architecture = self._architecture
             learned = PromptLearning(
