@@ -24,6 +24,10 @@ class ElsewhereError(UserError):
     """The failure of another rank, whose own message says why."""
 
 
+class StrangerError(UserError):
+    """The mistake of one rank that the others do not share: it is no rank of the run that it met, or is there twice."""
+
+
 def some_of(names: Sequence[str]) -> str:
     """Return the first three, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -48,8 +48,6 @@ rendezvous() {
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     [ "${#hosts[@]}" = "$SLURM_JOB_NUM_NODES" ] || die "scontrol names ${#hosts[@]} of $SLURM_JOB_NUM_NODES nodes"
     export MASTER_ADDR=${hosts[0]}
-    # Below what Linux hands out for outgoing connections; jobs that share a node differ in their numbers.
-    export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
     if [ -n "$INTERFACE" ]; then
         export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
     fi
@@ -57,7 +55,7 @@ rendezvous() {
     # Before Slurm 22.05 a step took the job's number of CPUs; since then it takes one unless told.
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
-    say "meeting at $MASTER_ADDR:$MASTER_PORT, network card ${INTERFACE:-as the libraries choose}"
+    say "meeting at $MASTER_ADDR, network card ${INTERFACE:-as the libraries choose}"
     say "$OMP_NUM_THREADS threads a rank"
 }
 

@@ -8,6 +8,9 @@ set -euo pipefail
 source "${0%/*}/relay.sh"
 mark=$1
 shift
+# Where the ranks meet. Below what Linux hands out for outgoing connections; jobs that share a node differ in their
+# numbers, and so do the steps of a job (as in backend/launchers.py).
+export MASTER_PORT=$((10000 + (SLURM_JOB_ID + 6007 * SLURM_STEP_ID) % 20000))
 export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
 relay "$@"
 if [ "$CODE" = 85 ]; then

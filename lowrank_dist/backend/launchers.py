@@ -5,6 +5,8 @@ The standard library alone: a watchdog imports this. Where there is no /proc the
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
@@ -21,8 +23,9 @@ _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _NODE_NAME, _TORCHRUN_NAME = "deepspeed's node launcher", "torchrun"
 # What only these launchers set.
 _SIGNS = {"CROSS_RANK": _NODE_NAME, "TORCHELASTIC_RUN_ID": _TORCHRUN_NAME}
-# Below what Linux hands out for outgoing connections; jobs that share a node differ in their numbers.
-_FIRST_PORT, _PORTS = 10000, 20000
+# Below what Linux hands out for outgoing connections; jobs that share a node differ in their numbers, and so do the
+# steps of a job. Jobs whose numbers are the stride apart are seldom there at the same time. As in launch/slurm/task.sh.
+_FIRST_PORT, _PORTS, _STRIDE = 10000, 20000, 6007
 # A name with one list of numbers or several in it, up to a comma that is not in a list.
 _FIRST_HOST = re.compile(r"([^\[\],](?:[^\[\],]|\[\d[^\[\]]*\])*)(?:,.*)?")
 # Places in `stat_fields`; proc(5) numbers them from 1, with the process id and the name before.
@@ -178,17 +181,71 @@ def ranks_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the step's variables.
 
     What is set already stays. Nothing happens outside a step: the variables that a batch script has say one task where
-    there are none.
+    there are none. UserError for variables that are not as Slurm sets them.
     """
     if "RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment:
         return
-    environment["RANK"] = environment["SLURM_PROCID"]
-    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
-    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
-    node = int(environment.get("SLURM_NODEID", "0"))
-    environment["LOCAL_WORLD_SIZE"] = str(_tasks_of(environment["SLURM_STEP_TASKS_PER_NODE"])[node])
-    environment.setdefault("MASTER_ADDR", first_host(environment["SLURM_STEP_NODELIST"]))
-    environment.setdefault("MASTER_PORT", str(_FIRST_PORT + int(environment["SLURM_JOB_ID"]) % _PORTS))
+    environment["RANK"] = str(_number(environment, "SLURM_PROCID"))
+    environment["WORLD_SIZE"] = str(_number(environment, "SLURM_STEP_NUM_TASKS"))
+    environment["LOCAL_RANK"] = str(_number(environment, "SLURM_LOCALID"))
+    tasks, node = _tasks_of(environment.get("SLURM_STEP_TASKS_PER_NODE", "")), _number(environment, "SLURM_NODEID", "0")
+    if node >= len(tasks):
+        raise UserError(
+            f"SLURM_STEP_TASKS_PER_NODE: {environment.get('SLURM_STEP_TASKS_PER_NODE')!r} does not say the tasks of "
+            f"node {node} (SLURM_NODEID); start the ranks with srun, or set RANK, WORLD_SIZE, LOCAL_RANK and "
+            "LOCAL_WORLD_SIZE"
+        )
+    environment["LOCAL_WORLD_SIZE"] = str(tasks[node])
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    if "MASTER_PORT" not in environment:
+        place = _number(environment, "SLURM_JOB_ID") + _STRIDE * _number(environment, "SLURM_STEP_ID", "0")
+        environment["MASTER_PORT"] = str(_FIRST_PORT + place % _PORTS)
+
+
+def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
+    """Return the number that Slurm gives in a variable. UserError where it is none."""
+    text = environment.get(name, default)
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise UserError(
+            f"{name}: {text!r} is not the number that Slurm sets for a step; start the ranks with srun, or set RANK, "
+            "WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+        )
+    return int(text)
+
+
+def run_token(environment: Mapping[str, str] = os.environ) -> str:
+    """Return what the ranks of one run have in common and those of another have not, by what started this rank.
+
+    In words, for messages. Of ranks that were started by hand nothing is known but their number.
+    """
+    size = f"{environment.get('WORLD_SIZE', '1')} ranks"
+    if "TORCHELASTIC_RUN_ID" in environment:
+        return f"torchrun's run {environment['TORCHELASTIC_RUN_ID']}, {size}"
+    if "CROSS_RANK" in environment:
+        return f"deepspeed{_deepspeed_job()}, {size}"
+    tasks = environment.get("SLURM_PROCID"), environment.get("SLURM_STEP_NUM_TASKS")
+    # Where the ranks are the tasks of a step. A batch script may start them by other means, on its own node without.
+    if "SLURM_STEP_ID" in environment and tasks == (environment.get("RANK"), environment.get("WORLD_SIZE")):
+        names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+        job, step, restarts = (environment.get(name, "0") for name in names)
+        return f"Slurm's job {job}, step {step}, restart {restarts}, {size}"
+    return size
+
+
+def _deepspeed_job() -> str:
+    """Return the hosts and devices of this rank's deepspeed, and of one on a single host its process."""
+    for process in ancestors():
+        command = words(process)
+        if launcher_name(command) == _NODE_NAME:
+            world = next(word for word in command if word.startswith("--world_info")).partition("=")[2]
+            try:
+                hosts = json.loads(base64.urlsafe_b64decode(world))
+                single = len(hosts) == 1
+            except (ValueError, TypeError):
+                return f" on {world}"
+            return f" on {json.dumps(hosts)}{f', process {process.name} of {started(process)}' if single else ''}"
+    return ""
 
 
 def first_host(nodes: str) -> str:

@@ -9,10 +9,14 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from lowrank_dist.backend import megatron
 from lowrank_dist.backend.devices import device_of_rank, synchronize
-from lowrank_dist.errors import UserError
+from lowrank_dist.backend.launchers import run_token
+from lowrank_dist.errors import StrangerError, UserError, printable
+
+_RUN = "lowrank_dist/run"  # in the job's store: what rank 0 is a rank of
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,10 @@ def select_backend(requested: str, local_rank: int, local_size: int) -> Backend:
 
 
 def init_process_group(backend: Backend, timeout_seconds: int) -> None:
-    """Join the job that the launcher described in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT."""
+    """Join the job that the launcher described in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+
+    Raises StrangerError where the ranks there are another run's.
+    """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
@@ -93,8 +100,45 @@ def init_process_group(backend: Backend, timeout_seconds: int) -> None:
         )
     # Without device_id: with it NCCL would at once split off a communicator for each of the twenty-odd groups that
     # Megatron makes, most of them of one rank, and a job of one rank can fail in that split (DeepSpeed issue 8248).
-    dist.init_process_group(backend.collective, timeout=timedelta(seconds=timeout_seconds))
+    timeout = timedelta(seconds=timeout_seconds)
+    store, rank, size = _meet(timeout)
+    dist.init_process_group(
+        backend.collective, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=timeout
+    )
     name_own_device(backend)
+
+
+def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Return the store of the job, this rank and their number, once rank 0 has let this one in.
+
+    Ranks of two runs that share a port would else be one run's, and train what neither was told to. Raises
+    StrangerError on the rank that belongs elsewhere; the run that it met goes on.
+    """
+    place = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
+    remedy = "give each run a MASTER_PORT of its own"
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise StrangerError(f"rank 0 cannot meet its ranks at {place}, which is in use already: {remedy}") from error
+    store.set_timeout(timeout)
+    token = run_token()
+    try:
+        theirs = (store.compare_set(_RUN, "", token) if rank == 0 else store.get(_RUN)).decode(errors="replace")
+    except dist.DistStoreError as error:
+        raise StrangerError(
+            f"rank {rank}: at {place} no rank 0 of lowrank_dist answered within {timeout.total_seconds():.0f} s: "
+            f"{remedy}, and all its ranks one version"
+        ) from error
+    if theirs != token:
+        raise StrangerError(
+            f"rank {rank} met another run at {place}: it is of {printable(token)}, and the run there is "
+            f"{printable(theirs)}: {remedy}, and all its ranks the same launcher"
+        )
+    if store.add(f"{_RUN}/{rank}", 1) > 1:
+        raise StrangerError(f"RANK: another process at {place} is rank {rank} too: give every rank a RANK of its own")
+    return store, rank, size
 
 
 def name_own_device(backend: Backend) -> None:

@@ -16,7 +16,7 @@ from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.backend import select
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
-from lowrank_dist.errors import UserError
+from lowrank_dist.errors import StrangerError, UserError
 from lowrank_dist.methods.registry import reader_of
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.model.load import load_model
@@ -62,8 +62,8 @@ def session(tensor: int, device: str) -> Iterator[Session]:
         topology = Topology.build(tensor, None, False, _TIMEOUT_SECONDS)
         yield Session(topology, backend, speaks=topology.world_group.rank() == 0)
         clean = True
-    except UserError:
-        if launched and not _is_first_to_fail():
+    except UserError as error:
+        if launched and not isinstance(error, StrangerError) and not _is_first_to_fail():
             sys.exit(_USER_ERROR)
         raise
     finally:

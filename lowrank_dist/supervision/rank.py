@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from lowrank_dist.backend.launchers import find_launchers, started
 from lowrank_dist.backend.select import shutdown
-from lowrank_dist.errors import ElsewhereError, UserError
+from lowrank_dist.errors import ElsewhereError, StrangerError, UserError
 from lowrank_dist.supervision.failure import Failure, explains, read, record, retire
 from lowrank_dist.supervision.peers import Answer, ask, lost_peers
 from lowrank_dist.supervision.status import ENDING, LEAVING, STARTING, Page, State, StopRequest
@@ -90,6 +90,7 @@ class Supervision:
             return INTERRUPTED
         self.enter(LEAVING)
         mistake = isinstance(error, UserError)
+        shared = mistake and not isinstance(error, StrangerError)
         if mistake:
             logger.error("%s", error)
         else:
@@ -100,7 +101,7 @@ class Supervision:
         failure = self._failure(reason, trace, cause)
         # What others are told comes after what they can read.
         said = record(self._folder, failure) if cause and self._folder else str(failure)
-        answer = self._ask_peers(said if cause else None, mistake)
+        answer = self._ask_peers(said if cause else None, shared)
         if not cause:
             said = self._left_behind(failure, answer)
         if answer.speaks:
@@ -141,10 +142,10 @@ class Supervision:
         said = record(self._folder, failure) if self._folder else str(failure)
         return said if explains(said) or answer.cause is None else answer.cause
 
-    def _ask_peers(self, said: str | None, mistake: bool) -> Answer:
+    def _ask_peers(self, said: str | None, shared: bool) -> Answer:
+        """shared: all ranks make the same mistake; other failures are one rank's own."""
         if not dist.is_initialized():
-            # All ranks make the same mistakes; other failures are one rank's own.
-            return Answer(speaks=not mistake or speaks_for_node())
+            return Answer(speaks=not shared or speaks_for_node())
         try:
             store = dist.distributed_c10d._get_default_store()
             return ask(store, self.rank, dist.get_world_size(), said, self._cause_recorded)

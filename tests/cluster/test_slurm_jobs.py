@@ -29,7 +29,7 @@ def test_the_shipped_template_trains_as_one_host(
     assert losses(run) == expected
     said = job.said()
     # The whole configuration comes first: the script's, then the run's.
-    order = [f'RUN="{run}"', "max_length: 48", "meeting at h1:", "step 1/", "the step ended with code 0"]
+    order = [f'RUN="{run}"', "max_length: 48", "meeting at h1,", "step 1/", "the step ended with code 0"]
     assert sorted(order, key=said.index) == order
     assert job.field("NumNodes") == "2" and not (run / "restarts").exists()
 

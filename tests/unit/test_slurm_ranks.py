@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+from pathlib import Path
+
 import pytest
 
 from lowrank_dist.backend.launchers import first_host, ranks_from_slurm
 from lowrank_dist.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What a batch script has, be there a step in it or not: it is one task itself.
 BATCH = {
@@ -44,6 +49,46 @@ def test_jobs_meet_at_ports_of_their_own() -> None:
         ranks_from_slurm(environment)
         ports.add(int(environment["MASTER_PORT"]))
     assert len(ports) == 4 and min(ports) >= 1024 and max(ports) < 32768  # 1 and 4,000,000,001 share one
+
+
+def test_steps_meet_at_ports_of_their_own() -> None:
+    """Those of one job, and those of the next one that are on the node as well."""
+    ports = []
+    for job in (41234, 41235, 41236):
+        for number in range(50):
+            environment = {**step(0, 0, 0), "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(number)}
+            ranks_from_slurm(environment)
+            ports.append(int(environment["MASTER_PORT"]))
+    assert len(set(ports)) == len(ports) and min(ports) >= 10000 and max(ports) < 30000
+
+
+def test_a_job_script_meets_where_bare_steps_do(tmp_path: Path) -> None:
+    """launch/slurm/task.sh reckons as `ranks_from_slurm` does."""
+    for number in (0, 1, 7):
+        environment = {**step(3, 1, 1), "SLURM_STEP_ID": str(number), "SLURM_NTASKS_PER_NODE": "2"}
+        command = ["bash", ROOT / "launch/slurm/task.sh", tmp_path / "mark", "printenv", "MASTER_PORT"]
+        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+        ranks_from_slurm(environment)
+        assert done.stdout.strip() == environment["MASTER_PORT"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"SLURM_PROCID": "x"},
+        {"SLURM_STEP_NUM_TASKS": ""},
+        {"SLURM_LOCALID": "-1"},
+        {"SLURM_NODEID": "7"},
+        {"SLURM_STEP_TASKS_PER_NODE": "many"},
+        {"SLURM_JOB_ID": "9" * 5000},
+        {"SLURM_STEP_ID": "batch"},
+        {"SLURM_STEP_NODELIST": "["},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_variables_that_slurm_does_not_set_so(wrong: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        ranks_from_slurm({**step(3, 1, 1), **wrong})
 
 
 def test_what_a_launcher_set_stays() -> None:
