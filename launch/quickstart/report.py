@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
+
+from lowrank_dist.terminal import open_console
 
 LEAST_RISE = 0.15
 LEAST_LOSS_RATIO = 2.0
@@ -81,7 +82,7 @@ def main() -> None:
     out = parser.parse_args().out
     report = collect(out)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    console = Console()
+    console = open_console()
     console.print(table(report))
     console.print(f"loss picture: {out / 'run' / 'loss.png'}\nmerged model: {out / 'merged'}", soft_wrap=True)
     if missed := shortfalls(report):

@@ -13,6 +13,7 @@ import typer
 
 from lowrank_dist.backend.libraries import lasting
 from lowrank_dist.errors import UserError
+from lowrank_dist.terminal import open_console, put, say
 
 if TYPE_CHECKING:
     from lowrank_dist.generate.decode import Generation
@@ -86,7 +87,7 @@ def generate_command(
         if not job.speaks:
             return
         if out is None and prompts is None:
-            typer.echo(found[0].text)
+            put(found[0].text)
         else:
             write_jsonl(out, [record(ask, generation) for ask, generation in zip(asked, found, strict=True)])
         say_limited(sum(generation.finish == "length" for generation in found), len(found))
@@ -149,9 +150,9 @@ def evaluate_command(
             write_jsonl(out, lines)
         notes = notes_on_references(rules.metrics, [sample.references for sample in samples])
         noted = {**result, "notes": notes} if notes else result
-        typer.echo(json.dumps(noted, indent=2) if as_json else table(result))
+        put(json.dumps(noted, indent=2) if as_json else table(result))
         for note in notes:
-            typer.echo(note, err=True)
+            say(note, err=True)
         say_limited(int(result["met_length_limit"]), len(samples))
 
 
@@ -193,20 +194,20 @@ def write_jsonl(out: Path | None, records: Sequence[Mapping[str, Any]]) -> None:
     """Write to the file, or to stdout without one."""
     lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
     if out is None:
-        typer.echo(lines, nl=False)
+        put(lines, end="")
         return
     try:
         with out.open("x", encoding="utf-8") as file:
             file.write(lines)
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written: {error}") from error
-    typer.echo(f"{out}: {len(records)} completions", err=True)
+    say(f"{out}: {len(records)} completions", err=True)
 
 
 def say_limited(limited: int, total: int) -> None:
     """Say on stderr: completions that ended for their length may lack their end."""
     if limited:
-        typer.echo(
+        say(
             f"{limited} of {total} completions met their length limit (--max-new-tokens, or the model's positions)",
             err=True,
         )
@@ -218,10 +219,9 @@ def progress_bar(total: int, job: Session) -> Iterator[Callable[[int], None]]:
     if not (job.speaks and sys.stderr.isatty()):
         yield lambda prompts: None
         return
-    from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=open_console(err=True), transient=True) as bar:
         task = bar.add_task("decoding", total=-(-total // job.topology.dp_size))
         yield lambda prompts: bar.update(task, advance=prompts)
 

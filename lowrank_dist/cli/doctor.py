@@ -16,7 +16,8 @@ import typer
 from lowrank_dist import __version__
 from lowrank_dist.doctor.local import Place, Watch, diagnose, place_in_job, speaks_for_node
 from lowrank_dist.doctor.rows import Examination, Finding, Row, counted, findings
-from lowrank_dist.errors import UserError, printable, some_of
+from lowrank_dist.errors import UserError, some_of
+from lowrank_dist.terminal import printable, put, say
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
@@ -136,7 +137,7 @@ def _show(found: Examination, where: str, as_json: bool, err: bool = False) -> i
     else:
         verdict = f"training cannot run {where}: {', '.join(bad)}" if bad else f"training can run {where}"
         text = "\n".join([*_lines(table, set(found.ranks)), verdict])
-    typer.echo(text, err=err)
+    (put if as_json else say)(text, err=err)
     return int(bool(bad))
 
 

@@ -12,6 +12,7 @@ from lowrank_dist.cli.plan import plan_command
 from lowrank_dist.cli.slurm import slurm_command
 from lowrank_dist.cli.weights import export_command, inspect_command, merge_command
 from lowrank_dist.errors import UserError
+from lowrank_dist.terminal import say
 
 _USER_ERROR = 2
 
@@ -23,7 +24,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except UserError as error:
-            typer.echo(f"error: {error}", err=True)
+            say(f"error: {error}", err=True)
             raise typer.Exit(_USER_ERROR) from error
 
 
@@ -40,7 +41,7 @@ app.command("slurm")(slurm_command)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"lowrank-dist {__version__}")
+        say(f"lowrank-dist {__version__}")
         raise typer.Exit()
 
 

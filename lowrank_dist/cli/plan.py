@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.terminal import open_console, put
 
 if TYPE_CHECKING:
     from lowrank_dist.engine.planning import Request
@@ -97,12 +98,10 @@ def _with_adapter(request: Request) -> Request:
 
 def _show(plan: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(plan, indent=2, allow_nan=False))
+        put(json.dumps(plan, indent=2, allow_nan=False))
         return
-    from rich.console import Console
-
     from lowrank_dist.plan.report import tables
 
-    console = Console()
+    console = open_console()
     # Into a file or a pipe, tables are as wide as they are.
-    (console if console.is_terminal else Console(width=140)).print(tables(plan))
+    (console if console.is_terminal else open_console(width=140)).print(tables(plan))

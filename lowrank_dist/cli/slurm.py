@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.terminal import put, say
 
 
 def slurm_command(
@@ -90,11 +91,11 @@ def slurm_command(
     template = (project / "launch" / "slurm" / "train.sbatch").read_text(encoding="utf-8")
     script = fill(template, directives, variables)
     if dry_run:
-        typer.echo(script, nl=False)
+        put(script, end="")
         return
     path = out or Path(f"{job_name}.sbatch")
     _write_new(path, script)
-    typer.echo(f"{path}: {nodes} × {gpus_per_node} ranks, run folder {folder}; submit it with: sbatch {path}")
+    say(f"{path}: {nodes} × {gpus_per_node} ranks, run folder {folder}; submit it with: sbatch {path}")
 
 
 def _planned_layout(config: Path, changes: list[str], nodes: int, gpus_per_node: int, gpu: str) -> list[str]:

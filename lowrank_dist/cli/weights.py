@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowrank_dist.errors import UserError, printable
+from lowrank_dist.errors import UserError
+from lowrank_dist.terminal import open_console, printable, put, say
 
 if TYPE_CHECKING:
     from lowrank_dist.formats.report import Report
@@ -49,7 +50,6 @@ def merge_command(
     ] = None,
 ) -> None:
     """Fold adapters into their base model, tensor by tensor, without a GPU."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from lowrank_dist.merge.merge import merge
@@ -65,7 +65,7 @@ def merge_command(
         raise UserError("--verify-text says what --verify reads: add --verify")
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     # The bar goes to stderr, so that stdout holds the result alone.
-    console = Console(stderr=True)
+    console = open_console(err=True)
     verified: list[object] = []
     check = None
     if verify:
@@ -93,12 +93,12 @@ def merge_command(
             verify=check,
         )
     for warning in report.warnings:
-        typer.echo(f"warning: {warning}", err=True)
-    typer.echo(f"{out}: {report.tensors} tensors, {report.changed} changed, {report.nbytes / 1e9:.2f} GB")
+        say(f"warning: {warning}", err=True)
+    say(f"{out}: {report.tensors} tensors, {report.changed} changed, {report.nbytes / 1e9:.2f} GB")
     for part in report.adapters:
-        typer.echo(f"  {part.adapter}: {part.changed} of {part.adapted} tensors changed")
+        say(f"  {part.adapter}: {part.changed} of {part.adapted} tensors changed")
     for result in verified:
-        typer.echo(str(result))
+        say(str(result))
 
 
 def export_command(
@@ -121,7 +121,7 @@ def export_command(
     if max_rank is not None and target is None:
         raise UserError("--max-rank says what vLLM is started with: add --for vllm")
     export(checkpoint, out, vllm=target == "vllm", max_rank=max_rank)
-    typer.echo(f"{out}: adapter and model card of {checkpoint}")
+    say(f"{out}: adapter and model card of {checkpoint}")
 
 
 def inspect_command(
@@ -140,7 +140,7 @@ def inspect_command(
     report = inspect_folder(folder, base, read_config=lambda path: load_config([str(path)]).read_keys())
     report.tables.pop(SUMMARY if modules else MODULES, None)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=2, allow_nan=False))
+        put(json.dumps(report.to_json(), indent=2, allow_nan=False))
     else:
         _show(report)
     if not report.verifies:
@@ -148,7 +148,6 @@ def inspect_command(
 
 
 def _show(report: Report) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -158,26 +157,25 @@ def _show(report: Report) -> None:
     notes = [("warning", text, "yellow") for text in report.warnings]
     notes += [("broken", text, "red") for text in report.problems]
     verdict = "it verifies" if report.verifies else f"it does not verify: {len(report.problems)} broken"
-    console = Console()
+    console = open_console()
     if not console.is_terminal:
         width = max(len(label) for label, _ in facts)
         lines = [f"{label:<{width}}  {value}" for label, value in facts]
         for title, rows in tables.items():
             lines += ["", title.replace("_", " "), *_columns([heads[title], *rows])]
         lines += ["", *(f"{kind}: {printable(text)}" for kind, text, _ in notes), verdict]
-        typer.echo("\n".join(lines))
+        say("\n".join(lines))
         return
-    # Text, not str: names come from files, and rich would take [brackets] in them for its markup.
     grid = Table.grid(padding=(0, 2))
     for label, value in facts:
-        grid.add_row(Text(label, style="bold"), Text(value))
+        grid.add_row(Text(label, style="bold"), value)
     console.print(grid)
     for title, rows in tables.items():
         table = Table(title=title.replace("_", " "), title_justify="left")
         for index, head in enumerate(heads[title]):
             table.add_column(head, justify="right" if index and head != "note" else "left", overflow="fold")
         for row in rows:
-            table.add_row(*map(Text, row))
+            table.add_row(*row)
         console.print(table)
     for kind, text, style in notes:
         console.print(Text.assemble((f"{kind}: ", style), printable(text)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from lowrank_dist.doctor.board import Board, Silent, clock_offset
 from lowrank_dist.doctor.local import LOOK_SECONDS, Place, Watch, diagnose
 from lowrank_dist.doctor.rows import Row, one_line
 from lowrank_dist.doctor.storage import Probe, unseen
+from lowrank_dist.terminal import say
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
@@ -154,4 +154,4 @@ class Member:
 
 
 def _shout(rows: Sequence[Row]) -> None:
-    print(f"doctor: {rows[-1].what}: {rows[-1].detail}", file=sys.stderr, flush=True)
+    say(f"doctor: {rows[-1].what}: {rows[-1].detail}", err=True)

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import progress
-from rich.console import Console
 
 from lowrank_dist.engine.run import Run
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.formats.atomic import temporary_name
 from lowrank_dist.generate.metrics import METRICS
+from lowrank_dist.terminal import open_console, say
 
 # Hugging Face's tags, so that runs lie beside those of other trainers in one board.
 TAGS = {
@@ -129,15 +129,15 @@ class ConsoleProgress(Sink):
         """done: the step that the run goes on from."""
         self._total, self._done, self._begun = total_steps, done, time.monotonic()
         self._bar: progress.Progress | None = None
-        console = Console(file=sys.stdout)
+        console = open_console(file=sys.stdout)
         if console.is_terminal:
             self._bar = progress.Progress(
-                progress.TextColumn("[bold]{task.description}"),
+                progress.TextColumn("{task.description}", style="bold", markup=False),
                 progress.BarColumn(),
                 progress.MofNCompleteColumn(),
                 progress.TimeElapsedColumn(),
                 progress.TimeRemainingColumn(),
-                progress.TextColumn("{task.fields[status]}"),
+                progress.TextColumn("{task.fields[status]}", markup=False),
                 console=console,
             )
             self._task = self._bar.add_task("training", total=total_steps, completed=done, status="")
@@ -163,9 +163,9 @@ class ConsoleProgress(Sink):
         # Whoever reads this may be gone, with the launcher: no reason for a run to fail before it has saved.
         with contextlib.suppress(OSError):
             if self._bar is None:
-                print(message, flush=True)
+                say(message)
             else:
-                self._bar.console.print(message, highlight=False)
+                self._bar.console.print(message)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -11,6 +11,7 @@ from typing import Literal
 from lowrank_dist.checkpoint.folder import LINKS, step_folders, step_links
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import is_temporary, sync, temporary_name
+from lowrank_dist.terminal import LogFormatter
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class RunFolder:
             raise UserError(
                 f"output.dir: cannot write {self.path}: {error.strerror}; choose a writable folder"
             ) from error
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
         root.addHandler(handler)
         root.setLevel(logging.INFO)

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from lowrank_dist.errors import printable
 from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.terminal import printable
 
 USE = "## Use\n\nBASE is the base model's folder or name, ADAPTER this folder."
 WITH_PEFT = """    from peft import PeftModel

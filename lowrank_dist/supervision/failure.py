@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_dist.formats.atomic import temporary_name
+from lowrank_dist.terminal import shown
 
 NAME = "FAILED"
 _FIRST, _LEFT, _BY = " went first, ", " was left behind ", " by "
@@ -43,7 +44,7 @@ class Failure:
         return f"rank {self.rank} on {self.host}{how}: {self.reason}"
 
     def __str__(self) -> str:
-        return "\n".join(part.rstrip() for part in (self.headline, self.traceback) if part)
+        return shown("\n".join(part.rstrip() for part in (self.headline, self.traceback) if part))
 
 
 def record(folder: Path, failure: Failure) -> str:

@@ -25,6 +25,7 @@ from lowrank_dist.supervision.failure import Failure, explains, read, record, re
 from lowrank_dist.supervision.peers import Answer, ask, lost_peers
 from lowrank_dist.supervision.status import ENDING, LEAVING, STARTING, Page, State, StopRequest
 from lowrank_dist.supervision.watchdog import Charge, start
+from lowrank_dist.terminal import say
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ class Supervision:
             said = self._left_behind(failure, answer)
         if answer.speaks:
             with contextlib.suppress(OSError):  # who read this may be gone
-                print(f"lowrank_dist: {error if mistake and cause else said}", file=sys.stderr, flush=True)
+                say(f"lowrank_dist: {error if mistake and cause else said}", err=True)
         return USER_ERROR if mistake else FAILURE
 
     def leave(self, code: int) -> NoReturn:

@@ -33,6 +33,7 @@ from lowrank_dist.backend.launchers import (
 )
 from lowrank_dist.supervision.failure import Failure, record
 from lowrank_dist.supervision.status import LEAVING, SIGNALS, STARTING, Page, State
+from lowrank_dist.terminal import say
 
 LOOK_SECONDS = 0.2
 # Longer than a collective's own timeout, whose error says more than that a rank stood still.
@@ -210,7 +211,7 @@ class Watchdog:
             record(Path(folder), failure)
         if first:
             with contextlib.suppress(OSError):  # who read this may be gone
-                print(f"lowrank_dist: {failure}", file=sys.stderr, flush=True)
+                say(f"lowrank_dist: {failure}", err=True)
 
     def _stacks(self) -> str:
         """Return what faulthandler wrote of the rank's threads before it died."""

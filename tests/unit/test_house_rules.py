@@ -438,3 +438,51 @@ def test_a_planted_citation_is_found(text: str) -> None:
 )
 def test_a_citation_of_ours_or_of_published_work_is_not_found(text: str) -> None:
     assert citations(text) == []
+
+
+# --- printing --------------------------------------------------------------------------------------------------------
+
+PRINTER = f"{PACKAGE}.terminal"
+# Constructors of what prints, and of what formats for a file that is looked at in a terminal.
+_PRINTING = {"Console", "Formatter"}
+
+
+def printing(source: str) -> Iterator[tuple[int, str]]:
+    """Yield (line, what) of each call that prints beside `terminal.py`, or makes what does."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        name = called.rpartition(".")[2]
+        if called in ("print", "pprint") or name in {"echo", "secho", *_PRINTING}:
+            yield node.lineno, called
+        elif called in ("sys.stdout.write", "sys.stderr.write"):
+            yield node.lineno, called
+
+
+def test_only_the_terminal_prints() -> None:
+    sources = {name: path.read_text() for name, path in (*modules(PACKAGE), *modules("launch")) if name != PRINTER}
+    found = [f"{name}:{line}: {what}" for name, source in sources.items() for line, what in printing(source)]
+    assert found == []
+    assert list(printing((ROOT / PACKAGE / "terminal.py").read_text())), "the rule finds the printer itself"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "print('x')",
+        "typer.echo('x', err=True)",
+        "click.secho('x')",
+        "def f():\n    from rich.console import Console\n    Console(stderr=True).print('x')",
+        "rich.console.Console()",
+        "handler.setFormatter(logging.Formatter('%(message)s'))",
+        "sys.stderr.write('x')",
+    ],
+)
+def test_planted_printing_is_found(source: str) -> None:
+    assert list(printing(source))
+
+
+@pytest.mark.parametrize("source", ["fingerprint(x)", "console.print(x)", "self.file.write(x)", "say(x)", "put(x)"])
+def test_what_does_not_print_by_itself_is_not_found(source: str) -> None:
+    assert list(printing(source)) == []
