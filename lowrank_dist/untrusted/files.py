@@ -9,7 +9,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowrank_dist.errors import UserError, printable
+from lowrank_dist.errors import UserError
+from lowrank_dist.terminal import printable
 
 MIB = 1 << 20
 # Linux: NAME_MAX and PATH_MAX, the latter with its closing zero byte.

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from lowrank_dist.errors import UserError, printable
+from lowrank_dist.errors import UserError
+from lowrank_dist.terminal import printable
 from lowrank_dist.untrusted.files import MIB, read_bytes, shown
 
 T = TypeVar("T")

@@ -12,7 +12,8 @@ import warnings
 
 import regex
 
-from lowrank_dist.errors import UserError, printable
+from lowrank_dist.errors import UserError
+from lowrank_dist.terminal import printable
 
 LONGEST = 20_000
 # The form of an expression for the end of a dotted path, from a dot on.
@@ -68,6 +69,7 @@ class Patterns:
                 raise TimeoutError
             return getattr(compiled, how)(text, timeout=self._left)
         except (TimeoutError, MemoryError) as error:
+            self._left = 0  # The engine's clock is the process's, which runs ahead of the thread's.
             raise UserError(
                 f"{self._where}: matching the regular expression {short(pattern)} takes longer than "
                 f"{self.seconds:g} s: it backtracks; write it without a repetition inside a repetition"

@@ -43,7 +43,7 @@ ARROWS = [
     Arrow(f"{PACKAGE}.arch", PACKAGE, but=rooms("arch", "errors", "untrusted")),
     *(Arrow(f"{PACKAGE}.arch", out) for out in ("torch", "transformers", "megatron", "deepspeed", "safetensors")),
     Arrow(f"{PACKAGE}.sections", PACKAGE, but=rooms("sections", "untrusted")),
-    Arrow(f"{PACKAGE}.untrusted", PACKAGE, but=rooms("untrusted", "errors")),
+    Arrow(f"{PACKAGE}.untrusted", PACKAGE, but=rooms("untrusted", "errors", "terminal")),
     *(Arrow(room, "torch") for room in rooms("sections", "untrusted")),
     *(Arrow(section, PACKAGE, but=(f"{PACKAGE}.sections",)) for section in SECTIONS),
     *(Arrow(section, "torch") for section in SECTIONS),

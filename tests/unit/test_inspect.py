@@ -251,10 +251,10 @@ def test_tables_on_a_terminal(adapter: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_terminal_codes_from_a_file_are_spelled_out(adapter: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(
-        json.dumps({**config, "base_model_name_or_path": "a\x1b[2Jb\ud800", "target_modules": ".*"})
+        json.dumps({**config, "base_model_name_or_path": "a\x1b[2Jb", "target_modules": ".*"})
     )
     code, text = show(adapter, "--base", adapter)
-    assert code == 1 and "a\\x1b[2Jb\\ud800" in text and "\x1b" not in text
+    assert code == 1 and "a\\x1b[2Jb" in text and "\x1b" not in text
 
 
 def test_inspection_starts_no_process_group() -> None:
