@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from sentencepiece import SentencePieceTrainer
@@ -169,8 +170,11 @@ def add_token(folder: Path, content: str, *, special: bool) -> int:
     return tokenizer.token_to_id(content)
 
 
-def sentencepiece(folder: Path, *, llama: bool = True) -> Path:
-    """A tokenizer.model: Llama's settings (BPE, byte fallback, text as it is) or the defaults (unigram, NFKC)."""
+def sentencepiece(folder: Path, *, llama: bool = True, symbols: Sequence[str] = ()) -> Path:
+    """A tokenizer.model: Llama's settings (BPE, byte fallback, text as it is) or the defaults (unigram, NFKC).
+
+    symbols: further pieces that the model finds in a text by itself.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()
     as_llama = {
@@ -186,6 +190,7 @@ def sentencepiece(folder: Path, *, llama: bool = True) -> Path:
         minloglevel=2,
         num_threads=1,
         hard_vocab_limit=False,
+        user_defined_symbols=list(symbols),
         **(as_llama if llama else {"vocab_size": 90}),
     )
     path = folder / "tokenizer.model"

@@ -1,4 +1,4 @@
-"""Tokenizers: their one interface, a tokenizer.json read by `tokenizers`, and a bare SentencePiece tokenizer.model."""
+"""Tokenizers: their one interface, `load_tokenizer`, and a tokenizer.json read by `tokenizers`."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
 
-from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from lowrank_dist.data.sentencepiece_model import SentencePieceTokenizer, settings_in, write_fast
 from lowrank_dist.data.template import ChatTemplate
 from lowrank_dist.errors import UserError
 
-# A protobuf message followed by another of its kind is their merge (protobuf.dev, "Last One Wins"), so these four bytes
-# override one field of the model: normalizer_spec (3) { add_dummy_prefix (3): 0 or 1 } in sentencepiece_model.proto.
-_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
-_DUMMY_PREFIX = b"\x1a\x02\x18\x01"
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -70,7 +66,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{path}: no such file or folder; data.tokenizer (default: model.path) names the folder to use")
     raise UserError(
         f"{path}: holds neither tokenizer.json nor tokenizer.model; point data.tokenizer at a folder that does, or "
-        "write one with transformers: AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+        f"{write_fast(path)}"
     )
 
 
@@ -184,19 +180,8 @@ class FastTokenizer:
 
 def _eos_of_model(config: Path) -> int | None:
     """Return config.json's eos_token_id where it is one id: GPT-2's tokenizer_config.json on the hub names no EOS."""
-    eos = _settings(config, "mend it").get("eos_token_id")
+    eos = settings_in(config, "mend it").get("eos_token_id")
     return eos if isinstance(eos, int) else None
-
-
-def _settings(config: Path, remedy: str) -> dict[str, Any]:
-    """Return the JSON object in a file beside a tokenizer; empty where there is no file, or no object in it."""
-    if not config.is_file():
-        return {}
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config}: malformed JSON ({error}); {remedy}") from error
-    return settings if isinstance(settings, dict) else {}
 
 
 def _cleaning(hf: PreTrainedTokenizerFast, kind: str) -> Callable[[str], str] | None:
@@ -258,61 +243,3 @@ def _check_repeatable(definition: dict[str, Any], folder: Path) -> None:
                 f"({step['type']}), so a completion can't be encoded as what follows its prompt without one; such "
                 "tokenizers are not supported"
             )
-
-
-class SentencePieceTokenizer:
-    """`Tokenizer` over a SentencePiece model file. BOS and EOS are the model's own.
-
-    SentencePiece puts a dummy space before a text, which is right where a document begins and wrong where a completion
-    continues a prompt: "A:" + " 4" would decode as "A:  4". Continuations are therefore encoded without it. No token
-    spans the boundary, which is what inference, fed the prompt alone, needs.
-
-    Special-looking text ("</s>") is encoded as plain text. A tokenizer_config.json beside the model may switch BOS off.
-    """
-
-    def __init__(self, model: Path) -> None:
-        raw = model.read_bytes()
-        try:
-            self._own = SentencePieceProcessor(model_proto=raw)
-            self._bare = SentencePieceProcessor(model_proto=raw + _NO_DUMMY_PREFIX)
-            self._spaced = SentencePieceProcessor(model_proto=raw + _DUMMY_PREFIX)
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{model}: not a SentencePiece model ({error}); fetch the file again") from error
-        self.path = model
-        self.eos_id = self._own.eos_id() if self._own.eos_id() >= 0 else None
-        bos = self._own.bos_id()
-        self.prefix_ids: tuple[int, ...] = (
-            (bos,) if bos >= 0 and _adds_bos(model.parent / "tokenizer_config.json") else ()
-        )
-        # Models trained with remove_extra_whitespaces drop a leading space, also the one that separates two words.
-        self._drops_leading_space = self._bare.normalize(" a") == self._bare.normalize("a")
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._own.encode(list(texts))
-
-    def encode_continuations(self, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
-        return [self._encode_after(text, left) for text, left in zip(texts, before, strict=True)]
-
-    def _encode_after(self, text: str, left: str) -> list[int]:
-        if not left:
-            return self._own.encode(text)
-        if self._drops_leading_space and (text[:1].isspace() or left[-1:].isspace()):
-            # Both sides of the boundary lost their spaces and one has to come back: the dummy prefix is that one.
-            return self._spaced.encode(text)
-        return self._bare.encode(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        # A model may have more rows than its tokenizer has pieces; tokenizer.json's decoder leaves such ids out too.
-        return self._own.decode([int(i) for i in ids if i < len(self._own)])
-
-    def token(self, token_id: int) -> str:
-        return self._own.id_to_piece(token_id)
-
-    def byte_of(self, token_id: int) -> int | None:
-        known = token_id < len(self._own) and self._own.is_byte(token_id)
-        return int(self.token(token_id)[3:5], 16) if known else None
-
-
-def _adds_bos(config: Path) -> bool:
-    """Return `add_bos_token` of the tokenizer_config.json that Hugging Face folders have; True where it is not said."""
-    return _settings(config, "mend or remove it").get("add_bos_token") is not False

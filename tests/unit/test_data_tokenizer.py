@@ -222,6 +222,116 @@ def test_sentencepiece_bos_can_be_switched_off(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+IM_END = {"content": "<|im_end|>", "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+
+
+def beside(folder: Path, files: dict[str, object], **kwargs: object) -> Path:
+    """A tokenizer.model with JSON files beside it."""
+    sentencepiece(folder, **kwargs)  # type: ignore[arg-type]
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    return folder
+
+
+# An end of text, or a way to read the model, that the model alone does not have.
+NOT_THE_MODELS: dict[str, dict[str, object]] = {
+    "eos_token": {"tokenizer_config.json": LLAMA | {"eos_token": "<|im_end|>"}},
+    "eos_token as an object": {"tokenizer_config.json": LLAMA | {"eos_token": {"__type": "AddedToken"} | IM_END}},
+    "added_tokens_decoder": {
+        "tokenizer_config.json": LLAMA | {"eos_token": "<|im_end|>", "added_tokens_decoder": {"340": IM_END}}
+    },
+    "eos_token under another id": {
+        "tokenizer_config.json": LLAMA
+        | {"eos_token": "</s>", "added_tokens_decoder": {"7": IM_END | {"content": "</s>"}}}
+    },
+    "special_tokens_map.json": {"special_tokens_map.json": {"eos_token": IM_END}, "tokenizer_config.json": LLAMA},
+    "bos_token": {"tokenizer_config.json": LLAMA | {"bos_token": "<|startoftext|>"}},
+    "add_prefix_space": {"tokenizer_config.json": LLAMA | {"add_prefix_space": False}},
+    "sp_model_kwargs": {"tokenizer_config.json": LLAMA | {"sp_model_kwargs": {"enable_sampling": True}}},
+    "tokenizer_class": {"tokenizer_config.json": {"tokenizer_class": "XGLMTokenizer"}},
+}
+
+
+@pytest.mark.parametrize("case", NOT_THE_MODELS)
+def test_a_model_file_whose_neighbours_say_otherwise_is_refused(tmp_path: Path, case: str) -> None:
+    folder = beside(tmp_path, NOT_THE_MODELS[case])
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(folder)
+    named = "special_tokens_map.json" if case == "special_tokens_map.json" else "tokenizer_config.json"
+    assert str(caught.value).startswith(f"{folder / named}: ")
+    # The remedy makes a folder that loads, with the tokens that transformers has.
+    command = str(caught.value).split("python -c ")[1]
+    assert command.startswith('"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained(')
+    if case not in ("tokenizer_class", "sp_model_kwargs"):
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        theirs.save_pretrained(folder)
+        ours = load_tokenizer(folder)
+        assert isinstance(ours, FastTokenizer) and ours.eos_id == theirs.eos_token_id
+        for text in ("the fox<|im_end|>", "fox</s>"):
+            assert [*ours.prefix_ids, *ours.encode([text])[0]] == theirs(text)["input_ids"]
+
+
+ADDED: dict[str, dict[str, object]] = {
+    "added_tokens.json": {"added_tokens.json": {"<|im_end|>": 340}},
+    "added_tokens_decoder": {"tokenizer_config.json": LLAMA | {"added_tokens_decoder": {"340": IM_END}}},
+    "additional_special_tokens": {"special_tokens_map.json": {"additional_special_tokens": ["<|im_end|>"]}},
+    "extra_special_tokens": {"tokenizer_config.json": LLAMA | {"extra_special_tokens": {"image_token": "<|im_end|>"}}},
+    "pad_token": {"tokenizer_config.json": LLAMA | {"pad_token": "<|im_end|>"}},
+}
+
+
+@pytest.mark.parametrize("case", ADDED)
+def test_a_text_that_holds_a_token_from_beside_the_model_is_refused(tmp_path: Path, case: str) -> None:
+    tokenizer = load_tokenizer(beside(tmp_path / "a", ADDED[case]))
+    plain = load_tokenizer(sentencepiece(tmp_path / "b"))
+    # Control: such files are common (Llama 2 with a pad token), and every other text is cut as always.
+    texts = ["the fox", "Q: 2 + 2\nA:", "<|im_", "im_end"]
+    assert tokenizer.encode(texts) == plain.encode(texts) and tokenizer.eos_id == plain.eos_id == 2
+    assert tokenizer.encode_continuations(texts, ["a"] * 4) == plain.encode_continuations(texts, ["a"] * 4)
+    for encode in (tokenizer.encode, lambda texts: tokenizer.encode_continuations(texts, ["a"] * len(texts))):
+        for token in ("<|im_end|>", "</s>"):
+            with pytest.raises(UserError, match=r"tokenizer\.model: a text of the data holds .*python -c") as caught:
+                encode(["fox", f"the fox{token}and"])
+            assert f"'the fox{token}and'" in str(caught.value)
+
+
+def test_a_symbol_of_the_model_itself_is_read(tmp_path: Path) -> None:
+    said = LLAMA | {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"], "bos_token": None}
+    folder = beside(tmp_path, {"tokenizer_config.json": said}, symbols=["<|im_start|>", "<|im_end|>"])
+    ours = load_tokenizer(folder)
+    assert ours.token(ours.eos_id or 0) == "<|im_end|>" and ours.prefix_ids == ()
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    text = "<|im_start|>user\nthe fox<|im_end|>\n"
+    # transformers puts no dummy space before a text that begins with a token; SentencePiece does.
+    assert [i for i in ours.encode(["x" + text])[0]] == theirs("x" + text, add_special_tokens=False)["input_ids"]
+
+
+def test_no_eos_by_the_config_is_none(tmp_path: Path) -> None:
+    assert load_tokenizer(beside(tmp_path, {"tokenizer_config.json": LLAMA | {"eos_token": None}})).eos_id is None
+
+
+def test_other_files_that_are_named_tokenizer_model(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    with pytest.raises(UserError, match=r"a tiktoken vocabulary .* data\.tokenizer at .* tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n")
+    with pytest.raises(UserError, match="Git LFS pointer .* git lfs pull"):
+        load_tokenizer(tmp_path)
+    for raw in (b"", b"<!doctype html>", b"\x0a"):
+        path.write_bytes(raw)
+        with pytest.raises(UserError, match="not a SentencePiece model"):
+            load_tokenizer(tmp_path)
+
+
+def test_ids_beyond_the_pieces_have_no_text(tmp_path: Path) -> None:
+    # A model has more rows than pieces (a pad token, padding), and may generate one.
+    tokenizer = load_tokenizer(sentencepiece(tmp_path))
+    (ids,) = tokenizer.encode(["the fox"])
+    assert tokenizer.decode([*ids, 5000]) == "the fox" and tokenizer.byte_of(5000) is None
+
+
 def test_sentencepiece_that_collapses_spaces_keeps_the_one_between_words(tmp_path: Path) -> None:
     sentencepiece(tmp_path, llama=False)
     tokenizer = load_tokenizer(tmp_path)

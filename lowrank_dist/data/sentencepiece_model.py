@@ -1,0 +1,223 @@
+"""A bare SentencePiece tokenizer.model, and what the files beside it say of its tokens."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+
+from lowrank_dist.errors import UserError, some_of
+
+# A protobuf message followed by another of its kind is their merge (protobuf.dev, "Last One Wins"), so these four bytes
+# override one field of the model: normalizer_spec (3) { add_dummy_prefix (3): 0 or 1 } in sentencepiece_model.proto.
+_NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
+_DUMMY_PREFIX = b"\x1a\x02\x18\x01"
+_TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
+# Classes whose ids are those of the file. Others move them (XGLM, XLM-R: fairseq's order) or are code of the folder.
+_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+_LLAMAS = ("<unk>", "<s>", "</s>")  # LlamaTokenizer's tokens where nothing is said
+_CONFIG = "tokenizer_config.json"
+_AROUND = 20  # characters of a text shown around a token
+
+
+def write_fast(folder: Path) -> str:
+    """Return the remedy, in words, where a folder needs a tokenizer.json."""
+    load, save = f"AutoTokenizer.from_pretrained({str(folder)!r})", f"save_pretrained({str(folder)!r})"
+    return f'make a tokenizer.json of it: python -c "from transformers import AutoTokenizer; {load}.{save}"'
+
+
+def settings_in(config: Path, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in a file beside a tokenizer; empty where there is no file, or no object in it."""
+    if not config.is_file():
+        return {}
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{config}: malformed JSON ({error}); {remedy}") from error
+    return settings if isinstance(settings, dict) else {}
+
+
+class SentencePieceTokenizer:
+    """`Tokenizer` over a SentencePiece model file.
+
+    SentencePiece puts a dummy space before a text, which is right where a document begins and wrong where a completion
+    continues a prompt: "A:" + " 4" would decode as "A:  4". Continuations are therefore encoded without it. No token
+    spans the boundary, which is what inference, fed the prompt alone, needs.
+
+    Special-looking text ("</s>") is encoded as plain text where the model is alone. Where tokenizer_config.json,
+    special_tokens_map.json or added_tokens.json lie beside it, transformers makes such text a token, which
+    SentencePiece can't. BOS and EOS are then those that these files name, and a text that holds such a token is
+    refused.
+    """
+
+    def __init__(self, model: Path) -> None:
+        raw = model.read_bytes()
+        _check_kind(raw, model)
+        try:
+            self._own = SentencePieceProcessor(model_proto=raw)
+            self._bare = SentencePieceProcessor(model_proto=raw + _NO_DUMMY_PREFIX)
+            self._spaced = SentencePieceProcessor(model_proto=raw + _DUMMY_PREFIX)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{model}: not a SentencePiece model ({error}); fetch the file again") from error
+        self.path = model
+        # Models trained with remove_extra_whitespaces drop a leading space, also the one that separates two words.
+        self._drops_leading_space = self._bare.normalize(" a") == self._bare.normalize("a")
+        beside = _read_beside(model.parent)
+        self.eos_id = self._named(beside, "eos")
+        bos = self._named(beside, "bos") if beside.adds_bos else None
+        self.prefix_ids: tuple[int, ...] = () if bos is None else (bos,)
+        spaced = self._own.normalize("a") != self._bare.normalize("a")
+        if beside.prefix_space not in (None, spaced):
+            raise UserError(
+                f"{model.parent / _CONFIG}: add_prefix_space is {str(beside.prefix_space).lower()}, and {model.name} "
+                f"says the contrary: {write_fast(model.parent)}"
+            )
+        self._apart = tuple(text for text, at in beside.tokens.items() if not self._finds(text, at))
+
+    def _named(self, beside: _Beside, role: str) -> int | None:
+        """Return the id of the token that the files beside the model name for a role; else the model's own."""
+        own: int = getattr(self._own, f"{role}_id")()
+        if role not in beside.roles:
+            return own if own >= 0 else None
+        name, source = beside.roles[role]
+        if name is None:
+            return None
+        found: int = self._own.piece_to_id(name)
+        if self._own.id_to_piece(found) == name and beside.tokens.get(name) in (None, found):
+            return found
+        raise UserError(
+            f"{source}: {role}_token is {name!r}, which {self.path.name} does not have, or under another id "
+            f"than is said there: {write_fast(self.path.parent)}"
+        )
+
+    def _finds(self, token: str, at: int | None) -> bool:
+        """Return whether the model itself makes a token of this text wherever it stands, with the id that is said."""
+        piece = self._own.piece_to_id(token)
+        # User-defined symbols, whose score is 0; a piece with another may be cut otherwise beside other text.
+        return at in (None, piece) and self._own.get_score(piece) == 0 and self._bare.encode(token) == [piece]
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        self._check(texts)
+        return self._own.encode(list(texts))
+
+    def encode_continuations(self, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
+        self._check(texts)
+        return [self._encode_after(text, left) for text, left in zip(texts, before, strict=True)]
+
+    def _encode_after(self, text: str, left: str) -> list[int]:
+        if not left:
+            return self._own.encode(text)
+        if self._drops_leading_space and (text[:1].isspace() or left[-1:].isspace()):
+            # Both sides of the boundary lost their spaces and one has to come back: the dummy prefix is that one.
+            return self._spaced.encode(text)
+        return self._bare.encode(text)
+
+    def _check(self, texts: Sequence[str]) -> None:
+        """Raise UserError for a text that transformers would make other ids of."""
+        for token in self._apart:
+            for text in texts:
+                if (at := text.find(token)) >= 0:
+                    shown = text[max(at - _AROUND, 0) : at + len(token) + _AROUND]
+                    raise UserError(
+                        f"{self.path}: a text of the data holds {token!r} ({shown!r}), a token by the files beside the "
+                        f"model, which {self.path.name} alone can't encode: {write_fast(self.path.parent)}"
+                    )
+
+    def decode(self, ids: Sequence[int]) -> str:
+        # A model may have more rows than its tokenizer has pieces; tokenizer.json's decoder leaves such ids out too.
+        return self._own.decode([int(i) for i in ids if i < len(self._own)])
+
+    def token(self, token_id: int) -> str:
+        return self._own.id_to_piece(token_id)
+
+    def byte_of(self, token_id: int) -> int | None:
+        known = token_id < len(self._own) and self._own.is_byte(token_id)
+        return int(self.token(token_id)[3:5], 16) if known else None
+
+
+def _check_kind(raw: bytes, model: Path) -> None:
+    """Raise UserError, with what to do, for other files that are named tokenizer.model."""
+    if _TIKTOKEN.match(raw):
+        raise UserError(
+            f"{model}: a tiktoken vocabulary (as in Llama 3's original/), which lacks the special tokens and how words "
+            "are told apart; point data.tokenizer at the model's Hugging Face folder, which holds tokenizer.json"
+        )
+    if raw.startswith(b"version https://git-lfs"):
+        raise UserError(f"{model}: a Git LFS pointer in place of the file; fetch it: git lfs pull")
+
+
+@dataclass(frozen=True)
+class _Beside:
+    """What the files beside a tokenizer.model say.
+
+    roles: the token for "bos" and "eos", and the file that says so; None where there is to be none.
+    tokens: tokens that are found in a text before it is cut, with their ids where those are said. adds_bos: whether BOS
+    comes before a text. prefix_space: whether a space does, None where nothing is said.
+    """
+
+    roles: dict[str, tuple[str | None, Path]]
+    tokens: dict[str, int | None]
+    adds_bos: bool
+    prefix_space: bool | None
+
+
+def _read_beside(folder: Path) -> _Beside:
+    """Read them as transformers does: a tokenizer_config.json with added_tokens_decoder makes the older files void."""
+    source = folder / _CONFIG
+    config = settings_in(source, "mend or remove it")
+    _check_config(config, source)
+    added = config.get("added_tokens_decoder")
+    tokens: dict[str, int | None]
+    if isinstance(added, dict):
+        tokens = {name: _id(key) for key, token in added.items() if (name := _content(token))}
+        named = {}
+    else:
+        named = settings_in(folder / "special_tokens_map.json", "mend or remove it")
+        older = settings_in(folder / "added_tokens.json", "mend or remove it")
+        tokens = {name: _id(at) for name, at in older.items()}
+    roles = {
+        role: (_content(said[key]), path)
+        for path, said in ((source, config), (folder / "special_tokens_map.json", named))
+        for role in ("bos", "eos")
+        if (key := f"{role}_token") in said
+    }
+    config = config | named
+    listed: list[object] = []
+    for said in (config.get("extra_special_tokens"), config.get("additional_special_tokens")):
+        listed += said.values() if isinstance(said, dict) else said if isinstance(said, list) else []
+    listed += [value for key, value in config.items() if key.endswith("_token")]
+    listed += _LLAMAS if config or tokens else ()
+    for token in listed:
+        if name := _content(token):
+            tokens.setdefault(name)
+    space = config.get("add_prefix_space")
+    space = space if isinstance(space, bool) else None
+    return _Beside(roles, tokens, config.get("add_bos_token") is not False, space)
+
+
+def _check_config(config: dict[str, Any], source: Path) -> None:
+    """Raise UserError where tokenizer_config.json names another reader of the model than SentencePiece's plain one."""
+    kind = config.get("tokenizer_class")
+    reasons = []
+    if isinstance(kind, str) and kind.removesuffix("Fast") not in _CLASSES:
+        reasons.append(f"tokenizer_class is {kind!r}, whose ids may be others than the file's")
+    if config.get("sp_model_kwargs"):
+        reasons.append("sp_model_kwargs change how the model cuts texts")
+    if reasons:
+        raise UserError(f"{source}: {some_of(reasons)}: {write_fast(source.parent)}")
+
+
+def _id(said: object) -> int:
+    """Return an id as these files hold it, a number or its digits; -1, which no token has, for anything else."""
+    return int(text) if (text := str(said)).isdecimal() and len(text) < 10 else -1
+
+
+def _content(token: object) -> str | None:
+    """Return the text of a token as these files hold it: a string, or an object with its flags."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) and text else None
