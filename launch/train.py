@@ -26,6 +26,7 @@ def main(config: Config, supervision: Supervision) -> int:
     refuse_missing_hostfile()
     # Imported here: a mistake in the configuration should not wait for Megatron and transformers to load.
     with lasting():
+        from lowrank_dist.engine.agreement import require_same_start
         from lowrank_dist.engine.assemble import build_engine, build_method, build_trainer, choose_kernels
         from lowrank_dist.engine.datasets import build_data
         from lowrank_dist.engine.forecast import Forecast
@@ -41,6 +42,7 @@ def main(config: Config, supervision: Supervision) -> int:
     supervision.enter("meeting")  # all processes: which of them is which rank of which group
     parallel, timeout = config.parallel, config.engine.timeout_seconds
     init_process_group(backend, timeout)
+    require_same_start(config, backend)
     topology = Topology.build(
         parallel.tensor, parallel.data, parallel.sequence, timeout, across_nodes=parallel.across_nodes
     )

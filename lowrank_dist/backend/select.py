@@ -134,8 +134,8 @@ def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
         ) from error
     if theirs != token:
         raise StrangerError(
-            f"rank {rank} met another run at {place}: it is of {printable(token)}, and the run there is "
-            f"{printable(theirs)}: {remedy}, and all its ranks the same launcher"
+            f"rank {rank} met another run at {place}: it is of {token}, and the run there is {theirs}: "
+            f"{remedy}, and all its ranks the same launcher"
         )
     if store.add(f"{_RUN}/{rank}", 1) > 1:
         raise StrangerError(f"RANK: another process at {place} is rank {rank} too: give every rank a RANK of its own")

@@ -135,7 +135,7 @@ def require_same_run(
 ) -> None:
     """Raise UserError, naming every key, where going on would give another result than not having stopped."""
     state = resumption.state
-    old, new = _flat(state.config), _flat(config.read_keys())
+    old, new = flat_keys(state.config), flat_keys(config.read_keys())
     changed = {key: (old[key], new[key]) for key in new if key in old and old[key] != new[key] and not _is_free(key)}
     for key, before, now in (("data.train", state.data, data), ("data.eval", state.held_out, held_out)):
         if (before and before.sha256) != (now and now.sha256):
@@ -169,7 +169,8 @@ def _content(data: DataState | None) -> str:
     return "none" if data is None else f"{data.path} ({data.samples} samples, tokens of SHA-256 {data.sha256[:12]}…)"
 
 
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+def flat_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return section.key → value of `Config.read_keys`."""
     flat: dict[str, Any] = {}
     for name, values in config.items():
         flat |= (

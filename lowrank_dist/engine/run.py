@@ -8,6 +8,7 @@ from lowrank_dist.backend.select import Backend
 from lowrank_dist.checkpoint.training_state import TrainingState
 from lowrank_dist.config import Config
 from lowrank_dist.data.batches import StepBatch
+from lowrank_dist.engine.agreement import require_same_inputs
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.meter import Phases
 from lowrank_dist.engine.resume import Resumption, complete, find_resumption, require_same_run
@@ -61,6 +62,7 @@ class Run:
         that fails before `begin_in_folder` leaves nothing but its logs and FAILED. Raises
         UserError where going on from the checkpoint would give another result than not having stopped.
         """
+        require_same_inputs(self.config, data, self.backend.device, afresh=self.resumption is None)
         if self.resumption is not None:
             require_same_run(self.config, self.resumption, data.state, data.held_out_state, data.course.steps)
         self.folder.open(self.topology.world_group.rank())

@@ -65,6 +65,11 @@ def _installed(package: str) -> str:
         return "not installed"
 
 
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages that results depend on."""
+    return {name: _installed(name) for name in _PACKAGES}
+
+
 @dataclass(frozen=True)
 class Provenance:
     """base_fingerprint: `fingerprint` of the base folder; base: its path when it was trained on; config: the run's.
@@ -79,10 +84,7 @@ class Provenance:
     config: Mapping[str, Any]
     created_by: str = field(default_factory=lambda: f"lowrank_dist {__version__}")
     versions: Mapping[str, str] = field(
-        default_factory=lambda: {
-            "python": platform.python_version(),
-            **{name: _installed(name) for name in _PACKAGES},
-        }
+        default_factory=lambda: {"python": platform.python_version(), **installed_versions()}
     )
     training: Mapping[str, Any] = field(default_factory=dict)
 

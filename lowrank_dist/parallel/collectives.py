@@ -10,8 +10,9 @@ Every call is one message; the process group is an argument, never a global.
 from __future__ import annotations
 
 import hashlib
+import json
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from lowrank_dist.backend.devices import WAITS
-
-_NAME_BYTES = 64  # HOST_NAME_MAX of Linux
+from lowrank_dist.errors import UserError, some_of
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,50 @@ def every_value(value: float, group: ProcessGroup, device: torch.device) -> list
     return values.tolist()
 
 
+def gather_texts(own: str, group: ProcessGroup, device: torch.device) -> list[str]:
+    """Return the text of every rank of the group, in rank order: two messages."""
+    data = own.encode(errors="replace")
+    sizes = torch.empty(group.size(), dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(sizes, torch.tensor([len(data)], device=device), group=group)
+    longest = max(int(sizes.max()), 1)
+    padded = torch.frombuffer(bytearray(data.ljust(longest, b"\0")), dtype=torch.uint8).to(device)
+    texts = torch.empty(group.size() * longest, dtype=torch.uint8, device=device)
+    dist.all_gather_into_tensor(texts, padded, group=group)
+    rows = texts.cpu().view(-1, longest).numpy()
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes.tolist(), strict=True)]
+
+
 def host_names(group: ProcessGroup) -> tuple[str, ...]:
     """Return the name of the host of every rank of a gloo group, in rank order."""
-    own = torch.zeros(_NAME_BYTES, dtype=torch.uint8)
-    name = socket.gethostname().encode()[:_NAME_BYTES]
-    own[: len(name)] = torch.frombuffer(bytearray(name), dtype=torch.uint8)
-    names = torch.empty(group.size() * _NAME_BYTES, dtype=torch.uint8)
-    dist.all_gather_into_tensor(names, own, group=group)
-    return tuple(bytes(row.tolist()).rstrip(b"\0").decode() for row in names.view(-1, _NAME_BYTES))
+    return tuple(gather_texts(socket.gethostname(), group, torch.device("cpu")))
+
+
+def require_agreement(own: Mapping[str, str], group: ProcessGroup, device: torch.device, remedy: str) -> None:
+    """Raise the same UserError on every rank where the ranks of the group do not hold the same values by name.
+
+    It says which rank holds which value. Collective.
+    """
+    if group.size() == 1:
+        return
+    # The values themselves only where they differ.
+    if len(set(gather_texts(_hash(own), group, device))) == 1:
+        return
+    everyone = [json.loads(text) for text in gather_texts(json.dumps([socket.gethostname(), own]), group, device)]
+    differing = []
+    for name in dict.fromkeys(name for _, values in everyone for name in values):
+        holders: dict[str, list[int]] = {}
+        for rank, (_, values) in enumerate(everyone):
+            holders.setdefault(values.get(name, "nothing"), []).append(rank)
+        if len(holders) > 1:
+            said = (f"{value} on {_named(ranks, everyone[ranks[0]][0])}" for value, ranks in holders.items())
+            differing.append(f"{name} is {', '.join(said)}")
+    raise UserError(f"the ranks of this run differ, and nothing was trained: {'; '.join(differing)}. {remedy}")
+
+
+def _hash(values: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _named(ranks: Sequence[int], host: str) -> str:
+    """Return the ranks in words. host: of the first."""
+    return f"rank {ranks[0]} ({host})" if len(ranks) == 1 else f"ranks {some_of([str(rank) for rank in ranks])}"
