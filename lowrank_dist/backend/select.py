@@ -15,7 +15,6 @@ from lowrank_dist.backend import megatron
 from lowrank_dist.backend.devices import device_of_rank, synchronize
 from lowrank_dist.backend.launchers import run_token
 from lowrank_dist.errors import StrangerError, UserError
-from lowrank_dist.terminal import printable
 
 _RUN = "lowrank_dist/run"  # in the job's store: what rank 0 is a rank of
 
