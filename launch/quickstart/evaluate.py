@@ -46,9 +46,10 @@ def score(args: argparse.Namespace) -> dict[str, float]:
     quiet_libraries()
     # Imported here: Megatron says at its import what it would rather have found.
     from lowrank_dist.generate.decode import EvaluationRules, evaluate_generation
-    from lowrank_dist.generate.prompts import read_prompts, stop_tokens
+    from lowrank_dist.generate.prompts import read_prompts
     from lowrank_dist.generate.sampling import DecodingRules
     from lowrank_dist.generate.session import load, session
+    from lowrank_dist.generate.texts import stop_tokens
 
     with session(1, "cpu") as job:
         loaded = load(args.model, None, job.topology, job.backend.device, dtype="fp32")

@@ -67,9 +67,10 @@ def generate_command(
     """Generate completions. Sharded: torchrun --nproc-per-node N -m lowrank_dist.cli generate … --tensor N."""
     with loading():
         from lowrank_dist.generate.decode import generate
-        from lowrank_dist.generate.prompts import prompt_of, read_prompts, stop_tokens
+        from lowrank_dist.generate.prompts import prompt_of, read_prompts
         from lowrank_dist.generate.sampling import DecodingRules
         from lowrank_dist.generate.session import load, session
+        from lowrank_dist.generate.texts import stop_tokens
 
     with session(tensor, device) as job:
         rules = DecodingRules(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
@@ -126,9 +127,10 @@ def evaluate_command(
     with loading():
         from lowrank_dist.generate.decode import EvaluationRules, generate, summary
         from lowrank_dist.generate.metrics import notes_on_references
-        from lowrank_dist.generate.prompts import read_prompts, stop_tokens
+        from lowrank_dist.generate.prompts import note_on_rewritten, read_prompts
         from lowrank_dist.generate.sampling import DecodingRules
         from lowrank_dist.generate.session import load, session
+        from lowrank_dist.generate.texts import stop_tokens
 
     with session(tensor, device) as job:
         decoding = DecodingRules(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
@@ -136,7 +138,7 @@ def evaluate_command(
         refuse_existing(out)
         loaded = load(model, adapter, job.topology, job.backend.device, dtype=known_dtype(dtype), tokenizer=tokenizer)
         stops, vocab = stop_tokens(model, loaded.tokenizer), loaded.model.architecture.vocab
-        samples = read_prompts(data, loaded.tokenizer, stops, vocab=vocab, references=True)
+        samples = read_prompts(data, loaded.tokenizer, stops, vocab=vocab, references=True, stop=decoding.stop)
         with progress_bar(len(samples), job) as advance:
             found = generate(loaded.model, loaded.tokenizer, samples, decoding, job.topology, advance)
         if not job.speaks:
@@ -148,7 +150,8 @@ def evaluate_command(
                 for sample, generation in zip(samples, found, strict=True)
             ]
             write_jsonl(out, lines)
-        notes = notes_on_references(rules.metrics, [sample.references for sample in samples])
+        notes = note_on_rewritten(samples)
+        notes += notes_on_references(rules.metrics, [sample.references for sample in samples])
         noted = {**result, "notes": notes} if notes else result
         put(json.dumps(noted, indent=2) if as_json else table(result))
         for note in notes:

@@ -18,8 +18,9 @@ from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
 from lowrank_dist.generate.decode import EvaluationRules, check_lengths, evaluate_generation
 from lowrank_dist.generate.metrics import notes_on_references
-from lowrank_dist.generate.prompts import read_prompts, stop_tokens
+from lowrank_dist.generate.prompts import note_on_rewritten, read_prompts
 from lowrank_dist.generate.sampling import DecodingRules
+from lowrank_dist.generate.texts import stop_tokens
 from lowrank_dist.methods.method import Method
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.topology import Topology
@@ -161,7 +162,9 @@ def _generation(
         decoding = DecodingRules(asked.max_new_tokens, batch=asked.batch, stop=tuple(asked.stop))
         rules = EvaluationRules(tuple(asked.metrics), decoding)
         stops = stop_tokens(config.model.path, tokenizer)
-        samples = read_prompts(config.data.eval, tokenizer, stops, vocab=architecture.vocab, references=True)
+        samples = read_prompts(
+            config.data.eval, tokenizer, stops, vocab=architecture.vocab, references=True, stop=asked.stop
+        )
         samples = samples[: asked.samples]
         check_lengths(samples, architecture.max_positions - method.virtual)
     except UserError as error:
@@ -170,7 +173,8 @@ def _generation(
     def generation(model: CausalLM, progress: Callable[[int], None]) -> dict[str, float]:
         return evaluate_generation(model, tokenizer, samples, rules, topology, progress)
 
-    return generation, notes_on_references(rules.metrics, [sample.references for sample in samples])
+    notes = notes_on_references(rules.metrics, [sample.references for sample in samples])
+    return generation, [*note_on_rewritten(samples), *notes]
 
 
 def _state(dataset: Dataset) -> DataState:

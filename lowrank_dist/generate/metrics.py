@@ -10,6 +10,9 @@ stands; sacrebleu's default tokeniser, `13a`, splits the rest. So nothing is cho
 has the tokens of `13a`, Chinese those of sacrebleu's `zh` (but …… and —— are one token each), Japanese and Thai those
 of its `char` (but Latin words and numbers stay whole). Both metrics compare texts in NFC: é is one character however
 it is written.
+
+A reference is no text of a file but what a model that learned it writes (`generate.texts.written_text`): its tokens as
+they are trained, up to the first stop, decoded like a generated text.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,17 @@ from lowrank_dist.data.formats import Completion, Conversation, Problem, Use, re
 from lowrank_dist.data.masking import mask_conversations
 from lowrank_dist.data.tokenizer import Tokenizer, with_prefix
 from lowrank_dist.errors import UserError
+from lowrank_dist.generate.texts import StopTexts, written_text
+
+_SHOWN = 40  # characters of a text in a note
 
 
 @dataclass(frozen=True)
 class Prompt:
     """where: for messages. shown: the text, or the messages, as given. stop_ids: tokens that end its completion.
 
-    references: what the completion should be, any of them; empty where none were asked for.
+    references: what the completion should be, any of them, in the words of `texts.written_text` for a model that writes
+    the trained tokens; given: the same as the file has it. Both are empty where none were asked for.
     """
 
     where: str
@@ -27,24 +30,7 @@ class Prompt:
     ids: tuple[int, ...]
     stop_ids: frozenset[int]
     references: tuple[str, ...] = ()
-
-
-def stop_tokens(model: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end a text: the tokenizer's EOS, and eos_token_id of generation_config.json or else config.json."""
-    found = {tokenizer.eos_id}
-    for name in ("generation_config.json", "config.json"):
-        path = model / name
-        if not path.is_file():
-            continue
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: malformed JSON ({error}); mend it") from error
-        eos = settings.get("eos_token_id") if isinstance(settings, dict) else None
-        if eos is not None:
-            found.update(eos if isinstance(eos, list) else [eos])
-            break
-    return frozenset(token for token in found if isinstance(token, int))
+    given: tuple[str, ...] = ()
 
 
 def prompt_of(text: str, tokenizer: Tokenizer, stop_ids: Collection[int], vocab: int) -> Prompt:
@@ -61,14 +47,20 @@ def prompt_of(text: str, tokenizer: Tokenizer, stop_ids: Collection[int], vocab:
 
 
 def read_prompts(
-    path: Path, tokenizer: Tokenizer, stop_ids: Collection[int], *, vocab: int, references: bool
+    path: Path,
+    tokenizer: Tokenizer,
+    stop_ids: Collection[int],
+    *,
+    vocab: int,
+    references: bool,
+    stop: Sequence[str] = (),
 ) -> list[Prompt]:
     """The prompts of a JSONL file (`read_jsonl`), in its order.
 
     Of messages the assistant's last turn is what is to be written, and the prompt is what precedes it; without
     references, messages that end with another role ask for the turn that follows. The end of turn that the template
     puts, which training trains, stops a completion as well. references: every line must have one, and the prompts hold
-    them.
+    them, cut like a completion at the first of the texts in `stop`.
 
     Raises UserError, with every line that is wrong, for a file that cannot be read so, an empty prompt, and ids that
     the model (of `vocab` tokens) does not have.
@@ -86,7 +78,31 @@ def read_prompts(
         prompts = _plain(records.completions, path, tokenizer, stop_ids, references)
     else:
         prompts = _chats(records.conversations, path, tokenizer, stop_ids, references)
+    cut = StopTexts(tokenizer, stop).cut
+    prompts = [replace(prompt, references=tuple(map(cut, prompt.references))) for prompt in prompts]
     return _checked(prompts, tokenizer, vocab)
+
+
+def note_on_rewritten(prompts: Sequence[Prompt]) -> list[str]:
+    """Return a line on references that are not the file's text, white space at both ends aside; none where all are."""
+    changed = [
+        (prompt.where, reference, given)
+        for prompt in prompts
+        for reference, given in zip(prompt.references, prompt.given, strict=True)
+        if reference.strip() != given.strip()
+    ]
+    if not changed:
+        return []
+    where, reference, given = changed[0]
+    samples = len({where for where, _, _ in changed})
+    return [
+        f"the references of {samples} of {len(prompts)} samples are not the file's text but what template and "
+        f"tokenizer make of it, up to the stop, as in generated texts: {where}: {_shown(reference)} for {_shown(given)}"
+    ]
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else text[:_SHOWN] + "…")
 
 
 def _checked(prompts: list[Prompt], tokenizer: Tokenizer, vocab: int) -> list[Prompt]:
@@ -105,16 +121,24 @@ def _plain(
     records: Sequence[Completion], path: Path, tokenizer: Tokenizer, stop_ids: Collection[int], references: bool
 ) -> list[Prompt]:
     encoded = tokenizer.encode([record.prompt for record in records])
-    return [
-        Prompt(
-            where=f"{path}:{record.line}",
-            shown=record.prompt,
-            ids=tuple(with_prefix(tokenizer, ids)),
-            stop_ids=frozenset(stop_ids),
-            references=(record.completion, *record.others) if references else (),
+    given = [(record.completion, *record.others) if references else () for record in records]
+    pairs = [(text, record.prompt) for record, texts in zip(records, given, strict=True) for text in texts]
+    # As `mask_completions` encodes what is trained, but for the EOS: a stop.
+    trained = iter(tokenizer.encode_continuations([text for text, _ in pairs], [prompt for _, prompt in pairs]))
+    prompts = []
+    for record, ids, texts in zip(records, encoded, given, strict=True):
+        before = tuple(with_prefix(tokenizer, ids))
+        prompts.append(
+            Prompt(
+                where=f"{path}:{record.line}",
+                shown=record.prompt,
+                ids=before,
+                stop_ids=frozenset(stop_ids),
+                references=tuple(written_text(tokenizer, before, next(trained), stop_ids) for _ in texts),
+                given=texts,
+            )
         )
-        for record, ids in zip(records, encoded, strict=True)
-    ]
+    return prompts
 
 
 def _chats(
@@ -125,14 +149,17 @@ def _chats(
     prompts = []
     for record, sample in zip(asked, mask_conversations(tokenizer, asked, path), strict=True):
         # The last run of targets; the sample ends with it.
-        before = int(np.flatnonzero(~sample.target)[-1]) + 1
+        begins = int(np.flatnonzero(~sample.target)[-1]) + 1
+        before, trained = sample.tokens[:begins].tolist(), sample.tokens[begins:].tolist()
+        stops = frozenset({*stop_ids, trained[-1]})
         prompts.append(
             Prompt(
                 where=f"{path}:{record.line}",
                 shown=record.messages[:-1],
-                ids=tuple(sample.tokens[:before].tolist()),
-                stop_ids=frozenset({*stop_ids, int(sample.tokens[-1])}),
-                references=(record.messages[-1]["content"],) if references else (),
+                ids=tuple(before),
+                stop_ids=stops,
+                references=(written_text(tokenizer, before, trained, stops),) if references else (),
+                given=(record.messages[-1]["content"],) if references else (),
             )
         )
     return prompts

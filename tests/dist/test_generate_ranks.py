@@ -199,7 +199,8 @@ def evaluated_in_training(folder: str, data: str, tensor: int) -> dict[str, Any]
     """One rank: what an evaluation finds between two passes of training, and the gradients of both."""
     from lowrank_dist.data.tokenizer import load_tokenizer
     from lowrank_dist.generate.decode import EvaluationRules, evaluate_generation
-    from lowrank_dist.generate.prompts import read_prompts, stop_tokens
+    from lowrank_dist.generate.prompts import read_prompts
+    from lowrank_dist.generate.texts import stop_tokens
     from tests.dist.whole import theta_of
     from lowrank_dist.generate.sampling import DecodingRules
 

@@ -8,14 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import normalizers, pre_tokenizers
 
 from lowrank_dist.data.dataset import load_dataset
+from lowrank_dist.data.formats import Use
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
-from lowrank_dist.generate.decode import StopTexts, completion_text
-from lowrank_dist.generate.prompts import prompt_of, read_prompts, stop_tokens
+from lowrank_dist.generate.metrics import score
+from lowrank_dist.generate.prompts import note_on_rewritten, prompt_of, read_prompts
+from lowrank_dist.generate.texts import StopTexts, completion_text, stop_tokens, written_text
 from tests.integration.launching import write_jsonl
-from tests.tiny_tokenizers import CHATML, CHATML_MARKED, LLAMA3, byte_level, dummy_prefix, sentencepiece
+from tests.tiny_tokenizers import (
+    CHATML,
+    CHATML_MARKED,
+    DROPS_THINKING,
+    LLAMA2,
+    LLAMA3,
+    byte_level,
+    dummy_prefix,
+    sentencepiece,
+)
 
 VOCAB = 1000
 KINDS: dict[str, Callable[[Path], Path]] = {
@@ -45,9 +58,10 @@ def test_prompts_and_completions_are_cut_as_in_training(kind: str, tmp_path: Pat
     for prompt, row, sample in zip(read(path, tokenizer), rows, trained, strict=True):
         begins = int(sample.target.argmax())
         assert prompt.ids == tuple(sample.tokens[:begins])
-        assert (prompt.shown, prompt.references) == (row["prompt"], (row["completion"],))
+        assert (prompt.shown, prompt.given) == (row["prompt"], (row["completion"],))
         written = sample.tokens[begins:-1].tolist()
         found = completion_text(tokenizer, prompt.ids, written)
+        assert prompt.references == (found,)
         if kind == "sentencepiece unigram":  # its normaliser moves white space, as it does in training
             assert found.split() == row["completion"].split()
         else:
@@ -142,6 +156,131 @@ def test_the_last_turn_of_a_chat_is_asked_for(template: str, tmp_path: Path) -> 
     (still_open,) = read(open_path, tokenizer, references=False)
     assert (still_open.ids, still_open.shown, still_open.references) == (read(path, tokenizer)[0].ids, chat, ())
     assert read(open_path, tokenizer)[0].references == ("It is 4",)
+
+
+def normalised(folder: Path, normalizer: normalizers.Normalizer, template: str | None = None) -> Path:
+    """`byte_level` with a normaliser."""
+    tokenizer = Backend.from_file(str(byte_level(folder, template=template) / "tokenizer.json"))
+    tokenizer.normalizer = normalizer
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def without_spaces(folder: Path) -> Path:
+    """Words without the spaces between them."""
+    tokenizer = Backend.from_file(str(byte_level(folder) / "tokenizer.json"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def answers(*contents: str) -> list[dict[str, Any]]:
+    return [
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": text}]} for text in contents
+    ]
+
+
+def completions(*texts: str | list[str]) -> list[dict[str, Any]]:
+    return [{"prompt": "the dog", "completion": text} for text in texts]
+
+
+HEADER_TRAINED = CHATML_MARKED.replace(
+    "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}{% generation %}{{",
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ '<|im_start|>assistant\n' + ",
+).replace("{% else %}{{ ", "{% else %}{{ '<|im_start|>' + message['role'] + '\n' + ")
+WRITTEN: dict[str, tuple[Callable[[Path], Path], list[dict[str, Any]], str]] = {
+    "an empty block of thinking": (
+        lambda folder: byte_level(folder, template=DROPS_THINKING),
+        answers("It is Paris.", "7"),
+        "<think>\n\n</think>\n\nIt is Paris.",
+    ),
+    "a header between the markers": (
+        lambda folder: byte_level(folder, template=HEADER_TRAINED),
+        answers("world", "7"),
+        "<|im_start|>assistant\nworld",
+    ),
+    "a template that strips": (
+        lambda folder: dummy_prefix(folder, template=LLAMA2.replace("content.strip() + ' '", "content.split()[0]")),
+        answers("\n world again", "Paris is it"),
+        " world",
+    ),
+    "a chat in NFD": (
+        lambda folder: normalised(folder, normalizers.NFC(), CHATML),
+        answers("cafe\u0301", "7"),
+        "caf\u00e9",
+    ),
+    "a turn's end inside a turn": (
+        lambda folder: byte_level(folder, template=CHATML),
+        answers("4<|im_end|>\nagain", "7"),
+        "4",
+    ),
+    "a completion that ends in EOS": (byte_level, completions(" 4<|endoftext|>", " fox"), " 4"),
+    "EOS inside a completion": (byte_level, completions(" 4<|endoftext|> again", " fox"), " 4"),
+    "another special token": (byte_level, completions(" a <|im_start|>b", " fox"), " a <|im_start|>b"),
+    "EOS as plain text": (sentencepiece, completions(" 4</s>", " fox"), " 4</s>"),
+    "NFD": (lambda folder: normalised(folder, normalizers.NFC()), completions(" cafe\u0301", " fox"), " caf\u00e9"),
+    "lower case": (lambda folder: normalised(folder, normalizers.Lowercase()), completions(" Fox", " dog"), " fox"),
+    "no spaces": (without_spaces, completions(" quick brown", " fox"), "quickbrown"),
+    "several references": (
+        lambda folder: normalised(folder, normalizers.Lowercase()),
+        completions([" Fox", " DOG<|endoftext|>"], [" 7"]),
+        " fox",
+    ),
+}
+
+
+UNCHANGED = ("another special token", "EOS as plain text")
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_was_trained_is_the_reference(case: str, tmp_path: Path) -> None:
+    """A model that writes the trained tokens is right by every metric, whatever template and tokenizer made of them."""
+    maker, rows, expected = WRITTEN[case]
+    folder = maker(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(folder.parent if folder.is_file() else folder)
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    stops = stop_tokens(tmp_path, tokenizer)
+    prompts = read_prompts(path, tokenizer, stops, vocab=VOCAB, references=True)
+    dataset = load_dataset(path, tokenizer, 200, VOCAB, use=Use.JUDGING)
+    trained = [dataset[place] for place in range(len(dataset))]
+    texts = [
+        written_text(tokenizer, prompt.ids, sample.tokens[len(prompt.ids) :].tolist(), prompt.stop_ids)
+        for prompt, sample in zip(prompts, trained, strict=True)
+    ]
+    references = [prompt.references for prompt in prompts]
+    assert texts[0] == expected == references[0][0]
+    assert score(["exact_match", "rouge_l"], texts, references) == {"exact_match": 1, "rouge_l": 1}
+    # Controls: the file's text made a perfect model wrong, and a model that writes something else stays so.
+    assert (score(["exact_match"], texts, [prompt.given for prompt in prompts])["exact_match"] < 1) == (
+        case not in UNCHANGED
+    )
+    assert score(["exact_match"], texts[::-1], references) == {"exact_match": 0}
+    if case == "several references":
+        assert [prompt.references for prompt in prompts] == [(" fox", " dog"), (" 7",)]
+
+
+def test_rewritten_references_are_noted_and_others_are_the_files(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer", template=CHATML))
+    path = write_jsonl(tmp_path / "plain.jsonl", completions([" 4", " four\n"], "  Hello  World! "))
+    prompts = read(path, tokenizer)
+    assert note_on_rewritten(prompts) == [] and prompts[0].references == prompts[0].given == (" 4", " four\n")
+    assert note_on_rewritten(read(write_jsonl(tmp_path / "a.jsonl", answers("It is 4", "7 ")), tokenizer)) == []
+    path = write_jsonl(tmp_path / "ends.jsonl", completions(" 4", [f" 4<|endoftext|>{'x' * 60}", " 7<|endoftext|>"]))
+    prompts = read_prompts(path, tokenizer, stop_tokens(tmp_path, tokenizer), vocab=VOCAB, references=True)
+    (note,) = note_on_rewritten(prompts)
+    assert note.startswith("the references of 1 of 2 samples are not the file's text") and "ends.jsonl:2" in note
+    assert note.endswith(f"' 4' for {' 4<|endoftext|>' + 'x' * 25 + '…'!r}")
+
+
+def test_references_are_cut_at_the_stop_texts_of_decoding(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer"))
+    path = write_jsonl(tmp_path / "data.jsonl", completions(" 4 ### all", [" 7", " seven###"]))
+    cut = read_prompts(path, tokenizer, {2}, vocab=VOCAB, references=True, stop=["###"])
+    assert [prompt.references for prompt in cut] == [(" 4 ",), (" 7", " seven")]
+    assert [prompt.references for prompt in read(path, tokenizer)] == [(" 4 ### all",), (" 7", " seven###")]
+    assert "1 of 2" not in note_on_rewritten(cut)[0] and "2 of 2" in note_on_rewritten(cut)[0]
 
 
 @pytest.mark.parametrize(
