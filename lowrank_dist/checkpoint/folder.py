@@ -15,7 +15,8 @@ from lowrank_dist.checkpoint.training_state import OptimizerWriter, TrainingStat
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.manifest import OPTIMIZER_FILE, STATE_FILE, verify_manifest, write_manifest
-from lowrank_dist.formats.provenance import PROVENANCE_FILE
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
+from lowrank_dist.formats.text_files import TextFiles, refuse_for_serving, text_files
 from lowrank_dist.methods.files import TrainedFiles, own_file
 from lowrank_dist.methods.registry import home_of, reader_of
 
@@ -39,12 +40,13 @@ def write_checkpoint(
     shapes: Mapping[str, tuple[int, ...]],
     stream: Iterable[Mapping[str, Tensor]],
     state: TrainingState,
+    text: TextFiles | None = None,
 ) -> None:
     """Write a checkpoint, all or nothing; one that lies there already is exchanged for it in one step.
 
     open_files: given the folder to write in. shapes: stored name → shape of Θ's tensors. stream: these tensors, each
-    [3, *shape] in the order of KINDS, a few at a time, in the order of `shapes`. Raises UserError for what the trained
-    files refuse, DiskError for the disk.
+    [3, *shape] in the order of KINDS, a few at a time, in the order of `shapes`. text: the files of tokenizer and
+    generation that go with it. Raises UserError for what the trained files refuse, DiskError for the disk.
     """
     with atomic_folder(folder, replace=True) as temporary:
         files = open_files(temporary)
@@ -54,6 +56,8 @@ def write_checkpoint(
                     optimizer.put(tensor)
                     files.put(name, tensor[0])
         files.finish()
+        if text is not None:
+            text.write(temporary)
         (temporary / STATE_FILE).write_text(state.to_json(), encoding="utf-8")
         write_manifest(temporary)
 
@@ -121,11 +125,11 @@ def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
 
 
 def export(source: Path, out: Path, *, vllm: bool = False, max_rank: int | None = None) -> None:
-    """Write the adapter of `source`, unchanged, and README.md into the new folder `out`. All or nothing.
+    """Write the adapter of `source` and the tokenizer beside it, unchanged, and README.md into the new folder `out`.
 
-    vllm: refuse what vLLM would not load or would scale wrongly; max_rank: the --max-lora-rank that it is started with.
-    Raises UserError for a run folder, a whole model, what the reader of its method refuses, a malformed provenance, and
-    an `out` that exists.
+    All or nothing. vllm: refuse what vLLM would not load, would scale wrongly or would not end (`refuse_for_serving`);
+    max_rank: the --max-lora-rank that it is started with. Raises UserError for a run folder, a whole model, what the
+    reader of its method refuses, a malformed provenance, and an `out` that exists.
     """
     if home_of(source) is None and (source / "checkpoints").is_dir():
         raise UserError(
@@ -133,9 +137,13 @@ def export(source: Path, out: Path, *, vllm: bool = False, max_rank: int | None 
             f"{source / 'checkpoints' / 'last'}"
         )
     published = reader_of(source).files.publish(source, out.name, vllm=vllm, max_rank=max_rank)
+    if vllm:
+        provenance = read_provenance(source)
+        base = None if provenance is None or not Path(provenance.base).is_dir() else Path(provenance.base)
+        refuse_for_serving(source, base, () if provenance is None else provenance.new_ends, "vLLM")
     # The files themselves, not written anew: only their own config says for sure what they mean to PEFT.
     with atomic_folder(out) as temporary:
-        for name in published.files:
+        for name in (*published.files, *text_files(source)):
             # PEFT's own folders have no provenance.
             if name != PROVENANCE_FILE or (source / name).exists():
                 shutil.copyfile(own_file(source, name), temporary / name)

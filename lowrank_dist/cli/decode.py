@@ -36,7 +36,8 @@ Tensor = Annotated[int, typer.Option(help="Tensor-parallel size; other ranks sha
 Dtype = Annotated[str, typer.Option(help="auto (the weights' own), fp32 or bf16.", metavar="TYPE")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="DEVICE")]
 TokenizerOption = Annotated[
-    Path | None, typer.Option("--tokenizer", help="Tokenizer folder, where it is not the model's.", metavar="DIR")
+    Path | None,
+    typer.Option("--tokenizer", help="Tokenizer folder, in place of the adapter's, or the model's.", metavar="DIR"),
 ]
 
 
@@ -78,7 +79,7 @@ def generate_command(
             raise UserError("give one of --prompt and --prompts: what is to be gone on from")
         refuse_existing(out)
         loaded = load(model, adapter, job.topology, job.backend.device, dtype=known_dtype(dtype), tokenizer=tokenizer)
-        stops, vocab = stop_tokens(model, loaded.tokenizer), loaded.model.architecture.vocab
+        stops, vocab = stop_tokens(model, loaded.tokenizer, adapter), loaded.model.architecture.vocab
         if prompt is not None:
             asked = [prompt_of(prompt, loaded.tokenizer, stops, vocab)]
         elif prompts is not None:
@@ -137,7 +138,7 @@ def evaluate_command(
         rules = EvaluationRules(tuple(metric), decoding)
         refuse_existing(out)
         loaded = load(model, adapter, job.topology, job.backend.device, dtype=known_dtype(dtype), tokenizer=tokenizer)
-        stops, vocab = stop_tokens(model, loaded.tokenizer), loaded.model.architecture.vocab
+        stops, vocab = stop_tokens(model, loaded.tokenizer, adapter), loaded.model.architecture.vocab
         samples = read_prompts(data, loaded.tokenizer, stops, vocab=vocab, references=True, stop=decoding.stop)
         with progress_bar(len(samples), job) as advance:
             found = generate(loaded.model, loaded.tokenizer, samples, decoding, job.topology, advance)

@@ -36,6 +36,12 @@ def merge_command(
         typer.Option(help="Largest file of weights, such as 5GB or 2GiB; as in the base if not given.", metavar="SIZE"),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto (each tensor's own), fp32, bf16 or fp16.", metavar="TYPE")] = "auto",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="Tokenizer folder to go with the result, in place of the adapter's, or else the base's.", metavar="DIR"
+        ),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -53,14 +59,14 @@ def merge_command(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from lowrank_dist.merge.merge import merge
-    from lowrank_dist.merge.options import parse_adapter, parse_dtype, parse_shard_size
+    from lowrank_dist.merge.options import Stored, parse_adapter, parse_dtype, parse_shard_size
     from lowrank_dist.methods.registry import reader_of
 
     adapters = [parse_adapter(text) for text in adapter]
     for given in adapters:
         reader_of(given.path).files.refuse_merge(given.path)
     limit = None if shard_size is None else parse_shard_size(shard_size)
-    stored = parse_dtype(dtype)
+    stored = Stored(limit, parse_dtype(dtype), tokenizer)
     if verify_text is not None and not verify:
         raise UserError("--verify-text says what --verify reads: add --verify")
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -88,8 +94,7 @@ def merge_command(
             out,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             force_mismatch=force_mismatch,
-            shard_size=limit,
-            dtype=stored,
+            stored=stored,
             verify=check,
         )
     for warning in report.warnings:

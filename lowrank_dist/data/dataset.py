@@ -101,6 +101,11 @@ class Dataset:
             sha.update(json.dumps(list(self._others.items())).encode())
         return sha.hexdigest()
 
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The ids that samples end in, each once: the last token of each is its last target, the stop of its text."""
+        return tuple(np.unique(self._tokens[self._ends - 1]).tolist())
+
     def __len__(self) -> int:
         return len(self.lengths)
 

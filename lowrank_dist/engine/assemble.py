@@ -19,6 +19,7 @@ from lowrank_dist.engine.saving import CheckpointSaver, CheckpointWriter, Facts,
 from lowrank_dist.engine.trainer import Trainer
 from lowrank_dist.engine.zero import Engine, OptimiserRules, ZeroOptimiser
 from lowrank_dist.formats.provenance import Provenance, fingerprint
+from lowrank_dist.formats.text_files import TextFiles, unknown_ends
 from lowrank_dist.methods.method import Method, Setting
 from lowrank_dist.methods.registry import home
 from lowrank_dist.model.causal_lm import CausalLM
@@ -111,7 +112,9 @@ def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast:
 
 def _checkpoint_writer(run: Run, method: Method, engine: Engine, data: Data) -> CheckpointWriter:
     config, path = run.config, run.config.model.path
-    provenance = Provenance(fingerprint(path), str(path), config.read_keys())
+    text = TextFiles.of_run(config.data.tokenizer or path, path, data.dataset.ends)
+    training = {"new_ends": unknown_ends(path, text.ends)}
+    provenance = Provenance(fingerprint(path), str(path), config.read_keys(), training=training)
     retention = Retention(config.output.keep_last, config.output.keep_best, config.eval.best)
-    facts = Facts(provenance, data.state, data.held_out_state)
+    facts = Facts(provenance, data.state, data.held_out_state, text)
     return CheckpointWriter(run.folder, method, engine.theta.all_shapes(), facts, retention, run.state)

@@ -27,6 +27,7 @@ from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import DiskError, ElsewhereError, UserError
 from lowrank_dist.formats.atomic import temporary_name
 from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.formats.text_files import TextFiles
 from lowrank_dist.methods.method import Method
 from lowrank_dist.supervision.peers import lost_peers
 
@@ -40,11 +41,15 @@ _LAST_SECONDS = 15  # that a run which fails waits for a checkpoint that is bein
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts of a job that every checkpoint of it states."""
+    """The facts of a job that every checkpoint of it states.
+
+    text: the files of tokenizer and generation that go with what is trained; None of a job without text.
+    """
 
     provenance: Provenance
     data: DataState
     held_out: DataState | None
+    text: TextFiles | None = None
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,11 @@ class CheckpointWriter:
             raise DiskError(f"could not write in {self._folder.checkpoints}: {error}") from error
 
     def _write(self, stream: Iterable[Mapping[str, Tensor]], state: TrainingState, final: bool) -> None:
-        provenance = replace(self.facts.provenance, training=state.summary())
+        given, text = self.facts.provenance, self.facts.text
+        provenance = replace(given, training={**given.training, **state.summary()})
         target, trained = self._folder.checkpoints / f"step-{state.step}", state.loss is not None
         open_files = partial(self._method.files, provenance=provenance, trained=trained)
-        write_checkpoint(target, open_files, self._shapes, stream, state)
+        write_checkpoint(target, open_files, self._shapes, stream, state, text)
         self._saved = [*(step for step in self._saved if step != state.step), state.step]
         self._folder.point("last", target)
         values = state.evaluations.get(self._retention.by, {})
@@ -111,7 +117,7 @@ class CheckpointWriter:
                 "train.lr, or look at the samples"
             )
         if final and self._method.published:
-            copy_adapter(target, self._folder.adapter, self._method.published)
+            copy_adapter(target, self._folder.adapter, [*self._method.published, *(text.names if text else ())])
         logger.info(WRITTEN, state.step, target)
         adapter = "adapter/ and " if final and self._method.published else ""
         self.summary = f"{adapter}checkpoints/last: step {state.step}"

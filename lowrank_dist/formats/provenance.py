@@ -76,7 +76,8 @@ class Provenance:
 
     created_by and versions describe the installation and are filled in. training: what the trainer knows when it
     writes, in JSON, each key optional: step, epoch, tokens, target_tokens, data (path, sha256, samples), loss and
-    eval_loss in nats a token, eval_METRIC of what was generated.
+    eval_loss in nats a token, eval_METRIC of what was generated, and new_ends: the ids that end the trained texts and
+    end none by the base's files.
     """
 
     base_fingerprint: str
@@ -87,6 +88,12 @@ class Provenance:
         default_factory=lambda: {"python": platform.python_version(), **installed_versions()}
     )
     training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def new_ends(self) -> list[int]:
+        """`training`'s new_ends; none where it was not recorded."""
+        found = self.training.get("new_ends")
+        return [end for end in found if isinstance(end, int)] if isinstance(found, list) else []
 
     def to_json(self) -> str:
         """Return the text of lowrank_dist.json. `config` (`Config.read_keys`) and `training` must be JSON."""

@@ -17,6 +17,7 @@ from lowrank_dist.backend import select
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import StrangerError, UserError
+from lowrank_dist.formats.text_files import holds_tokenizer
 from lowrank_dist.methods.registry import reader_of
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.model.load import load_model
@@ -99,9 +100,11 @@ def load(
 ) -> Loaded:
     """Return this rank's shard of the model in `path`, with what any method trained into the folder `adapter`.
 
-    dtype: auto (the weights' own), fp32 or bf16. tokenizer: its folder, `path` where it is not given.
+    dtype: auto (the weights' own), fp32 or bf16. tokenizer: its folder; where it is not given, that of the adapter if
+    it has one, which it was trained with, or else `path`.
     """
-    words = load_tokenizer(tokenizer or path)
+    beside = adapter if adapter is not None and holds_tokenizer(adapter) else path
+    words = load_tokenizer(tokenizer or beside)
     # No length is refused here: prompts are checked one by one, and decoding applies a sliding window.
     architecture = read_architecture(path)
     architecture.check_tp(topology.tp_size)

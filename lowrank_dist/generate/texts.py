@@ -6,36 +6,27 @@ change (case, spaces, normal forms, special tokens, a block of thinking) is the 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from itertools import takewhile
 from os.path import commonprefix
 from pathlib import Path
 
 from lowrank_dist.data.tokenizer import Tokenizer
-from lowrank_dist.errors import UserError
+from lowrank_dist.formats.text_files import stops_of
 
 # A tokenizer may drop a space where a text begins, so ids are decoded behind the last few of the prompt.
 _CONTEXT = 8
 _CHARACTER = 4  # bytes of UTF-8's longest characters
 
 
-def stop_tokens(model: Path, tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids that end a text: the tokenizer's EOS, and eos_token_id of generation_config.json or else config.json."""
-    found = {tokenizer.eos_id}
-    for name in ("generation_config.json", "config.json"):
-        path = model / name
-        if not path.is_file():
-            continue
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path}: malformed JSON ({error}); mend it") from error
-        eos = settings.get("eos_token_id") if isinstance(settings, dict) else None
-        if eos is not None:
-            found.update(eos if isinstance(eos, list) else [eos])
-            break
-    return frozenset(token for token in found if isinstance(token, int))
+def stop_tokens(model: Path, tokenizer: Tokenizer, adapter: Path | None = None) -> frozenset[int]:
+    """Return the ids that end a text: the tokenizer's EOS, and what the files of the model say, and of the adapter.
+
+    An adapter's generation_config.json has what it was trained to end in, which may end nothing for its base.
+    """
+    own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    trained = () if adapter is None else stops_of(adapter)
+    return frozenset((*own, *stops_of(model), *trained))
 
 
 def written_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int], stop_ids: Collection[int]) -> str:

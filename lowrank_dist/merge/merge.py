@@ -17,7 +17,8 @@ from lowrank_dist.formats.layout import OutputFile, Piece, plan_layout, write_co
 from lowrank_dist.formats.model_folder import FLOAT_DTYPES, check_checkpoint, open_checkpoint, other_files
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
-from lowrank_dist.merge.options import WeightedAdapter
+from lowrank_dist.formats.text_files import merged_text_files
+from lowrank_dist.merge.options import AS_THE_BASE, Stored, WeightedAdapter
 from lowrank_dist.merge.update import Update, updates_of
 from lowrank_dist.methods.lora.files import read_adapter
 
@@ -59,24 +60,22 @@ def merge(
     *,
     progress: Progress | None = None,
     force_mismatch: bool = False,
-    shard_size: int | None = None,
-    dtype: str | None = None,
+    stored: Stored = AS_THE_BASE,
     verify: Callable[[Path], None] | None = None,
 ) -> MergeReport:
     """Write the base model with the adapters folded in as a plain Hugging Face folder at `out`. All or nothing.
 
-    Tensors without an update are copied byte by byte, and so is every file that holds no weights; the files of weights
-    are the base's own unless told otherwise. Beyond the adapters themselves, memory does not grow with the model.
+    Tensors without an update are copied byte by byte, and so is every file that holds no weights, but for those of a
+    tokenizer that the adapters bring, and eos_token_id, which also has what they were trained to end texts with
+    (`merged_text_files`). Beyond the adapters themselves, memory does not grow with the model.
 
     adapters: one folder, or several with weights; ΔW = Σ w·s·B·A is summed before the one rounding.
     progress: called with (bytes done, bytes in all). force_mismatch: another base than the one trained on is a warning.
-    shard_size: bytes of tensors in a file, at most, unless one tensor is larger. dtype: safetensors' name of the type
-    in which all floating-point tensors are stored, instead of each one's own. verify: called with the complete folder
-    before it gets its name; what it raises leaves nothing behind.
+    verify: called with the complete folder before it gets its name; what it raises leaves nothing behind.
 
     Raises UserError when `out` exists or lies in the base, when base or adapter is incomplete or malformed, when they
-    do not belong together (fingerprint, modules, shapes), when nothing would change, when a value does not fit the
-    type, and when the disk fails.
+    do not belong together (fingerprint, modules, shapes), when the adapters bring different tokenizers, when nothing
+    would change, when a value does not fit the type, and when the disk fails.
     """
     weighted = (WeightedAdapter(adapters),) if isinstance(adapters, Path) else tuple(adapters)
     _check_distinct(weighted)
@@ -89,8 +88,10 @@ def merge(
         read = [(adapter.path, adapter.weight, read_adapter(adapter.path, architecture)) for adapter in weighted]
         updates = updates_of(architecture, checkpoint, read)
     warnings = _check_base(base, weighted, force_mismatch)
-    others = other_files(base)
-    layout = plan_layout(mapped, dtype, shard_size)
+    text = merged_text_files([adapter.path for adapter in weighted], stored.tokenizer, architecture.vocab)
+    warnings += text.changes(base)
+    others, dtype = other_files(base), stored.dtype
+    layout = plan_layout(mapped, dtype, stored.shard_size)
     meter = _Meter(layout.read, progress)
     changes = _Changes()
     with atomic_folder(out) as temporary:
@@ -100,6 +101,7 @@ def merge(
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
         write_config(base / "config.json", temporary / "config.json", dtype)
+        text.write(temporary)
         meter.advance(layout.headers)
         for file in layout.files:
             _write_file(file, temporary / file.name, updates, changes, meter)

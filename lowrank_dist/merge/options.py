@@ -33,6 +33,23 @@ class WeightedAdapter:
         return f"{self.path} × {self.weight:g}"
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How a merged model is stored.
+
+    shard_size: bytes of tensors in a file, at most, unless one tensor is larger; None for the base's own files. dtype:
+    safetensors' name of the type of all floating-point tensors; None for each one's own. tokenizer: the folder, or the
+    file, of the one that goes with it; None for that of the adapters, or of the base where they have none.
+    """
+
+    shard_size: int | None = None
+    dtype: str | None = None
+    tokenizer: Path | None = None
+
+
+AS_THE_BASE = Stored()
+
+
 def parse_adapter(text: str) -> WeightedAdapter:
     """`DIR` or `DIR=WEIGHT`. A folder whose whole name is `text` wins; else what follows the last "=" is the weight.
 

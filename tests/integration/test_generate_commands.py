@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -129,6 +130,24 @@ def test_an_adapter_decodes_as_its_merged_folder(base: Path, adapter: Path, aske
     )
     assert adapted == merged != plain
     assert [json.loads(line)["completion"] for line in merged.splitlines()] == transformers_texts(tmp_path / "merged")
+
+
+def test_an_adapter_is_read_with_the_tokenizer_that_it_was_trained_with(base: Path, tmp_path: Path) -> None:
+    from lowrank_dist.formats.text_files import TextFiles
+
+    plain = Path(shutil.copytree(base, tmp_path / "plain"))
+    config = json.loads((plain / "tokenizer_config.json").read_text())
+    (plain / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": None}))
+    factors = random_adapter(plain, lambda module: None if module == "lm_head" else (2, 4.0))
+    tuned = save_adapter(tmp_path / "adapter", plain, factors)
+    chats = write_jsonl(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "the cat"}]}])
+    options = ("--model", plain, "--adapter", tuned, "--prompts", chats, "--max-new-tokens", 2)
+    (refused,) = command(1, "generate", *options)
+    assert refused.code == 2 and "has no chat template" in refused.stderr
+    TextFiles.of_run(base, plain, [4]).write(tuned)
+    (done,) = command(1, "generate", *options)
+    assert done.code == 0, done.stderr
+    assert json.loads(done.stdout)["prompt"] == [{"role": "user", "content": "the cat"}]
 
 
 def test_messages_go_through_the_template(base: Path, tmp_path: Path) -> None:

@@ -250,6 +250,7 @@ def test_the_published_folder_decodes_as_the_checkpoint(alone: Any) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
         "lowrank_dist.json",
+        *("tokenizer.json", "tokenizer_config.json", "generation_config.json"),
     }
 
 

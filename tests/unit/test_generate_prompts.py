@@ -367,7 +367,7 @@ def test_stop_tokens_are_the_model_s_and_the_tokenizer_s(tmp_path: Path) -> None
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [60, 61]}))
     assert stop_tokens(tmp_path, tokenizer) == {own, 60, 61}
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match="generation_config.json: malformed JSON"):
+    with pytest.raises(UserError, match="generation_config.json:1: not valid JSON"):
         stop_tokens(tmp_path, tokenizer)
 
 

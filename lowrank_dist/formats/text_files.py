@@ -1,0 +1,263 @@
+"""The files that say how a model reads and writes text: its tokenizer, its chat template, and the ids that end a text.
+
+They go with what was trained: into checkpoints and adapter folders as they were trained with, and into merged models.
+Nothing is made of a tokenizer here, its files are copied; where two are compared, it is by what they mean.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lowrank_dist.arch.model_files import CONFIG_FILE
+from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.files import MIB, read_bytes, read_text, shown
+from lowrank_dist.untrusted.json import JsonFault, parse_json, read_object
+
+GENERATION_CONFIG = "generation_config.json"
+_FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
+_SETTINGS, _TEMPLATE, _TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
+# Of a SentencePiece model these say the rest; a tokenizer.json beside it would be read in its place.
+_BESIDE = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", _TEMPLATE, "chat_template.json")
+TOKENIZER_FILES = (_FAST, _SENTENCEPIECE, *_BESIDE, "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
+# transformers takes them from config.json where there is no generation_config.json.
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_MEND = "mend it, or remove it"
+_LARGEST = 256 * MIB  # of one file; the largest tokenizer.json that is published has 33
+
+Tokenizer = Mapping[str, bytes]
+
+
+def place_of_tokenizer(path: Path) -> Path:
+    """Return the folder of a tokenizer.json, or the file of a bare SentencePiece model, for a folder or such a file.
+
+    Neither need exist. As `data.tokenizer.load_tokenizer` chooses.
+    """
+    folder = path.parent if path.name == _FAST else path
+    if (folder / _FAST).is_file():
+        return folder
+    return path if path.is_file() else path / _SENTENCEPIECE
+
+
+def holds_tokenizer(path: Path) -> bool:
+    """Return whether there is a tokenizer at a path that `read_tokenizer` takes."""
+    return place_of_tokenizer(path).exists()
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Return file name → content of the tokenizer in a folder, or of a file of one (`place_of_tokenizer`).
+
+    Raises UserError where there is none, and for a file that is a link to what is no file of a tokenizer.
+    """
+    place = place_of_tokenizer(path)
+    if not place.exists():
+        raise UserError(f"{path} holds no tokenizer: give a folder with {_FAST} or {_SENTENCEPIECE}")
+    if place.is_dir():
+        files = {name: place / name for name in TOKENIZER_FILES}
+    else:
+        files = {_SENTENCEPIECE: place} | {name: place.parent / name for name in _BESIDE}
+    return {name: read_bytes(_own(file), _MEND, largest=_LARGEST) for name, file in files.items() if file.exists()}
+
+
+def _own(file: Path) -> Path:
+    """Return a file that may be copied: of the folder, or what links of a copied folder and the Hub's cache lead to."""
+    real = file.resolve()
+    inside = real.is_relative_to(file.parent.resolve()) or real.name == file.name or real.parent.name == "blobs"
+    if not inside or not real.is_file():
+        raise UserError(f"{shown(file)} is a link out of its folder (to {shown(real)}): copy the file into the folder")
+    return file
+
+
+def text_files(folder: Path) -> list[str]:
+    """Return the names of those files that an adapter folder holds."""
+    return [name for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if (folder / name).exists()]
+
+
+def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
+    """Return whether both cut texts and render chats alike, by what their files say."""
+    return one == other or _meaning(one) == _meaning(other)
+
+
+def _meaning(files: Tokenizer) -> list[Any]:
+    settings = _object(files, _SETTINGS)
+    template = files[_TEMPLATE].decode(errors="replace") if _TEMPLATE in files else settings.get("chat_template")
+    special = [_content(settings.get(name)) for name in ("bos_token", "eos_token")]
+    if _FAST not in files:
+        added = [_object(files, "added_tokens.json"), settings.get("added_tokens_decoder")]
+        return [files.get(_SENTENCEPIECE), added, settings.get("add_bos_token"), template, special]
+    return [_object(files, _FAST) | {"truncation": None, "padding": None}, template, special]
+
+
+def _object(files: Tokenizer, name: str) -> dict[str, Any]:
+    try:
+        found = parse_json(files.get(name, b"{}"))
+    except JsonFault as error:
+        raise UserError(f"{name} of the tokenizer is not valid JSON: {error}: {_MEND}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _content(token: object) -> object:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def end_of_text(files: Tokenizer) -> tuple[int, ...]:
+    """Return the id of the EOS that a tokenizer.json folder names; none where it names none, or has no id for it."""
+    eos, definition = _content(_object(files, _SETTINGS).get("eos_token")), _object(files, _FAST)
+    added = definition.get("added_tokens")
+    tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return _ids_among([token.get("id") for token in tokens if token.get("content") == eos][:1])
+
+
+def stops_of(folder: Path) -> tuple[int, ...]:
+    """Return the ids that end a text by eos_token_id of a folder's generation_config.json, or else its config.json."""
+    for name in (GENERATION_CONFIG, CONFIG_FILE):
+        path = folder / name
+        if path.is_file():
+            eos = read_object(path, _MEND).get("eos_token_id")
+            if eos is not None:
+                return _ids_among(eos if isinstance(eos, list) else [eos])
+    return ()
+
+
+def _ids_among(values: Iterable[object]) -> tuple[int, ...]:
+    return tuple(value for value in values if isinstance(value, int) and not isinstance(value, bool))
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """What goes with a trained model. tokenizer: its files, empty for those that are there already.
+
+    ends: ids that end a text, for eos_token_id. generation: for a folder without a config.json, an adapter's, the text
+    of its generation_config.json; None where it needs none.
+    """
+
+    tokenizer: Tokenizer
+    ends: tuple[int, ...]
+    generation: str | None = None
+
+    @classmethod
+    def of_run(cls, tokenizer: Path, base: Path, ends: Iterable[int]) -> TextFiles:
+        """Return what goes with a run's checkpoints. ends: the ids that its samples end in."""
+        return cls(read_tokenizer(tokenizer), tuple(ends), _generation(base, ends))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of the files in an adapter's folder."""
+        return (*self.tokenizer, *(() if self.generation is None else (GENERATION_CONFIG,)))
+
+    def write(self, folder: Path) -> None:
+        """Write them into an adapter's folder, or into a model folder in place of what is the base's there."""
+        if self._replaces(folder):
+            for name in TOKENIZER_FILES:
+                (folder / name).unlink(missing_ok=True)
+            shutil.rmtree(folder / _TEMPLATES, ignore_errors=True)
+            for name, content in self.tokenizer.items():
+                (folder / name).write_bytes(content)
+        if (folder / CONFIG_FILE).is_file():
+            self._complete(folder)
+        elif self.generation is not None:
+            (folder / GENERATION_CONFIG).write_text(self.generation, encoding="utf-8")
+
+    def changes(self, base: Path) -> list[str]:
+        """Return a line for each thing that will be another in a model folder than in its base."""
+        lines = []
+        if self._replaces(base):
+            lines.append(f"the tokenizer and chat template are not those of {base}")
+        if missing := missing_ends(base, self.ends):
+            lines.append(f"eos_token_id of {base} gets {', '.join(map(str, missing))} as well, which ends a text too")
+        return lines
+
+    def _replaces(self, folder: Path) -> bool:
+        if not self.tokenizer:
+            return False
+        return not holds_tokenizer(folder) or not same_tokenizer(read_tokenizer(folder), self.tokenizer)
+
+    def _complete(self, folder: Path) -> None:
+        """Add the ends to eos_token_id of a model folder, where it lives."""
+        if missing_ends(folder, self.ends):
+            path = folder / GENERATION_CONFIG
+            if not path.is_file() and stops_of(folder):
+                path = folder / CONFIG_FILE
+            path.write_text(_with_ends(path, folder, self.ends), encoding="utf-8")
+
+
+def missing_ends(folder: Path, ends: Iterable[int]) -> list[int]:
+    """Return those of the ids that do not end a text by a model folder's files (`stops_of`)."""
+    known = stops_of(folder)
+    return [end for end in dict.fromkeys(ends) if end not in known]
+
+
+def _generation(base: Path, ends: Iterable[int]) -> str | None:
+    """Return the text of the base's generation_config.json with the ends in it; None where it needs none."""
+    path, ends = base / GENERATION_CONFIG, tuple(ends)
+    if missing_ends(base, ends):
+        return _with_ends(path, base, ends)
+    return read_text(path, _MEND, largest=_LARGEST) if path.is_file() else None
+
+
+def _with_ends(path: Path, folder: Path, ends: Iterable[int]) -> str:
+    """Return the text of a file of a model folder that has eos_token_id, with the ends in it; it need not exist."""
+    if path.is_file():
+        settings = read_object(path, _MEND)
+    else:
+        config = read_object(folder / CONFIG_FILE, _MEND)
+        settings = {key: config[key] for key in _TOKEN_IDS if key in config}
+    ids = [*stops_of(folder), *missing_ends(folder, ends)]
+    settings["eos_token_id"] = ids[0] if len(ids) == 1 else ids
+    # With it transformers would take config.json's.
+    settings.pop("_from_model_config", None)
+    return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+
+
+def merged_text_files(adapters: Collection[Path], tokenizer: Path | None, vocab: int) -> TextFiles:
+    """Return what goes into a merge of adapters: the tokenizer that is given, else the one beside the adapters.
+
+    ends: what each adapter's generation_config.json ends a text with, and the EOS of that tokenizer. vocab: ids of the
+    model. Raises UserError where adapters were trained with different tokenizers and none is given.
+    """
+    if tokenizer is not None:
+        files = read_tokenizer(tokenizer)
+    else:
+        held = {path: read_tokenizer(path) for path in adapters if holds_tokenizer(path)}
+        files = next(iter(held.values()), {})
+        for path, other in held.items():
+            if not same_tokenizer(files, other):
+                raise UserError(
+                    f"{next(iter(held))} and {path} hold different tokenizers or chat templates: give the one to go "
+                    "with the merged model as --tokenizer DIR"
+                )
+    given = [] if tokenizer is None or not tokenizer.is_dir() else [tokenizer]
+    ends = [end for folder in (*adapters, *given) for end in stops_of(folder)]
+    return TextFiles(files, tuple(end for end in (*ends, *end_of_text(files)) if end < vocab))
+
+
+def unknown_ends(base: Path, ends: Iterable[int]) -> list[int]:
+    """Return those of the ids that end no text of the base model, by its files or as the EOS of its tokenizer."""
+    missing = missing_ends(base, ends)
+    own = end_of_text(read_tokenizer(base)) if missing and holds_tokenizer(base) else ()
+    return [end for end in missing if end not in own]
+
+
+def refuse_for_serving(adapter: Path, base: Path | None, new_ends: Iterable[int], target: str) -> None:
+    """Raise UserError where a server of the base, with the adapter put on, would not read and end texts as trained.
+
+    base: its folder, None where it is not at hand. new_ends: those that the base lacked when the adapter was trained on
+    it. target: the server's name.
+    """
+    if missing := list(new_ends) if base is None else unknown_ends(base, new_ends):
+        raise UserError(
+            f"{adapter} is not exported for {target}: its texts end in token {', '.join(map(str, missing))}, which is "
+            "not in eos_token_id of the base's generation_config.json, so that they would run on: merge it into the "
+            "base with lowrank-dist merge, or add it there"
+        )
+    if base is None or not (holds_tokenizer(adapter) and holds_tokenizer(base)):
+        return
+    if not same_tokenizer(read_tokenizer(adapter), read_tokenizer(base)):
+        raise UserError(
+            f"{adapter} is not exported for {target}: it was trained with another tokenizer or chat template than that "
+            f"of {base}, which {target} reads: merge it into the base with lowrank-dist merge"
+        )

@@ -1,0 +1,291 @@
+"""What was trained travels: tokenizer, chat template and the ids that end a text, into checkpoints, merges, exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from lowrank_dist.checkpoint.folder import export
+from lowrank_dist.cli.main import app
+from lowrank_dist.data.dataset import load_dataset
+from lowrank_dist.data.tokenizer import load_tokenizer
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.provenance import read_provenance
+from lowrank_dist.formats.text_files import (
+    TOKENIZER_FILES,
+    TextFiles,
+    merged_text_files,
+    place_of_tokenizer,
+    read_tokenizer,
+    same_tokenizer,
+    unknown_ends,
+)
+from lowrank_dist.generate.texts import stop_tokens
+from lowrank_dist.merge.merge import merge
+from lowrank_dist.merge.options import Stored, WeightedAdapter
+from tests import tiny_tokenizers as tiny
+from tests.integration.launching import write_jsonl
+from tests.tiny_adapters import random_adapter, save_adapter
+from tests.tiny_models import EOS, VOCAB, make_tiny
+
+IM_END = 4  # of make_tiny's tokenizer, whose template ends turns with it
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def base(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "base"))
+
+
+def trained(folder: Path, base: Path, text: TextFiles | None, seed: int = 0) -> Path:
+    """An adapter of the base, with `text` beside it, as the end of a run leaves it."""
+    save_adapter(folder, base, random_adapter(base, seed=seed))
+    if text is not None:
+        text.write(folder)
+        provenance = read_provenance(folder)
+        assert provenance is not None
+        new = replace(provenance, training={"new_ends": unknown_ends(base, text.ends)})
+        (folder / "lowrank_dist.json").write_text(new.to_json())
+    return folder
+
+
+def settings(folder: Path, name: str = "generation_config.json") -> dict[str, Any]:
+    found = json.loads((folder / name).read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def edit(path: Path, **changes: Any) -> None:
+    found = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in found.items() if value is not None}))
+
+
+def ends_in_transformers(folder: Path) -> list[int]:
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    found = model.generation_config.eos_token_id
+    return found if isinstance(found, list) else [found]
+
+
+# --- the ends of texts ----------------------------------------------------------------------------------------------
+
+
+def test_a_data_set_says_what_its_samples_end_in(llama: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(llama)
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a <|eos|> b"}]
+    chats = load_dataset(write_jsonl(tmp_path / "a.jsonl", [{"messages": turns}] * 2), tokenizer, 99, VOCAB)
+    rows = [{"prompt": "hi", "completion": "a<|im_end|>b"}]
+    texts = load_dataset(write_jsonl(tmp_path / "b.jsonl", rows), tokenizer, 99, VOCAB)
+    assert (chats.ends, texts.ends) == ((IM_END,), (EOS,))
+
+
+def derived(base: Path) -> None:
+    """As save_pretrained leaves it: derived from config.json, whose eos_token_id transformers would take."""
+    assert settings(base)["_from_model_config"] is True
+
+
+def several(base: Path) -> None:
+    edit(base / "generation_config.json", eos_token_id=[9, EOS], temperature=0.5)
+
+
+def silent(base: Path) -> None:
+    edit(base / "generation_config.json", eos_token_id=None)
+
+
+def in_config_alone(base: Path) -> None:
+    (base / "generation_config.json").unlink()
+
+
+def nowhere(base: Path) -> None:
+    (base / "generation_config.json").unlink()
+    edit(base / "config.json", eos_token_id=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "known"), [(derived, [1]), (several, [9, 1]), (silent, [1]), (in_config_alone, [1]), (nowhere, [])]
+)
+def test_a_merged_model_ends_where_it_was_trained_to(
+    base: Path, tmp_path: Path, make: Callable[[Path], None], known: list[int]
+) -> None:
+    make(base)
+    text = TextFiles.of_run(base, base, [IM_END])
+    adapter = trained(tmp_path / "adapter", base, text)
+    report = merge(base, adapter, tmp_path / "out")
+    # The EOS of the tokenizer that goes along ends a text too.
+    assert ends_in_transformers(tmp_path / "out") == [*known, IM_END, *([] if known else [EOS])]
+    assert any(f"eos_token_id of {base} gets {IM_END}" in line for line in report.warnings)
+    assert {*known, IM_END} <= stop_tokens(base, load_tokenizer(base), adapter)
+    # Full fine-tuning writes the base's files, and then these.
+    whole = Path(shutil.copytree(base, tmp_path / "whole"))
+    text.write(whole)
+    assert ends_in_transformers(whole) == [*known, IM_END]
+    # Other settings stay; and without what was trained the merged model would run on.
+    before = settings(base) if (base / "generation_config.json").is_file() else {}
+    assert all(settings(whole)[key] == before[key] for key in {"temperature", "pad_token_id"} & before.keys())
+    merge(base, trained(tmp_path / "plain", base, None), tmp_path / "control")
+    if known:
+        assert IM_END not in ends_in_transformers(tmp_path / "control")
+    assert load_tokenizer(tmp_path / "out").eos_id == EOS
+
+
+def test_nothing_changes_where_nothing_is_missing(base: Path, tmp_path: Path) -> None:
+    adapter = trained(tmp_path / "adapter", base, TextFiles.of_run(base, base, [EOS]))
+    assert (adapter / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
+    report = merge(base, adapter, tmp_path / "out")
+    for path in base.iterdir():
+        if path.suffix != ".safetensors":
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path
+    assert not any("eos_token_id" in line or "tokenizer" in line for line in report.warnings)
+    in_config_alone(base)
+    assert TextFiles.of_run(base, base, [EOS]).names == ("tokenizer.json", "tokenizer_config.json")
+
+
+# --- the tokenizer ---------------------------------------------------------------------------------------------------
+
+
+def other_tokenizer(folder: Path) -> Path:
+    """A tokenizer with ids below VOCAB, another template and another EOS."""
+    made = make_tiny("llama", folder)
+    edit(folder / "tokenizer_config.json", chat_template="{{ messages }}", eos_token="<|im_end|>")
+    return made
+
+
+def test_the_tokenizer_that_was_trained_with_is_in_the_merged_model_alone(base: Path, tmp_path: Path) -> None:
+    for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tekken.json"):
+        (base / name).write_text("{}")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates/tool_use.jinja").write_text("base's")
+    other = other_tokenizer(tmp_path / "other")
+    (other / "chat_template.jinja").write_text("other's")
+    adapter = trained(tmp_path / "adapter", base, TextFiles.of_run(other, base, [IM_END]))
+    assert (adapter / "chat_template.jinja").read_text() == "other's" and not (adapter / "vocab.json").exists()
+    report = merge(base, adapter, tmp_path / "out")
+    assert f"the tokenizer and chat template are not those of {base}" in report.warnings
+    found = {name for name in TOKENIZER_FILES if (tmp_path / "out" / name).exists()}
+    assert found == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert not (tmp_path / "out/additional_chat_templates").exists()
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
+    assert (theirs.chat_template, theirs.eos_token_id) == ("other's", IM_END)
+    # Control: a tokenizer like the base's leaves everything where it was.
+    same = trained(tmp_path / "same", base, TextFiles.of_run(base, base, [EOS]))
+    merge(base, same, tmp_path / "kept")
+    assert (tmp_path / "kept/additional_chat_templates/tool_use.jinja").read_text() == "base's"
+    assert (tmp_path / "kept/vocab.json").exists()
+
+
+def test_a_tokenizer_beside_a_foreign_adapter_goes_along_with_its_end(base: Path, tmp_path: Path) -> None:
+    adapter = trained(tmp_path / "adapter", base, None)
+    (adapter / "lowrank_dist.json").unlink()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(other_tokenizer(tmp_path / "other") / name, adapter / name)
+    merge(base, adapter, tmp_path / "out")
+    assert ends_in_transformers(tmp_path / "out") == [EOS, IM_END]
+    assert settings(tmp_path / "out", "tokenizer_config.json")["eos_token"] == "<|im_end|>"
+
+
+def test_different_tokenizers_need_one_that_is_given(base: Path, tmp_path: Path) -> None:
+    other = other_tokenizer(tmp_path / "other")
+    text = TextFiles.of_run(base, base, [EOS])
+    first = trained(tmp_path / "first", base, text)
+    second = trained(tmp_path / "second", base, TextFiles.of_run(other, base, [IM_END]), seed=1)
+    adapters = [WeightedAdapter(first), WeightedAdapter(second)]
+    with pytest.raises(UserError, match="hold different tokenizers or chat templates: .*--tokenizer DIR"):
+        merge(base, adapters, tmp_path / "out")
+    merge(base, adapters, tmp_path / "out", stored=Stored(tokenizer=other))
+    assert same_tokenizer(read_tokenizer(tmp_path / "out"), read_tokenizer(other))
+    merge(base, first, tmp_path / "over", stored=Stored(tokenizer=other))
+    assert same_tokenizer(read_tokenizer(tmp_path / "over"), read_tokenizer(other))
+    with pytest.raises(UserError, match="nowhere holds no tokenizer: give a folder with"):
+        merge(base, first, tmp_path / "never", stored=Stored(tokenizer=tmp_path / "nowhere"))
+    # Controls: one that has none, one written by another library, and padding that was set.
+    third = trained(tmp_path / "third", base, None, seed=2)
+    spelled = trained(tmp_path / "spelled", base, text, seed=3)
+    (spelled / "tokenizer.json").write_text(json.dumps(settings(base, "tokenizer.json") | {"padding": {"x": 1}}))
+    (spelled / "chat_template.jinja").write_text(settings(base, "tokenizer_config.json")["chat_template"])
+    edit(spelled / "tokenizer_config.json", chat_template=None, padding_side="left")
+    assert merged_text_files([first, third, spelled], None, VOCAB).ends[0] == EOS
+    options = ["--base", base, "--adapter", first, "--out", tmp_path / "told", "--tokenizer", other]
+    done = CliRunner().invoke(app, ["merge", *map(str, options)])
+    assert done.exit_code == 0 and "the tokenizer and chat template are not those of" in done.output
+
+
+def sentencepiece_beside_json(folder: Path) -> Path:
+    tiny.byte_level(folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+    return tiny.sentencepiece(folder)
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (tiny.byte_level, {"tokenizer.json", "tokenizer_config.json"}),
+        (lambda folder: tiny.byte_level(folder) / "tokenizer.json", {"tokenizer.json", "tokenizer_config.json"}),
+        (lambda folder: tiny.sentencepiece(folder).parent, {"tokenizer.model"}),
+        (sentencepiece_beside_json, {"tokenizer.model", "tokenizer_config.json"}),
+        (lambda folder: tiny.sentencepiece(folder).rename(folder / "spm.model"), {"tokenizer.model"}),
+        (lambda folder: sentencepiece_beside_json(folder).parent, {*TOKENIZER_FILES[:3]}),
+    ],
+)
+def test_the_files_are_those_that_were_read(make: Callable[[Path], Path], names: set[str], tmp_path: Path) -> None:
+    path = make(tmp_path / "tokenizer")
+    assert place_of_tokenizer(path) == load_tokenizer(path).path
+    files = read_tokenizer(path)
+    assert files.keys() == names
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    TextFiles(files, ()).write(copied)
+    text = ["the dog <|im_end|> jumps"]
+    assert load_tokenizer(copied).encode(text) == load_tokenizer(path).encode(text)
+
+
+def test_no_link_brings_a_file_from_elsewhere(base: Path, tmp_path: Path) -> None:
+    farm = tmp_path / "farm"
+    farm.mkdir()
+    for path in base.iterdir():
+        (farm / path.name).symlink_to(path)
+    assert read_tokenizer(farm) == read_tokenizer(base)  # a folder of links to another model
+    (tmp_path / "secret").write_text("{}")
+    (farm / "vocab.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=r"vocab.json is a link out of its folder \(to .*secret\): copy the file"):
+        read_tokenizer(farm)
+    (base / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer_config.json of the tokenizer is not valid JSON"):
+        same_tokenizer(read_tokenizer(base), {})
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_export_has_the_tokenizer_and_vllm_must_end_its_texts(base: Path, tmp_path: Path) -> None:
+    adapter = trained(tmp_path / "adapter", base, TextFiles.of_run(base, base, [IM_END]))
+    export(adapter, tmp_path / "plain")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "plain" / name).read_bytes() == (adapter / name).read_bytes()
+    for at_hand in (True, False):
+        if not at_hand:
+            edit(adapter / "lowrank_dist.json", base="elsewhere")
+        with pytest.raises(UserError, match="not exported for vLLM: its texts end in token 4, which is not in eos_to"):
+            export(adapter, tmp_path / "out", vllm=True)
+    edit(adapter / "lowrank_dist.json", base=str(base))
+    edit(base / "generation_config.json", eos_token_id=[EOS, IM_END])
+    export(adapter, tmp_path / "served", vllm=True)
+    # Control: an end that the base has.
+    export(trained(tmp_path / "usual", base, TextFiles.of_run(base, base, [EOS])), tmp_path / "usually", vllm=True)
+
+
+def test_vllm_reads_the_tokenizer_of_the_base(base: Path, tmp_path: Path) -> None:
+    other = other_tokenizer(tmp_path / "other")
+    adapter = trained(tmp_path / "adapter", base, TextFiles.of_run(other, base, [EOS]))
+    with pytest.raises(UserError, match="trained with another tokenizer or chat template than that of .*base, which"):
+        export(adapter, tmp_path / "out", vllm=True)
