@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,12 @@ from rich import progress
 
 from lowrank_dist.engine.run import Run
 from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import temporary_name
 from lowrank_dist.generate.metrics import METRICS
 from lowrank_dist.terminal import open_console, say
+
+logger = logging.getLogger(__name__)
 
 # Hugging Face's tags, so that runs lie beside those of other trainers in one board.
 TAGS = {
@@ -40,7 +45,7 @@ Record = Mapping[str, Any]
 
 
 class Sink:
-    """One place that reports go to. A subclass overrides what concerns it; what it raises ends the run."""
+    """One place that reports go to. A subclass overrides what concerns it; what it raises ends nothing (`Reporter`)."""
 
     def record(self, record: Record) -> None:
         """Keep or show what was measured at one step."""
@@ -53,73 +58,116 @@ class Sink:
 
 
 class Reporter:
-    """Passes every report on to its sinks. Every rank has one; only rank 0's has sinks."""
+    """Passes every report on to its sinks. Every rank has one; only rank 0's has sinks.
 
-    def __init__(self, sinks: Sequence[Sink], elapsed: float) -> None:
+    A sink may fail, as on a full disk. That is said once, and is no reason for a run to end: the sink is asked again
+    with the next report.
+    """
+
+    def __init__(self, elapsed: float) -> None:
         """elapsed: seconds that the run had trained before it was interrupted."""
-        self._sinks, self._start = tuple(sinks), time.monotonic() - elapsed
+        self._sinks: dict[str, Sink] = {}
+        self._failed: set[str] = set()
+        self._start = time.monotonic() - elapsed
+
+    def add(self, name: str, open_sink: Callable[[], Sink]) -> None:
+        """Report to one more sink, unless it fails to open. name: what it is called in messages."""
+        with self._going_on(name):
+            self._sinks[name] = open_sink()
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Report what was measured at a step. `step` counts finished optimizer steps."""
         record = {"step": step, "time": round(time.monotonic() - self._start, 3), **values}
-        for sink in self._sinks:
-            sink.record(record)
+        for name, sink in self._sinks.items():
+            with self._going_on(name):
+                sink.record(record)
 
     def say(self, message: str) -> None:
         """Report one line for the person who watches."""
-        for sink in self._sinks:
-            sink.say(message)
+        for name, sink in self._sinks.items():
+            with self._going_on(name):
+                sink.say(message)
 
     def close(self) -> None:
         """Close the sinks in their order, each whatever becomes of the others."""
-        with contextlib.ExitStack() as closing:
-            for sink in reversed(self._sinks):
-                closing.callback(sink.close)
+        for name, sink in self._sinks.items():
+            with self._going_on(name):
+                sink.close()
+
+    @contextlib.contextmanager
+    def _going_on(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever a library makes of a full disk
+            if name not in self._failed:
+                self._failed.add(name)
+                logger.warning("%s failed", name, exc_info=error)
+                self.say(f"{name} could not be written: {error}. The run goes on")
 
 
 def open_reporter(run: Run, total_steps: int) -> Reporter:
-    """Open the sinks that the configuration asks for; an interrupted run's records up to the resumed step stay."""
+    """Open the sinks that the configuration asks for; an interrupted run's records up to the resumed step stay.
+
+    Raises UserError where these cannot be written.
+    """
     if not run.writes:
-        return Reporter([], 0.0)
+        return Reporter(0.0)
     output, folder, done = run.config.output, run.folder, run.state.step if run.state else 0
     # What the interrupted run recorded beyond the step that was resumed will come again.
     kept = keep_records(folder.metrics, done)
-    sinks: list[Sink] = [MetricsFile(folder)]
+    reporter = Reporter(kept[-1]["time"] if kept else 0.0)
+    # First, to say what becomes of the others.
+    reporter.add("the console", lambda: ConsoleProgress(total_steps, done))
+    reporter.add(folder.metrics.name, lambda: MetricsFile(folder))
     if output.tensorboard:
-        sinks.append(TensorBoard(folder, done))
-    sinks.append(ConsoleProgress(total_steps, done))
+        reporter.add(folder.tensorboard.name, lambda: TensorBoard(folder, done))
     if output.plot:
-        sinks.append(LossPicture(folder, kept))
-    return Reporter(sinks, kept[-1]["time"] if kept else 0.0)
+        reporter.add(folder.plot.name, lambda: LossPicture(folder, kept))
+    return reporter
 
 
 class MetricsFile(Sink):
-    """metrics.jsonl: a JSON object a line, appended."""
+    """metrics.jsonl: a JSON object a line, appended. What the disk does not take is kept for the next time."""
 
     def __init__(self, folder: RunFolder) -> None:
-        self._file = folder.metrics.open("a", buffering=1)
+        self._path, self._unwritten = folder.metrics, b""
+        self._path.touch()
 
     def record(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._unwritten += f"{json.dumps(record)}\n".encode()
+        self.close()
 
     def close(self) -> None:
-        self._file.close()
+        # Unbuffered, so that what is left is known to the byte, be it half a line.
+        with self._path.open("ab", buffering=0) as file:
+            while self._unwritten:
+                self._unwritten = self._unwritten[file.write(self._unwritten) :]
 
 
 class TensorBoard(Sink):
-    """TensorBoard's event files, of the values that TAGS names."""
+    """TensorBoard's event files, of the values that TAGS names. Once they have failed they are not gone on with."""
 
     def __init__(self, folder: RunFolder, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._before = threading.excepthook
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=done + 1 if done else None)
+        threading.excepthook = self._in_thread
 
     def record(self, record: Record) -> None:
         for name in record.keys() & TAGS.keys():
             self._board.add_scalar(TAGS[name], record[name], record["step"])
 
     def close(self) -> None:
-        self._board.close()
+        try:
+            self._board.close()
+        finally:
+            threading.excepthook = self._before
+
+    def _in_thread(self, died: threading.ExceptHookArgs) -> None:
+        """Leave out the traceback of TensorBoard's own thread, whose error is raised by what is written next."""
+        if not type(died.thread).__module__.startswith("tensorboard."):
+            self._before(died)
 
 
 class ConsoleProgress(Sink):
@@ -205,7 +253,7 @@ class LossPicture(Sink):
 def keep_records(path: Path, done: int) -> list[Record]:
     """Cut metrics.jsonl back to step `done` and return the records that stay.
 
-    The last line of a killed run may be half of one.
+    The last line of a killed run may be half of one. Raises UserError where it cannot be written.
     """
     if not path.exists():
         return []
@@ -218,8 +266,11 @@ def keep_records(path: Path, done: int) -> list[Record]:
         except (ValueError, TypeError, KeyError):
             continue
     shorter = temporary_name(path)
-    shorter.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-    shorter.replace(path)
+    try:
+        shorter.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        shorter.replace(path)
+    except OSError as error:
+        raise UserError(f"output.dir: cannot write {path}: {error.strerror}; is the disk full?") from error
     return kept
 
 

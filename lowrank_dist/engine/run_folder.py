@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +20,24 @@ logger = logging.getLogger(__name__)
 ENTRIES = ("config.yaml", "metrics.jsonl", "checkpoints", "adapter")
 # The line of a checkpoint in logs/rank-0.log, from which `RunFolder.saved_run` knows that there was one.
 WRITTEN = "checkpoint of step %d written to %s"
+
+
+class RankLog(logging.FileHandler):
+    """The log of one rank. A disk that refuses it ends nothing; it is said once, on stderr."""
+
+    _said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Called by `emit` for what it met."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._said:
+            self._said = True
+            with contextlib.suppress(OSError):
+                print(
+                    f"lowrank_dist: {self.baseFilename} could not be written: {error}. The run goes on", file=sys.stderr
+                )
 
 
 class RunFolder:
@@ -92,7 +112,7 @@ class RunFolder:
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            handler = logging.FileHandler(self._log(rank))
+            handler = RankLog(self._log(rank))
             if rank == 0:
                 assert handler.stream is not None, "opened by its constructor"
                 self._lock(handler.stream.fileno())

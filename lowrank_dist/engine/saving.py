@@ -211,13 +211,17 @@ class CheckpointSaver:
             self._current.thread.join(_LAST_SECONDS)
 
     def keep_probe(self, input_ids: Tensor, logits: Tensor) -> None:
-        """Write probe.safetensors: input_ids [b, s] int64 and the trained model's logits [b, s, V] fp32."""
+        """Write probe.safetensors: input_ids [b, s] int64 and the trained model's logits [b, s, V] fp32.
+
+        What was trained is saved by now: a disk that refuses is reported.
+        """
         if self._writer is not None:
             tensors = {"input_ids": input_ids, "logits": logits.float()}
             try:
                 save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, self._folder.probe)
             except (OSError, SafetensorError) as error:
-                raise DiskError(f"could not write {self._folder.probe}: {error}; is the disk full?") from error
+                logger.error("could not write %s", self._folder.probe, exc_info=error)
+                self._report(f"NO PROBE WAS WRITTEN to {self._folder.probe}: {error}; is the disk full?")
 
     def _wait(self) -> None:
         if self._current is not None:

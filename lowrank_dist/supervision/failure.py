@@ -47,8 +47,11 @@ class Failure:
         return shown("\n".join(part.rstrip() for part in (self.headline, self.traceback) if part))
 
 
-def record(folder: Path, failure: Failure) -> str:
-    """Write FAILED unless one that explains as much is there. Returns what FAILED says now; never raises."""
+def record(folder: Path, failure: Failure | str) -> str:
+    """Write FAILED unless one that explains as much is there. Returns what FAILED says now; never raises.
+
+    failure: of this rank, or what another said that went first.
+    """
     target = folder / NAME
     temporary = temporary_name(target)
     text = str(failure)

@@ -140,7 +140,8 @@ class Supervision:
         if not answer.reached:
             reason += f"; nor does the job's store on {os.environ.get('MASTER_ADDR', 'rank 0')} answer"
         failure = self._failure(reason, "", False, silent)
-        said = record(self._folder, failure) if self._folder else str(failure)
+        # Where the cause is known it takes our place: the rank that went first may have found no space to record it.
+        said = record(self._folder, answer.cause or failure) if self._folder else str(failure)
         return said if explains(said) or answer.cause is None else answer.cause
 
     def _ask_peers(self, said: str | None, shared: bool) -> Answer:

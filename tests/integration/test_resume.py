@@ -352,6 +352,35 @@ def test_a_disk_that_refuses_ends_no_training_in_silence(job: Path, runs: dict[s
     assert all(np.array_equal(a, tensors(runs["TP2xDP2"])[key]) for key, a in tensors(folder).items())
 
 
+def _with_full_sinks(arguments: list[str]) -> Outcome:
+    """One rank whose disk takes neither records, nor TensorBoard's, nor the picture."""
+    import errno
+    from unittest import mock
+
+    from lowrank_dist.engine import reporter
+    from tests.integration.launching import _main
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with (
+        mock.patch.object(reporter.MetricsFile, "record", full),
+        mock.patch.object(reporter.TensorBoard, "record", full),
+        mock.patch.object(reporter.LossPicture, "close", full),
+    ):
+        return _main(arguments, True)
+
+
+def test_a_run_that_can_report_nothing_trains_on(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    folder, sinks = tmp_path / "run", ("output.plot=true", "output.tensorboard=true")
+    arguments = [str(job), f"output.dir={folder}", *LAYOUTS["TP2"].overrides, *sinks]
+    said = well(run_ranks(2, _with_full_sinks, arguments))
+    for name in ("metrics.jsonl", "tensorboard", "loss.png"):
+        assert said.count(f"{name} could not be written: [Errno 28] No space left on device. The run goes on") == 1
+    assert not (folder / "FAILED").exists() and (folder / "adapter").is_dir()
+    assert all(np.array_equal(a, tensors(runs["TP2"])[key]) for key, a in tensors(folder).items())
+
+
 def _with_a_skewed_replica(arguments: list[str]) -> Outcome:
     """One rank; on tensor-parallel rank 1 the masters of replicated factors are another number."""
     from unittest import mock

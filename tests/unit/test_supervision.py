@@ -336,6 +336,22 @@ def test_a_rank_that_only_lost_its_peers_repeats_the_cause(
     assert read(tmp_path) == str(CAUSE) and capsys.readouterr().err == f"lowrank_dist: {CAUSE}\n"
 
 
+def test_a_rank_left_behind_records_the_cause_that_it_is_told(
+    supervision: Supervision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The rank that went first found no space for it; of this one FAILED says nothing."""
+    told = f"{CAUSE}\n(and {tmp_path / 'FAILED'} could not be written: [Errno 28] No space left on device)"
+    monkeypatch.setattr(supervision, "_ask_peers", lambda *_: Answer(speaks=True, cause=told))
+    assert supervision.failed(raised(RuntimeError("gloo/pair.cc: Connection closed by peer"))) == FAILURE
+    assert read(tmp_path) == told and explains(told) and capsys.readouterr().err == f"lowrank_dist: {told}\n"
+    # Control: where nobody knows the cause, who is missing is what there is to say.
+    (tmp_path / "FAILED").unlink()
+    monkeypatch.setattr(supervision, "_ask_peers", lambda *_: Answer(speaks=True, silent=[3]))
+    supervision.failed(raised(RuntimeError("gloo/pair.cc: Connection closed by peer")))
+    said = read(tmp_path)
+    assert said and " was left behind " in said and " by rank 3: " in said
+
+
 def test_ctrl_c_is_no_failure(supervision: Supervision, tmp_path: Path) -> None:
     assert supervision.failed(KeyboardInterrupt()) == INTERRUPTED and read(tmp_path) is None
 
