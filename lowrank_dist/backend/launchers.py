@@ -28,6 +28,8 @@ _SIGNS = {"CROSS_RANK": _NODE_NAME, "TORCHELASTIC_RUN_ID": _TORCHRUN_NAME}
 _FIRST_PORT, _PORTS, _STRIDE = 10000, 20000, 6007
 # A name with one list of numbers or several in it, up to a comma that is not in a list.
 _FIRST_HOST = re.compile(r"([^\[\],](?:[^\[\],]|\[\d[^\[\]]*\])*)(?:,.*)?")
+# Of a node, or of several alike. Slurm itself ends at 65,536 nodes.
+_TASKS, _MOST_NODES = re.compile(r"(\d{1,7})(?:\(x(\d{1,7})\))?", re.ASCII), 1 << 16
 # Places in `stat_fields`; proc(5) numbers them from 1, with the process id and the name before.
 STATE, USER_TICKS, SYSTEM_TICKS, STARTED, EXIT_CODE = (number - 3 for number in (3, 14, 15, 22, 52))
 
@@ -180,11 +182,23 @@ def named_hostfile(command: Sequence[str]) -> str | None:
 def ranks_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the step's variables.
 
-    What is set already stays. Nothing happens outside a step: the variables that a batch script has say one task where
-    there are none. UserError for variables that are not as Slurm sets them.
+    What is set already stays. Nothing is set outside a step: the variables that a batch script has say one task where
+    there are none. UserError for variables that are not as Slurm or another launcher sets them.
     """
-    if "RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment:
-        return
+    if not ("RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment):
+        _set_from_step(environment)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT"):
+        if name in environment:
+            _number(environment, name)
+    for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_SIZE")):
+        if name in environment and size in environment and int(environment[name]) >= int(environment[size]):
+            raise UserError(
+                f"{name}: {environment[name]} is not below {size}={environment[size]}; start the ranks with deepspeed, "
+                "torchrun or srun"
+            )
+
+
+def _set_from_step(environment: MutableMapping[str, str]) -> None:
     environment["RANK"] = str(_number(environment, "SLURM_PROCID"))
     environment["WORLD_SIZE"] = str(_number(environment, "SLURM_STEP_NUM_TASKS"))
     environment["LOCAL_RANK"] = str(_number(environment, "SLURM_LOCALID"))
@@ -195,6 +209,11 @@ def ranks_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None
             f"node {node} (SLURM_NODEID); start the ranks with srun, or set RANK, WORLD_SIZE, LOCAL_RANK and "
             "LOCAL_WORLD_SIZE"
         )
+    if sum(tasks) != int(environment["WORLD_SIZE"]):
+        raise UserError(
+            f"SLURM_STEP_TASKS_PER_NODE: {environment['SLURM_STEP_TASKS_PER_NODE']!r} are not the "
+            f"{environment['WORLD_SIZE']} tasks of SLURM_STEP_NUM_TASKS; start the ranks with srun"
+        )
     environment["LOCAL_WORLD_SIZE"] = str(tasks[node])
     if "MASTER_ADDR" not in environment:
         environment["MASTER_ADDR"] = first_host(environment.get("SLURM_STEP_NODELIST", ""))
@@ -204,12 +223,12 @@ def ranks_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None
 
 
 def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
-    """Return the number that Slurm gives in a variable. UserError where it is none."""
+    """Return the number that a launcher gives in a variable. UserError where it is none."""
     text = environment.get(name, default)
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise UserError(
-            f"{name}: {text!r} is not the number that Slurm sets for a step; start the ranks with srun, or set RANK, "
-            "WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            f"{name}: {text[:40]!r} is not the number that a launcher sets; start the ranks with deepspeed, torchrun "
+            "or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         )
     return int(text)
 
@@ -252,11 +271,19 @@ def first_host(nodes: str) -> str:
     """Return the first name of a Slurm host list: "a[07-09,12],b1" → "a07". UserError for what is none."""
     match = _FIRST_HOST.fullmatch(nodes)
     if match is None:
-        raise UserError(f"SLURM_STEP_NODELIST: {nodes!r} is not understood; set MASTER_ADDR to the first node's name")
+        raise UserError(
+            f"SLURM_STEP_NODELIST: {nodes[:80]!r} is not understood; set MASTER_ADDR to the first node's name"
+        )
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[1])
 
 
 def _tasks_of(text: str) -> list[int]:
-    """Return the tasks of each node: "2(x2),1" → [2, 2, 1]."""
-    found = re.findall(r"(\d+)(?:\(x(\d+)\))?(?:,|$)", text)
-    return [int(tasks) for tasks, times in found for _ in range(int(times or 1))]
+    """Return the tasks of each node: "2(x2),1" → [2, 2, 1]. UserError for what is no such list."""
+    found = [_TASKS.fullmatch(part) for part in text.split(",")]
+    counts = [(int(match[1]), int(match[2] or 1)) for match in found if match is not None]
+    if len(counts) < len(found) or sum(times for _, times in counts) > _MOST_NODES:
+        raise UserError(
+            f"SLURM_STEP_TASKS_PER_NODE: {text[:40]!r} is not what Slurm sets for a step; start the ranks with srun, "
+            "or set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE"
+        )
+    return [tasks for tasks, times in counts for _ in range(times)]

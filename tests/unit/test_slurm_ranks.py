@@ -80,11 +80,22 @@ def test_a_job_script_meets_where_bare_steps_do(tmp_path: Path) -> None:
         {"SLURM_LOCALID": "-1"},
         {"SLURM_NODEID": "7"},
         {"SLURM_STEP_TASKS_PER_NODE": "many"},
+        {"SLURM_STEP_TASKS_PER_NODE": "2(x2"},
+        {"SLURM_STEP_TASKS_PER_NODE": "x2,2,1"},
+        {"SLURM_STEP_TASKS_PER_NODE": "2(x9999999)"},
+        {"SLURM_STEP_TASKS_PER_NODE": "2(x2),2"},
+        {"SLURM_STEP_TASKS_PER_NODE": "2" * 5000},
+        {"RANK": "", "WORLD_SIZE": "2"},
+        {"RANK": "one"},
+        {"RANK": "5", "WORLD_SIZE": "5"},
+        {"MASTER_PORT": "٤٢"},
+        {"LOCAL_RANK": "0x1", "RANK": "1"},
+        {"LOCAL_WORLD_SIZE": "2.0", "RANK": "1"},
         {"SLURM_JOB_ID": "9" * 5000},
         {"SLURM_STEP_ID": "batch"},
         {"SLURM_STEP_NODELIST": "["},
     ],
-    ids=lambda wrong: next(iter(wrong)),
+    ids=lambda wrong: " ".join(f"{name}={value[:20]}" for name, value in wrong.items()),
 )
 def test_variables_that_slurm_does_not_set_so(wrong: dict[str, str]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
