@@ -16,7 +16,9 @@ from lowrank_dist.data.masking import Sample, mask_completions, mask_conversatio
 from lowrank_dist.data.tokenizer import Tokenizer
 from lowrank_dist.errors import UserError
 
-_CHUNK = 1024  # records tokenised together: enough to keep the tokenizer's threads busy, little to hold twice
+# Records tokenised together: enough to keep the tokenizer's threads busy, little to hold twice. Fewer where they are
+# long, since tokens in the making take some 250 bytes a character.
+_CHUNK, _CHUNK_CHARACTERS = 1024, 1 << 20
 _SHOWN_LINES = 5
 
 
@@ -171,11 +173,26 @@ def load_dataset(
 
 
 def _samples(records: Records, tokenizer: Tokenizer) -> Iterator[Sample]:
-    for at in range(0, max(len(records.completions), len(records.conversations)), _CHUNK):
-        if records.kind == "completion":
-            yield from mask_completions(tokenizer, records.completions[at : at + _CHUNK])
-        else:
-            yield from mask_conversations(tokenizer, records.conversations[at : at + _CHUNK], records.path)
+    if records.kind == "completion":
+        sizes = [len(record.prompt) + len(record.completion) for record in records.completions]
+        for start, end in _chunks(sizes):
+            yield from mask_completions(tokenizer, records.completions[start:end])
+    else:
+        sizes = [sum(len(turn["content"]) for turn in record.messages) for record in records.conversations]
+        for start, end in _chunks(sizes):
+            yield from mask_conversations(tokenizer, records.conversations[start:end], records.path)
+
+
+def _chunks(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield (start, end) of the records that are tokenised together. sizes: characters of each."""
+    start, held = 0, 0
+    for at, size in enumerate(sizes):
+        if at > start and (at - start == _CHUNK or held + size > _CHUNK_CHARACTERS):
+            yield start, at
+            start, held = at, 0
+        held += size
+    if start < len(sizes):
+        yield start, len(sizes)
 
 
 def _led(sample: Sample, lead: Sequence[int]) -> Sample:

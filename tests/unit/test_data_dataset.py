@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lowrank_dist.data import dataset
 from lowrank_dist.data.dataset import load_dataset
-from lowrank_dist.data.formats import Completion, Use
+from lowrank_dist.data.formats import Completion, Use, read_jsonl
 from lowrank_dist.data.masking import mask_completions
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
@@ -152,3 +153,20 @@ def test_bad_lines_and_templates_come_through_with_their_line(tmp_path: Path, to
     path = write(tmp_path, {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]})
     with pytest.raises(UserError, match=r"data\.jsonl:1: .*end-of-turn token would never be trained"):
         load_dataset(path, alpaca, 64, VOCAB)
+
+
+def test_long_records_are_tokenised_in_smaller_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "_CHUNK", 3)
+    monkeypatch.setattr(dataset, "_CHUNK_CHARACTERS", 10)
+    assert list(dataset._chunks([])) == []
+    assert list(dataset._chunks([1] * 7)) == [(0, 3), (3, 6), (6, 7)]
+    assert list(dataset._chunks([99, 1, 9, 1, 50])) == [(0, 1), (1, 3), (3, 4), (4, 5)]
+
+
+def test_a_line_beyond_the_bound_is_refused_before_it_is_held(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"prompt": "a", "completion": "b"}\n{"prompt": "')
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"data\.jsonl:2: the line is longer than 2 MiB: split it, or leave it out"):
+        read_jsonl(path)

@@ -378,6 +378,110 @@ def test_a_description_is_no_file() -> None:
     assert not is_description('"""x"""\nfrom a import b') and not is_description("x = 1")
 
 
+# --- what anyone may have written ------------------------------------------------------------------------------------
+
+UNTRUSTED = f"{PACKAGE}.untrusted"
+# Every other call of a parser, and why what it reads is ours.
+TRUSTED = {
+    "backend.launchers: json.loads": "the command line of the launcher above this process",
+    "checkpoint.training_state: model_validate_json": "what the reader of JSON has passed, or rank 0 has sent",
+    "config.load: yaml.compose": "by the Loader with bounds, of a text within the bound of a file",
+    "doctor.board: json.loads": "what a rank has put on the job's store",
+    "engine.resume: json.loads": "what rank 0 has sent",
+    "formats.model_folder: re.fullmatch": "the names in a family's table",
+    "generate.decode: json.loads": "what the ranks have sent",
+    "generate.metrics: regex.compile": "scripts by their names in Unicode",
+    "launch.quickstart.report: json.loads": "what the quickstart has written",
+    "parallel.collectives: json.loads": "what the ranks have sent",
+    "slurm: re.match": "the options of our own job scripts",
+    "supervision.watchdog: json.loads": "the arguments that the rank gives its watchdog",
+    "supervision.watchdog: re.search": "the place in a list of stacks",
+}
+PARSERS = {
+    "json": ("load", "loads", "JSONDecoder"),
+    "yaml": ("load", "load_all", "safe_load", "unsafe_load", "compose"),
+}
+ENGINES = ("re", "regex")
+EXPRESSIONS = ("compile", "match", "fullmatch", "search", "findall", "finditer", "sub", "subn", "split")
+
+
+def parsers(source: str) -> set[str]:
+    """Return the calls of a module that parse JSON or YAML, or take an expression that is not written there."""
+    found, calls = set(), [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    for node in calls:
+        function = node.func
+        if not isinstance(function, ast.Attribute):
+            continue
+        module = function.value.id if isinstance(function.value, ast.Name) else ""
+        name = f"{module}.{function.attr}"
+        if function.attr == "model_validate_json":
+            found.add(function.attr)
+        elif function.attr in PARSERS.get(module, ()):
+            found.add(name)
+        elif module in ENGINES and function.attr in EXPRESSIONS and not is_written(node.args[0]):
+            found.add(name)
+    return found
+
+
+def is_written(expression: ast.expr) -> bool:
+    """Return whether an expression is a literal, or one with constants of the module or escaped text in it."""
+    if isinstance(expression, ast.JoinedStr):
+        return all(is_written(part) for part in expression.values)
+    if isinstance(expression, ast.FormattedValue):
+        inner = expression.value
+        constants = [each.id for each in ast.walk(inner) if isinstance(each, ast.Name)]
+        escaped = isinstance(inner, ast.Call) and ast.unparse(inner.func) == "re.escape"
+        return escaped or bool(constants) and all(name.lstrip("_").isupper() for name in constants)
+    return isinstance(expression, ast.Constant)
+
+
+def test_what_anyone_may_have_written_is_read_in_one_room() -> None:
+    found = {
+        f"{name.removeprefix(f'{PACKAGE}.')}: {call}"
+        for name, path in modules(PACKAGE, "launch")
+        if not under(name, UNTRUSTED)
+        for call in parsers(path.read_text())
+    }
+    assert sorted(found - TRUSTED.keys()) == [], "read it by lowrank_dist/untrusted"
+    assert sorted(TRUSTED.keys() - found) == [], "in TRUSTED, but not there"
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("json.loads(path.read_text())", "json.loads"),
+        ("with path.open() as file:\n    x = json.load(file)", "json.load"),
+        ("json.JSONDecoder().decode(text)", "json.JSONDecoder"),
+        ("yaml.safe_load(text)", "yaml.safe_load"),
+        ("State.model_validate_json(text)", "model_validate_json"),
+        ("re.compile(pattern)", "re.compile"),
+        ("re.fullmatch(targets, module)", "re.fullmatch"),
+        ("re.match(rf'(.*\\.)?({key})$', module)", "re.match"),
+        ("regex.search(a + b, text)", "regex.search"),
+        ("any(re.search(p, x) for p in patterns)", "re.search"),
+    ],
+)
+def test_a_planted_parser_is_found(source: str, found: str) -> None:
+    assert parsers(source) == {found}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = json.dumps(value)",
+        "read_object(path, remedy)",
+        "re.compile(r'\\d+')",
+        "re.sub(r'a', b, text)",
+        "re.match(rf'{re.escape(name)}=', line)",
+        "re.compile(rf'([0-9]+)({_UNITS})')",
+        "yaml.dump(value, sort_keys=False)",
+        "match.group(pattern)",
+    ],
+)
+def test_what_is_written_in_the_code_is_no_parser(source: str) -> None:
+    assert parsers(source) == set()
+
+
 # --- citations -------------------------------------------------------------------------------------------------------
 
 # Documents that are not in the repository, paths outside it, and whoever asked for a thing in place of its reason.
