@@ -68,7 +68,7 @@ def fetch(wheel: Wheel, cache: Path = CACHE) -> Path:
 
 
 def _download(wheel: Wheel, folder: Path) -> None:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
     pip = subprocess.run([*command, "--dest", str(folder), wheel.requirement], capture_output=True, text=True)
     if pip.returncode != 0:
         raise UserError(

@@ -2,12 +2,16 @@
 
 import ctypes
 import errno
+import fcntl
 import os
 import secrets
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 from lowrank_dist.errors import DiskError, UserError
 
@@ -15,6 +19,7 @@ _MARK = ".lowrank_dist-tmp-"
 # linux/fcntl.h and linux/fs.h; Python has no binding for renameat2.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -39,7 +44,8 @@ def target_of(folder: Path) -> Path:
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `target`; on success it is synced to disk and becomes `target`.
 
-    Any exception removes it and leaves `target` as it was; a kill leaves at most a folder that `is_temporary` knows.
+    Any exception removes it and leaves `target` as it was, and so do SIGTERM and SIGHUP where they would end the
+    process; a kill leaves at most a folder that `is_temporary` knows, which the next writer of `target` removes.
     Missing parents are made. With `replace` an existing folder is exchanged in one step (renameat2) and then removed.
 
     Raises UserError when `target` exists (without `replace`, or is no plain folder) and DiskError, naming the path, for
@@ -48,22 +54,73 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     target = Path(os.path.abspath(target))
     _check_target(target, replace)
     temporary = temporary_name(target)
+    with _signals_as_exceptions():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(target)
+            temporary.mkdir()
+            with _held(temporary):
+                yield temporary
+                _sync_tree(temporary)
+                _check_target(target, replace)
+                if replace and target.exists():
+                    _exchange(temporary, target)
+                else:
+                    temporary.rename(target)
+            sync(target.parent)
+        except OSError as error:
+            raise DiskError(_explain(error, target)) from error
+        finally:
+            # After an exchange this is the old folder, after a failure the unfinished one, after a rename nothing.
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Lock a folder for as long as somebody writes it, which `_remove_abandoned` asks."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
-        yield temporary
-        _sync_tree(temporary)
-        _check_target(target, replace)
-        if replace and target.exists():
-            _exchange(temporary, target)
-        else:
-            temporary.rename(target)
-        sync(target.parent)
-    except OSError as error:
-        raise DiskError(_explain(error, target)) from error
+        with suppress(OSError):  # a file system without locks, where nothing is taken for abandoned
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        # After an exchange this is the old folder, after a failure the unfinished one, after a plain rename nothing.
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Remove what killed writers of `target` left beside it: no live one lets go of its lock.
+
+    An empty folder stays: its writer may be about to lock it.
+    """
+    for folder in [child for child in target.parent.iterdir() if is_temporary(child) and target_of(child) == target]:
+        with suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.listdir(descriptor):
+                    shutil.rmtree(folder)
+            finally:
+                os.close(descriptor)
+
+
+@contextmanager
+def _signals_as_exceptions() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the process by way of SystemExit, where nobody has other plans for them."""
+    mine = threading.current_thread() is threading.main_thread()
+    numbers = [number for number in _ENDING if mine and signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for each in numbers:  # a second one would end the tidying up
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _check_target(target: Path, replace: bool) -> None:

@@ -78,7 +78,8 @@ def start(charge: Charge) -> subprocess.Popen[bytes]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, *_ENDS_JOBS})
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "lowrank_dist.supervision.watchdog", json.dumps(asdict(charge))],
+            # -P: a file of the working directory may be called as a module of the standard library is.
+            [sys.executable, "-P", "-m", "lowrank_dist.supervision.watchdog", json.dumps(asdict(charge))],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
             stdout=subprocess.DEVNULL,

@@ -10,7 +10,7 @@ import pytest
 
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats import atomic
-from lowrank_dist.formats.atomic import atomic_folder, is_temporary
+from lowrank_dist.formats.atomic import atomic_folder, is_temporary, temporary_name
 
 
 def test_the_folder_appears_only_at_the_end(tmp_path: Path) -> None:
@@ -41,8 +41,53 @@ def test_a_kill_leaves_only_a_recognisable_folder(tmp_path: Path) -> None:
     (left,) = tmp_path.iterdir()
     assert is_temporary(left) and left.name.startswith(".out")
     with atomic_folder(tmp_path / "out") as temporary:
-        assert temporary != left
-    assert (tmp_path / "out").is_dir()
+        assert temporary != left and not left.exists(), "the next writer removes it"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_only_what_nobody_writes_is_removed(tmp_path: Path) -> None:
+    others = [temporary_name(tmp_path / "other"), temporary_name(tmp_path / "out")]
+    for folder in others:
+        folder.mkdir()
+    (others[0] / "x").touch()  # the second is empty, as one that its writer has not locked yet
+    with atomic_folder(tmp_path / "out", replace=True) as first:
+        (first / "x").touch()
+        with atomic_folder(tmp_path / "out", replace=True) as second:
+            assert first.exists() and second.exists()
+        assert first.exists() and (tmp_path / "out").exists()
+    assert all(folder.exists() for folder in others)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_the_process_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    child = os.fork()
+    if child == 0:
+        signal.signal(number, signal.SIG_DFL)
+        try:
+            with atomic_folder(tmp_path / "out") as temporary:
+                (temporary / "x").write_text("1")
+                os.kill(os.getpid(), number)
+        except SystemExit as end:
+            os._exit(end.code)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_signal_that_somebody_handles_stays_theirs(tmp_path: Path) -> None:
+    """A rank told to stop goes on to save."""
+    told = []
+    before = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+    try:
+        with atomic_folder(tmp_path / "out"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert told and (tmp_path / "out").is_dir()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with atomic_folder(tmp_path / "other"):
+            pass
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
