@@ -17,7 +17,7 @@ from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.manifest import OPTIMIZER_FILE, STATE_FILE, verify_manifest, write_manifest
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.formats.text_files import TextFiles, refuse_for_serving, text_files
-from lowrank_dist.methods.files import TrainedFiles, own_file
+from lowrank_dist.methods.files import VLLM, TrainedFiles, own_file
 from lowrank_dist.methods.registry import home_of, reader_of
 
 _STEP = re.compile(r"step-([1-9]\d*)", re.ASCII)
@@ -124,27 +124,29 @@ def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
             shutil.copyfile(source / name, temporary / name)
 
 
-def export(source: Path, out: Path, *, vllm: bool = False, max_rank: int | None = None) -> None:
-    """Write the adapter of `source` and the tokenizer beside it, unchanged, and README.md into the new folder `out`.
+def export(source: Path, out: Path, *, target: str | None = None, max_rank: int | None = None) -> tuple[str, ...]:
+    """Write the adapter of `source`, the tokenizer beside it and README.md into the new folder `out`; all or nothing.
 
-    All or nothing. vllm: refuse what vLLM would not load, would scale wrongly or would not end (`refuse_for_serving`);
-    max_rank: the --max-lora-rank that it is started with. Raises UserError for a run folder, a whole model, what the
-    reader of its method refuses, a malformed provenance, and an `out` that exists.
+    Returns what was changed. target: one of TARGETS: refuse what it would not load or (vLLM) would not end, and write
+    what it reads as PEFT reads the adapter; without it the files are copied as they are. max_rank: the --max-lora-rank
+    that vLLM is started with. Raises UserError for a run folder, a whole model, what the reader of its method refuses,
+    a malformed provenance, and an `out` that exists.
     """
     if home_of(source) is None and (source / "checkpoints").is_dir():
         raise UserError(
             f"{source} is a run, not a checkpoint: give {source / 'checkpoints' / 'best'} or "
             f"{source / 'checkpoints' / 'last'}"
         )
-    published = reader_of(source).files.publish(source, out.name, vllm=vllm, max_rank=max_rank)
-    if vllm:
+    published = reader_of(source).files.publish(source, out.name, target=target, max_rank=max_rank)
+    if target == VLLM:
         provenance = read_provenance(source)
         base = None if provenance is None or not Path(provenance.base).is_dir() else Path(provenance.base)
-        refuse_for_serving(source, base, () if provenance is None else provenance.new_ends, "vLLM")
-    # The files themselves, not written anew: only their own config says for sure what they mean to PEFT.
+        refuse_for_serving(source, base, () if provenance is None else provenance.new_ends, target)
     with atomic_folder(out) as temporary:
         for name in (*published.files, *text_files(source)):
             # PEFT's own folders have no provenance.
             if name != PROVENANCE_FILE or (source / name).exists():
                 shutil.copyfile(own_file(source, name), temporary / name)
+        published.write(temporary)
         (temporary / CARD_FILE).write_text(published.card, encoding="utf-8")
+    return published.notes

@@ -112,21 +112,32 @@ def export_command(
     ],
     out: Annotated[Path, typer.Option(help="Folder to write; must not exist.", metavar="DIR")],
     target: Annotated[
-        str | None, typer.Option("--for", help="vllm: refuse what vLLM would not serve right.", metavar="vllm")
+        str | None,
+        typer.Option(
+            "--for",
+            help="Refuse what this program would not serve right, and write one rank and one alpha where it reads no "
+            "more than that.",
+            metavar="vllm|llama.cpp",
+        ),
     ] = None,
     max_rank: Annotated[
         int | None, typer.Option(help="With --for vllm: the --max-lora-rank that vLLM is started with.", metavar="N")
     ] = None,
 ) -> None:
-    """Write a checkpoint's adapter with a model card: without optimizer state, for PEFT, the Hub and vLLM."""
+    """Write a checkpoint's adapter with a model card: no optimizer state, for PEFT, the Hub, vLLM, llama.cpp."""
     from lowrank_dist.checkpoint.folder import export
+    from lowrank_dist.methods.files import TARGETS, VLLM
 
-    if target not in (None, "vllm"):
-        raise UserError(f"--for {target}: give vllm, or leave it out")
-    if max_rank is not None and target is None:
+    known = {name.lower(): name for name in TARGETS}
+    if target is not None and target not in known:
+        raise UserError(f"--for {target}: give {' or '.join(known)}, or leave it out")
+    program = None if target is None else known[target]
+    if max_rank is not None and program != VLLM:
         raise UserError("--max-rank says what vLLM is started with: add --for vllm")
-    export(checkpoint, out, vllm=target == "vllm", max_rank=max_rank)
+    notes = export(checkpoint, out, target=program, max_rank=max_rank)
     say(f"{out}: adapter and model card of {checkpoint}")
+    for note in notes:
+        say(f"  {note}")
 
 
 def inspect_command(

@@ -25,6 +25,9 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
+# The programs that an adapter can be exported for.
+VLLM, LLAMA_CPP = "vLLM", "llama.cpp"
+TARGETS = (VLLM, LLAMA_CPP)
 
 
 class TrainedFiles(Protocol):
@@ -56,10 +59,15 @@ class Collected:
 
 @dataclass(frozen=True)
 class Published:
-    """An adapter to publish. files: those to copy, unchanged, out of its folder. card: text of its model card."""
+    """An adapter to publish. files: those to copy, unchanged, out of its folder. card: text of its model card.
+
+    write: writes those that differ from the files in its folder into another. notes: what was changed, in a line each.
+    """
 
     files: tuple[str, ...]
     card: str
+    write: Callable[[Path], None] = lambda folder: None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,10 +105,10 @@ class MethodFiles(ABC):
         """Raise UserError for a folder that cannot be folded into the weights of a base."""
 
     @abstractmethod
-    def publish(self, source: Path, name: str, *, vllm: bool, max_rank: int | None) -> Published:
-        """Return what to publish of a folder under `name`; `vllm` and `max_rank` as in `checkpoint.folder.export`.
+    def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
+        """Return what to publish of a folder under `name`; `target` and `max_rank` as in `checkpoint.folder.export`.
 
-        Raises UserError for what is not exported, what the reader refuses and what vLLM would not serve right.
+        Raises UserError for what is not exported, what the reader refuses and what the target would not serve right.
         """
 
     @abstractmethod
@@ -150,9 +158,9 @@ def no_update(folder: Path, what: str) -> UserError:
     )
 
 
-def not_for_vllm(source: Path, what: str) -> UserError:
-    """Return the refusal to export for vLLM anything but a LoRA adapter."""
+def not_served(source: Path, what: str, target: str) -> UserError:
+    """Return the refusal to export for one of TARGETS anything but a LoRA adapter."""
     return UserError(
-        f"{source} is not exported for vLLM: it is {what}, and of adapters vLLM serves LoRA alone; leave --for "
+        f"{source} is not exported for {target}: it is {what}, and of adapters {target} serves LoRA alone; leave --for "
         "out, or train with method lora"
     )

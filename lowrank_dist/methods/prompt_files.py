@@ -33,7 +33,7 @@ from lowrank_dist.methods.files import (
     any_there,
     no_update,
     norm,
-    not_for_vllm,
+    not_served,
     own_file,
 )
 from lowrank_dist.untrusted.json import read_object
@@ -183,10 +183,10 @@ class PromptLearningFiles(MethodFiles):
     def refuse_merge(self, folder: Path) -> None:
         raise no_update(folder, f"a {self.name}: {self.merging}, which are in no weight of the base")
 
-    def publish(self, source: Path, name: str, *, vllm: bool, max_rank: int | None) -> Published:
+    def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
         provenance = read_provenance(source)
-        if vllm:
-            raise not_for_vllm(source, f"a {self.name}")
+        if target is not None:
+            raise not_served(source, f"a {self.name}", target)
         learned = read_prompt_learning(source)
         size = learned.embeddings.numel()
         about = f"A {self.name} for {base_model(learned.base)}: {_where(learned)}, {size:,} parameters."

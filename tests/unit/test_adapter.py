@@ -27,7 +27,7 @@ from lowrank_dist.checkpoint.folder import copy_adapter
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
 from lowrank_dist.merge.merge import merge
-from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
+from lowrank_dist.methods.files import CONFIG_FILE, VLLM, WEIGHTS_FILE
 from lowrank_dist.methods.lora.adopt import adopt_adapter
 from lowrank_dist.methods.lora.config import LoraConfig as LoraSection
 from lowrank_dist.methods.lora.files import LowRankFactor, read_adapter
@@ -533,8 +533,8 @@ def test_dora_there_and_back(bases: dict[str, Path], tmp_path: Path) -> None:
     report = inspected(folder, bases["llama"])
     assert not report.problems and report.facts["dora"] is True
     with pytest.raises(UserError, match="vLLM does not serve DoRA"):
-        FILES.publish(folder, "name", vllm=True, max_rank=None)
-    card = FILES.publish(folder, "name", vllm=False, max_rank=None).card
+        FILES.publish(folder, "name", target=VLLM, max_rank=None)
+    card = FILES.publish(folder, "name", target=None, max_rank=None).card
     assert "vllm serve MERGED" in card and "--enable-lora" not in card
 
 

@@ -28,7 +28,9 @@ def adapter(base: str) -> Adapter:
 
 
 def test_front_matter_and_facts() -> None:
-    card = model_card("mine", adapter("org/model-1.5"), Provenance("f" * 64, "/b", {"lora": {}}, training=TRAINING), 2)
+    card = model_card(
+        "mine", adapter("org/model-1.5"), Provenance("f" * 64, "/b", {"lora": {}}, training=TRAINING), None
+    )
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == "org/model-1.5" and front["library_name"] == "peft"
     assert front["pipeline_tag"] == "text-generation" and front["tags"] == ["lora", "lowrank_dist"]
@@ -40,7 +42,7 @@ def test_front_matter_and_facts() -> None:
 @pytest.mark.parametrize("base", ["", "/models/llama", "a/b/c", "x\nlicense: mit", "../up", "a--b", "<b>"])
 def test_what_is_no_repository(base: str) -> None:
     assert repository_of(base) is None
-    assert "base_model" not in yaml.safe_load(model_card("x", adapter(base), None, 2).split("---")[1])
+    assert "base_model" not in yaml.safe_load(model_card("x", adapter(base), None, None).split("---")[1])
 
 
 def test_an_existing_folder_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,7 +55,7 @@ def test_an_existing_folder_is_no_repository(tmp_path: Path, monkeypatch: pytest
 def test_text_is_never_markup() -> None:
     evil = "a`b|c\n# head <script>x</script> [l](http://e) ```"
     provenance = Provenance(evil, evil, {"k": evil}, training={"step": evil, "data": {"path": evil}, "loss": 10**400})
-    card = model_card(evil, adapter(evil), provenance, 2)
+    card = model_card(evil, adapter(evil), provenance, None)
     shown = "\n".join(line for line in card.splitlines() if not line.startswith("    "))
     assert "<script>" not in shown and "\n# head" not in shown and "[l](" not in shown and "```" not in shown
     assert len(plain("x" * 10**6)) < 400

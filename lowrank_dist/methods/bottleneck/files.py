@@ -29,7 +29,7 @@ from lowrank_dist.methods.files import (
     any_there,
     no_update,
     norm,
-    not_for_vllm,
+    not_served,
     own_file,
 )
 
@@ -141,10 +141,10 @@ class BottleneckFiles(MethodFiles):
             "it up",
         )
 
-    def publish(self, source: Path, name: str, *, vllm: bool, max_rank: int | None) -> Published:
+    def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
         provenance = read_provenance(source)
-        if vllm:
-            raise not_for_vllm(source, "adapter layers")
+        if target is not None:
+            raise not_served(source, "adapter layers", target)
         found = read_bottlenecks(source)
         config, size = found.config, sum(tensor.numel() for tensor in found.tensors.values())
         about = (

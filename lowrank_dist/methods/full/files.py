@@ -119,7 +119,7 @@ class ModelFolders(MethodFiles):
     def refuse_merge(self, folder: Path) -> None:
         raise UserError(f"{folder} is a whole model, not an adapter: there is nothing to merge, use it as it is")
 
-    def publish(self, source: Path, name: str, *, vllm: bool, max_rank: int | None) -> Published:
+    def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
         raise UserError(
             f"{source} is not exported: it is a whole model and a Hugging Face folder already. Use it as it lies; to "
             "publish it, leave out optimizer.safetensors, trainer_state.json and manifest.json"

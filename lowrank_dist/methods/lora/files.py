@@ -116,10 +116,8 @@ def write_adapter_files(
     if not adapter.factors:
         raise UserError(f"{target} is not written: the adapter has no factors; check lora.targets")
     assert set(adapter.factors) <= set(modules), "factors on modules that the base does not have"
-    tensors = _named_tensors(adapter)
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{target} is not written: {name} holds NaN or infinity; lower train.lr or resume earlier")
+    tensors = named_tensors(adapter)
+    require_finite(folder, tensors, "lower train.lr or resume earlier")
     if trained and not any(factor.b.any() for factor in adapter.factors.values()):
         raise UserError(f"{target} is not written: B is zero in every module, so training did not change the model")
     config = describe(
@@ -136,7 +134,14 @@ def write_adapter_files(
     write_fp32(folder / WEIGHTS_FILE, tensors)
 
 
-def _named_tensors(adapter: Adapter) -> dict[str, Tensor]:
+def require_finite(folder: Path, tensors: Mapping[str, Tensor], remedy: str) -> None:
+    """Raise UserError, naming what the folder was to become, where one of its tensors is not finite."""
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{target_of(folder)} is not written: {name} holds NaN or infinity; {remedy}")
+
+
+def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """PEFT's key → contiguous fp32 tensor on the CPU, sorted by key."""
     named = {}
     for module, factor in sorted(adapter.factors.items()):

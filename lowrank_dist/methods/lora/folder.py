@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
-from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_card import USE, WITH_PEFT, base_model, model_card
-from lowrank_dist.formats.provenance import Provenance, read_provenance
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, read_provenance
 from lowrank_dist.formats.report import Report
 from lowrank_dist.methods.files import (
     CONFIG_FILE,
+    LLAMA_CPP,
     PICKLE_FILE,
     PUBLISHED,
+    VLLM,
     WEIGHTS_FILE,
     Inspected,
     MethodFiles,
@@ -23,12 +25,16 @@ from lowrank_dist.methods.lora.adopt import adopt_adapter
 from lowrank_dist.methods.lora.config import LoraConfig
 from lowrank_dist.methods.lora.files import Adapter, read_adapter
 from lowrank_dist.methods.lora.inspection import inspect_adapter
-from lowrank_dist.methods.lora.peft_config import PeftConfig, read_config
+from lowrank_dist.methods.lora.peft_config import read_config
+from lowrank_dist.methods.lora.serving import (
+    VLLM_DEFAULT_RANK,
+    folded,
+    reads_alike,
+    refuse_unserved,
+    serving_rank,
+    write_folded,
+)
 from lowrank_dist.sections.section import MethodSection
-
-# vLLM's LoRAConfig.max_lora_rank (vllm.config.lora.MaxLoRARanks without 1) and its default.
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-VLLM_DEFAULT_RANK = 16
 
 
 class LoraFiles(MethodFiles):
@@ -42,13 +48,18 @@ class LoraFiles(MethodFiles):
     def refuse_merge(self, folder: Path) -> None:
         """Low-rank updates are what can be merged."""
 
-    def publish(self, source: Path, name: str, *, vllm: bool, max_rank: int | None) -> Published:
+    def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
         provenance, adapter = read_provenance(source), read_adapter(source)
         config = read_config(own_file(source, CONFIG_FILE))
-        largest = max(factor.rank for factor in adapter.factors.values())
-        if vllm:
-            _refuse_for_vllm(source, config, largest, max_rank)
-        return Published(self.published, adapter_card(name, adapter, provenance, largest))
+        if target is not None:
+            refuse_unserved(source, config, adapter, target, max_rank)
+        card = adapter_card(name, adapter, provenance, target)
+        if target is None or reads_alike(config, adapter):
+            # The files themselves, not written anew: only their own config says for sure what they mean to PEFT.
+            return Published(self.published, card)
+        alike = folded(adapter)
+        note = f"its scales are folded into B: rank and alpha are {next(iter(alike.factors.values())).rank} everywhere"
+        return Published((PROVENANCE_FILE,), card, partial(write_folded, config=config, adapter=alike), (note,))
 
     def inspect(self, folder: Path, report: Report) -> Inspected:
         return inspect_adapter(folder, report)
@@ -61,9 +72,9 @@ class LoraFiles(MethodFiles):
 FILES = LoraFiles()
 
 
-def adapter_card(name: str, adapter: Adapter, provenance: Provenance | None, largest_rank: int) -> str:
-    """The card of an adapter. largest_rank: over its modules, which vLLM has to be told."""
-    return model_card(name, "lora", adapter.base, _about(adapter), _usage(adapter, largest_rank), provenance)
+def adapter_card(name: str, adapter: Adapter, provenance: Provenance | None, target: str | None) -> str:
+    """The card of an adapter. target: the program that it was exported for, one of TARGETS."""
+    return model_card(name, "lora", adapter.base, _about(adapter), _usage(adapter, target), provenance)
 
 
 def _about(adapter: Adapter) -> str:
@@ -76,15 +87,7 @@ def _about(adapter: Adapter) -> str:
     )
 
 
-def _usage(adapter: Adapter, largest_rank: int) -> str:
-    rank = f" --max-lora-rank {serving_rank(largest_rank) or largest_rank}" if largest_rank > VLLM_DEFAULT_RANK else ""
-    served = f"""Served by vLLM (an adapter with rank or alpha patterns has to be merged first):
-
-    vllm serve BASE --enable-lora{rank} --lora-modules adapter=ADAPTER"""
-    if adapter.dora:
-        served = """Served by vLLM, which takes no DoRA adapter, merged:
-
-    vllm serve MERGED"""
+def _usage(adapter: Adapter, target: str | None) -> str:
     return f"""{USE}
 
 {WITH_PEFT}
@@ -93,36 +96,21 @@ Merged into the base, as fast as the base alone:
 
     lowrank-dist merge --base BASE --adapter ADAPTER --out MERGED --verify
 
-{served}"""
+{_served(adapter, target)}"""
 
 
-def serving_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank under which vLLM serves an adapter of `rank`; None where there is none."""
-    return next((size for size in VLLM_RANKS if size >= rank), None)
+def _served(adapter: Adapter, target: str | None) -> str:
+    if adapter.dora:
+        return """Served by vLLM and by llama.cpp, which take no DoRA adapter, merged:
 
+    vllm serve MERGED"""
+    if target == LLAMA_CPP:
+        return """In llama.cpp:
 
-def _refuse_for_vllm(source: Path, config: PeftConfig, largest: int, max_rank: int | None) -> None:
-    problems = []
-    if config.dora:
-        problems.append("vLLM does not serve DoRA: merge it into the base with lowrank-dist merge")
-    if max_rank is not None and max_rank not in VLLM_RANKS:
-        problems.append(f"--max-rank {max_rank}: vLLM takes one of {', '.join(map(str, VLLM_RANKS))}")
-    fitting = serving_rank(largest)
-    if largest > (max_rank or VLLM_DEFAULT_RANK):
-        remedy = (
-            "merge it into the base with lowrank-dist merge"
-            if fitting is None
-            else f"give --max-rank {fitting} and start vLLM with --max-lora-rank {fitting}"
-        )
-        problems.append(
-            f"its largest rank is {largest}, above vLLM's limit of {max_rank or VLLM_DEFAULT_RANK}: {remedy}"
-        )
-    patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
-    problems += [
-        f"{key} is set, which vLLM does not read, so that it would scale updates wrongly without a word: merge it into "
-        "the base with lowrank-dist merge, or train with one rank and one alpha"
-        for key, pattern in patterns.items()
-        if pattern
-    ]
-    if problems:
-        raise UserError(f"{source} is not exported for vLLM: {'; '.join(problems)}")
+    python convert_lora_to_gguf.py --base BASE ADAPTER"""
+    largest = max(factor.rank for factor in adapter.factors.values())
+    rank = f" --max-lora-rank {serving_rank(largest) or largest}" if largest > VLLM_DEFAULT_RANK else ""
+    exported = "" if target == VLLM else " (what was exported with --for vllm)"
+    return f"""Served by vLLM{exported}:
+
+    vllm serve BASE --enable-lora{rank} --lora-modules adapter=ADAPTER"""

@@ -45,7 +45,7 @@ _HARMLESS = frozenset(
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _LARGEST = 1e30
 _ANEW = "write the adapter again"
-_OUTPUT_LAYER = "lm_head"
+OUTPUT_LAYER = "lm_head"
 # From so many names on PEFT shortens target_modules (MIN_TARGET_MODULES_FOR_OPTIMIZATION).
 _SHORTENED_FROM = 20
 # PEFT's forms: of a key of rank_pattern or alpha_pattern, of a key of layers_pattern, and where there is none of these.
@@ -108,7 +108,7 @@ class PeftConfig:
         if self._names(self.excluded, module):
             return False
         if self.all_linear:
-            return module != _OUTPUT_LAYER
+            return module != OUTPUT_LAYER
         if not self.layers or isinstance(self.targets, str):
             return self._names(self.targets, module)
         # A whole path counts in any layer.

@@ -1,0 +1,119 @@
+"""A LoRA adapter for programs that read less of it than PEFT does: vLLM, and llama.cpp's converter.
+
+llama.cpp's convert_lora_to_gguf.py takes lora_alpha alone and scales each module by it over the module's own rank;
+vLLM takes r, lora_alpha and use_rslora and scales all modules alike. With one rank and one alpha, and without rsLoRA,
+both read what PEFT reads. Their sources were read as of llama-cpp-python 0.3.36 and vLLM's main of November 2026.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch.nn.functional import pad
+
+from lowrank_dist.arch.families import FAMILIES
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.safetensors_file import write_fp32
+from lowrank_dist.methods.files import CONFIG_FILE, LLAMA_CPP, VLLM, WEIGHTS_FILE
+from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, named_tensors, require_finite
+from lowrank_dist.methods.lora.peft_config import OUTPUT_LAYER, PeftConfig
+
+# vLLM's LoRAConfig.max_lora_rank (vllm.config.lora.MaxLoRARanks without 1) and its default.
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+VLLM_DEFAULT_RANK = 16
+_MERGE = "merge it into the base with lowrank-dist merge"
+# Of the families here, those of which a program takes no adapter.
+_WITHOUT_LORA: Mapping[str, Mapping[str, str]] = {
+    VLLM: {"gpt2": f"vLLM has no LoRA on GPT-2: {_MERGE}"},
+    LLAMA_CPP: {
+        "gpt2": f"llama.cpp's converter transposes the factors of GPT-2, which are not stored as its weights: {_MERGE}",
+        "opt": "llama.cpp's converter does not know OPT, merged or not: serve it with vLLM or transformers",
+    },
+}
+# llama.cpp takes an alpha that is zero in fp32 for "no scale", not for none of the update.
+_SMALLEST_ALPHA = 2.0**-126
+
+
+def refuse_unserved(source: Path, config: PeftConfig, adapter: Adapter, target: str, max_rank: int | None) -> None:
+    """Raise UserError, with every reason, where `target` would not take the adapter or would apply another one.
+
+    max_rank: the --max-lora-rank that vLLM is started with.
+    """
+    problems = [f"{target} does not serve DoRA: {_MERGE}"] if config.dora else []
+    families, without = _families(adapter.factors), _WITHOUT_LORA[target]
+    if families <= without.keys():
+        problems += [without[name] for name in sorted(families)]
+    if target == VLLM:
+        problems += _rank_problems(max(factor.rank for factor in adapter.factors.values()), max_rank)
+    if problems:
+        raise UserError(f"{source} is not exported for {target}: {'; '.join(problems)}")
+
+
+def _families(modules: Collection[str]) -> set[str]:
+    """Return the families whose linears are named as these modules; the output layer is named alike in all."""
+    inner = set(modules) - {OUTPUT_LAYER}
+    return {name for name, family in FAMILIES.items() if all(_linear_of(family.linears, module) for module in inner)}
+
+
+def _linear_of(linears: Mapping[str, tuple[str, ...]], module: str) -> bool:
+    paths = [path for names in linears.values() for path in names]
+    return any(re.fullmatch(re.escape(path).replace(r"\{layer\}", r"\d+"), module) for path in paths)
+
+
+def serving_rank(rank: int) -> int | None:
+    """The smallest --max-lora-rank under which vLLM serves an adapter of `rank`; None where there is none."""
+    return next((size for size in VLLM_RANKS if size >= rank), None)
+
+
+def _rank_problems(largest: int, max_rank: int | None) -> list[str]:
+    problems = []
+    if max_rank is not None and max_rank not in VLLM_RANKS:
+        problems.append(f"--max-rank {max_rank}: vLLM takes one of {', '.join(map(str, VLLM_RANKS))}")
+    fitting = serving_rank(largest)
+    if largest > (max_rank or VLLM_DEFAULT_RANK):
+        remedy = (
+            _MERGE if fitting is None else f"give --max-rank {fitting} and start vLLM with --max-lora-rank {fitting}"
+        )
+        problems.append(
+            f"its largest rank is {largest}, above vLLM's limit of {max_rank or VLLM_DEFAULT_RANK}: {remedy}"
+        )
+    return problems
+
+
+def reads_alike(config: PeftConfig, adapter: Adapter) -> bool:
+    """Return whether lora_alpha over r is the scale of every module, and r the rank, so that no one reads another."""
+    sizes = {(factor.rank, factor.alpha) for factor in adapter.factors.values()}
+    return sizes == {(config.rank, config.alpha)} and not config.rslora and abs(config.alpha) >= _SMALLEST_ALPHA
+
+
+def folded(adapter: Adapter) -> Adapter:
+    """The same adapter with one rank, the largest, and a scale of 1: lora_alpha is r, and B holds its module's s.
+
+    Smaller factors get rows of A and columns of B that are zero.
+    """
+    rank = max(factor.rank for factor in adapter.factors.values())
+    return replace(
+        adapter,
+        factors={module: _fold(factor, rank, adapter.rslora) for module, factor in adapter.factors.items()},
+        rslora=False,
+    )
+
+
+def _fold(factor: LowRankFactor, rank: int, rslora: bool) -> LowRankFactor:
+    missing = rank - factor.rank
+    b = (factor.b.double() * factor.scale(rslora)).float()
+    return LowRankFactor(pad(factor.a, (0, 0, 0, missing)), pad(b, (0, missing)), float(rank), factor.magnitude)
+
+
+def write_folded(folder: Path, config: PeftConfig, adapter: Adapter) -> None:
+    """Write what `folded` returned into a folder that exists. config: of the adapter that it was made of.
+
+    Raises UserError where a product s·B is beyond fp32.
+    """
+    rank = next(iter(adapter.factors.values())).rank
+    alike = replace(config, rank=rank, alpha=float(rank), rslora=False, rank_pattern={}, alpha_pattern={})
+    tensors = named_tensors(adapter)
+    require_finite(folder, tensors, "its scale times B is beyond fp32; merge it into the base with lowrank-dist merge")
+    (folder / CONFIG_FILE).write_text(alike.to_json(), encoding="utf-8")
+    write_fp32(folder / WEIGHTS_FILE, tensors)
