@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowrank_dist.arch.architecture import Architecture, LayerKind, RopeParameters, TensorRule
+from lowrank_dist.arch.config_keys import rule_of
 from lowrank_dist.arch.families import FAMILIES, OUTPUT_LAYER, Family
 from lowrank_dist.arch.keys import Key, is_number
 from lowrank_dist.arch.model_files import config_file, read_config
@@ -38,12 +39,6 @@ _ROPE_KEYS: Mapping[Literal["default", "linear", "llama3"], Mapping[str, str]] =
         "high_freq_factor": "high_freq_factor",
         "original_max_positions": "original_max_position_embeddings",
     },
-}
-
-# Keys that any family may have, and what they ask for that no table here can express.
-_REFUSED = {
-    "quantization_config": ("quantized checkpoints are not supported", "use the checkpoint in bf16, fp16 or fp32"),
-    "per_layer_config": ("layers that differ in their sizes are not supported", "use a checkpoint without it"),
 }
 
 # Names of a layer's kind, old and new.
@@ -90,6 +85,15 @@ def architecture_of(values: Mapping[str, Any], where: str) -> Architecture:
     )
 
 
+def config_notes(path: Path) -> list[str]:
+    """Return a line for each thing in a model folder's config.json that is not applied, and one for unknown keys.
+
+    Raises as `read_architecture` does.
+    """
+    values, where = read_config(path), str(config_file(path))
+    return rule_of(_family(values, where)).notes(values, where)
+
+
 def _family(values: Mapping[str, Any], where: str) -> Family:
     if "model_type" not in values:
         raise UserError(f"{where}: key model_type is missing: set it to one of {', '.join(FAMILIES)}")
@@ -104,9 +108,8 @@ def _family(values: Mapping[str, Any], where: str) -> Family:
 
 
 def _check_options(values: Mapping[str, Any], family: Family, where: str) -> None:
-    for key, (what, remedy) in _REFUSED.items():
-        if values.get(key) is not None:
-            raise UnsupportedModel(f"{where}: {key}: {what}: {remedy}")
+    for key, meaning in rule_of(family).refusals(values).items():
+        raise UnsupportedModel(f"{where}: {key}: {meaning}")
     for key, meaning in family.absent.items():
         if key in values:
             raise UnsupportedModel(f"{where}: {key} is not supported in a {values['model_type']} ({meaning})")

@@ -79,6 +79,7 @@ def generate_command(
             raise UserError("give one of --prompt and --prompts: what is to be gone on from")
         refuse_existing(out)
         loaded = load(model, adapter, job.topology, job.backend.device, dtype=known_dtype(dtype), tokenizer=tokenizer)
+        say_notes(loaded.notes, job)
         stops, vocab = stop_tokens(model, loaded.tokenizer, adapter), loaded.model.architecture.vocab
         if prompt is not None:
             asked = [prompt_of(prompt, loaded.tokenizer, stops, vocab)]
@@ -138,6 +139,7 @@ def evaluate_command(
         rules = EvaluationRules(tuple(metric), decoding)
         refuse_existing(out)
         loaded = load(model, adapter, job.topology, job.backend.device, dtype=known_dtype(dtype), tokenizer=tokenizer)
+        say_notes(loaded.notes, job)
         stops, vocab = stop_tokens(model, loaded.tokenizer, adapter), loaded.model.architecture.vocab
         samples = read_prompts(data, loaded.tokenizer, stops, vocab=vocab, references=True, stop=decoding.stop)
         with progress_bar(len(samples), job) as advance:
@@ -206,6 +208,12 @@ def write_jsonl(out: Path | None, records: Sequence[Mapping[str, Any]]) -> None:
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written: {error}") from error
     say(f"{out}: {len(records)} completions", err=True)
+
+
+def say_notes(notes: Sequence[str], job: Session) -> None:
+    """Say on stderr, once: what the files of the model and of the adapter say and is not applied."""
+    for note in notes if job.speaks else ():
+        say(note, err=True)
 
 
 def say_limited(limited: int, total: int) -> None:

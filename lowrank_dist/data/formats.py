@@ -17,13 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from lowrank_dist.data.keys import MESSAGE_KEYS, ROW_KEYS
 from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.keys import EMPTY
 
 MAX_PROBLEMS = 20
 ROLES = ("system", "user", "assistant")
 FORMATS = '{"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
-# Keys that other trainers read and that would change what the model sees: training on without them would be silent.
-REFUSED_KEYS = frozenset({"tools", "functions", "documents", "images", "system"})
 
 Kind = Literal["completion", "messages"]
 
@@ -62,7 +62,7 @@ class Conversation:
 class Records:
     """The content of one file. Exactly one of the two lists is filled, `kind` says which.
 
-    ignored_keys: extra top-level keys (such as an id) and the number of lines that have them.
+    ignored_keys: top-level keys of which nothing is known, and the number of lines that have them.
     """
 
     path: Path
@@ -105,7 +105,7 @@ def read_jsonl(
                 raise Problem(f"a {line_kind!r} line in a file that began with {kind!r} lines; use one format a file")
             rows.append(parsers[kind](number, value))
             check(rows[-1])
-            extra.update(value.keys() - {"prompt", "completion", "messages"})
+            extra.update(ROW_KEYS.unknown(value))
         except Problem as problem:
             found += 1
             if found <= MAX_PROBLEMS:
@@ -158,10 +158,10 @@ def _kind_of(value: dict[str, Any]) -> Kind:
     flat, chat = value.keys() & {"prompt", "completion"}, "messages" in value
     if flat and chat:
         raise Problem(f"both {sorted(flat)[0]!r} and 'messages'; a line has one format: {FORMATS}")
-    if refused := sorted(value.keys() & REFUSED_KEYS):
+    for key, effect in ROW_KEYS.refusals(value).items():
         raise Problem(
-            f"key {refused[0]!r} would change what the model sees and is not supported; "
-            "write it into the prompt or a system message, or remove it"
+            f"key {key!r} {effect} and is not supported; write it into the prompt or a system message, or remove the "
+            "key, or the line"
         )
     if not flat and not chat:
         hints = [(key, difflib.get_close_matches(key, ("prompt", "completion", "messages"), n=1)) for key in value]
@@ -230,8 +230,9 @@ def _message(message: object, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
         raise Problem(f"'{where}' is a JSON {_type(message)}; it must be an object with 'role' and 'content'")
     role, content = _text(message, "role", f"{where}.role"), _text(message, "content", f"{where}.content")
-    if unknown := sorted(message.keys() - {"role", "content"}):
-        raise Problem(f"'{where}' has the key {unknown[0]!r}, which is not supported; keep only 'role' and 'content'")
+    said = [key for key in MESSAGE_KEYS.unknown(message) if message[key] not in EMPTY]
+    if said:
+        raise Problem(f"'{where}' has the key {said[0]!r}, which is not supported; keep only 'role' and 'content'")
     if role not in ROLES:
         raise Problem(f"'{where}.role' is {role!r}; it must be one of {', '.join(ROLES)}")
     if role == "assistant" and not content.strip():

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.config_json import config_notes
+from lowrank_dist.arch.generation_config import generation_notes
 from lowrank_dist.backend import apex
 from lowrank_dist.backend.libraries import stale_build_locks
 from lowrank_dist.config import Config
+from lowrank_dist.data.keys import tokenizer_notes
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.evaluator import Evaluator, notes_on_best
 from lowrank_dist.engine.forecast import Forecast
@@ -21,8 +24,9 @@ from lowrank_dist.engine.zero import Engine, OptimiserRules, ZeroOptimiser
 from lowrank_dist.formats.provenance import Provenance, fingerprint
 from lowrank_dist.formats.text_files import TextFiles, unknown_ends
 from lowrank_dist.methods.method import Method, Setting
-from lowrank_dist.methods.registry import home
+from lowrank_dist.methods.registry import home, reader_of
 from lowrank_dist.model.causal_lm import CausalLM
+from lowrank_dist.model.load import dtype_notes
 from lowrank_dist.ops import extension
 from lowrank_dist.parallel.theta import Theta
 
@@ -94,6 +98,7 @@ def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast:
     frozen = sum(parameter.numel() for parameter in engine.model.parameters()) - trained
     share = f" ({100 * trained / frozen:.3f} %)" if frozen else ""
     yield f"{method.summary}; on each rank {trained:,} trained parameters beside {frozen:,} frozen{share}"
+    yield from _notes_on_files(config, engine.model)
     if method.virtual:
         longest = config.data.max_length
         yield (
@@ -108,6 +113,18 @@ def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast:
         yield from run.resumption.messages
         yield f"resumed from {run.resumption.folder} at step {run.resumption.state.step} of {data.course.steps}"
         yield from data.course.notes
+
+
+def _notes_on_files(config: Config, model: CausalLM) -> Iterator[str]:
+    """Yield a line for each thing that the files of the base, the tokenizer and a first adapter say in vain."""
+    path, start = config.model.path, config.own_section.starts_from
+    yield from config_notes(path)
+    yield from dtype_notes(path, model.config.params_dtype)
+    yield from tokenizer_notes(config.data.tokenizer or path)
+    if config.eval.generate is not None:
+        yield from generation_notes(path)
+    if start is not None:
+        yield from reader_of(start).files.notes(start)
 
 
 def _checkpoint_writer(run: Run, method: Method, engine: Engine, data: Data) -> CheckpointWriter:

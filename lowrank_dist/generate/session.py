@@ -12,15 +12,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lowrank_dist.arch.config_json import read_architecture
+from lowrank_dist.arch.config_json import config_notes, read_architecture
+from lowrank_dist.arch.generation_config import generation_notes
 from lowrank_dist.backend import select
 from lowrank_dist.backend.select import Backend
+from lowrank_dist.data.keys import tokenizer_notes
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import StrangerError, UserError
 from lowrank_dist.formats.text_files import holds_tokenizer
 from lowrank_dist.methods.registry import reader_of
 from lowrank_dist.model.causal_lm import CausalLM
-from lowrank_dist.model.load import load_model
+from lowrank_dist.model.load import dtype_notes, load_model
 from lowrank_dist.parallel.topology import Topology
 
 # Data-parallel ranks meet at the end of a command alone, and one may have decoded for hours when another is done.
@@ -82,11 +84,15 @@ def _is_first_to_fail() -> bool:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model ready to decode, with its tokenizer; path: the folder of the base or merged model."""
+    """A model ready to decode, with its tokenizer; path: the folder of the base or merged model.
+
+    notes: a line for each thing that its files say and that is not applied.
+    """
 
     path: Path
     model: CausalLM
     tokenizer: Tokenizer
+    notes: tuple[str, ...]
 
 
 def load(
@@ -119,4 +125,8 @@ def load(
     )
     if adapter is not None:
         reader_of(adapter).tuner.attach_trained(model, path, adapter, topology)
-    return Loaded(path, model.eval(), words)
+    notes = [*config_notes(path), *dtype_notes(path, model.config.params_dtype), *tokenizer_notes(tokenizer or path)]
+    notes += generation_notes(path)
+    if adapter is not None:
+        notes += reader_of(adapter).files.notes(adapter)
+    return Loaded(path, model.eval(), words, tuple(notes))

@@ -21,6 +21,7 @@ from lowrank_dist.formats.text_files import merged_text_files
 from lowrank_dist.merge.options import AS_THE_BASE, Stored, WeightedAdapter
 from lowrank_dist.merge.update import Update, updates_of
 from lowrank_dist.methods.lora.files import read_adapter
+from lowrank_dist.methods.lora.folder import FILES
 
 # Elements of a weight in work at a time: below 250 MB of temporaries, whatever the size of the tensor.
 _CHUNK_ELEMENTS = 8 * 1024 * 1024
@@ -87,7 +88,8 @@ def merge(
         mapped = {name: checkpoint.file(name) for name in checkpoint.names()}
         read = [(adapter.path, adapter.weight, read_adapter(adapter.path, architecture)) for adapter in weighted]
         updates = updates_of(architecture, checkpoint, read)
-    warnings = _check_base(base, weighted, force_mismatch)
+    warnings = [note for adapter in weighted for note in FILES.notes(adapter.path)]
+    warnings += _check_base(base, weighted, force_mismatch)
     text = merged_text_files([adapter.path for adapter in weighted], stored.tokenizer, architecture.vocab)
     warnings += text.changes(base)
     others, dtype = other_files(base), stored.dtype

@@ -115,6 +115,10 @@ class MethodFiles(ABC):
     def inspect(self, folder: Path, report: Report) -> Inspected:
         """Add facts, tables, warnings and problems of the method's own files to the report."""
 
+    def notes(self, folder: Path) -> list[str]:
+        """Return a line for each thing that the folder's own config says and that is not applied."""
+        return []
+
     def complete(self, section: MethodSection, base: Path) -> MethodSection:
         """Return the method's section with what the adapter says that training starts from.
 

@@ -37,10 +37,24 @@ from lowrank_dist.methods.files import (
     own_file,
 )
 from lowrank_dist.untrusted.json import read_object
+from lowrank_dist.untrusted.keys import EMPTY, KeyRule
 
 Kind = Literal["PREFIX_TUNING", "PROMPT_TUNING"]
 _TENSOR = "prompt_embeddings"
 _FLOATS = ("F32", "BF16", "F16")
+KEYS = KeyRule(
+    applied=frozenset(
+        "peft_type base_model_name_or_path num_virtual_tokens token_dim num_transformer_submodules "
+        "num_attention_heads num_layers".split()
+    ),
+    # PEFT saves what the MLP of a prefix makes.
+    without_effect=frozenset(
+        "prefix_projection task_type auto_mapping peft_version revision inference_mode encoder_hidden_size "
+        "init_weights prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()
+    ),
+    refused={"modules_to_save": "modules of the base that were trained whole are not read"},
+    nothing=EMPTY,
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +111,8 @@ def read_prompt_learning(folder: Path) -> PromptLearning:
     kind: Kind | None = next((each for each in get_args(Kind) if each == named), None)
     if kind is None:
         raise UserError(f"{where}: peft_type is {named!r}: give a folder of PREFIX_TUNING or PROMPT_TUNING")
+    for key, reason in KEYS.refusals(config).items():
+        raise UserError(f"{where}: {key} is {config[key]!r}: {reason}")
     if config.get("num_transformer_submodules") not in (None, 1):
         raise UserError(f"{where}: num_transformer_submodules is not 1, so it is not for a decoder-only model")
     sizes: dict[str, int] = {}
@@ -179,6 +195,9 @@ class PromptLearningFiles(MethodFiles):
             return _text(_config(folder), "peft_type", folder) == self.kind
         except UserError:  # which the reader of a LoRA adapter says as well
             return False
+
+    def notes(self, folder: Path) -> list[str]:
+        return KEYS.notes(_config(folder), str(folder / CONFIG_FILE))
 
     def refuse_merge(self, folder: Path) -> None:
         raise no_update(folder, f"a {self.name}: {self.merging}, which are in no weight of the base")

@@ -93,6 +93,16 @@ def check_length(architecture: Architecture, path: Path, max_length: int) -> Non
         )
 
 
+def dtype_notes(path: Path, running: torch.dtype) -> list[str]:
+    """Return a line where most weights of a folder are stored in fp16 and run in something else."""
+    with open_checkpoint(path) as checkpoint:
+        stored = checkpoint.main_dtype()
+    if stored != torch.float16:
+        return []
+    name = next(name for name, dtype in DTYPES.items() if dtype == running)
+    return [f"{path}: stored in fp16, runs in {name}; with model.dtype=fp32, or --dtype fp32, no bit of it is lost"]
+
+
 def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Return the dtype most weights are stored in; fp16 checkpoints run in bf16, whose range is fp32's."""
     dtype = checkpoint.main_dtype()

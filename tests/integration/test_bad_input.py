@@ -305,6 +305,28 @@ def test_a_target_that_matches_nothing(place: Place, override: str, wanted: str)
 # --- data ------------------------------------------------------------------------------------------------------------
 
 
+def test_what_the_files_say_in_vain_is_said_at_the_start(place: Place) -> None:
+    """Keys that change no number here, or are not known: a run goes on, and says them in a line each."""
+    make_tiny("llama", place.base, dtype=torch.float16, num_hidden_layers=1, attention_dropout=0.5)
+    start, unknown = place.root / "start", "keys that are not known here and change nothing"
+    for file in (place.base / "config.json", place.base / "tokenizer_config.json", start / "adapter_config.json"):
+        if file.parent == start:  # of a base as it now is
+            size = lambda module: (2, 4.0) if "q_proj" in module else None  # noqa: E731
+            save_adapter(start, place.base, random_adapter(place.base, size))
+        file.write_text(json.dumps({**json.loads(file.read_text()), "odd": 1}))
+    outcomes = in_ranks(2, place.config, f"lora.init_from={start}", "model.dtype=auto")
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+    said = outcomes[0].stdout.split("\n")
+    for line in (
+        f"{place.base / 'config.json'}: dropouts of the base are not applied: attention_dropout=0.5",
+        f"{place.base / 'config.json'}: {unknown}: odd",
+        f"{place.base}: stored in fp16, runs in bf16; with model.dtype=fp32, or --dtype fp32, no bit of it is lost",
+        f"{place.base / 'tokenizer_config.json'}: {unknown}: odd",
+        f"{start / 'adapter_config.json'}: {unknown}: odd",
+    ):
+        assert said.count(line) == 1, (line, said)
+
+
 def test_no_data_file(place: Place) -> None:
     place.train.unlink()
     named = "data.train, data.eval, --data and --prompts name a JSONL file"

@@ -98,6 +98,23 @@ def test_one_prompt_prints_its_completion(base: Path) -> None:
     assert done.stderr == "1 of 1 completions met their length limit (--max-new-tokens, or the model's positions)\n"
 
 
+def test_what_the_files_say_in_vain_is_said_first(base: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(base, tmp_path / "other")
+    config = json.loads((base / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.5, "odd": 1}))
+    (other / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 1, "do_sample": True, "temperature": 0.6})
+    )
+    (done,) = command(1, "generate", "--model", other, "--prompt", PROMPTS[0], "--max-new-tokens", NEW)
+    assert (done.code, done.stdout) == (0, transformers_texts(base)[0] + "\n")
+    assert done.stderr.splitlines()[:-1] == [
+        f"{other / 'config.json'}: dropouts of the base are not applied: attention_dropout=0.5",
+        f"{other / 'config.json'}: keys that are not known here and change nothing: odd",
+        f"{other / 'generation_config.json'}: not applied, decoding goes by its own options: do_sample=True, "
+        "temperature=0.6",
+    ]
+
+
 @pytest.mark.parametrize(("size", "tensor"), [(1, 1), (2, 2), (2, 1)])
 def test_a_file_of_prompts_in_its_order(base: Path, asked: Path, size: int, tensor: int, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"

@@ -44,8 +44,25 @@ def test_a_byte_order_mark_is_taken_off(tmp_path: Path) -> None:
 
 
 def test_extra_keys_are_counted(tmp_path: Path) -> None:
-    records = read_jsonl(write(tmp_path, GOOD, '{"id": 3, "prompt": "a", "completion": "b", "tag": null}'))
-    assert records.ignored_keys == {"id": 1, "tag": 1}
+    """Those of which nothing is known; what is about the sample, and what says nothing, is passed over."""
+    more = '{"id": 3, "source": "x", "prompt": "a", "completion": "b", "colour": false, "other": null, "z": ""}'
+    records = read_jsonl(write(tmp_path, GOOD, more))
+    assert records.ignored_keys == {"colour": 1, "z": 1}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        # Null and empty columns, as exports of tables have them, and what asks for what is done anyway.
+        '{"prompt": "a", "completion": "b", "input": "", "tools": null, "chat_template_kwargs": {}, "system": null}',
+        '{"prompt": "a", "completion": "b", "label": true, "weight": 1.0, "images": []}',
+        '{"prompt": "a", "completion": "b", "source": "x", "score": 4.5, "meta": {"a": 1}, "id": 7}',
+        '{"messages": [{"role": "assistant", "content": "b", "weight": 1, "tool_calls": null, "id": 3}], "tools": []}',
+    ],
+)
+def test_keys_without_effect_pass(tmp_path: Path, line: str) -> None:
+    records = read_jsonl(write(tmp_path, line))
+    assert len(records.completions) + len(records.conversations) == 1 and not records.ignored_keys
 
 
 @pytest.mark.parametrize(
@@ -67,7 +84,13 @@ def test_extra_keys_are_counted(tmp_path: Path) -> None:
         ('{"promt": "a", "complete": "b"}', ["'promt': did you mean 'prompt'?"]),
         ('{"conversations": []}', ["no key 'prompt', 'completion' or 'messages'", "conversations"]),
         ('{"prompt": "a", "completion": "b", "messages": []}', ["both 'completion' and 'messages'"]),
-        ('{"prompt": "a", "completion": "b", "tools": []}', ["'tools' would change what the model sees"]),
+        ('{"prompt": "a", "completion": "b", "tools": [{}]}', ["'tools' would change what the model sees"]),
+        ('{"prompt": "a", "completion": "b", "label": false}', ["'label' would change what is trained"]),
+        ('{"prompt": "a", "completion": "b", "label": 1}', ["'label' would change what is trained"]),
+        ('{"prompt": "a", "completion": "b", "weight": 0}', ["'weight' would change what is trained"]),
+        ('{"prompt": "a", "completion": "b", "input": "c"}', ["'input' would change what the model sees"]),
+        (CHAT[:-1] + ', "chat_template_kwargs": {"enable_thinking": false}}', ["'chat_template_kwargs' would change"]),
+        (CHAT[:-1] + ', "enable_thinking": false}', ["'enable_thinking' would change what the model sees"]),
         ('{"messages": []}', ["'messages' is an empty array"]),
         ('{"messages": "hi"}', ["'messages' is a JSON string"]),
         ('{"messages": ["hi"]}', ["'messages[0]' is a JSON string"]),
@@ -82,7 +105,9 @@ def test_extra_keys_are_counted(tmp_path: Path) -> None:
             '{"messages": [{"role": "assistant", "content": " \\n"}]}',
             ["'messages[0].content' of the assistant is empty"],
         ),
-        ('{"messages": [{"role": "user", "content": "x", "tool_calls": []}]}', ["the key 'tool_calls'"]),
+        ('{"messages": [{"role": "assistant", "content": "x", "weight": 0}]}', ["the key 'weight'"]),
+        ('{"messages": [{"role": "user", "content": "x", "name": "y"}]}', ["the key 'name'"]),
+        ('{"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}', ["the key 'tool_calls'"]),
         (b'{"prompt": "\xff\xfe", "completion": "b"}', ["not UTF-8 at byte 13", "save the file as UTF-8"]),
     ],
 )

@@ -25,7 +25,7 @@ from lowrank_dist.methods.lora.adopt import adopt_adapter
 from lowrank_dist.methods.lora.config import LoraConfig
 from lowrank_dist.methods.lora.files import Adapter, read_adapter
 from lowrank_dist.methods.lora.inspection import inspect_adapter
-from lowrank_dist.methods.lora.peft_config import read_config
+from lowrank_dist.methods.lora.peft_config import key_notes, read_config
 from lowrank_dist.methods.lora.serving import (
     VLLM_DEFAULT_RANK,
     folded,
@@ -53,16 +53,20 @@ class LoraFiles(MethodFiles):
         config = read_config(own_file(source, CONFIG_FILE))
         if target is not None:
             refuse_unserved(source, config, adapter, target, max_rank)
+        notes = tuple(self.notes(source))
         card = adapter_card(name, adapter, provenance, target)
         if target is None or reads_alike(config, adapter):
             # The files themselves, not written anew: only their own config says for sure what they mean to PEFT.
-            return Published(self.published, card)
+            return Published(self.published, card, notes=notes)
         alike = folded(adapter)
         note = f"its scales are folded into B: rank and alpha are {next(iter(alike.factors.values())).rank} everywhere"
-        return Published((PROVENANCE_FILE,), card, partial(write_folded, config=config, adapter=alike), (note,))
+        return Published((PROVENANCE_FILE,), card, partial(write_folded, config=config, adapter=alike), (note, *notes))
 
     def inspect(self, folder: Path, report: Report) -> Inspected:
         return inspect_adapter(folder, report)
+
+    def notes(self, folder: Path) -> list[str]:
+        return key_notes(own_file(folder, CONFIG_FILE))
 
     def complete(self, section: MethodSection, base: Path) -> LoraConfig:
         assert isinstance(section, LoraConfig)

@@ -20,7 +20,7 @@ from lowrank_dist.formats.report import Report
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header, read_into
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, Base, Inspected, own_file
 from lowrank_dist.methods.lora.files import LowRankFactor, PairEntries, check_pair, read_pairs, require_complete
-from lowrank_dist.methods.lora.peft_config import PeftConfig, read_config
+from lowrank_dist.methods.lora.peft_config import PeftConfig, key_notes, read_config
 
 MODULES, SUMMARY = "modules", "update_norms"
 
@@ -67,6 +67,7 @@ def _config(found: _Found) -> None:
     found.config = config = found.report.read(path, _read_own, found.folder, CONFIG_FILE, read_config)
     if config is None:
         return
+    found.report.warnings += key_notes(path)
     patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
     found.report.facts |= {
         "method": "lora",

@@ -14,6 +14,7 @@ from typing import Any
 from lowrank_dist.arch.placement import ALL_LINEAR
 from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.json import read_object
+from lowrank_dist.untrusted.keys import EMPTY, KeyRule
 from lowrank_dist.untrusted.patterns import Patterns
 
 # What PEFT assumes for a key that is absent.
@@ -35,17 +36,27 @@ _DEFAULTS: Mapping[str, Any] = {
     "init_lora_weights": True,
     "base_model_name_or_path": None,
 }
-# Keys that change how factors are started or trained, never which of the saved ones count or what they mean. Any key
-# that is neither here nor in _DEFAULTS changes the mathematics when it is set (lora_bias, layer_replication, …).
-_HARMLESS = frozenset(
-    "auto_mapping inference_mode peft_type peft_version revision megatron_config megatron_core loftq_config eva_config "
-    "corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying".split()
+_MORE = "more than s·B·A"
+KEYS = KeyRule(
+    applied=frozenset({*_DEFAULTS, "peft_type"}),
+    # These change how factors are started or trained, never which of the saved ones count or what they mean.
+    without_effect=frozenset(
+        "auto_mapping inference_mode peft_version revision megatron_config megatron_core loftq_config eva_config "
+        "corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying merge_weights".split()
+    ),
+    refused=dict.fromkeys(
+        "modules_to_save trainable_token_indices target_parameters layer_replication lora_bias use_qalora use_bdlora "
+        "alora_invocation_tokens arrow_config kasa_config velora_config monteclora_config enable_lora".split(),
+        _MORE,
+    ),
+    neutral=dict.fromkeys(("lora_bias", "use_qalora"), False),
+    nothing=EMPTY,
 )
 # The other starts (pissa, olora, corda, loftq, lora_ga, …) change the base too, so s·B·A alone is not the update.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _LARGEST = 1e30
-_ANEW = "write the adapter again"
 OUTPUT_LAYER = "lm_head"
+_ANEW = "write the adapter again"
 # From so many names on PEFT shortens target_modules (MIN_TARGET_MODULES_FOR_OPTIMIZATION).
 _SHORTENED_FROM = 20
 # PEFT's forms: of a key of rank_pattern or alpha_pattern, of a key of layers_pattern, and where there is none of these.
@@ -256,13 +267,16 @@ def read_config(path: Path) -> PeftConfig:
     )
 
 
+def key_notes(path: Path) -> list[str]:
+    """Return a line that names the keys of an adapter_config.json of which nothing is known; none without any."""
+    return KEYS.notes(read_object(path, _ANEW), str(path))
+
+
 def _refuse_more_than_lora(values: Mapping[str, Any], path: Path) -> None:
     method = values["peft_type"] if "peft_type" in values else None
     if method != "LORA":
         raise UserError(f"{path}: peft_type is {method!r}; only LORA adapters can be read")
-    problems = [
-        f"{key}: {value!r}" for key, value in values.items() if value and key not in _DEFAULTS and key not in _HARMLESS
-    ]
+    problems = [f"{key}: {values[key]!r}" for key in KEYS.refusals(values)]
     if values["bias"] != "none":
         problems.append(f"bias: {values['bias']!r} (must be 'none')")
     if values["task_type"] not in (None, "CAUSAL_LM"):

@@ -1,0 +1,80 @@
+"""The keys of data rows beside their texts, and of tokenizer_config.json, by the one rule of `untrusted.keys`.
+
+Other trainers, and templates, read more of a row than this one does. What would change the text that is seen, or which
+of it is trained, is refused where it says something; null and empty columns, which exports of tables are full of, say
+nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lowrank_dist.arch.model_files import read_json
+from lowrank_dist.untrusted.keys import EMPTY, KeyRule
+
+TOKENIZER_FILE = "tokenizer_config.json"
+
+_SEEN = "would change what the model sees"
+_TRAINED = "would change what is trained"
+# About the sample, or how others came by it.
+_ABOUT = frozenset(
+    "id ids idx index uid uuid key name source sources origin dataset dataset_name subset split category "
+    "categories task task_name task_id task_type topic subject domain lang language url title author license meta "
+    "metadata tag tags timestamp date created created_at updated_at version hash sha sha256 difficulty level type "
+    "score scores rating quality reward num_tokens n_tokens token_count tokens_count length num_turns turns model "
+    "model_name generator generated_by annotator comment comments note notes info extra conversation_id "
+    "session_id thread_id message_id parent_id sample_id prompt_id row_id question_id".split()
+)
+
+ROW_KEYS = KeyRule(
+    applied=frozenset({"prompt", "completion", "messages"}),
+    without_effect=_ABOUT,
+    refused={
+        **dict.fromkeys(
+            "tools functions tool_choice parallel_tool_calls documents image images video videos audio audios "
+            "system system_prompt input context history chat_template chat_template_kwargs enable_thinking "
+            "add_generation_prompt continue_final_message suffix".split(),
+            _SEEN,
+        ),
+        **dict.fromkeys(
+            "label labels weight weights sample_weight loss_weight mask loss_mask completion_mask assistant_masks "
+            "train input_ids attention_mask".split(),
+            _TRAINED,
+        ),
+    },
+    # Of rows that say which of them to train, those that are to be.
+    neutral={"label": True, "train": True, "weight": 1, "sample_weight": 1, "loss_weight": 1},
+    nothing=EMPTY,
+)
+# A template is given a message whole, so that any key may show in the text: those that are not known are refused too.
+MESSAGE_KEYS = KeyRule(
+    applied=frozenset({"role", "content"}),
+    without_effect=frozenset("id uid uuid index timestamp created created_at updated_at model metadata meta".split()),
+    neutral={"weight": 1, "train": True},
+    nothing=EMPTY,
+)
+# transformers applies the special tokens to a tokenizer.json; the rest is of its slow classes, of padding, of decoding.
+TOKENIZER_KEYS = KeyRule(
+    applied=frozenset(
+        "chat_template added_tokens_decoder additional_special_tokens extra_special_tokens bos_token eos_token "
+        "unk_token pad_token sep_token cls_token mask_token add_bos_token add_eos_token add_prefix_space "
+        "split_special_tokens".split()
+    ),
+    without_effect=frozenset(
+        "tokenizer_class backend is_local local_files_only processor_class model_max_length max_len padding_side "
+        "truncation_side model_input_names name_or_path _name_or_path special_tokens_map_file tokenizer_file "
+        "vocab_file merges_file transformers_version _commit_hash legacy from_slow use_fast "
+        "use_default_system_prompt sp_model_kwargs spaces_between_special_tokens clean_up_tokenization_spaces "
+        "errors device_map unsloth_version max_length truncation padding stride pad_to_multiple_of "
+        "pad_token_type_id pad_token_id bos_token_id eos_token_id truncation_strategy return_token_type_ids "
+        "verbose special_tokens tokenizer_type init_kwargs".split()
+    ),
+    unapplied={"auto_map": "code that comes with the tokenizer is not run"},
+    neutral={"auto_map": {}},
+)
+
+
+def tokenizer_notes(path: Path) -> list[str]:
+    """Return the lines on what the tokenizer_config.json of a tokenizer's folder says and is not applied."""
+    file = (path.parent if path.is_file() else path) / TOKENIZER_FILE
+    return TOKENIZER_KEYS.notes(read_json(file, "download it again"), str(file)) if file.is_file() else []
