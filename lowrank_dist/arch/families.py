@@ -60,8 +60,8 @@ OUTPUT_LAYER = TensorRule("output_layer.weight", "lm_head.weight", ("vocab", "hi
 _LLAMA_KEYS = {
     "hidden": Key("hidden_size", "size"),
     "layers": Key("num_hidden_layers", "depth"),
-    "heads": Key("num_attention_heads", "size"),
-    "kv_heads": Key("num_key_value_heads", "size", None),
+    "heads": Key("num_attention_heads", "heads"),
+    "kv_heads": Key("num_key_value_heads", "heads", None),
     "head_dim": Key("head_dim", "even", None),
     "ffn": Key("intermediate_size", "size"),
     "vocab": Key("vocab_size", "size"),
@@ -71,7 +71,7 @@ _LLAMA_KEYS = {
     "tied": Key("tie_word_embeddings", "flag", False),
 }
 _MISTRAL_KEYS = _LLAMA_KEYS | {
-    "kv_heads": Key("num_key_value_heads", "size", 8),
+    "kv_heads": Key("num_key_value_heads", "heads", 8),
     "max_positions": Key("max_position_embeddings", "size", 131_072),
 }
 _GRANITE_KEYS = _LLAMA_KEYS | {
@@ -82,7 +82,7 @@ _GRANITE_KEYS = _LLAMA_KEYS | {
     "logits_divisor": Key("logits_scaling", "positive", 1.0),
 }
 _QWEN_KEYS = _LLAMA_KEYS | {
-    "kv_heads": Key("num_key_value_heads", "size", 32, null=True),
+    "kv_heads": Key("num_key_value_heads", "heads", 32, null=True),
     "max_positions": Key("max_position_embeddings", "size", 32_768),
 }
 _WINDOW = Key("sliding_window", "size", 4096, null=True)
@@ -197,7 +197,7 @@ FAMILIES: Mapping[str, Family] = {
         keys={
             "hidden": Key("n_embd", "size", also="hidden_size"),
             "layers": Key("n_layer", "depth", also="num_hidden_layers"),
-            "heads": Key("n_head", "size", also="num_attention_heads"),
+            "heads": Key("n_head", "heads", also="num_attention_heads"),
             "ffn": Key("n_inner", "size", None),
             "vocab": Key("vocab_size", "size"),
             "max_positions": Key("n_positions", "size", 1024, also="max_position_embeddings"),
@@ -243,7 +243,7 @@ FAMILIES: Mapping[str, Family] = {
         keys={
             "hidden": Key("hidden_size", "size"),
             "layers": Key("num_hidden_layers", "depth"),
-            "heads": Key("num_attention_heads", "size"),
+            "heads": Key("num_attention_heads", "heads"),
             "ffn": Key("ffn_dim", "size"),
             "vocab": Key("vocab_size", "size"),
             "max_positions": Key("max_position_embeddings", "size", 2048),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.json import brief
 
 
 def is_integer(value: object) -> bool:
@@ -17,9 +18,14 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+# No model comes near; each layer takes memory here before anything else is known of it.
+MOST_LAYERS = 10_000
+# Each number up to it is tried as a tensor-parallel size.
+MOST_HEADS = 65_536
 _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "size": ("a positive integer", lambda value: is_integer(value) and value > 0),
-    "depth": ("an integer from 1 to 10000", lambda value: is_integer(value) and 0 < value <= 10_000),
+    "depth": (f"an integer from 1 to {MOST_LAYERS}", lambda value: is_integer(value) and 0 < value <= MOST_LAYERS),
+    "heads": (f"an integer from 1 to {MOST_HEADS}", lambda value: is_integer(value) and 0 < value <= MOST_HEADS),
     "even": ("a positive even integer", lambda value: is_integer(value) and value > 0 and value % 2 == 0),
     "integer": ("an integer", is_integer),
     "number": ("a number that is not negative", lambda value: is_number(value) and value >= 0),
@@ -40,7 +46,7 @@ REQUIRED = "required"
 class Key:
     """One key of config.json: its name, its values, and what transformers takes where it is missing.
 
-    kind: "size" is a positive integer, "depth" one that may count layers, "even" an even one, "integer" any,
+    kind: "size" is a positive integer, "depth" and "heads" one that may count these, "even" an even one, "integer" any,
     "number" not negative, "positive" above 0, "flag" true or false, "names" a list of texts.
     default: a value, REQUIRED, or None, for what follows from other keys.
     null: null is a value too, with the meaning of None. also: another name that transformers maps to this key, and
@@ -48,7 +54,7 @@ class Key:
     """
 
     name: str
-    kind: Literal["size", "depth", "even", "integer", "number", "positive", "flag", "text", "names"]
+    kind: Literal["size", "depth", "heads", "even", "integer", "number", "positive", "flag", "text", "names"]
     default: object = REQUIRED
     null: bool = False
     also: str | None = None
@@ -65,9 +71,7 @@ class Key:
             return None
         description, fits = _KINDS[self.kind]
         if not fits(value):
-            found = repr(value)
-            shown = found if len(found) <= 100 else f"{found[:100]}…"
-            raise UserError(f"{where}: {name} must be {description}, not {shown}")
+            raise UserError(f"{where}: {name} must be {description}, not {brief(value)}")
         if self.kind not in ("number", "positive") and is_integer(value) and abs(value) >= _LARGEST:
             raise UserError(f"{where}: {name} must be below 2^31, not {value}: correct it")
         # JSON has longer integers than a tensor can be multiplied with.

@@ -7,12 +7,12 @@ Headers of safetensors files are read without torch or the safetensors library: 
 """
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.json import LARGEST, parse_json, read_object
 
 CONFIG_FILE = "config.json"
 
@@ -47,15 +47,7 @@ def read_json(file: Path, remedy: str) -> dict[str, Any]:
     """Return the JSON object in a file of a model folder. remedy: what to do where the file is missing."""
     if not file.is_file():
         raise UserError(f"{file}: missing: {remedy}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON: {error}; download the model again") from error
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}): give this user the right to read it") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}; download the model again")
-    return content
+    return read_object(file, "download the model again")
 
 
 def built_in_config(name: str) -> dict[str, Any]:
@@ -98,7 +90,7 @@ def stored_dtype(folder: Path) -> Literal["fp32", "bf16"] | None:
         try:
             with file.open("rb") as stream:
                 length = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(length)) if length < 2**27 else {}
+                header = parse_json(stream.read(length)) if length <= LARGEST else {}
             sizes: dict[str, int] = {}
             for name, entry in header.items():
                 if name != "__metadata__":

@@ -4,7 +4,6 @@ Here is which folder is which, and the folder of a run: its config, where it sta
 adapter verify. Nothing is changed, no pickle is read, and no model is ever held whole.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,13 +17,13 @@ from lowrank_dist.formats.manifest import is_checkpoint
 from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE
 from lowrank_dist.formats.report import Report, inspect_model
 from lowrank_dist.methods.registry import HOMES, home, home_of
+from lowrank_dist.untrusted.files import LONGEST_RECORD, read_lines
+from lowrank_dist.untrusted.json import parse_json
 
 ReadConfig = Callable[[Path], dict[str, Any]]
 CONFIG, METRICS, CHECKPOINTS, ADAPTER = "config.yaml", "metrics.jsonl", "checkpoints", "adapter"
 RUN_ENTRIES = (CONFIG, METRICS, CHECKPOINTS)
 _SHOWN = ("modules", "parameters", "update_norm", "norm")
-# A record has some three hundred bytes.
-_LONGEST_LINE = 1 << 20
 _ADAPTER_CONFIGS = sorted({each.files.published[0] for each in HOMES if each.files.published})
 _MODEL_FILES = ("config.json", SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -104,24 +103,20 @@ def _metrics(folder: Path, report: Report) -> None:
 
 def _records(path: Path, report: Report) -> Iterator[dict[str, Any]]:
     """Yield the good lines; a bad one is a problem, except the one that a killed run left half written."""
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(_LONGEST_LINE):
-            number += 1
-            try:
-                record = json.loads(line)
-                for name in {"step", "loss", "eval_loss"} & record.keys() | {"step"}:
-                    if isinstance(record[name], bool) or not isinstance(record[name], int | float):
-                        raise ValueError(f"{name} is no number")
-            except (ValueError, KeyError, AttributeError, RecursionError) as error:
-                where = f"{path}:{number}"
-                if not line.endswith(b"\n") and not file.read(1):
-                    report.warnings.append(f"{where}: the last line is cut off: the run was killed while writing it")
-                else:
-                    report.problems.append(f"{where}: no record of a run ({error!r}): remove the line")
-                    return
-                continue
-            yield record
+    for number, line in read_lines(path, "remove the line", longest=LONGEST_RECORD):
+        try:
+            record = parse_json(line)
+            for name in {"step", "loss", "eval_loss"} & record.keys() | {"step"}:
+                if isinstance(record[name], bool) or not isinstance(record[name], int | float):
+                    raise ValueError(f"{name} is no number")
+        except (ValueError, KeyError, AttributeError) as error:
+            where = f"{path}:{number}"
+            if line.endswith(b"\n"):
+                report.problems.append(f"{where}: no record of a run ({error!r}): remove the line")
+                return
+            report.warnings.append(f"{where}: the last line is cut off: the run was killed while writing it")
+            continue
+        yield record
 
 
 def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:

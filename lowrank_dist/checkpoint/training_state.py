@@ -6,16 +6,19 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
+from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, read_header, tensor_bytes
+from lowrank_dist.untrusted.files import read_bytes
+from lowrank_dist.untrusted.json import LARGEST, JsonFault, parse_json
 
 # What AdamW keeps of every element of Θ: the fp32 master and the two moments, under torch's names.
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 # The eval loss among the names of what evaluations measure; the others are metrics of generated texts.
 LOSS = "loss"
+_ANOTHER = "take another checkpoint"
 
 
 def tensor_name(stored: str, kind: str) -> str:
@@ -109,10 +112,13 @@ class TrainingState(BaseModel):
 
 def read_state(path: Path) -> TrainingState:
     """Raises UserError for a file that is not what `TrainingState.to_json` writes."""
+    content = read_bytes(path, _ANOTHER, largest=LARGEST)
     try:
-        return parse_state(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        raise UserError(f"{path} is not what this version of lowrank_dist writes ({error}): take another") from error
+        # First: pydantic takes NaN, and integers that cannot be printed.
+        parse_json(content, unique=True, finite=True)
+        return parse_state(content)
+    except (JsonFault, ValidationError) as error:
+        raise UserError(f"{path} is not what this version of lowrank_dist writes ({error}): {_ANOTHER}") from error
 
 
 def parse_state(text: bytes) -> TrainingState:
@@ -148,24 +154,22 @@ class OptimizerReader:
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._path = path
-        try:
-            self._file = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} is not a complete safetensors file ({error}): take another checkpoint") from error
+        found = {entry.name: entry for entry in read_header(path).entries}
         expected = {tensor_name(name, kind): shape for name, shape in shapes.items() for kind in KINDS}
-        odd = sorted(set(self._file.keys()) ^ expected.keys())
+        odd = sorted(found.keys() ^ expected.keys())
         if odd:
             raise UserError(
                 f"{path}: {odd[0]} and what this run trains do not fit together: method, lora.targets and "
                 "lora.dora must be the same"
             )
         for name, shape in expected.items():
-            entry = self._file.get_slice(name)
-            if entry.get_dtype() != "F32" or tuple(entry.get_shape()) != shape:
+            entry = found[name]
+            if entry.dtype != "F32" or entry.shape != shape:
                 raise UserError(
-                    f"{path}: {name} is {entry.get_dtype()} {entry.get_shape()}, this run needs F32 {list(shape)}: "
+                    f"{path}: {name} is {entry.dtype} {list(entry.shape)}, this run needs F32 {list(shape)}: "
                     "the sizes of the method (such as lora.rank) and the model must be the same"
                 )
+        self._file = safe_open(path, framework="pt")
 
     def get(self, stored: str) -> Tensor:
         """[3, *shape] in fp32, in the order of KINDS."""

@@ -1,5 +1,6 @@
 """The `lowrank-dist` command. Heavy imports wait until a command runs, so that --help answers at once."""
 
+import errno
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from lowrank_dist.cli.slurm import slurm_command
 from lowrank_dist.cli.weights import export_command, inspect_command, merge_command
 from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import say
+from lowrank_dist.untrusted.files import shown
 
 _USER_ERROR = 2
 
@@ -25,6 +27,12 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             say(f"error: {error}", err=True)
+            raise typer.Exit(_USER_ERROR) from error
+        except OSError as error:
+            if error.errno != errno.ENAMETOOLONG:
+                raise
+            # A path that was given: none of ours comes near the limits.
+            say(f"error: {shown(str(error.filename))}: {error.strerror}: give a shorter path", err=True)
             raise typer.Exit(_USER_ERROR) from error
 
 

@@ -14,12 +14,16 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from lowrank_dist.config.schema import Config, UnreadKeys
-from lowrank_dist.errors import ConfigError
+from lowrank_dist.errors import ConfigError, UserError
 from lowrank_dist.sections.scalars import Loader, scalar
 from lowrank_dist.sections.section import Section
+from lowrank_dist.untrusted.files import read_text
 
 USAGE = "give one YAML file, then overrides: CONFIG.yaml section.key=value or --section.key value"
 COMMAND_LINE = "command line"
+# A rank and an alpha for each module of the deepest models is a fifth of it. PyYAML reads some 100 KiB a second.
+LARGEST = 256 << 10
+MOST_PROBLEMS = 50
 Key = tuple[str, ...]
 # What is no section is a value at the top level, as `method` is.
 _SECTIONS: dict[str, type[Section]] = {
@@ -63,17 +67,24 @@ def _checked(raw: _Raw, overrides: Sequence[tuple[str, str]]) -> Config:
     for key, text in overrides:
         raw.override(key, text)
     if raw.fatal:
-        raise ConfigError("\n".join(raw.problems))
+        raise _refusal(raw.problems, len(raw.problems))
     for section in _SECTIONS:
         raw.values.setdefault(section, {})
     try:
         config = Config.model_validate(raw.values)
     except ValidationError as error:
-        lines = [_explain(detail, raw) for detail in error.errors(include_url=False)]
-        raise ConfigError("\n".join([*raw.problems, *lines])) from None
+        details = error.errors(include_url=False)
+        lines = [_explain(detail, raw) for detail in details[:MOST_PROBLEMS]]
+        raise _refusal([*raw.problems, *lines], len(raw.problems) + len(details)) from None
     if raw.problems:
-        raise ConfigError("\n".join(raw.problems))
+        raise _refusal(raw.problems, len(raw.problems))
     return config
+
+
+def _refusal(lines: Sequence[str], count: int) -> ConfigError:
+    """Return the error with the first lines of `count`."""
+    shown = list(lines[:MOST_PROBLEMS])
+    return ConfigError("\n".join(shown + [f"and {count - len(shown)} more"] * (count > len(shown))))
 
 
 class _Raw:
@@ -101,11 +112,13 @@ class _Raw:
         """Take the values of a YAML file."""
         self.file = str(path)
         try:
-            root = yaml.compose(path.read_text(encoding="utf-8"), Loader)
-        except OSError as error:
-            return self.problem(str(path), f"cannot be read ({error.strerror})", USAGE, fatal=True)
-        except UnicodeDecodeError as error:
-            return self.problem(str(path), f"is not UTF-8 ({error.reason})", "save it as UTF-8 text", fatal=True)
+            text = read_text(path, USAGE, largest=LARGEST)
+        except UserError as error:
+            self.problems.append(str(error))
+            self.fatal = True
+            return
+        try:
+            root = yaml.compose(text, Loader)
         except yaml.YAMLError as error:
             return self.problem(*_explain_yaml(error, str(path)), "mend the YAML", fatal=True)
         if root is None:

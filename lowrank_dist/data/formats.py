@@ -7,10 +7,10 @@ key, up to `MAX_PROBLEMS` of them in one error, so that a file is mended in one 
 
 from __future__ import annotations
 
+import codecs
 import difflib
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
@@ -19,9 +19,13 @@ from typing import Any, Literal
 
 from lowrank_dist.data.keys import MESSAGE_KEYS, ROW_KEYS
 from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.files import MIB, read_lines
+from lowrank_dist.untrusted.json import JsonFault, parse_json
 from lowrank_dist.untrusted.keys import EMPTY
 
 MAX_PROBLEMS = 20
+# Of UTF-8: half a million tokens of English. Tokenisation takes some 250 bytes a byte.
+LONGEST_LINE = 2 * MIB
 ROLES = ("system", "user", "assistant")
 FORMATS = '{"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
@@ -96,7 +100,9 @@ def read_jsonl(
     extra: Counter[str] = Counter()
     problems: list[str] = []
     found = 0
-    for number, raw in _lines(path):
+    for number, raw in read_lines(path, "split it, or leave it out", longest=LONGEST_LINE):
+        if not raw.strip():
+            continue
         try:
             value = _parse(raw, first=number == 1)
             line_kind = _kind_of(value)
@@ -120,35 +126,12 @@ def read_jsonl(
     return Records(path, kind, ignored_keys=dict(sorted(extra.items())), **filled)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    # Binary, since text mode also splits at U+2028 or \x0c in some readers and would shift the numbers an editor shows.
-    with path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            if raw.strip():
-                yield number, raw
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        raise Problem(f"key {repeated[0]!r} is given twice; keep one")
-    return result
-
-
 def _parse(raw: bytes, *, first: bool) -> dict[str, Any]:
     try:
-        text = raw.decode("utf-8-sig" if first else "utf-8")
-    except UnicodeDecodeError as error:
-        raise Problem(f"not UTF-8 at byte {error.start + 1} of the line; save the file as UTF-8") from error
-    try:
-        value = json.loads(text, object_pairs_hook=_unique)
-    except json.JSONDecodeError as error:
-        # Not error.colno: a line that breaks off is blamed on the column after its newline.
-        where = f"malformed JSON at column {error.pos + 1}"
-        raise Problem(f"{where}: {error.msg}; write one JSON object a line") from error
-    except RecursionError as error:
-        raise Problem("JSON nested too deeply; write one flat object a line") from error
+        # Editors of Windows begin a file with a mark.
+        value = parse_json(raw.removeprefix(codecs.BOM_UTF8) if first else raw, unique=True)
+    except JsonFault as fault:
+        raise Problem(f"{fault}; write one JSON object a line") from fault
     if not isinstance(value, dict):
         raise Problem(f"a JSON {_type(value)} where an object is expected: {FORMATS}")
     return value

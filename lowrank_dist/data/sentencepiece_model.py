@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from lowrank_dist.errors import UserError, some_of
+from lowrank_dist.untrusted.files import MIB, read_bytes
+from lowrank_dist.untrusted.json import read_json
 
 # A protobuf message followed by another of its kind is their merge (protobuf.dev, "Last One Wins"), so these four bytes
 # override one field of the model: normalizer_spec (3) { add_dummy_prefix (3): 0 or 1 } in sentencepiece_model.proto.
@@ -35,10 +36,7 @@ def settings_in(config: Path, remedy: str) -> dict[str, Any]:
     """Return the JSON object in a file beside a tokenizer; empty where there is no file, or no object in it."""
     if not config.is_file():
         return {}
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{config}: malformed JSON ({error}); {remedy}") from error
+    settings = read_json(config, remedy)
     return settings if isinstance(settings, dict) else {}
 
 
@@ -56,7 +54,7 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, model: Path) -> None:
-        raw = model.read_bytes()
+        raw = read_bytes(model, "point data.tokenizer at another folder", largest=64 * MIB)
         _check_kind(raw, model)
         try:
             self._own = SentencePieceProcessor(model_proto=raw)

@@ -16,7 +16,17 @@ from transformers import PreTrainedTokenizerFast
 from lowrank_dist.data.sentencepiece_model import SentencePieceTokenizer, settings_in, write_fast
 from lowrank_dist.data.template import ChatTemplate
 from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.files import MIB, require_size
+from lowrank_dist.untrusted.json import parse_json
 
+# The files that transformers reads by itself, and bounds of them; a published vocabulary has 35 MB.
+_LARGEST = {
+    "tokenizer.json": 64 * MIB,
+    "tokenizer_config.json": 32 * MIB,
+    "special_tokens_map.json": MIB,
+    "added_tokens.json": 32 * MIB,
+    "chat_template.jinja": MIB,
+}
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -58,7 +68,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     folder = path.parent if path.name == "tokenizer.json" else path
     if (folder / "tokenizer.json").is_file():
-        return FastTokenizer(folder)
+        return _load_fast(folder)
     model = path if path.is_file() else path / "tokenizer.model"
     if model.is_file():
         return SentencePieceTokenizer(model)
@@ -79,6 +89,20 @@ def has_prefix(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
 def with_prefix(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
     """Return the ids of a text behind what the tokenizer puts before one: once, also where the text spells it out."""
     return list(ids) if has_prefix(tokenizer, ids) else [*tokenizer.prefix_ids, *ids]
+
+
+def _load_fast(folder: Path) -> FastTokenizer:
+    for name, largest in _LARGEST.items():
+        require_size(folder / name, "point data.tokenizer at another folder", largest=largest)
+    try:
+        return FastTokenizer(folder)
+    except UserError:
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception, transformers a dozen kinds
+        # A panic of Rust's is no Exception, and its class has a name alone.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{folder}: tokenizer.json or tokenizer_config.json can't be read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,11 +130,8 @@ class FastTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            hf = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            definition = json.loads(hf.backend_tokenizer.to_str())
-        except Exception as error:  # tokenizers raises bare Exception, transformers a dozen kinds
-            raise UserError(f"{folder}: tokenizer.json or tokenizer_config.json can't be read: {error}") from error
+        hf = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        definition = parse_json(hf.backend_tokenizer.to_str())
         self.path = folder
         definition |= {"truncation": None, "padding": None}
         _check_repeatable(definition, folder)

@@ -23,6 +23,8 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import temporary_name
 from lowrank_dist.generate.metrics import METRICS
 from lowrank_dist.terminal import open_console, say
+from lowrank_dist.untrusted.files import LONGEST_RECORD, read_lines
+from lowrank_dist.untrusted.json import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -258,13 +260,12 @@ def keep_records(path: Path, done: int) -> list[Record]:
     if not path.exists():
         return []
     kept: list[Record] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-            if record["step"] <= done and done:
-                kept.append({**record, "time": float(record["time"])})
-        except (ValueError, TypeError, KeyError):
-            continue
+    for _, line in read_lines(path, "move it away", longest=LONGEST_RECORD):
+        with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+            record = {key: float(value) if key == "time" else value for key, value in parse_json(line).items()}
+            numbers = all(isinstance(value, int | float) for value in record.values())
+            if numbers and record["step"] <= done and done and "time" in record:
+                kept.append(record)
     shorter = temporary_name(path)
     try:
         shorter.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

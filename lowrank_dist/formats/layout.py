@@ -9,6 +9,7 @@ import torch
 
 from lowrank_dist.formats.model_folder import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header
+from lowrank_dist.untrusted.json import read_object
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def write_config(source: Path, target: Path, dtype: str | None) -> None:
     if dtype is None:
         target.write_bytes(source.read_bytes())
         return
-    config = json.loads(source.read_text(encoding="utf-8"))
+    config = read_object(source, "download the model again")
     name = str(FLOAT_DTYPES[dtype]).removeprefix("torch.")
     for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
         config[key] = name

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.files import read_bytes
+from lowrank_dist.untrusted.json import JsonFault, parse_json
 
 MANIFEST_FILE = "manifest.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -30,12 +32,14 @@ def verify_manifest(folder: Path) -> None:
     if path.is_symlink() or not path.is_file():
         raise UserError(f"{path} is missing: the checkpoint is incomplete, {_ANOTHER}")
     try:
-        with path.open("rb") as file:
-            text = file.read(_LARGEST_MANIFEST)
-        files = json.loads(text)["files"]
-        genuine = isinstance(files, dict) and text == _text(files).encode()
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}): {_ANOTHER}") from error
+        text = read_bytes(path, _ANOTHER, largest=_LARGEST_MANIFEST)
+        files = parse_json(text)["files"]
+        genuine = text == _text(files).encode() and all(
+            entry.keys() == {"size", "sha256"} and isinstance(entry["size"], int) and isinstance(entry["sha256"], str)
+            for entry in files.values()
+        )
+    except (JsonFault, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is not what lowrank_dist writes ({error}): {_ANOTHER}") from error
     if not genuine:
         raise UserError(f"{path} was changed after it was written: {_ANOTHER}")
     found = {child.name for child in folder.iterdir()} - {MANIFEST_FILE}

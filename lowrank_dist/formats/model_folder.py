@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.families import OUTPUT_LAYER
 from lowrank_dist.arch.model_files import read_config, read_json, require_folder
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.safetensors_file import read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -158,12 +159,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     if not file.is_file():
         raise UserError(f"{file}: missing: download the model completely")
-    try:
-        with safe_open(file, framework="pt", device="cpu") as handle:
-            views = {name: handle.get_slice(name) for name in handle.keys()}
-            return {name: StoredTensor(file, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: truncated or not a safetensors file ({error}); download it again") from error
+    return {entry.name: StoredTensor(file, entry.shape, entry.dtype) for entry in read_header(file).entries}
 
 
 def _no_weights(folder: Path) -> str:

@@ -13,11 +13,20 @@ from lowrank_dist import __version__
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import open_checkpoint
 from lowrank_dist.formats.safetensors_file import read_header, read_into
+from lowrank_dist.untrusted.json import brief, read_object, take
 
 PROVENANCE_FILE = "lowrank_dist.json"
 _FORMAT = 1
 _PACKAGES = ("torch", "transformers", "deepspeed", "megatron-core")
 _SAMPLE = 4096
+_KINDS: Mapping[str, type] = {
+    "base_fingerprint": str,
+    "base": str,
+    "config": dict,
+    "created_by": str,
+    "versions": dict,
+    "training": dict,
+}
 
 
 def fingerprint(folder: Path) -> str:
@@ -106,22 +115,16 @@ def read_provenance(folder: Path) -> Provenance | None:
     path = folder / PROVENANCE_FILE
     if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != _FORMAT:
-            raise ValueError(f"format {found['format']!r}, this version reads format {_FORMAT}")
-        found.setdefault("training", {})  # files from before it was recorded have none
-        provenance = Provenance(**{name: found[name] for name in Provenance.__dataclass_fields__})
-        if not isinstance(provenance.base_fingerprint, str):
-            raise ValueError("base_fingerprint is no text")
-        if not isinstance(provenance.training, dict):
-            raise ValueError("training is no mapping")
-        return provenance
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not what lowrank_dist writes ({type(error).__name__}: {error}): restore the file, or remove it "
-            "to go without the check that the adapter belongs to the base"
-        ) from error
+    remedy = "restore the file, or remove it to go without the check that the adapter belongs to the base"
+    found = read_object(path, remedy)
+    if found.get("format") != _FORMAT:
+        stated = brief(found.get("format"))
+        raise UserError(f"{path}: format is {stated}, and this version reads format {_FORMAT}: {remedy}")
+    found.setdefault("training", {})  # files from before it was recorded have none
+    for key, kind in _KINDS.items():
+        if take(found, key, kind, path, remedy) is None:
+            raise UserError(f"{path}: {key} is missing: {remedy}")
+    return Provenance(**{key: found[key] for key in _KINDS})
 
 
 def refuse_another_base(folder: Path, base: Path) -> None:

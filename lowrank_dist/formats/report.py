@@ -1,6 +1,5 @@
 """The report of an inspection, from which both text and JSON are made, and the one on a Hugging Face model folder."""
 
-import json
 import math
 import re
 from collections import Counter
@@ -14,7 +13,7 @@ import torch
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import UnsupportedModel, read_architecture
-from lowrank_dist.arch.model_files import CONFIG_FILE
+from lowrank_dist.arch.model_files import CONFIG_FILE, read_config
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import (
@@ -26,6 +25,7 @@ from lowrank_dist.formats.model_folder import (
     open_checkpoint,
 )
 from lowrank_dist.formats.safetensors_file import read_header
+from lowrank_dist.untrusted.json import brief, read_object
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -163,12 +163,11 @@ def _described(folder: Path, architecture: Architecture | None) -> dict[str, Any
             "tied_embeddings": architecture.tied,
         }
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_config(folder)
+    except UserError:
         return {}  # open_checkpoint has said why
-    if not isinstance(config, dict):
-        return {}
-    found: dict[str, Any] = {"family": str(config["model_type"]) if "model_type" in config else "not named"}
+    named = config["model_type"] if "model_type" in config else "not named"
+    found: dict[str, Any] = {"family": named if isinstance(named, str) else brief(named)}
     for label, keys in _SIZES.items():
         sizes = [config[key] for key in keys if key in config and isinstance(config[key], int)]
         if sizes:
@@ -211,7 +210,7 @@ def _files(folder: Path, checkpoint: Checkpoint, report: Report) -> None:
         return
     strays = sorted(p.name for p in folder.iterdir() if _SHARD.fullmatch(p.name) and folder / p.name not in shards)
     report.problems += [f"{folder / name} is not named by {INDEX_FILE}; download the model again" for name in strays]
-    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+    index = read_object(folder / INDEX_FILE, "download it again")
     metadata = index["metadata"] if "metadata" in index else None
     said = metadata["total_size"] if isinstance(metadata, dict) and "total_size" in metadata else None
     # No reader uses it, and published models have it wrong: worth knowing, not broken.
@@ -229,17 +228,7 @@ def _tokenizer(folder: Path, report: Report) -> None:
     templates = [name for name in _TEMPLATES if (folder / name).is_file()]
     settings = folder / "tokenizer_config.json"
     if settings.is_file():
-        values = report.read(settings, _object, settings)
+        values = report.read(settings, read_object, settings, "download it again")
         if values is not None and "chat_template" in values and values["chat_template"]:
             templates.append(settings.name)
     report.facts["chat_template_in"] = templates or "none"
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); download it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(values).__name__}; download it again")
-    return values

@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.files import shown
+from lowrank_dist.untrusted.json import LARGEST, parse_json
 
 _ALIGNMENT = 8
 
@@ -42,14 +44,18 @@ class Header:
 def read_header(path: Path) -> Header:
     """Read and check the header of a file; UserError when it is missing, truncated or malformed."""
     try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > LARGEST:
+                raise ValueError(f"a header of {length} bytes; at most {LARGEST} are taken")
+            header = file.read(length)
         # The library checks the header against itself and the file's length (overflow, holes, overlaps, truncation).
         with safe_open(path, framework="pt"):
             pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            pairs = json.loads(file.read(length), object_pairs_hook=_refuse_duplicates)
+        pairs = parse_json(header, unique=True)
     except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"{path} is not a complete safetensors file ({error}): copy or download it again") from error
+        what = f"{shown(path)}: truncated or not a safetensors file ({error})"
+        raise UserError(f"{what}: copy it here or download it again") from error
     metadata = pairs.pop("__metadata__", None) or {}
     entries = (
         TensorEntry(name, entry["dtype"], tuple(entry["shape"]), begin, end - begin)
@@ -57,13 +63,6 @@ def read_header(path: Path) -> Header:
         for begin, end in [entry["data_offsets"]]
     )
     return Header(tuple(sorted(entries, key=lambda entry: (entry.start, entry.nbytes))), metadata, 8 + length)
-
-
-def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError(f"a key appears twice among {', '.join(sorted(key for key, _ in pairs)[:8])}")
-    return found
 
 
 def read_into(file: FileIO, start: int, view: memoryview) -> None:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowrank_dist.arch.keys import is_integer
 from lowrank_dist.arch.model_files import CONFIG_FILE
 from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.files import MIB, read_bytes, read_text, shown
-from lowrank_dist.untrusted.json import JsonFault, parse_json, read_object
+from lowrank_dist.untrusted.json import JsonFault, brief, parse_json, read_object
 
 GENERATION_CONFIG = "generation_config.json"
 _FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
@@ -109,7 +110,7 @@ def end_of_text(files: Tokenizer) -> tuple[int, ...]:
     eos, definition = _content(_object(files, _SETTINGS).get("eos_token")), _object(files, _FAST)
     added = definition.get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    return _ids_among([token.get("id") for token in tokens if token.get("content") == eos][:1])
+    return tuple(filter(is_integer, [token.get("id") for token in tokens if token.get("content") == eos][:1]))
 
 
 def stops_of(folder: Path) -> tuple[int, ...]:
@@ -119,12 +120,12 @@ def stops_of(folder: Path) -> tuple[int, ...]:
         if path.is_file():
             eos = read_object(path, _MEND).get("eos_token_id")
             if eos is not None:
-                return _ids_among(eos if isinstance(eos, list) else [eos])
+                given = eos if isinstance(eos, list) else [eos]
+                if not all(map(is_integer, given)):
+                    what = f"must be a token's id or a list of them, not {brief(eos)}"
+                    raise UserError(f"{shown(path)}: eos_token_id {what}: {_MEND}")
+                return tuple(given)
     return ()
-
-
-def _ids_among(values: Iterable[object]) -> tuple[int, ...]:
-    return tuple(value for value in values if isinstance(value, int) and not isinstance(value, bool))
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
+# A section, a mapping in it, and room to say which key is wrong.
+DEEPEST = 20
 _PREFIX = "tag:yaml.org,2002:"
 # tag, what a plain scalar of it looks like, and its possible first characters (PyYAML's index).
 _RESOLVERS = (
@@ -32,17 +34,32 @@ def _index_by_first_character() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 
 class Loader(yaml.SafeLoader):
-    """Composes nodes with 1.2 scalars. Aliases are refused: a config needs none, and they can nest without end."""
+    """Composes nodes with 1.2 scalars. Aliases are refused: a config needs none, and they can nest without end.
+
+    So are nesting over `DEEPEST` levels, and text with half of a surrogate pair, which nothing can write.
+    """
 
     yaml_implicit_resolvers = _index_by_first_character()
 
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth = 0
+
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
         if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                None, None, f"alias *{event.anchor} is not supported; write the value out", event.start_mark
-            )
-        return super().compose_node(parent, index)
+            self._refuse(f"alias *{event.anchor} is not supported; write the value out", event.start_mark)
+        if self._depth == DEEPEST:
+            self._refuse(f"nested too deeply, over {DEEPEST} levels", event.start_mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if isinstance(node, yaml.ScalarNode) and any("\ud800" <= character <= "\udfff" for character in node.value):
+            self._refuse("an unpaired surrogate escape (\\uDXXX); mend the text", node.start_mark)
+        return node
+
+    def _refuse(self, problem: str, mark: yaml.Mark) -> NoReturn:
+        raise yaml.composer.ComposerError(None, None, problem, mark)
 
 
 class Dumper(yaml.SafeDumper):

@@ -13,6 +13,8 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import printable
 
 MIB = 1 << 20
+# Of a line of metrics.jsonl, which has some three hundred bytes.
+LONGEST_RECORD = MIB
 # Linux: NAME_MAX and PATH_MAX, the latter with its closing zero byte.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 
@@ -20,8 +22,8 @@ _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 def read_bytes(path: Path, remedy: str, *, largest: int) -> bytes:
     """Return the content of a regular file of at most `largest` bytes; UserError for anything else."""
     try:
-        # Not opened before: whoever opens a pipe waits for its writer.
-        if path.exists() and not path.is_file():
+        # Before it is opened: whoever opens a pipe waits for its writer.
+        if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{shown(path)}: is no regular file: {remedy}")
         with path.open("rb") as file:
             content = file.read(largest + 1)
@@ -30,6 +32,12 @@ def read_bytes(path: Path, remedy: str, *, largest: int) -> bytes:
     if len(content) > largest:
         raise UserError(f"{shown(path)}: is larger than the {sized(largest)} that such a file may have: {remedy}")
     return content
+
+
+def require_size(path: Path, remedy: str, *, largest: int) -> None:
+    """Raise UserError for a file of more than `largest` bytes, which somebody else is to read."""
+    if path.is_file() and path.stat().st_size > largest:
+        raise UserError(f"{shown(path)}: is larger than the {sized(largest)} that such a file may have: {remedy}")
 
 
 def read_text(path: Path, remedy: str, *, largest: int) -> str:

@@ -82,7 +82,7 @@ def read_json(path: Path, remedy: str, *, largest: int = LARGEST, unique: bool =
         return parse_json(content, unique=unique, finite=finite)
     except JsonFault as fault:
         line = "" if fault.line is None else f":{fault.line}"
-        raise UserError(f"{shown(path)}{line}: not valid JSON: {fault}: {remedy}") from fault
+        raise UserError(f"{shown(path)}{line}: {fault}: {remedy}") from fault
 
 
 def read_object(
@@ -136,7 +136,7 @@ def _decoded(content: bytes | str) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         column = error.start - content.rfind(b"\n", 0, error.start)
-        raise JsonFault(f"not UTF-8 at byte {column} of the line", line) from error
+        raise JsonFault(f"not UTF-8 at byte {column} of the line; save the file as UTF-8", line) from error
 
 
 def _integer(digits: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from lowrank_dist.checkpoint.training_state import KINDS, DataState, OptimizerRe
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.manifest import MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE
+from lowrank_dist.formats.manifest import _text as manifest_text
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, Collected
 from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, read_adapter, write_adapter_files
@@ -237,16 +240,59 @@ def test_inspect_says_that_it_does_not_verify(checkpoints: Path) -> None:
 
 def test_state_that_says_too_much_or_too_little(checkpoints: Path) -> None:
     path = checkpoints / "step-4" / STATE_FILE
+    whole = path.read_text()
     for text in (
         "{}",
         "[]",
-        path.read_text().replace('"step": 4', '"step": "4"'),
-        path.read_text().replace("step", "x", 1),
+        whole.replace('"step": 4', '"step": "4"'),
+        whole.replace("step", "x", 1),
+        # What pydantic reads, and would write as null or not at all.
+        whole.replace('"loss": 0.3333333333333333', '"loss": NaN'),
+        whole.replace('"0": 2.5', '"0": Infinity'),
+        whole.replace('"lr": 0.01', '"lr": 1e999'),
+        whole.replace('"lr": 0.01', f'"lr": {"9" * 5000}'),
+        whole.replace('"lr": 0.01', f'"lr": {"[" * 150 + "]" * 150}'),
+        whole.replace('"torch": "2"', r'"torch": "\ud800"'),
+        whole.replace('"lr": 0.01', '"lr": 0.01, "lr": 0.02'),
     ):
+        assert text != whole
         path.write_text(text)
-
         with pytest.raises(UserError, match=STATE_FILE.replace(".", r"\.")):
             read_state(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda files: files[STATE_FILE].pop("size"),
+        lambda files: files[STATE_FILE].pop("sha256"),
+        lambda files: files[STATE_FILE].update(size="5"),
+        lambda files: files[STATE_FILE].update(other=1),
+        lambda files: files.update({STATE_FILE: 5}),
+        lambda files: files.update({STATE_FILE: None}),
+        lambda files: files.update({"../x": files[STATE_FILE]}),
+    ],
+)
+def test_a_manifest_that_was_written_anew_by_another_hand(
+    checkpoints: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    """Its own digest is right."""
+    path = checkpoints / "step-4" / MANIFEST_FILE
+    files = json.loads(path.read_text())["files"]
+    path.write_text(manifest_text(files))
+    assert read_checkpoint(path.parent).step == 4
+    change(files)
+    path.write_text(manifest_text(files))
+    refuses(path.parent, "x" if "../x" in files else MANIFEST_FILE)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, "9" * 5000, '{"files": NaN}', '{"files": {"a": ' + "9" * 5000 + "}}", "7"]
+)
+def test_a_manifest_that_is_no_manifest(checkpoints: Path, text: str) -> None:
+    path = checkpoints / "step-4" / MANIFEST_FILE
+    path.write_text(text)
+    refuses(path.parent, MANIFEST_FILE)
 
 
 @pytest.mark.parametrize(

@@ -171,11 +171,27 @@ def test_one_bad_value(path: Path, override: str, expected: str) -> None:
         ("model: {[a]: b}\n", "run.yaml:1: model: a key is not text"),
         ("a: 1\n---\nb: 2\n", "run.yaml:2: expected a single document in the stream"),
         ("a: \x01\n", "run.yaml: unacceptable character"),
+        ("a:\n  b: " + "[" * 100_000, "run.yaml:2: nested too deeply, over 20 levels"),
+        ("".join(f"{'  ' * depth}a:\n" for depth in range(300)), "run.yaml:20: nested too deeply"),
+        ("model: {path: " + "{a: " * 20 + "1" + "}" * 21, "run.yaml:1: nested too deeply"),
+        ('model: {path: "\\uD800"}', "run.yaml:1: an unpaired surrogate escape"),
+        ("model: {path: x}\ndata: {train: x}\ntrain: {seed: " + "9" * 5000 + "}", "run.yaml:3: train.seed: "),
+        ("# " + "x" * 300_000, "run.yaml: is larger than the 262144 bytes that such a file may have"),
         ("", "run.yaml: model.path: required"),
     ],
 )
 def test_bad_files(path: Path, text: str, expected: str) -> None:
     assert errors(path, text)[0].startswith(expected)
+
+
+def test_a_thousand_mistakes_are_told_in_fifty_lines(path: Path) -> None:
+    lines = errors(path, "".join(f"key{number}: 1\n" for number in range(1000)))
+    assert len(lines) == 51 and lines[-1].endswith("more")
+
+
+def test_nesting_within_the_bound_is_told_by_its_key(path: Path) -> None:
+    (line, *_) = errors(path, "model: {path: " + "{a: " * 15 + "1" + "}" * 16)
+    assert "model.path" in line and "nested" not in line
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -440,7 +440,10 @@ def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [10**400, 2**31, -(10**400), 10**30])
-@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps", "num_hidden_layers", "hidden_size", "max_window_layers"])
+@pytest.mark.parametrize(
+    "key",
+    ["rope_theta", "rms_norm_eps", "num_hidden_layers", "hidden_size", "max_window_layers", "num_attention_heads"],
+)
 def test_numbers_that_no_model_has_are_refused_at_once(key: str, value: int) -> None:
     values = least("qwen2") | {key: value}
     if key in ("rope_theta", "rms_norm_eps") and 0 < value < 10**400:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import normalizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowrank_dist.data.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
@@ -218,7 +218,7 @@ def test_sentencepiece_bos_can_be_switched_off(tmp_path: Path) -> None:
         config.write_text(json.dumps(settings))
         assert load_tokenizer(tmp_path).prefix_ids == prefix
     config.write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config\.json: malformed"):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json:1: malformed"):
         load_tokenizer(tmp_path)
 
 
@@ -356,3 +356,30 @@ def test_broken_or_missing_folders(tmp_path: Path) -> None:
             load_tokenizer(folder)
         (folder / name).write_text(whole)
     assert load_tokenizer(folder / "tokenizer.json").encode(["a"]) == load_tokenizer(folder).encode(["a"])
+
+
+class PanicException(BaseException):
+    """As pyo3 raises it where Rust panics."""
+
+
+def test_a_panic_of_the_library_is_an_error_and_an_interrupt_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    for raised, expected in ((PanicException("index out of bounds"), UserError), (KeyboardInterrupt(), None)):
+
+        def fail(*_: object, raised: BaseException = raised, **__: object) -> None:
+            raise raised
+
+        monkeypatch.setattr(PreTrainedTokenizerFast, "from_pretrained", fail)
+        with pytest.raises(expected or KeyboardInterrupt, match="can't be read: index" if expected else ""):
+            load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "added_tokens.json"])
+def test_a_file_beyond_every_published_one_is_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / ("tokenizer.model" if name == "tokenizer.model" else "tokenizer.json")).write_text("{}")
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=rf"{name}: is larger than the \d+ MiB"):
+        load_tokenizer(tmp_path)

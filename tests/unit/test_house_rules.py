@@ -319,7 +319,6 @@ SHORT = {
     "__init__.py": "the version, and what the package offers",
     "errors.py": "the errors that every room raises; imports nothing of ours",
     "cli/__main__.py": "the form that launchers of modules run",
-    "cli/main.py": "the entry point: it lists the commands and imports nothing heavy",
     "config/__init__.py": "the two names that the room offers",
     **{f"{owner}/config.py": _SECTION for owner in ("data", "model", "parallel")},
     **{f"methods/{name}/config.py": _SECTION for name in ("bottleneck", "lora", "prefix", "prompt")},

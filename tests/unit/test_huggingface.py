@@ -133,7 +133,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_missing_or_malformed_config(broken: Path) -> None:
-    for content, said in (("{", "not valid JSON"), ("[]", "expected a JSON object"), ("{}", "model_type is missing")):
+    for content, said in (("{", "malformed JSON"), ("[]", "expected a JSON object"), ("{}", "model_type is missing")):
         (broken / "config.json").write_text(content)
         with pytest.raises(UserError, match=said):
             read_architecture(broken)

@@ -168,7 +168,7 @@ DAMAGE = {
     missing: "asks for",
     integers: "asks for",
     link_out: "is a link out of its folder",
-    half: "is not a complete safetensors file",
+    half: "truncated or not a safetensors file",
     config_value: "num_virtual_tokens|bottleneck",
     config_size: "asks for",
     no_config: "is missing",

@@ -175,7 +175,7 @@ def test_a_config_json_that_lacks_a_field(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     assert "expected a JSON object, found list" in plan(tmp_path).stderr
     (tmp_path / "config.json").write_text("{")
-    assert "not valid JSON" in plan(tmp_path).stderr
+    assert "malformed JSON" in plan(tmp_path).stderr
     (tmp_path / "config.json").unlink()
     assert "config.json: missing" in plan(tmp_path).stderr
 

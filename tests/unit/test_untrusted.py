@@ -78,10 +78,10 @@ def test_policies_are_asked_for() -> None:
 def test_a_fault_is_told_with_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{\n "a": 1,\n "b": ' + "7" * 5000 + "\n}")
-    with pytest.raises(UserError, match=r"config\.json: not valid JSON: key 'b' holds an integer.*: mend it$"):
+    with pytest.raises(UserError, match=r"config\.json: key 'b' holds an integer.*: mend it$"):
         read_object(path, "mend it")
     path.write_text("{\n 1}")
-    with pytest.raises(UserError, match=r"config\.json:2: not valid JSON: malformed JSON at column 2"):
+    with pytest.raises(UserError, match=r"config\.json:2: malformed JSON at column 2"):
         read_json(path, "mend it")
     path.write_text("[1]")
     with pytest.raises(UserError, match="expected a JSON object, found list"):
@@ -122,7 +122,7 @@ def test_a_long_line_is_refused_before_it_is_held(tmp_path: Path) -> None:
 
 def test_paths_that_no_disk_takes_are_errors() -> None:
     for path in (Path("a" * 300), Path("a/" * 3000), Path("x\0y"), Path("/")):
-        with pytest.raises((UserError, ValueError), match=r"cannot be read|no regular file|null byte"):
+        with pytest.raises((UserError, ValueError), match=r"cannot be read|null byte"):
             read_bytes(path, "mend it", largest=10)
     for text in ("a" * 256, "ä" * 128, "a/" * 2048, "x\0y"):
         with pytest.raises(ValueError, match="path"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.keys import MOST_LAYERS
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import target_of
 from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
@@ -32,6 +32,7 @@ from lowrank_dist.methods.files import (
     not_served,
     own_file,
 )
+from lowrank_dist.untrusted.json import read_object
 
 CONFIG_FILE = "bottleneck_config.json"
 WEIGHTS_FILE = "bottleneck_model.safetensors"
@@ -45,7 +46,7 @@ class BottleneckConfig(BaseModel):
 
     method: Literal["adapter_h", "adapter_l"]
     bottleneck: int = Field(ge=1)
-    layers: int = Field(ge=1)
+    layers: int = Field(ge=1, le=MOST_LAYERS)
     hidden: int = Field(ge=1)
     base: str
 
@@ -92,8 +93,8 @@ def read_bottlenecks(folder: Path) -> Bottlenecks:
         verify_manifest(folder)
     where = own_file(folder, CONFIG_FILE)
     try:
-        config = BottleneckConfig.model_validate(json.loads(where.read_text(encoding="utf-8")))
-    except (OSError, ValueError, RecursionError, ValidationError) as error:
+        config = BottleneckConfig.model_validate(read_object(where, "take another folder"))
+    except ValidationError as error:
         raise UserError(f"{where} is not what lowrank_dist writes ({error}): take another folder") from error
     path = own_file(folder, WEIGHTS_FILE)
     expected = {
