@@ -13,7 +13,7 @@ from typing import Literal
 from lowrank_dist.checkpoint.folder import LINKS, step_folders, step_links
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import is_temporary, sync, temporary_name
-from lowrank_dist.terminal import LogFormatter
+from lowrank_dist.terminal import LogFormatter, say
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +35,7 @@ class RankLog(logging.FileHandler):
         elif not self._said:
             self._said = True
             with contextlib.suppress(OSError):
-                print(
-                    f"lowrank_dist: {self.baseFilename} could not be written: {error}. The run goes on", file=sys.stderr
-                )
+                say(f"lowrank_dist: {self.baseFilename} could not be written: {error}. The run goes on", err=True)
 
 
 class RunFolder:

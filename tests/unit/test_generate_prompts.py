@@ -293,7 +293,7 @@ def test_references_are_cut_at_the_stop_texts_of_decoding(tmp_path: Path) -> Non
         ('{"prompt": "a", "completion": []}', "key 'completion' is an empty array"),
         ('{"prompt": "a"}', "key 'completion' is missing"),
         ('{"prompt": "a", "completion": ["b", 1]}', r"key 'completion\[1\]' is a JSON number"),
-        ('{"prompt": "a", "completion": "b", "tools": []}', "key 'tools' would change what the model sees"),
+        ('{"prompt": "a", "completion": "b", "tools": [1]}', "key 'tools' would change what the model sees"),
         ("[1]", "a JSON array where an object"),
         ('{"prompt": ', "malformed JSON at column"),
         ("[" * 100_000, "JSON nested too deeply"),
@@ -367,7 +367,7 @@ def test_stop_tokens_are_the_model_s_and_the_tokenizer_s(tmp_path: Path) -> None
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [60, 61]}))
     assert stop_tokens(tmp_path, tokenizer) == {own, 60, 61}
     (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(UserError, match="generation_config.json:1: not valid JSON"):
+    with pytest.raises(UserError, match="generation_config.json:1: malformed JSON"):
         stop_tokens(tmp_path, tokenizer)
 
 

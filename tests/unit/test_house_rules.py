@@ -391,6 +391,7 @@ TRUSTED = {
     "generate.decode: json.loads": "what the ranks have sent",
     "generate.metrics: regex.compile": "scripts by their names in Unicode",
     "launch.quickstart.report: json.loads": "what the quickstart has written",
+    "methods.lora.serving: re.fullmatch": "the names in a family's table",
     "parallel.collectives: json.loads": "what the ranks have sent",
     "slurm: re.match": "the options of our own job scripts",
     "supervision.watchdog: json.loads": "the arguments that the rank gives its watchdog",
