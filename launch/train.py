@@ -68,7 +68,7 @@ def main(config: Config, supervision: Supervision) -> int:
 
     supervision.enter("data set")  # samples as tokens, a share for each data-parallel rank
     data = build_data(config, method, architecture, topology, run.state)
-    run.open_folder(data)
+    run.require_same(data)
 
     supervision.enter("optimiser state")  # ZeRO over Θ alone, and the loop that steps, evaluates, saves and reports
     engine = build_engine(run, model, theta)

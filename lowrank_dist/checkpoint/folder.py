@@ -73,6 +73,11 @@ def read_checkpoint(folder: Path) -> TrainingState:
     return read_state(folder / STATE_FILE)
 
 
+def is_step(path: Path) -> bool:
+    """Return whether a path is named like a checkpoint of a run."""
+    return _STEP.fullmatch(path.name) is not None
+
+
 def step_folders(checkpoints: Path) -> dict[int, Path]:
     """Step → folder checkpoints/step-N, oldest first; links and anything else are not among them."""
     if not checkpoints.is_dir():

@@ -69,7 +69,7 @@ def build_engine(run: Run, model: CausalLM, theta: Theta) -> Engine:
 
 def build_trainer(run: Run, method: Method, engine: Engine, data: Data, forecast: Forecast) -> Trainer:
     """Build the loop with what it reports to, evaluates and saves by. Collective."""
-    run.begin_in_folder()
+    run.open_folder()
     reporter = open_reporter(run, data.course.steps)
     for line in introduction(run, method, engine, data, forecast):
         reporter.say(line)

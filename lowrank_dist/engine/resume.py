@@ -54,7 +54,7 @@ def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Re
     """
     if config.train.resume == "never":
         return None
-    answer = _told_by_rank_0(lambda: _look(config, folder), topology)
+    answer = told_by_rank_0(lambda: _look(config, folder), topology)
     messages = tuple(f"passed over: {reason}" for reason in answer["passed_over"])
     if answer["state"] is None:
         reasons = messages or tuple(f"there is none, beside {name} of a run that saved" for name in answer["saved_run"])
@@ -97,12 +97,12 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _told_by_rank_0(ask: Callable[[], dict[str, Any]], topology: Topology) -> dict[str, Any]:
+def told_by_rank_0(ask: Callable[[], dict[str, Any] | None], topology: Topology) -> dict[str, Any]:
     """Call `ask` on rank 0 alone and return its answer on every rank, by way of JSON; so is its UserError raised."""
     text = b""
     if topology.world_group.rank() == 0:
         try:
-            answer = ask()
+            answer = ask() or {}
         except UserError as error:
             answer = {"error": str(error)}
         except OSError as error:
@@ -189,11 +189,10 @@ def restore(
     shapes, place = theta.all_shapes(), topology.place
     opened: list[OptimizerReader] = []
 
-    def open_file() -> dict[str, Any]:
+    def open_file() -> None:
         opened.append(OptimizerReader(resumption.folder / OPTIMIZER_FILE, shapes))
-        return {}
 
-    _told_by_rank_0(open_file, topology)
+    told_by_rank_0(open_file, topology)
     for batch in theta.batches(BATCH_ELEMENTS):
         whole = {
             name: torch.empty(len(KINDS), *shape)
@@ -201,12 +200,11 @@ def restore(
             for name, shape in theta.trained[number].shapes.items()
         }
 
-        def read(whole: Mapping[str, torch.Tensor] = whole) -> dict[str, Any]:
+        def read(whole: Mapping[str, torch.Tensor] = whole) -> None:
             for name, tensor in whole.items():
                 tensor.copy_(opened[0].get(name))
-            return {}
 
-        _told_by_rank_0(read, topology)
+        told_by_rank_0(read, topology)
         for tensor in whole.values():
             dist.broadcast(tensor, 0, group=topology.host_group)
         for number in batch:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.checkpoint.training_state import TrainingState
 from lowrank_dist.config import Config
@@ -11,8 +13,10 @@ from lowrank_dist.data.batches import StepBatch
 from lowrank_dist.engine.agreement import require_same_inputs
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.meter import Phases
-from lowrank_dist.engine.resume import Resumption, complete, find_resumption, require_same_run
+from lowrank_dist.engine.resume import Resumption, complete, find_resumption, require_same_run, told_by_rank_0
 from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.errors import UserError
+from lowrank_dist.parallel.collectives import gather_texts
 from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.supervision.rank import Supervision
 
@@ -55,25 +59,38 @@ class Run:
         """True on the rank that writes files and speaks to the person who watches."""
         return self.topology.world_group.rank() == 0
 
-    def open_folder(self, data: Data) -> None:
-        """Lock the run folder and begin to log in it, once the input is known to be good.
-
-        A start that failed for its input before this leaves no folder that would refuse the corrected one, and one
-        that fails before `begin_in_folder` leaves nothing but its logs and FAILED. Raises
-        UserError where going on from the checkpoint would give another result than not having stopped.
+    def require_same(self, data: Data) -> None:
+        """Raise UserError, on every rank, where not all have read the same files, or where going on from the checkpoint
+        would give another result than not having stopped. Collective.
         """
         require_same_inputs(self.config, data, self.backend.device, afresh=self.resumption is None)
         if self.resumption is not None:
             require_same_run(self.config, self.resumption, data.state, data.held_out_state, data.course.steps)
-        self.folder.open(self.topology.world_group.rank())
-        self.supervision.in_folder(self.folder.path)
 
-    def begin_in_folder(self) -> None:
-        """Write what belongs to this start, once the state of the checkpoint is restored: until then it may be refused,
-        and what an earlier start left must still say what it was."""
-        if self.writes:
-            within = self.resumption is not None and self.folder.holds(self.resumption.folder)
-            self.folder.begin(self.config.to_yaml(), anew=self.config.output.overwrite and not within)
+    def open_folder(self) -> None:
+        """Make the run folder this run's and log in it from now on. Collective.
+
+        A start that fails for its input before this leaves the folder as it was, or makes none. Nor does any rank touch
+        it before rank 0 has the lock: of another run that trains there nothing is changed, and it is not said to have
+        FAILED. Raises UserError on every rank where one of them cannot write there, and where another run is there.
+        """
+        folder, topology = self.folder, self.topology
+        told_by_rank_0(folder.lock, topology)
+        refusal = "" if self.writes else self._refusal_to_log()
+        refusals = list(filter(None, gather_texts(refusal, topology.host_group, torch.device("cpu"))))
+        if refusals:
+            raise UserError(refusals[0])
+        within = self.resumption is not None and folder.holds(self.resumption.folder)
+        anew = self.config.output.overwrite and not within
+        told_by_rank_0(lambda: folder.begin(self.config.to_yaml(), anew=anew), topology)
+        self.supervision.in_folder(folder.path)
+
+    def _refusal_to_log(self) -> str:
+        try:
+            self.folder.log(self.topology.world_group.rank())
+        except UserError as error:
+            return str(error)
+        return ""
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from lowrank_dist.checkpoint.folder import LINKS, step_folders, step_links
-from lowrank_dist.errors import UserError
-from lowrank_dist.formats.atomic import is_temporary, sync, temporary_name
+from lowrank_dist.checkpoint.folder import LINKS, is_step, step_folders, step_links
+from lowrank_dist.errors import UserError, some_of
+from lowrank_dist.formats.atomic import is_temporary, sync, target_of, temporary_name
+from lowrank_dist.supervision.failure import NAME as FAILED
+from lowrank_dist.supervision.failure import retire
 from lowrank_dist.terminal import LogFormatter, say
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,7 @@ class RunFolder:
         self.plot = path / "loss.png"
         self.probe = path / "probe.safetensors"
         self.tensorboard = path / "tensorboard"
+        self._found: dict[str, int] = {}
 
     @classmethod
     def prepare(cls, path: Path, resume: Literal["never", "auto"] | Path, *, overwrite: bool) -> RunFolder:
@@ -64,6 +67,7 @@ class RunFolder:
             folder.refuse_existing()
         if path.exists() and not path.is_dir():
             raise UserError(f"output.dir: {path} is a file; choose a folder")
+        folder._found = folder._entries()
         return folder
 
     def refuse_existing(self) -> None:
@@ -102,36 +106,58 @@ class RunFolder:
         """Return whether a checkpoint lies in this run."""
         return checkpoint.resolve().parent == self.checkpoints.resolve()
 
-    def open(self, rank: int) -> None:
-        """Make the folder and log to logs/rank-N.log from now on; nothing else of an earlier run is touched yet.
+    def lock(self) -> None:
+        """Make the folder, lock it and log to logs/rank-0.log from now on; nothing else in it is touched yet.
 
-        Raises UserError where the folder cannot be written, or another process trains in it.
+        Raises UserError where the folder cannot be written, and where another process trains in it or has trained in it
+        since `prepare` looked.
         """
+        handler = self._open_log(0)
+        try:
+            self._lock(handler)
+            now = self._entries()
+            newer = sorted(name for name in now if now[name] != self._found.get(name))
+            if newer:
+                raise UserError(
+                    f"output.dir: another process trained in {self.path} since this one was started "
+                    f"({some_of(newer)}): start again"
+                )
+        except UserError:
+            handler.close()
+            raise
+        self._log_to(handler)
+
+    def log(self, rank: int) -> None:
+        """Log to logs/rank-N.log from now on. Raises UserError where the folder cannot be written."""
+        self._log_to(self._open_log(rank))
+
+    def _open_log(self, rank: int) -> logging.FileHandler:
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
             self.checkpoints.mkdir(exist_ok=True)
-            handler = RankLog(self._log(rank))
-            if rank == 0:
-                assert handler.stream is not None, "opened by its constructor"
-                self._lock(handler.stream.fileno())
-                self._clear()
+            return RankLog(self._log(rank))
         except OSError as error:
             raise UserError(
                 f"output.dir: cannot write {self.path}: {error.strerror}; choose a writable folder"
             ) from error
+
+    def _log_to(self, handler: logging.Handler) -> None:
         handler.setFormatter(LogFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         root = logging.getLogger()
         root.addHandler(handler)
         root.setLevel(logging.INFO)
 
     def begin(self, config_yaml: str, *, anew: bool) -> None:
-        """Keep the resolved configuration of a run that is known to train, in place of that of the start before it.
+        """Keep the resolved configuration of a run that is known to train, in place of that of the start before it,
+        whose record of failure is put aside and whose unfinished files are removed.
 
-        anew: the run that lies here is removed first (output.overwrite); its logs stay. Raises UserError where the
-        folder cannot be written.
+        anew: the run that lies here is removed first (output.overwrite); its logs stay. Under `lock`. Raises UserError
+        where the folder cannot be written.
         """
         temporary = temporary_name(self.config)
         try:
+            self._clear()
+            retire(self.path)
             if anew:
                 self._remove_run()
             temporary.write_text(config_yaml)
@@ -147,10 +173,11 @@ class RunFolder:
                 logger.warning("removing %s of an earlier run (output.overwrite)", path)
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def _lock(self, descriptor: int) -> None:
+    def _lock(self, log: logging.FileHandler) -> None:
         """Held until this process ends, however it ends: two that write checkpoints here would retire each other's."""
+        assert log.stream is not None, "opened by its constructor"
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(log.stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
                 f"output.dir: another process trains in {self.path}: end it first (it may have outlived its launcher), "
@@ -160,12 +187,21 @@ class RunFolder:
             logger.warning("%s cannot be locked (%s): never start two runs in it", self.path, error.strerror)
 
     def _clear(self) -> None:
-        """Remove what a killed writer left behind."""
-        for folder in (self.path, self.checkpoints):
+        """Remove what a killed run left behind, by its own names alone: others may write here too (merge --out)."""
+        own = (self.config, self.metrics, self.adapter, self.plot, self.probe, self.path / FAILED)
+        names = {self.path: {path.name for path in own}, self.checkpoints: set(LINKS)}
+        for folder, known in names.items():
             for child in folder.iterdir():
-                if is_temporary(child):
+                target = target_of(child)
+                ours = target.name in known or (folder == self.checkpoints and is_step(target))
+                if is_temporary(child) and ours:
                     logger.warning("removing %s, left behind unfinished", child)
                     shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+
+    def _entries(self) -> dict[str, int]:
+        """Return what a run that trains here makes or changes → when it was changed last."""
+        paths = (self.config, self.metrics, self.adapter, *step_folders(self.checkpoints).values())
+        return {path.name: path.lstat().st_mtime_ns for path in paths if path.exists()}
 
     def point(self, name: str, target: Path) -> None:
         """Move the link checkpoints/<name> to `target`, atomically."""

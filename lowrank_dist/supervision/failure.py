@@ -91,14 +91,9 @@ def _weight(said: str | None) -> int:
     return 3 if _FIRST in ours else 2 if _BY in ours.partition(_LEFT)[2] else 1
 
 
-def retire(folder: Path, seconds: float) -> None:
-    """Rename a FAILED that was there `seconds` ago: it is an earlier job's. By the clock of the disk alone."""
-    target, clock = folder / NAME, temporary_name(folder / NAME)
+def retire(folder: Path) -> None:
+    """Rename a FAILED: before any rank of this job knows the folder, it is an earlier job's, whatever its date says."""
+    target = folder / NAME
     with contextlib.suppress(OSError):
-        clock.touch()
-        age = clock.stat().st_mtime - target.stat().st_mtime
-        if age > seconds:
-            when = time.strftime("%Y%m%dT%H%M%S", time.localtime(target.stat().st_mtime))
-            target.replace(folder / f"{NAME}.{when}")
-    with contextlib.suppress(OSError):
-        clock.unlink()
+        when = time.strftime("%Y%m%dT%H%M%S", time.localtime(target.stat().st_mtime))
+        target.replace(folder / f"{NAME}.{when}")

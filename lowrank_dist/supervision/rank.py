@@ -21,7 +21,7 @@ import torch.distributed as dist
 from lowrank_dist.backend.launchers import find_launchers, started
 from lowrank_dist.backend.select import shutdown
 from lowrank_dist.errors import ElsewhereError, StrangerError, UserError
-from lowrank_dist.supervision.failure import Failure, explains, read, record, retire
+from lowrank_dist.supervision.failure import Failure, explains, read, record
 from lowrank_dist.supervision.peers import Answer, ask, lost_peers
 from lowrank_dist.supervision.status import ENDING, LEAVING, STARTING, Page, State, StopRequest
 from lowrank_dist.supervision.watchdog import Charge, start
@@ -49,7 +49,6 @@ class Supervision:
         self._left: State | None = None
 
     def __enter__(self) -> Supervision:
-        self._began = time.monotonic()
         self._page = Page.make()
         self.enter(STARTING[0])
         self._stacks = os.fdopen(os.memfd_create("stacks"), "w")
@@ -79,11 +78,9 @@ class Supervision:
         self._page.enter(phase, self._step)
 
     def in_folder(self, path: Path) -> None:
-        """From now on a failure is recorded in this run folder; what an earlier job left there is not of this one."""
+        """From now on a failure is recorded in this run folder, which is this job's: rank 0 has locked it."""
         self._folder = path.absolute()
         self._page.set_folder(str(self._folder))
-        if self.rank == 0:
-            retire(self._folder, time.monotonic() - self._began)
 
     def failed(self, error: BaseException) -> int:
         """Say and record what ended this rank. Returns the exit code: 2 for bad input, 130 for Ctrl-C, else 1."""

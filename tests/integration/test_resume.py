@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,13 +49,6 @@ def refused(outcomes: list[Outcome]) -> str:
     said = "".join(outcome.stderr for outcome in outcomes)
     assert "Traceback" not in said
     return said
-
-
-def untouched(run: Path) -> dict[str, str]:
-    """All of a run folder that a start which is refused must leave as it was: not its logs, and not why it failed."""
-    return {
-        name: content for name, content in snapshot(run).items() if not name.startswith("logs") and name != "FAILED"
-    }
 
 
 @pytest.fixture(scope="module")
@@ -213,9 +208,9 @@ def test_overwrite_removes_nothing_that_is_resumed_or_of_a_start_that_is_refused
     job: Path, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     stopped = stopped_after(runs["TP1"], 4, tmp_path / "run")
-    before = untouched(stopped)
+    before = snapshot(stopped)
     refused(train(job, stopped, LAYOUTS["TP1"], "output.overwrite=true", "lora.rank=8"))
-    assert untouched(stopped) == before
+    assert snapshot(stopped) == before
     assert "at step 4 of" in well(train(job, stopped, LAYOUTS["TP1"], "output.overwrite=true"))
     assert curve(stopped) == curve(runs["TP1"])
 
@@ -251,9 +246,9 @@ def test_another_run_is_refused_by_name(
 ) -> None:
     stopped = stopped_after(runs["TP2"], SAVED, tmp_path / "run")
     shutil.copytree(runs["TP2"] / "adapter", stopped / "adapter")
-    before = untouched(stopped)
+    before = snapshot(stopped)
     assert named in refused(train(job, stopped, LAYOUTS["TP2"], *overrides))
-    assert untouched(stopped) == before
+    assert snapshot(stopped) == before
 
 
 def test_other_data_and_another_base_are_refused(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
@@ -406,14 +401,31 @@ def test_replicas_that_differ_are_not_saved(job: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
-def test_two_runs_in_one_folder_are_refused(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["TP1", "TP2"])
+def test_two_runs_in_one_folder_are_refused(job: Path, runs: dict[str, Path], layout: str, tmp_path: Path) -> None:
+    """No rank of the second leaves a trace in the first: one with FAILED would not be requeued."""
     import fcntl
 
-    stopped = stopped_after(runs["TP1"], SAVED, tmp_path / "run")
+    stopped = stopped_after(runs[layout], SAVED, tmp_path / "run")
+    (stopped / "FAILED").write_text("rank 7 went first, before the last start")
+    before = snapshot(stopped)
     with (stopped / "logs/rank-0.log").open("a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
-        assert "another process trains" in refused(train(job, stopped, LAYOUTS["TP1"]))
-    well(train(job, stopped, LAYOUTS["TP1"]))
+        assert "another process trains" in refused(train(job, stopped, LAYOUTS[layout]))
+    assert snapshot(stopped) == before
+    os.utime(stopped / "FAILED", (time.time() + 3600, time.time() + 3600))
+    well(train(job, stopped, LAYOUTS[layout]))
+    assert not (stopped / "FAILED").exists() and len(list(stopped.glob("FAILED.*"))) == 1
+
+
+def test_a_rank_that_cannot_write_there_ends_the_start_on_all(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
+    stopped = stopped_after(runs["TP2"], SAVED, tmp_path / "run")
+    (stopped / "logs/rank-1.log").unlink()
+    (stopped / "logs/rank-1.log").mkdir()
+    before = snapshot(stopped)
+    assert "output.dir: cannot write" in refused(train(job, stopped, LAYOUTS["TP2"], "output.overwrite=true"))
+    after = snapshot(stopped)
+    assert {name for name in after if after[name] != before.get(name)} == {"logs/rank-0.log"}
 
 
 def test_init_from_and_on(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""The run folder: whose it is, and what a start may remove in it."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.errors import UserError
+from lowrank_dist.formats.atomic import temporary_name
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_stay() -> Iterator[None]:
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in set(root.handlers) - set(before):
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)
+
+
+def prepared(path: Path) -> RunFolder:
+    return RunFolder.prepare(path, "auto", overwrite=False)
+
+
+def _first_record(run: Path) -> None:
+    (run / "metrics.jsonl").write_text("{}\n")
+
+
+def _another_step(run: Path) -> None:
+    (run / "checkpoints" / "step-4").mkdir(parents=True)
+
+
+def _its_end(run: Path) -> None:
+    (run / "adapter").mkdir()
+
+
+@pytest.mark.parametrize("train", [_first_record, _another_step, _its_end])
+def test_a_run_that_trained_meanwhile_is_not_overwritten(tmp_path: Path, train: Callable[[Path], None]) -> None:
+    """Between the look at the folder and its lock lies the load of a model."""
+    folder = prepared(tmp_path)
+    train(tmp_path)
+    with pytest.raises(UserError, match="another process trained in .* since this one was started"):
+        folder.lock()
+    prepared(tmp_path).lock()
+
+
+def test_what_is_removed_meanwhile_is_nobodys_loss(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    folder = prepared(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-2")
+    folder.lock()
+
+
+def test_of_two_runs_one_has_the_lock(tmp_path: Path) -> None:
+    first, second = prepared(tmp_path), prepared(tmp_path)
+    first.lock()
+    with pytest.raises(UserError, match="another process trains in"):
+        second.lock()
+
+
+def test_only_its_own_unfinished_files_are_removed(tmp_path: Path) -> None:
+    """`merge --out RUN/merged` may be writing there."""
+    folder = prepared(tmp_path)
+    folder.lock()
+    own = [folder.adapter, folder.config, folder.checkpoints / "step-6", folder.checkpoints / "last"]
+    others = [tmp_path / "merged", tmp_path / "exported", folder.checkpoints / "exported", tmp_path / "step-6"]
+    left = {target: temporary_name(target) for target in (*own, *others)}
+    for path in left.values():
+        path.mkdir()
+    folder.begin("a: 1\n", anew=False)
+    assert [target for target in left if not left[target].exists()] == own
+    assert folder.config.read_text() == "a: 1\n"
