@@ -44,8 +44,9 @@ class TrainingState(BaseModel):
     passes over `data`. A checkpoint from before it was kept has none (`stream_position`). tokens and target_tokens:
     non-padding tokens seen and tokens trained on so far. loss: mean of the last step that was not skipped, in nats a
     target token, None where all were; eval_losses: step → the same on the eval set. eval_metrics: metric → step → its
-    value for what was generated (generate/metrics.py); a checkpoint from before these existed has none. rng: as
-    `backend.devices.generator_states` returned it. config: as JSON.
+    value for what was generated (generate/metrics.py); a checkpoint from before these existed has none.
+    metric_definition: as generate.metrics.DEFINITION was. rng: as `backend.devices.generator_states` returned it.
+    config: as JSON.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -61,6 +62,7 @@ class TrainingState(BaseModel):
     loss: float | None
     eval_losses: dict[int, float]
     eval_metrics: dict[str, dict[int, float]] = {}
+    metric_definition: int = 1
     data: DataState
     held_out: DataState | None
     rng: dict[str, Any]

@@ -93,7 +93,7 @@ def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast:
     yield forecast.memory_line
     for lock in stale_build_locks():
         yield f"a killed build left {lock}, for which every later build of that extension waits; remove it"
-    yield from notes_on_best(config, run.state)
+    yield from notes_on_best(config, run.state, data.held_out_state)
     trained = engine.theta.elements
     frozen = sum(parameter.numel() for parameter in engine.model.parameters()) - trained
     share = f" ({100 * trained / frozen:.3f} %)" if frozen else ""

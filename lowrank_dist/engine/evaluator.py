@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowrank_dist.checkpoint.training_state import LOSS, TrainingState
+from lowrank_dist.checkpoint.training_state import LOSS, DataState, TrainingState
 from lowrank_dist.config import Config
 from lowrank_dist.data.batches import StepBatch
 from lowrank_dist.engine.datasets import Data
@@ -17,7 +17,7 @@ from lowrank_dist.engine.reporter import Reporter
 from lowrank_dist.engine.run import Run
 from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import UserError
-from lowrank_dist.generate.metrics import METRICS
+from lowrank_dist.generate.metrics import DEFINITION, METRICS
 
 # What follows from a number that is not finite, and what to do.
 STOPS = "training stops on every rank. Lower train.lr, add train.warmup_steps, or look at the samples of this step"
@@ -40,14 +40,15 @@ def label(name: str) -> str:
 class History:
     """Values of all evaluations of a run, those before it was resumed included. The same on every rank.
 
-    best: the name of what decides, `LOSS` or one of generate.metrics.METRICS. values: name → step → value.
+    best: the name of what decides, `LOSS` or one of generate.metrics.METRICS. values: name → step → value. outdated:
+    names whose values up to now are left out (`outdated_values`).
     """
 
-    def __init__(self, best: str, resumed: TrainingState | None) -> None:
+    def __init__(self, best: str, resumed: TrainingState | None, outdated: Collection[str] = ()) -> None:
         self.best = best
         self.values: dict[str, dict[int, float]] = {LOSS: {}}
         if resumed is not None:
-            self.values = {name: dict(values) for name, values in resumed.evaluations.items()}
+            self.values |= {name: dict(values) for name, values in resumed.evaluations.items() if name not in outdated}
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Remember what an evaluation found."""
@@ -82,7 +83,8 @@ class Evaluator:
 
     def __init__(self, run: Run, engine: Engine, data: Data, reporter: Reporter) -> None:
         self._run, self._engine, self._data, self._reporter = run, engine, data, reporter
-        self.history = History(run.config.eval.best, run.state)
+        outdated = outdated_values(run.config, run.state, data.held_out_state)
+        self.history = History(run.config.eval.best, run.state, outdated)
 
     def evaluate(self, step: int) -> None:
         """Report the mean loss over the eval set's target tokens, and how good generated texts are. Collective.
@@ -128,8 +130,30 @@ class Evaluator:
         return (total[0] / total[1]).item()
 
 
-def notes_on_best(config: Config, state: TrainingState | None) -> list[str]:
-    """Return a line for each thing that limits the choice of the best step. state: of the run that goes on, or None."""
+def outdated_values(config: Config, state: TrainingState | None, held_out: DataState | None) -> dict[str, str]:
+    """Return the name of each value that was measured otherwise up to `state` → how. It is not held against new ones.
+
+    held_out: the eval set of the run that goes on.
+    """
+    if state is None:
+        return {}
+    measured = [name for name, values in state.evaluations.items() if values]
+    if state.held_out is not None and held_out is not None and state.held_out.sha256 != held_out.sha256:
+        return dict.fromkeys(measured, f"of data.eval {state.held_out.path} as it was")
+    generated = [name for name in measured if name != LOSS]
+    before, now = (state.config.get("eval") or {}).get("generate"), config.model_dump(mode="json")["eval"]["generate"]
+    if before and now and any(before.get(key) != now[key] for key in ("max_new_tokens", "stop", "samples")):
+        return dict.fromkeys(generated, f"by eval.generate {before}")
+    if state.metric_definition != DEFINITION:
+        return dict.fromkeys(generated, "by an earlier version of lowrank_dist, which counted otherwise")
+    return {}
+
+
+def notes_on_best(config: Config, state: TrainingState | None, held_out: DataState | None) -> list[str]:
+    """Return a line for each thing that limits the choice of the best step. state: of the run that goes on, or None.
+
+    held_out: the eval set.
+    """
     evaluation, save_every, lines = config.eval, config.output.save_every, []
     if config.data.eval is not None and evaluation.every is not None:
         both = None if save_every is None else math.lcm(evaluation.every, save_every)
@@ -146,10 +170,12 @@ def notes_on_best(config: Config, state: TrainingState | None) -> list[str]:
             f"eval.best is {label(evaluation.best)}, which was not measured up to step {state.step}: checkpoints/best "
             "and eval.patience begin with the next evaluation"
         )
-    before, now = (state.config.get("eval") or {}).get("generate"), config.model_dump(mode="json")["eval"]["generate"]
-    if before and now and any(before.get(key) != now[key] for key in ("max_new_tokens", "stop", "samples")):
+    outdated = outdated_values(config, state, held_out)
+    for reason in dict.fromkeys(outdated.values()):
+        names = [label(name) for name in outdated if outdated[name] == reason]
+        begin = "; checkpoints/best and eval.patience begin with the next evaluation"
         lines.append(
-            f"eval.generate was {before} up to step {state.step}: what was measured until then counts on, though other "
-            "texts were generated"
+            f"{', '.join(names)} up to step {state.step} no longer count: they were measured {reason}"
+            f"{begin if evaluation.best in outdated else ''}"
         )
     return lines

@@ -1,4 +1,4 @@
-"""The folder of one run: config.yaml, metrics.jsonl, logs/, checkpoints/, adapter/, loss.png."""
+"""The folder of one run: config.yaml, metrics.jsonl, logs/, checkpoints/, SAVED, adapter/, loss.png."""
 
 from __future__ import annotations
 
@@ -20,8 +20,6 @@ from lowrank_dist.terminal import LogFormatter, say
 logger = logging.getLogger(__name__)
 
 ENTRIES = ("config.yaml", "metrics.jsonl", "checkpoints", "adapter")
-# The line of a checkpoint in logs/rank-0.log, from which `RunFolder.saved_run` knows that there was one.
-WRITTEN = "checkpoint of step %d written to %s"
 
 
 class RankLog(logging.FileHandler):
@@ -53,6 +51,8 @@ class RunFolder:
         self.plot = path / "loss.png"
         self.probe = path / "probe.safetensors"
         self.tensorboard = path / "tensorboard"
+        # Made with the first checkpoint: the run has saved, whatever becomes of its checkpoints and logs.
+        self.saved = path / "SAVED"
         self._found: dict[str, int] = {}
 
     @classmethod
@@ -83,21 +83,14 @@ class RunFolder:
         """Return what lies here that only a run with a checkpoint leaves: where none can be resumed, that is lost by
         starting afresh.
 
-        That is adapter/, which is copied out of the last checkpoint, and metrics.jsonl of a run that wrote checkpoints
-        by its log, or whose folder of checkpoints is gone. What a run leaves that was stopped before its first
-        checkpoint, or whose disk took none, is none of it: such a run starts again by itself.
+        That is adapter/, which is copied out of the last checkpoint, and metrics.jsonl beside the mark of a run that
+        wrote one, or without a folder of checkpoints. What a run leaves that was stopped before its first checkpoint,
+        or whose disk took none, is none of it: such a run starts again by itself.
         """
         held = [self.adapter] if self.adapter.exists() else []
-        if self.metrics.exists() and (not self.checkpoints.is_dir() or self._wrote_checkpoints()):
+        if self.metrics.exists() and (not self.checkpoints.is_dir() or self.saved.exists()):
             held.append(self.metrics)
         return [path.name for path in held]
-
-    def _wrote_checkpoints(self) -> bool:
-        if not self._log(0).is_file():
-            return False
-        said = f": {WRITTEN.partition('%')[0]}"
-        with self._log(0).open(encoding="utf-8", errors="replace") as lines:
-            return any(said in line for line in lines)
 
     def _log(self, rank: int) -> Path:
         return self.logs / f"rank-{rank}.log"
@@ -168,7 +161,16 @@ class RunFolder:
     def _remove_run(self) -> None:
         checkpoints = [*step_folders(self.checkpoints).values(), *step_links(self.checkpoints)]
         links = [self.checkpoints / name for name in LINKS]
-        for path in (*checkpoints, *links, self.adapter, self.metrics, self.plot, self.probe, self.tensorboard):
+        for path in (
+            *checkpoints,
+            *links,
+            self.adapter,
+            self.metrics,
+            self.plot,
+            self.probe,
+            self.tensorboard,
+            self.saved,
+        ):
             if path.exists() or path.is_symlink():
                 logger.warning("removing %s of an earlier run (output.overwrite)", path)
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

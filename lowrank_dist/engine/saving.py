@@ -22,12 +22,13 @@ from lowrank_dist.checkpoint.training_state import LOSS, DataState, TrainingStat
 from lowrank_dist.engine.evaluator import History, best_first, label
 from lowrank_dist.engine.gathering import Gathering
 from lowrank_dist.engine.run import Progress, Run
-from lowrank_dist.engine.run_folder import WRITTEN, RunFolder
+from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import DiskError, ElsewhereError, UserError
 from lowrank_dist.formats.atomic import temporary_name
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.formats.text_files import TextFiles
+from lowrank_dist.generate.metrics import DEFINITION
 from lowrank_dist.methods.method import Method
 from lowrank_dist.supervision.peers import lost_peers
 
@@ -101,6 +102,7 @@ class CheckpointWriter:
         target, trained = self._folder.checkpoints / f"step-{state.step}", state.loss is not None
         open_files = partial(self._method.files, provenance=provenance, trained=trained)
         write_checkpoint(target, open_files, self._shapes, stream, state, text)
+        self._folder.saved.touch()
         self._saved = [*(step for step in self._saved if step != state.step), state.step]
         self._folder.point("last", target)
         values = state.evaluations.get(self._retention.by, {})
@@ -118,7 +120,7 @@ class CheckpointWriter:
             )
         if final and self._method.published:
             copy_adapter(target, self._folder.adapter, [*self._method.published, *(text.names if text else ())])
-        logger.info(WRITTEN, state.step, target)
+        logger.info("checkpoint of step %d written to %s", state.step, target)
         adapter = "adapter/ and " if final and self._method.published else ""
         self.summary = f"{adapter}checkpoints/last: step {state.step}"
         if best:
@@ -286,6 +288,7 @@ class CheckpointSaver:
             loss=progress.loss,
             eval_losses=values.pop(LOSS),
             eval_metrics=values,
+            metric_definition=DEFINITION,
             data=facts.data,
             held_out=facts.held_out,
             rng=generator_states(self._device),

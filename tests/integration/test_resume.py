@@ -153,7 +153,8 @@ def _emptied(run: Path) -> None:
 
 def _without_adapter(run: Path) -> None:
     _emptied(run)
-    shutil.rmtree(run / "adapter")
+    for name in ("adapter", "logs"):
+        shutil.rmtree(run / name)
 
 
 def _only_metrics(run: Path) -> None:
@@ -217,7 +218,7 @@ def test_overwrite_removes_nothing_that_is_resumed_or_of_a_start_that_is_refused
 
 def test_killed_before_the_first_checkpoint_starts_again(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    shutil.copytree(runs["TP2"], folder, ignore=shutil.ignore_patterns("step-*", "last", "best", "adapter", "logs"))
+    shutil.copytree(runs["TP2"], folder, ignore=shutil.ignore_patterns("step-*", "last", "best", "adapter", "SAVED"))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "ti')
     well(train(job, folder, LAYOUTS["TP2"]))

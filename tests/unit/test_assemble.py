@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from lowrank_dist.checkpoint.training_state import DataState, TrainingState
 from lowrank_dist.config import Config
 from lowrank_dist.engine.assemble import build_method
-from lowrank_dist.engine.evaluator import notes_on_best
+from lowrank_dist.engine.evaluator import History, notes_on_best, outdated_values
 from lowrank_dist.errors import UserError
+from lowrank_dist.generate.metrics import DEFINITION
 from lowrank_dist.model.load import check_model
 from tests.tiny_models import make_tiny
 from tests.unit.test_checkpoint_folder import state_of
@@ -42,19 +44,53 @@ def test_a_dropout_that_would_round_to_everything_is_the_users_mistake(tmp_path:
 )
 def test_evaluations_that_cannot_be_the_best(every: int | None, save_every: int | None, said: str | None) -> None:
     output = {"dir": "run", "save_every": save_every}
-    lines = notes_on_best(config_of(eval={"every": every}, output=output), None)
+    lines = notes_on_best(config_of(eval={"every": every}, output=output), None, None)
     announced = "checkpoints/best can only be a step that is both evaluated and saved, "
     assert lines == ([announced + said] if said else [])
-    assert not notes_on_best(config_of(eval={"every": every}, output=output, data={"train": "t"}), None)
+    assert not notes_on_best(config_of(eval={"every": every}, output=output, data={"train": "t"}), None, None)
 
 
 def test_a_run_that_goes_on_by_another_measure() -> None:
     asked = {"metrics": ["bleu"], "max_new_tokens": 4}
     config = config_of(eval={"generate": asked, "best": "bleu"})
     state = state_of(2)
-    assert "eval.best is bleu, which was not measured up to step 2" in notes_on_best(config, state)[0]
-    known = state.model_copy(update={"eval_metrics": {"bleu": {2: 1.0}}, "config": config.model_dump(mode="json")})
-    assert not notes_on_best(config, known)
+    assert "eval.best is bleu, which was not measured up to step 2" in notes_on_best(config, state, None)[0]
+    known = known_by(config, state)
+    assert not notes_on_best(config, known, None)
     for key, value, noted in (("batch", 2, False), ("metrics", ["bleu", "rouge_l"], False), ("stop", ["#"], True)):
         other = config_of(eval={"generate": {**asked, key: value}, "best": "bleu"})
-        assert bool(notes_on_best(other, known)) == noted
+        assert bool(notes_on_best(other, known, None)) == noted
+
+
+def known_by(config: Config, state: TrainingState) -> TrainingState:
+    """The state of a run by this configuration, as this version saves it."""
+    known = {"eval_metrics": {"bleu": {2: 1.0}}, "metric_definition": DEFINITION, "held_out": state.data}
+    return state.model_copy(update={**known, "config": config.model_dump(mode="json")})
+
+
+@pytest.mark.parametrize(
+    ("change", "outdated", "said"),
+    [
+        ({}, (), None),
+        ({"held_out": DataState(path="e", sha256="00", samples=3)}, ("loss", "bleu"), "eval loss, bleu up to step 2"),
+        ({"config": {"eval": {"generate": {"max_new_tokens": 8}}}}, ("bleu",), "measured by eval.generate {'max_new_"),
+        ({"metric_definition": 1}, ("bleu",), "by an earlier version of lowrank_dist"),
+        ({"metric_definition": 1, "eval_metrics": {}}, (), None),
+    ],
+    ids=["the same", "another eval set", "other texts", "another definition", "nothing generated"],
+)
+def test_values_of_another_measure_are_not_held_against_new_ones(
+    change: dict[str, Any], outdated: tuple[str, ...], said: str | None
+) -> None:
+    """A metric that a new version counts lower would leave the best step to the old one for ever, and stop the run."""
+    config = config_of(eval={"generate": {"metrics": ["bleu"], "max_new_tokens": 4}, "best": "bleu"})
+    state = known_by(config, state_of(2)).model_copy(update=change)
+    held_out = state_of(2).data
+    assert tuple(outdated_values(config, state, held_out)) == outdated
+    lines = [line for line in notes_on_best(config, state, held_out) if "no longer count" in line]
+    assert (said in lines[0] and lines[0].endswith("begin with the next evaluation")) if said else lines == []
+    history = History("bleu", state, outdated_values(config, state, held_out))
+    history.add(4, {"loss": 9.0, "bleu": 0.5})
+    expected = 4 if "bleu" in outdated or not state.eval_metrics else 2
+    assert history.best_step == expected and history.without_better == (0 if expected == 4 else 1)
+    assert history.values["loss"] == ({4: 9.0} if "loss" in outdated else {**state.eval_losses, 4: 9.0})
