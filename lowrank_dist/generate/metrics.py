@@ -98,7 +98,7 @@ def _lcs(left: Sequence[str], right: Sequence[str]) -> int:
 
 
 # To be raised where a metric gives another value for the same texts than it did: values are only held against others
-# of one definition. 2: BLEU and ROUGE-L count words by script.
+# of one definition. 2: BLEU and ROUGE-L count words by script, and references are the trained tokens, decoded.
 DEFINITION = 2
 METRICS: Mapping[str, Callable[[Sequence[str], References], float]] = {
     "exact_match": exact_match,
