@@ -18,6 +18,7 @@ _REFUSED = {
     "quantization": _QUANTIZED,
     "is_causal": "attention that sees what follows is not supported: use a checkpoint of a causal model",
     "per_layer_config": "layers that differ in their sizes are not supported: use a checkpoint without it",
+    "transformers_weights": "another file for the weights is not supported: name it model.safetensors, without the key",
     "pruned_heads": "pruned attention heads are not supported: use the checkpoint before it was pruned",
 }
 _DROPOUTS = (
@@ -44,19 +45,20 @@ _WITHOUT_EFFECT = frozenset(
 )
 # Of no effect at these values, whichever family has them.
 _NEUTRAL = {
-    **dict.fromkeys(_DROPOUTS, 0.0),
-    "auto_map": {},
-    "pruned_heads": {},
-    "is_causal": True,
-    "is_encoder_decoder": False,
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_mrope": False,
-    "rope_interleaved": False,
-    "use_sliding_window": False,
-    "logits_scaling": 1.0,
-    "embedding_multiplier": 1.0,
-    "residual_multiplier": 1.0,
+    **dict.fromkeys(_DROPOUTS, (0.0,)),
+    "auto_map": ({},),
+    "pruned_heads": ({},),
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "use_mrope": (False,),
+    "rope_interleaved": (False,),
+    "use_sliding_window": (False,),
+    "logits_scaling": (1.0,),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "transformers_weights": ("model.safetensors", "model.safetensors.index.json"),
 }
 _ROPE_NAMES = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
 

@@ -43,14 +43,14 @@ ROW_KEYS = KeyRule(
         ),
     },
     # Of rows that say which of them to train, those that are to be.
-    neutral={"label": True, "train": True, "weight": 1, "sample_weight": 1, "loss_weight": 1},
+    neutral={"label": (True,), "train": (True,), "weight": (1,), "sample_weight": (1,), "loss_weight": (1,)},
     nothing=EMPTY,
 )
 # A template is given a message whole, so that any key may show in the text: those that are not known are refused too.
 MESSAGE_KEYS = KeyRule(
     applied=frozenset({"role", "content"}),
     without_effect=frozenset("id uid uuid index timestamp created created_at updated_at model metadata meta".split()),
-    neutral={"weight": 1, "train": True},
+    neutral={"weight": (1,), "train": (True,)},
     nothing=EMPTY,
 )
 # transformers applies the special tokens to a tokenizer.json; the rest is of its slow classes, of padding, of decoding.
@@ -70,7 +70,7 @@ TOKENIZER_KEYS = KeyRule(
         "verbose special_tokens tokenizer_type init_kwargs".split()
     ),
     unapplied={"auto_map": "code that comes with the tokenizer is not run"},
-    neutral={"auto_map": {}},
+    neutral={"auto_map": ({},)},
 )
 
 

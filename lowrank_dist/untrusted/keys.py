@@ -23,14 +23,14 @@ class KeyRule:
     """The keys of one kind of object. applied: read for what they mean. without_effect: of no number here.
 
     refused: key → what it would change. unapplied: key → what is said of it. Neither holds for a value that is among
-    `nothing`, nor for the one in `neutral`, at which the key changes nothing either.
+    `nothing`, nor for those in `neutral`, at which the key changes nothing either.
     """
 
     applied: frozenset[str]
     without_effect: frozenset[str]
     refused: Mapping[str, str] = field(default_factory=dict)
     unapplied: Mapping[str, str] = field(default_factory=dict)
-    neutral: Mapping[str, Any] = field(default_factory=dict)
+    neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     nothing: tuple[Any, ...] = (None,)
 
     def refusals(self, values: Mapping[str, Any]) -> dict[str, str]:
@@ -64,7 +64,7 @@ class KeyRule:
         return not any(_same(value, nothing) for nothing in self.nothing) and not self._is_neutral(key, value)
 
     def _is_neutral(self, key: str, value: Any) -> bool:
-        return key in self.neutral and _same(value, self.neutral[key])
+        return any(_same(value, neutral) for neutral in self.neutral.get(key, ()))
 
 
 def _same(value: Any, other: Any) -> bool:

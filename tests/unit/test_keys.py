@@ -173,12 +173,25 @@ def test_dropouts_of_the_base_are_one_line(tmp_path: Path) -> None:
         ("quantization", {"group_size": 64, "bits": 4}, "quantized"),  # MLX
         ("compression_config", {"format": "int"}, "quantized"),
         ("pruned_heads", {"0": [1]}, "pruned attention heads"),
+        ("transformers_weights", "other.safetensors", "another file for the weights"),
     ],
 )
 def test_what_changes_numbers_and_is_not_applied_is_refused(base: Path, key: str, value: object, message: str) -> None:
     set_keys(base / "config.json", **{key: value})
     with pytest.raises(UnsupportedModel, match=f"config.json: {key}: .*{message}"):
         read_architecture(base)
+
+
+def test_the_file_that_transformers_loads(base: Path, tmp_path: Path) -> None:
+    """Where the key names another one, the numbers are another's; where it names the usual one it changes nothing."""
+    other = make_tiny("llama", tmp_path / "other", seed=1)
+    (base / "other.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    before = logits(base)
+    set_keys(base / "config.json", transformers_weights="model.safetensors")
+    read_architecture(base)
+    assert config_notes(base) == [] and torch.equal(logits(base), before)
+    set_keys(base / "config.json", transformers_weights="other.safetensors")
+    assert torch.equal(logits(base), logits(other)) and not torch.equal(logits(base), before)
 
 
 def test_unknown_keys_are_one_line(base: Path) -> None:
@@ -269,6 +282,6 @@ def test_rules_do_not_contradict_themselves() -> None:
 
 
 def test_true_is_not_one() -> None:
-    rule = KeyRule(frozenset(), frozenset(), refused={"label": "it"}, neutral={"label": True}, nothing=EMPTY)
+    rule = KeyRule(frozenset(), frozenset(), refused={"label": "it"}, neutral={"label": (True,)}, nothing=EMPTY)
     for value, refused in ((True, False), (1, True), (False, True), (0, True), ("", False), ([], False), (None, False)):
         assert bool(rule.refusals({"label": value})) == refused, value

@@ -49,7 +49,7 @@ KEYS = KeyRule(
         "alora_invocation_tokens arrow_config kasa_config velora_config monteclora_config enable_lora".split(),
         _MORE,
     ),
-    neutral=dict.fromkeys(("lora_bias", "use_qalora"), False),
+    neutral=dict.fromkeys(("lora_bias", "use_qalora"), (False,)),
     nothing=EMPTY,
 )
 # The other starts (pissa, olora, corda, loftq, lora_ga, …) change the base too, so s·B·A alone is not the update.
