@@ -31,6 +31,7 @@ from lowrank_dist.methods.lora.serving import (
     folded,
     reads_alike,
     refuse_unserved,
+    serving_notes,
     serving_rank,
     write_folded,
 )
@@ -53,7 +54,7 @@ class LoraFiles(MethodFiles):
         config = read_config(own_file(source, CONFIG_FILE))
         if target is not None:
             refuse_unserved(source, config, adapter, target, max_rank)
-        notes = tuple(self.notes(source))
+        notes = (*self.notes(source), *([] if target is None else serving_notes(adapter, target)))
         card = adapter_card(name, adapter, provenance, target)
         if target is None or reads_alike(config, adapter):
             # The files themselves, not written anew: only their own config says for sure what they mean to PEFT.

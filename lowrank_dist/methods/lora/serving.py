@@ -81,6 +81,13 @@ def _rank_problems(largest: int, max_rank: int | None) -> list[str]:
     return problems
 
 
+def serving_notes(adapter: Adapter, target: str) -> list[str]:
+    """Return a line for what `target` takes in some families and refuses, when it loads the adapter, in others."""
+    if target != VLLM or OUTPUT_LAYER not in adapter.factors:
+        return []
+    return [f"vLLM takes factors of {OUTPUT_LAYER} in some families alone: where it refuses them, {_MERGE}"]
+
+
 def reads_alike(config: PeftConfig, adapter: Adapter) -> bool:
     """Return whether lora_alpha over r is the scale of every module, and r the rank, so that no one reads another."""
     sizes = {(factor.rank, factor.alpha) for factor in adapter.factors.values()}
