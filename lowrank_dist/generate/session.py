@@ -125,7 +125,7 @@ def load(
     )
     if adapter is not None:
         reader_of(adapter).tuner.attach_trained(model, path, adapter, topology)
-    notes = [*config_notes(path), *dtype_notes(path, model.config.params_dtype), *tokenizer_notes(tokenizer or path)]
+    notes = [*config_notes(path), *dtype_notes(path, model.config.params_dtype), *tokenizer_notes(tokenizer or beside)]
     notes += generation_notes(path)
     if adapter is not None:
         notes += reader_of(adapter).files.notes(adapter)
