@@ -85,7 +85,7 @@ def mask_conversations(tokenizer: Tokenizer, records: Sequence[Conversation], pa
             f"{path}: the lines hold 'messages', but {tokenizer.path} has no chat template; use a tokenizer.json "
             "folder with chat_template.jinja (or chat_template in tokenizer_config.json), or prompt/completion lines"
         )
-    chats = [tokenizer.template.render(r.messages, f"{path}:{r.line}") for r in records]
+    chats = tokenizer.template.render([r.messages for r in records], [f"{path}:{r.line}" for r in records])
     contexts = iter(tokenizer.encode([_context(c) for c in chats]))
     cut = [text for c in chats for text in pairwise([_context(c), *_pieces(c)])]
     pieces = iter(tokenizer.encode_turns([piece for _, piece in cut], [before for before, _ in cut]))

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
+from lowrank_dist.data.rendering import RENDERER, Chat, Job
 from lowrank_dist.errors import UserError
 
 # transformers' own test for the marker (chat_template_utils.render_jinja_template).
 _MARKER = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
+_CLOCK = "strftime_now"
 _MARK_REMEDY = (
     "put {% generation %} ... {% endgeneration %} around the assistant's text and its end-of-turn token in the template"
 )
+
+Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,66 +50,51 @@ class ChatTemplate:
     inference, so that is an error.
     """
 
-    def __init__(self, hf: PreTrainedTokenizerFast, folder: Path) -> None:
-        self._hf = hf
+    def __init__(self, hf: PreTrainedTokenizerFast, folder: Path, moment: datetime) -> None:
+        """moment: what the clock says to the template (`strftime_now`), whenever it renders."""
         self.name = f"the chat template of {folder}"
         try:
-            self._source = hf.get_chat_template()
+            source = hf.get_chat_template()
         except ValueError as error:  # several named templates, none of them the default
             raise UserError(f"{self.name}: {error}") from error
-        self.marked = bool(_MARKER.search(self._source))
+        special: dict[str, Any] = hf.special_tokens_map
+        self._job = Job(source, special, moment)
+        self.marked = bool(_MARKER.search(source))
+        self.reads_the_clock = _CLOCK in source
 
-    def render(self, messages: list[dict[str, str]], where: str) -> RenderedChat:
-        """Text and assistant turns of one conversation; `where` (file:line) goes into errors.
+    def render(self, conversations: Sequence[Messages], places: Sequence[str]) -> list[RenderedChat]:
+        """Return text and assistant turns of each conversation; `places` (file:line) go into errors.
 
-        Raises UserError where the template refuses the messages or the turns can't be told.
+        Raises UserError where the template refuses the messages, goes over a bound (`render_child`), or the turns can't
+        be told.
         """
-        try:
-            return self._by_markers(messages) if self.marked else self._by_prefixes(messages, where)
-        except (TemplateError, TypeError, KeyError) as error:
-            raise UserError(f"{where}: {self.name} refuses these messages: {error}") from error
+        asked = [self._asked(messages, where) for messages, where in zip(conversations, places, strict=True)]
+        answers, fault = RENDERER.render(self._job, asked)
+        chats = []
+        for messages, where, answer in zip(conversations, places, answers, strict=False):
+            texts = answer["texts"]
+            turns = _marked(texts[0], answer["spans"], messages) if self.marked else self._cut(texts, messages, where)
+            chats.append(RenderedChat(texts[0], turns))
+        if fault is not None:
+            raise UserError(f"{places[len(answers)]}: {self.name} refuses these messages: {fault}")
+        return chats
 
-    def _by_markers(self, messages: list[dict[str, str]]) -> RenderedChat:
-        # What apply_chat_template(return_assistant_tokens_mask=True) calls, for the characters in place of the tokens:
-        # its char_to_token marks a token that begins before the turn and one too many where an offset is missing.
-        special: dict[str, Any] = self._hf.special_tokens_map
-        rendered: Any = render_jinja_template(
-            conversations=[messages],
-            chat_template=self._source,
-            return_assistant_tokens_mask=True,
-            add_generation_prompt=False,
-            **special,
-        )
-        texts, spans = rendered  # as it is with return_assistant_tokens_mask
-        text, merged = texts[0], list[tuple[int, int]]()
-        for start, end in spans[0]:
-            if merged and merged[-1][1] == start:
-                start = merged.pop()[0]
-            if end > start:
-                merged.append((start, end))
-        contents = [m["content"] for m in messages if m["role"] == "assistant"]
-        if len(contents) != len(merged):
-            contents = [""] * len(merged)  # a marker a part, or only the last turn: no message to hold a span against
-        return RenderedChat(text, tuple(_turn(text, s, e, c) for (s, e), c in zip(merged, contents, strict=True)))
-
-    def _text(self, messages: list[dict[str, str]], prompt: bool) -> str:
-        text = self._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        assert isinstance(text, str), "one conversation that is not tokenised is one text"
-        return text
-
-    def _by_prefixes(self, messages: list[dict[str, str]], where: str) -> RenderedChat:
-        text = self._text(messages, prompt=False)
-        turns: list[Turn] = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            if i == 0:
+    def _asked(self, messages: Messages, where: str) -> Chat:
+        """Return what is rendered of a conversation: the whole, and without markers what is before and after a turn."""
+        cuts = [(len(messages), False)]
+        if not self.marked:
+            if messages[0]["role"] == "assistant":
                 raise UserError(
                     f"{where}: messages[0] is the assistant's, and {self.name} has no generation markers to tell its "
                     f"turn; begin with a user or system message, or {_MARK_REMEDY}"
                 )
-            before = self._text(messages[:i], prompt=True)
-            after = text if i + 1 == len(messages) else self._text(messages[: i + 1], prompt=False)
+            cuts += [cut for turn in _turns_of(messages) for cut in ((turn, True), (turn + 1, False))]
+        return messages, cuts, self.marked
+
+    def _cut(self, texts: Sequence[str], messages: Messages, where: str) -> tuple[Turn, ...]:
+        """Return the turns by what is rendered before and after each."""
+        text, turns = texts[0], list[Turn]()
+        for i, before, after in zip(_turns_of(messages), texts[1::2], texts[2::2], strict=True):
             if not after.startswith(before):
                 raise UserError(
                     f"{where}: {self.name}: the generation prompt is not a prefix of the assistant's turn "
@@ -117,8 +106,31 @@ class ChatTemplate:
                     f"{where}: {self.name} renders messages[{i}] or what precedes it differently once more messages "
                     f"follow ({_difference(after, text)}); keep one assistant turn a line, or {_MARK_REMEDY}"
                 )
-            turns.append(_turn(text, len(before), len(after), message["content"]))
-        return RenderedChat(text, tuple(turns))
+            turns.append(_turn(text, len(before), len(after), messages[i]["content"]))
+        return tuple(turns)
+
+
+def _turns_of(messages: Messages) -> list[int]:
+    """Places of the assistant's messages."""
+    return [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _marked(text: str, spans: Sequence[Sequence[int]], messages: Messages) -> tuple[Turn, ...]:
+    """Return the turns by the template's generation blocks.
+
+    Their characters, not the tokens of return_assistant_tokens_mask: its char_to_token marks a token that begins before
+    the turn and one too many where an offset is missing.
+    """
+    merged = list[tuple[int, int]]()
+    for start, end in spans:
+        if merged and merged[-1][1] == start:
+            start = merged.pop()[0]
+        if end > start:
+            merged.append((start, end))
+    contents = [messages[turn]["content"] for turn in _turns_of(messages)]
+    if len(contents) != len(merged):
+        contents = [""] * len(merged)  # a marker a part, or only the last turn: no message to hold a span against
+    return tuple(_turn(text, s, e, c) for (s, e), c in zip(merged, contents, strict=True))
 
 
 def _turn(text: str, start: int, end: int, content: str) -> Turn:

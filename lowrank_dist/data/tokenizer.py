@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol
@@ -61,14 +62,15 @@ class Tokenizer(Protocol):
         """Return the byte that a token of byte fallback stands for, None for every other token."""
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, moment: datetime | None = None) -> Tokenizer:
     """Return the tokenizer of a folder (tokenizer.json, else a bare SentencePiece tokenizer.model) or of one such file.
 
-    Reads local files only and runs no code from them. Raises UserError where there is neither or the file is broken.
+    moment: what the clock says to a chat template, the present where it is not given. Reads local files only and runs
+    no code from them. Raises UserError where there is neither or the file is broken.
     """
     folder = path.parent if path.name == "tokenizer.json" else path
     if (folder / "tokenizer.json").is_file():
-        return _load_fast(folder)
+        return _load_fast(folder, moment)
     model = path if path.is_file() else path / "tokenizer.model"
     if model.is_file():
         return SentencePieceTokenizer(model)
@@ -91,11 +93,11 @@ def with_prefix(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
     return list(ids) if has_prefix(tokenizer, ids) else [*tokenizer.prefix_ids, *ids]
 
 
-def _load_fast(folder: Path) -> FastTokenizer:
+def _load_fast(folder: Path, moment: datetime | None) -> FastTokenizer:
     for name, largest in _LARGEST.items():
         require_size(folder / name, "point data.tokenizer at another folder", largest=largest)
     try:
-        return FastTokenizer(folder)
+        return FastTokenizer(folder, moment)
     except UserError:
         raise
     except BaseException as error:  # tokenizers raises bare Exception, transformers a dozen kinds
@@ -129,7 +131,7 @@ class FastTokenizer:
     Special-looking text in the data ("</s>", "<|im_end|>") becomes the special token, as transformers does it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, moment: datetime | None = None) -> None:
         hf = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         definition = parse_json(hf.backend_tokenizer.to_str())
         self.path = folder
@@ -152,7 +154,7 @@ class FastTokenizer:
         self.prefix_ids = tuple(probe.ids[:before])
         self._added_ids = frozenset(hf.added_tokens_decoder)
         self.turn_end_ids = self._added_ids if self.eos_id is None else self._added_ids | {self.eos_id}
-        self.template = ChatTemplate(hf, folder) if hf.chat_template else None
+        self.template = ChatTemplate(hf, folder, moment or datetime.now()) if hf.chat_template else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [e.ids for e in self._start.encode_batch_fast(list(texts), add_special_tokens=False)]

@@ -385,6 +385,8 @@ TRUSTED = {
     "backend.launchers: json.loads": "the command line of the launcher above this process",
     "checkpoint.training_state: model_validate_json": "what the reader of JSON has passed, or rank 0 has sent",
     "config.load: yaml.compose": "by the Loader with bounds, of a text within the bound of a file",
+    "data.render_child: json.loads": "what the process that has started it sends",
+    "data.rendering: json.loads": "what the child has answered",
     "doctor.board: json.loads": "what a rank has put on the job's store",
     "engine.resume: json.loads": "what rank 0 has sent",
     "formats.model_folder: re.fullmatch": "the names in a family's table",

@@ -1,0 +1,98 @@
+"""The process that renders chat templates, which anyone may have written: run as a script by `rendering.Renderer`.
+
+Jinja folds constants while it compiles and has no bound on loops, sizes or numbers, so both are done here, within
+bounds of time, memory and output. What a template can ask for is the same in every process and at every time: the clock
+says the moment that it is given, and chance begins anew with each text.
+
+Standard input has a JSON object a line: first {"template", "special", "moment", "seconds"}, then chats, {"messages",
+"cuts", "marked"}, of which each is answered by a line on standard output. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import signal
+import time
+from datetime import datetime
+from typing import Any
+
+from transformers.utils import chat_template_utils
+
+ADDRESS_SPACE = 1 << 30
+LARGEST_TEXT = 16 << 20  # characters
+_IDLE_SECONDS = 20
+_LONGEST_ERROR = 500
+
+
+class Clock(datetime):
+    """`datetime` whose present is always the same."""
+
+    present = datetime(2000, 1, 1)
+
+    @classmethod
+    def now(cls, tz: Any = None) -> Any:
+        return cls.present
+
+
+def texts(job: dict[str, Any], chat: dict[str, Any]) -> dict[str, Any]:
+    """Return {"texts", "spans"} of a chat: the texts of its first n messages, for each [n, add_generation_prompt] of
+    its cuts, and if it is marked the characters [start, end) of the last text's generation blocks."""
+    found: list[str] = []
+    spans: list[Any] = []
+    for count, prompt in chat["cuts"]:
+        random.seed(0)
+        both: Any = chat_template_utils.render_jinja_template(
+            conversations=[chat["messages"][:count]],
+            chat_template=job["template"],
+            return_assistant_tokens_mask=chat["marked"],
+            add_generation_prompt=prompt,
+            **job["special"],
+        )
+        (text,), spans = both
+        if len(text) > LARGEST_TEXT:
+            raise ValueError(f"it makes a text of {len(text):,} characters; at most {LARGEST_TEXT:,} are taken")
+        text.encode()  # a template may spell out half of a surrogate pair
+        found.append(text)
+    return {"texts": found, "spans": spans[0] if chat["marked"] else []}
+
+
+def answer(job: dict[str, Any], chat: dict[str, Any]) -> dict[str, Any]:
+    """Return what `texts` does, or {"error"}: what the template, or Python under it, raised."""
+    try:
+        return texts(job, chat)
+    except MemoryError:
+        return {"error": f"it takes more than {ADDRESS_SPACE >> 30} GiB of memory"}
+    except Exception as error:  # whatever a template makes Python raise
+        return {"error": str(error)[:_LONGEST_ERROR] or type(error).__name__}
+
+
+def serve() -> None:
+    """Answer until the input ends or nothing comes for a while: what goes to a parent must not kill this process."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    hardest = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    chat_template_utils.datetime = Clock  # type: ignore[misc]
+    job: dict[str, Any] = {}
+    chats, answers = open(0, "rb", closefd=False), open(1, "wb", closefd=False)
+    while True:
+        signal.alarm(_IDLE_SECONDS)
+        line = chats.readline()
+        signal.alarm(0)
+        if not line:
+            return
+        given = json.loads(line)
+        if "template" in given:
+            job, Clock.present = given, datetime.fromisoformat(given["moment"])
+            continue
+        # The kernel ends this process, in whatever operation it is.
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + job["seconds"], hardest))
+        answers.write(json.dumps(answer(job, given), ensure_ascii=False).encode(errors="replace") + b"\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    serve()

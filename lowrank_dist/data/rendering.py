@@ -1,0 +1,124 @@
+"""The one child of this process that renders chat templates within bounds (`render_child`), as the parent has it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from lowrank_dist.data.render_child import ADDRESS_SPACE
+
+_CHILD = Path(__file__).with_name("render_child.py")
+SECONDS = 5  # of CPU, for all texts of a chat
+# Of BLAS, which comes with the import and takes address space for each.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A template to render. special: names and texts of special tokens. moment: what the clock says."""
+
+    template: str
+    special: Mapping[str, str]
+    moment: datetime
+
+    def line(self) -> bytes:
+        """Return what the child is told."""
+        bounds = {"moment": self.moment.isoformat(), "seconds": SECONDS}
+        return _line({"template": self.template, "special": dict(self.special), **bounds})
+
+
+# The messages, the cuts of them, and whether the generation blocks are asked for (`render_child.texts`).
+Chat = tuple[Sequence[Mapping[str, str]], Sequence[tuple[int, bool]], bool]
+
+
+class Renderer:
+    """Renders chats in a child, which ends by itself when there is nothing to do and is started again."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._owner = self._ended = 0
+
+    def render(self, job: Job, chats: Sequence[Chat]) -> tuple[list[Mapping[str, Any]], str | None]:
+        """Return the answers (`render_child.texts`), up to the first chat that has none, and why it has none."""
+        with self._lock:
+            answers: list[Mapping[str, Any]] = []
+            while len(answers) < len(chats):
+                for found in self._ask(job, chats[len(answers) :]):
+                    if "error" in found:
+                        return answers, found["error"]
+                    answers.append(found)
+                if self._process is None and (reason := self._reason()):
+                    return answers, reason
+            return answers, None
+
+    def _ask(self, job: Job, chats: Sequence[Chat]) -> Iterator[Mapping[str, Any]]:
+        """Yield what the child answers, up to its end. Is not left before without ending it."""
+        process = self._started()
+        assert process.stdout is not None
+        # A thread writes: the child would wait for its answers to be read while this one waits to write.
+        data = b"".join([job.line(), *(_line({"messages": m, "cuts": c, "marked": k}) for m, c, k in chats)])
+        writer = threading.Thread(target=_write, args=(process, data), daemon=True)
+        writer.start()
+        answered = 0
+        try:
+            while answered < len(chats) and (line := process.stdout.readline()).endswith(b"\n"):
+                answered += 1
+                yield json.loads(line)
+        finally:
+            # An answer that ends all may be the last one, too.
+            if answered < len(chats):
+                process.kill()
+                self._ended, self._process = process.wait(), None
+            writer.join()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        # After a fork the child is another's.
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
+            self._owner = os.getpid()
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(_CHILD)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, **_ONE_THREAD},
+            )
+        return self._process
+
+    def _reason(self) -> str | None:
+        """Return why the child ended before it had answered; None where it had nothing to do for a while."""
+        if self._ended == -signal.SIGALRM:
+            return None
+        if self._ended == -signal.SIGXCPU:
+            return f"it takes more than {SECONDS} s for one chat"
+        return (
+            f"the process that renders it ended with code {self._ended}; does it take more than {ADDRESS_SPACE >> 30} "
+            "GiB of memory?"
+        )
+
+
+RENDERER = Renderer()
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+def _write(process: subprocess.Popen[bytes], data: bytes) -> None:
+    assert process.stdin is not None
+    left = memoryview(data)
+    try:
+        # Past the buffer, whose rest would be written, and fail once more, when it is closed.
+        while left:
+            left = left[os.write(process.stdin.fileno(), left) :]
+    except BrokenPipeError:  # it has died, and the reader learns why
+        pass

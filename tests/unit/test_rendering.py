@@ -1,0 +1,126 @@
+"""Chat templates that anyone may have written: rendered as transformers renders them, within bounds, at one moment."""
+
+from __future__ import annotations
+
+import signal
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from lowrank_dist.data.rendering import RENDERER
+from lowrank_dist.data.template import Messages
+from lowrank_dist.data.tokenizer import FastTokenizer, load_tokenizer
+from lowrank_dist.errors import UserError
+from tests import tiny_tokenizers as tiny
+
+CHAT = [{"role": "user", "content": "hi\n ünï <|im_end|>"}, {"role": "assistant", "content": " world "}]
+MOMENT = datetime(2020, 2, 29, 23, 59, 58)
+
+
+def render(folder: Path, template: str, chats: list[Messages] | None = None, moment: datetime = MOMENT) -> list[str]:
+    tokenizer = load_tokenizer(tiny.byte_level(folder, template=template, bos=True), moment)
+    assert isinstance(tokenizer, FastTokenizer) and tokenizer.template is not None
+    asked = [CHAT] if chats is None else chats
+    return [chat.text for chat in tokenizer.template.render(asked, [f"f:{n + 1}" for n in range(len(asked))])]
+
+
+def marked(body: str) -> str:
+    return "{% generation %}" + body + "{{ '<|im_end|>' }}{% endgeneration %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *(tiny.CHATML, tiny.CHATML_MARKED, tiny.LLAMA3, tiny.LLAMA2, tiny.MISTRAL, tiny.ALPACA, tiny.DROPS_THINKING),
+        marked(
+            "{{ messages | tojson(indent=2) }}{% for n in range(9) %}{% if n > 3 %}{% break %}{% endif %}{% endfor %}"
+        ),
+        marked("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}"),
+    ],
+)
+def test_texts_are_those_of_transformers(template: str, tmp_path: Path) -> None:
+    chats = [CHAT, CHAT[:1], [*CHAT, *CHAT]] if template != tiny.DROPS_THINKING else [CHAT, CHAT[:1]]
+    texts = render(tmp_path, template, chats)
+    hf = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    assert texts == [hf.apply_chat_template(chat, tokenize=False) for chat in chats]
+
+
+BOMBS = {
+    "a constant that is folded": ("{{ 'a' * 3000000000 }}", ""),
+    "a text": ("{{ 'a' * 20000000 }}", "text of 20,000,0.. characters; at most 16,777,216 are taken"),
+    "memory": ("{% for n in range(99) %}{{ 'a' * 100000000 }}{% endfor %}", "more than 1 GiB of memory"),
+    "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 5 s"),
+    "a number": ("{{ 9 ** (9 ** 9) }}", "more than 5 s"),
+    "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+    "nesting": ("{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}", ""),
+    "half a pair": ("{{ '\\ud800' }}", "surrogates not allowed"),
+    "no number": ("{{ 1 // 0 }}", "by zero"),
+    "an attribute": ("{{ messages.__class__.__mro__ }}", "unsafe|undefined"),
+    "a long message": ("{{ raise_exception('x' * 100000) }}", "x{500}$"),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_template_over_a_bound_is_refused(bomb: str, tmp_path: Path) -> None:
+    template, said = BOMBS[bomb]
+    with pytest.raises(UserError, match=rf"(?s)^f:1: the chat template of .* refuses these messages: .*({said})"):
+        render(tmp_path, marked(template))
+    # The next is rendered as if nothing had been.
+    assert render(tmp_path / "next", tiny.CHATML)[0].endswith("<|im_end|>\n")
+
+
+@pytest.mark.parametrize("bomb", ["memory", "no number", "a long message"])
+def test_the_line_that_is_refused_is_named(bomb: str, tmp_path: Path) -> None:
+    template = "{% if messages | length > 2 %}" + BOMBS[bomb][0] + "{% endif %}"
+    with pytest.raises(UserError, match=rf"(?s)^f:2: .*({BOMBS[bomb][1]})"):
+        render(tmp_path, marked(template), [CHAT, [*CHAT, *CHAT], CHAT])
+
+
+def test_a_dead_branch_costs_nothing(tmp_path: Path) -> None:
+    (text,) = render(tmp_path, marked("{% if false %}{{ 'a' * 3000000000 }}{% endif %}{{ messages[0].content }}"))
+    assert text == "hi\n ünï <|im_end|><|im_end|>"
+
+
+def test_the_clock_says_one_moment(tmp_path: Path) -> None:
+    template = marked("{{ strftime_now('%d %B %Y %H:%M:%S') }}")
+    assert render(tmp_path, template) == ["29 February 2020 23:59:58<|im_end|>"]
+    assert render(tmp_path, template, moment=datetime(1999, 1, 1)) == ["01 January 1999 00:00:00<|im_end|>"]
+    # Where no moment is given it is the present, as transformers has it.
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, FastTokenizer) and tokenizer.template is not None
+    today = datetime.now()
+    (chat,) = tokenizer.template.render([CHAT], ["f:1"])
+    assert 0 <= (datetime.strptime(chat.text, "%d %B %Y %H:%M:%S<|im_end|>") - today).total_seconds() + 60 < 120
+    assert tokenizer.template.reads_the_clock
+
+
+def test_chance_is_the_same_everywhere(tmp_path: Path) -> None:
+    template = marked("{{ range(99999) | random }} {{ lipsum(1) }}")
+    first, again = render(tmp_path, template, [CHAT, CHAT])
+    assert first == again
+    process = RENDERER._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert render(tmp_path, template) == [first]
+
+
+def test_the_child_ends_by_itself_and_is_started_again(tmp_path: Path) -> None:
+    expected = render(tmp_path, tiny.CHATML)
+    process = RENDERER._process
+    assert process is not None
+    # What goes to all of a job's processes leaves it alone; having nothing to do ends it.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        process.send_signal(number)
+    assert render(tmp_path, tiny.CHATML) == expected and RENDERER._process is process
+    process.send_signal(signal.SIGALRM)
+    assert render(tmp_path, tiny.CHATML, [CHAT] * 3) == expected * 3
+
+
+def test_many_long_chats(tmp_path: Path) -> None:
+    """More than pipes hold, both ways."""
+    chats = [[{"role": "user", "content": f"{n} " + "x" * 20_000}] for n in range(200)]
+    texts = render(tmp_path, tiny.CHATML, chats)
+    assert [len(text) for text in texts] == [len(chat[0]["content"]) + len(texts[0]) - 20_002 for chat in chats]
