@@ -77,5 +77,5 @@ def test_provenance_keeps_training(tmp_path: Path) -> None:
     )
     assert read_provenance(tmp_path).training == {}
     path.write_text(path.read_text()[:-1] + ', "training": []}')
-    with pytest.raises(UserError, match="training is no mapping"):
+    with pytest.raises(UserError, match="training must be an object"):
         read_provenance(tmp_path)

@@ -276,16 +276,16 @@ def test_an_export_has_the_tokenizer_and_vllm_must_end_its_texts(base: Path, tmp
         if not at_hand:
             edit(adapter / "lowrank_dist.json", base="elsewhere")
         with pytest.raises(UserError, match="not exported for vLLM: its texts end in token 4, which is not in eos_to"):
-            export(adapter, tmp_path / "out", vllm=True)
+            export(adapter, tmp_path / "out", target="vLLM")
     edit(adapter / "lowrank_dist.json", base=str(base))
     edit(base / "generation_config.json", eos_token_id=[EOS, IM_END])
-    export(adapter, tmp_path / "served", vllm=True)
+    export(adapter, tmp_path / "served", target="vLLM")
     # Control: an end that the base has.
-    export(trained(tmp_path / "usual", base, TextFiles.of_run(base, base, [EOS])), tmp_path / "usually", vllm=True)
+    export(trained(tmp_path / "usual", base, TextFiles.of_run(base, base, [EOS])), tmp_path / "usually", target="vLLM")
 
 
 def test_vllm_reads_the_tokenizer_of_the_base(base: Path, tmp_path: Path) -> None:
     other = other_tokenizer(tmp_path / "other")
     adapter = trained(tmp_path / "adapter", base, TextFiles.of_run(other, base, [EOS]))
     with pytest.raises(UserError, match="trained with another tokenizer or chat template than that of .*base, which"):
-        export(adapter, tmp_path / "out", vllm=True)
+        export(adapter, tmp_path / "out", target="vLLM")
