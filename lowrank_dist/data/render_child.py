@@ -21,7 +21,8 @@ from typing import Any
 from transformers.utils import chat_template_utils
 
 ADDRESS_SPACE = 1 << 30
-LARGEST_TEXT = 16 << 20  # characters
+# Characters of a text beside so many times those of its messages: a template adds a system prompt and marks of turns.
+MOST_ADDED, MOST_TIMES = 1 << 18, 16
 _IDLE_SECONDS = 20
 _LONGEST_ERROR = 500
 
@@ -40,6 +41,7 @@ def texts(job: dict[str, Any], chat: dict[str, Any]) -> dict[str, Any]:
     """Return {"texts", "spans"} of a chat: the texts of its first n messages, for each [n, add_generation_prompt] of
     its cuts, and if it is marked the characters [start, end) of the last text's generation blocks."""
     found: list[str] = []
+    given = sum(len(message["content"]) for message in chat["messages"])
     spans: list[Any] = []
     for count, prompt in chat["cuts"]:
         random.seed(0)
@@ -51,8 +53,8 @@ def texts(job: dict[str, Any], chat: dict[str, Any]) -> dict[str, Any]:
             **job["special"],
         )
         (text,), spans = both
-        if len(text) > LARGEST_TEXT:
-            raise ValueError(f"it makes a text of {len(text):,} characters; at most {LARGEST_TEXT:,} are taken")
+        if len(text) > (most := MOST_ADDED + MOST_TIMES * given):
+            raise ValueError(f"it makes {len(text):,} characters of {given:,}; at most {most:,} are taken")
         text.encode()  # a template may spell out half of a surrogate pair
         found.append(text)
     return {"texts": found, "spans": spans[0] if chat["marked"] else []}

@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lowrank_dist.data.render_child import ADDRESS_SPACE
 
+T = TypeVar("T")
 _CHILD = Path(__file__).with_name("render_child.py")
 SECONDS = 5  # of CPU, for all texts of a chat
 # Of BLAS, which comes with the import and takes address space for each.
@@ -36,6 +38,14 @@ class Job:
         return _line({"template": self.template, "special": dict(self.special), **bounds})
 
 
+class RenderingError(ValueError):
+    """Why a chat cannot be rendered. number: its place among those that were asked for."""
+
+    def __init__(self, reason: str, number: int) -> None:
+        super().__init__(reason)
+        self.number = number
+
+
 # The messages, the cuts of them, and whether the generation blocks are asked for (`render_child.texts`).
 Chat = tuple[Sequence[Mapping[str, str]], Sequence[tuple[int, bool]], bool]
 
@@ -48,20 +58,24 @@ class Renderer:
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = self._ended = 0
 
-    def render(self, job: Job, chats: Sequence[Chat]) -> tuple[list[Mapping[str, Any]], str | None]:
-        """Return the answers (`render_child.texts`), up to the first chat that has none, and why it has none."""
-        with self._lock:
-            answers: list[Mapping[str, Any]] = []
-            while len(answers) < len(chats):
-                for found in self._ask(job, chats[len(answers) :]):
-                    if "error" in found:
-                        return answers, found["error"]
-                    answers.append(found)
-                if self._process is None and (reason := self._reason()):
-                    return answers, reason
-            return answers, None
+    def render(self, job: Job, chats: Sequence[Chat], take: Callable[[Mapping[str, Any]], T]) -> list[T]:
+        """Return what `take` makes of each chat's answer (`render_child.texts`), which is let go at once.
 
-    def _ask(self, job: Job, chats: Sequence[Chat]) -> Iterator[Mapping[str, Any]]:
+        Raises RenderingError for the first chat that has none, after what came before it was taken.
+        """
+        with self._lock:
+            taken: list[T] = []
+            while len(taken) < len(chats):
+                with closing(self._ask(job, chats[len(taken) :])) as answers:
+                    for found in answers:
+                        if "error" in found:
+                            raise RenderingError(found["error"], len(taken))
+                        taken.append(take(found))
+                if self._process is None and (reason := self._reason()):
+                    raise RenderingError(reason, len(taken))
+            return taken
+
+    def _ask(self, job: Job, chats: Sequence[Chat]) -> Generator[Mapping[str, Any]]:
         """Yield what the child answers, up to its end. Is not left before without ending it."""
         process = self._started()
         assert process.stdout is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from lowrank_dist.data.rendering import RENDERER, Chat, Job
+from lowrank_dist.data.rendering import RENDERER, Chat, Job, RenderingError
 from lowrank_dist.errors import UserError
 
 # transformers' own test for the marker (chat_template_utils.render_jinja_template).
@@ -69,15 +69,18 @@ class ChatTemplate:
         be told.
         """
         asked = [self._asked(messages, where) for messages, where in zip(conversations, places, strict=True)]
-        answers, fault = RENDERER.render(self._job, asked)
-        chats = []
-        for messages, where, answer in zip(conversations, places, answers, strict=False):
+        given = zip(conversations, places, strict=True)
+
+        def chat_of(answer: Mapping[str, Any]) -> RenderedChat:
+            messages, where = next(given)
             texts = answer["texts"]
             turns = _marked(texts[0], answer["spans"], messages) if self.marked else self._cut(texts, messages, where)
-            chats.append(RenderedChat(texts[0], turns))
-        if fault is not None:
-            raise UserError(f"{places[len(answers)]}: {self.name} refuses these messages: {fault}")
-        return chats
+            return RenderedChat(texts[0], turns)
+
+        try:
+            return RENDERER.render(self._job, asked, chat_of)
+        except RenderingError as error:
+            raise UserError(f"{places[error.number]}: {self.name} refuses these messages: {error}") from error
 
     def _asked(self, messages: Messages, where: str) -> Chat:
         """Return what is rendered of a conversation: the whole, and without markers what is before and after a turn."""

@@ -49,7 +49,7 @@ def test_texts_are_those_of_transformers(template: str, tmp_path: Path) -> None:
 
 BOMBS = {
     "a constant that is folded": ("{{ 'a' * 3000000000 }}", ""),
-    "a text": ("{{ 'a' * 20000000 }}", "text of 20,000,0.. characters; at most 16,777,216 are taken"),
+    "a text": ("{{ 'a' * 20000000 }}", "it makes 20,000,010 characters of 25; at most 262,544 are taken"),
     "memory": ("{% for n in range(99) %}{{ 'a' * 100000000 }}{% endfor %}", "more than 1 GiB of memory"),
     "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 5 s"),
     "a number": ("{{ 9 ** (9 ** 9) }}", "more than 5 s"),
@@ -124,3 +124,14 @@ def test_many_long_chats(tmp_path: Path) -> None:
     chats = [[{"role": "user", "content": f"{n} " + "x" * 20_000}] for n in range(200)]
     texts = render(tmp_path, tiny.CHATML, chats)
     assert [len(text) for text in texts] == [len(chat[0]["content"]) + len(texts[0]) - 20_002 for chat in chats]
+
+
+def test_an_error_of_an_earlier_line_comes_first_and_leaves_the_child_usable(tmp_path: Path) -> None:
+    """Answers are taken as they come: not all that a chunk's chats are cut into is ever held."""
+    template = tiny.DROPS_THINKING + "{% if messages[0].content == 'boom' %}{{ 1 // 0 }}{% endif %}"
+    boom = [{"role": "user", "content": "boom"}]
+    with pytest.raises(UserError, match=r"f:2: .* renders messages\[1\] or what precedes it differently"):
+        render(tmp_path, template, [CHAT, [*CHAT, *CHAT], boom, *([CHAT] * 300)])
+    with pytest.raises(UserError, match="f:2: .* refuses these messages: .*by zero"):
+        render(tmp_path, template, [CHAT, boom, [*CHAT, *CHAT]])
+    assert len(render(tmp_path, tiny.CHATML, [CHAT] * 3)) == 3
