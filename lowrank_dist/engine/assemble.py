@@ -22,7 +22,7 @@ from lowrank_dist.engine.saving import CheckpointSaver, CheckpointWriter, Facts,
 from lowrank_dist.engine.trainer import Trainer
 from lowrank_dist.engine.zero import Engine, OptimiserRules, ZeroOptimiser
 from lowrank_dist.formats.provenance import Provenance, fingerprint
-from lowrank_dist.formats.text_files import TextFiles, unknown_ends
+from lowrank_dist.formats.text_files import TextFiles, note_on_another, unknown_ends
 from lowrank_dist.methods.method import Method, Setting
 from lowrank_dist.methods.registry import home, reader_of
 from lowrank_dist.model.causal_lm import CausalLM
@@ -125,6 +125,7 @@ def _notes_on_files(config: Config, model: CausalLM) -> Iterator[str]:
         yield from generation_notes(path)
     if start is not None:
         yield from reader_of(start).files.notes(start)
+        yield from note_on_another(start, config.data.tokenizer or path)
 
 
 def _checkpoint_writer(run: Run, method: Method, engine: Engine, data: Data) -> CheckpointWriter:

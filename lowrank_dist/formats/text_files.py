@@ -83,6 +83,16 @@ def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
     return one == other or _meaning(one) == _meaning(other)
 
 
+def note_on_another(adapter: Path, tokenizer: Path) -> list[str]:
+    """Return a line where the adapter that a run starts from was trained with another tokenizer than the run's."""
+    if not holds_tokenizer(adapter) or same_tokenizer(read_tokenizer(adapter), read_tokenizer(tokenizer)):
+        return []
+    return [
+        f"{adapter} was trained with another tokenizer or chat template than {tokenizer}, which this run reads: give "
+        "data.tokenizer the adapter's folder to go on with its own"
+    ]
+
+
 def _meaning(files: Tokenizer) -> list[Any]:
     settings = _object(files, _SETTINGS)
     template = files[_TEMPLATE].decode(errors="replace") if _TEMPLATE in files else settings.get("chat_template")

@@ -23,6 +23,7 @@ from lowrank_dist.formats.text_files import (
     TOKENIZER_FILES,
     TextFiles,
     merged_text_files,
+    note_on_another,
     place_of_tokenizer,
     read_tokenizer,
     same_tokenizer,
@@ -218,6 +219,17 @@ def test_different_tokenizers_need_one_that_is_given(base: Path, tmp_path: Path)
     options = ["--base", base, "--adapter", first, "--out", tmp_path / "told", "--tokenizer", other]
     done = CliRunner().invoke(app, ["merge", *map(str, options)])
     assert done.exit_code == 0 and "the tokenizer and chat template are not those of" in done.output
+
+
+def test_a_run_that_starts_from_an_adapter_says_that_its_tokenizer_is_another(base: Path, tmp_path: Path) -> None:
+    other = other_tokenizer(tmp_path / "other")
+    adapter = trained(tmp_path / "adapter", base, TextFiles.of_run(other, base, [EOS]))
+    (line,) = note_on_another(adapter, base)
+    assert line.startswith(f"{adapter} was trained with another tokenizer or chat template than {base}, which this run")
+    assert note_on_another(adapter, other) == note_on_another(adapter, adapter) == []
+    assert (
+        note_on_another(trained(tmp_path / "plain", base, None), base) == note_on_another(tmp_path / "gone", base) == []
+    )
 
 
 def sentencepiece_beside_json(folder: Path) -> Path:
