@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.cluster.rig import Rig
-from tests.cluster.runs import ENVIRONMENT, losses, on_each
+from tests.cluster.runs import ENVIRONMENT, losses, on_each, well_trained
 from tests.integration.launching import Outcome, free_port
 
 TRAIN = "launch/train.py"
@@ -77,6 +78,21 @@ def test_srun(quiet_rig: Rig, config: Path, expected: dict[str, list[float]], tm
     """With nothing set: which rank is which, and where they meet, is Slurm's to say."""
     command = [*SRUN, config, f"output.dir={tmp_path / 'run'}"]
     check([quiet_rig.hosts[0].run(command, environment=ENVIRONMENT)], tmp_path / "run", expected)
+
+
+def test_two_steps_of_one_job_at_the_same_time(quiet_rig: Rig, config: Path, tmp_path: Path) -> None:
+    """Each meets its own ranks: they shared the job's port once, and one failed or the two mixed."""
+    step = ["srun", "--overlap", "--nodes=2", "--ntasks-per-node=1", sys.executable, TRAIN, config]
+    words = [[*step, "parallel.tensor=1", f"train.seed={n}", f"output.dir={tmp_path / str(n)}"] for n in (1, 2)]
+    steps = [f"{shlex.join(str(word) for word in each)} & pids+=($!)" for each in words]
+    script = tmp_path / "steps.sh"
+    ending = ["code=0", "for pid in ${pids[@]}; do wait $pid || code=$?; done", "exit $code"]
+    script.write_text("\n".join([*steps, *ending]))
+    job = ["salloc", "--nodes=2", "--ntasks-per-node=2", "bash", script]
+    done = quiet_rig.hosts[0].run(job, environment=ENVIRONMENT)
+    assert done.code == 0, done.stderr
+    curves = [losses(tmp_path / str(n)) for n in (1, 2)]
+    assert all(well_trained(curve) for curve in curves) and curves[0]["loss"] != curves[1]["loss"]
 
 
 def test_a_tensor_parallel_group_across_hosts(
