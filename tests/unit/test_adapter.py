@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lowrank_dist.arch.config_json import read_architecture
-from lowrank_dist.checkpoint.folder import copy_adapter
+from lowrank_dist.checkpoint.folder import copy_adapter, export
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
 from lowrank_dist.merge.merge import merge
@@ -489,6 +489,11 @@ def test_an_incomplete_adapter_is_refused_in_every_room(
         lambda: adopt_adapter(LoraSection(init_from=folder), base),
         lambda: read_adapter(folder, architecture),
     )
+    if ours:  # whose base is known by its content
+        rooms = (*rooms, lambda: export(folder, tmp_path / "exported"))
+    else:
+        (note,) = (note for note in export(folder, tmp_path / "unseen") if "its base is not here" in note)
+        assert "whether it has all its factors" in note
     said = [problem for problem in inspected(folder, base).problems if "no factors for" in problem]
     if lacking is None:
         assert not said
@@ -501,7 +506,7 @@ def test_an_incomplete_adapter_is_refused_in_every_room(
     for room in (*rooms, lambda: attach_trained(decoding, base, folder, cast(Any, None))):
         with pytest.raises(UserError, match=message):
             room()
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not (tmp_path / "exported").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,11 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.config_json import read_architecture
+from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_card import USE, WITH_PEFT, base_model, model_card
-from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, read_provenance
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, fingerprint, read_provenance
 from lowrank_dist.formats.report import Report
 from lowrank_dist.methods.files import (
     CONFIG_FILE,
@@ -50,11 +53,14 @@ class LoraFiles(MethodFiles):
         """Low-rank updates are what can be merged."""
 
     def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
-        provenance, adapter = read_provenance(source), read_adapter(source)
-        config = read_config(own_file(source, CONFIG_FILE))
+        provenance = read_provenance(source)
+        base = _base_here(provenance)
+        adapter, config = read_adapter(source, base), read_config(own_file(source, CONFIG_FILE))
         if target is not None:
             refuse_unserved(source, config, adapter, target, max_rank)
-        notes = (*self.notes(source), *([] if target is None else serving_notes(adapter, target)))
+        unseen = f"its base is not here: `lowrank-dist inspect {source} --base DIR` says whether it has all its factors"
+        served = [] if target is None else serving_notes(adapter, target)
+        notes = (*([] if base else [unseen]), *self.notes(source), *served)
         card = adapter_card(name, adapter, provenance, target)
         if target is None or reads_alike(config, adapter):
             # The files themselves, not written anew: only their own config says for sure what they mean to PEFT.
@@ -75,6 +81,17 @@ class LoraFiles(MethodFiles):
 
 
 FILES = LoraFiles()
+
+
+def _base_here(provenance: Provenance | None) -> Architecture | None:
+    """Return the architecture of the base that an adapter was trained on, where its folder lies here unchanged."""
+    if provenance is None or not Path(provenance.base).is_dir():
+        return None
+    try:
+        same = fingerprint(Path(provenance.base)) == provenance.base_fingerprint
+    except UserError:  # another model by now, and no whole one
+        return None
+    return read_architecture(Path(provenance.base)) if same else None
 
 
 def adapter_card(name: str, adapter: Adapter, provenance: Provenance | None, target: str | None) -> str:
