@@ -70,7 +70,7 @@ def generate_command(
         from lowrank_dist.generate.decode import generate
         from lowrank_dist.generate.prompts import prompt_of, read_prompts
         from lowrank_dist.generate.sampling import DecodingRules
-        from lowrank_dist.generate.session import load, session
+        from lowrank_dist.generate.session import load, require_same_prompts, session
         from lowrank_dist.generate.texts import stop_tokens
 
     with session(tensor, device) as job:
@@ -85,6 +85,7 @@ def generate_command(
             asked = [prompt_of(prompt, loaded.tokenizer, stops, vocab)]
         elif prompts is not None:
             asked = read_prompts(prompts, loaded.tokenizer, stops, vocab=vocab, references=False)
+        require_same_prompts(asked, rules, job)
         with progress_bar(len(asked), job) as advance:
             found = generate(loaded.model, loaded.tokenizer, asked, rules, job.topology, advance)
         if not job.speaks:
@@ -131,7 +132,7 @@ def evaluate_command(
         from lowrank_dist.generate.metrics import notes_on_references
         from lowrank_dist.generate.prompts import note_on_rewritten, read_prompts
         from lowrank_dist.generate.sampling import DecodingRules
-        from lowrank_dist.generate.session import load, session
+        from lowrank_dist.generate.session import load, require_same_prompts, session
         from lowrank_dist.generate.texts import stop_tokens
 
     with session(tensor, device) as job:
@@ -142,6 +143,7 @@ def evaluate_command(
         say_notes(loaded.notes, job)
         stops, vocab = stop_tokens(model, loaded.tokenizer, adapter), loaded.model.architecture.vocab
         samples = read_prompts(data, loaded.tokenizer, stops, vocab=vocab, references=True, stop=decoding.stop)
+        require_same_prompts(samples, decoding, job)
         with progress_bar(len(samples), job) as advance:
             found = generate(loaded.model, loaded.tokenizer, samples, decoding, job.topology, advance)
         if not job.speaks:

@@ -7,9 +7,7 @@ every node may have its own copy, and what belongs to one rank (its numbers, its
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -22,18 +20,14 @@ from lowrank_dist.checkpoint.training_state import DataState
 from lowrank_dist.config import Config
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.resume import flat_keys
-from lowrank_dist.formats.provenance import fingerprint, installed_versions
+from lowrank_dist.formats.provenance import digest_of, fingerprint, installed_versions
+from lowrank_dist.formats.text_files import GENERATION_CONFIG, tokenizer_digest
 from lowrank_dist.methods.registry import home
 from lowrank_dist.ops import extension
 from lowrank_dist.parallel.collectives import require_agreement
 
 # Paths of files that `require_same_inputs` compares by content, and of the checkpoint, which rank 0 alone reads.
 _PATHS = ("model.path", "data.train", "data.eval", "data.tokenizer", "train.resume")
-# What decides how text becomes tokens and tokens text.
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    "chat_template.jinja",
-)
 _SHOWN = 12  # hex digits of a SHA-256 in a message
 
 
@@ -47,7 +41,7 @@ def require_same_start(config: Config, backend: Backend) -> None:
     if config.train.resume in ("never", "auto"):
         own["train.resume"] = json.dumps(config.train.resume)
     own |= installed_versions()
-    own["lowrank_dist's code"] = _digest_of(_sources())
+    own["lowrank_dist's code"] = _shown(digest_of(_sources()))
     if config.engine.kernels != "plain":
         own |= _libraries(backend.device.type)
     _require(own, backend.device, "Start all ranks with one configuration, on nodes with one installation")
@@ -63,15 +57,15 @@ def require_same_inputs(config: Config, data: Data, device: torch.device, *, afr
         "data.train": _content(data.state),
         "data.eval": _content(data.held_out_state),
         "model.path": _shown(fingerprint(model)),
-        "data.tokenizer": _digest_of([words] if words.is_file() else [words / name for name in _TOKENIZER_FILES]),
+        "data.tokenizer": _shown(tokenizer_digest(words)),
     }
     if config.eval.generate is not None:
         assert config.data.eval is not None, "there is nothing to generate for without an eval set"
-        own["data.eval, prompts and all"] = _digest_of([config.data.eval])
-        own["generation_config.json"] = _digest_of([model / "generation_config.json"])
+        own["data.eval, prompts and all"] = _shown(digest_of([config.data.eval]))
+        own[GENERATION_CONFIG] = _shown(digest_of([model / GENERATION_CONFIG]))
     adapter = config.own_section.starts_from
     if afresh and adapter is not None:
-        own[_start_key(config)] = _digest_of(adapter / name for name in home(config.method).files.published)
+        own[_start_key(config)] = _shown(digest_of(adapter / name for name in home(config.method).files.published))
     _require(own, device, "Give all nodes the same files: copies may lie anywhere, but differ in nothing")
 
 
@@ -93,22 +87,12 @@ def _sources() -> list[Path]:
 def _libraries(device: str) -> dict[str, str]:
     """Return what computes the low-rank path on `device`, in place of PyTorch's own operators."""
     files = [extension.LIBRARY] if device == "cpu" else [extension.LIBRARY, extension.CUDA_LIBRARY]
-    found = {"compiled operators": extension.why_not_on(device) or _digest_of(files)}
+    found = {"compiled operators": extension.why_not_on(device) or _shown(digest_of(files))}
     return found if device == "cpu" else {**found, "apex": apex.describe(device)}
 
 
 def _content(state: DataState | None) -> str:
     return "none" if state is None else f"{state.samples} samples, tokens of SHA-256 {_shown(state.sha256)}"
-
-
-def _digest_of(files: Iterable[Path]) -> str:
-    """Return a digest of the files that are there, by name and content, for messages."""
-    digest = hashlib.sha256()
-    for path in files:
-        if path.is_file():
-            with path.open("rb") as file:
-                digest.update(f"{path.name} ".encode() + hashlib.file_digest(file, "sha256").digest())
-    return _shown(digest.hexdigest())
 
 
 def _shown(digest: str) -> str:

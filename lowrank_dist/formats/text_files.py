@@ -6,6 +6,7 @@ Nothing is made of a tokenizer here, its files are copied; where two are compare
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterable, Mapping
@@ -47,6 +48,14 @@ def place_of_tokenizer(path: Path) -> Path:
 def holds_tokenizer(path: Path) -> bool:
     """Return whether there is a tokenizer at a path that `read_tokenizer` takes."""
     return place_of_tokenizer(path).exists()
+
+
+def tokenizer_digest(path: Path) -> str:
+    """Return the SHA-256 (64 hex digits) of the tokenizer's files. Raises as `read_tokenizer` does."""
+    digest = hashlib.sha256()
+    for name, content in read_tokenizer(path).items():
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.hexdigest()
 
 
 def read_tokenizer(path: Path) -> Tokenizer:

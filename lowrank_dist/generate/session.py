@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +20,21 @@ from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.keys import tokenizer_notes
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import StrangerError, UserError
-from lowrank_dist.formats.text_files import holds_tokenizer
+from lowrank_dist.formats.provenance import digest_of, fingerprint
+from lowrank_dist.formats.text_files import holds_tokenizer, tokenizer_digest
+from lowrank_dist.generate.prompts import Prompt
+from lowrank_dist.generate.sampling import DecodingRules
 from lowrank_dist.methods.registry import reader_of
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.model.load import dtype_notes, load_model
+from lowrank_dist.parallel.collectives import require_agreement
 from lowrank_dist.parallel.topology import Topology
 
 # Data-parallel ranks meet at the end of a command alone, and one may have decoded for hours when another is done.
 _TIMEOUT_SECONDS = 24 * 3600
 _USER_ERROR = 2
 _VOCAB_MULTIPLE = 128
+_REMEDY = "Give all ranks the same options and files: copies may lie anywhere, but differ in nothing"
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,9 @@ def session(tensor: int, device: str) -> Iterator[Session]:
         backend = select.select_backend(device, *select.local_rank_and_size())
         if launched:
             select.init_process_group(backend, _TIMEOUT_SECONDS)
+            world = dist.group.WORLD
+            assert world is not None, "the ranks have met"
+            require_agreement({"--tensor": str(tensor)}, world, backend.device, _REMEDY)
         elif not dist.is_initialized():
             dist.init_process_group(backend.collective, store=dist.HashStore(), rank=0, world_size=1)
         # Decoding works on whole sequences: none is cut over ranks.
@@ -107,10 +116,17 @@ def load(
     """Return this rank's shard of the model in `path`, with what any method trained into the folder `adapter`.
 
     dtype: auto (the weights' own), fp32 or bf16. tokenizer: its folder; where it is not given, that of the adapter if
-    it has one, which it was trained with, or else `path`.
+    it has one, which it was trained with, or else `path`. Raises UserError on every rank where not all were given the
+    same content.
     """
     beside = adapter if adapter is not None and holds_tokenizer(adapter) else path
     words = load_tokenizer(tokenizer or beside)
+    if topology.world_group.size() > 1:
+        digests = {"--model": fingerprint(path), "--tokenizer": tokenizer_digest(tokenizer or beside)}
+        if adapter is not None:
+            digests["--adapter"] = digest_of(adapter / name for name in reader_of(adapter).files.published)
+        own = {"--dtype": dtype, **{name: f"{digest[:12]}…" for name, digest in digests.items()}}
+        require_agreement(own, topology.world_group, device, _REMEDY)
     # No length is refused here: prompts are checked one by one, and decoding applies a sliding window.
     architecture = read_architecture(path)
     architecture.check_tp(topology.tp_size)
@@ -130,3 +146,10 @@ def load(
     if adapter is not None:
         notes += reader_of(adapter).files.notes(adapter)
     return Loaded(path, model.eval(), words, tuple(notes))
+
+
+def require_same_prompts(prompts: Sequence[Prompt], rules: DecodingRules, job: Session) -> None:
+    """Raise UserError on every rank where not all have the same to decode. Collective."""
+    text = repr([(prompt.ids, sorted(prompt.stop_ids), prompt.references) for prompt in prompts])
+    own = {"what is decoded": f"{len(prompts)} prompts, {hashlib.sha256(text.encode()).hexdigest()[:12]}…"}
+    require_agreement({**own, "how": repr(rules)}, job.topology.world_group, job.backend.device, _REMEDY)

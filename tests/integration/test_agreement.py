@@ -49,7 +49,7 @@ def refused(outcomes: list[Outcome], run: Path) -> str:
     """The one message of a run that no rank begins."""
     assert [outcome.code for outcome in outcomes] == [2] * len(outcomes), outcomes
     (said,) = (outcome.stderr for outcome in outcomes if outcome.stderr)
-    assert "the ranks of this run differ, and nothing was trained: " in said and "Traceback" not in said
+    assert "the ranks of this run differ, and none begins: " in said and "Traceback" not in said
     assert not run.exists()
     return said
 

@@ -33,6 +33,13 @@ def command(size: int, *arguments: object) -> list[Outcome]:
     return run_ranks(size, _command, [str(argument) for argument in arguments])
 
 
+def _apart(each: list[list[str]]) -> Outcome:
+    """Inside a rank: the command with its own arguments."""
+    import torch.distributed as dist
+
+    return _command(each[dist.get_rank()])
+
+
 def _command(arguments: list[str]) -> Outcome:
     import torch.distributed as dist
     from typer.testing import CliRunner
@@ -311,3 +318,32 @@ def test_under_a_launcher_and_alone(base: Path) -> None:
     assert (alone.code, alone.stdout) == (0, expected) and len(alone.stderr.splitlines()) == 1, alone.stderr
     both = program([sys.executable, *torchrun, *run, "--tensor", 2])
     assert (both.code, both.stdout) == (0, expected), both.stderr
+
+
+@pytest.mark.parametrize("differ", ["--model", "--adapter", "--tensor", "what is decoded", "how", None])
+def test_ranks_that_differ_decode_nothing(base: Path, adapter: Path, tmp_path: Path, differ: str | None) -> None:
+    """Each would go on from the other's text. Copies of the same files may lie anywhere."""
+    own: dict[str, object] = {"--model": base, "--adapter": adapter, "--tensor": 2, "--seed": 1}
+    one, copy = (write_jsonl(tmp_path / name, [{"prompt": "the cat"}]) for name in ("one.jsonl", "copy.jsonl"))
+    own["--prompts"], other = one, {**own, "--prompts": copy}
+    if differ in (None, "--model"):
+        other["--model"] = shutil.copytree(base, tmp_path / "base")
+    if differ == "--model":
+        (tmp_path / "base/config.json").write_text((base / "config.json").read_text() + "\n")
+    elif differ == "--adapter":
+        factors = random_adapter(base, lambda module: None if module == "lm_head" else (2, 4.0), seed=7)
+        other["--adapter"] = save_adapter(tmp_path / "adapter", base, factors)
+    elif differ == "--tensor":
+        other["--tensor"] = 1
+    elif differ == "what is decoded":
+        other["--prompts"] = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "a hen"}])
+    elif differ == "how":
+        other["--seed"] = 2
+    words = [[str(word) for pair in each.items() for word in pair] for each in (own, other)]
+    outcomes = run_ranks(2, _apart, [["generate", *each] for each in words])
+    if differ is None:
+        assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+        return
+    assert [outcome.code for outcome in outcomes] == [2, 2], outcomes
+    (said,) = (outcome.stderr for outcome in outcomes if outcome.stderr)
+    assert f"the ranks of this run differ, and none begins: {differ} is " in said
