@@ -1,4 +1,4 @@
-"""The libraries that a rank loads: imported quietly and kept from the garbage collector; locks of killed builds.
+"""The libraries that a rank loads: imported quietly, bounded, kept from the garbage collector; locks of killed builds.
 
 Importing this module imports none of them.
 """
@@ -22,12 +22,17 @@ NOISE = {
     "torch.utils.cpp_extension": "No CUDA runtime is found",  # a CUDA build of torch on a machine without a GPU
     "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",  # the form of spec that 0.16 knows too
 }
+# oneDNN and torch's layer above it (ideep) each keep what they compiled for the last 1024 shapes of a GEMM on the CPU,
+# some 0.5 MiB each: where no two batches have the same shape, a rank grew by more than its model. Both read their bound
+# when they first compute. As many as a layer has cost no time, and a new shape at most 1 ms (docs/LOG.md).
+CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+CACHED_SHAPES = "16"
 
 
 def quiet_libraries() -> None:
-    """Silence what libraries say to their own developers, and spare a compiler that nobody uses.
+    """Silence what libraries say to their own developers, spare a compiler that nobody uses, and bound their caches.
 
-    To be called before Megatron is imported.
+    To be called before Megatron is imported, and before anything is computed.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -36,6 +41,8 @@ def quiet_libraries() -> None:
     # As it is imported Megatron wraps functions that we never call in torch.compile, which would load all of
     # TorchInductor: a sixth of what a rank takes to start, and 40 MiB of its memory.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    for name in CACHES:
+        os.environ.setdefault(name, CACHED_SHAPES)
 
 
 def _no_noise(record: logging.LogRecord) -> bool:
