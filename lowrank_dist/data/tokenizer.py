@@ -14,11 +14,12 @@ from typing import Any, Protocol
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
+from lowrank_dist.arch.keys import is_integer
 from lowrank_dist.data.sentencepiece_model import SentencePieceTokenizer, settings_in, write_fast
 from lowrank_dist.data.template import ChatTemplate
 from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.files import MIB, require_size
-from lowrank_dist.untrusted.json import parse_json
+from lowrank_dist.untrusted.json import brief, parse_json, read_object
 
 # The files that transformers reads by itself, and bounds of them; a published vocabulary has 35 MB.
 _LARGEST = {
@@ -28,6 +29,8 @@ _LARGEST = {
     "added_tokens.json": 32 * MIB,
     "chat_template.jinja": MIB,
 }
+# Sixteen times the largest published vocabulary.
+_MOST_TOKENS = 1 << 22
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -96,6 +99,7 @@ def with_prefix(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 def _load_fast(folder: Path, moment: datetime | None) -> FastTokenizer:
     for name, largest in _LARGEST.items():
         require_size(folder / name, "point data.tokenizer at another folder", largest=largest)
+    _refuse_far_ids(folder / "tokenizer.json")
     try:
         return FastTokenizer(folder, moment)
     except UserError:
@@ -105,6 +109,19 @@ def _load_fast(folder: Path, moment: datetime | None) -> FastTokenizer:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{folder}: tokenizer.json or tokenizer_config.json can't be read: {error}") from error
+
+
+def _refuse_far_ids(path: Path) -> None:
+    """Raise UserError for an id that no vocabulary reaches: the library takes memory for every number up to it."""
+    definition = read_object(path, "fetch the file again", largest=_LARGEST[path.name])
+    model, added = definition.get("model"), definition.get("added_tokens")
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
+    if isinstance(added, list):
+        ids += [(token.get("content"), token.get("id")) for token in added if isinstance(token, dict)]
+    for token, token_id in ids:
+        if is_integer(token_id) and token_id >= _MOST_TOKENS:
+            raise UserError(f"{path}: {brief(token)} has id {token_id}; ids are below {_MOST_TOKENS}: fetch it again")
 
 
 @dataclass(frozen=True, slots=True)

@@ -262,10 +262,10 @@ def keep_records(path: Path, done: int) -> list[Record]:
     kept: list[Record] = []
     for _, line in read_lines(path, "move it away", longest=LONGEST_RECORD):
         with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
-            record = {key: float(value) if key == "time" else value for key, value in parse_json(line).items()}
+            record = parse_json(line)
             numbers = all(isinstance(value, int | float) for value in record.values())
-            if numbers and record["step"] <= done and done and "time" in record:
-                kept.append(record)
+            if numbers and record["step"] <= done and done:
+                kept.append({**record, "time": float(record["time"])})
     shorter = temporary_name(path)
     try:
         shorter.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

@@ -17,6 +17,8 @@ from lowrank_dist.arch.model_files import read_config, read_json, require_folder
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.safetensors_file import read_header
+from lowrank_dist.untrusted.files import is_nameable
+from lowrank_dist.untrusted.json import brief
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -147,10 +149,10 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         raise UserError(f"{index}: key weight_map must be an object of tensor names to file names; download it again")
     for tensor, name in content["weight_map"].items():
         # Only a plain name: the hub's cache links its files elsewhere, but an index must not choose the place.
-        plain = isinstance(name, str) and not set(name) & set("/\\\0") and name.endswith(".safetensors")
-        if not plain:
+        plain = isinstance(name, str) and not set(name) & set("/\\") and name.endswith(".safetensors")
+        if not plain or not is_nameable(name):
             raise UserError(
-                f"{index}: weight_map: {tensor} lies in {name!r}: expected the plain name of a .safetensors file "
+                f"{index}: weight_map: {tensor} lies in {brief(name)}: expected the plain name of a .safetensors file "
                 "inside the model folder; download the index again"
             )
     return content["weight_map"]

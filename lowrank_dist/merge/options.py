@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.files import is_nameable, shown
 
 # Decimal and binary units as transformers' save_pretrained(max_shard_size=…) reads them.
 _UNITS = {
@@ -56,6 +57,8 @@ def parse_adapter(text: str) -> WeightedAdapter:
     So "runs/lr=0.1" is that folder where it exists, and "runs/lr=0.1=0.5" is the same with a weight.
     """
     path, separator, weight = text.rpartition("=")
+    if not is_nameable(text):
+        raise UserError(f"--adapter {shown(text)}: no folder can be called so: give DIR or DIR=WEIGHT")
     if not separator or Path(text).is_dir():
         return WeightedAdapter(Path(text))
     try:
@@ -73,10 +76,11 @@ def parse_adapter(text: str) -> WeightedAdapter:
 def parse_shard_size(text: str) -> int:
     """Bytes of "5GB" (5·10⁹) or "2GiB" (2·2³⁰); UserError naming the units for anything else."""
     match = _SIZE.fullmatch(text.strip())
-    size = int(float(match[1]) * _UNITS[match[2]]) if match else 0
-    if not size:
-        raise UserError(f"--shard-size {text}: give a number above zero and a unit of {', '.join(_UNITS)}, such as 5GB")
-    return size
+    size = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    if not 1 <= size < math.inf:
+        units = ", ".join(_UNITS)
+        raise UserError(f"--shard-size {shown(text)}: give a number above zero and a unit of {units}, such as 5GB")
+    return int(size)
 
 
 def parse_dtype(text: str) -> str | None:

@@ -36,7 +36,7 @@ from lowrank_dist.methods.files import (
     not_served,
     own_file,
 )
-from lowrank_dist.untrusted.json import read_object
+from lowrank_dist.untrusted.json import read_object, take
 from lowrank_dist.untrusted.keys import EMPTY, KeyRule
 
 Kind = Literal["PREFIX_TUNING", "PROMPT_TUNING"]
@@ -139,7 +139,7 @@ def read_prompt_learning(folder: Path) -> PromptLearning:
         sizes["num_layers"],
         sizes["num_attention_heads"],
         sizes["token_dim"],
-        str(config.get("base_model_name_or_path") or ""),
+        take(config, "base_model_name_or_path", str, where) or "",
     )
 
 

@@ -79,6 +79,15 @@ def require_nameable(text: str) -> str:
     return text
 
 
+def is_nameable(text: str) -> bool:
+    """Return whether a file of Linux can be called so."""
+    try:
+        require_nameable(text)
+    except ValueError:  # what cannot be encoded as well
+        return False
+    return True
+
+
 def shown(path: Path | str) -> str:
     """Return a path for a message: one line, without the middle of one that no screen would hold."""
     text = printable(str(path))

@@ -65,10 +65,9 @@ def parse_json(content: bytes | str, *, unique: bool = False, finite: bool = Fal
     except RecursionError as error:
         raise JsonFault(_TOO_DEEP) from error
     except _LongInteger as error:
-        # Once more, to say at which key.
-        value = json.loads(text, parse_int=_digits)
-        key = next(key for key, found in _walk(value) if isinstance(found, _Digits))
-        raise JsonFault(f"{_at(key)}an integer of {error.count} digits; at most {_MOST_DIGITS} are taken") from error
+        raise JsonFault(
+            f"{_at(_key_of_digits(text))}an integer of {error.count} digits; at most {_MOST_DIGITS} are taken"
+        ) from error
     _refuse_depth(value)
     if _HALF_PAIR.search(text):
         _refuse_half_pairs(value)
@@ -166,6 +165,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         raise JsonFault(f"key {brief(repeated[0])} is given twice; keep one")
     return result
+
+
+def _key_of_digits(text: str) -> str:
+    """Return the key of the first integer that is too long; "" where the rest of the text is no JSON either."""
+    try:
+        value = json.loads(text, parse_int=_digits)
+    except (ValueError, RecursionError):
+        return ""
+    return next(key for key, found in _walk(value) if isinstance(found, _Digits))
 
 
 def _refuse_depth(value: object) -> None:

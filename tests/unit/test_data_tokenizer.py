@@ -352,10 +352,13 @@ def test_broken_or_missing_folders(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer\.model: not a SentencePiece model"):
         load_tokenizer(tmp_path)
     folder = byte_level(tmp_path / "fast")
-    for name in ("tokenizer_config.json", "tokenizer.json"):
+    for name, said in (
+        ("tokenizer_config.json", r"fast: tokenizer\.json or tokenizer_config\.json can't be read"),
+        ("tokenizer.json", r"fast/tokenizer\.json:\d+: malformed JSON"),
+    ):
         whole = (folder / name).read_text()
         (folder / name).write_text(whole[: len(whole) // 2])
-        with pytest.raises(UserError, match=r"fast: tokenizer\.json or tokenizer_config\.json can't be read"):
+        with pytest.raises(UserError, match=said):
             load_tokenizer(folder)
         (folder / name).write_text(whole)
     assert load_tokenizer(folder / "tokenizer.json").encode(["a"]) == load_tokenizer(folder).encode(["a"])
@@ -385,4 +388,18 @@ def test_a_file_beyond_every_published_one_is_not_read(tmp_path: Path, name: str
     with (tmp_path / name).open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(UserError, match=rf"{name}: is larger than the \d+ MiB"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("number", [2**31, 2**31 - 1, 10**9])
+@pytest.mark.parametrize("place", ["vocab", "added_tokens"])
+def test_an_id_for_which_the_library_would_take_all_memory_is_refused(tmp_path: Path, number: int, place: str) -> None:
+    path = byte_level(tmp_path) / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    if place == "vocab":
+        definition["model"]["vocab"]["x" * 9] = number
+    else:
+        definition["added_tokens"][0]["id"] = number
+    path.write_text(json.dumps(definition))
+    with pytest.raises(UserError, match=rf"tokenizer\.json: .* has id {number}; ids are below 4194304"):
         load_tokenizer(tmp_path)

@@ -158,7 +158,7 @@ def test_absent_shard_is_named_with_the_others(broken: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["../{}", "/tmp/{}", "sub/{}", "..", "..\\{}", "{}\0", "weights.bin", 7, None],
+    ["../{}", "/tmp/{}", "sub/{}", "..", "..\\{}", "{}\0", "weights.bin", 7, None, "x" * 300 + "{}", "y" * 9999 + "{}"],
 )
 def test_index_may_not_choose_another_place(name: object, broken: Path) -> None:
     real = sorted(broken.glob("*.safetensors"))[0]

@@ -198,7 +198,7 @@ class TestText:
         for text in ("a=0", "a=-0.0", "a=nan", "a=inf", "a=-inf", "a=1e999"):
             with pytest.raises(UserError, match="adapter a: weight"):
                 parse_adapter(text)
-        for text in ("a=", "a=b", "lr=0.3/adapter", "=0.5"):
+        for text in ("a=", "a=b", "lr=0.3/adapter", "=0.5", "x" * 300, "x" * 300 + "=1", "a\0b"):
             with pytest.raises(UserError, match=r"DIR=WEIGHT"):
                 parse_adapter(text)
 
@@ -213,7 +213,20 @@ class TestText:
             ("1TB", 10**12),
         ):
             assert parse_shard_size(text) == size
-        for text in ("5", "GB", "5Gb", "5 PB", "-1GB", "0GB", "0.0001KB", "1e3MB", "", "nanGB", "5GB5GB"):
+        for text in (
+            "5",
+            "GB",
+            "5Gb",
+            "5 PB",
+            "-1GB",
+            "0GB",
+            "0.0001KB",
+            "1e3MB",
+            "",
+            "nanGB",
+            "5GB5GB",
+            "9" * 400 + "GB",
+        ):
             with pytest.raises(UserError, match="KB, KiB, MB, MiB, GB, GiB"):
                 parse_shard_size(text)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted import json as reader
-from lowrank_dist.untrusted.files import read_bytes, read_lines, read_text, require_nameable
+from lowrank_dist.untrusted.files import is_nameable, read_bytes, read_lines, read_text, require_nameable
 from lowrank_dist.untrusted.json import JsonFault, parse_json, read_json, read_object, take
 from lowrank_dist.untrusted.patterns import Patterns, require_expression
 
@@ -35,6 +35,7 @@ PEFT = r"(.*\.)?({})$"
             r"key 'a\[1\].b' holds an integer of 5000 digits; at most 308",
         ),
         ("-" + "9" * 400, "an integer of 400 digits"),
+        ('{"a": ' + "9" * 400 + " and no more", "an integer of 400 digits"),
         (b'{"a": "\xff"}', "not UTF-8 at byte 8 of the line"),
         (r'{"a": [{"b": "x\ud800"}]}', r"key 'a\[0\].b' holds an unpaired surrogate"),
         (r'{"\udc00": 1}', "unpaired surrogate"),
@@ -127,7 +128,9 @@ def test_paths_that_no_disk_takes_are_errors() -> None:
     for text in ("a" * 256, "ä" * 128, "a/" * 2048, "x\0y"):
         with pytest.raises(ValueError, match="path"):
             require_nameable(text)
-    assert require_nameable("a" * 255 + "/b") == "a" * 255 + "/b"
+        assert not is_nameable(text)
+    assert not is_nameable("\ud800")
+    assert require_nameable("a" * 255 + "/b") == "a" * 255 + "/b" and is_nameable("a\udcff")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 from lowrank_dist.arch.placement import ALL_LINEAR
 from lowrank_dist.errors import UserError
-from lowrank_dist.untrusted.json import read_object
+from lowrank_dist.untrusted.json import read_object, take
 from lowrank_dist.untrusted.keys import EMPTY, KeyRule
 from lowrank_dist.untrusted.patterns import Patterns
 
@@ -250,7 +250,7 @@ def read_config(path: Path) -> PeftConfig:
         rslora=_is_true(values["use_rslora"], path, "use_rslora"),
         dora=_is_true(values["use_dora"], path, "use_dora"),
         fan_in_fan_out=_is_true(values["fan_in_fan_out"], path, "fan_in_fan_out"),
-        base=str(values["base_model_name_or_path"] or ""),
+        base=take(values, "base_model_name_or_path", str, path, _ANEW) or "",
         targets=targets,
         rank_pattern={
             key: _rank(rank, path, f"rank_pattern.{key}")
@@ -260,7 +260,7 @@ def read_config(path: Path) -> PeftConfig:
             key: _finite(alpha, path, f"alpha_pattern.{key}")
             for key, alpha in _regexes(values, "alpha_pattern", matching, path)
         },
-        excluded=_module_names(excluded, matching, path, "exclude_modules") if excluded else (),
+        excluded=() if excluded in (None, [], "") else _module_names(excluded, matching, path, "exclude_modules"),
         layers=layers,
         layer_patterns=layer_patterns,
         matching=matching,
@@ -310,7 +310,7 @@ def _layers(
     if isinstance(targets, str) and not (value is None and patterns is None):
         raise UserError(f"{found}: PEFT takes them with a list of target_modules alone: write the names as a list")
     layers = [] if value is None else value if isinstance(value, list) else [value]
-    patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or []
+    patterns = [] if patterns in (None, "") else [patterns] if isinstance(patterns, str) else patterns
     if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
         raise UserError(f"{found}: layers_to_transform must be a layer's number or a list of them")
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
@@ -328,7 +328,7 @@ def _layers(
 
 
 def _regexes(values: Mapping[str, Any], key: str, matching: Patterns, path: Path) -> list[tuple[str, Any]]:
-    pattern = values[key] or {}
+    pattern = {} if values[key] is None else values[key]
     if not isinstance(pattern, dict):
         raise UserError(f"{path}: {key} must map module names to numbers, found {pattern!r}")
     for name in pattern:
