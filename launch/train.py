@@ -67,7 +67,7 @@ def main(config: Config, supervision: Supervision) -> int:
     theta = method.attach(model, topology, resumed=run.resumption is not None)
 
     supervision.enter("data set")  # samples as tokens, a share for each data-parallel rank
-    data = build_data(config, method, architecture, topology, run.state)
+    data = build_data(config, method, architecture, topology, run.state, run.begun)
     run.require_same(data)
 
     supervision.enter("optimiser state")  # ZeRO over Θ alone, and the loop that steps, evaluates, saves and reports

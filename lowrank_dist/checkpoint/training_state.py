@@ -1,6 +1,7 @@
 """The state that a checkpoint holds beside the adapter: optimizer.safetensors and trainer_state.json."""
 
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,8 @@ class TrainingState(BaseModel):
     target token, None where all were; eval_losses: step → the same on the eval set. eval_metrics: metric → step → its
     value for what was generated (generate/metrics.py); a checkpoint from before these existed has none.
     metric_definition: as generate.metrics.DEFINITION was. rng: as `backend.devices.generator_states` returned it.
-    config: as JSON.
+    config: as JSON. begun: when the run began, which a chat template that reads the clock is told; a checkpoint from
+    before it was kept has none.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -70,6 +72,7 @@ class TrainingState(BaseModel):
     base_fingerprint: str
     ranks: dict[str, int]
     versions: dict[str, str]
+    begun: datetime | None = None
 
     @property
     def stream_position(self) -> int:

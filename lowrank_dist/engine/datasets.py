@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import partial
 
 from lowrank_dist.arch.architecture import Architecture
@@ -14,7 +15,7 @@ from lowrank_dist.config.schema import TrainConfig
 from lowrank_dist.data.batches import Cut, Loader, StepBatch, eval_batches
 from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.data.formats import Use
-from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
+from lowrank_dist.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
 from lowrank_dist.generate.decode import EvaluationRules, check_lengths, evaluate_generation
 from lowrank_dist.generate.metrics import notes_on_references
@@ -113,17 +114,19 @@ def build_data(
     architecture: Architecture,
     topology: Topology,
     resumed: TrainingState | None = None,
+    begun: datetime | None = None,
 ) -> Data:
     """Tokenise and deal out the data sets; the order of samples is a function of the seed.
 
-    resumed: the state that the run goes on from. Raises UserError for samples that cannot be trained on, and for those
-    from which eval.generate cannot generate.
+    resumed: the state that the run goes on from. begun: the moment at which the run began; the present where it is not
+    given. Raises UserError for samples that cannot be trained on, and for those from which eval.generate cannot
+    generate.
     """
     vocab = architecture.vocab
     data, train = config.data, config.train
     # The longest sample, and the longest row: a prefix has positions, but none in a row.
     longest = data.max_length - method.virtual
-    tokenizer = load_tokenizer(data.tokenizer or config.model.path)
+    tokenizer = load_tokenizer(data.tokenizer or config.model.path, begun)
     cut = Cut(
         train.micro_batch,
         max_length=longest + len(method.lead),
@@ -136,7 +139,7 @@ def build_data(
     course = Course.of(train, dataset, resumed)
     loader = Loader(dataset, cut, seed=train.seed, global_batch=train.global_batch, end=course.end)
     if data.eval is None:
-        return Data(dataset, loader, course)
+        return Data(dataset, loader, course, notes=_note_on_clock(tokenizer, begun))
     held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead, Use.JUDGING)
     cut = replace(cut, micro_batch=config.eval.micro_batch or train.micro_batch)
     # Nothing is accumulated over an eval batch: its size decides how many rows of like length are put together, and
@@ -144,7 +147,16 @@ def build_data(
     together = EVAL_MICROBATCHES * cut.micro_batch * topology.dp_size
     evaluation = partial(eval_batches, held_out, cut, global_batch=together)
     generation, notes = _generation(config, method, tokenizer, architecture, topology)
+    notes = [*_note_on_clock(tokenizer, begun), *notes]
     return Data(dataset, loader, course, held_out, evaluation, generation, notes)
+
+
+def _note_on_clock(tokenizer: Tokenizer, begun: datetime | None) -> list[str]:
+    if begun is None or not isinstance(tokenizer, FastTokenizer):
+        return []
+    if tokenizer.template is None or not tokenizer.template.reads_the_clock:
+        return []
+    return [f"the chat template reads the clock: in all of this run, resumed or not, it is {begun}, when it began"]
 
 
 def _generation(

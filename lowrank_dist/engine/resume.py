@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,17 @@ def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Re
             )
         return None
     return Resumption(Path(answer["folder"]), parse_state(answer["state"].encode()), messages)
+
+
+def begun(resumption: Resumption | None, topology: Topology) -> datetime:
+    """Return the moment at which the run began, the same on every rank and for as long as it goes on. Collective.
+
+    A chat template that reads the clock is told it, or ranks and resumed runs would train different texts. It is rank
+    0's present where there is no checkpoint, or one from before it was kept.
+    """
+    told = told_by_rank_0(lambda: {"present": datetime.now().isoformat(timespec="seconds")}, topology)
+    kept = None if resumption is None else resumption.state.begun
+    return kept or datetime.fromisoformat(told["present"])
 
 
 def _look(config: Config, folder: RunFolder) -> dict[str, Any]:

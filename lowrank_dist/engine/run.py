@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 import torch
 
@@ -13,7 +14,7 @@ from lowrank_dist.data.batches import StepBatch
 from lowrank_dist.engine.agreement import require_same_inputs
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.meter import Phases
-from lowrank_dist.engine.resume import Resumption, complete, find_resumption, require_same_run, told_by_rank_0
+from lowrank_dist.engine.resume import Resumption, begun, complete, find_resumption, require_same_run, told_by_rank_0
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import UserError
 from lowrank_dist.parallel.collectives import gather_texts
@@ -27,6 +28,7 @@ class Run:
 
     config: complete, with the values that an adapter or the checkpoint gives. phases: reports to supervision which
     phase this rank is in. resumption: the checkpoint that the run goes on from; None for a run that starts afresh.
+    begun: when it began (`resume.begun`).
     """
 
     config: Config
@@ -36,6 +38,7 @@ class Run:
     supervision: Supervision
     phases: Phases
     resumption: Resumption | None
+    begun: datetime
 
     @classmethod
     def begin(
@@ -47,7 +50,8 @@ class Run:
         """
         resumption = find_resumption(config, folder, topology)
         phases = Phases(supervision, backend)
-        return cls(complete(config, resumption), topology, backend, folder, supervision, phases, resumption)
+        moment, whole = begun(resumption, topology), complete(config, resumption)
+        return cls(whole, topology, backend, folder, supervision, phases, resumption, moment)
 
     @property
     def state(self) -> TrainingState | None:

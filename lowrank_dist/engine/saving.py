@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from functools import partial
 
 import torch
@@ -44,13 +45,15 @@ _LAST_SECONDS = 15  # that a run which fails waits for a checkpoint that is bein
 class Facts:
     """The facts of a job that every checkpoint of it states.
 
-    text: the files of tokenizer and generation that go with what is trained; None of a job without text.
+    text: the files of tokenizer and generation that go with what is trained; None of a job without text. begun: when
+    the run began (`resume.begun`).
     """
 
     provenance: Provenance
     data: DataState
     held_out: DataState | None
     text: TextFiles | None = None
+    begun: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -296,4 +299,5 @@ class CheckpointSaver:
             base_fingerprint=facts.provenance.base_fingerprint,
             ranks={"tensor": topology.tp_size, "data": topology.dp_size},
             versions=dict(facts.provenance.versions),
+            begun=facts.begun,
         )

@@ -443,3 +443,41 @@ def test_init_from_and_on(job: Path, runs: dict[str, Path], tmp_path: Path) -> N
     assert all(np.array_equal(a, tensors(tmp_path / "whole")[key]) for key, a in tensors(stopped).items())
     first = next(r["loss"] for r in curve(tmp_path / "whole") if "loss" in r)
     assert first < 0.9 * next(r["loss"] for r in curve(runs["TP1"]) if "loss" in r), "it did start from the adapter"
+
+
+# Its texts are others every second.
+CLOCK = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ '<|im_end|>' }}"
+    "{% else %}{{ strftime_now('%H%M%S') }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_template_that_reads_the_clock_is_told_when_the_run_began(tmp_path: Path) -> None:
+    from lowrank_dist.formats.manifest import MANIFEST_FILE, write_manifest
+
+    config = make_job(tmp_path)
+    settings = tmp_path / "base/tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": CLOCK}))
+    for name in ("train", "eval"):
+        turns = [("user", "the cat"), ("assistant", "the hen")]
+        row = {"messages": [{"role": role, "content": content} for role, content in turns]}
+        write_jsonl(tmp_path / f"{name}.jsonl", [row] * 9)
+    whole = tmp_path / "run"
+    said = well(train(config, whole, LAYOUTS["DP4"]))
+    stopped = stopped_after(whole, SAVED, tmp_path / "stopped")
+    state = stopped / f"checkpoints/step-{SAVED}" / STATE_FILE
+    begun = json.loads(state.read_text())["begun"].replace("T", " ")
+    note = f"the chat template reads the clock: in all of this run, resumed or not, it is {begun}, when it began"
+    assert note in said
+    assert note in well(train(config, stopped, LAYOUTS["DP4"]))
+    assert all(np.array_equal(a, tensors(whole)[key]) for key, a in tensors(stopped).items())
+    # Control: a checkpoint from before the moment was kept is told another one, and its data are others.
+    old = stopped_after(whole, SAVED, tmp_path / "old")
+    state = old / f"checkpoints/step-{SAVED}" / STATE_FILE
+    state.write_text(json.dumps({**json.loads(state.read_text()), "begun": None}))
+    (state.parent / MANIFEST_FILE).unlink()
+    write_manifest(state.parent)
+    assert "data.train was" in refused(train(config, old, LAYOUTS["DP4"]))
+    # And what the texts end in has gone along.
+    settings = json.loads((whole / "adapter/generation_config.json").read_text())
+    assert settings["eos_token_id"] == [1, 4] and (whole / "adapter/tokenizer.json").is_file()

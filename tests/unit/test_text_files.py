@@ -32,6 +32,7 @@ from lowrank_dist.formats.text_files import (
 from lowrank_dist.generate.texts import stop_tokens
 from lowrank_dist.merge.merge import merge
 from lowrank_dist.merge.options import Stored, WeightedAdapter
+from lowrank_dist.methods.files import VLLM
 from tests import tiny_tokenizers as tiny
 from tests.integration.launching import write_jsonl
 from tests.tiny_adapters import random_adapter, save_adapter
@@ -288,16 +289,16 @@ def test_an_export_has_the_tokenizer_and_vllm_must_end_its_texts(base: Path, tmp
         if not at_hand:
             edit(adapter / "lowrank_dist.json", base="elsewhere")
         with pytest.raises(UserError, match="not exported for vLLM: its texts end in token 4, which is not in eos_to"):
-            export(adapter, tmp_path / "out", target="vLLM")
+            export(adapter, tmp_path / "out", target=VLLM)
     edit(adapter / "lowrank_dist.json", base=str(base))
     edit(base / "generation_config.json", eos_token_id=[EOS, IM_END])
-    export(adapter, tmp_path / "served", target="vLLM")
+    export(adapter, tmp_path / "served", target=VLLM)
     # Control: an end that the base has.
-    export(trained(tmp_path / "usual", base, TextFiles.of_run(base, base, [EOS])), tmp_path / "usually", target="vLLM")
+    export(trained(tmp_path / "usual", base, TextFiles.of_run(base, base, [EOS])), tmp_path / "usually", target=VLLM)
 
 
 def test_vllm_reads_the_tokenizer_of_the_base(base: Path, tmp_path: Path) -> None:
     other = other_tokenizer(tmp_path / "other")
     adapter = trained(tmp_path / "adapter", base, TextFiles.of_run(other, base, [EOS]))
     with pytest.raises(UserError, match="trained with another tokenizer or chat template than that of .*base, which"):
-        export(adapter, tmp_path / "out", target="vLLM")
+        export(adapter, tmp_path / "out", target=VLLM)
