@@ -129,8 +129,8 @@ def end_of_text(files: Tokenizer) -> tuple[int, ...]:
     eos, definition = _content(_object(files, _SETTINGS).get("eos_token")), _object(files, _FAST)
     added = definition.get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    ids = [token.get("id") for token in tokens if token.get("content") == eos][:1]
-    return tuple(found for found in ids if is_integer(found))
+    ids: list[Any] = [token.get("id") for token in tokens if token.get("content") == eos]
+    return tuple(filter(is_integer, ids[:1]))
 
 
 def stops_of(folder: Path) -> tuple[int, ...]:
