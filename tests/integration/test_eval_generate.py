@@ -323,7 +323,7 @@ def test_best_is_chosen_anew_by_another_measure(job: Path, runs: dict[str, Path]
     assert best(later) == 10 and best(runs["TP1"]) < 8
     changed = stopped_after(runs["TP1"], 10, tmp_path / "changed")
     shorter = {**GENERATE, "max_new_tokens": 4}
-    assert "eval.generate was {'metrics'" in well(train(job, changed, LAYOUTS["TP1"], f"eval.generate={shorter}"))
+    assert "by eval.generate {'metrics'" in well(train(job, changed, LAYOUTS["TP1"], f"eval.generate={shorter}"))
 
 
 def test_evaluations_without_a_checkpoint_are_announced(job: Path, tmp_path: Path) -> None:
