@@ -37,7 +37,7 @@ def main(config: Config, supervision: Supervision) -> int:
 
     backend = select_backend(config.model.device, *local_rank_and_size())
     choose_kernels(config.engine.kernels, backend.device.type)
-    folder = RunFolder.prepare(config.output.dir, config.train.resume, overwrite=config.output.overwrite)
+    folder = RunFolder.prepare(config.output.dir, config.train.resume, config.inputs, overwrite=config.output.overwrite)
 
     supervision.enter("meeting")  # all processes: which of them is which rank of which group
     parallel, timeout = config.parallel, config.engine.timeout_seconds

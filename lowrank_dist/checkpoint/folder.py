@@ -15,6 +15,7 @@ from lowrank_dist.checkpoint.training_state import OptimizerWriter, TrainingStat
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.manifest import OPTIMIZER_FILE, STATE_FILE, verify_manifest, write_manifest
+from lowrank_dist.formats.paths import require_outside
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.formats.text_files import TextFiles, refuse_for_serving, text_files
 from lowrank_dist.methods.files import VLLM, TrainedFiles, own_file
@@ -135,8 +136,9 @@ def export(source: Path, out: Path, *, target: str | None = None, max_rank: int 
     Returns what was changed. target: one of TARGETS: refuse what it would not load or (vLLM) would not end, and write
     what it reads as PEFT reads the adapter; without it the files are copied as they are. max_rank: the --max-lora-rank
     that vLLM is started with. Raises UserError for a run folder, a whole model, what the reader of its method refuses,
-    a malformed provenance, and an `out` that exists.
+    a malformed provenance, and an `out` that exists or lies in a folder whose content counts.
     """
+    require_outside(out)
     if home_of(source) is None and (source / "checkpoints").is_dir():
         raise UserError(
             f"{source} is a run, not a checkpoint: give {source / 'checkpoints' / 'best'} or "

@@ -15,6 +15,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import is_temporary
 from lowrank_dist.formats.manifest import is_checkpoint
 from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE
+from lowrank_dist.formats.paths import own
 from lowrank_dist.formats.report import Report, inspect_model
 from lowrank_dist.methods.registry import HOMES, home, home_of
 from lowrank_dist.untrusted.files import LONGEST_RECORD, read_lines
@@ -74,9 +75,7 @@ def _own(path: Path, folder: Path) -> Path:
     """Return a path of the run. Raises UserError where it is missing or leads out of the run."""
     if not path.exists():
         raise UserError(f"{path} is missing: copy the run completely")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{path} is a link out of the run (to {path.resolve()}): copy what it means into the run")
-    return path
+    return own(path, folder)
 
 
 def _metrics(folder: Path, report: Report) -> None:

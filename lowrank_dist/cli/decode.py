@@ -13,6 +13,7 @@ import typer
 
 from lowrank_dist.backend.libraries import lasting
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.paths import require_outside
 from lowrank_dist.terminal import open_console, put, say
 
 if TYPE_CHECKING:
@@ -196,6 +197,8 @@ def refuse_existing(out: Path | None) -> None:
         raise UserError(f"--out: {out} exists already: choose another name, or move it away")
     if out is not None and not out.parent.is_dir():
         raise UserError(f"--out: {out.parent} is no folder: make it first")
+    if out is not None:
+        require_outside(out)
 
 
 def write_jsonl(out: Path | None, records: Sequence[Mapping[str, Any]]) -> None:

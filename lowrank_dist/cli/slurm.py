@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.paths import require_outside
 from lowrank_dist.terminal import put, say
 
 
@@ -112,6 +113,7 @@ def _says(change: str, *keys: str) -> bool:
 
 
 def _write_new(path: Path, text: str) -> None:
+    require_outside(path)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)

@@ -15,6 +15,8 @@ from lowrank_dist.terminal import open_console, printable, put, say
 if TYPE_CHECKING:
     from lowrank_dist.formats.report import Report
 
+_OUT_HELP = "Folder to write; must not exist, nor lie in a checkpoint, an adapter or a model."
+
 
 def merge_command(
     base: Annotated[Path, typer.Option(help="Hugging Face folder of the base model.", metavar="DIR")],
@@ -26,7 +28,7 @@ def merge_command(
             metavar="DIR[=WEIGHT]",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help=_OUT_HELP, metavar="DIR")],
     force_mismatch: Annotated[
         bool,
         typer.Option("--force-mismatch", help="Merge although the base is not the one the adapter was trained on."),
@@ -110,7 +112,7 @@ def export_command(
     checkpoint: Annotated[
         Path, typer.Argument(help="Checkpoint (RUN/checkpoints/best) or adapter folder.", metavar="CHECKPOINT")
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write; must not exist.", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help=_OUT_HELP, metavar="DIR")],
     target: Annotated[
         str | None,
         typer.Option(

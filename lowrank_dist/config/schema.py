@@ -6,6 +6,7 @@ The sections `engine`, `train` and `output` lie here: their owner, the engine, r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import yaml
@@ -123,7 +124,10 @@ class TrainConfig(Section):
 class OutputConfig(Section):
     """Output of a run: its folder, checkpoints and logs."""
 
-    dir: YamlPath = Field(description="folder of the run; it holds none yet, or the one that train.resume goes on with")
+    dir: YamlPath = Field(
+        description="folder of the run, outside the model's; it holds no run yet, or the one that train.resume goes on "
+        "with"
+    )
     overwrite: bool = Field(
         False,
         description="true or false; true removes the run that lies in output.dir, unless train.resume goes on from a "
@@ -190,6 +194,18 @@ class Config(Section):
         """The section of the chosen method; one without keys for a method that has none."""
         name = home(self.method).section
         return MethodSection() if name is None else getattr(self, name)
+
+    @property
+    def inputs(self) -> dict[str, Path]:
+        """Key → file or folder that the run reads, for those that are given."""
+        found = {
+            "model.path": self.model.path,
+            "data.train": self.data.train,
+            "data.eval": self.data.eval,
+            "data.tokenizer": self.data.tokenizer,
+            f"{home(self.method).section}.init_from": self.own_section.starts_from,
+        }
+        return {key: path for key, path in found.items() if path is not None}
 
     def with_own_section(self, section: MethodSection) -> Config:
         """The same config with another section of the chosen method."""

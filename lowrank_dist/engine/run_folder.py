@@ -7,12 +7,14 @@ import fcntl
 import logging
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from lowrank_dist.checkpoint.folder import LINKS, is_step, step_folders, step_links
 from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.formats.atomic import is_temporary, sync, target_of, temporary_name
+from lowrank_dist.formats.paths import lies_in, refuse_links
 from lowrank_dist.supervision.failure import NAME as FAILED
 from lowrank_dist.supervision.failure import retire
 from lowrank_dist.terminal import LogFormatter, say
@@ -56,19 +58,42 @@ class RunFolder:
         self._found: dict[str, int] = {}
 
     @classmethod
-    def prepare(cls, path: Path, resume: Literal["never", "auto"] | Path, *, overwrite: bool) -> RunFolder:
+    def prepare(
+        cls, path: Path, resume: Literal["never", "auto"] | Path, inputs: Mapping[str, Path], *, overwrite: bool
+    ) -> RunFolder:
         """Return the folder of a run that starts, or goes on as `resume` (train.resume) says. Makes nothing yet.
 
-        overwrite: output.overwrite. Raises UserError where it holds a run that this one neither goes on with nor may
-        remove. With `resume` "auto" that shows only once its checkpoints were read (`saved_run`).
+        inputs: key → what the run reads (`Config.inputs`). overwrite: output.overwrite. Raises UserError where an input
+        lies in what the run writes, or the folder in an input; where a link would lead what is written elsewhere; and
+        where it holds a run that this one neither goes on with nor may remove. With `resume` "auto" that shows only
+        once its checkpoints were read (`saved_run`).
         """
         folder = cls(path)
+        folder.refuse_inputs(inputs)
+        refuse_links(folder.written(), "output.dir")
         if not overwrite and (resume == "never" or (isinstance(resume, Path) and not folder.holds(resume))):
             folder.refuse_existing()
         if path.exists() and not path.is_dir():
             raise UserError(f"output.dir: {path} is a file; choose a folder")
         folder._found = folder._entries()
         return folder
+
+    def written(self) -> list[Path]:
+        """Return all that a run writes directly in its folder, and the logs that lie there."""
+        logs = [] if self.logs.is_symlink() else sorted(self.logs.glob("*"))
+        files = [self.config, self.metrics, self.plot, self.probe, self.saved, self.path / FAILED]
+        return [*files, self.checkpoints, self.adapter, self.tensorboard, self.logs, *logs]
+
+    def refuse_inputs(self, inputs: Mapping[str, Path]) -> None:
+        """Raise UserError where the folder is or lies in an input, or an input is or lies in what the run writes."""
+        for key, source in inputs.items():
+            if lies_in(self.path, source):
+                raise UserError(f"output.dir: {self.path} is or lies in {key} ({source}): choose a folder outside it")
+            within = next((path for path in self.written() if lies_in(source, path)), None)
+            if within is not None:
+                raise UserError(
+                    f"{key}: {source} is or lies in {within}, which the run writes: choose another output.dir"
+                )
 
     def refuse_existing(self) -> None:
         """Raise UserError where a run lies here already: nothing is overwritten unasked."""

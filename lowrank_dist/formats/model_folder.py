@@ -16,7 +16,9 @@ from lowrank_dist.arch.families import OUTPUT_LAYER
 from lowrank_dist.arch.model_files import read_config, read_json, require_folder
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.paths import own
 from lowrank_dist.formats.safetensors_file import read_header
+from lowrank_dist.formats.text_files import TEXT_FILES
 from lowrank_dist.untrusted.files import is_nameable
 from lowrank_dist.untrusted.json import brief
 
@@ -223,7 +225,10 @@ def _is_ignored(name: str, architecture: Architecture) -> bool:
 
 
 def other_files(base: Path) -> list[Path]:
-    """Return every other file of the base that holds no weights, subfolders included, hidden or linked folders not."""
+    """Return every other file of the base that holds no weights, subfolders included, hidden or linked folders not.
+
+    They are copied as they are: raises UserError for a link out of the base (`own`) and for what is no regular file.
+    """
     found = []
     for parent, folders, names in os.walk(base):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -235,5 +240,5 @@ def other_files(base: Path) -> list[Path]:
                 raise UserError(
                     f"{path} cannot be copied, it is no regular file (a broken link?): remove or restore it"
                 )
-            found.append(path)
+            found.append(own(path, base, TEXT_FILES))
     return sorted(found)

@@ -17,6 +17,7 @@ from typing import Any
 from lowrank_dist.arch.keys import is_integer
 from lowrank_dist.arch.model_files import CONFIG_FILE
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.paths import own
 from lowrank_dist.untrusted.files import MIB, read_bytes, read_text, shown
 from lowrank_dist.untrusted.json import JsonFault, brief, parse_json, read_object
 
@@ -26,6 +27,7 @@ _SETTINGS, _TEMPLATE, _TEMPLATES = "tokenizer_config.json", "chat_template.jinja
 # Of a SentencePiece model these say the rest; a tokenizer.json beside it would be read in its place.
 _BESIDE = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", _TEMPLATE, "chat_template.json")
 TOKENIZER_FILES = (_FAST, _SENTENCEPIECE, *_BESIDE, "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
+TEXT_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
 # transformers takes them from config.json where there is no generation_config.json.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MEND = "mend it, or remove it"
@@ -70,21 +72,13 @@ def read_tokenizer(path: Path) -> Tokenizer:
         files = {name: place / name for name in TOKENIZER_FILES}
     else:
         files = {_SENTENCEPIECE: place} | {name: place.parent / name for name in _BESIDE}
-    return {name: read_bytes(_own(file), _MEND, largest=_LARGEST) for name, file in files.items() if file.exists()}
-
-
-def _own(file: Path) -> Path:
-    """Return a file that may be copied: of the folder, or what links of a copied folder and the Hub's cache lead to."""
-    real = file.resolve()
-    inside = real.is_relative_to(file.parent.resolve()) or real.name == file.name or real.parent.name == "blobs"
-    if not inside or not real.is_file():
-        raise UserError(f"{shown(file)} is a link out of its folder (to {shown(real)}): copy the file into the folder")
-    return file
+    there = {name: own(file, file.parent, TEXT_FILES) for name, file in files.items() if file.exists()}
+    return {name: read_bytes(file, _MEND, largest=_LARGEST) for name, file in there.items()}
 
 
 def text_files(folder: Path) -> list[str]:
     """Return the names of those files that an adapter folder holds."""
-    return [name for name in (*TOKENIZER_FILES, GENERATION_CONFIG) if (folder / name).exists()]
+    return [name for name in TEXT_FILES if (folder / name).exists()]
 
 
 def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:

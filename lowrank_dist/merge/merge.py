@@ -15,6 +15,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.layout import OutputFile, Piece, plan_layout, write_config, write_index
 from lowrank_dist.formats.model_folder import FLOAT_DTYPES, check_checkpoint, open_checkpoint, other_files
+from lowrank_dist.formats.paths import lies_in, require_outside
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
 from lowrank_dist.formats.text_files import merged_text_files
@@ -74,14 +75,16 @@ def merge(
     progress: called with (bytes done, bytes in all). force_mismatch: another base than the one trained on is a warning.
     verify: called with the complete folder before it gets its name; what it raises leaves nothing behind.
 
-    Raises UserError when `out` exists or lies in the base, when base or adapter is incomplete or malformed, when they
-    do not belong together (fingerprint, modules, shapes), when the adapters bring different tokenizers, when nothing
-    would change, when a value does not fit the type, and when the disk fails.
+    Raises UserError when `out` exists or lies in a folder whose content counts (`require_outside`), when a file to copy
+    is a link out of the base, when base or adapter is incomplete or malformed, when they do not belong together
+    (fingerprint, modules, shapes), when the adapters bring different tokenizers, when nothing would change, when a
+    value does not fit the type, and when the disk fails.
     """
     weighted = (WeightedAdapter(adapters),) if isinstance(adapters, Path) else tuple(adapters)
     _check_distinct(weighted)
-    if out.resolve().is_relative_to(base.resolve()):
+    if lies_in(out, base):
         raise UserError(f"{out} is or lies in the base folder {base}: give an output path outside it")
+    require_outside(out)
     architecture = read_architecture(base)
     with open_checkpoint(base) as checkpoint:
         check_checkpoint(architecture, checkpoint)

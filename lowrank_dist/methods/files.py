@@ -16,6 +16,7 @@ from torch import Tensor
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import Checkpoint
+from lowrank_dist.formats.paths import own
 from lowrank_dist.formats.provenance import PROVENANCE_FILE
 from lowrank_dist.formats.report import Report
 from lowrank_dist.sections.section import MethodSection
@@ -133,7 +134,7 @@ def any_there(folder: Path, names: Iterable[str]) -> bool:
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """Return the path of a file of the folder; a link may only lead inside it, or to the blobs of the Hub's cache."""
+    """Return the path of a file of the folder. Raises UserError where it is missing, and as `own` does."""
     path = folder / name
     if not path.is_file():
         pickle = folder / PICKLE_FILE
@@ -142,11 +143,7 @@ def own_file(folder: Path, name: str) -> Path:
                 f"{pickle} is a pickle and is never read: save the adapter again with safe_serialization=True"
             )
         raise UserError(f"{path} is missing: give a PEFT adapter folder (with {CONFIG_FILE} and {WEIGHTS_FILE})")
-    real, home = path.resolve(), folder.resolve()
-    # The Hub's cache links snapshots/<revision>/<file> to ../../blobs/<hash>.
-    if not real.is_relative_to(home) and real.parent != home.parent.parent / "blobs":
-        raise UserError(f"{path} is a link out of its folder (to {real}): copy the file into the folder")
-    return path
+    return own(path, folder)
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

@@ -296,7 +296,7 @@ class TestBase:
         ):
             (base / name).write_text(name)
         (base / "pytorch_model.bin.index.json").write_text("{}")
-        (base / "LICENSE").symlink_to(adapter / "adapter_config.json")
+        (base / "LICENSE").symlink_to("README.md")
         merge(base, adapter, tmp_path / "out")
         names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
         assert {"original/params.json", "README.md", "LICENSE", "tokenizer.json", "generation_config.json"} <= names

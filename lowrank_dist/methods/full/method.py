@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from lowrank_dist.arch.architecture import WORD_EMBEDDINGS, Architecture
 from lowrank_dist.arch.tensors import Copy, ParameterPlan, copy_plans, hf_shapes
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.model_folder import other_files
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.full.files import WholeModelFiles
 from lowrank_dist.methods.method import Setting
@@ -69,6 +70,7 @@ class FullFineTuning:
 
 def build(section: MethodSection, setting: Setting, architecture: Architecture) -> FullFineTuning:
     """See `method.Tuner`."""
+    other_files(setting.base)  # a checkpoint has copies of them: what cannot be copied is said before training
     return FullFineTuning(architecture, setting.base, setting.seed)
 
 

@@ -1,0 +1,112 @@
+"""The rules for paths: which links are followed, and where nothing is written.
+
+Written is never through a link: neither through one that lies where a file is opened, nor into a folder whose content
+counts (a checkpoint, an adapter, a model). Read is through links too, but what is copied out of a folder has to lie in
+it, in another model's, or in the Hub's cache, which links snapshots/<revision>/<file> to ../../blobs/<hash>. Knows
+files by name alone.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+from lowrank_dist.errors import UserError
+
+# A blob is named by its content: SHA-1 of git's, or SHA-256 of large files.
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
+_CACHED = ("models--", "datasets--", "spaces--")
+_MODEL = "a model folder"
+# A kind of folder whose content counts, and the files that it is known by: one of each group.
+_KEPT = {
+    "a checkpoint": (("manifest.json",), ("trainer_state.json", "optimizer.safetensors")),
+    "an adapter": (
+        ("adapter_config.json", "bottleneck_config.json"),
+        ("adapter_model.safetensors", "adapter_model.bin", "bottleneck_model.safetensors"),
+    ),
+    _MODEL: (("config.json",), ("model.safetensors", "model.safetensors.index.json")),
+}
+# A run has one of these files, and writes into these folders.
+_RUN_FILES = ("config.yaml", "metrics.jsonl")
+_RUN_FOLDERS = ("checkpoints", "adapter")
+
+
+def real_path(path: Path) -> Path:
+    """Return the absolute path with all links followed; one in a circle of links stays as it is."""
+    return Path(os.path.realpath(path))
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Return whether `path` is `folder` or lies in it, however they are spelled: through links, or in another case."""
+    real, home = real_path(path), real_path(folder)
+    if real.is_relative_to(home):
+        return True
+    return home.exists() and any(one.exists() and one.samefile(home) for one in (real, *real.parents))
+
+
+def own(path: Path, folder: Path, known: Collection[str] = ()) -> Path:
+    """Return a path in `folder` whose content may be copied out of it.
+
+    Raises UserError for a link out of the folder, unless it leads to a file of the Hub's cache (of the snapshot that
+    the folder is, or of the cache that a download into the folder linked), or to a file of the same name where that is
+    one of those `known`, or the file lies in a model folder: people put folders together of links.
+    """
+    real = real_path(path)
+    if lies_in(real, folder) or _is_cached(real, real_path(folder)):
+        return path
+    if real.name == path.name and (path.name in known or _kind(real.parent) == _MODEL):
+        return path
+    raise UserError(f"{path} is a link out of its folder (to {real}): copy the file into the folder, or remove it")
+
+
+def _is_cached(real: Path, folder: Path) -> bool:
+    if folder.parent.name == "snapshots" and real.parent == real_path(folder.parent.parent / "blobs"):
+        return True
+    cache = real.parent.parent.name.startswith(_CACHED) and real.parent.name == "blobs"
+    return cache and _HASH.fullmatch(real.name) is not None
+
+
+def refuse_links(paths: Sequence[Path], what: str) -> None:
+    """Raise UserError, naming each, where one of the paths that are to be written is a link, a pipe or a device.
+
+    what: the key or option that the paths follow from.
+    """
+    odd = [f"{path} (a link to {os.readlink(path)})" for path in paths if path.is_symlink()]
+    odd += [f"{path} (a pipe or device)" for path in paths if path.exists() and not (path.is_file() or path.is_dir())]
+    if odd:
+        raise UserError(
+            f"{what}: {', '.join(odd)}: only regular files and folders are written to, so that nothing is changed "
+            "elsewhere; put what is meant in its place, or give another folder"
+        )
+
+
+def open_own(path: Path, mode: Literal["ab", "wb"]) -> BinaryIO:
+    """Return the file opened to append (unbuffered) or to write anew, but never through a link: an OSError (ELOOP)."""
+    return cast(BinaryIO, open(path, mode, 0 if mode == "ab" else -1, opener=_not_through_a_link))
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def require_outside(out: Path) -> None:
+    """Raise UserError where an output is, or lies in, a folder whose content counts: it would be no more what it was,
+    or a run would remove the output with it."""
+    real = real_path(out)
+    # What exists is not overwritten anyway.
+    for folder in real.parents if real.exists() else (real, *real.parents):
+        kind = _kind(folder)
+        if kind is not None:
+            raise UserError(f"{out} is or lies in {folder}, which is {kind}: give an output path outside it")
+
+
+def _kind(folder: Path) -> str | None:
+    for kind, groups in _KEPT.items():
+        if all(any((folder / name).exists() for name in names) for names in groups):
+            return kind
+    if folder.name in _RUN_FOLDERS and any((folder.parent / name).exists() for name in _RUN_FILES):
+        return "a run's own folder"
+    return None
