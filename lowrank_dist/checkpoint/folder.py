@@ -14,8 +14,16 @@ from torch import Tensor
 from lowrank_dist.checkpoint.training_state import OptimizerWriter, TrainingState, read_state
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
-from lowrank_dist.formats.manifest import OPTIMIZER_FILE, STATE_FILE, verify_manifest, write_manifest
-from lowrank_dist.formats.paths import require_outside
+from lowrank_dist.formats.manifest import (
+    OPTIMIZER_FILE,
+    STATE_FILE,
+    is_checkpoint,
+    is_described,
+    read_manifest,
+    verify_manifest,
+    write_manifest,
+)
+from lowrank_dist.formats.paths import reading, require_outside
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.formats.text_files import TextFiles, refuse_for_serving, text_files
 from lowrank_dist.methods.files import VLLM, TrainedFiles, own_file
@@ -135,25 +143,34 @@ def export(source: Path, out: Path, *, target: str | None = None, max_rank: int 
 
     Returns what was changed. target: one of TARGETS: refuse what it would not load or (vLLM) would not end, and write
     what it reads as PEFT reads the adapter; without it the files are copied as they are. max_rank: the --max-lora-rank
-    that vLLM is started with. Raises UserError for a run folder, a whole model, what the reader of its method refuses,
-    a malformed provenance, and an `out` that exists or lies in a folder whose content counts.
+    that vLLM is started with.
+
+    Where `source` is a link, such as checkpoints/last of a run that goes on, all files are of the folder that it leads
+    to at first. Raises UserError for a run folder, a whole model, what the reader of its method refuses, a malformed
+    provenance, and an `out` that exists or lies in a folder whose content counts; Removed where the run removes the
+    checkpoint meanwhile.
     """
     require_outside(out)
-    if home_of(source) is None and (source / "checkpoints").is_dir():
-        raise UserError(
-            f"{source} is a run, not a checkpoint: give {source / 'checkpoints' / 'best'} or "
-            f"{source / 'checkpoints' / 'last'}"
-        )
-    published = reader_of(source).files.publish(source, out.name, target=target, max_rank=max_rank)
-    if target == VLLM:
-        provenance = read_provenance(source)
-        base = None if provenance is None or not Path(provenance.base).is_dir() else Path(provenance.base)
-        refuse_for_serving(source, base, () if provenance is None else provenance.new_ends, target)
-    with atomic_folder(out) as temporary:
-        for name in (*published.files, *text_files(source)):
-            # PEFT's own folders have no provenance.
-            if name != PROVENANCE_FILE or (source / name).exists():
-                shutil.copyfile(own_file(source, name), temporary / name)
+    with reading(source) as found:
+        if home_of(found) is None and (found / "checkpoints").is_dir():
+            raise UserError(
+                f"{source} is a run, not a checkpoint: give {source / 'checkpoints' / 'best'} or "
+                f"{source / 'checkpoints' / 'last'}"
+            )
+        manifest = read_manifest(found) if is_checkpoint(found) else {}
+        published = reader_of(found).files.publish(found, out.name, target=target, max_rank=max_rank)
+        if target == VLLM:
+            provenance = read_provenance(found)
+            base = None if provenance is None or not Path(provenance.base).is_dir() else Path(provenance.base)
+            refuse_for_serving(found, base, () if provenance is None else provenance.new_ends, target)
+        # PEFT's own folders have no provenance.
+        files = [name for name in published.files if name != PROVENANCE_FILE or (found / name).exists()]
+        files += text_files(found)
+    with atomic_folder(out) as temporary, reading(found, read_before=True):
+        for name in files:
+            shutil.copyfile(own_file(found, name), temporary / name)
+            if name in manifest and not is_described(temporary / name, manifest[name]):
+                raise UserError(f"{found / name} was changed while it was copied: export the folder again")
         published.write(temporary)
         (temporary / CARD_FILE).write_text(published.card, encoding="utf-8")
     return published.notes

@@ -5,7 +5,8 @@ adapter verify. Nothing is changed, no pickle is read, and no model is ever held
 """
 
 import math
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import is_temporary
 from lowrank_dist.formats.manifest import is_checkpoint
 from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE
-from lowrank_dist.formats.paths import own
+from lowrank_dist.formats.paths import Removed, own, reading, real_path, settled
 from lowrank_dist.formats.report import Report, inspect_model
 from lowrank_dist.methods.registry import HOMES, home, home_of
 from lowrank_dist.untrusted.files import LONGEST_RECORD, read_lines
@@ -25,6 +26,7 @@ ReadConfig = Callable[[Path], dict[str, Any]]
 CONFIG, METRICS, CHECKPOINTS, ADAPTER = "config.yaml", "metrics.jsonl", "checkpoints", "adapter"
 RUN_ENTRIES = (CONFIG, METRICS, CHECKPOINTS)
 _SHOWN = ("modules", "parameters", "update_norm", "norm")
+_LOOKS = 20  # at what a run changes meanwhile
 _ADAPTER_CONFIGS = sorted({each.files.published[0] for each in HOMES if each.files.published})
 _MODEL_FILES = ("config.json", SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -32,11 +34,33 @@ _MODEL_FILES = ("config.json", SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "py
 def inspect_folder(folder: Path, base: Path | None = None, *, read_config: ReadConfig) -> Report:
     """Return the report on a folder; what is broken in it is among the report's `problems`, never raised.
 
+    A link is settled once, and again where what it led to was removed meanwhile, as by a run that goes on.
+
     base: the model that an adapter is checked against, in place of the one that it names. read_config: gives every key
     that a run's config.yaml has, or raises ConfigError for what is wrong in it.
 
-    Raises UserError for a path that is no adapter, checkpoint, run or model folder, and for a base that is no folder.
+    Raises UserError for a path that is no adapter, checkpoint, run or model folder, for a base that is no folder, and
+    for a folder that is removed while it is read (Removed).
     """
+    return _again(folder, lambda found: _inspect(found, base, read_config))
+
+
+def _again(folder: Path, look: Callable[[Path], Report]) -> Report:
+    """Return the report on a folder that stayed while it was read, which takes another look where it did not."""
+    removed = None
+    for _ in range(_LOOKS):
+        try:
+            with reading(folder) as found:
+                return look(found)
+        except Removed as error:
+            removed = error
+            if not folder.exists():
+                break
+    assert removed is not None, "the loop ends by it alone"
+    raise removed
+
+
+def _inspect(folder: Path, base: Path | None, read_config: ReadConfig) -> Report:
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
@@ -120,11 +144,13 @@ def _records(path: Path, report: Report) -> Iterator[dict[str, Any]]:
 
 def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
     held = folder / CHECKPOINTS
-    children = sorted(_own(held, folder).iterdir())
-    pointers = _pointers(held, report)
+    children, links = _listed(_own(held, folder))
+    pointers = _pointers(links, children, report)
     for child in children:
         if is_temporary(child):
-            report.warnings.append(f"{child} is what a killed writer left behind: it can be removed")
+            report.warnings.append(
+                f"{child} is being written, or a killed writer left it: remove it once no run trains here"
+            )
     numbered = [(step, child) for child in children if not child.is_symlink() and (step := step_of(child)) is not None]
     steps = [child for _, child in sorted(numbered)]
     newest = steps[-1].name if steps else None
@@ -139,7 +165,9 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
     chosen = final if final.exists() else held / (pointers["last"] if "last" in pointers else "")
     rows = []
     for path in [*steps, *([_own(final, folder)] if final.exists() else [])]:
-        found = inspect_trained(path, base, check_base=path == chosen)
+        found = _trained(path, base, check_base=path == chosen)
+        if found is None:
+            continue
         report.problems += found.problems
         report.warnings += found.warnings
         facts = found.facts
@@ -160,6 +188,28 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
         report.tables["adapters"] = [{key: row[key] for key in row if key not in empty} for row in rows]
 
 
+def _listed(held: Path) -> tuple[list[Path], dict[Path, Path]]:
+    """Return the children of a folder of checkpoints, and what its links led to while they were listed."""
+
+    def links() -> dict[Path, Path]:
+        return {held / name: settled(held / name) for name in LINKS if os.path.lexists(held / name)}
+
+    for _ in range(_LOOKS):
+        before, children = links(), sorted(held.iterdir())
+        if links() == before:
+            break
+    return children, before
+
+
+def _trained(path: Path, base: Path | None, *, check_base: bool) -> Report | None:
+    """Return the report on an adapter or a checkpoint of a run; None where the run has retired it meanwhile."""
+    try:
+        found = _again(path, lambda folder: inspect_trained(folder, base, check_base=check_base))
+    except Removed:
+        return None
+    return found if path.exists() else None
+
+
 def _final(adapter: Path, report: Report) -> str:
     if adapter.exists():
         return "written"
@@ -169,16 +219,13 @@ def _final(adapter: Path, report: Report) -> str:
     return "not written: the run has not finished"
 
 
-def _pointers(held: Path, report: Report) -> dict[str, str]:
+def _pointers(links: Mapping[Path, Path], children: Sequence[Path], report: Report) -> dict[str, str]:
     """Return `last` and `best` → the name of the step folder beside them that each leads to."""
+    beside = {real_path(child) for child in children if not child.is_symlink() and not child.is_file()}
     found = {}
-    for name in LINKS:
-        link = held / name
-        if not link.is_symlink() and not link.exists():
-            continue
-        target = link.resolve()
-        if not target.is_dir() or target.parent != held.resolve() or step_of(target) is None:
+    for link, target in links.items():
+        if target not in beside or step_of(target) is None:
             report.problems.append(f"{link} leads to {target}, which is no step folder beside it: link it to one")
         else:
-            found[name] = target.name
+            found[link.name] = target.name
     return found

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.paths import settled
 from lowrank_dist.terminal import open_console, printable, put, say
 
 if TYPE_CHECKING:
@@ -64,7 +66,8 @@ def merge_command(
     from lowrank_dist.merge.options import Stored, parse_adapter, parse_dtype, parse_shard_size
     from lowrank_dist.methods.registry import reader_of
 
-    adapters = [parse_adapter(text) for text in adapter]
+    # Once, for what is merged and what --verify holds it against.
+    adapters = [replace(given, path=settled(given.path)) for given in map(parse_adapter, adapter)]
     for given in adapters:
         reader_of(given.path).files.refuse_merge(given.path)
     limit = None if shard_size is None else parse_shard_size(shard_size)

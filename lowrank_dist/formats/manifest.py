@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.files import read_bytes
@@ -23,8 +24,8 @@ def write_manifest(folder: Path) -> None:
     (folder / MANIFEST_FILE).write_text(_text(files), encoding="utf-8")
 
 
-def verify_manifest(folder: Path) -> None:
-    """Raise UserError, naming the file, unless the folder holds exactly what its manifest says, in regular files.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return file → its size and SHA-256, as they were written; UserError for a manifest that was not.
 
     The manifest has one spelling only and carries its own digest, so a change of any byte in it shows too.
     """
@@ -42,6 +43,12 @@ def verify_manifest(folder: Path) -> None:
         raise UserError(f"{path} is not what lowrank_dist writes ({error}): {_ANOTHER}") from error
     if not genuine:
         raise UserError(f"{path} was changed after it was written: {_ANOTHER}")
+    return files
+
+
+def verify_manifest(folder: Path) -> None:
+    """Raise UserError, naming the file, unless the folder holds exactly what its manifest says, in regular files."""
+    files = read_manifest(folder)
     found = {child.name for child in folder.iterdir()} - {MANIFEST_FILE}
     for what, names in (("is missing", files.keys() - found), ("is not in the manifest", found - files.keys())):
         if names:
@@ -54,11 +61,16 @@ def verify_manifest(folder: Path) -> None:
         if child.stat().st_size != expected["size"]:
             raise UserError(f"{child} has {child.stat().st_size} bytes, not {expected['size']}: {_ANOTHER}")
         try:
-            damaged = _describe(child) != expected
+            damaged = not is_described(child, expected)
         except OSError as error:
             raise UserError(f"{child} cannot be read ({error.strerror}): {_ANOTHER}") from error
         if damaged:
             raise UserError(f"{child} is damaged, its SHA-256 is not the one written: {_ANOTHER}")
+
+
+def is_described(path: Path, expected: object) -> bool:
+    """Return whether a file has the size and SHA-256 of its entry in a manifest."""
+    return _describe(path) == expected
 
 
 def _describe(path: Path) -> dict[str, object]:

@@ -2,15 +2,16 @@
 
 Written is never through a link: neither through one that lies where a file is opened, nor into a folder whose content
 counts (a checkpoint, an adapter, a model). Read is through links too, but what is copied out of a folder has to lie in
-it, in another model's, or in the Hub's cache, which links snapshots/<revision>/<file> to ../../blobs/<hash>. Knows
-files by name alone.
+it, in another model's, or in the Hub's cache, which links snapshots/<revision>/<file> to ../../blobs/<hash>. A folder
+is read as one: where a link leads is settled once. Knows files by name alone.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
@@ -32,6 +33,7 @@ _KEPT = {
 # A run has one of these files, and writes into these folders.
 _RUN_FILES = ("config.yaml", "metrics.jsonl")
 _RUN_FOLDERS = ("checkpoints", "adapter")
+_LOOKS = 100  # at a link whose target is gone: it was moved meanwhile, or leads nowhere
 
 
 def real_path(path: Path) -> Path:
@@ -45,6 +47,75 @@ def lies_in(path: Path, folder: Path) -> bool:
     if real.is_relative_to(home):
         return True
     return home.exists() and any(one.exists() and one.samefile(home) for one in (real, *real.parents))
+
+
+class Removed(UserError):
+    """A folder was removed, or another one put in its place, while it was read."""
+
+
+def settled(folder: Path) -> Path:
+    """Return the folder that a link leads to at this moment; any other path is itself.
+
+    For what is read file by file: a run moves checkpoints/last with every save, and removes what it led to later.
+    """
+    for _ in range(_LOOKS):
+        found = real_path(folder) if folder.is_symlink() else folder
+        if found.exists():
+            break
+    return found
+
+
+@contextmanager
+def reading(folder: Path, *, read_before: bool = False) -> Iterator[Path]:
+    """Yield the `settled` folder, to be read in the block.
+
+    Raises Removed, in place of whatever the block raised, where it did not stay the same folder for as long.
+    read_before: that it is not there at first is no mistake of the user, but the same.
+    """
+    found, descriptor = _opened(folder)
+    if descriptor is None:
+        if read_before:
+            raise _removed(folder, found)
+        yield found
+        return
+    try:
+        try:
+            yield found
+        except Exception as error:
+            _require_same(folder, found, descriptor, error)
+            raise
+        _require_same(folder, found, descriptor, None)
+    finally:
+        os.close(descriptor)
+
+
+def _opened(folder: Path) -> tuple[Path, int | None]:
+    """Return the settled folder and a descriptor of it, None where there is no such folder.
+
+    Held open, so that a file system that makes numbers up for its folders keeps this one's.
+    """
+    for _ in range(_LOOKS):
+        found = settled(folder)
+        with suppress(OSError):
+            return found, os.open(found, os.O_PATH)
+        if not folder.is_symlink():
+            break
+    return found, None
+
+
+def _require_same(folder: Path, found: Path, descriptor: int, cause: Exception | None) -> None:
+    with suppress(OSError):
+        if os.path.samestat(os.stat(found), os.fstat(descriptor)):
+            return
+    raise _removed(folder, found) from cause
+
+
+def _removed(folder: Path, found: Path) -> Removed:
+    which = f"{found}, to which {folder} led," if found != folder else f"{folder}"
+    return Removed(
+        f"{which} was removed or replaced while it was read, as a run does with its older checkpoints "
+        "(output.keep_last): try again"
+    )
 
 
 def own(path: Path, folder: Path, known: Collection[str] = ()) -> Path:

@@ -20,6 +20,7 @@ from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.keys import tokenizer_notes
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import StrangerError, UserError
+from lowrank_dist.formats.paths import reading
 from lowrank_dist.formats.provenance import digest_of, fingerprint
 from lowrank_dist.formats.text_files import holds_tokenizer, tokenizer_digest
 from lowrank_dist.generate.prompts import Prompt
@@ -119,6 +120,13 @@ def load(
     it has one, which it was trained with, or else `path`. Raises UserError on every rank where not all were given the
     same content.
     """
+    with reading(path) as model, reading(adapter or path) as trained:
+        return _load(model, adapter and trained, topology, device, dtype, tokenizer)
+
+
+def _load(
+    path: Path, adapter: Path | None, topology: Topology, device: torch.device, dtype: str, tokenizer: Path | None
+) -> Loaded:
     beside = adapter if adapter is not None and holds_tokenizer(adapter) else path
     words = load_tokenizer(tokenizer or beside)
     if topology.world_group.size() > 1:

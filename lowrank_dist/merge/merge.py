@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.layout import OutputFile, Piece, plan_layout, write_config, write_index
 from lowrank_dist.formats.model_folder import FLOAT_DTYPES, check_checkpoint, open_checkpoint, other_files
-from lowrank_dist.formats.paths import lies_in, require_outside
+from lowrank_dist.formats.paths import lies_in, reading, require_outside, settled
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
 from lowrank_dist.formats.text_files import merged_text_files
@@ -78,23 +78,28 @@ def merge(
     Raises UserError when `out` exists or lies in a folder whose content counts (`require_outside`), when a file to copy
     is a link out of the base, when base or adapter is incomplete or malformed, when they do not belong together
     (fingerprint, modules, shapes), when the adapters bring different tokenizers, when nothing would change, when a
-    value does not fit the type, and when the disk fails.
+    value does not fit the type, and when the disk fails; Removed when a run removes an adapter while it is read.
     """
+    base = settled(base)
     weighted = (WeightedAdapter(adapters),) if isinstance(adapters, Path) else tuple(adapters)
+    weighted = tuple(replace(adapter, path=settled(adapter.path)) for adapter in weighted)
     _check_distinct(weighted)
     if lies_in(out, base):
         raise UserError(f"{out} is or lies in the base folder {base}: give an output path outside it")
     require_outside(out)
     architecture = read_architecture(base)
-    with open_checkpoint(base) as checkpoint:
+    with ExitStack() as held:
+        checkpoint = held.enter_context(open_checkpoint(base))
         check_checkpoint(architecture, checkpoint)
+        for adapter in weighted:
+            held.enter_context(reading(adapter.path))
         mapped = {name: checkpoint.file(name) for name in checkpoint.names()}
         read = [(adapter.path, adapter.weight, read_adapter(adapter.path, architecture)) for adapter in weighted]
         updates = updates_of(architecture, checkpoint, read)
-    warnings = [note for adapter in weighted for note in FILES.notes(adapter.path)]
-    warnings += _check_base(base, weighted, force_mismatch)
-    text = merged_text_files([adapter.path for adapter in weighted], stored.tokenizer, architecture.vocab)
-    warnings += text.changes(base)
+        warnings = [note for adapter in weighted for note in FILES.notes(adapter.path)]
+        warnings += _check_base(base, weighted, force_mismatch)
+        text = merged_text_files([adapter.path for adapter in weighted], stored.tokenizer, architecture.vocab)
+        warnings += text.changes(base)
     others, dtype = other_files(base), stored.dtype
     layout = plan_layout(mapped, dtype, stored.shard_size)
     meter = _Meter(layout.read, progress)

@@ -14,6 +14,7 @@ from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import ALL_LINEAR, LinearPlacement, LoraRules
 from lowrank_dist.arch.tensors import module_paths
 from lowrank_dist.errors import UserError, some_of
+from lowrank_dist.formats.paths import reading
 from lowrank_dist.formats.provenance import refuse_another_base
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_dist.methods.lora.config import LoraConfig
@@ -32,7 +33,8 @@ def adopt_adapter(section: LoraConfig, base: Path) -> LoraConfig:
     if folder is None:
         return section
     architecture = read_architecture(base)
-    adapter = read_adapter(folder, architecture)
+    with reading(folder) as found:
+        adapter = read_adapter(found, architecture)
     refuse_foreign(folder, adapter, architecture.linear_modules(), base)
     adopted = {**asdict(rules_of(adapter, architecture)), "dora": adapter.dora}
     _refuse_contradictions(section, adopted, adapter, architecture)
@@ -54,8 +56,9 @@ def initial_factors(folder: Path, placements: Sequence[LinearPlacement], base: P
     Raises UserError for an adapter that was trained on another base, by its fingerprint, or that has other modules or
     shapes than `placements`.
     """
-    refuse_another_base(folder, base)
-    return factors_for(folder, read_adapter(folder), placements, base)
+    with reading(folder) as found:
+        refuse_another_base(found, base)
+        return factors_for(found, read_adapter(found), placements, base)
 
 
 def _refuse_contradictions(
