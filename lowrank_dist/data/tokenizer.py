@@ -31,6 +31,7 @@ _LARGEST = {
 }
 # Sixteen times the largest published vocabulary.
 _MOST_TOKENS = 1 << 22
+_SHOWN = 60  # characters of a text in a message
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -157,10 +158,13 @@ class FastTokenizer:
         after_token, middle = (_without_prefix_of(definition, after_token) for after_token in (True, False))
         self._start = Backend.from_str(json.dumps(definition))
         self._after_token = self._start if after_token == definition else Backend.from_str(json.dumps(after_token))
-        # It is given what precedes the first added token, and without its prefix more would look like one ("▁</s>" is
-        # what a `normalized` "</s>" is compared with).
+        # Tokens whose match depends on the text before: "▁</s>" is what a `normalized` "</s>" is compared with.
+        flags = ("normalized", "single_word")
+        self._matched_in_context = any(token[flag] for token in definition["added_tokens"] for flag in flags)
+        alike = middle == after_token and not self._matched_in_context
+        # It is given what precedes the first added token, and is to find none.
         bare = middle | {"added_tokens": []}
-        self._middle = self._after_token if middle == after_token else Backend.from_str(json.dumps(bare))
+        self._middle = self._after_token if alike else Backend.from_str(json.dumps(bare))
         for copy in (self._start, self._after_token, self._middle):
             copy.encode_special_tokens = hf.split_special_tokens  # no part of the definition
         self._cleaned = _cleaning(hf, definition["model"]["type"])
@@ -169,12 +173,15 @@ class FastTokenizer:
         probe = self._start.encode("a", add_special_tokens=True)
         before = len(list(takewhile(bool, probe.special_tokens_mask)))
         self.prefix_ids = tuple(probe.ids[:before])
-        self._added_ids = frozenset(hf.added_tokens_decoder)
-        self.turn_end_ids = self._added_ids if self.eos_id is None else self._added_ids | {self.eos_id}
+        added = hf.added_tokens_decoder
+        self._matched_ids = frozenset(i for i, t in added.items() if not (t.special and hf.split_special_tokens))
+        # "<unk>" is an added token too, and what a model makes of characters that it does not know.
+        self._unknown = _unknown_id(self._start, definition["model"])
+        self.turn_end_ids = (frozenset(added) - {self._unknown}) | ({self.eos_id} - {None})
         self.template = ChatTemplate(hf, folder, moment or datetime.now()) if hf.chat_template else None
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._start.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [e.ids for e in self._encoded(self._start.encode_batch_fast, list(texts))]
 
     def encode_continuations(self, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
         if self._middle is self._start:
@@ -194,17 +201,53 @@ class FastTokenizer:
             found[k] = e
         if self._middle is self._after_token:
             return found
-        ends = self.encode(before)
-        inside = [k for k, ids in enumerate(ends) if ids and ids[-1] not in self._added_ids]
-        cuts = [next((n for n, i in enumerate(found[k].ids) if i in self._added_ids), None) for k in inside]
-        heads = [texts[k] if n is None else texts[k][: found[k].spans[n][0]] for k, n in zip(inside, cuts, strict=True)]
-        for k, n, head in zip(inside, cuts, self._batch(self._middle, heads), strict=True):
-            rest = Encoding([], []) if n is None else Encoding(found[k].ids[n:], found[k].spans[n:])
+        ends = self._batch(self._start, list(before))
+        inside = [k for k, e in enumerate(ends) if e.ids and not self._is_added(before[k], e.ids[-1], e.spans[-1])]
+        rests = [self._from_first_added(texts[k], found[k]) for k in inside]
+        if self._matched_in_context:
+            longer = [before[k][-1] + texts[k] for k in inside]
+            behind = zip(longer, self._batch(self._after_token, longer), strict=True)
+            rests = [self._moved(text, e, rest) for (text, e), rest in zip(behind, rests, strict=True)]
+        heads = [texts[k][: rest.spans[0][0]] if rest.ids else texts[k] for k, rest in zip(inside, rests, strict=True)]
+        for k, rest, head in zip(inside, rests, self._batch(self._middle, heads), strict=True):
             found[k] = Encoding(head.ids + rest.ids, head.spans + rest.spans)
         return found
 
+    def _is_added(self, text: str, token_id: int, span: tuple[int, int]) -> bool:
+        """Return whether a token of a text was matched as an added one."""
+        spelled = token_id != self._unknown or text[slice(*span)].strip() == self.token(token_id)
+        return spelled and token_id in self._matched_ids
+
+    def _from_first_added(self, text: str, encoding: Encoding, start: int = 0) -> Encoding:
+        """Return the part of an encoding that begins with the first added token behind character `start`."""
+        pairs = enumerate(zip(encoding.ids, encoding.spans, strict=True))
+        found = (n for n, (i, span) in pairs if span[1] > start and self._is_added(text, i, span))
+        n = next(found, len(encoding.ids))
+        return Encoding(encoding.ids[n:], encoding.spans[n:])
+
+    def _moved(self, text: str, behind: Encoding, rest: Encoding) -> Encoding:
+        """Return `rest` as `behind` has it, with one more character before the text: not if a token takes that."""
+        found = self._from_first_added(text, behind, 1)
+        if found.ids and found.spans[0][0] < 1:
+            return rest
+        return Encoding(found.ids, [(start - 1, end - 1) for start, end in found.spans])
+
     def _batch(self, copy: Backend, texts: list[str]) -> list[Encoding]:
-        return [Encoding(e.ids, e.offsets) for e in copy.encode_batch(texts, add_special_tokens=False)]
+        return [Encoding(e.ids, e.offsets) for e in self._encoded(copy.encode_batch, texts)]
+
+    def _encoded(self, encode_batch: Callable[..., list[Any]], texts: list[str]) -> list[Any]:
+        try:
+            return encode_batch(texts, add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's, no Exception, and its class has a name alone
+                raise
+            if len(texts) > 1:
+                for text in texts:
+                    self._encoded(encode_batch, [text])
+            raise UserError(
+                f"{self.path}: the tokenizers library fails on {texts[0][:_SHOWN]!r} ({error}); change it, or the "
+                "added tokens of tokenizer.json that it holds"
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         text = self._start.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -216,6 +259,12 @@ class FastTokenizer:
     def byte_of(self, token_id: int) -> int | None:
         found = _BYTE.fullmatch(self.token(token_id)) if self._byte_fallback else None
         return int(found[1], 16) if found else None
+
+
+def _unknown_id(tokenizer: Backend, model: dict[str, Any]) -> int | None:
+    """Return the id of characters that a model of tokenizer.json does not know, None where it has none."""
+    named = model.get("unk_token")
+    return tokenizer.token_to_id(named) if named else model.get("unk_id")
 
 
 def _eos_of_model(config: Path) -> int | None:

@@ -335,6 +335,31 @@ def test_an_end_that_the_message_spells_out_is_trained_once(tmp_path: Path) -> N
         assert trained_texts(tokenizer, mask(tokenizer, messages[:2])) == [kept]
 
 
+def unigram(folder: Path, template: str) -> Path:
+    """A tokenizer without byte fallback: what it does not know becomes "<unk>", an added token as everywhere."""
+    path = tiny.dummy_prefix(folder, template=template)
+    definition = json.loads((path / "tokenizer.json").read_text())
+    pieces = ["<unk>", "<s>", "</s>", "▁", *"abcdehlorwy▁[]INST/"]
+    definition["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [[p, -1.0] for p in dict.fromkeys(pieces)]}
+    (path / "tokenizer.json").write_text(json.dumps(definition))
+    return path
+
+
+def test_a_character_that_the_model_does_not_know_is_no_special_token(tmp_path: Path) -> None:
+    folder = unigram(tmp_path / "a", TIGHT.replace("[INST]", "").replace("[/INST]", "%"))
+    tokenizer, hf = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    messages = chat("hello", "yo")
+    # "%" is unknown, and no space is made up behind it; behind "<unk>" in the text one is.
+    assert mask(tokenizer, messages).tokens.tolist() == hf.apply_chat_template(messages, return_dict=False)
+    for left in ("hello%", "hello<unk>"):
+        ids = tokenizer.encode([left])[0] + tokenizer.encode_continuations(["yo"], [left])[0]
+        assert ids == hf(left + "yo", add_special_tokens=False)["input_ids"]
+    # Nor does it end a turn.
+    tokenizer = load_tokenizer(unigram(tmp_path / "b", TIGHT.replace("eos_token", "'%'")))
+    with pytest.raises(UserError, match="end-of-turn token would never be trained"):
+        mask(tokenizer, messages)
+
+
 # ---- templates that must be refused ---------------------------------------------------------------------------------
 
 

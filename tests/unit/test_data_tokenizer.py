@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers
+from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowrank_dist.data.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
@@ -175,6 +176,29 @@ def test_a_normalizer_that_strips_a_beginning_leaves_the_space_of_a_continuation
     (ids,) = tokenizer.encode_continuations([" fox"], ["the<|im_end|>"])
     assert tokenizer.decode(ids) == "fox"
     assert tokenizer.encode(["the<|im_end|> fox"])[0] == [*tokenizer.encode(["the<|im_end|>"])[0], *ids]
+
+
+def test_tokens_whose_match_depends_on_the_text_before_are_found_as_in_the_whole_text(tmp_path: Path) -> None:
+    folder = dummy_prefix(tmp_path)
+    for name, flags in (("<x>", {"normalized": True}), ("ox", {"single_word": True, "normalized": False})):
+        tokenizer = Backend.from_file(str(folder / "tokenizer.json"))
+        tokenizer.add_tokens([AddedToken(name, **flags)])
+        tokenizer.save(str(folder / "tokenizer.json"))
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    for left, text in (("A:", "<x> a"), ("A:", "ox ox"), ("A", "ox ox"), ("A: ", "ox"), ("A:", " <x>fox <x>")):
+        apart = ours.encode([left])[0] + ours.encode_continuations([text], [left])[0]
+        assert apart == theirs(left + text, add_special_tokens=False)["input_ids"], (left, text)
+
+
+def test_a_text_on_which_the_library_panics_is_named(tmp_path: Path) -> None:
+    # An added token of which the normalizer leaves nothing is found within characters.
+    folder = edit(byte_level(tmp_path), normalizer={"type": "Strip", "strip_left": True, "strip_right": True})
+    tokenizer = Backend.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("  ", normalized=True, single_word=True, lstrip=True, rstrip=True)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ours = load_tokenizer(folder)
+    with pytest.raises(UserError, match="the tokenizers library fails on '日本'"):
+        ours.encode_continuations(["a", "日本", "b"], ["x", "x", "x"])
 
 
 def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
