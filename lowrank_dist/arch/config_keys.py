@@ -31,17 +31,17 @@ _UNAPPLIED = {
 }
 # Of any family: of no number, or read elsewhere (the tokens that begin, end and pad a text; how they are decoded).
 _WITHOUT_EFFECT = frozenset(
-    "architectures transformers_version _name_or_path name_or_path _commit_hash _attn_implementation "
-    "_attn_implementation_autoset _attn_implementation_internal attn_implementation _flash_attn_2_enabled "
-    "use_flash_attn _experts_implementation transformers.js_config torchscript tf_legacy_loss use_bfloat16 "
-    "use_cache cache_implementation bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id "
-    "decoder_start_token_id tokenizer_class prefix initializer_range init_std initializer_factor "
-    "output_attentions output_hidden_states output_logits output_scores return_dict return_dict_in_generate "
-    "gradient_checkpointing chunk_size_feed_forward pretraining_tp is_decoder tie_encoder_decoder "
-    "cross_attention_hidden_size finetuning_task task_specific_params id2label label2id num_labels _num_labels "
-    "problem_type classifier_dropout summary_type summary_use_proj summary_activation summary_first_dropout "
-    "summary_proj_to_labels predict_special_tokens reorder_and_upcast_attn n_ctx output_past unsloth_version "
-    "unsloth_fixed model_max_length is_llama_config".split()
+    "architectures transformers_version _name_or_path name_or_path _model_name_or_path _commit_hash "
+    "_attn_implementation _attn_implementation_autoset _attn_implementation_internal attn_implementation "
+    "_flash_attn_2_enabled use_flash_attn _experts_implementation transformers.js_config torchscript tf_legacy_loss "
+    "use_bfloat16 use_cache cache_implementation bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id "
+    "decoder_start_token_id tokenizer_class prefix initializer_range init_std initializer_factor output_attentions "
+    "output_hidden_states output_logits output_scores return_dict return_dict_in_generate gradient_checkpointing "
+    "chunk_size_feed_forward pretraining_tp is_decoder tie_encoder_decoder cross_attention_hidden_size "
+    "finetuning_task task_specific_params id2label label2id num_labels _num_labels problem_type classifier_dropout "
+    "summary_type summary_use_proj summary_activation summary_first_dropout summary_proj_to_labels "
+    "predict_special_tokens reorder_and_upcast_attn n_ctx output_past unsloth_version unsloth_fixed "
+    "model_max_length is_llama_config".split()
 )
 # Of no effect at these values, whichever family has them.
 _NEUTRAL = {

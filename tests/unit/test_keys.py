@@ -42,6 +42,7 @@ CLASSES = {
 PUBLISHED: dict[str, Values] = {
     "llama": {  # Llama 3.1, SmolLM2, fine-tunes of Llama 2
         "_name_or_path": "x",
+        "_model_name_or_path": "x",  # what transformers makes of a GGUF file
         "attention_bias": False,
         "attention_dropout": 0.0,
         "is_llama_config": True,
