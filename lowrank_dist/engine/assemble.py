@@ -98,7 +98,7 @@ def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast:
     frozen = sum(parameter.numel() for parameter in engine.model.parameters()) - trained
     share = f" ({100 * trained / frozen:.3f} %)" if frozen else ""
     yield f"{method.summary}; on each rank {trained:,} trained parameters beside {frozen:,} frozen{share}"
-    yield from _notes_on_files(config, engine.model)
+    yield from _notes_on_files(config, engine.model, afresh=run.resumption is None)
     if method.virtual:
         longest = config.data.max_length
         yield (
@@ -115,15 +115,18 @@ def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast:
         yield from data.course.notes
 
 
-def _notes_on_files(config: Config, model: CausalLM) -> Iterator[str]:
-    """Yield a line for each thing that the files of the base, the tokenizer and a first adapter say in vain."""
+def _notes_on_files(config: Config, model: CausalLM, *, afresh: bool) -> Iterator[str]:
+    """Yield a line for each thing that the files of the base, the tokenizer and a first adapter say in vain.
+
+    afresh: the run reads that adapter. One that goes on does not; it may be gone.
+    """
     path, start = config.model.path, config.own_section.starts_from
     yield from config_notes(path)
     yield from dtype_notes(path, model.config.params_dtype)
     yield from tokenizer_notes(config.data.tokenizer or path)
     if config.eval.generate is not None:
         yield from generation_notes(path)
-    if start is not None:
+    if afresh and start is not None:
         yield from reader_of(start).files.notes(start)
         yield from note_on_another(start, config.data.tokenizer or path)
 
