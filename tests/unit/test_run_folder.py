@@ -26,7 +26,7 @@ def no_handlers_stay() -> Iterator[None]:
 
 
 def prepared(path: Path) -> RunFolder:
-    return RunFolder.prepare(path, "auto", overwrite=False)
+    return RunFolder.prepare(path, "auto", {}, overwrite=False)
 
 
 def _first_record(run: Path) -> None:
