@@ -21,7 +21,7 @@ def is_number(value: object) -> bool:
 # No model comes near; each layer takes memory here before anything else is known of it.
 MOST_LAYERS = 10_000
 # Each number up to it is tried as a tensor-parallel size.
-MOST_HEADS = 65_536
+MOST_HEADS = 8_192
 _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "size": ("a positive integer", lambda value: is_integer(value) and value > 0),
     "depth": (f"an integer from 1 to {MOST_LAYERS}", lambda value: is_integer(value) and 0 < value <= MOST_LAYERS),

@@ -179,7 +179,8 @@ def speaks_for_node() -> bool:
 
     Another waits for it to: a launcher ends all ranks as soon as one has ended.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    local = os.environ.get("LOCAL_RANK", "0")
+    if local == "0" or not local.isdecimal():  # what is no number is no other rank's
         return True
     time.sleep(_SPOKEN_BY_THEN)
     return False

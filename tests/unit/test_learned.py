@@ -158,6 +158,12 @@ def config_size(folder: Path, method: str) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), key: 4}))
 
 
+def config_of_a_billion(folder: Path, method: str) -> None:
+    path = folder / CONFIGS[method]
+    key = "token_dim" if method in VIRTUAL else "layers"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: 10**9}))
+
+
 def no_config(folder: Path, method: str) -> None:
     (folder / CONFIGS[method]).unlink()
 
@@ -171,6 +177,7 @@ DAMAGE = {
     half: "truncated or not a safetensors file",
     config_value: "num_virtual_tokens|bottleneck",
     config_size: "asks for",
+    config_of_a_billion: "asks for|layers",
     no_config: "is missing",
 }
 
@@ -183,7 +190,7 @@ def test_damaged_folders_are_refused(folder: Path, method: str, damage: Callable
     with pytest.raises(UserError, match=DAMAGE[damage]) as caught:
         read(folder, method)
     assert str(folder) in str(caught.value)
-    broken(folder, str(folder), *([] if damage is config_value else [DAMAGE[damage]]))
+    broken(folder, str(folder), *([] if damage in (config_value, config_of_a_billion) else [DAMAGE[damage]]))
 
 
 @pytest.mark.parametrize("damage", [config_of_text, config_of_a_list], ids=lambda damage: damage.__name__)

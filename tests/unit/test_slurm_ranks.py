@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from lowrank_dist.backend.launchers import first_host, ranks_from_slurm
+from lowrank_dist.doctor.local import speaks_for_node as local_speaks
 from lowrank_dist.errors import UserError
+from lowrank_dist.supervision.rank import speaks_for_node as rank_speaks
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -143,3 +145,11 @@ def test_first_of_a_host_list(nodes: str, first: str) -> None:
 def test_what_is_no_host_list(nodes: str) -> None:
     with pytest.raises(UserError, match="set MASTER_ADDR"):
         first_host(nodes)
+
+
+@pytest.mark.parametrize("local", ["-1", "", "x"])
+def test_a_rank_whose_place_is_no_number_says_so_itself(local: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", local)
+    assert local_speaks() and rank_speaks()
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert not local_speaks()
