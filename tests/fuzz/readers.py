@@ -27,6 +27,7 @@ from lowrank_dist.data.tokenizer import load_tokenizer
 from lowrank_dist.engine.planning import find_model
 from lowrank_dist.engine.reporter import keep_records
 from lowrank_dist.formats.manifest import MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE
+from lowrank_dist.formats.manifest import _text as manifest_text
 from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.formats.safetensors_file import read_header
@@ -564,6 +565,16 @@ READERS: tuple[Reader, ...] = (
         lambda built: read_checkpoint(built["manifest"]),
         ("lowrank_dist/formats/manifest.py",),
         judge=same_bytes(_in("manifest", MANIFEST_FILE)),
+    ),
+    Reader(
+        "manifest written anew",
+        _in("manifest", MANIFEST_FILE),
+        lambda built: read_checkpoint(built["manifest"]),
+        ("lowrank_dist/formats/manifest.py",),
+        lambda built: json.loads(beside(built["manifest"] / MANIFEST_FILE).read_bytes())["files"],
+        # With a digest that is right.
+        lambda tree, built: manifest_text(tree).encode("utf-8", "surrogatepass"),
+        same_bytes(_in("manifest", MANIFEST_FILE)),
     ),
     json_reader(
         "trainer_state",
