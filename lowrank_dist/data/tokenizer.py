@@ -175,6 +175,9 @@ class FastTokenizer:
         self.prefix_ids = tuple(probe.ids[:before])
         added = hf.added_tokens_decoder
         self._matched_ids = frozenset(i for i, t in added.items() if not (t.special and hf.split_special_tokens))
+        # A normalizer is done with a text before these are found in it, and puts nothing behind them.
+        by_normalizer = middle["normalizer"] != after_token["normalizer"]
+        self._normalized_ids = frozenset(i for i, t in added.items() if by_normalizer and t.normalized)
         # "<unk>" is an added token too, and what a model makes of characters that it does not know.
         self._unknown = _unknown_id(self._start, definition["model"])
         self.turn_end_ids = (frozenset(added) - {self._unknown}) | ({self.eos_id} - {None})
@@ -202,7 +205,7 @@ class FastTokenizer:
         if self._middle is self._after_token:
             return found
         ends = self._batch(self._start, list(before))
-        inside = [k for k, e in enumerate(ends) if e.ids and not self._is_added(before[k], e.ids[-1], e.spans[-1])]
+        inside = [k for k, e in enumerate(ends) if e.ids and not self._begins_anew(before[k], e)]
         rests = [self._from_first_added(texts[k], found[k]) for k in inside]
         if self._matched_in_context:
             longer = [before[k][-1] + texts[k] for k in inside]
@@ -217,6 +220,11 @@ class FastTokenizer:
         """Return whether a token of a text was matched as an added one."""
         spelled = token_id != self._unknown or text[slice(*span)].strip() == self.token(token_id)
         return spelled and token_id in self._matched_ids
+
+    def _begins_anew(self, before: str, encoding: Encoding) -> bool:
+        """Return whether what follows a text is treated as a beginning: where it ends in an added token."""
+        last = encoding.ids[-1]
+        return last not in self._normalized_ids and self._is_added(before, last, encoding.spans[-1])
 
     def _from_first_added(self, text: str, encoding: Encoding, start: int = 0) -> Encoding:
         """Return the part of an encoding that begins with the first added token behind character `start`."""

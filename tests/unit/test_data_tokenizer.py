@@ -185,7 +185,15 @@ def test_tokens_whose_match_depends_on_the_text_before_are_found_as_in_the_whole
         tokenizer.add_tokens([AddedToken(name, **flags)])
         tokenizer.save(str(folder / "tokenizer.json"))
     ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    for left, text in (("A:", "<x> a"), ("A:", "ox ox"), ("A", "ox ox"), ("A: ", "ox"), ("A:", " <x>fox <x>")):
+    for left, text in (
+        ("A:", "<x> a"),
+        ("A:", "ox ox"),
+        ("A", "ox ox"),
+        ("A: ", "ox"),
+        ("A:", " <x>fox <x>"),
+        ("A: <x>", "fox"),
+        ("A:ox", " fox"),
+    ):
         apart = ours.encode([left])[0] + ours.encode_continuations([text], [left])[0]
         assert apart == theirs(left + text, add_special_tokens=False)["input_ids"], (left, text)
 
