@@ -33,7 +33,7 @@ help:
 	@echo "make install           .venv with everything; the targets below do it themselves"
 	@echo "make check             ruff, mypy and the quick unit tests"
 	@echo "make test              ruff and all tests but those below"
-	@echo "make test-all          layouts resharded, runs killed in their saves, mutated files, llama.cpp"
+	@echo "make test-all          layouts resharded, runs killed in their saves, mutated files, tokens, llama.cpp"
 	@echo "make test-cluster      as root: a real Slurm and real network hosts"
 	@echo "make test-nightly      what takes long and rarely finds anything"
 	@echo "make test-next         the tests of make test on Python $(NEXT_PYTHON) and the newest Megatron"
