@@ -177,7 +177,7 @@ class FastTokenizer:
         self._matched_ids = frozenset(i for i, t in added.items() if not (t.special and hf.split_special_tokens))
         # A normalizer is done with a text before these are found in it, and puts nothing behind them.
         by_normalizer = middle["normalizer"] != after_token["normalizer"]
-        self._normalized_ids = frozenset(i for i, t in added.items() if by_normalizer and t.normalized)
+        self._anew_ids = frozenset(i for i in self._matched_ids if not (by_normalizer and added[i].normalized))
         # "<unk>" is an added token too, and what a model makes of characters that it does not know.
         self._unknown = _unknown_id(self._start, definition["model"])
         self.turn_end_ids = (frozenset(added) - {self._unknown}) | ({self.eos_id} - {None})
@@ -187,8 +187,8 @@ class FastTokenizer:
         return [e.ids for e in self._encoded(self._start.encode_batch_fast, list(texts))]
 
     def encode_continuations(self, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
-        if self._middle is self._start:
-            return self.encode(texts)
+        if self._middle is self._start or (self._middle is self._after_token and all(before)):
+            return [e.ids for e in self._encoded(self._middle.encode_batch_fast, list(texts))]
         return [encoding.ids for encoding in self.encode_turns(texts, before)]
 
     def encode_turns(self, texts: Sequence[str], before: Sequence[str]) -> list[Encoding]:
@@ -204,8 +204,8 @@ class FastTokenizer:
             found[k] = e
         if self._middle is self._after_token:
             return found
-        ends = self._batch(self._start, list(before))
-        inside = [k for k, e in enumerate(ends) if e.ids and not self._begins_anew(before[k], e)]
+        ends = self.encode(before)
+        inside = [k for k, ids in enumerate(ends) if ids and not self._begins_anew(before[k], ids[-1])]
         rests = [self._from_first_added(texts[k], found[k]) for k in inside]
         if self._matched_in_context:
             longer = [before[k][-1] + texts[k] for k in inside]
@@ -221,10 +221,10 @@ class FastTokenizer:
         spelled = token_id != self._unknown or text[slice(*span)].strip() == self.token(token_id)
         return spelled and token_id in self._matched_ids
 
-    def _begins_anew(self, before: str, encoding: Encoding) -> bool:
-        """Return whether what follows a text is treated as a beginning: where it ends in an added token."""
-        last = encoding.ids[-1]
-        return last not in self._normalized_ids and self._is_added(before, last, encoding.spans[-1])
+    def _begins_anew(self, before: str, last: int) -> bool:
+        """Return whether what follows a text, of which this is the last id, is a beginning: behind an added token."""
+        spelled = last != self._unknown or before.rstrip().endswith(self.token(last))
+        return spelled and last in self._anew_ids
 
     def _from_first_added(self, text: str, encoding: Encoding, start: int = 0) -> Encoding:
         """Return the part of an encoding that begins with the first added token behind character `start`."""

@@ -187,7 +187,7 @@ def test_ids_masks_and_text_are_those_of_transformers(cases: int) -> None:
 # Where a text begins, what follows a special token, and which tokens are special.
 FAULTS: dict[str, Callable[[FastTokenizer], None]] = {
     "a made-up space at every boundary": lambda ours: setattr(ours, "_middle", ours._start),
-    "none behind a special token": lambda ours: setattr(ours, "_matched_ids", frozenset()),
+    "none behind a special token": lambda ours: setattr(ours, "_anew_ids", frozenset()),
     "unknown characters are special": lambda ours: setattr(ours, "_unknown", None),
 }
 
