@@ -159,7 +159,8 @@ class FastTokenizer:
         self._start = Backend.from_str(json.dumps(definition))
         self._after_token = self._start if after_token == definition else Backend.from_str(json.dumps(after_token))
         # Tokens whose match depends on the text before: "▁</s>" is what a `normalized` "</s>" is compared with.
-        flags = ("normalized", "single_word")
+        by_normalizer = middle["normalizer"] != after_token["normalizer"]
+        flags = ["single_word", *(["normalized"] if by_normalizer else [])]
         self._matched_in_context = any(token[flag] for token in definition["added_tokens"] for flag in flags)
         alike = middle == after_token and not self._matched_in_context
         # It is given what precedes the first added token, and is to find none.
@@ -176,7 +177,6 @@ class FastTokenizer:
         added = hf.added_tokens_decoder
         self._matched_ids = frozenset(i for i, t in added.items() if not (t.special and hf.split_special_tokens))
         # A normalizer is done with a text before these are found in it, and puts nothing behind them.
-        by_normalizer = middle["normalizer"] != after_token["normalizer"]
         self._anew_ids = frozenset(i for i in self._matched_ids if not (by_normalizer and added[i].normalized))
         # "<unk>" is an added token too, and what a model makes of characters that it does not know.
         self._unknown = _unknown_id(self._start, definition["model"])
