@@ -10,7 +10,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -54,18 +54,17 @@ def ready(folder: str, case: Case) -> int:
     return resident()
 
 
-def step(folder: str, case: Case) -> int:
-    """One rank: load, attach, two microbatches, an update and an evaluation's prompts, as the trainer does.
-
-    Returns the target tokens.
-    """
+def built(folder: str, case: Case) -> tuple[Any, Any, Any]:
+    """Inside a rank: the model with Θ attached, Θ, and its optimiser, in libraries that are set as every program does."""
     import torch
 
+    from lowrank_dist.backend.libraries import quiet_libraries
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
     from lowrank_dist.engine.assemble import build_method
     from lowrank_dist.model.load import check_model, load_model
     from tests.dist import ranks
 
+    quiet_libraries()
     topology = ranks.topology(case.tensor, True)
     model = load_model(
         Path(folder),
@@ -79,7 +78,17 @@ def step(folder: str, case: Case) -> int:
     model.set_recompute(case.recompute)
     theta = build_method(config(folder, case), model.architecture).attach(model, topology, resumed=False)
     rules = OptimiserRules(1, 1.0, None, 0.0, (0.9, 0.999), 1e-8)
-    optimiser = ZeroOptimiser(theta.parameters, topology, rules)
+    return model, theta, ZeroOptimiser(theta.parameters, topology, rules)
+
+
+def step(folder: str, case: Case) -> int:
+    """One rank: load, attach, two microbatches, an update and an evaluation's prompts, as the trainer does.
+
+    Returns the target tokens.
+    """
+    import torch
+
+    model, theta, optimiser = built(folder, case)
     generator = torch.Generator().manual_seed(1)
     # Sequence-major: every position but a row's last is trained on.
     chosen = torch.arange(ROWS * (LENGTH - 1))
@@ -113,26 +122,31 @@ def malloc_gives_back() -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
+def sampled(world: World, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[list[Any], list[int]]:
+    """Call a function on every rank. Returns what it returned, and the peak anonymous bytes of each rank meanwhile."""
+    found, done = [0 for _ in world.processes], threading.Event()
+
+    def sample() -> None:
+        while not done.is_set():
+            found[:] = [max(peak, resident(p.pid)) for peak, p in zip(found, world.processes, strict=True)]
+            time.sleep(INTERVAL)
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    try:
+        return world.run(function, arguments, seconds=900), found
+    finally:
+        done.set()
+        sampler.join()
+
+
 def peaks(folder: str, tiny: str, case: Case) -> list[int]:
     """Peak anonymous bytes of every rank above its baseline, which a step of a `tiny` model leaves behind."""
     with malloc_gives_back():
         world = World(case.tensor, fresh=True)
     try:
         baselines = world.run(ready, (tiny, case))
-        found, done = list(baselines), threading.Event()
-
-        def sample() -> None:
-            while not done.is_set():
-                found[:] = [max(peak, resident(p.pid)) for peak, p in zip(found, world.processes, strict=True)]
-                time.sleep(INTERVAL)
-
-        sampler = threading.Thread(target=sample)
-        sampler.start()
-        try:
-            targets = world.run(step, (folder, case))
-        finally:
-            done.set()
-            sampler.join()
+        targets, found = sampled(world, step, (folder, case))
         assert set(targets) == {ROWS * (LENGTH - 1)}
         return [peak - baseline for peak, baseline in zip(found, baselines, strict=True)]
     finally:
@@ -144,7 +158,10 @@ def config(folder: str, case: Case) -> Config:
 
 
 def request(folder: str, case: Case) -> Request:
-    own = {"lora": [f"lora.rank={RANK}", f"lora.dora={str(case.dora).lower()}"], "adapter_h": ["adapter.bottleneck=48"]}.get(case.method, [])
+    own = {
+        "lora": [f"lora.rank={RANK}", f"lora.dora={str(case.dora).lower()}"],
+        "adapter_h": ["adapter.bottleneck=48"],
+    }.get(case.method, [])
     if case.decoded:
         own += ["data.eval=none", f"eval.generate={{batch: {case.decoded}, max_new_tokens: {NEW}}}"]
     found = read_request(
