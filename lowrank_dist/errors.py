@@ -25,7 +25,8 @@ class ElsewhereError(UserError):
 
 
 class StrangerError(UserError):
-    """The mistake of one rank that the others do not share: it is no rank of the run that it met, or is there twice."""
+    """The mistake of one rank that the others do not share: it is no rank of the run that it met, is there twice, or
+    has no place in its job by its launcher's variables."""
 
 
 def some_of(names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lowrank_dist.errors import UserError
+from lowrank_dist.errors import StrangerError, UserError
 
 # What the runner of `deepspeed` is called on its command line, and where it is told its hosts.
 _DEEPSPEED = ("deepspeed", "deepspeed.launcher.runner", "ds")
@@ -183,7 +183,8 @@ def ranks_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the step's variables.
 
     What is set already stays. Nothing is set outside a step: the variables that a batch script has say one task where
-    there are none. UserError for variables that are not as Slurm or another launcher sets them.
+    there are none. UserError for variables that are not as Slurm or another launcher sets them:
+    StrangerError where they are this rank's own.
     """
     if not ("RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment):
         _set_from_step(environment)
@@ -192,7 +193,7 @@ def ranks_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None
             _number(environment, name)
     for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_SIZE")):
         if name in environment and size in environment and int(environment[name]) >= int(environment[size]):
-            raise UserError(
+            raise StrangerError(
                 f"{name}: {environment[name]} is not below {size}={environment[size]}; start the ranks with deepspeed, "
                 "torchrun or srun"
             )
@@ -223,10 +224,10 @@ def _set_from_step(environment: MutableMapping[str, str]) -> None:
 
 
 def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
-    """Return the number that a launcher gives in a variable. UserError where it is none."""
+    """Return the number that a launcher gives in a variable. StrangerError where it is none."""
     text = environment.get(name, default)
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise UserError(
+        raise StrangerError(
             f"{name}: {text[:40]!r} is not the number that a launcher sets; start the ranks with deepspeed, torchrun "
             "or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         )

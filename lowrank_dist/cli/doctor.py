@@ -16,7 +16,7 @@ import typer
 from lowrank_dist import __version__
 from lowrank_dist.doctor.local import Place, Watch, diagnose, place_in_job, speaks_for_node
 from lowrank_dist.doctor.rows import Examination, Finding, Row, counted, findings
-from lowrank_dist.errors import UserError, some_of
+from lowrank_dist.errors import StrangerError, UserError, some_of
 from lowrank_dist.terminal import printable, put, say
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def doctor_command(
     with _terminable():
         try:
             place = place_in_job()
-        except UserError:
-            if speaks_for_node():
+        except UserError as error:
+            if isinstance(error, StrangerError) or speaks_for_node():
                 raise
             raise typer.Exit(2) from None
         code = _alone(arguments, as_json) if place is None else _in_job(place, arguments, timeout, as_json)

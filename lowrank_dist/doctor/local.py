@@ -41,9 +41,7 @@ class Place:
 
 def speaks_for_node() -> bool:
     """Return whether this rank is the one to say what the others of its node would say as well."""
-    # One that is no number is nobody else's to speak of.
-    local = os.environ.get("LOCAL_RANK", "0")
-    return local == "0" or not local.isdecimal()
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def place_in_job() -> Place | None:

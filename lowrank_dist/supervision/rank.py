@@ -179,8 +179,7 @@ def speaks_for_node() -> bool:
 
     Another waits for it to: a launcher ends all ranks as soon as one has ended.
     """
-    local = os.environ.get("LOCAL_RANK", "0")
-    if local == "0" or not local.isdecimal():  # what is no number is no other rank's
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         return True
     time.sleep(_SPOKEN_BY_THEN)
     return False

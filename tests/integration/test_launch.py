@@ -115,16 +115,18 @@ def test_samples_left_out_are_counted(run: Run) -> None:
     train = run.config.parent / "train.jsonl"
     (line,) = re.findall(rf"^{re.escape(str(train))}: (.*)$", run.outcome.stdout, re.MULTILINE)
     assert line.startswith("24 of 26 samples kept; 1 over 48 tokens dropped (longest 6")
-    assert "lines 25)" in line and line.endswith("1 without target tokens dropped (lines 26)")
+    assert "lines 25)" in line and "1 without target tokens dropped (lines 26)" in line
+    assert line.endswith("1 end a completion in their text: no second end is trained")
 
 
 def test_run_folder(run: Run) -> None:
     entries = {name for name in snapshot(run.folder) if not name.startswith("tensorboard/")}
     files = {"adapter_config.json", "adapter_model.safetensors", "lowrank_dist.json"}
+    files |= {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     checkpoint = files | {"optimizer.safetensors", "trainer_state.json", "manifest.json"}
     folders = {"adapter": files, **{f"checkpoints/step-{step}": checkpoint for step in (5, 10, STEPS)}}
     assert entries == {
-        *("config.yaml", "metrics.jsonl", "loss.png", "probe.safetensors", "tensorboard"),
+        *("config.yaml", "metrics.jsonl", "loss.png", "probe.safetensors", "tensorboard", "SAVED"),
         *("logs", "logs/rank-0.log", "logs/rank-1.log", "checkpoints", "checkpoints/last", "checkpoints/best"),
         *folders,
         *(f"{folder}/{file}" for folder, held in folders.items() for file in held),

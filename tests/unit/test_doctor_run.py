@@ -340,7 +340,7 @@ def test_a_rank_that_does_not_come() -> None:
 
 
 def test_rank_0_that_is_not_there() -> None:
-    ((code, stdout, stderr),) = Job(2, local_size=1).run([1], "--timeout", 1)
+    ((code, stdout, stderr),) = Job(2).run([1], "--timeout", 1)
     assert code == 1 and stdout == "", "a rank speaks on stdout that is not rank 0"
     assert "rank 1 does not reach the others at localhost:" not in stderr, "it is not its node's first rank"
     job = Job(2, local_size=1)
@@ -409,7 +409,7 @@ def test_a_missing_hostfile_is_an_error(tmp_path: Path) -> None:
     ("environment", "said"),
     [
         ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT not set"),
-        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "h1", "MASTER_PORT": "1"}, "have to be numbers"),
+        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "h1", "MASTER_PORT": "1"}, "RANK: 'x' is not the number"),
     ],
 )
 def test_half_a_launcher(environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from launch.train import start
 from lowrank_dist.backend.launchers import first_host, ranks_from_slurm
-from lowrank_dist.doctor.local import speaks_for_node as local_speaks
+from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
-from lowrank_dist.supervision.rank import speaks_for_node as rank_speaks
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -147,9 +148,15 @@ def test_what_is_no_host_list(nodes: str) -> None:
         first_host(nodes)
 
 
-@pytest.mark.parametrize("local", ["-1", "", "x"])
-def test_a_rank_whose_place_is_no_number_says_so_itself(local: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", local)
-    assert local_speaks() and rank_speaks()
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert not local_speaks()
+@pytest.mark.parametrize("local", ["-1", "", "x", "3"])
+def test_a_rank_without_a_place_says_so_itself(
+    local: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No other rank of its node finds the same."""
+    job = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**job, "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert start([]) == 2
+    assert "lowrank_dist: LOCAL_RANK: " in capsys.readouterr().err
+    found = CliRunner().invoke(app, ["doctor"])
+    assert found.exit_code == 2 and "error: LOCAL_RANK: " in found.stderr
