@@ -31,6 +31,11 @@ TEXT_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
 # transformers takes them from config.json where there is no generation_config.json.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MEND = "mend it, or remove it"
+# What the tokenizers library takes for a key that older files lack, and writes where it saves them anew.
+_DEFAULTS: Mapping[str, Any] = {
+    **{"type": "BPE", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False},
+    **{"use_regex": True, "split": True},
+}
 _LARGEST = 256 * MIB  # of one file; the largest tokenizer.json that is published has 33
 
 Tokenizer = Mapping[str, bytes]
@@ -103,7 +108,25 @@ def _meaning(files: Tokenizer) -> list[Any]:
     if _FAST not in files:
         added = [_object(files, "added_tokens.json"), settings.get("added_tokens_decoder")]
         return [files.get(_SENTENCEPIECE), added, settings.get("add_bos_token"), template, special]
-    return [_object(files, _FAST) | {"truncation": None, "padding": None}, template, special]
+    return [_settled(_object(files, _FAST) | {"truncation": None, "padding": None}), template, special]
+
+
+def _settled(part: Any) -> Any:
+    """Return a part of tokenizer.json in one spelling: without defaults, and with merges as newer files have them."""
+    if isinstance(part, list):
+        return [_settled(inner) for inner in part]
+    if not isinstance(part, dict):
+        return part
+    # What older files say beside prepend_scheme says nothing.
+    void = {"add_prefix_space"} if "prepend_scheme" in part else set()
+    settled = {
+        key: value if key in ("vocab", "merges") else _settled(value)
+        for key, value in part.items()
+        if value is not None and key not in void and not (key in _DEFAULTS and value == _DEFAULTS[key])
+    }
+    if isinstance(merges := settled.get("merges"), list):
+        settled["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    return settled
 
 
 def _object(files: Tokenizer, name: str) -> dict[str, Any]:

@@ -6,11 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from lowrank_dist.checkpoint.folder import export
@@ -220,6 +221,42 @@ def test_different_tokenizers_need_one_that_is_given(base: Path, tmp_path: Path)
     options = ["--base", base, "--adapter", first, "--out", tmp_path / "told", "--tokenizer", other]
     done = CliRunner().invoke(app, ["merge", *map(str, options)])
     assert done.exit_code == 0 and "the tokenizer and chat template are not those of" in done.output
+
+
+def older(folder: Path) -> Path:
+    """Write tokenizer.json as published files of before 2024 have it: merges as text, fewer keys."""
+    file = folder / "tokenizer.json"
+    definition = json.loads(file.read_text())
+    definition["model"]["merges"] = [" ".join(pair) for pair in definition["model"]["merges"]]
+    steps = [definition["pre_tokenizer"], *definition["pre_tokenizer"].get("pretokenizers", ())]
+    defaults = {"type": "BPE", "ignore_merges": False, "byte_fallback": False, "fuse_unk": False, "use_regex": True}
+    for step in (definition["model"], *steps):
+        for key, value in defaults.items():
+            if step.get(key) == value:
+                del step[key]
+        if "prepend_scheme" in step:
+            step["add_prefix_space"] = True
+    file.write_text(json.dumps(definition))
+    return folder
+
+
+@pytest.mark.parametrize("make", [tiny.byte_level, partial(tiny.dummy_prefix, scheme="first")], ids=["bytes", "space"])
+def test_a_tokenizer_that_was_saved_anew_is_the_same(make: Callable[..., Path], tmp_path: Path) -> None:
+    """By the library that saves it, as it does beside adapters of PEFT and TRL. Controls: each of what it means."""
+    old = older(make(tmp_path / "old", template=tiny.CHATML))
+    hf = PreTrainedTokenizerFast.from_pretrained(old, local_files_only=True)
+    hf.save_pretrained(tmp_path / "new")
+    one, other = read_tokenizer(old), read_tokenizer(tmp_path / "new")
+    assert one["tokenizer.json"] != other["tokenizer.json"] and same_tokenizer(one, other)
+    definition = json.loads(other["tokenizer.json"])
+    model, (step, *_) = definition["model"], definition["pre_tokenizer"].get("pretokenizers", [definition["model"]])
+    flag = "use_regex" if "use_regex" in step else "byte_fallback"
+    merges = [*model["merges"][1:], model["merges"][0]]
+    for part, key, value in ((model, "merges", merges), (model, "ignore_merges", True), (step, flag, not step[flag])):
+        before, part[key] = part[key], value
+        assert not same_tokenizer(one, {**other, "tokenizer.json": json.dumps(definition).encode()}), key
+        part[key] = before
+    assert same_tokenizer(one, {**other, "tokenizer.json": json.dumps(definition).encode()})
 
 
 def test_a_run_that_starts_from_an_adapter_says_that_its_tokenizer_is_another(base: Path, tmp_path: Path) -> None:
