@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
 from lowrank_dist.arch.model_files import read_json
 from lowrank_dist.untrusted.keys import EMPTY, KeyRule
 
@@ -74,7 +76,38 @@ TOKENIZER_KEYS = KeyRule(
 )
 
 
+# What classes of transformers read each in their own way: a beginning, spaces, digits, case, an accent apart.
+_PROBES = ("a", "  a", "a 1234", "A", "e\u0301")
+_AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
 def tokenizer_notes(path: Path) -> list[str]:
     """Return the lines on what the tokenizer_config.json of a tokenizer's folder says and is not applied."""
-    file = (path.parent if path.is_file() else path) / TOKENIZER_FILE
-    return TOKENIZER_KEYS.notes(read_json(file, "download it again"), str(file)) if file.is_file() else []
+    folder = path.parent if path.is_file() else path
+    file = folder / TOKENIZER_FILE
+    settings = read_json(file, "download it again") if file.is_file() else {}
+    notes = TOKENIZER_KEYS.notes(settings, str(file))
+    if (folder / "tokenizer.json").is_file() and settings.get("tokenizer_class") not in _AS_IT_IS:
+        notes += _note_on_class(folder)
+    return notes
+
+
+def _note_on_class(folder: Path) -> list[str]:
+    """Return a line where transformers cuts texts otherwise than tokenizer.json says, by which they are trained here.
+
+    transformers 5 puts the rules of the class that a folder names, or that goes with its model, in place of the file's.
+    """
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception:  # of a dozen kinds: it reads nothing then, or by code that is not run
+        return []
+    plain = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    for text in (*_PROBES, *(f"{token}a" for token in plain.all_special_tokens)):
+        cuts = [cls.tokenize(text) for cls in (plain, theirs)]
+        if cuts[0] != cuts[1]:
+            return [
+                f"{folder}: {text!r} is {' '.join(cuts[0])} by tokenizer.json, as it is trained here, and "
+                f"{' '.join(cuts[1])} to transformers' {type(theirs).__name__}: where the model is used, set "
+                f"tokenizer_class to {_AS_IT_IS[0]} in {TOKENIZER_FILE}"
+            ]
+    return []

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lowrank_dist.arch.config_json import UnsupportedModel, config_notes, read_architecture
 from lowrank_dist.arch.config_keys import rule_of
@@ -18,6 +18,7 @@ from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.arch.generation_config import GENERATION, generation_notes
 from lowrank_dist.checkpoint.folder import export
 from lowrank_dist.data.keys import MESSAGE_KEYS, ROW_KEYS, TOKENIZER_KEYS, tokenizer_notes
+from lowrank_dist.data.tokenizer import load_tokenizer
 from lowrank_dist.errors import UserError
 from lowrank_dist.merge.merge import merge
 from lowrank_dist.methods import prompt_files
@@ -27,6 +28,7 @@ from lowrank_dist.model.load import dtype_notes
 from lowrank_dist.untrusted.keys import EMPTY, KeyRule
 from tests.tiny_adapters import inspected, random_adapter, save_adapter
 from tests.tiny_models import FAMILY_NAMES, make_tiny
+from tests.tiny_tokenizers import dummy_prefix
 
 Values = dict[str, Any]
 CLASSES = {
@@ -235,6 +237,24 @@ def test_tokenizer_config(base: Path) -> None:
     assert "code that comes with the tokenizer is not run" in code and unknown.endswith("change nothing: do_lower_case")
     (base / "tokenizer_config.json").unlink()
     assert tokenizer_notes(base) == []
+
+
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer"])
+def test_a_class_of_transformers_that_reads_texts_otherwise_is_said(tmp_path: Path, name: str) -> None:
+    """As Llama 2's folder, whose class knows no normalizer. Controls: one that it reads alike, and the remedy."""
+    folder, alike = dummy_prefix(tmp_path / "llama"), dummy_prefix(tmp_path / "alike", metaspace=True)
+    for each in (folder, alike):
+        set_keys(each / "config.json", model_type="llama")
+        set_keys(each / "tokenizer_config.json", tokenizer_class=name)
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    ids = load_tokenizer(folder).encode(["  a"])[0]
+    assert ids != theirs("  a", add_special_tokens=False)["input_ids"]
+    (line,) = tokenizer_notes(folder)
+    assert line.startswith(f"{folder}: '  a' is ▁ ▁ ▁a by tokenizer.json") and type(theirs).__name__ in line
+    assert tokenizer_notes(alike) == []
+    set_keys(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert tokenizer_notes(folder) == [] and ids == theirs("  a", add_special_tokens=False)["input_ids"]
 
 
 def test_fp16_says_what_it_runs_in(base: Path, tmp_path: Path) -> None:
