@@ -36,6 +36,7 @@ _DEFAULTS: Mapping[str, Any] = {
     **{"type": "BPE", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False},
     **{"use_regex": True, "split": True},
 }
+_FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 _LARGEST = 256 * MIB  # of one file; the largest tokenizer.json that is published has 33
 
 Tokenizer = Mapping[str, bytes]
@@ -108,7 +109,39 @@ def _meaning(files: Tokenizer) -> list[Any]:
     if _FAST not in files:
         added = [_object(files, "added_tokens.json"), settings.get("added_tokens_decoder")]
         return [files.get(_SENTENCEPIECE), added, settings.get("add_bos_token"), template, special]
-    return [_settled(_object(files, _FAST) | {"truncation": None, "padding": None}), template, special]
+    # Special tokens are found in texts, unless all of them are split.
+    special.append(bool(settings.get("split_special_tokens")))
+    definition = _object(files, _FAST)
+    own = {"truncation": None, "padding": None, "added_tokens": None}
+    return [_settled(definition | own), _added_tokens(definition, files), template, special]
+
+
+def _added_tokens(definition: Mapping[str, Any], files: Tokenizer) -> dict[str, Any]:
+    """Return what is found in a text before it is cut: the token → id and flags, None where it is only named.
+
+    By tokenizer.json, and by the files beside it as transformers reads them: a tokenizer_config.json that has
+    added_tokens_decoder makes the older ones void.
+    """
+    named = _object(files, _SETTINGS)
+    listed, decoder = definition.get("added_tokens"), named.get("added_tokens_decoder")
+    said: list[Any] = list(listed) if isinstance(listed, list) else []
+    names: list[Any] = []
+    if isinstance(decoder, dict):
+        said += [{**token, "id": key} for key, token in decoder.items() if isinstance(token, dict)]
+    else:
+        named = named | _object(files, "special_tokens_map.json")
+        names += _object(files, "added_tokens.json")
+    tokens: dict[str, Any] = {}
+    for token in said:
+        if isinstance(name := _content(token), str) and isinstance(token, dict):
+            tokens[name] = [str(token.get("id")), *(bool(token.get(flag)) for flag in _FLAGS)]
+    names += [value for key, value in named.items() if key.endswith("_token")]
+    for more in (named.get("additional_special_tokens"), named.get("extra_special_tokens")):
+        names += more.values() if isinstance(more, dict) else more if isinstance(more, list) else []
+    for name in map(_content, names):
+        if isinstance(name, str):
+            tokens.setdefault(name)
+    return tokens
 
 
 def _settled(part: Any) -> Any:

@@ -259,6 +259,40 @@ def test_a_tokenizer_that_was_saved_anew_is_the_same(make: Callable[..., Path], 
     assert same_tokenizer(one, {**other, "tokenizer.json": json.dumps(definition).encode()})
 
 
+FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+BESIDE: dict[str, tuple[str, Any]] = {
+    "split_special_tokens": ("tokenizer_config.json", True),
+    "added_tokens_decoder": ("tokenizer_config.json", {"2": {**FLAGS, "content": "<|im_end|>", "lstrip": True}}),
+    "added_tokens_decoder, new": ("tokenizer_config.json", {"500": {**FLAGS, "content": "<new>"}}),
+    "extra_special_tokens": ("tokenizer_config.json", ["<new>"]),
+    "additional_special_tokens": ("special_tokens_map.json", ["<new>"]),
+    "pad_token": ("tokenizer_config.json", "<new>"),
+    "<new>": ("added_tokens.json", 500),
+    # Controls, which change no id.
+    "pad_token, known": ("tokenizer_config.json", "<|endoftext|>"),
+    "added_tokens_decoder, known": ("tokenizer_config.json", {"2": {**FLAGS, "content": "<|im_end|>"}}),
+    "extra_special_tokens, known": ("tokenizer_config.json", ["<|im_end|>"]),
+    "model_max_length": ("tokenizer_config.json", 9),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_lies_beside_tokenizer_json_makes_another_tokenizer_where_it_makes_other_ids(
+    case: str, tmp_path: Path
+) -> None:
+    folder, (name, value), text = (
+        tiny.byte_level(tmp_path / "one", template=tiny.CHATML),
+        BESIDE[case],
+        "a <|im_end|>b<new>",
+    )
+    other = Path(shutil.copytree(folder, tmp_path / "other"))
+    (other / name).touch()
+    (other / name).write_text(json.dumps(json.loads((other / name).read_text() or "{}") | {case.split(",")[0]: value}))
+    alike = load_tokenizer(folder).encode([text]) == load_tokenizer(other).encode([text])
+    assert same_tokenizer(read_tokenizer(folder), read_tokenizer(other)) == alike
+    assert alike == (case.endswith("known") or case == "model_max_length")
+
+
 def test_a_run_that_starts_from_an_adapter_says_that_its_tokenizer_is_another(base: Path, tmp_path: Path) -> None:
     other = other_tokenizer(tmp_path / "other")
     adapter = trained(tmp_path / "adapter", base, TextFiles.of_run(other, base, [EOS]))
