@@ -88,8 +88,17 @@ def text_files(folder: Path) -> list[str]:
 
 
 def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
-    """Return whether both cut texts and render chats alike, by what their files say."""
-    return one == other or _meaning(one) == _meaning(other)
+    """Return whether both cut texts and render chats alike, by what their files say.
+
+    Where one of them alone has a tokenizer.json, that is what was made of the SentencePiece model which both have.
+    """
+    if one == other or (_FAST in one) == (_FAST in other):
+        return one == other or _meaning(one) == _meaning(other)
+    definition = _object(one if _FAST in one else other, _FAST)
+    model, *rest = [
+        [files.get(_SENTENCEPIECE), _added_tokens(definition, files), *_said_beside(files)] for files in (one, other)
+    ]
+    return model[0] is not None and [model] == rest
 
 
 def note_on_another(adapter: Path, tokenizer: Path) -> list[str]:
@@ -103,17 +112,21 @@ def note_on_another(adapter: Path, tokenizer: Path) -> list[str]:
 
 
 def _meaning(files: Tokenizer) -> list[Any]:
+    if _FAST not in files:
+        added = [_object(files, "added_tokens.json"), _object(files, _SETTINGS).get("added_tokens_decoder")]
+        return [files.get(_SENTENCEPIECE), added, *_said_beside(files)]
+    definition = _object(files, _FAST)
+    own = {"truncation": None, "padding": None, "added_tokens": None}
+    return [_settled(definition | own), _added_tokens(definition, files), *_said_beside(files)]
+
+
+def _said_beside(files: Tokenizer) -> list[Any]:
+    """Return chat template, BOS, EOS, and whether special tokens are found in texts, and BOS is put before them."""
     settings = _object(files, _SETTINGS)
     template = files[_TEMPLATE].decode(errors="replace") if _TEMPLATE in files else settings.get("chat_template")
     special = [_content(settings.get(name)) for name in ("bos_token", "eos_token")]
-    if _FAST not in files:
-        added = [_object(files, "added_tokens.json"), settings.get("added_tokens_decoder")]
-        return [files.get(_SENTENCEPIECE), added, settings.get("add_bos_token"), template, special]
-    # Special tokens are found in texts, unless all of them are split.
-    special.append(bool(settings.get("split_special_tokens")))
-    definition = _object(files, _FAST)
-    own = {"truncation": None, "padding": None, "added_tokens": None}
-    return [_settled(definition | own), _added_tokens(definition, files), template, special]
+    bos = _FAST in files or settings.get("add_bos_token") is not False
+    return [template, *special, bool(settings.get("split_special_tokens")), bos]
 
 
 def _added_tokens(definition: Mapping[str, Any], files: Tokenizer) -> dict[str, Any]:

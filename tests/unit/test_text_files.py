@@ -259,6 +259,36 @@ def test_a_tokenizer_that_was_saved_anew_is_the_same(make: Callable[..., Path], 
     assert same_tokenizer(one, {**other, "tokenizer.json": json.dumps(definition).encode()})
 
 
+SLOW = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"pad_token": "<unk>", "model_max_length": 9, "add_bos_token": True}, True),
+        ({"chat_template": "{{ messages }}"}, False),
+        ({"eos_token": "<unk>"}, False),
+        ({"add_bos_token": False}, False),
+        ({"additional_special_tokens": ["<new>"]}, False),
+    ],
+)
+def test_a_model_beside_an_adapter_does_not_replace_the_tokenizer_made_of_it(
+    base: Path, changes: dict[str, Any], same: bool, tmp_path: Path
+) -> None:
+    """As adapters of 2023 have it, which were trained with LlamaTokenizer of tokenizer.model."""
+    for name in TOKENIZER_FILES:
+        (base / name).unlink(missing_ok=True)
+    adapter = save_adapter(tmp_path / "adapter", base, random_adapter(base))
+    for folder, said in ((base, SLOW), (adapter, SLOW | changes)):
+        tiny.sentencepiece(folder)
+        (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(base)
+    merge(base, adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer.json").is_file() == same
+    (adapter / "tokenizer.model").write_bytes(b"another")
+    assert not same_tokenizer(read_tokenizer(base), read_tokenizer(adapter))
+
+
 FLAGS = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
 BESIDE: dict[str, tuple[str, Any]] = {
     "split_special_tokens": ("tokenizer_config.json", True),
