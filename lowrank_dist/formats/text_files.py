@@ -101,6 +101,15 @@ def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
     return model[0] is not None and [model] == rest
 
 
+def tokenizer_beside(adapter: Path | None, model: Path) -> Path:
+    """Return the folder of the tokenizer that an adapter was trained with: its own, the model's where they are one."""
+    if adapter is None or not holds_tokenizer(adapter):
+        return model
+    if holds_tokenizer(model) and same_tokenizer(read_tokenizer(adapter), read_tokenizer(model)):
+        return model
+    return adapter
+
+
 def note_on_another(adapter: Path, tokenizer: Path) -> list[str]:
     """Return a line where the adapter that a run starts from was trained with another tokenizer than the run's."""
     if not holds_tokenizer(adapter) or same_tokenizer(read_tokenizer(adapter), read_tokenizer(tokenizer)):

@@ -22,7 +22,7 @@ from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import StrangerError, UserError
 from lowrank_dist.formats.paths import reading
 from lowrank_dist.formats.provenance import digest_of, fingerprint
-from lowrank_dist.formats.text_files import holds_tokenizer, tokenizer_digest
+from lowrank_dist.formats.text_files import tokenizer_beside, tokenizer_digest
 from lowrank_dist.generate.prompts import Prompt
 from lowrank_dist.generate.sampling import DecodingRules
 from lowrank_dist.methods.registry import reader_of
@@ -127,10 +127,10 @@ def load(
 def _load(
     path: Path, adapter: Path | None, topology: Topology, device: torch.device, dtype: str, tokenizer: Path | None
 ) -> Loaded:
-    beside = adapter if adapter is not None and holds_tokenizer(adapter) else path
-    words = load_tokenizer(tokenizer or beside)
+    beside = tokenizer or tokenizer_beside(adapter, path)
+    words = load_tokenizer(beside)
     if topology.world_group.size() > 1:
-        digests = {"--model": fingerprint(path), "--tokenizer": tokenizer_digest(tokenizer or beside)}
+        digests = {"--model": fingerprint(path), "--tokenizer": tokenizer_digest(beside)}
         if adapter is not None:
             digests["--adapter"] = digest_of(adapter / name for name in reader_of(adapter).files.published)
         own = {"--dtype": dtype, **{name: f"{digest[:12]}…" for name, digest in digests.items()}}
@@ -149,7 +149,7 @@ def _load(
     )
     if adapter is not None:
         reader_of(adapter).tuner.attach_trained(model, path, adapter, topology)
-    notes = [*config_notes(path), *dtype_notes(path, model.config.params_dtype), *tokenizer_notes(tokenizer or beside)]
+    notes = [*config_notes(path), *dtype_notes(path, model.config.params_dtype), *tokenizer_notes(beside)]
     notes += generation_notes(path)
     if adapter is not None:
         notes += reader_of(adapter).files.notes(adapter)

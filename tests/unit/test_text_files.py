@@ -28,6 +28,7 @@ from lowrank_dist.formats.text_files import (
     place_of_tokenizer,
     read_tokenizer,
     same_tokenizer,
+    tokenizer_beside,
     unknown_ends,
 )
 from lowrank_dist.generate.texts import stop_tokens
@@ -285,6 +286,8 @@ def test_a_model_beside_an_adapter_does_not_replace_the_tokenizer_made_of_it(
     AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(base)
     merge(base, adapter, tmp_path / "merged")
     assert (tmp_path / "merged" / "tokenizer.json").is_file() == same
+    # tokenizer.model alone takes fewer texts: what `generate` and `evaluate` read.
+    assert tokenizer_beside(adapter, base) == (base if same else adapter) and tokenizer_beside(None, base) == base
     (adapter / "tokenizer.model").write_bytes(b"another")
     assert not same_tokenizer(read_tokenizer(base), read_tokenizer(adapter))
 
