@@ -99,15 +99,16 @@ def _note_on_class(folder: Path) -> list[str]:
     """
     try:
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        plain = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        texts = (*_PROBES, *(f"{token}a" for token in plain.all_special_tokens))
+        cuts = [(text, plain.tokenize(text), theirs.tokenize(text)) for text in texts]
     except Exception:  # of a dozen kinds: it reads nothing then, or by code that is not run
         return []
-    plain = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    for text in (*_PROBES, *(f"{token}a" for token in plain.all_special_tokens)):
-        cuts = [cls.tokenize(text) for cls in (plain, theirs)]
-        if cuts[0] != cuts[1]:
+    for text, here, there in cuts:
+        if here != there:
             return [
-                f"{folder}: {text!r} is {' '.join(cuts[0])} by tokenizer.json, as it is trained here, and "
-                f"{' '.join(cuts[1])} to transformers' {type(theirs).__name__}: where the model is used, set "
+                f"{folder}: {text!r} is {' '.join(here)} by tokenizer.json, as it is trained here, and "
+                f"{' '.join(there)} to transformers' {type(theirs).__name__}: where the model is used, set "
                 f"tokenizer_class to {_AS_IT_IS[0]} in {TOKENIZER_FILE}"
             ]
     return []

@@ -255,6 +255,10 @@ def test_a_class_of_transformers_that_reads_texts_otherwise_is_said(tmp_path: Pa
     set_keys(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     assert tokenizer_notes(folder) == [] and ids == theirs("  a", add_special_tokens=False)["input_ids"]
+    # One that transformers cannot make reads nothing otherwise.
+    for odd in ("NoTokenizer", 3, ["x"], {"a": 1}, "AlbertTokenizer"):
+        set_keys(folder / "tokenizer_config.json", tokenizer_class=odd, auto_map={"AutoTokenizer": ["x.Y", None]})
+        tokenizer_notes(folder)
 
 
 def test_fp16_says_what_it_runs_in(base: Path, tmp_path: Path) -> None:
