@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import regex
 
@@ -20,9 +22,10 @@ LONGEST = 20_000
 PATH_END = r"(?:.*\.)?(?:{})"
 # A path of a module. No published one has 200 characters.
 _LONGEST_TEXT = 2_000
-# The counts of an expression, multiplied: `regex` writes repetitions out.
-_MOST_REPEATED = 1 << 16
-_COUNTS = re.compile(r"\{(\d*)(?:,(\d*))?\}")
+# Characters of an expression whose repetitions are written out, as `regex` does: of so many it makes 100 MB, in 0.2 s.
+_MOST_WRITTEN = 1 << 18
+# What is counted: after a parenthesis (or the space of a verbose one) a group, whose counts multiply those in it.
+_COUNTS = re.compile(r"([)\s]?)\{(\d*)(?:,(\d*))?\}")
 # `re` takes a brace that counts nothing as itself, and `regex` for a number of mistakes; [[: begins a class to it.
 _BRACE = re.compile(r"(?<!\\)(?:\\\\)*\{(?!\d+(?:,\d*)?\}|,\d+\})")
 _CLASS = "[[:"
@@ -63,40 +66,44 @@ class Patterns:
                 f"{self._where}: a name of {len(text)} characters ({text[:40]!r}…) is no module's: correct it"
             )
         compiled = self._compile(pattern, form)
-        began = time.thread_time()
-        try:
-            if self._left <= 0:
-                raise TimeoutError
+        with self._timed(pattern, "matching"):
             return getattr(compiled, how)(text, timeout=self._left)
-        except (TimeoutError, MemoryError) as error:
-            self._left = 0  # The engine's clock is the process's, which runs ahead of the thread's.
-            raise UserError(
-                f"{self._where}: matching the regular expression {short(pattern)} takes longer than "
-                f"{self.seconds:g} s: it backtracks; write it without a repetition inside a repetition"
-            ) from error
-        finally:
-            self._left -= time.thread_time() - began
 
     def _compile(self, pattern: str, form: str) -> regex.Pattern:
         whole = form.replace("{}", pattern)
         if whole not in self._compiled:
-            require_expression(pattern, form)
-            self._compiled[whole] = regex.compile(whole, regex.VERSION0, cache_pattern=False)
+            with self._timed(pattern, "reading"):
+                require_expression(pattern, form)
+                self._compiled[whole] = regex.compile(whole, regex.VERSION0, cache_pattern=False)
         return self._compiled[whole]
+
+    @contextmanager
+    def _timed(self, pattern: str, what: str) -> Iterator[None]:
+        """Take the time of the block from what is left; UserError where that is nothing, or it raises TimeoutError."""
+        began = time.thread_time()
+        try:
+            if self._left <= 0:
+                raise TimeoutError
+            yield
+        except (TimeoutError, MemoryError) as error:
+            self._left = 0  # The engine's clock is the process's, which runs ahead of the thread's.
+            raise UserError(
+                f"{self._where}: {what} the regular expression {short(pattern)} takes longer than {self.seconds:g} s, "
+                "with those before it: it backtracks, or they are too many; write it without a repetition inside a "
+                "repetition"
+            ) from error
+        finally:
+            self._left -= time.thread_time() - began
 
 
 def require_expression(pattern: str, form: str = "{}") -> None:
     """Raise ValueError, saying why, unless `form` with the pattern at {} is a regular expression within the bounds."""
     if len(pattern) > LONGEST:
         raise ValueError(f"a regular expression of {len(pattern)} characters; at most {LONGEST} are taken")
-    repeated = 1
-    for least, most in _COUNTS.findall(pattern):
-        # Digits alone are counted before they are converted.
-        repeated *= max(
-            1, *(int(count) if len(count) < 7 else _MOST_REPEATED + 1 for count in (least, most) if count), 1
+    if _written(pattern) > _MOST_WRITTEN:
+        raise ValueError(
+            f"has over {_MOST_WRITTEN} characters once its repetitions are written out; use * or + for a count"
         )
-        if repeated > _MOST_REPEATED:
-            raise ValueError(f"repeats more than {_MOST_REPEATED} times; use * or + for a count")
     if _BRACE.search(pattern):
         raise ValueError("a brace that counts nothing; write \\{ for a brace itself")
     if _CLASS in pattern:
@@ -117,6 +124,19 @@ def require_expression(pattern: str, form: str = "{}") -> None:
         raise ValueError(f"not a regular expression: {error}{remedy}") from error
     except (RecursionError, MemoryError) as error:
         raise ValueError("a regular expression that is nested too deeply") from error
+
+
+def _written(pattern: str) -> int:
+    """Return how many characters the expression has at most once its counted repetitions are written out."""
+    single = groups = 1
+    for after, *counts in _COUNTS.findall(pattern):
+        # Digits alone are counted before they are converted.
+        most = max(1, *(int(count) if len(count) < 7 else _MOST_WRITTEN for count in counts if count), 1)
+        if after:
+            groups = min(groups * most, _MOST_WRITTEN)
+        else:
+            single = max(single, most)
+    return len(pattern) * single * groups
 
 
 def short(pattern: str) -> str:

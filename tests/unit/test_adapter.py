@@ -295,15 +295,15 @@ def set_config(folder: Path, **values: object) -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"rank_pattern": {"(.|.)*[!Z]": 4}}, "takes longer than 0.2 s: it backtracks"),
-        ({"alpha_pattern": {"(.|.)*[!Z]": 4}}, "takes longer than 0.2 s: it backtracks"),
-        ({"target_modules": "(.|.)*[!Z]"}, "takes longer than 0.2 s: it backtracks"),
-        ({"exclude_modules": "(.|.)*[!Z]"}, "takes longer than 0.2 s: it backtracks"),
-        ({"layers_to_transform": [0], "layers_pattern": "(.|.)*[!Z]"}, "takes longer than 0.2 s: it backtracks"),
+        ({"rank_pattern": {"(.|.)*[!Z]": 4}}, "takes longer than 0.2 s, with those before"),
+        ({"alpha_pattern": {"(.|.)*[!Z]": 4}}, "takes longer than 0.2 s, with those before"),
+        ({"target_modules": "(.|.)*[!Z]"}, "takes longer than 0.2 s, with those before"),
+        ({"exclude_modules": "(.|.)*[!Z]"}, "takes longer than 0.2 s, with those before"),
+        ({"layers_to_transform": [0], "layers_pattern": "(.|.)*[!Z]"}, "takes longer than 0.2 s, with those before"),
         ({"rank_pattern": {"(?i)q_proj": 4}}, "rank_pattern: '(?i)q_proj': not a regular expression: global flags"),
         ({"layers_to_transform": [0], "layers_pattern": "(?i)h"}, "layers_pattern: '(?i)h': not a regular expression"),
-        ({"alpha_pattern": {"((a{999}){999}){999}": 4}}, "': repeats more than 65536 times"),
-        ({"target_modules": "a{9999999999999999999}"}, "target_modules: 'a{9999999999999999999}': repeats more than"),
+        ({"alpha_pattern": {"((a{999}){999}){999}": 4}}, "': has over 262144 characters once its repetitions"),
+        ({"target_modules": "a{9999999999999999999}"}, "target_modules: 'a{9999999999999999999}': has over 262144"),
         ({"target_modules": "(" * 9000 + ")" * 9000}, "a regular expression that is nested too deeply"),
     ],
 )
