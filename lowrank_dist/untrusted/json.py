@@ -25,7 +25,8 @@ LARGEST = 32 * MIB
 DEEPEST = 100
 # A float ends at 309 digits, and Python converts no more than 4300; a tokenizer's model_max_length has 31.
 _MOST_DIGITS = 308
-_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF_PAIR_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
 _NAMES: Mapping[type, str] = {
     str: "text",
     int: "an integer",
@@ -66,10 +67,10 @@ def parse_json(content: bytes | str, *, unique: bool = False, finite: bool = Fal
         raise JsonFault(_TOO_DEEP) from error
     except _LongInteger as error:
         raise JsonFault(
-            f"{_at(_key_of_digits(text))}an integer of {error.count} digits; at most {_MOST_DIGITS} are taken"
+            f"{_key_of_digits(text)}an integer of {error.count} digits; at most {_MOST_DIGITS} are taken"
         ) from error
     _refuse_depth(value)
-    if _HALF_PAIR.search(text):
+    if _HALF_PAIR_ESCAPED.search(text):
         _refuse_half_pairs(value)
     return value
 
@@ -110,7 +111,9 @@ def take(values: Mapping[str, Any], key: str, kind: type[T], where: Path | str, 
 
 def brief(value: object) -> str:
     """Return a value for a message: its beginning, on one line."""
-    text = printable(repr(value))
+    text = repr(value)
+    # Cut before it is spelled out, which takes a step for each character.
+    text = printable(text[:101])
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
@@ -168,12 +171,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _key_of_digits(text: str) -> str:
-    """Return the key of the first integer that is too long; "" where the rest of the text is no JSON either."""
+    """Return what holds the first integer that is too long; "" where the rest of the text is no JSON either."""
     try:
         value = json.loads(text, parse_int=_digits)
+        return next(_at(way) for way, found in _walk(value) if isinstance(found, _Digits))
     except (ValueError, RecursionError):
         return ""
-    return next(key for key, found in _walk(value) if isinstance(found, _Digits))
 
 
 def _refuse_depth(value: object) -> None:
@@ -194,24 +197,29 @@ def _inside(value: object) -> Iterator[object]:
 
 def _refuse_half_pairs(value: object) -> None:
     """Python keeps half of a surrogate pair as text that can neither be written nor printed."""
-    for key, found in _walk(value):
-        if isinstance(found, str) and any("\ud800" <= character <= "\udfff" for character in found):
-            raise JsonFault(f"{_at(key)}an unpaired surrogate escape (\\udXXX)")
+    for way, found in _walk(value):
+        if isinstance(found, str) and _HALF_PAIR.search(found):
+            raise JsonFault(f"{_at(way)}an unpaired surrogate escape (\\udXXX)")
 
 
-def _walk(value: object) -> Iterator[tuple[str, object]]:
-    """Yield every name and value in a value, each with its key: "a[2].b"."""
-    waiting = [("", value)]
-    while waiting:
-        key, found = waiting.pop()
-        yield key, found
-        if isinstance(found, dict):
-            for name, inner in found.items():
-                yield f"{key}.{name}", name
-                waiting.append((f"{key}.{name}", inner))
-        elif isinstance(found, list):
-            waiting += [(f"{key}[{place}]", inner) for place, inner in enumerate(found)]
+def _walk(value: object, way: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], object]]:
+    """Yield every name, and every value that holds no others, with the names and places that lead to it.
+
+    One at a time, and no text is made of the way: there may be as many values, and as long a name, as the text is long.
+    """
+    if not isinstance(value, dict | list):
+        yield way, value
+        return
+    for step, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(step, str):
+            yield (*way, step), step
+        if isinstance(inner, dict | list):
+            yield from _walk(inner, (*way, step))
+        else:
+            yield (*way, step), inner
 
 
-def _at(key: str) -> str:
+def _at(way: tuple[str | int, ...]) -> str:
+    """Return what holds a value, for a message: its key, "a[2].b"."""
+    key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in way)
     return f"key {brief(key.removeprefix('.'))} holds " if key else ""

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,29 @@ def test_json_that_is_refused(text: str | bytes, said: str) -> None:
 )
 def test_json_that_published_files_hold_is_read_as_python_reads_it(text: str) -> None:
     assert repr(parse_json(text)) == repr(json.loads(text)) == repr(parse_json(text.encode()))
+
+
+@pytest.mark.parametrize("kind", ["a pair", "half a pair", "digits"])
+def test_finding_a_fault_takes_no_memory_for_where_it_is_not(kind: str) -> None:
+    """A name of 20 kB over 20,000 values took 400 MB, and one of 1 MB over a million would take a terabyte."""
+    fault = {"a pair": r'"\ud83d\ude00"', "half a pair": r'"\ud83d"', "digits": "9" * 400}[kind]
+    text = '{"' + "A" * 20_000 + '": [' + "0, " * 20_000 + fault + "]}"
+    tracemalloc.start()
+    try:
+        if kind == "a pair":
+            assert parse_json(text)["A" * 20_000][-1] == "\U0001f600"
+        else:
+            with pytest.raises(JsonFault, match="^key 'A{99}… holds an"):
+                parse_json(text)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_wrong_is_told_briefly_at_once() -> None:
+    began = time.perf_counter()
+    assert reader.brief("\x1b" * (32 << 20)) == "'" + (r"\x1b" * 25)[:99] + "…"
+    assert time.perf_counter() - began < 2
 
 
 def test_policies_are_asked_for() -> None:
