@@ -4,8 +4,8 @@ Jinja folds constants while it compiles and has no bound on loops, sizes or numb
 bounds of time, memory and output. What a template can ask for is the same in every process and at every time: the clock
 says the moment that it is given, and chance begins anew with each text.
 
-Standard input has a JSON object a line: first {"template", "special", "moment", "seconds"}, then chats, {"messages",
-"cuts", "marked"}, of which each is answered by a line on standard output. Imports nothing of ours.
+Standard input has a JSON object a line: first {"template", "special", "moment", "seconds", "memory"}, then chats,
+{"messages", "cuts", "marked"}, of which each is answered by a line on standard output. Imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ import resource
 import signal
 import time
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from transformers.utils import chat_template_utils
 
-ADDRESS_SPACE = 1 << 30
+# They go to all processes of a job, and are the parent's to follow.
+IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Characters of a text beside so many times those of its messages: a template adds a system prompt and marks of turns.
 MOST_ADDED, MOST_TIMES = 1 << 18, 16
 _IDLE_SECONDS = 20
@@ -65,18 +67,18 @@ def answer(job: dict[str, Any], chat: dict[str, Any]) -> dict[str, Any]:
     try:
         return texts(job, chat)
     except MemoryError:
-        return {"error": f"it takes more than {ADDRESS_SPACE >> 30} GiB of memory"}
+        return {"error": f"it takes more than {job['memory'] >> 20} MiB of memory"}
     except Exception as error:  # whatever a template makes Python raise
         return {"error": str(error)[:_LONGEST_ERROR] or type(error).__name__}
 
 
 def serve() -> None:
-    """Answer until the input ends or nothing comes for a while: what goes to a parent must not kill this process."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    """Answer until the input ends or nothing comes for a while."""
+    for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    hardest = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    # Beside what was imported: some releases of transformers import torch with it, which takes 10 GiB with CUDA.
+    imported = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     chat_template_utils.datetime = Clock  # type: ignore[misc]
     job: dict[str, Any] = {}
     chats, answers = open(0, "rb", closefd=False), open(1, "wb", closefd=False)
@@ -89,11 +91,17 @@ def serve() -> None:
         given = json.loads(line)
         if "template" in given:
             job, Clock.present = given, datetime.fromisoformat(given["moment"])
+            _limit(resource.RLIMIT_AS, imported + job["memory"])
             continue
         # The kernel ends this process, in whatever operation it is.
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + job["seconds"], hardest))
+        _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + job["seconds"])
         answers.write(json.dumps(answer(job, given), ensure_ascii=False).encode(errors="replace") + b"\n")
         answers.flush()
+
+
+def _limit(what: int, most: int) -> None:
+    hardest = resource.getrlimit(what)[1]
+    resource.setrlimit(what, (most if hardest == resource.RLIM_INFINITY else min(most, hardest), hardest))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lowrank_dist.data.render_child import ADDRESS_SPACE
+from lowrank_dist.data.render_child import IGNORED
+from lowrank_dist.errors import UserError
 
 T = TypeVar("T")
 _CHILD = Path(__file__).with_name("render_child.py")
-SECONDS = 5  # of CPU, for all texts of a chat
 # Of BLAS, which comes with the import and takes address space for each.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -32,10 +32,10 @@ class Job:
     special: Mapping[str, str]
     moment: datetime
 
-    def line(self) -> bytes:
+    def line(self, bounds: Mapping[str, int]) -> bytes:
         """Return what the child is told."""
-        bounds = {"moment": self.moment.isoformat(), "seconds": SECONDS}
-        return _line({"template": self.template, "special": dict(self.special), **bounds})
+        given = {"template": self.template, "special": dict(self.special), "moment": self.moment.isoformat()}
+        return _line({**given, **bounds})
 
 
 class RenderingError(ValueError):
@@ -51,9 +51,13 @@ Chat = tuple[Sequence[Mapping[str, str]], Sequence[tuple[int, bool]], bool]
 
 
 class Renderer:
-    """Renders chats in a child, which ends by itself when there is nothing to do and is started again."""
+    """Renders chats in a child, which ends by itself when there is nothing to do and is started again.
 
-    def __init__(self) -> None:
+    seconds: of CPU, for all texts of a chat. memory: bytes that they take.
+    """
+
+    def __init__(self, seconds: int = 5, memory: int = 1 << 30) -> None:
+        self.seconds, self.memory = seconds, memory
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._owner = self._ended = 0
@@ -61,7 +65,8 @@ class Renderer:
     def render(self, job: Job, chats: Sequence[Chat], take: Callable[[Mapping[str, Any]], T]) -> list[T]:
         """Return what `take` makes of each chat's answer (`render_child.texts`), which is let go at once.
 
-        Raises RenderingError for the first chat that has none, after what came before it was taken.
+        Raises RenderingError for the first chat that has none, after what came before it was taken, and UserError where
+        no process can be started.
         """
         with self._lock:
             taken: list[T] = []
@@ -80,7 +85,8 @@ class Renderer:
         process = self._started()
         assert process.stdout is not None
         # A thread writes: the child would wait for its answers to be read while this one waits to write.
-        data = b"".join([job.line(), *(_line({"messages": m, "cuts": c, "marked": k}) for m, c, k in chats)])
+        told = job.line({"seconds": self.seconds, "memory": self.memory})
+        data = b"".join([told, *(_line({"messages": m, "cuts": c, "marked": k}) for m, c, k in chats)])
         writer = threading.Thread(target=_write, args=(process, data), daemon=True)
         writer.start()
         answered = 0
@@ -98,25 +104,34 @@ class Renderer:
     def _started(self) -> subprocess.Popen[bytes]:
         # After a fork the child is another's.
         if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
-            self._owner = os.getpid()
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", str(_CHILD)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env={**os.environ, **_ONE_THREAD},
-            )
+            self._owner, self._process = os.getpid(), None
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", str(_CHILD)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    env={**os.environ, **_ONE_THREAD},
+                )
+            except OSError as error:
+                raise UserError(
+                    f"chat templates are rendered in a process of their own, which cannot be started ({error}): let "
+                    "this job have one more process for each rank (ulimit -u, limits of the container)"
+                ) from error
         return self._process
 
     def _reason(self) -> str | None:
-        """Return why the child ended before it had answered; None where it had nothing to do for a while."""
-        if self._ended == -signal.SIGALRM:
+        """Return why the child ended before it had answered; None where that is none of the chat's.
+
+        It had nothing to do for a while, or was sent a signal before it could ignore it.
+        """
+        if -self._ended in (signal.SIGALRM, *IGNORED):
             return None
         if self._ended == -signal.SIGXCPU:
-            return f"it takes more than {SECONDS} s for one chat"
+            return f"it takes more than {self.seconds} s for one chat"
         return (
-            f"the process that renders it ended with code {self._ended}; does it take more than {ADDRESS_SPACE >> 30} "
-            "GiB of memory?"
+            f"the process that renders it ended with code {self._ended}; does it take more than {self.memory >> 20} "
+            "MiB of memory?"
         )
 
 
