@@ -29,6 +29,6 @@ class StrangerError(UserError):
     has no place in its job by its launcher's variables."""
 
 
-def some_of(names: Sequence[str]) -> str:
-    """Return the first three, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def some_of(names: Sequence[str], most: int = 3) -> str:
+    """Return the first `most`, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -14,12 +14,14 @@ import numpy as np
 from lowrank_dist.data.formats import Records, Use, read_jsonl
 from lowrank_dist.data.masking import Sample, mask_completions, mask_conversations
 from lowrank_dist.data.tokenizer import Tokenizer
-from lowrank_dist.errors import UserError
+from lowrank_dist.errors import UserError, some_of
+from lowrank_dist.untrusted.json import brief
 
 # Records tokenised together: enough to keep the tokenizer's threads busy, little to hold twice. Fewer where they are
 # long, since tokens in the making take some 250 bytes a character.
 _CHUNK, _CHUNK_CHARACTERS = 1024, 1 << 20
 _SHOWN_LINES = 5
+_SHOWN_KEYS = 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class DropReport:
         if self.own_end:
             parts.append(f"{self.own_end} end a completion in their text: no second end is trained")
         if self.ignored_keys:
-            parts.append("ignored keys: " + ", ".join(f"{key!r} ({n} lines)" for key, n in self.ignored_keys.items()))
+            keys = [f"{brief(key)} ({n} lines)" for key, n in self.ignored_keys.items()]
+            parts.append(f"ignored keys: {some_of(keys, _SHOWN_KEYS)}")
         return "; ".join(parts)
 
 

@@ -14,16 +14,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from lowrank_dist.data.keys import MESSAGE_KEYS, ROW_KEYS
-from lowrank_dist.errors import UserError
+from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.untrusted.files import MIB, read_lines
-from lowrank_dist.untrusted.json import JsonFault, parse_json
+from lowrank_dist.untrusted.json import JsonFault, brief, parse_json
 from lowrank_dist.untrusted.keys import EMPTY
 
 MAX_PROBLEMS = 20
+# Of a line, that are looked at for what they may be meant for, and shown: a line may have 200,000.
+_MOST_KEYS = 20
 # Of UTF-8: half a million tokens of English. Tokenisation takes some 250 bytes a byte.
 LONGEST_LINE = 2 * MIB
 ROLES = ("system", "user", "assistant")
@@ -147,9 +150,13 @@ def _kind_of(value: dict[str, Any]) -> Kind:
             "key, or the line"
         )
     if not flat and not chat:
-        hints = [(key, difflib.get_close_matches(key, ("prompt", "completion", "messages"), n=1)) for key in value]
+        hints = [
+            (key, difflib.get_close_matches(key, ("prompt", "completion", "messages"), n=1))
+            for key in islice(value, _MOST_KEYS)
+        ]
         meant = "".join(f"; {key!r}: did you mean {hit[0]!r}?" for key, hit in hints if hit)
-        raise Problem(f"no key 'prompt', 'completion' or 'messages', found {sorted(value)}{meant} Expected {FORMATS}")
+        found = some_of([brief(key) for key in value], _MOST_KEYS)
+        raise Problem(f"no key 'prompt', 'completion' or 'messages', found {found}{meant} Expected {FORMATS}")
     return "messages" if chat else "completion"
 
 
@@ -160,7 +167,7 @@ def _type(value: object) -> str:
 
 def _text(holder: dict[str, Any], key: str, where: str) -> str:
     if key not in holder:
-        near = difflib.get_close_matches(key, list(holder), n=1)
+        near = difflib.get_close_matches(key, list(islice(holder, _MOST_KEYS)), n=1)
         meant = f"; is {near[0]!r} meant for it?" if near else ""
         raise Problem(f"key '{where}' is missing{meant} Add it as a string")
     return _string(holder[key], where)
@@ -169,10 +176,6 @@ def _text(holder: dict[str, Any], key: str, where: str) -> str:
 def _string(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise Problem(f"key '{where}' is a JSON {_type(value)}; it must be a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise Problem(f"key '{where}' holds an unpaired surrogate escape (\\udXXX); mend the text") from error
     return value
 
 
@@ -215,9 +218,9 @@ def _message(message: object, where: str) -> dict[str, str]:
     role, content = _text(message, "role", f"{where}.role"), _text(message, "content", f"{where}.content")
     said = [key for key in MESSAGE_KEYS.unknown(message) if message[key] not in EMPTY]
     if said:
-        raise Problem(f"'{where}' has the key {said[0]!r}, which is not supported; keep only 'role' and 'content'")
+        raise Problem(f"'{where}' has the key {brief(said[0])}, which is not supported; keep only 'role' and 'content'")
     if role not in ROLES:
-        raise Problem(f"'{where}.role' is {role!r}; it must be one of {', '.join(ROLES)}")
+        raise Problem(f"'{where}.role' is {brief(role)}; it must be one of {', '.join(ROLES)}")
     if role == "assistant" and not content.strip():
         raise Problem(f"'{where}.content' of the assistant is empty: nothing to train on; fill or remove it")
     return {"role": role, "content": content}

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lowrank_dist.errors import some_of
 from lowrank_dist.terminal import printable
 
 # What a column holds where a row of a table says nothing.
 EMPTY: tuple[Any, ...] = (None, "", [], {})
-_LONGEST = 40
+_LONGEST, _MOST_NAMED = 40, 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class KeyRule:
                 said.setdefault(self.unapplied[key], []).append(f"{key}={_short(value)}")
         lines = [f"{where}: {reason}: {', '.join(keys)}" for reason, keys in said.items()]
         if unknown := self.unknown(values):
-            lines.append(f"{where}: keys that are not known here and change nothing: {', '.join(map(_short, unknown))}")
+            named = some_of([_short(key) for key in unknown], _MOST_NAMED)
+            lines.append(f"{where}: keys that are not known here and change nothing: {named}")
         return lines
 
     def _counts(self, key: str, value: Any) -> bool:

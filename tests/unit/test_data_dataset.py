@@ -85,6 +85,7 @@ def test_too_long_and_targetless_samples_are_dropped_and_reported(tmp_path: Path
     (whole,) = mask_completions(tokenizer, [Completion(1, "hello", " world")])
     limit = len(whole.tokens)
     rows = [row("hello", " world"), *[row("hello" * 9, " world")] * 7, {**row("", "a"), "colour": 1}]
+    rows[0] |= {f"k{number}": 1 for number in range(200)}
     dataset = load_dataset(write(tmp_path, *rows), tokenizer, limit, VOCAB)
     report = dataset.report
     assert [dataset[i].line for i in range(len(dataset))] == [1, 9]
@@ -92,7 +93,8 @@ def test_too_long_and_targetless_samples_are_dropped_and_reported(tmp_path: Path
     assert report.too_long_lines == (2, 3, 4, 5, 6)
     summary = report.summary()
     assert f"2 of 9 samples kept; 7 over {limit} tokens dropped (longest {report.longest}; lines 2, 3, 4" in summary
-    assert "..." in summary and "ignored keys: 'colour' (1 lines)" in summary
+    assert "..." in summary and "ignored keys: 'colour' (1 lines), 'k0' (1 lines)" in summary
+    assert summary.endswith(" and 181 more")
     # One token less and the first is too long as well.
     assert load_dataset(write(tmp_path, *rows), tokenizer, limit - 1, VOCAB).report.kept == 1
 

@@ -121,6 +121,27 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str | bytes, fragments: list[
         assert fragment in message
 
 
+MANY = ", ".join(f'"k{n:x}": 0' for n in range(150_000))
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{" + MANY + "}",
+        '{"prompt": "a", ' + MANY + "}",
+        '{"messages": [{"role": "user", ' + MANY + "}]}",
+        '{"messages": [{"role": "' + "x" * 10**6 + '", "content": "y"}]}',
+        '{"messages": [{"role": "user", "content": "y", "' + "x" * 10**6 + '": 1}]}',
+        '{"' + "x" * 10**6 + '": 1}',
+    ],
+    ids=["no format", "no completion", "no content", "role", "unknown key", "long key"],
+)
+def test_a_bad_line_is_named_briefly_however_long_it_is(tmp_path: Path, line: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_jsonl(write(tmp_path, line))
+    assert len(str(caught.value)) < 2000
+
+
 def test_where_texts_are_judged_a_line_may_have_several_completions(tmp_path: Path) -> None:
     records = read_jsonl(write(tmp_path, GOOD, '{"prompt": "a", "completion": ["b", "c", "d"]}'), Use.JUDGING)
     assert [(r.completion, r.others) for r in records.completions] == [("b", ()), ("b", ("c", "d"))]
