@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import regex
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.terminal import printable
+from lowrank_dist.untrusted.json import brief
 
 LONGEST = 20_000
 # The form of an expression for the end of a dotted path, from a dot on.
@@ -50,7 +50,7 @@ class Patterns:
         try:
             self._compile(pattern, form)
         except ValueError as error:
-            raise UserError(f"{self._where}: {key}: {short(pattern)}: {error}") from error
+            raise UserError(f"{self._where}: {key}: {brief(pattern)}: {error}") from error
 
     def fullmatch(self, pattern: str, text: str, form: str = "{}") -> bool:
         """Return whether the whole text is what the expression describes. form: what it is put into, at {}."""
@@ -88,7 +88,7 @@ class Patterns:
         except (TimeoutError, MemoryError) as error:
             self._left = 0  # The engine's clock is the process's, which runs ahead of the thread's.
             raise UserError(
-                f"{self._where}: {what} the regular expression {short(pattern)} takes longer than {self.seconds:g} s, "
+                f"{self._where}: {what} the regular expression {brief(pattern)} takes longer than {self.seconds:g} s, "
                 "with those before it: it backtracks, or they are too many; write it without a repetition inside a "
                 "repetition"
             ) from error
@@ -137,8 +137,3 @@ def _written(pattern: str) -> int:
         else:
             single = max(single, most)
     return len(pattern) * single * groups
-
-
-def short(pattern: str) -> str:
-    text = printable(repr(pattern))
-    return text if len(text) <= 100 else f"{text[:100]}…"
