@@ -134,10 +134,11 @@ def own(path: Path, folder: Path, known: Collection[str] = ()) -> Path:
 
 
 def _is_cached(real: Path, folder: Path) -> bool:
-    if folder.parent.name == "snapshots" and real.parent == real_path(folder.parent.parent / "blobs"):
-        return True
-    cache = real.parent.parent.name.startswith(_CACHED) and real.parent.name == "blobs"
-    return cache and _HASH.fullmatch(real.name) is not None
+    blobs, named = folder.parent.parent / "blobs", _HASH.fullmatch(real.name) is not None
+    if folder.parent.name == "snapshots" and real.parent == real_path(blobs):
+        # Where blobs itself is a link, as to another disk, it may lead anywhere.
+        return named or not blobs.is_symlink()
+    return named and real.parent.name == "blobs" and real.parent.parent.name.startswith(_CACHED)
 
 
 def refuse_links(paths: Sequence[Path], what: str) -> None:

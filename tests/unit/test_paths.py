@@ -183,6 +183,19 @@ def test_what_only_resembles_the_hubs_cache_is_refused(base: Path, tmp_path: Pat
         own(link, snapshot)
 
 
+def test_blobs_that_lead_elsewhere_are_no_cache(tmp_path: Path) -> None:
+    """An archive that unpacks as a snapshot, whose blobs are a link to somebody's keys."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "id_rsa").write_text("secret")
+    snapshot = tmp_path / "model" / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "model" / "blobs").symlink_to(home)
+    (snapshot / "notes.txt").symlink_to("../../blobs/id_rsa")
+    with pytest.raises(UserError, match="link out of its folder"):
+        own(snapshot / "notes.txt", snapshot)
+
+
 # --- writing: where an output may go ---------------------------------------------------------------------------------
 
 
