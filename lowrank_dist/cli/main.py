@@ -17,6 +17,11 @@ from lowrank_dist.terminal import say
 from lowrank_dist.untrusted.files import shown
 
 _USER_ERROR = 2
+# Refusals that meet a path that was given wherever it is first looked at; what is done to it has errors of its own.
+_REMEDIES = {
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.EACCES: "give a path that you may read and write, or ask its owner",
+}
 
 
 class _Commands(TyperGroup):
@@ -29,10 +34,9 @@ class _Commands(TyperGroup):
             say(f"error: {error}", err=True)
             raise typer.Exit(_USER_ERROR) from error
         except OSError as error:
-            if error.errno != errno.ENAMETOOLONG:
+            if error.filename is None or error.errno not in _REMEDIES:
                 raise
-            # A path that was given: none of ours comes near the limits.
-            say(f"error: {shown(str(error.filename))}: {error.strerror}: give a shorter path", err=True)
+            say(f"error: {shown(str(error.filename))}: {error.strerror}: {_REMEDIES[error.errno]}", err=True)
             raise typer.Exit(_USER_ERROR) from error
 
 

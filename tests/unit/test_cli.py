@@ -1,5 +1,6 @@
 """`lowrank-dist`: thin, quick to answer, and every user's error is a message with exit code 2."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -47,6 +48,20 @@ def test_help_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_path_that_may_not_be_read_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stat = os.stat
+
+    def refuse(path, *arguments, **options):
+        if "closed" in os.fspath(path):  # root may read everything
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    done = runner.invoke(app, ["inspect", str(tmp_path / "closed" / "adapter")])
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1, done.exception
+    assert "closed/adapter: Permission denied: give a path that you may read" in done.stderr
 
 
 def test_merge(base: Path, adapter: Path, tmp_path: Path) -> None:
