@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
@@ -31,6 +31,8 @@ _LARGEST = {
 }
 # Sixteen times the largest published vocabulary.
 _MOST_TOKENS = 1 << 22
+# Times that its steps may lengthen a text, before tokens take some 250 bytes a byte of it: "▁" for " " is 1.
+_MOST_LONGER = 16
 _SHOWN = 60  # characters of a text in a message
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -155,6 +157,7 @@ class FastTokenizer:
         self.path = folder
         definition |= {"truncation": None, "padding": None}
         _check_repeatable(definition, folder)
+        _check_growth(definition, folder)
         after_token, middle = (_without_prefix_of(definition, after_token) for after_token in (True, False))
         self._start = Backend.from_str(json.dumps(definition))
         self._after_token = self._start if after_token == definition else Backend.from_str(json.dumps(after_token))
@@ -290,7 +293,16 @@ def _cleaning(hf: PreTrainedTokenizerFast, kind: str) -> Callable[[str], str] | 
 
 def _has_step(part: dict[str, Any] | None, kind: str) -> bool:
     """Return whether a part of tokenizer.json is, or has among its steps, one of a kind."""
-    return part is not None and (part["type"] == kind or any(_has_step(p, kind) for p in part.get("decoders", ())))
+    return any(step["type"] == kind for step in _steps(part))
+
+
+def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """Yield a normalizer or decoder of tokenizer.json, or its steps where it is a sequence, nested or not."""
+    if part is not None and part["type"] == "Sequence":
+        for step in part.get("normalizers") or part.get("decoders") or ():
+            yield from _steps(step)
+    elif part is not None:
+        yield part
 
 
 def _without_prefix_of(definition: dict[str, Any], after_token: bool) -> dict[str, Any]:
@@ -340,4 +352,23 @@ def _check_repeatable(definition: dict[str, Any], folder: Path) -> None:
                 f"{folder}/tokenizer.json: pre_tokenizer cuts words and then puts a space before each "
                 f"({step['type']}), so a completion can't be encoded as what follows its prompt without one; such "
                 "tokenizers are not supported"
+            )
+
+
+def _check_growth(definition: dict[str, Any], folder: Path) -> None:
+    """Raise UserError for a tokenizer that makes a text many times longer, in steps that multiply, and with it memory:
+    the library's process ends where there is none.
+    """
+    for name in ("normalizer", "decoder"):
+        longer = 1.0
+        for step in _steps(definition[name]):
+            match step:
+                case {"type": "Replace", "pattern": pattern, "content": content}:
+                    longer *= max(1.0, len(content) / max(1, len(pattern.get("String", ""))))
+                case {"type": "Prepend", "prepend": content}:
+                    longer *= max(1, len(content))
+        if longer > _MOST_LONGER:
+            raise UserError(
+                f"{folder}/tokenizer.json: {name} makes texts up to {longer:.3g} times longer; at most {_MOST_LONGER} "
+                "are taken: fetch the file again, or point data.tokenizer at another folder"
             )

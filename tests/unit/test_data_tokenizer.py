@@ -435,3 +435,35 @@ def test_an_id_for_which_the_library_would_take_all_memory_is_refused(tmp_path: 
     path.write_text(json.dumps(definition))
     with pytest.raises(UserError, match=rf"tokenizer\.json: .* has id {number}; ids are below 4194304"):
         load_tokenizer(tmp_path)
+
+
+def replace(pattern: dict[str, str], content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def nested(steps: list[dict[str, object]]) -> dict[str, object]:
+    inner = {"type": "Sequence", "normalizers": steps[1:]}
+    return {"type": "Sequence", "normalizers": [*steps[:1], inner]}
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("normalizer", replace({"String": "a"}, "a" * 1_000_000)),
+        ("normalizer", nested([replace({"Regex": "a"}, "aaaa")] * 3)),
+        ("normalizer", {"type": "Prepend", "prepend": "a" * 1_000_000}),
+        ("decoder", {"type": "Sequence", "decoders": [replace({"String": "Ġ"}, " " * 1_000_000)]}),
+    ],
+    ids=["one step", "steps that multiply", "a beginning", "decoder"],
+)
+def test_a_tokenizer_that_makes_texts_many_times_longer_is_refused(tmp_path: Path, part: str, value: object) -> None:
+    """A word of 20,000 letters took 20 GB, and where there are none the process is aborted."""
+    with pytest.raises(UserError, match=rf"tokenizer\.json: {part} makes texts up to .* times longer; at most 16"):
+        load_tokenizer(edit(byte_level(tmp_path), **{part: value}))
+
+
+def test_steps_that_published_tokenizers_have_are_taken(tmp_path: Path) -> None:
+    quotes = [replace({"String": "``"}, '"'), replace({"Regex": " {2,}"}, "▁▁"), replace({"String": " "}, "▁")]
+    steps = nested([*quotes, {"type": "Prepend", "prepend": "▁"}, {"type": "NFC"}])
+    tokenizer = load_tokenizer(edit(byte_level(tmp_path), normalizer=steps))
+    assert tokenizer.encode(["a b"])[0]
