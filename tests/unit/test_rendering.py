@@ -77,7 +77,10 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("bomb", BOMBS)
+# Two that only the bound of time ends, a second of it and a new process each: one of them for every change.
+@pytest.mark.parametrize(
+    "bomb", [pytest.param(name, marks=[pytest.mark.slow] * (name == "a number")) for name in BOMBS]
+)
 def test_a_template_over_a_bound_is_refused(bomb: str, tmp_path: Path) -> None:
     template, said = BOMBS[bomb]
     with pytest.raises(UserError, match=rf"(?s)^f:1: the chat template of .* refuses these messages: .*({said})"):
