@@ -49,6 +49,8 @@ class Patterns:
         """Raise UserError, naming the key, where the expression cannot be used. form: what it is put into, at {}."""
         try:
             self._compile(pattern, form)
+        except UserError:  # of the time, with its place
+            raise
         except ValueError as error:
             raise UserError(f"{self._where}: {key}: {brief(pattern)}: {error}") from error
 

@@ -327,7 +327,7 @@ def test_the_time_is_that_of_all_expressions_together(monkeypatch: pytest.Monkey
     """Each takes a while to compile, and a file may have a million."""
     monkeypatch.setattr(Patterns, "seconds", 0.2)
     patterns = Patterns("adapter_config.json")
-    with pytest.raises(UserError, match=r"json: reading the regular .* takes longer than 0\.2 s, with those before"):
+    with pytest.raises(UserError, match=r"^adapter_config.json: reading the regular .* takes longer than 0\.2 s"):
         for number in range(10_000):
             patterns.require(f"(?:a|b|c|{number})?x", "rank_pattern", PEFT)
 
