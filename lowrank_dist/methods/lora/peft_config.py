@@ -13,7 +13,7 @@ from typing import Any
 
 from lowrank_dist.arch.placement import ALL_LINEAR
 from lowrank_dist.errors import UserError
-from lowrank_dist.untrusted.json import read_object, take
+from lowrank_dist.untrusted.json import brief, read_object, take
 from lowrank_dist.untrusted.keys import EMPTY, KeyRule
 from lowrank_dist.untrusted.patterns import Patterns
 
@@ -275,15 +275,15 @@ def key_notes(path: Path) -> list[str]:
 def _refuse_more_than_lora(values: Mapping[str, Any], path: Path) -> None:
     method = values["peft_type"] if "peft_type" in values else None
     if method != "LORA":
-        raise UserError(f"{path}: peft_type is {method!r}; only LORA adapters can be read")
-    problems = [f"{key}: {values[key]!r}" for key in KEYS.refusals(values)]
+        raise UserError(f"{path}: peft_type is {brief(method)}; only LORA adapters can be read")
+    problems = [f"{key}: {brief(values[key])}" for key in KEYS.refusals(values)]
     if values["bias"] != "none":
-        problems.append(f"bias: {values['bias']!r} (must be 'none')")
+        problems.append(f"bias: {brief(values['bias'])} (must be 'none')")
     if values["task_type"] not in (None, "CAUSAL_LM"):
-        problems.append(f"task_type: {values['task_type']!r} (must be CAUSAL_LM)")
+        problems.append(f"task_type: {brief(values['task_type'])} (must be CAUSAL_LM)")
     if values["init_lora_weights"] not in _STARTS:
         problems.append(
-            f"init_lora_weights: {values['init_lora_weights']!r} (changes the base; convert it with PEFT's "
+            f"init_lora_weights: {brief(values['init_lora_weights'])} (changes the base; convert it with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=…))"
         )
     if problems:
@@ -298,7 +298,7 @@ def _module_names(value: Any, matching: Patterns, path: Path, key: str) -> tuple
         return value
     if isinstance(value, list) and value and all(isinstance(name, str) and name for name in value):
         return tuple(value)
-    raise UserError(f"{path}: {key} must be a list of module names or a regular expression, found {value!r}")
+    raise UserError(f"{path}: {key} must be a list of module names or a regular expression, found {brief(value)}")
 
 
 def _layers(
@@ -306,7 +306,7 @@ def _layers(
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Return `layers` and `layer_patterns`. UserError for what PEFT refuses, or reads by more than a module's path."""
     value, patterns = values["layers_to_transform"], values["layers_pattern"]
-    found = f"{path}: layers_to_transform: {value!r}, layers_pattern: {patterns!r}"
+    found = f"{path}: layers_to_transform: {brief(value)}, layers_pattern: {brief(patterns)}"
     if isinstance(targets, str) and not (value is None and patterns is None):
         raise UserError(f"{found}: PEFT takes them with a list of target_modules alone: write the names as a list")
     layers = [] if value is None else value if isinstance(value, list) else [value]
@@ -330,7 +330,7 @@ def _layers(
 def _regexes(values: Mapping[str, Any], key: str, matching: Patterns, path: Path) -> list[tuple[str, Any]]:
     pattern = {} if values[key] is None else values[key]
     if not isinstance(pattern, dict):
-        raise UserError(f"{path}: {key} must map module names to numbers, found {pattern!r}")
+        raise UserError(f"{path}: {key} must map module names to numbers, found {brief(pattern)}")
     for name in pattern:
         matching.require(name, key, _END_OF_PATH)
     return list(pattern.items())
@@ -338,18 +338,18 @@ def _regexes(values: Mapping[str, Any], key: str, matching: Patterns, path: Path
 
 def _rank(value: Any, path: Path, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{path}: {key} must be an integer of at least 1, found {value!r}")
+        raise UserError(f"{path}: {key} must be an integer of at least 1, found {brief(value)}")
     return value
 
 
 def _finite(value: Any, path: Path, key: str) -> float:
     # The comparison is false for NaN too, and works for integers beyond a float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
-        raise UserError(f"{path}: {key} must be a finite number, found {value!r}")
+        raise UserError(f"{path}: {key} must be a finite number, found {brief(value)}")
     return float(value)
 
 
 def _is_true(value: Any, path: Path, key: str) -> bool:
     if not isinstance(value, bool):
-        raise UserError(f"{path}: {key} must be true or false, found {value!r}")
+        raise UserError(f"{path}: {key} must be true or false, found {brief(value)}")
     return value
