@@ -1,6 +1,6 @@
 """Reports of a run on rank 0: metrics.jsonl, TensorBoard scalars, the console and loss.png, a sink each.
 
-The log is none of them: every rank keeps its own, with what every module says in it (`RunFolder.open`).
+The log is none of them: every rank keeps its own, with what every module says in it (`RunFolder.log`).
 """
 
 from __future__ import annotations
