@@ -282,7 +282,7 @@ def _eos_of_model(config: Path) -> int | None:
     """Return config.json's eos_token_id, or the first: GPT-2's tokenizer_config.json on the hub names no EOS."""
     eos = settings_in(config, "mend it").get("eos_token_id")
     first = eos[0] if isinstance(eos, list) and eos else eos
-    return first if isinstance(first, int) else None
+    return first if is_integer(first) else None
 
 
 def _cleaning(hf: PreTrainedTokenizerFast, kind: str) -> Callable[[str], str] | None:

@@ -224,6 +224,8 @@ def test_eos_falls_back_on_the_models_config(tmp_path: Path) -> None:
     assert load_tokenizer(folder).eos_id is None
     (folder / "config.json").write_text(json.dumps({"eos_token_id": 0}))
     assert load_tokenizer(folder).eos_id == 0
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": True}))
+    assert load_tokenizer(folder).eos_id is None
     # As a merged model has it that was trained to end in another token too: its own comes first.
     (folder / "config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
     assert load_tokenizer(folder).eos_id == 0
