@@ -148,7 +148,9 @@ def test_the_memory_is_beside_what_is_imported(tmp_path: Path, monkeypatch: pyte
     end_child()
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-        assert render(tmp_path / "good", tiny.CHATML)[0].endswith("<|im_end|>\n")
+        # More than what the imports left over.
+        long = [{"role": "user", "content": "x" * 2_000_000}, CHAT[1]]
+        assert render(tmp_path / "good", tiny.CHATML, [long])[0].endswith("<|im_end|>\n")
         with pytest.raises(UserError, match="more than 256 MiB of memory"):
             render(tmp_path / "bad", marked(BOMBS["memory"][0]))
     end_child()
