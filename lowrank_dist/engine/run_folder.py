@@ -101,7 +101,7 @@ class RunFolder:
         if held:
             raise UserError(
                 f"output.dir: {self.path} already holds a run ({', '.join(held)}); "
-                "choose another output.dir or move it away, or let output.overwrite=true remove it"
+                "go on with it by train.resume=auto, choose another output.dir, or let output.overwrite=true remove it"
             )
 
     def saved_run(self) -> list[str]:

@@ -163,7 +163,7 @@ def test_an_output_folder_that_holds_a_run(place: Place) -> None:
         path.write_text("an earlier run's")
         message = refused(place, left=set())
         assert f"{place.run} already holds a run ({held.split('/')[0]})" in message
-        assert "choose another output.dir or move it away" in message
+        assert "train.resume=auto, choose another output.dir" in message
         shutil.rmtree(place.run)
     place.run.write_text("a file")
     assert f"{place.run} is a file; choose a folder" in refused(place, left=set())
