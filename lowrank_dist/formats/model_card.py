@@ -16,8 +16,12 @@ from lowrank_dist.terminal import printable
 
 USE = "## Use\n\nBASE is the base model's folder or name, ADAPTER this folder."
 WITH_PEFT = """    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "ADAPTER")"""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "ADAPTER")
+    tokenizer = AutoTokenizer.from_pretrained("ADAPTER")
+    model.generation_config = GenerationConfig.from_pretrained("ADAPTER")  # the tokens that end its texts
+
+Where ADAPTER has no tokenizer or no generation_config.json, name BASE in that line."""
 WITH_GENERATE = """With lowrank-dist, on any number of GPUs:
 
     lowrank-dist generate --model BASE --adapter ADAPTER --prompt TEXT"""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -406,3 +407,15 @@ def test_vllm_reads_the_tokenizer_of_the_base(base: Path, tmp_path: Path) -> Non
     adapter = trained(tmp_path / "adapter", base, TextFiles.of_run(other, base, [EOS]))
     with pytest.raises(UserError, match="trained with another tokenizer or chat template than that of .*base, which"):
         export(adapter, tmp_path / "out", target=VLLM)
+
+
+def test_the_lines_of_the_card_end_texts_as_trained(base: Path, tmp_path: Path) -> None:
+    export(trained(tmp_path / "adapter", base, TextFiles.of_run(base, base, [IM_END])), tmp_path / "out")
+    card = (tmp_path / "out/README.md").read_text()
+    lines = card[card.index("    from peft") :].split("\n\n")[0]
+    names: dict[str, Any] = {}
+    exec(textwrap.dedent(lines).replace("BASE", str(base)).replace("ADAPTER", str(tmp_path / "out")), names)
+    assert names["model"].generation_config.eos_token_id == [EOS, IM_END]
+    assert names["tokenizer"].chat_template == AutoTokenizer.from_pretrained(base).chat_template
+    # The control: what PEFT alone does.
+    assert AutoModelForCausalLM.from_pretrained(base).generation_config.eos_token_id == EOS
