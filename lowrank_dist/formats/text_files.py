@@ -261,7 +261,10 @@ class TextFiles:
         if self._replaces(base):
             lines.append(f"the tokenizer and chat template are not those of {base}")
         if missing := missing_ends(base, self.ends):
-            lines.append(f"eos_token_id of {base} gets {', '.join(map(str, missing))} as well, which ends a text too")
+            lines.append(
+                f"eos_token_id of the result has {', '.join(map(str, missing))} beside what {base} has: the trained "
+                "texts end there"
+            )
         return lines
 
     def _replaces(self, folder: Path) -> bool:
