@@ -142,7 +142,12 @@ def own_file(folder: Path, name: str) -> Path:
             raise UserError(
                 f"{pickle} is a pickle and is never read: save the adapter again with safe_serialization=True"
             )
-        raise UserError(f"{path} is missing: give a PEFT adapter folder (with {CONFIG_FILE} and {WEIGHTS_FILE})")
+        wanted = f"give a PEFT adapter folder (with {CONFIG_FILE} and {WEIGHTS_FILE})"
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder: {wanted}")
+        if any_there(folder / "adapter", (CONFIG_FILE,)):
+            raise UserError(f"{folder} is a run, not an adapter: give {folder / 'adapter'}, or one of its checkpoints")
+        raise UserError(f"{path} is missing: {wanted}")
     return own(path, folder)
 
 

@@ -456,3 +456,15 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest
     assert len(list((tmp_path / "options").glob("model-*"))) == 2
     monkeypatch.setattr(merge_module, "_CHUNK_ELEMENTS", 1 << 30)
     assert peak_of_merge(base, adapter, tmp_path / "whole") > bound
+
+
+def test_a_folder_that_is_no_adapter_says_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such folder: give a PEFT adapter folder"):
+        read_adapter(tmp_path / "nowhere")
+    base = make_tiny("llama", tmp_path / "base")
+    run = save_adapter(tmp_path / "run/adapter", base, random_adapter(base)).parent
+    with pytest.raises(UserError, match="run is a run, not an adapter: give .*run/adapter, or one of its checkpoints"):
+        read_adapter(run)
+    (run / "adapter").rename(run / "other")
+    with pytest.raises(UserError, match="run/adapter_config.json is missing"):
+        read_adapter(run)
