@@ -34,7 +34,10 @@ def config_file(path: Path) -> Path:
 def require_folder(path: Path) -> Path:
     """Return `path`. Raises UserError where it is no folder."""
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder: model.path must be a local Hugging Face model folder")
+        raise UserError(
+            f"{path}: no such folder: give a local Hugging Face model folder; `hf download NAME --local-dir "
+            "FOLDER` gets one from the Hub"
+        )
     return path
 
 

@@ -81,7 +81,10 @@ def load_tokenizer(path: Path, moment: datetime | None = None) -> Tokenizer:
     if model.is_file():
         return SentencePieceTokenizer(model)
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder; data.tokenizer (default: model.path) names the folder to use")
+        raise UserError(
+            f"{path}: no such file or folder; give the model's tokenizer: data.tokenizer or --tokenizer, by default it "
+            "is that of the model's own folder"
+        )
     raise UserError(
         f"{path}: holds neither tokenizer.json nor tokenizer.model; point data.tokenizer at a folder that does, or "
         f"{write_fast(path)}"

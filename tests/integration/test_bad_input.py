@@ -193,7 +193,8 @@ def edit_weights(base: Path, edit: Callable[[dict[str, torch.Tensor]], object]) 
 
 def test_a_missing_model_folder(place: Place) -> None:
     message = refused(place, f"model.path={place.root / 'nowhere'}")
-    assert f"{place.root / 'nowhere'}: no such folder: model.path must be a local Hugging Face model folder" in message
+    assert f"{place.root / 'nowhere'}: no such folder: give a local Hugging Face model folder" in message
+    assert "hf download" in message
 
 
 @pytest.mark.parametrize(

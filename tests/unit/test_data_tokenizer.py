@@ -378,7 +378,7 @@ def test_sentencepiece_that_collapses_spaces_keeps_the_one_between_words(tmp_pat
 
 
 def test_broken_or_missing_folders(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"absent: no such file or folder; data\.tokenizer"):
+    with pytest.raises(UserError, match=r"absent: no such file or folder; give the model's tokenizer: data\.tokenizer"):
         load_tokenizer(tmp_path / "absent")
     with pytest.raises(UserError, match="holds neither tokenizer.json nor tokenizer.model"):
         load_tokenizer(tmp_path)
