@@ -75,9 +75,8 @@ def _rank_problems(largest: int, max_rank: int | None) -> list[str]:
         remedy = (
             _MERGE if fitting is None else f"give --max-rank {fitting} and start vLLM with --max-lora-rank {fitting}"
         )
-        problems.append(
-            f"its largest rank is {largest}, above vLLM's limit of {max_rank or VLLM_DEFAULT_RANK}: {remedy}"
-        )
+        limit = f"--max-rank {max_rank}" if max_rank else f"vLLM's default --max-lora-rank of {VLLM_DEFAULT_RANK}"
+        problems.append(f"its largest rank is {largest}, above {limit}: {remedy}")
     return problems
 
 
