@@ -59,11 +59,17 @@ def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Re
     answer = told_by_rank_0(lambda: _look(config, folder), topology)
     messages = tuple(f"passed over: {reason}" for reason in answer["passed_over"])
     if answer["state"] is None:
-        reasons = messages or tuple(f"there is none, beside {name} of a run that saved" for name in answer["saved_run"])
-        if reasons and not config.output.overwrite:
+        why = None
+        if messages:
+            why = f"none of the checkpoints in {folder.checkpoints} verifies ({'; '.join(messages)})"
+        elif left := answer["saved_run"]:
+            why = (
+                f"{folder.checkpoints} holds no checkpoint of the run that saved there (left of it: {', '.join(left)})"
+            )
+        if why is not None and not config.output.overwrite:
             raise UserError(
-                f"train.resume: none of the checkpoints in {folder.checkpoints} verifies ({'; '.join(reasons)}): "
-                "restore one, choose another output.dir, or let output.overwrite=true remove that run and start afresh"
+                f"train.resume: {why}: restore one, choose another output.dir, or let output.overwrite=true remove "
+                "that run and start afresh"
             )
         return None
     return Resumption(Path(answer["folder"]), parse_state(answer["state"].encode()), messages)

@@ -171,9 +171,9 @@ def _moved_and_linked(run: Path) -> None:
 @pytest.mark.parametrize(
     ("lose", "named"),
     [
-        (_emptied, "there is none, beside adapter of a run that saved; there is none, beside metrics.jsonl"),
-        (_without_adapter, "(there is none, beside metrics.jsonl of a run that saved)"),
-        (_only_metrics, "(there is none, beside metrics.jsonl of a run that saved)"),
+        (_emptied, "holds no checkpoint of the run that saved there (left of it: adapter, metrics.jsonl)"),
+        (_without_adapter, "(left of it: metrics.jsonl)"),
+        (_only_metrics, "(left of it: metrics.jsonl)"),
         (_moved_and_linked, "step-6 is a link: move its folder back"),
     ],
 )
