@@ -46,7 +46,10 @@ def generate_command(
     model: ModelOption,
     adapter: AdapterOption = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Text to go on from; its completion is printed.", metavar="TEXT")
+        str | None,
+        typer.Option(
+            help="Text to go on from as it is, without the chat template; its completion is printed.", metavar="TEXT"
+        ),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL file of prompts, or of messages for the chat template.", metavar="FILE")
