@@ -19,7 +19,7 @@ from lowrank_dist.sections.scalars import Loader, scalar
 from lowrank_dist.sections.section import Section
 from lowrank_dist.untrusted.files import read_text
 
-USAGE = "give one YAML file, then overrides: CONFIG.yaml section.key=value or --section.key value"
+USAGE = "give one YAML file, then overrides without spaces: CONFIG.yaml section.key=value or --section.key value"
 COMMAND_LINE = "command line"
 # A rank and an alpha for each module of the deepest models is a fifth of it. PyYAML reads some 100 KiB a second.
 LARGEST = 256 << 10
@@ -139,7 +139,7 @@ class _Raw:
             return self.problem(COMMAND_LINE, f"{dotted}: {key[0]} has no keys", f"write {key[0]}=VALUE")
         if not alone and len(key) != 2:
             return self.problem(
-                COMMAND_LINE, f"{dotted} is not section.key", "for a mapping use section.key={name: value}"
+                COMMAND_LINE, f"{dotted or '='} is not section.key", "for a mapping use section.key={name: value}"
             )
         try:
             node = yaml.compose(text, Loader)
@@ -200,6 +200,9 @@ def _split_arguments(argv: Sequence[str], raw: _Raw) -> tuple[Path | None, list[
     rest = iter(argv)
     for argument in rest:
         name, has_value, text = argument.removeprefix("--").partition("=")
+        if argument in ("--help", "-h"):
+            raw.problem(COMMAND_LINE, f"{argument} is no option", USAGE)
+            continue
         if argument.startswith("--") and not has_value:
             following = next(rest, None)
             if following is None:
