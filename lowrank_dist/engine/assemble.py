@@ -22,7 +22,7 @@ from lowrank_dist.engine.saving import CheckpointSaver, CheckpointWriter, Facts,
 from lowrank_dist.engine.trainer import Trainer
 from lowrank_dist.engine.zero import Engine, OptimiserRules, ZeroOptimiser
 from lowrank_dist.formats.provenance import Provenance, fingerprint
-from lowrank_dist.formats.text_files import TextFiles, note_on_another, unknown_ends
+from lowrank_dist.formats.text_files import TextFiles, note_on_another, note_on_other_tokens, unknown_ends
 from lowrank_dist.methods.method import Method, Setting
 from lowrank_dist.methods.registry import home, reader_of
 from lowrank_dist.model.causal_lm import CausalLM
@@ -124,6 +124,8 @@ def _notes_on_files(config: Config, model: CausalLM, *, afresh: bool) -> Iterato
     yield from config_notes(path)
     yield from dtype_notes(path, model.config.params_dtype)
     yield from tokenizer_notes(config.data.tokenizer or path)
+    if config.data.tokenizer is not None:
+        yield from note_on_other_tokens(config.data.tokenizer, path)
     if config.eval.generate is not None:
         yield from generation_notes(path)
     if afresh and start is not None:

@@ -110,6 +110,21 @@ def tokenizer_beside(adapter: Path | None, model: Path) -> Path:
     return adapter
 
 
+def note_on_other_tokens(tokenizer: Path, base: Path) -> list[str]:
+    """Return a line where a run's tokenizer.json is not its base's: the base may know other tokens by these ids."""
+    if not holds_tokenizer(base):
+        return []
+    ours, theirs = read_tokenizer(tokenizer), read_tokenizer(base)
+    if _FAST not in ours or _FAST not in theirs or ours[_FAST] == theirs[_FAST]:
+        return []
+    if _meaning(ours)[0] == _meaning(theirs)[0]:
+        return []
+    return [
+        f"data.tokenizer: the tokens of {tokenizer} are not those of {base}: text that is cut into other ids than the "
+        "base was trained on is noise to it; leave data.tokenizer out, unless tokens were only added"
+    ]
+
+
 def note_on_another(adapter: Path, tokenizer: Path) -> list[str]:
     """Return a line where the adapter that a run starts from was trained with another tokenizer than the run's."""
     if not holds_tokenizer(adapter) or same_tokenizer(read_tokenizer(adapter), read_tokenizer(tokenizer)):

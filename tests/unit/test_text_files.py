@@ -26,6 +26,7 @@ from lowrank_dist.formats.text_files import (
     TextFiles,
     merged_text_files,
     note_on_another,
+    note_on_other_tokens,
     place_of_tokenizer,
     read_tokenizer,
     same_tokenizer,
@@ -336,6 +337,20 @@ def test_a_run_that_starts_from_an_adapter_says_that_its_tokenizer_is_another(ba
     assert (
         note_on_another(trained(tmp_path / "plain", base, None), base) == note_on_another(tmp_path / "gone", base) == []
     )
+
+
+def test_a_run_with_the_tokens_of_another_model_says_so(base: Path, tmp_path: Path) -> None:
+    other = other_tokenizer(tmp_path / "other")
+    assert note_on_other_tokens(other, base) == [], "another template and another end, of the same tokens"
+    found = settings(other, "tokenizer.json")
+    vocabulary = found["model"]["vocab"]
+    words, ids = list(vocabulary), list(vocabulary.values())
+    found["model"]["vocab"] = dict(zip(words, ids[::-1], strict=True))
+    (other / "tokenizer.json").write_text(json.dumps(found))
+    (line,) = note_on_other_tokens(other, base)
+    assert line.startswith(f"data.tokenizer: the tokens of {other} are not those of {base}")
+    (base / "tokenizer.json").unlink()
+    assert note_on_other_tokens(other, base) == []
 
 
 def sentencepiece_beside_json(folder: Path) -> Path:
