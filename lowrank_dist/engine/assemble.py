@@ -113,6 +113,8 @@ def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast:
         yield from run.resumption.messages
         yield f"resumed from {run.resumption.folder} at step {run.resumption.state.step} of {data.course.steps}"
         yield from data.course.notes
+    elif config.train.resume == "auto":
+        yield f"train.resume=auto: {config.output.dir} has no checkpoint to go on from; the run starts at its beginning"
 
 
 def _notes_on_files(config: Config, model: CausalLM, *, afresh: bool) -> Iterator[str]:

@@ -221,7 +221,8 @@ def test_killed_before_the_first_checkpoint_starts_again(job: Path, runs: dict[s
     shutil.copytree(runs["TP2"], folder, ignore=shutil.ignore_patterns("step-*", "last", "best", "adapter", "SAVED"))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "ti')
-    well(train(job, folder, LAYOUTS["TP2"]))
+    said = well(train(job, folder, LAYOUTS["TP2"]))
+    assert f"{folder} has no checkpoint to go on from; the run starts at its beginning" in said
     assert curve(folder) == curve(runs["TP2"])
 
 
