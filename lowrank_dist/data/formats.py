@@ -106,6 +106,10 @@ def read_jsonl(
     for number, raw in read_lines(path, "split it, or leave it out", longest=LONGEST_LINE):
         if not raw.strip():
             continue
+        if raw.strip().removeprefix(codecs.BOM_UTF8) == b"[" and not (rows or found):
+            raise UserError(
+                f"{path}:{number}: the file is one JSON array; write its objects one a line, without [ and ]"
+            )
         try:
             value = _parse(raw, first=number == 1)
             line_kind = _kind_of(value)
@@ -150,13 +154,15 @@ def _kind_of(value: dict[str, Any]) -> Kind:
             "key, or the line"
         )
     if not flat and not chat:
-        hints = [
-            (key, difflib.get_close_matches(key, ("prompt", "completion", "messages"), n=1))
+        known = ("prompt", "completion", "messages")
+        # ShareGPT's name is near to another key by its letters alone.
+        hints = {
+            key: ["messages"] if key == "conversations" else difflib.get_close_matches(key, known, n=1)
             for key in islice(value, _MOST_KEYS)
-        ]
-        meant = "".join(f"; {key!r}: did you mean {hit[0]!r}?" for key, hit in hints if hit)
+        }
+        meant = "".join(f" ({key!r}: did you mean {hit[0]!r}?)" for key, hit in hints.items() if hit)
         found = some_of([brief(key) for key in value], _MOST_KEYS)
-        raise Problem(f"no key 'prompt', 'completion' or 'messages', found {found}{meant} Expected {FORMATS}")
+        raise Problem(f"no key 'prompt', 'completion' or 'messages', found {found}{meant}; expected {FORMATS}")
     return "messages" if chat else "completion"
 
 

@@ -82,7 +82,10 @@ def test_keys_without_effect_pass(tmp_path: Path, line: str) -> None:
         ('{"prompt": "a", "prompt": "b", "completion": "c"}', ["'prompt' is given twice"]),
         ('{"prompt": "\\ud83d", "completion": "c"}', ["'prompt'", "unpaired surrogate"]),
         ('{"promt": "a", "complete": "b"}', ["'promt': did you mean 'prompt'?"]),
-        ('{"conversations": []}', ["no key 'prompt', 'completion' or 'messages'", "conversations"]),
+        (
+            '{"conversations": []}',
+            ["no key 'prompt', 'completion' or 'messages'", "'conversations': did you mean 'messages'?"],
+        ),
         ('{"prompt": "a", "completion": "b", "messages": []}', ["both 'completion' and 'messages'"]),
         ('{"prompt": "a", "completion": "b", "tools": [{}]}', ["'tools' would change what the model sees"]),
         ('{"prompt": "a", "completion": "b", "label": false}', ["'label' would change what is trained"]),
@@ -214,3 +217,8 @@ def test_a_json_array_file_is_told_apart(tmp_path: Path) -> None:
     path.write_text(json.dumps([json.loads(GOOD)]))
     with pytest.raises(UserError, match="JSON array where an object is expected"):
         read_jsonl(path)
+
+
+def test_a_json_array_over_many_lines_is_one_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.jsonl:1: the file is one JSON array; write its objects one a line"):
+        read_jsonl(write(tmp_path, "[", f"  {GOOD},", f"  {GOOD}", "]"))
