@@ -138,8 +138,9 @@ def build_data(
     dataset = load_dataset(data.train, tokenizer, longest, vocab, method.lead)
     course = Course.of(train, dataset, resumed)
     loader = Loader(dataset, cut, seed=train.seed, global_batch=train.global_batch, end=course.end)
+    own_notes = [*note_on_batch(train, len(dataset), course), *_note_on_clock(tokenizer, begun)]
     if data.eval is None:
-        return Data(dataset, loader, course, notes=_note_on_clock(tokenizer, begun))
+        return Data(dataset, loader, course, notes=own_notes)
     held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead, Use.JUDGING)
     cut = replace(cut, micro_batch=config.eval.micro_batch or train.micro_batch)
     # Nothing is accumulated over an eval batch: its size decides how many rows of like length are put together, and
@@ -147,8 +148,17 @@ def build_data(
     together = EVAL_MICROBATCHES * cut.micro_batch * topology.dp_size
     evaluation = partial(eval_batches, held_out, cut, global_batch=together)
     generation, notes = _generation(config, method, tokenizer, architecture, topology)
-    notes = [*_note_on_clock(tokenizer, begun), *notes]
-    return Data(dataset, loader, course, held_out, evaluation, generation, notes)
+    return Data(dataset, loader, course, held_out, evaluation, generation, [*own_notes, *notes])
+
+
+def note_on_batch(train: TrainConfig, samples: int, course: Course) -> list[str]:
+    """Return a line where an optimizer step reads more than one pass over the data."""
+    if train.global_batch <= samples or (course.end is not None and course.end <= samples):
+        return []
+    return [
+        f"train.global_batch {train.global_batch} is more than the {samples} samples of data.train: a step reads some "
+        "more than once"
+    ]
 
 
 def _note_on_clock(tokenizer: Tokenizer, begun: datetime | None) -> list[str]:

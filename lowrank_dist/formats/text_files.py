@@ -220,6 +220,18 @@ def end_of_text(files: Tokenizer) -> tuple[int, ...]:
     return tuple(filter(is_integer, ids[:1]))
 
 
+def _largest_id(files: Tokenizer) -> int:
+    """Return the largest id in the vocabulary of a tokenizer.json, -1 where none is told.
+
+    Without added tokens: a Llama 2 with one for padding has it behind the model's last row, where no text comes to it.
+    """
+    model = _object(files, _FAST).get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, dict):
+        return max(filter(is_integer, vocab.values()), default=-1)
+    return len(vocab) - 1 if isinstance(vocab, list) else -1
+
+
 def stops_of(folder: Path) -> tuple[int, ...]:
     """Return the ids that end a text by eos_token_id of a folder's generation_config.json, or else its config.json."""
     for name in (GENERATION_CONFIG, CONFIG_FILE):
@@ -328,10 +340,16 @@ def merged_text_files(adapters: Collection[Path], tokenizer: Path | None, vocab:
     """Return what goes into a merge of adapters: the tokenizer that is given, else the one beside the adapters.
 
     ends: what each adapter's generation_config.json ends a text with, and the EOS of that tokenizer. vocab: ids of the
-    model. Raises UserError where adapters were trained with different tokenizers and none is given.
+    model. Raises UserError where adapters were trained with different tokenizers and none is given, and where the one
+    that is given cannot be the model's.
     """
     if tokenizer is not None:
         files = read_tokenizer(tokenizer)
+        if (largest := _largest_id(files)) >= vocab:
+            raise UserError(
+                f"--tokenizer {shown(tokenizer)}: its vocabulary has ids up to {largest}, and the model's has {vocab} "
+                "rows: give the tokenizer that the adapter was trained with"
+            )
     else:
         held = {path: read_tokenizer(path) for path in adapters if holds_tokenizer(path)}
         files = next(iter(held.values()), {})

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from lowrank_dist.generate.sampling import DecodingRules
 from lowrank_dist.methods.registry import reader_of
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.model.load import dtype_notes, load_model
-from lowrank_dist.parallel.collectives import require_agreement
+from lowrank_dist.parallel.collectives import gather_texts, require_agreement
 from lowrank_dist.parallel.topology import Topology
 
 # Data-parallel ranks meet at the end of a command alone, and one may have decoded for hours when another is done.
@@ -128,7 +129,9 @@ def _load(
     path: Path, adapter: Path | None, topology: Topology, device: torch.device, dtype: str, tokenizer: Path | None
 ) -> Loaded:
     beside = tokenizer or tokenizer_beside(adapter, path)
-    words = load_tokenizer(beside)
+    # Rank 0's present, for templates that read the clock: every rank has to be asked the same.
+    present = gather_texts(datetime.now().isoformat(), topology.world_group, device)[0]
+    words = load_tokenizer(beside, datetime.fromisoformat(present))
     if topology.world_group.size() > 1:
         digests = {"--model": fingerprint(path), "--tokenizer": tokenizer_digest(beside)}
         if adapter is not None:

@@ -320,6 +320,19 @@ def test_under_a_launcher_and_alone(base: Path) -> None:
     assert (both.code, both.stdout) == (0, expected), both.stderr
 
 
+def test_ranks_that_decode_are_told_one_time(base: Path, tmp_path: Path) -> None:
+    clocked = Path(shutil.copytree(base, tmp_path / "clocked"))
+    (clocked / "chat_template.jinja").write_text(
+        "{{ strftime_now('%f') }} {% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %} {% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    chat = write_jsonl(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": "the cat"}]}])
+    words = ["generate", "--model", str(clocked), "--prompts", str(chat), "--tensor", "2", "--max-new-tokens", "1"]
+    outcomes = run_ranks(2, _apart, [words, words])
+    assert [outcome.code for outcome in outcomes] == [0, 0], outcomes
+
+
 @pytest.mark.parametrize("differ", ["--model", "--adapter", "--tensor", "what is decoded", "how", None])
 def test_ranks_that_differ_decode_nothing(base: Path, adapter: Path, tmp_path: Path, differ: str | None) -> None:
     """Each would go on from the other's text. Copies of the same files may lie anywhere."""

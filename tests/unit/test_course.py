@@ -14,7 +14,7 @@ from lowrank_dist.checkpoint.training_state import DataState, TrainingState
 from lowrank_dist.config.schema import TrainConfig
 from lowrank_dist.data.batches import Cut, Loader, StepBatch
 from lowrank_dist.data.dataset import Dataset
-from lowrank_dist.engine.datasets import Course
+from lowrank_dist.engine.datasets import Course, note_on_batch
 from lowrank_dist.engine.run import Progress
 from tests.unit.test_data_loader import make_dataset
 
@@ -174,3 +174,13 @@ def test_a_run_that_ends_before_its_checkpoint_is_seen() -> None:
     _, state = run(dataset, TrainConfig(epochs=3, global_batch=4), None, 5)
     assert Course.of(TrainConfig(epochs=1, global_batch=4), dataset, state).steps < 5
     assert Course.of(TrainConfig(epochs=4, global_batch=4), dataset, state).steps == 12
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "said"),
+    [({"epochs": 3}, 32, True), ({"steps": 1}, 10, True), ({"epochs": 1}, 32, False), ({"steps": 5}, 9, False)],
+)
+def test_a_step_of_more_than_a_pass_is_said(length: dict[str, int], batch: int, said: bool) -> None:
+    dataset, train = make_dataset([3] * 9), TrainConfig(**length, global_batch=batch)
+    notes = note_on_batch(train, len(dataset), Course.of(train, dataset, None))
+    assert bool(notes) == said and all("is more than the 9 samples" in note for note in notes)
