@@ -104,6 +104,8 @@ def merge_command(
         )
     for warning in report.warnings:
         say(f"warning: {warning}", err=True)
+    for note in report.notes:
+        say(note)
     say(f"{out}: {report.tensors} tensors, {report.changed} changed, {report.nbytes / 1e9:.2f} GB")
     for part in report.adapters:
         say(f"  {part.adapter}: {part.changed} of {part.adapted} tensors changed")

@@ -286,7 +286,7 @@ class TextFiles:
         """Return a line for each thing that will be another in a model folder than in its base."""
         lines = []
         if self._replaces(base):
-            lines.append(f"the tokenizer and chat template are not those of {base}")
+            lines.append(f"the tokenizer or chat template is not that of {base}")
         if missing := missing_ends(base, self.ends):
             lines.append(
                 f"eos_token_id of the result has {', '.join(map(str, missing))} beside what {base} has: the trained "

@@ -45,7 +45,10 @@ class AdapterReport:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """tensors: all in the model; adapted: those with an update; changed: those it changed; nbytes: of all files."""
+    """tensors: all in the model; adapted: those with an update; changed: those it changed; nbytes: of all files.
+
+    warnings: what may be a mistake; notes: what is in the model beside the weights, and not as in the base.
+    """
 
     tensors: int
     adapted: int
@@ -53,6 +56,7 @@ class MergeReport:
     nbytes: int
     adapters: tuple[AdapterReport, ...]
     warnings: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def merge(
@@ -99,7 +103,6 @@ def merge(
         warnings = [note for adapter in weighted for note in FILES.notes(adapter.path)]
         warnings += _check_base(base, weighted, force_mismatch)
         text = merged_text_files([adapter.path for adapter in weighted], stored.tokenizer, architecture.vocab)
-        warnings += text.changes(base)
     others, dtype = other_files(base), stored.dtype
     layout = plan_layout(mapped, dtype, stored.shard_size)
     meter = _Meter(layout.read, progress)
@@ -129,7 +132,9 @@ def merge(
         elif report.changed < report.adapted:
             lost = f"{report.adapted - report.changed} of {report.adapted} tensors"
             warnings.append(f"{report.adapter.path}: the update of {lost} is zero, or lost in {_rounding(dtype)}")
-    return MergeReport(len(mapped), len(updates), len(changes.tensors), nbytes, reports, tuple(warnings))
+    return MergeReport(
+        len(mapped), len(updates), len(changes.tensors), nbytes, reports, tuple(warnings), tuple(text.changes(base))
+    )
 
 
 def _rounding(dtype: str | None) -> str:
