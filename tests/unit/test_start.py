@@ -93,5 +93,5 @@ def test_another_model(bases: dict[str, Path], tmp_path: Path) -> None:
     (folder / "lowrank_dist.json").unlink()
     with pytest.raises(UserError, match=r"gate_proj has lora_A .* takes \[3, 64\] and \[128, 3\]"):
         initial_factors(folder, placements(adopted), other)
-    with pytest.raises(UserError, match="missing"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         complete(config(other, init_from=str(tmp_path / "nowhere")), None)
