@@ -1,4 +1,5 @@
-"""What a model is: families, config.json, sizes, linears, tensor names, published shapes, placement of factors.
+"""The description of a model: families, config.json, sizes, linears, tensor names, published shapes, factor placement.
 
-Plain Python that imports nothing of ours but errors.py: the model, the plan, merging and export all read it.
+Plain Python that imports only errors.py and untrusted/ of this package. The model, the plan, merging and export read
+it.
 """

@@ -1,4 +1,4 @@
-"""The make-up of a model, in the terms that Hugging Face, Megatron and the plan need."""
+"""The sizes, options and tensor tables of a model, in the terms of Hugging Face, Megatron and the plan."""
 
 from collections import Counter
 from collections.abc import Container, Mapping
@@ -28,17 +28,18 @@ class RopeParameters:
 
 
 def padded_vocab(vocab: int, multiple: int, tp_size: int) -> int:
-    """Embedding rows over all ranks: `vocab` rounded up to a multiple of multiple × tp_size, as Megatron pads."""
+    """Return the embedding rows over all ranks: `vocab` rounded up to multiple × tp_size, as Megatron pads."""
     step = multiple * tp_size
     return -(-vocab // step) * step
 
 
 @dataclass(frozen=True)
 class TensorRule:
-    """One tensor outside the linears: its Megatron name, its Hugging Face name (with a `{layer}` field if a layer's).
+    """One tensor outside the linears: its Megatron name and its Hugging Face name.
 
+    Both names have a `{layer}` field where the tensor belongs to a layer.
     shape: the Hugging Face shape in terms of `Architecture.size`.
-    sharding: "replicated", or "vocab" = rows over the padded vocabulary are cut evenly into tp_size blocks.
+    sharding: "replicated", or "vocab" = the rows of the padded vocabulary are split into tp_size equal blocks.
     row_offset: Megatron's row i is Hugging Face's row i + row_offset (OPT never uses its first two position rows).
     """
 
@@ -51,7 +52,7 @@ class TensorRule:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """The make-up of layers that are alike.
+    """The linears and other tensors of identical layers.
 
     linears: by Megatron's name ("linear_qkv"), in the order of execution.
     tensors: the layer's other tensors.
@@ -64,12 +65,12 @@ class LayerKind:
 
     @property
     def ffn(self) -> int:
-        """Width of the MLP (of gate and of up each, where it is gated)."""
+        """Width of the MLP; in a gated MLP gate and up each have this width."""
         return self.linears["linear_fc2"].in_features
 
     @property
     def weights(self) -> int:
-        """Elements of the weight matrices: what a layer's GEMMs multiply with."""
+        """Elements of the weight matrices of a layer's GEMMs."""
         return sum(linear.weights for linear in self.linears.values())
 
 
@@ -77,17 +78,18 @@ class LayerKind:
 class Architecture:
     """Sizes, options and tensor tables of one decoder-only model.
 
-    layers: the kind of each, from the lowest up; layers that are alike share one object.
-    prefix: base-model prefix of the Hugging Face names ("model."), which some published checkpoints leave out.
+    layers: the kind of each layer, lowest first; identical layers share one object.
+    prefix: base-model prefix of the Hugging Face names ("model."); some published checkpoints leave it out.
     head_dim: width of a head; heads × head_dim need not be `hidden`.
-    activation: "gelu" is the exact one, "gelu_tanh" the tanh approximation.
-    qkv_bias / linear_bias: linear_qkv has a bias / every linear has one.
-    position_offset: rows of the Hugging Face position table before position 0 (OPT: 2), already cut off by its rule.
+    activation: "gelu" is the exact GELU, "gelu_tanh" its tanh approximation.
+    qkv_bias: linear_qkv has a bias. linear_bias: every linear has a bias.
+    position_offset: rows of the Hugging Face position table before position 0 (OPT: 2). The row_offset of the table's
+    TensorRule already skips them.
     conv1d: linear weights are stored [in, out] (GPT-2).
-    embedding_multiplier: of the embeddings, before the first layer. attention_multiplier: of the attention scores, None
-    for 1/√head_dim. residual_multiplier: of the output of attention and of MLP, before each is added.
-    logits_divisor: what logits are divided by.
-    tensors: those outside the layers. ignored: patterns of file tensors that carry no weights of this model.
+    embedding_multiplier: scales the embeddings before the first layer. attention_multiplier: scales the attention
+    scores; None = 1/√head_dim. residual_multiplier: scales the outputs of attention and MLP before they are added.
+    logits_divisor: divides the logits.
+    tensors: tensors outside the layers. ignored: patterns of tensors in the files that carry no weights of this model.
     """
 
     family: str
@@ -119,19 +121,19 @@ class Architecture:
     logits_divisor: float = 1.0
 
     def size(self, dimension: str) -> int:
-        """A dimension named in `TensorRule.shape`: hidden, vocab, head_dim, positions (rows of the position table)."""
+        """Return a dimension of `TensorRule.shape`: hidden, vocab, head_dim, positions (rows of the position table)."""
         if dimension == "positions":
             return self.max_positions + self.position_offset
         return {"hidden": self.hidden, "vocab": self.vocab, "head_dim": self.head_dim}[dimension]
 
     @property
     def position_rows(self) -> int:
-        """Rows of the learned position table without those before position 0; 0 with rotary positions."""
+        """Rows of the learned position table from position 0 on; 0 with rotary positions."""
         return self.max_positions if self.positions == "learned" else 0
 
     @cached_property
     def kinds(self) -> Mapping[LayerKind, int]:
-        """Every distinct kind of layer, in the order in which they first occur → the number of layers of it."""
+        """Each distinct kind of layer, in order of first occurrence → its number of layers."""
         return Counter(self.layers)
 
     @property
@@ -145,7 +147,10 @@ class Architecture:
         return next(rule.hf for rule in self.tensors if rule.megatron == WORD_EMBEDDINGS)
 
     def linear_modules(self) -> set[str]:
-        """Hugging Face path of every linear in the layers: what factors can be on, the output layer aside."""
+        """Return the Hugging Face path of every linear in the layers, the modules that can have factors.
+
+        The output layer is not among them.
+        """
         return {
             part.path.format(layer=layer)
             for layer, kind in enumerate(self.layers)
@@ -154,9 +159,9 @@ class Architecture:
         }
 
     def find(self, name: str, names: Container[str]) -> str | None:
-        """The name under which tensor (or module) `name` lies among a checkpoint's `names`, or None.
+        """Return the name that tensor (or module) `name` has among a checkpoint's `names`, or None.
 
-        Accepts names without the base-model prefix ("h.0.ln_1.weight" for "transformer.h.0.ln_1.weight").
+        Names in the checkpoint may lack the base-model prefix ("h.0.ln_1.weight" for "transformer.h.0.ln_1.weight").
         """
         if name in names:
             return name
@@ -164,12 +169,12 @@ class Architecture:
         return bare if bare in names else None
 
     def legal_tp_sizes(self, world_max: int | None = None) -> tuple[int, ...]:
-        """Tensor-parallel sizes that divide this model, up to `world_max` ranks."""
+        """Return the tensor-parallel sizes that divide this model, up to `world_max` ranks."""
         largest = self.heads if world_max is None else min(world_max, self.heads)
         return tuple(size for size in range(1, largest + 1) if self.indivisible_by(size) is None)
 
     def check_tp(self, tp_size: int) -> None:
-        """Raise UserError naming the sizes that do divide when `tp_size` does not."""
+        """Raise UserError where `tp_size` does not divide the model; the message lists the sizes that do."""
         if tp_size >= 1 and self.indivisible_by(tp_size) is None:
             return
         legal = ", ".join(str(size) for size in self.legal_tp_sizes())
@@ -179,12 +184,12 @@ class Architecture:
         )
 
     def indivisible_by(self, tp_size: int) -> str | None:
-        """The size that `tp_size` ranks cannot share ("32 attention heads"), or None where they can share the model."""
+        """Return the size that `tp_size` does not divide ("32 attention heads"), or None where it divides the model."""
         if self.heads % tp_size:
             return f"{self.heads} attention heads"
         if any(kind.ffn % tp_size for kind in self.kinds):
             return self._ffn
-        # With fewer key/value heads than ranks Megatron cuts the fused rows evenly and gathers them in attention.
+        # With fewer key/value heads than ranks, Megatron splits the fused rows evenly and gathers them in attention.
         whole = self.kv_heads % tp_size == 0
         cut = tp_size % self.kv_heads == 0 and ((self.heads + 2 * self.kv_heads) * self.head_dim) % tp_size == 0
         return None if whole or cut else f"{self.kv_heads} key/value heads"

@@ -1,7 +1,7 @@
 """A Hugging Face config.json and its family's table → `Architecture`.
 
-What a table cannot express is refused with the key of config.json that asks for it, never approximated. A key that is
-missing means what it means to transformers, which a test holds the tables against.
+An option that the table cannot express raises UnsupportedModel with the key of config.json; nothing is approximated. A
+missing optional key has transformers' default; a test compares the tables with transformers.
 """
 
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from lowrank_dist.arch.model_files import config_file, read_config
 from lowrank_dist.arch.rows import Linear, Part
 from lowrank_dist.errors import UserError
 
-# transformers has several spellings of the same function.
+# transformers has several names for the same function.
 _ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -29,7 +29,7 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 
-# Field of RopeParameters → key, for each rope_type that `inv_freq` computes.
+# Field of RopeParameters → key of config.json, for each rope_type that `inv_freq` computes.
 _ROPE_KEYS: Mapping[Literal["default", "linear", "llama3"], Mapping[str, str]] = {
     "default": {},
     "linear": {"factor": "factor"},
@@ -41,16 +41,16 @@ _ROPE_KEYS: Mapping[Literal["default", "linear", "llama3"], Mapping[str, str]] =
     },
 }
 
-# Names of a layer's kind, old and new.
+# Values of layer_types, new name first.
 _FULL, _SLIDING = ("full_attention", "attention"), ("sliding_attention",)
 
 
 class UnsupportedModel(UserError):
-    """The config.json may well be right, but its family or one of its options has no table here."""
+    """A config.json with a family or an option that no table here expresses. The file itself may be correct."""
 
 
 def read_architecture(path: Path) -> Architecture:
-    """The `Architecture` that a model folder's config.json, or the file itself, describes.
+    """Return the `Architecture` of a config.json; `path` is that file or a model folder with it.
 
     Raises UserError naming the key that is missing, malformed or (UnsupportedModel) not supported.
     """
@@ -58,7 +58,7 @@ def read_architecture(path: Path) -> Architecture:
 
 
 def architecture_of(values: Mapping[str, Any], where: str) -> Architecture:
-    """The `Architecture` of a config.json's `values` (their `model_type` selects the table).
+    """Return the `Architecture` of a config.json's `values`; `model_type` selects the table.
 
     `where` names the file in messages. Raises as `read_architecture` does.
     """
@@ -86,7 +86,7 @@ def architecture_of(values: Mapping[str, Any], where: str) -> Architecture:
 
 
 def config_notes(path: Path) -> list[str]:
-    """Return a line for each thing in a model folder's config.json that is not applied, and one for unknown keys.
+    """Return a line for each option of a model folder's config.json that is not applied, and one for unknown keys.
 
     Raises as `read_architecture` does.
     """
@@ -188,7 +188,7 @@ def _sliding_window(values: Mapping[str, Any], family: Family, layers: int, wher
 
 
 def _rope(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], where: str) -> RopeParameters:
-    """transformers 5 keeps everything in rope_parameters; before, rope_theta and rope_scaling stood apart."""
+    """Return the rotary parameters, from rope_parameters (transformers 5) or rope_theta and rope_scaling (before)."""
     found: dict[str, Any] = {}
     for key in ("rope_parameters", "rope_scaling"):  # the latter wins
         stated = values.get(key)
@@ -227,7 +227,7 @@ def _rope(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], 
 
 
 def _layers(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], where: str) -> tuple[LayerKind, ...]:
-    """All of one kind: no family here has another."""
+    """Return the layers, all of one kind: no family here mixes kinds."""
     count = fields["layers"]
     tensors = tuple(rule for rule in family.tensors if _in_layer(rule))
     return (LayerKind(_linears(family, fields), tensors, _sliding_window(values, family, count, where)),) * count

@@ -1,7 +1,7 @@
-"""What is done with each key of a config.json: a family's table applies its own, and these lists hold for all.
+"""The rule for each key of a config.json: applied by the family's table, or handled by these lists for all families.
 
-The lists are what transformers' configuration classes have beside the tables, which a test compares, and what
-published models were seen to carry.
+The lists hold the keys of transformers' configuration classes that are in no table (a test compares them) and keys
+found in published models.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from lowrank_dist.arch.families import Family
 from lowrank_dist.arch.generation_config import GENERATION
 from lowrank_dist.untrusted.keys import KeyRule
 
-# Keys that any family may have, and what they ask for that no table here can express.
+# Keys of any family that ask for something that no table here can express, with the error text.
 _QUANTIZED = "quantized checkpoints are not supported: use the checkpoint in bf16, fp16 or fp32"
 _REFUSED = {
     "quantization_config": _QUANTIZED,
@@ -29,7 +29,7 @@ _UNAPPLIED = {
     **dict.fromkeys(_DROPOUTS, "dropouts of the base are not applied"),
     "auto_map": "code that comes with the model is not run, it is what its model_type says",
 }
-# Of any family: of no number, or read elsewhere (the tokens that begin, end and pad a text; how they are decoded).
+# Keys of any family that change no number here, or that other code reads (bos, eos and pad tokens; decoding options).
 _WITHOUT_EFFECT = frozenset(
     "architectures transformers_version _name_or_path name_or_path _model_name_or_path _commit_hash "
     "_attn_implementation _attn_implementation_autoset _attn_implementation_internal attn_implementation "
@@ -43,7 +43,7 @@ _WITHOUT_EFFECT = frozenset(
     "predict_special_tokens reorder_and_upcast_attn n_ctx output_past unsloth_version unsloth_fixed "
     "model_max_length is_llama_config".split()
 )
-# Of no effect at these values, whichever family has them.
+# Values at which a key has no effect, in any family.
 _NEUTRAL = {
     **dict.fromkeys(_DROPOUTS, (0.0,)),
     "auto_map": ({},),

@@ -1,8 +1,8 @@
-"""One declarative table a family: its keys in config.json and all its tensor names, used in both directions.
+"""One declarative table per family: its keys in config.json and all its tensor names, for loading and for export.
 
-The tables follow transformers' `configuration_<family>.py` (which key is left out means what) and
-`modeling_<family>.py`. `config_json.architecture_of` reads them; to add a family whose blocks Megatron can express, add
-a table here and a tiny model to tests/tiny_models.py (docs/DESIGN.md has all steps).
+The tables follow transformers' `configuration_<family>.py` (defaults of missing keys) and `modeling_<family>.py`.
+`config_json.architecture_of` reads them. To add a family whose blocks Megatron can express, add a table here and a tiny
+model to tests/tiny_models.py (docs/DESIGN.md has all steps).
 """
 
 from collections.abc import Mapping
@@ -15,23 +15,22 @@ from lowrank_dist.arch.keys import Key
 
 @dataclass(frozen=True)
 class Family:
-    """How one `model_type` of config.json maps onto Megatron.
+    """The map from one `model_type` of config.json onto Megatron.
 
-    keys: field of `Architecture`, or "ffn" → key of config.json; "layers" is their number. Of those that neither
-    `keys` nor `fixed` has, or that are None, ffn is four times hidden, kv_heads is heads, and head_dim is hidden by
-    heads.
+    keys: field of `Architecture`, or "ffn" → key of config.json; "layers" is the number of layers. Defaults of fields
+    that are None or missing: ffn = 4 × hidden, kv_heads = heads, head_dim = hidden / heads.
     fixed: fields that every model of the family shares.
-    only: a flag of config.json → the one value that is supported (and taken where it is missing), and what the other
-    would ask for. equal: a size of config.json → the field that it must equal where it is given, and what else it asks
-    for. absent: a key that config.json must not have → what it asks for.
+    only: flag of config.json → the one supported value (also the default), and what the other value would ask for.
+    equal: size of config.json → the field that it must equal where it is given, and what another value would ask for.
+    absent: key that config.json must not have → what it asks for.
     linears: Megatron linear → Hugging Face module path, one per projection, in the order of LinearLayout.parts.
-    tensors: every other tensor, those of a layer with a `{layer}` field; `OUTPUT_LAYER` drops out where the embeddings
-    are tied.
-    ignored: patterns, on names without `prefix`, of file tensors that carry no weights.
-    fused_qkv: q, k and v are stacked in this order in one Hugging Face module (its path stands in `linears` once).
-    window: the keys of a sliding window, none where the family has no window. "window" is its width; alone it governs
-    all layers. Otherwise "used" is whether it is on, "first" the first layer that has it, "kinds" every layer's kind.
-    rope_theta: base of the rotary embedding where config.json has none.
+    tensors: every other tensor; names of a layer's tensors have a `{layer}` field. `OUTPUT_LAYER` is left out where the
+    embeddings are tied.
+    ignored: patterns of tensors in the files that carry no weights; they match names without `prefix`.
+    fused_qkv: one Hugging Face module stacks q, k and v in this order; `linears` has its path once.
+    window: the keys of a sliding window; empty where the family has none. "window" is its width. Without the other keys
+    it applies to all layers. "used" turns it on, "first" is the first layer with it, "kinds" lists every layer's kind.
+    rope_theta: base of the rotary embedding where config.json gives none.
     """
 
     prefix: str
@@ -76,7 +75,7 @@ _MISTRAL_KEYS = _LLAMA_KEYS | {
 }
 _GRANITE_KEYS = _LLAMA_KEYS | {
     "embedding_multiplier": Key("embedding_multiplier", "positive", 1.0),
-    # Where it is missing scores are not scaled at all, not even by 1/√head_dim.
+    # Default 1.0: without the key scores are not scaled, not even by 1/√head_dim.
     "attention_multiplier": Key("attention_multiplier", "positive", 1.0),
     "residual_multiplier": Key("residual_multiplier", "positive", 1.0),
     "logits_divisor": Key("logits_scaling", "positive", 1.0),
@@ -139,7 +138,7 @@ _QK_NORM_TENSORS = (
 )
 _OUTPUT_BIAS_REFUSED = (False, "a bias on the attention's output projection (Megatron has one flag for q, k, v alone)")
 _LLAMA_ONLY = {"attention_bias": _OUTPUT_BIAS_REFUSED, "mlp_bias": (False, "biases in the MLP")}
-# Old checkpoints carry the frequencies as a buffer; transformers ignores it and so do we.
+# Old checkpoints hold the rotary frequencies as a buffer. transformers ignores it too.
 _ROPE_BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 FAMILIES: Mapping[str, Family] = {
@@ -234,7 +233,7 @@ FAMILIES: Mapping[str, Family] = {
             *_weight_and_bias("decoder.final_layernorm", "transformer.ln_f"),
             OUTPUT_LAYER,
         ),
-        # The causal mask and its fill value, kept as buffers by old versions of transformers.
+        # The causal mask and its fill value, which old versions of transformers saved as buffers.
         ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
         fused_qkv=True,
     ),

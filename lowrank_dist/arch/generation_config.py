@@ -1,6 +1,6 @@
-"""generation_config.json: how a model's authors decode with it. Its eos_token_id ends a text here, the rest is said.
+"""The keys of generation_config.json, a model's decoding defaults. eos_token_id is applied, the others are reported.
 
-Models from before there was such a file have the same keys in config.json.
+Models older than this file have the same keys in config.json.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ GENERATION = KeyRule(
 
 
 def generation_notes(folder: Path) -> list[str]:
-    """Return the lines on what a model folder says of decoding and is not applied. UserError for a malformed file."""
+    """Return a line for each decoding option of a model folder that is not applied. UserError for a malformed file."""
     own = folder / GENERATION_FILE
     file = own if own.is_file() else folder / CONFIG_FILE
     values: dict[str, Any] = read_json(file, "a Hugging Face model folder holds one; download the model completely")

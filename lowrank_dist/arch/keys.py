@@ -1,4 +1,4 @@
-"""One key of config.json: what it may hold, and what it means where it is missing."""
+"""One key of config.json: its valid values and its default."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -14,13 +14,13 @@ def is_integer(value: object) -> TypeGuard[int]:
 
 
 def is_number(value: object) -> bool:
-    """Return whether the value is a number that a float can hold: JSON has longer integers, and NaN."""
+    """Return whether the value is a number that a float can hold. JSON also allows larger integers and NaN."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
-# No model comes near; each layer takes memory here before anything else is known of it.
+# Far above any model. Each layer takes memory before the rest of the config is checked.
 MOST_LAYERS = 10_000
-# Each number up to it is tried as a tensor-parallel size.
+# `legal_tp_sizes` tries each number up to the head count as a tensor-parallel size.
 MOST_HEADS = 8_192
 _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "size": ("a positive integer", lambda value: is_integer(value) and value > 0),
@@ -29,28 +29,29 @@ _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "even": ("a positive even integer", lambda value: is_integer(value) and value > 0 and value % 2 == 0),
     "integer": ("an integer", is_integer),
     "number": ("a number that is not negative", lambda value: is_number(value) and value >= 0),
-    # A multiplier that fp32 holds, as a factor of what it holds.
+    # A multiplier whose products with activations stay in the range of fp32.
     "positive": ("a number from 1e-30 to 1e30", lambda value: is_number(value) and 1e-30 <= value <= 1e30),
     "flag": ("true or false", lambda value: isinstance(value, bool)),
     "text": ("text", lambda value: isinstance(value, str)),
     "names": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)),
 }
 
-# No size of a model comes near; what follows from a larger one would take minutes or the memory of this machine.
+# Far above any model's size. Larger values would cost minutes or all memory before they fail.
 _LARGEST = 2**31
-# The default of a key that must be there: sizes are never guessed.
+# The default of a mandatory key: sizes are never guessed.
 REQUIRED = "required"
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key of config.json: its name, its values, and what transformers takes where it is missing.
+    """One key of config.json: its name, its valid values, and transformers' default.
 
-    kind: "size" is a positive integer, "depth" and "heads" one that may count these, "even" an even one, "integer" any,
-    "number" not negative, "positive" above 0, "flag" true or false, "names" a list of texts.
-    default: a value, REQUIRED, or None, for what follows from other keys.
-    null: null is a value too, with the meaning of None. also: another name that transformers maps to this key, and
-    which wins over it.
+    kind: "size" is a positive integer, "depth" one up to MOST_LAYERS, "heads" one up to MOST_HEADS, "even" an even one;
+    "integer" any integer; "number" at least 0, "positive" from 1e-30 to 1e30; "flag" true or false, "text" a string,
+    "names" a list of strings.
+    default: a value, REQUIRED, or None for a value that follows from other keys.
+    null: null is a valid value and is read as None. also: another name that transformers maps to this key; it wins
+    where both are given.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Key:
     also: str | None = None
 
     def read(self, values: Mapping[str, Any], where: str) -> Any:
-        """The key's value among those of a config.json, or its default; UserError where neither can be had."""
+        """Return the key's value in a config.json, or its default. UserError where it is required or invalid."""
         name = self.also if self.also is not None and self.also in values else self.name
         if name not in values:
             if self.default is REQUIRED:
@@ -74,5 +75,5 @@ class Key:
             raise UserError(f"{where}: {name} must be {description}, not {brief(value)}")
         if self.kind not in ("number", "positive") and is_integer(value) and abs(value) >= _LARGEST:
             raise UserError(f"{where}: {name} must be below 2^31, not {value}: correct it")
-        # JSON has longer integers than a tensor can be multiplied with.
+        # JSON allows larger integers than a tensor can be multiplied with.
         return float(value) if self.kind == "positive" else value

@@ -1,7 +1,7 @@
-"""The files of a model folder that say what the model is, and published models without their weights.
+"""config.json and element types of a model folder, and the built-in shapes: published models without weights.
 
-shapes/<name>.json is a config.json with all that a plan needs of a published model. Sources: the models' own
-config.json files; for GPT-3, Brown et al. 2020, table 2.1, with GPT-2's vocabulary.
+shapes/<name>.json is a config.json with every key that a plan reads. Sources: the models' own config.json files; for
+GPT-3, Brown et al. 2020, table 2.1, with GPT-2's vocabulary.
 
 Headers of safetensors files are read without torch or the safetensors library: `plan` starts without either.
 """
@@ -16,7 +16,7 @@ from lowrank_dist.untrusted.json import LARGEST, parse_json, read_object
 
 CONFIG_FILE = "config.json"
 
-# torch's and safetensors' names of element types; a checkpoint in fp16 runs in bf16, whose range is fp32's.
+# torch's and safetensors' names of element types. An fp16 checkpoint runs in bf16, which has the range of fp32.
 _DTYPES: Mapping[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
 _STORED_DTYPES: Mapping[str, Literal["fp32", "bf16"]] = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}
 
@@ -25,14 +25,14 @@ BUILT_IN = tuple(sorted(file.stem for file in _SHAPES.glob("*.json")))
 
 
 def config_file(path: Path) -> Path:
-    """Return the config.json of a model folder; a file is taken for one."""
+    """Return the config.json of a model folder. A file is returned as it is."""
     if path.is_file() or path.name == CONFIG_FILE:
         return path
     return require_folder(path) / CONFIG_FILE
 
 
 def require_folder(path: Path) -> Path:
-    """Return `path`. Raises UserError where it is no folder."""
+    """Return `path`. Raises UserError where it is not a folder."""
     if not path.is_dir():
         raise UserError(
             f"{path}: no such folder: give a local Hugging Face model folder; `hf download NAME --local-dir "
@@ -77,7 +77,7 @@ def find_config(what: str) -> Path:
 
 
 def declared_dtype(values: Mapping[str, Any]) -> Literal["fp32", "bf16"]:
-    """Return the element type that a config.json names for its weights, fp32 where it names none. fp16 runs as bf16."""
+    """Return the element type in which a config.json says its weights run; fp32 by default. fp16 runs as bf16."""
     for key in ("dtype", "torch_dtype"):
         if isinstance(name := values.get(key), str):
             return _DTYPES.get(name, "fp32")
@@ -85,9 +85,9 @@ def declared_dtype(values: Mapping[str, Any]) -> Literal["fp32", "bf16"]:
 
 
 def stored_dtype(folder: Path) -> Literal["fp32", "bf16"] | None:
-    """Return the element type of most of a model folder's first safetensors file; None where none says.
+    """Return the element type with the most bytes in a model folder's first safetensors file; None if unknown.
 
-    fp16 runs as bf16. The loader goes by the files, not by config.json.
+    fp16 runs as bf16. The loader uses the dtype of the files, not that of config.json.
     """
     for file in sorted(folder.glob("*.safetensors"))[:1]:
         try:
@@ -100,7 +100,7 @@ def stored_dtype(folder: Path) -> Literal["fp32", "bf16"] | None:
                     start, end = entry["data_offsets"]
                     sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + end - start
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # the loader will say what is wrong with it
+            return None  # the loader reports what is wrong with the file
         largest = max(sizes, key=lambda name: sizes[name], default="")
         return _STORED_DTYPES.get(largest)
     return None

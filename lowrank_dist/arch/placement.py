@@ -21,9 +21,9 @@ Value = TypeVar("Value", int, float)
 class FactorSpec:
     """One pair (A, B) on one Hugging Face module, or on a part of one (q_proj inside GPT-2's c_attn).
 
-    `path` is the module as users and PEFT name it; `export_path` the module that exists in the checkpoint and
-    `export_row` where this factor's rows begin inside it. `parts` maps a part of the fused linear to the first row of
-    that part in this factor's B. `rows` × `in_features` is the shape of ΔW = s·B·A.
+    path: the module as users and PEFT name it. export_path: the module in the checkpoint, with `export_rows` rows; this
+    factor's rows begin at `export_row`. rank: r. scale: s. parts: (index of a part of the fused linear, first row of
+    that part in this factor's B). `rows` × `in_features` is the shape of ΔW = s·B·A.
     """
 
     path: str
@@ -41,7 +41,7 @@ class FactorSpec:
 
 @dataclass(frozen=True)
 class LinearPlacement:
-    """The factors of one Megatron linear of one layer; they share its input and hence one mask."""
+    """The factors of one Megatron linear of one layer. They share its input and therefore one dropout mask."""
 
     layer: int
     linear: str
@@ -51,7 +51,7 @@ class LinearPlacement:
 
 @dataclass(frozen=True)
 class LoraRules:
-    """The part of the configuration that placement needs (see methods/lora/config.py)."""
+    """The keys of the `lora` section that placement needs (see methods/lora/config.py). rank: r."""
 
     rank: int
     alpha: float
@@ -62,10 +62,10 @@ class LoraRules:
 
 
 def place(architecture: Architecture, rules: LoraRules) -> tuple[LinearPlacement, ...]:
-    """All adapted linears, in execution order.
+    """Return all adapted linears, in execution order.
 
-    Raises UserError for a target or a pattern that matches nothing, for a target that reaches what takes no factors
-    (lm_head, embeddings, norms), and for a target that covers another.
+    Raises UserError for a target or pattern that matches nothing, for a target that matches a module without factors
+    (lm_head, embeddings, norms), and for two targets that name the same weights.
     """
     matcher = _Matcher(rules, architecture)
     placements = []
@@ -93,7 +93,7 @@ class _Candidate:
 
 
 def _candidates(layout: LinearLayout, layer: int) -> Iterator[_Candidate]:
-    """Every module, or part of one, that a target may name inside this linear."""
+    """Yield every module, or part of a module, that a target may name inside this linear."""
     if layout.whole is not None:
         path = layout.parts[0].path.format(layer=layer)
         yield _Candidate(path, path, True, tuple(range(len(layout.parts))))
@@ -104,7 +104,7 @@ def _candidates(layout: LinearLayout, layer: int) -> Iterator[_Candidate]:
 
 
 class _Matcher:
-    """Matches module paths against the targets and patterns, and remembers which of them were of use."""
+    """Matches module paths against the targets and patterns, and records which of them matched."""
 
     def __init__(self, rules: LoraRules, architecture: Architecture) -> None:
         self._architecture = architecture
@@ -121,7 +121,7 @@ class _Matcher:
         return bool(hits)
 
     def _hits(self, path: str, whole_linear: bool) -> list[str]:
-        """Return the targets that name the module at `path`; all-linear names whole linears alone."""
+        """Return the targets that name the module at `path`. all-linear names whole linears, not parts of one."""
         if self._expression is not None:
             return [self._expression] if self._patterns.fullmatch(self._expression, path) else []
         return [
@@ -138,14 +138,14 @@ class _Matcher:
 
     def _first(self, key: str, values: Mapping[str, Value], path: str, otherwise: Value) -> Value:
         for name, value in values.items():
-            # PEFT's rule for pattern keys.
+            # PEFT's rule for pattern keys: a regular expression for the end of the path.
             if self._patterns.fullmatch(name, path, PATH_END):
                 self._used.add((key, name))
                 return value
         return otherwise
 
     def refuse_unadaptable(self) -> None:
-        """Raise UserError for a target that names a module with weights and without a place for factors."""
+        """Raise UserError for a target that names a module with weights that cannot have factors."""
         others = module_paths(self._architecture) - self._architecture.linear_modules()
         reached: dict[str, list[str]] = {}
         for path in sorted(others):
@@ -159,7 +159,7 @@ class _Matcher:
             )
 
     def _leaves(self) -> list[str]:
-        """The last part of every module that a target may name."""
+        """Return the last part of every module path that a target may name, sorted."""
         return sorted(
             {
                 candidate.path.rpartition(".")[2]

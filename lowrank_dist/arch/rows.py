@@ -1,7 +1,7 @@
 """The one map from Megatron's fused rows to Hugging Face projections.
 
-Megatron fuses q, k, v (and gate, up) into one linear. Loading, sharding of the low-rank factors, export and tests all
-read the order of its rows here. Pure Python: no torch, no megatron.
+Megatron fuses q, k, v (and gate, up) into one linear. Loading, sharding of the low-rank factors, export and tests take
+the order of its rows from here. Pure Python: no torch, no megatron.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from typing import Literal
 class Part:
     """One Hugging Face projection inside a (possibly fused) linear.
 
-    name: the last part of the module path, what a user targets ("q_proj").
+    name: the last part of the module path, as users write it in targets ("q_proj").
     path: Hugging Face module path with a `{layer}` field ("model.layers.{layer}.self_attn.q_proj").
     rows: output features of this projection.
-    offset: its first row in the Hugging Face tensor at `path`; not 0 only where parts share a tensor (GPT-2's c_attn).
+    offset: its first row in the Hugging Face tensor at `path`; above 0 only if parts share a tensor (GPT-2's c_attn).
     """
 
     name: str
@@ -36,11 +36,11 @@ class Segment:
 
 @dataclass(frozen=True)
 class LinearLayout:
-    """How one Megatron linear (out_features × in_features, unsharded) is made of Hugging Face projections.
+    """The Hugging Face projections inside one Megatron linear (out_features × in_features, unsharded).
 
     kind: "column" shards the output rows, "row" the input columns (every rank then has all output rows).
-    interleave: "qkv" = per key/value group [q heads of the group | k | v] over the whole matrix, then cut evenly into
-        tp_size blocks; "gate_up" = every rank holds [its rows of gate ; its rows of up]; "none" = one part.
+    interleave: "qkv" = per key/value group [q heads of the group | k | v] over the whole matrix, then split into
+        tp_size equal blocks; "gate_up" = every rank holds [its rows of gate ; its rows of up]; "none" = one part.
     group: for "qkv" (query heads per key/value group, head_dim), otherwise None.
     whole: name of the one Hugging Face module that holds all the parts (GPT-2's "c_attn"), otherwise None.
     """
@@ -65,10 +65,10 @@ class LinearLayout:
         return self.in_features * self.out_features
 
     def segments(self, tp_rank: int, tp_size: int) -> tuple[Segment, ...]:
-        """The rows of rank `tp_rank` in their local order; together they cover its rows exactly once.
+        """Return the rows of rank `tp_rank` in local order; the segments cover each of its rows exactly once.
 
-        With fewer key/value heads than ranks a block is cut inside a group, even inside a head, and may hold no row at
-        all of some part.
+        With fewer key/value heads than ranks a block can start inside a group or inside a head, and can hold no row of
+        some part.
         """
         assert 0 <= tp_rank < tp_size
         if self.kind == "row":
@@ -85,17 +85,17 @@ class LinearLayout:
         return tuple(segments)
 
     def local_shape(self, tp_size: int) -> tuple[int, int]:
-        """(rows, columns) of the weight on one rank."""
+        """Return (rows, columns) of the weight on one rank."""
         if self.kind == "column":
             return self.out_features // tp_size, self.in_features
         return self.out_features, self.in_features // tp_size
 
     def tensor_rows(self, path: str) -> int:
-        """Output features of the Hugging Face module at `path`, over all the parts that share it."""
+        """Return the output features of the Hugging Face module at `path`, summed over the parts that share it."""
         return sum(part.rows for part in self.parts if part.path == path)
 
     def _qkv_runs(self) -> tuple[Segment, ...]:
-        """The whole fused matrix as runs: for each key/value group its q heads, then its k head, then its v head."""
+        """Return the whole fused matrix as runs: for each key/value group its q heads, its k head, its v head."""
         assert self.group is not None, "a qkv layout has its group"
         queries_per_group, head_dim = self.group
         runs, start = [], 0
@@ -112,24 +112,24 @@ class Linear(LinearLayout):
     """A linear of a layer: its rows, its place in Megatron's layer, and its dropout stream.
 
     module: its path inside the layer ("self_attention.linear_qkv").
-    stream: number of its input among those of the layer, from which its masks are drawn. It is never given to another.
+    stream: number of its input within the layer, a key of its dropout masks. No two inputs of a layer share it.
     """
 
     module: str
     stream: int
 
     def module_of(self, layer: int) -> str:
-        """Megatron path of this linear in layer `layer`."""
+        """Return the Megatron path of this linear in layer `layer`."""
         return f"decoder.layers.{layer}.{self.module}"
 
     @property
     def in_attention(self) -> bool:
-        """Whether it belongs to attention; else to the MLP."""
+        """Return whether it belongs to attention; otherwise it belongs to the MLP."""
         return self.module.startswith("self_attention.")
 
 
 def _cut(runs: tuple[Segment, ...], start: int, length: int) -> tuple[Segment, ...]:
-    """The runs inside the global rows [start, start + length), with local_start counted from `start`."""
+    """Return the runs inside the global rows [start, start + length), with local_start counted from `start`."""
     pieces = []
     for run in runs:
         first = max(run.local_start, start)

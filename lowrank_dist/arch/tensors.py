@@ -1,7 +1,7 @@
-"""Every Megatron parameter of a rank and where it lies in a Hugging Face checkpoint, from the architecture's tables.
+"""The map from every Megatron parameter of a rank to tensors of a Hugging Face checkpoint, from the family tables.
 
-One list of copies serves both ways: loading runs it from the checkpoint to the shard, export and tests from the shard
-to the checkpoint. Pure: no file is opened and no tensor is made here.
+One list of copies serves both directions: loading copies from the checkpoint to the shard, export and tests from the
+shard to the checkpoint. Pure: no file is opened and no tensor is created here.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from lowrank_dist.arch.rows import LinearLayout
 class Copy:
     """local[local_index] equals hf[hf_index], transposed when `transposed` (GPT-2 stores [in, out]).
 
-    hf: tensor name in the checkpoint, with the base-model prefix (`Architecture.find` knows names without it).
+    hf: tensor name in the checkpoint, with the base-model prefix (`Architecture.find` also finds names without it).
     """
 
     hf: str
@@ -27,8 +27,8 @@ class Copy:
 class ParameterPlan:
     """One Megatron parameter of one rank: its local shape and the copies that fill it.
 
-    cut: tensor parallelism cuts it; else every rank has a copy.
-    zero_rows: rows from here on are vocabulary padding, which no copy covers; they are zero.
+    cut: tensor parallelism shards it; otherwise every rank has a copy.
+    zero_rows: rows from here on are vocabulary padding: zero, and covered by no copy.
     """
 
     shape: tuple[int, ...]
@@ -38,13 +38,13 @@ class ParameterPlan:
 
 
 def parameter_shapes(architecture: Architecture, tp_size: int, vocab_multiple: int) -> dict[str, tuple[int, ...]]:
-    """Local shape of every Megatron parameter, in loading order. The same on every tensor-parallel rank."""
+    """Return the local shape of each Megatron parameter, in loading order. All tensor-parallel ranks have the same."""
     rows = padded_vocab(architecture.vocab, vocab_multiple, tp_size)
     return {name: plan.shape for name, plan in copy_plans(architecture, 0, tp_size, rows).items()}
 
 
 def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Shape of every Hugging Face tensor that the model needs, by its name with the base-model prefix."""
+    """Return the shape of every Hugging Face tensor that the model needs, by its name with the base-model prefix."""
     shapes = {rule.hf: _shape(rule, architecture) for rule in architecture.tensors}
     for layer, kind in enumerate(architecture.layers):
         shapes |= {rule.hf.format(layer=layer): _shape(rule, architecture) for rule in kind.tensors}
@@ -60,14 +60,14 @@ def hf_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
 
 
 def module_paths(architecture: Architecture) -> frozenset[str]:
-    """The path of every module with weights in the Hugging Face model, the (possibly tied) lm_head included."""
+    """Return the path of every Hugging Face module with weights, the (possibly tied) lm_head included."""
     return frozenset(name.rpartition(".")[0] for name in hf_shapes(architecture)) | {"lm_head"}
 
 
 def copy_plans(
     architecture: Architecture, tp_rank: int, tp_size: int, padded_vocab_rows: int
 ) -> dict[str, ParameterPlan]:
-    """The plan of every Megatron parameter of rank `tp_rank`, by name, in the order of the layers.
+    """Return the plan of every Megatron parameter of rank `tp_rank`, by name, in the order of the layers.
 
     padded_vocab_rows: embedding rows over all ranks (`padded_vocab`), a multiple of tp_size.
     """
@@ -120,7 +120,7 @@ def _weight_plan(layout: LinearLayout, layer: int, conv1d: bool, tp_rank: int, t
 
 
 def _bias_plan(layout: LinearLayout, layer: int, tp_rank: int, tp_size: int) -> ParameterPlan:
-    """The bias of a row-parallel linear is replicated: it is added once, after the reduction."""
+    """Return the plan of a bias. A row-parallel bias is replicated: it is added once, after the reduction."""
     copies = (
         Copy(f"{path}.bias", (hf_rows,), (local_rows,))
         for path, hf_rows, local_rows in _row_runs(layout, layer, tp_rank, tp_size)
@@ -129,7 +129,7 @@ def _bias_plan(layout: LinearLayout, layer: int, tp_rank: int, tp_size: int) -> 
 
 
 def _row_runs(layout: LinearLayout, layer: int, tp_rank: int, tp_size: int) -> list[tuple[str, slice, slice]]:
-    """(Hugging Face module path, its rows, local rows) of each segment of a rank."""
+    """Return (Hugging Face module path, its rows, local rows) for each segment of a rank."""
     runs = []
     for segment in layout.segments(tp_rank, tp_size):
         part = layout.parts[segment.part]
