@@ -1,1 +1,1 @@
-"""Operators: each file holds the wrapper and, beside it, the plain PyTorch that defines it."""
+"""Operators: each file holds the wrappers and, beside each, its definition in plain PyTorch."""

@@ -1,7 +1,7 @@
-"""The compiled operators (csrc/): found, loaded, and chosen or not for a tensor.
+"""The loader of the compiled operators (csrc/), and the choice between them and plain PyTorch.
 
-The only module that knows where the shared objects lie. An operator runs the compiled implementation of its device, or
-the plain PyTorch that defines it.
+This is the only module that knows the paths of the shared objects. An operator runs the compiled implementation for its
+device, or its definition in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowrank_dist.errors import UserError
 
-# The schemas and the CPU operators; the CUDA operators, which need the schemas.
+# LIBRARY holds the schemas and the CPU operators. CUDA_LIBRARY holds the CUDA operators, which need the schemas.
 LIBRARY = Path(__file__).with_name("_C.abi3.so")
 CUDA_LIBRARY = Path(__file__).with_name("_C_cuda.abi3.so")
 INSTALL = "pip install --no-build-isolation --no-deps -e ."
@@ -27,25 +27,25 @@ _plain = False
 
 @cache
 def why_not() -> str | None:
-    """Return why the compiled operators are missing, or None where `torch.ops.lowrank_dist` is there. Loaded once."""
+    """Load the CPU operators once. Return why they are missing, or None where `torch.ops.lowrank_dist` exists."""
     return _load(LIBRARY, _HOW)
 
 
 @cache
 def why_not_cuda() -> str | None:
-    """Return the same for the CUDA operators."""
+    """Load the CUDA operators once. Return why they are missing, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build; {_HOW_CUDA} builds them"
     return why_not() or _load(CUDA_LIBRARY, _HOW_CUDA)
 
 
 def extension_loaded() -> bool:
-    """Return whether the schemas and the CPU operators are there."""
+    """Return whether the schemas and the CPU operators are loaded."""
     return why_not() is None
 
 
 def cuda_extension_loaded() -> bool:
-    """Return whether the CUDA operators are there. Loading them starts nothing on a GPU."""
+    """Return whether the CUDA operators are loaded. Loading them starts nothing on a GPU."""
     return why_not_cuda() is None
 
 
@@ -57,7 +57,7 @@ def demand(device: str) -> None:
 
 
 def describe(device: str) -> str:
-    """Return a line on what `device` ("cpu" or "cuda") computes the low-rank path with."""
+    """Return a line that names the operators of the low-rank path on `device` ("cpu" or "cuda")."""
     reason = why_not_on(device)
     if reason is not None:
         return f"plain PyTorch operators for {device}: {reason}"
@@ -65,12 +65,12 @@ def describe(device: str) -> str:
 
 
 def cpu_capability() -> str | None:
-    """Return the instruction set whose build of the CPU operators runs, or None where they are missing."""
+    """Return the instruction set of the CPU operators that run here, or None where they are missing."""
     return torch.ops.lowrank_dist.cpu_capability() if extension_loaded() else None
 
 
 def why_not_on(device: str) -> str | None:
-    """Return why the compiled operators for `device` ("cpu" or "cuda") are missing, or None."""
+    """Return why the compiled operators for `device` ("cpu" or "cuda") are missing, or None where they are loaded."""
     return {"cpu": why_not, "cuda": why_not_cuda}[device]()
 
 
@@ -85,13 +85,13 @@ def _load(library: Path, how: str) -> str | None:
 
 
 def use_plain(plain: bool) -> None:
-    """Run every operator as plain PyTorch from now on, or the compiled ones again (engine.kernels)."""
+    """Switch all operators to plain PyTorch, or back to the compiled ones (engine.kernels)."""
     global _plain
     _plain = plain
 
 
 def compiled(tensor: Tensor) -> bool:
-    """Return whether the compiled operators take this tensor. The log names a missing device once."""
+    """Return whether the compiled operators run on this tensor. Log once per device where they are missing."""
     return not _plain and _available(tensor.device.type)
 
 

@@ -1,17 +1,18 @@
-"""The large products with frozen weights, alone and with the low-rank product into one output.
+"""The large products with frozen weights, alone or with the low-rank product added to the same output.
 
-    Y = X·Wᵀ + bias                 `linear`, on whichever library multiplies fastest
+    Y = X·Wᵀ + bias                 `linear`, on the fastest library
     Y = X·Wᵀ + bias + U·Bᵀ          `adapted`
     dX = dY·W + m ⊙ (dU·A)          `adapted_grad_x`
 
-In fp32 on a CPU torch.mm goes to MKL, which runs its AVX2 kernels on processors that are not Intel's; oneDNN, which is
-in every x86 build of torch, uses AVX-512 wherever it is: 240 against 106 GFLOP/s a core on an AMD EPYC of family 26, on
-the same plain layout and to the same accuracy (docs/LOG.md). bf16 goes to oneDNN either way, CUDA to cuBLAS.
+In fp32 on a CPU, torch.mm calls MKL, which runs its AVX2 kernels on processors not made by Intel. oneDNN is in every
+x86 build of torch and uses AVX-512 wherever the processor has it: 240 against 106 GFLOP/s a core on an AMD EPYC of
+family 26, on the same plain layout and to the same accuracy (docs/LOG.md). bf16 goes to oneDNN either way, CUDA to
+cuBLAS.
 
-On CUDA the thin product is written first and the frozen one adds to it (beta = 1): the large GEMM is bound by its
-arithmetic, so what its epilogue reads costs little, while a thin product that comes second would read and write the
-output in a pass of its own. The thin term is then rounded before the sum, where the frozen one would be. On a CPU
-oneDNN's fp32 product has no beta, and the thin one comes second.
+On CUDA the low-rank product is written first and the frozen GEMM adds to it (beta = 1). The frozen GEMM is compute
+bound, so the read in its epilogue costs little; a low-rank product in second place would read and write the output in
+an extra pass. In this order the low-rank term is rounded before the sum, in the other order the frozen one. On a CPU
+oneDNN's fp32 product has no beta, so the low-rank product comes second.
 
 Legend: T tokens, K inputs, O outputs, R = Σ r.
 """
@@ -35,7 +36,7 @@ def linear_ref(x_TK: Tensor, weight_OK: Tensor, bias: Tensor | None = None) -> T
 def linear(x_TK: Tensor, weight_OK: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return X·Wᵀ + bias: [T, K], [O, K] → [T, O], contiguous. Any strides; no autograd.
 
-    With `weight.t()` as the weight it is the product with W itself, dX = dY·W.
+    dX = dY·W is the same call with `weight.t()` as the weight.
     """
     if _onednn_is_faster(x_TK, weight_OK):
         # The operator that torch.compile emits for a linear on CPUs; the last three arguments are its fused activation.
@@ -44,7 +45,7 @@ def linear(x_TK: Tensor, weight_OK: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def linear_into(out_TO: Tensor, x_TK: Tensor, weight_OK: Tensor) -> None:
-    """Write X·Wᵀ into `out` [T, O], which may be columns of a wider message."""
+    """Write X·Wᵀ into `out` [T, O], which may be a slice of the columns of a wider message."""
     if x_TK.device.type == "cpu":
         out_TO.copy_(linear(x_TK, weight_OK))
     else:
@@ -54,7 +55,7 @@ def linear_into(out_TO: Tensor, x_TK: Tensor, weight_OK: Tensor) -> None:
 def _onednn_is_faster(x: Tensor, weight: Tensor) -> bool:
     if x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    # A weight that is not dense in one of the two orders falls to oneDNN's reference loop, a thousand times slower.
+    # A weight that is dense in neither order runs in oneDNN's reference loop, a thousand times slower.
     dense = weight.is_contiguous() or weight.t().is_contiguous()
     return dense and x.numel() > 0 and weight.numel() > 0
 

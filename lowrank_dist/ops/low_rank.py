@@ -1,20 +1,20 @@
-"""The products of the low-rank path, each with the plain PyTorch that defines it.
+"""The products of the low-rank path, each with its definition in plain PyTorch.
 
     U = (m ⊙ X) · Aᵀ         `down`       X [T, K], A [R, K] → U [T, R]
-    Y += m ⊙ (U · A)         `expand`     dX += m ⊙ (dU·A), with the mask of the forward pass, made again
+    Y += m ⊙ (U · A)         `expand`     dX += m ⊙ (dU·A), with the mask of the forward pass, drawn again
     dA = dUᵀ · (m ⊙ X)       `grad_a`     dU [T, R], X [T, K] → dA [R, K] in fp32
     Y += U · Bᵀ              `up`         and its gradients `up_grad_u` and `up_grad_b`
 
-A is the stack of the factors that share an input (q, k, v; gate, up), with s/(1 − p) folded in; the caller applies it
-to dA. Hu et al., "LoRA" (2021), eq. 3. Each reads its large operand once. The mask is made where it is used and
-never stored.
+A is the stack of the factors that share an input (q, k, v; gate, up), with s/(1 − p) folded in; the caller multiplies
+dA by it. Hu et al., "LoRA" (2021), eq. 3. Each operator reads its large operand once. The mask is drawn where it is
+used and never stored.
 
-B is block-diagonal and comes transposed, Bᵀ [R, O]. On a CPU the three operators of A do its products, block by block,
-so that B's zeros are not multiplied. On CUDA they are memory bound and cuBLAS multiplies the zeros for nothing; dB
-leaves it in fp32.
+B is block-diagonal and is passed transposed, Bᵀ [R, O]. On a CPU its products run block by block on the three operators
+of A, so that B's zeros are not multiplied. On CUDA cuBLAS computes them: they are memory bound, so multiplying the
+zeros costs nothing. cuBLAS writes dB in fp32.
 
-Legend: T tokens, K features, O outputs, R = Σ r; blocks: quadruples (first column, columns, first rank, ranks) of the
-non-zeros of A or Bᵀ, empty where it is dense.
+Legend: T tokens, K features, O outputs, R = Σ r. blocks: quadruples (first column, number of columns, first row, number
+of rows) of the non-zero blocks of A or Bᵀ; empty where the matrix is dense.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def down_ref(x_TK: Tensor, a_RK: Tensor, mask: Mask | None = None) -> Tensor:
 
 
 def down(out_TR: Tensor, x_TK: Tensor, a_RK: Tensor, mask: Mask | None = None, blocks: Sequence[int] = ()) -> None:
-    """Write (m ⊙ X)·Aᵀ into `out` [T, R], which may be columns of a wider message (unit inner stride).
+    """Write (m ⊙ X)·Aᵀ into `out` [T, R], which may be a slice of the columns of a wider message (unit inner stride).
 
-    One dtype for all (fp64, fp32, bf16, fp16), any strides of x and a; sums in fp32 (fp64), rounded once. A is zero
-    outside `blocks`. No autograd.
+    All tensors have one dtype (fp64, fp32, bf16, fp16); x and a may have any strides. Sums are in fp32 (fp64 for fp64)
+    and rounded once. A is zero outside `blocks`. No autograd.
     """
     if compiled(x_TK):
         torch.ops.lowrank_dist.down(out_TR, x_TK, a_RK, blocks, *counters(mask))
@@ -58,11 +58,11 @@ def expand(
     blocks: Sequence[int] = (),
     accumulate: bool = True,
 ) -> None:
-    """Add m ⊙ (U·A) to `out` [T, K] in place; `out` may be columns of a wider message (unit inner stride).
+    """Add m ⊙ (U·A) to `out` [T, K], which may be a slice of the columns of a wider message (unit inner stride).
 
-    Without `accumulate`, `out` is written and not read: it may be uninitialised.
-    One dtype for all (fp64, fp32, bf16, fp16), any strides of u and a; the product in fp32 (fp64), one rounding after
-    the sum with `out`. A is zero outside `blocks`. No autograd.
+    Without `accumulate`, `out` is overwritten and may be uninitialised.
+    All tensors have one dtype (fp64, fp32, bf16, fp16); u and a may have any strides. The product and the sum with
+    `out` are in fp32 (fp64 for fp64) and rounded once. A is zero outside `blocks`. No autograd.
     """
     if compiled(out_TK):
         torch.ops.lowrank_dist.expand(out_TK, u_TR, a_RK, accumulate, blocks, *counters(mask))
@@ -76,10 +76,10 @@ def grad_a_ref(du_TR: Tensor, x_TK: Tensor, mask: Mask | None = None) -> Tensor:
 
 
 def grad_a(du_TR: Tensor, x_TK: Tensor, mask: Mask | None = None, blocks: Sequence[int] = ()) -> Tensor:
-    """Return dUᵀ·(m ⊙ X): [T, R], [T, K] → [R, K], fp32 (fp64 for fp64), accumulated in it over all rows.
+    """Return dUᵀ·(m ⊙ X): [T, R], [T, K] → [R, K] in fp32 (fp64 for fp64).
 
-    Bitwise repeatable whatever the number of threads: the order of the sums follows from the shapes. Outside
-    `blocks` the result is undefined.
+    The compiled operator sums over all rows in that dtype. It is bitwise repeatable for any number of threads: the
+    shapes alone fix the order of the sums. Outside `blocks` the result is undefined.
     """
     wide = torch.float64 if x_TK.dtype == torch.float64 else torch.float32
     if not compiled(x_TK):
@@ -98,7 +98,7 @@ def up(y_TO: Tensor, u_TR: Tensor, bt_RO: Tensor, blocks: Sequence[int]) -> None
 
 
 def up_grad_u(out_TR: Tensor, dy_TO: Tensor, bt_RO: Tensor, blocks: Sequence[int]) -> None:
-    """Write dU = dY·B into `out` [T, R], which may be columns of a wider message."""
+    """Write dU = dY·B into `out` [T, R], which may be a slice of the columns of a wider message."""
     if dy_TO.device.type == "cpu":
         down(out_TR, dy_TO, bt_RO, None, blocks)
     else:

@@ -1,4 +1,4 @@
-"""The dropout mask of the low-rank path: a function of what an element is, never of where, when or on how many ranks.
+"""The dropout mask of the low-rank path: it depends on seed, step, token and feature, and not on the sharding.
 
     m(t,k) = [draw16(t,k) >= threshold],    X̃ = m ⊙ X / (1 − threshold/65536)
 
@@ -7,7 +7,7 @@ The key is (seed, step), the counter (f >> 3, row mod 2^32, row >> 32, stream) w
 words of a block are eight 16-bit draws, the low half of a word first, and f & 7 picks one.
 
 The mask is binary: operators select with it, and 1/(1 − p) is folded into A with the scale of the factor. A dropped
-element contributes nothing, whatever it is; an infinity or a NaN of X still reaches Y through the frozen product.
+element contributes nothing, even if it is infinite or NaN; such an X still reaches Y through the frozen product.
 
 Legend: T tokens, K features on this rank, G blocks of eight features.
 """
@@ -25,10 +25,10 @@ _ROUNDS = 7
 
 
 def quantise(p: float) -> int:
-    """The threshold for dropout probability p in [0, 1]: p in units of 1/65536, rounded. ValueError outside.
+    """Return the threshold for dropout probability p in [0, 1]: p in units of 1/65536, rounded.
 
-    The probability that is used, here and in the 1/(1 − p) that keeps the mean, is threshold/65536. A p below 1 that
-    would round to 1 is refused: it would drop everything in silence.
+    The effective probability is threshold/65536, also in the factor 1/(1 − p) that keeps the mean. Raises ValueError
+    for p outside [0, 1], and for p below 1 that would round to 1 and silently drop everything.
     """
     if not 0 <= p <= 1 or (p < 1 and round(p * LEVELS) == LEVELS):
         raise ValueError(f"dropout probability {p} is neither in [0, 1 - 1/131072) nor 1")
@@ -37,11 +37,11 @@ def quantise(p: float) -> int:
 
 @dataclass(frozen=True)
 class Mask:
-    """A mask in the only form in which it is ever held: the counters that make it again.
+    """A dropout mask, stored as the counters from which it is drawn.
 
-    rows: int64 ≥ 0 [T], the name of each token; key: int64 [2], (seed, step), both on the device that computes, so that
-    a captured CUDA graph draws the mask of the step that it finds there. stream and key count modulo 2^32.
-    threshold: 1 to 65536; feature_offset: the global index of the first feature.
+    rows: int64 ≥ 0 [T], the number of each token. key: int64 [2], (seed, step). Both are on the computing device, so
+    that a captured CUDA graph draws the mask of the step that is stored there. stream and key are taken modulo 2^32.
+    threshold: 1 to 65536. feature_offset: the global index of the first feature.
     """
 
     rows: Tensor
@@ -56,7 +56,7 @@ class Mask:
         return LEVELS / (LEVELS - self.threshold) if self.threshold < LEVELS else 0.0
 
     def keep(self, features: int) -> Tensor:
-        """m in plain PyTorch, the definition: bool [T, features] on the device of `rows`."""
+        """Return m, defined in plain PyTorch: bool [T, features] on the device of `rows`."""
         first = self.feature_offset // 8
         blocks_G = torch.arange(first, (self.feature_offset + features + 7) // 8, device=self.rows.device)
         draws = _draws(blocks_G, self.rows, self.key & _MASK32, self.stream & _MASK32)
@@ -64,19 +64,19 @@ class Mask:
         return draws[:, skip : skip + features] >= self.threshold
 
     def select(self, x_TK: Tensor) -> Tensor:
-        """m ⊙ x in plain PyTorch: [T, K] → [T, K]."""
+        """Return m ⊙ x in plain PyTorch: [T, K] → [T, K]."""
         return x_TK.masked_fill(~self.keep(x_TK.shape[1]), 0)
 
 
 def counters(mask: Mask | None) -> tuple[Tensor | None, Tensor | None, int, int, int]:
-    """The last arguments of the compiled operators: rows, key, stream, threshold (0 for none), feature_offset."""
+    """Return the last arguments of a compiled operator: rows, key, stream, threshold (0: no mask), feature_offset."""
     if mask is None:
         return None, None, 0, 0, 0
     return mask.rows, mask.key, mask.stream & _MASK32, mask.threshold, mask.feature_offset
 
 
 def _draws(blocks_G: Tensor, rows_T: Tensor, key: Tensor, stream: int) -> Tensor:
-    """The 16-bit draws of every feature of the blocks: int64 [T, 8G]."""
+    """Return the 16-bit draws of every feature of the blocks: int64 [T, 8G]."""
     shape = (rows_T.shape[0], blocks_G.shape[0])
     counter = [
         (blocks_G & _MASK32).expand(shape),
@@ -89,7 +89,7 @@ def _draws(blocks_G: Tensor, rows_T: Tensor, key: Tensor, stream: int) -> Tensor
 
 
 def _philox4x32(counter: list[Tensor], key: Tensor, rounds: int = _ROUNDS) -> list[Tensor]:
-    """Four int64 tensors that hold 32-bit words → four more, under the key's two words."""
+    """Return four output words for a counter of four words under the key's two words (32-bit words in int64)."""
     c0, c1, c2, c3 = counter
     key0, key1 = key[0], key[1]
     for _ in range(rounds):
@@ -101,7 +101,7 @@ def _philox4x32(counter: list[Tensor], key: Tensor, rounds: int = _ROUNDS) -> li
 
 
 def _multiply32(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """The high and the low word of a 32×32-bit product. By halves, since int64 holds no unsigned 64-bit number."""
+    """Return the high and low word of a 32×32-bit product, by halves: int64 cannot hold an unsigned 64-bit number."""
     low = a * (b & 0xFFFF)
     middle = a * (b >> 16) + (low >> 16)
     return middle >> 16, (middle & 0xFFFF) << 16 | low & 0xFFFF
