@@ -77,7 +77,7 @@ def find_config(what: str) -> Path:
 
 
 def declared_dtype(values: Mapping[str, Any]) -> Literal["fp32", "bf16"]:
-    """Return the element type in which a config.json says its weights run; fp32 by default. fp16 runs as bf16."""
+    """Return the element type that a config.json declares for its weights, by default fp32. fp16 runs as bf16."""
     for key in ("dtype", "torch_dtype"):
         if isinstance(name := values.get(key), str):
             return _DTYPES.get(name, "fp32")

@@ -1,1 +1,1 @@
-"""The ways to fine-tune: low-rank updates, and their rivals on the same model, sharding, data and loop."""
+"""The fine-tuning methods: low-rank updates and the methods compared with them, on the same model, data and loop."""

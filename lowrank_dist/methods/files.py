@@ -1,4 +1,4 @@
-"""A method's folders, checkpoints and adapters: how they are written, and what others ask of them. No Megatron."""
+"""The interface to a method's folders (checkpoints and adapters): write, recognise, inspect, publish. No Megatron."""
 
 from __future__ import annotations
 
@@ -21,22 +21,21 @@ from lowrank_dist.formats.provenance import PROVENANCE_FILE
 from lowrank_dist.formats.report import Report
 from lowrank_dist.sections.section import MethodSection
 
-# PEFT's names, which all methods that it has write.
+# PEFT's file names, used by every method that PEFT has too.
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
-# The programs that an adapter can be exported for.
+# The programs for which an adapter can be exported.
 VLLM, LLAMA_CPP = "vLLM", "llama.cpp"
 TARGETS = (VLLM, LLAMA_CPP)
 
 
 class TrainedFiles(Protocol):
-    """Writes what a method trained into a folder, as those read it who have no use for an optimiser's state.
+    """The writer of a method's trained weights into a folder, without optimizer state.
 
-    It is given every tensor of Θ, by its stored name, in fp32, one after the other, and told when it has them all.
-    `finish` raises UserError for what no one may take for trained weights: nothing, NaN or infinity, and where they
-    were trained no change.
+    `put` is called once for every tensor of Θ, in fp32, with its stored name; then `finish` once. Either raises
+    UserError for unusable weights: none, NaN or infinity, or, where they were trained, weights that change nothing.
     """
 
     def put(self, name: str, tensor: Tensor) -> None: ...
@@ -45,7 +44,7 @@ class TrainedFiles(Protocol):
 
 
 class Collected:
-    """Keeps every tensor, and hands them to `write` at the end."""
+    """The `TrainedFiles` that keeps every tensor and passes all of them to `write` at the end."""
 
     def __init__(self, write: Callable[[Mapping[str, Tensor]], None]) -> None:
         self._write = write
@@ -60,9 +59,10 @@ class Collected:
 
 @dataclass(frozen=True)
 class Published:
-    """An adapter to publish. files: those to copy, unchanged, out of its folder. card: text of its model card.
+    """An adapter to publish. files: files of its folder to copy unchanged. card: the text of its model card.
 
-    write: writes those that differ from the files in its folder into another. notes: what was changed, in a line each.
+    write: writes the files that differ from those of its folder into another folder. notes: lines for the user, such as
+    what was changed.
     """
 
     files: tuple[str, ...]
@@ -73,7 +73,7 @@ class Published:
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that a trained folder is held against."""
+    """The base model with which a trained folder is compared."""
 
     folder: Path
     architecture: Architecture
@@ -82,10 +82,10 @@ class Base:
 
 @dataclass(frozen=True)
 class Inspected:
-    """The findings that an inspection of a method's own files hands on.
+    """The result of inspecting a method's own files.
 
-    base: the base model that they name. require_fit: adds to the report, or raises UserError for, what does not fit a
-    base; None where there is nothing to hold against it.
+    base: the base model that they name. require_fit: compares them with a base; mismatches are added to the report or
+    raised as UserError. None where there is nothing to compare.
     """
 
     base: str | None = None
@@ -93,23 +93,23 @@ class Inspected:
 
 
 class MethodFiles(ABC):
-    """The folders of one method. published: files that are the adapter; none where the folder is a whole model."""
+    """The folders of one method. published: the files that make up the adapter; empty for a whole model."""
 
     published: ClassVar[tuple[str, ...]]
 
     @abstractmethod
     def wrote(self, folder: Path) -> bool:
-        """Return whether the method wrote the folder, told by its files alone."""
+        """Return whether the method wrote the folder, judging by its files."""
 
     @abstractmethod
     def refuse_merge(self, folder: Path) -> None:
-        """Raise UserError for a folder that cannot be folded into the weights of a base."""
+        """Raise UserError for a folder that cannot be merged into the weights of a base."""
 
     @abstractmethod
     def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
-        """Return what to publish of a folder under `name`; `target` and `max_rank` as in `checkpoint.folder.export`.
+        """Return the parts of a folder to publish as `name`; `target` and `max_rank` as in `checkpoint.folder.export`.
 
-        Raises UserError for what is not exported, what the reader refuses and what the target would not serve right.
+        Raises UserError for a folder that is not exported, that the reader refuses or that `target` cannot serve.
         """
 
     @abstractmethod
@@ -117,24 +117,24 @@ class MethodFiles(ABC):
         """Add facts, tables, warnings and problems of the method's own files to the report."""
 
     def notes(self, folder: Path) -> list[str]:
-        """Return a line for each thing that the folder's own config says and that is not applied."""
+        """Return the lines about keys of the folder's config that are not applied."""
         return []
 
     def complete(self, section: MethodSection, base: Path) -> MethodSection:
-        """Return the method's section with what the adapter says that training starts from.
+        """Return the section, completed from the adapter that training starts from, if it names one.
 
-        Raises UserError where that adapter cannot be read, or fits neither the base nor the section.
+        Raises UserError where that adapter cannot be read, or does not fit the base or the section.
         """
         return section
 
 
 def any_there(folder: Path, names: Iterable[str]) -> bool:
-    """Return whether the folder has one of the files, be it a link that leads nowhere."""
+    """Return whether the folder has one of the files; a dangling link counts."""
     return any(os.path.lexists(folder / name) for name in names)
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """Return the path of a file of the folder. Raises UserError where it is missing, and as `own` does."""
+    """Return the path of a file of the folder. Raises UserError where it is missing or where `own` refuses it."""
     path = folder / name
     if not path.is_file():
         pickle = folder / PICKLE_FILE
@@ -152,12 +152,12 @@ def own_file(folder: Path, name: str) -> Path:
 
 
 def norm(tensors: Iterable[Tensor]) -> float:
-    """Return the Frobenius norm over all of them, in fp64."""
+    """Return the Frobenius norm of all tensors together, in fp64."""
     return math.sqrt(sum(torch.linalg.vector_norm(tensor.double()).item() ** 2 for tensor in tensors))
 
 
 def no_update(folder: Path, what: str) -> UserError:
-    """Return the refusal to merge what is no low-rank update; `what` it is, and why no weight takes it up."""
+    """Return the error for a merge of something other than a low-rank update. what: its kind, and why it cannot."""
     return UserError(
         f"{folder} is {what}: it cannot be merged, only low-rank updates (method lora) can. Give it to "
         "lowrank-dist generate or evaluate with --adapter"
@@ -165,7 +165,7 @@ def no_update(folder: Path, what: str) -> UserError:
 
 
 def not_served(source: Path, what: str, target: str) -> UserError:
-    """Return the refusal to export for one of TARGETS anything but a LoRA adapter."""
+    """Return the error for an export for one of TARGETS of anything but a LoRA adapter. what: its kind."""
     return UserError(
         f"{source} is not exported for {target}: it is {what}, and of adapters {target} serves LoRA alone; leave --for "
         "out, or train with method lora"

@@ -1,4 +1,4 @@
-"""The method as the engine asks for it, and the setting that a run gives to it."""
+"""The interface between engine and method, and the settings that a run passes to any method."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lowrank_dist.sections.section import MethodName, MethodSection
 
 
 class Method(Protocol):
-    """One way to fine-tune, known from configuration and architecture before anything is loaded.
+    """One fine-tuning method, built from configuration and architecture before the model is loaded.
 
-    virtual: positions that it takes from every sequence. lead: ids put before every sample, beyond the vocabulary, for
-    trained input embeddings. published: files of a checkpoint that are what others load; none where the checkpoint
-    itself is a model. summary: one line on what is trained.
+    virtual: number of virtual positions in every sequence. lead: ids beyond the vocabulary, put before every sample,
+    for trained input embeddings. published: files of a checkpoint that make up the adapter; empty where the checkpoint
+    is a whole model. summary: one line on what is trained.
     """
 
     virtual: int
@@ -31,23 +31,23 @@ class Method(Protocol):
     def summary(self) -> str: ...
 
     def attach(self, model: CausalLM, topology: Topology, *, resumed: bool) -> Theta:
-        """Give the frozen model what is trained, initialised alike at every tensor-parallel size.
+        """Add the trained parameters to the frozen model and return them as Θ. Collective.
 
-        resumed: the values will come from a checkpoint. Collective.
+        Initial values are the same at every tensor-parallel size. resumed: a checkpoint will replace them.
         """
         ...
 
     def files(self, folder: Path, provenance: Provenance, *, trained: bool) -> TrainedFiles:
-        """Writes what was trained into a folder that exists.
+        """Return the writer of the trained weights into an existing folder.
 
-        trained: a step has changed Θ, so that values that change nothing are an error.
+        trained: a step has been taken, so weights that change nothing are an error.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The setting that a run gives to any method, beside the method's own section of its config.
+    """The settings of a run that any method gets, in addition to its own section of the config.
 
     base: folder of the base model. seed: train.seed. max_length: data.max_length. lanes: engine.lanes.
     """
@@ -60,19 +60,19 @@ class Setting:
 
 
 class Tuner(Protocol):
-    """The functions of the module `method` of every home."""
+    """The functions that the module `method` of every method's folder has."""
 
     def build(self, section: MethodSection, setting: Setting, architecture: Architecture) -> Method:
-        """Return the method for a model, which need not be loaded.
+        """Return the method for an architecture; the model need not be loaded.
 
-        Raises UserError where it leaves no room for a sample, and as each method does.
+        Raises UserError where virtual positions leave no room for a sample, and as each method documents.
         """
         ...
 
     def attach_trained(self, model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
-        """Give the model in `base` what the method trained into `folder`, for decoding.
+        """Attach the trained weights in `folder` to the model, which was loaded from `base`, for decoding.
 
-        Raises UserError for what the reader refuses, for something that was trained on another base (by fingerprint,
-        where it has one), and for modules or shapes that this model does not have.
+        Raises UserError for a folder that the reader refuses, for one trained on another base (by fingerprint, where it
+        has one), and for modules or shapes that this model does not have.
         """
         ...

@@ -1,7 +1,7 @@
 """Prefixes and prompts as PEFT folders: adapter_config.json and one tensor, `prompt_embeddings`.
 
-Layout of PEFT 0.21 (`peft_model.get_prompt`): a prompt is [l, H]; a prefix [l, 2·L·G·d], of each layer its keys and
-then its values. Legend: l virtual positions, L layers, G key/value heads, d head width, H hidden.
+Layout of PEFT 0.21 (`peft_model.get_prompt`): a prompt is [l, H]; a prefix is [l, 2·L·G·d], layer by layer keys, then
+values. Legend: l virtual positions, L layers, G key/value heads, d head width, H hidden.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ KEYS = KeyRule(
         "peft_type base_model_name_or_path num_virtual_tokens token_dim num_transformer_submodules "
         "num_attention_heads num_layers".split()
     ),
-    # PEFT saves what the MLP of a prefix makes.
+    # prefix_projection: PEFT saves the output of the MLP of a prefix.
     without_effect=frozenset(
         "prefix_projection task_type auto_mapping peft_version revision inference_mode encoder_hidden_size "
         "init_weights prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()
@@ -59,9 +59,10 @@ KEYS = KeyRule(
 
 @dataclass(frozen=True)
 class PromptLearning:
-    """kind: PEFT's name of the method. embeddings: [l, width] in fp32. The rest describes the base, as PEFT asks.
+    """A trained prefix or prompt. kind: PEFT's name of the method. embeddings: [l, width] in fp32.
 
-    heads: key/value heads for a prefix. token_dim: G·d for a prefix, H for a prompt.
+    The other fields describe the base, as PEFT requires. heads: key/value heads for a prefix, attention heads for a
+    prompt. token_dim: G·d for a prefix, H for a prompt.
     """
 
     kind: Kind
@@ -73,7 +74,7 @@ class PromptLearning:
 
 
 def write_prompt_learning(folder: Path, learned: PromptLearning, provenance: Provenance) -> None:
-    """Write the three files into a folder that exists. UserError for NaN or infinity."""
+    """Write the three files into an existing folder. Raises UserError for NaN or infinity."""
     if not torch.isfinite(learned.embeddings).all():
         raise UserError(
             f"{target_of(folder)} is not written: {_TENSOR} holds NaN or infinity; lower train.lr or resume earlier"
@@ -99,10 +100,10 @@ def write_prompt_learning(folder: Path, learned: PromptLearning, provenance: Pro
 
 
 def read_prompt_learning(folder: Path) -> PromptLearning:
-    """Read a PREFIX_TUNING or PROMPT_TUNING folder of PEFT's or ours.
+    """Read a PREFIX_TUNING or PROMPT_TUNING folder, written by PEFT or by this project.
 
-    Raises UserError, naming file and key, for one that is incomplete, whose parts do not fit together, or which keeps
-    its MLP (prefix_projection) beside or in place of the keys and values.
+    Raises UserError, with file and key, for a folder that is incomplete or inconsistent, and for a prefix whose file
+    holds its MLP (prefix_projection) in addition to the keys and values or in place of them.
     """
     if is_checkpoint(folder):
         verify_manifest(folder)
@@ -144,7 +145,7 @@ def read_prompt_learning(folder: Path) -> PromptLearning:
 
 
 def require_fit(folder: Path, learned: PromptLearning, architecture: Architecture) -> None:
-    """Raise UserError where the model has other sizes than the one that was trained, or no positions to spare."""
+    """Raise UserError where the model's sizes differ from the trained one's, or it has too few positions."""
     where, length = folder / CONFIG_FILE, learned.embeddings.size(0)
     if learned.kind == "PREFIX_TUNING":
         expected = len(architecture.layers), architecture.kv_heads, architecture.kv_heads * architecture.head_dim
@@ -179,7 +180,7 @@ def _text(config: dict[str, Any], key: str, folder: Path) -> str:
 
 @dataclass(frozen=True)
 class PromptLearningFiles(MethodFiles):
-    """The folders of one of the two methods. name: of the method; tag: on the Hub; merging: why it cannot be merged."""
+    """The folders of prefix or prompt. name: the method's name. tag: its Hub tag. merging: why it cannot be merged."""
 
     kind: Kind
     name: str
@@ -193,7 +194,7 @@ class PromptLearningFiles(MethodFiles):
             return False
         try:
             return _text(_config(folder), "peft_type", folder) == self.kind
-        except UserError:  # which the reader of a LoRA adapter says as well
+        except UserError:  # the LoRA reader raises the same error
             return False
 
     def notes(self, folder: Path) -> list[str]:

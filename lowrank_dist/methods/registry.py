@@ -1,7 +1,7 @@
-"""The table of methods: names, config sections and homes. To add a method, add its folder and a row.
+"""The table of methods: names, config sections and folders of code. To add a method, add its folder and a row.
 
-Imports no torch. What a home does with files comes with torch, how it trains with Megatron: both are imported when
-they are asked for.
+Imports no torch. The file code of a method imports torch and its training code Megatron; both are imported on first
+use.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Sizes of the methods that a plan puts beside its own.
+    """Sizes of the methods with which a plan compares its own.
 
-    rank: of factors on every linear. bottleneck: m. virtual: positions of prefix and prompt. reparametrised: width of
-    the prefix' MLP, None for none.
+    rank: r of the factors on every linear. bottleneck: m. virtual: virtual positions of prefix and prompt.
+    reparametrised: width of the prefix's MLP, None for none.
     """
 
     rank: int = 8
@@ -36,7 +36,7 @@ class Sizes:
 
 
 class Footprints(Protocol):
-    """The functions of the module `footprint` of every home."""
+    """The functions that the module `footprint` of every method's folder has."""
 
     def footprint_of(self, method: MethodName, section: MethodSection, architecture: Architecture) -> Footprint:
         """Return the footprint of a run. Raises UserError where the section does not fit the model."""
@@ -45,15 +45,15 @@ class Footprints(Protocol):
     def footprints_of_size(
         self, method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int
     ) -> Sequence[Footprint]:
-        """Return the footprints at these sizes, one for each way to lie on `tensor` ranks."""
+        """Return the footprints at these sizes, one for each placement on `tensor` ranks."""
         ...
 
 
 @dataclass(frozen=True)
 class Home:
-    """The home of the methods `names`. section: of the config, if they have one.
+    """The folder of code that implements the methods `names`. section: their section of the config, or None.
 
-    folder: of this room. written: the MethodFiles, as module:object.
+    folder: its name inside this package. written: the MethodFiles, as module:object.
     """
 
     folder: str
@@ -63,22 +63,22 @@ class Home:
 
     @property
     def files(self) -> MethodFiles:
-        """The method's folders: recognised, published, inspected. Imports torch, but no Megatron."""
+        """The MethodFiles of the method. Imports torch, but not Megatron."""
         return resolve_name(f"{__package__}.{self.written}")
 
     @property
     def footprint(self) -> Footprints:
-        """What the method trains, stores, computes and sends, in closed formulas. Imports no torch."""
+        """The module that computes the method's parameters, memory, FLOPs and messages. Imports no torch."""
         return resolve_name(f"{__package__}.{self.folder}.footprint")
 
     @property
     def tuner(self) -> Tuner:
-        """How the method is attached to a model. Imports Megatron."""
+        """The module that builds the method and attaches it to a model. Imports Megatron."""
         return resolve_name(f"{__package__}.{self.folder}.method")
 
 
-# In the order in which they are asked whether a folder is theirs: LoRA takes every PEFT folder that is no other's, and
-# a checkpoint of any method but full fine-tuning has no config.json.
+# `home_of` asks them in this order. LoRA claims every PEFT folder, so prefix and prompt come before it. Full
+# fine-tuning claims no checkpoint of another method: those have no config.json.
 HOMES = (
     Home("bottleneck", ("adapter_h", "adapter_l"), "adapter", "bottleneck.files:FILES"),
     Home("prefix", ("prefix",), "prefix", "prompt_files:PREFIX"),
@@ -91,12 +91,12 @@ _BY_NAME = {name: each for each in HOMES for name in each.names}
 
 
 def home(name: MethodName) -> Home:
-    """Return the home of a method by its name in a run's config."""
+    """Return the `Home` of a method by its name in a run's config."""
     return _BY_NAME[name]
 
 
 def footprints_beside(own: Footprint, sizes: Sizes, architecture: Architecture, tensor: int) -> list[Footprint]:
-    """Return what to compare `own` with on `tensor` ranks: every other method, and its own as it may lie otherwise."""
+    """Return the footprints to compare with `own` on `tensor` ranks: other methods, and its own in other placements."""
     found: list[Footprint] = []
     for name in get_args(MethodName):
         of_size = home(name).footprint.footprints_of_size(name, sizes, architecture, tensor)
@@ -105,13 +105,13 @@ def footprints_beside(own: Footprint, sizes: Sizes, architecture: Architecture, 
 
 
 def home_of(folder: Path) -> Home | None:
-    """Return the home of the method that wrote the folder, told by its files alone, or None.
+    """Return the `Home` of the method that wrote the folder, judging by its files, or None.
 
-    A Hugging Face model counts as written by full fine-tuning, whose checkpoints are such folders.
+    A Hugging Face model counts as full fine-tuning, whose checkpoints are such folders.
     """
     return next((each for each in HOMES if each.files.wrote(folder)), None)
 
 
 def reader_of(folder: Path) -> Home:
-    """Return the home to read a folder with: LoRA's where no method knows it, whose errors say what is missing."""
+    """Return the `Home` that reads a folder. Where none recognises it, LoRA's: its errors say what is missing."""
     return home_of(folder) or home("lora")

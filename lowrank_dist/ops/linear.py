@@ -10,9 +10,9 @@ family 26, on the same plain layout and to the same accuracy (docs/LOG.md). bf16
 cuBLAS.
 
 On CUDA the low-rank product is written first and the frozen GEMM adds to it (beta = 1). The frozen GEMM is compute
-bound, so the read in its epilogue costs little; a low-rank product in second place would read and write the output in
-an extra pass. In this order the low-rank term is rounded before the sum, in the other order the frozen one. On a CPU
-oneDNN's fp32 product has no beta, so the low-rank product comes second.
+bound, so the read in its epilogue costs little. If the low-rank product came second, it would read and write the output
+in an extra pass. The first term is rounded before the sum: here the low-rank one, in the other order the frozen one. On
+a CPU oneDNN's fp32 product has no beta, so the low-rank product comes second.
 
 Legend: T tokens, K inputs, O outputs, R = Σ r.
 """

@@ -1,4 +1,4 @@
-"""The dropout mask of the low-rank path: it depends on seed, step, token and feature, and not on the sharding.
+"""The dropout mask of the low-rank path: a function of seed, step, stream, token and feature, not of the sharding.
 
     m(t,k) = [draw16(t,k) >= threshold],    X̃ = m ⊙ X / (1 − threshold/65536)
 
@@ -7,7 +7,8 @@ The key is (seed, step), the counter (f >> 3, row mod 2^32, row >> 32, stream) w
 words of a block are eight 16-bit draws, the low half of a word first, and f & 7 picks one.
 
 The mask is binary: operators select with it, and 1/(1 − p) is folded into A with the scale of the factor. A dropped
-element contributes nothing, even if it is infinite or NaN; such an X still reaches Y through the frozen product.
+element contributes nothing, even if it is infinite or NaN; such an element still reaches Y through the frozen
+product.
 
 Legend: T tokens, K features on this rank, G blocks of eight features.
 """

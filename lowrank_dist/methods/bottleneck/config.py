@@ -12,7 +12,7 @@ Placement: TypeAlias = Literal["sharded", "replicated"]
 
 
 class AdapterConfig(MethodSection):
-    """Adapter layers, of Houlsby's and of Lin's placement alike."""
+    """Adapter layers as placed by Houlsby et al. (adapter_h) or by Lin et al. (adapter_l)."""
 
     shaping = frozenset({"bottleneck"})
 
@@ -28,7 +28,7 @@ class AdapterConfig(MethodSection):
 
 
 def reason_not_shardable(bottleneck: int, placement: Placement, tp_size: int) -> str | None:
-    """Return why bottlenecks of this width cannot lie on `tp_size` tensor-parallel ranks, with the remedy, or None."""
+    """Return why `tp_size` tensor-parallel ranks cannot shard this width, with the remedy; None where they can."""
     if placement == "replicated" or bottleneck % tp_size == 0:
         return None
     return (
@@ -38,10 +38,10 @@ def reason_not_shardable(bottleneck: int, placement: Placement, tp_size: int) ->
 
 
 def places(method: str) -> tuple[str, ...]:
-    """Return where a layer has bottlenecks: after attention's projection and the MLP, or after the MLP alone."""
+    """Return the places of a layer's bottlenecks: after the attention projection and the MLP, or only after the MLP."""
     return ("attention", "mlp") if method == "adapter_h" else ("mlp",)
 
 
 def has_norm(method: str) -> bool:
-    """Return whether a bottleneck has a LayerNorm of its own, as Lin's adapters do."""
+    """Return whether each bottleneck has its own LayerNorm, as in Lin et al. (adapter_l)."""
     return method == "adapter_l"

@@ -1,4 +1,4 @@
-"""Adapter layers as a folder: bottleneck_config.json and bottleneck_model.safetensors. PEFT has no such method."""
+"""The folder format of adapter layers: bottleneck_config.json and bottleneck_model.safetensors. PEFT has none."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
 
 
 class BottleneckConfig(BaseModel):
-    """The content of bottleneck_config.json. method: as in a run's config; base: path or name of the base model."""
+    """The content of bottleneck_config.json. method: as in a run's config. base: path or name of the base model."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -53,14 +53,14 @@ class BottleneckConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Bottlenecks:
-    """The adapter layers of a model. tensors: name → fp32, whole: those of `stored_shapes`."""
+    """The adapter layers of a model. tensors: name → unsharded fp32 tensor, as in `stored_shapes`."""
 
     config: BottleneckConfig
     tensors: Mapping[str, Tensor]
 
 
 def stored_shapes(config: BottleneckConfig, layer: int, place: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of one bottleneck's tensors, in the order of the parameters of method.Bottleneck."""
+    """Return names and shapes of one bottleneck's tensors, in the order of the parameters of method.Bottleneck."""
     hidden, bottleneck = config.hidden, config.bottleneck
     norm = {"norm.weight": (hidden,), "norm.bias": (hidden,)} if has_norm(config.method) else {}
     shapes = {
@@ -74,8 +74,10 @@ def stored_shapes(config: BottleneckConfig, layer: int, place: str) -> dict[str,
 
 
 def write_bottlenecks(folder: Path, bottlenecks: Bottlenecks, provenance: Provenance, *, trained: bool) -> None:
-    """Write the three files into a folder that exists. UserError for NaN or infinity, and for layers that were
-    `trained` without effect."""
+    """Write the three files into an existing folder.
+
+    Raises UserError for NaN or infinity, and for `trained` layers whose up-projections are all zero.
+    """
     target, tensors = target_of(folder), bottlenecks.tensors
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
@@ -88,7 +90,7 @@ def write_bottlenecks(folder: Path, bottlenecks: Bottlenecks, provenance: Proven
 
 
 def read_bottlenecks(folder: Path) -> Bottlenecks:
-    """Read what `write_bottlenecks` wrote. UserError, naming file and key, for anything else."""
+    """Read what `write_bottlenecks` wrote. Raises UserError, with file and key, for anything else."""
     if is_checkpoint(folder):
         verify_manifest(folder)
     where = own_file(folder, CONFIG_FILE)
@@ -119,7 +121,7 @@ def read_bottlenecks(folder: Path) -> Bottlenecks:
 
 
 def require_fit(folder: Path, config: BottleneckConfig, architecture: Architecture) -> None:
-    """Raise UserError where the model has other sizes than the one that was trained."""
+    """Raise UserError where the model's sizes differ from those of the model that was trained."""
     if (config.layers, config.hidden) != (len(architecture.layers), architecture.hidden):
         raise UserError(
             f"{folder / CONFIG_FILE}: it is for {config.layers} layers of width {config.hidden}, the model has "
@@ -128,7 +130,7 @@ def require_fit(folder: Path, config: BottleneckConfig, architecture: Architectu
 
 
 class BottleneckFiles(MethodFiles):
-    """Folders of adapter layers, of either placement of them."""
+    """The folders of adapter layers, for adapter_h and adapter_l."""
 
     published = PUBLISHED
 
@@ -163,7 +165,7 @@ class BottleneckFiles(MethodFiles):
         if found is None:
             return Inspected()
         config, tensors = found.config, found.tensors
-        # What comes out of a layer is zero, and the base as it was, where this is zero.
+        # Where the up-projection is zero, the bottleneck adds nothing to the base.
         ends = [tensor for name, tensor in tensors.items() if ".up." in name]
         report.facts |= {
             "method": config.method,

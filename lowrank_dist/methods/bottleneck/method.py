@@ -1,6 +1,6 @@
-"""Adapter layers: two bottlenecks a layer (Houlsby et al. 2019), or one with a norm of its own (Lin et al. 2020).
+"""Adapter layers: two bottlenecks per layer (Houlsby et al. 2019), or one with its own norm (Lin et al. 2020).
 
-Under tensor parallelism both ways: sharded with collectives of its own, or a copy on every rank.
+Under tensor parallelism a bottleneck is sharded, with collectives of its own, or replicated on every rank.
 
 Legend: H hidden, m bottleneck, N ranks.
 """
@@ -45,9 +45,9 @@ _NORM_EPS = 1e-5
 class Bottleneck(nn.Module):
     """X + W_up·f(W_down·norm(X) + b_down) + b_up on [s, b, H] ([s / N, b, H] under sequence parallelism).
 
-    placement "sharded": W_down is column- and W_up row-parallel, as in Megatron's MLP, which costs a gather and a
-    reduce-scatter in forward and in backward (without sequence parallelism an all-reduce each). "replicated": every
-    rank stores and computes all of it for the tokens that it has. Parameters are fp32 and cast where they are used.
+    placement "sharded": W_down is column- and W_up row-parallel, as in Megatron's MLP. That costs an all-gather and a
+    reduce-scatter in forward and in backward (without sequence parallelism, an all-reduce in each). "replicated": every
+    rank stores all of it and computes it for its tokens. Parameters are fp32 and are cast where they are used.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Bottleneck(nn.Module):
         self._activation, self._group, self.sequence_parallel = activation, group, sequence_parallel
         self._sharded = placement == "sharded" and group.size() > 1
         rows = bottleneck // group.size() if self._sharded else bottleneck
-        # Copies see a rank's tokens alone where these are cut; else each rank has the whole gradient.
+        # Under sequence parallelism a replicated parameter's gradient covers the rank's tokens only, else all of them.
         partial = sequence_parallel and group.size() > 1
 
         def parameter(*shape: int, sharded: bool = False, fill: float = 0.0) -> nn.Parameter:
@@ -94,13 +94,13 @@ class Bottleneck(nn.Module):
         return x + (update + self.up_bias.to(x.dtype))
 
 
-# As in the papers' own code.
+# As in the code of the papers.
 _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"adapter_h": F.gelu, "adapter_l": F.relu}
 _PLACES = {"attention": "self_attn_bda", "mlp": "mlp_bda"}
 
 
 class Adapters:
-    """Adapter layers as a `Method` (methods/method.py)."""
+    """The `Method` of adapter layers (methods/method.py)."""
 
     virtual = 0
     lead: tuple[int, ...] = ()
@@ -150,7 +150,7 @@ class Adapters:
         return Theta(tuple(trained), MaskSource(self._seed, 0))
 
     def _initial(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Down as a linear's usual start, by its name alone; up zero, so that training starts from the base itself."""
+        """Return initial values: down as nn.Linear, drawn by name; up zero, so that training starts from the base."""
         values = {}
         for name, shape in shapes.items():
             values[name] = torch.ones(shape) if name.endswith("norm.weight") else torch.zeros(shape)
@@ -183,7 +183,7 @@ def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology
     refuse_another_base(folder, base)
     found = read_bottlenecks(folder)
     require_fit(folder, found.config, model.architecture)
-    # The same function either way; a width that the ranks do not divide is no reason to refuse.
+    # Both placements compute the same function, so a width that the ranks do not divide is replicated, not refused.
     placement: Placement = "replicated" if found.config.bottleneck % topology.tp_size else "sharded"
     theta = Adapters(found.config, placement, 0).attach(model, topology, resumed=True)
     theta.spread(found.tensors, topology.place)
@@ -194,7 +194,7 @@ def _held(name: str, shape: tuple[int, ...], local: tuple[int, ...], size: int, 
 
 
 def _index(name: str, shape: tuple[int, ...], tp_rank: int, size: int) -> Index:
-    """Down and its bias are cut by rows, up by columns."""
+    """Return the rank's index into a stored tensor: rows of down and its bias, columns of up, all of the others."""
     if size == 1:
         return ALL
     if name.endswith(("down.weight", "down.bias")):

@@ -1,4 +1,4 @@
-"""A trained Φ as a Hugging Face folder, written tensor by tensor: no one ever holds it whole."""
+"""The trained model as a Hugging Face folder, written tensor by tensor: it is never whole in memory."""
 
 from __future__ import annotations
 
@@ -28,15 +28,14 @@ from lowrank_dist.formats.report import Report, inspect_model
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
 from lowrank_dist.methods.files import Inspected, MethodFiles, Published, any_there
 
-# As transformers' save_pretrained has it.
+# The shard size of transformers' save_pretrained.
 SHARD_BYTES = 5 * 10**9
 
 
 class WholeModelFiles:
-    """Writes the trained model as a Hugging Face folder. Config, tokenizer and the like are the base's.
+    """The writer of a trained model as a Hugging Face folder, with config, tokenizer and other files from the base.
 
-    Always with an index, since vLLM reads every safetensors file beside it in a folder that has none, the optimiser's
-    too.
+    It always writes an index: in a folder without one, vLLM reads every safetensors file, the optimizer's too.
     """
 
     def __init__(
@@ -49,11 +48,13 @@ class WholeModelFiles:
         *,
         trained: bool,
     ) -> None:
-        """shapes: Hugging Face name → shape, in the order in which the tensors will be `put`. trained: they differ from
-        the base's, or it is an error."""
+        """shapes: Hugging Face name → shape, in the order of the calls of `put`.
+
+        trained: `finish` raises UserError where every weight equals the base's.
+        """
         self._folder, self._base, self._dtype, self._provenance = folder, base, dtype, provenance
         self._architecture = read_architecture(base)
-        # The first rows of OPT's positions are in no parameter, so they are not among what is `put`.
+        # The first rows of OPT's position table are in no parameter; `put` takes them from the base.
         self._unused = {rule.hf: rule.row_offset for rule in self._architecture.tensors if rule.row_offset}
         self._name = next(name for name, each in FLOAT_DTYPES.items() if each == dtype)
         entries = [
@@ -100,7 +101,7 @@ class WholeModelFiles:
                 "did not change the model; raise train.lr or train.steps"
             )
         for path in other_files(self._base):
-            if path.parent == self._base:  # a checkpoint has no folders in it
+            if path.parent == self._base:  # a checkpoint has no subfolders
                 shutil.copyfile(path, self._folder / path.name)
         write_config(self._base / "config.json", self._folder / "config.json", self._name)
         index = {"metadata": {"total_size": self._size}, "weight_map": self._places}
@@ -109,7 +110,7 @@ class WholeModelFiles:
 
 
 class ModelFolders(MethodFiles):
-    """Checkpoints of full fine-tuning: Hugging Face model folders like any other."""
+    """The checkpoints of full fine-tuning, which are ordinary Hugging Face model folders."""
 
     published = ()
 
@@ -126,7 +127,7 @@ class ModelFolders(MethodFiles):
         )
 
     def inspect(self, folder: Path, report: Report) -> Inspected:
-        """As any model folder, but every number has to be finite. Of its base the fingerprint says all there is."""
+        """Inspect it as any model folder, and require finite numbers. Only its fingerprint is compared with a base."""
         model = inspect_model(folder)
         report.facts |= {"method": "full", **model.facts}
         report.warnings += model.warnings

@@ -16,7 +16,7 @@ from lowrank_dist.sections.section import MethodName, MethodSection
 
 @dataclass(frozen=True)
 class WholeModel(Footprint):
-    """Every weight, bias, norm and embedding; tied weights once."""
+    """The footprint of every weight, bias, norm and embedding; tied weights count once."""
 
     trains_base: ClassVar[bool] = True
 
@@ -26,14 +26,14 @@ class WholeModel(Footprint):
         return Parameters(size, size)
 
     def parts(self, architecture: Architecture) -> dict[str, int]:
-        """Return |Φ| by part of the model."""
+        """Return |Φ| for each part of the model."""
         return frozen_parameters(architecture)
 
     def on_rank(self, job: Job) -> Sequence[Parameter]:
         return list(_parameters(job))
 
     def gathers_embedding_gradient(self, job: Job) -> bool:
-        """Embeddings are trained: their gradient takes the way of their output back."""
+        """Return True: the embeddings are trained, so the gradient of their output is gathered."""
         return True
 
 
@@ -42,14 +42,15 @@ def footprint_of(method: MethodName, section: MethodSection, architecture: Archi
 
 
 def footprints_of_size(method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int) -> list[WholeModel]:
-    """Return the one size there is."""
+    """Return the footprint; the method has only one size."""
     return [WholeModel(method, joined(architecture, None))]
 
 
 def _parameters(job: Job) -> Iterator[Parameter]:
     """Yield every weight and bias on a rank.
 
-    A copy sees a rank's tokens alone under sequence parallelism; q's and k's norms see its heads alone at any time.
+    Under sequence parallelism the gradient of a replicated parameter covers only the rank's tokens, so it is partial.
+    That of the q and k norms covers only the rank's heads, with or without sequence parallelism.
     """
     arch, n, sequence = job.architecture, job.layout.tensor, job.sequence_parallel
     norm = [Parameter(arch.hidden, sequence)] * (norm_elements(arch) // arch.hidden)

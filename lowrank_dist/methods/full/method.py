@@ -25,7 +25,7 @@ from lowrank_dist.sections.section import MethodSection
 
 
 class FullFineTuning:
-    """See methods/method.py. Its checkpoints are Hugging Face folders in the dtype that the model was loaded in."""
+    """The `Method` of full fine-tuning. Its checkpoints are Hugging Face folders in the dtype of the loaded model."""
 
     virtual = 0
     lead: tuple[int, ...] = ()
@@ -55,7 +55,7 @@ class FullFineTuning:
             return Held(plan.shape, tuple(Piece(copy.hf, copy.hf_index, partial(_view, copy)) for copy in plan.copies))
 
         shapes, trained = hf_shapes(architecture), []
-        # By the plan of a single rank, which holds something of every tensor.
+        # Iterate over the plan of a single rank, which has a part of every tensor.
         for name, plan in plans(0, 1).items():
             partial_grad = size > 1 and not plan.cut and _is_partial(name, topology.sequence_parallel)
             parameter = mark(_trained(model, name), sharded=plan.cut and size > 1, partial=partial_grad)
@@ -70,17 +70,17 @@ class FullFineTuning:
 
 def build(section: MethodSection, setting: Setting, architecture: Architecture) -> FullFineTuning:
     """See `method.Tuner`."""
-    other_files(setting.base)  # a checkpoint has copies of them: what cannot be copied is said before training
+    other_files(setting.base)  # raise before training for files that a checkpoint cannot copy
     return FullFineTuning(architecture, setting.base, setting.seed)
 
 
 def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
-    """Raise UserError: what was trained is the model itself."""
+    """Raise UserError: the trained folder is a whole model, not an adapter."""
     raise UserError(f"{folder} is a whole model, not an adapter: give it in place of the base, as the model")
 
 
 class _Cast(nn.Module):
-    """Φ is fp32 while it is trained, and used in the dtype that the model was loaded in."""
+    """The parametrization of an fp32 master weight: the model uses it in the dtype in which it was loaded."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -91,13 +91,13 @@ class _Cast(nn.Module):
 
 
 def _trained(model: CausalLM, name: str) -> nn.Parameter:
-    """The parameter of this name, to be trained, in fp32."""
+    """Make the parameter of this name trainable, in fp32, and return it."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     parameter = getattr(module, leaf)
     if parameter.dtype == torch.float32:
         return parameter.requires_grad_(True)
-    # Not by the parametrization's `right_inverse`, which may not change the dtype.
+    # The parametrization's `right_inverse` is not used: it may not change the dtype.
     master = nn.Parameter(parameter.detach().float())
     setattr(module, leaf, master)
     parametrize.register_parametrization(module, leaf, _Cast(parameter.dtype), unsafe=True)
@@ -105,9 +105,9 @@ def _trained(model: CausalLM, name: str) -> nn.Parameter:
 
 
 def _is_partial(name: str, sequence_parallel: bool) -> bool:
-    """Return whether each rank has a part of a copy's gradient: of its heads, or of its tokens.
+    """Return whether a rank's gradient of a replicated parameter is partial: from its heads or its tokens only.
 
-    Position embeddings are added before the tokens are cut.
+    Position embeddings are added before the tokens are sharded, so their gradient is whole.
     """
     if "q_layernorm" in name or "k_layernorm" in name:
         return True

@@ -1,4 +1,4 @@
-"""A PEFT adapter on a model of ours: the rules that give exactly its factors, and these, checked against the base."""
+"""Adoption of a PEFT adapter: the placement rules of its factors, and the factors themselves, checked with the base."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lowrank_dist.methods.lora.peft_config import describe
 
 
 def adopt_adapter(section: LoraConfig, base: Path) -> LoraConfig:
-    """Return the section with what the adapter in its init_from is; the section itself where there is none.
+    """Return the section with the values of the adapter in init_from; unchanged where init_from is null.
 
-    Rank, alpha, targets, patterns, rslora and dora become the adapter's, so that `place` gives exactly its factors;
-    dropout stays the section's. Raises UserError for a key of them that was given another value, for factors on modules
-    that the model in `base` cannot adapt, and for a rank or an alpha that a run cannot have.
+    Rank, alpha, targets, patterns, rslora and dora are taken from the adapter, so that `place` gives exactly its
+    factors; dropout stays the section's. Raises UserError where the config gives one of these keys another value, for
+    factors on modules that the model in `base` cannot adapt, and for a rank or alpha outside the section's limits.
     """
     folder = section.init_from
     if folder is None:
@@ -51,10 +51,10 @@ def adopt_adapter(section: LoraConfig, base: Path) -> LoraConfig:
 
 
 def initial_factors(folder: Path, placements: Sequence[LinearPlacement], base: Path) -> dict[str, LowRankFactor]:
-    """Return the adapter in `folder`, that of an adopted section, by module path.
+    """Return the factors of the adapter in `folder`, the init_from of an adopted section, by module path.
 
-    Raises UserError for an adapter that was trained on another base, by its fingerprint, or that has other modules or
-    shapes than `placements`.
+    Raises UserError for an adapter that was trained on another base, by its fingerprint, or whose modules or shapes
+    differ from `placements`.
     """
     with reading(folder) as found:
         refuse_another_base(found, base)
@@ -84,7 +84,7 @@ def _refuse_contradictions(
 
 
 def rules_of(adapter: Adapter, architecture: Architecture) -> LoraRules:
-    """Rules under which `place` gives exactly the adapter's factors, if all are on linears of the model."""
+    """Return rules with which `place` gives exactly the adapter's factors, if all are on linears of the model."""
     peft = describe(
         {module: (factor.rank, factor.alpha) for module, factor in adapter.factors.items()},
         module_paths(architecture),
@@ -100,7 +100,7 @@ def rules_of(adapter: Adapter, architecture: Architecture) -> LoraRules:
 
 
 def refuse_foreign(folder: Path, adapter: Adapter, known: Collection[str], base: Path) -> None:
-    """Raise UserError for factors of modules that are not among those `known`."""
+    """Raise UserError for factors on modules outside `known`."""
     foreign = sorted(adapter.factors.keys() - set(known))
     if foreign:
         raise UserError(
@@ -114,7 +114,7 @@ def factors_for(
 ) -> dict[str, LowRankFactor]:
     """Return the adapter's factors by module path.
 
-    Raises UserError where the adapter has other modules or shapes than `placements`.
+    Raises UserError where the adapter's modules or shapes differ from `placements`.
     """
     specs = {spec.path: spec for placement in placements for spec in placement.factors}
     refuse_foreign(folder, adapter, specs, base)

@@ -12,7 +12,7 @@ from lowrank_dist.sections.section import EndPattern, MethodSection, Pattern, Ya
 
 Rank: TypeAlias = Annotated[int, Field(ge=1, le=1024)]
 Alpha: TypeAlias = Annotated[float, Field(gt=0)]
-# Told apart by hand, so that an error speaks of the branch that was meant.
+# An explicit discriminator: a validation error then names only the branch that the user meant.
 Targets: TypeAlias = Annotated[
     Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1), Tag("names")]
     | Annotated[Pattern, Tag("pattern")],
@@ -21,7 +21,7 @@ Targets: TypeAlias = Annotated[
 
 
 class LoraConfig(MethodSection):
-    """Low-rank updates: which factors, and where they start."""
+    """Low-rank updates: their factors and initial values."""
 
     shaping = frozenset({"rank", "targets", "rank_pattern", "dora"})
 
@@ -50,7 +50,10 @@ class LoraConfig(MethodSection):
         return self.init_from
 
     def resumed(self, saved: Mapping[str, Any]) -> Self:
-        """With all that the adapter in init_from said when the run began: it may be gone, and is not read again."""
+        """Return the section with the saved values that came from the adapter in init_from; it is not read again.
+
+        The adapter may be gone by now. Keys given in the config win.
+        """
         if self.init_from is None or saved.get("init_from") != str(self.init_from):
             return self
         given = {key: getattr(self, key) for key in self.model_fields_set}

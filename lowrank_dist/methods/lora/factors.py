@@ -1,6 +1,6 @@
-"""The low-rank factors of a model: injected into its linears, where they lie on the ranks, and whole.
+"""The low-rank factors of a model: injection into its linears, their shards on the ranks, and the unsharded factors.
 
-Whole factors have Hugging Face names, and no sharding.
+Unsharded ("whole") factors have Hugging Face names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lowrank_dist.parallel.theta import Theta, drawn_by_name
 
 @dataclass(frozen=True)
 class AdaptedLinear:
-    """One linear's placement together with the factors that this rank holds for it."""
+    """The placement of one linear and this rank's factors for it."""
 
     placement: LinearPlacement
     factors: LowRankFactors
@@ -39,9 +39,9 @@ def inject(
     lanes: bool = False,
     kind: type[LowRankFactors] = LowRankFactors,
 ) -> tuple[AdaptedLinear, ...]:
-    """Attach factors to the model's linears and initialise them as PEFT does, whatever the tensor-parallel size.
+    """Attach factors to the model's linears and initialise them as PEFT does, equally at every tensor-parallel size.
 
-    lanes: see parallel/frozen.py. kind: of the updates; what it has beside factors is not initialised.
+    lanes: see parallel/frozen.py. kind: the class of the updates; only its factors are initialised.
     """
     adapted = []
     for placement in placements:
@@ -66,17 +66,18 @@ def inject(
 
 
 def initial_a(spec: FactorSpec, seed: int) -> Tensor:
-    """Return [r, in]: PEFT's kaiming_uniform(a=√5), that is U(−1/√in, 1/√in), over the full matrix; B starts at zero.
+    """Return the initial A [r, in]: PEFT's kaiming_uniform(a=√5), that is U(−1/√in, 1/√in). B starts at zero.
 
-    Drawn from (seed, module path) alone: a shard is a slice of it, so the spread does not grow with N.
+    It is drawn whole from (seed, module path). A shard is a slice of it, so the bound does not depend on the number of
+    ranks.
     """
     return drawn_by_name(spec.path, seed, spec.rank, spec.in_features)
 
 
 def shards_of(placement: LinearPlacement, tp_rank: int, tp_size: int) -> list[FactorShard]:
-    """Return the rows of each factor's B on a rank; a pure function, so that any rank can tell for all.
+    """Return the rows of each factor's B on rank `tp_rank`. It is pure, so any rank can compute it for any other.
 
-    Made as they are asked for: those of a large model on every rank would fill a GB of lists.
+    It is called on demand: the lists of a large model for all ranks would take a GB.
     """
     segments = placement.layout.segments(tp_rank, tp_size)
     shards = []
@@ -102,7 +103,7 @@ def shards_of(placement: LinearPlacement, tp_rank: int, tp_size: int) -> list[Fa
 
 @dataclass(frozen=True)
 class WholeFactor:
-    """A [r, in] and B [out, r] of one factor, and the magnitude [out] if it has one, unsharded, on the CPU."""
+    """The unsharded A [r, in] and B [out, r] of one factor, and its magnitude [out] if it has one, on the CPU."""
 
     spec: FactorSpec
     a: Tensor
@@ -111,7 +112,7 @@ class WholeFactor:
 
 
 def lora_theta(adapted: Sequence[AdaptedLinear], tp_size: int, masks: MaskSource) -> Theta:
-    """Return Θ of low-rank updates, each linear's in turn, stored under Hugging Face's module names."""
+    """Return Θ of the low-rank updates, linear by linear, stored under Hugging Face module names."""
     trained = (each for linear in adapted for each in linear.factors.trained(_everywhere(linear.placement, tp_size)))
     return Theta(tuple(trained), masks)
 
@@ -122,7 +123,7 @@ def _everywhere(placement: LinearPlacement, tp_size: int) -> FactorMap:
 
 
 def stored_tensors(factors: Mapping[str, LowRankFactor]) -> dict[str, Tensor]:
-    """Return whole tensors by the names under which `lora_theta` stores them, from factors by module path."""
+    """Return unsharded tensors by their stored names in `lora_theta`, from factors by module path."""
     return {
         f"{path}.lora_{name}": tensor
         for path, factor in factors.items()
@@ -131,7 +132,7 @@ def stored_tensors(factors: Mapping[str, LowRankFactor]) -> dict[str, Tensor]:
 
 
 def whole_factors(placements: Sequence[LinearPlacement], tensors: Mapping[str, Tensor]) -> dict[str, WholeFactor]:
-    """Return module path → factor, from the stored tensors of `lora_theta`."""
+    """Return module path → unsharded factor, from the stored tensors of `lora_theta`."""
     return {
         spec.path: WholeFactor(
             spec,
@@ -145,11 +146,11 @@ def whole_factors(placements: Sequence[LinearPlacement], tensors: Mapping[str, T
 
 
 def adapter_factors(whole: Mapping[str, WholeFactor]) -> dict[str, LowRankFactor]:
-    """Return the factors as Hugging Face modules hold them.
+    """Return one factor per Hugging Face module.
 
-    Parts of one module (q_proj, k_proj, v_proj inside GPT-2's c_attn) become one factor of rank R = Σ r: A stacked, B
-    zero outside its block, alpha set so that the module keeps the first part's scale (a part of another scale has the
-    ratio folded into its B).
+    Parts of one module (q_proj, k_proj, v_proj inside GPT-2's c_attn) become one factor of rank R = Σ r: the A are
+    stacked, B is zero outside each part's block, and alpha gives the scale of the first part. Where another part has
+    another scale, the ratio is folded into its block of B.
     """
     modules: dict[str, list[WholeFactor]] = {}
     for factor in whole.values():
@@ -171,6 +172,6 @@ def _as_module(members: Sequence[WholeFactor]) -> LowRankFactor:
         if magnitude is not None and member.magnitude is not None:
             magnitude[rows] = member.magnitude
         column += spec.rank
-    # s = alpha / r, or alpha / √r with rsLoRA: alpha grows with that power of the rank to keep s.
+    # s = alpha / r, or alpha / √r with rsLoRA: solved for alpha at rank R.
     alpha = first.scale * (math.sqrt(total) if first.rslora else total)
     return LowRankFactor(torch.cat([member.a for member in members]), b, alpha, magnitude)

@@ -1,4 +1,4 @@
-"""Low-rank factors as a PEFT adapter folder: adapter_config.json, adapter_model.safetensors, lowrank_dist.json."""
+"""A LoRA adapter as a PEFT folder: adapter_config.json, adapter_model.safetensors and lowrank_dist.json."""
 
 import math
 import re
@@ -31,7 +31,7 @@ _FLOATS = ("F32", "BF16", "F16")
 class LowRankFactor:
     """One pair of factors: a [r, in], b [out, r]; ΔW = s·b·a is [out, in].
 
-    magnitude: m [out] of DoRA, with which the weight becomes m ⊙ (W + ΔW) / ‖W + ΔW‖, row by row; None without it.
+    magnitude: DoRA's m [out]; the weight is then m ⊙ (W + ΔW) / ‖W + ΔW‖, row by row. None without DoRA.
     """
 
     a: Tensor
@@ -45,7 +45,7 @@ class LowRankFactor:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Those that there are."""
+        """a, b and, if there is one, magnitude."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
     @property
@@ -54,7 +54,7 @@ class LowRankFactor:
         return self.a.size(0)
 
     def scale(self, rslora: bool) -> float:
-        """s = alpha / r (LoRA, arXiv 2106.09685), or alpha / √r (rsLoRA, arXiv 2312.03732)."""
+        """Return s = alpha / r (LoRA, arXiv 2106.09685), or alpha / √r (rsLoRA, arXiv 2312.03732)."""
         return self.alpha / (math.sqrt(self.rank) if rslora else self.rank)
 
 
@@ -74,12 +74,12 @@ class Adapter:
 
     @property
     def dora(self) -> bool:
-        """Whether the factors have magnitudes: all or none of them."""
+        """Return whether the factors have magnitudes: either all have or none has."""
         return any(factor.magnitude is not None for factor in self.factors.values())
 
 
 class PairEntries(NamedTuple):
-    """The entries of one module's tensors in a file; magnitude: of DoRA, None without it."""
+    """The header entries of one module's tensors in a file. magnitude: None without DoRA."""
 
     a: TensorEntry
     b: TensorEntry
@@ -87,19 +87,19 @@ class PairEntries(NamedTuple):
 
     @property
     def all(self) -> tuple[TensorEntry, ...]:
-        """Those that there are."""
+        """a, b and, if there is one, magnitude."""
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
 
 def write_adapter(
     folder: Path, adapter: Adapter, provenance: Provenance, modules: Collection[str], *, trained: bool
 ) -> None:
-    """Write an adapter folder from which plain PEFT gets exactly these modules, ranks and scales. All or nothing.
+    """Write an adapter folder, atomically, that plain PEFT loads with exactly these modules, ranks and scales.
 
-    modules: `module_paths` of the base, so that the target names in the config can be as short as is exact.
-    trained: the factors have been trained, so that B = 0 everywhere is an error. Factors are stored in fp32.
+    modules: `module_paths` of the base; they decide how far the target names in the config can be shortened.
+    trained: the factors have been trained, so B = 0 everywhere is an error. Factors are stored in fp32.
 
-    Raises UserError for an existing folder, an empty adapter, an untrained one, NaN or infinity, or a failing disk.
+    Raises UserError for an existing folder, an empty adapter, B = 0 everywhere, NaN or infinity, or a failing disk.
     """
     with atomic_folder(folder) as temporary:
         write_adapter_files(temporary, adapter, provenance, modules, trained=trained)
@@ -108,9 +108,9 @@ def write_adapter(
 def write_adapter_files(
     folder: Path, adapter: Adapter, provenance: Provenance, modules: Collection[str], *, trained: bool
 ) -> None:
-    """The three files of `write_adapter` in a folder that exists, such as the temporary one of `atomic_folder`.
+    """Write the three files of `write_adapter` into an existing folder, such as the temporary one of `atomic_folder`.
 
-    Raises UserError, naming what the folder was to become, for an empty or untrained adapter and for NaN or infinity.
+    Raises UserError, with the final path, for an empty adapter, B = 0 everywhere after training, NaN or infinity.
     """
     target = target_of(folder)
     if not adapter.factors:
@@ -135,14 +135,14 @@ def write_adapter_files(
 
 
 def require_finite(folder: Path, tensors: Mapping[str, Tensor], remedy: str) -> None:
-    """Raise UserError, naming what the folder was to become, where one of its tensors is not finite."""
+    """Raise UserError, with the final path of the folder, where a tensor is not finite."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{target_of(folder)} is not written: {name} holds NaN or infinity; {remedy}")
 
 
 def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """PEFT's key → contiguous fp32 tensor on the CPU, sorted by key."""
+    """Return PEFT's key → contiguous fp32 tensor on the CPU, sorted by module path."""
     named = {}
     for module, factor in sorted(adapter.factors.items()):
         tensors = {"A.weight": factor.a, "B.weight": factor.b, "magnitude_vector": factor.magnitude}
@@ -153,13 +153,14 @@ def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def read_adapter(folder: Path, architecture: Architecture | None = None) -> Adapter:
-    """Read any PEFT LoRA adapter folder, with PEFT's own meaning of targets and patterns. Factors come as fp32.
+    """Read any PEFT LoRA adapter folder; targets and patterns match as in PEFT. Factors are returned in fp32.
 
-    architecture: of the base, where there is one, of which the adapter has to be whole (`require_complete`).
+    architecture: the base's, if known; the adapter must then have factors for every module that its config names
+    (`require_complete`).
 
-    Raises UserError, naming file and key, for a folder that is missing or incomplete, a pickle in place of safetensors,
-    files that are links out of the folder, a checkpoint that is not what its manifest says, what `read_config` refuses,
-    tensors that are no plain LoRA pair on a linear or disagree with the config in rank or target, and NaN or infinity.
+    Raises UserError, with file and key, for a missing or incomplete folder, a pickle in place of safetensors, links out
+    of the folder, a checkpoint that differs from its manifest, a config that `read_config` refuses, tensors that are
+    not a LoRA pair on a linear or contradict the config in rank or target, and NaN or infinity.
     """
     if is_checkpoint(folder):
         verify_manifest(folder)
@@ -183,7 +184,10 @@ def read_adapter(folder: Path, architecture: Architecture | None = None) -> Adap
 
 
 def read_pairs(path: Path) -> dict[str, PairEntries]:
-    """Module path → the entries of its A, B and magnitude; UserError for other tensors and for half a pair."""
+    """Return module path → the entries of its A, B and magnitude.
+
+    Raises UserError for other tensors, for half a pair and for a file without factors.
+    """
     sides: dict[str, dict[str, TensorEntry]] = {"A": {}, "B": {}, "magnitude": {}}
     odd = []
     for entry in read_header(path).entries:
@@ -213,7 +217,7 @@ def read_pairs(path: Path) -> dict[str, PairEntries]:
 
 
 def check_pair(path: Path, config: PeftConfig, module: str, entries: PairEntries) -> None:
-    """Raise UserError where a module's tensors are not what the config says of them."""
+    """Raise UserError where a module's tensors contradict the config."""
     a, b, magnitude = entries
     for entry in (a, b):
         if entry.dtype not in _FLOATS or len(entry.shape) != 2 or 0 in entry.shape:
@@ -245,14 +249,14 @@ def check_pair(path: Path, config: PeftConfig, module: str, entries: PairEntries
 
 
 def _deciding(config: PeftConfig) -> str:
-    """The keys of the config that decide which modules are targets."""
+    """Return the names of the config's keys that select the target modules."""
     return ", ".join(["target_modules", *config.narrowing])
 
 
 def require_complete(path: Path, config: PeftConfig, held: Collection[str], architecture: Architecture) -> None:
-    """Raise UserError where the file lacks the factors of a module of the base that its config names.
+    """Raise UserError where the file has no factors for a module of the base that its config targets.
 
-    held: the modules that it has factors of.
+    held: the modules for which it has factors.
     """
     modules = architecture.linear_modules() if config.all_linear else module_paths(architecture)
     lacking = sorted(module for module in modules - set(held) if config.adapts(module))

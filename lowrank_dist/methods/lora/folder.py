@@ -1,4 +1,4 @@
-"""A folder of low-rank factors as others ask for it: recognised, inspected, published, served, started from."""
+"""The `MethodFiles` of LoRA: recognise, inspect, publish, export for a server, and start training from an adapter."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from lowrank_dist.sections.section import MethodSection
 
 
 class LoraFiles(MethodFiles):
-    """PEFT folders, all but those that say that another method wrote them (see `registry.HOMES`)."""
+    """All PEFT folders except those that another method claims first (see `registry.HOMES`)."""
 
     published = PUBLISHED
 
@@ -50,7 +50,7 @@ class LoraFiles(MethodFiles):
         return any_there(folder, (CONFIG_FILE, WEIGHTS_FILE, PICKLE_FILE))
 
     def refuse_merge(self, folder: Path) -> None:
-        """Low-rank updates are what can be merged."""
+        """Do nothing: low-rank updates can be merged."""
 
     def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
         provenance = read_provenance(source)
@@ -63,7 +63,7 @@ class LoraFiles(MethodFiles):
         notes = (*([] if base else [unseen]), *self.notes(source), *served)
         card = adapter_card(name, adapter, provenance, target)
         if target is None or reads_alike(config, adapter):
-            # The files themselves, not written anew: only their own config says for sure what they mean to PEFT.
+            # Copy the files and do not rewrite them: their own config is exact about how PEFT reads them.
             return Published(self.published, card, notes=notes)
         alike = folded(adapter)
         note = f"its scales are folded into B: rank and alpha are {next(iter(alike.factors.values())).rank} everywhere"
@@ -84,18 +84,18 @@ FILES = LoraFiles()
 
 
 def _base_here(provenance: Provenance | None) -> Architecture | None:
-    """Return the architecture of the base that an adapter was trained on, where its folder lies here unchanged."""
+    """Return the architecture of the base of an adapter, if the base's folder is on this machine and unchanged."""
     if provenance is None or not Path(provenance.base).is_dir():
         return None
     try:
         same = fingerprint(Path(provenance.base)) == provenance.base_fingerprint
-    except UserError:  # another model by now, and no whole one
+    except UserError:  # the folder now holds another, incomplete model
         return None
     return read_architecture(Path(provenance.base)) if same else None
 
 
 def adapter_card(name: str, adapter: Adapter, provenance: Provenance | None, target: str | None) -> str:
-    """The card of an adapter. target: the program that it was exported for, one of TARGETS."""
+    """Return the model card of an adapter. target: the program for which it is exported, one of TARGETS, or None."""
     return model_card(name, "lora", adapter.base, _about(adapter), _usage(adapter, target), provenance)
 
 

@@ -1,6 +1,6 @@
 """The footprint of low-rank updates: factors A [r, in] and B [out, r] of every target. No torch.
 
-Weight-decomposed ones have a magnitude of every output row as well (parallel/decomposed.py).
+Weight-decomposed updates (DoRA) have a magnitude for every adapted output row as well (parallel/decomposed.py).
 
 Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, O outputs and K inputs of a linear,
 N ranks, R = Σ r of a linear.
@@ -24,25 +24,25 @@ from lowrank_dist.plan.job import Call, Footprint, Job, Moment, Parameters
 from lowrank_dist.plan.traffic import REDUCE
 from lowrank_dist.sections.section import MethodName
 
-# parallel/decomposed.py: elements of a weight, and of outputs, that are in work at a time in fp32.
+# parallel/decomposed.py: number of elements of a weight or of outputs that are processed at a time in fp32.
 _CHUNK_ELEMENTS = 2**22
 
 
 @dataclass(frozen=True)
 class LowRank(Footprint):
-    """Factors alone, which any plan counts."""
+    """The footprint of plain factors, which `Footprint` counts for any method."""
 
     def parts(self, architecture: Architecture) -> dict[str, int]:
-        """Return trained elements by the name of the module that has the factors."""
+        """Return the number of trained elements by the name of the adapted module."""
         return self.placement.by_module()
 
 
 @dataclass(frozen=True)
 class Decomposed(LowRank):
-    """A magnitude of every row that factors are on beside them.
+    """The footprint of factors and a magnitude for every output row that has factors (DoRA).
 
-    Left out: FLOPs of the norms, 2·R·O·K of a linear in a step, as AdamW's are; and their two chunks of a weight, which
-    exist when gradients and activations are gone.
+    Not counted: the FLOPs of the norms (2·R·O·K per linear and step), as those of AdamW are not; and the norms' two
+    chunks of a weight, which exist only after gradients and activations are freed.
     """
 
     trains_row_scales: ClassVar[bool] = True
@@ -52,17 +52,17 @@ class Decomposed(LowRank):
 
     @property
     def output_passes(self) -> int:
-        """Y = g ⊙ Z reads and writes one; backward dZ = g ⊙ dY as well, and dm reads two."""
+        """Six: Y = g ⊙ Z reads one and writes one, dZ = g ⊙ dY in backward too, and dm reads two."""
         return 6
 
     def step_passes(self, job: Job) -> int:
-        """The norms: W is cast, copied into the product's output, added to B·A, squared and summed."""
+        """Return the bytes of the norms: W is cast, copied into the product's output, added to B·A, squared, summed."""
         cast = job.itemsize + 4 if job.itemsize < 4 else 0
         weights = sum(count * linear.weights for linear, _, count in self._adapted())
         return (cast + (2 + 2 + 2 + 1) * 4) * weights // job.layout.tensor
 
     def parameters(self, architecture: Architecture) -> Parameters:
-        """Return (in + out)·r of a factor, and out."""
+        """Return (in + out)·r + out per factor."""
         count = sum(self.parts(architecture).values())
         return Parameters(count, count)
 
@@ -74,11 +74,11 @@ class Decomposed(LowRank):
         return found
 
     def buffers(self, job: Job, rows: int) -> int:
-        """Which rows factors are on (int64), the norms of these, and g of every output."""
+        """Return the bytes of the indices of adapted rows (int64), their norms, and g of every output (fp32)."""
         return (8 + 4) * rows + 4 * sum(count * _outputs(job, linear) for linear, _, count in self._adapted())
 
     def saved_behind_linear(self, job: Job, linear: Linear, factors: Sequence[Factor]) -> int:
-        """Z; of a row-parallel linear under sequence parallelism as it came, with U beside it."""
+        """Return the bytes of Z. A row-parallel linear under sequence parallelism saves the received [Z ∣ U]."""
         if not factors:
             return 0
         if linear.kind == "row" and job.sequence_parallel:
@@ -86,7 +86,10 @@ class Decomposed(LowRank):
         return job.tokens * _outputs(job, linear) * job.itemsize
 
     def backward_moments(self, job: Job, top: Layer, kept: int) -> Sequence[Moment]:
-        """The top MLP's magnitudes: dY, dZ and chunks of them in fp32. fc1's when the activation is behind."""
+        """Return the backward of the top MLP's magnitudes: dY, dZ and their fp32 chunks.
+
+        That of fc1 follows the backward of the activation function.
+        """
         fc1, fc2 = (top.kind.linears[name] for name in ("linear_fc1", "linear_fc2"))
         on_fc2 = top.on("linear_fc2")
         residual = job.shard_tokens * job.architecture.hidden * job.itemsize
@@ -104,19 +107,19 @@ class Decomposed(LowRank):
         return found
 
     def evaluation_working(self, job: Job, residual: int) -> int:
-        """Z and Y of fc1 beside the embeddings, the layer's input and that of its MLP, and the norm of it."""
+        """Return the bytes of fc1's Z and Y, the embeddings, the inputs of layer and MLP, and the MLP's norm."""
         adapted = (layer.kind for layer, _, _ in self.placement.kinds if layer.on("linear_fc1"))
         widest = max((_outputs(job, kind.linears["linear_fc1"]) for kind in adapted), default=0)
         return 4 * residual + 2 * widest * residual // job.architecture.hidden
 
     def step_calls(self, job: Job) -> Sequence[Call]:
-        """Squares of all rows of row-parallel linears, whose columns lie on many ranks, in one sum."""
+        """Return one all-reduce for the squared row norms of all row-parallel linears, whose columns are sharded."""
         row_parallel = ((factors, count) for linear, factors, count in self._adapted() if linear.kind == "row")
         rows = sum(count * factor.rows for factors, count in row_parallel for factor in factors)
         return [(REDUCE, 4 * rows)] if rows else []
 
     def _adapted(self) -> Iterator[tuple[Linear, tuple[Factor, ...], int]]:
-        """Yield linears with factors, and how many are alike."""
+        """Yield each distinct linear with factors, its factors, and how many layers have it."""
         for layer, _, count in self.placement.kinds:
             for linear, factors in layer.linears:
                 if factors:
@@ -124,25 +127,25 @@ class Decomposed(LowRank):
 
 
 def _outputs(job: Job, linear: Linear) -> int:
-    """O on a rank."""
+    """Return O on a rank."""
     return linear.local_shape(job.layout.tensor)[0]
 
 
 def _rescaling(job: Job, outputs: int) -> int:
-    """Working memory of backward through g: dY and dZ of `outputs` elements, dY's chunk in fp32, its product with Z."""
+    """Return the bytes of backward through g: dY and dZ (`outputs` elements each), fp32 chunks of dY and of dY ⊙ Z."""
     chunks = 1 if job.itemsize == 4 else 2
     return 2 * outputs * job.itemsize + chunks * 4 * min(outputs, _CHUNK_ELEMENTS)
 
 
 def placement_rules(section: LoraConfig) -> LoraRules:
-    """The part of the section by which `place` puts factors on linears."""
+    """Return the keys of the section that `place` uses."""
     return LoraRules(
         section.rank, section.alpha, section.targets, section.rslora, section.rank_pattern, section.alpha_pattern
     )
 
 
 def refuse_parts(placements: Sequence[LinearPlacement]) -> None:
-    """Raise UserError for a target that is a part of a module: a magnitude in an adapter file is of whole modules."""
+    """Raise UserError for a target that is only a part of a module: an adapter file has magnitudes of whole modules."""
     for placement in placements:
         for spec in placement.factors:
             covered = sum(other.rows for other in placement.factors if other.export_path == spec.export_path)
@@ -154,7 +157,10 @@ def refuse_parts(placements: Sequence[LinearPlacement]) -> None:
 
 
 def footprint_of(method: MethodName, section: LoraConfig, architecture: Architecture) -> LowRank:
-    """Return the footprint. UserError where targets or patterns do not fit the model, or their magnitudes its files."""
+    """Return the footprint of a run.
+
+    Raises UserError where targets or patterns do not fit the model, and as `refuse_parts` does with dora.
+    """
     rules = placement_rules(section)
     if section.dora:
         refuse_parts(place(architecture, rules))
@@ -162,5 +168,5 @@ def footprint_of(method: MethodName, section: LoraConfig, architecture: Architec
 
 
 def footprints_of_size(method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int) -> list[LowRank]:
-    """Return factors of one rank on every linear."""
+    """Return the footprint of factors of rank `sizes.rank` on every linear."""
     return [LowRank(method, on_every_linear(architecture, sizes.rank))]

@@ -1,4 +1,4 @@
-"""Inspection of a LoRA adapter, or of a checkpoint that is one: what it says, and how large its update is."""
+"""Inspection of a LoRA adapter, or of a LoRA checkpoint: its config, its tensors and the norms of its updates."""
 
 import math
 import re
@@ -27,7 +27,7 @@ MODULES, SUMMARY = "modules", "update_norms"
 
 @dataclass
 class _Found:
-    """The adapter's own files as far as they could be read; the rest is None or empty."""
+    """The readable parts of an adapter's files; unreadable ones are None or empty."""
 
     folder: Path
     report: Report
@@ -36,7 +36,7 @@ class _Found:
 
 
 def inspect_adapter(folder: Path, report: Report) -> Inspected:
-    """Add to the report what a LoRA adapter's config and weights say; see `MethodFiles.inspect`."""
+    """Add the content of a LoRA adapter's config and weights to the report; see `MethodFiles.inspect`."""
     found = _Found(folder, report)
     _config(found)
     _weights(found)
@@ -45,16 +45,16 @@ def inspect_adapter(folder: Path, report: Report) -> Inspected:
 
 
 def update_norm(factor: LowRankFactor, scale: float) -> float:
-    """‖s·B·A‖ (Frobenius) in fp64, from r × r products: ‖BA‖² = tr((AAᵀ)(BᵀB)), both symmetric."""
+    """Return ‖s·B·A‖ (Frobenius) in fp64, from r × r products: ‖BA‖² = tr((AAᵀ)(BᵀB)), both symmetric."""
     a, b = factor.a.double(), factor.b.double()
     if factor.rank > min(a.size(1), b.size(0)):
-        # Here the r × r products would be the large ones, and BA is smaller than one of its factors.
+        # Here r × r products would be larger than BA.
         return abs(scale) * torch.linalg.norm(b @ a).item()
     return abs(scale) * math.sqrt(max(0.0, ((a @ a.T) * (b.T @ b)).sum().item()))
 
 
 def _in_order(module: str) -> list[tuple[int, str]]:
-    """Sorts layer 2 before layer 10."""
+    """Return a sort key that puts layer 2 before layer 10."""
     return [(int(part) if part.isdecimal() else -1, part) for part in module.split(".")]
 
 
@@ -85,7 +85,7 @@ def _config(found: _Found) -> None:
 
 
 def _weights(found: _Found) -> None:
-    """Keys, shapes and dtypes from the header, then the factors' values, a pair at a time."""
+    """Add keys, shapes and dtypes from the header, then read the factors' values, one pair at a time."""
     report, path = found.report, found.folder / WEIGHTS_FILE
     found.pairs = report.read(path, _read_own, found.folder, WEIGHTS_FILE, read_pairs) or {}
     if not found.pairs:
@@ -140,7 +140,7 @@ def _rows(path: Path, config: PeftConfig, pairs: Mapping[str, PairEntries], repo
 
 
 def _tensor(file: FileIO, start: int, entry: TensorEntry) -> Tensor:
-    """Read, not mapped: the pages of a mapped file count as memory until it is closed."""
+    """Return one tensor, read and not mapped: pages of a mapped file count as memory until it is closed."""
     buffer = bytearray(entry.nbytes)
     read_into(file, start + entry.start, memoryview(buffer))
     return torch.frombuffer(buffer, dtype=FLOAT_DTYPES[entry.dtype]).view(entry.shape)
@@ -152,7 +152,7 @@ def _norms(found: _Found, rows: list[dict[str, Any]]) -> None:
     zero = [row["module"] for row in rows if "B is zero" in row["note"]]
     report.facts["scale"] = scales[0] if len(scales) == 1 else scales
     dora = found.config is not None and found.config.dora
-    # That of DoRA's whole change needs the base, whose rows it scales.
+    # The norm of DoRA's whole update would need the base, whose rows it scales.
     name = "update_norm_before_scaling" if dora else "update_norm"
     report.facts[name] = math.sqrt(sum(row["norm"] ** 2 for row in rows))
     report.facts["modules_with_zero_B"] = len(zero)
@@ -171,7 +171,7 @@ def _norms(found: _Found, rows: list[dict[str, Any]]) -> None:
 
 def _summary(leaf: str, group: list[dict[str, Any]]) -> dict[str, Any]:
     norms = [row["norm"] for row in group]
-    # NaN has no place in an order.
+    # NaN cannot be ordered.
     finite = [norm for norm in norms if not math.isnan(norm)] or [math.nan]
     ranks = sorted({row["rank"] for row in group})
     notes = [row["note"] for row in group if row["note"]]
@@ -187,7 +187,7 @@ def _summary(leaf: str, group: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _fit(found: _Found, base: Base) -> None:
-    """A place in the base for every factor, and factors for every target."""
+    """Report factors that do not fit the base, and targets without factors."""
     report, folder, architecture, checkpoint = found.report, base.folder, base.architecture, base.checkpoint
     if not found.pairs:
         return

@@ -1,4 +1,4 @@
-"""Low-rank updates on the linears (Hu et al. 2021): the project's own method."""
+"""Low-rank updates on the linears (Hu et al. 2021), with DoRA as an option: the project's main method."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lowrank_dist.parallel.topology import Topology
 
 
 class Lora:
-    """See methods/method.py. Raises UserError as `place` does, and for a dropout that cannot be drawn."""
+    """The `Method` of low-rank updates. Raises UserError as `place` does, and for a dropout that rounds to 1."""
 
     virtual = 0
     lead: tuple[int, ...] = ()
@@ -104,7 +104,7 @@ def _attach(
     lanes: bool,
     dora: bool,
 ) -> Theta:
-    """Give the model low-rank updates as they start. Collective where they are decomposed."""
+    """Attach low-rank updates with their initial values to the model. Collective with dora."""
     kind = DecomposedFactors if dora else LowRankFactors
     adapted = inject(model, placements, masks, seed, topology.tp_rank, topology.tp_size, lanes, kind)
     theta = lora_theta(adapted, topology.tp_size, masks)

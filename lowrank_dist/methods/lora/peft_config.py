@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json, both ways: the smallest one that says exactly what an adapter is, and any one read back.
+"""PEFT's adapter_config.json: the smallest config that describes an adapter exactly, and a reader of any config.
 
 Matching follows PEFT 0.21 (`tuners_utils.check_target_module_exists`, `utils.other.get_pattern_key`).
 """
@@ -17,7 +17,7 @@ from lowrank_dist.untrusted.json import brief, read_object, take
 from lowrank_dist.untrusted.keys import EMPTY, KeyRule
 from lowrank_dist.untrusted.patterns import Patterns
 
-# What PEFT assumes for a key that is absent.
+# PEFT's defaults of absent keys.
 _DEFAULTS: Mapping[str, Any] = {
     "r": 8,
     "lora_alpha": 8,
@@ -39,7 +39,7 @@ _DEFAULTS: Mapping[str, Any] = {
 _MORE = "more than s·B·A"
 KEYS = KeyRule(
     applied=frozenset({*_DEFAULTS, "peft_type"}),
-    # These change how factors are started or trained, never which of the saved ones count or what they mean.
+    # These change the initialisation or training of factors, but not which saved ones apply or what they compute.
     without_effect=frozenset(
         "auto_mapping inference_mode peft_version revision megatron_config megatron_core loftq_config eva_config "
         "corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying merge_weights".split()
@@ -52,14 +52,15 @@ KEYS = KeyRule(
     neutral=dict.fromkeys(("lora_bias", "use_qalora"), (False,)),
     nothing=EMPTY,
 )
-# The other starts (pissa, olora, corda, loftq, lora_ga, …) change the base too, so s·B·A alone is not the update.
+# Other values (pissa, olora, corda, loftq, lora_ga, …) change the base too, so that s·B·A is not the whole update.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _LARGEST = 1e30
 OUTPUT_LAYER = "lm_head"
 _ANEW = "write the adapter again"
-# From so many names on PEFT shortens target_modules (MIN_TARGET_MODULES_FOR_OPTIMIZATION).
+# PEFT shortens target_modules from this number of names on (MIN_TARGET_MODULES_FOR_OPTIMIZATION).
 _SHORTENED_FROM = 20
-# PEFT's forms: of a key of rank_pattern or alpha_pattern, of a key of layers_pattern, and where there is none of these.
+# PEFT's regular expressions around a key of rank_pattern or alpha_pattern, around a name in layers_pattern, and for a
+# layer's number without layers_pattern.
 _END_OF_PATH = r"(.*\.)?({})$"
 _BEFORE_LAYER = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 _ANY_LAYERS = r".*?\.[^.]*\.(?P<idx>\d+)\."
@@ -67,13 +68,13 @@ _ANY_LAYERS = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 @dataclass(frozen=True)
 class PeftConfig:
-    """The content of adapter_config.json for a LoRA adapter: `rank` and `alpha` hold where no pattern matches.
+    """The content of adapter_config.json for a LoRA adapter. rank (r) and alpha apply where no pattern matches.
 
-    targets: names or ends of module paths, or one regular expression over the whole path ("all-linear": any linear but
-    the output layer). excluded: names, ends or an expression alike, which outdo the targets. layers: the only ones in
-    which ends count, any where there are none; layer_patterns: expressions for what comes before a layer's number.
-    Pattern keys are regular expressions for the end of a module path, from a dot on; the first that matches counts.
-    matching: does it, for all expressions of the file.
+    targets: module paths or ends of them, or one regular expression for the whole path. "all-linear" is any linear but
+    the output layer. excluded: modules in the same form, which are never targets. layers: numbers of the layers in
+    which ends of paths match; empty = all. layer_patterns: expressions for the path before a layer's number.
+    rank_pattern, alpha_pattern: regular expression for the end of a module path, after a dot → value; the first match
+    counts. matching: matches all expressions of the file.
     """
 
     rank: int
@@ -93,12 +94,12 @@ class PeftConfig:
 
     @property
     def all_linear(self) -> bool:
-        """Whether the targets are "all-linear", which says nothing of modules that are no linears."""
+        """Return whether the targets are "all-linear". `adapts` then expects a linear."""
         return isinstance(self.targets, str) and self.targets.lower() == ALL_LINEAR
 
     @property
     def narrowing(self) -> dict[str, Any]:
-        """The keys beside target_modules that decide which modules are adapted, as far as they are set."""
+        """The keys that narrow target_modules and that are set."""
         values = {
             "exclude_modules": self.excluded,
             "layers_to_transform": self.layers,
@@ -107,22 +108,22 @@ class PeftConfig:
         return {key: value for key, value in values.items() if value}
 
     def rank_of(self, module: str) -> int:
-        """The rank that PEFT gives `module`."""
+        """Return the rank that PEFT gives `module`."""
         return self._first_match(self.rank_pattern, module, self.rank)
 
     def alpha_of(self, module: str) -> float:
-        """The alpha that PEFT gives `module`."""
+        """Return the alpha that PEFT gives `module`."""
         return self._first_match(self.alpha_pattern, module, self.alpha)
 
     def adapts(self, module: str) -> bool:
-        """Return whether PEFT would put factors on `module`, with "all-linear" one of the linears."""
+        """Return whether PEFT would put factors on `module`. With "all-linear", `module` must be a linear."""
         if self._names(self.excluded, module):
             return False
         if self.all_linear:
             return module != OUTPUT_LAYER
         if not self.layers or isinstance(self.targets, str):
             return self._names(self.targets, module)
-        # A whole path counts in any layer.
+        # A whole path matches in any layer.
         return module in self.targets or (self._names(self.targets, module) and self._layer_of(module) in self.layers)
 
     def _layer_of(self, module: str) -> int | None:
@@ -131,7 +132,7 @@ class PeftConfig:
         return None if match is None or match["idx"] is None else int(match["idx"])
 
     def _names(self, targets: tuple[str, ...] | str, module: str) -> bool:
-        """Return whether a list of names and ends, or a regular expression, names the module."""
+        """Return whether `targets`, a list of paths and ends or a regular expression, matches the module."""
         if isinstance(targets, str):
             return self.matching.fullmatch(targets, module)
         return any(module == target or module.endswith(f".{target}") for target in targets)
@@ -141,7 +142,7 @@ class PeftConfig:
         return next(values, otherwise)
 
     def to_json(self) -> str:
-        """The text of adapter_config.json."""
+        """Return the text of adapter_config.json."""
         whole = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -174,10 +175,10 @@ def describe(
     fan_in_fan_out: bool,
     base: str,
 ) -> PeftConfig:
-    """The smallest config under which PEFT adapts exactly the modules of `sizes` (module → rank and alpha).
+    """Return the smallest config with which PEFT adapts exactly the modules of `sizes` (module → rank and alpha).
 
-    modules: every module path of the base that holds weights. Names are shortened to the last part ("q_proj"), else
-    the last two ("attn.c_proj"), as long as they mean no other module; else the whole path stands.
+    modules: the path of every module of the base that has weights. A target is the last part of a path ("q_proj") or
+    the last two ("attn.c_proj") where these match no other module; otherwise it is the whole path.
     """
     ranks = {module: rank for module, (rank, _) in sizes.items()}
     alphas = {module: alpha for module, (_, alpha) in sizes.items()}
@@ -200,7 +201,7 @@ def describe(
 
 
 def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Pattern keys that give each module its value, none for the default; no two keys overlap."""
+    """Return pattern keys that give each module its value. The default needs no key, and no two keys overlap."""
     pattern = {}
     for value in sorted(set(values.values()) - {default}):
         same = [module for module in values if values[module] == value]
@@ -210,7 +211,7 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def _short_names(selected: Iterable[str], others: Iterable[str]) -> dict[str, str]:
-    """Each selected path → its shortest end (one part, two parts, or all) that is the end of none of `others`."""
+    """Return each selected path → its shortest end (one part, two parts, or all) that no path of `others` ends with."""
     taken = {_end(other, depth) for other in others for depth in (1, 2)}
     return {
         module: next((end for end in (_end(module, 1), _end(module, 2)) if end not in taken), module)
@@ -234,8 +235,8 @@ def _number(alpha: float) -> int | float:
 def read_config(path: Path) -> PeftConfig:
     """Read the adapter_config.json of any plain LoRA or DoRA adapter.
 
-    Raises UserError, naming file and key, for another method than LoRA, for options that make the update more than
-    s·B·A and magnitudes (biases, fully trained modules, a changed base, …), and for values that make no sense.
+    Raises UserError, with file and key, for a method other than LoRA, for options that make the update more than s·B·A
+    and magnitudes (biases, fully trained modules, a changed base, …), and for invalid values.
     """
     values = {**_DEFAULTS, **read_object(path, _ANEW)}
     _refuse_more_than_lora(values, path)
@@ -268,7 +269,7 @@ def read_config(path: Path) -> PeftConfig:
 
 
 def key_notes(path: Path) -> list[str]:
-    """Return a line that names the keys of an adapter_config.json of which nothing is known; none without any."""
+    """Return a line that names the unknown keys of an adapter_config.json, or no line."""
     return KEYS.notes(read_object(path, _ANEW), str(path))
 
 
@@ -304,7 +305,10 @@ def _module_names(value: Any, matching: Patterns, path: Path, key: str) -> tuple
 def _layers(
     values: Mapping[str, Any], targets: tuple[str, ...] | str, matching: Patterns, path: Path
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return `layers` and `layer_patterns`. UserError for what PEFT refuses, or reads by more than a module's path."""
+    """Return `layers` and `layer_patterns`.
+
+    Raises UserError for combinations that PEFT refuses, and for target lists so long that PEFT shortens them.
+    """
     value, patterns = values["layers_to_transform"], values["layers_pattern"]
     found = f"{path}: layers_to_transform: {brief(value)}, layers_pattern: {brief(patterns)}"
     if isinstance(targets, str) and not (value is None and patterns is None):
@@ -343,7 +347,7 @@ def _rank(value: Any, path: Path, key: str) -> int:
 
 
 def _finite(value: Any, path: Path, key: str) -> float:
-    # The comparison is false for NaN too, and works for integers beyond a float.
+    # The comparison is false for NaN too, and works for integers too large for a float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not -_LARGEST < value < _LARGEST:
         raise UserError(f"{path}: {key} must be a finite number, found {brief(value)}")
     return float(value)

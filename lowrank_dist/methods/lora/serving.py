@@ -1,8 +1,8 @@
-"""A LoRA adapter for programs that read less of it than PEFT does: vLLM, and llama.cpp's converter.
+"""Export of a LoRA adapter for programs that read less of its config than PEFT: vLLM and llama.cpp's converter.
 
-llama.cpp's convert_lora_to_gguf.py takes lora_alpha alone and scales each module by it over the module's own rank;
-vLLM takes r, lora_alpha and use_rslora and scales all modules alike. With one rank and one alpha, and without rsLoRA,
-both read what PEFT reads. Their sources were read as of llama-cpp-python 0.3.36 and vLLM's main of November 2026.
+llama.cpp's convert_lora_to_gguf.py reads lora_alpha only and scales each module by lora_alpha over the module's rank.
+vLLM reads r, lora_alpha and use_rslora and applies one scale to all modules. With one rank, one alpha and no rsLoRA
+both apply the same scales as PEFT. Sources: llama-cpp-python 0.3.36 and vLLM's main of November 2026.
 """
 
 import re
@@ -23,7 +23,7 @@ from lowrank_dist.methods.lora.peft_config import OUTPUT_LAYER, PeftConfig
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 VLLM_DEFAULT_RANK = 16
 _MERGE = "merge it into the base with lowrank-dist merge"
-# Of the families here, those of which a program takes no adapter.
+# Program → family for which it accepts no LoRA adapter → reason and remedy.
 _WITHOUT_LORA: Mapping[str, Mapping[str, str]] = {
     VLLM: {"gpt2": f"vLLM has no LoRA on GPT-2: {_MERGE}"},
     LLAMA_CPP: {
@@ -31,14 +31,14 @@ _WITHOUT_LORA: Mapping[str, Mapping[str, str]] = {
         "opt": "llama.cpp's converter does not know OPT, merged or not: serve it with vLLM or transformers",
     },
 }
-# llama.cpp takes an alpha that is zero in fp32 for "no scale", not for none of the update.
+# llama.cpp reads an alpha that is zero in fp32 as "no scaling", not as a zero update.
 _SMALLEST_ALPHA = 2.0**-126
 
 
 def refuse_unserved(source: Path, config: PeftConfig, adapter: Adapter, target: str, max_rank: int | None) -> None:
-    """Raise UserError, with every reason, where `target` would not take the adapter or would apply another one.
+    """Raise UserError, with every reason, where `target` would refuse the adapter or compute another update.
 
-    max_rank: the --max-lora-rank that vLLM is started with.
+    max_rank: the --max-lora-rank with which vLLM is started.
     """
     problems = [f"{target} does not serve DoRA: {_MERGE}"] if config.dora else []
     families, without = _families(adapter.factors), _WITHOUT_LORA[target]
@@ -51,7 +51,7 @@ def refuse_unserved(source: Path, config: PeftConfig, adapter: Adapter, target: 
 
 
 def _families(modules: Collection[str]) -> set[str]:
-    """Return the families whose linears are named as these modules; the output layer is named alike in all."""
+    """Return the families that have linears of all these names. The output layer has one name in all families."""
     inner = set(modules) - {OUTPUT_LAYER}
     return {name for name, family in FAMILIES.items() if all(_linear_of(family.linears, module) for module in inner)}
 
@@ -62,7 +62,7 @@ def _linear_of(linears: Mapping[str, tuple[str, ...]], module: str) -> bool:
 
 
 def serving_rank(rank: int) -> int | None:
-    """The smallest --max-lora-rank under which vLLM serves an adapter of `rank`; None where there is none."""
+    """Return the smallest --max-lora-rank with which vLLM serves an adapter of rank `rank`; None where none does."""
     return next((size for size in VLLM_RANKS if size >= rank), None)
 
 
@@ -81,22 +81,22 @@ def _rank_problems(largest: int, max_rank: int | None) -> list[str]:
 
 
 def serving_notes(adapter: Adapter, target: str) -> list[str]:
-    """Return a line for what `target` takes in some families and refuses, when it loads the adapter, in others."""
+    """Return the note for vLLM on factors of the output layer, which it accepts in some model families only."""
     if target != VLLM or OUTPUT_LAYER not in adapter.factors:
         return []
     return [f"vLLM takes factors of {OUTPUT_LAYER} in some families alone: where it refuses them, {_MERGE}"]
 
 
 def reads_alike(config: PeftConfig, adapter: Adapter) -> bool:
-    """Return whether lora_alpha over r is the scale of every module, and r the rank, so that no one reads another."""
+    """Return whether every module has rank r and scale lora_alpha / r, so that all programs apply the same scales."""
     sizes = {(factor.rank, factor.alpha) for factor in adapter.factors.values()}
     return sizes == {(config.rank, config.alpha)} and not config.rslora and abs(config.alpha) >= _SMALLEST_ALPHA
 
 
 def folded(adapter: Adapter) -> Adapter:
-    """The same adapter with one rank, the largest, and a scale of 1: lora_alpha is r, and B holds its module's s.
+    """Return an equivalent adapter with the largest rank for every module, lora_alpha = r, and s folded into B.
 
-    Smaller factors get rows of A and columns of B that are zero.
+    Factors of smaller rank are padded with zero rows of A and zero columns of B.
     """
     rank = max(factor.rank for factor in adapter.factors.values())
     return replace(
@@ -113,9 +113,9 @@ def _fold(factor: LowRankFactor, rank: int, rslora: bool) -> LowRankFactor:
 
 
 def write_folded(folder: Path, config: PeftConfig, adapter: Adapter) -> None:
-    """Write what `folded` returned into a folder that exists. config: of the adapter that it was made of.
+    """Write the result of `folded` into an existing folder. config: that of the original adapter.
 
-    Raises UserError where a product s·B is beyond fp32.
+    Raises UserError where s·B overflows fp32.
     """
     rank = next(iter(adapter.factors.values())).rank
     alike = replace(config, rank=rank, alpha=float(rank), rslora=False, rank_pattern={}, alpha_pattern={})

@@ -8,7 +8,7 @@ from lowrank_dist.sections.section import MethodSection
 
 
 class PrefixConfig(MethodSection):
-    """Virtual positions with keys and values of their own in every layer."""
+    """A prefix: trained keys and values at virtual positions of every layer."""
 
     shaping = frozenset({"length", "width"})
 

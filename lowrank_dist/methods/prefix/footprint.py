@@ -16,13 +16,13 @@ from lowrank_dist.plan.factors import joined
 from lowrank_dist.plan.job import Footprint, Job, Parameter, Parameters
 from lowrank_dist.sections.section import MethodName
 
-# The linear behind which it joins: attention has keys and values from qkv.
+# The linear after which a prefix enters the layer: attention gets keys and values from qkv.
 _QKV = "linear_qkv"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixFootprint(Footprint):
-    """Keys and values of a rank's heads. width: of the MLP, or None where they are trained themselves."""
+    """The footprint of the keys and values of a rank's heads. width: w, or None where they are trained directly."""
 
     width: int | None
 
@@ -34,9 +34,9 @@ class PrefixFootprint(Footprint):
         return "heads"
 
     def parameters(self, architecture: Architecture) -> Parameters:
-        """Return 2·L·l·(key/value heads × head width), which alone is stored.
+        """Return the stored size, 2·L·l·(key/value heads × head width), and the trained size.
 
-        While training with the MLP: an embedding [l, H], and H → w → 2·L·(key/value width) with biases.
+        With an MLP these are trained: an embedding [l, H], and H → w → 2·L·(key/value width) with biases.
         """
         keys = 2 * len(architecture.layers) * architecture.kv_heads * architecture.head_dim
         stored = trained = self.virtual * keys
@@ -46,7 +46,7 @@ class PrefixFootprint(Footprint):
         return Parameters(trained, stored)
 
     def on_rank(self, job: Job) -> Sequence[Parameter]:
-        """Keys and values, or the MLP that makes them. Where ranks share a head, they are whole on every rank."""
+        """Return keys and values, or the MLP that computes them. Where ranks share a head, each rank has all of it."""
         arch, n = job.architecture, job.layout.tensor
         cut = arch.kv_heads % n == 0
         keys = 2 * len(arch.layers) * (arch.kv_heads // n if cut else arch.kv_heads) * arch.head_dim
@@ -59,13 +59,14 @@ class PrefixFootprint(Footprint):
         ]
 
     def saved_by_attention(self, job: Job, kind: LayerKind, stream: bool, alone: int) -> int:
-        """Keys and values that were put together, and as many queries: nothing fused is kept for them.
+        """Return the bytes of the concatenated keys and values, and of queries of as many positions.
 
-        Without `stream`, as in the first layer, the prefix requires a gradient and q, k and v do not.
+        They are copies, so the fused q, k, v are not saved for them. Without `stream`, as in the first layer, the
+        prefix requires a gradient but q, k and v do not.
         """
         arch, n, e = job.architecture, job.layout.tensor, job.itemsize
         whole_heads = arch.kv_heads >= n
-        # Every sample has its own copy. A packed row is taken to hold two.
+        # Every sample has its own copy of the prefix. A packed row is assumed to hold two samples.
         positions = job.tokens + job.layout.micro_batch * (2 if job.packing else 1) * self.virtual
         heads = kind.linears["linear_proj"].in_features // n + max(1, arch.kv_heads // n) * arch.head_dim
         found = positions * (2 * heads * e + 4 * arch.heads // n)
@@ -77,14 +78,14 @@ class PrefixFootprint(Footprint):
         return found
 
     def saved_by_model(self, job: Job, recompute: bool) -> int:
-        """The MLP's inner activation; and where layers run again what it made, in the base's dtype."""
+        """Return the bytes of the MLP's inner activation and, with recomputation, of its output in the base's dtype."""
         arch = job.architecture
         made = self.virtual * 2 * len(arch.layers) * max(1, arch.kv_heads // job.layout.tensor) * arch.head_dim
         inner = 0 if self.width is None else 4 * self.virtual * self.width
         return inner + (made * job.itemsize if recompute and (self.width is not None or job.itemsize < 4) else 0)
 
     def microbatch_flops(self, architecture: Architecture) -> tuple[int, int]:
-        """Forward and backward of the MLP: the inner product on every rank, the outer one cut over them."""
+        """Return the FLOPs of the MLP: the inner product, which every rank repeats, and the outer, which is sharded."""
         if self.width is None:
             return 0, 0
         once = 3 * 2 * self.virtual * self.width
@@ -99,5 +100,5 @@ def footprint_of(method: MethodName, section: PrefixConfig, architecture: Archit
 def footprints_of_size(
     method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int
 ) -> list[PrefixFootprint]:
-    """Return a prefix of the size's virtual positions."""
+    """Return the footprint of a prefix with `sizes.virtual` positions."""
     return [PrefixFootprint(method, joined(architecture, _QKV), sizes.virtual, width=sizes.reparametrised)]

@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values at l positions of every layer (Li & Liang 2021), cut over ranks by heads.
+"""Prefix tuning: trained keys and values at l positions of every layer (Li & Liang 2021), sharded by heads.
 
 Legend: l virtual positions, L layers, G key/value heads of the model and g of this rank, d head width, H hidden, w
 width of the reparametrising MLP, N ranks.
@@ -44,9 +44,9 @@ EMBEDDING, HIDDEN, HIDDEN_BIAS, OUTPUT, OUTPUT_BIAS = (
 class Prefix(nn.Module):
     """Keys and values [L, 2, g, l, d] of this rank's heads, in fp32.
 
-    They are the parameters themselves, or with `width` an MLP's output over a trained embedding of each position:
-    W_o·tanh(W_h·e + b_h) + b_o. Where heads are fewer than ranks, of which several then share one, the parameters are
-    whole on every rank and each rank's gradient is that of its own head.
+    Without `width` they are the parameters. With it they are an MLP's output for a trained embedding of each position:
+    W_o·tanh(W_h·e + b_h) + b_o. Where there are fewer key/value heads than ranks, several ranks share a head: every
+    rank then has all parameters, and its gradient is that of its own head.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Prefix(nn.Module):
 
         def parameter(*shape: int, sharded: bool) -> nn.Parameter:
             tensor = torch.zeros(shape, dtype=torch.float32, device=device)
-            # What lies before the heads has a gradient from every rank's, of which the sum is the whole.
+            # A replicated parameter gets a gradient from each rank's heads; the sum over ranks is the whole gradient.
             return mark(nn.Parameter(tensor), sharded=sharded and not alone, partial=not sharded)
 
         self.keys_values = self.embedding = None
@@ -97,13 +97,13 @@ class Prefix(nn.Module):
                 1, self.output_bias.shape
             )
         if not self._cut:
-            # Several ranks share a head.
+            # Several ranks share this head.
             own = self._rank * self._heads // self._size
             found = found[:, :, :, own : own + 1]
         return found.permute(1, 2, 3, 0, 4)
 
     def trained(self) -> tuple[Trained, ...]:
-        """Return each parameter in turn with the tensor that it is stored as."""
+        """Return each parameter with the name and shape of its stored tensor."""
         stored: tuple[tuple[str, tuple[int, ...]], ...]
         if self._width is None:
             stored = ((KEYS_VALUES, (self.length, *self._whole)),)
@@ -134,7 +134,7 @@ class Prefix(nn.Module):
 
 
 def keys_values(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return [l, L, 2, G, d] from the stored tensors of a `Prefix`, whole, with or without an MLP."""
+    """Return the unsharded keys and values [l, L, 2, G, d] from the stored tensors of a `Prefix`."""
     if KEYS_VALUES in tensors:
         return tensors[KEYS_VALUES]
     inner = torch.tanh(F.linear(tensors[EMBEDDING], tensors[HIDDEN], tensors[HIDDEN_BIAS]))
@@ -142,12 +142,12 @@ def keys_values(tensors: Mapping[str, Tensor]) -> Tensor:
     return F.linear(inner, output.flatten(0, 3), bias.flatten()).unflatten(1, bias.shape)
 
 
-# Of keys and values without an MLP: about what a layer's own have, whatever the model.
+# Initial standard deviation of keys and values without an MLP: about that of a layer's own, in any model.
 _SPREAD = 0.02
 
 
 class PrefixTuning:
-    """See methods/method.py. width: of the reparametrising MLP, which the files do not have, None for none."""
+    """The `Method` of prefix tuning. width: w of the MLP, None for none; the published files do not hold the MLP."""
 
     lead: tuple[int, ...] = ()
     published = PREFIX.published
@@ -179,7 +179,7 @@ class PrefixTuning:
         return theta
 
     def _initial(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """Return initial values, the same at every layout: PEFT's, but for keys and values alone."""
+        """Return initial values, the same at every layout: as in PEFT, except for keys and values without an MLP."""
         generator = torch.Generator().manual_seed(self._seed)
         values = {}
         for name, shape in shapes.items():

@@ -10,7 +10,7 @@ from lowrank_dist.sections.section import MethodSection
 
 
 class PromptConfig(MethodSection):
-    """Virtual positions with embeddings of their own before every sample."""
+    """A prompt: trained embeddings at virtual positions before every sample."""
 
     shaping = frozenset({"length"})
 

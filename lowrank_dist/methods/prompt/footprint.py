@@ -1,4 +1,4 @@
-"""The footprint of a prompt: an embedding of each of l virtual positions of the input. No torch."""
+"""The footprint of a prompt: one trained embedding for each of l virtual positions of the input. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lowrank_dist.sections.section import MethodName
 
 @dataclass(frozen=True)
 class PromptFootprint(Footprint):
-    """Embeddings [l, H], a copy on every rank. Virtual positions are tokens of a row like any other."""
+    """The footprint of embeddings [l, H], replicated. Virtual positions are tokens of a row like all others."""
 
     def label(self, job: Job) -> str:
         return "replicated"
@@ -29,13 +29,13 @@ class PromptFootprint(Footprint):
         return [Parameter(self.virtual * job.architecture.hidden, _after_the_cut(job))]
 
     def gathers_embedding_gradient(self, job: Job) -> bool:
-        """A prompt is put in behind the embeddings' scatter, where there is one."""
+        """Return whether the prompt is inserted before the tokens are sharded; its gradient is then gathered."""
         return not _after_the_cut(job)
 
     def virtual_in_rows(self, job: Job, tp_rank: int) -> int:
-        """Return how many of a rank's tokens are virtual: with cut tokens it has a part of a row.
+        """Return how many of a rank's tokens are virtual. With sharded tokens the rank has a part of each row.
 
-        A packed row holds two samples.
+        A packed row is assumed to hold two samples.
         """
         cut, length = _after_the_cut(job), job.sequence_length
         samples = (0, length // 2) if job.packing else (0,)
@@ -52,13 +52,13 @@ def footprint_of(method: MethodName, section: PromptConfig, architecture: Archit
 def footprints_of_size(
     method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int
 ) -> list[PromptFootprint]:
-    """Return a prompt of the size's virtual positions."""
+    """Return the footprint of a prompt with `sizes.virtual` positions."""
     return [PromptFootprint(method, joined(architecture, None), sizes.virtual)]
 
 
 def _after_the_cut(job: Job) -> bool:
-    """Return whether tokens are cut over the ranks before the prompt is put in.
+    """Return whether the tokens are sharded over the ranks before the prompt is inserted.
 
-    Learned positions are added to whole rows, so that tokens are cut after them.
+    Learned positions are added to whole rows, so with them the tokens are sharded afterwards.
     """
     return job.sequence_parallel and not job.architecture.position_rows

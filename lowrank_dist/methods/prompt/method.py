@@ -1,6 +1,6 @@
 """Prompt tuning: trained embeddings at l positions before the input (Lester et al. 2021).
 
-They are ids beyond the vocabulary, beside Megatron's frozen word embeddings.
+Their ids lie beyond the vocabulary; Megatron's word embeddings stay frozen.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lowrank_dist.parallel.topology import Topology
 
 
 class _WordEmbeddings(Protocol):
-    """Megatron's VocabParallelEmbedding, as far as it is used here."""
+    """The part of Megatron's VocabParallelEmbedding that is used here."""
 
     weight: Tensor
     tp_group: ProcessGroup
@@ -44,22 +44,22 @@ class _WordEmbeddings(Protocol):
 
 
 class WithVirtualTokens(nn.Module):
-    """The word embeddings, where id `first_id` + j is row j of `rows`; in the place of Megatron's module.
+    """Word embeddings that map id `first_id` + j to row j of `rows`; they replace Megatron's module.
 
-    Output as Megatron's: [b, s, H], or [s / N, b, H] where it scatters.
+    The output is as Megatron's: [b, s, H], or [s / N, b, H] with reduce_scatter_embeddings.
     """
 
     def __init__(self, words: _WordEmbeddings, rows: Tensor, first_id: int, *, sequence_parallel: bool) -> None:
         """rows: [l, H] fp32, the same on every rank."""
         super().__init__()
         self.words, self._first_id = words, first_id
-        # Without sequence parallelism every rank has the gradient at all positions, with it at its own.
+        # With sequence parallelism a rank has the gradient at its own positions only, without it at all of them.
         partial = sequence_parallel and words.tp_group.size() > 1 and words.reduce_scatter_embeddings
         self.rows = mark(nn.Parameter(rows), sharded=False, partial=partial)
 
     @property
     def weight(self) -> Tensor:
-        """The frozen embeddings, to which the head may be tied."""
+        """The frozen embeddings; the output layer may be tied to them."""
         return self.words.weight
 
     @property
@@ -77,14 +77,14 @@ class WithVirtualTokens(nn.Module):
             group = self.words.tp_group
             virtual = virtual.t().chunk(group.size())[group.rank()]
         there = virtual >= 0
-        # Looked up, not indexed: the gradient of indexing is summed in whatever order the threads of a CPU come.
+        # F.embedding, not indexing: on a CPU the order of the sums in the gradient of indexing varies with the threads.
         rows = F.embedding(virtual[there], self.rows).to(embedded.dtype)
-        # Written where they are, so that no tensor as large as the embeddings is made for a few of them.
+        # index_put writes only these rows, so that no second tensor of the size of the embeddings is built for them.
         return embedded.index_put(there.nonzero(as_tuple=True), rows)
 
 
 def add_virtual_tokens(model: CausalLM, rows: Tensor) -> nn.Parameter:
-    """Put trained embeddings before every sample of `model`, starting from `rows` [l, H] in fp32; returns them."""
+    """Put trained embeddings, initially `rows` [l, H] in fp32, before every sample of `model`. Return the parameter."""
     words, sequence_parallel = model.embedding.word_embeddings, model.topology.sequence_parallel
     embeddings = WithVirtualTokens(words, rows, model.architecture.vocab, sequence_parallel=sequence_parallel)
     model.lead_with(embeddings, rows.size(0))
@@ -96,7 +96,7 @@ _SPREAD = 0.02
 
 
 class PromptTuning:
-    """See methods/method.py. init: "vocabulary" (embeddings of tokens drawn by the seed) or "random"."""
+    """The `Method` of prompt tuning. init: "vocabulary" (embeddings of tokens drawn by the seed) or "random"."""
 
     published = PROMPT.published
 
