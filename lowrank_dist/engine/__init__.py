@@ -1,1 +1,1 @@
-"""The training loop, what it evaluates, saves and reports; the only room that knows DeepSpeed."""
+"""The training loop with evaluation, checkpoints and reports. No other package imports DeepSpeed."""

@@ -1,8 +1,8 @@
-"""The facts that all ranks of a run must have in common, compared before anything is trained or written.
+"""Checks that all ranks of a run have the same config, installation and files, before anything is trained or written.
 
-Ranks that differ would train together all the same, each by its own: data-parallel ranks average gradients of two
-learning rates, tensor-parallel ranks multiply the shards of two models. What lies in files is compared by content, for
-every node may have its own copy, and what belongs to one rank (its numbers, its device) not at all.
+Ranks that differ would still train together: data-parallel ranks would average gradients of two learning rates,
+tensor-parallel ranks would multiply shards of two models. Files are compared by content, since every node may have its
+own copy. Values that belong to one rank (its numbers, its device) are not compared.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from lowrank_dist.methods.registry import home
 from lowrank_dist.ops import extension
 from lowrank_dist.parallel.collectives import require_agreement
 
-# Paths of files that `require_same_inputs` compares by content, and of the checkpoint, which rank 0 alone reads.
+# Paths that may differ: `require_same_inputs` compares the files by content, and only rank 0 reads the checkpoint.
 _PATHS = ("model.path", "data.train", "data.eval", "data.tokenizer", "train.resume")
 _SHOWN = 12  # hex digits of a SHA-256 in a message
 
 
 def require_same_start(config: Config, backend: Backend) -> None:
-    """Raise UserError on every rank where not all have the same configuration and installation. Collective.
+    """Raise UserError on every rank where configuration or installation differ between ranks. Collective.
 
-    Before any other collective: which ones there are follows from these.
+    Must be the first collective: configuration and installation decide which collectives follow.
     """
     own = {key: json.dumps(value) for key, value in flat_keys(config.read_keys()).items() if key not in _PATHS}
     own.pop(_start_key(config), None)
@@ -48,9 +48,9 @@ def require_same_start(config: Config, backend: Backend) -> None:
 
 
 def require_same_inputs(config: Config, data: Data, device: torch.device, *, afresh: bool) -> None:
-    """Raise UserError on every rank where not all have read the same base, tokenizer, data and adapter. Collective.
+    """Raise UserError on every rank where base, tokenizer, data or starting adapter differ between ranks. Collective.
 
-    afresh: the run does not go on from a checkpoint, which would say what is trained.
+    afresh: the run does not resume from a checkpoint, so the adapter that it starts from is compared too.
     """
     model, words = config.model.path, config.data.tokenizer or config.model.path
     own = {
@@ -76,7 +76,7 @@ def _require(own: dict[str, str], device: torch.device, remedy: str) -> None:
 
 
 def _start_key(config: Config) -> str:
-    """Return the key of the adapter that training starts from, of the method's own section."""
+    """Return the config key, in the method's own section, of the adapter that training starts from."""
     return f"{home(config.method).section}.init_from"
 
 
@@ -85,7 +85,7 @@ def _sources() -> list[Path]:
 
 
 def _libraries(device: str) -> dict[str, str]:
-    """Return what computes the low-rank path on `device`, in place of PyTorch's own operators."""
+    """Return the libraries that replace PyTorch's operators on `device` → digest or description, or why not in use."""
     files = [extension.LIBRARY] if device == "cpu" else [extension.LIBRARY, extension.CUDA_LIBRARY]
     found = {"compiled operators": extension.why_not_on(device) or _shown(digest_of(files))}
     return found if device == "cpu" else {**found, "apex": apex.describe(device)}

@@ -1,4 +1,4 @@
-"""The parts of a run, put together: method, engine, loop; and the lines that it introduces itself with."""
+"""Assembly of a run from method, engine and training loop, and the lines that a run prints at its start."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lowrank_dist.parallel.theta import Theta
 
 
 def choose_kernels(kernels: str, device: str) -> None:
-    """Follow engine.kernels on `device` ("cpu" or "cuda"). UserError where what it demands was not built."""
+    """Apply engine.kernels on `device` ("cpu" or "cuda"). Raises UserError where it demands kernels not built."""
     extension.use_plain(kernels == "plain")
     apex.use_plain(kernels == "plain")
     if kernels == "compiled":
@@ -40,22 +40,22 @@ def choose_kernels(kernels: str, device: str) -> None:
 
 
 def describe_kernels(kernels: str, device: str) -> list[str]:
-    """Return a line for each choice that was made, with the reason where something faster was not chosen."""
+    """Return a line for each implementation in use, with the reason where a faster one is not used."""
     if kernels == "plain":
         return ["plain PyTorch operators, norms and AdamW (engine.kernels: plain)"]
     return [extension.describe(device), *([apex.describe(device)] if device == "cuda" else [])]
 
 
 def build_method(config: Config, architecture: Architecture) -> Method:
-    """Return what config.method names, for this model. UserError as `methods.method.Tuner.build` raises it."""
+    """Return the method that config.method names, for this model. Raises as `methods.method.Tuner.build` does."""
     setting = Setting(config.method, config.model.path, config.train.seed, config.data.max_length, config.engine.lanes)
     return home(config.method).tuner.build(config.own_section, setting, architecture)
 
 
 def build_engine(run: Run, model: CausalLM, theta: Theta) -> Engine:
-    """Make the optimiser of Θ, with masters, moments and generators from the checkpoint where the run goes on from one.
+    """Build the engine: the model and the optimiser of Θ. Collective.
 
-    Collective.
+    Where the run resumes, fp32 masters, moments and random generators are restored from the checkpoint.
     """
     train, engine, device = run.config.train, run.config.engine, run.backend.device
     rules = OptimiserRules(
@@ -68,7 +68,7 @@ def build_engine(run: Run, model: CausalLM, theta: Theta) -> Engine:
 
 
 def build_trainer(run: Run, method: Method, engine: Engine, data: Data, forecast: Forecast) -> Trainer:
-    """Build the loop with what it reports to, evaluates and saves by. Collective."""
+    """Open the run folder, report the introduction and build the training loop. Collective."""
     run.open_folder()
     reporter = open_reporter(run, data.course.steps)
     for line in introduction(run, method, engine, data, forecast):
@@ -83,7 +83,7 @@ def build_trainer(run: Run, method: Method, engine: Engine, data: Data, forecast
 
 
 def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast: Forecast) -> Iterator[str]:
-    """Say in a few lines what is about to happen; samples that were left out are never left out silently."""
+    """Yield the lines that describe the run at its start. Samples that were left out are always reported."""
     config, topology, backend = run.config, run.topology, run.backend
     yield (
         f"{engine.model.architecture.family}, {topology.tp_size} tensor × {topology.dp_size} data parallel, sequence "
@@ -118,9 +118,9 @@ def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast:
 
 
 def _notes_on_files(config: Config, model: CausalLM, *, afresh: bool) -> Iterator[str]:
-    """Yield a line for each thing that the files of the base, the tokenizer and a first adapter say in vain.
+    """Yield a line for each setting of base, tokenizer or starting adapter that is not applied or does not match.
 
-    afresh: the run reads that adapter. One that goes on does not; it may be gone.
+    afresh: the run reads the starting adapter. A resumed run does not; the adapter may be gone.
     """
     path, start = config.model.path, config.own_section.starts_from
     yield from config_notes(path)

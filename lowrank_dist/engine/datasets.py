@@ -26,18 +26,19 @@ from lowrank_dist.methods.method import Method
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.topology import Topology
 
-EVAL_MICROBATCHES = 16  # of each rank, made at a time
+EVAL_MICROBATCHES = 16  # of each rank in one batch of evaluation
 
-# Takes the model, and what to tell of the prompts of each batch that is done. Returns names and values.
+# Arguments: the model, and a callback that gets the number of prompts in each finished batch. Returns name → value.
 Generating = Callable[[CausalLM, Callable[[int], None]], dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Course:
-    """The part of the training stream that a run reads, the shuffled and endless one of its data set and seed.
+    """The part that a run reads of the training stream: its data set, shuffled by the seed and repeated without end.
 
-    position: samples that lie behind the run. end: samples of a run by epochs, None for one by steps. steps: optimizer
-    steps of the whole run. notes: a line where the data does not go on as it would have without a stop.
+    position: samples read before this start. end: the position at which a run by epochs ends; None for a run by steps.
+    steps: optimizer steps of the whole run. notes: a line where a resumed run reads other data than an uninterrupted
+    one would.
     """
 
     position: int
@@ -47,7 +48,10 @@ class Course:
 
     @classmethod
     def of(cls, train: TrainConfig, dataset: Dataset, resumed: TrainingState | None) -> Course:
-        """Return the course of a run that goes on from `resumed`, if from anything. Steps follow from the position."""
+        """Return the course of a run that resumes from `resumed`, or starts afresh where that is None.
+
+        With train.epochs the number of steps follows from the position.
+        """
         position, notes = (0, ()) if resumed is None else _position(train, dataset, resumed)
         if train.steps is not None:
             return cls(position, None, train.steps, notes)
@@ -59,9 +63,9 @@ class Course:
 
 
 def _position(train: TrainConfig, dataset: Dataset, resumed: TrainingState) -> tuple[int, Sequence[str]]:
-    """Return the position in the stream, and what to say of it.
+    """Return the position in the stream, and notes on it.
 
-    Another data set or seed makes another stream. Gone on with in its middle, a pass would leave samples out.
+    Another data set or seed makes another stream. To resume in the middle of its pass would leave samples out.
     """
     position, n, before = resumed.stream_position, len(dataset), f"up to step {resumed.step}"
     seed, batch = resumed.setting("train", "seed"), resumed.setting("train", "global_batch")
@@ -81,8 +85,8 @@ def _position(train: TrainConfig, dataset: Dataset, resumed: TrainingState) -> t
 class Data:
     """The data sets of a run and their batches on this data-parallel rank.
 
-    evaluation: the eval set's batches, from the first each time. generation: decodes the eval set's prompts and scores
-    the completions (`evaluate_generation`). notes: on what its metrics mean for the eval set's references.
+    evaluation: returns an iterator over the eval set's batches, from the first each time. generation: decodes the eval
+    set's prompts and scores the completions (`evaluate_generation`). notes: lines to print at the start of the run.
     """
 
     dataset: Dataset
@@ -95,12 +99,12 @@ class Data:
 
     @property
     def state(self) -> DataState:
-        """The training set as a checkpoint states it, for a run that goes on to compare with its own."""
+        """The training set as a checkpoint records it; a resumed run compares it with its own."""
         return _state(self.dataset)
 
     @property
     def held_out_state(self) -> DataState | None:
-        """The same of the eval set; None without one."""
+        """The same for the eval set; None without one."""
         return None if self.held_out is None else _state(self.held_out)
 
     def first_batch(self) -> StepBatch:
@@ -116,15 +120,14 @@ def build_data(
     resumed: TrainingState | None = None,
     begun: datetime | None = None,
 ) -> Data:
-    """Tokenise and deal out the data sets; the order of samples is a function of the seed.
+    """Tokenise the data sets and distribute them over data-parallel ranks. The seed determines the order of samples.
 
-    resumed: the state that the run goes on from. begun: the moment at which the run began; the present where it is not
-    given. Raises UserError for samples that cannot be trained on, and for those from which eval.generate cannot
-    generate.
+    resumed: the state that the run resumes from. begun: the time at which the run began; None for now. Raises UserError
+    for samples that cannot be trained on, and for those from which eval.generate cannot generate.
     """
     vocab = architecture.vocab
     data, train = config.data, config.train
-    # The longest sample, and the longest row: a prefix has positions, but none in a row.
+    # Tokens of the longest sample. A row also holds the lead tokens; a prefix takes positions but none in a row.
     longest = data.max_length - method.virtual
     tokenizer = load_tokenizer(data.tokenizer or config.model.path, begun)
     cut = Cut(
@@ -143,8 +146,8 @@ def build_data(
         return Data(dataset, loader, course, notes=own_notes)
     held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead, Use.JUDGING)
     cut = replace(cut, micro_batch=config.eval.micro_batch or train.micro_batch)
-    # Nothing is accumulated over an eval batch: its size decides how many rows of like length are put together, and
-    # bounds what is laid out as tensors, and packed, at a time.
+    # Nothing is accumulated over an eval batch. Its size decides how many rows of similar length are grouped, and
+    # bounds how much is packed and made into tensors at a time.
     together = EVAL_MICROBATCHES * cut.micro_batch * topology.dp_size
     evaluation = partial(eval_batches, held_out, cut, global_batch=together)
     generation, notes = _generation(config, method, tokenizer, architecture, topology)
@@ -152,7 +155,7 @@ def build_data(
 
 
 def note_on_batch(train: TrainConfig, samples: int, course: Course) -> list[str]:
-    """Return a line where an optimizer step reads more than one pass over the data."""
+    """Return a line where one optimizer step needs more samples than the data set has."""
     if train.global_batch <= samples or (course.end is not None and course.end <= samples):
         return []
     return [
@@ -172,9 +175,9 @@ def _note_on_clock(tokenizer: Tokenizer, begun: datetime | None) -> list[str]:
 def _generation(
     config: Config, method: Method, tokenizer: Tokenizer, architecture: Architecture, topology: Topology
 ) -> tuple[Generating | None, Sequence[str]]:
-    """Prepare what an evaluation generates, so that everything wrong with it is found before training begins.
+    """Return the function that generates in an evaluation, None without eval.generate, and notes on its prompts.
 
-    Returns notes on the references beside it.
+    It is prepared here so that every error in its configuration and prompts is found before training begins.
     """
     asked = config.eval.generate
     if asked is None:

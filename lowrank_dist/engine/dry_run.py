@@ -1,8 +1,8 @@
-"""Runs the planned step of one rank without its machines, and counts what the formulas claim.
+"""Dry run of the planned step of one rank on fake tensors, to check the plan's memory, FLOPs and messages by counting.
 
-Fake tensors have sizes and no memory, and a fake process group has ranks and no peers: the project's own model,
-method, head and deferred sum run forward and backward as they are, on a CPU's operators. ZeRO's partition
-alone is taken from the formula (tests hold it against DeepSpeed).
+Fake tensors have sizes but no memory, and a fake process group has ranks but no peers. The project's own model,
+method, head and deferred sum run forward and backward unchanged, on CPU operators. Only ZeRO's partition is taken from
+the formula (tests compare it with DeepSpeed).
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Executed:
-    """Counts of an execution: bytes by part as in plan/memory.py, calls of a microbatch and of the step at its end.
+    """Counts of a dry run: bytes by part as in plan/memory.py, messages of a microbatch and of the end of a step.
 
-    peak: the most bytes that existed in the second of two microbatches, when gradients exist already; the optimiser's
-    state and DeepSpeed's buckets are not in it. flops: of a microbatch's matrix products, attention's apart.
+    peak: largest number of live bytes in the second of two microbatches, when gradients exist already, without
+    optimiser state and DeepSpeed's buckets. flops: of a microbatch's matrix products, without attention.
     """
 
     parts: dict[str, int]
@@ -58,14 +58,14 @@ class Executed:
     step: list[Message]
 
 
-# Memory may differ by this much of what was counted; calls and bytes may not differ at all.
+# Largest relative error of the formulas for memory and FLOPs. Messages, calls and bytes, must agree exactly.
 TOLERANCE = 0.05
 
 
 def verification(candidate: Candidate, request: Request) -> dict[str, Any]:
-    """Run the candidate's step and put what was counted beside the formulas.
+    """Run the candidate's step and return the counts beside the values of the formulas.
 
-    Both sides are of a CPU's operators: CUDA's norms are fused, save less and need less beside.
+    Both sides are for CPU operators. CUDA's norms are fused: they save less and need less temporary memory.
     """
     job, tp_rank = replace(candidate.job, device="cpu"), candidate.tp_rank
     executed = execute(job, request.config, tp_rank)
@@ -97,7 +97,7 @@ def _parts(job: Job, tp_rank: int) -> dict[str, int]:
 
 
 def executed_peak(job: Job, tp_rank: int) -> int:
-    """The formula's fullest moment of a second microbatch, without the optimiser's state and DeepSpeed's buckets."""
+    """Return the formula's peak in a second microbatch, without optimiser state and DeepSpeed's buckets."""
     second = replace(job, global_batch=2 * job.layout.micro_batch * job.layout.data)
     fullest = max(
         sum(value for part, value in moment.parts.items() if part != "DeepSpeed's buckets")
@@ -108,9 +108,9 @@ def executed_peak(job: Job, tp_rank: int) -> int:
 
 
 def microbatch_flops(job: Job) -> int:
-    """The formula's matrix products of a microbatch on one rank, attention's apart.
+    """Return the formula's FLOPs of a microbatch's matrix products on one rank, without attention.
 
-    Of the vocabulary a rank has the rows that padding leaves it: the first ranks have more than their share.
+    The vocabulary is padded before it is sharded, so the first ranks hold more than 1/TP of the real rows.
     """
     layout = job.layout
     flops = job_flops(replace(job, global_batch=layout.micro_batch * layout.data))
@@ -120,7 +120,7 @@ def microbatch_flops(job: Job) -> int:
 
 
 def execute(job: Job, config: Config, tp_rank: int) -> Executed:
-    """Build rank `tp_rank` of the job and run two microbatches, the deferred sum, and what follows an update."""
+    """Build rank `tp_rank` of the job; run two microbatches, the deferred sum and the refresh after an update."""
     quiet_libraries()
     with (
         _fake_ranks(job, tp_rank) as topology,
@@ -160,7 +160,7 @@ def execute(job: Job, config: Config, tp_rank: int) -> Executed:
 
 @contextmanager
 def _fake_ranks(job: Job, tp_rank: int) -> Iterator[Topology]:
-    """Be in a job of the planned size, in which this process is tensor-parallel rank `tp_rank` of replica 0."""
+    """Join a fake job of the planned size, in which this process is tensor-parallel rank `tp_rank` of replica 0."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "this process is a rank of a real job"
@@ -170,11 +170,11 @@ def _fake_ranks(job: Job, tp_rank: int) -> Iterator[Topology]:
         topology = Topology.build(job.layout.tensor, job.layout.data, job.layout.sequence, timeout_seconds=600)
         yield replace(topology, sequence_parallel=job.layout.sequence and job.layout.tensor > 1)
     finally:
-        dist.destroy_process_group()  # Megatron's are forgotten by the next Topology.build
+        dist.destroy_process_group()  # the next Topology.build discards Megatron's groups
 
 
 def _build(job: Job, config: Config, topology: Topology) -> tuple[CausalLM, Theta, int]:
-    """The model, what is trained, and its bytes with buffers of its own."""
+    """Return the model, Θ, and the bytes of Θ and of the buffers that the method added."""
     with _made_in(_DTYPES[job.dtype]):
         model = CausalLM(
             job.architecture,
@@ -185,7 +185,7 @@ def _build(job: Job, config: Config, topology: Topology) -> tuple[CausalLM, Thet
         )
     model.set_recompute(job.layout.recompute)
     buffers = set(model.buffers())
-    # As if resumed: an adapter to start from is not read. Lanes as planned, for the device that the job is planned for.
+    # resumed=True, so that no starting adapter is read. Lanes as in the plan, whatever device runs this.
     planned = config.engine.model_copy(update={"lanes": "on" if job.lanes else "off"})
     method = build_method(config.model_copy(update={"engine": planned}), job.architecture)
     theta = method.attach(model, topology, resumed=True)
@@ -195,7 +195,7 @@ def _build(job: Job, config: Config, topology: Topology) -> tuple[CausalLM, Thet
 
 @contextmanager
 def _made_in(dtype: torch.dtype) -> Iterator[None]:
-    """Parameters are made in `dtype` at once: nn.Module.to would swap them, which fake tensors refuse."""
+    """Create parameters in `dtype` from the start: nn.Module.to would swap them, which fake tensors refuse."""
 
     def already(module: nn.Module, *args: object, **kwargs: object) -> nn.Module:
         assert all(parameter.dtype == dtype for parameter in module.parameters())
@@ -213,7 +213,7 @@ def _made_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _batch(job: Job) -> dict[str, Any]:
-    """Packed rows hold two samples each."""
+    """Return a microbatch of zeros. Packed rows hold two samples each."""
     rows, positions = job.layout.micro_batch, job.sequence_length
     halves = ((0, positions // 2), (positions // 2, positions))
     return {
@@ -236,7 +236,7 @@ def _deferred_sum(job: Job, topology: Topology, parameters: Sequence[nn.Paramete
 
 
 def _messages(count: CollectiveCount, topology: Topology, phase: Any) -> list[Message]:
-    """The calls over the tensor-parallel group; on one rank there is nobody to call."""
+    """Return the calls over the tensor-parallel group; none where it has one rank."""
     if topology.tp_size == 1:
         return []
     found = count.within(topology.tp_group).calls
@@ -245,7 +245,7 @@ def _messages(count: CollectiveCount, topology: Topology, phase: Any) -> list[Me
 
 
 class _KnownPositions(TorchDispatchMode):
-    """Fake ids have no values: this says how many of a rank's positions hold virtual tokens, and not which."""
+    """Gives the number of virtual-token positions on a rank (not which), since fake ids have no values to look up."""
 
     def __init__(self, job: Job, tp_rank: int) -> None:
         super().__init__()
@@ -261,9 +261,9 @@ class _KnownPositions(TorchDispatchMode):
 
 
 class _Live(TorchDispatchMode):
-    """Bytes of all storages that exist, from those that any operator returns: `now`, and the most of it so far.
+    """Counts the bytes of all live storages that any operator returned.
 
-    flops: of the matrix products so far.
+    now: the current number; peak: the largest so far. flops: of the matrix products so far.
     """
 
     def __init__(self) -> None:
@@ -298,7 +298,7 @@ def _storage_bytes(tensor: Tensor) -> int:
 
 
 def _product_flops(name: str, args: tuple[Any, ...]) -> int:
-    """FLOPs of a matrix product, or 0 for any other operator."""
+    """Return the FLOPs of a matrix product; 0 for any other operator."""
     if name in ("aten.mm", "aten.addmm", "aten.addmm_"):
         left, right = args[-2:]
         return 2 * left.size(0) * left.size(1) * right.size(1)

@@ -1,4 +1,4 @@
-"""Evaluation while a run trains: loss, quality of generated texts, and which evaluation was the best."""
+"""Evaluation during training: loss, metrics of generated texts, and the choice of the best evaluation."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import UserError
 from lowrank_dist.generate.metrics import DEFINITION, METRICS
 
-# What follows from a number that is not finite, and what to do.
+# End of the error for a number that is not finite: consequence and remedy.
 STOPS = "training stops on every rank. Lower train.lr, add train.warmup_steps, or look at the samples of this step"
 
 
 def best_first(values: Mapping[int, float], name: str) -> list[int]:
-    """Return the steps, best value first: the lowest eval loss (`LOSS`), the highest of a metric of generated texts.
+    """Return the steps, best value first: lowest for the eval loss (`LOSS`), highest for a metric of generated texts.
 
-    Of equals the earlier step, which has drifted less from the base for the same result.
+    Among equals the earlier step comes first: it has drifted less from the base for the same result.
     """
     sign = 1 if name == LOSS else -1
     return sorted(values, key=lambda step: (sign * values[step], step))
 
 
 def label(name: str) -> str:
-    """Return what a value is called in messages."""
+    """Return the name of a value in messages."""
     return "eval loss" if name == LOSS else name
 
 
 class History:
-    """Values of all evaluations of a run, those before it was resumed included. The same on every rank.
+    """Values of all evaluations of a run, including those before it was resumed. The same on every rank.
 
-    best: the name of what decides, `LOSS` or one of generate.metrics.METRICS. values: name → step → value. outdated:
-    names whose values up to now are left out (`outdated_values`).
+    best: name of the value that decides, `LOSS` or one of generate.metrics.METRICS. values: name → step → value.
+    outdated: names whose values from before the resume are left out (`outdated_values`).
     """
 
     def __init__(self, best: str, resumed: TrainingState | None, outdated: Collection[str] = ()) -> None:
@@ -51,24 +51,23 @@ class History:
             self.values |= {name: dict(values) for name, values in resumed.evaluations.items() if name not in outdated}
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Remember what an evaluation found."""
+        """Store the values of one evaluation."""
         for name, value in values.items():
             self.values.setdefault(name, {})[step] = value
 
     @property
     def best_step(self) -> int | None:
-        """None before the first evaluation that measured what decides."""
+        """The step of the best evaluation; None before the first one that measured the deciding value."""
         return next(iter(best_first(self._deciding, self.best)), None)
 
     @property
     def without_better(self) -> int:
-        """Evaluations since the best one. They are counted anew each time, so a resumed run counts as if it had not
-        stopped."""
+        """The number of evaluations since the best one. Computed from the values, so resuming does not change it."""
         best = self.best_step
         return 0 if best is None else sum(step > best for step in self._deciding)
 
     def describe_best(self) -> str:
-        """Return the best value and its step, where there is one."""
+        """Return the best value and its step as text. There must be a `best_step`."""
         step = self.best_step
         assert step is not None
         return f"{label(self.best)} {self._deciding[step]:.4f} of step {step}"
@@ -79,7 +78,7 @@ class History:
 
 
 class Evaluator:
-    """Evaluates on the eval set, if there is one, and remembers in `history` what every evaluation found."""
+    """Evaluates on the eval set, if there is one, and stores the values of every evaluation in `history`."""
 
     def __init__(self, run: Run, engine: Engine, data: Data, reporter: Reporter) -> None:
         self._run, self._engine, self._data, self._reporter = run, engine, data, reporter
@@ -87,7 +86,7 @@ class Evaluator:
         self.history = History(run.config.eval.best, run.state, outdated)
 
     def evaluate(self, step: int) -> None:
-        """Report the mean loss over the eval set's target tokens, and how good generated texts are. Collective.
+        """Report the mean loss over the eval set's target tokens and the metrics of generated texts. Collective.
 
         Raises UserError, on every rank, for a loss that is not finite.
         """
@@ -107,10 +106,10 @@ class Evaluator:
         self.history.add(step, {name: value for name, value in found.items() if name in (LOSS, *METRICS)})
 
     def probe(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Return a few rows of ids, of the eval set if there is one, and the trained model's logits on them.
+        """Return the token ids of a few rows, of the eval set if there is one, and the trained model's logits on them.
 
-        Adapter and merge can be held against these. They are plain rows of tokens, packed or not: whoever compares has
-        the tokens alone, and knows of no samples in a row.
+        Adapter and merged model can be compared with these logits. Each row is run as one sample, packed or not: who
+        compares has only the tokens, not the borders of samples.
         """
         self._engine.model.eval()
         return self._engine.logits(self._data.first_batch().microbatches[0].input_ids[:rows])
@@ -125,15 +124,15 @@ class Evaluator:
                 total[1] += microbatch.target_ids.numel()
         topology = self._run.topology
         dist.all_reduce(total, group=topology.dp_group)
-        # Not left to each tensor-parallel rank's own arithmetic: all must end early at the same step, or none.
+        # Broadcast, since tensor-parallel ranks may round differently and all must stop early at the same step.
         dist.broadcast(total, group=topology.world_group, group_src=0)
         return (total[0] / total[1]).item()
 
 
 def outdated_values(config: Config, state: TrainingState | None, held_out: DataState | None) -> dict[str, str]:
-    """Return the name of each value that was measured otherwise up to `state` → how. It is not held against new ones.
+    """Return name → how it was measured, for the values in `state` that cannot be compared with those of this run.
 
-    held_out: the eval set of the run that goes on.
+    held_out: the eval set of this run, which resumes from `state`.
     """
     if state is None:
         return {}
@@ -150,9 +149,9 @@ def outdated_values(config: Config, state: TrainingState | None, held_out: DataS
 
 
 def notes_on_best(config: Config, state: TrainingState | None, held_out: DataState | None) -> list[str]:
-    """Return a line for each thing that limits the choice of the best step. state: of the run that goes on, or None.
+    """Return a line for each thing that limits the choice of the best step.
 
-    held_out: the eval set.
+    state: that the run resumes from, or None. held_out: the eval set.
     """
     evaluation, save_every, lines = config.eval, config.output.save_every, []
     if config.data.eval is not None and evaluation.every is not None:

@@ -1,4 +1,4 @@
-"""The plan of the run that is about to start (lowrank_dist/plan): memory of a rank, and work of a step."""
+"""The plan (lowrank_dist/plan) of the run that is about to start: memory of a rank and FLOPs of a step."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lowrank_dist.plan.job import Layout
 from lowrank_dist.plan.memory import memory
 from lowrank_dist.plan.parameters import heaviest_rank
 
-# Beyond this share of what there is, a run does not start: the plan is not that far off (tests hold it to 10 %).
+# A run whose planned memory exceeds the available by this factor does not start. Tests hold the plan to 10 %.
 _CERTAIN = 1.1
 _GIB = 2**30
 
 
 class Forecast:
-    """The plan of one run as it was launched. memory_line: what it says of memory."""
+    """The plan of one run as it was launched. memory_line: the line on memory that the run prints."""
 
     def __init__(self, config: Config, architecture: Architecture, topology: Topology, backend: Backend) -> None:
-        """Raises UserError where the run does not fit the device by far, unless train.ignore_plan."""
+        """Raises UserError where planned memory exceeds the available by over 10 %, unless train.ignore_plan is set."""
         path = config.model.path
         request = Request(Model(path.name, architecture, stored_dtype(path) or "fp32"), config, True)
         train, self._recompute = config.train, config.engine.recompute == "full"
@@ -42,7 +42,7 @@ class Forecast:
         self.memory_line = self._check()
 
     def _check(self) -> str:
-        """One line on memory."""
+        """Return the line on memory. Raises as `__init__` does."""
         planned, available = self._planned.total, self._backend.memory_for_a_rank()
         fullest = sorted(self._planned.parts.items(), key=lambda part: -part[1])[:3]
         parts = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in fullest if size)
@@ -58,15 +58,15 @@ class Forecast:
         )
 
     def compare(self, measured: float) -> str:
-        """One line on the measured peak, in GiB, beside the plan."""
+        """Return a line with the measured peak, in GiB, beside the planned one."""
         beside = "" if self._backend.device.type == "cuda" else ", Python and its libraries not counted"
         return f"peak memory of a rank {measured:.2f} GiB; planned {self._planned.total / _GIB:.2f} GiB{beside}"
 
     def flops(self, tokens: int, targets: int, squares: int) -> int:
-        """FLOPs that model and method need for so many tokens, over all ranks (MFU's numerator).
+        """Return the FLOPs that model and method need for so many tokens, over all ranks (MFU's numerator).
 
-        Virtual positions that are tokens of a row are among the tokens and their squares, others are not. What a
-        microbatch costs whatever its tokens is left out.
+        tokens and squares count virtual positions that are tokens of a row, and no others. Costs of a microbatch that
+        do not depend on its tokens are left out.
         """
         count = step_flops(
             self._job.architecture,
@@ -79,5 +79,5 @@ class Forecast:
         return count.model
 
     def peak(self) -> float | None:
-        """FLOP/s of a rank's device by its data sheet, None where it is not known."""
+        """Return the FLOP/s of a rank's device by its data sheet; None where it is not known."""
         return peak_flops(self._backend.name())

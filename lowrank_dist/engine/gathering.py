@@ -1,7 +1,7 @@
-"""Θ and its moments from every rank's ZeRO partitions, whole, on rank 0, a few tensors at a time.
+"""Gathers Θ and its moments from the ZeRO partitions of all ranks, unsharded, on rank 0, a few tensors at a time.
 
-Each rank sends what it alone holds, so rank 0 receives 12·|Θ| bytes whatever the topology is. Nothing here touches the
-groups that training uses: it runs in the checkpoint's thread, over the topology's host_group.
+Every element is sent by one rank only, so rank 0 gets 12·|Θ| bytes at any topology. This runs in the checkpoint's
+thread over the topology's host_group, and never uses the process groups of training.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lowrank_dist.parallel.coordinates import Place
 from lowrank_dist.parallel.theta import Theta, gather, is_sharded
 from lowrank_dist.parallel.topology import Topology
 
-# Elements of Θ that rank 0 holds whole at a time, unless one parameter has more; low-rank Θ is mostly below it.
+# Elements of unsharded Θ that rank 0 holds at a time; more where one parameter is larger. Low-rank Θ is mostly smaller.
 BATCH_ELEMENTS = 2**24
 
 
 class Gathering:
     """Gathers Θ and its Adam state from all ranks on rank 0.
 
-    Collective to make: the ranks tell each other which elements of Θ their partitions hold.
+    The constructor is collective: ranks tell each other which elements of Θ their partitions hold.
     """
 
     def __init__(self, theta: Theta, optimiser: ZeroOptimiser, topology: Topology) -> None:
@@ -38,24 +38,25 @@ class Gathering:
         own = torch.tensor(optimiser.fragments(), dtype=torch.int64)
         tables = [torch.empty_like(own) for _ in range(topology.world_group.size())]
         dist.all_gather(tables, own, group=topology.host_group)
-        # Of each rank, in order: (number of the parameter, first element, elements).
+        # For each rank, in order: (number of the parameter, first element, number of elements).
         self._held = [
             [(number, start, count) for number, (start, count) in enumerate(table.tolist()) if count]
             for table in tables
         ]
 
     def stream(self, snapshot: Tensor) -> Iterator[dict[str, Tensor]]:
-        """On rank 0, in the order of `Theta.trained`: stored name → [3, *shape], whole, in the order of KINDS.
+        """Yield on rank 0, in the order of `Theta.trained`: stored name → unsharded [3, *shape], in the order of KINDS.
 
-        snapshot: [3, elements] of `ZeroOptimiser.snapshot`. Every rank must exhaust it; others get nothing. Raises
-        UserError where copies of a parameter, or their moments, differ between tensor-parallel ranks.
+        snapshot: [3, elements] of `ZeroOptimiser.snapshot`. Every rank must exhaust the iterator, which yields nothing
+        on other ranks. Raises UserError where copies of a parameter, or their moments, differ between tensor-parallel
+        ranks.
         """
         rank, group = self._topology.world_group.rank(), self._topology.host_group
         pieces, size = self._pieces(rank, snapshot), self._topology.world_group.size()
         own = self._digest(snapshot)
         digests = [torch.empty_like(own) for _ in range(size)]
         dist.all_gather(digests, own, group=group)
-        # Every rank knows of it before any has sent what nobody would receive.
+        # Every rank checks before any rank sends: after an error nobody would receive.
         self._require_equal_copies([int(each) for each in digests])
         if rank:
             for batch in self._batches:
@@ -74,7 +75,7 @@ class Gathering:
             yield self._join(batch, received)
 
     def _sends(self, rank: int, batch: Sequence[int]) -> list[tuple[int, int, int]]:
-        """Return the fragments that a rank sends."""
+        """Return the fragments of the parameters in `batch` that `rank` sends."""
         place, trained = self._places[rank], self._theta.trained
         return [held for held in self._held[rank] if held[0] in batch and trained[held[0]].is_sent_by(place)]
 
@@ -89,7 +90,7 @@ class Gathering:
         return torch.tensor(digest(copies), dtype=torch.int64)
 
     def _require_equal_copies(self, digests: Sequence[int]) -> None:
-        """A copy that differs between tensor-parallel ranks has lost its deferred sum somewhere."""
+        """Raise UserError where copies differ between tensor-parallel ranks: a deferred sum was lost somewhere."""
         size = self._topology.tp_size
         if any(len(set(digests[at : at + size])) > 1 for at in range(0, len(digests), size)):
             raise UserError(
@@ -100,7 +101,7 @@ class Gathering:
 
     def _join(self, batch: Sequence[int], received: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
         trained, kinds = self._theta.trained, range(len(KINDS))
-        # By parameter and shard: what its data-parallel replicas sent, and the place of any of these.
+        # (parameter, shard) → the fragments that its data-parallel replicas sent, and the place of one of them.
         fragments: dict[tuple[int, tuple[int, int]], list[tuple[int, Tensor]]] = {}
         places: dict[tuple[int, tuple[int, int]], Place] = {}
         for rank, tensors in enumerate(received):
@@ -114,7 +115,7 @@ class Gathering:
         of_kind = [{name: tensor[kind] for name, tensor in whole.items()} for kind in kinds]
         for (number, shard), found in fragments.items():
             held = trained[number].held(places[number, shard])
-            # The fragments of all data-parallel ranks make up a parameter without a hole.
+            # Together the fragments of all data-parallel ranks cover the parameter without a gap.
             parts = [piece for _, piece in sorted(found, key=itemgetter(0))]
             local = torch.cat(parts, dim=1).view(len(KINDS), *held.shape)
             for kind in kinds:

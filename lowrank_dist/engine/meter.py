@@ -1,4 +1,4 @@
-"""Time by phase, throughput, and the rank that the others wait for."""
+"""Seconds by phase, throughput, and stragglers: ranks that the others wait for."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from lowrank_dist.engine.forecast import Forecast
 from lowrank_dist.parallel.collectives import every_value
 from lowrank_dist.parallel.topology import Topology
 
-# A rank is slow when it was over this many records; one slow step is the machine's affair.
+# Records whose median decides that a rank is slow; a single slow step is not reported.
 WINDOW = 3
-# Of a step; evaluation and checkpoints are no part of the throughput.
+# The phases of a step. Throughput does not count evaluation and checkpoints.
 STEP_PHASES = ("data", "forward", "backward", "reduction", "optimiser")
-# What a rank does by itself, but for what it waits for its tensor-parallel peers meanwhile.
+# The phases of a rank's own work; its waits for tensor-parallel peers in them are subtracted.
 OWN_PHASES = ("data", "forward", "backward")
 
 
 class Watcher(Protocol):
-    """Is told where the rank is (supervision.rank.Supervision)."""
+    """Receives the phase and step that the rank is in (supervision.rank.Supervision)."""
 
     def enter(self, phase: str, step: int | None = None) -> None: ...
 
 
 class Phases:
-    """The phases of the training loop, one after the other without a gap (supervision.status.TRAINING)."""
+    """Times the phases of the training loop (supervision.status.TRAINING), which follow each other without a gap."""
 
     def __init__(self, watcher: Watcher, backend: Backend) -> None:
         self._watcher, self._clock = watcher, Clock(backend.device)
         self._marks: list[tuple[str, Mark]] = []
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Leave the phase before. step: the one that begins, counted from 1."""
+        """End the phase before and begin `phase`. step: the step that begins, counted from 1."""
         self._watcher.enter(phase, step)
         self._marks.append((phase, self._clock.mark()))
 
     def measure_waits(self, measure: bool) -> None:
-        """From now on measure the time spent waiting for tensor-parallel peers, or no longer."""
+        """Start or stop measuring the time spent waiting for tensor-parallel peers."""
         WAITS.clock = self._clock if measure else None
 
     def take(self) -> tuple[defaultdict[str, float], float]:
-        """Return the seconds in each phase since the last call, and how many of them were measured to be waits.
+        """Return the seconds in each phase since the last call, and the seconds of them that were measured as waits.
 
         The device must have nothing left to do (`Backend.synchronize`).
         """
@@ -60,16 +60,19 @@ class Phases:
 
 
 class Stragglers:
-    """Compares what every rank needed for its own work, without what it waited for others."""
+    """Compares the seconds that every rank needed for its own work, without its waits for others."""
 
     def __init__(self, factor: float, hosts: Sequence[str]) -> None:
-        """factor: over the median of all ranks."""
+        """factor: a rank that needs more than this times the median of all ranks is a straggler."""
         self._factor, self._hosts = factor, hosts
         self._recent: deque[Sequence[float]] = deque(maxlen=WINDOW)
         self._named: set[int] = set()
 
     def observe(self, step: int, seconds: Sequence[float]) -> list[str]:
-        """Own seconds of every rank for one record. Returns a line for each new straggler, and each that caught up."""
+        """Add a record and return a line for each new straggler and each that caught up.
+
+        seconds: of every rank's own work.
+        """
         self._recent.append(seconds)
         if len(self._recent) < WINDOW:
             return []
@@ -88,7 +91,7 @@ class Stragglers:
 
 
 class Meter:
-    """Between `begin` and `end` lies one step that is recorded; `count` is told of every step."""
+    """Measures throughput: `begin` and `end` enclose a step that is recorded; `count` is called for every step."""
 
     def __init__(
         self,
@@ -109,13 +112,13 @@ class Meter:
         self._settle(measure_waits=self._stragglers is not None)
 
     def count(self, batch: StepBatch) -> None:
-        """Count a step that is done."""
+        """Count the tokens of a finished step."""
         self._tokens += batch.global_tokens
         self._targets += batch.global_targets
         self._squares += batch.global_squares
 
     def end(self, step: int) -> tuple[dict[str, float], list[str]]:
-        """Return rates and seconds since the last record, and lines to say of stragglers. Collective."""
+        """Return rates and seconds since the last record, and lines on stragglers. Collective."""
         seconds, waited = self._settle(measure_waits=False)
         lines = []
         if self._stragglers is not None:
@@ -138,12 +141,12 @@ class Meter:
         return values, lines
 
     def summary(self) -> str:
-        """Return a line on the whole run: memory needed beside memory planned. Collective."""
+        """Return a line on the whole run: peak memory of the fullest rank beside the planned. Collective."""
         peaks = every_value(self._backend.peak_memory_gib(), self._topology.world_group, self._backend.device)
         return self._forecast.compare(max(peaks))
 
     def _settle(self, *, measure_waits: bool) -> tuple[defaultdict[str, float], float]:
-        """Return the seconds since the last call, which are also added up."""
+        """Return the seconds by phase and of waits since the last call; add the former to the next record."""
         self._backend.synchronize()
         seconds, waited = self._phases.take()
         self._phases.measure_waits(measure_waits)

@@ -1,4 +1,4 @@
-"""From a run's config, or from a shape and overrides, to the job that is planned. Imports no torch."""
+"""Builds the job to plan from a run's config, or from a model shape and overrides. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lowrank_dist.plan.job import Decoding, Job, Layout
 from lowrank_dist.plan.layouts import Cluster, Fixed, choose
 from lowrank_dist.sections.section import Section
 
-# What a plan from a shape has no use for, and a config cannot do without.
+# Placeholders for the required config keys that a plan from a shape does not use.
 _STAND_IN = {"model": {"path": "none"}, "data": {"train": "none"}, "output": {"dir": "none"}}
 
 
 @dataclass(frozen=True)
 class Model:
-    """The model that is planned.
+    """The model to plan for.
 
     name: of a built-in shape, or of the model's folder. dtype: of the published weights; fp16 runs as bf16.
     """
@@ -35,7 +35,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned. whole: the config is a run's, defaults included."""
+    """The request for a plan. whole: the config is a run's, so its defaults count as given."""
 
     model: Model
     config: Config
@@ -43,7 +43,7 @@ class Request:
 
 
 def find_model(what: str) -> Model:
-    """Return the model of a built-in shape, a model folder or a config.json. UserError for anything else."""
+    """Return the model of a built-in shape, a model folder or a config.json. Raises UserError for anything else."""
     file = find_config(what)
     return read_model(file, what if what in BUILT_IN else None)
 
@@ -51,7 +51,7 @@ def find_model(what: str) -> Model:
 def read_model(path: Path, name: str | None = None) -> Model:
     """Return the model of a folder, or of a config.json and the weights beside it.
 
-    name: the folder's where it is None.
+    name: None for the folder's.
     """
     file = config_file(path)
     values = read_config(file)
@@ -62,7 +62,7 @@ def read_model(path: Path, name: str | None = None) -> Model:
 def read_request(what: str, overrides: Sequence[str]) -> Request:
     """Return the request for a run's YAML file, a built-in shape, a model folder or a config.json.
 
-    Raises ConfigError for what is wrong with the config, UserError for the rest.
+    Raises ConfigError for errors in the config, UserError for the rest.
     """
     path = Path(what)
     if path.suffix in (".yaml", ".yml") or (path.is_file() and path.suffix != ".json"):
@@ -78,7 +78,7 @@ def read_request(what: str, overrides: Sequence[str]) -> Request:
 
 
 def fixed_of(request: Request) -> Fixed:
-    """Return what is decided of the layout: all of it by a run's config, what was given as overrides for a shape."""
+    """Return the fixed part of the layout: all of it for a run's config, only the overrides for a shape."""
     parallel, engine, train = request.config.parallel, request.config.engine, request.config.train
 
     def given(section: Section, key: str) -> bool:
@@ -96,8 +96,8 @@ def fixed_of(request: Request) -> Fixed:
 def layout_overrides(request: Request, cluster: Cluster) -> list[str]:
     """Return overrides that give a run the plan's layout, for the keys that its config and command line leave open.
 
-    Every row is taken to be as long as data.max_length allows, and all of it trained on. Raises UserError where nothing
-    fits, with what would make it fit.
+    Every row is assumed to have data.max_length tokens, all of them targets. Raises UserError, with remedies, where no
+    layout fits.
     """
     parallel, engine, train = request.config.parallel, request.config.engine, request.config.train
     choice = choose(job_of(request, 1.0), fixed_of(replace(request, whole=False)), cluster)
@@ -117,7 +117,10 @@ def layout_overrides(request: Request, cluster: Cluster) -> list[str]:
 
 
 def job_of(request: Request, target_share: float) -> Job:
-    """Return the job in a layout of one rank, for `layouts.choose` to replace."""
+    """Return the job in a layout of one rank, which `layouts.choose` replaces.
+
+    Raises UserError where data.max_length exceeds the model's positions or leaves no room beside the method's own.
+    """
     config, model, arch = request.config, request.model, request.model.architecture
     length = config.data.max_length
     if length > arch.max_positions:
@@ -143,7 +146,7 @@ def job_of(request: Request, target_share: float) -> Job:
         zero_stage=config.engine.zero_stage,
         reduce_bucket=config.engine.reduce_bucket,
         device=device,
-        # On by itself only where lanes were measured to be faster (parallel/frozen.py).
+        # `auto` turns lanes on only where they were measured to be faster (parallel/frozen.py).
         lanes=config.engine.lanes == "on" or (config.engine.lanes == "auto" and device == "cpu"),
         packing=config.data.packing,
         footprint=home(config.method).footprint.footprint_of(config.method, config.own_section, arch),

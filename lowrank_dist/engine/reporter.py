@@ -1,6 +1,6 @@
-"""Reports of a run on rank 0: metrics.jsonl, TensorBoard scalars, the console and loss.png, a sink each.
+"""Reports of a run on rank 0, one sink each: metrics.jsonl, TensorBoard scalars, the console and loss.png.
 
-The log is none of them: every rank keeps its own, with what every module says in it (`RunFolder.log`).
+The log is not a sink: every rank keeps its own, with the messages of all modules (`RunFolder.log`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lowrank_dist.untrusted.json import parse_json
 
 logger = logging.getLogger(__name__)
 
-# Hugging Face's tags, so that runs lie beside those of other trainers in one board.
+# Hugging Face's tags, so that one board can show our runs beside those of other trainers.
 TAGS = {
     "loss": "train/loss",
     "eval_loss": "eval/loss",
@@ -43,56 +43,56 @@ TAGS = {
     "memory_gib": "memory/peak_gib",
 }
 
-# "step" (finished optimizer steps) and "time" (seconds of training so far) first, then what was measured.
+# "step" (finished optimizer steps) and "time" (seconds of training so far) first, then the measured values.
 Record = Mapping[str, Any]
 
 
 class Sink:
-    """One place that reports go to. A subclass overrides what concerns it; what it raises ends nothing (`Reporter`)."""
+    """One destination of reports. Subclasses override the methods they need. An error never ends a run (`Reporter`)."""
 
     def record(self, record: Record) -> None:
-        """Keep or show what was measured at one step."""
+        """Keep or show the values measured at one step."""
 
     def say(self, message: str) -> None:
-        """Show one line to the person who watches."""
+        """Show one line to the user."""
 
     def close(self) -> None:
-        """Finish what the run leaves here."""
+        """Write what is left and close."""
 
 
 class Reporter:
-    """Passes every report on to its sinks. Every rank has one; only rank 0's has sinks.
+    """Passes every report on to its sinks. Every rank has a reporter; only rank 0's has sinks.
 
-    A sink may fail, as on a full disk. That is said once, and is no reason for a run to end: the sink is asked again
-    with the next report.
+    A sink may fail, for example on a full disk. The failure is reported once and the run goes on; the sink is tried
+    again with the next report.
     """
 
     def __init__(self, elapsed: float) -> None:
-        """elapsed: seconds that the run had trained before it was interrupted."""
+        """elapsed: seconds that the run had trained before the interruption."""
         self._sinks: dict[str, Sink] = {}
         self._failed: set[str] = set()
         self._start = time.monotonic() - elapsed
 
     def add(self, name: str, open_sink: Callable[[], Sink]) -> None:
-        """Report to one more sink, unless it fails to open. name: what it is called in messages."""
+        """Add a sink, unless it fails to open. name: its name in messages."""
         with self._going_on(name):
             self._sinks[name] = open_sink()
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Report what was measured at a step. `step` counts finished optimizer steps."""
+        """Report the values measured at a step. step: number of finished optimizer steps."""
         record = {"step": step, "time": round(time.monotonic() - self._start, 3), **values}
         for name, sink in self._sinks.items():
             with self._going_on(name):
                 sink.record(record)
 
     def say(self, message: str) -> None:
-        """Report one line for the person who watches."""
+        """Report one line for the user."""
         for name, sink in self._sinks.items():
             with self._going_on(name):
                 sink.say(message)
 
     def close(self) -> None:
-        """Close the sinks in their order, each whatever becomes of the others."""
+        """Close the sinks in their order; a failure of one does not keep the others open."""
         for name, sink in self._sinks.items():
             with self._going_on(name):
                 sink.close()
@@ -101,7 +101,7 @@ class Reporter:
     def _going_on(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever a library makes of a full disk
+        except Exception as error:  # libraries raise different types for a full disk
             if name not in self._failed:
                 self._failed.add(name)
                 logger.warning("%s failed", name, exc_info=error)
@@ -109,17 +109,17 @@ class Reporter:
 
 
 def open_reporter(run: Run, total_steps: int) -> Reporter:
-    """Open the sinks that the configuration asks for; an interrupted run's records up to the resumed step stay.
+    """Open the sinks that the configuration asks for; keep an interrupted run's records up to the resumed step.
 
-    Raises UserError where these cannot be written.
+    Raises UserError where the records that stay cannot be written.
     """
     if not run.writes:
         return Reporter(0.0)
     output, folder, done = run.config.output, run.folder, run.state.step if run.state else 0
-    # What the interrupted run recorded beyond the step that was resumed will come again.
+    # Records beyond the resumed step are dropped: these steps will be trained and recorded again.
     kept = keep_records(folder.metrics, done)
     reporter = Reporter(kept[-1]["time"] if kept else 0.0)
-    # First, to say what becomes of the others.
+    # The console is first, so that it can report failures of the others.
     reporter.add("the console", lambda: ConsoleProgress(total_steps, done))
     reporter.add(folder.metrics.name, lambda: MetricsFile(folder))
     if output.tensorboard:
@@ -130,7 +130,7 @@ def open_reporter(run: Run, total_steps: int) -> Reporter:
 
 
 class MetricsFile(Sink):
-    """metrics.jsonl: a JSON object a line, appended. What the disk does not take is kept for the next time."""
+    """metrics.jsonl: one JSON object per line, appended. Bytes that the disk refuses are kept for the next write."""
 
     def __init__(self, folder: RunFolder) -> None:
         self._path, self._unwritten = folder.metrics, b""
@@ -141,14 +141,14 @@ class MetricsFile(Sink):
         self.close()
 
     def close(self) -> None:
-        # Unbuffered, so that what is left is known to the byte, be it half a line.
+        # Unbuffered, so that the unwritten rest is known to the byte, even within a line.
         with open_own(self._path, "ab") as file:
             while self._unwritten:
                 self._unwritten = self._unwritten[file.write(self._unwritten) :]
 
 
 class TensorBoard(Sink):
-    """TensorBoard's event files, of the values that TAGS names. Once they have failed they are not gone on with."""
+    """TensorBoard's event files of the values in TAGS. After a failure they are not continued."""
 
     def __init__(self, folder: RunFolder, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -168,7 +168,7 @@ class TensorBoard(Sink):
             threading.excepthook = self._before
 
     def _in_thread(self, died: threading.ExceptHookArgs) -> None:
-        """Leave out the traceback of TensorBoard's own thread, whose error is raised by what is written next."""
+        """Suppress the traceback of TensorBoard's own thread; the next write raises the thread's error."""
         if not type(died.thread).__module__.startswith("tensorboard."):
             self._before(died)
 
@@ -177,7 +177,7 @@ class ConsoleProgress(Sink):
     """Lines on stdout; on a terminal a progress bar below them."""
 
     def __init__(self, total_steps: int, done: int) -> None:
-        """done: the step that the run goes on from."""
+        """done: the step that the run resumes from."""
         self._total, self._done, self._begun = total_steps, done, time.monotonic()
         self._bar: progress.Progress | None = None
         console = open_console(file=sys.stdout)
@@ -211,7 +211,7 @@ class ConsoleProgress(Sink):
             self.say(f"step {step}/{self._total}  {status}  {left:.0f} s left")
 
     def say(self, message: str) -> None:
-        # Whoever reads this may be gone, with the launcher: no reason for a run to fail before it has saved.
+        # The reader of stdout may have died with the launcher. The run must not fail before it has saved.
         with contextlib.suppress(OSError):
             if self._bar is None:
                 say(message)
@@ -227,7 +227,7 @@ class LossPicture(Sink):
     """loss.png: training and eval loss over steps, drawn at the end of the run."""
 
     def __init__(self, folder: RunFolder, kept: Sequence[Record]) -> None:
-        """kept: records from before the run was interrupted."""
+        """kept: records from before the interruption."""
         self._path, self._records = folder.plot, list(kept)
 
     def record(self, record: Record) -> None:
@@ -257,7 +257,7 @@ class LossPicture(Sink):
 def keep_records(path: Path, done: int) -> list[Record]:
     """Cut metrics.jsonl back to step `done` and return the records that stay.
 
-    The last line of a killed run may be half of one. Raises UserError where it cannot be written.
+    The last line of a killed run may be incomplete. Raises UserError where the file cannot be written.
     """
     if not path.exists():
         return []
@@ -278,7 +278,7 @@ def keep_records(path: Path, done: int) -> list[Record]:
 
 
 def _generated(record: Record) -> str:
-    """Return what an evaluation found in generated texts; nothing where it generated none."""
+    """Return the metrics of generated texts in a record, as text; empty where none were generated."""
     if "eval_met_length_limit" not in record:
         return ""
     found = "".join(f"  {name} {record[f'eval_{name}']:.4f}" for name in METRICS if f"eval_{name}" in record)

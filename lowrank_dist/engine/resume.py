@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: which one, whether the run is still the same, and Θ back into ZeRO's partitions."""
+"""Resuming from a checkpoint: find it, check that the run is still the same, load Θ into ZeRO's partitions."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from lowrank_dist.methods.registry import home
 from lowrank_dist.parallel.theta import Theta, scatter
 from lowrank_dist.parallel.topology import Topology
 
-# What a run may change without a word: it trains the same Θ on the same samples. Data files and the base are compared
-# by content, and so is the tokenizer, through the tokens. A section stands for its keys, but for engine.clip.
+# Keys that a resumed run may change freely: it still trains the same Θ on the same samples. Data files and base are
+# compared by content, and the tokenizer through its tokens. A section stands for all its keys except engine.clip.
 _FREE_SECTIONS = ("parallel", "engine", "eval", "output")
 _FREE_KEYS = (
     *("model.path", "model.device", "model.load", "model.vocab_multiple"),
@@ -40,7 +40,7 @@ _FREE_KEYS = (
 
 @dataclass(frozen=True)
 class Resumption:
-    """The checkpoint that a run goes on from; messages: what was passed over on the way to it."""
+    """The checkpoint that a run resumes from. messages: the newer checkpoints that were passed over, and why."""
 
     folder: Path
     state: TrainingState
@@ -48,11 +48,11 @@ class Resumption:
 
 
 def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Resumption | None:
-    """Find the checkpoint that train.resume asks for; None to start afresh. Collective: rank 0 looks and verifies.
+    """Return the checkpoint that train.resume asks for; None to start afresh. Collective: rank 0 finds and verifies it.
 
-    Raises UserError on every rank for a checkpoint that was named and does not verify, that newer ones follow in this
-    run, or whose base is not the one in model.path; and, without output.overwrite, where starting afresh would destroy
-    a run that has saved (`RunFolder.saved_run`, or checkpoints of which none verifies).
+    Raises UserError on every rank where the named checkpoint does not verify or is followed by newer ones in this run,
+    and where the base of the checkpoint is not the one in model.path. Without output.overwrite also where starting
+    afresh would destroy a run that has saved (`RunFolder.saved_run`, or checkpoints, none of which verifies).
     """
     if config.train.resume == "never":
         return None
@@ -76,10 +76,10 @@ def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Re
 
 
 def begun(resumption: Resumption | None, topology: Topology) -> datetime:
-    """Return the moment at which the run began, the same on every rank and for as long as it goes on. Collective.
+    """Return the time at which the run began, the same on every rank and after every resume. Collective.
 
-    A chat template that reads the clock is told it, or ranks and resumed runs would train different texts. It is rank
-    0's present where there is no checkpoint, or one from before it was kept.
+    A chat template that reads the clock gets this time; otherwise ranks and resumed runs would train different texts.
+    It is rank 0's current time where there is no checkpoint, or an old one that does not hold it.
     """
     told = told_by_rank_0(lambda: {"present": datetime.now().isoformat(timespec="seconds")}, topology)
     kept = None if resumption is None else resumption.state.begun
@@ -117,7 +117,10 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
 
 
 def told_by_rank_0(ask: Callable[[], dict[str, Any] | None], topology: Topology) -> dict[str, Any]:
-    """Call `ask` on rank 0 alone and return its answer on every rank, by way of JSON; so is its UserError raised."""
+    """Call `ask` on rank 0 and return its answer, sent as JSON, on every rank. Collective.
+
+    A UserError or OSError of `ask` is raised on every rank, as UserError.
+    """
     text = b""
     if topology.world_group.rank() == 0:
         try:
@@ -138,9 +141,9 @@ def told_by_rank_0(ask: Callable[[], dict[str, Any] | None], topology: Topology)
 
 
 def complete(config: Config, resumption: Resumption | None) -> Config:
-    """Return the config with all of its method's section: as an adapter to start from, or the checkpoint, says it.
+    """Return the config with its method's section completed by the starting adapter or, on resume, the checkpoint.
 
-    A run that goes on does not read the adapter that it once started from; it may be gone.
+    A resumed run does not read the adapter that it once started from; it may be gone.
     """
     own, section = home(config.method), config.own_section
     if resumption is None:
@@ -152,7 +155,10 @@ def complete(config: Config, resumption: Resumption | None) -> Config:
 def require_same_run(
     config: Config, resumption: Resumption, data: DataState, held_out: DataState | None, steps: int
 ) -> None:
-    """Raise UserError, naming every key, where going on would give another result than not having stopped."""
+    """Raise UserError, naming every changed key, where resuming would not give the result of an uninterrupted run.
+
+    Also raises it where the checkpoint's step is beyond the run's last.
+    """
     state = resumption.state
     old, new = flat_keys(state.config), flat_keys(config.read_keys())
     changed = {key: (old[key], new[key]) for key in new if key in old and old[key] != new[key] and not _is_free(key)}
@@ -189,7 +195,7 @@ def _content(data: DataState | None) -> str:
 
 
 def flat_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return section.key → value of `Config.read_keys`."""
+    """Return the nested mapping of `Config.read_keys` as "section.key" → value."""
     flat: dict[str, Any] = {}
     for name, values in config.items():
         flat |= (
@@ -201,9 +207,10 @@ def flat_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 def restore(
     resumption: Resumption, theta: Theta, optimiser: ZeroOptimiser, topology: Topology, device: torch.device
 ) -> None:
-    """Masters, moments, step count and generators as in the checkpoint, at any topology and ZeRO stage. Collective.
+    """Set masters, moments, step count and random generators from the checkpoint. Collective.
 
-    Rank 0 reads and sends to all, a few tensors at a time, so the run folder need not be seen from every node.
+    This works at any topology and ZeRO stage. Rank 0 reads and broadcasts a few tensors at a time, so other nodes need
+    not see the run folder. Raises UserError on every rank for a file that cannot be read or does not fit.
     """
     shapes, place = theta.all_shapes(), topology.place
     opened: list[OptimizerReader] = []

@@ -1,4 +1,4 @@
-"""One run as one of its ranks knows it, and how far it has come."""
+"""The objects that all parts of a run share on one rank, and the progress of the run."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from lowrank_dist.supervision.rank import Supervision
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What all parts of a run share: configuration, ranks, folder, phases and the checkpoint it goes on from.
+    """One run on one rank: configuration, ranks, folder, phases and the checkpoint that it resumes from.
 
-    config: complete, with the values that an adapter or the checkpoint gives. phases: reports to supervision which
-    phase this rank is in. resumption: the checkpoint that the run goes on from; None for a run that starts afresh.
-    begun: when it began (`resume.begun`).
+    config: complete, with the values that an adapter or the checkpoint gives. phases: reports this rank's phase to
+    supervision. resumption: the checkpoint that the run resumes from; None for a run that starts afresh. begun: when
+    the run began (`resume.begun`).
     """
 
     config: Config
@@ -44,9 +44,9 @@ class Run:
     def begin(
         cls, config: Config, topology: Topology, backend: Backend, folder: RunFolder, supervision: Supervision
     ) -> Run:
-        """Find the checkpoint to go on from, if train.resume asks for one. Collective.
+        """Return the run, with the checkpoint to resume from if train.resume asks for one. Collective.
 
-        Raises UserError on every rank for a checkpoint that this run cannot go on from.
+        Raises UserError on every rank for a checkpoint that this run cannot resume from.
         """
         resumption = find_resumption(config, folder, topology)
         phases = Phases(supervision, backend)
@@ -55,28 +55,29 @@ class Run:
 
     @property
     def state(self) -> TrainingState | None:
-        """The state of the checkpoint that the run goes on from."""
+        """The state in the checkpoint that the run resumes from; None for a run that starts afresh."""
         return None if self.resumption is None else self.resumption.state
 
     @property
     def writes(self) -> bool:
-        """True on the rank that writes files and speaks to the person who watches."""
+        """True on the rank that writes files and reports to the user."""
         return self.topology.world_group.rank() == 0
 
     def require_same(self, data: Data) -> None:
-        """Raise UserError, on every rank, where not all have read the same files, or where going on from the checkpoint
-        would give another result than not having stopped. Collective.
+        """Raise UserError on every rank where ranks read different files or resuming would change the result.
+
+        Collective.
         """
         require_same_inputs(self.config, data, self.backend.device, afresh=self.resumption is None)
         if self.resumption is not None:
             require_same_run(self.config, self.resumption, data.state, data.held_out_state, data.course.steps)
 
     def open_folder(self) -> None:
-        """Make the run folder this run's and log in it from now on. Collective.
+        """Lock the run folder, prepare it for this run and log in it from now on. Collective.
 
-        A start that fails for its input before this leaves the folder as it was, or makes none. Nor does any rank touch
-        it before rank 0 has the lock: of another run that trains there nothing is changed, and it is not said to have
-        FAILED. Raises UserError on every rank where one of them cannot write there, and where another run is there.
+        A start that fails on its input before this call leaves the folder unchanged, or creates none. No rank touches
+        the folder before rank 0 holds the lock, so a run that already trains there is neither changed nor marked
+        FAILED. Raises UserError on every rank where one of them cannot write there, or where another run trains there.
         """
         folder, topology = self.folder, self.topology
         told_by_rank_0(folder.lock, topology)
@@ -99,7 +100,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: `step` optimizer steps; the rest as in checkpoint.training_state.TrainingState."""
+    """The progress of a run. step: finished optimizer steps. Others: as in checkpoint.training_state.TrainingState."""
 
     step: int = 0
     updates: int = 0
@@ -112,9 +113,9 @@ class Progress:
 
     @classmethod
     def of(cls, state: TrainingState | None, position: int) -> Progress:
-        """Return the progress of a checkpoint, or of a run that begins where there is none.
+        """Return the progress that a checkpoint holds, or that of a new run where `state` is None.
 
-        position: in the stream that is read from now on (`Course.position`), which may not be the checkpoint's.
+        position: in the stream that is read from now on (`Course.position`); it may differ from the checkpoint's.
         """
         if state is None:
             return cls(position=position)
@@ -122,7 +123,7 @@ class Progress:
         return cls(**{**found, "updates": state.updates_made, "position": position})
 
     def after(self, batch: StepBatch, loss: float | None) -> Progress:
-        """One step later. loss: None where it was skipped."""
+        """Return the progress one step later. loss: None where the step was skipped."""
         return replace(
             self,
             step=self.step + 1,

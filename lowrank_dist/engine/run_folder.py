@@ -25,12 +25,12 @@ ENTRIES = ("config.yaml", "metrics.jsonl", "checkpoints", "adapter")
 
 
 class RankLog(logging.FileHandler):
-    """The log of one rank. A disk that refuses it ends nothing; it is said once, on stderr."""
+    """The log of one rank. A disk error does not end the run; it is reported once, on stderr."""
 
     _said = False
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Called by `emit` for what it met."""
+        """Handle the exception that `emit` caught: report an OSError once, leave others to logging."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
@@ -41,7 +41,7 @@ class RankLog(logging.FileHandler):
 
 
 class RunFolder:
-    """Paths of a run. Rank 0 creates the folder; every rank keeps a log of its own in it."""
+    """The run folder and the paths in it. Rank 0 creates the folder; every rank keeps its own log in it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,7 +53,7 @@ class RunFolder:
         self.plot = path / "loss.png"
         self.probe = path / "probe.safetensors"
         self.tensorboard = path / "tensorboard"
-        # Made with the first checkpoint: the run has saved, whatever becomes of its checkpoints and logs.
+        # Created with the first checkpoint: it shows that the run has saved even if its checkpoints and logs are gone.
         self.saved = path / "SAVED"
         self._found: dict[str, int] = {}
 
@@ -61,12 +61,12 @@ class RunFolder:
     def prepare(
         cls, path: Path, resume: Literal["never", "auto"] | Path, inputs: Mapping[str, Path], *, overwrite: bool
     ) -> RunFolder:
-        """Return the folder of a run that starts, or goes on as `resume` (train.resume) says. Makes nothing yet.
+        """Return the folder of a run that starts, or resumes as `resume` (train.resume) says. Creates nothing yet.
 
-        inputs: key → what the run reads (`Config.inputs`). overwrite: output.overwrite. Raises UserError where an input
-        lies in what the run writes, or the folder in an input; where a link would lead what is written elsewhere; and
-        where it holds a run that this one neither goes on with nor may remove. With `resume` "auto" that shows only
-        once its checkpoints were read (`saved_run`).
+        inputs: config key → path that the run reads (`Config.inputs`). overwrite: output.overwrite. Raises UserError
+        where an input lies in a path that the run writes, or the folder in an input; where a link would redirect what
+        is written; and where the folder holds a run that this one neither resumes nor may remove. With `resume` "auto"
+        the last is known only after the checkpoints were read (`saved_run`).
         """
         folder = cls(path)
         folder.refuse_inputs(inputs)
@@ -79,13 +79,13 @@ class RunFolder:
         return folder
 
     def written(self) -> list[Path]:
-        """Return all that a run writes directly in its folder, and the logs that lie there."""
+        """Return all paths that a run writes directly in its folder, and the existing logs."""
         logs = [] if self.logs.is_symlink() else sorted(self.logs.glob("*"))
         files = [self.config, self.metrics, self.plot, self.probe, self.saved, self.path / FAILED]
         return [*files, self.checkpoints, self.adapter, self.tensorboard, self.logs, *logs]
 
     def refuse_inputs(self, inputs: Mapping[str, Path]) -> None:
-        """Raise UserError where the folder is or lies in an input, or an input is or lies in what the run writes."""
+        """Raise UserError where the folder is or lies in an input, or an input is or lies in a path the run writes."""
         for key, source in inputs.items():
             if lies_in(self.path, source):
                 raise UserError(f"output.dir: {self.path} is or lies in {key} ({source}): choose a folder outside it")
@@ -96,7 +96,7 @@ class RunFolder:
                 )
 
     def refuse_existing(self) -> None:
-        """Raise UserError where a run lies here already: nothing is overwritten unasked."""
+        """Raise UserError where the folder already holds a run: nothing is overwritten without output.overwrite."""
         held = [name for name in ENTRIES if (self.path / name).exists()]
         if held:
             raise UserError(
@@ -105,12 +105,11 @@ class RunFolder:
             )
 
     def saved_run(self) -> list[str]:
-        """Return what lies here that only a run with a checkpoint leaves: where none can be resumed, that is lost by
-        starting afresh.
+        """Return the names of entries that only a run with a checkpoint leaves, and that starting afresh would destroy.
 
-        That is adapter/, which is copied out of the last checkpoint, and metrics.jsonl beside the mark of a run that
-        wrote one, or without a folder of checkpoints. What a run leaves that was stopped before its first checkpoint,
-        or whose disk took none, is none of it: such a run starts again by itself.
+        These are adapter/, which is copied from the last checkpoint, and metrics.jsonl where SAVED exists or the
+        folder of checkpoints is missing. A run that was stopped before its first checkpoint, or whose disk took none,
+        leaves none of them and may start again without output.overwrite.
         """
         held = [self.adapter] if self.adapter.exists() else []
         if self.metrics.exists() and (not self.checkpoints.is_dir() or self.saved.exists()):
@@ -121,11 +120,11 @@ class RunFolder:
         return self.logs / f"rank-{rank}.log"
 
     def holds(self, checkpoint: Path) -> bool:
-        """Return whether a checkpoint lies in this run."""
+        """Return True where a checkpoint lies in this run's folder of checkpoints."""
         return checkpoint.resolve().parent == self.checkpoints.resolve()
 
     def lock(self) -> None:
-        """Make the folder, lock it and log to logs/rank-0.log from now on; nothing else in it is touched yet.
+        """Create the folder, lock it and log to logs/rank-0.log from now on. Nothing else in it is changed yet.
 
         Raises UserError where the folder cannot be written, and where another process trains in it or has trained in it
         since `prepare` looked.
@@ -166,11 +165,10 @@ class RunFolder:
         root.setLevel(logging.INFO)
 
     def begin(self, config_yaml: str, *, anew: bool) -> None:
-        """Keep the resolved configuration of a run that is known to train, in place of that of the start before it,
-        whose record of failure is put aside and whose unfinished files are removed.
+        """Write config.yaml, remove unfinished files of an earlier start and rename its FAILED.
 
-        anew: the run that lies here is removed first (output.overwrite); its logs stay. Under `lock`. Raises UserError
-        where the folder cannot be written.
+        Called once the run is known to train, after `lock`. anew: first remove the run that lies here, except its logs
+        (output.overwrite). Raises UserError where the folder cannot be written.
         """
         temporary = temporary_name(self.config)
         try:
@@ -201,7 +199,10 @@ class RunFolder:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _lock(self, log: logging.FileHandler) -> None:
-        """Held until this process ends, however it ends: two that write checkpoints here would retire each other's."""
+        """Lock the folder until this process ends in any way: two runs here would retire each other's checkpoints.
+
+        Raises UserError where another process holds the lock.
+        """
         assert log.stream is not None, "opened by its constructor"
         try:
             fcntl.flock(log.stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -214,7 +215,7 @@ class RunFolder:
             logger.warning("%s cannot be locked (%s): never start two runs in it", self.path, error.strerror)
 
     def _clear(self) -> None:
-        """Remove what a killed run left behind, by its own names alone: others may write here too (merge --out)."""
+        """Remove a killed run's unfinished files, and no others: other programs may write here too (merge --out)."""
         own = (self.config, self.metrics, self.adapter, self.plot, self.probe, self.path / FAILED)
         names = {self.path: {path.name for path in own}, self.checkpoints: set(LINKS)}
         for folder, known in names.items():
@@ -226,7 +227,7 @@ class RunFolder:
                     shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
 
     def _entries(self) -> dict[str, int]:
-        """Return what a run that trains here makes or changes → when it was changed last."""
+        """Return name → time of last change [ns] of the entries that a run that trains here creates or changes."""
         paths = (self.config, self.metrics, self.adapter, *step_folders(self.checkpoints).values())
         return {path.name: path.lstat().st_mtime_ns for path in paths if path.exists()}
 

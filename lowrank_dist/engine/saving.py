@@ -1,4 +1,4 @@
-"""Checkpoints out of a running job: copied out at once, gathered and written by a thread while training goes on."""
+"""Checkpoints of a running job: the state is copied at once; a thread gathers and writes it while training goes on."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ logger = logging.getLogger(__name__)
 _WRITTEN, _REFUSED, _FAILED = range(3)
 # Writes a checkpoint from the stream of its tensors.
 _Write = Callable[[Iterable[Mapping[str, Tensor]]], None]
-_LAST_SECONDS = 15  # that a run which fails waits for a checkpoint that is being written
+_LAST_SECONDS = 15  # time that a failing run waits for a checkpoint that is being written
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts of a job that every checkpoint of it states.
+    """The facts of a job that all its checkpoints hold.
 
-    text: the files of tokenizer and generation that go with what is trained; None of a job without text. begun: when
-    the run began (`resume.begun`).
+    text: the tokenizer and generation files that are saved with what is trained; None for a job without text. begun:
+    when the run began (`resume.begun`).
     """
 
     provenance: Provenance
@@ -58,7 +58,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Retention:
-    """Checkpoints that stay: the newest `last` (None: all) and the `best` by the values named `by` (`best_first`)."""
+    """Number of checkpoints to keep: the `last` newest (None: all) and the `best` best ones by the value named `by`."""
 
     last: int | None
     best: int
@@ -66,11 +66,10 @@ class Retention:
 
 
 class CheckpointWriter:
-    """Writes checkpoints to the disk, on one rank; knows nothing of the ranks they come from.
+    """Writes checkpoints to the disk on one rank, from a stream of unsharded tensors.
 
-    shapes: stored name → shape of the tensors of Θ. summary: the steps that the links point to since the
-    last `write`, in words. leftovers: the old checkpoints that it could not remove, in words. resumed: the state that
-    the run goes on from.
+    shapes: stored name → shape of the tensors of Θ. summary: text on the steps that the links point to since the last
+    `write`. leftovers: text on old checkpoints that could not be removed. resumed: the state that the run resumes from.
     """
 
     def __init__(
@@ -84,15 +83,15 @@ class CheckpointWriter:
     ) -> None:
         self.facts, self._folder, self._retention = facts, folder, retention
         self._method, self._shapes = method, shapes
-        # What lies behind the step that was resumed. A newer folder did not verify, or it would have been resumed.
+        # Steps up to the resumed one. A newer folder did not verify, or the run would have resumed from it.
         self._saved = [step for step in step_folders(folder.checkpoints) if resumed and step <= resumed.step]
         self.summary = self.leftovers = ""
 
     def write(self, stream: Iterable[Mapping[str, Tensor]], state: TrainingState, *, final: bool) -> None:
-        """Write checkpoints/step-N of the tensors that `Gathering.stream` gives, and with `final` adapter/ too.
+        """Write checkpoints/step-N from the tensors that `Gathering.stream` yields; with `final` also adapter/.
 
-        In an order in which a kill at any point leaves a complete checkpoint where there was one. Raises DiskError for
-        what the disk refuses, UserError for what is untrained or not finite.
+        If there was a complete checkpoint, a kill at any point leaves one. Raises DiskError where the disk refuses,
+        UserError for tensors that are untrained or not finite.
         """
         try:
             self._write(stream, state, final)
@@ -113,7 +112,7 @@ class CheckpointWriter:
         if best:
             self._folder.point("best", self._folder.checkpoints / f"step-{best[0]}")
         else:
-            # A run that goes on by another measure: what was the best by the former one may be retired.
+            # A resumed run with another eval.best: the best checkpoint by the former one may be retired.
             (self._folder.checkpoints / "best").unlink(missing_ok=True)
         self._retire(best)
         if final and not trained:
@@ -132,7 +131,7 @@ class CheckpointWriter:
     def _retire(self, best: list[int]) -> None:
         if self._retention.last is None:
             return
-        # The one that `best` points to stays, whatever keep_best says: a link to nothing helps nobody.
+        # The target of the link `best` stays even with keep_best 0, so that the link is never broken.
         kept = {*sorted(self._saved)[-self._retention.last :], *best[: max(1, self._retention.best)]}
         failed = []
         for step in [step for step in self._saved if step not in kept]:
@@ -140,18 +139,18 @@ class CheckpointWriter:
             folder = self._folder.checkpoints / f"step-{step}"
             doomed = temporary_name(folder)
             try:
-                folder.rename(doomed)  # so that a kill leaves what is known as unfinished, not half a checkpoint
+                folder.rename(doomed)  # a kill then leaves a temporary name, not half a checkpoint
                 shutil.rmtree(doomed)
             except FileNotFoundError:
                 logger.info("%s is gone already: somebody removed it", folder)
-            except OSError as error:  # the new checkpoint is there all the same
+            except OSError as error:  # not fatal: the new checkpoint is written
                 failed.append(f"{folder}: {error}")
         self.leftovers = f"old checkpoints could not be removed ({'; '.join(failed)}): remove them" if failed else ""
 
 
 @dataclass
 class _Save:
-    """One save under way: what this rank's thread made of it."""
+    """One save under way, with its thread on this rank and the outcome there."""
 
     step: int
     thread: threading.Thread = field(init=False)
@@ -162,8 +161,8 @@ class _Save:
 class CheckpointSaver:
     """Writes checkpoints/step-N, moves the links last and best, retires old checkpoints, and at the end adapter/.
 
-    At most one save is under way. What the disk refuses is reported and the run goes on, to try again at the next save;
-    only a run whose last save failed ends with an error. Everything else that fails ends the run on all ranks.
+    At most one save is under way. A disk error is reported and the run goes on; the next save tries again. Only a disk
+    error of the last save ends the run with an error. Any other failure ends the run on all ranks.
     """
 
     def __init__(
@@ -174,9 +173,9 @@ class CheckpointSaver:
         history: History,
         report: Callable[[str], None],
     ) -> None:
-        """`writer`: on rank 0 of the job only. history: what evaluations found, for the state that is saved.
+        """writer: on rank 0, None elsewhere. history: the values of all evaluations, for the state that is saved.
 
-        report: says a line to the person who watches.
+        report: shows a line to the user.
         """
         self._folder, self._topology, self._device = run.folder, run.topology, run.backend.device
         self._optimiser, self._writer, self._history, self._report = engine.optimiser, writer, history, report
@@ -185,7 +184,7 @@ class CheckpointSaver:
         self._refusal: str | None = None
 
     def save(self, progress: Progress, *, final: bool = False) -> None:
-        """Start a save, once the one before has ended. Collective."""
+        """Wait for the save under way, then start a new one. Collective."""
         self._wait()
         snapshot = self._optimiser.snapshot()
         write = None
@@ -197,12 +196,15 @@ class CheckpointSaver:
         save.thread.start()
 
     def poll(self) -> None:
-        """Learn whether the save under way has ended on all ranks, and how. Collective while there is one."""
+        """Report the outcome of the save under way if it has ended on all ranks. Collective while there is one."""
         if self._current is not None:
             self._conclude(self._current)
 
     def finish(self) -> None:
-        """Wait for the save under way. When the last was refused: DiskError, ElsewhereError on other ranks than 0."""
+        """Wait for the save under way and report the summary. Collective while there is a save.
+
+        If the disk refused the last save, raises DiskError on rank 0 and ElsewhereError on the others.
+        """
         self._wait()
         if self._refusal is not None:
             kind = DiskError if self._writer else ElsewhereError
@@ -211,14 +213,14 @@ class CheckpointSaver:
             self._report(self._writer.summary)
 
     def close(self) -> None:
-        """Give the save under way of a run that fails a last chance. Not collective."""
+        """Wait at most _LAST_SECONDS for a save that is still under way because the run fails. Not collective."""
         if self._current is not None:
             self._current.thread.join(_LAST_SECONDS)
 
     def keep_probe(self, input_ids: Tensor, logits: Tensor) -> None:
         """Write probe.safetensors: input_ids [b, s] int64 and the trained model's logits [b, s, V] fp32.
 
-        What was trained is saved by now: a disk that refuses is reported.
+        The result of training is saved by now, so a disk error is only reported.
         """
         if self._writer is not None:
             tensors = {"input_ids": input_ids, "logits": logits.float()}
@@ -234,18 +236,21 @@ class CheckpointSaver:
             self._conclude(self._current)
 
     def _conclude(self, save: _Save) -> None:
-        """Agree on the outcome. Ranks poll at the same steps, so all see the same answer at the same step."""
+        """Agree on the outcome with all ranks. They poll at the same steps, so all get the answer at the same step.
+
+        Raises where the save failed on any rank for another reason than the disk.
+        """
         running = save.thread.is_alive()
         failure = None if running or save.outcome != _FAILED else save.error
         if failure is not None and lost_peers(failure):
-            # There is nobody to agree with. Finding that out takes another timeout, and the watchdog waits for little
-            # more than one.
+            # The peers are gone. The all-reduce would wait for another timeout, and the watchdog waits little longer
+            # than one.
             raise failure
         status = torch.tensor([running, 0 if running else save.outcome], device=self._device)
         try:
             dist.all_reduce(status, op=dist.ReduceOp.MAX, group=self._topology.world_group)
         except RuntimeError:
-            if failure is not None:  # it says more than that the others have gone
+            if failure is not None:  # it says more than the loss of the peers does
                 raise failure from None
             raise
         unfinished, outcome = status.tolist()
@@ -265,7 +270,7 @@ class CheckpointSaver:
             self._report(f"step {save.step}: {self._writer.leftovers}")
 
     def _save_in_thread(self, save: _Save, snapshot: Tensor, write: _Write | None) -> None:
-        """Gather, and on rank 0 write, in the thread of one save; `save` says what happened, for training to find."""
+        """Gather, and on rank 0 write, in the thread of one save. The outcome is stored in `save`."""
         stream = self._gathering.stream(snapshot)
         try:
             try:
@@ -273,8 +278,8 @@ class CheckpointSaver:
                     write(stream)
             except DiskError as error:
                 save.outcome, save.error = _REFUSED, error
-            deque(stream, maxlen=0)  # after a refusal too the other ranks send what they have, and training goes on
-        except Exception as error:  # whatever it is: a thread that dies of it in silence would be the worst
+            deque(stream, maxlen=0)  # also after a disk error: other ranks still send their part, and training goes on
+        except Exception as error:  # of any type: the thread must not die silently
             save.outcome, save.error = _FAILED, error
 
     def _state(self, progress: Progress, facts: Facts) -> TrainingState:

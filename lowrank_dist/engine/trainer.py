@@ -1,4 +1,4 @@
-"""The one training loop, and the learning rate that it goes by."""
+"""The training loop and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warmup over `warmup_steps`, then decay from `peak` to `peak · min_ratio` at `total_steps`."""
+    """Linear warmup over `warmup_steps`, then constant `peak` or decay to `peak · min_ratio` at `total_steps`."""
 
     kind: Literal["cosine", "linear", "constant"]
     peak: float
@@ -38,7 +38,7 @@ class Schedule:
     min_ratio: float
 
     def at(self, step: int) -> float:
-        """Learning rate of step `step`, counted from 0. The first warmup step is not 0: it would train nothing."""
+        """Return the learning rate of `step`, counted from 0. It is never 0 in warmup: that would train nothing."""
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
         if self.kind == "constant":
@@ -69,15 +69,14 @@ class Trainer:
         self._stopping, self._skipped = False, 0
 
     def train(self) -> bool:
-        """Train from where the run stands to the last step, or until eval.patience is over, and leave what was trained
-        in the run folder.
+        """Train to the last step, or until eval.patience is exhausted, and leave the result in the run folder.
 
-        Returns False where the run was told to stop before: it has saved, and can go on from there.
+        Returns False where the run was told to stop before that: it has saved and can be resumed.
         """
         try:
             return self._train()
         except BaseException:
-            # What is tidied up below takes its time, and is not where the run failed.
+            # The cleanup below takes time, and is not the phase in which the run failed.
             self.run.phases.enter(LEAVING)
             raise
         finally:
@@ -107,7 +106,7 @@ class Trainer:
                 self.saver.save(self.progress)
         if self.progress.step < self.steps:
             self._say_early(trains)
-        # Again where the run had ended already: it may have been killed between the checkpoint and the adapter.
+        # Saved again even if the run had ended already: it may have been killed between checkpoint and adapter.
         phases.enter("checkpoint")
         self.saver.save(self.progress, final=True)
         self.saver.finish()
@@ -117,7 +116,7 @@ class Trainer:
         return True
 
     def _step(self, step: int) -> None:
-        """One optimizer step, counted from 0: read, agree, accumulate microbatches, update, report."""
+        """Run optimizer step `step`, counted from 0: read, agree, accumulate microbatches, update, report."""
         every, device = self.run.config.train.log_every, self.run.backend.device
         recorded = (step + 1) % every == 0 or step + 1 == self.steps
         if recorded:
@@ -127,7 +126,7 @@ class Trainer:
         self.run.phases.enter("reduction")
         told = self._agree(step, batch)
         self.engine.model.train()
-        # The summed loss, and beside it whether a rank was told to stop: all learn it without a message more.
+        # [summed loss, stop flag]: one all-reduce tells all ranks both.
         total = torch.tensor([0.0, told], dtype=torch.float32, device=device)
         for index, microbatch in enumerate(batch.microbatches):
             last = index + 1 == len(batch.microbatches)
@@ -155,17 +154,16 @@ class Trainer:
 
     @property
     def _ended(self) -> bool:
-        """Training is over: the last step is done or patience lost. The same on every rank, since the history is."""
+        """True once the last step is done or eval.patience is exhausted. Equal on all ranks, since the history is."""
         patience = self.run.config.eval.patience
         lost = patience is not None and self.evaluator.history.without_better >= patience
         return lost or self.progress.step == self.steps
 
     def _agree(self, step: int, batch: StepBatch) -> bool:
-        """Refuse a step for which this tensor-parallel group read different batches.
+        """Return True where a rank of this tensor-parallel group was told to stop.
 
-        Returns whether one of its ranks was told to stop.
-
-        One message for both. Ranks that see different data would train on garbage without a sign of it.
+        Raises UserError where the ranks of the group read different batches: they would train on garbage unnoticed.
+        One message carries both.
         """
         topology, device = self.run.topology, self.run.backend.device
         tokens = digest(m.input_ids for m in batch.microbatches)
@@ -178,9 +176,10 @@ class Trainer:
         return told
 
     def _skip_or_stop(self, step: int, loss: float, own: Tensor) -> None:
-        """Act on a loss or gradient that is not finite as train.nonfinite says.
+        """Handle a loss or gradient that is not finite, as train.nonfinite says.
 
-        All ranks know of it at the same step, and none has changed anything. own: this rank's summed loss.
+        All ranks learn of it at the same step, and none has changed Θ. own: this rank's summed loss. Raises UserError
+        where the run must stop.
         """
         train, topology = self.run.config.train, self.run.topology
         bad = every_value(float(not own.isfinite()), topology.world_group, self.run.backend.device)

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO for the optimiser state of Θ, and of nothing else; with the model, all that computes in a step."""
+"""DeepSpeed ZeRO for the optimiser state of Θ alone, and the engine that runs model and optimiser in a step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.theta import Theta, is_partial
 from lowrank_dist.parallel.topology import DeepSpeedMpu, Topology
 
-# DeepSpeed's own default for both of its buckets: what it allocates in every backward where Θ is larger.
+# DeepSpeed's default size of its two buckets, in elements: our upper limit. It allocates them in every backward.
 _LARGEST_BUCKET = 5 * 10**8
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -37,9 +37,9 @@ class OptimiserRules:
 
 
 class _Theta(nn.Module):
-    """The module that DeepSpeed sees: Θ alone. Φ₀ is invisible to it, so it can neither broadcast, cast nor bucket it.
+    """The module that DeepSpeed sees: Θ alone. Φ₀ is not in it, so DeepSpeed cannot broadcast, cast or bucket Φ₀.
 
-    Its forward runs whatever closure it is given, which lets the engine's own hooks and counters work as usual.
+    Its forward calls the given closure, so that hooks and counters of DeepSpeed's engine work as usual.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -53,10 +53,10 @@ class _Theta(nn.Module):
 class ZeroOptimiser:
     """Accumulates gradients of Θ over microbatches and steps AdamW with its state partitioned over data parallelism.
 
-    Parameters with partial gradients are a group of their own (`parallel.theta.mark`). Within it every tensor-parallel
-    rank has the same partition of the same parameters, so the deferred sum over tensor parallelism is one flat fp32
-    all-reduce of 1/DP of the group, after ZeRO's own reduction and before norm, clipping and update; it is the same
-    code at stages 1 and 2.
+    Parameters with partial gradients form a group of their own (`parallel.theta.mark`). In it every tensor-parallel
+    rank has the same partition of the same parameters. The deferred sum over tensor parallelism is therefore one flat
+    fp32 all-reduce of 1/DP of the group. It runs after ZeRO's own reduction and before norm, clipping and update, with
+    the same code at stages 1 and 2.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class ZeroOptimiser:
         rules: OptimiserRules,
         enter: Callable[[str], None] = lambda phase: None,
     ) -> None:
-        """enter: is told of each phase that begins ("forward", "backward", "reduction")."""
-        import deepspeed  # chooses its accelerator when imported: only after backend.select_backend has spoken
+        """enter: called with each phase that begins ("forward", "backward", "reduction", "optimiser")."""
+        import deepspeed  # chooses its accelerator when imported, so backend.select_backend must run first
         from deepspeed.ops import __compatible_ops__
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -92,7 +92,7 @@ class ZeroOptimiser:
                 f"this DeepSpeed chose {type(self.engine.optimizer).__name__} where ZeRO stage {rules.zero_stage} was "
                 "asked for; it would drop the deferred gradient sum. Install a DeepSpeed of the range in setup.py"
             )
-        # As DeepSpeed's pipeline engine has it: gradients are reduced when asked, apart from backward.
+        # As in DeepSpeed's pipeline engine: gradients are reduced by a call of its own, not in backward.
         self.engine.enable_backward_allreduce = False
         self._make_moments()
 
@@ -100,7 +100,7 @@ class ZeroOptimiser:
     def _config(parameters: Sequence[nn.Parameter], rules: OptimiserRules) -> dict[str, Any]:
         bucket = rules.reduce_bucket or min(_LARGEST_BUCKET, sum(p.numel() for p in parameters))
         return {
-            # One "step" of DeepSpeed is one microbatch: boundaries are announced explicitly, their number may vary.
+            # A "step" of DeepSpeed is one microbatch. Boundaries are set explicitly, since their distance may vary.
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": rules.clip or 0.0,
@@ -117,9 +117,10 @@ class ZeroOptimiser:
         }
 
     def accumulate(self, compute: Callable[[], Tensor], scale: float, last: bool) -> Tensor:
-        """Forward and backward of one microbatch; `compute` returns its summed loss. Returns that sum, detached.
+        """Run forward and backward of one microbatch and return its summed loss, detached.
 
-        scale is 1 / (target tokens of the global batch): ZeRO averages over data parallelism, which is undone here.
+        compute: returns the summed loss. scale: 1 / (target tokens of the global batch); ZeRO averages over data
+        parallelism, which is undone here. last: this is the last microbatch of the step.
         """
         self.engine.set_gradient_accumulation_boundary(last)
         self._enter("forward")
@@ -134,10 +135,10 @@ class ZeroOptimiser:
         return loss.detach()
 
     def step(self, lr: float, *, poison: bool = False) -> float:
-        """Deferred sum, clipping, AdamW. Returns the gradient norm before clipping.
+        """Run the deferred sum, clipping and AdamW. Returns the gradient norm before clipping.
 
-        inf: a gradient was not finite, or a rank asked to `poison` the gradients; then no rank has changed anything.
-        They agree by DeepSpeed's own check for overflow, without a message more.
+        Returns inf where a gradient was not finite or a rank asked to `poison` the gradients; then no rank has changed
+        anything. Ranks agree through DeepSpeed's own overflow check, without another message.
         """
         self._sum_partial()
         self._enter("optimiser")
@@ -151,10 +152,10 @@ class ZeroOptimiser:
         return float(self.engine.get_global_grad_norm())
 
     def fragments(self) -> list[tuple[int, int]]:
-        """For each parameter, in the order given: its first element in this rank's partition and how many follow.
+        """Return (first element, number of elements) of each parameter's part in this rank's partition, or (0, 0).
 
-        These are what DeepSpeed's safe_get_full_* sum over data parallelism, one all-reduce of full size for each
-        parameter and kind; a checkpoint wants them once and on one rank.
+        DeepSpeed's safe_get_full_* would sum these over data parallelism, by one full-size all-reduce for each
+        parameter and kind. A checkpoint needs them only once, on one rank.
         """
         return [
             (0, 0) if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
@@ -173,7 +174,10 @@ class ZeroOptimiser:
         return torch.stack(rows)
 
     def restore(self, number: int, values: Tensor) -> None:
-        """Set master and moments [3, *shape] of one parameter. Collective over data parallelism; see `restored`."""
+        """Set master and moments [3, *shape] of one parameter. Collective over data parallelism.
+
+        Call `restored` after the last parameter.
+        """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         parameter = self._parameters[number]
@@ -182,16 +186,18 @@ class ZeroOptimiser:
             safe_set_full_optimizer_state(parameter, moment, key)
 
     def restored(self, updates: int) -> None:
-        """Finish a restore, once all masters are set: parameters follow them, AdamW counts on from `updates`, among
-        which skipped steps are not. Collective."""
+        """Finish a restore: copy the masters into the parameters and set AdamW's step count. Collective.
+
+        updates: optimizer steps so far, without skipped ones.
+        """
         self._count_from(updates)
         self.engine.optimizer.update_lp_params()
 
     def _make_moments(self) -> None:
-        """Let AdamW make its state now, by a step of gradient 0 and rate 0, which changes nothing.
+        """Create AdamW's state now, by a step with gradient 0 and learning rate 0, which changes nothing.
 
-        DeepSpeed would link the state to the parameters after the first group's first step, when the second group has
-        none yet, and never again: its moments could be neither read nor set (DeepSpeed 0.19.8).
+        Otherwise DeepSpeed links the state to the parameters only once, after the first group's first step. The second
+        group has no state then, so its moments could be neither read nor set (DeepSpeed 0.19.8).
         """
         base = self.engine.optimizer.optimizer
         for group in base.param_groups:
@@ -205,7 +211,7 @@ class ZeroOptimiser:
     def _count_from(self, updates: int) -> None:
         base = self.engine.optimizer.optimizer
         for group in base.param_groups:
-            if "step" in group:  # apex counts there, torch beside the moments
+            if "step" in group:  # apex keeps the count here, torch beside the moments
                 group["step"] = updates
             for state in (base.state[partition] for partition in group["params"]):
                 if "step" in state:
@@ -223,7 +229,7 @@ class ZeroOptimiser:
 
 
 def _mapping(parameter: nn.Parameter) -> Any:
-    """Return DeepSpeed's account of a parameter's fragment in this rank's partition; None where it has none there."""
+    """Return DeepSpeed's record of a parameter's fragment in this rank's partition; None where it has none there."""
     linked: Any = parameter
     return linked._hp_mapping
 
@@ -249,7 +255,7 @@ class Engine:
     def accumulate(self, step: int, batch: Microbatch, scale: float, last: bool) -> Tensor:
         """Add a microbatch's gradients to those of the step, and return its summed loss, detached.
 
-        step: from 0, for the dropout masks. scale, last: as `ZeroOptimiser.accumulate` takes them.
+        step: from 0; determines the dropout masks. scale, last: as in `ZeroOptimiser.accumulate`.
         """
         moved = self._on_device(batch)
         self.theta.masks.set(step, moved.dropout_rows)
@@ -266,7 +272,7 @@ class Engine:
         return self._loss(self._on_device(batch))
 
     def logits(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `input_ids` [b, s] on the device and their logits [b, s, V], every row one sample from position 0."""
+        """Return `input_ids` [b, s] on the device and their logits [b, s, V]. A row is one sample from position 0."""
         input_ids = input_ids.to(self.device, non_blocking=True)
         positions = torch.arange(input_ids.size(1), device=self.device).expand_as(input_ids)
         return input_ids, self.model.logits(input_ids, positions)
