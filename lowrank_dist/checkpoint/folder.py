@@ -1,6 +1,7 @@
-"""A checkpoint folder: written, verified, found again, and the adapter copied or published out of it.
+"""Checkpoint folders: write, verify and find them; copy or export the adapter from one.
 
-It holds what was trained as others read it, the optimiser's state, the trainer's, and a manifest of all.
+A checkpoint holds what was trained in a format that others read, the optimiser's state, the trainer's state, and a
+manifest of all its files.
 """
 
 import re
@@ -36,7 +37,7 @@ CARD_FILE = "README.md"
 
 @dataclass(frozen=True)
 class Found:
-    """The newest checkpoint that verifies, or None; passed_over: why each newer one, and each link, does not count."""
+    """The newest checkpoint that verifies, or None. passed_over: reasons why newer ones and bad links do not count."""
 
     folder: Path | None
     state: TrainingState | None
@@ -51,11 +52,12 @@ def write_checkpoint(
     state: TrainingState,
     text: TextFiles | None = None,
 ) -> None:
-    """Write a checkpoint, all or nothing; one that lies there already is exchanged for it in one step.
+    """Write a checkpoint, all or nothing. It replaces an existing one atomically.
 
-    open_files: given the folder to write in. shapes: stored name → shape of Θ's tensors. stream: these tensors, each
-    [3, *shape] in the order of KINDS, a few at a time, in the order of `shapes`. text: the files of tokenizer and
-    generation that go with it. Raises UserError for what the trained files refuse, DiskError for the disk.
+    open_files: called with the folder to write in. shapes: stored name → shape of Θ's tensors. stream: these tensors,
+    each [3, *shape] in the order of KINDS, a few at a time, in the order of `shapes`. text: the tokenizer and
+    generation files saved with it. Raises UserError where the trained files refuse a tensor, DiskError where the disk
+    does.
     """
     with atomic_folder(folder, replace=True) as temporary:
         files = open_files(temporary)
@@ -72,7 +74,10 @@ def write_checkpoint(
 
 
 def read_checkpoint(folder: Path) -> TrainingState:
-    """Verify a checkpoint folder and read its state; UserError, naming the file, for one that is not as written."""
+    """Verify a checkpoint folder and return its state.
+
+    Raises UserError, naming the file, for a checkpoint that is not as it was written.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder: give a checkpoint (RUN/checkpoints/step-N)")
     verify_manifest(folder)
@@ -83,12 +88,12 @@ def read_checkpoint(folder: Path) -> TrainingState:
 
 
 def is_step(path: Path) -> bool:
-    """Return whether a path is named like a checkpoint of a run."""
+    """Return True for a path that is named like a checkpoint of a run."""
     return _STEP.fullmatch(path.name) is not None
 
 
 def step_folders(checkpoints: Path) -> dict[int, Path]:
-    """Step → folder checkpoints/step-N, oldest first; links and anything else are not among them."""
+    """Return step → folder checkpoints/step-N, oldest first, without links and other entries."""
     if not checkpoints.is_dir():
         return {}
     found = {
@@ -107,9 +112,9 @@ def step_links(checkpoints: Path) -> list[Path]:
 
 
 def newest_checkpoint(checkpoints: Path) -> Found:
-    """Return the newest checkpoint that verifies, with what was passed over on the way.
+    """Return the newest checkpoint that verifies, and the reasons why newer ones do not count.
 
-    The links are not trusted: they may be older, or lead nowhere.
+    The links are not used: they may point to an older checkpoint or be broken.
     """
     links = (checkpoints / name for name in LINKS)
     passed_over = [f"{link} leads nowhere" for link in links if link.is_symlink() and not link.exists()]
@@ -127,9 +132,9 @@ def newest_checkpoint(checkpoints: Path) -> Found:
 
 
 def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
-    """Copy the files of an adapter out of a checkpoint, in place of what was copied to `folder` before. All or nothing.
+    """Copy the files of an adapter from a checkpoint to `folder`, replacing an earlier copy. All or nothing.
 
-    Raises UserError where `folder` holds something else, DiskError for the disk.
+    Raises UserError where `folder` was not written by lowrank-dist, DiskError where the disk refuses.
     """
     if folder.exists() and not (folder / PROVENANCE_FILE).is_file():
         raise UserError(f"{folder} is not replaced: it holds no {PROVENANCE_FILE}, so lowrank-dist did not write it")
@@ -139,16 +144,17 @@ def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
 
 
 def export(source: Path, out: Path, *, target: str | None = None, max_rank: int | None = None) -> tuple[str, ...]:
-    """Write the adapter of `source`, the tokenizer beside it and README.md into the new folder `out`; all or nothing.
+    """Write the adapter of `source`, its tokenizer and README.md into the new folder `out`, all or nothing.
 
-    Returns what was changed. target: one of TARGETS: refuse what it would not load or (vLLM) would not end, and write
-    what it reads as PEFT reads the adapter; without it the files are copied as they are. max_rank: the --max-lora-rank
-    that vLLM is started with.
+    Returns notes on what was changed. target: one of TARGETS, or None to copy the files as they are. With a target, an
+    adapter is refused that the target would not load, or for vLLM one whose completions would not end, and the files
+    are written so that the target reads the same adapter as PEFT does. max_rank: the --max-lora-rank that vLLM is
+    started with.
 
-    Where `source` is a link, such as checkpoints/last of a run that goes on, all files are of the folder that it leads
-    to at first. Raises UserError for a run folder, a whole model, what the reader of its method refuses, a malformed
-    provenance, and an `out` that exists or lies in a folder whose content counts; Removed where the run removes the
-    checkpoint meanwhile.
+    Where `source` is a link, such as checkpoints/last of a running job, all files come from the folder that it points
+    to at the start. Raises UserError for a run folder, a whole model, an adapter that the reader of its method refuses,
+    a malformed provenance, and an `out` that exists or lies in a folder that must not change (`require_outside`);
+    Removed where the run removes the checkpoint meanwhile.
     """
     require_outside(out)
     with reading(source) as found:

@@ -1,4 +1,4 @@
-"""Inspection of a trained folder of any method: its manifest, the method's own files, where it comes from, its base."""
+"""Inspection of an adapter or checkpoint of any method: manifest, the method's own files, provenance and base."""
 
 import json
 import os
@@ -20,7 +20,7 @@ _STEP = re.compile(r"step-(\d+)", re.ASCII)
 def inspect_trained(folder: Path, base: Path | None = None, *, check_base: bool = True) -> Report:
     """Return the report on an adapter folder or a checkpoint of any method.
 
-    base: as in `inspect_folder`; check_base: whether to look at a base at all.
+    base: as in `inspect_folder`. check_base: also check the base.
     """
     step = step_of(folder)
     report = Report(folder, "adapter" if step is None else "checkpoint")
@@ -81,9 +81,9 @@ def _leaf(value: Any) -> Any:
 def _look_at_base(
     trained: Path, base: Path | None, report: Report, inspected: Inspected, provenance: Provenance | None
 ) -> None:
-    """Add whether the base is there, is the one trained on, and takes what was trained.
+    """Check that the base is there, has the recorded fingerprint, and has modules that the trained tensors fit.
 
-    base: the folder to check against, in place of the one that is named.
+    base: the folder to check, instead of the one that provenance or adapter name.
     """
     named = [provenance.base if provenance else None, inspected.base]
     folders = [Path(name) for name in named if isinstance(name, str) and name and os.path.isdir(name)]

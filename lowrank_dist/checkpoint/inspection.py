@@ -1,7 +1,7 @@
-"""Inspection of folders: adapters, checkpoints, runs and Hugging Face models; what they hold and whether they verify.
+"""Inspection of adapters, checkpoints, runs and Hugging Face models: their content, and whether they verify.
 
-Here is which folder is which, and the folder of a run: its config, where it stands, and whether its checkpoints and its
-adapter verify. Nothing is changed, no pickle is read, and no model is ever held whole.
+This file recognises the kind of a folder and inspects runs: config, progress, checkpoints and adapter. Inspection
+changes nothing, reads no pickle and never loads a whole model.
 """
 
 import math
@@ -26,18 +26,18 @@ ReadConfig = Callable[[Path], dict[str, Any]]
 CONFIG, METRICS, CHECKPOINTS, ADAPTER = "config.yaml", "metrics.jsonl", "checkpoints", "adapter"
 RUN_ENTRIES = (CONFIG, METRICS, CHECKPOINTS)
 _SHOWN = ("modules", "parameters", "update_norm", "norm")
-_LOOKS = 20  # at what a run changes meanwhile
+_LOOKS = 20  # attempts to read what a running job changes meanwhile
 _ADAPTER_CONFIGS = sorted({each.files.published[0] for each in HOMES if each.files.published})
 _MODEL_FILES = ("config.json", SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 def inspect_folder(folder: Path, base: Path | None = None, *, read_config: ReadConfig) -> Report:
-    """Return the report on a folder; what is broken in it is among the report's `problems`, never raised.
+    """Return the report on a folder. Faults in its content are the report's `problems`; they are never raised.
 
-    A link is settled once, and again where what it led to was removed meanwhile, as by a run that goes on.
+    A link is resolved once, and again only where its target was removed meanwhile, for example by a running job.
 
-    base: the model that an adapter is checked against, in place of the one that it names. read_config: gives every key
-    that a run's config.yaml has, or raises ConfigError for what is wrong in it.
+    base: the model to check an adapter against, instead of the one that it names. read_config: returns every key of a
+    run's config.yaml, or raises ConfigError for errors in it.
 
     Raises UserError for a path that is no adapter, checkpoint, run or model folder, for a base that is no folder, and
     for a folder that is removed while it is read (Removed).
@@ -46,7 +46,7 @@ def inspect_folder(folder: Path, base: Path | None = None, *, read_config: ReadC
 
 
 def _again(folder: Path, look: Callable[[Path], Report]) -> Report:
-    """Return the report on a folder that stayed while it was read, which takes another look where it did not."""
+    """Return the report on a folder, reading it again where it was removed meanwhile. Raises Removed if it stays so."""
     removed = None
     for _ in range(_LOOKS):
         try:
@@ -71,7 +71,7 @@ def _inspect(folder: Path, base: Path | None, read_config: ReadConfig) -> Report
     home = home_of(folder)
     if home is not None and home.files.published or names & set(_MODEL_FILES) and is_checkpoint(folder):
         return inspect_trained(folder, base)
-    # Two of three, so that a run that lost one of them is still told what it lost.
+    # Two of three entries are enough, so that a run that lost one is still recognised and the loss reported.
     if len(names & set(RUN_ENTRIES)) >= 2:
         return inspect_run(folder, base, read_config)
     if names & set(_MODEL_FILES):
@@ -85,7 +85,7 @@ def _inspect(folder: Path, base: Path | None, read_config: ReadConfig) -> Report
 
 
 def inspect_run(folder: Path, base: Path | None, read_config: ReadConfig) -> Report:
-    """Return the report on a run. The base is checked for one adapter of it: the final one, else that of `last`."""
+    """Return the report on a run. The base is checked for one adapter only: the final one, else that of `last`."""
     report = Report(folder, "run")
     config = report.read(folder / CONFIG, lambda: read_config(_own(folder / CONFIG, folder)))
     if config is not None:
@@ -96,7 +96,7 @@ def inspect_run(folder: Path, base: Path | None, read_config: ReadConfig) -> Rep
 
 
 def _own(path: Path, folder: Path) -> Path:
-    """Return a path of the run. Raises UserError where it is missing or leads out of the run."""
+    """Return a path of the run. Raises UserError where it is missing or a link leads out of the run."""
     if not path.exists():
         raise UserError(f"{path} is missing: copy the run completely")
     return own(path, folder)
@@ -125,7 +125,7 @@ def _metrics(folder: Path, report: Report) -> None:
 
 
 def _records(path: Path, report: Report) -> Iterator[dict[str, Any]]:
-    """Yield the good lines; a bad one is a problem, except the one that a killed run left half written."""
+    """Yield the valid records. The first invalid line is a problem and ends them; a cut-off last line is a warning."""
     for number, line in read_lines(path, "remove the line", longest=LONGEST_RECORD):
         try:
             record = parse_json(line)
@@ -183,13 +183,13 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
             labels = ("base_folder", "base_matches", "base_verifies", "base_parameters", "percent_of_base")
             report.facts |= {label: facts[label] for label in labels if label in facts}
     if rows:
-        # What a method has none of needs no column.
+        # Leave out columns that are empty for this method.
         empty = {key for key in _SHOWN if all(row[key] is None for row in rows)}
         report.tables["adapters"] = [{key: row[key] for key in row if key not in empty} for row in rows]
 
 
 def _listed(held: Path) -> tuple[list[Path], dict[Path, Path]]:
-    """Return the children of a folder of checkpoints, and what its links led to while they were listed."""
+    """Return the children of a folder of checkpoints, and link → target as they were while the folder was listed."""
 
     def links() -> dict[Path, Path]:
         return {held / name: settled(held / name) for name in LINKS if os.path.lexists(held / name)}
@@ -202,7 +202,7 @@ def _listed(held: Path) -> tuple[list[Path], dict[Path, Path]]:
 
 
 def _trained(path: Path, base: Path | None, *, check_base: bool) -> Report | None:
-    """Return the report on an adapter or a checkpoint of a run; None where the run has retired it meanwhile."""
+    """Return the report on an adapter or a checkpoint of a run; None where the run has removed it meanwhile."""
     try:
         found = _again(path, lambda folder: inspect_trained(folder, base, check_base=check_base))
     except Removed:
@@ -220,7 +220,10 @@ def _final(adapter: Path, report: Report) -> str:
 
 
 def _pointers(links: Mapping[Path, Path], children: Sequence[Path], report: Report) -> dict[str, str]:
-    """Return `last` and `best` → the name of the step folder beside them that each leads to."""
+    """Return `last` and `best` → the name of the step folder that each points to.
+
+    A link to anything else than a step folder beside it is a problem.
+    """
     beside = {real_path(child) for child in children if not child.is_symlink() and not child.is_file()}
     found = {}
     for link, target in links.items():

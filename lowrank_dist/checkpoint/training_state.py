@@ -1,4 +1,4 @@
-"""The state that a checkpoint holds beside the adapter: optimizer.safetensors and trainer_state.json."""
+"""The state in a checkpoint beside the adapter: optimizer.safetensors and trainer_state.json."""
 
 from collections.abc import Mapping
 from datetime import datetime
@@ -15,20 +15,20 @@ from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry
 from lowrank_dist.untrusted.files import read_bytes
 from lowrank_dist.untrusted.json import LARGEST, JsonFault, parse_json
 
-# What AdamW keeps of every element of Θ: the fp32 master and the two moments, under torch's names.
+# AdamW's values for every element of Θ: the fp32 master and the two moments, under torch's names.
 KINDS = ("master", "exp_avg", "exp_avg_sq")
-# The eval loss among the names of what evaluations measure; the others are metrics of generated texts.
+# Name of the eval loss among the values of an evaluation; all others are metrics of generated texts.
 LOSS = "loss"
 _ANOTHER = "take another checkpoint"
 
 
 def tensor_name(stored: str, kind: str) -> str:
-    """The name in optimizer.safetensors of a tensor of Θ (parallel/theta.py) and one of KINDS."""
+    """Return the name in optimizer.safetensors of one of KINDS of a tensor of Θ (parallel/theta.py)."""
     return f"{stored}.{kind}"
 
 
 class DataState(BaseModel):
-    """A data set as it was trained or evaluated on. sha256: of its tokens and targets, not of the file."""
+    """The identity of a data set in training or evaluation. sha256: of its tokens and targets, not of the file."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -38,17 +38,17 @@ class DataState(BaseModel):
 
 
 class TrainingState(BaseModel):
-    """Where a run stands after `step` optimizer steps, which trained on `samples` samples.
+    """The state of a run after `step` optimizer steps, which read `samples` samples.
 
-    updates: those that were not skipped, which is what AdamW counts; None as for position (`updates_made`).
-    position: samples behind it of the shuffled, endless stream that `data` makes under its seed; epoch: the same in
-    passes over `data`. A checkpoint from before it was kept has none (`stream_position`). tokens and target_tokens:
-    non-padding tokens seen and tokens trained on so far. loss: mean of the last step that was not skipped, in nats a
-    target token, None where all were; eval_losses: step → the same on the eval set. eval_metrics: metric → step → its
-    value for what was generated (generate/metrics.py); a checkpoint from before these existed has none.
-    metric_definition: as generate.metrics.DEFINITION was. rng: as `backend.devices.generator_states` returned it.
-    config: as JSON. begun: when the run began, which a chat template that reads the clock is told; a checkpoint from
-    before it was kept has none.
+    updates: steps that were not skipped, as AdamW counts them. position: samples read from the stream that `data` makes
+    under its seed, shuffled and repeated without end. epoch: the same in passes over `data`. tokens, target_tokens:
+    non-padding tokens seen and tokens trained on so far. loss: mean of the last step that was not skipped, in nats per
+    target token; None where all were skipped. eval_losses: step → the same on the eval set. eval_metrics: metric → step
+    → value for generated texts (generate/metrics.py). metric_definition: generate.metrics.DEFINITION at that time.
+    rng: as `backend.devices.generator_states` returned it. config: as JSON. begun: when the run began; a chat template
+    that reads the clock gets this time.
+
+    Old checkpoints lack updates (`updates_made`), position (`stream_position`), eval_metrics and begun.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -76,7 +76,7 @@ class TrainingState(BaseModel):
 
     @property
     def stream_position(self) -> int:
-        """`position`, which runs that did not keep it derived from the step, whatever their batch had been before."""
+        """`position`, or for an old checkpoint without it step · train.global_batch, as old runs computed it."""
         if self.position is not None:
             return self.position
         batch = self.setting("train", "global_batch")
@@ -84,7 +84,7 @@ class TrainingState(BaseModel):
 
     @property
     def updates_made(self) -> int:
-        """`updates`, as far as it is known."""
+        """`updates`, or `step` for an old checkpoint without it."""
         return self.step if self.updates is None else self.updates
 
     def setting(self, section: str, key: str) -> Any:
@@ -94,15 +94,15 @@ class TrainingState(BaseModel):
 
     @property
     def evaluations(self) -> dict[str, dict[int, float]]:
-        """`LOSS` or a metric → step → value."""
+        """Name (`LOSS` or a metric) → step → value."""
         return {LOSS: self.eval_losses, **self.eval_metrics}
 
     def to_json(self) -> str:
-        """The text of trainer_state.json."""
+        """Return the text of trainer_state.json."""
         return self.model_dump_json(indent=2) + "\n"
 
     def summary(self) -> dict[str, Any]:
-        """Return what an adapter taken out of the checkpoint still says of its training (`Provenance.training`)."""
+        """Return the facts on its training that an adapter keeps outside its checkpoint (`Provenance.training`)."""
         return {
             "step": self.step,
             "epoch": self.epoch,
@@ -116,10 +116,10 @@ class TrainingState(BaseModel):
 
 
 def read_state(path: Path) -> TrainingState:
-    """Raises UserError for a file that is not what `TrainingState.to_json` writes."""
+    """Return the state in a trainer_state.json. Raises UserError for a file that `to_json` would not write."""
     content = read_bytes(path, _ANOTHER, largest=LARGEST)
     try:
-        # First: pydantic takes NaN, and integers that cannot be printed.
+        # Before pydantic, which accepts NaN and integers that are too long to print.
         parse_json(content, unique=True, finite=True)
         return parse_state(content)
     except (JsonFault, ValidationError) as error:
@@ -127,14 +127,14 @@ def read_state(path: Path) -> TrainingState:
 
 
 def parse_state(text: bytes) -> TrainingState:
-    """The state from its JSON; pydantic's ValidationError when it is malformed."""
+    """Return the state from its JSON. Raises pydantic's ValidationError where it is malformed."""
     return TrainingState.model_validate_json(text)
 
 
 class OptimizerWriter(SafetensorsWriter):
-    """Writes optimizer.safetensors front to back: masters and moments in fp32, whole (unsharded).
+    """Writes optimizer.safetensors sequentially: masters and moments in fp32, unsharded.
 
-    shapes: stored name → shape of the tensors of Θ, in the order in which they will be `put`.
+    shapes: stored name → shape of the tensors of Θ, in the order of the calls to `put`.
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -146,15 +146,16 @@ class OptimizerWriter(SafetensorsWriter):
         super().__init__(path, entries, {"format": "pt"})
 
     def put(self, tensor: Tensor) -> None:
-        """The next tensor's [3, *shape] in fp32, in the order of KINDS."""
+        """Write the next tensor, [3, *shape] in fp32, in the order of KINDS."""
         assert tensor.dtype == torch.float32
         self.write(tensor_bytes(tensor.contiguous()))
 
 
 class OptimizerReader:
-    """The tensors of optimizer.safetensors, one at a time. UserError, naming file and tensor, for what is not as asked.
+    """Reads the tensors of optimizer.safetensors, one at a time.
 
-    shapes: stored name → shape of all tensors of Θ. Only these must be there.
+    shapes: stored name → shape of all tensors of Θ; the file must hold exactly these. Raises UserError, naming file and
+    tensor, where it does not.
     """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -177,7 +178,7 @@ class OptimizerReader:
         self._file = safe_open(path, framework="pt")
 
     def get(self, stored: str) -> Tensor:
-        """[3, *shape] in fp32, in the order of KINDS."""
+        """Return [3, *shape] in fp32, in the order of KINDS. Raises UserError for NaN or infinity."""
         kinds = []
         for kind in KINDS:
             name = tensor_name(stored, kind)
