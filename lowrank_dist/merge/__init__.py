@@ -1,1 +1,1 @@
-"""The offline merge: low-rank updates folded into a base, tensor by tensor. No process group, no GPU."""
+"""The offline merge of low-rank updates into a base model, tensor by tensor. No process group, no GPU."""

@@ -1,4 +1,4 @@
-"""Fold low-rank adapters into their base: W + Σ w·s·B·A, tensor by tensor, from safetensors to safetensors."""
+"""Merge low-rank adapters into their base: W + Σ w·s·B·A, tensor by tensor, from safetensors to safetensors."""
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ from lowrank_dist.merge.update import Update, updates_of
 from lowrank_dist.methods.lora.files import read_adapter
 from lowrank_dist.methods.lora.folder import FILES
 
-# Elements of a weight in work at a time: below 250 MB of temporaries, whatever the size of the tensor.
+# Elements of a weight merged at a time: temporaries stay below 250 MB whatever the size of the tensor.
 _CHUNK_ELEMENTS = 8 * 1024 * 1024
 _COPY_BYTES = 16 * 1024 * 1024
 
@@ -35,7 +35,8 @@ Progress = Callable[[int, int], None]
 class AdapterReport:
     """The effect of one adapter on a merge.
 
-    adapted: tensors the adapter has factors on; changed: those that would differ, as stored, without it.
+    adapted: number of tensors that the adapter has factors for. changed: number of those that would be stored with
+    other values without the adapter.
     """
 
     adapter: WeightedAdapter
@@ -45,9 +46,10 @@ class AdapterReport:
 
 @dataclass(frozen=True)
 class MergeReport:
-    """tensors: all in the model; adapted: those with an update; changed: those it changed; nbytes: of all files.
+    """The result of a merge.
 
-    warnings: what may be a mistake; notes: what is in the model beside the weights, and not as in the base.
+    tensors: number in the model. adapted: number with an update. changed: number stored with other values than in the
+    base. nbytes: of all weight files. warnings: possible mistakes. notes: changes to the files beside the weights.
     """
 
     tensors: int
@@ -69,17 +71,18 @@ def merge(
     stored: Stored = AS_THE_BASE,
     verify: Callable[[Path], None] | None = None,
 ) -> MergeReport:
-    """Write the base model with the adapters folded in as a plain Hugging Face folder at `out`. All or nothing.
+    """Write the base model with the adapters merged in as a plain Hugging Face folder at `out`. All or nothing.
 
-    Tensors without an update are copied byte by byte, and so is every file that holds no weights, but for those of a
-    tokenizer that the adapters bring, and eos_token_id, which also has what they were trained to end texts with
-    (`merged_text_files`). Beyond the adapters themselves, memory does not grow with the model.
+    Tensors without an update and all other files are copied byte by byte, with two exceptions (`merged_text_files`):
+    tokenizer files come from the adapters where they bring a tokenizer, and eos_token_id also gets the tokens that the
+    adapters were trained to end texts with. Memory holds the adapters, and beyond them does not grow with the model.
 
-    adapters: one folder, or several with weights; ΔW = Σ w·s·B·A is summed before the one rounding.
-    progress: called with (bytes done, bytes in all). force_mismatch: another base than the one trained on is a warning.
-    verify: called with the complete folder before it gets its name; what it raises leaves nothing behind.
+    adapters: one folder, or several with weights; ΔW = Σ w·s·B·A is summed and then rounded once.
+    progress: called with (bytes done, bytes in all). force_mismatch: only warn where the adapters were trained on
+    another base. stored: how the model is stored. verify: called with the complete folder before it gets its final
+    name; if it raises, nothing is left behind.
 
-    Raises UserError when `out` exists or lies in a folder whose content counts (`require_outside`), when a file to copy
+    Raises UserError when `out` exists or lies in a folder that must not change (`require_outside`), when a file to copy
     is a link out of the base, when base or adapter is incomplete or malformed, when they do not belong together
     (fingerprint, modules, shapes), when the adapters bring different tokenizers, when nothing would change, when a
     value does not fit the type, and when the disk fails; Removed when a run removes an adapter while it is read.
@@ -152,7 +155,10 @@ def _check_distinct(adapters: Sequence[WeightedAdapter]) -> None:
 
 
 def _check_base(base: Path, adapters: Sequence[WeightedAdapter], force_mismatch: bool) -> list[str]:
-    """Warnings about whether the adapters were trained on this base; UserError when one certainly was not."""
+    """Return warnings where it is not known that the adapters were trained on this base.
+
+    Raises UserError where a fingerprint shows that one was not, unless force_mismatch.
+    """
     warnings = []
     found: str | None = None
     for adapter in adapters:
@@ -178,7 +184,7 @@ def _check_base(base: Path, adapters: Sequence[WeightedAdapter], force_mismatch:
 
 @dataclass
 class _Meter:
-    """Counts bytes and tells the caller's progress function."""
+    """Counts bytes and calls the caller's progress function."""
 
     total: int
     progress: Progress | None
@@ -192,7 +198,10 @@ class _Meter:
 
 @dataclass
 class _Changes:
-    """tensors: names of those that differ from the base as stored; parts: (name, adapter) that made a difference."""
+    """The changes by a merge. tensors: names of those that differ from the base as stored.
+
+    parts: (name of the tensor, index of the adapter) where the adapter made a difference.
+    """
 
     tensors: set[str] = field(default_factory=set)
     parts: set[tuple[str, int]] = field(default_factory=set)
@@ -206,7 +215,7 @@ def _report(index: int, adapter: WeightedAdapter, updates: Mapping[str, Update],
 def _write_file(
     output: OutputFile, target: Path, updates: Mapping[str, Update], changes: _Changes, meter: _Meter
 ) -> None:
-    """Write one file, reading each of its tensors from the file of the base that holds it; one is open at a time."""
+    """Write one file, reading each tensor from the file of the base that holds it. One base file is open at a time."""
     entries = [piece.target for piece in output.pieces]
     with SafetensorsWriter(target, entries, output.metadata) as writer, ExitStack() as opened:
         path, source = None, None
@@ -250,7 +259,7 @@ def _merge_tensor(
             changes.tensors.add(name)
         for term in update.terms:
             part = (name, term.adapter)
-            # Seldom more than the first chunk: a part that shows is not looked for again.
+            # Mostly only for the first chunk: once a part made a difference it is not checked again.
             if part not in changes.parts and not torch.equal(
                 merged, update.apply(chosen, weight, dtype, without=term.adapter)
             ):
@@ -265,7 +274,7 @@ def _convert_tensor(file: FileIO, piece: Piece, writer: SafetensorsWriter, meter
         buffer = _read(file, piece, first * stored.itemsize, last * stored.itemsize)
         weight = torch.frombuffer(buffer, dtype=stored)
         converted = weight.to(dtype)
-        # What the base itself holds as infinity stays so.
+        # Infinities of the base itself are kept.
         if not _finite(converted) and bool((converted.isinf() & weight.isfinite()).any()):
             raise UserError(
                 f"{piece.path}: {piece.source.name} would hold infinity as {piece.target.dtype}, its largest magnitude "
@@ -276,7 +285,7 @@ def _convert_tensor(file: FileIO, piece: Piece, writer: SafetensorsWriter, meter
 
 
 def _finite(tensor: Tensor) -> bool:
-    # NaN and infinity show in the extremes, which are found 40 times faster than by isfinite.
+    # NaN and infinity show in minimum and maximum; finding these is 40 times faster than isfinite.
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
 
 

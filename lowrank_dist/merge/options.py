@@ -8,20 +8,20 @@ from pathlib import Path
 from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.files import is_nameable, shown
 
-# Decimal and binary units as transformers' save_pretrained(max_shard_size=…) reads them.
+# Decimal and binary units, as in transformers' save_pretrained(max_shard_size=…).
 _UNITS = {
     f"{prefix}{infix}B": base**power
     for power, prefix in enumerate("KMGT", start=1)
     for infix, base in (("", 1000), ("i", 1024))
 }
 _SIZE = re.compile(rf"([0-9]+(?:\.[0-9]+)?)({'|'.join(_UNITS)})")
-# The option's name → safetensors' name of the type; `auto` keeps each tensor's own.
+# Value of --dtype → safetensors' name of the type; `auto` keeps each tensor's own.
 DTYPES = {"auto": None, "fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
 @dataclass(frozen=True)
 class WeightedAdapter:
-    """An adapter folder and the factor w on its update; UserError for a weight that is zero, NaN or infinite."""
+    """An adapter folder and the factor w on its update. Raises UserError for a weight of zero, NaN or infinity."""
 
     path: Path
     weight: float = 1.0
@@ -36,11 +36,11 @@ class WeightedAdapter:
 
 @dataclass(frozen=True)
 class Stored:
-    """How a merged model is stored.
+    """The format in which a merged model is stored.
 
-    shard_size: bytes of tensors in a file, at most, unless one tensor is larger; None for the base's own files. dtype:
-    safetensors' name of the type of all floating-point tensors; None for each one's own. tokenizer: the folder, or the
-    file, of the one that goes with it; None for that of the adapters, or of the base where they have none.
+    shard_size: most bytes of tensors in a file, unless one tensor is larger; None for the same files as the base.
+    dtype: safetensors' name of the type of all floating-point tensors; None for each tensor's own. tokenizer: folder or
+    file of the tokenizer to store; None for that of the adapters, or of the base where they have none.
     """
 
     shard_size: int | None = None
@@ -52,9 +52,10 @@ AS_THE_BASE = Stored()
 
 
 def parse_adapter(text: str) -> WeightedAdapter:
-    """`DIR` or `DIR=WEIGHT`. A folder whose whole name is `text` wins; else what follows the last "=" is the weight.
+    """Return the adapter of `DIR` or `DIR=WEIGHT`. Raises UserError for other text.
 
-    So "runs/lr=0.1" is that folder where it exists, and "runs/lr=0.1=0.5" is the same with a weight.
+    If a folder named `text` exists, it is taken; else the part after the last "=" is the weight. So "runs/lr=0.1" is
+    that folder where it exists, and "runs/lr=0.1=0.5" is the same folder with a weight.
     """
     path, separator, weight = text.rpartition("=")
     if not is_nameable(text):
@@ -74,7 +75,7 @@ def parse_adapter(text: str) -> WeightedAdapter:
 
 
 def parse_shard_size(text: str) -> int:
-    """Bytes of "5GB" (5·10⁹) or "2GiB" (2·2³⁰); UserError naming the units for anything else."""
+    """Return the bytes of "5GB" (5·10⁹) or "2GiB" (2·2³⁰). Raises UserError, naming the units, for other text."""
     match = _SIZE.fullmatch(text.strip())
     size = float(match[1]) * _UNITS[match[2]] if match else 0.0
     if not 1 <= size < math.inf:
@@ -84,7 +85,7 @@ def parse_shard_size(text: str) -> int:
 
 
 def parse_dtype(text: str) -> str | None:
-    """Safetensors' name of the type to store in; None for `auto`."""
+    """Return safetensors' name of the type to store in; None for `auto`. Raises UserError for other text."""
     if text not in DTYPES:
         raise UserError(f"--dtype {text}: give one of {', '.join(DTYPES)}")
     return DTYPES[text]

@@ -1,4 +1,4 @@
-"""The update of each stored tensor: Σ w·s·B·A over the adapters that have factors on it, or the one with magnitudes."""
+"""The update of each stored tensor: Σ w·s·B·A over the adapters that have factors for it, or one DoRA adapter's."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from lowrank_dist.methods.lora.files import Adapter, LowRankFactor
 
 @dataclass(frozen=True)
 class Term:
-    """One adapter's part: scale·b·a, with the adapter's weight in the scale. adapter: its place in the list given."""
+    """One adapter's term of an update: scale·b·a. scale: includes the adapter's weight. adapter: its index."""
 
     factor: LowRankFactor
     scale: float
@@ -25,9 +25,10 @@ class Term:
 
 @dataclass(frozen=True)
 class Update:
-    """The update of one stored tensor: the terms' sum, transposed where the base stores [in, out] (GPT-2).
+    """The update of one stored tensor: the sum of the terms, transposed where the base stores [in, out] (GPT-2).
 
-    A term with magnitudes stands alone: m ⊙ (W + s·B·A) / ‖W + s·B·A‖, by output (DoRA).
+    A DoRA term (with magnitudes m) is the only one: the merged weight is m ⊙ (W + s·B·A) / ‖W + s·B·A‖, with one norm
+    per output.
     """
 
     terms: tuple[Term, ...]
@@ -35,17 +36,16 @@ class Update:
 
     @property
     def takes_all_rows(self) -> bool:
-        """Return whether `apply` needs all rows of the stored tensor at once: the norms of outputs that are columns."""
+        """True where `apply` needs all rows of the stored tensor at once: DoRA's norms where outputs are columns."""
         return self.transposed and self.terms[0].factor.magnitude is not None
 
     def apply(
         self, rows: slice, weight: Tensor, dtype: torch.dtype | None = None, without: int | None = None
     ) -> Tensor:
-        """Return rows `rows` of the merged tensor from the same rows of the stored one.
+        """Return rows `rows` of the merged tensor, given the same rows of the stored one.
 
-        It is rounded once, to `dtype` (its own). The sum is formed in fp32 (fp64 for an fp64 base); each product is
-        scaled after it is formed, as PEFT does.
-        without: leave the term of this adapter out.
+        The sum is formed in fp32 (fp64 for an fp64 base) and rounded once, to `dtype` (None: that of `weight`). Each
+        product is scaled after it is formed, as in PEFT. without: the adapter whose term is left out.
         """
         compute = torch.promote_types(weight.dtype, torch.float32)
         total: Tensor | None = None
@@ -63,9 +63,12 @@ class Update:
 
 
 def _with_norm(merged: Tensor, magnitude: Tensor, rows: slice, transposed: bool) -> Tensor:
-    """Return the outputs, rows or where `transposed` columns, scaled to the norms `magnitude` [out]; zeros stay."""
+    """Return `merged` with each output scaled to the norm in `magnitude` [out]; outputs of zeros stay zero.
+
+    Outputs are rows, or columns where `transposed`.
+    """
     inputs = 0 if transposed else 1
-    # The clamp of training (parallel/decomposed.py).
+    # The same clamp as in training (parallel/decomposed.py).
     least = math.sqrt(torch.finfo(merged.dtype).tiny)
     norms = torch.linalg.norm(merged, dim=inputs, keepdim=True).clamp_(min=least)
     wanted = magnitude[None] if transposed else magnitude[rows, None]
@@ -75,9 +78,10 @@ def _with_norm(merged: Tensor, magnitude: Tensor, rows: slice, transposed: bool)
 def updates_of(
     architecture: Architecture, checkpoint: Checkpoint, adapters: Sequence[tuple[Path, float, Adapter]]
 ) -> dict[str, Update]:
-    """Stored tensor name → its update by all adapters (folder, weight, content).
+    """Return stored tensor name → its update by all adapters (folder, weight, content).
 
-    Raises UserError with every factor of an adapter that has no place in the base, and when all of them are zero.
+    Raises UserError for factors of an adapter that do not fit the base, for a DoRA adapter among others or with a
+    weight, and where all updates are zero.
     """
     _refuse_sums([(folder, weight) for folder, weight, adapter in adapters if adapter.dora], len(adapters))
     terms: dict[str, list[Term]] = {}
@@ -97,7 +101,7 @@ def updates_of(
 
 
 def _refuse_sums(decomposed: Sequence[tuple[Path, float]], adapters: int) -> None:
-    """Raise UserError for a DoRA adapter among others or with a weight: it is no update that could be added."""
+    """Raise UserError for a DoRA adapter among others or with a weight: its update cannot be added or scaled."""
     for folder, weight in decomposed:
         if adapters > 1 or weight != 1:
             raise UserError(
@@ -113,7 +117,7 @@ def _placed(
     placed, problems = {}, []
     for module, factor in adapter.factors.items():
         name = architecture.find(f"{module}.weight", checkpoint)
-        # A tied output layer is the embedding: an update of the one would change the other.
+        # A tied output layer shares its weight with the embedding: an update of one would change the other.
         if name is None or module not in (modules if architecture.tied else modules | {"lm_head"}):
             problems.append(f"{module} is no linear of the base that can be updated on its own")
             continue

@@ -1,6 +1,7 @@
-"""Whether a merged folder in plain transformers gives the logits of base + adapters in plain PEFT: no code of ours.
+"""Check that a merged folder in plain transformers gives the logits of base + adapters in plain PEFT.
 
-Models are loaded whole, one at a time, in fp32 on the CPU: unlike the merge itself this needs the memory of the model.
+None of our own model code runs. Models are loaded whole, one at a time, in fp32 on the CPU, so unlike the merge itself
+this needs the memory of the model.
 """
 
 import importlib.util
@@ -25,13 +26,13 @@ SAMPLE = (
     "def mean(values):\n    return sum(values) / len(values)",
     "Question: What is the capital of France? Answer: Paris. Question: And of Italy? Answer:",
 )
-# Logits of all positions are kept twice: 1024 of them are 0.5 GB at a vocabulary of 128 000.
+# Three sets of logits are held at once, each 0.5 GB for 1024 positions at a vocabulary of 128 000.
 _LINES, _TOKENS = 8, 128
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-# Largest difference over the largest |logit|. fp32: the order of sums alone, measured 7e-7 to 5e-6 on random models of
-# 8 layers of every family. Else what rounding the merged weights does, by up to 2⁻⁹ in bf16 and 2⁻¹² in fp16 of each:
-# measured 0.006 to 0.044 and 0.0008 to 0.005 on the same, 0.010 and 0.001 on SmolLM2-135M. Only updates larger than the
-# weights themselves exceeded these.
+# Largest difference over the largest |logit|. In fp32 only the order of sums differs: measured 7e-7 to 5e-6 on random
+# models of 8 layers of every family. In bf16 and fp16 the merged weights are rounded, by up to 2⁻⁹ and 2⁻¹² of each:
+# measured 0.006 to 0.044 and 0.0008 to 0.005 on the same models, 0.010 and 0.001 on SmolLM2-135M. Only updates larger
+# than the weights themselves exceeded these.
 TOLERANCES = {"F64": 1e-4, "F32": 1e-4, "BF16": 0.05, "F16": 0.01}
 
 
@@ -40,7 +41,7 @@ class Verification:
     """The result of the comparison, over `positions` of `source` ("built-in text", …).
 
     difference, effect: largest |logit − expected| of the merged model and of the base alone, over the largest
-    |expected|. tolerance: what `difference` may be. agreement: share of positions with the same argmax.
+    |expected|. tolerance: upper bound of `difference`. agreement: share of positions with the same argmax.
     """
 
     source: str
@@ -59,10 +60,10 @@ class Verification:
 
 
 class Verifier:
-    """Compares a merged folder with base + adapters. What can be wrong before merging is found when it is made.
+    """Compares a merged folder with base + adapters. The constructor checks all that can be checked before the merge.
 
-    text: a file whose first non-empty lines are the sample. Raises UserError without peft, for a text that cannot be
-    read or is empty, and for a tokenizer that cannot be loaded.
+    text: a file whose first non-empty lines are the sample; None for built-in text. Raises UserError where PEFT is not
+    installed, a text cannot be read or is empty, or the tokenizer cannot be loaded.
     """
 
     def __init__(self, base: Path, adapters: Sequence[WeightedAdapter], text: Path | None = None) -> None:
@@ -72,7 +73,10 @@ class Verifier:
         self._source, self._samples = _samples(base, text)
 
     def __call__(self, merged: Path) -> Verification:
-        """Verify the folder; UserError when it is not base + adapters, or no closer to that than the base alone is."""
+        """Verify the folder and return the result.
+
+        Raises UserError where the logits are not those of base + adapters, or no closer to them than the base's.
+        """
         plain, expected = self._reference()
         found = _logits(_load(merged), self._samples)
         stored = {entry.dtype for path in merged.glob("*.safetensors") for entry in read_header(path).entries}
@@ -88,11 +92,11 @@ class Verifier:
         )
         if torch.equal(found, plain):
             raise UserError("--verify: the merged model's logits are the base's: the adapter is not in it")
-        # The comparison is false for NaN.
+        # `not <=`, so that NaN fails.
         if not result.difference <= tolerance:
             rounding = "" if tolerance < 1e-3 else "; whether that is rounding alone, --dtype fp32 tells"
             raise UserError(f"--verify: the merged model is not base + adapter: {_what(result)}{rounding}")
-        # A tolerance wider than a weak adapter's effect would pass any merge of it.
+        # The tolerance may be wider than the effect of a weak adapter; then it would accept any merge.
         if not _rms(found - expected) < _rms(plain - expected):
             raise UserError(
                 "--verify: rounding the merged weights changes the logits as much as the adapter does: "
@@ -101,7 +105,7 @@ class Verifier:
         return result
 
     def _reference(self) -> tuple[Tensor, Tensor]:
-        """Logits of the base, and of base + Σ w·s·B·A with the factors kept apart, as PEFT runs them side by side."""
+        """Return the logits of the base, and of base + Σ w·s·B·A with all adapters active and unmerged in PEFT."""
         from peft import PeftModel
         from peft.tuners.lora import LoraLayer
 
@@ -116,7 +120,7 @@ class Verifier:
             combined.set_adapter(names)
         except Exception as error:  # PEFT raises types with no common base
             raise UserError(f"--verify: PEFT cannot load the adapter: {error}") from error
-        # Not add_weighted_adapter: its combinations are not exact for adapters of different targets and ranks.
+        # Not add_weighted_adapter, which is not exact for adapters with different targets and ranks.
         for module in peft.modules():
             if isinstance(module, LoraLayer):
                 scaling: dict[str, float] = module.scaling
@@ -153,7 +157,7 @@ def _logits(model: nn.Module, samples: Sequence[Tensor]) -> Tensor:
 
 
 def _samples(base: Path, text: Path | None) -> tuple[str, list[Tensor]]:
-    """Return the source of the sample, and the token ids of each piece."""
+    """Return the name of the sample's source, and the token ids of each line."""
     architecture = read_architecture(base)
     length = min(_TOKENS, architecture.max_positions)
     lines = SAMPLE if text is None else _lines(text)
@@ -165,7 +169,7 @@ def _samples(base: Path, text: Path | None) -> tuple[str, list[Tensor]]:
         return "random tokens (the base has no tokenizer)", list(ids)
     try:
         tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # as above
+    except Exception as error:  # transformers raises types with no common base
         raise UserError(f"--verify: the tokenizer of {base} cannot be loaded: {error}") from error
     tokens = [
         tokenizer(line, truncation=True, max_length=length, return_tensors="pt")["input_ids"][0] for line in lines
