@@ -1,1 +1,1 @@
-"""Keeps a failing job from hanging, hiding its cause or leaving processes behind. Only `rank` imports torch."""
+"""Keeps a failing job from hanging, hiding its cause or leaving processes. Only `rank` and `peers` import torch."""

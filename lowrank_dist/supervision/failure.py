@@ -1,4 +1,7 @@
-"""RUN/FAILED: which rank went first, where, and why. One record a job; what follows from a failure gives way to it."""
+"""RUN/FAILED: the rank that failed first, where and why.
+
+There is one record per job. The record of a cause replaces that of a rank which only lost its peers.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,8 @@ _SHOWN = 8  # ranks in a list of names
 class Failure:
     """The end of a rank and its reason.
 
-    first: it can be the cause; else it only met the end of others, of which `silent` said nothing before they were gone
-    ("rank 3 on h2").
+    first: this rank may be the cause; otherwise it only lost its peers. silent: the peers that ended without a message,
+    as "rank 3 on h2".
     """
 
     rank: int
@@ -48,9 +51,9 @@ class Failure:
 
 
 def record(folder: Path, failure: Failure | str) -> str:
-    """Write FAILED unless one that explains as much is there. Returns what FAILED says now; never raises.
+    """Write FAILED unless there is one that explains as much. Returns the text of FAILED afterwards; never raises.
 
-    failure: of this rank, or what another said that went first.
+    failure: of this rank, or the text of a rank that failed first.
     """
     target = folder / NAME
     temporary = temporary_name(target)
@@ -59,7 +62,7 @@ def record(folder: Path, failure: Failure | str) -> str:
         temporary.write_text(f"{text}\n", encoding="utf-8", errors="replace")
         try:
             os.link(temporary, target)
-        except OSError:  # there is one, or a file system without hard links
+        except OSError:  # FAILED exists already, or the file system has no hard links
             if _weight(read(folder)) < _weight(text):
                 temporary.replace(target)
     except OSError as error:
@@ -71,7 +74,7 @@ def record(folder: Path, failure: Failure | str) -> str:
 
 
 def read(folder: Path) -> str | None:
-    """Return what FAILED says, None where there is none to read."""
+    """Return the text of FAILED; None where there is none or it cannot be read."""
     try:
         return (folder / NAME).read_text(encoding="utf-8", errors="replace").rstrip()
     except OSError:
@@ -79,12 +82,12 @@ def read(folder: Path) -> str | None:
 
 
 def explains(said: str | None) -> bool:
-    """Return whether a record names a cause."""
+    """Return True for a record that names a cause."""
     return _weight(said) == 3
 
 
 def _weight(said: str | None) -> int:
-    """Return how much a record explains: a cause more than who is missing, and that more than that somebody is."""
+    """Return how much a record explains: 3 a cause, 2 the missing ranks, 1 only that a rank is missing, 0 no record."""
     if not said:
         return 0
     ours = said.partition(": ")[0]
@@ -92,7 +95,7 @@ def _weight(said: str | None) -> int:
 
 
 def retire(folder: Path) -> None:
-    """Rename a FAILED: before any rank of this job knows the folder, it is an earlier job's, whatever its date says."""
+    """Rename FAILED to FAILED.TIME. Called before any rank of this job may write one, so it is an earlier job's."""
     target = folder / NAME
     with contextlib.suppress(OSError):
         when = time.strftime("%Y%m%dT%H%M%S", time.localtime(target.stat().st_mtime))

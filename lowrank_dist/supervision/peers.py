@@ -1,4 +1,4 @@
-"""Ranks that lost others, and what those that end for a failure tell one another, through the store where they met."""
+"""Detection of lost peers, and the exchange of failure messages between ending ranks through the job's store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-# That ranks which lost their peers wait for one that knows why.
+# Time that a rank which lost its peers waits for one that knows the cause.
 ASK_SECONDS = 3
 _EVERY_SECONDS = 0.2
 _FAILED, _BEHIND = "lowrank_dist/failed", "lowrank_dist/left behind"
@@ -19,11 +19,11 @@ _FAILED, _BEHIND = "lowrank_dist/failed", "lowrank_dist/left behind"
 
 @dataclass(frozen=True)
 class Answer:
-    """What the other ranks answered about a failure.
+    """The other ranks' answer about a failure.
 
-    speaks: this rank is to say what happened, the others of its kind need not. silent: ranks that said nothing
-    within ASK_SECONDS, where nobody knows the cause. cause: what a rank said that went first. reached: whether the
-    store answered.
+    speaks: this rank prints the failure; others in the same situation do not. silent: ranks that sent nothing within
+    ASK_SECONDS, where the cause is unknown. cause: the message of a rank that failed first. reached: the store
+    answered.
     """
 
     speaks: bool
@@ -33,7 +33,7 @@ class Answer:
 
 
 def lost_peers(error: BaseException) -> bool:
-    """Return whether an error only says that another rank, or the network to it, is gone."""
+    """Return True for an error that only says that another rank, or the network to it, is gone."""
     if isinstance(error, dist.DistError):
         return True
     # gloo and its store raise plain RuntimeErrors.
@@ -42,9 +42,10 @@ def lost_peers(error: BaseException) -> bool:
 
 
 def ask(store: dist.Store, rank: int, size: int, said: str | None, known: Callable[[], bool]) -> Answer:
-    """Tell the others that this rank ends, with what it has to say where it went first, and ask them.
+    """Tell the other ranks that this one ends, and return their answer. Takes at most 2 · ASK_SECONDS.
 
-    known: whether the cause is known by other means. At most 2 · ASK_SECONDS, be the store on a host that is gone.
+    said: this rank's message where it failed first, else None. known: returns True once the cause is known by other
+    means.
     """
     answers: list[Answer] = []
 
@@ -54,11 +55,11 @@ def ask(store: dist.Store, rank: int, size: int, said: str | None, known: Callab
         except (RuntimeError, dist.DistError):
             answers.append(Answer(speaks=True, reached=False))
 
-    # In a thread: a store on a host that no longer answers blocks for longer than it is told to.
+    # In a thread: a store on a host that is gone blocks for longer than its timeout.
     asking = threading.Thread(target=run, daemon=True)
     asking.start()
     asking.join(2 * ASK_SECONDS)
-    # Better twice than never: the store is gone, with the rank that held it.
+    # Without the store, gone with its rank, every rank prints: better twice than never.
     return answers[0] if answers else Answer(speaks=True, reached=False)
 
 
@@ -68,17 +69,17 @@ def _ask(store: dist.Store, rank: int, size: int, said: str | None, known: Calla
     store.set(_left(rank), "")
     everyone = [_left(other) for other in range(size)]
     if said is not None:
-        # Signed: several ranks may have the same to say.
+        # With a random prefix, since several ranks may have the same message.
         signed = f"{secrets.token_hex(8)} {said}".encode()
         first = store.compare_set(_FAILED, "", signed.decode()) == signed
-        if rank == 0:  # the store ends with it, and whoever asks then takes itself for the first
+        if rank == 0:  # the store ends with rank 0; a rank that asks after that would take itself for the first
             _await(lambda: store.check(everyone), end)
         return Answer(speaks=first)
     _await(lambda: known() or store.check([_FAILED]), end)
     if rank == 0:
         _await(lambda: store.check(everyone), end)
     cause = store.get(_FAILED).decode(errors="replace").partition(" ")[2] if store.check([_FAILED]) else None
-    # Once the cause is known nobody has been waited for, and nobody need be named.
+    # Once the cause is known the wait ends early, so ranks that have sent nothing yet are not named as silent.
     explained = cause is not None or known()
     silent = [] if explained else [other for other in range(size) if not store.check([_left(other)])]
     return Answer(speaks=store.add(_BEHIND, 1) == 1, silent=silent, cause=cause)

@@ -1,4 +1,4 @@
-"""The rank's side of supervision: where it is, whether it was told to stop, what ended it."""
+"""The rank's side of supervision: it reports its phase, notes stop signals and records the failure that ends it."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from lowrank_dist.terminal import say
 
 logger = logging.getLogger(__name__)
 
-# Exit codes. PREEMPTED: the run was told to stop, saved, and can go on; a job script requeues it.
+# Exit codes. PREEMPTED: the run was told to stop, has saved and can be resumed; a job script requeues it.
 FAILURE, USER_ERROR, PREEMPTED, INTERRUPTED = 1, 2, 85, 130
-# Seconds that a rank stays which leaves it to another to speak.
+# Seconds that a rank waits for another to print the error.
 _SPOKEN_BY_THEN = 5.0
 
 
 class Supervision:
-    """Entered for as long as a run lasts: a watchdog beside this rank, signals noted, failures recorded."""
+    """Context of a run on one rank: it starts a watchdog, notes signals and records failures."""
 
     def __init__(self, timeout_seconds: float) -> None:
-        """timeout_seconds: that of the collectives. A rank that stands still for longer is ended."""
+        """timeout_seconds: that of the collectives. The watchdog kills a rank that makes no progress for longer."""
         self.stop = StopRequest()
         self.rank = int(os.environ.get("RANK", "0"))
         self.host = socket.gethostname()
@@ -70,7 +70,7 @@ class Supervision:
         self._page.close()
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """Say that the rank goes on, with `phase` (of supervision.status.PHASES); steps count from 1."""
+        """Report progress: the rank enters `phase` (of supervision.status.PHASES). step: counted from 1."""
         if step is not None:
             self._step = step
         if phase == LEAVING and self._left is None:
@@ -78,12 +78,12 @@ class Supervision:
         self._page.enter(phase, self._step)
 
     def in_folder(self, path: Path) -> None:
-        """From now on a failure is recorded in this run folder, which is this job's: rank 0 has locked it."""
+        """Record failures in this run folder from now on. Rank 0 must have locked it for this job."""
         self._folder = path.absolute()
         self._page.set_folder(str(self._folder))
 
     def failed(self, error: BaseException) -> int:
-        """Say and record what ended this rank. Returns the exit code: 2 for bad input, 130 for Ctrl-C, else 1."""
+        """Print and record the error that ended this rank. Returns the exit code: 2 bad input, 130 Ctrl-C, else 1."""
         if isinstance(error, KeyboardInterrupt):
             return INTERRUPTED
         self.enter(LEAVING)
@@ -97,21 +97,22 @@ class Supervision:
         trace = "" if mistake or not cause else "".join(traceback.format_exception(error))
         reason = str(error) if mistake else f"{type(error).__name__}: {error}"
         failure = self._failure(reason, trace, cause)
-        # What others are told comes after what they can read.
+        # Record first: peers that are told of the failure may read FAILED at once.
         said = record(self._folder, failure) if cause and self._folder else str(failure)
         answer = self._ask_peers(said if cause else None, shared)
         if not cause:
             said = self._left_behind(failure, answer)
         if answer.speaks:
-            with contextlib.suppress(OSError):  # who read this may be gone
+            with contextlib.suppress(OSError):  # the reader of stderr may be gone
                 say(f"lowrank_dist: {error if mistake and cause else said}", err=True)
         return USER_ERROR if mistake else FAILURE
 
     def leave(self, code: int) -> NoReturn:
-        """End this process. Where the run ended well on this rank, all ranks end together: a launcher ends the others
-        as soon as one has left with another code than 0, be it that of a run that stopped when it was told to.
+        """End this process with exit code `code`.
 
-        Not by the interpreter's own end, in which the threads of gloo and NCCL abort now and then, or hang.
+        Where the run ended well on this rank, all ranks end together: a launcher kills the others as soon as one exits
+        with a code other than 0, PREEMPTED included. The interpreter's own shutdown is skipped, since threads of gloo
+        and NCCL sometimes abort or hang in it.
         """
         clean = code in (0, PREEMPTED)
         self.enter(ENDING if clean else LEAVING)
@@ -131,24 +132,27 @@ class Supervision:
         return Failure(self.rank, self.host, self._left.step, self._left.phase, reason, trace, cause, silent)
 
     def _left_behind(self, failure: Failure, answer: Answer) -> str:
-        """Record that this rank lost its peers. Returns the cause where it is known."""
+        """Record that this rank lost its peers. Returns the text to print: the cause where it is known."""
         silent = [self._name(rank) for rank in answer.silent]
         reason = failure.reason
         if not answer.reached:
             reason += f"; nor does the job's store on {os.environ.get('MASTER_ADDR', 'rank 0')} answer"
         failure = self._failure(reason, "", False, silent)
-        # Where the cause is known it takes our place: the rank that went first may have found no space to record it.
+        # A known cause is recorded instead of this failure: the rank that failed first may have had no disk space.
         said = record(self._folder, answer.cause or failure) if self._folder else str(failure)
         return said if explains(said) or answer.cause is None else answer.cause
 
     def _ask_peers(self, said: str | None, shared: bool) -> Answer:
-        """shared: all ranks make the same mistake; other failures are one rank's own."""
+        """Exchange messages with the other ranks. said: this rank's, None where it only lost its peers.
+
+        shared: every rank finds the same error, so one per node prints it if the ranks have not met yet.
+        """
         if not dist.is_initialized():
             return Answer(speaks=not shared or speaks_for_node())
         try:
             store = dist.distributed_c10d._get_default_store()
             return ask(store, self.rank, dist.get_world_size(), said, self._cause_recorded)
-        except Exception:  # no thread, no memory, …: what is there to say comes first
+        except Exception:  # no thread, no memory, …: the failure must still be printed
             logger.exception("the other ranks could not be asked")
             return Answer(speaks=True, reached=False)
 
@@ -175,9 +179,9 @@ class Supervision:
 
 
 def speaks_for_node() -> bool:
-    """Before the ranks have met: whether this one says what is wrong, as every rank of its node will find.
+    """Return True on local rank 0, which prints an error that every rank of its node finds. For use before they meet.
 
-    Another waits for it to: a launcher ends all ranks as soon as one has ended.
+    Other ranks return False after some seconds: a launcher kills all ranks as soon as one has exited.
     """
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return True

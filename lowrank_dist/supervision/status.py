@@ -1,4 +1,4 @@
-"""A rank as it and its watchdog see it: the phase that it is in, and the signals that ask its run to stop."""
+"""State shared by a rank and its watchdog: the rank's phase, and the signals that ask its run to stop."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import time
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
-# In order. Until training begins a rank is judged by whether it computes or reads at all: to load 175B takes as long
-# as the disk needs. From then on every phase says when it began. The end: all ranks wait for one another once more.
+# Phases in their order. In STARTING the watchdog only checks that the rank computes or reads at all, since loading 175B
+# takes as long as the disk needs. In TRAINING a phase is timed from its beginning. In ENDING all ranks wait for each
+# other a last time.
 STARTING = ("start", "meeting", "model", "data set", "optimiser state")
 ENDING = "end"
 TRAINING = ("data", "forward", "backward", "reduction", "optimiser", "evaluation", "checkpoint", ENDING)
-# What is left to do before the process ends, well or not: it has said what there was to say, or is about to.
+# The rest before the process ends, well or not. The rank has reported its end, or is about to.
 LEAVING = "leaving"
 PHASES = (*STARTING, *TRAINING, LEAVING)
-# Slurm's warning before the time is over (--signal), its preemption, and what launchers and people send.
+# Sent by Slurm before the time limit (--signal) and at preemption, by launchers and by people.
 SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
 
 _STATE = struct.Struct("=dqq")  # when the phase began (CLOCK_MONOTONIC), its number, the step
@@ -28,7 +29,7 @@ _SIZE = mmap.PAGESIZE * 2
 
 @dataclass(frozen=True)
 class State:
-    """A rank's phase. since: seconds of CLOCK_MONOTONIC, one clock for a machine. step: from 1; 0 before the first."""
+    """A rank's phase. since: seconds of CLOCK_MONOTONIC, shared by a machine. step: from 1; 0 before the first."""
 
     since: float
     phase: str
@@ -36,9 +37,9 @@ class State:
 
 
 class Page:
-    """A page of memory that a rank writes and its watchdog reads: where the rank is, and since when.
+    """Shared memory that a rank writes and its watchdog reads: phase, step, start of the phase, and run folder.
 
-    A reader may see a phase with the time of the one before, which does no harm.
+    A reader may see a new phase with the time of the one before, which does no harm.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -63,7 +64,7 @@ class Page:
         return State(since, PHASES[phase], step)
 
     def set_folder(self, path: str) -> None:
-        """Set the run folder, where a record of failure belongs; there is none before."""
+        """Set the run folder, in which the watchdog records a failure. Before this there is none."""
         name = os.fsencode(path)
         _FOLDER.pack_into(self._memory, _STATE.size, len(name), name)
 
@@ -73,9 +74,9 @@ class Page:
 
 
 class StopRequest:
-    """The request to stop: noted when a signal comes, obeyed at the end of a step.
+    """The request to stop a run: noted when a signal arrives, obeyed at the end of a step.
 
-    While it is entered, the first of SIGNALS is remembered and any further one changes nothing.
+    Within this context the first of SIGNALS is stored; later ones change nothing.
     """
 
     def __init__(self) -> None:

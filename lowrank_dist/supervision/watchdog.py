@@ -1,9 +1,9 @@
-"""The watchdog of one rank: a process of its own, since what stops a rank stops its threads as well.
+"""The watchdog of one rank: a separate process, since whatever stops a rank stops its threads as well.
 
     python -m lowrank_dist.supervision.watchdog   (started by `start`, never by hand)
 
-It ends with its rank. Standard library alone: a rank's watchdog costs a few MB. It cannot be told to stop, for a
-launcher that ends a job signals every process of it; that signal only tells it not to wait any longer.
+It ends with its rank. It needs only the standard library, so it costs a few MB. It blocks stop signals, because a
+launcher that ends a job signals every process of it; such a signal only shortens the watchdog's waits.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from lowrank_dist.supervision.status import LEAVING, SIGNALS, STARTING, Page, St
 from lowrank_dist.terminal import say
 
 LOOK_SECONDS = 0.2
-# Longer than a collective's own timeout, whose error says more than that a rank stood still.
+# Added to the collectives' timeout, so that a collective fails first: its error says more than "stood still".
 GRACE_SECONDS = 10
-# Between the signal that has the rank print its stacks, and the one that it cannot refuse.
+# From SIGABRT, after which the rank prints its stacks, to SIGKILL.
 STACKS_SECONDS = 3
 LEAVE_SECONDS = 25
-# Launchers ask before they kill. A rank that dies sooner after it was asked died of something else.
+# Launchers send a signal before they kill. A rank that dies sooner than this after the signal had another cause.
 ASKED_SECONDS = 2
-# A watchdog that did not run for so long was stopped with its rank: Slurm's suspend, or a machine that sleeps.
+# A watchdog that did not run for this long was suspended together with its rank, by Slurm or by a sleeping machine.
 PAUSE_SECONDS = 5
 _ENDS_JOBS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 # The innermost frame of a thread that waits for other ranks.
@@ -53,10 +53,10 @@ _EXTENSIONS = re.compile(r"^Extension modules: .*\n?", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Charge:
-    """The facts that a watchdog is given at its start. timeout: that of the rank's collectives.
+    """The facts on its rank that a watchdog gets at its start. timeout: that of the rank's collectives, in seconds.
 
-    started and launchers: `launchers.started` and `find_launchers`. thread: the main one, as faulthandler names it.
-    page and stacks are descriptors: of `Page`, and of what faulthandler writes.
+    started, launchers: from `launchers.started` and `find_launchers`. thread: id of the main thread, as faulthandler
+    prints it. page, stacks: file descriptors of the `Page` and of faulthandler's output.
     """
 
     pid: int
@@ -71,14 +71,14 @@ class Charge:
 
 
 def start(charge: Charge) -> subprocess.Popen[bytes]:
-    """A watchdog beside this process."""
+    """Start a watchdog beside this process and return its process."""
     package = Path(__file__).parents[2]
     path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # What a process inherits as blocked stays pending for ever: a watchdog outlives every signal to the job.
+    # The child inherits these signals as blocked, so they stay pending and the watchdog survives signals to the job.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {*SIGNALS, *_ENDS_JOBS})
     try:
         return subprocess.Popen(
-            # -P: a file of the working directory may be called as a module of the standard library is.
+            # -P: a file in the working directory may have the name of a standard module.
             [sys.executable, "-P", "-m", "lowrank_dist.supervision.watchdog", json.dumps(asdict(charge))],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
@@ -90,7 +90,7 @@ def start(charge: Charge) -> subprocess.Popen[bytes]:
 
 
 class Watchdog:
-    """Looks at its rank until that has ended; says and records what it died of."""
+    """Watches its rank until it has ended; prints and records the cause of death."""
 
     def __init__(self, charge: Charge) -> None:
         self._charge, self._page = charge, Page(charge.page)
@@ -103,14 +103,14 @@ class Watchdog:
         self._stopped_at: float | None = None
 
     def run(self) -> None:
-        """Until the rank has ended."""
+        """Watch until the rank has ended."""
         while self._look():
             time.sleep(LOOK_SECONDS)
 
     def _look(self) -> bool:
-        """Look once; return whether there is anything left to watch."""
+        """Check the rank once. Returns False once there is nothing left to watch."""
         fields, now = stat_fields(self._process), time.monotonic()
-        state = self._page.state()  # read after the process: of one that has ended it is final
+        state = self._page.state()  # read after the process's status, so it is final for one that has ended
         if not self._runs(fields):
             self._ended(state, fields, now)
             return False
@@ -141,12 +141,12 @@ class Watchdog:
             self._told_at = now
 
     def _why_end_it(self, state: State, now: float) -> str | None:
-        """Return what is wrong with a rank that is still there, None while nothing is."""
+        """Return the reason to kill a living rank; None while there is none."""
         since = self._active_since if state.phase in STARTING else state.since
         still, told, limit = now - max(since, self._counts_from), self._told_at, self._charge.timeout + GRACE_SECONDS
         if state.phase == LEAVING:
             return "did not end" if still > LEAVE_SECONDS else None
-        # Before the collectives of the others time out: they then learn the cause instead.
+        # Before the collectives of the other ranks time out, so that those learn the cause.
         if self._stopped_at is not None and (told or now - self._stopped_at > self._charge.timeout / 2):
             return f"was stopped (SIGSTOP) {now - self._stopped_at:.0f} s ago"
         if still > limit or (told and still > limit / 2):
@@ -156,7 +156,7 @@ class Watchdog:
         return None
 
     def _launcher_gone(self, launcher: Launcher, state: State, now: float) -> None:
-        """The rank may outlive its launcher by a step and a checkpoint, which it is asked for."""
+        """Ask the rank to save and stop after its launcher died; it may live on for one step and one checkpoint."""
         if state.phase == LEAVING:
             return
         self._say(state, f"its launcher ({launcher.name}) is gone; it is told to save and stop", first=True)
@@ -164,8 +164,8 @@ class Watchdog:
         self._signal(signal.SIGTERM)
 
     def _end_it(self, state: State, reason: str) -> None:
-        # faulthandler answers SIGABRT with the stacks of all threads, whoever holds the interpreter's lock. Without a
-        # core, which would take minutes and fill a disk.
+        # On SIGABRT faulthandler prints the stacks of all threads, whichever holds the interpreter's lock. Core dumps
+        # are disabled first: one would take minutes and fill a disk.
         with contextlib.suppress(OSError):
             resource.prlimit(self._charge.pid, resource.RLIMIT_CORE, (0, 0))
         for number in (signal.SIGABRT, signal.SIGCONT):
@@ -175,7 +175,7 @@ class Watchdog:
         self._await_end()
         if state.phase == LEAVING:
             return
-        # One that waits for others stands still as well.
+        # A rank that waits in a collective for others is not the cause.
         first = self._stopped_at is not None or not self._in_collective()
         where = "" if first else " in a collective"
         self._say(state, f"it {reason}{where}, and was killed by its watchdog", first=first)
@@ -200,7 +200,7 @@ class Watchdog:
             how = "it crashed" if stacks else "it ended without a word, as after SIGKILL"
         if _oom_kills() > self._oom_kills:
             how += "; the kernel's out-of-memory killer struck on this host meanwhile"
-        # Ended by others: by its launcher, or by NCCL, which aborts once a collective has taken too long.
+        # Not the cause if it was killed by its launcher, or by NCCL, which aborts when a collective takes too long.
         asked = self._told_at is not None and now - self._told_at > ASKED_SECONDS
         waited = "Aborted" in stacks and now - state.since > 0.9 * self._charge.timeout
         self._say(state, how, first=not (asked or waited))
@@ -211,11 +211,11 @@ class Watchdog:
         if folder is not None:
             record(Path(folder), failure)
         if first:
-            with contextlib.suppress(OSError):  # who read this may be gone
+            with contextlib.suppress(OSError):  # the reader of stderr may be gone
                 say(f"lowrank_dist: {failure}", err=True)
 
     def _stacks(self) -> str:
-        """Return what faulthandler wrote of the rank's threads before it died."""
+        """Return the stacks of the rank's threads that faulthandler wrote before it died."""
         size = os.fstat(self._charge.stacks).st_size
         text = os.pread(self._charge.stacks, min(size, 20_000), 0).decode(errors="replace")
         return _EXTENSIONS.sub("", text)
