@@ -1,9 +1,9 @@
-"""Train low-rank factors, or what another `method` trains, on a tensor-parallel base.
+"""Train low-rank factors, or the parameters of another `method`, on a tensor-parallel base.
 
     deepspeed --num_gpus 4 launch/train.py configs/FILE.yaml [section.key=value ...]
 
-Exit code 0 on success, 2 for a mistake in the input (one message, no traceback), 85 where the run was told to stop
-(SIGUSR1, SIGUSR2 or SIGTERM to any rank), saved and can go on, 1 for anything else.
+Exit code 0 on success; 2 for an error in the input (one message, no traceback); 85 where the run was told to stop
+(SIGUSR1, SIGUSR2 or SIGTERM to any rank), has saved and can be resumed; 1 for anything else.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from lowrank_dist.terminal import say
 
 
 def main(config: Config, supervision: Supervision) -> int:
-    """Compose one run from its configuration and run it. Returns the exit code."""
+    """Build one run from its configuration and run it. Returns the exit code."""
     quiet_libraries()
     refuse_missing_hostfile()
-    # Imported here: a mistake in the configuration should not wait for Megatron and transformers to load.
+    # Imported here, so that an error in the configuration is found before Megatron and transformers are loaded.
     with lasting():
         from lowrank_dist.engine.agreement import require_same_start
         from lowrank_dist.engine.assemble import build_engine, build_method, build_trainer, choose_kernels
@@ -39,7 +39,7 @@ def main(config: Config, supervision: Supervision) -> int:
     choose_kernels(config.engine.kernels, backend.device.type)
     folder = RunFolder.prepare(config.output.dir, config.train.resume, config.inputs, overwrite=config.output.overwrite)
 
-    supervision.enter("meeting")  # all processes: which of them is which rank of which group
+    supervision.enter("meeting")  # the processes find each other and form the process groups
     parallel, timeout = config.parallel, config.engine.timeout_seconds
     init_process_group(backend, timeout)
     require_same_start(config, backend)
@@ -48,9 +48,9 @@ def main(config: Config, supervision: Supervision) -> int:
     )
     supervision.hosts = topology.hosts
 
-    supervision.enter("model")  # the frozen base, sharded, and attached to it Θ, what the method trains
+    supervision.enter("model")  # the sharded frozen base with Θ, the trained parameters, attached
     run = Run.begin(config, topology, backend, folder, supervision)
-    config = run.config  # what an adapter or a checkpoint says is in it now
+    config = run.config  # now completed by the adapter or the checkpoint
     architecture = check_model(config.model.path, topology.tp_size, config.data.max_length)
     method = build_method(config, architecture)
     forecast = Forecast(config, architecture, topology, backend)
@@ -66,19 +66,19 @@ def main(config: Config, supervision: Supervision) -> int:
     model.set_recompute(config.engine.recompute == "full")
     theta = method.attach(model, topology, resumed=run.resumption is not None)
 
-    supervision.enter("data set")  # samples as tokens, a share for each data-parallel rank
+    supervision.enter("data set")  # tokenised samples, divided over the data-parallel ranks
     data = build_data(config, method, architecture, topology, run.state, run.begun)
     run.require_same(data)
 
-    supervision.enter("optimiser state")  # ZeRO over Θ alone, and the loop that steps, evaluates, saves and reports
+    supervision.enter("optimiser state")  # ZeRO over Θ alone, and the training loop
     engine = build_engine(run, model, theta)
     trainer = build_trainer(run, method, engine, data, forecast)
     return 0 if trainer.train() else PREEMPTED
 
 
 def start(arguments: list[str]) -> int:
-    """One rank, from its command line to its exit code."""
-    logging.getLogger().addHandler(logging.NullHandler())  # records go to the run folder; what to print is said apart
+    """Run one rank with the arguments of its command line. Returns or exits with its exit code."""
+    logging.getLogger().addHandler(logging.NullHandler())  # records go to the run folder; `say` prints
     try:
         ranks_from_slurm()
         config = load_config(arguments)

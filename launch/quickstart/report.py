@@ -23,13 +23,13 @@ LEAST_LOSS_RATIO = 2.0
 
 
 def parameters(file: Path) -> int:
-    """Number of elements in a safetensors file, from its header alone."""
+    """Return the number of elements in a safetensors file, from its header alone."""
     with safe_open(file, framework="np") as tensors:
         return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
 
 
 def collect(out: Path) -> dict[str, Any]:
-    """Everything the table shows. Sizes in bytes, times in seconds, losses in nats per target token."""
+    """Return all that the table shows. Sizes in bytes, times in seconds, losses in nats per target token."""
     base, merged, proof = (json.loads((out / f"{name}.json").read_text()) for name in ("base", "merged", "proof"))
     base_file, adapter_file = out / "base" / "model.safetensors", out / "run" / "adapter" / "adapter_model.safetensors"
     phases = (line.split("\t") for line in (out / "phases.tsv").read_text().splitlines())
@@ -45,7 +45,7 @@ def collect(out: Path) -> dict[str, Any]:
 
 
 def table(report: Mapping[str, Any]) -> Table:
-    """The report for people."""
+    """Return the report as a table."""
     match, loss, size, count = (report[key] for key in ("exact_match", "loss", "bytes", "parameters"))
     proof, seconds = report["logit_difference"], report["seconds"]
     rows = Table("", "before", "after", title="SmolLM2-135M, tensor parallel 3: an English verb -> its inflected forms")
@@ -66,7 +66,7 @@ def table(report: Mapping[str, Any]) -> Table:
 
 
 def shortfalls(report: Mapping[str, Any]) -> list[str]:
-    """What the run promised and did not reach."""
+    """Return a text for each goal (LEAST_RISE, LEAST_LOSS_RATIO) that the run did not reach."""
     match, loss = report["exact_match"], report["loss"]
     missed = []
     if not match["merged"] - match["base"] >= LEAST_RISE:

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# `make quickstart`, once everything is installed: a fine-tuned, merged and proven model, and one table of what happened.
-# Everything it makes lies under build/quickstart; base/ and data/ are kept, and a run that was killed; the rest is made anew.
+# `make quickstart` after the install: fine-tunes, merges and verifies a model, and prints one table of the results.
+# All output is under build/quickstart. base/, data/ and a killed run are kept; everything else is made again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
 readonly out=build/quickstart
-# The Makefile says which interpreter, has its bin folder on PATH, and notes when it started, which dates the install.
+# The Makefile sets PYTHON, PATH and MAKE_STARTED_MS, from which the duration of the install is computed.
 [[ -n ${PYTHON:-} ]] || export PATH="$PWD/.venv/bin:$PATH"
 readonly python=${PYTHON:-python}
 
 export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false TQDM_DISABLE=1
-export DS_ACCELERATOR=cpu  # as configs/quickstart.yaml: three ranks whatever GPUs there are
+export DS_ACCELERATOR=cpu  # as in configs/quickstart.yaml: three ranks, with or without GPUs
 export OMP_NUM_THREADS=1   # of each rank in training
 
 now_ms() { echo $((${EPOCHREALTIME/[.,]/} / 1000)); }
 
-# phase NAME COMMAND...: runs the command and notes its milliseconds for the table.
+# phase NAME COMMAND...: runs the command and records its milliseconds for the table.
 phase() {
     local name=$1 start
     start=$(now_ms)
@@ -25,11 +25,11 @@ phase() {
     printf '%s\t%d\n' "$name" $(($(now_ms) - start)) >>"$out/phases.tsv"
 }
 
-# What is not training has the machine to itself, with all its cores.
+# Runs a phase other than training, with all cores: it has the machine to itself.
 plain() { env -u OMP_NUM_THREADS "$python" -m launch.quickstart."$@"; }
 
 mkdir -p "$out"
-# A run that was killed goes on from its last checkpoint; one that came to its table is made anew.
+# A killed run resumes from its last checkpoint; a run that reached its table is removed and made again.
 [[ ! -f $out/report.json ]] || rm -rf "$out"/run
 rm -rf "$out"/merged "$out"/*.json
 printf 'install\t%d\n' $(($(now_ms) - ${MAKE_STARTED_MS:-$(now_ms)})) >"$out/phases.tsv"

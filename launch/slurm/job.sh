@@ -1,14 +1,15 @@
 # shellcheck shell=bash
-# What the training scripts beside this file have in common; they source it. Needs bash 4.4. It reads what their EDIT
-# and CONTAINER blocks set, and uses these files of the run folder:
+# Functions shared by the training scripts beside this file, which source it. Needs bash 4.4. It reads the variables of
+# their EDIT and CONTAINER blocks, and uses these files of the run folder:
 #
-#   STOP        the kill switch, yours to make and remove: while it is there no job of this folder starts or requeues
-#   FAILED      which rank went first and why, by the ranks; an earlier job's is renamed FAILED.JOB.START at the start
-#   restarts    newest saved step at the last requeue, and how many requeues there have been since a newer one
+#   STOP        the kill switch, made and removed by you: while it exists no job of this folder starts or requeues
+#   FAILED      the rank that failed first and why, written by the ranks; each start renames an old one to
+#               FAILED.JOB.START
+#   restarts    newest saved step at the last requeue, and the number of requeues without a newer one
 
-readonly PREEMPTED=85          # how a rank ends that was told to stop and has saved
-readonly UNHEARD=$((128 + 10)) # how it ends in a container that lets USR1 through before it listens
-readonly BROKEN=255            # how srun says that now and then, when ranks on several nodes die of a signal
+readonly PREEMPTED=85          # exit code of a rank that was told to stop and has saved
+readonly UNHEARD=$((128 + 10)) # exit code of a rank in a container that USR1 kills before the rank handles it
+readonly BROKEN=255            # srun's code instead of that, now and then, when ranks on several nodes die of a signal
 
 # shellcheck source=launch/slurm/relay.sh
 source "$PROJECT/launch/slurm/relay.sh"
@@ -21,7 +22,7 @@ die() {
     exit 1
 }
 
-# To be called first: everything that the job does depends on, and the kill switch.
+# announce VARIABLE...: print the job's settings, check the kill switch and rename an old FAILED. Call it first.
 announce() {
     say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST"
     declare -p "$@" SRUN_OPTIONS INSIDE | sed 's/^declare -[^ ]* /    /'
@@ -30,7 +31,7 @@ announce() {
     [ ! -e "$RUN/FAILED" ] || mv "$RUN/FAILED" "$RUN/FAILED.$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}"
 }
 
-# The configuration file, as it is when the job starts.
+# Print the configuration file as it is when the job starts.
 show_config() {
     [ -f "$CONFIG" ] || die "CONFIG: $CONFIG is not a file (seen from $PWD): correct the EDIT block"
     say "$CONFIG:"
@@ -41,8 +42,8 @@ refuse_stopped() {
     [ ! -e "$RUN/STOP" ] || die "$RUN/STOP is there: remove it to let jobs of this folder run"
 }
 
-# Where the ranks meet, and by which card. No fallback: a job that meets on its own node's loopback would train several
-# models instead of one.
+# Set where the ranks meet, their network card and their threads. There is no fallback address: nodes that each met on
+# their own loopback would train several models instead of one.
 rendezvous() {
     local hosts
     mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -52,18 +53,17 @@ rendezvous() {
         export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
     fi
     export TORCH_EXTENSIONS_DIR=$EXTENSIONS
-    # Before Slurm 22.05 a step took the job's number of CPUs; since then it takes one unless told.
+    # Before Slurm 22.05 a step had the job's CPUs per task; since then it has one unless this is set.
     export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
     say "meeting at $MASTER_ADDR, network card ${INTERFACE:-as the libraries choose}"
     say "$OMP_NUM_THREADS threads a rank"
 }
 
-# Run a command as one task a rank, and leave its exit code in CODE: PREEMPTED where the ranks saved and stopped.
+# Run a command as one task per rank. Sets CODE to its exit code, PREEMPTED where the ranks have saved and stopped.
 run_ranks() {
     local mark=$RUN/.preempted-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
-    # By srun's own process, which passes signals on: scancel with the number of an array's job would reach the other
-    # tasks of the array.
+    # Signals are passed on by srun's own process: scancel with the job id of an array would reach its other tasks too.
     relay srun --kill-on-bad-exit=1 --wait=60 "${SRUN_OPTIONS[@]}" \
         bash "$PROJECT/launch/slurm/task.sh" "$mark" "${INSIDE[@]}" "$@"
     say "the step ended with code $CODE"
@@ -72,7 +72,7 @@ run_ranks() {
     rm -f "$mark"
 }
 
-# End the job: with the ranks' code, or by requeueing it where they were told to stop.
+# End the job with the ranks' exit code, or requeue it where they were told to stop.
 finish() {
     if [ -e "$RUN/FAILED" ]; then
         say "$RUN/FAILED:" >&2
@@ -81,11 +81,11 @@ finish() {
     fi
     [ "$CODE" = "$PREEMPTED" ] || exit "$CODE"
     refuse_stopped
-    # By its place in the array: the number of an array's last task is that of the whole array.
+    # ARRAY_TASK, since the job id of an array's last task is that of the whole array.
     local job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} shown
     shown=" $(scontrol show job --oneliner "$job") "
-    # A job that Slurm has ended it requeues itself, or it was cancelled; where this node was given up for lost, a later
-    # start of the job may run already.
+    # A job that Slurm has ended was cancelled, or Slurm requeues it. If Slurm took this node for lost, a later start of
+    # the job may be running already.
     if [[ $shown != *" JobState=RUNNING "* || $shown != *" Restarts=${SLURM_RESTART_COUNT:-0} "* ]]; then
         say "not requeued by itself: Slurm has ended this start of the job"
         exit "$PREEMPTED"
@@ -95,7 +95,7 @@ finish() {
     say "requeued as $job"
 }
 
-# Die where the job was requeued MAX_RESTARTS times and has saved nothing new since.
+# Count a requeue. Die where the job was requeued MAX_RESTARTS times without saving a newer step.
 count_restart() {
     local newest before=0 count=0
     newest=$(newest_step)
@@ -106,7 +106,7 @@ count_restart() {
     say "at step $newest, restart $((count + 1)) of $MAX_RESTARTS without progress"
 }
 
-# N of the newest checkpoints/step-N, 0 without one.
+# Print N of the newest checkpoints/step-N, 0 without one.
 newest_step() {
     local newest=0 folder number
     for folder in "$RUN"/checkpoints/step-*; do
