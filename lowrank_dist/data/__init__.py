@@ -1,1 +1,1 @@
-"""JSONL in, microbatches out: formats, tokenizers, templates, masking, packing, loader. Knows no process group."""
+"""From JSONL to microbatches: formats, tokenizers, chat templates, masking, packing, loader. Uses no process group."""

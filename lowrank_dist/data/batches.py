@@ -1,8 +1,8 @@
-"""From sample numbers to tensors: the order of samples, rows, microbatches, and global batches cut for this rank.
+"""Sample order, rows, microbatches, and the share of a global batch of each data-parallel rank.
 
-Everything depends on the seed and on how many samples came before. Legend: b rows of a microbatch, s padded length,
-n target tokens.
-Megatron's activations are sequence-major, so position q of row r is flat index q * b + r.
+All of it depends only on the seed and on the number of samples consumed so far. Legend: b rows of a microbatch, s
+padded length, n target tokens. Activations are sequence-major, as in Megatron, so position q of row r is flat index
+`q * b + r`.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lowrank_dist.data.masking import Sample
 
 @dataclass(frozen=True, eq=False)
 class Microbatch:
-    """Tensors of one forward and backward.
+    """The tensors of one forward and backward pass.
 
     input_ids [b, s] int64, right-padded with 0; position_ids [b, s] int64, from 0 in every sample, 0 on padding;
     target_index [n] int64, ascending: flat index (sequence-major, [s, b]) of the positions whose next token is a
-    target; target_ids [n] int64: those next tokens; dropout_rows [s, b] int64: sample's number in the global batch *
-    max_length + position in the sample, 0 on padding; segments: None for one sample a row (plain causal attention is
-    right, since padding comes last), else (row, start, end) of every sample and of every row's padding tail, tiling
-    each row.
+    target; target_ids [n] int64: those next tokens; dropout_rows [s, b] int64: the sample's number in the global batch
+    * max_length + position in the sample, 0 on padding; segments: None without packing (plain causal attention is
+    correct, since padding comes last), else (row, start, end) of every sample and of the padding at the end of every
+    row, which together cover each row.
     """
 
     input_ids: torch.Tensor
@@ -41,7 +41,7 @@ class Microbatch:
 
 @lru_cache(maxsize=4)
 def _permutation(seed: int, n: int, epoch: int) -> np.ndarray:
-    # A hash and not seed + epoch: otherwise seed 1's second epoch is seed 2's first.
+    # A hash and not seed + epoch, with which seed 1's second epoch would equal seed 2's first.
     digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     permutation = torch.randperm(n, generator=generator).numpy()
@@ -50,9 +50,9 @@ def _permutation(seed: int, n: int, epoch: int) -> np.ndarray:
 
 
 def order(seed: int, n: int, start: int, count: int) -> np.ndarray:
-    """Return sample numbers [count] int64: positions start..start+count of the endless stream of permutations of n.
+    """Return sample numbers [count] int64: positions start..start+count of an endless stream of permutations of n.
 
-    A pure function of its arguments, so that any step can be had without the ones before it.
+    A pure function of its arguments, so that the samples of any step can be computed without the steps before it.
     """
     assert n > 0 and start >= 0 and count >= 0
     pieces, position = [np.empty(0, np.int64)], start
@@ -65,7 +65,7 @@ def order(seed: int, n: int, start: int, count: int) -> np.ndarray:
 
 
 def make_rows(lengths: Sequence[int], max_length: int, packing: bool) -> list[list[int]]:
-    """Return the samples (by place in `lengths`) of each row: one a row without packing, else first-fit in order.
+    """Return the samples (indices into `lengths`) of each row: one per row without packing, else first-fit in order.
 
     No row exceeds max_length tokens; every sample is in exactly one row.
     """
@@ -87,7 +87,7 @@ def make_rows(lengths: Sequence[int], max_length: int, packing: bool) -> list[li
 def build_microbatch(
     rows: Sequence[Sequence[tuple[int, Sample]]], *, max_length: int, packing: bool, pad_multiple: int
 ) -> Microbatch:
-    """Lay rows of (number in the global batch, sample) out as tensors; a row may be empty (padding only).
+    """Return the microbatch of rows of (number in the global batch, sample); an empty row is padding only.
 
     s is the longest row rounded up to pad_multiple, at least one multiple.
     """
@@ -108,7 +108,7 @@ def build_microbatch(
             input_ids[r, start:end] = sample.tokens
             position_ids[r, start:end] = positions
             dropout_rows[start:end, r] = number * max_length + positions
-            # Position 0 has no predecessor in its sample; the one before it in the row is another sample's.
+            # Position 0 is no target: the token before it in the row, if any, belongs to another sample.
             (predicted,) = np.nonzero(sample.target[1:])
             index.append((start + predicted) * b + r)
             target_ids.append(sample.tokens[1:][predicted].astype(np.int64))
@@ -133,8 +133,8 @@ class StepBatch:
     """This rank's share of one global batch; every rank has the same number of microbatches.
 
     samples, global_targets and global_tokens count samples, target and non-padding tokens over all ranks;
-    global_squares is Σ length² of the samples, which attention's work goes with. epoch: passes over the data set once
-    this batch is done.
+    global_squares is Σ length² over the samples, to which the cost of attention is proportional. epoch: passes over the
+    data set completed with this batch.
     """
 
     microbatches: list[Microbatch]
@@ -147,9 +147,9 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class Cut:
-    """The layout of a global batch in rows, and the share of this data-parallel rank.
+    """The split of a global batch into rows and microbatches, and the position of this data-parallel rank.
 
-    micro_batch: rows of a microbatch. max_length: the one that the data set was loaded with (row limit of packing,
+    micro_batch: rows of a microbatch. max_length: the value that the data set was loaded with (row limit of packing,
     stride of dropout_rows). pad_multiple: rows are padded to a multiple of it.
     """
 
@@ -165,11 +165,11 @@ class Cut:
         assert 0 <= self.dp_rank < self.dp_size
 
     def batch(self, dataset: Dataset, numbers: np.ndarray, epoch: float) -> StepBatch:
-        """Return this rank's share of the global batch that the samples `numbers` make."""
+        """Return this rank's share of the global batch of the samples `numbers`."""
         lengths = dataset.lengths[numbers]
         rows = make_rows(lengths.tolist(), self.max_length, self.packing)
-        # Rows of like length side by side: the loss does not depend on how a batch is cut, but the padding and the
-        # balance between ranks do. The sort is stable, so it is a function of the batch alone.
+        # Put rows of similar length side by side: it reduces padding and balances the ranks, and does not change the
+        # loss. The sort is stable, so the order depends on the batch alone.
         rows.sort(key=lambda row: -int(lengths[row].sum()))
         group = self.micro_batch * self.dp_size
         rows += [[] for _ in range(-len(rows) % group)]
@@ -189,16 +189,16 @@ class Cut:
 
 
 class Loader:
-    """Training batches of `global_batch` samples from the shuffled, endless stream of `dataset`, or up to its `end`."""
+    """Training batches of `global_batch` samples from the shuffled stream of `dataset`, endless or up to `end`."""
 
     def __init__(self, dataset: Dataset, cut: Cut, *, seed: int, global_batch: int, end: int | None = None) -> None:
-        """end: samples of the stream that are trained on; the last batch has what is left. None: it never ends."""
+        """end: number of samples of the stream to train on; the last batch may be smaller. None: no end."""
         assert global_batch >= 1 and len(dataset) > 0 and int(dataset.lengths.max()) <= cut.max_length
         self._dataset, self._cut, self._seed = dataset, cut, seed
         self._global_batch, self._end = global_batch, end
 
     def batch(self, position: int) -> StepBatch:
-        """Return the batch that follows on `position` samples of the stream."""
+        """Return the batch that starts after `position` samples of the stream."""
         n, size = len(self._dataset), self._global_batch
         if self._end is not None:
             size = min(size, self._end - position)
@@ -208,7 +208,10 @@ class Loader:
 
 
 def eval_batches(dataset: Dataset, cut: Cut, *, global_batch: int) -> Iterator[StepBatch]:
-    """Yield every sample once, in file order, `global_batch` at a time (the last may be fewer), cut as in training."""
+    """Yield batches of `global_batch` samples in file order, each sample once, split as in training.
+
+    The last batch may be smaller.
+    """
     n = len(dataset)
     for start in range(0, n, global_batch):
         end = min(start + global_batch, n)

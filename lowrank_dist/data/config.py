@@ -1,4 +1,4 @@
-"""The section `data` of a run: files, lengths and the tokenizer."""
+"""The section `data` of a run: files, sample length, packing and tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lowrank_dist.sections.section import Section, YamlPath
 
 
 class DataConfig(Section):
-    """The samples and how they become tokens."""
+    """The data files, and how samples become tokens."""
 
     train: YamlPath = Field(description="JSONL file to train on")
     eval: YamlPath | None = Field(

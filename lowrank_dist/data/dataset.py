@@ -1,4 +1,4 @@
-"""A file of samples in memory, and an account of what was left out."""
+"""A data set in memory, and a report of the samples that were dropped."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lowrank_dist.data.tokenizer import Tokenizer
 from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.untrusted.json import brief
 
-# Records tokenised together: enough to keep the tokenizer's threads busy, little to hold twice. Fewer where they are
-# long, since tokens in the making take some 250 bytes a character.
+# Limits of the records tokenised together: enough to keep the tokenizer's threads busy, few enough to hold twice. The
+# limit on characters is for long records: tokenising takes some 250 bytes a character.
 _CHUNK, _CHUNK_CHARACTERS = 1024, 1 << 20
 _SHOWN_LINES = 5
 _SHOWN_KEYS = 20
@@ -26,10 +26,11 @@ _SHOWN_KEYS = 20
 
 @dataclass(frozen=True)
 class DropReport:
-    """Counts of one file: total = kept + too_long + no_target. The line tuples hold the first few, counted from 1.
+    """Sample counts of one file: total = kept + too_long + no_target.
 
-    longest: tokens of the longest sample, dropped ones included. ignored_keys: extra JSON keys and their number of
-    lines. own_bos, own_end: samples whose text spells out the BOS that the tokenizer puts, or its end (`Sample`).
+    The line tuples hold the first few line numbers, counted from 1. longest: tokens of the longest sample, dropped ones
+    included. ignored_keys: extra JSON key → number of lines that have it. own_bos, own_end: number of samples whose
+    text spells out the BOS or the end token itself (see `Sample`).
     """
 
     path: Path
@@ -46,7 +47,7 @@ class DropReport:
     own_end: int = 0
 
     def summary(self) -> str:
-        """One line for the log."""
+        """Return one line for the log."""
         parts = [f"{self.path}: {self.kept} of {self.total} samples kept"]
         if self.too_long:
             lines = _listed(self.too_long_lines, self.too_long)
@@ -69,10 +70,11 @@ def _listed(lines: tuple[int, ...], count: int) -> str:
 
 
 class Dataset:
-    """Samples in file order, kept as three flat arrays; `dataset[i]` is a view.
+    """Samples in file order, kept as flat arrays; `dataset[i]` is a view.
 
-    lengths [n] int64: tokens of each sample. targets [n] int64: target tokens of each. The first `lead` tokens of each
-    are not the file's. others: what else is right where texts are judged, by the file's line.
+    lengths [n] int64: tokens of each sample. targets [n] int64: target tokens of each sample. lead: number of tokens at
+    the start of each sample that the method put there. others: line of the file → further accepted completions, for
+    evaluation.
     """
 
     def __init__(
@@ -92,10 +94,10 @@ class Dataset:
 
     @cached_property
     def sha256(self) -> str:
-        """SHA-256 over the samples in order, as they are trained on: tokenizer, template and masking show in it.
+        """SHA-256 of the samples in order as token ids and targets, so it depends on tokenizer, template and masking.
 
-        And over further completions, which decide what an evaluation finds. Not what a method puts before them: that is
-        the method's, and the data stay the same.
+        It covers further accepted completions too, which affect evaluation. It does not cover the `lead` tokens, which
+        belong to the method and not to the data.
         """
         own = np.ones(len(self._tokens), np.bool_)
         own[(self._ends - self.lengths)[:, None] + np.arange(self._lead)] = False
@@ -108,7 +110,7 @@ class Dataset:
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """The ids that samples end in, each once: the last token of each is its last target, the stop of its text."""
+        """The ids that samples end in, each once. A sample's last token is its last target, where generation stops."""
         return tuple(np.unique(self._tokens[self._ends - 1]).tolist())
 
     def __len__(self) -> int:
@@ -128,12 +130,12 @@ def load_dataset(
     lead: Sequence[int] = (),
     use: Use = Use.TRAINING,
 ) -> Dataset:
-    """Read, tokenise and mask a JSONL file; leave out samples over `max_length` tokens or without a target.
+    """Read, tokenise and mask a JSONL file; drop samples over `max_length` tokens or without a target.
 
-    vocab_size: the model's real vocabulary (no padding). lead: ids that are put before every sample that is kept, on
-    top of its length, and are no targets. use: of several completions of a line the first is the sample's. Raises
-    UserError for bad lines (see `read_jsonl`), a template or tokenizer that can't be trained on, ids the model does not
-    have, and where no sample is left.
+    vocab_size: the model's vocabulary without padding rows. lead: ids put before every kept sample; they are no targets
+    and do not count towards max_length. use: purpose of the file; where a line has several completions, the sample is
+    made of the first. Raises UserError for bad lines (see `read_jsonl`), a template or tokenizer that can't be trained
+    on, ids that the model does not have, and a file of which no sample is kept.
     """
     records = read_jsonl(path, use)
     kept: list[Sample] = []
@@ -187,7 +189,7 @@ def _samples(records: Records, tokenizer: Tokenizer) -> Iterator[Sample]:
 
 
 def _chunks(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield (start, end) of the records that are tokenised together. sizes: characters of each."""
+    """Yield (start, end) of the records to tokenise together. sizes: characters of each record."""
     start, held = 0, 0
     for at, size in enumerate(sizes):
         if at > start and (at - start == _CHUNK or held + size > _CHUNK_CHARACTERS):

@@ -1,8 +1,9 @@
-"""JSONL files of {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}: reading and checking.
+"""Reading and checking of JSONL files: {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
 
-One JSON object a line, UTF-8, one format a file, blank lines allowed. Every problem is reported with its line and
-key, up to `MAX_PROBLEMS` of them in one error, so that a file is mended in one go. What training, its evaluations,
-`lowrank-dist evaluate` and `generate` read differs in the completions of a line alone (`Use`).
+One JSON object a line, UTF-8, one format a file, blank lines allowed. One error lists every problem with its line and
+key, up to `MAX_PROBLEMS`, so that a file can be corrected in one pass. Training, its evaluations,
+`lowrank-dist evaluate` and `lowrank-dist generate` read the same format, except for the completions that a line may
+have (`Use`).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from lowrank_dist.untrusted.json import JsonFault, brief, parse_json
 from lowrank_dist.untrusted.keys import EMPTY
 
 MAX_PROBLEMS = 20
-# Of a line, that are looked at for what they may be meant for, and shown: a line may have 200,000.
+# Keys of a line that are compared with the known keys and shown in an error: a line may have 200,000.
 _MOST_KEYS = 20
-# Of UTF-8: half a million tokens of English. Tokenisation takes some 250 bytes a byte.
+# Bytes of UTF-8: half a million tokens of English. Tokenising takes some 250 bytes of memory a byte.
 LONGEST_LINE = 2 * MIB
 ROLES = ("system", "user", "assistant")
 FORMATS = '{"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
@@ -36,19 +37,19 @@ Kind = Literal["completion", "messages"]
 
 
 class Use(Enum):
-    """The use that a file is read for."""
+    """The purpose that a file is read for; it decides which completions a line may have."""
 
-    TRAINING = auto()  # a line has one completion
-    JUDGING = auto()  # one, or a list of which any is right
-    PROMPTING = auto()  # it may have any, which is not read
+    TRAINING = auto()  # one completion
+    JUDGING = auto()  # one completion, or a list of accepted ones
+    PROMPTING = auto()  # completions are not read
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One prompt (may be empty) and its completion; `line` counts from 1.
 
-    completion: what is trained, and the loss is of; empty where the use is PROMPTING. others: right as well, where
-    texts are judged.
+    completion: the text that is trained and that the loss is computed on; empty for Use.PROMPTING. others: further
+    accepted completions, for Use.JUDGING.
     """
 
     line: int
@@ -67,9 +68,9 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Records:
-    """The content of one file. Exactly one of the two lists is filled, `kind` says which.
+    """The content of one file. Exactly one of the two lists is filled; `kind` says which.
 
-    ignored_keys: top-level keys of which nothing is known, and the number of lines that have them.
+    ignored_keys: unknown top-level key → number of lines that have it.
     """
 
     path: Path
@@ -80,16 +81,17 @@ class Records:
 
 
 class Problem(Exception):
-    """The fault of one line; becomes one row of the UserError."""
+    """A fault of one line; becomes one row of the UserError."""
 
 
 def read_jsonl(
     path: Path, use: Use = Use.TRAINING, check: Callable[[Completion | Conversation], None] = lambda record: None
 ) -> Records:
-    """Read and check a whole file. check: raises `Problem` for what else a line must not be.
+    """Return the checked records of a file.
 
-    Raises UserError naming file, line and key: file missing or empty, not UTF-8, malformed JSON, a key given twice,
-    missing or wrongly typed, an unknown role, an empty completion, two formats in one file.
+    check: a further check, which raises `Problem` for a record that it rejects. Raises UserError naming file, line and
+    key for: a file that is missing, empty or not UTF-8, malformed JSON, a key given twice, missing or wrongly typed, an
+    unknown role, an empty completion, two formats in one file.
     """
     if not path.is_file():
         named = "data.train, data.eval, --data and --prompts name a JSONL file"
@@ -135,7 +137,7 @@ def read_jsonl(
 
 def _parse(raw: bytes, *, first: bool) -> dict[str, Any]:
     try:
-        # Editors of Windows begin a file with a mark.
+        # Windows editors may begin a file with a byte order mark.
         value = parse_json(raw.removeprefix(codecs.BOM_UTF8) if first else raw, unique=True)
     except JsonFault as fault:
         raise Problem(f"{fault}; write one JSON object a line") from fault
@@ -155,7 +157,7 @@ def _kind_of(value: dict[str, Any]) -> Kind:
         )
     if not flat and not chat:
         known = ("prompt", "completion", "messages")
-        # ShareGPT's name is near to another key by its letters alone.
+        # get_close_matches would suggest "completion" for ShareGPT's "conversations".
         hints = {
             key: ["messages"] if key == "conversations" else difflib.get_close_matches(key, known, n=1)
             for key in islice(value, _MOST_KEYS)

@@ -1,8 +1,8 @@
-"""The keys of data rows beside their texts, and of tokenizer_config.json, by the one rule of `untrusted.keys`.
+"""Key rules (`untrusted.keys`) of data rows, of chat messages and of tokenizer_config.json.
 
-Other trainers, and templates, read more of a row than this one does. What would change the text that is seen, or which
-of it is trained, is refused where it says something; null and empty columns, which exports of tables are full of, say
-nothing.
+Other trainers and chat templates use more keys of a row than this project does. A key that would change the text that
+the model sees, or which of it is trained, is refused where it has a value. Null and empty values are ignored: tables
+exported to JSONL are full of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ TOKENIZER_FILE = "tokenizer_config.json"
 
 _SEEN = "would change what the model sees"
 _TRAINED = "would change what is trained"
-# About the sample, or how others came by it.
+# Metadata of the sample and its origin.
 _ABOUT = frozenset(
     "id ids idx index uid uuid key name source sources origin dataset dataset_name subset split category "
     "categories task task_name task_id task_type topic subject domain lang language url title author license meta "
@@ -44,18 +44,19 @@ ROW_KEYS = KeyRule(
             _TRAINED,
         ),
     },
-    # Of rows that say which of them to train, those that are to be.
+    # Values of rows that are trained with full weight.
     neutral={"label": (True,), "train": (True,), "weight": (1,), "sample_weight": (1,), "loss_weight": (1,)},
     nothing=EMPTY,
 )
-# A template is given a message whole, so that any key may show in the text: those that are not known are refused too.
+# A chat template could show any key of a message in the text, so unknown keys of messages are refused too.
 MESSAGE_KEYS = KeyRule(
     applied=frozenset({"role", "content"}),
     without_effect=frozenset("id uid uuid index timestamp created created_at updated_at model metadata meta".split()),
     neutral={"weight": (1,), "train": (True,)},
     nothing=EMPTY,
 )
-# transformers applies the special tokens to a tokenizer.json; the rest is of its slow classes, of padding, of decoding.
+# transformers applies the special-token keys to a tokenizer.json. The other keys concern its slow classes, padding and
+# decoding.
 TOKENIZER_KEYS = KeyRule(
     applied=frozenset(
         "chat_template added_tokens_decoder additional_special_tokens extra_special_tokens bos_token eos_token "
@@ -76,13 +77,14 @@ TOKENIZER_KEYS = KeyRule(
 )
 
 
-# What classes of transformers read each in their own way: a beginning, spaces, digits, case, an accent apart.
+# Texts that tokenizer classes of transformers may cut differently: start of text, spaces, digits, case, a combining
+# accent.
 _PROBES = ("a", "  a", "a 1234", "A", "e\u0301")
 _AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def tokenizer_notes(path: Path) -> list[str]:
-    """Return the lines on what the tokenizer_config.json of a tokenizer's folder says and is not applied."""
+    """Return the notes on settings in a tokenizer folder's tokenizer_config.json that are not applied here."""
     folder = path.parent if path.is_file() else path
     file = folder / TOKENIZER_FILE
     settings = read_json(file, "download it again") if file.is_file() else {}
@@ -93,16 +95,16 @@ def tokenizer_notes(path: Path) -> list[str]:
 
 
 def _note_on_class(folder: Path) -> list[str]:
-    """Return a line where transformers cuts texts otherwise than tokenizer.json says, by which they are trained here.
+    """Return a note where transformers' AutoTokenizer cuts texts differently from tokenizer.json, which is used here.
 
-    transformers 5 puts the rules of the class that a folder names, or that goes with its model, in place of the file's.
+    transformers 5 replaces the file's rules with those of the class that the folder names or that belongs to its model.
     """
     try:
         theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         plain = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         texts = (*_PROBES, *(f"{token}a" for token in plain.all_special_tokens))
         cuts = [(text, plain.tokenize(text), theirs.tokenize(text)) for text in texts]
-    except Exception:  # of a dozen kinds: it reads nothing then, or by code that is not run
+    except Exception:  # of many types: it cannot read the folder, or not without code that is not run
         return []
     for text, here, there in cuts:
         if here != there:

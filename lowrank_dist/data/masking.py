@@ -1,8 +1,8 @@
-"""Records → samples: token ids and which of them are targets.
+"""Conversion of records to samples: token ids and a mask of the targets.
 
-That is a completion and its EOS, or the assistant's turns and their ends.
+Targets are a completion and its EOS, or the assistant's turns and their end-of-turn tokens.
 
-Masks come from where text came from, never from ids, so a pad token that equals EOS changes nothing.
+Masks follow from the origin of each piece of text, never from its ids, so a pad token equal to EOS changes nothing.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from lowrank_dist.errors import UserError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """A sample. tokens [n] int32; target [n] bool, False at position 0 (nothing predicts it); line: of the file.
+    """A tokenised sample; `line` is its line in the file.
 
-    own_bos, own_end: whether its text spells out the BOS that the tokenizer puts before it, or an end that follows.
+    tokens [n] int32; target [n] bool, False at position 0, which nothing predicts. own_bos: the text itself begins with
+    the BOS that the tokenizer adds. own_end: a completion or turn itself ends with the end token.
     """
 
     tokens: np.ndarray
@@ -35,11 +36,11 @@ class Sample:
 
 
 def mask_completions(tokenizer: Tokenizer, records: Sequence[Completion]) -> list[Sample]:
-    """Return BOS (if the tokenizer puts one) + prompt + completion + EOS; targets are completion and EOS.
+    """Return samples of BOS (if the tokenizer adds one) + prompt + completion + EOS; targets are completion and EOS.
 
-    An empty prompt makes the completion the beginning of the text. A text that begins with BOS gets no second one, and
-    none is a target; a completion that ends in EOS (and white space, which no inference would come to) has one. Raises
-    UserError where the tokenizer has no EOS.
+    With an empty prompt the completion is the beginning of the text. A text that begins with BOS gets no second BOS,
+    and BOS is never a target. A completion that ends with EOS gets no second EOS, and white space after that EOS is cut
+    off, since generation would stop before it. Raises UserError where the tokenizer has no EOS.
     """
     if tokenizer.eos_id is None:
         raise UserError(
@@ -62,7 +63,7 @@ def mask_completions(tokenizer: Tokenizer, records: Sequence[Completion]) -> lis
 
 
 def _first_end(tokenizer: Tokenizer, ids: Sequence[int], end: int) -> int:
-    """Return how many ids there are up to the first `end` that only white space and more of them follow; else 0."""
+    """Return the number of ids up to and including the first `end` of a final run of `end` and white space, else 0."""
     count = 0
     for k in range(len(ids) - 1, -1, -1):
         if ids[k] == end:
@@ -73,12 +74,12 @@ def _first_end(tokenizer: Tokenizer, ids: Sequence[int], end: int) -> int:
 
 
 def mask_conversations(tokenizer: Tokenizer, records: Sequence[Conversation], path: Path) -> list[Sample]:
-    """Return the chat template's text; targets are the assistant's turns up to and with their end-of-turn token.
+    """Return samples of the chat template's text; targets are the assistant's turns with their end-of-turn tokens.
 
-    The text is cut where a turn begins and each piece encoded on its own, so that the tokens before a turn are those
-    that inference feeds and none spans the boundary ("\\n" + "\\nHi" must not become one token "\\n\\n"). Tokens
-    after the last target can't influence the loss and are left out. Raises UserError where there is no template, or
-    where a turn's last token is not a special or added one: then no end of turn would ever be trained.
+    The text is cut where a turn begins and each piece is encoded separately, so that the tokens before a turn are those
+    that inference feeds and no token spans the boundary ("\\n" + "\\nHi" must not become one token "\\n\\n"). Tokens
+    after the last target can't influence the loss and are left out. Raises UserError where there is no template, and
+    where a turn's last token is not a special or added one, since no end of turn would then be trained.
     """
     if not isinstance(tokenizer, FastTokenizer) or tokenizer.template is None:
         raise UserError(
@@ -95,7 +96,7 @@ def mask_conversations(tokenizer: Tokenizer, records: Sequence[Conversation], pa
         for turn, text in zip(chat.turns, _pieces(chat), strict=True):
             encoding = next(pieces)
             length = _turn_length(tokenizer, turn, text, encoding, f"{path}:{record.line}")
-            # A message that spells the end out has it twice: inference comes to the first one only.
+            # A message that spells out the end token has it twice: generation stops at the first.
             kept = _first_end(tokenizer, encoding.ids[:length], encoding.ids[length - 1])
             own_end = own_end or kept < length
             trained.append((len(ids), len(ids) + kept))
@@ -114,8 +115,11 @@ def _pieces(chat: RenderedChat) -> list[str]:
 
 
 def _turn_length(tokenizer: FastTokenizer, turn: Turn, text: str, encoding: Encoding, where: str) -> int:
-    """Return how many of the piece's first tokens are the turn's: all up to its end-of-turn token."""
-    # White space after that token is the template's layout, and tokens that are white space end no turn.
+    """Return the number of tokens of the piece up to and including the turn's end token.
+
+    Raises UserError where the turn does not end in a special or added token.
+    """
+    # White space after the end token is layout of the template, and a white-space token ends no turn.
     inside = [k for k, (a, b) in enumerate(encoding.spans) if a < turn.end - turn.start and text[a:b].strip()]
     last = inside[-1] if inside else None
     ends = last is not None and encoding.ids[last] in tokenizer.turn_end_ids

@@ -1,11 +1,11 @@
-"""The process that renders chat templates, which anyone may have written: run as a script by `rendering.Renderer`.
+"""The child process that renders untrusted chat templates; `rendering.Renderer` runs it as a script.
 
-Jinja folds constants while it compiles and has no bound on loops, sizes or numbers, so both are done here, within
-bounds of time, memory and output. What a template can ask for is the same in every process and at every time: the clock
-says the moment that it is given, and chance begins anew with each text.
+Jinja has no bound on loops, sizes or numbers, and it folds constants while it compiles. Both compiling and rendering
+are therefore done here, with bounds on time, memory and output. Rendering is deterministic: the template's clock always
+returns the given moment, and random numbers are seeded anew for each text.
 
-Standard input has a JSON object a line: first {"template", "special", "moment", "seconds", "memory"}, then chats,
-{"messages", "cuts", "marked"}, of which each is answered by a line on standard output. Imports nothing of ours.
+Standard input has one JSON object a line: first {"template", "special", "moment", "seconds", "memory"}, then chats,
+{"messages", "cuts", "marked"}. Each chat is answered by one line on standard output. Imports nothing from this package.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from typing import Any
 
 from transformers.utils import chat_template_utils
 
-# They go to all processes of a job, and are the parent's to follow.
+# All processes of a job get these signals, and the parent handles them.
 IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Characters of a text beside so many times those of its messages: a template adds a system prompt and marks of turns.
+# Most characters of a text: MOST_ADDED plus MOST_TIMES those of its messages. Templates add a system prompt and turn
+# markers.
 MOST_ADDED, MOST_TIMES = 1 << 18, 16
 _IDLE_SECONDS = 20
 _LONGEST_ERROR = 500
 
 
 class Clock(datetime):
-    """`datetime` whose present is always the same."""
+    """`datetime` with a `now` that always returns `present`."""
 
     present = datetime(2000, 1, 1)
 
@@ -40,8 +41,11 @@ class Clock(datetime):
 
 
 def texts(job: dict[str, Any], chat: dict[str, Any]) -> dict[str, Any]:
-    """Return {"texts", "spans"} of a chat: the texts of its first n messages, for each [n, add_generation_prompt] of
-    its cuts, and if it is marked the characters [start, end) of the last text's generation blocks."""
+    """Return the rendered {"texts", "spans"} of a chat.
+
+    texts: its first n messages, for each [n, add_generation_prompt] of its cuts. spans: characters [start, end) of the
+    generation blocks of the last text, empty if the chat is not marked.
+    """
     found: list[str] = []
     given = sum(len(message["content"]) for message in chat["messages"])
     spans: list[Any] = []
@@ -57,13 +61,13 @@ def texts(job: dict[str, Any], chat: dict[str, Any]) -> dict[str, Any]:
         (text,), spans = both
         if len(text) > (most := MOST_ADDED + MOST_TIMES * given):
             raise ValueError(f"it makes {len(text):,} characters of {given:,}; at most {most:,} are taken")
-        text.encode()  # a template may spell out half of a surrogate pair
+        text.encode()  # raises for an unpaired surrogate, which a template may write
         found.append(text)
     return {"texts": found, "spans": spans[0] if chat["marked"] else []}
 
 
 def answer(job: dict[str, Any], chat: dict[str, Any]) -> dict[str, Any]:
-    """Return what `texts` does, or {"error"}: what the template, or Python under it, raised."""
+    """Return the result of `texts`, or {"error": message} for what the template or Python raised."""
     try:
         return texts(job, chat)
     except MemoryError:
@@ -73,11 +77,12 @@ def answer(job: dict[str, Any], chat: dict[str, Any]) -> dict[str, Any]:
 
 
 def serve() -> None:
-    """Answer until the input ends or nothing comes for a while."""
+    """Answer until the input ends or no request comes for `_IDLE_SECONDS`."""
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Beside what was imported: some releases of transformers import torch with it, which takes 10 GiB with CUDA.
+    # The limit is on top of the imports: some releases of transformers import torch, which takes 10 GiB of address
+    # space with CUDA.
     imported = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     chat_template_utils.datetime = Clock  # type: ignore[misc]
     job: dict[str, Any] = {}
@@ -93,7 +98,7 @@ def serve() -> None:
             job, Clock.present = given, datetime.fromisoformat(given["moment"])
             _limit(resource.RLIMIT_AS, imported + job["memory"])
             continue
-        # The kernel ends this process, in whatever operation it is.
+        # Beyond this limit the kernel kills the process, whatever operation it is in.
         _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + job["seconds"])
         answers.write(json.dumps(answer(job, given), ensure_ascii=False).encode(errors="replace") + b"\n")
         answers.flush()

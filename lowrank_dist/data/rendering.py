@@ -1,4 +1,4 @@
-"""The one child of this process that renders chat templates within bounds (`render_child`), as the parent has it."""
+"""The parent's side of the child process that renders chat templates within bounds (`render_child`)."""
 
 from __future__ import annotations
 
@@ -20,40 +20,40 @@ from lowrank_dist.errors import UserError
 
 T = TypeVar("T")
 _CHILD = Path(__file__).with_name("render_child.py")
-# Of BLAS, which comes with the import and takes address space for each.
+# Threads of BLAS, which is loaded by the imports and takes address space for each.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """A template to render. special: names and texts of special tokens. moment: what the clock says."""
+    """A template to render. special: special token's name → text. moment: time that the template's clock returns."""
 
     template: str
     special: Mapping[str, str]
     moment: datetime
 
     def line(self, bounds: Mapping[str, int]) -> bytes:
-        """Return what the child is told."""
+        """Return the line that gives the child this template. bounds: its limits, "seconds" and "memory"."""
         given = {"template": self.template, "special": dict(self.special), "moment": self.moment.isoformat()}
         return _line({**given, **bounds})
 
 
 class RenderingError(ValueError):
-    """Why a chat cannot be rendered. number: its place among those that were asked for."""
+    """A chat that cannot be rendered; the message is the reason. number: its index among the requested chats."""
 
     def __init__(self, reason: str, number: int) -> None:
         super().__init__(reason)
         self.number = number
 
 
-# The messages, the cuts of them, and whether the generation blocks are asked for (`render_child.texts`).
+# (messages, cuts, marked) as `render_child.texts` takes them.
 Chat = tuple[Sequence[Mapping[str, str]], Sequence[tuple[int, bool]], bool]
 
 
 class Renderer:
-    """Renders chats in a child, which ends by itself when there is nothing to do and is started again.
+    """Renders chats in a child process, which exits when idle and is started again when needed.
 
-    seconds: of CPU, for all texts of a chat. memory: bytes that they take.
+    seconds: CPU time for all texts of a chat. memory: bytes for rendering.
     """
 
     def __init__(self, seconds: int = 5, memory: int = 1 << 30) -> None:
@@ -63,10 +63,10 @@ class Renderer:
         self._owner = self._ended = 0
 
     def render(self, job: Job, chats: Sequence[Chat], take: Callable[[Mapping[str, Any]], T]) -> list[T]:
-        """Return what `take` makes of each chat's answer (`render_child.texts`), which is let go at once.
+        """Return take(answer) of each chat; the answers (`render_child.texts`) themselves are not kept.
 
-        Raises RenderingError for the first chat that has none, after what came before it was taken, and UserError where
-        no process can be started.
+        Raises RenderingError for the first chat that fails, after those before it were taken, and UserError where no
+        process can be started.
         """
         with self._lock:
             taken: list[T] = []
@@ -81,10 +81,10 @@ class Renderer:
             return taken
 
     def _ask(self, job: Job, chats: Sequence[Chat]) -> Generator[Mapping[str, Any]]:
-        """Yield what the child answers, up to its end. Is not left before without ending it."""
+        """Yield the child's answers until it ends. Closing the generator before the last answer kills the child."""
         process = self._started()
         assert process.stdout is not None
-        # A thread writes: the child would wait for its answers to be read while this one waits to write.
+        # A thread writes. Otherwise parent and child could each wait for the other to read from a full pipe.
         told = job.line({"seconds": self.seconds, "memory": self.memory})
         data = b"".join([told, *(_line({"messages": m, "cuts": c, "marked": k}) for m, c, k in chats)])
         writer = threading.Thread(target=_write, args=(process, data), daemon=True)
@@ -95,14 +95,14 @@ class Renderer:
                 answered += 1
                 yield json.loads(line)
         finally:
-            # An answer that ends all may be the last one, too.
+            # With nothing left to answer the child is kept, even if the caller stopped at the last answer.
             if answered < len(chats):
                 process.kill()
                 self._ended, self._process = process.wait(), None
             writer.join()
 
     def _started(self) -> subprocess.Popen[bytes]:
-        # After a fork the child is another's.
+        # After a fork the child belongs to the parent process.
         if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
             self._owner, self._process = os.getpid(), None
             try:
@@ -121,9 +121,9 @@ class Renderer:
         return self._process
 
     def _reason(self) -> str | None:
-        """Return why the child ended before it had answered; None where that is none of the chat's.
+        """Return the reason why a chat made the child end, None where the chat is not the cause.
 
-        It had nothing to do for a while, or was sent a signal before it could ignore it.
+        The other causes: the child was idle for too long, or got a signal before it could ignore it.
         """
         if -self._ended in (signal.SIGALRM, *IGNORED):
             return None
@@ -146,8 +146,8 @@ def _write(process: subprocess.Popen[bytes], data: bytes) -> None:
     assert process.stdin is not None
     left = memoryview(data)
     try:
-        # Past the buffer, whose rest would be written, and fail once more, when it is closed.
+        # Write past the buffer: data left in it would be written when it is closed, and fail again.
         while left:
             left = left[os.write(process.stdin.fileno(), left) :]
-    except BrokenPipeError:  # it has died, and the reader learns why
+    except BrokenPipeError:  # the child has died; the reader finds the reason
         pass

@@ -1,4 +1,4 @@
-"""A bare SentencePiece tokenizer.model, and what the files beside it say of its tokens."""
+"""Tokenizer over a bare SentencePiece tokenizer.model, and the token settings in the files beside it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,27 @@ from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.untrusted.files import MIB, read_bytes
 from lowrank_dist.untrusted.json import read_json
 
-# A protobuf message followed by another of its kind is their merge (protobuf.dev, "Last One Wins"), so these four bytes
-# override one field of the model: normalizer_spec (3) { add_dummy_prefix (3): 0 or 1 } in sentencepiece_model.proto.
+# Appending a second protobuf message of the same type merges it into the first (protobuf.dev, "Last One Wins"), so
+# these four bytes override one field of the model: normalizer_spec (3) { add_dummy_prefix (3): 0 or 1 } in
+# sentencepiece_model.proto.
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 _DUMMY_PREFIX = b"\x1a\x02\x18\x01"
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
-# Classes whose ids are those of the file. Others move them (XGLM, XLM-R: fairseq's order) or are code of the folder.
+# Classes that use the ids of the file. Others shift them (XGLM, XLM-R: fairseq's order) or are code in the folder.
 _CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
-_LLAMAS = ("<unk>", "<s>", "</s>")  # LlamaTokenizer's tokens where nothing is said
+_LLAMAS = ("<unk>", "<s>", "</s>")  # LlamaTokenizer's defaults
 _CONFIG = "tokenizer_config.json"
 _AROUND = 20  # characters of a text shown around a token
 
 
 def write_fast(folder: Path) -> str:
-    """Return the remedy, in words, where a folder needs a tokenizer.json."""
+    """Return the remedy for a folder that needs a tokenizer.json, as text."""
     load, save = f"AutoTokenizer.from_pretrained({str(folder)!r})", f"save_pretrained({str(folder)!r})"
     return f'make a tokenizer.json of it: python -c "from transformers import AutoTokenizer; {load}.{save}"'
 
 
 def settings_in(config: Path, remedy: str) -> dict[str, Any]:
-    """Return the JSON object in a file beside a tokenizer; empty where there is no file, or no object in it."""
+    """Return the JSON object in a file beside a tokenizer; empty where there is no file, or it holds no object."""
     if not config.is_file():
         return {}
     settings = read_json(config, remedy)
@@ -43,14 +44,14 @@ def settings_in(config: Path, remedy: str) -> dict[str, Any]:
 class SentencePieceTokenizer:
     """`Tokenizer` over a SentencePiece model file.
 
-    SentencePiece puts a dummy space before a text, which is right where a document begins and wrong where a completion
-    continues a prompt: "A:" + " 4" would decode as "A:  4". Continuations are therefore encoded without it. No token
-    spans the boundary, which is what inference, fed the prompt alone, needs.
+    SentencePiece puts a dummy space before a text. That is right at the beginning of a document and wrong where a
+    completion continues a prompt: "A:" + " 4" would decode as "A:  4". Continuations are therefore encoded without it.
+    No token spans the boundary, because inference encodes the prompt alone.
 
-    Special-looking text ("</s>") is encoded as plain text where the model is alone. Where tokenizer_config.json,
+    Special-looking text ("</s>") is encoded as plain text if the model is alone. If tokenizer_config.json,
     special_tokens_map.json or added_tokens.json lie beside it, transformers makes such text a token, which
-    SentencePiece can't. BOS and EOS are then those that these files name, and a text that holds such a token is
-    refused.
+    SentencePiece can't do. BOS and EOS are then those that these files name, and a text with a token that the model
+    alone does not produce is refused.
     """
 
     def __init__(self, model: Path) -> None:
@@ -63,7 +64,7 @@ class SentencePieceTokenizer:
         except (RuntimeError, OSError) as error:
             raise UserError(f"{model}: not a SentencePiece model ({error}); fetch the file again") from error
         self.path = model
-        # Models trained with remove_extra_whitespaces drop a leading space, also the one that separates two words.
+        # Models trained with remove_extra_whitespaces drop a leading space, even one that separates two words.
         self._drops_leading_space = self._bare.normalize(" a") == self._bare.normalize("a")
         beside = _read_beside(model.parent)
         self.eos_id = self._named(beside, "eos")
@@ -78,7 +79,10 @@ class SentencePieceTokenizer:
         self._apart = tuple(text for text, at in beside.tokens.items() if not self._finds(text, at))
 
     def _named(self, beside: _Beside, role: str) -> int | None:
-        """Return the id of the token that the files beside the model name for a role; else the model's own."""
+        """Return the id of the BOS or EOS (`role`) that the files beside the model name, else the model's own or None.
+
+        Raises UserError where the model does not have the named token, or has it under another id.
+        """
         own: int = getattr(self._own, f"{role}_id")()
         if role not in beside.roles:
             return own if own >= 0 else None
@@ -94,9 +98,10 @@ class SentencePieceTokenizer:
         )
 
     def _finds(self, token: str, at: int | None) -> bool:
-        """Return whether the model itself makes a token of this text wherever it stands, with the id that is said."""
+        """Return whether the model itself always encodes this text as one token, with id `at` unless that is None."""
         piece = self._own.piece_to_id(token)
-        # User-defined symbols, whose score is 0; a piece with another may be cut otherwise beside other text.
+        # True of user-defined symbols, whose score is 0. A piece with another score may be cut differently beside other
+        # text.
         return at in (None, piece) and self._own.get_score(piece) == 0 and self._bare.encode(token) == [piece]
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -111,12 +116,12 @@ class SentencePieceTokenizer:
         if not left:
             return self._own.encode(text)
         if self._drops_leading_space and (text[:1].isspace() or left[-1:].isspace()):
-            # Both sides of the boundary lost their spaces and one has to come back: the dummy prefix is that one.
+            # Both sides of the boundary lost their spaces; the dummy prefix puts one back.
             return self._spaced.encode(text)
         return self._bare.encode(text)
 
     def _check(self, texts: Sequence[str]) -> None:
-        """Raise UserError for a text that transformers would make other ids of."""
+        """Raise UserError for a text that transformers would encode to other ids."""
         for token in self._apart:
             for text in texts:
                 if (at := text.find(token)) >= 0:
@@ -127,7 +132,8 @@ class SentencePieceTokenizer:
                     )
 
     def decode(self, ids: Sequence[int]) -> str:
-        # A model may have more rows than its tokenizer has pieces; tokenizer.json's decoder leaves such ids out too.
+        # A model may have more rows than its tokenizer has pieces. Such ids are left out, as by tokenizer.json's
+        # decoder.
         return self._own.decode([int(i) for i in ids if i < len(self._own)])
 
     def token(self, token_id: int) -> str:
@@ -139,7 +145,7 @@ class SentencePieceTokenizer:
 
 
 def _check_kind(raw: bytes, model: Path) -> None:
-    """Raise UserError, with what to do, for other files that are named tokenizer.model."""
+    """Raise UserError with a remedy for a tokenizer.model that is a tiktoken vocabulary or a Git LFS pointer."""
     if _TIKTOKEN.match(raw):
         raise UserError(
             f"{model}: a tiktoken vocabulary (as in Llama 3's original/), which lacks the special tokens and how words "
@@ -151,11 +157,11 @@ def _check_kind(raw: bytes, model: Path) -> None:
 
 @dataclass(frozen=True)
 class _Beside:
-    """What the files beside a tokenizer.model say.
+    """Token settings in the files beside a tokenizer.model.
 
-    roles: the token for "bos" and "eos", and the file that says so; None where there is to be none.
-    tokens: tokens that are found in a text before it is cut, with their ids where those are said. adds_bos: whether BOS
-    comes before a text. prefix_space: whether a space does, None where nothing is said.
+    roles: "bos" or "eos" → its token, None if there is to be none, and the file that says so. tokens: tokens that are
+    matched before a text is cut, with their ids where given. adds_bos: BOS is put before a text. prefix_space: a space
+    is put before a text, None where no file says.
     """
 
     roles: dict[str, tuple[str | None, Path]]
@@ -165,7 +171,10 @@ class _Beside:
 
 
 def _read_beside(folder: Path) -> _Beside:
-    """Read them as transformers does: a tokenizer_config.json with added_tokens_decoder makes the older files void."""
+    """Return the settings as transformers reads them.
+
+    A tokenizer_config.json with added_tokens_decoder overrides the older files.
+    """
     source = folder / _CONFIG
     config = settings_in(source, "mend or remove it")
     _check_config(config, source)
@@ -199,7 +208,7 @@ def _read_beside(folder: Path) -> _Beside:
 
 
 def _check_config(config: dict[str, Any], source: Path) -> None:
-    """Raise UserError where tokenizer_config.json names another reader of the model than SentencePiece's plain one."""
+    """Raise UserError where tokenizer_config.json asks for a class or options that differ from plain SentencePiece."""
     kind = config.get("tokenizer_class")
     reasons = []
     if isinstance(kind, str) and kind.removesuffix("Fast") not in _CLASSES:
@@ -211,11 +220,11 @@ def _check_config(config: dict[str, Any], source: Path) -> None:
 
 
 def _id(said: object) -> int:
-    """Return an id as these files hold it, a number or its digits; -1, which no token has, for anything else."""
+    """Return an id from these files, given as a number or its digits; -1, which no token has, for anything else."""
     return int(text) if (text := str(said)).isdecimal() and len(text) < 10 else -1
 
 
 def _content(token: object) -> str | None:
-    """Return the text of a token as these files hold it: a string, or an object with its flags."""
+    """Return the text of a token from these files: a string, or an object with its flags. None where it has none."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) and text else None

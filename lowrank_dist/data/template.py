@@ -1,4 +1,4 @@
-"""Chat templates: the rendered text of a conversation and which of its characters the assistant writes."""
+"""Chat templates: the rendered text of a conversation and the character ranges of the assistant's turns."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """Characters [start, end) of the text are the assistant's; its message ends at `content_end` (or start:
-    unknown)."""
+    """The assistant's characters [start, end) of a text. content_end: end of the message in it, `start` if unknown."""
 
     start: int
     end: int
@@ -43,15 +42,14 @@ class RenderedChat:
 class ChatTemplate:
     """A tokenizer's chat template.
 
-    With `{% generation %}` markers the template says itself what the assistant writes. Without them turn i is the
-    text that message i adds to its context: render(messages[:i+1]) less render(messages[:i],
-    add_generation_prompt=True), and both must be prefixes of the whole. Where they are not (the template drops
-    earlier thinking, or prompts with text that the history does not have) training would see other tokens than
-    inference, so that is an error.
+    With `{% generation %}` markers the template itself marks the assistant's text. Without them turn i is the text that
+    message i adds to its context: render(messages[:i+1]) less render(messages[:i], add_generation_prompt=True), and
+    both must be prefixes of the whole. Where they are not (the template drops earlier thinking, or its generation
+    prompt is not in the history) training would see other tokens than inference, so UserError is raised.
     """
 
     def __init__(self, hf: PreTrainedTokenizerFast, folder: Path, moment: datetime) -> None:
-        """moment: what the clock says to the template (`strftime_now`), whenever it renders."""
+        """moment: the time that the template's clock (`strftime_now`) always returns."""
         self.name = f"the chat template of {folder}"
         try:
             source = hf.get_chat_template()
@@ -65,8 +63,8 @@ class ChatTemplate:
     def render(self, conversations: Sequence[Messages], places: Sequence[str]) -> list[RenderedChat]:
         """Return text and assistant turns of each conversation; `places` (file:line) go into errors.
 
-        Raises UserError where the template refuses the messages, goes over a bound (`render_child`), or the turns can't
-        be told.
+        Raises UserError where the template refuses the messages, exceeds a bound (`render_child`), or the turns can't
+        be determined.
         """
         asked = [self._asked(messages, where) for messages, where in zip(conversations, places, strict=True)]
         given = zip(conversations, places, strict=True)
@@ -83,7 +81,7 @@ class ChatTemplate:
             raise UserError(f"{places[error.number]}: {self.name} refuses these messages: {error}") from error
 
     def _asked(self, messages: Messages, where: str) -> Chat:
-        """Return what is rendered of a conversation: the whole, and without markers what is before and after a turn."""
+        """Return the texts to render of a conversation: the whole and, without markers, those around each turn."""
         cuts = [(len(messages), False)]
         if not self.marked:
             if messages[0]["role"] == "assistant":
@@ -95,7 +93,7 @@ class ChatTemplate:
         return messages, cuts, self.marked
 
     def _cut(self, texts: Sequence[str], messages: Messages, where: str) -> tuple[Turn, ...]:
-        """Return the turns by what is rendered before and after each."""
+        """Return the turns, found from the texts rendered before and after each."""
         text, turns = texts[0], list[Turn]()
         for i, before, after in zip(_turns_of(messages), texts[1::2], texts[2::2], strict=True):
             if not after.startswith(before):
@@ -114,15 +112,15 @@ class ChatTemplate:
 
 
 def _turns_of(messages: Messages) -> list[int]:
-    """Places of the assistant's messages."""
+    """Return the indices of the assistant's messages."""
     return [place for place, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def _marked(text: str, spans: Sequence[Sequence[int]], messages: Messages) -> tuple[Turn, ...]:
-    """Return the turns by the template's generation blocks.
+    """Return the turns, found from the template's generation blocks.
 
-    Their characters, not the tokens of return_assistant_tokens_mask: its char_to_token marks a token that begins before
-    the turn and one too many where an offset is missing.
+    The blocks' characters are used and not the tokens of return_assistant_tokens_mask, because its char_to_token marks
+    a token that begins before the turn, and one too many where an offset is missing.
     """
     merged = list[tuple[int, int]]()
     for start, end in spans:
@@ -132,12 +130,12 @@ def _marked(text: str, spans: Sequence[Sequence[int]], messages: Messages) -> tu
             merged.append((start, end))
     contents = [messages[turn]["content"] for turn in _turns_of(messages)]
     if len(contents) != len(merged):
-        contents = [""] * len(merged)  # a marker a part, or only the last turn: no message to hold a span against
+        contents = [""] * len(merged)  # several blocks a turn, or only the last turn: spans don't match messages
     return tuple(_turn(text, s, e, c) for (s, e), c in zip(merged, contents, strict=True))
 
 
 def _turn(text: str, start: int, end: int, content: str) -> Turn:
-    # Templates strip or wrap the content; where it can't be found at all the last token's kind is the only check.
+    # Templates strip or wrap the content. Where it can't be found, only the type of the turn's last token is checked.
     stripped = content.strip()
     at = text.find(stripped, start, end)
     return Turn(start, end, start if at < 0 else at + len(stripped))

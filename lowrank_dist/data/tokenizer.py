@@ -1,4 +1,4 @@
-"""Tokenizers: their one interface, `load_tokenizer`, and a tokenizer.json read by `tokenizers`."""
+"""The `Tokenizer` interface, `load_tokenizer`, and the tokenizer of a tokenizer.json (the `tokenizers` library)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.files import MIB, require_size
 from lowrank_dist.untrusted.json import brief, parse_json, read_object
 
-# The files that transformers reads by itself, and bounds of them; a published vocabulary has 35 MB.
+# Size limits of the files that transformers reads itself. A published tokenizer.json has 35 MB.
 _LARGEST = {
     "tokenizer.json": 64 * MIB,
     "tokenizer_config.json": 32 * MIB,
@@ -31,17 +31,17 @@ _LARGEST = {
 }
 # Sixteen times the largest published vocabulary.
 _MOST_TOKENS = 1 << 22
-# Times that its steps may lengthen a text, before tokens take some 250 bytes a byte of it: "▁" for " " is 1.
+# Factor by which a tokenizer's steps may lengthen a text; "▁" for " " counts 1. Tokens take some 250 bytes a byte.
 _MOST_LONGER = 16
 _SHOWN = 60  # characters of a text in a message
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer(Protocol):
-    """The interface of every tokenizer here; made by `load_tokenizer`.
+    """The interface of all tokenizers here; made by `load_tokenizer`.
 
     path: the folder or file it came from, for messages. eos_id: end of text, None where the tokenizer has none.
-    prefix_ids: what the tokenizer itself puts before a text (BOS, or nothing).
+    prefix_ids: ids that the tokenizer itself puts before a text (BOS, or nothing).
     """
 
     path: Path
@@ -52,10 +52,10 @@ class Tokenizer(Protocol):
         """Return the ids of each text as the beginning of a document, without added special tokens."""
 
     def encode_continuations(self, texts: Sequence[str], before: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text as what follows `before[i]`: no token across the boundary, no space made up.
+        """Return the ids of each text as a continuation of `before[i]`: no token across the boundary, no added space.
 
-        decode(encode(before) + these) is before + text, up to what the tokenizer normalises anyway. Where nothing comes
-        before a text it is the beginning of a document.
+        decode(encode(before) + these) is before + text, up to the tokenizer's usual normalisation. Where `before[i]` is
+        empty the text is the beginning of a document.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -65,14 +65,14 @@ class Tokenizer(Protocol):
         """Return the vocabulary's spelling of one id."""
 
     def byte_of(self, token_id: int) -> int | None:
-        """Return the byte that a token of byte fallback stands for, None for every other token."""
+        """Return the byte that a byte-fallback token stands for, None for every other token."""
 
 
 def load_tokenizer(path: Path, moment: datetime | None = None) -> Tokenizer:
     """Return the tokenizer of a folder (tokenizer.json, else a bare SentencePiece tokenizer.model) or of one such file.
 
-    moment: what the clock says to a chat template, the present where it is not given. Reads local files only and runs
-    no code from them. Raises UserError where there is neither or the file is broken.
+    moment: time that the clock of a chat template returns, by default the present. Reads local files only and runs no
+    code from them. Raises UserError where there is neither file or the file is broken.
     """
     folder = path.parent if path.name == "tokenizer.json" else path
     if (folder / "tokenizer.json").is_file():
@@ -92,13 +92,13 @@ def load_tokenizer(path: Path, moment: datetime | None = None) -> Tokenizer:
 
 
 def has_prefix(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
-    """Return whether the ids of a text begin with what the tokenizer itself puts before a text."""
+    """Return whether ids begin with those that the tokenizer itself puts before a text; False where it puts none."""
     prefix = tokenizer.prefix_ids
     return bool(prefix) and tuple(ids[: len(prefix)]) == prefix
 
 
 def with_prefix(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """Return the ids of a text behind what the tokenizer puts before one: once, also where the text spells it out."""
+    """Return the ids of a text with the tokenizer's prefix before them, once even if the text itself spells it out."""
     return list(ids) if has_prefix(tokenizer, ids) else [*tokenizer.prefix_ids, *ids]
 
 
@@ -110,15 +110,15 @@ def _load_fast(folder: Path, moment: datetime | None) -> FastTokenizer:
         return FastTokenizer(folder, moment)
     except UserError:
         raise
-    except BaseException as error:  # tokenizers raises bare Exception, transformers a dozen kinds
-        # A panic of Rust's is no Exception, and its class has a name alone.
+    except BaseException as error:  # tokenizers raises bare Exception, transformers many types
+        # A Rust panic is no Exception, and its class is known only by its name.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{folder}: tokenizer.json or tokenizer_config.json can't be read: {error}") from error
 
 
 def _refuse_far_ids(path: Path) -> None:
-    """Raise UserError for an id that no vocabulary reaches: the library takes memory for every number up to it."""
+    """Raise UserError for an id beyond every vocabulary: the library allocates memory for all numbers up to it."""
     definition = read_object(path, "fetch the file again", largest=_LARGEST[path.name])
     model, added = definition.get("model"), definition.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -132,7 +132,7 @@ def _refuse_far_ids(path: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """Ids of one text and each token's [start, end) in its characters."""
+    """The ids of one text and the character range [start, end) of each token."""
 
     ids: list[int]
     spans: list[tuple[int, int]]
@@ -141,17 +141,17 @@ class Encoding:
 class FastTokenizer:
     """`Tokenizer` over a folder with tokenizer.json; `template` is its chat template, None where it has none.
 
-    tokenizer.json alone decides how text is cut: transformers' AutoTokenizer may put a class in its place that
-    rebuilds the normaliser and pre-tokenizer (transformers 5: a GPT2Tokenizer loses SmolLM2's digit splitting), so
-    the plain PreTrainedTokenizerFast is used, which takes the file as it is.
+    tokenizer.json alone decides how text is cut. transformers' AutoTokenizer may use a class that rebuilds normalizer
+    and pre-tokenizer (transformers 5: a GPT2Tokenizer loses SmolLM2's digit splitting), so the plain
+    PreTrainedTokenizerFast is used, which takes the file as it is.
 
-    A continuation is encoded apart from what precedes it: inference feeds the prompt alone, so no token may span the
-    boundary and the prompt's own tokens may not depend on what follows. Tokenizers that put a dummy space before a
-    text (Llama 2, Mistral) would put one at the boundary, so there are further copies of them: `_middle` is without
-    that rule, and `_after_token` is for what follows an added token ("[/INST]", "</s>"), where most such rules put
-    their space once more (all but a Metaspace that does so "first"; transformers' `legacy`).
+    A continuation is encoded separately from the text before it: inference feeds the prompt alone, so no token may span
+    the boundary and the prompt's tokens may not depend on what follows. Tokenizers that put a dummy space before a text
+    (Llama 2, Mistral) would put one at the boundary, so there are two more copies: `_middle` puts no space, and
+    `_after_token` is for text after an added token ("[/INST]", "</s>"), where most such rules put their space again
+    (all except a Metaspace with prepend_scheme "first"; transformers' `legacy`).
 
-    Special-looking text in the data ("</s>", "<|im_end|>") becomes the special token, as transformers does it.
+    Special-looking text in the data ("</s>", "<|im_end|>") becomes the special token, as in transformers.
     """
 
     def __init__(self, folder: Path, moment: datetime | None = None) -> None:
@@ -164,16 +164,16 @@ class FastTokenizer:
         after_token, middle = (_without_prefix_of(definition, after_token) for after_token in (True, False))
         self._start = Backend.from_str(json.dumps(definition))
         self._after_token = self._start if after_token == definition else Backend.from_str(json.dumps(after_token))
-        # Tokens whose match depends on the text before: "▁</s>" is what a `normalized` "</s>" is compared with.
+        # Added tokens whose match depends on the text before: a `normalized` "</s>" is compared with "▁</s>".
         by_normalizer = middle["normalizer"] != after_token["normalizer"]
         flags = ["single_word", *(["normalized"] if by_normalizer else [])]
         self._matched_in_context = any(token[flag] for token in definition["added_tokens"] for flag in flags)
         alike = middle == after_token and not self._matched_in_context
-        # It is given what precedes the first added token, and is to find none.
+        # This copy is given only the text before the first added token, and must not match any.
         bare = middle | {"added_tokens": []}
         self._middle = self._after_token if alike else Backend.from_str(json.dumps(bare))
         for copy in (self._start, self._after_token, self._middle):
-            copy.encode_special_tokens = hf.split_special_tokens  # no part of the definition
+            copy.encode_special_tokens = hf.split_special_tokens  # not part of the definition
         self._cleaned = _cleaning(hf, definition["model"]["type"])
         self._byte_fallback = _has_step(definition["decoder"], "ByteFallback")
         self.eos_id = hf.eos_token_id if hf.eos_token_id is not None else _eos_of_model(folder / "config.json")
@@ -182,9 +182,9 @@ class FastTokenizer:
         self.prefix_ids = tuple(probe.ids[:before])
         added = hf.added_tokens_decoder
         self._matched_ids = frozenset(i for i, t in added.items() if not (t.special and hf.split_special_tokens))
-        # A normalizer is done with a text before these are found in it, and puts nothing behind them.
+        # A normalizer runs before `normalized` tokens are matched, and so adds no space after them.
         self._anew_ids = frozenset(i for i in self._matched_ids if not (by_normalizer and added[i].normalized))
-        # "<unk>" is an added token too, and what a model makes of characters that it does not know.
+        # "<unk>" is an added token, but also the model's id for unknown characters.
         self._unknown = _unknown_id(self._start, definition["model"])
         self.turn_end_ids = (frozenset(added) - {self._unknown}) | ({self.eos_id} - {None})
         self.template = ChatTemplate(hf, folder, moment or datetime.now()) if hf.chat_template else None
@@ -198,9 +198,10 @@ class FastTokenizer:
         return [encoding.ids for encoding in self.encode_turns(texts, before)]
 
     def encode_turns(self, texts: Sequence[str], before: Sequence[str]) -> list[Encoding]:
-        """Encode as `encode_continuations` does, with character offsets into each text, a piece of a rendered chat.
+        """Return encodings as `encode_continuations` does, with character offsets into each text.
 
-        The dummy space is left out at the text's beginning only: after an added token the tokenizer puts it as always.
+        The texts are pieces of a rendered chat. The dummy space is left out only at the beginning of a text: after an
+        added token the tokenizer adds it as usual.
         """
         found = self._batch(self._after_token, list(texts))
         if self._middle is self._start:
@@ -223,24 +224,30 @@ class FastTokenizer:
         return found
 
     def _is_added(self, text: str, token_id: int, span: tuple[int, int]) -> bool:
-        """Return whether a token of a text was matched as an added one."""
+        """Return whether a token of a text was matched as an added token."""
         spelled = token_id != self._unknown or text[slice(*span)].strip() == self.token(token_id)
         return spelled and token_id in self._matched_ids
 
     def _begins_anew(self, before: str, last: int) -> bool:
-        """Return whether what follows a text, of which this is the last id, is a beginning: behind an added token."""
+        """Return whether text after `before`, whose last id is `last`, is encoded like the beginning of a text.
+
+        That is so after an added token.
+        """
         spelled = last != self._unknown or before.rstrip().endswith(self.token(last))
         return spelled and last in self._anew_ids
 
     def _from_first_added(self, text: str, encoding: Encoding, start: int = 0) -> Encoding:
-        """Return the part of an encoding that begins with the first added token behind character `start`."""
+        """Return the part of an encoding from the first added token that ends after character `start`."""
         pairs = enumerate(zip(encoding.ids, encoding.spans, strict=True))
         found = (n for n, (i, span) in pairs if span[1] > start and self._is_added(text, i, span))
         n = next(found, len(encoding.ids))
         return Encoding(encoding.ids[n:], encoding.spans[n:])
 
     def _moved(self, text: str, behind: Encoding, rest: Encoding) -> Encoding:
-        """Return `rest` as `behind` has it, with one more character before the text: not if a token takes that."""
+        """Return the tokens of `rest` as matched in `behind`, the encoding with one more character before the text.
+
+        Where the first added token in `behind` takes in that character, `rest` is returned unchanged.
+        """
         found = self._from_first_added(text, behind, 1)
         if found.ids and found.spans[0][0] < 1:
             return rest
@@ -253,7 +260,7 @@ class FastTokenizer:
         try:
             return encode_batch(texts, add_special_tokens=False)
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # Rust's, no Exception, and its class has a name alone
+            if type(error).__name__ != "PanicException":  # a Rust panic: no Exception, and known only by its name
                 raise
             if len(texts) > 1:
                 for text in texts:
@@ -276,31 +283,34 @@ class FastTokenizer:
 
 
 def _unknown_id(tokenizer: Backend, model: dict[str, Any]) -> int | None:
-    """Return the id of characters that a model of tokenizer.json does not know, None where it has none."""
+    """Return the id that the model of tokenizer.json gives to unknown characters, None where it has none."""
     named = model.get("unk_token")
     return tokenizer.token_to_id(named) if named else model.get("unk_id")
 
 
 def _eos_of_model(config: Path) -> int | None:
-    """Return config.json's eos_token_id, or the first: GPT-2's tokenizer_config.json on the hub names no EOS."""
+    """Return config.json's eos_token_id, the first of a list: GPT-2's tokenizer_config.json on the Hub names no EOS."""
     eos = settings_in(config, "mend it").get("eos_token_id")
     first = eos[0] if isinstance(eos, list) and eos else eos
     return first if is_integer(first) else None
 
 
 def _cleaning(hf: PreTrainedTokenizerFast, kind: str) -> Callable[[str], str] | None:
-    """Return what transformers does to decoded text under clean_up_tokenization_spaces: nothing to BPE's, by itself."""
+    """Return the function that transformers applies to decoded text for clean_up_tokenization_spaces, or None.
+
+    It skips BPE unless forced. kind: type of tokenizer.json's model.
+    """
     forced = hf.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
     return hf.clean_up_tokenization if hf.clean_up_tokenization_spaces and (kind != "BPE" or forced) else None
 
 
 def _has_step(part: dict[str, Any] | None, kind: str) -> bool:
-    """Return whether a part of tokenizer.json is, or has among its steps, one of a kind."""
+    """Return whether a part of tokenizer.json is, or contains, a step of a type."""
     return any(step["type"] == kind for step in _steps(part))
 
 
 def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """Yield a normalizer or decoder of tokenizer.json, or its steps where it is a sequence, nested or not."""
+    """Yield a normalizer or decoder of tokenizer.json, or the steps of a sequence, nested or not."""
     if part is not None and part["type"] == "Sequence":
         for step in part.get("normalizers") or part.get("decoders") or ():
             yield from _steps(step)
@@ -309,7 +319,7 @@ def _steps(part: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _without_prefix_of(definition: dict[str, Any], after_token: bool) -> dict[str, Any]:
-    """Return tokenizer.json for texts that follow an added token, or that follow other text."""
+    """Return tokenizer.json for text that follows an added token (`after_token`) or other text."""
     parts = {name: _without_prefix(definition[name], after_token) for name in ("normalizer", "pre_tokenizer")}
     return definition | parts
 
@@ -317,7 +327,7 @@ def _without_prefix_of(definition: dict[str, Any], after_token: bool) -> dict[st
 def _without_prefix(part: dict[str, Any] | None, after_token: bool) -> dict[str, Any] | None:
     """Return a normalizer or pre-tokenizer of tokenizer.json without the steps that change where a text begins.
 
-    after_token: without those alone that do so at the beginning of a document and not behind each added token.
+    after_token: remove only the steps that apply at the beginning of a document and not after an added token.
     """
     if part is None:
         return None
@@ -342,7 +352,7 @@ def _without_prefix(part: dict[str, Any] | None, after_token: bool) -> dict[str,
 
 
 def _check_repeatable(definition: dict[str, Any], folder: Path) -> None:
-    """Raise UserError for a tokenizer whose ids change from call to call, or hide which words were apart."""
+    """Raise UserError for a tokenizer whose ids change from call to call, or that puts a space before each cut word."""
     if definition["model"].get("dropout"):
         raise UserError(
             f"{folder}/tokenizer.json: model.dropout is {definition['model']['dropout']}: every rank and every run "
@@ -359,8 +369,9 @@ def _check_repeatable(definition: dict[str, Any], folder: Path) -> None:
 
 
 def _check_growth(definition: dict[str, Any], folder: Path) -> None:
-    """Raise UserError for a tokenizer that makes a text many times longer, in steps that multiply, and with it memory:
-    the library's process ends where there is none.
+    """Raise UserError for a tokenizer whose steps together make a text more than `_MOST_LONGER` times longer.
+
+    Memory grows with the text, and the library aborts the process where it runs out.
     """
     for name in ("normalizer", "decoder"):
         longer = 1.0
