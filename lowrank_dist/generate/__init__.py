@@ -1,1 +1,1 @@
-"""Decoding with a sharded model, and how good what it writes is."""
+"""Text generation with a sharded model, and metrics of the generated texts."""

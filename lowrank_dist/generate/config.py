@@ -1,4 +1,4 @@
-"""The section `eval` of a run: when it is evaluated, what is then generated, and what is best."""
+"""The section `eval` of a run: when to evaluate, what to generate, and which metric decides the best checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowrank_dist.sections.section import Section
 
 
 class GenerateConfig(Section):
-    """The part of an evaluation that generates, always greedily: equal models write equal texts."""
+    """Generation in an evaluation. It is always greedy, so that equal models write equal texts."""
 
     metrics: list[Literal["exact_match", "bleu", "rouge_l"]] = Field(
         ["exact_match"], min_length=1, description="list of exact_match, bleu and rouge_l"
@@ -26,7 +26,7 @@ class GenerateConfig(Section):
 
 
 class EvalConfig(Section):
-    """When the run is evaluated, and what is the best."""
+    """When to evaluate, and which metric decides the best checkpoint."""
 
     every: int | None = Field(
         None, ge=1, description="steps between evaluations, or null for only at the start and end"

@@ -1,4 +1,4 @@
-"""Prompts → completions: left-padded batches over data-parallel ranks, a key/value cache, one token a step."""
+"""Generation of completions: left-padded batches over data-parallel ranks, a key/value cache, one token per step."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from lowrank_dist.parallel.topology import Topology
 
 @dataclass(frozen=True)
 class Generation:
-    """A completion. text: without the token or text that stopped it. tokens: all ids, a stop token included.
+    """A generated completion.
 
-    finish: "stop" for a stop token or text, "length" for max_new_tokens or the model's last position.
+    text: without the token or text that stopped it. tokens: all ids, a stop token included. finish: "stop" for a stop
+    token or text, "length" for max_new_tokens or the model's last position.
     """
 
     text: str
@@ -53,12 +54,12 @@ def generate(
 ) -> list[Generation]:
     """Return the completion of every prompt, in their order, on every rank. Collective over all ranks.
 
-    Prompts of like length share a batch, the longest first; batches go round the data-parallel ranks. The model is in
-    evaluation mode and without sequence parallelism for as long as this takes. progress: told of a batch that is done
-    on this rank, in prompts. in_step: data-parallel ranks wait for one another after every batch, and not at the end
-    alone, when one may have had all the long completions.
+    Prompts of similar length share a batch, longest first; batches go round the data-parallel ranks in turn. The model
+    is in evaluation mode and without sequence parallelism during the call. progress: called after each batch of this
+    rank with its number of prompts. in_step: data-parallel ranks wait for one another after every batch, and not only
+    at the end, where a rank with long completions may be far behind.
 
-    Raises UserError for a prompt that leaves no position to write to, before anything runs.
+    Raises UserError, before anything runs, for a prompt that leaves no position for a completion.
     """
     check_lengths(prompts, model.architecture.max_positions - model.virtual)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number].ids))
@@ -77,7 +78,7 @@ def generate(
                 progress(len(rows))
                 if in_step:
                     _meet(model, topology)
-            if in_step and len(mine) * topology.dp_size < len(batches):  # the others have one more
+            if in_step and len(mine) * topology.dp_size < len(batches):  # other ranks have one more batch
                 _meet(model, topology)
     finally:
         model.train(training)
@@ -85,7 +86,7 @@ def generate(
 
 
 def check_lengths(prompts: Sequence[Prompt], max_positions: int) -> None:
-    """Raise UserError naming the prompts that leave none of the positions for a token."""
+    """Raise UserError naming the prompts that leave no position for a completion."""
     too_long = [f"{p.where} ({len(p.ids)} tokens)" for p in prompts if len(p.ids) >= max_positions]
     if too_long:
         raise UserError(
@@ -105,14 +106,14 @@ def _limit(prompt: Prompt, model: CausalLM, rules: DecodingRules) -> int:
 def _decode_batch(
     model: CausalLM, rows: list[_Row], stops: StopTexts, rules: DecodingRules, topology: Topology
 ) -> list[tuple[_Row, Literal["stop", "length"]]]:
-    """Decode the rows until each has finished; a row leaves the batch when it has."""
+    """Decode the rows until all have finished; return each with its reason. A finished row leaves the batch."""
     device = next(model.parameters()).device
     width = max(len(row.prompt.ids) for row in rows)
     padding = [width - len(row.prompt.ids) for row in rows]
     input_ids = torch.tensor(
         [[0] * empty + [*model.lead, *row.prompt.ids] for empty, row in zip(padding, rows, strict=True)], device=device
     )
-    # The last token of a row is drawn from the columns before it and never fed.
+    # The last token of a row is never fed to the model, so it needs no column.
     needed = (empty + len(row.prompt.ids) + row.limit for empty, row in zip(padding, rows, strict=True))
     columns = len(model.lead) + max(needed) - 1
     cache = model.new_cache(torch.tensor(padding, device=device), columns)
@@ -145,7 +146,7 @@ def _shared(
     if topology.dp_size == 1:
         parts = [[(number, asdict(generation)) for number, generation in found]]
     else:
-        # The ranks of a tensor-parallel group hold the same: the first speaks for them.
+        # The ranks of a tensor-parallel group hold the same generations, so only the first contributes.
         mine = [(number, asdict(generation)) for number, generation in found] if topology.tp_rank == 0 else []
         parts = gather_json(mine, topology.world_group, device)
     whole = {number: fields for part in parts for number, fields in part}
@@ -157,7 +158,7 @@ def _shared(
 
 
 def gather_json(value: Any, group: ProcessGroup, device: torch.device) -> list[Any]:
-    """Return `value` of every rank of the group, in rank order, on each. device: where the group's tensors live."""
+    """Return every rank's `value`, in rank order, on every rank of the group. device: that of the group's tensors."""
     text = json.dumps(value).encode()
     sizes = torch.empty(group.size(), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(sizes, torch.tensor([len(text)], device=device), group=group)
@@ -170,7 +171,7 @@ def gather_json(value: Any, group: ProcessGroup, device: torch.device) -> list[A
 
 @dataclass(frozen=True)
 class EvaluationRules:
-    """The decoding and the metrics of an evaluation. UserError for a metric that is not in `metrics.METRICS`."""
+    """Decoding rules and metrics of an evaluation. Raises UserError for a metric that is not in `metrics.METRICS`."""
 
     metrics: tuple[str, ...]
     decoding: DecodingRules
@@ -187,20 +188,20 @@ def evaluate_generation(
     topology: Topology,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, float]:
-    """Return the metrics, the same on every rank, and how the completions ended; see `summary`. Collective.
+    """Return the metrics and how the completions ended (see `summary`), the same on every rank. Collective.
 
-    samples: of `read_prompts` with references. No rank waits for another for longer than a batch takes, so that this
-    can run under the timeouts of training.
+    samples: prompts of `read_prompts` with references. No rank waits for another for longer than a batch takes, so that
+    this can run under the timeouts of training.
     """
     found = generate(model, tokenizer, samples, rules.decoding, topology, progress, in_step=True)
     return summary(found, samples, rules.metrics)
 
 
 def summary(found: Sequence[Generation], samples: Sequence[Prompt], metrics: Sequence[str]) -> dict[str, float]:
-    """Return the metrics by name, and beside them how the completions ended.
+    """Return the metrics by name, and how the completions ended.
 
-    samples: their number. met_length_limit: how many of them ended for their length and not for a stop. mean_tokens:
-    generated for each.
+    Further keys: samples, their number; met_length_limit, how many completions ended at the length limit and not at a
+    stop; mean_tokens, generated tokens per sample.
     """
     return {
         **score(metrics, [generation.text for generation in found], [sample.references for sample in samples]),

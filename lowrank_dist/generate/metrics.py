@@ -1,18 +1,18 @@
-"""Scores of texts against references, any of which is right. No torch: a pure function of texts.
+"""Scores of texts against references, of which any is accepted. Pure functions of texts, without torch.
 
-exact_match  share of texts that equal a reference, white space at both ends aside.
+exact_match  share of texts that equal a reference, apart from white space at both ends.
 bleu         corpus BLEU from 0 to 100 (Papineni et al. 2002) as sacrebleu computes it by default (Post 2018).
 rouge_l      mean over texts of the best F-measure of the longest common subsequence, from 0 to 1 (Lin 2004, β = 1), on
              words of lower-case letters and digits of any script: on ASCII rouge_score's rougeL without stemming.
 
-bleu and rouge_l take each character of a script without spaces (Chinese, Japanese, Thai, …) for a word, wherever it
-stands; sacrebleu's default tokeniser, `13a`, splits the rest. So nothing is chosen by text or corpus: text with spaces
-has the tokens of `13a`, Chinese those of sacrebleu's `zh` (but …… and —— are one token each), Japanese and Thai those
-of its `char` (but Latin words and numbers stay whole). Both metrics compare texts in NFC: é is one character however
-it is written.
+bleu and rouge_l count each character of a script without spaces (Chinese, Japanese, Thai, …) as a word. In bleu,
+sacrebleu's default tokeniser `13a` splits the rest. No tokeniser has to be chosen for a text or a corpus: text with
+spaces has the tokens of `13a`, Chinese those of sacrebleu's `zh` (except that …… and —— are one token each), Japanese
+and Thai those of its `char` (except that Latin words and numbers stay whole). Both metrics compare texts in NFC, where
+é is one character however it was written.
 
-A reference is no text of a file but what a model that learned it writes (`generate.texts.written_text`): its tokens as
-they are trained, up to the first stop, decoded like a generated text.
+A reference is not the text of the file but what a model that learned it writes (`generate.texts.written_text`): its
+trained tokens up to the first stop, decoded like a generated text.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from lowrank_dist.errors import UserError
 
 References = Sequence[Sequence[str]]
 
-# The scripts without spaces, and what is written with them: punctuation, kana marks, units, full-width forms. Hangul
-# and its compatibility letters have spaces.
+# Scripts without spaces, and the characters used with them: punctuation, kana marks, units, full-width forms. Hangul
+# and its compatibility letters are left out, since Korean has spaces.
 _SCRIPTS = ("Han", "Hiragana", "Katakana", "Bopomofo", "Yi", "Thai", "Lao", "Khmer", "Myanmar", "Tibetan")
 _UNSPACED = regex.compile(
     "(["
     + "".join(rf"\p{{{script}}}" for script in _SCRIPTS)
     + r"\u3000-\u30ff\u3200-\u33ff\uff00-\uff9f\uffe0-\uffef])"
 )
-# With vowel signs and accents, but not the mark that asks for a coloured emoji.
+# Includes vowel signs and accents, but not the variation selectors, which ask for a coloured emoji.
 _WORD = regex.compile(r"(?V1)[[\p{L}\p{Mn}\p{Mc}\p{N}]--\p{Variation_Selector}]+")
 
 
@@ -48,13 +48,16 @@ def exact_match(texts: Sequence[str], references: References) -> float:
 
 
 def bleu(texts: Sequence[str], references: References) -> float:
-    """Texts may have different numbers of references. Raises UserError where sacrebleu is not installed."""
+    """Return corpus BLEU; texts may have different numbers of references.
+
+    Raises UserError where sacrebleu is not installed.
+    """
     try:
         from sacrebleu import corpus_bleu
     except ImportError as error:
         raise UserError(f"the metric bleu is sacrebleu's ({error}): `pip install 'sacrebleu>=2.4'`") from error
     most = max(map(len, references))
-    # One list for each place among the references, None where a text has fewer.
+    # One list for each index of a reference, with None for texts that have fewer.
     streams: Any = [
         [spaced(given[place]) if place < len(given) else None for given in references] for place in range(most)
     ]
@@ -70,7 +73,7 @@ def rouge_l(texts: Sequence[str], references: References) -> float:
 
 
 def words(text: str) -> list[str]:
-    """The words that ROUGE compares."""
+    """Return the words that ROUGE compares."""
     return _WORD.findall(spaced(text).lower())
 
 
@@ -80,13 +83,13 @@ def spaced(text: str) -> str:
 
 
 def _lcs_f(found: Sequence[str], wanted: Sequence[str]) -> float:
-    """2·P·R / (P + R), P and R the longest common subsequence over the two lengths."""
+    """Return 2·P·R / (P + R), where P and R are the longest common subsequence divided by the two lengths."""
     common = _lcs(found, wanted)
     return 2 * common / (len(found) + len(wanted)) if common else 0.0
 
 
 def _lcs(left: Sequence[str], right: Sequence[str]) -> int:
-    """Length of the longest common subsequence."""
+    """Return the length of the longest common subsequence."""
     row = [0] * (len(right) + 1)
     for word in left:
         diagonal = 0
@@ -97,8 +100,8 @@ def _lcs(left: Sequence[str], right: Sequence[str]) -> int:
     return row[-1]
 
 
-# To be raised where a metric gives another value for the same texts than it did: values are only held against others
-# of one definition. 2: BLEU and ROUGE-L count words by script, and references are the trained tokens, decoded.
+# Increase it when a change makes a metric return another value for the same texts: only values of one definition are
+# compared with each other. 2: BLEU and ROUGE-L count words by script, and references are the trained tokens, decoded.
 DEFINITION = 2
 METRICS: Mapping[str, Callable[[Sequence[str], References], float]] = {
     "exact_match": exact_match,
@@ -108,7 +111,7 @@ METRICS: Mapping[str, Callable[[Sequence[str], References], float]] = {
 
 
 def check_metrics(names: Sequence[str]) -> None:
-    """Raise UserError for a name that is no metric, and for one that is not installed, before anything is decoded."""
+    """Raise UserError for an unknown metric and for one whose package is not installed, before anything is decoded."""
     for name in names:
         if name not in METRICS:
             raise UserError(f"metric {name!r} is not known: give one of {', '.join(METRICS)}")
@@ -116,12 +119,12 @@ def check_metrics(names: Sequence[str]) -> None:
 
 
 def score(names: Sequence[str], texts: Sequence[str], references: References) -> dict[str, float]:
-    """Every metric by name; every text has at least one reference."""
+    """Return the value of each metric by name. Every text must have at least one reference."""
     return {name: METRICS[name](texts, references) for name in names}
 
 
 def notes_on_references(names: Sequence[str], references: References) -> list[str]:
-    """Return a line for each thing in the references that decides what the metrics of these names mean."""
+    """Return a note for each property of the references that affects what the named metrics measure."""
     split: Mapping[str, Callable[[str], list[str]]] = {"bleu": str.split, "rouge_l": words}
     asked, lines = [name for name in split if name in names], []
     unspaced = sum(any(_UNSPACED.search(reference) for reference in given) for given in references)

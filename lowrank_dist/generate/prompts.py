@@ -1,4 +1,4 @@
-"""Prompts and references: texts, or a JSONL file, → token ids as training would have put them before a completion."""
+"""Prompts and references, from text or a JSONL file, as the token ids that training would use for them."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _SHOWN = 40  # characters of a text in a note
 
 @dataclass(frozen=True)
 class Prompt:
-    """where: for messages. shown: the text, or the messages, as given. stop_ids: tokens that end its completion.
+    """A tokenised prompt.
 
-    references: what the completion should be, any of them, in the words of `texts.written_text` for a model that writes
-    the trained tokens; given: the same as the file has it. Both are empty where none were asked for.
+    where: its place, for messages. shown: the text or the messages as given. stop_ids: tokens that end its completion.
+    references: accepted completions, as `texts.written_text` of a model that writes the trained tokens. given: the same
+    completions as the file has them. Both are empty where no references were requested.
     """
 
     where: str
@@ -34,7 +35,10 @@ class Prompt:
 
 
 def prompt_of(text: str, tokenizer: Tokenizer, stop_ids: Collection[int], vocab: int) -> Prompt:
-    """A text to go on from, as it is. Raises UserError where it is empty or not the model's (see `read_prompts`)."""
+    """Return the prompt of a plain text.
+
+    Raises UserError where it is empty, is not UTF-8, or has ids that the model (of `vocab` tokens) does not have.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -55,15 +59,15 @@ def read_prompts(
     references: bool,
     stop: Sequence[str] = (),
 ) -> list[Prompt]:
-    """The prompts of a JSONL file (`read_jsonl`), in its order.
+    """Return the prompts of a JSONL file (`read_jsonl`), in file order.
 
-    Of messages the assistant's last turn is what is to be written, and the prompt is what precedes it; without
-    references, messages that end with another role ask for the turn that follows. The end of turn that the template
-    puts, which training trains, stops a completion as well. references: every line must have one, and the prompts hold
-    them, cut like a completion at the first of the texts in `stop`.
+    For messages the prompt is everything before the assistant's last turn; without references, messages that end with
+    another role are a prompt for the turn that follows. The template's end-of-turn token, which training trains, is a
+    stop token as well. references: every line must have a reference, and each is cut like a completion at the first of
+    the texts in `stop`.
 
-    Raises UserError, with every line that is wrong, for a file that cannot be read so, an empty prompt, and ids that
-    the model (of `vocab` tokens) does not have.
+    Raises UserError for a file with invalid lines (all are listed), an empty prompt, and ids that the model (of `vocab`
+    tokens) does not have.
     """
 
     def check(record: Completion | Conversation) -> None:
@@ -84,7 +88,7 @@ def read_prompts(
 
 
 def note_on_rewritten(prompts: Sequence[Prompt]) -> list[str]:
-    """Return a line on references that are not the file's text, white space at both ends aside; none where all are."""
+    """Return a note where references differ from the file's text by more than white space at the ends, else nothing."""
     changed = [
         (prompt.where, reference, given)
         for prompt in prompts
@@ -123,7 +127,7 @@ def _plain(
     encoded = tokenizer.encode([record.prompt for record in records])
     given = [(record.completion, *record.others) if references else () for record in records]
     pairs = [(text, record.prompt) for record, texts in zip(records, given, strict=True) for text in texts]
-    # As `mask_completions` encodes what is trained, but for the EOS: a stop.
+    # Encoded as `mask_completions` does, without the EOS, which is a stop token.
     trained = iter(tokenizer.encode_continuations([text for text, _ in pairs], [prompt for _, prompt in pairs]))
     prompts = []
     for record, ids, texts in zip(records, encoded, given, strict=True):
@@ -144,11 +148,11 @@ def _plain(
 def _chats(
     records: Sequence[Conversation], path: Path, tokenizer: Tokenizer, stop_ids: Collection[int], references: bool
 ) -> list[Prompt]:
-    """The tokens before the turn that is asked for, cut where training cuts them."""
+    """Return the prompts of conversations: the tokens before the requested turn, cut where training cuts them."""
     asked = [_asked(record, references) for record in records]
     prompts = []
     for record, sample in zip(asked, mask_conversations(tokenizer, asked, path), strict=True):
-        # The last run of targets; the sample ends with it.
+        # Start of the last run of targets, which ends the sample.
         begins = int(np.flatnonzero(~sample.target)[-1]) + 1
         before, trained = sample.tokens[:begins].tolist(), sample.tokens[begins:].tolist()
         stops = frozenset({*stop_ids, trained[-1]})
@@ -166,13 +170,13 @@ def _chats(
 
 
 def _asked(record: Conversation, references: bool) -> Conversation:
-    """The messages up to and with the turn that is asked for, which is made up where there is none."""
+    """Return the messages up to and including the requested turn, for which a placeholder is added if it is missing."""
     if not references and record.messages[-1]["role"] != "assistant":
-        # Its text is never fed: it shows where the template puts what the assistant writes, and how a turn ends.
+        # The placeholder is never fed: it shows where the template puts the assistant's text, and how a turn ends.
         return Conversation(record.line, [*record.messages, {"role": "assistant", "content": "answer"}])
     return Conversation(record.line, record.messages[: _turns(record)[-1] + 1])
 
 
 def _turns(record: Conversation) -> list[int]:
-    """Places of the assistant's messages."""
+    """Return the indices of the assistant's messages."""
     return [place for place, message in enumerate(record.messages) if message["role"] == "assistant"]

@@ -1,4 +1,4 @@
-"""Rules of decoding, and the next token of each row by them, the same on every tensor-parallel rank.
+"""Decoding rules, and the choice of each row's next token, the same on every tensor-parallel rank.
 
 Legend: b rows, V_i rows of the head on this rank (padded ones hold −∞), V the vocabulary.
 """
@@ -20,11 +20,11 @@ from lowrank_dist.parallel.collectives import all_gather_columns
 
 @dataclass(frozen=True)
 class DecodingRules:
-    """Rules of decoding. Raises UserError for a value that means nothing.
+    """Rules of decoding. Raises UserError for an invalid value.
 
-    temperature 0 is greedy. top_k and top_p cut the distribution in this order; None and 1 leave it whole. stop: texts
-    that end a completion and are not part of it. batch: rows decoded together on a rank. What is drawn for a prompt
-    depends on seed, the prompt's number and the step alone, so batch and order of the prompts do not matter.
+    temperature 0 is greedy. top_k and then top_p truncate the distribution; None and 1 leave it whole. stop: texts that
+    end a completion and are not part of it. batch: rows decoded together on a rank. The random draw for a prompt
+    depends only on seed, the prompt's number and the step, so batch and order of the prompts do not matter.
     """
 
     max_new_tokens: int = 128
@@ -60,8 +60,8 @@ def next_tokens(
 ) -> Tensor:
     """Return the next tokens, int64 [b].
 
-    samples: the number of each row's prompt; step: tokens generated before this one. Raises UserError on every rank
-    for logits that are not numbers.
+    samples: the number of each row's prompt; step: tokens generated before this one. Raises UserError on every rank for
+    logits that are NaN or infinite.
     """
     best, token = _largest(logits_bVi.float(), group)
     if not torch.isfinite(best).all():
@@ -74,16 +74,16 @@ def next_tokens(
     uniform = [uniform_of(rules.seed, sample, step) for sample in samples]
     token = draw(logits_bV, rules, torch.tensor(uniform, dtype=torch.float64, device=logits_bV.device))
     if group.size() > 1:
-        # Not left to each rank's own arithmetic: a scan on a GPU need not be the same bit by bit.
+        # Rank 0's token is used everywhere: a scan on a GPU need not be bit-identical on every rank.
         dist.broadcast(token, group=group, group_src=0)
     return token
 
 
 def _largest(logits_bVi: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Return the largest logit of each row over all ranks and its id, the lowest among equals; NaN is largest."""
+    """Return each row's largest logit over all ranks and its id, the lowest id among equals; NaN is largest."""
     column = logits_bVi.argmax(dim=1, keepdim=True)
     first = group.rank() * logits_bVi.size(1)
-    # In float64 both are exact, and one message carries them.
+    # Logit and id are both exact in float64, so one message carries them.
     mine = torch.cat((logits_bVi.gather(1, column).double(), (first + column).double()), dim=1)
     values, ids = all_gather_columns(mine, group).unflatten(1, (-1, 2)).unbind(dim=2)
     winner = values.argmax(dim=1, keepdim=True)
@@ -91,11 +91,10 @@ def _largest(logits_bVi: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
 
 
 def draw(logits_bV: Tensor, rules: DecodingRules, uniform_b: Tensor) -> Tensor:
-    """Sample one token a row, int64 [b]: the inverse of the distribution function at `uniform_b`.
+    """Return one sampled token per row, int64 [b]: the inverse of the distribution function at `uniform_b`.
 
-    Tokens go by logit, then by id.
-
-    Temperature, then the top_k largest, then the fewest that reach top_p of what these hold (Holtzman et al. 2020).
+    Tokens are ordered by logit, then by id. The temperature is applied, then the top_k largest are kept, then the
+    fewest of these that hold top_p of their probability (Holtzman et al. 2020).
     """
     ordered, ids = logits_bV.sort(dim=1, descending=True, stable=True)
     if rules.top_k is not None:
@@ -109,6 +108,6 @@ def draw(logits_bV: Tensor, rules: DecodingRules, uniform_b: Tensor) -> Tensor:
 
 
 def uniform_of(seed: int, sample: int, step: int) -> float:
-    """Return a number in [0, 1) that depends on the arguments alone, whatever the ranks, the batch and the order."""
+    """Return a number in [0, 1) that depends only on the arguments, not on ranks, batch or order."""
     digest = hashlib.blake2b(f"{seed} {sample} {step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

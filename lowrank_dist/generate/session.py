@@ -1,4 +1,4 @@
-"""A command that decodes: its ranks, those of a launcher or this process alone, and the model that they load."""
+"""The ranks and the model of a command that generates text, under a launcher or in this process alone."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lowrank_dist.model.load import dtype_notes, load_model
 from lowrank_dist.parallel.collectives import gather_texts, require_agreement
 from lowrank_dist.parallel.topology import Topology
 
-# Data-parallel ranks meet at the end of a command alone, and one may have decoded for hours when another is done.
+# Data-parallel ranks meet only at the end of a command, and one may decode for hours after another is done.
 _TIMEOUT_SECONDS = 24 * 3600
 _USER_ERROR = 2
 _VOCAB_MULTIPLE = 128
@@ -41,7 +41,7 @@ _REMEDY = "Give all ranks the same options and files: copies may lie anywhere, b
 
 @dataclass(frozen=True)
 class Session:
-    """The job of a command that decodes. speaks: whether this is the rank that prints and writes."""
+    """The ranks of a command that generates text. speaks: this rank prints and writes."""
 
     topology: Topology
     backend: Backend
@@ -50,10 +50,10 @@ class Session:
 
 @contextmanager
 def session(tensor: int, device: str) -> Iterator[Session]:
-    """Join the launcher's job, or be one alone, at tensor-parallel size `tensor`; further ranks are data parallel.
+    """Yield the session of the launcher's job, or of this process alone, at tensor-parallel size `tensor`.
 
-    device: auto, cpu or cuda. Of ranks that meet the same UserError the first raises it, and the others leave with its
-    exit code.
+    Further ranks are data parallel. device: auto, cpu or cuda. If several ranks meet a UserError, only the first raises
+    it; the others exit with the same code.
     """
     launched, clean = "RANK" in os.environ, False
     if tensor > 1 and not launched:
@@ -72,7 +72,7 @@ def session(tensor: int, device: str) -> Iterator[Session]:
             require_agreement({"--tensor": str(tensor)}, world, backend.device, _REMEDY)
         elif not dist.is_initialized():
             dist.init_process_group(backend.collective, store=dist.HashStore(), rank=0, world_size=1)
-        # Decoding works on whole sequences: none is cut over ranks.
+        # Without sequence parallelism: decoding works on whole sequences.
         topology = Topology.build(tensor, None, False, _TIMEOUT_SECONDS)
         yield Session(topology, backend, speaks=topology.world_group.rank() == 0)
         clean = True
@@ -89,7 +89,7 @@ def _is_first_to_fail() -> bool:
         return os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return dist.distributed_c10d._get_default_store().add("lowrank_dist/decoding_failed", 1) == 1
-    except RuntimeError:  # the rank that held the store is gone: better twice than never
+    except RuntimeError:  # the rank that held the store is gone: reporting twice is better than never
         return True
 
 
@@ -97,7 +97,7 @@ def _is_first_to_fail() -> bool:
 class Loaded:
     """A model ready to decode, with its tokenizer; path: the folder of the base or merged model.
 
-    notes: a line for each thing that its files say and that is not applied.
+    notes: a line for each setting in its files that is not applied.
     """
 
     path: Path
@@ -115,11 +115,10 @@ def load(
     dtype: str = "auto",
     tokenizer: Path | None = None,
 ) -> Loaded:
-    """Return this rank's shard of the model in `path`, with what any method trained into the folder `adapter`.
+    """Return this rank's shard of the model in `path`, with the trained adapter of any method from folder `adapter`.
 
-    dtype: auto (the weights' own), fp32 or bf16. tokenizer: its folder; where it is not given, that of the adapter if
-    it has one, which it was trained with, or else `path`. Raises UserError on every rank where not all were given the
-    same content.
+    dtype: auto (that of the weights), fp32 or bf16. tokenizer: its folder; by default the adapter's if it has one, with
+    which it was trained, else `path`. Raises UserError on every rank where the ranks were given different content.
     """
     with reading(path) as model, reading(adapter or path) as trained:
         return _load(model, adapter and trained, topology, device, dtype, tokenizer)
@@ -129,7 +128,7 @@ def _load(
     path: Path, adapter: Path | None, topology: Topology, device: torch.device, dtype: str, tokenizer: Path | None
 ) -> Loaded:
     beside = tokenizer or tokenizer_beside(adapter, path)
-    # Rank 0's present, for templates that read the clock: every rank has to be asked the same.
+    # Rank 0's time, for templates that read the clock: all ranks must render the same prompt.
     present = gather_texts(datetime.now().isoformat(), topology.world_group, device)[0]
     words = load_tokenizer(beside, datetime.fromisoformat(present))
     if topology.world_group.size() > 1:
@@ -138,7 +137,7 @@ def _load(
             digests["--adapter"] = digest_of(adapter / name for name in reader_of(adapter).files.published)
         own = {"--dtype": dtype, **{name: f"{digest[:12]}…" for name, digest in digests.items()}}
         require_agreement(own, topology.world_group, device, _REMEDY)
-    # No length is refused here: prompts are checked one by one, and decoding applies a sliding window.
+    # No length is checked here: prompts are checked one by one, and decoding applies a sliding window.
     architecture = read_architecture(path)
     architecture.check_tp(topology.tp_size)
     model = load_model(
@@ -160,7 +159,7 @@ def _load(
 
 
 def require_same_prompts(prompts: Sequence[Prompt], rules: DecodingRules, job: Session) -> None:
-    """Raise UserError on every rank where not all have the same to decode. Collective."""
+    """Raise UserError on every rank where the ranks have different prompts or rules. Collective."""
     text = repr([(prompt.ids, sorted(prompt.stop_ids), prompt.references) for prompt in prompts])
     own = {"what is decoded": f"{len(prompts)} prompts, {hashlib.sha256(text.encode()).hexdigest()[:12]}…"}
     require_agreement({**own, "how": repr(rules)}, job.topology.world_group, job.backend.device, _REMEDY)

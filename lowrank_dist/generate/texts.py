@@ -1,7 +1,7 @@
-"""The text of a completion: what stops it, and the rest decoded as what follows its prompt.
+"""The text of a completion: decoding of its tokens, and the tokens and texts that stop it.
 
-Generated texts and the references that they are compared with both come from here, so that what template and tokenizer
-change (case, spaces, normal forms, special tokens, a block of thinking) is the same in both.
+Generated texts and their references are both decoded here, so that the changes of template and tokenizer (case, spaces,
+normal forms, special tokens, a thinking block) are the same in both.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from pathlib import Path
 from lowrank_dist.data.tokenizer import Tokenizer
 from lowrank_dist.formats.text_files import stops_of
 
-# A tokenizer may drop a space where a text begins, so ids are decoded behind the last few of the prompt.
+# Prompt tokens decoded before a completion's: a tokenizer may drop a space where a text begins.
 _CONTEXT = 8
-_CHARACTER = 4  # bytes of UTF-8's longest characters
+_CHARACTER = 4  # bytes of the longest UTF-8 character
 
 
 def stop_tokens(model: Path, tokenizer: Tokenizer, adapter: Path | None = None) -> frozenset[int]:
-    """Return the ids that end a text: the tokenizer's EOS, and what the files of the model say, and of the adapter.
+    """Return the ids that end a text: the tokenizer's EOS and those in the files of the model and the adapter.
 
-    An adapter's generation_config.json has what it was trained to end in, which may end nothing for its base.
+    An adapter's generation_config.json has the ids that its training texts end in, which may not be its base's.
     """
     own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     trained = () if adapter is None else stops_of(adapter)
@@ -30,26 +30,27 @@ def stop_tokens(model: Path, tokenizer: Tokenizer, adapter: Path | None = None) 
 
 
 def written_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int], stop_ids: Collection[int]) -> str:
-    """Return the text of the ids that a model writes, or is trained to write, after the prompt: up to its first stop
-    token."""
+    """Return the text of ids that a model writes, or is trained to write, after the prompt, up to a stop token."""
     return completion_text(tokenizer, prompt, list(takewhile(lambda token: token not in stop_ids, ids)))
 
 
 def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int]) -> str:
-    """Return the text of `ids` as what follows the prompt: spaces as they were trained, no text of the prompt.
+    """Return the text of `ids` as a continuation of the prompt: with spaces as trained, without text of the prompt.
 
-    A run of byte tokens is one text to a decoder, and U+FFFD for each byte where it is not UTF-8 as a whole. So it is
-    decoded from its first byte in `ids`, and a character that `ids` break off is one U+FFFD, as with byte-level BPE.
+    A decoder turns a run of byte tokens into U+FFFD for each byte unless the whole run is UTF-8. A run is therefore
+    decoded from its first byte in `ids`, and a character that `ids` leave incomplete becomes one U+FFFD, as with
+    byte-level BPE.
     """
     context = [] if ids and tokenizer.byte_of(ids[0]) is not None else list(prompt[-_CONTEXT:])
     cut = _broken_off(tokenizer, ids)
     whole = tokenizer.decode([*context, *ids[: len(ids) - cut]])
-    # Not the length of the context's text alone, which byte-level BPE may end within a character, too.
+    # The common prefix is cut off and not the context's length, since byte-level BPE may end the context within a
+    # character.
     return whole[len(commonprefix([tokenizer.decode(context), whole])) :] + ("\ufffd" if cut else "")
 
 
 def _broken_off(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
-    """Return how many of the last tokens are bytes of a UTF-8 character that lacks its last ones."""
+    """Return the number of last tokens that are bytes of an incomplete UTF-8 character."""
     for count, token in enumerate(reversed(ids[-_CHARACTER:]), start=1):
         byte = tokenizer.byte_of(token)
         if byte is None:
@@ -60,20 +61,20 @@ def _broken_off(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
 
 
 def _continues(byte: int) -> bool:
-    """Return whether a byte is one of a UTF-8 character's after its first."""
+    """Return whether a byte is a UTF-8 continuation byte."""
     return 0x80 <= byte < 0xC0
 
 
 class StopTexts:
-    """Finds the first of some texts in a completion, at a cost for each token that does not grow with its length."""
+    """Finds the first stop text in a completion. The cost per token does not grow with the completion's length."""
 
     def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
         self._tokenizer, self._texts = tokenizer, tuple(texts)
-        # A token stands for at least one byte, but for the special ones, which decoding may leave out.
+        # A token stands for at least one byte, except special tokens, which decoding may leave out.
         self._tail = 2 * max((len(text.encode()) for text in texts), default=0) + _CONTEXT
 
     def found_in(self, prompt: Sequence[int], ids: Sequence[int]) -> bool:
-        """Return whether the completion holds a stop text, given that it held none before its last token."""
+        """Return whether the completion holds a stop text, provided that it held none before its last token."""
         if not self._texts:
             return False
         start = max(len(ids) - self._tail, 0)
