@@ -1,1 +1,1 @@
-"""The parts that all files share: model folders, safetensors, atomic writes, manifest, fingerprint and provenance."""
+"""Code that all file formats share: model folders, safetensors, atomic writes, manifests, fingerprints, provenance."""

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""Atomic creation of folders: a folder appears whole or not at all."""
 
 import ctypes
 import errno
@@ -24,17 +24,17 @@ _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
 def is_temporary(folder: Path) -> bool:
-    """Return whether `folder` is what a killed writer left behind, by its name: unfinished, never to be read."""
+    """Return whether `folder` has the name of an unfinished folder of `atomic_folder`, which must never be read."""
     return folder.name.startswith(".") and _MARK in folder.name
 
 
 def temporary_name(target: Path) -> Path:
-    """Return a name beside `target` that nobody has, and that `is_temporary` knows."""
+    """Return an unused name beside `target` that `is_temporary` recognises."""
     return target.with_name(f".{target.name}{_MARK}{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def target_of(folder: Path) -> Path:
-    """Return the folder that a temporary one is to become, for messages; any other folder is itself."""
+    """Return the folder that a temporary folder will become, for messages; any other folder is returned unchanged."""
     if not is_temporary(folder):
         return folder
     return folder.with_name(folder.name.removeprefix(".").rpartition(_MARK)[0])
@@ -45,11 +45,12 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `target`; on success it is synced to disk and becomes `target`.
 
     Any exception removes it and leaves `target` as it was, and so do SIGTERM and SIGHUP where they would end the
-    process; a kill leaves at most a folder that `is_temporary` knows, which the next writer of `target` removes.
-    Missing parents are made. With `replace` an existing folder is exchanged in one step (renameat2) and then removed.
+    process. A SIGKILL leaves at most a folder that `is_temporary` recognises and that the next writer of `target`
+    removes. Missing parents are created. With `replace` an existing folder is exchanged in one step (renameat2) and
+    then removed.
 
-    Raises UserError when `target` exists (without `replace`, or is no plain folder) and DiskError, naming the path, for
-    every OSError inside the block: no space, no permission, a disk that fails.
+    Raises UserError where `target` exists without `replace` or is no plain folder, and DiskError, naming the path, for
+    every OSError inside the block: no space, no permission, a failing disk.
     """
     target = Path(os.path.abspath(target))
     _check_target(target, replace)
@@ -71,16 +72,17 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         except OSError as error:
             raise DiskError(_explain(error, target)) from error
         finally:
-            # After an exchange this is the old folder, after a failure the unfinished one, after a rename nothing.
+            # `temporary` is the old folder after an exchange, the unfinished one after a failure, and gone after a
+            # rename.
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Lock a folder for as long as somebody writes it, which `_remove_abandoned` asks."""
+    """Lock a folder while it is written; `_remove_abandoned` looks for the lock."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(OSError):  # a file system without locks, where nothing is taken for abandoned
+        with suppress(OSError):  # a file system without locks, where no folder is removed as abandoned
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
@@ -88,7 +90,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _remove_abandoned(target: Path) -> None:
-    """Remove what killed writers of `target` left beside it: no live one lets go of its lock.
+    """Remove the temporary folders that killed writers of `target` left: those that nobody has locked.
 
     An empty folder stays: its writer may be about to lock it.
     """
@@ -105,12 +107,12 @@ def _remove_abandoned(target: Path) -> None:
 
 @contextmanager
 def _signals_as_exceptions() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the process by way of SystemExit, where nobody has other plans for them."""
+    """Make SIGTERM and SIGHUP raise SystemExit where they have their default action."""
     mine = threading.current_thread() is threading.main_thread()
     numbers = [number for number in _ENDING if mine and signal.getsignal(number) is signal.SIG_DFL]
 
     def end(number: int, frame: FrameType | None) -> None:
-        for each in numbers:  # a second one would end the tidying up
+        for each in numbers:  # a second signal would interrupt the cleanup
             signal.signal(each, signal.SIG_IGN)
         raise SystemExit(128 + number)
 
@@ -150,7 +152,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -159,7 +161,7 @@ def sync(path: Path) -> None:
 
 
 def _exchange(temporary: Path, target: Path) -> None:
-    """Swap two folders. In one step where the file system can; else the target is missing for the time of a rename."""
+    """Swap two folders: in one step where the file system can, else the target is missing for the time of a rename."""
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if renameat2 is not None:
         if renameat2(_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:

@@ -1,4 +1,4 @@
-"""The file of each tensor of a merged model, and Hugging Face's index of them."""
+"""Layout of a merged model: the file of each tensor, and Hugging Face's index of them."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from lowrank_dist.untrusted.json import read_object
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor on its way: from byte `start` of `path`, where it is `source`, to `target` (type and size)."""
+    """One tensor to copy: `source`, from byte `start` of `path`, is written as `target` (type and size)."""
 
     path: Path
     start: int
@@ -24,7 +24,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to write: its tensors in the order of their bytes."""
+    """A file to write; `pieces` are its tensors in the order of their bytes."""
 
     name: str
     pieces: tuple[Piece, ...]
@@ -33,9 +33,10 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Layout:
-    """The files to write. read: bytes that are read for them, `headers` of which are headers; written: bytes of data.
+    """The files to write.
 
-    mapped: tensor name → file of the base that counts for it (a file can hold stale copies of others).
+    read: bytes to read for them, of which `headers` are headers; written: bytes of tensor data to write. mapped: tensor
+    name → the base's file that counts for it (other files can hold stale copies).
     """
 
     files: tuple[OutputFile, ...]
@@ -46,9 +47,10 @@ class Layout:
 
 
 def plan_layout(mapped: Mapping[str, Path], dtype: str | None, shard_size: int | None) -> Layout:
-    """Lay out the tensors of a base (name → file): its own files, or with `shard_size` files of at most so many bytes.
+    """Return the layout of a base's tensors (name → file).
 
-    dtype: safetensors' name of the type that all floating-point tensors get; None keeps each one's own.
+    The files are the base's own, or with `shard_size` new ones of at most so many bytes. dtype: safetensors' name of
+    the type that all floating-point tensors get; None keeps each one's own.
     """
     headers = {path: read_header(path) for path in sorted(set(mapped.values()))}
     pieces = {
@@ -88,9 +90,10 @@ def _converted(entry: TensorEntry, dtype: str | None) -> TensorEntry:
 
 
 def pack(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Indices of `sizes` cut into shards of at most `limit`, in order; a larger tensor has a shard to itself.
+    """Return the indices of `sizes` in shards of at most `limit`, in order; a larger tensor has a shard to itself.
 
-    As huggingface_hub's split_state_dict_into_shards_factory: the shard begun goes on after an oversized tensor.
+    As in huggingface_hub's split_state_dict_into_shards_factory, the current shard is continued after an oversized
+    tensor.
     """
     shards: list[list[int]] = []
     current: list[int] = []
@@ -108,14 +111,14 @@ def pack(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 
 def shard_names(count: int) -> list[str]:
-    """File names of `count` shards as transformers writes them: model.safetensors alone when there is one."""
+    """Return the file names of `count` shards as in transformers: model.safetensors alone where there is one."""
     if count == 1:
         return [SINGLE_FILE]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def write_index(folder: Path, layout: Layout) -> None:
-    """The index as transformers' save_pretrained writes it; none beside a single model.safetensors."""
+    """Write the index as transformers' save_pretrained does; none beside a single model.safetensors."""
     if [file.name for file in layout.files] == [SINGLE_FILE]:
         return
     places = {piece.target.name: (file.name, piece.target) for file, piece in _counted(layout)}
@@ -135,7 +138,7 @@ def _counted(layout: Layout) -> Iterable[tuple[OutputFile, Piece]]:
 
 
 def write_config(source: Path, target: Path, dtype: str | None) -> None:
-    """Copy config.json; with `dtype` its type is set, under the key it has (transformers 4: torch_dtype, 5: dtype)."""
+    """Copy config.json; `dtype` replaces its type, under the key it has (transformers 4: torch_dtype, 5: dtype)."""
     if dtype is None:
         target.write_bytes(source.read_bytes())
         return

@@ -1,4 +1,4 @@
-"""manifest.json: the content of a checkpoint folder, to the byte. Written last: without it there is no checkpoint."""
+"""manifest.json: size and SHA-256 of each file of a checkpoint. Written last: without it there is no checkpoint."""
 
 import hashlib
 import json
@@ -19,15 +19,15 @@ _ANOTHER = "take another checkpoint"
 
 
 def write_manifest(folder: Path) -> None:
-    """Record size and SHA-256 of every file in the folder, which holds files only."""
+    """Write size and SHA-256 of every file in the folder, which must hold files only."""
     files = {path.name: _describe(path) for path in sorted(folder.iterdir())}
     (folder / MANIFEST_FILE).write_text(_text(files), encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return file → its size and SHA-256, as they were written; UserError for a manifest that was not.
+    """Return file → its size and SHA-256 as written. Raises UserError for a missing, malformed or changed manifest.
 
-    The manifest has one spelling only and carries its own digest, so a change of any byte in it shows too.
+    The manifest has one canonical form and carries its own digest, so that a change of any byte in it is detected.
     """
     path = folder / MANIFEST_FILE
     if path.is_symlink() or not path.is_file():
@@ -47,7 +47,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def verify_manifest(folder: Path) -> None:
-    """Raise UserError, naming the file, unless the folder holds exactly what its manifest says, in regular files."""
+    """Raise UserError, naming the file, unless the folder holds exactly the regular files that its manifest lists."""
     files = read_manifest(folder)
     found = {child.name for child in folder.iterdir()} - {MANIFEST_FILE}
     for what, names in (("is missing", files.keys() - found), ("is not in the manifest", found - files.keys())):
@@ -57,7 +57,7 @@ def verify_manifest(folder: Path) -> None:
         child = folder / name
         if child.is_symlink() or not child.is_file():
             raise UserError(f"{child} is no regular file: {_ANOTHER}")
-        # The size first: hashing what was cut short takes longer than saying so.
+        # The size first: a truncated file is found without hashing it.
         if child.stat().st_size != expected["size"]:
             raise UserError(f"{child} has {child.stat().st_size} bytes, not {expected['size']}: {_ANOTHER}")
         try:
@@ -84,5 +84,5 @@ def _text(files: Mapping[str, object]) -> str:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether an adapter folder is a checkpoint, whole or not: it has a file that a plain adapter has not."""
+    """Return whether a folder is a checkpoint, complete or not: it has a file that a plain adapter does not have."""
     return any((folder / name).exists() for name in (MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE))

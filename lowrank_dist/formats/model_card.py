@@ -1,6 +1,6 @@
-"""README.md of an exported adapter: a Hugging Face model card. What comes from files is text, never markup.
+"""README.md of an exported adapter: a Hugging Face model card. Text that comes from files is escaped.
 
-Each method writes what its adapter is and how it is used; what all cards have in common is here.
+Each method writes the description and usage of its adapter; this module writes the rest of the card.
 """
 
 import math
@@ -37,7 +37,7 @@ _MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$@:-])")
 def model_card(
     name: str, tag: str, base: str, about: str, usage: str, provenance: Provenance | None, library: str = "peft"
 ) -> str:
-    """The whole card of an adapter of `base`. about, usage: Markdown, in which what comes from files is `plain`."""
+    """Return the card of an adapter of `base`. about, usage: Markdown, with text from files escaped by `plain`."""
     front: dict[str, Any] = {
         "library_name": library,
         "pipeline_tag": "text-generation",
@@ -54,20 +54,20 @@ def model_card(
 
 
 def repository_of(base: str) -> str | None:
-    """The base as a repository of the Hub, None for a local path: the Hub takes nothing else as base_model."""
+    """Return the base as a repository of the Hub, None for a local path, which the Hub does not take as base_model."""
     odd = ".." in base or "--" in base or base.endswith((".git", ".", "-"))
     return base if _REPOSITORY.fullmatch(base) and not odd and not Path(base).exists() else None
 
 
 def plain(value: Any) -> str:
-    """One line of bounded text that Markdown and HTML show as it is."""
+    """Return the value as one line of bounded length, escaped so that Markdown and HTML show it as it is."""
     text = str(value)
     text = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"
     return _MARKUP.sub(r"\\\1", printable(text))
 
 
 def base_model(base: str) -> str:
-    """The base in words."""
+    """Return words for the base, to be used in a sentence."""
     return f"the base model {plain(base)}" if base else "a base model that it does not name"
 
 
@@ -102,7 +102,7 @@ def _number(value: Any) -> Any:
 
 
 def _block(title: str, values: Any) -> str:
-    """YAML in an indented block: unlike a fence, no text inside can end it."""
+    """Return a section with YAML as an indented block: unlike a fence, no text inside can end it."""
     try:
         text = yaml.safe_dump(values, sort_keys=False, width=100)
     except RecursionError:

@@ -33,7 +33,8 @@ FLOAT_DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 _OPEN_FILES = 4
-# Weights in any other format would be the unmerged ones; an adapter's config would make transformers apply an adapter.
+# Not copied into a merged model: weights in other files would be the unmerged ones, and an adapter's config would make
+# transformers apply an adapter.
 _WEIGHT_SUFFIXES = frozenset(".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .onnx_data .gguf .npz .ot".split())
 _NOT_COPIED = frozenset((INDEX_FILE, "pytorch_model.bin.index.json", "adapter_config.json"))
 
@@ -50,8 +51,8 @@ class StoredTensor:
 class Checkpoint:
     """The tensors of a model folder by name; made by `open_checkpoint`.
 
-    Weights are memory-mapped: `slice(name)[rows, columns]` is a tensor on the file's pages, which copies nothing and
-    which nobody may write to. A few files are kept open; use it as a context manager, or call `close`.
+    Weights are memory-mapped: `slice(name)[rows, columns]` is a tensor on the mapped file; it copies nothing and must
+    not be written to. A few files are kept open; use it as a context manager, or call `close`.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, StoredTensor]) -> None:
@@ -69,14 +70,14 @@ class Checkpoint:
         return name in self._tensors
 
     def names(self) -> tuple[str, ...]:
-        """Names of all tensors, sorted."""
+        """Return the names of all tensors, sorted."""
         return tuple(sorted(self._tensors))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Element type of a floating-point tensor; raises UserError for any other type."""
+        """Return the element type of a floating-point tensor; raises UserError for any other type."""
         stored = self._tensors[name]
         if stored.dtype not in FLOAT_DTYPES:
             raise UserError(
@@ -86,11 +87,14 @@ class Checkpoint:
         return FLOAT_DTYPES[stored.dtype]
 
     def file(self, name: str) -> Path:
-        """The file that holds `name`."""
+        """Return the file that holds `name`."""
         return self._tensors[name].file
 
     def main_dtype(self) -> torch.dtype:
-        """The floating-point type that most elements have, which is what `model.dtype: auto` means."""
+        """Return the floating-point type that most elements have, which `model.dtype: auto` stands for.
+
+        Raises UserError where no tensor is floating-point.
+        """
         elements: dict[str, int] = {}
         for stored in self._tensors.values():
             if stored.dtype in FLOAT_DTYPES:
@@ -100,7 +104,7 @@ class Checkpoint:
         return FLOAT_DTYPES[max(elements, key=elements.__getitem__)]
 
     def slice(self, name: str) -> Any:
-        """A lazy view of `name`: index it with slices to get a tensor on the mapped file (valid also after `close`)."""
+        """Return a lazy view of `name`: slicing it gives a tensor on the mapped file, also valid after `close`."""
         return self._handle(self._tensors[name].file).get_slice(name)
 
     def close(self) -> None:
@@ -118,11 +122,11 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open the weights under `path`, checked from the files' headers alone (all problems in one UserError).
+    """Return the checkpoint in folder `path`, checked from the files' headers alone.
 
-    A single model.safetensors wins over an index, as in transformers. Raises UserError for: a missing folder,
-    config.json or file; a folder of pickles; an index that is malformed, names a file outside the folder or a tensor
-    that its file does not hold; a truncated or malformed file.
+    A single model.safetensors takes precedence over an index, as in transformers. Raises UserError, listing all
+    problems, for: a missing folder, config.json or file; a folder of pickles; an index that is malformed, names a file
+    outside the folder or a tensor that its file does not hold; a truncated or malformed file.
     """
     read_config(require_folder(path))
     if (path / SINGLE_FILE).is_file():
@@ -150,7 +154,7 @@ def _read_weight_map(index: Path) -> dict[str, str]:
     if "weight_map" not in content or not isinstance(content["weight_map"], dict) or not content["weight_map"]:
         raise UserError(f"{index}: key weight_map must be an object of tensor names to file names; download it again")
     for tensor, name in content["weight_map"].items():
-        # Only a plain name: the hub's cache links its files elsewhere, but an index must not choose the place.
+        # Only a plain name: the Hub's cache may link files elsewhere, but an index must not name another folder.
         plain = isinstance(name, str) and not set(name) & set("/\\") and name.endswith(".safetensors")
         if not plain or not is_nameable(name):
             raise UserError(
@@ -207,9 +211,9 @@ def check_checkpoint(architecture: Architecture, checkpoint: Checkpoint) -> None
 
 
 def stored_name(name: str, architecture: Architecture, checkpoint: Checkpoint) -> str | None:
-    """The name under which tensor `name` lies in the checkpoint, or None.
+    """Return the name under which the checkpoint holds tensor `name`, or None.
 
-    The base-model prefix may be missing; tied embeddings may lie under the name of the output layer alone.
+    The base-model prefix may be missing; tied embeddings may be stored only under the name of the output layer.
     """
     found = architecture.find(name, checkpoint)
     if found is None and architecture.tied and name == architecture.embedding_name:
@@ -225,9 +229,9 @@ def _is_ignored(name: str, architecture: Architecture) -> bool:
 
 
 def other_files(base: Path) -> list[Path]:
-    """Return every other file of the base that holds no weights, subfolders included, hidden or linked folders not.
+    """Return the base's files without weights, index and config; subfolders included, hidden or linked ones excluded.
 
-    They are copied as they are: raises UserError for a link out of the base (`own`) and for what is no regular file.
+    They are copied unchanged. Raises UserError for a link out of the base (`own`) and for anything but a regular file.
     """
     found = []
     for parent, folders, names in os.walk(base):

@@ -1,9 +1,9 @@
-"""The rules for paths: which links are followed, and where nothing is written.
+"""Rules for paths: which links are followed, and where nothing may be written.
 
-Written is never through a link: neither through one that lies where a file is opened, nor into a folder whose content
-counts (a checkpoint, an adapter, a model). Read is through links too, but what is copied out of a folder has to lie in
-it, in another model's, or in the Hub's cache, which links snapshots/<revision>/<file> to ../../blobs/<hash>. A folder
-is read as one: where a link leads is settled once. Knows files by name alone.
+Nothing is written through a link at the place of a file, or into a folder that must stay as it is (a checkpoint, an
+adapter, a model). Links are followed for reading, but a file that is copied out of a folder must lie in that folder, in
+another model's, or in the Hub's cache, which links snapshots/<revision>/<file> to ../../blobs/<hash>. A link to a
+folder is resolved once, so that all files are read from the same folder. Folders are recognised by file names alone.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import BinaryIO, Literal, cast
 
 from lowrank_dist.errors import UserError
 
-# A blob is named by its content: SHA-1 of git's, or SHA-256 of large files.
+# The Hub's cache names a blob by its content: git's SHA-1, or SHA-256 of large files.
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
 _CACHED = ("models--", "datasets--", "spaces--")
 _MODEL = "a model folder"
-# A kind of folder whose content counts, and the files that it is known by: one of each group.
+# Kinds of folders that must stay as they are, and the files that they are recognised by: one of each group.
 _KEPT = {
     "a checkpoint": (("manifest.json",), ("trainer_state.json", "optimizer.safetensors")),
     "an adapter": (
@@ -33,16 +33,16 @@ _KEPT = {
 # A run has one of these files, and writes into these folders.
 _RUN_FILES = ("config.yaml", "metrics.jsonl")
 _RUN_FOLDERS = ("checkpoints", "adapter")
-_LOOKS = 100  # at a link whose target is gone: it was moved meanwhile, or leads nowhere
+_LOOKS = 100  # tries at a link whose target is gone: it may have been moved meanwhile, or lead nowhere
 
 
 def real_path(path: Path) -> Path:
-    """Return the absolute path with all links followed; one in a circle of links stays as it is."""
+    """Return the absolute path with all links followed; a circular link stays as it is."""
     return Path(os.path.realpath(path))
 
 
 def lies_in(path: Path, folder: Path) -> bool:
-    """Return whether `path` is `folder` or lies in it, however they are spelled: through links, or in another case."""
+    """Return whether `path` is `folder` or lies in it, also by way of links or in another letter case."""
     real, home = real_path(path), real_path(folder)
     if real.is_relative_to(home):
         return True
@@ -54,9 +54,9 @@ class Removed(UserError):
 
 
 def settled(folder: Path) -> Path:
-    """Return the folder that a link leads to at this moment; any other path is itself.
+    """Return the folder that a link leads to at this moment; any other path is returned unchanged.
 
-    For what is read file by file: a run moves checkpoints/last with every save, and removes what it led to later.
+    Use it before reading several files: a run moves checkpoints/last with every save, and later removes the old target.
     """
     for _ in range(_LOOKS):
         found = real_path(folder) if folder.is_symlink() else folder
@@ -69,8 +69,8 @@ def settled(folder: Path) -> Path:
 def reading(folder: Path, *, read_before: bool = False) -> Iterator[Path]:
     """Yield the `settled` folder, to be read in the block.
 
-    Raises Removed, in place of whatever the block raised, where it did not stay the same folder for as long.
-    read_before: that it is not there at first is no mistake of the user, but the same.
+    Raises Removed, in place of whatever the block raised, where the folder was removed or replaced meanwhile.
+    read_before: the caller has read the folder before, so Removed is raised as well where it is missing at first.
     """
     found, descriptor = _opened(folder)
     if descriptor is None:
@@ -90,9 +90,9 @@ def reading(folder: Path, *, read_before: bool = False) -> Iterator[Path]:
 
 
 def _opened(folder: Path) -> tuple[Path, int | None]:
-    """Return the settled folder and a descriptor of it, None where there is no such folder.
+    """Return the settled folder and an open descriptor of it, None where there is no such folder.
 
-    Held open, so that a file system that makes numbers up for its folders keeps this one's.
+    While it is open, a file system that makes up inode numbers keeps this folder's number.
     """
     for _ in range(_LOOKS):
         found = settled(folder)
@@ -119,11 +119,11 @@ def _removed(folder: Path, found: Path) -> Removed:
 
 
 def own(path: Path, folder: Path, known: Collection[str] = ()) -> Path:
-    """Return a path in `folder` whose content may be copied out of it.
+    """Return `path`, which lies in `folder`, if its content may be copied out of the folder.
 
-    Raises UserError for a link out of the folder, unless it leads to a file of the Hub's cache (of the snapshot that
-    the folder is, or of the cache that a download into the folder linked), or to a file of the same name where that is
-    one of those `known`, or the file lies in a model folder: people put folders together of links.
+    Raises UserError for a link out of the folder. Allowed are links to a file of the Hub's cache (of the snapshot that
+    the folder is, or of the cache that a download into the folder linked), and links to a file of the same name that is
+    one of `known` or lies in a model folder: people assemble folders from links.
     """
     real = real_path(path)
     if lies_in(real, folder) or _is_cached(real, real_path(folder)):
@@ -136,13 +136,13 @@ def own(path: Path, folder: Path, known: Collection[str] = ()) -> Path:
 def _is_cached(real: Path, folder: Path) -> bool:
     blobs, named = folder.parent.parent / "blobs", _HASH.fullmatch(real.name) is not None
     if folder.parent.name == "snapshots" and real.parent == real_path(blobs):
-        # Where blobs itself is a link, as to another disk, it may lead anywhere.
+        # Where blobs itself is a link (to another disk), it may lead anywhere, so the name must be a hash.
         return named or not blobs.is_symlink()
     return named and real.parent.name == "blobs" and real.parent.parent.name.startswith(_CACHED)
 
 
 def refuse_links(paths: Sequence[Path], what: str) -> None:
-    """Raise UserError, naming each, where one of the paths that are to be written is a link, a pipe or a device.
+    """Raise UserError naming each output path that is a link, a pipe or a device.
 
     what: the key or option that the paths follow from.
     """
@@ -156,7 +156,7 @@ def refuse_links(paths: Sequence[Path], what: str) -> None:
 
 
 def open_own(path: Path, mode: Literal["ab", "wb"]) -> BinaryIO:
-    """Return the file opened to append (unbuffered) or to write anew, but never through a link: an OSError (ELOOP)."""
+    """Return the file opened to append (unbuffered) or to overwrite. A link raises OSError (ELOOP)."""
     return cast(BinaryIO, open(path, mode, 0 if mode == "ab" else -1, opener=_not_through_a_link))
 
 
@@ -165,10 +165,9 @@ def _not_through_a_link(path: str, flags: int) -> int:
 
 
 def require_outside(out: Path) -> None:
-    """Raise UserError where an output is, or lies in, a folder whose content counts: it would be no more what it was,
-    or a run would remove the output with it."""
+    """Raise UserError where an output is, or lies in, a folder that must stay as it is or that a run may remove."""
     real = real_path(out)
-    # What exists is not overwritten anyway.
+    # An existing output is not overwritten anyway.
     for folder in real.parents if real.exists() else (real, *real.parents):
         kind = _kind(folder)
         if kind is not None:

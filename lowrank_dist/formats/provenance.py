@@ -1,4 +1,4 @@
-"""The base that an adapter was trained on: its fingerprint, recorded in lowrank_dist.json beside the adapter."""
+"""The origin of an adapter: its base's fingerprint, config and training, in lowrank_dist.json beside the adapter."""
 
 import hashlib
 import json
@@ -30,12 +30,12 @@ _KINDS: Mapping[str, type] = {
 
 
 def fingerprint(folder: Path) -> str:
-    """Return the SHA-256 (64 hex digits) over what identifies the base model in a Hugging Face folder.
+    """Return the SHA-256 (64 hex digits) that identifies the base model in a Hugging Face folder.
 
     Hashed, each preceded by its length as 8 little-endian bytes: the bytes of config.json; then per tensor, sorted by
     name, the JSON list [name, dtype, shape] and up to three samples of 4096 bytes: the first, the middle (from byte
-    (n − 4096) // 2) and the last of its n bytes, or all of them when n ≤ 4096. How the tensors are spread over files
-    does not matter. A change that misses every sample is not seen: hashing all of a large model takes too long.
+    (n − 4096) // 2) and the last of its n bytes, or all of them when n ≤ 4096. The distribution of tensors over files
+    does not matter. A change outside all samples is not detected: hashing a large model whole takes too long.
 
     Raises UserError for a folder that is no complete model (see `open_checkpoint`).
     """
@@ -75,7 +75,7 @@ def _installed(package: str) -> str:
 
 
 def digest_of(files: Iterable[Path]) -> str:
-    """Return the SHA-256 (64 hex digits) of the files that are there, by name and content."""
+    """Return the SHA-256 (64 hex digits) of the existing files among `files`, by name and content."""
     digest = hashlib.sha256()
     for path in files:
         if path.is_file():
@@ -91,12 +91,13 @@ def installed_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Provenance:
-    """base_fingerprint: `fingerprint` of the base folder; base: its path when it was trained on; config: the run's.
+    """The content of lowrank_dist.json.
 
-    created_by and versions describe the installation and are filled in. training: what the trainer knows when it
-    writes, in JSON, each key optional: step, epoch, tokens, target_tokens, data (path, sha256, samples), loss and
-    eval_loss in nats a token, eval_METRIC of what was generated, and new_ends: the ids that end the trained texts and
-    end none by the base's files.
+    base_fingerprint: `fingerprint` of the base folder; base: its path in training; config: the run's. created_by and
+    versions describe the installation and are filled in by default. training: what the trainer knows when it writes, in
+    JSON, each key optional: step, epoch, tokens, target_tokens, data (path, sha256, samples), loss and eval_loss in
+    nats a token, eval_METRIC of generated texts, and new_ends: the ids that end the trained texts and are no stop
+    tokens in the base's files.
     """
 
     base_fingerprint: str
@@ -110,7 +111,7 @@ class Provenance:
 
     @property
     def new_ends(self) -> list[int]:
-        """`training`'s new_ends; none where it was not recorded."""
+        """The new_ends in `training`; empty where they were not recorded."""
         found = self.training.get("new_ends")
         return [end for end in found if isinstance(end, int)] if isinstance(found, list) else []
 
@@ -121,7 +122,7 @@ class Provenance:
 
 
 def read_provenance(folder: Path) -> Provenance | None:
-    """Return the content of an adapter folder's lowrank_dist.json, or None. UserError when it is malformed."""
+    """Return the content of an adapter folder's lowrank_dist.json, None without one. Raises UserError if malformed."""
     path = folder / PROVENANCE_FILE
     if not path.exists():
         return None
@@ -138,7 +139,7 @@ def read_provenance(folder: Path) -> Provenance | None:
 
 
 def refuse_another_base(folder: Path, base: Path) -> None:
-    """Raise UserError where lowrank_dist.json beside the adapter names a base of another fingerprint."""
+    """Raise UserError where the base's fingerprint is not the one in lowrank_dist.json beside the adapter."""
     provenance = read_provenance(folder)
     if provenance is None:
         return

@@ -1,4 +1,4 @@
-"""The report of an inspection, from which both text and JSON are made, and the one on a Hugging Face model folder."""
+"""The report of an inspection, shown as text or JSON, and the inspection of a Hugging Face model folder."""
 
 import math
 import re
@@ -29,7 +29,7 @@ from lowrank_dist.untrusted.json import brief, read_object
 
 T = TypeVar("T")
 P = ParamSpec("P")
-# For families without a table here: label → the spellings of its key.
+# For families that are not supported here: label → names of its key in config.json.
 _SIZES = {
     "layers": ("num_hidden_layers", "n_layer"),
     "hidden": ("hidden_size", "n_embd"),
@@ -42,11 +42,11 @@ _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 @dataclass
 class Report:
-    """What an inspection found in a folder.
+    """The findings of an inspection of a folder.
 
-    kind: adapter, checkpoint, run or model. facts: name_of_fact → scalar, list or mapping of these, in order.
-    tables: name → rows with the same keys. warnings: what works but should be known. problems: what is broken, each
-    with file, key and remedy.
+    kind: adapter, checkpoint, run or model. facts: name_of_fact → scalar, list or mapping of these, in order. tables:
+    name → rows with the same keys. warnings: things that work but should be known. problems: faults, each with file,
+    key and remedy.
     """
 
     path: Path
@@ -61,17 +61,17 @@ class Report:
         return not self.problems
 
     def read(self, where: Path, reader: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Return what `reader` returns, or None with the reason (one a line of a UserError) among the problems."""
+        """Return the result of `reader`, or None where it raises; each line of a UserError becomes a problem."""
         try:
             return reader(*args, **kwargs)
         except UserError as error:
             self.problems += [line for line in str(error).splitlines() if line.strip()]
-        except Exception as error:  # files are anyone's: whatever they make a reader raise is a finding, not a crash
+        except Exception as error:  # files are untrusted: any exception is a finding, not a crash
             self.problems.append(f"{where} cannot be read ({one_line(error)}): write or download it again")
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as JSON values. JSON has no NaN or infinity: they are text."""
+        """Return the report as JSON values. NaN and infinity, which JSON does not have, become text."""
         whole = {
             "path": self.path,
             "kind": self.kind,
@@ -85,7 +85,7 @@ class Report:
 
 
 def one_line(error: Exception) -> str:
-    """The message in a line; with its type where it is no message for users."""
+    """Return the error's message on one line, preceded by its type unless it is a UserError."""
     text = " ".join(str(error).split())
     return text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
 
@@ -101,14 +101,14 @@ def _jsonable(value: Any) -> Any:
 
 
 def parameters_of(architecture: Architecture | None, checkpoint: Checkpoint) -> int:
-    """Parameters of a model, tied ones once; for a family without a table all that the files hold."""
+    """Return the number of parameters, tied ones counted once; for an unsupported family, all in the files."""
     if architecture is not None:
         return sum(torch.Size(shape).numel() for shape in hf_shapes(architecture).values())
     return sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names())
 
 
 def inspect_model(folder: Path) -> Report:
-    """The report on a model folder. One that this system cannot train is no problem, one that is incomplete is."""
+    """Return the report on a model folder. An unsupported model is no problem, an incomplete one is."""
     report = Report(folder, "model")
     checkpoint = report.read(folder, open_checkpoint, folder)
     architecture, reason = architecture_of_folder(folder)
@@ -133,16 +133,16 @@ def inspect_model(folder: Path) -> Report:
 
 
 def architecture_of_folder(folder: Path) -> tuple[Architecture | None, str | None]:
-    """The architecture, or why this system has none for the folder."""
+    """Return (architecture, None), or None and the reason why the folder's model is not supported."""
     try:
         return read_architecture(folder), None
-    except Exception as error:  # config.json is anyone's, and an inspection reports what it finds
+    except Exception as error:  # config.json is untrusted, and an inspection reports what it finds
         return None, one_line(error)
 
 
 def _require_config(folder: Path) -> None:
-    """Tell a config.json that nobody can use from one that only this system has no table for."""
-    if (folder / CONFIG_FILE).is_file():  # open_checkpoint has said where it is not
+    """Raise UserError for an invalid config.json, but not for a valid one of an unsupported model."""
+    if (folder / CONFIG_FILE).is_file():  # else open_checkpoint has reported it
         with suppress(UnsupportedModel):
             read_architecture(folder)
 
@@ -165,7 +165,7 @@ def _described(folder: Path, architecture: Architecture | None) -> dict[str, Any
     try:
         config = read_config(folder)
     except UserError:
-        return {}  # open_checkpoint has said why
+        return {}  # open_checkpoint has reported why
     named = config["model_type"] if "model_type" in config else "not named"
     found: dict[str, Any] = {"family": named if isinstance(named, str) else brief(named)}
     for label, keys in _SIZES.items():
@@ -178,7 +178,7 @@ def _described(folder: Path, architecture: Architecture | None) -> dict[str, Any
 
 
 def _files(folder: Path, checkpoint: Checkpoint, report: Report) -> None:
-    """Dtypes, shards and bytes, and that every tensor lies in one file only, the one that the index names."""
+    """Add dtypes, shards and bytes to the report, and a problem for each tensor or file that contradicts the index."""
     shards = sorted({checkpoint.file(name) for name in checkpoint.names()})
     dtypes: Counter[str] = Counter()
     nbytes = 0
@@ -213,7 +213,7 @@ def _files(folder: Path, checkpoint: Checkpoint, report: Report) -> None:
     index = read_object(folder / INDEX_FILE, "download it again")
     metadata = index["metadata"] if "metadata" in index else None
     said = metadata["total_size"] if isinstance(metadata, dict) and "total_size" in metadata else None
-    # No reader uses it, and published models have it wrong: worth knowing, not broken.
+    # No reader uses total_size, and published models have it wrong: a warning and not a problem.
     if said is not None and said != nbytes:
         report.warnings.append(f"{folder / INDEX_FILE}: total_size is {said}, but the tensors have {nbytes} bytes")
 

@@ -1,7 +1,7 @@
-"""The safetensors container, byte by byte, for what the safetensors library keeps in memory whole.
+"""Reading and writing of safetensors files in parts, where the safetensors library holds whole files in memory.
 
 Layout (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length, a JSON header that
-gives each tensor's dtype, shape and [begin, end) in the data that follow, the data without holes.
+gives each tensor's dtype, shape and [begin, end) in the data that follow. The data have no holes.
 """
 
 import json
@@ -42,7 +42,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of a file; UserError when it is missing, truncated or malformed."""
+    """Read and check the header of a file; raises UserError where it is missing, truncated or malformed."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -66,7 +66,7 @@ def read_header(path: Path) -> Header:
 
 
 def read_into(file: FileIO, start: int, view: memoryview) -> None:
-    """Fill `view` with the bytes of an unbuffered file from position `start` on; OSError when the file ends before."""
+    """Fill `view` from position `start` of an unbuffered file; raises OSError where the file ends too early."""
     file.seek(start)
     while view:
         count = file.readinto(view)
@@ -95,7 +95,7 @@ class SafetensorsWriter:
         self._file.write(len(encoded).to_bytes(8, "little") + encoded)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append bytes to the data; OSError when the disk refuses."""
+        """Append bytes to the data; raises OSError where the disk refuses."""
         self._file.write(data)
         self._written += memoryview(data).nbytes
 
@@ -108,7 +108,7 @@ class SafetensorsWriter:
 
 
 def write_fp32(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write contiguous fp32 tensors of the CPU, in the order given, as transformers and PEFT expect a file of them."""
+    """Write contiguous fp32 CPU tensors, in the given order, to a file as transformers and PEFT expect it."""
     assert all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors.values())
     entries = (TensorEntry(name, "F32", tuple(tensor.shape), 0, tensor.nbytes) for name, tensor in tensors.items())
     with SafetensorsWriter(path, entries, {"format": "pt"}) as file:
@@ -117,12 +117,12 @@ def write_fp32(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def chunks(total: int, largest: int) -> Iterator[tuple[int, int]]:
-    """Cut `total` into the fewest pieces of at most `largest`, all of nearly the same size: (start, stop) of each."""
+    """Yield (start, stop) of the fewest pieces of `total` that are at most `largest`, all of nearly the same size."""
     count = -(-total // largest)
     for index in range(count):
         yield total * index // count, total * (index + 1) // count
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous CPU tensor as they lie in a file, without a copy."""
+    """Return the bytes of a contiguous CPU tensor as stored in a file, without a copy."""
     return tensor.flatten().view(torch.uint8).numpy().data

@@ -1,7 +1,7 @@
-"""The files that say how a model reads and writes text: its tokenizer, its chat template, and the ids that end a text.
+"""The text files of a model: its tokenizer, its chat template, and the ids that end a text.
 
-They go with what was trained: into checkpoints and adapter folders as they were trained with, and into merged models.
-Nothing is made of a tokenizer here, its files are copied; where two are compared, it is by what they mean.
+They accompany what was trained: in checkpoints and adapter folders as training used them, and in merged models.
+Tokenizer files are only copied here, never built; two tokenizers are compared by meaning, not by bytes.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from lowrank_dist.untrusted.json import JsonFault, brief, parse_json, read_objec
 GENERATION_CONFIG = "generation_config.json"
 _FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 _SETTINGS, _TEMPLATE, _TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
-# Of a SentencePiece model these say the rest; a tokenizer.json beside it would be read in its place.
+# The rest of a SentencePiece tokenizer. Without tokenizer.json, which would be read in place of the model.
 _BESIDE = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", _TEMPLATE, "chat_template.json")
 TOKENIZER_FILES = (_FAST, _SENTENCEPIECE, *_BESIDE, "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
 TEXT_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
-# transformers takes them from config.json where there is no generation_config.json.
+# Keys that transformers takes from config.json where there is no generation_config.json.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MEND = "mend it, or remove it"
-# What the tokenizers library takes for a key that older files lack, and writes where it saves them anew.
+# Defaults of the tokenizers library for keys that older files lack. It writes them when it saves a file anew.
 _DEFAULTS: Mapping[str, Any] = {
     **{"type": "BPE", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False},
     **{"use_regex": True, "split": True},
 }
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
-_LARGEST = 256 * MIB  # of one file; the largest tokenizer.json that is published has 33
+_LARGEST = 256 * MIB  # of one file; the largest published tokenizer.json has 33 MiB
 
 Tokenizer = Mapping[str, bytes]
 
@@ -45,7 +45,7 @@ Tokenizer = Mapping[str, bytes]
 def place_of_tokenizer(path: Path) -> Path:
     """Return the folder of a tokenizer.json, or the file of a bare SentencePiece model, for a folder or such a file.
 
-    Neither need exist. As `data.tokenizer.load_tokenizer` chooses.
+    It is the choice of `data.tokenizer.load_tokenizer`. The result need not exist.
     """
     folder = path.parent if path.name == _FAST else path
     if (folder / _FAST).is_file():
@@ -54,7 +54,7 @@ def place_of_tokenizer(path: Path) -> Path:
 
 
 def holds_tokenizer(path: Path) -> bool:
-    """Return whether there is a tokenizer at a path that `read_tokenizer` takes."""
+    """Return whether `read_tokenizer` finds a tokenizer at a path."""
     return place_of_tokenizer(path).exists()
 
 
@@ -67,9 +67,9 @@ def tokenizer_digest(path: Path) -> str:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Return file name → content of the tokenizer in a folder, or of a file of one (`place_of_tokenizer`).
+    """Return file name → content of the tokenizer at a path (see `place_of_tokenizer`).
 
-    Raises UserError where there is none, and for a file that is a link to what is no file of a tokenizer.
+    Raises UserError where there is none, and for a link to a file that does not belong to a tokenizer (see `own`).
     """
     place = place_of_tokenizer(path)
     if not place.exists():
@@ -83,14 +83,14 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def text_files(folder: Path) -> list[str]:
-    """Return the names of those files that an adapter folder holds."""
+    """Return the names of the text files in an adapter folder."""
     return [name for name in TEXT_FILES if (folder / name).exists()]
 
 
 def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
-    """Return whether both cut texts and render chats alike, by what their files say.
+    """Return whether both cut texts and render chats alike, by the meaning of their files.
 
-    Where one of them alone has a tokenizer.json, that is what was made of the SentencePiece model which both have.
+    If only one of them has a tokenizer.json, it is taken to be made from the SentencePiece model, which both must have.
     """
     if one == other or (_FAST in one) == (_FAST in other):
         return one == other or _meaning(one) == _meaning(other)
@@ -102,7 +102,10 @@ def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
 
 
 def tokenizer_beside(adapter: Path | None, model: Path) -> Path:
-    """Return the folder of the tokenizer that an adapter was trained with: its own, the model's where they are one."""
+    """Return the folder of the tokenizer that an adapter was trained with.
+
+    It is the adapter's where that has one which differs from the model's, else the model's.
+    """
     if adapter is None or not holds_tokenizer(adapter):
         return model
     if holds_tokenizer(model) and same_tokenizer(read_tokenizer(adapter), read_tokenizer(model)):
@@ -111,7 +114,7 @@ def tokenizer_beside(adapter: Path | None, model: Path) -> Path:
 
 
 def note_on_other_tokens(tokenizer: Path, base: Path) -> list[str]:
-    """Return a line where a run's tokenizer.json is not its base's: the base may know other tokens by these ids."""
+    """Return a note where a run's tokenizer.json is not its base's: the same ids may be other tokens there."""
     if not holds_tokenizer(base):
         return []
     ours, theirs = read_tokenizer(tokenizer), read_tokenizer(base)
@@ -126,7 +129,7 @@ def note_on_other_tokens(tokenizer: Path, base: Path) -> list[str]:
 
 
 def note_on_another(adapter: Path, tokenizer: Path) -> list[str]:
-    """Return a line where the adapter that a run starts from was trained with another tokenizer than the run's."""
+    """Return a note where the adapter that a run starts from was trained with another tokenizer than the run's."""
     if not holds_tokenizer(adapter) or same_tokenizer(read_tokenizer(adapter), read_tokenizer(tokenizer)):
         return []
     return [
@@ -145,7 +148,7 @@ def _meaning(files: Tokenizer) -> list[Any]:
 
 
 def _said_beside(files: Tokenizer) -> list[Any]:
-    """Return chat template, BOS, EOS, and whether special tokens are found in texts, and BOS is put before them."""
+    """Return chat template, BOS, EOS, split_special_tokens, and whether BOS is put before a text."""
     settings = _object(files, _SETTINGS)
     template = files[_TEMPLATE].decode(errors="replace") if _TEMPLATE in files else settings.get("chat_template")
     special = [_content(settings.get(name)) for name in ("bos_token", "eos_token")]
@@ -154,10 +157,10 @@ def _said_beside(files: Tokenizer) -> list[Any]:
 
 
 def _added_tokens(definition: Mapping[str, Any], files: Tokenizer) -> dict[str, Any]:
-    """Return what is found in a text before it is cut: the token → id and flags, None where it is only named.
+    """Return the tokens that are matched before a text is cut: token → id and flags, None where only its name is given.
 
-    By tokenizer.json, and by the files beside it as transformers reads them: a tokenizer_config.json that has
-    added_tokens_decoder makes the older ones void.
+    They come from tokenizer.json and the files beside it, as transformers reads them: a tokenizer_config.json that has
+    added_tokens_decoder overrides the older files.
     """
     named = _object(files, _SETTINGS)
     listed, decoder = definition.get("added_tokens"), named.get("added_tokens_decoder")
@@ -182,12 +185,12 @@ def _added_tokens(definition: Mapping[str, Any], files: Tokenizer) -> dict[str, 
 
 
 def _settled(part: Any) -> Any:
-    """Return a part of tokenizer.json in one spelling: without defaults, and with merges as newer files have them."""
+    """Return a part of tokenizer.json in canonical form: without defaults, and with merges as newer files have them."""
     if isinstance(part, list):
         return [_settled(inner) for inner in part]
     if not isinstance(part, dict):
         return part
-    # What older files say beside prepend_scheme says nothing.
+    # Older files have it beside prepend_scheme, where it has no effect.
     void = {"add_prefix_space"} if "prepend_scheme" in part else set()
     settled = {
         key: value if key in ("vocab", "merges") else _settled(value)
@@ -212,7 +215,7 @@ def _content(token: object) -> object:
 
 
 def end_of_text(files: Tokenizer) -> tuple[int, ...]:
-    """Return the id of the EOS that a tokenizer.json folder names; none where it names none, or has no id for it."""
+    """Return the id of the EOS that a tokenizer.json folder names; empty where it names none or gives it no id."""
     eos, definition = _content(_object(files, _SETTINGS).get("eos_token")), _object(files, _FAST)
     added = definition.get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
@@ -221,9 +224,10 @@ def end_of_text(files: Tokenizer) -> tuple[int, ...]:
 
 
 def _largest_id(files: Tokenizer) -> int:
-    """Return the largest id in the vocabulary of a tokenizer.json, -1 where none is told.
+    """Return the largest id in the vocabulary of a tokenizer.json, -1 where there is none.
 
-    Without added tokens: a Llama 2 with one for padding has it behind the model's last row, where no text comes to it.
+    Added tokens do not count: a Llama 2 with one for padding has its id beyond the model's last row, and no text is
+    encoded to it.
     """
     model = _object(files, _FAST).get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -233,7 +237,7 @@ def _largest_id(files: Tokenizer) -> int:
 
 
 def stops_of(folder: Path) -> tuple[int, ...]:
-    """Return the ids that end a text by eos_token_id of a folder's generation_config.json, or else its config.json."""
+    """Return the ids in eos_token_id of a folder's generation_config.json, or else of its config.json."""
     for name in (GENERATION_CONFIG, CONFIG_FILE):
         path = folder / name
         if path.is_file():
@@ -249,10 +253,10 @@ def stops_of(folder: Path) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class TextFiles:
-    """What goes with a trained model. tokenizer: its files, empty for those that are there already.
+    """The text files that accompany a trained model.
 
-    ends: ids that end a text, for eos_token_id. generation: for a folder without a config.json, an adapter's, the text
-    of its generation_config.json; None where it needs none.
+    tokenizer: its files, empty where the folder keeps its own. ends: ids that end a text, for eos_token_id. generation:
+    text of generation_config.json for an adapter's folder, which has no config.json; None where it needs none.
     """
 
     tokenizer: Tokenizer
@@ -261,16 +265,16 @@ class TextFiles:
 
     @classmethod
     def of_run(cls, tokenizer: Path, base: Path, ends: Iterable[int]) -> TextFiles:
-        """Return what goes with a run's checkpoints. ends: the ids that its samples end in."""
+        """Return the text files of a run's checkpoints. ends: the ids that its samples end in."""
         return cls(read_tokenizer(tokenizer), tuple(ends), _generation(base, ends))
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those of the files in an adapter's folder."""
+        """Names of the files in an adapter's folder."""
         return (*self.tokenizer, *(() if self.generation is None else (GENERATION_CONFIG,)))
 
     def write(self, folder: Path) -> None:
-        """Write them into an adapter's folder, or into a model folder in place of what is the base's there."""
+        """Write the files into an adapter's folder, or into a model folder in place of the base's."""
         if self._replaces(folder):
             for name in TOKENIZER_FILES:
                 (folder / name).unlink(missing_ok=True)
@@ -283,7 +287,7 @@ class TextFiles:
             (folder / GENERATION_CONFIG).write_text(self.generation, encoding="utf-8")
 
     def changes(self, base: Path) -> list[str]:
-        """Return a line for each thing that will be another in a model folder than in its base."""
+        """Return a line for each difference that a model folder will have from its base."""
         lines = []
         if self._replaces(base):
             lines.append(f"the tokenizer or chat template is not that of {base}")
@@ -300,7 +304,7 @@ class TextFiles:
         return not holds_tokenizer(folder) or not same_tokenizer(read_tokenizer(folder), self.tokenizer)
 
     def _complete(self, folder: Path) -> None:
-        """Add the ends to eos_token_id of a model folder, where it lives."""
+        """Add the missing ends to eos_token_id of a model folder, in the file that has that key."""
         if missing_ends(folder, self.ends):
             path = folder / GENERATION_CONFIG
             if not path.is_file() and stops_of(folder):
@@ -309,13 +313,13 @@ class TextFiles:
 
 
 def missing_ends(folder: Path, ends: Iterable[int]) -> list[int]:
-    """Return those of the ids that do not end a text by a model folder's files (`stops_of`)."""
+    """Return the ids among `ends` that are no stop tokens in a model folder's files (`stops_of`)."""
     known = stops_of(folder)
     return [end for end in dict.fromkeys(ends) if end not in known]
 
 
 def _generation(base: Path, ends: Iterable[int]) -> str | None:
-    """Return the text of the base's generation_config.json with the ends in it; None where it needs none."""
+    """Return the text of the base's generation_config.json with the ends added; None where none is needed."""
     path, ends = base / GENERATION_CONFIG, tuple(ends)
     if missing_ends(base, ends):
         return _with_ends(path, base, ends)
@@ -323,7 +327,7 @@ def _generation(base: Path, ends: Iterable[int]) -> str | None:
 
 
 def _with_ends(path: Path, folder: Path, ends: Iterable[int]) -> str:
-    """Return the text of a file of a model folder that has eos_token_id, with the ends in it; it need not exist."""
+    """Return the text of `path`, a model folder's file for eos_token_id, with the ends added. It need not exist."""
     if path.is_file():
         settings = read_object(path, _MEND)
     else:
@@ -331,17 +335,17 @@ def _with_ends(path: Path, folder: Path, ends: Iterable[int]) -> str:
         settings = {key: config[key] for key in _TOKEN_IDS if key in config}
     ids = [*stops_of(folder), *missing_ends(folder, ends)]
     settings["eos_token_id"] = ids[0] if len(ids) == 1 else ids
-    # With it transformers would take config.json's.
+    # With this key transformers would use config.json's ids.
     settings.pop("_from_model_config", None)
     return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
 
 
 def merged_text_files(adapters: Collection[Path], tokenizer: Path | None, vocab: int) -> TextFiles:
-    """Return what goes into a merge of adapters: the tokenizer that is given, else the one beside the adapters.
+    """Return the text files of a merge: those of the given tokenizer, else of the one beside the adapters.
 
-    ends: what each adapter's generation_config.json ends a text with, and the EOS of that tokenizer. vocab: ids of the
-    model. Raises UserError where adapters were trained with different tokenizers and none is given, and where the one
-    that is given cannot be the model's.
+    Their ends are the `stops_of` the adapters and of a given tokenizer folder, and the EOS of the tokenizer, as far as
+    they are below vocab, the number of the model's ids. Raises UserError where adapters were trained with different
+    tokenizers and none is given, and where the given one cannot be the model's.
     """
     if tokenizer is not None:
         files = read_tokenizer(tokenizer)
@@ -365,17 +369,17 @@ def merged_text_files(adapters: Collection[Path], tokenizer: Path | None, vocab:
 
 
 def unknown_ends(base: Path, ends: Iterable[int]) -> list[int]:
-    """Return those of the ids that end no text of the base model, by its files or as the EOS of its tokenizer."""
+    """Return the ids among `ends` that are neither stop tokens in the base's files nor its tokenizer's EOS."""
     missing = missing_ends(base, ends)
     own = end_of_text(read_tokenizer(base)) if missing and holds_tokenizer(base) else ()
     return [end for end in missing if end not in own]
 
 
 def refuse_for_serving(adapter: Path, base: Path | None, new_ends: Iterable[int], target: str) -> None:
-    """Raise UserError where a server of the base, with the adapter put on, would not read and end texts as trained.
+    """Raise UserError where a server of base and adapter would not read and end texts as in training.
 
-    base: its folder, None where it is not at hand. new_ends: those that the base lacked when the adapter was trained on
-    it. target: the server's name.
+    base: its folder, None where it is not at hand. new_ends: the ends that the base lacked when the adapter was trained
+    on it. target: the server's name.
     """
     if missing := list(new_ends) if base is None else unknown_ends(base, new_ends):
         raise UserError(
