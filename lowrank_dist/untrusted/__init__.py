@@ -1,1 +1,1 @@
-"""Readers of what anyone may have written: files, JSON, regular expressions. Bounded, and every fault a UserError."""
+"""Bounded readers of untrusted files, JSON and regular expressions. A fault is a UserError, or a ValueError."""

@@ -1,6 +1,6 @@
-"""Files that anyone may have written: read whole up to a bound, or line by line, and names that no disk could hold.
+"""Reading of untrusted files, whole or line by line, in bounded memory, and checks of path names.
 
-The bound is met before anything of that size is held: a file may be a device without an end.
+A bound applies before anything of that size is held, since a file may be an endless device.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import printable
 
 MIB = 1 << 20
-# Of a line of metrics.jsonl, which has some three hundred bytes.
+# Bytes of a line of metrics.jsonl, which has some three hundred.
 LONGEST_RECORD = MIB
 # Linux: NAME_MAX and PATH_MAX, the latter with its closing zero byte.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 
 
 def read_bytes(path: Path, remedy: str, *, largest: int) -> bytes:
-    """Return the content of a regular file of at most `largest` bytes; UserError for anything else."""
+    """Return the content of a regular file of at most `largest` bytes; raise UserError for anything else."""
     try:
-        # Before it is opened: whoever opens a pipe waits for its writer.
+        # Before opening: opening a pipe would wait for its writer.
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{shown(path)}: is no regular file: {remedy}")
         with path.open("rb") as file:
@@ -35,13 +35,13 @@ def read_bytes(path: Path, remedy: str, *, largest: int) -> bytes:
 
 
 def require_size(path: Path, remedy: str, *, largest: int) -> None:
-    """Raise UserError for a file of more than `largest` bytes, which somebody else is to read."""
+    """Raise UserError for a file of more than `largest` bytes. For files that a library will read."""
     if path.is_file() and path.stat().st_size > largest:
         raise UserError(f"{shown(path)}: is larger than the {sized(largest)} that such a file may have: {remedy}")
 
 
 def read_text(path: Path, remedy: str, *, largest: int) -> str:
-    """Return the text of a UTF-8 file; UserError as `read_bytes` raises it, and for what is no UTF-8."""
+    """Return the text of a UTF-8 file; raise UserError as `read_bytes` does, and where it is not UTF-8."""
     try:
         return read_bytes(path, remedy, largest=largest).decode()
     except UnicodeDecodeError as error:
@@ -51,8 +51,8 @@ def read_text(path: Path, remedy: str, *, largest: int) -> str:
 def read_lines(path: Path, remedy: str, *, longest: int) -> Iterator[tuple[int, bytes]]:
     """Yield each line's number, from 1, and its bytes, with the newline where it has one.
 
-    Cut at newlines alone: text mode also splits at U+2028 or \\x0c in some readers and would shift the numbers that an
-    editor shows. UserError for a line over `longest` bytes, before it is held.
+    Lines end only at newlines: in some readers text mode also splits at U+2028 or \\x0c, and the numbers would differ
+    from an editor's. Raises UserError for a line over `longest` bytes, before it is held.
     """
     try:
         with path.open("rb") as file:
@@ -67,7 +67,7 @@ def read_lines(path: Path, remedy: str, *, longest: int) -> Iterator[tuple[int, 
 
 
 def require_nameable(text: str) -> str:
-    """Return the text; ValueError where no file of Linux can be called so."""
+    """Return the text; raise ValueError where it cannot be a path on Linux."""
     if "\0" in text:
         raise ValueError("a path cannot hold a zero byte")
     size = len(os.fsencode(text))
@@ -80,16 +80,16 @@ def require_nameable(text: str) -> str:
 
 
 def is_nameable(text: str) -> bool:
-    """Return whether a file of Linux can be called so."""
+    """Return whether the text can be a path on Linux."""
     try:
         require_nameable(text)
-    except ValueError:  # what cannot be encoded as well
+    except ValueError:  # UnicodeEncodeError as well
         return False
     return True
 
 
 def shown(path: Path | str) -> str:
-    """Return a path for a message: one line, without the middle of one that no screen would hold."""
+    """Return a path on one line, for a message; a very long one loses its middle."""
     text = printable(str(path))
     return text if len(text) <= 500 else f"{text[:240]}…{text[-240:]}"
 

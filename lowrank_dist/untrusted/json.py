@@ -1,8 +1,8 @@
-"""JSON that anyone may have written: the one place that parses it, with a bound on each thing that can grow.
+"""The only parser of untrusted JSON, with a bound on each thing that can grow.
 
-Refused beyond what is no JSON: a file over a size, nesting, an integer that no float holds, half of a surrogate pair,
-text that is no UTF-8; and where asked, a key that is given twice (others take the last) and NaN or infinity (published
-configurations have them: `"time_step_limit": [0.0, Infinity]`).
+Refused besides malformed JSON: too large a file, too deep nesting, an integer beyond every float, an unpaired
+surrogate, text that is not UTF-8. On request also a key that is given twice (other parsers take the last) and NaN or
+infinity (published configurations have them: `"time_step_limit": [0.0, Infinity]`).
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from lowrank_dist.terminal import printable
 from lowrank_dist.untrusted.files import MIB, read_bytes, shown
 
 T = TypeVar("T")
-# The largest that are published are indices of some thousand shards, below 16 MiB. JSON takes up to 30 times its size.
+# The largest published files are indices of some thousand shards, below 16 MiB. Parsed JSON takes up to 30 times the
+# size of its file.
 LARGEST = 32 * MIB
 DEEPEST = 100
-# A float ends at 309 digits, and Python converts no more than 4300; a tokenizer's model_max_length has 31.
+# The largest float has 309 digits, and Python converts at most 4300; a tokenizer's model_max_length has 31.
 _MOST_DIGITS = 308
 _HALF_PAIR_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -38,7 +39,7 @@ _NAMES: Mapping[type, str] = {
 
 
 class JsonFault(ValueError):
-    """What is wrong with a text as JSON. line: its number from 1, None where the fault has a key, or no place."""
+    """A fault in a JSON text. line: its number from 1, None where the message names a key or there is no place."""
 
     def __init__(self, what: str, line: int | None = None) -> None:
         super().__init__(what)
@@ -46,9 +47,9 @@ class JsonFault(ValueError):
 
 
 def parse_json(content: bytes | str, *, unique: bool = False, finite: bool = False) -> Any:
-    """Return the value of a JSON text. unique: refuse a key that an object has twice. finite: NaN and infinity.
+    """Return the value of a JSON text. Raises JsonFault.
 
-    Raises JsonFault.
+    unique: refuse a key that an object has twice. finite: refuse NaN and infinity.
     """
     text = _decoded(content)
     try:
@@ -60,7 +61,6 @@ def parse_json(content: bytes | str, *, unique: bool = False, finite: bool = Fal
             object_pairs_hook=_unique if unique else None,
         )
     except json.JSONDecodeError as error:
-        # Not error.colno: a text that breaks off is blamed on the column after its newline.
         column = error.pos - text.rfind("\n", 0, error.pos)
         raise JsonFault(f"malformed JSON at column {column}: {error.msg}", error.lineno) from error
     except RecursionError as error:
@@ -76,7 +76,7 @@ def parse_json(content: bytes | str, *, unique: bool = False, finite: bool = Fal
 
 
 def read_json(path: Path, remedy: str, *, largest: int = LARGEST, unique: bool = False, finite: bool = False) -> Any:
-    """Return the value in a file, as `parse_json` does. Raises UserError with the place and the remedy."""
+    """Return the value in a file, as `parse_json` does. Raises UserError with the place of the fault and the remedy."""
     content = read_bytes(path, remedy, largest=largest)
     try:
         return parse_json(content, unique=unique, finite=finite)
@@ -88,7 +88,7 @@ def read_json(path: Path, remedy: str, *, largest: int = LARGEST, unique: bool =
 def read_object(
     path: Path, remedy: str, *, largest: int = LARGEST, unique: bool = False, finite: bool = False
 ) -> dict[str, Any]:
-    """Return the object in a file; UserError as `read_json` raises it, and for a value that is no object."""
+    """Return the object in a file; raise UserError as `read_json` does, and for a value that is no object."""
     value = read_json(path, remedy, largest=largest, unique=unique, finite=finite)
     if not isinstance(value, dict):
         raise UserError(f"{shown(path)}: expected a JSON object, found {type(value).__name__}: {remedy}")
@@ -96,7 +96,7 @@ def read_object(
 
 
 def take(values: Mapping[str, Any], key: str, kind: type[T], where: Path | str, remedy: str = "correct it") -> T | None:
-    """Return the value of a key, None where there is none or it is null; UserError where it is of another kind.
+    """Return the value of a key, None where it is absent or null; raise UserError where it is of another type.
 
     kind: str, int, float (any number), bool, list or dict.
     """
@@ -110,9 +110,9 @@ def take(values: Mapping[str, Any], key: str, kind: type[T], where: Path | str, 
 
 
 def brief(value: object) -> str:
-    """Return a value for a message: its beginning, on one line."""
+    """Return the beginning of a value on one line, for a message."""
     text = repr(value)
-    # Cut before it is spelled out, which takes a step for each character.
+    # Cut before `printable`, which takes a step for each character.
     text = printable(text[:101])
     return text if len(text) <= 100 else f"{text[:100]}…"
 
@@ -127,7 +127,7 @@ class _LongInteger(Exception):
 
 
 class _Digits:
-    """Stands for an integer that is too long to be one."""
+    """Placeholder for an integer with too many digits."""
 
 
 def _decoded(content: bytes | str) -> str:
@@ -171,7 +171,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _key_of_digits(text: str) -> str:
-    """Return what holds the first integer that is too long; "" where the rest of the text is no JSON either."""
+    """Return the key of the first integer that is too long (see `_at`); "" where the text is malformed elsewhere."""
     try:
         value = json.loads(text, parse_int=_digits)
         return next(_at(way) for way, found in _walk(value) if isinstance(found, _Digits))
@@ -196,16 +196,16 @@ def _inside(value: object) -> Iterator[object]:
 
 
 def _refuse_half_pairs(value: object) -> None:
-    """Python keeps half of a surrogate pair as text that can neither be written nor printed."""
+    """Raise JsonFault for an unpaired surrogate, which Python keeps as text that can't be written or printed."""
     for way, found in _walk(value):
         if isinstance(found, str) and _HALF_PAIR.search(found):
             raise JsonFault(f"{_at(way)}an unpaired surrogate escape (\\udXXX)")
 
 
 def _walk(value: object, way: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], object]]:
-    """Yield every name, and every value that holds no others, with the names and places that lead to it.
+    """Yield every key, and every value that is no container, each with the keys and indices that lead to it.
 
-    One at a time, and no text is made of the way: there may be as many values, and as long a name, as the text is long.
+    They are yielded one at a time and the path is not joined to text: there may be very many values and very long keys.
     """
     if not isinstance(value, dict | list):
         yield way, value
@@ -220,6 +220,6 @@ def _walk(value: object, way: tuple[str | int, ...] = ()) -> Iterator[tuple[tupl
 
 
 def _at(way: tuple[str | int, ...]) -> str:
-    """Return what holds a value, for a message: its key, "a[2].b"."""
+    """Return the key that holds a value as the beginning of a message: "key 'a[2].b' holds "."""
     key = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in way)
     return f"key {brief(key.removeprefix('.'))} holds " if key else ""

@@ -1,8 +1,7 @@
-"""The one rule for the keys of a JSON object that others write: none that changes numbers is passed over in silence.
+"""The rule for keys of an untrusted JSON object: no key that changes numbers is ignored silently.
 
-A key is applied; or known to be without effect; or refused, because it changes numbers and is not applied; or, where
-published files commonly have it and it would be wrong to refuse them, said in a line; and one that is not known is
-said in a line as well.
+A key is applied; or known to have no effect; or refused, because it changes numbers and is not applied; or noted, where
+it is not applied but is too common in published files to be refused. Unknown keys are noted as well.
 """
 
 from __future__ import annotations
@@ -14,17 +13,18 @@ from typing import Any
 from lowrank_dist.errors import some_of
 from lowrank_dist.terminal import printable
 
-# What a column holds where a row of a table says nothing.
+# Values of empty cells in a table that was exported to JSON.
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 _LONGEST, _MOST_NAMED = 40, 20
 
 
 @dataclass(frozen=True)
 class KeyRule:
-    """The keys of one kind of object. applied: read for what they mean. without_effect: of no number here.
+    """The keys of one type of object.
 
-    refused: key → what it would change. unapplied: key → what is said of it. Neither holds for a value that is among
-    `nothing`, nor for those in `neutral`, at which the key changes nothing either.
+    applied: keys that are used. without_effect: keys that change no number here. refused: key → what it would change.
+    unapplied: key → text of its note. Keys in `refused` and `unapplied` are ignored where the value is in `nothing`, or
+    among the key's values in `neutral`, at which it changes nothing.
     """
 
     applied: frozenset[str]
@@ -35,11 +35,11 @@ class KeyRule:
     nothing: tuple[Any, ...] = (None,)
 
     def refusals(self, values: Mapping[str, Any]) -> dict[str, str]:
-        """Return key → what it would change, of those that have to be refused."""
+        """Return key → what it would change, for the keys that must be refused."""
         return {key: self.refused[key] for key in values if key in self.refused and self._counts(key, values[key])}
 
     def unknown(self, values: Mapping[str, Any]) -> list[str]:
-        """Return the keys of which nothing is known, sorted; a null says nothing."""
+        """Return the unknown keys, sorted; those with a null or neutral value are left out."""
         known = (self.applied, self.without_effect, self.refused, self.unapplied)
         return sorted(
             key
@@ -48,7 +48,7 @@ class KeyRule:
         )
 
     def notes(self, values: Mapping[str, Any], where: str) -> list[str]:
-        """Return the lines for what is not applied, a line for each reason, and one for all keys that are not known.
+        """Return the notes on keys that are not applied: a line for each reason, and one for all unknown keys.
 
         where: names the file.
         """
@@ -70,7 +70,7 @@ class KeyRule:
 
 
 def _same(value: Any, other: Any) -> bool:
-    """Return whether the values are equal, and both or neither true or false: True is not 1 here."""
+    """Return whether the values are equal and both or neither are booleans: True is not 1 here."""
     return isinstance(value, bool) == isinstance(other, bool) and value == other
 
 

@@ -1,7 +1,7 @@
-"""Regular expressions that anyone may have written: Python's own syntax and meaning, in bounded time.
+"""Untrusted regular expressions, with Python's syntax and meaning, in bounded time.
 
-`re` decides what an expression is, as it does for PEFT and transformers; it cannot be stopped once it backtracks, so
-`regex` matches, which means the same by all that is let through here and gives up after a time.
+`re` decides what is a valid expression, as in PEFT and transformers. It cannot be stopped while it backtracks, so
+matching is done by `regex`, which has a timeout and agrees with `re` on every expression that is accepted here.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.json import brief
 
 LONGEST = 20_000
-# The form of an expression for the end of a dotted path, from a dot on.
+# Form for an expression that matches the end of a dotted path, at its beginning or after a dot.
 PATH_END = r"(?:.*\.)?(?:{})"
-# A path of a module. No published one has 200 characters.
+# Characters of a module's path. No published one has 200.
 _LONGEST_TEXT = 2_000
-# Characters of an expression whose repetitions are written out, as `regex` does: of so many it makes 100 MB, in 0.2 s.
+# Characters of an expression with its repetitions expanded, as `regex` expands them. At this size it takes 100 MB and
+# 0.2 s.
 _MOST_WRITTEN = 1 << 18
-# What is counted: after a parenthesis (or the space of a verbose one) a group, whose counts multiply those in it.
+# A counted repetition. After a parenthesis (or white space, in a verbose expression) it repeats a group, and multiplies
+# the counts inside.
 _COUNTS = re.compile(r"([)\s]?)\{(\d*)(?:,(\d*))?\}")
-# `re` takes a brace that counts nothing as itself, and `regex` for a number of mistakes; [[: begins a class to it.
+# To `re` a brace without a count is a literal. To `regex` it is fuzzy matching, and [[: begins a POSIX class.
 _BRACE = re.compile(r"(?<!\\)(?:\\\\)*\{(?!\d+(?:,\d*)?\}|,\d+\})")
 _CLASS = "[[:"
 
 
 class Patterns:
-    """The regular expressions of one file or section, which together are matched for `seconds` of this thread's time.
+    """The regular expressions of one file or section, which may take `seconds` of this thread's CPU time together.
 
-    where: for messages, the file or the section.
+    where: the file or the section, for messages.
     """
 
-    # A name against a short expression takes a microsecond or two.
+    # Matching a name with a short expression takes a microsecond or two.
     seconds = 5.0
 
     def __init__(self, where: object) -> None:
@@ -46,20 +48,23 @@ class Patterns:
         self._compiled: dict[str, regex.Pattern] = {}
 
     def require(self, pattern: str, key: str, form: str = "{}") -> None:
-        """Raise UserError, naming the key, where the expression cannot be used. form: what it is put into, at {}."""
+        """Raise UserError, naming the key, where the expression cannot be used.
+
+        form: a template, with {} in place of the expression.
+        """
         try:
             self._compile(pattern, form)
-        except UserError:  # of the time, with its place
+        except UserError:  # out of time; it names the place already
             raise
         except ValueError as error:
             raise UserError(f"{self._where}: {key}: {brief(pattern)}: {error}") from error
 
     def fullmatch(self, pattern: str, text: str, form: str = "{}") -> bool:
-        """Return whether the whole text is what the expression describes. form: what it is put into, at {}."""
+        """Return whether the expression matches the whole text. form: as in `require`."""
         return self._run(pattern, form, text, "fullmatch") is not None
 
     def match(self, pattern: str, text: str, form: str = "{}") -> regex.Match | None:
-        """Return the match at the beginning of a text. form: what the expression is put into, at {}."""
+        """Return the match at the beginning of a text. form: as in `require`."""
         return self._run(pattern, form, text, "match")
 
     def _run(self, pattern: str, form: str, text: str, how: str) -> regex.Match | None:
@@ -81,14 +86,14 @@ class Patterns:
 
     @contextmanager
     def _timed(self, pattern: str, what: str) -> Iterator[None]:
-        """Take the time of the block from what is left; UserError where that is nothing, or it raises TimeoutError."""
+        """Subtract the block's time from what is left; raise UserError where nothing is left or the block times out."""
         began = time.thread_time()
         try:
             if self._left <= 0:
                 raise TimeoutError
             yield
         except (TimeoutError, MemoryError) as error:
-            self._left = 0  # The engine's clock is the process's, which runs ahead of the thread's.
+            self._left = 0  # `regex` counts process time, which runs ahead of the thread's.
             raise UserError(
                 f"{self._where}: {what} the regular expression {brief(pattern)} takes longer than {self.seconds:g} s, "
                 "with those before it: it backtracks, or they are too many; write it without a repetition inside a "
@@ -99,7 +104,7 @@ class Patterns:
 
 
 def require_expression(pattern: str, form: str = "{}") -> None:
-    """Raise ValueError, saying why, unless `form` with the pattern at {} is a regular expression within the bounds."""
+    """Raise ValueError with the reason unless `form` with the pattern at {} is an acceptable regular expression."""
     if len(pattern) > LONGEST:
         raise ValueError(f"a regular expression of {len(pattern)} characters; at most {LONGEST} are taken")
     if _written(pattern) > _MOST_WRITTEN:
@@ -114,8 +119,8 @@ def require_expression(pattern: str, form: str = "{}") -> None:
         raise ValueError("ignores the case of characters beyond ASCII; no module is named so")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of syntax that may come to mean something else
-            # By itself as well: ")(" is one only inside of a form.
+            warnings.simplefilter("ignore")  # about syntax whose meaning may change
+            # The pattern by itself must be valid too: ")(" is valid only inside a form.
             re.compile(pattern)
             re.compile(form.replace("{}", pattern))
         regex.compile(form.replace("{}", pattern), regex.VERSION0, cache_pattern=False)
@@ -129,10 +134,10 @@ def require_expression(pattern: str, form: str = "{}") -> None:
 
 
 def _written(pattern: str) -> int:
-    """Return how many characters the expression has at most once its counted repetitions are written out."""
+    """Return the most characters that the expression has with its counted repetitions expanded."""
     single = groups = 1
     for after, *counts in _COUNTS.findall(pattern):
-        # Digits alone are counted before they are converted.
+        # Check the number of digits before converting them.
         most = max(1, *(int(count) if len(count) < 7 else _MOST_WRITTEN for count in counts if count), 1)
         if after:
             groups = min(groups * most, _MOST_WRITTEN)
