@@ -1,1 +1,1 @@
-"""The material that configuration sections are made of: the base model, field types, YAML's scalars. A leaf room."""
+"""Building blocks of configuration sections: base models, field types, YAML scalars. Imports only `untrusted`."""

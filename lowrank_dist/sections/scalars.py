@@ -1,4 +1,4 @@
-"""Plain YAML scalars as YAML 1.2 has them. PyYAML follows 1.1, where 2e-4 is text, `no` is false and 1:30 is 90."""
+"""Plain YAML scalars as in YAML 1.2. PyYAML follows 1.1, where 2e-4 is text, `no` is false and 1:30 is 90."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, NoReturn
 
 import yaml
 
-# A section, a mapping in it, and room to say which key is wrong.
+# A section and a mapping in it take two levels; the rest is room to say which key is wrong.
 DEEPEST = 20
 _PREFIX = "tag:yaml.org,2002:"
-# tag, what a plain scalar of it looks like, and its possible first characters (PyYAML's index).
+# Tag, pattern of its plain scalars, and their possible first characters (PyYAML's index).
 _RESOLVERS = (
     ("null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
     ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
@@ -36,7 +36,7 @@ def _index_by_first_character() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 class Loader(yaml.SafeLoader):
     """Composes nodes with 1.2 scalars. Aliases are refused: a config needs none, and they can nest without end.
 
-    So are nesting over `DEEPEST` levels, and text with half of a surrogate pair, which nothing can write.
+    Nesting over `DEEPEST` levels is refused, and so is an unpaired surrogate, which cannot be written.
     """
 
     yaml_implicit_resolvers = _index_by_first_character()
@@ -63,7 +63,7 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes exactly the text that Loader would not read back as text."""
+    """Quotes exactly the text that `Loader` would not read back as text."""
 
     yaml_implicit_resolvers = _index_by_first_character()
 
@@ -72,7 +72,10 @@ class Dumper(yaml.SafeDumper):
 
 
 def scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
-    """The value of a scalar node. ValueError for an explicit tag (`!!binary`, `!!bool maybe`) that it does not fit."""
+    """Return the value of a scalar node.
+
+    Raises ValueError for an explicit tag (`!!binary`, `!!bool maybe`) that does not fit it.
+    """
     tag = node.tag.removeprefix(_PREFIX)
     if tag == "str":
         return node.value

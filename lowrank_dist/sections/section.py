@@ -1,7 +1,8 @@
-"""The base of every configuration section, and the field types that several of them use.
+"""The base class of all configuration sections, and the field types that several of them use.
 
-A section's model lies beside its owner (model/config.py, methods/lora/config.py, …) and imports this room alone: no
-torch, so that a configuration can be checked anywhere. A field's description is the remedy in an error message.
+A section's model lies beside its owner (model/config.py, methods/lora/config.py, …) and imports only this package. It
+loads no torch, so that a configuration can be checked anywhere. A field's description is the remedy in an error
+message.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lowrank_dist.untrusted.patterns import PATH_END, require_expression
 
 
 def _path(value: object) -> Path:
-    # Strict mode takes no text for a path, and YAML has nothing else.
+    # Pydantic's strict mode takes no text for a path, and YAML has nothing else.
     if isinstance(value, Path) or isinstance(value, str) and value:
         return Path(require_nameable(str(value)))
     raise ValueError("a path is text that is not empty (a number as a name needs quotes)")
@@ -33,25 +34,26 @@ def _end_of_path(value: str) -> str:
     return value
 
 
-# The methods, as a run's config names them; methods/registry.py says where each lives.
+# Method names in a run's config; methods/registry.py says where each lives.
 MethodName: TypeAlias = Literal["lora", "full", "adapter_h", "adapter_l", "prefix", "prompt"]
 YamlPath: TypeAlias = Annotated[Path, BeforeValidator(_path)]
 Pattern: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_regular_expression)]
-# Of the end of a module's path, from a dot on.
+# Matches the end of a module's path, at its beginning or after a dot.
 EndPattern: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_end_of_path)]
 
 
 class Section(BaseModel):
-    """Frozen and strict: no key beyond the model's, no value of another type, no infinity."""
+    """Frozen and strict: no unknown key, no value of another type, no infinity or NaN."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 class MethodSection(Section):
-    """The section of one method, and what others ask of any method before it is built.
+    """The section of one method, and what other code asks of a method before it is built.
 
-    As it stands it is the section of a method that has no keys, takes no positions and can be sharded anyhow.
-    shaping: keys that say which tensors are trained and how large, so that no checkpoint fits another value.
+    The defaults are those of a method that has no keys, takes no positions and can be sharded over any number of ranks.
+    shaping: keys that decide which tensors are trained and how large they are, so that no checkpoint fits another
+    value.
     """
 
     shaping: ClassVar[frozenset[str]] = frozenset()
@@ -63,17 +65,17 @@ class MethodSection(Section):
 
     @property
     def starts_from(self) -> Path | None:
-        """Folder of the adapter that training starts from and that completes this section, or None."""
+        """Folder of the adapter that training starts from and that fills in keys of this section, or None."""
         return None
 
     def reason_not_shardable(self, tp_size: int) -> str | None:
-        """Return why what is trained cannot lie on `tp_size` tensor-parallel ranks, with the remedy, or None."""
+        """Return why the trained tensors cannot be sharded over `tp_size` ranks, with the remedy, or None."""
         return None
 
     def reason_without_room(self, name: str, max_length: int) -> str | None:
-        """Return why virtual positions leave no sample room in data.max_length, with the remedy, or None.
+        """Return why virtual positions leave no room for a sample in data.max_length, with the remedy, or None.
 
-        name: of the section.
+        name: the section's name.
         """
         if max_length - self.virtual >= 2:
             return None
@@ -83,5 +85,8 @@ class MethodSection(Section):
         )
 
     def resumed(self, saved: Mapping[str, Any]) -> Self:
-        """Return the section with what only the run that goes on knows. saved: the checkpoint's section, as JSON."""
+        """Return the section for a resumed run. saved: the checkpoint's section, as JSON.
+
+        A method overrides it to take values from `saved` that can no longer be read from the adapter of `starts_from`.
+        """
         return self
