@@ -1,4 +1,4 @@
-"""Reads a run's config: defaults ← YAML ← command line, checked as a whole, every mistake reported at once."""
+"""Loading of a run's config: defaults ← YAML ← command line, checked as a whole, every mistake reported at once."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ from lowrank_dist.untrusted.files import read_text
 
 USAGE = "give one YAML file, then overrides without spaces: CONFIG.yaml section.key=value or --section.key value"
 COMMAND_LINE = "command line"
-# A rank and an alpha for each module of the deepest models is a fifth of it. PyYAML reads some 100 KiB a second.
+# Bytes of a config. An adapter rank and an alpha for each module of the deepest models take a fifth of it. PyYAML reads
+# some 100 KiB a second.
 LARGEST = 256 << 10
 MOST_PROBLEMS = 50
 Key = tuple[str, ...]
-# What is no section is a value at the top level, as `method` is.
+# The other fields, such as `method`, are values at the top level.
 _SECTIONS: dict[str, type[Section]] = {
     name: field.annotation
     for name, field in Config.model_fields.items()
@@ -34,11 +35,11 @@ _SECTIONS: dict[str, type[Section]] = {
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """The config that the arguments of a run describe.
+    """Return the config that the arguments of a run describe.
 
     `argv` is CONFIG.yaml and, in any order, overrides: `section.key=value`, `--section.key value` or
     `--section.key=value`, with values as in YAML. `--local_rank=N`, which launchers add, is accepted and ignored.
-    Relative paths are relative to the current directory. Raises ConfigError with everything that is wrong.
+    Relative paths are relative to the current directory. Raises ConfigError with all mistakes.
     """
     raw = _Raw()
     path, overrides = _split_arguments(argv, raw)
@@ -50,9 +51,9 @@ def load_config(argv: Sequence[str]) -> Config:
 
 
 def config_of(values: Mapping[str, Mapping[str, object]], overrides: Sequence[str]) -> Config:
-    """The config that `values`, keys by section as a YAML file would give them, and the overrides describe.
+    """Return the config of `values` (section → key → value, as in a YAML file) and the overrides.
 
-    Raises ConfigError with everything that is wrong.
+    Raises ConfigError with all mistakes.
     """
     raw = _Raw()
     raw.values = {section: dict(keys) for section, keys in values.items()}
@@ -63,7 +64,7 @@ def config_of(values: Mapping[str, Mapping[str, object]], overrides: Sequence[st
 
 
 def _checked(raw: _Raw, overrides: Sequence[tuple[str, str]]) -> Config:
-    """The values with the overrides, checked as a whole."""
+    """Return the config of the values with the overrides, checked as a whole."""
     for key, text in overrides:
         raw.override(key, text)
     if raw.fatal:
@@ -82,13 +83,13 @@ def _checked(raw: _Raw, overrides: Sequence[tuple[str, str]]) -> Config:
 
 
 def _refusal(lines: Sequence[str], count: int) -> ConfigError:
-    """Return the error with the first lines of `count`."""
+    """Return the error with the first of its lines. count: number of all problems."""
     shown = list(lines[:MOST_PROBLEMS])
     return ConfigError("\n".join(shown + [f"and {count - len(shown)} more"] * (count > len(shown))))
 
 
 class _Raw:
-    """Values before they are checked, where each of them came from, and what was wrong already."""
+    """Values before they are checked, the place that each came from, and the problems found so far."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
@@ -98,7 +99,7 @@ class _Raw:
         self._origin: dict[Key, str] = {}
 
     def where(self, key: Key) -> str:
-        """file:line of the key or of what encloses it, or "command line"."""
+        """Return file:line of the key or of the key that encloses it, or "command line"."""
         for end in range(len(key), 0, -1):
             if key[:end] in self._origin:
                 return self._origin[key[:end]]
@@ -109,7 +110,7 @@ class _Raw:
         self.fatal = self.fatal or fatal
 
     def read(self, path: Path) -> None:
-        """Take the values of a YAML file."""
+        """Read the values of a YAML file."""
         self.file = str(path)
         try:
             text = read_text(path, USAGE, largest=LARGEST)
@@ -128,11 +129,11 @@ class _Raw:
                 f"{path}:{root.start_mark.line + 1}", "is not a mapping", "write sections with their keys", fatal=True
             )
         for section, values in self._construct(root, (), lambda node: f"{path}:{node.start_mark.line + 1}").items():
-            # A section all of whose keys are commented out is null to YAML.
+            # YAML gives null for a section whose keys are all commented out.
             self.values[section] = {} if values is None and section in _SECTIONS else values
 
     def override(self, dotted: str, text: str) -> None:
-        """Take one value of the command line."""
+        """Apply one override of the command line."""
         key = tuple(dotted.split("."))
         alone = key[0] in Config.model_fields and key[0] not in _SECTIONS
         if alone and len(key) > 1:
@@ -154,12 +155,12 @@ class _Raw:
         if isinstance(section, dict):
             self._origin = {known: at for known, at in self._origin.items() if known[:2] != key}
             self._origin[key] = COMMAND_LINE
-            if key[0] not in Config.model_fields:  # pydantic will complain of the section, and YAML may not have it
+            if key[0] not in Config.model_fields:  # pydantic reports an unknown section, which YAML may not have
                 self._origin.setdefault(key[:1], COMMAND_LINE)
             section[key[1]] = None if node is None else self._construct(node, key, lambda node: COMMAND_LINE)
 
     def _construct(self, node: yaml.Node, key: Key, place: Callable[[yaml.Node], str]) -> Any:
-        """The node's value; remembers the place of every key below it."""
+        """Return the node's value, and record the place of every key below it."""
         if isinstance(node, yaml.MappingNode):
             values: dict[str, Any] = {}
             for name_node, value_node in node.value:
@@ -194,7 +195,7 @@ class _Raw:
 
 
 def _split_arguments(argv: Sequence[str], raw: _Raw) -> tuple[Path | None, list[tuple[str, str]]]:
-    """The config file and the (dotted key, text) of each override."""
+    """Return the config file and the (dotted key, text) of each override."""
     path: Path | None = None
     overrides: list[tuple[str, str]] = []
     rest = iter(argv)
@@ -221,7 +222,7 @@ def _split_arguments(argv: Sequence[str], raw: _Raw) -> tuple[Path | None, list[
 
 
 def _explain_yaml(error: yaml.YAMLError, file: str) -> tuple[str, str]:
-    """file:line and what is wrong."""
+    """Return the place (file:line) and the reason of a YAML error."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return file, str(error).replace("\n", " ")
     mark = error.problem_mark or error.context_mark
@@ -230,7 +231,7 @@ def _explain_yaml(error: yaml.YAMLError, file: str) -> tuple[str, str]:
 
 
 def _explain(detail: ErrorDetails, raw: _Raw) -> str:
-    """One of pydantic's errors as a line: where: section.key: what is wrong — the remedy."""
+    """Return one of pydantic's errors as a line: where: section.key: what is wrong — the remedy."""
     key = tuple(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return f"{raw.where(key)}: {'.'.join(key)}: unknown key — {_meant(key)}"
@@ -238,7 +239,7 @@ def _explain(detail: ErrorDetails, raw: _Raw) -> str:
     dotted = ".".join(key) + "".join(f"[{part}]" for part in detail["loc"] if isinstance(part, int))
     section = _section_in(field)
     if section is not None and detail["type"] == "value_error":
-        error = detail["ctx"]["error"]  # of several keys, with its remedy
+        error = detail["ctx"]["error"]  # it concerns several keys and has its remedy
         if isinstance(error, UnreadKeys):
             return "\n".join(f"{raw.where((*key, name))}: {dotted}.{name}: {error}" for name in error.keys)
         return f"{raw.where(key)}: {error}"
@@ -255,15 +256,15 @@ def _explain(detail: ErrorDetails, raw: _Raw) -> str:
 
 
 def _section_in(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, null or not."""
+    """Return the section that a field holds, optional or not; None where it holds none."""
     kinds = (field.annotation, *get_args(field.annotation))
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 def _field_of(key: Key) -> tuple[FieldInfo, Key]:
-    """The field in which an error lies, and its key.
+    """Return the field in which an error lies, and its key.
 
-    What lies deeper is a name of a mapping, a place in a list, or pydantic's own word for a branch.
+    Deeper parts of the key are the name of a mapping's item, a list index, or pydantic's name of a branch.
     """
     field, depth = Config.model_fields[key[0]], 1
     while depth < len(key) and (section := _section_in(field)) is not None:
@@ -272,7 +273,7 @@ def _field_of(key: Key) -> tuple[FieldInfo, Key]:
 
 
 def _meant(key: Key) -> str:
-    """Say which key was probably meant, and all there are beside it."""
+    """Return a hint with the key that was probably meant and all valid keys beside it."""
     if len(key) == 1:
         return _closest(key[0], Config.model_fields) + f"at the top level are {_names(Config.model_fields)}"
     section = _section_in(_field_of(key[:-1])[0])
@@ -286,7 +287,7 @@ def _meant(key: Key) -> str:
 
 
 def _keys(section: type[Section]) -> Iterator[Key]:
-    """Every key of a section and of those in it."""
+    """Yield every key of a section and of the sections in it."""
     for name, field in section.model_fields.items():
         yield (name,)
         inner = _section_in(field)

@@ -1,6 +1,6 @@
-"""The whole configuration of a run, put together from the sections that lie beside their owners. Imports no torch.
+"""The configuration of a run, assembled from the sections that lie beside their owners. Imports no torch.
 
-The sections `engine`, `train` and `output` lie here: their owner, the engine, reads the whole configuration.
+The sections `engine`, `train` and `output` are defined here: their owner, the engine, reads the whole configuration.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class OutputConfig(Section):
 
 
 class UnreadKeys(ValueError):
-    """`keys` of a section that the method does not read. Its text is what is wrong with each, and the remedy."""
+    """`keys` of a section that the chosen method does not read. The message applies to each key and has the remedy."""
 
     def __init__(self, keys: Sequence[str], section: str, method: str) -> None:
         self.keys = tuple(keys)
@@ -153,7 +153,7 @@ class UnreadKeys(ValueError):
 
 
 class Config(Section):
-    """A whole run. Two configs are equal when the runs they describe are."""
+    """The configuration of a run. Two configs are equal if they describe the same run."""
 
     model: ModelConfig
     method: MethodName = Field(
@@ -191,13 +191,13 @@ class Config(Section):
 
     @property
     def own_section(self) -> MethodSection:
-        """The section of the chosen method; one without keys for a method that has none."""
+        """The section of the chosen method; an empty one for a method that has none."""
         name = home(self.method).section
         return MethodSection() if name is None else getattr(self, name)
 
     @property
     def inputs(self) -> dict[str, Path]:
-        """Key → file or folder that the run reads, for those that are given."""
+        """Key → file or folder that the run reads, without those that are not set."""
         found = {
             "model.path": self.model.path,
             "data.train": self.data.train,
@@ -208,14 +208,14 @@ class Config(Section):
         return {key: path for key, path in found.items() if path is not None}
 
     def with_own_section(self, section: MethodSection) -> Config:
-        """The same config with another section of the chosen method."""
+        """Return this config with another section of the chosen method."""
         name = home(self.method).section
         return self if name is None else self.model_copy(update={name: section})
 
     def read_keys(self) -> dict[str, Any]:
-        """Every key that the run reads, in its section, as JSON values: those of other methods are left out."""
+        """Return every key that the run reads, in its section, as JSON values. Other methods' sections are left out."""
         return self.model_dump(mode="json", exclude=set(SECTIONS) - {home(self.method).section})
 
     def to_yaml(self) -> str:
-        """Every key that the run reads with the value it has, as `load_config` reads it back to an equal config."""
+        """Return `read_keys` as YAML, which `load_config` reads back to an equal config."""
         return yaml.dump(self.read_keys(), Dumper=Dumper, sort_keys=False)
