@@ -1,6 +1,6 @@
-"""The errors whose message is for the user, who sees it without a traceback, and pieces of such messages.
+"""Errors whose message is shown to the user without a traceback, and a helper for such messages.
 
-Imports nothing of ours.
+Imports nothing from this package.
 """
 
 from __future__ import annotations
@@ -9,26 +9,29 @@ from collections.abc import Sequence
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave; the message says what, where, and the remedy."""
+    """A mistake in the user's input; the message says what, where, and the remedy."""
 
 
 class ConfigError(UserError):
-    """Everything that is wrong with a configuration, a line each: where: section.key: what is wrong — the remedy."""
+    """All mistakes in a configuration, a line each: where: section.key: what is wrong — the remedy."""
 
 
 class DiskError(UserError):
-    """A refusal of the disk (no space, no permission, …): nothing new was written, and what was there still is."""
+    """A failed write (no space, no permission, …): nothing new was written, and existing files are unchanged."""
 
 
 class ElsewhereError(UserError):
-    """The failure of another rank, whose own message says why."""
+    """A failure of another rank, whose own message gives the reason."""
 
 
 class StrangerError(UserError):
-    """The mistake of one rank that the others do not share: it is no rank of the run that it met, is there twice, or
-    has no place in its job by its launcher's variables."""
+    """A mistake of one rank that the others do not share.
+
+    The rank does not belong to the run that it met, exists twice, or has no place in its job by its launcher's
+    variables.
+    """
 
 
 def some_of(names: Sequence[str], most: int = 3) -> str:
-    """Return the first `most`, and how many more there are."""
+    """Return the first `most` names and the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

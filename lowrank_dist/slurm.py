@@ -1,6 +1,6 @@
-"""Job scripts for Slurm: layouts and time limits that fit a job, and the EDIT block of a script in launch/slurm.
+"""Job scripts for Slurm: checks of layout and time limit, and the EDIT block of a script in launch/slurm.
 
-What is written into a script is text to bash and to sbatch, never evaluated.
+Values written into a script are plain text to bash and sbatch, never evaluated.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from lowrank_dist.errors import UserError
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d{1,2}){0,2})")
 _ENDLESS = ("UNLIMITED", "INFINITE")
 BEGIN, END = "# ==== EDIT: begin ====", "# ==== EDIT: end ===="
-# sbatch splits these lines itself, by rules of its own: only what needs no quoting anywhere goes there.
+# sbatch splits #SBATCH lines by rules of its own, so only values that need no quoting are allowed there.
 _PLAIN = re.compile(r"[A-Za-z0-9._,:@%+/=\[\]-]+")
 
 
 def check_layout(
     nodes: int, ranks_per_node: int, *, tensor: int, data: int | None = None, across_nodes: bool = False
 ) -> None:
-    """Raise UserError where TP × DP is not the number of ranks, or a tensor-parallel group crosses nodes unasked.
+    """Raise UserError where TP × DP is not the number of ranks, or where TP crosses nodes without `across_nodes`.
 
     tensor, data, across_nodes: as in the section `parallel` of a run's config.
 
-    Tensor-parallel ranks are consecutive and Slurm fills node after node: groups stay inside nodes exactly where
-    parallel.tensor divides the ranks of a node.
+    Tensor-parallel ranks are consecutive and Slurm fills one node after another, so groups stay inside nodes exactly
+    where parallel.tensor divides the ranks of a node.
     """
     ranks = nodes * ranks_per_node
     job = f"{nodes} nodes × {ranks_per_node} = {ranks} ranks"
@@ -49,7 +49,7 @@ def check_layout(
 
 
 def check_time(time: str, lead: int) -> None:
-    """Raise UserError where `time` is not a time limit of sbatch, or is over before `lead` seconds are."""
+    """Raise UserError where `time` is not a time limit of sbatch, or is not longer than `lead` seconds."""
     if time in _ENDLESS:
         return
     match = _TIME.fullmatch(time)
@@ -86,9 +86,8 @@ def checkout() -> Path:
 def fill(template: str, directives: Mapping[str, str | None], variables: Mapping[str, str | Sequence[str]]) -> str:
     """Return `template` with its EDIT block filled in.
 
-    directives: option of sbatch → its value, or None to switch its line off. variables: name → value, a sequence for
-    an array. Each must have a line in the block. Raises UserError for a directive that sbatch could read as something
-    else.
+    directives: option of sbatch → its value, or None to comment its line out. variables: name → value, a sequence for
+    an array. Each must have a line in the block. Raises UserError for a directive that sbatch could misread.
     """
     head, _, rest = template.partition(BEGIN)
     block, marker, tail = rest.partition(END)
