@@ -1,20 +1,20 @@
 """Hand-written autograd of the low-rank linears (docs/DESIGN.md, "Mathematics"). No function here adds a collective.
 
 Legend: T tokens, T_j = T / N this rank's token shard, K inputs and O outputs of the rank's weight, R = Σ r.
-m the binary dropout mask; a = s/(1−p)·A [R, K]; b = block-diagonal B [O, R], held as bᵀ; W frozen [O, K].
+m the binary dropout mask; a = s/(1−p)·A [R, K]; b = block-diagonal B [O, R], stored as bᵀ; W frozen [O, K].
 U = (m⊙X)·aᵀ carries all scales, so nothing scales a pass over tokens.
 
-How W is held is the FrozenWeight's affair, how a and b follow from parameters the LowRankUpdate's (parallel/frozen.py,
-parallel/update.py). A function takes the parameters that it has gradients for as its last arguments.
+FrozenWeight (parallel/frozen.py) decides how W is stored, LowRankUpdate (parallel/update.py) how a and b are computed
+from parameters. Each function takes the parameters that it returns gradients for as its last arguments.
 
-Which function serves which layer:
+The functions and the layers that use them:
   LocalLinear    any layer at N = 1; column- and row-parallel without sequence parallelism
   GatherLinear   column-parallel with sequence parallelism: the AllGather carries [X ∣ U]
   PartialLinear  row-parallel with sequence parallelism, the GEMM half: P = [X·Wᵀ ∣ U]
   ReduceExpand   its communication half: the ReduceScatter carries P, then Y = P[:, :O] + P[:, O:]·bᵀ
 
-The row-parallel layer is two functions, and ReduceExpand keeps U_j as a context attribute instead of a saved tensor,
-so that under non-reentrant recompute nothing asks for the reduction again (the frozen layer's is skipped too).
+The row-parallel layer is two functions, and ReduceExpand keeps U_j as a context attribute instead of a saved tensor.
+Non-reentrant recomputation then stops before the reduction and does not issue it again, as in the frozen layer.
 """
 
 from __future__ import annotations
@@ -47,13 +47,19 @@ def _up_gradients(needed: bool, update: LowRankUpdate, dy_TO: Tensor, u_TR: Tens
 
 
 def _needed(ctx: Any, first: int, update: LowRankUpdate) -> tuple[bool, bool]:
-    """Whether any of the down and of the up parameters, which are the arguments from `first` on, has a gradient."""
+    """Return whether any down parameter, and whether any up parameter, needs a gradient.
+
+    The arguments from `first` on are the down parameters, then the up parameters.
+    """
     split = first + len(update.down_parameters)
     return any(ctx.needs_input_grad[first:split]), any(ctx.needs_input_grad[split:])
 
 
 class LocalLinear(torch.autograd.Function):
-    """Y = X·Wᵀ + bias + U·bᵀ on local tensors; with `group`, dX is all-reduced under dA and dB."""
+    """Y = X·Wᵀ + bias + U·bᵀ on local tensors.
+
+    With `group`, the all-reduce of dX over it overlaps the computation of dA and dB.
+    """
 
     @staticmethod
     def forward(
@@ -117,7 +123,7 @@ class GatherLinear(torch.autograd.Function):
         work.wait()
         u_TR = gathered[:, k:].contiguous()
         y_TO = weight.adapted_of_message(gathered, bias, u_TR, update.dense_bt(x.dtype), update.blocks)
-        # A shard of X and all of U: never the gathered X.
+        # Saves this rank's shard of X and the whole U, not the gathered X.
         ctx.save_for_backward(x, u_TR)
         ctx.weight, ctx.update, ctx.mask, ctx.group = weight, update, mask, group
         return y_TO.view(x.size(0) * group.size(), *x.shape[1:-1], y_TO.size(1))
@@ -131,7 +137,7 @@ class GatherLinear(torch.autograd.Function):
         if needs_dx:
             message = ctx.weight.grad_message(dy_TO, bt_RO, update.blocks)
         else:
-            # The lowest adapted linear has no dX to ride on: its dU travels alone, R wide.
+            # The lowest adapted linear needs no dX, so the message is dU alone, [T, R].
             message = dy_TO.new_empty(dy_TO.size(0), update.total_rank)
             up_grad_u(message, dy_TO, bt_RO, update.blocks)
         reduced, work = reduce_scatter_rows(message, ctx.group)
@@ -146,7 +152,10 @@ class GatherLinear(torch.autograd.Function):
 
 
 class PartialLinear(torch.autograd.Function):
-    """P = [X·Wᵀ ∣ (m⊙X)·aᵀ], a partial sum over ranks: [.., K] → [.., O + R]. Gradients of the down parameters."""
+    """P = [X·Wᵀ ∣ (m⊙X)·aᵀ], a partial sum over ranks: [.., K] → [.., O + R].
+
+    Backward returns the gradients of the down parameters.
+    """
 
     @staticmethod
     def forward(
@@ -172,7 +181,7 @@ class PartialLinear(torch.autograd.Function):
 class ReduceExpand(torch.autograd.Function):
     """ReduceScatter of P over token shards, then Y_j = P_j[:, :O] + U_j·bᵀ with U_j = P_j[:, O:].
 
-    Gradients of the up parameters.
+    Backward returns the gradients of the up parameters.
     """
 
     @staticmethod
@@ -199,7 +208,7 @@ class ReduceExpand(torch.autograd.Function):
         ups = _up_gradients(any(ctx.needs_input_grad[4:]), update, dy_TjO, ctx.u_TjR)
         work.wait()
         if not ctx.needs_dx:
-            # Below the lowest adapted linear nobody reads dY: only dU was gathered, the rest stays unwritten.
+            # PartialLinear reads no dY where no dX is needed: only dU was gathered, and the dY columns stay unwritten.
             du_TR = gathered
             gathered = du_TR.new_empty(du_TR.size(0), out + update.total_rank)
             gathered[:, out:] = du_TR

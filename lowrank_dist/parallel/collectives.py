@@ -1,10 +1,10 @@
-"""The collectives of this project: raw ones, differentiable ones, and agreement between ranks.
+"""The collectives of this project: raw ones, differentiable ones, and checks that ranks agree.
 
-Rows of a 2-D tensor over one process group; below them Megatron's differentiable ones, which a method's own column- and
-row-parallel products need; then values on which ranks must agree before training goes on.
+First come collectives over the rows of a 2-D tensor, then Megatron's differentiable ones for a method's own column- and
+row-parallel products, then values on which ranks must agree before training goes on.
 
 Legend: T tokens of the whole sequence, T_j the tokens of this rank's shard (T / N), C columns.
-Every call is one message; the process group is an argument, never a global.
+A call is one message unless its docstring says otherwise. The process group is an argument, never a global.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lowrank_dist.errors import UserError, some_of
 
 @dataclass(frozen=True)
 class Pending:
-    """A collective on its way. Time in `wait` counts as waiting for other ranks."""
+    """A collective that has been started. Time in `wait` counts as waiting for other ranks."""
 
     work: Work
 
@@ -65,10 +65,10 @@ def all_gather_columns(shard_TC: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def enter_parallel_region(x: Tensor, group: ProcessGroup, *, sequence_parallel: bool) -> Tensor:
-    """The input of a column-parallel product: every token on every rank. Differentiable.
+    """Return the input of a column-parallel product, with every token on every rank. Differentiable.
 
-    [s / N, b, H] → [s, b, H] under sequence parallelism, whose gradient is reduce-scattered; else `x` itself, whose
-    gradient is all-reduced.
+    With sequence parallelism: [s / N, b, H] → [s, b, H], and the gradient is reduce-scattered. Without: `x` itself, and
+    the gradient is all-reduced.
     """
     if sequence_parallel:
         return mappings.gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=True, group=group)
@@ -76,7 +76,10 @@ def enter_parallel_region(x: Tensor, group: ProcessGroup, *, sequence_parallel: 
 
 
 def leave_parallel_region(partial_sbH: Tensor, group: ProcessGroup, *, sequence_parallel: bool) -> Tensor:
-    """The summed output of a row-parallel product; under sequence parallelism this rank's tokens. Differentiable."""
+    """Return the output of a row-parallel product, summed over ranks. Differentiable.
+
+    With sequence parallelism each rank gets its own tokens: [s, b, H] → [s / N, b, H].
+    """
     if sequence_parallel:
         return mappings.reduce_scatter_to_sequence_parallel_region(partial_sbH, group=group)
     return mappings.reduce_from_tensor_model_parallel_region(partial_sbH, group=group)
@@ -91,7 +94,7 @@ def digest(tensors: Iterable[Tensor]) -> int:
 
 
 def all_equal(value: int, flag: bool, group: ProcessGroup, device: torch.device) -> tuple[bool, bool]:
-    """Return whether `value` is the same on every rank of the group, and whether any raised `flag`: one message."""
+    """Return whether `value` is the same on every rank of the group, and whether any rank has `flag` set."""
     if group.size() == 1:
         return True, flag
     bounds = torch.tensor([value, -value, flag], dtype=torch.int64, device=device)
@@ -109,7 +112,7 @@ def every_value(value: float, group: ProcessGroup, device: torch.device) -> list
 
 
 def gather_texts(own: str, group: ProcessGroup, device: torch.device) -> list[str]:
-    """Return the text of every rank of the group, in rank order: two messages."""
+    """Return the text of every rank of the group, in rank order. Two messages."""
     data = own.encode(errors="replace")
     sizes = torch.empty(group.size(), dtype=torch.int64, device=device)
     dist.all_gather_into_tensor(sizes, torch.tensor([len(data)], device=device), group=group)
@@ -122,18 +125,18 @@ def gather_texts(own: str, group: ProcessGroup, device: torch.device) -> list[st
 
 
 def host_names(group: ProcessGroup) -> tuple[str, ...]:
-    """Return the name of the host of every rank of a gloo group, in rank order."""
+    """Return the host name of every rank of a gloo group, in rank order. Two messages."""
     return tuple(gather_texts(socket.gethostname(), group, torch.device("cpu")))
 
 
 def require_agreement(own: Mapping[str, str], group: ProcessGroup, device: torch.device, remedy: str) -> None:
-    """Raise the same UserError on every rank where the ranks of the group do not hold the same values by name.
+    """Raise the same UserError on every rank where `own` (name → value) differs between ranks of the group.
 
-    It says which rank holds which value. Collective.
+    The error lists which ranks hold which value. Collective; two messages, four where values differ.
     """
     if group.size() == 1:
         return
-    # The values themselves only where they differ.
+    # Hashes first: the values are sent only where the hashes differ.
     if len(set(gather_texts(_hash(own), group, device))) == 1:
         return
     everyone = [json.loads(text) for text in gather_texts(json.dumps([socket.gethostname(), own]), group, device)]
@@ -153,5 +156,5 @@ def _hash(values: Mapping[str, str]) -> str:
 
 
 def _named(ranks: Sequence[int], host: str) -> str:
-    """Return the ranks in words. host: of the first."""
+    """Return the ranks as text for a message. host: the host of the first rank."""
     return f"rank {ranks[0]} ({host})" if len(ranks) == 1 else f"ranks {some_of([str(rank) for rank in ranks])}"

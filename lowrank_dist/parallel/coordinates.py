@@ -1,8 +1,9 @@
-"""Where a piece of Θ lies: coordinates of a rank, as pure functions of its number.
+"""Coordinates of a rank in the parallel layout, as pure functions of its number.
 
-A dense piece is keyed by (tp, pp, dp), a piece of an expert by (ep, expert_dp, pp). Ranks are numbered as Megatron
-numbers them (order tp-ep-dp-pp): tensor-parallel ranks are neighbours, pipeline stages furthest apart. An expert is
-whole on its rank: ranks that share dense tensors have experts of their own.
+They decide which pieces of Θ a rank holds. A dense piece is keyed by (tp, pp, dp), a piece of an expert by
+(ep, expert_dp, pp). Ranks are numbered as Megatron numbers them (order tp-ep-dp-pp): tensor-parallel ranks are
+neighbours, pipeline stages furthest apart. An expert lies whole on a rank; ranks that hold shards of the same dense
+tensors hold different experts.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 
 class DenseCoordinate(NamedTuple):
-    """Of what all data-parallel replicas of a stage have: cut over `tp`, copied over `dp`."""
+    """Coordinate of the dense pieces of a pipeline stage `pp`: cut over `tp`, copied over `dp`."""
 
     tp: int
     pp: int
@@ -20,7 +21,7 @@ class DenseCoordinate(NamedTuple):
 
 
 class ExpertCoordinate(NamedTuple):
-    """Of what belongs to an expert: spread over `ep`, copied over `expert_dp`."""
+    """Coordinate of the expert pieces of a pipeline stage `pp`: spread over `ep`, copied over `expert_dp`."""
 
     ep: int
     expert_dp: int
@@ -38,7 +39,7 @@ class Place(NamedTuple):
 class Grid:
     """The sizes of a job's parallelism. Its ranks are tensor × data × pipeline.
 
-    expert: expert-parallel size, a divisor of tensor × data: the ranks of a stage are taken up in their order.
+    expert: expert-parallel size, a divisor of tensor × data. An expert-parallel group is consecutive ranks of a stage.
     """
 
     tensor: int
@@ -56,13 +57,13 @@ class Grid:
         return self.tensor * self.data * self.pipeline
 
     def dense(self, rank: int) -> DenseCoordinate:
-        """Return where the rank's dense pieces lie."""
+        """Return the coordinate of the rank's dense pieces."""
         stage, inside = divmod(self._checked(rank), self.tensor * self.data)
         dp, tp = divmod(inside, self.tensor)
         return DenseCoordinate(tp, stage, dp)
 
     def experts(self, rank: int) -> ExpertCoordinate:
-        """Return where the rank's pieces of experts lie."""
+        """Return the coordinate of the rank's expert pieces."""
         stage, inside = divmod(self._checked(rank), self.tensor * self.data)
         expert_dp, ep = divmod(inside, self.expert)
         return ExpertCoordinate(ep, expert_dp, stage)

@@ -1,7 +1,7 @@
-"""Counts the collective calls of this process, whoever issues them: this package, Megatron or DeepSpeed.
+"""Count the collective calls of this process, whoever issues them: this package, Megatron or DeepSpeed.
 
-Counted where torch.distributed hands a call to the dispatcher, below its Python names: Megatron binds some of those at
-import, and newer releases of torch rename them, so a patch of any Python name can miss calls without a sign of it.
+Calls are counted in torch's dispatcher instead of by patching functions of torch.distributed. Megatron binds some of
+those functions at import and newer releases of torch rename them, so a patch could miss calls silently.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Operators of the c10d namespaces by what they do; any other keeps its own name.
+# Operator of the c10d namespaces → kind of collective. An operator that is not listed is its own kind.
 _KINDS = {
     "allreduce": "all-reduce",
     "all_reduce": "all-reduce",
@@ -34,7 +34,7 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class Call:
-    """One collective call. `bytes` is the whole message: what a gather receives, what a reduction is given."""
+    """One collective call. `bytes` is the size of the whole message: a gather's output, a reduction's input."""
 
     kind: str
     bytes: int
@@ -48,7 +48,7 @@ class CollectiveCount:
         self.calls = list(calls)
 
     def within(self, group: ProcessGroup) -> CollectiveCount:
-        """Only the calls over the ranks of `group`."""
+        """Return only the calls over the ranks of `group`."""
         ranks = _ranks(group)
         return CollectiveCount(call for call in self.calls if call.group == ranks)
 
@@ -64,10 +64,10 @@ class CollectiveCount:
 
 @contextmanager
 def count_collectives() -> Iterator[CollectiveCount]:
-    """Count every collective issued inside the block, by backward and by recomputation too; one block a phase.
+    """Count every collective issued inside the block, including those of backward and recomputation.
 
-    Each call counts once, when it is issued, whether it is waited for or not. Autograd carries the mode to the threads
-    that run backward.
+    Use one block per phase. Each call counts once, when it is issued, whether it is waited for or not. Autograd carries
+    the dispatch mode to the threads that run backward.
     """
     count = CollectiveCount()
     with _Recorder(count):
@@ -95,7 +95,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _group(arguments: Mapping[str, Any]) -> ProcessGroup | None:
-    """The group an operator works on; None for wait_tensor and the like, which are no collectives."""
+    """Return the group of an operator; None for wait_tensor and the like, which are no collectives."""
     if "process_group" in arguments:
         return ProcessGroup.unbox(arguments["process_group"])
     if "group_name" in arguments:

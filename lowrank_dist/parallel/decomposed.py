@@ -2,15 +2,15 @@
 
     y = g ⊙ (W·x + s·B·A·drop(x)) + bias,      g = m / ‖W + s·B·A‖, row by row
 
-The magnitude m is trained, the norm is detached. It changes only with the factors, so it is computed once an optimizer
-step, not in a forward pass, and a layer gains no collective: ranks with a part of the columns sum their squares for the
-whole model in one reduction.
+The magnitude m is trained; the norm is detached. The norm changes only with the factors, so it is computed once per
+optimizer step and not in the forward pass. No layer gains a collective: ranks that hold part of the columns sum their
+squared norms in one reduction for the whole model.
 
 Scaling is linear, so it may come before the reduction of a row-parallel linear: m's gradient is then a partial sum over
-ranks, as B's is. Under dropout PEFT computes another function, base(x) + (g − 1)·base(drop(x)) + …; without, they
-agree.
+ranks, as B's is. With dropout PEFT computes a different function, base(x) + (g − 1)·base(drop(x)) + …; without dropout
+the two agree.
 
-Legend: T tokens, O outputs and K inputs of this rank's weight, n rows of it that factors are on.
+Legend: T tokens, O outputs and K inputs of this rank's weight, n rows of it that the factors cover.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from lowrank_dist.parallel.frozen import FrozenWeight
 from lowrank_dist.parallel.linear import LowRankLinear
 from lowrank_dist.parallel.theta import Held, Piece, Trained, mark
 
-# Elements of a weight, and of outputs, that are in work at a time in fp32.
+# Elements of a weight or of outputs that are processed in fp32 at a time.
 _CHUNK_ELEMENTS = 2**22
 
 
 class DecomposedFactors(LowRankFactors):
-    """Packed factors and the magnitudes of the rows that they are on: `magnitude` [n], in the order of B's rows.
+    """Packed factors and the magnitudes of the rows that they cover: `magnitude` [n], in the order of B's rows.
 
-    As they are made, magnitudes and norms mean nothing: `start` and `refresh_norms` come first.
+    The constructor fills magnitudes, norms and gains with NaN; `refresh_norms` and then `start` set them.
     """
 
     rescales: ClassVar[bool] = True
@@ -60,12 +60,12 @@ class DecomposedFactors(LowRankFactors):
         def unset(size: int) -> Tensor:
             return torch.full((size,), torch.nan, dtype=torch.float32, device=device)
 
-        # One element that nothing reads where a rank has no row, as in lora_B.
+        # A rank without a row keeps one element that nothing reads, as in lora_B.
         self.magnitude = nn.Parameter(unset(max(1, len(rows))) if rows else torch.zeros(1, device=device))
         mark(self.magnitude, sharded=not sharded_a, partial=sharded_a)
         self.register_buffer("covered", torch.tensor(rows, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("norm", unset(len(rows)), persistent=False)
-        # g of every output, in fp32: rounded to 16 bits it would lose all that training changes below 2⁻⁸.
+        # g of every output, in fp32: rounded to 16 bits, g near 1 would lose every change below 2⁻⁸.
         self.register_buffer("gain", unset(out_features), persistent=False)
 
     @torch.no_grad()
@@ -81,16 +81,17 @@ class DecomposedFactors(LowRankFactors):
 
     @torch.no_grad()
     def set_norms(self, squares: Tensor) -> None:
-        """Take the norms from their squares [n] over all columns."""
-        # Squares underflow before norms do: clamped after the root, a row below it would have a norm far too small, and
-        # dm, which divides by the norm, would be out of bounds. A row of zeros stays zero while factors add nothing.
+        """Set the norms, and the gains that follow from them, from the squared norms [n] over all columns."""
+        # Squares underflow before norms do, so the clamp comes before the root. Clamped after it, a row whose squares
+        # underflow would get a norm far too small, and dm, which divides by the norm, would be far too large. A row of
+        # zeros stays zero as long as the factors add nothing.
         self.norm.copy_(squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt_())
         self.gain.fill_(1)
         self.gain[self.covered] = self.magnitude[: self.covered.numel()] / self.norm
 
     @torch.no_grad()
     def start(self) -> None:
-        """Take the norms for magnitudes: g = 1."""
+        """Set the magnitudes to the norms, so that g = 1."""
         self.magnitude[: self.covered.numel()] = self.norm
         self.gain.fill_(1)
 
@@ -132,12 +133,12 @@ def _part(part: slice, local: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor, gain: Tensor) -> Tensor:
-    """Return gain ⊙ X in X's dtype, formed in the wider one and rounded once."""
+    """Return gain ⊙ X in X's dtype, computed in the wider of the two dtypes and rounded once."""
     return torch.mul(x, gain, out=torch.empty_like(x))
 
 
 class _Rescale(torch.autograd.Function):
-    """Y = g ⊙ Z; dZ = g ⊙ dY and dm, which takes Z."""
+    """Y = g ⊙ Z. Backward returns dZ = g ⊙ dY and dm, for which it needs Z."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, update: DecomposedFactors, beside_graph: bool, magnitude: Tensor) -> Tensor:
@@ -156,7 +157,7 @@ class _Rescale(torch.autograd.Function):
 
 
 def start_magnitudes(linears: Sequence[LowRankLinear], group: ProcessGroup) -> None:
-    """Let every magnitude be the norm of its row, with the factors as they are. Collective over `group`."""
+    """Set every magnitude to the norm of its row under the present factors. Collective over `group`."""
     refresh_norms(linears, group)
     for linear in linears:
         assert isinstance(linear.update, DecomposedFactors), "refresh_norms saw it"
@@ -164,9 +165,9 @@ def start_magnitudes(linears: Sequence[LowRankLinear], group: ProcessGroup) -> N
 
 
 def refresh_norms(linears: Sequence[LowRankLinear], group: ProcessGroup) -> None:
-    """Compute the norms of decomposed updates as their factors are now. One reduction over `group` for all.
+    """Compute the norms of decomposed updates from their present factors. One reduction over `group` for all linears.
 
-    A row-parallel linear has a part of the columns on each rank of the group.
+    Only row-parallel linears need it: each rank of the group holds a part of their columns.
     """
     squares = []
     for linear in linears:

@@ -1,4 +1,4 @@
-"""Θ of one fused linear on one rank: packed storage of A and B, and the forms in which they are used.
+"""The low-rank factors of one fused linear on one rank: packed storage of A and B, and the operands made from them.
 
 Legend: R = Σ r over the factors of this linear, K inputs and O outputs of this rank's shard; a = s·A [R, K];
 b = block-diagonal B [O, R].
@@ -21,9 +21,9 @@ from lowrank_dist.parallel.update import LowRankUpdate
 
 @dataclass(frozen=True)
 class FactorShard:
-    """One factor's share of this rank: its rank r, its scale, and which rows of B lie here.
+    """The share of one factor (A and B) on this rank: its adapter rank r, its scale, and the rows of B that lie here.
 
-    `local_rows[i]` is the output row of this rank's fused weight, `factor_rows[i]` the row of the factor's own full
+    `local_rows[i]` is a row of this rank's fused weight, `factor_rows[i]` the same row in the factor's own full
     [out, r] matrix B. Both are empty where this rank holds no row of the factor (fewer KV heads than ranks).
     """
 
@@ -36,10 +36,10 @@ class FactorShard:
 
 @dataclass(frozen=True)
 class FactorMap:
-    """How the factors of one linear lie on all ranks.
+    """The placement of the factors of one linear on all ranks.
 
-    shapes: of each factor's whole B [out, r], in the order of the shards. in_features: columns of every whole A.
-    shards: tensor-parallel rank → the shards there; pure, so that any rank can tell for all.
+    shapes: shape [out, r] of each factor's whole B, in the order of the shards. in_features: columns of every whole A.
+    shards: function from tensor-parallel rank to the shards there; pure, so any rank can compute it for all.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -50,10 +50,10 @@ class FactorMap:
 class LowRankFactors(LowRankUpdate):
     """The packed factors of one fused linear: `lora_A` [R, K] and `lora_B`, flat.
 
-    A is the stack of the factors' A; B is block-diagonal, so only its blocks are stored, one after the other and
-    transposed ([r, rows of the factor on this rank] each), which is how every operator reads them. Stacking and filling
-    inside autograd would save both as activations in every layer; the hand-written linears call `scaled_a` and
-    `dense_bt` instead, in forward and again in backward.
+    `lora_A` is the stack of the factors' A. B is block-diagonal, so `lora_B` stores only its blocks, consecutively and
+    transposed ([r, rows of the factor on this rank] each), which is how every operator reads them. Scaling A and
+    filling the dense Bᵀ inside autograd would save both results as activations in every layer. The hand-written linears
+    call `scaled_a` and `dense_bt` in forward and again in backward instead.
     """
 
     scale: Tensor
@@ -87,7 +87,7 @@ class LowRankFactors(LowRankUpdate):
         self.blocks = () if self.dense else self._blocks()
 
     def _dense_positions(self) -> Tensor:
-        """int64 [numel of B]: where each stored element lies in the dense Bᵀ [R, O]."""
+        """Return int64 [numel of B]: the flat index of each stored element in the dense Bᵀ [R, O]."""
         positions, first = [], 0
         for shard in self.shards:
             ranks = torch.arange(first, first + shard.rank)[:, None]
@@ -106,7 +106,7 @@ class LowRankFactors(LowRankUpdate):
                 if stop > start:
                     blocks += (rows[start], stop - start, first, shard.rank)
             first += shard.rank
-        # Nothing at all on this rank: a block of no columns, since none means dense.
+        # A rank without rows has one block of zero columns, because an empty tuple means dense.
         return tuple(blocks) or (0, 0, 0, 0)
 
     @property
@@ -156,7 +156,7 @@ class LowRankFactors(LowRankUpdate):
         )
 
     def _held_a(self, everywhere: FactorMap, place: Place) -> Held:
-        """A is cut by columns where the linear is row-parallel."""
+        """Return the pieces of A at `place`. A is cut by columns where the linear is row-parallel."""
         columns = slice(None)
         if is_sharded(self.lora_A):
             k = self.lora_A.size(1)
@@ -169,7 +169,7 @@ class LowRankFactors(LowRankUpdate):
         return Held(tuple(self.lora_A.shape), tuple(pieces))
 
     def _held_b(self, everywhere: FactorMap, place: Place) -> Held:
-        """The rows of B that lie on a rank may be any."""
+        """Return the pieces of B at `place`. A rank may hold any subset of B's rows."""
         shards = everywhere.shards(place.dense.tp)
         pieces = (
             Piece(f"{shard.name}.lora_B", (list(shard.factor_rows),), partial(b_of, shards, index))
@@ -181,26 +181,26 @@ class LowRankFactors(LowRankUpdate):
         return self.scale[:, None] if mask is None else (self.scale * mask.scale)[:, None]
 
     def a_of(self, index: int, source: Tensor | None = None) -> Tensor:
-        """View of factor `index`'s [r, K] in `lora_A` or in a tensor shaped like it (a gradient, a moment)."""
+        """Return a view of factor `index`'s [r, K] in `lora_A` or a tensor shaped like it (a gradient, a moment)."""
         return a_of(self.shards, index, self.lora_A if source is None else source)
 
     def b_of(self, index: int, source: Tensor | None = None) -> Tensor:
-        """View of factor `index`'s local [rows, r] in `lora_B` or in a tensor shaped like it."""
+        """Return a view of factor `index`'s local [rows, r] in `lora_B` or a tensor shaped like it."""
         return b_of(self.shards, index, self.lora_B if source is None else source)
 
 
 def a_of(shards: Sequence[FactorShard], index: int, stacked_RK: Tensor) -> Tensor:
-    """View of factor `index`'s [r, K] in a stack of A, on whatever rank the shards are."""
+    """Return a view of factor `index`'s [r, K] in a stack of A. `shards` may be any rank's."""
     start = sum(shard.rank for shard in shards[:index])
     return stacked_RK[start : start + shards[index].rank]
 
 
 def b_of(shards: Sequence[FactorShard], index: int, flat: Tensor) -> Tensor:
-    """View of factor `index`'s [rows, r] in the flat blocks of Bᵀ, on whatever rank the shards are."""
+    """Return a view of factor `index`'s [rows, r] in the flat blocks of Bᵀ. `shards` may be any rank's."""
     start, shard = b_elements(shards[:index]), shards[index]
     return flat[start : start + b_elements([shard])].view(shard.rank, len(shard.local_rows)).t()
 
 
 def b_elements(shards: Sequence[FactorShard]) -> int:
-    """Elements of the blocks of Bᵀ."""
+    """Return the number of elements in the blocks of Bᵀ."""
     return sum(len(shard.local_rows) * shard.rank for shard in shards)

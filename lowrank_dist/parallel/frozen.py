@@ -1,13 +1,13 @@
-"""The frozen weight of one parallel linear: the seam between how a weight is held and what autograd asks of it.
+"""The frozen weight of one parallel linear: the interface between its storage and the autograd functions.
 
-A kind of weight says what its two products are. The joint products with a low-rank update follow from these; a kind
-overrides one where it can compute both in a single pass. Under sequence parallelism the operands lie side by side in
-the messages, and `Lanes` makes one GEMM of that:
+A subclass implements the two products with W. The base class builds the joint products with a low-rank update from
+them; a subclass overrides a joint product where it can compute both terms in one pass. Under sequence parallelism the
+operands lie side by side in the messages, and `Lanes` computes both terms in one GEMM:
 
     column-parallel   buffer [O, K + R] = [W ∣ b]     Y = [X ∣ U]·bufferᵀ      [dX ∣ dU] = dY·buffer
     row-parallel      buffer [O + R, K] = [W ; a]     P = [X·Wᵀ ∣ U] = X·bufferᵀ      dX = [dY ∣ dU]·buffer
 
-The row-parallel identities need X̃ = X and hence no dropout; with a mask W is used as a part of the buffer.
+The row-parallel identities hold only without dropout (m ⊙ X = X); with a mask the two products are computed apart.
 
 Legend: T tokens, K inputs and O outputs of this rank's weight, R = Σ r of the update; a = s/(1−p)·A [R, K], bᵀ [R, O]
 the block-diagonal B transposed, `blocks` its non-zeros as in ops/low_rank.py. Nothing here is differentiable.
@@ -27,8 +27,9 @@ from lowrank_dist.ops.linear import adapted, adapted_grad_x, linear, linear_into
 from lowrank_dist.ops.low_rank import down, expand, up, up_grad_u
 from lowrank_dist.ops.mask import Mask
 
-# Where lanes were measured to be faster (docs/LOG.md): 0.93 to 0.99 of the two products' time on a CPU. On an H200 a
-# layer took 0.985 of the time in one setting, and no twin has trained with it there.
+# Device types on which lanes were measured to be faster (docs/LOG.md): on a CPU they take 0.93 to 0.99 of the time of
+# the two products. On an H200 a layer took 0.985 of the time in one setting; no comparison run has trained with lanes
+# there.
 FASTER_ON = ("cpu",)
 
 
@@ -43,7 +44,7 @@ class FrozenWeight(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes that the weight takes on the rank, in the form in which it is held."""
+        """Bytes that the weight takes on the rank, as it is stored."""
 
     @abstractmethod
     def product(self, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -80,7 +81,7 @@ class FrozenWeight(ABC):
     def adapted_of_message(
         self, message: Tensor, bias: Tensor | None, u_TR: Tensor, bt_RO: Tensor, blocks: Sequence[int]
     ) -> Tensor:
-        """Return X·Wᵀ + bias + U·bᵀ [T, O] of a message [X ∣ U]; `u_TR` is the contiguous copy of its U."""
+        """Return X·Wᵀ + bias + U·bᵀ [T, O] from a message [X ∣ U]; `u_TR` is a contiguous copy of its U."""
         return self.adapted(message[:, : self.shape[1]], bias, u_TR, bt_RO, blocks)
 
     def grad_message(self, dy_TO: Tensor, bt_RO: Tensor, blocks: Sequence[int]) -> Tensor:
@@ -100,7 +101,7 @@ class FrozenWeight(ABC):
         return message
 
     def grad_x_of_message(self, message: Tensor, a_RK: Tensor, mask: Mask | None) -> Tensor:
-        """Return dY·W + m ⊙ (dU·a) [T, K] of a message [dY ∣ dU]."""
+        """Return dY·W + m ⊙ (dU·a) [T, K] from a message [dY ∣ dU]."""
         o = self.shape[0]
         return self.adapted_grad_x(message[:, :o], message[:, o:], a_RK, mask)
 
@@ -134,7 +135,7 @@ class Dense(FrozenWeight):
     def grad_x_into(self, out_TK: Tensor, dy_TO: Tensor) -> None:
         linear_into(out_TK, dy_TO, self.weight.t())
 
-    # On CUDA both terms meet in one GEMM's output (ops/linear.py).
+    # On CUDA the large GEMM adds to the low-rank term in one output (ops/linear.py).
 
     def adapted(self, x_TK: Tensor, bias: Tensor | None, u_TR: Tensor, bt_RO: Tensor, blocks: Sequence[int]) -> Tensor:
         return adapted(x_TK, self.weight, bias, u_TR, bt_RO, blocks)
@@ -146,7 +147,7 @@ class Dense(FrozenWeight):
 class Lanes(Dense):
     """W and the factor beside it in one buffer, for the messages of sequence parallelism.
 
-    The weight's storage moves into the buffer, so W exists once; the factor is written anew before each use.
+    The weight's storage moves into the buffer, so W exists once. The factor is copied in before each use.
     """
 
     def __init__(self, weight: nn.Parameter, total_rank: int, kind: Literal["column", "row"]) -> None:
@@ -161,7 +162,7 @@ class Lanes(Dense):
         weight.data = inside
 
     def with_factor(self, factor: Tensor) -> Tensor:
-        """Return the buffer with b [O, R] or a [R, K] in its lanes, as the factor is now."""
+        """Copy the present factor, b [O, R] or a [R, K], into its lanes and return the buffer."""
         self._factor.copy_(factor)
         return self._buffer
 
@@ -194,7 +195,7 @@ def wanted(lanes: Literal["auto", "on", "off"], device: str) -> bool:
 
 
 class FrozenLinear(torch.autograd.Function):
-    """Y = X·Wᵀ + bias for a weight that nothing adapts: [.., K] → [.., O]. Saves nothing."""
+    """Y = X·Wᵀ + bias for a weight without an update: [.., K] → [.., O]. Saves nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:

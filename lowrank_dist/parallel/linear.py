@@ -1,8 +1,8 @@
-"""Megatron's column- and row-parallel linears, carrying low-rank updates that ride the collectives already there.
+"""Megatron's column- and row-parallel linears with low-rank updates, which travel in the existing collectives.
 
-Without an update, on a weight that Megatron holds, both classes are Megatron's own, unmodified. An update is attached
-after construction, since Megatron's layer specs pass a linear neither its name nor its layer; so is another kind of
-frozen weight.
+With Megatron's own weight and no update, both classes behave exactly as Megatron's. An update, or another kind of
+frozen weight, is attached after construction, because Megatron's layer specs pass a linear neither its name nor its
+layer.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from lowrank_dist.parallel.update import LowRankUpdate
 
 
 class LowRankLinear:
-    """The part that both linears share: the frozen weight, its update and where the mask of the update comes from.
+    """The part that both linears share: the frozen weight, its update and the source of the update's dropout masks.
 
-    frozen: how the weight is held, None for the dense parameter of Megatron's linear. update: None for a frozen linear.
+    frozen: the stored weight, None for Megatron's own dense parameter. update: None for a linear that is only frozen.
     """
 
     frozen: FrozenWeight | None
     update: LowRankUpdate | None
     kind: Literal["column", "row"]
-    # Megatron's, of the class that this is mixed into.
+    # Attributes of the Megatron class that this is mixed into.
     weight: nn.Parameter
     bias: nn.Parameter | None
     skip_bias_add: bool
@@ -40,13 +40,13 @@ class LowRankLinear:
     training: bool
 
     def hold(self, frozen: FrozenWeight) -> None:
-        """Let the frozen weight be held in another form than Megatron's parameter."""
+        """Use `frozen` instead of Megatron's parameter."""
         self.frozen = frozen
 
     def attach(self, update: LowRankUpdate, masks: MaskSource, stream: int, lanes: bool = False) -> None:
-        """Give this linear its update. `stream` names its input among all inputs of the model (masks.stream_of).
+        """Attach an update. `stream` identifies this linear's input among all inputs of the model (masks.stream_of).
 
-        lanes: keep the factor beside a dense weight (parallel/frozen.py), where sequence parallelism lets it pay.
+        lanes: store the factor beside a dense weight (parallel/frozen.py); ignored without sequence parallelism.
         """
         self.update = update
         self._masks, self._stream = masks, stream

@@ -1,4 +1,4 @@
-"""The dropout mask that each linear draws: a pure function of what the token is, never of where it is computed.
+"""The dropout masks of the linears: a pure function of a token's identity, independent of where it is computed.
 
 The mask of an element is Philox4×32-7 of (seed, step, layer and input, sample in the global batch, position in the
 sample, global feature), so any sharding, packing, padding or recomputation regenerates the same one.
@@ -12,9 +12,10 @@ from lowrank_dist.ops.mask import Mask
 
 
 def stream_of(layer: int, number: int) -> int:
-    """The Philox stream (32 bits) of the input that `arch.rows.Linear.stream` numbers, in layer `layer` (from 0).
+    """Return the 32-bit Philox stream of one linear input in layer `layer` (from 0).
 
-    Four inputs a layer lie side by side; further ones repeat that above bit 24.
+    number: the input, as `arch.rows.Linear.stream` numbers it. Bits 0 to 23 hold 4 · layer + number mod 4, the bits
+    above them number // 4.
     """
     assert 0 <= layer < 2**22 and 0 <= number < 2**10, "the stream has 32 bits"
     above, beside = divmod(number, 4)
@@ -24,7 +25,7 @@ def stream_of(layer: int, number: int) -> int:
 class MaskSource:
     """The source of dropout masks, shared by all linears of a model.
 
-    The engine tells it of the microbatch at hand, the linears draw from it.
+    The engine announces each microbatch with `set`; the linears ask for masks with `mask`.
 
     `rows` is int64 [s, b] (sequence-major): index in the global batch × sequence limit + position in the sample.
     """
@@ -42,7 +43,7 @@ class MaskSource:
         self._key[1:].fill_(step)
 
     def mask(self, stream: int, feature_offset: int, shard: tuple[int, int] | None) -> Mask | None:
-        """The mask for one input, or None at p = 0. `shard` = (rank, size) where tokens are sharded."""
+        """Return the mask of one input, or None where p = 0. `shard` = (rank, size) where tokens are sharded."""
         if self.threshold == 0:
             return None
         if self._rows is None or self._key is None:

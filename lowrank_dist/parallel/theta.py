@@ -1,4 +1,4 @@
-"""Θ on the ranks: its parameters, and which part of which stored tensor lies in which of them.
+"""The trained parameters Θ on the ranks, and the map between them and the stored tensors.
 
 One map serves initialisation, checkpoints and resumption of every method: a tensor is stored whole, and any rank of any
 layout takes its pieces from it.
@@ -24,9 +24,9 @@ ALL: Index = (slice(None),)
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of one stored tensor in one parameter: `whole[index]` is `view(local)`.
+    """A part of one stored tensor in one parameter: `whole[index]` equals `view(local)`.
 
-    view: takes the parameter, or a tensor like it (its master, a moment), to a view of the part.
+    view: maps the parameter, or a tensor shaped like it (its fp32 master, an optimizer moment), to a view of the part.
     """
 
     tensor: str
@@ -35,13 +35,13 @@ class Piece:
 
 
 def all_of(tensor: str) -> Piece:
-    """The piece of a parameter that is the stored tensor."""
+    """Return the piece of a parameter that holds the whole stored tensor."""
     return Piece(tensor, ALL, lambda local: local)
 
 
 @dataclass(frozen=True)
 class Held:
-    """One parameter on one rank: its shape and its pieces. What no piece covers is padding, which stays zero."""
+    """One parameter on one rank: its shape and its pieces. Elements in no piece are padding, which stays zero."""
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
@@ -49,11 +49,12 @@ class Held:
 
 @dataclass(frozen=True)
 class Trained:
-    """One parameter of Θ, and how it lies on the ranks.
+    """One parameter of Θ and its placement on the ranks.
 
-    parameter: of this rank, fp32, `mark`ed. shapes: the stored tensors (name → whole shape) that it holds pieces of on
-    some rank; a tensor is in one parameter's alone. held: place of a rank → its share there; pure, so that any rank can
-    tell for all. of_expert: it is keyed by the expert coordinate of a rank, else by the dense one.
+    parameter: this rank's, fp32, `mark`ed. shapes: the stored tensors (name → whole shape) that it holds pieces of on
+    some rank; a stored tensor belongs to one parameter only. held: function from the place of a rank to its share
+    there; pure, so any rank can compute it for all. of_expert: it is keyed by the rank's expert coordinate, not the
+    dense one.
     """
 
     parameter: nn.Parameter
@@ -62,12 +63,12 @@ class Trained:
     of_expert: bool = False
 
     def shard(self, place: Place) -> tuple[int, int]:
-        """Return the key that ranks with the same share, data-parallel replicas, have in common."""
+        """Return the key that is common to all ranks with the same share (data-parallel replicas)."""
         dense, expert = place
         return (expert.ep, expert.pp) if self.of_expert else (dense.tp, dense.pp)
 
     def is_sent_by(self, place: Place) -> bool:
-        """Return whether a rank's share goes into a checkpoint: of copies the first shard's alone."""
+        """Return whether a rank's share goes into a checkpoint: of copies, only the first shard's does."""
         return is_sharded(self.parameter) or self.shard(place)[0] == 0
 
 
@@ -77,10 +78,10 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Theta:
-    """What a method trains, in the order that optimiser and checkpoints go by.
+    """The parameters that a method trains, in the order that optimizer and checkpoints use.
 
-    masks: of the dropout, to be told of each microbatch. refresh: to be called whenever values have changed, by an
-    optimizer step or a restore: what the method derives from them is computed anew. Collective.
+    masks: the source of dropout masks; call its `set` with each microbatch. refresh: recomputes what the method derives
+    from the parameters. Call it whenever their values have changed, by an optimizer step or a restore. Collective.
     """
 
     trained: tuple[Trained, ...]
@@ -89,26 +90,26 @@ class Theta:
 
     @property
     def parameters(self) -> tuple[nn.Parameter, ...]:
-        """Those of this rank."""
+        """The parameters of this rank."""
         return tuple(each.parameter for each in self.trained)
 
     @property
     def elements(self) -> int:
-        """Of this rank."""
+        """The number of elements on this rank."""
         return sum(parameter.numel() for parameter in self.parameters)
 
     def all_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Stored name → whole shape."""
+        """Return stored name → whole shape."""
         return {name: shape for each in self.trained for name, shape in each.shapes.items()}
 
     def spread(self, values: Mapping[str, Tensor], place: Place) -> None:
-        """Set every parameter of the rank at `place` from whole tensors by their stored names."""
+        """Set every parameter of the rank at `place` from whole tensors, given by stored name. Collective."""
         for each in self.trained:
             scatter(each.held(place).pieces, values, each.parameter)
         self.refresh()
 
     def batches(self, elements: int) -> list[list[int]]:
-        """Numbers of consecutive parameters whose stored tensors have about so many elements together."""
+        """Return groups of consecutive parameter numbers whose stored tensors have about `elements` elements in all."""
         found: list[list[int]] = []
         room = 0
         for number, each in enumerate(self.trained):
@@ -122,10 +123,10 @@ class Theta:
 
 
 def mark(parameter: nn.Parameter, *, sharded: bool, partial: bool) -> nn.Parameter:
-    """Say what the engine must know of a parameter of Θ, by attributes that it reads.
+    """Set the attributes of a parameter of Θ that the engine reads, and return the parameter.
 
-    sharded: cut over tensor parallelism, else a copy on every rank. partial: a copy whose gradient is a partial sum
-    over the ranks (the deferred reduction), else every rank has the whole of it.
+    sharded: tensor parallelism cuts it; otherwise every rank has a copy. partial: it is a copy whose gradient is a
+    partial sum over the ranks (the deferred reduction); otherwise every rank has the whole gradient.
     """
     assert not (sharded and partial)
     marked: Any = parameter  # torch declares no attributes of ours
@@ -146,7 +147,7 @@ def is_partial(parameter: nn.Parameter) -> bool:
 
 
 def drawn_by_name(name: str, seed: int, rows: int, columns: int) -> Tensor:
-    """Return [rows, columns] of U(−1/√columns, 1/√columns), a linear's usual start, from (seed, name) alone."""
+    """Return [rows, columns] of U(−1/√columns, 1/√columns), a linear's usual initialisation, seeded by (seed, name)."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
     bound = 1 / math.sqrt(columns)
@@ -155,13 +156,13 @@ def drawn_by_name(name: str, seed: int, rows: int, columns: int) -> Tensor:
 
 @torch.no_grad()
 def scatter(pieces: Iterable[Piece], values: Mapping[str, Tensor], local: Tensor) -> None:
-    """Fill a parameter, or a tensor like it, from whole tensors."""
+    """Fill a parameter, or a tensor shaped like it, from whole tensors."""
     for piece in pieces:
         piece.view(local).copy_(values[piece.tensor][piece.index])
 
 
 @torch.no_grad()
 def gather(pieces: Iterable[Piece], local: Tensor, values: Mapping[str, Tensor]) -> None:
-    """Fill whole tensors with what one rank has of them: the inverse of `scatter`."""
+    """Copy one rank's pieces into whole tensors: the inverse of `scatter`."""
     for piece in pieces:
         values[piece.tensor][piece.index] = piece.view(local)

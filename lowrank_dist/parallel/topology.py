@@ -1,4 +1,4 @@
-"""The place of each rank: its tensor- and data-parallel groups, and the same facts in the form DeepSpeed asks for."""
+"""The tensor- and data-parallel process groups of a rank, and the same groups in the form that DeepSpeed needs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Topology:
 
     Tensor-parallel ranks are consecutive, so that a group of at most a node's size lies inside a node.
 
-    host_group: all ranks over gloo, on tensors in host memory. It is the checkpoints' own, whose thread may send while
-    training uses the others. hosts: the name of every rank's host.
+    host_group: all ranks over gloo, for tensors in host memory. It is reserved for checkpoints, whose thread may send
+    while training uses the other groups. hosts: the host name of every rank.
     """
 
     tp_rank: int
@@ -44,7 +44,7 @@ class Topology:
 
     @property
     def place(self) -> Place:
-        """Where this rank's pieces of Θ lie."""
+        """The coordinates of this rank, which decide its pieces of Θ."""
         return self.grid.place(self.world_group.rank())
 
     @classmethod
@@ -63,7 +63,7 @@ class Topology:
                 f"{wanted} does not fit {world} ranks: tensor × data must be the number of ranks. "
                 f"With {world} ranks parallel.tensor may be {', '.join(map(str, fitting))}; leave parallel.data unset"
             )
-        # A step on fake tensors has no ranks to talk to, and one backend for all groups.
+        # A step on fake tensors has no other ranks to talk to, and uses one backend for all groups.
         fake = dist.get_backend() == "fake"
         host_group = dist.new_group(backend="fake" if fake else "gloo", timeout=timedelta(seconds=timeout_seconds))
         hosts = ("",) * world if fake else host_names(host_group)
@@ -95,7 +95,7 @@ class Topology:
 def refuse_crossing(hosts: Sequence[str], tensor: int) -> None:
     """Raise UserError where a group of `tensor` consecutive ranks lies on more than one host.
 
-    Every layer would wait for the network between them.
+    In such a group every layer would wait for the network.
     """
     for first in range(0, len(hosts), tensor):
         group = hosts[first : first + tensor]

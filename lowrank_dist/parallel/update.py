@@ -1,7 +1,7 @@
-"""The low-rank update of one fused linear on one rank: the seam between what is trained and what a linear applies.
+"""The low-rank update of one fused linear on one rank: the interface between trained parameters and linears.
 
-The linears' autograd asks an update for its operands and gives back gradients with respect to these; how they follow
-from parameters, and how parameters are stored, is the update's own affair.
+The linears' autograd functions ask an update for its operands and return the gradients with respect to these. The
+update decides how the operands are computed from parameters and how the parameters are stored.
 
 Legend: R = Σ r over the factors of this linear, K inputs and O outputs of this rank's shard.
 """
@@ -21,7 +21,7 @@ class LowRankUpdate(nn.Module, ABC):
     """Y = X·Wᵀ + U·bᵀ + bias with U = (m ⊙ X)·aᵀ, by operands a [R, K] and bᵀ [R, O].
 
     out_features: O. total_rank: R. blocks: non-zeros of bᵀ as in ops/low_rank.py, empty where it is dense.
-    rescales: the linear hands X·Wᵀ + U·bᵀ to `rescaled`, which adds the bias, in place of adding it itself.
+    rescales: the linear passes X·Wᵀ + U·bᵀ to `rescaled`, which adds the bias, instead of adding the bias itself.
     """
 
     rescales: ClassVar[bool] = False
@@ -33,16 +33,16 @@ class LowRankUpdate(nn.Module, ABC):
     @property
     @abstractmethod
     def down_parameters(self) -> tuple[nn.Parameter, ...]:
-        """The parameters that operand a follows from."""
+        """The parameters from which operand a is computed."""
 
     @property
     @abstractmethod
     def up_parameters(self) -> tuple[nn.Parameter, ...]:
-        """The parameters that operand bᵀ follows from."""
+        """The parameters from which operand bᵀ is computed."""
 
     @abstractmethod
     def scaled_a(self, dtype: torch.dtype, mask: Mask | None) -> Tensor:
-        """Return a [R, K], which carries the scale s and 1/(1 − p), so that no pass over tokens scales anything."""
+        """Return a [R, K] with the scale s and 1/(1 − p) included, so that no pass over tokens scales anything."""
 
     @abstractmethod
     def dense_bt(self, dtype: torch.dtype) -> Tensor:
@@ -59,7 +59,7 @@ class LowRankUpdate(nn.Module, ABC):
     def rescaled(self, z: Tensor, bias: Tensor | None, *, beside_graph: bool) -> Tensor:
         """Return the output [.., O] of `z` = X·Wᵀ + U·bᵀ [.., O], which may be a partial sum over ranks.
 
-        beside_graph: what backward needs is kept where recomputation does not ask for it, since z came out of a
-        collective that would be issued again (parallel/autograd.py, ReduceExpand).
+        beside_graph: keep what backward needs outside the autograd graph. z came out of a collective, which
+        recomputation would issue again for a saved tensor (parallel/autograd.py, ReduceExpand).
         """
         raise AssertionError("an update that rescales nothing is not asked to")

@@ -20,7 +20,7 @@ LOGIT_BLOCK_BYTES = 128 * 2**20
 
 
 class OutputLayer(nn.Module):
-    """This rank's rows of the vocabulary projection, padding among them: weight [rows, H]. See the functions below."""
+    """This rank's rows of the vocabulary projection, padding included: weight [rows, H]. The functions below use it."""
 
     def __init__(self, rows: int, hidden: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -32,8 +32,7 @@ class HeadLoss(torch.autograd.Function):
 
     The gradients, dH = (p − onehot)·W and for a trained head dW = (p − onehot)ᵀ·H, are formed while the logits of a
     block exist; no logits outlive forward. The maximum and [Σ exp ∣ target logit] are one reduction each.
-    `reduce_dgrad` says that dH, a partial sum over vocabulary shards, must be all-reduced here (no sequence
-    parallelism).
+    reduce_dgrad: dH, a partial sum over vocabulary shards, is all-reduced here (without sequence parallelism).
     """
 
     @staticmethod
@@ -47,7 +46,8 @@ class HeadLoss(torch.autograd.Function):
         group: ProcessGroup,
         reduce_dgrad: bool,
     ) -> Tensor:
-        # Of the rows with padding, of which every rank has as many: blocks are all-reduced, so all must cut alike.
+        # Computed from the padded rows, whose number is the same on every rank: blocks are all-reduced, so all ranks
+        # must cut alike.
         block = max(1, LOGIT_BLOCK_BYTES // (4 * padded_rows))
         needs_grad = ctx.needs_input_grad[0]
         grad_nH = torch.empty_like(hidden_nH) if needs_grad else None
@@ -65,7 +65,7 @@ class HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        # Multiplied before the reduction, in place: nobody reads the unit gradient again.
+        # Multiplied before the reduction, in place: nothing reads the unit gradient again.
         grad_nH = ctx.grad_nH.mul_(dloss.to(ctx.grad_nH.dtype))
         if ctx.reduce_dgrad:
             all_reduce(grad_nH, ctx.group).wait()
@@ -81,9 +81,9 @@ def _block(
     needs_grad: bool,
     weight_grad: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss and this rank's part of the gradient with respect to `hidden`, for one block of positions.
+    """Return the summed loss and this rank's part of the gradient with respect to `hidden`, for one block of positions.
 
-    weight_grad: fp32, to which the gradient of a trained head is added.
+    weight_grad: fp32 accumulator for the gradient of a trained head.
     """
     logits = linear(hidden, weight).float()
     if weight.size(0):
