@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 
 class KVCache:
-    """Keys (rotated) and values of every layer on this rank, for left-padded rows: column c is the same for all rows.
+    """The rotated keys and the values of every layer on this rank, for left-padded rows.
 
-    A trained prefix is the first l columns, before the padding. Not Megatron's inference context, which takes keys
-    before core attention, where ours are not rotated yet.
+    All rows fill a column at the same time. A trained prefix takes the first l columns, before the padding. Megatron's
+    inference context is not used because it stores keys before core attention, where ours are not rotated yet.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class KVCache:
         dtype: torch.dtype,
         prefix: Tensor | None = None,
     ) -> None:
-        """padding: int64 [b], empty columns at the left of each row. columns: the most that will be written.
+        """Allocate the cache. padding: int64 [b], empty columns at the left of each row. columns: the capacity.
 
         prefix: [L, 2, g, l, d], the same for all rows.
         """
@@ -49,7 +49,7 @@ class KVCache:
                 stored[..., : self.filled, :] = part[:, None]
 
     def extend(self, layer: int, k_bgsd: Tensor, v_bgsd: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the next s columns of one layer; returns all keys and values so far, [b, g, t, d]."""
+        """Store the next s columns of one layer and return all its keys and values so far, [b, g, t, d]."""
         end = self.filled + k_bgsd.size(2)
         held = []
         for stored, new in ((self._keys[layer], k_bgsd), (self._values[layer], v_bgsd)):
@@ -58,7 +58,7 @@ class KVCache:
         return held[0], held[1]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these of the present rows alone, in ascending order. Takes no memory."""
+        """Keep only these of the present rows, given in ascending order. Works in place."""
         for place, row in enumerate(rows):
             if place != row:
                 for stored in (self._keys, self._values):
@@ -68,10 +68,10 @@ class KVCache:
         self._padded = bool(self.padding.any())
 
     def visible(self, new: int, window: int | None) -> Tensor | None:
-        """Return the columns that the next `new` ones see: bool [b, 1, s, t], None where causality alone says it.
+        """Return the attention mask of the next `new` columns: bool [b, 1, s, t], or None where causality suffices.
 
-        window: position i sees j with i − window < j ≤ i. Padding sees itself, so that no softmax is over nothing. A
-        prefix is seen by all rows, its positions before those of their first tokens.
+        window: position i sees j with i − window < j ≤ i. Padding sees itself, so that no softmax has an empty row. All
+        rows see the prefix, whose positions precede those of their first tokens.
         """
         total = self.filled + new
         causal = new == 1 or self.filled == 0
@@ -90,12 +90,12 @@ class KVCache:
 
 @dataclass
 class SequencePlan(PackedSeqParams):
-    """The layout of a microbatch, for attention; travels through Megatron's layers as their `packed_seq_params`.
+    """The layout of a microbatch for attention, passed through Megatron's layers as their `packed_seq_params`.
 
     cos, sin: [s, b or 1, 1, d/2], or None for learned positions. segments: (row, start, end) of every packed sample,
-    or None where each row is one sample and causality alone keeps right padding out. cache: where decoding keeps the
-    columns before, with `KVCache.visible` of the new ones. prefix: [L, 2, g, l, d], trained keys and values that every
-    position sees; a cache holds its own.
+    or None where each row is one sample and causality alone keeps right padding out. cache: the earlier columns when
+    decoding. visible: `KVCache.visible` of the new columns. prefix: [L, 2, g, l, d], trained keys and values that every
+    position sees; a cache holds its own prefix.
     """
 
     qkv_format: str = "sbhd"
@@ -163,7 +163,7 @@ class CoreAttention(nn.Module):
         return out_bhsd.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, prefix: Tensor | None = None) -> Tensor:
-        """Causal attention, where prefix [2, g, l, d] comes before all positions."""
+        """Return causal attention [b, h, s, d]. prefix: [2, g, l, d], before all positions."""
         grouped = q_bhsd.size(1) != k_bgsd.size(1)
         if prefix is None:
             return F.scaled_dot_product_attention(
@@ -173,7 +173,8 @@ class CoreAttention(nn.Module):
             torch.cat((part.expand(len(own), *part.shape), own), dim=2)
             for part, own in zip(prefix, (k_bgsd, v_bgsd), strict=True)
         )
-        # Queries for the prefix too: as many as keys, so that every kernel's own causality holds and no mask exists.
+        # Zero queries for the prefix make queries as many as keys, so that every kernel's built-in causal masking is
+        # right and no mask tensor exists.
         length = prefix.size(2)
         out_bhtd = F.scaled_dot_product_attention(
             F.pad(q_bhsd, (0, 0, length, 0)),
@@ -193,7 +194,7 @@ class CoreAttention(nn.Module):
         segments: Sequence[tuple[int, int, int]],
         prefix: Tensor | None,
     ) -> Tensor:
-        """Each sample attends within itself: the cost is Σ length², and no mask exists."""
+        """Return attention within each sample. The cost is Σ length², and no mask tensor exists."""
         rows: list[list[Tensor]] = [[] for _ in range(q_bhsd.size(0))]
         for row, start, end in segments:
             part = (slice(row, row + 1), slice(None), slice(start, end))
@@ -203,11 +204,12 @@ class CoreAttention(nn.Module):
     def _attend_cached(
         self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, cache: KVCache, visible: Tensor | None
     ) -> Tensor:
-        """The new columns attend to those before and to themselves."""
+        """Return attention of the new columns to the earlier ones and to themselves."""
         k_bgtd, v_bgtd = cache.extend(self.layer, k_bgsd, v_bgsd)
         group = q_bhsd.size(1) // k_bgtd.size(1)
         if q_bhsd.size(2) == 1:
-            # The query heads of a group are as good as positions of one head: nothing is repeated for them.
+            # With one position the query heads of a group can stand for positions of one head, so that keys and values
+            # need not be repeated.
             q_bhsd = q_bhsd.reshape(q_bhsd.size(0), k_bgtd.size(1), group, -1)
             out = F.scaled_dot_product_attention(q_bhsd, k_bgtd, v_bgtd, attn_mask=visible, scale=self.softmax_scale)
             return out.flatten(1, 2)[:, :, None]

@@ -1,4 +1,4 @@
-"""The base, put together from megatron-core's parts by an Architecture, and the places where a method adds to it.
+"""The base model, built from megatron-core's parts for an Architecture, and the hooks where a method adds to it.
 
 Legend: b rows, s positions (a multiple of N under sequence parallelism), H hidden, V vocabulary, n target positions.
 """
@@ -33,7 +33,7 @@ Segments = Sequence[tuple[int, int, int]] | None
 def transformer_config(
     architecture: Architecture, topology: Topology, dtype: torch.dtype, device: torch.device
 ) -> TransformerConfig:
-    """Megatron's configuration of the base: no dropout, no initialisation, no fusion that needs a GPU to exist."""
+    """Return Megatron's configuration of the base: no dropout, no initialisation, no fusion that requires a GPU."""
     assert len(architecture.kinds) == 1, "Megatron's configuration is one for all layers"
     gated_silu = architecture.gated and architecture.activation == "silu"
     return TransformerConfig(
@@ -47,7 +47,8 @@ def transformer_config(
         layernorm_epsilon=architecture.norm_eps,
         activation_func=F.silu if gated_silu else ACTIVATIONS[architecture.activation],
         gated_linear_unit=architecture.gated,
-        # Megatron's hook for an activation module that gets the whole [gate ∣ up]; ours is not Transformer Engine's.
+        # Megatron's hook for an activation module that gets the whole [gate ∣ up]; the module is ours, not
+        # Transformer Engine's.
         use_te_activation_func=gated_silu,
         add_bias_linear=architecture.linear_bias,
         add_qkv_bias=architecture.qkv_bias,
@@ -71,7 +72,7 @@ def transformer_config(
 class KeysValues(Protocol):
     """The keys and values that attention sees before every sequence.
 
-    Called, it returns those of this rank's heads: [L, 2, g, length, d].
+    A call returns those of this rank's heads: [L, 2, g, length, d].
     """
 
     length: int
@@ -82,8 +83,8 @@ class KeysValues(Protocol):
 class CausalLM(nn.Module):
     """A frozen causal language model, sharded by tensor parallelism.
 
-    Megatron's embedding and its block of layers, and a head of our own: the vocabulary projection runs on the positions
-    that are asked for, so a prompt token costs no logits. A tied model has no `output_layer`.
+    It has Megatron's embedding and block of layers and a head of our own. The vocabulary projection runs only on the
+    requested positions, so a prompt token costs no logits. A tied model has no `output_layer`.
 
     prefix: trained keys and values before every sequence, or None. lead: ids of trained embeddings that come before
     every sample (`lead_with`).
@@ -113,7 +114,7 @@ class CausalLM(nn.Module):
                 position_embedding_type="learned_absolute" if architecture.positions == "learned" else "none",
                 tp_group=group,
             )
-            # No group is a group of one: a rank has whole sequences, and all layers.
+            # None stands for a group of one rank: every rank has whole sequences and all layers.
             groups = ProcessGroupCollection(tp=group, cp=None, pp=None)
             spec = layer_spec(config, group, linears, architecture.residual_multiplier)
             self.decoder = TransformerBlock(config, spec, pg_collection=groups)
@@ -132,25 +133,25 @@ class CausalLM(nn.Module):
 
     @property
     def virtual(self) -> int:
-        """Positions before the first token of every sequence."""
+        """The number of positions before the first token of every sequence: virtual tokens and prefix."""
         return len(self.lead) + (0 if self.prefix is None else self.prefix.length)
 
     def lead_with(self, embeddings: nn.Module, count: int) -> None:
-        """Let `embeddings` stand in for the word embeddings: it knows `count` more ids, which come before every sample.
+        """Replace the word embeddings by `embeddings`, which has `count` more ids; these come before every sample.
 
-        It is called as Megatron's VocabParallelEmbedding is, which it wraps, and has its `weight`.
+        `embeddings` wraps Megatron's VocabParallelEmbedding, is called like it and has its `weight`.
         """
         self.embedding.word_embeddings = embeddings
         first = self.architecture.vocab
         self.lead = tuple(range(first, first + count))
 
     def embeddings_of(self, ids: Tensor) -> Tensor:
-        """Return [n, H] of ids [n], whole on every rank. Collective over tensor parallelism."""
+        """Return the embeddings [n, H] of ids [n], whole on every rank. Collective over the tensor-parallel group."""
         with torch.no_grad(), self.without_sequence_parallelism():
             return self.embedding.word_embeddings(ids[None])[0]
 
     def set_recompute(self, enabled: bool) -> None:
-        """Drop each layer's activations after forward and run it again in backward."""
+        """Switch activation recomputation of every layer on or off."""
         for layer in self.decoder.layers:
             layer.recompute = enabled
 
@@ -174,7 +175,7 @@ class CausalLM(nn.Module):
         return HeadLoss.apply(hidden_nH, weight, target_ids, first, padded_rows, group, reduce_dgrad)
 
     def logits(self, input_ids: Tensor, position_ids: Tensor, segments: Segments = None) -> Tensor:
-        """Return [b, s, V] on every rank, vocabulary padding cut off. Not differentiable."""
+        """Return logits [b, s, V] on every rank, vocabulary padding cut off. Not differentiable."""
         with torch.no_grad():
             hidden_sbH = self._hidden(input_ids, position_ids, segments)
             flat = gathered_logits(
@@ -184,9 +185,9 @@ class CausalLM(nn.Module):
 
     @contextmanager
     def without_sequence_parallelism(self) -> Iterator[None]:
-        """Be, while this lasts, the model that a topology without sequence parallelism would have built.
+        """Switch sequence parallelism off inside the block, as if the model had been built without it.
 
-        A decoding step of one token cannot be cut over ranks. No weight moves: what acts on the flag has it set.
+        A decoding step of one token cannot be cut over ranks. No weight moves; only the modules' flags change.
         """
         topology = self.topology
         if not topology.sequence_parallel:
@@ -201,7 +202,7 @@ class CausalLM(nn.Module):
     def _set_sequence_parallel(self, topology: Topology) -> None:
         enabled = topology.sequence_parallel
         self.topology, self.config.sequence_parallel = topology, enabled
-        # As their constructors decide it: position embeddings are added before tokens are scattered.
+        # The rule of the modules' constructors: position embeddings are added before tokens are scattered.
         scattered = enabled and not self.embedding.add_position_embedding
         self.embedding.reduce_scatter_embeddings = scattered
         self.embedding.word_embeddings.reduce_scatter_embeddings = scattered
@@ -213,14 +214,14 @@ class CausalLM(nn.Module):
                 module.allreduce_dgrad = not enabled
 
     def new_cache(self, padding: Tensor, columns: int) -> KVCache:
-        """Return an empty cache of `columns`, for rows that begin with `padding` [b] empty ones: see `decode`."""
+        """Return an empty cache of `columns` columns for `decode`. padding: [b], empty columns left of each row."""
         architecture = self.architecture
         with torch.no_grad():
             prefix = self._prefix()
         return KVCache(
             padding,
             layers=len(architecture.layers),
-            # With fewer heads than ranks every rank has gathered the one it needs.
+            # With fewer key/value heads than ranks, every rank has gathered the one it needs.
             kv_heads=max(1, architecture.kv_heads // self.topology.tp_size),
             columns=columns,
             head_dim=architecture.head_dim,
@@ -232,10 +233,11 @@ class CausalLM(nn.Module):
         return None if self.prefix is None else self.prefix().to(self.config.params_dtype)
 
     def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
-        """Logits [b, V_i] of the token after the last column, for this rank's rows of the head; −∞ on padded rows.
+        """Return logits [b, V_i] of the token after the last column, for this rank's rows of the head.
 
-        input_ids [b, s]: the columns after those in the cache, which takes them up. Positions count from each row's
-        first column that is not padding, behind a prefix. Not differentiable; only without sequence parallelism.
+        Padded rows of the head have −∞. input_ids [b, s]: the columns after those in the cache, to which they are
+        added. Positions count from each row's first column that is not padding, after a prefix. Not differentiable;
+        only without sequence parallelism.
         """
         assert not self.topology.sequence_parallel, "decode inside `without_sequence_parallelism`"
         columns = torch.arange(cache.filled, cache.filled + input_ids.size(1), device=input_ids.device)
@@ -255,7 +257,7 @@ class CausalLM(nn.Module):
         if self.prefix is not None:
             position_ids = position_ids + self.prefix.length
         if segments is None:
-            # Unpacked rows all count 0, 1, 2, …: one column of angles serves them all, padding included.
+            # Positions of unpacked rows are all 0, 1, 2, …: one column of angles serves them all, padding included.
             first = 0 if self.prefix is None else self.prefix.length
             positions_sb = torch.arange(first, first + position_ids.size(1), device=position_ids.device)[:, None]
         else:
@@ -268,7 +270,7 @@ class CausalLM(nn.Module):
         return enter_parallel_region(hidden, self.topology.tp_group, sequence_parallel=True)
 
     def _plan(self, positions_sb: Tensor) -> SequencePlan:
-        """The rotation of each position; all else that attention is told is the caller's to add."""
+        """Return a plan with the rotation of each position. The caller fills the other fields."""
         if self.architecture.positions == "learned":
             return SequencePlan()
         angles = (positions_sb[..., None].float() * self.inv_freq)[:, :, None, :]
@@ -276,20 +278,21 @@ class CausalLM(nn.Module):
         return SequencePlan(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype))
 
     def _decoded(self, input_ids: Tensor, position_ids: Tensor, plan: SequencePlan) -> Tensor:
-        """Return [s, b, H] after the final norm, of this rank's positions, as the head takes it."""
+        """Return [s, b, H] of this rank's positions after the final norm, scaled for the head."""
         multiplier, divisor = self.architecture.embedding_multiplier, self.architecture.logits_divisor
         embedded = self.embedding(input_ids, position_ids)
         if multiplier != 1:
             embedded = embedded * multiplier
         hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=plan)
-        # Here and not on logits, of which there are more; published divisors are powers of two, so it is exact.
+        # The hidden states are divided because the logits are more. Published divisors are powers of two, so it is
+        # exact.
         return hidden if divisor == 1 else hidden / divisor
 
     def _head_weight(self) -> Tensor:
         return self.embedding.word_embeddings.weight if self.architecture.tied else self.output_layer.weight
 
     def _head(self) -> tuple[Tensor, int]:
-        """This rank's rows of the head without vocabulary padding, and the token id of the first."""
+        """Return this rank's rows of the head without vocabulary padding, and the token id of the first."""
         weight = self._head_weight()
         first = self.topology.tp_rank * weight.size(0)
         return weight[: max(0, min(weight.size(0), self.architecture.vocab - first))], first

@@ -1,4 +1,4 @@
-"""The section `model` of a run: which base model, in which type, on which device."""
+"""The section `model` of a run: the base model, its dtype and its device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The frozen model's own modules in place of Megatron's fused ones, and the layer spec that puts them together."""
+"""Modules of the frozen model that replace Megatron's fused ones, and the layer spec that combines them."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class FrozenNorm:
     """Builder of the norm that a TransformerConfig names, under sequence parallelism too.
 
     Megatron's own wrapper of the torch norms refuses sequence parallelism because it would have to reduce the gradient
-    of the weight over token shards; a frozen norm has none. On CUDA it is apex's, where that is usable.
+    of the weight over token shards; a frozen norm has none. On CUDA the norm is apex's where apex is usable.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> Any:
-        # The model is built under `with torch.device(…)`, which is where its norms will run.
+        # The model is built under `with torch.device(…)`, so the default device is the one that the norms run on.
         kind = norm_class(config.normalization, torch.get_default_device().type)
         return kind(hidden_size, eps=eps).to(config.params_dtype)
 
 
 class _SwiGlu(torch.autograd.Function):
-    """silu(gate) ⊙ up, saving nothing but its input: Megatron's expression saves three tensors of this width."""
+    """silu(gate) ⊙ up. It saves only its input; Megatron's expression saves three tensors of this width."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -73,15 +73,15 @@ class SwiGlu(nn.Module):
 
 
 class ResidualAdd(nn.Module):
-    """In the place of Megatron's `get_bias_dropout_add`: what a block's output passes before it is added.
+    """Replacement of Megatron's `get_bias_dropout_add` that transforms a block's output before the residual addition.
 
-    That is `adapter`, a method's own module, then the layer's post-norm, then the scale; each where there is one.
+    The output passes `adapter` (a method's own module), the layer's post-norm and the scale, each where there is one.
     """
 
     def __init__(self, norm: nn.Module | None, scale: float) -> None:
         super().__init__()
         self.adapter: nn.Module | None = None
-        # The norm is a submodule of the layer; a tuple keeps it from being one here too, by a second name.
+        # The norm is already a submodule of the layer; the tuple keeps torch from registering it here a second time.
         self._norm, self._scale = (norm,), scale
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
@@ -104,7 +104,7 @@ class ResidualAdd(nn.Module):
 
 @dataclass
 class LayerSubmodules(TransformerLayerSubmodules):
-    """Megatron's, and builders of the norms on the outputs of attention and MLP, before these are added."""
+    """Megatron's submodules, plus builders of the post-norms on the outputs of attention and MLP."""
 
     post_self_attn_layernorm: Callable[..., nn.Module] | None = None
     post_mlp_layernorm: Callable[..., nn.Module] | None = None
@@ -119,9 +119,9 @@ def _post_norm(builder: Callable[..., nn.Module] | None, config: TransformerConf
 class RecomputableLayer(TransformerLayer):
     """A transformer layer that can drop its activations and run again in backward.
 
-    PyTorch's non-reentrant checkpoint instead of Megatron's, which asks for CUDA RNG state, and whose re-entrant form
-    gives the first layer's factors no gradient when the embedding is frozen. There is no RNG state to keep: masks are
-    functions of counters.
+    It uses PyTorch's non-reentrant checkpoint. Megatron's asks for CUDA RNG state, and its re-entrant form gives the
+    first layer's factors no gradient when the embedding is frozen. No RNG state is kept, because masks are functions of
+    counters.
 
     A block's output may pass a norm (LayerSubmodules) and a scale, `residual_scale`, before it is added to the residual
     stream; Megatron's layer has a place for neither.
@@ -142,7 +142,8 @@ class RecomputableLayer(TransformerLayer):
         self.post_mlp_layernorm = _post_norm(submodules.post_mlp_layernorm, config)
         self.self_attn_bda = ResidualAdd(self.post_self_attn_layernorm, residual_scale)
         self.mlp_bda = ResidualAdd(self.post_mlp_layernorm, residual_scale)
-        # Megatron's is torch.enable_grad: evaluation would keep what a trained bottleneck or bias saves for backward.
+        # Megatron's handler is torch.enable_grad: in evaluation, trained bottleneck layers and biases would keep what
+        # they save for backward.
         self.bias_dropout_add_exec_handler = nullcontext
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -155,7 +156,7 @@ class RecomputableLayer(TransformerLayer):
             return super().forward(*args, **kwargs)
         finally:
             # Megatron 0.19 keeps the input of the second norm here, and with it all that the layer saved, until the
-            # layer is through; in backward the checkpoint leaves it by an exception once it has what it wants.
+            # layer ends. In backward the checkpoint ends the layer early, by an exception, so Megatron never drops it.
             self.mlp_norm_manager = None
 
 
@@ -169,9 +170,10 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class MlpSpec:
-    """An MLP for Megatron's layers: before 0.18 they read these attributes, since then they call it.
+    """The spec of the MLP for Megatron's layers: layers before 0.18 read its attributes, later ones call it.
 
-    Not a ModuleSpec, of whose MLP newer layers warn; and older ones hand an MLP its group only if it is one.
+    It is not a ModuleSpec, because newer layers warn of an MLP given as one. Older layers pass the group only to an MLP
+    given as a ModuleSpec, so `params` holds it.
     """
 
     submodules: MLPSubmodules
@@ -185,7 +187,7 @@ class MlpSpec:
 def layer_spec(
     config: TransformerConfig, tp_group: ProcessGroup, linears: tuple[type, type], residual_scale: float
 ) -> TransformerBlockSubmodules:
-    """The decoder's spec: Megatron's layer with the given column- and row-parallel linears."""
+    """Return the decoder's spec: Megatron's layer with the given column- and row-parallel linears."""
     column_linear, row_linear = linears
     qk_norm = FrozenNorm if config.qk_layernorm else IdentityOp
     layer = ModuleSpec(
@@ -219,7 +221,7 @@ def layer_spec(
 
 
 def inv_freq(rope: RopeParameters, head_dim: int) -> torch.Tensor:
-    """Inverse frequencies [head_dim / 2] in float32, operation by operation as transformers computes them.
+    """Return inverse RoPE frequencies [head_dim / 2] in float32, operation by operation as transformers computes them.
 
     Source: transformers `modeling_rope_utils.py`; "llama3" is `apply_scaling` of Meta's llama-models.
     """

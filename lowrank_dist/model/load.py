@@ -1,6 +1,6 @@
-"""From a Hugging Face folder to this rank's frozen shard, filled slice by slice, straight into place.
+"""Load this rank's shard of the frozen model from a Hugging Face folder, slice by slice, directly into place.
 
-Host memory: a rank's own parameters, the file's pages (mapped, the kernel can drop them) and one bounded chunk.
+Host memory: the rank's own parameters, mapped pages of the file (which the kernel can drop) and one bounded chunk.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def load_model(
     broadcast: bool,
     linears: tuple[type, type] = (LowRankColumnParallelLinear, LowRankRowParallelLinear),
 ) -> CausalLM:
-    """Build the frozen model of this rank and stream its slices in.
+    """Build this rank's shard of the frozen model and fill it from the folder.
 
-    architecture: of the same folder, divisible by the tensor-parallel size (`check_model`). dtype: "auto" keeps the
-    checkpoint's. broadcast: data-parallel replica 0 reads and sends, so that a file is read once a cluster and not once
-    a replica. Raises UserError for weights that are missing or do not fit the architecture.
+    architecture: that of the folder, divisible by the tensor-parallel size (`check_model`). dtype: "auto" keeps the
+    checkpoint's (bf16 for fp16). broadcast: data-parallel replica 0 reads and sends, so that a file is read once per
+    cluster and not once per replica. Raises UserError for weights that are missing or do not fit the architecture.
     """
     source = dist.get_process_group_ranks(topology.dp_group)[0]
     send = broadcast and topology.dp_size > 1
@@ -68,10 +68,10 @@ def load_model(
 
 
 def check_model(path: Path, tp_size: int, max_length: int) -> Architecture:
-    """Return what the folder's config.json describes, without a look at the weights.
+    """Return the architecture that the folder's config.json describes, without reading the weights.
 
-    Raises UserError for what is no model of ours, a tensor-parallel size that does not divide it, or a length that it
-    cannot represent.
+    Raises UserError for an unsupported model, a tensor-parallel size that does not divide it, or a length that it
+    cannot represent (`check_length`).
     """
     architecture = read_architecture(path)
     architecture.check_tp(tp_size)
@@ -80,7 +80,7 @@ def check_model(path: Path, tp_size: int, max_length: int) -> Architecture:
 
 
 def check_length(architecture: Architecture, path: Path, max_length: int) -> None:
-    """Refuse sequences that the base cannot represent, or would attend to differently."""
+    """Raise UserError where `max_length` exceeds the model's positions, or its sliding window, which is not applied."""
     if max_length > architecture.max_positions:
         raise UserError(
             f"data.max_length={max_length} is longer than the model's {architecture.max_positions} positions "
@@ -94,7 +94,7 @@ def check_length(architecture: Architecture, path: Path, max_length: int) -> Non
 
 
 def dtype_notes(path: Path, running: torch.dtype) -> list[str]:
-    """Return a line where most weights of a folder are stored in fp16 and run in something else."""
+    """Return a note where most weights of a folder are stored in fp16, which is not a dtype that models run in."""
     with open_checkpoint(path) as checkpoint:
         stored = checkpoint.main_dtype()
     if stored != torch.float16:
@@ -104,7 +104,7 @@ def dtype_notes(path: Path, running: torch.dtype) -> list[str]:
 
 
 def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype most weights are stored in; fp16 checkpoints run in bf16, whose range is fp32's."""
+    """Return the dtype of most stored weights, but bf16 for fp16 checkpoints, because its range is that of fp32."""
     dtype = checkpoint.main_dtype()
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
@@ -125,10 +125,10 @@ def load_weights(
 ) -> None:
     """Fill `parameters` (Megatron name → this rank's shard, any device, any floating dtype) from `checkpoint`.
 
-    All of the model's tensors are checked first. Rows of vocabulary padding become zero. With `broadcast` every
-    parameter, once filled, is handed to it in the same order on every rank; with read=False nothing is read and
-    `broadcast` alone fills. Raises UserError listing every missing, unexpected or wrong tensor, and for a tensor
-    parallel size that does not divide the model. Names or shapes of `parameters` that differ from the plan are
+    All of the model's tensors are checked first. Rows of vocabulary padding become zero. broadcast: called with every
+    parameter once it is filled, in the same order on every rank. With read=False nothing is read, and `broadcast` alone
+    fills the parameters. Raises UserError that lists every missing, unexpected or wrong tensor, and for a
+    tensor-parallel size that does not divide the model. Names or shapes of `parameters` that differ from the plan are
     programming errors.
     """
     architecture.check_tp(tp_size)
@@ -178,7 +178,7 @@ def _chunks(destination: torch.Tensor) -> list[slice]:
 
 
 def _check_tied(plan: ParameterPlan, architecture: Architecture, checkpoint: Checkpoint) -> None:
-    """Refuse an output layer that differs from the embeddings it is tied to: transformers would ignore the tie."""
+    """Raise UserError where the stored output layer differs from the embeddings: transformers would ignore the tie."""
     output = architecture.find(OUTPUT_LAYER.hf, checkpoint)
     embedding = stored_name(architecture.embedding_name, architecture, checkpoint)
     if output is None or output == embedding:
