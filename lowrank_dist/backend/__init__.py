@@ -1,1 +1,1 @@
-"""The seam between CPU and CUDA: one choice, made once."""
+"""The interface between CPU and CUDA: the device is chosen once, at the start."""

@@ -1,7 +1,7 @@
-"""NVIDIA's apex, whose fused norms and AdamW run on CUDA where it is usable; and the other package of that name.
+"""NVIDIA's apex: finding it, and using its fused norms and AdamW on CUDA.
 
-PyPI's `apex` is a toolkit for Pyramid web applications. Which of the two is there is read from files and metadata, so
-nothing of an unrelated package runs here. The interface is that of github.com/NVIDIA/apex, apex/normalization/
+PyPI's `apex` is another package, a toolkit for Pyramid web applications. The installed one is identified from files and
+metadata, so no code of an unrelated package runs. The interface is that of github.com/NVIDIA/apex, apex/normalization/
 fused_layer_norm.py and apex/optimizers/fused_adam.py. Importing this module imports neither apex nor torch.
 """
 
@@ -33,7 +33,7 @@ _plain = False
 
 @dataclass(frozen=True)
 class Apex:
-    """The `apex` that Python would import. reason: what it is and, where it is not usable, why not and the remedy."""
+    """The `apex` that Python would import. reason: its name or, where it is not usable, the cause and the remedy."""
 
     which: Literal["none", "unrelated", "nvidia"]
     version: str | None
@@ -42,7 +42,7 @@ class Apex:
 
 
 def find_apex() -> Apex:
-    """Look for apex. Only NVIDIA's with its CUDA extensions is imported, to see that they fit this torch."""
+    """Return the installed apex. Only NVIDIA's with CUDA extensions is imported, to check that they fit this torch."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return Apex("none", None, False, f"apex is not installed; NVIDIA's (not PyPI's) is built by `{BUILD}`")
@@ -64,7 +64,7 @@ def find_apex() -> Apex:
                 getattr(importlib.import_module(module), used)
         for module in _EXTENSIONS:
             importlib.import_module(module)
-    except Exception as error:  # whatever another version of apex or torch makes of it: the reason is kept
+    except Exception as error:  # any error of a mismatched apex or torch: kept as the reason
         said = " ".join(f"{type(error).__name__}: {error}".split())
         return Apex("nvidia", version, False, f"{name} does not import ({said}); `{BUILD}` builds it for this torch")
     return Apex("nvidia", version, True, name)
@@ -74,15 +74,15 @@ apex_here = cache(find_apex)
 
 
 def use_plain(plain: bool) -> None:
-    """Leave apex alone from now on, or take it again where it is usable (engine.kernels)."""
+    """Disable apex from now on (plain=True), or use it again where it is usable (engine.kernels)."""
     global _plain
     _plain = plain
 
 
 def norm_class(kind: str, device: str) -> Callable[..., nn.Module]:
-    """The "RMSNorm" or "LayerNorm" of tensors on `device` ("cpu" or "cuda"): called with the features and eps=.
+    """Return the "RMSNorm" or "LayerNorm" class for `device` ("cpu" or "cuda"), to be called with features and eps=.
 
-    apex's parameters are called as torch's and start as fp32; input and parameters must have one dtype.
+    apex's parameters have torch's names and start as fp32; input and parameters must have the same dtype.
     """
     if _taken(device):
         return getattr(importlib.import_module("apex.normalization"), f"Fused{kind}")
@@ -92,10 +92,10 @@ def norm_class(kind: str, device: str) -> Callable[..., nn.Module]:
 
 
 def adamw(device: str) -> Callable[..., Optimizer]:
-    """AdamW over parameters on `device`: called with the groups, lr=, betas= and eps=; exp_avg and exp_avg_sq in fp32.
+    """Return the AdamW class for parameters on `device`, to be called with the groups, lr=, betas= and eps=.
 
-    apex counts steps in the group, where torch does beside each parameter. It walks the groups together with a list
-    that it made of them when it was built, so a group that is empty then is never updated afterwards.
+    exp_avg and exp_avg_sq are fp32. apex counts steps per group, torch per parameter. apex iterates over the groups
+    together with a list that it built from them at construction, so a group that is empty then is never updated.
     """
     if _taken(device):
         return partial(importlib.import_module("apex.optimizers").FusedAdam, adam_w_mode=True)
@@ -105,7 +105,7 @@ def adamw(device: str) -> Callable[..., Optimizer]:
 
 
 def describe(device: str) -> str:
-    """One line on whose norms and AdamW run on `device`, and why."""
+    """Return one line that says which library provides norms and AdamW on `device`, and why."""
     if _taken(device):
         return f"norms and AdamW from {apex_here().reason}"
     return f"norms and AdamW from PyTorch: {apex_here().reason if device == 'cuda' else 'apex is for CUDA'}"
@@ -116,7 +116,7 @@ def _taken(device: str) -> bool:
 
 
 def _distribution(folders: Sequence[str]) -> Distribution | None:
-    """The installed distribution that the found package belongs to, if metadata lies beside it."""
+    """Return the installed distribution that the found package belongs to; None where no metadata lies beside it."""
     places = {Path(folder).resolve() for folder in folders}
     found = distributions(name="apex")
     return next((one for one in found if Path(str(one.locate_file("apex"))).resolve() in places), None)

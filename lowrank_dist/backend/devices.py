@@ -1,4 +1,4 @@
-"""The devices of this machine: what torch sees of them, their clocks and their generators."""
+"""The devices of this machine: their properties as torch reports them, clocks, and random generators."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Gpu:
 
 
 def gpus() -> list[Gpu]:
-    """Return every CUDA device. RuntimeError with the reason where there is none, or one that does not answer."""
+    """Return every CUDA device. Raises RuntimeError with the reason where there is none, or one does not answer."""
     if torch.version.cuda is None:
         raise RuntimeError(f"torch {torch.__version__} is not a CUDA build")
     with warnings.catch_warnings(record=True) as said:
@@ -64,10 +64,10 @@ def nccl() -> str | None:
 
 
 def device_of_rank(requested: str, local_rank: int, local_size: int) -> tuple[torch.device, str]:
-    """Make the device of a rank the current one, and return it with the collective library that its job uses there.
+    """Make a rank's device the current one, and return it with the collective library for it ("nccl" or "gloo").
 
-    requested: "auto", "cpu" or "cuda" (where there is none, the CPU). More ranks on a node than GPUs share them over
-    gloo, which stages through the host: NCCL refuses two ranks on one device.
+    requested: "auto", "cpu" or "cuda" (the CPU where there is no CUDA device). Where a node has more ranks than GPUs,
+    ranks share GPUs and use gloo, which stages through the host, because NCCL refuses two ranks on one device.
     """
     if requested == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu"), "gloo"
@@ -78,13 +78,13 @@ def device_of_rank(requested: str, local_rank: int, local_size: int) -> tuple[to
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what is queued on `device`, so that a clock read afterwards means something."""
+    """Wait for the work queued on `device`, so that a clock read afterwards includes it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Clock:
-    """Marks cost no synchronisation: on CUDA they are events in the current stream, read when it is past them."""
+    """A clock whose marks cost no synchronisation: on CUDA they are events, read when the stream has passed them."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -102,10 +102,10 @@ class Clock:
 
 
 class Waits:
-    """Pairs of marks around every wait for a tensor-parallel collective, while `clock` is set.
+    """Measures the waits for tensor-parallel collectives, by a pair of marks around each, while `clock` is set.
 
-    One for the process: the waits are deep inside autograd functions, ours and Megatron's, which know nothing of who
-    trains. Without a clock a wait costs one comparison.
+    The process has one instance (`WAITS`), because the waits are deep inside autograd functions, ours and Megatron's,
+    which have no access to the training loop. Without a clock a wait costs one comparison.
     """
 
     def __init__(self) -> None:
@@ -133,8 +133,8 @@ WAITS = Waits()
 def generator_states(device: torch.device) -> dict[str, Any]:
     """Return the states of Python's, NumPy's and torch's generators, and of the GPU's where there is one, as JSON.
 
-    They are for a checkpoint. Training draws from none of them: order, initial factors and dropout are functions of
-    seed, step and name. What a user's tokenizer or template draws goes on where it stopped.
+    They are saved in checkpoints for a user's tokenizer or template that draws random numbers. Training itself draws
+    from none of them: order, initial factors and dropout are functions of seed, step and name.
     """
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # a tuple, as restored below
@@ -149,12 +149,12 @@ def generator_states(device: torch.device) -> dict[str, Any]:
 
 
 def restore_generators(states: dict[str, Any], device: torch.device) -> None:
-    """Go on from what `generator_states` returned. Raises ValueError, TypeError or KeyError for anything else."""
+    """Restore what `generator_states` returned. Raises ValueError, TypeError or KeyError for anything else."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     np.random.set_state(tuple(states["numpy"]))
     torch.set_rng_state(_state(states["torch"]))
-    if device.type == "cuda" and "cuda" in states:  # saved on a CPU, there is none
+    if device.type == "cuda" and "cuda" in states:  # states saved on a CPU have none
         torch.cuda.set_rng_state(_state(states["cuda"]), device)
 
 

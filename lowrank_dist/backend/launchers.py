@@ -1,6 +1,6 @@
-"""The processes that started this rank, as Linux shows them under /proc, and what they leave unsaid.
+"""The processes that started this rank, read from /proc, and the rank variables that a launcher does not set itself.
 
-The standard library alone: a watchdog imports this. Where there is no /proc there are no processes to see.
+Imports only the standard library, because a watchdog imports this module. Without /proc no process is found.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ from typing import NamedTuple
 
 from lowrank_dist.errors import StrangerError, UserError
 
-# What the runner of `deepspeed` is called on its command line, and where it is told its hosts.
+# The names of the `deepspeed` runner on its command line, and its options for the hostfile.
 _DEEPSPEED = ("deepspeed", "deepspeed.launcher.runner", "ds")
 _HOSTFILE = ("-H", "--hostfile")
-_NODE = ("deepspeed.launcher.launch", "launch.py")  # deepspeed's, one a node
+_NODE = ("deepspeed.launcher.launch", "launch.py")  # deepspeed's node launcher, one per node
 _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _NODE_NAME, _TORCHRUN_NAME = "deepspeed's node launcher", "torchrun"
-# What only these launchers set.
+# Environment variables that only these launchers set.
 _SIGNS = {"CROSS_RANK": _NODE_NAME, "TORCHELASTIC_RUN_ID": _TORCHRUN_NAME}
-# Below what Linux hands out for outgoing connections; jobs that share a node differ in their numbers, and so do the
-# steps of a job. Jobs whose numbers are the stride apart are seldom there at the same time. As in launch/slurm/task.sh.
+# MASTER_PORT is _FIRST_PORT + (job + _STRIDE · step) mod _PORTS: below the ports that Linux uses for outgoing
+# connections, and different for jobs that share a node and for the steps of a job. Steps of two jobs can collide where
+# the job numbers differ by a multiple of the stride, and such jobs seldom run at once. As in launch/slurm/task.sh.
 _FIRST_PORT, _PORTS, _STRIDE = 10000, 20000, 6007
-# A name with one list of numbers or several in it, up to a comma that is not in a list.
+# The first name of a host list, with its number lists in brackets, up to the first comma outside brackets.
 _FIRST_HOST = re.compile(r"([^\[\],](?:[^\[\],]|\[\d[^\[\]]*\])*)(?:,.*)?")
-# Of a node, or of several alike. Slurm itself ends at 65,536 nodes.
+# The tasks of one node ("2") or of several alike ("2(x3)"). Slurm itself supports at most 65,536 nodes.
 _TASKS, _MOST_NODES = re.compile(r"(\d{1,7})(?:\(x(\d{1,7})\))?", re.ASCII), 1 << 16
-# Places in `stat_fields`; proc(5) numbers them from 1, with the process id and the name before.
+# Indices into `stat_fields`, which begins with field 3: proc(5) numbers the fields from 1, process id and name first.
 STATE, USER_TICKS, SYSTEM_TICKS, STARTED, EXIT_CODE = (number - 3 for number in (3, 14, 15, 22, 52))
 
 
 def ancestors() -> Iterator[Path]:
-    """Yield /proc/PID of this process's parent, of that one's parent, and so on."""
+    """Yield /proc/PID of this process's parent, of the parent's parent, and so on."""
     process: Path | None = Path("/proc") / str(os.getppid())
     while process is not None and process.name != "0" and (process / "status").exists():
         yield process
@@ -60,7 +61,7 @@ def words(process: Path) -> list[str]:
 
 
 def stat_fields(process: Path) -> list[str]:
-    """Return the fields of /proc/PID/stat from the state on; empty where the process has ended and its parent knows."""
+    """Return the fields of /proc/PID/stat from the state on; empty where the process has ended and been reaped."""
     try:
         return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
@@ -68,18 +69,18 @@ def stat_fields(process: Path) -> list[str]:
 
 
 def started(process: Path) -> str:
-    """Return when a process began, which tells it from a later one of the same number; "" where it has ended."""
+    """Return a process's start time, which tells it from a later process with the same id; "" where it has ended."""
     fields = stat_fields(process)
     return fields[STARTED] if runs(fields) else ""
 
 
 def runs(fields: list[str]) -> bool:
-    """Return whether `stat_fields` are those of a process that has not ended."""
+    """Return whether `stat_fields` belong to a process that has not ended."""
     return bool(fields) and fields[STATE] not in "ZX"
 
 
 class Launcher(NamedTuple):
-    """A process that started this rank. started: as `started` says; "" for one that is gone."""
+    """A process that started this rank. started: its start time (`started`); "" for a process that is gone."""
 
     pid: int
     started: str
@@ -92,10 +93,10 @@ class Launcher(NamedTuple):
 def find_launchers(environment: Mapping[str, str] = os.environ) -> list[Launcher]:
     """Return the launchers above this rank, and the deepspeed that reached this node over pdsh.
 
-    A process that is no launcher is not among them: a shell may end while its job goes on.
+    Ancestors that are not launchers are left out: a shell, for example, may end while its job goes on.
     """
     found = [Launcher(int(process.name), started(process), name) for process, name in _above()]
-    if os.getppid() == 1:  # nobody's child: its launcher may have ended before it could be seen
+    if os.getppid() == 1:  # orphaned: its launcher may have ended before it could be seen
         names = {launcher.name for launcher in found}
         found += [Launcher(0, "", name) for sign, name in _SIGNS.items() if sign in environment and name not in names]
     return found
@@ -109,7 +110,7 @@ def _above() -> Iterator[tuple[Path, str]]:
             yield process, name
             node = process if name == _NODE_NAME else None
         elif node is not None and _is_session(words(process)):
-            # Nothing of deepspeed's is above its node launcher but the ssh session that pdsh holds.
+            # The only launcher above deepspeed's node launcher is the ssh session that pdsh holds.
             yield process, "the ssh session of pdsh"
             break
     if node is not None:
@@ -117,7 +118,7 @@ def _above() -> Iterator[tuple[Path, str]]:
 
 
 def launcher_name(command: Sequence[str]) -> str | None:
-    """Return the kind of launcher that a command line is, None for anything else."""
+    """Return the kind of launcher that a command line belongs to; None for any other command."""
     names = {os.path.basename(word) for word in command[:4]}
     if names.intersection(_NODE) and any(word.startswith("--world_info") for word in command):
         return _NODE_NAME
@@ -146,16 +147,16 @@ def _runner_of(node: Sequence[str]) -> Iterator[tuple[Path, str]]:
 
 
 def refuse_missing_hostfile() -> None:
-    """Raise UserError where this rank was started by `deepspeed --hostfile FILE` and there is no FILE.
+    """Raise UserError where this rank was started by `deepspeed --hostfile FILE` and FILE does not exist.
 
-    The launcher warns and starts its ranks here, which see nothing of it: neither FILE nor the number of hosts that was
-    meant is passed on. It is their ancestor, though, and Linux shows its command line.
+    The launcher only warns and starts its ranks on this machine. It passes on neither FILE nor the intended number of
+    hosts, but it is an ancestor of the ranks, and Linux shows its command line.
     """
     for process in ancestors():
         named = named_hostfile(words(process))
         if named is None:
             continue
-        # As the launcher saw it: relative to where that was started.
+        # FILE is relative to the working directory of the launcher.
         path = Path(os.readlink(process / "cwd")) / named
         if not path.is_file():
             raise UserError(
@@ -174,7 +175,7 @@ def named_hostfile(command: Sequence[str]) -> str | None:
         name, given, value = word.partition("=")
         if name in _HOSTFILE:
             return value if given else next(rest, None)
-        if word.endswith(".py"):  # what follows is the script's own
+        if word.endswith(".py"):  # the arguments after it are the script's
             return None
     return None
 
@@ -182,9 +183,9 @@ def named_hostfile(command: Sequence[str]) -> str | None:
 def ranks_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the step's variables.
 
-    What is set already stays. Nothing is set outside a step: the variables that a batch script has say one task where
-    there are none. UserError for variables that are not as Slurm or another launcher sets them:
-    StrangerError where they are this rank's own.
+    Nothing is set where RANK is set already; a MASTER_ADDR or MASTER_PORT that is set stays. Nothing is set outside a
+    step: the variables of a batch script announce one task although none was started. Raises UserError for variables
+    that are not as Slurm or another launcher sets them, StrangerError where only this rank's own are wrong.
     """
     if not ("RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment):
         _set_from_step(environment)
@@ -224,7 +225,7 @@ def _set_from_step(environment: MutableMapping[str, str]) -> None:
 
 
 def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
-    """Return the number that a launcher gives in a variable. StrangerError where it is none."""
+    """Return the number in a launcher's variable. Raises StrangerError where it is not a number."""
     text = environment.get(name, default)
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise StrangerError(
@@ -235,9 +236,9 @@ def _number(environment: Mapping[str, str], name: str, default: str = "") -> int
 
 
 def run_token(environment: Mapping[str, str] = os.environ) -> str:
-    """Return what the ranks of one run have in common and those of another have not, by what started this rank.
+    """Return a text that is the same for all ranks of one run and differs between runs, from the launcher's variables.
 
-    In words, for messages. Of ranks that were started by hand nothing is known but their number.
+    It is readable, for messages. For ranks that were started by hand it has only their number.
     """
     size = f"{environment.get('WORLD_SIZE', '1')} ranks"
     if "TORCHELASTIC_RUN_ID" in environment:
@@ -245,7 +246,8 @@ def run_token(environment: Mapping[str, str] = os.environ) -> str:
     if "CROSS_RANK" in environment:
         return f"deepspeed{_deepspeed_job()}, {size}"
     tasks = environment.get("SLURM_PROCID"), environment.get("SLURM_STEP_NUM_TASKS")
-    # Where the ranks are the tasks of a step. A batch script may start them by other means, on its own node without.
+    # Only where the ranks are the tasks of a step: a batch script may start them by other means, on its own node even
+    # without a step.
     if "SLURM_STEP_ID" in environment and tasks == (environment.get("RANK"), environment.get("WORLD_SIZE")):
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
         job, step, restarts = (environment.get(name, "0") for name in names)
@@ -254,7 +256,7 @@ def run_token(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def _deepspeed_job() -> str:
-    """Return the hosts and devices of this rank's deepspeed, and of one on a single host its process."""
+    """Return the hosts and devices of this rank's deepspeed job, and its process where the job has a single host."""
     for process in ancestors():
         command = words(process)
         if launcher_name(command) == _NODE_NAME:
@@ -269,7 +271,7 @@ def _deepspeed_job() -> str:
 
 
 def first_host(nodes: str) -> str:
-    """Return the first name of a Slurm host list: "a[07-09,12],b1" → "a07". UserError for what is none."""
+    """Return the first name of a Slurm host list: "a[07-09,12],b1" → "a07". Raises UserError for any other text."""
     match = _FIRST_HOST.fullmatch(nodes)
     if match is None:
         raise UserError(
@@ -279,7 +281,7 @@ def first_host(nodes: str) -> str:
 
 
 def _tasks_of(text: str) -> list[int]:
-    """Return the tasks of each node: "2(x2),1" → [2, 2, 1]. UserError for what is no such list."""
+    """Return the tasks of each node: "2(x2),1" → [2, 2, 1]. Raises UserError for any other text."""
     found = [_TASKS.fullmatch(part) for part in text.split(",")]
     counts = [(int(match[1]), int(match[2] or 1)) for match in found if match is not None]
     if len(counts) < len(found) or sum(times for _, times in counts) > _MOST_NODES:

@@ -1,4 +1,4 @@
-"""The libraries that a rank loads: imported quietly, bounded, kept from the garbage collector; locks of killed builds.
+"""Settings for the libraries that a rank loads (messages, caches, garbage collection), and stale build locks.
 
 Importing this module imports none of them.
 """
@@ -15,31 +15,32 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# No build of an extension takes so long.
+# Longer than any build of an extension takes.
 STALE_SECONDS = 600
-# Log messages that ask nothing of whoever trains, by logger and first words.
+# Log messages that need no action from the user: logger → first words.
 NOISE = {
     "torch.utils.cpp_extension": "No CUDA runtime is found",  # a CUDA build of torch on a machine without a GPU
-    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",  # the form of spec that 0.16 knows too
+    "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",  # our form of spec, which 0.16 accepts too
 }
-# oneDNN and torch's layer above it (ideep) each keep what they compiled for the last 1024 shapes of a GEMM on the CPU,
-# some 0.5 MiB each: where no two batches have the same shape, a rank grew by more than its model. Both read their bound
-# when they first compute. As many as a layer has cost no time, and a new shape at most 1 ms (docs/LOG.md).
+# oneDNN and torch's layer above it (ideep) each cache the compiled code of the last 1024 GEMM shapes on the CPU, about
+# 0.5 MiB a shape. Where no two batches have the same shape, these caches outgrew the rank's model. Both libraries read
+# their bound at their first computation. A bound as large as the number of shapes in a layer costs no time; a new shape
+# costs at most 1 ms (docs/LOG.md).
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 CACHED_SHAPES = "16"
 
 
 def quiet_libraries() -> None:
-    """Silence what libraries say to their own developers, spare a compiler that nobody uses, and bound their caches.
+    """Silence messages meant for library developers, skip loading an unused compiler, and bound the caches.
 
-    To be called before Megatron is imported, and before anything is computed.
+    Call it before Megatron is imported and before anything is computed.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     for name in NOISE:
         logging.getLogger(name).addFilter(_no_noise)
-    # As it is imported Megatron wraps functions that we never call in torch.compile, which would load all of
-    # TorchInductor: a sixth of what a rank takes to start, and 40 MiB of its memory.
+    # At import Megatron wraps functions that we never call in torch.compile, which would load all of TorchInductor: a
+    # sixth of a rank's start time and 40 MiB of its memory.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     for name in CACHES:
         os.environ.setdefault(name, CACHED_SHAPES)
@@ -51,10 +52,10 @@ def _no_noise(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def lasting() -> Iterator[None]:
-    """Keep what is made in the block from this collection of garbage and any later one: for imports.
+    """Exclude the objects created in the block from garbage collection, now and later. For imports.
 
-    Megatron, DeepSpeed and transformers make half a million objects, through which the collector would go again and
-    again while they load, and in the steps of a training.
+    Megatron, DeepSpeed and transformers create half a million objects. The collector would scan them again and again
+    while they load and during training.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -67,11 +68,11 @@ def lasting() -> Iterator[None]:
 
 
 def stale_build_locks(now: float | None = None) -> list[Path]:
-    """Return the locks of torch's extension builds, sorted, that nobody holds any more: older than STALE_SECONDS.
+    """Return the locks of torch's extension builds that are older than STALE_SECONDS, hence left behind, sorted.
 
-    torch.utils.cpp_extension makes a file `lock` in the build folder of an extension and removes it afterwards; a build
-    that was killed leaves it, and every later one waits for it for ever, without a word (torch/utils/file_baton.py).
-    now: seconds since the epoch, the present if not given.
+    torch.utils.cpp_extension creates a file `lock` in the build folder of an extension and removes it afterwards. A
+    build that was killed leaves it, and every later build waits for it forever without a message
+    (torch/utils/file_baton.py). now: seconds since the epoch, by default the present.
     """
     now = time.time() if now is None else now
     stale = []
@@ -87,7 +88,7 @@ def stale_build_locks(now: float | None = None) -> list[Path]:
 
 
 def _roots() -> list[Path]:
-    """Return where this Python's torch builds extensions: TORCH_EXTENSIONS_DIR, or the folders of its cache."""
+    """Return the folders where this Python's torch builds extensions: TORCH_EXTENSIONS_DIR, or those of its cache."""
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     if chosen is not None:
         return [Path(chosen)]

@@ -1,4 +1,4 @@
-"""Everything of megatron-core that has to be patched, with the reason. Nothing else in the project patches it."""
+"""All patches of megatron-core, each with its reason. No other module of the project patches it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _StatelessRngTracker:
     """Stands in for Megatron's CUDA RNG tracker.
 
     The frozen base draws no random numbers (its dropouts are 0) and low-rank masks come from a counter, so there is no
-    state to fork; Megatron's tracker would ask CUDA for one, also where there is none.
+    state to fork. Megatron's tracker would ask CUDA for its state, even on a machine without CUDA.
     """
 
     def is_initialized(self) -> bool:
@@ -28,7 +28,7 @@ class _StatelessRngTracker:
 
 
 def _waiting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, known as time spent waiting for other ranks."""
+    """Wrap a function so that its time counts as waiting for other ranks."""
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -44,12 +44,13 @@ def prepare(device: torch.device) -> None:
 
     random._CUDA_RNG_STATE_TRACKER = _StatelessRngTracker()
     random._CUDA_RNG_STATE_TRACKER_INITIALIZED = True
-    # What its embedding, its row-parallel linears without sequence parallelism and its frozen linears wait for.
+    # The collectives that Megatron's embedding, its row-parallel linears without sequence parallelism and its frozen
+    # linears wait for.
     for name in ("_reduce", "_gather_along_first_dim", "_reduce_scatter_along_first_dim"):
         function = getattr(mappings, name)
         if not hasattr(function, "__wrapped__"):
             setattr(mappings, name, _waiting(function))
     if device.type == "cpu":
-        # Megatron asks for "the current CUDA device" when it allocates and when it builds masks, also on a CPU.
+        # Megatron asks for "the current CUDA device" when it allocates and when it builds masks, even on a CPU.
         cuda: Any = torch.cuda
         cuda.current_device = lambda: torch.device("cpu")

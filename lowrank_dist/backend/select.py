@@ -16,14 +16,14 @@ from lowrank_dist.backend.devices import device_of_rank, synchronize
 from lowrank_dist.backend.launchers import run_token
 from lowrank_dist.errors import StrangerError, UserError
 
-_RUN = "lowrank_dist/run"  # in the job's store: what rank 0 is a rank of
+_RUN = "lowrank_dist/run"  # key in the job's store: the run token of rank 0
 
 
 @dataclass(frozen=True)
 class Backend:
-    """The chosen side of the seam: `collective` is torch.distributed's name, `accelerator` is DeepSpeed's.
+    """The chosen device. collective: its backend in torch.distributed; accelerator: its name in DeepSpeed.
 
-    ranks_per_device: how many ranks of this node share the device, or the node's memory where it is the CPU.
+    ranks_per_device: the number of ranks of this node that share the device, or the node's memory if it is the CPU.
     """
 
     device: torch.device
@@ -32,7 +32,7 @@ class Backend:
     ranks_per_device: int = 1
 
     def peak_memory_gib(self) -> float:
-        """Return the peak memory so far: allocated on the GPU, or resident of this process."""
+        """Return the peak memory so far in GiB: allocated on the GPU, or resident in this process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         with open("/proc/self/status") as status:
@@ -54,7 +54,7 @@ class Backend:
         return f"{platform.processor() or platform.machine()} CPU"
 
     def synchronize(self) -> None:
-        """Wait for queued device work, so that a clock read afterwards means something."""
+        """Wait for queued device work, so that a clock read afterwards includes it."""
         synchronize(self.device)
 
     def describe(self) -> str:
@@ -63,25 +63,25 @@ class Backend:
 
 
 def local_rank_and_size() -> tuple[int, int]:
-    """Return this rank's number on its node and how many ranks the node runs, as the launcher says; (0, 1) without one.
+    """Return this rank's number on its node and the node's number of ranks, from the launcher; (0, 1) without one.
 
-    torchrun says the size in LOCAL_WORLD_SIZE, the deepspeed launcher in LOCAL_SIZE.
+    torchrun sets LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
     """
     size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
     return int(os.environ.get("LOCAL_RANK", "0")), int(size)
 
 
 def select_backend(requested: str, local_rank: int, local_size: int) -> Backend:
-    """Choose the device of this rank, as `device_of_rank` says, and let Megatron know.
+    """Choose the device of this rank (`device_of_rank`), and prepare Megatron and DeepSpeed for it.
 
-    Raises UserError where CUDA is demanded and absent.
+    Raises UserError where "cuda" is requested and torch sees no CUDA device.
     """
     if requested == "cuda" and not torch.cuda.is_available():
         raise UserError("model.device: cuda was asked for, but torch sees no CUDA device; use model.device=cpu or auto")
     device, collective = device_of_rank(requested, local_rank, local_size)
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     backend = Backend(device, collective, device.type, ranks_per_device=-(-local_size // count))
-    # DeepSpeed picks its accelerator at import from this variable; both libraries must be on the same side.
+    # DeepSpeed picks its accelerator at import from this variable; it must be the device that Megatron uses.
     os.environ["DS_ACCELERATOR"] = backend.accelerator
     megatron.prepare(backend.device)
     return backend
@@ -90,7 +90,7 @@ def select_backend(requested: str, local_rank: int, local_size: int) -> Backend:
 def init_process_group(backend: Backend, timeout_seconds: int) -> None:
     """Join the job that the launcher described in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
-    Raises StrangerError where the ranks there are another run's.
+    Raises UserError where one of these is not set, and StrangerError where the ranks there belong to another run.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -109,10 +109,10 @@ def init_process_group(backend: Backend, timeout_seconds: int) -> None:
 
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Return the store of the job, this rank and their number, once rank 0 has let this one in.
+    """Return the job's store, this rank and the number of ranks, once this rank is known to belong to rank 0's run.
 
-    Ranks of two runs that share a port would else be one run's, and train what neither was told to. Raises
-    StrangerError on the rank that belongs elsewhere; the run that it met goes on.
+    Otherwise ranks of two runs that share a port would form one run, and train what neither was asked to. Raises
+    StrangerError on the rank that belongs to another run; the run that it met goes on.
     """
     place = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
     remedy = "give each run a MASTER_PORT of its own"
@@ -142,18 +142,19 @@ def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def name_own_device(backend: Backend) -> None:
-    """Let LOCAL_RANK be the number of this rank's GPU, which is what DeepSpeed's engine takes it for.
+    """Set LOCAL_RANK to the number of this rank's GPU.
 
-    It calls torch.cuda.set_device(LOCAL_RANK), which fails or moves the rank where several ranks share a GPU. Called
-    once the ranks have met: until then LOCAL_RANK says which of them speaks for its node.
+    DeepSpeed's engine calls torch.cuda.set_device(LOCAL_RANK), which fails or moves the rank where several ranks share
+    a GPU. This runs after the ranks have met: until then LOCAL_RANK decides which rank reports for its node.
     """
     if backend.device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(backend.device.index)
 
 
 def shutdown(*, clean: bool) -> None:
-    """Leave the job. After a clean run all ranks leave together, and the groups are destroyed, or the interpreter may
-    abort at exit.
+    """Leave the job.
+
+    After a clean run all ranks leave together and destroy the groups; otherwise the interpreter may abort at exit.
     """
     if clean and dist.is_initialized():
         dist.barrier()
