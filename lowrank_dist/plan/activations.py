@@ -1,5 +1,7 @@
-"""What autograd saves of one microbatch on one rank, in bytes (parallel/autograd.py, model/layers.py,
-model/attention.py, model/causal_lm.py); what a method adds is its footprint's.
+"""The bytes that autograd saves for one microbatch on one rank.
+
+The formulas follow parallel/autograd.py, model/layers.py, model/attention.py and model/causal_lm.py. A method's
+footprint gives what the method adds.
 
 Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, V vocabulary, F ffn, N
 tensor-parallel ranks, e bytes of an element of the base.
@@ -14,7 +16,7 @@ from lowrank_dist.plan.parameters import norm_elements
 
 
 def saved_of_layer(job: Job, layer: Layer, stream: bool) -> int:
-    """Bytes that a layer saves for backward, where its activations are kept."""
+    """Return the bytes that a layer saves for backward without recomputation. stream: its input requires a gradient."""
     arch, n, e = job.architecture, job.layout.tensor, job.itemsize
     t, tj, h = job.tokens, job.shard_tokens, job.architecture.hidden
     kind = layer.kind
@@ -27,7 +29,7 @@ def saved_of_layer(job: Job, layer: Layer, stream: bool) -> int:
     found += _linear(trained, qkv, tj * h * e, t * qkv * e)
     if attention:
         found += job.footprint.saved_by_attention(job, kind, stream, _attention(job, kind, heads_out))
-    # Attention's output is proj's input, but where it is put together from those of packed samples.
+    # Attention's output is proj's input, except with packing, where the input is concatenated from samples' outputs.
     shared = attention and not job.packing
     found += _linear(trained, proj, 0 if shared else heads_out, tj * proj * e)
     found += _linear(trained, fc1, tj * h * e, t * fc1 * e)
@@ -37,15 +39,16 @@ def saved_of_layer(job: Job, layer: Layer, stream: bool) -> int:
     # ReLU's backward reads its output, which is fc2's input.
     found += _linear(trained, fc2, 0 if activation and arch.activation == "relu" else inner, tj * fc2 * e)
     if trained and e < 4:
-        # Weights are fp32 and cast where they are used; the copy is what backward multiplies with.
+        # Weights are fp32 and cast where they are used; backward multiplies with the cast.
         found += e * sum(linear.weights // n for linear in kind.linears.values())
     found += sum(job.footprint.saved_behind_linear(job, linear, factors) for linear, factors in layer.linears)
     return found + job.footprint.saved_by_layer(job, stream)
 
 
 def beside_graph(job: Job, layer: Layer) -> int:
-    """Bytes of `saved_of_layer` that are kept until backward is over, recomputation or not: what a method saves of a
-    product that came out of a collective (parallel/update.py).
+    """Return the bytes of `saved_of_layer` that are kept until backward ends, even with recomputation.
+
+    They are what a method saves of a product that came out of a collective (parallel/update.py).
     """
     if not job.sequence_parallel:
         return 0
@@ -54,22 +57,25 @@ def beside_graph(job: Job, layer: Layer) -> int:
 
 
 def widths(job: Job) -> int:
-    """What the activation saves, in widths of ffn: Megatron's own expression of a gated one keeps all its steps."""
+    """Return the number of ffn-wide tensors that the activation saves.
+
+    Gated activations other than SwiGLU use Megatron's expression, which saves all its steps.
+    """
     if not job.architecture.gated:
         return 1
     return 2 if job.architecture.activation == "silu" else 4
 
 
 def _linear(trained: bool, rank: int, x: int, u: int) -> int:
-    """A trained or adapted linear saves its input, the latter also U; a frozen one nothing but its weight."""
+    """Return what a linear saves: a trained or adapted one its input, an adapted one also U, a frozen one nothing."""
     return x + u if trained or rank else 0
 
 
 def norm_saves(job: Job, rows: int, features: int) -> int:
-    """A frozen norm saves its input and a statistic or two of each row.
+    """Return the bytes that a norm saves: its input and one or two statistics of each row.
 
-    PyTorch's RMSNorm is fused on CUDA; on a CPU it is written out and saves the input in fp32, and what it multiplies
-    with its weight where that is trained, which is then cast.
+    PyTorch's RMSNorm is fused on CUDA; on a CPU it is composed of simple operators and saves the input in fp32. Where
+    the weight is trained, a norm also saves the weight's cast, and RMSNorm on a CPU what it multiplies with the weight.
     """
     layer_norm = job.architecture.norm == "LayerNorm"
     itemsize, cast = 4 if written_out(job) else job.itemsize, 0
@@ -80,18 +86,21 @@ def norm_saves(job: Job, rows: int, features: int) -> int:
 
 
 def written_out(job: Job) -> bool:
-    """Whether norms save a copy of their input in fp32 in place of the input."""
+    """Return whether norms save a copy of their input in fp32 instead of the input."""
     return job.device == "cpu" and job.architecture.norm == "RMSNorm" and job.itemsize < 4
 
 
 def _attention(job: Job, kind: LayerKind, heads_out: int) -> int:
-    """q, k, v, the output and log Σ exp of flash attention. v lies inside the fused q, k, v, which it keeps alive."""
+    """Return the bytes of q, k, v, output and log Σ exp of flash attention.
+
+    v is a view of the fused q, k, v and keeps it alive.
+    """
     arch, n, e, t = job.architecture, job.layout.tensor, job.itemsize, job.tokens
     whole_heads = arch.kv_heads >= n
     fused = t * kind.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
     keys = t * max(1, arch.kv_heads // n) * arch.head_dim * e
     found = fused + heads_out + 4 * t * arch.heads // n
-    # q is taken together from between the k and v of every group, unless a head or a group is all there is.
+    # q is copied together from between the groups' k and v, unless the rank has one group, or a group one query head.
     copied = whole_heads and arch.kv_heads // n > 1 and arch.heads > arch.kv_heads
     if not arch.position_rows:
         found += heads_out + keys  # rotated q and k
@@ -101,7 +110,10 @@ def _attention(job: Job, kind: LayerKind, heads_out: int) -> int:
 
 
 def head_norms(job: Job, copied: bool) -> int:
-    """Of q and k, which lie in the fused q, k, v that is kept alive; copied: q does not."""
+    """Return the bytes that the norms of q and k save beside the fused q, k, v, which is kept alive.
+
+    copied: q is a copy and not a view of the fused tensor.
+    """
     arch, n, e, t = job.architecture, job.layout.tensor, job.itemsize, job.tokens
     if not arch.qk_norm:
         return 0
@@ -109,7 +121,7 @@ def head_norms(job: Job, copied: bool) -> int:
     queries = t * (arch.heads // n if arch.kv_heads >= n else arch.heads // arch.kv_heads) * arch.head_dim * e
     keys = t * max(1, arch.kv_heads // n) * arch.head_dim * e
     widths = 4 // e if in_fp32 else 1
-    # In fp32 the norms save q and k where they lie; q perhaps in its copy.
+    # Norms that are written out save fp32 copies of q and k. Others save q and k where they lie, q perhaps in its copy.
     found = (queries + keys) * widths if in_fp32 else (queries if copied else 0)
     if job.footprint.trains_base and job.device == "cpu":
         found += (queries + keys) * 4 // e
@@ -117,7 +129,7 @@ def head_norms(job: Job, copied: bool) -> int:
 
 
 def activations(job: Job, *, recompute: bool) -> int:
-    """Bytes saved for backward of one microbatch: all of it, or with recomputation the inputs of the layers."""
+    """Return the bytes saved for backward of one microbatch; with recomputation, of a layer little but its input."""
     found = sum(
         count * kept_of_layer(job, layer, stream, recompute=recompute) for layer, stream, count in job.placement.kinds
     )
@@ -128,8 +140,8 @@ def activations(job: Job, *, recompute: bool) -> int:
             + job.targets * job.architecture.hidden * job.itemsize
         )
     if job.footprint.trains_base:
-        # The gradient of the head's weight, likewise; ids and mask of the lookup in a part of the embeddings; and the
-        # buffer in which Megatron gathers the inputs of trained linears.
+        # The gradient of the head's weight, formed in forward too; ids and mask of the lookup in a shard of the
+        # embeddings; and the buffer in which Megatron gathers the inputs of trained linears.
         found += head_rows(job) * job.architecture.hidden * job.itemsize
         found += 9 * job.tokens * (job.layout.tensor > 1)
         found += job.tokens * job.architecture.hidden * job.itemsize * job.sequence_parallel
@@ -143,10 +155,10 @@ def activations(job: Job, *, recompute: bool) -> int:
 
 
 def kept_of_layer(job: Job, layer: Layer, stream: bool, *, recompute: bool) -> int:
-    """Bytes that a layer keeps from its forward to its backward, if it has one.
+    """Return the bytes that a layer keeps from its forward to its backward; 0 where it has no backward.
 
-    Where activations are recomputed: its input, and U_j of its row-parallel linears, which their second half keeps
-    beside the graph so that nothing asks for the reduction again (parallel/autograd.py).
+    With recomputation: its input, and U_j of its row-parallel linears. ReduceExpand keeps U_j outside the graph so that
+    recomputation does not issue the reduction again (parallel/autograd.py).
     """
     if not (stream or layer.adapted):
         return 0

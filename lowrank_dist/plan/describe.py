@@ -1,4 +1,4 @@
-"""The whole plan as plain data: what --json prints and the tables show. Bytes are bytes, times are seconds."""
+"""The whole plan as plain data, for --json and the tables. Sizes are in bytes, times in seconds."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from lowrank_dist.plan.parameters import (
 from lowrank_dist.plan.step_time import job_flops
 from lowrank_dist.plan.traffic import Message, bytes_of, calls, layer_calls, microbatch_messages, of_step
 
-_LARGEST_TENSOR = 64  # sizes above which nobody asks why not
+_LARGEST_TENSOR = 64  # the largest size that the plan lists as legal or not
 
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """One method on the layout of the plan. added: collectives a layer, forward and backward, beside those of a frozen
-    layer that sends a gradient down.
+    """One method on the layout of the plan.
 
-    trained: while training; stored: in the adapter. flops: executed in a step by all GPUs.
+    trained: elements while training; stored: elements in the adapter. added: collectives per layer, forward and
+    backward, beyond those of a frozen layer that passes a gradient down. flops: executed in a step by all GPUs.
     """
 
     method: str
@@ -48,7 +48,7 @@ class MethodPlan:
 
 
 def compare(candidate: Candidate, others: Iterable[Footprint]) -> list[MethodPlan]:
-    """Return the candidate's own method as it is configured, then the others that leave a row two positions."""
+    """Return the candidate's own method as configured, then the others that leave a row at least two positions."""
     job = candidate.job
     jobs = [replace(job, footprint=other) for other in others if job.length - other.virtual >= 2]
     return [_plan(candidate), *(_plan(replace(candidate, job=other)) for other in jobs)]
@@ -79,9 +79,9 @@ def describe(
     keep_last: int | None,
     keep_best: int,
 ) -> dict[str, Any]:
-    """Return everything about `planned`, beside `others` on its layout.
+    """Return the data of `planned`, and of the methods `others` on the same layout.
 
-    recommended: where the plan's own choice differs from what the user has fixed.
+    recommended: the plan's own choice, where it differs from what the user has fixed.
     """
     candidate = planned.best
     job = candidate.job
@@ -167,7 +167,7 @@ def _layout(candidate: Candidate) -> dict[str, Any]:
 
 
 def _memory(candidate: Candidate) -> dict[str, Any]:
-    """With and without recomputation of the same layout, by part at the fullest moment, and every moment's total."""
+    """Return the memory with and without recomputation: parts at the fullest moment, and the total of every moment."""
     found = {}
     for name, recompute in (("without_recompute", False), ("with_recompute", True)):
         layout = replace(candidate.job.layout, recompute=recompute)
@@ -184,7 +184,7 @@ def _memory(candidate: Candidate) -> dict[str, Any]:
 
 
 def _messages(candidate: Candidate) -> list[dict[str, Any]]:
-    """Of one rank: per microbatch and per optimizer step, by kind and group."""
+    """Return the messages of one rank, per microbatch and per optimizer step, by kind and group."""
     step, micro = of_step(candidate.job, candidate.tp_rank), microbatch_messages(candidate.job)
     return [
         {
@@ -199,7 +199,7 @@ def _messages(candidate: Candidate) -> list[dict[str, Any]]:
 
 
 def messages_of(messages: Iterable[Message]) -> dict[str, dict[str, int]]:
-    """Calls and bytes by kind, of messages over one group."""
+    """Return calls and bytes by kind, of messages over one group."""
     held = list(messages)
     return {
         kind: {"calls": n, "bytes": bytes_of(held)[kind, group]} for (kind, group), n in sorted(calls(held).items())
@@ -219,8 +219,9 @@ def _time(candidate: Candidate) -> dict[str, Any]:
 
 
 def _state(job: Job) -> dict[str, float]:
-    """Bytes of weights, gradients, masters and moments of a replica, however sharded: as planned and of full training,
-    where Φ itself is fp32.
+    """Return the bytes of weights, gradients, masters and moments of one replica, summed over its ranks.
+
+    planned: with the job's method; full: with full training, where Φ itself is fp32.
     """
     size, theta = frozen_size(job.architecture), job.footprint.parameters(job.architecture)
     full = (4 + 4 + 12) * size

@@ -1,4 +1,4 @@
-"""The factors of a plan: arch/placement.py's, with layers that are alike taken together so that sums are short."""
+"""The factors of a plan: those of arch/placement.py, with identical layers grouped so that sums are short."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lowrank_dist.arch.rows import Linear
 
 @dataclass(frozen=True)
 class Factor:
-    """One pair A [rank, in_features], B [rows, rank], whatever its layer.
+    """One pair A [rank, in_features], B [rows, rank], without its layer.
 
-    name: the last part of the module's path. parts: which projections of its linear B's rows belong to.
+    name: the last part of the module's path. parts: the projections of its linear that B's rows belong to.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of this kind. factors: those of each of the kind's linears, in their order."""
+    """A layer with its factors. factors: those of each linear of `kind`, in the order of the linears."""
 
     kind: LayerKind
     factors: tuple[tuple[Factor, ...], ...]
@@ -44,25 +44,25 @@ class Layer:
 
     @property
     def adapted(self) -> bool:
-        """Whether any linear has factors, or what joins behind it."""
+        """True where any linear has factors, or trained parameters join behind it (JOINS)."""
         return any(self.factors)
 
     def on(self, linear: str) -> tuple[Factor, ...]:
-        """The factors of the linear of this name."""
+        """Return the factors of the linear of this name."""
         return self.factors[list(self.kind.linears).index(linear)]
 
     def part(self, *, in_attention: bool) -> Layer:
-        """The layer with the factors of attention alone, or of the MLP alone."""
+        """Return the layer with only the factors of attention, or only those of the MLP."""
         return replace(
             self, factors=tuple(found if x.in_attention == in_attention else () for x, found in self.linears)
         )
 
     def rank(self, linear: str) -> int:
-        """R of the linear of this name."""
+        """Return R of the linear of this name."""
         return total_rank(self.on(linear))
 
 
-# Where what is no factor joins a layer, behind the linear that has it: of no rank, and in no message.
+# Marks a linear behind which trained parameters join that are not factors. It has rank 0 and is in no message.
 JOINS = Factor("", 0, 0, 0, ())
 
 
@@ -70,7 +70,7 @@ JOINS = Factor("", 0, 0, 0, ())
 class Placement:
     """The factors of every layer.
 
-    flows: every layer's input requires a gradient, as where the embeddings are trained.
+    flows: every layer's input requires a gradient, for example because the embeddings are trained.
     """
 
     layers: tuple[Layer, ...]
@@ -78,12 +78,12 @@ class Placement:
 
     @cached_property
     def lowest(self) -> int:
-        """The number of the lowest adapted layer, below which nothing runs backward."""
+        """The number of the lowest adapted layer. No layer below it runs backward, unless `flows`."""
         return next((number for number, layer in enumerate(self.layers) if layer.adapted), len(self.layers))
 
     @cached_property
     def kinds(self) -> tuple[tuple[Layer, bool, int], ...]:
-        """Every distinct (layer, whether its input requires a gradient) with the number of layers that are alike."""
+        """Every distinct (layer, whether its input requires a gradient), with the number of such layers."""
         return tuple((*kind, count) for kind, count in Counter(zip(self.layers, self._gradient, strict=True)).items())
 
     @property
@@ -93,7 +93,10 @@ class Placement:
 
     @cached_property
     def tops(self) -> tuple[tuple[Layer, bool, tuple[tuple[Layer, bool], ...]], ...]:
-        """Of every kind of layer its topmost one, whether its input requires a gradient, and likewise those above."""
+        """For each kind of layer: the topmost one, whether its input requires a gradient, and the layers above it.
+
+        The layers above are pairs (layer, whether its input requires a gradient).
+        """
         layers = tuple(zip(self.layers, self._gradient, strict=True))
         topmost = {layer.kind: number for number, layer in enumerate(self.layers)}
         return tuple((*layers[number], layers[number + 1 :]) for number in topmost.values())
@@ -104,7 +107,7 @@ class Placement:
 
     @property
     def trains(self) -> bool:
-        """Whether backward runs at all."""
+        """True where backward runs at all."""
         return self.flows or self.lowest < len(self.layers)
 
     @cached_property
@@ -113,7 +116,7 @@ class Placement:
         return sum(self.by_module().values())
 
     def by_module(self) -> dict[str, int]:
-        """Elements of Θ by the name of the module, over all layers."""
+        """Return the elements of Θ by the name of the module, over all layers."""
         found: Counter[str] = Counter()
         for layer, _, count in self.kinds:
             for factor in (factor for factors in layer.factors for factor in factors):
@@ -122,7 +125,7 @@ class Placement:
 
 
 def low_rank(arch: Architecture, rules: LoraRules) -> Placement:
-    """The factors that `place` gives, by layer. Raises UserError as it does."""
+    """Return the factors that `place` computes, by layer. Raises UserError as `place` does."""
     found = {
         (placement.layer, placement.linear): tuple(map(_factor, placement.factors)) for placement in place(arch, rules)
     }
@@ -135,14 +138,14 @@ def low_rank(arch: Architecture, rules: LoraRules) -> Placement:
 
 
 def on_every_linear(arch: Architecture, rank: int) -> Placement:
-    """Return factors of one rank on all linears. Their scale, which alpha gives, does not matter to a plan."""
+    """Return factors of adapter rank `rank` on all linears. Their scale, set by alpha, does not matter to a plan."""
     return low_rank(arch, LoraRules(rank, rank, ALL_LINEAR))
 
 
 def joined(arch: Architecture, linear: str | None) -> Placement:
-    """Return a placement without factors, for what is trained otherwise.
+    """Return a placement without factors, for a method that trains other parameters.
 
-    linear: behind which linear of a layer it joins; None where it is before the first layer.
+    linear: the linear of the first layer behind which these join; None where they come before the first layer.
     """
     first, *others = arch.layers
     joins = Layer(first, tuple((JOINS,) if name == linear else () for name in first.linears))
@@ -151,15 +154,15 @@ def joined(arch: Architecture, linear: str | None) -> Placement:
 
 
 def total_rank(factors: Sequence[Factor]) -> int:
-    """R = Σ r of the factors that share an input."""
+    """Return R = Σ r of the factors that share an input."""
     return sum(factor.rank for factor in factors)
 
 
 def gradients(layer: Layer, stream: bool) -> dict[str, bool]:
-    """Whether the input of each linear requires a gradient, given whether the layer's does.
+    """Return, for each linear, whether its input requires a gradient. stream: the layer's input requires one.
 
-    Past an adapted linear everything does. A column-parallel linear reads the residual sum, which the output of a
-    row-parallel one joins.
+    Everything after an adapted linear requires one. A column-parallel linear reads the residual stream, to which the
+    output of the row-parallel linear before it is added.
     """
     needs, inner = {}, stream
     for name, (linear, factors) in zip(layer.kind.linears, layer.linears, strict=True):

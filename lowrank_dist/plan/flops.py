@@ -1,4 +1,4 @@
-"""FLOPs of a step, counted: what is executed, and what the model needs (MFU's numerator).
+"""FLOPs of a step: those executed, and those that the model needs (the numerator of MFU).
 
 Frozen weights have no weight gradient, the lowest adapted linear forms no gradient of its input, nothing below it runs
 backward, and only target positions reach the vocabulary projection. A multiply-add is two FLOPs; norms, activations and
@@ -19,10 +19,10 @@ from lowrank_dist.plan.job import Footprint
 
 @dataclass(frozen=True)
 class FlopCount:
-    """FLOPs over all ranks. executed: with recomputation, and flash attention's scores made again in backward.
+    """FLOPs over all ranks. executed: with recomputation, and with flash attention's scores recomputed in backward.
 
     model: without either, as MFU is defined (Chowdhery et al., "PaLM", 2022, appendix B), and without the weight
-    gradients that a frozen base does not have. attention: the part of `executed` that attention is.
+    gradients that a frozen base does not have. attention: the part of `executed` that is attention's.
     """
 
     executed: int
@@ -39,11 +39,11 @@ def step_flops(
     square_lengths: int,
     recompute: bool,
 ) -> FlopCount:
-    """FLOPs of forward and backward of `tokens` tokens, of which `target_tokens` are trained on.
+    """Return the FLOPs of forward and backward of `tokens` tokens, of which `target_tokens` are trained on.
 
-    square_lengths: Σ length² over the samples, each of which attends within itself; positions outside a row are not
-    counted in it. Sums may run over any number of microbatches, steps and ranks: the count is linear in all three. What
-    a microbatch costs whatever its tokens is apart (`Footprint.microbatch_flops`).
+    square_lengths: Σ length² over the samples, each of which attends within itself, without positions outside a row.
+    The three arguments may be sums over any number of microbatches, steps and ranks, because the count is linear in
+    them. Costs of a microbatch that do not depend on its tokens are not included (`Footprint.microbatch_flops`).
     """
     placement, trained = footprint.placement, footprint.trains_base
     forward_attention = 2 * (square_lengths + 2 * tokens * footprint.outside_row) * arch.heads * arch.head_dim
@@ -68,8 +68,10 @@ def step_flops(
 
 
 def replicated_flops(arch: Architecture, footprint: Footprint, *, tokens: int, recompute: bool) -> int:
-    """FLOPs that every tensor-parallel rank repeats without sequence parallelism: those of the replicated factors,
-    A of column- and B of row-parallel linears, and of what the method replicates.
+    """Return the FLOPs that every tensor-parallel rank repeats where there is no sequence parallelism.
+
+    They are those of the replicated factors (A of column- and B of row-parallel linears) and of what the method
+    replicates.
     """
     found = 0
     for layer, stream, count in footprint.placement.kinds:
@@ -79,7 +81,7 @@ def replicated_flops(arch: Architecture, footprint: Footprint, *, tokens: int, r
         forwards = 2 if recompute and (stream or layer.adapted) else 1
         for (linear, factors), needs_dx in zip(layer.linears, gradients(layer, stream).values(), strict=True):
             column = linear.kind == "column"
-            # Beside the forward product: dA, and dU·A where it is needed; or dU and dB.
+            # The forward product, and in backward for A: dA, and dU·A where it is needed; for B: dU and dB.
             products = forwards + (1 + needs_dx if column else 2)
             side = sum(factor.rank * (factor.in_features if column else factor.rows) for factor in factors)
             found += count * products * 2 * tokens * side
@@ -87,12 +89,12 @@ def replicated_flops(arch: Architecture, footprint: Footprint, *, tokens: int, r
 
 
 def _low_rank_forward(layer: Layer, tokens: int) -> int:
-    """U = X·Aᵀ and U·Bᵀ."""
+    """Return the FLOPs of U = X·Aᵀ and U·Bᵀ."""
     return sum(2 * tokens * factor.elements for factors in layer.factors for factor in factors)
 
 
 def _low_rank_backward(layer: Layer, needs: Mapping[str, bool], tokens: int) -> int:
-    """dU = dY·B, dA = dUᵀ·X, dB = dYᵀ·U, and dU·A where the input needs a gradient."""
+    """Return the FLOPs of dU = dY·B, dA = dUᵀ·X, dB = dYᵀ·U, and of dU·A where the input needs a gradient."""
     found = 0
     for factors, needs_dx in zip(layer.factors, needs.values(), strict=True):
         for factor in factors:

@@ -1,4 +1,4 @@
-"""GPUs and their links, by data sheet, and what a step reaches of it."""
+"""GPUs and their links by data sheet, and the shares of these rates that a step reaches."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from lowrank_dist.errors import UserError
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory in bytes; flops: dense bf16 FLOP/s; bandwidth: of memory, B/s; node and network: one direction of a GPU's
-    link to the others in its node, and to other nodes (its own NIC), B/s.
+    """A GPU by its data sheet.
+
+    memory: bytes. flops: dense bf16 FLOP/s. bandwidth: of memory, B/s. node, network: one direction of the GPU's link
+    to the others in its node, and to other nodes (its own NIC), B/s.
     """
 
     name: str
@@ -35,12 +37,12 @@ GPUS = {
         Gpu("b200", 180 * 10**9, 2250e12, 8.0e12, 900e9, 50e9),
     )
 }
-# Of the data sheet: GEMMs and memory as measured on H100 and H200 (790 to 798 TFLOP/s; 3.0 and 4.3 TB/s);
-# links assumed.
+# Shares of the data sheet's rates: GEMMs and memory as measured on H100 and H200 (790 to 798 TFLOP/s; 3.0 and
+# 4.3 TB/s); links assumed.
 GEMM_SHARE, MEMORY_SHARE, LINK_SHARE = 0.8, 0.9, 0.8
 # Seconds before a collective's first byte, assumed.
 NODE_LATENCY, NETWORK_LATENCY = 15e-6, 40e-6
-# CUDA context, NCCL's buffers, cuBLAS workspaces, and what the allocator cannot use of the rest: assumed.
+# CUDA context, NCCL's buffers and cuBLAS workspaces; the share of the rest that the allocator cannot use. Assumed.
 OUTSIDE_TENSORS, FRAGMENTATION = 2 * 10**9, 0.03
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -48,7 +50,7 @@ _UNITS |= {f"{unit[0]}IB": 2 ** (10 * power) for power, unit in enumerate(_UNITS
 
 
 def gpu_of(name: str) -> Gpu:
-    """The GPU of that name; UserError names all there are."""
+    """Return the GPU of that name. Raises UserError, which lists all known GPUs, for any other name."""
     found = GPUS.get(name.lower())
     if found is None:
         match = difflib.get_close_matches(name.lower(), GPUS, n=1)
@@ -58,7 +60,7 @@ def gpu_of(name: str) -> Gpu:
 
 
 def bytes_in(text: str, option: str) -> int:
-    """The bytes of "80GB" or "80 GiB". UserError where the unit is missing or the number is not above 0."""
+    """Return the bytes of "80GB" or "80 GiB". Raises UserError without a unit or a number above 0."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
         said = "has no unit" if match is not None and not match[2] else "is not a size"
@@ -67,11 +69,11 @@ def bytes_in(text: str, option: str) -> int:
 
 
 def usable(memory: int) -> int:
-    """Bytes of a GPU's memory that tensors can have."""
+    """Return the bytes of a GPU's memory that tensors can use."""
     return int((memory - OUTSIDE_TENSORS) * (1 - FRAGMENTATION))
 
 
 def peak_flops(device: str) -> float | None:
-    """Dense bf16 FLOP/s of the GPU that its driver calls `device` ("NVIDIA H100 80GB HBM3"); None if not known."""
+    """Return dense bf16 FLOP/s of the GPU that its driver calls `device` ("NVIDIA H100 80GB HBM3"); None if unknown."""
     words = re.findall(r"[a-z]+\d+[a-z]*", device.lower())
     return next((gpu.flops for gpu in GPUS.values() if gpu.name in words), None)

@@ -22,7 +22,7 @@ Call = tuple[str, int]
 
 @dataclass(frozen=True)
 class Layout:
-    """How tensor × data ranks share the work. micro_batch: rows a rank and microbatch; recompute: of all layers."""
+    """A layout of tensor × data ranks. micro_batch: rows per rank and microbatch; recompute: in all layers."""
 
     tensor: int
     data: int
@@ -42,7 +42,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What an evaluation decodes (eval.generate): prompts together on a rank, and tokens that may follow each."""
+    """The decoding of an evaluation (eval.generate): prompts decoded together on a rank, and new tokens per prompt."""
 
     batch: int
     new_tokens: int
@@ -50,7 +50,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Parameters:
-    """|Θ|, unsharded: while it is trained, and as others load it."""
+    """|Θ|, unsharded. trained: elements while training; stored: elements of the adapter that others load."""
 
     trained: int
     stored: int
@@ -58,7 +58,7 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Parameter:
-    """Elements on a rank. partial: the gradient is summed over tensor parallelism at the end of the step."""
+    """One trained parameter on a rank. partial: its gradient is summed over tensor-parallel ranks at the step's end."""
 
     elements: int
     partial: bool
@@ -66,10 +66,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class LayerFlops:
-    """What a method computes in a layer beside the frozen base and the factors, over all ranks.
+    """FLOPs that a method adds to those of the frozen base and the factors in a layer, over all ranks.
 
     again: the part of `forward` that recomputation repeats. replicated: without sequence parallelism every
-    tensor-parallel rank computes all of it.
+    tensor-parallel rank computes all of them.
     """
 
     forward: int = 0
@@ -80,9 +80,9 @@ class LayerFlops:
 
 @dataclass(frozen=True)
 class LayerCalls:
-    """What a method sends in a layer beside the frozen base's messages, forward and backward.
+    """Messages that a method adds to those of the frozen base in a layer, forward and backward.
 
-    last_again: it saves tensors behind the layer's last call, so that recomputation issues that call as well.
+    last_again: the method saves tensors behind the layer's last call, so that recomputation issues that call as well.
     """
 
     behind_attention: tuple[Call, ...] = ()
@@ -93,7 +93,7 @@ class LayerCalls:
 
 @dataclass(frozen=True)
 class Moment:
-    """What exists at one moment, in bytes, beside what is always there; the keys are of memory.PARTS."""
+    """The bytes that exist at one moment, beyond those that exist for the whole run. parts: keyed by memory.PARTS."""
 
     name: str
     parts: dict[str, int]
@@ -101,15 +101,15 @@ class Moment:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a plan asks of a method. As it stands: a frozen base with the placement's factors, and nothing beside.
+    """The cost of a method, as a plan needs it. The base class: a frozen base with the placement's factors only.
 
-    A method overrides what it adds (methods/<name>/footprint.py). name: the method's. placement: its factors, and how
-    the gradient flows. virtual: positions that it takes from every row.
+    A method overrides what it adds (methods/<name>/footprint.py). name: the method's name. placement: its factors, and
+    how the gradient flows. virtual: positions that the method takes from every row.
     """
 
     # Φ itself is trained: it is fp32, and every weight has a gradient, masters and moments.
     trains_base: ClassVar[bool] = False
-    # A scale is trained of each row that factors are on: one parameter a linear, behind B, which lies as B's rows do.
+    # A scale is trained for each row that factors cover: one parameter per linear, after B, sharded as B's rows are.
     trains_row_scales: ClassVar[bool] = False
 
     name: str
@@ -118,33 +118,33 @@ class Footprint:
 
     @property
     def outside_row(self) -> int:
-        """Virtual positions that attention sees before a row and that are no tokens of it."""
+        """Virtual positions that attention sees before a row but that are not tokens of it."""
         return 0
 
     @property
     def residual_passes(self) -> int:
-        """Reads and writes of the residual stream in a layer's forward, in elements a token and feature."""
+        """Reads and writes of the residual stream added to a layer's forward, in elements per token and feature."""
         return 0
 
     @property
     def output_passes(self) -> int:
-        """Reads and writes of an adapted linear's output beside the factors' own, forward and backward."""
+        """Reads and writes of an adapted linear's output, forward and backward, beyond those of the factors."""
         return 0
 
     def step_passes(self, job: Job) -> int:
-        """Return bytes that a rank reads and writes once in an optimizer step, beside AdamW's."""
+        """Return the bytes that a rank reads and writes once per optimizer step, beyond those of AdamW."""
         return 0
 
     def label(self, job: Job) -> str:
-        """Return how it lies on the ranks, where there is something to say."""
+        """Return a note on the method's placement on the ranks, or "" where there is nothing to note."""
         return ""
 
     def reason_not_shardable(self, tensor: int) -> str | None:
-        """Return why it cannot lie on `tensor` ranks, with the remedy, or None."""
+        """Return the reason why it cannot be sharded over `tensor` ranks, with the remedy, or None."""
         return None
 
     def placed_otherwise(self, tensor: int) -> tuple[Footprint, ...]:
-        """Return the same method in the other ways in which it may lie on `tensor` ranks."""
+        """Return the same method with each of its other placements on `tensor` ranks."""
         return ()
 
     # What is trained
@@ -154,69 +154,69 @@ class Footprint:
         return Parameters(self.placement.elements, self.placement.elements)
 
     def parts(self, architecture: Architecture) -> dict[str, int]:
-        """Return trained elements by what has them."""
+        """Return the trained elements by the name of the part that has them."""
         return {self.name: self.parameters(architecture).trained}
 
     def on_rank(self, job: Job) -> Sequence[Parameter]:
-        """Return what it trains beside factors on any rank, which are alike, in the optimiser's order."""
+        """Return the parameters that it trains beside factors, in the optimizer's order; the same on every rank."""
         return ()
 
     # Memory, in bytes on a rank
 
     def buffers(self, job: Job, rows: int) -> int:
-        """Return what it holds beside parameters, where factors are on `rows` of the rank's outputs."""
+        """Return what it holds beside parameters. rows: the number of the rank's output rows that factors cover."""
         return 0
 
     def saved_behind_linear(self, job: Job, linear: Linear, factors: Sequence[Factor]) -> int:
-        """Return what a linear of a layer, with its factors, saves of its product before anything follows it."""
+        """Return what it saves of the product of a linear with these factors, before the operation that follows."""
         return 0
 
     def saved_by_layer(self, job: Job, stream: bool) -> int:
-        """Return what a layer saves more for backward. stream: its input requires a gradient."""
+        """Return what it adds to a layer's saved activations. stream: the layer's input requires a gradient."""
         return 0
 
     def saved_by_attention(self, job: Job, kind: LayerKind, stream: bool, alone: int) -> int:
-        """Return what attention saves where it does. kind: of the layer. alone: what it saves without the method."""
+        """Return what attention saves, if anything. kind: the layer's. alone: what it saves without the method."""
         return alone
 
     def saved_by_model(self, job: Job, recompute: bool) -> int:
-        """Return what is saved once for the whole model."""
+        """Return what it saves once for the whole model."""
         return 0
 
     def saved_behind_mlp(self, job: Job) -> int:
-        """Return the part of `saved_by_layer` that is free before the MLP's backward begins."""
+        """Return the part of `saved_by_layer` that is freed before the MLP's backward begins."""
         return 0
 
     def backward_moments(self, job: Job, top: Layer, kept: int) -> Sequence[Moment]:
-        """Return moments of its own in a layer's backward, the topmost of its kind. kept: activations at that time."""
+        """Return its own moments in the backward of `top`, the topmost layer of its kind. kept: activations then."""
         return ()
 
     def evaluation_working(self, job: Job, residual: int) -> int:
-        """Return the working memory of a layer without backward. residual: bytes of the residual stream."""
+        """Return the working memory of a layer in evaluation. residual: bytes of the residual stream."""
         return 0
 
     # FLOPs
 
     def layer_flops(self, architecture: Architecture, tokens: int, stream: bool) -> LayerFlops:
-        """Return what `tokens` tokens cost in a layer. stream: its input requires a gradient."""
+        """Return what it adds to a layer for `tokens` tokens. stream: the layer's input requires a gradient."""
         return LayerFlops()
 
     def microbatch_flops(self, architecture: Architecture) -> tuple[int, int]:
-        """Return what a microbatch costs whatever its tokens: what every rank repeats, and what they share."""
+        """Return the FLOPs of a microbatch that do not depend on its tokens: repeated by every rank, and shared."""
         return 0, 0
 
     # Messages over tensor parallelism, and tokens
 
     def layer_calls(self, job: Job, stream: bool) -> LayerCalls:
-        """Return what a layer sends more. stream: its input requires a gradient."""
+        """Return what it adds to a layer's messages. stream: the layer's input requires a gradient."""
         return LayerCalls()
 
     def step_calls(self, job: Job) -> Sequence[Call]:
-        """Return what it sends once in an optimizer step, beside the sum of partial gradients."""
+        """Return what it sends once per optimizer step, beside the sum of partial gradients."""
         return ()
 
     def gathers_embedding_gradient(self, job: Job) -> bool:
-        """Return whether under sequence parallelism the gradient of the embeddings' output is gathered."""
+        """Return whether the gradient of the embeddings' output is gathered, under sequence parallelism."""
         return False
 
     def virtual_in_rows(self, job: Job, tp_rank: int) -> int:
@@ -226,12 +226,13 @@ class Footprint:
 
 @dataclass(frozen=True)
 class Job:
-    """One optimizer step to be planned. Every row is taken as long as `length` allows, virtual positions included.
+    """One optimizer step to be planned. Every row is taken to be `length` positions long, virtual ones included.
 
-    name, stored_dtype: of the model, and the element type of its weights in the files; dtype: that in which they run.
-    target_share: the part of the tokens that is trained on, and hence reaches the vocabulary. reduce_bucket: elements,
-    None for |Θ| on the rank. device: whose operators run. lanes: factors beside the weights (parallel/frozen.py).
-    packing: several samples a row. footprint: of the method. decoding: what evaluations generate, or None.
+    name: the model's. stored_dtype: the dtype of its weights in the files; dtype: the dtype in which they run.
+    target_share: the share of the tokens that is trained on, and hence reaches the vocabulary projection.
+    reduce_bucket: elements, None for |Θ| on the rank (at most 5·10⁸). device: the device whose operators run. lanes:
+    factors are stored beside the weights (parallel/frozen.py). packing: several samples per row. footprint: the
+    method's. decoding: what evaluations generate, or None.
     """
 
     architecture: Architecture
@@ -258,7 +259,7 @@ class Job:
 
     @property
     def sequence_parallel(self) -> bool:
-        """Return whether ranks share the tokens outside attention and MLP."""
+        """True where ranks share the tokens outside attention and MLP."""
         return self.layout.sequence and self.layout.tensor > 1
 
     @property
@@ -267,7 +268,7 @@ class Job:
 
     @property
     def row(self) -> int:
-        """Positions of a row before padding: a prompt's are among them, a prefix' are not."""
+        """Positions of a row before padding, with those of a trained prompt but without those of a trained prefix."""
         return self.length - self.footprint.outside_row
 
     @property
@@ -288,20 +289,20 @@ class Job:
 
     @property
     def targets(self) -> int:
-        """n of a microbatch: positions whose next token is trained on; the last of a row has none, nor have virtual."""
+        """n of a microbatch: positions whose next token is trained on, never virtual ones or the last of a row."""
         return self.layout.micro_batch * int(self.target_share * (self.length - self.footprint.virtual - 1))
 
     @property
     def microbatches(self) -> int:
-        """Of one rank in one optimizer step."""
+        """Microbatches of one rank in one optimizer step."""
         return math.ceil(self.global_batch / (self.layout.micro_batch * self.layout.data))
 
 
 def padded_vocab(job: Job) -> int:
-    """Embedding rows over all ranks, as Megatron pads them."""
+    """Return the embedding rows over all ranks, as Megatron pads them."""
     return padded_rows(job.architecture.vocab, job.vocab_multiple, job.layout.tensor)
 
 
 def head_rows(job: Job) -> int:
-    """Rows of the vocabulary projection that the fullest rank multiplies with (padding is cut off)."""
+    """Return the rows of the vocabulary projection that the fullest rank multiplies with (padding is cut off)."""
     return min(padded_vocab(job) // job.layout.tensor, job.architecture.vocab)

@@ -1,4 +1,4 @@
-"""Which layouts a cluster has for a job, which of them fit, and which is the fastest."""
+"""The layouts of a job on a cluster: all that are possible, those that fit, and the fastest."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lowrank_dist.plan.memory import Memory, memory
 from lowrank_dist.plan.parameters import heaviest_rank
 from lowrank_dist.plan.step_time import StepTime, step_time
 
-_LARGEST_CLUSTER = 512  # nodes, up to which a larger one is looked for
+_LARGEST_CLUSTER = 512  # nodes of the largest cluster that a remedy proposes
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The nodes to plan for. memory: bytes of a GPU."""
+    """The nodes to plan for. memory: bytes per GPU."""
 
     nodes: int
     gpus_per_node: int
@@ -33,7 +33,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Fixed:
-    """What the user has decided of a layout; None is for the plan to choose."""
+    """The parts of a layout that the user has fixed. The plan chooses those that are None."""
 
     tensor: int | None = None
     data: int | None = None
@@ -71,7 +71,7 @@ class Candidate:
 class Choice:
     """The chosen layout and its alternatives.
 
-    best: the fastest that fits, or where none does the smallest. remedies: what would make it fit.
+    best: the fastest that fits, or the smallest where none fits. remedies: changes that would make it fit.
     """
 
     best: Candidate
@@ -84,7 +84,7 @@ class Choice:
 
 
 def tensor_sizes(arch: Architecture, largest: int) -> tuple[dict[int, str], list[int]]:
-    """For every size up to `largest` that cannot be, why not; and the sizes that can."""
+    """Return the illegal tensor-parallel sizes up to `largest`, each with the reason, and the legal sizes."""
     why_not, legal = {}, []
     for size in range(1, largest + 1):
         reason = arch.indivisible_by(size)
@@ -96,10 +96,11 @@ def tensor_sizes(arch: Architecture, largest: int) -> tuple[dict[int, str], list
 
 
 def choose(job: Job, fixed: Fixed, cluster: Cluster) -> Choice:
-    """The fastest layout of `job` that fits the cluster and what is fixed, and the fastest of another kind.
+    """Return the fastest layout of `job` that fits the cluster and respects `fixed`, and the fastest of another kind.
 
-    Tensor-parallel groups stay inside a node unless nothing fits or the user says otherwise. Raises UserError where
-    what is fixed fits no layout at all.
+    The kind of a layout is its tensor-parallel size, sequence parallelism and recomputation. Tensor-parallel groups
+    stay inside a node unless nothing fits that way or `fixed` says otherwise. Raises UserError where no layout respects
+    `fixed`.
     """
     if fixed.tensor is not None:
         job.architecture.check_tp(fixed.tensor)
@@ -137,7 +138,7 @@ def _layouts(job: Job, fixed: Fixed, cluster: Cluster) -> Iterator[Layout]:
 
 
 def _micro_batches(global_batch: int, data: int, fixed: int | None) -> list[int]:
-    """Powers of two that cut each replica's share of the global batch without a rest."""
+    """Return [fixed], or the powers of two up to 64 that divide a replica's share of the global batch ([1] if none)."""
     if fixed is not None:
         return [fixed]
     share = global_batch // data
@@ -163,7 +164,7 @@ def _no_layout(job: Job, fixed: Fixed, cluster: Cluster) -> str:
 
 
 def _remedies(smallest: Candidate, fixed: Fixed) -> Iterator[str]:
-    """Changes, one at a time, that would make the smallest layout fit."""
+    """Yield changes, each of which alone would make the smallest layout fit."""
     job, cluster = smallest.job, smallest.cluster
     layout = job.layout
     needed = smallest.memory.total

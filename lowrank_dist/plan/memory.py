@@ -1,7 +1,7 @@
 """Memory of one GPU (or of one rank on a CPU) at the fullest moment of a step, by part.
 
-What lives for the whole run is counted exactly; activations are what autograd saves (plan/activations.py). Beside them
-the largest of a few moments decides: the vocabulary projection, the gradient that comes back from it, the topmost
+Tensors that live for the whole run are counted exactly; activations are what autograd saves (plan/activations.py). The
+peak is the largest of a few moments: the vocabulary projection, the gradient that comes back from it, the topmost
 layer's backward, the optimizer's step, and the prompts of an evaluation that generates.
 
 Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, F ffn, N tensor-parallel ranks,
@@ -59,7 +59,7 @@ class Memory:
 
 
 def memory(job: Job, tp_rank: int) -> Memory:
-    """The fullest moment of a run on tensor-parallel rank `tp_rank`."""
+    """Return the memory at the fullest moment of a run on tensor-parallel rank `tp_rank`."""
     theta = theta_on_rank(job, tp_rank)
     fixed = standing(job, theta)
     fullest = max(moments(job, tp_rank), key=lambda moment: sum(moment.parts.values()))
@@ -67,10 +67,10 @@ def memory(job: Job, tp_rank: int) -> Memory:
 
 
 def standing(job: Job, theta: ThetaOnRank) -> dict[str, int]:
-    """Bytes that are there for the whole run. Gradients exist from the first of several microbatches on."""
+    """Return the bytes that exist for the whole run. Gradients exist from the first of several microbatches on."""
     data = job.layout.data
     partitions = partition_elements(theta.replicated, data) + partition_elements(theta.sharded, data)
-    # With B's elements goes their place in the dense Bᵀ (int64), with each rank its scale.
+    # Each element of B has an int64 index into the dense Bᵀ, each of the R rows of A an fp32 scale.
     buffers = 8 * theta.b + 4 * theta.total_ranks + job.footprint.buffers(job, theta.rows)
     return {
         "frozen weights": frozen_bytes(job) + _lanes(job),
@@ -81,13 +81,13 @@ def standing(job: Job, theta: ThetaOnRank) -> dict[str, int]:
 
 
 def frozen_bytes(job: Job) -> int:
-    """Φ on a rank; with rotary positions their frequencies in fp32. Where Φ is trained, these alone."""
+    """Return the bytes of Φ on a rank and of the fp32 rotary frequencies; only the latter where Φ is trained."""
     frequencies = 0 if job.architecture.position_rows else 2 * job.architecture.head_dim
     return frequencies + (0 if job.footprint.trains_base else job.itemsize * frozen_on_rank(job))
 
 
 def _lanes(job: Job) -> int:
-    """Factors in the base's dtype, in the buffers of the weights that they lie beside."""
+    """Return the bytes of the lanes: factors in the base's dtype, in the buffers of the weights beside them."""
     if not (job.lanes and job.layout.sequence and job.layout.tensor > 1):
         return 0
     n, found = job.layout.tensor, 0
@@ -99,13 +99,13 @@ def _lanes(job: Job) -> int:
 
 
 def moments(job: Job, tp_rank: int) -> list[Moment]:
-    """The moments of which one is the fullest: of a microbatch, the optimizer's step, an evaluation."""
+    """Return the moments that may be the fullest: those of a microbatch, the optimizer's step, an evaluation."""
     decoding = [] if job.decoding is None else [_prompts(job, job.decoding, theta_on_rank(job, tp_rank))]
     return [*of_microbatch(job, tp_rank), _step(job, tp_rank), *decoding]
 
 
 def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
-    """The moments of forward and backward."""
+    """Return the moments of forward and backward."""
     recompute, depth = job.layout.recompute, len(job.placement.layers)
     kept = activations(job, recompute=recompute)
     ends = [
@@ -113,12 +113,12 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
         _head_backward(job, kept),
         Moment("backward of the final norm", {"activations": kept, "working memory": _norm_backward(job)}),
     ]
-    # Once backward is past the final norm, what that saved is free; in a lower layer what those above have kept, too,
-    # but for what is beside the graph.
+    # After the backward of the final norm, what the norm saved is free. In a lower layer, what the layers above kept is
+    # free too, except what is kept outside the autograd graph.
     below = kept - norm_saves(job, job.shard_tokens, job.architecture.hidden)
     # DeepSpeed allocates its bucket when the first gradient of Θ arrives, which is one of the top layer's.
     bucket = {"DeepSpeed's buckets": 4 * bucket_size(job, tp_rank)}
-    # Of a step's only microbatch: gradients come as backward goes down. The head's are there from the top layer on.
+    # In a step of one microbatch gradients are allocated as backward goes down; the head's exist from the top layer on.
     only = job.microbatches == 1
     of_head = 4 * _head_weight(job) * (job.footprint.trains_base and not job.architecture.tied)
     theta = theta_on_rank(job, tp_rank).elements
@@ -146,16 +146,19 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
 
 
 def _of_layer(job: Job, top: Layer, stream: bool, below: int) -> list[Moment]:
-    """The moments of a layer's backward, the topmost of its kind. below: bytes kept of it and of those under it."""
+    """Return the moments in the backward of `top`, the topmost layer of its kind.
+
+    below: bytes that it and the layers below it keep.
+    """
     if job.layout.recompute and (stream or top.adapted):
         below += saved_of_layer(job, top, stream) - beside_graph(job, top)
         if stream and not written_out(job):
-            # The norm's input is the layer's, kept anyway.
+            # The norm's input is the layer's input, which is kept anyway.
             below -= job.shard_tokens * job.architecture.hidden * job.itemsize
-    # What a method has behind the MLP comes first.
+    # Backward begins with what a method has behind the MLP.
     behind_mlp = below - job.footprint.saved_behind_mlp(job)
     if job.footprint.trains_base and job.architecture.tied:
-        # The head's part of the embeddings' gradient waits for the lookup's, until backward is over.
+        # The head's part of the tied embeddings' gradient is kept until the lookup's comes, at the end of backward.
         behind_mlp += 4 * _head_weight(job)
     found = [_mlp_backward(job, top, behind_mlp), _attention_backward(job, top, stream, behind_mlp)]
     if job.layout.recompute:
@@ -164,36 +167,37 @@ def _of_layer(job: Job, top: Layer, stream: bool, below: int) -> list[Moment]:
 
 
 def _head(job: Job, kept: int) -> Moment:
-    """The vocabulary projection: loss and its gradient, one block of target positions at a time."""
+    """Return the moment of the vocabulary projection: loss and gradient, one block of target positions at a time."""
     e, h = job.itemsize, job.architecture.hidden
     rows, positions = head_rows(job), min(job.targets, logit_block(job))
     own = positions * h
     exponentials = 4 * positions * rows
     cast = e * positions * rows if e < 4 else 0
-    # The product with W in the base's dtype beside its fp32 copy; then the gradient's, in fp32 beside two more.
+    # The larger of two: the product with W in the base's dtype beside the logits and their cast; or that product in
+    # fp32 beside two tensors of its size in the base's dtype.
     logits = exponentials + cast
     working = own * e if logits + own * e > exponentials + own * (4 + 2 * e) else own * (4 + 2 * e)
     if working != own * e:
         logits = exponentials
     chosen = job.targets * h * e  # the hidden states at the targets; their gradient is among the activations
     if job.footprint.trains_base:
-        # dW is summed in fp32 (what is kept of it has the base's dtype), of a product beside the weight's cast.
+        # dW is summed in fp32 (the result that is kept has the base's dtype), beside the weight's cast.
         logits = exponentials + cast
         working = 4 * own + 4 * rows * h + (e * _head_weight(job) if e < 4 else 0)
     return Moment("vocabulary projection", {"activations": kept, "logits": logits, "working memory": working + chosen})
 
 
 def _head_backward(job: Job, kept: int) -> Moment:
-    """dH at the targets spread over all tokens: the zeros, and the sum with what is put into them."""
+    """Return the moment when dH at the targets is spread over all tokens: zeros, and their sum with dH."""
     working = 2 * job.tokens * job.architecture.hidden * job.itemsize
     if job.footprint.trains_base:
-        # dW beside it, with padding, and in fp32.
+        # dW beside it, padding included, in the base's dtype and in fp32.
         working += _head_weight(job) * (job.itemsize + 4 if job.itemsize < 4 else 4)
     return Moment("gradient of the head", {"activations": kept, "working memory": working})
 
 
 def _norm_backward(job: Job) -> int:
-    """dX of a norm over T_j tokens; an RMSNorm that is written out (on a CPU) goes through five products in fp32."""
+    """Return the working bytes of a norm's backward over T_j tokens. RMSNorm on a CPU makes five fp32 products."""
     elements = job.shard_tokens * job.architecture.hidden
     if job.device == "cpu" and job.architecture.norm == "RMSNorm":
         return elements * 5 * 4
@@ -201,31 +205,31 @@ def _norm_backward(job: Job) -> int:
 
 
 def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
-    """The topmost layer's MLP: gradients as wide as ffn beside nearly all that was saved."""
+    """Return the moment of the topmost layer's MLP: ffn-wide gradients beside nearly all saved activations."""
     arch, e, t = job.architecture, job.itemsize, job.tokens
     fc1, fc2 = top.rank("linear_fc1"), top.rank("linear_fc2")
     inner = t * top.kind.ffn // job.layout.tensor * e
     residual = job.shard_tokens * arch.hidden * e
     trained = job.footprint.trains_base
-    freed = inner if fc2 or trained else 0  # fc2's input, once fc2 is behind
+    freed = inner if fc2 or trained else 0  # fc2's input, after fc2's backward
     # A trained weight's gradient in the base's dtype, then in fp32, when the gradient of fc1's output is free.
     weight = top.kind.linears["linear_fc1"].weights // job.layout.tensor * trained
     grown = weight * e + (max(0, 4 * weight - widths(job) * inner) if e < 4 else 0)
-    # dY and dX, and a product on the way where two factors meet.
+    # dY and dX, and with a gate as much again, for the intermediate products.
     wide = 4 if arch.gated else 2
     whole, sequence = t * arch.hidden * e, job.sequence_parallel
-    # What is saved behind a product is free before it, but for what is kept beside the graph.
+    # What is saved behind a product is freed before the product's backward, except what is kept outside the graph.
     behind_fc1, behind_fc2 = (
         job.footprint.saved_behind_linear(job, top.kind.linears[name], top.on(name))
         for name in ("linear_fc1", "linear_fc2")
     )
     kept -= 0 if sequence else behind_fc2
-    # On a CPU a product that is a part of a message is computed apart and copied into it.
+    # On a CPU a product that is part of a message is computed separately and copied into the message.
     apart = whole if sequence and job.device == "cpu" and not job.lanes else 0
     candidates = [
-        # fc2: [dY ∣ dU] of all tokens came together, dX is written.
+        # fc2: the gathered [dY ∣ dU] of all tokens, while dX is written.
         (_message(job, fc2), inner + residual),
-        # The activation: its gradient and what it needs on the way.
+        # The activation: its gradient and intermediate products.
         (0, wide * inner + residual - freed),
         # fc1: dX leaves as a partial sum.
         (_message(job, fc1), residual + apart + (0 if sequence else whole) + grown - freed - behind_fc1),
@@ -236,7 +240,7 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
 
 
 def _attention_backward(job: Job, top: Layer, stream: bool, kept: int) -> Moment:
-    """The norm between attention and MLP: what the MLP saved is free, the norm's products are as wide as H."""
+    """Return the moment of the norm between attention and MLP: the MLP's activations are free, products are H wide."""
     frozen, adapted = replace(top, factors=((),) * len(top.factors)), top.part(in_attention=False)
     mlp_only = saved_of_layer(job, adapted, True) - saved_of_layer(job, frozen, True) - beside_graph(job, adapted)
     inner = job.tokens * top.kind.ffn // job.layout.tensor * job.itemsize
@@ -245,25 +249,25 @@ def _attention_backward(job: Job, top: Layer, stream: bool, kept: int) -> Moment
 
 
 def _recomputation(job: Job, top: Layer, kept: int) -> Moment:
-    """The end of the topmost layer's second forward: fc2's product, while the gradient that asked for it waits."""
+    """Return the moment at the end of the topmost layer's recomputation: fc2's product beside the waiting gradient."""
     e, whole = job.itemsize, job.tokens * job.architecture.hidden * job.itemsize
     residual = (2 if written_out(job) else 1) * job.shard_tokens * job.architecture.hidden * e
     fc2 = top.rank("linear_fc2")
     waiting, product = _message(job, fc2), _message(job, fc2)
     apart = whole if job.sequence_parallel and job.device == "cpu" and not job.lanes and top.on("linear_fc2") else 0
     working = residual + apart + (0 if job.sequence_parallel else whole)
-    working += beside_graph(job, top.part(in_attention=True))  # made again, beside the first
+    working += beside_graph(job, top.part(in_attention=True))  # recomputed, beside the first
     parts = {"activations": kept, "communication buffers": waiting + product, "working memory": working}
     return Moment("recomputation of the top layer", parts)
 
 
 def _message(job: Job, rank: int) -> int:
-    """[T, H + R] under sequence parallelism, whole on the rank that gathers it or gives it away."""
+    """Return the bytes of a message [T, H + R], which is whole on a rank under sequence parallelism; else 0."""
     return job.tokens * (job.architecture.hidden + rank) * job.itemsize if job.sequence_parallel else 0
 
 
 def _step(job: Job, tp_rank: int) -> Moment:
-    """The optimizer step: AdamW on a flat gradient partition, with two temporaries as large.
+    """Return the moment of the optimizer step: AdamW on a flat gradient partition, with two temporaries of its size.
 
     The group's own gradients are free by then.
     """
@@ -277,10 +281,10 @@ def _step(job: Job, tp_rank: int) -> Moment:
 
 
 def _prompts(job: Job, decoding: Decoding, theta: ThetaOnRank) -> Moment:
-    """An evaluation that reads its prompts: a layer on all of them, as long as samples may be.
+    """Return the moment when an evaluation reads its prompts: one layer on all of them, at the maximum sample length.
 
-    Their keys and values have their place, and that of the tokens to come, from the beginning. Nothing is saved for
-    backward, gradients are gone, and there is no sequence parallelism.
+    The cache for keys and values of prompts and new tokens is allocated at the beginning. Nothing is saved for
+    backward, gradients are freed, and there is no sequence parallelism.
     """
     arch, n, e = job.architecture, job.layout.tensor, job.itemsize
     stream = decoding.batch * job.row * arch.hidden * e
@@ -288,7 +292,7 @@ def _prompts(job: Job, decoding: Decoding, theta: ThetaOnRank) -> Moment:
     columns = min(job.length + decoding.new_tokens, arch.max_positions) - 1
     heads = max(1, arch.kv_heads // n)
     kept = 2 * len(arch.layers) * decoding.batch * heads * columns * arch.head_dim * e
-    # The embeddings, the layer's input and that of its MLP, the norm of it; and the activation beside its own input.
+    # The embeddings, the layer's input, the MLP's input and its norm; and the activation beside its own input.
     working = 4 * stream + (3 if arch.gated else 2) * inner
     working = max(working, job.footprint.evaluation_working(job, stream))
     if job.footprint.trains_base and e < 4:
@@ -302,5 +306,5 @@ def _prompts(job: Job, decoding: Decoding, theta: ThetaOnRank) -> Moment:
 
 
 def _head_weight(job: Job) -> int:
-    """Elements of the head on a rank, padding included."""
+    """Return the elements of the head on a rank, padding included."""
     return padded_vocab(job) // job.layout.tensor * job.architecture.hidden

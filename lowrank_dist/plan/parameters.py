@@ -1,4 +1,4 @@
-"""How many parameters there are, of Φ and of Θ, whole and on one rank, and what they take on disk and in host memory.
+"""Parameter counts of Φ and Θ, whole and on one rank, and their sizes on disk and in host memory.
 
 ZeRO 1 and 2 (deepspeed 0.19, runtime/zero/stage_1_and_2.py) hold parameters with partial gradients and the others as
 two groups, each flattened and cut evenly over data parallelism.
@@ -18,12 +18,12 @@ from lowrank_dist.plan.job import ITEMSIZE, Job, padded_vocab
 
 # nccl_start_alignment_factor: a flat group is padded to a multiple of this times the data-parallel size.
 _ALIGNMENT = 2
-# engine/zero.py: the most elements of a bucket that was not asked for.
+# engine/zero.py: the most elements of a bucket whose size is not configured.
 _LARGEST_BUCKET = 5 * 10**8
 # model/load.py converts at most this much at a time; everything else stays in pages of the mapped files.
 _CHUNK = 16 * 2**20
-# A rank with torch, Megatron, DeepSpeed and transformers loaded: anonymous memory as measured on a CPU. What CUDA's
-# driver and NCCL take of the host beside is assumed.
+# Anonymous memory of a rank with torch, Megatron, DeepSpeed and transformers loaded, as measured on a CPU. The host
+# memory that CUDA's driver and NCCL take in addition is assumed.
 _PROCESS, _CUDA = 330 * 2**20, 1500 * 2**20
 
 
@@ -32,7 +32,7 @@ def norm_elements(arch: Architecture) -> int:
 
 
 def frozen_parameters(arch: Architecture) -> dict[str, int]:
-    """|Φ| by part, unsharded and without padding of the vocabulary."""
+    """Return |Φ| by part, unsharded and without padding of the vocabulary."""
     found = {
         "embeddings": arch.vocab * arch.hidden + arch.position_rows * arch.hidden,
         "attention": 0,
@@ -50,17 +50,17 @@ def frozen_parameters(arch: Architecture) -> dict[str, int]:
 
 
 def _other_elements(arch: Architecture, kind: LayerKind) -> int:
-    """Elements of a layer outside its linears: its norms."""
+    """Return the elements of a layer outside its linears: its norms."""
     return sum(math.prod(arch.size(dimension) for dimension in rule.shape) for rule in kind.tensors)
 
 
 def frozen_size(arch: Architecture) -> int:
-    """|Φ|."""
+    """Return |Φ|."""
     return sum(frozen_parameters(arch).values())
 
 
 def frozen_on_rank(job: Job) -> int:
-    """Elements of Φ on a rank, padded vocabulary rows included; the same on every rank."""
+    """Return the elements of Φ on a rank, padded vocabulary rows included; the same on every rank."""
     arch, n = job.architecture, job.layout.tensor
     layers = 0
     for kind, count in arch.kinds.items():
@@ -74,10 +74,10 @@ def frozen_on_rank(job: Job) -> int:
 
 @dataclass(frozen=True)
 class ThetaOnRank:
-    """Elements of Θ on one rank, in the optimiser's two groups.
+    """Elements of Θ on one rank, in the optimizer's two groups.
 
-    replicated: with partial gradients, as A of column- and B of row-parallel linears have; sharded: the others. b,
-    rows, total_ranks: elements of B, rows and ranks of all factors.
+    replicated: elements with partial gradients, as in A of column- and B of row-parallel linears; sharded: the others.
+    b, rows, total_ranks: elements and rows of all B, and Σ r over all factors.
     """
 
     replicated: int
@@ -92,7 +92,7 @@ class ThetaOnRank:
 
 
 def theta_on_rank(job: Job, tp_rank: int) -> ThetaOnRank:
-    """Θ on tensor-parallel rank `tp_rank`: with fewer key/value heads than ranks the shares of B are uneven."""
+    """Return Θ on tensor-parallel rank `tp_rank`. With fewer key/value heads than ranks the shares of B are uneven."""
     own = job.footprint.on_rank(job)
     replicated = sum(p.elements for p in own if p.partial)
     sharded = sum(p.elements for p in own if not p.partial)
@@ -106,7 +106,7 @@ def theta_on_rank(job: Job, tp_rank: int) -> ThetaOnRank:
 
 
 def parameter_sizes(job: Job, tp_rank: int) -> tuple[list[int], list[int]]:
-    """Elements of every parameter of Θ on a rank with a partial gradient, and of every other, in order."""
+    """Return the elements of each parameter of Θ on a rank, in order: those with partial gradients, and the others."""
     own = job.footprint.on_rank(job)
     replicated, sharded = [p.elements for p in own if p.partial], [p.elements for p in own if not p.partial]
     for layer in job.placement.layers:
@@ -118,7 +118,7 @@ def parameter_sizes(job: Job, tp_rank: int) -> tuple[list[int], list[int]]:
 
 @dataclass(frozen=True)
 class _Linear:
-    """An adapted linear on a rank. a, b: elements of A and B. scales: of a parameter over B's rows, or empty.
+    """An adapted linear on a rank. a, b: elements of A and B. scales: elements of its row scales, or empty.
 
     rank: R.
     """
@@ -137,7 +137,7 @@ class _Linear:
 
     @property
     def whole(self) -> tuple[int, ...]:
-        """Elements of every other."""
+        """Elements of each other parameter."""
         return (self.b, *self.scales) if self.column else (self.a,)
 
 
@@ -156,30 +156,33 @@ def _linears(job: Job, layer: Layer, tp_rank: int) -> Iterator[_Linear]:
 
 
 def heaviest_rank(job: Job) -> int:
-    """The tensor-parallel rank with the most of Θ: the one that a plan speaks of."""
+    """Return the tensor-parallel rank with the most of Θ, which is the one that a plan describes."""
     distinct = range(job.layout.tensor if job.layout.tensor > job.architecture.kv_heads else 1)
     return max(distinct, key=lambda rank: (theta_on_rank(job, rank).elements, -rank))
 
 
-# A plan asks for the same few over and over, for every layout that it tries.
+# Cached, because a plan asks for the same few values for every layout that it tries.
 @lru_cache(maxsize=4096)
 def _rows_on_rank(layout: LinearLayout, factor: Factor, tp_rank: int, tp_size: int) -> int:
-    """Rows of a factor's B on a rank."""
+    """Return the rows of a factor's B on a rank."""
     return sum(segment.length for segment in layout.segments(tp_rank, tp_size) if segment.part in factor.parts)
 
 
 def partition_elements(group: int, data: int) -> int:
-    """Elements of one data-parallel rank's share of a parameter group of `group` elements, padding included."""
+    """Return the elements of one data-parallel rank's share of a group of `group` elements, padding included."""
     return math.ceil(group / (_ALIGNMENT * data)) * _ALIGNMENT
 
 
 def bucket_size(job: Job, tp_rank: int) -> int:
-    """Elements of the buffer that DeepSpeed allocates in every backward."""
+    """Return the elements of the buffer that DeepSpeed allocates in every backward."""
     return job.reduce_bucket or min(_LARGEST_BUCKET, theta_on_rank(job, tp_rank).elements)
 
 
 def bucket_elements(job: Job, tp_rank: int) -> list[int]:
-    """Elements of each reduction over data parallelism: parameters are copied together until the next does not fit."""
+    """Return the elements of each reduction over data parallelism.
+
+    Parameters are copied into a bucket until the next one does not fit.
+    """
     size, buckets = bucket_size(job, tp_rank), [0]
     replicated, sharded = parameter_sizes(job, tp_rank)
     for elements in replicated + sharded:
@@ -190,41 +193,42 @@ def bucket_elements(job: Job, tp_rank: int) -> list[int]:
 
 
 def base_bytes(job: Job) -> int:
-    """The Hugging Face checkpoint, and a merged model of its dtype."""
+    """Return the bytes of the Hugging Face checkpoint, which are also those of a merged model of its dtype."""
     return frozen_size(job.architecture) * ITEMSIZE[job.stored_dtype]
 
 
 def adapter_bytes(job: Job) -> int:
-    """What others load: Θ in fp32 (header and JSON are some tens of kB), or a model where Φ is trained."""
+    """Return the bytes that others load: Θ in fp32, without tens of kB of header and JSON, or the trained model."""
     return base_bytes(job) if job.footprint.trains_base else 4 * job.footprint.parameters(job.architecture).stored
 
 
 def checkpoint_bytes(job: Job) -> int:
-    """A checkpoint is what others load with masters and two moments beside it."""
+    """Return the bytes of a checkpoint: what others load (`adapter_bytes`), masters and two moments."""
     return adapter_bytes(job) + 12 * job.footprint.parameters(job.architecture).trained
 
 
 def disk_bytes(job: Job, keep_last: int | None, keep_best: int) -> int:
-    """Base, checkpoints that are kept at a time (one more while it is written), and the adapter at the end.
+    """Return the bytes of base, checkpoints kept at a time (one more while it is written) and adapter at the end.
 
-    Where all checkpoints are kept, one is counted: the rest grows with the run.
+    Where all checkpoints are kept, one is counted, because the rest grows with the run.
     """
     kept = (1 if keep_last is None else keep_last) + keep_best + 1
     return base_bytes(job) + kept * checkpoint_bytes(job) + adapter_bytes(job)
 
 
 def host_bytes(job: Job, ranks_on_node: int) -> int:
-    """Anonymous memory of a node while it loads. Pages of the mapped checkpoint come and go, and are not counted.
+    """Return the anonymous memory of a node while it loads, without pages of the mapped checkpoint, which come and go.
 
-    On a CPU a rank's shard lies there too. While it saves, rank 0 receives masters and moments of all of Θ.
+    On a CPU a rank's shard is included. While it saves, rank 0 takes `saving_bytes` more.
     """
     beside = job.itemsize * frozen_on_rank(job) if job.device == "cpu" else _CUDA
     return ranks_on_node * (_PROCESS + _CHUNK + beside)
 
 
 def saving_bytes(job: Job) -> int:
-    """What rank 0 holds more of in host memory while a checkpoint is written: masters and moments of all of Θ, or
-    where they are streamed of the largest weight.
+    """Return the host memory that rank 0 takes in addition while a checkpoint is written.
+
+    It holds masters and moments of all of Θ or, where Φ is trained and they are streamed, those of the largest weight.
     """
     if job.footprint.trains_base:
         arch = job.architecture

@@ -13,7 +13,7 @@ from lowrank_dist.plan.memory import PARTS
 
 
 def tables(plan: Mapping[str, Any]) -> Group:
-    """All of `describe.describe`'s plan, to be printed."""
+    """Return all tables and lines of a plan from `describe.describe`, to be printed."""
     return Group(*_sections(plan))
 
 
@@ -33,7 +33,7 @@ def _sections(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def _table(title: str, *heads: str) -> Table:
-    """At least as wide as its title, which rich would break."""
+    """Return an empty table at least as wide as its title, which rich would break otherwise."""
     return Table(*heads, title=title, min_width=len(title) + 2)
 
 
@@ -51,7 +51,7 @@ def _trains_base(plan: Mapping[str, Any]) -> bool:
 
 
 def verdict(plan: Mapping[str, Any]) -> Text:
-    """Whether it fits, and what would make it fit."""
+    """Return the line that says whether the plan fits and, where it does not, the remedies."""
     layout, cluster = plan["layout"], plan["cluster"]
     where = f"{cluster['nodes']} × {cluster['gpus_per_node']} {cluster['gpu']} of {size(cluster['memory'])}"
     need = f"{size(layout['memory'])} of {size(cluster['usable'])} that tensors can have on a GPU"
@@ -72,7 +72,7 @@ def layout_name(layout: Mapping[str, Any]) -> str:
 
 
 def size(nbytes: float) -> str:
-    """1.5 GB: in powers of ten, as memory is sold and files are listed."""
+    """Return bytes as text ("1.5 GB"), in powers of ten, as memory is sold and files are listed."""
     for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):
         if abs(nbytes) >= 10**power:
             scaled = nbytes / 10**power
@@ -155,7 +155,7 @@ def _layouts(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
 
 
 def ranges(numbers: list[int]) -> str:
-    """3, 5-7: runs of consecutive numbers."""
+    """Return numbers as text, with runs of consecutive ones joined: "3, 5-7"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][-1] == number - 1:

@@ -1,7 +1,7 @@
-"""How long a step takes on a GPU, modelled: GEMMs at the rate they reach, passes over memory, messages, in turn.
+"""A model of a step's time on a GPU: GEMMs at the rate they reach, passes over memory, messages, one after the other.
 
-A figure to compare layouts with, and not a measurement: kernels are taken as as good as the ones the rates come from,
-launches and stragglers are left out.
+The time serves to compare layouts and is not a measurement. Kernels are assumed to be as good as those that the rates
+were measured with; launches and stragglers are left out.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class StepTime:
 
 
 def job_flops(job: Job) -> FlopCount:
-    """All ranks, one optimizer step, padding included, and what ranks repeat of one another's work in `executed`."""
+    """Return the FLOPs of one optimizer step on all ranks, padding included; `executed` has work that ranks repeat."""
     layout = job.layout
     rows = layout.micro_batch * job.microbatches * layout.data
     tokens = rows * job.sequence_length
@@ -66,7 +66,7 @@ def job_flops(job: Job) -> FlopCount:
 
 
 def step_time(job: Job, gpu: Gpu, gpus_per_node: int, tp_rank: int) -> StepTime:
-    """Modelled time of one optimizer step."""
+    """Return the modelled time of one optimizer step."""
     flops = job_flops(job)
     ranks = job.layout.ranks
     messages = of_step(job, tp_rank)
@@ -82,16 +82,19 @@ def step_time(job: Job, gpu: Gpu, gpus_per_node: int, tp_rank: int) -> StepTime:
 
 
 def gemm_seconds(job: Job, gpu: Gpu, flops: float) -> float:
-    """At the GEMMs' rate, or where a microbatch is small at the rate at which the weights are read, twice or more."""
+    """Return the seconds of GEMMs: at the GEMM rate or, where microbatches are small, at the rate of reading weights.
+
+    A microbatch reads the weights twice, three times with recomputation.
+    """
     rate = gpu.flops * GEMM_SHARE * (1 if job.dtype == "bf16" else 0.5)  # TF32's rate is half
     reads = job.microbatches * job.itemsize * frozen_on_rank(job) * (3 if job.layout.recompute else 2)
     return max(flops / rate, reads / (gpu.bandwidth * MEMORY_SHARE))
 
 
 def message_seconds(messages: Iterable[Message], layout: Layout, gpu: Gpu, gpus_per_node: int) -> float:
-    """Rings: a gather moves (N − 1)/N of its message, an all-reduce twice that.
+    """Return the seconds of messages in rings: a gather moves (N − 1)/N of its message, an all-reduce twice that.
 
-    A group that crosses nodes goes through the NICs of all its members on a node at once, as NCCL's rings do.
+    A group that crosses nodes uses the NICs of all its members on a node at once, as NCCL's rings do.
     """
     found = 0.0
     for message in messages:
@@ -108,13 +111,13 @@ def message_seconds(messages: Iterable[Message], layout: Layout, gpu: Gpu, gpus_
 
 
 def _passes(job: Job, tp_rank: int) -> int:
-    """Bytes that a rank reads and writes outside the GEMMs: norms, residuals, activations, rotations, thin products.
+    """Return the bytes of passes outside the GEMMs: norms, residuals, activations, rotations, thin products.
 
-    Elements a token, forward; backward passes over twice as much. The thin products make six passes over inputs and
-    outputs of an adapted linear (benchmarks/roofline.py counts them one by one).
+    Backward passes over twice as much as forward. The thin products make six passes over inputs and outputs of an
+    adapted linear (benchmarks/roofline.py counts them one by one).
     """
     arch, n, e = job.architecture, job.layout.tensor, job.itemsize
-    # Norms and residuals, and what the method does to the latter.
+    # Elements in forward: norms and residuals, with the method's passes over the latter.
     hidden = (2 * 2 + 2 * 3 + job.footprint.residual_passes) * arch.hidden * job.shard_tokens
     heads = 4 * (arch.heads + arch.kv_heads) * arch.head_dim // n * job.tokens
     messages = 4 * arch.hidden * job.tokens if job.layout.sequence else 0

@@ -1,7 +1,7 @@
-"""The collectives of an optimizer step: how many, of which kind, over which group, how many bytes.
+"""The collectives of an optimizer step: their number, kind, group and bytes.
 
-Bytes are those of the whole message, as parallel/counting.py has them: what a gather receives, what a reduction is
-given. The scalars that every distributed optimiser exchanges (norm, overflow, loss) are left out.
+Bytes are those of the whole message, as in parallel/counting.py: a gather's output, a reduction's input. The scalars
+that every distributed optimizer exchanges (norm, overflow, loss) are left out.
 
 Legend: T tokens of a microbatch, H hidden, R = Σ r of a linear, n target tokens, N tensor-parallel ranks.
 """
@@ -19,7 +19,7 @@ from lowrank_dist.plan.job import Call, Job, padded_vocab
 from lowrank_dist.plan.parameters import bucket_elements, partition_elements, theta_on_rank
 
 GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
-# Positions of which logits exist at one time: parallel/vocab.py keeps a block of fp32 logits to 128 MiB.
+# parallel/vocab.py limits a block of fp32 logits to 128 MiB.
 _LOGIT_BYTES = 128 * 2**20
 
 
@@ -35,12 +35,15 @@ class Message:
 
 
 def logit_block(job: Job) -> int:
-    """Positions in a block of logits. Of padded rows, which are the same on every rank: blocks are all-reduced."""
+    """Return the positions in a block of logits.
+
+    Computed from padded rows, whose number is the same on every rank, because blocks are all-reduced.
+    """
     return max(1, _LOGIT_BYTES // (4 * (padded_vocab(job) // job.layout.tensor)))
 
 
 def microbatch_messages(job: Job) -> list[Message]:
-    """Forward and backward of one microbatch: the tensor-parallel group's messages."""
+    """Return the tensor-parallel messages of one microbatch, forward and backward."""
     if job.layout.tensor == 1:
         return []
     messages = [*_ends(job)]
@@ -51,13 +54,14 @@ def microbatch_messages(job: Job) -> list[Message]:
 
 
 def layer_calls(job: Job) -> int:
-    """Calls of the topmost layer in a microbatch."""
+    """Return the number of calls of the topmost layer in a microbatch."""
     return 0 if job.layout.tensor == 1 else sum(1 for _ in _layer(job, *job.placement.top))
 
 
 def step_messages(job: Job, tp_rank: int) -> list[Message]:
-    """What an optimizer step adds to its microbatches: the deferred sum, ZeRO over data parallelism, and the method's
-    own.
+    """Return the messages that an optimizer step adds to its microbatches'.
+
+    They are the deferred sum of partial gradients, those of ZeRO over data parallelism, and the method's own.
     """
     theta = theta_on_rank(job, tp_rank)
     if not theta.elements:
@@ -79,7 +83,7 @@ def step_messages(job: Job, tp_rank: int) -> list[Message]:
 
 
 def of_step(job: Job, tp_rank: int) -> list[Message]:
-    """All messages of one optimizer step on a rank."""
+    """Return all messages of one optimizer step on a rank."""
     repeated = [
         Message(m.kind, m.group, m.phase, m.bytes, m.count * job.microbatches) for m in microbatch_messages(job)
     ]
@@ -87,7 +91,7 @@ def of_step(job: Job, tp_rank: int) -> list[Message]:
 
 
 def calls(messages: Iterable[Message]) -> Counter[tuple[str, str]]:
-    """Calls by (kind, group)."""
+    """Return the calls by (kind, group)."""
     found: Counter[tuple[str, str]] = Counter()
     for message in messages:
         found[message.kind, message.group] += message.count
@@ -95,7 +99,7 @@ def calls(messages: Iterable[Message]) -> Counter[tuple[str, str]]:
 
 
 def bytes_of(messages: Iterable[Message]) -> Counter[tuple[str, str]]:
-    """Bytes by (kind, group)."""
+    """Return the bytes by (kind, group)."""
     found: Counter[tuple[str, str]] = Counter()
     for message in messages:
         found[message.kind, message.group] += message.count * message.bytes
@@ -103,10 +107,10 @@ def bytes_of(messages: Iterable[Message]) -> Counter[tuple[str, str]]:
 
 
 def _ends(job: Job) -> Iterator[Message]:
-    """Embedding and head."""
+    """Yield the messages of embedding and head."""
     arch, layout = job.architecture, job.layout
     whole = job.tokens * arch.hidden * job.itemsize
-    # With learned positions Megatron reduces the word embeddings whole and cuts the sum.
+    # With learned positions Megatron all-reduces the word embeddings and cuts the sum afterwards.
     scattered = layout.sequence and not arch.position_rows
     yield Message(SCATTER if scattered else REDUCE, "tensor", "forward", whole)
     if layout.sequence and job.footprint.gathers_embedding_gradient(job):
@@ -126,12 +130,12 @@ def _ends(job: Job) -> Iterator[Message]:
 
 
 def _layer(job: Job, layer: Layer, stream: bool) -> Iterator[tuple[Literal["forward", "backward"], str, int]]:
-    """(phase, kind, bytes) of a layer's calls."""
+    """Yield (phase, kind, bytes) of a layer's calls."""
     arch, sequence, footprint = job.architecture, job.layout.sequence, job.footprint
     unit = job.tokens * job.itemsize
     own = footprint.layer_calls(job, stream)
     fused = unit * layer.kind.linears["linear_qkv"].out_features
-    # Megatron gathers q, k, v where a rank's rows are no whole heads.
+    # Megatron gathers q, k, v where a rank's rows are not whole heads.
     gathered = [(GATHER, fused)] if arch.kv_heads < job.layout.tensor else []
     attention: list[Call] = []
     mlp: list[Call] = []
@@ -145,12 +149,12 @@ def _layer(job: Job, layer: Layer, stream: bool) -> Iterator[tuple[Literal["forw
     if not (stream or layer.adapted):
         return
     if job.layout.recompute:
-        # Non-reentrant checkpoint stops at the last tensor that was saved: the last reduction comes after it, unless
-        # the method saves one behind.
+        # Non-reentrant recomputation stops at the last saved tensor. The layer's last reduction comes after it, unless
+        # the method saves a tensor behind that reduction.
         yield from (("backward", *call) for call in (forward if own.last_again else forward[:-1]))
     for (linear, factors), needs_dx in zip(layer.linears, gradients(layer, stream).values(), strict=True):
         column = linear.kind == "column"
-        # The lowest adapted linear has no dX to ride on: its dU travels alone.
+        # The lowest adapted linear needs no dX: its dU is the whole message.
         columns = arch.hidden * needs_dx + total_rank(factors)
         if sequence and columns:
             yield "backward", SCATTER if column else GATHER, unit * columns
@@ -165,7 +169,7 @@ def _layer(job: Job, layer: Layer, stream: bool) -> Iterator[tuple[Literal["forw
 
 
 def _forward(job: Job, linear: Linear, rank: int) -> list[Call]:
-    """The call that a linear issues in forward, if it does. rank: R of its factors."""
+    """Return the call that a linear issues in forward, if any. rank: R of its factors."""
     unit, hidden, column = job.tokens * job.itemsize, job.architecture.hidden, linear.kind == "column"
     if job.layout.sequence:
         return [(GATHER if column else SCATTER, unit * (hidden + rank))]
