@@ -1,7 +1,7 @@
-"""Says before a run whether the machines that are here can train it, and the remedy for what stands in its way.
+"""Check before a run whether the available machines can train it, and give the remedy for each obstacle.
 
-Nothing that is looked at has to be there or intact: what fails is a row of the answer. software, machine, network,
-inputs and storage give the rows of one node, which local.py puts in order; together.py has the ranks of a job meet,
-looks at each of their nodes and at what lies between them; rows.py makes one table of it. Imports are late: nothing
-here needs more than Python until it is looked at.
+Nothing that is checked has to be present or intact: a check that fails becomes a row of the result. software, machine,
+network, inputs and storage give the rows of one node, which local.py orders. together.py has the ranks of a job meet,
+and checks each of their nodes and the connections between them. rows.py merges all rows into one table. Imports are
+late: until something is checked, only Python is needed.
 """

@@ -1,7 +1,7 @@
-"""The board on which the ranks of a job leave word for one another, and the nodes' clocks, compared over it.
+"""A message board for the ranks of a job, and the comparison of the nodes' clocks over it.
 
-The board is JSON under names in the job's store, which needs nothing but MASTER_ADDR and MASTER_PORT: ranks can say why
-they cannot meet in a process group.
+Messages are JSON values under names in the job's store. The store needs only MASTER_ADDR and MASTER_PORT, so ranks can
+report why they cannot meet in a process group.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import torch.distributed as dist
 from lowrank_dist.doctor.local import Place
 from lowrank_dist.doctor.rows import Row
 
-# Between two looks for what is not there yet; the store's own wait warns of every time-out, and hears no signal.
+# Pauses between polls for a message. The store's own wait is not used: it warns at each time-out and ignores signals.
 _FIRST_PAUSE_SECONDS = 0.0005
 _LONGEST_PAUSE_SECONDS = 0.25
-# How long a store that was reached may take over an answer, on a machine that is busy.
+# How long a store that was reached may take to answer, on a busy machine.
 ANSWER_SECONDS = 30.0
 PREFIX = "lowrank_dist.doctor"
-# Round trips by which two clocks are compared, as NTP does.
+# Round trips per comparison of two clocks, as in NTP.
 ROUNDS = 8
-# Beyond it files seem to come from the future, and log lines of two nodes cannot be put in order.
+# With a larger offset files seem to come from the future, and log lines of two nodes cannot be put in order.
 TOLERATED_SECONDS = 1.0
 
 
 class Silent(Exception):
-    """Nobody left word under a name in time, or the store is gone."""
+    """No message arrived under a name in time, or the store is gone."""
 
 
 class Board:
-    """JSON under names in the job's store."""
+    """JSON messages under names in the job's store."""
 
     def __init__(self, store: dist.Store) -> None:
         self.store = store
@@ -43,28 +43,28 @@ class Board:
     def join(cls, place: Place, seconds: float) -> Board:
         """Return the board of the job's store, which rank 0 opens unless the launcher has.
 
-        RuntimeError where it is not reached in time.
+        Raises RuntimeError where the store is not reached in time.
         """
         store = dist.TCPStore(
             place.master,
             place.port,
             is_master=place.rank == 0 and not place.agent,
             timeout=timedelta(seconds=seconds),
-            # It would wait for all ranks, and not say which are missing.
+            # True would wait for all ranks without saying which are missing.
             wait_for_workers=False,
         )
         store.set_timeout(timedelta(seconds=max(seconds, ANSWER_SECONDS)))
         return cls(dist.PrefixStore(PREFIX, store))
 
     def put(self, name: str, value: Any) -> None:
-        """Leave word under a name. Raises Silent where the store is gone."""
+        """Write a message under a name. Raises Silent where the store is gone."""
         try:
             self.store.set(name, json.dumps(value))
         except RuntimeError as error:
             raise Silent(f"{name}: {error}") from error
 
     def take(self, name: str, seconds: float) -> Any:
-        """Return what lies under `name`, as soon as it does. Raises Silent after `seconds`."""
+        """Wait for the message under `name` and return it. Raises Silent after `seconds` or where the store is gone."""
         end = time.monotonic() + seconds
         pause = _FIRST_PAUSE_SECONDS
         try:
@@ -79,7 +79,7 @@ class Board:
 
 
 def answer_clock(board: Board, ranks: Sequence[int], seconds: float, clock: Callable[[], float] = time.time) -> None:
-    """Tell each of `ranks`, one after the other, what time it is here, as often as they ask (`clock_offset`)."""
+    """Answer the time requests of each of `ranks`, one rank after the other: the other side of `clock_offset`."""
     for rank in ranks:
         for number in range(ROUNDS):
             board.take(f"clock/{rank}/{number}", seconds)
@@ -89,9 +89,9 @@ def answer_clock(board: Board, ranks: Sequence[int], seconds: float, clock: Call
 def clock_offset(
     board: Board, rank: int, seconds: float, clock: Callable[[], float] = time.time
 ) -> tuple[float, float]:
-    """Return the seconds that this node's clock is ahead of the answering one's, and by how much that may be wrong.
+    """Return the seconds that this node's clock is ahead of the answering node's, and a bound of the error.
 
-    Of all round trips the shortest counts: the answer was given somewhere within it, so half of it bounds the error.
+    The shortest round trip counts: the answer was given somewhere within it, so half of it bounds the error.
     """
     best = (0.0, float("inf"))
     for number in range(ROUNDS):
@@ -105,7 +105,7 @@ def clock_offset(
 
 
 def clock_skew(offsets: Mapping[str, tuple[float, float]], reference: str) -> list[Row]:
-    """Return a row on how far the clocks are apart. offsets: node → `clock_offset` against the clock of `reference`."""
+    """Return a row on the offsets of the clocks. offsets: node → `clock_offset` against the clock of `reference`."""
     if not offsets:
         return []
     figures = {f"{node}_seconds": ahead for node, (ahead, _) in offsets.items()}

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from lowrank_dist.config import Config
     from lowrank_dist.plan.job import Parameters
 
-# Of a data file the beginning, the middle and the end are hashed: a node that has another file is to be found out in
-# less than a second a file.
+# Bytes hashed at the beginning, the middle and the end of a data file, so that a node with a different file is detected
+# in less than a second per file.
 SAMPLE_BYTES = 16 * 2**20
-# fp32 master, and two moments of AdamW.
+# Bytes per element: fp32 master and two moments of AdamW.
 STATE_BYTES = 12
 THETA = "trained parameters"
 
@@ -30,7 +30,7 @@ def configuration(config: Config) -> list[Row]:
 
 
 def device(config: Config) -> list[Row]:
-    """Return a row on the device that is asked for."""
+    """Return a row on the requested device."""
     from lowrank_dist.backend.devices import gpus
 
     wanted = config.model.device
@@ -44,7 +44,7 @@ def device(config: Config) -> list[Row]:
 
 
 def model(config: Config) -> list[Row]:
-    """Return rows on the model folder: complete, and of a family that can be trained; a row a problem."""
+    """Return rows on the model folder, which must be complete and of a trainable family. Each problem is a row."""
     from lowrank_dist.formats.provenance import fingerprint
     from lowrank_dist.formats.report import inspect_model
 
@@ -66,7 +66,7 @@ def model(config: Config) -> list[Row]:
 
 
 def tokenizer(config: Config) -> list[Row]:
-    """Return a row on the tokenizer: it loads and encodes."""
+    """Return a row on the tokenizer, which must load and encode."""
     from lowrank_dist.data.tokenizer import load_tokenizer
 
     loaded = load_tokenizer(config.data.tokenizer or config.model.path)
@@ -76,14 +76,14 @@ def tokenizer(config: Config) -> list[Row]:
 
 
 def theta(config: Config) -> list[Row]:
-    """Return a row on what the run would train."""
+    """Return a row on the parameters that the run would train."""
     count, start = parameters(config).trained, config.own_section.starts_from
     origin = "" if start is None else f", from {start}"
     return [Row(THETA, "ok", f"{config.method}: {count:,} trainable numbers{origin}", alike=f"{count:,}")]
 
 
 def parameters(config: Config) -> Parameters:
-    """Return |Θ|. UserError where targets, sizes, ranks, model or the adapter to start from do not fit together."""
+    """Return |Θ|. Raises UserError where targets, sizes, ranks, model or the initial adapter do not fit together."""
     from lowrank_dist.methods.registry import home
 
     own = home(config.method)
@@ -100,9 +100,10 @@ def parameters(config: Config) -> Parameters:
 
 
 def checkpoint_bytes(config: Config) -> tuple[int, int]:
-    """Return the bytes of a checkpoint's tensors, and of what is copied out of the last. Raises as `parameters` does.
+    """Return the bytes of a checkpoint's tensors, and of the adapter copied out of the last. Raises as `parameters`.
 
-    Beside the fp32 master and two moments of each element of Θ: the adapter in fp32, or the model in its own type.
+    A checkpoint has the fp32 master and two moments of each element of Θ, and the adapter in fp32 or the model in its
+    own dtype, which is not copied.
     """
     from lowrank_dist.formats.model_folder import open_checkpoint
     from lowrank_dist.methods.registry import home
@@ -119,7 +120,10 @@ def checkpoint_bytes(config: Config) -> tuple[int, int]:
 
 
 def layout(config: Config, size: int, local_size: int) -> list[Row]:
-    """Return a row on TP × DP: the ranks that the job has, groups inside nodes. size: ranks of the job."""
+    """Return a row on the parallel layout. size: ranks of the job.
+
+    Raises UserError where TP × DP is not `size`, or a tensor-parallel group crosses nodes and may not.
+    """
     from lowrank_dist.slurm import check_layout
 
     parallel = config.parallel
@@ -134,7 +138,7 @@ def layout(config: Config, size: int, local_size: int) -> list[Row]:
 
 
 def data(config: Config) -> Iterator[Row]:
-    """Yield rows on the data files: they are there. Their lines are checked by the run itself, at its start."""
+    """Yield rows on the data files, which must exist and not be empty. The run checks their lines at its start."""
     for key in ("train", "eval"):
         path: Path | None = getattr(config.data, key)
         if path is None:

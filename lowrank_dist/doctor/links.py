@@ -1,4 +1,4 @@
-"""The bandwidth of the network between ranks: an all-reduce over all of them, and over those of one node."""
+"""The bandwidth between ranks, measured by an all-reduce over all of them, and over those of one node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lowrank_dist.backend.devices import synchronize
 from lowrank_dist.doctor.rows import Row, size_of
 
-# Large enough for bandwidth to decide, small enough for a second over 1 Gbit/s.
+# Large enough to be limited by bandwidth, small enough to take at most a second over 1 Gbit/s.
 LARGE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 SMALL_BYTES = 8
 REPEATS = 5
@@ -22,11 +22,11 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class AllReduce:
-    """An all-reduce as one rank saw it.
+    """The timing of an all-reduce on one rank.
 
-    algbw: the message's bytes a second; busbw = algbw · 2(n − 1)/n, what each rank's link carried in a ring of n
-    (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md); both in GB/s, of 10⁹ bytes. latency: of a
-    message of 8 bytes, in seconds.
+    algbw: message bytes per second. busbw = algbw · 2(n − 1)/n: the rate on each rank's link in a ring of n
+    (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md). Both are in GB/s, of 10⁹ bytes. latency:
+    seconds for a message of 8 bytes.
     """
 
     ranks: int
@@ -38,16 +38,19 @@ class AllReduce:
 
 
 def join_group(store: dist.Store, rank: int, size: int, library: str, seconds: float) -> None:
-    """Have all ranks meet in the process group that a run has: gloo, and NCCL beside it where the ranks have GPUs."""
+    """Join the process group of all ranks, as a run has it: gloo, and NCCL beside it where the ranks have GPUs."""
     backend = "gloo" if library == "gloo" else f"cpu:gloo,cuda:{library}"
     group_store = dist.PrefixStore("group", store)
-    # NCCL ends the process where its time is over, and the watch is to speak before that.
+    # NCCL ends the process at its time-out; the Watch must report before that.
     seconds += 0 if library == "gloo" else 30
     dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
 
 
 def node_group(nodes: Sequence[Sequence[int]], seconds: float) -> dist.ProcessGroup | None:
-    """Return the group of this rank's node, from the ranks of every node; None for a node alone or of one rank."""
+    """Return the group of this rank's node. None where the job has one node, or this node has one rank.
+
+    nodes: the ranks of every node.
+    """
     mine = next(ranks for ranks in nodes if dist.get_rank() in ranks)
     if len(nodes) == 1 or len(mine) == 1:
         return None
@@ -55,7 +58,7 @@ def node_group(nodes: Sequence[Sequence[int]], seconds: float) -> dist.ProcessGr
 
 
 def measure(group: dist.ProcessGroup | None, device: torch.device, library: str) -> AllReduce:
-    """Time an all-reduce over `group` (None: all ranks). RuntimeError where it fails, or the sum is wrong."""
+    """Time an all-reduce over `group` (None: all ranks). Raises RuntimeError where it fails or the sum is wrong."""
     size = dist.get_world_size(group)
     message = torch.empty(LARGE_BYTES[device.type] // 4, device=device)
     _check_sum(message, group, size)
@@ -100,6 +103,6 @@ def row(what: str, found: Mapping[str, float]) -> Row:
 
 
 def leave_group() -> None:
-    """Leave the group together, or a rank that is still in a barrier loses its peers."""
+    """Leave the group on all ranks together, because a rank that is still in a barrier would lose its peers."""
     dist.barrier()
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Everything that is looked at on one node, in one process: its place in a job, the rows, and an end for what hangs."""
+"""The checks of one node in one process: its place in a job, the rows, and a time limit for checks that hang."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lowrank_dist.config import Config
     from lowrank_dist.doctor.storage import Probe
 
-# Longer than anything takes that is looked at, on a slow network's file system.
+# Longer than any check takes, on a slow network file system.
 LOOK_SECONDS = 120.0
 Concern = Callable[[], Iterable[Row]]
 
@@ -40,14 +40,14 @@ class Place:
 
 
 def speaks_for_node() -> bool:
-    """Return whether this rank is the one to say what the others of its node would say as well."""
+    """Return whether this rank reports what all ranks of its node would report."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def place_in_job() -> Place | None:
-    """Return this process's place; None where it was started alone, or without torch, by which ranks meet.
+    """Return this process's place in its job; None where it was started alone, or torch, which ranks need, is missing.
 
-    Raises UserError where a launcher said only half of it, or went on without its hostfile.
+    Raises UserError where the launcher's variables are incomplete or wrong, or it went on without its hostfile.
     """
     refuse_missing_hostfile()
     ranks_from_slurm()
@@ -73,10 +73,10 @@ def place_in_job() -> Place | None:
 
 
 class Watch:
-    """An end for what does not end: a file system or a driver that hangs, where Python could not be interrupted.
+    """A time limit for checks that hang in a file system or a driver, where Python cannot be interrupted.
 
-    hung: told, in a thread of its own, what had been found and what hangs, when `seconds` are over; then the process
-    ends with code 1.
+    hung: called in a thread of its own when `seconds` are over, with the rows found so far and a row on the check that
+    hangs. Then the process ends with code 1.
     """
 
     def __init__(self, hung: Callable[[list[Row]], object], seconds: float = LOOK_SECONDS) -> None:
@@ -85,7 +85,7 @@ class Watch:
 
     @contextmanager
     def looking(self, what: str, found: Sequence[Row], remedy: str = "see what it stands on") -> Iterator[None]:
-        """Watch over the block; `found` is what there is to say if it never ends."""
+        """Limit the time of the block. found: the rows to report if it never ends."""
         timer = threading.Timer(self._seconds, self._end, (what, found, remedy))
         timer.daemon = True
         timer.start()
@@ -107,9 +107,9 @@ def diagnose(
     probe: Probe | None = None,
     watch: Watch | None = None,
 ) -> list[Row]:
-    """Return every row of this node, from what training stands on to what it does without.
+    """Return every row of this node, from what training needs to what it can do without.
 
-    config: the run that is to be trained. place: this rank's in its job. probe: what is written into the run folder.
+    config: the run to be trained. place: this rank's place in its job. probe: the probe to write into the run folder.
     """
     watch = watch or Watch(lambda rows: None)
     rows: list[Row] = []
@@ -147,7 +147,7 @@ def diagnose(
 
 
 def failing(rows: Iterable[Row]) -> list[Row]:
-    """Return the rows for which training cannot run."""
+    """Return the rows that prevent training."""
     return [row for row in rows if row.state not in PASSING]
 
 

@@ -1,4 +1,4 @@
-"""The hardware of a node and what computes on it: GPUs, memory, the compiled operators and what stands in for them."""
+"""Checks of a node's hardware and compute libraries: GPUs, memory, compiled operators and their substitutes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from lowrank_dist.doctor.rows import Row, one_line, size_of
 
 SHARED_MEMORY = Path("/dev/shm")
-# NCCL keeps some 10 MB there for each pair of ranks of a node; containers have 64 MB unless told.
+# NCCL takes about 10 MB there for each pair of ranks of a node; containers have 64 MB by default.
 ENOUGH_SHARED = 512 * 2**20
-# A GPU that others leave less of than this share is not free.
+# A GPU with less than this share of its memory free is in use by other processes.
 FREE_SHARE = 0.9
-# The limit that a container or a batch system sets, for cgroups of both versions.
+# The files of a container's or batch system's memory limit, for cgroups of both versions.
 MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
@@ -52,7 +52,7 @@ def _gpu(index: int, name: str, total: int, free: int, architecture: str) -> Row
 
 
 def memory() -> list[Row]:
-    """Return a row on host memory: what is there, what is available, and a container's limit."""
+    """Return a row on host memory: total, available, and a container's limit."""
     kib = {}
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")
@@ -66,7 +66,7 @@ def memory() -> list[Row]:
 
 
 def shared_memory(gpus: bool, place: Path = SHARED_MEMORY) -> list[Row]:
-    """Return a row on /dev/shm, through which NCCL's ranks of one node speak."""
+    """Return a row on /dev/shm, through which NCCL's ranks of one node communicate."""
     what = str(SHARED_MEMORY)
     remedy = "`mount -o remount,size=8g /dev/shm`, or start the container with --shm-size=8g (or --ipc=host)"
     if not place.is_dir():
@@ -81,7 +81,7 @@ def shared_memory(gpus: bool, place: Path = SHARED_MEMORY) -> list[Row]:
 
 
 def operators() -> Iterator[Row]:
-    """Yield rows on the compiled operators of both devices, and the instruction set that those of the CPU use."""
+    """Yield rows on the compiled operators of both devices, and on the instruction set of the CPU operators."""
     from lowrank_dist.ops.extension import CUDA_LIBRARY, LIBRARY, cpu_capability, why_not, why_not_cuda
 
     for device, reason, library in (("CPU", why_not(), LIBRARY), ("CUDA", why_not_cuda(), CUDA_LIBRARY)):
@@ -99,7 +99,7 @@ def operators() -> Iterator[Row]:
 
 
 def products() -> list[Row]:
-    """Return a row on what multiplies with a frozen fp32 weight on a CPU (ops/linear.py)."""
+    """Return a row on the library that multiplies with frozen fp32 weights on a CPU (ops/linear.py)."""
     import torch
 
     what = "frozen fp32 GEMM on CPU"

@@ -1,4 +1,4 @@
-"""One rank's part in looking at all nodes of a job: its node, if it is the first there, and what lies between nodes."""
+"""One rank's part in the check of a job: its node, if it is the lowest rank there, and the links between nodes."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from lowrank_dist.terminal import say
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
 
-# How long rank 0 waits for what the nodes find: one of them may hang, and says so after LOOK_SECONDS.
+# How long rank 0 waits for the nodes' reports. A node that hangs reports it after LOOK_SECONDS.
 REPORT_SECONDS = 2 * LOOK_SECONDS
-# What a rank that is told something waits longer than rank 0 waits before it says it.
+# How much longer a rank waits for a message from rank 0 than rank 0 waits before it sends it.
 GRACE_SECONDS = 15.0
 NO_WAY = (
     "the interfaces of all nodes have to reach one another, without a firewall between them: set GLOO_SOCKET_IFNAME "
@@ -32,7 +32,11 @@ NO_WAY = (
 
 @dataclass(frozen=True)
 class Roll:
-    """The ranks that came. ranks: node → its ranks in order; nodes go by their lowest. refused: nodes' complaints."""
+    """The ranks that arrived, and those that did not (absent).
+
+    ranks: node → its ranks in order; nodes are in the order of their lowest rank. refused: node → why its input was
+    refused.
+    """
 
     ranks: dict[str, list[int]]
     absent: list[int]
@@ -40,12 +44,12 @@ class Roll:
 
     @property
     def leaders(self) -> dict[str, int]:
-        """Return node → the rank that looks at it."""
+        """Node → the rank that checks it."""
         return {node: ranks[0] for node, ranks in self.ranks.items()}
 
 
 def leave(board: Board, place: Place, roll: Roll) -> None:
-    """Leave the job, as the last thing done. Rank 0, which has the store, waits until the others need it no more."""
+    """Leave the job, as the last step. Rank 0, which holds the store, waits until the others have left."""
     try:
         if place.rank != 0:
             board.put(f"left/{place.rank}", None)
@@ -54,11 +58,11 @@ def leave(board: Board, place: Place, roll: Roll) -> None:
         for rank in (rank for ranks in roll.ranks.values() for rank in ranks if rank != 0):
             board.take(f"left/{rank}", end - time.monotonic())
     except Silent:
-        return  # whoever is gone needs no store
+        return  # a rank that is gone needs no store
 
 
 class Member:
-    """A rank that has come. Its node's lowest rank looks at the node; all take part in what is between nodes."""
+    """A rank that arrived. The lowest rank of a node checks the node; all take part in checks between nodes."""
 
     def __init__(self, place: Place, config: Config | None, seconds: float, board: Board, roll: Roll) -> None:
         self.place = place
@@ -70,7 +74,7 @@ class Member:
         self.probe = Probe(config.output.dir) if self.leads and config is not None else None
 
     def take_part(self) -> int:
-        """Take the part of every rank but 0; returns the exit code."""
+        """Run the part of a rank other than 0, and return the exit code."""
         patience = REPORT_SECONDS + GRACE_SECONDS
         try:
             self._report()
@@ -108,12 +112,12 @@ class Member:
         self.board.put(f"report/{self.place.rank}", values)
 
     def _hung(self, rows: Sequence[Row]) -> None:
-        """Rank 0 shows it; a rank that ended before would have its launcher end the others."""
+        """Report to rank 0 and wait for its verdict: if this rank ended first, its launcher would end the others."""
         self._say_report(rows, ("none", "hangs"), hangs=True)
         self._wait_and_leave(REPORT_SECONDS + self.seconds)
 
     def _look_across(self, probes: Mapping[str, Mapping[str, str]]) -> None:
-        """Look for what the other nodes wrote into the run folder."""
+        """Look for the probes that the other nodes wrote into the run folder, and report those that are not seen."""
         others = {node: probe for node, probe in probes.items() if node != self.place.host}
         with Watch(_shout).looking(f"{self.place.host}: run folder of the other nodes", []):
             missing = unseen(others)
@@ -145,7 +149,7 @@ class Member:
         self.board.put(name, values)
 
     def _end_of_links(self) -> None:
-        """Do what is left where the ranks' group hangs, before this process ends, in a thread of its own."""
+        """Finish where the process group hangs. Runs in a thread of its own, before this process ends."""
         self._wait_and_leave(GRACE_SECONDS + self.seconds)
 
     def _wait_and_leave(self, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""The network cards of a node, and by which of them the ranks would meet."""
+"""Checks of a node's network cards, and of the interface over which the ranks would meet."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INFINIBAND = Path("/sys/class/infiniband")
 
 @dataclass(frozen=True)
 class Interface:
-    """A network card. addresses: IPv4 and IPv6. speed: Mbit/s, 0 where the driver does not say."""
+    """A network card. addresses: IPv4 and IPv6. speed: Mbit/s, 0 where the driver does not report it."""
 
     name: str
     addresses: tuple[str, ...]
@@ -40,7 +40,8 @@ class Surroundings:
     """The facts on which the choice of an interface depends.
 
     several: the job has ranks on other nodes. nccl: collectives go over NCCL. master: its MASTER_ADDR, None without a
-    job. own: the address that this host's name stands for. towards: the local address that leads to master.
+    job. own: the address that this host's name resolves to. towards: the local address that packets to master leave
+    from.
     """
 
     interfaces: Sequence[Interface]
@@ -55,7 +56,7 @@ class Surroundings:
 
     @property
     def leading(self) -> Interface | None:
-        """Return the interface by which other nodes are reached, as far as is known."""
+        """The interface that leads to MASTER_ADDR, and so to other nodes; None where it is not known."""
         return self.having(self.towards) if self.master is not None else None
 
 
@@ -83,7 +84,7 @@ def interfaces() -> list[Interface]:
 
 
 def address_of(host: str) -> str | None:
-    """Return the address that a name stands for, or None."""
+    """Return the address that a name resolves to, or None."""
     try:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
@@ -117,7 +118,7 @@ def network(around: Surroundings, environment: Mapping[str, str] = os.environ) -
 
 
 def infiniband_ports(place: Path = INFINIBAND) -> list[str]:
-    """Return the ports of InfiniBand and RoCE cards with their state and rate, as the kernel says them."""
+    """Return the ports of InfiniBand and RoCE cards with their state and rate, as the kernel reports them."""
     return [
         f"{port.parts[-3]} port {port.name} ({_text(port / 'state').partition(': ')[2]}, {_text(port / 'rate')})"
         for port in sorted(place.glob("*/ports/*"))
@@ -143,7 +144,10 @@ def _master(around: Surroundings) -> Row:
 
 
 def _gloo(around: Surroundings, environment: Mapping[str, str]) -> Row:
-    """Without GLOO_SOCKET_IFNAME gloo binds to the address of the host's own name, else to the loopback."""
+    """Return a row on gloo's interface.
+
+    Without GLOO_SOCKET_IFNAME gloo binds to the address of the host's own name or, failing that, to the loopback.
+    """
     names = [name for name in environment.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     if names:
         known = {card.name: card for card in around.interfaces}
@@ -160,7 +164,11 @@ def _gloo(around: Surroundings, environment: Mapping[str, str]) -> Row:
 
 
 def _nccl(around: Surroundings, environment: Mapping[str, str]) -> Row:
-    """NCCL takes beginnings of names, after = whole names, after ^ all others; unset it avoids loopback and docker."""
+    """Return a row on NCCL's interface.
+
+    NCCL_SOCKET_IFNAME lists beginnings of names, after = whole names; after ^ they are excluded. Without it NCCL avoids
+    loopback and docker.
+    """
     value = environment.get("NCCL_SOCKET_IFNAME", "")
     if not value:
         return Row("interface of NCCL", "ok", "chosen by NCCL itself (NCCL_SOCKET_IFNAME is not set)")
@@ -172,7 +180,7 @@ def _nccl(around: Surroundings, environment: Mapping[str, str]) -> Row:
         return card.name == name if exact else card.name.startswith(name)
 
     chosen = [card for card in around.interfaces if any(named(card, name) for name in listed) != excluded]
-    # Without CUDA nothing asks NCCL.
+    # Without CUDA nothing uses NCCL.
     state: State = "broken" if around.nccl else "warning"
     missing = [name for name in listed if not any(named(card, name) for card in around.interfaces)]
     if not chosen or (missing and not excluded):

@@ -1,6 +1,6 @@
-"""The rows of what was looked at, and the table of all nodes' rows.
+"""The rows that checks return, and the table that merges the rows of all nodes.
 
-What is the same on all nodes is said once, what differs with the nodes' names.
+A result that is the same on all nodes is listed once; results that differ are listed with the nodes' names.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from lowrank_dist.errors import UserError, some_of
 State = Literal["ok", "off", "warning", "missing", "unsupported", "differs", "broken"]
 Unlike = Literal["differs", "warning"]
 Value = TypeVar("Value")
-# With these a run can be trained.
+# States with which a run can be trained.
 PASSING: tuple[State, ...] = ("ok", "off", "warning")
-# Of what is in order as many different answers are shown as fit a glance; a report in JSON has all.
+# The most different "ok" results per check that the table shows. A report in JSON has all.
 SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing that was looked at, on one node or between nodes.
+    """The result of one check, on one node or between nodes.
 
-    state: ok; off (training runs without it); warning (it runs, but look at it); else why it cannot run. detail: what
-    was found and, where that is not ok, the remedy. alike: what has to be the same on all nodes, and `if_unlike` what
-    it is where it is not. figures: the numbers in `detail`, with their units in their names.
+    state: ok; off (training runs without it); warning (training runs, but look at it); any other state prevents
+    training. detail: the finding and, where the state is not ok, the remedy. alike: a value that must be the same on
+    all nodes; if_unlike: the state where it is not. figures: the numbers in `detail`, with their units in their names.
     """
 
     what: str
@@ -38,13 +38,13 @@ class Row:
 
 
 def guarded(what: str, concern: Callable[[], Iterable[Row]], needed: bool = True) -> list[Row]:
-    """Return the rows of a concern, or one that says what stopped it."""
+    """Return the rows of a check, or one row with the error that stopped it."""
     state: State = "broken" if needed else "off"
     try:
         return list(concern())
     except UserError as error:  # a message with its remedy
         return [Row(what, state, one_line(str(error)))]
-    except Exception as error:  # whatever a broken installation makes of it: the reason is kept
+    except Exception as error:  # any error of a broken installation: kept as the reason
         return [Row(what, state, f"{type(error).__name__}: {one_line(str(error))}")]
 
 
@@ -53,7 +53,7 @@ def one_line(text: str) -> str:
 
 
 def size_of(number: float) -> str:
-    """Return bytes in the unit that suits them."""
+    """Return bytes as text, in bytes, KiB, MiB or GiB."""
     for unit in ("bytes", "KiB", "MiB"):
         if number < 1024:
             return f"{number:.0f} {unit}" if unit == "bytes" else f"{number:.1f} {unit}"
@@ -67,9 +67,10 @@ def counted(number: int, noun: str) -> str:
 
 @dataclass
 class Examination:
-    """Everything that was found.
+    """All results of a job.
 
-    size: ranks of the job. ranks, rows: of each node that came, under its name. between: rows of no one node.
+    size: ranks of the job. ranks, rows: node → its ranks and its rows, for each node that arrived. between: rows that
+    do not belong to one node.
     """
 
     size: int
@@ -80,7 +81,7 @@ class Examination:
 
 @dataclass(frozen=True)
 class Finding:
-    """A line of the table. nodes: those it is about, in the order of their ranks; empty where it is between nodes."""
+    """A line of the table. nodes: those concerned, in the order of their ranks; empty for a check between nodes."""
 
     what: str
     state: State
@@ -93,7 +94,7 @@ class Finding:
 
 
 def findings(found: Examination) -> list[Finding]:
-    """Return the table, in the order in which things were looked at."""
+    """Return the lines of the table, in the order of the checks."""
     table: list[Finding] = []
     for what in dict.fromkeys(row.what for rows in found.rows.values() for row in rows):
         table += _merged(what, [(node, row) for node, rows in found.rows.items() for row in rows if row.what == what])
@@ -109,7 +110,7 @@ def _merged(what: str, found: Sequence[tuple[str, Row]]) -> list[Finding]:
         everyone = tuple(node for nodes in values.values() for node in nodes)
         state: State = "differs" if "differs" in states else "warning"
         lines.append(Finding(what, state, f"{said}: make it the same on every node", everyone))
-        # What was in order on its own is said by this line.
+        # This line covers the rows that were ok on their own.
         found = [(node, row) for node, row in found if row.state != "ok"]
     groups = _groups((node, (row.state, row.detail)) for node, row in found)
     fine = [key for key in groups if key[0] == "ok"]

@@ -1,4 +1,4 @@
-"""The software of a node: Python, this project and the packages that it needs; what builds operators and starts runs.
+"""Checks of a node's software: Python, this project and the packages it needs, build tools and launchers.
 
 Packages are read from their metadata; only torch is imported.
 """
@@ -26,7 +26,7 @@ from lowrank_dist.doctor.rows import Row, State, Unlike, guarded, one_line
 
 PACKAGE = Path(__file__).parents[1]
 PROJECT = PACKAGE.parent / "pyproject.toml"
-# Not needed to train: what the exported adapter is read and checked with.
+# Not needed to train: packages that read and check the exported adapter.
 OPTIONAL = ("peft",)
 INSTALL = "pip install --no-build-isolation -e ."
 # The launchers and what each does for a run.
@@ -59,13 +59,13 @@ def declared(project: Path = PROJECT) -> Declared:
         python, everything = metadata["Requires-Python"], metadata.get_all("Requires-Dist") or []
         required = [one for one in everything if "extra ==" not in one]
         extras = [one.partition(";")[0] for one in everything if "extra ==" in one]
-    # An extra may be named by several: once is enough.
+    # A package may be listed by several extras: it is kept once.
     optional = {name: one for one in extras for name in OPTIONAL if one.startswith(name)}
     return Declared(python, tuple(required), tuple(optional.values()))
 
 
 def own_sources(package: Path = PACKAGE) -> list[Row]:
-    """Return a row on this project: its version, where it lies, and a digest of its Python files."""
+    """Return a row on this project: its version, its location, and a digest of its Python files."""
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         content = path.read_bytes()
@@ -77,7 +77,7 @@ def own_sources(package: Path = PACKAGE) -> list[Row]:
 def packages(
     wanted: Declared | None = None, version: Callable[[str], str | None] = importlib.metadata.version
 ) -> Iterator[Row]:
-    """Yield rows on Python and the installed packages against the ranges of pyproject.toml."""
+    """Yield rows that compare Python and the installed packages with the ranges of pyproject.toml."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
@@ -124,7 +124,7 @@ def pytorch(load: Callable[[str], ModuleType] = importlib.import_module) -> list
 
 
 def build_tools(which: Callable[[str], str | None] = shutil.which) -> list[Row]:
-    """Return rows on what builds the operators; where these are built already none of it is needed."""
+    """Return rows on the tools that build the operators. None is needed where the operators are built already."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = (which(f"{home}/bin/nvcc") if home else None) or which("nvcc") or which("/usr/local/cuda/bin/nvcc")
@@ -136,7 +136,7 @@ def build_tools(which: Callable[[str], str | None] = shutil.which) -> list[Row]:
 
 
 def ninja(path: str | None, beside: Path = Path(sys.executable).parent) -> Row:
-    """Return a row on the ninja on PATH, which torch's builds take, and on another one beside the interpreter."""
+    """Return a row on the ninja on PATH, which torch's builds use, compared with one beside the interpreter."""
     own = shutil.which("ninja", path=str(beside))
     remedy = NINJA if own is None else f"{own} is there: put {beside} on PATH of every node"
     absent = f"not on PATH: builds go without it, more slowly, and those of DeepSpeed not at all; {remedy}"
@@ -171,7 +171,7 @@ def build_locks() -> list[Row]:
 
 
 def launchers(which: Callable[[str], str | None] | None = None) -> list[Row]:
-    """Return rows on what can start a run."""
+    """Return rows on the launchers."""
     found = {name: (which or _which)(name) for name in LAUNCHERS}
     return [
         Row(
@@ -191,11 +191,14 @@ def _program(what: str, path: str | None, absent: str) -> Row:
     except (OSError, subprocess.SubprocessError) as error:
         return Row(what, "off", f"{path} does not run: {one_line(str(error))}; install it again")
     lines = [line for line in done.stdout.splitlines() if line.strip()]
-    # nvcc says who made it first, and in the fourth line of what release it is.
+    # nvcc prints its vendor first and its release in the fourth line.
     said = next((line for line in lines if "release" in line), lines[0] if lines else "says nothing")
     return Row(what, "ok", f"{path}: {said.strip()}")
 
 
 def _which(program: str) -> str | None:
-    """Look beside the interpreter as well, where a virtual environment that is not activated has its programs."""
+    """Return the path of a program on PATH or beside the interpreter.
+
+    A virtual environment that is not activated has its programs beside the interpreter.
+    """
     return shutil.which(program) or shutil.which(program, path=str(Path(sys.executable).parent))

@@ -1,4 +1,4 @@
-"""The run folder of a node: written as a checkpoint is, seen from the other nodes, with room for checkpoints."""
+"""Checks of the run folder: it can be written as a checkpoint is, other nodes see it, and checkpoints fit its disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lowrank_dist.config import Config
 
 PROBE_BYTES = 2**20
-# Logs, metrics and everything else that does not grow with the model.
+# Bytes for logs, metrics and everything else that does not grow with the model.
 ROOM = 64 * 2**20
 # How long a shared file system may take to show another node's file.
 SEEN_SECONDS = 5
@@ -27,10 +27,10 @@ FILE = "probe"
 
 
 class Probe:
-    """A folder of one file that is written into the run folder as a checkpoint is, and looked for from other nodes.
+    """A folder with one file, written into the run folder as a checkpoint is, for which other nodes look.
 
-    It lies in the run folder or, before there is one, in its nearest parent that exists; no folder is made for it. Its
-    name is one that the run folder's next owner takes for a leftover.
+    It lies in the run folder or, where that does not exist yet, in its nearest existing parent; the run folder is not
+    created for it. Its name is one that the next owner of the run folder takes for a leftover.
     """
 
     def __init__(self, run: Path) -> None:
@@ -39,7 +39,7 @@ class Probe:
         self._content = secrets.token_bytes(32) * (PROBE_BYTES // 32)
 
     def write(self) -> list[Row]:
-        """Write, fsync, rename, and read back. UserError (DiskError) where the disk refuses."""
+        """Write, fsync, rename, and read back. Raises UserError (DiskError) where the disk refuses."""
         place = existing(self.run)
         self.folder = temporary_name(place / "doctor")
         start = time.monotonic()
@@ -55,7 +55,7 @@ class Probe:
 
     @property
     def written(self) -> dict[str, str] | None:
-        """Return what identifies it on another node: path and beginning of its content; None where it failed."""
+        """The probe's path and first bytes, by which another node recognises it; None where writing failed."""
         if self.folder is None or not (self.folder / FILE).is_file():
             return None
         return {"path": str(self.folder / FILE), "mark": self._content[:32].hex()}
@@ -66,7 +66,7 @@ class Probe:
 
 
 def unseen(probes: Mapping[str, Mapping[str, str]], seconds: float = SEEN_SECONDS) -> list[str]:
-    """Return the nodes whose probe (`Probe.written`) this node does not see within `seconds`, or sees otherwise."""
+    """Return the nodes whose probe (`Probe.written`) this node does not see, with its content, within `seconds`."""
     end = time.monotonic() + seconds
     waiting = dict(probes)
     while waiting:
@@ -86,7 +86,7 @@ def _sees(path: Path, mark: str) -> bool:
 
 
 def existing(path: Path) -> Path:
-    """Return the path itself or its nearest parent that is there. UserError where that is no folder."""
+    """Return the path itself or its nearest existing parent. Raises UserError where that is not a folder."""
     place = next(place for place in (path, *path.parents) if place.exists())
     if not place.is_dir():
         raise UserError(f"output.dir: {place} is a file; choose a folder")
@@ -94,13 +94,13 @@ def existing(path: Path) -> Path:
 
 
 def space(config: Config, writes: bool) -> list[Row]:
-    """Return a row on the free disk in the run folder beside what the checkpoints take.
+    """Return a row that compares the free disk of the run folder with the size of the checkpoints.
 
-    writes: rank 0, which alone writes checkpoints, is on this node.
+    writes: rank 0, the only rank that writes checkpoints, is on this node.
     """
     try:
         sizes = checkpoint_bytes(config) if writes else None
-    except UserError:  # which has a row of its own
+    except UserError:  # it has a row of its own
         sizes = None
     place = existing(config.output.dir.absolute())
     facts = os.statvfs(place)
@@ -109,7 +109,7 @@ def space(config: Config, writes: bool) -> list[Row]:
     figures: dict[str, float] = {"free_bytes": free}
     if sizes is not None:
         one, final = sizes
-        # The one that `best` points to always stays; the one that is being written is whole before another goes; the
+        # The checkpoint that `best` points to always stays; a new one is complete before an old one is removed; the
         # adapter is exported at the end.
         best = max(1, config.output.keep_best) if config.data.eval is not None else 0
         kept = (config.output.keep_last or 1) + best + 1

@@ -1,4 +1,4 @@
-"""All ranks of a job look at their nodes and at what lies between them; rank 0 asks, and puts the answers together."""
+"""The check of a job: its ranks check their nodes and the links between them, and rank 0 collects the results."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from lowrank_dist.errors import UserError, some_of
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
 
-# Rows of a node without which its ranks cannot meet the others'.
+# Checks that a node must pass for its ranks to meet the others.
 MEETING = ("MASTER_ADDR", "interface of gloo", "interface of NCCL")
 
 
 def examine_together(
     place: Place, config: Config | None, refused: str | None, seconds: float, publish: Callable[[Examination], int]
 ) -> int:
-    """Take one rank's part; returns the exit code, the same on every rank.
+    """Run one rank's part, and return the exit code, which is the same on every rank.
 
-    config: as this rank read it; refused: why it could not. seconds: how long ranks wait for one another to come.
-    publish: on rank 0, shows what was found and says with which code all ranks are to end.
+    config: as this rank read it; refused: the error where it could not. seconds: how long ranks wait for one another to
+    arrive. publish: on rank 0, shows the results and returns the exit code of all ranks.
 
-    Raises RuntimeError where the job's store is not reached, Silent where rank 0 is gone, UserError (rank 0 alone)
+    Raises RuntimeError where the job's store is not reached, Silent where rank 0 is gone, UserError (on rank 0 only)
     where the input was refused.
     """
     start = time.monotonic()
@@ -53,7 +53,7 @@ def examine_together(
 
 
 def call_roll(board: Board, size: int, seconds: float) -> Roll:
-    """Wait until all ranks came, or the time is over."""
+    """Wait until all ranks have arrived or the time is over, and return who arrived."""
     end = time.monotonic() + seconds
     ranks: dict[str, list[int]] = {}
     absent: list[int] = []
@@ -71,7 +71,7 @@ def call_roll(board: Board, size: int, seconds: float) -> Roll:
 
 
 class Lead(Member):
-    """Rank 0. publish: shows what was found, and says with which code all ranks are to end."""
+    """Rank 0. publish: shows the results, and returns the exit code of all ranks."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class Lead(Member):
         self._found = Examination(place.size, roll.ranks)
 
     def lead(self, met_after: float) -> int:
-        """Take rank 0's part; returns the code with which all ranks end."""
+        """Run rank 0's part, and return the exit code of all ranks."""
         found = self._found
         found.between.append(self._rendezvous(met_after))
         try:
@@ -111,7 +111,7 @@ class Lead(Member):
         return code
 
     def _hung(self, rows: Sequence[Row]) -> None:
-        """Show rank 0's own node, which is all that there is where rank 0 itself hangs."""
+        """Publish the rows of rank 0's own node, the only ones that exist where rank 0 itself hangs."""
         self._found.rows[self.place.host] = list(rows)
         self._conclude()
         leave(self.board, self.place, self.roll)
@@ -136,7 +136,7 @@ class Lead(Member):
         return Row("rendezvous", "broken", detail)
 
     def _reports(self, found: Examination) -> dict[int, dict[str, Any]]:
-        """Return the report of every rank that came and still answers."""
+        """Return the report of every rank that arrived and still answers."""
         end = time.monotonic() + REPORT_SECONDS
         reports: dict[int, dict[str, Any]] = {}
         for node, ranks in self.roll.ranks.items():
@@ -151,7 +151,10 @@ class Lead(Member):
         return reports
 
     def _plan(self, reports: Mapping[int, Mapping[str, Any]], found: Examination) -> dict[str, Any]:
-        """Return who looks across nodes, at what; and the library by which the ranks meet, None where they cannot."""
+        """Return the ranks that check across nodes, the probes that they look for, and the library of the all-reduce.
+
+        The library is None where the ranks cannot meet.
+        """
         alive = {
             node: rank for node, rank in self.roll.leaders.items() if rank in reports and not reports[rank]["hangs"]
         }
@@ -176,7 +179,7 @@ class Lead(Member):
         return {"leaders": alive, "probes": probes, "library": None if reason else library}
 
     def _across(self, leaders: Mapping[str, int], found: Examination) -> None:
-        """Find which run folders are not seen from where, and how far the clocks are apart."""
+        """Add rows on probes that other nodes do not see, and on the offsets of the clocks."""
         patience = GRACE_SECONDS + self.seconds
         blind: dict[str, list[str]] = {}
         others = [rank for rank in leaders.values() if rank != 0]
@@ -236,7 +239,7 @@ def _kinds(kinds: Sequence[tuple[str, str]]) -> str:
 
 
 def _once(refused: Mapping[str, str]) -> dict[str, str]:
-    """Return a complaint that several nodes have in common once, under the names of all."""
+    """Return names of nodes → their error, so that an error that several nodes share is listed once."""
     nodes: dict[str, list[str]] = {}
     for node, text in refused.items():
         nodes.setdefault(text, []).append(node)
