@@ -321,7 +321,7 @@ SHORT = {
     "cli/__main__.py": "the form that launchers of modules run",
     "config/__init__.py": "the two names that the room offers",
     **{f"{owner}/config.py": _SECTION for owner in ("data", "model", "parallel")},
-    **{f"methods/{name}/config.py": _SECTION for name in ("bottleneck", "lora", "prefix", "prompt")},
+    **{f"methods/{name}/config.py": _SECTION for name in ("bottleneck", "prefix", "prompt")},
     "backend/megatron.py": "every patch of Megatron in one place",
     "parallel/masks.py": "which mask is drawn, apart from the operator that draws it",
 }
