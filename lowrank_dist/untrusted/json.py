@@ -61,8 +61,7 @@ def parse_json(content: bytes | str, *, unique: bool = False, finite: bool = Fal
             object_pairs_hook=_unique if unique else None,
         )
     except json.JSONDecodeError as error:
-        column = error.pos - text.rfind("\n", 0, error.pos)
-        raise JsonFault(f"malformed JSON at column {column}: {error.msg}", error.lineno) from error
+        raise JsonFault(f"malformed JSON at column {error.colno}: {error.msg}", error.lineno) from error
     except RecursionError as error:
         raise JsonFault(_TOO_DEEP) from error
     except _LongInteger as error:
