@@ -26,32 +26,32 @@ if TYPE_CHECKING:
 _OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def printable(text: str) -> str:
+def escape_all(text: str) -> str:
     """Return the text on one line, with all characters that are not printable escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def shown(text: str) -> str:
+def escape_control(text: str) -> str:
     """Return the text with control characters escaped (ESC becomes \\x1b); line feeds and tabs are kept."""
     return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def say(message: str, *, err: bool = False) -> None:
     """Print a message for a person, escaped wherever it goes: a job's log is viewed in a terminal as well."""
-    print(shown(message), file=sys.stderr if err else sys.stdout, flush=True)
+    print(escape_control(message), file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def put(text: str, *, err: bool = False, end: str = "\n") -> None:
     """Print a result: unchanged into a file or a pipe, escaped on a terminal."""
     stream = sys.stderr if err else sys.stdout
-    print(shown(text) if stream.isatty() else text, end=end, file=stream, flush=True)
+    print(escape_control(text) if stream.isatty() else text, end=end, file=stream, flush=True)
 
 
 class LogFormatter(logging.Formatter):
     """Formats log records with control characters escaped, since a log is viewed in a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return shown(super().format(record))
+        return escape_control(super().format(record))
 
 
 def open_console(*, err: bool = False, width: int | None = None, file: TextIO | None = None) -> Console:
@@ -64,11 +64,11 @@ def open_console(*, err: bool = False, width: int | None = None, file: TextIO | 
 
     class SafeConsole(Console):
         def render_str(self, text: str, **how: Any) -> Text:
-            return super().render_str(shown(text), **how)
+            return super().render_str(escape_control(text), **how)
 
         def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
             # Everything that is drawn passes here, after its widths were computed. Control segments are rich's own.
             for segment in super().render(renderable, options):
-                yield segment if segment.control else Segment(shown(segment.text), segment.style)
+                yield segment if segment.control else Segment(escape_control(segment.text), segment.style)
 
     return SafeConsole(file=file, stderr=err, width=width, markup=False, emoji=False, highlight=False)

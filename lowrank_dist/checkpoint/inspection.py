@@ -16,7 +16,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import is_temporary
 from lowrank_dist.formats.manifest import is_checkpoint
 from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE
-from lowrank_dist.formats.paths import Removed, own, reading, real_path, settled
+from lowrank_dist.formats.paths import Removed, reading, real_path, require_copyable, resolve_link
 from lowrank_dist.formats.report import Report, inspect_model
 from lowrank_dist.methods.registry import HOMES, home, home_of
 from lowrank_dist.untrusted.files import LONGEST_RECORD, read_lines
@@ -87,7 +87,7 @@ def _inspect(folder: Path, base: Path | None, read_config: ReadConfig) -> Report
 def inspect_run(folder: Path, base: Path | None, read_config: ReadConfig) -> Report:
     """Return the report on a run. The base is checked for one adapter only: the final one, else that of `last`."""
     report = Report(folder, "run")
-    config = report.read(folder / CONFIG, lambda: read_config(_own(folder / CONFIG, folder)))
+    config = report.read(folder / CONFIG, lambda: read_config(_require_in_run(folder / CONFIG, folder)))
     if config is not None:
         report.facts["config"] = config
     report.read(folder / METRICS, _metrics, folder, report)
@@ -95,11 +95,11 @@ def inspect_run(folder: Path, base: Path | None, read_config: ReadConfig) -> Rep
     return report
 
 
-def _own(path: Path, folder: Path) -> Path:
+def _require_in_run(path: Path, folder: Path) -> Path:
     """Return a path of the run. Raises UserError where it is missing or a link leads out of the run."""
     if not path.exists():
         raise UserError(f"{path} is missing: copy the run completely")
-    return own(path, folder)
+    return require_copyable(path, folder)
 
 
 def _metrics(folder: Path, report: Report) -> None:
@@ -109,7 +109,7 @@ def _metrics(folder: Path, report: Report) -> None:
         return
     last: dict[str, dict[str, Any]] = {}
     best: dict[str, Any] | None = None
-    for record in _records(_own(path, folder), report):
+    for record in _records(_require_in_run(path, folder), report):
         for name in ("loss", "eval_loss"):
             if name in record:
                 last[name] = record
@@ -144,7 +144,7 @@ def _records(path: Path, report: Report) -> Iterator[dict[str, Any]]:
 
 def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
     held = folder / CHECKPOINTS
-    children, links = _listed(_own(held, folder))
+    children, links = _listed(_require_in_run(held, folder))
     pointers = _pointers(links, children, report)
     for child in children:
         if is_temporary(child):
@@ -164,7 +164,7 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
     report.facts["adapter"] = _final(final, report)
     chosen = final if final.exists() else held / (pointers["last"] if "last" in pointers else "")
     rows = []
-    for path in [*steps, *([_own(final, folder)] if final.exists() else [])]:
+    for path in [*steps, *([_require_in_run(final, folder)] if final.exists() else [])]:
         found = _trained(path, base, check_base=path == chosen)
         if found is None:
             continue
@@ -192,7 +192,7 @@ def _listed(held: Path) -> tuple[list[Path], dict[Path, Path]]:
     """Return the children of a folder of checkpoints, and link → target as they were while the folder was listed."""
 
     def links() -> dict[Path, Path]:
-        return {held / name: settled(held / name) for name in LINKS if os.path.lexists(held / name)}
+        return {held / name: resolve_link(held / name) for name in LINKS if os.path.lexists(held / name)}
 
     for _ in range(_LOOKS):
         before, children = links(), sorted(held.iterdir())

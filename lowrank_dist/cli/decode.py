@@ -13,7 +13,7 @@ import typer
 
 from lowrank_dist.backend.libraries import lasting
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.paths import require_outside, settled
+from lowrank_dist.formats.paths import require_outside, resolve_link
 from lowrank_dist.terminal import open_console, put, say
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def generate_command(
         if (prompt is None) == (prompts is None):
             raise UserError("give one of --prompt and --prompts: what is to be gone on from")
         refuse_existing(out)
-        model, adapter = settled(model), adapter and settled(adapter)
+        model, adapter = resolve_link(model), adapter and resolve_link(adapter)
         loaded = load(model, adapter, job.topology, job.backend.device, dtype=known_dtype(dtype), tokenizer=tokenizer)
         say_notes(loaded.notes, job)
         stops, vocab = stop_tokens(model, loaded.tokenizer, adapter), loaded.model.architecture.vocab
@@ -144,7 +144,7 @@ def evaluate_command(
         decoding = DecodingRules(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
         rules = EvaluationRules(tuple(metric), decoding)
         refuse_existing(out)
-        model, adapter = settled(model), adapter and settled(adapter)
+        model, adapter = resolve_link(model), adapter and resolve_link(adapter)
         loaded = load(model, adapter, job.topology, job.backend.device, dtype=known_dtype(dtype), tokenizer=tokenizer)
         say_notes(loaded.notes, job)
         stops, vocab = stop_tokens(model, loaded.tokenizer, adapter), loaded.model.architecture.vocab

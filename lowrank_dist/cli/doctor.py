@@ -17,7 +17,7 @@ from lowrank_dist import __version__
 from lowrank_dist.doctor.local import Place, Watch, diagnose, place_in_job, speaks_for_node
 from lowrank_dist.doctor.rows import Examination, Finding, Row, counted, findings
 from lowrank_dist.errors import StrangerError, UserError, some_of
-from lowrank_dist.terminal import printable, put, say
+from lowrank_dist.terminal import escape_all, put, say
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
@@ -146,7 +146,7 @@ def _lines(table: Sequence[Finding], nodes: set[str]) -> Iterator[str]:
     width = max(len(one.what) for one in table)
     for one in table:
         named = f"{some_of(one.nodes)}: " if one.nodes and set(one.nodes) != nodes else ""
-        yield f"{one.what:<{width}}  {one.state:<11}  {printable(named + one.detail)}"
+        yield f"{one.what:<{width}}  {one.state:<11}  {escape_all(named + one.detail)}"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from lowrank_dist.cli.slurm import slurm_command
 from lowrank_dist.cli.weights import export_command, inspect_command, merge_command
 from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import say
-from lowrank_dist.untrusted.files import shown
+from lowrank_dist.untrusted.files import short_path
 
 _USER_ERROR = 2
 # Refusals that meet a path that was given wherever it is first looked at; what is done to it has errors of its own.
@@ -36,7 +36,7 @@ class _Commands(TyperGroup):
         except OSError as error:
             if error.filename is None or error.errno not in _REMEDIES:
                 raise
-            say(f"error: {shown(str(error.filename))}: {error.strerror}: {_REMEDIES[error.errno]}", err=True)
+            say(f"error: {short_path(str(error.filename))}: {error.strerror}: {_REMEDIES[error.errno]}", err=True)
             raise typer.Exit(_USER_ERROR) from error
 
 

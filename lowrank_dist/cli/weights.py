@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.paths import settled
-from lowrank_dist.terminal import open_console, printable, put, say
+from lowrank_dist.formats.paths import resolve_link
+from lowrank_dist.terminal import escape_all, open_console, put, say
 
 if TYPE_CHECKING:
     from lowrank_dist.formats.report import Report
@@ -67,7 +67,7 @@ def merge_command(
     from lowrank_dist.methods.registry import reader_of
 
     # Once, for what is merged and what --verify holds it against.
-    adapters = [replace(given, path=settled(given.path)) for given in map(parse_adapter, adapter)]
+    adapters = [replace(given, path=resolve_link(given.path)) for given in map(parse_adapter, adapter)]
     for given in adapters:
         reader_of(given.path).files.refuse_merge(given.path)
     limit = None if shard_size is None else parse_shard_size(shard_size)
@@ -186,7 +186,7 @@ def _show(report: Report) -> None:
         lines = [f"{label:<{width}}  {value}" for label, value in facts]
         for title, rows in tables.items():
             lines += ["", title.replace("_", " "), *_columns([heads[title], *rows])]
-        lines += ["", *(f"{kind}: {printable(text)}" for kind, text, _ in notes), verdict]
+        lines += ["", *(f"{kind}: {escape_all(text)}" for kind, text, _ in notes), verdict]
         say("\n".join(lines))
         return
     grid = Table.grid(padding=(0, 2))
@@ -201,7 +201,7 @@ def _show(report: Report) -> None:
             table.add_row(*row)
         console.print(table)
     for kind, text, style in notes:
-        console.print(Text.assemble((f"{kind}: ", style), printable(text)))
+        console.print(Text.assemble((f"{kind}: ", style), escape_all(text)))
     console.print(Text(verdict, style="green" if report.verifies else "red"))
 
 
@@ -209,21 +209,21 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """(label, value) of every fact; sections of a config have a line each."""
     for label, value in facts.items():
         if isinstance(value, Mapping) and any(isinstance(inner, Mapping) for inner in value.values()):
-            yield from ((f"{label} {printable(str(name))}", _text(inner)) for name, inner in value.items())
+            yield from ((f"{label} {escape_all(str(name))}", _text(inner)) for name, inner in value.items())
         else:
             yield label.replace("_", " "), _text(value)
 
 
 def _text(value: Any) -> str:
     if isinstance(value, Mapping):
-        return " ".join(f"{printable(str(key))}={_text(inner)}" for key, inner in value.items()) or "none"
+        return " ".join(f"{escape_all(str(key))}={_text(inner)}" for key, inner in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(_text, value)) or "none"
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.6g}" if isinstance(value, float) else printable(str(value))
+    return f"{value:.6g}" if isinstance(value, float) else escape_all(str(value))
 
 
 def _columns(rows: list[list[str]]) -> list[str]:

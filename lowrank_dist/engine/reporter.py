@@ -21,7 +21,7 @@ from lowrank_dist.engine.run import Run
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import temporary_name
-from lowrank_dist.formats.paths import open_own
+from lowrank_dist.formats.paths import open_without_links
 from lowrank_dist.generate.metrics import METRICS
 from lowrank_dist.terminal import open_console, say
 from lowrank_dist.untrusted.files import LONGEST_RECORD, read_lines
@@ -134,7 +134,7 @@ class MetricsFile(Sink):
 
     def __init__(self, folder: RunFolder) -> None:
         self._path, self._unwritten = folder.metrics, b""
-        open_own(self._path, "ab").close()
+        open_without_links(self._path, "ab").close()
 
     def record(self, record: Record) -> None:
         self._unwritten += f"{json.dumps(record)}\n".encode()
@@ -142,7 +142,7 @@ class MetricsFile(Sink):
 
     def close(self) -> None:
         # Unbuffered, so that the unwritten rest is known to the byte, even within a line.
-        with open_own(self._path, "ab") as file:
+        with open_without_links(self._path, "ab") as file:
             while self._unwritten:
                 self._unwritten = self._unwritten[file.write(self._unwritten) :]
 
@@ -250,7 +250,7 @@ class LossPicture(Sink):
                 axes.plot(*zip(*points, strict=True), style, label=label, markersize=5)
         axes.legend()
         axes.grid(alpha=0.3)
-        with open_own(self._path, "wb") as file:
+        with open_without_links(self._path, "wb") as file:
             figure.savefig(file, format="png", dpi=120)
 
 

@@ -21,7 +21,7 @@ from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.manifest import OPTIMIZER_FILE
-from lowrank_dist.formats.paths import settled
+from lowrank_dist.formats.paths import resolve_link
 from lowrank_dist.formats.provenance import fingerprint
 from lowrank_dist.methods.registry import home
 from lowrank_dist.parallel.theta import Theta, scatter
@@ -93,7 +93,7 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
         found = newest_checkpoint(folder.checkpoints)
         chosen, state, passed_over = found.folder, found.state, found.passed_over
     else:
-        chosen, passed_over = settled(asked), ()
+        chosen, passed_over = resolve_link(asked), ()
         state = read_checkpoint(chosen)
         newer = [step for step in step_folders(folder.checkpoints) if step > state.step]
         if folder.holds(chosen) and newer:

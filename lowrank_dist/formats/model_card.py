@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from lowrank_dist.formats.provenance import Provenance
-from lowrank_dist.terminal import printable
+from lowrank_dist.terminal import escape_all
 
 USE = "## Use\n\nBASE is the base model's folder or name, ADAPTER this folder."
 WITH_PEFT = """    from peft import PeftModel
@@ -63,7 +63,7 @@ def plain(value: Any) -> str:
     """Return the value as one line of bounded length, escaped so that Markdown and HTML show it as it is."""
     text = str(value)
     text = text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}…"
-    return _MARKUP.sub(r"\\\1", printable(text))
+    return _MARKUP.sub(r"\\\1", escape_all(text))
 
 
 def base_model(base: str) -> str:

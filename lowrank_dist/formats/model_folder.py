@@ -16,7 +16,7 @@ from lowrank_dist.arch.families import OUTPUT_LAYER
 from lowrank_dist.arch.model_files import read_config, read_json, require_folder
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.paths import own
+from lowrank_dist.formats.paths import require_copyable
 from lowrank_dist.formats.safetensors_file import read_header
 from lowrank_dist.formats.text_files import TEXT_FILES
 from lowrank_dist.untrusted.files import is_nameable
@@ -231,7 +231,8 @@ def _is_ignored(name: str, architecture: Architecture) -> bool:
 def other_files(base: Path) -> list[Path]:
     """Return the base's files without weights, index and config; subfolders included, hidden or linked ones excluded.
 
-    They are copied unchanged. Raises UserError for a link out of the base (`own`) and for anything but a regular file.
+    They are copied unchanged. Raises UserError for a link out of the base (`require_copyable`) and for anything but a
+    regular file.
     """
     found = []
     for parent, folders, names in os.walk(base):
@@ -244,5 +245,5 @@ def other_files(base: Path) -> list[Path]:
                 raise UserError(
                     f"{path} cannot be copied, it is no regular file (a broken link?): remove or restore it"
                 )
-            found.append(own(path, base, TEXT_FILES))
+            found.append(require_copyable(path, base, TEXT_FILES))
     return sorted(found)

@@ -53,7 +53,7 @@ class Removed(UserError):
     """A folder was removed, or another one put in its place, while it was read."""
 
 
-def settled(folder: Path) -> Path:
+def resolve_link(folder: Path) -> Path:
     """Return the folder that a link leads to at this moment; any other path is returned unchanged.
 
     Use it before reading several files: a run moves checkpoints/last with every save, and later removes the old target.
@@ -67,7 +67,7 @@ def settled(folder: Path) -> Path:
 
 @contextmanager
 def reading(folder: Path, *, read_before: bool = False) -> Iterator[Path]:
-    """Yield the `settled` folder, to be read in the block.
+    """Yield the folder after `resolve_link`, to be read in the block.
 
     Raises Removed, in place of whatever the block raised, where the folder was removed or replaced meanwhile.
     read_before: the caller has read the folder before, so Removed is raised as well where it is missing at first.
@@ -90,12 +90,12 @@ def reading(folder: Path, *, read_before: bool = False) -> Iterator[Path]:
 
 
 def _opened(folder: Path) -> tuple[Path, int | None]:
-    """Return the settled folder and an open descriptor of it, None where there is no such folder.
+    """Return the folder after `resolve_link` and an open descriptor of it, None where there is no such folder.
 
     While it is open, a file system that makes up inode numbers keeps this folder's number.
     """
     for _ in range(_LOOKS):
-        found = settled(folder)
+        found = resolve_link(folder)
         with suppress(OSError):
             return found, os.open(found, os.O_PATH)
         if not folder.is_symlink():
@@ -118,7 +118,7 @@ def _removed(folder: Path, found: Path) -> Removed:
     )
 
 
-def own(path: Path, folder: Path, known: Collection[str] = ()) -> Path:
+def require_copyable(path: Path, folder: Path, known: Collection[str] = ()) -> Path:
     """Return `path`, which lies in `folder`, if its content may be copied out of the folder.
 
     Raises UserError for a link out of the folder. Allowed are links to a file of the Hub's cache (of the snapshot that
@@ -155,7 +155,7 @@ def refuse_links(paths: Sequence[Path], what: str) -> None:
         )
 
 
-def open_own(path: Path, mode: Literal["ab", "wb"]) -> BinaryIO:
+def open_without_links(path: Path, mode: Literal["ab", "wb"]) -> BinaryIO:
     """Return the file opened to append (unbuffered) or to overwrite. A link raises OSError (ELOOP)."""
     return cast(BinaryIO, open(path, mode, 0 if mode == "ab" else -1, opener=_not_through_a_link))
 

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.untrusted.files import shown
+from lowrank_dist.untrusted.files import short_path
 from lowrank_dist.untrusted.json import LARGEST, parse_json
 
 _ALIGNMENT = 8
@@ -54,7 +54,7 @@ def read_header(path: Path) -> Header:
             pass
         pairs = parse_json(header, unique=True)
     except (OSError, SafetensorError, ValueError) as error:
-        what = f"{shown(path)}: truncated or not a safetensors file ({error})"
+        what = f"{short_path(path)}: truncated or not a safetensors file ({error})"
         raise UserError(f"{what}: copy it here or download it again") from error
     metadata = pairs.pop("__metadata__", None) or {}
     entries = (

@@ -17,8 +17,8 @@ from typing import Any
 from lowrank_dist.arch.keys import is_integer
 from lowrank_dist.arch.model_files import CONFIG_FILE
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.paths import own
-from lowrank_dist.untrusted.files import MIB, read_bytes, read_text, shown
+from lowrank_dist.formats.paths import require_copyable
+from lowrank_dist.untrusted.files import MIB, read_bytes, read_text, short_path
 from lowrank_dist.untrusted.json import JsonFault, brief, parse_json, read_object
 
 GENERATION_CONFIG = "generation_config.json"
@@ -69,7 +69,8 @@ def tokenizer_digest(path: Path) -> str:
 def read_tokenizer(path: Path) -> Tokenizer:
     """Return file name → content of the tokenizer at a path (see `place_of_tokenizer`).
 
-    Raises UserError where there is none, and for a link to a file that does not belong to a tokenizer (see `own`).
+    Raises UserError where there is none, and for a link to a file that does not belong to a tokenizer (see
+    `require_copyable`).
     """
     place = place_of_tokenizer(path)
     if not place.exists():
@@ -78,7 +79,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
         files = {name: place / name for name in TOKENIZER_FILES}
     else:
         files = {_SENTENCEPIECE: place} | {name: place.parent / name for name in _BESIDE}
-    there = {name: own(file, file.parent, TEXT_FILES) for name, file in files.items() if file.exists()}
+    there = {name: require_copyable(file, file.parent, TEXT_FILES) for name, file in files.items() if file.exists()}
     return {name: read_bytes(file, _MEND, largest=_LARGEST) for name, file in there.items()}
 
 
@@ -144,7 +145,7 @@ def _meaning(files: Tokenizer) -> list[Any]:
         return [files.get(_SENTENCEPIECE), added, *_said_beside(files)]
     definition = _object(files, _FAST)
     own = {"truncation": None, "padding": None, "added_tokens": None}
-    return [_settled(definition | own), _added_tokens(definition, files), *_said_beside(files)]
+    return [_canonical(definition | own), _added_tokens(definition, files), *_said_beside(files)]
 
 
 def _said_beside(files: Tokenizer) -> list[Any]:
@@ -184,22 +185,22 @@ def _added_tokens(definition: Mapping[str, Any], files: Tokenizer) -> dict[str, 
     return tokens
 
 
-def _settled(part: Any) -> Any:
+def _canonical(part: Any) -> Any:
     """Return a part of tokenizer.json in canonical form: without defaults, and with merges as newer files have them."""
     if isinstance(part, list):
-        return [_settled(inner) for inner in part]
+        return [_canonical(inner) for inner in part]
     if not isinstance(part, dict):
         return part
     # Older files have it beside prepend_scheme, where it has no effect.
     void = {"add_prefix_space"} if "prepend_scheme" in part else set()
-    settled = {
-        key: value if key in ("vocab", "merges") else _settled(value)
+    canonical = {
+        key: value if key in ("vocab", "merges") else _canonical(value)
         for key, value in part.items()
         if value is not None and key not in void and not (key in _DEFAULTS and value == _DEFAULTS[key])
     }
-    if isinstance(merges := settled.get("merges"), list):
-        settled["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
-    return settled
+    if isinstance(merges := canonical.get("merges"), list):
+        canonical["merges"] = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    return canonical
 
 
 def _object(files: Tokenizer, name: str) -> dict[str, Any]:
@@ -246,7 +247,7 @@ def stops_of(folder: Path) -> tuple[int, ...]:
                 given = eos if isinstance(eos, list) else [eos]
                 if not all(map(is_integer, given)):
                     what = f"must be a token's id or a list of them, not {brief(eos)}"
-                    raise UserError(f"{shown(path)}: eos_token_id {what}: {_MEND}")
+                    raise UserError(f"{short_path(path)}: eos_token_id {what}: {_MEND}")
                 return tuple(given)
     return ()
 
@@ -351,8 +352,8 @@ def merged_text_files(adapters: Collection[Path], tokenizer: Path | None, vocab:
         files = read_tokenizer(tokenizer)
         if (largest := _largest_id(files)) >= vocab:
             raise UserError(
-                f"--tokenizer {shown(tokenizer)}: its vocabulary has ids up to {largest}, and the model's has {vocab} "
-                "rows: give the tokenizer that the adapter was trained with"
+                f"--tokenizer {short_path(tokenizer)}: its vocabulary has ids up to {largest}, and the model's has "
+                f"{vocab} rows: give the tokenizer that the adapter was trained with"
             )
     else:
         held = {path: read_tokenizer(path) for path in adapters if holds_tokenizer(path)}

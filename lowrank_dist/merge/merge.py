@@ -15,7 +15,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.layout import OutputFile, Piece, plan_layout, write_config, write_index
 from lowrank_dist.formats.model_folder import FLOAT_DTYPES, check_checkpoint, open_checkpoint, other_files
-from lowrank_dist.formats.paths import lies_in, reading, require_outside, settled
+from lowrank_dist.formats.paths import lies_in, reading, require_outside, resolve_link
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
 from lowrank_dist.formats.text_files import merged_text_files
@@ -87,9 +87,9 @@ def merge(
     (fingerprint, modules, shapes), when the adapters bring different tokenizers, when nothing would change, when a
     value does not fit the type, and when the disk fails; Removed when a run removes an adapter while it is read.
     """
-    base = settled(base)
+    base = resolve_link(base)
     weighted = (WeightedAdapter(adapters),) if isinstance(adapters, Path) else tuple(adapters)
-    weighted = tuple(replace(adapter, path=settled(adapter.path)) for adapter in weighted)
+    weighted = tuple(replace(adapter, path=resolve_link(adapter.path)) for adapter in weighted)
     _check_distinct(weighted)
     if lies_in(out, base):
         raise UserError(f"{out} is or lies in the base folder {base}: give an output path outside it")

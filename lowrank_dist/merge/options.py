@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.untrusted.files import is_nameable, shown
+from lowrank_dist.untrusted.files import is_nameable, short_path
 
 # Decimal and binary units, as in transformers' save_pretrained(max_shard_size=…).
 _UNITS = {
@@ -59,7 +59,7 @@ def parse_adapter(text: str) -> WeightedAdapter:
     """
     path, separator, weight = text.rpartition("=")
     if not is_nameable(text):
-        raise UserError(f"--adapter {shown(text)}: no folder can be called so: give DIR or DIR=WEIGHT")
+        raise UserError(f"--adapter {short_path(text)}: no folder can be called so: give DIR or DIR=WEIGHT")
     if not separator or Path(text).is_dir():
         return WeightedAdapter(Path(text))
     try:
@@ -80,7 +80,7 @@ def parse_shard_size(text: str) -> int:
     size = float(match[1]) * _UNITS[match[2]] if match else 0.0
     if not 1 <= size < math.inf:
         units = ", ".join(_UNITS)
-        raise UserError(f"--shard-size {shown(text)}: give a number above zero and a unit of {units}, such as 5GB")
+        raise UserError(f"--shard-size {short_path(text)}: give a number above zero and a unit of {units}, such as 5GB")
     return int(size)
 
 

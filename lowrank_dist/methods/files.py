@@ -16,7 +16,7 @@ from torch import Tensor
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import Checkpoint
-from lowrank_dist.formats.paths import own
+from lowrank_dist.formats.paths import require_copyable
 from lowrank_dist.formats.provenance import PROVENANCE_FILE
 from lowrank_dist.formats.report import Report
 from lowrank_dist.sections.section import MethodSection
@@ -134,7 +134,7 @@ def any_there(folder: Path, names: Iterable[str]) -> bool:
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """Return the path of a file of the folder. Raises UserError where it is missing or where `own` refuses it."""
+    """Return the path of a file of the folder. Raises UserError where it is missing or not `require_copyable`."""
     path = folder / name
     if not path.is_file():
         pickle = folder / PICKLE_FILE
@@ -148,7 +148,7 @@ def own_file(folder: Path, name: str) -> Path:
         if any_there(folder / "adapter", (CONFIG_FILE,)):
             raise UserError(f"{folder} is a run, not an adapter: give {folder / 'adapter'}, or one of its checkpoints")
         raise UserError(f"{path} is missing: {wanted}")
-    return own(path, folder)
+    return require_copyable(path, folder)
 
 
 def norm(tensors: Iterable[Tensor]) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_dist.formats.atomic import temporary_name
-from lowrank_dist.terminal import shown
+from lowrank_dist.terminal import escape_control
 
 NAME = "FAILED"
 _FIRST, _LEFT, _BY = " went first, ", " was left behind ", " by "
@@ -47,7 +47,7 @@ class Failure:
         return f"rank {self.rank} on {self.host}{how}: {self.reason}"
 
     def __str__(self) -> str:
-        return shown("\n".join(part.rstrip() for part in (self.headline, self.traceback) if part))
+        return escape_control("\n".join(part.rstrip() for part in (self.headline, self.traceback) if part))
 
 
 def record(folder: Path, failure: Failure | str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.terminal import printable
+from lowrank_dist.terminal import escape_all
 
 MIB = 1 << 20
 # Bytes of a line of metrics.jsonl, which has some three hundred.
@@ -24,20 +24,20 @@ def read_bytes(path: Path, remedy: str, *, largest: int) -> bytes:
     try:
         # Before opening: opening a pipe would wait for its writer.
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"{shown(path)}: is no regular file: {remedy}")
+            raise UserError(f"{short_path(path)}: is no regular file: {remedy}")
         with path.open("rb") as file:
             content = file.read(largest + 1)
     except OSError as error:
-        raise UserError(f"{shown(path)}: cannot be read ({error.strerror}): {remedy}") from error
+        raise UserError(f"{short_path(path)}: cannot be read ({error.strerror}): {remedy}") from error
     if len(content) > largest:
-        raise UserError(f"{shown(path)}: is larger than the {sized(largest)} that such a file may have: {remedy}")
+        raise UserError(f"{short_path(path)}: is larger than the {sized(largest)} that such a file may have: {remedy}")
     return content
 
 
 def require_size(path: Path, remedy: str, *, largest: int) -> None:
     """Raise UserError for a file of more than `largest` bytes. For files that a library will read."""
     if path.is_file() and path.stat().st_size > largest:
-        raise UserError(f"{shown(path)}: is larger than the {sized(largest)} that such a file may have: {remedy}")
+        raise UserError(f"{short_path(path)}: is larger than the {sized(largest)} that such a file may have: {remedy}")
 
 
 def read_text(path: Path, remedy: str, *, largest: int) -> str:
@@ -45,7 +45,7 @@ def read_text(path: Path, remedy: str, *, largest: int) -> str:
     try:
         return read_bytes(path, remedy, largest=largest).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{shown(path)}: is not UTF-8 (byte {error.start}: {error.reason}): {remedy}") from error
+        raise UserError(f"{short_path(path)}: is not UTF-8 (byte {error.start}: {error.reason}): {remedy}") from error
 
 
 def read_lines(path: Path, remedy: str, *, longest: int) -> Iterator[tuple[int, bytes]]:
@@ -60,10 +60,10 @@ def read_lines(path: Path, remedy: str, *, longest: int) -> Iterator[tuple[int, 
             while line := file.readline(longest + 1):
                 number += 1
                 if len(line) > longest:
-                    raise UserError(f"{shown(path)}:{number}: the line is longer than {sized(longest)}: {remedy}")
+                    raise UserError(f"{short_path(path)}:{number}: the line is longer than {sized(longest)}: {remedy}")
                 yield number, line
     except OSError as error:
-        raise UserError(f"{shown(path)}: cannot be read ({error.strerror}): {remedy}") from error
+        raise UserError(f"{short_path(path)}: cannot be read ({error.strerror}): {remedy}") from error
 
 
 def require_nameable(text: str) -> str:
@@ -88,9 +88,9 @@ def is_nameable(text: str) -> bool:
     return True
 
 
-def shown(path: Path | str) -> str:
+def short_path(path: Path | str) -> str:
     """Return a path on one line, for a message; a very long one loses its middle."""
-    text = printable(str(path))
+    text = escape_all(str(path))
     return text if len(text) <= 500 else f"{text[:240]}…{text[-240:]}"
 
 

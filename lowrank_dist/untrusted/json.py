@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.terminal import printable
-from lowrank_dist.untrusted.files import MIB, read_bytes, shown
+from lowrank_dist.terminal import escape_all
+from lowrank_dist.untrusted.files import MIB, read_bytes, short_path
 
 T = TypeVar("T")
 # The largest published files are indices of some thousand shards, below 16 MiB. Parsed JSON takes up to 30 times the
@@ -81,7 +81,7 @@ def read_json(path: Path, remedy: str, *, largest: int = LARGEST, unique: bool =
         return parse_json(content, unique=unique, finite=finite)
     except JsonFault as fault:
         line = "" if fault.line is None else f":{fault.line}"
-        raise UserError(f"{shown(path)}{line}: {fault}: {remedy}") from fault
+        raise UserError(f"{short_path(path)}{line}: {fault}: {remedy}") from fault
 
 
 def read_object(
@@ -90,7 +90,7 @@ def read_object(
     """Return the object in a file; raise UserError as `read_json` does, and for a value that is no object."""
     value = read_json(path, remedy, largest=largest, unique=unique, finite=finite)
     if not isinstance(value, dict):
-        raise UserError(f"{shown(path)}: expected a JSON object, found {type(value).__name__}: {remedy}")
+        raise UserError(f"{short_path(path)}: expected a JSON object, found {type(value).__name__}: {remedy}")
     return value
 
 
@@ -104,15 +104,15 @@ def take(values: Mapping[str, Any], key: str, kind: type[T], where: Path | str, 
         return None
     kinds: tuple[type, ...] = (int, float) if kind is float else (kind,)
     if not isinstance(value, kinds) or isinstance(value, bool) and kind is not bool:
-        raise UserError(f"{shown(where)}: {key} must be {_NAMES[kind]}, not {brief(value)}: {remedy}")
+        raise UserError(f"{short_path(where)}: {key} must be {_NAMES[kind]}, not {brief(value)}: {remedy}")
     return value  # type: ignore[return-value]
 
 
 def brief(value: object) -> str:
     """Return the beginning of a value on one line, for a message."""
     text = repr(value)
-    # Cut before `printable`, which takes a step for each character.
-    text = printable(text[:101])
+    # Cut before `escape_all`, which takes a step for each character.
+    text = escape_all(text[:101])
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lowrank_dist.errors import some_of
-from lowrank_dist.terminal import printable
+from lowrank_dist.terminal import escape_all
 
 # Values of empty cells in a table that was exported to JSON.
 EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -75,5 +75,5 @@ def _same(value: Any, other: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    text = printable(str(value))
+    text = escape_all(str(value))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

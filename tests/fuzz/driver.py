@@ -23,7 +23,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.terminal import printable
+from lowrank_dist.terminal import escape_all
 from tests.fuzz.mutations import mutate_bytes, mutate_tree
 from tests.fuzz.readers import Built, Reader
 
@@ -180,7 +180,7 @@ def _read(reader: Reader, built: Built, content: bytes, tracer: Tracer | None) -
         wrong = reader.judge(built, content, value)
     except UserError as error:
         try:
-            printable(str(error)).encode()
+            escape_all(str(error)).encode()
         except UnicodeError:
             return {"kind": "refused", "failure": "a message that cannot be printed"}
         return {"kind": "refused", "failure": "" if str(error) else "an error without a message"}

@@ -15,7 +15,7 @@ import pytest
 from lowrank_dist.checkpoint.folder import export
 from lowrank_dist.checkpoint.inspection import inspect_folder
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.paths import Removed, reading, settled
+from lowrank_dist.formats.paths import Removed, reading, resolve_link
 from lowrank_dist.methods.files import PUBLISHED
 from lowrank_dist.methods.lora.files import read_adapter
 from lowrank_dist.methods.registry import reader_of
@@ -134,7 +134,7 @@ def test_the_folder_of_a_link_is_settled_once(made: Path, tmp_path: Path) -> Non
         (tmp_path / "last").unlink()
         (tmp_path / "last").symlink_to("2")
         assert folder == tmp_path / "1" and read_adapter(folder).factors
-    assert settled(tmp_path / "last") == tmp_path / "2" and settled(tmp_path / "2") == tmp_path / "2"
+    assert resolve_link(tmp_path / "last") == tmp_path / "2" and resolve_link(tmp_path / "2") == tmp_path / "2"
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced"])

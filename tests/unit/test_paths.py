@@ -20,7 +20,7 @@ from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.manifest import MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE, verify_manifest, write_manifest
 from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE, other_files
-from lowrank_dist.formats.paths import lies_in, own, require_outside
+from lowrank_dist.formats.paths import lies_in, require_copyable, require_outside
 from lowrank_dist.merge.merge import merge
 from lowrank_dist.methods.full.method import build
 from lowrank_dist.methods.registry import HOMES
@@ -180,7 +180,7 @@ def test_what_only_resembles_the_hubs_cache_is_refused(base: Path, tmp_path: Pat
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text("secret")
     with pytest.raises(UserError, match="link out of its folder"):
-        own(link, snapshot)
+        require_copyable(link, snapshot)
 
 
 def test_blobs_that_lead_elsewhere_are_no_cache(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_blobs_that_lead_elsewhere_are_no_cache(tmp_path: Path) -> None:
     (tmp_path / "model" / "blobs").symlink_to(home)
     (snapshot / "notes.txt").symlink_to("../../blobs/id_rsa")
     with pytest.raises(UserError, match="link out of its folder"):
-        own(snapshot / "notes.txt", snapshot)
+        require_copyable(snapshot / "notes.txt", snapshot)
 
 
 # --- writing: where an output may go ---------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from lowrank_dist.cli.main import app
 from lowrank_dist.engine.reporter import ConsoleProgress
 from lowrank_dist.supervision.failure import Failure, read, record
-from lowrank_dist.terminal import LogFormatter, open_console, printable, put, say, shown
+from lowrank_dist.terminal import LogFormatter, escape_all, escape_control, open_console, put, say
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 
@@ -54,17 +54,21 @@ def is_safe(text: str) -> bool:
 def test_what_a_terminal_would_obey_is_spelled_out(name: str) -> None:
     text = f"before {HOSTILE[name]} after"
     assert not is_safe(text), "a control: the text is hostile"
-    assert is_safe(shown(text)) and shown(text).startswith("before ") and shown(text).endswith(" after")
-    assert shown(shown(text)) == shown(text)
-    assert is_safe(printable(text)) and len(printable(text).splitlines()) == 1
-    shown(text).encode()
+    assert (
+        is_safe(escape_control(text))
+        and escape_control(text).startswith("before ")
+        and escape_control(text).endswith(" after")
+    )
+    assert escape_control(escape_control(text)) == escape_control(text)
+    assert is_safe(escape_all(text)) and len(escape_all(text).splitlines()) == 1
+    escape_control(text).encode()
 
 
 @pytest.mark.parametrize(
     "text", ["line\nand\ttab", "می\u200cخواهم", "👩\u200d👩\u200d👧", "10\xa0%", "全角\u3000", "עברית", "[/b]", "\\x1b"]
 )
 def test_what_is_harmless_stays(text: str) -> None:
-    assert shown(text) == text
+    assert escape_control(text) == text
 
 
 def test_a_message_is_safe_everywhere_and_a_result_exact_in_a_pipe(
@@ -93,7 +97,9 @@ def test_rich_draws_text_as_it_is(text: str) -> None:
         file.truncate()
         console.print(drawn)
         # rich drops BEL, backspace and carriage return of its Text by itself.
-        assert {shown(text), shown(Text(text).plain)} & set(re.split(r"\s*\n\s*|│ | +│", file.getvalue().strip()))
+        assert {escape_control(text), escape_control(Text(text).plain)} & set(
+            re.split(r"\s*\n\s*|│ | +│", file.getvalue().strip())
+        )
         assert is_safe(file.getvalue())
     console.print(progress.get_renderable())
     assert is_safe(file.getvalue())
@@ -108,7 +114,7 @@ def test_a_run_says_a_key_of_its_data(monkeypatch: pytest.MonkeyPatch, text: str
     sink._bar.console.width = 200
     sink.say(f"train.jsonl: key {text} is not read")
     sink.close()
-    assert f"key {shown(text)} is not read" in terminal.getvalue() and "\x1b[2J" not in terminal.getvalue()
+    assert f"key {escape_control(text)} is not read" in terminal.getvalue() and "\x1b[2J" not in terminal.getvalue()
 
 
 def test_a_log_and_the_record_of_a_failure_are_safe(tmp_path: Path) -> None:
