@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from lowrank_dist.backend.launchers import ranks_from_slurm, refuse_missing_hostfile
+from lowrank_dist.backend.launchers import refuse_missing_hostfile, set_rank_variables
 from lowrank_dist.backend.libraries import lasting, quiet_libraries
 from lowrank_dist.backend.select import init_process_group, local_rank_and_size, select_backend
 from lowrank_dist.config import Config, load_config
@@ -80,7 +80,7 @@ def start(arguments: list[str]) -> int:
     """Run one rank with the arguments of its command line. Returns or exits with its exit code."""
     logging.getLogger().addHandler(logging.NullHandler())  # records go to the run folder; `say` prints
     try:
-        ranks_from_slurm()
+        set_rank_variables()
         config = load_config(arguments)
     except UserError as error:
         if isinstance(error, StrangerError) or speaks_for_node():

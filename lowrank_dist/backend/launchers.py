@@ -180,8 +180,8 @@ def named_hostfile(command: Sequence[str]) -> str | None:
     return None
 
 
-def ranks_from_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT from the step's variables.
+def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set RANK, WORLD_SIZE, … and MASTER_PORT from a Slurm step's variables, and check those of any launcher.
 
     Nothing is set where RANK is set already; a MASTER_ADDR or MASTER_PORT that is set stays. Nothing is set outside a
     step: the variables of a batch script announce one task although none was started. Raises UserError for variables

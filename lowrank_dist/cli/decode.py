@@ -73,12 +73,12 @@ def generate_command(
     with loading():
         from lowrank_dist.generate.decode import generate
         from lowrank_dist.generate.prompts import prompt_of, read_prompts
-        from lowrank_dist.generate.sampling import DecodingRules
+        from lowrank_dist.generate.sampling import SamplingParams
         from lowrank_dist.generate.session import load, require_same_prompts, session
         from lowrank_dist.generate.texts import stop_tokens
 
     with session(tensor, device) as job:
-        rules = DecodingRules(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
+        rules = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
         if (prompt is None) == (prompts is None):
             raise UserError("give one of --prompt and --prompts: what is to be gone on from")
         refuse_existing(out)
@@ -136,12 +136,12 @@ def evaluate_command(
         from lowrank_dist.generate.decode import EvaluationRules, generate, summary
         from lowrank_dist.generate.metrics import notes_on_references
         from lowrank_dist.generate.prompts import note_on_rewritten, read_prompts
-        from lowrank_dist.generate.sampling import DecodingRules
+        from lowrank_dist.generate.sampling import SamplingParams
         from lowrank_dist.generate.session import load, require_same_prompts, session
         from lowrank_dist.generate.texts import stop_tokens
 
     with session(tensor, device) as job:
-        decoding = DecodingRules(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
+        decoding = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
         rules = EvaluationRules(tuple(metric), decoding)
         refuse_existing(out)
         model, adapter = resolve_link(model), adapter and resolve_link(adapter)

@@ -63,7 +63,7 @@ def merge_command(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from lowrank_dist.merge.merge import merge
-    from lowrank_dist.merge.options import Stored, parse_adapter, parse_dtype, parse_shard_size
+    from lowrank_dist.merge.options import OutputFormat, parse_adapter, parse_dtype, parse_shard_size
     from lowrank_dist.methods.registry import reader_of
 
     # Once, for what is merged and what --verify holds it against.
@@ -71,7 +71,7 @@ def merge_command(
     for given in adapters:
         reader_of(given.path).files.refuse_merge(given.path)
     limit = None if shard_size is None else parse_shard_size(shard_size)
-    stored = Stored(limit, parse_dtype(dtype), tokenizer)
+    output_format = OutputFormat(limit, parse_dtype(dtype), tokenizer)
     if verify_text is not None and not verify:
         raise UserError("--verify-text says what --verify reads: add --verify")
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
@@ -99,7 +99,7 @@ def merge_command(
             out,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             force_mismatch=force_mismatch,
-            stored=stored,
+            output_format=output_format,
             verify=check,
         )
     for warning in report.warnings:

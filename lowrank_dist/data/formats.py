@@ -40,16 +40,16 @@ class Use(Enum):
     """The purpose that a file is read for; it decides which completions a line may have."""
 
     TRAINING = auto()  # one completion
-    JUDGING = auto()  # one completion, or a list of accepted ones
-    PROMPTING = auto()  # completions are not read
+    EVALUATION = auto()  # one completion, or a list of accepted ones
+    GENERATION = auto()  # completions are not read
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One prompt (may be empty) and its completion; `line` counts from 1.
 
-    completion: the text that is trained and that the loss is computed on; empty for Use.PROMPTING. others: further
-    accepted completions, for Use.JUDGING.
+    completion: the text that is trained and that the loss is computed on; empty for Use.GENERATION. others: further
+    accepted completions, for Use.EVALUATION.
     """
 
     line: int
@@ -189,7 +189,7 @@ def _string(value: object, where: str) -> str:
 
 def _completion(use: Use, line: int, value: dict[str, Any]) -> Completion:
     prompt = _text(value, "prompt", "prompt")
-    if use is Use.PROMPTING:
+    if use is Use.GENERATION:
         return Completion(line, prompt, "")
     given = value.get("completion")
     if not isinstance(given, list):

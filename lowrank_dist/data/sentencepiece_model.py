@@ -66,31 +66,31 @@ class SentencePieceTokenizer:
         self.path = model
         # Models trained with remove_extra_whitespaces drop a leading space, even one that separates two words.
         self._drops_leading_space = self._bare.normalize(" a") == self._bare.normalize("a")
-        beside = _read_beside(model.parent)
-        self.eos_id = self._named(beside, "eos")
-        bos = self._named(beside, "bos") if beside.adds_bos else None
+        settings = _read_token_settings(model.parent)
+        self.eos_id = self._named(settings, "eos")
+        bos = self._named(settings, "bos") if settings.adds_bos else None
         self.prefix_ids: tuple[int, ...] = () if bos is None else (bos,)
         spaced = self._own.normalize("a") != self._bare.normalize("a")
-        if beside.prefix_space not in (None, spaced):
+        if settings.prefix_space not in (None, spaced):
             raise UserError(
-                f"{model.parent / _CONFIG}: add_prefix_space is {str(beside.prefix_space).lower()}, and {model.name} "
+                f"{model.parent / _CONFIG}: add_prefix_space is {str(settings.prefix_space).lower()}, and {model.name} "
                 f"says the contrary: {write_fast(model.parent)}"
             )
-        self._apart = tuple(text for text, at in beside.tokens.items() if not self._finds(text, at))
+        self._apart = tuple(text for text, at in settings.tokens.items() if not self._finds(text, at))
 
-    def _named(self, beside: _Beside, role: str) -> int | None:
+    def _named(self, settings: _TokenSettings, role: str) -> int | None:
         """Return the id of the BOS or EOS (`role`) that the files beside the model name, else the model's own or None.
 
         Raises UserError where the model does not have the named token, or has it under another id.
         """
         own: int = getattr(self._own, f"{role}_id")()
-        if role not in beside.roles:
+        if role not in settings.roles:
             return own if own >= 0 else None
-        name, source = beside.roles[role]
+        name, source = settings.roles[role]
         if name is None:
             return None
         found: int = self._own.piece_to_id(name)
-        if self._own.id_to_piece(found) == name and beside.tokens.get(name) in (None, found):
+        if self._own.id_to_piece(found) == name and settings.tokens.get(name) in (None, found):
             return found
         raise UserError(
             f"{source}: {role}_token is {name!r}, which {self.path.name} does not have, or under another id "
@@ -156,7 +156,7 @@ def _check_kind(raw: bytes, model: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Beside:
+class _TokenSettings:
     """Token settings in the files beside a tokenizer.model.
 
     roles: "bos" or "eos" → its token, None if there is to be none, and the file that says so. tokens: tokens that are
@@ -170,7 +170,7 @@ class _Beside:
     prefix_space: bool | None
 
 
-def _read_beside(folder: Path) -> _Beside:
+def _read_token_settings(folder: Path) -> _TokenSettings:
     """Return the settings as transformers reads them.
 
     A tokenizer_config.json with added_tokens_decoder overrides the older files.
@@ -204,7 +204,7 @@ def _read_beside(folder: Path) -> _Beside:
             tokens.setdefault(name)
     space = config.get("add_prefix_space")
     space = space if isinstance(space, bool) else None
-    return _Beside(roles, tokens, config.get("add_bos_token") is not False, space)
+    return _TokenSettings(roles, tokens, config.get("add_bos_token") is not False, space)
 
 
 def _check_config(config: dict[str, Any], source: Path) -> None:

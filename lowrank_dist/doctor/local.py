@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lowrank_dist.backend.launchers import ranks_from_slurm, refuse_missing_hostfile
+from lowrank_dist.backend.launchers import refuse_missing_hostfile, set_rank_variables
 from lowrank_dist.doctor import machine, software
 from lowrank_dist.doctor.rows import PASSING, Row, guarded
 from lowrank_dist.errors import UserError
@@ -50,7 +50,7 @@ def place_in_job() -> Place | None:
     Raises UserError where the launcher's variables are incomplete or wrong, or it went on without its hostfile.
     """
     refuse_missing_hostfile()
-    ranks_from_slurm()
+    set_rank_variables()
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return None
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]

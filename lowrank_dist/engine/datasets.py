@@ -20,7 +20,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.generate.decode import EvaluationRules, check_lengths, evaluate_generation
 from lowrank_dist.generate.metrics import notes_on_references
 from lowrank_dist.generate.prompts import note_on_rewritten, read_prompts
-from lowrank_dist.generate.sampling import DecodingRules
+from lowrank_dist.generate.sampling import SamplingParams
 from lowrank_dist.generate.texts import stop_tokens
 from lowrank_dist.methods.method import Method
 from lowrank_dist.model.causal_lm import CausalLM
@@ -144,7 +144,7 @@ def build_data(
     own_notes = [*note_on_batch(train, len(dataset), course), *_note_on_clock(tokenizer, begun)]
     if data.eval is None:
         return Data(dataset, loader, course, notes=own_notes)
-    held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead, Use.JUDGING)
+    held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead, Use.EVALUATION)
     cut = replace(cut, micro_batch=config.eval.micro_batch or train.micro_batch)
     # Nothing is accumulated over an eval batch. Its size decides how many rows of similar length are grouped, and
     # bounds how much is packed and made into tensors at a time.
@@ -184,7 +184,7 @@ def _generation(
         return None, ()
     assert config.data.eval is not None, "there is nothing to generate for without an eval set"
     try:
-        decoding = DecodingRules(asked.max_new_tokens, batch=asked.batch, stop=tuple(asked.stop))
+        decoding = SamplingParams(asked.max_new_tokens, batch=asked.batch, stop=tuple(asked.stop))
         rules = EvaluationRules(tuple(asked.metrics), decoding)
         stops = stop_tokens(config.model.path, tokenizer)
         samples = read_prompts(

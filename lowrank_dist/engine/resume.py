@@ -56,7 +56,7 @@ def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Re
     """
     if config.train.resume == "never":
         return None
-    answer = told_by_rank_0(lambda: _look(config, folder), topology)
+    answer = from_rank_0(lambda: _look(config, folder), topology)
     messages = tuple(f"passed over: {reason}" for reason in answer["passed_over"])
     if answer["state"] is None:
         why = None
@@ -81,7 +81,7 @@ def begun(resumption: Resumption | None, topology: Topology) -> datetime:
     A chat template that reads the clock gets this time; otherwise ranks and resumed runs would train different texts.
     It is rank 0's current time where there is no checkpoint, or an old one that does not hold it.
     """
-    told = told_by_rank_0(lambda: {"present": datetime.now().isoformat(timespec="seconds")}, topology)
+    told = from_rank_0(lambda: {"present": datetime.now().isoformat(timespec="seconds")}, topology)
     kept = None if resumption is None else resumption.state.begun
     return kept or datetime.fromisoformat(told["present"])
 
@@ -116,7 +116,7 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def told_by_rank_0(ask: Callable[[], dict[str, Any] | None], topology: Topology) -> dict[str, Any]:
+def from_rank_0(ask: Callable[[], dict[str, Any] | None], topology: Topology) -> dict[str, Any]:
     """Call `ask` on rank 0 and return its answer, sent as JSON, on every rank. Collective.
 
     A UserError or OSError of `ask` is raised on every rank, as UserError.
@@ -218,7 +218,7 @@ def restore(
     def open_file() -> None:
         opened.append(OptimizerReader(resumption.folder / OPTIMIZER_FILE, shapes))
 
-    told_by_rank_0(open_file, topology)
+    from_rank_0(open_file, topology)
     for batch in theta.batches(BATCH_ELEMENTS):
         whole = {
             name: torch.empty(len(KINDS), *shape)
@@ -230,7 +230,7 @@ def restore(
             for name, tensor in whole.items():
                 tensor.copy_(opened[0].get(name))
 
-        told_by_rank_0(read, topology)
+        from_rank_0(read, topology)
         for tensor in whole.values():
             dist.broadcast(tensor, 0, group=topology.host_group)
         for number in batch:

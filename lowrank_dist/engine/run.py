@@ -14,7 +14,7 @@ from lowrank_dist.data.batches import StepBatch
 from lowrank_dist.engine.agreement import require_same_inputs
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.meter import Phases
-from lowrank_dist.engine.resume import Resumption, begun, complete, find_resumption, require_same_run, told_by_rank_0
+from lowrank_dist.engine.resume import Resumption, begun, complete, find_resumption, from_rank_0, require_same_run
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import UserError
 from lowrank_dist.parallel.collectives import gather_texts
@@ -80,14 +80,14 @@ class Run:
         FAILED. Raises UserError on every rank where one of them cannot write there, or where another run trains there.
         """
         folder, topology = self.folder, self.topology
-        told_by_rank_0(folder.lock, topology)
+        from_rank_0(folder.lock, topology)
         refusal = "" if self.writes else self._refusal_to_log()
         refusals = list(filter(None, gather_texts(refusal, topology.host_group, torch.device("cpu"))))
         if refusals:
             raise UserError(refusals[0])
         within = self.resumption is not None and folder.holds(self.resumption.folder)
         anew = self.config.output.overwrite and not within
-        told_by_rank_0(lambda: folder.begin(self.config.to_yaml(), anew=anew), topology)
+        from_rank_0(lambda: folder.begin(self.config.to_yaml(), anew=anew), topology)
         self.supervision.in_folder(folder.path)
 
     def _refusal_to_log(self) -> str:

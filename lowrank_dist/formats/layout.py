@@ -32,7 +32,7 @@ class OutputFile:
 
 
 @dataclass(frozen=True)
-class Layout:
+class OutputLayout:
     """The files to write.
 
     read: bytes to read for them, of which `headers` are headers; written: bytes of tensor data to write. mapped: tensor
@@ -46,7 +46,7 @@ class Layout:
     written: int
 
 
-def plan_layout(mapped: Mapping[str, Path], dtype: str | None, shard_size: int | None) -> Layout:
+def plan_layout(mapped: Mapping[str, Path], dtype: str | None, shard_size: int | None) -> OutputLayout:
     """Return the layout of a base's tensors (name → file).
 
     The files are the base's own, or with `shard_size` new ones of at most so many bytes. dtype: safetensors' name of
@@ -73,7 +73,7 @@ def plan_layout(mapped: Mapping[str, Path], dtype: str | None, shard_size: int |
         ]
     everything = [piece for file in files for piece in file.pieces]
     head = sum(header.data_start for header in headers.values())
-    return Layout(
+    return OutputLayout(
         tuple(files),
         mapped,
         head,
@@ -117,7 +117,7 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def write_index(folder: Path, layout: Layout) -> None:
+def write_index(folder: Path, layout: OutputLayout) -> None:
     """Write the index as transformers' save_pretrained does; none beside a single model.safetensors."""
     if [file.name for file in layout.files] == [SINGLE_FILE]:
         return
@@ -130,7 +130,7 @@ def write_index(folder: Path, layout: Layout) -> None:
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _counted(layout: Layout) -> Iterable[tuple[OutputFile, Piece]]:
+def _counted(layout: OutputLayout) -> Iterable[tuple[OutputFile, Piece]]:
     for file in layout.files:
         for piece in file.pieces:
             if layout.mapped.get(piece.source.name) == piece.path:

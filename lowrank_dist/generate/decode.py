@@ -15,7 +15,7 @@ from lowrank_dist.data.tokenizer import Tokenizer
 from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.generate.metrics import check_metrics, score
 from lowrank_dist.generate.prompts import Prompt
-from lowrank_dist.generate.sampling import DecodingRules, next_tokens
+from lowrank_dist.generate.sampling import SamplingParams, next_tokens
 from lowrank_dist.generate.texts import StopTexts, written_text
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.topology import Topology
@@ -46,7 +46,7 @@ def generate(
     model: CausalLM,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
-    rules: DecodingRules,
+    rules: SamplingParams,
     topology: Topology,
     progress: Callable[[int], None] = lambda rows: None,
     *,
@@ -99,12 +99,12 @@ def _meet(model: CausalLM, topology: Topology) -> None:
         dist.all_reduce(torch.zeros(1, device=next(model.parameters()).device), group=topology.dp_group)
 
 
-def _limit(prompt: Prompt, model: CausalLM, rules: DecodingRules) -> int:
+def _limit(prompt: Prompt, model: CausalLM, rules: SamplingParams) -> int:
     return min(rules.max_new_tokens, model.architecture.max_positions - model.virtual - len(prompt.ids))
 
 
 def _decode_batch(
-    model: CausalLM, rows: list[_Row], stops: StopTexts, rules: DecodingRules, topology: Topology
+    model: CausalLM, rows: list[_Row], stops: StopTexts, rules: SamplingParams, topology: Topology
 ) -> list[tuple[_Row, Literal["stop", "length"]]]:
     """Decode the rows until all have finished; return each with its reason. A finished row leaves the batch."""
     device = next(model.parameters()).device
@@ -174,7 +174,7 @@ class EvaluationRules:
     """Decoding rules and metrics of an evaluation. Raises UserError for a metric that is not in `metrics.METRICS`."""
 
     metrics: tuple[str, ...]
-    decoding: DecodingRules
+    decoding: SamplingParams
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics)

@@ -77,7 +77,7 @@ def read_prompts(
         elif references and not _turns(record):
             raise Problem("'messages' has none of the assistant to hold the model's against: add it")
 
-    records = read_jsonl(path, Use.JUDGING if references else Use.PROMPTING, check)
+    records = read_jsonl(path, Use.EVALUATION if references else Use.GENERATION, check)
     if records.kind == "completion":
         prompts = _plain(records.completions, path, tokenizer, stop_ids, references)
     else:

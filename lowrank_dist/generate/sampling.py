@@ -19,7 +19,7 @@ from lowrank_dist.parallel.collectives import all_gather_columns
 
 
 @dataclass(frozen=True)
-class DecodingRules:
+class SamplingParams:
     """Rules of decoding. Raises UserError for an invalid value.
 
     temperature 0 is greedy. top_k and then top_p truncate the distribution; None and 1 leave it whole. stop: texts that
@@ -56,7 +56,7 @@ class DecodingRules:
 
 
 def next_tokens(
-    logits_bVi: Tensor, vocab: int, rules: DecodingRules, samples: Sequence[int], step: int, group: ProcessGroup
+    logits_bVi: Tensor, vocab: int, rules: SamplingParams, samples: Sequence[int], step: int, group: ProcessGroup
 ) -> Tensor:
     """Return the next tokens, int64 [b].
 
@@ -90,7 +90,7 @@ def _largest(logits_bVi: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
     return values.gather(1, winner)[:, 0], ids.gather(1, winner)[:, 0].long()
 
 
-def draw(logits_bV: Tensor, rules: DecodingRules, uniform_b: Tensor) -> Tensor:
+def draw(logits_bV: Tensor, rules: SamplingParams, uniform_b: Tensor) -> Tensor:
     """Return one sampled token per row, int64 [b]: the inverse of the distribution function at `uniform_b`.
 
     Tokens are ordered by logit, then by id. The temperature is applied, then the top_k largest are kept, then the

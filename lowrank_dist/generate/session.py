@@ -25,7 +25,7 @@ from lowrank_dist.formats.paths import reading
 from lowrank_dist.formats.provenance import digest_of, fingerprint
 from lowrank_dist.formats.text_files import tokenizer_beside, tokenizer_digest
 from lowrank_dist.generate.prompts import Prompt
-from lowrank_dist.generate.sampling import DecodingRules
+from lowrank_dist.generate.sampling import SamplingParams
 from lowrank_dist.methods.registry import reader_of
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.model.load import dtype_notes, load_model
@@ -158,7 +158,7 @@ def _load(
     return Loaded(path, model.eval(), words, tuple(notes))
 
 
-def require_same_prompts(prompts: Sequence[Prompt], rules: DecodingRules, job: Session) -> None:
+def require_same_prompts(prompts: Sequence[Prompt], rules: SamplingParams, job: Session) -> None:
     """Raise UserError on every rank where the ranks have different prompts or rules. Collective."""
     text = repr([(prompt.ids, sorted(prompt.stop_ids), prompt.references) for prompt in prompts])
     own = {"what is decoded": f"{len(prompts)} prompts, {hashlib.sha256(text.encode()).hexdigest()[:12]}…"}

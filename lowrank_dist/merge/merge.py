@@ -19,7 +19,7 @@ from lowrank_dist.formats.paths import lies_in, reading, require_outside, resolv
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
 from lowrank_dist.formats.text_files import merged_text_files
-from lowrank_dist.merge.options import AS_THE_BASE, Stored, WeightedAdapter
+from lowrank_dist.merge.options import SAME_AS_BASE, OutputFormat, WeightedAdapter
 from lowrank_dist.merge.update import Update, updates_of
 from lowrank_dist.methods.lora.files import read_adapter
 from lowrank_dist.methods.lora.folder import FILES
@@ -68,7 +68,7 @@ def merge(
     *,
     progress: Progress | None = None,
     force_mismatch: bool = False,
-    stored: Stored = AS_THE_BASE,
+    output_format: OutputFormat = SAME_AS_BASE,
     verify: Callable[[Path], None] | None = None,
 ) -> MergeReport:
     """Write the base model with the adapters merged in as a plain Hugging Face folder at `out`. All or nothing.
@@ -79,8 +79,8 @@ def merge(
 
     adapters: one folder, or several with weights; ΔW = Σ w·s·B·A is summed and then rounded once.
     progress: called with (bytes done, bytes in all). force_mismatch: only warn where the adapters were trained on
-    another base. stored: how the model is stored. verify: called with the complete folder before it gets its final
-    name; if it raises, nothing is left behind.
+    another base. output_format: shards, dtype and tokenizer of the result. verify: called with the complete folder
+    before it gets its final name; if it raises, nothing is left behind.
 
     Raises UserError when `out` exists or lies in a folder that must not change (`require_outside`), when a file to copy
     is a link out of the base, when base or adapter is incomplete or malformed, when they do not belong together
@@ -105,9 +105,9 @@ def merge(
         updates = updates_of(architecture, checkpoint, read)
         warnings = [note for adapter in weighted for note in FILES.notes(adapter.path)]
         warnings += _check_base(base, weighted, force_mismatch)
-        text = merged_text_files([adapter.path for adapter in weighted], stored.tokenizer, architecture.vocab)
-    others, dtype = other_files(base), stored.dtype
-    layout = plan_layout(mapped, dtype, stored.shard_size)
+        text = merged_text_files([adapter.path for adapter in weighted], output_format.tokenizer, architecture.vocab)
+    others, dtype = other_files(base), output_format.dtype
+    layout = plan_layout(mapped, dtype, output_format.shard_size)
     meter = _Meter(layout.read, progress)
     changes = _Changes()
     with atomic_folder(out) as temporary:

@@ -35,7 +35,7 @@ class WeightedAdapter:
 
 
 @dataclass(frozen=True)
-class Stored:
+class OutputFormat:
     """The format in which a merged model is stored.
 
     shard_size: most bytes of tensors in a file, unless one tensor is larger; None for the same files as the base.
@@ -48,7 +48,7 @@ class Stored:
     tokenizer: Path | None = None
 
 
-AS_THE_BASE = Stored()
+SAME_AS_BASE = OutputFormat()
 
 
 def parse_adapter(text: str) -> WeightedAdapter:

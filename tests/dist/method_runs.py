@@ -230,8 +230,7 @@ def _named(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def write_and_score(setting: MethodSetting, folder: str) -> np.ndarray:
     """One rank: logits [2, 16, V] of fixed tokens; rank 0 writes the method's folder."""
-    from lowrank_dist.formats.provenance import fingerprint
-    from lowrank_dist.formats.provenance import Provenance
+    from lowrank_dist.formats.provenance import Provenance, fingerprint
 
     built = build(setting)
     tensors = whole(built, lambda parameter: parameter)
@@ -319,14 +318,14 @@ def decode(
     from lowrank_dist.data.tokenizer import load_tokenizer
     from lowrank_dist.generate.decode import generate
     from lowrank_dist.generate.prompts import Prompt
-    from lowrank_dist.generate.sampling import DecodingRules
+    from lowrank_dist.generate.sampling import SamplingParams
 
     found = []
     for setting in settings:
         built = build(setting)
         model, rows = built.model.eval(), prompt_rows(lengths)
         prompts = [Prompt(f"row {i}", "", tuple(row), frozenset(STOPS)) for i, row in enumerate(rows)]
-        rules = DecodingRules(max_new_tokens=NEW, batch=batch)
+        rules = SamplingParams(max_new_tokens=NEW, batch=batch)
         if setting.broken == "cache":
             model.new_cache = _without_prefix(model)
         made = generate(model, load_tokenizer(Path(setting.folder)), prompts, rules, built.topology)

@@ -76,7 +76,7 @@ def generated(
 ) -> dict[str, list[list[int]]]:
     """One rank: the tokens of every prompt from every folder."""
     from lowrank_dist.generate.decode import generate
-    from lowrank_dist.generate.sampling import DecodingRules
+    from lowrank_dist.generate.sampling import SamplingParams
 
     topology = ranks.topology(tensor, sequence)
     found = {}
@@ -85,7 +85,7 @@ def generated(
             stack.enter_context(BREAKAGES[broken]())
         for name, folder in folders.items():
             loaded = load(folder, topology, adapter)
-            made = generate(loaded.model, loaded.tokenizer, prompts(), DecodingRules(**rules), topology)
+            made = generate(loaded.model, loaded.tokenizer, prompts(), SamplingParams(**rules), topology)
             assert all((g.finish == "stop") == (g.tokens[-1] in STOPS) for g in made)
             found[name] = [list(generation.tokens) for generation in made]
     return found

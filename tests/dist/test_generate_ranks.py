@@ -92,9 +92,9 @@ def test_decoding_under_sequence_parallelism_is_refused(folders: dict[str, str])
 def step_calls(folder: str, temperature: float) -> list[tuple[str, int]]:
     """One rank: the calls of one decoding step, from completions of two lengths."""
     from lowrank_dist.generate.decode import generate
-    from lowrank_dist.generate.session import load
     from lowrank_dist.generate.prompts import Prompt
-    from lowrank_dist.generate.sampling import DecodingRules
+    from lowrank_dist.generate.sampling import SamplingParams
+    from lowrank_dist.generate.session import load
     from lowrank_dist.parallel.counting import count_collectives
 
     topology = ranks.topology(2, True)
@@ -102,7 +102,7 @@ def step_calls(folder: str, temperature: float) -> list[tuple[str, int]]:
     prompt, counts = [Prompt("", "", (7, 8, 9), frozenset())], []
     for new in (3, 4):
         with count_collectives() as calls:
-            rules = DecodingRules(max_new_tokens=new, temperature=temperature)
+            rules = SamplingParams(max_new_tokens=new, temperature=temperature)
             generate(loaded.model, loaded.tokenizer, prompt, rules, topology)
         counts.append(Counter((call.kind, call.bytes) for call in calls.calls))
     return sorted((counts[1] - counts[0]).elements())
@@ -120,11 +120,11 @@ def test_calls_of_a_step(folders: dict[str, str], temperature: float, drawing: l
 def drawn_by_ranks(disagree: bool, agreement: bool) -> list[list[int]]:
     """One rank: tokens of equal logits, drawn with numbers that depend on the rank where `disagree`."""
     from lowrank_dist.generate import sampling
-    from lowrank_dist.generate.sampling import DecodingRules
+    from lowrank_dist.generate.sampling import SamplingParams
 
     topology = ranks.topology(2, False)
     shard = torch.zeros(ROWS, 8, device=ranks.device())
-    rules, found = DecodingRules(temperature=1.0), []
+    rules, found = SamplingParams(temperature=1.0), []
     original = sampling.uniform_of
     own = topology.tp_rank if disagree else 0
     with (
@@ -147,8 +147,7 @@ def test_ranks_go_on_with_one_token() -> None:
 def greedy_of(logits: list[list[float]]) -> list[int] | str:
     """One rank: the greedy tokens of whole logits, of which it holds its share, padded to whole columns."""
     from lowrank_dist.errors import UserError
-    from lowrank_dist.generate.sampling import DecodingRules
-    from lowrank_dist.generate.sampling import next_tokens
+    from lowrank_dist.generate.sampling import SamplingParams, next_tokens
 
     topology = ranks.topology(dist.get_world_size(), False)
     whole = torch.tensor(logits, device=ranks.device())
@@ -157,7 +156,7 @@ def greedy_of(logits: list[list[float]]) -> list[int] | str:
     padded[:, : whole.size(1)] = whole
     shard = padded.chunk(topology.tp_size, dim=1)[topology.tp_rank]
     try:
-        return next_tokens(shard, whole.size(1), DecodingRules(), [0] * len(logits), 0, topology.tp_group).tolist()
+        return next_tokens(shard, whole.size(1), SamplingParams(), [0] * len(logits), 0, topology.tp_group).tolist()
     except UserError as error:
         return str(error)
 
@@ -200,9 +199,9 @@ def evaluated_in_training(folder: str, data: str, tensor: int) -> dict[str, Any]
     from lowrank_dist.data.tokenizer import load_tokenizer
     from lowrank_dist.generate.decode import EvaluationRules, evaluate_generation
     from lowrank_dist.generate.prompts import read_prompts
+    from lowrank_dist.generate.sampling import SamplingParams
     from lowrank_dist.generate.texts import stop_tokens
     from tests.dist.whole import theta_of
-    from lowrank_dist.generate.sampling import DecodingRules
 
     setting = Setting(folder, tensor, True, dropout=0.1, zero_b=False, lanes=True, recompute=True)
     model, adapted, masks, topology = build(setting)
@@ -212,7 +211,7 @@ def evaluated_in_training(folder: str, data: str, tensor: int) -> dict[str, Any]
     samples = read_prompts(Path(data), tokenizer, stop_tokens(Path(folder), tokenizer), vocab=VOCAB, references=True)
     model.train()
     before = loss_and_gradients(model, theta_of(adapted))
-    rules = EvaluationRules(("exact_match", "rouge_l"), DecodingRules(max_new_tokens=9, batch=2))
+    rules = EvaluationRules(("exact_match", "rouge_l"), SamplingParams(max_new_tokens=9, batch=2))
     found = evaluate_generation(model, tokenizer, samples, rules, topology)
     assert model.training and model.topology == topology
     return {"found": found, "before": before, "after": loss_and_gradients(model, theta_of(adapted))}
@@ -235,14 +234,14 @@ def test_an_evaluation_leaves_training_as_it_was(folders: dict[str, str], tmp_pa
 def tokens_near_the_end(folder: str, lengths: tuple[int, ...]) -> list[tuple[int, str]]:
     """One rank: how many tokens prompts of these lengths get of a model of 64 positions, and why they end."""
     from lowrank_dist.generate.decode import generate
-    from lowrank_dist.generate.session import load
     from lowrank_dist.generate.prompts import Prompt
-    from lowrank_dist.generate.sampling import DecodingRules
+    from lowrank_dist.generate.sampling import SamplingParams
+    from lowrank_dist.generate.session import load
 
     topology = ranks.topology(1, False)
     loaded = load(Path(folder), None, topology, ranks.device(), dtype="fp32")
     prompts = [Prompt("", "", tuple(range(6, 6 + length)), frozenset()) for length in lengths]
-    found = generate(loaded.model, loaded.tokenizer, prompts, DecodingRules(max_new_tokens=20), topology)
+    found = generate(loaded.model, loaded.tokenizer, prompts, SamplingParams(max_new_tokens=20), topology)
     return [(len(generation.tokens), generation.finish) for generation in found]
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from lowrank_dist.arch.config_json import read_architecture
-from lowrank_dist.backend.launchers import named_hostfile, ranks_from_slurm
+from lowrank_dist.backend.launchers import named_hostfile, set_rank_variables
 from lowrank_dist.checkpoint.folder import read_checkpoint
 from lowrank_dist.checkpoint.training_state import OptimizerReader, read_state
 from lowrank_dist.config import load_config
@@ -392,7 +392,7 @@ def _to_words(tree: Any, built: Built) -> bytes:
 
 def _from_slurm(built: Built) -> Any:
     environment = _variables((built["slurm"] / "variables").read_bytes())
-    ranks_from_slurm(environment)
+    set_rank_variables(environment)
     return environment
 
 
@@ -607,7 +607,7 @@ READERS: tuple[Reader, ...] = (
     lines_reader(
         "completions",
         _in("data", "data.jsonl"),
-        lambda built: read_jsonl(built["data"] / "data.jsonl", Use.JUDGING),
+        lambda built: read_jsonl(built["data"] / "data.jsonl", Use.EVALUATION),
         FORMATS,
         ROWS,
         rows_judge,

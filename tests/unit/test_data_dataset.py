@@ -68,14 +68,14 @@ def test_of_several_completions_the_first_is_the_sample_s(tmp_path: Path, tokeni
     path = write(tmp_path, *several)
     with pytest.raises(UserError, match=":1: key 'completion' is a JSON array"):
         load_dataset(path, tokenizer, 64, VOCAB)
-    judged = load_dataset(path, tokenizer, 64, VOCAB, use=Use.JUDGING)
-    plain = load_dataset(write(tmp_path, row("q", " answer"), several[1]), tokenizer, 64, VOCAB, use=Use.JUDGING)
+    judged = load_dataset(path, tokenizer, 64, VOCAB, use=Use.EVALUATION)
+    plain = load_dataset(write(tmp_path, row("q", " answer"), several[1]), tokenizer, 64, VOCAB, use=Use.EVALUATION)
     assert [s.tokens.tolist() for s in judged] == [s.tokens.tolist() for s in plain]
     # What else is right decides what an evaluation finds, and on which line it stands.
     swapped = [row("q", " answer"), {**several[1], "completion": [" another", " reply"]}]
     others = [judged, plain]
     others += [
-        load_dataset(write(tmp_path, *rows), tokenizer, 64, VOCAB, use=Use.JUDGING)
+        load_dataset(write(tmp_path, *rows), tokenizer, 64, VOCAB, use=Use.EVALUATION)
         for rows in (swapped, [{**several[0], "completion": [" answer", " rep"]}, several[1]])
     ]
     assert len({dataset.sha256 for dataset in others}) == len(others)

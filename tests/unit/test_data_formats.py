@@ -146,13 +146,13 @@ def test_a_bad_line_is_named_briefly_however_long_it_is(tmp_path: Path, line: st
 
 
 def test_where_texts_are_judged_a_line_may_have_several_completions(tmp_path: Path) -> None:
-    records = read_jsonl(write(tmp_path, GOOD, '{"prompt": "a", "completion": ["b", "c", "d"]}'), Use.JUDGING)
+    records = read_jsonl(write(tmp_path, GOOD, '{"prompt": "a", "completion": ["b", "c", "d"]}'), Use.EVALUATION)
     assert [(r.completion, r.others) for r in records.completions] == [("b", ()), ("b", ("c", "d"))]
 
 
 def test_a_prompt_needs_no_completion(tmp_path: Path) -> None:
     lines = (GOOD, '{"prompt": "a"}', '{"prompt": "a", "completion": ""}', '{"prompt": "a", "completion": [7]}')
-    records = read_jsonl(write(tmp_path, *lines), Use.PROMPTING)
+    records = read_jsonl(write(tmp_path, *lines), Use.GENERATION)
     assert [(r.prompt, r.completion, r.others) for r in records.completions] == [("a", "", ())] * len(lines)
 
 
@@ -169,7 +169,7 @@ def test_a_prompt_needs_no_completion(tmp_path: Path) -> None:
 )
 def test_bad_completions_to_judge_by_are_named(tmp_path: Path, line: str, said: str) -> None:
     with pytest.raises(UserError, match=f":2: key {said}"):
-        read_jsonl(write(tmp_path, GOOD, line), Use.JUDGING)
+        read_jsonl(write(tmp_path, GOOD, line), Use.EVALUATION)
 
 
 def test_what_a_caller_refuses_is_a_problem_of_its_line(tmp_path: Path) -> None:

@@ -243,7 +243,7 @@ def test_what_was_trained_is_the_reference(case: str, tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", rows)
     stops = stop_tokens(tmp_path, tokenizer)
     prompts = read_prompts(path, tokenizer, stops, vocab=VOCAB, references=True)
-    dataset = load_dataset(path, tokenizer, 200, VOCAB, use=Use.JUDGING)
+    dataset = load_dataset(path, tokenizer, 200, VOCAB, use=Use.EVALUATION)
     trained = [dataset[place] for place in range(len(dataset))]
     texts = [
         written_text(tokenizer, prompt.ids, sample.tokens[len(prompt.ids) :].tolist(), prompt.stop_ids)

@@ -7,7 +7,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.generate.sampling import DecodingRules, draw, uniform_of
+from lowrank_dist.generate.sampling import SamplingParams, draw, uniform_of
 
 CUTS = [
     {"temperature": 1.0},
@@ -38,7 +38,7 @@ def test_draws_from_the_distribution_of_transformers(cut: dict[str, float]) -> N
     points = 20000
     uniform = (torch.arange(points, dtype=torch.float64) + 0.5) / points
     for row in range(3):
-        drawn = draw(logits[row].expand(points, -1), DecodingRules(**cut), uniform)
+        drawn = draw(logits[row].expand(points, -1), SamplingParams(**cut), uniform)
         share = torch.bincount(drawn, minlength=40) / points
         assert (share - expected[row]).abs().max() <= 1.5 / points
         assert set(drawn.tolist()) <= set(expected[row].nonzero()[:, 0].tolist())
@@ -48,21 +48,21 @@ def test_notices_another_temperature() -> None:
     """Negative control of the tolerance above."""
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(2))
     uniform = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
-    drawn = draw(logits.expand(20000, -1), DecodingRules(temperature=1.02), uniform)
+    drawn = draw(logits.expand(20000, -1), SamplingParams(temperature=1.02), uniform)
     share = torch.bincount(drawn, minlength=40) / 20000
     assert (share - transformers_distribution(logits, {"temperature": 1.0})[0]).abs().max() > 1.5 / 20000
 
 
 def test_ends_of_the_unit_interval_and_equal_logits() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0, -torch.inf, 3.0]])
-    rules = DecodingRules(temperature=1.0, top_k=3)
+    rules = SamplingParams(temperature=1.0, top_k=3)
     ends = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits.expand(3, -1), rules, ends).tolist() == [1, 2, 4]
     # Of equals the lowest ids are the top k.
-    kept = {draw(logits, DecodingRules(temperature=9.0, top_k=2), torch.tensor([u / 50])).item() for u in range(50)}
+    kept = {draw(logits, SamplingParams(temperature=9.0, top_k=2), torch.tensor([u / 50])).item() for u in range(50)}
     assert kept == {1, 2}
     # However low the temperature, nothing overflows.
-    assert draw(logits * 1e30, DecodingRules(temperature=1e-30), torch.tensor([0.0], dtype=torch.float64)).item() == 1
+    assert draw(logits * 1e30, SamplingParams(temperature=1e-30), torch.tensor([0.0], dtype=torch.float64)).item() == 1
 
 
 def test_numbers_are_uniform_and_functions_of_their_arguments() -> None:
@@ -94,4 +94,4 @@ def test_numbers_are_uniform_and_functions_of_their_arguments() -> None:
 )
 def test_values_that_mean_nothing_are_refused(values: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        DecodingRules(**values)
+        SamplingParams(**values)

@@ -23,7 +23,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.safetensors_file import chunks
 from lowrank_dist.merge import merge as merge_module
 from lowrank_dist.merge.merge import Update, merge
-from lowrank_dist.merge.options import Stored, WeightedAdapter
+from lowrank_dist.merge.options import OutputFormat, WeightedAdapter
 from lowrank_dist.merge.update import Term
 from lowrank_dist.methods.lora.files import LowRankFactor, read_adapter
 from tests.tiny_adapters import random_adapter, save_adapter
@@ -452,7 +452,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(merge_module, "_CHUNK_ELEMENTS", 1 << 19)
     monkeypatch.setattr(merge_module, "_COPY_BYTES", 1 << 21)
     assert peak_of_merge(base, adapter, tmp_path / "out") < bound
-    assert peak_of_merge(base, adapter, tmp_path / "options", stored=Stored(40_000_000, "BF16")) < bound
+    assert peak_of_merge(base, adapter, tmp_path / "options", output_format=OutputFormat(40_000_000, "BF16")) < bound
     assert len(list((tmp_path / "options").glob("model-*"))) == 2
     monkeypatch.setattr(merge_module, "_CHUNK_ELEMENTS", 1 << 30)
     assert peak_of_merge(base, adapter, tmp_path / "whole") > bound

@@ -25,7 +25,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.layout import pack, shard_names
 from lowrank_dist.merge import merge as merge_module
 from lowrank_dist.merge.merge import MergeReport, merge
-from lowrank_dist.merge.options import Stored, WeightedAdapter, parse_adapter, parse_dtype, parse_shard_size
+from lowrank_dist.merge.options import OutputFormat, WeightedAdapter, parse_adapter, parse_dtype, parse_shard_size
 from lowrank_dist.merge.verify import TOLERANCES, Verification, Verifier
 from lowrank_dist.methods.lora.files import read_adapter
 from tests.tiny_adapters import random_adapter, save_adapter
@@ -261,7 +261,7 @@ class TestShards:
         out = tmp_path_factory.mktemp("any") / "out"
         seen = []
         adapters = [WeightedAdapter(place / "first", 0.7), WeightedAdapter(place / "second", -1.3)]
-        options = {"stored": Stored(limit, dtype), "progress": lambda *numbers: seen.append(numbers)}
+        options = {"output_format": OutputFormat(limit, dtype), "progress": lambda *numbers: seen.append(numbers)}
         report = merge(place / "base", adapters, out, **options)
         if dtype is None:
             found, expected = tensors_of(out), tensors_of(place / "plain")
@@ -289,7 +289,7 @@ class TestShards:
 
     def test_the_index_is_transformers_own(self, place: Path, tmp_path: Path) -> None:
         adapters = [WeightedAdapter(place / "first")]
-        merge(place / "base", adapters, tmp_path / "out", stored=Stored(shard_size=50_000))
+        merge(place / "base", adapters, tmp_path / "out", output_format=OutputFormat(shard_size=50_000))
         load(tmp_path / "out", dtype="auto").save_pretrained(tmp_path / "theirs", max_shard_size="50KB")
         ours, theirs = (
             json.loads((tmp_path / name / "model.safetensors.index.json").read_text()) for name in ("out", "theirs")
@@ -297,7 +297,7 @@ class TestShards:
         assert ours["metadata"] == theirs["metadata"] and ours["weight_map"].keys() == theirs["weight_map"].keys()
 
     def test_one_file_leaves_nothing_of_the_old_ones(self, place: Path, tmp_path: Path) -> None:
-        merge(place / "base", place / "first", tmp_path / "out", stored=Stored(shard_size=10**9))
+        merge(place / "base", place / "first", tmp_path / "out", output_format=OutputFormat(shard_size=10**9))
         assert [path.name for path in tmp_path.glob("out/*.safetensors*")] == ["model.safetensors"]
         merge(place / "base", place / "first", tmp_path / "own")
         found, expected = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "own")
@@ -314,7 +314,7 @@ class TestShards:
         right = load_file(base / index[name])[name]
         adapters = adapters_of(base, tmp_path)
         for limit in (30_000, 10**9):
-            merge(base, adapters, tmp_path / f"out{limit}", stored=Stored(shard_size=limit))
+            merge(base, adapters, tmp_path / f"out{limit}", output_format=OutputFormat(shard_size=limit))
             assert torch.equal(tensors_of(tmp_path / f"out{limit}")[name], right)
 
 
@@ -328,7 +328,7 @@ class TestTypes:
         monkeypatch.setattr(merge_module, "_CHUNK_ELEMENTS", 1000)
         base = make_tiny(family, tmp_path / "base", dtype=SIZES[stored], max_shard_size="60KB")
         adapters = adapters_of(base, tmp_path, scale=0.1)
-        merge(base, adapters, tmp_path / "out", stored=Stored(dtype=target))
+        merge(base, adapters, tmp_path / "out", output_format=OutputFormat(dtype=target))
         found, exact, before = tensors_of(tmp_path / "out"), in_float64(base, adapters), tensors_of(base)
         half_ulp = torch.finfo(SIZES[target]).eps / 2
         # Below its smallest normal number fp16 has a fixed step.
@@ -355,7 +355,7 @@ class TestTypes:
         content["torch_dtype"] = content.pop("dtype")
         config.write_text(json.dumps(content))
         adapters = adapters_of(base, tmp_path)
-        merge(base, adapters, tmp_path / "out", stored=Stored(dtype="BF16"))
+        merge(base, adapters, tmp_path / "out", output_format=OutputFormat(dtype="BF16"))
         assert torch.equal(tensors_of(tmp_path / "out")["transformer.h.0.attn.bias"], mask)
         found = json.loads((tmp_path / "out" / "config.json").read_text())
         assert found == {**content, "torch_dtype": "bfloat16"}
@@ -370,9 +370,9 @@ class TestTypes:
         tensors[name].view(-1)[7] = 1e5
         save_file(tensors, path, {"format": "pt"})
         adapters = adapters_of(base, tmp_path)
-        merge(base, adapters, tmp_path / "wide", stored=Stored(dtype="F32"))
+        merge(base, adapters, tmp_path / "wide", output_format=OutputFormat(dtype="F32"))
         with pytest.raises(UserError, match=rf"{re.escape(name)} would hold .*infinity as F16"):
-            merge(base, adapters, tmp_path / "out", stored=Stored(dtype="F16"))
+            merge(base, adapters, tmp_path / "out", output_format=OutputFormat(dtype="F16"))
         assert sorted(os.listdir(tmp_path)) == ["base", "first", "second", "wide"]
 
 
@@ -398,7 +398,7 @@ class TestVerify:
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
         with pytest.raises(UserError, match=r"is not base \+ adapter: its logits differ"):
-            merge_verified(base, adapters, tmp_path / "out", before=corrupt, stored=Stored(dtype=dtype))
+            merge_verified(base, adapters, tmp_path / "out", before=corrupt, output_format=OutputFormat(dtype=dtype))
         assert sorted(os.listdir(tmp_path)) == ["base", "first", "second"]
 
     def test_wrong_weights_and_the_base_itself_fail(self, tmp_path: Path) -> None:
@@ -416,8 +416,11 @@ class TestVerify:
         base = make_tiny("llama", tmp_path / "base")
         adapters = adapters_of(base, tmp_path, scale=1e-5)
         with pytest.raises(UserError, match="as much as the adapter does"):
-            merge_verified(base, adapters, tmp_path / "out", stored=Stored(dtype="BF16"))
-        assert merge_verified(base, adapters, tmp_path / "out", stored=Stored(dtype="F32"))[1].difference < 1e-5
+            merge_verified(base, adapters, tmp_path / "out", output_format=OutputFormat(dtype="BF16"))
+        assert (
+            merge_verified(base, adapters, tmp_path / "out", output_format=OutputFormat(dtype="F32"))[1].difference
+            < 1e-5
+        )
 
     def test_samples(self, tmp_path: Path) -> None:
         base = make_tiny("llama", tmp_path / "base")

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launch.train import start
-from lowrank_dist.backend.launchers import first_host, ranks_from_slurm
+from lowrank_dist.backend.launchers import first_host, set_rank_variables
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
 
@@ -39,7 +39,7 @@ def step(rank: int, local_rank: int, node: int) -> dict[str, str]:
 )
 def test_a_task_of_a_step(rank: int, local_rank: int, node: int, local_size: int) -> None:
     environment = step(rank, local_rank, node)
-    ranks_from_slurm(environment)
+    set_rank_variables(environment)
     expected = [str(rank), "5", str(local_rank), str(local_size), "a07", str(10000 + 41234 % 20000)]
     assert [environment[name] for name in NAMES] == expected
 
@@ -49,7 +49,7 @@ def test_jobs_meet_at_ports_of_their_own() -> None:
     ports = set()
     for number in (1, 2, 19999, 20000, 4_000_000_001):
         environment = {**step(0, 0, 0), "SLURM_JOB_ID": str(number)}
-        ranks_from_slurm(environment)
+        set_rank_variables(environment)
         ports.add(int(environment["MASTER_PORT"]))
     assert len(ports) == 4 and min(ports) >= 1024 and max(ports) < 32768  # 1 and 4,000,000,001 share one
 
@@ -60,18 +60,18 @@ def test_steps_meet_at_ports_of_their_own() -> None:
     for job in (41234, 41235, 41236):
         for number in range(50):
             environment = {**step(0, 0, 0), "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(number)}
-            ranks_from_slurm(environment)
+            set_rank_variables(environment)
             ports.append(int(environment["MASTER_PORT"]))
     assert len(set(ports)) == len(ports) and min(ports) >= 10000 and max(ports) < 30000
 
 
 def test_a_job_script_meets_where_bare_steps_do(tmp_path: Path) -> None:
-    """launch/slurm/task.sh reckons as `ranks_from_slurm` does."""
+    """launch/slurm/task.sh reckons as `set_rank_variables` does."""
     for number in (0, 1, 7):
         environment = {**step(3, 1, 1), "SLURM_STEP_ID": str(number), "SLURM_NTASKS_PER_NODE": "2"}
         command = ["bash", ROOT / "launch/slurm/task.sh", tmp_path / "mark", "printenv", "MASTER_PORT"]
         done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
-        ranks_from_slurm(environment)
+        set_rank_variables(environment)
         assert done.stdout.strip() == environment["MASTER_PORT"]
 
 
@@ -102,26 +102,26 @@ def test_a_job_script_meets_where_bare_steps_do(tmp_path: Path) -> None:
 )
 def test_variables_that_slurm_does_not_set_so(wrong: dict[str, str]) -> None:
     with pytest.raises(UserError, match=next(iter(wrong))):
-        ranks_from_slurm({**step(3, 1, 1), **wrong})
+        set_rank_variables({**step(3, 1, 1), **wrong})
 
 
 def test_what_a_launcher_set_stays() -> None:
     launched = {**step(3, 1, 1), "RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "MASTER_ADDR": "b1"}
     environment = dict(launched)
-    ranks_from_slurm(environment)
+    set_rank_variables(environment)
     assert environment == launched
 
 
 def test_where_to_meet_can_be_said() -> None:
     environment = {**step(3, 1, 1), "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
-    ranks_from_slurm(environment)
+    set_rank_variables(environment)
     assert [environment[name] for name in NAMES] == ["3", "5", "1", "2", "10.0.0.7", "29500"]
 
 
 @pytest.mark.parametrize("environment", [{}, BATCH], ids=["no Slurm", "batch script"])
 def test_nothing_outside_a_step(environment: dict[str, str]) -> None:
     before = dict(environment)
-    ranks_from_slurm(environment)
+    set_rank_variables(environment)
     assert environment == before
 
 

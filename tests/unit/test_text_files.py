@@ -35,7 +35,7 @@ from lowrank_dist.formats.text_files import (
 )
 from lowrank_dist.generate.texts import stop_tokens
 from lowrank_dist.merge.merge import merge
-from lowrank_dist.merge.options import Stored, WeightedAdapter
+from lowrank_dist.merge.options import OutputFormat, WeightedAdapter
 from lowrank_dist.methods.files import VLLM
 from tests import tiny_tokenizers as tiny
 from tests.integration.launching import write_jsonl
@@ -208,23 +208,23 @@ def test_different_tokenizers_need_one_that_is_given(base: Path, tmp_path: Path)
     adapters = [WeightedAdapter(first), WeightedAdapter(second)]
     with pytest.raises(UserError, match="hold different tokenizers or chat templates: .*--tokenizer DIR"):
         merge(base, adapters, tmp_path / "out")
-    merge(base, adapters, tmp_path / "out", stored=Stored(tokenizer=other))
+    merge(base, adapters, tmp_path / "out", output_format=OutputFormat(tokenizer=other))
     assert same_tokenizer(read_tokenizer(tmp_path / "out"), read_tokenizer(other))
-    merge(base, first, tmp_path / "over", stored=Stored(tokenizer=other))
+    merge(base, first, tmp_path / "over", output_format=OutputFormat(tokenizer=other))
     assert same_tokenizer(read_tokenizer(tmp_path / "over"), read_tokenizer(other))
     with pytest.raises(UserError, match="nowhere holds no tokenizer: give a folder with"):
-        merge(base, first, tmp_path / "never", stored=Stored(tokenizer=tmp_path / "nowhere"))
+        merge(base, first, tmp_path / "never", output_format=OutputFormat(tokenizer=tmp_path / "nowhere"))
     # A tokenizer of more tokens than the model has rows; an added one beyond them is common.
     wide = settings(other, "tokenizer.json")
     wide["model"]["vocab"]["zq"] = VOCAB
     big = Path(shutil.copytree(other, tmp_path / "big"))
     (big / "tokenizer.json").write_text(json.dumps(wide))
     with pytest.raises(UserError, match=f"--tokenizer .*big: its vocabulary has ids up to {VOCAB}, and the model's"):
-        merge(base, first, tmp_path / "never", stored=Stored(tokenizer=big))
+        merge(base, first, tmp_path / "never", output_format=OutputFormat(tokenizer=big))
     del wide["model"]["vocab"]["zq"]
     wide["added_tokens"].append({**wide["added_tokens"][0], "id": VOCAB, "content": "<pad>"})
     (big / "tokenizer.json").write_text(json.dumps(wide))
-    merge(base, first, tmp_path / "padded", stored=Stored(tokenizer=big))
+    merge(base, first, tmp_path / "padded", output_format=OutputFormat(tokenizer=big))
     # Controls: one that has none, one written by another library, and padding that was set.
     third = trained(tmp_path / "third", base, None, seed=2)
     spelled = trained(tmp_path / "spelled", base, text, seed=3)
