@@ -45,7 +45,7 @@ def score(args: argparse.Namespace) -> dict[str, float]:
     """Return exact match and loss of one model folder on one file."""
     quiet_libraries()
     # Imported here, after quiet_libraries: Megatron prints warnings when it is imported.
-    from lowrank_dist.generate.decode import EvaluationRules, evaluate_generation
+    from lowrank_dist.generate.decode import EvaluationParams, evaluate_generation
     from lowrank_dist.generate.prompts import read_prompts
     from lowrank_dist.generate.sampling import SamplingParams
     from lowrank_dist.generate.session import load, session
@@ -59,7 +59,7 @@ def score(args: argparse.Namespace) -> dict[str, float]:
         asked = read_prompts(args.data, tokenizer, stop_tokens(args.model, tokenizer), vocab=vocab, references=True)
         # Twice the longest completion: a model may spell a word in more tokens than the tokenizer does.
         decoding = SamplingParams(max_new_tokens=2 * int(trained.targets.max()), batch=BATCH)
-        rules = EvaluationRules(("exact_match",), decoding)
+        rules = EvaluationParams(("exact_match",), decoding)
         match = evaluate_generation(model, tokenizer, asked, rules, job.topology)["exact_match"]
         return {"samples": len(asked), "exact_match": match, "loss": mean_loss(model, trained, positions)}
 

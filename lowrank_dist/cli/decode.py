@@ -78,7 +78,7 @@ def generate_command(
         from lowrank_dist.generate.texts import stop_tokens
 
     with session(tensor, device) as job:
-        rules = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
+        params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
         if (prompt is None) == (prompts is None):
             raise UserError("give one of --prompt and --prompts: what is to be gone on from")
         refuse_existing(out)
@@ -90,9 +90,9 @@ def generate_command(
             asked = [prompt_of(prompt, loaded.tokenizer, stops, vocab)]
         elif prompts is not None:
             asked = read_prompts(prompts, loaded.tokenizer, stops, vocab=vocab, references=False)
-        require_same_prompts(asked, rules, job)
+        require_same_prompts(asked, params, job)
         with progress_bar(len(asked), job) as advance:
-            found = generate(loaded.model, loaded.tokenizer, asked, rules, job.topology, advance)
+            found = generate(loaded.model, loaded.tokenizer, asked, params, job.topology, advance)
         if not job.speaks:
             return
         if out is None and prompts is None:
@@ -133,7 +133,7 @@ def evaluate_command(
 ) -> None:
     """Generate for every sample and score it. Sharded as `generate` is."""
     with loading():
-        from lowrank_dist.generate.decode import EvaluationRules, generate, summary
+        from lowrank_dist.generate.decode import EvaluationParams, generate, summary
         from lowrank_dist.generate.metrics import notes_on_references
         from lowrank_dist.generate.prompts import note_on_rewritten, read_prompts
         from lowrank_dist.generate.sampling import SamplingParams
@@ -141,20 +141,20 @@ def evaluate_command(
         from lowrank_dist.generate.texts import stop_tokens
 
     with session(tensor, device) as job:
-        decoding = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
-        rules = EvaluationRules(tuple(metric), decoding)
+        sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
+        params = EvaluationParams(tuple(metric), sampling)
         refuse_existing(out)
         model, adapter = resolve_link(model), adapter and resolve_link(adapter)
         loaded = load(model, adapter, job.topology, job.backend.device, dtype=known_dtype(dtype), tokenizer=tokenizer)
         say_notes(loaded.notes, job)
         stops, vocab = stop_tokens(model, loaded.tokenizer, adapter), loaded.model.architecture.vocab
-        samples = read_prompts(data, loaded.tokenizer, stops, vocab=vocab, references=True, stop=decoding.stop)
-        require_same_prompts(samples, decoding, job)
+        samples = read_prompts(data, loaded.tokenizer, stops, vocab=vocab, references=True, stop=sampling.stop)
+        require_same_prompts(samples, sampling, job)
         with progress_bar(len(samples), job) as advance:
-            found = generate(loaded.model, loaded.tokenizer, samples, decoding, job.topology, advance)
+            found = generate(loaded.model, loaded.tokenizer, samples, sampling, job.topology, advance)
         if not job.speaks:
             return
-        result = summary(found, samples, rules.metrics)
+        result = summary(found, samples, params.metrics)
         if out is not None:
             lines = [
                 {**record(sample, generation), "references": list(sample.references)}
@@ -162,7 +162,7 @@ def evaluate_command(
             ]
             write_jsonl(out, lines)
         notes = note_on_rewritten(samples)
-        notes += notes_on_references(rules.metrics, [sample.references for sample in samples])
+        notes += notes_on_references(params.metrics, [sample.references for sample in samples])
         noted = {**result, "notes": notes} if notes else result
         put(json.dumps(noted, indent=2) if as_json else table(result))
         for note in notes:

@@ -17,7 +17,7 @@ from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.data.formats import Use
 from lowrank_dist.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
-from lowrank_dist.generate.decode import EvaluationRules, check_lengths, evaluate_generation
+from lowrank_dist.generate.decode import EvaluationParams, check_lengths, evaluate_generation
 from lowrank_dist.generate.metrics import notes_on_references
 from lowrank_dist.generate.prompts import note_on_rewritten, read_prompts
 from lowrank_dist.generate.sampling import SamplingParams
@@ -184,8 +184,8 @@ def _generation(
         return None, ()
     assert config.data.eval is not None, "there is nothing to generate for without an eval set"
     try:
-        decoding = SamplingParams(asked.max_new_tokens, batch=asked.batch, stop=tuple(asked.stop))
-        rules = EvaluationRules(tuple(asked.metrics), decoding)
+        sampling = SamplingParams(asked.max_new_tokens, batch=asked.batch, stop=tuple(asked.stop))
+        params = EvaluationParams(tuple(asked.metrics), sampling)
         stops = stop_tokens(config.model.path, tokenizer)
         samples = read_prompts(
             config.data.eval, tokenizer, stops, vocab=architecture.vocab, references=True, stop=asked.stop
@@ -196,9 +196,9 @@ def _generation(
         raise UserError(f"eval.generate: {error}") from error
 
     def generation(model: CausalLM, progress: Callable[[int], None]) -> dict[str, float]:
-        return evaluate_generation(model, tokenizer, samples, rules, topology, progress)
+        return evaluate_generation(model, tokenizer, samples, params, topology, progress)
 
-    notes = notes_on_references(rules.metrics, [sample.references for sample in samples])
+    notes = notes_on_references(params.metrics, [sample.references for sample in samples])
     return generation, [*note_on_rewritten(samples), *notes]
 
 

@@ -46,7 +46,7 @@ def generate(
     model: CausalLM,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
-    rules: SamplingParams,
+    params: SamplingParams,
     topology: Topology,
     progress: Callable[[int], None] = lambda rows: None,
     *,
@@ -63,16 +63,16 @@ def generate(
     """
     check_lengths(prompts, model.architecture.max_positions - model.virtual)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number].ids))
-    batches = [order[start : start + rules.batch] for start in range(0, len(order), rules.batch)]
-    stops, training = StopTexts(tokenizer, rules.stop), model.training
+    batches = [order[start : start + params.batch] for start in range(0, len(order), params.batch)]
+    stops, training = StopTexts(tokenizer, params.stop), model.training
     found: list[tuple[int, Generation]] = []
     mine = batches[topology.dp_rank :: topology.dp_size]
     model.eval()
     try:
         with model.without_sequence_parallelism():
             for batch in mine:
-                rows = [_Row(number, prompts[number], _limit(prompts[number], model, rules)) for number in batch]
-                for row, finish in _decode_batch(model, rows, stops, rules, topology):
+                rows = [_Row(number, prompts[number], _limit(prompts[number], model, params)) for number in batch]
+                for row, finish in _decode_batch(model, rows, stops, params, topology):
                     text = stops.cut(written_text(tokenizer, row.prompt.ids, row.ids, row.prompt.stop_ids))
                     found.append((row.number, Generation(text, tuple(row.ids), finish)))
                 progress(len(rows))
@@ -99,12 +99,12 @@ def _meet(model: CausalLM, topology: Topology) -> None:
         dist.all_reduce(torch.zeros(1, device=next(model.parameters()).device), group=topology.dp_group)
 
 
-def _limit(prompt: Prompt, model: CausalLM, rules: SamplingParams) -> int:
-    return min(rules.max_new_tokens, model.architecture.max_positions - model.virtual - len(prompt.ids))
+def _limit(prompt: Prompt, model: CausalLM, params: SamplingParams) -> int:
+    return min(params.max_new_tokens, model.architecture.max_positions - model.virtual - len(prompt.ids))
 
 
 def _decode_batch(
-    model: CausalLM, rows: list[_Row], stops: StopTexts, rules: SamplingParams, topology: Topology
+    model: CausalLM, rows: list[_Row], stops: StopTexts, params: SamplingParams, topology: Topology
 ) -> list[tuple[_Row, Literal["stop", "length"]]]:
     """Decode the rows until all have finished; return each with its reason. A finished row leaves the batch."""
     device = next(model.parameters()).device
@@ -122,7 +122,7 @@ def _decode_batch(
     while rows:
         logits = model.decode(input_ids, cache)
         numbers = [row.number for row in rows]
-        tokens = next_tokens(logits, model.architecture.vocab, rules, numbers, step, topology.tp_group)
+        tokens = next_tokens(logits, model.architecture.vocab, params, numbers, step, topology.tp_group)
         going = []
         for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             row.ids.append(token)
@@ -170,11 +170,11 @@ def gather_json(value: Any, group: ProcessGroup, device: torch.device) -> list[A
 
 
 @dataclass(frozen=True)
-class EvaluationRules:
-    """Decoding rules and metrics of an evaluation. Raises UserError for a metric that is not in `metrics.METRICS`."""
+class EvaluationParams:
+    """Sampling parameters and metrics of an evaluation. Raises UserError for a metric not in `metrics.METRICS`."""
 
     metrics: tuple[str, ...]
-    decoding: SamplingParams
+    sampling: SamplingParams
 
     def __post_init__(self) -> None:
         check_metrics(self.metrics)
@@ -184,7 +184,7 @@ def evaluate_generation(
     model: CausalLM,
     tokenizer: Tokenizer,
     samples: Sequence[Prompt],
-    rules: EvaluationRules,
+    params: EvaluationParams,
     topology: Topology,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, float]:
@@ -193,8 +193,8 @@ def evaluate_generation(
     samples: prompts of `read_prompts` with references. No rank waits for another for longer than a batch takes, so that
     this can run under the timeouts of training.
     """
-    found = generate(model, tokenizer, samples, rules.decoding, topology, progress, in_step=True)
-    return summary(found, samples, rules.metrics)
+    found = generate(model, tokenizer, samples, params.sampling, topology, progress, in_step=True)
+    return summary(found, samples, params.metrics)
 
 
 def summary(found: Sequence[Generation], samples: Sequence[Prompt], metrics: Sequence[str]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Decoding rules, and the choice of each row's next token, the same on every tensor-parallel rank.
+"""Sampling parameters, and the choice of each row's next token, the same on every tensor-parallel rank.
 
 Legend: b rows, V_i rows of the head on this rank (padded ones hold −∞), V the vocabulary.
 """
@@ -20,7 +20,7 @@ from lowrank_dist.parallel.collectives import all_gather_columns
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Rules of decoding. Raises UserError for an invalid value.
+    """Parameters of decoding. Raises UserError for an invalid value.
 
     temperature 0 is greedy. top_k and then top_p truncate the distribution; None and 1 leave it whole. stop: texts that
     end a completion and are not part of it. batch: rows decoded together on a rank. The random draw for a prompt
@@ -56,7 +56,7 @@ class SamplingParams:
 
 
 def next_tokens(
-    logits_bVi: Tensor, vocab: int, rules: SamplingParams, samples: Sequence[int], step: int, group: ProcessGroup
+    logits_bVi: Tensor, vocab: int, params: SamplingParams, samples: Sequence[int], step: int, group: ProcessGroup
 ) -> Tensor:
     """Return the next tokens, int64 [b].
 
@@ -68,11 +68,11 @@ def next_tokens(
         raise UserError(
             "the model's logits are NaN or infinite: its weights are broken, or their type is too narrow (--dtype fp32)"
         )
-    if rules.greedy:
+    if params.greedy:
         return token
     logits_bV = all_gather_columns(logits_bVi.float(), group)[:, :vocab]
-    uniform = [uniform_of(rules.seed, sample, step) for sample in samples]
-    token = draw(logits_bV, rules, torch.tensor(uniform, dtype=torch.float64, device=logits_bV.device))
+    uniform = [uniform_of(params.seed, sample, step) for sample in samples]
+    token = draw(logits_bV, params, torch.tensor(uniform, dtype=torch.float64, device=logits_bV.device))
     if group.size() > 1:
         # Rank 0's token is used everywhere: a scan on a GPU need not be bit-identical on every rank.
         dist.broadcast(token, group=group, group_src=0)
@@ -90,18 +90,18 @@ def _largest(logits_bVi: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
     return values.gather(1, winner)[:, 0], ids.gather(1, winner)[:, 0].long()
 
 
-def draw(logits_bV: Tensor, rules: SamplingParams, uniform_b: Tensor) -> Tensor:
+def draw(logits_bV: Tensor, params: SamplingParams, uniform_b: Tensor) -> Tensor:
     """Return one sampled token per row, int64 [b]: the inverse of the distribution function at `uniform_b`.
 
     Tokens are ordered by logit, then by id. The temperature is applied, then the top_k largest are kept, then the
     fewest of these that hold top_p of their probability (Holtzman et al. 2020).
     """
     ordered, ids = logits_bV.sort(dim=1, descending=True, stable=True)
-    if rules.top_k is not None:
-        ordered, ids = ordered[:, : rules.top_k], ids[:, : rules.top_k]
-    probability = ((ordered - ordered[:, :1]).double() / rules.temperature).softmax(dim=1)
+    if params.top_k is not None:
+        ordered, ids = ordered[:, : params.top_k], ids[:, : params.top_k]
+    probability = ((ordered - ordered[:, :1]).double() / params.temperature).softmax(dim=1)
     mass = probability.cumsum(dim=1)
-    kept = (mass - probability < rules.top_p).sum(dim=1, keepdim=True)
+    kept = (mass - probability < params.top_p).sum(dim=1, keepdim=True)
     total = mass.gather(1, kept - 1)
     place = torch.searchsorted(mass, uniform_b[:, None] * total, right=True)
     return ids.gather(1, torch.minimum(place, kept - 1))[:, 0]

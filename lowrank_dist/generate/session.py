@@ -158,8 +158,8 @@ def _load(
     return Loaded(path, model.eval(), words, tuple(notes))
 
 
-def require_same_prompts(prompts: Sequence[Prompt], rules: SamplingParams, job: Session) -> None:
-    """Raise UserError on every rank where the ranks have different prompts or rules. Collective."""
+def require_same_prompts(prompts: Sequence[Prompt], params: SamplingParams, job: Session) -> None:
+    """Raise UserError on every rank where the ranks have different prompts or parameters. Collective."""
     text = repr([(prompt.ids, sorted(prompt.stop_ids), prompt.references) for prompt in prompts])
     own = {"what is decoded": f"{len(prompts)} prompts, {hashlib.sha256(text.encode()).hexdigest()[:12]}…"}
-    require_agreement({**own, "how": repr(rules)}, job.topology.world_group, job.backend.device, _REMEDY)
+    require_agreement({**own, "how": repr(params)}, job.topology.world_group, job.backend.device, _REMEDY)

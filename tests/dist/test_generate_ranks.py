@@ -197,7 +197,7 @@ def test_padded_rows_of_the_vocabulary_never_win(folders: dict[str, str]) -> Non
 def evaluated_in_training(folder: str, data: str, tensor: int) -> dict[str, Any]:
     """One rank: what an evaluation finds between two passes of training, and the gradients of both."""
     from lowrank_dist.data.tokenizer import load_tokenizer
-    from lowrank_dist.generate.decode import EvaluationRules, evaluate_generation
+    from lowrank_dist.generate.decode import EvaluationParams, evaluate_generation
     from lowrank_dist.generate.prompts import read_prompts
     from lowrank_dist.generate.sampling import SamplingParams
     from lowrank_dist.generate.texts import stop_tokens
@@ -211,7 +211,7 @@ def evaluated_in_training(folder: str, data: str, tensor: int) -> dict[str, Any]
     samples = read_prompts(Path(data), tokenizer, stop_tokens(Path(folder), tokenizer), vocab=VOCAB, references=True)
     model.train()
     before = loss_and_gradients(model, theta_of(adapted))
-    rules = EvaluationRules(("exact_match", "rouge_l"), SamplingParams(max_new_tokens=9, batch=2))
+    rules = EvaluationParams(("exact_match", "rouge_l"), SamplingParams(max_new_tokens=9, batch=2))
     found = evaluate_generation(model, tokenizer, samples, rules, topology)
     assert model.training and model.topology == topology
     return {"found": found, "before": before, "after": loss_and_gradients(model, theta_of(adapted))}
