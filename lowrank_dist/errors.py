@@ -20,11 +20,11 @@ class DiskError(UserError):
     """A failed write (no space, no permission, …): nothing new was written, and existing files are unchanged."""
 
 
-class ElsewhereError(UserError):
+class OtherRankError(UserError):
     """A failure of another rank, whose own message gives the reason."""
 
 
-class StrangerError(UserError):
+class RankIdentityError(UserError):
     """A mistake of one rank that the others do not share.
 
     The rank does not belong to the run that it met, exists twice, or has no place in its job by its launcher's

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lowrank_dist.errors import StrangerError, UserError
+from lowrank_dist.errors import RankIdentityError, UserError
 
 # The names of the `deepspeed` runner on its command line, and its options for the hostfile.
 _DEEPSPEED = ("deepspeed", "deepspeed.launcher.runner", "ds")
@@ -185,7 +185,7 @@ def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> No
 
     Nothing is set where RANK is set already; a MASTER_ADDR or MASTER_PORT that is set stays. Nothing is set outside a
     step: the variables of a batch script announce one task although none was started. Raises UserError for variables
-    that are not as Slurm or another launcher sets them, StrangerError where only this rank's own are wrong.
+    that are not as Slurm or another launcher sets them, RankIdentityError where only this rank's own are wrong.
     """
     if not ("RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment):
         _set_from_step(environment)
@@ -194,7 +194,7 @@ def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> No
             _number(environment, name)
     for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_SIZE")):
         if name in environment and size in environment and int(environment[name]) >= int(environment[size]):
-            raise StrangerError(
+            raise RankIdentityError(
                 f"{name}: {environment[name]} is not below {size}={environment[size]}; start the ranks with deepspeed, "
                 "torchrun or srun"
             )
@@ -225,10 +225,10 @@ def _set_from_step(environment: MutableMapping[str, str]) -> None:
 
 
 def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
-    """Return the number in a launcher's variable. Raises StrangerError where it is not a number."""
+    """Return the number in a launcher's variable. Raises RankIdentityError where it is not a number."""
     text = environment.get(name, default)
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise StrangerError(
+        raise RankIdentityError(
             f"{name}: {text[:40]!r} is not the number that a launcher sets; start the ranks with deepspeed, torchrun "
             "or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         )

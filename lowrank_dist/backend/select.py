@@ -14,7 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 from lowrank_dist.backend import megatron
 from lowrank_dist.backend.devices import device_of_rank, synchronize
 from lowrank_dist.backend.launchers import run_token
-from lowrank_dist.errors import StrangerError, UserError
+from lowrank_dist.errors import RankIdentityError, UserError
 
 _RUN = "lowrank_dist/run"  # key in the job's store: the run token of rank 0
 
@@ -90,7 +90,7 @@ def select_backend(requested: str, local_rank: int, local_size: int) -> Backend:
 def init_process_group(backend: Backend, timeout_seconds: int) -> None:
     """Join the job that the launcher described in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
-    Raises UserError where one of these is not set, and StrangerError where the ranks there belong to another run.
+    Raises UserError where one of these is not set, and RankIdentityError where the ranks there belong to another run.
     """
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
@@ -112,7 +112,7 @@ def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """Return the job's store, this rank and the number of ranks, once this rank is known to belong to rank 0's run.
 
     Otherwise ranks of two runs that share a port would form one run, and train what neither was asked to. Raises
-    StrangerError on the rank that belongs to another run; the run that it met goes on.
+    RankIdentityError on the rank that belongs to another run; the run that it met goes on.
     """
     place = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
     remedy = "give each run a MASTER_PORT of its own"
@@ -121,23 +121,27 @@ def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise StrangerError(f"rank 0 cannot meet its ranks at {place}, which is in use already: {remedy}") from error
+        raise RankIdentityError(
+            f"rank 0 cannot meet its ranks at {place}, which is in use already: {remedy}"
+        ) from error
     store.set_timeout(timeout)
     token = run_token()
     try:
         theirs = (store.compare_set(_RUN, "", token) if rank == 0 else store.get(_RUN)).decode(errors="replace")
     except dist.DistStoreError as error:
-        raise StrangerError(
+        raise RankIdentityError(
             f"rank {rank}: at {place} no rank 0 of lowrank_dist answered within {timeout.total_seconds():.0f} s: "
             f"{remedy}, and all its ranks one version"
         ) from error
     if theirs != token:
-        raise StrangerError(
+        raise RankIdentityError(
             f"rank {rank} met another run at {place}: it is of {token}, and the run there is {theirs}: "
             f"{remedy}, and all its ranks the same launcher"
         )
     if store.add(f"{_RUN}/{rank}", 1) > 1:
-        raise StrangerError(f"RANK: another process at {place} is rank {rank} too: give every rank a RANK of its own")
+        raise RankIdentityError(
+            f"RANK: another process at {place} is rank {rank} too: give every rank a RANK of its own"
+        )
     return store, rank, size
 
 

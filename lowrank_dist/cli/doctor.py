@@ -16,7 +16,7 @@ import typer
 from lowrank_dist import __version__
 from lowrank_dist.doctor.local import Place, Watch, diagnose, place_in_job, speaks_for_node
 from lowrank_dist.doctor.rows import Examination, Finding, Row, counted, findings
-from lowrank_dist.errors import StrangerError, UserError, some_of
+from lowrank_dist.errors import RankIdentityError, UserError, some_of
 from lowrank_dist.terminal import escape_all, put, say
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def doctor_command(
         try:
             place = place_in_job()
         except UserError as error:
-            if isinstance(error, StrangerError) or speaks_for_node():
+            if isinstance(error, RankIdentityError) or speaks_for_node():
                 raise
             raise typer.Exit(2) from None
         code = _alone(arguments, as_json) if place is None else _in_job(place, arguments, timeout, as_json)

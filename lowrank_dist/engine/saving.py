@@ -25,7 +25,7 @@ from lowrank_dist.engine.gathering import Gathering
 from lowrank_dist.engine.run import Progress, Run
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.zero import Engine
-from lowrank_dist.errors import DiskError, ElsewhereError, UserError
+from lowrank_dist.errors import DiskError, OtherRankError, UserError
 from lowrank_dist.formats.atomic import temporary_name
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.formats.text_files import TextFiles
@@ -203,11 +203,11 @@ class CheckpointSaver:
     def finish(self) -> None:
         """Wait for the save under way and report the summary. Collective while there is a save.
 
-        If the disk refused the last save, raises DiskError on rank 0 and ElsewhereError on the others.
+        If the disk refused the last save, raises DiskError on rank 0 and OtherRankError on the others.
         """
         self._wait()
         if self._refusal is not None:
-            kind = DiskError if self._writer else ElsewhereError
+            kind = DiskError if self._writer else OtherRankError
             raise kind(f"the last checkpoint was not written: {self._refusal}")
         if self._writer is not None:
             self._report(self._writer.summary)
@@ -256,7 +256,7 @@ class CheckpointSaver:
         unfinished, outcome = status.tolist()
         if outcome == _FAILED:
             self._current = None
-            raise save.error or ElsewhereError(f"step {save.step}: another rank could not save; see its log")
+            raise save.error or OtherRankError(f"step {save.step}: another rank could not save; see its log")
         if unfinished:
             return
         self._current, self._refusal = None, None

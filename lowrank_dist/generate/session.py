@@ -20,7 +20,7 @@ from lowrank_dist.backend import select
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.keys import tokenizer_notes
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
-from lowrank_dist.errors import StrangerError, UserError
+from lowrank_dist.errors import RankIdentityError, UserError
 from lowrank_dist.formats.paths import reading
 from lowrank_dist.formats.provenance import digest_of, fingerprint
 from lowrank_dist.formats.text_files import tokenizer_beside, tokenizer_digest
@@ -77,7 +77,7 @@ def session(tensor: int, device: str) -> Iterator[Session]:
         yield Session(topology, backend, speaks=topology.world_group.rank() == 0)
         clean = True
     except UserError as error:
-        if launched and not isinstance(error, StrangerError) and not _is_first_to_fail():
+        if launched and not isinstance(error, RankIdentityError) and not _is_first_to_fail():
             sys.exit(_USER_ERROR)
         raise
     finally:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from lowrank_dist.backend.launchers import find_launchers, started
 from lowrank_dist.backend.select import shutdown
-from lowrank_dist.errors import ElsewhereError, StrangerError, UserError
+from lowrank_dist.errors import OtherRankError, RankIdentityError, UserError
 from lowrank_dist.supervision.failure import Failure, explains, read, record
 from lowrank_dist.supervision.peers import Answer, ask, lost_peers
 from lowrank_dist.supervision.status import ENDING, LEAVING, STARTING, Page, State, StopRequest
@@ -88,12 +88,12 @@ class Supervision:
             return INTERRUPTED
         self.enter(LEAVING)
         mistake = isinstance(error, UserError)
-        shared = mistake and not isinstance(error, StrangerError)
+        shared = mistake and not isinstance(error, RankIdentityError)
         if mistake:
             logger.error("%s", error)
         else:
             logger.error("rank failed", exc_info=error)
-        cause = not (isinstance(error, ElsewhereError) or lost_peers(error))
+        cause = not (isinstance(error, OtherRankError) or lost_peers(error))
         trace = "" if mistake or not cause else "".join(traceback.format_exception(error))
         reason = str(error) if mistake else f"{type(error).__name__}: {error}"
         failure = self._failure(reason, trace, cause)

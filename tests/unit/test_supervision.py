@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from lowrank_dist.backend.launchers import Launcher, find_launchers, launcher_name, started
-from lowrank_dist.errors import ElsewhereError, UserError
+from lowrank_dist.errors import OtherRankError, UserError
 from lowrank_dist.supervision import failure, peers
 from lowrank_dist.supervision.failure import Failure, explains, read, record, retire
 from lowrank_dist.supervision.peers import Answer, ask, lost_peers
@@ -331,7 +331,7 @@ def test_a_rank_that_only_lost_its_peers_repeats_the_cause(
     supervision: Supervision, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(tmp_path, CAUSE)
-    assert supervision.failed(raised(ElsewhereError("another rank could not save"))) == USER_ERROR
+    assert supervision.failed(raised(OtherRankError("another rank could not save"))) == USER_ERROR
     assert read(tmp_path) == str(CAUSE) and capsys.readouterr().err == f"lowrank_dist: {CAUSE}\n"
 
 
