@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lowrank_dist.backend.libraries import quiet_libraries
-from lowrank_dist.data.batches import Cut, eval_batches
+from lowrank_dist.data.batches import BatchSplit, eval_batches
 from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import say
@@ -67,8 +67,8 @@ def score(args: argparse.Namespace) -> dict[str, float]:
 @torch.inference_mode()
 def mean_loss(model: CausalLM, dataset: Dataset, max_length: int) -> float:
     """Return the mean negative log-likelihood per target token [nats]."""
-    cut = Cut(micro_batch=BATCH, max_length=max_length, packing=False, dp_rank=0, dp_size=1, pad_multiple=1)
-    batches = eval_batches(dataset, cut, global_batch=len(dataset))
+    split = BatchSplit(micro_batch=BATCH, max_length=max_length, packing=False, dp_rank=0, dp_size=1, pad_multiple=1)
+    batches = eval_batches(dataset, split, global_batch=len(dataset))
     total = sum(
         model.loss(m.input_ids, m.position_ids, m.target_index, m.target_ids).item()
         for batch in batches

@@ -146,7 +146,7 @@ class StepBatch:
 
 
 @dataclass(frozen=True)
-class Cut:
+class BatchSplit:
     """The split of a global batch into rows and microbatches, and the position of this data-parallel rank.
 
     micro_batch: rows of a microbatch. max_length: the value that the data set was loaded with (row limit of packing,
@@ -191,10 +191,12 @@ class Cut:
 class Loader:
     """Training batches of `global_batch` samples from the shuffled stream of `dataset`, endless or up to `end`."""
 
-    def __init__(self, dataset: Dataset, cut: Cut, *, seed: int, global_batch: int, end: int | None = None) -> None:
+    def __init__(
+        self, dataset: Dataset, split: BatchSplit, *, seed: int, global_batch: int, end: int | None = None
+    ) -> None:
         """end: number of samples of the stream to train on; the last batch may be smaller. None: no end."""
-        assert global_batch >= 1 and len(dataset) > 0 and int(dataset.lengths.max()) <= cut.max_length
-        self._dataset, self._cut, self._seed = dataset, cut, seed
+        assert global_batch >= 1 and len(dataset) > 0 and int(dataset.lengths.max()) <= split.max_length
+        self._dataset, self._split, self._seed = dataset, split, seed
         self._global_batch, self._end = global_batch, end
 
     def batch(self, position: int) -> StepBatch:
@@ -204,10 +206,10 @@ class Loader:
             size = min(size, self._end - position)
         assert size > 0, "nothing is left to train on"
         numbers = order(self._seed, n, position, size)
-        return self._cut.batch(self._dataset, numbers, (position + size) / n)
+        return self._split.batch(self._dataset, numbers, (position + size) / n)
 
 
-def eval_batches(dataset: Dataset, cut: Cut, *, global_batch: int) -> Iterator[StepBatch]:
+def eval_batches(dataset: Dataset, split: BatchSplit, *, global_batch: int) -> Iterator[StepBatch]:
     """Yield batches of `global_batch` samples in file order, each sample once, split as in training.
 
     The last batch may be smaller.
@@ -215,4 +217,4 @@ def eval_batches(dataset: Dataset, cut: Cut, *, global_batch: int) -> Iterator[S
     n = len(dataset)
     for start in range(0, n, global_batch):
         end = min(start + global_batch, n)
-        yield cut.batch(dataset, np.arange(start, end), end / n)
+        yield split.batch(dataset, np.arange(start, end), end / n)

@@ -70,7 +70,7 @@ def build_engine(run: Run, model: CausalLM, theta: Theta) -> Engine:
 def build_trainer(run: Run, method: Method, engine: Engine, data: Data, forecast: Forecast) -> Trainer:
     """Open the run folder, report the introduction and build the training loop. Collective."""
     run.open_folder()
-    reporter = open_reporter(run, data.course.steps)
+    reporter = open_reporter(run, data.stream_range.steps)
     for line in introduction(run, method, engine, data, forecast):
         reporter.say(line)
     evaluator = Evaluator(run, engine, data, reporter)
@@ -111,8 +111,8 @@ def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast:
     yield from data.notes
     if run.resumption is not None:
         yield from run.resumption.messages
-        yield f"resumed from {run.resumption.folder} at step {run.resumption.state.step} of {data.course.steps}"
-        yield from data.course.notes
+        yield f"resumed from {run.resumption.folder} at step {run.resumption.state.step} of {data.stream_range.steps}"
+        yield from data.stream_range.notes
     elif config.train.resume == "auto":
         yield f"train.resume=auto: {config.output.dir} has no checkpoint to go on from; the run starts at its beginning"
 

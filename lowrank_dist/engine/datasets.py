@@ -12,7 +12,7 @@ from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.checkpoint.training_state import DataState, TrainingState
 from lowrank_dist.config import Config
 from lowrank_dist.config.schema import TrainConfig
-from lowrank_dist.data.batches import Cut, Loader, StepBatch, eval_batches
+from lowrank_dist.data.batches import BatchSplit, Loader, StepBatch, eval_batches
 from lowrank_dist.data.dataset import Dataset, load_dataset
 from lowrank_dist.data.formats import Use
 from lowrank_dist.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer
@@ -33,7 +33,7 @@ Generating = Callable[[CausalLM, Callable[[int], None]], dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Course:
+class StreamRange:
     """The part that a run reads of the training stream: its data set, shuffled by the seed and repeated without end.
 
     position: samples read before this start. end: the position at which a run by epochs ends; None for a run by steps.
@@ -47,8 +47,8 @@ class Course:
     notes: Sequence[str] = ()
 
     @classmethod
-    def of(cls, train: TrainConfig, dataset: Dataset, resumed: TrainingState | None) -> Course:
-        """Return the course of a run that resumes from `resumed`, or starts afresh where that is None.
+    def of(cls, train: TrainConfig, dataset: Dataset, resumed: TrainingState | None) -> StreamRange:
+        """Return the range of a run that resumes from `resumed`, or starts afresh where that is None.
 
         With train.epochs the number of steps follows from the position.
         """
@@ -91,7 +91,7 @@ class Data:
 
     dataset: Dataset
     train: Loader
-    course: Course
+    stream_range: StreamRange
     held_out: Dataset | None = None
     evaluation: Callable[[], Iterator[StepBatch]] | None = None
     generation: Generating | None = None
@@ -130,7 +130,7 @@ def build_data(
     # Tokens of the longest sample. A row also holds the lead tokens; a prefix takes positions but none in a row.
     longest = data.max_length - method.virtual
     tokenizer = load_tokenizer(data.tokenizer or config.model.path, begun)
-    cut = Cut(
+    split = BatchSplit(
         train.micro_batch,
         max_length=longest + len(method.lead),
         packing=data.packing,
@@ -139,24 +139,24 @@ def build_data(
         pad_multiple=topology.tp_size if topology.sequence_parallel else 1,
     )
     dataset = load_dataset(data.train, tokenizer, longest, vocab, method.lead)
-    course = Course.of(train, dataset, resumed)
-    loader = Loader(dataset, cut, seed=train.seed, global_batch=train.global_batch, end=course.end)
-    own_notes = [*note_on_batch(train, len(dataset), course), *_note_on_clock(tokenizer, begun)]
+    stream_range = StreamRange.of(train, dataset, resumed)
+    loader = Loader(dataset, split, seed=train.seed, global_batch=train.global_batch, end=stream_range.end)
+    own_notes = [*note_on_batch(train, len(dataset), stream_range), *_note_on_clock(tokenizer, begun)]
     if data.eval is None:
-        return Data(dataset, loader, course, notes=own_notes)
+        return Data(dataset, loader, stream_range, notes=own_notes)
     held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead, Use.EVALUATION)
-    cut = replace(cut, micro_batch=config.eval.micro_batch or train.micro_batch)
+    split = replace(split, micro_batch=config.eval.micro_batch or train.micro_batch)
     # Nothing is accumulated over an eval batch. Its size decides how many rows of similar length are grouped, and
     # bounds how much is packed and made into tensors at a time.
-    together = EVAL_MICROBATCHES * cut.micro_batch * topology.dp_size
-    evaluation = partial(eval_batches, held_out, cut, global_batch=together)
+    together = EVAL_MICROBATCHES * split.micro_batch * topology.dp_size
+    evaluation = partial(eval_batches, held_out, split, global_batch=together)
     generation, notes = _generation(config, method, tokenizer, architecture, topology)
-    return Data(dataset, loader, course, held_out, evaluation, generation, [*own_notes, *notes])
+    return Data(dataset, loader, stream_range, held_out, evaluation, generation, [*own_notes, *notes])
 
 
-def note_on_batch(train: TrainConfig, samples: int, course: Course) -> list[str]:
+def note_on_batch(train: TrainConfig, samples: int, stream_range: StreamRange) -> list[str]:
     """Return a line where one optimizer step needs more samples than the data set has."""
-    if train.global_batch <= samples or (course.end is not None and course.end <= samples):
+    if train.global_batch <= samples or (stream_range.end is not None and stream_range.end <= samples):
         return []
     return [
         f"train.global_batch {train.global_batch} is more than the {samples} samples of data.train: a step reads some "

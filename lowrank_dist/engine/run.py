@@ -70,7 +70,7 @@ class Run:
         """
         require_same_inputs(self.config, data, self.backend.device, afresh=self.resumption is None)
         if self.resumption is not None:
-            require_same_run(self.config, self.resumption, data.state, data.held_out_state, data.course.steps)
+            require_same_run(self.config, self.resumption, data.state, data.held_out_state, data.stream_range.steps)
 
     def open_folder(self) -> None:
         """Lock the run folder, prepare it for this run and log in it from now on. Collective.
@@ -115,7 +115,7 @@ class Progress:
     def of(cls, state: TrainingState | None, position: int) -> Progress:
         """Return the progress that a checkpoint holds, or that of a new run where `state` is None.
 
-        position: in the stream that is read from now on (`Course.position`); it may differ from the checkpoint's.
+        position: in the stream that is read from now on (`StreamRange.position`); it may differ from the checkpoint's.
         """
         if state is None:
             return cls(position=position)

@@ -62,10 +62,12 @@ class Trainer:
         meter: Meter,
     ) -> None:
         train = run.config.train
-        self.run, self.engine, self.batches, self.steps = run, engine, data.train, data.course.steps
+        self.run, self.engine, self.batches, self.steps = run, engine, data.train, data.stream_range.steps
         self.evaluator, self.saver, self.reporter, self.meter = evaluator, saver, reporter, meter
-        self.schedule = Schedule(train.schedule, train.lr, train.warmup_steps, data.course.steps, train.min_lr_ratio)
-        self.progress = Progress.of(run.state, data.course.position)
+        self.schedule = Schedule(
+            train.schedule, train.lr, train.warmup_steps, data.stream_range.steps, train.min_lr_ratio
+        )
+        self.progress = Progress.of(run.state, data.stream_range.position)
         self._stopping, self._skipped = False, 0
 
     def train(self) -> bool:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_dist.data.batches import Cut, Loader, Microbatch, StepBatch, eval_batches, order
+from lowrank_dist.data.batches import BatchSplit, Loader, Microbatch, StepBatch, eval_batches, order
 from lowrank_dist.data.dataset import Dataset, DropReport
 from lowrank_dist.data.masking import Sample
 
@@ -94,7 +94,7 @@ def check_shape(m: Microbatch, packing: bool, max_length: int, pad_multiple: int
                 assert m.position_ids[r, start:end].tolist() == list(range(end - start))
 
 
-cuts = st.fixed_dictionaries(
+splits = st.fixed_dictionaries(
     {
         "micro_batch": st.integers(1, 4),
         "packing": st.booleans(),
@@ -111,22 +111,22 @@ cuts = st.fixed_dictionaries(
     dp_size=st.integers(1, 4),
     seed=st.integers(0, 2**32 - 1),
     k=st.integers(0, 5),
-    cut=cuts,
+    split=splits,
 )
 def test_every_target_once_over_ranks_and_microbatches(
-    lengths: list[int], extra: int, global_batch: int, dp_size: int, seed: int, k: int, cut: dict[str, int]
+    lengths: list[int], extra: int, global_batch: int, dp_size: int, seed: int, k: int, split: dict[str, int]
 ) -> None:
     dataset, max_length = make_dataset(lengths, seed), max(lengths) + extra
     numbers = order(seed, len(dataset), k * global_batch, global_batch)
     batches = []
     for dp_rank in range(dp_size):
-        ours = Cut(max_length=max_length, dp_rank=dp_rank, dp_size=dp_size, **cut)
+        ours = BatchSplit(max_length=max_length, dp_rank=dp_rank, dp_size=dp_size, **split)
         batches.append(Loader(dataset, ours, seed=seed, global_batch=global_batch).batch(k * global_batch))
     everything = [m for batch in batches for m in batch.microbatches]
     assert len({len(batch.microbatches) for batch in batches}) == 1
-    assert {m.input_ids.shape[0] for m in everything} == {cut["micro_batch"]}
+    assert {m.input_ids.shape[0] for m in everything} == {split["micro_batch"]}
     for m in everything:
-        check_shape(m, bool(cut["packing"]), max_length, cut["pad_multiple"])
+        check_shape(m, bool(split["packing"]), max_length, split["pad_multiple"])
     pairs = found(everything)
     assert pairs == wanted(dataset, numbers)
     assert {batch.global_targets for batch in batches} == {pairs.total()}
@@ -142,13 +142,13 @@ def test_every_target_once_over_ranks_and_microbatches(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=17),
     global_batch=st.integers(1, 20),
     dp_size=st.integers(1, 4),
-    cut=cuts,
+    split=splits,
 )
 def test_evaluation_sees_every_sample_once(
-    lengths: list[int], global_batch: int, dp_size: int, cut: dict[str, int]
+    lengths: list[int], global_batch: int, dp_size: int, split: dict[str, int]
 ) -> None:
     dataset = make_dataset(lengths)
-    shares = [Cut(max_length=max(lengths), dp_rank=r, dp_size=dp_size, **cut) for r in range(dp_size)]
+    shares = [BatchSplit(max_length=max(lengths), dp_rank=r, dp_size=dp_size, **split) for r in range(dp_size)]
     ranks = [list(eval_batches(dataset, ours, global_batch=global_batch)) for ours in shares]
     assert {len(batches) for batches in ranks} == {-(-len(dataset) // global_batch)}
     flat: list[StepBatch] = [batch for batches in ranks for batch in batches]
@@ -163,8 +163,8 @@ def test_evaluation_sees_every_sample_once(
 
 def one_microbatch(packing: bool) -> tuple[Dataset, Microbatch]:
     dataset = make_dataset([5, 3, 7, 2])
-    cut = Cut(2 if packing else 4, max_length=10, packing=packing, dp_rank=0, dp_size=1, pad_multiple=4)
-    (microbatch,) = Loader(dataset, cut, seed=1, global_batch=4).batch(0).microbatches
+    split = BatchSplit(2 if packing else 4, max_length=10, packing=packing, dp_rank=0, dp_size=1, pad_multiple=4)
+    (microbatch,) = Loader(dataset, split, seed=1, global_batch=4).batch(0).microbatches
     return dataset, microbatch
 
 
@@ -211,10 +211,10 @@ def test_dropout_rows_agree_packed_and_unpacked() -> None:
 
 def test_a_step_does_not_depend_on_the_steps_before() -> None:
     dataset = make_dataset([3, 4, 5, 6, 7])
-    cut = Cut(micro_batch=2, max_length=9, packing=True, dp_rank=0, dp_size=1, pad_multiple=2)
+    split = BatchSplit(micro_batch=2, max_length=9, packing=True, dp_rank=0, dp_size=1, pad_multiple=2)
 
     def loader() -> Loader:
-        return Loader(dataset, cut, seed=9, global_batch=4)
+        return Loader(dataset, split, seed=9, global_batch=4)
 
     walked = loader()
     for k in range(6):
@@ -226,15 +226,15 @@ def test_a_step_does_not_depend_on_the_steps_before() -> None:
 
 def test_rows_of_like_length_share_a_microbatch() -> None:
     dataset = make_dataset([2, 30] * 8)
-    cuts = [Cut(4, 32, packing=False, dp_rank=rank, dp_size=2, pad_multiple=1) for rank in range(2)]
-    ranks = [Loader(dataset, cut, seed=3, global_batch=16).batch(0).microbatches for cut in cuts]
+    splits = [BatchSplit(4, 32, packing=False, dp_rank=rank, dp_size=2, pad_multiple=1) for rank in range(2)]
+    ranks = [Loader(dataset, split, seed=3, global_batch=16).batch(0).microbatches for split in splits]
     assert [[m.input_ids.shape[1] for m in microbatches] for microbatches in ranks] == [[30, 2], [30, 2]]
 
 
 def test_a_step_takes_well_under_a_millisecond_a_sample() -> None:
     dataset = make_dataset([100 + i % 300 for i in range(2000)])
-    cut = Cut(8, 512, packing=True, dp_rank=0, dp_size=1, pad_multiple=8)
-    loader = Loader(dataset, cut, seed=3, global_batch=64)
+    split = BatchSplit(8, 512, packing=True, dp_rank=0, dp_size=1, pad_multiple=8)
+    loader = Loader(dataset, split, seed=3, global_batch=64)
     loader.batch(0)
     start = time.process_time()  # CPU time: other work on the machine does not count
     for k in range(1, 11):

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from lowrank_dist.checkpoint.training_state import DataState, TrainingState
 from lowrank_dist.config.schema import TrainConfig
-from lowrank_dist.data.batches import Cut, Loader, StepBatch
+from lowrank_dist.data.batches import BatchSplit, Loader, StepBatch
 from lowrank_dist.data.dataset import Dataset
-from lowrank_dist.engine.datasets import Course, note_on_batch
+from lowrank_dist.engine.datasets import StreamRange, note_on_batch
 from lowrank_dist.engine.run import Progress
 from tests.unit.test_data_loader import make_dataset
 
@@ -43,11 +43,16 @@ def run(
 ) -> tuple[Read, TrainingState]:
     """Read a run's batches from `resumed` to its end, or to `steps`. Returns the samples of each step, and the state
     at its end. Every data-parallel rank has the same number of microbatches."""
-    course = Course.of(train, dataset, resumed)
-    cuts = [Cut(train.micro_batch, int(dataset.lengths.max()), False, rank, dp_size, 1) for rank in range(dp_size)]
-    loaders = [Loader(dataset, cut, seed=train.seed, global_batch=train.global_batch, end=course.end) for cut in cuts]
-    progress, read = Progress.of(resumed, course.position), []
-    while progress.step < (course.steps if steps is None else steps):
+    stream_range = StreamRange.of(train, dataset, resumed)
+    splits = [
+        BatchSplit(train.micro_batch, int(dataset.lengths.max()), False, rank, dp_size, 1) for rank in range(dp_size)
+    ]
+    loaders = [
+        Loader(dataset, split, seed=train.seed, global_batch=train.global_batch, end=stream_range.end)
+        for split in splits
+    ]
+    progress, read = Progress.of(resumed, stream_range.position), []
+    while progress.step < (stream_range.steps if steps is None else steps):
         shares = [loader.batch(progress.position) for loader in loaders]
         assert len({len(share.microbatches) for share in shares}) == 1
         read.append(sorted(number for share in shares for number in numbers_in(dataset, share)))
@@ -123,7 +128,7 @@ def test_another_batch_goes_on_where_the_data_stopped() -> None:
         train = TrainConfig(epochs=1, global_batch=batch)
         after, end = run(dataset, train, state)
         assert once(before + after, 40) and (len(after), end.step) == (steps, 5 + steps)
-        assert Course.of(train, dataset, state).notes == [
+        assert StreamRange.of(train, dataset, state).notes == [
             "train.global_batch was 4 up to step 5: the data goes on after 0.50 passes"
         ]
     # By steps as well, whose number stays.
@@ -140,7 +145,7 @@ def test_a_checkpoint_without_a_position_stood_at_step_times_its_batch() -> None
     # One that had finished, with more than its passes, has finished.
     small, train = make_dataset([3] * 9), TrainConfig(epochs=1, global_batch=32)
     finished = state_of(small, Progress(step=1, samples=32, epoch=32 / 9), train, position=None)
-    assert Course.of(train, small, finished).steps == 1
+    assert StreamRange.of(train, small, finished).steps == 1
     assert old.model_copy(update={"config": {}}).stream_position == 12, "nothing better is known"
     assert old.model_copy(update={"updates": None}).updates_made == old.step == 5
 
@@ -149,15 +154,15 @@ def test_other_data_is_read_from_its_beginning() -> None:
     dataset, other = make_dataset([3] * 12), make_dataset([4] * 15)
     train = TrainConfig(epochs=1, global_batch=4)
     _, state = run(dataset, train, None, 2)
-    course = Course.of(train, other, state)
-    assert course.notes == [
+    stream_range = StreamRange.of(train, other, state)
+    assert stream_range.notes == [
         "data.train is another than up to step 2: it is read from its beginning, and passes are counted anew"
     ]
     after, end = run(other, train, state)
     assert once(after, 15) and (end.step, end.epoch, end.samples) == (2 + 4, 1.0, 8 + 15)
     # Stopped within it and gone on with, it is what it was.
     within, then = run(other, train, state, 4)
-    assert within + run(other, train, then)[0] == after and Course.of(train, other, then).notes == ()
+    assert within + run(other, train, then)[0] == after and StreamRange.of(train, other, then).notes == ()
 
 
 def test_another_seed_begins_the_pass_again() -> None:
@@ -166,14 +171,14 @@ def test_another_seed_begins_the_pass_again() -> None:
     other = TrainConfig(epochs=3, global_batch=4, seed=7)
     after, end = run(dataset, other, state)
     assert once(after, 12, passes=2) and end.epoch == 3
-    assert "pass 2 over the data begins again in a new order" in Course.of(other, dataset, state).notes[0]
+    assert "pass 2 over the data begins again in a new order" in StreamRange.of(other, dataset, state).notes[0]
 
 
 def test_a_run_that_ends_before_its_checkpoint_is_seen() -> None:
     dataset = make_dataset([3] * 12)
     _, state = run(dataset, TrainConfig(epochs=3, global_batch=4), None, 5)
-    assert Course.of(TrainConfig(epochs=1, global_batch=4), dataset, state).steps < 5
-    assert Course.of(TrainConfig(epochs=4, global_batch=4), dataset, state).steps == 12
+    assert StreamRange.of(TrainConfig(epochs=1, global_batch=4), dataset, state).steps < 5
+    assert StreamRange.of(TrainConfig(epochs=4, global_batch=4), dataset, state).steps == 12
 
 
 @pytest.mark.parametrize(
@@ -182,5 +187,5 @@ def test_a_run_that_ends_before_its_checkpoint_is_seen() -> None:
 )
 def test_a_step_of_more_than_a_pass_is_said(length: dict[str, int], batch: int, said: bool) -> None:
     dataset, train = make_dataset([3] * 9), TrainConfig(**length, global_batch=batch)
-    notes = note_on_batch(train, len(dataset), Course.of(train, dataset, None))
+    notes = note_on_batch(train, len(dataset), StreamRange.of(train, dataset, None))
     assert bool(notes) == said and all("is more than the 9 samples" in note for note in notes)
