@@ -245,7 +245,7 @@ class Bench:
         theta = attach()
         shapes = theta.all_shapes()
         values = {name: torch.empty(s).normal_(0, SPREAD, generator=_generator(name)) for name, s in shapes.items()}
-        theta.spread(values, self.topology.place)
+        theta.set_from_whole(values, self.topology.coordinates)
         after = [Part(owner, name, getattr(owner, name)) for owner, name in slots]
         parts = [new for old, new in zip(before, after, strict=True) if new.value is not old.value]
         for part in before:

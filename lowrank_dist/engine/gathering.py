@@ -17,8 +17,8 @@ from lowrank_dist.checkpoint.training_state import KINDS
 from lowrank_dist.engine.zero import ZeroOptimiser
 from lowrank_dist.errors import UserError
 from lowrank_dist.parallel.collectives import digest
-from lowrank_dist.parallel.coordinates import Place
-from lowrank_dist.parallel.theta import Theta, gather, is_sharded
+from lowrank_dist.parallel.coordinates import RankCoordinates
+from lowrank_dist.parallel.theta import Theta, copy_to_whole, is_sharded
 from lowrank_dist.parallel.topology import Topology
 
 # Elements of unsharded Θ that rank 0 holds at a time; more where one parameter is larger. Low-rank Θ is mostly smaller.
@@ -33,13 +33,13 @@ class Gathering:
 
     def __init__(self, theta: Theta, optimiser: ZeroOptimiser, topology: Topology) -> None:
         self._theta, self._topology = theta, topology
-        self._places = [topology.grid.place(rank) for rank in range(topology.grid.world)]
+        self._coordinates = [topology.grid.coordinates(rank) for rank in range(topology.grid.world)]
         self._batches = theta.batches(BATCH_ELEMENTS)
         own = torch.tensor(optimiser.fragments(), dtype=torch.int64)
         tables = [torch.empty_like(own) for _ in range(topology.world_group.size())]
         dist.all_gather(tables, own, group=topology.host_group)
         # For each rank, in order: (number of the parameter, first element, number of elements).
-        self._held = [
+        self._fragments = [
             [(number, start, count) for number, (start, count) in enumerate(table.tolist()) if count]
             for table in tables
         ]
@@ -76,12 +76,19 @@ class Gathering:
 
     def _sends(self, rank: int, batch: Sequence[int]) -> list[tuple[int, int, int]]:
         """Return the fragments of the parameters in `batch` that `rank` sends."""
-        place, trained = self._places[rank], self._theta.trained
-        return [held for held in self._held[rank] if held[0] in batch and trained[held[0]].is_sent_by(place)]
+        coordinates, trained = self._coordinates[rank], self._theta.trained
+        return [
+            fragment
+            for fragment in self._fragments[rank]
+            if fragment[0] in batch and trained[fragment[0]].is_sent_by(coordinates)
+        ]
 
     def _pieces(self, rank: int, snapshot: Tensor) -> dict[int, Tensor]:
-        counts = [count for *_, count in self._held[rank]]
-        return {held[0]: piece for held, piece in zip(self._held[rank], snapshot.split(counts, dim=1), strict=True)}
+        counts = [count for *_, count in self._fragments[rank]]
+        return {
+            fragment[0]: piece
+            for fragment, piece in zip(self._fragments[rank], snapshot.split(counts, dim=1), strict=True)
+        }
 
     def _digest(self, snapshot: Tensor) -> Tensor:
         pieces = self._pieces(self._topology.world_group.rank(), snapshot)
@@ -101,23 +108,23 @@ class Gathering:
 
     def _join(self, batch: Sequence[int], received: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
         trained, kinds = self._theta.trained, range(len(KINDS))
-        # (parameter, shard) → the fragments that its data-parallel replicas sent, and the place of one of them.
+        # (parameter, shard) → the fragments that its data-parallel replicas sent, and the coordinates of one of them.
         fragments: dict[tuple[int, tuple[int, int]], list[tuple[int, Tensor]]] = {}
-        places: dict[tuple[int, tuple[int, int]], Place] = {}
+        coordinates_of: dict[tuple[int, tuple[int, int]], RankCoordinates] = {}
         for rank, tensors in enumerate(received):
             for (number, start, _), piece in zip(self._sends(rank, batch), tensors, strict=True):
-                key = number, trained[number].shard(self._places[rank])
+                key = number, trained[number].shard_key(self._coordinates[rank])
                 fragments.setdefault(key, []).append((start, piece))
-                places[key] = self._places[rank]
+                coordinates_of[key] = self._coordinates[rank]
         whole = {
             name: torch.zeros(len(KINDS), *shape) for number in batch for name, shape in trained[number].shapes.items()
         }
         of_kind = [{name: tensor[kind] for name, tensor in whole.items()} for kind in kinds]
-        for (number, shard), found in fragments.items():
-            held = trained[number].held(places[number, shard])
+        for (number, shard_key), found in fragments.items():
+            local_shard = trained[number].shard_at(coordinates_of[number, shard_key])
             # Together the fragments of all data-parallel ranks cover the parameter without a gap.
             parts = [piece for _, piece in sorted(found, key=itemgetter(0))]
-            local = torch.cat(parts, dim=1).view(len(KINDS), *held.shape)
+            local = torch.cat(parts, dim=1).view(len(KINDS), *local_shard.shape)
             for kind in kinds:
-                gather(held.pieces, local[kind], of_kind[kind])
+                copy_to_whole(local_shard.slices, local[kind], of_kind[kind])
         return whole

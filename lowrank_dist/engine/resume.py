@@ -24,7 +24,7 @@ from lowrank_dist.formats.manifest import OPTIMIZER_FILE
 from lowrank_dist.formats.paths import resolve_link
 from lowrank_dist.formats.provenance import fingerprint
 from lowrank_dist.methods.registry import home
-from lowrank_dist.parallel.theta import Theta, scatter
+from lowrank_dist.parallel.theta import Theta, copy_from_whole
 from lowrank_dist.parallel.topology import Topology
 
 # Keys that a resumed run may change freely: it still trains the same Θ on the same samples. Data files and base are
@@ -212,7 +212,7 @@ def restore(
     This works at any topology and ZeRO stage. Rank 0 reads and broadcasts a few tensors at a time, so other nodes need
     not see the run folder. Raises UserError on every rank for a file that cannot be read or does not fit.
     """
-    shapes, place = theta.all_shapes(), topology.place
+    shapes, coordinates = theta.all_shapes(), topology.coordinates
     opened: list[OptimizerReader] = []
 
     def open_file() -> None:
@@ -234,10 +234,10 @@ def restore(
         for tensor in whole.values():
             dist.broadcast(tensor, 0, group=topology.host_group)
         for number in batch:
-            parameter, pieces = theta.trained[number].parameter, theta.trained[number].held(place).pieces
+            parameter, slices = theta.trained[number].parameter, theta.trained[number].shard_at(coordinates).slices
             values = torch.zeros(len(KINDS), *parameter.shape, device=parameter.device)
             for kind in range(len(KINDS)):
-                scatter(pieces, {name: tensor[kind] for name, tensor in whole.items()}, values[kind])
+                copy_from_whole(slices, {name: tensor[kind] for name, tensor in whole.items()}, values[kind])
             optimiser.restore(number, values)
     optimiser.restored(resumption.state.updates_made)
     theta.refresh()

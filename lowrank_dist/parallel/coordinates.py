@@ -1,6 +1,6 @@
 """Coordinates of a rank in the parallel layout, as pure functions of its number.
 
-They decide which pieces of Θ a rank holds. A dense piece is keyed by (tp, pp, dp), a piece of an expert by
+They decide which slices of Θ a rank holds. A dense slice is keyed by (tp, pp, dp), a slice of an expert by
 (ep, expert_dp, pp). Ranks are numbered as Megatron numbers them (order tp-ep-dp-pp): tensor-parallel ranks are
 neighbours, pipeline stages furthest apart. An expert lies whole on a rank; ranks that hold shards of the same dense
 tensors hold different experts.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class DenseCoordinate(NamedTuple):
-    """Coordinate of the dense pieces of a pipeline stage `pp`: cut over `tp`, copied over `dp`."""
+    """Coordinate of the dense slices of a pipeline stage `pp`: cut over `tp`, copied over `dp`."""
 
     tp: int
     pp: int
@@ -21,14 +21,14 @@ class DenseCoordinate(NamedTuple):
 
 
 class ExpertCoordinate(NamedTuple):
-    """Coordinate of the expert pieces of a pipeline stage `pp`: spread over `ep`, copied over `expert_dp`."""
+    """Coordinate of the expert slices of a pipeline stage `pp`: spread over `ep`, copied over `expert_dp`."""
 
     ep: int
     expert_dp: int
     pp: int
 
 
-class Place(NamedTuple):
+class RankCoordinates(NamedTuple):
     """Both coordinates of a rank."""
 
     dense: DenseCoordinate
@@ -57,20 +57,20 @@ class Grid:
         return self.tensor * self.data * self.pipeline
 
     def dense(self, rank: int) -> DenseCoordinate:
-        """Return the coordinate of the rank's dense pieces."""
+        """Return the coordinate of the rank's dense slices."""
         stage, inside = divmod(self._checked(rank), self.tensor * self.data)
         dp, tp = divmod(inside, self.tensor)
         return DenseCoordinate(tp, stage, dp)
 
     def experts(self, rank: int) -> ExpertCoordinate:
-        """Return the coordinate of the rank's expert pieces."""
+        """Return the coordinate of the rank's expert slices."""
         stage, inside = divmod(self._checked(rank), self.tensor * self.data)
         expert_dp, ep = divmod(inside, self.expert)
         return ExpertCoordinate(ep, expert_dp, stage)
 
-    def place(self, rank: int) -> Place:
+    def coordinates(self, rank: int) -> RankCoordinates:
         """Return both coordinates."""
-        return Place(self.dense(rank), self.experts(rank))
+        return RankCoordinates(self.dense(rank), self.experts(rank))
 
     def _checked(self, rank: int) -> int:
         assert 0 <= rank < self.world, f"{rank} is none of {self.world} ranks"

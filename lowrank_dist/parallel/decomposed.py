@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lowrank_dist.parallel.collectives import all_reduce
-from lowrank_dist.parallel.coordinates import Place
+from lowrank_dist.parallel.coordinates import RankCoordinates
 from lowrank_dist.parallel.factors import FactorMap, FactorShard, LowRankFactors
 from lowrank_dist.parallel.frozen import FrozenWeight
 from lowrank_dist.parallel.linear import LowRankLinear
-from lowrank_dist.parallel.theta import Held, Piece, Trained, mark
+from lowrank_dist.parallel.theta import LocalShard, TensorSlice, TrainedParameter, mark
 
 # Elements of a weight or of outputs that are processed in fp32 at a time.
 _CHUNK_ELEMENTS = 2**22
@@ -110,22 +110,26 @@ class DecomposedFactors(LowRankFactors):
         gradient[: self.covered.numel()] = total[self.covered] / self.norm
         return gradient
 
-    def trained(self, everywhere: FactorMap) -> tuple[Trained, ...]:
+    def trained(self, factor_map: FactorMap) -> tuple[TrainedParameter, ...]:
         """Return A, B and the magnitudes, stored as `<module path>.lora_magnitude_vector` [out]."""
         whole = {
             f"{shard.name}.lora_magnitude_vector": (rows,)
-            for shard, (rows, _) in zip(self.shards, everywhere.shapes, strict=True)
+            for shard, (rows, _) in zip(self.shards, factor_map.shapes, strict=True)
         }
-        return *super().trained(everywhere), Trained(self.magnitude, whole, partial(_held_magnitude, everywhere))
+        return *super().trained(factor_map), TrainedParameter(
+            self.magnitude, whole, partial(_shard_of_magnitude, factor_map)
+        )
 
 
-def _held_magnitude(everywhere: FactorMap, place: Place) -> Held:
-    pieces, first = [], 0
-    for shard in everywhere.shards(place.dense.tp):
+def _shard_of_magnitude(factor_map: FactorMap, coordinates: RankCoordinates) -> LocalShard:
+    slices, first = [], 0
+    for shard in factor_map.shards(coordinates.dense.tp):
         part = slice(first, first + len(shard.factor_rows))
-        pieces.append(Piece(f"{shard.name}.lora_magnitude_vector", (list(shard.factor_rows),), partial(_part, part)))
+        slices.append(
+            TensorSlice(f"{shard.name}.lora_magnitude_vector", (list(shard.factor_rows),), partial(_part, part))
+        )
         first = part.stop
-    return Held((max(1, first),), tuple(pieces))
+    return LocalShard((max(1, first),), tuple(slices))
 
 
 def _part(part: slice, local: Tensor) -> Tensor:

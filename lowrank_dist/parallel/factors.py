@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_dist.ops.mask import Mask
-from lowrank_dist.parallel.coordinates import Place
-from lowrank_dist.parallel.theta import Held, Piece, Trained, is_sharded, mark
+from lowrank_dist.parallel.coordinates import RankCoordinates
+from lowrank_dist.parallel.theta import LocalShard, TensorSlice, TrainedParameter, is_sharded, mark
 from lowrank_dist.parallel.update import LowRankUpdate
 
 
@@ -142,40 +142,40 @@ class LowRankFactors(LowRankUpdate):
         packed[: self.position.numel()] = dense_RO.reshape(-1)[self.position].to(packed.dtype)
         return (packed,)
 
-    def trained(self, everywhere: FactorMap) -> tuple[Trained, ...]:
+    def trained(self, factor_map: FactorMap) -> tuple[TrainedParameter, ...]:
         """Return A and B as parts of Θ, stored as `<module path>.lora_A` [r, in] and `.lora_B` [out, r]."""
         names = [shard.name for shard in self.shards]
         whole_a = {
-            f"{name}.lora_A": (rank, everywhere.in_features)
-            for name, (_, rank) in zip(names, everywhere.shapes, strict=True)
+            f"{name}.lora_A": (rank, factor_map.in_features)
+            for name, (_, rank) in zip(names, factor_map.shapes, strict=True)
         }
-        whole_b = {f"{name}.lora_B": shape for name, shape in zip(names, everywhere.shapes, strict=True)}
+        whole_b = {f"{name}.lora_B": shape for name, shape in zip(names, factor_map.shapes, strict=True)}
         return (
-            Trained(self.lora_A, whole_a, partial(self._held_a, everywhere)),
-            Trained(self.lora_B, whole_b, partial(self._held_b, everywhere)),
+            TrainedParameter(self.lora_A, whole_a, partial(self._shard_of_a, factor_map)),
+            TrainedParameter(self.lora_B, whole_b, partial(self._shard_of_b, factor_map)),
         )
 
-    def _held_a(self, everywhere: FactorMap, place: Place) -> Held:
-        """Return the pieces of A at `place`. A is cut by columns where the linear is row-parallel."""
+    def _shard_of_a(self, factor_map: FactorMap, coordinates: RankCoordinates) -> LocalShard:
+        """Return the slices of A at `coordinates`. A is cut by columns where the linear is row-parallel."""
         columns = slice(None)
         if is_sharded(self.lora_A):
             k = self.lora_A.size(1)
-            columns = slice(place.dense.tp * k, (place.dense.tp + 1) * k)
-        shards = everywhere.shards(place.dense.tp)
-        pieces = (
-            Piece(f"{shard.name}.lora_A", (slice(None), columns), partial(a_of, shards, index))
+            columns = slice(coordinates.dense.tp * k, (coordinates.dense.tp + 1) * k)
+        shards = factor_map.shards(coordinates.dense.tp)
+        slices = (
+            TensorSlice(f"{shard.name}.lora_A", (slice(None), columns), partial(a_of, shards, index))
             for index, shard in enumerate(shards)
         )
-        return Held(tuple(self.lora_A.shape), tuple(pieces))
+        return LocalShard(tuple(self.lora_A.shape), tuple(slices))
 
-    def _held_b(self, everywhere: FactorMap, place: Place) -> Held:
-        """Return the pieces of B at `place`. A rank may hold any subset of B's rows."""
-        shards = everywhere.shards(place.dense.tp)
-        pieces = (
-            Piece(f"{shard.name}.lora_B", (list(shard.factor_rows),), partial(b_of, shards, index))
+    def _shard_of_b(self, factor_map: FactorMap, coordinates: RankCoordinates) -> LocalShard:
+        """Return the slices of B at `coordinates`. A rank may hold any subset of B's rows."""
+        shards = factor_map.shards(coordinates.dense.tp)
+        slices = (
+            TensorSlice(f"{shard.name}.lora_B", (list(shard.factor_rows),), partial(b_of, shards, index))
             for index, shard in enumerate(shards)
         )
-        return Held((max(1, b_elements(shards)),), tuple(pieces))
+        return LocalShard((max(1, b_elements(shards)),), tuple(slices))
 
     def _scale(self, mask: Mask | None) -> Tensor:
         return self.scale[:, None] if mask is None else (self.scale * mask.scale)[:, None]

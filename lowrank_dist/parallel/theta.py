@@ -1,7 +1,7 @@
 """The trained parameters Θ on the ranks, and the map between them and the stored tensors.
 
 One map serves initialisation, checkpoints and resumption of every method: a tensor is stored whole, and any rank of any
-layout takes its pieces from it.
+layout takes its slices from it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank_dist.parallel.coordinates import Place
+from lowrank_dist.parallel.coordinates import RankCoordinates
 from lowrank_dist.parallel.masks import MaskSource
 
 Index = tuple[slice | list[int], ...]
@@ -23,7 +23,7 @@ ALL: Index = (slice(None),)
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorSlice:
     """A part of one stored tensor in one parameter: `whole[index]` equals `view(local)`.
 
     view: maps the parameter, or a tensor shaped like it (its fp32 master, an optimizer moment), to a view of the part.
@@ -34,42 +34,42 @@ class Piece:
     view: Callable[[Tensor], Tensor]
 
 
-def all_of(tensor: str) -> Piece:
-    """Return the piece of a parameter that holds the whole stored tensor."""
-    return Piece(tensor, ALL, lambda local: local)
+def whole_tensor(tensor: str) -> TensorSlice:
+    """Return the slice of a parameter that holds the whole stored tensor."""
+    return TensorSlice(tensor, ALL, lambda local: local)
 
 
 @dataclass(frozen=True)
-class Held:
-    """One parameter on one rank: its shape and its pieces. Elements in no piece are padding, which stays zero."""
+class LocalShard:
+    """One parameter on one rank: its shape and its slices. Elements in no slice are padding, which stays zero."""
 
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    slices: tuple[TensorSlice, ...]
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedParameter:
     """One parameter of Θ and its placement on the ranks.
 
-    parameter: this rank's, fp32, `mark`ed. shapes: the stored tensors (name → whole shape) that it holds pieces of on
-    some rank; a stored tensor belongs to one parameter only. held: function from the place of a rank to its share
+    parameter: this rank's, fp32, `mark`ed. shapes: the stored tensors (name → whole shape) that it holds slices of on
+    some rank; a stored tensor belongs to one parameter only. shard_at: function from a rank's coordinates to its share
     there; pure, so any rank can compute it for all. of_expert: it is keyed by the rank's expert coordinate, not the
     dense one.
     """
 
     parameter: nn.Parameter
     shapes: Mapping[str, tuple[int, ...]]
-    held: Callable[[Place], Held]
+    shard_at: Callable[[RankCoordinates], LocalShard]
     of_expert: bool = False
 
-    def shard(self, place: Place) -> tuple[int, int]:
+    def shard_key(self, coordinates: RankCoordinates) -> tuple[int, int]:
         """Return the key that is common to all ranks with the same share (data-parallel replicas)."""
-        dense, expert = place
+        dense, expert = coordinates
         return (expert.ep, expert.pp) if self.of_expert else (dense.tp, dense.pp)
 
-    def is_sent_by(self, place: Place) -> bool:
+    def is_sent_by(self, coordinates: RankCoordinates) -> bool:
         """Return whether a rank's share goes into a checkpoint: of copies, only the first shard's does."""
-        return is_sharded(self.parameter) or self.shard(place)[0] == 0
+        return is_sharded(self.parameter) or self.shard_key(coordinates)[0] == 0
 
 
 def _nothing() -> None:
@@ -84,7 +84,7 @@ class Theta:
     from the parameters. Call it whenever their values have changed, by an optimizer step or a restore. Collective.
     """
 
-    trained: tuple[Trained, ...]
+    trained: tuple[TrainedParameter, ...]
     masks: MaskSource
     refresh: Callable[[], None] = _nothing
 
@@ -102,10 +102,10 @@ class Theta:
         """Return stored name → whole shape."""
         return {name: shape for each in self.trained for name, shape in each.shapes.items()}
 
-    def spread(self, values: Mapping[str, Tensor], place: Place) -> None:
-        """Set every parameter of the rank at `place` from whole tensors, given by stored name. Collective."""
+    def set_from_whole(self, values: Mapping[str, Tensor], coordinates: RankCoordinates) -> None:
+        """Set every parameter of the rank at `coordinates` from whole tensors, given by stored name. Collective."""
         for each in self.trained:
-            scatter(each.held(place).pieces, values, each.parameter)
+            copy_from_whole(each.shard_at(coordinates).slices, values, each.parameter)
         self.refresh()
 
     def batches(self, elements: int) -> list[list[int]]:
@@ -155,14 +155,14 @@ def drawn_by_name(name: str, seed: int, rows: int, columns: int) -> Tensor:
 
 
 @torch.no_grad()
-def scatter(pieces: Iterable[Piece], values: Mapping[str, Tensor], local: Tensor) -> None:
+def copy_from_whole(slices: Iterable[TensorSlice], values: Mapping[str, Tensor], local: Tensor) -> None:
     """Fill a parameter, or a tensor shaped like it, from whole tensors."""
-    for piece in pieces:
-        piece.view(local).copy_(values[piece.tensor][piece.index])
+    for tensor_slice in slices:
+        tensor_slice.view(local).copy_(values[tensor_slice.tensor][tensor_slice.index])
 
 
 @torch.no_grad()
-def gather(pieces: Iterable[Piece], local: Tensor, values: Mapping[str, Tensor]) -> None:
-    """Copy one rank's pieces into whole tensors: the inverse of `scatter`."""
-    for piece in pieces:
-        values[piece.tensor][piece.index] = piece.view(local)
+def copy_to_whole(slices: Iterable[TensorSlice], local: Tensor, values: Mapping[str, Tensor]) -> None:
+    """Copy one rank's slices into whole tensors: the inverse of `copy_from_whole`."""
+    for tensor_slice in slices:
+        values[tensor_slice.tensor][tensor_slice.index] = tensor_slice.view(local)

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 
 from lowrank_dist.errors import UserError
 from lowrank_dist.parallel.collectives import host_names
-from lowrank_dist.parallel.coordinates import Grid, Place
+from lowrank_dist.parallel.coordinates import Grid, RankCoordinates
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Topology:
         return Grid(self.tp_size, self.dp_size)
 
     @property
-    def place(self) -> Place:
-        """The coordinates of this rank, which decide its pieces of Θ."""
-        return self.grid.place(self.world_group.rank())
+    def coordinates(self) -> RankCoordinates:
+        """The coordinates of this rank, which decide its slices of Θ."""
+        return self.grid.coordinates(self.world_group.rank())
 
     @classmethod
     def build(

@@ -123,7 +123,7 @@ def build(setting: MethodSetting) -> Built:
         values = values_away(theta.all_shapes())
         if setting.broken == "heads":
             values["prefix"] = values["prefix"].flip(3)
-        theta.spread(values, topology.place)
+        theta.set_from_whole(values, topology.coordinates)
     if setting.broken == "qk_norm":
         for name, parameter in model.named_parameters():
             if "q_layernorm" in name or "k_layernorm" in name:
@@ -140,14 +140,14 @@ def build(setting: MethodSetting) -> Built:
 
 def whole(built: Built, select: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
     """Stored tensors from every rank's parameters, copies as this rank has them. Collective."""
-    from lowrank_dist.parallel.theta import gather
+    from lowrank_dist.parallel.theta import copy_to_whole
 
     theta, topology = built.theta, built.topology
     found = {}
     for trained in theta.trained:
         parameter = trained.parameter
         values = {name: torch.zeros(shape) for name, shape in trained.shapes.items()}
-        gather(trained.held(topology.place).pieces, select(parameter).detach().float().cpu(), values)
+        copy_to_whole(trained.shard_at(topology.coordinates).slices, select(parameter).detach().float().cpu(), values)
         for name, value in values.items():
             if parameter.tensor_model_parallel:
                 value = value.to(ranks.device())

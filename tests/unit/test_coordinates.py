@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from megatron.core.parallel_state import RankGenerator
 from torch import nn
 
-from lowrank_dist.parallel.coordinates import Grid, Place
-from lowrank_dist.parallel.theta import Held, Trained, mark
+from lowrank_dist.parallel.coordinates import Grid, RankCoordinates
+from lowrank_dist.parallel.theta import LocalShard, TrainedParameter, mark
 
 ORDER = "tp-cp-ep-dp-pp"
 GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3)).flatmap(
@@ -46,7 +46,7 @@ def test_groups_are_megatrons(grid: Grid) -> None:
         ("pp", experts, lambda rank: grid.experts(rank)._replace(pp=0)),
     ):
         assert groups(grid, key) == sorted(megatrons.get_ranks(name)), name
-    assert len({grid.place(rank) for rank in range(grid.world)}) == grid.world
+    assert len({grid.coordinates(rank) for rank in range(grid.world)}) == grid.world
 
 
 def test_a_coordinate_counts_its_own_group() -> None:
@@ -56,9 +56,9 @@ def test_a_coordinate_counts_its_own_group() -> None:
     assert [grid.experts(rank) for rank in (1, 3, 4, 15)] == [(1, 0, 0), (3, 0, 0), (0, 1, 0), (3, 1, 1)]
 
 
-def trained(sharded: bool, of_expert: bool) -> Trained:
+def trained(sharded: bool, of_expert: bool) -> TrainedParameter:
     parameter = mark(nn.Parameter(torch.zeros(1)), sharded=sharded, partial=not sharded)
-    return Trained(parameter, {}, lambda place: Held((1,), ()), of_expert)
+    return TrainedParameter(parameter, {}, lambda coordinates: LocalShard((1,), ()), of_expert)
 
 
 @settings(max_examples=100, deadline=None)
@@ -66,20 +66,20 @@ def trained(sharded: bool, of_expert: bool) -> Trained:
 def test_every_shard_is_sent_by_its_replicas_alone(grid: Grid, sharded: bool, of_expert: bool) -> None:
     """What a checkpoint takes up: each shard of a cut parameter, one of several copies, from all of its replicas."""
     each, senders = trained(sharded, of_expert), {}
-    for place in map(grid.place, range(grid.world)):
-        if each.is_sent_by(place):
-            senders.setdefault(each.shard(place), set()).add(place)
+    for coordinates in map(grid.coordinates, range(grid.world)):
+        if each.is_sent_by(coordinates):
+            senders.setdefault(each.shard_key(coordinates), set()).add(coordinates)
     across = (grid.expert if of_expert else grid.tensor) if sharded else 1
     assert len(senders) == across * grid.pipeline
     replicas = grid.tensor * grid.data // grid.expert if of_expert else grid.data
-    assert all(len(places) == replicas for places in senders.values())
+    assert all(len(senders_of_shard) == replicas for senders_of_shard in senders.values())
 
 
 @pytest.mark.parametrize("rank", [-1, 8])
 def test_a_rank_that_is_not_there(rank: int) -> None:
     with pytest.raises(AssertionError, match="none of 8 ranks"):
-        Grid(2, 4).place(rank)
+        Grid(2, 4).coordinates(rank)
 
 
 def test_the_place_of_one_process() -> None:
-    assert Grid(1, 1).place(0) == Place((0, 0, 0), (0, 0, 0))
+    assert Grid(1, 1).coordinates(0) == RankCoordinates((0, 0, 0), (0, 0, 0))

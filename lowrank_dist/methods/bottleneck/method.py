@@ -34,9 +34,18 @@ from lowrank_dist.methods.files import Collected
 from lowrank_dist.methods.method import Setting
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.collectives import enter_parallel_region, leave_parallel_region
-from lowrank_dist.parallel.coordinates import Place
+from lowrank_dist.parallel.coordinates import RankCoordinates
 from lowrank_dist.parallel.masks import MaskSource
-from lowrank_dist.parallel.theta import ALL, Held, Index, Piece, Theta, Trained, drawn_by_name, mark
+from lowrank_dist.parallel.theta import (
+    ALL,
+    Index,
+    LocalShard,
+    TensorSlice,
+    Theta,
+    TrainedParameter,
+    drawn_by_name,
+    mark,
+)
 from lowrank_dist.parallel.topology import Topology
 
 _NORM_EPS = 1e-5
@@ -137,7 +146,7 @@ class Adapters:
                 getattr(module, _PLACES[place]).adapter = bottleneck
                 built.append((layer, place, bottleneck))
         theta = self._theta(built, size)
-        theta.spread(self._initial(theta.all_shapes()), topology.place)
+        theta.set_from_whole(self._initial(theta.all_shapes()), topology.coordinates)
         return theta
 
     def _theta(self, built: list[tuple[int, str, Bottleneck]], size: int) -> Theta:
@@ -145,8 +154,8 @@ class Adapters:
         for layer, place, bottleneck in built:
             stored = stored_shapes(self._config, layer, place).items()
             for parameter, (name, shape) in zip(bottleneck.parameters(), stored, strict=True):
-                held = partial(_held, name, shape, tuple(parameter.shape), size)
-                trained.append(Trained(parameter, {name: shape}, held))
+                shard_at = partial(_shard_at, name, shape, tuple(parameter.shape), size)
+                trained.append(TrainedParameter(parameter, {name: shape}, shard_at))
         return Theta(tuple(trained), MaskSource(self._seed, 0))
 
     def _initial(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -186,11 +195,13 @@ def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology
     # Both placements compute the same function, so a width that the ranks do not divide is replicated, not refused.
     placement: Placement = "replicated" if found.config.bottleneck % topology.tp_size else "sharded"
     theta = Adapters(found.config, placement, 0).attach(model, topology, resumed=True)
-    theta.spread(found.tensors, topology.place)
+    theta.set_from_whole(found.tensors, topology.coordinates)
 
 
-def _held(name: str, shape: tuple[int, ...], local: tuple[int, ...], size: int, place: Place) -> Held:
-    return Held(local, (Piece(name, _index(name, shape, place.dense.tp, size), lambda part: part),))
+def _shard_at(
+    name: str, shape: tuple[int, ...], local: tuple[int, ...], size: int, coordinates: RankCoordinates
+) -> LocalShard:
+    return LocalShard(local, (TensorSlice(name, _index(name, shape, coordinates.dense.tp, size), lambda part: part),))
 
 
 def _index(name: str, shape: tuple[int, ...], tp_rank: int, size: int) -> Index:

@@ -17,9 +17,9 @@ from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.methods.full.files import WholeModelFiles
 from lowrank_dist.methods.method import Setting
 from lowrank_dist.model.causal_lm import CausalLM
-from lowrank_dist.parallel.coordinates import Place
+from lowrank_dist.parallel.coordinates import RankCoordinates
 from lowrank_dist.parallel.masks import MaskSource
-from lowrank_dist.parallel.theta import Held, Piece, Theta, Trained, mark
+from lowrank_dist.parallel.theta import LocalShard, TensorSlice, Theta, TrainedParameter, mark
 from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.sections.section import MethodSection
 
@@ -50,16 +50,20 @@ class FullFineTuning:
 
         plans_here = cache(plans)
 
-        def held(name: str, place: Place) -> Held:
-            plan = plans_here(place.dense.tp)[name]
-            return Held(plan.shape, tuple(Piece(copy.hf, copy.hf_index, partial(_view, copy)) for copy in plan.copies))
+        def shard_at(name: str, coordinates: RankCoordinates) -> LocalShard:
+            plan = plans_here(coordinates.dense.tp)[name]
+            return LocalShard(
+                plan.shape, tuple(TensorSlice(copy.hf, copy.hf_index, partial(_view, copy)) for copy in plan.copies)
+            )
 
         shapes, trained = hf_shapes(architecture), []
         # Iterate over the plan of a single rank, which has a part of every tensor.
         for name, plan in plans(0, 1).items():
             partial_grad = size > 1 and not plan.cut and _is_partial(name, topology.sequence_parallel)
             parameter = mark(_trained(model, name), sharded=plan.cut and size > 1, partial=partial_grad)
-            trained.append(Trained(parameter, {copy.hf: shapes[copy.hf] for copy in plan.copies}, partial(held, name)))
+            trained.append(
+                TrainedParameter(parameter, {copy.hf: shapes[copy.hf] for copy in plan.copies}, partial(shard_at, name))
+            )
         theta = Theta(tuple(trained), MaskSource(self._seed, 0))
         self._shapes = theta.all_shapes()
         return theta

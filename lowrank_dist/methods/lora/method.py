@@ -60,7 +60,9 @@ class Lora:
         lanes = wanted(setting.lanes, next(model.parameters()).device.type)
         theta = _attach(model, self._placements, topology, masks, setting.seed, lanes=lanes, dora=self._section.dora)
         if start is not None and not resumed:
-            theta.spread(stored_tensors(initial_factors(start, self._placements, setting.base)), topology.place)
+            theta.set_from_whole(
+                stored_tensors(initial_factors(start, self._placements, setting.base)), topology.coordinates
+            )
         return theta
 
     def files(self, folder: Path, provenance: Provenance, *, trained: bool) -> Collected:
@@ -91,7 +93,7 @@ def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology
     placements = place(model.architecture, rules_of(adapter, model.architecture))
     factors = factors_for(folder, adapter, placements, base)
     theta = _attach(model, placements, topology, MaskSource(0, 0), 0, lanes=False, dora=adapter.dora)
-    theta.spread(stored_tensors(factors), topology.place)
+    theta.set_from_whole(stored_tensors(factors), topology.coordinates)
 
 
 def _attach(

@@ -30,9 +30,9 @@ from lowrank_dist.methods.prompt_files import (
     write_prompt_learning,
 )
 from lowrank_dist.model.causal_lm import CausalLM
-from lowrank_dist.parallel.coordinates import Place
+from lowrank_dist.parallel.coordinates import RankCoordinates
 from lowrank_dist.parallel.masks import MaskSource
-from lowrank_dist.parallel.theta import ALL, Held, Index, Piece, Theta, Trained, all_of, mark
+from lowrank_dist.parallel.theta import ALL, Index, LocalShard, TensorSlice, Theta, TrainedParameter, mark, whole_tensor
 from lowrank_dist.parallel.topology import Topology
 
 KEYS_VALUES = "prefix"
@@ -66,9 +66,9 @@ class Prefix(nn.Module):
         self._size = group.size()
         self._cut = kv_heads % self._size == 0
         self._heads, self._rank = kv_heads, group.rank()
-        held = kv_heads // self._size if self._cut else kv_heads
+        local_heads = kv_heads // self._size if self._cut else kv_heads
         self._whole = (layers, 2, kv_heads, head_dim)
-        local = (layers, 2, held, head_dim)
+        local = (layers, 2, local_heads, head_dim)
         alone = self._size == 1
 
         def parameter(*shape: int, sharded: bool) -> nn.Parameter:
@@ -102,7 +102,7 @@ class Prefix(nn.Module):
             found = found[:, :, :, own : own + 1]
         return found.permute(1, 2, 3, 0, 4)
 
-    def trained(self) -> tuple[Trained, ...]:
+    def trained(self) -> tuple[TrainedParameter, ...]:
         """Return each parameter with the name and shape of its stored tensor."""
         stored: tuple[tuple[str, tuple[int, ...]], ...]
         if self._width is None:
@@ -116,14 +116,14 @@ class Prefix(nn.Module):
                 (OUTPUT_BIAS, self._whole),
             )
         return tuple(
-            Trained(parameter, {name: shape}, partial(self._held, name, tuple(parameter.shape)))
+            TrainedParameter(parameter, {name: shape}, partial(self._shard_at, name, tuple(parameter.shape)))
             for parameter, (name, shape) in zip(self.parameters(), stored, strict=True)
         )
 
-    def _held(self, name: str, local: tuple[int, ...], place: Place) -> Held:
+    def _shard_at(self, name: str, local: tuple[int, ...], coordinates: RankCoordinates) -> LocalShard:
         if not self._cut:
-            return Held(local, (all_of(name),))
-        return Held(local, (Piece(name, self._heads_of(name, place.dense.tp), lambda part: part),))
+            return LocalShard(local, (whole_tensor(name),))
+        return LocalShard(local, (TensorSlice(name, self._heads_of(name, coordinates.dense.tp), lambda part: part),))
 
     def _heads_of(self, name: str, tp_rank: int) -> Index:
         before = {KEYS_VALUES: 3, OUTPUT: 2, OUTPUT_BIAS: 2}.get(name)
@@ -175,7 +175,7 @@ class PrefixTuning:
         )
         model.prefix = prefix
         theta = Theta(prefix.trained(), MaskSource(self._seed, 0))
-        theta.spread(self._initial(theta.all_shapes()), topology.place)
+        theta.set_from_whole(self._initial(theta.all_shapes()), topology.coordinates)
         return theta
 
     def _initial(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -224,4 +224,4 @@ def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology
     length = found.embeddings.size(0)
     theta = PrefixTuning(length, None, architecture, str(folder), 0).attach(model, topology, resumed=True)
     shape = (length, len(architecture.layers), 2, architecture.kv_heads, architecture.head_dim)
-    theta.spread({KEYS_VALUES: found.embeddings.view(shape)}, topology.place)
+    theta.set_from_whole({KEYS_VALUES: found.embeddings.view(shape)}, topology.coordinates)

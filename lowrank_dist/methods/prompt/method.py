@@ -29,7 +29,7 @@ from lowrank_dist.methods.prompt_files import (
 )
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.masks import MaskSource
-from lowrank_dist.parallel.theta import Held, Theta, Trained, all_of, mark
+from lowrank_dist.parallel.theta import LocalShard, Theta, TrainedParameter, mark, whole_tensor
 from lowrank_dist.parallel.topology import Topology
 
 
@@ -114,8 +114,10 @@ class PromptTuning:
     def attach(self, model: CausalLM, topology: Topology, *, resumed: bool) -> Theta:
         rows = add_virtual_tokens(model, self._initial(model))
         shape = (self.virtual, self._architecture.hidden)
-        held = Held(shape, (all_of(EMBEDDINGS),))
-        return Theta((Trained(rows, {EMBEDDINGS: shape}, lambda place: held),), MaskSource(self._seed, 0))
+        shard = LocalShard(shape, (whole_tensor(EMBEDDINGS),))
+        return Theta(
+            (TrainedParameter(rows, {EMBEDDINGS: shape}, lambda coordinates: shard),), MaskSource(self._seed, 0)
+        )
 
     def _initial(self, model: CausalLM) -> Tensor:
         generator = torch.Generator().manual_seed(self._seed)
