@@ -28,7 +28,7 @@ from lowrank_dist.formats.paths import reading, require_outside
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.formats.text_files import TextFiles, refuse_for_serving, text_files
 from lowrank_dist.methods.files import VLLM, TrainedFiles, own_file
-from lowrank_dist.methods.registry import home_of, reader_of
+from lowrank_dist.methods.registry import method_package_of, method_package_reading
 
 _STEP = re.compile(r"step-([1-9]\d*)", re.ASCII)
 LINKS = ("last", "best")
@@ -158,13 +158,13 @@ def export(source: Path, out: Path, *, target: str | None = None, max_rank: int 
     """
     require_outside(out)
     with reading(source) as found:
-        if home_of(found) is None and (found / "checkpoints").is_dir():
+        if method_package_of(found) is None and (found / "checkpoints").is_dir():
             raise UserError(
                 f"{source} is a run, not a checkpoint: give {source / 'checkpoints' / 'best'} or "
                 f"{source / 'checkpoints' / 'last'}"
             )
         manifest = read_manifest(found) if is_checkpoint(found) else {}
-        published = reader_of(found).files.publish(found, out.name, target=target, max_rank=max_rank)
+        published = method_package_reading(found).files.publish(found, out.name, target=target, max_rank=max_rank)
         if target == VLLM:
             provenance = read_provenance(found)
             base = None if provenance is None or not Path(provenance.base).is_dir() else Path(provenance.base)

@@ -12,7 +12,7 @@ from lowrank_dist.formats.model_folder import open_checkpoint
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, fingerprint, read_provenance
 from lowrank_dist.formats.report import Report, architecture_of_folder, parameters_of
 from lowrank_dist.methods.files import Base, Inspected, own_file
-from lowrank_dist.methods.registry import reader_of
+from lowrank_dist.methods.registry import method_package_reading
 
 _STEP = re.compile(r"step-(\d+)", re.ASCII)
 
@@ -29,7 +29,7 @@ def inspect_trained(folder: Path, base: Path | None = None, *, check_base: bool 
     if is_temporary(folder.resolve()):
         report.problems.append(f"{folder} is what a killed writer left behind: remove it")
     _look_at_manifest(folder, report)
-    inspected = reader_of(folder).files.inspect(folder, report)
+    inspected = method_package_reading(folder).files.inspect(folder, report)
     provenance = _look_at_provenance(folder, report)
     if check_base:
         _look_at_base(folder, base, report, inspected, provenance)

@@ -18,7 +18,7 @@ from lowrank_dist.formats.manifest import is_checkpoint
 from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE
 from lowrank_dist.formats.paths import Removed, reading, real_path, require_copyable, resolve_link
 from lowrank_dist.formats.report import Report, inspect_model
-from lowrank_dist.methods.registry import HOMES, home, home_of
+from lowrank_dist.methods.registry import METHOD_PACKAGES, method_package, method_package_of
 from lowrank_dist.untrusted.files import LONGEST_RECORD, read_lines
 from lowrank_dist.untrusted.json import parse_json
 
@@ -27,7 +27,7 @@ CONFIG, METRICS, CHECKPOINTS, ADAPTER = "config.yaml", "metrics.jsonl", "checkpo
 RUN_ENTRIES = (CONFIG, METRICS, CHECKPOINTS)
 _SHOWN = ("modules", "parameters", "update_norm", "norm")
 _LOOKS = 20  # attempts to read what a running job changes meanwhile
-_ADAPTER_CONFIGS = sorted({each.files.published[0] for each in HOMES if each.files.published})
+_ADAPTER_CONFIGS = sorted({each.files.published[0] for each in METHOD_PACKAGES if each.files.published})
 _MODEL_FILES = ("config.json", SINGLE_FILE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -68,8 +68,8 @@ def _inspect(folder: Path, base: Path | None, read_config: ReadConfig) -> Report
     if base is not None and not base.is_dir():
         raise UserError(f"--base {base}: no such folder: give the Hugging Face folder of the base model")
     # A checkpoint of full fine-tuning is a model folder as well.
-    home = home_of(folder)
-    if home is not None and home.files.published or names & set(_MODEL_FILES) and is_checkpoint(folder):
+    package = method_package_of(folder)
+    if package is not None and package.files.published or names & set(_MODEL_FILES) and is_checkpoint(folder):
         return inspect_trained(folder, base)
     # Two of three entries are enough, so that a run that lost one is still recognised and the loss reported.
     if len(names & set(RUN_ENTRIES)) >= 2:
@@ -214,7 +214,7 @@ def _final(adapter: Path, report: Report) -> str:
     if adapter.exists():
         return "written"
     config = report.facts.get("config")
-    if config is not None and not home(config["method"]).files.published:
+    if config is not None and not method_package(config["method"]).files.published:
         return "none: every checkpoint of full fine-tuning is a model folder"
     return "not written: the run has not finished"
 

@@ -90,9 +90,9 @@ def _with_adapter(request: Request) -> Request:
             "lora.init_from: an adapter is read together with its model: plan a run's YAML file, or give lora.rank and "
             "lora.targets"
         )
-    from lowrank_dist.methods.registry import home
+    from lowrank_dist.methods.registry import method_package
 
-    section = home(config.method).files.complete(config.own_section, config.model.path)
+    section = method_package(config.method).files.complete(config.own_section, config.model.path)
     return replace(request, config=config.with_own_section(section))
 
 

@@ -64,12 +64,12 @@ def merge_command(
 
     from lowrank_dist.merge.merge import merge
     from lowrank_dist.merge.options import OutputFormat, parse_adapter, parse_dtype, parse_shard_size
-    from lowrank_dist.methods.registry import reader_of
+    from lowrank_dist.methods.registry import method_package_reading
 
     # Once, for what is merged and what --verify holds it against.
     adapters = [replace(given, path=resolve_link(given.path)) for given in map(parse_adapter, adapter)]
     for given in adapters:
-        reader_of(given.path).files.refuse_merge(given.path)
+        method_package_reading(given.path).files.refuse_merge(given.path)
     limit = None if shard_size is None else parse_shard_size(shard_size)
     output_format = OutputFormat(limit, parse_dtype(dtype), tokenizer)
     if verify_text is not None and not verify:

@@ -18,7 +18,7 @@ from lowrank_dist.methods.bottleneck.config import AdapterConfig
 from lowrank_dist.methods.lora.config import LoraConfig
 from lowrank_dist.methods.prefix.config import PrefixConfig
 from lowrank_dist.methods.prompt.config import PromptConfig
-from lowrank_dist.methods.registry import HOMES, SECTIONS, home
+from lowrank_dist.methods.registry import METHOD_PACKAGES, SECTIONS, method_package
 from lowrank_dist.model.config import ModelConfig
 from lowrank_dist.parallel.config import ParallelConfig
 from lowrank_dist.sections.scalars import Dumper
@@ -148,7 +148,7 @@ class UnreadKeys(ValueError):
 
     def __init__(self, keys: Sequence[str], section: str, method: str) -> None:
         self.keys = tuple(keys)
-        readers = " or ".join(name for each in HOMES if each.section == section for name in each.names)
+        readers = " or ".join(name for each in METHOD_PACKAGES if each.section == section for name in each.names)
         super().__init__(f"not read by method {method} — remove it, or set method to {readers}")
 
 
@@ -177,7 +177,7 @@ class Config(Section):
     def _of_the_method(cls, section: Section, info: ValidationInfo) -> Section:
         method, name = info.data.get("method"), info.field_name
         assert name is not None, "a validator of fields"
-        if method is not None and home(method).section != name and section.model_fields_set:
+        if method is not None and method_package(method).section != name and section.model_fields_set:
             raise UnreadKeys(sorted(section.model_fields_set), name, method)
         return section
 
@@ -192,7 +192,7 @@ class Config(Section):
     @property
     def own_section(self) -> MethodSection:
         """The section of the chosen method; an empty one for a method that has none."""
-        name = home(self.method).section
+        name = method_package(self.method).section
         return MethodSection() if name is None else getattr(self, name)
 
     @property
@@ -203,18 +203,18 @@ class Config(Section):
             "data.train": self.data.train,
             "data.eval": self.data.eval,
             "data.tokenizer": self.data.tokenizer,
-            f"{home(self.method).section}.init_from": self.own_section.starts_from,
+            f"{method_package(self.method).section}.init_from": self.own_section.starts_from,
         }
         return {key: path for key, path in found.items() if path is not None}
 
     def with_own_section(self, section: MethodSection) -> Config:
         """Return this config with another section of the chosen method."""
-        name = home(self.method).section
+        name = method_package(self.method).section
         return self if name is None else self.model_copy(update={name: section})
 
     def read_keys(self) -> dict[str, Any]:
         """Return every key that the run reads, in its section, as JSON values. Other methods' sections are left out."""
-        return self.model_dump(mode="json", exclude=set(SECTIONS) - {home(self.method).section})
+        return self.model_dump(mode="json", exclude=set(SECTIONS) - {method_package(self.method).section})
 
     def to_yaml(self) -> str:
         """Return `read_keys` as YAML, which `load_config` reads back to an equal config."""

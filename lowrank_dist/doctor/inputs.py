@@ -84,9 +84,9 @@ def theta(config: Config) -> list[Row]:
 
 def parameters(config: Config) -> Parameters:
     """Return |Θ|. Raises UserError where targets, sizes, ranks, model or the initial adapter do not fit together."""
-    from lowrank_dist.methods.registry import home
+    from lowrank_dist.methods.registry import method_package
 
-    own = home(config.method)
+    own = method_package(config.method)
     section = own.files.complete(config.own_section, config.model.path)
     reasons = (
         section.reason_not_shardable(config.parallel.tensor),
@@ -106,10 +106,10 @@ def checkpoint_bytes(config: Config) -> tuple[int, int]:
     own dtype, which is not copied.
     """
     from lowrank_dist.formats.model_folder import open_checkpoint
-    from lowrank_dist.methods.registry import home
+    from lowrank_dist.methods.registry import method_package
 
     count = parameters(config)
-    if home(config.method).files.published:
+    if method_package(config.method).files.published:
         return STATE_BYTES * count.trained + 4 * count.stored, 4 * count.stored
     if config.model.dtype == "auto":
         with open_checkpoint(config.model.path) as checkpoint:

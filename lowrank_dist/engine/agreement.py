@@ -22,7 +22,7 @@ from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.resume import flat_keys
 from lowrank_dist.formats.provenance import digest_of, fingerprint, installed_versions
 from lowrank_dist.formats.text_files import GENERATION_CONFIG, tokenizer_digest
-from lowrank_dist.methods.registry import home
+from lowrank_dist.methods.registry import method_package
 from lowrank_dist.ops import extension
 from lowrank_dist.parallel.collectives import require_agreement
 
@@ -65,7 +65,9 @@ def require_same_inputs(config: Config, data: Data, device: torch.device, *, afr
         own[GENERATION_CONFIG] = _shown(digest_of([model / GENERATION_CONFIG]))
     adapter = config.own_section.starts_from
     if afresh and adapter is not None:
-        own[_start_key(config)] = _shown(digest_of(adapter / name for name in home(config.method).files.published))
+        own[_start_key(config)] = _shown(
+            digest_of(adapter / name for name in method_package(config.method).files.published)
+        )
     _require(own, device, "Give all nodes the same files: copies may lie anywhere, but differ in nothing")
 
 
@@ -77,7 +79,7 @@ def _require(own: dict[str, str], device: torch.device, remedy: str) -> None:
 
 def _start_key(config: Config) -> str:
     """Return the config key, in the method's own section, of the adapter that training starts from."""
-    return f"{home(config.method).section}.init_from"
+    return f"{method_package(config.method).section}.init_from"
 
 
 def _sources() -> list[Path]:

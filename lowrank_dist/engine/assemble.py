@@ -24,7 +24,7 @@ from lowrank_dist.engine.zero import Engine, OptimiserRules, ZeroOptimiser
 from lowrank_dist.formats.provenance import Provenance, fingerprint
 from lowrank_dist.formats.text_files import TextFiles, note_on_another, note_on_other_tokens, unknown_ends
 from lowrank_dist.methods.method import Method, Setting
-from lowrank_dist.methods.registry import home, reader_of
+from lowrank_dist.methods.registry import method_package, method_package_reading
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.model.load import dtype_notes
 from lowrank_dist.ops import extension
@@ -47,9 +47,9 @@ def describe_kernels(kernels: str, device: str) -> list[str]:
 
 
 def build_method(config: Config, architecture: Architecture) -> Method:
-    """Return the method that config.method names, for this model. Raises as `methods.method.Tuner.build` does."""
+    """Return the method that config.method names, for this model. Raises as `MethodBuilder.build` does."""
     setting = Setting(config.method, config.model.path, config.train.seed, config.data.max_length, config.engine.lanes)
-    return home(config.method).tuner.build(config.own_section, setting, architecture)
+    return method_package(config.method).builder.build(config.own_section, setting, architecture)
 
 
 def build_engine(run: Run, model: CausalLM, theta: Theta) -> Engine:
@@ -131,7 +131,7 @@ def _notes_on_files(config: Config, model: CausalLM, *, afresh: bool) -> Iterato
     if config.eval.generate is not None:
         yield from generation_notes(path)
     if afresh and start is not None:
-        yield from reader_of(start).files.notes(start)
+        yield from method_package_reading(start).files.notes(start)
         yield from note_on_another(start, config.data.tokenizer or path)
 
 

@@ -12,7 +12,7 @@ from lowrank_dist.arch.config_json import architecture_of
 from lowrank_dist.arch.model_files import BUILT_IN, config_file, declared_dtype, find_config, read_config, stored_dtype
 from lowrank_dist.config import Config, config_of, load_config
 from lowrank_dist.errors import UserError
-from lowrank_dist.methods.registry import home
+from lowrank_dist.methods.registry import method_package
 from lowrank_dist.plan.job import Decoding, Job, Layout
 from lowrank_dist.plan.layouts import Cluster, Fixed, choose
 from lowrank_dist.sections.section import Section
@@ -149,6 +149,6 @@ def job_of(request: Request, target_share: float) -> Job:
         # `auto` turns lanes on only where they were measured to be faster (parallel/frozen.py).
         lanes=config.engine.lanes == "on" or (config.engine.lanes == "auto" and device == "cpu"),
         packing=config.data.packing,
-        footprint=home(config.method).footprint.footprint_of(config.method, config.own_section, arch),
+        footprint=method_package(config.method).footprint.footprint_of(config.method, config.own_section, arch),
         decoding=None if generate is None else Decoding(generate.batch, generate.max_new_tokens),
     )

@@ -23,7 +23,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.manifest import OPTIMIZER_FILE
 from lowrank_dist.formats.paths import resolve_link
 from lowrank_dist.formats.provenance import fingerprint
-from lowrank_dist.methods.registry import home
+from lowrank_dist.methods.registry import method_package
 from lowrank_dist.parallel.theta import Theta, copy_from_whole
 from lowrank_dist.parallel.topology import Topology
 
@@ -145,7 +145,7 @@ def complete(config: Config, resumption: Resumption | None) -> Config:
 
     A resumed run does not read the adapter that it once started from; it may be gone.
     """
-    own, section = home(config.method), config.own_section
+    own, section = method_package(config.method), config.own_section
     if resumption is None:
         return config.with_own_section(own.files.complete(section, config.model.path))
     saved = None if own.section is None else resumption.state.config.get(own.section)
@@ -168,7 +168,7 @@ def require_same_run(
     changed = {key: values for key, values in changed.items() if key not in config.train.resume_changes}
     if changed:
         listed = "; ".join(f"{key} was {before}, is {now}" for key, (before, now) in sorted(changed.items()))
-        own = home(config.method).section
+        own = method_package(config.method).section
         shaping = sorted(key for key in changed if key in {f"{own}.{each}" for each in config.own_section.shaping})
         other = (
             f"{' and '.join(shaping)} cannot be another with this checkpoint, whose tensors would not fit"

@@ -26,7 +26,7 @@ from lowrank_dist.formats.provenance import digest_of, fingerprint
 from lowrank_dist.formats.text_files import tokenizer_beside, tokenizer_digest
 from lowrank_dist.generate.prompts import Prompt
 from lowrank_dist.generate.sampling import SamplingParams
-from lowrank_dist.methods.registry import reader_of
+from lowrank_dist.methods.registry import method_package_reading
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.model.load import dtype_notes, load_model
 from lowrank_dist.parallel.collectives import gather_texts, require_agreement
@@ -134,7 +134,7 @@ def _load(
     if topology.world_group.size() > 1:
         digests = {"--model": fingerprint(path), "--tokenizer": tokenizer_digest(beside)}
         if adapter is not None:
-            digests["--adapter"] = digest_of(adapter / name for name in reader_of(adapter).files.published)
+            digests["--adapter"] = digest_of(adapter / name for name in method_package_reading(adapter).files.published)
         own = {"--dtype": dtype, **{name: f"{digest[:12]}…" for name, digest in digests.items()}}
         require_agreement(own, topology.world_group, device, _REMEDY)
     # No length is checked here: prompts are checked one by one, and decoding applies a sliding window.
@@ -150,11 +150,11 @@ def _load(
         broadcast=topology.dp_size > 1,
     )
     if adapter is not None:
-        reader_of(adapter).tuner.attach_trained(model, path, adapter, topology)
+        method_package_reading(adapter).builder.attach_trained(model, path, adapter, topology)
     notes = [*config_notes(path), *dtype_notes(path, model.config.params_dtype), *tokenizer_notes(beside)]
     notes += generation_notes(path)
     if adapter is not None:
-        notes += reader_of(adapter).files.notes(adapter)
+        notes += method_package_reading(adapter).files.notes(adapter)
     return Loaded(path, model.eval(), words, tuple(notes))
 
 

@@ -59,7 +59,7 @@ class Setting:
     lanes: Literal["auto", "on", "off"]
 
 
-class Tuner(Protocol):
+class MethodBuilder(Protocol):
     """The functions that the module `method` of every method's folder has."""
 
     def build(self, section: MethodSection, setting: Setting, architecture: Architecture) -> Method:

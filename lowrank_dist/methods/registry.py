@@ -18,7 +18,7 @@ from lowrank_dist.sections.section import MethodName, MethodSection
 
 if TYPE_CHECKING:
     from lowrank_dist.methods.files import MethodFiles
-    from lowrank_dist.methods.method import Tuner
+    from lowrank_dist.methods.method import MethodBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +50,21 @@ class Footprints(Protocol):
 
 
 @dataclass(frozen=True)
-class Home:
+class MethodPackage:
     """The folder of code that implements the methods `names`. section: their section of the config, or None.
 
-    folder: its name inside this package. written: the MethodFiles, as module:object.
+    folder: its name inside this package. files_object: the MethodFiles, as module:object.
     """
 
     folder: str
     names: tuple[MethodName, ...]
     section: str | None
-    written: str
+    files_object: str
 
     @property
     def files(self) -> MethodFiles:
         """The MethodFiles of the method. Imports torch, but not Megatron."""
-        return resolve_name(f"{__package__}.{self.written}")
+        return resolve_name(f"{__package__}.{self.files_object}")
 
     @property
     def footprint(self) -> Footprints:
@@ -72,26 +72,26 @@ class Home:
         return resolve_name(f"{__package__}.{self.folder}.footprint")
 
     @property
-    def tuner(self) -> Tuner:
+    def builder(self) -> MethodBuilder:
         """The module that builds the method and attaches it to a model. Imports Megatron."""
         return resolve_name(f"{__package__}.{self.folder}.method")
 
 
-# `home_of` asks them in this order. LoRA claims every PEFT folder, so prefix and prompt come before it. Full
+# `method_package_of` asks them in this order. LoRA claims every PEFT folder, so prefix and prompt come before it. Full
 # fine-tuning claims no checkpoint of another method: those have no config.json.
-HOMES = (
-    Home("bottleneck", ("adapter_h", "adapter_l"), "adapter", "bottleneck.files:FILES"),
-    Home("prefix", ("prefix",), "prefix", "prompt_files:PREFIX"),
-    Home("prompt", ("prompt",), "prompt", "prompt_files:PROMPT"),
-    Home("lora", ("lora",), "lora", "lora.folder:FILES"),
-    Home("full", ("full",), None, "full.files:FILES"),
+METHOD_PACKAGES = (
+    MethodPackage("bottleneck", ("adapter_h", "adapter_l"), "adapter", "bottleneck.files:FILES"),
+    MethodPackage("prefix", ("prefix",), "prefix", "prompt_files:PREFIX"),
+    MethodPackage("prompt", ("prompt",), "prompt", "prompt_files:PROMPT"),
+    MethodPackage("lora", ("lora",), "lora", "lora.folder:FILES"),
+    MethodPackage("full", ("full",), None, "full.files:FILES"),
 )
-SECTIONS = tuple(each.section for each in HOMES if each.section is not None)
-_BY_NAME = {name: each for each in HOMES for name in each.names}
+SECTIONS = tuple(each.section for each in METHOD_PACKAGES if each.section is not None)
+_BY_NAME = {name: each for each in METHOD_PACKAGES for name in each.names}
 
 
-def home(name: MethodName) -> Home:
-    """Return the `Home` of a method by its name in a run's config."""
+def method_package(name: MethodName) -> MethodPackage:
+    """Return the `MethodPackage` of a method by its name in a run's config."""
     return _BY_NAME[name]
 
 
@@ -99,19 +99,22 @@ def footprints_beside(own: Footprint, sizes: Sizes, architecture: Architecture, 
     """Return the footprints to compare with `own` on `tensor` ranks: other methods, and its own in other placements."""
     found: list[Footprint] = []
     for name in get_args(MethodName):
-        of_size = home(name).footprint.footprints_of_size(name, sizes, architecture, tensor)
+        of_size = method_package(name).footprint.footprints_of_size(name, sizes, architecture, tensor)
         found += own.placed_otherwise(tensor) if name == own.name else of_size
     return found
 
 
-def home_of(folder: Path) -> Home | None:
-    """Return the `Home` of the method that wrote the folder, judging by its files, or None.
+def method_package_of(folder: Path) -> MethodPackage | None:
+    """Return the `MethodPackage` of the method that wrote the folder, judging by its files, or None.
 
     A Hugging Face model counts as full fine-tuning, whose checkpoints are such folders.
     """
-    return next((each for each in HOMES if each.files.wrote(folder)), None)
+    return next((each for each in METHOD_PACKAGES if each.files.wrote(folder)), None)
 
 
-def reader_of(folder: Path) -> Home:
-    """Return the `Home` that reads a folder. Where none recognises it, LoRA's: its errors say what is missing."""
-    return home_of(folder) or home("lora")
+def method_package_reading(folder: Path) -> MethodPackage:
+    """Return the `MethodPackage` that reads a folder.
+
+    Where none recognises it, that is LoRA's: its errors say what is missing.
+    """
+    return method_package_of(folder) or method_package("lora")

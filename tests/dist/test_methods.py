@@ -26,7 +26,7 @@ from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.sections.section import MethodName
 from lowrank_dist.plan.job import Footprint, Job, Layout
 from lowrank_dist.plan.layouts import Candidate, Cluster
-from lowrank_dist.methods.registry import Sizes, footprints_beside, home
+from lowrank_dist.methods.registry import Sizes, footprints_beside, method_package
 from lowrank_dist.plan.describe import MethodPlan, compare
 from lowrank_dist.plan.parameters import frozen_size, theta_on_rank
 from lowrank_dist.engine.planning import Request, find_model, job_of, read_request
@@ -454,7 +454,7 @@ SIZES = Sizes(bottleneck=BOTTLENECK, virtual=VIRTUAL, reparametrised=WIDTH)
 
 def of_size(method: MethodName, sizes: Sizes, architecture: Architecture) -> Footprint:
     """On one rank, where there is one way to lie."""
-    (found,) = home(method).footprint.footprints_of_size(method, sizes, architecture, 1)
+    (found,) = method_package(method).footprint.footprints_of_size(method, sizes, architecture, 1)
     return found
 
 

@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 
-from lowrank_dist.methods.registry import HOMES
+from lowrank_dist.methods.registry import METHOD_PACKAGES
 from lowrank_dist.sections.section import MethodName
 
 ROOT = Path(__file__).parents[2]
@@ -36,7 +36,7 @@ def rooms(*names: str) -> tuple[str, ...]:
 # The modules that hold the model of a config section, beside its owner.
 SECTIONS = (
     *rooms("model.config", "parallel.config", "data.config", "generate.config"),
-    *(f"{PACKAGE}.methods.{home.folder}.config" for home in HOMES if home.section is not None),
+    *(f"{PACKAGE}.methods.{package.folder}.config" for package in METHOD_PACKAGES if package.section is not None),
 )
 ARROWS = [
     Arrow(f"{PACKAGE}.config", "torch"),
@@ -209,7 +209,7 @@ def test_constructors_and_functions_take_few_things() -> None:
 
 
 # What reads and writes a method's folders, which the registry imports by name: merge, inspect and export stand on it.
-FILES = tuple(f"{PACKAGE}.methods.{home.written.partition(':')[0]}" for home in HOMES)
+FILES = tuple(f"{PACKAGE}.methods.{package.files_object.partition(':')[0]}" for package in METHOD_PACKAGES)
 
 
 @pytest.mark.parametrize("start", [MERGE, f"{PACKAGE}.checkpoint.folder", f"{PACKAGE}.checkpoint.inspection", *FILES])
@@ -253,20 +253,21 @@ TORCHLESS = (
 
 def test_configuration_and_footprints_load_no_torch() -> None:
     imports = "".join(f"import {module}\nassert 'torch' not in sys.modules, {module!r}\n" for module in TORCHLESS)
-    footprints = f"[home.footprint for home in {PACKAGE}.methods.registry.HOMES]"
+    footprints = f"[package.footprint for package in {PACKAGE}.methods.registry.METHOD_PACKAGES]"
     assert loaded_by(imports + footprints, "torch") == []
     assert loaded_by(f"import {PACKAGE}.ops.extension", "torch") == ["torch"], "the control"
 
 
 def test_the_files_of_methods_load_no_megatron() -> None:
     code = f"import {PACKAGE}.checkpoint.folder, {PACKAGE}.checkpoint.inspection, {PACKAGE}.merge.merge\n"
-    code += f"from {PACKAGE}.methods.registry import HOMES\n"
-    assert loaded_by(f"{code}[home.files for home in HOMES]", "megatron", "deepspeed", "torch") == ["torch"]
+    code += f"from {PACKAGE}.methods.registry import METHOD_PACKAGES\n"
+    code += "[package.files for package in METHOD_PACKAGES]"
+    assert loaded_by(code, "megatron", "deepspeed", "torch") == ["torch"]
     assert loaded_by("import megatron", "megatron") == ["megatron"], "the control"
 
 
 def test_every_method_has_a_home() -> None:
-    assert sorted(name for home in HOMES for name in home.names) == sorted(get_args(MethodName))
+    assert sorted(name for package in METHOD_PACKAGES for name in package.names) == sorted(get_args(MethodName))
 
 
 def test_nothing_runs_code_from_a_file() -> None:

@@ -23,7 +23,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.merge.merge import merge
 from lowrank_dist.methods import prompt_files
 from lowrank_dist.methods.lora.peft_config import KEYS
-from lowrank_dist.methods.registry import reader_of
+from lowrank_dist.methods.registry import method_package_reading
 from lowrank_dist.model.load import dtype_notes
 from lowrank_dist.untrusted.keys import EMPTY, KeyRule
 from tests.tiny_adapters import inspected, random_adapter, save_adapter
@@ -272,11 +272,11 @@ def test_fp16_says_what_it_runs_in(base: Path, tmp_path: Path) -> None:
 def test_unknown_keys_of_an_adapter(base: Path, tmp_path: Path) -> None:
     """Merge, inspect and export say them; PEFT passes over them as well."""
     folder = save_adapter(tmp_path / "adapter", base, random_adapter(base))
-    assert reader_of(folder).files.notes(folder) == []
+    assert method_package_reading(folder).files.notes(folder) == []
     file = folder / "adapter_config.json"
     set_keys(file, some_future_switch=True, trained_with="axolotl", unset=None, modules_to_save=None)
     line = f"{file}: keys that are not known here and change nothing: some_future_switch, trained_with"
-    assert reader_of(folder).files.notes(folder) == [line]
+    assert method_package_reading(folder).files.notes(folder) == [line]
     assert line in merge(base, folder, tmp_path / "merged").warnings
     assert line in inspected(folder, base).warnings and not inspected(folder, base).problems
     assert export(folder, tmp_path / "exported") == (line,)

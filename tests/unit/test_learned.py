@@ -20,7 +20,7 @@ from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.bottleneck.files import read_bottlenecks, write_bottlenecks
 from lowrank_dist.methods.prompt_files import read_prompt_learning, write_prompt_learning
-from lowrank_dist.methods.registry import home, home_of
+from lowrank_dist.methods.registry import method_package, method_package_of
 from tests.tiny_adapters import inspected, random_adapter, save_adapter
 from tests.tiny_learned import (
     BOTTLENECK,
@@ -77,12 +77,12 @@ def test_what_is_written_is_read(base: Path, method: str, folder: Path) -> None:
         found, expected = read_prompt_learning(folder), learned(base, method)
         assert torch.equal(found.embeddings, expected.embeddings)
         assert replace(found, embeddings=None) == replace(expected, embeddings=None)
-        assert home_of(folder) == home(method)
+        assert method_package_of(folder) == method_package(method)
     else:
         found, expected = read_bottlenecks(folder), layers(base, method)
         assert found.config == expected.config and found.tensors.keys() == expected.tensors.keys()
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in expected.tensors.items())
-        assert home_of(folder) == home(method)
+        assert method_package_of(folder) == method_package(method)
 
 
 def test_published_formulas(base: Path) -> None:
@@ -352,7 +352,8 @@ def test_merge_says_why_it_cannot(base: Path, folder: Path, method: str, tmp_pat
 def test_a_lora_adapter_is_still_what_it_was(base: Path, tmp_path: Path) -> None:
     """The control: what the other methods' folders are refused for, low-rank updates are not."""
     folder = save_adapter(tmp_path / "lora", base, random_adapter(base))
-    assert (home_of(folder), home_of(base), home_of(tmp_path)) == (home("lora"), home("full"), None)
+    assert method_package_of(folder) == method_package("lora") and method_package_of(tmp_path) is None
+    assert method_package_of(base) == method_package("full")
     assert facts_of(folder)["method"] == "lora"
     assert run("export", folder, "--out", tmp_path / "exported", "--for", "vllm")[0] == 0
     assert run("merge", "--base", base, "--adapter", folder, "--out", tmp_path / "merged")[0] == 0

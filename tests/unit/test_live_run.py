@@ -18,7 +18,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.paths import Removed, reading, resolve_link
 from lowrank_dist.methods.files import PUBLISHED
 from lowrank_dist.methods.lora.files import read_adapter
-from lowrank_dist.methods.registry import reader_of
+from lowrank_dist.methods.registry import method_package_reading
 from tests.unit.test_checkpoint_folder import write
 
 # As engine/saving.py does it: write, move the link, retire. Every 4 ms, until stdin ends.
@@ -68,7 +68,7 @@ def last(made: Path, tmp_path: Path) -> Iterator[Path]:
 
 def former_export(source: Path, out: Path) -> None:
     """Read through the link, file by file."""
-    published = reader_of(source).files.publish(source, out.name, target=None, max_rank=None)
+    published = method_package_reading(source).files.publish(source, out.name, target=None, max_rank=None)
     out.mkdir()
     for name in published.files:
         shutil.copyfile(source / name, out / name)

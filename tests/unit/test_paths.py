@@ -23,7 +23,7 @@ from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE, other_fil
 from lowrank_dist.formats.paths import lies_in, require_copyable, require_outside
 from lowrank_dist.merge.merge import merge
 from lowrank_dist.methods.full.method import build
-from lowrank_dist.methods.registry import HOMES
+from lowrank_dist.methods.registry import METHOD_PACKAGES
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 
@@ -206,7 +206,11 @@ def _kept_folders(root: Path) -> dict[str, Path]:
     (root / "run" / "config.yaml").touch()
     names = {"checkpoint": (MANIFEST_FILE, STATE_FILE), "damaged": (MANIFEST_FILE, OPTIMIZER_FILE)}
     names |= {"model": ("config.json", SINGLE_FILE), "sharded": ("config.json", INDEX_FILE)}
-    names |= {f"adapter of {home.folder}": home.files.published[:2] for home in HOMES if home.files.published}
+    names |= {
+        f"adapter of {package.folder}": package.files.published[:2]
+        for package in METHOD_PACKAGES
+        if package.files.published
+    }
     for name, files in names.items():
         found[name] = root / name
         found[name].mkdir()

@@ -17,7 +17,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.methods.bottleneck.config import AdapterConfig
 from lowrank_dist.methods.prefix.config import PrefixConfig
 from lowrank_dist.methods.prompt.config import PromptConfig
-from lowrank_dist.methods.registry import home
+from lowrank_dist.methods.registry import method_package
 from lowrank_dist.plan.factors import low_rank
 from lowrank_dist.plan.job import Parameters
 from lowrank_dist.plan.parameters import frozen_size
@@ -83,7 +83,7 @@ def test_every_built_in_shape_has_a_size_here() -> None:
 
 
 def parameters(method: MethodName, section: MethodSection, architecture: Architecture) -> Parameters:
-    return home(method).footprint.footprint_of(method, section, architecture).parameters(architecture)
+    return method_package(method).footprint.footprint_of(method, section, architecture).parameters(architecture)
 
 
 @pytest.mark.parametrize(

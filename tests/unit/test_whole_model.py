@@ -23,7 +23,7 @@ from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.manifest import MANIFEST_FILE, write_manifest
 from lowrank_dist.methods.full import files as whole_model
-from lowrank_dist.methods.registry import home, home_of
+from lowrank_dist.methods.registry import method_package, method_package_of
 from tests.tiny_adapters import inspected
 from tests.tiny_learned import base_tensors, run_of, save_whole
 from tests.tiny_models import FAMILY_NAMES, make_tiny
@@ -222,7 +222,7 @@ def test_inspect_a_run(base: Path, tmp_path: Path) -> None:
 
 
 def test_export_and_merge_say_that_it_is_a_model_already(base: Path, checkpoint: Path, tmp_path: Path) -> None:
-    assert home_of(checkpoint) == home("full")
+    assert method_package_of(checkpoint) == method_package("full")
     code, text = run("export", checkpoint, "--out", tmp_path / "out")
     assert code == 2 and "is a whole model and a Hugging Face folder already. Use it as it lies" in text
     code, text = run("merge", "--base", base, "--adapter", checkpoint, "--out", tmp_path / "out")

@@ -175,7 +175,7 @@ class Adapters:
 
 
 def build(section: AdapterConfig, setting: Setting, architecture: Architecture) -> Adapters:
-    """See `method.Tuner`."""
+    """See `method.MethodBuilder`."""
     assert setting.method in ("adapter_h", "adapter_l")
     sizes = BottleneckConfig(
         method=setting.method,
@@ -188,7 +188,7 @@ def build(section: AdapterConfig, setting: Setting, architecture: Architecture) 
 
 
 def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
-    """See `method.Tuner`."""
+    """See `method.MethodBuilder`."""
     refuse_another_base(folder, base)
     found = read_bottlenecks(folder)
     require_fit(folder, found.config, model.architecture)

@@ -73,7 +73,7 @@ class FullFineTuning:
 
 
 def build(section: MethodSection, setting: Setting, architecture: Architecture) -> FullFineTuning:
-    """See `method.Tuner`."""
+    """See `method.MethodBuilder`."""
     other_files(setting.base)  # raise before training for files that a checkpoint cannot copy
     return FullFineTuning(architecture, setting.base, setting.seed)
 

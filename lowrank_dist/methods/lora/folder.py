@@ -42,7 +42,7 @@ from lowrank_dist.sections.section import MethodSection
 
 
 class LoraFiles(MethodFiles):
-    """All PEFT folders except those that another method claims first (see `registry.HOMES`)."""
+    """All PEFT folders except those that another method claims first (see `registry.METHOD_PACKAGES`)."""
 
     published = PUBLISHED
 

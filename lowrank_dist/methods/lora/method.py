@@ -81,12 +81,12 @@ class Lora:
 
 
 def build(section: LoraConfig, setting: Setting, architecture: Architecture) -> Lora:
-    """See `method.Tuner`."""
+    """See `method.MethodBuilder`."""
     return Lora(section, setting, architecture)
 
 
 def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
-    """See `method.Tuner`."""
+    """See `method.MethodBuilder`."""
     refuse_another_base(folder, base)
     adapter = read_adapter(folder, model.architecture)
     refuse_foreign(folder, adapter, model.architecture.linear_modules(), base)

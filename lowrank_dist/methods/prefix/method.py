@@ -210,14 +210,14 @@ class PrefixTuning:
 
 
 def build(section: PrefixConfig, setting: Setting, architecture: Architecture) -> PrefixTuning:
-    """See `method.Tuner`."""
+    """See `method.MethodBuilder`."""
     if reason := section.reason_without_room(setting.method, setting.max_length):
         raise UserError(reason)
     return PrefixTuning(section.length, section.width, architecture, str(setting.base), setting.seed)
 
 
 def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
-    """See `method.Tuner`."""
+    """See `method.MethodBuilder`."""
     refuse_another_base(folder, base)
     found, architecture = read_prompt_learning(folder), model.architecture
     require_fit(folder, found, architecture)

@@ -145,14 +145,14 @@ class PromptTuning:
 
 
 def build(section: PromptConfig, setting: Setting, architecture: Architecture) -> PromptTuning:
-    """See `method.Tuner`."""
+    """See `method.MethodBuilder`."""
     if reason := section.reason_without_room(setting.method, setting.max_length):
         raise UserError(reason)
     return PromptTuning(section.length, section.init, architecture, str(setting.base), setting.seed)
 
 
 def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
-    """See `method.Tuner`."""
+    """See `method.MethodBuilder`."""
     refuse_another_base(folder, base)
     found = read_prompt_learning(folder)
     require_fit(folder, found, model.architecture)
