@@ -33,12 +33,14 @@ Resume: TypeAlias = Annotated[
 class EngineConfig(Section):
     """Execution of a run: ZeRO, operators, time limits."""
 
-    zero_stage: Literal[1, 2] = Field(1, description="1 or 2 (0 trains wrongly and 3 gathers the base every step)")
+    zero_stage: Literal[1, 2] = Field(
+        1, description="stage of ZeRO, 1 or 2 (0 trains wrongly and 3 gathers the base every step)"
+    )
     clip: float | None = Field(
         1.0, gt=0, description="largest gradient norm, a number above 0, or null for no clipping"
     )
     recompute: Literal["none", "full"] = Field(
-        "none", description="none, or full (recompute every layer's activations)"
+        "none", description="none, or full (recompute the activations of every layer in backward, to save memory)"
     )
     timeout_seconds: int = Field(
         600, ge=1, description="seconds after which a collective that hangs, or a rank that stands still, is an error"
@@ -68,12 +70,15 @@ class TrainConfig(Section):
     epochs: float | None = Field(
         None,
         gt=0,
-        description="passes over the data, above 0, the last batch with what is left; or set train.steps instead",
+        description="passes over the data, above 0, the last batch with what is left (1 where train.steps is null "
+        "too); or set train.steps instead",
     )
     global_batch: int = Field(8, ge=1, description="samples in an optimizer step over all ranks, at least 1")
     micro_batch: int = Field(1, ge=1, description="rows per rank and microbatch, a divisor of train.global_batch")
     lr: float = Field(2e-4, gt=0, description="peak learning rate above 0")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="cosine, linear or constant")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="course of the learning rate after the warmup: cosine, linear or constant"
+    )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warmup, at least 0")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate over the peak, from 0 to 1")
     weight_decay: float = Field(
@@ -84,7 +89,12 @@ class TrainConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate, at least 0 and below 1")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate, at least 0 and below 1")
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon above 0")
-    seed: int = Field(42, ge=0, lt=2**32, description="integer of at least 0 and below 2^32")
+    seed: int = Field(
+        42,
+        ge=0,
+        lt=2**32,
+        description="seed of initial values, dropout and the order of samples, at least 0 and below 2^32",
+    )
     nonfinite: Literal["stop", "skip"] = Field(
         "stop", description="what a loss or gradient that is not finite does: stop the run, or skip the step"
     )
@@ -135,9 +145,9 @@ class OutputConfig(Section):
     )
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, or null for only at the end")
     keep_last: int | None = Field(3, ge=1, description="newest checkpoints to keep, at least 1, or null for all")
-    keep_best: int = Field(1, ge=0, description="checkpoints, the best by eval.best, to keep beside them, at least 0")
-    tensorboard: bool = Field(True, description="true or false")
-    plot: bool = Field(True, description="true or false")
+    keep_best: int = Field(1, ge=0, description="best checkpoints by eval.best to keep beside the newest, at least 0")
+    tensorboard: bool = Field(True, description="true (write TensorBoard's files in output.dir/tensorboard) or false")
+    plot: bool = Field(True, description="true (draw the loss in output.dir/loss.png) or false")
     probe: int = Field(
         0, ge=0, description="rows of eval data whose logits are kept in probe.safetensors to prove a merge, at least 0"
     )

@@ -15,5 +15,5 @@ class DataConfig(Section):
         None, description="JSONL file to evaluate on, or null; of a list of completions the loss is of the first"
     )
     max_length: int = Field(1024, ge=2, description="longest sample in tokens, an integer of at least 2")
-    packing: bool = Field(False, description="true (several samples a row) or false")
+    packing: bool = Field(False, description="true (several samples share a row; none attends to another) or false")
     tokenizer: YamlPath | None = Field(None, description="folder or file of the tokenizer, or null for model.path")

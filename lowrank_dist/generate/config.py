@@ -34,7 +34,7 @@ class EvalConfig(Section):
     micro_batch: int | None = Field(
         None, ge=1, description="rows per rank and microbatch, or null for train.micro_batch"
     )
-    at_start: bool = Field(True, description="true or false")
+    at_start: bool = Field(True, description="true (evaluate before the first step as well) or false")
     generate: GenerateConfig | None = Field(
         None,
         description="mapping of what to generate for data.eval's prompts at every evaluation ({} for its defaults), or "

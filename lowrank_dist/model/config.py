@@ -13,13 +13,17 @@ class ModelConfig(Section):
     """The base model."""
 
     path: YamlPath = Field(description="folder of a Hugging Face checkpoint (config.json and safetensors)")
-    dtype: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto (the checkpoint's), fp32 or bf16")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto, cpu or cuda")
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="type of the frozen weights: auto (as stored), fp32 or bf16"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto (cuda where a GPU is visible), cpu or cuda"
+    )
     load: Literal["each", "broadcast"] = Field(
         "each", description="each (every data-parallel replica reads its slices) or broadcast (replica 0 reads for all)"
     )
     vocab_multiple: int = Field(
         128,
         ge=1,
-        description="integer of at least 1: embedding rows are padded to a multiple of it times parallel.tensor",
+        description="embedding rows are padded to a multiple of this integer (at least 1) times parallel.tensor",
     )

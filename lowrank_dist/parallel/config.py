@@ -14,7 +14,9 @@ class ParallelConfig(Section):
     data: int | None = Field(
         None, ge=1, description="data-parallel size of at least 1, or null for all remaining ranks"
     )
-    sequence: bool | None = Field(None, description="true, false, or null for on when parallel.tensor is above 1")
+    sequence: bool | None = Field(
+        None, description="sequence parallelism: true, false, or null for on when parallel.tensor is above 1"
+    )
     across_nodes: bool = Field(
         False,
         description="true (a tensor-parallel group may lie on several nodes, where every layer waits for the network) "

@@ -26,8 +26,13 @@ class LoraConfig(MethodSection):
     shaping = frozenset({"rank", "targets", "rank_pattern", "dora"})
 
     rank: Rank = Field(8, description="rank r of a factor pair, an integer from 1 to 1024")
-    alpha: Alpha = Field(16.0, description="number above 0: the update is scaled by alpha/rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="probability of at least 0 and below 1")
+    alpha: Alpha = Field(16.0, description="number above 0; the update is multiplied by alpha/rank")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="probability, at least 0 and below 1, that an element of an adapted input is dropped",
+    )
     targets: Targets = Field(
         "all-linear", description="list of module names ([q_proj, v_proj]), all-linear, or one regular expression"
     )
