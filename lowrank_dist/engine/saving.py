@@ -13,8 +13,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_dist.backend.devices import generator_states
@@ -28,6 +26,7 @@ from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import DiskError, OtherRankError, UserError
 from lowrank_dist.formats.atomic import temporary_name
 from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.formats.safetensors_file import write_tensors
 from lowrank_dist.formats.text_files import TextFiles
 from lowrank_dist.generate.metrics import DEFINITION
 from lowrank_dist.methods.method import Method
@@ -224,9 +223,12 @@ class CheckpointSaver:
         """
         if self._writer is not None:
             tensors = {"input_ids": input_ids, "logits": logits.float()}
+            temporary = temporary_name(self._folder.probe)
             try:
-                save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, self._folder.probe)
-            except (OSError, SafetensorError) as error:
+                write_tensors(temporary, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+                temporary.replace(self._folder.probe)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
                 logger.error("could not write %s", self._folder.probe, exc_info=error)
                 self._report(f"NO PROBE WAS WRITTEN to {self._folder.probe}: {error}; is the disk full?")
 

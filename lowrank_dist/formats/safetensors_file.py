@@ -19,6 +19,7 @@ from lowrank_dist.untrusted.files import short_path
 from lowrank_dist.untrusted.json import LARGEST, parse_json
 
 _ALIGNMENT = 8
+_NAMES = {torch.float32: "F32", torch.int64: "I64"}
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,20 @@ class SafetensorsWriter:
 
 def write_fp32(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write contiguous fp32 CPU tensors, in the given order, to a file as transformers and PEFT expect it."""
-    assert all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors.values())
-    entries = (TensorEntry(name, "F32", tuple(tensor.shape), 0, tensor.nbytes) for name, tensor in tensors.items())
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    write_tensors(path, tensors)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write contiguous CPU tensors in fp32 or int64, in the given order, to a new file.
+
+    The library's `save_file` gives every file mode 0600; this one has the mode that the umask says.
+    """
+    assert all(tensor.device.type == "cpu" for tensor in tensors.values())
+    entries = (
+        TensorEntry(name, _NAMES[tensor.dtype], tuple(tensor.shape), 0, tensor.nbytes)
+        for name, tensor in tensors.items()
+    )
     with SafetensorsWriter(path, entries, {"format": "pt"}) as file:
         for tensor in tensors.values():
             file.write(tensor_bytes(tensor))

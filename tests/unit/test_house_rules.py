@@ -592,3 +592,51 @@ def test_planted_printing_is_found(source: str) -> None:
 @pytest.mark.parametrize("source", ["fingerprint(x)", "console.print(x)", "self.file.write(x)", "say(x)", "put(x)"])
 def test_what_does_not_print_by_itself_is_not_found(source: str) -> None:
     assert list(printing(source)) == []
+
+
+# --- modes of files --------------------------------------------------------------------------------------------------
+
+# Calls that give a file another mode than the umask says. A scratch folder (TemporaryDirectory) keeps no file.
+_OWN_MODE = {"save_file", "save_model", "mkstemp", "mkdtemp", "NamedTemporaryFile", "chmod", "fchmod", "umask"}
+_FILE_MODE, _FOLDER_MODE = 0o666, 0o777
+
+
+def modes(source: str) -> Iterator[tuple[int, str]]:
+    """Yield (line, call) of each call that creates a file or a folder with a mode of its own."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        name = called.rpartition(".")[2]
+        given = [a for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
+        numbers = [a.value for a in given if isinstance(a.value, int) and not isinstance(a.value, bool)]
+        by_mode = called == "os.open" and any(number != _FILE_MODE for number in numbers)
+        by_mode |= name in ("mkdir", "makedirs") and any(number != _FOLDER_MODE for number in numbers)
+        if name in _OWN_MODE or by_mode:
+            yield node.lineno, called
+
+
+def test_files_have_the_modes_that_the_umask_says() -> None:
+    sources = {name: path.read_text() for name, path in (*modules(PACKAGE), *modules("launch"))}
+    assert [f"{name}:{line}: {call}" for name, source in sources.items() for line, call in modes(source)] == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "save_file(tensors, path)",
+        "safetensors.torch.save_file(tensors, path)",
+        "tempfile.mkstemp(dir=folder)",
+        "with NamedTemporaryFile(delete=False) as file: pass",
+        "os.open(path, flags, 0o600)",
+        "path.mkdir(mode=0o700)",
+        "path.chmod(0o644)",
+    ],
+)
+def test_a_planted_mode_is_found(source: str) -> None:
+    assert list(modes(source))
+
+
+@pytest.mark.parametrize("source", ["os.open(path, flags | os.O_NOFOLLOW, 0o666)", "path.mkdir(parents=True)"])
+def test_a_mode_by_the_umask_is_not_found(source: str) -> None:
+    assert not list(modes(source))
