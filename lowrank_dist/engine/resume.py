@@ -101,12 +101,14 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
                 f"train.resume: {folder.checkpoints} holds newer checkpoints than {chosen} (step-{newer[0]}), which "
                 "would mix with those to come: remove them, or choose another output.dir"
             )
-    if state is not None and "model.path" not in config.train.resume_changes:
+    if chosen is not None and state is not None and "model.path" not in config.train.resume_changes:
         digest = fingerprint(config.model.path)
         if digest != state.base_fingerprint:
+            changed = _changed_keys(complete(config, Resumption(chosen, state, ())), state)
             raise UserError(
                 f"train.resume: {chosen} was trained on another base than model.path {config.model.path} (fingerprint "
                 f"{state.base_fingerprint[:12]}…, found {digest[:12]}…): give that one, unchanged"
+                + (f". Changed as well: {_advice(config, changed)}" if changed else "")
             )
     return {
         "folder": str(chosen),
@@ -157,33 +159,47 @@ def require_same_run(
 ) -> None:
     """Raise UserError, naming every changed key, where resuming would not give the result of an uninterrupted run.
 
-    Also raises it where the checkpoint's step is beyond the run's last.
+    Also raises it where the checkpoint's step is beyond the run's last. One error names everything.
     """
     state = resumption.state
-    old, new = flat_keys(state.config), flat_keys(config.read_keys())
-    changed = {key: (old[key], new[key]) for key in new if key in old and old[key] != new[key] and not _is_free(key)}
+    changed = _changed_keys(config, state)
     for key, before, now in (("data.train", state.data, data), ("data.eval", state.held_out, held_out)):
-        if (before and before.sha256) != (now and now.sha256):
+        if (before and before.sha256) != (now and now.sha256) and key not in config.train.resume_changes:
             changed[key] = (_content(before), _content(now))
-    changed = {key: values for key, values in changed.items() if key not in config.train.resume_changes}
-    if changed:
-        listed = "; ".join(f"{key} was {before}, is {now}" for key, (before, now) in sorted(changed.items()))
-        own = method_package(config.method).section
-        shaping = sorted(key for key in changed if key in {f"{own}.{each}" for each in config.own_section.shaping})
-        other = (
-            f"{' and '.join(shaping)} cannot be another with this checkpoint, whose tensors would not fit"
-            if shaping
-            else f"or allow the change with 'train.resume_changes=[{', '.join(sorted(changed))}]'"
-        )
-        raise UserError(
-            f"train.resume: {resumption.folder} belongs to a run of other results: {listed}. Set them back"
-            f"{': ' if shaping else ', '}{other}"
-        )
+    faults = [f"belongs to a run of other results: {_advice(config, changed)}"] if changed else []
     if state.step > steps:
         length = "train.epochs" if config.train.steps is None else "train.steps"
-        raise UserError(
-            f"train.resume: {resumption.folder} is at step {state.step}, but the run ends at {steps}: raise {length}"
-        )
+        faults.append(f"is at step {state.step}, but the run ends at {steps}: raise {length}")
+    if faults:
+        raise UserError(f"train.resume: {resumption.folder} {'. It '.join(faults)}")
+
+
+def _changed_keys(config: Config, state: TrainingState) -> dict[str, tuple[Any, Any]]:
+    """Return key → (value in the checkpoint, value now) for the changed keys that are neither free nor allowed."""
+    old, new = flat_keys(state.config), flat_keys(config.read_keys())
+    return {
+        key: (old[key], new[key])
+        for key in new
+        if key in old and old[key] != new[key] and not _is_free(key) and key not in config.train.resume_changes
+    }
+
+
+def _advice(config: Config, changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return the changed keys with their values, those that can never change, and the override that allows the others.
+
+    The override replaces the list that the config has, so it repeats the keys that are allowed already.
+    """
+    listed = "; ".join(f"{key} was {before}, is {now}" for key, (before, now) in sorted(changed.items()))
+    own = method_package(config.method).section
+    shaping = {"method", *(f"{own}.{each}" for each in config.own_section.shaping)}
+    never = sorted(shaping & changed.keys())
+    others = sorted(changed.keys() - shaping)
+    allow = f"'train.resume_changes=[{', '.join(dict.fromkeys([*config.train.resume_changes, *others]))}]'"
+    if not never:
+        return f"{listed}. Set them back, or allow the change with {allow}"
+    fixed = f"{' and '.join(never)} can never change, since the checkpoint's tensors would not fit"
+    allowed = f"; the change of {' and '.join(others)} can be allowed with {allow}" if others else ""
+    return f"{listed}. Set them back: {fixed}{allowed}. For a new run choose another output.dir"
 
 
 def _is_free(key: str) -> bool:

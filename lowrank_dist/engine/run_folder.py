@@ -101,7 +101,7 @@ class RunFolder:
         if held:
             raise UserError(
                 f"output.dir: {self.path} already holds a run ({', '.join(held)}); "
-                "go on with it by train.resume=auto, choose another output.dir, or let output.overwrite=true remove it"
+                "resume it with train.resume=auto, choose another output.dir, or remove it with output.overwrite=true"
             )
 
     def saved_run(self) -> list[str]:

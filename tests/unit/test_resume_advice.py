@@ -1,0 +1,68 @@
+"""What a run is told that cannot resume: every changed key at once, and an override that works when it is pasted."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank_dist.config import Config
+from lowrank_dist.config.load import config_of
+from lowrank_dist.engine.resume import Resumption, require_same_run
+from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.errors import UserError
+from tests.unit.test_checkpoint_folder import state_of
+
+REQUIRED: dict[str, dict[str, object]] = {"model": {"path": "b"}, "data": {"train": "t"}, "output": {"dir": "r"}}
+BEFORE = config_of({**REQUIRED, "train": {"steps": 4}}, [])
+
+
+def refusal(config: Config, *, step: int = 2, steps: int = 4, **changes: Any) -> str:
+    """What is said to a run that resumes from a checkpoint of BEFORE; empty where it may."""
+    state = state_of(2).model_copy(update={"config": BEFORE.read_keys(), "step": step})
+    data = state.data.model_copy(update=changes)
+    try:
+        require_same_run(config, Resumption(Path("run/checkpoints/step-2"), state, ()), data, None, steps)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def changed(*overrides: str) -> Config:
+    return config_of({**REQUIRED, "train": {"steps": 4}}, overrides)
+
+
+def test_the_advised_override_allows_all_changes() -> None:
+    """Also those that were allowed already: an override replaces the list of the file."""
+    overrides = ["train.steps=8", "train.lr=0.1", "train.seed=1", "train.resume_changes=[train.seed, train.steps]"]
+    for given in (overrides, overrides[:3]):
+        said = refusal(changed(*given), steps=8, sha256="other")
+        (advised,) = shlex.split(said[said.index("'train.resume_changes") :].split("]'")[0] + "]'")
+        assert refusal(changed(*given, advised), steps=8, sha256="other") == ""
+        # The control: what is left out of it is refused.
+        assert "train.lr was" in refusal(changed(*given, advised.replace("train.lr, ", "").replace(", train.lr", "")))
+
+
+def test_a_key_that_can_never_change_is_named_and_not_advised() -> None:
+    said = refusal(changed("lora.rank=4", "lora.targets=[q_proj]", "train.lr=0.1"))
+    assert "lora.rank was 8, is 4; lora.targets was all-linear, is ['q_proj']; train.lr was 0.0002, is 0.1" in said
+    assert "lora.rank and lora.targets can never change, since the checkpoint's tensors would not fit" in said
+    assert "the change of train.lr can be allowed with 'train.resume_changes=[train.lr]'" in said
+    said = refusal(changed("method=prompt"))
+    assert "method can never change" in said and "train.resume_changes" not in said
+
+
+def test_an_end_before_the_checkpoint_is_told_with_the_rest() -> None:
+    said = refusal(changed("train.steps=1", "train.lr=0.1"), steps=1)
+    assert "train.lr was" in said and "It is at step 2, but the run ends at 1: raise train.steps" in said
+    assert re.search(r"step-2 is at step 2, but the run ends at 1", refusal(BEFORE, steps=1))
+    assert refusal(BEFORE) == ""
+
+
+def test_a_folder_that_holds_a_run_names_what_resumes_it(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(UserError, match="already holds a run .*; resume it with train.resume=auto, choose another"):
+        RunFolder.prepare(tmp_path, "never", {}, overwrite=False)
