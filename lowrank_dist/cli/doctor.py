@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowrank_dist import __version__
-from lowrank_dist.doctor.local import Place, Watch, diagnose, place_in_job, speaks_for_node
-from lowrank_dist.doctor.rows import Examination, Finding, Row, counted, findings
+from lowrank_dist.doctor.local import Place, TimeLimit, diagnose, place_in_job, speaks_for_node
+from lowrank_dist.doctor.rows import Results, Row, TableLine, plural, table_lines
 from lowrank_dist.errors import RankIdentityError, UserError, some_of
 from lowrank_dist.terminal import escape_all, put, say
 
@@ -56,7 +56,7 @@ def _alone(arguments: Sequence[str], as_json: bool) -> int:
     run, rows = _read(arguments) if arguments else (None, [])
 
     def show(found: Sequence[Row]) -> int:
-        return _show(Examination(1, {host: [0]}, {host: [*rows, *found]}), "here", as_json)
+        return _show(Results(1, {host: [0]}, {host: [*rows, *found]}), "here", as_json)
 
     probe = None
     try:
@@ -64,7 +64,7 @@ def _alone(arguments: Sequence[str], as_json: bool) -> int:
             from lowrank_dist.doctor.storage import Probe
 
             probe = Probe(run.output.dir)
-        return show(diagnose(run, None, probe, Watch(show)))
+        return show(diagnose(run, None, probe, TimeLimit(show)))
     finally:
         if probe is not None:
             probe.remove()
@@ -80,8 +80,8 @@ def _read(arguments: Sequence[str]) -> tuple[Config | None, list[Row]]:
 
 
 def _in_job(place: Place, arguments: Sequence[str], timeout: float, as_json: bool) -> int:
-    from lowrank_dist.doctor.board import Silent
-    from lowrank_dist.doctor.together import examine_together
+    from lowrank_dist.doctor.board import NoAnswer
+    from lowrank_dist.doctor.together import check_job
     from lowrank_dist.errors import ConfigError
 
     run, refused = None, None
@@ -90,14 +90,14 @@ def _in_job(place: Place, arguments: Sequence[str], timeout: float, as_json: boo
     except ConfigError as error:
         refused = str(error)
 
-    def publish(found: Examination) -> int:
+    def publish(found: Results) -> int:
         came = sum(map(len, found.ranks.values()))
-        where = f"on {counted(len(found.ranks), 'node')} ({came} of {found.size} ranks)"
+        where = f"on {plural(len(found.ranks), 'node')} ({came} of {found.size} ranks)"
         return _show(found, where, as_json)
 
     try:
-        return examine_together(place, run, refused, timeout, publish)
-    except (Silent, RuntimeError) as error:
+        return check_job(place, run, refused, timeout, publish)
+    except (NoAnswer, RuntimeError) as error:
         return _astray(place, run, timeout, error, as_json)
 
 
@@ -112,13 +112,13 @@ def _astray(place: Place, run: Config | None, timeout: float, error: Exception, 
         "behind no firewall"
     )
     rows = [*diagnose(run, place), Row("rendezvous", "broken", detail)]
-    found = Examination(place.size, {place.host: [place.rank]}, {place.host: rows})
+    found = Results(place.size, {place.host: [place.rank]}, {place.host: rows})
     return _show(found, f"on {place.host}", as_json, err=place.rank != 0)
 
 
-def _show(found: Examination, where: str, as_json: bool, err: bool = False) -> int:
+def _show(found: Results, where: str, as_json: bool, err: bool = False) -> int:
     """Print it; returns the exit code."""
-    table = findings(found)
+    table = table_lines(found)
     bad = list(dict.fromkeys(one.what for one in table if not one.passes))
     if as_json:
         report = {
@@ -141,7 +141,7 @@ def _show(found: Examination, where: str, as_json: bool, err: bool = False) -> i
     return int(bool(bad))
 
 
-def _lines(table: Sequence[Finding], nodes: set[str]) -> Iterator[str]:
+def _lines(table: Sequence[TableLine], nodes: set[str]) -> Iterator[str]:
     """A line each; one that is not about all the nodes that there are begins with those that it is about."""
     width = max(len(one.what) for one in table)
     for one in table:

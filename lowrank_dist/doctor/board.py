@@ -29,7 +29,7 @@ ROUNDS = 8
 TOLERATED_SECONDS = 1.0
 
 
-class Silent(Exception):
+class NoAnswer(Exception):
     """No message arrived under a name in time, or the store is gone."""
 
 
@@ -57,25 +57,25 @@ class Board:
         return cls(dist.PrefixStore(PREFIX, store))
 
     def put(self, name: str, value: Any) -> None:
-        """Write a message under a name. Raises Silent where the store is gone."""
+        """Write a message under a name. Raises NoAnswer where the store is gone."""
         try:
             self.store.set(name, json.dumps(value))
         except RuntimeError as error:
-            raise Silent(f"{name}: {error}") from error
+            raise NoAnswer(f"{name}: {error}") from error
 
     def take(self, name: str, seconds: float) -> Any:
-        """Wait for the message under `name` and return it. Raises Silent after `seconds` or where the store is gone."""
+        """Return the message under `name` once it is there. Raises NoAnswer after `seconds` or where the store is gone."""
         end = time.monotonic() + seconds
         pause = _FIRST_PAUSE_SECONDS
         try:
             while not self.store.check([name]):
                 if time.monotonic() > end:
-                    raise Silent(name)
+                    raise NoAnswer(name)
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
             return json.loads(self.store.get(name))
         except RuntimeError as error:
-            raise Silent(f"{name}: {error}") from error
+            raise NoAnswer(f"{name}: {error}") from error
 
 
 def answer_clock(board: Board, ranks: Sequence[int], seconds: float, clock: Callable[[], float] = time.time) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_dist.arch.config_json import read_architecture
-from lowrank_dist.doctor.rows import Row, counted, one_line, size_of
+from lowrank_dist.doctor.rows import Row, format_size, one_line, plural
 from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def model(config: Config) -> list[Row]:
     if not facts["trainable_here"]:
         return [Row("model folder", "unsupported", f"{folder}: {one_line(str(facts['why_not']))}")]
     digest = fingerprint(folder)[:12]
-    size = f"{counted(facts['shards'], 'shard')}, {size_of(facts['file_bytes'])}"
+    size = f"{plural(facts['shards'], 'shard')}, {format_size(facts['file_bytes'])}"
     said = f"{facts['family']}, {facts['parameters']:,} parameters, {size}"
     rows = [Row("model folder", "ok", f"{folder}: {said}, fingerprint {digest}", alike=f"fingerprint {digest}")]
     if config.parallel.tensor not in (sizes := facts["tensor_parallel_sizes"]):
@@ -153,7 +153,9 @@ def data(config: Config) -> Iterator[Row]:
         if size == 0:
             yield Row(what, "broken", f"{path}: empty; write one JSON object a line")
         else:
-            yield Row(what, "ok", f"{path}: {size_of(size)}, digest {digest}", alike=f"{size} bytes, digest {digest}")
+            yield Row(
+                what, "ok", f"{path}: {format_size(size)}, digest {digest}", alike=f"{size} bytes, digest {digest}"
+            )
 
 
 def _sampled(path: Path) -> tuple[int, str]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from lowrank_dist.backend.devices import synchronize
-from lowrank_dist.doctor.rows import Row, size_of
+from lowrank_dist.doctor.rows import Row, format_size
 
 # Large enough to be limited by bandwidth, small enough to take at most a second over 1 Gbit/s.
 LARGE_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
@@ -41,7 +41,7 @@ def join_group(store: dist.Store, rank: int, size: int, library: str, seconds: f
     """Join the process group of all ranks, as a run has it: gloo, and NCCL beside it where the ranks have GPUs."""
     backend = "gloo" if library == "gloo" else f"cpu:gloo,cuda:{library}"
     group_store = dist.PrefixStore("group", store)
-    # NCCL ends the process at its time-out; the Watch must report before that.
+    # NCCL ends the process at its time-out; the TimeLimit must report before that.
     seconds += 0 if library == "gloo" else 30
     dist.init_process_group(backend, store=group_store, rank=rank, world_size=size, timeout=timedelta(seconds=seconds))
 
@@ -91,10 +91,10 @@ def _median_seconds(message: torch.Tensor, group: dist.ProcessGroup | None, devi
     return statistics.median(seconds)
 
 
-def row(what: str, found: Mapping[str, float]) -> Row:
+def all_reduce_row(what: str, found: Mapping[str, float]) -> Row:
     """Return a row on an `AllReduce`, given as a mapping."""
     detail = (
-        f"{size_of(found['message_bytes'])} over {found['ranks']} ranks by {found['library']}: "
+        f"{format_size(found['message_bytes'])} over {found['ranks']} ranks by {found['library']}: "
         f"{found['algbw_gb_s']:.2f} GB/s algbw, {found['busbw_gb_s']:.2f} GB/s busbw; "
         f"{SMALL_BYTES} bytes in {found['latency_s'] * 1e6:.0f} µs"
     )

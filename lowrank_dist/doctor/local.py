@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_dist.backend.launchers import refuse_missing_hostfile, set_rank_variables
 from lowrank_dist.doctor import machine, software
-from lowrank_dist.doctor.rows import PASSING, Row, guarded
+from lowrank_dist.doctor.rows import PASSING, Row, run_check
 from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from lowrank_dist.doctor.storage import Probe
 
 # Longer than any check takes, on a slow network file system.
-LOOK_SECONDS = 120.0
-Concern = Callable[[], Iterable[Row]]
+CHECK_SECONDS = 120.0
+Check = Callable[[], Iterable[Row]]
 
 
 @dataclass(frozen=True)
@@ -72,19 +72,19 @@ def place_in_job() -> Place | None:
     return Place(rank, size, *local, socket.gethostname(), os.environ["MASTER_ADDR"], port, agent)
 
 
-class Watch:
+class TimeLimit:
     """A time limit for checks that hang in a file system or a driver, where Python cannot be interrupted.
 
-    hung: called in a thread of its own when `seconds` are over, with the rows found so far and a row on the check that
-    hangs. Then the process ends with code 1.
+    on_hang: called in a thread of its own when `seconds` are over, with the rows found so far and a row on the check
+    that hangs. Then the process ends with code 1.
     """
 
-    def __init__(self, hung: Callable[[list[Row]], object], seconds: float = LOOK_SECONDS) -> None:
-        self._hung = hung
+    def __init__(self, on_hang: Callable[[list[Row]], object], seconds: float = CHECK_SECONDS) -> None:
+        self._on_hang = on_hang
         self._seconds = seconds
 
     @contextmanager
-    def looking(self, what: str, found: Sequence[Row], remedy: str = "see what it stands on") -> Iterator[None]:
+    def around(self, what: str, found: Sequence[Row], remedy: str = "see what it stands on") -> Iterator[None]:
         """Limit the time of the block. found: the rows to report if it never ends."""
         timer = threading.Timer(self._seconds, self._end, (what, found, remedy))
         timer.daemon = True
@@ -96,7 +96,7 @@ class Watch:
 
     def _end(self, what: str, found: Sequence[Row], remedy: str) -> None:
         try:
-            self._hung([*found, Row(what, "broken", f"hangs: no answer within {self._seconds:.0f} s; {remedy}")])
+            self._on_hang([*found, Row(what, "broken", f"hangs: no answer within {self._seconds:.0f} s; {remedy}")])
         finally:
             os._exit(1)
 
@@ -105,21 +105,21 @@ def diagnose(
     config: Config | None = None,
     place: Place | None = None,
     probe: Probe | None = None,
-    watch: Watch | None = None,
+    limit: TimeLimit | None = None,
 ) -> list[Row]:
     """Return every row of this node, from what training needs to what it can do without.
 
     config: the run to be trained. place: this rank's place in its job. probe: the probe to write into the run folder.
     """
-    watch = watch or Watch(lambda rows: None)
+    limit = limit or TimeLimit(lambda rows: None)
     rows: list[Row] = []
 
-    def look(concerns: Iterable[tuple[str, Concern]], needed: bool = True) -> None:
-        for what, concern in concerns:
-            with watch.looking(what, rows):
-                rows.extend(guarded(what, concern, needed))
+    def run_checks(checks: Iterable[tuple[str, Check]], needed: bool = True) -> None:
+        for what, check in checks:
+            with limit.around(what, rows):
+                rows.extend(run_check(what, check, needed))
 
-    look(
+    run_checks(
         (
             ("lowrank_dist", software.own_sources),
             ("packages", software.packages),
@@ -128,13 +128,13 @@ def diagnose(
     )
     has_torch = not any(row.what == "PyTorch" and row.state != "ok" for row in rows)
     if has_torch:
-        look((("GPUs", machine.devices), ("compiled operators", machine.operators), ("GEMM", machine.products)))
+        run_checks((("GPUs", machine.devices), ("compiled operators", machine.operators), ("GEMM", machine.products)))
     gpus = any(row.what == "GPUs" and row.state == "ok" for row in rows)
-    look((("host memory", machine.memory), ("/dev/shm", partial(machine.shared_memory, gpus))), needed=False)
-    look([("NICs", partial(_network, place, gpus))], needed=place is not None)
+    run_checks((("host memory", machine.memory), ("/dev/shm", partial(machine.shared_memory, gpus))), needed=False)
+    run_checks([("NICs", partial(_network, place, gpus))], needed=place is not None)
     if config is not None and has_torch:
-        look(_of_the_run(config, place, probe))
-    look(
+        run_checks(_checks_of_run(config, place, probe))
+    run_checks(
         (
             ("apex", machine.apex),
             ("build tools", software.build_tools),
@@ -152,14 +152,14 @@ def failing(rows: Iterable[Row]) -> list[Row]:
 
 
 def _network(place: Place | None, gpus: bool) -> list[Row]:
-    from lowrank_dist.doctor.network import look_around, network
+    from lowrank_dist.doctor.network import network, network_facts
 
     if place is None:
-        return network(look_around(several=False, nccl=gpus, master=None))
-    return network(look_around(place.size > place.local_size, gpus, place.master))
+        return network(network_facts(several=False, nccl=gpus, master=None))
+    return network(network_facts(place.size > place.local_size, gpus, place.master))
 
 
-def _of_the_run(config: Config, place: Place | None, probe: Probe | None) -> Iterator[tuple[str, Concern]]:
+def _checks_of_run(config: Config, place: Place | None, probe: Probe | None) -> Iterator[tuple[str, Check]]:
     from lowrank_dist.doctor import inputs, storage
 
     yield "configuration", partial(inputs.configuration, config)

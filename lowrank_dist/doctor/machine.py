@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from lowrank_dist.doctor.rows import Row, one_line, size_of
+from lowrank_dist.doctor.rows import Row, format_size, one_line
 
 SHARED_MEMORY = Path("/dev/shm")
 # NCCL takes about 10 MB there for each pair of ranks of a node; containers have 64 MB by default.
@@ -43,11 +43,11 @@ def devices() -> list[Row]:
 
 
 def _gpu(index: int, name: str, total: int, free: int, architecture: str) -> Row:
-    detail = f"{name}, {size_of(total)}, {architecture}"
+    detail = f"{name}, {format_size(total)}, {architecture}"
     figures = {"total_bytes": total, "free_bytes": free}
     if free >= FREE_SHARE * total:
-        return Row(f"GPU {index}", "ok", f"{detail}, {size_of(free)} free", detail, "warning", figures)
-    taken = f"{detail}, but only {size_of(free)} free: `nvidia-smi` shows whose process to end"
+        return Row(f"GPU {index}", "ok", f"{detail}, {format_size(free)} free", detail, "warning", figures)
+    taken = f"{detail}, but only {format_size(free)} free: `nvidia-smi` shows whose process to end"
     return Row(f"GPU {index}", "warning", taken, detail, "warning", figures)
 
 
@@ -60,9 +60,9 @@ def memory() -> list[Row]:
     total, available = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
     limits = [int(text) for path in MEMORY_LIMITS if path.is_file() and (text := path.read_text().strip()).isdigit()]
     limit = min([*limits, total])
-    of = f"{size_of(total)}" if limit == total else f"{size_of(total)}, limited to {size_of(limit)}"
+    of = f"{format_size(total)}" if limit == total else f"{format_size(total)}, limited to {format_size(limit)}"
     figures = {"total_bytes": total, "available_bytes": min(available, limit)}
-    return [Row("host memory", "ok", f"{size_of(min(available, limit))} available of {of}", figures=figures)]
+    return [Row("host memory", "ok", f"{format_size(min(available, limit))} available of {of}", figures=figures)]
 
 
 def shared_memory(gpus: bool, place: Path = SHARED_MEMORY) -> list[Row]:
@@ -75,9 +75,9 @@ def shared_memory(gpus: bool, place: Path = SHARED_MEMORY) -> list[Row]:
     size, free = facts.f_blocks * facts.f_frsize, facts.f_bavail * facts.f_frsize
     figures = {"total_bytes": size, "free_bytes": free}
     if gpus and free < ENOUGH_SHARED:
-        short = f"{size_of(free)} free of {size_of(size)}: too little for NCCL's ranks of a node; {remedy}"
+        short = f"{format_size(free)} free of {format_size(size)}: too little for NCCL's ranks of a node; {remedy}"
         return [Row(what, "warning", short, figures=figures)]
-    return [Row(what, "ok", f"{size_of(free)} free of {size_of(size)}", figures=figures)]
+    return [Row(what, "ok", f"{format_size(free)} free of {format_size(size)}", figures=figures)]
 
 
 def operators() -> Iterator[Row]:

@@ -11,27 +11,27 @@ import torch
 
 from lowrank_dist.backend.devices import device_of_rank
 from lowrank_dist.doctor import links
-from lowrank_dist.doctor.board import Board, Silent, clock_offset
-from lowrank_dist.doctor.local import LOOK_SECONDS, Place, Watch, diagnose
+from lowrank_dist.doctor.board import Board, NoAnswer, clock_offset
+from lowrank_dist.doctor.local import CHECK_SECONDS, Place, TimeLimit, diagnose
 from lowrank_dist.doctor.rows import Row, one_line
-from lowrank_dist.doctor.storage import Probe, unseen
+from lowrank_dist.doctor.storage import Probe, unseen_probes
 from lowrank_dist.terminal import say
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
 
-# How long rank 0 waits for the nodes' reports. A node that hangs reports it after LOOK_SECONDS.
-REPORT_SECONDS = 2 * LOOK_SECONDS
+# How long rank 0 waits for the nodes' reports. A node that hangs reports it after CHECK_SECONDS.
+REPORT_SECONDS = 2 * CHECK_SECONDS
 # How much longer a rank waits for a message from rank 0 than rank 0 waits before it sends it.
 GRACE_SECONDS = 15.0
-NO_WAY = (
+NETWORK_REMEDY = (
     "the interfaces of all nodes have to reach one another, without a firewall between them: set GLOO_SOCKET_IFNAME "
     "(and NCCL_SOCKET_IFNAME) to the one of the network that they share"
 )
 
 
 @dataclass(frozen=True)
-class Roll:
+class Attendance:
     """The ranks that arrived, and those that did not (absent).
 
     ranks: node → its ranks in order; nodes are in the order of their lowest rank. refused: node → why its input was
@@ -48,114 +48,116 @@ class Roll:
         return {node: ranks[0] for node, ranks in self.ranks.items()}
 
 
-def leave(board: Board, place: Place, roll: Roll) -> None:
+def leave(board: Board, place: Place, attendance: Attendance) -> None:
     """Leave the job, as the last step. Rank 0, which holds the store, waits until the others have left."""
     try:
         if place.rank != 0:
             board.put(f"left/{place.rank}", None)
             return
         end = time.monotonic() + GRACE_SECONDS
-        for rank in (rank for ranks in roll.ranks.values() for rank in ranks if rank != 0):
+        for rank in (rank for ranks in attendance.ranks.values() for rank in ranks if rank != 0):
             board.take(f"left/{rank}", end - time.monotonic())
-    except Silent:
+    except NoAnswer:
         return  # a rank that is gone needs no store
 
 
-class Member:
+class RankCheck:
     """A rank that arrived. The lowest rank of a node checks the node; all take part in checks between nodes."""
 
-    def __init__(self, place: Place, config: Config | None, seconds: float, board: Board, roll: Roll) -> None:
+    def __init__(
+        self, place: Place, config: Config | None, seconds: float, board: Board, attendance: Attendance
+    ) -> None:
         self.place = place
         self.config = config
         self.seconds = seconds
         self.board = board
-        self.roll = roll
-        self.leads = place.rank in roll.leaders.values()
-        self.probe = Probe(config.output.dir) if self.leads and config is not None else None
+        self.attendance = attendance
+        self.checks_node = place.rank in attendance.leaders.values()
+        self.probe = Probe(config.output.dir) if self.checks_node and config is not None else None
 
-    def take_part(self) -> int:
+    def run(self) -> int:
         """Run the part of a rank other than 0, and return the exit code."""
         patience = REPORT_SECONDS + GRACE_SECONDS
         try:
             self._report()
             plan = self.board.take("plan", patience)
             if self.place.rank in plan["leaders"].values():
-                self._look_across(plan["probes"])
+                self._check_probes(plan["probes"])
                 ahead = clock_offset(self.board, self.place.rank, patience)
                 self.board.put(f"clock/{self.place.rank}", ahead)
             self.board.take("looked", patience)
         finally:
             self._clean()
         if plan["library"] is not None:
-            self._measure(plan["library"])
+            self._measure_links(plan["library"])
         return int(self.board.take("verdict", patience))
 
     def _report(self) -> None:
         rows: list[Row] = []
         try:
-            with Watch(self._hung).looking("GPUs", rows):
+            with TimeLimit(self._on_hang).around("GPUs", rows):
                 device, library = self._device()
             used: tuple[str, str] = (device.type, library)
         except RuntimeError as error:  # a driver that refuses
             used = ("none", one_line(str(error)))
-        if self.leads:
-            rows = diagnose(self.config, self.place, self.probe, Watch(self._hung))
-        self._say_report(rows, used, hangs=False)
+        if self.checks_node:
+            rows = diagnose(self.config, self.place, self.probe, TimeLimit(self._on_hang))
+        self._send_report(rows, used, hangs=False)
 
     def _device(self) -> tuple[torch.device, str]:
         wanted = self.config.model.device if self.config is not None else "auto"
         return device_of_rank(wanted, self.place.local_rank, self.place.local_size)
 
-    def _say_report(self, rows: Sequence[Row], used: tuple[str, str], hangs: bool) -> None:
+    def _send_report(self, rows: Sequence[Row], used: tuple[str, str], hangs: bool) -> None:
         probe = self.probe.written if self.probe is not None and not hangs else None
         values = {"rows": [asdict(row) for row in rows], "used": used, "probe": probe, "hangs": hangs}
         self.board.put(f"report/{self.place.rank}", values)
 
-    def _hung(self, rows: Sequence[Row]) -> None:
+    def _on_hang(self, rows: Sequence[Row]) -> None:
         """Report to rank 0 and wait for its verdict: if this rank ended first, its launcher would end the others."""
-        self._say_report(rows, ("none", "hangs"), hangs=True)
+        self._send_report(rows, ("none", "hangs"), hangs=True)
         self._wait_and_leave(REPORT_SECONDS + self.seconds)
 
-    def _look_across(self, probes: Mapping[str, Mapping[str, str]]) -> None:
+    def _check_probes(self, probes: Mapping[str, Mapping[str, str]]) -> None:
         """Look for the probes that the other nodes wrote into the run folder, and report those that are not seen."""
         others = {node: probe for node, probe in probes.items() if node != self.place.host}
-        with Watch(_shout).looking(f"{self.place.host}: run folder of the other nodes", []):
-            missing = unseen(others)
+        with TimeLimit(_print_hang).around(f"{self.place.host}: run folder of the other nodes", []):
+            missing = unseen_probes(others)
         self.board.put(f"unseen/{self.place.rank}", missing)
 
     def _clean(self) -> None:
         if self.probe is not None:
             self.probe.remove()
 
-    def _measure(self, library: str) -> None:
+    def _measure_links(self, library: str) -> None:
         name = f"links/{self.place.rank}"
 
-        def hung(rows: Sequence[Row]) -> None:
+        def on_hang(rows: Sequence[Row]) -> None:
             self.board.put(name, {"error": rows[-1].detail})
-            self._end_of_links()
+            self._on_links_hang()
 
         try:
             store: Any = self.board.store  # in torch's stubs it has no clone
-            with Watch(hung, self.seconds + 5).looking("all-reduce", [], NO_WAY):
+            with TimeLimit(on_hang, self.seconds + 5).around("all-reduce", [], NETWORK_REMEDY):
                 links.join_group(store.clone(), self.place.rank, self.place.size, library, self.seconds)
                 device, _ = self._device()
                 values: dict[str, Any] = {"all": asdict(links.measure(None, device, library))}
-                group = links.node_group(list(self.roll.ranks.values()), self.seconds)
+                group = links.node_group(list(self.attendance.ranks.values()), self.seconds)
                 if group is not None:
                     values["node"] = asdict(links.measure(group, device, library))
                 links.leave_group()
         except Exception as error:  # of gloo and NCCL: types with no common base
-            values = {"error": f"{one_line(str(error))[:300]}; {NO_WAY}"}
+            values = {"error": f"{one_line(str(error))[:300]}; {NETWORK_REMEDY}"}
         self.board.put(name, values)
 
-    def _end_of_links(self) -> None:
+    def _on_links_hang(self) -> None:
         """Finish where the process group hangs. Runs in a thread of its own, before this process ends."""
         self._wait_and_leave(GRACE_SECONDS + self.seconds)
 
     def _wait_and_leave(self, seconds: float) -> None:
         self.board.take("verdict", seconds)
-        leave(self.board, self.place, self.roll)
+        leave(self.board, self.place, self.attendance)
 
 
-def _shout(rows: Sequence[Row]) -> None:
+def _print_hang(rows: Sequence[Row]) -> None:
     say(f"doctor: {rows[-1].what}: {rows[-1].detail}", err=True)

@@ -36,7 +36,7 @@ class Interface:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class NetworkFacts:
     """The facts on which the choice of an interface depends.
 
     several: the job has ranks on other nodes. nccl: collectives go over NCCL. master: its MASTER_ADDR, None without a
@@ -51,17 +51,17 @@ class Surroundings:
     own: str | None
     towards: str | None
 
-    def having(self, address: str | None) -> Interface | None:
+    def with_address(self, address: str | None) -> Interface | None:
         return next((card for card in self.interfaces if address in card.addresses), None)
 
     @property
-    def leading(self) -> Interface | None:
+    def to_master(self) -> Interface | None:
         """The interface that leads to MASTER_ADDR, and so to other nodes; None where it is not known."""
-        return self.having(self.towards) if self.master is not None else None
+        return self.with_address(self.towards) if self.master is not None else None
 
 
-def look_around(several: bool, nccl: bool, master: str | None) -> Surroundings:
-    return Surroundings(
+def network_facts(several: bool, nccl: bool, master: str | None) -> NetworkFacts:
+    return NetworkFacts(
         interfaces(), several, nccl, master, address_of(socket.gethostname()), _source(master) if master else None
     )
 
@@ -105,7 +105,7 @@ def _source(host: str) -> str | None:
             return None
 
 
-def network(around: Surroundings, environment: Mapping[str, str] = os.environ) -> list[Row]:
+def network(around: NetworkFacts, environment: Mapping[str, str] = os.environ) -> list[Row]:
     """Return rows on the cards, MASTER_ADDR, and the interface of gloo and NCCL."""
     cards = sorted(around.interfaces, key=lambda card: (card.loopback, not card.up, card.name))
     rows = [Row("NICs", "ok", ", ".join(map(str, cards)) + "".join(f", {port}" for port in infiniband_ports()))]
@@ -129,7 +129,7 @@ def _text(path: Path) -> str:
     return path.read_text().strip()
 
 
-def _master(around: Surroundings) -> Row:
+def _master(around: NetworkFacts) -> Row:
     address = address_of(str(around.master))
     if address is None:
         detail = f"{around.master} is no name that this node can resolve; give an address, or mend /etc/hosts or DNS"
@@ -143,7 +143,7 @@ def _master(around: Surroundings) -> Row:
     return Row("MASTER_ADDR", "ok", said, alike=address)
 
 
-def _gloo(around: Surroundings, environment: Mapping[str, str]) -> Row:
+def _gloo(around: NetworkFacts, environment: Mapping[str, str]) -> Row:
     """Return a row on gloo's interface.
 
     Without GLOO_SOCKET_IFNAME gloo binds to the address of the host's own name or, failing that, to the loopback.
@@ -155,7 +155,7 @@ def _gloo(around: Surroundings, environment: Mapping[str, str]) -> Row:
         if missing:
             return Row("interface of gloo", "broken", _no_interface("GLOO_SOCKET_IFNAME", missing, around))
         return _judged("gloo", "GLOO_SOCKET_IFNAME", [known[name] for name in names], "", around)
-    chosen = around.having(around.own)
+    chosen = around.with_address(around.own)
     reason = f", as this host's name is {around.own}"
     if chosen is None:
         chosen = next((card for card in around.interfaces if card.loopback), None)
@@ -163,7 +163,7 @@ def _gloo(around: Surroundings, environment: Mapping[str, str]) -> Row:
     return _judged("gloo", "GLOO_SOCKET_IFNAME", [chosen] if chosen else [], reason, around)
 
 
-def _nccl(around: Surroundings, environment: Mapping[str, str]) -> Row:
+def _nccl(around: NetworkFacts, environment: Mapping[str, str]) -> Row:
     """Return a row on NCCL's interface.
 
     NCCL_SOCKET_IFNAME lists beginnings of names, after = whole names; after ^ they are excluded. Without it NCCL avoids
@@ -190,7 +190,7 @@ def _nccl(around: Surroundings, environment: Mapping[str, str]) -> Row:
     return Row(row.what, state if row.state == "broken" else row.state, row.detail)
 
 
-def _judged(library: str, variable: str, cards: Sequence[Interface], reason: str, around: Surroundings) -> Row:
+def _judged(library: str, variable: str, cards: Sequence[Interface], reason: str, around: NetworkFacts) -> Row:
     """Return a row on whether ranks can meet over these cards."""
     what, said = f"interface of {library}", ", ".join(map(str, cards)) + reason
     usable = [card for card in cards if card.up and card.addresses]
@@ -199,18 +199,18 @@ def _judged(library: str, variable: str, cards: Sequence[Interface], reason: str
         return Row(what, "broken", detail)
     if around.several and all(card.loopback for card in usable):
         return Row(what, "broken", f"{said}: no other node is reached by it; {_advice(variable, around)}")
-    if around.several and around.leading is not None and around.leading not in usable:
-        detail = f"{said}: MASTER_ADDR is reached by {around.leading}; unless both lead to all nodes, "
+    if around.several and around.to_master is not None and around.to_master not in usable:
+        detail = f"{said}: MASTER_ADDR is reached by {around.to_master}; unless both lead to all nodes, "
         return Row(what, "warning", detail + _advice(variable, around))
     return Row(what, "ok", said)
 
 
-def _no_interface(variable: str, missing: Sequence[str], around: Surroundings) -> str:
+def _no_interface(variable: str, missing: Sequence[str], around: NetworkFacts) -> str:
     there = some_of([str(card) for card in around.interfaces])
     return f"{variable}: no interface {', '.join(missing)} here, but {there}; {_advice(variable, around)}"
 
 
-def _advice(variable: str, around: Surroundings) -> str:
-    if around.leading is not None and not around.leading.loopback:
-        return f"set {variable}={around.leading.name}"
+def _advice(variable: str, around: NetworkFacts) -> str:
+    if around.to_master is not None and not around.to_master.loopback:
+        return f"set {variable}={around.to_master.name}"
     return f"set {variable} to the interface of the network that the nodes share"

@@ -37,11 +37,11 @@ class Row:
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
-def guarded(what: str, concern: Callable[[], Iterable[Row]], needed: bool = True) -> list[Row]:
+def run_check(what: str, check: Callable[[], Iterable[Row]], needed: bool = True) -> list[Row]:
     """Return the rows of a check, or one row with the error that stopped it."""
     state: State = "broken" if needed else "off"
     try:
-        return list(concern())
+        return list(check())
     except UserError as error:  # a message with its remedy
         return [Row(what, state, one_line(str(error)))]
     except Exception as error:  # any error of a broken installation: kept as the reason
@@ -52,7 +52,7 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def size_of(number: float) -> str:
+def format_size(number: float) -> str:
     """Return bytes as text, in bytes, KiB, MiB or GiB."""
     for unit in ("bytes", "KiB", "MiB"):
         if number < 1024:
@@ -61,12 +61,12 @@ def size_of(number: float) -> str:
     return f"{number:.1f} GiB"
 
 
-def counted(number: int, noun: str) -> str:
+def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 @dataclass
-class Examination:
+class Results:
     """All results of a job.
 
     size: ranks of the job. ranks, rows: node → its ranks and its rows, for each node that arrived. between: rows that
@@ -80,7 +80,7 @@ class Examination:
 
 
 @dataclass(frozen=True)
-class Finding:
+class TableLine:
     """A line of the table. nodes: those concerned, in the order of their ranks; empty for a check between nodes."""
 
     what: str
@@ -93,23 +93,23 @@ class Finding:
         return self.state in PASSING
 
 
-def findings(found: Examination) -> list[Finding]:
+def table_lines(found: Results) -> list[TableLine]:
     """Return the lines of the table, in the order of the checks."""
-    table: list[Finding] = []
+    table: list[TableLine] = []
     for what in dict.fromkeys(row.what for rows in found.rows.values() for row in rows):
         table += _merged(what, [(node, row) for node, rows in found.rows.items() for row in rows if row.what == what])
-    return table + [Finding(row.what, row.state, row.detail) for row in found.between]
+    return table + [TableLine(row.what, row.state, row.detail) for row in found.between]
 
 
-def _merged(what: str, found: Sequence[tuple[str, Row]]) -> list[Finding]:
+def _merged(what: str, found: Sequence[tuple[str, Row]]) -> list[TableLine]:
     values = _groups((node, row.alike) for node, row in found if row.alike is not None)
-    lines: list[Finding] = []
+    lines: list[TableLine] = []
     if len(values) > 1:
         states = {row.if_unlike for _, row in found if row.alike is not None}
         said = "; ".join(f"{value} on {some_of(nodes)}" for value, nodes in values.items())
         everyone = tuple(node for nodes in values.values() for node in nodes)
         state: State = "differs" if "differs" in states else "warning"
-        lines.append(Finding(what, state, f"{said}: make it the same on every node", everyone))
+        lines.append(TableLine(what, state, f"{said}: make it the same on every node", everyone))
         # This line covers the rows that were ok on their own.
         found = [(node, row) for node, row in found if row.state != "ok"]
     groups = _groups((node, (row.state, row.detail)) for node, row in found)
@@ -117,10 +117,10 @@ def _merged(what: str, found: Sequence[tuple[str, Row]]) -> list[Finding]:
     hidden = set(fine[SHOWN:])
     for (state, detail), nodes in groups.items():
         if (state, detail) not in hidden:
-            lines.append(Finding(what, state, detail, tuple(nodes)))
+            lines.append(TableLine(what, state, detail, tuple(nodes)))
     if hidden:
         rest = tuple(node for key in fine[SHOWN:] for node in groups[key])
-        lines.append(Finding(what, "ok", f"on {len(rest)} more nodes as well, with other figures", rest))
+        lines.append(TableLine(what, "ok", f"on {len(rest)} more nodes as well, with other figures", rest))
     return lines
 
 

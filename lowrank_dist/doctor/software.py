@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 
 from lowrank_dist import __version__
-from lowrank_dist.doctor.rows import Row, State, Unlike, guarded, one_line
+from lowrank_dist.doctor.rows import Row, State, Unlike, one_line, run_check
 
 PACKAGE = Path(__file__).parents[1]
 PROJECT = PACKAGE.parent / "pyproject.toml"
@@ -92,7 +92,7 @@ def packages(
             # Pre-releases count: NVIDIA's containers ship such builds of torch.
             fits = partial(requirement.specifier.contains, prereleases=True)
             row = partial(_package, requirement.name, fits, text, version, needed)
-            yield from guarded(requirement.name, row, needed)
+            yield from run_check(requirement.name, row, needed)
 
 
 def _package(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_dist.doctor.inputs import checkpoint_bytes
-from lowrank_dist.doctor.rows import Row, size_of
+from lowrank_dist.doctor.rows import Row, format_size
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder, temporary_name
 
@@ -40,7 +40,7 @@ class Probe:
 
     def write(self) -> list[Row]:
         """Write, fsync, rename, and read back. Raises UserError (DiskError) where the disk refuses."""
-        place = existing(self.run)
+        place = nearest_existing(self.run)
         self.folder = temporary_name(place / "doctor")
         start = time.monotonic()
         with atomic_folder(self.folder) as temporary:
@@ -50,7 +50,7 @@ class Probe:
         if (self.folder / FILE).read_bytes() != self._content:
             detail = f"{where}: what was written reads back otherwise; give output.dir on another disk"
             return [Row("run folder", "broken", detail)]
-        detail = f"{where}: {size_of(PROBE_BYTES)} written, synced, renamed and read back in {seconds * 1e3:.0f} ms"
+        detail = f"{where}: {format_size(PROBE_BYTES)} written, synced, renamed and read back in {seconds * 1e3:.0f} ms"
         return [Row("run folder", "ok", detail, figures={"write_seconds": seconds})]
 
     @property
@@ -65,7 +65,7 @@ class Probe:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def unseen(probes: Mapping[str, Mapping[str, str]], seconds: float = SEEN_SECONDS) -> list[str]:
+def unseen_probes(probes: Mapping[str, Mapping[str, str]], seconds: float = SEEN_SECONDS) -> list[str]:
     """Return the nodes whose probe (`Probe.written`) this node does not see, with its content, within `seconds`."""
     end = time.monotonic() + seconds
     waiting = dict(probes)
@@ -85,7 +85,7 @@ def _sees(path: Path, mark: str) -> bool:
         return False
 
 
-def existing(path: Path) -> Path:
+def nearest_existing(path: Path) -> Path:
     """Return the path itself or its nearest existing parent. Raises UserError where that is not a folder."""
     place = next(place for place in (path, *path.parents) if place.exists())
     if not place.is_dir():
@@ -102,10 +102,10 @@ def space(config: Config, writes: bool) -> list[Row]:
         sizes = checkpoint_bytes(config) if writes else None
     except UserError:  # it has a row of its own
         sizes = None
-    place = existing(config.output.dir.absolute())
+    place = nearest_existing(config.output.dir.absolute())
     facts = os.statvfs(place)
     free = facts.f_bavail * facts.f_frsize
-    said = f"{size_of(free)} free for {config.output.dir}"
+    said = f"{format_size(free)} free for {config.output.dir}"
     figures: dict[str, float] = {"free_bytes": free}
     if sizes is not None:
         one, final = sizes
@@ -115,12 +115,12 @@ def space(config: Config, writes: bool) -> list[Row]:
         kept = (config.output.keep_last or 1) + best + 1
         needed = kept * one + final + ROOM
         figures |= {"needed_bytes": needed, "checkpoint_bytes": one}
-        said += f"; {kept} checkpoints of {size_of(one)} and the rest take {size_of(needed)}"
+        said += f"; {kept} checkpoints of {format_size(one)} and the rest take {format_size(needed)}"
         if config.output.keep_last is None:
             said += " (output.keep_last is null: every other one adds to it)"
     else:
         needed = ROOM
-        said += f"; logs want {size_of(needed)}"
+        said += f"; logs want {format_size(needed)}"
     if facts.f_favail == 0 and facts.f_files:
         detail = f"{said}; no inode is left: remove files, or give output.dir on another disk"
         return [Row("free disk", "broken", detail, figures=figures)]

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from lowrank_dist.doctor import links
-from lowrank_dist.doctor.board import Board, Silent, answer_clock, clock_skew
+from lowrank_dist.doctor.board import Board, NoAnswer, answer_clock, clock_skew
 from lowrank_dist.doctor.local import Place, failing
-from lowrank_dist.doctor.member import GRACE_SECONDS, NO_WAY, REPORT_SECONDS, Member, Roll, leave
-from lowrank_dist.doctor.rows import Examination, Row, counted
+from lowrank_dist.doctor.member import GRACE_SECONDS, NETWORK_REMEDY, REPORT_SECONDS, Attendance, RankCheck, leave
+from lowrank_dist.doctor.rows import Results, Row, plural
 from lowrank_dist.errors import UserError, some_of
 
 if TYPE_CHECKING:
@@ -21,38 +21,40 @@ if TYPE_CHECKING:
 MEETING = ("MASTER_ADDR", "interface of gloo", "interface of NCCL")
 
 
-def examine_together(
-    place: Place, config: Config | None, refused: str | None, seconds: float, publish: Callable[[Examination], int]
+def check_job(
+    place: Place, config: Config | None, refused: str | None, seconds: float, publish: Callable[[Results], int]
 ) -> int:
     """Run one rank's part, and return the exit code, which is the same on every rank.
 
     config: as this rank read it; refused: the error where it could not. seconds: how long ranks wait for one another to
     arrive. publish: on rank 0, shows the results and returns the exit code of all ranks.
 
-    Raises RuntimeError where the job's store is not reached, Silent where rank 0 is gone, UserError (on rank 0 only)
+    Raises RuntimeError where the job's store is not reached, NoAnswer where rank 0 is gone, UserError (on rank 0 only)
     where the input was refused.
     """
     start = time.monotonic()
     board = Board.join(place, seconds)
     board.put(f"here/{place.rank}", {"host": place.host, "refused": refused})
     if place.rank == 0:
-        roll = call_roll(board, place.size, seconds - (time.monotonic() - start))
-        board.put("roll", asdict(roll))
+        attendance = take_attendance(board, place.size, seconds - (time.monotonic() - start))
+        board.put("attendance", asdict(attendance))
     else:
-        roll = Roll(**board.take("roll", 2 * seconds + GRACE_SECONDS))
+        attendance = Attendance(**board.take("attendance", 2 * seconds + GRACE_SECONDS))
     try:
-        if roll.refused:
+        if attendance.refused:
             if place.rank == 0:
-                raise UserError("\n".join(f"{node}: {text}" for node, text in _once(roll.refused).items()))
+                raise UserError(
+                    "\n".join(f"{node}: {text}" for node, text in _nodes_by_error(attendance.refused).items())
+                )
             return 2
         if place.rank != 0:
-            return Member(place, config, seconds, board, roll).take_part()
-        return Lead(place, config, seconds, board, roll, publish).lead(time.monotonic() - start)
+            return RankCheck(place, config, seconds, board, attendance).run()
+        return LeaderCheck(place, config, seconds, board, attendance, publish).run_as_leader(time.monotonic() - start)
     finally:
-        leave(board, place, roll)
+        leave(board, place, attendance)
 
 
-def call_roll(board: Board, size: int, seconds: float) -> Roll:
+def take_attendance(board: Board, size: int, seconds: float) -> Attendance:
     """Wait until all ranks have arrived or the time is over, and return who arrived."""
     end = time.monotonic() + seconds
     ranks: dict[str, list[int]] = {}
@@ -61,16 +63,16 @@ def call_roll(board: Board, size: int, seconds: float) -> Roll:
     for rank in range(size):
         try:
             said = board.take(f"here/{rank}", max(end - time.monotonic(), 0.01))
-        except Silent:
+        except NoAnswer:
             absent.append(rank)
             continue
         ranks.setdefault(said["host"], []).append(rank)
         if said["refused"] is not None:
             refused.setdefault(said["host"], said["refused"])
-    return Roll(ranks, absent, refused)
+    return Attendance(ranks, absent, refused)
 
 
-class Lead(Member):
+class LeaderCheck(RankCheck):
     """Rank 0. publish: shows the results, and returns the exit code of all ranks."""
 
     def __init__(
@@ -79,30 +81,30 @@ class Lead(Member):
         config: Config | None,
         seconds: float,
         board: Board,
-        roll: Roll,
-        publish: Callable[[Examination], int],
+        attendance: Attendance,
+        publish: Callable[[Results], int],
     ) -> None:
-        super().__init__(place, config, seconds, board, roll)
+        super().__init__(place, config, seconds, board, attendance)
         self._publish = publish
-        self._found = Examination(place.size, roll.ranks)
+        self._found = Results(place.size, attendance.ranks)
 
-    def lead(self, met_after: float) -> int:
+    def run_as_leader(self, met_after: float) -> int:
         """Run rank 0's part, and return the exit code of all ranks."""
         found = self._found
         found.between.append(self._rendezvous(met_after))
         try:
             self._report()
-            reports = self._reports(found)
+            reports = self._collect_reports(found)
             plan = self._plan(reports, found)
             self.board.put("plan", plan)
-            self._look_across(plan["probes"])
-            self._across(plan["leaders"], found)
+            self._check_probes(plan["probes"])
+            self._compare_nodes(plan["leaders"], found)
             self.board.put("looked", None)
         finally:
             self._clean()
         if plan["library"] is not None:
-            self._measure(plan["library"])
-            self._links(found)
+            self._measure_links(plan["library"])
+            self._collect_links(found)
         return self._conclude()
 
     def _conclude(self) -> int:
@@ -110,64 +112,66 @@ class Lead(Member):
         self.board.put("verdict", code)
         return code
 
-    def _hung(self, rows: Sequence[Row]) -> None:
+    def _on_hang(self, rows: Sequence[Row]) -> None:
         """Publish the rows of rank 0's own node, the only ones that exist where rank 0 itself hangs."""
         self._found.rows[self.place.host] = list(rows)
         self._conclude()
-        leave(self.board, self.place, self.roll)
+        leave(self.board, self.place, self.attendance)
 
-    def _end_of_links(self) -> None:
-        self._links(self._found)
+    def _on_links_hang(self) -> None:
+        self._collect_links(self._found)
         self._conclude()
-        leave(self.board, self.place, self.roll)
+        leave(self.board, self.place, self.attendance)
 
     def _rendezvous(self, met_after: float) -> Row:
         where = f"{self.place.master}:{self.place.port}"
-        if not self.roll.absent:
-            nodes = counted(len(self.roll.ranks), "node")
+        if not self.attendance.absent:
+            nodes = plural(len(self.attendance.ranks), "node")
             detail = f"{self.place.size} ranks on {nodes} met at {where} in {met_after:.1f} s"
             return Row("rendezvous", "ok", detail, figures={"seconds": met_after})
-        came = "; ".join(f"{_numbers(ranks)} on {node}" for node, ranks in self.roll.ranks.items())
+        came = "; ".join(f"{_numbers(ranks)} on {node}" for node, ranks in self.attendance.ranks.items())
         detail = (
-            f"{_numbers(self.roll.absent)} of {self.place.size} did not come to {where} within {self.seconds:.0f} s; "
-            f"there: {came}. Their own messages say more; were none started, look at the launcher, else at the route "
-            f"to {self.place.master} and at firewalls"
+            f"{_numbers(self.attendance.absent)} of {self.place.size} did not come to {where} within "
+            f"{self.seconds:.0f} s; there: {came}. Their own messages say more; were none started, look at the "
+            f"launcher, else at the route to {self.place.master} and at firewalls"
         )
         return Row("rendezvous", "broken", detail)
 
-    def _reports(self, found: Examination) -> dict[int, dict[str, Any]]:
+    def _collect_reports(self, found: Results) -> dict[int, dict[str, Any]]:
         """Return the report of every rank that arrived and still answers."""
         end = time.monotonic() + REPORT_SECONDS
         reports: dict[int, dict[str, Any]] = {}
-        for node, ranks in self.roll.ranks.items():
+        for node, ranks in self.attendance.ranks.items():
             for rank in ranks:
                 try:
                     reports[rank] = self.board.take(f"report/{rank}", max(end - time.monotonic(), 0.01))
-                except Silent:
+                except NoAnswer:
                     detail = f"no answer from rank {rank} any more: see its own messages, and whether {node} is alive"
                     found.between.append(Row(f"node {node}", "broken", detail))
             if ranks[0] in reports:
                 found.rows[node] = [Row(**row) for row in reports[ranks[0]]["rows"]]
         return reports
 
-    def _plan(self, reports: Mapping[int, Mapping[str, Any]], found: Examination) -> dict[str, Any]:
+    def _plan(self, reports: Mapping[int, Mapping[str, Any]], found: Results) -> dict[str, Any]:
         """Return the ranks that check across nodes, the probes that they look for, and the library of the all-reduce.
 
         The library is None where the ranks cannot meet.
         """
         alive = {
-            node: rank for node, rank in self.roll.leaders.items() if rank in reports and not reports[rank]["hangs"]
+            node: rank
+            for node, rank in self.attendance.leaders.items()
+            if rank in reports and not reports[rank]["hangs"]
         }
         probes = {node: reports[rank]["probe"] for node, rank in alive.items() if reports[rank]["probe"] is not None}
         used = {
             node: [tuple(reports[rank]["used"]) for rank in ranks if rank in reports]
-            for node, ranks in self.roll.ranks.items()
+            for node, ranks in self.attendance.ranks.items()
         }
         kinds = {kind for kinds in used.values() for kind in kinds}
         library = next(iter(kinds))[1]
         reason = ""
         bad = [node for node, rows in found.rows.items() if any(row.what in MEETING for row in failing(rows))]
-        if self.roll.absent or len(reports) < self.place.size or len(alive) < len(self.roll.ranks):
+        if self.attendance.absent or len(reports) < self.place.size or len(alive) < len(self.attendance.ranks):
             reason = "not every rank is there"
         elif bad:
             reason = f"{some_of(bad)} cannot meet the others"
@@ -178,7 +182,7 @@ class Lead(Member):
             found.between.append(Row("all-reduce", "broken", f"not tried: {reason}"))
         return {"leaders": alive, "probes": probes, "library": None if reason else library}
 
-    def _across(self, leaders: Mapping[str, int], found: Examination) -> None:
+    def _compare_nodes(self, leaders: Mapping[str, int], found: Results) -> None:
         """Add rows on probes that other nodes do not see, and on the offsets of the clocks."""
         patience = GRACE_SECONDS + self.seconds
         blind: dict[str, list[str]] = {}
@@ -191,32 +195,32 @@ class Lead(Member):
             offsets = {
                 node: tuple(self.board.take(f"clock/{rank}", patience)) for node, rank in leaders.items() if rank != 0
             }
-        except Silent as error:
+        except NoAnswer as error:
             found.between.append(Row("nodes", "broken", f"one fell silent ({error}): see its own messages"))
             return
         if self.config is not None and len(leaders) > 1:
             found.between.append(_shared(blind, self.config))
         found.between += clock_skew(offsets, self.place.host)
 
-    def _links(self, found: Examination) -> None:
+    def _collect_links(self, found: Results) -> None:
         answers: dict[int, dict[str, Any]] = {}
         errors: dict[str, list[int]] = {}
         end = time.monotonic() + self.seconds + GRACE_SECONDS
         for rank in range(self.place.size):
             try:
                 answers[rank] = self.board.take(f"links/{rank}", max(end - time.monotonic(), 0.01))
-            except Silent:
-                answers[rank] = {"error": f"no answer any more; {NO_WAY}"}
+            except NoAnswer:
+                answers[rank] = {"error": f"no answer any more; {NETWORK_REMEDY}"}
             if "error" in answers[rank]:
                 errors.setdefault(answers[rank]["error"], []).append(rank)
         for text, ranks in errors.items():
             found.between.append(Row("all-reduce", "broken", f"{_numbers(ranks)}: {text}"))
         if errors:
             return
-        found.between.append(links.row("all-reduce", answers[0]["all"]))
-        for node, rank in self.roll.leaders.items():
+        found.between.append(links.all_reduce_row("all-reduce", answers[0]["all"]))
+        for node, rank in self.attendance.leaders.items():
             if "node" in answers[rank]:
-                found.rows[node].append(links.row("all-reduce in a node", answers[rank]["node"]))
+                found.rows[node].append(links.all_reduce_row("all-reduce in a node", answers[rank]["node"]))
 
 
 def _shared(blind: Mapping[str, Sequence[str]], config: Config) -> Row:
@@ -238,7 +242,7 @@ def _kinds(kinds: Sequence[tuple[str, str]]) -> str:
     return ", ".join(f"{device} by {library}" for device, library in dict.fromkeys(kinds))
 
 
-def _once(refused: Mapping[str, str]) -> dict[str, str]:
+def _nodes_by_error(refused: Mapping[str, str]) -> dict[str, str]:
     """Return names of nodes → their error, so that an error that several nodes share is listed once."""
     nodes: dict[str, list[str]] = {}
     for node, text in refused.items():

@@ -54,14 +54,14 @@ def with_a_wrong_sum() -> str:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_bandwidth_is_the_messages_over_the_time(size: int) -> None:
-    from lowrank_dist.doctor.links import row
+    from lowrank_dist.doctor.links import all_reduce_row
 
     for found in run_ranks(size, measured, "gloo"):
         assert (found["ranks"], found["message_bytes"]) == (size, 2**20)
         assert found["busbw_gb_s"] == pytest.approx(found["algbw_gb_s"] * 2 * (size - 1) / size)
         # A message of eight bytes takes less time than one of a million.
         assert 0 < found["latency_s"] and 0 < found["algbw_gb_s"] < 1000
-        shown = row("all-reduce", found)
+        shown = all_reduce_row("all-reduce", found)
         assert f"1.0 MiB over {size} ranks by gloo" in shown.detail and "library" not in shown.figures
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_dist.doctor import network
-from lowrank_dist.doctor.network import Interface, Surroundings, infiniband_ports, interfaces, look_around
+from lowrank_dist.doctor.network import Interface, NetworkFacts, infiniband_ports, interfaces, network_facts
 from lowrank_dist.doctor.rows import Row
 
 LO = Interface("lo", ("127.0.0.1", "::1"), True, 0)
@@ -18,19 +18,19 @@ ETH0 = Interface("eth0", ("10.77.0.2",), True, 10000)
 IB0 = Interface("ib0", ("10.88.0.2", "fe80::1"), True, 0)
 DOWN = Interface("eth1", (), False, 0)
 CARDS = [LO, ETH0, IB0, DOWN]
-JOB = Surroundings(CARDS, several=True, nccl=False, master="10.77.0.1", own="10.77.0.2", towards="10.77.0.2")
-ALONE = Surroundings(CARDS, several=False, nccl=False, master=None, own="127.0.0.1", towards=None)
+JOB = NetworkFacts(CARDS, several=True, nccl=False, master="10.77.0.1", own="10.77.0.2", towards="10.77.0.2")
+ALONE = NetworkFacts(CARDS, several=False, nccl=False, master=None, own="127.0.0.1", towards=None)
 
 
-def rows(around: Surroundings, environment: Mapping[str, str]) -> dict[str, Row]:
+def rows(around: NetworkFacts, environment: Mapping[str, str]) -> dict[str, Row]:
     return {row.what: row for row in network.network(around, environment)}
 
 
-def gloo(around: Surroundings, **environment: str) -> Row:
+def gloo(around: NetworkFacts, **environment: str) -> Row:
     return rows(around, environment)["interface of gloo"]
 
 
-def nccl(around: Surroundings, value: str | None) -> Row:
+def nccl(around: NetworkFacts, value: str | None) -> Row:
     return rows(around, {} if value is None else {"NCCL_SOCKET_IFNAME": value})["interface of NCCL"]
 
 
@@ -44,8 +44,8 @@ def test_this_machine_has_a_loopback() -> None:
     (loopback,) = [card for card in interfaces() if card.name == "lo"]
     assert loopback.up and loopback.loopback and "127.0.0.1" in loopback.addresses
     assert not ETH0.loopback and not DOWN.loopback
-    around = look_around(several=False, nccl=False, master="127.0.0.1")
-    assert around.towards == "127.0.0.1" and around.leading == around.having("127.0.0.1") == loopback
+    around = network_facts(several=False, nccl=False, master="127.0.0.1")
+    assert around.towards == "127.0.0.1" and around.to_master == around.with_address("127.0.0.1") == loopback
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     assert network.address_of("h9") is None
-    around = look_around(several=True, nccl=False, master="h9")
-    assert around.towards is None and around.own is None and around.leading is None
+    around = network_facts(several=True, nccl=False, master="h9")
+    assert around.towards is None and around.own is None and around.to_master is None
 
 
 def test_infiniband_as_the_kernel_shows_it(tmp_path: Path) -> None:

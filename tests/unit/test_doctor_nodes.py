@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from lowrank_dist.doctor.board import Board, Silent, answer_clock, clock_offset, clock_skew
-from lowrank_dist.doctor.rows import SHOWN, Examination, Finding, Row, counted, guarded, size_of
-from lowrank_dist.doctor.rows import findings as table_of
-from lowrank_dist.doctor.together import call_roll
+from lowrank_dist.doctor.board import Board, NoAnswer, answer_clock, clock_offset, clock_skew
+from lowrank_dist.doctor.rows import SHOWN, Results, Row, TableLine, format_size, plural, run_check
+from lowrank_dist.doctor.rows import table_lines as table_of
+from lowrank_dist.doctor.together import take_attendance
 from lowrank_dist.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -23,9 +23,9 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-def findings(nodes: dict[str, list[Row]], between: list[Row] | None = None) -> list[Finding]:
+def findings(nodes: dict[str, list[Row]], between: list[Row] | None = None) -> list[TableLine]:
     ranks = {node: [rank] for rank, node in enumerate(nodes)}
-    return table_of(Examination(len(nodes), ranks, nodes, between or []))
+    return table_of(Results(len(nodes), ranks, nodes, between or []))
 
 
 def version(value: str, **more: str) -> Row:
@@ -35,8 +35,8 @@ def version(value: str, **more: str) -> Row:
 def test_what_all_nodes_have_is_said_once() -> None:
     table = findings({"h1": [version("2.13")], "h2": [version("2.13")]}, [Row("all-reduce", "ok", "fast")])
     assert table == [
-        Finding("torch", "ok", "2.13 (supported)", ("h1", "h2")),
-        Finding("all-reduce", "ok", "fast"),
+        TableLine("torch", "ok", "2.13 (supported)", ("h1", "h2")),
+        TableLine("all-reduce", "ok", "fast"),
     ]
     assert all(one.passes for one in table)
 
@@ -63,7 +63,7 @@ def test_what_is_wrong_on_one_node_is_its_own_line() -> None:
 
 def test_a_concern_of_one_node_alone_is_no_difference() -> None:
     (one,) = findings({"h1": [version("2.13")], "h2": []})
-    assert one == Finding("torch", "ok", "2.13 (supported)", ("h1",))
+    assert one == TableLine("torch", "ok", "2.13 (supported)", ("h1",))
 
 
 def test_many_answers_that_are_in_order_are_cut_and_others_are_not() -> None:
@@ -117,7 +117,7 @@ def test_a_board_that_nobody_writes_on() -> None:
     board.put("here", {"host": "h1", "numbers": [1, 2.5, None]})
     assert board.take("here", 1) == {"host": "h1", "numbers": [1, 2.5, None]}
     start = time.monotonic()
-    with pytest.raises(Silent, match="nobody"):
+    with pytest.raises(NoAnswer, match="nobody"):
         board.take("nobody", 0.2)
     assert 0.2 <= time.monotonic() - start < 5
 
@@ -127,18 +127,18 @@ def test_who_did_not_come_is_known_by_number() -> None:
     for rank, host in ((0, "h1"), (1, "h1"), (4, "h3")):
         board.put(f"here/{rank}", {"host": host, "refused": None})
     board.put("here/2", {"host": "h2", "refused": "no config file"})
-    roll = call_roll(board, 6, 0.1)
-    assert roll.ranks == {"h1": [0, 1], "h2": [2], "h3": [4]} and roll.absent == [3, 5]
-    assert roll.leaders == {"h1": 0, "h2": 2, "h3": 4} and roll.refused == {"h2": "no config file"}
+    attendance = take_attendance(board, 6, 0.1)
+    assert attendance.ranks == {"h1": [0, 1], "h2": [2], "h3": [4]} and attendance.absent == [3, 5]
+    assert attendance.leaders == {"h1": 0, "h2": 2, "h3": 4} and attendance.refused == {"h2": "no config file"}
 
 
 def test_a_look_that_hangs_ends_the_process_with_what_was_found() -> None:
     code = """
 import time
 from lowrank_dist.doctor.rows import Row
-from lowrank_dist.doctor.local import Watch
-watch = Watch(lambda rows: print(*(f"{row.what}|{row.state}" for row in rows), flush=True), seconds=0.3)
-with watch.looking("model folder", [Row("torch", "ok", "2.13")]):
+from lowrank_dist.doctor.local import TimeLimit
+limit = TimeLimit(lambda rows: print(*(f"{row.what}|{row.state}" for row in rows), flush=True), seconds=0.3)
+with limit.around("model folder", [Row("torch", "ok", "2.13")]):
     time.sleep({pause})
 time.sleep(0.6)
 print("went on")
@@ -152,16 +152,16 @@ print("went on")
 @pytest.mark.parametrize(
     ("error", "said"), [(UserError("x: missing:\n download"), "x: missing: download"), (OSError("x"), "OSError: x")]
 )
-def test_a_concern_that_fails_is_a_row(error: Exception, said: str) -> None:
-    def concern() -> list[Row]:
+def test_a_check_that_fails_is_a_row(error: Exception, said: str) -> None:
+    def failing() -> list[Row]:
         raise error
 
-    look: Callable[[], list[Row]] = concern
-    assert guarded("x", look) == [Row("x", "broken", said)] and guarded("x", look, needed=False)[0].state == "off"
+    check: Callable[[], list[Row]] = failing
+    assert run_check("x", check) == [Row("x", "broken", said)] and run_check("x", check, needed=False)[0].state == "off"
 
 
 def test_sizes_and_counts() -> None:
-    assert [size_of(x) for x in (0, 1023, 1024, 2**20, 3 * 2**30, 2**42)] == [
+    assert [format_size(x) for x in (0, 1023, 1024, 2**20, 3 * 2**30, 2**42)] == [
         *("0 bytes", "1023 bytes", "1.0 KiB", "1.0 MiB", "3.0 GiB", "4096.0 GiB")
     ]
-    assert (counted(1, "node"), counted(2, "node")) == ("1 node", "2 nodes")
+    assert (plural(1, "node"), plural(2, "node")) == ("1 node", "2 nodes")

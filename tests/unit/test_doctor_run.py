@@ -22,7 +22,7 @@ from lowrank_dist.backend import devices
 from lowrank_dist.cli.main import app
 from lowrank_dist.config import load_config
 from lowrank_dist.doctor import inputs, storage
-from lowrank_dist.doctor.storage import Probe, unseen
+from lowrank_dist.doctor.storage import Probe, unseen_probes
 from lowrank_dist.errors import UserError
 from tests.integration.launching import (
     LAUNCHER_VARIABLES,
@@ -247,14 +247,14 @@ def test_what_one_node_writes_another_looks_for(tmp_path: Path) -> None:
     assert probe.written is None
     probe.write()
     written = probe.written
-    assert written is not None and unseen({"h2": written}) == []
+    assert written is not None and unseen_probes({"h2": written}) == []
     other = {**written, "mark": "00" * 32}
     elsewhere = {**written, "path": str(tmp_path / "elsewhere")}
     start = time.monotonic()
-    assert unseen({"h1": other, "h2": written, "h3": elsewhere}, seconds=0.3) == ["h1", "h3"]
+    assert unseen_probes({"h1": other, "h2": written, "h3": elsewhere}, seconds=0.3) == ["h1", "h3"]
     assert time.monotonic() - start >= 0.3, "a slow file system was not waited for"
     probe.remove()
-    assert probe.written is None and unseen({"h2": written}, seconds=0) == ["h2"]
+    assert probe.written is None and unseen_probes({"h2": written}, seconds=0) == ["h2"]
 
 
 def test_a_probe_is_removed_when_the_launcher_ends_its_rank(config: Path, tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ from functools import partial
 socket.gethostname = lambda: "n" + os.environ["RANK"]
 from lowrank_dist.cli.main import app
 from lowrank_dist.doctor import local, machine, member
-member.Watch = partial(local.Watch, seconds=8)
+member.TimeLimit = partial(local.TimeLimit, seconds=8)
 if os.environ["RANK"] == "1":
     os.mkfifo(os.environ["FIFO"])
     machine.memory = lambda: open(os.environ["FIFO"])
