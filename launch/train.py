@@ -16,7 +16,7 @@ from lowrank_dist.backend.libraries import lasting, quiet_libraries
 from lowrank_dist.backend.select import init_process_group, local_rank_and_size, select_backend
 from lowrank_dist.config import Config, load_config
 from lowrank_dist.errors import RankIdentityError, UserError
-from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision, speaks_for_node
+from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision, should_print_for_node
 from lowrank_dist.terminal import say
 
 
@@ -67,7 +67,7 @@ def main(config: Config, supervision: Supervision) -> int:
     theta = method.attach(model, topology, resumed=run.resumption is not None)
 
     supervision.enter("data set")  # tokenised samples, divided over the data-parallel ranks
-    data = build_data(config, method, architecture, topology, run.state, run.begun)
+    data = build_data(config, method, architecture, topology, run.state, run.started_at)
     run.require_same(data)
 
     supervision.enter("optimiser state")  # ZeRO over Θ alone, and the training loop
@@ -83,7 +83,7 @@ def start(arguments: list[str]) -> int:
         set_rank_variables()
         config = load_config(arguments)
     except UserError as error:
-        if isinstance(error, RankIdentityError) or speaks_for_node():
+        if isinstance(error, RankIdentityError) or should_print_for_node():
             say(f"lowrank_dist: {error}", err=True)
         return USER_ERROR
     with Supervision(config.engine.timeout_seconds) as supervision:

@@ -235,6 +235,11 @@ def _number(environment: Mapping[str, str], name: str, default: str = "") -> int
     return int(text)
 
 
+def is_first_on_node(environment: Mapping[str, str] = os.environ) -> bool:
+    """Return whether this is local rank 0, which reports for its node before the ranks have met."""
+    return environment.get("LOCAL_RANK", "0") == "0"
+
+
 def run_token(environment: Mapping[str, str] = os.environ) -> str:
     """Return a text that is the same for all ranks of one run and differs between runs, from the launcher's variables.
 

@@ -45,10 +45,10 @@ class TrainingState(BaseModel):
     non-padding tokens seen and tokens trained on so far. loss: mean of the last step that was not skipped, in nats per
     target token; None where all were skipped. eval_losses: step → the same on the eval set. eval_metrics: metric → step
     → value for generated texts (generate/metrics.py). metric_definition: generate.metrics.DEFINITION at that time.
-    rng: as `backend.devices.generator_states` returned it. config: as JSON. begun: when the run began; a chat template
-    that reads the clock gets this time.
+    rng: as `backend.devices.generator_states` returned it. config: as JSON. started_at: when the run
+    began ("begun" in the file); a chat template that reads the clock gets this time.
 
-    Old checkpoints lack updates (`updates_made`), position (`stream_position`), eval_metrics and begun.
+    Old checkpoints lack updates (`updates_made`), position (`stream_position`), eval_metrics and started_at.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -72,7 +72,7 @@ class TrainingState(BaseModel):
     base_fingerprint: str
     ranks: dict[str, int]
     versions: dict[str, str]
-    begun: datetime | None = None
+    started_at: datetime | None = Field(None, alias="begun")
 
     @property
     def stream_position(self) -> int:
@@ -99,7 +99,7 @@ class TrainingState(BaseModel):
 
     def to_json(self) -> str:
         """Return the text of trainer_state.json."""
-        return self.model_dump_json(indent=2) + "\n"
+        return self.model_dump_json(indent=2, by_alias=True) + "\n"
 
     def summary(self) -> dict[str, Any]:
         """Return the facts on its training that an adapter keeps outside its checkpoint (`Provenance.training`)."""

@@ -93,7 +93,7 @@ def generate_command(
         require_same_prompts(asked, params, job)
         with progress_bar(len(asked), job) as advance:
             found = generate(loaded.model, loaded.tokenizer, asked, params, job.topology, advance)
-        if not job.speaks:
+        if not job.should_print:
             return
         if out is None and prompts is None:
             put(found[0].text)
@@ -152,7 +152,7 @@ def evaluate_command(
         require_same_prompts(samples, sampling, job)
         with progress_bar(len(samples), job) as advance:
             found = generate(loaded.model, loaded.tokenizer, samples, sampling, job.topology, advance)
-        if not job.speaks:
+        if not job.should_print:
             return
         result = summary(found, samples, params.metrics)
         if out is not None:
@@ -222,7 +222,7 @@ def write_jsonl(out: Path | None, records: Sequence[Mapping[str, Any]]) -> None:
 
 def say_notes(notes: Sequence[str], job: Session) -> None:
     """Say on stderr, once: what the files of the model and of the adapter say and is not applied."""
-    for note in notes if job.speaks else ():
+    for note in notes if job.should_print else ():
         say(note, err=True)
 
 
@@ -237,8 +237,8 @@ def say_limited(limited: int, total: int) -> None:
 
 @contextmanager
 def progress_bar(total: int, job: Session) -> Iterator[Callable[[int], None]]:
-    """Show this rank's share of the prompts, on a terminal, where it is the rank that speaks."""
-    if not (job.speaks and sys.stderr.isatty()):
+    """Show this rank's share of the prompts, on a terminal, where it is the rank that prints."""
+    if not (job.should_print and sys.stderr.isatty()):
         yield lambda prompts: None
         return
     from rich.progress import Progress

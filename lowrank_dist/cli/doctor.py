@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowrank_dist import __version__
-from lowrank_dist.doctor.local import Place, TimeLimit, diagnose, place_in_job, speaks_for_node
+from lowrank_dist.backend.launchers import is_first_on_node
+from lowrank_dist.doctor.local import Place, TimeLimit, diagnose, place_in_job
 from lowrank_dist.doctor.rows import Results, Row, TableLine, plural, table_lines
 from lowrank_dist.errors import RankIdentityError, UserError, some_of
 from lowrank_dist.terminal import escape_all, put, say
@@ -43,7 +44,7 @@ def doctor_command(
         try:
             place = place_in_job()
         except UserError as error:
-            if isinstance(error, RankIdentityError) or speaks_for_node():
+            if isinstance(error, RankIdentityError) or is_first_on_node():
                 raise
             raise typer.Exit(2) from None
         code = _alone(arguments, as_json) if place is None else _in_job(place, arguments, timeout, as_json)
@@ -102,8 +103,8 @@ def _in_job(place: Place, arguments: Sequence[str], timeout: float, as_json: boo
 
 
 def _astray(place: Place, run: Config | None, timeout: float, error: Exception, as_json: bool) -> int:
-    """For a rank that does not reach the others: what it finds on its own node, if it speaks for that."""
-    if not speaks_for_node():
+    """Show the results of a node that does not reach the others, from its first rank. Return the exit code."""
+    if not is_first_on_node():
         return 1
     where = f"{place.master}:{place.port}"
     detail = (

@@ -64,7 +64,7 @@ class Board:
             raise NoAnswer(f"{name}: {error}") from error
 
     def take(self, name: str, seconds: float) -> Any:
-        """Return the message under `name` once it is there. Raises NoAnswer after `seconds` or where the store is gone."""
+        """Wait for the message under `name`, and return it. Raises NoAnswer after `seconds` or without a store."""
         end = time.monotonic() + seconds
         pause = _FIRST_PAUSE_SECONDS
         try:

@@ -39,11 +39,6 @@ class Place:
     agent: bool
 
 
-def speaks_for_node() -> bool:
-    """Return whether this rank reports what all ranks of its node would report."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def place_in_job() -> Place | None:
     """Return this process's place in its job; None where it was started alone, or torch, which ranks need, is missing.
 

@@ -141,5 +141,5 @@ def _checkpoint_writer(run: Run, method: Method, engine: Engine, data: Data) -> 
     training = {"new_ends": unknown_ends(path, text.ends)}
     provenance = Provenance(fingerprint(path), str(path), config.read_keys(), training=training)
     retention = Retention(config.output.keep_last, config.output.keep_best, config.eval.best)
-    facts = Facts(provenance, data.state, data.held_out_state, text, run.begun)
+    facts = Facts(provenance, data.state, data.held_out_state, text, run.started_at)
     return CheckpointWriter(run.folder, method, engine.theta.all_shapes(), facts, retention, run.state)

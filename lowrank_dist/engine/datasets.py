@@ -118,18 +118,18 @@ def build_data(
     architecture: Architecture,
     topology: Topology,
     resumed: TrainingState | None = None,
-    begun: datetime | None = None,
+    started_at: datetime | None = None,
 ) -> Data:
     """Tokenise the data sets and distribute them over data-parallel ranks. The seed determines the order of samples.
 
-    resumed: the state that the run resumes from. begun: the time at which the run began; None for now. Raises UserError
-    for samples that cannot be trained on, and for those from which eval.generate cannot generate.
+    resumed: the state that the run resumes from. started_at: the time at which the run began; None for now.
+    Raises UserError for samples that cannot be trained on, and for those from which eval.generate cannot generate.
     """
     vocab = architecture.vocab
     data, train = config.data, config.train
     # Tokens of the longest sample. A row also holds the lead tokens; a prefix takes positions but none in a row.
     longest = data.max_length - method.virtual
-    tokenizer = load_tokenizer(data.tokenizer or config.model.path, begun)
+    tokenizer = load_tokenizer(data.tokenizer or config.model.path, started_at)
     split = BatchSplit(
         train.micro_batch,
         max_length=longest + len(method.lead),
@@ -141,7 +141,7 @@ def build_data(
     dataset = load_dataset(data.train, tokenizer, longest, vocab, method.lead)
     stream_range = StreamRange.of(train, dataset, resumed)
     loader = Loader(dataset, split, seed=train.seed, global_batch=train.global_batch, end=stream_range.end)
-    own_notes = [*note_on_batch(train, len(dataset), stream_range), *_note_on_clock(tokenizer, begun)]
+    own_notes = [*note_on_batch(train, len(dataset), stream_range), *_note_on_clock(tokenizer, started_at)]
     if data.eval is None:
         return Data(dataset, loader, stream_range, notes=own_notes)
     held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead, Use.EVALUATION)
@@ -164,12 +164,12 @@ def note_on_batch(train: TrainConfig, samples: int, stream_range: StreamRange) -
     ]
 
 
-def _note_on_clock(tokenizer: Tokenizer, begun: datetime | None) -> list[str]:
-    if begun is None or not isinstance(tokenizer, FastTokenizer):
+def _note_on_clock(tokenizer: Tokenizer, started_at: datetime | None) -> list[str]:
+    if started_at is None or not isinstance(tokenizer, FastTokenizer):
         return []
     if tokenizer.template is None or not tokenizer.template.reads_the_clock:
         return []
-    return [f"the chat template reads the clock: in all of this run, resumed or not, it is {begun}, when it began"]
+    return [f"the chat template reads the clock: in all of this run, resumed or not, it is {started_at}, when it began"]
 
 
 def _generation(

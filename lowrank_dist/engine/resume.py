@@ -75,14 +75,14 @@ def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Re
     return Resumption(Path(answer["folder"]), parse_state(answer["state"].encode()), messages)
 
 
-def begun(resumption: Resumption | None, topology: Topology) -> datetime:
+def started_at(resumption: Resumption | None, topology: Topology) -> datetime:
     """Return the time at which the run began, the same on every rank and after every resume. Collective.
 
     A chat template that reads the clock gets this time; otherwise ranks and resumed runs would train different texts.
     It is rank 0's current time where there is no checkpoint, or an old one that does not hold it.
     """
     told = from_rank_0(lambda: {"present": datetime.now().isoformat(timespec="seconds")}, topology)
-    kept = None if resumption is None else resumption.state.begun
+    kept = None if resumption is None else resumption.state.started_at
     return kept or datetime.fromisoformat(told["present"])
 
 
@@ -112,7 +112,7 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
             )
     return {
         "folder": str(chosen),
-        "state": state and state.model_dump_json(),
+        "state": state and state.to_json(),
         "passed_over": list(passed_over),
         "saved_run": [] if state else folder.saved_run(),
     }

@@ -14,7 +14,7 @@ from lowrank_dist.data.batches import StepBatch
 from lowrank_dist.engine.agreement import require_same_inputs
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.meter import Phases
-from lowrank_dist.engine.resume import Resumption, begun, complete, find_resumption, from_rank_0, require_same_run
+from lowrank_dist.engine.resume import Resumption, complete, find_resumption, from_rank_0, require_same_run, started_at
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import UserError
 from lowrank_dist.parallel.collectives import gather_texts
@@ -27,8 +27,8 @@ class Run:
     """One run on one rank: configuration, ranks, folder, phases and the checkpoint that it resumes from.
 
     config: complete, with the values that an adapter or the checkpoint gives. phases: reports this rank's phase to
-    supervision. resumption: the checkpoint that the run resumes from; None for a run that starts afresh. begun: when
-    the run began (`resume.begun`).
+    supervision. resumption: the checkpoint that the run resumes from; None for a run that starts afresh. started_at:
+    when the run began (`resume.started_at`).
     """
 
     config: Config
@@ -38,7 +38,7 @@ class Run:
     supervision: Supervision
     phases: Phases
     resumption: Resumption | None
-    begun: datetime
+    started_at: datetime
 
     @classmethod
     def begin(
@@ -50,7 +50,7 @@ class Run:
         """
         resumption = find_resumption(config, folder, topology)
         phases = Phases(supervision, backend)
-        moment, whole = begun(resumption, topology), complete(config, resumption)
+        moment, whole = started_at(resumption, topology), complete(config, resumption)
         return cls(whole, topology, backend, folder, supervision, phases, resumption, moment)
 
     @property

@@ -44,15 +44,15 @@ _LAST_SECONDS = 15  # time that a failing run waits for a checkpoint that is bei
 class Facts:
     """The facts of a job that all its checkpoints hold.
 
-    text: the tokenizer and generation files that are saved with what is trained; None for a job without text. begun:
-    when the run began (`resume.begun`).
+    text: the tokenizer and generation files that are saved with what is trained; None for a job without text.
+    started_at: when the run began (`resume.started_at`).
     """
 
     provenance: Provenance
     data: DataState
     held_out: DataState | None
     text: TextFiles | None = None
-    begun: datetime | None = None
+    started_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -306,5 +306,5 @@ class CheckpointSaver:
             base_fingerprint=facts.provenance.base_fingerprint,
             ranks={"tensor": topology.tp_size, "data": topology.dp_size},
             versions=dict(facts.provenance.versions),
-            begun=facts.begun,
+            begun=facts.started_at,
         )

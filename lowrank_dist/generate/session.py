@@ -17,6 +17,7 @@ import torch.distributed as dist
 from lowrank_dist.arch.config_json import config_notes, read_architecture
 from lowrank_dist.arch.generation_config import generation_notes
 from lowrank_dist.backend import select
+from lowrank_dist.backend.launchers import is_first_on_node
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.keys import tokenizer_notes
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
@@ -41,11 +42,11 @@ _REMEDY = "Give all ranks the same options and files: copies may lie anywhere, b
 
 @dataclass(frozen=True)
 class Session:
-    """The ranks of a command that generates text. speaks: this rank prints and writes."""
+    """The ranks of a command that generates text. should_print: this rank prints and writes."""
 
     topology: Topology
     backend: Backend
-    speaks: bool
+    should_print: bool
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def session(tensor: int, device: str) -> Iterator[Session]:
             dist.init_process_group(backend.collective, store=dist.HashStore(), rank=0, world_size=1)
         # Without sequence parallelism: decoding works on whole sequences.
         topology = Topology.build(tensor, None, False, _TIMEOUT_SECONDS)
-        yield Session(topology, backend, speaks=topology.world_group.rank() == 0)
+        yield Session(topology, backend, should_print=topology.world_group.rank() == 0)
         clean = True
     except UserError as error:
         if launched and not isinstance(error, RankIdentityError) and not _is_first_to_fail():
@@ -86,7 +87,7 @@ def session(tensor: int, device: str) -> Iterator[Session]:
 
 def _is_first_to_fail() -> bool:
     if not dist.is_initialized():
-        return os.environ.get("LOCAL_RANK", "0") == "0"
+        return is_first_on_node()
     try:
         return dist.distributed_c10d._get_default_store().add("lowrank_dist/decoding_failed", 1) == 1
     except RuntimeError:  # the rank that held the store is gone: reporting twice is better than never

@@ -21,12 +21,12 @@ _FAILED, _BEHIND = "lowrank_dist/failed", "lowrank_dist/left behind"
 class Answer:
     """The other ranks' answer about a failure.
 
-    speaks: this rank prints the failure; others in the same situation do not. silent: ranks that sent nothing within
-    ASK_SECONDS, where the cause is unknown. cause: the message of a rank that failed first. reached: the store
+    should_print: this rank prints the failure; others in the same situation do not. silent: ranks that sent nothing
+    within ASK_SECONDS, where the cause is unknown. cause: the message of a rank that failed first. reached: the store
     answered.
     """
 
-    speaks: bool
+    should_print: bool
     silent: Sequence[int] = ()
     cause: str | None = None
     reached: bool = True
@@ -53,14 +53,14 @@ def ask(store: dist.Store, rank: int, size: int, said: str | None, known: Callab
         try:
             answers.append(_ask(store, rank, size, said, known))
         except (RuntimeError, dist.DistError):
-            answers.append(Answer(speaks=True, reached=False))
+            answers.append(Answer(should_print=True, reached=False))
 
     # In a thread: a store on a host that is gone blocks for longer than its timeout.
     asking = threading.Thread(target=run, daemon=True)
     asking.start()
     asking.join(2 * ASK_SECONDS)
     # Without the store, gone with its rank, every rank prints: better twice than never.
-    return answers[0] if answers else Answer(speaks=True, reached=False)
+    return answers[0] if answers else Answer(should_print=True, reached=False)
 
 
 def _ask(store: dist.Store, rank: int, size: int, said: str | None, known: Callable[[], bool]) -> Answer:
@@ -74,7 +74,7 @@ def _ask(store: dist.Store, rank: int, size: int, said: str | None, known: Calla
         first = store.compare_set(_FAILED, "", signed.decode()) == signed
         if rank == 0:  # the store ends with rank 0; a rank that asks after that would take itself for the first
             _await(lambda: store.check(everyone), end)
-        return Answer(speaks=first)
+        return Answer(should_print=first)
     _await(lambda: known() or store.check([_FAILED]), end)
     if rank == 0:
         _await(lambda: store.check(everyone), end)
@@ -82,7 +82,7 @@ def _ask(store: dist.Store, rank: int, size: int, said: str | None, known: Calla
     # Once the cause is known the wait ends early, so ranks that have sent nothing yet are not named as silent.
     explained = cause is not None or known()
     silent = [] if explained else [other for other in range(size) if not store.check([_left(other)])]
-    return Answer(speaks=store.add(_BEHIND, 1) == 1, silent=silent, cause=cause)
+    return Answer(should_print=store.add(_BEHIND, 1) == 1, silent=silent, cause=cause)
 
 
 def _left(rank: int) -> str:

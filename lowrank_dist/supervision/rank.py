@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from lowrank_dist.backend.launchers import find_launchers, started
+from lowrank_dist.backend.launchers import find_launchers, is_first_on_node, started
 from lowrank_dist.backend.select import shutdown
 from lowrank_dist.errors import OtherRankError, RankIdentityError, UserError
 from lowrank_dist.supervision.failure import Failure, explains, read, record
@@ -102,7 +102,7 @@ class Supervision:
         answer = self._ask_peers(said if cause else None, shared)
         if not cause:
             said = self._left_behind(failure, answer)
-        if answer.speaks:
+        if answer.should_print:
             with contextlib.suppress(OSError):  # the reader of stderr may be gone
                 say(f"lowrank_dist: {error if mistake and cause else said}", err=True)
         return USER_ERROR if mistake else FAILURE
@@ -148,13 +148,13 @@ class Supervision:
         shared: every rank finds the same error, so one per node prints it if the ranks have not met yet.
         """
         if not dist.is_initialized():
-            return Answer(speaks=not shared or speaks_for_node())
+            return Answer(should_print=not shared or should_print_for_node())
         try:
             store = dist.distributed_c10d._get_default_store()
             return ask(store, self.rank, dist.get_world_size(), said, self._cause_recorded)
         except Exception:  # no thread, no memory, …: the failure must still be printed
             logger.exception("the other ranks could not be asked")
-            return Answer(speaks=True, reached=False)
+            return Answer(should_print=True, reached=False)
 
     def _cause_recorded(self) -> bool:
         return self._folder is not None and explains(read(self._folder))
@@ -178,12 +178,12 @@ class Supervision:
         )
 
 
-def speaks_for_node() -> bool:
+def should_print_for_node() -> bool:
     """Return True on local rank 0, which prints an error that every rank of its node finds. For use before they meet.
 
     Other ranks return False after some seconds: a launcher kills all ranks as soon as one has exited.
     """
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if is_first_on_node():
         return True
     time.sleep(_SPOKEN_BY_THEN)
     return False

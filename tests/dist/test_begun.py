@@ -23,11 +23,11 @@ def begun_on(days: list[int], kept: str | None) -> str:
     present = DAY + timedelta(days=days[topology.world_group.rank()])
     resumption = None
     if kept is not None:
-        state = state_of(2).model_copy(update={"begun": datetime.fromisoformat(kept)})
+        state = state_of(2).model_copy(update={"started_at": datetime.fromisoformat(kept)})
         resumption = resume.Resumption(Path("step-2"), state, ())
     clock = SimpleNamespace(now=lambda: present, fromisoformat=datetime.fromisoformat)
     with mock.patch.object(resume, "datetime", clock):
-        return resume.begun(resumption, topology).isoformat()
+        return resume.started_at(resumption, topology).isoformat()
 
 
 def test_ranks_on_different_dates_are_told_one_moment() -> None:

@@ -341,7 +341,7 @@ def test_a_rank_that_does_not_come() -> None:
 
 def test_rank_0_that_is_not_there() -> None:
     ((code, stdout, stderr),) = Job(2).run([1], "--timeout", 1)
-    assert code == 1 and stdout == "", "a rank speaks on stdout that is not rank 0"
+    assert code == 1 and stdout == "", "a rank other than 0 prints on stdout"
     assert "rank 1 does not reach the others at localhost:" not in stderr, "it is not its node's first rank"
     job = Job(2, local_size=1)
     job.shared["LOCAL_RANK"] = "0"

@@ -54,6 +54,7 @@ def test_evaluations_without_a_better(name: str, best: int | None, without: int)
 
 def test_checkpoints_from_before_there_were_metrics_load() -> None:
     text = json.loads(measured(6, bleu={6: 1.0}).to_json())
+    assert "begun" in text and "started_at" not in text, "a key of the file has another name"
     assert parse_state(json.dumps(text).encode()).evaluations["bleu"] == {6: 1.0}
     del text["eval_metrics"]
     old = parse_state(json.dumps(text).encode())

@@ -141,18 +141,18 @@ def asked(store: dist.Store, said: dict[int, str | None], size: int = 4) -> dict
         return {rank: answer.result() for rank, answer in answers.items()}
 
 
-def test_ranks_learn_the_cause_and_one_of_each_kind_speaks(soon: None) -> None:
+def test_ranks_learn_the_cause_and_one_of_each_kind_prints(soon: None) -> None:
     answers = asked(dist.HashStore(), {0: None, 1: "why", 2: "why else", 3: None})
-    assert answers[1].speaks is not answers[2].speaks, "of two that went first one speaks"
-    assert answers[0].speaks is not answers[3].speaks
-    cause = "why" if answers[1].speaks else "why else"
+    assert answers[1].should_print is not answers[2].should_print, "of two that went first one prints"
+    assert answers[0].should_print is not answers[3].should_print
+    cause = "why" if answers[1].should_print else "why else"
     assert answers[0].cause == answers[3].cause == cause
     assert all(answer.reached and not answer.silent for answer in answers.values())
 
 
-def test_of_ranks_that_say_the_same_one_speaks(soon: None) -> None:
+def test_of_ranks_that_say_the_same_one_prints(soon: None) -> None:
     answers = asked(dist.HashStore(), dict.fromkeys(range(4), "why"))
-    assert [answer.speaks for answer in answers.values()].count(True) == 1
+    assert [answer.should_print for answer in answers.values()].count(True) == 1
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_a_store_that_fails_or_hangs(soon: None) -> None:
 
     for store, limit in ((Gone(), 1), (CutOff(), 4)):
         began = time.monotonic()
-        assert ask(store, 1, 2, None, lambda: False) == Answer(speaks=True, reached=False)
+        assert ask(store, 1, 2, None, lambda: False) == Answer(should_print=True, reached=False)
         assert time.monotonic() - began < limit
 
 
@@ -340,12 +340,12 @@ def test_a_rank_left_behind_records_the_cause_that_it_is_told(
 ) -> None:
     """The rank that went first found no space for it; of this one FAILED says nothing."""
     told = f"{CAUSE}\n(and {tmp_path / 'FAILED'} could not be written: [Errno 28] No space left on device)"
-    monkeypatch.setattr(supervision, "_ask_peers", lambda *_: Answer(speaks=True, cause=told))
+    monkeypatch.setattr(supervision, "_ask_peers", lambda *_: Answer(should_print=True, cause=told))
     assert supervision.failed(raised(RuntimeError("gloo/pair.cc: Connection closed by peer"))) == FAILURE
     assert read(tmp_path) == told and explains(told) and capsys.readouterr().err == f"lowrank_dist: {told}\n"
     # Control: where nobody knows the cause, who is missing is what there is to say.
     (tmp_path / "FAILED").unlink()
-    monkeypatch.setattr(supervision, "_ask_peers", lambda *_: Answer(speaks=True, silent=[3]))
+    monkeypatch.setattr(supervision, "_ask_peers", lambda *_: Answer(should_print=True, silent=[3]))
     supervision.failed(raised(RuntimeError("gloo/pair.cc: Connection closed by peer")))
     said = read(tmp_path)
     assert said and " was left behind " in said and " by rank 3: " in said
