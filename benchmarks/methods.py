@@ -298,12 +298,12 @@ def records(file: Path) -> list[dict[str, float]]:
     return found
 
 
-def collect(output: Path, method: str, lead: int) -> Result:
-    """The figures of a finished run, from its folder. lead: positions in every sample that are not of the data."""
+def collect(output: Path, method: str, virtual_tokens: int) -> Result:
+    """The figures of a finished run, from its folder. virtual_tokens: those of every sample."""
     found = records(output / "metrics.jsonl")
     losses = [record["eval_loss"] for record in found if "eval_loss" in record]
     steps = [record for record in found if "tokens_per_second" in record]
-    lead *= load_config([str(TEMPLATE)]).train.global_batch
+    virtual_tokens *= load_config([str(TEMPLATE)]).train.global_batch
     last = output / "checkpoints" / "last"
     published = sorted(last.glob("model-*.safetensors") if method == "full" else (output / "adapter").iterdir())
     weights = [entry for file in published if file.suffix == ".safetensors" for entry in read_header(file).entries]
@@ -314,7 +314,7 @@ def collect(output: Path, method: str, lead: int) -> Result:
         "checkpoint_bytes": sum(file.stat().st_size for file in last.iterdir()),
         "adapter_bytes": sum(file.stat().st_size for file in published),
         "peak_memory_gib": max(record["memory_gib"] for record in steps),
-        "tokens_per_second": speed([sample_tokens_per_second(record, lead) for record in steps]),
+        "tokens_per_second": speed([sample_tokens_per_second(record, virtual_tokens) for record in steps]),
         "eval_loss_at_start": losses[0],
         "eval_loss": losses[-1],
         "steps": int(steps[-1]["step"]),
@@ -322,12 +322,12 @@ def collect(output: Path, method: str, lead: int) -> Result:
     }
 
 
-def sample_tokens_per_second(record: Mapping[str, float], lead: int) -> float:
-    """Of the tokens that every method sees: those of a step but `lead`."""
+def sample_tokens_per_second(record: Mapping[str, float], virtual_tokens: int) -> float:
+    """The rate of tokens that every method sees: all of a step but its `virtual_tokens`."""
     from lowrank_dist.engine.meter import STEP_PHASES
 
     seconds = sum(record[f"{phase}_seconds"] for phase in STEP_PHASES)
-    return record["tokens_per_second"] - lead / seconds
+    return record["tokens_per_second"] - virtual_tokens / seconds
 
 
 def speed(rates: Sequence[float]) -> float:

@@ -138,7 +138,7 @@ def write_config(args: argparse.Namespace, recipe: Recipe, base: Path, method: s
         **METHODS[method],
         "parallel": {"tensor": 1},
         # Virtual positions come on top of the sample, so that all methods see the same tokens.
-        "data": {"train": str(data), "max_length": recipe.length + virtual(method)},
+        "data": {"train": str(data), "max_length": recipe.length + virtual_positions(method)},
         "train": {
             "steps": 10 * (FIRST_STEPS + args.steps),
             "global_batch": recipe.global_batch,
@@ -152,7 +152,7 @@ def write_config(args: argparse.Namespace, recipe: Recipe, base: Path, method: s
     return path
 
 
-def virtual(method: str) -> int:
+def virtual_positions(method: str) -> int:
     """Positions that the method takes from the sequence."""
     return METHODS[method].get(method, {}).get("length", 0)
 
@@ -183,7 +183,7 @@ def train(args: argparse.Namespace, name: str, method: str) -> dict[str, Any]:
         sys.exit(f"{method} ended after {len(recorded)} steps:\n" + "\n".join(said.splitlines()[-25:]))
     counted = recorded[:steps]
     # A prompt's own positions are counted with the sample's.
-    of_sample = recipe.length / (recipe.length + (virtual(method) if method == "prompt" else 0))
+    of_sample = recipe.length / (recipe.length + (virtual_positions(method) if method == "prompt" else 0))
     tokens, flops = (speed([step[key] for step in counted]) for key in ("tokens_per_second", "tflops_per_rank"))
     found: dict[str, Any] = {
         "shape": name,

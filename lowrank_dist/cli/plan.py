@@ -66,7 +66,7 @@ def plan_command(
     planned = choose(job, fixed, cluster)
     free = choose(job, Fixed(), cluster)
     recommended = None if free.best.job.layout == planned.best.job.layout else free
-    sizes = Sizes(bottleneck=bottleneck, virtual=virtual_tokens)
+    sizes = Sizes(bottleneck=bottleneck, virtual_positions=virtual_tokens)
     tensor = planned.best.job.layout.tensor
     others = footprints_beside(job.footprint, sizes, job.architecture, tensor)
     output = request.config.output

@@ -72,8 +72,8 @@ def _listed(lines: tuple[int, ...], count: int) -> str:
 class Dataset:
     """Samples in file order, kept as flat arrays; `dataset[i]` is a view.
 
-    lengths [n] int64: tokens of each sample. targets [n] int64: target tokens of each sample. lead: number of tokens at
-    the start of each sample that the method put there. others: line of the file → further accepted completions, for
+    lengths [n] int64: tokens of each sample. targets [n] int64: target tokens of each sample. virtual_tokens: number of
+    tokens that the method put before each sample. others: line of the file → further accepted completions, for
     evaluation.
     """
 
@@ -81,10 +81,10 @@ class Dataset:
         self,
         samples: Sequence[Sample],
         report: DropReport,
-        lead: int = 0,
+        virtual_tokens: int = 0,
         others: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
-        self.report, self._lead, self._others = report, lead, others
+        self.report, self._virtual_tokens, self._others = report, virtual_tokens, others
         self.lengths = np.array([len(s.tokens) for s in samples], dtype=np.int64)
         self.targets = np.array([np.count_nonzero(s.target[1:]) for s in samples], dtype=np.int64)
         self._ends = np.cumsum(self.lengths)
@@ -96,13 +96,13 @@ class Dataset:
     def sha256(self) -> str:
         """SHA-256 of the samples in order as token ids and targets, so it depends on tokenizer, template and masking.
 
-        It covers further accepted completions too, which affect evaluation. It does not cover the `lead` tokens, which
+        It covers further accepted completions too, which affect evaluation. It does not cover the virtual tokens, which
         belong to the method and not to the data.
         """
         own = np.ones(len(self._tokens), np.bool_)
-        own[(self._ends - self.lengths)[:, None] + np.arange(self._lead)] = False
+        own[(self._ends - self.lengths)[:, None] + np.arange(self._virtual_tokens)] = False
         sha = hashlib.sha256()
-        for array in (self.lengths - self._lead, self._tokens[own], self._target[own]):
+        for array in (self.lengths - self._virtual_tokens, self._tokens[own], self._target[own]):
             sha.update(np.ascontiguousarray(array).data)
         if self._others:
             sha.update(json.dumps(list(self._others.items())).encode())
@@ -127,15 +127,15 @@ def load_dataset(
     tokenizer: Tokenizer,
     max_length: int,
     vocab_size: int,
-    lead: Sequence[int] = (),
+    virtual_token_ids: Sequence[int] = (),
     use: Use = Use.TRAINING,
 ) -> Dataset:
     """Read, tokenise and mask a JSONL file; drop samples over `max_length` tokens or without a target.
 
-    vocab_size: the model's vocabulary without padding rows. lead: ids put before every kept sample; they are no targets
-    and do not count towards max_length. use: purpose of the file; where a line has several completions, the sample is
-    made of the first. Raises UserError for bad lines (see `read_jsonl`), a template or tokenizer that can't be trained
-    on, ids that the model does not have, and a file of which no sample is kept.
+    vocab_size: the model's vocabulary without padding rows. virtual_token_ids: ids put before every kept sample;
+    they are no targets and do not count towards max_length. use: purpose of the file; where a line has several
+    completions, the sample is made of the first. Raises UserError for bad lines (see `read_jsonl`), a template or
+    tokenizer that can't be trained on, ids that the model does not have, and a file of which no sample is kept.
     """
     records = read_jsonl(path, use)
     kept: list[Sample] = []
@@ -153,7 +153,7 @@ def load_dataset(
         elif len(sample.tokens) > max_length:
             too_long.append(sample.line)
         else:
-            kept.append(_led(sample, lead))
+            kept.append(_with_virtual_tokens(sample, virtual_token_ids))
     report = DropReport(
         path=path,
         max_length=max_length,
@@ -174,7 +174,7 @@ def load_dataset(
             "tokens), shorten the samples, or give them a completion or an assistant turn"
         )
     others = {record.line: record.others for record in records.completions if record.others}
-    return Dataset(kept, report, len(lead), others)
+    return Dataset(kept, report, len(virtual_token_ids), others)
 
 
 def _samples(records: Records, tokenizer: Tokenizer) -> Iterator[Sample]:
@@ -200,11 +200,11 @@ def _chunks(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
         yield start, len(sizes)
 
 
-def _led(sample: Sample, lead: Sequence[int]) -> Sample:
-    if not lead:
+def _with_virtual_tokens(sample: Sample, virtual_token_ids: Sequence[int]) -> Sample:
+    if not virtual_token_ids:
         return sample
-    tokens = np.concatenate([np.array(lead, dtype=sample.tokens.dtype), sample.tokens])
-    return Sample(tokens, np.concatenate([np.zeros(len(lead), np.bool_), sample.target]), sample.line)
+    tokens = np.concatenate([np.array(virtual_token_ids, dtype=sample.tokens.dtype), sample.tokens])
+    return Sample(tokens, np.concatenate([np.zeros(len(virtual_token_ids), np.bool_), sample.target]), sample.line)
 
 
 def _check_ids(sample: Sample, tokenizer: Tokenizer, vocab_size: int, path: Path) -> None:

@@ -99,11 +99,10 @@ def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast:
     share = f" ({100 * trained / frozen:.3f} %)" if frozen else ""
     yield f"{method.summary}; on each rank {trained:,} trained parameters beside {frozen:,} frozen{share}"
     yield from _notes_on_files(config, engine.model, afresh=run.resumption is None)
-    if method.virtual:
-        longest = config.data.max_length
+    if method.virtual_positions:
+        longest, virtual = config.data.max_length, method.virtual_positions
         yield (
-            f"{method.virtual} virtual positions take from data.max_length {longest}: {longest - method.virtual} "
-            "remain for a sample"
+            f"{virtual} virtual positions take from data.max_length {longest}: {longest - virtual} remain for a sample"
         )
     for dataset in (data.dataset, data.held_out):
         if dataset is not None:

@@ -127,24 +127,24 @@ def build_data(
     """
     vocab = architecture.vocab
     data, train = config.data, config.train
-    # Tokens of the longest sample. A row also holds the lead tokens; a prefix takes positions but none in a row.
-    longest = data.max_length - method.virtual
+    # Tokens of the longest sample. A row also holds the virtual tokens; a prefix takes positions but none in a row.
+    longest = data.max_length - method.virtual_positions
     tokenizer = load_tokenizer(data.tokenizer or config.model.path, started_at)
     split = BatchSplit(
         train.micro_batch,
-        max_length=longest + len(method.lead),
+        max_length=longest + len(method.virtual_token_ids),
         packing=data.packing,
         dp_rank=topology.dp_rank,
         dp_size=topology.dp_size,
         pad_multiple=topology.tp_size if topology.sequence_parallel else 1,
     )
-    dataset = load_dataset(data.train, tokenizer, longest, vocab, method.lead)
+    dataset = load_dataset(data.train, tokenizer, longest, vocab, method.virtual_token_ids)
     stream_range = StreamRange.of(train, dataset, resumed)
     loader = Loader(dataset, split, seed=train.seed, global_batch=train.global_batch, end=stream_range.end)
     own_notes = [*note_on_batch(train, len(dataset), stream_range), *_note_on_clock(tokenizer, started_at)]
     if data.eval is None:
         return Data(dataset, loader, stream_range, notes=own_notes)
-    held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.lead, Use.EVALUATION)
+    held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.virtual_token_ids, Use.EVALUATION)
     split = replace(split, micro_batch=config.eval.micro_batch or train.micro_batch)
     # Nothing is accumulated over an eval batch. Its size decides how many rows of similar length are grouped, and
     # bounds how much is packed and made into tensors at a time.
@@ -191,7 +191,7 @@ def _generation(
             config.data.eval, tokenizer, stops, vocab=architecture.vocab, references=True, stop=asked.stop
         )
         samples = samples[: asked.samples]
-        check_lengths(samples, architecture.max_positions - method.virtual)
+        check_lengths(samples, architecture.max_positions - method.virtual_positions)
     except UserError as error:
         raise UserError(f"eval.generate: {error}") from error
 

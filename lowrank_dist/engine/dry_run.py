@@ -249,7 +249,7 @@ class _KnownPositions(TorchDispatchMode):
 
     def __init__(self, job: Job, tp_rank: int) -> None:
         super().__init__()
-        self._count = job.footprint.virtual_in_rows(job, tp_rank)
+        self._count = job.footprint.virtual_tokens_on_rank(job, tp_rank)
 
     def __torch_dispatch__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.nonzero.default:

@@ -61,7 +61,7 @@ def generate(
 
     Raises UserError, before anything runs, for a prompt that leaves no position for a completion.
     """
-    check_lengths(prompts, model.architecture.max_positions - model.virtual)
+    check_lengths(prompts, model.architecture.max_positions - model.virtual_positions)
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number].ids))
     batches = [order[start : start + params.batch] for start in range(0, len(order), params.batch)]
     stops, training = StopTexts(tokenizer, params.stop), model.training
@@ -100,7 +100,7 @@ def _meet(model: CausalLM, topology: Topology) -> None:
 
 
 def _limit(prompt: Prompt, model: CausalLM, params: SamplingParams) -> int:
-    return min(params.max_new_tokens, model.architecture.max_positions - model.virtual - len(prompt.ids))
+    return min(params.max_new_tokens, model.architecture.max_positions - model.virtual_positions - len(prompt.ids))
 
 
 def _decode_batch(
@@ -111,11 +111,12 @@ def _decode_batch(
     width = max(len(row.prompt.ids) for row in rows)
     padding = [width - len(row.prompt.ids) for row in rows]
     input_ids = torch.tensor(
-        [[0] * empty + [*model.lead, *row.prompt.ids] for empty, row in zip(padding, rows, strict=True)], device=device
+        [[0] * empty + [*model.virtual_token_ids, *row.prompt.ids] for empty, row in zip(padding, rows, strict=True)],
+        device=device,
     )
     # The last token of a row is never fed to the model, so it needs no column.
     needed = (empty + len(row.prompt.ids) + row.limit for empty, row in zip(padding, rows, strict=True))
-    columns = len(model.lead) + max(needed) - 1
+    columns = len(model.virtual_token_ids) + max(needed) - 1
     cache = model.new_cache(torch.tensor(padding, device=device), columns)
     finished: list[tuple[_Row, Literal["stop", "length"]]] = []
     step = 0

@@ -18,13 +18,13 @@ from lowrank_dist.sections.section import MethodName, MethodSection
 class Method(Protocol):
     """One fine-tuning method, built from configuration and architecture before the model is loaded.
 
-    virtual: number of virtual positions in every sequence. lead: ids beyond the vocabulary, put before every sample,
-    for trained input embeddings. published: files of a checkpoint that make up the adapter; empty where the checkpoint
-    is a whole model. summary: one line on what is trained.
+    virtual_positions: number of virtual positions in every sequence. virtual_token_ids: ids beyond the vocabulary, put
+    before every sample, for trained input embeddings. published: files of a checkpoint that make up the adapter; empty
+    where the checkpoint is a whole model. summary: one line on what is trained.
     """
 
-    virtual: int
-    lead: tuple[int, ...]
+    virtual_positions: int
+    virtual_token_ids: tuple[int, ...]
     published: tuple[str, ...]
 
     @property

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 class Sizes:
     """Sizes of the methods with which a plan compares its own.
 
-    rank: r of the factors on every linear. bottleneck: m. virtual: virtual positions of prefix and prompt.
+    rank: r of the factors on every linear. bottleneck: m. virtual_positions: those of prefix and prompt.
     reparametrised: width of the prefix's MLP, None for none.
     """
 
     rank: int = 8
     bottleneck: int = 64
-    virtual: int = 32
+    virtual_positions: int = 32
     reparametrised: int | None = None
 
 

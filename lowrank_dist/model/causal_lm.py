@@ -86,8 +86,8 @@ class CausalLM(nn.Module):
     It has Megatron's embedding and block of layers and a head of our own. The vocabulary projection runs only on the
     requested positions, so a prompt token costs no logits. A tied model has no `output_layer`.
 
-    prefix: trained keys and values before every sequence, or None. lead: ids of trained embeddings that come before
-    every sample (`lead_with`).
+    prefix: trained keys and values before every sequence, or None. virtual_token_ids: ids of trained embeddings that
+    come before every sample (`prepend_virtual_tokens`).
     """
 
     inv_freq: Tensor
@@ -128,22 +128,22 @@ class CausalLM(nn.Module):
         self.architecture = architecture
         self.topology = topology
         self.prefix: KeysValues | None = None
-        self.lead: tuple[int, ...] = ()
+        self.virtual_token_ids: tuple[int, ...] = ()
         self.requires_grad_(False)
 
     @property
-    def virtual(self) -> int:
+    def virtual_positions(self) -> int:
         """The number of positions before the first token of every sequence: virtual tokens and prefix."""
-        return len(self.lead) + (0 if self.prefix is None else self.prefix.length)
+        return len(self.virtual_token_ids) + (0 if self.prefix is None else self.prefix.length)
 
-    def lead_with(self, embeddings: nn.Module, count: int) -> None:
+    def prepend_virtual_tokens(self, embeddings: nn.Module, count: int) -> None:
         """Replace the word embeddings by `embeddings`, which has `count` more ids; these come before every sample.
 
         `embeddings` wraps Megatron's VocabParallelEmbedding, is called like it and has its `weight`.
         """
         self.embedding.word_embeddings = embeddings
         first = self.architecture.vocab
-        self.lead = tuple(range(first, first + count))
+        self.virtual_token_ids = tuple(range(first, first + count))
 
     def embeddings_of(self, ids: Tensor) -> Tensor:
         """Return the embeddings [n, H] of ids [n], whole on every rank. Collective over the tensor-parallel group."""

@@ -50,7 +50,7 @@ class MethodPlan:
 def compare(candidate: Candidate, others: Iterable[Footprint]) -> list[MethodPlan]:
     """Return the candidate's own method as configured, then the others that leave a row at least two positions."""
     job = candidate.job
-    jobs = [replace(job, footprint=other) for other in others if job.length - other.virtual >= 2]
+    jobs = [replace(job, footprint=other) for other in others if job.length - other.virtual_positions >= 2]
     return [_plan(candidate), *(_plan(replace(candidate, job=other)) for other in jobs)]
 
 

@@ -104,7 +104,7 @@ class Footprint:
     """The cost of a method, as a plan needs it. The base class: a frozen base with the placement's factors only.
 
     A method overrides what it adds (methods/<name>/footprint.py). name: the method's name. placement: its factors, and
-    how the gradient flows. virtual: positions that the method takes from every row.
+    how the gradient flows. virtual_positions: positions that the method takes from every row.
     """
 
     # Φ itself is trained: it is fp32, and every weight has a gradient, masters and moments.
@@ -114,7 +114,7 @@ class Footprint:
 
     name: str
     placement: Placement
-    virtual: int = 0
+    virtual_positions: int = 0
 
     @property
     def outside_row(self) -> int:
@@ -219,7 +219,7 @@ class Footprint:
         """Return whether the gradient of the embeddings' output is gathered, under sequence parallelism."""
         return False
 
-    def virtual_in_rows(self, job: Job, tp_rank: int) -> int:
+    def virtual_tokens_on_rank(self, job: Job, tp_rank: int) -> int:
         """Return how many of a microbatch's tokens on a rank are virtual positions."""
         return 0
 
@@ -290,7 +290,7 @@ class Job:
     @property
     def targets(self) -> int:
         """n of a microbatch: positions whose next token is trained on, never virtual ones or the last of a row."""
-        return self.layout.micro_batch * int(self.target_share * (self.length - self.footprint.virtual - 1))
+        return self.layout.micro_batch * int(self.target_share * (self.length - self.footprint.virtual_positions - 1))
 
     @property
     def microbatches(self) -> int:

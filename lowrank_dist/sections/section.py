@@ -59,7 +59,7 @@ class MethodSection(Section):
     shaping: ClassVar[frozenset[str]] = frozenset()
 
     @property
-    def virtual(self) -> int:
+    def virtual_positions(self) -> int:
         """Positions that the method takes from every sequence."""
         return 0
 
@@ -77,11 +77,11 @@ class MethodSection(Section):
 
         name: the section's name.
         """
-        if max_length - self.virtual >= 2:
+        if max_length - self.virtual_positions >= 2:
             return None
         return (
-            f"{name}.length={self.virtual} takes from data.max_length={max_length}: no room is left for a sample of "
-            f"two tokens; give a length of at most {max_length - 2}, or a larger data.max_length"
+            f"{name}.length={self.virtual_positions} takes from data.max_length={max_length}: no room is left for a "
+            f"sample of two tokens; give a length of at most {max_length - 2}, or a larger data.max_length"
         )
 
     def resumed(self, saved: Mapping[str, Any]) -> Self:

@@ -214,9 +214,9 @@ def train(built: Built, setting: MethodSetting) -> dict[str, Any]:
 
 
 def _batches(built: Built, setting: MethodSetting) -> tuple[list[Any], int]:
-    topology, lead = built.topology, built.method.lead
+    topology, virtual_token_ids = built.topology, built.method.virtual_token_ids
     pad = topology.tp_size if topology.sequence_parallel else 1
-    return microbatches(setting, topology.dp_rank, topology.dp_size, pad, lead)
+    return microbatches(setting, topology.dp_rank, topology.dp_size, pad, virtual_token_ids)
 
 
 def _loss(built: Built, batch: Any) -> Tensor:
@@ -250,13 +250,14 @@ def fixed_tokens() -> Tensor:
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
     """[b, s, V] of the given tokens, behind what the method puts before them."""
-    lead = torch.tensor(model.lead, dtype=torch.int64).expand(ids.size(0), len(model.lead))
-    every = torch.cat((lead, ids), dim=1)
+    count = len(model.virtual_token_ids)
+    virtual_token_ids = torch.tensor(model.virtual_token_ids, dtype=torch.int64).expand(ids.size(0), count)
+    every = torch.cat((virtual_token_ids, ids), dim=1)
     # Right padding, which no token before it sees, for a length that the ranks divide.
     multiple = model.topology.tp_size if model.topology.sequence_parallel else 1
     every = F.pad(every, (0, -every.size(1) % multiple)).to(ranks.device())
     positions = torch.arange(every.size(1), device=every.device).expand(every.shape)
-    return model.logits(every, positions)[:, len(model.lead) : len(model.lead) + ids.size(1)]
+    return model.logits(every, positions)[:, count : count + ids.size(1)]
 
 
 def reference(

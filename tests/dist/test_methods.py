@@ -449,7 +449,7 @@ def test_notices_a_sum_that_is_missing(
         assert gap > least, kind
 
 
-SIZES = Sizes(bottleneck=BOTTLENECK, virtual=VIRTUAL, reparametrised=WIDTH)
+SIZES = Sizes(bottleneck=BOTTLENECK, virtual_positions=VIRTUAL, reparametrised=WIDTH)
 
 
 def of_size(method: MethodName, sizes: Sizes, architecture: Architecture) -> Footprint:

@@ -66,16 +66,16 @@ def samples() -> list[tuple[Tensor, Tensor]]:
 
 
 def microbatches(
-    setting: Setting, dp_rank: int, dp_size: int, pad_multiple: int, lead: Sequence[int] = ()
+    setting: Setting, dp_rank: int, dp_size: int, pad_multiple: int, virtual_token_ids: Sequence[int] = ()
 ) -> tuple[list[Any], int]:
     """This data-parallel rank's microbatches of the one global batch, and the number of targets in all of it.
 
-    lead: ids before every sample; broken "behind" puts them after it.
+    virtual_token_ids: ids before every sample; broken "behind" puts them after it.
     """
     from lowrank_dist.data.batches import build_microbatch
     from lowrank_dist.data.masking import Sample
 
-    front, back = ((), lead) if setting.broken == "behind" else (lead, ())
+    front, back = ((), virtual_token_ids) if setting.broken == "behind" else (virtual_token_ids, ())
     everything = [
         (
             i,

@@ -50,17 +50,19 @@ def test_samples_come_in_file_order_and_as_masked(tmp_path: Path, tokenizer: Tok
 
 
 def test_what_a_method_puts_before_samples_is_not_of_the_data(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    lead = (VOCAB, VOCAB + 1, VOCAB + 2)
+    virtual_token_ids = (VOCAB, VOCAB + 1, VOCAB + 2)
     path = write(tmp_path, row("q", " answer"), row("question", " a longer answer"))
-    plain, led = (load_dataset(path, tokenizer, 256, VOCAB, ids) for ids in ((), lead))
-    for before, after in zip(plain, led, strict=True):
-        assert after.tokens.tolist() == [*lead, *before.tokens.tolist()]
+    plain, prefixed = (load_dataset(path, tokenizer, 256, VOCAB, ids) for ids in ((), virtual_token_ids))
+    for before, after in zip(plain, prefixed, strict=True):
+        assert after.tokens.tolist() == [*virtual_token_ids, *before.tokens.tolist()]
         assert after.target.tolist() == [False] * 3 + before.target.tolist()
-    assert led.targets.tolist() == plain.targets.tolist() and led.sha256 == plain.sha256
-    other = load_dataset(write(tmp_path, row("q", " answer"), row("question", " another")), tokenizer, 256, VOCAB, lead)
+    assert prefixed.targets.tolist() == plain.targets.tolist() and prefixed.sha256 == plain.sha256
+    other = load_dataset(
+        write(tmp_path, row("q", " answer"), row("question", " another")), tokenizer, 256, VOCAB, virtual_token_ids
+    )
     assert other.sha256 != plain.sha256
     # A sample is as long as the file says: the limit does not count what comes before.
-    assert len(load_dataset(path, tokenizer, int(plain.lengths.max()), VOCAB, lead)) == 2
+    assert len(load_dataset(path, tokenizer, int(plain.lengths.max()), VOCAB, virtual_token_ids)) == 2
 
 
 def test_of_several_completions_the_first_is_the_sample_s(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -46,7 +46,7 @@ def planned(shape: str, tensor: int, method: str, overrides: tuple[str, ...]) ->
         model.eval()
         with model.without_sequence_parallelism():
             built = live.now
-            columns = len(model.lead) + job.length - job.footprint.virtual + NEW - 1
+            columns = len(model.virtual_token_ids) + job.length - job.footprint.virtual_positions + NEW - 1
             cache = model.new_cache(torch.zeros(BATCH, dtype=torch.int64), columns)
             kept, live.peak = live.now - built, live.now
             model.decode(ids, cache)

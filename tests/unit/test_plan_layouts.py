@@ -214,7 +214,7 @@ def test_files_and_host_memory() -> None:
 
 def test_every_method_is_beside() -> None:
     candidate = chosen("llama-3-8b", tensor=2, recompute=False).best
-    rows = compared(candidate, Sizes(bottleneck=64, virtual=16))
+    rows = compared(candidate, Sizes(bottleneck=64, virtual_positions=16))
     assert list(dict.fromkeys(row.method for row in rows)) == list(METHODS)
     by_name = {(row.method, row.placement): row for row in rows}
     lora = by_name["lora", ""]

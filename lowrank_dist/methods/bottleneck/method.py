@@ -111,8 +111,8 @@ _PLACES = {"attention": "self_attn_bda", "mlp": "mlp_bda"}
 class Adapters:
     """The `Method` of adapter layers (methods/method.py)."""
 
-    virtual = 0
-    lead: tuple[int, ...] = ()
+    virtual_positions = 0
+    virtual_token_ids: tuple[int, ...] = ()
     published = PUBLISHED
 
     def __init__(self, config: BottleneckConfig, placement: Placement, seed: int) -> None:

@@ -27,8 +27,8 @@ from lowrank_dist.sections.section import MethodSection
 class FullFineTuning:
     """The `Method` of full fine-tuning. Its checkpoints are Hugging Face folders in the dtype of the loaded model."""
 
-    virtual = 0
-    lead: tuple[int, ...] = ()
+    virtual_positions = 0
+    virtual_token_ids: tuple[int, ...] = ()
     published: tuple[str, ...] = ()
 
     def __init__(self, architecture: Architecture, base: Path, seed: int) -> None:

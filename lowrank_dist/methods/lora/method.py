@@ -35,8 +35,8 @@ from lowrank_dist.parallel.topology import Topology
 class Lora:
     """The `Method` of low-rank updates. Raises UserError as `place` does, and for a dropout that rounds to 1."""
 
-    virtual = 0
-    lead: tuple[int, ...] = ()
+    virtual_positions = 0
+    virtual_token_ids: tuple[int, ...] = ()
     published = PUBLISHED
 
     def __init__(self, section: LoraConfig, setting: Setting, architecture: Architecture) -> None:

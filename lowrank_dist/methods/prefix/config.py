@@ -18,5 +18,5 @@ class PrefixConfig(MethodSection):
     )
 
     @property
-    def virtual(self) -> int:
+    def virtual_positions(self) -> int:
         return self.length

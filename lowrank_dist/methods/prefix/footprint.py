@@ -28,7 +28,7 @@ class PrefixFootprint(Footprint):
 
     @property
     def outside_row(self) -> int:
-        return self.virtual
+        return self.virtual_positions
 
     def label(self, job: Job) -> str:
         return "heads"
@@ -39,9 +39,9 @@ class PrefixFootprint(Footprint):
         With an MLP these are trained: an embedding [l, H], and H → w → 2·L·(key/value width) with biases.
         """
         keys = 2 * len(architecture.layers) * architecture.kv_heads * architecture.head_dim
-        stored = trained = self.virtual * keys
+        stored = trained = self.virtual_positions * keys
         if self.width is not None:
-            embedding = self.virtual * architecture.hidden
+            embedding = self.virtual_positions * architecture.hidden
             trained = embedding + (architecture.hidden + 1) * self.width + (self.width + 1) * keys
         return Parameters(trained, stored)
 
@@ -51,8 +51,8 @@ class PrefixFootprint(Footprint):
         cut = arch.kv_heads % n == 0
         keys = 2 * len(arch.layers) * (arch.kv_heads // n if cut else arch.kv_heads) * arch.head_dim
         if self.width is None:
-            return [Parameter(self.virtual * keys, not cut)]
-        copies = (self.virtual * arch.hidden, self.width * arch.hidden, self.width)
+            return [Parameter(self.virtual_positions * keys, not cut)]
+        copies = (self.virtual_positions * arch.hidden, self.width * arch.hidden, self.width)
         return [
             *(Parameter(elements, True) for elements in copies),
             *(Parameter(elements, not cut) for elements in (keys * self.width, keys)),
@@ -67,7 +67,7 @@ class PrefixFootprint(Footprint):
         arch, n, e = job.architecture, job.layout.tensor, job.itemsize
         whole_heads = arch.kv_heads >= n
         # Every sample has its own copy of the prefix. A packed row is assumed to hold two samples.
-        positions = job.tokens + job.layout.micro_batch * (2 if job.packing else 1) * self.virtual
+        positions = job.tokens + job.layout.micro_batch * (2 if job.packing else 1) * self.virtual_positions
         heads = kind.linears["linear_proj"].in_features // n + max(1, arch.kv_heads // n) * arch.head_dim
         found = positions * (2 * heads * e + 4 * arch.heads // n)
         if arch.qk_norm and stream:
@@ -80,15 +80,17 @@ class PrefixFootprint(Footprint):
     def saved_by_model(self, job: Job, recompute: bool) -> int:
         """Return the bytes of the MLP's inner activation and, with recomputation, of its output in the base's dtype."""
         arch = job.architecture
-        made = self.virtual * 2 * len(arch.layers) * max(1, arch.kv_heads // job.layout.tensor) * arch.head_dim
-        inner = 0 if self.width is None else 4 * self.virtual * self.width
+        made = (
+            self.virtual_positions * 2 * len(arch.layers) * max(1, arch.kv_heads // job.layout.tensor) * arch.head_dim
+        )
+        inner = 0 if self.width is None else 4 * self.virtual_positions * self.width
         return inner + (made * job.itemsize if recompute and (self.width is not None or job.itemsize < 4) else 0)
 
     def microbatch_flops(self, architecture: Architecture) -> tuple[int, int]:
         """Return the FLOPs of the MLP: the inner product, which every rank repeats, and the outer, which is sharded."""
         if self.width is None:
             return 0, 0
-        once = 3 * 2 * self.virtual * self.width
+        once = 3 * 2 * self.virtual_positions * self.width
         keys = 2 * len(architecture.layers) * architecture.kv_heads * architecture.head_dim
         return once * architecture.hidden, once * keys
 
@@ -100,5 +102,5 @@ def footprint_of(method: MethodName, section: PrefixConfig, architecture: Archit
 def footprints_of_size(
     method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int
 ) -> list[PrefixFootprint]:
-    """Return the footprint of a prefix with `sizes.virtual` positions."""
-    return [PrefixFootprint(method, joined(architecture, _QKV), sizes.virtual, width=sizes.reparametrised)]
+    """Return the footprint of a prefix with `sizes.virtual_positions` positions."""
+    return [PrefixFootprint(method, joined(architecture, _QKV), sizes.virtual_positions, width=sizes.reparametrised)]

@@ -149,22 +149,22 @@ _SPREAD = 0.02
 class PrefixTuning:
     """The `Method` of prefix tuning. width: w of the MLP, None for none; the published files do not hold the MLP."""
 
-    lead: tuple[int, ...] = ()
+    virtual_token_ids: tuple[int, ...] = ()
     published = PREFIX.published
 
     def __init__(self, length: int, width: int | None, architecture: Architecture, base: str, seed: int) -> None:
-        self.virtual, self._width = length, width
+        self.virtual_positions, self._width = length, width
         self._architecture, self._base, self._seed = architecture, base, seed
 
     @property
     def summary(self) -> str:
         through = "" if self._width is None else f", through an MLP of width {self._width}"
-        return f"prefix tuning: keys and values at {self.virtual} positions of every layer{through}"
+        return f"prefix tuning: keys and values at {self.virtual_positions} positions of every layer{through}"
 
     def attach(self, model: CausalLM, topology: Topology, *, resumed: bool) -> Theta:
         architecture = self._architecture
         prefix = Prefix(
-            self.virtual,
+            self.virtual_positions,
             self._width,
             hidden=architecture.hidden,
             layers=len(architecture.layers),

@@ -20,5 +20,5 @@ class PromptConfig(MethodSection):
     )
 
     @property
-    def virtual(self) -> int:
+    def virtual_positions(self) -> int:
         return self.length

@@ -22,17 +22,17 @@ class PromptFootprint(Footprint):
 
     def parameters(self, architecture: Architecture) -> Parameters:
         """Return l·H."""
-        count = self.virtual * architecture.hidden
+        count = self.virtual_positions * architecture.hidden
         return Parameters(count, count)
 
     def on_rank(self, job: Job) -> Sequence[Parameter]:
-        return [Parameter(self.virtual * job.architecture.hidden, _after_the_cut(job))]
+        return [Parameter(self.virtual_positions * job.architecture.hidden, _after_the_cut(job))]
 
     def gathers_embedding_gradient(self, job: Job) -> bool:
         """Return whether the prompt is inserted before the tokens are sharded; its gradient is then gathered."""
         return not _after_the_cut(job)
 
-    def virtual_in_rows(self, job: Job, tp_rank: int) -> int:
+    def virtual_tokens_on_rank(self, job: Job, tp_rank: int) -> int:
         """Return how many of a rank's tokens are virtual. With sharded tokens the rank has a part of each row.
 
         A packed row is assumed to hold two samples.
@@ -41,7 +41,7 @@ class PromptFootprint(Footprint):
         samples = (0, length // 2) if job.packing else (0,)
         chunk = length // job.layout.tensor if cut else length
         first = tp_rank * chunk if cut else 0
-        inside = (min(first + chunk, start + self.virtual) - max(first, start) for start in samples)
+        inside = (min(first + chunk, start + self.virtual_positions) - max(first, start) for start in samples)
         return job.layout.micro_batch * sum(max(0, count) for count in inside)
 
 
@@ -52,8 +52,8 @@ def footprint_of(method: MethodName, section: PromptConfig, architecture: Archit
 def footprints_of_size(
     method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int
 ) -> list[PromptFootprint]:
-    """Return the footprint of a prompt with `sizes.virtual` positions."""
-    return [PromptFootprint(method, joined(architecture, None), sizes.virtual)]
+    """Return the footprint of a prompt with `sizes.virtual_positions` positions."""
+    return [PromptFootprint(method, joined(architecture, None), sizes.virtual_positions)]
 
 
 def _after_the_cut(job: Job) -> bool:

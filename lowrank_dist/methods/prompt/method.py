@@ -71,14 +71,14 @@ class WithVirtualTokens(nn.Module):
         self.words.reduce_scatter_embeddings = enabled
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        virtual = input_ids - self._first_id
-        embedded = self.words(torch.where(virtual >= 0, 0, input_ids))
+        virtual_ids = input_ids - self._first_id
+        embedded = self.words(torch.where(virtual_ids >= 0, 0, input_ids))
         if self.reduce_scatter_embeddings:
             group = self.words.tp_group
-            virtual = virtual.t().chunk(group.size())[group.rank()]
-        there = virtual >= 0
+            virtual_ids = virtual_ids.t().chunk(group.size())[group.rank()]
+        there = virtual_ids >= 0
         # F.embedding, not indexing: on a CPU the order of the sums in the gradient of indexing varies with the threads.
-        rows = F.embedding(virtual[there], self.rows).to(embedded.dtype)
+        rows = F.embedding(virtual_ids[there], self.rows).to(embedded.dtype)
         # index_put writes only these rows, so that no second tensor of the size of the embeddings is built for them.
         return embedded.index_put(there.nonzero(as_tuple=True), rows)
 
@@ -87,7 +87,7 @@ def add_virtual_tokens(model: CausalLM, rows: Tensor) -> nn.Parameter:
     """Put trained embeddings, initially `rows` [l, H] in fp32, before every sample of `model`. Return the parameter."""
     words, sequence_parallel = model.embedding.word_embeddings, model.topology.sequence_parallel
     embeddings = WithVirtualTokens(words, rows, model.architecture.vocab, sequence_parallel=sequence_parallel)
-    model.lead_with(embeddings, rows.size(0))
+    model.prepend_virtual_tokens(embeddings, rows.size(0))
     return embeddings.rows
 
 
@@ -103,17 +103,17 @@ class PromptTuning:
     def __init__(
         self, length: int, init: Literal["vocabulary", "random"], architecture: Architecture, base: str, seed: int
     ) -> None:
-        self.virtual, self._init = length, init
-        self.lead = tuple(range(architecture.vocab, architecture.vocab + length))
+        self.virtual_positions, self._init = length, init
+        self.virtual_token_ids = tuple(range(architecture.vocab, architecture.vocab + length))
         self._architecture, self._base, self._seed = architecture, base, seed
 
     @property
     def summary(self) -> str:
-        return f"prompt tuning: embeddings at {self.virtual} positions before every sample"
+        return f"prompt tuning: embeddings at {self.virtual_positions} positions before every sample"
 
     def attach(self, model: CausalLM, topology: Topology, *, resumed: bool) -> Theta:
         rows = add_virtual_tokens(model, self._initial(model))
-        shape = (self.virtual, self._architecture.hidden)
+        shape = (self.virtual_positions, self._architecture.hidden)
         shard = LocalShard(shape, (whole_tensor(EMBEDDINGS),))
         return Theta(
             (TrainedParameter(rows, {EMBEDDINGS: shape}, lambda coordinates: shard),), MaskSource(self._seed, 0)
@@ -123,9 +123,9 @@ class PromptTuning:
         generator = torch.Generator().manual_seed(self._seed)
         device = next(model.parameters()).device
         if self._init == "random":
-            shape = (self.virtual, self._architecture.hidden)
+            shape = (self.virtual_positions, self._architecture.hidden)
             return torch.empty(shape).normal_(0, _SPREAD, generator=generator).to(device)
-        drawn = torch.randint(self._architecture.vocab, (self.virtual,), generator=generator)
+        drawn = torch.randint(self._architecture.vocab, (self.virtual_positions,), generator=generator)
         return model.embeddings_of(drawn.to(device)).float()
 
     def files(self, folder: Path, provenance: Provenance, *, trained: bool) -> Collected:
