@@ -236,7 +236,7 @@ class Bench:
         linears = [module for module in self.model.modules() if isinstance(module, LowRankLinear)]
         slots: list[tuple[nn.Module, str]] = [(linear, name) for linear in linears for name in ("frozen", "update")]
         sums = [add for layer in self.model.decoder.layers for add in (layer.self_attn_bda, layer.mlp_bda)]
-        return slots + [(add, "adapter") for add in sums]
+        return slots + [(add, "bottleneck") for add in sums]
 
     def _taken(self, attach: Callable[[], Any]) -> tuple[list[Part], int]:
         """What `attach` (→ Theta) puts into the model, taken out of it again with values that are not zero; its |Θ|."""

@@ -75,18 +75,18 @@ class SwiGlu(nn.Module):
 class ResidualAdd(nn.Module):
     """Replacement of Megatron's `get_bias_dropout_add` that transforms a block's output before the residual addition.
 
-    The output passes `adapter` (a method's own module), the layer's post-norm and the scale, each where there is one.
+    The output passes `bottleneck` (that of an adapter method), the layer's post-norm and the scale, where these exist.
     """
 
     def __init__(self, norm: nn.Module | None, scale: float) -> None:
         super().__init__()
-        self.adapter: nn.Module | None = None
+        self.bottleneck: nn.Module | None = None
         # The norm is already a submodule of the layer; the tuple keeps torch from registering it here a second time.
         self._norm, self._scale = (norm,), scale
 
     def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
         add = get_bias_dropout_add(training, fused)
-        modules = [module for module in (self.adapter, *self._norm) if module is not None]
+        modules = [module for module in (self.bottleneck, *self._norm) if module is not None]
         if not modules and self._scale == 1.0:
             return add
 

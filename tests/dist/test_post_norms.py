@@ -166,7 +166,7 @@ def planted_model(folder: Path, topology: Any, case: Case, planted: dict[str, np
         load_weights(parameters | absent, architecture, checkpoint, **sizes)
     if case.adapter:
         for layer in model.decoder.layers:
-            layer.self_attn_bda.adapter, layer.mlp_bda.adapter = Adapter().to(device), Adapter().to(device)
+            layer.self_attn_bda.bottleneck, layer.mlp_bda.bottleneck = Adapter().to(device), Adapter().to(device)
     return model
 
 
@@ -184,7 +184,7 @@ def found(
     elif broken == "no_scale":
         last.mlp_bda = ResidualAdd(last.post_mlp_layernorm, 1.0)
     elif broken == "adapter_last":
-        last.mlp_bda = ResidualAdd(nn.Sequential(last.post_mlp_layernorm, last.mlp_bda.adapter), case.scale)
+        last.mlp_bda = ResidualAdd(nn.Sequential(last.post_mlp_layernorm, last.mlp_bda.bottleneck), case.scale)
     ids, positions = tokens().to(ranks.device()), torch.arange(LENGTH, device=ranks.device()).expand(ROWS, LENGTH)
     weight = model.embedding.word_embeddings.weight.requires_grad_(True)
     results = {"logits": model.eval().logits(ids, positions).cpu().numpy()}

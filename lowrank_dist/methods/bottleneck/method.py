@@ -143,7 +143,7 @@ class Adapters:
                     sequence_parallel=topology.sequence_parallel,
                     device=device,
                 )
-                getattr(module, _PLACES[place]).adapter = bottleneck
+                getattr(module, _PLACES[place]).bottleneck = bottleneck
                 built.append((layer, place, bottleneck))
         theta = self._theta(built, size)
         theta.set_from_whole(self._initial(theta.all_shapes()), topology.coordinates)
