@@ -82,9 +82,18 @@ def shared_memory(gpus: bool, place: Path = SHARED_MEMORY) -> list[Row]:
 
 def operators() -> Iterator[Row]:
     """Yield rows on the compiled operators of both devices, and on the instruction set of the CPU operators."""
-    from lowrank_dist.ops.extension import CUDA_LIBRARY, LIBRARY, cpu_capability, why_not, why_not_cuda
+    from lowrank_dist.ops.extension import (
+        CUDA_LIBRARY,
+        LIBRARY,
+        cpu_capability,
+        reason_not_loaded,
+        reason_not_loaded_cuda,
+    )
 
-    for device, reason, library in (("CPU", why_not(), LIBRARY), ("CUDA", why_not_cuda(), CUDA_LIBRARY)):
+    for device, reason, library in (
+        ("CPU", reason_not_loaded(), LIBRARY),
+        ("CUDA", reason_not_loaded_cuda(), CUDA_LIBRARY),
+    ):
         what = f"compiled {device} operators"
         if reason is not None:
             yield Row(what, "off", reason, "none", "warning")

@@ -26,39 +26,39 @@ _plain = False
 
 
 @cache
-def why_not() -> str | None:
+def reason_not_loaded() -> str | None:
     """Load the CPU operators once. Return why they are missing, or None where `torch.ops.lowrank_dist` exists."""
     return _load(LIBRARY, _HOW)
 
 
 @cache
-def why_not_cuda() -> str | None:
+def reason_not_loaded_cuda() -> str | None:
     """Load the CUDA operators once. Return why they are missing, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not a CUDA build; {_HOW_CUDA} builds them"
-    return why_not() or _load(CUDA_LIBRARY, _HOW_CUDA)
+    return reason_not_loaded() or _load(CUDA_LIBRARY, _HOW_CUDA)
 
 
 def extension_loaded() -> bool:
     """Return whether the schemas and the CPU operators are loaded."""
-    return why_not() is None
+    return reason_not_loaded() is None
 
 
 def cuda_extension_loaded() -> bool:
     """Return whether the CUDA operators are loaded. Loading them starts nothing on a GPU."""
-    return why_not_cuda() is None
+    return reason_not_loaded_cuda() is None
 
 
 def demand(device: str) -> None:
     """Raise UserError, with the remedy, where the compiled operators for `device` ("cpu" or "cuda") are missing."""
-    reason = why_not_on(device)
+    reason = reason_not_loaded_on(device)
     if reason is not None:
         raise UserError(f"compiled operators for {device} are demanded (engine.kernels), but {reason}")
 
 
 def describe(device: str) -> str:
     """Return a line that names the operators of the low-rank path on `device` ("cpu" or "cuda")."""
-    reason = why_not_on(device)
+    reason = reason_not_loaded_on(device)
     if reason is not None:
         return f"plain PyTorch operators for {device}: {reason}"
     return f"compiled operators for {device} ({CUDA_LIBRARY.name if device == 'cuda' else cpu_capability()})"
@@ -69,9 +69,9 @@ def cpu_capability() -> str | None:
     return torch.ops.lowrank_dist.cpu_capability() if extension_loaded() else None
 
 
-def why_not_on(device: str) -> str | None:
+def reason_not_loaded_on(device: str) -> str | None:
     """Return why the compiled operators for `device` ("cpu" or "cuda") are missing, or None where they are loaded."""
-    return {"cpu": why_not, "cuda": why_not_cuda}[device]()
+    return {"cpu": reason_not_loaded, "cuda": reason_not_loaded_cuda}[device]()
 
 
 def _load(library: Path, how: str) -> str | None:
@@ -99,7 +99,7 @@ def compiled(tensor: Tensor) -> bool:
 def _available(device: str) -> bool:
     if device not in ("cpu", "cuda"):
         return False
-    reason = why_not_on(device)
+    reason = reason_not_loaded_on(device)
     if reason is not None:
         logging.getLogger(__name__).warning("plain PyTorch runs in place of the compiled operators: %s", reason)
     return reason is None

@@ -236,10 +236,10 @@ def _state(job: Job) -> dict[str, float]:
 
 def _tensor(job: Job, cluster: Cluster) -> dict[str, Any]:
     largest = min(_LARGEST_TENSOR, cluster.gpus)
-    why_not, legal = tensor_sizes(job.architecture, largest)
+    illegal, legal = tensor_sizes(job.architecture, largest)
     return {
         "legal": [size for size in legal if cluster.gpus % size == 0],
-        "not": {size: f"does not divide {reason}" for size, reason in why_not.items()}
+        "not": {size: f"does not divide {reason}" for size, reason in illegal.items()}
         | {size: f"does not divide {cluster.gpus} GPUs" for size in legal if cluster.gpus % size},
     }
 

@@ -85,14 +85,14 @@ class Choice:
 
 def tensor_sizes(arch: Architecture, largest: int) -> tuple[dict[int, str], list[int]]:
     """Return the illegal tensor-parallel sizes up to `largest`, each with the reason, and the legal sizes."""
-    why_not, legal = {}, []
+    illegal, legal = {}, []
     for size in range(1, largest + 1):
         reason = arch.indivisible_by(size)
         if reason is None:
             legal.append(size)
         else:
-            why_not[size] = reason
-    return why_not, legal
+            illegal[size] = reason
+    return illegal, legal
 
 
 def choose(job: Job, fixed: Fixed, cluster: Cluster) -> Choice:

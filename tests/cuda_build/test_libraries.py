@@ -38,11 +38,11 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The libraries of this build instead of those in the tree."""
     monkeypatch.setattr(extension, "LIBRARY", BUILT / extension.LIBRARY.name)
     monkeypatch.setattr(extension, "CUDA_LIBRARY", BUILT / extension.CUDA_LIBRARY.name)
-    for cached in (extension.why_not, extension.why_not_cuda):
+    for cached in (extension.reason_not_loaded, extension.reason_not_loaded_cuda):
         cached.cache_clear()
     yield
     monkeypatch.undo()
-    for cached in (extension.why_not, extension.why_not_cuda):
+    for cached in (extension.reason_not_loaded, extension.reason_not_loaded_cuda):
         cached.cache_clear()
 
 

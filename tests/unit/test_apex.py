@@ -367,7 +367,9 @@ def test_an_unrelated_apex_is_said_in_one_line_on_cuda_alone(install: Installed)
 
 
 def test_compiled_is_refused_where_nothing_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension, "why_not_on", lambda device: f"it was not built; `{extension.INSTALL}` builds it")
+    monkeypatch.setattr(
+        extension, "reason_not_loaded_on", lambda device: f"it was not built; `{extension.INSTALL}` builds it"
+    )
     with pytest.raises(UserError, match="engine.kernels.*pip install --no-build-isolation"):
         choose_kernels("compiled", "cpu")
     choose_kernels("auto", "cpu")

@@ -174,14 +174,14 @@ def test_a_torch_that_does_not_load_is_named() -> None:
 def test_missing_operators_come_with_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert states(machine.operators())["compiled CPU operators"] == "ok"
     monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_C.abi3.so")
-    for reason in (extension.why_not, extension.why_not_cuda):
+    for reason in (extension.reason_not_loaded, extension.reason_not_loaded_cuda):
         reason.cache_clear()
     try:
         rows = {row.what: row for row in machine.operators()}
         assert run().exit_code == 0, "plain PyTorch trains too"
     finally:
         monkeypatch.undo()
-        for reason in (extension.why_not, extension.why_not_cuda):
+        for reason in (extension.reason_not_loaded, extension.reason_not_loaded_cuda):
             reason.cache_clear()
     row = rows["compiled CPU operators"]
     assert row.state == "off" and extension.INSTALL in row.detail and "was not built" in row.detail

@@ -37,14 +37,14 @@ def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Pat
 
 
 def forget() -> None:
-    extension.why_not.cache_clear()
-    extension.why_not_cuda.cache_clear()
+    extension.reason_not_loaded.cache_clear()
+    extension.reason_not_loaded_cuda.cache_clear()
 
 
 def test_the_operators_for_this_device_are_built_here() -> None:
     extension.demand("cpu")
     extension.demand(DEVICE)
-    assert extension.extension_loaded() and extension.why_not() is None
+    assert extension.extension_loaded() and extension.reason_not_loaded() is None
     assert extension.describe(DEVICE).startswith(f"compiled operators for {DEVICE} (")
 
 
@@ -60,7 +60,7 @@ def test_the_schemas_come_before_the_cuda_operators(loaded: list[Path]) -> None:
 def test_without_the_schemas_no_cuda_operators(loaded: list[Path]) -> None:
     extension.CUDA_LIBRARY.touch()
     assert not extension.cuda_extension_loaded() and loaded == []
-    assert extension.why_not_cuda() == extension.why_not()
+    assert extension.reason_not_loaded_cuda() == extension.reason_not_loaded()
 
 
 def test_the_cpu_operators_do_not_want_the_cuda_ones(loaded: list[Path]) -> None:
@@ -75,7 +75,7 @@ def test_a_cpu_build_of_torch_loads_no_cuda_operators(loaded: list[Path], monkey
     extension.LIBRARY.touch()
     extension.CUDA_LIBRARY.touch()
     assert not extension.cuda_extension_loaded() and extension.CUDA_LIBRARY not in loaded
-    assert "is not a CUDA build" in extension.why_not_cuda()
+    assert "is not a CUDA build" in extension.reason_not_loaded_cuda()
     refused("cuda", "nvcc")
 
 

@@ -38,7 +38,7 @@ def no_extension(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     """As if no library had been built."""
     monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_C.abi3.so")
     monkeypatch.setattr(extension, "CUDA_LIBRARY", tmp_path / "_C_cuda.abi3.so")
-    cached = (extension.why_not, extension.why_not_cuda, extension._available)
+    cached = (extension.reason_not_loaded, extension.reason_not_loaded_cuda, extension._available)
     for function in cached:
         function.cache_clear()
     yield

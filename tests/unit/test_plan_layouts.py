@@ -52,12 +52,12 @@ def compared(candidate: Candidate, sizes: Sizes) -> list[MethodPlan]:
 
 
 def test_legal_sizes_and_why_the_others_are_not() -> None:
-    why_not, legal = tensor_sizes(find_model("llama-3-70b").architecture, 16)
+    illegal, legal = tensor_sizes(find_model("llama-3-70b").architecture, 16)
     assert legal == [1, 2, 4, 8, 16]
-    assert why_not[3] == "64 attention heads"
+    assert illegal[3] == "64 attention heads"
     # 28 heads, 4 key/value heads, ffn 18944 = 2^9·37.
-    why_not, legal = tensor_sizes(find_model("qwen2.5-7b").architecture, 28)
-    assert legal == [1, 2, 4] and why_not[7] == "ffn 18944" and why_not[8] == "28 attention heads"
+    illegal, legal = tensor_sizes(find_model("qwen2.5-7b").architecture, 28)
+    assert legal == [1, 2, 4] and illegal[7] == "ffn 18944" and illegal[8] == "28 attention heads"
     with pytest.raises(UserError, match=r"parallel.tensor=3 does not divide .* \(64 attention heads.* 1, 2, 4"):
         chosen("llama-3-70b", tensor=3)
 
