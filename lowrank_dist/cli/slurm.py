@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.paths import require_outside
 from lowrank_dist.terminal import put, say
+
+if TYPE_CHECKING:
+    from lowrank_dist.config import Config
+    from lowrank_dist.engine.job_layout import JobLayout
+    from lowrank_dist.plan.layouts import Cluster
 
 
 def slurm_command(
@@ -27,9 +32,13 @@ def slurm_command(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="GPU of the nodes (h100, a100, …): what CONFIG leaves open of the layout then comes from the plan.",
+            help="GPU of the nodes: h100, h200, a100, … The plan checks that the job fits, and chooses the keys of the "
+            "layout that CONFIG leaves open. Required, unless model.device is cpu.",
             metavar="NAME",
         ),
+    ] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory of a GPU with its unit, if not the GPU's own.", metavar="80GB")
     ] = None,
     job_name: Annotated[str, typer.Option(help="Name of the job.", metavar="NAME")] = "lowrank",
     partition: Annotated[str | None, typer.Option(help="As sbatch's.", metavar="NAME")] = None,
@@ -50,14 +59,13 @@ def slurm_command(
 ) -> None:
     """Write a job script that trains CONFIG under Slurm, from launch/slurm/train.sbatch."""
     from lowrank_dist.config import load_config
-    from lowrank_dist.slurm import check_layout, check_time, checkout, fill
+    from lowrank_dist.slurm.checks import check_time
+    from lowrank_dist.slurm.script import checkout, fill
 
     changes = list(overrides or [])
-    if gpu is not None:
-        changes += _planned_layout(config, changes, nodes, gpus_per_node, gpu)
     run = load_config([str(config), *changes])
-    parallel = run.parallel
-    check_layout(nodes, gpus_per_node, tensor=parallel.tensor, data=parallel.data, across_nodes=parallel.across_nodes)
+    layout = _planned_layout(config, changes, run, _cluster(run, nodes, gpus_per_node, gpu, gpu_memory))
+    changes += layout.chosen
     check_time(time, lead)
     # These two the script passes by itself, from RUN and RESUME.
     kept = [change for change in changes if not _says(change, "output.dir", "train.resume")]
@@ -91,6 +99,7 @@ def slurm_command(
     variables |= {"RESUME": resume[-1]} if resume else {}
     template = (project / "launch" / "slurm" / "train.sbatch").read_text(encoding="utf-8")
     script = fill(template, directives, variables)
+    _report(layout, dry_run)
     if dry_run:
         put(script, end="")
         return
@@ -99,13 +108,43 @@ def slurm_command(
     say(f"{path}: {nodes} × {gpus_per_node} ranks, run folder {folder}; submit it with: sbatch {path}")
 
 
-def _planned_layout(config: Path, changes: list[str], nodes: int, gpus_per_node: int, gpu: str) -> list[str]:
-    from lowrank_dist.engine.planning import layout_overrides, read_request
-    from lowrank_dist.plan.hardware import gpu_of
+def _cluster(run: Config, nodes: int, gpus_per_node: int, gpu: str | None, gpu_memory: str | None) -> Cluster:
+    from lowrank_dist.plan.hardware import GPUS, Gpu, bytes_in, gpu_of
     from lowrank_dist.plan.layouts import Cluster
 
+    if run.model.device == "cpu":
+        if gpu is not None or gpu_memory is not None:
+            raise UserError("--gpu: model.device is cpu; leave --gpu and --gpu-memory out, or set model.device=auto")
+        # The nodes' memory is unknown: every layout counts as one that fits. Times are not shown.
+        return Cluster(nodes, gpus_per_node, Gpu("ranks", 2**60, 1e12, 1e11, 1e10, 1e10), 2**60)
+    if gpu is None:
+        raise UserError(
+            f"--gpu is missing: name the GPU of the nodes ({', '.join(GPUS)}), so that the plan can check that the job "
+            "fits; give --gpu-memory too where it has less or more memory. A run on CPUs needs model.device=cpu instead"
+        )
     card = gpu_of(gpu)
-    return layout_overrides(read_request(str(config), changes), Cluster(nodes, gpus_per_node, card, card.memory))
+    memory = card.memory if gpu_memory is None else bytes_in(gpu_memory, "--gpu-memory")
+    return Cluster(nodes, gpus_per_node, card, memory)
+
+
+def _planned_layout(config: Path, changes: list[str], run: Config, cluster: Cluster) -> JobLayout:
+    from lowrank_dist.engine.job_layout import job_layout
+    from lowrank_dist.engine.planning import read_request
+
+    if not run.model.path.is_dir():
+        raise UserError(
+            f"model.path: {run.model.path} is no folder here, and the plan needs its config.json; give the folder of a "
+            "Hugging Face model (`hf download NAME --local-dir FOLDER` gets one)"
+        )
+    return job_layout(read_request(str(config), changes), cluster)
+
+
+def _report(layout: JobLayout, dry_run: bool) -> None:
+    say(f"layout: {layout}", err=dry_run)
+    if layout.chosen:
+        say(f"chosen by the plan: {' '.join(layout.chosen)}", err=dry_run)
+    if layout.warning is not None:
+        say(f"warning: {layout.warning}", err=True)
 
 
 def _says(change: str, *keys: str) -> bool:

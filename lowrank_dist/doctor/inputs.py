@@ -124,7 +124,7 @@ def layout(config: Config, size: int, local_size: int) -> list[Row]:
 
     Raises UserError where TP × DP is not `size`, or a tensor-parallel group crosses nodes and may not.
     """
-    from lowrank_dist.slurm import check_layout
+    from lowrank_dist.slurm.checks import check_layout
 
     parallel = config.parallel
     check_layout(

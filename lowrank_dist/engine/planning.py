@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from lowrank_dist.config import Config, config_of, load_config
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.registry import method_package
 from lowrank_dist.plan.job import Decoding, Job, Layout
-from lowrank_dist.plan.layouts import Cluster, Fixed, choose
+from lowrank_dist.plan.layouts import Fixed
 from lowrank_dist.sections.section import Section
 
 # Placeholders for the required config keys that a plan from a shape does not use.
@@ -91,29 +91,6 @@ def fixed_of(request: Request) -> Fixed:
         micro_batch=train.micro_batch if given(train, "micro_batch") else None,
         recompute=engine.recompute == "full" if given(engine, "recompute") else None,
     )
-
-
-def layout_overrides(request: Request, cluster: Cluster) -> list[str]:
-    """Return overrides that give a run the plan's layout, for the keys that its config and command line leave open.
-
-    Every row is assumed to have data.max_length tokens, all of them targets. Raises UserError, with remedies, where no
-    layout fits.
-    """
-    parallel, engine, train = request.config.parallel, request.config.engine, request.config.train
-    choice = choose(job_of(request, 1.0), fixed_of(replace(request, whole=False)), cluster)
-    layout = choice.best.job.layout
-    if not choice.fits:
-        raise UserError(
-            f"no layout of {request.model.name} fits {cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}: the "
-            f"smallest ({layout}) lacks {choice.best.short / 1e9:.1f} GB on each; it would fit with "
-            f"{'; '.join(choice.remedies)}"
-        )
-    wanted: list[tuple[Section, str, str, str]] = [(parallel, "tensor", "parallel.tensor", str(layout.tensor))]
-    if layout.tensor > cluster.gpus_per_node:
-        wanted.append((parallel, "across_nodes", "parallel.across_nodes", "true"))
-    wanted.append((train, "micro_batch", "train.micro_batch", str(layout.micro_batch)))
-    wanted.append((engine, "recompute", "engine.recompute", "full" if layout.recompute else "none"))
-    return [f"{name}={value}" for section, key, name, value in wanted if key not in section.model_fields_set]
 
 
 def job_of(request: Request, target_share: float) -> Job:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_dist.slurm import fill
+from lowrank_dist.slurm.script import fill
 from tests.cluster.rig import Rig, settled
 from tests.cluster.runs import Job
 from tests.integration.launching import ROOT

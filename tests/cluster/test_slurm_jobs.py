@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from lowrank_dist.slurm import BEGIN, END, fill
+from lowrank_dist.slurm.script import BEGIN, END, fill
 from tests.cluster.rig import Rig
 from tests.cluster.runs import Job, losses, write_job
 from tests.integration.launching import ROOT

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_dist.slurm import BEGIN, END
+from lowrank_dist.slurm.script import BEGIN, END
 from tests.integration.launching import ROOT
 
 FOLDER = ROOT / "launch" / "slurm"

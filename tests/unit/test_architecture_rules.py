@@ -245,7 +245,14 @@ def loaded_by(code: str, *names: str) -> list[str]:
 TORCHLESS = (
     *(
         f"{PACKAGE}.{name}"
-        for name in ("config", "sections.section", "sections.scalars", "methods.registry", "engine.planning")
+        for name in (
+            "config",
+            "sections.section",
+            "sections.scalars",
+            "methods.registry",
+            "engine.planning",
+            "engine.job_layout",
+        )
     ),
     *SECTIONS,
 )

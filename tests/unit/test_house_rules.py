@@ -395,7 +395,7 @@ TRUSTED = {
     "launch.quickstart.report: json.loads": "what the quickstart has written",
     "methods.lora.serving: re.fullmatch": "the names in a family's table",
     "parallel.collectives: json.loads": "what the ranks have sent",
-    "slurm: re.match": "the options of our own job scripts",
+    "slurm.script: re.match": "the options of our own job scripts",
     "supervision.watchdog: json.loads": "the arguments that the rank gives its watchdog",
     "supervision.watchdog: re.search": "the place in a list of stacks",
 }

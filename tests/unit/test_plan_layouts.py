@@ -10,7 +10,8 @@ from typing import Any, get_args
 import pytest
 
 from lowrank_dist.arch.placement import LoraRules
-from lowrank_dist.engine.planning import find_model, job_of, layout_overrides, read_request
+from lowrank_dist.engine.job_layout import job_layout
+from lowrank_dist.engine.planning import find_model, job_of, read_request
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.lora.footprint import LowRank
 from lowrank_dist.methods.registry import Sizes, footprints_beside
@@ -350,12 +351,12 @@ def test_less_memory_per_rank_with_more_ranks() -> None:
 def test_layout_of_a_job_script() -> None:
     """What config and command line leave open comes from the plan; what they say stays."""
     request = read_request("llama-3-70b", ["train.global_batch=16", "engine.recompute=full"])
-    found = layout_overrides(request, cluster(2))
+    found = job_layout(request, cluster(2)).chosen
     assert not any(text.startswith("engine.recompute") for text in found)
     layout = choose(job_of(request, 1.0), Fixed(recompute=True), cluster(2)).best.job.layout
-    assert found == [f"parallel.tensor={layout.tensor}", f"train.micro_batch={layout.micro_batch}"]
-    with pytest.raises(UserError, match=r"no layout of llama-3-405b fits 1 × 8 h100.*would fit with --nodes"):
-        layout_overrides(read_request("llama-3-405b", []), cluster(1))
+    assert found == (f"parallel.tensor={layout.tensor}", f"train.micro_batch={layout.micro_batch}")
+    with pytest.raises(UserError, match=r"llama-3-405b does not fit 1 × 8 h100.*would fit with --nodes"):
+        job_layout(read_request("llama-3-405b", []), cluster(1))
 
 
 @pytest.mark.parametrize(

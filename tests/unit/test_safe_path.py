@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_dist.slurm import fill
+from lowrank_dist.slurm.script import fill
 from lowrank_dist.supervision.rank import Supervision
 
 ROOT = Path(__file__).parents[2]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,7 +21,8 @@ from lowrank_dist.arch.model_files import built_in_config
 from lowrank_dist.cli.main import app
 from lowrank_dist.config import load_config
 from lowrank_dist.errors import UserError
-from lowrank_dist.slurm import BEGIN, END, check_layout, check_time, checkout, fill
+from lowrank_dist.slurm.checks import check_layout, check_time
+from lowrank_dist.slurm.script import BEGIN, END, checkout, fill
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = (ROOT / "launch" / "slurm" / "train.sbatch").read_text()
@@ -30,13 +33,19 @@ runner = CliRunner()
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "config.yaml"
+    write_model(tmp_path, "llama-3-8b")
     sections = {"model": {"path": "base"}, "data": {"train": "train.jsonl"}, "output": {"dir": "runs/first"}}
     path.write_text(yaml.safe_dump({**sections, "parallel": {"tensor": 4}}))
     return path
 
 
-def slurm(*words: object, nodes: int = 2, gpus: int = 8) -> Result:
-    size = ["--nodes", str(nodes), "--gpus-per-node", str(gpus)]
+def write_model(place: Path, shape: str) -> None:
+    (place / "base").mkdir(exist_ok=True)
+    (place / "base" / "config.json").write_text(json.dumps(built_in_config(shape)))
+
+
+def slurm(*words: object, nodes: int = 2, gpus: int = 8, gpu: str | None = "h100") -> Result:
+    size = ["--nodes", str(nodes), "--gpus-per-node", str(gpus), *(["--gpu", gpu] if gpu else [])]
     return runner.invoke(app, ["slurm", *size, *(str(word) for word in words)])
 
 
@@ -51,6 +60,11 @@ def variables(script: str) -> dict[str, str]:
     return {**dict(zip(fixed, values, strict=False)), overrides: json.dumps(values[len(fixed) :])}
 
 
+def written(place: Path) -> set[str]:
+    """The names beside the config and its model."""
+    return {path.name for path in place.iterdir()} - {"config.yaml", "base"}
+
+
 def refused(done: Result, *words: str) -> None:
     assert done.exit_code == 2, done.output
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
@@ -59,8 +73,8 @@ def refused(done: Result, *words: str) -> None:
 
 def test_dry_run_prints_a_script_and_writes_nothing(config: Path, tmp_path: Path) -> None:
     done = slurm(config, "--partition", "gpu", "--account", "a-1", "--qos", "high", "--time", "1-12", "--dry-run")
-    assert (done.exit_code, done.stderr) == (0, "")
-    assert list(tmp_path.iterdir()) == [config]
+    assert done.exit_code == 0 and done.stderr.startswith("layout: TP 4, DP 4, ")
+    assert written(tmp_path) == set()
     expected = ["nodes=2", "ntasks-per-node=8", "gpus-per-node=8", "partition=gpu", "account=a-1", "qos=high"]
     expected += ["job-name=lowrank", "time=1-12", "signal=B:USR1@300", "cpus-per-task=8"]
     lines = done.stdout.splitlines()
@@ -78,8 +92,8 @@ def test_only_the_edit_block_differs_from_the_template(config: Path) -> None:
 def test_file_is_written_once(config: Path, tmp_path: Path) -> None:
     done = slurm(config, "--job-name", "mine")
     assert done.exit_code == 0 and "sbatch mine.sbatch" in done.stdout
-    written = (tmp_path / "mine.sbatch").read_text()
-    assert written == slurm(config, "--job-name", "mine", "--dry-run").stdout
+    text = (tmp_path / "mine.sbatch").read_text()
+    assert text == slurm(config, "--job-name", "mine", "--dry-run").stdout
     (tmp_path / "mine.sbatch").write_text("edited")
     refused(slurm(config, "--job-name", "mine"), "--out", "mine.sbatch exists already", "another name")
     assert (tmp_path / "mine.sbatch").read_text() == "edited"
@@ -87,28 +101,30 @@ def test_file_is_written_once(config: Path, tmp_path: Path) -> None:
 
 
 def test_what_the_job_gets(config: Path, tmp_path: Path) -> None:
+    layout = ["train.micro_batch=1", "engine.recompute=none"]
     words = ["train.lr=1e-3", "output.dir=other run", "data.train=$(touch made) `touch made` \"'.jsonl"]
-    script = slurm(config.name, *words, "--dry-run").stdout
+    script = slurm(config.name, *words, *layout, "--dry-run").stdout
     found = variables(script)
-    assert json.loads(found["OVERRIDES"]) == [words[0], words[2]]
+    assert json.loads(found["OVERRIDES"]) == [words[0], words[2], *layout]
     assert (found["WORKDIR"], found["CONFIG"]) == (str(tmp_path), str(config))
     assert (found["RUN"], found["RESUME"]) == (str(tmp_path / "other run"), "auto")
     assert Path(found["PROJECT"]) == ROOT and Path(found["PYTHON"]).exists()
     assert not (tmp_path / "made").exists()
     # The job reads the config that was checked.
     job = load_config([found["CONFIG"], *json.loads(found["OVERRIDES"]), f"output.dir={found['RUN']}"])
-    given_config = load_config([str(config), *words[:1], words[2], f"output.dir={tmp_path / 'other run'}"])
+    given_config = load_config([str(config), *words[:1], words[2], *layout, f"output.dir={tmp_path / 'other run'}"])
     assert job == given_config
 
 
 def test_resume_is_passed_as_it_was_written(config: Path) -> None:
     """./auto is the folder of that name, auto is not."""
     found = variables(slurm(config, "train.resume=never", "train.resume=./auto", "--dry-run").stdout)
-    assert (found["RESUME"], found["OVERRIDES"]) == ("./auto", "[]")
+    assert found["RESUME"] == "./auto" and "train.resume" not in found["OVERRIDES"]
 
 
 def test_cpu_runs_ask_for_no_gpus(config: Path) -> None:
-    script = slurm(config, "model.device=cpu", "--dry-run").stdout
+    script = slurm(config, "model.device=cpu", "--dry-run", gpu=None).stdout
+    assert json.loads(variables(script)["OVERRIDES"]) == ["model.device=cpu"]
     assert "##SBATCH --gpus-per-node=" in script and "\n#SBATCH --gpus-per-node" not in script
     assert "#SBATCH --ntasks-per-node=8" in script
 
@@ -116,10 +132,18 @@ def test_cpu_runs_ask_for_no_gpus(config: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "size", "said"),
     [
-        (["parallel.tensor=3"], {}, ["parallel.tensor: 3", "2 nodes × 8 = 16 ranks", "1, 2, 4, 8, 16"]),
-        (["parallel.tensor=16"], {}, ["would cross nodes", "1, 2, 4, 8", "parallel.across_nodes=true"]),
-        (["parallel.tensor=4"], {"gpus": 6}, ["would cross nodes", "1, 2, 3, 6"]),
-        (["parallel.data=2"], {}, ["parallel.data", "4 tensor × 2 data parallel", "write 4"]),
+        (["parallel.tensor=3"], {}, ["parallel.tensor=3 does not divide", "these nodes fit it with parallel.tensor="]),
+        (["parallel.tensor=32"], {}, ["parallel.tensor: 32", "2 × 8 = 16 GPUs", "fit it with parallel.tensor="]),
+        (["parallel.tensor=16"], {}, ["parallel.across_nodes is false", "TP 16", "fit it with parallel.tensor="]),
+        (["parallel.tensor=4"], {"gpus": 6}, ["parallel.across_nodes is false", "fit it with parallel.tensor=2"]),
+        (["parallel.data=2"], {}, ["parallel.data", "4 tensor × 2 data parallel", "parallel.data=null"]),
+        (["parallel.tensor=3", "model.device=cpu"], {"gpu": None}, ["parallel.tensor=3 does not divide"]),
+        (["parallel.tensor=16", "model.device=cpu"], {"gpu": None}, ["parallel.across_nodes is false"]),
+        (["model.device=cpu"], {}, ["--gpu: model.device is cpu"]),
+        ([], {"gpu": None}, ["--gpu is missing", "h100", "model.device=cpu"]),
+        (["--gpu-memory", "80"], {}, ["--gpu-memory: '80' has no unit"]),
+        (["model.path=nowhere"], {}, ["model.path: nowhere is no folder here", "hf download"]),
+        (["model.path=llama-3-8b"], {}, ["model.path: llama-3-8b is no folder here"]),
         (["train.lrr=1"], {}, ["train.lrr: unknown key", "train.lr"]),
         (["train.lr"], {}, ["train.lr is a second config file"]),
         (["output.dir=a: b"], {}, ["output.dir"]),
@@ -132,9 +156,9 @@ def test_cpu_runs_ask_for_no_gpus(config: Path) -> None:
     ],
     ids=str,
 )
-def test_bad_input(config: Path, tmp_path: Path, words: list[str], size: dict[str, int], said: list[str]) -> None:
+def test_bad_input(config: Path, tmp_path: Path, words: list[str], size: dict[str, Any], said: list[str]) -> None:
     refused(slurm(config, *words, **size), *said)
-    assert list(tmp_path.iterdir()) == [config]
+    assert written(tmp_path) == set()
 
 
 def test_bad_numbers_and_files(config: Path, tmp_path: Path) -> None:
@@ -149,9 +173,10 @@ def test_a_folder_that_yaml_would_read_otherwise(config: Path, tmp_path: Path) -
 
 
 def test_tensor_groups_across_nodes_when_allowed(config: Path) -> None:
-    script = slurm(config, "parallel.tensor=16", "parallel.across_nodes=true", "--dry-run").stdout
-    assert json.loads(variables(script)["OVERRIDES"]) == ["parallel.tensor=16", "parallel.across_nodes=true"]
-    refused(slurm(config, "parallel.tensor=5", "parallel.across_nodes=true"), "parallel.tensor: 5 does not divide")
+    across = ["parallel.tensor=16", "parallel.across_nodes=true"]
+    script = slurm(config, *across, "model.device=cpu", "--dry-run", gpu=None).stdout
+    assert json.loads(variables(script)["OVERRIDES"]) == [*across, "model.device=cpu"]
+    refused(slurm(config, "parallel.tensor=5", "parallel.across_nodes=true"), "parallel.tensor=5 does not divide")
 
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 24))
@@ -220,8 +245,7 @@ def test_words_of_the_shipped_block_are_plain() -> None:
 @pytest.fixture
 def large(config: Path, tmp_path: Path) -> Path:
     """The same run on Llama-3-70B, with nothing said of the layout."""
-    (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "config.json").write_text(json.dumps(built_in_config("llama-3-70b")))
+    write_model(tmp_path, "llama-3-70b")
     sections = yaml.safe_load(config.read_text())
     del sections["parallel"]
     config.write_text(yaml.safe_dump({**sections, "data": {"train": "train.jsonl", "max_length": 2048}}))
@@ -229,18 +253,50 @@ def large(config: Path, tmp_path: Path) -> Path:
 
 
 def test_the_plan_lays_out_what_is_left_open(large: Path) -> None:
-    """On one GPU a node of 8 ranks holds the model at TP 8 or so; what the user says stays."""
-    done = slurm(large, "--gpu", "h100", "train.global_batch=16", "--dry-run")
+    """A node of 8 holds the model at TP 8 or so; what the user says stays."""
+    done = slurm(large, "train.global_batch=16", "--dry-run")
     assert done.exit_code == 0, done.output
     planned = dict(change.split("=") for change in json.loads(variables(done.stdout)["OVERRIDES"]))
     assert planned.pop("train.global_batch") == "16"
     assert planned.keys() == {"parallel.tensor", "train.micro_batch", "engine.recompute"}
-    assert planned["parallel.tensor"] in ("2", "4", "8")
-    fixed = slurm(large, "--gpu", "h100", "train.global_batch=16", "parallel.tensor=8", "--dry-run")
+    tensor = planned["parallel.tensor"]
+    assert tensor in ("2", "4", "8") and f"layout: TP {tensor}, DP {16 // int(tensor)}, " in done.stderr
+    assert f"chosen by the plan: parallel.tensor={tensor} " in done.stderr
+    fixed = slurm(large, "train.global_batch=16", "parallel.tensor=8", "--dry-run")
     assert json.loads(variables(fixed.stdout)["OVERRIDES"]).count("parallel.tensor=8") == 1
-    assert "parallel.tensor" not in slurm(large, "train.global_batch=16", "--dry-run").stdout
+
+
+def test_a_layout_that_does_not_fit_names_the_one_that_does(large: Path, tmp_path: Path) -> None:
+    """The named keys are taken as they are."""
+    done = slurm(large, "parallel.tensor=1", "train.global_batch=16")
+    refused(done, "does not fit 2 × 8 h100 as TP 1, DP 16", "a GPU lacks")
+    remedy = done.stderr.partition("these nodes fit it with ")[2].split()
+    assert {word.partition("=")[0] for word in remedy} == {"parallel.tensor", "train.micro_batch", "engine.recompute"}
+    assert written(tmp_path) == set()
+    assert slurm(large, "train.global_batch=16", *remedy, "--dry-run").exit_code == 0
+    ignored = slurm(large, "parallel.tensor=1", "train.global_batch=16", "train.ignore_plan=true", "--dry-run")
+    assert ignored.exit_code == 0 and "warning: the plan lacks" in ignored.stderr
+
+
+def test_tensor_groups_never_cross_nodes_unasked(large: Path) -> None:
+    """70B on nodes of one GPU: only groups over nodes fit, and the user says so or gets no job."""
+    done = slurm(large, nodes=8, gpus=1)
+    refused(done, "parallel.across_nodes is false", "8 × 1 h100", "parallel.across_nodes=true")
+    remedy = done.stderr.partition("these nodes fit it with ")[2].split()
+    assert slurm(large, *remedy, "--dry-run", nodes=8, gpus=1).exit_code == 0
 
 
 def test_the_plan_says_where_nothing_fits(large: Path) -> None:
-    refused(slurm(large, "--gpu", "h100", nodes=1, gpus=1), "no layout of", "fits 1 × 1 h100", "it would fit with")
-    refused(slurm(large, "--gpu", "h1000"), "--gpu: 'h1000' is not known: did you mean h100?")
+    refused(slurm(large, nodes=1, gpus=1), "does not fit 1 × 1 h100 as TP 1", "a GPU lacks", "it would fit with")
+    refused(slurm(large, gpu="h1000"), "--gpu: 'h1000' is not known: did you mean h100?")
+    assert slurm(large, "--gpu-memory", "400GB", "--dry-run", nodes=1, gpus=1).exit_code == 0
+
+
+def test_a_tight_fit_is_a_warning(large: Path) -> None:
+    done = slurm(large, "parallel.tensor=8", "train.micro_batch=1", "--dry-run")
+    needed = float(re.search(r"; ([\d.]+) of [\d.]+ usable GB", done.stderr)[1])
+    assert "memory is tight" not in done.stderr
+    # Of a GPU's memory, 2 GB and 3 % are not usable.
+    memory = f"{2 + 1.02 * needed / 0.97:.2f}GB"
+    tight = slurm(large, "parallel.tensor=8", "train.micro_batch=1", "engine.recompute=none", "--gpu-memory", memory)
+    assert tight.exit_code == 0 and "warning: memory is tight" in tight.stderr

@@ -1,0 +1,1 @@
+"""Job scripts for Slurm, made from the templates in launch/slurm."""
