@@ -44,6 +44,13 @@ def slurm_command(
     partition: Annotated[str | None, typer.Option(help="As sbatch's.", metavar="NAME")] = None,
     account: Annotated[str | None, typer.Option(help="As sbatch's.", metavar="NAME")] = None,
     qos: Annotated[str | None, typer.Option(help="As sbatch's.", metavar="NAME")] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Any other option of sbatch: 'gres=gpu:8', 'mem=0', 'exclusive', … May be given several times.",
+            metavar="OPTION[=VALUE]",
+        ),
+    ] = None,
     time: Annotated[str, typer.Option(help="Longest time the job may take.", metavar="D-HH:MM:SS")] = "24:00:00",
     cpus_per_task: Annotated[int, typer.Option(help="CPUs of a rank.", metavar="N", min=1)] = 8,
     lead: Annotated[
@@ -60,13 +67,16 @@ def slurm_command(
     """Write a job script that trains CONFIG under Slurm, from launch/slurm/train.sbatch."""
     from lowrank_dist.config import load_config
     from lowrank_dist.slurm.checks import check_time
-    from lowrank_dist.slurm.script import checkout, fill
+    from lowrank_dist.slurm.directives import ask_for_gpus, passed_on
+    from lowrank_dist.slurm.script import checkout, fill, with_directives
 
     changes = list(overrides or [])
     run = load_config([str(config), *changes])
     layout = _planned_layout(config, changes, run, _cluster(run, nodes, gpus_per_node, gpu, gpu_memory))
     changes += layout.chosen
     check_time(time, lead)
+    more = passed_on(sbatch or [])
+    gpus_elsewhere = ask_for_gpus(more, nodes, gpus_per_node)
     # These two the script passes by itself, from RUN and RESUME.
     kept = [change for change in changes if not _says(change, "output.dir", "train.resume")]
     folder = str(run.output.dir.absolute())
@@ -77,7 +87,7 @@ def slurm_command(
         "job-name": job_name,
         "nodes": str(nodes),
         "ntasks-per-node": str(gpus_per_node),
-        "gpus-per-node": None if run.model.device == "cpu" else str(gpus_per_node),
+        "gpus-per-node": None if gpus_elsewhere or run.model.device == "cpu" else str(gpus_per_node),
         "cpus-per-task": str(cpus_per_task),
         "time": time,
         "signal": f"B:USR1@{lead}",
@@ -98,7 +108,7 @@ def slurm_command(
     resume = [change.partition("=")[2] for change in changes if _says(change, "train.resume")]
     variables |= {"RESUME": resume[-1]} if resume else {}
     template = (project / "launch" / "slurm" / "train.sbatch").read_text(encoding="utf-8")
-    script = fill(template, directives, variables)
+    script = with_directives(fill(template, directives, variables), more)
     _report(layout, dry_run)
     if dry_run:
         put(script, end="")

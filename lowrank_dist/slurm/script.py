@@ -12,10 +12,9 @@ from pathlib import Path
 
 import lowrank_dist
 from lowrank_dist.errors import UserError
+from lowrank_dist.slurm.directives import plain
 
 BEGIN, END = "# ==== EDIT: begin ====", "# ==== EDIT: end ===="
-# sbatch splits #SBATCH lines by rules of its own, so only values that need no quoting are allowed there.
-_PLAIN = re.compile(r"[A-Za-z0-9._,:@%+/=\[\]-]+")
 
 
 def checkout() -> Path:
@@ -41,21 +40,33 @@ def fill(template: str, directives: Mapping[str, str | None], variables: Mapping
     lines = block.split("\n")
     for option, value in directives.items():
         at = _only_line(lines, rf"#?#SBATCH --{re.escape(option)}=")
-        lines[at] = f"##{lines[at].lstrip('#')}" if value is None else f"#SBATCH --{option}={_directive(option, value)}"
+        lines[at] = f"##{lines[at].lstrip('#')}" if value is None else f"#SBATCH --{option}={plain(option, value)}"
     for name, content in variables.items():
         at = _only_line(lines, rf"{re.escape(name)}=")
         lines[at] = f"{name}={shlex.quote(content) if isinstance(content, str) else f'({shlex.join(content)})'}"
     return f"{head}{BEGIN}{chr(10).join(lines)}{END}{tail}"
 
 
+def with_directives(script: str, directives: Mapping[str, str | None]) -> str:
+    """Return `script` with more #SBATCH lines.
+
+    directives: option → value, or None for an option without one. A line of the same option in the EDIT block is
+    replaced; others follow the last one.
+    """
+    head, begin, rest = script.partition(BEGIN)
+    block, end, tail = rest.partition(END)
+    lines = block.split("\n")
+    for option, value in directives.items():
+        line = f"#SBATCH --{option}" + ("" if value is None else f"={value}")
+        there = [number for number, old in enumerate(lines) if re.match(rf"#?#SBATCH --{re.escape(option)}(=|$)", old)]
+        if there:
+            lines[there[0]] = line
+        else:
+            last = max(number for number, old in enumerate(lines) if re.match("#?#SBATCH ", old))
+            lines.insert(last + 1, line)
+    return f"{head}{begin}{chr(10).join(lines)}{end}{tail}"
+
+
 def _only_line(lines: Sequence[str], start: str) -> int:
     (at,) = (number for number, line in enumerate(lines) if re.match(start, line))
     return at
-
-
-def _directive(option: str, value: str) -> str:
-    if not _PLAIN.fullmatch(value):
-        raise UserError(
-            f"--{option}: {value!r} cannot go on an #SBATCH line; give letters, digits and ._,:@%+/=[]- only"
-        )
-    return value

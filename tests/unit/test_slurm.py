@@ -161,6 +161,49 @@ def test_bad_input(config: Path, tmp_path: Path, words: list[str], size: dict[st
     assert written(tmp_path) == set()
 
 
+def directives(script: str) -> list[str]:
+    """The lines that sbatch reads, without those that are switched off."""
+    return [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")]
+
+
+def test_any_directive_is_passed_on(config: Path) -> None:
+    """One that the template has is replaced where it stands, the others follow the last."""
+    words = ["gres=gpu:h100:8,nvme:1", "--exclusive", "mem=0", "comment=my job # 3", "constraint=[a|b]*2"]
+    script = slurm(config, *(f"--sbatch={word}" for word in words), "--dry-run").stdout
+    usual = directives(slurm(config, "--dry-run").stdout)
+    usual.remove("gpus-per-node=8")  # asked for by gres
+    usual.insert(usual.index("time=24:00:00") + 1, "mem=0")
+    added = ["gres=gpu:h100:8,nvme:1", "exclusive", 'comment="my job # 3"', 'constraint="[a|b]*2"']
+    assert directives(script) == usual + added
+    commands = re.split(r"^[^#\n]", script, maxsplit=1, flags=re.MULTILINE)[0]
+    assert directives(commands) == usual + added, "sbatch reads no directive after the first command"
+    typed = slurm(config, "--sbatch", "gpus-per-node=h100:8", "--dry-run").stdout
+    assert "gpus-per-node=h100:8" in directives(typed) and "gpus-per-node=8" not in directives(typed)
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("gres=gpu:4", ["gres=gpu:4 asks for 4 GPUs", "2 nodes of 8 ranks need 8"]),
+        ("gres=gpu:a100:4,gpu:h100:2", ["asks for 6 GPUs"]),
+        ("gpus=8", ["asks for 8 GPUs", "need 16"]),
+        ("gpus-per-node=h100:1", ["asks for 1 GPUs"]),
+        ("nodes=4", ["nodes is set by --nodes"]),
+        ("--time=4", ["time is set by --time"]),
+        ("array=0-3", ["train_array.sbatch"]),
+        ("-p=x", ["'-p=x' is no long option"]),
+        ("mem", ["mem is given twice"]),
+        ("comment=it's", ["of comment cannot go on"]),
+        ("comment=a\n#SBATCH --nodes=9", ["of comment cannot go on"]),
+        ("comment=", ["of comment cannot go on"]),
+    ],
+    ids=repr,
+)
+def test_directives_that_are_refused(config: Path, tmp_path: Path, word: str, said: list[str]) -> None:
+    refused(slurm(config, "--sbatch", "mem=0", f"--sbatch={word}"), "--sbatch: ", *said)
+    assert written(tmp_path) == set()
+
+
 def test_bad_numbers_and_files(config: Path, tmp_path: Path) -> None:
     refused(slurm(tmp_path / "no.yaml"), "no.yaml: cannot be read")
     for words in ({"nodes": 0}, {"gpus": 0}, {"gpus": -1}):

@@ -1,0 +1,93 @@
+"""Directives of sbatch (#SBATCH lines): their syntax, those that a user passes on, and the GPUs that they ask for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from lowrank_dist.errors import UserError
+
+_OPTION = re.compile(r"[a-z][a-z0-9-]*")
+# Values that sbatch takes without quotes.
+_PLAIN = re.compile(r"[A-Za-z0-9._,:@%+/=\[\]-]+")
+# Options that the command sets itself, since they depend on one another, and what sets them.
+_OWN = {
+    "job-name": "--job-name",
+    "nodes": "--nodes",
+    "ntasks": "--nodes and --gpus-per-node",
+    "ntasks-per-node": "--gpus-per-node",
+    "cpus-per-task": "--cpus-per-task",
+    "time": "--time",
+    "signal": "--lead",
+    "partition": "--partition",
+    "account": "--account",
+    "qos": "--qos",
+    "requeue": "--requeue",
+    "no-requeue": "--no-requeue",
+    "array": "the template of a sweep, launch/slurm/train_array.sbatch",
+}
+# One GPU resource in a list such as gpu:h100:8,nvme:1.
+_GPU = re.compile(r"(?:gres/|gres:)?gpu(?::[A-Za-z_][\w.-]*)?(?:[:=](?P<count>\d+))?")
+
+
+def plain(option: str, value: str) -> str:
+    """Return a value that goes on an #SBATCH line without quotes; UserError where sbatch could misread it."""
+    if not _PLAIN.fullmatch(value):
+        raise UserError(
+            f"--{option}: {value!r} cannot go on an #SBATCH line; give letters, digits and ._,:@%+/=[]- only"
+        )
+    return value
+
+
+def passed_on(words: Sequence[str]) -> dict[str, str | None]:
+    """Return option → value as it goes on the line, or None for an option without one.
+
+    words: each as in "gres=gpu:8" or "exclusive", with or without leading hyphens. Raises UserError for an option that
+    the command sets itself, one that is given twice, and what sbatch could misread.
+    """
+    found: dict[str, str | None] = {}
+    for word in words:
+        option, equals, value = word.removeprefix("--").partition("=")
+        if not _OPTION.fullmatch(option):
+            raise UserError(
+                f"--sbatch: {word!r} is no long option of sbatch; write it as in 'gres=gpu:8' or 'exclusive'"
+            )
+        if option in _OWN:
+            raise UserError(f"--sbatch: {option} is set by {_OWN[option]}; use that instead")
+        if option in found:
+            raise UserError(f"--sbatch: {option} is given twice; leave one of them out")
+        found[option] = _quoted(option, value) if equals else None
+    return found
+
+
+def _quoted(option: str, value: str) -> str:
+    if _PLAIN.fullmatch(value):
+        return value
+    if not value.strip() or not value.isprintable() or set(value) & set("\"'\\"):
+        raise UserError(
+            f"--sbatch: the value {value!r} of {option} cannot go on an #SBATCH line; give one line of text without "
+            "quotes and backslashes"
+        )
+    return f'"{value}"'
+
+
+def ask_for_gpus(directives: dict[str, str | None], nodes: int, gpus_per_node: int) -> bool:
+    """Return whether directives that a user passes on ask for GPUs, in place of --gpus-per-node.
+
+    Raises UserError where they ask for another number of GPUs than the job has ranks.
+    """
+    expected = {"gres": gpus_per_node, "gpus-per-node": gpus_per_node, "gpus": nodes * gpus_per_node}
+    asked = False
+    for option, value in directives.items():
+        listed = (value or "").strip('"').split(",")
+        if option.startswith("gpus"):
+            listed = [f"gpu:{item}" for item in listed]
+        gpus = [match for item in listed if (match := _GPU.fullmatch(item)) is not None]
+        asked |= bool(gpus)
+        count = sum(int(match["count"] or 1) for match in gpus)
+        if gpus and count != expected.get(option, count):
+            raise UserError(
+                f"--sbatch: {option}={value} asks for {count} GPUs, but {nodes} nodes of {gpus_per_node} ranks need "
+                f"{expected[option]}; make it agree with --nodes and --gpus-per-node"
+            )
+    return asked
