@@ -27,7 +27,7 @@ export PYTHON
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install check types quick test test-all test-cluster test-nightly test-next quickstart cuda-build-check gpu-check gpu-bench clean
+.PHONY: help install check types quick test test-all test-cluster test-nightly test-next docs docs-reference quickstart cuda-build-check gpu-check gpu-bench clean
 
 help:
 	@echo "make install           .venv with everything; the targets below do it themselves"
@@ -37,6 +37,8 @@ help:
 	@echo "make test-cluster      as root: a real Slurm and real network hosts"
 	@echo "make test-nightly      what takes long and rarely finds anything"
 	@echo "make test-next         the tests of make test on Python $(NEXT_PYTHON) and the newest Megatron"
+	@echo "make docs              the site of docs/ in build/site"
+	@echo "make docs-reference    docs/reference/config.md and commands.md, from the code"
 	@echo "make quickstart        train, evaluate, merge and prove a small model"
 	@echo "make cuda-build-check  compile the CUDA operators; needs nvcc, no GPU"
 	@echo "make gpu-check         on a GPU: what can be proven only there (tests/gpu/README.md)"
@@ -51,7 +53,7 @@ install: $(READY)
 define fill
 	$(PYTHON) -m pip install -q -c .ci/constraints.txt setuptools ninja
 	$(PYTHON) -m pip install -q -c .ci/constraints.txt $(TORCH)
-	$(PYTHON) -m pip install -q -c .ci/constraints.txt --no-build-isolation -e '.[test,quickstart]'
+	$(PYTHON) -m pip install -q -c .ci/constraints.txt --no-build-isolation -e '.[test,docs,quickstart]'
 	touch $@
 endef
 
@@ -101,6 +103,13 @@ test-nightly: $(READY)
 
 test-next: $(NEXT)/.installed
 	$(PYTEST) -n $(JOBS) --dist worksteal $(SLOWEST) tests/unit tests/dist tests/integration
+
+# Any warning is an error: a link, an anchor or an image that leads nowhere, a page that the nav has not.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
+
+docs-reference: $(READY)
+	$(PYTHON) -m docs.generate_reference
 
 # When the whole thing began, so that the table counts the installation too.
 quickstart: export MAKE_STARTED_MS := $(shell date +%s%3N)

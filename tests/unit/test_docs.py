@@ -1,0 +1,123 @@
+"""The pages of documentation: their links lead somewhere, and what is made from the code is up to date."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from docs.generate_reference import pages
+from docs.site_hooks import on_page_markdown
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+
+# --- links -----------------------------------------------------------------------------------------------------------
+
+_FENCE = re.compile(r"^(?P<fence>```+|~~~+).*?^(?P=fence)\s*$", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"`[^`\n]*`")
+# [text](target) and ![text](target "title")
+_LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)")
+_HEADING = re.compile(r"^#{1,6}\s+(.*?)\s*$", re.MULTILINE)
+
+
+def links(text: str) -> list[str]:
+    """Return the targets of links and images outside code."""
+    return _LINK.findall(_CODE.sub("``", _FENCE.sub("", text)))
+
+
+def anchors(text: str) -> set[str]:
+    """Return the anchors of a page's headings that the forge and the site agree on: of equals, the first one's."""
+    headings = _HEADING.findall(_FENCE.sub("", text))
+    words = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", each).strip().replace(" ", "-") for each in words}
+
+
+def broken_links(page: Path, text: str) -> Iterator[str]:
+    """Yield each relative link of a page that leads to no file, to no heading, or out of the repository."""
+    for target in links(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path
+        if path and (path.startswith("/") or not file.resolve().is_relative_to(ROOT) or not file.exists()):
+            yield target
+        elif anchor and path and file.suffix != ".md":
+            yield target
+        elif anchor and anchor not in anchors(file.read_text() if path else text):
+            yield target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    assert list(broken_links(page, page.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[x](gone.md)",
+        "![x](gone.png)",
+        "[x](DESIGN.md#no-such-heading)",
+        "# Here\n\n[x](#there)",
+        "[x](/docs/DESIGN.md)",
+        "[x](../../outside.md)",
+        "[x](latency.png#part)",
+        "```\n[y](gone.md)\n```\n[x](other.md)",
+    ],
+)
+def test_a_planted_broken_link_is_found(text: str) -> None:
+    assert len(list(broken_links(DOCS / "page.md", text))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[x](DESIGN.md#the-update-rides-the-collectives-that-are-already-there)",
+        "# A, b: `c` – d!\n[x](#a-b-c--d) [z](../csrc) [w](https://example.org/x#y)",
+        "`[x](gone.md)`",
+        "```python\n[x](gone.md)\n```",
+    ],
+)
+def test_a_good_link_is_not_found(text: str) -> None:
+    assert list(broken_links(DOCS / "page.md", text)) == []
+
+
+def test_the_site_has_no_link_that_leaves_docs() -> None:
+    class File:
+        src_uri = "how-to/page.md"
+
+    class Page:
+        file = File
+
+    text = "[tests](../../tests/gpu/README.md) [csrc](../../csrc) [design](../DESIGN.md#rooms) ![x](../../x.png)"
+    shown = "tests (`tests/gpu/README.md`) csrc [design](../DESIGN.md#rooms) ![x](../../x.png)"
+    assert on_page_markdown(text, page=Page) == shown
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    class Loader(yaml.SafeLoader):
+        """Reads mkdocs.yml, which names a function of Python."""
+
+    Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
+    settings = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)  # noqa: S506, a SafeLoader
+
+    def files(nav: object) -> Iterator[str]:
+        if isinstance(nav, str):
+            yield nav
+        for inner in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
+            yield from files(inner)
+
+    assert sorted(files(settings["nav"])) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+# --- what is made from the code --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", pages())
+def test_the_reference_is_up_to_date(name: str) -> None:
+    assert (DOCS / "reference" / name).read_text() == pages()[name], "run `make docs-reference`"
