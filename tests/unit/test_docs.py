@@ -1,4 +1,4 @@
-"""The pages of documentation: their links lead somewhere, and what is made from the code is up to date."""
+"""The pages of documentation: links lead somewhere, blocks can be run, what is made from the code is up to date."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import yaml
 
 from docs.generate_reference import pages
 from docs.site_hooks import on_page_markdown
+from tests.documented import blocks, mistakes
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -113,6 +114,73 @@ def test_every_page_is_in_the_navigation() -> None:
             yield from files(inner)
 
     assert sorted(files(settings["nav"])) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+# --- code blocks -----------------------------------------------------------------------------------------------------
+
+# Their commands and YAML are held against the program here, and run by tests/integration/test_documented.py.
+TASKS = [page for page in PAGES if page.parent.name == "how-to" or page.name == "tutorial.md"]
+
+
+@pytest.mark.parametrize("page", TASKS, ids=lambda page: page.stem)
+def test_blocks_are_what_the_program_takes(page: Path) -> None:
+    assert [mistake for block in blocks(page, page.read_text()) for mistake in mistakes(block)] == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("```yaml\ntrain: {learning_speed: 1}\n```", "train.learning_speed: unknown key"),
+        ("```yaml\ntrain: {lr: fast}\n```", "train.lr: 'fast' is not valid"),
+        ("```yaml\ntrain: [lr\n```", "expected"),
+        ("```sh\nlowrank-dist plan gpt3-175b --nodse 4\n```", "--nodse"),
+        ("```sh\nlowrank-dist merge --base a --adapter b\n```", "--out"),
+        ("```sh\nlowrank-dist plot x\n```", "no command plot"),
+        ("```sh\nlowrank-dist plan gpt3-175b lora.rang=4 --nodes 4 > out.txt\n```", "no key lora.rang"),
+        ("```sh\nsrun python -P -m lowrank_dist.cli doctor c.yaml --jsn\n```", "--jsn"),
+        (
+            "```sh\nOMP_NUM_THREADS=1 deepspeed --num_gpus 2 launch/train.py c.yaml \\\n  train.step=4\n```",
+            "no key train.step",
+        ),
+        ("<!-- needs a cluster -->\n```sh\nlowrank-dist slurm c.yaml --nodes 2\n```", "--gpus-per-node"),
+        ("<!-- needs luck -->\n\n```sh\nls\n```", "not luck"),
+        ("```bash\nls\n```", "a block is one of"),
+    ],
+)
+def test_a_planted_mistake_in_a_block_is_found(text: str, told: str) -> None:
+    (block,) = blocks(DOCS / "page.md", text)
+    (mistake,) = mistakes(block)
+    assert mistake.startswith("page.md:") and told in mistake
+
+
+def test_what_the_program_takes_is_not_found() -> None:
+    text = """
+```yaml title="my.yaml"
+lora: {rank: 4}
+data: {train: d.jsonl}
+```
+
+<!-- needs a cluster -->
+
+```sh
+lowrank-dist slurm my.yaml --nodes 2 --gpus-per-node 8 train.lr=1e-3  # a comment
+sbatch lowrank.sbatch
+```
+
+Text.
+
+```sh
+lowrank-dist merge --base a --adapter b --out c --verify && ls c
+torchrun --nproc-per-node 2 launch/train.py my.yaml --train.steps=3 method=full
+```
+"""
+    found = list(blocks(DOCS / "page.md", text))
+    assert [(each.line, each.language, each.title, each.needs) for each in found] == [
+        (2, "yaml", "my.yaml", None),
+        (9, "sh", None, "a cluster"),
+        (16, "sh", None, None),
+    ]
+    assert [mistake for block in found for mistake in mistakes(block)] == []
 
 
 # --- what is made from the code --------------------------------------------------------------------------------------
