@@ -81,12 +81,15 @@ def start(arguments: list[str]) -> int:
     logging.getLogger().addHandler(logging.NullHandler())  # records go to the run folder; `say` prints
     try:
         set_rank_variables()
-        config = load_config(arguments)
+        notes: list[str] = []
+        config = load_config(arguments, notes.append)
     except UserError as error:
         if isinstance(error, RankIdentityError) or should_print_for_node():
             say(f"lowrank_dist: {error}", err=True)
         return USER_ERROR
     with Supervision(config.engine.timeout_seconds) as supervision:
+        for line in notes if supervision.rank == 0 else ():
+            say(line)
         try:
             code = main(config, supervision)
         except BaseException as error:  # a library's sys.exit and Ctrl-C as well

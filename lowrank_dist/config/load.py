@@ -15,8 +15,10 @@ from pydantic_core import ErrorDetails
 
 from lowrank_dist.config.schema import Config, UnreadKeys
 from lowrank_dist.errors import ConfigError, UserError
+from lowrank_dist.methods.registry import SECTIONS, method_package
 from lowrank_dist.sections.scalars import Loader, scalar
-from lowrank_dist.sections.section import Section
+from lowrank_dist.sections.section import MethodName, Section
+from lowrank_dist.terminal import say
 from lowrank_dist.untrusted.files import read_text
 
 USAGE = "give one YAML file, then overrides without spaces: CONFIG.yaml section.key=value or --section.key value"
@@ -34,12 +36,17 @@ _SECTIONS: dict[str, type[Section]] = {
 }
 
 
-def load_config(argv: Sequence[str]) -> Config:
+def _say_on_stderr(line: str) -> None:
+    say(line, err=True)
+
+
+def load_config(argv: Sequence[str], note: Callable[[str], None] = _say_on_stderr) -> Config:
     """Return the config that the arguments of a run describe.
 
     `argv` is CONFIG.yaml and, in any order, overrides: `section.key=value`, `--section.key value` or
     `--section.key=value`, with values as in YAML. `--local_rank=N`, which launchers add, is accepted and ignored.
-    Relative paths are relative to the current directory. Raises ConfigError with all mistakes.
+    Relative paths are relative to the current directory. Where the command line names the method, keys of the file that
+    other methods read are passed over; note: called with a line that names them. Raises ConfigError with all mistakes.
     """
     raw = _Raw()
     path, overrides = _split_arguments(argv, raw)
@@ -47,7 +54,10 @@ def load_config(argv: Sequence[str]) -> Config:
         raw.problem(COMMAND_LINE, "no config file", USAGE, fatal=True)
     else:
         raw.read(path)
-    return _checked(raw, overrides)
+    config = _checked(raw, overrides)
+    for line in raw.notes:
+        note(line)
+    return config
 
 
 def config_of(values: Mapping[str, Mapping[str, object]], overrides: Sequence[str]) -> Config:
@@ -67,6 +77,7 @@ def _checked(raw: _Raw, overrides: Sequence[tuple[str, str]]) -> Config:
     """Return the config of the values with the overrides, checked as a whole."""
     for key, text in overrides:
         raw.override(key, text)
+    raw.pass_over_other_methods()
     if raw.fatal:
         raise _refusal(raw.problems, len(raw.problems))
     for section in _SECTIONS:
@@ -89,11 +100,12 @@ def _refusal(lines: Sequence[str], count: int) -> ConfigError:
 
 
 class _Raw:
-    """Values before they are checked, the place that each came from, and the problems found so far."""
+    """Values before they are checked, the place that each came from, and the problems and notes found so far."""
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.problems: list[str] = []
+        self.notes: list[str] = []
         self.fatal = False
         self.file = COMMAND_LINE
         self._origin: dict[Key, str] = {}
@@ -158,6 +170,23 @@ class _Raw:
             if key[0] not in Config.model_fields:  # pydantic reports an unknown section, which YAML may not have
                 self._origin.setdefault(key[:1], COMMAND_LINE)
             section[key[1]] = None if node is None else self._construct(node, key, lambda node: COMMAND_LINE)
+
+    def pass_over_other_methods(self) -> None:
+        """Remove the file's keys of other methods' sections where the command line names the method."""
+        method = next((name for name in get_args(MethodName) if name == self.values.get("method")), None)
+        if method is None or self._origin.get(("method",)) != COMMAND_LINE:
+            return
+        passed_over = []
+        for name in SECTIONS:
+            section = self.values.get(name)
+            if name != method_package(method).section and isinstance(section, dict):
+                keys = [key for key in section if self._origin.get((name, key)) != COMMAND_LINE]
+                self.values[name] = {key: value for key, value in section.items() if key not in keys}
+                passed_over += [f"{name} ({', '.join(keys)})"] if keys else []
+        if passed_over:
+            self.notes.append(
+                f"{self.file}: passed over, since method={method} does not read it: {'; '.join(passed_over)}"
+            )
 
     def _construct(self, node: yaml.Node, key: Key, place: Callable[[yaml.Node], str]) -> Any:
         """Return the node's value, and record the place of every key below it."""

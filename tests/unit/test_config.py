@@ -240,7 +240,9 @@ def test_divisibility_uses_the_default_where_one_is_not_given(path: Path) -> Non
                 "command line: prefix.length: not read by method lora — remove it, or set method to prefix",
             ],
         ),
-        ("lora: {rank: 4}\n", ["method=full"], ["run.yaml:4: lora.rank: not read by method full"]),
+        ("", ["method=full", "lora.rank=4"], ["command line: lora.rank: not read by method full"]),
+        ("lora: {rank: 4}\n", ["method=full", "lora.alpha=4"], ["command line: lora.alpha: not read by method full"]),
+        ("lora: 4\n", ["method=full"], ["run.yaml:4: lora: not a mapping"]),
         ("method: prompt\n", ["lora.init_from=x"], ["command line: lora.init_from: not read by method prompt"]),
         ("method: adapter_h\n", ["prompt.length=4"], ["command line: prompt.length: not read by method adapter_h"]),
         ("method: adapter_h\nadapter: {bottleneck: 0}\n", [], ["run.yaml:5: adapter.bottleneck: 0 is not valid"]),
@@ -277,6 +279,20 @@ def test_a_method_from_the_command_line_and_its_section(path: Path, method: str)
     sections = {"lora", "adapter", "prefix", "prompt"}
     own = {"adapter"} if method.startswith("adapter") else {method} & sections
     assert sections & config.read_keys().keys() == own == sections & yaml.safe_load(config.to_yaml()).keys()
+
+
+def test_sections_of_other_methods_are_passed_over_where_the_command_line_names_the_method(path: Path) -> None:
+    sections = {"lora": {"rank": 4, "alpha": 8}, "prefix": {"length": 3}, "adapter": {"bottleneck": 12}}
+    path.write_text(json.dumps({**REQUIRED, **sections}))
+    notes: list[str] = []
+    config = load_config([str(path), "method=adapter_h"], notes.append)
+    assert config.adapter.bottleneck == 12 and config.lora.rank == 8
+    expected = "passed over, since method=adapter_h does not read it: prefix (length); lora (rank, alpha)"
+    assert notes == [f"{path}: {expected}"]
+    # The control: without the override nothing is passed over, whatever the file's method.
+    for method in ("adapter_h", "lora"):
+        found = errors(path, json.dumps({**REQUIRED, **sections, "method": method}))
+        assert all("not read by method" in line for line in found) and found
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12)
