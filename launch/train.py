@@ -14,7 +14,7 @@ import sys
 from lowrank_dist.backend.launchers import refuse_missing_hostfile, set_rank_variables
 from lowrank_dist.backend.libraries import lasting, quiet_libraries
 from lowrank_dist.backend.select import init_process_group, local_rank_and_size, select_backend
-from lowrank_dist.config import Config, load_config
+from lowrank_dist.config import HELP, Config, load_config
 from lowrank_dist.errors import RankIdentityError, UserError
 from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision, should_print_for_node
 from lowrank_dist.terminal import say
@@ -79,6 +79,10 @@ def main(config: Config, supervision: Supervision) -> int:
 def start(arguments: list[str]) -> int:
     """Run one rank with the arguments of its command line. Returns or exits with its exit code."""
     logging.getLogger().addHandler(logging.NullHandler())  # records go to the run folder; `say` prints
+    if not {"--help", "-h"}.isdisjoint(arguments):
+        if speaks_for_node():
+            say(HELP)
+        return 0
     try:
         set_rank_variables()
         notes: list[str] = []

@@ -39,6 +39,15 @@ if TYPE_CHECKING:
 BATCH = 25
 TOLERANCE = 1e-4
 FAR = 100 * TOLERANCE
+_HELP = {
+    "model": "folder of a Hugging Face model",
+    "data": "JSONL file of prompts and completions",
+    "base": "folder of the base model",
+    "adapter": "folder of the trained adapter",
+    "merged": "folder of the merged model",
+    "probe": "probe.safetensors of the run",
+    "out": "JSON file to write the result to",
+}
 
 
 def score(args: argparse.Namespace) -> dict[str, float]:
@@ -125,10 +134,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     for run, names in ((score, ("model", "data")), (prove, ("base", "adapter", "merged", "probe"))):
-        command = commands.add_parser(run.__name__)
+        about = (run.__doc__ or "").partition("\n")[0]
+        command = commands.add_parser(run.__name__, help=about, description=about)
         command.set_defaults(run=run)
         for name in (*names, "out"):
-            command.add_argument(f"--{name}", type=Path, required=True)
+            command.add_argument(f"--{name}", type=Path, required=True, metavar="PATH", help=_HELP[name])
     args = parser.parse_args()
     try:
         result = args.run(args)

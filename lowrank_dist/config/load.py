@@ -22,6 +22,28 @@ from lowrank_dist.terminal import say
 from lowrank_dist.untrusted.files import read_text
 
 USAGE = "give one YAML file, then overrides without spaces: CONFIG.yaml section.key=value or --section.key value"
+HELP = """usage: deepspeed [--num_gpus N | --hostfile HOSTS] launch/train.py CONFIG.yaml [OVERRIDE ...]
+
+Train low-rank factors, or the parameters of another method, on a base model that tensor parallelism shards.
+
+CONFIG.yaml  sections with their keys; configs/ holds examples
+OVERRIDE     section.key=value, --section.key=value or --section.key value. Overrides win over the file, and a later one
+             over an earlier one. A value is YAML: 2e-4, true, null, [q_proj, v_proj], {q_proj: 4}; quote it for the
+             shell. The method has no section: method=prefix
+
+`lowrank-dist config` lists every key with its type, default and meaning; `lowrank-dist config SECTION` those of one
+section. `lowrank-dist plan CONFIG.yaml` says whether a run fits into memory, `lowrank-dist doctor CONFIG.yaml` whether
+these machines can train it, `lowrank-dist slurm CONFIG.yaml` writes a job script.
+
+examples:
+  deepspeed --num_gpus 8 launch/train.py configs/llama-3.1-8b.yaml model.path=/models/Llama-3.1-8B-Instruct \\
+      data.train=/data/train.jsonl output.dir=/runs/first
+  deepspeed --num_gpus 8 launch/train.py CONFIG.yaml train.lr=1e-4 'lora.targets=[q_proj, v_proj]'
+  deepspeed --num_gpus 8 launch/train.py CONFIG.yaml train.resume=auto
+  torchrun --nproc_per_node 8 launch/train.py CONFIG.yaml method=prefix prefix.length=64
+  DS_ACCELERATOR=cpu deepspeed --num_gpus 2 launch/train.py CONFIG.yaml model.device=cpu
+
+exit code: 0 success; 2 an error in the input; 85 told to stop by a signal, saved and resumable; 1 anything else"""
 COMMAND_LINE = "command line"
 # Bytes of a config. An adapter rank and an alpha for each module of the deepest models take a fifth of it. PyYAML reads
 # some 100 KiB a second.
@@ -230,9 +252,6 @@ def _split_arguments(argv: Sequence[str], raw: _Raw) -> tuple[Path | None, list[
     rest = iter(argv)
     for argument in rest:
         name, has_value, text = argument.removeprefix("--").partition("=")
-        if argument in ("--help", "-h"):
-            raw.problem(COMMAND_LINE, f"{argument} is no option", USAGE)
-            continue
         if argument.startswith("--") and not has_value:
             following = next(rest, None)
             if following is None:

@@ -1,6 +1,7 @@
 """The config: what it accepts, what it makes of it, and what it says when something is wrong."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from lowrank_dist.config import Config, load_config
+from launch.train import start
+from lowrank_dist.config import HELP, Config, load_config
 from lowrank_dist.errors import ConfigError
 from lowrank_dist.sections.scalars import Dumper, Loader, scalar
 
@@ -293,6 +295,18 @@ def test_sections_of_other_methods_are_passed_over_where_the_command_line_names_
     for method in ("adapter_h", "lora"):
         found = errors(path, json.dumps({**REQUIRED, **sections, "method": method}))
         assert all("not read by method" in line for line in found) and found
+
+
+def test_help_says_what_can_be_written(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for option in ("--help", "-h"):
+        assert start([str(path), option]) == 0
+    said = capsys.readouterr().out
+    assert said == f"{HELP}\n" * 2 and max(map(len, said.splitlines())) <= 120
+    commands = [line.split() for line in said.replace("\\\n", " ").splitlines() if "launch/train.py C" in line]
+    commands = [shlex.split(" ".join(words)) for words in commands if words[0] != "usage:"]
+    assert len(commands) == 8
+    for words in commands:
+        load_config([str(path), *words[words.index("CONFIG.yaml") + 1 :]])
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12)
