@@ -146,17 +146,21 @@ class _Matcher:
 
     def refuse_unadaptable(self) -> None:
         """Raise UserError for a target that names a module with weights that cannot have factors."""
-        others = module_paths(self._architecture) - self._architecture.linear_modules()
-        reached: dict[str, list[str]] = {}
-        for path in sorted(others):
-            for name in self._hits(path, whole_linear=False):
-                reached.setdefault(name, []).append(path)
+        reached = self._unadaptable()
         if reached:
             each = "; ".join(f"{name!r} reaches {some_of(paths)}" for name, paths in reached.items())
             raise UserError(
                 f"lora.targets: {each}: no factors can be put there in this {self._architecture.family} model, only on "
                 f"the linears of its layers ({', '.join(self._leaves())}). Name these alone"
             )
+
+    def _unadaptable(self) -> dict[str, list[str]]:
+        """Return target → the modules that it names and that cannot have factors: lm_head, embeddings, norms."""
+        reached: dict[str, list[str]] = {}
+        for path in sorted(module_paths(self._architecture) - self._architecture.linear_modules()):
+            for name in self._hits(path, whole_linear=False):
+                reached.setdefault(name, []).append(path)
+        return reached
 
     def _leaves(self) -> list[str]:
         """Return the last part of every module path that a target may name, sorted."""
@@ -183,8 +187,16 @@ class _Matcher:
             f"{'; '.join(unused)} matches no linear of this {self._architecture.family} model. "
             f"It has {', '.join(self._leaves())} in {len(self._architecture.layers)} layers (for example {example}); "
             "a list holds such names or ends of paths, a string is a regular expression over the whole path, or "
-            f"{ALL_LINEAR!r}"
+            f"{ALL_LINEAR!r}{self._note_on_unadaptable(unused)}"
         )
+
+    def _note_on_unadaptable(self, unused: Sequence[str]) -> str:
+        """Return a sentence on the modules that unused targets name and that are never adapted; empty where none is."""
+        reached = self._unadaptable()
+        paths = [path for name, found in reached.items() if f"lora.targets: {name!r}" in unused for path in found]
+        if not paths:
+            return ""
+        return f". {some_of(paths)} {'are' if len(paths) > 1 else 'is'} not adapted: only linears of layers are"
 
 
 def _spec(candidate: _Candidate, layout: LinearLayout, rules: LoraRules, matcher: _Matcher) -> FactorSpec:

@@ -93,6 +93,22 @@ def test_what_matches_nothing_is_an_error(architectures: dict[str, Architecture]
 
 
 @pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (["q_proj", "lm_head"], ". lm_head is not adapted: only linears of layers are"),
+        ("lm_head|.*embed_tokens", ". lm_head, model.embed_tokens are not adapted: only linears of layers are"),
+        (["q_proj", "k_prj"], "or 'all-linear'"),
+    ],
+)
+def test_a_module_that_is_never_adapted_is_named_as_such(
+    architectures: dict[str, Architecture], targets: str | list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match="matches no linear of this llama model") as error:
+        place(architectures["llama"], LoraRules(4, 8.0, targets, False, {}, {}))
+    assert str(error.value).endswith(said)
+
+
+@pytest.mark.parametrize(
     ("family", "targets", "named"),
     [
         ("llama", r".*(q_proj|lm_head)", "reaches lm_head"),
