@@ -7,6 +7,7 @@ Headers of safetensors files are read without torch or the safetensors library: 
 """
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,8 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.json import LARGEST, parse_json, read_object
 
 CONFIG_FILE = "config.json"
+_ADAPTER_FILES = ("adapter_config.json", "bottleneck_config.json")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 
 # torch's and safetensors' names of element types. An fp16 checkpoint runs in bf16, which has the range of fp32.
 _DTYPES: Mapping[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
@@ -32,17 +35,33 @@ def config_file(path: Path) -> Path:
 
 
 def require_folder(path: Path) -> Path:
-    """Return `path`. Raises UserError where it is not a folder."""
-    if not path.is_dir():
+    """Return `path`. Raises UserError where it is not a folder, with the download command for a name on the Hub."""
+    if path.is_dir():
+        return path
+    if _HUB_NAME.fullmatch(str(path)) and not path.parent.is_dir():
         raise UserError(
-            f"{path}: no such folder: give a local Hugging Face model folder; `hf download NAME --local-dir "
-            "FOLDER` gets one from the Hub"
+            f"{path}: no such folder. If this is a model on the Hub, it is not downloaded here: run `hf download "
+            f"{path} --local-dir {path}` first, in this directory"
         )
-    return path
+    raise UserError(
+        f"{path}: no such folder: give a local Hugging Face model folder; `hf download NAME --local-dir "
+        "FOLDER` gets one from the Hub"
+    )
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the object in a model folder's config.json, or in the file itself; UserError where there is none."""
+    """Return the object in a model folder's config.json, or in the file itself.
+
+    Raises UserError where there is none, and names the base where the folder is an adapter.
+    """
+    adapter = next((path / name for name in _ADAPTER_FILES if (path / name).is_file()), None)
+    if adapter is not None and not (path / CONFIG_FILE).exists():
+        base = read_object(adapter, "mend it").get("base_model_name_or_path")
+        named = f" of {base}" if isinstance(base, str) and base else ""
+        raise UserError(
+            f"{path}: is an adapter{named}, not a model: give the folder of its base model here; training starts from "
+            "a LoRA adapter with lora.init_from"
+        )
     return read_json(config_file(path), "a Hugging Face model folder holds one; download the model completely")
 
 

@@ -451,3 +451,24 @@ def test_numbers_that_no_model_has_are_refused_at_once(key: str, value: int) -> 
     else:
         with pytest.raises(UserError, match=key):
             architecture_of(values, "config.json")
+
+
+def test_a_name_on_the_hub_is_told_with_its_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "meta-llama/Llama-3.1-8B"
+    with pytest.raises(UserError, match=f"not downloaded here: run `hf download {name} --local-dir {name}` first"):
+        read_architecture(Path(name))
+    # Controls: a path whose parent is there, and one that is no name on the Hub.
+    (tmp_path / "models").mkdir()
+    for path in ("models/llama", str(tmp_path / "llama"), "llama", "a/b/c"):
+        with pytest.raises(UserError, match="no such folder: give a local Hugging Face model folder"):
+            read_architecture(Path(path))
+
+
+@pytest.mark.parametrize(
+    ("base", "named"), [("meta-llama/x", "an adapter of meta-llama/x, not"), (3, "an adapter, not")]
+)
+def test_an_adapter_is_no_model_folder(tmp_path: Path, base: object, named: str) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with pytest.raises(UserError, match=f"is {named} a model: give the folder of its base model"):
+        read_architecture(tmp_path)
