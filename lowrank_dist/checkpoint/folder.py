@@ -26,8 +26,8 @@ from lowrank_dist.formats.manifest import (
 )
 from lowrank_dist.formats.paths import reading, require_outside
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
-from lowrank_dist.formats.text_files import TextFiles, refuse_for_serving, text_files
-from lowrank_dist.methods.files import VLLM, TrainedFiles, own_file
+from lowrank_dist.formats.text_files import TextFiles, reasons_not_served, text_files
+from lowrank_dist.methods.files import VLLM, NotServed, Published, TrainedFiles, own_file
 from lowrank_dist.methods.registry import method_package_of, method_package_reading
 
 _STEP = re.compile(r"step-([1-9]\d*)", re.ASCII)
@@ -143,6 +143,22 @@ def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
             shutil.copyfile(source / name, temporary / name)
 
 
+def _published(found: Path, name: str, target: str | None, max_rank: int | None) -> Published:
+    """Return what to publish of an adapter. Raises NotServed with the reasons of its weights and of its texts."""
+    published, reasons = None, list[str]()
+    try:
+        published = method_package_reading(found).files.publish(found, name, target=target, max_rank=max_rank)
+    except NotServed as error:
+        reasons += error.reasons
+    if target == VLLM:
+        provenance = read_provenance(found)
+        base = None if provenance is None or not Path(provenance.base).is_dir() else Path(provenance.base)
+        reasons += reasons_not_served(found, base, () if provenance is None else provenance.new_ends, target)
+    if published is None or reasons:
+        raise NotServed(found, str(target), reasons)
+    return published
+
+
 def export(source: Path, out: Path, *, target: str | None = None, max_rank: int | None = None) -> tuple[str, ...]:
     """Write the adapter of `source`, its tokenizer and README.md into the new folder `out`, all or nothing.
 
@@ -164,11 +180,7 @@ def export(source: Path, out: Path, *, target: str | None = None, max_rank: int 
                 f"{source / 'checkpoints' / 'last'}"
             )
         manifest = read_manifest(found) if is_checkpoint(found) else {}
-        published = method_package_reading(found).files.publish(found, out.name, target=target, max_rank=max_rank)
-        if target == VLLM:
-            provenance = read_provenance(found)
-            base = None if provenance is None or not Path(provenance.base).is_dir() else Path(provenance.base)
-            refuse_for_serving(found, base, () if provenance is None else provenance.new_ends, target)
+        published = _published(found, out.name, target, max_rank)
         # PEFT's own folders have no provenance.
         files = [name for name in published.files if name != PROVENANCE_FILE or (found / name).exists()]
         files += text_files(found)

@@ -376,22 +376,35 @@ def unknown_ends(base: Path, ends: Iterable[int]) -> list[int]:
     return [end for end in missing if end not in own]
 
 
-def refuse_for_serving(adapter: Path, base: Path | None, new_ends: Iterable[int], target: str) -> None:
-    """Raise UserError where a server of base and adapter would not read and end texts as in training.
+def reasons_not_served(adapter: Path, base: Path | None, new_ends: Iterable[int], target: str) -> list[str]:
+    """Return the reasons, with remedies, why a server of base and adapter would not read and end texts as in training.
 
     base: its folder, None where it is not at hand. new_ends: the ends that the base lacked when the adapter was trained
     on it. target: the server's name.
     """
+    reasons = []
+    ours = read_tokenizer(adapter) if holds_tokenizer(adapter) else {}
     if missing := list(new_ends) if base is None else unknown_ends(base, new_ends):
-        raise UserError(
-            f"{adapter} is not exported for {target}: its texts end in token {', '.join(map(str, missing))}, which is "
-            "not in eos_token_id of the base's generation_config.json, so that they would run on: merge it into the "
-            "base with lowrank-dist merge, or add it there"
+        named = [f"{end} ({token!r})" if (token := token_of(ours, end)) else str(end) for end in missing]
+        reasons.append(
+            f"its texts end in token {', '.join(named)}, which is not in eos_token_id of the base's "
+            "generation_config.json, so that they would run on: merge it into the base with lowrank-dist merge, or add "
+            "the token there"
         )
-    if base is None or not (holds_tokenizer(adapter) and holds_tokenizer(base)):
-        return
-    if not same_tokenizer(read_tokenizer(adapter), read_tokenizer(base)):
-        raise UserError(
-            f"{adapter} is not exported for {target}: it was trained with another tokenizer or chat template than that "
-            f"of {base}, which {target} reads: merge it into the base with lowrank-dist merge"
+    if base is not None and ours and holds_tokenizer(base) and not same_tokenizer(ours, read_tokenizer(base)):
+        reasons.append(
+            f"it was trained with another tokenizer or chat template than that of {base}, which {target} reads: merge "
+            "it into the base with lowrank-dist merge"
         )
+    return reasons
+
+
+def token_of(files: Tokenizer, token_id: int) -> str | None:
+    """Return the token that a tokenizer.json gives an id; None where it gives it none."""
+    definition = _object(files, _FAST)
+    added, model = definition.get("added_tokens"), definition.get("model")
+    for token in added if isinstance(added, list) else ():
+        if isinstance(token, dict) and token.get("id") == token_id:
+            return str(token.get("content"))
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    return next((name for name, at in vocab.items() if at == token_id), None) if isinstance(vocab, dict) else None

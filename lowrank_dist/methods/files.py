@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -109,7 +109,8 @@ class MethodFiles(ABC):
     def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
         """Return the parts of a folder to publish as `name`; `target` and `max_rank` as in `checkpoint.folder.export`.
 
-        Raises UserError for a folder that is not exported, that the reader refuses or that `target` cannot serve.
+        Raises UserError for a folder that is not exported or that the reader refuses, and NotServed for one that
+        `target` cannot serve.
         """
 
     @abstractmethod
@@ -164,9 +165,15 @@ def no_update(folder: Path, what: str) -> UserError:
     )
 
 
-def not_served(source: Path, what: str, target: str) -> UserError:
+class NotServed(UserError):
+    """An adapter that `target`, one of TARGETS, would refuse or read wrongly. reasons: each with its remedy."""
+
+    def __init__(self, source: Path, target: str, reasons: Sequence[str]) -> None:
+        super().__init__(f"{source} is not exported for {target}: {'; '.join(reasons)}")
+        self.reasons = tuple(reasons)
+
+
+def not_served(source: Path, what: str, target: str) -> NotServed:
     """Return the error for an export for one of TARGETS of anything but a LoRA adapter. what: its kind."""
-    return UserError(
-        f"{source} is not exported for {target}: it is {what}, and of adapters {target} serves LoRA alone; leave --for "
-        "out, or train with method lora"
-    )
+    reason = f"it is {what}, and of adapters {target} serves LoRA alone; leave --for out, or train with method lora"
+    return NotServed(source, target, [reason])

@@ -419,7 +419,7 @@ def test_an_export_has_the_tokenizer_and_vllm_must_end_its_texts(base: Path, tmp
     for at_hand in (True, False):
         if not at_hand:
             edit(adapter / "lowrank_dist.json", base="elsewhere")
-        with pytest.raises(UserError, match="not exported for vLLM: its texts end in token 4, which is not in eos_to"):
+        with pytest.raises(UserError, match="its texts end in token 4 .'<.im_end.>'., which is not in eos_to"):
             export(adapter, tmp_path / "out", target=VLLM)
     edit(adapter / "lowrank_dist.json", base=str(base))
     edit(base / "generation_config.json", eos_token_id=[EOS, IM_END])
@@ -433,6 +433,25 @@ def test_vllm_reads_the_tokenizer_of_the_base(base: Path, tmp_path: Path) -> Non
     adapter = trained(tmp_path / "adapter", base, TextFiles.of_run(other, base, [EOS]))
     with pytest.raises(UserError, match="trained with another tokenizer or chat template than that of .*base, which"):
         export(adapter, tmp_path / "out", target=VLLM)
+
+
+def test_vllm_reasons_of_weights_and_of_texts_come_together(base: Path, tmp_path: Path) -> None:
+    other = other_tokenizer(tmp_path / "other")
+    text = TextFiles.of_run(other, base, [IM_END])
+    adapter = trained(tmp_path / "adapter", base, text)
+    text.write(
+        save_adapter(tmp_path / "large", base, random_adapter(base, lambda m: (24 if "1.mlp.d" in m else 2, 4.0)))
+    )
+    shutil.copyfile(adapter / "lowrank_dist.json", tmp_path / "large/lowrank_dist.json")
+    with pytest.raises(UserError) as refusal:
+        export(tmp_path / "large", tmp_path / "out", target=VLLM)
+    assert str(refusal.value).count("is not exported for vLLM") == 1
+    for reason in (
+        "its largest rank is 24 (of model.layers.1.mlp.down_proj), above vLLM's default",
+        f"its texts end in token {IM_END} ('<|im_end|>')",
+        "it was trained with another tokenizer or chat template",
+    ):
+        assert reason in str(refusal.value)
 
 
 def test_the_lines_of_the_card_end_texts_as_trained(base: Path, tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ from pathlib import Path
 from torch.nn.functional import pad
 
 from lowrank_dist.arch.families import FAMILIES
-from lowrank_dist.errors import UserError
 from lowrank_dist.formats.safetensors_file import write_fp32
-from lowrank_dist.methods.files import CONFIG_FILE, LLAMA_CPP, VLLM, WEIGHTS_FILE
+from lowrank_dist.methods.files import CONFIG_FILE, LLAMA_CPP, VLLM, WEIGHTS_FILE, NotServed
 from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, named_tensors, require_finite
 from lowrank_dist.methods.lora.peft_config import OUTPUT_LAYER, PeftConfig
 
@@ -36,7 +35,7 @@ _SMALLEST_ALPHA = 2.0**-126
 
 
 def refuse_unserved(source: Path, config: PeftConfig, adapter: Adapter, target: str, max_rank: int | None) -> None:
-    """Raise UserError, with every reason, where `target` would refuse the adapter or compute another update.
+    """Raise NotServed, with every reason, where `target` would refuse the adapter or compute another update.
 
     max_rank: the --max-lora-rank with which vLLM is started.
     """
@@ -45,9 +44,9 @@ def refuse_unserved(source: Path, config: PeftConfig, adapter: Adapter, target: 
     if families <= without.keys():
         problems += [without[name] for name in sorted(families)]
     if target == VLLM:
-        problems += _rank_problems(max(factor.rank for factor in adapter.factors.values()), max_rank)
+        problems += _rank_problems(adapter, max_rank)
     if problems:
-        raise UserError(f"{source} is not exported for {target}: {'; '.join(problems)}")
+        raise NotServed(source, target, problems)
 
 
 def _families(modules: Collection[str]) -> set[str]:
@@ -66,7 +65,9 @@ def serving_rank(rank: int) -> int | None:
     return next((size for size in VLLM_RANKS if size >= rank), None)
 
 
-def _rank_problems(largest: int, max_rank: int | None) -> list[str]:
+def _rank_problems(adapter: Adapter, max_rank: int | None) -> list[str]:
+    module = max(adapter.factors, key=lambda module: adapter.factors[module].rank)
+    largest = adapter.factors[module].rank
     problems = []
     if max_rank is not None and max_rank not in VLLM_RANKS:
         problems.append(f"--max-rank {max_rank}: vLLM takes one of {', '.join(map(str, VLLM_RANKS))}")
@@ -76,7 +77,7 @@ def _rank_problems(largest: int, max_rank: int | None) -> list[str]:
             _MERGE if fitting is None else f"give --max-rank {fitting} and start vLLM with --max-lora-rank {fitting}"
         )
         limit = f"--max-rank {max_rank}" if max_rank else f"vLLM's default --max-lora-rank of {VLLM_DEFAULT_RANK}"
-        problems.append(f"its largest rank is {largest}, above {limit}: {remedy}")
+        problems.append(f"its largest rank is {largest} (of {module}), above {limit}: {remedy}")
     return problems
 
 
