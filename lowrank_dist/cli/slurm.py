@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -59,6 +60,15 @@ def slurm_command(
             help="Seconds before the end of the time at which the job is told to save and stop.", metavar="N", min=1
         ),
     ] = 300,
+    requeue: Annotated[
+        bool,
+        typer.Option(
+            "--requeue/--no-requeue", help="Whether the job requeues itself when it has saved before its time limit."
+        ),
+    ] = True,
+    max_requeues: Annotated[
+        int, typer.Option(help="Most requeues of the job; then it ends and waits for you.", metavar="N", min=1)
+    ] = 20,
     out: Annotated[
         Path | None, typer.Option(help="File to write, NAME.sbatch if not given; must not exist.", metavar="FILE")
     ] = None,
@@ -82,6 +92,7 @@ def slurm_command(
     folder = str(run.output.dir.absolute())
     if load_config([str(config), *kept, f"output.dir={folder}"]).output.dir != Path(folder):
         raise UserError(f"output.dir: {folder!r} means something else to YAML when a job passes it on; rename it")
+    resume = _resume(changes, run)
     project = checkout()
     directives = {
         "job-name": job_name,
@@ -102,20 +113,22 @@ def slurm_command(
         "CONFIG": str(config.absolute()),
         "OVERRIDES": kept,
         "RUN": folder,
+        "RESUME": resume,
+        "REQUEUE": "yes" if requeue else "no",
+        "MAX_REQUEUES": str(max_requeues),
         "EXTENSIONS": str(project / "build" / "torch_extensions"),
     }
-    # As it was written: a path such as ./auto would not survive being read.
-    resume = [change.partition("=")[2] for change in changes if _says(change, "train.resume")]
-    variables |= {"RESUME": resume[-1]} if resume else {}
     template = (project / "launch" / "slurm" / "train.sbatch").read_text(encoding="utf-8")
+    more |= {} if requeue else {"no-requeue": None}
     script = with_directives(fill(template, directives, variables), more)
-    _report(layout, dry_run)
+    path = out or Path(f"{job_name}.sbatch")
     if dry_run:
         put(script, end="")
-        return
-    path = out or Path(f"{job_name}.sbatch")
-    _write_new(path, script)
-    say(f"{path}: {nodes} × {gpus_per_node} ranks, run folder {folder}; submit it with: sbatch {path}")
+    else:
+        _write_new(path, script)
+    _report(layout, _warnings(run, resume, requeue), dry_run)
+    if not dry_run:
+        say(f"{path}: {nodes} × {gpus_per_node} ranks, run folder {folder}; submit it with: sbatch {path}")
 
 
 def _cluster(run: Config, nodes: int, gpus_per_node: int, gpu: str | None, gpu_memory: str | None) -> Cluster:
@@ -149,12 +162,34 @@ def _planned_layout(config: Path, changes: list[str], run: Config, cluster: Clus
     return job_layout(read_request(str(config), changes), cluster)
 
 
-def _report(layout: JobLayout, dry_run: bool) -> None:
+def _report(layout: JobLayout, warnings: Iterable[str], dry_run: bool) -> None:
     say(f"layout: {layout}", err=dry_run)
     if layout.chosen:
         say(f"chosen by the plan: {' '.join(layout.chosen)}", err=dry_run)
-    if layout.warning is not None:
-        say(f"warning: {layout.warning}", err=True)
+    for warning in (*([layout.warning] if layout.warning else []), *warnings):
+        say(f"warning: {warning}", err=True)
+
+
+def _resume(changes: list[str], run: Config) -> str:
+    """Return the job's train.resume: as the command line has it, or a path from CONFIG, or auto."""
+    # As it was written: a path such as ./auto would not survive being read.
+    given = [change.partition("=")[2] for change in changes if _says(change, "train.resume")]
+    if given:
+        return given[-1]
+    return str(run.train.resume.absolute()) if isinstance(run.train.resume, Path) else "auto"
+
+
+def _warnings(run: Config, resume: str, requeue: bool) -> Iterator[str]:
+    if run.output.save_every is None:
+        yield (
+            "output.save_every is null, so the job saves only when it is told to stop and at its end; if a node fails, "
+            "all steps of that start are lost. Set output.save_every=N"
+        )
+    if requeue and resume != "auto":
+        yield (
+            f"each requeue starts with train.resume={resume} again, not from the newest checkpoint of output.dir; use "
+            "train.resume=auto, or --no-requeue"
+        )
 
 
 def _says(change: str, *keys: str) -> bool:

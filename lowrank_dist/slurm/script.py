@@ -15,6 +15,8 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.slurm.directives import plain
 
 BEGIN, END = "# ==== EDIT: begin ====", "# ==== EDIT: end ===="
+# Option → the option of the template whose line it replaces, where that is another one.
+_REPLACES = {"no-requeue": "requeue"}
 
 
 def checkout() -> Path:
@@ -58,7 +60,8 @@ def with_directives(script: str, directives: Mapping[str, str | None]) -> str:
     lines = block.split("\n")
     for option, value in directives.items():
         line = f"#SBATCH --{option}" + ("" if value is None else f"={value}")
-        there = [number for number, old in enumerate(lines) if re.match(rf"#?#SBATCH --{re.escape(option)}(=|$)", old)]
+        start = rf"#?#SBATCH --{_REPLACES.get(option, re.escape(option))}(=|$)"
+        there = [number for number, old in enumerate(lines) if re.match(start, old)]
         if there:
             lines[there[0]] = line
         else:

@@ -50,7 +50,7 @@ def write_script(place: Path, name: str, directives: dict[str, str], variables: 
     config.write_text("model: {}\n")
     common = {"ntasks-per-node": "2", "gpus-per-node": None, "cpus-per-task": "1", "time": "30"}
     places = {"PROJECT": str(ROOT), "PYTHON": str(stand_in), "WORKDIR": str(place), "CONFIG": "config.yaml"}
-    text = fill((FOLDER / name).read_text(), {**common, **directives}, {**places, "MAX_RESTARTS": "1", **variables})
+    text = fill((FOLDER / name).read_text(), {**common, **directives}, {**places, "MAX_STALLED": "1", **variables})
     path = place / "job.sbatch"
     path.write_text(text)
     return path
@@ -107,7 +107,7 @@ def test_the_kill_switch(quiet_rig: Rig, script: Path) -> None:
     (folder(script) / "STOP").touch()
     job = submit(quiet_rig, script, "print('listens')")
     assert job.finished() == "FAILED"
-    assert "STOP is there" in job.said() and "listens" not in job.said()
+    assert "STOP exists" in job.said() and "listens" not in job.said()
 
 
 def test_told_to_stop_it_requeues_itself(quiet_rig: Rig, script: Path) -> None:
@@ -122,7 +122,7 @@ def test_told_to_stop_it_requeues_itself(quiet_rig: Rig, script: Path) -> None:
     # On a loaded machine Slurm now and then breaks a task's end by itself (BROKEN in job.sh), and kills the others.
     assert "Terminated" not in job.said() or "Exited with exit code 255" in job.said()
     assert job.field("Restarts") == "1"
-    # The second time there is nothing newer: MAX_RESTARTS is 1.
+    # The second time there is nothing newer: MAX_STALLED is 1.
     job.signal("USR1", "--batch")
     assert job.finished() == "FAILED"
     assert "requeued 1 times without progress: still at step 0" in job.said()

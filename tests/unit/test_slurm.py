@@ -166,6 +166,31 @@ def directives(script: str) -> list[str]:
     return [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")]
 
 
+def test_requeues(config: Path) -> None:
+    usual = slurm(config, "--dry-run").stdout
+    assert "requeue" in directives(usual) and "\nREQUEUE=yes\n" in usual and "\nMAX_REQUEUES=20\n" in usual
+    none = slurm(config, "--no-requeue", "--max-requeues", "3", "--dry-run").stdout
+    assert "no-requeue" in directives(none) and "requeue" not in directives(none)
+    assert "\nREQUEUE=no\n" in none and "\nMAX_REQUEUES=3\n" in none
+    assert slurm(config, "--max-requeues", "0").exit_code == 2
+
+
+def test_a_run_without_checkpoints_is_a_warning(config: Path) -> None:
+    assert "warning: output.save_every is null" in slurm(config, "--dry-run").stderr
+    assert "save_every" not in slurm(config, "output.save_every=100", "--dry-run").stderr
+
+
+def test_a_start_that_is_repeated_is_a_warning(config: Path, tmp_path: Path) -> None:
+    """A checkpoint that CONFIG names is the job's start, too; each requeue goes back to it."""
+    config.write_text(config.read_text() + "train: {resume: old/checkpoints/step-8}\n")
+    done = slurm(config, "--dry-run")
+    checkpoint = str(tmp_path / "old/checkpoints/step-8")
+    assert variables(done.stdout)["RESUME"] == checkpoint
+    assert f"warning: each requeue starts with train.resume={checkpoint} again" in done.stderr
+    assert "each requeue" not in slurm(config, "--no-requeue", "--dry-run").stderr
+    assert "each requeue" not in slurm(config, "train.resume=auto", "--dry-run").stderr
+
+
 def test_any_directive_is_passed_on(config: Path) -> None:
     """One that the template has is replaced where it stands, the others follow the last."""
     words = ["gres=gpu:h100:8,nvme:1", "--exclusive", "mem=0", "comment=my job # 3", "constraint=[a|b]*2"]
