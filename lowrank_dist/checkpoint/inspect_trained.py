@@ -1,10 +1,8 @@
 """Inspection of an adapter or checkpoint of any method: manifest, the method's own files, provenance and base."""
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from lowrank_dist.formats.atomic import is_temporary
 from lowrank_dist.formats.manifest import MANIFEST_FILE, is_checkpoint, verify_manifest
@@ -60,22 +58,10 @@ def _look_at_provenance(folder: Path, report: Report) -> Provenance | None:
     provenance = report.read(path, read_provenance, folder) if owned else None
     if provenance is not None:
         report.facts["created_by"] = str(provenance.created_by)
-        report.facts["versions"] = report.read(path, _flat, provenance.versions)
-        report.facts["config"] = report.read(path, _sections, provenance.config)
+        report.facts["versions"] = provenance.versions
+        report.facts["config"] = provenance.config
         report.facts["base_fingerprint"] = provenance.base_fingerprint
     return provenance
-
-
-def _sections(config: Any) -> Any:
-    return {str(name): _flat(inner) for name, inner in config.items()} if isinstance(config, dict) else _leaf(config)
-
-
-def _flat(section: Any) -> Any:
-    return {str(key): _leaf(value) for key, value in section.items()} if isinstance(section, dict) else _leaf(section)
-
-
-def _leaf(value: Any) -> Any:
-    return value if value is None or isinstance(value, str | bool | int | float) else json.dumps(value)
 
 
 def _look_at_base(

@@ -133,6 +133,16 @@ def test_layers_in_their_order(base: Path, tmp_path: Path) -> None:
     assert [row["module"] for row in rows] == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(11)]
 
 
+def test_values_of_the_recorded_config_are_shown_as_everywhere(adapter: Path) -> None:
+    path = adapter / "lowrank_dist.json"
+    said = json.loads(path.read_text())
+    said["config"] = {"lora": {"targets": ["q_proj", "v_proj"], "rank_pattern": {}, "init_from": None}}
+    path.write_text(json.dumps(said))
+    assert facts_of(adapter)["config"] == said["config"]
+    line = next(line for line in show(adapter)[1].splitlines() if line.startswith("config lora"))
+    assert line.split(None, 2)[2] == "targets=q_proj, v_proj rank_pattern=none init_from=none"
+
+
 def test_adapter_and_its_base(adapter: Path, base: Path, tmp_path: Path) -> None:
     facts = facts_of(adapter)
     total = AutoModelForCausalLM.from_pretrained(base).num_parameters()
