@@ -134,7 +134,7 @@ def evaluate_command(
     """Generate for every sample and score it. Sharded as `generate` is."""
     with loading():
         from lowrank_dist.generate.decode import EvaluationParams, generate, summary
-        from lowrank_dist.generate.metrics import notes_on_references
+        from lowrank_dist.generate.metrics import notes_on_references, notes_on_texts
         from lowrank_dist.generate.prompts import note_on_rewritten, read_prompts
         from lowrank_dist.generate.sampling import SamplingParams
         from lowrank_dist.generate.session import load, require_same_prompts, session
@@ -163,6 +163,7 @@ def evaluate_command(
             write_jsonl(out, lines)
         notes = note_on_rewritten(samples)
         notes += notes_on_references(params.metrics, [sample.references for sample in samples])
+        notes += notes_on_texts(rules.metrics, [generation.text for generation in found])
         noted = {**result, "notes": notes} if notes else result
         put(json.dumps(noted, indent=2) if as_json else table(result))
         for note in notes:

@@ -100,6 +100,9 @@ def _lcs(left: Sequence[str], right: Sequence[str]) -> int:
     return row[-1]
 
 
+_BLEU_WORDS = 4  # BLEU counts runs of one to four words
+_NO_FOUR_WORDS = "and bleu counts runs of four: use exact_match or rouge_l for short texts"
+
 # Increase it when a change makes a metric return another value for the same texts: only values of one definition are
 # compared with each other. 2: BLEU and ROUGE-L count words by script, and references are the trained tokens, decoded.
 DEFINITION = 2
@@ -123,6 +126,20 @@ def score(names: Sequence[str], texts: Sequence[str], references: References) ->
     return {name: METRICS[name](texts, references) for name in names}
 
 
+def notes_on_texts(names: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Return a note where a metric is 0 because of the length of the generated texts, whatever the references are."""
+    if "bleu" not in names or any(map(has_four_words, texts)):
+        return []
+    return [f"bleu is 0 because no generated text has four words, {_NO_FOUR_WORDS}"]
+
+
+def has_four_words(text: str) -> bool:
+    """Return whether a text has the four words in a row without which BLEU counts nothing."""
+    from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
+
+    return len(Tokenizer13a()(spaced(text)).split()) >= _BLEU_WORDS
+
+
 def notes_on_references(names: Sequence[str], references: References) -> list[str]:
     """Return a note for each property of the references that affects what the named metrics measure."""
     split: Mapping[str, Callable[[str], list[str]]] = {"bleu": str.split, "rouge_l": words}
@@ -133,6 +150,8 @@ def notes_on_references(names: Sequence[str], references: References) -> list[st
             f"{' and '.join(asked)}: each character of a script without spaces counts as a word, in the references of "
             f"{unspaced} of {len(references)} samples"
         )
+    if "bleu" in names and not any(has_four_words(reference) for given in references for reference in given):
+        lines.append(f"bleu: no reference has four words, {_NO_FOUR_WORDS}; a text as short scores 0, right or wrong")
     for name in asked:
         empty = sum(not any(map(split[name], given)) for given in references)
         if empty:

@@ -20,6 +20,7 @@ from lowrank_dist.generate.metrics import (
     check_metrics,
     exact_match,
     notes_on_references,
+    notes_on_texts,
     rouge_l,
     score,
     words,
@@ -159,12 +160,25 @@ def test_bleu_takes_a_mixed_corpus_and_either_form_of_an_accent() -> None:
 
 
 def test_references_that_decide_what_a_metric_means_are_noted() -> None:
-    assert notes_on_references(["bleu", "rouge_l"], [["the cat"], ["", "кот 5"], ["고양이", "🎉"]]) == []
+    assert notes_on_references(["rouge_l"], [["the cat"], ["", "кот 5"], ["고양이", "🎉"]]) == []
+    assert notes_on_references(["bleu", "rouge_l"], [["the cat"], ["", "кот 5 кот 6"], ["고양이", "🎉"]]) == []
     assert notes_on_references(["exact_match"], [[""], ["猫"]]) == []
     notes = notes_on_references(["rouge_l", "bleu", "exact_match"], [["cat", "猫"], ["🎉", "!"], [" \n"], ["แมว"]])
-    assert [note.split(":")[0] for note in notes] == ["bleu and rouge_l", "bleu", "rouge_l"]
+    assert [note.split(":")[0] for note in notes] == ["bleu and rouge_l", "bleu", "bleu", "rouge_l"]
     assert "in the references of 2 of 4 samples" in notes[0]
-    assert "1 of 4 samples have no word" in notes[1] and "2 of 4 samples have no word" in notes[2]
+    assert "no reference has four words" in notes[1]
+    assert "1 of 4 samples have no word" in notes[2] and "2 of 4 samples have no word" in notes[3]
+
+
+def test_bleu_of_short_texts_is_said_to_be_0_exactly_where_it_is() -> None:
+    for texts in (["Paris", "a b c"], ["a, b"], ["我喜欢"]):
+        assert score(["bleu"], texts, [[text] for text in texts]) == {"bleu": 0}
+        (note,) = notes_on_texts(["bleu"], texts)
+        assert note.startswith("bleu is 0 because no generated text has four words")
+    for texts in (["Paris", "a b c d"], ["a, b."], ["我喜欢吃"]):
+        assert score(["bleu"], texts, [[text] for text in texts])["bleu"] == pytest.approx(100)
+        assert notes_on_texts(["bleu"], texts) == []
+    assert notes_on_texts(["rouge_l"], ["Paris"]) == []
 
 
 def test_metrics_that_are_not_there_are_said_before_decoding() -> None:
