@@ -58,8 +58,10 @@ class Backend:
         synchronize(self.device)
 
     def describe(self) -> str:
-        threads = "" if self.device.type == "cuda" else f", {torch.get_num_threads()} threads"
-        return f"{self.name()}{threads}, {self.collective}"
+        if self.device.type == "cuda":
+            return f"{self.name()}, {self.collective}"
+        threads = torch.get_num_threads()
+        return f"{self.name()}, {threads} {'thread' if threads == 1 else 'threads'}, {self.collective}"
 
 
 def local_rank_and_size() -> tuple[int, int]:

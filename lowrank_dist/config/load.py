@@ -275,6 +275,8 @@ def _explain_yaml(error: yaml.YAMLError, file: str) -> tuple[str, str]:
         return file, str(error).replace("\n", " ")
     mark = error.problem_mark or error.context_mark
     at = file if mark is None or file == COMMAND_LINE else f"{file}:{mark.line + 1}"
+    if mark is not None and mark.buffer is not None and mark.buffer[mark.pointer : mark.pointer + 1] == "\t":
+        return at, "a tab: YAML is indented with spaces only"
     return at, ", ".join(part for part in (error.context, error.problem) if part)
 
 

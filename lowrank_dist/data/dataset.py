@@ -60,13 +60,17 @@ class DropReport:
         if self.own_end:
             parts.append(f"{self.own_end} end a completion in their text: no second end is trained")
         if self.ignored_keys:
-            keys = [f"{brief(key)} ({n} lines)" for key, n in self.ignored_keys.items()]
+            keys = [f"{brief(key)} ({n} {_lines(n)})" for key, n in self.ignored_keys.items()]
             parts.append(f"ignored keys: {some_of(keys, _SHOWN_KEYS)}")
         return "; ".join(parts)
 
 
 def _listed(lines: tuple[int, ...], count: int) -> str:
-    return "lines " + ", ".join(map(str, lines)) + (", ..." if count > len(lines) else "")
+    return f"{_lines(count)} {', '.join(map(str, lines))}{', ...' if count > len(lines) else ''}"
+
+
+def _lines(count: int) -> str:
+    return "line" if count == 1 else "lines"
 
 
 class Dataset:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_dist.doctor.inputs import checkpoint_bytes
 from lowrank_dist.doctor.rows import Row, format_size
-from lowrank_dist.errors import UserError
+from lowrank_dist.errors import DiskError, UserError
 from lowrank_dist.formats.atomic import atomic_folder, temporary_name
 
 if TYPE_CHECKING:
@@ -43,8 +43,16 @@ class Probe:
         place = nearest_existing(self.run)
         self.folder = temporary_name(place / "doctor")
         start = time.monotonic()
-        with atomic_folder(self.folder) as temporary:
-            (temporary / FILE).write_bytes(self._content)
+        try:
+            with atomic_folder(self.folder) as temporary:
+                (temporary / FILE).write_bytes(self._content)
+        except DiskError as error:  # its own message has the names of the probe, which mean nothing to the user
+            cause = error.__cause__
+            reason = cause.strerror if isinstance(cause, OSError) else cause
+            raise DiskError(
+                f"{place}: a checkpoint cannot be written there: {reason}; free some space, or give output.dir a "
+                "folder where you may write"
+            ) from error
         seconds = time.monotonic() - start
         where = str(place) if place == self.run else f"{place}, where {self.run} is to be"
         if (self.folder / FILE).read_bytes() != self._content:

@@ -95,7 +95,7 @@ def test_too_long_and_targetless_samples_are_dropped_and_reported(tmp_path: Path
     assert report.too_long_lines == (2, 3, 4, 5, 6)
     summary = report.summary()
     assert f"2 of 9 samples kept; 7 over {limit} tokens dropped (longest {report.longest}; lines 2, 3, 4" in summary
-    assert "..." in summary and "ignored keys: 'colour' (1 lines), 'k0' (1 lines)" in summary
+    assert "..." in summary and "ignored keys: 'colour' (1 line), 'k0' (1 line)" in summary
     assert summary.endswith(" and 181 more")
     # One token less and the first is too long as well.
     assert load_dataset(write(tmp_path, *rows), tokenizer, limit - 1, VOCAB).report.kept == 1
@@ -106,7 +106,7 @@ def test_a_conversation_without_an_assistant_is_dropped(tmp_path: Path, tokenize
     path = write(tmp_path, {"messages": [asks]}, {"messages": [asks, answers]})
     report = load_dataset(path, tokenizer, 64, VOCAB).report
     assert (report.kept, report.no_target, report.no_target_lines) == (1, 1, (1,))
-    assert "1 without target tokens dropped (lines 1)" in report.summary()
+    assert "1 without target tokens dropped (line 1)" in report.summary()
     with pytest.raises(UserError, match="0 of 1 samples kept; 1 without target tokens"):
         load_dataset(write(tmp_path, {"messages": [asks]}), tokenizer, 64, VOCAB)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -240,6 +241,17 @@ def test_a_disk_that_gives_back_something_else(tmp_path: Path, monkeypatch: pyte
     assert row.state == "broken" and "reads back otherwise" in row.detail
     probe.remove()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_refuses_is_named_and_not_the_probe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError) as refusal:
+        Probe(tmp_path).write()
+    assert str(refusal.value).startswith(f"{tmp_path}: a checkpoint cannot be written there: No space left on device; ")
+    assert "tmp-" not in str(refusal.value) and "probe" not in str(refusal.value)
 
 
 def test_what_one_node_writes_another_looks_for(tmp_path: Path) -> None:
