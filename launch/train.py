@@ -80,7 +80,7 @@ def start(arguments: list[str]) -> int:
     """Run one rank with the arguments of its command line. Returns or exits with its exit code."""
     logging.getLogger().addHandler(logging.NullHandler())  # records go to the run folder; `say` prints
     if not {"--help", "-h"}.isdisjoint(arguments):
-        if speaks_for_node():
+        if should_print_for_node():
             say(HELP)
         return 0
     try:

@@ -163,7 +163,7 @@ def evaluate_command(
             write_jsonl(out, lines)
         notes = note_on_rewritten(samples)
         notes += notes_on_references(params.metrics, [sample.references for sample in samples])
-        notes += notes_on_texts(rules.metrics, [generation.text for generation in found])
+        notes += notes_on_texts(params.metrics, [generation.text for generation in found])
         noted = {**result, "notes": notes} if notes else result
         put(json.dumps(noted, indent=2) if as_json else table(result))
         for note in notes:
