@@ -122,7 +122,7 @@ def measure(setting: Setting, folder: Path, topology: Any) -> tuple[Calls, Calls
 def build(setting: Setting, folder: Path, topology: Any) -> tuple[Any, Ranks]:
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-    from lowrank_dist.arch.placement import LoraRules, place
+    from lowrank_dist.arch.placement import LoraRules, place_factors
     from lowrank_dist.methods.lora.factors import inject
     from lowrank_dist.model.load import check_model, load_model
     from lowrank_dist.parallel.frozen import wanted
@@ -142,7 +142,9 @@ def build(setting: Setting, folder: Path, topology: Any) -> tuple[Any, Ranks]:
         model, ranks = load(linears=(ColumnParallelLinear, RowParallelLinear)), {}
     else:
         model = load()
-        placements = place(model.architecture, LoraRules(RANK, 2.0 * RANK, TARGETS[setting.targets], False, {}, {}))
+        placements = place_factors(
+            model.architecture, LoraRules(RANK, 2.0 * RANK, TARGETS[setting.targets], False, {}, {})
+        )
         lanes = wanted("auto", "cpu")
         adapted = inject(model, placements, MaskSource(0, 0), 0, topology.tp_rank, topology.tp_size, lanes)
         ranks = dict.fromkeys(model.architecture.layers[0].linears, 0)

@@ -253,12 +253,12 @@ class Bench:
         return parts, sum(value.numel() for value in values.values())
 
     def _low_rank(self, rank: int) -> tuple[list[Part], int]:
-        from lowrank_dist.arch.placement import LoraRules, place
+        from lowrank_dist.arch.placement import LoraRules, place_factors
         from lowrank_dist.methods.lora.factors import inject, lora_theta
         from lowrank_dist.parallel.masks import MaskSource
 
         topology = self.topology
-        placements = place(self.model.architecture, LoraRules(rank, SCALE * rank, TARGETS, False, {}, {}))
+        placements = place_factors(self.model.architecture, LoraRules(rank, SCALE * rank, TARGETS, False, {}, {}))
         masks = MaskSource(0, 0)
 
         def attach() -> Any:

@@ -19,8 +19,8 @@ from torch.distributed import ProcessGroup
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.config_json import architecture_of
-from lowrank_dist.arch.placement import LoraRules, place
+from lowrank_dist.arch.config_json import parse_architecture
+from lowrank_dist.arch.placement import LoraRules, place_factors
 from lowrank_dist.arch.rows import LinearLayout, Part
 from lowrank_dist.methods.lora.factors import AdaptedLinear, inject
 from lowrank_dist.ops.mask import quantise
@@ -53,7 +53,7 @@ def architecture(shape: str) -> Architecture:
         "num_key_value_heads": kv_heads,
         "vocab_size": 32_000,
     }
-    return architecture_of(config, shape)
+    return parse_architecture(config, shape)
 
 
 def join_fake_world() -> dict[str, bool]:
@@ -156,7 +156,7 @@ class Layer:
             self._put(skeleton, layout.module_of(0), self._megatron_linear(layout, weight, lanes))
         masks = MaskSource(0, quantise(p))
         masks.set(0, self.rows)
-        placements = place(self.architecture, LoraRules(r, SCALE * r, "all-linear", False, {}, {}))
+        placements = place_factors(self.architecture, LoraRules(r, SCALE * r, "all-linear", False, {}, {}))
         adapted = inject(skeleton, placements, masks, 0, self.topology.tp_rank, self.n, lanes)
         torch.manual_seed(1)
         for x in adapted:

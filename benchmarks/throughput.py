@@ -30,7 +30,7 @@ from rich.table import Table
 from spawn import free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lowrank_dist.arch.placement import LoraRules, place
+from lowrank_dist.arch.placement import LoraRules, place_factors
 from lowrank_dist.backend.libraries import quiet_libraries
 from lowrank_dist.backend.select import init_process_group, select_backend, shutdown
 from lowrank_dist.data.batches import Microbatch
@@ -98,7 +98,7 @@ def our_side(model_path: Path, dtype: str, length: int) -> Side:
     )
     masks = MaskSource(0, 0)
     rules = LoraRules(RANK, ALPHA, "all-linear", False, {}, {})
-    adapted = inject(model, place(model.architecture, rules), masks, 0, topology.tp_rank, topology.tp_size)
+    adapted = inject(model, place_factors(model.architecture, rules), masks, 0, topology.tp_rank, topology.tp_size)
     parameters = [parameter for linear in adapted for parameter in linear.factors.parameters()]
     optimiser = ZeroOptimiser(parameters, topology, OptimiserRules(1, CLIP, None, 0.0, (0.9, 0.999), 1e-8))
     model.train()

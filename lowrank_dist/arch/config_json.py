@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lowrank_dist.arch.architecture import Architecture, LayerKind, RopeParameters, TensorRule
-from lowrank_dist.arch.config_keys import rule_of
+from lowrank_dist.arch.config_keys import key_rule
 from lowrank_dist.arch.families import FAMILIES, OUTPUT_LAYER, Family
 from lowrank_dist.arch.keys import Key, is_number
 from lowrank_dist.arch.model_files import config_file, read_config
@@ -54,10 +54,10 @@ def read_architecture(path: Path) -> Architecture:
 
     Raises UserError naming the key that is missing, malformed or (UnsupportedModel) not supported.
     """
-    return architecture_of(read_config(path), str(config_file(path)))
+    return parse_architecture(read_config(path), str(config_file(path)))
 
 
-def architecture_of(values: Mapping[str, Any], where: str) -> Architecture:
+def parse_architecture(values: Mapping[str, Any], where: str) -> Architecture:
     """Return the `Architecture` of a config.json's `values`; `model_type` selects the table.
 
     `where` names the file in messages. Raises as `read_architecture` does.
@@ -91,7 +91,7 @@ def config_notes(path: Path) -> list[str]:
     Raises as `read_architecture` does.
     """
     values, where = read_config(path), str(config_file(path))
-    return rule_of(_family(values, where)).notes(values, where)
+    return key_rule(_family(values, where)).notes(values, where)
 
 
 def _family(values: Mapping[str, Any], where: str) -> Family:
@@ -108,7 +108,7 @@ def _family(values: Mapping[str, Any], where: str) -> Family:
 
 
 def _check_options(values: Mapping[str, Any], family: Family, where: str) -> None:
-    for key, meaning in rule_of(family).refusals(values).items():
+    for key, meaning in key_rule(family).refusals(values).items():
         raise UnsupportedModel(f"{where}: {key}: {meaning}")
     for key, meaning in family.absent.items():
         if key in values:

@@ -63,7 +63,7 @@ _NEUTRAL = {
 _ROPE_NAMES = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
 
 
-def rule_of(family: Family) -> KeyRule:
+def key_rule(family: Family) -> KeyRule:
     """Return the rule for the config.json of a family."""
     named = [*family.keys.values(), *family.window.values()]
     applied = {key.name for key in named} | {key.also for key in named if key.also is not None}

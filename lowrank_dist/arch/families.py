@@ -1,8 +1,8 @@
 """One declarative table per family: its keys in config.json and all its tensor names, for loading and for export.
 
 The tables follow transformers' `configuration_<family>.py` (defaults of missing keys) and `modeling_<family>.py`.
-`config_json.architecture_of` reads them. To add a family whose blocks Megatron can express, add a table here and a tiny
-model to tests/tiny_models.py (docs/DESIGN.md has all steps).
+`config_json.parse_architecture` reads them. To add a family whose blocks Megatron can express, add a table here and a
+tiny model to tests/tiny_models.py (docs/DESIGN.md has all steps).
 """
 
 from collections.abc import Mapping

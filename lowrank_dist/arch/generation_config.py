@@ -8,10 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lowrank_dist.arch.model_files import CONFIG_FILE, read_json
+from lowrank_dist.arch.model_files import CONFIG_FILE, GENERATION_FILE, read_model_json
 from lowrank_dist.untrusted.keys import KeyRule
 
-GENERATION_FILE = "generation_config.json"
 _NOT_APPLIED = "not applied, decoding goes by its own options"
 
 GENERATION = KeyRule(
@@ -60,7 +59,9 @@ def generation_notes(folder: Path) -> list[str]:
     """Return a line for each decoding option of a model folder that is not applied. UserError for a malformed file."""
     own = folder / GENERATION_FILE
     file = own if own.is_file() else folder / CONFIG_FILE
-    values: dict[str, Any] = read_json(file, "a Hugging Face model folder holds one; download the model completely")
+    values: dict[str, Any] = read_model_json(
+        file, "a Hugging Face model folder holds one; download the model completely"
+    )
     return GENERATION.notes(values if file == own else _of_decoding(values), str(file))
 
 

@@ -18,6 +18,8 @@ from lowrank_dist.untrusted.json import LARGEST, parse_json, read_object
 CONFIG_FILE = "config.json"
 _ADAPTER_FILES = ("adapter_config.json", "bottleneck_config.json")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 # torch's and safetensors' names of element types. An fp16 checkpoint runs in bf16, which has the range of fp32.
 _DTYPES: Mapping[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16": "bf16", "float16": "bf16"}
@@ -62,10 +64,10 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{path}: is an adapter{named}, not a model: give the folder of its base model here; training starts from "
             "a LoRA adapter with lora.init_from"
         )
-    return read_json(config_file(path), "a Hugging Face model folder holds one; download the model completely")
+    return read_model_json(config_file(path), "a Hugging Face model folder holds one; download the model completely")
 
 
-def read_json(file: Path, remedy: str) -> dict[str, Any]:
+def read_model_json(file: Path, remedy: str) -> dict[str, Any]:
     """Return the JSON object in a file of a model folder. remedy: what to do where the file is missing."""
     if not file.is_file():
         raise UserError(f"{file}: missing: {remedy}")

@@ -61,7 +61,7 @@ class LoraRules:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
 
-def place(architecture: Architecture, rules: LoraRules) -> tuple[LinearPlacement, ...]:
+def place_factors(architecture: Architecture, rules: LoraRules) -> tuple[LinearPlacement, ...]:
     """Return all adapted linears, in execution order.
 
     Raises UserError for a target or pattern that matches nothing, for a target that matches a module without factors

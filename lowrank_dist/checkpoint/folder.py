@@ -24,24 +24,24 @@ from lowrank_dist.formats.manifest import (
     verify_manifest,
     write_manifest,
 )
-from lowrank_dist.formats.paths import reading, require_outside
+from lowrank_dist.formats.paths import detect_removal, require_outside
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.formats.text_files import TextFiles, reasons_not_served, text_files
 from lowrank_dist.methods.files import VLLM, NotServed, Published, TrainedFiles, own_file
 from lowrank_dist.methods.registry import method_package_of, method_package_reading
 
-_STEP = re.compile(r"step-([1-9]\d*)", re.ASCII)
+STEP_NAME = re.compile(r"step-([1-9]\d*)", re.ASCII)
 LINKS = ("last", "best")
 CARD_FILE = "README.md"
 
 
 @dataclass(frozen=True)
-class Found:
-    """The newest checkpoint that verifies, or None. passed_over: reasons why newer ones and bad links do not count."""
+class NewestCheckpoint:
+    """The newest checkpoint that verifies, or None. skipped: reasons why newer ones and bad links do not count."""
 
     folder: Path | None
     state: TrainingState | None
-    passed_over: tuple[str, ...]
+    skipped: tuple[str, ...]
 
 
 def write_checkpoint(
@@ -87,9 +87,9 @@ def read_checkpoint(folder: Path) -> TrainingState:
     return read_state(folder / STATE_FILE)
 
 
-def is_step(path: Path) -> bool:
+def is_step_folder(path: Path) -> bool:
     """Return True for a path that is named like a checkpoint of a run."""
-    return _STEP.fullmatch(path.name) is not None
+    return STEP_NAME.fullmatch(path.name) is not None
 
 
 def step_folders(checkpoints: Path) -> dict[int, Path]:
@@ -99,7 +99,7 @@ def step_folders(checkpoints: Path) -> dict[int, Path]:
     found = {
         int(match[1]): path
         for path in checkpoints.iterdir()
-        if (match := _STEP.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
+        if (match := STEP_NAME.fullmatch(path.name)) and path.is_dir() and not path.is_symlink()
     }
     return dict(sorted(found.items()))
 
@@ -108,27 +108,27 @@ def step_links(checkpoints: Path) -> list[Path]:
     """Return the links that are named like step folders."""
     if not checkpoints.is_dir():
         return []
-    return sorted(path for path in checkpoints.iterdir() if _STEP.fullmatch(path.name) and path.is_symlink())
+    return sorted(path for path in checkpoints.iterdir() if STEP_NAME.fullmatch(path.name) and path.is_symlink())
 
 
-def newest_checkpoint(checkpoints: Path) -> Found:
+def newest_checkpoint(checkpoints: Path) -> NewestCheckpoint:
     """Return the newest checkpoint that verifies, and the reasons why newer ones do not count.
 
     The links are not used: they may point to an older checkpoint or be broken.
     """
     links = (checkpoints / name for name in LINKS)
-    passed_over = [f"{link} leads nowhere" for link in links if link.is_symlink() and not link.exists()]
-    passed_over += [f"{link} is a link: move its folder back in its place" for link in step_links(checkpoints)]
+    skipped = [f"{link} leads nowhere" for link in links if link.is_symlink() and not link.exists()]
+    skipped += [f"{link} is a link: move its folder back in its place" for link in step_links(checkpoints)]
     for step, folder in reversed(step_folders(checkpoints).items()):
         try:
             state = read_checkpoint(folder)
             if state.step != step:
                 raise UserError(f"{folder} holds step {state.step}: it is a copy under another name")
         except UserError as error:
-            passed_over.append(str(error))
+            skipped.append(str(error))
             continue
-        return Found(folder, state, tuple(passed_over))
-    return Found(None, None, tuple(passed_over))
+        return NewestCheckpoint(folder, state, tuple(skipped))
+    return NewestCheckpoint(None, None, tuple(skipped))
 
 
 def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
@@ -170,10 +170,10 @@ def export(source: Path, out: Path, *, target: str | None = None, max_rank: int 
     Where `source` is a link, such as checkpoints/last of a running job, all files come from the folder that it points
     to at the start. Raises UserError for a run folder, a whole model, an adapter that the reader of its method refuses,
     a malformed provenance, and an `out` that exists or lies in a folder that must not change (`require_outside`);
-    Removed where the run removes the checkpoint meanwhile.
+    FolderRemoved where the run removes the checkpoint meanwhile.
     """
     require_outside(out)
-    with reading(source) as found:
+    with detect_removal(source) as found:
         if method_package_of(found) is None and (found / "checkpoints").is_dir():
             raise UserError(
                 f"{source} is a run, not a checkpoint: give {source / 'checkpoints' / 'best'} or "
@@ -184,7 +184,7 @@ def export(source: Path, out: Path, *, target: str | None = None, max_rank: int 
         # PEFT's own folders have no provenance.
         files = [name for name in published.files if name != PROVENANCE_FILE or (found / name).exists()]
         files += text_files(found)
-    with atomic_folder(out) as temporary, reading(found, read_before=True):
+    with atomic_folder(out) as temporary, detect_removal(found, read_before=True):
         for name in files:
             shutil.copyfile(own_file(found, name), temporary / name)
             if name in manifest and not is_described(temporary / name, manifest[name]):

@@ -1,18 +1,16 @@
 """Inspection of an adapter or checkpoint of any method: manifest, the method's own files, provenance and base."""
 
 import os
-import re
 from pathlib import Path
 
+from lowrank_dist.checkpoint.folder import STEP_NAME
 from lowrank_dist.formats.atomic import is_temporary
 from lowrank_dist.formats.manifest import MANIFEST_FILE, is_checkpoint, verify_manifest
 from lowrank_dist.formats.model_folder import open_checkpoint
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, fingerprint, read_provenance
-from lowrank_dist.formats.report import Report, architecture_of_folder, parameters_of
+from lowrank_dist.formats.report import Report, count_parameters, try_architecture
 from lowrank_dist.methods.files import Base, Inspected, own_file
 from lowrank_dist.methods.registry import method_package_reading
-
-_STEP = re.compile(r"step-(\d+)", re.ASCII)
 
 
 def inspect_trained(folder: Path, base: Path | None = None, *, check_base: bool = True) -> Report:
@@ -20,7 +18,7 @@ def inspect_trained(folder: Path, base: Path | None = None, *, check_base: bool 
 
     base: as in `inspect_folder`. check_base: also check the base.
     """
-    step = step_of(folder)
+    step = step_number(folder)
     report = Report(folder, "adapter" if step is None else "checkpoint")
     if step is not None:
         report.facts["step"] = step
@@ -34,10 +32,10 @@ def inspect_trained(folder: Path, base: Path | None = None, *, check_base: bool 
     return report
 
 
-def step_of(folder: Path) -> int | None:
+def step_number(folder: Path) -> int | None:
     """Return N of a folder checkpoints/step-N, links followed; None for any other folder."""
     real = folder.resolve()
-    match = _STEP.fullmatch(real.name)
+    match = STEP_NAME.fullmatch(real.name)
     return int(match[1]) if match and real.parent.name == "checkpoints" else None
 
 
@@ -93,10 +91,10 @@ def _look_at_base(
                 f"{folder} has {digest[:12]}…: give the base that it was trained on, unchanged, with --base"
             )
     with checkpoint:
-        architecture, reason = architecture_of_folder(folder)
+        architecture, reason = try_architecture(folder)
         if reason is not None:
             report.warnings.append(f"whether what was trained fits the base is not checked: {reason}")
-        total = parameters_of(architecture, checkpoint)
+        total = count_parameters(architecture, checkpoint)
         report.facts["base_parameters"] = total
         if "parameters" in report.facts and total:
             report.facts["percent_of_base"] = 100 * report.facts["parameters"] / total

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dist.checkpoint.folder import LINKS
-from lowrank_dist.checkpoint.inspect_trained import inspect_trained, step_of
+from lowrank_dist.checkpoint.inspect_trained import inspect_trained, step_number
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import is_temporary
 from lowrank_dist.formats.manifest import is_checkpoint
 from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE
-from lowrank_dist.formats.paths import Removed, reading, real_path, require_copyable, resolve_link
+from lowrank_dist.formats.paths import FolderRemoved, detect_removal, real_path, require_copyable, resolve_link
 from lowrank_dist.formats.report import Report, inspect_model
 from lowrank_dist.methods.registry import METHOD_PACKAGES, method_package, method_package_of
 from lowrank_dist.untrusted.files import LONGEST_RECORD, read_lines
@@ -40,19 +40,19 @@ def inspect_folder(folder: Path, base: Path | None = None, *, read_config: ReadC
     run's config.yaml, or raises ConfigError for errors in it.
 
     Raises UserError for a path that is no adapter, checkpoint, run or model folder, for a base that is no folder, and
-    for a folder that is removed while it is read (Removed).
+    for a folder that is removed while it is read (FolderRemoved).
     """
     return _again(folder, lambda found: _inspect(found, base, read_config))
 
 
 def _again(folder: Path, look: Callable[[Path], Report]) -> Report:
-    """Return the report on a folder, reading it again where it was removed meanwhile. Raises Removed if it stays so."""
+    """Return the report on a folder, read again where it was removed meanwhile. Raises FolderRemoved if it stays so."""
     removed = None
     for _ in range(_LOOKS):
         try:
-            with reading(folder) as found:
+            with detect_removal(folder) as found:
                 return look(found)
-        except Removed as error:
+        except FolderRemoved as error:
             removed = error
             if not folder.exists():
                 break
@@ -151,7 +151,9 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
             report.warnings.append(
                 f"{child} is being written, or a killed writer left it: remove it once no run trains here"
             )
-    numbered = [(step, child) for child in children if not child.is_symlink() and (step := step_of(child)) is not None]
+    numbered = [
+        (step, child) for child in children if not child.is_symlink() and (step := step_number(child)) is not None
+    ]
     steps = [child for _, child in sorted(numbered)]
     newest = steps[-1].name if steps else None
     if newest is not None and "last" not in pointers and not (held / "last").is_symlink():
@@ -205,7 +207,7 @@ def _trained(path: Path, base: Path | None, *, check_base: bool) -> Report | Non
     """Return the report on an adapter or a checkpoint of a run; None where the run has removed it meanwhile."""
     try:
         found = _again(path, lambda folder: inspect_trained(folder, base, check_base=check_base))
-    except Removed:
+    except FolderRemoved:
         return None
     return found if path.exists() else None
 
@@ -227,7 +229,7 @@ def _pointers(links: Mapping[Path, Path], children: Sequence[Path], report: Repo
     beside = {real_path(child) for child in children if not child.is_symlink() and not child.is_file()}
     found = {}
     for link, target in links.items():
-        if target not in beside or step_of(target) is None:
+        if target not in beside or step_number(target) is None:
             report.problems.append(f"{link} leads to {target}, which is no step folder beside it: link it to one")
         else:
             found[link.name] = target.name

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, read_header, tensor_bytes
 from lowrank_dist.untrusted.files import read_bytes
-from lowrank_dist.untrusted.json import LARGEST, JsonFault, parse_json
+from lowrank_dist.untrusted.json import LARGEST, JsonError, parse_json
 
 # AdamW's values for every element of Θ: the fp32 master and the two moments, under torch's names.
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -122,7 +122,7 @@ def read_state(path: Path) -> TrainingState:
         # Before pydantic, which accepts NaN and integers that are too long to print.
         parse_json(content, unique=True, finite=True)
         return parse_state(content)
-    except (JsonFault, ValidationError) as error:
+    except (JsonError, ValidationError) as error:
         raise UserError(f"{path} is not what this version of lowrank_dist writes ({error}): {_ANOTHER}") from error
 
 

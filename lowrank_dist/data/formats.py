@@ -22,7 +22,7 @@ from typing import Any, Literal
 from lowrank_dist.data.keys import MESSAGE_KEYS, ROW_KEYS
 from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.untrusted.files import MIB, read_lines
-from lowrank_dist.untrusted.json import JsonFault, brief, parse_json
+from lowrank_dist.untrusted.json import JsonError, brief, parse_json
 from lowrank_dist.untrusted.keys import EMPTY
 
 MAX_PROBLEMS = 20
@@ -139,7 +139,7 @@ def _parse(raw: bytes, *, first: bool) -> dict[str, Any]:
     try:
         # Windows editors may begin a file with a byte order mark.
         value = parse_json(raw.removeprefix(codecs.BOM_UTF8) if first else raw, unique=True)
-    except JsonFault as fault:
+    except JsonError as fault:
         raise Problem(f"{fault}; write one JSON object a line") from fault
     if not isinstance(value, dict):
         raise Problem(f"a JSON {_type(value)} where an object is expected: {FORMATS}")

@@ -11,10 +11,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from lowrank_dist.arch.model_files import read_json
+from lowrank_dist.arch.model_files import TOKENIZER_CONFIG_FILE, read_model_json
 from lowrank_dist.untrusted.keys import EMPTY, KeyRule
-
-TOKENIZER_FILE = "tokenizer_config.json"
 
 _SEEN = "would change what the model sees"
 _TRAINED = "would change what is trained"
@@ -86,8 +84,8 @@ _AS_IT_IS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 def tokenizer_notes(path: Path) -> list[str]:
     """Return the notes on settings in a tokenizer folder's tokenizer_config.json that are not applied here."""
     folder = path.parent if path.is_file() else path
-    file = folder / TOKENIZER_FILE
-    settings = read_json(file, "download it again") if file.is_file() else {}
+    file = folder / TOKENIZER_CONFIG_FILE
+    settings = read_model_json(file, "download it again") if file.is_file() else {}
     notes = TOKENIZER_KEYS.notes(settings, str(file))
     if (folder / "tokenizer.json").is_file() and settings.get("tokenizer_class") not in _AS_IT_IS:
         notes += _note_on_class(folder)
@@ -111,6 +109,6 @@ def _note_on_class(folder: Path) -> list[str]:
             return [
                 f"{folder}: {text!r} is {' '.join(here)} by tokenizer.json, as it is trained here, and "
                 f"{' '.join(there)} to transformers' {type(theirs).__name__}: where the model is used, set "
-                f"tokenizer_class to {_AS_IT_IS[0]} in {TOKENIZER_FILE}"
+                f"tokenizer_class to {_AS_IT_IS[0]} in {TOKENIZER_CONFIG_FILE}"
             ]
     return []

@@ -10,6 +10,7 @@ from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 
+from lowrank_dist.arch.model_files import TOKENIZER_CONFIG_FILE
 from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.untrusted.files import MIB, read_bytes
 from lowrank_dist.untrusted.json import read_json
@@ -23,7 +24,6 @@ _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
 # Classes that use the ids of the file. Others shift them (XGLM, XLM-R: fairseq's order) or are code in the folder.
 _CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 _LLAMAS = ("<unk>", "<s>", "</s>")  # LlamaTokenizer's defaults
-_CONFIG = "tokenizer_config.json"
 _AROUND = 20  # characters of a text shown around a token
 
 
@@ -73,8 +73,8 @@ class SentencePieceTokenizer:
         spaced = self._own.normalize("a") != self._bare.normalize("a")
         if settings.prefix_space not in (None, spaced):
             raise UserError(
-                f"{model.parent / _CONFIG}: add_prefix_space is {str(settings.prefix_space).lower()}, and {model.name} "
-                f"says the contrary: {write_fast(model.parent)}"
+                f"{model.parent / TOKENIZER_CONFIG_FILE}: add_prefix_space is {str(settings.prefix_space).lower()}, "
+                f"and {model.name} says the contrary: {write_fast(model.parent)}"
             )
         self._apart = tuple(text for text, at in settings.tokens.items() if not self._finds(text, at))
 
@@ -175,7 +175,7 @@ def _read_token_settings(folder: Path) -> _TokenSettings:
 
     A tokenizer_config.json with added_tokens_decoder overrides the older files.
     """
-    source = folder / _CONFIG
+    source = folder / TOKENIZER_CONFIG_FILE
     config = settings_in(source, "mend or remove it")
     _check_config(config, source)
     added = config.get("added_tokens_decoder")

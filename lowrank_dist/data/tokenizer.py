@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from lowrank_dist.arch.keys import is_integer
+from lowrank_dist.arch.model_files import TOKENIZER_CONFIG_FILE
 from lowrank_dist.data.sentencepiece_model import SentencePieceTokenizer, settings_in, write_fast
 from lowrank_dist.data.template import ChatTemplate
 from lowrank_dist.errors import UserError
@@ -24,7 +25,7 @@ from lowrank_dist.untrusted.json import brief, parse_json, read_object
 # Size limits of the files that transformers reads itself. A published tokenizer.json has 35 MB.
 _LARGEST = {
     "tokenizer.json": 64 * MIB,
-    "tokenizer_config.json": 32 * MIB,
+    TOKENIZER_CONFIG_FILE: 32 * MIB,
     "special_tokens_map.json": MIB,
     "added_tokens.json": 32 * MIB,
     "chat_template.jinja": MIB,

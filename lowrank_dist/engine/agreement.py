@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import lowrank_dist
+from lowrank_dist.arch.model_files import GENERATION_FILE
 from lowrank_dist.backend import apex
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.checkpoint.training_state import DataState
@@ -21,7 +22,7 @@ from lowrank_dist.config import Config
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.resume import flat_keys
 from lowrank_dist.formats.provenance import digest_of, fingerprint, installed_versions
-from lowrank_dist.formats.text_files import GENERATION_CONFIG, tokenizer_digest
+from lowrank_dist.formats.text_files import tokenizer_digest
 from lowrank_dist.methods.registry import method_package
 from lowrank_dist.ops import extension
 from lowrank_dist.parallel.collectives import require_agreement
@@ -62,7 +63,7 @@ def require_same_inputs(config: Config, data: Data, device: torch.device, *, afr
     if config.eval.generate is not None:
         assert config.data.eval is not None, "there is nothing to generate for without an eval set"
         own["data.eval, prompts and all"] = _shown(digest_of([config.data.eval]))
-        own[GENERATION_CONFIG] = _shown(digest_of([model / GENERATION_CONFIG]))
+        own[GENERATION_FILE] = _shown(digest_of([model / GENERATION_FILE]))
     adapter = config.own_section.starts_from
     if afresh and adapter is not None:
         own[_start_key(config)] = _shown(

@@ -22,7 +22,12 @@ from lowrank_dist.engine.saving import CheckpointSaver, CheckpointWriter, Facts,
 from lowrank_dist.engine.trainer import Trainer
 from lowrank_dist.engine.zero import Engine, OptimiserRules, ZeroOptimiser
 from lowrank_dist.formats.provenance import Provenance, fingerprint
-from lowrank_dist.formats.text_files import TextFiles, note_on_another, note_on_other_tokens, unknown_ends
+from lowrank_dist.formats.text_files import (
+    TextFiles,
+    note_on_adapter_tokenizer,
+    note_on_base_tokenizer,
+    unknown_end_ids,
+)
 from lowrank_dist.methods.method import Method, Setting
 from lowrank_dist.methods.registry import method_package, method_package_reading
 from lowrank_dist.model.causal_lm import CausalLM
@@ -126,18 +131,18 @@ def _notes_on_files(config: Config, model: CausalLM, *, afresh: bool) -> Iterato
     yield from dtype_notes(path, model.config.params_dtype)
     yield from tokenizer_notes(config.data.tokenizer or path)
     if config.data.tokenizer is not None:
-        yield from note_on_other_tokens(config.data.tokenizer, path)
+        yield from note_on_base_tokenizer(config.data.tokenizer, path)
     if config.eval.generate is not None:
         yield from generation_notes(path)
     if afresh and start is not None:
         yield from method_package_reading(start).files.notes(start)
-        yield from note_on_another(start, config.data.tokenizer or path)
+        yield from note_on_adapter_tokenizer(start, config.data.tokenizer or path)
 
 
 def _checkpoint_writer(run: Run, method: Method, engine: Engine, data: Data) -> CheckpointWriter:
     config, path = run.config, run.config.model.path
     text = TextFiles.of_run(config.data.tokenizer or path, path, data.dataset.ends)
-    training = {"new_ends": unknown_ends(path, text.ends)}
+    training = {"new_ends": unknown_end_ids(path, text.ends)}
     provenance = Provenance(fingerprint(path), str(path), config.read_keys(), training=training)
     retention = Retention(config.output.keep_last, config.output.keep_best, config.eval.best)
     facts = Facts(provenance, data.state, data.held_out_state, text, run.started_at)

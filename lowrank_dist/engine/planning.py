@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.config_json import architecture_of
+from lowrank_dist.arch.config_json import parse_architecture
 from lowrank_dist.arch.model_files import BUILT_IN, config_file, declared_dtype, find_config, read_config, stored_dtype
 from lowrank_dist.config import Config, config_of, load_config
 from lowrank_dist.errors import UserError
@@ -56,7 +56,7 @@ def read_model(path: Path, name: str | None = None) -> Model:
     file = config_file(path)
     values = read_config(file)
     dtype = stored_dtype(file.parent) or declared_dtype(values)
-    return Model(name or file.parent.name, architecture_of(values, str(file)), dtype)
+    return Model(name or file.parent.name, parse_architecture(values, str(file)), dtype)
 
 
 def read_request(what: str, overrides: Sequence[str]) -> Request:

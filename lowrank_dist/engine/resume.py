@@ -57,7 +57,7 @@ def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Re
     if config.train.resume == "never":
         return None
     answer = from_rank_0(lambda: _look(config, folder), topology)
-    messages = tuple(f"passed over: {reason}" for reason in answer["passed_over"])
+    messages = tuple(f"passed over: {reason}" for reason in answer["skipped"])
     if answer["state"] is None:
         why = None
         if messages:
@@ -91,9 +91,9 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
     assert asked != "never"
     if asked == "auto":
         found = newest_checkpoint(folder.checkpoints)
-        chosen, state, passed_over = found.folder, found.state, found.passed_over
+        chosen, state, skipped = found.folder, found.state, found.skipped
     else:
-        chosen, passed_over = resolve_link(asked), ()
+        chosen, skipped = resolve_link(asked), ()
         state = read_checkpoint(chosen)
         newer = [step for step in step_folders(folder.checkpoints) if step > state.step]
         if folder.holds(chosen) and newer:
@@ -113,7 +113,7 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
     return {
         "folder": str(chosen),
         "state": state and state.to_json(),
-        "passed_over": list(passed_over),
+        "skipped": list(skipped),
         "saved_run": [] if state else folder.saved_run(),
     }
 

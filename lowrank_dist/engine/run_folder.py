@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from lowrank_dist.checkpoint.folder import LINKS, is_step, step_folders, step_links
+from lowrank_dist.checkpoint.folder import LINKS, is_step_folder, step_folders, step_links
 from lowrank_dist.errors import UserError, some_of
-from lowrank_dist.formats.atomic import is_temporary, sync, target_of, temporary_name
+from lowrank_dist.formats.atomic import final_path, is_temporary, sync, temporary_name
 from lowrank_dist.formats.paths import lies_in, refuse_links
 from lowrank_dist.supervision.failure import NAME as FAILED
 from lowrank_dist.supervision.failure import retire
@@ -220,8 +220,8 @@ class RunFolder:
         names = {self.path: {path.name for path in own}, self.checkpoints: set(LINKS)}
         for folder, known in names.items():
             for child in folder.iterdir():
-                target = target_of(child)
-                ours = target.name in known or (folder == self.checkpoints and is_step(target))
+                target = final_path(child)
+                ours = target.name in known or (folder == self.checkpoints and is_step_folder(target))
                 if is_temporary(child) and ours:
                     logger.warning("removing %s, left behind unfinished", child)
                     shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()

@@ -33,7 +33,7 @@ def temporary_name(target: Path) -> Path:
     return target.with_name(f".{target.name}{_MARK}{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def target_of(folder: Path) -> Path:
+def final_path(folder: Path) -> Path:
     """Return the folder that a temporary folder will become, for messages; any other folder is returned unchanged."""
     if not is_temporary(folder):
         return folder
@@ -94,7 +94,7 @@ def _remove_abandoned(target: Path) -> None:
 
     An empty folder stays: its writer may be about to lock it.
     """
-    for folder in [child for child in target.parent.iterdir() if is_temporary(child) and target_of(child) == target]:
+    for folder in [child for child in target.parent.iterdir() if is_temporary(child) and final_path(child) == target]:
         with suppress(OSError):
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

@@ -13,7 +13,7 @@ from lowrank_dist.untrusted.json import read_object
 
 
 @dataclass(frozen=True)
-class Piece:
+class CopiedTensor:
     """One tensor to copy: `source`, from byte `start` of `path`, is written as `target` (type and size)."""
 
     path: Path
@@ -24,10 +24,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to write; `pieces` are its tensors in the order of their bytes."""
+    """A file to write; `tensors` are its tensors in the order of their bytes."""
 
     name: str
-    pieces: tuple[Piece, ...]
+    tensors: tuple[CopiedTensor, ...]
     metadata: Mapping[str, str]
 
 
@@ -55,7 +55,8 @@ def plan_layout(mapped: Mapping[str, Path], dtype: str | None, shard_size: int |
     headers = {path: read_header(path) for path in sorted(set(mapped.values()))}
     pieces = {
         path: tuple(
-            Piece(path, header.data_start + entry.start, entry, _converted(entry, dtype)) for entry in header.entries
+            CopiedTensor(path, header.data_start + entry.start, entry, _converted(entry, dtype))
+            for entry in header.entries
         )
         for path, header in headers.items()
     }
@@ -71,7 +72,7 @@ def plan_layout(mapped: Mapping[str, Path], dtype: str | None, shard_size: int |
             OutputFile(name, tuple(ordered[index] for index in shard), {"format": "pt"})
             for name, shard in zip(names, shards, strict=True)
         ]
-    everything = [piece for file in files for piece in file.pieces]
+    everything = [piece for file in files for piece in file.tensors]
     head = sum(header.data_start for header in headers.values())
     return OutputLayout(
         tuple(files),
@@ -130,9 +131,9 @@ def write_index(folder: Path, layout: OutputLayout) -> None:
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _counted(layout: OutputLayout) -> Iterable[tuple[OutputFile, Piece]]:
+def _counted(layout: OutputLayout) -> Iterable[tuple[OutputFile, CopiedTensor]]:
     for file in layout.files:
-        for piece in file.pieces:
+        for piece in file.tensors:
             if layout.mapped.get(piece.source.name) == piece.path:
                 yield file, piece
 

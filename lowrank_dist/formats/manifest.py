@@ -8,7 +8,7 @@ from typing import Any
 
 from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.files import read_bytes
-from lowrank_dist.untrusted.json import JsonFault, parse_json
+from lowrank_dist.untrusted.json import JsonError, parse_json
 
 MANIFEST_FILE = "manifest.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -39,7 +39,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             entry.keys() == {"size", "sha256"} and isinstance(entry["size"], int) and isinstance(entry["sha256"], str)
             for entry in files.values()
         )
-    except (JsonFault, TypeError, KeyError, AttributeError) as error:
+    except (JsonError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is not what lowrank_dist writes ({error}): {_ANOTHER}") from error
     if not genuine:
         raise UserError(f"{path} was changed after it was written: {_ANOTHER}")

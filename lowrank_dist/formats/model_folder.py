@@ -13,13 +13,13 @@ from safetensors import safe_open
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.families import OUTPUT_LAYER
-from lowrank_dist.arch.model_files import read_config, read_json, require_folder
+from lowrank_dist.arch.model_files import read_config, read_model_json, require_folder
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.paths import require_copyable
 from lowrank_dist.formats.safetensors_file import read_header
 from lowrank_dist.formats.text_files import TEXT_FILES
-from lowrank_dist.untrusted.files import is_nameable
+from lowrank_dist.untrusted.files import is_valid_path
 from lowrank_dist.untrusted.json import brief
 
 SINGLE_FILE = "model.safetensors"
@@ -150,13 +150,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_weight_map(index: Path) -> dict[str, str]:
-    content = read_json(index, "download the model again")
+    content = read_model_json(index, "download the model again")
     if "weight_map" not in content or not isinstance(content["weight_map"], dict) or not content["weight_map"]:
         raise UserError(f"{index}: key weight_map must be an object of tensor names to file names; download it again")
     for tensor, name in content["weight_map"].items():
         # Only a plain name: the Hub's cache may link files elsewhere, but an index must not name another folder.
         plain = isinstance(name, str) and not set(name) & set("/\\") and name.endswith(".safetensors")
-        if not plain or not is_nameable(name):
+        if not plain or not is_valid_path(name):
             raise UserError(
                 f"{index}: weight_map: {tensor} lies in {brief(name)}: expected the plain name of a .safetensors file "
                 "inside the model folder; download the index again"

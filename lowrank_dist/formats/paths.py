@@ -49,7 +49,7 @@ def lies_in(path: Path, folder: Path) -> bool:
     return home.exists() and any(one.exists() and one.samefile(home) for one in (real, *real.parents))
 
 
-class Removed(UserError):
+class FolderRemoved(UserError):
     """A folder was removed, or another one put in its place, while it was read."""
 
 
@@ -66,11 +66,11 @@ def resolve_link(folder: Path) -> Path:
 
 
 @contextmanager
-def reading(folder: Path, *, read_before: bool = False) -> Iterator[Path]:
+def detect_removal(folder: Path, *, read_before: bool = False) -> Iterator[Path]:
     """Yield the folder after `resolve_link`, to be read in the block.
 
-    Raises Removed, in place of whatever the block raised, where the folder was removed or replaced meanwhile.
-    read_before: the caller has read the folder before, so Removed is raised as well where it is missing at first.
+    Raises FolderRemoved, in place of whatever the block raised, where the folder was removed or replaced meanwhile.
+    read_before: the caller has read the folder before, so FolderRemoved is raised as well where it is missing at first.
     """
     found, descriptor = _opened(folder)
     if descriptor is None:
@@ -110,9 +110,9 @@ def _require_same(folder: Path, found: Path, descriptor: int, cause: Exception |
     raise _removed(folder, found) from cause
 
 
-def _removed(folder: Path, found: Path) -> Removed:
+def _removed(folder: Path, found: Path) -> FolderRemoved:
     which = f"{found}, to which {folder} led," if found != folder else f"{folder}"
-    return Removed(
+    return FolderRemoved(
         f"{which} was removed or replaced while it was read, as a run does with its older checkpoints "
         "(output.keep_last): try again"
     )

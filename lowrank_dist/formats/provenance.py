@@ -13,7 +13,7 @@ from lowrank_dist import __version__
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import open_checkpoint
 from lowrank_dist.formats.safetensors_file import read_header, read_into
-from lowrank_dist.untrusted.json import brief, read_object, take
+from lowrank_dist.untrusted.json import brief, read_object, typed_value
 
 PROVENANCE_FILE = "lowrank_dist.json"
 _FORMAT = 1
@@ -133,7 +133,7 @@ def read_provenance(folder: Path) -> Provenance | None:
         raise UserError(f"{path}: format is {stated}, and this version reads format {_FORMAT}: {remedy}")
     found.setdefault("training", {})  # files from before it was recorded have none
     for key, kind in _KINDS.items():
-        if take(found, key, kind, path, remedy) is None:
+        if typed_value(found, key, kind, path, remedy) is None:
             raise UserError(f"{path}: {key} is missing: {remedy}")
     return Provenance(**{key: found[key] for key in _KINDS})
 

@@ -13,7 +13,7 @@ import torch
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import UnsupportedModel, read_architecture
-from lowrank_dist.arch.model_files import CONFIG_FILE, read_config
+from lowrank_dist.arch.model_files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, read_config
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import (
@@ -100,7 +100,7 @@ def _jsonable(value: Any) -> Any:
     return value if value is None or isinstance(value, str | bool | int | float) else str(value)
 
 
-def parameters_of(architecture: Architecture | None, checkpoint: Checkpoint) -> int:
+def count_parameters(architecture: Architecture | None, checkpoint: Checkpoint) -> int:
     """Return the number of parameters, tied ones counted once; for an unsupported family, all in the files."""
     if architecture is not None:
         return sum(torch.Size(shape).numel() for shape in hf_shapes(architecture).values())
@@ -111,13 +111,13 @@ def inspect_model(folder: Path) -> Report:
     """Return the report on a model folder. An unsupported model is no problem, an incomplete one is."""
     report = Report(folder, "model")
     checkpoint = report.read(folder, open_checkpoint, folder)
-    architecture, reason = architecture_of_folder(folder)
+    architecture, reason = try_architecture(folder)
     if reason is not None:
         report.read(folder / "config.json", _require_config, folder)
     report.facts |= _described(folder, architecture)
     if checkpoint is not None:
         with checkpoint:
-            report.facts["parameters"] = parameters_of(architecture, checkpoint)
+            report.facts["parameters"] = count_parameters(architecture, checkpoint)
             report.read(folder, _files, folder, checkpoint, report)
             if architecture is not None:
                 report.read(folder, check_checkpoint, architecture, checkpoint)
@@ -132,7 +132,7 @@ def inspect_model(folder: Path) -> Report:
     return report
 
 
-def architecture_of_folder(folder: Path) -> tuple[Architecture | None, str | None]:
+def try_architecture(folder: Path) -> tuple[Architecture | None, str | None]:
     """Return (architecture, None), or None and the reason why the folder's model is not supported."""
     try:
         return read_architecture(folder), None
@@ -226,7 +226,7 @@ def _tokenizer(folder: Path, report: Report) -> None:
             f"{folder} has neither {' nor '.join(_TOKENIZERS)}: data.tokenizer has to name a folder that has one"
         )
     templates = [name for name in _TEMPLATES if (folder / name).is_file()]
-    settings = folder / "tokenizer_config.json"
+    settings = folder / TOKENIZER_CONFIG_FILE
     if settings.is_file():
         values = report.read(settings, read_object, settings, "download it again")
         if values is not None and "chat_template" in values and values["chat_template"]:

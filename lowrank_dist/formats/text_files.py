@@ -15,19 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dist.arch.keys import is_integer
-from lowrank_dist.arch.model_files import CONFIG_FILE
+from lowrank_dist.arch.model_files import CONFIG_FILE, GENERATION_FILE, TOKENIZER_CONFIG_FILE
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.paths import require_copyable
 from lowrank_dist.untrusted.files import MIB, read_bytes, read_text, short_path
-from lowrank_dist.untrusted.json import JsonFault, brief, parse_json, read_object
+from lowrank_dist.untrusted.json import JsonError, brief, parse_json, read_object
 
-GENERATION_CONFIG = "generation_config.json"
 _FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
-_SETTINGS, _TEMPLATE, _TEMPLATES = "tokenizer_config.json", "chat_template.jinja", "additional_chat_templates"
+_TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 # The rest of a SentencePiece tokenizer. Without tokenizer.json, which would be read in place of the model.
-_BESIDE = (_SETTINGS, "special_tokens_map.json", "added_tokens.json", _TEMPLATE, "chat_template.json")
+_BESIDE = (TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", _TEMPLATE, "chat_template.json")
 TOKENIZER_FILES = (_FAST, _SENTENCEPIECE, *_BESIDE, "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
-TEXT_FILES = (*TOKENIZER_FILES, GENERATION_CONFIG)
+TEXT_FILES = (*TOKENIZER_FILES, GENERATION_FILE)
 # Keys that transformers takes from config.json where there is no generation_config.json.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MEND = "mend it, or remove it"
@@ -42,7 +41,7 @@ _LARGEST = 256 * MIB  # of one file; the largest published tokenizer.json has 33
 Tokenizer = Mapping[str, bytes]
 
 
-def place_of_tokenizer(path: Path) -> Path:
+def locate_tokenizer(path: Path) -> Path:
     """Return the folder of a tokenizer.json, or the file of a bare SentencePiece model, for a folder or such a file.
 
     It is the choice of `data.tokenizer.load_tokenizer`. The result need not exist.
@@ -53,9 +52,9 @@ def place_of_tokenizer(path: Path) -> Path:
     return path if path.is_file() else path / _SENTENCEPIECE
 
 
-def holds_tokenizer(path: Path) -> bool:
+def has_tokenizer(path: Path) -> bool:
     """Return whether `read_tokenizer` finds a tokenizer at a path."""
-    return place_of_tokenizer(path).exists()
+    return locate_tokenizer(path).exists()
 
 
 def tokenizer_digest(path: Path) -> str:
@@ -67,12 +66,12 @@ def tokenizer_digest(path: Path) -> str:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Return file name → content of the tokenizer at a path (see `place_of_tokenizer`).
+    """Return file name → content of the tokenizer at a path (see `locate_tokenizer`).
 
     Raises UserError where there is none, and for a link to a file that does not belong to a tokenizer (see
     `require_copyable`).
     """
-    place = place_of_tokenizer(path)
+    place = locate_tokenizer(path)
     if not place.exists():
         raise UserError(f"{path} holds no tokenizer: give a folder with {_FAST} or {_SENTENCEPIECE}")
     if place.is_dir():
@@ -102,21 +101,21 @@ def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
     return model[0] is not None and [model] == rest
 
 
-def tokenizer_beside(adapter: Path | None, model: Path) -> Path:
+def tokenizer_of_adapter(adapter: Path | None, model: Path) -> Path:
     """Return the folder of the tokenizer that an adapter was trained with.
 
     It is the adapter's where that has one which differs from the model's, else the model's.
     """
-    if adapter is None or not holds_tokenizer(adapter):
+    if adapter is None or not has_tokenizer(adapter):
         return model
-    if holds_tokenizer(model) and same_tokenizer(read_tokenizer(adapter), read_tokenizer(model)):
+    if has_tokenizer(model) and same_tokenizer(read_tokenizer(adapter), read_tokenizer(model)):
         return model
     return adapter
 
 
-def note_on_other_tokens(tokenizer: Path, base: Path) -> list[str]:
+def note_on_base_tokenizer(tokenizer: Path, base: Path) -> list[str]:
     """Return a note where a run's tokenizer.json is not its base's: the same ids may be other tokens there."""
-    if not holds_tokenizer(base):
+    if not has_tokenizer(base):
         return []
     ours, theirs = read_tokenizer(tokenizer), read_tokenizer(base)
     if _FAST not in ours or _FAST not in theirs or ours[_FAST] == theirs[_FAST]:
@@ -129,9 +128,9 @@ def note_on_other_tokens(tokenizer: Path, base: Path) -> list[str]:
     ]
 
 
-def note_on_another(adapter: Path, tokenizer: Path) -> list[str]:
+def note_on_adapter_tokenizer(adapter: Path, tokenizer: Path) -> list[str]:
     """Return a note where the adapter that a run starts from was trained with another tokenizer than the run's."""
-    if not holds_tokenizer(adapter) or same_tokenizer(read_tokenizer(adapter), read_tokenizer(tokenizer)):
+    if not has_tokenizer(adapter) or same_tokenizer(read_tokenizer(adapter), read_tokenizer(tokenizer)):
         return []
     return [
         f"{adapter} was trained with another tokenizer or chat template than {tokenizer}, which this run reads: give "
@@ -141,7 +140,7 @@ def note_on_another(adapter: Path, tokenizer: Path) -> list[str]:
 
 def _meaning(files: Tokenizer) -> list[Any]:
     if _FAST not in files:
-        added = [_object(files, "added_tokens.json"), _object(files, _SETTINGS).get("added_tokens_decoder")]
+        added = [_object(files, "added_tokens.json"), _object(files, TOKENIZER_CONFIG_FILE).get("added_tokens_decoder")]
         return [files.get(_SENTENCEPIECE), added, *_said_beside(files)]
     definition = _object(files, _FAST)
     own = {"truncation": None, "padding": None, "added_tokens": None}
@@ -150,7 +149,7 @@ def _meaning(files: Tokenizer) -> list[Any]:
 
 def _said_beside(files: Tokenizer) -> list[Any]:
     """Return chat template, BOS, EOS, split_special_tokens, and whether BOS is put before a text."""
-    settings = _object(files, _SETTINGS)
+    settings = _object(files, TOKENIZER_CONFIG_FILE)
     template = files[_TEMPLATE].decode(errors="replace") if _TEMPLATE in files else settings.get("chat_template")
     special = [_content(settings.get(name)) for name in ("bos_token", "eos_token")]
     bos = _FAST in files or settings.get("add_bos_token") is not False
@@ -163,7 +162,7 @@ def _added_tokens(definition: Mapping[str, Any], files: Tokenizer) -> dict[str, 
     They come from tokenizer.json and the files beside it, as transformers reads them: a tokenizer_config.json that has
     added_tokens_decoder overrides the older files.
     """
-    named = _object(files, _SETTINGS)
+    named = _object(files, TOKENIZER_CONFIG_FILE)
     listed, decoder = definition.get("added_tokens"), named.get("added_tokens_decoder")
     said: list[Any] = list(listed) if isinstance(listed, list) else []
     names: list[Any] = []
@@ -206,7 +205,7 @@ def _canonical(part: Any) -> Any:
 def _object(files: Tokenizer, name: str) -> dict[str, Any]:
     try:
         found = parse_json(files.get(name, b"{}"))
-    except JsonFault as error:
+    except JsonError as error:
         raise UserError(f"{name} of the tokenizer is not valid JSON: {error}: {_MEND}") from error
     return found if isinstance(found, dict) else {}
 
@@ -217,7 +216,7 @@ def _content(token: object) -> object:
 
 def end_of_text(files: Tokenizer) -> tuple[int, ...]:
     """Return the id of the EOS that a tokenizer.json folder names; empty where it names none or gives it no id."""
-    eos, definition = _content(_object(files, _SETTINGS).get("eos_token")), _object(files, _FAST)
+    eos, definition = _content(_object(files, TOKENIZER_CONFIG_FILE).get("eos_token")), _object(files, _FAST)
     added = definition.get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
     ids: list[Any] = [token.get("id") for token in tokens if token.get("content") == eos]
@@ -237,9 +236,9 @@ def _largest_id(files: Tokenizer) -> int:
     return len(vocab) - 1 if isinstance(vocab, list) else -1
 
 
-def stops_of(folder: Path) -> tuple[int, ...]:
+def read_stop_ids(folder: Path) -> tuple[int, ...]:
     """Return the ids in eos_token_id of a folder's generation_config.json, or else of its config.json."""
-    for name in (GENERATION_CONFIG, CONFIG_FILE):
+    for name in (GENERATION_FILE, CONFIG_FILE):
         path = folder / name
         if path.is_file():
             eos = read_object(path, _MEND).get("eos_token_id")
@@ -272,7 +271,7 @@ class TextFiles:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the files in an adapter's folder."""
-        return (*self.tokenizer, *(() if self.generation is None else (GENERATION_CONFIG,)))
+        return (*self.tokenizer, *(() if self.generation is None else (GENERATION_FILE,)))
 
     def write(self, folder: Path) -> None:
         """Write the files into an adapter's folder, or into a model folder in place of the base's."""
@@ -285,14 +284,14 @@ class TextFiles:
         if (folder / CONFIG_FILE).is_file():
             self._complete(folder)
         elif self.generation is not None:
-            (folder / GENERATION_CONFIG).write_text(self.generation, encoding="utf-8")
+            (folder / GENERATION_FILE).write_text(self.generation, encoding="utf-8")
 
     def changes(self, base: Path) -> list[str]:
         """Return a line for each difference that a model folder will have from its base."""
         lines = []
         if self._replaces(base):
             lines.append(f"the tokenizer or chat template is not that of {base}")
-        if missing := missing_ends(base, self.ends):
+        if missing := missing_end_ids(base, self.ends):
             lines.append(
                 f"eos_token_id of the result has {', '.join(map(str, missing))} beside what {base} has: the trained "
                 "texts end there"
@@ -302,27 +301,27 @@ class TextFiles:
     def _replaces(self, folder: Path) -> bool:
         if not self.tokenizer:
             return False
-        return not holds_tokenizer(folder) or not same_tokenizer(read_tokenizer(folder), self.tokenizer)
+        return not has_tokenizer(folder) or not same_tokenizer(read_tokenizer(folder), self.tokenizer)
 
     def _complete(self, folder: Path) -> None:
         """Add the missing ends to eos_token_id of a model folder, in the file that has that key."""
-        if missing_ends(folder, self.ends):
-            path = folder / GENERATION_CONFIG
-            if not path.is_file() and stops_of(folder):
+        if missing_end_ids(folder, self.ends):
+            path = folder / GENERATION_FILE
+            if not path.is_file() and read_stop_ids(folder):
                 path = folder / CONFIG_FILE
             path.write_text(_with_ends(path, folder, self.ends), encoding="utf-8")
 
 
-def missing_ends(folder: Path, ends: Iterable[int]) -> list[int]:
-    """Return the ids among `ends` that are no stop tokens in a model folder's files (`stops_of`)."""
-    known = stops_of(folder)
+def missing_end_ids(folder: Path, ends: Iterable[int]) -> list[int]:
+    """Return the ids among `ends` that are no stop tokens in a model folder's files (`read_stop_ids`)."""
+    known = read_stop_ids(folder)
     return [end for end in dict.fromkeys(ends) if end not in known]
 
 
 def _generation(base: Path, ends: Iterable[int]) -> str | None:
     """Return the text of the base's generation_config.json with the ends added; None where none is needed."""
-    path, ends = base / GENERATION_CONFIG, tuple(ends)
-    if missing_ends(base, ends):
+    path, ends = base / GENERATION_FILE, tuple(ends)
+    if missing_end_ids(base, ends):
         return _with_ends(path, base, ends)
     return read_text(path, _MEND, largest=_LARGEST) if path.is_file() else None
 
@@ -334,7 +333,7 @@ def _with_ends(path: Path, folder: Path, ends: Iterable[int]) -> str:
     else:
         config = read_object(folder / CONFIG_FILE, _MEND)
         settings = {key: config[key] for key in _TOKEN_IDS if key in config}
-    ids = [*stops_of(folder), *missing_ends(folder, ends)]
+    ids = [*read_stop_ids(folder), *missing_end_ids(folder, ends)]
     settings["eos_token_id"] = ids[0] if len(ids) == 1 else ids
     # With this key transformers would use config.json's ids.
     settings.pop("_from_model_config", None)
@@ -344,7 +343,7 @@ def _with_ends(path: Path, folder: Path, ends: Iterable[int]) -> str:
 def merged_text_files(adapters: Collection[Path], tokenizer: Path | None, vocab: int) -> TextFiles:
     """Return the text files of a merge: those of the given tokenizer, else of the one beside the adapters.
 
-    Their ends are the `stops_of` the adapters and of a given tokenizer folder, and the EOS of the tokenizer, as far as
+    Their ends are the stop ids of the adapters and of a given tokenizer folder, and the EOS of the tokenizer, as far as
     they are below vocab, the number of the model's ids. Raises UserError where adapters were trained with different
     tokenizers and none is given, and where the given one cannot be the model's.
     """
@@ -356,7 +355,7 @@ def merged_text_files(adapters: Collection[Path], tokenizer: Path | None, vocab:
                 f"{vocab} rows: give the tokenizer that the adapter was trained with"
             )
     else:
-        held = {path: read_tokenizer(path) for path in adapters if holds_tokenizer(path)}
+        held = {path: read_tokenizer(path) for path in adapters if has_tokenizer(path)}
         files = next(iter(held.values()), {})
         for path, other in held.items():
             if not same_tokenizer(files, other):
@@ -365,14 +364,14 @@ def merged_text_files(adapters: Collection[Path], tokenizer: Path | None, vocab:
                     "with the merged model as --tokenizer DIR"
                 )
     given = [] if tokenizer is None or not tokenizer.is_dir() else [tokenizer]
-    ends = [end for folder in (*adapters, *given) for end in stops_of(folder)]
+    ends = [end for folder in (*adapters, *given) for end in read_stop_ids(folder)]
     return TextFiles(files, tuple(end for end in (*ends, *end_of_text(files)) if end < vocab))
 
 
-def unknown_ends(base: Path, ends: Iterable[int]) -> list[int]:
+def unknown_end_ids(base: Path, ends: Iterable[int]) -> list[int]:
     """Return the ids among `ends` that are neither stop tokens in the base's files nor its tokenizer's EOS."""
-    missing = missing_ends(base, ends)
-    own = end_of_text(read_tokenizer(base)) if missing and holds_tokenizer(base) else ()
+    missing = missing_end_ids(base, ends)
+    own = end_of_text(read_tokenizer(base)) if missing and has_tokenizer(base) else ()
     return [end for end in missing if end not in own]
 
 
@@ -383,15 +382,15 @@ def reasons_not_served(adapter: Path, base: Path | None, new_ends: Iterable[int]
     on it. target: the server's name.
     """
     reasons = []
-    ours = read_tokenizer(adapter) if holds_tokenizer(adapter) else {}
-    if missing := list(new_ends) if base is None else unknown_ends(base, new_ends):
+    ours = read_tokenizer(adapter) if has_tokenizer(adapter) else {}
+    if missing := list(new_ends) if base is None else unknown_end_ids(base, new_ends):
         named = [f"{end} ({token!r})" if (token := token_of(ours, end)) else str(end) for end in missing]
         reasons.append(
             f"its texts end in token {', '.join(named)}, which is not in eos_token_id of the base's "
             "generation_config.json, so that they would run on: merge it into the base with lowrank-dist merge, or add "
             "the token there"
         )
-    if base is not None and ours and holds_tokenizer(base) and not same_tokenizer(ours, read_tokenizer(base)):
+    if base is not None and ours and has_tokenizer(base) and not same_tokenizer(ours, read_tokenizer(base)):
         reasons.append(
             f"it was trained with another tokenizer or chat template than that of {base}, which {target} reads: merge "
             "it into the base with lowrank-dist merge"

@@ -22,9 +22,9 @@ from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.keys import tokenizer_notes
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import RankIdentityError, UserError
-from lowrank_dist.formats.paths import reading
+from lowrank_dist.formats.paths import detect_removal
 from lowrank_dist.formats.provenance import digest_of, fingerprint
-from lowrank_dist.formats.text_files import tokenizer_beside, tokenizer_digest
+from lowrank_dist.formats.text_files import tokenizer_digest, tokenizer_of_adapter
 from lowrank_dist.generate.prompts import Prompt
 from lowrank_dist.generate.sampling import SamplingParams
 from lowrank_dist.methods.registry import method_package_reading
@@ -121,14 +121,14 @@ def load(
     dtype: auto (that of the weights), fp32 or bf16. tokenizer: its folder; by default the adapter's if it has one, with
     which it was trained, else `path`. Raises UserError on every rank where the ranks were given different content.
     """
-    with reading(path) as model, reading(adapter or path) as trained:
+    with detect_removal(path) as model, detect_removal(adapter or path) as trained:
         return _load(model, adapter and trained, topology, device, dtype, tokenizer)
 
 
 def _load(
     path: Path, adapter: Path | None, topology: Topology, device: torch.device, dtype: str, tokenizer: Path | None
 ) -> Loaded:
-    beside = tokenizer or tokenizer_beside(adapter, path)
+    beside = tokenizer or tokenizer_of_adapter(adapter, path)
     # Rank 0's time, for templates that read the clock: all ranks must render the same prompt.
     present = gather_texts(datetime.now().isoformat(), topology.world_group, device)[0]
     words = load_tokenizer(beside, datetime.fromisoformat(present))

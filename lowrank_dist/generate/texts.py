@@ -12,7 +12,7 @@ from os.path import commonprefix
 from pathlib import Path
 
 from lowrank_dist.data.tokenizer import Tokenizer
-from lowrank_dist.formats.text_files import stops_of
+from lowrank_dist.formats.text_files import read_stop_ids
 
 # Prompt tokens decoded before a completion's: a tokenizer may drop a space where a text begins.
 _CONTEXT = 8
@@ -25,8 +25,8 @@ def stop_tokens(model: Path, tokenizer: Tokenizer, adapter: Path | None = None) 
     An adapter's generation_config.json has the ids that its training texts end in, which may not be its base's.
     """
     own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    trained = () if adapter is None else stops_of(adapter)
-    return frozenset((*own, *stops_of(model), *trained))
+    trained = () if adapter is None else read_stop_ids(adapter)
+    return frozenset((*own, *read_stop_ids(model), *trained))
 
 
 def written_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int], stop_ids: Collection[int]) -> str:

@@ -13,9 +13,9 @@ from torch import Tensor
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
-from lowrank_dist.formats.layout import OutputFile, Piece, plan_layout, write_config, write_index
+from lowrank_dist.formats.layout import CopiedTensor, OutputFile, plan_layout, write_config, write_index
 from lowrank_dist.formats.model_folder import FLOAT_DTYPES, check_checkpoint, open_checkpoint, other_files
-from lowrank_dist.formats.paths import lies_in, reading, require_outside, resolve_link
+from lowrank_dist.formats.paths import detect_removal, lies_in, require_outside, resolve_link
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
 from lowrank_dist.formats.text_files import merged_text_files
@@ -85,7 +85,7 @@ def merge(
     Raises UserError when `out` exists or lies in a folder that must not change (`require_outside`), when a file to copy
     is a link out of the base, when base or adapter is incomplete or malformed, when they do not belong together
     (fingerprint, modules, shapes), when the adapters bring different tokenizers, when nothing would change, when a
-    value does not fit the type, and when the disk fails; Removed when a run removes an adapter while it is read.
+    value does not fit the type, and when the disk fails; FolderRemoved when a run removes an adapter while it is read.
     """
     base = resolve_link(base)
     weighted = (WeightedAdapter(adapters),) if isinstance(adapters, Path) else tuple(adapters)
@@ -99,7 +99,7 @@ def merge(
         checkpoint = held.enter_context(open_checkpoint(base))
         check_checkpoint(architecture, checkpoint)
         for adapter in weighted:
-            held.enter_context(reading(adapter.path))
+            held.enter_context(detect_removal(adapter.path))
         mapped = {name: checkpoint.file(name) for name in checkpoint.names()}
         read = [(adapter.path, adapter.weight, read_adapter(adapter.path, architecture)) for adapter in weighted]
         updates = updates_of(architecture, checkpoint, read)
@@ -216,10 +216,10 @@ def _write_file(
     output: OutputFile, target: Path, updates: Mapping[str, Update], changes: _Changes, meter: _Meter
 ) -> None:
     """Write one file, reading each tensor from the file of the base that holds it. One base file is open at a time."""
-    entries = [piece.target for piece in output.pieces]
+    entries = [piece.target for piece in output.tensors]
     with SafetensorsWriter(target, entries, output.metadata) as writer, ExitStack() as opened:
         path, source = None, None
-        for piece in output.pieces:
+        for piece in output.tensors:
             if source is None or piece.path != path:
                 opened.close()
                 path, source = piece.path, opened.enter_context(piece.path.open("rb", buffering=0))
@@ -233,14 +233,14 @@ def _write_file(
                     meter.advance(last - first)
 
 
-def _read(file: FileIO, piece: Piece, first: int, last: int) -> bytearray:
+def _read(file: FileIO, piece: CopiedTensor, first: int, last: int) -> bytearray:
     buffer = bytearray(last - first)
     read_into(file, piece.start + first, memoryview(buffer))
     return buffer
 
 
 def _merge_tensor(
-    file: FileIO, piece: Piece, update: Update, changes: _Changes, writer: SafetensorsWriter, meter: _Meter
+    file: FileIO, piece: CopiedTensor, update: Update, changes: _Changes, writer: SafetensorsWriter, meter: _Meter
 ) -> None:
     name, (rows, columns) = piece.source.name, piece.source.shape
     row_bytes = piece.source.nbytes // rows
@@ -268,7 +268,7 @@ def _merge_tensor(
         meter.advance(len(buffer))
 
 
-def _convert_tensor(file: FileIO, piece: Piece, writer: SafetensorsWriter, meter: _Meter) -> None:
+def _convert_tensor(file: FileIO, piece: CopiedTensor, writer: SafetensorsWriter, meter: _Meter) -> None:
     stored, dtype = FLOAT_DTYPES[piece.source.dtype], FLOAT_DTYPES[piece.target.dtype]
     for first, last in chunks(piece.source.nbytes // stored.itemsize, _CHUNK_ELEMENTS):
         buffer = _read(file, piece, first * stored.itemsize, last * stored.itemsize)

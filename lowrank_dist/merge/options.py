@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.untrusted.files import is_nameable, short_path
+from lowrank_dist.untrusted.files import is_valid_path, short_path
 
 # Decimal and binary units, as in transformers' save_pretrained(max_shard_size=…).
 _UNITS = {
@@ -58,7 +58,7 @@ def parse_adapter(text: str) -> WeightedAdapter:
     that folder where it exists, and "runs/lr=0.1=0.5" is the same folder with a weight.
     """
     path, separator, weight = text.rpartition("=")
-    if not is_nameable(text):
+    if not is_valid_path(text):
         raise UserError(f"--adapter {short_path(text)}: no folder can be called so: give DIR or DIR=WEIGHT")
     if not separator or Path(text).is_dir():
         return WeightedAdapter(Path(text))

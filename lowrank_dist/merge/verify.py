@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.safetensors_file import read_header
+from lowrank_dist.formats.text_files import TOKENIZER_FILES
 from lowrank_dist.merge.options import WeightedAdapter
 
 SAMPLE = (
@@ -28,7 +29,6 @@ SAMPLE = (
 )
 # Three sets of logits are held at once, each 0.5 GB for 1024 positions at a vocabulary of 128 000.
 _LINES, _TOKENS = 8, 128
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 # Largest difference over the largest |logit|. In fp32 only the order of sums differs: measured 7e-7 to 5e-6 on random
 # models of 8 layers of every family. In bf16 and fp16 the merged weights are rounded, by up to 2⁻⁹ and 2⁻¹² of each:
 # measured 0.006 to 0.044 and 0.0008 to 0.005 on the same models, 0.010 and 0.001 on SmolLM2-135M. Only updates larger
@@ -161,7 +161,7 @@ def _samples(base: Path, text: Path | None) -> tuple[str, list[Tensor]]:
     architecture = read_architecture(base)
     length = min(_TOKENS, architecture.max_positions)
     lines = SAMPLE if text is None else _lines(text)
-    if not any((base / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((base / name).is_file() for name in TOKENIZER_FILES):
         if text is not None:
             raise UserError(f"--verify-text {text}: {base} has no tokenizer: leave it out to verify on random tokens")
         generator = torch.Generator().manual_seed(0)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.atomic import target_of
+from lowrank_dist.formats.atomic import final_path
 from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
 from lowrank_dist.formats.model_card import NOT_MERGED, USE, WITH_GENERATE, WITH_PEFT, base_model, model_card
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, read_provenance
@@ -36,7 +36,7 @@ from lowrank_dist.methods.files import (
     not_served,
     own_file,
 )
-from lowrank_dist.untrusted.json import read_object, take
+from lowrank_dist.untrusted.json import read_object, typed_value
 from lowrank_dist.untrusted.keys import EMPTY, KeyRule
 
 Kind = Literal["PREFIX_TUNING", "PROMPT_TUNING"]
@@ -77,7 +77,7 @@ def write_prompt_learning(folder: Path, learned: PromptLearning, provenance: Pro
     """Write the three files into an existing folder. Raises UserError for NaN or infinity."""
     if not torch.isfinite(learned.embeddings).all():
         raise UserError(
-            f"{target_of(folder)} is not written: {_TENSOR} holds NaN or infinity; lower train.lr or resume earlier"
+            f"{final_path(folder)} is not written: {_TENSOR} holds NaN or infinity; lower train.lr or resume earlier"
         )
     config: dict[str, Any] = {
         "peft_type": learned.kind,
@@ -140,7 +140,7 @@ def read_prompt_learning(folder: Path) -> PromptLearning:
         sizes["num_layers"],
         sizes["num_attention_heads"],
         sizes["token_dim"],
-        take(config, "base_model_name_or_path", str, where) or "",
+        typed_value(config, "base_model_name_or_path", str, where) or "",
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lowrank_dist.arch.architecture import Architecture, LayerKind
-from lowrank_dist.arch.placement import ALL_LINEAR, FactorSpec, LoraRules, place
+from lowrank_dist.arch.placement import ALL_LINEAR, FactorSpec, LoraRules, place_factors
 from lowrank_dist.arch.rows import Linear
 
 
@@ -125,9 +125,10 @@ class Placement:
 
 
 def low_rank(arch: Architecture, rules: LoraRules) -> Placement:
-    """Return the factors that `place` computes, by layer. Raises UserError as `place` does."""
+    """Return the factors that `place_factors` computes, by layer. Raises UserError as `place_factors` does."""
     found = {
-        (placement.layer, placement.linear): tuple(map(_factor, placement.factors)) for placement in place(arch, rules)
+        (placement.layer, placement.linear): tuple(map(_factor, placement.factors))
+        for placement in place_factors(arch, rules)
     }
     return Placement(
         tuple(

@@ -13,14 +13,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from lowrank_dist.untrusted.files import require_nameable
+from lowrank_dist.untrusted.files import require_valid_path
 from lowrank_dist.untrusted.patterns import PATH_END, require_expression
 
 
 def _path(value: object) -> Path:
     # Pydantic's strict mode takes no text for a path, and YAML has nothing else.
     if isinstance(value, Path) or isinstance(value, str) and value:
-        return Path(require_nameable(str(value)))
+        return Path(require_valid_path(str(value)))
     raise ValueError("a path is text that is not empty (a number as a name needs quotes)")
 
 

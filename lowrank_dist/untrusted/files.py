@@ -66,7 +66,7 @@ def read_lines(path: Path, remedy: str, *, longest: int) -> Iterator[tuple[int, 
         raise UserError(f"{short_path(path)}: cannot be read ({error.strerror}): {remedy}") from error
 
 
-def require_nameable(text: str) -> str:
+def require_valid_path(text: str) -> str:
     """Return the text; raise ValueError where it cannot be a path on Linux."""
     if "\0" in text:
         raise ValueError("a path cannot hold a zero byte")
@@ -79,10 +79,10 @@ def require_nameable(text: str) -> str:
     return text
 
 
-def is_nameable(text: str) -> bool:
+def is_valid_path(text: str) -> bool:
     """Return whether the text can be a path on Linux."""
     try:
-        require_nameable(text)
+        require_valid_path(text)
     except ValueError:  # UnicodeEncodeError as well
         return False
     return True

@@ -38,7 +38,7 @@ _NAMES: Mapping[type, str] = {
 }
 
 
-class JsonFault(ValueError):
+class JsonError(ValueError):
     """A fault in a JSON text. line: its number from 1, None where the message names a key or there is no place."""
 
     def __init__(self, what: str, line: int | None = None) -> None:
@@ -47,7 +47,7 @@ class JsonFault(ValueError):
 
 
 def parse_json(content: bytes | str, *, unique: bool = False, finite: bool = False) -> Any:
-    """Return the value of a JSON text. Raises JsonFault.
+    """Return the value of a JSON text. Raises JsonError.
 
     unique: refuse a key that an object has twice. finite: refuse NaN and infinity.
     """
@@ -61,11 +61,11 @@ def parse_json(content: bytes | str, *, unique: bool = False, finite: bool = Fal
             object_pairs_hook=_unique if unique else None,
         )
     except json.JSONDecodeError as error:
-        raise JsonFault(f"malformed JSON at column {error.colno}: {error.msg}", error.lineno) from error
+        raise JsonError(f"malformed JSON at column {error.colno}: {error.msg}", error.lineno) from error
     except RecursionError as error:
-        raise JsonFault(_TOO_DEEP) from error
+        raise JsonError(_TOO_DEEP) from error
     except _LongInteger as error:
-        raise JsonFault(
+        raise JsonError(
             f"{_key_of_digits(text)}an integer of {error.count} digits; at most {_MOST_DIGITS} are taken"
         ) from error
     _refuse_depth(value)
@@ -79,7 +79,7 @@ def read_json(path: Path, remedy: str, *, largest: int = LARGEST, unique: bool =
     content = read_bytes(path, remedy, largest=largest)
     try:
         return parse_json(content, unique=unique, finite=finite)
-    except JsonFault as fault:
+    except JsonError as fault:
         line = "" if fault.line is None else f":{fault.line}"
         raise UserError(f"{short_path(path)}{line}: {fault}: {remedy}") from fault
 
@@ -94,7 +94,9 @@ def read_object(
     return value
 
 
-def take(values: Mapping[str, Any], key: str, kind: type[T], where: Path | str, remedy: str = "correct it") -> T | None:
+def typed_value(
+    values: Mapping[str, Any], key: str, kind: type[T], where: Path | str, remedy: str = "correct it"
+) -> T | None:
     """Return the value of a key, None where it is absent or null; raise UserError where it is of another type.
 
     kind: str, int, float (any number), bool, list or dict.
@@ -137,7 +139,7 @@ def _decoded(content: bytes | str) -> str:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         column = error.start - content.rfind(b"\n", 0, error.start)
-        raise JsonFault(f"not UTF-8 at byte {column} of the line; save the file as UTF-8", line) from error
+        raise JsonError(f"not UTF-8 at byte {column} of the line; save the file as UTF-8", line) from error
 
 
 def _integer(digits: str) -> int:
@@ -153,19 +155,19 @@ def _digits(digits: str) -> object:
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise JsonFault(f"{digits[:20]} is beyond every float")
+        raise JsonError(f"{digits[:20]} is beyond every float")
     return value
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise JsonFault(f"{name} where a finite number is expected")
+    raise JsonError(f"{name} where a finite number is expected")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-        raise JsonFault(f"key {brief(repeated[0])} is given twice; keep one")
+        raise JsonError(f"key {brief(repeated[0])} is given twice; keep one")
     return result
 
 
@@ -184,7 +186,7 @@ def _refuse_depth(value: object) -> None:
         level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, dict | list)]
         if not level:
             return
-    raise JsonFault(_TOO_DEEP)
+    raise JsonError(_TOO_DEEP)
 
 
 def _inside(value: object) -> Iterator[object]:
@@ -195,10 +197,10 @@ def _inside(value: object) -> Iterator[object]:
 
 
 def _refuse_half_pairs(value: object) -> None:
-    """Raise JsonFault for an unpaired surrogate, which Python keeps as text that can't be written or printed."""
+    """Raise JsonError for an unpaired surrogate, which Python keeps as text that can't be written or printed."""
     for way, found in _walk(value):
         if isinstance(found, str) and _HALF_PAIR.search(found):
-            raise JsonFault(f"{_at(way)}an unpaired surrogate escape (\\udXXX)")
+            raise JsonError(f"{_at(way)}an unpaired surrogate escape (\\udXXX)")
 
 
 def _walk(value: object, way: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], object]]:

@@ -60,8 +60,8 @@ def build(folder: str, topology: Any, targets: Any, recompute: bool, lanes: bool
     """
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+    from lowrank_dist.arch.placement import LoraRules, place_factors
     from lowrank_dist.methods.lora.factors import inject
-    from lowrank_dist.arch.placement import LoraRules, place
     from lowrank_dist.model.load import check_model, load_model
     from lowrank_dist.parallel.masks import MaskSource
 
@@ -79,7 +79,7 @@ def build(folder: str, topology: Any, targets: Any, recompute: bool, lanes: bool
         model = load(linears=(ColumnParallelLinear, RowParallelLinear))
     else:
         model = load()
-        placements = place(model.architecture, LoraRules(RANK, 8.0, targets, False, {}, {}))
+        placements = place_factors(model.architecture, LoraRules(RANK, 8.0, targets, False, {}, {}))
         inject(model, placements, MaskSource(0, 0), 0, topology.tp_rank, topology.tp_size, lanes)
     model.set_recompute(recompute)
     return model

@@ -12,12 +12,11 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lowrank_dist.methods.lora.files import Adapter, write_adapter
-from lowrank_dist.formats.provenance import fingerprint
-from lowrank_dist.formats.provenance import Provenance
-from lowrank_dist.methods.lora.factors import adapter_factors
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import module_paths
+from lowrank_dist.formats.provenance import Provenance, fingerprint
+from lowrank_dist.methods.lora.factors import adapter_factors
+from lowrank_dist.methods.lora.files import Adapter, write_adapter
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny_runs import Setting, build, nonzero_factors
 from tests.tiny_models import make_tiny
@@ -77,12 +76,12 @@ def test_peft_reproduces_the_sharded_model(case: str, rslora: bool, tmp_path: Pa
 
 def test_parts_of_different_scale_and_rank_become_one_factor(tmp_path: Path) -> None:
     """q at alpha 8 and rank 4, v at alpha 3 and rank 2: one c_attn factor of rank 6 keeps both updates."""
-    from lowrank_dist.arch.placement import LoraRules, place
+    from lowrank_dist.arch.placement import LoraRules, place_factors
     from lowrank_dist.methods.lora.factors import WholeFactor
 
     base = make_tiny("gpt2", tmp_path / "base")
     rules = LoraRules(4, 8.0, ["q_proj", "v_proj"], False, {"v_proj": 2}, {"v_proj": 3.0})
-    placements = place(read_architecture(base), rules)
+    placements = place_factors(read_architecture(base), rules)
     values = nonzero_factors(placements)
     specs = {f.path: f for p in placements for f in p.factors}
     whole = {path: WholeFactor(specs[path], *values[path]) for path in values}

@@ -53,22 +53,19 @@ def peft_logits(base: Path, adapter: Path) -> np.ndarray:
 
 def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndarray, np.ndarray]:
     """One rank: the sharded model's logits at the start and after two steps, when rank 0 has written its adapter."""
+    from lowrank_dist.arch.placement import LoraRules, place_factors
     from lowrank_dist.arch.tensors import module_paths
-    from lowrank_dist.methods.lora.files import Adapter, write_adapter
-    from lowrank_dist.formats.provenance import fingerprint
-    from lowrank_dist.formats.provenance import Provenance
     from lowrank_dist.config import Config
     from lowrank_dist.engine.resume import complete
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
-    from lowrank_dist.methods.lora.factors import inject
-    from lowrank_dist.arch.placement import LoraRules, place
-    from lowrank_dist.methods.lora.factors import adapter_factors
-    from tests.dist.whole import spread_factors
+    from lowrank_dist.formats.provenance import Provenance, fingerprint
     from lowrank_dist.methods.lora.adopt import initial_factors
+    from lowrank_dist.methods.lora.factors import adapter_factors, inject
+    from lowrank_dist.methods.lora.files import Adapter, write_adapter
     from lowrank_dist.model.load import check_model, load_model
     from lowrank_dist.ops.mask import quantise
     from lowrank_dist.parallel.masks import MaskSource
-    from tests.dist.whole import gather_factors
+    from tests.dist.whole import gather_factors, spread_factors
 
     sections = {"model": {"path": folder}, "lora": {"init_from": start}, "data": {"train": "-"}, "output": {"dir": "-"}}
     config = complete(Config.model_validate(sections), None)
@@ -84,7 +81,7 @@ def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndar
         broadcast=False,
     )
     rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
-    placements = place(model.architecture, rules)
+    placements = place_factors(model.architecture, rules)
     masks = MaskSource(11, quantise(0.0))
     adapted = inject(model, placements, masks, 3, topology.tp_rank, topology.tp_size)
     read = initial_factors(lora.init_from, placements, Path(folder))

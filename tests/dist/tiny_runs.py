@@ -117,8 +117,8 @@ def on_device(batch: Any) -> Any:
 
 def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
     """(model, adapted linears, masks, topology) of this rank."""
+    from lowrank_dist.arch.placement import LoraRules, place_factors
     from lowrank_dist.methods.lora.factors import inject
-    from lowrank_dist.arch.placement import LoraRules, place
     from lowrank_dist.model.load import check_model, load_model
     from lowrank_dist.ops.mask import quantise
     from lowrank_dist.parallel.masks import MaskSource
@@ -144,7 +144,7 @@ def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
         {"down_proj": 6} if setting.targets == ("all-linear",) and model.architecture.gated else {},
         {},
     )
-    placements = place(model.architecture, rules)
+    placements = place_factors(model.architecture, rules)
     if setting.broken == "init":
         # As if every rank drew its own shard with its own fan-in: the spread grows with N.
         placements = tuple(

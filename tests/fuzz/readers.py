@@ -31,7 +31,7 @@ from lowrank_dist.formats.manifest import _text as manifest_text
 from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE, open_checkpoint
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.formats.safetensors_file import read_header
-from lowrank_dist.formats.text_files import stops_of
+from lowrank_dist.formats.text_files import read_stop_ids
 from lowrank_dist.merge.options import parse_adapter, parse_shard_size
 from lowrank_dist.methods.bottleneck.files import read_bottlenecks
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
@@ -600,7 +600,7 @@ READERS: tuple[Reader, ...] = (
     json_reader(
         "generation_config",
         _in("generation", "generation_config.json"),
-        lambda built: set(stops_of(built["generation"])),
+        lambda built: set(read_stop_ids(built["generation"])),
         ("lowrank_dist/formats/text_files.py",),
         judge=stop_judge,
     ),

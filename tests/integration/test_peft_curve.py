@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from lowrank_dist.arch.config_json import read_architecture
-from lowrank_dist.arch.placement import LoraRules, place
+from lowrank_dist.arch.placement import LoraRules, place_factors
 from lowrank_dist.methods.lora.factors import initial_a
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny_runs import Setting, samples, train
@@ -33,7 +33,7 @@ def peft_losses(folder: Path, targets: list[str], a_factor: float = 1.0) -> np.n
     )
     model = get_peft_model(base, config)
     rules = LoraRules(4, 8.0, targets, False, ranks, {})
-    for placement in place(read_architecture(folder), rules):
+    for placement in place_factors(read_architecture(folder), rules):
         for spec in placement.factors:
             module = model.get_submodule(f"base_model.model.{spec.path}")
             module.lora_A["default"].weight.data.copy_(initial_a(spec, 3) * a_factor)

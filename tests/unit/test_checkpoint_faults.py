@@ -74,7 +74,7 @@ def same(folder: Path, other: Path) -> bool:
 def require_promise(saved: Path, root: Path, where: str) -> int:
     """There is a complete checkpoint, of this save or of the one before; the links and the adapter are whole."""
     found = newest_checkpoint(root / "checkpoints")
-    assert found.state is not None and not found.passed_over, f"{where}: {found.passed_over}"
+    assert found.state is not None and not found.skipped, f"{where}: {found.skipped}"
     assert same(found.folder, saved / str(found.state.step) / "checkpoints" / f"step-{found.state.step}"), where
     for name in ("last", "best"):
         assert read_checkpoint(root / "checkpoints" / name).step in (OLD, NEW), where

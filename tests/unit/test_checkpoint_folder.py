@@ -99,7 +99,7 @@ def refuses(folder: Path, name: str) -> None:
     """The older checkpoint is found, and the message says which file of the newer one is wrong; nobody reads it."""
     found = newest_checkpoint(folder.parent)
     assert found.state is not None and found.state.step == 2
-    assert any(name in reason for reason in found.passed_over), found.passed_over
+    assert any(name in reason for reason in found.skipped), found.skipped
     for read in (read_checkpoint, read_adapter):
         with pytest.raises(UserError, match=name.replace(".", r"\.")):
             read(folder)
@@ -107,7 +107,7 @@ def refuses(folder: Path, name: str) -> None:
 
 def test_a_whole_one_is_found(checkpoints: Path) -> None:
     found = newest_checkpoint(checkpoints)
-    assert found.folder == checkpoints / "step-4" and not found.passed_over
+    assert found.folder == checkpoints / "step-4" and not found.skipped
     assert found.state == state_of(4)
     assert {path.name for path in found.folder.iterdir()} == set(FILES)
     tensors = read_all(found.folder / OPTIMIZER_FILE, SHAPES)
@@ -167,14 +167,14 @@ def test_a_copied_folder_is_not_a_newer_one(checkpoints: Path) -> None:
     shutil.copytree(checkpoints / "step-2", checkpoints / "step-8")
     found = newest_checkpoint(checkpoints)
     assert found.folder == checkpoints / "step-4"
-    assert any("step-8 holds step 2" in reason for reason in found.passed_over)
+    assert any("step-8 holds step 2" in reason for reason in found.skipped)
 
 
 def test_dangling_links_are_said(checkpoints: Path) -> None:
     shutil.rmtree(checkpoints / "step-4")
     found = newest_checkpoint(checkpoints)
     assert found.state.step == 2
-    assert [str(checkpoints / name) + " leads nowhere" for name in ("last", "best")] == list(found.passed_over)
+    assert [str(checkpoints / name) + " leads nowhere" for name in ("last", "best")] == list(found.skipped)
 
 
 def test_unfinished_and_foreign_entries_are_no_checkpoints(checkpoints: Path) -> None:
@@ -185,7 +185,7 @@ def test_unfinished_and_foreign_entries_are_no_checkpoints(checkpoints: Path) ->
     assert list(step_folders(checkpoints)) == [2, 4]
     found = newest_checkpoint(checkpoints)
     assert found.state.step == 4
-    assert found.passed_over == (f"{checkpoints / 'step-12'} is a link: move its folder back in its place",)
+    assert found.skipped == (f"{checkpoints / 'step-12'} is a link: move its folder back in its place",)
 
 
 class _Planted:

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from lowrank_dist.arch import families
-from lowrank_dist.arch.config_json import UnsupportedModel, architecture_of, read_architecture
+from lowrank_dist.arch.config_json import UnsupportedModel, parse_architecture, read_architecture
 from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.arch.model_files import BUILT_IN, built_in_config, declared_dtype, stored_dtype
 from lowrank_dist.engine.planning import find_model, job_of, read_request
@@ -205,7 +205,7 @@ FIELDS = ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_ma
 
 
 def found_in(values: Values) -> Values:
-    architecture = architecture_of(copy.deepcopy(values), "config.json")
+    architecture = parse_architecture(copy.deepcopy(values), "config.json")
     x = torch.linspace(-3, 3, 50)
     key = "hidden_act" if architecture.positions == "rope" else "activation_function"
     spelled = values.get(key, {"gpt2": "gelu_new", "opt": "relu"}.get(architecture.family, "silu"))
@@ -301,7 +301,7 @@ def test_transformers_is_the_referee(family: str, data: st.DataObject) -> None:
     assume(not (family == "llama" and whole and values["hidden_size"] % values["num_attention_heads"]))
     if config is None or has_no_table(values, config):
         with pytest.raises(UserError, match="^config.json: "):
-            architecture_of(values, "config.json")
+            parse_architecture(values, "config.json")
     else:
         assert found_in(values) == expected(config)
 
@@ -338,7 +338,7 @@ def test_no_value_makes_a_traceback(family: str, data: Any) -> None:
         )
         values |= data.draw(st.dictionaries(st.sampled_from(keys), anything, max_size=3))
     try:
-        architecture_of(values, "config.json")
+        parse_architecture(values, "config.json")
     except UserError as error:
         assert str(error).startswith("config.json: ")
     assert declared_dtype(values) in ("fp32", "bf16")
@@ -362,7 +362,7 @@ def test_no_value_makes_a_traceback(family: str, data: Any) -> None:
 )
 def test_a_wrong_type_is_refused_by_its_key(values: Values, named: str) -> None:
     with pytest.raises(UserError) as error:
-        architecture_of(least("qwen2") | values, "config.json")
+        parse_architecture(least("qwen2") | values, "config.json")
     assert named in str(error.value) and not isinstance(error.value, UnsupportedModel)
 
 
@@ -377,7 +377,7 @@ def test_a_wrong_type_is_refused_by_its_key(values: Values, named: str) -> None:
 )
 def test_what_has_no_table_is_told_from_what_is_wrong(values: Values) -> None:
     with pytest.raises(UnsupportedModel):
-        architecture_of(least("llama") | values, "config.json")
+        parse_architecture(least("llama") | values, "config.json")
 
 
 def test_a_folder_and_its_file_are_the_same(tmp_path: Path) -> None:
@@ -447,10 +447,10 @@ def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path: Path) -> None:
 def test_numbers_that_no_model_has_are_refused_at_once(key: str, value: int) -> None:
     values = least("qwen2") | {key: value}
     if key in ("rope_theta", "rms_norm_eps") and 0 < value < 10**400:
-        architecture_of(values, "config.json")  # a float that large is a float
+        parse_architecture(values, "config.json")  # a float that large is a float
     else:
         with pytest.raises(UserError, match=key):
-            architecture_of(values, "config.json")
+            parse_architecture(values, "config.json")
 
 
 def test_a_name_on_the_hub_is_told_with_its_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

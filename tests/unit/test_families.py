@@ -14,7 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lowrank_dist.arch.architecture import Architecture, RopeParameters, padded_vocab
-from lowrank_dist.arch.config_json import architecture_of, read_architecture
+from lowrank_dist.arch.config_json import parse_architecture, read_architecture
 from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.arch.tensors import copy_plans, hf_shapes, parameter_shapes
 from lowrank_dist.errors import UserError
@@ -139,7 +139,7 @@ def test_inv_freq_is_transformers_to_the_bit(rope: dict[str, Any], head_dim: int
         expected, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
     else:
         expected, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
-    found = architecture_of(config.to_dict(), "config.json").rope
+    found = parse_architecture(config.to_dict(), "config.json").rope
     assert inv_freq(found, head_dim).dtype == torch.float32
     assert torch.equal(inv_freq(found, head_dim), expected)
     assert not torch.equal(inv_freq(RopeParameters(rope["rope_theta"] + 1), head_dim), expected)
@@ -249,7 +249,7 @@ def architecture_for(heads: int, kv_heads: int) -> Architecture:
         "num_hidden_layers": 1,
         "vocab_size": 107,
     }
-    return architecture_of(config, "config.json")
+    return parse_architecture(config, "config.json")
 
 
 @settings(deadline=None)

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lowrank_dist.arch.config_json import UnsupportedModel, config_notes, read_architecture
-from lowrank_dist.arch.config_keys import rule_of
+from lowrank_dist.arch.config_keys import key_rule
 from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.arch.generation_config import GENERATION, generation_notes
 from lowrank_dist.checkpoint.folder import export
@@ -92,7 +92,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_key_of_transformers_has_its_place(family: str) -> None:
-    assert rule_of(FAMILIES[family]).unknown(CLASSES[family]().to_dict() | PUBLISHED[family]) == []
+    assert key_rule(FAMILIES[family]).unknown(CLASSES[family]().to_dict() | PUBLISHED[family]) == []
 
 
 def test_every_key_of_other_libraries_has_its_place() -> None:
@@ -299,7 +299,7 @@ def test_keys_of_an_adapter_that_say_more_are_refused(base: Path, tmp_path: Path
 
 def test_rules_do_not_contradict_themselves() -> None:
     rules = [KEYS, GENERATION, ROW_KEYS, MESSAGE_KEYS, TOKENIZER_KEYS, prompt_files.KEYS]
-    for rule in [*rules, *map(rule_of, FAMILIES.values())]:
+    for rule in [*rules, *map(key_rule, FAMILIES.values())]:
         places = [rule.applied, rule.without_effect, rule.refused, rule.unapplied]
         # What a family applies it applies, whatever the lists for all families say.
         twice = [key for key in {key for place in places[1:] for key in place} if sum(key in p for p in places[1:]) > 1]

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lowrank_dist.arch.config_json import architecture_of
+from lowrank_dist.arch.config_json import parse_architecture
 from lowrank_dist.backend import select
 from lowrank_dist.engine.planning import Model
 
@@ -42,7 +42,7 @@ WIDTHS = {"unmerged": 3, "adapter_l": 4, "adapter_h": 6}
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[latency.Bench]:
     """Rank 0 of two, with a tiny model for the real one."""
-    tiny = Model("tiny", architecture_of(TINY, "tiny"), "fp32")
+    tiny = Model("tiny", parse_architecture(TINY, "tiny"), "fp32")
     monkeypatch.setattr(latency, "find_model", lambda name: tiny)
     join = lambda *_: dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # noqa: E731
     monkeypatch.setattr(select, "init_process_group", join)

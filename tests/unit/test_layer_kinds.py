@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture, TensorRule
-from lowrank_dist.arch.config_json import architecture_of
-from lowrank_dist.arch.placement import LoraRules, place
+from lowrank_dist.arch.config_json import parse_architecture
+from lowrank_dist.arch.placement import LoraRules, place_factors
 from lowrank_dist.arch.tensors import copy_plans, hf_shapes, parameter_shapes
 from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.methods.full.footprint import WholeModel
@@ -44,7 +44,7 @@ def of_width(ffn: int) -> Architecture:
         "num_key_value_heads": KV_HEADS,
         "vocab_size": VOCAB,
     }
-    return architecture_of(config, "config.json")
+    return parse_architecture(config, "config.json")
 
 
 ALIKE = of_width(NARROW)
@@ -129,10 +129,10 @@ def test_shapes_and_modules_are_those_of_each_layer() -> None:
 
 
 def test_placement_is_that_of_each_layer() -> None:
-    placed = place(MIXED, EVERYTHING)
+    placed = place_factors(MIXED, EVERYTHING)
     found = {factor.path: (factor.rows, factor.in_features) for each in placed for factor in each.factors}
     assert found == all_projections()
-    assert found != {f.path: (f.rows, f.in_features) for each in place(ALIKE, EVERYTHING) for f in each.factors}
+    assert found != {f.path: (f.rows, f.in_features) for each in place_factors(ALIKE, EVERYTHING) for f in each.factors}
     assert [(each.layer, each.layout.stream) for each in placed] == [
         (layer, stream) for layer in range(4) for stream in ((0, 1, 6, 7) if layer % 2 else (0, 1, 2, 3))
     ]

@@ -15,7 +15,7 @@ import pytest
 from lowrank_dist.checkpoint.folder import export
 from lowrank_dist.checkpoint.inspection import inspect_folder
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.paths import Removed, reading, resolve_link
+from lowrank_dist.formats.paths import FolderRemoved, detect_removal, resolve_link
 from lowrank_dist.methods.files import PUBLISHED
 from lowrank_dist.methods.lora.files import read_adapter
 from lowrank_dist.methods.registry import method_package_reading
@@ -82,7 +82,7 @@ def exported(how: Callable[[Path, Path], None], last: Path, made: Path, out: Pat
     while time.monotonic() < end:
         try:
             how(last, out)
-        except Removed:
+        except FolderRemoved:
             counts["removed"] += 1
         except (UserError, OSError):
             counts["failed"] += 1
@@ -110,7 +110,7 @@ def inspected(folder: Path, look: Callable[..., Any] = inspect_folder) -> tuple[
     while time.monotonic() < end:
         try:
             broken.update(look(folder, read_config=lambda path: {"method": "lora"}).problems)
-        except Removed:
+        except FolderRemoved:
             gone += 1
         seen += 1
     return seen, gone, broken
@@ -130,7 +130,7 @@ def test_the_folder_of_a_link_is_settled_once(made: Path, tmp_path: Path) -> Non
     for name in "12":
         shutil.copytree(made / name, tmp_path / name)
     (tmp_path / "last").symlink_to("1")
-    with reading(tmp_path / "last") as folder:
+    with detect_removal(tmp_path / "last") as folder:
         (tmp_path / "last").unlink()
         (tmp_path / "last").symlink_to("2")
         assert folder == tmp_path / "1" and read_adapter(folder).factors
@@ -142,8 +142,8 @@ def test_a_folder_that_goes_while_it_is_read_is_named(made: Path, tmp_path: Path
     shutil.copytree(made / "1", tmp_path / "1")
     (tmp_path / "last").symlink_to("1")
     for raised in (None, OSError("no such file"), UserError("manifest.json is missing")):
-        with pytest.raises(Removed, match=r"/1, to which .*/last led, was removed or replaced") as caught:
-            with reading(tmp_path / "last"):
+        with pytest.raises(FolderRemoved, match=r"/1, to which .*/last led, was removed or replaced") as caught:
+            with detect_removal(tmp_path / "last"):
                 (tmp_path / "1").rename(tmp_path / "gone")
                 if how == "replaced":
                     shutil.copytree(made / "2", tmp_path / "1")
@@ -155,7 +155,7 @@ def test_a_folder_that_goes_while_it_is_read_is_named(made: Path, tmp_path: Path
 
 
 def test_what_stays_fails_as_it_did(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="^mine$"), reading(made / "1"):
+    with pytest.raises(UserError, match="^mine$"), detect_removal(made / "1"):
         raise UserError("mine")
     (tmp_path / "last").symlink_to("nowhere")
     with pytest.raises(UserError, match="nowhere"):

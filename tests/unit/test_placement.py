@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import read_architecture
-from lowrank_dist.arch.placement import LoraRules, place
+from lowrank_dist.arch.placement import LoraRules, place_factors
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.lora.factors import initial_a
 from lowrank_dist.untrusted.patterns import Patterns
@@ -31,7 +31,7 @@ def architectures(folders: dict[str, Path]) -> dict[str, Architecture]:
 
 
 def paths(architecture: Architecture, targets: str | list[str]) -> set[str]:
-    placements = place(architecture, LoraRules(4, 8.0, targets, False, {}, {}))
+    placements = place_factors(architecture, LoraRules(4, 8.0, targets, False, {}, {}))
     return {factor.path for placement in placements for factor in placement.factors}
 
 
@@ -64,7 +64,7 @@ def test_targets_mean_what_they_mean_to_peft(
 
 def test_ranks_and_scales_by_pattern(architectures: dict[str, Architecture]) -> None:
     rules = LoraRules(8, 16.0, "all-linear", True, {"v_proj": 2, r"1\.mlp\.down_proj": 5}, {"v_proj": 3.0})
-    specs = {f.path: f for p in place(architectures["llama"], rules) for f in p.factors}
+    specs = {f.path: f for p in place_factors(architectures["llama"], rules) for f in p.factors}
     v, down0, down1 = (
         specs[f"model.layers.{layer}.{name}"]
         for layer, name in ((0, "self_attn.v_proj"), (0, "mlp.down_proj"), (1, "mlp.down_proj"))
@@ -88,7 +88,7 @@ def test_ranks_and_scales_by_pattern(architectures: dict[str, Architecture]) -> 
 )
 def test_what_matches_nothing_is_an_error(architectures: dict[str, Architecture], rules: LoraRules, named: str) -> None:
     with pytest.raises(UserError, match="matches no linear of this llama model") as error:
-        place(architectures["llama"], rules)
+        place_factors(architectures["llama"], rules)
     assert named in str(error.value) and "q_proj" in str(error.value) and "down_proj" in str(error.value)
 
 
@@ -104,7 +104,7 @@ def test_a_module_that_is_never_adapted_is_named_as_such(
     architectures: dict[str, Architecture], targets: str | list[str], said: str
 ) -> None:
     with pytest.raises(UserError, match="matches no linear of this llama model") as error:
-        place(architectures["llama"], LoraRules(4, 8.0, targets, False, {}, {}))
+        place_factors(architectures["llama"], LoraRules(4, 8.0, targets, False, {}, {}))
     assert str(error.value).endswith(said)
 
 
@@ -131,17 +131,17 @@ def test_a_target_that_reaches_more_than_takes_factors_is_an_error(
 def test_a_pattern_of_ranks_may_reach_further_than_the_targets(architectures: dict[str, Architecture]) -> None:
     """It says of which rank a module would be, not that it is one."""
     rules = LoraRules(4, 8.0, ["q_proj"], False, {".*(q_proj|lm_head)": 2}, {})
-    assert {f.rank for p in place(architectures["llama"], rules) for f in p.factors} == {2}
+    assert {f.rank for p in place_factors(architectures["llama"], rules) for f in p.factors} == {2}
 
 
 def test_a_module_and_its_part_are_one_too_many(architectures: dict[str, Architecture]) -> None:
     with pytest.raises(UserError, match=r"transformer\.h\.0\.attn\.c_attn and transformer\.h\.0\.attn\.q_proj"):
-        place(architectures["gpt2"], LoraRules(4, 8.0, ["c_attn", "q_proj"], False, {}, {}))
+        place_factors(architectures["gpt2"], LoraRules(4, 8.0, ["c_attn", "q_proj"], False, {}, {}))
 
 
 def test_a_starts_as_peft_starts_it(folders: dict[str, Path], architectures: dict[str, Architecture]) -> None:
     """U(−1/√in, 1/√in) with the full fan-in: same bound and spread as PEFT's own draw."""
-    placements = place(architectures["llama"], LoraRules(64, 8.0, ["down_proj"], False, {}, {}))
+    placements = place_factors(architectures["llama"], LoraRules(64, 8.0, ["down_proj"], False, {}, {}))
     spec = placements[0].factors[0]
     ours = initial_a(spec, seed=1)
     config = LoraConfig(r=64, target_modules=["down_proj"], task_type="CAUSAL_LM")
@@ -165,4 +165,6 @@ def test_an_expression_that_backtracks_is_an_error_in_time(
     monkeypatch.setattr(Patterns, "seconds", 0.2)
     expression: object = "(.|.)*[!Z]" if key == "targets" else {"(.|.)*[!Z]": 4}
     with pytest.raises(UserError, match="lora: matching the regular expression .* takes longer than 0.2 s"):
-        place(architectures["llama"], LoraRules(**{"rank": 8, "alpha": 16, "targets": "all-linear", key: expression}))
+        place_factors(
+            architectures["llama"], LoraRules(**{"rank": 8, "alpha": 16, "targets": "all-linear", key: expression})
+        )

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.config_json import architecture_of, read_architecture
+from lowrank_dist.arch.config_json import parse_architecture, read_architecture
 from lowrank_dist.arch.model_files import BUILT_IN, built_in_config
-from lowrank_dist.arch.placement import LoraRules, place
+from lowrank_dist.arch.placement import LoraRules, place_factors
 from lowrank_dist.engine.planning import find_model, read_model
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.bottleneck.config import AdapterConfig
@@ -149,7 +149,7 @@ def test_factors_are_those_that_are_placed(
     rules, architecture = LoraRules(4, 8.0, targets, rank_pattern=pattern), read_architecture(folders[family])
     expected = [
         (p.layer, p.linear, f.path.rpartition(".")[2], f.rank, f.in_features, f.rows)
-        for p in place(architecture, rules)
+        for p in place_factors(architecture, rules)
         for f in p.factors
     ]
     placement = low_rank(architecture, rules)
@@ -208,11 +208,11 @@ def test_what_matches_nothing_is_refused() -> None:
 )
 def test_a_wrong_config_is_refused(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        architecture_of({**built_in_config("llama-3-8b"), **changes}, "config.json")
+        parse_architecture({**built_in_config("llama-3-8b"), **changes}, "config.json")
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size"])
 def test_a_config_that_lacks_a_field_is_refused(key: str) -> None:
     values = {name: value for name, value in built_in_config("llama-3-8b").items() if name != key}
     with pytest.raises(UserError, match=f"config.json: {key} is missing"):
-        architecture_of(values, "config.json")
+        parse_architecture(values, "config.json")

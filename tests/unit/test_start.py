@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowrank_dist.arch.config_json import read_architecture
-from lowrank_dist.arch.placement import LoraRules, place
+from lowrank_dist.arch.placement import LoraRules, place_factors
 from lowrank_dist.config import Config
 from lowrank_dist.engine.resume import complete
 from lowrank_dist.errors import UserError
@@ -26,7 +26,7 @@ def config(base: Path, **lora: Any) -> Config:
 def placements(config: Config) -> Any:
     lora = config.lora
     rules = LoraRules(lora.rank, lora.alpha, lora.targets, lora.rslora, lora.rank_pattern, lora.alpha_pattern)
-    return place(read_architecture(config.model.path), rules)
+    return place_factors(read_architecture(config.model.path), rules)
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,14 @@ from lowrank_dist.formats.provenance import read_provenance
 from lowrank_dist.formats.text_files import (
     TOKENIZER_FILES,
     TextFiles,
+    locate_tokenizer,
     merged_text_files,
-    note_on_another,
-    note_on_other_tokens,
-    place_of_tokenizer,
+    note_on_adapter_tokenizer,
+    note_on_base_tokenizer,
     read_tokenizer,
     same_tokenizer,
-    tokenizer_beside,
-    unknown_ends,
+    tokenizer_of_adapter,
+    unknown_end_ids,
 )
 from lowrank_dist.generate.texts import stop_tokens
 from lowrank_dist.merge.merge import merge
@@ -62,7 +62,7 @@ def trained(folder: Path, base: Path, text: TextFiles | None, seed: int = 0) -> 
         text.write(folder)
         provenance = read_provenance(folder)
         assert provenance is not None
-        new = replace(provenance, training={"new_ends": unknown_ends(base, text.ends)})
+        new = replace(provenance, training={"new_ends": unknown_end_ids(base, text.ends)})
         (folder / "lowrank_dist.json").write_text(new.to_json())
     return folder
 
@@ -300,7 +300,9 @@ def test_a_model_beside_an_adapter_does_not_replace_the_tokenizer_made_of_it(
     merge(base, adapter, tmp_path / "merged")
     assert (tmp_path / "merged" / "tokenizer.json").is_file() == same
     # tokenizer.model alone takes fewer texts: what `generate` and `evaluate` read.
-    assert tokenizer_beside(adapter, base) == (base if same else adapter) and tokenizer_beside(None, base) == base
+    assert (
+        tokenizer_of_adapter(adapter, base) == (base if same else adapter) and tokenizer_of_adapter(None, base) == base
+    )
     (adapter / "tokenizer.model").write_bytes(b"another")
     assert not same_tokenizer(read_tokenizer(base), read_tokenizer(adapter))
 
@@ -342,26 +344,28 @@ def test_what_lies_beside_tokenizer_json_makes_another_tokenizer_where_it_makes_
 def test_a_run_that_starts_from_an_adapter_says_that_its_tokenizer_is_another(base: Path, tmp_path: Path) -> None:
     other = other_tokenizer(tmp_path / "other")
     adapter = trained(tmp_path / "adapter", base, TextFiles.of_run(other, base, [EOS]))
-    (line,) = note_on_another(adapter, base)
+    (line,) = note_on_adapter_tokenizer(adapter, base)
     assert line.startswith(f"{adapter} was trained with another tokenizer or chat template than {base}, which this run")
-    assert note_on_another(adapter, other) == note_on_another(adapter, adapter) == []
+    assert note_on_adapter_tokenizer(adapter, other) == note_on_adapter_tokenizer(adapter, adapter) == []
     assert (
-        note_on_another(trained(tmp_path / "plain", base, None), base) == note_on_another(tmp_path / "gone", base) == []
+        note_on_adapter_tokenizer(trained(tmp_path / "plain", base, None), base)
+        == note_on_adapter_tokenizer(tmp_path / "gone", base)
+        == []
     )
 
 
 def test_a_run_with_the_tokens_of_another_model_says_so(base: Path, tmp_path: Path) -> None:
     other = other_tokenizer(tmp_path / "other")
-    assert note_on_other_tokens(other, base) == [], "another template and another end, of the same tokens"
+    assert note_on_base_tokenizer(other, base) == [], "another template and another end, of the same tokens"
     found = settings(other, "tokenizer.json")
     vocabulary = found["model"]["vocab"]
     words, ids = list(vocabulary), list(vocabulary.values())
     found["model"]["vocab"] = dict(zip(words, ids[::-1], strict=True))
     (other / "tokenizer.json").write_text(json.dumps(found))
-    (line,) = note_on_other_tokens(other, base)
+    (line,) = note_on_base_tokenizer(other, base)
     assert line.startswith(f"data.tokenizer: the tokens of {other} are not those of {base}")
     (base / "tokenizer.json").unlink()
-    assert note_on_other_tokens(other, base) == []
+    assert note_on_base_tokenizer(other, base) == []
 
 
 def sentencepiece_beside_json(folder: Path) -> Path:
@@ -383,7 +387,7 @@ def sentencepiece_beside_json(folder: Path) -> Path:
 )
 def test_the_files_are_those_that_were_read(make: Callable[[Path], Path], names: set[str], tmp_path: Path) -> None:
     path = make(tmp_path / "tokenizer")
-    assert place_of_tokenizer(path) == load_tokenizer(path).path
+    assert locate_tokenizer(path) == load_tokenizer(path).path
     files = read_tokenizer(path)
     assert files.keys() == names
     copied = tmp_path / "copied"

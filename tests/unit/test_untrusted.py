@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted import json as reader
-from lowrank_dist.untrusted.files import is_nameable, read_bytes, read_lines, read_text, require_nameable
-from lowrank_dist.untrusted.json import JsonFault, parse_json, read_json, read_object, take
+from lowrank_dist.untrusted.files import is_valid_path, read_bytes, read_lines, read_text, require_valid_path
+from lowrank_dist.untrusted.json import JsonError, parse_json, read_json, read_object, typed_value
 from lowrank_dist.untrusted.patterns import Patterns, require_expression
 
 MODULE = "model.layers.11.self_attn.q_proj"
@@ -50,7 +50,7 @@ PEFT = r"(.*\.)?({})$"
     ],
 )
 def test_json_that_is_refused(text: str | bytes, said: str) -> None:
-    with pytest.raises(JsonFault, match=said):
+    with pytest.raises(JsonError, match=said):
         parse_json(text)
 
 
@@ -78,7 +78,7 @@ def test_finding_a_fault_takes_no_memory_for_where_it_is_not(kind: str) -> None:
         if kind == "a pair":
             assert parse_json(text)["A" * 20_000][-1] == "\U0001f600"
         else:
-            with pytest.raises(JsonFault, match="^key 'A{99}… holds an"):
+            with pytest.raises(JsonError, match="^key 'A{99}… holds an"):
                 parse_json(text)
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
@@ -92,10 +92,10 @@ def test_what_is_wrong_is_told_briefly_at_once() -> None:
 
 
 def test_policies_are_asked_for() -> None:
-    with pytest.raises(JsonFault, match="key 'a' is given twice"):
+    with pytest.raises(JsonError, match="key 'a' is given twice"):
         parse_json('[{"a": 1, "a": 2}]', unique=True)
     for text in ("NaN", "-Infinity", "1e999"):
-        with pytest.raises(JsonFault):
+        with pytest.raises(JsonError):
             parse_json(text, finite=True)
     assert parse_json('{"a": 1.5e3}', unique=True, finite=True) == {"a": 1500.0}
 
@@ -151,10 +151,10 @@ def test_paths_that_no_disk_takes_are_errors() -> None:
             read_bytes(path, "mend it", largest=10)
     for text in ("a" * 256, "ä" * 128, "a/" * 2048, "x\0y"):
         with pytest.raises(ValueError, match="path"):
-            require_nameable(text)
-        assert not is_nameable(text)
-    assert not is_nameable("\ud800")
-    assert require_nameable("a" * 255 + "/b") == "a" * 255 + "/b" and is_nameable("a\udcff")
+            require_valid_path(text)
+        assert not is_valid_path(text)
+    assert not is_valid_path("\ud800")
+    assert require_valid_path("a" * 255 + "/b") == "a" * 255 + "/b" and is_valid_path("a\udcff")
 
 
 @pytest.mark.parametrize(
@@ -170,10 +170,10 @@ def test_paths_that_no_disk_takes_are_errors() -> None:
     ],
 )
 def test_a_value_of_another_kind_is_an_error_with_file_and_key(kind: type, good: object, bad: object) -> None:
-    assert take({"key": good}, "key", kind, "x.json") == good
-    assert take({}, "key", kind, "x.json") is None and take({"key": None}, "key", kind, "x.json") is None
+    assert typed_value({"key": good}, "key", kind, "x.json") == good
+    assert typed_value({}, "key", kind, "x.json") is None and typed_value({"key": None}, "key", kind, "x.json") is None
     with pytest.raises(UserError, match=r"x\.json: key must be .*, not .*: correct it"):
-        take({"key": bad}, "key", kind, "x.json")
+        typed_value({"key": bad}, "key", kind, "x.json")
 
 
 VALUES = st.recursive(
@@ -195,7 +195,7 @@ def test_any_value_is_read_back(value: Any) -> None:
 def test_any_bytes_are_a_value_or_a_fault(content: bytes) -> None:
     try:
         parse_json(content)
-    except JsonFault:
+    except JsonError:
         return
     json.loads(content)
 

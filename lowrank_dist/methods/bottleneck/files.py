@@ -15,7 +15,7 @@ from torch import Tensor
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.keys import MOST_LAYERS
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.atomic import target_of
+from lowrank_dist.formats.atomic import final_path
 from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
 from lowrank_dist.formats.model_card import NOT_MERGED, USE, WITH_GENERATE, base_model, model_card, plain
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, read_provenance
@@ -78,7 +78,7 @@ def write_bottlenecks(folder: Path, bottlenecks: Bottlenecks, provenance: Proven
 
     Raises UserError for NaN or infinity, and for `trained` layers whose up-projections are all zero.
     """
-    target, tensors = target_of(folder), bottlenecks.tensors
+    target, tensors = final_path(folder), bottlenecks.tensors
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{target} is not written: {name} holds NaN or infinity; lower train.lr or resume earlier")

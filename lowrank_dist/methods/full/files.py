@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.atomic import target_of
+from lowrank_dist.formats.atomic import final_path
 from lowrank_dist.formats.layout import pack, write_config
 from lowrank_dist.formats.model_folder import (
     FLOAT_DTYPES,
@@ -77,7 +77,7 @@ class WholeModelFiles:
     def put(self, name: str, tensor: Tensor) -> None:
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"{target_of(self._folder)} is not written: {name} holds NaN or infinity; lower train.lr or resume "
+                f"{final_path(self._folder)} is not written: {name} holds NaN or infinity; lower train.lr or resume "
                 "earlier"
             )
         rounded = tensor.to(self._dtype).contiguous()
@@ -97,7 +97,7 @@ class WholeModelFiles:
         self._open.close()
         if not self._changed:
             raise UserError(
-                f"{target_of(self._folder)} is not written: in {self._name} every weight is the base's, so training "
+                f"{final_path(self._folder)} is not written: in {self._name} every weight is the base's, so training "
                 "did not change the model; raise train.lr or train.steps"
             )
         for path in other_files(self._base):

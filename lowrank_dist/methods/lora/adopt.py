@@ -14,7 +14,7 @@ from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import ALL_LINEAR, LinearPlacement, LoraRules
 from lowrank_dist.arch.tensors import module_paths
 from lowrank_dist.errors import UserError, some_of
-from lowrank_dist.formats.paths import reading
+from lowrank_dist.formats.paths import detect_removal
 from lowrank_dist.formats.provenance import refuse_another_base
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_dist.methods.lora.config import LoraConfig
@@ -25,15 +25,15 @@ from lowrank_dist.methods.lora.peft_config import describe
 def adopt_adapter(section: LoraConfig, base: Path) -> LoraConfig:
     """Return the section with the values of the adapter in init_from; unchanged where init_from is null.
 
-    Rank, alpha, targets, patterns, rslora and dora are taken from the adapter, so that `place` gives exactly its
-    factors; dropout stays the section's. Raises UserError where the config gives one of these keys another value, for
-    factors on modules that the model in `base` cannot adapt, and for a rank or alpha outside the section's limits.
+    Rank, alpha, targets, patterns, rslora and dora are taken from the adapter, so that `place_factors` gives exactly
+    its factors; dropout stays the section's. Raises UserError where the config gives one of these keys another value,
+    for factors on modules that the model in `base` cannot adapt, and for a rank or alpha outside the section's limits.
     """
     folder = section.init_from
     if folder is None:
         return section
     architecture = read_architecture(base)
-    with reading(folder) as found:
+    with detect_removal(folder) as found:
         adapter = read_adapter(found, architecture)
     refuse_foreign(folder, adapter, architecture.linear_modules(), base)
     adopted = {**asdict(rules_of(adapter, architecture)), "dora": adapter.dora}
@@ -56,7 +56,7 @@ def initial_factors(folder: Path, placements: Sequence[LinearPlacement], base: P
     Raises UserError for an adapter that was trained on another base, by its fingerprint, or whose modules or shapes
     differ from `placements`.
     """
-    with reading(folder) as found:
+    with detect_removal(folder) as found:
         refuse_another_base(found, base)
         return factors_for(found, read_adapter(found), placements, base)
 
@@ -84,7 +84,7 @@ def _refuse_contradictions(
 
 
 def rules_of(adapter: Adapter, architecture: Architecture) -> LoraRules:
-    """Return rules with which `place` gives exactly the adapter's factors, if all are on linears of the model."""
+    """Return rules with which `place_factors` gives the adapter's factors, if all are on linears of the model."""
     peft = describe(
         {module: (factor.rank, factor.alpha) for module, factor in adapter.factors.items()},
         module_paths(architecture),

@@ -14,7 +14,7 @@ from torch import Tensor
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.tensors import module_paths
 from lowrank_dist.errors import UserError, some_of
-from lowrank_dist.formats.atomic import atomic_folder, target_of
+from lowrank_dist.formats.atomic import atomic_folder, final_path
 from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header, write_fp32
@@ -112,7 +112,7 @@ def write_adapter_files(
 
     Raises UserError, with the final path, for an empty adapter, B = 0 everywhere after training, NaN or infinity.
     """
-    target = target_of(folder)
+    target = final_path(folder)
     if not adapter.factors:
         raise UserError(f"{target} is not written: the adapter has no factors; check lora.targets")
     assert set(adapter.factors) <= set(modules), "factors on modules that the base does not have"
@@ -138,7 +138,7 @@ def require_finite(folder: Path, tensors: Mapping[str, Tensor], remedy: str) -> 
     """Raise UserError, with the final path of the folder, where a tensor is not finite."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{target_of(folder)} is not written: {name} holds NaN or infinity; {remedy}")
+            raise UserError(f"{final_path(folder)} is not written: {name} holds NaN or infinity; {remedy}")
 
 
 def named_tensors(adapter: Adapter) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.placement import LinearPlacement, LoraRules, place
+from lowrank_dist.arch.placement import LinearPlacement, LoraRules, place_factors
 from lowrank_dist.arch.rows import Linear
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.lora.config import LoraConfig
@@ -138,7 +138,7 @@ def _rescaling(job: Job, outputs: int) -> int:
 
 
 def placement_rules(section: LoraConfig) -> LoraRules:
-    """Return the keys of the section that `place` uses."""
+    """Return the keys of the section that `place_factors` uses."""
     return LoraRules(
         section.rank, section.alpha, section.targets, section.rslora, section.rank_pattern, section.alpha_pattern
     )
@@ -163,7 +163,7 @@ def footprint_of(method: MethodName, section: LoraConfig, architecture: Architec
     """
     rules = placement_rules(section)
     if section.dora:
-        refuse_parts(place(architecture, rules))
+        refuse_parts(place_factors(architecture, rules))
     return (Decomposed if section.dora else LowRank)(method, low_rank(architecture, rules))
 
 

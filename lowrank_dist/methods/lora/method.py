@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.placement import LinearPlacement, place
+from lowrank_dist.arch.placement import LinearPlacement, place_factors
 from lowrank_dist.arch.tensors import module_paths
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import Provenance, refuse_another_base
@@ -33,7 +33,7 @@ from lowrank_dist.parallel.topology import Topology
 
 
 class Lora:
-    """The `Method` of low-rank updates. Raises UserError as `place` does, and for a dropout that rounds to 1."""
+    """The `Method` of low-rank updates. Raises UserError as `place_factors` does, and where dropout rounds to 1."""
 
     virtual_positions = 0
     virtual_token_ids: tuple[int, ...] = ()
@@ -41,7 +41,7 @@ class Lora:
 
     def __init__(self, section: LoraConfig, setting: Setting, architecture: Architecture) -> None:
         self._section, self._setting, self._architecture = section, setting, architecture
-        self._placements = place(architecture, placement_rules(section))
+        self._placements = place_factors(architecture, placement_rules(section))
         try:
             self._threshold = quantise(section.dropout)
         except ValueError as error:
@@ -90,7 +90,7 @@ def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology
     refuse_another_base(folder, base)
     adapter = read_adapter(folder, model.architecture)
     refuse_foreign(folder, adapter, model.architecture.linear_modules(), base)
-    placements = place(model.architecture, rules_of(adapter, model.architecture))
+    placements = place_factors(model.architecture, rules_of(adapter, model.architecture))
     factors = factors_for(folder, adapter, placements, base)
     theta = _attach(model, placements, topology, MaskSource(0, 0), 0, lanes=False, dora=adapter.dora)
     theta.set_from_whole(stored_tensors(factors), topology.coordinates)

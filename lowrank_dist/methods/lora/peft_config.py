@@ -13,7 +13,7 @@ from typing import Any
 
 from lowrank_dist.arch.placement import ALL_LINEAR
 from lowrank_dist.errors import UserError
-from lowrank_dist.untrusted.json import brief, read_object, take
+from lowrank_dist.untrusted.json import brief, read_object, typed_value
 from lowrank_dist.untrusted.keys import EMPTY, KeyRule
 from lowrank_dist.untrusted.patterns import Patterns
 
@@ -251,7 +251,7 @@ def read_config(path: Path) -> PeftConfig:
         rslora=_is_true(values["use_rslora"], path, "use_rslora"),
         dora=_is_true(values["use_dora"], path, "use_dora"),
         fan_in_fan_out=_is_true(values["fan_in_fan_out"], path, "fan_in_fan_out"),
-        base=take(values, "base_model_name_or_path", str, path, _ANEW) or "",
+        base=typed_value(values, "base_model_name_or_path", str, path, _ANEW) or "",
         targets=targets,
         rank_pattern={
             key: _rank(rank, path, f"rank_pattern.{key}")
