@@ -12,7 +12,7 @@ import logging
 import sys
 
 from lowrank_dist.backend.launchers import refuse_missing_hostfile, set_rank_variables
-from lowrank_dist.backend.libraries import lasting, quiet_libraries
+from lowrank_dist.backend.libraries import exempt_from_gc, quiet_libraries
 from lowrank_dist.backend.select import init_process_group, local_rank_and_size, select_backend
 from lowrank_dist.config import HELP, Config, load_config
 from lowrank_dist.errors import RankIdentityError, UserError
@@ -25,7 +25,7 @@ def main(config: Config, supervision: Supervision) -> int:
     quiet_libraries()
     refuse_missing_hostfile()
     # Imported here, so that an error in the configuration is found before Megatron and transformers are loaded.
-    with lasting():
+    with exempt_from_gc():
         from lowrank_dist.engine.agreement import require_same_start
         from lowrank_dist.engine.assemble import build_engine, build_method, build_trainer, choose_kernels
         from lowrank_dist.engine.datasets import build_data

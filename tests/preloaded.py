@@ -9,10 +9,10 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 
-from lowrank_dist.backend.libraries import lasting, quiet_libraries
+from lowrank_dist.backend.libraries import exempt_from_gc, quiet_libraries
 
 quiet_libraries()
-with lasting():
+with exempt_from_gc():
     import peft  # noqa: F401
     import transformers.models.auto.modeling_auto  # noqa: F401
 

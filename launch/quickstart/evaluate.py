@@ -57,11 +57,11 @@ def score(args: argparse.Namespace) -> dict[str, float]:
     from lowrank_dist.generate.decode import EvaluationParams, evaluate_generation
     from lowrank_dist.generate.prompts import read_prompts
     from lowrank_dist.generate.sampling import SamplingParams
-    from lowrank_dist.generate.session import load, session
+    from lowrank_dist.generate.session import load_for_generation, session
     from lowrank_dist.generate.texts import stop_tokens
 
     with session(1, "cpu") as job:
-        loaded = load(args.model, None, job.topology, job.backend.device, dtype="fp32")
+        loaded = load_for_generation(args.model, None, job.topology, job.backend.device, dtype="fp32")
         model, tokenizer = loaded.model, loaded.tokenizer
         vocab, positions = model.architecture.vocab, model.architecture.max_positions
         trained = load_dataset(args.data, tokenizer, positions, vocab)

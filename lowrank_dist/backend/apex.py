@@ -70,7 +70,7 @@ def find_apex() -> Apex:
     return Apex("nvidia", version, True, name)
 
 
-apex_here = cache(find_apex)
+installed_apex = cache(find_apex)
 
 
 def use_plain(plain: bool) -> None:
@@ -107,12 +107,12 @@ def adamw(device: str) -> Callable[..., Optimizer]:
 def describe(device: str) -> str:
     """Return one line that says which library provides norms and AdamW on `device`, and why."""
     if _taken(device):
-        return f"norms and AdamW from {apex_here().reason}"
-    return f"norms and AdamW from PyTorch: {apex_here().reason if device == 'cuda' else 'apex is for CUDA'}"
+        return f"norms and AdamW from {installed_apex().reason}"
+    return f"norms and AdamW from PyTorch: {installed_apex().reason if device == 'cuda' else 'apex is for CUDA'}"
 
 
 def _taken(device: str) -> bool:
-    return device == "cuda" and not _plain and apex_here().usable
+    return device == "cuda" and not _plain and installed_apex().usable
 
 
 def _distribution(folders: Sequence[str]) -> Distribution | None:

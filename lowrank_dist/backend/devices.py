@@ -101,11 +101,11 @@ class Clock:
         return first.elapsed_time(second) / 1000 if self._cuda else second - first
 
 
-class Waits:
+class WaitTimer:
     """Measures the waits for tensor-parallel collectives, by a pair of marks around each, while `clock` is set.
 
-    The process has one instance (`WAITS`), because the waits are deep inside autograd functions, ours and Megatron's,
-    which have no access to the training loop. Without a clock a wait costs one comparison.
+    The process has one instance (`WAIT_TIMER`), because the waits are deep inside autograd functions, ours and
+    Megatron's, which have no access to the training loop. Without a clock a wait costs one comparison.
     """
 
     def __init__(self) -> None:
@@ -113,7 +113,7 @@ class Waits:
         self._marks: list[tuple[Mark, Mark]] = []
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def measure(self) -> Iterator[None]:
         if self.clock is None:
             yield
             return
@@ -127,7 +127,7 @@ class Waits:
         return sum(self.clock.seconds(*pair) for pair in marks) if self.clock is not None else 0.0
 
 
-WAITS = Waits()
+WAIT_TIMER = WaitTimer()
 
 
 def generator_states(device: torch.device) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def parent(process: Path) -> Path | None:
     return process.parent / next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:"))
 
 
-def words(process: Path) -> list[str]:
+def command_line(process: Path) -> list[str]:
     """Return the command line of /proc/PID; empty where the process has ended."""
     try:
         return (process / "cmdline").read_bytes().decode(errors="surrogateescape").split("\0")[:-1]
@@ -68,26 +68,26 @@ def stat_fields(process: Path) -> list[str]:
         return []
 
 
-def started(process: Path) -> str:
+def start_time(process: Path) -> str:
     """Return a process's start time, which tells it from a later process with the same id; "" where it has ended."""
     fields = stat_fields(process)
-    return fields[STARTED] if runs(fields) else ""
+    return fields[STARTED] if is_running(fields) else ""
 
 
-def runs(fields: list[str]) -> bool:
+def is_running(fields: list[str]) -> bool:
     """Return whether `stat_fields` belong to a process that has not ended."""
     return bool(fields) and fields[STATE] not in "ZX"
 
 
 class Launcher(NamedTuple):
-    """A process that started this rank. started: its start time (`started`); "" for a process that is gone."""
+    """A process that started this rank. start_time: as `start_time` returns it; "" for a process that is gone."""
 
     pid: int
-    started: str
+    start_time: str
     name: str
 
-    def lives(self) -> bool:
-        return bool(self.started) and started(Path("/proc", str(self.pid))) == self.started
+    def is_alive(self) -> bool:
+        return bool(self.start_time) and start_time(Path("/proc", str(self.pid))) == self.start_time
 
 
 def find_launchers(environment: Mapping[str, str] = os.environ) -> list[Launcher]:
@@ -95,7 +95,7 @@ def find_launchers(environment: Mapping[str, str] = os.environ) -> list[Launcher
 
     Ancestors that are not launchers are left out: a shell, for example, may end while its job goes on.
     """
-    found = [Launcher(int(process.name), started(process), name) for process, name in _above()]
+    found = [Launcher(int(process.name), start_time(process), name) for process, name in _above()]
     if os.getppid() == 1:  # orphaned: its launcher may have ended before it could be seen
         names = {launcher.name for launcher in found}
         found += [Launcher(0, "", name) for sign, name in _SIGNS.items() if sign in environment and name not in names]
@@ -105,16 +105,16 @@ def find_launchers(environment: Mapping[str, str] = os.environ) -> list[Launcher
 def _above() -> Iterator[tuple[Path, str]]:
     node = None
     for process in ancestors():
-        name = launcher_name(words(process))
+        name = launcher_name(command_line(process))
         if name is not None:
             yield process, name
             node = process if name == _NODE_NAME else None
-        elif node is not None and _is_session(words(process)):
+        elif node is not None and _is_session(command_line(process)):
             # The only launcher above deepspeed's node launcher is the ssh session that pdsh holds.
             yield process, "the ssh session of pdsh"
             break
     if node is not None:
-        yield from _runner_of(words(node))
+        yield from _runner_of(command_line(node))
 
 
 def launcher_name(command: Sequence[str]) -> str | None:
@@ -138,10 +138,10 @@ def _runner_of(node: Sequence[str]) -> Iterator[tuple[Path, str]]:
     """Yield the deepspeed whose pdsh started this node launcher, where it runs on this machine."""
     world = next(word for word in node if word.startswith("--world_info"))
     for process in Path("/proc").glob("[0-9]*"):
-        command = words(process)
+        command = command_line(process)
         if command and os.path.basename(command[0]) == "pdsh" and any(world in word for word in command):
             above = parent(process)
-            if above is not None and launcher_name(words(above)) == "deepspeed":
+            if above is not None and launcher_name(command_line(above)) == "deepspeed":
                 yield above, "deepspeed"
                 return
 
@@ -153,7 +153,7 @@ def refuse_missing_hostfile() -> None:
     hosts, but it is an ancestor of the ranks, and Linux shows its command line.
     """
     for process in ancestors():
-        named = named_hostfile(words(process))
+        named = named_hostfile(command_line(process))
         if named is None:
             continue
         # FILE is relative to the working directory of the launcher.
@@ -263,7 +263,7 @@ def run_token(environment: Mapping[str, str] = os.environ) -> str:
 def _deepspeed_job() -> str:
     """Return the hosts and devices of this rank's deepspeed job, and its process where the job has a single host."""
     for process in ancestors():
-        command = words(process)
+        command = command_line(process)
         if launcher_name(command) == _NODE_NAME:
             world = next(word for word in command if word.startswith("--world_info")).partition("=")[2]
             try:
@@ -271,7 +271,7 @@ def _deepspeed_job() -> str:
                 single = len(hosts) == 1
             except (ValueError, TypeError):
                 return f" on {world}"
-            return f" on {json.dumps(hosts)}{f', process {process.name} of {started(process)}' if single else ''}"
+            return f" on {json.dumps(hosts)}{f', process {process.name} of {start_time(process)}' if single else ''}"
     return ""
 
 

@@ -51,7 +51,7 @@ def _no_noise(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def lasting() -> Iterator[None]:
+def exempt_from_gc() -> Iterator[None]:
     """Exclude the objects created in the block from garbage collection, now and later. For imports.
 
     Megatron, DeepSpeed and transformers create half a million objects. The collector would scan them again and again

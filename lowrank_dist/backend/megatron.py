@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lowrank_dist.backend.devices import WAITS
+from lowrank_dist.backend.devices import WAIT_TIMER
 
 
 class _StatelessRngTracker:
@@ -32,7 +32,7 @@ def _waiting(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with WAITS.waiting():
+        with WAIT_TIMER.measure():
             return function(*args, **kwargs)
 
     return wrapped

@@ -107,7 +107,7 @@ def init_process_group(backend: Backend, timeout_seconds: int) -> None:
     dist.init_process_group(
         backend.collective, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=timeout
     )
-    name_own_device(backend)
+    set_local_rank_to_device(backend)
 
 
 def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
@@ -147,7 +147,7 @@ def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     return store, rank, size
 
 
-def name_own_device(backend: Backend) -> None:
+def set_local_rank_to_device(backend: Backend) -> None:
     """Set LOCAL_RANK to the number of this rank's GPU.
 
     DeepSpeed's engine calls torch.cuda.set_device(LOCAL_RANK), which fails or moves the rank where several ranks share

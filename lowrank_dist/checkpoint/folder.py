@@ -19,7 +19,7 @@ from lowrank_dist.formats.manifest import (
     OPTIMIZER_FILE,
     STATE_FILE,
     is_checkpoint,
-    is_described,
+    matches_entry,
     read_manifest,
     verify_manifest,
     write_manifest,
@@ -187,7 +187,7 @@ def export(source: Path, out: Path, *, target: str | None = None, max_rank: int 
     with atomic_folder(out) as temporary, detect_removal(found, read_before=True):
         for name in files:
             shutil.copyfile(own_file(found, name), temporary / name)
-            if name in manifest and not is_described(temporary / name, manifest[name]):
+            if name in manifest and not matches_entry(temporary / name, manifest[name]):
                 raise UserError(f"{found / name} was changed while it was copied: export the folder again")
         published.write(temporary)
         (temporary / CARD_FILE).write_text(published.card, encoding="utf-8")

@@ -24,11 +24,11 @@ def inspect_trained(folder: Path, base: Path | None = None, *, check_base: bool 
         report.facts["step"] = step
     if is_temporary(folder.resolve()):
         report.problems.append(f"{folder} is what a killed writer left behind: remove it")
-    _look_at_manifest(folder, report)
+    _check_manifest(folder, report)
     inspected = method_package_reading(folder).files.inspect(folder, report)
-    provenance = _look_at_provenance(folder, report)
+    provenance = _read_provenance_facts(folder, report)
     if check_base:
-        _look_at_base(folder, base, report, inspected, provenance)
+        _check_base(folder, base, report, inspected, provenance)
     return report
 
 
@@ -39,7 +39,7 @@ def step_number(folder: Path) -> int | None:
     return int(match[1]) if match and real.parent.name == "checkpoints" else None
 
 
-def _look_at_manifest(folder: Path, report: Report) -> None:
+def _check_manifest(folder: Path, report: Report) -> None:
     """Check a checkpoint against its manifest; an adapter has none."""
     if is_checkpoint(folder):
         before = len(report.problems)
@@ -47,7 +47,7 @@ def _look_at_manifest(folder: Path, report: Report) -> None:
         report.facts["manifest"] = "verifies" if len(report.problems) == before else "does not verify"
 
 
-def _look_at_provenance(folder: Path, report: Report) -> Provenance | None:
+def _read_provenance_facts(folder: Path, report: Report) -> Provenance | None:
     path = folder / PROVENANCE_FILE
     if not os.path.lexists(path):
         report.facts["provenance"] = f"none: there is no {PROVENANCE_FILE}"
@@ -62,7 +62,7 @@ def _look_at_provenance(folder: Path, report: Report) -> Provenance | None:
     return provenance
 
 
-def _look_at_base(
+def _check_base(
     trained: Path, base: Path | None, report: Report, inspected: Inspected, provenance: Provenance | None
 ) -> None:
     """Check that the base is there, has the recorded fingerprint, and has modules that the trained tensors fit.

@@ -42,10 +42,10 @@ def inspect_folder(folder: Path, base: Path | None = None, *, read_config: ReadC
     Raises UserError for a path that is no adapter, checkpoint, run or model folder, for a base that is no folder, and
     for a folder that is removed while it is read (FolderRemoved).
     """
-    return _again(folder, lambda found: _inspect(found, base, read_config))
+    return _retry_while_removed(folder, lambda found: _inspect(found, base, read_config))
 
 
-def _again(folder: Path, look: Callable[[Path], Report]) -> Report:
+def _retry_while_removed(folder: Path, look: Callable[[Path], Report]) -> Report:
     """Return the report on a folder, read again where it was removed meanwhile. Raises FolderRemoved if it stays so."""
     removed = None
     for _ in range(_LOOKS):
@@ -206,7 +206,7 @@ def _listed(held: Path) -> tuple[list[Path], dict[Path, Path]]:
 def _trained(path: Path, base: Path | None, *, check_base: bool) -> Report | None:
     """Return the report on an adapter or a checkpoint of a run; None where the run has removed it meanwhile."""
     try:
-        found = _again(path, lambda folder: inspect_trained(folder, base, check_base=check_base))
+        found = _retry_while_removed(path, lambda folder: inspect_trained(folder, base, check_base=check_base))
     except FolderRemoved:
         return None
     return found if path.exists() else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lowrank_dist.backend.libraries import lasting
+from lowrank_dist.backend.libraries import exempt_from_gc
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.paths import require_outside, resolve_link
 from lowrank_dist.terminal import open_console, put, say
@@ -70,11 +70,11 @@ def generate_command(
     tokenizer: TokenizerOption = None,
 ) -> None:
     """Generate completions. Sharded: torchrun --nproc-per-node N -m lowrank_dist.cli generate … --tensor N."""
-    with loading():
+    with silence_megatron():
         from lowrank_dist.generate.decode import generate
         from lowrank_dist.generate.prompts import prompt_of, read_prompts
         from lowrank_dist.generate.sampling import SamplingParams
-        from lowrank_dist.generate.session import load, require_same_prompts, session
+        from lowrank_dist.generate.session import load_for_generation, require_same_prompts, session
         from lowrank_dist.generate.texts import stop_tokens
 
     with session(tensor, device) as job:
@@ -83,7 +83,9 @@ def generate_command(
             raise UserError("give one of --prompt and --prompts: what is to be gone on from")
         refuse_existing(out)
         model, adapter = resolve_link(model), adapter and resolve_link(adapter)
-        loaded = load(model, adapter, job.topology, job.backend.device, dtype=known_dtype(dtype), tokenizer=tokenizer)
+        loaded = load_for_generation(
+            model, adapter, job.topology, job.backend.device, dtype=require_dtype(dtype), tokenizer=tokenizer
+        )
         say_notes(loaded.notes, job)
         stops, vocab = stop_tokens(model, loaded.tokenizer, adapter), loaded.model.architecture.vocab
         if prompt is not None:
@@ -99,7 +101,7 @@ def generate_command(
             put(found[0].text)
         else:
             write_jsonl(out, [record(ask, generation) for ask, generation in zip(asked, found, strict=True)])
-        say_limited(sum(generation.finish == "length" for generation in found), len(found))
+        say_limited(sum(generation.finish_reason == "length" for generation in found), len(found))
 
 
 def evaluate_command(
@@ -132,12 +134,12 @@ def evaluate_command(
     tokenizer: TokenizerOption = None,
 ) -> None:
     """Generate for every sample and score it. Sharded as `generate` is."""
-    with loading():
-        from lowrank_dist.generate.decode import EvaluationParams, generate, summary
+    with silence_megatron():
+        from lowrank_dist.generate.decode import EvaluationParams, generate, summarize
         from lowrank_dist.generate.metrics import notes_on_references, notes_on_texts
         from lowrank_dist.generate.prompts import note_on_rewritten, read_prompts
         from lowrank_dist.generate.sampling import SamplingParams
-        from lowrank_dist.generate.session import load, require_same_prompts, session
+        from lowrank_dist.generate.session import load_for_generation, require_same_prompts, session
         from lowrank_dist.generate.texts import stop_tokens
 
     with session(tensor, device) as job:
@@ -145,7 +147,9 @@ def evaluate_command(
         params = EvaluationParams(tuple(metric), sampling)
         refuse_existing(out)
         model, adapter = resolve_link(model), adapter and resolve_link(adapter)
-        loaded = load(model, adapter, job.topology, job.backend.device, dtype=known_dtype(dtype), tokenizer=tokenizer)
+        loaded = load_for_generation(
+            model, adapter, job.topology, job.backend.device, dtype=require_dtype(dtype), tokenizer=tokenizer
+        )
         say_notes(loaded.notes, job)
         stops, vocab = stop_tokens(model, loaded.tokenizer, adapter), loaded.model.architecture.vocab
         samples = read_prompts(data, loaded.tokenizer, stops, vocab=vocab, references=True, stop=sampling.stop)
@@ -154,7 +158,7 @@ def evaluate_command(
             found = generate(loaded.model, loaded.tokenizer, samples, sampling, job.topology, advance)
         if not job.should_print:
             return
-        result = summary(found, samples, params.metrics)
+        result = summarize(found, samples, params.metrics)
         if out is not None:
             lines = [
                 {**record(sample, generation), "references": list(sample.references)}
@@ -172,9 +176,9 @@ def evaluate_command(
 
 
 @contextmanager
-def loading() -> Iterator[None]:
+def silence_megatron() -> Iterator[None]:
     """Silence Megatron in the block that imports it: it says at once what it would rather have found."""
-    with lasting():
+    with exempt_from_gc():
         from lowrank_dist.backend.libraries import quiet_libraries
 
         quiet_libraries()
@@ -184,14 +188,14 @@ def loading() -> Iterator[None]:
 def record(prompt: Prompt, generation: Generation) -> dict[str, Any]:
     """Return a line of the output."""
     return {
-        "prompt": prompt.shown,
+        "prompt": prompt.source,
         "completion": generation.text,
-        "finish_reason": generation.finish,
+        "finish_reason": generation.finish_reason,
         "tokens": list(generation.tokens),
     }
 
 
-def known_dtype(dtype: str) -> str:
+def require_dtype(dtype: str) -> str:
     if dtype not in ("auto", "fp32", "bf16"):
         raise UserError(f"--dtype {dtype}: give auto, fp32 or bf16")
     return dtype

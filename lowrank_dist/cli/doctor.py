@@ -99,10 +99,10 @@ def _in_job(place: Place, arguments: Sequence[str], timeout: float, as_json: boo
     try:
         return check_job(place, run, refused, timeout, publish)
     except (NoAnswer, RuntimeError) as error:
-        return _astray(place, run, timeout, error, as_json)
+        return _show_unreachable(place, run, timeout, error, as_json)
 
 
-def _astray(place: Place, run: Config | None, timeout: float, error: Exception, as_json: bool) -> int:
+def _show_unreachable(place: Place, run: Config | None, timeout: float, error: Exception, as_json: bool) -> int:
     """Show the results of a node that does not reach the others, from its first rank. Return the exit code."""
     if not is_first_on_node():
         return 1

@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Protocol
 
-from lowrank_dist.backend.devices import WAITS, Clock, Mark
+from lowrank_dist.backend.devices import WAIT_TIMER, Clock, Mark
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.batches import StepBatch
 from lowrank_dist.engine.forecast import Forecast
@@ -43,7 +43,7 @@ class Phases:
 
     def measure_waits(self, measure: bool) -> None:
         """Start or stop measuring the time spent waiting for tensor-parallel peers."""
-        WAITS.clock = self._clock if measure else None
+        WAIT_TIMER.clock = self._clock if measure else None
 
     def take(self) -> tuple[defaultdict[str, float], float]:
         """Return the seconds in each phase since the last call, and the seconds of them that were measured as waits.
@@ -56,7 +56,7 @@ class Phases:
         for (phase, begin), (_, end) in pairwise(self._marks):
             seconds[phase] += self._clock.seconds(begin, end)
         self._marks = self._marks[-1:]
-        return seconds, WAITS.take()
+        return seconds, WAIT_TIMER.take()
 
 
 class Stragglers:

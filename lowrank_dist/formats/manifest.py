@@ -61,14 +61,14 @@ def verify_manifest(folder: Path) -> None:
         if child.stat().st_size != expected["size"]:
             raise UserError(f"{child} has {child.stat().st_size} bytes, not {expected['size']}: {_ANOTHER}")
         try:
-            damaged = not is_described(child, expected)
+            damaged = not matches_entry(child, expected)
         except OSError as error:
             raise UserError(f"{child} cannot be read ({error.strerror}): {_ANOTHER}") from error
         if damaged:
             raise UserError(f"{child} is damaged, its SHA-256 is not the one written: {_ANOTHER}")
 
 
-def is_described(path: Path, expected: object) -> bool:
+def matches_entry(path: Path, expected: object) -> bool:
     """Return whether a file has the size and SHA-256 of its entry in a manifest."""
     return _describe(path) == expected
 

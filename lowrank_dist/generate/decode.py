@@ -25,13 +25,13 @@ from lowrank_dist.parallel.topology import Topology
 class Generation:
     """A generated completion.
 
-    text: without the token or text that stopped it. tokens: all ids, a stop token included. finish: "stop" for a stop
-    token or text, "length" for max_new_tokens or the model's last position.
+    text: without the token or text that stopped it. tokens: all ids, a stop token included. finish_reason: "stop" for a
+    stop token or text, "length" for max_new_tokens or the model's last position.
     """
 
     text: str
     tokens: tuple[int, ...]
-    finish: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length"]
 
 
 @dataclass
@@ -72,9 +72,9 @@ def generate(
         with model.without_sequence_parallelism():
             for batch in mine:
                 rows = [_Row(number, prompts[number], _limit(prompts[number], model, params)) for number in batch]
-                for row, finish in _decode_batch(model, rows, stops, params, topology):
+                for row, finish_reason in _decode_batch(model, rows, stops, params, topology):
                     text = stops.cut(written_text(tokenizer, row.prompt.ids, row.ids, row.prompt.stop_ids))
-                    found.append((row.number, Generation(text, tuple(row.ids), finish)))
+                    found.append((row.number, Generation(text, tuple(row.ids), finish_reason)))
                 progress(len(rows))
                 if in_step:
                     _meet(model, topology)
@@ -153,7 +153,7 @@ def _shared(
     whole = {number: fields for part in parts for number, fields in part}
     assert len(whole) == count, "a prompt was dealt to no rank, or to two"
     return [
-        Generation(whole[number]["text"], tuple(whole[number]["tokens"]), whole[number]["finish"])
+        Generation(whole[number]["text"], tuple(whole[number]["tokens"]), whole[number]["finish_reason"])
         for number in range(count)
     ]
 
@@ -189,16 +189,16 @@ def evaluate_generation(
     topology: Topology,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> dict[str, float]:
-    """Return the metrics and how the completions ended (see `summary`), the same on every rank. Collective.
+    """Return the metrics and how the completions ended (see `summarize`), the same on every rank. Collective.
 
     samples: prompts of `read_prompts` with references. No rank waits for another for longer than a batch takes, so that
     this can run under the timeouts of training.
     """
     found = generate(model, tokenizer, samples, params.sampling, topology, progress, in_step=True)
-    return summary(found, samples, params.metrics)
+    return summarize(found, samples, params.metrics)
 
 
-def summary(found: Sequence[Generation], samples: Sequence[Prompt], metrics: Sequence[str]) -> dict[str, float]:
+def summarize(found: Sequence[Generation], samples: Sequence[Prompt], metrics: Sequence[str]) -> dict[str, float]:
     """Return the metrics by name, and how the completions ended.
 
     Further keys: samples, their number; met_length_limit, how many completions ended at the length limit and not at a
@@ -207,6 +207,6 @@ def summary(found: Sequence[Generation], samples: Sequence[Prompt], metrics: Seq
     return {
         **score(metrics, [generation.text for generation in found], [sample.references for sample in samples]),
         "samples": float(len(samples)),
-        "met_length_limit": float(sum(generation.finish == "length" for generation in found)),
+        "met_length_limit": float(sum(generation.finish_reason == "length" for generation in found)),
         "mean_tokens": sum(len(generation.tokens) for generation in found) / len(found),
     }

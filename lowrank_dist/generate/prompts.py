@@ -21,17 +21,17 @@ _SHOWN = 40  # characters of a text in a note
 class Prompt:
     """A tokenised prompt.
 
-    where: its place, for messages. shown: the text or the messages as given. stop_ids: tokens that end its completion.
-    references: accepted completions, as `texts.written_text` of a model that writes the trained tokens. given: the same
-    completions as the file has them. Both are empty where no references were requested.
+    where: its place, for messages. source: the text or the messages as given. stop_ids: tokens that end its completion.
+    references: accepted completions, as `texts.written_text` of a model that writes the trained tokens.
+    raw_references: the same completions as the file has them. Both are empty where no references were requested.
     """
 
     where: str
-    shown: str | list[dict[str, str]]
+    source: str | list[dict[str, str]]
     ids: tuple[int, ...]
     stop_ids: frozenset[int]
     references: tuple[str, ...] = ()
-    given: tuple[str, ...] = ()
+    raw_references: tuple[str, ...] = ()
 
 
 def prompt_of(text: str, tokenizer: Tokenizer, stop_ids: Collection[int], vocab: int) -> Prompt:
@@ -92,7 +92,7 @@ def note_on_rewritten(prompts: Sequence[Prompt]) -> list[str]:
     changed = [
         (prompt.where, reference, given)
         for prompt in prompts
-        for reference, given in zip(prompt.references, prompt.given, strict=True)
+        for reference, given in zip(prompt.references, prompt.raw_references, strict=True)
         if reference.strip() != given.strip()
     ]
     if not changed:
@@ -135,11 +135,11 @@ def _plain(
         prompts.append(
             Prompt(
                 where=f"{path}:{record.line}",
-                shown=record.prompt,
+                source=record.prompt,
                 ids=before,
                 stop_ids=frozenset(stop_ids),
                 references=tuple(written_text(tokenizer, before, next(trained), stop_ids) for _ in texts),
-                given=texts,
+                raw_references=texts,
             )
         )
     return prompts
@@ -159,11 +159,11 @@ def _chats(
         prompts.append(
             Prompt(
                 where=f"{path}:{record.line}",
-                shown=record.messages[:-1],
+                source=record.messages[:-1],
                 ids=tuple(before),
                 stop_ids=stops,
                 references=(written_text(tokenizer, before, trained, stops),) if references else (),
-                given=(record.messages[-1]["content"],) if references else (),
+                raw_references=(record.messages[-1]["content"],) if references else (),
             )
         )
     return prompts

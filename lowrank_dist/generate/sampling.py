@@ -71,7 +71,7 @@ def next_tokens(
     if params.greedy:
         return token
     logits_bV = all_gather_columns(logits_bVi.float(), group)[:, :vocab]
-    uniform = [uniform_of(params.seed, sample, step) for sample in samples]
+    uniform = [uniform_draw(params.seed, sample, step) for sample in samples]
     token = draw(logits_bV, params, torch.tensor(uniform, dtype=torch.float64, device=logits_bV.device))
     if group.size() > 1:
         # Rank 0's token is used everywhere: a scan on a GPU need not be bit-identical on every rank.
@@ -107,7 +107,7 @@ def draw(logits_bV: Tensor, params: SamplingParams, uniform_b: Tensor) -> Tensor
     return ids.gather(1, torch.minimum(place, kept - 1))[:, 0]
 
 
-def uniform_of(seed: int, sample: int, step: int) -> float:
+def uniform_draw(seed: int, sample: int, step: int) -> float:
     """Return a number in [0, 1) that depends only on the arguments, not on ranks, batch or order."""
     digest = hashlib.blake2b(f"{seed} {sample} {step}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

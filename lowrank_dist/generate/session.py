@@ -95,7 +95,7 @@ def _is_first_to_fail() -> bool:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model ready to decode, with its tokenizer; path: the folder of the base or merged model.
 
     notes: a line for each setting in its files that is not applied.
@@ -107,7 +107,7 @@ class Loaded:
     notes: tuple[str, ...]
 
 
-def load(
+def load_for_generation(
     path: Path,
     adapter: Path | None,
     topology: Topology,
@@ -115,19 +115,19 @@ def load(
     *,
     dtype: str = "auto",
     tokenizer: Path | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """Return this rank's shard of the model in `path`, with the trained adapter of any method from folder `adapter`.
 
     dtype: auto (that of the weights), fp32 or bf16. tokenizer: its folder; by default the adapter's if it has one, with
     which it was trained, else `path`. Raises UserError on every rank where the ranks were given different content.
     """
     with detect_removal(path) as model, detect_removal(adapter or path) as trained:
-        return _load(model, adapter and trained, topology, device, dtype, tokenizer)
+        return _load_rank(model, adapter and trained, topology, device, dtype, tokenizer)
 
 
-def _load(
+def _load_rank(
     path: Path, adapter: Path | None, topology: Topology, device: torch.device, dtype: str, tokenizer: Path | None
-) -> Loaded:
+) -> LoadedModel:
     beside = tokenizer or tokenizer_of_adapter(adapter, path)
     # Rank 0's time, for templates that read the clock: all ranks must render the same prompt.
     present = gather_texts(datetime.now().isoformat(), topology.world_group, device)[0]
@@ -156,7 +156,7 @@ def _load(
     notes += generation_notes(path)
     if adapter is not None:
         notes += method_package_reading(adapter).files.notes(adapter)
-    return Loaded(path, model.eval(), words, tuple(notes))
+    return LoadedModel(path, model.eval(), words, tuple(notes))
 
 
 def require_same_prompts(prompts: Sequence[Prompt], params: SamplingParams, job: Session) -> None:

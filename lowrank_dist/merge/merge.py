@@ -20,7 +20,7 @@ from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_p
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
 from lowrank_dist.formats.text_files import merged_text_files
 from lowrank_dist.merge.options import SAME_AS_BASE, OutputFormat, WeightedAdapter
-from lowrank_dist.merge.update import Update, updates_of
+from lowrank_dist.merge.update import Update, build_updates
 from lowrank_dist.methods.lora.files import read_adapter
 from lowrank_dist.methods.lora.folder import FILES
 
@@ -102,7 +102,7 @@ def merge(
             held.enter_context(detect_removal(adapter.path))
         mapped = {name: checkpoint.file(name) for name in checkpoint.names()}
         read = [(adapter.path, adapter.weight, read_adapter(adapter.path, architecture)) for adapter in weighted]
-        updates = updates_of(architecture, checkpoint, read)
+        updates = build_updates(architecture, checkpoint, read)
         warnings = [note for adapter in weighted for note in FILES.notes(adapter.path)]
         warnings += _check_base(base, weighted, force_mismatch)
         text = merged_text_files([adapter.path for adapter in weighted], output_format.tokenizer, architecture.vocab)

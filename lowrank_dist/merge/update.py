@@ -75,7 +75,7 @@ def _with_norm(merged: Tensor, magnitude: Tensor, rows: slice, transposed: bool)
     return merged.mul_(wanted / norms)
 
 
-def updates_of(
+def build_updates(
     architecture: Architecture, checkpoint: Checkpoint, adapters: Sequence[tuple[Path, float, Adapter]]
 ) -> dict[str, Update]:
     """Return stored tensor name → its update by all adapters (folder, weight, content).

@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import mappings
 from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
-from lowrank_dist.backend.devices import WAITS
+from lowrank_dist.backend.devices import WAIT_TIMER
 from lowrank_dist.errors import UserError, some_of
 
 
@@ -32,7 +32,7 @@ class Pending:
     work: Work
 
     def wait(self) -> None:
-        with WAITS.waiting():
+        with WAIT_TIMER.measure():
             self.work.wait()
 
 

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from lowrank_dist.backend.launchers import find_launchers, is_first_on_node, started
+from lowrank_dist.backend.launchers import find_launchers, is_first_on_node, start_time
 from lowrank_dist.backend.select import shutdown
 from lowrank_dist.errors import OtherRankError, RankIdentityError, UserError
 from lowrank_dist.supervision.failure import Failure, explains, read, record
@@ -167,7 +167,7 @@ class Supervision:
         assert thread is not None, "it runs"
         return Charge(
             pid=os.getpid(),
-            started=started(Path("/proc/self")),
+            started=start_time(Path("/proc/self")),
             thread=thread,
             rank=self.rank,
             host=self.host,

@@ -28,7 +28,7 @@ from lowrank_dist.backend.launchers import (
     SYSTEM_TICKS,
     USER_TICKS,
     Launcher,
-    runs,
+    is_running,
     stat_fields,
 )
 from lowrank_dist.supervision.failure import Failure, record
@@ -55,7 +55,7 @@ _EXTENSIONS = re.compile(r"^Extension modules: .*\n?", re.MULTILINE)
 class Charge:
     """The facts on its rank that a watchdog gets at its start. timeout: that of the rank's collectives, in seconds.
 
-    started, launchers: from `launchers.started` and `find_launchers`. thread: id of the main thread, as faulthandler
+    started, launchers: from `launchers.start_time` and `find_launchers`. thread: id of the main thread, as faulthandler
     prints it. page, stacks: file descriptors of the `Page` and of faulthandler's output.
     """
 
@@ -118,7 +118,7 @@ class Watchdog:
             self._counts_from, self._stopped_at = now, None
         self._looked_at = now
         self._note(fields, now)
-        for launcher in [launcher for launcher in self._launchers if not launcher.lives()]:
+        for launcher in [launcher for launcher in self._launchers if not launcher.is_alive()]:
             self._launchers.remove(launcher)
             self._launcher_gone(launcher, state, now)
         reason = self._why_end_it(state, now)
@@ -127,7 +127,7 @@ class Watchdog:
         return reason is None
 
     def _runs(self, fields: list[str]) -> bool:
-        return runs(fields) and fields[STARTED] == self._charge.started
+        return is_running(fields) and fields[STARTED] == self._charge.started
 
     def _note(self, fields: list[str], now: float) -> None:
         activity = int(fields[USER_TICKS]) + int(fields[SYSTEM_TICKS]) + _bytes_read(self._process)

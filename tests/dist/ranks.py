@@ -155,7 +155,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
-    from lowrank_dist.backend.select import name_own_device, select_backend
+    from lowrank_dist.backend.select import select_backend, set_local_rank_to_device
 
     global _device
     torch.set_num_threads(1)
@@ -171,7 +171,7 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
     dist.init_process_group(
         collective, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
     )
-    name_own_device(backend)
+    set_local_rank_to_device(backend)
     while True:
         try:
             function, arguments = pipe.recv()

@@ -66,9 +66,9 @@ def transformers_tokens(folder: str, adapter: str | None = None) -> list[list[in
 
 
 def load(folder: str, topology: Any, adapter: str | None = None) -> Any:
-    from lowrank_dist.generate.session import load
+    from lowrank_dist.generate.session import load_for_generation
 
-    return load(Path(folder), Path(adapter) if adapter else None, topology, ranks.device(), dtype="fp32")
+    return load_for_generation(Path(folder), Path(adapter) if adapter else None, topology, ranks.device(), dtype="fp32")
 
 
 def generated(
@@ -86,7 +86,7 @@ def generated(
         for name, folder in folders.items():
             loaded = load(folder, topology, adapter)
             made = generate(loaded.model, loaded.tokenizer, prompts(), SamplingParams(**rules), topology)
-            assert all((g.finish == "stop") == (g.tokens[-1] in STOPS) for g in made)
+            assert all((g.finish_reason == "stop") == (g.tokens[-1] in STOPS) for g in made)
             found[name] = [list(generation.tokens) for generation in made]
     return found
 

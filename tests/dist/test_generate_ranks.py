@@ -94,11 +94,11 @@ def step_calls(folder: str, temperature: float) -> list[tuple[str, int]]:
     from lowrank_dist.generate.decode import generate
     from lowrank_dist.generate.prompts import Prompt
     from lowrank_dist.generate.sampling import SamplingParams
-    from lowrank_dist.generate.session import load
+    from lowrank_dist.generate.session import load_for_generation
     from lowrank_dist.parallel.counting import count_collectives
 
     topology = ranks.topology(2, True)
-    loaded = load(Path(folder), None, topology, ranks.device(), dtype="fp32")
+    loaded = load_for_generation(Path(folder), None, topology, ranks.device(), dtype="fp32")
     prompt, counts = [Prompt("", "", (7, 8, 9), frozenset())], []
     for new in (3, 4):
         with count_collectives() as calls:
@@ -125,10 +125,10 @@ def drawn_by_ranks(disagree: bool, agreement: bool) -> list[list[int]]:
     topology = ranks.topology(2, False)
     shard = torch.zeros(ROWS, 8, device=ranks.device())
     rules, found = SamplingParams(temperature=1.0), []
-    original = sampling.uniform_of
+    original = sampling.uniform_draw
     own = topology.tp_rank if disagree else 0
     with (
-        mock.patch.object(sampling, "uniform_of", lambda seed, sample, step: original(seed + own, sample, step)),
+        mock.patch.object(sampling, "uniform_draw", lambda seed, sample, step: original(seed + own, sample, step)),
         nullcontext() if agreement else mock.patch.object(dist, "broadcast"),
     ):
         for step in range(8):
@@ -181,9 +181,9 @@ def test_logits_that_are_no_numbers_end_every_rank(broken: float) -> None:
 
 def last_columns(folder: str) -> np.ndarray:
     """One rank of four, whose head is padded to 128 rows: its logits after one token."""
-    from lowrank_dist.generate.session import load
+    from lowrank_dist.generate.session import load_for_generation
 
-    model = load(Path(folder), None, ranks.topology(4, False), ranks.device(), dtype="fp32").model
+    model = load_for_generation(Path(folder), None, ranks.topology(4, False), ranks.device(), dtype="fp32").model
     cache = model.new_cache(torch.zeros(1, dtype=torch.int64, device=ranks.device()), 1)
     return model.decode(torch.full((1, 1), 9, device=ranks.device()), cache)[0].cpu().numpy()
 
@@ -236,13 +236,13 @@ def tokens_near_the_end(folder: str, lengths: tuple[int, ...]) -> list[tuple[int
     from lowrank_dist.generate.decode import generate
     from lowrank_dist.generate.prompts import Prompt
     from lowrank_dist.generate.sampling import SamplingParams
-    from lowrank_dist.generate.session import load
+    from lowrank_dist.generate.session import load_for_generation
 
     topology = ranks.topology(1, False)
-    loaded = load(Path(folder), None, topology, ranks.device(), dtype="fp32")
+    loaded = load_for_generation(Path(folder), None, topology, ranks.device(), dtype="fp32")
     prompts = [Prompt("", "", tuple(range(6, 6 + length)), frozenset()) for length in lengths]
     found = generate(loaded.model, loaded.tokenizer, prompts, SamplingParams(max_new_tokens=20), topology)
-    return [(len(generation.tokens), generation.finish) for generation in found]
+    return [(len(generation.tokens), generation.finish_reason) for generation in found]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

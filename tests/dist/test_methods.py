@@ -352,10 +352,10 @@ def test_peft_loads_what_is_written(folders: dict[str, str], tmp_path: Path, fam
 
 def read_and_score(folder: str, trained: str, tensor: int) -> np.ndarray:
     """One rank: logits of fixed tokens by what `lowrank-dist generate` loads."""
-    from lowrank_dist.generate.session import load
+    from lowrank_dist.generate.session import load_for_generation
 
     topology = ranks.topology(tensor, False)
-    loaded = load(Path(folder), Path(trained), topology, ranks.device(), dtype="fp32")
+    loaded = load_for_generation(Path(folder), Path(trained), topology, ranks.device(), dtype="fp32")
     return logits_of(loaded.model, fixed_tokens()).cpu().numpy()
 
 

@@ -111,7 +111,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Installed]:
     """Puts files where Python looks for packages first; whatever apex this environment has is set aside."""
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in MODULES}
-    apex.apex_here.cache_clear()
+    apex.installed_apex.cache_clear()
 
     def put(files: dict[str, str]) -> Path:
         monkeypatch.syspath_prepend(write(tmp_path, files))
@@ -119,7 +119,7 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
 
     yield put
     apex.use_plain(False)
-    apex.apex_here.cache_clear()
+    apex.installed_apex.cache_clear()
     for name in [name for name in sys.modules if name.partition(".")[0] in MODULES]:
         del sys.modules[name]
     sys.modules.update(kept)
@@ -218,7 +218,7 @@ def test_one_that_is_not_usable_is_not_taken(install: Installed, files: dict[str
 
 
 def test_on_a_cpu_nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apex, "apex_here", lambda: pytest.fail("looked for apex"))
+    monkeypatch.setattr(apex, "installed_apex", lambda: pytest.fail("looked for apex"))
     assert apex.norm_class("LayerNorm", "cpu") is nn.LayerNorm and apex.adamw("cpu") is torch.optim.AdamW
     assert choose_and_describe("auto", "cpu") == [extension.describe("cpu")]
 

@@ -70,7 +70,7 @@ def test_the_launchers_agree(gpus: dict[str, int], monkeypatch: pytest.MonkeyPat
 def test_deepspeed_is_told_the_device_and_not_the_rank(gpus: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Its engine calls set_device(LOCAL_RANK): on a shared GPU there is no device of the second rank's number."""
     monkeypatch.setenv("LOCAL_RANK", "1")
-    select.name_own_device(select.select_backend("cpu", 1, 2))
+    select.set_local_rank_to_device(select.select_backend("cpu", 1, 2))
     assert os.environ["LOCAL_RANK"] == "1"
-    select.name_own_device(select.select_backend("cuda", 1, 2))
+    select.set_local_rank_to_device(select.select_backend("cuda", 1, 2))
     assert os.environ["LOCAL_RANK"] == "0"

@@ -1,4 +1,4 @@
-"""What is made under `lasting` is out of the collector's sight, and the collector is as it was before."""
+"""What is made under `exempt_from_gc` is out of the collector's sight, and the collector is as it was before."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lowrank_dist.backend.libraries import lasting
+from lowrank_dist.backend.libraries import exempt_from_gc
 
 
 class Loop:
@@ -26,7 +26,7 @@ def enabled_again() -> Iterator[None]:
 
 
 def test_what_is_made_in_it_is_not_looked_at_again() -> None:
-    with lasting():
+    with exempt_from_gc():
         assert not gc.isenabled()
         inside = weakref.ref(Loop())
     outside = weakref.ref(Loop())
@@ -39,6 +39,6 @@ def test_what_is_made_in_it_is_not_looked_at_again() -> None:
 def test_the_collector_is_left_as_it_was_found(enabled: bool) -> None:
     if not enabled:
         gc.disable()
-    with pytest.raises(ImportError), lasting():
+    with pytest.raises(ImportError), exempt_from_gc():
         raise ImportError
     assert gc.isenabled() is enabled

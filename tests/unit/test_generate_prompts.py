@@ -58,7 +58,7 @@ def test_prompts_and_completions_are_cut_as_in_training(kind: str, tmp_path: Pat
     for prompt, row, sample in zip(read(path, tokenizer), rows, trained, strict=True):
         begins = int(sample.target.argmax())
         assert prompt.ids == tuple(sample.tokens[:begins])
-        assert (prompt.shown, prompt.given) == (row["prompt"], (row["completion"],))
+        assert (prompt.source, prompt.raw_references) == (row["prompt"], (row["completion"],))
         written = sample.tokens[begins:-1].tolist()
         found = completion_text(tokenizer, prompt.ids, written)
         assert prompt.references == (found,)
@@ -150,11 +150,11 @@ def test_the_last_turn_of_a_chat_is_asked_for(template: str, tmp_path: Path) -> 
         assert prompt.ids == tuple(sample.tokens[: len(prompt.ids)]) and sample.target[len(prompt.ids) :].all()
         assert completion_text(tokenizer, prompt.ids, written[:-1].tolist()) == text == prompt.references[0]
         assert prompt.stop_ids == {2, *end} and written[-1] in end
-        assert prompt.shown == asked
+        assert prompt.source == asked
     # The same without the turn: what follows is asked for, and the words made up in its place are nowhere.
     open_path = write_jsonl(tmp_path / "open.jsonl", [{"messages": chat}])
     (still_open,) = read(open_path, tokenizer, references=False)
-    assert (still_open.ids, still_open.shown, still_open.references) == (read(path, tokenizer)[0].ids, chat, ())
+    assert (still_open.ids, still_open.source, still_open.references) == (read(path, tokenizer)[0].ids, chat, ())
     assert read(open_path, tokenizer)[0].references == ("It is 4",)
 
 
@@ -253,7 +253,7 @@ def test_what_was_trained_is_the_reference(case: str, tmp_path: Path) -> None:
     assert texts[0] == expected == references[0][0]
     assert score(["exact_match", "rouge_l"], texts, references) == {"exact_match": 1, "rouge_l": 1}
     # Controls: the file's text made a perfect model wrong, and a model that writes something else stays so.
-    assert (score(["exact_match"], texts, [prompt.given for prompt in prompts])["exact_match"] < 1) == (
+    assert (score(["exact_match"], texts, [prompt.raw_references for prompt in prompts])["exact_match"] < 1) == (
         case not in UNCHANGED
     )
     assert score(["exact_match"], texts[::-1], references) == {"exact_match": 0}
@@ -265,7 +265,7 @@ def test_rewritten_references_are_noted_and_others_are_the_files(tmp_path: Path)
     tokenizer = load_tokenizer(byte_level(tmp_path / "tokenizer", template=CHATML))
     path = write_jsonl(tmp_path / "plain.jsonl", completions([" 4", " four\n"], "  Hello  World! "))
     prompts = read(path, tokenizer)
-    assert note_on_rewritten(prompts) == [] and prompts[0].references == prompts[0].given == (" 4", " four\n")
+    assert note_on_rewritten(prompts) == [] and prompts[0].references == prompts[0].raw_references == (" 4", " four\n")
     assert note_on_rewritten(read(write_jsonl(tmp_path / "a.jsonl", answers("It is 4", "7 ")), tokenizer)) == []
     path = write_jsonl(tmp_path / "ends.jsonl", completions(" 4", [f" 4<|endoftext|>{'x' * 60}", " 7<|endoftext|>"]))
     prompts = read_prompts(path, tokenizer, stop_tokens(tmp_path, tokenizer), vocab=VOCAB, references=True)

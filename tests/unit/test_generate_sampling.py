@@ -7,7 +7,7 @@ import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.generate.sampling import SamplingParams, draw, uniform_of
+from lowrank_dist.generate.sampling import SamplingParams, draw, uniform_draw
 
 CUTS = [
     {"temperature": 1.0},
@@ -66,15 +66,15 @@ def test_ends_of_the_unit_interval_and_equal_logits() -> None:
 
 
 def test_numbers_are_uniform_and_functions_of_their_arguments() -> None:
-    drawn = [[uniform_of(3, sample, step) for step in range(100)] for sample in range(100)]
+    drawn = [[uniform_draw(3, sample, step) for step in range(100)] for sample in range(100)]
     numbers = torch.tensor(drawn, dtype=torch.float64)
     assert ((0 <= numbers) & (numbers < 1)).all() and numbers.unique().numel() == numbers.numel()
     counts = torch.histc(numbers, bins=20, min=0, max=1)
     # χ² with 19 degrees of freedom: 43.8 is its 99.9 % point.
     assert ((counts - 500).square() / 500).sum() < 43.8
     # Neither "12" and "3" nor "1" and "23" are run together.
-    assert len({uniform_of(1, 23, 4), uniform_of(12, 3, 4), uniform_of(1, 2, 34)}) == 3
-    assert uniform_of(3, 7, 11) == numbers[7, 11]
+    assert len({uniform_draw(1, 23, 4), uniform_draw(12, 3, 4), uniform_draw(1, 2, 34)}) == 3
+    assert uniform_draw(3, 7, 11) == numbers[7, 11]
 
 
 @pytest.mark.parametrize(

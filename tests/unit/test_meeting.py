@@ -130,7 +130,9 @@ def test_deepspeed_is_known_by_its_hosts_and_alone_by_its_process(monkeypatch: p
         world = base64.urlsafe_b64encode(json.dumps(hosts).encode()).decode()
         command = ["python", "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}", "train.py"]
         monkeypatch.setattr(launchers, "ancestors", lambda: iter([Path("/proc/1"), Path(f"/proc/{pid}")]))
-        monkeypatch.setattr(launchers, "words", lambda process: command if process.name == str(pid) else ["bash"])
+        monkeypatch.setattr(
+            launchers, "command_line", lambda process: command if process.name == str(pid) else ["bash"]
+        )
         return run_token({"CROSS_RANK": "0", "WORLD_SIZE": "2"})
 
     here, parent = os.getpid(), os.getppid()

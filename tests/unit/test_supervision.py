@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from lowrank_dist.backend.launchers import Launcher, find_launchers, launcher_name, started
+from lowrank_dist.backend.launchers import Launcher, find_launchers, launcher_name, start_time
 from lowrank_dist.errors import OtherRankError, UserError
 from lowrank_dist.supervision import failure, peers
 from lowrank_dist.supervision.failure import Failure, explains, read, record, retire
@@ -263,13 +263,13 @@ def test_finds_the_deepspeed_that_reached_this_node_by_pdsh(programs: Path) -> N
 
 def test_a_launcher_lives_until_it_ends() -> None:
     process = subprocess.Popen(["sleep", "60"])
-    launcher = Launcher(process.pid, started(Path("/proc", str(process.pid))), "torchrun")
-    assert launcher.lives() and not launcher._replace(started="1").lives()
+    launcher = Launcher(process.pid, start_time(Path("/proc", str(process.pid))), "torchrun")
+    assert launcher.is_alive() and not launcher._replace(start_time="1").is_alive()
     process.kill()
-    while launcher.lives():  # before its parent knows
+    while launcher.is_alive():  # before its parent knows
         time.sleep(0.01)
     process.wait()
-    assert not launcher.lives()
+    assert not launcher.is_alive()
 
 
 def test_an_orphan_misses_the_launcher_that_its_environment_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +278,7 @@ def test_an_orphan_misses_the_launcher_that_its_environment_names(monkeypatch: p
     monkeypatch.setattr(os, "getppid", lambda: 1)
     assert find_launchers({}) == []
     (gone,) = find_launchers(signs)
-    assert gone.name == "torchrun" and not gone.lives()
+    assert gone.name == "torchrun" and not gone.is_alive()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from lowrank_dist.backend.launchers import Launcher, started
+from lowrank_dist.backend.launchers import Launcher, start_time
 from lowrank_dist.supervision import watchdog
 from lowrank_dist.supervision.status import LEAVING, Page
 from lowrank_dist.supervision.watchdog import Charge, Watchdog, start
@@ -68,7 +68,7 @@ class Ward:
     def charge(self, launchers: list[Launcher] | None = None, timeout: float = TIMEOUT) -> Charge:
         return Charge(
             pid=self.process.pid,
-            started=started(Path("/proc", str(self.process.pid))),
+            started=start_time(Path("/proc", str(self.process.pid))),
             thread=self._thread,
             rank=3,
             host="here",
@@ -117,7 +117,7 @@ def launcher() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def launcher_of(process: subprocess.Popen[bytes]) -> Launcher:
-    return Launcher(process.pid, started(Path("/proc", str(process.pid))), "torchrun")
+    return Launcher(process.pid, start_time(Path("/proc", str(process.pid))), "torchrun")
 
 
 FIRST = "rank 3 on here went first, at step 7 in forward: "
