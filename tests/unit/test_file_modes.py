@@ -21,7 +21,7 @@ from lowrank_dist.engine.saving import CheckpointSaver, CheckpointWriter, Facts,
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.formats.text_files import TextFiles
 from lowrank_dist.merge.merge import merge
-from lowrank_dist.merge.options import Stored
+from lowrank_dist.merge.options import OutputFormat
 from lowrank_dist.methods.files import CONFIG_FILE, LLAMA_CPP, WEIGHTS_FILE
 from lowrank_dist.supervision.failure import record
 from tests.tiny_adapters import random_adapter, save_adapter
@@ -91,7 +91,7 @@ def test_the_files_of_an_export_and_of_a_merge(umask: int, tmp_path: Path) -> No
     for target in (None, LLAMA_CPP):
         export(adapter, tmp_path / f"exported-{target}", target=target)
         assert odd_modes(tmp_path / f"exported-{target}", umask) == []
-    for name, stored in (("one", Stored()), ("parts", Stored(shard_size=20_000))):
-        merge(base, adapter, tmp_path / name, stored=stored)
+    for name, output_format in (("one", OutputFormat()), ("parts", OutputFormat(shard_size=20_000))):
+        merge(base, adapter, tmp_path / name, output_format=output_format)
         assert odd_modes(tmp_path / name, umask) == []
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
