@@ -95,8 +95,8 @@ class DecomposedFactors(LowRankFactors):
         self.magnitude[: self.covered.numel()] = self.norm
         self.gain.fill_(1)
 
-    def rescaled(self, z: Tensor, bias: Tensor | None, *, beside_graph: bool) -> Tensor:
-        y: Tensor = _Rescale.apply(z, self, beside_graph, self.magnitude)
+    def rescaled(self, z: Tensor, bias: Tensor | None, *, outside_graph: bool) -> Tensor:
+        y: Tensor = _Rescale.apply(z, self, outside_graph, self.magnitude)
         return y if bias is None else y + bias
 
     def magnitude_gradient(self, dy: Tensor, z: Tensor) -> Tensor:
@@ -145,16 +145,16 @@ class _Rescale(torch.autograd.Function):
     """Y = g ⊙ Z. Backward returns dZ = g ⊙ dY and dm, for which it needs Z."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, update: DecomposedFactors, beside_graph: bool, magnitude: Tensor) -> Tensor:
-        ctx.update, ctx.beside = update, z.detach() if beside_graph else None
-        if not beside_graph:
+    def forward(ctx: Any, z: Tensor, update: DecomposedFactors, outside_graph: bool, magnitude: Tensor) -> Tensor:
+        ctx.update, ctx.outside_graph = update, z.detach() if outside_graph else None
+        if not outside_graph:
             ctx.save_for_backward(z)
         return _scaled(z, update.gain)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         update = ctx.update
-        (z,) = (ctx.beside,) if ctx.beside is not None else ctx.saved_tensors
+        (z,) = (ctx.outside_graph,) if ctx.outside_graph is not None else ctx.saved_tensors
         dz = _scaled(dy, update.gain) if ctx.needs_input_grad[0] else None
         dm = update.magnitude_gradient(dy, z) if ctx.needs_input_grad[3] else None
         return dz, None, None, dm

@@ -97,7 +97,7 @@ class LowRankColumnParallelLinear(LowRankLinear, ColumnParallelLinear):
             group = self.tp_group if self.allreduce_dgrad else None
             output = LocalLinear.apply(input_, self.frozen, inner_bias, update, mask, group, *parameters)
         if update.rescales:
-            output = update.rescaled(output, bias, beside_graph=False)
+            output = update.rescaled(output, bias, outside_graph=False)
         return output, self.bias if self.skip_bias_add else None
 
 
@@ -131,9 +131,9 @@ class LowRankRowParallelLinear(LowRankLinear, RowParallelLinear):
         if self.sequence_parallel and self.tp_group.size() > 1:
             partial = PartialLinear.apply(x, frozen, update, mask, *downs)
             output = ReduceExpand.apply(partial, update, self.tp_group, x.requires_grad, *ups)
-            return update.rescaled(output, None, beside_graph=True) if update.rescales else output
+            return update.rescaled(output, None, outside_graph=True) if update.rescales else output
         # U·bᵀ is added before the reduction that sums X·Wᵀ anyway, so B's gradient is partial over ranks.
         output = LocalLinear.apply(x, frozen, None, update, mask, None, *downs, *ups)
         if update.rescales:
-            output = update.rescaled(output, None, beside_graph=False)
+            output = update.rescaled(output, None, outside_graph=False)
         return reduce_from_tensor_model_parallel_region(output, group=self.tp_group)

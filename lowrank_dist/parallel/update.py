@@ -56,10 +56,10 @@ class LowRankUpdate(nn.Module, ABC):
     def up_gradients(self, dense_RO: Tensor) -> tuple[Tensor, ...]:
         """Return the gradients of `up_parameters` from Uᵀ·dY; what lies outside `blocks` is undefined there."""
 
-    def rescaled(self, z: Tensor, bias: Tensor | None, *, beside_graph: bool) -> Tensor:
+    def rescaled(self, z: Tensor, bias: Tensor | None, *, outside_graph: bool) -> Tensor:
         """Return the output [.., O] of `z` = X·Wᵀ + U·bᵀ [.., O], which may be a partial sum over ranks.
 
-        beside_graph: keep what backward needs outside the autograd graph. z came out of a collective, which
+        outside_graph: keep what backward needs outside the autograd graph. z came out of a collective, which
         recomputation would issue again for a saved tensor (parallel/autograd.py, ReduceExpand).
         """
         raise AssertionError("an update that rescales nothing is not asked to")

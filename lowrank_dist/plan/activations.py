@@ -15,20 +15,20 @@ from lowrank_dist.plan.job import Job, head_rows
 from lowrank_dist.plan.parameters import norm_elements
 
 
-def saved_of_layer(job: Job, layer: Layer, stream: bool) -> int:
-    """Return the bytes that a layer saves for backward without recomputation. stream: its input requires a gradient."""
+def saved_of_layer(job: Job, layer: Layer, input_requires_grad: bool) -> int:
+    """Return the bytes that a layer saves for backward without recomputation."""
     arch, n, e = job.architecture, job.layout.tensor, job.itemsize
     t, tj, h = job.tokens, job.shard_tokens, job.architecture.hidden
     kind = layer.kind
-    qkv, proj, fc1, fc2 = (layer.rank(f"linear_{name}") for name in ("qkv", "proj", "fc1", "fc2"))
-    needs = gradients(layer, stream)
+    qkv, proj, fc1, fc2 = (layer.total_rank(f"linear_{name}") for name in ("qkv", "proj", "fc1", "fc2"))
+    needs = gradients(layer, input_requires_grad)
     attention, after_attention, activation = (needs[f"linear_{name}"] for name in ("proj", "fc1", "fc2"))
     heads_out = t * kind.linears["linear_proj"].in_features // n * e
     trained = job.footprint.trains_base
-    found = (stream + after_attention) * norm_saves(job, tj, h)
+    found = (input_requires_grad + after_attention) * norm_saves(job, tj, h)
     found += _linear(trained, qkv, tj * h * e, t * qkv * e)
     if attention:
-        found += job.footprint.saved_by_attention(job, kind, stream, _attention(job, kind, heads_out))
+        found += job.footprint.saved_by_attention(job, kind, input_requires_grad, _attention(job, kind, heads_out))
     # Attention's output is proj's input, except with packing, where the input is concatenated from samples' outputs.
     shared = attention and not job.packing
     found += _linear(trained, proj, 0 if shared else heads_out, tj * proj * e)
@@ -42,10 +42,10 @@ def saved_of_layer(job: Job, layer: Layer, stream: bool) -> int:
         # Weights are fp32 and cast where they are used; backward multiplies with the cast.
         found += e * sum(linear.weights // n for linear in kind.linears.values())
     found += sum(job.footprint.saved_behind_linear(job, linear, factors) for linear, factors in layer.linears)
-    return found + job.footprint.saved_by_layer(job, stream)
+    return found + job.footprint.saved_by_layer(job, input_requires_grad)
 
 
-def beside_graph(job: Job, layer: Layer) -> int:
+def bytes_outside_graph(job: Job, layer: Layer) -> int:
     """Return the bytes of `saved_of_layer` that are kept until backward ends, even with recomputation.
 
     They are what a method saves of a product that came out of a collective (parallel/update.py).
@@ -131,7 +131,8 @@ def head_norms(job: Job, copied: bool) -> int:
 def activations(job: Job, *, recompute: bool) -> int:
     """Return the bytes saved for backward of one microbatch; with recomputation, of a layer little but its input."""
     found = sum(
-        count * kept_of_layer(job, layer, stream, recompute=recompute) for layer, stream, count in job.placement.kinds
+        count * kept_of_layer(job, layer, input_requires_grad, recompute=recompute)
+        for layer, input_requires_grad, count in job.placement.kinds
     )
     if job.placement.trains:
         # The final norm's input, and the head's gradient at the targets, which is formed in forward.
@@ -146,7 +147,9 @@ def activations(job: Job, *, recompute: bool) -> int:
         found += 9 * job.tokens * (job.layout.tensor > 1)
         found += job.tokens * job.architecture.hidden * job.itemsize * job.sequence_parallel
     found += job.footprint.saved_by_model(job, recompute)
-    rotates_back = any(gradients(layer, stream)["linear_proj"] for layer, stream, _ in job.placement.kinds)
+    rotates_back = any(
+        gradients(layer, input_requires_grad)["linear_proj"] for layer, input_requires_grad, _ in job.placement.kinds
+    )
     if rotates_back and not job.architecture.position_rows:
         # cos and sin of half a head each; packed rows have positions of their own.
         rows = job.layout.micro_batch if job.packing else 1
@@ -154,16 +157,16 @@ def activations(job: Job, *, recompute: bool) -> int:
     return found
 
 
-def kept_of_layer(job: Job, layer: Layer, stream: bool, *, recompute: bool) -> int:
+def kept_of_layer(job: Job, layer: Layer, input_requires_grad: bool, *, recompute: bool) -> int:
     """Return the bytes that a layer keeps from its forward to its backward; 0 where it has no backward.
 
     With recomputation: its input, and U_j of its row-parallel linears. ReduceExpand keeps U_j outside the graph so that
     recomputation does not issue the reduction again (parallel/autograd.py).
     """
-    if not (stream or layer.adapted):
+    if not (input_requires_grad or layer.adapted):
         return 0
     if not recompute:
-        return saved_of_layer(job, layer, stream)
+        return saved_of_layer(job, layer, input_requires_grad)
     rows = sum(total_rank(factors) for linear, factors in layer.linears if linear.kind == "row")
     columns = job.architecture.hidden + (rows if job.sequence_parallel else 0)
-    return job.shard_tokens * columns * job.itemsize + beside_graph(job, layer)
+    return job.shard_tokens * columns * job.itemsize + bytes_outside_graph(job, layer)

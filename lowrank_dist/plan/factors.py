@@ -57,7 +57,7 @@ class Layer:
             self, factors=tuple(found if x.in_attention == in_attention else () for x, found in self.linears)
         )
 
-    def rank(self, linear: str) -> int:
+    def total_rank(self, linear: str) -> int:
         """Return R of the linear of this name."""
         return total_rank(self.on(linear))
 
@@ -159,18 +159,18 @@ def total_rank(factors: Sequence[Factor]) -> int:
     return sum(factor.rank for factor in factors)
 
 
-def gradients(layer: Layer, stream: bool) -> dict[str, bool]:
-    """Return, for each linear, whether its input requires a gradient. stream: the layer's input requires one.
+def gradients(layer: Layer, input_requires_grad: bool) -> dict[str, bool]:
+    """Return, for each linear, whether its input requires a gradient.
 
     Everything after an adapted linear requires one. A column-parallel linear reads the residual stream, to which the
     output of the row-parallel linear before it is added.
     """
-    needs, inner = {}, stream
+    needs, inner = {}, input_requires_grad
     for name, (linear, factors) in zip(layer.kind.linears, layer.linears, strict=True):
-        needs[name] = stream if linear.kind == "column" else inner
+        needs[name] = input_requires_grad if linear.kind == "column" else inner
         inner = inner or bool(factors)
         if linear.kind == "row":
-            stream = inner
+            input_requires_grad = inner
     return needs
 
 

@@ -50,16 +50,16 @@ def step_flops(
     vocabulary = 2 * target_tokens * arch.vocab * arch.hidden
     executed = model = vocabulary * (1 + placement.trains + trained)
     attention = 0
-    for layer, stream, count in placement.kinds:
-        own = footprint.layer_flops(arch, tokens, stream)
+    for layer, input_requires_grad, count in placement.kinds:
+        own = footprint.layer_flops(arch, tokens, input_requires_grad)
         forward_linears = 2 * tokens * layer.kind.weights
         shared = forward_linears + _low_rank_forward(layer, tokens)
         forward = shared + own.forward
-        needs = gradients(layer, stream)
+        needs = gradients(layer, input_requires_grad)
         backward = sum(2 * tokens * layer.kind.linears[name].weights for name, dx in needs.items() if dx)
         backward += _low_rank_backward(layer, needs, tokens) + own.backward + forward_linears * trained
         model += count * (forward + backward + forward_attention * (3 if needs["linear_proj"] else 1))
-        again = recompute and (stream or layer.adapted)
+        again = recompute and (input_requires_grad or layer.adapted)
         # Flash attention's backward: five products, the scores' among them, where forward has two.
         executed += count * (forward + backward + again * (shared + own.again))
         attention += count * forward_attention * (1 + again)
@@ -74,12 +74,14 @@ def replicated_flops(arch: Architecture, footprint: Footprint, *, tokens: int, r
     replicates.
     """
     found = 0
-    for layer, stream, count in footprint.placement.kinds:
-        own = footprint.layer_flops(arch, tokens, stream)
+    for layer, input_requires_grad, count in footprint.placement.kinds:
+        own = footprint.layer_flops(arch, tokens, input_requires_grad)
         if own.replicated:
             found += count * (own.forward + own.again * recompute + own.backward)
-        forwards = 2 if recompute and (stream or layer.adapted) else 1
-        for (linear, factors), needs_dx in zip(layer.linears, gradients(layer, stream).values(), strict=True):
+        forwards = 2 if recompute and (input_requires_grad or layer.adapted) else 1
+        for (linear, factors), needs_dx in zip(
+            layer.linears, gradients(layer, input_requires_grad).values(), strict=True
+        ):
             column = linear.kind == "column"
             # The forward product, and in backward for A: dA, and dU·A where it is needed; for B: dU and dB.
             products = forwards + (1 + needs_dx if column else 2)

@@ -171,13 +171,13 @@ class Footprint:
         """Return what it saves of the product of a linear with these factors, before the operation that follows."""
         return 0
 
-    def saved_by_layer(self, job: Job, stream: bool) -> int:
-        """Return what it adds to a layer's saved activations. stream: the layer's input requires a gradient."""
+    def saved_by_layer(self, job: Job, input_requires_grad: bool) -> int:
+        """Return what it adds to a layer's saved activations."""
         return 0
 
-    def saved_by_attention(self, job: Job, kind: LayerKind, stream: bool, alone: int) -> int:
-        """Return what attention saves, if anything. kind: the layer's. alone: what it saves without the method."""
-        return alone
+    def saved_by_attention(self, job: Job, kind: LayerKind, input_requires_grad: bool, without_method: int) -> int:
+        """Return what attention saves, if anything. without_method: what it saves without it."""
+        return without_method
 
     def saved_by_model(self, job: Job, recompute: bool) -> int:
         """Return what it saves once for the whole model."""
@@ -197,8 +197,8 @@ class Footprint:
 
     # FLOPs
 
-    def layer_flops(self, architecture: Architecture, tokens: int, stream: bool) -> LayerFlops:
-        """Return what it adds to a layer for `tokens` tokens. stream: the layer's input requires a gradient."""
+    def layer_flops(self, architecture: Architecture, tokens: int, input_requires_grad: bool) -> LayerFlops:
+        """Return what it adds to a layer for `tokens` tokens."""
         return LayerFlops()
 
     def microbatch_flops(self, architecture: Architecture) -> tuple[int, int]:
@@ -207,8 +207,8 @@ class Footprint:
 
     # Messages over tensor parallelism, and tokens
 
-    def layer_calls(self, job: Job, stream: bool) -> LayerCalls:
-        """Return what it adds to a layer's messages. stream: the layer's input requires a gradient."""
+    def layer_calls(self, job: Job, input_requires_grad: bool) -> LayerCalls:
+        """Return what it adds to a layer's messages."""
         return LayerCalls()
 
     def step_calls(self, job: Job) -> Sequence[Call]:

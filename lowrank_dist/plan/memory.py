@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from lowrank_dist.plan.activations import (
     activations,
-    beside_graph,
+    bytes_outside_graph,
     kept_of_layer,
     norm_saves,
     saved_of_layer,
@@ -123,20 +123,21 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
     of_head = 4 * _head_weight(job) * (job.footprint.trains_base and not job.architecture.tied)
     theta = theta_on_rank(job, tp_rank).elements
     layers = []
-    for top, stream, above in job.placement.tops:
+    for top, input_requires_grad, above in job.placement.tops:
         freed = sum(
-            kept_of_layer(job, layer, into, recompute=recompute) - beside_graph(job, layer) for layer, into in above
+            kept_of_layer(job, layer, into, recompute=recompute) - bytes_outside_graph(job, layer)
+            for layer, into in above
         )
         missing = {"gradients of Θ": of_head - 4 * (theta * (depth - len(above)) // depth)} if only else {}
         layers += [
             Moment(moment.name, moment.parts | bucket | missing)
-            for moment in _of_layer(job, top, stream, below - freed)
+            for moment in _of_layer(job, top, input_requires_grad, below - freed)
         ]
     if not only:
         return [*ends, *layers]
     lowest, into_lowest, _ = job.placement.kinds[0]
-    beside = sum(count * beside_graph(job, layer) for layer, _, count in job.placement.kinds)
-    kept = saved_of_layer(job, lowest, into_lowest) + beside - beside_graph(job, lowest)
+    beside = sum(count * bytes_outside_graph(job, layer) for layer, _, count in job.placement.kinds)
+    kept = saved_of_layer(job, lowest, into_lowest) + beside - bytes_outside_graph(job, lowest)
     last = _mlp_backward(job, lowest, kept)
     return [
         *(Moment(moment.name, moment.parts | {"gradients of Θ": -4 * theta}) for moment in ends),
@@ -145,14 +146,14 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
     ]
 
 
-def _of_layer(job: Job, top: Layer, stream: bool, below: int) -> list[Moment]:
+def _of_layer(job: Job, top: Layer, input_requires_grad: bool, below: int) -> list[Moment]:
     """Return the moments in the backward of `top`, the topmost layer of its kind.
 
     below: bytes that it and the layers below it keep.
     """
-    if job.layout.recompute and (stream or top.adapted):
-        below += saved_of_layer(job, top, stream) - beside_graph(job, top)
-        if stream and not written_out(job):
+    if job.layout.recompute and (input_requires_grad or top.adapted):
+        below += saved_of_layer(job, top, input_requires_grad) - bytes_outside_graph(job, top)
+        if input_requires_grad and not written_out(job):
             # The norm's input is the layer's input, which is kept anyway.
             below -= job.shard_tokens * job.architecture.hidden * job.itemsize
     # Backward begins with what a method has behind the MLP.
@@ -160,7 +161,7 @@ def _of_layer(job: Job, top: Layer, stream: bool, below: int) -> list[Moment]:
     if job.footprint.trains_base and job.architecture.tied:
         # The head's part of the tied embeddings' gradient is kept until the lookup's comes, at the end of backward.
         behind_mlp += 4 * _head_weight(job)
-    found = [_mlp_backward(job, top, behind_mlp), _attention_backward(job, top, stream, behind_mlp)]
+    found = [_mlp_backward(job, top, behind_mlp), _attention_backward(job, top, input_requires_grad, behind_mlp)]
     if job.layout.recompute:
         found.append(_recomputation(job, top, below))
     return [*found, *job.footprint.backward_moments(job, top, below)]
@@ -207,7 +208,7 @@ def _norm_backward(job: Job) -> int:
 def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
     """Return the moment of the topmost layer's MLP: ffn-wide gradients beside nearly all saved activations."""
     arch, e, t = job.architecture, job.itemsize, job.tokens
-    fc1, fc2 = top.rank("linear_fc1"), top.rank("linear_fc2")
+    fc1, fc2 = top.total_rank("linear_fc1"), top.total_rank("linear_fc2")
     inner = t * top.kind.ffn // job.layout.tensor * e
     residual = job.shard_tokens * arch.hidden * e
     trained = job.footprint.trains_base
@@ -239,12 +240,14 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
     return Moment("backward of the top MLP", parts)
 
 
-def _attention_backward(job: Job, top: Layer, stream: bool, kept: int) -> Moment:
+def _attention_backward(job: Job, top: Layer, input_requires_grad: bool, kept: int) -> Moment:
     """Return the moment of the norm between attention and MLP: the MLP's activations are free, products are H wide."""
     frozen, adapted = replace(top, factors=((),) * len(top.factors)), top.part(in_attention=False)
-    mlp_only = saved_of_layer(job, adapted, True) - saved_of_layer(job, frozen, True) - beside_graph(job, adapted)
+    mlp_only = (
+        saved_of_layer(job, adapted, True) - saved_of_layer(job, frozen, True) - bytes_outside_graph(job, adapted)
+    )
     inner = job.tokens * top.kind.ffn // job.layout.tensor * job.itemsize
-    freed = (mlp_only + widths(job) * inner) if stream or top.adapted else 0
+    freed = (mlp_only + widths(job) * inner) if input_requires_grad or top.adapted else 0
     return Moment("backward of the top attention", {"activations": kept - freed, "working memory": _norm_backward(job)})
 
 
@@ -252,11 +255,11 @@ def _recomputation(job: Job, top: Layer, kept: int) -> Moment:
     """Return the moment at the end of the topmost layer's recomputation: fc2's product beside the waiting gradient."""
     e, whole = job.itemsize, job.tokens * job.architecture.hidden * job.itemsize
     residual = (2 if written_out(job) else 1) * job.shard_tokens * job.architecture.hidden * e
-    fc2 = top.rank("linear_fc2")
+    fc2 = top.total_rank("linear_fc2")
     waiting, product = _message(job, fc2), _message(job, fc2)
     apart = whole if job.sequence_parallel and job.device == "cpu" and not job.lanes and top.on("linear_fc2") else 0
     working = residual + apart + (0 if job.sequence_parallel else whole)
-    working += beside_graph(job, top.part(in_attention=True))  # recomputed, beside the first
+    working += bytes_outside_graph(job, top.part(in_attention=True))  # recomputed, beside the first
     parts = {"activations": kept, "communication buffers": waiting + product, "working memory": working}
     return Moment("recomputation of the top layer", parts)
 
@@ -287,16 +290,16 @@ def _prompts(job: Job, decoding: Decoding, theta: ThetaOnRank) -> Moment:
     backward, gradients are freed, and there is no sequence parallelism.
     """
     arch, n, e = job.architecture, job.layout.tensor, job.itemsize
-    stream = decoding.batch * job.row * arch.hidden * e
+    residual = decoding.batch * job.row * arch.hidden * e
     inner = decoding.batch * job.row * max(kind.ffn for kind in arch.kinds) // n * e
     columns = min(job.length + decoding.new_tokens, arch.max_positions) - 1
     heads = max(1, arch.kv_heads // n)
     kept = 2 * len(arch.layers) * decoding.batch * heads * columns * arch.head_dim * e
     # The embeddings, the layer's input, the MLP's input and its norm; and the activation beside its own input.
-    working = 4 * stream + (3 if arch.gated else 2) * inner
-    working = max(working, job.footprint.evaluation_working(job, stream))
+    working = 4 * residual + (3 if arch.gated else 2) * inner
+    working = max(working, job.footprint.evaluation_working(job, residual))
     if job.footprint.trains_base and e < 4:
-        working = max(working, stream + e * _head_weight(job))  # the head's cast
+        working = max(working, residual + e * _head_weight(job))  # the head's cast
     parts = {
         "gradients of Θ": -4 * theta.elements,
         "keys and values": kept,

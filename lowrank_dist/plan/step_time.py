@@ -122,10 +122,10 @@ def _passes(job: Job, tp_rank: int) -> int:
     heads = 4 * (arch.heads + arch.kv_heads) * arch.head_dim // n * job.tokens
     messages = 4 * arch.hidden * job.tokens if job.layout.sequence else 0
     found = 0
-    for layer, stream, count in job.placement.kinds:
+    for layer, input_requires_grad, count in job.placement.kinds:
         inner = (3 if arch.gated else 2) * layer.kind.ffn // n * job.tokens
         forward = hidden + inner + heads + messages
-        trained = any(gradients(layer, stream).values()) or layer.adapted
+        trained = any(gradients(layer, input_requires_grad).values()) or layer.adapted
         found += count * forward * (1 + 2 * trained + (trained and job.layout.recompute)) * e
         for linear, factors in layer.linears:
             if factors:

@@ -47,8 +47,8 @@ def microbatch_messages(job: Job) -> list[Message]:
     if job.layout.tensor == 1:
         return []
     messages = [*_ends(job)]
-    for layer, stream, count in job.placement.kinds:
-        for phase, kind, nbytes in _layer(job, layer, stream):
+    for layer, input_requires_grad, count in job.placement.kinds:
+        for phase, kind, nbytes in _layer(job, layer, input_requires_grad):
             messages.append(Message(kind, "tensor", phase, nbytes, count))
     return messages
 
@@ -129,11 +129,13 @@ def _ends(job: Job) -> Iterator[Message]:
             yield Message(REDUCE, "tensor", "forward", 8 * positions, count)  # Σ exp and the target's logit
 
 
-def _layer(job: Job, layer: Layer, stream: bool) -> Iterator[tuple[Literal["forward", "backward"], str, int]]:
+def _layer(
+    job: Job, layer: Layer, input_requires_grad: bool
+) -> Iterator[tuple[Literal["forward", "backward"], str, int]]:
     """Yield (phase, kind, bytes) of a layer's calls."""
     arch, sequence, footprint = job.architecture, job.layout.sequence, job.footprint
     unit = job.tokens * job.itemsize
-    own = footprint.layer_calls(job, stream)
+    own = footprint.layer_calls(job, input_requires_grad)
     fused = unit * layer.kind.linears["linear_qkv"].out_features
     # Megatron gathers q, k, v where a rank's rows are not whole heads.
     gathered = [(GATHER, fused)] if arch.kv_heads < job.layout.tensor else []
@@ -146,13 +148,13 @@ def _layer(job: Job, layer: Layer, stream: bool) -> Iterator[tuple[Literal["forw
             part += gathered
     forward = [*attention, *own.behind_attention, *mlp, *own.behind_mlp]
     yield from (("forward", *call) for call in forward)
-    if not (stream or layer.adapted):
+    if not (input_requires_grad or layer.adapted):
         return
     if job.layout.recompute:
         # Non-reentrant recomputation stops at the last saved tensor. The layer's last reduction comes after it, unless
         # the method saves a tensor behind that reduction.
         yield from (("backward", *call) for call in (forward if own.last_again else forward[:-1]))
-    for (linear, factors), needs_dx in zip(layer.linears, gradients(layer, stream).values(), strict=True):
+    for (linear, factors), needs_dx in zip(layer.linears, gradients(layer, input_requires_grad).values(), strict=True):
         column = linear.kind == "column"
         # The lowest adapted linear needs no dX: its dU is the whole message.
         columns = arch.hidden * needs_dx + total_rank(factors)
@@ -164,7 +166,7 @@ def _layer(job: Job, layer: Layer, stream: bool) -> Iterator[tuple[Literal["forw
             # Megatron saves the shard of a column linear's input and gathers it again for its weight's gradient.
             yield "backward", GATHER, unit * arch.hidden
     yield from (("backward", *call) for call in own.backward)
-    if gathered and (stream or layer.rank("linear_qkv")):
+    if gathered and (input_requires_grad or layer.total_rank("linear_qkv")):
         yield "backward", SCATTER, fused
 
 

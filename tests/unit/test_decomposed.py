@@ -64,7 +64,7 @@ def test_any_gain_errs_by_one_rounding(dtype: torch.dtype, gain: float) -> None:
         update.set_norms(update.norm.square())
     z = torch.randn(T, OUT, generator=generator).to(dtype).requires_grad_()
     dy = torch.randn(T, OUT, generator=generator).to(dtype)
-    y = update.rescaled(z, None, beside_graph=False)
+    y = update.rescaled(z, None, outside_graph=False)
     y.backward(dy)
     half_ulp = torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps
     for found, of in ((y, z), (z.grad, dy)):

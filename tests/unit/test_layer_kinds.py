@@ -278,7 +278,7 @@ def test_messages_follow_the_factors_of_each_layer() -> None:
 
     assert sent(MIXED) == sent(ALIKE), "messages are H wide whatever ffn is"
     layer = low_rank(MIXED, rules).layers[3]
-    assert layer.rank("linear_fc1") == 2 * RANK and layer.rank("linear_qkv") == 0
+    assert layer.total_rank("linear_fc1") == 2 * RANK and layer.total_rank("linear_qkv") == 0
     assert layer.on("linear_fc2") == (Factor("down_proj", RANK, WIDE, HIDDEN, (0,)),)
 
 

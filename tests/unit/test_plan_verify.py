@@ -199,17 +199,21 @@ def test_the_formulas_of_the_other_methods(
     ("formula", "broken", "overrides"),
     [
         ("methods.bottleneck.footprint.Bottlenecks._saved", lambda self, job: 0, ADAPTER_H),
-        ("methods.bottleneck.footprint.Bottlenecks.layer_calls", lambda self, job, stream: LayerCalls(), ADAPTER_L),
+        (
+            "methods.bottleneck.footprint.Bottlenecks.layer_calls",
+            lambda self, job, input_requires_grad: LayerCalls(),
+            ADAPTER_L,
+        ),
         ("plan.activations.norm_saves", lambda job, rows, features: 4 * rows * features, ["method=full"]),
         ("plan.memory.frozen_bytes", lambda job: job.itemsize * frozen_on_rank(job), ["method=full"]),
         (
             "methods.prefix.footprint.PrefixFootprint.saved_by_attention",
-            lambda self, job, kind, stream, alone: 0,
+            lambda self, job, kind, input_requires_grad, without_method: 0,
             PREFIX,
         ),
         (
             "methods.bottleneck.footprint.Bottlenecks.layer_flops",
-            lambda self, architecture, tokens, stream: LayerFlops(),
+            lambda self, architecture, tokens, input_requires_grad: LayerFlops(),
             [*ADAPTER_H, "adapter.bottleneck=256"],
         ),
         ("methods.lora.footprint.Decomposed.saved_behind_linear", lambda self, job, linear, factors: 0, [DORA]),

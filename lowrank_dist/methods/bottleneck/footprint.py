@@ -58,9 +58,9 @@ class Bottlenecks(Footprint):
     def on_rank(self, job: Job) -> Sequence[Parameter]:
         return [*self._parameters(job)] * (self._count * len(job.architecture.layers))
 
-    def saved_by_layer(self, job: Job, stream: bool) -> int:
+    def saved_by_layer(self, job: Job, input_requires_grad: bool) -> int:
         found = self._count * self._saved(job)
-        if self._lowest_sends_nothing(stream) and job.itemsize < 4:
+        if self._lowest_sends_nothing(input_requires_grad) and job.itemsize < 4:
             found -= job.itemsize * job.architecture.hidden * self._rows(job)  # saved only for that gradient
         return found
 
@@ -82,19 +82,19 @@ class Bottlenecks(Footprint):
         """Return the bytes of a sublayer's output as it passes the bottleneck, with and without its bias."""
         return (8 + job.architecture.linear_bias) * residual
 
-    def layer_flops(self, architecture: Architecture, tokens: int, stream: bool) -> LayerFlops:
+    def layer_flops(self, architecture: Architecture, tokens: int, input_requires_grad: bool) -> LayerFlops:
         """Return two products forward, and dX and dW of both backward; the lowest dX only where it is needed."""
         product = 2 * tokens * architecture.hidden * self.bottleneck
         forward = 2 * self._count * product
-        backward = 2 * forward - self._lowest_sends_nothing(stream) * product
+        backward = 2 * forward - self._lowest_sends_nothing(input_requires_grad) * product
         # Non-reentrant checkpoint stops at the last saved tensor, so it does not repeat the last product.
         return LayerFlops(forward, backward, forward - product, not self.sharded)
 
-    def layer_calls(self, job: Job, stream: bool) -> LayerCalls:
+    def layer_calls(self, job: Job, input_requires_grad: bool) -> LayerCalls:
         """Return as many calls backward as forward; that of the lowest dX only where it is needed."""
         own = self._forward_calls(job)
         backward = list(own * self._count)
-        if backward and self._lowest_sends_nothing(stream):
+        if backward and self._lowest_sends_nothing(input_requires_grad):
             backward.remove((SCATTER, own[-1][1]) if job.layout.sequence else own[-1])
         behind_attention = own if self._count == 2 else ()
         # A replicated bottleneck saves its input, which is the output of the MLP's reduction.
@@ -115,12 +115,12 @@ class Bottlenecks(Footprint):
         """Return the rank's part of m: m / N where it is sharded."""
         return self.bottleneck // (job.layout.tensor if self._cut(job) else 1)
 
-    def _lowest_sends_nothing(self, stream: bool) -> bool:
+    def _lowest_sends_nothing(self, input_requires_grad: bool) -> bool:
         """Return whether the lowest bottleneck computes no gradient of its input.
 
         That holds where nothing below it requires a gradient and it has no trained norm.
         """
-        return not stream and not self._norm
+        return not input_requires_grad and not self._norm
 
     def _parameters(self, job: Job) -> Iterator[Parameter]:
         """Yield the parameters of one bottleneck: norm, down [m, H] with its bias, up [H, m] with its bias."""

@@ -58,11 +58,11 @@ class PrefixFootprint(Footprint):
             *(Parameter(elements, not cut) for elements in (keys * self.width, keys)),
         ]
 
-    def saved_by_attention(self, job: Job, kind: LayerKind, stream: bool, alone: int) -> int:
+    def saved_by_attention(self, job: Job, kind: LayerKind, input_requires_grad: bool, without_method: int) -> int:
         """Return the bytes of the concatenated keys and values, and of queries of as many positions.
 
-        They are copies, so the fused q, k, v are not saved for them. Without `stream`, as in the first layer, the
-        prefix requires a gradient but q, k and v do not.
+        They are copies, so the fused q, k, v are not saved for them. Where the layer's input requires no gradient, as
+        in the first layer, the prefix requires one but q, k and v do not.
         """
         arch, n, e = job.architecture, job.layout.tensor, job.itemsize
         whole_heads = arch.kv_heads >= n
@@ -70,7 +70,7 @@ class PrefixFootprint(Footprint):
         positions = job.tokens + job.layout.micro_batch * (2 if job.packing else 1) * self.virtual_positions
         heads = kind.linears["linear_proj"].in_features // n + max(1, arch.kv_heads // n) * arch.head_dim
         found = positions * (2 * heads * e + 4 * arch.heads // n)
-        if arch.qk_norm and stream:
+        if arch.qk_norm and input_requires_grad:
             copied = whole_heads and arch.kv_heads // n > 1 and arch.heads > arch.kv_heads
             if not written_out(job):
                 found += job.tokens * kind.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
