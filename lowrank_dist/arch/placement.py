@@ -22,15 +22,15 @@ class FactorSpec:
     """One pair (A, B) on one Hugging Face module, or on a part of one (q_proj inside GPT-2's c_attn).
 
     path: the module as users and PEFT name it. export_path: the module in the checkpoint, with `export_rows` rows; this
-    factor's rows begin at `export_row`. rank: r. scale: s. parts: (index of a part of the fused linear, first row of
-    that part in this factor's B). `rows` × `in_features` is the shape of ΔW = s·B·A.
+    factor's rows begin at `export_row`. adapter_rank: r. scale: s. parts: (index of a part of the fused linear, first
+    row of that part in this factor's B). `rows` × `in_features` is the shape of ΔW = s·B·A.
     """
 
     path: str
     export_path: str
     export_row: int
     export_rows: int
-    rank: int
+    adapter_rank: int
     alpha: float
     scale: float
     rslora: bool
@@ -208,7 +208,7 @@ def _spec(candidate: _Candidate, layout: LinearLayout, rules: LoraRules, matcher
         export_path=candidate.export_path,
         export_row=first,
         export_rows=layout.tensor_rows(members[0].path),
-        rank=rank,
+        adapter_rank=rank,
         alpha=alpha,
         scale=alpha / (math.sqrt(rank) if rules.rslora else rank),
         rslora=rules.rslora,

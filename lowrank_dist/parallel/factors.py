@@ -28,7 +28,7 @@ class FactorShard:
     """
 
     name: str
-    rank: int
+    adapter_rank: int
     scale: float
     local_rows: tuple[int, ...]
     factor_rows: tuple[int, ...]
@@ -73,13 +73,13 @@ class LowRankFactors(LowRankUpdate):
             raise AssertionError("a linear without factors stays a frozen Megatron linear")
         self.shards = tuple(shards)
         self.out_features = out_features
-        self.total_rank = sum(shard.rank for shard in shards)
+        self.total_rank = sum(shard.adapter_rank for shard in shards)
         self.lora_A = nn.Parameter(torch.zeros(self.total_rank, in_features, dtype=torch.float32, device=device))
         # DeepSpeed cannot flatten an empty parameter: a rank without a row of B keeps one element that nothing reads.
         self.lora_B = nn.Parameter(torch.zeros(max(1, b_elements(shards)), dtype=torch.float32, device=device))
         for parameter, sharded in ((self.lora_A, sharded_a), (self.lora_B, not sharded_a)):
             mark(parameter, sharded=sharded, partial=not sharded)
-        scales = [shard.scale for shard in shards for _ in range(shard.rank)]
+        scales = [shard.scale for shard in shards for _ in range(shard.adapter_rank)]
         self.register_buffer("scale", torch.tensor(scales, dtype=torch.float32, device=device), persistent=False)
         self.register_buffer("position", self._dense_positions().to(device), persistent=False)
         # One factor over all rows in their own order is already dense; everything else is scattered.
@@ -90,9 +90,9 @@ class LowRankFactors(LowRankUpdate):
         """Return int64 [numel of B]: the flat index of each stored element in the dense Bᵀ [R, O]."""
         positions, first = [], 0
         for shard in self.shards:
-            ranks = torch.arange(first, first + shard.rank)[:, None]
+            ranks = torch.arange(first, first + shard.adapter_rank)[:, None]
             positions.append((ranks * self.out_features + torch.tensor(shard.local_rows, dtype=torch.int64)).flatten())
-            first += shard.rank
+            first += shard.adapter_rank
         return torch.cat(positions)
 
     def _blocks(self) -> tuple[int, ...]:
@@ -104,8 +104,8 @@ class LowRankFactors(LowRankUpdate):
             cuts = [0, *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1), len(rows)]
             for start, stop in zip(cuts, cuts[1:], strict=False):
                 if stop > start:
-                    blocks += (rows[start], stop - start, first, shard.rank)
-            first += shard.rank
+                    blocks += (rows[start], stop - start, first, shard.adapter_rank)
+            first += shard.adapter_rank
         # A rank without rows has one block of zero columns, because an empty tuple means dense.
         return tuple(blocks) or (0, 0, 0, 0)
 
@@ -191,16 +191,16 @@ class LowRankFactors(LowRankUpdate):
 
 def a_of(shards: Sequence[FactorShard], index: int, stacked_RK: Tensor) -> Tensor:
     """Return a view of factor `index`'s [r, K] in a stack of A. `shards` may be any rank's."""
-    start = sum(shard.rank for shard in shards[:index])
-    return stacked_RK[start : start + shards[index].rank]
+    start = sum(shard.adapter_rank for shard in shards[:index])
+    return stacked_RK[start : start + shards[index].adapter_rank]
 
 
 def b_of(shards: Sequence[FactorShard], index: int, flat: Tensor) -> Tensor:
     """Return a view of factor `index`'s [rows, r] in the flat blocks of Bᵀ. `shards` may be any rank's."""
     start, shard = b_elements(shards[:index]), shards[index]
-    return flat[start : start + b_elements([shard])].view(shard.rank, len(shard.local_rows)).t()
+    return flat[start : start + b_elements([shard])].view(shard.adapter_rank, len(shard.local_rows)).t()
 
 
 def b_elements(shards: Sequence[FactorShard]) -> int:
     """Return the number of elements in the blocks of Bᵀ."""
-    return sum(len(shard.local_rows) * shard.rank for shard in shards)
+    return sum(len(shard.local_rows) * shard.adapter_rank for shard in shards)

@@ -14,20 +14,20 @@ from lowrank_dist.arch.rows import Linear
 
 @dataclass(frozen=True)
 class Factor:
-    """One pair A [rank, in_features], B [rows, rank], without its layer.
+    """One pair A [r, in_features], B [rows, r], without its layer.
 
-    name: the last part of the module's path. parts: the projections of its linear that B's rows belong to.
+    name: the last part of the module's path. adapter_rank: r. parts: the projections of its linear that have B's rows.
     """
 
     name: str
-    rank: int
+    adapter_rank: int
     in_features: int
     rows: int
     parts: tuple[int, ...]
 
     @property
     def elements(self) -> int:
-        return self.rank * (self.in_features + self.rows)
+        return self.adapter_rank * (self.in_features + self.rows)
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def joined(arch: Architecture, linear: str | None) -> Placement:
 
 def total_rank(factors: Sequence[Factor]) -> int:
     """Return R = Σ r of the factors that share an input."""
-    return sum(factor.rank for factor in factors)
+    return sum(factor.adapter_rank for factor in factors)
 
 
 def gradients(layer: Layer, input_requires_grad: bool) -> dict[str, bool]:
@@ -176,4 +176,4 @@ def gradients(layer: Layer, input_requires_grad: bool) -> dict[str, bool]:
 
 def _factor(spec: FactorSpec) -> Factor:
     parts = tuple(part for part, _ in spec.parts)
-    return Factor(spec.path.rpartition(".")[2], spec.rank, spec.in_features, spec.rows, parts)
+    return Factor(spec.path.rpartition(".")[2], spec.adapter_rank, spec.in_features, spec.rows, parts)

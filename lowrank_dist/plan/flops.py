@@ -85,7 +85,7 @@ def replicated_flops(arch: Architecture, footprint: Footprint, *, tokens: int, r
             column = linear.kind == "column"
             # The forward product, and in backward for A: dA, and dU·A where it is needed; for B: dU and dB.
             products = forwards + (1 + needs_dx if column else 2)
-            side = sum(factor.rank * (factor.in_features if column else factor.rows) for factor in factors)
+            side = sum(factor.adapter_rank * (factor.in_features if column else factor.rows) for factor in factors)
             found += count * products * 2 * tokens * side
     return found
 
@@ -100,6 +100,6 @@ def _low_rank_backward(layer: Layer, needs: Mapping[str, bool], tokens: int) -> 
     found = 0
     for factors, needs_dx in zip(layer.factors, needs.values(), strict=True):
         for factor in factors:
-            on_rows, on_inputs = factor.rank * factor.rows, factor.rank * factor.in_features
+            on_rows, on_inputs = factor.adapter_rank * factor.rows, factor.adapter_rank * factor.in_features
             found += 2 * tokens * (2 * on_rows + (2 if needs_dx else 1) * on_inputs)
     return found

@@ -150,7 +150,7 @@ def _linears(job: Job, layer: Layer, tp_rank: int) -> Iterator[_Linear]:
             a_elements = rank * (factors[0].in_features // (1 if column else job.layout.tensor))
             rows = [_rows_on_rank(layout, factor, tp_rank, job.layout.tensor) for factor in factors]
             # A rank without a row of B keeps one element, since DeepSpeed cannot flatten an empty parameter.
-            b_elements = max(1, sum(factor.rank * held for factor, held in zip(factors, rows, strict=True)))
+            b_elements = max(1, sum(factor.adapter_rank * held for factor, held in zip(factors, rows, strict=True)))
             scales = (max(1, sum(rows)),) * job.footprint.trains_row_scales
             yield _Linear(column, a_elements, b_elements, scales, sum(rows), rank)
 

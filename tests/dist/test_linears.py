@@ -66,7 +66,7 @@ def problem(layout: LinearLayout, zero_b: bool) -> dict[str, Any]:
         "w": [draw(part.rows, HIDDEN) for part in layout.parts],
         "bias": draw(layout.out_features),
         "theta": {
-            spec.path: (draw(spec.rank, HIDDEN), draw(spec.rows, spec.rank) * (0 if zero_b else 1)) for spec in specs
+            spec.path: (draw(spec.adapter_rank, HIDDEN), draw(spec.rows, spec.adapter_rank) * (0 if zero_b else 1)) for spec in specs
         },
         "rows": torch.randperm(1000, generator=generator)[: S * B].view(S, B) + 2**33,
     }

@@ -167,7 +167,7 @@ def nonzero_factors(placements: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
     generator = torch.Generator().manual_seed(1)
     return {
-        spec.path: (initial_a(spec, 3), torch.randn(spec.rows, spec.rank, generator=generator) * 0.1)
+        spec.path: (initial_a(spec, 3), torch.randn(spec.rows, spec.adapter_rank, generator=generator) * 0.1)
         for placement in placements
         for spec in placement.factors
     }

@@ -47,10 +47,10 @@ def gather_factors(
             a, b = factors.a_of(index, source_a), factors.b_of(index, source_b)
             rows = torch.tensor(factors.shards[index].factor_rows, dtype=torch.int64, device=a.device)
             if sharded_a:
-                whole_a, whole_b = a.new_zeros(spec.rank, spec.in_features), b.clone()
+                whole_a, whole_b = a.new_zeros(spec.adapter_rank, spec.in_features), b.clone()
                 whole_a.narrow(1, tp_group.rank() * a.size(1), a.size(1)).copy_(a)
             else:
-                whole_a, whole_b = a.clone(), b.new_zeros(spec.rows, spec.rank)
+                whole_a, whole_b = a.clone(), b.new_zeros(spec.rows, spec.adapter_rank)
                 whole_b[rows] = b
             if tp_group.size() > 1:
                 dist.all_reduce(whole_a if sharded_a else whole_b, group=tp_group)

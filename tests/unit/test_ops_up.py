@@ -36,10 +36,10 @@ def check(product: str, factors: LowRankFactors, dtype: torch.dtype, tokens: int
 
     given = bt.clone()
     if broken:
-        given[factors.shards[0].rank :] = 0
+        given[factors.shards[0].adapter_rank :] = 0
     if product == "grad_b":
         used = u.clone()
-        used[:, factors.shards[0].rank :] *= not broken
+        used[:, factors.shards[0].adapter_rank :] *= not broken
         found = up_grad_b(place(dy, "columns"), place(used, "columns"), factors.blocks)
         assert found.dtype == wide and found.shape == bt.shape
     else:
@@ -96,10 +96,10 @@ def test_blocks_are_where_the_dense_form_is_not_zero(kind: str) -> None:
     assert torch.equal(covered, (dense != 0).float())
     first = 0
     for i, shard in enumerate(factors.shards):
-        block = dense[first : first + shard.rank, list(shard.local_rows)]
+        block = dense[first : first + shard.adapter_rank, list(shard.local_rows)]
         assert torch.equal(block.t(), factors.b_of(i).detach().cpu())
-        first += shard.rank
+        first += shard.adapter_rank
     # Back into packed storage: every element where it came from.
     (packed,) = factors.up_gradients(factors.dense_bt(torch.float32))
-    stored = sum(len(shard.local_rows) * shard.rank for shard in factors.shards)
+    stored = sum(len(shard.local_rows) * shard.adapter_rank for shard in factors.shards)
     assert torch.equal(packed[:stored], factors.lora_B.detach()[:stored]) and packed.dtype == torch.float32

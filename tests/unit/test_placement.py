@@ -69,9 +69,9 @@ def test_ranks_and_scales_by_pattern(architectures: dict[str, Architecture]) -> 
         specs[f"model.layers.{layer}.{name}"]
         for layer, name in ((0, "self_attn.v_proj"), (0, "mlp.down_proj"), (1, "mlp.down_proj"))
     )
-    assert (v.rank, v.alpha, v.scale) == (2, 3.0, 3.0 / math.sqrt(2))
-    assert (down0.rank, down0.scale) == (8, 16.0 / math.sqrt(8))
-    assert (down1.rank, down1.scale) == (5, 16.0 / math.sqrt(5))
+    assert (v.adapter_rank, v.alpha, v.scale) == (2, 3.0, 3.0 / math.sqrt(2))
+    assert (down0.adapter_rank, down0.scale) == (8, 16.0 / math.sqrt(8))
+    assert (down1.adapter_rank, down1.scale) == (5, 16.0 / math.sqrt(5))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_target_that_reaches_more_than_takes_factors_is_an_error(
 def test_a_pattern_of_ranks_may_reach_further_than_the_targets(architectures: dict[str, Architecture]) -> None:
     """It says of which rank a module would be, not that it is one."""
     rules = LoraRules(4, 8.0, ["q_proj"], False, {".*(q_proj|lm_head)": 2}, {})
-    assert {f.rank for p in place_factors(architectures["llama"], rules) for f in p.factors} == {2}
+    assert {f.adapter_rank for p in place_factors(architectures["llama"], rules) for f in p.factors} == {2}
 
 
 def test_a_module_and_its_part_are_one_too_many(architectures: dict[str, Architecture]) -> None:

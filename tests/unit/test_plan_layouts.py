@@ -150,7 +150,7 @@ def test_flops_of_a_frozen_base_by_hand() -> None:
     once = low_rank(shape, LoraRules(1, 1.0, ["q_proj"])).layers[0].factors[0][0]
     expected = 2 * 1000 * (2 * weights - lowest) + 2 * 100 * 2 * head
     # U, U·B; dU, dB, dA, and dU·A but in the lowest.
-    expected += 2 * 1000 * (3 * elements - once.rank * once.in_features)
+    expected += 2 * 1000 * (3 * elements - once.adapter_rank * once.in_features)
     assert found.model == found.executed == expected
     attended = step_flops(shape, lora, tokens=1000, target_tokens=100, square_lengths=10**6, recompute=False)
     # Scores and values, the causal half, forward and twice backward; flash attention makes the scores again.

@@ -148,13 +148,13 @@ def test_factors_are_those_that_are_placed(
     """Taking equal layers together loses nothing: every factor's layer, linear, name, rank and shape."""
     rules, architecture = LoraRules(4, 8.0, targets, rank_pattern=pattern), read_architecture(folders[family])
     expected = [
-        (p.layer, p.linear, f.path.rpartition(".")[2], f.rank, f.in_features, f.rows)
+        (p.layer, p.linear, f.path.rpartition(".")[2], f.adapter_rank, f.in_features, f.rows)
         for p in place_factors(architecture, rules)
         for f in p.factors
     ]
     placement = low_rank(architecture, rules)
     found = [
-        (number, name, f.name, f.rank, f.in_features, f.rows)
+        (number, name, f.name, f.adapter_rank, f.in_features, f.rows)
         for number, layer in enumerate(placement.layers)
         for name in layer.kind.linears
         for f in layer.on(name)

@@ -300,7 +300,7 @@ def test_notices_a_formula_with_gradients_of_frozen_weights(small: Any, monkeypa
 
 def test_notices_a_formula_of_other_messages(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One column more in every message: 0.2 % of the bytes, and no call."""
-    monkeypatch.setattr(traffic, "total_rank", lambda factors: sum(f.rank for f in factors) + bool(factors))
+    monkeypatch.setattr(traffic, "total_rank", lambda factors: sum(f.adapter_rank for f in factors) + bool(factors))
     found = small()
     assert not found["agrees"] and all(abs(row["difference"]) < 0.05 for row in found["memory"].values())
 

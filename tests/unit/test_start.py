@@ -53,7 +53,7 @@ def test_placement_reproduces_the_factors(bases: dict[str, Path], tmp_path: Path
     assert adopted.lora.dropout == 0.25 and adopted.lora.rslora
     placed = placements(adopted)
     specs = {spec.path: spec for placement in placed for spec in placement.factors}
-    assert {p: (s.rank, s.alpha) for p, s in specs.items()} == {
+    assert {p: (s.adapter_rank, s.alpha) for p, s in specs.items()} == {
         m: (f.rank, f.alpha) for m, f in adapter.factors.items()
     }
     for path, found in initial_factors(folder, placed, bases[family]).items():

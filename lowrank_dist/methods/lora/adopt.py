@@ -123,7 +123,7 @@ def factors_for(
         raise UserError(f"{folder / WEIGHTS_FILE}: no factors for {some_of(lacking)}, which the targets name")
     for path, spec in specs.items():
         found = adapter.factors[path]
-        expected = (spec.rank, spec.in_features), (spec.rows, spec.rank)
+        expected = (spec.adapter_rank, spec.in_features), (spec.rows, spec.adapter_rank)
         if (tuple(found.a.shape), tuple(found.b.shape)) != expected:
             raise UserError(
                 f"{folder / WEIGHTS_FILE}: {path} has lora_A {list(found.a.shape)} and lora_B {list(found.b.shape)}, "

@@ -71,7 +71,7 @@ def initial_a(spec: FactorSpec, seed: int) -> Tensor:
     It is drawn whole from (seed, module path). A shard is a slice of it, so the bound does not depend on the number of
     ranks.
     """
-    return drawn_by_name(spec.path, seed, spec.rank, spec.in_features)
+    return drawn_by_name(spec.path, seed, spec.adapter_rank, spec.in_features)
 
 
 def shards_of(placement: LinearPlacement, tp_rank: int, tp_size: int) -> list[FactorShard]:
@@ -92,7 +92,7 @@ def shards_of(placement: LinearPlacement, tp_rank: int, tp_size: int) -> list[Fa
         shards.append(
             FactorShard(
                 spec.path,
-                spec.rank,
+                spec.adapter_rank,
                 spec.scale,
                 local_rows=tuple(local for _, local in rows),
                 factor_rows=tuple(row for row, _ in rows),
@@ -118,7 +118,7 @@ def lora_theta(adapted: Sequence[AdaptedLinear], tp_size: int, masks: MaskSource
 
 
 def _everywhere(placement: LinearPlacement, tp_size: int) -> FactorMap:
-    shapes = tuple((spec.rows, spec.rank) for spec in placement.factors)
+    shapes = tuple((spec.rows, spec.adapter_rank) for spec in placement.factors)
     return FactorMap(shapes, placement.layout.in_features, partial(shards_of, placement, tp_size=tp_size))
 
 
@@ -162,16 +162,16 @@ def _as_module(members: Sequence[WholeFactor]) -> LowRankFactor:
     first = members[0].spec
     if len(members) == 1 and first.rows == first.export_rows:
         return LowRankFactor(members[0].a, members[0].b, first.alpha, members[0].magnitude)
-    total = sum(member.spec.rank for member in members)
+    total = sum(member.spec.adapter_rank for member in members)
     b, column = members[0].b.new_zeros(first.export_rows, total), 0
     magnitude = None if members[0].magnitude is None else b.new_empty(first.export_rows)
     for member in members:
         spec = member.spec
         rows = slice(spec.export_row, spec.export_row + spec.rows)
-        b[rows, column : column + spec.rank] = member.b * (spec.scale / first.scale)
+        b[rows, column : column + spec.adapter_rank] = member.b * (spec.scale / first.scale)
         if magnitude is not None and member.magnitude is not None:
             magnitude[rows] = member.magnitude
-        column += spec.rank
+        column += spec.adapter_rank
     # s = alpha / r, or alpha / √r with rsLoRA: solved for alpha at rank R.
     alpha = first.scale * (math.sqrt(total) if first.rslora else total)
     return LowRankFactor(torch.cat([member.a for member in members]), b, alpha, magnitude)
