@@ -24,7 +24,7 @@ from lowrank_dist.errors import OtherRankError, RankIdentityError, UserError
 from lowrank_dist.supervision.failure import Failure, explains, read, record
 from lowrank_dist.supervision.peers import Answer, ask, lost_peers
 from lowrank_dist.supervision.status import ENDING, LEAVING, STARTING, Page, State, StopRequest
-from lowrank_dist.supervision.watchdog import Charge, start
+from lowrank_dist.supervision.watchdog import WatchedRank, start
 from lowrank_dist.terminal import say
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Supervision:
         self._enabled_before = faulthandler.is_enabled()
         faulthandler.enable(self._stacks)
         self.stop.__enter__()
-        self._watchdog = start(self._charge())
+        self._watchdog = start(self._watched())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -162,10 +162,10 @@ class Supervision:
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self.hosts[rank]}" if self.hosts else f"rank {rank}"
 
-    def _charge(self) -> Charge:
+    def _watched(self) -> WatchedRank:
         thread = threading.main_thread().ident
         assert thread is not None, "it runs"
-        return Charge(
+        return WatchedRank(
             pid=os.getpid(),
             started=start_time(Path("/proc/self")),
             thread=thread,

@@ -52,7 +52,7 @@ _EXTENSIONS = re.compile(r"^Extension modules: .*\n?", re.MULTILINE)
 
 
 @dataclass(frozen=True)
-class Charge:
+class WatchedRank:
     """The facts on its rank that a watchdog gets at its start. timeout: that of the rank's collectives, in seconds.
 
     started, launchers: from `launchers.start_time` and `find_launchers`. thread: id of the main thread, as faulthandler
@@ -70,7 +70,7 @@ class Charge:
     launchers: Sequence[Launcher]
 
 
-def start(charge: Charge) -> subprocess.Popen[bytes]:
+def start(watched: WatchedRank) -> subprocess.Popen[bytes]:
     """Start a watchdog beside this process and return its process."""
     package = Path(__file__).parents[2]
     path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -79,11 +79,11 @@ def start(charge: Charge) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
             # -P: a file in the working directory may have the name of a standard module.
-            [sys.executable, "-P", "-m", "lowrank_dist.supervision.watchdog", json.dumps(asdict(charge))],
+            [sys.executable, "-P", "-m", "lowrank_dist.supervision.watchdog", json.dumps(asdict(watched))],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": path},
             stdout=subprocess.DEVNULL,
-            pass_fds=(charge.page, charge.stacks),
+            pass_fds=(watched.page, watched.stacks),
         )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -92,10 +92,10 @@ def start(charge: Charge) -> subprocess.Popen[bytes]:
 class Watchdog:
     """Watches its rank until it has ended; prints and records the cause of death."""
 
-    def __init__(self, charge: Charge) -> None:
-        self._charge, self._page = charge, Page(charge.page)
-        self._process = Path("/proc", str(charge.pid))
-        self._launchers = list(charge.launchers)
+    def __init__(self, watched: WatchedRank) -> None:
+        self._watched, self._page = watched, Page(watched.page)
+        self._process = Path("/proc", str(watched.pid))
+        self._launchers = list(watched.launchers)
         self._oom_kills = _oom_kills()
         self._looked_at = self._active_since = self._counts_from = time.monotonic()
         self._activity = 0
@@ -127,7 +127,7 @@ class Watchdog:
         return reason is None
 
     def _runs(self, fields: list[str]) -> bool:
-        return is_running(fields) and fields[STARTED] == self._charge.started
+        return is_running(fields) and fields[STARTED] == self._watched.started
 
     def _note(self, fields: list[str], now: float) -> None:
         activity = int(fields[USER_TICKS]) + int(fields[SYSTEM_TICKS]) + _bytes_read(self._process)
@@ -143,11 +143,11 @@ class Watchdog:
     def _why_end_it(self, state: State, now: float) -> str | None:
         """Return the reason to kill a living rank; None while there is none."""
         since = self._active_since if state.phase in STARTING else state.since
-        still, told, limit = now - max(since, self._counts_from), self._told_at, self._charge.timeout + GRACE_SECONDS
+        still, told, limit = now - max(since, self._counts_from), self._told_at, self._watched.timeout + GRACE_SECONDS
         if state.phase == LEAVING:
             return "did not end" if still > LEAVE_SECONDS else None
         # Before the collectives of the other ranks time out, so that those learn the cause.
-        if self._stopped_at is not None and (told or now - self._stopped_at > self._charge.timeout / 2):
+        if self._stopped_at is not None and (told or now - self._stopped_at > self._watched.timeout / 2):
             return f"was stopped (SIGSTOP) {now - self._stopped_at:.0f} s ago"
         if still > limit or (told and still > limit / 2):
             return f"stood still for {still:.0f} s"
@@ -167,7 +167,7 @@ class Watchdog:
         # On SIGABRT faulthandler prints the stacks of all threads, whichever holds the interpreter's lock. Core dumps
         # are disabled first: one would take minutes and fill a disk.
         with contextlib.suppress(OSError):
-            resource.prlimit(self._charge.pid, resource.RLIMIT_CORE, (0, 0))
+            resource.prlimit(self._watched.pid, resource.RLIMIT_CORE, (0, 0))
         for number in (signal.SIGABRT, signal.SIGCONT):
             self._signal(number)
         self._await_end()
@@ -183,7 +183,7 @@ class Watchdog:
     def _signal(self, number: signal.Signals) -> None:
         if self._runs(stat_fields(self._process)):
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self._charge.pid, number)
+                os.kill(self._watched.pid, number)
 
     def _await_end(self) -> None:
         end = time.monotonic() + STACKS_SECONDS
@@ -202,11 +202,13 @@ class Watchdog:
             how += "; the kernel's out-of-memory killer struck on this host meanwhile"
         # Not the cause if it was killed by its launcher, or by NCCL, which aborts when a collective takes too long.
         asked = self._told_at is not None and now - self._told_at > ASKED_SECONDS
-        waited = "Aborted" in stacks and now - state.since > 0.9 * self._charge.timeout
+        waited = "Aborted" in stacks and now - state.since > 0.9 * self._watched.timeout
         self._say(state, how, first=not (asked or waited))
 
     def _say(self, state: State, reason: str, *, first: bool) -> None:
-        failure = Failure(self._charge.rank, self._charge.host, state.step, state.phase, reason, self._stacks(), first)
+        failure = Failure(
+            self._watched.rank, self._watched.host, state.step, state.phase, reason, self._stacks(), first
+        )
         folder = self._page.folder()
         if folder is not None:
             record(Path(folder), failure)
@@ -216,12 +218,12 @@ class Watchdog:
 
     def _stacks(self) -> str:
         """Return the stacks of the rank's threads that faulthandler wrote before it died."""
-        size = os.fstat(self._charge.stacks).st_size
-        text = os.pread(self._charge.stacks, min(size, 20_000), 0).decode(errors="replace")
+        size = os.fstat(self._watched.stacks).st_size
+        text = os.pread(self._watched.stacks, min(size, 20_000), 0).decode(errors="replace")
         return _EXTENSIONS.sub("", text)
 
     def _in_collective(self) -> bool:
-        thread = rf"^(Current thread|Thread) 0x{self._charge.thread:016x} "
+        thread = rf"^(Current thread|Thread) 0x{self._watched.thread:016x} "
         return re.search(thread + _COLLECTIVE, self._stacks(), re.MULTILINE) is not None
 
 
@@ -247,4 +249,4 @@ def _oom_kills() -> int:
 
 if __name__ == "__main__":
     told = json.loads(sys.argv[1])
-    Watchdog(Charge(**{**told, "launchers": [Launcher(*launcher) for launcher in told["launchers"]]})).run()
+    Watchdog(WatchedRank(**{**told, "launchers": [Launcher(*launcher) for launcher in told["launchers"]]})).run()

@@ -18,7 +18,7 @@ import pytest
 from lowrank_dist.backend.launchers import Launcher, start_time
 from lowrank_dist.supervision import watchdog
 from lowrank_dist.supervision.status import LEAVING, Page
-from lowrank_dist.supervision.watchdog import Charge, Watchdog, start
+from lowrank_dist.supervision.watchdog import Watchdog, WatchedRank, start
 
 pytestmark = pytest.mark.slow
 
@@ -65,8 +65,8 @@ class Ward:
         self._thread = int(self.process.stdout.readline())
         self.page.enter(phase, 7)
 
-    def charge(self, launchers: list[Launcher] | None = None, timeout: float = TIMEOUT) -> Charge:
-        return Charge(
+    def watched(self, launchers: list[Launcher] | None = None, timeout: float = TIMEOUT) -> WatchedRank:
+        return WatchedRank(
             pid=self.process.pid,
             started=start_time(Path("/proc", str(self.process.pid))),
             thread=self._thread,
@@ -81,7 +81,7 @@ class Ward:
     def watch(self, launchers: list[Launcher] | None = None, timeout: float = TIMEOUT) -> float:
         """Let a watchdog look until it has nothing more to do. Returns the seconds that took."""
         began = time.monotonic()
-        Watchdog(self.charge(launchers, timeout)).run()
+        Watchdog(self.watched(launchers, timeout)).run()
         return time.monotonic() - began
 
     def said(self) -> str:
@@ -149,16 +149,16 @@ def test_says_nothing_of_a_rank_that_leaves(ward: Callable[..., Ward], capsys: p
 
 def test_a_rank_whose_end_its_parent_knows_already(ward: Callable[..., Ward]) -> None:
     rank = ward(SLEEP)
-    charge = rank.charge()
+    watched = rank.watched()
     rank.process.kill()
     rank.process.wait()
-    Watchdog(charge).run()
+    Watchdog(watched).run()
     assert rank.said() == f"{FIRST}it ended without a word, as after SIGKILL\n"
 
 
 def test_another_process_of_the_same_number_is_not_the_rank(ward: Callable[..., Ward]) -> None:
     rank = ward(SLEEP)
-    later = Charge(**{**vars(rank.charge()), "started": "1"})
+    later = WatchedRank(**{**vars(rank.watched()), "started": "1"})
     Watchdog(later).run()
     assert rank.process.poll() is None, "a process was ended that is not the rank"
 
@@ -278,8 +278,8 @@ def test_a_stopped_rank_that_is_asked_to_end(ward: Callable[..., Ward], told: Ca
     time.sleep(0.1)
     told()
     with mock.patch.object(watchdog, "GRACE_SECONDS", 60):
-        charge = Charge(**{**vars(rank.charge()), "timeout": 60})
-        Watchdog(charge).run()
+        watched = WatchedRank(**{**vars(rank.watched()), "timeout": 60})
+        Watchdog(watched).run()
     assert rank.said().startswith(f"{FIRST}it was stopped")
 
 
@@ -325,7 +325,7 @@ def test_ends_a_rank_that_does_not_leave(ward: Callable[..., Ward]) -> None:
 def test_a_job_that_was_suspended_is_not_hung(ward: Callable[..., Ward]) -> None:
     """Slurm's suspend stops the watchdog too: what it did not see does not count."""
     rank = ward(SLEEP)
-    suspended, awake = Watchdog(rank.charge()), Watchdog(rank.charge())
+    suspended, awake = Watchdog(rank.watched()), Watchdog(rank.watched())
     time.sleep(TIMEOUT + GRACE + 0.1)
     suspended._looked_at -= watchdog.PAUSE_SECONDS + 1
     assert suspended._look(), "ended for the time in which it was suspended"
@@ -335,7 +335,7 @@ def test_a_job_that_was_suspended_is_not_hung(ward: Callable[..., Ward]) -> None
 
 def test_outlives_every_signal_to_the_job_but_not_its_rank(ward: Callable[..., Ward]) -> None:
     rank = ward(SLEEP)
-    guard = start(rank.charge())
+    guard = start(rank.watched())
     status = Path("/proc", str(guard.pid), "status")
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         guard.send_signal(number)
