@@ -125,7 +125,7 @@ def build(setting: Setting, folder: Path, topology: Any) -> tuple[Any, Ranks]:
     from lowrank_dist.arch.placement import LoraRules, place_factors
     from lowrank_dist.methods.lora.factors import inject
     from lowrank_dist.model.load import check_model, load_model
-    from lowrank_dist.parallel.frozen import wanted
+    from lowrank_dist.parallel.frozen import fuses_factors
     from lowrank_dist.parallel.masks import MaskSource
 
     load: Callable[..., Any] = partial(
@@ -145,8 +145,8 @@ def build(setting: Setting, folder: Path, topology: Any) -> tuple[Any, Ranks]:
         placements = place_factors(
             model.architecture, LoraRules(RANK, 2.0 * RANK, TARGETS[setting.targets], False, {}, {})
         )
-        lanes = wanted("auto", "cpu")
-        adapted = inject(model, placements, MaskSource(0, 0), 0, topology.tp_rank, topology.tp_size, lanes)
+        fuse_factors = fuses_factors("auto", "cpu")
+        adapted = inject(model, placements, MaskSource(0, 0), 0, topology.tp_rank, topology.tp_size, fuse_factors)
         ranks = dict.fromkeys(model.architecture.layers[0].linears, 0)
         ranks |= {x.placement.linear: x.factors.total_rank for x in adapted if x.placement.layer == 0}
     model.set_recompute(setting.recompute)

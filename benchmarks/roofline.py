@@ -1,7 +1,7 @@
 """What the adapted linears would cost on a GPU, by counting: GEMMs at the measured rate, the rest at memory's.
 
 A figure for where there is no GPU, and always marked as modelled. Counted is the path of parallel/autograd.py without
-lanes, product by product (`passes`): what each reads and writes of T×K, T×O and T×R beyond the frozen linear.
+fused factors, product by product (`passes`): what each reads and writes of T×K, T×O and T×R beyond the frozen linear.
 Left out: launches, caches, the factors themselves (R×K, R×O), the wire, where messages grow by R/K, and what a frozen
 GEMM reads of an output that it adds to (beta = 1): it is bound by its arithmetic. Dropout is free here: its mask comes
 from a counter and is in no memory.

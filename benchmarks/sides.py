@@ -149,15 +149,15 @@ class Layer:
 
         return Side("frozen", "frozen", forward, self.leaves(), self.grads, [], [])
 
-    def ours(self, r: int, p: float, lanes: bool = False) -> tuple[Side, list[AdaptedLinear]]:
+    def ours(self, r: int, p: float, fuse_factors: bool = False) -> tuple[Side, list[AdaptedLinear]]:
         """The project's own parallel linears with its own placement and injection."""
         skeleton = nn.Module()
         for layout, weight in zip(self.layouts, self.weights, strict=True):
-            self._put(skeleton, layout.module_of(0), self._megatron_linear(layout, weight, lanes))
+            self._put(skeleton, layout.module_of(0), self._megatron_linear(layout, weight, fuse_factors))
         masks = MaskSource(0, quantise(p))
         masks.set(0, self.rows)
         placements = place_factors(self.architecture, LoraRules(r, SCALE * r, "all-linear", False, {}, {}))
-        adapted = inject(skeleton, placements, masks, 0, self.topology.tp_rank, self.n, lanes)
+        adapted = inject(skeleton, placements, masks, 0, self.topology.tp_rank, self.n, fuse_factors)
         torch.manual_seed(1)
         for x in adapted:
             x.factors.lora_B.data.normal_(std=B_SPREAD)
@@ -167,7 +167,7 @@ class Layer:
             return [module(x)[0] for module, x in zip(linears, inputs, strict=True)]
 
         parameters = [parameter for x in adapted for parameter in (x.factors.lora_A, x.factors.lora_B)]
-        name = "ours_lanes" if lanes else "ours"
+        name = "ours_lanes" if fuse_factors else "ours"
         return Side(name, "frozen", forward, self.leaves(), self.grads, parameters, [skeleton]), list(adapted)
 
     def _put(self, root: nn.Module, path: str, module: nn.Module) -> None:
@@ -178,7 +178,7 @@ class Layer:
             root = getattr(root, name)
         root.add_module(leaf, module)
 
-    def _megatron_linear(self, layout: LinearLayout, weight: Tensor, lanes: bool) -> nn.Module:
+    def _megatron_linear(self, layout: LinearLayout, weight: Tensor, fuse_factors: bool) -> nn.Module:
         from megatron.core.model_parallel_config import ModelParallelConfig
 
         config = ModelParallelConfig(
@@ -199,8 +199,8 @@ class Layer:
             tp_group=self.topology.tp_group,
             **({"input_is_parallel": True} if layout.kind == "row" else {}),
         ).requires_grad_(False)
-        # Lanes move the weight into a buffer of their own; everything else shares one copy.
-        module.weight.data = weight.clone() if lanes else weight
+        # FusedBuffer moves the weight into a buffer of its own; everything else shares one copy.
+        module.weight.data = weight.clone() if fuse_factors else weight
         return module
 
     def peft(self, adapted: Sequence[AdaptedLinear], r: int, p: float, same_dtype: bool = False) -> tuple[Side, Side]:
@@ -277,7 +277,7 @@ class Layer:
         if self.dtype != torch.float32:
             sides.append(self.peft(adapted, r, p, same_dtype=True)[0])
         if self.n > 1:
-            sides.append(self.ours(r, p, lanes=True)[0])
+            sides.append(self.ours(r, p, fuse_factors=True)[0])
         elif self.device.type == "cuda":
             sides.append(self.eager(adapted, p))
         for side in sides:

@@ -185,8 +185,8 @@ def _build(job: Job, config: Config, topology: Topology) -> tuple[CausalLM, Thet
         )
     model.set_recompute(job.layout.recompute)
     buffers = set(model.buffers())
-    # resumed=True, so that no starting adapter is read. Lanes as in the plan, whatever device runs this.
-    planned = config.engine.model_copy(update={"lanes": "on" if job.lanes else "off"})
+    # resumed=True, so that no starting adapter is read. Fused factors as in the plan, whatever device runs this.
+    planned = config.engine.model_copy(update={"lanes": "on" if job.fuse_factors else "off"})
     method = build_method(config.model_copy(update={"engine": planned}), job.architecture)
     theta = method.attach(model, topology, resumed=True)
     size = sum(map(_storage_bytes, (*theta.parameters, *(set(model.buffers()) - buffers))))

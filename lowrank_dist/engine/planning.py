@@ -123,8 +123,8 @@ def job_of(request: Request, target_share: float) -> Job:
         zero_stage=config.engine.zero_stage,
         reduce_bucket=config.engine.reduce_bucket,
         device=device,
-        # `auto` turns lanes on only where they were measured to be faster (parallel/frozen.py).
-        lanes=config.engine.lanes == "on" or (config.engine.lanes == "auto" and device == "cpu"),
+        # `auto` fuses factors only where that was measured to be faster (parallel/frozen.py).
+        fuse_factors=config.engine.lanes == "on" or (config.engine.lanes == "auto" and device == "cpu"),
         packing=config.data.packing,
         footprint=method_package(config.method).footprint.footprint_of(config.method, config.own_section, arch),
         decoding=None if generate is None else Decoding(generate.batch, generate.max_new_tokens),

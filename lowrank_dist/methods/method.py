@@ -49,14 +49,14 @@ class Method(Protocol):
 class Setting:
     """The settings of a run that any method gets, in addition to its own section of the config.
 
-    base: folder of the base model. seed: train.seed. max_length: data.max_length. lanes: engine.lanes.
+    base: folder of the base model. seed: train.seed. max_length: data.max_length. fuse_factors: engine.lanes.
     """
 
     method: MethodName
     base: Path
     seed: int
     max_length: int
-    lanes: Literal["auto", "on", "off"]
+    fuse_factors: Literal["auto", "on", "off"]
 
 
 class MethodBuilder(Protocol):

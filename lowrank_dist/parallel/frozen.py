@@ -2,7 +2,7 @@
 
 A subclass implements the two products with W. The base class builds the joint products with a low-rank update from
 them; a subclass overrides a joint product where it can compute both terms in one pass. Under sequence parallelism the
-operands lie side by side in the messages, and `Lanes` computes both terms in one GEMM:
+operands lie side by side in the messages, and `FusedBuffer` computes both terms in one GEMM:
 
     column-parallel   buffer [O, K + R] = [W ∣ b]     Y = [X ∣ U]·bufferᵀ      [dX ∣ dU] = dY·buffer
     row-parallel      buffer [O + R, K] = [W ; a]     P = [X·Wᵀ ∣ U] = X·bufferᵀ      dX = [dY ∣ dU]·buffer
@@ -27,9 +27,9 @@ from lowrank_dist.ops.linear import adapted, adapted_grad_x, linear, linear_into
 from lowrank_dist.ops.low_rank import down, expand, up, up_grad_u
 from lowrank_dist.ops.mask import Mask
 
-# Device types on which lanes were measured to be faster (docs/LOG.md): on a CPU they take 0.93 to 0.99 of the time of
-# the two products. On an H200 a layer took 0.985 of the time in one setting; no comparison run has trained with lanes
-# there.
+# Device types on which fused factors were measured to be faster (docs/LOG.md): on a CPU the one product takes 0.93 to
+# 0.99 of the time of the two. On an H200 a layer took 0.985 of the time in one setting; no comparison run has trained
+# with fused factors there.
 FASTER_ON = ("cpu",)
 
 
@@ -144,7 +144,7 @@ class Dense(FrozenWeight):
         return adapted_grad_x(dy_TO, self.weight, du_TR, a_RK, mask)
 
 
-class Lanes(Dense):
+class FusedBuffer(Dense):
     """W and the factor beside it in one buffer, for the messages of sequence parallelism.
 
     The weight's storage moves into the buffer, so W exists once. The factor is copied in before each use.
@@ -162,7 +162,7 @@ class Lanes(Dense):
         weight.data = inside
 
     def with_factor(self, factor: Tensor) -> Tensor:
-        """Copy the present factor, b [O, R] or a [R, K], into its lanes and return the buffer."""
+        """Copy the present factor, b [O, R] or a [R, K], into its part of the buffer and return the buffer."""
         self._factor.copy_(factor)
         return self._buffer
 
@@ -189,9 +189,9 @@ class Lanes(Dense):
         return linear(message, self.with_factor(a_RK).t())
 
 
-def wanted(lanes: Literal["auto", "on", "off"], device: str) -> bool:
-    """Return whether engine.lanes puts factors into lanes on this kind of device."""
-    return lanes == "on" or (lanes == "auto" and device in FASTER_ON)
+def fuses_factors(setting: Literal["auto", "on", "off"], device: str) -> bool:
+    """Return whether a run fuses its factors on this kind of device. setting: engine.lanes."""
+    return setting == "on" or (setting == "auto" and device in FASTER_ON)
 
 
 class FrozenLinear(torch.autograd.Function):

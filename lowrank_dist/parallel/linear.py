@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 from lowrank_dist.ops.mask import Mask
 from lowrank_dist.parallel.autograd import GatherLinear, LocalLinear, PartialLinear, ReduceExpand
 from lowrank_dist.parallel.collectives import enter_parallel_region, leave_parallel_region
-from lowrank_dist.parallel.frozen import Dense, FrozenLinear, FrozenWeight, Lanes
+from lowrank_dist.parallel.frozen import Dense, FrozenLinear, FrozenWeight, FusedBuffer
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.update import LowRankUpdate
 
@@ -43,16 +43,16 @@ class LowRankLinear:
         """Use `frozen` instead of Megatron's parameter."""
         self.frozen = frozen
 
-    def attach(self, update: LowRankUpdate, masks: MaskSource, stream: int, lanes: bool = False) -> None:
+    def attach(self, update: LowRankUpdate, masks: MaskSource, stream: int, fuse_factors: bool = False) -> None:
         """Attach an update. `stream` identifies this linear's input among all inputs of the model (masks.stream_of).
 
-        lanes: store the factor beside a dense weight (parallel/frozen.py); ignored without sequence parallelism.
+        fuse_factors: store the factor beside a dense weight (parallel/frozen.py); ignored without sequence parallelism.
         """
         self.update = update
         self._masks, self._stream = masks, stream
         if self.frozen is None or isinstance(self.frozen, Dense):
-            pays = lanes and self.sequence_parallel and self.tp_group.size() > 1
-            self.frozen = Lanes(self.weight, update.total_rank, self.kind) if pays else Dense(self.weight)
+            pays = fuse_factors and self.sequence_parallel and self.tp_group.size() > 1
+            self.frozen = FusedBuffer(self.weight, update.total_rank, self.kind) if pays else Dense(self.weight)
 
     def _mask(self, feature_offset: int, tokens_sharded: bool) -> Mask | None:
         if not self.training:

@@ -230,9 +230,9 @@ class Job:
 
     name: the model's. stored_dtype: the dtype of its weights in the files; dtype: the dtype in which they run.
     target_share: the share of the tokens that is trained on, and hence reaches the vocabulary projection.
-    reduce_bucket: elements, None for |Θ| on the rank (at most 5·10⁸). device: the device whose operators run. lanes:
-    factors are stored beside the weights (parallel/frozen.py). packing: several samples per row. footprint: the
-    method's. decoding: what evaluations generate, or None.
+    reduce_bucket: elements, None for |Θ| on the rank (at most 5·10⁸). device: the device whose operators run.
+    fuse_factors: factors are stored beside the weights (parallel/frozen.py). packing: several samples per row.
+    footprint: the method's. decoding: what evaluations generate, or None.
     """
 
     architecture: Architecture
@@ -247,7 +247,7 @@ class Job:
     zero_stage: Literal[1, 2]
     reduce_bucket: int | None
     device: Literal["cpu", "cuda"]
-    lanes: bool
+    fuse_factors: bool
     packing: bool
     footprint: Footprint
     decoding: Decoding | None = None

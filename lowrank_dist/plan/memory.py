@@ -73,7 +73,7 @@ def standing(job: Job, theta: ThetaOnRank) -> dict[str, int]:
     # Each element of B has an int64 index into the dense Bᵀ, each of the R rows of A an fp32 scale.
     buffers = 8 * theta.b + 4 * theta.total_ranks + job.footprint.buffers(job, theta.rows)
     return {
-        "frozen weights": frozen_bytes(job) + _lanes(job),
+        "frozen weights": frozen_bytes(job) + _fused_factors(job),
         "Θ": 4 * theta.elements + buffers,
         "gradients of Θ": 4 * theta.elements,
         "masters and moments": 12 * partitions if theta.elements else 0,
@@ -86,9 +86,9 @@ def frozen_bytes(job: Job) -> int:
     return frequencies + (0 if job.footprint.trains_base else job.itemsize * frozen_on_rank(job))
 
 
-def _lanes(job: Job) -> int:
-    """Return the bytes of the lanes: factors in the base's dtype, in the buffers of the weights beside them."""
-    if not (job.lanes and job.layout.sequence and job.layout.tensor > 1):
+def _fused_factors(job: Job) -> int:
+    """Return the bytes of fused factors: copies in the base's dtype, in one buffer with the weight."""
+    if not (job.fuse_factors and job.layout.sequence and job.layout.tensor > 1):
         return 0
     n, found = job.layout.tensor, 0
     for layer, _, count in job.placement.kinds:
@@ -226,7 +226,7 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
     )
     kept -= 0 if sequence else behind_fc2
     # On a CPU a product that is part of a message is computed separately and copied into the message.
-    apart = whole if sequence and job.device == "cpu" and not job.lanes else 0
+    apart = whole if sequence and job.device == "cpu" and not job.fuse_factors else 0
     candidates = [
         # fc2: the gathered [dY ∣ dU] of all tokens, while dX is written.
         (_message(job, fc2), inner + residual),
@@ -257,7 +257,8 @@ def _recomputation(job: Job, top: Layer, kept: int) -> Moment:
     residual = (2 if written_out(job) else 1) * job.shard_tokens * job.architecture.hidden * e
     fc2 = top.total_rank("linear_fc2")
     waiting, product = _message(job, fc2), _message(job, fc2)
-    apart = whole if job.sequence_parallel and job.device == "cpu" and not job.lanes and top.on("linear_fc2") else 0
+    unfused = job.sequence_parallel and job.device == "cpu" and not job.fuse_factors
+    apart = whole if unfused and top.on("linear_fc2") else 0
     working = residual + apart + (0 if job.sequence_parallel else whole)
     working += bytes_outside_graph(job, top.part(in_attention=True))  # recomputed, beside the first
     parts = {"activations": kept, "communication buffers": waiting + product, "working memory": working}

@@ -53,7 +53,7 @@ class CountMatmuls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(folder: str, topology: Any, targets: Any, recompute: bool, lanes: bool = False) -> Any:
+def build(folder: str, topology: Any, targets: Any, recompute: bool, fuse_factors: bool = False) -> Any:
     """The model with factors on `targets` (all of layers that a regular expression names), or frozen where None.
 
     Frozen means Megatron's own linears, not ours without factors.
@@ -80,7 +80,7 @@ def build(folder: str, topology: Any, targets: Any, recompute: bool, lanes: bool
     else:
         model = load()
         placements = place_factors(model.architecture, LoraRules(RANK, 8.0, targets, False, {}, {}))
-        inject(model, placements, MaskSource(0, 0), 0, topology.tp_rank, topology.tp_size, lanes)
+        inject(model, placements, MaskSource(0, 0), 0, topology.tp_rank, topology.tp_size, fuse_factors)
     model.set_recompute(recompute)
     return model
 
@@ -109,8 +109,8 @@ def count_frozen_and_adapted(folders: dict[str, str], sequence: bool, recompute:
     topology = ranks.topology(dist.get_world_size(), sequence)
     counts: dict[str, Any] = {}
     for family in FAMILIES:
-        for targets, lanes in ((None, False), *((chosen, False) for chosen in TARGETS[family]), ("all-linear", True)):
-            model = build(folders[family], topology, targets, recompute, lanes)
+        for targets, fuse_factors in ((None, False), *((chosen, False) for chosen in TARGETS[family]), ("all-linear", True)):
+            model = build(folders[family], topology, targets, recompute, fuse_factors)
             train_embedding(model)
             phases = [[(call.kind, call.bytes) for call in phase.calls] for phase in count(model)]
             counts.setdefault(family, []).append(phases)

@@ -30,10 +30,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def adapted_model(folder: str, sequence: bool) -> tuple[Any, list[Any]]:
-    """The model with factors (B ≠ 0) in lanes, where sequence parallelism lets them be, and the factors."""
+    """The model with factors (B ≠ 0), fused where sequence parallelism allows it, and the factors."""
     from tests.dist.whole import theta_of
 
-    model, adapted, _, _ = build(Setting(folder, 2, sequence, zero_b=False, lanes=True))
+    model, adapted, _, _ = build(Setting(folder, 2, sequence, zero_b=False, fuse_factors=True))
     return model, theta_of(adapted)
 
 
@@ -203,7 +203,7 @@ def evaluated_in_training(folder: str, data: str, tensor: int) -> dict[str, Any]
     from lowrank_dist.generate.texts import stop_tokens
     from tests.dist.whole import theta_of
 
-    setting = Setting(folder, tensor, True, dropout=0.1, zero_b=False, lanes=True, recompute=True)
+    setting = Setting(folder, tensor, True, dropout=0.1, zero_b=False, fuse_factors=True, recompute=True)
     model, adapted, masks, topology = build(setting)
     rows = torch.arange(ROWS * LENGTH, device=ranks.device()).view(ROWS, LENGTH).t().contiguous()
     masks.set(1, rows)

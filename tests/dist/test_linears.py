@@ -130,7 +130,7 @@ def build(layout: LinearLayout, topology: Any) -> tuple[torch.nn.Module, Adapted
 
 
 def run_linear(
-    name: str, sequence: bool, p: float, zero_b: bool, needs_dx: bool, broken: str | None, lanes: bool = False
+    name: str, sequence: bool, p: float, zero_b: bool, needs_dx: bool, broken: str | None, fuse_factors: bool = False
 ) -> dict[str, Any]:
     """One rank: forward, backward, deferred sum; returns whole tensors as numpy."""
     import torch.distributed as dist
@@ -151,8 +151,8 @@ def run_linear(
     spread_factors([adapted], topology, data["theta"])
     masks = MaskSource(SEED, quantise(p))
     masks.set(STEP + (broken == "mask"), data["rows"].to(ranks.device()) + (broken == "mask_row"))
-    linear.attach(adapted.factors, masks, STREAM, lanes)
-    if broken == "stale lanes":
+    linear.attach(adapted.factors, masks, STREAM, fuse_factors)
+    if broken == "stale factor":
         # Memory that is not written may hold anything, an earlier run's factor too.
         linear.frozen._factor.zero_()
         linear.frozen.with_factor = lambda factor: linear.frozen._buffer
@@ -235,7 +235,7 @@ def test_factors_get_their_gradient_where_the_input_needs_none(name: str, sequen
 
 
 @pytest.mark.parametrize(("name", "n"), list(itertools.product(("qkv_gqa", "qkv_one", "gate_up", "row"), (2, 4))))
-def test_lanes_change_nothing(name: str, n: int) -> None:
+def test_fused_factors_change_nothing(name: str, n: int) -> None:
     """One GEMM over [W ∣ b] or [W ; a] in place of two products; the lowest adapted linear has no dX to compute."""
     for p, needs_dx in itertools.product((0.0, 0.1), (True, False)):
         results = run_ranks(n, run_linear, name, True, p, False, needs_dx, None, True)
@@ -244,9 +244,9 @@ def test_lanes_change_nothing(name: str, n: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["qkv", "row"])
-def test_notices_a_factor_that_was_not_put_in_its_lanes(name: str) -> None:
-    """Negative control: the buffer's lanes hold what they held before."""
-    results = run_ranks(2, run_linear, name, True, 0.0, False, True, "stale lanes", True)
+def test_notices_a_factor_that_was_not_copied_into_the_buffer(name: str) -> None:
+    """Negative control: the buffer keeps the factor of before."""
+    results = run_ranks(2, run_linear, name, True, 0.0, False, True, "stale factor", True)
     assert not worst(assemble(name, 2, True, results), reference(layouts(name), 0.0, False)) < 1e-3
 
 

@@ -80,7 +80,7 @@ def planned(folder: str, setting: Setting, reduce_bucket: int | None, microbatch
         zero_stage=setting.zero_stage,
         reduce_bucket=reduce_bucket,
         device="cpu",
-        lanes=False,
+        fuse_factors=False,
         packing=False,
     )
 

@@ -48,13 +48,13 @@ def test_three_steps(folders: dict[str, str], family: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize(("family", "layout"), [("llama", "tp2"), ("gpt2", "tp4"), ("llama", "tp2_dp2")])
-def test_lanes(folders: dict[str, str], family: str, layout: str) -> None:
+def test_fused_factors(folders: dict[str, str], family: str, layout: str) -> None:
     """Factors kept beside the frozen weights, over steps that change them, with and without recompute."""
     world, tensor, sequence = LAYOUTS[layout]
     for dropout, recompute in ((0.0, False), (0.1, True)):
         base = Setting(folders[family], dropout=dropout, zero_b=False, recompute=recompute)
         expected = run_ranks(1, train, base)[0]
-        twin = Setting(folders[family], tensor, sequence, dropout, False, recompute=recompute, lanes=True)
+        twin = Setting(folders[family], tensor, sequence, dropout, False, recompute=recompute, fuse_factors=True)
         for found in run_ranks(world, train, twin):
             assert worst(found, expected) < TOLERANCE
 

@@ -50,7 +50,7 @@ class Setting:
     lr: float = 1e-2
     dtype: str = "fp32"
     rslora: bool = False
-    lanes: bool = False
+    fuse_factors: bool = False
     transposed: bool = False  # every linear's weight is held by tests/dist/transposed.py
     broken: str = ""
 
@@ -154,7 +154,7 @@ def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
     if setting.transposed:
         hold_transposed(model, setting.broken)
     masks = MaskSource(11, quantise(setting.dropout))
-    adapted = inject(model, placements, masks, 3, topology.tp_rank, topology.tp_size, setting.lanes)
+    adapted = inject(model, placements, masks, 3, topology.tp_rank, topology.tp_size, setting.fuse_factors)
     model.set_recompute(setting.recompute)
     if not setting.zero_b:
         spread_factors(adapted, topology, nonzero_factors(placements))

@@ -232,8 +232,8 @@ def test_notices_a_wrong_formula_of_another_method(
     assert not verified(folders["llama"], "data.max_length=512", *overrides, layout=layout)["agrees"]
 
 
-def test_lanes_are_counted(folders: dict[str, str]) -> None:
-    found = verified(folders["llama"], "data.max_length=512", layout=Layout(4, 1, True, 2, False), lanes=True)
+def test_fused_factors_are_counted(folders: dict[str, str]) -> None:
+    found = verified(folders["llama"], "data.max_length=512", layout=Layout(4, 1, True, 2, False), fuse_factors=True)
     assert found["agrees"] and found["memory"]["frozen weights"]["difference"] == 0, found
 
 

@@ -36,12 +36,12 @@ def inject(
     seed: int,
     tp_rank: int,
     tp_size: int,
-    lanes: bool = False,
+    fuse_factors: bool = False,
     kind: type[LowRankFactors] = LowRankFactors,
 ) -> tuple[AdaptedLinear, ...]:
     """Attach factors to the model's linears and initialise them as PEFT does, equally at every tensor-parallel size.
 
-    lanes: see parallel/frozen.py. kind: the class of the updates; only its factors are initialised.
+    fuse_factors: see parallel/frozen.py. kind: the class of the updates; only its factors are initialised.
     """
     adapted = []
     for placement in placements:
@@ -60,7 +60,7 @@ def inject(
         with torch.no_grad():
             for index, spec in enumerate(placement.factors):
                 factors.a_of(index).copy_(initial_a(spec, seed)[:, columns])
-        linear.attach(factors, masks, stream_of(placement.layer, placement.layout.stream), lanes)
+        linear.attach(factors, masks, stream_of(placement.layer, placement.layout.stream), fuse_factors)
         adapted.append(AdaptedLinear(placement, factors))
     return tuple(adapted)
 

@@ -25,7 +25,7 @@ from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.ops.mask import quantise
 from lowrank_dist.parallel.decomposed import DecomposedFactors, refresh_norms, start_magnitudes
 from lowrank_dist.parallel.factors import LowRankFactors
-from lowrank_dist.parallel.frozen import wanted
+from lowrank_dist.parallel.frozen import fuses_factors
 from lowrank_dist.parallel.linear import LowRankLinear
 from lowrank_dist.parallel.masks import MaskSource
 from lowrank_dist.parallel.theta import Theta
@@ -57,8 +57,9 @@ class Lora:
     def attach(self, model: CausalLM, topology: Topology, *, resumed: bool) -> Theta:
         setting, start = self._setting, self._section.init_from
         masks = MaskSource(setting.seed, self._threshold)
-        lanes = wanted(setting.lanes, next(model.parameters()).device.type)
-        theta = _attach(model, self._placements, topology, masks, setting.seed, lanes=lanes, dora=self._section.dora)
+        fuse_factors = fuses_factors(setting.fuse_factors, next(model.parameters()).device.type)
+        placements, dora = self._placements, self._section.dora
+        theta = _attach(model, placements, topology, masks, setting.seed, fuse_factors=fuse_factors, dora=dora)
         if start is not None and not resumed:
             theta.set_from_whole(
                 stored_tensors(initial_factors(start, self._placements, setting.base)), topology.coordinates
@@ -92,7 +93,7 @@ def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology
     refuse_foreign(folder, adapter, model.architecture.linear_modules(), base)
     placements = place_factors(model.architecture, rules_of(adapter, model.architecture))
     factors = factors_for(folder, adapter, placements, base)
-    theta = _attach(model, placements, topology, MaskSource(0, 0), 0, lanes=False, dora=adapter.dora)
+    theta = _attach(model, placements, topology, MaskSource(0, 0), 0, fuse_factors=False, dora=adapter.dora)
     theta.set_from_whole(stored_tensors(factors), topology.coordinates)
 
 
@@ -103,12 +104,12 @@ def _attach(
     masks: MaskSource,
     seed: int,
     *,
-    lanes: bool,
+    fuse_factors: bool,
     dora: bool,
 ) -> Theta:
     """Attach low-rank updates with their initial values to the model. Collective with dora."""
     kind = DecomposedFactors if dora else LowRankFactors
-    adapted = inject(model, placements, masks, seed, topology.tp_rank, topology.tp_size, lanes, kind)
+    adapted = inject(model, placements, masks, seed, topology.tp_rank, topology.tp_size, fuse_factors, kind)
     theta = lora_theta(adapted, topology.tp_size, masks)
     if not dora:
         return theta
