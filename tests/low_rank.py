@@ -1,4 +1,4 @@
-"""One adapted linear on local tensors: its factors, a problem for its autograd, and the same in plain PyTorch.
+"""One adapted linear on local tensors: its factors, a case for its autograd, and the same in plain PyTorch.
 
 Legend: T tokens, K inputs, O outputs, R ranks.
 """
@@ -15,7 +15,7 @@ from lowrank_dist.parallel.autograd import LocalLinear
 from lowrank_dist.parallel.factors import FactorShard, LowRankFactors
 from lowrank_dist.parallel.frozen import Dense
 from tests.dist import ranks
-from tests.operands import draw, excess, luck, on_device
+from tests.operands import draw, error_over_tolerance, fp32_tolerance, on_device
 
 NAMES = ["y", "dx", "da", "db"]
 K = 264
@@ -65,7 +65,7 @@ def plain_linear(
 
 @dataclass
 class Linear:
-    """One problem: what goes into the linear and the gradient that comes back."""
+    """One case: the inputs of the linear and the gradient of its output."""
 
     x: Tensor
     weight: Tensor
@@ -105,11 +105,11 @@ class Linear:
 
 
 def local_linear(x: Tensor, linear: Linear, mask: Mask | None, a: Tensor, b: Tensor) -> Tensor:
-    """The problem's linear, with gradients that go to `a` and `b`."""
+    """The case's linear, with gradients that go to `a` and `b`."""
     return LocalLinear.apply(x, Dense(linear.weight), linear.bias, linear.factors, mask, None, a, b)
 
 
-def problem(
+def linear_case(
     dtype: torch.dtype,
     kind: str = "mixed",
     p: float = 0.1,
@@ -136,8 +136,8 @@ def problem(
     )
 
 
-def worst(linear: Linear, dtype: torch.dtype, found: dict[str, Tensor]) -> float:
-    """The largest excess over y and the gradients, by the rule of tests/operands.py.
+def max_error_over_tolerance(linear: Linear, dtype: torch.dtype, found: dict[str, Tensor]) -> float:
+    """The largest `error_over_tolerance` of y and the gradients, by the rule of tests/operands.py.
 
     A sum of random terms is as large as their Euclidean norm: the root mean square of what is exact stands for it.
     """
@@ -147,9 +147,9 @@ def worst(linear: Linear, dtype: torch.dtype, found: dict[str, Tensor]) -> float
     for name in NAMES:
         assert found[name].shape == exact[name].shape and found[name].dtype == theirs[name].dtype, name
         if exact[name].numel():
-            unit = 1e-13 if dtype == torch.float64 else luck(exact[name].numel())
+            unit = 1e-13 if dtype == torch.float64 else fp32_tolerance(exact[name].numel())
             floor = unit * exact[name].square().mean().sqrt().item()
             # As a tensor: its maximum is NaN where one is.
-            found_excess = excess(found[name], theirs[name], exact[name], floor)
-            largest = torch.tensor([largest, found_excess]).max().item()
+            found_error = error_over_tolerance(found[name], theirs[name], exact[name], floor)
+            largest = torch.tensor([largest, found_error]).max().item()
     return largest

@@ -1,10 +1,11 @@
-"""Problems for the operators of the low-rank path: operands in any layout, float64's answer, and the error allowed.
+"""Cases for the operators of the low-rank path: operands in any layout, float64's answer, and the error allowed.
 
-The rule of error (`excess`): in the largest and in the root mean square difference from float64 on the same rounded
-inputs an operator errs at most twice as much as plain PyTorch does in that dtype. Sums are random walks, and over few
-elements PyTorch's may end near float64's by luck: f ε · ‖terms‖ is added, with ε of the sums (fp32's, whatever they are
-rounded to) and ‖terms‖ the Euclidean norm of the products that make one element; f = 6 up to 16 elements and 2 beyond,
-where it is a fraction of PyTorch's own error. float64 has no better judge than itself: 1e-13 · ‖terms‖.
+The tolerance (`error_over_tolerance`): in the largest and in the root mean square difference from float64 on the same
+rounded inputs an operator errs at most twice as much as plain PyTorch does in that dtype. Sums are random walks, and
+over few elements PyTorch's may end near float64's by chance: f ε · ‖terms‖ is added, with ε of the sums (fp32's,
+whatever they are rounded to) and ‖terms‖ the Euclidean norm of the products that make one element; f = 6 up to 16
+elements and 2 beyond, where it is a fraction of PyTorch's own error. float64 has no better judge than itself: 1e-13 ·
+‖terms‖.
 
 Tensors are drawn on the CPU, computed on tests.dist.ranks.device() and compared on the CPU.
 
@@ -75,7 +76,7 @@ def on_device(mask: Mask | None) -> Mask | None:
     return mask and replace(mask, rows=mask.rows.to(device), key=mask.key.to(device))
 
 
-def excess(found: Tensor, plain: Tensor, exact: Tensor, floor: float) -> float:
+def error_over_tolerance(found: Tensor, plain: Tensor, exact: Tensor, floor: float) -> float:
     """Our error over what is allowed, by the rule above. NaN or above 1 is wrong."""
     if exact.numel() == 0:
         return 0.0 if found.shape == exact.shape else float("inf")
@@ -87,13 +88,13 @@ def excess(found: Tensor, plain: Tensor, exact: Tensor, floor: float) -> float:
     return torch.stack([norm(ours) / (2 * norm(theirs) + floor) for norm in norms]).max().item()
 
 
-def luck(elements: int) -> float:
+def fp32_tolerance(elements: int) -> float:
     """What is allowed in units of ‖terms‖, by the rule above, beyond twice PyTorch's error."""
     return (6 if elements <= 16 else 2) * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
-class Problem:
+class OperatorCase:
     """One call of an operator. `left` and `right` are its operands in its own order, `initial` what `out` starts from.
 
     layouts: of left and of right. message: how `out` lies in a wider tensor. blocks, accumulate: as the operators take
@@ -150,7 +151,7 @@ class Problem:
     def run(self, **changed: object) -> Tensor:
         """The operator's result on the device, after the check that nothing around `out` was touched.
 
-        Whatever of left, right, mask and blocks is given takes the place of the problem's own.
+        Whatever of left, right, mask and blocks is given takes the place of the case's own.
         """
         given = {name: changed.get(name, getattr(self, name)) for name in ("left", "right", "mask", "blocks")}
         assert changed.keys() <= given.keys()
@@ -191,8 +192,8 @@ class Problem:
         start = self.initial.double().square() if self.operator == "expand" else 0.0
         return (total[self.operator]() + start).max().sqrt().item()
 
-    def excess(self, found: Tensor) -> float:
-        """The rule of error on this result."""
+    def error_over_tolerance(self, found: Tensor) -> float:
+        """Return `error_over_tolerance` of this result."""
         exact = self.plain(torch.float64, torch.device("cpu"))
         # grad_a's sums leave it unrounded: there plain PyTorch is that of fp32.
         dtype = torch.float32 if self.operator == "grad_a" and self.dtype in HALVES else self.dtype
@@ -205,19 +206,19 @@ class Problem:
             return 0.0
         found, plain = found.cpu(), plain.cpu()
         if dtype == torch.float64:
-            return excess(found[inside], exact[inside], exact[inside], 1e-13 * self.norm_of_terms())
-        floor = luck(int(inside.sum())) * self.norm_of_terms()
-        return excess(found[inside], plain[inside], exact[inside], floor)
+            return error_over_tolerance(found[inside], exact[inside], exact[inside], 1e-13 * self.norm_of_terms())
+        floor = fp32_tolerance(int(inside.sum())) * self.norm_of_terms()
+        return error_over_tolerance(found[inside], plain[inside], exact[inside], floor)
 
     def check(self) -> None:
-        assert self.excess(self.run()) <= 1, self
+        assert self.error_over_tolerance(self.run()) <= 1, self
 
 
-def grid(operator: str, dtype: torch.dtype, step: int = 1) -> Iterator[Problem]:
-    """A problem of every (T, r), or of every step-th, which still has every T and every r if step ≤ 4 is odd."""
+def grid(operator: str, dtype: torch.dtype, step: int = 1) -> Iterator[OperatorCase]:
+    """A case of every (T, r), or of every step-th, which still has every T and every r if step ≤ 4 is odd."""
     for i in range(0, len(TOKENS) * len(RANKS), step):
         # Cycles of lengths without a common factor, so that every value meets every other.
-        yield Problem(
+        yield OperatorCase(
             operator,
             dtype,
             TOKENS[i % 8],
@@ -246,12 +247,12 @@ def block_lists(pick: st.DrawFn, features: int, ranks_: int) -> tuple[int, ...]:
 
 
 @st.composite
-def problems(pick: st.DrawFn, operator: str) -> Problem:
-    """Any problem of up to 150 × 700 × 70. Blocks only where the operators take them, on a CPU."""
+def operator_cases(pick: st.DrawFn, operator: str) -> OperatorCase:
+    """Any case of up to 150 × 700 × 70. Blocks only where the operators take them, on a CPU."""
     features = pick(st.integers(1, 700) | st.sampled_from([64, 128, 256, 512]))
     ranks_ = pick(st.integers(1, 70) | st.sampled_from([16, 32, 64]))
     blocked = ranks.device().type == "cpu" and pick(st.booleans())
-    return Problem(
+    return OperatorCase(
         operator,
         pick(st.sampled_from(DTYPES)),
         pick(st.integers(0, 150)),
@@ -268,17 +269,17 @@ def problems(pick: st.DrawFn, operator: str) -> Problem:
     )
 
 
-def arguments(problem: Problem) -> dict[str, object]:
-    """What torch.ops.lowrank_dist.<operator> takes for this problem, by name and in order, on the device.
+def arguments(case: OperatorCase) -> dict[str, object]:
+    """What torch.ops.lowrank_dist.<operator> takes for this case, by name and in order, on the device.
 
     `out` is dense and holds what it starts from.
     """
-    first, second = {"down": ("x", "a"), "expand": ("u", "a"), "grad_a": ("u", "x")}[problem.operator]
-    summed = torch.float64 if problem.dtype == torch.float64 else torch.float32
-    initial = problem.initial.to(summed) if problem.operator == "grad_a" else problem.initial
-    left, right = (place(*pair) for pair in zip((problem.left, problem.right), problem.layouts, strict=True))
-    accumulate = {"accumulate": problem.accumulate} if problem.operator == "expand" else {}
+    first, second = {"down": ("x", "a"), "expand": ("u", "a"), "grad_a": ("u", "x")}[case.operator]
+    summed = torch.float64 if case.dtype == torch.float64 else torch.float32
+    initial = case.initial.to(summed) if case.operator == "grad_a" else case.initial
+    left, right = (place(*pair) for pair in zip((case.left, case.right), case.layouts, strict=True))
+    accumulate = {"accumulate": case.accumulate} if case.operator == "expand" else {}
     tensors = {"out": initial.to(ranks.device(), copy=True), first: left, second: right}
     names = ("rows", "key", "stream", "threshold", "feature_offset")
-    mask = dict(zip(names, counters(on_device(problem.mask)), strict=True))
-    return tensors | accumulate | {"blocks": list(problem.blocks)} | mask
+    mask = dict(zip(names, counters(on_device(case.mask)), strict=True))
+    return tensors | accumulate | {"blocks": list(case.blocks)} | mask

@@ -16,7 +16,7 @@ from torch import Tensor
 from lowrank_dist.ops.extension import cpu_capability
 from lowrank_dist.ops.mask import Mask, counters
 from tests.dist import ranks
-from tests.operands import Problem, arguments, on_device, same_bits
+from tests.operands import OperatorCase, arguments, on_device, same_bits
 
 MASKED = {"threshold": 6554, "feature_offset": 3}
 BLOCKS = (0, 130, 0, 3, 130, 1, 3, 4, 200, 500, 7, 13, 700, 600, 0, 3, 9, 0, 3, 4)
@@ -29,14 +29,14 @@ def operator(name: str) -> Callable[..., None]:
 def repeatable(name: str, dtype: torch.dtype) -> None:
     """Bitwise the same again and with any number of threads."""
     for blocks in [(), BLOCKS] if ranks.device().type == "cpu" else [()]:
-        problem = Problem(name, dtype, 700, 1300, 20, blocks=blocks, **MASKED)
-        inside = problem.wanted() if name == "grad_a" else slice(None)
+        case = OperatorCase(name, dtype, 700, 1300, 20, blocks=blocks, **MASKED)
+        inside = case.wanted() if name == "grad_a" else slice(None)
         threads = torch.get_num_threads()
         found = []
         try:
             for count in (1, 1, 2, 3):
                 torch.set_num_threads(count)
-                found.append(problem.run().cpu()[inside])
+                found.append(case.run().cpu()[inside])
         finally:
             torch.set_num_threads(threads)
         assert all(same_bits(found[0], other) for other in found[1:])
@@ -44,10 +44,10 @@ def repeatable(name: str, dtype: torch.dtype) -> None:
 
 def notices_another_order(name: str) -> None:
     """The control of `repeatable`: the same sums in another order are other bits."""
-    problem = Problem(name, torch.float32, 700, 1300, 20)
+    case = OperatorCase(name, torch.float32, 700, 1300, 20)
     axes, by = {"down": ((1, 1), 433), "expand": ((1, 0), 7), "grad_a": ((0, 0), 233)}[name]
-    turned = {side: getattr(problem, side).roll(by, axis) for side, axis in zip(("left", "right"), axes, strict=True)}
-    assert not same_bits(problem.run(), problem.run(**turned))
+    turned = {side: getattr(case, side).roll(by, axis) for side, axis in zip(("left", "right"), axes, strict=True)}
+    assert not same_bits(case.run(), case.run(**turned))
 
 
 def far_apart(name: str) -> None:
@@ -56,10 +56,10 @@ def far_apart(name: str) -> None:
     def far(near: Tensor) -> Tensor:
         return torch.empty_strided(near.shape, (2**31 + 8, 1), dtype=near.dtype, device=near.device).copy_(near)
 
-    problem = Problem(name, torch.bfloat16, 2, 40, 2, **MASKED)
-    near = problem.run()
-    for tensor in list(arguments(problem))[:3]:
-        call = arguments(problem)
+    case = OperatorCase(name, torch.bfloat16, 2, 40, 2, **MASKED)
+    near = case.run()
+    for tensor in list(arguments(case))[:3]:
+        call = arguments(case)
         call[tensor] = far(call[tensor])
         operator(name)(**call)
         assert same_bits(call["out"], near)
@@ -73,7 +73,7 @@ def checked_by_torch(name: str, dtype: torch.dtype) -> None:
         (("misaligned", "every other"), 1, MASKED),
         (("contiguous", "contiguous"), 0, {}),
     ):
-        call = arguments(Problem(name, dtype, tokens, 20, 5, layouts=layouts, **masked))
+        call = arguments(OperatorCase(name, dtype, tokens, 20, 5, layouts=layouts, **masked))
         out = call.pop("out")
         message = torch.zeros(out.size(0), out.size(1) + 3, dtype=out.dtype, device=out.device)
         for written in (out, message[:, 2 : 2 + out.size(1)]):
@@ -82,30 +82,30 @@ def checked_by_torch(name: str, dtype: torch.dtype) -> None:
 
 def notices_what_is_broken(name: str, dtype: torch.dtype) -> None:
     """Negative controls of the rule of error: each mistake is far outside of it."""
-    problem = Problem(name, dtype, 65, 264, 16, **MASKED)
-    mask, right = problem.mask, problem.run()
-    assert problem.excess(right) <= 1
+    case = OperatorCase(name, dtype, 65, 264, 16, **MASKED)
+    mask, right = case.mask, case.run()
+    assert case.error_over_tolerance(right) <= 1
     broken = {
-        "next feature": problem.run(mask=replace(mask, feature_offset=4)),
-        "next stream": problem.run(mask=replace(mask, stream=mask.stream + 1)),
-        "next row": problem.run(mask=replace(mask, rows=mask.rows + 1)),
-        "next step": problem.run(mask=replace(mask, key=mask.key + torch.tensor([0, 1]))),
-        "other p": problem.run(mask=replace(mask, threshold=6600)),
-        "no mask": problem.run(mask=None),
+        "next feature": case.run(mask=replace(mask, feature_offset=4)),
+        "next stream": case.run(mask=replace(mask, stream=mask.stream + 1)),
+        "next row": case.run(mask=replace(mask, rows=mask.rows + 1)),
+        "next step": case.run(mask=replace(mask, key=mask.key + torch.tensor([0, 1]))),
+        "other p": case.run(mask=replace(mask, threshold=6600)),
+        "no mask": case.run(mask=None),
         "scale": right * mask.scale,
     }
     # The last rank, feature or token of every sum left out.
-    shorter = problem.left.clone()
+    shorter = case.left.clone()
     shorter.select(0 if name == "grad_a" else 1, -1).zero_()
-    broken["a term"] = problem.run(left=shorter)
+    broken["a term"] = case.run(left=shorter)
     if name == "expand":
-        broken["out"] = right - problem.initial.to(right)
+        broken["out"] = right - case.initial.to(right)
     if ranks.device().type == "cpu":
-        broken["blocks"] = problem.run(blocks=(0, 264, 0, 15))
+        broken["blocks"] = case.run(blocks=(0, 264, 0, 15))
     if name == "grad_a" and ranks.device().type == "cpu":
         broken["blocks"][15:] = 0
     for mistake, found in broken.items():
-        assert not problem.excess(found) <= 2, mistake
+        assert not case.error_over_tolerance(found) <= 2, mistake
 
 
 def refusals(name: str, call: dict[str, object]) -> Iterator[tuple[dict[str, object], str]]:
@@ -158,7 +158,7 @@ def refusals(name: str, call: dict[str, object]) -> Iterator[tuple[dict[str, obj
 
 def refuses(name: str) -> None:
     """Each refusal names the operator, the argument and what was expected, and nothing was written."""
-    good = arguments(Problem(name, torch.float32, 5, 12, 3, **MASKED))
+    good = arguments(OperatorCase(name, torch.float32, 5, 12, 3, **MASKED))
     before = good["out"].clone()
     for changed, message in refusals(name, good):
         with pytest.raises(RuntimeError, match=f"lowrank_dist::{name}: .*{message}"):
@@ -171,16 +171,16 @@ def refuses(name: str) -> None:
 
 def ignores_what_is_dropped(name: str, dtype: torch.dtype) -> None:
     """A dropped NaN or infinity of x contributes nothing; one that is kept shows. For down and grad_a."""
-    problem = Problem(name, dtype, 40, 72, 8, threshold=32768, feature_offset=3)
+    case = OperatorCase(name, dtype, 40, 72, 8, threshold=32768, feature_offset=3)
     side = "left" if name == "down" else "right"
-    x, keep, clean = getattr(problem, side), problem.mask.keep(72), problem.run()
+    x, keep, clean = getattr(case, side), case.mask.keep(72), case.run()
     poison = torch.tensor([nan, inf, -inf], dtype=dtype).repeat(960).view(40, 72)
-    assert same_bits(problem.run(**{side: torch.where(keep, x, poison)}), clean)
+    assert same_bits(case.run(**{side: torch.where(keep, x, poison)}), clean)
     row, feature = keep.nonzero()[77].tolist()
     for bad in (nan, inf):
         poisoned = x.clone()
         poisoned[row, feature] = bad
-        found = problem.run(**{side: poisoned}).cpu()
+        found = case.run(**{side: poisoned}).cpu()
         shown = torch.zeros(found.shape, dtype=torch.bool)
         shown[(row, slice(None)) if name == "down" else (slice(None), feature)] = True
         assert torch.equal(found.isnan() if bad is nan else found.isinf(), shown)

@@ -55,13 +55,13 @@ _AROUND_1 = ("norm.weight", "lora_magnitude_vector")
 
 @dataclass(frozen=True)
 class MethodSetting(Setting):
-    """name: a key of METHODS. away: whole tensors of `values_away` in place of the method's own start.
+    """name: a key of METHODS. use_drawn_values: take whole tensors of `drawn_values` in place of the method's own start.
 
     logit_bytes: largest block of logits, 0 for the usual one.
     """
 
     name: str = "full"
-    away: bool = True
+    use_drawn_values: bool = True
     logit_bytes: int = 0
 
 
@@ -75,7 +75,7 @@ class Built:
     topology: Any
 
 
-def values_away(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def drawn_values(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """Random whole tensors by their stored names, the same on every rank."""
     generator = torch.Generator().manual_seed(3)
     values = {}
@@ -119,8 +119,8 @@ def build(setting: MethodSetting) -> Built:
     method = build_method(run_config(setting.folder, setting.name), model.architecture)
     model.set_recompute(setting.recompute)
     theta = method.attach(model, topology, resumed=False)
-    if setting.away and setting.name != "full":
-        values = values_away(theta.all_shapes())
+    if setting.use_drawn_values and setting.name != "full":
+        values = drawn_values(theta.all_shapes())
         if setting.broken == "heads":
             values["prefix"] = values["prefix"].flip(3)
         theta.set_from_whole(values, topology.coordinates)

@@ -53,7 +53,7 @@ def placement(layout: LinearLayout) -> LinearPlacement:
     return LinearPlacement(0, "linear_qkv", layout, tuple(specs))
 
 
-def problem(layout: LinearLayout, zero_b: bool) -> dict[str, Any]:
+def linear_operands(layout: LinearLayout, zero_b: bool) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -74,7 +74,7 @@ def problem(layout: LinearLayout, zero_b: bool) -> dict[str, Any]:
 
 def reference(layout: LinearLayout, p: float, zero_b: bool) -> dict[str, Tensor]:
     """Unsharded, projection by projection, by autograd: Y = X·Wᵀ + s·dropout(X)·Aᵀ·Bᵀ in part order."""
-    data = problem(layout, zero_b)
+    data = linear_operands(layout, zero_b)
     x = data["x"].clone().requires_grad_()
     theta = {path: (a.clone().requires_grad_(), b.clone().requires_grad_()) for path, (a, b) in data["theta"].items()}
     mask = Mask(data["rows"].reshape(-1), torch.tensor([SEED, STEP]), STREAM, quantise(p), 0)
@@ -98,7 +98,7 @@ def reference(layout: LinearLayout, p: float, zero_b: bool) -> dict[str, Tensor]
 
 
 def build(layout: LinearLayout, topology: Any) -> tuple[torch.nn.Module, AdaptedLinear]:
-    """A Megatron linear of this rank with the problem's weights and factors, all float64."""
+    """A Megatron linear of this rank with the weights and factors, all float64."""
     from megatron.core.model_parallel_config import ModelParallelConfig
 
     from lowrank_dist.parallel.factors import LowRankFactors
@@ -138,7 +138,7 @@ def run_linear(
     from lowrank_dist.parallel.masks import MaskSource
 
     topology = ranks.topology(dist.get_world_size(), sequence)
-    layout, data = layouts(name), problem(layouts(name), zero_b)
+    layout, data = layouts(name), linear_operands(layouts(name), zero_b)
     n, rank, sharded = topology.tp_size, topology.tp_rank, topology.sequence_parallel
     linear, adapted = build(layout, topology)
     segments = layout.segments(rank, n)
@@ -204,7 +204,7 @@ def assemble(name: str, n: int, sequence: bool, results: list[dict[str, Any]]) -
     return {**whole, "y": y, "dx": dx}
 
 
-def worst(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+def max_relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest difference over all tensors, relative to the largest element of the expected tensor."""
     assert found.keys() == expected.keys()
     return max(
@@ -221,7 +221,7 @@ CASES = list(itertools.product(("qkv", "qkv_gqa", "qkv_one", "gate_up", "row"), 
 def test_equals_the_unsharded_linear(name: str, n: int, sequence: bool) -> None:
     for p, zero_b in itertools.product((0.0, 0.1), (False, True)):
         results = run_ranks(n, run_linear, name, sequence, p, zero_b, True, None)
-        assert worst(assemble(name, n, sequence, results), reference(layouts(name), p, zero_b)) < 1e-12
+        assert max_relative_error(assemble(name, n, sequence, results), reference(layouts(name), p, zero_b)) < 1e-12
 
 
 @pytest.mark.parametrize(("name", "sequence"), list(itertools.product(("qkv_gqa", "row"), (True, False))))
@@ -231,7 +231,7 @@ def test_factors_get_their_gradient_where_the_input_needs_none(name: str, sequen
     assert all(result["dx"] is None for result in results)
     expected = reference(layouts(name), 0.1, False)
     found = assemble(name, 2, sequence, results)
-    assert worst({**found, "dx": expected["dx"]}, expected) < 1e-12
+    assert max_relative_error({**found, "dx": expected["dx"]}, expected) < 1e-12
 
 
 @pytest.mark.parametrize(("name", "n"), list(itertools.product(("qkv_gqa", "qkv_one", "gate_up", "row"), (2, 4))))
@@ -240,14 +240,14 @@ def test_fused_factors_change_nothing(name: str, n: int) -> None:
     for p, needs_dx in itertools.product((0.0, 0.1), (True, False)):
         results = run_ranks(n, run_linear, name, True, p, False, needs_dx, None, True)
         found, expected = assemble(name, n, True, results), reference(layouts(name), p, False)
-        assert worst(found if needs_dx else {**found, "dx": expected["dx"]}, expected) < 1e-12
+        assert max_relative_error(found if needs_dx else {**found, "dx": expected["dx"]}, expected) < 1e-12
 
 
 @pytest.mark.parametrize("name", ["qkv", "row"])
 def test_notices_a_factor_that_was_not_copied_into_the_buffer(name: str) -> None:
     """Negative control: the buffer keeps the factor of before."""
     results = run_ranks(2, run_linear, name, True, 0.0, False, True, "stale factor", True)
-    assert not worst(assemble(name, 2, True, results), reference(layouts(name), 0.0, False)) < 1e-3
+    assert not max_relative_error(assemble(name, 2, True, results), reference(layouts(name), 0.0, False)) < 1e-3
 
 
 @pytest.mark.parametrize("broken", ["deferred", "mask", "mask_row"])
@@ -255,7 +255,7 @@ def test_notices_a_factor_that_was_not_copied_into_the_buffer(name: str) -> None
 def test_notices_what_is_broken(name: str, broken: str) -> None:
     """Negative controls: the deferred sum dropped, the mask of another step, the mask shifted by one row."""
     results = run_ranks(2, run_linear, name, True, 0.1, False, True, broken)
-    assert worst(assemble(name, 2, True, results), reference(layouts(name), 0.1, False)) > 1e-3
+    assert max_relative_error(assemble(name, 2, True, results), reference(layouts(name), 0.1, False)) > 1e-3
 
 
 def test_notices_permuted_projections() -> None:
@@ -264,4 +264,4 @@ def test_notices_permuted_projections() -> None:
     found = assemble("qkv", 2, True, results)
     order = [*range(2 * 16, 3 * 16), *range(16, 2 * 16), *range(16)]
     expected = reference(layouts("qkv"), 0.0, False)
-    assert worst({**found, "y": found["y"][..., order]}, expected) > 1e-3
+    assert max_relative_error({**found, "y": found["y"][..., order]}, expected) > 1e-3

@@ -49,13 +49,13 @@ from tests.dist.method_runs import (
     reference,
     run_config,
     twins_of,
-    values_away,
+    drawn_values,
     write_and_score,
 )
 from tests.dist.ranks import run_ranks
 from tests.dist.test_collectives import build as build_frozen
 from tests.dist.test_collectives import LENGTH, ROWS, loss_of, train_embedding
-from tests.dist.tiny_runs import LAYOUTS, worst
+from tests.dist.tiny_runs import LAYOUTS, max_relative_error
 from tests.tiny_models import PAD, make_tiny
 
 # fp32 sums in another order; found: at most 3e-6. A broken twin is off by 1e-2 or more (see the negative controls).
@@ -103,7 +103,7 @@ def alone(folders: dict[str, str]) -> Callable[[list[MethodSetting]], list[dict[
 def gaps(world: int, settings: list[MethodSetting], expected: list[dict[str, Any]]) -> dict[str, float]:
     """Largest difference over all ranks, by method."""
     found = run_ranks(world, measure, settings)
-    return {s.name: max(worst(rank[i], expected[i]) for rank in found) for i, s in enumerate(settings)}
+    return {s.name: max(max_relative_error(rank[i], expected[i]) for rank in found) for i, s in enumerate(settings)}
 
 
 TWINS = [
@@ -132,7 +132,7 @@ def test_the_start_is_the_same_at_every_layout(folders: dict[str, str], alone: A
     starts = (("llama", "tp2", tuple(METHODS)[1:]), ("one_kv", "tp4_nosp", ("prefix", "prefix_mlp")))
     for family, layout, names in starts:
         world, tensor, sequence = LAYOUTS[layout]
-        settings = [MethodSetting(folders[family], name=name, away=False) for name in names]
+        settings = [MethodSetting(folders[family], name=name, use_drawn_values=False) for name in names]
         found = gaps(world, twins_of(settings, tensor, sequence), alone(settings))
         assert max(found.values()) < TOLERANCE, (layout, found)
 
@@ -213,7 +213,7 @@ def test_full_is_transformers_trained(folders: dict[str, str], family: str) -> N
     for world, sequence in ((1, False), (2, True), (2, False)):
         setting = MethodSetting(folders[family], world, sequence)
         for (found,) in run_ranks(world, measure, [setting]):
-            assert worst(found, expected) < TOLERANCE
+            assert max_relative_error(found, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["qwen2", "opt", "mistral"])
@@ -247,7 +247,7 @@ _PEFT_NAMES = {
 
 
 def peft_model(folder: str, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, dict[str, nn.Parameter]]:
-    """PEFT's own method on transformers' model with the values of `values_away`, and its parameters by our names."""
+    """PEFT's own method on transformers' model with the values of `drawn_values`, and its parameters by our names."""
     if name == "dora":
         return peft_dora(folder, shapes)
     if name == "prompt":
@@ -264,7 +264,7 @@ def peft_model(folder: str, name: str, shapes: Mapping[str, tuple[int, ...]]) ->
     parameters = {ours: encoder[theirs] for ours, theirs in _PEFT_NAMES[name].items()}
     assert len(parameters) == len(encoder)
     with torch.no_grad():
-        for stored, value in values_away(shapes).items():
+        for stored, value in drawn_values(shapes).items():
             parameters[stored].copy_(value.view(parameters[stored].shape))
     return model, parameters
 
@@ -279,7 +279,7 @@ def peft_dora(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, 
     assert ours.keys() == shapes.keys()
     parameters = {stored: trained[name] for stored, name in ours.items()}
     with torch.no_grad():
-        for stored, value in values_away(shapes).items():
+        for stored, value in drawn_values(shapes).items():
             parameters[stored].copy_(value)
     return model, parameters
 
@@ -306,7 +306,7 @@ def test_peft_trains_the_same(folders: dict[str, str], family: str, name: str) -
         setting = MethodSetting(folders[family], world, sequence, name=name)
         for (found,) in run_ranks(world, measure, [setting]):
             expected = expected or peft_reference(folders[family], name, shapes_in(found))
-            assert worst(found, expected) < TOLERANCE
+            assert max_relative_error(found, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_peft_notices_what_is_broken(folders: dict[str, str], family: str, name:
     (found,) = run_ranks(2, measure, [setting])[0]
     expected = peft_reference(folders[family], name, shapes_in(found))
     assert abs(found["loss"] / expected["loss"] - 1) > 1e-3
-    assert worst(found, {key: expected[key] for key in found}) > BROKEN
+    assert max_relative_error(found, {key: expected[key] for key in found}) > BROKEN
 
 
 @pytest.mark.parametrize(("family", "name"), PEFT_CASES)
@@ -387,7 +387,7 @@ def adapter_reference(folder: str, family: str, method: str) -> dict[str, Any]:
     shapes: dict[str, tuple[int, ...]] = {}
     for layer, place in itertools.product(range(config.layers), places(method)):
         shapes |= stored_shapes(config, layer, place)
-    parameters = {name: nn.Parameter(value) for name, value in values_away(shapes).items()}
+    parameters = {name: nn.Parameter(value) for name, value in drawn_values(shapes).items()}
 
     def bottleneck(own: Mapping[str, Tensor], module: nn.Module, args: Any, output: Tensor) -> Tensor:
         x = output
@@ -413,7 +413,7 @@ def test_adapters_are_bottlenecks_before_the_residual(folders: dict[str, str], f
         settings = [MethodSetting(folders[family], world, sequence, name=name) for name in names]
         for rank in run_ranks(world, measure, settings):
             for found in rank:
-                assert worst(found, expected) < TOLERANCE
+                assert max_relative_error(found, expected) < TOLERANCE
     # Negative control: the other method's bottleneck is another function.
     other = "adapter_l" if method == "adapter_h" else "adapter_h"
     (found,) = run_ranks(1, measure, [MethodSetting(folders[family], name=other, steps=0)])[0]
@@ -445,7 +445,7 @@ def test_notices_a_sum_that_is_missing(
     for kind, least in (("gradient", BROKEN), ("weight", BROKEN), ("norms", 0 if name == "prompt" else 10 * TOLERANCE)):
         keys = [key for key in expected if key.startswith(kind)]
         # On one rank at least: where all of a copy's gradient comes from one of them, that one has it right.
-        gap = max(worst({key: rank[key] for key in keys}, {key: expected[key] for key in keys}) for rank in found)
+        gap = max(max_relative_error({key: rank[key] for key in keys}, {key: expected[key] for key in keys}) for rank in found)
         assert gap > least, kind
 
 

@@ -197,7 +197,7 @@ def found(
     return results
 
 
-def worst(results: list[dict[str, np.ndarray]], truth: dict[str, np.ndarray]) -> float:
+def max_relative_error(results: list[dict[str, np.ndarray]], truth: dict[str, np.ndarray]) -> float:
     """The largest difference, relative to the largest value, in logits and gradients."""
     gaps = []
     for name in ("gradient", "recomputed"):
@@ -215,7 +215,7 @@ def test_equal_transformers(tmp_path: Path, name: str) -> None:
     truth = expected(model)
     for tensor, sequence in LAYOUTS.values():
         results = run_ranks(tensor, found, tmp_path, tensor, sequence, case, planted)
-        assert worst(results, truth) <= TOLERANCE
+        assert max_relative_error(results, truth) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -225,4 +225,4 @@ def test_notices_what_is_broken(tmp_path: Path, name: str, broken: str) -> None:
     """Negative controls, in the last MLP alone."""
     model, planted = referee(tmp_path, CASES[name])
     results = run_ranks(2, found, tmp_path, 2, True, CASES[name], planted, broken)
-    assert worst(results, expected(model)) > BROKEN
+    assert max_relative_error(results, expected(model)) > BROKEN

@@ -240,7 +240,7 @@ def _numbers(whole: Any) -> dict[str, Any]:
     return {f"{path}.{side}": getattr(factor, side).numpy() for path, factor in whole.items() for side in ("a", "b")}
 
 
-def worst(found: dict[str, Any], expected: dict[str, Any]) -> float:
+def max_relative_error(found: dict[str, Any], expected: dict[str, Any]) -> float:
     """Largest difference over all entries, each relative to the largest element of the expected one."""
     assert found.keys() == expected.keys()
     gaps = []

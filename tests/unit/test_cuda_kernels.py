@@ -145,7 +145,7 @@ class Case:
         storage[view.storage_offset() :].as_strided(view.shape, view.stride()).zero_()
         return bits(storage)
 
-    def excess(self, out: Tensor) -> float:
+    def error_over_tolerance(self, out: Tensor) -> float:
         """Our error over what is allowed, twice plain PyTorch's; NaN or above 1 is wrong."""
         exact = self.plain(torch.float64)
         # A sum in fp32 goes to grad_a's output unrounded: there plain PyTorch is that of fp32.
@@ -158,7 +158,7 @@ class Case:
 
     def check(self, schedule: int = 0) -> int:
         out, launches = self.launch(schedule)
-        assert self.excess(out) <= 1, self
+        assert self.error_over_tolerance(out) <= 1, self
         assert torch.equal(self.padding(out), self.padding(self.initial)), self
         return launches
 
@@ -361,12 +361,12 @@ def test_more_elements_than_an_int_counts(operator: str, dtype: torch.dtype) -> 
 
     case = Case(operator, dtype, 2, 40, 2, threshold=6554)
     out = far(case.initial)
-    assert case.excess(case.launch(out=out)[0]) <= 1
+    assert case.error_over_tolerance(case.launch(out=out)[0]) <= 1
     del out
     for name in ("left", "right"):
         near = getattr(case, name)
         setattr(case, name, far(near))
-        assert case.excess(case.launch()[0]) <= 1
+        assert case.error_over_tolerance(case.launch()[0]) <= 1
         setattr(case, name, near)
 
 
@@ -375,15 +375,15 @@ def test_more_elements_than_an_int_counts(operator: str, dtype: torch.dtype) -> 
 def test_the_harness_notices_what_is_broken(operator: str, fault: int) -> None:
     """The same check, with barriers, waits or a fragment's registers wrong on purpose."""
     case = Case(operator, torch.bfloat16, 70, 520, 40, threshold=6554)
-    assert case.excess(case.launch(schedule=1)[0]) <= 1
-    assert not case.excess(case.launch(schedule=1, fault=fault)[0]) <= 1
+    assert case.error_over_tolerance(case.launch(schedule=1)[0]) <= 1
+    assert not case.error_over_tolerance(case.launch(schedule=1, fault=fault)[0]) <= 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_harness_notices_a_missing_barrier_in_full_precision(operator: str, dtype: torch.dtype) -> None:
     case = Case(operator, dtype, 70, 520, 40)
-    assert not case.excess(case.launch(schedule=1, fault=emulation.NO_BARRIER)[0]) <= 1
+    assert not case.error_over_tolerance(case.launch(schedule=1, fault=emulation.NO_BARRIER)[0]) <= 1
 
 
 def test_the_harness_notices_an_access_outside_of_the_operands() -> None:

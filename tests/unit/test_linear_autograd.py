@@ -17,7 +17,7 @@ from lowrank_dist.ops.linear import linear as frozen
 from lowrank_dist.ops.mask import Mask, quantise
 from tests.dist import ranks
 from tests.dist.ranks import run_ranks
-from tests.low_rank import FACTORS, NAMES, K, local_linear, problem, worst
+from tests.low_rank import FACTORS, NAMES, K, linear_case, local_linear, max_error_over_tolerance
 from tests.operands import draw, on_device, same_bits
 
 
@@ -29,26 +29,26 @@ def test_error_at_most_twice_pytorchs(dtype: torch.dtype, kind: str, p: float) -
     # Twice half an ulp is an ulp; PyTorch's largest error of so few elements is a little under half of one.
     most = 1.0 if ranks.device().type == "cpu" else 1.01
     for shape, bias in (((13, 5), True), ((129,), False)):
-        linear = problem(dtype, kind, p, bias, shape)
-        assert worst(linear, dtype, linear.ours()) <= most, (shape, bias)
+        linear = linear_case(dtype, kind, p, bias, shape)
+        assert max_error_over_tolerance(linear, dtype, linear.ours()) <= most, (shape, bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_plain_pytorch_in_place_of_the_operators(dtype: torch.dtype) -> None:
-    linear = problem(dtype)
+    linear = linear_case(dtype)
     compiled = linear.ours()
     extension.use_plain(True)
     try:
         plain = linear.ours()
     finally:
         extension.use_plain(False)
-    assert worst(linear, dtype, plain) <= 1
+    assert max_error_over_tolerance(linear, dtype, plain) <= 1
     assert any(not same_bits(plain[name], compiled[name]) for name in NAMES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_everything_dropped_is_the_frozen_linear(dtype: torch.dtype) -> None:
-    linear = problem(dtype, p=1.0)
+    linear = linear_case(dtype, p=1.0)
     found = linear.ours()
     # On CUDA the frozen product adds to the thin one's zeros, which may take another algorithm.
     tolerance = {"rtol": 0, "atol": 0} if ranks.device().type == "cpu" else {}
@@ -63,14 +63,14 @@ def test_everything_dropped_is_the_frozen_linear(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (13, 0)])
 def test_no_tokens(shape: tuple[int, ...]) -> None:
     for p in (0.0, 0.1):
-        linear = problem(torch.float32, shape=shape, p=p)
+        linear = linear_case(torch.float32, shape=shape, p=p)
         found = linear.ours()
         assert found["y"].shape == (*shape, 300) and found["dx"].shape == (*shape, K)
         assert not found["da"].any() and not found["db"].any()
 
 
 def test_an_input_of_any_strides() -> None:
-    linear = problem(torch.float32)
+    linear = linear_case(torch.float32)
     expected = linear.ours()
     x, dy = linear.x, linear.dy
     for place in (
@@ -86,7 +86,7 @@ def test_an_input_of_any_strides() -> None:
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
 def test_every_subset_of_gradients(needs: tuple[bool, bool, bool], dtype: torch.dtype) -> None:
     """Whatever is asked for is what it is among all gradients, bit for bit; nothing else is computed."""
-    linear = problem(dtype)
+    linear = linear_case(dtype)
     expected = linear.ours()
     linear.factors.zero_grad()
     x = linear.x.clone().requires_grad_(needs[0])
@@ -104,7 +104,7 @@ def test_every_subset_of_gradients(needs: tuple[bool, bool, bool], dtype: torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gradient_that_is_there_already_is_added_to(dtype: torch.dtype) -> None:
-    linear = problem(dtype)
+    linear = linear_case(dtype)
     first = linear.ours()
     grads = {"da": linear.factors.lora_A, "db": linear.factors.lora_B}
     for parameter in grads.values():
@@ -122,7 +122,7 @@ def test_a_gradient_that_is_there_already_is_added_to(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("kind", ["mixed", "dense"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_gradcheck(kind: str, p: float) -> None:
-    linear = problem(torch.float64, kind, p, shape=(2, 2), k=9)
+    linear = linear_case(torch.float64, kind, p, shape=(2, 2), k=9)
     factors = linear.factors
 
     def apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -152,8 +152,8 @@ def test_gradcheck(kind: str, p: float) -> None:
     "mistake", ["no 1/(1 - p)", "another mask", "a rank left out", "scales exchanged", "a stale B"]
 )
 def test_notices_what_is_broken(dtype: torch.dtype, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = problem(dtype)
-    assert worst(linear, dtype, linear.ours()) <= 1
+    linear = linear_case(dtype)
+    assert max_error_over_tolerance(linear, dtype, linear.ours()) <= 1
     mask, factors = linear.mask, linear.factors
     if mistake == "no 1/(1 - p)":
         monkeypatch.setattr(Mask, "scale", 1.0)
@@ -173,13 +173,13 @@ def test_notices_what_is_broken(dtype: torch.dtype, mistake: str, monkeypatch: p
     linear.mask = mask
     if mistake == "a rank left out":
         factors.lora_A.data = a
-    assert worst(linear, dtype, found) > 3
+    assert max_error_over_tolerance(linear, dtype, found) > 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recompute_draws_the_same_mask(dtype: torch.dtype) -> None:
     """Under non-reentrant checkpointing: the same output and the same gradients, bit for bit."""
-    linear = problem(dtype, p=0.5)
+    linear = linear_case(dtype, p=0.5)
     expected = linear.ours()
     linear.factors.zero_grad()
     x = linear.x.clone().requires_grad_()
@@ -202,7 +202,7 @@ def test_recompute_draws_the_same_mask(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repeatable_with_any_number_of_threads(dtype: torch.dtype) -> None:
     """Θ's gradients do not depend on what else the machine does; y and dX follow the frozen product's library."""
-    linear = problem(dtype, shape=(700,))
+    linear = linear_case(dtype, shape=(700,))
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 1, 2, 3):
@@ -216,7 +216,7 @@ def test_repeatable_with_any_number_of_threads(dtype: torch.dtype) -> None:
 
 def test_what_is_saved_for_backward() -> None:
     """The input, and U, R wide; no mask and nothing dropped. The frozen weight is there anyway."""
-    linear = problem(torch.bfloat16)
+    linear = linear_case(torch.bfloat16)
     saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
         linear.apply(linear.x.clone().requires_grad_())

@@ -14,7 +14,7 @@ import torch
 
 from lowrank_dist.ops import extension
 from tests.dist import ranks
-from tests.operands import DTYPES, HALVES, Problem, grid
+from tests.operands import DTYPES, HALVES, OperatorCase, grid
 from tests.operator_checks import notices_what_is_broken, rounds_as_pytorch
 
 pytestmark = pytest.mark.slow
@@ -47,10 +47,10 @@ def no_extension(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
         function.cache_clear()
 
 
-def is_the_reference(problem: Problem) -> bool:
-    found = problem.run()
+def is_the_reference(case: OperatorCase) -> bool:
+    found = case.run()
     # A GPU's library chooses its kernel, and with it the order of the sums, by where its operands lie.
-    reference = problem.plain(problem.dtype, ranks.device(), placed=True)
+    reference = case.plain(case.dtype, ranks.device(), placed=True)
     return torch.equal(found, reference.to(found.dtype)) and found.any().item()
 
 
@@ -61,7 +61,7 @@ def test_plain_pytorch_on_demand(name: str, dtype: torch.dtype, plain: None) -> 
     assert not extension.compiled(torch.empty(0, device=ranks.device()))
     for threshold in (0, 6554):
         for accumulate in {name != "expand", True}:
-            problem = Problem(
+            case = OperatorCase(
                 name,
                 dtype,
                 65,
@@ -73,13 +73,13 @@ def test_plain_pytorch_on_demand(name: str, dtype: torch.dtype, plain: None) -> 
                 accumulate=accumulate,
                 layouts=("columns",) * 2,
             )
-            assert is_the_reference(problem)
+            assert is_the_reference(case)
 
 
 def test_the_compiled_operators_run_otherwise() -> None:
     """The control: a long sum in fp32 has an order of its own."""
     assert extension.compiled(torch.empty(0, device=ranks.device()))
-    assert not is_the_reference(Problem("down", torch.float32, 65, 1032, 12, 6554))
+    assert not is_the_reference(OperatorCase("down", torch.float32, 65, 1032, 12, 6554))
 
 
 def test_a_device_without_operators_of_ours_runs_plain_pytorch() -> None:
@@ -90,7 +90,7 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
     no_extension: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert all(is_the_reference(Problem(name, torch.bfloat16, 65, 250, 12, 6554)) for name in OPERATORS)
+        assert all(is_the_reference(OperatorCase(name, torch.bfloat16, 65, 250, 12, 6554)) for name in OPERATORS)
     (record,) = caplog.records
     assert (
         "plain PyTorch runs in place of the compiled operators" in record.message and "was not built" in record.message
@@ -101,8 +101,10 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
 def test_plain_pytorch_takes_no_more_than_it_should(name: str, plain: None) -> None:
     """The rule of error judges plain PyTorch by itself: half of what is allowed, in every dtype."""
     for dtype in HALVES:
-        problem = Problem(name, dtype, 65, 250, 12, 6554)
-        assert problem.excess(problem.plain(torch.float32 if name == "grad_a" else dtype, ranks.device())) <= 0.5
+        case = OperatorCase(name, dtype, 65, 250, 12, 6554)
+        assert (
+            case.error_over_tolerance(case.plain(torch.float32 if name == "grad_a" else dtype, ranks.device())) <= 0.5
+        )
 
 
 def check_level(name: str) -> None:
@@ -111,8 +113,8 @@ def check_level(name: str) -> None:
     assert torch.ops.lowrank_dist.cpu_capability() == name, torch.ops.lowrank_dist.cpu_capability()
     for operator in OPERATORS:
         for dtype in DTYPES:
-            for problem in grid(operator, dtype, step=3):
-                problem.check()
+            for case in grid(operator, dtype, step=3):
+                case.check()
             notices_what_is_broken(operator, dtype)
             check_blocks(operator, dtype)
     for operator in ("down", "expand"):
@@ -122,7 +124,7 @@ def check_level(name: str) -> None:
 
 def check_blocks(operator: str, dtype: torch.dtype) -> None:
     for blocks in ((0, 0, 0, 0), (3, 127, 0, 5, 130, 1, 5, 1, 140, 0, 6, 2, 140, 200, 6, 14), (0, 340, 19, 1)):
-        Problem(operator, dtype, 37, 340, 20, 6554, 5, blocks=blocks, layouts=("misaligned", "columns")).check()
+        OperatorCase(operator, dtype, 37, 340, 20, 6554, 5, blocks=blocks, layouts=("misaligned", "columns")).check()
 
 
 # Every other test of an operator runs at the machine's own level.

@@ -7,28 +7,28 @@ import torch
 from hypothesis import given, settings
 
 from tests import operator_checks
-from tests.operands import DTYPES, HALVES, Problem, grid, problems
+from tests.operands import DTYPES, HALVES, OperatorCase, grid, operator_cases
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_at_most_twice_pytorchs(dtype: torch.dtype) -> None:
-    for problem in grid("down", dtype):
-        problem.check()
+    for case in grid("down", dtype):
+        case.check()
 
 
 @pytest.mark.slow
 @settings(max_examples=300)
-@given(problem=problems("down"))
-def test_any_problem(problem: Problem) -> None:
-    problem.check()
+@given(case=operator_cases("down"))
+def test_any_problem(case: OperatorCase) -> None:
+    case.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("total", [384, 768, 1024])
 def test_groups_of_large_ranks(dtype: torch.dtype, total: int) -> None:
     """R of three factors of rank 256 that share an input, and more."""
-    Problem("down", dtype, 40, 264, total, threshold=6554).check()
+    OperatorCase("down", dtype, 40, 264, total, threshold=6554).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

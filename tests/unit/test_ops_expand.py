@@ -9,28 +9,28 @@ from hypothesis import given, settings
 from lowrank_dist.ops.low_rank import expand
 from tests import operator_checks
 from tests.dist import ranks
-from tests.operands import DTYPES, HALVES, Problem, arguments, grid, problems
+from tests.operands import DTYPES, HALVES, OperatorCase, arguments, grid, operator_cases
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_at_most_twice_pytorchs(dtype: torch.dtype) -> None:
-    for problem in grid("expand", dtype):
-        problem.check()
+    for case in grid("expand", dtype):
+        case.check()
 
 
 @pytest.mark.slow
 @settings(max_examples=300)
-@given(problem=problems("expand"))
-def test_any_problem(problem: Problem) -> None:
-    problem.check()
+@given(case=operator_cases("expand"))
+def test_any_problem(case: OperatorCase) -> None:
+    case.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("total", [384, 768, 1024])
 def test_groups_of_large_ranks(dtype: torch.dtype, total: int) -> None:
     """R of three factors of rank 256 that share an input, and more."""
-    Problem("expand", dtype, 40, 264, total, threshold=6554).check()
+    OperatorCase("expand", dtype, 40, 264, total, threshold=6554).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -40,21 +40,21 @@ def test_notices_what_is_broken(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_where_dropped_it_adds_nothing(dtype: torch.dtype) -> None:
-    problem = Problem("expand", dtype, 40, 72, 8, threshold=32768, feature_offset=3)
-    keep, right = problem.mask.keep(72), problem.right.clone()
+    case = OperatorCase("expand", dtype, 40, 72, 8, threshold=32768, feature_offset=3)
+    keep, right = case.mask.keep(72), case.right.clone()
     right[:, 5], right[:, 6] = float("nan"), float("inf")
-    found = problem.run(right=right).cpu()
-    assert torch.equal(found[~keep], problem.initial[~keep])
+    found = case.run(right=right).cpu()
+    assert torch.equal(found[~keep], case.initial[~keep])
     assert torch.equal(found[:, 5].isnan(), keep[:, 5]) and torch.equal(~found[:, 6].isfinite(), keep[:, 6])
     rest = [k for k in range(72) if k not in (5, 6)]
-    assert torch.equal(found[:, rest], problem.run().cpu()[:, rest])
+    assert torch.equal(found[:, rest], case.run().cpu()[:, rest])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_accumulate_out_is_not_read(dtype: torch.dtype) -> None:
     """It starts as NaN, and what is written is what would be added to zeros."""
     for threshold in (0, 6554, 65536):
-        fresh = Problem("expand", dtype, 65, 264, 12, threshold=threshold, message=(3, 2, 1), accumulate=False)
+        fresh = OperatorCase("expand", dtype, 65, 264, 12, threshold=threshold, message=(3, 2, 1), accumulate=False)
         added = arguments(fresh) | {"accumulate": True}
         assert not added["out"].any()
         operator_checks.operator("expand")(**added)

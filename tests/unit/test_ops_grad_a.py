@@ -9,28 +9,28 @@ from hypothesis import given, settings
 from lowrank_dist.ops.low_rank import grad_a
 from tests import operator_checks
 from tests.dist import ranks
-from tests.operands import DTYPES, HALVES, Problem, arguments, grid, problems, same_bits
+from tests.operands import DTYPES, HALVES, OperatorCase, arguments, grid, operator_cases, same_bits
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_error_at_most_twice_pytorchs(dtype: torch.dtype) -> None:
-    for problem in grid("grad_a", dtype):
-        problem.check()
+    for case in grid("grad_a", dtype):
+        case.check()
 
 
 @pytest.mark.slow
 @settings(max_examples=300)
-@given(problem=problems("grad_a"))
-def test_any_problem(problem: Problem) -> None:
-    problem.check()
+@given(case=operator_cases("grad_a"))
+def test_any_problem(case: OperatorCase) -> None:
+    case.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("total", [384, 768, 1024])
 def test_groups_of_large_ranks(dtype: torch.dtype, total: int) -> None:
     """R of three factors of rank 256 that share an input, and more."""
-    Problem("grad_a", dtype, 40, 264, total, threshold=6554).check()
+    OperatorCase("grad_a", dtype, 40, 264, total, threshold=6554).check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,18 +45,18 @@ def test_a_dropped_nan_contributes_nothing(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_out_may_be_columns_of_a_wider_tensor(dtype: torch.dtype) -> None:
-    problem = Problem("grad_a", dtype, 65, 264, 12, threshold=6554)
-    call = arguments(problem)
+    case = OperatorCase("grad_a", dtype, 65, 264, 12, threshold=6554)
+    call = arguments(case)
     wide = torch.full((12, 270), 7.0, dtype=call["out"].dtype, device=call["out"].device)
     operator_checks.operator("grad_a")(**call | {"out": wide[:, 1:265]})
-    assert same_bits(wide[:, 1:265], problem.run())
+    assert same_bits(wide[:, 1:265], case.run())
     assert (wide[:, :1] == 7).all() and (wide[:, 265:] == 7).all()
 
 
 def test_no_tokens_give_zeros() -> None:
     for dtype in DTYPES:
         for threshold in (0, 6554):
-            found = Problem("grad_a", dtype, 0, 72, 20, threshold=threshold).run()
+            found = OperatorCase("grad_a", dtype, 0, 72, 20, threshold=threshold).run()
             assert found.shape == (20, 72) and not found.any()
 
 

@@ -19,7 +19,7 @@ from lowrank_dist.ops.low_rank import down, grad_a
 from lowrank_dist.ops.mask import LEVELS, Mask, quantise
 from lowrank_dist.parallel.masks import MaskSource, stream_of
 from tests.dist import ranks
-from tests.operands import DTYPES, Problem, on_device, same_bits
+from tests.operands import DTYPES, OperatorCase, on_device, same_bits
 from tests.operator_checks import draws
 
 MASK32 = 0xFFFFFFFF
@@ -126,13 +126,13 @@ def test_strided_rows_and_key() -> None:
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threshold_zero_is_no_mask_and_the_last_drops_all(name: str, dtype: torch.dtype) -> None:
-    problem = Problem(name, dtype, 65, 250, 12, threshold=1)
-    zero = problem.run(mask=replace(problem.mask, threshold=0))
-    assert same_bits(zero, problem.run(mask=None)) and zero.any()
-    nothing = problem.run(mask=replace(problem.mask, threshold=LEVELS)).cpu()
-    assert torch.equal(nothing, problem.initial if name == "expand" else torch.zeros_like(nothing))
+    case = OperatorCase(name, dtype, 65, 250, 12, threshold=1)
+    zero = case.run(mask=replace(case.mask, threshold=0))
+    assert same_bits(zero, case.run(mask=None)) and zero.any()
+    nothing = case.run(mask=replace(case.mask, threshold=LEVELS)).cpu()
+    assert torch.equal(nothing, case.initial if name == "expand" else torch.zeros_like(nothing))
     # Where everything is dropped nothing is scaled: 1/(1 − p) is not infinity.
-    assert replace(problem.mask, threshold=LEVELS).scale == 0 and mask_of(torch.arange(1), threshold=32768).scale == 2
+    assert replace(case.mask, threshold=LEVELS).scale == 0 and mask_of(torch.arange(1), threshold=32768).scale == 2
 
 
 @pytest.mark.parametrize("p", [0.1, 0.001])

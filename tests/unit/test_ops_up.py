@@ -13,7 +13,7 @@ from lowrank_dist.ops.low_rank import up, up_grad_b, up_grad_u
 from lowrank_dist.parallel.factors import LowRankFactors
 from tests.dist import ranks
 from tests.low_rank import FACTORS, factors_of
-from tests.operands import DTYPES, HALVES, draw, excess, luck, place, same_bits
+from tests.operands import DTYPES, HALVES, draw, error_over_tolerance, fp32_tolerance, place, same_bits
 
 TOKENS = [0, 1, 2, 63, 65, 127, 129, 2047]
 
@@ -62,11 +62,11 @@ def check(product: str, factors: LowRankFactors, dtype: torch.dtype, tokens: int
     b2, u2, dy2, y2 = (t.cpu().double().square() for t in (bt, u, dy, y))
     terms = {"up": lambda: u2 @ b2 + y2, "grad_u": lambda: dy2 @ b2.t(), "grad_b": lambda: u2.t() @ dy2}[product]()
     largest = terms.max().sqrt().item() if terms.numel() else 0.0
-    allowed = 1e-13 if dtype == torch.float64 else luck(exact.numel())
+    allowed = 1e-13 if dtype == torch.float64 else fp32_tolerance(exact.numel())
     if product == "grad_b" and dtype in HALVES and ranks.device().type == "cuda":
         # cuBLAS sums these on tensor cores, which truncate every partial sum, where plain fp32 is rounded to nearest.
         allowed += tokens / 32 * torch.finfo(torch.float32).eps
-    return excess(found, theirs, exact, allowed * largest)
+    return error_over_tolerance(found, theirs, exact, allowed * largest)
 
 
 @pytest.mark.parametrize("kind", FACTORS)
