@@ -36,7 +36,7 @@ from sides import SHAPES, architecture
 from lowrank_dist.backend.devices import synchronize
 from lowrank_dist.backend.libraries import quiet_libraries
 from lowrank_dist.backend.select import select_backend
-from lowrank_dist.ops.extension import demand
+from lowrank_dist.ops.extension import require_compiled
 from lowrank_dist.plan.hardware import GPUS, peak_flops
 
 # The pool's size over L2's (taken as 64 MiB on a CPU), and between which numbers of sets.
@@ -169,7 +169,7 @@ def main() -> None:
     started_on = machine(args.device)
     quiet_libraries()
     device = select_backend(args.device, 0, 1).device
-    demand(args.device)
+    require_compiled(args.device)
     torch.manual_seed(0)
     chosen = list(products(architecture(args.shape).layers[0].linears, Operands(args.tokens, device)))
     unknown = {*(args.only or ()), *(args.once or ())} - {product.name for product in chosen}

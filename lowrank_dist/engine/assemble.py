@@ -41,7 +41,7 @@ def choose_kernels(kernels: str, device: str) -> None:
     extension.use_plain(kernels == "plain")
     apex.use_plain(kernels == "plain")
     if kernels == "compiled":
-        extension.demand(device)
+        extension.require_compiled(device)
 
 
 def describe_kernels(kernels: str, device: str) -> list[str]:

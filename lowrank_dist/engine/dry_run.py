@@ -35,7 +35,7 @@ from lowrank_dist.plan.activations import activations
 from lowrank_dist.plan.describe import messages_of
 from lowrank_dist.plan.job import Job, head_rows
 from lowrank_dist.plan.layouts import Candidate
-from lowrank_dist.plan.memory import of_microbatch, standing
+from lowrank_dist.plan.memory import microbatch_moments, persistent_bytes
 from lowrank_dist.plan.parameters import partition_elements, theta_on_rank
 from lowrank_dist.plan.step_time import job_flops
 from lowrank_dist.plan.traffic import Message, microbatch_messages, step_messages
@@ -91,7 +91,7 @@ def verification(candidate: Candidate, request: Request) -> dict[str, Any]:
 
 
 def _parts(job: Job, tp_rank: int) -> dict[str, int]:
-    fixed = standing(job, theta_on_rank(job, tp_rank))
+    fixed = persistent_bytes(job, theta_on_rank(job, tp_rank))
     del fixed["masters and moments"]
     return fixed | {"activations": activations(job, recompute=job.layout.recompute)}
 
@@ -101,9 +101,9 @@ def executed_peak(job: Job, tp_rank: int) -> int:
     second = replace(job, global_batch=2 * job.layout.micro_batch * job.layout.data)
     fullest = max(
         sum(value for part, value in moment.parts.items() if part != "DeepSpeed's buckets")
-        for moment in of_microbatch(second, tp_rank)
+        for moment in microbatch_moments(second, tp_rank)
     )
-    fixed = standing(job, theta_on_rank(job, tp_rank))
+    fixed = persistent_bytes(job, theta_on_rank(job, tp_rank))
     return sum(fixed.values()) - fixed["masters and moments"] + fullest
 
 

@@ -12,7 +12,7 @@ from lowrank_dist.backend.devices import WAIT_TIMER, Clock, Mark
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.batches import StepBatch
 from lowrank_dist.engine.forecast import Forecast
-from lowrank_dist.parallel.collectives import every_value
+from lowrank_dist.parallel.collectives import gather_values
 from lowrank_dist.parallel.topology import Topology
 
 # Records whose median decides that a rank is slow; a single slow step is not reported.
@@ -123,7 +123,7 @@ class Meter:
         lines = []
         if self._stragglers is not None:
             own = sum(seconds[phase] for phase in OWN_PHASES) - waited
-            everyone = every_value(own, self._topology.world_group, self._backend.device)
+            everyone = gather_values(own, self._topology.world_group, self._backend.device)
             lines = self._stragglers.observe(step, everyone)
         busy = sum(self._seconds[phase] for phase in STEP_PHASES)
         ranks = self._topology.world_group.size()
@@ -142,7 +142,7 @@ class Meter:
 
     def summary(self) -> str:
         """Return a line on the whole run: peak memory of the fullest rank beside the planned. Collective."""
-        peaks = every_value(self._backend.peak_memory_gib(), self._topology.world_group, self._backend.device)
+        peaks = gather_values(self._backend.peak_memory_gib(), self._topology.world_group, self._backend.device)
         return self._forecast.compare(max(peaks))
 
     def _settle(self, *, measure_waits: bool) -> tuple[defaultdict[str, float], float]:

@@ -21,7 +21,7 @@ from lowrank_dist.engine.run import Progress, Run
 from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import UserError, some_of
-from lowrank_dist.parallel.collectives import all_equal, digest, every_value
+from lowrank_dist.parallel.collectives import all_equal, digest, gather_values
 from lowrank_dist.supervision.status import LEAVING
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ class Trainer:
         where the run must stop.
         """
         train, topology = self.run.config.train, self.run.topology
-        bad = every_value(float(not own.isfinite()), topology.world_group, self.run.backend.device)
+        bad = gather_values(float(not own.isfinite()), topology.world_group, self.run.backend.device)
         ranks = [f"rank {rank} on {topology.hosts[rank]}" for rank, found in enumerate(bad) if found]
         what = f"the loss is {loss} ({some_of(ranks)})" if ranks else "a gradient is not finite"
         if train.nonfinite == "stop":
@@ -201,7 +201,7 @@ class Trainer:
         self.saver.finish()
         stop = self.run.supervision.stop
         since = 0.0 if stop.told_at is None else time.monotonic() - stop.told_at
-        longest = max(every_value(since, self.run.topology.world_group, self.run.backend.device))
+        longest = max(gather_values(since, self.run.topology.world_group, self.run.backend.device))
         self.reporter.say(
             f"stopped by {stop.by or 'a signal to another rank'} at step {self.progress.step} of "
             f"{self.steps}: checkpoint saved {longest:.2f} s after the signal; train.resume=auto goes on from it"

@@ -49,7 +49,7 @@ def cuda_extension_loaded() -> bool:
     return reason_not_loaded_cuda() is None
 
 
-def demand(device: str) -> None:
+def require_compiled(device: str) -> None:
     """Raise UserError, with the remedy, where the compiled operators for `device` ("cpu" or "cuda") are missing."""
     reason = reason_not_loaded_on(device)
     if reason is not None:

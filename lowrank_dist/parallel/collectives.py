@@ -103,7 +103,7 @@ def all_equal(value: int, flag: bool, group: ProcessGroup, device: torch.device)
     return high == -negative_low, bool(flagged)
 
 
-def every_value(value: float, group: ProcessGroup, device: torch.device) -> list[float]:
+def gather_values(value: float, group: ProcessGroup, device: torch.device) -> list[float]:
     """Return the value of every rank of the group, in rank order."""
     values = torch.empty(group.size(), dtype=torch.float64, device=device)
     own = torch.tensor([value], dtype=torch.float64, device=device)

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lowrank_dist.plan.factors import joined
+from lowrank_dist.plan.factors import placement_without_factors
 from lowrank_dist.plan.hardware import usable
 from lowrank_dist.plan.job import Footprint, Job
 from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, tensor_sizes
-from lowrank_dist.plan.memory import memory, moments, standing
+from lowrank_dist.plan.memory import memory, moments, persistent_bytes
 from lowrank_dist.plan.parameters import (
     adapter_bytes,
     base_bytes,
@@ -56,7 +56,7 @@ def compare(candidate: Candidate, others: Iterable[Footprint]) -> list[MethodPla
 
 def _plan(candidate: Candidate) -> MethodPlan:
     job, arch = candidate.job, candidate.job.architecture
-    frozen = replace(job, footprint=Footprint("frozen", joined(arch, None)))
+    frozen = replace(job, footprint=Footprint("frozen", placement_without_factors(arch, None)))
     theta = job.footprint.parameters(arch)
     return MethodPlan(
         job.footprint.name,
@@ -173,7 +173,7 @@ def _memory(candidate: Candidate) -> dict[str, Any]:
         layout = replace(candidate.job.layout, recompute=recompute)
         job = replace(candidate.job, layout=layout)
         held = memory(job, candidate.tp_rank)
-        always = sum(standing(job, theta_on_rank(job, candidate.tp_rank)).values())
+        always = sum(persistent_bytes(job, theta_on_rank(job, candidate.tp_rank)).values())
         found[name] = {
             "total": held.total,
             "moment": held.moment,

@@ -44,7 +44,7 @@ class Layer:
 
     @property
     def adapted(self) -> bool:
-        """True where any linear has factors, or trained parameters join behind it (JOINS)."""
+        """True where any linear has factors, or trained parameters join behind it (OTHER_TRAINED_PARAMETERS)."""
         return any(self.factors)
 
     def on(self, linear: str) -> tuple[Factor, ...]:
@@ -63,22 +63,22 @@ class Layer:
 
 
 # Marks a linear behind which trained parameters join that are not factors. It has rank 0 and is in no message.
-JOINS = Factor("", 0, 0, 0, ())
+OTHER_TRAINED_PARAMETERS = Factor("", 0, 0, 0, ())
 
 
 @dataclass(frozen=True)
 class Placement:
     """The factors of every layer.
 
-    flows: every layer's input requires a gradient, for example because the embeddings are trained.
+    all_inputs_require_grad: every layer's input requires a gradient, for example because the embeddings are trained.
     """
 
     layers: tuple[Layer, ...]
-    flows: bool = False
+    all_inputs_require_grad: bool = False
 
     @cached_property
     def lowest(self) -> int:
-        """The number of the lowest adapted layer. No layer below it runs backward, unless `flows`."""
+        """The number of the lowest adapted layer. No layer below it runs backward, unless `all_inputs_require_grad`."""
         return next((number for number, layer in enumerate(self.layers) if layer.adapted), len(self.layers))
 
     @cached_property
@@ -92,7 +92,7 @@ class Placement:
         return self.layers[-1], self._gradient[-1]
 
     @cached_property
-    def tops(self) -> tuple[tuple[Layer, bool, tuple[tuple[Layer, bool], ...]], ...]:
+    def topmost_of_each_kind(self) -> tuple[tuple[Layer, bool, tuple[tuple[Layer, bool], ...]], ...]:
         """For each kind of layer: the topmost one, whether its input requires a gradient, and the layers above it.
 
         The layers above are pairs (layer, whether its input requires a gradient).
@@ -103,12 +103,12 @@ class Placement:
 
     @property
     def _gradient(self) -> list[bool]:
-        return [self.flows or number > self.lowest for number in range(len(self.layers))]
+        return [self.all_inputs_require_grad or number > self.lowest for number in range(len(self.layers))]
 
     @property
     def trains(self) -> bool:
         """True where backward runs at all."""
-        return self.flows or self.lowest < len(self.layers)
+        return self.all_inputs_require_grad or self.lowest < len(self.layers)
 
     @cached_property
     def elements(self) -> int:
@@ -143,15 +143,15 @@ def on_every_linear(arch: Architecture, rank: int) -> Placement:
     return low_rank(arch, LoraRules(rank, rank, ALL_LINEAR))
 
 
-def joined(arch: Architecture, linear: str | None) -> Placement:
+def placement_without_factors(arch: Architecture, linear: str | None) -> Placement:
     """Return a placement without factors, for a method that trains other parameters.
 
     linear: the linear of the first layer behind which these join; None where they come before the first layer.
     """
     first, *others = arch.layers
-    joins = Layer(first, tuple((JOINS,) if name == linear else () for name in first.linears))
+    joins = Layer(first, tuple((OTHER_TRAINED_PARAMETERS,) if name == linear else () for name in first.linears))
     frozen = (Layer(kind, ((),) * len(kind.linears)) for kind in others)
-    return Placement((joins, *frozen), flows=linear is None)
+    return Placement((joins, *frozen), all_inputs_require_grad=linear is None)
 
 
 def total_rank(factors: Sequence[Factor]) -> int:

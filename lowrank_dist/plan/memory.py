@@ -61,12 +61,12 @@ class Memory:
 def memory(job: Job, tp_rank: int) -> Memory:
     """Return the memory at the fullest moment of a run on tensor-parallel rank `tp_rank`."""
     theta = theta_on_rank(job, tp_rank)
-    fixed = standing(job, theta)
+    fixed = persistent_bytes(job, theta)
     fullest = max(moments(job, tp_rank), key=lambda moment: sum(moment.parts.values()))
     return Memory(fullest.name, {part: fixed.get(part, 0) + fullest.parts.get(part, 0) for part in PARTS})
 
 
-def standing(job: Job, theta: ThetaOnRank) -> dict[str, int]:
+def persistent_bytes(job: Job, theta: ThetaOnRank) -> dict[str, int]:
     """Return the bytes that exist for the whole run. Gradients exist from the first of several microbatches on."""
     data = job.layout.data
     partitions = partition_elements(theta.replicated, data) + partition_elements(theta.sharded, data)
@@ -101,10 +101,10 @@ def _fused_factors(job: Job) -> int:
 def moments(job: Job, tp_rank: int) -> list[Moment]:
     """Return the moments that may be the fullest: those of a microbatch, the optimizer's step, an evaluation."""
     decoding = [] if job.decoding is None else [_prompts(job, job.decoding, theta_on_rank(job, tp_rank))]
-    return [*of_microbatch(job, tp_rank), _step(job, tp_rank), *decoding]
+    return [*microbatch_moments(job, tp_rank), _step(job, tp_rank), *decoding]
 
 
-def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
+def microbatch_moments(job: Job, tp_rank: int) -> list[Moment]:
     """Return the moments of forward and backward."""
     recompute, depth = job.layout.recompute, len(job.placement.layers)
     kept = activations(job, recompute=recompute)
@@ -123,7 +123,7 @@ def of_microbatch(job: Job, tp_rank: int) -> list[Moment]:
     of_head = 4 * _head_weight(job) * (job.footprint.trains_base and not job.architecture.tied)
     theta = theta_on_rank(job, tp_rank).elements
     layers = []
-    for top, input_requires_grad, above in job.placement.tops:
+    for top, input_requires_grad, above in job.placement.topmost_of_each_kind:
         freed = sum(
             kept_of_layer(job, layer, into, recompute=recompute) - bytes_outside_graph(job, layer)
             for layer, into in above

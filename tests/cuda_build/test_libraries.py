@@ -49,8 +49,8 @@ def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_both_libraries_load_in_a_cuda_torch(built: None) -> None:
     """Python resolves every symbol when it opens a library, and the schemas are compared with the implementations."""
     assert torch.version.cuda == "13.0", "run through tests/cuda_build/check.sh"
-    extension.demand("cpu")
-    extension.demand("cuda")
+    extension.require_compiled("cpu")
+    extension.require_compiled("cuda")
     for operator in ("down", "expand", "grad_a"):
         for device in ("CPU", "CUDA"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lowrank_dist::{operator}", device)
@@ -61,7 +61,7 @@ def test_neither_library_has_a_libstdcxx_of_its_own(built: None) -> None:
     """Though the compiler was told so (check.sh). With one, what an operator says of an argument ends the process."""
     for library in (extension.LIBRARY, extension.CUDA_LIBRARY):
         assert b"\0libstdc++.so.6\0" in library.read_bytes(), library.name
-    extension.demand("cpu")
+    extension.require_compiled("cpu")
     out, matrix = torch.zeros(5, 3), torch.zeros(5, 3)
     with pytest.raises(RuntimeError, match=r"a must be Float \[4, 3\] on the CPU, not Int \[4, 3\]"):
         torch.ops.lowrank_dist.down(out, matrix, torch.zeros(4, 3).int(), [], None, None, 0, 0, 0)

@@ -42,8 +42,8 @@ def forget() -> None:
 
 
 def test_the_operators_for_this_device_are_built_here() -> None:
-    extension.demand("cpu")
-    extension.demand(DEVICE)
+    extension.require_compiled("cpu")
+    extension.require_compiled(DEVICE)
     assert extension.extension_loaded() and extension.reason_not_loaded() is None
     assert extension.describe(DEVICE).startswith(f"compiled operators for {DEVICE} (")
 
@@ -54,7 +54,7 @@ def test_the_schemas_come_before_the_cuda_operators(loaded: list[Path]) -> None:
     assert extension.cuda_extension_loaded() and extension.extension_loaded() and extension.cuda_extension_loaded()
     assert loaded == [extension.LIBRARY, extension.CUDA_LIBRARY], "each once"
     assert extension.describe("cuda") == "compiled operators for cuda (_C_cuda.abi3.so)"
-    extension.demand("cuda")
+    extension.require_compiled("cuda")
 
 
 def test_without_the_schemas_no_cuda_operators(loaded: list[Path]) -> None:
@@ -66,7 +66,7 @@ def test_without_the_schemas_no_cuda_operators(loaded: list[Path]) -> None:
 def test_the_cpu_operators_do_not_want_the_cuda_ones(loaded: list[Path]) -> None:
     extension.LIBRARY.touch()
     assert extension.extension_loaded() and loaded == [extension.LIBRARY]
-    extension.demand("cpu")
+    extension.require_compiled("cpu")
     assert not extension.cuda_extension_loaded()
 
 
@@ -100,6 +100,6 @@ def refused(device: str, *said: str) -> None:
     line = extension.describe(device)
     assert line.startswith(f"plain PyTorch operators for {device}: ") and "\n" not in line
     with pytest.raises(UserError) as error:
-        extension.demand(device)
+        extension.require_compiled(device)
     for message in (line, str(error.value)):
         assert [part for part in (COMMAND, *said) if part not in message] == []

@@ -20,10 +20,10 @@ from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.methods.full.footprint import WholeModel
 from lowrank_dist.methods.lora.footprint import Decomposed, LowRank
 from lowrank_dist.plan.activations import activations
-from lowrank_dist.plan.factors import Factor, joined, low_rank
+from lowrank_dist.plan.factors import Factor, low_rank, placement_without_factors
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.job import Footprint, Job, Layout
-from lowrank_dist.plan.memory import of_microbatch, standing
+from lowrank_dist.plan.memory import microbatch_moments, persistent_bytes
 from lowrank_dist.plan.parameters import frozen_on_rank, frozen_parameters, parameter_sizes, theta_on_rank
 from lowrank_dist.plan.traffic import bytes_of, microbatch_messages, step_messages
 
@@ -108,7 +108,7 @@ def dora(architecture: Architecture) -> Decomposed:
 
 
 def full(architecture: Architecture) -> WholeModel:
-    return WholeModel("full", joined(architecture, None))
+    return WholeModel("full", placement_without_factors(architecture, None))
 
 
 def layouts() -> list[Layout]:
@@ -256,7 +256,7 @@ def test_a_wide_layer_below_a_narrow_one_has_its_moments(layout: Layout, method:
 
     def moments(*kinds: int, more: int = 0) -> list[tuple[str, tuple[tuple[str, int], ...]]]:
         architecture = replace(MIXED, layers=tuple(MIXED.layers[kind] for kind in kinds))
-        found = of_microbatch(job(architecture, method(architecture), layout), 0)
+        found = microbatch_moments(job(architecture, method(architecture), layout), 0)
         own = [x for x in found if "of the top" in x.name or "magnitudes" in x.name]
         return [(x.name, tuple((x.parts | {"activations": x.parts["activations"] + more}).items())) for x in own]
 
@@ -292,7 +292,11 @@ def test_magnitudes_are_those_of_each_layer(n: int) -> None:
             job(architecture, method(architecture), Layout(n, 1, n > 1, 2, False)) for method in (dora, lora)
         )
         held, bare = (theta_on_rank(each, n - 1) for each in (with_them, without))
-        buffers = standing(with_them, held)["Θ"] - standing(without, bare)["Θ"] - 4 * (held.elements - bare.elements)
+        buffers = (
+            persistent_bytes(with_them, held)["Θ"]
+            - persistent_bytes(without, bare)["Θ"]
+            - 4 * (held.elements - bare.elements)
+        )
         return (
             with_them.footprint.parameters(architecture).trained - without.footprint.parameters(architecture).trained,
             held.elements - bare.elements,

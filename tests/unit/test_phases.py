@@ -105,7 +105,7 @@ def test_rates_and_own_work(time: Time) -> None:
             time.now += seconds
         meter.count(SimpleNamespace(global_tokens=310, global_targets=31, global_squares=62))
 
-    with mock.patch.object(meter_module, "every_value", everyone):
+    with mock.patch.object(meter_module, "gather_values", everyone):
         step(recorded=False)
         phases.enter("checkpoint")
         time.now += 100

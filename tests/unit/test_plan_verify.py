@@ -288,13 +288,13 @@ def test_notices_a_formula_without_frozen_weights(small: Any, monkeypatch: pytes
 
 
 def test_notices_a_formula_with_gradients_of_frozen_weights(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = memory.standing
+    real = memory.persistent_bytes
 
     def counting_all(job: Any, theta: Any) -> dict[str, int]:
         found = real(job, theta)
         return found | {"gradients of Θ": found["gradients of Θ"] + memory.frozen_bytes(job)}
 
-    monkeypatch.setattr(verify, "standing", counting_all)
+    monkeypatch.setattr(verify, "persistent_bytes", counting_all)
     assert not small()["agrees"]
 
 

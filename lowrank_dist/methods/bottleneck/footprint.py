@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.methods.bottleneck.config import AdapterConfig, has_norm, places, reason_not_shardable
 from lowrank_dist.methods.registry import Sizes
-from lowrank_dist.plan.factors import Layer, Placement, joined
+from lowrank_dist.plan.factors import Layer, Placement, placement_without_factors
 from lowrank_dist.plan.job import Call, Footprint, Job, LayerCalls, LayerFlops, Moment, Parameter, Parameters
 from lowrank_dist.plan.traffic import GATHER, REDUCE, SCATTER
 from lowrank_dist.sections.section import MethodName
@@ -165,4 +165,4 @@ def footprints_of_size(method: MethodName, sizes: Sizes, architecture: Architect
 
 
 def _joined(method: MethodName, architecture: Architecture) -> Placement:
-    return joined(architecture, _LINEAR[places(method)[0]])
+    return placement_without_factors(architecture, _LINEAR[places(method)[0]])

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.methods.registry import Sizes
-from lowrank_dist.plan.factors import joined
+from lowrank_dist.plan.factors import placement_without_factors
 from lowrank_dist.plan.job import Footprint, Job, Parameter, Parameters, padded_vocab
 from lowrank_dist.plan.parameters import frozen_parameters, frozen_size, norm_elements
 from lowrank_dist.sections.section import MethodName, MethodSection
@@ -38,12 +38,12 @@ class WholeModel(Footprint):
 
 
 def footprint_of(method: MethodName, section: MethodSection, architecture: Architecture) -> WholeModel:
-    return WholeModel(method, joined(architecture, None))
+    return WholeModel(method, placement_without_factors(architecture, None))
 
 
 def footprints_of_size(method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int) -> list[WholeModel]:
     """Return the footprint; the method has only one size."""
-    return [WholeModel(method, joined(architecture, None))]
+    return [WholeModel(method, placement_without_factors(architecture, None))]
 
 
 def _parameters(job: Job) -> Iterator[Parameter]:

@@ -12,7 +12,7 @@ from lowrank_dist.arch.architecture import Architecture, LayerKind
 from lowrank_dist.methods.prefix.config import PrefixConfig
 from lowrank_dist.methods.registry import Sizes
 from lowrank_dist.plan.activations import head_norms, written_out
-from lowrank_dist.plan.factors import joined
+from lowrank_dist.plan.factors import placement_without_factors
 from lowrank_dist.plan.job import Footprint, Job, Parameter, Parameters
 from lowrank_dist.sections.section import MethodName
 
@@ -96,11 +96,15 @@ class PrefixFootprint(Footprint):
 
 
 def footprint_of(method: MethodName, section: PrefixConfig, architecture: Architecture) -> PrefixFootprint:
-    return PrefixFootprint(method, joined(architecture, _QKV), section.length, width=section.width)
+    return PrefixFootprint(method, placement_without_factors(architecture, _QKV), section.length, width=section.width)
 
 
 def footprints_of_size(
     method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int
 ) -> list[PrefixFootprint]:
     """Return the footprint of a prefix with `sizes.virtual_positions` positions."""
-    return [PrefixFootprint(method, joined(architecture, _QKV), sizes.virtual_positions, width=sizes.reparametrised)]
+    return [
+        PrefixFootprint(
+            method, placement_without_factors(architecture, _QKV), sizes.virtual_positions, width=sizes.reparametrised
+        )
+    ]

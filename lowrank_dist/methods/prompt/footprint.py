@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.methods.prompt.config import PromptConfig
 from lowrank_dist.methods.registry import Sizes
-from lowrank_dist.plan.factors import joined
+from lowrank_dist.plan.factors import placement_without_factors
 from lowrank_dist.plan.job import Footprint, Job, Parameter, Parameters
 from lowrank_dist.sections.section import MethodName
 
@@ -46,14 +46,14 @@ class PromptFootprint(Footprint):
 
 
 def footprint_of(method: MethodName, section: PromptConfig, architecture: Architecture) -> PromptFootprint:
-    return PromptFootprint(method, joined(architecture, None), section.length)
+    return PromptFootprint(method, placement_without_factors(architecture, None), section.length)
 
 
 def footprints_of_size(
     method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int
 ) -> list[PromptFootprint]:
     """Return the footprint of a prompt with `sizes.virtual_positions` positions."""
-    return [PromptFootprint(method, joined(architecture, None), sizes.virtual_positions)]
+    return [PromptFootprint(method, placement_without_factors(architecture, None), sizes.virtual_positions)]
 
 
 def _after_the_cut(job: Job) -> bool:
