@@ -104,7 +104,7 @@ def scaling_rows(model: str) -> Iterator[str]:
 def _scaling(choice: Choice) -> str:
     best = choice.best
     if not choice.fits:
-        return f"{layout_name_of(best)} | {size(best.memory.total)}, {size(best.short)} too much | | | | "
+        return f"{layout_name_of(best)} | {size(best.memory.total)}, {size(best.missing_bytes)} too much | | | | "
     messages = of_step(best.job, best.tp_rank)
     found, sent = calls(messages).total(), bytes_of(messages).total()
     time = best.time

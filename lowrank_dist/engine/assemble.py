@@ -73,10 +73,10 @@ def build_engine(run: Run, model: CausalLM, theta: Theta) -> Engine:
 
 
 def build_trainer(run: Run, method: Method, engine: Engine, data: Data, forecast: Forecast) -> Trainer:
-    """Open the run folder, report the introduction and build the training loop. Collective."""
+    """Open the run folder, report `startup_lines` and build the training loop. Collective."""
     run.open_folder()
     reporter = open_reporter(run, data.stream_range.steps)
-    for line in introduction(run, method, engine, data, forecast):
+    for line in startup_lines(run, method, engine, data, forecast):
         reporter.say(line)
     evaluator = Evaluator(run, engine, data, reporter)
     writer = _checkpoint_writer(run, method, engine, data) if run.writes else None
@@ -87,7 +87,7 @@ def build_trainer(run: Run, method: Method, engine: Engine, data: Data, forecast
     return Trainer(run, engine, data, evaluator, saver, reporter, meter)
 
 
-def introduction(run: Run, method: Method, engine: Engine, data: Data, forecast: Forecast) -> Iterator[str]:
+def startup_lines(run: Run, method: Method, engine: Engine, data: Data, forecast: Forecast) -> Iterator[str]:
     """Yield the lines that describe the run at its start. Samples that were left out are always reported."""
     config, topology, backend = run.config, run.topology, run.backend
     yield (

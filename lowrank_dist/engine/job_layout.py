@@ -47,7 +47,7 @@ def job_layout(request: Request, cluster: Cluster) -> JobLayout:
         choice = choose(job, fixed, cluster)
     except UserError as error:
         raise UserError(f"{error}{_fitting_layout(job, fixed, cluster)}") from error
-    best, short = choice.best, choice.best.short / 1e9
+    best, short = choice.best, choice.best.missing_bytes / 1e9
     layout = best.job.layout
     where = f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}"
     if not choice.fits and not config.train.ignore_plan:
@@ -101,8 +101,9 @@ def _values(candidate: Candidate) -> dict[str, str]:
 
 
 def _warning(candidate: Candidate, where: str) -> str | None:
-    if candidate.short:
-        return f"the plan lacks {candidate.short / 1e9:.1f} GB on each GPU of {where}; train.ignore_plan=true starts it"
+    if candidate.missing_bytes:
+        missing = candidate.missing_bytes / 1e9
+        return f"the plan lacks {missing:.1f} GB on each GPU of {where}; train.ignore_plan=true starts it"
     spare = usable(candidate.cluster.memory) - candidate.memory.total
     if candidate.job.device == "cuda" and spare < _ACCURACY * candidate.memory.total:
         return (

@@ -88,7 +88,7 @@ class Run:
         within = self.resumption is not None and folder.holds(self.resumption.folder)
         anew = self.config.output.overwrite and not within
         from_rank_0(lambda: folder.begin(self.config.to_yaml(), anew=anew), topology)
-        self.supervision.in_folder(folder.path)
+        self.supervision.record_failures_in(folder.path)
 
     def _refusal_to_log(self) -> str:
         try:

@@ -64,7 +64,7 @@ def _plan(candidate: Candidate) -> MethodPlan:
         theta.trained,
         theta.stored,
         candidate.memory.total,
-        candidate.short == 0,
+        candidate.missing_bytes == 0,
         layer_calls(job) - layer_calls(frozen),
         job_flops(job).executed,
         candidate.time.seconds,
@@ -161,7 +161,7 @@ def _layout(candidate: Candidate) -> dict[str, Any]:
         "recompute": layout.recompute,
         "microbatches": candidate.job.microbatches,
         "memory": candidate.memory.total,
-        "short": candidate.short,
+        "short": candidate.missing_bytes,
     }
     return found | ({"seconds": candidate.time.seconds} if candidate.job.device == "cuda" else {})
 

@@ -62,7 +62,7 @@ class Candidate:
         return step_time(self.job, self.cluster.gpu, self.cluster.gpus_per_node, self.tp_rank)
 
     @property
-    def short(self) -> int:
+    def missing_bytes(self) -> int:
         """Bytes by which a GPU is too small; 0 where it fits."""
         return max(0, self.memory.total - usable(self.cluster.memory))
 
@@ -80,7 +80,7 @@ class Choice:
 
     @property
     def fits(self) -> bool:
-        return self.best.short == 0
+        return self.best.missing_bytes == 0
 
 
 def tensor_sizes(arch: Architecture, largest: int) -> tuple[dict[int, str], list[int]]:
@@ -107,7 +107,7 @@ def choose(job: Job, fixed: Fixed, cluster: Cluster) -> Choice:
     candidates = [Candidate(replace(job, layout=layout), cluster) for layout in _layouts(job, fixed, cluster)]
     if not candidates:
         raise UserError(_no_layout(job, fixed, cluster))
-    fitting = [candidate for candidate in candidates if not candidate.short]
+    fitting = [candidate for candidate in candidates if not candidate.missing_bytes]
     inside = [c for c in fitting if cluster.gpus_per_node % c.job.layout.tensor == 0]
     ranked = sorted(inside or fitting, key=lambda candidate: candidate.time.seconds)
     if not ranked:
@@ -170,19 +170,19 @@ def _remedies(smallest: Candidate, fixed: Fixed) -> Iterator[str]:
     needed = smallest.memory.total
     if not layout.recompute:
         with_recompute = Candidate(replace(job, layout=replace(layout, recompute=True)), cluster)
-        if not with_recompute.short:
+        if not with_recompute.missing_bytes:
             yield "engine.recompute=full"
     if layout.micro_batch > 1:
         one = Candidate(replace(job, layout=replace(layout, micro_batch=1)), cluster)
-        if not one.short:
+        if not one.missing_bytes:
             yield "train.micro_batch=1"
     if job.decoding is not None and job.decoding.batch > 1:
         one = Candidate(replace(job, decoding=replace(job.decoding, batch=1)), cluster)
-        if not one.short:
+        if not one.missing_bytes:
             yield "eval.generate.batch=1"
     length = job.length // 2
     while length >= 128:
-        if not Candidate(replace(job, length=length), cluster).short:
+        if not Candidate(replace(job, length=length), cluster).missing_bytes:
             yield f"data.max_length={length}"
             break
         length //= 2
@@ -190,7 +190,9 @@ def _remedies(smallest: Candidate, fixed: Fixed) -> Iterator[str]:
     while nodes <= _LARGEST_CLUSTER:
         larger = replace(cluster, nodes=nodes)
         layouts = _layouts(job, replace(fixed, tensor=None, data=None), larger)
-        found = next((c for c in (Candidate(replace(job, layout=x), larger) for x in layouts) if not c.short), None)
+        found = next(
+            (c for c in (Candidate(replace(job, layout=x), larger) for x in layouts) if not c.missing_bytes), None
+        )
         if found is not None:
             across = " parallel.across_nodes=true" * (found.job.layout.tensor > cluster.gpus_per_node)
             yield f"--nodes {nodes} with parallel.tensor={found.job.layout.tensor}{across}"

@@ -77,7 +77,7 @@ class Supervision:
             self._left = self._page.state()
         self._page.enter(phase, self._step)
 
-    def in_folder(self, path: Path) -> None:
+    def record_failures_in(self, path: Path) -> None:
         """Record failures in this run folder from now on. Rank 0 must have locked it for this job."""
         self._folder = path.absolute()
         self._page.set_folder(str(self._folder))

@@ -84,7 +84,7 @@ def test_where_nothing_fits_it_says_how_much_is_short_and_what_would_fit() -> No
     choice = chosen("llama-3-405b")
     assert not choice.fits
     needed = choice.best.memory.total
-    assert choice.best.short == needed - usable(H100.memory) > 0
+    assert choice.best.missing_bytes == needed - usable(H100.memory) > 0
     size = int(choice.remedies[-1].removeprefix("GPUs of ").removesuffix(" GB"))
     assert usable((size - 1) * 10**9) < needed <= usable(size * 10**9)
     more = next(remedy for remedy in choice.remedies if remedy.startswith("--nodes"))
@@ -381,4 +381,4 @@ def test_gpus_by_name() -> None:
 
 def test_a_candidate_remembers() -> None:
     candidate = Candidate(replace(planned("gpt2-medium"), layout=Layout(1, 8, False, 1, False)), cluster())
-    assert candidate.memory is candidate.memory and candidate.short == 0
+    assert candidate.memory is candidate.memory and candidate.missing_bytes == 0

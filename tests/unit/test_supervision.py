@@ -300,7 +300,7 @@ def test_which_errors_are_of_lost_peers(error: Exception, lost: bool) -> None:
 def supervision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervision]:
     monkeypatch.setenv("RANK", "0")
     with Supervision(60) as entered:
-        entered.in_folder(tmp_path)
+        entered.record_failures_in(tmp_path)
         yield entered
 
 
