@@ -34,7 +34,7 @@ announce() {
         no) say "REQUEUE=no: told to stop, the job saves and ends; to go on, submit it again" ;;
         *) die "REQUEUE: '$REQUEUE' is neither yes nor no: correct the EDIT block" ;;
     esac
-    mkdir -p "$RUN"
+    mkdir -p "$RUN" "$EXTENSIONS"
     refuse_stopped
     ((RESTARTS <= MAX_REQUEUES)) || die "requeued more than MAX_REQUEUES=$MAX_REQUEUES times: to go on, submit it again"
     [ ! -e "$RUN/FAILED" ] || mv "$RUN/FAILED" "$RUN/FAILED.$SLURM_JOB_ID.$RESTARTS"

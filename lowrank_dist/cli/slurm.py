@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,6 +16,9 @@ if TYPE_CHECKING:
     from lowrank_dist.config import Config
     from lowrank_dist.engine.job_layout import JobLayout
     from lowrank_dist.plan.layouts import Cluster
+    from lowrank_dist.slurm.job import Job
+
+_WORDS = ("never", "auto")  # of train.resume
 
 
 def slurm_command(
@@ -69,6 +70,32 @@ def slurm_command(
     max_requeues: Annotated[
         int, typer.Option(help="Most requeues of the job; then it ends and waits for you.", metavar="N", min=1)
     ] = 20,
+    setup: Annotated[
+        Path | None,
+        typer.Option(help="File of shell commands to run before the ranks start: modules, conda.", metavar="FILE"),
+    ] = None,
+    container_image: Annotated[
+        str | None,
+        typer.Option(
+            help="Image of a container for the ranks: a file, or in a registry. Code, CONFIG, model, data and "
+            "output.dir are mounted under their own paths.",
+            metavar="IMAGE",
+        ),
+    ] = None,
+    container_runtime: Annotated[
+        Literal["pyxis", "apptainer"], typer.Option(help="What runs the container: Slurm's plugin Pyxis, or Apptainer.")
+    ] = "pyxis",
+    python: Annotated[
+        str | None,
+        typer.Option(help="Interpreter of the job: this one, or a container's python3, if not given.", metavar="PATH"),
+    ] = None,
+    snapshot: Annotated[
+        bool,
+        typer.Option(
+            "--snapshot",
+            help="Copy code and CONFIG beside output.dir: the job runs the copy, unaffected by later changes.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="File to write, NAME.sbatch if not given; must not exist.", metavar="FILE")
     ] = None,
@@ -77,58 +104,72 @@ def slurm_command(
     """Write a job script that trains CONFIG under Slurm, from launch/slurm/train.sbatch."""
     from lowrank_dist.config import load_config
     from lowrank_dist.slurm.checks import check_time
-    from lowrank_dist.slurm.directives import ask_for_gpus, passed_on
-    from lowrank_dist.slurm.script import checkout, fill, with_directives
+    from lowrank_dist.slurm.containers import Container
+    from lowrank_dist.slurm.directives import passed_on, plain
+    from lowrank_dist.slurm.job import Job
+    from lowrank_dist.slurm.script import checkout
+    from lowrank_dist.slurm.snapshot import Snapshot
 
     changes = list(overrides or [])
     run = load_config([str(config), *changes])
     layout = _planned_layout(config, changes, run, _cluster(run, nodes, gpus_per_node, gpu, gpu_memory))
     changes += layout.chosen
     check_time(time, lead)
-    more = passed_on(sbatch or [])
-    gpus_elsewhere = ask_for_gpus(more, nodes, gpus_per_node)
-    # These two the script passes by itself, from RUN and RESUME.
-    kept = [change for change in changes if not _says(change, "output.dir", "train.resume")]
-    folder = str(run.output.dir.absolute())
-    if load_config([str(config), *kept, f"output.dir={folder}"]).output.dir != Path(folder):
-        raise UserError(f"output.dir: {folder!r} means something else to YAML when a job passes it on; rename it")
-    resume = _resume(changes, run)
-    project = checkout()
-    directives = {
-        "job-name": job_name,
-        "nodes": str(nodes),
-        "ntasks-per-node": str(gpus_per_node),
-        "gpus-per-node": None if gpus_elsewhere or run.model.device == "cpu" else str(gpus_per_node),
-        "cpus-per-task": str(cpus_per_task),
-        "time": time,
-        "signal": f"B:USR1@{lead}",
-        "partition": partition,
-        "account": account,
-        "qos": qos,
-    }
-    variables = {
-        "PROJECT": str(project),
-        "PYTHON": sys.executable,
-        "WORKDIR": os.getcwd(),
-        "CONFIG": str(config.absolute()),
-        "OVERRIDES": kept,
-        "RUN": folder,
-        "RESUME": resume,
-        "REQUEUE": "yes" if requeue else "no",
-        "MAX_REQUEUES": str(max_requeues),
-        "EXTENSIONS": str(project / "build" / "torch_extensions"),
-    }
-    template = (project / "launch" / "slurm" / "train.sbatch").read_text(encoding="utf-8")
-    more |= {} if requeue else {"no-requeue": None}
-    script = with_directives(fill(template, directives, variables), more)
+    own = {"partition": partition, "account": account, "qos": qos}
+    project, folder, resume = checkout(), _run_folder(config, changes, run), _resume(changes, run)
+    job = Job(
+        name=job_name,
+        what=f"{run.model.path} by {run.method} on {layout.nodes}: {layout.candidate.job.layout}",
+        nodes=nodes,
+        ranks=gpus_per_node,
+        gpus=run.model.device != "cpu",
+        cpus_per_task=cpus_per_task,
+        time=time,
+        lead=lead,
+        directives={
+            **{option: plain(option, value) for option, value in own.items() if value is not None},
+            **passed_on(sbatch or []),
+        },
+        project=project,
+        config=config,
+        overrides=_kept(changes),
+        inputs=run.inputs | ({} if resume in _WORDS else {"train.resume": Path(resume)}),
+        run=folder,
+        resume=resume,
+        requeue=requeue,
+        max_requeues=max_requeues,
+        workdir=Path.cwd(),
+        python=python,
+        setup=setup,
+        container=Container(container_image, container_runtime) if container_image is not None else None,
+        snapshot=Snapshot.of(project, config, folder) if snapshot else None,
+    )
     path = out or Path(f"{job_name}.sbatch")
+    script = job.script(path)
     if dry_run:
         put(script, end="")
     else:
+        if job.snapshot is not None:
+            job.snapshot.write()
         _write_new(path, script)
-    _report(layout, _warnings(run, resume, requeue), dry_run)
+    _report(layout, job, _warnings(run, job), dry_run)
     if not dry_run:
         say(f"{path}: {nodes} × {gpus_per_node} ranks, run folder {folder}; submit it with: sbatch {path}")
+
+
+def _run_folder(config: Path, changes: list[str], run: Config) -> Path:
+    """Return the run folder. Raises UserError where YAML does not read its path as text."""
+    from lowrank_dist.config import load_config
+
+    folder = run.output.dir.absolute()
+    if load_config([str(config), *_kept(changes), f"output.dir={folder}"]).output.dir != folder:
+        raise UserError(f"output.dir: {str(folder)!r} means something else to YAML when a job passes it on; rename it")
+    return folder
+
+
+def _kept(changes: list[str]) -> list[str]:
+    """Return the changes without those that the script passes by itself, from RUN and RESUME."""
+    return [change for change in changes if not _says(change, "output.dir", "train.resume")]
 
 
 def _cluster(run: Config, nodes: int, gpus_per_node: int, gpu: str | None, gpu_memory: str | None) -> Cluster:
@@ -162,10 +203,13 @@ def _planned_layout(config: Path, changes: list[str], run: Config, cluster: Clus
     return job_layout(read_request(str(config), changes), cluster)
 
 
-def _report(layout: JobLayout, warnings: Iterable[str], dry_run: bool) -> None:
+def _report(layout: JobLayout, job: Job, warnings: Iterable[str], dry_run: bool) -> None:
     say(f"layout: {layout}", err=dry_run)
     if layout.chosen:
         say(f"chosen by the plan: {' '.join(layout.chosen)}", err=dry_run)
+    if job.snapshot is not None:
+        written = "would be written" if dry_run else "written"
+        say(f"snapshot of {job.project} at {job.snapshot.commit}: {written} to {job.code}", err=dry_run)
     for warning in (*([layout.warning] if layout.warning else []), *warnings):
         say(f"warning: {warning}", err=True)
 
@@ -179,16 +223,16 @@ def _resume(changes: list[str], run: Config) -> str:
     return str(run.train.resume.absolute()) if isinstance(run.train.resume, Path) else "auto"
 
 
-def _warnings(run: Config, resume: str, requeue: bool) -> Iterator[str]:
+def _warnings(run: Config, job: Job) -> Iterator[str]:
     if run.output.save_every is None:
         yield (
             "output.save_every is null, so the job saves only when it is told to stop and at its end; if a node fails, "
             "all steps of that start are lost. Set output.save_every=N"
         )
-    if requeue and resume != "auto":
+    if job.requeue and job.resume != "auto":
         yield (
-            f"each requeue starts with train.resume={resume} again, not from the newest checkpoint of output.dir; use "
-            "train.resume=auto, or --no-requeue"
+            f"each requeue starts with train.resume={job.resume} again, not from the newest checkpoint of output.dir; "
+            "use train.resume=auto, or --no-requeue"
         )
 
 

@@ -25,6 +25,11 @@ class JobLayout:
     chosen: tuple[str, ...]
     warning: str | None
 
+    @property
+    def nodes(self) -> str:
+        cluster = self.candidate.cluster
+        return f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}"
+
     def __str__(self) -> str:
         job, cluster = self.candidate.job, self.candidate.cluster
         planned = f"{self.candidate.memory.total / 1e9:.1f}"

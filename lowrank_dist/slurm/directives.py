@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lowrank_dist.errors import UserError
 
@@ -71,7 +71,7 @@ def _quoted(option: str, value: str) -> str:
     return f'"{value}"'
 
 
-def ask_for_gpus(directives: dict[str, str | None], nodes: int, gpus_per_node: int) -> bool:
+def ask_for_gpus(directives: Mapping[str, str | None], nodes: int, gpus_per_node: int) -> bool:
     """Return whether directives that a user passes on ask for GPUs, in place of --gpus-per-node.
 
     Raises UserError where they ask for another number of GPUs than the job has ranks.

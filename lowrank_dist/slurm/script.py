@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import lowrank_dist
 from lowrank_dist.errors import UserError
 from lowrank_dist.slurm.directives import plain
+from lowrank_dist.terminal import escape_all
 
 BEGIN, END = "# ==== EDIT: begin ====", "# ==== EDIT: end ===="
 # Option → the option of the template whose line it replaces, where that is another one.
@@ -45,8 +46,14 @@ def fill(template: str, directives: Mapping[str, str | None], variables: Mapping
         lines[at] = f"##{lines[at].lstrip('#')}" if value is None else f"#SBATCH --{option}={plain(option, value)}"
     for name, content in variables.items():
         at = _only_line(lines, rf"{re.escape(name)}=")
-        lines[at] = f"{name}={shlex.quote(content) if isinstance(content, str) else f'({shlex.join(content)})'}"
+        lines[at] = f"{name}={shlex.quote(content) if isinstance(content, str) else array(content)}"
     return f"{head}{BEGIN}{chr(10).join(lines)}{END}{tail}"
+
+
+def array(words: Iterable[str]) -> str:
+    """Return a bash array of the words. One with a comma is quoted, since it looks like a mistake (SC2054)."""
+    quoted = (f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word) for word in words)
+    return f"({' '.join(quoted)})"
 
 
 def with_directives(script: str, directives: Mapping[str, str | None]) -> str:
@@ -68,6 +75,14 @@ def with_directives(script: str, directives: Mapping[str, str | None]) -> str:
             last = max(number for number, old in enumerate(lines) if re.match("#?#SBATCH ", old))
             lines.insert(last + 1, line)
     return f"{head}{begin}{chr(10).join(lines)}{end}{tail}"
+
+
+def with_header(script: str, lines: Iterable[str]) -> str:
+    """Return `script` with the comment at its top replaced by these lines."""
+    first, _, _ = script.partition("\n")
+    _, begin, rest = script.partition(BEGIN)
+    comment = "\n".join(f"# {escape_all(line)}".rstrip() for line in lines)
+    return f"{first}\n{comment}\n\n{begin}{rest}"
 
 
 def _only_line(lines: Sequence[str], start: str) -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_dist.slurm.script import fill
+from lowrank_dist.slurm.setup import with_setup
 from lowrank_dist.supervision.rank import PREEMPTED
 
 ROOT = Path(__file__).parents[2]
@@ -115,3 +116,19 @@ def test_without_requeue_it_says_so(place: Place) -> None:
     assert "Slurm lists the job with Requeue=0" in done.said
     done = place.start(script(place, {"REQUEUE": "No"}), "echo trains")
     assert done.code == 1 and "REQUEUE: 'No' is neither yes nor no" in done.said and "\ntrains" not in done.said
+
+
+def test_ranks_run_the_code_of_the_script(place: Place) -> None:
+    """Whatever other copy of it the interpreter has; what PYTHONPATH has follows."""
+    done = place.start(script(place), 'echo "from $PYTHONPATH $*"', PYTHONPATH="/a:/b")
+    assert done.code == 0 and f"from {ROOT}:/a:/b -u {ROOT}/launch/train.py config.yaml" in done.said, done.said
+
+
+def test_a_setup_reaches_the_ranks(place: Place) -> None:
+    (place.root / "setup.sh").write_text('export MODULE=x$UNKNOWN\nPYTHON=$PWD/python\nexport PATH="$PATH:/module"\n')
+    text = with_setup(script(place, {"PYTHON": "/no/python"}), place.root / "setup.sh")
+    done = place.start(text.replace("$PWD", str(place.root)), 'echo "rank has $MODULE ${PATH##*:}"')
+    assert done.code == 0 and "rank has x /module" in done.said, done.said
+    (place.root / "setup.sh").write_text("false\n")
+    failed = place.start(with_setup(script(place), place.root / "setup.sh"), "echo trains")
+    assert failed.code == 1 and "\ntrains" not in failed.said
