@@ -26,6 +26,8 @@ _OWN = {
     "no-requeue": "--no-requeue",
     "array": "the template of a sweep, launch/slurm/train_array.sbatch",
 }
+# Options whose value may ask for GPUs.
+_ASKS = re.compile(r"gres|tres-per-(?:node|socket|task)|gpus(?:-per-(?:node|socket|task))?")
 # One GPU resource in a list such as gpu:h100:8,nvme:1.
 _GPU = re.compile(r"(?:gres/|gres:)?gpu(?::[A-Za-z_][\w.-]*)?(?:[:=](?P<count>\d+))?")
 
@@ -79,6 +81,8 @@ def ask_for_gpus(directives: Mapping[str, str | None], nodes: int, gpus_per_node
     expected = {"gres": gpus_per_node, "gpus-per-node": gpus_per_node, "gpus": nodes * gpus_per_node}
     asked = False
     for option, value in directives.items():
+        if not _ASKS.fullmatch(option):
+            continue
         listed = (value or "").strip('"').split(",")
         if option.startswith("gpus"):
             listed = [f"gpu:{item}" for item in listed]

@@ -201,6 +201,8 @@ def test_any_directive_is_passed_on(config: Path) -> None:
     assert directives(script) == usual + added
     commands = re.split(r"^[^#\n]", script, maxsplit=1, flags=re.MULTILINE)[0]
     assert directives(commands) == usual + added, "sbatch reads no directive after the first command"
+    for word in ("constraint=gpu", "gpu-bind=none", "gres=nvme:1"):
+        assert "gpus-per-node=8" in directives(slurm(config, "--sbatch", word, "--dry-run").stdout), word
     typed = slurm(config, "--sbatch", "gpus-per-node=h100:8", "--dry-run").stdout
     assert "gpus-per-node=h100:8" in directives(typed) and "gpus-per-node=8" not in directives(typed)
 
