@@ -1,15 +1,16 @@
 # shellcheck shell=bash
-# Passes stop signals (USR1, USR2, TERM) of job.sh and task.sh, which source it, on to their command. Needs bash 4.4.
+# Passes the stop signals (USR1, USR2, TERM) that a script gets on to the command that it runs. Sourced by job.sh and
+# task.sh. Needs bash 4.4.
 
 readonly REPEAT_SECONDS=2
 COMMAND=   # process id of the command that relay runs
 TELLER=    # process id of the loop that passes the signal on
-TOLD=      # not empty: this shell got a stop signal
-SIGNALLED= # not empty: it got one since `wait` was last called
+TOLD=      # not empty once this shell got a stop signal
+SIGNALLED= # not empty where it got one since the last call of `wait`
 trap told USR1 USR2 TERM
 
-# Run a command and set CODE to its exit code. A stop signal to this shell, before or meanwhile, is sent to the command
-# as USR1 repeatedly until it ends: srun ignores USR1 until it has the step, a rank until its libraries are loaded.
+# Run a command and set CODE to its exit code. If this shell gets a stop signal, before or meanwhile, the command gets
+# USR1 again and again until it ends: srun ignores USR1 until the step has begun, a rank until its libraries are loaded.
 # shellcheck disable=SC2034 # CODE is read by the sourcing script
 relay() {
     (trap '' USR1 USR2 TERM && exec "$@") &
@@ -33,7 +34,7 @@ told() {
     [ -z "$COMMAND" ] || tell
 }
 
-# Started anew after every signal: Slurm signals all processes of a step, which ends the previous loop.
+# Each signal starts a new loop: Slurm signals all processes of a step, which ends the loop that ran before.
 tell() {
     [ -z "$TELLER" ] || kill "$TELLER" 2> /dev/null || true
     while kill -USR1 "$COMMAND" 2> /dev/null; do sleep "$REPEAT_SECONDS"; done &

@@ -26,7 +26,7 @@ def slurm_command(
     nodes: Annotated[int, typer.Option(help="Nodes of the job.", metavar="N", min=1)],
     gpus_per_node: Annotated[
         int,
-        typer.Option(help="GPUs of a node, each with its rank; ranks where model.device is cpu.", metavar="N", min=1),
+        typer.Option(help="GPUs per node, one rank each; with model.device=cpu, ranks per node.", metavar="N", min=1),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to CONFIG.", metavar="section.key=value ...")
@@ -34,45 +34,41 @@ def slurm_command(
     gpu: Annotated[
         str | None,
         typer.Option(
-            help="GPU of the nodes: h100, h200, a100, … The plan checks that the job fits, and chooses the keys of the "
-            "layout that CONFIG leaves open. Required, unless model.device is cpu.",
+            help="GPU of the nodes: h100, h200, a100, … Required, unless model.device is cpu: the plan checks that the "
+            "job fits, and chooses what CONFIG leaves open of the layout.",
             metavar="NAME",
         ),
     ] = None,
     gpu_memory: Annotated[
-        str | None, typer.Option(help="Memory of a GPU with its unit, if not the GPU's own.", metavar="80GB")
+        str | None, typer.Option(help="Memory of a GPU, with its unit. Default: that of --gpu.", metavar="80GB")
     ] = None,
-    job_name: Annotated[str, typer.Option(help="Name of the job.", metavar="NAME")] = "lowrank",
-    partition: Annotated[str | None, typer.Option(help="As sbatch's.", metavar="NAME")] = None,
-    account: Annotated[str | None, typer.Option(help="As sbatch's.", metavar="NAME")] = None,
-    qos: Annotated[str | None, typer.Option(help="As sbatch's.", metavar="NAME")] = None,
+    job_name: Annotated[str, typer.Option(help="Name of the job, and of its log.", metavar="NAME")] = "lowrank",
+    partition: Annotated[str | None, typer.Option(help="Partition of the job.", metavar="NAME")] = None,
+    account: Annotated[str | None, typer.Option(help="Account that the job is charged to.", metavar="NAME")] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service of the job.", metavar="NAME")] = None,
     sbatch: Annotated[
         list[str] | None,
         typer.Option(
-            help="Any other option of sbatch: 'gres=gpu:8', 'mem=0', 'exclusive', … May be given several times.",
+            help="Any other option of sbatch, such as 'gres=gpu:8', 'mem=0' or 'exclusive'. Repeatable.",
             metavar="OPTION[=VALUE]",
         ),
     ] = None,
-    time: Annotated[str, typer.Option(help="Longest time the job may take.", metavar="D-HH:MM:SS")] = "24:00:00",
-    cpus_per_task: Annotated[int, typer.Option(help="CPUs of a rank.", metavar="N", min=1)] = 8,
+    time: Annotated[str, typer.Option(help="Time limit of one start of the job.", metavar="D-HH:MM:SS")] = "24:00:00",
+    cpus_per_task: Annotated[int, typer.Option(help="CPUs per rank.", metavar="N", min=1)] = 8,
     lead: Annotated[
         int,
         typer.Option(
-            help="Seconds before the end of the time at which the job is told to save and stop.", metavar="N", min=1
+            help="Seconds before the time limit at which the job is told to save and stop.", metavar="N", min=1
         ),
     ] = 300,
     requeue: Annotated[
         bool,
-        typer.Option(
-            "--requeue/--no-requeue", help="Whether the job requeues itself when it has saved before its time limit."
-        ),
+        typer.Option("--requeue/--no-requeue", help="Whether the job requeues itself after it has saved, or ends."),
     ] = True,
-    max_requeues: Annotated[
-        int, typer.Option(help="Most requeues of the job; then it ends and waits for you.", metavar="N", min=1)
-    ] = 20,
+    max_requeues: Annotated[int, typer.Option(help="Requeues after which the job ends.", metavar="N", min=1)] = 20,
     setup: Annotated[
         Path | None,
-        typer.Option(help="File of shell commands to run before the ranks start: modules, conda.", metavar="FILE"),
+        typer.Option(help="File of shell commands that the job runs first, for modules or conda.", metavar="FILE"),
     ] = None,
     container_image: Annotated[
         str | None,
@@ -83,25 +79,30 @@ def slurm_command(
         ),
     ] = None,
     container_runtime: Annotated[
-        Literal["pyxis", "apptainer"], typer.Option(help="What runs the container: Slurm's plugin Pyxis, or Apptainer.")
+        Literal["pyxis", "apptainer"],
+        typer.Option(help="What runs the container: pyxis, a plugin of Slurm, or apptainer."),
     ] = "pyxis",
     python: Annotated[
         str | None,
-        typer.Option(help="Interpreter of the job: this one, or a container's python3, if not given.", metavar="PATH"),
+        typer.Option(help="Python of the job. Default: this one; in a container, python3.", metavar="PATH"),
     ] = None,
     snapshot: Annotated[
         bool,
         typer.Option(
             "--snapshot",
-            help="Copy code and CONFIG beside output.dir: the job runs the copy, unaffected by later changes.",
+            help="Copy code and CONFIG beside output.dir. The job runs the copies, so later edits do not reach it.",
         ),
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="File to write, NAME.sbatch if not given; must not exist.", metavar="FILE")
+        Path | None, typer.Option(help="File to write; it must not exist. Default: JOB-NAME.sbatch.", metavar="FILE")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, write nothing.")] = False,
 ) -> None:
-    """Write a job script that trains CONFIG under Slurm, from launch/slurm/train.sbatch."""
+    """Write a job script that trains CONFIG under Slurm.
+
+    The script is launch/slurm/train.sbatch, filled in and checked. Its first lines say how to submit, watch, stop and
+    resume the job.
+    """
     from lowrank_dist.config import load_config
     from lowrank_dist.slurm.checks import check_time
     from lowrank_dist.slurm.containers import Container
