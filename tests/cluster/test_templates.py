@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from lowrank_dist.slurm.script import BEGIN, END
+from tests.cluster.runs import write_job, write_run
 from tests.integration.launching import ROOT
 
 FOLDER = ROOT / "launch" / "slurm"
 TEMPLATES = sorted(FOLDER.glob("*.sbatch"))
 SCRIPTS = [*TEMPLATES, *sorted(FOLDER.glob("*.sh")), *sorted((ROOT / "tests" / "cluster").glob("*.sh"))]
 TRAINING = [path for path in TEMPLATES if path.name.startswith("train")]
+SHELLCHECK = ["shellcheck", "--external-sources", "--enable=quote-safe-variables"]
 
 each_script = pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 each_template = pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.name)
@@ -31,9 +33,22 @@ def test_all_templates_are_here() -> None:
 
 @each_script
 def test_bash_and_shellcheck(path: Path) -> None:
-    for command in (["bash", "-n"], ["shellcheck", "--external-sources", "--enable=quote-safe-variables"]):
+    for command in (["bash", "-n"], SHELLCHECK):
         done = subprocess.run([*command, str(path)], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--container-image=x/y"], ["--container-image=a://b", "--container-runtime=apptainer"]], ids=str
+)
+def test_shellcheck_takes_what_the_command_writes(tmp_path: Path, options: list[str]) -> None:
+    """Also with a setup that shellcheck would have much to say of, and lists in overrides and mounts."""
+    config = write_run(tmp_path)
+    setup = tmp_path / "setup.sh"
+    setup.write_text("source /etc/modules.sh\nmodule load $CUDA\ncd $HOME\n")
+    script = write_job(config, tmp_path / "job.sbatch", f"--setup={setup}", *options, "lora.targets=[q_proj,v_proj]")
+    done = subprocess.run([*SHELLCHECK, str(script)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", ""), done.stdout + done.stderr
 
 
 @each_template
