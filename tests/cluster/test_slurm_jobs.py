@@ -31,6 +31,24 @@ def test_the_shipped_template_trains_as_one_host(
     assert job.field("NumNodes") == "2" and not (run / "restarts").exists()
 
 
+def test_a_job_trains_from_its_snapshot(
+    quiet_rig: Rig, config: Path, expected: dict[str, list[float]], tmp_path: Path
+) -> None:
+    """Each rank imports the copy of the package, here with a line that the checkout lacks, after the job's setup."""
+    run, setup = tmp_path / "run", tmp_path / "setup.sh"
+    setup.write_text("export FROM=setup$NOT_SET\n")
+    script = write_job(config, tmp_path / "job.sbatch", f"output.dir={run}", "--snapshot", f"--setup={setup}")
+    (copy,) = tmp_path.glob("run.code-*")
+    with (copy / "lowrank_dist" / "__init__.py").open("a") as file:
+        file.write(
+            "\nimport os, sys\nif 'train.py' in sys.argv[0]: print('the copy, from', os.environ['FROM'], flush=True)\n"
+        )
+    job = Job.submit(quiet_rig, script)
+    assert job.finished() == "COMPLETED", job.said()
+    assert job.said().count("the copy, from setup\n") == 4
+    assert losses(run) == expected
+
+
 def test_the_shipped_merge_template(quiet_rig: Rig, config: Path, tmp_path: Path) -> None:
     base, adapter = config.parent / "base", tmp_path / "adapter"
     save_adapter(adapter, base, random_adapter(base))

@@ -204,6 +204,7 @@ def project(tmp_path: Path) -> Path:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
+    shutil.copytree(ROOT / "launch" / "slurm", root / "launch" / "slurm")
     (root / "lowrank_dist" / "ops").mkdir()
     (root / "lowrank_dist" / "ops" / "_C.abi3.so").write_bytes(b"compiled")
     git(root, "init", "--quiet")
@@ -268,17 +269,16 @@ def test_snapshots_that_are_refused(project: Path, config: Path, tmp_path: Path)
         Snapshot.of(project, config, tmp_path / "run")
 
 
-def test_a_job_runs_its_snapshot(config: Path, tmp_path: Path) -> None:
-    unwritten = slurm(config, "--snapshot", "--dry-run")
-    if "git does not track" in unwritten.output:
-        pytest.skip("this checkout has code that git does not track")
-    assert unwritten.exit_code == 0 and not (tmp_path / "runs").exists()
+def test_a_job_runs_its_snapshot(project: Path, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank_dist.slurm.script.checkout", lambda: project)
+    unwritten = script(config, "--snapshot")
+    assert not (tmp_path / "runs").exists()
     done = slurm(config, "--snapshot")
     assert done.exit_code == 0, done.output
     text = (tmp_path / "lowrank.sbatch").read_text()
-    assert text == unwritten.stdout
+    assert text == unwritten
     code = Path(shlex.split(re.search("^PROJECT=(.*)$", text, re.MULTILINE)[1])[0])
     assert code.parent == tmp_path / "runs" and f"\nCONFIG={code}/config.yaml\n" in text
-    for name in ("launch/train.py", "launch/slurm/job.sh", "launch/slurm/task.sh", "lowrank_dist/cli/slurm.py"):
-        assert (code / name).read_bytes() == (ROOT / name).read_bytes()
-    assert f"snapshot of {ROOT} at " in done.stdout and "Code:    a snapshot of" in text
+    for name in ("launch/train.py", "launch/slurm/job.sh", "launch/slurm/task.sh", "lowrank_dist/__init__.py"):
+        assert (code / name).read_bytes() == (project / name).read_bytes()
+    assert f"snapshot of {project} at " in done.stdout and "Code:    a snapshot of" in text
