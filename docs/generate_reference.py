@@ -25,7 +25,7 @@ same in a terminal.
     output: {dir: runs/first}
 
 A run reads the section of its own `method` alone. The resolved configuration, with every key, is in `config.yaml` of
-the run folder.
+the [run folder](files.md).
 
 """
 _COMMANDS = """\

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ import yaml
 
 from docs.generate_reference import pages
 from docs.site_hooks import on_page_markdown
+from lowrank_dist.arch.families import FAMILIES
 from tests.documented import blocks, mistakes
 
 ROOT = Path(__file__).parents[2]
@@ -181,6 +182,61 @@ torchrun --nproc-per-node 2 launch/train.py my.yaml --train.steps=3 method=full
         (16, "sh", None, None),
     ]
     assert [mistake for block in found for mistake in mistakes(block)] == []
+
+
+# --- names of the code -----------------------------------------------------------------------------------------------
+
+# Pages that walk through the code: a file or a name that they mention must be there.
+WALKS = sorted((DOCS / "how-to").glob("add-a*.md"))
+_SPAN = re.compile(r"`([^`\n]+)`")
+_SUFFIXES = (".py", ".md", ".cpp", ".cu", ".cuh", ".h", ".yaml", ".sh")
+_SOURCES = ("lowrank_dist", "launch", "tests", "benchmarks", "csrc", "setup.py")
+# Words of other projects: transformers' files, torch's and C++'s names, keys of config.json.
+_FOREIGN = {"configuration_<family>.py", "modeling_<family>.py", "std::", "at::", "opcheck", "make", "pip"}
+
+
+def unknown_names(text: str, words: Collection[str]) -> list[str]:
+    """Return the files and names that a page mentions in code spans and that the repository does not have."""
+    found = []
+    for span in _SPAN.findall(_FENCE.sub("", text)):
+        if span in _FOREIGN:
+            continue
+        if "/" in span and " " not in span or span.endswith(_SUFFIXES):
+            if not list(ROOT.glob(re.sub(r"<\w+>", "*", span.rstrip("/")))):
+                found.append(span)
+        elif re.fullmatch(r"[A-Za-z_][\w.]*", span) and not set(span.split(".")) <= set(words):
+            found.append(span)
+    return found
+
+
+@pytest.fixture(scope="module")
+def words() -> set[str]:
+    """Every word of the sources."""
+    paths = [path for name in _SOURCES for path in ([ROOT / name] if "." in name else (ROOT / name).rglob("*.*"))]
+    texts = [path.read_text() for path in paths if path.suffix in _SUFFIXES and path != Path(__file__)]
+    return {word for text in texts for word in re.findall(r"\w+", text)}
+
+
+@pytest.mark.parametrize("page", WALKS, ids=lambda page: page.stem)
+def test_what_a_page_names_is_there(page: Path, words: set[str]) -> None:
+    assert len(_SPAN.findall(page.read_text())) > 20
+    assert unknown_names(page.read_text(), words) == []
+
+
+def test_a_planted_name_is_found(words: set[str]) -> None:
+    good = "`lowrank_dist/ops/low_rank.py` `lowrank_dist/methods/<name>/config.py` `csrc/cpu/` `LowRankLinear.attach`"
+    assert unknown_names(good, words) == []
+    bad = ["lowrank_dist/ops/gone.py", "gone.py", "tests/<name>/nothing.py", "NoSuchClass", "LowRankLinear.gone_away"]
+    assert unknown_names(" ".join(f"`{name}`" for name in bad), words) == bad
+
+
+def test_what_is_not_supported_names_what_is(words: set[str]) -> None:
+    text = (DOCS / "reference" / "not-supported.md").read_text()
+    assert [name for name in FAMILIES if not re.search(rf"\b{name}\b", text)] == []
+    families = re.search(r"\*\*Families\*\* other than ([^:]+):", text)
+    assert families is not None
+    named = set(re.findall(r"[a-z]+\d?", re.sub(r"\([^)]*\)|\band\b", "", families[1])))
+    assert named == set(FAMILIES)
 
 
 # --- what is made from the code --------------------------------------------------------------------------------------
