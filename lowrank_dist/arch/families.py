@@ -2,7 +2,7 @@
 
 The tables follow transformers' `configuration_<family>.py` (defaults of missing keys) and `modeling_<family>.py`.
 `config_json.parse_architecture` reads them. To add a family whose blocks Megatron can express, add a table here and a
-tiny model to tests/tiny_models.py (docs/DESIGN.md has all steps).
+tiny model to tests/tiny_models.py (docs/how-to/add-a-family.md has all steps).
 """
 
 from collections.abc import Mapping
