@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 
+from docs.flowchart import parse, to_svg
 from docs.generate_reference import pages
 from docs.site_hooks import on_page_markdown
 from lowrank_dist.arch.families import FAMILIES
@@ -99,6 +101,47 @@ def test_the_site_has_no_link_that_leaves_docs() -> None:
     text = "[tests](../../tests/gpu/README.md) [csrc](../../csrc) [design](../DESIGN.md#rooms) ![x](../../x.png)"
     shown = "tests (`tests/gpu/README.md`) csrc [design](../DESIGN.md#rooms) ![x](../../x.png)"
     assert on_page_markdown(text, page=Page) == shown
+
+
+CHART = """
+flowchart TB
+    classDef collective stroke-width:3px
+    a["first<br/>of two lines"] --> b
+    subgraph inner ["a <group>"]
+        direction TB
+        b --> c["X·W"]:::collective
+    end
+    a -- "a label" --> c --> d
+"""
+
+
+def test_a_flowchart_is_drawn() -> None:
+    chart = parse(CHART)
+    assert chart.edges == [("a", "b", ""), ("b", "c", ""), ("a", "c", "a label"), ("c", "d", "")]
+    assert {name: (node.lines, node.thick, node.group) for name, node in chart.nodes.items()} == {
+        "a": (["first", "of two lines"], False, None),
+        "b": (["b"], False, None),
+        "c": (["X·W"], True, "inner"),
+        "d": (["d"], False, None),
+    }
+    drawn = to_svg(CHART)
+    assert drawn.count("<path") == 4 + 1 and drawn.count("<rect") == 4 + 1 and "a &lt;group&gt;" in drawn
+    assert 'stroke-width="3"' in drawn and ">a label<" in drawn and "\n" not in drawn
+    ElementTree.fromstring(drawn)
+
+
+@pytest.mark.parametrize("line", ["a ==> b", "a{b} --> c", "flowchart LR", "a[b --> c"])
+def test_what_cannot_be_drawn_is_refused(line: str) -> None:
+    with pytest.raises(ValueError):
+        parse(f"flowchart TB\n{line}")
+
+
+def test_the_site_draws_every_flowchart() -> None:
+    class Page:
+        file = type("File", (), {"src_uri": "DESIGN.md"})
+
+    drawn = on_page_markdown((DOCS / "DESIGN.md").read_text(), page=Page)
+    assert drawn.count("<svg") == (DOCS / "DESIGN.md").read_text().count("```mermaid") > 1
 
 
 def test_every_page_is_in_the_navigation() -> None:
