@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -13,7 +14,11 @@ import yaml
 from docs.flowchart import parse, to_svg
 from docs.generate_reference import pages
 from docs.site_hooks import on_page_markdown
+from lowrank_dist.arch.config_json import architecture_of
 from lowrank_dist.arch.families import FAMILIES
+from lowrank_dist.config.load import config_of
+from lowrank_dist.data.formats import read_jsonl
+from lowrank_dist.errors import UserError
 from tests.documented import blocks, mistakes
 
 ROOT = Path(__file__).parents[2]
@@ -273,13 +278,74 @@ def test_a_planted_name_is_found(words: set[str]) -> None:
     assert unknown_names(" ".join(f"`{name}`" for name in bad), words) == bad
 
 
-def test_what_is_not_supported_names_what_is(words: set[str]) -> None:
-    text = (DOCS / "reference" / "not-supported.md").read_text()
-    assert [name for name in FAMILIES if not re.search(rf"\b{name}\b", text)] == []
-    families = re.search(r"\*\*Families\*\* other than ([^:]+):", text)
+# --- what is not supported -------------------------------------------------------------------------------------------
+
+NOT_SUPPORTED = (DOCS / "reference" / "not-supported.md").read_text()
+_LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LLAMA |= {"intermediate_size": 96, "vocab_size": 100}
+_MIXED = {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}
+
+
+def test_the_families_that_are_named_are_those_there_are() -> None:
+    families = re.search(r"\*\*Families\*\* other than ([^:]+):", NOT_SUPPORTED)
     assert families is not None
     named = set(re.findall(r"[a-z]+\d?", re.sub(r"\([^)]*\)|\band\b", "", families[1])))
     assert named == set(FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("line", "keys"),
+    [
+        ("no mixture of experts", {"model_type": "mixtral"}),
+        ("multi-head latent", {"model_type": "deepseek_v3"}),
+        ("**Layers of different kinds**", {**_MIXED, "num_key_value_heads": 4}),
+        ("no YaRN, dynamic or longrope", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
+        ("no YaRN, dynamic or longrope", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+        ("rotation of a part of the head", {"partial_rotary_factor": 0.5}),
+        ("**Quantised bases**", {"quantization_config": {"bits": 4}}),
+    ],
+)
+def test_a_model_that_is_not_supported_is_refused(line: str, keys: dict[str, object]) -> None:
+    assert line in NOT_SUPPORTED
+    with pytest.raises(UserError, match="not supported"):
+        architecture_of({**_LLAMA, **keys}, "config.json")
+    architecture_of(_LLAMA, "config.json")
+
+
+@pytest.mark.parametrize(
+    ("line", "row"),
+    [
+        ("no ShareGPT", {"conversations": [{"from": "human", "value": "x"}]}),
+        ("no Alpaca", {"instruction": "x", "output": "y"}),
+        ("no Alpaca", {"instruction": "x", "input": "z", "output": "y"}),
+        ("no preference optimisation", {"prompt": "x", "chosen": "y", "rejected": "z"}),
+        ("weights of samples", {"prompt": "x", "completion": "y", "weight": 2}),
+        ("roles other than system, user and assistant", {"messages": [{"role": "tool", "content": "x"}]}),
+        ("images, documents", {"prompt": "x", "completion": "y", "images": ["z.png"]}),
+    ],
+)
+def test_a_row_that_is_not_supported_is_refused(line: str, row: dict[str, object], tmp_path: Path) -> None:
+    assert line in " ".join(NOT_SUPPORTED.split())
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n")
+    with pytest.raises(UserError):
+        read_jsonl(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("line", "override"),
+    [
+        ("**ZeRO stages 0 and 3**", "engine.zero_stage=3"),
+        ("`engine.recompute` is none or full", "engine.recompute=selective"),
+        ("schedules other than cosine, linear and constant", "train.schedule=polynomial"),
+        ("**Devices** other than CPUs and CUDA GPUs", "model.device=tpu"),
+        ("**fp16 compute**", "model.dtype=fp16"),
+        ("**Pipeline, context and expert parallelism**", "parallel.pipeline=2"),
+    ],
+)
+def test_a_key_that_is_not_supported_is_refused(line: str, override: str) -> None:
+    assert line in " ".join(NOT_SUPPORTED.split())
+    with pytest.raises(UserError):
+        config_of({"model": {"path": "m"}, "data": {"train": "d"}, "output": {"dir": "o"}}, [override])
 
 
 # --- what is made from the code --------------------------------------------------------------------------------------
