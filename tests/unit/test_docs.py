@@ -14,7 +14,7 @@ import yaml
 from docs.flowchart import parse, to_svg
 from docs.generate_reference import pages
 from docs.site_hooks import on_page_markdown
-from lowrank_dist.arch.config_json import architecture_of
+from lowrank_dist.arch.config_json import parse_architecture
 from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.config.load import config_of
 from lowrank_dist.data.formats import read_jsonl
@@ -308,8 +308,8 @@ def test_the_families_that_are_named_are_those_there_are() -> None:
 def test_a_model_that_is_not_supported_is_refused(line: str, keys: dict[str, object]) -> None:
     assert line in NOT_SUPPORTED
     with pytest.raises(UserError, match="not supported"):
-        architecture_of({**_LLAMA, **keys}, "config.json")
-    architecture_of(_LLAMA, "config.json")
+        parse_architecture({**_LLAMA, **keys}, "config.json")
+    parse_architecture(_LLAMA, "config.json")
 
 
 @pytest.mark.parametrize(
