@@ -1,6 +1,6 @@
 """Reading and checking of JSONL files: {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
 
-One JSON object a line, UTF-8, one format a file, blank lines allowed. One error lists every problem with its line and
+One JSON object a line, UTF-8, one format a file, blank lines allowed. One error lists every problem with its lines and
 key, up to `MAX_PROBLEMS`, so that a file can be corrected in one pass. Training, its evaluations,
 `lowrank-dist evaluate` and `lowrank-dist generate` read the same format, except for the completions that a line may
 have (`Use`).
@@ -26,6 +26,7 @@ from lowrank_dist.untrusted.json import JsonError, brief, parse_json
 from lowrank_dist.untrusted.keys import EMPTY
 
 MAX_PROBLEMS = 20
+_MOST_LINES = 3  # of the lines that share a fault, those named
 # Keys of a line that are compared with the known keys and shown in an error: a line may have 200,000.
 _MOST_KEYS = 20
 # Bytes of UTF-8: half a million tokens of English. Tokenising takes some 250 bytes of memory a byte.
@@ -103,15 +104,15 @@ def read_jsonl(
     kind: Kind | None = None
     rows: list[Any] = []
     extra: Counter[str] = Counter()
-    problems: list[str] = []
-    found = 0
+    faults = _Faults()
     for number, raw in read_lines(path, "split it, or leave it out", longest=LONGEST_LINE):
         if not raw.strip():
             continue
-        if raw.strip().removeprefix(codecs.BOM_UTF8) == b"[" and not (rows or found):
+        if raw.strip().removeprefix(codecs.BOM_UTF8) == b"[" and not faults.lines:
             raise UserError(
                 f"{path}:{number}: the file is one JSON array; write its objects one a line, without [ and ]"
             )
+        faults.lines += 1
         try:
             value = _parse(raw, first=number == 1)
             line_kind = _kind_of(value)
@@ -122,17 +123,49 @@ def read_jsonl(
             check(rows[-1])
             extra.update(ROW_KEYS.unknown(value))
         except Problem as problem:
-            found += 1
-            if found <= MAX_PROBLEMS:
-                problems.append(f"{path}:{number}: {problem}")
-    if found > MAX_PROBLEMS:
-        problems.append(f"... and {found - MAX_PROBLEMS} more lines with errors")
-    if problems:
-        raise UserError("\n".join(problems))
+            faults.add(number, str(problem))
+    if faults.found:
+        raise UserError("\n".join(faults.rows(path)))
     if kind is None:
         raise UserError(f"{path}: the file holds no sample; write one of {FORMATS} a line")
     filled = {"completions": rows} if kind == "completion" else {"conversations": rows}
     return Records(path, kind, ignored_keys=dict(sorted(extra.items())), **filled)
+
+
+class _Faults:
+    """The faults of a file, a row for each kind with the lines that share it. lines: number of lines read so far."""
+
+    def __init__(self) -> None:
+        self.lines = 0
+        self.found: dict[str, list[int]] = {}
+        self._shared: Counter[str] = Counter()
+        self._unnamed = 0
+
+    def add(self, line: int, what: str) -> None:
+        if what not in self.found and len(self.found) == MAX_PROBLEMS:
+            self._unnamed += 1
+            return
+        self._shared[what] += 1
+        named = self.found.setdefault(what, [])
+        if len(named) < _MOST_LINES:
+            named.append(line)
+
+    def rows(self, path: Path) -> list[str]:
+        rows = [f"{path}{self._place(lines, self._shared[what])}: {what}" for what, lines in self.found.items()]
+        return rows + [f"... and {self._unnamed} more lines with errors"] * (self._unnamed > 0)
+
+    def _place(self, named: list[int], count: int) -> str:
+        if count == 1:
+            return f":{named[0]}"
+        if count == self.lines:
+            return f": all {count:,} lines"
+        *first, last = [str(line) for line in named]
+        more = count - len(named)
+        return (
+            f": lines {', '.join([*first, last])} and {more:,} more"
+            if more
+            else f": lines {', '.join(first)} and {last}"
+        )
 
 
 def _parse(raw: bytes, *, first: bool) -> dict[str, Any]:

@@ -194,9 +194,28 @@ def test_all_problems_come_in_one_error_up_to_the_limit(tmp_path: Path) -> None:
         read_jsonl(write(tmp_path, *bad))
     assert [row.split(": ")[0].rsplit(":", 1)[1] for row in str(caught.value).splitlines()] == ["1", "2"]
     with pytest.raises(UserError) as caught:
-        read_jsonl(write(tmp_path, *["{"] * (MAX_PROBLEMS + 7)))
+        read_jsonl(write(tmp_path, *[f'{{"odd{number}": 1}}' for number in range(MAX_PROBLEMS + 7)]))
     rows = str(caught.value).splitlines()
     assert len(rows) == MAX_PROBLEMS + 1 and rows[-1] == "... and 7 more lines with errors"
+
+
+@pytest.mark.parametrize(
+    ("lines", "places"),
+    [
+        (["7"] * 1200, [": all 1,200 lines: a JSON number"]),
+        ([*["7"] * 1200, "", GOOD], [": lines 1, 2, 3 and 1,197 more: a JSON number"]),
+        ([GOOD, "7", GOOD, "7", "7"], [": lines 2, 4 and 5: a JSON number"]),
+        (["7", GOOD, "7", "{"], [": lines 1 and 3: a JSON number", ":4: malformed"]),
+        (["7"], [":1: a JSON number"]),
+    ],
+)
+def test_a_fault_that_lines_share_is_one_row(tmp_path: Path, lines: list[str], places: list[str]) -> None:
+    path = write(tmp_path, *lines)
+    with pytest.raises(UserError) as caught:
+        read_jsonl(path)
+    rows = str(caught.value).splitlines()
+    assert len(rows) == len(places)
+    assert all(row.startswith(f"{path}{place}") for row, place in zip(rows, places, strict=True))
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n\t\r\n"])
