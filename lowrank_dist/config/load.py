@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
-from lowrank_dist.config.schema import Config, UnreadKeys
+from lowrank_dist.config.explain import Key, explain, suggestion
+from lowrank_dist.config.schema import Config
 from lowrank_dist.errors import ConfigError, UserError
 from lowrank_dist.methods.registry import SECTIONS, method_package
 from lowrank_dist.sections.scalars import Loader, scalar
@@ -49,7 +46,6 @@ COMMAND_LINE = "command line"
 # some 100 KiB a second.
 LARGEST = 256 << 10
 MOST_PROBLEMS = 50
-Key = tuple[str, ...]
 # The other fields, such as `method`, are values at the top level.
 _SECTIONS: dict[str, type[Section]] = {
     name: field.annotation
@@ -108,7 +104,7 @@ def _checked(raw: _Raw, overrides: Sequence[tuple[str, str]]) -> Config:
         config = Config.model_validate(raw.values)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        lines = [_explain(detail, raw) for detail in details[:MOST_PROBLEMS]]
+        lines = [explain(detail, raw.where) for detail in details[:MOST_PROBLEMS]]
         raise _refusal([*raw.problems, *lines], len(raw.problems) + len(details)) from None
     if raw.problems:
         raise _refusal(raw.problems, len(raw.problems))
@@ -173,9 +169,8 @@ class _Raw:
         if alone and len(key) > 1:
             return self.problem(COMMAND_LINE, f"{dotted}: {key[0]} has no keys", f"write {key[0]}=VALUE")
         if not alone and len(key) != 2:
-            return self.problem(
-                COMMAND_LINE, f"{dotted or '='} is not section.key", "for a mapping use section.key={name: value}"
-            )
+            hint = suggestion(key[-1], Config.model_fields) or "for a mapping use section.key={name: value}"
+            return self.problem(COMMAND_LINE, f"{dotted or '='} is not section.key", hint.rstrip("; "))
         try:
             node = yaml.compose(text, Loader)
         except yaml.YAMLError as error:
@@ -278,77 +273,3 @@ def _explain_yaml(error: yaml.YAMLError, file: str) -> tuple[str, str]:
     if mark is not None and mark.buffer is not None and mark.buffer[mark.pointer : mark.pointer + 1] == "\t":
         return at, "a tab: YAML is indented with spaces only"
     return at, ", ".join(part for part in (error.context, error.problem) if part)
-
-
-def _explain(detail: ErrorDetails, raw: _Raw) -> str:
-    """Return one of pydantic's errors as a line: where: section.key: what is wrong — the remedy."""
-    key = tuple(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return f"{raw.where(key)}: {'.'.join(key)}: unknown key — {_meant(key)}"
-    field, key = _field_of(key)
-    dotted = ".".join(key) + "".join(f"[{part}]" for part in detail["loc"] if isinstance(part, int))
-    section = _section_in(field)
-    if section is not None and detail["type"] == "value_error":
-        error = detail["ctx"]["error"]  # it concerns several keys and has its remedy
-        if isinstance(error, UnreadKeys):
-            return "\n".join(f"{raw.where((*key, name))}: {dotted}.{name}: {error}" for name in error.keys)
-        return f"{raw.where(key)}: {error}"
-    if section is not None:
-        return f"{raw.where(key)}: {dotted}: not a mapping — its keys are {_names(section.model_fields)}"
-    if detail["type"] == "missing":
-        return f"{raw.where(key)}: {dotted}: required — expected: {field.description}"
-    message = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
-    what = f"{reprlib.repr(detail['input'])} is not valid, {message[0].lower()}{message[1:]}"
-    closest = ""
-    if detail["type"] == "literal_error" and isinstance(detail["input"], str):
-        closest = _closest(detail["input"], [word for word in get_args(field.annotation) if isinstance(word, str)])
-    return f"{raw.where(key)}: {dotted}: {what} — {closest}expected: {field.description}"
-
-
-def _section_in(field: FieldInfo) -> type[Section] | None:
-    """Return the section that a field holds, optional or not; None where it holds none."""
-    kinds = (field.annotation, *get_args(field.annotation))
-    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
-
-
-def _field_of(key: Key) -> tuple[FieldInfo, Key]:
-    """Return the field in which an error lies, and its key.
-
-    Deeper parts of the key are the name of a mapping's item, a list index, or pydantic's name of a branch.
-    """
-    field, depth = Config.model_fields[key[0]], 1
-    while depth < len(key) and (section := _section_in(field)) is not None:
-        field, depth = section.model_fields[key[depth]], depth + 1
-    return field, key[: depth + 1 if get_origin(field.annotation) is dict else depth]
-
-
-def _meant(key: Key) -> str:
-    """Return a hint with the key that was probably meant and all valid keys beside it."""
-    if len(key) == 1:
-        return _closest(key[0], Config.model_fields) + f"at the top level are {_names(Config.model_fields)}"
-    section = _section_in(_field_of(key[:-1])[0])
-    assert section is not None, "only a section has unknown keys"
-    known = section.model_fields
-    closest = _closest(key[-1], known)
-    if not closest:
-        elsewhere = [".".join(other) for other in _keys(Config) if len(other) > 1 and other[-1] == key[-1]]
-        closest = f"did you mean {' or '.join(elsewhere)}? " if elsewhere else ""
-    return closest + f"the keys of {'.'.join(key[:-1])} are {_names(known)}"
-
-
-def _keys(section: type[Section]) -> Iterator[Key]:
-    """Yield every key of a section and of the sections in it."""
-    for name, field in section.model_fields.items():
-        yield (name,)
-        inner = _section_in(field)
-        if inner is not None:
-            yield from ((name, *rest) for rest in _keys(inner))
-
-
-def _closest(name: str, known: Iterable[str]) -> str:
-    match = difflib.get_close_matches(name.replace("-", "_").lower(), list(known), n=1)
-    return f"did you mean {match[0]}? " if match else ""
-
-
-def _names(known: Iterable[str]) -> str:
-    return ", ".join(known)

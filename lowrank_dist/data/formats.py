@@ -11,7 +11,7 @@ from __future__ import annotations
 import codecs
 import difflib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from lowrank_dist.data.keys import MESSAGE_KEYS, ROW_KEYS
 from lowrank_dist.errors import UserError, some_of
+from lowrank_dist.sections.synonyms import of_message, of_row
 from lowrank_dist.untrusted.files import MIB, read_lines
 from lowrank_dist.untrusted.json import JsonError, brief, parse_json
 from lowrank_dist.untrusted.keys import EMPTY
@@ -183,22 +184,29 @@ def _kind_of(value: dict[str, Any]) -> Kind:
     flat, chat = value.keys() & {"prompt", "completion"}, "messages" in value
     if flat and chat:
         raise Problem(f"both {sorted(flat)[0]!r} and 'messages'; a line has one format: {FORMATS}")
+    if not flat and not chat:
+        known = ("prompt", "completion", "messages")
+        hints = {key: _meant(key, known) for key in islice(value, _MOST_KEYS)}
+        meant = "".join(f" ({key!r}: {hint})" for key, hint in hints.items() if hint)
+        found = some_of([brief(key) for key in value], _MOST_KEYS)
+        raise Problem(f"no key 'prompt', 'completion' or 'messages', found {found}{meant}; expected {FORMATS}")
     for key, effect in ROW_KEYS.refusals(value).items():
         raise Problem(
             f"key {key!r} {effect} and is not supported; write it into the prompt or a system message, or remove the "
             "key, or the line"
         )
-    if not flat and not chat:
-        known = ("prompt", "completion", "messages")
-        # get_close_matches would suggest "completion" for ShareGPT's "conversations".
-        hints = {
-            key: ["messages"] if key == "conversations" else difflib.get_close_matches(key, known, n=1)
-            for key in islice(value, _MOST_KEYS)
-        }
-        meant = "".join(f" ({key!r}: did you mean {hit[0]!r}?)" for key, hit in hints.items() if hit)
-        found = some_of([brief(key) for key in value], _MOST_KEYS)
-        raise Problem(f"no key 'prompt', 'completion' or 'messages', found {found}{meant}; expected {FORMATS}")
     return "messages" if chat else "completion"
+
+
+def _meant(key: str, known: Sequence[str]) -> str:
+    """Return which key of a row was probably meant by an unknown one; empty where nothing is like it."""
+    synonym = of_row(key)
+    if synonym is None:
+        hit = difflib.get_close_matches(key, known, n=1)
+        return f"did you mean {hit[0]!r}?" if hit else ""
+    if synonym.ours is None:
+        return synonym.note
+    return f"did you mean {synonym.ours!r}?" + (f" {synonym.note}" if synonym.note else "")
 
 
 def _type(value: object) -> str:
@@ -208,7 +216,8 @@ def _type(value: object) -> str:
 
 def _text(holder: dict[str, Any], key: str, where: str) -> str:
     if key not in holder:
-        near = difflib.get_close_matches(key, list(islice(holder, _MOST_KEYS)), n=1)
+        given = list(islice(holder, _MOST_KEYS))
+        near = of_message(key, given) or difflib.get_close_matches(key, given, n=1)
         meant = f"; is {near[0]!r} meant for it?" if near else ""
         raise Problem(f"key '{where}' is missing{meant} Add it as a string")
     return _string(holder[key], where)

@@ -1,0 +1,104 @@
+"""Errors in a config as people read them: the place, what is wrong, and the key or the word that was meant."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from lowrank_dist.config.schema import Config, UnreadKeys
+from lowrank_dist.sections.section import Section
+from lowrank_dist.sections.synonyms import of_config
+
+Key = tuple[str, ...]
+
+
+def explain(detail: ErrorDetails, where: Callable[[Key], str]) -> str:
+    """Return one of pydantic's errors as a line: where: section.key: what is wrong — the remedy.
+
+    where: returns the place of a key, as file:line or "command line".
+    """
+    key = tuple(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return f"{where(key)}: {'.'.join(key)}: unknown key — {_meant(key)}"
+    field, key = _field_of(key)
+    dotted = ".".join(key) + "".join(f"[{part}]" for part in detail["loc"] if isinstance(part, int))
+    section = _section_in(field)
+    if section is not None and detail["type"] == "value_error":
+        error = detail["ctx"]["error"]  # it concerns several keys and has its remedy
+        if isinstance(error, UnreadKeys):
+            return "\n".join(f"{where((*key, name))}: {dotted}.{name}: {error}" for name in error.keys)
+        return f"{where(key)}: {error}"
+    if section is not None:
+        return f"{where(key)}: {dotted}: not a mapping — its keys are {_names(section.model_fields)}"
+    if detail["type"] == "missing":
+        return f"{where(key)}: {dotted}: required — expected: {field.description}"
+    message = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
+    what = f"{reprlib.repr(detail['input'])} is not valid, {message[0].lower()}{message[1:]}"
+    closest = ""
+    if detail["type"] == "literal_error" and isinstance(detail["input"], str):
+        closest = _closest(detail["input"], [word for word in get_args(field.annotation) if isinstance(word, str)])
+    return f"{where(key)}: {dotted}: {what} — {closest}expected: {field.description}"
+
+
+def _section_in(field: FieldInfo) -> type[Section] | None:
+    """Return the section that a field holds, optional or not; None where it holds none."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+def _field_of(key: Key) -> tuple[FieldInfo, Key]:
+    """Return the field in which an error lies, and its key.
+
+    Deeper parts of the key are the name of a mapping's item, a list index, or pydantic's name of a branch.
+    """
+    field, depth = Config.model_fields[key[0]], 1
+    while depth < len(key) and (section := _section_in(field)) is not None:
+        field, depth = section.model_fields[key[depth]], depth + 1
+    return field, key[: depth + 1 if get_origin(field.annotation) is dict else depth]
+
+
+def _meant(key: Key) -> str:
+    """Return a hint with the key that was probably meant and all valid keys beside it."""
+    if len(key) == 1:
+        known = Config.model_fields
+        return suggestion(key[0], known) + f"at the top level are {_names(known)}"
+    section = _section_in(_field_of(key[:-1])[0])
+    assert section is not None, "only a section has unknown keys"
+    known = section.model_fields
+    return suggestion(key[-1], known) + f"the keys of {'.'.join(key[:-1])} are {_names(known)}"
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return the beginning of a hint on an unknown key, empty where nothing is like it.
+
+    It names, in this order, our key for another trainer's, the key of that name in another section, and the key of
+    `known` with a similar name.
+    """
+    synonym = of_config(name)
+    if synonym is not None:
+        return synonym.hint
+    elsewhere = [".".join(other) for other in _keys(Config) if len(other) > 1 and other[-1] == name]
+    return f"did you mean {' or '.join(elsewhere)}? " if elsewhere else _closest(name, known)
+
+
+def _keys(section: type[Section]) -> Iterator[Key]:
+    """Yield every key of a section and of the sections in it."""
+    for name, field in section.model_fields.items():
+        yield (name,)
+        inner = _section_in(field)
+        if inner is not None:
+            yield from ((name, *rest) for rest in _keys(inner))
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name.replace("-", "_").lower(), list(known), n=1)
+    return f"did you mean {match[0]}? " if match else ""
+
+
+def _names(known: Iterable[str]) -> str:
+    return ", ".join(known)

@@ -1,0 +1,96 @@
+"""Keys of other trainers: each is answered with ours, in errors on the config and on data rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lowrank_dist.config import load_config
+from lowrank_dist.config.reference import reference
+from lowrank_dist.data.formats import FORMATS, read_jsonl
+from lowrank_dist.data.keys import MESSAGE_KEYS as OUR_MESSAGE_KEYS
+from lowrank_dist.data.keys import ROW_KEYS as OUR_ROW_KEYS
+from lowrank_dist.errors import ConfigError, UserError
+from lowrank_dist.sections.synonyms import CONFIG_KEYS, MESSAGE_KEYS, ROW_KEYS, of_config, rows
+
+REQUIRED = {"model": {"path": "base"}, "data": {"train": "t"}, "output": {"dir": "run"}}
+KEYS = {key.name for section in reference() for key in section.keys}
+
+
+def refusal(tmp_path: Path, values: dict[str, object], *overrides: str) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(values))
+    with pytest.raises(ConfigError) as caught:
+        load_config([str(path), *overrides])
+    return str(caught.value)
+
+
+def test_the_table_names_keys_that_there_are() -> None:
+    assert {synonym.ours for synonym in CONFIG_KEYS} - {None} <= KEYS and len(KEYS) > 50
+    assert {synonym.ours for synonym in ROW_KEYS} - {None} <= OUR_ROW_KEYS.applied
+    assert {synonym.ours for synonym in MESSAGE_KEYS} <= OUR_MESSAGE_KEYS.applied
+    for table in (CONFIG_KEYS, ROW_KEYS, MESSAGE_KEYS):
+        names = [synonym.theirs for synonym in table]
+        assert len(names) == len(set(names))
+        assert all(synonym.ours or synonym.note for synonym in table)
+    # A name of ours, in its section or out of it, is no other trainer's key.
+    assert not {synonym.theirs for synonym in CONFIG_KEYS} & {key.rpartition(".")[2] for key in KEYS}
+    assert len(rows()) == len(CONFIG_KEYS) + len(ROW_KEYS) + len(MESSAGE_KEYS)
+
+
+@pytest.mark.parametrize(
+    "theirs",
+    [
+        *("learning_rate", "r", "lora_r", "lora_alpha", "target_modules", "per_device_train_batch_size", "bf16"),
+        *("gradient_accumulation_steps", "max_steps", "num_train_epochs", "warmup_ratio", "output_dir", "fp16"),
+        *("max_seq_length", "cutoff_len", "model_name_or_path", "tensor-model-parallel-size", "micro-batch-size"),
+        *("global-batch-size", "gradient_checkpointing", "LEARNING_RATE"),
+    ],
+)
+def test_a_key_of_another_trainer_is_answered_with_ours(tmp_path: Path, theirs: str) -> None:
+    synonym = of_config(theirs)
+    assert synonym is not None and synonym.ours is not None
+    said = f"did you mean {synonym.ours}? "
+    hint = said + (f"({synonym.note}) " if synonym.note else "")
+    for section in ("lora", "train", "model"):
+        values = {**REQUIRED, section: {**REQUIRED.get(section, {}), theirs: 1}}
+        assert f"{section}.{theirs}: unknown key — {hint}the keys of" in refusal(tmp_path, values)
+    assert f"{theirs}: unknown key — {hint}at the top level" in refusal(tmp_path, {**REQUIRED, theirs: 1})
+    for override in ((f"{theirs}=1",), (f"--{theirs}", "1")):
+        assert f"command line: {theirs} is not section.key — {said.rstrip()}" in refusal(tmp_path, REQUIRED, *override)
+
+
+def test_a_key_without_one_of_ours_says_why(tmp_path: Path) -> None:
+    said = refusal(tmp_path, {**REQUIRED, "model": {"path": "base", "load_in_4bit": True}})
+    assert "unknown key — not supported: the base is held in bf16 or fp32; the keys of model are" in said
+    # Controls: a slip of ours, and our key in another section, are told as before.
+    assert "did you mean rank?" in refusal(tmp_path, REQUIRED, "lora.rnak=4")
+    assert "did you mean train.lr?" in refusal(tmp_path, REQUIRED, "lr=4")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"conversations": [{"from": "human", "value": "x"}]},
+            "'conversations': did you mean 'messages'? its messages",
+        ),
+        (
+            {"instruction": "a", "input": "", "output": "b"},
+            "('instruction': did you mean 'prompt'? with the text of 'input' in it) ('output': did you mean 'compl",
+        ),
+        ({"instruction": "a", "input": "c", "output": "b"}, "('output': did you mean 'completion'?)"),
+        ({"chosen": "a", "rejected": "b"}, "('chosen': there is no preference training)"),
+        ({"promt": "a", "x": "b"}, "('promt': did you mean 'prompt'?); expected"),
+        ({"messages": [{"from": "user", "value": "x"}]}, "key 'messages[0].role' is missing; is 'from' meant for it?"),
+        ({"messages": [{"role": "user", "value": "x"}]}, "[0].content' is missing; is 'value' meant for it?"),
+    ],
+)
+def test_a_row_of_another_format_is_answered_with_ours(tmp_path: Path, row: object, said: str) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError) as caught:
+        read_jsonl(path)
+    assert said in str(caught.value) and (FORMATS in str(caught.value) or "missing" in str(caught.value))
