@@ -134,13 +134,20 @@ def newest_checkpoint(checkpoints: Path) -> NewestCheckpoint:
 def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
     """Copy the files of an adapter from a checkpoint to `folder`, replacing an earlier copy. All or nothing.
 
-    Raises UserError where `folder` was not written by lowrank-dist, DiskError where the disk refuses.
+    Raises UserError where `folder` was not written by lowrank-dist and where the checkpoint does not agree with its
+    manifest, DiskError where the disk refuses.
     """
     if folder.exists() and not (folder / PROVENANCE_FILE).is_file():
         raise UserError(f"{folder} is not replaced: it holds no {PROVENANCE_FILE}, so lowrank-dist did not write it")
+    files, manifest = list(names), read_manifest(source)
+    missing = [name for name in files if name not in manifest or not (source / name).is_file()]
+    if missing:
+        raise UserError(f"{source / missing[0]} is missing: take another checkpoint")
     with atomic_folder(folder, replace=True) as temporary:
-        for name in names:
+        for name in files:
             shutil.copyfile(source / name, temporary / name)
+            if not matches_entry(temporary / name, manifest[name]):
+                raise UserError(f"{source / name} is not as it was written: take another checkpoint")
 
 
 def _published(found: Path, name: str, target: str | None, max_rank: int | None) -> Published:

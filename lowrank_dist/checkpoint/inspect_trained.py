@@ -55,6 +55,9 @@ def _read_provenance_facts(folder: Path, report: Report) -> Provenance | None:
     owned = report.read(path, own_file, folder, PROVENANCE_FILE)
     provenance = report.read(path, read_provenance, folder) if owned else None
     if provenance is not None:
+        trained_to = provenance.training.get("step")
+        if "step" not in report.facts and isinstance(trained_to, int):
+            report.facts["step"] = trained_to
         report.facts["created_by"] = str(provenance.created_by)
         report.facts["versions"] = provenance.versions
         report.facts["config"] = provenance.config

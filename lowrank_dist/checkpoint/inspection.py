@@ -181,6 +181,8 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
                 "verifies": found.verifies,
             }
         )
+        if path == final and "step" in facts:
+            report.facts["adapter"] = f"written, step {facts['step']}"
         if path == chosen:
             labels = ("base_folder", "base_matches", "base_verifies", "base_parameters", "percent_of_base")
             report.facts |= {label: facts[label] for label in labels if label in facts}

@@ -146,6 +146,11 @@ class OutputConfig(Section):
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, or null for only at the end")
     keep_last: int | None = Field(3, ge=1, description="newest checkpoints to keep, at least 1, or null for all")
     keep_best: int = Field(1, ge=0, description="best checkpoints by eval.best to keep beside the newest, at least 0")
+    publish: Literal["best", "last"] = Field(
+        "best",
+        description="checkpoint that adapter/ is copied from at the end: best (the best by eval.best of those that "
+        "were evaluated and saved; the last where there is none) or last",
+    )
     tensorboard: bool = Field(True, description="true (write TensorBoard's files in output.dir/tensorboard) or false")
     plot: bool = Field(True, description="true (draw the loss in output.dir/loss.png) or false")
     probe: int = Field(

@@ -11,6 +11,7 @@ from lowrank_dist.backend import apex
 from lowrank_dist.backend.libraries import stale_build_locks
 from lowrank_dist.config import Config
 from lowrank_dist.data.keys import tokenizer_notes
+from lowrank_dist.engine.checkpoint_writer import CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.evaluator import Evaluator, notes_on_best
 from lowrank_dist.engine.forecast import Forecast
@@ -18,7 +19,7 @@ from lowrank_dist.engine.meter import Meter, Stragglers
 from lowrank_dist.engine.reporter import open_reporter
 from lowrank_dist.engine.resume import restore
 from lowrank_dist.engine.run import Run
-from lowrank_dist.engine.saving import CheckpointSaver, CheckpointWriter, Facts, Retention
+from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.engine.trainer import Trainer
 from lowrank_dist.engine.zero import Engine, OptimiserRules, ZeroOptimiser
 from lowrank_dist.formats.provenance import Provenance, fingerprint
@@ -144,6 +145,7 @@ def _checkpoint_writer(run: Run, method: Method, engine: Engine, data: Data) -> 
     text = TextFiles.of_run(config.data.tokenizer or path, path, data.dataset.ends)
     training = {"new_ends": unknown_end_ids(path, text.ends)}
     provenance = Provenance(fingerprint(path), str(path), config.read_keys(), training=training)
-    retention = Retention(config.output.keep_last, config.output.keep_best, config.eval.best)
+    output = config.output
+    retention = Retention(output.keep_last, output.keep_best, config.eval.best, output.publish)
     facts = Facts(provenance, data.state, data.held_out_state, text, run.started_at)
     return CheckpointWriter(run.folder, method, engine.theta.all_shapes(), facts, retention, run.state)

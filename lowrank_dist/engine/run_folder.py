@@ -107,7 +107,7 @@ class RunFolder:
     def saved_run(self) -> list[str]:
         """Return the names of entries that only a run with a checkpoint leaves, and that starting afresh would destroy.
 
-        These are adapter/, which is copied from the last checkpoint, and metrics.jsonl where SAVED exists or the
+        These are adapter/, which is copied from a checkpoint at the end, and metrics.jsonl where SAVED exists or the
         folder of checkpoints is missing. A run that was stopped before its first checkpoint, or whose disk took none,
         leaves none of them and may start again without output.overwrite.
         """

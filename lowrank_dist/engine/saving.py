@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_dist.backend.devices import generator_states
-from lowrank_dist.checkpoint.folder import copy_adapter, step_folders, write_checkpoint
-from lowrank_dist.checkpoint.training_state import LOSS, DataState, TrainingState
-from lowrank_dist.engine.evaluator import History, best_first, label
+from lowrank_dist.checkpoint.training_state import LOSS, TrainingState, parse_state, read_state
+from lowrank_dist.engine.checkpoint_writer import CheckpointWriter, Facts
+from lowrank_dist.engine.evaluator import History
 from lowrank_dist.engine.gathering import Gathering
+from lowrank_dist.engine.resume import Resumption, from_rank_0, restore
 from lowrank_dist.engine.run import Progress, Run
-from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.zero import Engine
-from lowrank_dist.errors import DiskError, OtherRankError, UserError
+from lowrank_dist.errors import DiskError, OtherRankError
 from lowrank_dist.formats.atomic import temporary_name
-from lowrank_dist.formats.provenance import Provenance
+from lowrank_dist.formats.manifest import STATE_FILE
 from lowrank_dist.formats.safetensors_file import write_tensors
-from lowrank_dist.formats.text_files import TextFiles
 from lowrank_dist.generate.metrics import DEFINITION
-from lowrank_dist.methods.method import Method
 from lowrank_dist.supervision.peers import lost_peers
 
 logger = logging.getLogger(__name__)
@@ -38,113 +36,6 @@ _WRITTEN, _REFUSED, _FAILED = range(3)
 # Writes a checkpoint from the stream of its tensors.
 _Write = Callable[[Iterable[Mapping[str, Tensor]]], None]
 _LAST_SECONDS = 15  # time that a failing run waits for a checkpoint that is being written
-
-
-@dataclass(frozen=True)
-class Facts:
-    """The facts of a job that all its checkpoints hold.
-
-    text: the tokenizer and generation files that are saved with what is trained; None for a job without text.
-    started_at: when the run began (`resume.started_at`).
-    """
-
-    provenance: Provenance
-    data: DataState
-    held_out: DataState | None
-    text: TextFiles | None = None
-    started_at: datetime | None = None
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Number of checkpoints to keep: the `last` newest (None: all) and the `best` best ones by the value named `by`."""
-
-    last: int | None
-    best: int
-    by: str
-
-
-class CheckpointWriter:
-    """Writes checkpoints to the disk on one rank, from a stream of unsharded tensors.
-
-    shapes: stored name → shape of the tensors of Θ. summary: text on the steps that the links point to since the last
-    `write`. leftovers: text on old checkpoints that could not be removed. resumed: the state that the run resumes from.
-    """
-
-    def __init__(
-        self,
-        folder: RunFolder,
-        method: Method,
-        shapes: Mapping[str, tuple[int, ...]],
-        facts: Facts,
-        retention: Retention,
-        resumed: TrainingState | None,
-    ) -> None:
-        self.facts, self._folder, self._retention = facts, folder, retention
-        self._method, self._shapes = method, shapes
-        # Steps up to the resumed one. A newer folder did not verify, or the run would have resumed from it.
-        self._saved = [step for step in step_folders(folder.checkpoints) if resumed and step <= resumed.step]
-        self.summary = self.leftovers = ""
-
-    def write(self, stream: Iterable[Mapping[str, Tensor]], state: TrainingState, *, final: bool) -> None:
-        """Write checkpoints/step-N from the tensors that `Gathering.stream` yields; with `final` also adapter/.
-
-        If there was a complete checkpoint, a kill at any point leaves one. Raises DiskError where the disk refuses,
-        UserError for tensors that are untrained or not finite.
-        """
-        try:
-            self._write(stream, state, final)
-        except OSError as error:
-            raise DiskError(f"could not write in {self._folder.checkpoints}: {error}") from error
-
-    def _write(self, stream: Iterable[Mapping[str, Tensor]], state: TrainingState, final: bool) -> None:
-        given, text = self.facts.provenance, self.facts.text
-        provenance = replace(given, training={**given.training, **state.summary()})
-        target, trained = self._folder.checkpoints / f"step-{state.step}", state.loss is not None
-        open_files = partial(self._method.files, provenance=provenance, trained=trained)
-        write_checkpoint(target, open_files, self._shapes, stream, state, text)
-        self._folder.saved.touch()
-        self._saved = [*(step for step in self._saved if step != state.step), state.step]
-        self._folder.point("last", target)
-        values = state.evaluations.get(self._retention.by, {})
-        best = [step for step in best_first(values, self._retention.by) if step in self._saved]
-        if best:
-            self._folder.point("best", self._folder.checkpoints / f"step-{best[0]}")
-        else:
-            # A resumed run with another eval.best: the best checkpoint by the former one may be retired.
-            (self._folder.checkpoints / "best").unlink(missing_ok=True)
-        self._retire(best)
-        if final and not trained:
-            raise UserError(
-                f"{target} holds what the run began with: all of its steps were skipped (train.nonfinite=skip). Lower "
-                "train.lr, or look at the samples"
-            )
-        if final and self._method.published:
-            copy_adapter(target, self._folder.adapter, [*self._method.published, *(text.names if text else ())])
-        logger.info("checkpoint of step %d written to %s", state.step, target)
-        adapter = "adapter/ and " if final and self._method.published else ""
-        self.summary = f"{adapter}checkpoints/last: step {state.step}"
-        if best:
-            self.summary += f"; checkpoints/best: step {best[0]}, {label(self._retention.by)} {values[best[0]]:.4f}"
-
-    def _retire(self, best: list[int]) -> None:
-        if self._retention.last is None:
-            return
-        # The target of the link `best` stays even with keep_best 0, so that the link is never broken.
-        kept = {*sorted(self._saved)[-self._retention.last :], *best[: max(1, self._retention.best)]}
-        failed = []
-        for step in [step for step in self._saved if step not in kept]:
-            self._saved.remove(step)
-            folder = self._folder.checkpoints / f"step-{step}"
-            doomed = temporary_name(folder)
-            try:
-                folder.rename(doomed)  # a kill then leaves a temporary name, not half a checkpoint
-                shutil.rmtree(doomed)
-            except FileNotFoundError:
-                logger.info("%s is gone already: somebody removed it", folder)
-            except OSError as error:  # not fatal: the new checkpoint is written
-                failed.append(f"{folder}: {error}")
-        self.leftovers = f"old checkpoints could not be removed ({'; '.join(failed)}): remove them" if failed else ""
 
 
 @dataclass
@@ -177,7 +68,8 @@ class CheckpointSaver:
         report: shows a line to the user.
         """
         self._folder, self._topology, self._device = run.folder, run.topology, run.backend.device
-        self._optimiser, self._writer, self._history, self._report = engine.optimiser, writer, history, report
+        self._theta, self._optimiser = engine.theta, engine.optimiser
+        self._writer, self._history, self._report = writer, history, report
         self._gathering = Gathering(engine.theta, engine.optimiser, run.topology)
         self._current: _Save | None = None
         self._refusal: str | None = None
@@ -216,8 +108,23 @@ class CheckpointSaver:
         if self._current is not None:
             self._current.thread.join(_LAST_SECONDS)
 
+    def load_published(self) -> None:
+        """Load Θ of the step that adapter/ was copied from, unless it is the last. Collective.
+
+        Raises UserError on every rank where the step's checkpoint cannot be read.
+        """
+
+        def published() -> dict[str, Any]:
+            folder = None if self._writer is None else self._writer.published_before_last()
+            return {} if folder is None else {"folder": str(folder), "state": read_state(folder / STATE_FILE).to_json()}
+
+        found = from_rank_0(published, self._topology)
+        if found:
+            resumption = Resumption(Path(found["folder"]), parse_state(found["state"].encode()), ())
+            restore(resumption, self._theta, self._optimiser, self._topology, self._device)
+
     def keep_probe(self, input_ids: Tensor, logits: Tensor) -> None:
-        """Write probe.safetensors: input_ids [b, s] int64 and the trained model's logits [b, s, V] fp32.
+        """Write probe.safetensors: input_ids [b, s] int64 and the logits [b, s, V] fp32 of what was published.
 
         The result of training is saved by now, so a disk error is only reported.
         """

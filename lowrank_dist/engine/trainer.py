@@ -113,9 +113,18 @@ class Trainer:
         self.saver.save(self.progress, final=True)
         self.saver.finish()
         if config.output.probe:
-            self.saver.keep_probe(*self.evaluator.probe(config.output.probe))
+            self._keep_probe(config.output.probe)
         self.reporter.say(self.meter.summary())
         return True
+
+    def _keep_probe(self, rows: int) -> None:
+        """Write the logits of what was published on a few rows. The result of training is saved by now."""
+        try:
+            self.saver.load_published()
+        except UserError as error:
+            self.reporter.say(f"NO PROBE WAS WRITTEN: {error}")
+            return
+        self.saver.keep_probe(*self.evaluator.probe(rows))
 
     def _step(self, step: int) -> None:
         """Run optimizer step `step`, counted from 0: read, agree, accumulate microbatches, update, report."""

@@ -182,7 +182,8 @@ def test_best_is_the_first_of_the_highest(job: Path, runs: dict[str, Path], tmp_
     # What is kept follows it too, and what is kept says its values.
     said = well(train(job, tmp_path / "kept", LAYOUTS["TP1"], "output.keep_last=1"))
     assert best(tmp_path / "kept") == highest[0] and steps(tmp_path / "kept") == {highest[0], STEPS}
-    assert f"adapter/ and checkpoints/last: step {STEPS}; checkpoints/best: step {highest[0]}, exact_match 1.0" in said
+    assert f"kept/adapter is step {highest[0]} (checkpoints/step-{highest[0]}), the best by exact_match" in said
+    assert f"checkpoints/last: step {STEPS}; checkpoints/best: step {highest[0]}, exact_match 1.0" in said
     folder = tmp_path / "kept/checkpoints" / f"step-{highest[0]}"
     assert read_provenance(folder).training["eval_exact_match"] == 1.0
     kept = state(tmp_path / "kept", STEPS)["eval_metrics"]
@@ -262,12 +263,14 @@ def test_patience(job: Path, runs: dict[str, Path], early: Path) -> None:
     assert steps(early) == set(range(2, end + 1, 2)) and best(early) == first
     assert curve(early) == [record for record in curve(runs["DP2"]) if record["step"] <= end]
     assert same_bits(early, runs["DP2"], end)
-    adapter, last = (early / place / "adapter_model.safetensors" for place in ("adapter", f"checkpoints/step-{end}"))
-    assert adapter.read_bytes() == last.read_bytes()
+    places = ("adapter", f"checkpoints/step-{first}", f"checkpoints/step-{end}")
+    adapter, chosen, last = ((early / place / "adapter_model.safetensors").read_bytes() for place in places)
+    assert adapter == chosen != last
     said = (job.parent / "said").read_text()
     line = f"stopped early at step {end} of {STEPS}: 2 evaluations in a row no better than exact_match 1.0000 of step"
     assert f"{line} {first} (eval.patience 2)" in said
-    assert f"adapter/ and checkpoints/last: step {end}; checkpoints/best: step {first}, exact_match 1.0000" in said
+    assert f"early/adapter is step {first} (checkpoints/step-{first}), the best by exact_match; output.publish" in said
+    assert f"checkpoints/last: step {end}; checkpoints/best: step {first}, exact_match 1.0000" in said
 
 
 def test_patience_survives_a_resume(job: Path, early: Path, tmp_path: Path) -> None:

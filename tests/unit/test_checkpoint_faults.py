@@ -9,8 +9,8 @@ import pytest
 
 from lowrank_dist.checkpoint.folder import newest_checkpoint, read_checkpoint, step_folders
 from lowrank_dist.checkpoint.training_state import TrainingState
+from lowrank_dist.engine.checkpoint_writer import CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.run_folder import RunFolder
-from lowrank_dist.engine.saving import CheckpointWriter, Facts, Retention
 from lowrank_dist.formats.manifest import MANIFEST_FILE, OPTIMIZER_FILE
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from lowrank_dist.checkpoint.folder import export
 from lowrank_dist.engine import saving
+from lowrank_dist.engine.checkpoint_writer import CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.run_folder import RunFolder
-from lowrank_dist.engine.saving import CheckpointSaver, CheckpointWriter, Facts, Retention
+from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.formats.text_files import TextFiles
 from lowrank_dist.merge.merge import merge

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank_dist.checkpoint.folder import read_checkpoint
+from lowrank_dist.checkpoint.inspect_trained import inspect_trained
 from lowrank_dist.checkpoint.training_state import parse_state
 from lowrank_dist.engine import saving
+from lowrank_dist.engine.checkpoint_writer import CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.run import Progress
 from lowrank_dist.engine.run_folder import RunFolder
-from lowrank_dist.engine.saving import CheckpointSaver, CheckpointWriter, Facts, Retention
+from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.errors import DiskError, UserError
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
@@ -87,6 +90,98 @@ def test_a_run_whose_steps_were_skipped_is_saved_and_hands_out_nothing(tmp_path:
         writer.write([untrained], state_of(4), final=False)
     writer.write([tensors_of(4)], state_of(4), final=True)
     assert folder.adapter.is_dir()
+
+
+PUBLISHED = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
+
+
+def _remove(best: Path) -> None:
+    shutil.rmtree(best)
+
+
+def _lose_a_file(best: Path) -> None:
+    (best / WEIGHTS_FILE).unlink()
+
+
+def _damage(best: Path) -> None:
+    data = bytearray((best / WEIGHTS_FILE).read_bytes())
+    data[-1] ^= 1
+    (best / WEIGHTS_FILE).write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("losses", "publish", "spoil", "published", "said"),
+    [
+        (
+            {2: 1.0, 4: 2.0},
+            "best",
+            None,
+            2,
+            "the best by eval loss; output.publish=last takes step 4; checkpoints/last",
+        ),
+        (
+            {2: 1.0, 4: 2.0},
+            "last",
+            None,
+            4,
+            "(checkpoints/step-4), the last; checkpoints/last: step 4; checkpoints/best",
+        ),
+        (
+            {2: 3.0, 4: 2.0},
+            "best",
+            None,
+            4,
+            "the last and the best by eval loss; checkpoints/last: step 4",
+        ),
+        (
+            {0: 1.0, 4: 2.0},
+            "best",
+            None,
+            4,
+            "the last and the best by eval loss; checkpoints/last: step 4",
+        ),
+        ({}, "best", None, 4, "(checkpoints/step-4), the last; checkpoints/last: step 4"),
+        ({2: 1.0, 4: 2.0}, "best", _remove, 4, "the last; step 2 is better and could not be published: "),
+        ({2: 1.0, 4: 2.0}, "best", _lose_a_file, 4, f"{WEIGHTS_FILE} is missing: take another checkpoint"),
+        ({2: 1.0, 4: 2.0}, "best", _damage, 4, f"{WEIGHTS_FILE} is not as it was written"),
+    ],
+)
+def test_adapter_is_the_step_that_publish_says(
+    losses: dict[int, float], publish: Any, spoil: Any, published: int, said: str, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
+    method: Any = SimpleNamespace(published=PUBLISHED, files=lora_files)
+    facts = Facts(Provenance("cd" * 32, "base", {}), state_of(2).data, None)
+    # The fewest checkpoints that may be kept, so that all that can be retired is.
+    writer = CheckpointWriter(folder, method, SHAPES, facts, Retention(1, 0, "loss", publish), None)
+    for step in (2, 4):
+        until = {at: value for at, value in losses.items() if at <= step}
+        writer.write([tensors_of(step)], state_of(step).model_copy(update={"eval_losses": until}), final=False)
+        if step == 2 and spoil is not None:
+            spoil(folder.checkpoints / "step-2")
+    assert not folder.adapter.exists()
+    writer.write([tensors_of(4)], state_of(4).model_copy(update={"eval_losses": losses}), final=True)
+    source = folder.checkpoints / f"step-{published}"
+    assert {path.name for path in folder.adapter.iterdir()} == set(PUBLISHED)
+    assert all((folder.adapter / name).read_bytes() == (source / name).read_bytes() for name in PUBLISHED)
+    assert writer.summary.startswith(f"run/adapter is step {published} (checkpoints/step-{published}), ")
+    assert said in writer.summary
+    assert writer.published_before_last() == (None if published == 4 else source)
+    assert inspect_trained(folder.adapter).facts["step"] == published
+
+
+def test_a_best_step_in_which_nothing_was_trained_is_not_published(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.checkpoints.mkdir(parents=True)
+    method: Any = SimpleNamespace(published=PUBLISHED, files=lora_files)
+    facts = Facts(Provenance("cd" * 32, "base", {}), state_of(2).data, None)
+    writer = CheckpointWriter(folder, method, SHAPES, facts, Retention(None, 1, "loss"), None)
+    untrained = state_of(2).model_copy(update={"loss": None, "eval_losses": {2: 1.0}})
+    writer.write([tensors_of(2)], untrained, final=False)
+    last = state_of(4).model_copy(update={"eval_losses": {2: 1.0, 4: 2.0}})
+    writer.write([tensors_of(4)], last, final=True)
+    assert "run/adapter is step 4" in writer.summary and "step-2 holds what the run began with" in writer.summary
 
 
 @given(

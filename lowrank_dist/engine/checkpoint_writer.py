@@ -1,0 +1,183 @@
+"""Checkpoints of a run on the disk, on rank 0: write, link, retire, and publish one as adapter/."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from lowrank_dist.checkpoint.folder import copy_adapter, step_folders, write_checkpoint
+from lowrank_dist.checkpoint.training_state import DataState, TrainingState
+from lowrank_dist.engine.evaluator import best_first, label
+from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.errors import DiskError, UserError
+from lowrank_dist.formats.atomic import temporary_name
+from lowrank_dist.formats.provenance import Provenance, read_provenance
+from lowrank_dist.formats.text_files import TextFiles
+from lowrank_dist.methods.method import Method
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The facts of a job that all its checkpoints hold.
+
+    text: the tokenizer and generation files that are saved with what is trained; None for a job without text.
+    started_at: when the run began (`resume.started_at`).
+    """
+
+    provenance: Provenance
+    data: DataState
+    held_out: DataState | None
+    text: TextFiles | None = None
+    started_at: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Number of checkpoints to keep: the `last` newest (None: all) and the `best` best ones by the value named `by`.
+
+    publish: the step that adapter/ is copied from, the best where one was evaluated and saved, or the last.
+    """
+
+    last: int | None
+    best: int
+    by: str
+    publish: Literal["best", "last"] = "best"
+
+
+class CheckpointWriter:
+    """Writes checkpoints to the disk on one rank, from a stream of unsharded tensors.
+
+    shapes: stored name → shape of the tensors of Θ. summary: text on the steps that the links point to since the last
+    `write`. leftovers: text on old checkpoints that could not be removed. resumed: the state that the run resumes from.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        method: Method,
+        shapes: Mapping[str, tuple[int, ...]],
+        facts: Facts,
+        retention: Retention,
+        resumed: TrainingState | None,
+    ) -> None:
+        self.facts, self._folder, self._retention = facts, folder, retention
+        self._method, self._shapes = method, shapes
+        # Steps up to the resumed one. A newer folder did not verify, or the run would have resumed from it.
+        self._saved = [step for step in step_folders(folder.checkpoints) if resumed and step <= resumed.step]
+        self.summary = self.leftovers = ""
+        self._published: int | None = None
+
+    def write(self, stream: Iterable[Mapping[str, Tensor]], state: TrainingState, *, final: bool) -> None:
+        """Write checkpoints/step-N from the tensors that `Gathering.stream` yields; with `final` also adapter/.
+
+        If there was a complete checkpoint, a kill at any point leaves one. Raises DiskError where the disk refuses,
+        UserError for tensors that are untrained or not finite.
+        """
+        try:
+            self._write(stream, state, final)
+        except OSError as error:
+            raise DiskError(f"could not write in {self._folder.checkpoints}: {error}") from error
+
+    def _write(self, stream: Iterable[Mapping[str, Tensor]], state: TrainingState, final: bool) -> None:
+        given, text = self.facts.provenance, self.facts.text
+        provenance = replace(given, training={**given.training, **state.summary()})
+        target, trained = self._step_folder(state.step), state.loss is not None
+        open_files = partial(self._method.files, provenance=provenance, trained=trained)
+        write_checkpoint(target, open_files, self._shapes, stream, state, text)
+        self._folder.saved.touch()
+        self._saved = [*(step for step in self._saved if step != state.step), state.step]
+        self._folder.point("last", target)
+        values = state.evaluations.get(self._retention.by, {})
+        best = [step for step in best_first(values, self._retention.by) if step in self._saved]
+        if best:
+            self._folder.point("best", self._step_folder(best[0]))
+        else:
+            # A resumed run with another eval.best: the best checkpoint by the former one may be retired.
+            (self._folder.checkpoints / "best").unlink(missing_ok=True)
+        self._retire(best)
+        if final and not trained:
+            raise UserError(
+                f"{target} holds what the run began with: all of its steps were skipped (train.nonfinite=skip). Lower "
+                "train.lr, or look at the samples"
+            )
+        self.summary = f"checkpoints/last: step {state.step}"
+        if best:
+            self.summary += f"; checkpoints/best: step {best[0]}, {label(self._retention.by)} {values[best[0]]:.4f}"
+        if final and self._method.published:
+            self.summary = f"{self._publish(state.step, best)}; {self.summary}"
+        logger.info("checkpoint of step %d written to %s", state.step, target)
+
+    def published_before_last(self) -> Path | None:
+        """Return the checkpoint that adapter/ was copied from; None where it is the last, or nothing is published."""
+        if self._published is None or self._published == max(self._saved):
+            return None
+        return self._step_folder(self._published)
+
+    def _publish(self, last: int, best: list[int]) -> str:
+        """Copy adapter/ from the checkpoint that output.publish says. Returns which one it is, for the summary.
+
+        best: saved steps, best first. One that somebody removed or damaged, or in which nothing was trained yet, is
+        passed over.
+        """
+        text = self.facts.text
+        names = [*self._method.published, *(text.names if text else ())]
+        passed_over = []
+        for step in [*(best if self._retention.publish == "best" else ()), last]:
+            source = self._step_folder(step)
+            try:
+                if step != last and _is_untrained(source):
+                    raise UserError(f"{source} holds what the run began with")
+                copy_adapter(source, self._folder.adapter, names)
+            except DiskError:
+                raise
+            except UserError as error:
+                if step == last:
+                    raise
+                passed_over.append(f"; step {step} is better and could not be published: {error}")
+                continue
+            self._published = step
+            break
+        assert self._published is not None, "the last step is published, or it raised"
+        names_of = {"the last": last, f"the best by {label(self._retention.by)}": best[0] if best else None}
+        what = " and ".join(name for name, step in names_of.items() if step == self._published)
+        remedy = f"; output.publish=last takes step {last}" if self._published != last else ""
+        where = f"{self._folder.path.name}/adapter is step {self._published}"
+        return f"{where} (checkpoints/step-{self._published}), {what}{remedy}{''.join(passed_over)}"
+
+    def _step_folder(self, step: int) -> Path:
+        return self._folder.checkpoints / f"step-{step}"
+
+    def _retire(self, best: list[int]) -> None:
+        if self._retention.last is None:
+            return
+        # The target of the link `best` stays even with keep_best 0, so that the link is never broken.
+        kept = {*sorted(self._saved)[-self._retention.last :], *best[: max(1, self._retention.best)]}
+        failed = []
+        for step in [step for step in self._saved if step not in kept]:
+            self._saved.remove(step)
+            folder = self._step_folder(step)
+            doomed = temporary_name(folder)
+            try:
+                folder.rename(doomed)  # a kill then leaves a temporary name, not half a checkpoint
+                shutil.rmtree(doomed)
+            except FileNotFoundError:
+                logger.info("%s is gone already: somebody removed it", folder)
+            except OSError as error:  # not fatal: the new checkpoint is written
+                failed.append(f"{folder}: {error}")
+        self.leftovers = f"old checkpoints could not be removed ({'; '.join(failed)}): remove them" if failed else ""
+
+
+def _is_untrained(checkpoint: Path) -> bool:
+    """Return whether every step of a run up to this checkpoint was skipped (train.nonfinite=skip)."""
+    provenance = read_provenance(checkpoint)
+    return provenance is not None and provenance.training.get("loss", 0.0) is None
