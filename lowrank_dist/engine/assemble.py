@@ -13,13 +13,14 @@ from lowrank_dist.config import Config
 from lowrank_dist.data.keys import tokenizer_notes
 from lowrank_dist.engine.checkpoint_writer import CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.datasets import Data
-from lowrank_dist.engine.evaluator import Evaluator, notes_on_best
+from lowrank_dist.engine.evaluator import Evaluator
 from lowrank_dist.engine.forecast import Forecast
 from lowrank_dist.engine.meter import Meter, Stragglers
 from lowrank_dist.engine.reporter import open_reporter
 from lowrank_dist.engine.resume import restore
 from lowrank_dist.engine.run import Run
 from lowrank_dist.engine.saving import CheckpointSaver
+from lowrank_dist.engine.setting_notes import notes_on_best, notes_on_settings
 from lowrank_dist.engine.trainer import Trainer
 from lowrank_dist.engine.zero import Engine, OptimiserRules, ZeroOptimiser
 from lowrank_dist.formats.provenance import Provenance, fingerprint
@@ -99,6 +100,7 @@ def startup_lines(run: Run, method: Method, engine: Engine, data: Data, forecast
     yield forecast.memory_line
     for lock in stale_build_locks():
         yield f"a killed build left {lock}, for which every later build of that extension waits; remove it"
+    yield from notes_on_settings(config, data.stream_range.steps)
     yield from notes_on_best(config, run.state, data.held_out_state)
     trained = engine.theta.elements
     frozen = sum(parameter.numel() for parameter in engine.model.parameters()) - trained

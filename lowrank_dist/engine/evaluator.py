@@ -146,35 +146,3 @@ def outdated_values(config: Config, state: TrainingState | None, held_out: DataS
     if state.metric_definition != DEFINITION:
         return dict.fromkeys(generated, "by an earlier version of lowrank_dist, which counted otherwise")
     return {}
-
-
-def notes_on_best(config: Config, state: TrainingState | None, held_out: DataState | None) -> list[str]:
-    """Return a line for each thing that limits the choice of the best step.
-
-    state: that the run resumes from, or None. held_out: the eval set.
-    """
-    evaluation, save_every, lines = config.eval, config.output.save_every, []
-    if config.data.eval is not None and evaluation.every is not None:
-        both = None if save_every is None else math.lcm(evaluation.every, save_every)
-        if both != evaluation.every:
-            steps = "the last" if both is None else f"one of {both}, {2 * both}, … and the last"
-            lines.append(
-                f"checkpoints/best can only be a step that is both evaluated and saved, {steps}: eval.every is "
-                f"{evaluation.every}, output.save_every {save_every or 'null'}"
-            )
-    if state is None:
-        return lines
-    if not state.evaluations.get(evaluation.best) and any(state.evaluations.values()):
-        lines.append(
-            f"eval.best is {label(evaluation.best)}, which was not measured up to step {state.step}: checkpoints/best "
-            "and eval.patience begin with the next evaluation"
-        )
-    outdated = outdated_values(config, state, held_out)
-    for reason in dict.fromkeys(outdated.values()):
-        names = [label(name) for name in outdated if outdated[name] == reason]
-        begin = "; checkpoints/best and eval.patience begin with the next evaluation"
-        lines.append(
-            f"{', '.join(names)} up to step {state.step} no longer count: they were measured {reason}"
-            f"{begin if evaluation.best in outdated else ''}"
-        )
-    return lines

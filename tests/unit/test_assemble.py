@@ -10,7 +10,8 @@ import pytest
 from lowrank_dist.checkpoint.training_state import DataState, TrainingState
 from lowrank_dist.config import Config
 from lowrank_dist.engine.assemble import build_method
-from lowrank_dist.engine.evaluator import History, notes_on_best, outdated_values
+from lowrank_dist.engine.evaluator import History, outdated_values
+from lowrank_dist.engine.setting_notes import notes_on_best, notes_on_settings
 from lowrank_dist.errors import UserError
 from lowrank_dist.generate.metrics import DEFINITION
 from lowrank_dist.model.load import check_model
@@ -48,6 +49,55 @@ def test_evaluations_that_cannot_be_the_best(every: int | None, save_every: int 
     announced = "checkpoints/best can only be a step that is both evaluated and saved, "
     assert lines == ([announced + said] if said else [])
     assert not notes_on_best(config_of(eval={"every": every}, output=output, data={"train": "t"}), None, None)
+
+
+SAVED = {"output": {"dir": "run", "save_every": 4}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({**SAVED, "eval": {"every": 4, "patience": 2}, "train": {"warmup_steps": 9}}, []),
+        (
+            {**SAVED, "eval": {"every": 4}, "train": {"warmup_steps": 20, "lr": 0.1}},
+            ["train.warmup_steps is 20 and the run has 10 steps: the learning rate rises until the end, to 0.05"],
+        ),
+        (
+            {"eval": {"every": 4}},
+            [
+                "output.save_every is null: the only checkpoint is the one at the end; a run that is killed before "
+                "then starts again"
+            ],
+        ),
+        (
+            {"eval": {"every": 4}, "output": {"dir": "run", "save_every": 10}},
+            [
+                "output.save_every is 10 and the run has 10 steps: the only checkpoint is the one at the end; a run "
+                "that is killed before then starts again"
+            ],
+        ),
+        (SAVED, ["eval.every is null: data.eval is evaluated before the first step and after the last step only"]),
+        (
+            {**SAVED, "eval": {"every": 10, "at_start": False}},
+            ["eval.every is 10 and the run has 10 steps: data.eval is evaluated after the last step only"],
+        ),
+        (
+            {**SAVED, "eval": {"every": 4}, "data": {"train": "t"}},
+            ["eval.every is 4, but data.eval is null: nothing is evaluated"],
+        ),
+        ({**SAVED, "data": {"train": "t"}}, []),
+        (
+            {**SAVED, "eval": {"every": 4, "patience": 3}},
+            ["eval.patience is 3 and has no effect: only 3 evaluations come before the last step"],
+        ),
+        (
+            {**SAVED, "eval": {"every": 9, "patience": 1, "at_start": False}},
+            ["eval.patience is 1 and has no effect: only 1 evaluation comes before the last step"],
+        ),
+    ],
+)
+def test_settings_without_effect_are_said_at_the_start(sections: dict[str, Any], said: list[str]) -> None:
+    assert notes_on_settings(config_of(**sections), 10) == said
 
 
 def test_a_run_that_goes_on_by_another_measure() -> None:
