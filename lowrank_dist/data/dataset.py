@@ -30,7 +30,7 @@ class DropReport:
 
     The line tuples hold the first few line numbers, counted from 1. longest: tokens of the longest sample, dropped ones
     included. ignored_keys: extra JSON key → number of lines that have it. own_bos, own_end: number of samples whose
-    text spells out the BOS or the end token itself (see `Sample`).
+    text spells out the BOS or the end token itself (see `Sample`). whole: False where only the first lines were read.
     """
 
     path: Path
@@ -45,6 +45,7 @@ class DropReport:
     ignored_keys: dict[str, int]
     own_bos: int = 0
     own_end: int = 0
+    whole: bool = True
 
     def summary(self) -> str:
         """Return one line for the log."""
@@ -133,15 +134,17 @@ def load_dataset(
     vocab_size: int,
     virtual_token_ids: Sequence[int] = (),
     use: Use = Use.TRAINING,
+    most: int | None = None,
 ) -> Dataset:
     """Read, tokenise and mask a JSONL file; drop samples over `max_length` tokens or without a target.
 
-    vocab_size: the model's vocabulary without padding rows. virtual_token_ids: ids put before every kept sample;
-    they are no targets and do not count towards max_length. use: purpose of the file; where a line has several
-    completions, the sample is made of the first. Raises UserError for bad lines (see `read_jsonl`), a template or
-    tokenizer that can't be trained on, ids that the model does not have, and a file of which no sample is kept.
+    vocab_size: the model's vocabulary without padding rows. virtual_token_ids: ids put before every kept sample; they
+    are no targets and do not count towards max_length. use: purpose of the file; where a line has several completions,
+    the sample is made of the first. most: number of samples after which to stop reading; None to read the whole file.
+    Raises UserError for bad lines (see `read_jsonl`), a template or tokenizer that can't be trained on, ids that the
+    model does not have, and a file that was read whole and of which no sample is kept.
     """
-    records = read_jsonl(path, use)
+    records = read_jsonl(path, use, most=most)
     kept: list[Sample] = []
     too_long: list[int] = []
     no_target: list[int] = []
@@ -171,8 +174,9 @@ def load_dataset(
         ignored_keys=records.ignored_keys,
         own_bos=own_bos,
         own_end=own_end,
+        whole=records.whole,
     )
-    if not kept:
+    if not kept and records.whole:
         raise UserError(
             f"{report.summary()}. Nothing is left to train on: raise data.max_length (the longest sample has {longest} "
             "tokens), shorten the samples, or give them a completion or an assistant turn"

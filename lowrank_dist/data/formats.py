@@ -28,6 +28,7 @@ from lowrank_dist.untrusted.keys import EMPTY
 
 MAX_PROBLEMS = 20
 _MOST_LINES = 3  # of the lines that share a fault, those named
+_PARQUET = b"PAR1"  # the first bytes of such a file
 # Keys of a line that are compared with the known keys and shown in an error: a line may have 200,000.
 _MOST_KEYS = 20
 # Bytes of UTF-8: half a million tokens of English. Tokenising takes some 250 bytes of memory a byte.
@@ -72,7 +73,7 @@ class Conversation:
 class Records:
     """The content of one file. Exactly one of the two lists is filled; `kind` says which.
 
-    ignored_keys: unknown top-level key → number of lines that have it.
+    ignored_keys: unknown top-level key → number of lines that have it. whole: False where `read_jsonl` stopped early.
     """
 
     path: Path
@@ -80,6 +81,7 @@ class Records:
     completions: list[Completion] = field(default_factory=list)
     conversations: list[Conversation] = field(default_factory=list)
     ignored_keys: dict[str, int] = field(default_factory=dict)
+    whole: bool = True
 
 
 class Problem(Exception):
@@ -87,13 +89,17 @@ class Problem(Exception):
 
 
 def read_jsonl(
-    path: Path, use: Use = Use.TRAINING, check: Callable[[Completion | Conversation], None] = lambda record: None
+    path: Path,
+    use: Use = Use.TRAINING,
+    check: Callable[[Completion | Conversation], None] = lambda record: None,
+    most: int | None = None,
 ) -> Records:
     """Return the checked records of a file.
 
-    check: a further check, which raises `Problem` for a record that it rejects. Raises UserError naming file, line and
-    key for: a file that is missing, empty or not UTF-8, malformed JSON, a key given twice, missing or wrongly typed, an
-    unknown role, an empty completion, two formats in one file.
+    check: a further check, which raises `Problem` for a record that it rejects. most: number of samples after which to
+    stop; None to read the whole file. Raises UserError naming file, line and key for: a file that is missing, empty or
+    not UTF-8, malformed JSON, a key given twice, missing or wrongly typed, an unknown role, an empty completion, two
+    formats in one file.
     """
     if not path.is_file():
         named = "data.train, data.eval, --data and --prompts name a JSONL file"
@@ -105,10 +111,18 @@ def read_jsonl(
     kind: Kind | None = None
     rows: list[Any] = []
     extra: Counter[str] = Counter()
-    faults = _Faults()
+    faults, whole = _Faults(), True
     for number, raw in read_lines(path, "split it, or leave it out", longest=LONGEST_LINE):
         if not raw.strip():
             continue
+        if faults.lines == most:
+            whole = False
+            break
+        if not faults.lines and raw.startswith(_PARQUET):
+            raise UserError(
+                f"{path}: a Parquet file; write it as JSONL, with pandas: "
+                "pd.read_parquet(FILE).to_json(OTHER, orient='records', lines=True, force_ascii=False)"
+            )
         if raw.strip().removeprefix(codecs.BOM_UTF8) == b"[" and not faults.lines:
             raise UserError(
                 f"{path}:{number}: the file is one JSON array; write its objects one a line, without [ and ]"
@@ -126,11 +140,11 @@ def read_jsonl(
         except Problem as problem:
             faults.add(number, str(problem))
     if faults.found:
-        raise UserError("\n".join(faults.rows(path)))
+        raise UserError("\n".join(faults.rows(path, whole)))
     if kind is None:
         raise UserError(f"{path}: the file holds no sample; write one of {FORMATS} a line")
     filled = {"completions": rows} if kind == "completion" else {"conversations": rows}
-    return Records(path, kind, ignored_keys=dict(sorted(extra.items())), **filled)
+    return Records(path, kind, ignored_keys=dict(sorted(extra.items())), whole=whole, **filled)
 
 
 class _Faults:
@@ -151,15 +165,16 @@ class _Faults:
         if len(named) < _MOST_LINES:
             named.append(line)
 
-    def rows(self, path: Path) -> list[str]:
-        rows = [f"{path}{self._place(lines, self._shared[what])}: {what}" for what, lines in self.found.items()]
+    def rows(self, path: Path, whole: bool) -> list[str]:
+        """Return the rows of the error. whole: the file was read to its end."""
+        rows = [f"{path}{self._place(lines, self._shared[what], whole)}: {what}" for what, lines in self.found.items()]
         return rows + [f"... and {self._unnamed} more lines with errors"] * (self._unnamed > 0)
 
-    def _place(self, named: list[int], count: int) -> str:
+    def _place(self, named: list[int], count: int, whole: bool) -> str:
         if count == 1:
             return f":{named[0]}"
         if count == self.lines:
-            return f": all {count:,} lines"
+            return f": all {count:,} lines" if whole else f": the first {count:,} lines"
         *first, last = [str(line) for line in named]
         more = count - len(named)
         return (

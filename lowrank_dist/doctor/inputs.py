@@ -1,23 +1,19 @@
-"""The inputs of a run as this node sees them: configuration, base model, tokenizer, adapter and data."""
+"""The inputs of a run as this node sees them: configuration, base model, tokenizer and adapter."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.doctor.rows import Row, format_size, one_line, plural
+from lowrank_dist.doctor.start import built_method
 from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
     from lowrank_dist.plan.job import Parameters
 
-# Bytes hashed at the beginning, the middle and the end of a data file, so that a node with a different file is detected
-# in less than a second per file.
-SAMPLE_BYTES = 16 * 2**20
 # Bytes per element: fp32 master and two moments of AdamW.
 STATE_BYTES = 12
 THETA = "trained parameters"
@@ -78,6 +74,7 @@ def tokenizer(config: Config) -> list[Row]:
 def theta(config: Config) -> list[Row]:
     """Return a row on the parameters that the run would train."""
     count, start = parameters(config).trained, config.own_section.starts_from
+    built_method(config)
     origin = "" if start is None else f", from {start}"
     return [Row(THETA, "ok", f"{config.method}: {count:,} trainable numbers{origin}", alike=f"{count:,}")]
 
@@ -135,34 +132,3 @@ def layout(config: Config, size: int, local_size: int) -> list[Row]:
         across_nodes=parallel.across_nodes,
     )
     return [Row("parallel layout", "ok", f"{parallel.tensor} tensor × {size // parallel.tensor} data parallel")]
-
-
-def data(config: Config) -> Iterator[Row]:
-    """Yield rows on the data files, which must exist and not be empty. The run checks their lines at its start."""
-    for key in ("train", "eval"):
-        path: Path | None = getattr(config.data, key)
-        if path is None:
-            continue
-        what = f"data.{key}"
-        try:
-            size, digest = _sampled(path)
-        except OSError as error:
-            detail = f"{path}: {error.strerror}; correct {what}, or copy the file to this node"
-            yield Row(what, "missing" if isinstance(error, FileNotFoundError) else "broken", detail)
-            continue
-        if size == 0:
-            yield Row(what, "broken", f"{path}: empty; write one JSON object a line")
-        else:
-            yield Row(
-                what, "ok", f"{path}: {format_size(size)}, digest {digest}", alike=f"{size} bytes, digest {digest}"
-            )
-
-
-def _sampled(path: Path) -> tuple[int, str]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        for start in sorted({0, max(0, (size - SAMPLE_BYTES) // 2), max(0, size - SAMPLE_BYTES)}):
-            file.seek(start)
-            digest.update(file.read(SAMPLE_BYTES))
-    return size, digest.hexdigest()[:12]

@@ -155,16 +155,20 @@ def _network(place: Place | None, gpus: bool) -> list[Row]:
 
 
 def _checks_of_run(config: Config, place: Place | None, probe: Probe | None) -> Iterator[tuple[str, Check]]:
-    from lowrank_dist.doctor import inputs, storage
+    from lowrank_dist.doctor import inputs, start, storage
 
     yield "configuration", partial(inputs.configuration, config)
     yield "model.device", partial(inputs.device, config)
+    yield "engine.kernels", partial(start.kernels, config)
     yield "model folder", partial(inputs.model, config)
+    yield "data.max_length", partial(start.length, config)
     yield "tokenizer", partial(inputs.tokenizer, config)
     yield inputs.THETA, partial(inputs.theta, config)
-    yield "data files", partial(inputs.data, config)
+    yield "data files", partial(start.data, config)
+    yield "eval.generate", partial(start.generation, config)
     if place is not None:
         yield "parallel layout", partial(inputs.layout, config, place.size, place.local_size)
+    yield "output.dir", partial(start.output, config)
     if probe is not None:
         yield "run folder", probe.write
     yield "free disk", partial(storage.space, config, writes=place is None or place.rank == 0)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
+from typing import Literal
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.checkpoint.training_state import DataState, TrainingState
@@ -19,7 +20,7 @@ from lowrank_dist.data.tokenizer import FastTokenizer, Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
 from lowrank_dist.generate.decode import EvaluationParams, check_lengths, evaluate_generation
 from lowrank_dist.generate.metrics import notes_on_references
-from lowrank_dist.generate.prompts import note_on_rewritten, read_prompts
+from lowrank_dist.generate.prompts import Prompt, note_on_rewritten, read_prompts
 from lowrank_dist.generate.sampling import SamplingParams
 from lowrank_dist.generate.texts import stop_tokens
 from lowrank_dist.methods.method import Method
@@ -125,26 +126,17 @@ def build_data(
     resumed: the state that the run resumes from. started_at: the time at which the run began; None for now.
     Raises UserError for samples that cannot be trained on, and for those from which eval.generate cannot generate.
     """
-    vocab = architecture.vocab
     data, train = config.data, config.train
-    # Tokens of the longest sample. A row also holds the virtual tokens; a prefix takes positions but none in a row.
-    longest = data.max_length - method.virtual_positions
     tokenizer = load_tokenizer(data.tokenizer or config.model.path, started_at)
-    split = BatchSplit(
-        train.micro_batch,
-        max_length=longest + len(method.virtual_token_ids),
-        packing=data.packing,
-        dp_rank=topology.dp_rank,
-        dp_size=topology.dp_size,
-        pad_multiple=topology.tp_size if topology.sequence_parallel else 1,
-    )
-    dataset = load_dataset(data.train, tokenizer, longest, vocab, method.virtual_token_ids)
+    pad_multiple = topology.tp_size if topology.sequence_parallel else 1
+    split = split_of(config, method, topology.dp_rank, topology.dp_size, pad_multiple)
+    dataset = read_set(config, "train", tokenizer, method, architecture)
     stream_range = StreamRange.of(train, dataset, resumed)
     loader = Loader(dataset, split, seed=train.seed, global_batch=train.global_batch, end=stream_range.end)
     own_notes = [*note_on_batch(train, len(dataset), stream_range), *_note_on_clock(tokenizer, started_at)]
     if data.eval is None:
         return Data(dataset, loader, stream_range, notes=own_notes)
-    held_out = load_dataset(data.eval, tokenizer, longest, vocab, method.virtual_token_ids, Use.EVALUATION)
+    held_out = read_set(config, "eval", tokenizer, method, architecture)
     split = replace(split, micro_batch=config.eval.micro_batch or train.micro_batch)
     # Nothing is accumulated over an eval batch. Its size decides how many rows of similar length are grouped, and
     # bounds how much is packed and made into tensors at a time.
@@ -152,6 +144,34 @@ def build_data(
     evaluation = partial(eval_batches, held_out, split, global_batch=together)
     generation, notes = _generation(config, method, tokenizer, architecture, topology)
     return Data(dataset, loader, stream_range, held_out, evaluation, generation, [*own_notes, *notes])
+
+
+def read_set(
+    config: Config,
+    key: Literal["train", "eval"],
+    tokenizer: Tokenizer,
+    method: Method,
+    architecture: Architecture,
+    most: int | None = None,
+) -> Dataset:
+    """Return the data set of data.train or data.eval. Raises as `load_dataset` does; most: as there."""
+    path, use = (config.data.train, Use.TRAINING) if key == "train" else (config.data.eval, Use.EVALUATION)
+    assert path is not None, "the configuration has no data.eval"
+    # Tokens of the longest sample. A row also holds the virtual tokens; a prefix takes positions but none in a row.
+    longest = config.data.max_length - method.virtual_positions
+    return load_dataset(path, tokenizer, longest, architecture.vocab, method.virtual_token_ids, use, most)
+
+
+def split_of(config: Config, method: Method, dp_rank: int, dp_size: int, pad_multiple: int) -> BatchSplit:
+    """Return the split of training batches."""
+    return BatchSplit(
+        config.train.micro_batch,
+        max_length=config.data.max_length - method.virtual_positions + len(method.virtual_token_ids),
+        packing=config.data.packing,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        pad_multiple=pad_multiple,
+    )
 
 
 def note_on_batch(train: TrainConfig, samples: int, stream_range: StreamRange) -> list[str]:
@@ -179,27 +199,44 @@ def _generation(
 
     It is prepared here so that every error in its configuration and prompts is found before training begins.
     """
-    asked = config.eval.generate
-    if asked is None:
+    if config.eval.generate is None:
         return None, ()
-    assert config.data.eval is not None, "there is nothing to generate for without an eval set"
-    try:
-        sampling = SamplingParams(asked.max_new_tokens, batch=asked.batch, stop=tuple(asked.stop))
-        params = EvaluationParams(tuple(asked.metrics), sampling)
-        stops = stop_tokens(config.model.path, tokenizer)
-        samples = read_prompts(
-            config.data.eval, tokenizer, stops, vocab=architecture.vocab, references=True, stop=asked.stop
-        )
-        samples = samples[: asked.samples]
-        check_lengths(samples, architecture.max_positions - method.virtual_positions)
-    except UserError as error:
-        raise UserError(f"eval.generate: {error}") from error
+    params, samples = generation_prompts(config, method, tokenizer, architecture)
 
     def generation(model: CausalLM, progress: Callable[[int], None]) -> dict[str, float]:
         return evaluate_generation(model, tokenizer, samples, params, topology, progress)
 
     notes = notes_on_references(params.metrics, [sample.references for sample in samples])
     return generation, [*note_on_rewritten(samples), *notes]
+
+
+def generation_prompts(
+    config: Config, method: Method, tokenizer: Tokenizer, architecture: Architecture, most: int | None = None
+) -> tuple[EvaluationParams, list[Prompt]]:
+    """Return the settings and the prompts of eval.generate. most: as in `load_dataset`.
+
+    Raises UserError for samples from which the model cannot generate, and for metrics that cannot be computed.
+    """
+    asked = config.eval.generate
+    assert asked is not None and config.data.eval is not None, "there is nothing to generate for"
+    try:
+        sampling = SamplingParams(asked.max_new_tokens, batch=asked.batch, stop=tuple(asked.stop))
+        params = EvaluationParams(tuple(asked.metrics), sampling)
+        stops = stop_tokens(config.model.path, tokenizer)
+        samples = read_prompts(
+            config.data.eval,
+            tokenizer,
+            stops,
+            vocab=architecture.vocab,
+            references=True,
+            stop=asked.stop,
+            most=most,
+        )
+        samples = samples[: asked.samples]
+        check_lengths(samples, architecture.max_positions - method.virtual_positions)
+    except UserError as error:
+        raise UserError(f"eval.generate: {error}") from error
+    return params, samples
 
 
 def _state(dataset: Dataset) -> DataState:

@@ -58,13 +58,14 @@ def read_prompts(
     vocab: int,
     references: bool,
     stop: Sequence[str] = (),
+    most: int | None = None,
 ) -> list[Prompt]:
     """Return the prompts of a JSONL file (`read_jsonl`), in file order.
 
     For messages the prompt is everything before the assistant's last turn; without references, messages that end with
     another role are a prompt for the turn that follows. The template's end-of-turn token, which training trains, is a
     stop token as well. references: every line must have a reference, and each is cut like a completion at the first of
-    the texts in `stop`.
+    the texts in `stop`. most: number of samples after which to stop reading.
 
     Raises UserError for a file with invalid lines (all are listed), an empty prompt, and ids that the model (of `vocab`
     tokens) does not have.
@@ -77,7 +78,7 @@ def read_prompts(
         elif references and not _turns(record):
             raise Problem("'messages' has none of the assistant to hold the model's against: add it")
 
-    records = read_jsonl(path, Use.EVALUATION if references else Use.GENERATION, check)
+    records = read_jsonl(path, Use.EVALUATION if references else Use.GENERATION, check, most)
     if records.kind == "completion":
         prompts = _plain(records.completions, path, tokenizer, stop_ids, references)
     else:

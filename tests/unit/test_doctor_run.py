@@ -22,9 +22,11 @@ from typer.testing import CliRunner
 from lowrank_dist.backend import devices
 from lowrank_dist.cli.main import app
 from lowrank_dist.config import load_config
-from lowrank_dist.doctor import inputs, storage
+from lowrank_dist.data.formats import read_jsonl
+from lowrank_dist.doctor import inputs, start, storage
 from lowrank_dist.doctor.storage import Probe, unseen_probes
 from lowrank_dist.errors import UserError
+from lowrank_dist.ops import extension
 from tests.integration.launching import (
     LAUNCHER_VARIABLES,
     ROOT,
@@ -47,6 +49,7 @@ def config(tmp_path: Path) -> Path:
         "data": {
             "train": write_jsonl(tmp_path / "train.jsonl", samples(8)),
             "eval": write_jsonl(tmp_path / "eval.jsonl", samples(2)),
+            "max_length": 64,
         },
         "output": {"dir": tmp_path / "runs" / "first"},
     }
@@ -157,6 +160,26 @@ def empty_data(place: Path) -> None:
     (place / "train.jsonl").write_text("")
 
 
+def sharegpt(place: Path) -> None:
+    write_jsonl(place / "train.jsonl", [{"conversations": [{"from": "human", "value": "Hi"}]}])
+
+
+def parquet(place: Path) -> None:
+    (place / "eval.jsonl").write_bytes(b"PAR1\x15\x04\x15\x10" + bytes(range(256)))
+
+
+def no_template(place: Path) -> None:
+    settings = json.loads((place / "base/tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (place / "base/tokenizer_config.json").write_text(json.dumps(settings))
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    write_jsonl(place / "train.jsonl", [{"messages": turns}])
+
+
+def a_run(place: Path) -> None:
+    (place / "runs/first/checkpoints").mkdir(parents=True)
+
+
 def nothing(place: Path) -> None:
     pass
 
@@ -173,7 +196,13 @@ def nothing(place: Path) -> None:
         (nothing, "lora.targets=[qproj]", "trained parameters", "broken", "matches no linear"),
         (nothing, "data.train=/no/data.jsonl", "data.train", "missing", "No such file"),
         (nothing, "data.eval=/tmp", "data.eval", "broken", "Is a directory"),
-        (empty_data, None, "data.train", "broken", "empty; write one JSON object a line"),
+        (empty_data, None, "data.train", "broken", "the file holds no sample; write one of"),
+        (sharegpt, None, "data.train", "broken", "train.jsonl:1: no key 'prompt', 'completion' or 'messages'"),
+        (parquet, None, "data.eval", "broken", "eval.jsonl: a Parquet file"),
+        (no_template, None, "data.train", "broken", "has no chat template"),
+        (nothing, "data.max_length=65", "data.max_length", "broken", "longer than the model's 64 positions"),
+        (nothing, "data.max_length=3", "data.train", "broken", "Nothing is left to train on: raise data.max_length"),
+        (a_run, None, "output.dir", "broken", "already holds a run (checkpoints)"),
         (nothing, "output.dir={config}/run", "run folder", "broken", "is a file; choose a folder"),
     ],
 )
@@ -186,6 +215,47 @@ def test_a_planted_fault_is_found(
     found = rows(config, *([change.format(config=config)] if change else []), code=1)
     assert found[what]["state"] == state and said in found[what]["detail"]
     assert snapshot(tmp_path) == before
+
+
+def test_faults_of_lines_are_those_of_the_run(config: Path, tmp_path: Path) -> None:
+    rows_of_file: list[Any] = [{"prompt": "a", "completion": 1}, *samples(3), {"messages": []}]
+    path = write_jsonl(tmp_path / "train.jsonl", rows_of_file)
+    with pytest.raises(UserError) as refusal:
+        read_jsonl(path)
+    table = json.loads(run(config, "--json").stdout)["rows"]
+    assert [row["detail"] for row in table if row["what"] == "data.train"] == str(refusal.value).splitlines()
+    assert len(str(refusal.value).splitlines()) == 2
+
+
+def test_of_a_large_file_the_first_samples_are_read(config: Path, tmp_path: Path) -> None:
+    large = [*samples(start.SAMPLES), {"prompt": 1}]
+    write_jsonl(tmp_path / "train.jsonl", large)
+    assert f"of the first {start.SAMPLES} samples: {start.SAMPLES} fit" in rows(config)["data.train"]["detail"]
+    # None of those first fits, but one that follows may.
+    long = [{"prompt": "x" * 80, "completion": "y"}] * start.SAMPLES
+    write_jsonl(tmp_path / "train.jsonl", [*long, *samples(1)])
+    row = rows(config)["data.train"]
+    assert row["state"] == "warning" and f"0 fit and have targets, {start.SAMPLES} are over 64" in row["detail"]
+    # Control: the whole file is read where it is no longer than the sample.
+    write_jsonl(tmp_path / "train.jsonl", long)
+    assert rows(config, code=1)["data.train"]["state"] == "broken"
+
+
+def test_what_eval_generate_refuses(config: Path, tmp_path: Path) -> None:
+    asked = "eval.generate={metrics: [rouge_l]}"
+    assert rows(config, asked)["eval.generate"]["detail"] == "the first 2 prompts can be completed"
+    assert "eval.generate" not in rows(config)
+    write_jsonl(tmp_path / "eval.jsonl", [*samples(1), {"prompt": "x" * 70, "completion": "y"}])
+    assert "eval.jsonl:2 (70 tokens)" in rows(config, asked, code=1)["eval.generate"]["detail"]
+
+
+def test_compiled_kernels_that_are_demanded(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = load_config([str(config), "engine.kernels=compiled"])
+    monkeypatch.setattr(extension, "why_not_on", lambda device: None)
+    assert start.kernels(asked)[0].state == "ok" and start.kernels(load_config([str(config)])) == []
+    monkeypatch.setattr(extension, "why_not_on", lambda device: f"none for {device}")
+    with pytest.raises(UserError, match="compiled operators for cpu are demanded .engine.kernels., but none for cpu"):
+        start.kernels(asked)
 
 
 def test_a_gpu_that_is_asked_for_and_not_there(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

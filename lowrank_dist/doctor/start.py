@@ -1,0 +1,182 @@
+"""Checks with the code that a run starts with: what `launch/train.py` refuses before its first step is found here too.
+
+Megatron is imported by these checks and not at the top of the file: doctor also looks at machines where it is broken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from lowrank_dist.arch.config_json import read_architecture
+from lowrank_dist.doctor.rows import Row, State, format_size
+from lowrank_dist.errors import UserError
+
+if TYPE_CHECKING:
+    from lowrank_dist.arch.architecture import Architecture
+    from lowrank_dist.config import Config
+    from lowrank_dist.data.tokenizer import Tokenizer
+    from lowrank_dist.methods.method import Method
+
+# Bytes hashed at the beginning, the middle and the end of a data file, so that a node with a different file is detected
+# in less than a second per file.
+SAMPLE_BYTES = 16 * 2**20
+# Samples of each data file that are tokenised: seconds, however large the file is.
+SAMPLES = 2000
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Import Megatron and transformers in the block without their messages."""
+    from lowrank_dist.backend.libraries import lasting, quiet_libraries
+
+    quiet_libraries()
+    with lasting():
+        yield
+
+
+def kernels(config: Config) -> list[Row]:
+    """Return a row on engine.kernels where it demands compiled operators; none where it does not."""
+    if config.engine.kernels != "compiled":
+        return []
+    from lowrank_dist.backend.devices import gpus
+    from lowrank_dist.ops import extension
+
+    device = config.model.device
+    if device == "auto":
+        try:
+            gpus()
+            device = "cuda"
+        except RuntimeError:
+            device = "cpu"
+    extension.demand(device)
+    return [Row("engine.kernels", "ok", extension.describe(device))]
+
+
+def length(config: Config) -> list[Row]:
+    """Return a row on data.max_length, which the model's positions bound."""
+    with _quietly():
+        from lowrank_dist.model.load import check_length
+
+    try:
+        architecture = read_architecture(config.model.path)
+    except UserError:  # it has a row of its own
+        return []
+    check_length(architecture, config.model.path, config.data.max_length)
+    positions = f"{config.data.max_length} of the model's {architecture.max_positions} positions"
+    return [Row("data.max_length", "ok", positions)]
+
+
+def built_method(config: Config) -> tuple[Method, Architecture]:
+    """Return the run's method, built for its model. Raises UserError where the run's own start does."""
+    from lowrank_dist.methods.registry import method_package
+
+    with _quietly():
+        from lowrank_dist.methods.method import Setting
+
+        package = method_package(config.method)
+        build = package.builder.build
+    path = config.model.path
+    section, architecture = package.files.complete(config.own_section, path), read_architecture(path)
+    setting = Setting(config.method, path, config.train.seed, config.data.max_length, config.engine.lanes)
+    return build(section, setting, architecture), architecture
+
+
+def output(config: Config) -> list[Row]:
+    """Return a row on output.dir, which must hold no run that this one would neither resume nor may remove."""
+    from lowrank_dist.engine.run_folder import RunFolder
+
+    path = config.output.dir
+    folder = RunFolder.prepare(path, config.train.resume, config.inputs, overwrite=config.output.overwrite)
+    held = "holds a run" if folder.config.exists() else "holds no run"
+    return [Row("output.dir", "ok", f"{path}: {held}; train.resume={config.train.resume}")]
+
+
+def data(config: Config) -> Iterator[Row]:
+    """Yield rows on the data files: they must exist, and the run's own readers must take their first samples."""
+    readers: _Readers | Literal["unread", "broken"] = "unread"
+    keys: tuple[Literal["train", "eval"], ...] = ("train", "eval")
+    for key in keys:
+        path: Path | None = getattr(config.data, key)
+        if path is None:
+            continue
+        what = f"data.{key}"
+        try:
+            size, digest = _hashed(path)
+        except OSError as error:
+            detail = f"{path}: {error.strerror}; correct {what}, or copy the file to this node"
+            yield Row(what, "missing" if isinstance(error, FileNotFoundError) else "broken", detail)
+            continue
+        if readers == "unread":
+            readers = _Readers.of(config) or "broken"
+        state: State = "ok"
+        said = "not read further: see what is broken above"
+        if isinstance(readers, _Readers):
+            try:
+                state, said = readers.read(key)
+            except UserError as error:
+                # As the run reports them: a line for each bad line of the file.
+                yield from (Row(what, "broken", line) for line in str(error).splitlines())
+                continue
+        alike = f"{size} bytes, digest {digest}"
+        yield Row(what, state, f"{path}: {format_size(size)}, digest {digest}; {said}", alike=alike)
+
+
+def generation(config: Config) -> list[Row]:
+    """Return a row on the first prompts of eval.generate; none without it, or where what reads them is broken."""
+    readers = _Readers.of(config) if config.eval.generate is not None else None
+    if readers is None:
+        return []
+    from lowrank_dist.engine.datasets import generation_prompts
+
+    _, samples = generation_prompts(config, readers.method, readers.tokenizer, readers.architecture, SAMPLES)
+    return [Row("eval.generate", "ok", f"the first {len(samples)} prompts can be completed")]
+
+
+@dataclass(frozen=True)
+class _Readers:
+    """What a run reads its data with."""
+
+    config: Config
+    tokenizer: Tokenizer
+    method: Method
+    architecture: Architecture
+
+    @classmethod
+    def of(cls, config: Config) -> _Readers | None:
+        """Return them; None where one of them is broken, which has a row of its own."""
+        from lowrank_dist.data.tokenizer import load_tokenizer
+
+        try:
+            return cls(config, load_tokenizer(config.data.tokenizer or config.model.path), *built_method(config))
+        except UserError:
+            return None
+
+    def read(self, key: Literal["train", "eval"]) -> tuple[State, str]:
+        """Return the state of a data set's first samples, and how many can be trained on. Raises as the run does."""
+        with _quietly():
+            from lowrank_dist.engine.datasets import read_set
+
+        report = read_set(self.config, key, self.tokenizer, self.method, self.architecture, SAMPLES).report
+        which = f"{report.total} samples" if report.whole else f"of the first {report.total} samples"
+        said = f"{which}: {report.kept} fit and have targets"
+        if report.too_long or report.no_target:
+            said += f", {report.too_long} are over {report.max_length} tokens, {report.no_target} have no target"
+        if not report.kept:
+            said += "; `lowrank-dist data CONFIG` reads the whole file"
+        return "ok" if report.kept else "warning", said
+
+
+def _hashed(path: Path) -> tuple[int, str]:
+    """Return the size of a file and a digest of parts of it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        for start in sorted({0, max(0, (size - SAMPLE_BYTES) // 2), max(0, size - SAMPLE_BYTES)}):
+            file.seek(start)
+            digest.update(file.read(SAMPLE_BYTES))
+    return size, digest.hexdigest()[:12]
