@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from lowrank_dist.checkpoint.training_state import LOSS, TrainingState, parse_state
+from lowrank_dist.engine.checkpoint_writer import CheckpointWriter, Facts, Retention
 from lowrank_dist.engine.evaluator import History, best_first
 from lowrank_dist.engine.run_folder import RunFolder
-from lowrank_dist.engine.saving import CheckpointWriter, Facts, Retention
 from lowrank_dist.formats.provenance import Provenance
 from tests.unit.test_checkpoint_faults import StandIn
 from tests.unit.test_checkpoint_folder import SHAPES, state_of, tensors_of
