@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperGroup
 
 from lowrank_dist import __version__
+from lowrank_dist.cli.data import data_command
 from lowrank_dist.cli.decode import evaluate_command, generate_command
 from lowrank_dist.cli.doctor import doctor_command
 from lowrank_dist.cli.plan import plan_command
@@ -44,6 +45,7 @@ class _Commands(TyperGroup):
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.command("merge")(merge_command)
 app.command("config")(config_command)
+app.command("data")(data_command)
 app.command("doctor")(doctor_command)
 app.command("evaluate")(evaluate_command)
 app.command("inspect")(inspect_command)

@@ -84,16 +84,21 @@ def make_rows(lengths: Sequence[int], max_length: int, packing: bool) -> list[li
     return rows
 
 
+def padded_length(longest: int, pad_multiple: int) -> int:
+    """Return the longest row's length rounded up to pad_multiple, at least one multiple."""
+    return -(-max(longest, 1) // pad_multiple) * pad_multiple
+
+
 def build_microbatch(
     rows: Sequence[Sequence[tuple[int, Sample]]], *, max_length: int, packing: bool, pad_multiple: int
 ) -> Microbatch:
     """Return the microbatch of rows of (number in the global batch, sample); an empty row is padding only.
 
-    s is the longest row rounded up to pad_multiple, at least one multiple.
+    s is `padded_length` of the longest row.
     """
     b = len(rows)
     longest = max((sum(len(sample.tokens) for _, sample in row) for row in rows), default=0)
-    s = -(-max(longest, 1) // pad_multiple) * pad_multiple
+    s = padded_length(longest, pad_multiple)
     input_ids = np.zeros((b, s), np.int64)
     position_ids = np.zeros((b, s), np.int64)
     dropout_rows = np.zeros((s, b), np.int64)
@@ -167,12 +172,7 @@ class BatchSplit:
     def batch(self, dataset: Dataset, numbers: np.ndarray, epoch: float) -> StepBatch:
         """Return this rank's share of the global batch of the samples `numbers`."""
         lengths = dataset.lengths[numbers]
-        rows = make_rows(lengths.tolist(), self.max_length, self.packing)
-        # Put rows of similar length side by side: it reduces padding and balances the ranks, and does not change the
-        # loss. The sort is stable, so the order depends on the batch alone.
-        rows.sort(key=lambda row: -int(lengths[row].sum()))
-        group = self.micro_batch * self.dp_size
-        rows += [[] for _ in range(-len(rows) % group)]
+        rows, group = self._rows(lengths), self.micro_batch * self.dp_size
         ours = self.dp_rank * self.micro_batch
         microbatches = [
             build_microbatch(
@@ -186,6 +186,21 @@ class BatchSplit:
         targets, tokens = int(dataset.targets[numbers].sum()), int(lengths.sum())
         squares = int(np.square(lengths).sum())
         return StepBatch(microbatches, len(numbers), targets, tokens, squares, epoch)
+
+    def positions(self, lengths: np.ndarray) -> int:
+        """Return the positions of a global batch on all ranks, padding included. lengths [n]: of its samples."""
+        rows, b = self._rows(lengths), self.micro_batch
+        longest = (max(int(lengths[row].sum()) for row in rows[at : at + b]) for at in range(0, len(rows), b))
+        return sum(b * padded_length(length, self.pad_multiple) for length in longest)
+
+    def _rows(self, lengths: np.ndarray) -> list[list[int]]:
+        """Return the samples of each row, longest row first, with empty rows up to whole microbatches of all ranks."""
+        rows = make_rows(lengths.tolist(), self.max_length, self.packing)
+        # Put rows of similar length side by side: it reduces padding and balances the ranks, and does not change the
+        # loss. The sort is stable, so the order depends on the batch alone.
+        rows.sort(key=lambda row: -int(lengths[row].sum()))
+        rows += [[] for _ in range(-len(rows) % (self.micro_batch * self.dp_size))]
+        return rows
 
 
 class Loader:
