@@ -18,8 +18,8 @@ DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
 # Both libraries; without the one for this device nothing that follows would mean anything.
 _BUILT = """
 import sys
-from lowrank_dist.ops.extension import demand, describe
-demand(sys.argv[1])
+from lowrank_dist.ops.extension import describe, require_compiled
+require_compiled(sys.argv[1])
 print(describe(sys.argv[1]))
 """
 
