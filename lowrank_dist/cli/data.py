@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowrank_dist.cli.decode import loading
+from lowrank_dist.cli.decode import silence_megatron
 from lowrank_dist.terminal import escape_all, open_console, put, say
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def data_command(
     from lowrank_dist.config import load_config
 
     run = load_config([config, *(overrides or [])])
-    with loading():
+    with silence_megatron():
         from lowrank_dist.engine.data_report import report_on_data
 
     found = report_on_data(run, samples)

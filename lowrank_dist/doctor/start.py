@@ -32,10 +32,10 @@ SAMPLES = 2000
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Import Megatron and transformers in the block without their messages."""
-    from lowrank_dist.backend.libraries import lasting, quiet_libraries
+    from lowrank_dist.backend.libraries import exempt_from_gc, quiet_libraries
 
     quiet_libraries()
-    with lasting():
+    with exempt_from_gc():
         yield
 
 
@@ -53,7 +53,7 @@ def kernels(config: Config) -> list[Row]:
             device = "cuda"
         except RuntimeError:
             device = "cpu"
-    extension.demand(device)
+    extension.require_compiled(device)
     return [Row("engine.kernels", "ok", extension.describe(device))]
 
 
