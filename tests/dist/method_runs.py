@@ -55,7 +55,7 @@ _AROUND_1 = ("norm.weight", "lora_magnitude_vector")
 
 @dataclass(frozen=True)
 class MethodSetting(Setting):
-    """name: a key of METHODS. use_drawn_values: take whole tensors of `drawn_values` in place of the method's own start.
+    """name: a key of METHODS. use_drawn_values: start from the tensors of `drawn_values`, not from the method's.
 
     logit_bytes: largest block of logits, 0 for the usual one.
     """

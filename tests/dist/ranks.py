@@ -29,7 +29,7 @@ from tests.forked import DEVICE
 TIMEOUT = 90
 _device: Any = None
 _worlds: dict[int, World] = {}
-# Every World that is not closed. What is left when the interpreter ends is waited for, and a stopped rank waits for ever.
+# Every World that is not closed: the interpreter waits at its end for what is left, and a stopped rank never ends.
 _open: set[World] = set()
 _topologies: dict[int, tuple[Any, dict[str, Any]]] = {}
 

@@ -11,7 +11,7 @@ import torch
 from tests.dist import ranks
 from tests.dist.ranks import run_ranks
 from tests.dist.test_twins import TOLERANCE
-from tests.dist.tiny_runs import Setting, build, forward_backward, microbatches, train, max_relative_error
+from tests.dist.tiny_runs import Setting, build, forward_backward, max_relative_error, microbatches, train
 from tests.tiny_models import make_tiny
 
 

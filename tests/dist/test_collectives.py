@@ -109,7 +109,11 @@ def count_frozen_and_adapted(folders: dict[str, str], sequence: bool, recompute:
     topology = ranks.topology(dist.get_world_size(), sequence)
     counts: dict[str, Any] = {}
     for family in FAMILIES:
-        for targets, fuse_factors in ((None, False), *((chosen, False) for chosen in TARGETS[family]), ("all-linear", True)):
+        for targets, fuse_factors in (
+            (None, False),
+            *((chosen, False) for chosen in TARGETS[family]),
+            ("all-linear", True),
+        ):
             model = build(folders[family], topology, targets, recompute, fuse_factors)
             train_embedding(model)
             phases = [[(call.kind, call.bytes) for call in phase.calls] for phase in count(model)]

@@ -34,7 +34,9 @@ def poison(model: torch.nn.Module) -> None:
         update.gain.fill_(torch.nan)
 
 
-def losses_around_a_step(folder: str, poisoned: bool, refreshing: bool) -> tuple[float, float, dict[tuple[str, str], int]]:
+def losses_around_a_step(
+    folder: str, poisoned: bool, refreshing: bool
+) -> tuple[float, float, dict[tuple[str, str], int]]:
     """One rank: the loss before and after a step of the engine, and the messages of the step."""
     from lowrank_dist.engine.zero import Engine, OptimiserRules, ZeroOptimiser
     from lowrank_dist.parallel.counting import count_collectives
@@ -42,7 +44,9 @@ def losses_around_a_step(folder: str, poisoned: bool, refreshing: bool) -> tuple
     setting = MethodSetting(folder, 2, True, name="dora")
     built = build(setting)
     built.model.eval()
-    optimiser = ZeroOptimiser(built.theta.parameters, built.topology, OptimiserRules(1, 0.5, None, 0.0, (0.9, 0.999), 1e-3))
+    optimiser = ZeroOptimiser(
+        built.theta.parameters, built.topology, OptimiserRules(1, 0.5, None, 0.0, (0.9, 0.999), 1e-3)
+    )
     engine = Engine(built.model, built.theta, optimiser, ranks.device())
     (batch, *_), targets = _batches(built, setting)
     before = optimiser.accumulate(lambda: _loss(built, batch), 1 / targets, True).item()
@@ -71,11 +75,12 @@ def test_all_norms_are_one_reduction(folder: str) -> None:
 
 def starts(folder: str, adapter: str) -> dict[str, float]:
     """One rank: the loss at the start, from an adapter whose norms nobody has computed yet, and the base's."""
+    from unittest import mock
+
     from lowrank_dist.config import Config
     from lowrank_dist.engine.assemble import build_method
     from lowrank_dist.engine.resume import complete
     from lowrank_dist.methods.lora import method as lora_method
-    from unittest import mock
 
     found = {}
     for name, kept in (("init_from", True), ("stale", False)):
@@ -92,7 +97,9 @@ def starts(folder: str, adapter: str) -> dict[str, float]:
         assert config.lora.dora
         refresh = lora_method.refresh_norms if kept else lambda *_: None
         with mock.patch.object(lora_method, "refresh_norms", refresh):
-            built.theta = build_method(config, built.model.architecture).attach(built.model, built.topology, resumed=False)
+            built.theta = build_method(config, built.model.architecture).attach(
+                built.model, built.topology, resumed=False
+            )
         found[name] = _loss(built, batches[0]).item()
     return found
 

@@ -1,4 +1,4 @@
-"""What befalls a forked rank or program is reported, and what a fork has in common with others is what is said of it."""
+"""Faults of forked ranks and programs are reported, and forks share what tests/forked.py says they share."""
 
 from __future__ import annotations
 
@@ -202,9 +202,10 @@ def test_programs_are_what_a_new_interpreter_makes_of_them(program: Path, kind: 
 
 def test_output_of_a_launcher_that_is_not_text_hides_nothing(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WHO", "3")
-    assert launched([sys.executable, program, "bytes"])[:2] == forked.run_programs(
-        [program, "bytes"], [{**os.environ}], seconds=60
-    )[0][:2]
+    assert (
+        launched([sys.executable, program, "bytes"])[:2]
+        == forked.run_programs([program, "bytes"], [{**os.environ}], seconds=60)[0][:2]
+    )
 
 
 def test_a_program_that_is_killed_or_hangs(program: Path) -> None:
@@ -218,7 +219,10 @@ def test_a_program_that_is_killed_or_hangs(program: Path) -> None:
 
 def test_one_that_fails_is_shown_though_another_waits_for_it(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forked, "AFTER_A_FAILURE", 1.0)
-    said = r"(?s)\[0\] of 2 still run 1 s after.*process 0: did not end.*process 1: ended with code 3\nargument one fails 3"
+    said = (
+        r"(?s)\[0\] of 2 still run 1 s after.*process 0: did not end.*"
+        r"process 1: ended with code 3\nargument one fails 3"
+    )
     with pytest.raises(TimeoutError, match=said):
         forked.run_programs([program, "one fails"], [{"WHO": "0"}, {"WHO": "3"}], seconds=300)
 
@@ -269,7 +273,9 @@ def test_a_module_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(code)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = subprocess.run(
+        [sys.executable, script], env=environment, capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
     assert "the fork server has not loaded tests.preloaded: " in done.stdout + done.stderr, done
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank_dist.methods.lora.factors import AdaptedLinear, shards_of
 from lowrank_dist.arch.placement import FactorSpec, LinearPlacement
 from lowrank_dist.arch.rows import LinearLayout, Part
+from lowrank_dist.methods.lora.factors import AdaptedLinear, shards_of
 from lowrank_dist.ops.mask import Mask, quantise
 from tests.dist import ranks
 from tests.dist.ranks import run_ranks
@@ -66,7 +66,8 @@ def linear_operands(layout: LinearLayout, zero_b: bool) -> dict[str, Any]:
         "w": [draw(part.rows, HIDDEN) for part in layout.parts],
         "bias": draw(layout.out_features),
         "theta": {
-            spec.path: (draw(spec.adapter_rank, HIDDEN), draw(spec.rows, spec.adapter_rank) * (0 if zero_b else 1)) for spec in specs
+            spec.path: (draw(spec.adapter_rank, HIDDEN), draw(spec.rows, spec.adapter_rank) * (0 if zero_b else 1))
+            for spec in specs
         },
         "rows": torch.randperm(1000, generator=generator)[: S * B].view(S, B) + 2**33,
     }

@@ -18,18 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from lowrank_dist.methods.bottleneck.files import BottleneckConfig, places, stored_shapes
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
-from lowrank_dist.plan.hardware import GPUS
-from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.sections.section import MethodName
-from lowrank_dist.plan.job import Footprint, Job, Layout
-from lowrank_dist.plan.layouts import Candidate, Cluster
+from lowrank_dist.engine.planning import Request, find_model, job_of, read_request
+from lowrank_dist.methods.bottleneck.files import BottleneckConfig, places, stored_shapes
 from lowrank_dist.methods.registry import Sizes, footprints_beside, method_package
 from lowrank_dist.plan.describe import MethodPlan, compare
+from lowrank_dist.plan.hardware import GPUS
+from lowrank_dist.plan.job import Footprint, Job, Layout
+from lowrank_dist.plan.layouts import Candidate, Cluster
 from lowrank_dist.plan.parameters import frozen_size, theta_on_rank
-from lowrank_dist.engine.planning import Request, find_model, job_of, read_request
+from lowrank_dist.sections.section import MethodName
 from tests.dist import ranks
 from tests.dist.method_runs import (
     BOTTLENECK,
@@ -42,6 +42,7 @@ from tests.dist.method_runs import (
     MethodSetting,
     build,
     decode,
+    drawn_values,
     fixed_tokens,
     logits_of,
     measure,
@@ -49,12 +50,11 @@ from tests.dist.method_runs import (
     reference,
     run_config,
     twins_of,
-    drawn_values,
     write_and_score,
 )
 from tests.dist.ranks import run_ranks
-from tests.dist.test_collectives import build as build_frozen
 from tests.dist.test_collectives import LENGTH, ROWS, loss_of, train_embedding
+from tests.dist.test_collectives import build as build_frozen
 from tests.dist.tiny_runs import LAYOUTS, max_relative_error
 from tests.tiny_models import PAD, make_tiny
 
@@ -370,9 +370,7 @@ def test_adapters_are_read_back_at_another_size(folders: dict[str, str], tmp_pat
 
 # The module whose output a bottleneck takes: the last linear of attention and of the MLP, its bias included.
 _LAST_LINEARS = {
-    **dict.fromkeys(
-        ("llama", "granite"), ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj")
-    ),
+    **dict.fromkeys(("llama", "granite"), ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj")),
     "gpt2": ("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj"),
 }
 
@@ -445,7 +443,9 @@ def test_notices_a_sum_that_is_missing(
     for kind, least in (("gradient", BROKEN), ("weight", BROKEN), ("norms", 0 if name == "prompt" else 10 * TOLERANCE)):
         keys = [key for key in expected if key.startswith(kind)]
         # On one rank at least: where all of a copy's gradient comes from one of them, that one has it right.
-        gap = max(max_relative_error({key: rank[key] for key in keys}, {key: expected[key] for key in keys}) for rank in found)
+        gap = max(
+            max_relative_error({key: rank[key] for key in keys}, {key: expected[key] for key in keys}) for rank in found
+        )
         assert gap > least, kind
 
 

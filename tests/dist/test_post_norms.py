@@ -67,7 +67,7 @@ class Adapter(nn.Module):
 
 
 def referee(folder: Path, case: Case) -> tuple[PreTrainedModel, dict[str, np.ndarray]]:
-    """Transformers' model, whose weights lie in `folder` as one of ours'; and the weights that ours has no place for."""
+    """Return transformers' model, saved in `folder` for ours to load, and the weights that ours has no place for."""
     if not case.norms:
         llama = LlamaForCausalLM.from_pretrained(make_tiny("llama", folder))
         keys = {key: value for key, value in llama.config.to_dict().items() if key != "model_type"}
@@ -158,7 +158,9 @@ def planted_model(folder: Path, topology: Any, case: Case, planted: dict[str, np
     parameters = dict(model.named_parameters())
     for name, value in planted.items():
         parameters.pop(name).copy_(torch.from_numpy(value))
-    plans = copy_plans(architecture, topology.tp_rank, topology.tp_size, -(-VOCAB // topology.tp_size) * topology.tp_size)
+    plans = copy_plans(
+        architecture, topology.tp_rank, topology.tp_size, -(-VOCAB // topology.tp_size) * topology.tp_size
+    )
     absent = {name: torch.empty(plan.shape) for name, plan in plans.items() if name not in parameters}
     assert bool(absent) is not case.inputs
     with open_checkpoint(folder) as checkpoint:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.dist.ranks import run_ranks
-from tests.dist.tiny_runs import LAYOUTS, Setting, forward_backward, train, max_relative_error
+from tests.dist.tiny_runs import LAYOUTS, Setting, forward_backward, max_relative_error, train
 from tests.tiny_models import make_tiny
 
 # fp32 sums in another order. A broken twin is off by 1e-2 or more (see the negative controls).

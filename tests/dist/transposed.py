@@ -1,4 +1,4 @@
-"""A second kind of frozen weight, planted to show that the seam bears: W stored as [K, O], with its two products alone."""
+"""A second kind of frozen weight, which defines its two products alone: W stored as [K, O]."""
 
 from __future__ import annotations
 

@@ -25,7 +25,9 @@ def spread_factors(
 ) -> None:
     """Set this rank's factors from whole ones, by module path."""
     factors = {path: LowRankFactor(a, b, 1.0) for path, (a, b) in values.items()}
-    lora_theta(adapted, topology.tp_size, MaskSource(0, 0)).set_from_whole(stored_tensors(factors), topology.coordinates)
+    lora_theta(adapted, topology.tp_size, MaskSource(0, 0)).set_from_whole(
+        stored_tensors(factors), topology.coordinates
+    )
 
 
 Select = Callable[[torch.nn.Parameter], Tensor]
