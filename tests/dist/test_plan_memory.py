@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 from lowrank_dist.config import Config
+from lowrank_dist.engine.planning import Request, job_of, read_request
 from lowrank_dist.plan.job import Layout
 from lowrank_dist.plan.memory import Memory, memory
-from lowrank_dist.engine.planning import Request, job_of, read_request
 from tests.dist.ranks import World
 
 INTERVAL = 0.003
@@ -39,6 +39,7 @@ class Case:
     method: str = "lora"
     dora: bool = False
     decoded: int = 0  # prompts that an evaluation after the step decodes together
+    length: int = LENGTH
 
 
 def resident(pid: int | str = "self") -> int:
@@ -55,12 +56,12 @@ def ready(folder: str, case: Case) -> int:
 
 
 def built(folder: str, case: Case) -> tuple[Any, Any, Any]:
-    """Inside a rank: the model with Θ attached, Θ, and its optimiser, in libraries that are set as every program does."""
+    """Inside a rank: the model with Θ attached, Θ, and its optimiser; libraries are set as in every program."""
     import torch
 
     from lowrank_dist.backend.libraries import quiet_libraries
-    from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
     from lowrank_dist.engine.assemble import build_method
+    from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
     from lowrank_dist.model.load import check_model, load_model
     from tests.dist import ranks
 
@@ -169,7 +170,7 @@ def request(folder: str, case: Case) -> Request:
         [
             f"method={case.method}",
             *own,
-            f"data.max_length={LENGTH}",
+            f"data.max_length={case.length}",
             f"train.global_batch={ROWS * case.microbatches}",
             f"train.micro_batch={ROWS}",
             "model.device=cpu",

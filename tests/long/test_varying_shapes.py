@@ -30,7 +30,7 @@ STEPS, SETTLED = 300, 30
 
 
 def steps_of_packed_rows(folder: str, case: Case, steps: int) -> list[int]:
-    """One rank: steps of a microbatch each, of rows and numbers of targets as packing makes them, up to the largest.
+    """One rank: steps whose microbatches have rows and numbers of targets as packing makes them, up to the largest.
 
     Returns the anonymous bytes after every step.
     """
@@ -39,14 +39,19 @@ def steps_of_packed_rows(folder: str, case: Case, steps: int) -> list[int]:
     model, theta, optimiser = built(folder, case)
     draw, generator, after = random.Random(1), torch.Generator().manual_seed(1), []
     for step in range(steps):
-        length = LENGTH if step % 10 == 9 else draw.randrange(3 * LENGTH // 4, LENGTH) // case.tensor * case.tensor
-        count = ROWS * (length - 1)
-        targets = count if step % 10 == 9 else draw.randrange(count // 2, count)
-        ids = torch.randint(5, 1000, (ROWS, length), generator=generator)
-        chosen = torch.randperm(count, generator=generator)[:targets].sort().values
-        positions = torch.arange(length).expand(ROWS, length)
-        wanted = ids[:, 1:].t().flatten()[chosen]
-        optimiser.accumulate(partial(model.loss, ids, positions, chosen, wanted), 1 / targets, True)
+        for index in range(case.microbatches):
+            largest = case.length // case.tensor * case.tensor
+            length = (
+                largest if step % 10 == 9 else draw.randrange(3 * largest // 4, largest) // case.tensor * case.tensor
+            )
+            count = ROWS * (length - 1)
+            targets = count if step % 10 == 9 else draw.randrange(count // 2, count)
+            ids = torch.randint(5, 1000, (ROWS, length), generator=generator)
+            chosen = torch.randperm(count, generator=generator)[:targets].sort().values
+            positions = torch.arange(length).expand(ROWS, length)
+            wanted = ids[:, 1:].t().flatten()[chosen]
+            loss = partial(model.loss, ids, positions, chosen, wanted)
+            optimiser.accumulate(loss, 1 / targets, index + 1 == case.microbatches)
         optimiser.step(1e-3)
         theta.refresh()
         after.append(resident())
@@ -77,12 +82,22 @@ def test_memory_is_flat_once_it_has_settled(tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("tensor", [1, 3])
 def test_measured_peak_of_varying_shapes(tmp_path_factory: pytest.TempPathFactory, tiny: str, tensor: int) -> None:  # noqa: F811
     folder = write_smollm2(tmp_path_factory.mktemp("third"), num_hidden_layers=10)
-    case = Case(tensor, recompute=False, microbatches=1)
+    compare_varying(folder, tiny, Case(tensor, recompute=False, microbatches=1), 20)
+
+
+@pytest.mark.nightly
+def test_measured_peak_of_varying_shapes_of_smollm2(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> None:  # noqa: F811
+    """All layers, at three ranks, in packed rows of 160."""
+    folder = write_smollm2(tmp_path_factory.mktemp("whole"))
+    compare_varying(folder, tiny, Case(3, recompute=False, length=160), 10)
+
+
+def compare_varying(folder: str, tiny: str, case: Case, steps: int) -> None:  # noqa: F811
     with malloc_gives_back():
-        world = World(tensor, fresh=True)
+        world = World(case.tensor, fresh=True)
     try:
         baselines = world.run(ready, (tiny, case))
-        _, peaks = sampled(world, steps_of_packed_rows, (folder, case, 20))
+        _, peaks = sampled(world, steps_of_packed_rows, (folder, case, steps))
     finally:
         world.close()
     expected = planned(folder, case).total
