@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping
@@ -62,16 +61,12 @@ class Snapshot:
             self._require_unchanged()
             return
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}-", dir=self.folder.parent))
-        try:
-            # Not the 0700 of mkdtemp: the folder has the mode that umask gives.
-            inner = made / "code"
+        with tempfile.TemporaryDirectory(prefix=f".{self.folder.name}-", dir=self.folder.parent) as scratch:
+            made = Path(scratch) / "code"
             for name, content in self.files.items():
-                (inner / name).parent.mkdir(parents=True, exist_ok=True)
-                (inner / name).write_bytes(content)
-            os.rename(inner, self.folder)
-        finally:
-            shutil.rmtree(made)
+                (made / name).parent.mkdir(parents=True, exist_ok=True)
+                (made / name).write_bytes(content)
+            os.rename(made, self.folder)
 
     def _require_unchanged(self) -> None:
         for name, content in self.files.items():
