@@ -1,3 +1,3 @@
 """Low-rank fine-tuning of large language models on a frozen base sharded by Megatron tensor parallelism."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

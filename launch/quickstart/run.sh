@@ -26,7 +26,7 @@ phase() {
 }
 
 # Runs a phase other than training, with all cores: it has the machine to itself.
-plain() { env -u OMP_NUM_THREADS "$python" -m launch.quickstart."$@"; }
+plain() { env -u OMP_NUM_THREADS "$python" -m "launch.quickstart.$1" "${@:2}"; }
 
 mkdir -p "$out"
 # A killed run resumes from its last checkpoint; a run that reached its table is removed and made again.

@@ -14,6 +14,7 @@ import yaml
 from docs.flowchart import parse, to_svg
 from docs.generate_reference import pages
 from docs.site_hooks import on_page_markdown
+from lowrank_dist import __version__
 from lowrank_dist.arch.config_json import parse_architecture
 from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.config.load import config_of
@@ -23,7 +24,7 @@ from tests.documented import blocks, mistakes
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+PAGES = [*(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")), *sorted(DOCS.rglob("*.md"))]
 
 # --- links -----------------------------------------------------------------------------------------------------------
 
@@ -276,6 +277,11 @@ def test_a_planted_name_is_found(words: set[str]) -> None:
     assert unknown_names(good, words) == []
     bad = ["lowrank_dist/ops/gone.py", "gone.py", "tests/<name>/nothing.py", "NoSuchClass", "LowRankLinear.gone_away"]
     assert unknown_names(" ".join(f"`{name}`" for name in bad), words) == bad
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    versions = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert versions[0] == __version__ and versions == sorted(versions, reverse=True)
 
 
 # --- what is not supported -------------------------------------------------------------------------------------------
