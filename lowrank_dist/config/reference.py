@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import types
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from lowrank_dist.config.explain import suggestion
 from lowrank_dist.config.schema import Config
 from lowrank_dist.errors import UserError
 from lowrank_dist.sections.section import Section
@@ -155,7 +155,4 @@ def _meant(name: str, sections: Sequence[SectionReference]) -> str:
     """Return a hint with the section or key that was probably meant, and the names of all sections."""
     known = [section.name for section in sections if section.name]
     keys = [key.name for section in sections for key in section.keys]
-    word = name.replace("-", "_").lower()
-    same = [key for key in keys if key.rpartition(".")[2] == word]
-    close = same or difflib.get_close_matches(word, [*known, *keys], n=1)
-    return (f"did you mean {' or '.join(close)}? " if close else "") + f"the sections are {', '.join(known)}"
+    return f"{suggestion(name.replace('-', '_').lower(), [*known, *keys])}the sections are {', '.join(known)}"

@@ -102,7 +102,13 @@ def test_a_section_or_a_key_alone() -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("trian", "train?"), ("lr", "train.lr?"), ("micro-batch", "train.micro_batch or eval.micro_batch?"), ("zzz", "")],
+    [
+        ("trian", "train?"),
+        ("lr", "train.lr?"),
+        ("micro-batch", "train.micro_batch or eval.micro_batch?"),
+        ("lora_r", "lora.rank"),
+        ("zzz", ""),
+    ],
 )
 def test_an_unknown_name_is_told_what_was_meant(name: str, meant: str) -> None:
     with pytest.raises(UserError) as error:
