@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -45,6 +46,31 @@ def put(text: str, *, err: bool = False, end: str = "\n") -> None:
     """Print a result: unchanged into a file or a pipe, escaped on a terminal."""
     stream = sys.stderr if err else sys.stdout
     print(escape_control(text) if stream.isatty() else text, end=end, file=stream, flush=True)
+
+
+class ProgressLines:
+    """Says how far a long task has come, at most once in `INTERVAL` seconds. A task that ends sooner says nothing.
+
+    It prints lines, in a job's log as on a terminal: a bar would have to know what else is printed.
+    """
+
+    INTERVAL = 10.0
+
+    def __init__(self, task: str, unit: str, scale: int = 1, tell: Callable[[str], None] = say) -> None:
+        """unit, scale: what is counted, and how many of it make up one unit. tell: prints a line."""
+        self._task, self._unit, self._scale, self._tell = task, unit, scale, tell
+        self._begun = self._said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say how many are done of how many, unless the last line is too recent or nothing is left to do."""
+        now = time.monotonic()
+        if now - self._said < self.INTERVAL or not 0 < done < total:
+            return
+        self._said = now
+        left = (now - self._begun) / done * (total - done)
+        digits = 0 if self._scale == 1 else 1
+        counts = f"{done / self._scale:,.{digits}f} of {total / self._scale:,.{digits}f} {self._unit}"
+        self._tell(f"{self._task}: {counts}, about {left:.0f} s left")
 
 
 class LogFormatter(logging.Formatter):

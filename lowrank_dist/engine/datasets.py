@@ -29,8 +29,8 @@ from lowrank_dist.parallel.topology import Topology
 
 EVAL_MICROBATCHES = 16  # of each rank in one batch of evaluation
 
-# Arguments: the model, and a callback that gets the number of prompts in each finished batch. Returns name → value.
-Generating = Callable[[CausalLM, Callable[[int], None]], dict[str, float]]
+# Arguments: the model, and a callback that gets (prompts done, prompts in all) after each batch. Returns name → value.
+Generating = Callable[[CausalLM, Callable[[int, int], None]], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,15 @@ def _generation(
         return None, ()
     params, samples = generation_prompts(config, method, tokenizer, architecture)
 
-    def generation(model: CausalLM, progress: Callable[[int], None]) -> dict[str, float]:
-        return evaluate_generation(model, tokenizer, samples, params, topology, progress)
+    def generation(model: CausalLM, progress: Callable[[int, int], None]) -> dict[str, float]:
+        done = 0
+
+        def finished(rows: int) -> None:
+            nonlocal done
+            done = min(done + rows * topology.dp_size, len(samples))
+            progress(done, len(samples))
+
+        return evaluate_generation(model, tokenizer, samples, params, topology, finished)
 
     notes = notes_on_references(params.metrics, [sample.references for sample in samples])
     return generation, [*note_on_rewritten(samples), *notes]

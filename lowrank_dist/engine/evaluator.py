@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from lowrank_dist.engine.run import Run
 from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import UserError
 from lowrank_dist.generate.metrics import DEFINITION, METRICS
+from lowrank_dist.terminal import ProgressLines
 
 # End of the error for a number that is not finite: consequence and remedy.
 STOPS = "training stops on every rank. Lower train.lr, add train.warmup_steps, or look at the samples of this step"
@@ -90,18 +91,26 @@ class Evaluator:
 
         Raises UserError, on every rank, for a loss that is not finite.
         """
-        batches, phases = self._data.evaluation, self._run.phases
-        if batches is None:
+        batches, phases, held_out = self._data.evaluation, self._run.phases, self._data.held_out
+        if batches is None or held_out is None:
             return
         phases.enter("evaluation")
         self._engine.model.eval()
-        found = {LOSS: self._mean_loss(batches())}
+        task = f"evaluation at step {step}"
+        lines = ProgressLines(task, "samples", tell=self._reporter.say)
+        found = {LOSS: self._mean_loss(batches(), lambda done: lines(done, len(held_out)))}
         # Every rank holds the same value, so every rank stops at the same step.
         if not math.isfinite(found[LOSS]):
             raise UserError(f"step {step}: the eval loss is {found[LOSS]}; {STOPS}")
         if self._data.generation is not None:
             phases.enter("evaluation")
-            found |= self._data.generation(self._engine.model, lambda rows: phases.enter("evaluation"))
+            texts = ProgressLines(task, "generated texts", tell=self._reporter.say)
+
+            def generated(done: int, total: int) -> None:
+                phases.enter("evaluation")
+                texts(done, total)
+
+            found |= self._data.generation(self._engine.model, generated)
         self._reporter.record(step, {f"eval_{name}": value for name, value in found.items()})
         self.history.add(step, {name: value for name, value in found.items() if name in (LOSS, *METRICS)})
 
@@ -115,13 +124,17 @@ class Evaluator:
         return self._engine.logits(self._data.first_batch().microbatches[0].input_ids[:rows])
 
     @torch.no_grad()
-    def _mean_loss(self, batches: Iterable[StepBatch]) -> float:
+    def _mean_loss(self, batches: Iterable[StepBatch], progress: Callable[[int], None]) -> float:
+        """Return the mean loss over target tokens. progress: called with the samples done after each microbatch."""
         total = torch.zeros(2, dtype=torch.float64, device=self._engine.device)
+        before = 0
         for batch in batches:
-            for microbatch in batch.microbatches:
+            for number, microbatch in enumerate(batch.microbatches, 1):
                 self._run.phases.enter("evaluation")
                 total[0] += self._engine.loss(microbatch)
                 total[1] += microbatch.target_ids.numel()
+                progress(before + batch.samples * number // len(batch.microbatches))
+            before += batch.samples
         topology = self._run.topology
         dist.all_reduce(total, group=topology.dp_group)
         # Broadcast, since tensor-parallel ranks may round differently and all must stop early at the same step.

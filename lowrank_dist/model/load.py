@@ -6,6 +6,7 @@ Host memory: the rank's own parameters, mapped pages of the file (which the kern
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lowrank_dist.formats.model_folder import Checkpoint, check_checkpoint, open
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
 from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.terminal import ProgressLines, say
 
 _CHUNK_BYTES = 16 * 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,7 +44,8 @@ def load_model(
 
     architecture: that of the folder, divisible by the tensor-parallel size (`check_model`). dtype: "auto" keeps the
     checkpoint's (bf16 for fp16). broadcast: data-parallel replica 0 reads and sends, so that a file is read once per
-    cluster and not once per replica. Raises UserError for weights that are missing or do not fit the architecture.
+    cluster and not once per replica. Where it takes long, rank 0 says on stderr how far its shard is. Raises UserError
+    for weights that are missing or do not fit the architecture.
     """
     source = dist.get_process_group_ranks(topology.dp_group)[0]
     send = broadcast and topology.dp_size > 1
@@ -63,8 +66,14 @@ def load_model(
             tp_size=topology.tp_size,
             read=not send or topology.dp_rank == 0,
             broadcast=(lambda parameter: _broadcast(parameter, source, topology)) if send else None,
+            progress=ProgressLines("loading the model, rank 0's shard", "GB", 10**9, partial(_say_on_rank_0, topology)),
         )
     return model
+
+
+def _say_on_rank_0(topology: Topology, line: str) -> None:
+    if topology.world_group.rank() == 0:
+        say(line, err=True)  # stdout is for what a command returns
 
 
 def check_model(path: Path, tp_size: int, max_length: int) -> Architecture:
@@ -122,14 +131,15 @@ def load_weights(
     tp_size: int,
     read: bool = True,
     broadcast: Callable[[torch.Tensor], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Fill `parameters` (Megatron name → this rank's shard, any device, any floating dtype) from `checkpoint`.
 
     All of the model's tensors are checked first. Rows of vocabulary padding become zero. broadcast: called with every
     parameter once it is filled, in the same order on every rank. With read=False nothing is read, and `broadcast` alone
-    fills the parameters. Raises UserError that lists every missing, unexpected or wrong tensor, and for a
-    tensor-parallel size that does not divide the model. Names or shapes of `parameters` that differ from the plan are
-    programming errors.
+    fills the parameters. progress: called with (bytes done, bytes in all) after each parameter. Raises UserError that
+    lists every missing, unexpected or wrong tensor, and for a tensor-parallel size that does not divide the model.
+    Names or shapes of `parameters` that differ from the plan are programming errors.
     """
     architecture.check_tp(tp_size)
     check_checkpoint(architecture, checkpoint)
@@ -138,6 +148,7 @@ def load_weights(
     assert parameters.keys() == plans.keys(), f"parameters without a rule or rules without: {parameters.keys() ^ plans}"
     for name, plan in plans.items():
         assert tuple(parameters[name].shape) == plan.shape, f"{name}: {tuple(parameters[name].shape)} != {plan.shape}"
+    done, total = 0, sum(parameter.nbytes for parameter in parameters.values())
     for name, plan in plans.items():
         parameter = parameters[name].detach()
         if read:
@@ -146,6 +157,8 @@ def load_weights(
                 _check_tied(plan, architecture, checkpoint)
         if broadcast is not None:
             broadcast(parameter)
+        done += parameter.nbytes
+        progress(done, total)
 
 
 @torch.no_grad()

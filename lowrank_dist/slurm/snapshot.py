@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_dist.errors import UserError, some_of
+from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.paths import require_outside
 
 # What a job runs; and the compiled operators, which git ignores.
@@ -60,13 +59,10 @@ class Snapshot:
         if self.folder.exists():
             self._require_unchanged()
             return
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{self.folder.name}-", dir=self.folder.parent) as scratch:
-            made = Path(scratch) / "code"
+        with atomic_folder(self.folder) as made:
             for name, content in self.files.items():
                 (made / name).parent.mkdir(parents=True, exist_ok=True)
                 (made / name).write_bytes(content)
-            os.rename(made, self.folder)
 
     def _require_unchanged(self) -> None:
         for name, content in self.files.items():

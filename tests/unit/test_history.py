@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from lowrank_dist.checkpoint.training_state import LOSS, TrainingState, parse_state
 from lowrank_dist.engine.checkpoint_writer import CheckpointWriter, Facts, Retention
-from lowrank_dist.engine.evaluator import History, best_first
+from lowrank_dist.engine.evaluator import Evaluator, History, best_first
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.formats.provenance import Provenance
 from tests.unit.test_checkpoint_faults import StandIn
@@ -115,3 +118,17 @@ def test_an_old_checkpoint_that_is_gone_or_that_stays_fails_no_save(
 def busy(path: Path, ignore_errors: bool = False) -> None:
     if not ignore_errors:
         raise OSError(f"{path} is busy")
+
+
+def test_an_evaluation_counts_its_samples_by_microbatch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two batches of seven and three samples, in three microbatches and one."""
+    one: Any = SimpleNamespace(target_ids=torch.zeros(2))
+    batches: Any = [SimpleNamespace(microbatches=[one] * count, samples=held) for count, held in ((3, 7), (1, 3))]
+    run: Any = SimpleNamespace(phases=SimpleNamespace(enter=lambda phase: None), topology=SimpleNamespace())
+    run.topology.dp_group = run.topology.world_group = None
+    for name in ("all_reduce", "broadcast"):
+        monkeypatch.setattr(f"lowrank_dist.engine.evaluator.dist.{name}", lambda *_, **__: None)
+    evaluator, done = Evaluator.__new__(Evaluator), list[int]()
+    evaluator._run, evaluator._engine = run, SimpleNamespace(device="cpu", loss=lambda microbatch: 3.0)  # type: ignore
+    assert evaluator._mean_loss(batches, done.append) == 1.5
+    assert done == [2, 4, 7, 10]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -179,6 +180,7 @@ def test_broadcast_hands_over_every_parameter_in_order(tmp_path: Path) -> None:
     reader = {name: torch.empty(shape) for name, shape in shapes.items()}
     receiver = {name: torch.full(reader[name].shape, math.nan) for name in reversed(list(shapes))}
     sent: list[torch.Tensor] = []
+    told: list[tuple[int, int]] = []
     load_weights(
         reader,
         architecture,
@@ -186,8 +188,11 @@ def test_broadcast_hands_over_every_parameter_in_order(tmp_path: Path) -> None:
         tp_rank=1,
         tp_size=2,
         broadcast=lambda parameter: sent.append(parameter.clone()),
+        progress=lambda done, total: told.append((done, total)),
     )
     assert len(sent) == len(shapes)
+    assert [done for done, _ in told] == list(accumulate(tensor.nbytes for tensor in sent))
+    assert {total for _, total in told} == {told[-1][0]}
     checkpoint.slice = lambda name: pytest.fail(f"read {name}")
     load_weights(
         receiver,

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from lowrank_dist.cli.main import app
 from lowrank_dist.engine.reporter import ConsoleProgress
 from lowrank_dist.supervision.failure import Failure, read, record
-from lowrank_dist.terminal import LogFormatter, escape_all, escape_control, open_console, put, say
+from lowrank_dist.terminal import LogFormatter, ProgressLines, escape_all, escape_control, open_console, put, say
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 
@@ -162,3 +162,21 @@ def test_inspect_on_a_terminal(base: Path, tmp_path: Path, monkeypatch: pytest.M
     assert result.exit_code == 1, result.exception
     assert "\x1b[31m" in result.output and HOSTILE["title"] not in result.output
     assert f"{tmp_path}/[/b]" in result.output and "\\x07[/b] has no place" in result.output
+
+
+def test_a_long_task_says_how_far_it_is_and_a_short_one_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, lines = [100.0], list[str]()
+    monkeypatch.setattr("lowrank_dist.terminal.time.monotonic", lambda: now[0])
+    progress = ProgressLines("loading", "GB", 10**9, lines.append)
+    counted = ProgressLines("evaluation", "samples", tell=lines.append)
+    for second in range(0, 61):
+        now[0] = 100.0 + second
+        progress(second * 10**9, 60 * 10**9)
+        if second <= 9:
+            counted(second, 10)
+    assert lines == [
+        f"loading: {done}.0 of 60.0 GB, about {60 - done} s left" for done in (10, 20, 30, 40, 50)
+    ]  # the end is said by what follows
+    now[0] = 200.0
+    counted(3000, 12000)
+    assert lines[-1] == "evaluation: 3,000 of 12,000 samples, about 300 s left"
