@@ -40,15 +40,23 @@ def require_folder(path: Path) -> Path:
     """Return `path`. Raises UserError where it is not a folder, with the download command for a name on the Hub."""
     if path.is_dir():
         return path
-    if _HUB_NAME.fullmatch(str(path)) and not path.parent.is_dir():
-        raise UserError(
-            f"{path}: no such folder. If this is a model on the Hub, it is not downloaded here: run `hf download "
-            f"{path} --local-dir {path}` first, in this directory"
-        )
     raise UserError(
-        f"{path}: no such folder: give a local Hugging Face model folder; `hf download NAME --local-dir "
-        "FOLDER` gets one from the Hub"
+        f"{path}: no such folder"
+        + (
+            hub_hint(path)
+            or ": give a local Hugging Face model folder; `hf download NAME --local-dir FOLDER` gets one from the Hub"
+        )
     )
+
+
+def hub_hint(path: Path) -> str:
+    """Return the end of an error on a missing path that has the form of a name on the Hub; empty for other paths.
+
+    It has the command that downloads it to this very path, so that nothing else needs a change.
+    """
+    if path.exists() or path.parent.is_dir() or not _HUB_NAME.fullmatch(str(path)):
+        return ""
+    return f". If it is on the Hub, it is not downloaded here: run `hf download {path} --local-dir {path}` first"
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowrank_dist.arch.model_files import hub_hint
 from lowrank_dist.checkpoint.folder import LINKS
 from lowrank_dist.checkpoint.inspect_trained import inspect_trained, step_number
 from lowrank_dist.errors import UserError
@@ -66,7 +67,9 @@ def _inspect(folder: Path, base: Path | None, read_config: ReadConfig) -> Report
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}: give an adapter, checkpoint, run or model folder") from error
     if base is not None and not base.is_dir():
-        raise UserError(f"--base {base}: no such folder: give the Hugging Face folder of the base model")
+        raise UserError(
+            f"--base {base}: no such folder: give the Hugging Face folder of the base model{hub_hint(base)}"
+        )
     # A checkpoint of full fine-tuning is a model folder as well.
     package = method_package_of(folder)
     if package is not None and package.files.published or names & set(_MODEL_FILES) and is_checkpoint(folder):

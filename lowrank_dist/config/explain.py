@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from lowrank_dist.config.schema import Config, UnreadKeys
-from lowrank_dist.sections.section import Section
+from lowrank_dist.sections.section import MethodName, Section
 from lowrank_dist.sections.synonyms import of_config
 
 Key = tuple[str, ...]
@@ -34,7 +34,9 @@ def explain(detail: ErrorDetails, where: Callable[[Key], str]) -> str:
             return "\n".join(f"{where((*key, name))}: {dotted}.{name}: {error}" for name in error.keys)
         return f"{where(key)}: {error}"
     if section is not None:
-        return f"{where(key)}: {dotted}: not a mapping — its keys are {_names(section.model_fields)}"
+        # Axolotl has `adapter: lora` for our `method: lora`.
+        method = f"did you mean method: {detail['input']}? " if detail["input"] in get_args(MethodName) else ""
+        return f"{where(key)}: {dotted}: not a mapping — {method}its keys are {_names(section.model_fields)}"
     if detail["type"] == "missing":
         return f"{where(key)}: {dotted}: required — expected: {field.description}"
     message = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]

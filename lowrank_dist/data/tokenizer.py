@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from lowrank_dist.arch.keys import is_integer
-from lowrank_dist.arch.model_files import TOKENIZER_CONFIG_FILE
+from lowrank_dist.arch.model_files import TOKENIZER_CONFIG_FILE, hub_hint
 from lowrank_dist.data.sentencepiece_model import SentencePieceTokenizer, settings_in, write_fast
 from lowrank_dist.data.template import ChatTemplate
 from lowrank_dist.errors import UserError
@@ -84,7 +84,7 @@ def load_tokenizer(path: Path, moment: datetime | None = None) -> Tokenizer:
     if not path.exists():
         raise UserError(
             f"{path}: no such file or folder; give the model's tokenizer: data.tokenizer or --tokenizer, by default it "
-            "is that of the model's own folder"
+            f"is that of the model's own folder{hub_hint(path)}"
         )
     raise UserError(
         f"{path}: holds neither tokenizer.json nor tokenizer.model; point data.tokenizer at a folder that does, or "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
+from lowrank_dist.arch.model_files import hub_hint
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import Checkpoint
 from lowrank_dist.formats.paths import require_copyable
@@ -145,7 +146,7 @@ def own_file(folder: Path, name: str) -> Path:
             )
         wanted = f"give a PEFT adapter folder (with {CONFIG_FILE} and {WEIGHTS_FILE})"
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder: {wanted}")
+            raise UserError(f"{folder}: no such folder: {wanted}{hub_hint(folder)}")
         if any_there(folder / "adapter", (CONFIG_FILE,)):
             raise UserError(f"{folder} is a run, not an adapter: give {folder / 'adapter'}, or one of its checkpoints")
         raise UserError(f"{path} is missing: {wanted}")

@@ -19,10 +19,12 @@ from transformers.activations import ACT2FN
 from lowrank_dist.arch import families
 from lowrank_dist.arch.config_json import UnsupportedModel, parse_architecture, read_architecture
 from lowrank_dist.arch.families import FAMILIES
-from lowrank_dist.arch.model_files import BUILT_IN, built_in_config, declared_dtype, stored_dtype
+from lowrank_dist.arch.model_files import BUILT_IN, built_in_config, declared_dtype, hub_hint, stored_dtype
+from lowrank_dist.data.tokenizer import load_tokenizer
 from lowrank_dist.engine.planning import find_model, job_of, read_request
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import check_checkpoint, open_checkpoint
+from lowrank_dist.methods.lora.files import read_adapter
 from lowrank_dist.plan.parameters import frozen_size
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 
@@ -456,13 +458,16 @@ def test_numbers_that_no_model_has_are_refused_at_once(key: str, value: int) -> 
 def test_a_name_on_the_hub_is_told_with_its_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     name = "meta-llama/Llama-3.1-8B"
-    with pytest.raises(UserError, match=f"not downloaded here: run `hf download {name} --local-dir {name}` first"):
-        read_architecture(Path(name))
+    download = f"not downloaded here: run `hf download {name} --local-dir {name}` first"
+    for read in (read_architecture, load_tokenizer, read_adapter):
+        with pytest.raises(UserError, match=download):
+            read(Path(name))
     # Controls: a path whose parent is there, and one that is no name on the Hub.
     (tmp_path / "models").mkdir()
     for path in ("models/llama", str(tmp_path / "llama"), "llama", "a/b/c"):
         with pytest.raises(UserError, match="no such folder: give a local Hugging Face model folder"):
             read_architecture(Path(path))
+        assert hub_hint(Path(path)) == ""
 
 
 @pytest.mark.parametrize(

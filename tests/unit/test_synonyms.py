@@ -65,6 +65,8 @@ def test_a_key_of_another_trainer_is_answered_with_ours(tmp_path: Path, theirs: 
 def test_a_key_without_one_of_ours_says_why(tmp_path: Path) -> None:
     said = refusal(tmp_path, {**REQUIRED, "model": {"path": "base", "load_in_4bit": True}})
     assert "unknown key — not supported: the base is held in bf16 or fp32; the keys of model are" in said
+    said = refusal(tmp_path, {**REQUIRED, "adapter": "lora"})
+    assert "adapter: not a mapping — did you mean method: lora? its keys are bottleneck, placement" in said
     # Controls: a slip of ours, and our key in another section, are told as before.
     assert "did you mean rank?" in refusal(tmp_path, REQUIRED, "lora.rnak=4")
     assert "did you mean train.lr?" in refusal(tmp_path, REQUIRED, "lr=4")
