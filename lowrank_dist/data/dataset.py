@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -135,22 +135,26 @@ def load_dataset(
     virtual_token_ids: Sequence[int] = (),
     use: Use = Use.TRAINING,
     most: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Dataset:
     """Read, tokenise and mask a JSONL file; drop samples over `max_length` tokens or without a target.
 
     vocab_size: the model's vocabulary without padding rows. virtual_token_ids: ids put before every kept sample; they
     are no targets and do not count towards max_length. use: purpose of the file; where a line has several completions,
     the sample is made of the first. most: number of samples after which to stop reading; None to read the whole file.
-    Raises UserError for bad lines (see `read_jsonl`), a template or tokenizer that can't be trained on, ids that the
-    model does not have, and a file that was read whole and of which no sample is kept.
+    progress: called with (samples tokenised, samples in all) after each. Raises UserError for bad lines (see
+    `read_jsonl`), a template or tokenizer that can't be trained on, ids that the model does not have, and a file that
+    was read whole and of which no sample is kept.
     """
     records = read_jsonl(path, use, most=most)
     kept: list[Sample] = []
     too_long: list[int] = []
     no_target: list[int] = []
     total, longest, own_bos, own_end = 0, 0, 0, 0
+    count = len(records.completions) + len(records.conversations)
     for sample in _samples(records, tokenizer):
         total += 1
+        progress(total, count)
         own_bos += sample.own_bos
         own_end += sample.own_end
         longest = max(longest, len(sample.tokens))

@@ -26,6 +26,7 @@ from lowrank_dist.generate.texts import stop_tokens
 from lowrank_dist.methods.method import Method
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.terminal import ProgressLines, say
 
 EVAL_MICROBATCHES = 16  # of each rank in one batch of evaluation
 
@@ -130,13 +131,14 @@ def build_data(
     tokenizer = load_tokenizer(data.tokenizer or config.model.path, started_at)
     pad_multiple = topology.tp_size if topology.sequence_parallel else 1
     split = split_of(config, method, topology.dp_rank, topology.dp_size, pad_multiple)
-    dataset = read_set(config, "train", tokenizer, method, architecture)
+    tell = partial(say, err=True) if topology.world_group.rank() == 0 else lambda line: None
+    dataset = read_set(config, "train", tokenizer, method, architecture, tell=tell)
     stream_range = StreamRange.of(train, dataset, resumed)
     loader = Loader(dataset, split, seed=train.seed, global_batch=train.global_batch, end=stream_range.end)
     own_notes = [*note_on_batch(train, len(dataset), stream_range), *_note_on_clock(tokenizer, started_at)]
     if data.eval is None:
         return Data(dataset, loader, stream_range, notes=own_notes)
-    held_out = read_set(config, "eval", tokenizer, method, architecture)
+    held_out = read_set(config, "eval", tokenizer, method, architecture, tell=tell)
     split = replace(split, micro_batch=config.eval.micro_batch or train.micro_batch)
     # Nothing is accumulated over an eval batch. Its size decides how many rows of similar length are grouped, and
     # bounds how much is packed and made into tensors at a time.
@@ -153,13 +155,18 @@ def read_set(
     method: Method,
     architecture: Architecture,
     most: int | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
-    """Return the data set of data.train or data.eval. Raises as `load_dataset` does; most: as there."""
+    """Return the data set of data.train or data.eval. Raises as `load_dataset` does; most: as there.
+
+    tell: called with a line on the progress, where it takes long.
+    """
     path, use = (config.data.train, Use.TRAINING) if key == "train" else (config.data.eval, Use.EVALUATION)
     assert path is not None, "the configuration has no data.eval"
     # Tokens of the longest sample. A row also holds the virtual tokens; a prefix takes positions but none in a row.
     longest = config.data.max_length - method.virtual_positions
-    return load_dataset(path, tokenizer, longest, architecture.vocab, method.virtual_token_ids, use, most)
+    progress = ProgressLines(f"tokenising data.{key}", "samples", tell=tell)
+    return load_dataset(path, tokenizer, longest, architecture.vocab, method.virtual_token_ids, use, most, progress)
 
 
 def split_of(config: Config, method: Method, dp_rank: int, dp_size: int, pad_multiple: int) -> BatchSplit:

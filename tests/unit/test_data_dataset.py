@@ -36,7 +36,10 @@ def row(prompt: str, completion: str) -> dict[str, object]:
 
 def test_samples_come_in_file_order_and_as_masked(tmp_path: Path, tokenizer: Tokenizer) -> None:
     rows = [row(f"question {i}" * (i % 4), f" answer {i}" * (1 + i % 3)) for i in range(2500)]  # more than one chunk
-    dataset = load_dataset(write(tmp_path, *rows), tokenizer, 256, VOCAB)
+    told: list[tuple[int, int]] = []
+    path = write(tmp_path, *rows)
+    dataset = load_dataset(path, tokenizer, 256, VOCAB, progress=lambda done, total: told.append((done, total)))
+    assert told == [(number, 2500) for number in range(1, 2501)]
     assert len(dataset) == 2500 and dataset.report.kept == dataset.report.total == 2500
     for i in (0, 1, 1023, 1024, 2499):
         (expected,) = mask_completions(
