@@ -163,7 +163,7 @@ def _run_folder(config: Path, changes: list[str], run: Config) -> Path:
     from lowrank_dist.config import load_config
 
     folder = run.output.dir.absolute()
-    if load_config([str(config), *_kept(changes), f"output.dir={folder}"], lambda line: None).output.dir != folder:
+    if load_config([str(config), *_kept(changes), f"output.dir={folder}"]).output.dir != folder:
         raise UserError(f"output.dir: {str(folder)!r} means something else to YAML when a job passes it on; rename it")
     return folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args
 
@@ -54,11 +55,13 @@ _SECTIONS: dict[str, type[Section]] = {
 }
 
 
-def _say_on_stderr(line: str) -> None:
+@cache
+def _say_once(line: str) -> None:
+    """Print a line on stderr. It is cached, since a command may load one config several times."""
     say(line, err=True)
 
 
-def load_config(argv: Sequence[str], note: Callable[[str], None] = _say_on_stderr) -> Config:
+def load_config(argv: Sequence[str], note: Callable[[str], None] = _say_once) -> Config:
     """Return the config that the arguments of a run describe.
 
     `argv` is CONFIG.yaml and, in any order, overrides: `section.key=value`, `--section.key value` or

@@ -82,6 +82,12 @@ def test_dry_run_prints_a_script_and_writes_nothing(config: Path, tmp_path: Path
     assert subprocess.run(["bash", "-n"], input=done.stdout, text=True).returncode == 0
 
 
+def test_sections_of_another_method_are_said_to_be_passed_over_once(config: Path) -> None:
+    config.write_text(config.read_text() + "lora: {rank: 4}\n")
+    done = slurm(config, "method=full", "parallel.tensor=8", "--dry-run")
+    assert done.stderr.count("config.yaml: passed over, since method=full does not read it: lora (rank)") == 1
+
+
 def test_only_header_and_edit_block_differ_from_the_template(config: Path) -> None:
     script = slurm(config, "--dry-run").stdout
     assert script.partition(END)[2] == SHIPPED.partition(END)[2]
