@@ -169,6 +169,13 @@ def test_adapter_is_the_step_that_publish_says(
     assert said in writer.summary
     assert writer.published_before_last() == (None if published == 4 else source)
     assert inspect_trained(folder.adapter).facts["step"] == published
+    # Killed between the last checkpoint and adapter/, the run resumes at its end and publishes the same.
+    before = {name: (folder.adapter / name).read_bytes() for name in PUBLISHED}
+    shutil.rmtree(folder.adapter)
+    last = read_checkpoint(folder.checkpoints / "step-4")
+    resumed = CheckpointWriter(folder, method, SHAPES, facts, Retention(1, 0, "loss", publish), last)
+    resumed.write([tensors_of(4)], last, final=True)
+    assert {name: (folder.adapter / name).read_bytes() for name in PUBLISHED} == before
 
 
 def test_a_best_step_in_which_nothing_was_trained_is_not_published(tmp_path: Path) -> None:
