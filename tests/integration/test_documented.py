@@ -9,7 +9,10 @@ import pytest
 from tests.documented import PYTHON, ROOT, SHELL, Block, blocks, make_clone, run
 
 DOCS = ROOT / "docs"
-PAGES = {page: page.read_text() for page in [*DOCS.glob("tutorial.md"), *sorted((DOCS / "how-to").glob("*.md"))]}
+PAGES = {
+    page: page.read_text()
+    for page in [*DOCS.glob("tutorial.md"), DOCS / "reference" / "python.md", *sorted((DOCS / "how-to").glob("*.md"))]
+}
 
 
 def runnable(page: Path, text: str) -> list[Block]:

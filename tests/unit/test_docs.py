@@ -169,7 +169,7 @@ def test_every_page_is_in_the_navigation() -> None:
 # --- code blocks -----------------------------------------------------------------------------------------------------
 
 # Their commands and YAML are held against the program here, and run by tests/integration/test_documented.py.
-TASKS = [page for page in PAGES if page.parent.name == "how-to" or page.name == "tutorial.md"]
+TASKS = [page for page in PAGES if page.parent.name == "how-to" or page.name in ("tutorial.md", "python.md")]
 
 
 @pytest.mark.parametrize("page", TASKS, ids=lambda page: page.stem)
