@@ -1,188 +1,175 @@
-"""`lowrank-dist generate` and `evaluate`: a model's completions, alone or against references."""
+"""The options, the loaded model, the progress and the output that all commands that generate text share."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property, partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from lowrank_dist.backend.libraries import exempt_from_gc
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.paths import require_outside, resolve_link
-from lowrank_dist.terminal import open_console, put, say
+from lowrank_dist.terminal import ProgressLines, open_console, put, say
 
 if TYPE_CHECKING:
     from lowrank_dist.generate.decode import Generation
     from lowrank_dist.generate.prompts import Prompt
-    from lowrank_dist.generate.session import Session
-
-# What both commands that decode are told.
-ModelOption = Annotated[Path, typer.Option("--model", help="Hugging Face folder: base or merged.", metavar="DIR")]
-AdapterOption = Annotated[
-    Path | None, typer.Option(help="PEFT adapter folder or checkpoint to put on the model.", metavar="DIR")
-]
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of a completion.", metavar="N")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.", metavar="T")]
-TopK = Annotated[int | None, typer.Option(help="Sample from the K likeliest tokens.", metavar="K")]
-TopP = Annotated[float, typer.Option(help="Sample from the fewest tokens that hold this probability.", metavar="P")]
-Seed = Annotated[int, typer.Option(help="What is drawn depends on it, the prompt's number and the step.", metavar="N")]
-Stop = Annotated[list[str] | None, typer.Option(help="Text that ends a completion; may be repeated.", metavar="TEXT")]
-Batch = Annotated[int, typer.Option(help="Prompts decoded together on a rank.", metavar="N")]
-Tensor = Annotated[int, typer.Option(help="Tensor-parallel size; other ranks share out the prompts.", metavar="N")]
-Dtype = Annotated[str, typer.Option(help="auto (the weights' own), fp32 or bf16.", metavar="TYPE")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="DEVICE")]
-TokenizerOption = Annotated[
-    Path | None,
-    typer.Option("--tokenizer", help="Tokenizer folder, in place of the adapter's, or the model's.", metavar="DIR"),
-]
+    from lowrank_dist.generate.sampling import SamplingParams
+    from lowrank_dist.generate.session import LoadedModel, Session
 
 
-def generate_command(
-    model: ModelOption,
-    adapter: AdapterOption = None,
-    prompt: Annotated[
-        str | None,
+@dataclass(frozen=True)
+class DecodingOptions:
+    """The options of every command that generates text; each field is an option."""
+
+    model: Annotated[Path, typer.Option(help="Hugging Face folder of the base or merged model.", metavar="DIR")]
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter folder or checkpoint to apply to the model.", metavar="DIR")
+    ] = None
+    max_new_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.", metavar="N")] = 128
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; above 0 tokens are sampled.", metavar="T")
+    ] = 0.0
+    top_k: Annotated[int | None, typer.Option(help="Sample from the K likeliest tokens.", metavar="K")] = None
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the fewest tokens whose probabilities sum to P.", metavar="P")
+    ] = 1.0
+    seed: Annotated[int, typer.Option(help="Seed of sampling.", metavar="N")] = 0
+    stop: Annotated[
+        list[str] | None,
         typer.Option(
-            help="Text to go on from as it is, without the chat template; its completion is printed.", metavar="TEXT"
+            help="End a completion before this text; repeat it for several. $'\\n' is a line break in bash.",
+            metavar="TEXT",
         ),
-    ] = None,
-    prompts: Annotated[
-        Path | None, typer.Option(help="JSONL file of prompts, or of messages for the chat template.", metavar="FILE")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="File for a JSON line a prompt; must not exist.", metavar="FILE")
-    ] = None,
-    max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-    stop: Stop = None,
-    batch: Batch = 8,
-    tensor: Tensor = 1,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    tokenizer: TokenizerOption = None,
-) -> None:
-    """Generate completions. Sharded: torchrun --nproc-per-node N -m lowrank_dist.cli generate … --tensor N."""
-    with silence_megatron():
-        from lowrank_dist.generate.decode import generate
-        from lowrank_dist.generate.prompts import prompt_of, read_prompts
-        from lowrank_dist.generate.sampling import SamplingParams
-        from lowrank_dist.generate.session import load_for_generation, require_same_prompts, session
-        from lowrank_dist.generate.texts import stop_tokens
-
-    with session(tensor, device) as job:
-        params = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
-        if (prompt is None) == (prompts is None):
-            raise UserError("give one of --prompt and --prompts: what is to be gone on from")
-        refuse_existing(out)
-        model, adapter = resolve_link(model), adapter and resolve_link(adapter)
-        loaded = load_for_generation(
-            model, adapter, job.topology, job.backend.device, dtype=require_dtype(dtype), tokenizer=tokenizer
-        )
-        say_notes(loaded.notes, job)
-        stops, vocab = stop_tokens(model, loaded.tokenizer, adapter), loaded.model.architecture.vocab
-        if prompt is not None:
-            asked = [prompt_of(prompt, loaded.tokenizer, stops, vocab)]
-        elif prompts is not None:
-            asked = read_prompts(prompts, loaded.tokenizer, stops, vocab=vocab, references=False)
-        require_same_prompts(asked, params, job)
-        with progress_bar(len(asked), job) as advance:
-            found = generate(loaded.model, loaded.tokenizer, asked, params, job.topology, advance)
-        if not job.should_print:
-            return
-        if out is None and prompts is None:
-            put(found[0].text)
-        else:
-            write_jsonl(out, [record(ask, generation) for ask, generation in zip(asked, found, strict=True)])
-        say_limited(sum(generation.finish_reason == "length" for generation in found), len(found))
-
-
-def evaluate_command(
-    model: ModelOption,
-    data: Annotated[
-        Path,
-        typer.Option(
-            help="JSONL file of prompt and completion (a text, or a list of which any is right), or of messages whose "
-            "last assistant turn is the reference.",
-            metavar="FILE",
-        ),
-    ],
-    metric: Annotated[list[str], typer.Option(help="exact_match, bleu or rouge_l; may be repeated.", metavar="METRIC")],
-    adapter: AdapterOption = None,
-    out: Annotated[
+    ] = None
+    batch: Annotated[int, typer.Option(help="Prompts decoded together on a rank.", metavar="N")] = 8
+    tensor: Annotated[
+        int,
+        typer.Option(help="Tensor-parallel size. Other ranks are data parallel and share the prompts.", metavar="N"),
+    ] = 1
+    dtype: Annotated[
+        str, typer.Option(help="Type to run in: auto (that of the weights), fp32 or bf16.", metavar="TYPE")
+    ] = "auto"
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="DEVICE")] = "auto"
+    tokenizer: Annotated[
         Path | None,
-        typer.Option(help="File for a JSON line a sample with what was generated; must not exist.", metavar="FILE"),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="The result as JSON.")] = False,
-    max_new_tokens: MaxNewTokens = 128,
-    temperature: Temperature = 0.0,
-    top_k: TopK = None,
-    top_p: TopP = 1.0,
-    seed: Seed = 0,
-    stop: Stop = None,
-    batch: Batch = 8,
-    tensor: Tensor = 1,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    tokenizer: TokenizerOption = None,
-) -> None:
-    """Generate for every sample and score it. Sharded as `generate` is."""
-    with silence_megatron():
-        from lowrank_dist.generate.decode import EvaluationParams, generate, summarize
-        from lowrank_dist.generate.metrics import notes_on_references, notes_on_texts
-        from lowrank_dist.generate.prompts import note_on_rewritten, read_prompts
-        from lowrank_dist.generate.sampling import SamplingParams
-        from lowrank_dist.generate.session import load_for_generation, require_same_prompts, session
-        from lowrank_dist.generate.texts import stop_tokens
+        typer.Option(help="Tokenizer folder. Default: the adapter's if it has one, else the model's.", metavar="DIR"),
+    ] = None
 
-    with session(tensor, device) as job:
-        sampling = SamplingParams(max_new_tokens, temperature, top_k, top_p, seed, tuple(stop or ()), batch)
-        params = EvaluationParams(tuple(metric), sampling)
-        refuse_existing(out)
-        model, adapter = resolve_link(model), adapter and resolve_link(adapter)
-        loaded = load_for_generation(
-            model, adapter, job.topology, job.backend.device, dtype=require_dtype(dtype), tokenizer=tokenizer
+
+def decoding_command(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace the parameter `options` of a command by the options of DecodingOptions."""
+    shared = {field.name: field for field in fields(DecodingOptions)}
+    hints = get_type_hints(DecodingOptions, include_extras=True)
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        options = DecodingOptions(**{name: given.pop(name) for name in shared})
+        command(**given, options=options)
+
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [
+        inspect.Parameter(
+            name,
+            keyword,
+            default=inspect.Parameter.empty if field.default is MISSING else field.default,
+            annotation=hints[name],
         )
-        say_notes(loaded.notes, job)
-        stops, vocab = stop_tokens(model, loaded.tokenizer, adapter), loaded.model.architecture.vocab
-        samples = read_prompts(data, loaded.tokenizer, stops, vocab=vocab, references=True, stop=sampling.stop)
-        require_same_prompts(samples, sampling, job)
-        with progress_bar(len(samples), job) as advance:
-            found = generate(loaded.model, loaded.tokenizer, samples, sampling, job.topology, advance)
-        if not job.should_print:
-            return
-        result = summarize(found, samples, params.metrics)
-        if out is not None:
-            lines = [
-                {**record(sample, generation), "references": list(sample.references)}
-                for sample, generation in zip(samples, found, strict=True)
-            ]
-            write_jsonl(out, lines)
-        notes = note_on_rewritten(samples)
-        notes += notes_on_references(params.metrics, [sample.references for sample in samples])
-        notes += notes_on_texts(params.metrics, [generation.text for generation in found])
-        noted = {**result, "notes": notes} if notes else result
-        put(json.dumps(noted, indent=2) if as_json else table(result))
-        for note in notes:
-            say(note, err=True)
-        say_limited(int(result["met_length_limit"]), len(samples))
+        for name, field in shared.items()
+    ]
+    parameters[2:2] = [parameter.replace(kind=keyword) for parameter in own if parameter.name != "options"]
+    # typer reads both; functools.wraps has copied those of the command.
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del run.__wrapped__
+    return run
 
 
 @contextmanager
 def silence_megatron() -> Iterator[None]:
-    """Silence Megatron in the block that imports it: it says at once what it would rather have found."""
+    """Import Megatron in the block without the messages that it is imported with."""
     with exempt_from_gc():
         from lowrank_dist.backend.libraries import quiet_libraries
 
         quiet_libraries()
         yield
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A loaded model on the ranks of a command, and the parameters that it generates with."""
+
+    job: Session
+    loaded: LoadedModel
+    params: SamplingParams
+
+    def decode(self, prompts: Sequence[Prompt]) -> list[Generation]:
+        """Return the completion of each prompt, on every rank. Collective. Shows the progress."""
+        from lowrank_dist.generate.decode import generate
+        from lowrank_dist.generate.session import require_same_prompts
+
+        require_same_prompts(prompts, self.params, self.job)
+        with progress(len(prompts), self.job) as advance:
+            model, tokenizer = self.loaded.model, self.loaded.tokenizer
+            return generate(model, tokenizer, prompts, self.params, self.job.topology, advance)
+
+    @cached_property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template."""
+        return getattr(self.loaded.tokenizer, "template", None) is not None
+
+
+@contextmanager
+def ranks(options: DecodingOptions) -> Iterator[Session]:
+    """Yield the ranks of the command. An error in the block is printed by one of them."""
+    with silence_megatron():
+        from lowrank_dist.generate.session import session
+
+    with session(options.tensor, options.device) as job:
+        yield job
+
+
+def load_decoder(options: DecodingOptions, job: Session, out: Path | None) -> Decoder:
+    """Return the decoder that the options describe. Collective. out: the file that the command will write.
+
+    Notes on settings in the model's files that are not applied go to stderr. Raises UserError for options that are
+    wrong, before anything is loaded.
+    """
+    from lowrank_dist.generate.sampling import SamplingParams
+    from lowrank_dist.generate.session import load_for_generation
+
+    params = SamplingParams(
+        options.max_new_tokens,
+        options.temperature,
+        options.top_k,
+        options.top_p,
+        options.seed,
+        tuple(options.stop or ()),
+        options.batch,
+    )
+    refuse_existing(out)
+    if options.dtype not in ("auto", "fp32", "bf16"):
+        raise UserError(f"--dtype {options.dtype}: give auto, fp32 or bf16")
+    loaded = load_for_generation(
+        resolve_link(options.model),
+        options.adapter and resolve_link(options.adapter),
+        job.topology,
+        job.backend.device,
+        dtype=options.dtype,
+        tokenizer=options.tokenizer,
+    )
+    for note in loaded.notes if job.should_print else ():
+        say(note, err=True)
+    return Decoder(job, loaded, params)
 
 
 def record(prompt: Prompt, generation: Generation) -> dict[str, Any]:
@@ -195,14 +182,8 @@ def record(prompt: Prompt, generation: Generation) -> dict[str, Any]:
     }
 
 
-def require_dtype(dtype: str) -> str:
-    if dtype not in ("auto", "fp32", "bf16"):
-        raise UserError(f"--dtype {dtype}: give auto, fp32 or bf16")
-    return dtype
-
-
 def refuse_existing(out: Path | None) -> None:
-    """Refuse an output that cannot be made, before the work is done and not after it."""
+    """Raise UserError for an output that cannot be written, before anything is decoded."""
     if out is not None and out.exists():
         raise UserError(f"--out: {out} exists already: choose another name, or move it away")
     if out is not None and not out.parent.is_dir():
@@ -225,14 +206,8 @@ def write_jsonl(out: Path | None, records: Sequence[Mapping[str, Any]]) -> None:
     say(f"{out}: {len(records)} completions", err=True)
 
 
-def say_notes(notes: Sequence[str], job: Session) -> None:
-    """Say on stderr, once: what the files of the model and of the adapter say and is not applied."""
-    for note in notes if job.should_print else ():
-        say(note, err=True)
-
-
 def say_limited(limited: int, total: int) -> None:
-    """Say on stderr: completions that ended for their length may lack their end."""
+    """Say on stderr how many completions were cut off by their length limit."""
     if limited:
         say(
             f"{limited} of {total} completions met their length limit (--max-new-tokens, or the model's positions)",
@@ -241,19 +216,33 @@ def say_limited(limited: int, total: int) -> None:
 
 
 @contextmanager
-def progress_bar(total: int, job: Session) -> Iterator[Callable[[int], None]]:
-    """Show this rank's share of the prompts, on a terminal, where it is the rank that prints."""
-    if not (job.should_print and sys.stderr.isatty()):
+def progress(total: int, job: Session) -> Iterator[Callable[[int], None]]:
+    """Show how many prompts this rank has decoded, on the rank that prints: a bar on a terminal, else lines.
+
+    total: prompts of all ranks. Yields the function to call with the number of prompts in each finished batch.
+    """
+    share = -(-total // job.topology.dp_size)
+    if not job.should_print:
         yield lambda prompts: None
-        return
-    from rich.progress import Progress
+    elif not sys.stderr.isatty():
+        yield _lines(share)
+    else:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn as Remaining
 
-    with Progress(console=open_console(err=True), transient=True) as bar:
-        task = bar.add_task("decoding", total=-(-total // job.topology.dp_size))
-        yield lambda prompts: bar.update(task, advance=prompts)
+        columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Remaining())
+        with Progress(*columns, console=open_console(err=True), transient=True) as bar:
+            task = bar.add_task("decoding", total=share)
+            yield lambda prompts: bar.update(task, advance=prompts)
 
 
-def table(result: Mapping[str, float]) -> str:
-    """Return a line for each value."""
-    width = max(map(len, result))
-    return "\n".join(f"{name:<{width}}  {value:.4f}".removesuffix(".0000") for name, value in result.items())
+def _lines(share: int) -> Callable[[int], None]:
+    """Return a function that counts decoded prompts and says so on stderr."""
+    lines, done = ProgressLines("decoding", "prompts", tell=partial(say, err=True)), 0
+
+    def advance(prompts: int) -> None:
+        nonlocal done
+        done += prompts
+        lines(done, share)
+
+    return advance

@@ -8,8 +8,9 @@ from typer.core import TyperGroup
 
 from lowrank_dist import __version__
 from lowrank_dist.cli.data import data_command
-from lowrank_dist.cli.decode import evaluate_command, generate_command
 from lowrank_dist.cli.doctor import doctor_command
+from lowrank_dist.cli.evaluate import evaluate_command
+from lowrank_dist.cli.generate import generate_command
 from lowrank_dist.cli.plan import plan_command
 from lowrank_dist.cli.reference import config_command
 from lowrank_dist.cli.slurm import slurm_command

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lowrank_dist.data.formats import Records, Use, read_jsonl
+from lowrank_dist.data.formats import Kind, Records, Use, read_jsonl
 from lowrank_dist.data.masking import Sample, mask_completions, mask_conversations
 from lowrank_dist.data.tokenizer import Tokenizer
 from lowrank_dist.errors import UserError, some_of
@@ -31,6 +31,7 @@ class DropReport:
     The line tuples hold the first few line numbers, counted from 1. longest: tokens of the longest sample, dropped ones
     included. ignored_keys: extra JSON key → number of lines that have it. own_bos, own_end: number of samples whose
     text spells out the BOS or the end token itself (see `Sample`). whole: False where only the first lines were read.
+    kind: the format of the lines.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class DropReport:
     own_bos: int = 0
     own_end: int = 0
     whole: bool = True
+    kind: Kind = "completion"
 
     def summary(self) -> str:
         """Return one line for the log."""
@@ -179,6 +181,7 @@ def load_dataset(
         own_bos=own_bos,
         own_end=own_end,
         whole=records.whole,
+        kind=records.kind,
     )
     if not kept and records.whole:
         raise UserError(

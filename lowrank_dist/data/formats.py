@@ -233,7 +233,7 @@ def _text(holder: dict[str, Any], key: str, where: str) -> str:
     if key not in holder:
         given = list(islice(holder, _MOST_KEYS))
         near = of_message(key, given) or difflib.get_close_matches(key, given, n=1)
-        meant = f"; is {near[0]!r} meant for it?" if near else ""
+        meant = f"; is {near[0]!r} meant for it?" if near else "."
         raise Problem(f"key '{where}' is missing{meant} Add it as a string")
     return _string(holder[key], where)
 

@@ -145,7 +145,7 @@ def _notes_on_files(config: Config, model: CausalLM, *, afresh: bool) -> Iterato
 def _checkpoint_writer(run: Run, method: Method, engine: Engine, data: Data) -> CheckpointWriter:
     config, path = run.config, run.config.model.path
     text = TextFiles.of_run(config.data.tokenizer or path, path, data.dataset.ends)
-    training = {"new_ends": unknown_end_ids(path, text.ends)}
+    training = {"new_ends": unknown_end_ids(path, text.ends), "data_format": data.dataset.report.kind}
     provenance = Provenance(fingerprint(path), str(path), config.read_keys(), training=training)
     output = config.output
     retention = Retention(output.keep_last, output.keep_best, config.eval.best, output.publish)

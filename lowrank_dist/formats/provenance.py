@@ -96,8 +96,8 @@ class Provenance:
     base_fingerprint: `fingerprint` of the base folder; base: its path in training; config: the run's. created_by and
     versions describe the installation and are filled in by default. training: what the trainer knows when it writes, in
     JSON, each key optional: step, epoch, tokens, target_tokens, data (path, sha256, samples), loss and eval_loss in
-    nats a token, eval_METRIC of generated texts, and new_ends: the ids that end the trained texts and are no stop
-    tokens in the base's files.
+    nats a token, eval_METRIC of generated texts, new_ends: the ids that end the trained texts and are no stop tokens in
+    the base's files, and data_format: "messages" for chats, "completion" for prompts with completions.
     """
 
     base_fingerprint: str
@@ -114,6 +114,12 @@ class Provenance:
         """The new_ends in `training`; empty where they were not recorded."""
         found = self.training.get("new_ends")
         return [end for end in found if isinstance(end, int)] if isinstance(found, list) else []
+
+    @property
+    def trained_on_chats(self) -> bool | None:
+        """Whether the training data were chats; None where it was not recorded."""
+        found = self.training.get("data_format")
+        return None if found is None else found == "messages"
 
     def to_json(self) -> str:
         """Return the text of lowrank_dist.json. `config` (`Config.read_keys`) and `training` must be JSON."""

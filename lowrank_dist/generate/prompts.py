@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from lowrank_dist.data.formats import Completion, Conversation, Problem, Use, read_jsonl
 from lowrank_dist.data.masking import mask_conversations
-from lowrank_dist.data.tokenizer import Tokenizer, with_prefix
+from lowrank_dist.data.tokenizer import FastTokenizer, Tokenizer, with_prefix
 from lowrank_dist.errors import UserError
 from lowrank_dist.generate.texts import StopTexts, written_text
 
@@ -35,19 +35,41 @@ class Prompt:
 
 
 def prompt_of(text: str, tokenizer: Tokenizer, stop_ids: Collection[int], vocab: int) -> Prompt:
-    """Return the prompt of a plain text.
+    """Return the prompt of a text that is to be continued as it is.
 
     Raises UserError where it is empty, is not UTF-8, or has ids that the model (of `vocab` tokens) does not have.
     """
+    _require_text(text)
+    (ids,) = tokenizer.encode([text])
+    prompt = Prompt("--prompt", text, tuple(with_prefix(tokenizer, ids)), frozenset(stop_ids))
+    return _checked([prompt], tokenizer, vocab)[0]
+
+
+def _require_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError("--prompt: holds bytes that are not UTF-8; write the text into a file for --prompts") from error
     if not text:
-        raise UserError("--prompt: is empty: nothing to go on from")
-    (ids,) = tokenizer.encode([text])
-    prompt = Prompt("--prompt", text, tuple(with_prefix(tokenizer, ids)), frozenset(stop_ids))
-    return _checked([prompt], tokenizer, vocab)[0]
+        raise UserError("--prompt is empty: pass some text, or --prompts FILE")
+
+
+def chat_prompt(
+    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, stop_ids: Collection[int], vocab: int
+) -> Prompt:
+    """Return the prompt for the assistant's turn after the messages, as the chat template renders it.
+
+    Raises UserError as `prompt_of` does, and where there is no template or it refuses the messages.
+    """
+    if not isinstance(tokenizer, FastTokenizer) or tokenizer.template is None:
+        raise UserError(
+            f"--chat: {tokenizer.path} has no chat template: use --no-chat, or --tokenizer with one that has"
+        )
+    for message in messages:
+        _require_text(message["content"])
+    asked = Conversation(1, [dict(message) for message in messages])
+    (prompt,) = _chats([asked], Path("--prompt"), tokenizer, stop_ids, False)
+    return _checked([replace(prompt, where="--prompt")], tokenizer, vocab)[0]
 
 
 def read_prompts(
@@ -59,13 +81,15 @@ def read_prompts(
     references: bool,
     stop: Sequence[str] = (),
     most: int | None = None,
+    chat: bool = False,
 ) -> list[Prompt]:
     """Return the prompts of a JSONL file (`read_jsonl`), in file order.
 
     For messages the prompt is everything before the assistant's last turn; without references, messages that end with
     another role are a prompt for the turn that follows. The template's end-of-turn token, which training trains, is a
     stop token as well. references: every line must have a reference, and each is cut like a completion at the first of
-    the texts in `stop`. most: number of samples after which to stop reading.
+    the texts in `stop`. most: number of samples after which to stop reading. chat: without
+    references, a "prompt" is the user's turn of a chat, and not text to be continued as it is.
 
     Raises UserError for a file with invalid lines (all are listed), an empty prompt, and ids that the model (of `vocab`
     tokens) does not have.
@@ -74,12 +98,17 @@ def read_prompts(
     def check(record: Completion | Conversation) -> None:
         if isinstance(record, Completion):
             if not record.prompt:
-                raise Problem("key 'prompt' is empty: nothing to go on from; fill it or remove the line")
+                raise Problem("key 'prompt' is empty; fill it or remove the line")
         elif references and not _turns(record):
             raise Problem("'messages' has none of the assistant to hold the model's against: add it")
 
     records = read_jsonl(path, Use.EVALUATION if references else Use.GENERATION, check, most)
-    if records.kind == "completion":
+    if records.kind == "completion" and chat and not references:
+        turns = [
+            Conversation(record.line, [{"role": "user", "content": record.prompt}]) for record in records.completions
+        ]
+        prompts = _chats(turns, path, tokenizer, stop_ids, references)
+    elif records.kind == "completion":
         prompts = _plain(records.completions, path, tokenizer, stop_ids, references)
     else:
         prompts = _chats(records.conversations, path, tokenizer, stop_ids, references)

@@ -23,10 +23,11 @@ from lowrank_dist.data.keys import tokenizer_notes
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import RankIdentityError, UserError
 from lowrank_dist.formats.paths import detect_removal
-from lowrank_dist.formats.provenance import digest_of, fingerprint
+from lowrank_dist.formats.provenance import digest_of, fingerprint, read_provenance
 from lowrank_dist.formats.text_files import tokenizer_digest, tokenizer_of_adapter
 from lowrank_dist.generate.prompts import Prompt
 from lowrank_dist.generate.sampling import SamplingParams
+from lowrank_dist.generate.texts import stop_tokens
 from lowrank_dist.methods.registry import method_package_reading
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.model.load import dtype_notes, load_model
@@ -98,13 +99,21 @@ def _is_first_to_fail() -> bool:
 class LoadedModel:
     """A model ready to decode, with its tokenizer; path: the folder of the base or merged model.
 
-    notes: a line for each setting in its files that is not applied.
+    stop_ids: the tokens that end a completion. trained_on_chats: the adapter, or the model itself, records that its
+    training data were chats. notes: a line for each setting in its files that is not applied.
     """
 
     path: Path
     model: CausalLM
     tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    trained_on_chats: bool
     notes: tuple[str, ...]
+
+    @property
+    def vocab(self) -> int:
+        """The number of the model's ids, padding rows not counted."""
+        return self.model.architecture.vocab
 
 
 def load_for_generation(
@@ -156,7 +165,9 @@ def _load_rank(
     notes += generation_notes(path)
     if adapter is not None:
         notes += method_package_reading(adapter).files.notes(adapter)
-    return LoadedModel(path, model.eval(), words, tuple(notes))
+    provenance = read_provenance(adapter or path)
+    chats = provenance is not None and bool(provenance.trained_on_chats)
+    return LoadedModel(path, model.eval(), words, stop_tokens(path, words, adapter), chats, tuple(notes))
 
 
 def require_same_prompts(prompts: Sequence[Prompt], params: SamplingParams, job: Session) -> None:

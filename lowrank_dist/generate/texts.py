@@ -12,10 +12,12 @@ from os.path import commonprefix
 from pathlib import Path
 
 from lowrank_dist.data.tokenizer import Tokenizer
+from lowrank_dist.errors import some_of
 from lowrank_dist.formats.text_files import read_stop_ids
 
 # Prompt tokens decoded before a completion's: a tokenizer may drop a space where a text begins.
 _CONTEXT = 8
+_SHOWN = 5  # tokens of an empty completion in a message
 _CHARACTER = 4  # bytes of the longest UTF-8 character
 
 
@@ -27,6 +29,16 @@ def stop_tokens(model: Path, tokenizer: Tokenizer, adapter: Path | None = None) 
     own = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     trained = () if adapter is None else read_stop_ids(adapter)
     return frozenset((*own, *read_stop_ids(model), *trained))
+
+
+def reason_empty(tokenizer: Tokenizer, ids: Sequence[int], stop_ids: Collection[int], stopped: bool) -> str:
+    """Return why a completion of these ids has no text but white space. stopped: a stop token or text ended it."""
+    if ids and ids[0] in stop_ids:
+        return f"it ended at once with token {ids[0]} ({tokenizer.token(ids[0])!r})"
+    if stopped and ids[-1] not in stop_ids:
+        return "it began with a stop text"
+    tokens = some_of([repr(tokenizer.token(token)) for token in ids], _SHOWN)
+    return f"it is white space, the tokens {tokens}{'' if stopped else ', up to the length limit'}"
 
 
 def written_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int], stop_ids: Collection[int]) -> str:

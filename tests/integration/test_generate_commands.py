@@ -28,9 +28,9 @@ PROMPTS = ("the cat", "a", "in the tin: ", "er er er er", "hen?")
 NEW = 12
 
 
-def command(size: int, *arguments: object) -> list[Outcome]:
+def command(size: int, *arguments: object, stdin: str = "") -> list[Outcome]:
     """`lowrank-dist …` on ranks of the pool that a launcher might have started; of one rank, as started by hand."""
-    return run_ranks(size, _command, [str(argument) for argument in arguments])
+    return run_ranks(size, _command, [str(argument) for argument in arguments], stdin)
 
 
 def _apart(each: list[list[str]]) -> Outcome:
@@ -40,7 +40,7 @@ def _apart(each: list[list[str]]) -> Outcome:
     return _command(each[dist.get_rank()])
 
 
-def _command(arguments: list[str]) -> Outcome:
+def _command(arguments: list[str], stdin: str = "") -> Outcome:
     import torch.distributed as dist
     from typer.testing import CliRunner
 
@@ -62,7 +62,7 @@ def _command(arguments: list[str]) -> Outcome:
         stack.enter_context(mock.patch.object(select, "shutdown"))
         kept = SimpleNamespace(build=lambda tensor, *_: ranks.topology(tensor, False))
         stack.enter_context(mock.patch.object(session, "Topology", kept))
-        result = CliRunner().invoke(app, arguments)
+        result = CliRunner().invoke(app, arguments, input=stdin if dist.get_rank() == 0 else None)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return Outcome(result.exit_code, result.stdout, result.stderr)
@@ -255,12 +255,12 @@ def broken_weights(base: Path, folder: Path) -> Path:
 
 LONG = "a" * 64
 BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
-    "empty prompt": (lambda base, _: ["--model", base, "--prompt", ""], "--prompt: is empty: nothing to go on from"),
+    "empty prompt": (lambda base, _: ["--model", base, "--prompt", ""], "--prompt is empty: pass some text"),
     "long prompt": (
         lambda base, _: ["--model", base, "--prompt", LONG],
         "--prompt (64 tokens): there are 64 positions for a prompt and its completion",
     ),
-    "no prompt": (lambda base, _: ["--model", base], "give one of --prompt and --prompts"),
+    "no prompt": (lambda base, _: ["--model", base], "give one of --prompt TEXT, --prompts FILE"),
     "no folder": (lambda base, _: ["--model", base / "none", "--prompt", "a"], "no such file or folder"),
     "no such type": (lambda base, _: ["--model", base, "--prompt", "a", "--dtype", "fp8"], "--dtype fp8"),
     "no such device": (lambda base, _: ["--model", base, "--prompt", "a", "--device", "tpu"], "--device tpu"),
@@ -296,7 +296,7 @@ def test_bad_input_is_one_message(what: str, base: Path, adapter: Path, tmp_path
 
 def test_bad_evaluations_are_one_message(base: Path, asked: Path) -> None:
     for arguments, said in (
-        (("--data", asked, "--metric", "exact_match"), "prompts.jsonl:1: key 'completion' is missing"),
+        (("--data", asked, "--metric", "exact_match"), "prompts.jsonl: all 5 lines: key 'completion' is missing"),
         (("--data", asked, "--metric", "accuracy"), "metric 'accuracy' is not known: give one of exact_match"),
         (("--data", asked.parent / "none", "--metric", "bleu"), "no such file"),
     ):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from lowrank_dist.formats.manifest import OPTIMIZER_FILE, STATE_FILE
+from lowrank_dist.formats.provenance import read_provenance
 from tests.dist.ranks import close_worlds, run_ranks
 from tests.integration.launching import Outcome, samples, snapshot, write_jsonl
 from tests.integration.resuming import (
@@ -482,3 +483,5 @@ def test_a_template_that_reads_the_clock_is_told_when_the_run_began(tmp_path: Pa
     # And what the texts end in has gone along.
     settings = json.loads((whole / "adapter/generation_config.json").read_text())
     assert settings["eos_token_id"] == [1, 4] and (whole / "adapter/tokenizer.json").is_file()
+    provenance = read_provenance(whole / "adapter")
+    assert provenance is not None and provenance.trained_on_chats

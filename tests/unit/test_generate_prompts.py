@@ -286,7 +286,7 @@ def test_references_are_cut_at_the_stop_texts_of_decoding(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ('{"prompt": "", "completion": "x"}', "key 'prompt' is empty: nothing to go on from"),
+        ('{"prompt": "", "completion": "x"}', "key 'prompt' is empty; fill it"),
         ('{"prompt": 3, "completion": "x"}', "key 'prompt' is a JSON number"),
         ('{"completion": "x"}', "key 'prompt' is missing"),
         ('{"prompt": "\\ud800", "completion": "x"}', "key 'prompt' .*surrogate"),
@@ -343,7 +343,7 @@ def test_files_and_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "hello"}])
     with pytest.raises(UserError, match=r"data.jsonl:1: token \d+ is not among the model's 20"):
         read_prompts(path, tokenizer, (), vocab=20, references=False)
-    with pytest.raises(UserError, match="--prompt: is empty: nothing to go on from"):
+    with pytest.raises(UserError, match="--prompt is empty: pass some text, or --prompts"):
         prompt_of("", tokenizer, (), VOCAB)
     with pytest.raises(UserError, match="--prompt: holds bytes that are not UTF-8"):
         prompt_of("a\udcff", tokenizer, (), VOCAB)

@@ -1,0 +1,84 @@
+"""`lowrank-dist evaluate`: a model's completions, scored against references."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lowrank_dist.cli.decode import (
+    DecodingOptions,
+    decoding_command,
+    load_decoder,
+    ranks,
+    record,
+    say_limited,
+    silence_megatron,
+    write_jsonl,
+)
+from lowrank_dist.terminal import put, say
+
+
+@decoding_command
+def evaluate_command(
+    options: DecodingOptions,
+    data: Annotated[
+        Path,
+        typer.Option(
+            help='JSONL file of {"prompt", "completion"}, where a completion may be a list of accepted texts, or of '
+            '{"messages"}, whose last assistant turn is the reference.',
+            metavar="FILE",
+        ),
+    ],
+    metric: Annotated[
+        list[str], typer.Option(help="exact_match, bleu or rouge_l; repeat it for several.", metavar="METRIC")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="New file to write, a JSON line with the completion of each sample.", metavar="FILE"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+) -> None:
+    """Generate a completion for every sample of a file and score it against the reference.
+
+    Sharded over ranks as `lowrank-dist generate` is.
+    """
+    with silence_megatron():
+        from lowrank_dist.generate.decode import summarize
+        from lowrank_dist.generate.metrics import check_metrics, notes_on_references, notes_on_texts
+        from lowrank_dist.generate.prompts import note_on_rewritten, read_prompts
+
+    with ranks(options) as job:
+        check_metrics(tuple(metric))
+        ready = load_decoder(options, job, out)
+        loaded = ready.loaded
+        samples = read_prompts(
+            data, loaded.tokenizer, loaded.stop_ids, vocab=loaded.vocab, references=True, stop=ready.params.stop
+        )
+        found = ready.decode(samples)
+        if not job.should_print:
+            return
+        result = summarize(found, samples, tuple(metric))
+        if out is not None:
+            lines = [
+                {**record(sample, generation), "references": list(sample.references)}
+                for sample, generation in zip(samples, found, strict=True)
+            ]
+            write_jsonl(out, lines)
+        notes = note_on_rewritten(samples)
+        notes += notes_on_references(metric, [sample.references for sample in samples])
+        notes += notes_on_texts(metric, [generation.text for generation in found])
+        noted = {**result, "notes": notes} if notes else result
+        put(json.dumps(noted, indent=2) if as_json else table(result))
+        for note in notes:
+            say(note, err=True)
+        say_limited(int(result["met_length_limit"]), len(samples))
+
+
+def table(result: Mapping[str, float]) -> str:
+    """Return a line for each value."""
+    width = max(map(len, result))
+    return "\n".join(f"{name:<{width}}  {value:.4f}".removesuffix(".0000") for name, value in result.items())

@@ -1,0 +1,168 @@
+"""`lowrank-dist generate`: completions of a prompt, of a file of prompts, or of what is typed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lowrank_dist.cli.decode import (
+    Decoder,
+    DecodingOptions,
+    decoding_command,
+    load_decoder,
+    ranks,
+    record,
+    say_limited,
+    write_jsonl,
+)
+from lowrank_dist.errors import UserError
+from lowrank_dist.terminal import put, say
+
+if TYPE_CHECKING:
+    from lowrank_dist.generate.decode import Generation
+    from lowrank_dist.generate.prompts import Prompt
+
+EXIT, CLEAR = "/exit", "/clear"
+
+
+@decoding_command
+def generate_command(
+    options: DecodingOptions,
+    prompt: Annotated[str | None, typer.Option(help="Print the completion of this text.", metavar="TEXT")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help='JSONL file, a line a prompt: {"prompt": TEXT} or {"messages": [...]}.', metavar="FILE"),
+    ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option("--interactive", help=f"Complete each line that is typed; {EXIT} or end of input ends it."),
+    ] = False,
+    chat: Annotated[
+        bool | None,
+        typer.Option(
+            "--chat/--no-chat",
+            help="Put a prompt into the chat template as the user's turn, or continue its text as it is. Default: "
+            "--chat where the adapter (or model) records that it was trained on chats.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="New file to write, a JSON line for each prompt.", metavar="FILE")
+    ] = None,
+) -> None:
+    """Generate completions of prompts.
+
+    Sharded over N ranks: torchrun --nproc-per-node N -m lowrank_dist.cli generate ... --tensor N.
+    """
+    with ranks(options) as job:
+        if (prompt is not None) + (prompts is not None) + interactive != 1:
+            raise UserError("give one of --prompt TEXT, --prompts FILE and --interactive")
+        if interactive and out is not None:
+            raise UserError("--out is not written with --interactive: leave one of them out")
+        ready = load_decoder(options, job, out)
+        chats = ready.loaded.trained_on_chats if chat is None else chat
+        if chats and chat is None and job.should_print:
+            say("trained on chats: prompts go through the chat template (--no-chat: as they are)", err=True)
+        if interactive:
+            _converse(ready, chats)
+            return
+        asked = _asked(ready, prompt, prompts, chats)
+        found = ready.decode(asked)
+        if not job.should_print:
+            return
+        if out is None and prompts is None:
+            put(found[0].text)
+        else:
+            write_jsonl(out, [record(ask, generation) for ask, generation in zip(asked, found, strict=True)])
+        say_limited(sum(generation.finish_reason == "length" for generation in found), len(found))
+        _say_empty(ready, asked, found, chats)
+
+
+def _asked(ready: Decoder, prompt: str | None, prompts: Path | None, chats: bool) -> list[Prompt]:
+    """Return the prompts of --prompt or --prompts."""
+    from lowrank_dist.generate.prompts import chat_prompt, prompt_of, read_prompts
+
+    loaded = ready.loaded
+    where = (loaded.tokenizer, loaded.stop_ids)
+    if prompts is not None:
+        return read_prompts(prompts, *where, vocab=loaded.vocab, references=False, chat=chats)
+    assert prompt is not None
+    if chats:
+        return [chat_prompt([{"role": "user", "content": prompt}], *where, loaded.vocab)]
+    return [prompt_of(prompt, *where, loaded.vocab)]
+
+
+def _say_empty(ready: Decoder, asked: Sequence[Prompt], found: Sequence[Generation], chats: bool) -> None:
+    """Say on stderr why completions are empty, with the first as the example."""
+    from lowrank_dist.generate.texts import reason_empty
+
+    empty = [pair for pair in zip(asked, found, strict=True) if not pair[1].text.strip()]
+    if not empty:
+        return
+    prompt, generation = empty[0]
+    reason = reason_empty(
+        ready.loaded.tokenizer, generation.tokens, prompt.stop_ids, generation.finish_reason == "stop"
+    )
+    hint = "; --chat gives the prompt to the chat template" if ready.has_template and not chats else ""
+    count = "the completion is empty" if len(found) == 1 else f"{len(empty)} of {len(found)} completions are empty"
+    where = "" if len(found) == 1 else f"{prompt.where}: "
+    say(f"{count}: {where}{reason}{hint}", err=True)
+
+
+@dataclass
+class _Conversation:
+    """What was said: the messages of a chat. turns: completions so far."""
+
+    messages: list[dict[str, str]] = field(default_factory=list)
+    turns: int = 0
+
+
+def _converse(ready: Decoder, chats: bool) -> None:
+    """Complete lines of stdin until it ends or says /exit. Rank 0 reads; every rank decodes. Collective."""
+    from lowrank_dist.generate.prompts import chat_prompt, prompt_of
+
+    loaded, said = ready.loaded, _Conversation()
+    if ready.job.should_print and sys.stdin.isatty():
+        say(f"{EXIT} or end of input ends it" + (f"; {CLEAR} forgets what was said" if chats else ""), err=True)
+    while (line := _next_line(ready)) is not None and line.strip() != EXIT:
+        if line.strip() == CLEAR:
+            said.messages.clear()
+        if not line.strip() or line.strip() == CLEAR:
+            continue
+        turn = {"role": "user", "content": line}
+        try:
+            if chats:
+                asked = chat_prompt([*said.messages, turn], loaded.tokenizer, loaded.stop_ids, loaded.vocab)
+            else:
+                asked = prompt_of(line, loaded.tokenizer, loaded.stop_ids, loaded.vocab)
+            # Each turn draws anew: what is drawn depends on the seed and the prompt's number, which is always 0 here.
+            params = replace(ready.params, seed=ready.params.seed + said.turns)
+            (found,) = replace(ready, params=params).decode([asked])
+        except UserError as error:  # the same on every rank: it is the line that cannot be completed
+            if ready.job.should_print:
+                say(f"error: {error}" + (f" ({CLEAR} forgets what was said)" if said.messages else ""), err=True)
+            continue
+        said.turns += 1
+        if chats:
+            said.messages += [turn, {"role": "assistant", "content": found.text}]
+        if ready.job.should_print:
+            put(found.text)
+            say_limited(int(found.finish_reason == "length"), 1)
+            _say_empty(ready, [asked], [found], chats)
+
+
+def _next_line(ready: Decoder) -> str | None:
+    """Return the next line that rank 0 reads, on every rank; None where its input has ended. Collective."""
+    from lowrank_dist.parallel.collectives import gather_texts
+
+    line = ""
+    if ready.job.should_print:
+        if sys.stdin.isatty():
+            put("> ", err=True, end="")
+        line = sys.stdin.readline()
+    told = gather_texts(line, ready.job.topology.world_group, ready.job.backend.device)[0]
+    return told.rstrip("\n") if told else None
