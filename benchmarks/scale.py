@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowrank_dist.engine.planning import job_of, read_request
+from lowrank_dist.plan.choice import Choice, choose
 from lowrank_dist.plan.factors import total_rank
 from lowrank_dist.plan.hardware import GPUS
 from lowrank_dist.plan.job import Job, Layout
-from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, Fixed, choose
-from lowrank_dist.plan.report import layout_name, size
+from lowrank_dist.plan.layouts import Candidate, Cluster, Fixed
+from lowrank_dist.plan.report import size
 from lowrank_dist.plan.step_time import TENSOR, message_seconds
 from lowrank_dist.plan.traffic import GATHER, Message, bytes_of, calls, of_step
 
@@ -104,26 +105,13 @@ def scaling_rows(model: str) -> Iterator[str]:
 def _scaling(choice: Choice) -> str:
     best = choice.best
     if not choice.fits:
-        return f"{layout_name_of(best)} | {size(best.memory.total)}, {size(best.missing_bytes)} too much | | | | "
+        return f"{best.job.layout} | {size(best.memory.total)}, {size(best.missing_bytes)} too much | | | | "
     messages = of_step(best.job, best.tp_rank)
     found, sent = calls(messages).total(), bytes_of(messages).total()
     time = best.time
     return (
-        f"{layout_name_of(best)} | {size(best.memory.total)} | {found:,} | {size(sent)} | "
+        f"{best.job.layout} | {size(best.memory.total)} | {found:,} | {size(sent)} | "
         f"{time.seconds:.2f} s ({time.bound}) | {time.tokens_per_second:,.0f}, {100 * time.mfu:.0f} %"
-    )
-
-
-def layout_name_of(candidate: Candidate) -> str:
-    layout = candidate.job.layout
-    return layout_name(
-        {
-            "tensor": layout.tensor,
-            "data": layout.data,
-            "micro_batch": layout.micro_batch,
-            "sequence": layout.sequence,
-            "recompute": layout.recompute,
-        }
     )
 
 

@@ -1,10 +1,12 @@
-"""`lowrank-dist plan`: will it fit, what will it cost, and is that true?"""
+"""`lowrank-dist plan`: does a run fit, and what does it cost?"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,7 +14,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import open_console, put
 
 if TYPE_CHECKING:
-    from lowrank_dist.engine.planning import Request
+    from lowrank_dist.plan.result import Plan
 
 
 def plan_command(
@@ -24,84 +26,148 @@ def plan_command(
         ),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="As for training.", metavar="section.key=value ...")
+        list[str] | None,
+        typer.Argument(
+            help="Changes to the run's config, as for training: method=full, lora.rank=16, parallel.tensor=8. Layout "
+            "keys that neither CONFIG nor they set are chosen by the plan; those of a CONFIG count as set.",
+            metavar="section.key=value ...",
+        ),
     ] = None,
     nodes: Annotated[int, typer.Option(help="Nodes of the cluster.", metavar="N")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.", metavar="N")] = 8,
-    gpu: Annotated[str, typer.Option(help="Which GPU: h100, h200, a100, …", metavar="NAME")] = "h100",
+    gpu: Annotated[str, typer.Option(help="GPU: a100-40gb, a100, l40s, h100, h200 or b200.", metavar="NAME")] = "h100",
     gpu_memory: Annotated[
-        str | None, typer.Option(help="Memory of a GPU with its unit, if not the GPU's own.", metavar="80GB")
+        str | None, typer.Option(help="Memory of a GPU, with its unit; by default the GPU's own.", metavar="80GB")
     ] = None,
     target_share: Annotated[
-        float, typer.Option(help="Part of the tokens that is trained on, above 0 and at most 1.", metavar="SHARE")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Share of the tokens that is trained on (completions, not prompts), above 0 and at most 1. 1 if not "
+            "given.",
+            metavar="SHARE",
+        ),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Put the plan beside the same plan with these changes, in quotes: --compare 'parallel.tensor=4 "
+            "engine.recompute=full'. May be given several times.",
+            metavar="'section.key=value ...'",
+        ),
+    ] = None,
     bottleneck: Annotated[
-        int, typer.Option(help="Bottleneck of adapter layers beside the planned method.", metavar="M", min=1)
+        int,
+        typer.Option(help="Bottleneck of the adapter layers that are listed beside the method.", metavar="M", min=1),
     ] = 64,
     virtual_tokens: Annotated[
-        int, typer.Option(help="Positions of prefix and prompt beside the planned method.", metavar="L", min=1)
+        int,
+        typer.Option(help="Positions of prefix and prompt that are listed beside the method.", metavar="L", min=1),
     ] = 32,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Run the planned step on fake tensors and hold the plan against it.")
+        bool,
+        typer.Option(
+            "--verify",
+            help="Execute the planned step on fake tensors and compare: sizes are counted, nothing is computed. Takes "
+            "seconds to minutes.",
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Plan a run by its method: parameters, memory, messages, FLOPs, time, layouts. No weights, no GPU."""
-    from lowrank_dist.engine.planning import fixed_of, job_of, read_request
-    from lowrank_dist.methods.registry import Sizes, footprints_beside
-    from lowrank_dist.plan.describe import describe
+    """Say whether a run fits some GPUs, and what it costs: memory, collectives, time. Needs no weights and no GPU.
+
+    Exit code: 0 where it fits; 1 where nothing fits ("fits": false in JSON; with --compare, where none of them fits) or
+    --verify finds a difference; 2 for an error in the input.
+    """
+    from lowrank_dist.engine.plan import plan
+    from lowrank_dist.methods.registry import Sizes
     from lowrank_dist.plan.hardware import bytes_in, gpu_of
-    from lowrank_dist.plan.layouts import Cluster, Fixed, choose
+    from lowrank_dist.plan.layouts import Cluster
 
     for option, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
         if value < 1:
             raise UserError(f"{option}: {value} is not a number of machines to plan for; give at least 1")
-    if not 0 < target_share <= 1:
+    if target_share is not None and not 0 < target_share <= 1:
         raise UserError(f"--target-share: {target_share} is no part of the tokens; give a number above 0, at most 1")
+    if verify and compare:
+        raise UserError("--compare and --verify: give one of them; a comparison is not executed")
     card = gpu_of(gpu)
     memory = card.memory if gpu_memory is None else bytes_in(gpu_memory, "--gpu-memory")
     cluster = Cluster(nodes, gpus_per_node, card, memory)
-    request = _with_adapter(read_request(what, overrides or []))
-    job, fixed = job_of(request, target_share), fixed_of(request)
-    planned = choose(job, fixed, cluster)
-    free = choose(job, Fixed(), cluster)
-    recommended = None if free.best.job.layout == planned.best.job.layout else free
     sizes = Sizes(bottleneck=bottleneck, virtual_positions=virtual_tokens)
-    tensor = planned.best.job.layout.tensor
-    others = footprints_beside(job.footprint, sizes, job.architecture, tensor)
-    output = request.config.output
-    plan = describe(planned, recommended, cluster, others, output.keep_last, output.keep_best)
-    if verify:
-        from lowrank_dist.engine.dry_run import verification
+    given = overrides or []
 
-        plan["verification"] = verification(planned.best, request)
-    _show(plan, as_json)
-    if verify and not plan["verification"]["agrees"]:
+    def planned(changes: str = "", progress: Callable[[str], None] | None = None) -> Plan:
+        words = [*given, *_words(changes)]
+        return plan(what, cluster, words, target_share=target_share, sizes=sizes, verify=progress)
+
+    if compare:
+        _compare({"as given": planned()} | {changes: planned(changes) for changes in compare}, as_json)
+        return
+    if verify:
+        with _progress() as progress:
+            found = planned(progress=progress)
+    else:
+        found = planned()
+    _show(found, as_json)
+    if not found.fits or (found.verification is not None and not found.verification.agrees):
         raise typer.Exit(1)
 
 
-def _with_adapter(request: Request) -> Request:
-    """Return the request with what the adapter that training starts from says of its factors."""
-    config = request.config
-    if config.own_section.starts_from is None:
-        return request
-    if not request.whole:
-        raise UserError(
-            "lora.init_from: an adapter is read together with its model: plan a run's YAML file, or give lora.rank and "
-            "lora.targets"
-        )
-    from lowrank_dist.methods.registry import method_package
-
-    section = method_package(config.method).files.complete(config.own_section, config.model.path)
-    return replace(request, config=config.with_own_section(section))
+def _words(changes: str) -> list[str]:
+    """Return the overrides in the text of a --compare."""
+    try:
+        return shlex.split(changes)
+    except ValueError as error:
+        raise UserError(f"--compare: {changes!r}: {error}; give overrides, with spaces between them") from None
 
 
-def _show(plan: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        put(json.dumps(plan, indent=2, allow_nan=False))
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Show the stages of the executed step on stderr: on a terminal with the time, elsewhere a line each."""
+    from lowrank_dist.backend.libraries import quiet_libraries
+
+    quiet_libraries()
+    console = open_console(err=True)
+    if not console.is_terminal:
+        yield lambda stage: console.print(f"verifying: {stage}", soft_wrap=True)
         return
-    from lowrank_dist.plan.report import tables
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    with Progress(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("verifying")
+        yield lambda stage: bar.update(task, description=f"verifying: {stage}")
+        bar.update(task, description="verified")
+
+
+def _compare(plans: dict[str, Plan], as_json: bool) -> None:
+    if as_json:
+        found = [{"changes": name, "plan": plan.as_json()} for name, plan in plans.items()]
+        put(
+            json.dumps(
+                {"fits": any(plan.fits for plan in plans.values()), "compared": found}, indent=2, allow_nan=False
+            )
+        )
+    else:
+        from lowrank_dist.plan.side_by_side import side_by_side
+
+        _print(side_by_side(plans))
+    if not any(plan.fits for plan in plans.values()):
+        raise typer.Exit(1)
+
+
+def _show(plan: Plan, as_json: bool) -> None:
+    if as_json:
+        put(json.dumps(plan.as_json(), indent=2, allow_nan=False))
+        return
+    from lowrank_dist.plan.report import report
+    from lowrank_dist.plan.side_by_side import verified
+
+    _print(report(plan))
+    if plan.verification is not None:
+        _print(verified(plan, plan.verification))
+
+
+def _print(tables: object) -> None:
     console = open_console()
     # Into a file or a pipe, tables are as wide as they are.
-    (console if console.is_terminal else open_console(width=140)).print(tables(plan))
+    (console if console.is_terminal else open_console(width=140)).print(tables)

@@ -25,20 +25,16 @@ from lowrank_dist.backend.libraries import quiet_libraries
 from lowrank_dist.backend.select import select_backend
 from lowrank_dist.config import Config
 from lowrank_dist.engine.assemble import build_method
-from lowrank_dist.engine.planning import Request
 from lowrank_dist.engine.zero import sum_partial_gradients
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.counting import CollectiveCount, count_collectives
 from lowrank_dist.parallel.theta import Theta, is_partial
 from lowrank_dist.parallel.topology import Topology
-from lowrank_dist.plan.activations import activations
-from lowrank_dist.plan.describe import messages_of
-from lowrank_dist.plan.job import Job, head_rows
-from lowrank_dist.plan.layouts import Candidate
-from lowrank_dist.plan.memory import microbatch_moments, persistent_bytes
-from lowrank_dist.plan.parameters import partition_elements, theta_on_rank
-from lowrank_dist.plan.step_time import job_flops
-from lowrank_dist.plan.traffic import Message, microbatch_messages, step_messages
+from lowrank_dist.plan.job import Job
+from lowrank_dist.plan.parameters import partition_elements
+from lowrank_dist.plan.traffic import Message
+
+Progress = Callable[[str], None]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -58,92 +54,47 @@ class Executed:
     step: list[Message]
 
 
-# Largest relative error of the formulas for memory and FLOPs. Messages, calls and bytes, must agree exactly.
-TOLERANCE = 0.05
+# The stages of `execute`, as it tells them.
+STAGES = ("building the model", "forward", "backward", "a second microbatch", "the end of the step")
 
 
-def verification(candidate: Candidate, request: Request) -> dict[str, Any]:
-    """Run the candidate's step and return the counts beside the values of the formulas.
-
-    Both sides are for CPU operators. CUDA's norms are fused: they save less and need less temporary memory.
-    """
-    job, tp_rank = replace(candidate.job, device="cpu"), candidate.tp_rank
-    executed = execute(job, request.config, tp_rank)
-    rows: dict[str, dict[str, float]] = {
-        part: {"formula": value, "executed": executed.parts[part]} for part, value in _parts(job, tp_rank).items()
-    }
-    rows["peak"] = {"formula": executed_peak(job, tp_rank), "executed": executed.peak}
-    formulas = {
-        "microbatch": microbatch_messages(job),
-        "step": [message for message in step_messages(job, tp_rank) if message.group == "tensor"],
-    }
-    messages = {
-        name: {"formula": messages_of(formulas[name]), "executed": messages_of(getattr(executed, name))}
-        for name in formulas
-    }
-    rows["FLOPs of a microbatch"] = {"formula": microbatch_flops(job), "executed": executed.flops}
-    for row in rows.values():
-        row["difference"] = row["formula"] / row["executed"] - 1 if row["executed"] else float(row["formula"] > 0)
-    agrees = all(abs(row["difference"]) <= TOLERANCE for row in rows.values()) and all(
-        found["formula"] == found["executed"] for found in messages.values()
-    )
-    return {"agrees": agrees, "tensor_rank": tp_rank, "memory": rows, "messages": messages}
-
-
-def _parts(job: Job, tp_rank: int) -> dict[str, int]:
-    fixed = persistent_bytes(job, theta_on_rank(job, tp_rank))
-    del fixed["masters and moments"]
-    return fixed | {"activations": activations(job, recompute=job.layout.recompute)}
-
-
-def executed_peak(job: Job, tp_rank: int) -> int:
-    """Return the formula's peak in a second microbatch, without optimiser state and DeepSpeed's buckets."""
-    second = replace(job, global_batch=2 * job.layout.micro_batch * job.layout.data)
-    fullest = max(
-        sum(value for part, value in moment.parts.items() if part != "DeepSpeed's buckets")
-        for moment in microbatch_moments(second, tp_rank)
-    )
-    fixed = persistent_bytes(job, theta_on_rank(job, tp_rank))
-    return sum(fixed.values()) - fixed["masters and moments"] + fullest
-
-
-def microbatch_flops(job: Job) -> int:
-    """Return the formula's FLOPs of a microbatch's matrix products on one rank, without attention.
-
-    The vocabulary is padded before it is sharded, so the first ranks hold more than 1/TP of the real rows.
-    """
-    layout = job.layout
-    flops = job_flops(replace(job, global_batch=layout.micro_batch * layout.data))
-    more_rows = head_rows(job) - job.architecture.vocab / layout.tensor
-    head = (6 if job.footprint.trains_base else 4) * job.targets * job.architecture.hidden * more_rows
-    return round((flops.executed - flops.attention) / layout.ranks + head)
-
-
-def execute(job: Job, config: Config, tp_rank: int) -> Executed:
+def execute(job: Job, config: Config, tp_rank: int, progress: Progress | None = None) -> Executed:
     """Build rank `tp_rank` of the job; run two microbatches, the deferred sum and the refresh after an update."""
     quiet_libraries()
+    stage = iter(STAGES)
+
+    def begin() -> None:
+        name = next(stage)
+        if progress is not None:
+            progress(name)
+
     with (
         _fake_ranks(job, tp_rank) as topology,
         FakeTensorMode(allow_non_fake_inputs=True),
         _Live() as live,
         _KnownPositions(job, tp_rank),
     ):
+        begin()
         model, theta, theta_bytes = _build(job, config, topology)
         built = live.now
         batch = _batch(job)
         theta.masks.set(0, batch["rows"])
         before, flops = live.now, -live.flops
+        begin()
         with count_collectives() as forward:
             loss = _loss(model, batch)
         saved = live.now - before
+        begin()
         with count_collectives() as backward:
             loss.backward()
         flops += live.flops
         del loss
+        begin()
         live.peak = live.now
         _loss(model, batch).backward()
         gradients = sum(_storage_bytes(p.grad) for p in theta.parameters if p.grad is not None)
         peak = live.peak - (before - built)
+        begin()
         with count_collectives() as step:
             _deferred_sum(job, topology, theta.parameters)
             theta.refresh()

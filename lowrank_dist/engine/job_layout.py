@@ -6,12 +6,10 @@ from dataclasses import dataclass, replace
 
 from lowrank_dist.engine.planning import Request, fixed_of, job_of
 from lowrank_dist.errors import UserError
-from lowrank_dist.plan.hardware import usable
+from lowrank_dist.plan.choice import choose, fitting_layout
 from lowrank_dist.plan.job import Job
-from lowrank_dist.plan.layouts import Candidate, Cluster, Fixed, choose
-
-# Share of planned memory by which a measured peak may exceed the plan.
-_ACCURACY = 0.05
+from lowrank_dist.plan.layouts import Candidate, Cluster, Fixed
+from lowrank_dist.plan.memory import ACCURACY
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class JobLayout:
         planned = f"{self.candidate.memory.total / 1e9:.1f}"
         if job.device == "cpu":
             return f"{job.layout}; {planned} GB of memory a rank"
-        available = f"{usable(cluster.memory) / 1e9:.1f} usable GB of each {cluster.gpu.name}"
+        available = f"{cluster.usable / 1e9:.1f} usable GB of each {cluster.gpu.name}"
         return f"{job.layout}; {planned} of {available}, {self.candidate.time.seconds:.3g} s a step"
 
 
@@ -48,41 +46,26 @@ def job_layout(request: Request, cluster: Cluster) -> JobLayout:
     """
     config, job = request.config, job_of(request, 1.0)
     fixed = fixed_of(replace(request, whole=job.device == "cpu"))
-    try:
-        choice = choose(job, fixed, cluster)
-    except UserError as error:
-        raise UserError(f"{error}{_fitting_layout(job, fixed, cluster)}") from error
+    choice = choose(job, fixed, cluster)
     best, short = choice.best, choice.best.missing_bytes / 1e9
     layout = best.job.layout
     where = f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}"
     if not choice.fits and not config.train.ignore_plan:
-        remedy = _fitting_layout(job, fixed, cluster) or f"; it would fit with {'; '.join(choice.remedies)}"
+        others = "; ".join(map(str, choice.remedies))
+        remedy = _remedy(job, fixed, cluster) or (f"; it would fit with {others}" if others else "")
         raise UserError(f"{request.model.name} does not fit {where} as {layout}: a GPU lacks {short:.1f} GB{remedy}")
-    if crosses_nodes(best) and not config.parallel.across_nodes:
+    if best.crosses_nodes and not config.parallel.across_nodes:
         raise UserError(
             f"parallel.across_nodes is false, but on {where} the layout {layout} puts a tensor-parallel group on "
-            f"several nodes, where every layer waits for the network{_fitting_layout(job, fixed, cluster)}"
+            f"several nodes, where every layer waits for the network{_remedy(job, fixed, cluster)}"
         )
     return JobLayout(best, tuple(_overrides(best, request)), _warning(best, where))
 
 
-def crosses_nodes(candidate: Candidate) -> bool:
-    """Return whether a tensor-parallel group of consecutive ranks lies on more than one node."""
-    return candidate.cluster.gpus_per_node % candidate.job.layout.tensor != 0
-
-
-def _fitting_layout(job: Job, fixed: Fixed, cluster: Cluster) -> str:
-    """Return the remedy that names the fastest layout that fits these nodes; empty where none does."""
-    try:
-        choice = choose(job, Fixed(sequence=fixed.sequence), cluster)
-    except UserError:
-        return ""
-    if not choice.fits:
-        return ""
-    keys = [f"{key}={value}" for key, value in _values(choice.best).items()]
-    keys += ["parallel.data=null"] * (fixed.data not in (None, choice.best.job.layout.data))
-    keys += ["parallel.across_nodes=true"] * crosses_nodes(choice.best)
-    return f"; these nodes fit it with {' '.join(keys)}"
+def _remedy(job: Job, fixed: Fixed, cluster: Cluster) -> str:
+    """Return the remedy that names a layout that fits these nodes; empty where there is none."""
+    found = fitting_layout(job, fixed, cluster)
+    return "" if found is None else f"; these nodes fit it with {found}"
 
 
 def _overrides(candidate: Candidate, request: Request) -> list[str]:
@@ -109,10 +92,9 @@ def _warning(candidate: Candidate, where: str) -> str | None:
     if candidate.missing_bytes:
         missing = candidate.missing_bytes / 1e9
         return f"the plan lacks {missing:.1f} GB on each GPU of {where}; train.ignore_plan=true starts it"
-    spare = usable(candidate.cluster.memory) - candidate.memory.total
-    if candidate.job.device == "cuda" and spare < _ACCURACY * candidate.memory.total:
+    if candidate.job.device == "cuda" and candidate.tight:
         return (
-            f"memory is tight: {spare / 1e9:.2f} GB of each GPU are to spare, and the plan is right to "
-            f"{_ACCURACY:.0%}; a smaller train.micro_batch, engine.recompute=full or a larger parallel.tensor need less"
+            f"memory is tight: {candidate.spare / 1e9:.2f} GB of each GPU are to spare, and the plan is right to "
+            f"{ACCURACY:.0%}; a smaller train.micro_batch, engine.recompute=full or a larger parallel.tensor need less"
         )
     return None

@@ -32,6 +32,8 @@ from lowrank_dist.plan.parameters import (
 )
 from lowrank_dist.plan.traffic import logit_block
 
+# Largest relative error of the formulas for memory, as `plan --verify` and the tests hold them to.
+ACCURACY = 0.05
 PARTS = (
     "frozen weights",
     "Θ",

@@ -2,73 +2,127 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from lowrank_dist.plan.memory import PARTS
+from lowrank_dist.plan.result import MemoryOfGpu, Plan, PlannedLayout, Setting
+from lowrank_dist.plan.step_time import DATA, GEMMS, PASSES, TENSOR
+
+LEGEND = "TP: tensor-parallel size. DP: data-parallel size. Microbatch: samples that a replica processes at a time."
+# What each part of the memory is, in the order of PARTS.
+PART_NAMES = dict(
+    zip(
+        PARTS,
+        (
+            "frozen base weights",
+            "trained parameters, fp32",
+            "their gradients, fp32",
+            "optimizer state: fp32 weights, Adam moments",
+            "ZeRO's reduction bucket",
+            "activations saved for backward",
+            "gathered and partial messages",
+            "logits of a block of tokens",
+            "keys and values of an evaluation",
+            "temporary tensors of operators",
+        ),
+        strict=True,
+    )
+)
+TERM_NAMES = {
+    GEMMS: "matrix products",
+    PASSES: "reading and writing memory (norms, activations, AdamW)",
+    TENSOR: "tensor-parallel collectives",
+    DATA: "data-parallel collectives",
+}
+_SETTING_NAMES = {
+    "train.global_batch": "samples per optimizer step",
+    "data.max_length": "tokens per sample, each taken to be this long",
+    "--target-share": "share of the tokens that is trained on",
+    "parallel.tensor": "tensor-parallel size",
+    "train.micro_batch": "samples per replica and microbatch",
+    "engine.recompute": "recomputation of activations",
+}
+_SOURCES = {"given": "given", "default": "default", "plan": "chosen by the plan"}
 
 
-def tables(plan: Mapping[str, Any]) -> Group:
-    """Return all tables and lines of a plan from `describe.describe`, to be printed."""
+def report(plan: Plan) -> Group:
+    """Return all tables and lines of a plan, to be printed."""
     return Group(*_sections(plan))
 
 
-def _sections(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
+def _sections(plan: Plan) -> Iterator[RenderableType]:
     yield Text(headline(plan), style="bold")
-    yield verdict(plan)
-    yield from _theta(plan)
-    yield _memory(plan)
-    yield _messages(plan)
-    if plan["time"] is not None:
-        yield from _time(plan)
+    yield workload(plan.workload.settings)
+    yield from verdict(plan)
+    yield from _trained(plan)
+    yield from _memory(plan)
+    yield from _collectives(plan)
+    yield from _time(plan)
     yield from _layouts(plan)
-    yield _methods(plan)
+    yield from _methods(plan)
     yield from map(Text, _notes(plan))
-    if "verification" in plan:
-        yield from _verification(plan["verification"])
 
 
-def _table(title: str, *heads: str) -> Table:
+def table_of(title: str, *heads: str) -> Table:
     """Return an empty table at least as wide as its title, which rich would break otherwise."""
     return Table(*heads, title=title, min_width=len(title) + 2)
 
 
-def headline(plan: Mapping[str, Any]) -> str:
-    model, trained = plan["model"], plan["trained"]
-    return (
-        f"{model['name']}: |Φ| {model['parameters']:,} in {model['dtype']}, {trained['method']}: "
-        f"|Θ| {trained['parameters']:,} ({percent(trained['percent'])} %)"
-    )
+def headline(plan: Plan) -> str:
+    model, trained = plan.model, plan.trained
+    base = f"{model.name}: {model.parameters:,} parameters in {model.dtype}"
+    if trained.all_of_base:
+        return f"{base}; {trained.method} trains all of them"
+    return f"{base}; {trained.method} trains {trained.parameters:,} beside them ({percent(trained.percent)} %)"
 
 
-def _trains_base(plan: Mapping[str, Any]) -> bool:
-    """Return whether Θ is all of Φ."""
-    return plan["trained"]["parameters"] == plan["model"]["parameters"]
+def workload(settings: Sequence[Setting]) -> Table:
+    """Return the table of what the plan assumes, and of who set it."""
+    table = table_of("What is planned", "", "value", "set by", "key")
+    for setting in settings:
+        value = f"{percent(100 * float(setting.value))} %" if setting.name == "--target-share" else str(setting.value)
+        table.add_row(_SETTING_NAMES.get(setting.name, setting.name), value, _SOURCES[setting.source], setting.name)
+    return table
 
 
-def verdict(plan: Mapping[str, Any]) -> Text:
-    """Return the line that says whether the plan fits and, where it does not, the remedies."""
-    layout, cluster = plan["layout"], plan["cluster"]
-    where = f"{cluster['nodes']} × {cluster['gpus_per_node']} {cluster['gpu']} of {size(cluster['memory'])}"
-    need = f"{size(layout['memory'])} of {size(cluster['usable'])} that tensors can have on a GPU"
-    if plan["fits"]:
-        return Text(f"fits {where}: {layout_name(layout)}; {need}", style="green")
-    remedies = "; ".join(plan["remedies"])
-    return Text(
-        f"does not fit {where}: the smallest layout ({layout_name(layout)}) needs {need}, {size(layout['short'])} too "
-        f"much. It would fit with: {remedies}",
-        style="red",
-    )
-
-
-def layout_name(layout: Mapping[str, Any]) -> str:
-    words = [f"TP {layout['tensor']}", f"DP {layout['data']}", f"microbatch {layout['micro_batch']}"]
-    words += ["sequence parallel"] * layout["sequence"] + ["recompute"] * layout["recompute"]
-    return ", ".join(words)
+def verdict(plan: Plan) -> Iterator[RenderableType]:
+    """Yield the lines that say whether the plan fits, and where it does not or is tight, the remedies."""
+    layout, cluster = plan.layout, plan.cluster
+    where = f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu} of {size(cluster.memory)}"
+    need = f"{size(layout.memory)} of the {size(cluster.usable)} that tensors can use on a GPU"
+    if not plan.fits:
+        smallest = f"the smallest layout that the settings allow ({layout}) needs {need}"
+        yield Text(f"DOES NOT FIT {where}: {smallest}, {size(layout.short)} too much.", style="bold red")
+    elif plan.tight:
+        yield Text(
+            f"FITS, BUT ONLY JUST, {where}: {layout}. It needs {need}; the {size(layout.spare)} to spare are less than "
+            f"the plan's error of up to {percent(100 * plan.accuracy)} % ({size(plan.accuracy * layout.memory)}), so "
+            "it may run out of memory.",
+            style="bold yellow",
+        )
+    else:
+        yield Text(f"FITS {where}: {layout}. It needs {need}; {size(layout.spare)} to spare.", style="bold green")
+    if layout.crosses_nodes:
+        yield Text(
+            f"A tensor-parallel group of {layout.tensor} crosses nodes of {cluster.gpus_per_node} GPUs: every layer "
+            "waits for the network, and a run refuses it without parallel.across_nodes=true.",
+            style="yellow",
+        )
+    if plan.auto_tensor is not None:
+        yield Text(f"parallel.tensor=auto stands for {plan.auto_tensor} on these GPUs.")
+    if plan.remedies:
+        table = table_of("What fits: add one of these to the command", "add", "layout", "memory of a GPU", "step")
+        for change in plan.remedies:
+            found = change.layout
+            table.add_row(change.words, str(found), size(found.memory), _seconds(found))
+        yield table
+    elif not plan.fits:
+        yield Text("No change of layout, length, nodes or GPU that the plan tries makes it fit.", style="red")
+    yield Text(LEGEND, style="dim")
 
 
 def size(nbytes: float) -> str:
@@ -84,74 +138,101 @@ def percent(value: float) -> str:
     return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def _theta(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
-    files = plan["files"]
-    table = _table("Θ", "trained", "parameters", "% of |Φ|")
-    for name, found in plan["trained"]["by_module"].items():
-        table.add_row(name, f"{found['parameters']:,}", percent(found["percent"]))
+def _seconds(layout: PlannedLayout) -> str:
+    return "" if layout.seconds is None else f"{layout.seconds:.3f} s"
+
+
+def _trained(plan: Plan) -> Iterator[RenderableType]:
+    files, whole = plan.files, plan.trained.all_of_base
+    table = table_of("Trained parameters", "module", "parameters", "% of the base")
+    for name, share in plan.trained.by_module.items():
+        table.add_row(name, f"{share.parameters:,}", percent(share.percent))
     yield table
-    stored = f"adapter {size(files['adapter'])} in fp32 ({size(files['adapter_16_bit'])} in 16 bits)"
-    if _trains_base(plan):
-        stored = f"trained model {size(files['adapter'])}"
-    yield Text(
-        f"{stored} beside a base of {size(files['base'])}; checkpoint {size(files['checkpoint'])}; disk "
-        f"{size(files['disk'])}; host memory of a node {size(files['host_memory_loading'])} while loading, rank 0 "
-        f"{size(files['host_memory_saving'])} more while saving"
-    )
+    kept = "1 of all" if files.kept is None else str(files.kept)
+    stored = "trained model" if whole else "adapter"
+    table = table_of("Files and host memory", "", "size")
+    table.add_row("trained model" if whole else "adapter, fp32", size(files.adapter))
+    if not whole:
+        table.add_row("adapter, 16 bits", size(files.adapter_16_bit))
+    table.add_row("base model", size(files.base))
+    table.add_row(f"one checkpoint: {stored}, fp32 weights, Adam moments", size(files.checkpoint))
+    table.add_row(f"disk: base + {stored} + checkpoints ({kept} kept, 1 being written)", size(files.disk))
+    table.add_section()
+    table.add_row("host memory of a node while it loads", size(files.host_memory_loading))
+    table.add_row("more on the first node while it saves", size(files.host_memory_saving))
+    yield table
 
 
-def _memory(plan: Mapping[str, Any]) -> Table:
-    kinds = {"without_recompute": "without recompute", "with_recompute": "with recompute"}
-    table = _table("Memory of a GPU at the fullest moment", "part", *kinds.values())
-    held = {name: plan["memory"][name] for name in kinds}
+def _memory(plan: Plan) -> Iterator[RenderableType]:
+    held = (plan.memory.without_recompute, plan.memory.with_recompute)
+    names = ("without recompute", "with recompute")
+    heads = [f"{name} (planned)" if again == plan.layout.recompute else name for again, name in enumerate(names)]
+    table = table_of("Memory of a GPU at the moment of a step when it is fullest", "part", *heads)
     for part in PARTS:
-        table.add_row(part, *(size(found["parts"][part]) for found in held.values()))
+        if any(found.parts[part] for found in held):
+            table.add_row(PART_NAMES[part], *(_held(found, part) for found in held))
     table.add_section()
-    table.add_row("total", *(size(found["total"]) for found in held.values()))
-    table.add_row("fullest moment", *(found["moment"] for found in held.values()))
-    return table
-
-
-def _messages(plan: Mapping[str, Any]) -> Table:
-    table = _table("Messages of a rank in an optimizer step", "kind", "group", "calls", "of a microbatch", "bytes")
-    for found in plan["messages"]:
-        per = str(found["calls_per_microbatch"]) if found["calls_per_microbatch"] else "once a step"
-        table.add_row(found["kind"], found["group"], str(found["calls"]), per, size(found["bytes"]))
-    return table
-
-
-def _time(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
-    time, flops = plan["time"], plan["flops"]
-    table = _table(f"Step time on {plan['cluster']['gpu']}: modelled, not measured", "modelled", "seconds")
-    for name, seconds in time["terms"].items():
-        bound = " (bounds it)" if name == time["bound"] else ""
-        table.add_row(name + bound, f"{seconds:.3f}")
-    table.add_section()
-    table.add_row("step", f"{time['seconds']:.3f}")
+    table.add_row("total", *(size(found.total) for found in held))
+    table.add_row("that moment", *(found.moment for found in held))
     yield table
     yield Text(
-        f"{flops['executed']:.3g} FLOPs executed, {flops['model']:.3g} by the model"
-        f"{'' if _trains_base(plan) else ', none for weight gradients of Φ'}; "
-        f"modelled MFU {100 * time['mfu']:.1f} %, {time['tokens_per_second']:,.0f} tokens/s"
+        f"–: there is none at that moment. Totals are accurate to {percent(100 * plan.accuracy)} %; "
+        "--verify checks them against an executed step.",
+        style="dim",
     )
 
 
-def _layouts(plan: Mapping[str, Any]) -> Iterator[RenderableType]:
-    table = _table("Layouts", "", "layout", "memory", "step (modelled)")
-    for key in ("layout", "runner_up", "recommended"):
-        found = plan[key]
-        if found is not None:
-            seconds = f"{found['seconds']:.3f} s" if "seconds" in found else ""
-            name = {"layout": "planned", "runner_up": "runner-up", "recommended": "recommended"}[key]
-            table.add_row(name, layout_name(found), size(found["memory"]), seconds)
-    sizes = plan["tensor_sizes"]
-    reasons: dict[str, list[int]] = {}
-    for tensor, reason in sizes["not"].items():
-        reasons.setdefault(reason, []).append(tensor)
-    illegal = "; ".join(f"{ranges(found)}: {reason}" for reason, found in reasons.items())
-    legal = f"tensor-parallel sizes {', '.join(map(str, sizes['legal']))}"
+def _held(found: MemoryOfGpu, part: str) -> str:
+    return size(found.parts[part]) if found.parts[part] else "–"
+
+
+def _collectives(plan: Plan) -> Iterator[RenderableType]:
+    heads = ("collective", "over ranks of", "calls per microbatch", "calls per step", "bytes per step")
+    table = table_of("Collectives that a GPU takes part in", *heads)
+    for found in plan.messages:
+        per = str(found.calls_per_microbatch) if found.calls_per_microbatch else "–"
+        table.add_row(found.kind, f"{found.group} parallelism", per, str(found.calls), size(found.bytes))
+    if not plan.messages:
+        yield Text("A step needs no collectives between GPUs.")
+        return
     yield table
-    yield Text(f"{legal}. Not {illegal}" if illegal else legal)
+    several = f"{plan.layout.microbatches} microbatches" if plan.layout.microbatches > 1 else "1 microbatch"
+    yield Text(f"A step has {several} per GPU. –: no call belongs to a microbatch's forward or backward.", style="dim")
+
+
+def _time(plan: Plan) -> Iterator[RenderableType]:
+    time, flops = plan.time, plan.flops
+    if time is None:
+        return
+    table = table_of(f"Time of a step on {plan.cluster.gpu}: modelled, not measured", "term", "seconds", "share")
+    for name, seconds in time.terms.items():
+        largest = " – largest term" if name == time.bound else ""
+        table.add_row(TERM_NAMES[name] + largest, f"{seconds:.3f}", f"{100 * seconds / time.seconds:.0f} %")
+    table.add_section()
+    table.add_row("step", f"{time.seconds:.3f}", "")
+    yield table
+    frozen = "" if plan.trained.all_of_base else " (a frozen base has no weight gradients)"
+    yield Text(
+        f"All GPUs execute {flops.executed:.3g} FLOPs per step; {flops.model:.3g} are the model's own{frozen}, "
+        f"the rest is repeated work. Modelled: {100 * time.mfu:.1f} % of the GPUs' peak (MFU), "
+        f"{time.tokens_per_second:,.0f} tokens/s."
+    )
+
+
+def _layouts(plan: Plan) -> Iterator[RenderableType]:
+    table = table_of("Layouts that fit" if plan.fits else "Layouts", "", "layout", "memory of a GPU", "step (modelled)")
+    names = {"planned": plan.layout, "next fastest, of another kind": plan.runner_up}
+    names["fastest, if no layout key were set"] = plan.recommended
+    for name, found in names.items():
+        if found is not None:
+            table.add_row(name, str(found), size(found.memory), _seconds(found))
+    yield table
+    reasons: dict[str, list[int]] = {}
+    for tensor, reason in plan.tensor_sizes.illegal.items():
+        reasons.setdefault(reason, []).append(tensor)
+    illegal = "; ".join(f"{ranges(found)} ({reason})" for reason, found in reasons.items())
+    legal = f"Possible tensor-parallel sizes: {', '.join(map(str, plan.tensor_sizes.legal))}."
+    yield Text(f"{legal} Not possible: {illegal}." if illegal else legal)
 
 
 def ranges(numbers: list[int]) -> str:
@@ -165,52 +246,29 @@ def ranges(numbers: list[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _methods(plan: Mapping[str, Any]) -> Table:
-    heads = (
-        "method",
-        "trained",
-        "% of |Φ|",
-        "memory of a GPU",
-        "added calls a layer",
-        "FLOPs of a step",
-        "step (modelled)",
-    )
-    table = _table("The same by every method, on this layout", *heads)
-    for found in plan["methods"]:
-        name = f"{found['method']} ({found['placement']})" if found["placement"] else found["method"]
-        memory = size(found["memory"]) + ("" if found["fits"] else ", does not fit")
-        seconds = f"{found['seconds']:.3f} s" if "seconds" in found else ""
-        row = (f"{found['trained']:,}", percent(found["percent"]), memory, str(found["added"]))
-        table.add_row(name, *row, f"{found['flops']:.3g}", seconds)
-    return table
-
-
-def _notes(plan: Mapping[str, Any]) -> Iterator[str]:
-    state = plan["state"]
-    planned, full = ((state[f"{key}_bytes_per_parameter"], size(state[key])) for key in ("planned", "full"))
-    yield (
-        f"weights, gradients and optimiser of a replica: {plan['trained']['method']} {planned[0]:.3g} bytes a "
-        f"parameter of Φ ({planned[1]}), full {full[0]:.3g} ({full[1]})"
-    )
-    if plan["model"]["name"] == "gpt3-175b":
-        yield "Hu et al. (2021) print 350 GB for low-rank and 1.2 TB for full training of GPT-3 175B with Adam"
-
-
-def _verification(found: Mapping[str, Any]) -> Iterator[RenderableType]:
-    title = f"Executed on fake tensors: tensor-parallel rank {found['tensor_rank']}, operators of a CPU"
-    table = _table(title, "", "formula", "executed", "difference")
-    for name, row in found["memory"].items():
-        cells = [f"{row[side]:.6g}" if "FLOPs" in name else size(row[side]) for side in ("formula", "executed")]
-        table.add_row(name, *cells, f"{100 * row['difference']:+.3f} %")
-    for when, sides in found["messages"].items():
-        table.add_section()
-        for kind in sorted(sides["formula"].keys() | sides["executed"].keys()):
-            counts = [sides[side].get(kind, {"calls": 0, "bytes": 0}) for side in ("formula", "executed")]
-            same = "exact" if counts[0] == counts[1] else "DIFFERS"
-            texts = (f"{count['calls']} calls, {count['bytes']:,} B" for count in counts)
-            table.add_row(f"{kind}, {when}", *texts, same)
+def _methods(plan: Plan) -> Iterator[RenderableType]:
+    heads = ("method", "trained", "% of base", "memory of a GPU", "added collectives per layer", "FLOPs per step")
+    table = table_of("Other methods on the planned layout", *heads, "step (modelled)")
+    for found in plan.methods:
+        name = f"{found.method} ({found.placement})" if found.placement else found.method
+        memory = size(found.memory) + ("" if found.fits else ", does not fit")
+        seconds = "" if found.seconds is None else f"{found.seconds:.3f} s"
+        row = (f"{found.trained:,}", percent(found.percent), memory, str(found.added))
+        table.add_row(name, *row, f"{found.flops:.3g}", seconds)
     yield table
-    if found["agrees"]:
-        yield Text("the executed step agrees with the plan", style="green")
-    else:
-        yield Text("the executed step does not agree with the plan: please report this", style="red")
+    yield Text(
+        "In brackets: how the trained parameters lie on tensor-parallel ranks. Added: more than the frozen layer has. "
+        "--bottleneck and --virtual-tokens set the sizes of the others.",
+        style="dim",
+    )
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    state = plan.state
+    yield (
+        f"Weights, gradients and optimizer state of one replica: {plan.trained.method} {size(state.planned)} "
+        f"({state.planned_bytes_per_parameter:.3g} bytes per base parameter), full fine-tuning {size(state.full)} "
+        f"({state.full_bytes_per_parameter:.3g})."
+    )
+    if plan.model.name == "gpt3-175b":
+        yield "Hu et al. (2021) print 350 GB for low-rank and 1.2 TB for full training of GPT-3 175B with Adam."

@@ -252,6 +252,7 @@ TORCHLESS = (
             "methods.registry",
             "engine.planning",
             "engine.job_layout",
+            "engine.plan",
         )
     ),
     *SECTIONS,

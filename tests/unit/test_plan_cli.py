@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from lowrank_dist.arch.model_files import built_in_config
 from lowrank_dist.cli.main import app
 from lowrank_dist.plan import memory
+from lowrank_dist.plan.report import PART_NAMES
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 
@@ -29,8 +30,9 @@ def plan(*words: object) -> Result:
 
 def data(*words: object) -> dict[str, Any]:
     done = plan(*words, "--json")
-    assert done.exit_code == 0, done.output
-    return json.loads(done.stdout)
+    found: dict[str, Any] = json.loads(done.stdout)
+    assert done.exit_code == (0 if found["fits"] else 1), done.output
+    return found
 
 
 def test_answers_in_under_three_seconds_without_torch() -> None:
@@ -65,11 +67,16 @@ def test_the_tables_of_gpt3() -> None:
     # |Θ| and its share, its 16-bit size against the base's, and what the paper prints.
     for text in ("18,874,368", "0.011 %", "37.7 MB", "349 GB", "350 GB", "1.2 TB", "q_proj", "v_proj"):
         assert text in done.output, text
-    for title in ("Memory of a GPU", "Messages of a rank", "modelled, not measured", "Layouts", "by every method"):
+    titles = ("What is planned", "Memory of a GPU", "Collectives", "modelled, not measured", "Layouts", "Other methods")
+    for title in titles:
         assert title in done.output, title
+    # A part that neither column has is left out, and one that a column does not have is a dash.
+    held = data(*GPT3, "--nodes", 4)["memory"].values()
     for part in memory.PARTS:
-        assert part in done.output, part
-    assert "tensor-parallel sizes 1, 2, 4, 8" in done.output and "attention heads" in done.output
+        assert (PART_NAMES[part] in done.output) == any(found["parts"][part] for found in held), part
+    assert "–: there is none at that moment" in done.output
+    assert "tensor-parallel sizes: 1, 2, 4, 8" in done.output and "attention heads" in done.output
+    assert done.output.index("What is planned") < done.output.index("FITS 4 × 8 h100")
 
 
 def test_json_is_the_same_plan() -> None:
@@ -97,8 +104,60 @@ def test_overrides_are_followed() -> None:
 
 def test_where_nothing_fits() -> None:
     done = plan("llama-3-405b", "--gpus-per-node", 2)
-    assert done.exit_code == 0 and "does not fit" in done.output and "It would fit with:" in done.output
+    assert done.exit_code == 1 and "DOES NOT FIT" in done.output and "What fits: add one of these" in done.output
     assert "too much" in " ".join(done.output.split())
+    assert plan("llama-3-405b", "--gpus-per-node", 2, "--json").exit_code == 1
+    found = data("llama-3-405b", "--gpus-per-node", 2)
+    assert found["fits"] is False and found["remedies"][0]["words"].startswith("--nodes")
+
+
+def test_what_is_planned_and_who_set_it() -> None:
+    """The workload stands before everything else, with the values that nobody gave marked as defaults."""
+    words = ("llama-3-8b", "train.global_batch=64", "lora.rank=4", "parallel.tensor=2", "--target-share", 0.25)
+    settings = {found["name"]: (found["value"], found["source"]) for found in data(*words)["workload"]["settings"]}
+    assert settings["train.global_batch"] == (64, "given") and settings["data.max_length"] == (1024, "default")
+    assert settings["--target-share"] == (0.25, "given") and settings["lora.rank"] == (4, "given")
+    assert settings["lora.targets"] == ("all-linear", "default") and settings["parallel.tensor"] == (2, "given")
+    assert settings["train.micro_batch"][1] == "plan" and settings["engine.recompute"][1] == "plan"
+    text = plan(*words).output
+    assert "25 %" in text and "chosen by the plan" in text and "default" in text
+
+
+def test_layouts_side_by_side() -> None:
+    changes = ["parallel.tensor=4 engine.recompute=full", "parallel.tensor=8"]
+    words = ("llama-3-70b", "train.global_batch=16", *(word for text in changes for word in ("--compare", text)))
+    done = plan(*words)
+    assert done.exit_code == 0, done.output
+    for text in (
+        "parallel.tensor=4",
+        "parallel.tensor=8",
+        "as given",
+        "TP 4, DP 2",
+        "TP 8, DP 1",
+        "largest term",
+        "tokens per second",
+        "to spare",
+    ):
+        assert text in " ".join(done.output.split()), text
+    found = json.loads(plan(*words, "--json").stdout)
+    assert found["fits"] and [each["changes"] for each in found["compared"]] == ["as given", *changes]
+    alone = data("llama-3-70b", "train.global_batch=16", *changes[0].split())
+    assert found["compared"][1]["plan"] == alone
+    nothing = plan("llama-3-405b", "--compare", "parallel.tensor=8")
+    assert nothing.exit_code == 1 and "does not fit" in nothing.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--compare", "parallel.tensor='8"], '--compare: "parallel.tensor=\'8": No closing quotation'),
+        (["--compare", "parallel.tensr=8"], "parallel.tensr: unknown key"),
+        (["--compare", "parallel.tensor=8", "--verify"], "--compare and --verify"),
+    ],
+)
+def test_a_comparison_that_cannot_be_made(words: list[str], said: str) -> None:
+    done = plan("llama-3-8b", *words)
+    assert done.exit_code == 2 and said in done.stderr, done.stderr
 
 
 def test_a_config_as_it_is(tmp_path: Path) -> None:
@@ -114,7 +173,7 @@ def test_a_config_as_it_is(tmp_path: Path) -> None:
     assert found["model"]["dtype"] == "fp32"
     assert data(config, "--gpus-per-node", 4, "parallel.tensor=4")["layout"]["tensor"] == 4
     on_cpu = data(config, "model.device=cpu", "--gpus-per-node", 4)
-    assert on_cpu["time"] is None and "seconds" not in on_cpu["layout"]
+    assert on_cpu["time"] is None and on_cpu["layout"]["seconds"] is None
 
 
 def test_a_model_folder_and_its_config(tmp_path: Path) -> None:
@@ -127,14 +186,16 @@ def test_verify_prints_both_sides(tmp_path: Path) -> None:
     base = make_tiny("llama", tmp_path / "base", num_hidden_layers=3)
     done = plan(base, "data.max_length=64", "parallel.tensor=2", "--gpus-per-node", 2, "--verify")
     assert done.exit_code == 0, done.output
-    assert "the executed step agrees with the plan" in done.output and "exact" in done.output
+    assert "The executed step agrees with the plan" in done.output and "exact" in done.output
+    assert "Why that peak is not the plan's total" in done.output
+    assert "verifying: forward" in done.stderr and "verifying" not in done.stdout
 
 
 def test_verify_fails_where_a_formula_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = make_tiny("llama", tmp_path / "base", num_hidden_layers=3)
     monkeypatch.setattr(memory, "frozen_bytes", lambda job: 0)
     done = plan(base, "data.max_length=64", "parallel.tensor=2", "--gpus-per-node", 2, "--verify")
-    assert done.exit_code == 1 and "does not agree" in done.output
+    assert done.exit_code == 1 and "does not agree with the plan" in done.output
 
 
 @pytest.mark.parametrize(

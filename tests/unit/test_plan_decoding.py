@@ -10,10 +10,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lowrank_dist.backend.libraries import quiet_libraries
-from lowrank_dist.engine.dry_run import TOLERANCE, _build, _fake_ranks, _KnownPositions, _Live
+from lowrank_dist.engine.dry_run import _build, _fake_ranks, _KnownPositions, _Live
 from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.plan.job import Job, Layout
-from lowrank_dist.plan.memory import moments
+from lowrank_dist.plan.memory import ACCURACY, moments
 
 pytestmark = pytest.mark.slow
 
@@ -64,6 +64,6 @@ def compare(case: Case) -> None:
     assert moment.name == "prompts of an evaluation"
     keys, working = moment.parts["keys and values"], moment.parts["working memory"]
     assert keys == pytest.approx(kept, rel=1e-3)  # a row's own numbers beside them
-    assert abs((keys + working) / peak - 1) < TOLERANCE
+    assert abs((keys + working) / peak - 1) < ACCURACY
     # Neither is nothing: the control.
-    assert keys / peak < 1 - TOLERANCE and working / peak < 1 - TOLERANCE
+    assert keys / peak < 1 - ACCURACY and working / peak < 1 - ACCURACY

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +16,21 @@ from lowrank_dist.engine.planning import find_model, job_of, read_request
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.lora.footprint import LowRank
 from lowrank_dist.methods.registry import Sizes, footprints_beside
-from lowrank_dist.plan.describe import MethodPlan, compare, describe
+from lowrank_dist.plan.choice import Choice, choose
+from lowrank_dist.plan.describe import compare, describe
 from lowrank_dist.plan.factors import low_rank, on_every_linear
 from lowrank_dist.plan.flops import step_flops
 from lowrank_dist.plan.hardware import GPUS, bytes_in, gpu_of, peak_flops, usable
 from lowrank_dist.plan.job import Footprint, Job, Layout
-from lowrank_dist.plan.layouts import Candidate, Choice, Cluster, Fixed, choose, tensor_sizes
+from lowrank_dist.plan.layouts import Candidate, Cluster, Fixed, tensor_sizes
 from lowrank_dist.plan.memory import Memory, memory
 from lowrank_dist.plan.parameters import adapter_bytes, base_bytes, checkpoint_bytes, disk_bytes, host_bytes
+from lowrank_dist.plan.report import report
+from lowrank_dist.plan.result import MethodPlan, Plan
 from lowrank_dist.plan.step_time import DATA, GEMMS, TENSOR, job_flops
 from lowrank_dist.plan.traffic import calls, microbatch_messages
 from lowrank_dist.sections.section import MethodName
+from lowrank_dist.terminal import open_console
 
 H100 = GPUS["h100"]
 METHODS = get_args(MethodName)
@@ -46,6 +51,14 @@ def chosen(shape: str, *overrides: str, nodes: int = 1, memory: int = H100.memor
 def beside(candidate: Candidate, sizes: Sizes) -> list[Footprint]:
     job = candidate.job
     return footprints_beside(job.footprint, sizes, job.architecture, job.layout.tensor)
+
+
+def drawn(plan: Plan) -> str:
+    """Return the report as text."""
+    console = open_console(width=160, file=io.StringIO())
+    console.print(report(plan))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 def compared(candidate: Candidate, sizes: Sizes) -> list[MethodPlan]:
@@ -85,9 +98,11 @@ def test_where_nothing_fits_it_says_how_much_is_short_and_what_would_fit() -> No
     assert not choice.fits
     needed = choice.best.memory.total
     assert choice.best.missing_bytes == needed - usable(H100.memory) > 0
-    size = int(choice.remedies[-1].removeprefix("GPUs of ").removesuffix(" GB"))
-    assert usable((size - 1) * 10**9) < needed <= usable(size * 10**9)
-    more = next(remedy for remedy in choice.remedies if remedy.startswith("--nodes"))
+    larger = choice.remedies[-1]
+    gpu = gpu_of(larger.words.removeprefix("--gpu "))
+    assert larger.candidate.cluster.gpu == gpu and usable(gpu.memory) >= needed
+    assert all(usable(other.memory) < needed for other in GPUS.values() if other.memory < gpu.memory)
+    more = next(remedy.words for remedy in choice.remedies if remedy.words.startswith("--nodes"))
     nodes, tensor = int(more.split()[1]), int(more.split("parallel.tensor=")[1].split()[0])
     assert "parallel.across_nodes=true" in more
     job = planned("llama-3-405b")
@@ -102,7 +117,7 @@ def test_each_remedy_is_one(remedy: str) -> None:
     fixed: dict[str, Any] = {"tensor": 8, "micro_batch": 8, "recompute": False}
     choice = chosen("llama-3-70b", *overrides, **fixed)
     assert not choice.fits
-    offered = [text for text in choice.remedies if text.startswith(remedy)]
+    offered = [found.words for found in choice.remedies if found.words.startswith(remedy)]
     if remedy == "engine.recompute=full":
         fixed["recompute"] = True
     elif remedy == "train.micro_batch=1":
@@ -110,6 +125,63 @@ def test_each_remedy_is_one(remedy: str) -> None:
     else:
         overrides[0] = offered[0]
     assert chosen("llama-3-70b", *overrides, **fixed).fits == bool(offered) and offered
+
+
+def test_the_first_remedy_is_a_layout_of_the_same_nodes() -> None:
+    """A 70B model without tensor parallelism fits no GPU, and with it fits these."""
+    batch, asked = "train.global_batch=32", {"micro_batch": 1, "recompute": False}
+    choice = chosen("llama-3-70b", batch, nodes=2, tensor=1, **asked)
+    first = choice.remedies[0]
+    assert not choice.fits and first.candidate.cluster == choice.best.cluster and not first.candidate.missing_bytes
+    tensor = first.candidate.job.layout.tensor
+    assert first.words == f"parallel.tensor={tensor}"
+    # Pasted, it gives the layout that it is said to give.
+    again = chosen("llama-3-70b", batch, nodes=2, tensor=tensor, **asked)
+    assert again.fits and again.best.job.layout == first.candidate.job.layout
+    # Where a size alone is not enough, further keys are freed.
+    wide = chosen("llama-3-70b", "data.max_length=8192", tensor=1, micro_batch=8, recompute=False)
+    words = dict(word.split("=") for word in wide.remedies[0].words.split())
+    freed = {"parallel.tensor", "train.micro_batch", "engine.recompute"}
+    assert words.keys() > {"parallel.tensor"} and words.keys() <= freed
+    # A job that fits in no layout of these nodes has no such remedy.
+    assert chosen("llama-3-405b", tensor=8).remedies[0].words.startswith("--nodes")
+
+
+def test_a_refused_layout_names_one_that_fits() -> None:
+    said = r"train.global_batch: 8 samples .* these nodes fit it with parallel.tensor=\d+$"
+    with pytest.raises(UserError, match=said):
+        chosen("llama-3-70b", nodes=2, tensor=1)
+    with pytest.raises(UserError, match=r"parallel.data: .*; these nodes fit it with parallel.data=null$"):
+        chosen("llama-3-8b", tensor=4, data=4)
+
+
+def test_a_layout_that_fits_by_less_than_the_error_of_a_plan_is_tight() -> None:
+    free = chosen("llama-3-70b", tensor=8).best
+
+    def with_spare(share: float) -> Plan:
+        """The plan on nodes that have `share` of the memory to spare."""
+        usable_bytes = int((1 + share) * free.memory.total)
+        memory = next(size for size in range(usable_bytes, 2 * usable_bytes, 10**6) if usable(size) >= usable_bytes)
+        layout = free.job.layout
+        fixed: dict[str, Any] = {"tensor": 8, "micro_batch": layout.micro_batch, "recompute": layout.recompute}
+        choice = chosen("llama-3-70b", memory=memory, **fixed)
+        return describe(choice, None, cluster(memory=memory), [], 3, 1)
+
+    barely, easily = with_spare(0.01), with_spare(0.06)
+    assert (barely.fits, barely.tight, easily.fits, easily.tight) == (True, True, True, False)
+    assert barely.remedies and not easily.remedies
+    change = barely.remedies[0]
+    assert change.words and change.layout.spare >= barely.accuracy * change.layout.memory
+    assert 0 < barely.layout.spare < barely.accuracy * barely.layout.memory
+
+
+def test_a_group_that_crosses_nodes_is_said() -> None:
+    inside, across = (chosen("llama-3-70b", nodes=2, tensor=tensor) for tensor in (8, 16))
+    plans = [describe(choice, None, cluster(2), [], 3, 1) for choice in (inside, across)]
+    assert [plan.layout.crosses_nodes for plan in plans] == [False, True]
+    said = [" ".join(drawn(plan).split()) for plan in plans]
+    assert "TP 16 across nodes" in said[1] and "refuses it without parallel.across_nodes=true" in said[1]
+    assert "across" not in said[0]
 
 
 @pytest.mark.parametrize(
@@ -251,14 +323,14 @@ def test_the_configured_method_is_planned(overrides: list[str], trained: int, st
     """It comes first, with its own sizes, and what is on disk is its own; low-rank updates are beside."""
     choice = chosen("llama-3-8b", *overrides, tensor=2)
     plan = describe(choice, None, cluster(), beside(choice.best, Sizes()), 3, 1)
-    first, *others = plan["methods"]
-    assert first["method"] == plan["trained"]["method"] == overrides[0].removeprefix("method=")
-    assert (first["trained"], first["stored"]) == (trained, stored or trained)
-    assert plan["trained"]["parameters"] == trained and first["memory"] == plan["layout"]["memory"]
-    assert {row["method"] for row in others} | {first["method"]} == set(METHODS)
-    per_element = 2 if first["method"] == "full" else 4
-    assert plan["files"]["adapter"] == per_element * (stored or trained)
-    assert plan["files"]["checkpoint"] == plan["files"]["adapter"] + 12 * trained
+    first, *others = plan.methods
+    assert first.method == plan.trained.method == overrides[0].removeprefix("method=")
+    assert (first.trained, first.stored) == (trained, stored or trained)
+    assert plan.trained.parameters == trained and first.memory == plan.layout.memory
+    assert {row.method for row in others} | {first.method} == set(METHODS)
+    per_element = 2 if first.method == "full" else 4
+    assert plan.files.adapter == per_element * (stored or trained)
+    assert plan.files.checkpoint == plan.files.adapter + 12 * trained
 
 
 def test_full_fine_tuning_needs_more_gpus_and_says_so() -> None:
@@ -266,7 +338,7 @@ def test_full_fine_tuning_needs_more_gpus_and_says_so() -> None:
     assert chosen("llama-3-70b", tensor=8).fits
     full = chosen("llama-3-70b", "method=full", tensor=8)
     assert not full.fits and 3 * full.best.memory.parts["Θ"] <= full.best.memory.parts["masters and moments"] > 100e9
-    assert any(remedy.startswith("--nodes") for remedy in full.remedies)
+    assert any(remedy.words.startswith("--nodes") for remedy in full.remedies)
 
 
 def test_a_bottleneck_that_cannot_be_cut() -> None:
@@ -327,13 +399,14 @@ def test_a_smaller_batch_of_an_evaluation_is_a_remedy() -> None:
     overrides = ["data.max_length=4096", "data.eval=none"]
     fixed: dict[str, Any] = {"tensor": 8, "micro_batch": 1, "recompute": True}
     choice = chosen("llama-3-70b", *overrides, "eval.generate={batch: 512}", **fixed)
-    assert not choice.fits and "eval.generate.batch=1" in choice.remedies
+    assert not choice.fits and "eval.generate.batch=1" in map(str, choice.remedies)
     assert chosen("llama-3-70b", *overrides, "eval.generate={batch: 1}", **fixed).fits
 
 
 def test_a_description_is_json_all_through() -> None:
     choice = chosen("llama-3-8b")
-    text = json.dumps(describe(choice, None, cluster(), beside(choice.best, Sizes()), 3, 1), allow_nan=False)
+    plan = describe(choice, None, cluster(), beside(choice.best, Sizes()), 3, 1)
+    text = json.dumps(plan.as_json(), allow_nan=False)
     plan = json.loads(text)
     held = plan["memory"]["without_recompute"]
     assert sum(held["parts"].values()) == held["total"] == max(held["moments"].values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lowrank_dist.engine import dry_run as verify
+from lowrank_dist.engine import dry_run, verification
 from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.ops.extension import extension_loaded
 from lowrank_dist.parallel.theta import is_partial
@@ -72,7 +72,7 @@ def verified(source: str, *overrides: str, layout: Layout, target_share: float =
         job_of(request, target_share), layout=layout, global_batch=layout.micro_batch * layout.data, **changes
     )
     cluster = Cluster(1, layout.ranks, H100, H100.memory)
-    return verify.verification(Candidate(job, cluster), request)
+    return asdict(verification.verification(Candidate(job, cluster), request.config))
 
 
 DORA = "lora.dora=true"
@@ -257,8 +257,8 @@ def test_magnitudes_lie_as_the_rows_of_b(folders: dict[str, str], targets: str) 
     job = replace(job_of(request, 1.0), layout=Layout(4, 1, True, 2, False))
     lone = []
     for rank in range(4):
-        with verify._fake_ranks(job, rank) as topology, FakeTensorMode(allow_non_fake_inputs=True):
-            _, theta, _ = verify._build(job, request.config, topology)
+        with dry_run._fake_ranks(job, rank) as topology, FakeTensorMode(allow_non_fake_inputs=True):
+            _, theta, _ = dry_run._build(job, request.config, topology)
         found = tuple([p.numel() for p in theta.parameters if is_partial(p) == partial] for partial in (True, False))
         assert found == parameter_sizes(job, rank)
         lone.append(1 in found[1])
@@ -294,7 +294,7 @@ def test_notices_a_formula_with_gradients_of_frozen_weights(small: Any, monkeypa
         found = real(job, theta)
         return found | {"gradients of Θ": found["gradients of Θ"] + memory.frozen_bytes(job)}
 
-    monkeypatch.setattr(verify, "persistent_bytes", counting_all)
+    monkeypatch.setattr(verification, "persistent_bytes", counting_all)
     assert not small()["agrees"]
 
 
@@ -306,13 +306,13 @@ def test_notices_a_formula_of_other_messages(small: Any, monkeypatch: pytest.Mon
 
 
 def test_notices_a_collective_too_many(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = verify._loss
+    real = dry_run._loss
 
     def with_one_more(model: Any, batch: Any) -> Any:
         dist.all_reduce(torch.zeros(1), group=model.topology.tp_group)
         return real(model, batch)
 
-    monkeypatch.setattr(verify, "_loss", with_one_more)
+    monkeypatch.setattr(dry_run, "_loss", with_one_more)
     assert not small()["agrees"]
 
 
@@ -348,5 +348,5 @@ def test_every_rank_issues_the_same_messages() -> None:
     """Blocks of logits are all-reduced: a rank with fewer rows of the vocabulary must not cut them otherwise."""
     request = read_request("llama-3-8b", ["lora.rank=4", "lora.targets=[v_proj]", "data.max_length=2048"])
     job = replace(job_of(request, 0.6), layout=Layout(8, 1, True, 2, False))
-    first, last = (verify.execute(job, request.config, rank).microbatch for rank in (0, 7))
+    first, last = (dry_run.execute(job, request.config, rank).microbatch for rank in (0, 7))
     assert first == last

@@ -346,7 +346,8 @@ def test_a_layout_that_does_not_fit_names_the_one_that_does(large: Path, tmp_pat
     done = slurm(large, "parallel.tensor=1", "train.global_batch=16")
     refused(done, "does not fit 2 × 8 h100 as TP 1, DP 16", "a GPU lacks")
     remedy = done.stderr.partition("these nodes fit it with ")[2].split()
-    assert {word.partition("=")[0] for word in remedy} == {"parallel.tensor", "train.micro_batch", "engine.recompute"}
+    # The other keys are left to the plan, as they were.
+    assert [word.partition("=")[0] for word in remedy] == ["parallel.tensor"]
     assert written(tmp_path) == set()
     assert slurm(large, "train.global_batch=16", *remedy, "--dry-run").exit_code == 0
     ignored = slurm(large, "parallel.tensor=1", "train.global_batch=16", "train.ignore_plan=true", "--dry-run")
