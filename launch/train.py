@@ -29,7 +29,7 @@ def main(config: Config, supervision: Supervision) -> int:
         from lowrank_dist.engine.agreement import require_same_start
         from lowrank_dist.engine.assemble import build_engine, build_method, build_trainer, choose_kernels
         from lowrank_dist.engine.datasets import build_data
-        from lowrank_dist.engine.forecast import Forecast
+        from lowrank_dist.engine.forecast import Forecast, with_tensor_size
         from lowrank_dist.engine.run import Run
         from lowrank_dist.engine.run_folder import RunFolder
         from lowrank_dist.model.load import check_model, load_model
@@ -40,11 +40,13 @@ def main(config: Config, supervision: Supervision) -> int:
     folder = RunFolder.prepare(config.output.dir, config.train.resume, config.inputs, overwrite=config.output.overwrite)
 
     supervision.enter("meeting")  # the processes find each other and form the process groups
-    parallel, timeout = config.parallel, config.engine.timeout_seconds
+    timeout = config.engine.timeout_seconds
     init_process_group(backend, timeout)
     require_same_start(config, backend)
+    config, layout_line = with_tensor_size(config, backend)
+    parallel = config.parallel
     topology = Topology.build(
-        parallel.tensor, parallel.data, parallel.sequence, timeout, across_nodes=parallel.across_nodes
+        parallel.tensor_size, parallel.data, parallel.sequence, timeout, across_nodes=parallel.across_nodes
     )
     supervision.hosts = topology.hosts
 
@@ -53,7 +55,7 @@ def main(config: Config, supervision: Supervision) -> int:
     config = run.config  # now completed by the adapter or the checkpoint
     architecture = check_model(config.model.path, topology.tp_size, config.data.max_length)
     method = build_method(config, architecture)
-    forecast = Forecast(config, architecture, topology, backend)
+    forecast = Forecast(config, architecture, topology, backend, layout_line)
     model = load_model(
         config.model.path,
         architecture,

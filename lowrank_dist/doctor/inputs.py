@@ -55,8 +55,9 @@ def model(config: Config) -> list[Row]:
     size = f"{plural(facts['shards'], 'shard')}, {format_size(facts['file_bytes'])}"
     said = f"{facts['family']}, {facts['parameters']:,} parameters, {size}"
     rows = [Row("model folder", "ok", f"{folder}: {said}, fingerprint {digest}", alike=f"fingerprint {digest}")]
-    if config.parallel.tensor not in (sizes := facts["tensor_parallel_sizes"]):
-        detail = f"{config.parallel.tensor} does not divide the heads; it may be {', '.join(map(str, sizes))}"
+    tensor = config.parallel.tensor
+    if tensor != "auto" and tensor not in (sizes := facts["tensor_parallel_sizes"]):
+        detail = f"{tensor} does not divide the heads; it may be {', '.join(map(str, sizes))}"
         rows.append(Row("parallel.tensor", "broken", detail))
     return rows
 
@@ -86,7 +87,7 @@ def parameters(config: Config) -> Parameters:
     own = method_package(config.method)
     section = own.files.complete(config.own_section, config.model.path)
     reasons = (
-        section.reason_not_shardable(config.parallel.tensor),
+        None if config.parallel.tensor == "auto" else section.reason_not_shardable(config.parallel.tensor),
         section.reason_without_room(config.method, config.data.max_length),
     )
     for reason in reasons:
@@ -124,6 +125,11 @@ def layout(config: Config, size: int, local_size: int) -> list[Row]:
     from lowrank_dist.slurm.checks import check_layout
 
     parallel = config.parallel
+    if parallel.tensor == "auto":
+        detail = (
+            "parallel.tensor=auto: chosen at the start, for the ranks and their memory; `lowrank-dist plan` says which"
+        )
+        return [Row("parallel layout", "ok", detail)]
     check_layout(
         size // local_size,
         local_size,

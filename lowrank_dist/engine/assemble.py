@@ -97,6 +97,8 @@ def startup_lines(run: Run, method: Method, engine: Engine, data: Data, forecast
         f"parallel {'on' if topology.sequence_parallel else 'off'}, {backend.describe()}"
     )
     yield from describe_kernels(config.engine.kernels, backend.device.type)
+    if forecast.layout_line is not None:
+        yield forecast.layout_line
     yield forecast.memory_line
     for lock in stale_build_locks():
         yield f"a killed build left {lock}, for which every later build of that extension waits; remove it"

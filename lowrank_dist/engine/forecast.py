@@ -1,19 +1,30 @@
-"""The plan (lowrank_dist/plan) of the run that is about to start: memory of a rank and FLOPs of a step."""
+"""The plan (lowrank_dist/plan) of the run that is about to start: its layout, memory of a rank, FLOPs of a step."""
 
 from __future__ import annotations
 
+import math
+import socket
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+
+import torch.distributed as dist
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.model_files import stored_dtype
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.config import Config
-from lowrank_dist.engine.planning import Model, Request, job_of
+from lowrank_dist.engine.planning import Model, Request, auto_tensor, fixed_of, job_of
 from lowrank_dist.errors import UserError
+from lowrank_dist.methods.registry import method_package
+from lowrank_dist.model.load import check_model
+from lowrank_dist.parallel.collectives import gather_texts
 from lowrank_dist.parallel.topology import Topology
+from lowrank_dist.plan.choice import fitting_layout
 from lowrank_dist.plan.flops import step_flops
-from lowrank_dist.plan.hardware import peak_flops
+from lowrank_dist.plan.hardware import GPUS, gpu_called, peak_flops
 from lowrank_dist.plan.job import Layout
+from lowrank_dist.plan.layouts import Cluster
 from lowrank_dist.plan.memory import memory
 from lowrank_dist.plan.parameters import heaviest_rank
 
@@ -22,13 +33,78 @@ _CERTAIN = 1.1
 _GIB = 2**30
 
 
-class Forecast:
-    """The plan of one run as it was launched. memory_line: the line on memory that the run prints."""
+def with_tensor_size(config: Config, backend: Backend) -> tuple[Config, str | None]:
+    """Return the config with a size for parallel.tensor=auto, and the line that says which. Collective.
 
-    def __init__(self, config: Config, architecture: Architecture, topology: Topology, backend: Backend) -> None:
+    The size is the plan's choice for the hosts of all ranks and the least memory that any of them has. All ranks take
+    that of rank 0. Raises UserError on every rank where one of them finds none.
+    """
+    if config.parallel.tensor != "auto":
+        return config, None
+    world = dist.group.WORLD
+    assert world is not None, "the ranks have met"
+    own = f"{backend.memory_for_a_rank()} {socket.gethostname()}"
+    told = [text.split(" ", 1) for text in gather_texts(own, world, backend.device)]
+    memory, hosts = min(int(size) for size, _ in told), [host for _, host in told]
+    try:
+        found = str(auto_tensor(_request_of_run(config, backend), cluster_of_ranks(hosts, memory, backend)))
+    except UserError as error:
+        found = str(error)
+    answers = gather_texts(found, world, backend.device)
+    refused = [answer for answer in answers if not answer.isdecimal()]
+    if refused:
+        raise UserError(refused[0])
+    size, count = int(answers[0]), len(set(hosts))
+    where = f"{len(hosts)} rank{'s' * (len(hosts) > 1)} on {count} host{'s' * (count > 1)}"
+    line = f"parallel.tensor=auto: {size}, the plan's choice for {where} with {memory / _GIB:.2f} GiB for a rank"
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update={"tensor": size})}), line
+
+
+def _request_of_run(config: Config, backend: Backend) -> Request:
+    """Return the request for the plan of a run before its ranks are grouped.
+
+    Factors are those of the adapter that training starts from. A resumed run has them from its checkpoint, which is not
+    read yet; where the adapter is gone by then, they are taken to be the defaults of the section.
+    """
+    path, section = config.model.path, config.own_section
+    architecture = check_model(path, 1, config.data.max_length)
+    if section.starts_from is not None and section.starts_from.is_dir():
+        config = config.with_own_section(method_package(config.method).files.complete(section, path))
+    device = {"device": "cpu" if backend.device.type == "cpu" else "cuda"}
+    config = config.model_copy(update={"model": config.model.model_copy(update=device)})
+    return Request(Model(path.name, architecture, stored_dtype(path) or "fp32"), config, True)
+
+
+def cluster_of_ranks(hosts: Sequence[str], memory: int, backend: Backend) -> Cluster:
+    """Return the cluster of a run. hosts: of every rank, in order. memory: bytes that each of them may take.
+
+    A node has as many ranks as fit every host without a rest, so that a group that the plan keeps inside a node lies on
+    one host. A device whose rates are unknown, such as a CPU, has those of an H100: layouts are compared by them.
+    """
+    ranks = math.gcd(*Counter(hosts).values())
+    gpu = gpu_called(backend.name()) or GPUS["h100"]
+    return Cluster(len(hosts) // ranks, ranks, gpu, memory, memory if backend.device.type == "cpu" else None)
+
+
+class Forecast:
+    """The plan of one run as it was launched.
+
+    memory_line: the line on memory that the run prints. layout_line: the line on a layout that the plan chose, or None.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        topology: Topology,
+        backend: Backend,
+        layout_line: str | None = None,
+    ) -> None:
         """Raises UserError where planned memory exceeds the available by over 10 %, unless train.ignore_plan is set."""
+        self.layout_line = layout_line
         path = config.model.path
         request = Request(Model(path.name, architecture, stored_dtype(path) or "fp32"), config, True)
+        self._fixed, self._hosts = fixed_of(request), topology.hosts
         train, self._recompute = config.train, config.engine.recompute == "full"
         layout = Layout(
             topology.tp_size, topology.dp_size, topology.sequence_parallel, train.micro_batch, self._recompute
@@ -52,9 +128,19 @@ class Forecast:
         if planned <= _CERTAIN * available or self._ignored:
             return f"{line}: IT MAY NOT FIT"
         raise UserError(
-            f"{line}: it does not fit. `lowrank-dist plan` with this configuration says what would; a smaller "
-            "train.micro_batch, eval.generate.batch or data.max_length, engine.recompute=full or a larger "
-            "parallel.tensor need less. train.ignore_plan=true starts it anyway"
+            f"{line}: it does not fit. {self._remedy(available)}; `lowrank-dist plan` with this configuration says "
+            "more. train.ignore_plan=true starts it anyway"
+        )
+
+    def _remedy(self, available: int) -> str:
+        """Return the change that makes the run fit the ranks that it has, or what needs less where none does."""
+        cluster = cluster_of_ranks(self._hosts, available, self._backend)
+        found = fitting_layout(self._job, self._fixed, cluster)
+        if found is not None:
+            return f"On these {cluster.gpus} ranks it fits with {found} ({found.candidate.job.layout})"
+        return (
+            f"No layout of these {cluster.gpus} ranks fits: use more ranks, or a smaller data.max_length or "
+            "eval.generate.batch"
         )
 
     def compare(self, measured: float) -> str:

@@ -76,6 +76,8 @@ def _overrides(candidate: Candidate, request: Request) -> list[str]:
     given = {
         f"{name}.{key}" for name in ("parallel", "train", "engine") for key in getattr(config, name).model_fields_set
     }
+    if config.parallel.tensor == "auto":
+        given.discard("parallel.tensor")  # the other keys are chosen for this size
     return [f"{key}={value}" for key, value in _values(candidate).items() if key not in given]
 
 

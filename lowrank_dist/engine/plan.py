@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowrank_dist.config import Config
-from lowrank_dist.engine.planning import Request, find_model, fixed_of, job_of, read_request
+from lowrank_dist.engine.planning import Request, auto_tensor, find_model, fixed_of, job_of, read_request
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.registry import Sizes, footprints_beside, method_package
 from lowrank_dist.plan.choice import choose
@@ -45,6 +45,8 @@ def plan(
         request = read_request(str(source), overrides)
     request = _with_adapter(request)
     job, fixed = job_of(request, 1.0 if target_share is None else target_share), fixed_of(request)
+    auto = auto_tensor(request, cluster) if request.config.parallel.tensor == "auto" else None
+    fixed = fixed if auto is None else replace(fixed, tensor=auto)
     planned, free = choose(job, fixed, cluster), choose(job, Fixed(), cluster)
     layout, output = planned.best.job.layout, request.config.output
     found = describe(
@@ -55,6 +57,7 @@ def plan(
         output.keep_last,
         output.keep_best,
         tuple(_settings(request, fixed, planned.best.job, target_share)),
+        auto,
     )
     if verify is None:
         return found
@@ -97,8 +100,9 @@ def _settings(request: Request, fixed: Fixed, job: Job, target_share: float | No
     for key in own.__class__.model_fields:
         if key in own.shaping and getattr(own, key):
             yield of(own, key, f"{method_package(config.method).section}.{key}")
+    own_size = None if config.parallel.tensor == "auto" else fixed.tensor
     chosen = (
-        (config.parallel, "tensor", "parallel.tensor", fixed.tensor, layout.tensor),
+        (config.parallel, "tensor", "parallel.tensor", own_size, layout.tensor),
         (config.train, "micro_batch", "train.micro_batch", fixed.micro_batch, layout.micro_batch),
         (config.engine, "recompute", "engine.recompute", fixed.recompute, "full" if layout.recompute else "none"),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,8 +13,9 @@ from lowrank_dist.arch.model_files import BUILT_IN, config_file, declared_dtype,
 from lowrank_dist.config import Config, config_of, load_config
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.registry import method_package
+from lowrank_dist.plan.choice import choose
 from lowrank_dist.plan.job import Decoding, Job, Layout
-from lowrank_dist.plan.layouts import Fixed
+from lowrank_dist.plan.layouts import Cluster, Fixed
 from lowrank_dist.sections.section import Section
 
 # Placeholders for the required config keys that a plan from a shape does not use.
@@ -78,19 +79,33 @@ def read_request(what: str, overrides: Sequence[str]) -> Request:
 
 
 def fixed_of(request: Request) -> Fixed:
-    """Return the fixed part of the layout: all of it for a run's config, only the overrides for a shape."""
+    """Return the fixed part of the layout: all of it for a run's config, only the overrides for a shape.
+
+    parallel.tensor=auto fixes no size.
+    """
     parallel, engine, train = request.config.parallel, request.config.engine, request.config.train
 
     def given(section: Section, key: str) -> bool:
         return request.whole or key in section.model_fields_set
 
     return Fixed(
-        tensor=parallel.tensor if given(parallel, "tensor") else None,
+        tensor=parallel.tensor if isinstance(parallel.tensor, int) and given(parallel, "tensor") else None,
         data=parallel.data,
         sequence=parallel.sequence,
         micro_batch=train.micro_batch if given(train, "micro_batch") else None,
         recompute=engine.recompute == "full" if given(engine, "recompute") else None,
     )
+
+
+def auto_tensor(request: Request, cluster: Cluster) -> int:
+    """Return the tensor-parallel size that parallel.tensor=auto stands for on a cluster.
+
+    It is that of the fastest layout that agrees with the config and leaves a margin for the error of a plan, or of the
+    one that comes closest to fitting. A group crosses nodes only with parallel.across_nodes. Every row is assumed to
+    have data.max_length tokens, all of them targets. Raises UserError where no layout agrees with the config.
+    """
+    fixed = replace(fixed_of(request), tensor=None, across_nodes=request.config.parallel.across_nodes)
+    return choose(job_of(request, 1.0), fixed, cluster).safe.job.layout.tensor
 
 
 def job_of(request: Request, target_share: float) -> Job:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import Discriminator, Field, Tag
 
 from lowrank_dist.sections.section import Section
+
+TensorSize: TypeAlias = Annotated[
+    Annotated[Literal["auto"], Tag("word")] | Annotated[Annotated[int, Field(ge=1)], Tag("number")],
+    Discriminator(lambda value: "word" if isinstance(value, str) else "number"),
+]
 
 
 class ParallelConfig(Section):
     """The layout of ranks."""
 
-    tensor: int = Field(1, ge=1, description="tensor-parallel size, an integer of at least 1")
+    tensor: TensorSize = Field(
+        1,
+        description="tensor-parallel size, an integer of at least 1, or auto (chosen at every start: the fastest "
+        "layout that fits the memory of the run's ranks, as `lowrank-dist plan` chooses it)",
+    )
     data: int | None = Field(
         None, ge=1, description="data-parallel size of at least 1, or null for all remaining ranks"
     )
@@ -22,3 +33,9 @@ class ParallelConfig(Section):
         description="true (a tensor-parallel group may lie on several nodes, where every layer waits for the network) "
         "or false",
     )
+
+    @property
+    def tensor_size(self) -> int:
+        """The tensor-parallel size of a run that has begun, where `auto` has been replaced."""
+        assert isinstance(self.tensor, int), "engine/forecast.py replaces auto before anything is built"
+        return self.tensor

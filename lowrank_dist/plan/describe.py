@@ -80,10 +80,12 @@ def describe(
     keep_last: int | None,
     keep_best: int,
     settings: Sequence[Setting] = (),
+    auto_tensor: int | None = None,
 ) -> Plan:
     """Return the plan of `planned`, and of the methods `others` on the same layout.
 
-    recommended: the plan's own choice, where it differs from what the user has fixed. settings: as in Workload.
+    recommended: the plan's own choice, where it differs from what the user has fixed. settings, auto_tensor: as in the
+    plan.
     """
     candidate = planned.best
     job, flops = candidate.job, job_flops(candidate.job)
@@ -110,6 +112,7 @@ def describe(
         tensor_sizes=_tensor(job, cluster),
         state=_state(job),
         methods=tuple(compare(candidate, others)),
+        auto_tensor=auto_tensor,
     )
 
 

@@ -73,7 +73,13 @@ def usable(memory: int) -> int:
     return int((memory - OUTSIDE_TENSORS) * (1 - FRAGMENTATION))
 
 
-def peak_flops(device: str) -> float | None:
-    """Return dense bf16 FLOP/s of the GPU that its driver calls `device` ("NVIDIA H100 80GB HBM3"); None if unknown."""
+def gpu_called(device: str) -> Gpu | None:
+    """Return the GPU that its driver calls `device` ("NVIDIA H100 80GB HBM3"); None if it is unknown."""
     words = re.findall(r"[a-z]+\d+[a-z]*", device.lower())
-    return next((gpu.flops for gpu in GPUS.values() if gpu.name in words), None)
+    return next((gpu for gpu in GPUS.values() if gpu.name in words), None)
+
+
+def peak_flops(device: str) -> float | None:
+    """Return dense bf16 FLOP/s of the GPU that its driver calls `device`; None if it is unknown."""
+    gpu = gpu_called(device)
+    return None if gpu is None else gpu.flops

@@ -40,6 +40,7 @@ def test_defaults(path: Path) -> None:
     assert config.model.path == Path("base") and config.model.dtype == "auto" and config.model.vocab_multiple == 128
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16.0, "all-linear")
     assert (config.parallel.tensor, config.parallel.data, config.parallel.sequence) == (1, None, None)
+    assert config.parallel.tensor_size == 1
     assert (config.train.steps, config.train.epochs, config.train.lr, config.train.seed) == (None, 1.0, 2e-4, 42)
     assert (config.engine.zero_stage, config.engine.clip, config.engine.reduce_bucket) == (1, 1.0, None)
     assert (config.engine.kernels, config.engine.lanes) == ("auto", "auto")

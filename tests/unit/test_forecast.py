@@ -14,15 +14,16 @@ import yaml
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import LoraRules
 from lowrank_dist.config import Config, load_config
-from lowrank_dist.engine.forecast import Forecast
+from lowrank_dist.engine.forecast import Forecast, cluster_of_ranks
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.lora.footprint import LowRank
 from lowrank_dist.plan.factors import low_rank
 from lowrank_dist.plan.flops import step_flops
-from lowrank_dist.plan.hardware import peak_flops
+from lowrank_dist.plan.hardware import GPUS, peak_flops
+from lowrank_dist.plan.layouts import Cluster
 from tests.tiny_models import make_tiny
 
-TOPOLOGY: Any = SimpleNamespace(tp_size=2, dp_size=1, sequence_parallel=True)
+TOPOLOGY: Any = SimpleNamespace(tp_size=2, dp_size=1, sequence_parallel=True, hosts=("here", "here"))
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +39,14 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def forecast(path: Path, memory: int, *overrides: str) -> Forecast:
-    backend: Any = SimpleNamespace(
+def backend(memory: int) -> Any:
+    return SimpleNamespace(
         device=torch.device("cpu"), memory_for_a_rank=lambda: memory, name=lambda: "NVIDIA H100 80GB HBM3"
     )
-    return Forecast(config(path, *overrides), read_architecture(path.parent / "base"), TOPOLOGY, backend)
+
+
+def forecast(path: Path, memory: int, *overrides: str) -> Forecast:
+    return Forecast(config(path, *overrides), read_architecture(path.parent / "base"), TOPOLOGY, backend(memory))
 
 
 def config(path: Path, *overrides: str) -> Config:
@@ -71,6 +75,30 @@ def test_a_run_that_fits_too_barely_and_not_at_all(path: Path) -> None:
     with pytest.raises(UserError, match=r"it does not fit\. .*train\.ignore_plan=true starts it anyway"):
         forecast(path, int(enough / 1.11))
     assert forecast(path, 1, "train.ignore_plan=true").memory_line.endswith("IT MAY NOT FIT")
+
+
+def test_a_run_that_does_not_fit_names_the_layout_that_does(path: Path) -> None:
+    """With the config's tensor-parallel size of 1 on ranks of which each has room for half a model."""
+    large = ("data.max_length=64", "train.global_batch=16", "train.micro_batch=8")
+    whole: Any = SimpleNamespace(tp_size=1, dp_size=2, sequence_parallel=False, hosts=("here", "here"))
+    half = Forecast(
+        config(path, *large, "parallel.tensor=2"), read_architecture(path.parent / "base"), TOPOLOGY, backend(2**40)
+    )
+    enough = int(1.06 * half._planned.total)
+    said = r"On these 2 ranks it fits with parallel\.tensor=2 \(TP 2, DP 1, microbatch 8, sequence parallel\)"
+    with pytest.raises(UserError, match=said):
+        Forecast(config(path, *large), read_architecture(path.parent / "base"), whole, backend(enough))
+    with pytest.raises(UserError, match="No layout of these 2 ranks fits: use more ranks"):
+        Forecast(config(path, *large), read_architecture(path.parent / "base"), whole, backend(1000))
+
+
+def test_the_cluster_of_a_run(path: Path) -> None:
+    """Groups that the plan keeps inside a node lie on one host, whatever the numbers of ranks on the hosts."""
+    for hosts, nodes in ((["a"] * 8, (1, 8)), (["a"] * 4 + ["b"] * 4, (2, 4)), (["a"] * 4 + ["b"] * 2, (3, 2))):
+        cluster = cluster_of_ranks(hosts, 10**9, backend(10**9))
+        assert (cluster.nodes, cluster.gpus_per_node) == nodes and cluster.usable == 10**9
+    on_gpu: Any = SimpleNamespace(device=torch.device("cuda"), name=lambda: "NVIDIA H200")
+    assert cluster_of_ranks(["a"], GPUS["h200"].memory, on_gpu) == Cluster(1, 1, GPUS["h200"], GPUS["h200"].memory)
 
 
 def test_flops_are_the_plans(path: Path) -> None:

@@ -123,6 +123,31 @@ def test_what_is_planned_and_who_set_it() -> None:
     assert "25 %" in text and "chosen by the plan" in text and "default" in text
 
 
+def test_auto_is_the_size_that_the_plan_chooses(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model: {path: llama-3-70b}\nparallel: {tensor: auto}\ndata: {train: t.jsonl}\n"
+        "train: {global_batch: 32}\noutput: {dir: run}\n"
+    )
+    found = data(config, "--nodes", 2)
+    size = found["auto_tensor"]
+    # Without tensor parallelism it does not fit, and the rest of the config counts as given.
+    assert found["fits"] and not found["tight"] and size > 1 and found["layout"]["tensor"] == size
+    assert found["layout"]["micro_batch"] == 1 and not found["layout"]["recompute"]
+    settings = {each["name"]: (each["value"], each["source"]) for each in found["workload"]["settings"]}
+    assert settings["parallel.tensor"] == (size, "plan") and settings["train.micro_batch"] == (1, "default")
+    assert f"parallel.tensor=auto stands for {size} on these GPUs" in plan(config, "--nodes", 2).output
+    assert not data(config, "--nodes", 2, "parallel.tensor=1")["fits"]
+    # A group crosses nodes only where the config allows it.
+    large = ("model.path=llama-3-405b", "--nodes", 2)
+    inside, across = data(config, *large), data(config, *large, "parallel.across_nodes=true")
+    assert (inside["auto_tensor"], inside["fits"]) == (8, False) and (across["auto_tensor"], across["fits"]) == (
+        16,
+        True,
+    )
+    assert inside["remedies"][0]["words"].startswith("parallel.tensor=16") and across["layout"]["crosses_nodes"]
+
+
 def test_layouts_side_by_side() -> None:
     changes = ["parallel.tensor=4 engine.recompute=full", "parallel.tensor=8"]
     words = ("llama-3-70b", "train.global_batch=16", *(word for text in changes for word in ("--compare", text)))

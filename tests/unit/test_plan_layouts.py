@@ -12,7 +12,7 @@ import pytest
 
 from lowrank_dist.arch.placement import LoraRules
 from lowrank_dist.engine.job_layout import job_layout
-from lowrank_dist.engine.planning import find_model, job_of, read_request
+from lowrank_dist.engine.planning import auto_tensor, find_model, job_of, read_request
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.lora.footprint import LowRank
 from lowrank_dist.methods.registry import Sizes, footprints_beside
@@ -182,6 +182,19 @@ def test_a_group_that_crosses_nodes_is_said() -> None:
     said = [" ".join(drawn(plan).split()) for plan in plans]
     assert "TP 16 across nodes" in said[1] and "refuses it without parallel.across_nodes=true" in said[1]
     assert "across" not in said[0]
+
+
+def test_auto_leaves_a_margin() -> None:
+    """Where the fastest layout is tight, auto takes the fastest that is not."""
+    request = read_request("llama-3-70b", ["train.global_batch=32", "parallel.tensor=auto", "train.micro_batch=1"])
+    fixed = Fixed(micro_batch=1)
+    nodes = cluster(2)
+    assert auto_tensor(request, nodes) == choose(job_of(request, 1.0), fixed, nodes).best.job.layout.tensor
+    fastest = choose(job_of(request, 1.0), fixed, cluster(2)).best
+    tight = replace(nodes, free=int(1.01 * fastest.memory.total))
+    best = choose(job_of(request, 1.0), fixed, tight)
+    assert best.best.tight and not best.safe.tight
+    assert auto_tensor(request, tight) == best.safe.job.layout.tensor
 
 
 @pytest.mark.parametrize(
