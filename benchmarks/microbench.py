@@ -37,7 +37,7 @@ from lowrank_dist.backend.devices import synchronize
 from lowrank_dist.backend.libraries import quiet_libraries
 from lowrank_dist.backend.select import select_backend
 from lowrank_dist.ops.extension import require_compiled
-from lowrank_dist.plan.hardware import GPUS, peak_flops
+from lowrank_dist.planner.hardware import GPUS, peak_flops
 
 # The pool's size over L2's (taken as 64 MiB on a CPU), and between which numbers of sets.
 POOL_OVER_L2, FEWEST_SETS, MOST_SETS = 3.0, 2, 32

@@ -2,8 +2,8 @@
 
     python benchmarks/scale.py [--out docs/SCALE.md]
 
-Closed formulas alone (lowrank_dist/plan): no GPU, no weights, some seconds. Every time is modelled. The peers' calls a
-layer are published counts; what each of them carries is not, so both ends are given: R columns, or an activation's H.
+Closed formulas alone (lowrank_dist/planner): no GPU, no weights, some seconds. Every time is modelled. The peers' calls
+a layer are published counts; what each of them carries is not, so both ends are given: R columns, or an activation's H.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowrank_dist.engine.planning import job_of, read_request
-from lowrank_dist.plan.choice import Choice, choose
-from lowrank_dist.plan.factors import total_rank
-from lowrank_dist.plan.hardware import GPUS
-from lowrank_dist.plan.job import Job, Layout
-from lowrank_dist.plan.layouts import Candidate, Cluster, Fixed
-from lowrank_dist.plan.report import size
-from lowrank_dist.plan.step_time import TENSOR, message_seconds
-from lowrank_dist.plan.traffic import GATHER, Message, bytes_of, calls, of_step
+from lowrank_dist.planner.choice import Choice, choose
+from lowrank_dist.planner.factors import total_rank
+from lowrank_dist.planner.hardware import GPUS
+from lowrank_dist.planner.job import Job, Layout
+from lowrank_dist.planner.layouts import Candidate, Cluster, Fixed
+from lowrank_dist.planner.report import size
+from lowrank_dist.planner.step_time import TENSOR, message_seconds
+from lowrank_dist.planner.traffic import GATHER, Message, bytes_of, calls, of_step
 
 MODELS = ("qwen2.5-7b", "llama-3-70b", "gpt3-175b", "llama-3-405b")
 NODES = (1, 2, 4, 8, 16, 32, 64)
@@ -36,7 +36,7 @@ HEAD = f"""\
 
 Written by `python benchmarks/scale.py`; `lowrank-dist plan MODEL --nodes N` gives any row in full. Everything here is
 **modelled**: memory, calls and bytes by formulas that are held against the executed step (`--verify`: calls and bytes
-exactly, memory within 5 %); times by the GPU's data sheet and the rates in lowrank_dist/plan/hardware.py, without
+exactly, memory within 5 %); times by the GPU's data sheet and the rates in lowrank_dist/planner/hardware.py, without
 overlap, compared with no measured step yet.
 
 Low-rank updates of rank {RANK} on all linears, {GLOBAL_BATCH} samples of {LENGTH} tokens a step, all of them targets,

@@ -49,7 +49,7 @@ from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.model_files import built_in_config
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.formats.model_folder import SINGLE_FILE
-from lowrank_dist.plan.hardware import GPUS
+from lowrank_dist.planner.hardware import GPUS
 
 ROOT = Path(__file__).parents[1]
 PLACE = ROOT / "build" / "training"

@@ -14,7 +14,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import open_console, put
 
 if TYPE_CHECKING:
-    from lowrank_dist.plan.result import Plan
+    from lowrank_dist.planner.result import Plan
 
 
 def plan_command(
@@ -80,8 +80,8 @@ def plan_command(
     """
     from lowrank_dist.engine.plan import plan
     from lowrank_dist.methods.registry import Sizes
-    from lowrank_dist.plan.hardware import bytes_in, gpu_of
-    from lowrank_dist.plan.layouts import Cluster
+    from lowrank_dist.planner.hardware import bytes_in, gpu_of
+    from lowrank_dist.planner.layouts import Cluster
 
     for option, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
         if value < 1:
@@ -148,7 +148,7 @@ def _compare(plans: dict[str, Plan], as_json: bool) -> None:
             )
         )
     else:
-        from lowrank_dist.plan.side_by_side import side_by_side
+        from lowrank_dist.planner.side_by_side import side_by_side
 
         _print(side_by_side(plans))
     if not any(plan.fits for plan in plans.values()):
@@ -159,8 +159,8 @@ def _show(plan: Plan, as_json: bool) -> None:
     if as_json:
         put(json.dumps(plan.as_json(), indent=2, allow_nan=False))
         return
-    from lowrank_dist.plan.report import report
-    from lowrank_dist.plan.side_by_side import verified
+    from lowrank_dist.planner.report import report
+    from lowrank_dist.planner.side_by_side import verified
 
     _print(report(plan))
     if plan.verification is not None:

@@ -15,7 +15,7 @@ from lowrank_dist.terminal import put, say
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
     from lowrank_dist.engine.job_layout import JobLayout
-    from lowrank_dist.plan.layouts import Cluster
+    from lowrank_dist.planner.layouts import Cluster
     from lowrank_dist.slurm.job import Job
 
 _WORDS = ("never", "auto")  # of train.resume
@@ -174,8 +174,8 @@ def _kept(changes: list[str]) -> list[str]:
 
 
 def _cluster(run: Config, nodes: int, gpus_per_node: int, gpu: str | None, gpu_memory: str | None) -> Cluster:
-    from lowrank_dist.plan.hardware import GPUS, Gpu, bytes_in, gpu_of
-    from lowrank_dist.plan.layouts import Cluster
+    from lowrank_dist.planner.hardware import GPUS, Gpu, bytes_in, gpu_of
+    from lowrank_dist.planner.layouts import Cluster
 
     if run.model.device == "cpu":
         if gpu is not None or gpu_memory is not None:

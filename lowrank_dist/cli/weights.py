@@ -62,8 +62,8 @@ def merge_command(
     """Fold adapters into their base model, tensor by tensor, without a GPU."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-    from lowrank_dist.merge.merge import merge
-    from lowrank_dist.merge.options import OutputFormat, parse_adapter, parse_dtype, parse_shard_size
+    from lowrank_dist.merging.merge import merge
+    from lowrank_dist.merging.options import OutputFormat, parse_adapter, parse_dtype, parse_shard_size
     from lowrank_dist.methods.registry import method_package_reading
 
     # Once, for what is merged and what --verify holds it against.
@@ -82,7 +82,7 @@ def merge_command(
     if verify:
         from transformers.utils.logging import disable_progress_bar
 
-        from lowrank_dist.merge.verify import Verifier
+        from lowrank_dist.merging.verify import Verifier
 
         disable_progress_bar()
         verifier = Verifier(base, adapters, verify_text)

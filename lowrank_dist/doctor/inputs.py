@@ -12,7 +12,7 @@ from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
-    from lowrank_dist.plan.job import Parameters
+    from lowrank_dist.planner.job import Parameters
 
 # Bytes per element: fp32 master and two moments of AdamW.
 STATE_BYTES = 12

@@ -30,9 +30,9 @@ from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.counting import CollectiveCount, count_collectives
 from lowrank_dist.parallel.theta import Theta, is_partial
 from lowrank_dist.parallel.topology import Topology
-from lowrank_dist.plan.job import Job
-from lowrank_dist.plan.parameters import partition_elements
-from lowrank_dist.plan.traffic import Message
+from lowrank_dist.planner.job import Job
+from lowrank_dist.planner.parameters import partition_elements
+from lowrank_dist.planner.traffic import Message
 
 Progress = Callable[[str], None]
 

@@ -1,4 +1,4 @@
-"""The plan (lowrank_dist/plan) of the run that is about to start: its layout, memory of a rank, FLOPs of a step."""
+"""The plan (lowrank_dist/planner) of the run that is about to start: its layout, memory of a rank, FLOPs of a step."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lowrank_dist.methods.registry import method_package
 from lowrank_dist.model.load import check_model
 from lowrank_dist.parallel.collectives import gather_texts
 from lowrank_dist.parallel.topology import Topology
-from lowrank_dist.plan.choice import fitting_layout
-from lowrank_dist.plan.flops import step_flops
-from lowrank_dist.plan.hardware import GPUS, gpu_called, peak_flops
-from lowrank_dist.plan.job import Layout
-from lowrank_dist.plan.layouts import Cluster
-from lowrank_dist.plan.memory import memory
-from lowrank_dist.plan.parameters import heaviest_rank
+from lowrank_dist.planner.choice import fitting_layout
+from lowrank_dist.planner.flops import step_flops
+from lowrank_dist.planner.hardware import GPUS, gpu_called, peak_flops
+from lowrank_dist.planner.job import Layout
+from lowrank_dist.planner.layouts import Cluster
+from lowrank_dist.planner.memory import memory
+from lowrank_dist.planner.parameters import heaviest_rank
 
 # A run whose planned memory exceeds the available by this factor does not start. Tests hold the plan to 10 %.
 _CERTAIN = 1.1

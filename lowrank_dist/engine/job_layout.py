@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from lowrank_dist.engine.planning import Request, fixed_of, job_of
 from lowrank_dist.errors import UserError
-from lowrank_dist.plan.choice import choose, fitting_layout
-from lowrank_dist.plan.job import Job
-from lowrank_dist.plan.layouts import Candidate, Cluster, Fixed
-from lowrank_dist.plan.memory import ACCURACY
+from lowrank_dist.planner.choice import choose, fitting_layout
+from lowrank_dist.planner.job import Job
+from lowrank_dist.planner.layouts import Candidate, Cluster, Fixed
+from lowrank_dist.planner.memory import ACCURACY
 
 
 @dataclass(frozen=True)

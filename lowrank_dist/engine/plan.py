@@ -10,11 +10,11 @@ from lowrank_dist.config import Config
 from lowrank_dist.engine.planning import Request, auto_tensor, find_model, fixed_of, job_of, read_request
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.registry import Sizes, footprints_beside, method_package
-from lowrank_dist.plan.choice import choose
-from lowrank_dist.plan.describe import describe
-from lowrank_dist.plan.job import Job
-from lowrank_dist.plan.layouts import Cluster, Fixed
-from lowrank_dist.plan.result import Plan, Setting
+from lowrank_dist.planner.choice import choose
+from lowrank_dist.planner.describe import describe
+from lowrank_dist.planner.job import Job
+from lowrank_dist.planner.layouts import Cluster, Fixed
+from lowrank_dist.planner.result import Plan, Setting
 from lowrank_dist.sections.section import Section
 
 

@@ -13,9 +13,9 @@ from lowrank_dist.arch.model_files import BUILT_IN, config_file, declared_dtype,
 from lowrank_dist.config import Config, config_of, load_config
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.registry import method_package
-from lowrank_dist.plan.choice import choose
-from lowrank_dist.plan.job import Decoding, Job, Layout
-from lowrank_dist.plan.layouts import Cluster, Fixed
+from lowrank_dist.planner.choice import choose
+from lowrank_dist.planner.job import Decoding, Job, Layout
+from lowrank_dist.planner.layouts import Cluster, Fixed
 from lowrank_dist.sections.section import Section
 
 # Placeholders for the required config keys that a plan from a shape does not use.

@@ -7,15 +7,15 @@ from dataclasses import replace
 
 from lowrank_dist.config import Config
 from lowrank_dist.engine.dry_run import Progress, execute
-from lowrank_dist.plan.activations import activations
-from lowrank_dist.plan.describe import messages_of
-from lowrank_dist.plan.job import Job, head_rows
-from lowrank_dist.plan.layouts import Candidate
-from lowrank_dist.plan.memory import ACCURACY, memory, microbatch_moments, persistent_bytes
-from lowrank_dist.plan.parameters import theta_on_rank
-from lowrank_dist.plan.result import Compared, ComparedCalls, Verification
-from lowrank_dist.plan.step_time import job_flops
-from lowrank_dist.plan.traffic import microbatch_messages, step_messages
+from lowrank_dist.planner.activations import activations
+from lowrank_dist.planner.describe import messages_of
+from lowrank_dist.planner.job import Job, head_rows
+from lowrank_dist.planner.layouts import Candidate
+from lowrank_dist.planner.memory import ACCURACY, memory, microbatch_moments, persistent_bytes
+from lowrank_dist.planner.parameters import theta_on_rank
+from lowrank_dist.planner.result import Compared, ComparedCalls, Verification
+from lowrank_dist.planner.step_time import job_flops
+from lowrank_dist.planner.traffic import microbatch_messages, step_messages
 
 
 def verification(candidate: Candidate, config: Config, progress: Progress | None = None) -> Verification:

@@ -13,7 +13,7 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Protocol, get_args
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.plan.job import Footprint
+from lowrank_dist.planner.job import Footprint
 from lowrank_dist.sections.section import MethodName, MethodSection
 
 if TYPE_CHECKING:

@@ -24,12 +24,12 @@ from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.engine.planning import Request, find_model, job_of, read_request
 from lowrank_dist.methods.bottleneck.files import BottleneckConfig, places, stored_shapes
 from lowrank_dist.methods.registry import Sizes, footprints_beside, method_package
-from lowrank_dist.plan.describe import compare
-from lowrank_dist.plan.hardware import GPUS
-from lowrank_dist.plan.job import Footprint, Job, Layout
-from lowrank_dist.plan.layouts import Candidate, Cluster
-from lowrank_dist.plan.parameters import frozen_size, theta_on_rank
-from lowrank_dist.plan.result import MethodPlan
+from lowrank_dist.planner.describe import compare
+from lowrank_dist.planner.hardware import GPUS
+from lowrank_dist.planner.job import Footprint, Job, Layout
+from lowrank_dist.planner.layouts import Candidate, Cluster
+from lowrank_dist.planner.parameters import frozen_size, theta_on_rank
+from lowrank_dist.planner.result import MethodPlan
 from lowrank_dist.sections.section import MethodName
 from tests.dist import ranks
 from tests.dist.method_runs import (

@@ -21,8 +21,8 @@ import pytest
 
 from lowrank_dist.config import Config
 from lowrank_dist.engine.planning import Request, job_of, read_request
-from lowrank_dist.plan.job import Layout
-from lowrank_dist.plan.memory import Memory, memory
+from lowrank_dist.planner.job import Layout
+from lowrank_dist.planner.memory import Memory, memory
 from tests.dist.ranks import World
 
 INTERVAL = 0.003

@@ -13,10 +13,10 @@ from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import LoraRules
 from lowrank_dist.methods.lora.footprint import LowRank
 from lowrank_dist.parallel.counting import count_collectives
-from lowrank_dist.plan.factors import low_rank
-from lowrank_dist.plan.job import Job, Layout
-from lowrank_dist.plan.parameters import bucket_size, partition_elements, theta_on_rank
-from lowrank_dist.plan.traffic import step_messages
+from lowrank_dist.planner.factors import low_rank
+from lowrank_dist.planner.job import Job, Layout
+from lowrank_dist.planner.parameters import bucket_size, partition_elements, theta_on_rank
+from lowrank_dist.planner.traffic import step_messages
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny_runs import MAX_LENGTH, Setting, build, microbatches
 from tests.tiny_models import make_tiny

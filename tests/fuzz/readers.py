@@ -32,7 +32,7 @@ from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE, open_chec
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.formats.safetensors_file import read_header
 from lowrank_dist.formats.text_files import read_stop_ids
-from lowrank_dist.merge.options import parse_adapter, parse_shard_size
+from lowrank_dist.merging.options import parse_adapter, parse_shard_size
 from lowrank_dist.methods.bottleneck.files import read_bottlenecks
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_dist.methods.lora.files import read_adapter
@@ -670,7 +670,7 @@ READERS: tuple[Reader, ...] = (
         anything,
     ),
     words_reader(
-        "options of merge", _in("options", "options"), _options, ("lowrank_dist/merge/options.py",), OPTIONS, anything
+        "options of merge", _in("options", "options"), _options, ("lowrank_dist/merging/options.py",), OPTIONS, anything
     ),
     json_reader(
         "inspect",

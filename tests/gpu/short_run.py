@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lowrank_dist.merge.merge import merge
+from lowrank_dist.merging.merge import merge
 from tests.tiny_models import make_tiny
 
 ROOT = Path(__file__).parents[2]

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from lowrank_dist.engine.plan import plan
-from lowrank_dist.plan.hardware import GPUS
-from lowrank_dist.plan.layouts import Cluster
+from lowrank_dist.planner.hardware import GPUS
+from lowrank_dist.planner.layouts import Cluster
 from tests.dist import ranks
 from tests.integration.launching import Outcome, _main, assert_codes
 from tests.integration.resuming import SAVED, STEPS, make_job, stopped_after

@@ -139,8 +139,8 @@ def test_a_file_of_prompts_in_its_order(base: Path, asked: Path, size: int, tens
 
 
 def test_an_adapter_decodes_as_its_merged_folder(base: Path, adapter: Path, asked: Path, tmp_path: Path) -> None:
-    from lowrank_dist.merge.merge import merge
-    from lowrank_dist.merge.options import parse_adapter
+    from lowrank_dist.merging.merge import merge
+    from lowrank_dist.merging.options import parse_adapter
 
     merge(base, [parse_adapter(str(adapter))], tmp_path / "merged")
     options = ("--prompts", asked, "--max-new-tokens", NEW, "--tensor", 2)

@@ -12,8 +12,8 @@ from torch import Tensor
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.checkpoint.folder import export
 from lowrank_dist.formats.model_folder import open_checkpoint
-from lowrank_dist.merge.merge import merge
-from lowrank_dist.merge.options import parse_adapter
+from lowrank_dist.merging.merge import merge
+from lowrank_dist.merging.options import parse_adapter
 from lowrank_dist.methods.files import LLAMA_CPP
 from lowrank_dist.methods.lora.files import Adapter
 from tests.llama_cpp import Gguf, convert, lora_job, model_job, permuted

@@ -26,7 +26,7 @@ from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.checkpoint.folder import copy_adapter, export
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
-from lowrank_dist.merge.merge import merge
+from lowrank_dist.merging.merge import merge
 from lowrank_dist.methods.files import CONFIG_FILE, VLLM, WEIGHTS_FILE
 from lowrank_dist.methods.lora.adopt import adopt_adapter
 from lowrank_dist.methods.lora.config import LoraConfig as LoraSection

@@ -56,16 +56,20 @@ ARROWS = [
     Arrow("", f"{PACKAGE}.ops._C", exempt=rooms("ops")),
     *(Arrow(f"{PACKAGE}.model", room) for room in rooms("methods", "data", "engine", "checkpoint")),
     *(Arrow(f"{PACKAGE}.methods", room) for room in rooms("checkpoint", "engine", "data")),
-    *(Arrow(f"{PACKAGE}.plan", room) for room in (*rooms("engine", "parallel", "model", "methods"), "torch")),
-    *(Arrow(room, out) for room in rooms("merge", "formats") for out in ("deepspeed", "megatron", "torch.distributed")),
+    *(Arrow(f"{PACKAGE}.planner", room) for room in (*rooms("engine", "parallel", "model", "methods"), "torch")),
+    *(
+        Arrow(room, out)
+        for room in rooms("merging", "formats")
+        for out in ("deepspeed", "megatron", "torch.distributed")
+    ),
     Arrow(f"{PACKAGE}.data", "torch.distributed"),
     Arrow("", "launch", exempt=("launch",)),
 ]
 # What answers at once loads none of these, through whatever it imports.
-LIGHT = ("arch", "plan")
+LIGHT = ("arch", "planner")
 HEAVY = ("torch", "transformers", "megatron", "deepspeed", "safetensors")
 # What merging may not reach at all, through whatever it imports of ours: it runs without a process group.
-MERGE = f"{PACKAGE}.merge.merge"
+MERGE = f"{PACKAGE}.merging.merge"
 OUT_OF_MERGE = ("deepspeed", "megatron", "torch.distributed")
 # Files are untrusted: nothing may run code that came in one.
 RUNS_CODE = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "torch.load", "torch.save")
@@ -267,7 +271,7 @@ def test_configuration_and_footprints_load_no_torch() -> None:
 
 
 def test_the_files_of_methods_load_no_megatron() -> None:
-    code = f"import {PACKAGE}.checkpoint.folder, {PACKAGE}.checkpoint.inspection, {PACKAGE}.merge.merge\n"
+    code = f"import {PACKAGE}.checkpoint.folder, {PACKAGE}.checkpoint.inspection, {PACKAGE}.merging.merge\n"
     code += f"from {PACKAGE}.methods.registry import METHOD_PACKAGES\n"
     code += "[package.files for package in METHOD_PACKAGES]"
     assert loaded_by(code, "megatron", "deepspeed", "torch") == ["torch"]
@@ -320,11 +324,11 @@ def test_nothing_runs_code_from_a_file() -> None:
         ("lowrank_dist.arch.rows", "from megatron.core import mpu"),
         ("lowrank_dist.arch.rows", "from lowrank_dist.formats.manifest import is_checkpoint"),
         ("lowrank_dist.arch.rows", "from lowrank_dist import config"),
-        ("lowrank_dist.plan.job", "from lowrank_dist.methods.lora.footprint import LowRank"),
-        ("lowrank_dist.plan.layouts", "from lowrank_dist.config import Config"),
-        ("lowrank_dist.plan.job", "def f():\n    import torch"),
+        ("lowrank_dist.planner.job", "from lowrank_dist.methods.lora.footprint import LowRank"),
+        ("lowrank_dist.planner.layouts", "from lowrank_dist.config import Config"),
+        ("lowrank_dist.planner.job", "def f():\n    import torch"),
         ("lowrank_dist.formats.atomic", "import torch.distributed"),
-        ("lowrank_dist.merge.update", "import megatron.core"),
+        ("lowrank_dist.merging.update", "import megatron.core"),
         ("lowrank_dist.data.batches", "import torch.distributed as dist"),
         ("lowrank_dist.data.batches", "import torch\nr = torch.distributed.get_rank()"),
         ("lowrank_dist.cli.main", "from launch.train import main"),

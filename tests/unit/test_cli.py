@@ -101,7 +101,7 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch, base: Path, adapte
     def bug(*_: object, **__: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr("lowrank_dist.merge.merge.merge", bug)
+    monkeypatch.setattr("lowrank_dist.merging.merge.merge", bug)
     done = merge(base, adapter, tmp_path / "out")
     assert done.exit_code == 1 and isinstance(done.exception, ValueError)
 

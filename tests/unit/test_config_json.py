@@ -25,7 +25,7 @@ from lowrank_dist.engine.planning import find_model, job_of, read_request
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import check_checkpoint, open_checkpoint
 from lowrank_dist.methods.lora.files import read_adapter
-from lowrank_dist.plan.parameters import frozen_size
+from lowrank_dist.planner.parameters import frozen_size
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 
 Values = dict[str, Any]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowrank_dist.merge.update import Term, Update
+from lowrank_dist.merging.update import Term, Update
 from lowrank_dist.methods.lora.files import LowRankFactor
 from lowrank_dist.parallel.decomposed import DecomposedFactors
 from lowrank_dist.parallel.factors import FactorShard

@@ -21,8 +21,8 @@ from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.formats.text_files import TextFiles
-from lowrank_dist.merge.merge import merge
-from lowrank_dist.merge.options import OutputFormat
+from lowrank_dist.merging.merge import merge
+from lowrank_dist.merging.options import OutputFormat
 from lowrank_dist.methods.files import CONFIG_FILE, LLAMA_CPP, WEIGHTS_FILE
 from lowrank_dist.supervision.failure import record
 from tests.tiny_adapters import random_adapter, save_adapter

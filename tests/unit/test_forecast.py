@@ -17,10 +17,10 @@ from lowrank_dist.config import Config, load_config
 from lowrank_dist.engine.forecast import Forecast, cluster_of_ranks
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.lora.footprint import LowRank
-from lowrank_dist.plan.factors import low_rank
-from lowrank_dist.plan.flops import step_flops
-from lowrank_dist.plan.hardware import GPUS, peak_flops
-from lowrank_dist.plan.layouts import Cluster
+from lowrank_dist.planner.factors import low_rank
+from lowrank_dist.planner.flops import step_flops
+from lowrank_dist.planner.hardware import GPUS, peak_flops
+from lowrank_dist.planner.layouts import Cluster
 from tests.tiny_models import make_tiny
 
 TOPOLOGY: Any = SimpleNamespace(tp_size=2, dp_size=1, sequence_parallel=True, hosts=("here", "here"))

@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.formats.model_folder import check_checkpoint, open_checkpoint
-from lowrank_dist.plan.flops import step_flops
+from lowrank_dist.planner.flops import step_flops
 from tests.gpu.bench import stages as bench_stages
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))

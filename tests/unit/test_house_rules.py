@@ -80,14 +80,23 @@ def test_nothing_imports_in_a_circle() -> None:
     [
         ("modules", {"data.batch": "from lowrank_dist.data import loader", "data.loader": "from . import batch"}),
         ("modules", {"data.batch": "def f():\n    from lowrank_dist.data.loader import x", "data.loader": ""}),
-        ("", {"plan.job": "from lowrank_dist.arch.rows import x", "arch.names": "import lowrank_dist.plan.memory"}),
-        ("", {"plan.job": "from lowrank_dist.errors import UserError", "errors": "from lowrank_dist.plan import zero"}),
+        (
+            "",
+            {"planner.job": "from lowrank_dist.arch.rows import x", "arch.names": "import lowrank_dist.planner.memory"},
+        ),
+        (
+            "",
+            {
+                "planner.job": "from lowrank_dist.errors import UserError",
+                "errors": "from lowrank_dist.planner import zero",
+            },
+        ),
         ("", {"a.x": "import lowrank_dist.b.x", "b.y": "import lowrank_dist.c.x", "c.y": "import lowrank_dist.a.y"}),
         ("methods", {"methods.lora.files": "from ..full import files", "methods.full.method": "from ..lora import x"}),
     ],
 )
 def test_a_planted_circle_is_found(where: str, planted: dict[str, str]) -> None:
-    present = {*planted, "data.loader", "arch.rows", "plan.memory", "plan.zero", "a.y", "b.x", "c.x"}
+    present = {*planted, "data.loader", "arch.rows", "planner.memory", "planner.zero", "a.y", "b.x", "c.x"}
     present |= {"methods.full.files", "methods.lora.x"}
     sources = {f"{PACKAGE}.{name}": planted.get(name, "") for name in present}
     if planted.get("data.loader") == "":

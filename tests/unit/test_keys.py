@@ -20,7 +20,7 @@ from lowrank_dist.checkpoint.folder import export
 from lowrank_dist.data.keys import MESSAGE_KEYS, ROW_KEYS, TOKENIZER_KEYS, tokenizer_notes
 from lowrank_dist.data.tokenizer import load_tokenizer
 from lowrank_dist.errors import UserError
-from lowrank_dist.merge.merge import merge
+from lowrank_dist.merging.merge import merge
 from lowrank_dist.methods import prompt_files
 from lowrank_dist.methods.lora.peft_config import KEYS
 from lowrank_dist.methods.registry import method_package_reading

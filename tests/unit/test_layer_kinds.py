@@ -19,13 +19,13 @@ from lowrank_dist.arch.tensors import copy_plans, hf_shapes, parameter_shapes
 from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.methods.full.footprint import WholeModel
 from lowrank_dist.methods.lora.footprint import Decomposed, LowRank
-from lowrank_dist.plan.activations import activations
-from lowrank_dist.plan.factors import Factor, low_rank, placement_without_factors
-from lowrank_dist.plan.flops import step_flops
-from lowrank_dist.plan.job import Footprint, Job, Layout
-from lowrank_dist.plan.memory import microbatch_moments, persistent_bytes
-from lowrank_dist.plan.parameters import frozen_on_rank, frozen_parameters, parameter_sizes, theta_on_rank
-from lowrank_dist.plan.traffic import bytes_of, microbatch_messages, step_messages
+from lowrank_dist.planner.activations import activations
+from lowrank_dist.planner.factors import Factor, low_rank, placement_without_factors
+from lowrank_dist.planner.flops import step_flops
+from lowrank_dist.planner.job import Footprint, Job, Layout
+from lowrank_dist.planner.memory import microbatch_moments, persistent_bytes
+from lowrank_dist.planner.parameters import frozen_on_rank, frozen_parameters, parameter_sizes, theta_on_rank
+from lowrank_dist.planner.traffic import bytes_of, microbatch_messages, step_messages
 
 HIDDEN, HEADS, KV_HEADS, HEAD, VOCAB, RANK = 64, 4, 2, 16, 107, 3
 NARROW, WIDE = 96, 160

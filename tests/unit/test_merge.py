@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.safetensors_file import chunks
-from lowrank_dist.merge import merge as merge_module
-from lowrank_dist.merge.merge import Update, merge
-from lowrank_dist.merge.options import OutputFormat, WeightedAdapter
-from lowrank_dist.merge.update import Term
+from lowrank_dist.merging import merge as merge_module
+from lowrank_dist.merging.merge import Update, merge
+from lowrank_dist.merging.options import OutputFormat, WeightedAdapter
+from lowrank_dist.merging.update import Term
 from lowrank_dist.methods.lora.files import LowRankFactor, read_adapter
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny

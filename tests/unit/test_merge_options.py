@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.layout import pack, shard_names
-from lowrank_dist.merge import merge as merge_module
-from lowrank_dist.merge.merge import MergeReport, merge
-from lowrank_dist.merge.options import OutputFormat, WeightedAdapter, parse_adapter, parse_dtype, parse_shard_size
-from lowrank_dist.merge.verify import TOLERANCES, Verification, Verifier
+from lowrank_dist.merging import merge as merge_module
+from lowrank_dist.merging.merge import MergeReport, merge
+from lowrank_dist.merging.options import OutputFormat, WeightedAdapter, parse_adapter, parse_dtype, parse_shard_size
+from lowrank_dist.merging.verify import TOLERANCES, Verification, Verifier
 from lowrank_dist.methods.lora.files import read_adapter
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
@@ -458,8 +458,8 @@ class TestVerify:
     @pytest.mark.slow
     def test_merging_does_not_import_it(self) -> None:
         code = (
-            "import sys; import lowrank_dist.merge.merge\n"
-            "sys.exit(', '.join({'peft', 'lowrank_dist.merge.verify'} & set(sys.modules)) or 0)"
+            "import sys; import lowrank_dist.merging.merge\n"
+            "sys.exit(', '.join({'peft', 'lowrank_dist.merging.verify'} & set(sys.modules)) or 0)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
         assert (done.returncode, done.stderr) == (0, "")

@@ -21,7 +21,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.manifest import MANIFEST_FILE, OPTIMIZER_FILE, STATE_FILE, verify_manifest, write_manifest
 from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE, other_files
 from lowrank_dist.formats.paths import lies_in, require_copyable, require_outside
-from lowrank_dist.merge.merge import merge
+from lowrank_dist.merging.merge import merge
 from lowrank_dist.methods.full.method import build
 from lowrank_dist.methods.registry import METHOD_PACKAGES
 from tests.tiny_adapters import random_adapter, save_adapter

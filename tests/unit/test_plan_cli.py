@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from lowrank_dist.arch.model_files import built_in_config
 from lowrank_dist.cli.main import app
-from lowrank_dist.plan import memory
-from lowrank_dist.plan.report import PART_NAMES
+from lowrank_dist.planner import memory
+from lowrank_dist.planner.report import PART_NAMES
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 

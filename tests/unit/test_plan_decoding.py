@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from lowrank_dist.backend.libraries import quiet_libraries
 from lowrank_dist.engine.dry_run import _build, _fake_ranks, _KnownPositions, _Live
 from lowrank_dist.engine.planning import job_of, read_request
-from lowrank_dist.plan.job import Job, Layout
-from lowrank_dist.plan.memory import ACCURACY, moments
+from lowrank_dist.planner.job import Job, Layout
+from lowrank_dist.planner.memory import ACCURACY, moments
 
 pytestmark = pytest.mark.slow
 

@@ -16,19 +16,19 @@ from lowrank_dist.engine.planning import auto_tensor, find_model, job_of, read_r
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.lora.footprint import LowRank
 from lowrank_dist.methods.registry import Sizes, footprints_beside
-from lowrank_dist.plan.choice import Choice, choose
-from lowrank_dist.plan.describe import compare, describe
-from lowrank_dist.plan.factors import low_rank, on_every_linear
-from lowrank_dist.plan.flops import step_flops
-from lowrank_dist.plan.hardware import GPUS, bytes_in, gpu_of, peak_flops, usable
-from lowrank_dist.plan.job import Footprint, Job, Layout
-from lowrank_dist.plan.layouts import Candidate, Cluster, Fixed, tensor_sizes
-from lowrank_dist.plan.memory import Memory, memory
-from lowrank_dist.plan.parameters import adapter_bytes, base_bytes, checkpoint_bytes, disk_bytes, host_bytes
-from lowrank_dist.plan.report import report
-from lowrank_dist.plan.result import MethodPlan, Plan
-from lowrank_dist.plan.step_time import DATA, GEMMS, TENSOR, job_flops
-from lowrank_dist.plan.traffic import calls, microbatch_messages
+from lowrank_dist.planner.choice import Choice, choose
+from lowrank_dist.planner.describe import compare, describe
+from lowrank_dist.planner.factors import low_rank, on_every_linear
+from lowrank_dist.planner.flops import step_flops
+from lowrank_dist.planner.hardware import GPUS, bytes_in, gpu_of, peak_flops, usable
+from lowrank_dist.planner.job import Footprint, Job, Layout
+from lowrank_dist.planner.layouts import Candidate, Cluster, Fixed, tensor_sizes
+from lowrank_dist.planner.memory import Memory, memory
+from lowrank_dist.planner.parameters import adapter_bytes, base_bytes, checkpoint_bytes, disk_bytes, host_bytes
+from lowrank_dist.planner.report import report
+from lowrank_dist.planner.result import MethodPlan, Plan
+from lowrank_dist.planner.step_time import DATA, GEMMS, TENSOR, job_flops
+from lowrank_dist.planner.traffic import calls, microbatch_messages
 from lowrank_dist.sections.section import MethodName
 from lowrank_dist.terminal import open_console
 

@@ -18,9 +18,9 @@ from lowrank_dist.methods.bottleneck.config import AdapterConfig
 from lowrank_dist.methods.prefix.config import PrefixConfig
 from lowrank_dist.methods.prompt.config import PromptConfig
 from lowrank_dist.methods.registry import method_package
-from lowrank_dist.plan.factors import low_rank
-from lowrank_dist.plan.job import Parameters
-from lowrank_dist.plan.parameters import frozen_size
+from lowrank_dist.planner.factors import low_rank
+from lowrank_dist.planner.job import Parameters
+from lowrank_dist.planner.parameters import frozen_size
 from lowrank_dist.sections.section import MethodName, MethodSection
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 from tests.unit.test_architecture_rules import modules, names_in, under
@@ -30,13 +30,15 @@ QV = ["q_proj", "v_proj"]
 
 def test_the_formulas_import_nothing_that_they_describe() -> None:
     """Neither the modules that train nor their operators: a second opinion on them, from the same architecture."""
-    formulas = [*modules("lowrank_dist/plan"), *modules("lowrank_dist/methods")]
-    formulas = [(name, path) for name, path in formulas if under(name, "lowrank_dist.plan") or path.stem == "footprint"]
+    formulas = [*modules("lowrank_dist/planner"), *modules("lowrank_dist/methods")]
+    formulas = [
+        (name, path) for name, path in formulas if under(name, "lowrank_dist.planner") or path.stem == "footprint"
+    ]
     assert len(formulas) > 16
     sizes = ("methods.MethodName", "methods.registry", "sections.section")
     for name, path in formulas:
         own = name.removeprefix("lowrank_dist.").replace("footprint", "config")
-        allowed = ("plan", "arch", "errors", *((own, *sizes) if path.stem == "footprint" else ()))
+        allowed = ("planner", "arch", "errors", *((own, *sizes) if path.stem == "footprint" else ()))
         found = names_in(path.read_text(), name, path.stem == "__init__").found
         foreign = {x for x in found if under(x, "lowrank_dist")} - {"lowrank_dist", "lowrank_dist.methods"}
         assert [x for x in foreign if not any(under(x, f"lowrank_dist.{room}") for room in allowed)] == [], name

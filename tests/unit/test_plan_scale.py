@@ -12,8 +12,8 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import scale  # noqa: E402
 
-from lowrank_dist.plan.job import Layout  # noqa: E402
-from lowrank_dist.plan.layouts import Candidate  # noqa: E402
+from lowrank_dist.planner.job import Layout  # noqa: E402
+from lowrank_dist.planner.layouts import Candidate  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

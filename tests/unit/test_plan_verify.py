@@ -17,11 +17,11 @@ from lowrank_dist.engine import dry_run, verification
 from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.ops.extension import extension_loaded
 from lowrank_dist.parallel.theta import is_partial
-from lowrank_dist.plan import memory, traffic
-from lowrank_dist.plan.hardware import GPUS
-from lowrank_dist.plan.job import LayerCalls, LayerFlops, Layout
-from lowrank_dist.plan.layouts import Candidate, Cluster
-from lowrank_dist.plan.parameters import frozen_on_rank, parameter_sizes
+from lowrank_dist.planner import memory, traffic
+from lowrank_dist.planner.hardware import GPUS
+from lowrank_dist.planner.job import LayerCalls, LayerFlops, Layout
+from lowrank_dist.planner.layouts import Candidate, Cluster
+from lowrank_dist.planner.parameters import frozen_on_rank, parameter_sizes
 
 pytestmark = pytest.mark.slow
 
@@ -204,8 +204,8 @@ def test_the_formulas_of_the_other_methods(
             lambda self, job, input_requires_grad: LayerCalls(),
             ADAPTER_L,
         ),
-        ("plan.activations.norm_saves", lambda job, rows, features: 4 * rows * features, ["method=full"]),
-        ("plan.memory.frozen_bytes", lambda job: job.itemsize * frozen_on_rank(job), ["method=full"]),
+        ("planner.activations.norm_saves", lambda job, rows, features: 4 * rows * features, ["method=full"]),
+        ("planner.memory.frozen_bytes", lambda job: job.itemsize * frozen_on_rank(job), ["method=full"]),
         (
             "methods.prefix.footprint.PrefixFootprint.saved_by_attention",
             lambda self, job, kind, input_requires_grad, without_method: 0,

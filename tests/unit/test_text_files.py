@@ -34,8 +34,8 @@ from lowrank_dist.formats.text_files import (
     unknown_end_ids,
 )
 from lowrank_dist.generate.texts import stop_tokens
-from lowrank_dist.merge.merge import merge
-from lowrank_dist.merge.options import OutputFormat, WeightedAdapter
+from lowrank_dist.merging.merge import merge
+from lowrank_dist.merging.options import OutputFormat, WeightedAdapter
 from lowrank_dist.methods.files import VLLM
 from tests import tiny_tokenizers as tiny
 from tests.integration.launching import write_jsonl

@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.methods.bottleneck.config import AdapterConfig, has_norm, places, reason_not_shardable
 from lowrank_dist.methods.registry import Sizes
-from lowrank_dist.plan.factors import Layer, Placement, placement_without_factors
-from lowrank_dist.plan.job import Call, Footprint, Job, LayerCalls, LayerFlops, Moment, Parameter, Parameters
-from lowrank_dist.plan.traffic import GATHER, REDUCE, SCATTER
+from lowrank_dist.planner.factors import Layer, Placement, placement_without_factors
+from lowrank_dist.planner.job import Call, Footprint, Job, LayerCalls, LayerFlops, Moment, Parameter, Parameters
+from lowrank_dist.planner.traffic import GATHER, REDUCE, SCATTER
 from lowrank_dist.sections.section import MethodName
 
 # Place of the lowest bottleneck of a layer → the linear that it follows.

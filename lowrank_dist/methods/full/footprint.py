@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.methods.registry import Sizes
-from lowrank_dist.plan.factors import placement_without_factors
-from lowrank_dist.plan.job import Footprint, Job, Parameter, Parameters, padded_vocab
-from lowrank_dist.plan.parameters import frozen_parameters, frozen_size, norm_elements
+from lowrank_dist.planner.factors import placement_without_factors
+from lowrank_dist.planner.job import Footprint, Job, Parameter, Parameters, padded_vocab
+from lowrank_dist.planner.parameters import frozen_parameters, frozen_size, norm_elements
 from lowrank_dist.sections.section import MethodName, MethodSection
 
 

@@ -18,10 +18,10 @@ from lowrank_dist.arch.rows import Linear
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.lora.config import LoraConfig
 from lowrank_dist.methods.registry import Sizes
-from lowrank_dist.plan.activations import widths
-from lowrank_dist.plan.factors import Factor, Layer, low_rank, on_every_linear, total_rank
-from lowrank_dist.plan.job import Call, Footprint, Job, Moment, Parameters
-from lowrank_dist.plan.traffic import REDUCE
+from lowrank_dist.planner.activations import widths
+from lowrank_dist.planner.factors import Factor, Layer, low_rank, on_every_linear, total_rank
+from lowrank_dist.planner.job import Call, Footprint, Job, Moment, Parameters
+from lowrank_dist.planner.traffic import REDUCE
 from lowrank_dist.sections.section import MethodName
 
 # parallel/decomposed.py: number of elements of a weight or of outputs that are processed at a time in fp32.

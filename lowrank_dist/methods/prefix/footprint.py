@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from lowrank_dist.arch.architecture import Architecture, LayerKind
 from lowrank_dist.methods.prefix.config import PrefixConfig
 from lowrank_dist.methods.registry import Sizes
-from lowrank_dist.plan.activations import head_norms, written_out
-from lowrank_dist.plan.factors import placement_without_factors
-from lowrank_dist.plan.job import Footprint, Job, Parameter, Parameters
+from lowrank_dist.planner.activations import head_norms, written_out
+from lowrank_dist.planner.factors import placement_without_factors
+from lowrank_dist.planner.job import Footprint, Job, Parameter, Parameters
 from lowrank_dist.sections.section import MethodName
 
 # The linear after which a prefix enters the layer: attention gets keys and values from qkv.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.methods.prompt.config import PromptConfig
 from lowrank_dist.methods.registry import Sizes
-from lowrank_dist.plan.factors import placement_without_factors
-from lowrank_dist.plan.job import Footprint, Job, Parameter, Parameters
+from lowrank_dist.planner.factors import placement_without_factors
+from lowrank_dist.planner.job import Footprint, Job, Parameter, Parameters
 from lowrank_dist.sections.section import MethodName
 
 

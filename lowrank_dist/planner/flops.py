@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.plan.factors import Layer, gradients
-from lowrank_dist.plan.job import Footprint
+from lowrank_dist.planner.factors import Layer, gradients
+from lowrank_dist.planner.job import Footprint
 
 
 @dataclass(frozen=True)

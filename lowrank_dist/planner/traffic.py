@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lowrank_dist.arch.rows import Linear
-from lowrank_dist.plan.factors import Layer, gradients, total_rank
-from lowrank_dist.plan.job import Call, Job, padded_vocab
-from lowrank_dist.plan.parameters import bucket_elements, partition_elements, theta_on_rank
+from lowrank_dist.planner.factors import Layer, gradients, total_rank
+from lowrank_dist.planner.job import Call, Job, padded_vocab
+from lowrank_dist.planner.parameters import bucket_elements, partition_elements, theta_on_rank
 
 GATHER, SCATTER, REDUCE = "all-gather", "reduce-scatter", "all-reduce"
 # parallel/vocab.py limits a block of fp32 logits to 128 MiB.

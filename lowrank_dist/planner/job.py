@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 from lowrank_dist.arch.architecture import Architecture, LayerKind
 from lowrank_dist.arch.architecture import padded_vocab as padded_rows
 from lowrank_dist.arch.rows import Linear
-from lowrank_dist.plan.factors import Factor, Layer, Placement
+from lowrank_dist.planner.factors import Factor, Layer, Placement
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
 # A collective's kind and the bytes of its whole message, as plan/traffic.py has them.

@@ -8,9 +8,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lowrank_dist.plan.memory import PARTS
-from lowrank_dist.plan.result import MemoryOfGpu, Plan, PlannedLayout, Setting
-from lowrank_dist.plan.step_time import DATA, GEMMS, PASSES, TENSOR
+from lowrank_dist.planner.memory import PARTS
+from lowrank_dist.planner.result import MemoryOfGpu, Plan, PlannedLayout, Setting
+from lowrank_dist.planner.step_time import DATA, GEMMS, PASSES, TENSOR
 
 LEGEND = "TP: tensor-parallel size. DP: data-parallel size. Microbatch: samples that a replica processes at a time."
 # What each part of the memory is, in the order of PARTS.

@@ -13,8 +13,8 @@ from functools import lru_cache
 
 from lowrank_dist.arch.architecture import Architecture, LayerKind
 from lowrank_dist.arch.rows import LinearLayout
-from lowrank_dist.plan.factors import Factor, Layer, total_rank
-from lowrank_dist.plan.job import ITEMSIZE, Job, padded_vocab
+from lowrank_dist.planner.factors import Factor, Layer, total_rank
+from lowrank_dist.planner.job import ITEMSIZE, Job, padded_vocab
 
 # nccl_start_alignment_factor: a flat group is padded to a multiple of this times the data-parallel size.
 _ALIGNMENT = 2

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.plan.hardware import GPUS, usable
-from lowrank_dist.plan.job import Job, Layout
-from lowrank_dist.plan.layouts import Candidate, Cluster, Fixed, candidates, fitting
+from lowrank_dist.planner.hardware import GPUS, usable
+from lowrank_dist.planner.job import Job, Layout
+from lowrank_dist.planner.layouts import Candidate, Cluster, Fixed, candidates, fitting
 
 _LARGEST_CLUSTER = 512  # nodes of the largest cluster that a remedy proposes
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from lowrank_dist.plan.factors import gradients
-from lowrank_dist.plan.flops import FlopCount, replicated_flops, step_flops
-from lowrank_dist.plan.hardware import (
+from lowrank_dist.planner.factors import gradients
+from lowrank_dist.planner.flops import FlopCount, replicated_flops, step_flops
+from lowrank_dist.planner.hardware import (
     GEMM_SHARE,
     LINK_SHARE,
     MEMORY_SHARE,
@@ -19,9 +19,9 @@ from lowrank_dist.plan.hardware import (
     NODE_LATENCY,
     Gpu,
 )
-from lowrank_dist.plan.job import Job, Layout
-from lowrank_dist.plan.parameters import frozen_on_rank, partition_elements, theta_on_rank
-from lowrank_dist.plan.traffic import Message, of_step
+from lowrank_dist.planner.job import Job, Layout
+from lowrank_dist.planner.parameters import frozen_on_rank, partition_elements, theta_on_rank
+from lowrank_dist.planner.traffic import Message, of_step
 
 GEMMS, PASSES, TENSOR, DATA = "GEMMs", "memory", "tensor-parallel messages", "data-parallel messages"
 

@@ -19,7 +19,7 @@ from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.safetensors_file import read_header
 from lowrank_dist.formats.text_files import TOKENIZER_FILES
-from lowrank_dist.merge.options import WeightedAdapter
+from lowrank_dist.merging.options import WeightedAdapter
 
 SAMPLE = (
     "The quick brown fox jumps over the lazy dog, and nobody in the village was surprised.",

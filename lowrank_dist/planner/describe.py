@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 
-from lowrank_dist.plan.choice import Choice, safer
-from lowrank_dist.plan.factors import placement_without_factors
-from lowrank_dist.plan.job import Footprint, Job
-from lowrank_dist.plan.layouts import Candidate, Cluster, tensor_sizes
-from lowrank_dist.plan.memory import ACCURACY, memory, moments, persistent_bytes
-from lowrank_dist.plan.parameters import (
+from lowrank_dist.planner.choice import Choice, safer
+from lowrank_dist.planner.factors import placement_without_factors
+from lowrank_dist.planner.job import Footprint, Job
+from lowrank_dist.planner.layouts import Candidate, Cluster, tensor_sizes
+from lowrank_dist.planner.memory import ACCURACY, memory, moments, persistent_bytes
+from lowrank_dist.planner.parameters import (
     adapter_bytes,
     base_bytes,
     checkpoint_bytes,
@@ -21,7 +21,7 @@ from lowrank_dist.plan.parameters import (
     saving_bytes,
     theta_on_rank,
 )
-from lowrank_dist.plan.result import (
+from lowrank_dist.planner.result import (
     Change,
     Collectives,
     Files,
@@ -41,8 +41,8 @@ from lowrank_dist.plan.result import (
     Trained,
     Workload,
 )
-from lowrank_dist.plan.step_time import job_flops
-from lowrank_dist.plan.traffic import Message, bytes_of, calls, layer_calls, microbatch_messages, of_step
+from lowrank_dist.planner.step_time import job_flops
+from lowrank_dist.planner.traffic import Message, bytes_of, calls, layer_calls, microbatch_messages, of_step
 
 _LARGEST_TENSOR = 64  # the largest size that the plan lists as legal or not
 

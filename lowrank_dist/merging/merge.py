@@ -19,8 +19,8 @@ from lowrank_dist.formats.paths import detect_removal, lies_in, require_outside,
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
 from lowrank_dist.formats.text_files import merged_text_files
-from lowrank_dist.merge.options import SAME_AS_BASE, OutputFormat, WeightedAdapter
-from lowrank_dist.merge.update import Update, build_updates
+from lowrank_dist.merging.options import SAME_AS_BASE, OutputFormat, WeightedAdapter
+from lowrank_dist.merging.update import Update, build_updates
 from lowrank_dist.methods.lora.files import read_adapter
 from lowrank_dist.methods.lora.folder import FILES
 

@@ -10,9 +10,9 @@ tensor-parallel ranks, e bytes of an element of the base.
 from __future__ import annotations
 
 from lowrank_dist.arch.architecture import LayerKind
-from lowrank_dist.plan.factors import Layer, gradients, total_rank
-from lowrank_dist.plan.job import Job, head_rows
-from lowrank_dist.plan.parameters import norm_elements
+from lowrank_dist.planner.factors import Layer, gradients, total_rank
+from lowrank_dist.planner.job import Job, head_rows
+from lowrank_dist.planner.parameters import norm_elements
 
 
 def saved_of_layer(job: Job, layer: Layer, input_requires_grad: bool) -> int:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lowrank_dist.plan.report import LEGEND, PART_NAMES, TERM_NAMES, headline, percent, size, table_of, workload
-from lowrank_dist.plan.result import Plan, Verification
+from lowrank_dist.planner.report import LEGEND, PART_NAMES, TERM_NAMES, headline, percent, size, table_of, workload
+from lowrank_dist.planner.result import Plan, Verification
 
 
 def side_by_side(plans: Mapping[str, Plan]) -> Group:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lowrank_dist.plan.activations import (
+from lowrank_dist.planner.activations import (
     activations,
     bytes_outside_graph,
     kept_of_layer,
@@ -21,16 +21,16 @@ from lowrank_dist.plan.activations import (
     widths,
     written_out,
 )
-from lowrank_dist.plan.factors import Layer, total_rank
-from lowrank_dist.plan.job import Decoding, Job, Moment, head_rows, padded_vocab
-from lowrank_dist.plan.parameters import (
+from lowrank_dist.planner.factors import Layer, total_rank
+from lowrank_dist.planner.job import Decoding, Job, Moment, head_rows, padded_vocab
+from lowrank_dist.planner.parameters import (
     ThetaOnRank,
     bucket_size,
     frozen_on_rank,
     partition_elements,
     theta_on_rank,
 )
-from lowrank_dist.plan.traffic import logit_block
+from lowrank_dist.planner.traffic import logit_block
 
 # Largest relative error of the formulas for memory, as `plan --verify` and the tests hold them to.
 ACCURACY = 0.05

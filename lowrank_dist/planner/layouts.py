@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.plan.hardware import Gpu, usable
-from lowrank_dist.plan.job import Job, Layout
-from lowrank_dist.plan.memory import ACCURACY, Memory, memory
-from lowrank_dist.plan.parameters import heaviest_rank
-from lowrank_dist.plan.step_time import StepTime, step_time
+from lowrank_dist.planner.hardware import Gpu, usable
+from lowrank_dist.planner.job import Job, Layout
+from lowrank_dist.planner.memory import ACCURACY, Memory, memory
+from lowrank_dist.planner.parameters import heaviest_rank
+from lowrank_dist.planner.step_time import StepTime, step_time
 
 
 @dataclass(frozen=True)
