@@ -374,7 +374,7 @@ def test_a_step_that_rounding_loses_is_not_saved(tmp_path: Path) -> None:
         ("prefix", ["data.max_length=65"], "data.max_length=65 is longer than the model's 64 positions"),
         ("prefix", ["prefix.length=44"], "0 of 22 samples kept; 22 over 4 tokens dropped"),
         ("full", ["lora.rank=4"], "command line: lora.rank: not read by method full — remove it, or set method to"),
-        ("lora", ["method=full"], "config.yaml:8: lora.alpha: not read by method full"),
+        ("lora", ["method=full", "lora.alpha=4"], "command line: lora.alpha: not read by method full"),
         ("prompt", ["method=promt"], "command line: method: 'promt' is not valid"),
     ],
 )
