@@ -1,4 +1,4 @@
-"""`lowrank-dist doctor`: whether training can run here, or on all nodes of a job, and the remedy for what stops it."""
+"""`lowrank-dist doctor`: check that a run can start on this machine or on all nodes of a job."""
 
 from __future__ import annotations
 
@@ -25,16 +25,19 @@ if TYPE_CHECKING:
 
 
 def doctor_command(
-    config: Annotated[str | None, typer.Argument(help="YAML file of the run to look at.", metavar="CONFIG")] = None,
+    config: Annotated[
+        str | None,
+        typer.Argument(help="YAML file of the run; only the machine if not given.", metavar="CONFIG"),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to CONFIG.", metavar="section.key=value ...")
     ] = None,
     timeout: Annotated[
-        float, typer.Option(help="Seconds that ranks wait for one another to come.", metavar="SECONDS", min=1)
+        float, typer.Option(help="Seconds to wait for the other ranks of the job.", metavar="SECONDS", min=1)
     ] = 60,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything that was found, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all results as JSON.")] = False,
 ) -> None:
-    """Say whether training can run, on this machine or on all ranks of a job, and the remedy for what stops it.
+    """Check that training can run here or on all nodes of a job; name the remedy for each problem.
 
     On all nodes of a job: srun lowrank-dist doctor CONFIG, deepspeed --hostfile FILE --module lowrank_dist.cli doctor
     CONFIG, or torchrun ... --module lowrank_dist.cli doctor CONFIG. Exit code 1 where training cannot run.
@@ -72,7 +75,7 @@ def _alone(arguments: Sequence[str], as_json: bool) -> int:
 
 
 def _read(arguments: Sequence[str]) -> tuple[Config | None, list[Row]]:
-    """The run's configuration, or a row on why none can be read here. ConfigError for what is wrong in it."""
+    """Return the run's configuration, or None and a row on why it cannot be read here. Raises ConfigError."""
     try:
         from lowrank_dist.config import load_config
     except ImportError as error:
@@ -118,7 +121,7 @@ def _show_unreachable(place: Place, run: Config | None, timeout: float, error: E
 
 
 def _show(found: Results, where: str, as_json: bool, err: bool = False) -> int:
-    """Print it; returns the exit code."""
+    """Print the results and return the exit code."""
     table = table_lines(found)
     bad = list(dict.fromkeys(one.what for one in table if not one.passes))
     if as_json:
@@ -143,7 +146,7 @@ def _show(found: Results, where: str, as_json: bool, err: bool = False) -> int:
 
 
 def _lines(table: Sequence[TableLine], nodes: set[str]) -> Iterator[str]:
-    """A line each; one that is not about all the nodes that there are begins with those that it is about."""
+    """Yield a line for each result; it begins with the names of its nodes where it does not concern all of them."""
     width = max(len(one.what) for one in table)
     for one in table:
         named = f"{some_of(one.nodes)}: " if one.nodes and set(one.nodes) != nodes else ""
@@ -152,7 +155,7 @@ def _lines(table: Sequence[TableLine], nodes: set[str]) -> Iterator[str]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """A launcher ends its ranks by SIGTERM: what was written into the run folder is still to be removed."""
+    """Turn SIGTERM, by which a launcher ends its ranks, into an exit that removes the probe from the run folder."""
 
     def leave(number: int, frame: object) -> None:
         sys.exit(128 + number)

@@ -68,4 +68,4 @@ def lowrank_dist(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Low-rank fine-tuning on a sharded base: everything beside training."""
+    """Commands around training (launch/train.py): check, plan and submit a run, merge and evaluate its adapter."""

@@ -99,6 +99,6 @@ def _name(parameter: Any) -> str:
 def _default(parameter: Any) -> str:
     if parameter.required:
         return "required"
-    if getattr(parameter, "secondary_opts", None):  # a flag for each value
+    if parameter.default is not None and getattr(parameter, "secondary_opts", None):  # a flag for each value
         return f"`{(parameter.opts if parameter.default else parameter.secondary_opts)[0]}`"
     return "" if parameter.default is None or parameter.default is False else f"`{parameter.default}`"

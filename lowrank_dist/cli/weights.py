@@ -1,4 +1,4 @@
-"""`lowrank-dist merge`, `export` and `inspect`: folders of weights, folded into one, published, or looked at."""
+"""`lowrank-dist merge`, `export` and `inspect`: merge adapters into a base, publish an adapter, inspect a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowrank_dist.terminal import escape_all, open_console, put, say
 if TYPE_CHECKING:
     from lowrank_dist.formats.report import Report
 
-_OUT_HELP = "Folder to write; must not exist, nor lie in a checkpoint, an adapter or a model."
+_OUT_HELP = "New folder to write, outside any checkpoint, adapter or model folder."
 
 
 def merge_command(
@@ -25,41 +25,44 @@ def merge_command(
     adapter: Annotated[
         list[str],
         typer.Option(
-            help="PEFT adapter folder, with a weight if other than 1; repeat it to add several. What follows the last "
-            "'=' is the weight, unless a folder has the whole as its name.",
+            help="PEFT adapter folder; repeat it to add several. DIR=0.5 scales the update by 0.5. A folder whose name "
+            "contains '=' is found by its whole name.",
             metavar="DIR[=WEIGHT]",
         ),
     ],
     out: Annotated[Path, typer.Option(help=_OUT_HELP, metavar="DIR")],
     force_mismatch: Annotated[
         bool,
-        typer.Option("--force-mismatch", help="Merge although the base is not the one the adapter was trained on."),
+        typer.Option("--force-mismatch", help="Merge even if the adapter was trained on another base."),
     ] = False,
     shard_size: Annotated[
         str | None,
-        typer.Option(help="Largest file of weights, such as 5GB or 2GiB; as in the base if not given.", metavar="SIZE"),
+        typer.Option(help="Largest weight file, such as 5GB or 2GiB. Default: as in the base.", metavar="SIZE"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto (each tensor's own), fp32, bf16 or fp16.", metavar="TYPE")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto (that of each base tensor), fp32, bf16 or fp16.", metavar="TYPE"),
+    ] = "auto",
     tokenizer: Annotated[
         Path | None,
         typer.Option(
-            help="Tokenizer folder to go with the result, in place of the adapter's, or else the base's.", metavar="DIR"
+            help="Tokenizer folder to copy. Default: the adapter's if it has one, else the base's.", metavar="DIR"
         ),
     ] = None,
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Compare the result's logits with base + adapter in PEFT before it gets its name. Loads the model "
-            "whole, in fp32.",
+            help="Compare logits of the merged model with base + adapter in PEFT, and write the folder only if they "
+            "agree. Needs memory for the whole model in fp32.",
         ),
     ] = False,
     verify_text: Annotated[
         Path | None,
-        typer.Option(help="Text for --verify: the first 8 lines, 128 tokens of each.", metavar="FILE"),
+        typer.Option(help="Text file for --verify: 128 tokens of each of its first 8 lines.", metavar="FILE"),
     ] = None,
 ) -> None:
-    """Fold adapters into their base model, tensor by tensor, without a GPU."""
+    """Merge adapters into their base model, tensor by tensor, without a GPU."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     from lowrank_dist.merging.merge import merge
@@ -122,16 +125,16 @@ def export_command(
         str | None,
         typer.Option(
             "--for",
-            help="Refuse what this program would not serve right, and write one rank and one alpha where it reads no "
-            "more than that.",
+            help="Write the adapter so that this program serves it correctly, with one rank and one alpha, or say why "
+            "it cannot.",
             metavar="vllm|llama.cpp",
         ),
     ] = None,
     max_rank: Annotated[
-        int | None, typer.Option(help="With --for vllm: the --max-lora-rank that vLLM is started with.", metavar="N")
+        int | None, typer.Option(help="With --for vllm: the --max-lora-rank of your vLLM server.", metavar="N")
     ] = None,
 ) -> None:
-    """Write a checkpoint's adapter with a model card: no optimizer state, for PEFT, the Hub, vLLM, llama.cpp."""
+    """Write the adapter of a checkpoint and a model card, for PEFT, the Hub, vLLM or llama.cpp."""
     from lowrank_dist.checkpoint.folder import export
     from lowrank_dist.methods.files import TARGETS, VLLM
 
@@ -150,12 +153,13 @@ def export_command(
 def inspect_command(
     folder: Annotated[Path, typer.Argument(help="Adapter, checkpoint, run or model folder.", metavar="DIR")],
     base: Annotated[
-        Path | None, typer.Option(help="Base model to check against, in place of the one named.", metavar="DIR")
+        Path | None,
+        typer.Option(help="Base model to check against. Default: the one that is named.", metavar="DIR"),
     ] = None,
-    modules: Annotated[bool, typer.Option("--modules", help="The update's norm in every module.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="Show the norm of the update in every module.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Show what an adapter, checkpoint, run or model folder holds; exit code 1 where something in it is broken."""
+    """Show the content of an adapter, checkpoint, run or model folder. Exit code 1 if something in it is broken."""
     from lowrank_dist.checkpoint.inspection import inspect_folder
     from lowrank_dist.config import load_config
     from lowrank_dist.methods.lora.inspection import MODULES, SUMMARY
@@ -206,7 +210,7 @@ def _show(report: Report) -> None:
 
 
 def _lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(label, value) of every fact; sections of a config have a line each."""
+    """Yield (label, value) of every fact; sections of a config have a line each."""
     for label, value in facts.items():
         if isinstance(value, Mapping) and any(isinstance(inner, Mapping) for inner in value.values()):
             yield from ((f"{label} {escape_all(str(name))}", _text(inner)) for name, inner in value.items())
