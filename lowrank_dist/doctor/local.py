@@ -169,6 +169,7 @@ def _checks_of_run(config: Config, place: Place | None, probe: Probe | None) -> 
     if place is not None:
         yield "parallel layout", partial(inputs.layout, config, place.size, place.local_size)
     yield "output.dir", partial(start.output, config)
+    yield "train.resume", partial(start.resumed, config)
     if probe is not None:
         yield "run folder", probe.write
     yield "free disk", partial(storage.space, config, writes=place is None or place.rank == 0)

@@ -96,6 +96,26 @@ def output(config: Config) -> list[Row]:
     return [Row("output.dir", "ok", f"{path}: {held}; train.resume={config.train.resume}")]
 
 
+def resumed(config: Config) -> list[Row]:
+    """Return a row on the checkpoint that train.resume names, whose base must be the run's; none where it names none.
+
+    Its files are not compared with its manifest: that takes as long as reading all of them.
+    """
+    from lowrank_dist.checkpoint.training_state import read_state
+    from lowrank_dist.formats.manifest import STATE_FILE
+    from lowrank_dist.formats.provenance import fingerprint
+
+    resume = config.train.resume
+    if not isinstance(resume, Path):
+        return []
+    if not (resume / STATE_FILE).is_file():
+        raise UserError(f"{resume} is no checkpoint: give RUN/checkpoints/step-N")
+    state = read_state(resume / STATE_FILE)
+    if "model.path" not in config.train.resume_changes and fingerprint(config.model.path) != state.base_fingerprint:
+        raise UserError(f"{resume} was trained on another base than model.path {config.model.path}: give that one")
+    return [Row("train.resume", "ok", f"{resume}: step {state.step}")]
+
+
 def data(config: Config) -> Iterator[Row]:
     """Yield rows on the data files: they must exist, and the run's own readers must take their first samples."""
     readers: _Readers | Literal["unread", "broken"] = "unread"

@@ -66,9 +66,8 @@ def report_on_data(config: Config, samples: int) -> dict[str, DataSetReport]:
     method = package.builder.build(config.own_section, setting, architecture)
     tokenizer = load_tokenizer(config.data.tokenizer or path)
     parallel = config.parallel
-    # The size that "auto" comes to depends on the machines: rows are shown without its padding.
-    tensor = 1 if parallel.tensor == "auto" else parallel.tensor
-    pad_multiple = 1 if parallel.sequence is False else tensor
+    # Sequence parallelism pads rows to a multiple of its ranks; `auto` is not known before the ranks are.
+    pad_multiple = 1 if parallel.sequence is False or parallel.tensor == "auto" else parallel.tensor
     split = split_of(config, method, 0, parallel.data or 1, pad_multiple)
     train = read_set(config, "train", tokenizer, method, architecture)
     batches = list(islice(_train_batches(config, len(train)), _BATCHES))

@@ -203,13 +203,15 @@ def nothing(place: Path) -> None:
         (nothing, "data.max_length=65", "data.max_length", "broken", "longer than the model's 64 positions"),
         (nothing, "data.max_length=3", "data.train", "broken", "Nothing is left to train on: raise data.max_length"),
         (a_run, None, "output.dir", "broken", "already holds a run (checkpoints)"),
+        (nothing, "train.resume=/no/step-2", "train.resume", "broken", "/no/step-2 is no checkpoint: give RUN/check"),
         (nothing, "output.dir={config}/run", "run folder", "broken", "is a file; choose a folder"),
     ],
 )
 def test_a_planted_fault_is_found(
     config: Path, tmp_path: Path, plant: Callable[[Path], None], change: str | None, what: str, state: str, said: str
 ) -> None:
-    assert rows(config)[what.replace("parallel.tensor", "configuration")]["state"] == "ok"
+    unseen_before = {"parallel.tensor": "configuration", "train.resume": "output.dir"}
+    assert rows(config)[unseen_before.get(what, what)]["state"] == "ok"
     plant(tmp_path)
     before = snapshot(tmp_path)
     found = rows(config, *([change.format(config=config)] if change else []), code=1)
@@ -251,9 +253,9 @@ def test_what_eval_generate_refuses(config: Path, tmp_path: Path) -> None:
 
 def test_compiled_kernels_that_are_demanded(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = load_config([str(config), "engine.kernels=compiled"])
-    monkeypatch.setattr(extension, "why_not_on", lambda device: None)
+    monkeypatch.setattr(extension, "reason_not_loaded_on", lambda device: None)
     assert start.kernels(asked)[0].state == "ok" and start.kernels(load_config([str(config)])) == []
-    monkeypatch.setattr(extension, "why_not_on", lambda device: f"none for {device}")
+    monkeypatch.setattr(extension, "reason_not_loaded_on", lambda device: f"none for {device}")
     with pytest.raises(UserError, match="compiled operators for cpu are demanded .engine.kernels., but none for cpu"):
         start.kernels(asked)
 
