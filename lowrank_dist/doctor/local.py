@@ -166,6 +166,8 @@ def _checks_of_run(config: Config, place: Place | None, probe: Probe | None) -> 
     yield inputs.THETA, partial(inputs.theta, config)
     yield "data files", partial(start.data, config)
     yield "eval.generate", partial(start.generation, config)
+    ranks = None if place is None else (place.size, place.local_rank, place.local_size)
+    yield "planned memory", partial(start.memory, config, ranks)
     if place is not None:
         yield "parallel layout", partial(inputs.layout, config, place.size, place.local_size)
     yield "output.dir", partial(start.output, config)

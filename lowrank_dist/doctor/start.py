@@ -6,6 +6,7 @@ Megatron is imported by these checks and not at the top of the file: doctor also
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,6 +85,50 @@ def built_method(config: Config) -> tuple[Method, Architecture]:
     section, architecture = package.files.complete(config.own_section, path), read_architecture(path)
     setting = Setting(config.method, path, config.train.seed, config.data.max_length, config.engine.lanes)
     return build(section, setting, architecture), architecture
+
+
+@dataclass(frozen=True)
+class _Ranks:
+    """The ranks that the plan is made for."""
+
+    tp_size: int
+    dp_size: int
+    sequence_parallel: bool
+    hosts: tuple[str, ...]
+
+
+def memory(config: Config, ranks: tuple[int, int, int] | None) -> list[Row]:
+    """Return a row on the planned memory of a rank: a run whose ranks do not have it refuses to start.
+
+    ranks: those of the job, this one's number on its node, and the node's. Without them the ranks of one
+    tensor-parallel group are taken to run on this machine, each on a device of its own, and what does not fit is a
+    warning, since they may run elsewhere. No row for parallel.tensor=auto, which fits the ranks that there are, or
+    where the model or the method is broken, which has a row of its own.
+    """
+    with _quietly():
+        from lowrank_dist.backend.devices import device_of_rank, gpus
+        from lowrank_dist.backend.select import Backend
+        from lowrank_dist.engine.forecast import Forecast
+    tensor = config.parallel.tensor
+    if tensor == "auto":
+        return []
+    try:
+        _, architecture = built_method(config)
+        architecture.check_tp(tensor)
+    except UserError:
+        return []
+    size, rank, local = ranks or (tensor, 0, tensor)
+    device, library = device_of_rank(config.model.device, rank, local)
+    count = len(gpus()) if device.type == "cuda" else 1
+    backend = Backend(device, library, device.type, ranks_per_device=-(-local // count) if ranks else 1)
+    parallel = tensor > 1 and config.parallel.sequence is not False
+    planned = _Ranks(tensor, max(1, size // tensor), parallel, (socket.gethostname(),) * size)
+    try:
+        return [Row("planned memory", "ok", Forecast(config, architecture, planned, backend).memory_line)]
+    except UserError as error:
+        if ranks is not None:
+            raise
+        return [Row("planned memory", "warning", f"with {tensor} ranks on this machine: {error}")]
 
 
 def output(config: Config) -> list[Row]:

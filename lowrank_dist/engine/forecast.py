@@ -7,6 +7,7 @@ import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch.distributed as dist
 
@@ -19,7 +20,6 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.methods.registry import method_package
 from lowrank_dist.model.load import check_model
 from lowrank_dist.parallel.collectives import gather_texts
-from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.planner.choice import fitting_layout
 from lowrank_dist.planner.flops import step_flops
 from lowrank_dist.planner.hardware import GPUS, gpu_called, peak_flops
@@ -86,6 +86,22 @@ def cluster_of_ranks(hosts: Sequence[str], memory: int, backend: Backend) -> Clu
     return Cluster(len(hosts) // ranks, ranks, gpu, memory, memory if backend.device.type == "cpu" else None)
 
 
+class Ranks(Protocol):
+    """The ranks of a run, as far as the plan asks for them: a Topology, or what doctor knows before there is one."""
+
+    @property
+    def tp_size(self) -> int: ...
+
+    @property
+    def dp_size(self) -> int: ...
+
+    @property
+    def sequence_parallel(self) -> bool: ...
+
+    @property
+    def hosts(self) -> Sequence[str]: ...
+
+
 class Forecast:
     """The plan of one run as it was launched.
 
@@ -96,7 +112,7 @@ class Forecast:
         self,
         config: Config,
         architecture: Architecture,
-        topology: Topology,
+        topology: Ranks,
         backend: Backend,
         layout_line: str | None = None,
     ) -> None:

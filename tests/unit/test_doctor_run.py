@@ -20,6 +20,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from lowrank_dist.backend import devices
+from lowrank_dist.backend.select import Backend
 from lowrank_dist.cli.main import app
 from lowrank_dist.config import load_config
 from lowrank_dist.data.formats import read_jsonl
@@ -249,6 +250,21 @@ def test_what_eval_generate_refuses(config: Path, tmp_path: Path) -> None:
     assert "eval.generate" not in rows(config)
     write_jsonl(tmp_path / "eval.jsonl", [*samples(1), {"prompt": "x" * 70, "completion": "y"}])
     assert "eval.jsonl:2 (70 tokens)" in rows(config, asked, code=1)["eval.generate"]["detail"]
+
+
+def test_a_run_that_does_not_fit(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_config = load_config([str(config), "parallel.tensor=2"])
+    here = (4, 0, 4)
+    for ranks in (None, here):
+        (row,) = start.memory(run_config, ranks)
+        assert row.state == "ok" and row.detail.startswith("planned memory 0.00 GiB a rank")
+    monkeypatch.setattr(Backend, "memory_for_a_rank", lambda self: 1000)
+    (row,) = start.memory(run_config, None)
+    assert row.state == "warning" and row.detail.startswith("with 2 ranks on this machine: planned memory 0.00 GiB")
+    with pytest.raises(UserError, match="it does not fit. "):
+        start.memory(run_config, here)
+    assert start.memory(load_config([str(config), "parallel.tensor=auto"]), here) == []
+    assert start.memory(load_config([str(config), "model.path=/no/model"]), here) == []
 
 
 def test_compiled_kernels_that_are_demanded(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
