@@ -38,7 +38,7 @@ help:
 	@echo "make test-nightly      what takes long and rarely finds anything"
 	@echo "make test-next         the tests of make test on Python $(NEXT_PYTHON) and the newest Megatron"
 	@echo "make docs              the site of docs/ in build/site"
-	@echo "make docs-reference    docs/reference/config.md and commands.md, from the code"
+	@echo "make docs-reference    docs/reference: configuration, commands, other trainers"
 	@echo "make quickstart        train, evaluate, merge and prove a small model"
 	@echo "make cuda-build-check  compile the CUDA operators; needs nvcc, no GPU"
 	@echo "make gpu-check         on a GPU: what can be proven only there (tests/gpu/README.md)"

@@ -1,4 +1,4 @@
-"""Write docs/reference/config.md and commands.md from the code: `make docs-reference`."""
+"""Write docs/reference/config.md, commands.md and other-trainers.md from the code: `make docs-reference`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from lowrank_dist.cli.main import app
 from lowrank_dist.cli.reference import commands_to_markdown
 from lowrank_dist.config.reference import reference, to_markdown
+from lowrank_dist.sections import synonyms
 
 ROOT = Path(__file__).parents[1]
 _NOTICE = "<!-- Made from the code by `make docs-reference`; edit the code. -->\n"
@@ -35,14 +36,26 @@ Training is a script, since a launcher starts it once for each rank. The command
 `lowrank-dist`; a mistake in the input is one message and exit code 2.
 
 """
+_TRAINERS = """\
+# Keys of other trainers
+
+Each key of PEFT, the Hugging Face Trainer, LLaMA-Factory, Axolotl and Megatron that has a counterpart here, or is
+missed. An error on one of them names ours. A how-to page moves
+[a whole configuration](../how-to/coming-from-peft-llama-factory-megatron.md); [Configuration](config.md) has all of our
+keys. –: there is none.
+
+"""
 
 
 def pages() -> dict[str, str]:
     """Return the generated pages: file below docs/reference → its text."""
+    rows = (*synonyms.ROW_KEYS, *synonyms.MESSAGE_KEYS)
+    trainers = f"{synonyms.to_markdown(synonyms.CONFIG_KEYS)}\n## Keys of data rows\n\n{synonyms.to_markdown(rows)}"
     training = ast.get_docstring(ast.parse((ROOT / "launch" / "train.py").read_text(encoding="utf-8"))) or ""
     return {
         "config.md": _NOTICE + _CONFIG + to_markdown(reference()),
         "commands.md": f"{_NOTICE}{_COMMANDS}## launch/train.py\n\n{training}\n\n{commands_to_markdown(app)}",
+        "other-trainers.md": f"{_NOTICE}{_TRAINERS}## Keys of a configuration\n\n{trainers}",
     }
 
 

@@ -1,11 +1,11 @@
 """Names that other trainers give to keys of the config and of data rows, with ours: one table.
 
-Errors on unknown keys use it to say what was meant, and the page "Coming from …" of the documentation is made from it.
+Errors on unknown keys use it to say what was meant, and docs/reference/other-trainers.md is made from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 PEFT, HF, FACTORY, AXOLOTL, MEGATRON = "PEFT", "HF Trainer", "LLaMA-Factory", "Axolotl", "Megatron"
@@ -213,9 +213,10 @@ def of_message(ours: str, keys: Collection[str]) -> list[str]:
     return [synonym.theirs for synonym in MESSAGE_KEYS if synonym.ours == ours and synonym.theirs in keys]
 
 
-def rows() -> list[tuple[str, str, str, str]]:
-    """Return the table as (their key, trainers, our key or "–", note), for the documentation."""
-    return [
-        (synonym.theirs, synonym.trainers, synonym.ours or "–", synonym.note)
-        for synonym in (*CONFIG_KEYS, *ROW_KEYS, *MESSAGE_KEYS)
-    ]
+def to_markdown(synonyms: Sequence[Synonym]) -> str:
+    """Return entries as a table, for the documentation."""
+    lines = ["| their key | of | ours | difference |", "|---|---|---|---|"]
+    for each in synonyms:
+        ours = "–" if each.ours is None else f"`{each.ours}`"
+        lines.append(f"| `{each.theirs}` | {each.trainers} | {ours} | {each.note} |")
+    return "\n".join(lines) + "\n"
