@@ -69,8 +69,9 @@ def evaluate_command(
             ]
             write_jsonl(out, lines)
         notes = note_on_rewritten(samples)
-        notes += notes_on_references(metric, [sample.references for sample in samples])
-        notes += notes_on_texts(metric, [generation.text for generation in found])
+        references = [sample.references for sample in samples]
+        notes += notes_on_references(metric, references)
+        notes += notes_on_texts(metric, [generation.text for generation in found], references)
         noted = {**result, "notes": notes} if notes else result
         put(json.dumps(noted, indent=2) if as_json else table(result))
         for note in notes:

@@ -126,9 +126,12 @@ def score(names: Sequence[str], texts: Sequence[str], references: References) ->
     return {name: METRICS[name](texts, references) for name in names}
 
 
-def notes_on_texts(names: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Return a note where a metric is 0 because of the length of the generated texts, whatever the references are."""
-    if "bleu" not in names or any(map(has_four_words, texts)):
+def notes_on_texts(names: Sequence[str], texts: Sequence[str], references: References) -> list[str]:
+    """Return a note where a metric is 0 because of the length of the generated texts alone.
+
+    Where the references are too short as well, `notes_on_references` says so.
+    """
+    if "bleu" not in names or any(map(has_four_words, texts)) or not _have_four_words(references):
         return []
     return [f"bleu is 0 because no generated text has four words, {_NO_FOUR_WORDS}"]
 
@@ -138,6 +141,10 @@ def has_four_words(text: str) -> bool:
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     return len(Tokenizer13a()(spaced(text)).split()) >= _BLEU_WORDS
+
+
+def _have_four_words(references: References) -> bool:
+    return any(has_four_words(reference) for given in references for reference in given)
 
 
 def notes_on_references(names: Sequence[str], references: References) -> list[str]:
@@ -150,7 +157,7 @@ def notes_on_references(names: Sequence[str], references: References) -> list[st
             f"{' and '.join(asked)}: each character of a script without spaces counts as a word, in the references of "
             f"{unspaced} of {len(references)} samples"
         )
-    if "bleu" in names and not any(has_four_words(reference) for given in references for reference in given):
+    if "bleu" in names and not _have_four_words(references):
         lines.append(f"bleu: no reference has four words, {_NO_FOUR_WORDS}; a text as short scores 0, right or wrong")
     for name in asked:
         empty = sum(not any(map(split[name], given)) for given in references)

@@ -115,7 +115,7 @@ def test_samples_left_out_are_counted(run: Run) -> None:
     train = run.config.parent / "train.jsonl"
     (line,) = re.findall(rf"^{re.escape(str(train))}: (.*)$", run.outcome.stdout, re.MULTILINE)
     assert line.startswith("24 of 26 samples kept; 1 over 48 tokens dropped (longest 6")
-    assert "lines 25)" in line and "1 without target tokens dropped (lines 26)" in line
+    assert "line 25)" in line and "1 without target tokens dropped (line 26)" in line
     assert line.endswith("1 end a completion in their text: no second end is trained")
 
 

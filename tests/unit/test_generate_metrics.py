@@ -173,12 +173,14 @@ def test_references_that_decide_what_a_metric_means_are_noted() -> None:
 def test_bleu_of_short_texts_is_said_to_be_0_exactly_where_it_is() -> None:
     for texts in (["Paris", "a b c"], ["a, b"], ["我喜欢"]):
         assert score(["bleu"], texts, [[text] for text in texts]) == {"bleu": 0}
-        (note,) = notes_on_texts(["bleu"], texts)
+        (note,) = notes_on_texts(["bleu"], texts, [["one of four words"]])
         assert note.startswith("bleu is 0 because no generated text has four words")
+        # The references are as short, and a note on them says so.
+        assert notes_on_texts(["bleu"], texts, [[text] for text in texts]) == []
     for texts in (["Paris", "a b c d"], ["a, b."], ["我喜欢吃"]):
         assert score(["bleu"], texts, [[text] for text in texts])["bleu"] == pytest.approx(100)
-        assert notes_on_texts(["bleu"], texts) == []
-    assert notes_on_texts(["rouge_l"], ["Paris"]) == []
+        assert notes_on_texts(["bleu"], texts, [["one of four words"]]) == []
+    assert notes_on_texts(["rouge_l"], ["Paris"], [["one of four words"]]) == []
 
 
 def test_metrics_that_are_not_there_are_said_before_decoding() -> None:
