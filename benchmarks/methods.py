@@ -52,7 +52,7 @@ from spawn import free_port
 
 import lowrank_dist
 from lowrank_dist.checkpoint.training_state import KINDS
-from lowrank_dist.config import load_config
+from lowrank_dist.config import load_config, read_arguments
 from lowrank_dist.formats.manifest import OPTIMIZER_FILE
 from lowrank_dist.formats.safetensors_file import read_header
 
@@ -133,7 +133,7 @@ class Cache:
 
     def key(self, run: Run) -> str:
         """What a run is: all that it is told, and by which versions."""
-        config = "" if run.method is None else load_config(self.arguments(run, Path("run"))).to_yaml()
+        config = "" if run.method is None else read_arguments(self.arguments(run, Path("run"))).to_yaml()
         versions = {
             "recipe": RECIPE,
             "lowrank_dist": lowrank_dist.__version__,
@@ -162,7 +162,7 @@ class Cache:
         return max((int(record["step"]) for record in records(self.folder(run) / "run" / "metrics.jsonl")), default=0)
 
     def total_steps(self, run: Run) -> int:
-        return load_config(self.arguments(run, Path("run"))).train.steps
+        return read_arguments(self.arguments(run, Path("run"))).train.steps
 
 
 def best_rate(cache: Cache, method: str) -> tuple[float | None, int]:
@@ -269,7 +269,7 @@ def diverged(log: str) -> str | None:
 
 def evaluate(run: Run, output: Path, settings: Mapping[str, str], log: Path, processes: Processes) -> Result:
     """`lowrank-dist evaluate` of the base, or of what the run left."""
-    template = load_config([str(TEMPLATE)])
+    template = load_config(TEMPLATE)
     model, adapter = template.model.path, []
     if run.method == "full":
         model = output / "checkpoints" / "last"
@@ -303,7 +303,7 @@ def collect(output: Path, method: str, virtual_tokens: int) -> Result:
     found = records(output / "metrics.jsonl")
     losses = [record["eval_loss"] for record in found if "eval_loss" in record]
     steps = [record for record in found if "tokens_per_second" in record]
-    virtual_tokens *= load_config([str(TEMPLATE)]).train.global_batch
+    virtual_tokens *= load_config(TEMPLATE).train.global_batch
     last = output / "checkpoints" / "last"
     published = sorted(last.glob("model-*.safetensors") if method == "full" else (output / "adapter").iterdir())
     weights = [entry for file in published if file.suffix == ".safetensors" for entry in read_header(file).entries]
@@ -577,7 +577,7 @@ def main() -> None:
     cache = Cache(PLACE, args.threads, args.steps)
     if args.list:
         return show_list(cache, args.only, console)
-    template = load_config([str(TEMPLATE)])
+    template = load_config(TEMPLATE)
     if not template.model.path.is_dir():
         sys.exit(f"{template.model.path} is missing: python -m launch.quickstart.prepare makes it")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -14,7 +14,7 @@ import sys
 from lowrank_dist.backend.launchers import refuse_missing_hostfile, set_rank_variables
 from lowrank_dist.backend.libraries import exempt_from_gc, quiet_libraries
 from lowrank_dist.backend.select import init_process_group, local_rank_and_size, select_backend
-from lowrank_dist.config import HELP, Config, load_config
+from lowrank_dist.config import HELP, Config, read_arguments
 from lowrank_dist.errors import RankIdentityError, UserError
 from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision, should_print_for_node
 from lowrank_dist.terminal import say
@@ -88,7 +88,7 @@ def start(arguments: list[str]) -> int:
     try:
         set_rank_variables()
         notes: list[str] = []
-        config = load_config(arguments, notes.append)
+        config = read_arguments(arguments, notes.append)
     except UserError as error:
         if isinstance(error, RankIdentityError) or should_print_for_node():
             say(f"lowrank_dist: {error}", err=True)

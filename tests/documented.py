@@ -149,7 +149,7 @@ def _in_config(block: Block) -> list[str]:
         try:
             values = yaml.safe_load(block.text) or {}
             given = {f"{section}.{key}" for section, keys in values.items() for key in keys or ()}
-            load_config([file.name, *(f"{key}={value}" for key, value in _REQUIRED.items() if key not in given)])
+            load_config(file.name, [f"{key}={value}" for key, value in _REQUIRED.items() if key not in given])
         except (ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
             return [str(error)]
     return []

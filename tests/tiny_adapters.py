@@ -56,4 +56,4 @@ def save_adapter(folder: Path, base: Path, adapter: Adapter, *, trained: bool = 
 
 def inspected(folder: Path, base: Path | None = None) -> Report:
     """The report on a folder, as `lowrank-dist inspect` makes it."""
-    return inspect_folder(folder, base, read_config=lambda path: load_config([str(path)]).read_keys())
+    return inspect_folder(folder, base, read_config=lambda path: load_config(path).read_keys())

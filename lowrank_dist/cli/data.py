@@ -33,7 +33,7 @@ def data_command(
     """
     from lowrank_dist.config import load_config
 
-    run = load_config([config, *(overrides or [])])
+    run = load_config(config, overrides or [])
     with silence_megatron():
         from lowrank_dist.engine.data_report import report_on_data
 

@@ -77,10 +77,10 @@ def _alone(arguments: Sequence[str], as_json: bool) -> int:
 def _read(arguments: Sequence[str]) -> tuple[Config | None, list[Row]]:
     """Return the run's configuration, or None and a row on why it cannot be read here. Raises ConfigError."""
     try:
-        from lowrank_dist.config import load_config
+        from lowrank_dist.config import read_arguments
     except ImportError as error:
         return None, [Row("configuration", "missing", f"{error}; install what is missing below")]
-    return load_config(arguments), []
+    return read_arguments(arguments), []
 
 
 def _in_job(place: Place, arguments: Sequence[str], timeout: float, as_json: bool) -> int:

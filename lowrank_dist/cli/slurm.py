@@ -112,7 +112,7 @@ def slurm_command(
     from lowrank_dist.slurm.snapshot import Snapshot
 
     changes = list(overrides or [])
-    run = load_config([str(config), *changes])
+    run = load_config(config, changes)
     layout = _planned_layout(config, changes, run, _cluster(run, nodes, gpus_per_node, gpu, gpu_memory))
     changes += layout.chosen
     check_time(time, lead)
@@ -163,7 +163,7 @@ def _run_folder(config: Path, changes: list[str], run: Config) -> Path:
     from lowrank_dist.config import load_config
 
     folder = run.output.dir.absolute()
-    if load_config([str(config), *_kept(changes), f"output.dir={folder}"]).output.dir != folder:
+    if load_config(config, [*_kept(changes), f"output.dir={folder}"]).output.dir != folder:
         raise UserError(f"output.dir: {str(folder)!r} means something else to YAML when a job passes it on; rename it")
     return folder
 

@@ -164,7 +164,7 @@ def inspect_command(
     from lowrank_dist.config import load_config
     from lowrank_dist.methods.lora.inspection import MODULES, SUMMARY
 
-    report = inspect_folder(folder, base, read_config=lambda path: load_config([str(path)]).read_keys())
+    report = inspect_folder(folder, base, read_config=lambda path: load_config(path).read_keys())
     report.tables.pop(SUMMARY if modules else MODULES, None)
     if as_json:
         put(json.dumps(report.to_json(), indent=2, allow_nan=False))

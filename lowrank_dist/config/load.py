@@ -61,16 +61,31 @@ def _say_once(line: str) -> None:
     say(line, err=True)
 
 
-def load_config(argv: Sequence[str], note: Callable[[str], None] = _say_once) -> Config:
-    """Return the config that the arguments of a run describe.
+def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[[str], None] = _say_once) -> Config:
+    """Return the config of a run: the YAML file at `path`, the overrides applied to it, and defaults for the rest.
+
+    overrides: `section.key=value`, with values as in YAML ("train.lr=1e-4", "lora.targets=[q_proj, v_proj]",
+    "method=prefix"); a later one wins over an earlier one. Relative paths are relative to the current directory. Where
+    an override names the method, keys of the file that other methods read are passed over; note: called with a line
+    that names them; stderr if not given. Raises ConfigError with all mistakes, each with file, line and key.
+    """
+    raw = _Raw()
+    changes = _only_overrides(overrides, raw)
+    return _loaded(Path(path), changes, raw, note)
+
+
+def read_arguments(argv: Sequence[str], note: Callable[[str], None] = _say_once) -> Config:
+    """Return the config that the arguments of a run's command line describe; `note` as in `load_config`.
 
     `argv` is CONFIG.yaml and, in any order, overrides: `section.key=value`, `--section.key value` or
-    `--section.key=value`, with values as in YAML. `--local_rank=N`, which launchers add, is accepted and ignored.
-    Relative paths are relative to the current directory. Where the command line names the method, keys of the file that
-    other methods read are passed over; note: called with a line that names them. Raises ConfigError with all mistakes.
+    `--section.key=value`. `--local_rank=N`, which launchers add, is accepted and ignored.
     """
     raw = _Raw()
     path, overrides = _split_arguments(argv, raw)
+    return _loaded(path, overrides, raw, note)
+
+
+def _loaded(path: Path | None, overrides: Sequence[tuple[str, str]], raw: _Raw, note: Callable[[str], None]) -> Config:
     if path is None:
         raw.problem(COMMAND_LINE, "no config file", USAGE, fatal=True)
     else:
@@ -88,10 +103,15 @@ def config_of(values: Mapping[str, Mapping[str, object]], overrides: Sequence[st
     """
     raw = _Raw()
     raw.values = {section: dict(keys) for section, keys in values.items()}
-    path, changes = _split_arguments(overrides, raw)
+    return _checked(raw, _only_overrides(overrides, raw))
+
+
+def _only_overrides(arguments: Sequence[str], raw: _Raw) -> list[tuple[str, str]]:
+    """Return the (dotted key, text) of each override; an argument that is none is a problem."""
+    path, overrides = _split_arguments(arguments, raw)
     if path is not None:
         raw.problem(COMMAND_LINE, f"{path} is not section.key=value", "give overrides alone")
-    return _checked(raw, changes)
+    return overrides
 
 
 def _checked(raw: _Raw, overrides: Sequence[tuple[str, str]]) -> Config:

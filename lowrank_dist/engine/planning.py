@@ -67,7 +67,7 @@ def read_request(what: str, overrides: Sequence[str]) -> Request:
     """
     path = Path(what)
     if path.suffix in (".yaml", ".yml") or (path.is_file() and path.suffix != ".json"):
-        config = load_config([what, *overrides])
+        config = load_config(what, overrides)
         source = str(config.model.path)
         if source not in BUILT_IN and not config.model.path.exists():
             raise UserError(

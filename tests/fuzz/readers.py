@@ -248,7 +248,7 @@ def yaml_judge(built: Built, content: bytes, config: Any) -> str | None:
 def _baseline(built: Built) -> Any:
     path = built["yaml"] / "base.yaml"
     path.write_text(yaml.safe_dump(RUN))
-    return load_config([str(path)]).read_keys()
+    return load_config(path).read_keys()
 
 
 def header_judge(file: Place_) -> Callable[[Built, bytes, Any], str | None]:
@@ -631,7 +631,7 @@ READERS: tuple[Reader, ...] = (
     Reader(
         "run.yaml",
         _in("yaml", "run.yaml"),
-        lambda built: load_config([str(built["yaml"] / "run.yaml")]),
+        lambda built: load_config(built["yaml"] / "run.yaml"),
         ("lowrank_dist/config/load.py", "lowrank_dist/sections/scalars.py"),
         lambda built: RUN,
         _to_yaml,

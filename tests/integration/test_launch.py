@@ -135,9 +135,9 @@ def test_run_folder(run: Run) -> None:
 
 
 def test_config_comes_back(run: Run) -> None:
-    kept = load_config([str(run.folder / "config.yaml")])
-    assert kept == load_config([str(run.config), f"output.dir={run.folder}", "train.seed=7"])
-    assert kept != load_config([str(run.config), f"output.dir={run.folder}"])
+    kept = load_config(run.folder / "config.yaml")
+    assert kept == load_config(run.config, [f"output.dir={run.folder}", "train.seed=7"])
+    assert kept != load_config(run.config, [f"output.dir={run.folder}"])
 
 
 def test_metrics(run: Run) -> None:

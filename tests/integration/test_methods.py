@@ -188,7 +188,7 @@ def _reloaded_loss(config: str, model: str, adapter: str | None, tensor: int) ->
     from lowrank_dist.engine.datasets import build_data
     from lowrank_dist.generate.session import load_for_generation
 
-    told, topology = load_config([config]), ranks.topology(tensor, False)
+    told, topology = load_config(config), ranks.topology(tensor, False)
     loaded = load_for_generation(Path(model), adapter and Path(adapter), topology, ranks.device(), dtype="fp32")
     architecture = loaded.model.architecture
     data = build_data(told, build_method(told, architecture), architecture, topology)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from launch.train import start
-from lowrank_dist.config import HELP, Config, load_config
+from lowrank_dist.config import HELP, Config, load_config, read_arguments
 from lowrank_dist.errors import ConfigError
 from lowrank_dist.sections.scalars import Dumper, Loader, scalar
 
@@ -31,12 +31,12 @@ def errors(path: Path, text: str, *overrides: str) -> list[str]:
     """The lines of the error, with the file's folder cut."""
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
-        load_config([str(path), *overrides])
+        read_arguments([str(path), *overrides])
     return str(caught.value).replace(str(path), path.name).splitlines()
 
 
 def test_defaults(path: Path) -> None:
-    config = load_config([str(path)])
+    config = load_config(path)
     assert config.model.path == Path("base") and config.model.dtype == "auto" and config.model.vocab_multiple == 128
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 16.0, "all-linear")
     assert (config.parallel.tensor, config.parallel.data, config.parallel.sequence) == (1, None, None)
@@ -57,29 +57,29 @@ def test_defaults(path: Path) -> None:
 )
 def test_overrides(path: Path, arguments: list[str]) -> None:
     for argv in ([str(path), *arguments], [*arguments, str(path)], ["--local_rank=0", str(path), *arguments]):
-        config = load_config(argv)
+        config = read_arguments(argv)
         assert config.train.lr == 3e-4 and config.lora.targets == ["q_proj", "v_proj"]
         assert config.parallel.sequence is False
 
 
 def test_overrides_win_over_the_file_and_later_ones_over_earlier(path: Path) -> None:
     path.write_text(json.dumps({**REQUIRED, "train": {"seed": 1, "steps": 5}}))
-    config = load_config([str(path), "train.seed=2", "--train.seed", "3", "lora.rank_pattern={q_proj: 4}"])
+    config = load_config(path, ["train.seed=2", "--train.seed", "3", "lora.rank_pattern={q_proj: 4}"])
     assert (config.train.seed, config.train.steps, config.train.epochs) == (3, 5, None)
     assert config.lora.rank_pattern == {"q_proj": 4}
-    assert load_config([str(path), "train.steps=", "train.epochs=2"]).train.epochs == 2.0
+    assert load_config(path, ["train.steps=", "train.epochs=2"]).train.epochs == 2.0
 
 
 def test_scalars_are_yaml_1_2(path: Path) -> None:
     path.write_text("model: {path: base}\ndata: {train: t}\noutput: {dir: no}\ntrain: {lr: 2e-4, eps: .5}\nlora:\n")
-    config = load_config([str(path)])
+    config = load_config(path)
     assert config.output.dir == Path("no") and config.train.lr == 2e-4 and config.train.eps == 0.5
     # The control: YAML 1.1, PyYAML's own, reads text and a boolean there.
     assert yaml.safe_load("[2e-4, no]") == ["2e-4", False]
 
 
 def test_config_is_frozen(path: Path) -> None:
-    config = load_config([str(path)])
+    config = load_config(path)
     with pytest.raises(ValidationError, match="frozen"):
         config.train.lr = 1.0  # type: ignore[misc]
 
@@ -206,13 +206,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     cases = {str(tmp_path / "absent.yaml"): "No such file", str(tmp_path): "Is a directory", str(latin): "is not UTF-8"}
     for argument, expected in cases.items():
         with pytest.raises(ConfigError, match=expected):
-            load_config([argument, "train.lr=1"])
+            load_config(argument, ["train.lr=1"])
     with pytest.raises(ConfigError, match="command line: no config file — give one YAML file"):
-        load_config(["train.lr=1"])
+        read_arguments(["train.lr=1"])
 
 
 def test_divisibility_uses_the_default_where_one_is_not_given(path: Path) -> None:
-    assert load_config([str(path), "train.micro_batch=4"]).train.micro_batch == 4
+    assert load_config(path, ["train.micro_batch=4"]).train.micro_batch == 4
     (line,) = errors(path, path.read_text(), "train.micro_batch=3")
     assert "train.global_batch (8) is not a multiple of it" in line
     # A wrong batch is one mistake, not two.
@@ -280,7 +280,7 @@ def test_a_method_from_the_command_line_and_its_section(path: Path, method: str)
     """Empty sections of other methods say nothing, and the resolved config has its own alone."""
     path.write_text(json.dumps({**REQUIRED, "method": "lora", "lora": None, "prefix": {}}))
     for arguments in (["method=" + method], ["--method", method], ["--method=" + method]):
-        config = load_config([str(path), *arguments])
+        config = load_config(path, arguments)
         assert config.method == method
     sections = {"lora", "adapter", "prefix", "prompt"}
     own = {"adapter"} if method.startswith("adapter") else {method} & sections
@@ -291,7 +291,7 @@ def test_sections_of_other_methods_are_passed_over_where_the_command_line_names_
     sections = {"lora": {"rank": 4, "alpha": 8}, "prefix": {"length": 3}, "adapter": {"bottleneck": 12}}
     path.write_text(json.dumps({**REQUIRED, **sections}))
     notes: list[str] = []
-    config = load_config([str(path), "method=adapter_h"], notes.append)
+    config = load_config(path, ["method=adapter_h"], notes.append)
     assert config.adapter.bottleneck == 12 and config.lora.rank == 8
     expected = "passed over, since method=adapter_h does not read it: prefix (length); lora (rank, alpha)"
     assert notes == [f"{path}: {expected}"]
@@ -310,7 +310,7 @@ def test_help_says_what_can_be_written(path: Path, capsys: pytest.CaptureFixture
     commands = [shlex.split(" ".join(words)) for words in commands if words[0] != "usage:"]
     assert len(commands) == 8
     for words in commands:
-        load_config([str(path), *words[words.index("CONFIG.yaml") + 1 :]])
+        load_config(path, words[words.index("CONFIG.yaml") + 1 :])
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), min_size=1, max_size=12)
@@ -372,7 +372,7 @@ def configs(draw: st.DrawFn) -> Config:
 def test_yaml_round_trip(config: Config, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.getbasetemp() / "round_trip.yaml"
     file.write_text(config.to_yaml(), encoding="utf-8")
-    assert load_config([str(file)]) == config
+    assert load_config(file) == config
 
 
 @given(text=TRICKY | TEXT)
@@ -389,6 +389,6 @@ def test_the_round_trip_needs_its_own_dumper() -> None:
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_the_shipped_configs_are_valid_and_say_how_they_are_launched(path: Path) -> None:
-    load_config([str(path)])
+    load_config(path)
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"launch/train.py configs/{path.name}" in line for line in header)

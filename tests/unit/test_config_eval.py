@@ -22,18 +22,18 @@ def test_a_mapping_in_a_section(tmp_path: Path) -> None:
     text = (
         "eval:\n  every: 2\n  generate:\n    metrics: [bleu, rouge_l]\n    stop: ['#']\n  best: bleu\n  patience: 3\n"
     )
-    config = load_config([write(tmp_path, text)])
+    config = load_config(write(tmp_path, text))
     asked = config.eval.generate
     assert (asked.metrics, asked.stop, asked.max_new_tokens, asked.batch) == (["bleu", "rouge_l"], ["#"], 128, 8)
     assert (asked.samples, config.eval.best, config.eval.patience) == (None, "bleu", 3)
     line = "eval.generate={metrics: [exact_match], max_new_tokens: 4}"
-    over = load_config([write(tmp_path, text), line, "eval.best=exact_match"])
+    over = load_config(write(tmp_path, text), [line, "eval.best=exact_match"])
     assert (over.eval.generate.metrics, over.eval.generate.stop) == (["exact_match"], [])  # instead, not in addition
-    for written in (config, over, load_config([write(tmp_path, "")])):
+    for written in (config, over, load_config(write(tmp_path, ""))):
         (tmp_path / "again.yaml").write_text(written.to_yaml())
-        assert load_config([str(tmp_path / "again.yaml")]) == written
-    assert load_config([write(tmp_path, ""), "eval.generate={}"]).eval.generate.metrics == ["exact_match"]
-    assert load_config([write(tmp_path, "eval:\n  generate:\n    # metrics: [bleu]\n")]).eval.generate is None
+        assert load_config(tmp_path / "again.yaml") == written
+    assert load_config(write(tmp_path, ""), ["eval.generate={}"]).eval.generate.metrics == ["exact_match"]
+    assert load_config(write(tmp_path, "eval:\n  generate:\n    # metrics: [bleu]\n")).eval.generate is None
 
 
 def test_errors_name_the_key_and_its_line(tmp_path: Path) -> None:
@@ -42,7 +42,7 @@ def test_errors_name_the_key_and_its_line(tmp_path: Path) -> None:
         "    stop: ['']\n    lr: 3\n  max_new_tokens: 4\n"
     )
     with pytest.raises(ConfigError) as caught:
-        load_config([write(tmp_path, text)])
+        load_config(write(tmp_path, text))
     keys = "the keys of eval.generate are metrics, max_new_tokens, batch, stop, samples"
     expected = [
         "run.yaml:7: eval.generate.metrics[0]: 'blue' is not valid, input should be 'exact_match', 'bleu' or 'rouge_l'",
@@ -79,6 +79,6 @@ def test_errors_name_the_key_and_its_line(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_meant(tmp_path: Path, arguments: list[str], expected: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config([write(tmp_path, ""), *arguments])
+        load_config(write(tmp_path, ""), arguments)
     (line,) = str(caught.value).splitlines()
     assert expected in line

@@ -73,7 +73,7 @@ def test_a_run_that_can_begin(config: Path, tmp_path: Path) -> None:
     for what in ("configuration", "model folder", "tokenizer", "trained parameters", "data.train", "data.eval"):
         assert found[what]["state"] == "ok", what
     # A [4, 64] and B [64, 4] of q, A [4, 96] and B [64, 4] of down, in two layers.
-    assert inputs.parameters(load_config([str(config)])).trained == 2 * 4 * (64 + 64 + 96 + 64)
+    assert inputs.parameters(load_config(config)).trained == 2 * 4 * (64 + 64 + 96 + 64)
     assert found["trained parameters"]["detail"] == "lora: 2,304 trainable numbers"
     assert found["run folder"]["state"] == "ok" and f"{tmp_path}, where" in found["run folder"]["detail"]
     assert found["free disk"]["state"] == "ok" and "5 checkpoints of 36.0 KiB" in found["free disk"]["detail"]
@@ -101,7 +101,7 @@ def test_theta_of_each_method(config: Path, method: list[str], trained: int, sto
     found = rows(config, f"method={method[0]}", *method[1:])
     assert found["trained parameters"]["detail"] == f"{method[0]}: {trained:,} trainable numbers"
     beside = trained if not stored else stored
-    told = load_config([str(config), f"method={method[0]}", *method[1:]])
+    told = load_config(config, [f"method={method[0]}", *method[1:]])
     one, final = inputs.checkpoint_bytes(told)
     assert (one, final) == (12 * trained + 4 * beside, 0 if stored == 0 else 4 * beside)
     (space,) = storage.space(told, writes=True)
@@ -268,9 +268,9 @@ def test_a_run_that_does_not_fit(config: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_compiled_kernels_that_are_demanded(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = load_config([str(config), "engine.kernels=compiled"])
+    asked = load_config(config, ["engine.kernels=compiled"])
     monkeypatch.setattr(extension, "reason_not_loaded_on", lambda device: None)
-    assert start.kernels(asked)[0].state == "ok" and start.kernels(load_config([str(config)])) == []
+    assert start.kernels(asked)[0].state == "ok" and start.kernels(load_config(config)) == []
     monkeypatch.setattr(extension, "reason_not_loaded_on", lambda device: f"none for {device}")
     with pytest.raises(UserError, match="compiled operators for cpu are demanded .engine.kernels., but none for cpu"):
         start.kernels(asked)
@@ -280,11 +280,11 @@ def test_a_gpu_that_is_asked_for_and_not_there(config: Path, monkeypatch: pytest
     def none() -> list[devices.Gpu]:
         raise RuntimeError("the driver is too old")
 
-    asked = load_config([str(config), "model.device=cuda"])
+    asked = load_config(config, ["model.device=cuda"])
     monkeypatch.setattr(devices, "gpus", none)
     (row,) = inputs.device(asked)
     assert row.state == "missing" and "the driver is too old; use model.device=cpu or auto" in row.detail
-    assert inputs.device(load_config([str(config)]))[0].state == "ok"
+    assert inputs.device(load_config(config))[0].state == "ok"
     monkeypatch.setattr(devices, "gpus", lambda: [devices.Gpu("NVIDIA H200", 1, 1, "sm_90")])
     assert inputs.device(asked)[0].state == "ok"
 
@@ -303,7 +303,7 @@ def disk(free: float, inodes: int = 100) -> SimpleNamespace:
 
 def test_room_for_the_checkpoints(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 bytes a number, in as many checkpoints as lie there at once, and 64 MiB for all else."""
-    run_config = load_config([str(config), "lora.rank=1024"])  # |Θ| = 589,824
+    run_config = load_config(config, ["lora.rank=1024"])  # |Θ| = 589,824
     needed = 5 * 16 * 589_824 + 4 * 589_824 + 64 * 2**20
     for free, state in ((needed + 4096, "ok"), (needed - 4096, "broken")):
         monkeypatch.setattr(os, "statvfs", lambda path, free=free: disk(free))
@@ -317,7 +317,7 @@ def test_room_for_the_checkpoints(config: Path, monkeypatch: pytest.MonkeyPatch)
     (row,) = storage.space(run_config, writes=True)
     assert row.state == "broken" and "no inode is left" in row.detail
     monkeypatch.setattr(os, "statvfs", lambda path: disk(1e12))
-    everything = load_config([str(config), "output.keep_last=null", "data.eval=null"])
+    everything = load_config(config, ["output.keep_last=null", "data.eval=null"])
     (row,) = storage.space(everything, writes=True)
     assert row.state == "ok" and "2 checkpoints" in row.detail and "every other one adds to it" in row.detail
 
@@ -415,11 +415,11 @@ def test_ranks_of_one_node(config: Path, tmp_path: Path) -> None:
 
 
 def test_a_layout_that_does_not_fit_the_nodes(config: Path) -> None:
-    four = load_config([str(config), "parallel.tensor=4"])
+    four = load_config(config, ["parallel.tensor=4"])
     assert inputs.layout(four, 8, 4)[0].detail == "4 tensor × 2 data parallel"
     with pytest.raises(UserError, match="would cross nodes"):
         inputs.layout(four, 8, 2)
-    assert inputs.layout(load_config([str(config), "parallel.tensor=4", "parallel.across_nodes=true"]), 8, 2)
+    assert inputs.layout(load_config(config, ["parallel.tensor=4", "parallel.across_nodes=true"]), 8, 2)
     with pytest.raises(UserError, match="does not divide 3 nodes"):
         inputs.layout(four, 6, 2)
 

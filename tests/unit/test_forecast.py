@@ -50,7 +50,7 @@ def forecast(path: Path, memory: int, *overrides: str) -> Forecast:
 
 
 def config(path: Path, *overrides: str) -> Config:
-    return load_config([str(path), *overrides])
+    return load_config(path, overrides)
 
 
 def planned(path: Path) -> int:

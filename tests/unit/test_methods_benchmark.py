@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from lowrank_dist.config import load_config
+from lowrank_dist.config import read_arguments
 from lowrank_dist.engine.meter import STEP_PHASES
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -60,7 +60,7 @@ def at_the_middle(method: str) -> list[Run]:
 def test_every_run_is_a_config_that_loads_and_says_what_the_run_is(cache: Cache) -> None:
     for stage in methods.stages(cache, SHOWN):
         for run in (run for run in stage if run.method is not None):
-            config = load_config(cache.arguments(run, Path("out")))
+            config = read_arguments(cache.arguments(run, Path("out")))
             assert (config.method, config.train.lr, config.output.dir) == (run.method, run.rate, Path("out"))
             section, _, key = (PLANS[run.method].size or "").partition(".")
             assert not section or getattr(getattr(config, section), key) == run.size

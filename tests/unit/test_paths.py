@@ -346,7 +346,7 @@ def run_config(output: object, **given: object) -> Any:
     }
     arguments = [f"{key}={value}" for key, value in {**keys, "output.dir": output}.items()]
     Path("run.yaml").write_text("")
-    return load_config(["run.yaml", *arguments])
+    return load_config("run.yaml", arguments)
 
 
 @pytest.fixture

@@ -116,8 +116,8 @@ def test_what_the_job_gets(config: Path, tmp_path: Path) -> None:
     assert Path(found["PROJECT"]) == ROOT and Path(found["PYTHON"]).exists()
     assert not (tmp_path / "made").exists()
     # The job reads the config that was checked.
-    job = load_config([found["CONFIG"], *json.loads(found["OVERRIDES"]), f"output.dir={found['RUN']}"])
-    given_config = load_config([str(config), *words[:1], words[2], *layout, f"output.dir={tmp_path / 'other run'}"])
+    job = load_config(found["CONFIG"], [*json.loads(found["OVERRIDES"]), f"output.dir={found['RUN']}"])
+    given_config = load_config(config, [*words[:1], words[2], *layout, f"output.dir={tmp_path / 'other run'}"])
     assert job == given_config
 
 

@@ -23,7 +23,7 @@ def refusal(tmp_path: Path, values: dict[str, object], *overrides: str) -> str:
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(values))
     with pytest.raises(ConfigError) as caught:
-        load_config([str(path), *overrides])
+        load_config(path, overrides)
     return str(caught.value)
 
 

@@ -28,7 +28,7 @@ def test_every_method_sees_the_same_tokens(
     monkeypatch.setattr(training, "PLACE", tmp_path)
     args = argparse.Namespace(device="cpu", steps=5)
     recipe = training.Recipe({}, length, micro_batch=3, global_batch=3, prompt=prompt)
-    config = load_config([str(training.write_config(args, recipe, tmp_path / "base", method, tmp_path / "run"))])
+    config = load_config(training.write_config(args, recipe, tmp_path / "base", method, tmp_path / "run"))
     samples = mask_completions(
         load_tokenizer(make_tiny("llama", tmp_path / "tiny")), read_jsonl(config.data.train).completions
     )

@@ -1,0 +1,33 @@
+"""A program that uses the Python API, for mypy: the types are those that are documented, and a wrong call is an error.
+
+`make types` checks it as strictly as mypy can. Each `type: ignore` covers a wrong call: where mypy no longer objects to
+it, the comment is itself an error (warn_unused_ignores). tests/unit/test_api.py runs what is right.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import assert_type
+
+import lowrank_dist
+from lowrank_dist import Config, ConfigError, UserError
+
+
+def learning_rate(path: Path) -> float:
+    config = assert_type(lowrank_dist.load_config(path, ["train.lr=1e-3"]), Config)
+    return assert_type(config.train.lr, float)
+
+
+def message_of(path: str) -> str:
+    try:
+        lowrank_dist.load_config(path)
+    except ConfigError as error:
+        refused: UserError = error
+        return str(refused)
+    return ""
+
+
+def wrong_calls(path: Path) -> None:
+    lowrank_dist.load_config([path])  # type: ignore[arg-type]
+    print(lowrank_dist.load_config(path).train.speed)  # type: ignore[attr-defined]
+    lowrank_dist.load_confg(path)  # type: ignore[attr-defined]
