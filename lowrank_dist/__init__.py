@@ -6,10 +6,8 @@ The Python API: `load_config`, what it returns, and the errors. A name is import
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config, load_config
@@ -26,23 +24,15 @@ _MODULES = {
 }
 
 
-class _Package(ModuleType):
-    """This package as a module, whose public names are imported on first use."""
+if not TYPE_CHECKING:  # a type checker that saw it would take every name to be there
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(name: str) -> object:
         if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-        setattr(self, name, value)
+        value: object = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+        globals()[name] = value
         return value
 
-    def __setattr__(self, name: str, value: object) -> None:
-        # Importing a room binds it here. The functions `plan` and `merge` have the names of rooms, and stay functions.
-        if not (name in _MODULES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
 
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
-
-
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

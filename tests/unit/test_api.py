@@ -44,6 +44,8 @@ def test_every_public_name_is_there() -> None:
         value = getattr(lowrank_dist, name)
         assert value is getattr(lowrank_dist, name) and name in dir(lowrank_dist)
         assert name == "__version__" or value.__doc__ and value.__module__.startswith("lowrank_dist."), name
+        # A room of the same name would take its place when it is imported.
+        assert not (ROOT / "lowrank_dist" / name).exists()
     with pytest.raises(AttributeError, match="module 'lowrank_dist' has no attribute 'load_confg'"):
         lowrank_dist.load_confg  # noqa: B018
 

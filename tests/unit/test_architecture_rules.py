@@ -42,7 +42,7 @@ SECTIONS = (
     *rooms("model.config", "parallel.config", "data.config", "generate.config"),
     *(f"{PACKAGE}.methods.{package.folder}.config" for package in METHOD_PACKAGES if package.section is not None),
 )
-PUBLIC = tuple(name for name in lowrank_dist.__all__ if name != "__version__" and not (ROOT / PACKAGE / name).is_dir())
+PUBLIC = tuple(name for name in lowrank_dist.__all__ if name != "__version__")
 ARROWS = [
     Arrow(f"{PACKAGE}.config", "torch"),
     Arrow(f"{PACKAGE}.arch", PACKAGE, but=rooms("arch", "errors", "untrusted")),
@@ -69,7 +69,7 @@ ARROWS = [
     ),
     Arrow(f"{PACKAGE}.data", "torch.distributed"),
     Arrow("", "launch", exempt=("launch",)),
-    # The public names are for programs: a room says which room it takes something from. Some are names of rooms, too.
+    # The public names are for programs: a module names the room that it takes something from.
     *(Arrow(PACKAGE, name) for name in rooms(*PUBLIC)),
 ]
 # What answers at once loads none of these, through whatever it imports.

@@ -253,7 +253,7 @@ def test_what_eval_generate_refuses(config: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_that_does_not_fit(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_config = load_config([str(config), "parallel.tensor=2"])
+    run_config = load_config(config, ["parallel.tensor=2"])
     here = (4, 0, 4)
     for ranks in (None, here):
         (row,) = start.memory(run_config, ranks)
@@ -263,8 +263,8 @@ def test_a_run_that_does_not_fit(config: Path, monkeypatch: pytest.MonkeyPatch) 
     assert row.state == "warning" and row.detail.startswith("with 2 ranks on this machine: planned memory 0.00 GiB")
     with pytest.raises(UserError, match="it does not fit. "):
         start.memory(run_config, here)
-    assert start.memory(load_config([str(config), "parallel.tensor=auto"]), here) == []
-    assert start.memory(load_config([str(config), "model.path=/no/model"]), here) == []
+    assert start.memory(load_config(config, ["parallel.tensor=auto"]), here) == []
+    assert start.memory(load_config(config, ["model.path=/no/model"]), here) == []
 
 
 def test_compiled_kernels_that_are_demanded(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
