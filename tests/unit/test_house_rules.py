@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.flowchart import parse
 from tests.unit.test_architecture_rules import PACKAGE, ROOT, modules, names_in, under
 
 # --- circles ---------------------------------------------------------------------------------------------------------
@@ -115,6 +116,56 @@ def test_a_package_may_import_what_is_in_it() -> None:
         "lowrank_dist.config.schema": "",
     }
     assert circles(sources, ["lowrank_dist", "lowrank_dist.config"]) == {}
+
+
+# --- the picture of the rooms ----------------------------------------------------------------------------------------
+
+DESIGN = (ROOT / "docs" / "DESIGN.md").read_text()
+
+
+def reachable(edges: Iterable[tuple[str, str, str]], start: str) -> set[str]:
+    """Return the rooms that arrows lead to from `start`, in however many steps."""
+    found, left = set[str](), [start]
+    while left:
+        at = left.pop()
+        new = {target for source, target, _ in edges if source == at} - found
+        found |= new
+        left += new
+    return found
+
+
+def drawn_otherwise(chart: str, rooms: Graph) -> Iterator[str]:
+    """Yield imports between rooms that a picture does not have as a path, and arrows that no import stands for."""
+    edges = [edge for edge in parse(chart).edges if edge[0] != "launch"]
+    for room, imported in sorted(rooms.items()):
+        yield from (f"{room} imports {other}" for other in sorted(imported - reachable(edges, room)))
+    yield from (f"{room} does not import {other}" for room, other, _ in edges if other not in rooms.get(room, set()))
+
+
+@pytest.fixture(scope="module")
+def rooms() -> Graph:
+    """Room → the rooms that it imports."""
+    found = dict(modules(PACKAGE))
+    packages = [module for module, path in found.items() if path.name == "__init__.py"]
+    inside = contracted(imports({module: path.read_text() for module, path in found.items()}, packages), PACKAGE)
+    folders = {package for package in packages if package.count(".") == 1}
+    return {
+        room.removeprefix(f"{PACKAGE}."): {other.removeprefix(f"{PACKAGE}.") for other in inside[room] & folders}
+        for room in folders
+    }
+
+
+def test_the_design_shows_the_rooms(rooms: Graph) -> None:
+    assert set(re.findall(r"^\| `(\w+)/` \|", DESIGN, re.MULTILINE)) == set(rooms)
+    (chart,) = (each for each in re.findall(r"```mermaid\n(.*?)```", DESIGN, re.DOTALL) if "launch/train.py" in each)
+    assert list(drawn_otherwise(chart, rooms)) == []
+
+
+def test_an_arrow_too_many_or_too_few_is_found() -> None:
+    rooms = {"a": {"b", "c"}, "b": {"c"}, "c": set[str]()}
+    assert list(drawn_otherwise("flowchart TB\na --> b --> c", rooms)) == []
+    assert list(drawn_otherwise("flowchart TB\na --> b", rooms)) == ["a imports c", "b imports c"]
+    assert list(drawn_otherwise("flowchart TB\na --> b --> c --> d", rooms)) == ["c does not import d"]
 
 
 # --- methods' names --------------------------------------------------------------------------------------------------
