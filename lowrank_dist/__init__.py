@@ -1,7 +1,7 @@
 """Low-rank fine-tuning of large language models on a frozen base sharded by Megatron tensor parallelism.
 
-The Python API: `load_config`, what it returns, and the errors. A name is imported when it is first used, so that
-`import lowrank_dist` loads no torch.
+The Python API: `load_config`, `plan`, what they take and return, and the errors. A name is imported when it is first
+used, so that `import lowrank_dist` loads no torch.
 """
 
 from __future__ import annotations
@@ -11,16 +11,31 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config, load_config
+    from lowrank_dist.engine.plan import plan
     from lowrank_dist.errors import ConfigError, UserError
+    from lowrank_dist.planner.layouts import Cluster
+    from lowrank_dist.planner.result import Plan
 
 __version__ = "0.2.0"
-__all__ = ["Config", "ConfigError", "UserError", "__version__", "load_config"]
+__all__ = [
+    "Cluster",
+    "Config",
+    "ConfigError",
+    "Plan",
+    "UserError",
+    "__version__",
+    "load_config",
+    "plan",
+]
 
 _MODULES = {
+    "Cluster": "planner.layouts",
     "Config": "config",
     "ConfigError": "errors",
+    "Plan": "planner.result",
     "UserError": "errors",
     "load_config": "config",
+    "plan": "engine.plan",
 }
 
 

@@ -7,10 +7,10 @@ it, the comment is itself an error (warn_unused_ignores). tests/unit/test_api.py
 from __future__ import annotations
 
 from pathlib import Path
-from typing import assert_type
+from typing import Any, assert_type
 
 import lowrank_dist
-from lowrank_dist import Config, ConfigError, UserError
+from lowrank_dist import Cluster, Config, ConfigError, Plan, UserError
 
 
 def learning_rate(path: Path) -> float:
@@ -27,7 +27,14 @@ def message_of(path: str) -> str:
     return ""
 
 
+def plan_of(path: Path) -> tuple[bool, int, dict[str, Any]]:
+    plan = assert_type(lowrank_dist.plan(path, Cluster.of(nodes=1, gpus_per_node=2)), Plan)
+    return assert_type(plan.fits, bool), assert_type(plan.layout.tensor, int), plan.to_json()
+
+
 def wrong_calls(path: Path) -> None:
     lowrank_dist.load_config([path])  # type: ignore[arg-type]
     print(lowrank_dist.load_config(path).train.speed)  # type: ignore[attr-defined]
+    lowrank_dist.plan(path)  # type: ignore[call-arg]
+    lowrank_dist.plan(path, Cluster.of(gpu=8))  # type: ignore[arg-type]
     lowrank_dist.load_confg(path)  # type: ignore[attr-defined]

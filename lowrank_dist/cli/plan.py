@@ -80,19 +80,11 @@ def plan_command(
     """
     from lowrank_dist.engine.plan import plan
     from lowrank_dist.methods.registry import Sizes
-    from lowrank_dist.planner.hardware import bytes_in, gpu_of
     from lowrank_dist.planner.layouts import Cluster
 
-    for option, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
-        if value < 1:
-            raise UserError(f"{option}: {value} is not a number of machines to plan for; give at least 1")
-    if target_share is not None and not 0 < target_share <= 1:
-        raise UserError(f"--target-share: {target_share} is no part of the tokens; give a number above 0, at most 1")
     if verify and compare:
         raise UserError("--compare and --verify: give one of them; a comparison is not executed")
-    card = gpu_of(gpu)
-    memory = card.memory if gpu_memory is None else bytes_in(gpu_memory, "--gpu-memory")
-    cluster = Cluster(nodes, gpus_per_node, card, memory)
+    cluster = Cluster.of(nodes, gpus_per_node, gpu, gpu_memory)
     sizes = Sizes(bottleneck=bottleneck, virtual_positions=virtual_tokens)
     given = overrides or []
 
@@ -141,7 +133,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
 
 def _compare(plans: dict[str, Plan], as_json: bool) -> None:
     if as_json:
-        found = [{"changes": name, "plan": plan.as_json()} for name, plan in plans.items()]
+        found = [{"changes": name, "plan": plan.to_json()} for name, plan in plans.items()]
         put(
             json.dumps(
                 {"fits": any(plan.fits for plan in plans.values()), "compared": found}, indent=2, allow_nan=False
@@ -157,7 +149,7 @@ def _compare(plans: dict[str, Plan], as_json: bool) -> None:
 
 def _show(plan: Plan, as_json: bool) -> None:
     if as_json:
-        put(json.dumps(plan.as_json(), indent=2, allow_nan=False))
+        put(json.dumps(plan.to_json(), indent=2, allow_nan=False))
         return
     from lowrank_dist.planner.report import report
     from lowrank_dist.planner.side_by_side import verified

@@ -174,7 +174,7 @@ def _kept(changes: list[str]) -> list[str]:
 
 
 def _cluster(run: Config, nodes: int, gpus_per_node: int, gpu: str | None, gpu_memory: str | None) -> Cluster:
-    from lowrank_dist.planner.hardware import GPUS, Gpu, bytes_in, gpu_of
+    from lowrank_dist.planner.hardware import GPUS, Gpu
     from lowrank_dist.planner.layouts import Cluster
 
     if run.model.device == "cpu":
@@ -187,9 +187,7 @@ def _cluster(run: Config, nodes: int, gpus_per_node: int, gpu: str | None, gpu_m
             f"--gpu is missing: name the GPU of the nodes ({', '.join(GPUS)}), so that the plan can check that the job "
             "fits; give --gpu-memory too where it has less or more memory. A run on CPUs needs model.device=cpu instead"
         )
-    card = gpu_of(gpu)
-    memory = card.memory if gpu_memory is None else bytes_in(gpu_memory, "--gpu-memory")
-    return Cluster(nodes, gpus_per_node, card, memory)
+    return Cluster.of(nodes, gpus_per_node, gpu, gpu_memory)
 
 
 def _planned_layout(config: Path, changes: list[str], run: Config, cluster: Cluster) -> JobLayout:

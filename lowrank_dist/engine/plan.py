@@ -35,11 +35,14 @@ def plan(
     given, the planned step is executed on fake tensors as well, which takes seconds to minutes; it is called with the
     name of each stage as the stage begins.
 
-    Raises UserError for errors in the config (ConfigError) or the model, and where no layout respects the config. A
-    plan that does not fit is returned, with `fits` False and the remedies.
+    Raises UserError for errors in the config (ConfigError), the model or an argument, and where no layout respects the
+    config. A plan that does not fit is returned, with `fits` False and the remedies.
     """
+    if target_share is not None and not 0 < target_share <= 1:
+        raise UserError(f"--target-share: {target_share} is no part of the tokens; give a number above 0, at most 1")
     if isinstance(source, Config):
-        assert not overrides, "a Config has its changes already"
+        if overrides:
+            raise UserError(f"{overrides[0]}: a Config is not changed any more: give overrides to load_config")
         request = Request(find_model(str(source.model.path)), source, True)
     else:
         request = read_request(str(source), overrides)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.planner.hardware import Gpu, usable
+from lowrank_dist.errors import UserError
+from lowrank_dist.planner.hardware import Gpu, bytes_in, gpu_of, usable
 from lowrank_dist.planner.job import Job, Layout
 from lowrank_dist.planner.memory import ACCURACY, Memory, memory
 from lowrank_dist.planner.parameters import heaviest_rank
@@ -26,6 +27,21 @@ class Cluster:
     gpu: Gpu
     memory: int
     free: int | None = None
+
+    @classmethod
+    def of(cls, nodes: int = 1, gpus_per_node: int = 8, gpu: str = "h100", gpu_memory: str | None = None) -> Cluster:
+        """Return a cluster of GPUs that are known by name.
+
+        gpu: a100-40gb, a100, l40s, h100, h200 or b200. gpu_memory: of a GPU, with its unit ("80GB", "80GiB"); None for
+        the GPU's own. Raises UserError for an unknown GPU, a size without a unit, and numbers below 1.
+        """
+        for option, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
+            if value < 1:
+                raise UserError(f"{option}: {value} is not a number of machines to plan for; give at least 1")
+        card = gpu_of(gpu)
+        return cls(
+            nodes, gpus_per_node, card, card.memory if gpu_memory is None else bytes_in(gpu_memory, "--gpu-memory")
+        )
 
     @property
     def gpus(self) -> int:

@@ -288,6 +288,6 @@ class Plan:
     auto_tensor: int | None = None
     verification: Verification | None = None
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the plan as values that `json.dumps` takes."""
         return asdict(self)

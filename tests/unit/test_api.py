@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import lowrank_dist
-from tests.typed_api import learning_rate, message_of
+from lowrank_dist.cli.main import app
+from tests.tiny_models import make_tiny
+from tests.typed_api import learning_rate, message_of, plan_of
 from tests.unit.test_architecture_rules import ROOT, loaded_by
 
 RUN = """
@@ -16,6 +20,20 @@ model: {path: base, device: cpu}
 data: {train: train.jsonl}
 output: {dir: out}
 """
+
+
+# Function of the API → its module, and a command that calls it.
+COMMANDS = {
+    "load_config": ("lowrank_dist.config", ["data", "run.yaml"]),
+    "plan": ("lowrank_dist.engine.plan", ["plan", "llama-3-8b"]),
+}
+
+
+def run(*words: object) -> str:
+    """Run a command of lowrank-dist and return what it prints on stdout."""
+    done = CliRunner().invoke(app, [*map(str, words)])
+    assert done.exit_code == 0, done.output
+    return done.stdout
 
 
 @pytest.fixture
@@ -64,6 +82,19 @@ def test_types_go_with_the_package() -> None:
     assert (ROOT / "lowrank_dist" / "py.typed").is_file() and "py.typed" in (ROOT / "pyproject.toml").read_text()
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_calls_the_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, words = COMMANDS[name]
+    assert getattr(importlib.import_module(module), name) is getattr(lowrank_dist, name)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise lowrank_dist.UserError(f"{name} was called")
+
+    monkeypatch.setattr(f"{module}.{name}", refuse)
+    done = CliRunner().invoke(app, words)
+    assert (done.exit_code, done.stderr) == (2, f"error: {name} was called\n")
+
+
 # --- load_config -----------------------------------------------------------------------------------------------------
 
 
@@ -91,3 +122,52 @@ def test_a_wrong_config_says_what_and_where(config_file: Path, tmp_path: Path) -
     config_file.write_text(RUN)
     with pytest.raises(lowrank_dist.ConfigError, match="command line: other.yaml is not section.key=value — give over"):
         lowrank_dist.load_config(config_file, ["other.yaml"])
+
+
+# --- plan ------------------------------------------------------------------------------------------------------------
+
+
+def test_plan_is_what_the_command_prints(tmp_path: Path) -> None:
+    base = make_tiny("llama", tmp_path / "base")
+    path = tmp_path / "run.yaml"
+    path.write_text(RUN.replace("path: base", f"path: {base}").replace("train.jsonl", "train.jsonl, max_length: 64"))
+    told = json.loads(run("plan", path, "--gpus-per-node", 2, "--json"))
+    fits, tensor, values = plan_of(path)
+    assert json.loads(json.dumps(values)) == told and told["fits"] is fits is True
+    assert tensor == 1 == told["layout"]["tensor"]
+    # A config that is loaded already gives the same plan.
+    config = lowrank_dist.load_config(path)
+    assert lowrank_dist.plan(config, lowrank_dist.Cluster.of(gpus_per_node=2)) == lowrank_dist.plan(
+        str(path), lowrank_dist.Cluster.of(gpus_per_node=2)
+    )
+    told = json.loads(run("plan", "llama-3-8b", "lora.rank=4", "--gpu", "a100", "--gpu-memory", "40GB", "--json"))
+    cluster = lowrank_dist.Cluster.of(gpu="a100", gpu_memory="40GB")
+    assert json.loads(json.dumps(lowrank_dist.plan("llama-3-8b", cluster, ["lora.rank=4"]).to_json())) == told
+
+
+def test_a_plan_that_does_not_fit_is_returned() -> None:
+    found = lowrank_dist.plan("llama-3-70b", lowrank_dist.Cluster.of(gpus_per_node=1), ["parallel.tensor=1"])
+    assert not found.fits and found.layout.short > 0 and found.remedies
+
+
+def test_a_wrong_plan_says_what_and_the_remedy(config_file: Path) -> None:
+    cluster = lowrank_dist.Cluster.of()
+    config = lowrank_dist.load_config(config_file)
+    for wrong, told in (
+        (lambda: lowrank_dist.Cluster.of(gpu="h1000"), "did you mean h100"),
+        (lambda: lowrank_dist.Cluster.of(gpu_memory="80"), "write a number above 0 with a unit"),
+        (lambda: lowrank_dist.Cluster.of(nodes=0), "--nodes: 0 .* at least 1"),
+        (lambda: lowrank_dist.plan("llama-3-8b", cluster, target_share=0.0), "above 0, at most 1"),
+        (lambda: lowrank_dist.plan("llama-3-8b", cluster, ["lora.rnak=4"]), "did you mean rank"),
+        (lambda: lowrank_dist.plan("llama-4-8b", cluster), "did you mean llama-3-8b"),
+        (lambda: lowrank_dist.plan(config, cluster, ["lora.rank=4"]), "lora.rank=4: .* give overrides to load_config"),
+        (lambda: lowrank_dist.plan(config, cluster), "base"),
+    ):
+        with pytest.raises(lowrank_dist.UserError, match=told):
+            wrong()
+
+
+def test_planning_loads_no_torch() -> None:
+    code = "import lowrank_dist as api; api.plan('llama-3-8b', api.Cluster.of())"
+    assert loaded_by(code, "torch", "transformers", "numpy") == []
+    assert loaded_by(f"{code}\nimport torch", "torch") == ["torch"], "the control"

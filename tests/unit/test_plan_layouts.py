@@ -419,7 +419,7 @@ def test_a_smaller_batch_of_an_evaluation_is_a_remedy() -> None:
 def test_a_description_is_json_all_through() -> None:
     choice = chosen("llama-3-8b")
     plan = describe(choice, None, cluster(), beside(choice.best, Sizes()), 3, 1)
-    text = json.dumps(plan.as_json(), allow_nan=False)
+    text = json.dumps(plan.to_json(), allow_nan=False)
     plan = json.loads(text)
     held = plan["memory"]["without_recompute"]
     assert sum(held["parts"].values()) == held["total"] == max(held["moments"].values())
