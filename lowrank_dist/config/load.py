@@ -192,7 +192,9 @@ class _Raw:
         if alone and len(key) > 1:
             return self.problem(COMMAND_LINE, f"{dotted}: {key[0]} has no keys", f"write {key[0]}=VALUE")
         if not alone and len(key) != 2:
-            hint = suggestion(key[-1], Config.model_fields) or "for a mapping use section.key={name: value}"
+            hint = suggestion(key[-1], Config.model_fields)
+            if dotted in hint or not hint:  # a key of a section in a section, as eval.generate.batch
+                hint = "for a mapping use section.key={name: value}"
             return self.problem(COMMAND_LINE, f"{dotted or '='} is not section.key", hint.rstrip("; "))
         try:
             node = yaml.compose(text, Loader)

@@ -135,7 +135,11 @@ def build_data(
     dataset = read_set(config, "train", tokenizer, method, architecture, tell=tell)
     stream_range = StreamRange.of(train, dataset, resumed)
     loader = Loader(dataset, split, seed=train.seed, global_batch=train.global_batch, end=stream_range.end)
-    own_notes = [*note_on_batch(train, len(dataset), stream_range), *_note_on_clock(tokenizer, started_at)]
+    own_notes = [
+        *note_on_batch(train, len(dataset), stream_range),
+        *note_on_idle_ranks(train, topology.dp_size),
+        *_note_on_clock(tokenizer, started_at),
+    ]
     if data.eval is None:
         return Data(dataset, loader, stream_range, notes=own_notes)
     held_out = read_set(config, "eval", tokenizer, method, architecture, tell=tell)
@@ -188,6 +192,18 @@ def note_on_batch(train: TrainConfig, samples: int, stream_range: StreamRange) -
     return [
         f"train.global_batch {train.global_batch} is more than the {samples} samples of data.train: a step reads some "
         "more than once"
+    ]
+
+
+def note_on_idle_ranks(train: TrainConfig, dp_size: int) -> list[str]:
+    """Return a line where a step has fewer microbatches than data-parallel ranks, so that some have no samples."""
+    busy = -(-train.global_batch // train.micro_batch)
+    if busy >= dp_size:
+        return []
+    return [
+        f"{dp_size - busy} of {dp_size} data-parallel ranks have no samples: train.global_batch {train.global_batch} is "
+        f"filled by {busy} microbatch{'es' * (busy > 1)} of train.micro_batch {train.micro_batch}; lower "
+        f"train.micro_batch to {max(1, train.global_batch // dp_size)}, or raise train.global_batch"
     ]
 
 

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.checkpoint.folder import copy_adapter, export
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.manifest import write_manifest
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
 from lowrank_dist.merging.merge import merge
 from lowrank_dist.methods.files import CONFIG_FILE, VLLM, WEIGHTS_FILE
@@ -270,6 +271,7 @@ class TestRefusedToWrite:
             save_adapter(folder, bases["llama"], other)
         files = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
         source = save_adapter(tmp_path / "new", bases["llama"], other)
+        write_manifest(source)
         copy_adapter(source, folder, files)
         assert torch.equal(
             read_adapter(folder).factors["model.layers.0.mlp.up_proj"].b, other.factors["model.layers.0.mlp.up_proj"].b

@@ -296,7 +296,7 @@ def test_inspect_a_run(base: Path, method: str, tmp_path: Path) -> None:
     save_learned(run_folder / "adapter", base, method)
     report = inspected(run_folder)
     assert report.verifies and not report.warnings, report.problems + report.warnings
-    assert report.facts["config"]["method"] == method and report.facts["adapter"] == "written"
+    assert report.facts["config"]["method"] == method and report.facts["adapter"] == "written, step 4"
     assert not {"lora", "adapter", "prefix", "prompt"} - {method.split("_")[0]} & report.facts["config"].keys()
     rows = report.tables["adapters"]
     assert [row["folder"] for row in rows] == ["checkpoints/step-5", "checkpoints/step-10", "adapter"]

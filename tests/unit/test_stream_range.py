@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,7 @@ from lowrank_dist.checkpoint.training_state import DataState, TrainingState
 from lowrank_dist.config.schema import TrainConfig
 from lowrank_dist.data.batches import BatchSplit, Loader, StepBatch
 from lowrank_dist.data.dataset import Dataset
-from lowrank_dist.engine.datasets import StreamRange, note_on_batch
+from lowrank_dist.engine.datasets import StreamRange, note_on_batch, note_on_idle_ranks
 from lowrank_dist.engine.run import Progress
 from tests.unit.test_data_loader import make_dataset
 
@@ -189,3 +190,17 @@ def test_a_step_of_more_than_a_pass_is_said(length: dict[str, int], batch: int, 
     dataset, train = make_dataset([3] * 9), TrainConfig(**length, global_batch=batch)
     notes = note_on_batch(train, len(dataset), StreamRange.of(train, dataset, None))
     assert bool(notes) == said and all("is more than the 9 samples" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("micro", "ranks", "idle"), [(8, 2, 1), (4, 2, 0), (5, 2, 0), (3, 4, 1), (1, 8, 0), (1, 16, 8)]
+)
+def test_ranks_without_samples_are_named(micro: int, ranks: int, idle: int) -> None:
+    train, dataset = TrainConfig(steps=1, global_batch=8, micro_batch=micro), make_dataset([3] * 8)
+    shares = [
+        BatchSplit(micro, 16, False, rank, ranks, 1).batch(dataset, np.arange(8), 0.0).microbatches
+        for rank in range(ranks)
+    ]
+    assert sum(not any(len(batch.target_ids) for batch in share) for share in shares) == idle
+    notes = note_on_idle_ranks(train, ranks)
+    assert bool(notes) == bool(idle) and all(note.startswith(f"{idle} of {ranks} ") for note in notes)
