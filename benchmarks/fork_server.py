@@ -73,7 +73,7 @@ def watch_masks(file: str) -> None:
         return
     construct = mask_class.__init__
     seen: set[str] = set()
-    out = open(file, "w", buffering=1)  # as long as the process, which may end without a word
+    out = open(file, "w", buffering=1)  # as long as the process, which may end without a message
 
     @functools.wraps(construct)
     def watched(mask: Any, *values: Any, **named: Any) -> None:

@@ -179,8 +179,8 @@ class Architecture:
             return
         legal = ", ".join(str(size) for size in self.legal_tp_sizes())
         raise UserError(
-            f"parallel.tensor={tp_size} does not divide this {self.family} model "
-            f"({self.heads} attention heads, {self.kv_heads} key/value heads, {self._ffn}): use one of {legal}"
+            f"parallel.tensor={tp_size} does not divide this {self.family} model ({self.heads} attention heads, "
+            f"{self.kv_heads} key/value heads, {self._ffn}); use one of {legal}"
         )
 
     def indivisible_by(self, tp_size: int) -> str | None:

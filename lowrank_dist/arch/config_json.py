@@ -96,13 +96,13 @@ def config_notes(path: Path) -> list[str]:
 
 def _family(values: Mapping[str, Any], where: str) -> Family:
     if "model_type" not in values:
-        raise UserError(f"{where}: key model_type is missing: set it to one of {', '.join(FAMILIES)}")
+        raise UserError(f"{where}: key model_type is missing; set it to one of {', '.join(FAMILIES)}")
     name = values["model_type"]
     if not isinstance(name, str):
-        raise UserError(f"{where}: model_type must be text, not {name!r}: set it to one of {', '.join(FAMILIES)}")
+        raise UserError(f"{where}: model_type must be text, not {name!r}; set it to one of {', '.join(FAMILIES)}")
     if name not in FAMILIES:
         raise UnsupportedModel(
-            f"{where}: model_type {name!r} is not supported: use a model of one of {', '.join(FAMILIES)}"
+            f"{where}: model_type {name!r} is not supported; use a model of one of {', '.join(FAMILIES)}"
         )
     return FAMILIES[name]
 
@@ -117,7 +117,7 @@ def _check_options(values: Mapping[str, Any], family: Family, where: str) -> Non
         found = Key(key, "flag", supported).read(values, where)
         if found != supported:
             raise UnsupportedModel(
-                f"{where}: {key}={found!r} is not supported ({meaning}): use a checkpoint with {key}={supported!r}"
+                f"{where}: {key}={found!r} is not supported ({meaning}); use a checkpoint with {key}={supported!r}"
             )
 
 
@@ -126,7 +126,7 @@ def _check_equal(values: Mapping[str, Any], family: Family, fields: Mapping[str,
         found = Key(key, "size", None).read(values, where)
         if found not in (None, fields[field]):
             raise UnsupportedModel(
-                f"{where}: {key}={found} is not supported ({meaning}): use a checkpoint where it equals "
+                f"{where}: {key}={found} is not supported ({meaning}); use a checkpoint where it equals "
                 f"{family.keys[field].name}={fields[field]}"
             )
 
@@ -134,7 +134,7 @@ def _check_equal(values: Mapping[str, Any], family: Family, fields: Mapping[str,
 def _activation(name: str, family: Family, where: str) -> str:
     if name not in _ACTIVATIONS:
         raise UnsupportedModel(
-            f"{where}: {family.keys['activation'].name}={name!r} is not supported: "
+            f"{where}: {family.keys['activation'].name}={name!r} is not supported; "
             f"use a checkpoint with one of {', '.join(_ACTIVATIONS)}"
         )
     return _ACTIVATIONS[name]
@@ -154,12 +154,12 @@ def _set_heads(fields: dict[str, Any], family: Family, where: str) -> None:
         return
     sizes = f"{family.keys['hidden'].name}={hidden}", f"{family.keys['heads'].name}={heads}"
     if hidden % heads:
-        raise UserError(f"{where}: {sizes[0]} is not a multiple of {sizes[1]}: correct it")
+        raise UserError(f"{where}: {sizes[0]} is not a multiple of {sizes[1]}; correct it")
     fields["head_dim"] = hidden // heads
     if fields["positions"] == "rope" and fields["head_dim"] % 2:
         raise UserError(
-            f"{where}: {sizes[0]} and {sizes[1]} give heads of {fields['head_dim']}, which rotary positions cannot "
-            "halve: correct it"
+            f"{where}: {sizes[0]} and {sizes[1]} give heads of {fields['head_dim']}, an odd size, but rotary "
+            "positions need an even one; correct it"
         )
 
 
@@ -176,14 +176,14 @@ def _sliding_window(values: Mapping[str, Any], family: Family, layers: int, wher
         first = layers if window is None else min(max(found["first"], 0), layers)
         kinds = [_FULL[0]] * (first > 0) + [_SLIDING[0]] * (first < layers)
     elif len(kinds) != layers:
-        raise UserError(f"{where}: {key} has {len(kinds)} entries for {layers} layers: correct it")
+        raise UserError(f"{where}: {key} has {len(kinds)} entries for {layers} layers; correct it")
     if all(kind in _FULL for kind in kinds):
         return None
     if all(kind in _SLIDING for kind in kinds):
         return window
     raise UnsupportedModel(
-        f"{where}: {key} {sorted(set(kinds))} (from {family.window['used'].name} and {family.window['first'].name}) is "
-        "not supported: every layer must have full attention, or every layer a sliding window"
+        f"{where}: {key} {sorted(set(kinds))} (from {family.window['used'].name} and {family.window['first'].name}) "
+        "is not supported; use a checkpoint where all layers have full attention, or all have a sliding window"
     )
 
 
@@ -198,8 +198,8 @@ def _rope(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], 
     nested = [key for key, value in found.items() if isinstance(value, dict)]
     if nested:
         raise UnsupportedModel(
-            f"{where}: rope_parameters by kind of layer ({', '.join(nested)}) are not supported: "
-            "use a checkpoint whose layers all rotate alike"
+            f"{where}: rope_parameters by kind of layer ({', '.join(nested)}) are not supported; use a checkpoint "
+            "where all layers have the same rotary positions"
         )
     found.setdefault("rope_theta", values.get("rope_theta", family.rope_theta))
     if values.get("partial_rotary_factor") is not None:
@@ -208,13 +208,13 @@ def _rope(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], 
     rope_type = next((each for each in _ROPE_KEYS if each == kind), None)
     if rope_type is None:
         raise UnsupportedModel(
-            f"{where}: rope_type {kind!r} (in rope_parameters or rope_scaling) is not supported: "
-            f"use a checkpoint with one of {', '.join(_ROPE_KEYS)}"
+            f"{where}: rope_type {kind!r} (in rope_parameters or rope_scaling) is not supported; use a checkpoint "
+            f"with one of {', '.join(_ROPE_KEYS)}"
         )
     if "partial_rotary_factor" in found and found["partial_rotary_factor"] != 1.0:
         raise UnsupportedModel(
-            f"{where}: partial_rotary_factor={found['partial_rotary_factor']!r} is not supported: "
-            "use a checkpoint that rotates the whole head"
+            f"{where}: partial_rotary_factor={found['partial_rotary_factor']!r} is not supported; use a checkpoint "
+            "that rotates the whole head"
         )
     names = {"theta": "rope_theta", **_ROPE_KEYS[rope_type]}
     if "original_max_positions" in names:

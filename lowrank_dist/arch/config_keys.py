@@ -11,23 +11,23 @@ from lowrank_dist.arch.generation_config import GENERATION
 from lowrank_dist.untrusted.keys import KeyRule
 
 # Keys of any family that ask for something that no table here can express, with the error text.
-_QUANTIZED = "quantized checkpoints are not supported: use the checkpoint in bf16, fp16 or fp32"
+_QUANTIZED = "quantized checkpoints are not supported; use the checkpoint in bf16, fp16 or fp32"
 _REFUSED = {
     "quantization_config": _QUANTIZED,
     "compression_config": _QUANTIZED,
     "quantization": _QUANTIZED,
-    "is_causal": "attention that sees what follows is not supported: use a checkpoint of a causal model",
-    "per_layer_config": "layers that differ in their sizes are not supported: use a checkpoint without it",
-    "transformers_weights": "another file for the weights is not supported: name it model.safetensors, without the key",
-    "pruned_heads": "pruned attention heads are not supported: use the checkpoint before it was pruned",
+    "is_causal": "attention to later positions is not supported; use a checkpoint of a causal model",
+    "per_layer_config": "layers of different sizes are not supported; use a checkpoint without this key",
+    "transformers_weights": "another name for the weights is not supported; use model.safetensors without this key",
+    "pruned_heads": "pruned attention heads are not supported; use the checkpoint before pruning",
 }
 _DROPOUTS = (
     *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout", "activation_dropout", "layerdrop"),
     *("hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "embd_dropout"),
 )
 _UNAPPLIED = {
-    **dict.fromkeys(_DROPOUTS, "dropouts of the base are not applied"),
-    "auto_map": "code that comes with the model is not run, it is what its model_type says",
+    **dict.fromkeys(_DROPOUTS, "dropout of the base is not applied"),
+    "auto_map": "code that comes with the model is not run; model_type alone decides",
 }
 # Keys of any family that change no number here, or that other code reads (bos, eos and pad tokens; decoding options).
 _WITHOUT_EFFECT = frozenset(

@@ -136,7 +136,7 @@ _QK_NORM_TENSORS = (
         ("head_dim",),
     ),
 )
-_OUTPUT_BIAS_REFUSED = (False, "a bias on the attention's output projection (Megatron has one flag for q, k, v alone)")
+_OUTPUT_BIAS_REFUSED = (False, "a bias on the attention's output projection (Megatron has no flag for it)")
 _LLAMA_ONLY = {"attention_bias": _OUTPUT_BIAS_REFUSED, "mlp_bias": (False, "biases in the MLP")}
 # Old checkpoints hold the rotary frequencies as a buffer. transformers ignores it too.
 _ROPE_BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
@@ -169,7 +169,7 @@ FAMILIES: Mapping[str, Family] = {
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
         window={"window": _WINDOW},
-        absent={"layer_types": "transformers takes it for a ministral, whose layers differ"},
+        absent={"layer_types": "transformers loads it as a ministral, whose layers differ from each other"},
     ),
     "qwen2": Family(
         prefix="model.",
@@ -261,7 +261,7 @@ FAMILIES: Mapping[str, Family] = {
             "conv1d": False,
         },
         only={
-            "do_layer_norm_before": (True, "layer norms after the residual sum, as in opt-350m"),
+            "do_layer_norm_before": (True, "layer norms after the residual addition, as in opt-350m"),
             "layer_norm_elementwise_affine": (True, "layer norms without weights"),
             "_remove_final_layer_norm": (False, "no final layer norm"),
         },

@@ -11,7 +11,7 @@ from typing import Any
 from lowrank_dist.arch.model_files import CONFIG_FILE, GENERATION_FILE, read_model_json
 from lowrank_dist.untrusted.keys import KeyRule
 
-_NOT_APPLIED = "not applied, decoding goes by its own options"
+_NOT_APPLIED = "not applied; decoding uses its own options"
 
 GENERATION = KeyRule(
     applied=frozenset({"eos_token_id"}),
@@ -60,7 +60,7 @@ def generation_notes(folder: Path) -> list[str]:
     own = folder / GENERATION_FILE
     file = own if own.is_file() else folder / CONFIG_FILE
     values: dict[str, Any] = read_model_json(
-        file, "a Hugging Face model folder holds one; download the model completely"
+        file, "a Hugging Face model folder has one, so download the model completely"
     )
     return GENERATION.notes(values if file == own else _of_decoding(values), str(file))
 

@@ -28,7 +28,7 @@ _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "heads": (f"an integer from 1 to {MOST_HEADS}", lambda value: is_integer(value) and 0 < value <= MOST_HEADS),
     "even": ("a positive even integer", lambda value: is_integer(value) and value > 0 and value % 2 == 0),
     "integer": ("an integer", is_integer),
-    "number": ("a number that is not negative", lambda value: is_number(value) and value >= 0),
+    "number": ("a number of at least 0", lambda value: is_number(value) and value >= 0),
     # A multiplier whose products with activations stay in the range of fp32.
     "positive": ("a number from 1e-30 to 1e30", lambda value: is_number(value) and 1e-30 <= value <= 1e30),
     "flag": ("true or false", lambda value: isinstance(value, bool)),
@@ -65,7 +65,7 @@ class Key:
         name = self.also if self.also is not None and self.also in values else self.name
         if name not in values:
             if self.default is REQUIRED:
-                raise UserError(f"{where}: {name} is missing: add it as in the model's own config.json")
+                raise UserError(f"{where}: {name} is missing; add it as in the model's own config.json")
             return self.default
         value = values[name]
         if value is None and (self.null or self.default is None):
@@ -74,6 +74,6 @@ class Key:
         if not fits(value):
             raise UserError(f"{where}: {name} must be {description}, not {brief(value)}")
         if self.kind not in ("number", "positive") and is_integer(value) and abs(value) >= _LARGEST:
-            raise UserError(f"{where}: {name} must be below 2^31, not {value}: correct it")
+            raise UserError(f"{where}: {name} must be below 2^31, not {value}; correct it")
         # JSON allows larger integers than a tensor can be multiplied with.
         return float(value) if self.kind == "positive" else value

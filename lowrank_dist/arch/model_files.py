@@ -44,7 +44,7 @@ def require_folder(path: Path) -> Path:
         f"{path}: no such folder"
         + (
             hub_hint(path)
-            or ": give a local Hugging Face model folder; `hf download NAME --local-dir FOLDER` gets one from the Hub"
+            or "; give a local Hugging Face model folder (`hf download NAME --local-dir FOLDER` gets one from the Hub)"
         )
     )
 
@@ -56,7 +56,7 @@ def hub_hint(path: Path) -> str:
     """
     if path.exists() or path.parent.is_dir() or not _HUB_NAME.fullmatch(str(path)):
         return ""
-    return f". If it is on the Hub, it is not downloaded here: run `hf download {path} --local-dir {path}` first"
+    return f". A model on the Hub is not downloaded by itself; run `hf download {path} --local-dir {path}` first"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -66,19 +66,19 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     adapter = next((path / name for name in _ADAPTER_FILES if (path / name).is_file()), None)
     if adapter is not None and not (path / CONFIG_FILE).exists():
-        base = read_object(adapter, "mend it").get("base_model_name_or_path")
+        base = read_object(adapter, "correct it").get("base_model_name_or_path")
         named = f" of {base}" if isinstance(base, str) and base else ""
         raise UserError(
-            f"{path}: is an adapter{named}, not a model: give the folder of its base model here; training starts from "
-            "a LoRA adapter with lora.init_from"
+            f"{path}: an adapter{named}, not a model; give the folder of its base model here (lora.init_from starts "
+            "training from a LoRA adapter)"
         )
-    return read_model_json(config_file(path), "a Hugging Face model folder holds one; download the model completely")
+    return read_model_json(config_file(path), "a Hugging Face model folder has one, so download the model completely")
 
 
 def read_model_json(file: Path, remedy: str) -> dict[str, Any]:
     """Return the JSON object in a file of a model folder. remedy: what to do where the file is missing."""
     if not file.is_file():
-        raise UserError(f"{file}: missing: {remedy}")
+        raise UserError(f"{file}: missing; {remedy}")
     return read_object(file, "download the model again")
 
 
@@ -98,10 +98,10 @@ def find_config(what: str) -> Path:
     if path.exists():
         return config_file(path)
     match = difflib.get_close_matches(what.lower(), BUILT_IN, n=1)
-    meant = f"did you mean {match[0]}? " if match else ""
+    meant = f"did you mean {match[0]}? If not: " if match else ""
     raise UserError(
-        f"{what!r} is no shape, model folder or file: {meant}The shapes are {', '.join(BUILT_IN)}; "
-        "any other model is planned from its folder or its config.json"
+        f"{what!r}: not a built-in shape, model folder or file; {meant}the shapes are {', '.join(BUILT_IN)}, and any "
+        "other model is planned from its folder or its config.json"
     )
 
 

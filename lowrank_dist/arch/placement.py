@@ -148,10 +148,10 @@ class _Matcher:
         """Raise UserError for a target that names a module with weights that cannot have factors."""
         reached = self._unadaptable()
         if reached:
-            each = "; ".join(f"{name!r} reaches {some_of(paths)}" for name, paths in reached.items())
+            each = "; ".join(f"{name!r} matches {some_of(paths)}" for name, paths in reached.items())
             raise UserError(
-                f"lora.targets: {each}: no factors can be put there in this {self._architecture.family} model, only on "
-                f"the linears of its layers ({', '.join(self._leaves())}). Name these alone"
+                f"lora.targets: {each}, which cannot have factors in this {self._architecture.family} model; name "
+                f"only the linears of its layers ({', '.join(self._leaves())})"
             )
 
     def _unadaptable(self) -> dict[str, list[str]]:
@@ -184,9 +184,9 @@ class _Matcher:
             return
         example = next(_candidates(next(iter(self._architecture.layers[0].linears.values())), 0)).path
         raise UserError(
-            f"{'; '.join(unused)} matches no linear of this {self._architecture.family} model. "
-            f"It has {', '.join(self._leaves())} in {len(self._architecture.layers)} layers (for example {example}); "
-            "a list holds such names or ends of paths, a string is a regular expression over the whole path, or "
+            f"{'; '.join(unused)} matches no linear of this {self._architecture.family} model. It has "
+            f"{', '.join(self._leaves())} in {len(self._architecture.layers)} layers (for example {example}); give a "
+            "list of such names or ends of paths, a regular expression for the whole path, or "
             f"{ALL_LINEAR!r}{self._note_on_unadaptable(unused)}"
         )
 
@@ -196,7 +196,7 @@ class _Matcher:
         paths = [path for name, found in reached.items() if f"lora.targets: {name!r}" in unused for path in found]
         if not paths:
             return ""
-        return f". {some_of(paths)} {'are' if len(paths) > 1 else 'is'} not adapted: only linears of layers are"
+        return f". {some_of(paths)} {'are' if len(paths) > 1 else 'is'} never adapted, only the linears of layers are"
 
 
 def _spec(candidate: _Candidate, layout: LinearLayout, rules: LoraRules, matcher: _Matcher) -> FactorSpec:

@@ -45,7 +45,7 @@ def find_apex() -> Apex:
     """Return the installed apex. Only NVIDIA's with CUDA extensions is imported, to check that they fit this torch."""
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        return Apex("none", None, False, f"apex is not installed; NVIDIA's (not PyPI's) is built by `{BUILD}`")
+        return Apex("none", None, False, f"apex is not installed; build NVIDIA's (not PyPI's) with `{BUILD}`")
     folders = list(spec.submodule_search_locations or ())
     distribution = _distribution(folders)
     version = distribution.version if distribution else None
@@ -55,7 +55,7 @@ def find_apex() -> Apex:
     name = f"NVIDIA's apex {version or 'of unknown version'}"
     missing = [module for module in _EXTENSIONS if importlib.util.find_spec(module) is None]
     if missing:
-        reason = f"{name} lies here without its CUDA extensions ({', '.join(missing)}); `{BUILD}` builds them"
+        reason = f"{name} is installed without its CUDA extensions ({', '.join(missing)}); build them with `{BUILD}`"
         return Apex("nvidia", version, False, reason)
     try:
         # apex first: it imports torch, without whose libraries the extensions do not load.
@@ -66,7 +66,9 @@ def find_apex() -> Apex:
             importlib.import_module(module)
     except Exception as error:  # any error of a mismatched apex or torch: kept as the reason
         said = " ".join(f"{type(error).__name__}: {error}".split())
-        return Apex("nvidia", version, False, f"{name} does not import ({said}); `{BUILD}` builds it for this torch")
+        return Apex(
+            "nvidia", version, False, f"{name} cannot be imported ({said}); build it for this torch with `{BUILD}`"
+        )
     return Apex("nvidia", version, True, name)
 
 
@@ -125,9 +127,9 @@ def _distribution(folders: Sequence[str]) -> Distribution | None:
 def _unrelated(spec: ModuleSpec, folders: Sequence[str], distribution: Distribution | None) -> str:
     if distribution is None:
         where = spec.origin or ", ".join(folders)
-        return f"{where} is called apex but is not NVIDIA's: move it off the path, then `{BUILD}` builds NVIDIA's"
+        return f"{where} is called apex but is not NVIDIA's; move it off the path, then build NVIDIA's with `{BUILD}`"
     summary = distribution.metadata["Summary"] or "no summary"
     return (
-        f"apex {distribution.version} is not NVIDIA's but another package of that name ({summary}); "
-        f"`pip uninstall apex`, then `{BUILD}` builds NVIDIA's"
+        f"apex {distribution.version} is not NVIDIA's but another package of that name ({summary}); run `pip "
+        f"uninstall apex`, then build NVIDIA's with `{BUILD}`"
     )

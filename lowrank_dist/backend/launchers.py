@@ -160,8 +160,8 @@ def refuse_missing_hostfile() -> None:
         path = Path(os.readlink(process / "cwd")) / named
         if not path.is_file():
             raise UserError(
-                f"deepspeed --hostfile: {path} is not a file, and the launcher went on without it, on this machine "
-                "alone; correct the path, or leave --hostfile out to train here"
+                f"deepspeed --hostfile: {path} is not a file, so the launcher would use this machine alone; correct "
+                "the path, or leave --hostfile out to train here"
             )
 
 
@@ -195,8 +195,8 @@ def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> No
     for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_SIZE")):
         if name in environment and size in environment and int(environment[name]) >= int(environment[size]):
             raise RankIdentityError(
-                f"{name}: {environment[name]} is not below {size}={environment[size]}; start the ranks with deepspeed, "
-                "torchrun or srun"
+                f"{name}: {environment[name]} must be below {size}={environment[size]}; start the ranks with "
+                "deepspeed, torchrun or srun"
             )
 
 
@@ -207,14 +207,14 @@ def _set_from_step(environment: MutableMapping[str, str]) -> None:
     tasks, node = _tasks_of(environment.get("SLURM_STEP_TASKS_PER_NODE", "")), _number(environment, "SLURM_NODEID", "0")
     if node >= len(tasks):
         raise UserError(
-            f"SLURM_STEP_TASKS_PER_NODE: {environment.get('SLURM_STEP_TASKS_PER_NODE')!r} does not say the tasks of "
-            f"node {node} (SLURM_NODEID); start the ranks with srun, or set RANK, WORLD_SIZE, LOCAL_RANK and "
+            f"SLURM_STEP_TASKS_PER_NODE: {environment.get('SLURM_STEP_TASKS_PER_NODE')!r} has no tasks for node "
+            f"{node} (SLURM_NODEID); start the ranks with srun, or set RANK, WORLD_SIZE, LOCAL_RANK and "
             "LOCAL_WORLD_SIZE"
         )
     if sum(tasks) != int(environment["WORLD_SIZE"]):
         raise UserError(
-            f"SLURM_STEP_TASKS_PER_NODE: {environment['SLURM_STEP_TASKS_PER_NODE']!r} are not the "
-            f"{environment['WORLD_SIZE']} tasks of SLURM_STEP_NUM_TASKS; start the ranks with srun"
+            f"SLURM_STEP_TASKS_PER_NODE: {environment['SLURM_STEP_TASKS_PER_NODE']!r} does not add up to "
+            f"SLURM_STEP_NUM_TASKS={environment['WORLD_SIZE']}; start the ranks with srun"
         )
     environment["LOCAL_WORLD_SIZE"] = str(tasks[node])
     if "MASTER_ADDR" not in environment:
@@ -229,8 +229,8 @@ def _number(environment: Mapping[str, str], name: str, default: str = "") -> int
     text = environment.get(name, default)
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise RankIdentityError(
-            f"{name}: {text[:40]!r} is not the number that a launcher sets; start the ranks with deepspeed, torchrun "
-            "or srun, or set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
+            f"{name}: {text[:40]!r} is not a number; start the ranks with deepspeed, torchrun or srun, or set RANK, "
+            "WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
         )
     return int(text)
 
@@ -280,7 +280,7 @@ def first_host(nodes: str) -> str:
     match = _FIRST_HOST.fullmatch(nodes)
     if match is None:
         raise UserError(
-            f"SLURM_STEP_NODELIST: {nodes[:80]!r} is not understood; set MASTER_ADDR to the first node's name"
+            f"SLURM_STEP_NODELIST: {nodes[:80]!r} cannot be parsed; set MASTER_ADDR to the first node's name"
         )
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", match[1])
 

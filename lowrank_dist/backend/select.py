@@ -97,8 +97,8 @@ def init_process_group(backend: Backend, timeout_seconds: int) -> None:
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise UserError(
-            f"launch/train.py runs under a launcher: {', '.join(missing)} not set. "
-            "Start it with `deepspeed --num_gpus N launch/train.py CONFIG`, torchrun or srun"
+            f"{', '.join(missing)} not set, because launch/train.py was started without a launcher; start it with "
+            "`deepspeed --num_gpus N launch/train.py CONFIG`, torchrun or srun"
         )
     # Without device_id: with it NCCL would at once split off a communicator for each of the twenty-odd groups that
     # Megatron makes, most of them of one rank, and a job of one rank can fail in that split (DeepSpeed issue 8248).
@@ -117,33 +117,29 @@ def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     RankIdentityError on the rank that belongs to another run; the run that it met goes on.
     """
     place = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
-    remedy = "give each run a MASTER_PORT of its own"
+    remedy = "give each run its own MASTER_PORT"
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise RankIdentityError(
-            f"rank 0 cannot meet its ranks at {place}, which is in use already: {remedy}"
-        ) from error
+        raise RankIdentityError(f"rank 0 cannot listen at {place}, which is already in use; {remedy}") from error
     store.set_timeout(timeout)
     token = run_token()
     try:
         theirs = (store.compare_set(_RUN, "", token) if rank == 0 else store.get(_RUN)).decode(errors="replace")
     except dist.DistStoreError as error:
         raise RankIdentityError(
-            f"rank {rank}: at {place} no rank 0 of lowrank_dist answered within {timeout.total_seconds():.0f} s: "
-            f"{remedy}, and all its ranks one version"
+            f"rank {rank}: at {place} no rank 0 of lowrank_dist answered within {timeout.total_seconds():.0f} s; "
+            f"{remedy}, and use one version of lowrank_dist on all ranks"
         ) from error
     if theirs != token:
         raise RankIdentityError(
-            f"rank {rank} met another run at {place}: it is of {token}, and the run there is {theirs}: "
-            f"{remedy}, and all its ranks the same launcher"
+            f"rank {rank} met another run at {place}: this rank belongs to {token}, and the run there is {theirs}; "
+            f"{remedy}, and start all ranks with the same launcher"
         )
     if store.add(f"{_RUN}/{rank}", 1) > 1:
-        raise RankIdentityError(
-            f"RANK: another process at {place} is rank {rank} too: give every rank a RANK of its own"
-        )
+        raise RankIdentityError(f"RANK: another process at {place} is also rank {rank}; give every rank its own RANK")
     return store, rank, size
 
 

@@ -79,11 +79,11 @@ def read_checkpoint(folder: Path) -> TrainingState:
     Raises UserError, naming the file, for a checkpoint that is not as it was written.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: give a checkpoint (RUN/checkpoints/step-N)")
+        raise UserError(f"{folder}: no such folder; give a checkpoint (RUN/checkpoints/step-N)")
     verify_manifest(folder)
     for name in (STATE_FILE, OPTIMIZER_FILE):
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name} is missing: this is no checkpoint of lowrank_dist, take another")
+            raise UserError(f"{folder / name}: missing, so this is not a checkpoint of lowrank_dist; take another")
     return read_state(folder / STATE_FILE)
 
 
@@ -117,13 +117,13 @@ def newest_checkpoint(checkpoints: Path) -> NewestCheckpoint:
     The links are not used: they may point to an older checkpoint or be broken.
     """
     links = (checkpoints / name for name in LINKS)
-    skipped = [f"{link} leads nowhere" for link in links if link.is_symlink() and not link.exists()]
-    skipped += [f"{link} is a link: move its folder back in its place" for link in step_links(checkpoints)]
+    skipped = [f"{link} is a broken link" for link in links if link.is_symlink() and not link.exists()]
+    skipped += [f"{link} is a link; replace it with its folder" for link in step_links(checkpoints)]
     for step, folder in reversed(step_folders(checkpoints).items()):
         try:
             state = read_checkpoint(folder)
             if state.step != step:
-                raise UserError(f"{folder} holds step {state.step}: it is a copy under another name")
+                raise UserError(f"{folder} is a copy of step {state.step} under another name")
         except UserError as error:
             skipped.append(str(error))
             continue
@@ -138,16 +138,19 @@ def copy_adapter(source: Path, folder: Path, names: Iterable[str]) -> None:
     manifest, DiskError where the disk refuses.
     """
     if folder.exists() and not (folder / PROVENANCE_FILE).is_file():
-        raise UserError(f"{folder} is not replaced: it holds no {PROVENANCE_FILE}, so lowrank-dist did not write it")
+        raise UserError(
+            f"{folder}: not replaced, because it has no {PROVENANCE_FILE} and so was not written by lowrank-dist; "
+            "move it away"
+        )
     files, manifest = list(names), read_manifest(source)
     missing = [name for name in files if name not in manifest or not (source / name).is_file()]
     if missing:
-        raise UserError(f"{source / missing[0]} is missing: take another checkpoint")
+        raise UserError(f"{source / missing[0]}: missing; take another checkpoint")
     with atomic_folder(folder, replace=True) as temporary:
         for name in files:
             shutil.copyfile(source / name, temporary / name)
             if not matches_entry(temporary / name, manifest[name]):
-                raise UserError(f"{source / name} is not as it was written: take another checkpoint")
+                raise UserError(f"{source / name}: changed after it was written; take another checkpoint")
 
 
 def _published(found: Path, name: str, target: str | None, max_rank: int | None) -> Published:
@@ -183,7 +186,7 @@ def export(source: Path, out: Path, *, target: str | None = None, max_rank: int 
     with detect_removal(source) as found:
         if method_package_of(found) is None and (found / "checkpoints").is_dir():
             raise UserError(
-                f"{source} is a run, not a checkpoint: give {source / 'checkpoints' / 'best'} or "
+                f"{source}: a run, not a checkpoint; give {source / 'checkpoints' / 'best'} or "
                 f"{source / 'checkpoints' / 'last'}"
             )
         manifest = read_manifest(found) if is_checkpoint(found) else {}
@@ -195,7 +198,7 @@ def export(source: Path, out: Path, *, target: str | None = None, max_rank: int 
         for name in files:
             shutil.copyfile(own_file(found, name), temporary / name)
             if name in manifest and not matches_entry(temporary / name, manifest[name]):
-                raise UserError(f"{found / name} was changed while it was copied: export the folder again")
+                raise UserError(f"{found / name}: changed while it was copied; export the folder again")
         published.write(temporary)
         (temporary / CARD_FILE).write_text(published.card, encoding="utf-8")
     return published.notes

@@ -23,7 +23,7 @@ def inspect_trained(folder: Path, base: Path | None = None, *, check_base: bool 
     if step is not None:
         report.facts["step"] = step
     if is_temporary(folder.resolve()):
-        report.problems.append(f"{folder} is what a killed writer left behind: remove it")
+        report.problems.append(f"{folder}: left unfinished by a process that was killed; remove it")
     _check_manifest(folder, report)
     inspected = method_package_reading(folder).files.inspect(folder, report)
     provenance = _read_provenance_facts(folder, report)
@@ -76,7 +76,7 @@ def _check_base(
     folders = [Path(name) for name in named if isinstance(name, str) and name and os.path.isdir(name)]
     folder = base or (folders[0] if folders else None)
     if folder is None:
-        report.facts["base_folder"] = "not at hand: give --base DIR to check the adapter against it"
+        report.facts["base_folder"] = "not found; give --base DIR to check the adapter against it"
         return
     report.facts["base_folder"] = str(folder)
     checkpoint = report.read(folder, open_checkpoint, folder)
@@ -90,13 +90,13 @@ def _check_base(
         report.facts["base_matches"] = digest == provenance.base_fingerprint
         if digest != provenance.base_fingerprint:
             report.problems.append(
-                f"{trained / PROVENANCE_FILE}: base_fingerprint is {provenance.base_fingerprint[:12]}…, but "
-                f"{folder} has {digest[:12]}…: give the base that it was trained on, unchanged, with --base"
+                f"{trained / PROVENANCE_FILE}: base_fingerprint is {provenance.base_fingerprint[:12]}…, but {folder} "
+                f"has {digest[:12]}…; give the base that it was trained on, unchanged, with --base"
             )
     with checkpoint:
         architecture, reason = try_architecture(folder)
         if reason is not None:
-            report.warnings.append(f"whether what was trained fits the base is not checked: {reason}")
+            report.warnings.append(f"the trained tensors were not checked against the base: {reason}")
         total = count_parameters(architecture, checkpoint)
         report.facts["base_parameters"] = total
         if "parameters" in report.facts and total:

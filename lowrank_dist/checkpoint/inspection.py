@@ -65,10 +65,10 @@ def _inspect(folder: Path, base: Path | None, read_config: ReadConfig) -> Report
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}: give an adapter, checkpoint, run or model folder") from error
+        raise UserError(f"{folder}: {error.strerror}; give an adapter, checkpoint, run or model folder") from error
     if base is not None and not base.is_dir():
         raise UserError(
-            f"--base {base}: no such folder: give the Hugging Face folder of the base model{hub_hint(base)}"
+            f"--base {base}: no such folder; give the Hugging Face folder of the base model{hub_hint(base)}"
         )
     # A checkpoint of full fine-tuning is a model folder as well.
     package = method_package_of(folder)
@@ -79,11 +79,13 @@ def _inspect(folder: Path, base: Path | None, read_config: ReadConfig) -> Report
         return inspect_run(folder, base, read_config)
     if names & set(_MODEL_FILES):
         if base is not None:
-            raise UserError(f"{folder} is a model folder: --base goes with an adapter, a checkpoint or a run")
+            raise UserError(
+                f"{folder}: a model folder, but --base applies to an adapter, a checkpoint or a run; leave --base out"
+            )
         return inspect_model(folder)
     raise UserError(
-        f"{folder} is no adapter or checkpoint (with {' or '.join(_ADAPTER_CONFIGS)}), no run (with "
-        f"{', '.join(RUN_ENTRIES)}) and no Hugging Face model (with config.json): give one of these folders"
+        f"{folder}: not an adapter or checkpoint (with {' or '.join(_ADAPTER_CONFIGS)}), a run (with "
+        f"{', '.join(RUN_ENTRIES)}) or a Hugging Face model (with config.json); give one of these folders"
     )
 
 
@@ -101,14 +103,14 @@ def inspect_run(folder: Path, base: Path | None, read_config: ReadConfig) -> Rep
 def _require_in_run(path: Path, folder: Path) -> Path:
     """Return a path of the run. Raises UserError where it is missing or a link leads out of the run."""
     if not path.exists():
-        raise UserError(f"{path} is missing: copy the run completely")
+        raise UserError(f"{path}: missing; copy the run completely")
     return require_copyable(path, folder)
 
 
 def _metrics(folder: Path, report: Report) -> None:
     path = folder / METRICS
     if not path.exists():
-        report.warnings.append(f"{path} is missing: the run has not come to its first step")
+        report.warnings.append(f"{path}: missing, because the run has not finished its first step")
         return
     last: dict[str, dict[str, Any]] = {}
     best: dict[str, Any] | None = None
@@ -122,7 +124,7 @@ def _metrics(folder: Path, report: Report) -> None:
         if name in last:
             report.facts |= {f"last_{name}": last[name][name], f"last_{name}_step": last[name]["step"]}
             if not math.isfinite(last[name][name]):
-                report.warnings.append(f"{path}: the last {name} is {last[name][name]}: lower train.lr")
+                report.warnings.append(f"{path}: the last {name} is {last[name][name]}; lower train.lr")
     if best is not None:
         report.facts |= {"best_eval_loss": best["eval_loss"], "best_eval_loss_step": best["step"]}
 
@@ -134,13 +136,13 @@ def _records(path: Path, report: Report) -> Iterator[dict[str, Any]]:
             record = parse_json(line)
             for name in {"step", "loss", "eval_loss"} & record.keys() | {"step"}:
                 if isinstance(record[name], bool) or not isinstance(record[name], int | float):
-                    raise ValueError(f"{name} is no number")
+                    raise ValueError(f"{name} is not a number")
         except (ValueError, KeyError, AttributeError) as error:
             where = f"{path}:{number}"
             if line.endswith(b"\n"):
-                report.problems.append(f"{where}: no record of a run ({error!r}): remove the line")
+                report.problems.append(f"{where}: not a record of a run ({error!r}); remove the line")
                 return
-            report.warnings.append(f"{where}: the last line is cut off: the run was killed while writing it")
+            report.warnings.append(f"{where}: the last line is cut off, because the run was killed while writing it")
             continue
         yield record
 
@@ -152,7 +154,8 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
     for child in children:
         if is_temporary(child):
             report.warnings.append(
-                f"{child} is being written, or a killed writer left it: remove it once no run trains here"
+                f"{child}: being written, or left unfinished by a run that was killed; remove it if no run is "
+                "training here"
             )
     numbered = [
         (step, child) for child in children if not child.is_symlink() and (step := step_number(child)) is not None
@@ -160,9 +163,9 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
     steps = [child for _, child in sorted(numbered)]
     newest = steps[-1].name if steps else None
     if newest is not None and "last" not in pointers and not (held / "last").is_symlink():
-        report.warnings.append(f"{held / 'last'} is missing (killed while saving?): link it to {newest}")
+        report.warnings.append(f"{held / 'last'}: missing (killed while saving?); link it to {newest}")
     elif "last" in pointers and pointers["last"] != newest:
-        report.warnings.append(f"{held / 'last'} leads to {pointers['last']}, but {newest} is newer")
+        report.warnings.append(f"{held / 'last'}: points to {pointers['last']}, but {newest} is newer")
     for name in LINKS:
         report.facts[name] = pointers[name] if name in pointers else "none"
     final = folder / ADAPTER
@@ -235,7 +238,7 @@ def _pointers(links: Mapping[Path, Path], children: Sequence[Path], report: Repo
     found = {}
     for link, target in links.items():
         if target not in beside or step_number(target) is None:
-            report.problems.append(f"{link} leads to {target}, which is no step folder beside it: link it to one")
+            report.problems.append(f"{link}: points to {target}, which is not a step folder next to it; link it to one")
         else:
             found[link.name] = target.name
     return found

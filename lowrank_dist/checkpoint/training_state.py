@@ -123,7 +123,7 @@ def read_state(path: Path) -> TrainingState:
         parse_json(content, unique=True, finite=True)
         return parse_state(content)
     except (JsonError, ValidationError) as error:
-        raise UserError(f"{path} is not what this version of lowrank_dist writes ({error}): {_ANOTHER}") from error
+        raise UserError(f"{path}: not in the format of this version of lowrank_dist ({error}); {_ANOTHER}") from error
 
 
 def parse_state(text: bytes) -> TrainingState:
@@ -165,15 +165,15 @@ class OptimizerReader:
         odd = sorted(found.keys() ^ expected.keys())
         if odd:
             raise UserError(
-                f"{path}: {odd[0]} and what this run trains do not fit together: method, lora.targets and "
-                "lora.dora must be the same"
+                f"{path}: the checkpoint and this run do not both train {odd[0]}; use the same method, lora.targets "
+                "and lora.dora"
             )
         for name, shape in expected.items():
             entry = found[name]
             if entry.dtype != "F32" or entry.shape != shape:
                 raise UserError(
-                    f"{path}: {name} is {entry.dtype} {list(entry.shape)}, this run needs F32 {list(shape)}: "
-                    "the sizes of the method (such as lora.rank) and the model must be the same"
+                    f"{path}: {name} is {entry.dtype} {list(entry.shape)}, but this run needs F32 {list(shape)}; use "
+                    "the same model and the same sizes of the method (such as lora.rank)"
                 )
         self._file = safe_open(path, framework="pt")
 
@@ -184,5 +184,5 @@ class OptimizerReader:
             name = tensor_name(stored, kind)
             kinds.append(self._file.get_tensor(name))
             if not torch.isfinite(kinds[-1]).all():
-                raise UserError(f"{self._path}: {name} holds NaN or infinity: take an earlier checkpoint")
+                raise UserError(f"{self._path}: {name} has NaN or infinity; take an earlier checkpoint")
         return torch.stack(kinds)

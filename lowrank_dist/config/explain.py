@@ -18,13 +18,13 @@ Key = tuple[str, ...]
 
 
 def explain(detail: ErrorDetails, where: Callable[[Key], str]) -> str:
-    """Return one of pydantic's errors as a line: where: section.key: what is wrong — the remedy.
+    """Return one of pydantic's errors as a line: where: section.key: what is wrong; the remedy.
 
     where: returns the place of a key, as file:line or "command line".
     """
     key = tuple(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"{where(key)}: {'.'.join(key)}: unknown key — {_meant(key)}"
+        return f"{where(key)}: {'.'.join(key)}: unknown key; {_meant(key)}"
     field, key = _field_of(key)
     dotted = ".".join(key) + "".join(f"[{part}]" for part in detail["loc"] if isinstance(part, int))
     section = _section_in(field)
@@ -36,15 +36,15 @@ def explain(detail: ErrorDetails, where: Callable[[Key], str]) -> str:
     if section is not None:
         # Axolotl has `adapter: lora` for our `method: lora`.
         method = f"did you mean method: {detail['input']}? " if detail["input"] in get_args(MethodName) else ""
-        return f"{where(key)}: {dotted}: not a mapping — {method}its keys are {_names(section.model_fields)}"
+        return f"{where(key)}: {dotted}: not a mapping; {method}its keys are {_names(section.model_fields)}"
     if detail["type"] == "missing":
-        return f"{where(key)}: {dotted}: required — expected: {field.description}"
+        return f"{where(key)}: {dotted}: required; expected: {field.description}"
     message = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
     what = f"{reprlib.repr(detail['input'])} is not valid, {message[0].lower()}{message[1:]}"
     closest = ""
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
         closest = _closest(detail["input"], [word for word in get_args(field.annotation) if isinstance(word, str)])
-    return f"{where(key)}: {dotted}: {what} — {closest}expected: {field.description}"
+    return f"{where(key)}: {dotted}: {what}; {closest}expected: {field.description}"
 
 
 def _section_in(field: FieldInfo) -> type[Section] | None:

@@ -159,7 +159,7 @@ class _Raw:
         return self.file
 
     def problem(self, where: str, what: str, remedy: str, *, fatal: bool = False) -> None:
-        self.problems.append(f"{where}: {what} — {remedy}")
+        self.problems.append(f"{where}: {what}; {remedy}")
         self.fatal = self.fatal or fatal
 
     def read(self, path: Path) -> None:
@@ -174,7 +174,7 @@ class _Raw:
         try:
             root = yaml.compose(text, Loader)
         except yaml.YAMLError as error:
-            return self.problem(*_explain_yaml(error, str(path)), "mend the YAML", fatal=True)
+            return self.problem(*_explain_yaml(error, str(path)), "correct the YAML", fatal=True)
         if root is None:
             return
         if not isinstance(root, yaml.MappingNode):
@@ -239,7 +239,7 @@ class _Raw:
             return values
         if isinstance(node, yaml.SequenceNode):
             return [self._construct(item, key, place) for item in node.value]
-        assert isinstance(node, yaml.ScalarNode), "YAML has no fourth kind of node"
+        assert isinstance(node, yaml.ScalarNode), "YAML has three kinds of nodes"
         try:
             return scalar(node)
         except ValueError as error:

@@ -68,7 +68,7 @@ def reference(name: str | None = None) -> list[SectionReference]:
         if keys and not found:
             found = [SectionReference(section.name, section.meaning, keys)]
     if not found:
-        raise UserError(f"{name} is no section and no key of the configuration — {_meant(name, sections)}")
+        raise UserError(f"{name}: not a section or key of the configuration; {_meant(name, sections)}")
     return found
 
 

@@ -43,23 +43,25 @@ class EngineConfig(Section):
         "none", description="none, or full (recompute the activations of every layer in backward, to save memory)"
     )
     timeout_seconds: int = Field(
-        600, ge=1, description="seconds after which a collective that hangs, or a rank that stands still, is an error"
+        600, ge=1, description="seconds after which a collective that hangs, or a rank without progress, is an error"
     )
     straggler_factor: float | None = Field(
-        1.5, gt=1, description="a rank that needs this many times the median's time is named, above 1, or null for none"
+        1.5,
+        gt=1,
+        description="a rank that takes this many times the median's time is reported, above 1, or null for no reports",
     )
     reduce_bucket: int | None = Field(
         None, ge=1, description="elements of the reduction bucket, or null for the number of trainable parameters"
     )
     kernels: Literal["auto", "compiled", "plain"] = Field(
         "auto",
-        description="auto (compiled operators and apex where they are there), compiled (the same, but an error where "
-        "the operators are not built) or plain (PyTorch's alone)",
+        description="auto (compiled operators and apex if they are installed), compiled (the same, but an error if the "
+        "operators are not built) or plain (only PyTorch's)",
     )
     lanes: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="on (under sequence parallelism a factor is kept beside its frozen weight, so that one GEMM "
-        "computes both products), off, or auto (on where that was measured to be faster)",
+        description="on (under sequence parallelism a factor is stored next to its frozen weight, so that one GEMM "
+        "computes both products), off, or auto (on where it was measured to be faster)",
     )
 
 
@@ -70,21 +72,21 @@ class TrainConfig(Section):
     epochs: float | None = Field(
         None,
         gt=0,
-        description="passes over the data, above 0, the last batch with what is left (1 where train.steps is null "
-        "too); or set train.steps instead",
+        description="passes over the data, above 0 (1 where train.steps is null too; the last batch may be smaller); "
+        "or set train.steps instead",
     )
     global_batch: int = Field(8, ge=1, description="samples in an optimizer step over all ranks, at least 1")
     micro_batch: int = Field(1, ge=1, description="rows per rank and microbatch, a divisor of train.global_batch")
     lr: float = Field(2e-4, gt=0, description="peak learning rate above 0")
     schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="course of the learning rate after the warmup: cosine, linear or constant"
+        "cosine", description="schedule of the learning rate after the warmup: cosine, linear or constant"
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warmup, at least 0")
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate over the peak, from 0 to 1")
     weight_decay: float = Field(
         0.0,
         ge=0,
-        description="AdamW's decoupled weight decay, at least 0; of all that is trained, norms and biases too",
+        description="AdamW's decoupled weight decay, at least 0, for all trained parameters, norms and biases included",
     )
     beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate, at least 0 and below 1")
     beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate, at least 0 and below 1")
@@ -96,14 +98,15 @@ class TrainConfig(Section):
         description="seed of initial values, dropout and the order of samples, at least 0 and below 2^32",
     )
     nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="what a loss or gradient that is not finite does: stop the run, or skip the step"
+        "stop",
+        description="action for a loss or gradient that is not finite: stop (end the run) or skip (leave out the step)",
     )
     max_skips: int = Field(
         10, ge=1, description="steps skipped in a row after which train.nonfinite=skip stops the run, at least 1"
     )
     log_every: int = Field(1, ge=1, description="steps between log lines, at least 1")
     ignore_plan: bool = Field(
-        False, description="true (start also where the plan says that memory does not suffice) or false"
+        False, description="true (start even if the plan says that memory does not suffice) or false"
     )
     resume: Resume = Field(
         "never",
@@ -135,12 +138,12 @@ class OutputConfig(Section):
     """Output of a run: its folder, checkpoints and logs."""
 
     dir: YamlPath = Field(
-        description="folder of the run, outside the model's; it holds no run yet, or the one that train.resume goes on "
-        "with"
+        description="folder of the run, outside the model folder, with no run in it or the one that train.resume "
+        "continues"
     )
     overwrite: bool = Field(
         False,
-        description="true or false; true removes the run that lies in output.dir, unless train.resume goes on from a "
+        description="true or false; true removes the run in output.dir, unless train.resume continues from a "
         "checkpoint of it",
     )
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, or null for only at the end")
@@ -148,8 +151,8 @@ class OutputConfig(Section):
     keep_best: int = Field(1, ge=0, description="best checkpoints by eval.best to keep beside the newest, at least 0")
     publish: Literal["best", "last"] = Field(
         "best",
-        description="checkpoint that adapter/ is copied from at the end: best (the best by eval.best of those that "
-        "were evaluated and saved; the last where there is none) or last",
+        description="checkpoint that is copied to adapter/ at the end: best (by eval.best, of the steps that were "
+        "evaluated and saved; the last where there is none) or last",
     )
     tensorboard: bool = Field(True, description="true (write TensorBoard's files in output.dir/tensorboard) or false")
     plot: bool = Field(True, description="true (draw the loss in output.dir/loss.png) or false")
@@ -164,7 +167,7 @@ class UnreadKeys(ValueError):
     def __init__(self, keys: Sequence[str], section: str, method: str) -> None:
         self.keys = tuple(keys)
         readers = " or ".join(name for each in METHOD_PACKAGES if each.section == section for name in each.names)
-        super().__init__(f"not read by method {method} — remove it, or set method to {readers}")
+        super().__init__(f"not read by method {method}; remove it, or set method to {readers}")
 
 
 class Config(Section):
@@ -201,7 +204,7 @@ class Config(Section):
     def _has_samples(cls, section: EvalConfig, info: ValidationInfo) -> EvalConfig:
         asked = [key for key in ("generate", "patience") if getattr(section, key) is not None]
         if asked and "data" in info.data and info.data["data"].eval is None:
-            raise ValueError(f"eval.{asked[0]} is given, but data.eval is null — name a JSONL file in data.eval")
+            raise ValueError(f"eval.{asked[0]} is given, but data.eval is null; name a JSONL file in data.eval")
         return section
 
     @property

@@ -219,7 +219,7 @@ class Loader:
         n, size = len(self._dataset), self._global_batch
         if self._end is not None:
             size = min(size, self._end - position)
-        assert size > 0, "nothing is left to train on"
+        assert size > 0, "no sample is left to train on"
         numbers = order(self._seed, n, position, size)
         return self._split.batch(self._dataset, numbers, (position + size) / n)
 

@@ -12,7 +12,8 @@ class DataConfig(Section):
 
     train: YamlPath = Field(description="JSONL file to train on")
     eval: YamlPath | None = Field(
-        None, description="JSONL file to evaluate on, or null; of a list of completions the loss is of the first"
+        None,
+        description="JSONL file to evaluate on, or null; of several completions of a sample, the first gives the loss",
     )
     max_length: int = Field(1024, ge=2, description="longest sample in tokens, an integer of at least 2")
     packing: bool = Field(False, description="true (several samples share a row; none attends to another) or false")

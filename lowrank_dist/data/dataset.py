@@ -59,9 +59,9 @@ class DropReport:
             lines = _listed(self.no_target_lines, self.no_target)
             parts.append(f"{self.no_target} without target tokens dropped ({lines})")
         if self.own_bos:
-            parts.append(f"{self.own_bos} begin with the tokenizer's BOS in their text: it is not put a second time")
+            parts.append(f"{self.own_bos} have the tokenizer's BOS in their text, so no second BOS is added")
         if self.own_end:
-            parts.append(f"{self.own_end} end a completion in their text: no second end is trained")
+            parts.append(f"{self.own_end} have the end of the completion in their text, so no second end is added")
         if self.ignored_keys:
             keys = [f"{brief(key)} ({n} {_lines(n)})" for key, n in self.ignored_keys.items()]
             parts.append(f"ignored keys: {some_of(keys, _SHOWN_KEYS)}")
@@ -185,8 +185,8 @@ def load_dataset(
     )
     if not kept and records.whole:
         raise UserError(
-            f"{report.summary()}. Nothing is left to train on: raise data.max_length (the longest sample has {longest} "
-            "tokens), shorten the samples, or give them a completion or an assistant turn"
+            f"{report.summary()}. No sample is left to train on; raise data.max_length (the longest sample has "
+            f"{longest} tokens), shorten the samples, or give them a completion or an assistant turn"
         )
     others = {record.line: record.others for record in records.completions if record.others}
     return Dataset(kept, report, len(virtual_token_ids), others)
@@ -226,6 +226,6 @@ def _check_ids(sample: Sample, tokenizer: Tokenizer, vocab_size: int, path: Path
     if len(sample.tokens) and (worst := int(sample.tokens.max())) >= vocab_size:
         raise UserError(
             f"{path}:{sample.line}: token {tokenizer.token(worst)!r} has id {worst}, but the model's vocabulary has "
-            f"{vocab_size} rows: the tokenizer in {tokenizer.path} does not belong to this model; point data.tokenizer "
-            "at the model's own"
+            f"{vocab_size} rows, so the tokenizer in {tokenizer.path} does not belong to this model; set "
+            "data.tokenizer to the model's own"
         )

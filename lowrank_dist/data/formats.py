@@ -102,8 +102,8 @@ def read_jsonl(
     formats in one file.
     """
     if not path.is_file():
-        named = "data.train, data.eval, --data and --prompts name a JSONL file"
-        raise UserError(f"{path}: no such file; {named}, one of {FORMATS} a line")
+        named = "give data.train, data.eval, --data and --prompts a JSONL file"
+        raise UserError(f"{path}: no such file; {named} with one of {FORMATS} a line")
     parsers: dict[Kind, Callable[[int, dict[str, Any]], Completion | Conversation]] = {
         "completion": partial(_completion, use),
         "messages": _conversation,
@@ -120,13 +120,11 @@ def read_jsonl(
             break
         if not faults.lines and raw.startswith(_PARQUET):
             raise UserError(
-                f"{path}: a Parquet file; write it as JSONL, with pandas: "
-                "pd.read_parquet(FILE).to_json(OTHER, orient='records', lines=True, force_ascii=False)"
+                f"{path}: a Parquet file; convert it to JSONL with pandas, pd.read_parquet(FILE).to_json(OTHER, "
+                "orient='records', lines=True, force_ascii=False)"
             )
         if raw.strip().removeprefix(codecs.BOM_UTF8) == b"[" and not faults.lines:
-            raise UserError(
-                f"{path}:{number}: the file is one JSON array; write its objects one a line, without [ and ]"
-            )
+            raise UserError(f"{path}:{number}: the file is one JSON array; write one object a line, without [ and ]")
         faults.lines += 1
         try:
             value = _parse(raw, first=number == 1)
@@ -142,7 +140,7 @@ def read_jsonl(
     if faults.found:
         raise UserError("\n".join(faults.rows(path, whole)))
     if kind is None:
-        raise UserError(f"{path}: the file holds no sample; write one of {FORMATS} a line")
+        raise UserError(f"{path}: the file has no samples; write one of {FORMATS} a line")
     filled = {"completions": rows} if kind == "completion" else {"conversations": rows}
     return Records(path, kind, ignored_keys=dict(sorted(extra.items())), whole=whole, **filled)
 
@@ -191,14 +189,14 @@ def _parse(raw: bytes, *, first: bool) -> dict[str, Any]:
     except JsonError as fault:
         raise Problem(f"{fault}; write one JSON object a line") from fault
     if not isinstance(value, dict):
-        raise Problem(f"a JSON {_type(value)} where an object is expected: {FORMATS}")
+        raise Problem(f"a JSON {_type(value)} where an object is expected; write {FORMATS}")
     return value
 
 
 def _kind_of(value: dict[str, Any]) -> Kind:
     flat, chat = value.keys() & {"prompt", "completion"}, "messages" in value
     if flat and chat:
-        raise Problem(f"both {sorted(flat)[0]!r} and 'messages'; a line has one format: {FORMATS}")
+        raise Problem(f"both {sorted(flat)[0]!r} and 'messages'; write one format a line, {FORMATS}")
     if not flat and not chat:
         known = ("prompt", "completion", "messages")
         hints = {key: _meant(key, known) for key in islice(value, _MOST_KEYS)}
@@ -206,10 +204,8 @@ def _kind_of(value: dict[str, Any]) -> Kind:
         found = some_of([brief(key) for key in value], _MOST_KEYS)
         raise Problem(f"no key 'prompt', 'completion' or 'messages', found {found}{meant}; expected {FORMATS}")
     for key, effect in ROW_KEYS.refusals(value).items():
-        raise Problem(
-            f"key {key!r} {effect} and is not supported; write it into the prompt or a system message, or remove the "
-            "key, or the line"
-        )
+        missing = sorted({"prompt", "completion"} - flat) if flat else []
+        raise Problem(f"key {key!r} {effect}" + "".join(f"; key {each!r} is missing as well" for each in missing))
     return "messages" if chat else "completion"
 
 
@@ -233,14 +229,14 @@ def _text(holder: dict[str, Any], key: str, where: str) -> str:
     if key not in holder:
         given = list(islice(holder, _MOST_KEYS))
         near = of_message(key, given) or difflib.get_close_matches(key, given, n=1)
-        meant = f"; is {near[0]!r} meant for it?" if near else "."
-        raise Problem(f"key '{where}' is missing{meant} Add it as a string")
+        meant = f" (did you mean it by {near[0]!r}?)" if near else ""
+        raise Problem(f"key '{where}' is missing{meant}; add it as a string")
     return _string(holder[key], where)
 
 
 def _string(value: object, where: str) -> str:
     if not isinstance(value, str):
-        raise Problem(f"key '{where}' is a JSON {_type(value)}; it must be a string")
+        raise Problem(f"key '{where}' is a JSON {_type(value)}; write a string")
     return value
 
 
@@ -253,11 +249,11 @@ def _completion(use: Use, line: int, value: dict[str, Any]) -> Completion:
         return Completion(line, prompt, _filled(_text(value, "completion", "completion"), "completion"))
     if use is Use.TRAINING:
         raise Problem(
-            "key 'completion' is a JSON array; it must be a string (several that are right are for evaluation: "
-            "data.eval and --data)"
+            "key 'completion' is a JSON array; write a string (a list of correct completions is only for "
+            "evaluation, data.eval and --data)"
         )
     if not given:
-        raise Problem("key 'completion' is an empty array; it must be a string, or an array of those that are right")
+        raise Problem("key 'completion' is an empty array; write a string, or an array of correct completions")
     places = [f"completion[{place}]" for place in range(len(given))]
     first, *others = (_filled(_string(text, where), where) for text, where in zip(given, places, strict=True))
     return Completion(line, prompt, first, tuple(others))
@@ -265,7 +261,9 @@ def _completion(use: Use, line: int, value: dict[str, Any]) -> Completion:
 
 def _filled(text: str, where: str) -> str:
     if not text:
-        raise Problem(f"key '{where}' is empty: nothing to train on or to hold a text against; fill it or remove it")
+        raise Problem(
+            f"key '{where}' is empty, so there is nothing to train on or to compare with; fill it or remove the line"
+        )
     return text
 
 
@@ -273,19 +271,22 @@ def _conversation(line: int, value: dict[str, Any]) -> Conversation:
     messages = value["messages"]
     if not isinstance(messages, list) or not messages:
         found = "an empty array" if messages == [] else f"a JSON {_type(messages)}"
-        raise Problem(f"key 'messages' is {found}; it must be an array of {{'role', 'content'}} objects")
+        raise Problem(f"key 'messages' is {found}; write an array of {{'role', 'content'}} objects")
     return Conversation(line, [_message(message, f"messages[{i}]") for i, message in enumerate(messages)])
 
 
 def _message(message: object, where: str) -> dict[str, str]:
     if not isinstance(message, dict):
-        raise Problem(f"'{where}' is a JSON {_type(message)}; it must be an object with 'role' and 'content'")
+        raise Problem(f"'{where}' is a JSON {_type(message)}; write an object with 'role' and 'content'")
     role, content = _text(message, "role", f"{where}.role"), _text(message, "content", f"{where}.content")
     said = [key for key in MESSAGE_KEYS.unknown(message) if message[key] not in EMPTY]
     if said:
         raise Problem(f"'{where}' has the key {brief(said[0])}, which is not supported; keep only 'role' and 'content'")
     if role not in ROLES:
-        raise Problem(f"'{where}.role' is {brief(role)}; it must be one of {', '.join(ROLES)}")
+        raise Problem(f"'{where}.role' is {brief(role)}; write one of {', '.join(ROLES)}")
     if role == "assistant" and not content.strip():
-        raise Problem(f"'{where}.content' of the assistant is empty: nothing to train on; fill or remove it")
+        raise Problem(
+            f"'{where}.content' of the assistant is empty, so there is nothing to train on; fill it or remove the "
+            "message"
+        )
     return {"role": role, "content": content}

@@ -14,8 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lowrank_dist.arch.model_files import TOKENIZER_CONFIG_FILE, read_model_json
 from lowrank_dist.untrusted.keys import EMPTY, KeyRule
 
-_SEEN = "would change what the model sees"
-_TRAINED = "would change what is trained"
+_SEEN = (
+    "is not supported, though the model would have to see it; put its text into the prompt or a system message, "
+    "or remove the key"
+)
+_TRAINED = "is not supported, though it would change what is trained; remove the key or the line"
 # Metadata of the sample and its origin.
 _ABOUT = frozenset(
     "id ids idx index uid uuid key name source sources origin dataset dataset_name subset split category "
@@ -107,8 +110,8 @@ def _note_on_class(folder: Path) -> list[str]:
     for text, here, there in cuts:
         if here != there:
             return [
-                f"{folder}: {text!r} is {' '.join(here)} by tokenizer.json, as it is trained here, and "
-                f"{' '.join(there)} to transformers' {type(theirs).__name__}: where the model is used, set "
+                f"{folder}: tokenizer.json, which is used here, gives {' '.join(here)} for {text!r}, but "
+                f"transformers' {type(theirs).__name__} gives {' '.join(there)}; to use the model there, set "
                 f"tokenizer_class to {_AS_IT_IS[0]} in {TOKENIZER_CONFIG_FILE}"
             ]
     return []

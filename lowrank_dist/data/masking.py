@@ -44,8 +44,8 @@ def mask_completions(tokenizer: Tokenizer, records: Sequence[Completion]) -> lis
     """
     if tokenizer.eos_id is None:
         raise UserError(
-            f"{tokenizer.path}: the tokenizer has no end-of-sequence token, so the end of a completion would never be "
-            "trained; set eos_token in tokenizer_config.json"
+            f"{tokenizer.path}: the tokenizer has no end-of-sequence token, so the model would never learn to end a "
+            "completion; set eos_token in tokenizer_config.json"
         )
     prompts = tokenizer.encode([r.prompt for r in records])
     completions = tokenizer.encode_continuations([r.completion for r in records], [r.prompt for r in records])
@@ -127,10 +127,10 @@ def _turn_length(tokenizer: FastTokenizer, turn: Turn, text: str, encoding: Enco
         assert tokenizer.template is not None
         found = "no token" if last is None else repr(tokenizer.token(encoding.ids[last]))
         raise UserError(
-            f"{where}: {tokenizer.template.name} is a template whose end-of-turn token would never be trained: the "
-            f"assistant's turn ends in {found}, which is no special token after the message; let the template close "
-            "the turn with the EOS or another special token of this tokenizer (before {% endgeneration %} where it has "
-            "markers)"
+            f"{where}: with {tokenizer.template.name} the model would never learn to end a turn, because the "
+            f"assistant's turn ends in {found} and not in a special token after the message; let the template end "
+            "the turn with the EOS or another special token of this tokenizer (before {% endgeneration %} if it "
+            "has markers)"
         )
     return last + 1
 

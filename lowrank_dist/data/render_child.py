@@ -60,7 +60,7 @@ def texts(job: dict[str, Any], chat: dict[str, Any]) -> dict[str, Any]:
         )
         (text,), spans = both
         if len(text) > (most := MOST_ADDED + MOST_TIMES * given):
-            raise ValueError(f"it makes {len(text):,} characters of {given:,}; at most {most:,} are taken")
+            raise ValueError(f"it turns {given:,} characters into {len(text):,}; the limit is {most:,}")
         text.encode()  # raises for an unpaired surrogate, which a template may write
         found.append(text)
     return {"texts": found, "spans": spans[0] if chat["marked"] else []}

@@ -115,8 +115,8 @@ class Renderer:
                 )
             except OSError as error:
                 raise UserError(
-                    f"chat templates are rendered in a process of their own, which cannot be started ({error}): let "
-                    "this job have one more process for each rank (ulimit -u, limits of the container)"
+                    f"the process that renders chat templates cannot be started ({error}); allow one more process "
+                    "for each rank (ulimit -u, limits of the container)"
                 ) from error
         return self._process
 

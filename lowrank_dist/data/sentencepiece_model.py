@@ -30,7 +30,7 @@ _AROUND = 20  # characters of a text shown around a token
 def write_fast(folder: Path) -> str:
     """Return the remedy for a folder that needs a tokenizer.json, as text."""
     load, save = f"AutoTokenizer.from_pretrained({str(folder)!r})", f"save_pretrained({str(folder)!r})"
-    return f'make a tokenizer.json of it: python -c "from transformers import AutoTokenizer; {load}.{save}"'
+    return f'convert it to tokenizer.json with python -c "from transformers import AutoTokenizer; {load}.{save}"'
 
 
 def settings_in(config: Path, remedy: str) -> dict[str, Any]:
@@ -55,14 +55,14 @@ class SentencePieceTokenizer:
     """
 
     def __init__(self, model: Path) -> None:
-        raw = read_bytes(model, "point data.tokenizer at another folder", largest=64 * MIB)
+        raw = read_bytes(model, "set data.tokenizer to another folder", largest=64 * MIB)
         _check_kind(raw, model)
         try:
             self._own = SentencePieceProcessor(model_proto=raw)
             self._bare = SentencePieceProcessor(model_proto=raw + _NO_DUMMY_PREFIX)
             self._spaced = SentencePieceProcessor(model_proto=raw + _DUMMY_PREFIX)
         except (RuntimeError, OSError) as error:
-            raise UserError(f"{model}: not a SentencePiece model ({error}); fetch the file again") from error
+            raise UserError(f"{model}: not a SentencePiece model ({error}); download the file again") from error
         self.path = model
         # Models trained with remove_extra_whitespaces drop a leading space, even one that separates two words.
         self._drops_leading_space = self._bare.normalize(" a") == self._bare.normalize("a")
@@ -74,7 +74,7 @@ class SentencePieceTokenizer:
         if settings.prefix_space not in (None, spaced):
             raise UserError(
                 f"{model.parent / TOKENIZER_CONFIG_FILE}: add_prefix_space is {str(settings.prefix_space).lower()}, "
-                f"and {model.name} says the contrary: {write_fast(model.parent)}"
+                f"but {model.name} says the opposite; {write_fast(model.parent)}"
             )
         self._apart = tuple(text for text, at in settings.tokens.items() if not self._finds(text, at))
 
@@ -93,8 +93,8 @@ class SentencePieceTokenizer:
         if self._own.id_to_piece(found) == name and settings.tokens.get(name) in (None, found):
             return found
         raise UserError(
-            f"{source}: {role}_token is {name!r}, which {self.path.name} does not have, or under another id "
-            f"than is said there: {write_fast(self.path.parent)}"
+            f"{source}: {role}_token is {name!r}, which {self.path.name} lacks or has under another id; "
+            f"{write_fast(self.path.parent)}"
         )
 
     def _finds(self, token: str, at: int | None) -> bool:
@@ -127,8 +127,8 @@ class SentencePieceTokenizer:
                 if (at := text.find(token)) >= 0:
                     shown = text[max(at - _AROUND, 0) : at + len(token) + _AROUND]
                     raise UserError(
-                        f"{self.path}: a text of the data holds {token!r} ({shown!r}), a token by the files beside the "
-                        f"model, which {self.path.name} alone can't encode: {write_fast(self.path.parent)}"
+                        f"{self.path}: a text of the data has {token!r} ({shown!r}), which is a special token in the "
+                        f"files next to {self.path.name} but not in {self.path.name}; {write_fast(self.path.parent)}"
                     )
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -148,11 +148,12 @@ def _check_kind(raw: bytes, model: Path) -> None:
     """Raise UserError with a remedy for a tokenizer.model that is a tiktoken vocabulary or a Git LFS pointer."""
     if _TIKTOKEN.match(raw):
         raise UserError(
-            f"{model}: a tiktoken vocabulary (as in Llama 3's original/), which lacks the special tokens and how words "
-            "are told apart; point data.tokenizer at the model's Hugging Face folder, which holds tokenizer.json"
+            f"{model}: a tiktoken vocabulary (as in Llama 3's original/), which lacks the special tokens and the "
+            "rules for splitting words; set data.tokenizer to the model's Hugging Face folder, which has "
+            "tokenizer.json"
         )
     if raw.startswith(b"version https://git-lfs"):
-        raise UserError(f"{model}: a Git LFS pointer in place of the file; fetch it: git lfs pull")
+        raise UserError(f"{model}: a Git LFS pointer instead of the file; run `git lfs pull`")
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _read_token_settings(folder: Path) -> _TokenSettings:
     A tokenizer_config.json with added_tokens_decoder overrides the older files.
     """
     source = folder / TOKENIZER_CONFIG_FILE
-    config = settings_in(source, "mend or remove it")
+    config = settings_in(source, "correct it or remove it")
     _check_config(config, source)
     added = config.get("added_tokens_decoder")
     tokens: dict[str, int | None]
@@ -184,8 +185,8 @@ def _read_token_settings(folder: Path) -> _TokenSettings:
         tokens = {name: _id(key) for key, token in added.items() if (name := _content(token))}
         named = {}
     else:
-        named = settings_in(folder / "special_tokens_map.json", "mend or remove it")
-        older = settings_in(folder / "added_tokens.json", "mend or remove it")
+        named = settings_in(folder / "special_tokens_map.json", "correct it or remove it")
+        older = settings_in(folder / "added_tokens.json", "correct it or remove it")
         tokens = {name: _id(at) for name, at in older.items()}
     roles = {
         role: (_content(said[key]), path)
@@ -212,11 +213,11 @@ def _check_config(config: dict[str, Any], source: Path) -> None:
     kind = config.get("tokenizer_class")
     reasons = []
     if isinstance(kind, str) and kind.removesuffix("Fast") not in _CLASSES:
-        reasons.append(f"tokenizer_class is {kind!r}, whose ids may be others than the file's")
+        reasons.append(f"tokenizer_class is {kind!r}, whose ids may differ from the file's")
     if config.get("sp_model_kwargs"):
-        reasons.append("sp_model_kwargs change how the model cuts texts")
+        reasons.append("sp_model_kwargs change how texts are split")
     if reasons:
-        raise UserError(f"{source}: {some_of(reasons)}: {write_fast(source.parent)}")
+        raise UserError(f"{source}: {some_of(reasons)}; {write_fast(source.parent)}")
 
 
 def _id(said: object) -> int:

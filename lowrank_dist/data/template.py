@@ -86,8 +86,8 @@ class ChatTemplate:
         if not self.marked:
             if messages[0]["role"] == "assistant":
                 raise UserError(
-                    f"{where}: messages[0] is the assistant's, and {self.name} has no generation markers to tell its "
-                    f"turn; begin with a user or system message, or {_MARK_REMEDY}"
+                    f"{where}: messages[0] is the assistant's, and without generation markers in {self.name} its "
+                    f"turn cannot be located; begin with a user or system message, or {_MARK_REMEDY}"
                 )
             cuts += [cut for turn in _turns_of(messages) for cut in ((turn, True), (turn + 1, False))]
         return messages, cuts, self.marked
@@ -98,13 +98,13 @@ class ChatTemplate:
         for i, before, after in zip(_turns_of(messages), texts[1::2], texts[2::2], strict=True):
             if not after.startswith(before):
                 raise UserError(
-                    f"{where}: {self.name}: the generation prompt is not a prefix of the assistant's turn "
-                    f"messages[{i}] ({_difference(before, after)}), so training would see other text than inference; "
+                    f"{where}: {self.name}: the assistant's turn messages[{i}] does not begin with the generation "
+                    f"prompt ({_difference(before, after)}), so training and inference would see different texts; "
                     f"{_MARK_REMEDY}"
                 )
             if not text.startswith(after) or (turns and len(before) < turns[-1].end):
                 raise UserError(
-                    f"{where}: {self.name} renders messages[{i}] or what precedes it differently once more messages "
+                    f"{where}: {self.name} renders messages[{i}] or an earlier one differently if more messages "
                     f"follow ({_difference(after, text)}); keep one assistant turn a line, or {_MARK_REMEDY}"
                 )
             turns.append(_turn(text, len(before), len(after), messages[i]["content"]))
@@ -143,4 +143,4 @@ def _turn(text: str, start: int, end: int, content: str) -> Turn:
 
 def _difference(left: str, right: str) -> str:
     same = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
-    return f"at character {same}: {left[same : same + 20]!r} against {right[same : same + 20]!r}"
+    return f"at character {same}: {left[same : same + 20]!r} and {right[same : same + 20]!r}"

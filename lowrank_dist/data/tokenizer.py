@@ -83,11 +83,11 @@ def load_tokenizer(path: Path, moment: datetime | None = None) -> Tokenizer:
         return SentencePieceTokenizer(model)
     if not path.exists():
         raise UserError(
-            f"{path}: no such file or folder; give the model's tokenizer: data.tokenizer or --tokenizer, by default it "
-            f"is that of the model's own folder{hub_hint(path)}"
+            f"{path}: no such file or folder; set data.tokenizer or --tokenizer to the model's tokenizer (by default "
+            f"that of the model folder){hub_hint(path)}"
         )
     raise UserError(
-        f"{path}: holds neither tokenizer.json nor tokenizer.model; point data.tokenizer at a folder that does, or "
+        f"{path}: has neither tokenizer.json nor tokenizer.model; set data.tokenizer to a folder that has one, or "
         f"{write_fast(path)}"
     )
 
@@ -105,7 +105,7 @@ def with_prefix(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 
 def _load_fast(folder: Path, moment: datetime | None) -> FastTokenizer:
     for name, largest in _LARGEST.items():
-        require_size(folder / name, "point data.tokenizer at another folder", largest=largest)
+        require_size(folder / name, "set data.tokenizer to another folder", largest=largest)
     _refuse_far_ids(folder / "tokenizer.json")
     try:
         return FastTokenizer(folder, moment)
@@ -120,7 +120,7 @@ def _load_fast(folder: Path, moment: datetime | None) -> FastTokenizer:
 
 def _refuse_far_ids(path: Path) -> None:
     """Raise UserError for an id beyond every vocabulary: the library allocates memory for all numbers up to it."""
-    definition = read_object(path, "fetch the file again", largest=_LARGEST[path.name])
+    definition = read_object(path, "download the file again", largest=_LARGEST[path.name])
     model, added = definition.get("model"), definition.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     ids = list(vocabulary.items()) if isinstance(vocabulary, dict) else []
@@ -128,7 +128,7 @@ def _refuse_far_ids(path: Path) -> None:
         ids += [(token.get("content"), token.get("id")) for token in added if isinstance(token, dict)]
     for token, token_id in ids:
         if is_integer(token_id) and token_id >= _MOST_TOKENS:
-            raise UserError(f"{path}: {brief(token)} has id {token_id}; ids are below {_MOST_TOKENS}: fetch it again")
+            raise UserError(f"{path}: {brief(token)} has id {token_id}; the limit is {_MOST_TOKENS}; download it again")
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,8 +267,8 @@ class FastTokenizer:
                 for text in texts:
                     self._encoded(encode_batch, [text])
             raise UserError(
-                f"{self.path}: the tokenizers library fails on {texts[0][:_SHOWN]!r} ({error}); change it, or the "
-                "added tokens of tokenizer.json that it holds"
+                f"{self.path}: the tokenizers library fails on {texts[0][:_SHOWN]!r} ({error}); change this text, or "
+                "the added tokens of tokenizer.json in it"
             ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -291,7 +291,7 @@ def _unknown_id(tokenizer: Backend, model: dict[str, Any]) -> int | None:
 
 def _eos_of_model(config: Path) -> int | None:
     """Return config.json's eos_token_id, the first of a list: GPT-2's tokenizer_config.json on the Hub names no EOS."""
-    eos = settings_in(config, "mend it").get("eos_token_id")
+    eos = settings_in(config, "correct it").get("eos_token_id")
     first = eos[0] if isinstance(eos, list) and eos else eos
     return first if is_integer(first) else None
 
@@ -356,16 +356,15 @@ def _check_repeatable(definition: dict[str, Any], folder: Path) -> None:
     """Raise UserError for a tokenizer whose ids change from call to call, or that puts a space before each cut word."""
     if definition["model"].get("dropout"):
         raise UserError(
-            f"{folder}/tokenizer.json: model.dropout is {definition['model']['dropout']}: every rank and every run "
-            "would be trained on other tokens; set it to null"
+            f"{folder}/tokenizer.json: model.dropout is {definition['model']['dropout']}, so every rank and every "
+            "run would train on different tokens; set it to null"
         )
     pre = definition["pre_tokenizer"] or {}
     for step in pre.get("pretokenizers", [])[1:]:
         if step.get("prepend_scheme") == "always" or (step["type"] == "ByteLevel" and step["add_prefix_space"]):
             raise UserError(
-                f"{folder}/tokenizer.json: pre_tokenizer cuts words and then puts a space before each "
-                f"({step['type']}), so a completion can't be encoded as what follows its prompt without one; such "
-                "tokenizers are not supported"
+                f"{folder}/tokenizer.json: pre_tokenizer puts a space before each word ({step['type']}), so a "
+                "completion cannot follow its prompt without one; such tokenizers are not supported"
             )
 
 
@@ -384,6 +383,6 @@ def _check_growth(definition: dict[str, Any], folder: Path) -> None:
                     longer *= max(1, len(content))
         if longer > _MOST_LONGER:
             raise UserError(
-                f"{folder}/tokenizer.json: {name} makes texts up to {longer:.3g} times longer; at most {_MOST_LONGER} "
-                "are taken: fetch the file again, or point data.tokenizer at another folder"
+                f"{folder}/tokenizer.json: {name} makes texts up to {longer:.3g} times longer; the limit is "
+                f"{_MOST_LONGER}. Download the file again, or set data.tokenizer to another folder"
             )

@@ -116,7 +116,7 @@ def clock_skew(offsets: Mapping[str, tuple[float, float]], reference: str) -> li
             f"{node} is {abs(ahead):.3g} s {'ahead of' if ahead > 0 else 'behind'} {reference}"
             for node, ahead in off.items()
         )
-        detail = f"{said} (± {error * 1e3:.1f} ms); let chrony or ntpd set the clocks of all nodes"
+        detail = f"{said} (± {error * 1e3:.1f} ms); run chrony or ntpd on all nodes"
         return [Row("clocks", "warning", detail, figures=figures)]
     most = max(abs(ahead) for ahead, _ in offsets.values())
     detail = f"at most {most * 1e3:.1f} ms (± {error * 1e3:.1f} ms) from {reference}'s"

@@ -34,7 +34,7 @@ def device(config: Config) -> list[Row]:
         try:
             gpus()
         except RuntimeError as error:
-            detail = f"cuda is asked for, but {one_line(str(error))}; use model.device=cpu or auto"
+            detail = f"cuda is required, but {one_line(str(error))}; use model.device=cpu or auto"
             return [Row("model.device", "missing", detail)]
     return [Row("model.device", "ok", wanted)]
 
@@ -57,7 +57,7 @@ def model(config: Config) -> list[Row]:
     rows = [Row("model folder", "ok", f"{folder}: {said}, fingerprint {digest}", alike=f"fingerprint {digest}")]
     tensor = config.parallel.tensor
     if tensor != "auto" and tensor not in (sizes := facts["tensor_parallel_sizes"]):
-        detail = f"{tensor} does not divide the heads; it may be {', '.join(map(str, sizes))}"
+        detail = f"{tensor} does not divide the heads; set it to one of {', '.join(map(str, sizes))}"
         rows.append(Row("parallel.tensor", "broken", detail))
     return rows
 
@@ -69,7 +69,9 @@ def tokenizer(config: Config) -> list[Row]:
     loaded = load_tokenizer(config.data.tokenizer or config.model.path)
     ids = loaded.encode(["The quick brown fox"])[0]
     digest = hashlib.sha256(repr(ids).encode()).hexdigest()[:12]
-    return [Row("tokenizer", "ok", f"{loaded.path}: loads and encodes", alike=f"encodes a sentence to {digest}")]
+    return [
+        Row("tokenizer", "ok", f"{loaded.path}: can be loaded and encodes", alike=f"encodes a sentence to {digest}")
+    ]
 
 
 def theta(config: Config) -> list[Row]:

@@ -51,13 +51,15 @@ def place_in_job() -> Place | None:
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if missing:
         raise UserError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set: start doctor with deepspeed, "
-            "torchrun or srun, or unset WORLD_SIZE to look at this machine alone"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} not set; start doctor with "
+            "deepspeed, torchrun or srun, or unset WORLD_SIZE to check only this machine"
         )
     try:
         rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
     except ValueError as error:
-        raise UserError(f"RANK, WORLD_SIZE and MASTER_PORT have to be numbers ({error}): mend the launcher's") from None
+        raise UserError(
+            f"RANK, WORLD_SIZE and MASTER_PORT must be numbers ({error}); correct what the launcher sets"
+        ) from None
     try:
         from lowrank_dist.backend.select import local_rank_and_size
     except ImportError:
@@ -79,7 +81,7 @@ class TimeLimit:
         self._seconds = seconds
 
     @contextmanager
-    def around(self, what: str, found: Sequence[Row], remedy: str = "see what it stands on") -> Iterator[None]:
+    def around(self, what: str, found: Sequence[Row], remedy: str = "check what it depends on") -> Iterator[None]:
         """Limit the time of the block. found: the rows to report if it never ends."""
         timer = threading.Timer(self._seconds, self._end, (what, found, remedy))
         timer.daemon = True
@@ -91,7 +93,7 @@ class TimeLimit:
 
     def _end(self, what: str, found: Sequence[Row], remedy: str) -> None:
         try:
-            self._on_hang([*found, Row(what, "broken", f"hangs: no answer within {self._seconds:.0f} s; {remedy}")])
+            self._on_hang([*found, Row(what, "broken", f"hangs, no answer within {self._seconds:.0f} s; {remedy}")])
         finally:
             os._exit(1)
 

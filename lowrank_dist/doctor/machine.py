@@ -28,7 +28,7 @@ def devices() -> list[Row]:
         rows.append(Row("GPUs", "ok", str(len(found)), alike=str(len(found)), if_unlike="warning"))
         rows += [_gpu(index, gpu.name, gpu.total, gpu.free, gpu.architecture) for index, gpu in enumerate(found)]
     except RuntimeError as error:
-        remedy = "GPUs want a CUDA build of torch and a driver that fits it; CUDA_VISIBLE_DEVICES hides them"
+        remedy = "GPUs need a CUDA build of torch and a matching driver, and CUDA_VISIBLE_DEVICES must not hide them"
         detail = f"{one_line(str(error))}, so training runs on the CPU; {remedy}"
         rows.append(Row("GPUs", "off", detail, alike="none", if_unlike="warning"))
     if (version := driver()) is not None:
@@ -37,7 +37,7 @@ def devices() -> list[Row]:
     rows.append(
         Row("NCCL", "ok", version, version)
         if version
-        else Row("NCCL", "off", "this torch has none, so ranks meet over gloo; CUDA builds of torch have it")
+        else Row("NCCL", "off", "this torch has none, so ranks use gloo; CUDA builds of torch have NCCL")
     )
     return rows
 
@@ -47,7 +47,7 @@ def _gpu(index: int, name: str, total: int, free: int, architecture: str) -> Row
     figures = {"total_bytes": total, "free_bytes": free}
     if free >= FREE_SHARE * total:
         return Row(f"GPU {index}", "ok", f"{detail}, {format_size(free)} free", detail, "warning", figures)
-    taken = f"{detail}, but only {format_size(free)} free: `nvidia-smi` shows whose process to end"
+    taken = f"{detail}, but only {format_size(free)} free; find the process to end with `nvidia-smi`"
     return Row(f"GPU {index}", "warning", taken, detail, "warning", figures)
 
 
@@ -70,12 +70,12 @@ def shared_memory(gpus: bool, place: Path = SHARED_MEMORY) -> list[Row]:
     what = str(SHARED_MEMORY)
     remedy = "`mount -o remount,size=8g /dev/shm`, or start the container with --shm-size=8g (or --ipc=host)"
     if not place.is_dir():
-        return [Row(what, "warning", f"not there: NCCL needs it; mount a tmpfs, or give the container one: {remedy}")]
+        return [Row(what, "warning", f"missing, but NCCL needs it; mount a tmpfs, or give the container one: {remedy}")]
     facts = os.statvfs(place)
     size, free = facts.f_blocks * facts.f_frsize, facts.f_bavail * facts.f_frsize
     figures = {"total_bytes": size, "free_bytes": free}
     if gpus and free < ENOUGH_SHARED:
-        short = f"{format_size(free)} free of {format_size(size)}: too little for NCCL's ranks of a node; {remedy}"
+        short = f"{format_size(free)} free of {format_size(size)}: too little for the NCCL ranks of a node; {remedy}"
         return [Row(what, "warning", short, figures=figures)]
     return [Row(what, "ok", f"{format_size(free)} free of {format_size(size)}", figures=figures)]
 

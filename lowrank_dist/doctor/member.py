@@ -25,8 +25,8 @@ REPORT_SECONDS = 2 * CHECK_SECONDS
 # How much longer a rank waits for a message from rank 0 than rank 0 waits before it sends it.
 GRACE_SECONDS = 15.0
 NETWORK_REMEDY = (
-    "the interfaces of all nodes have to reach one another, without a firewall between them: set GLOO_SOCKET_IFNAME "
-    "(and NCCL_SOCKET_IFNAME) to the one of the network that they share"
+    "the nodes must reach each other without a firewall between them; set GLOO_SOCKET_IFNAME (and "
+    "NCCL_SOCKET_IFNAME) to the interface of the network that they share"
 )
 
 

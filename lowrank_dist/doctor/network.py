@@ -132,14 +132,17 @@ def _text(path: Path) -> str:
 def _master(around: NetworkFacts) -> Row:
     address = address_of(str(around.master))
     if address is None:
-        detail = f"{around.master} is no name that this node can resolve; give an address, or mend /etc/hosts or DNS"
+        detail = f"this node cannot resolve the name {around.master}; give an address, or correct /etc/hosts or DNS"
         return Row("MASTER_ADDR", "broken", detail)
     said = f"{around.master} is {address}" if address != around.master else address
     if around.several and ipaddress.ip_address(address).is_loopback:
-        detail = f"{said}, which every node takes for itself; give the address of rank 0's node on the common network"
+        detail = (
+            f"{said}, which on every node means the node itself; give the address of rank 0's node on the common "
+            "network"
+        )
         return Row("MASTER_ADDR", "broken", detail)
     if around.towards is None:
-        return Row("MASTER_ADDR", "broken", f"{said}, to which no route leads from here; mend the network's routes")
+        return Row("MASTER_ADDR", "broken", f"{said}, to which this node has no route; correct the routes")
     return Row("MASTER_ADDR", "ok", said, alike=address)
 
 
@@ -156,10 +159,10 @@ def _gloo(around: NetworkFacts, environment: Mapping[str, str]) -> Row:
             return Row("interface of gloo", "broken", _no_interface("GLOO_SOCKET_IFNAME", missing, around))
         return _judged("gloo", "GLOO_SOCKET_IFNAME", [known[name] for name in names], "", around)
     chosen = around.with_address(around.own)
-    reason = f", as this host's name is {around.own}"
+    reason = f", since this host's name is {around.own}"
     if chosen is None:
         chosen = next((card for card in around.interfaces if card.loopback), None)
-        reason = ", as this host's name is no address of its own"
+        reason = ", since this host's name is not an address of its own"
     return _judged("gloo", "GLOO_SOCKET_IFNAME", [chosen] if chosen else [], reason, around)
 
 
@@ -195,12 +198,12 @@ def _judged(library: str, variable: str, cards: Sequence[Interface], reason: str
     what, said = f"interface of {library}", ", ".join(map(str, cards)) + reason
     usable = [card for card in cards if card.up and card.addresses]
     if not usable:
-        detail = f"{said or 'none'}: it has to be up and have an address; {_advice(variable, around)}"
+        detail = f"{said or 'none'}: it must be up and have an address; {_advice(variable, around)}"
         return Row(what, "broken", detail)
     if around.several and all(card.loopback for card in usable):
-        return Row(what, "broken", f"{said}: no other node is reached by it; {_advice(variable, around)}")
+        return Row(what, "broken", f"{said}: it reaches no other node; {_advice(variable, around)}")
     if around.several and around.to_master is not None and around.to_master not in usable:
-        detail = f"{said}: MASTER_ADDR is reached by {around.to_master}; unless both lead to all nodes, "
+        detail = f"{said}: MASTER_ADDR is reached through {around.to_master}; unless both reach all nodes, "
         return Row(what, "warning", detail + _advice(variable, around))
     return Row(what, "ok", said)
 

@@ -109,7 +109,7 @@ def _merged(what: str, found: Sequence[tuple[str, Row]]) -> list[TableLine]:
         said = "; ".join(f"{value} on {some_of(nodes)}" for value, nodes in values.items())
         everyone = tuple(node for nodes in values.values() for node in nodes)
         state: State = "differs" if "differs" in states else "warning"
-        lines.append(TableLine(what, state, f"{said}: make it the same on every node", everyone))
+        lines.append(TableLine(what, state, f"{said}; make it the same on every node", everyone))
         # This line covers the rows that were ok on their own.
         found = [(node, row) for node, row in found if row.state != "ok"]
     groups = _groups((node, (row.state, row.detail)) for node, row in found)
@@ -120,7 +120,7 @@ def _merged(what: str, found: Sequence[tuple[str, Row]]) -> list[TableLine]:
             lines.append(TableLine(what, state, detail, tuple(nodes)))
     if hidden:
         rest = tuple(node for key in fine[SHOWN:] for node in groups[key])
-        lines.append(TableLine(what, "ok", f"on {len(rest)} more nodes as well, with other figures", rest))
+        lines.append(TableLine(what, "ok", f"also on {len(rest)} more nodes, with other figures", rest))
     return lines
 
 

@@ -34,7 +34,7 @@ LAUNCHERS = {
     "deepspeed": "starts the ranks of one node or several",
     "torchrun": "starts the ranks of a node in place of deepspeed",
     "srun": "starts ranks under Slurm",
-    "pdsh": "carries deepspeed --hostfile to other nodes",
+    "pdsh": "lets deepspeed --hostfile start ranks on other nodes",
 }
 NINJA = "`pip install ninja`"
 
@@ -84,7 +84,7 @@ def packages(
     wanted = wanted or declared()
     python = platform.python_version()
     supported = SpecifierSet(wanted.python).contains(python, prereleases=True)
-    remedy = "" if supported else f"; make an environment with a Python {wanted.python}"
+    remedy = "" if supported else f"; create an environment with Python {wanted.python}"
     yield Row("Python", "ok" if supported else "unsupported", f"{python} ({sys.executable}){remedy}", alike=python)
     for needed, texts in ((True, wanted.required), (False, wanted.optional)):
         for text in texts:
@@ -104,7 +104,7 @@ def _package(
     except importlib.metadata.PackageNotFoundError:
         return [Row(name, "missing" if needed else "off", f"not installed; {remedy}")]
     if found is None:
-        return [Row(name, "broken" if needed else "off", f"its metadata has no version; {remedy} mends it")]
+        return [Row(name, "broken" if needed else "off", f"its metadata has no version; {remedy} installs it again")]
     unlike: Unlike = "differs" if needed else "warning"
     if fits(found):
         return [Row(name, "ok", f"{found} (supported: {text.removeprefix(name)})", found, unlike)]
@@ -129,8 +129,8 @@ def build_tools(which: Callable[[str], str | None] = shutil.which) -> list[Row]:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = (which(f"{home}/bin/nvcc") if home else None) or which("nvcc") or which("/usr/local/cuda/bin/nvcc")
     return [
-        _program("C++ compiler", which(compiler), f"{compiler} not found: it builds the CPU operators; install g++"),
-        _program("nvcc", nvcc, "not on PATH or in CUDA_HOME: it builds the CUDA operators; install the CUDA toolkit"),
+        _program("C++ compiler", which(compiler), f"{compiler} not found, but the CPU operators need it; install g++"),
+        _program("nvcc", nvcc, "not on PATH or in CUDA_HOME, but the CUDA operators need it; install the CUDA toolkit"),
         ninja(which("ninja")),
     ]
 
@@ -138,8 +138,8 @@ def build_tools(which: Callable[[str], str | None] = shutil.which) -> list[Row]:
 def ninja(path: str | None, beside: Path = Path(sys.executable).parent) -> Row:
     """Return a row on the ninja on PATH, which torch's builds use, compared with one beside the interpreter."""
     own = shutil.which("ninja", path=str(beside))
-    remedy = NINJA if own is None else f"{own} is there: put {beside} on PATH of every node"
-    absent = f"not on PATH: builds go without it, more slowly, and those of DeepSpeed not at all; {remedy}"
+    remedy = NINJA if own is None else f"{own} exists; put {beside} on PATH on every node"
+    absent = f"not on PATH, so builds are slower and DeepSpeed's fail; {remedy}"
     row = _program("ninja", path, absent)
     if path is None or row.state != "ok":
         return row
@@ -148,8 +148,8 @@ def ninja(path: str | None, beside: Path = Path(sys.executable).parent) -> Row:
         other_version = other.detail.removeprefix(f"{own}: ")
         if other_version != version:
             detail = (
-                f"PATH has {path}, {version}, and the interpreter {own}, {other_version}: a build by the one is built "
-                f"again by the other, every time; put {beside} first on PATH of every node"
+                f"PATH has {path}, {version}, but the interpreter has {own}, {other_version}, and each builds again "
+                f"what the other has built; put {beside} first on PATH on every node"
             )
             return Row("ninja", "warning", detail, version, "warning")
     return replace(row, alike=version, if_unlike="warning")
@@ -161,11 +161,11 @@ def build_locks() -> list[Row]:
 
     stale = stale_build_locks()
     if not stale:
-        return [Row("build locks", "ok", "none older than the builds that may hold them")]
+        return [Row("build locks", "ok", "no old ones")]
     rows = "; ".join(f"`rm {shlex.quote(str(path))}`" for path in stale)
     detail = (
-        f"held for more than {STALE_SECONDS // 60} minutes: whoever builds the same extension waits for ever; where no "
-        f"build runs: {rows}"
+        f"held for more than {STALE_SECONDS // 60} minutes, and every build of the same extension waits for them; if "
+        f"no build is running, {rows}"
     )
     return [Row("build locks", "warning", detail)]
 
@@ -177,7 +177,7 @@ def launchers(which: Callable[[str], str | None] | None = None) -> list[Row]:
         Row(
             f"launcher {name}",
             "ok" if path else "off",
-            path or f"not found: it {LAUNCHERS[name]}; install it to use it",
+            path or f"not found ({LAUNCHERS[name]}); install it to use it",
         )
         for name, path in found.items()
     ]
@@ -189,10 +189,10 @@ def _program(what: str, path: str | None, absent: str) -> Row:
     try:
         done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        return Row(what, "off", f"{path} does not run: {one_line(str(error))}; install it again")
+        return Row(what, "off", f"{path} cannot be run ({one_line(str(error))}); install it again")
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     # nvcc prints its vendor first and its release in the fourth line.
-    said = next((line for line in lines if "release" in line), lines[0] if lines else "says nothing")
+    said = next((line for line in lines if "release" in line), lines[0] if lines else "prints nothing")
     return Row(what, "ok", f"{path}: {said.strip()}")
 
 

@@ -179,7 +179,7 @@ def data(config: Config) -> Iterator[Row]:
         if readers == "unread":
             readers = _Readers.of(config) or "broken"
         state: State = "ok"
-        said = "not read further: see what is broken above"
+        said = "not checked, because of a fault above"
         if isinstance(readers, _Readers):
             try:
                 state, said = readers.read(key)

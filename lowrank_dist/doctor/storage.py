@@ -50,13 +50,13 @@ class Probe:
             cause = error.__cause__
             reason = cause.strerror if isinstance(cause, OSError) else cause
             raise DiskError(
-                f"{place}: a checkpoint cannot be written there: {reason}; free some space, or give output.dir a "
-                "folder where you may write"
+                f"{place}: a checkpoint cannot be written ({reason}); free some space, or set output.dir to a folder "
+                "where you may write"
             ) from error
         seconds = time.monotonic() - start
-        where = str(place) if place == self.run else f"{place}, where {self.run} is to be"
+        where = str(place) if place == self.run else f"{place}, the folder for {self.run}"
         if (self.folder / FILE).read_bytes() != self._content:
-            detail = f"{where}: what was written reads back otherwise; give output.dir on another disk"
+            detail = f"{where}: written data was read back changed; set output.dir to another disk"
             return [Row("run folder", "broken", detail)]
         detail = f"{where}: {format_size(PROBE_BYTES)} written, synced, renamed and read back in {seconds * 1e3:.0f} ms"
         return [Row("run folder", "ok", detail, figures={"write_seconds": seconds})]
@@ -123,16 +123,19 @@ def space(config: Config, writes: bool) -> list[Row]:
         kept = (config.output.keep_last or 1) + best + 1
         needed = kept * one + final + ROOM
         figures |= {"needed_bytes": needed, "checkpoint_bytes": one}
-        said += f"; {kept} checkpoints of {format_size(one)} and the rest take {format_size(needed)}"
+        said += f"; {kept} checkpoints of {format_size(one)} and the other files take {format_size(needed)}"
         if config.output.keep_last is None:
-            said += " (output.keep_last is null: every other one adds to it)"
+            said += " (output.keep_last is null, so every further one adds to it)"
     else:
         needed = ROOM
-        said += f"; logs want {format_size(needed)}"
+        said += f"; logs need {format_size(needed)}"
     if facts.f_favail == 0 and facts.f_files:
-        detail = f"{said}; no inode is left: remove files, or give output.dir on another disk"
+        detail = f"{said}, but no inode is left; remove files, or set output.dir to another disk"
         return [Row("free disk", "broken", detail, figures=figures)]
     if free < needed:
-        detail = f"{said}: too little; free some, keep fewer (output.keep_last) or give output.dir on another disk"
+        detail = (
+            f"{said}, which is too little; free some, keep fewer checkpoints (output.keep_last) or set output.dir to "
+            "another disk"
+        )
         return [Row("free disk", "broken", detail, figures=figures)]
     return [Row("free disk", "ok", said, figures=figures)]

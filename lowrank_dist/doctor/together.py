@@ -131,9 +131,9 @@ class LeaderCheck(RankCheck):
             return Row("rendezvous", "ok", detail, figures={"seconds": met_after})
         came = "; ".join(f"{_numbers(ranks)} on {node}" for node, ranks in self.attendance.ranks.items())
         detail = (
-            f"{_numbers(self.attendance.absent)} of {self.place.size} did not come to {where} within "
-            f"{self.seconds:.0f} s; there: {came}. Their own messages say more; were none started, look at the "
-            f"launcher, else at the route to {self.place.master} and at firewalls"
+            f"{_numbers(self.attendance.absent)} of {self.place.size} did not connect to {where} within "
+            f"{self.seconds:.0f} s; connected: {came}. See their own messages. If they were not started, check the "
+            f"launcher; if they were, check the route to {self.place.master} and firewalls"
         )
         return Row("rendezvous", "broken", detail)
 
@@ -146,7 +146,7 @@ class LeaderCheck(RankCheck):
                 try:
                     reports[rank] = self.board.take(f"report/{rank}", max(end - time.monotonic(), 0.01))
                 except NoAnswer:
-                    detail = f"no answer from rank {rank} any more: see its own messages, and whether {node} is alive"
+                    detail = f"rank {rank} stopped answering; see its own messages, and check that {node} is alive"
                     found.between.append(Row(f"node {node}", "broken", detail))
             if ranks[0] in reports:
                 found.rows[node] = [Row(**row) for row in reports[ranks[0]]["rows"]]
@@ -172,14 +172,14 @@ class LeaderCheck(RankCheck):
         reason = ""
         bad = [node for node, rows in found.rows.items() if any(row.what in MEETING for row in failing(rows))]
         if self.attendance.absent or len(reports) < self.place.size or len(alive) < len(self.attendance.ranks):
-            reason = "not every rank is there"
+            reason = "not every rank has connected"
         elif bad:
             reason = f"{some_of(bad)} cannot meet the others"
         elif len(kinds) > 1:
             reason = "; ".join(f"{node}: {_kinds(of)}" for node, of in used.items())
             reason += ": set model.device to what all nodes have"
         if reason:
-            found.between.append(Row("all-reduce", "broken", f"not tried: {reason}"))
+            found.between.append(Row("all-reduce", "broken", f"not checked, since {reason}"))
         return {"leaders": alive, "probes": probes, "library": None if reason else library}
 
     def _compare_nodes(self, leaders: Mapping[str, int], found: Results) -> None:
@@ -196,7 +196,7 @@ class LeaderCheck(RankCheck):
                 node: tuple(self.board.take(f"clock/{rank}", patience)) for node, rank in leaders.items() if rank != 0
             }
         except NoAnswer as error:
-            found.between.append(Row("nodes", "broken", f"one fell silent ({error}): see its own messages"))
+            found.between.append(Row("nodes", "broken", f"one stopped answering ({error}); see its own messages"))
             return
         if self.config is not None and len(leaders) > 1:
             found.between.append(_shared(blind, self.config))
@@ -210,7 +210,7 @@ class LeaderCheck(RankCheck):
             try:
                 answers[rank] = self.board.take(f"links/{rank}", max(end - time.monotonic(), 0.01))
             except NoAnswer:
-                answers[rank] = {"error": f"no answer any more; {NETWORK_REMEDY}"}
+                answers[rank] = {"error": f"stopped answering; {NETWORK_REMEDY}"}
             if "error" in answers[rank]:
                 errors.setdefault(answers[rank]["error"], []).append(rank)
         for text, ranks in errors.items():
@@ -225,11 +225,11 @@ class LeaderCheck(RankCheck):
 
 def _shared(blind: Mapping[str, Sequence[str]], config: Config) -> Row:
     if not blind:
-        return Row("run folder, shared", "ok", "what each node writes every other one sees")
-    said = "; ".join(f"what {node} writes is not seen on {some_of(list(by))}" for node, by in blind.items())
+        return Row("run folder, shared", "ok", "every node sees what each other node writes")
+    said = "; ".join(f"files that {node} writes are not visible on {some_of(list(by))}" for node, by in blind.items())
     detail = (
-        f"{said}: checkpoints would lie on rank 0's node alone, and a job that starts on others does not find them; "
-        f"give output.dir ({config.output.dir}) on a file system that all nodes share"
+        f"{said}, so checkpoints would exist only on rank 0's node, and a job on other nodes would not find them; "
+        f"set output.dir ({config.output.dir}) to a file system that all nodes share"
     )
     return Row("run folder, shared", "warning", detail)
 

@@ -61,15 +61,15 @@ def require_same_inputs(config: Config, data: Data, device: torch.device, *, afr
         "data.tokenizer": _shown(tokenizer_digest(words)),
     }
     if config.eval.generate is not None:
-        assert config.data.eval is not None, "there is nothing to generate for without an eval set"
-        own["data.eval, prompts and all"] = _shown(digest_of([config.data.eval]))
+        assert config.data.eval is not None, "generation needs an eval set"
+        own["data.eval, prompts included"] = _shown(digest_of([config.data.eval]))
         own[GENERATION_FILE] = _shown(digest_of([model / GENERATION_FILE]))
     adapter = config.own_section.starts_from
     if afresh and adapter is not None:
         own[_start_key(config)] = _shown(
             digest_of(adapter / name for name in method_package(config.method).files.published)
         )
-    _require(own, device, "Give all nodes the same files: copies may lie anywhere, but differ in nothing")
+    _require(own, device, "Give all nodes the same files; their paths may differ, but not their contents")
 
 
 def _require(own: dict[str, str], device: torch.device, remedy: str) -> None:

@@ -101,19 +101,19 @@ def startup_lines(run: Run, method: Method, engine: Engine, data: Data, forecast
         yield forecast.layout_line
     yield forecast.memory_line
     for lock in stale_build_locks():
-        yield f"a killed build left {lock}, for which every later build of that extension waits; remove it"
+        yield (
+            f"{lock}: left by a build that was killed, and every later build of this extension waits for it; remove it"
+        )
     yield from notes_on_settings(config, data.stream_range.steps)
     yield from notes_on_best(config, run.state, data.held_out_state)
     trained = engine.theta.elements
     frozen = sum(parameter.numel() for parameter in engine.model.parameters()) - trained
     share = f" ({100 * trained / frozen:.3f} %)" if frozen else ""
-    yield f"{method.summary}; on each rank {trained:,} trained parameters beside {frozen:,} frozen{share}"
+    yield f"{method.summary}; each rank has {trained:,} trained and {frozen:,} frozen parameters{share}"
     yield from _notes_on_files(config, engine.model, afresh=run.resumption is None)
     if method.virtual_positions:
         longest, virtual = config.data.max_length, method.virtual_positions
-        yield (
-            f"{virtual} virtual positions take from data.max_length {longest}: {longest - virtual} remain for a sample"
-        )
+        yield (f"{virtual} virtual positions leave {longest - virtual} of data.max_length {longest} for a sample")
     for dataset in (data.dataset, data.held_out):
         if dataset is not None:
             yield dataset.report.summary()
@@ -123,7 +123,7 @@ def startup_lines(run: Run, method: Method, engine: Engine, data: Data, forecast
         yield f"resumed from {run.resumption.folder} at step {run.resumption.state.step} of {data.stream_range.steps}"
         yield from data.stream_range.notes
     elif config.train.resume == "auto":
-        yield f"train.resume=auto: {config.output.dir} has no checkpoint to go on from; the run starts at its beginning"
+        yield f"train.resume=auto: {config.output.dir} has no checkpoint; the run starts from the beginning"
 
 
 def _notes_on_files(config: Config, model: CausalLM, *, afresh: bool) -> Iterator[str]:

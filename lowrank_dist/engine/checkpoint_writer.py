@@ -86,7 +86,7 @@ class CheckpointWriter:
         try:
             self._write(stream, state, final)
         except OSError as error:
-            raise DiskError(f"could not write in {self._folder.checkpoints}: {error}") from error
+            raise DiskError(f"{self._folder.checkpoints}: could not be written ({error})") from error
 
     def _write(self, stream: Iterable[Mapping[str, Tensor]], state: TrainingState, final: bool) -> None:
         given, text = self.facts.provenance, self.facts.text
@@ -107,7 +107,7 @@ class CheckpointWriter:
         self._retire(best)
         if final and not trained:
             raise UserError(
-                f"{target} holds what the run began with: all of its steps were skipped (train.nonfinite=skip). Lower "
+                f"{target}: has the initial values, because all steps were skipped (train.nonfinite=skip); lower "
                 "train.lr, or look at the samples"
             )
         self.summary = f"checkpoints/last: step {state.step}"
@@ -136,7 +136,7 @@ class CheckpointWriter:
             source = self._step_folder(step)
             try:
                 if step != last and _is_untrained(source):
-                    raise UserError(f"{source} holds what the run began with")
+                    raise UserError(f"{source} has the initial values")
                 copy_adapter(source, self._folder.adapter, names)
             except DiskError:
                 raise
@@ -171,10 +171,10 @@ class CheckpointWriter:
                 folder.rename(doomed)  # a kill then leaves a temporary name, not half a checkpoint
                 shutil.rmtree(doomed)
             except FileNotFoundError:
-                logger.info("%s is gone already: somebody removed it", folder)
+                logger.info("%s: already removed by another process", folder)
             except OSError as error:  # not fatal: the new checkpoint is written
                 failed.append(f"{folder}: {error}")
-        self.leftovers = f"old checkpoints could not be removed ({'; '.join(failed)}): remove them" if failed else ""
+        self.leftovers = f"old checkpoints could not be removed ({'; '.join(failed)}); remove them" if failed else ""
 
 
 def _is_untrained(checkpoint: Path) -> bool:

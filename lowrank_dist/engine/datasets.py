@@ -72,14 +72,18 @@ def _position(train: TrainConfig, dataset: Dataset, resumed: TrainingState) -> t
     position, n, before = resumed.stream_position, len(dataset), f"up to step {resumed.step}"
     seed, batch = resumed.setting("train", "seed"), resumed.setting("train", "global_batch")
     if resumed.data.sha256 != dataset.sha256:
-        return 0, [f"data.train is another than {before}: it is read from its beginning, and passes are counted anew"]
+        return 0, [
+            f"data.train was another file {before}: the new one is read from its beginning, and passes count from zero"
+        ]
     if seed not in (None, train.seed):
         whole = position // n
         return whole * n, [
-            f"train.seed was {seed} {before}: pass {whole + 1} over the data begins again in a new order"
+            f"train.seed was {seed} {before}: pass {whole + 1} over the data starts again in a new order"
         ]
     if batch not in (None, train.global_batch):
-        return position, [f"train.global_batch was {batch} {before}: the data goes on after {position / n:.2f} passes"]
+        return position, [
+            f"train.global_batch was {batch} {before}: the data continues after {position / n:.2f} passes"
+        ]
     return position, ()
 
 
@@ -190,8 +194,8 @@ def note_on_batch(train: TrainConfig, samples: int, stream_range: StreamRange) -
     if train.global_batch <= samples or (stream_range.end is not None and stream_range.end <= samples):
         return []
     return [
-        f"train.global_batch {train.global_batch} is more than the {samples} samples of data.train: a step reads some "
-        "more than once"
+        f"train.global_batch {train.global_batch} is more than the {samples} samples of data.train, so a step reads "
+        "some of them more than once"
     ]
 
 
@@ -212,7 +216,9 @@ def _note_on_clock(tokenizer: Tokenizer, started_at: datetime | None) -> list[st
         return []
     if tokenizer.template is None or not tokenizer.template.reads_the_clock:
         return []
-    return [f"the chat template reads the clock: in all of this run, resumed or not, it is {started_at}, when it began"]
+    return [
+        f"the chat template reads the clock, which stays at {started_at}, the start of this run, even after a resume"
+    ]
 
 
 def _generation(

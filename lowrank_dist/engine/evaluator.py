@@ -151,11 +151,11 @@ def outdated_values(config: Config, state: TrainingState | None, held_out: DataS
         return {}
     measured = [name for name, values in state.evaluations.items() if values]
     if state.held_out is not None and held_out is not None and state.held_out.sha256 != held_out.sha256:
-        return dict.fromkeys(measured, f"of data.eval {state.held_out.path} as it was")
+        return dict.fromkeys(measured, f"on the former data.eval {state.held_out.path}")
     generated = [name for name in measured if name != LOSS]
     before, now = (state.config.get("eval") or {}).get("generate"), config.model_dump(mode="json")["eval"]["generate"]
     if before and now and any(before.get(key) != now[key] for key in ("max_new_tokens", "stop", "samples")):
-        return dict.fromkeys(generated, f"by eval.generate {before}")
+        return dict.fromkeys(generated, f"with eval.generate {before}")
     if state.metric_definition != DEFINITION:
-        return dict.fromkeys(generated, "by an earlier version of lowrank_dist, which counted otherwise")
+        return dict.fromkeys(generated, "by an earlier version of lowrank_dist, which counted differently")
     return {}

@@ -144,8 +144,8 @@ class Forecast:
         if planned <= _CERTAIN * available or self._ignored:
             return f"{line}: IT MAY NOT FIT"
         raise UserError(
-            f"{line}: it does not fit. {self._remedy(available)}; `lowrank-dist plan` with this configuration says "
-            "more. train.ignore_plan=true starts it anyway"
+            f"{line}: it does not fit. {self._remedy(available)}; `lowrank-dist plan` with this configuration shows "
+            "why, and train.ignore_plan=true starts it anyway"
         )
 
     def _remedy(self, available: int) -> str:
@@ -155,7 +155,7 @@ class Forecast:
         if found is not None:
             return f"On these {cluster.gpus} ranks it fits with {found} ({found.candidate.job.layout})"
         return (
-            f"No layout of these {cluster.gpus} ranks fits: use more ranks, or a smaller data.max_length or "
+            f"No layout of these {cluster.gpus} ranks fits; use more ranks, or a smaller data.max_length or "
             "eval.generate.batch"
         )
 

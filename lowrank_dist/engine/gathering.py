@@ -101,9 +101,9 @@ class Gathering:
         size = self._topology.tp_size
         if any(len(set(digests[at : at + size])) > 1 for at in range(0, len(digests), size)):
             raise UserError(
-                "replicated parameters differ between tensor-parallel ranks: what was trained would be wrong and is "
-                "not saved. This is a fault of the machine or of lowrank_dist; please report it with the logs of all "
-                "ranks"
+                "replicated parameters differ between tensor-parallel ranks, so the trained weights are wrong and "
+                "are not saved. This is a fault of the machine or a bug of lowrank_dist; report it with the logs of "
+                "all ranks"
             )
 
     def _join(self, batch: Sequence[int], received: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:

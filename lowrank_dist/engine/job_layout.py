@@ -52,7 +52,7 @@ def job_layout(request: Request, cluster: Cluster) -> JobLayout:
     where = f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}"
     if not choice.fits and not config.train.ignore_plan:
         others = "; ".join(map(str, choice.remedies))
-        remedy = _remedy(job, fixed, cluster) or (f"; it would fit with {others}" if others else "")
+        remedy = _remedy(job, fixed, cluster) or (f"; it fits with {others}" if others else "")
         raise UserError(f"{request.model.name} does not fit {where} as {layout}: a GPU lacks {short:.1f} GB{remedy}")
     if best.crosses_nodes and not config.parallel.across_nodes:
         raise UserError(
@@ -93,7 +93,7 @@ def _values(candidate: Candidate) -> dict[str, str]:
 def _warning(candidate: Candidate, where: str) -> str | None:
     if candidate.missing_bytes:
         missing = candidate.missing_bytes / 1e9
-        return f"the plan lacks {missing:.1f} GB on each GPU of {where}; train.ignore_plan=true starts it"
+        return f"by the plan each GPU of {where} lacks {missing:.1f} GB; train.ignore_plan=true starts it anyway"
     if candidate.job.device == "cuda" and candidate.tight:
         return (
             f"memory is tight: {candidate.spare / 1e9:.2f} GB of each GPU are to spare, and the plan is right to "

@@ -80,8 +80,8 @@ class Stragglers:
         middle = median(usual)
         slow = {rank for rank, own in enumerate(usual) if own > self._factor * middle}
         lines = [
-            f"step {step}: rank {rank} on {self._hosts[rank]} is a straggler: {usual[rank]:.3f} s of its own work "
-            f"where the median rank needs {middle:.3f} s; all others wait for it"
+            f"step {step}: rank {rank} on {self._hosts[rank]} is a straggler: its own work takes {usual[rank]:.3f} s "
+            f"a step and the median rank's {middle:.3f} s, so all others wait for it"
             for rank in sorted(slow - self._named)
         ]
         caught_up = sorted(self._named - slow)

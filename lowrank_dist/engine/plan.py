@@ -77,8 +77,8 @@ def _with_adapter(request: Request) -> Request:
         return request
     if not request.whole:
         raise UserError(
-            "lora.init_from: an adapter is read together with its model: plan a run's YAML file, or give lora.rank and "
-            "lora.targets"
+            "lora.init_from: an adapter can only be read together with its model; plan a run's YAML file, or give "
+            "lora.rank and lora.targets"
         )
     section = method_package(config.method).files.complete(config.own_section, config.model.path)
     return replace(request, config=config.with_own_section(section))

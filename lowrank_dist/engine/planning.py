@@ -71,7 +71,7 @@ def read_request(what: str, overrides: Sequence[str]) -> Request:
         source = str(config.model.path)
         if source not in BUILT_IN and not config.model.path.exists():
             raise UserError(
-                f"model.path: {source} is not there, and a plan needs its config.json: give the folder as "
+                f"model.path: {source} does not exist, and a plan needs its config.json; give the folder as "
                 f"model.path=DIR, or one of the built-in shapes ({', '.join(BUILT_IN)})"
             )
         return Request(find_model(source), config, True)

@@ -105,7 +105,7 @@ class Reporter:
             if name not in self._failed:
                 self._failed.add(name)
                 logger.warning("%s failed", name, exc_info=error)
-                self.say(f"{name} could not be written: {error}. The run goes on")
+                self.say(f"{name} could not be written: {error}. The run continues")
 
 
 def open_reporter(run: Run, total_steps: int) -> Reporter:
@@ -282,5 +282,5 @@ def _generated(record: Record) -> str:
     if "eval_met_length_limit" not in record:
         return ""
     found = "".join(f"  {name} {record[f'eval_{name}']:.4f}" for name in METRICS if f"eval_{name}" in record)
-    limited = f"{record['eval_met_length_limit']:.0f} of {record['eval_samples']:.0f} met their length limit"
+    limited = f"{record['eval_met_length_limit']:.0f} of {record['eval_samples']:.0f} reached their length limit"
     return f"{found}  {record['eval_mean_tokens']:.1f} tokens each, {limited}"

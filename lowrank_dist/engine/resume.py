@@ -64,12 +64,13 @@ def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Re
             why = f"none of the checkpoints in {folder.checkpoints} verifies ({'; '.join(messages)})"
         elif left := answer["saved_run"]:
             why = (
-                f"{folder.checkpoints} holds no checkpoint of the run that saved there (left of it: {', '.join(left)})"
+                f"{folder.checkpoints} has no checkpoint, but other files of a run that saved one remain "
+                f"({', '.join(left)})"
             )
         if why is not None and not config.output.overwrite:
             raise UserError(
-                f"train.resume: {why}: restore one, choose another output.dir, or let output.overwrite=true remove "
-                "that run and start afresh"
+                f"train.resume: {why}; restore a checkpoint, choose another output.dir, or set output.overwrite=true "
+                "to remove that run and start from the beginning"
             )
         return None
     return Resumption(Path(answer["folder"]), parse_state(answer["state"].encode()), messages)
@@ -98,16 +99,16 @@ def _look(config: Config, folder: RunFolder) -> dict[str, Any]:
         newer = [step for step in step_folders(folder.checkpoints) if step > state.step]
         if folder.holds(chosen) and newer:
             raise UserError(
-                f"train.resume: {folder.checkpoints} holds newer checkpoints than {chosen} (step-{newer[0]}), which "
-                "would mix with those to come: remove them, or choose another output.dir"
+                f"train.resume: {folder.checkpoints} has newer checkpoints than {chosen} (step-{newer[0]}), which "
+                "would mix with those of this run; remove them, or choose another output.dir"
             )
     if chosen is not None and state is not None and "model.path" not in config.train.resume_changes:
         digest = fingerprint(config.model.path)
         if digest != state.base_fingerprint:
             changed = _changed_keys(complete(config, Resumption(chosen, state, ())), state)
             raise UserError(
-                f"train.resume: {chosen} was trained on another base than model.path {config.model.path} (fingerprint "
-                f"{state.base_fingerprint[:12]}…, found {digest[:12]}…): give that one, unchanged"
+                f"train.resume: {chosen} was trained on another base than model.path {config.model.path} "
+                f"(fingerprint {state.base_fingerprint[:12]}…, found {digest[:12]}…); give that base, unchanged"
                 + (f". Changed as well: {_advice(config, changed)}" if changed else "")
             )
     return {
@@ -166,10 +167,10 @@ def require_same_run(
     for key, before, now in (("data.train", state.data, data), ("data.eval", state.held_out, held_out)):
         if (before and before.sha256) != (now and now.sha256) and key not in config.train.resume_changes:
             changed[key] = (_content(before), _content(now))
-    faults = [f"belongs to a run of other results: {_advice(config, changed)}"] if changed else []
+    faults = [f"belongs to a run with other settings or data: {_advice(config, changed)}"] if changed else []
     if state.step > steps:
         length = "train.epochs" if config.train.steps is None else "train.steps"
-        faults.append(f"is at step {state.step}, but the run ends at {steps}: raise {length}")
+        faults.append(f"is at step {state.step}, but the run ends at step {steps}; raise {length}")
     if faults:
         raise UserError(f"train.resume: {resumption.folder} {'. It '.join(faults)}")
 
@@ -189,7 +190,7 @@ def _advice(config: Config, changed: Mapping[str, tuple[Any, Any]]) -> str:
 
     The override replaces the list that the config has, so it repeats the keys that are allowed already.
     """
-    listed = "; ".join(f"{key} was {before}, is {now}" for key, (before, now) in sorted(changed.items()))
+    listed = "; ".join(f"{key} was {before} and is now {now}" for key, (before, now) in sorted(changed.items()))
     own = method_package(config.method).section
     shaping = {"method", *(f"{own}.{each}" for each in config.own_section.shaping)}
     never = sorted(shaping & changed.keys())
@@ -197,9 +198,9 @@ def _advice(config: Config, changed: Mapping[str, tuple[Any, Any]]) -> str:
     allow = f"'train.resume_changes=[{', '.join(dict.fromkeys([*config.train.resume_changes, *others]))}]'"
     if not never:
         return f"{listed}. Set them back, or allow the change with {allow}"
-    fixed = f"{' and '.join(never)} can never change, since the checkpoint's tensors would not fit"
-    allowed = f"; the change of {' and '.join(others)} can be allowed with {allow}" if others else ""
-    return f"{listed}. Set them back: {fixed}{allowed}. For a new run choose another output.dir"
+    fixed = f"{' and '.join(never)} cannot change, since the checkpoint's tensors would not fit"
+    allowed = f"; allow the change of {' and '.join(others)} with {allow}" if others else ""
+    return f"{listed}. Set them back: {fixed}{allowed}. For a new run, choose another output.dir"
 
 
 def _is_free(key: str) -> bool:
@@ -260,4 +261,7 @@ def restore(
     try:
         restore_generators(resumption.state.rng, device)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"{resumption.folder}: the generators' states cannot be set ({error}): take another") from error
+        raise UserError(
+            f"{resumption.folder}: the states of the random number generators cannot be restored ({error}); take "
+            "another checkpoint"
+        ) from error

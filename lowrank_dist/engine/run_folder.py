@@ -37,7 +37,7 @@ class RankLog(logging.FileHandler):
         elif not self._said:
             self._said = True
             with contextlib.suppress(OSError):
-                say(f"lowrank_dist: {self.baseFilename} could not be written: {error}. The run goes on", err=True)
+                say(f"lowrank_dist: {self.baseFilename} could not be written: {error}. The run continues", err=True)
 
 
 class RunFolder:
@@ -88,11 +88,11 @@ class RunFolder:
         """Raise UserError where the folder is or lies in an input, or an input is or lies in a path the run writes."""
         for key, source in inputs.items():
             if lies_in(self.path, source):
-                raise UserError(f"output.dir: {self.path} is or lies in {key} ({source}): choose a folder outside it")
+                raise UserError(f"output.dir: {self.path} is or lies in {key} ({source}); choose a folder outside it")
             within = next((path for path in self.written() if lies_in(source, path)), None)
             if within is not None:
                 raise UserError(
-                    f"{key}: {source} is or lies in {within}, which the run writes: choose another output.dir"
+                    f"{key}: {source} is or lies in {within}, which the run writes; choose another output.dir"
                 )
 
     def refuse_existing(self) -> None:
@@ -100,8 +100,8 @@ class RunFolder:
         held = [name for name in ENTRIES if (self.path / name).exists()]
         if held:
             raise UserError(
-                f"output.dir: {self.path} already holds a run ({', '.join(held)}); "
-                "resume it with train.resume=auto, choose another output.dir, or remove it with output.overwrite=true"
+                f"output.dir: {self.path} already has a run ({', '.join(held)}); resume it with train.resume=auto, "
+                "choose another output.dir, or remove it with output.overwrite=true"
             )
 
     def saved_run(self) -> list[str]:
@@ -136,8 +136,8 @@ class RunFolder:
             newer = sorted(name for name in now if now[name] != self._found.get(name))
             if newer:
                 raise UserError(
-                    f"output.dir: another process trained in {self.path} since this one was started "
-                    f"({some_of(newer)}): start again"
+                    f"output.dir: another process wrote to {self.path} after this one started ({some_of(newer)}); "
+                    "start again"
                 )
         except UserError:
             handler.close()
@@ -155,7 +155,7 @@ class RunFolder:
             return RankLog(self._log(rank))
         except OSError as error:
             raise UserError(
-                f"output.dir: cannot write {self.path}: {error.strerror}; choose a writable folder"
+                f"output.dir: cannot write {self.path} ({error.strerror}); choose a writable folder"
             ) from error
 
     def _log_to(self, handler: logging.Handler) -> None:
@@ -179,7 +179,7 @@ class RunFolder:
             temporary.write_text(config_yaml)
             temporary.replace(self.config)
         except OSError as error:
-            raise UserError(f"output.dir: cannot write {self.config}: {error.strerror}; is the disk full?") from error
+            raise UserError(f"output.dir: cannot write {self.config} ({error.strerror}); is the disk full?") from error
 
     def _remove_run(self) -> None:
         checkpoints = [*step_folders(self.checkpoints).values(), *step_links(self.checkpoints)]
@@ -208,11 +208,15 @@ class RunFolder:
             fcntl.flock(log.stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"output.dir: another process trains in {self.path}: end it first (it may have outlived its launcher), "
-                "or choose another output.dir"
+                f"output.dir: another process trains in {self.path}; end it first (it may have outlived its "
+                "launcher), or choose another output.dir"
             ) from error
         except OSError as error:  # a file system without locks
-            logger.warning("%s cannot be locked (%s): never start two runs in it", self.path, error.strerror)
+            logger.warning(
+                "%s cannot be locked (%s), so two runs in it would not be noticed; start only one",
+                self.path,
+                error.strerror,
+            )
 
     def _clear(self) -> None:
         """Remove a killed run's unfinished files, and no others: other programs may write here too (merge --out)."""
@@ -223,7 +227,7 @@ class RunFolder:
                 target = final_path(child)
                 ours = target.name in known or (folder == self.checkpoints and is_step_folder(target))
                 if is_temporary(child) and ours:
-                    logger.warning("removing %s, left behind unfinished", child)
+                    logger.warning("removing %s, which was left unfinished", child)
                     shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
 
     def _entries(self) -> dict[str, int]:

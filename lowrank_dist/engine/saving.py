@@ -137,7 +137,7 @@ class CheckpointSaver:
             except OSError as error:
                 temporary.unlink(missing_ok=True)
                 logger.error("could not write %s", self._folder.probe, exc_info=error)
-                self._report(f"NO PROBE WAS WRITTEN to {self._folder.probe}: {error}; is the disk full?")
+                self._report(f"NO PROBE WAS WRITTEN to {self._folder.probe} ({error}); is the disk full?")
 
     def _wait(self) -> None:
         if self._current is not None:
@@ -171,7 +171,7 @@ class CheckpointSaver:
         self._current, self._refusal = None, None
         if outcome == _REFUSED:
             self._refusal = str(save.error or "rank 0 could not write it; see its log")
-            message = f"step {save.step}: NO CHECKPOINT WAS WRITTEN: {self._refusal}. Training goes on"
+            message = f"step {save.step}: NO CHECKPOINT WAS WRITTEN: {self._refusal}. Training continues"
             logger.error("%s", message)
             self._report(message)
         elif self._writer is not None and self._writer.leftovers:

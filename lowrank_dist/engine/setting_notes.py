@@ -23,8 +23,8 @@ def _on_warmup(config: Config, steps: int) -> list[str]:
         return []
     reached = train.lr * steps / train.warmup_steps
     return [
-        f"train.warmup_steps is {train.warmup_steps} and the run has {steps} steps: the learning rate rises until the "
-        f"end, to {reached:.3g}"
+        f"train.warmup_steps is {train.warmup_steps}, but the run has {steps} steps, so the learning rate rises "
+        f"until the end and reaches {reached:.3g}"
     ]
 
 
@@ -33,8 +33,8 @@ def _on_checkpoints(config: Config, steps: int) -> list[str]:
     if every is not None and every < steps:
         return []
     return [
-        f"output.save_every is {_beyond(every, steps)}: the only checkpoint is the one at the end; a run that is "
-        "killed before then starts again"
+        f"output.save_every is {_beyond(every, steps)}: the only checkpoint is that of the last step, so a run that "
+        "is killed has to start from the beginning"
     ]
 
 
@@ -42,11 +42,11 @@ def _on_evaluations(config: Config, steps: int) -> list[str]:
     evaluation = config.eval
     every, patience = evaluation.every, evaluation.patience
     if config.data.eval is None:
-        return [] if every is None else [f"eval.every is {every}, but data.eval is null: nothing is evaluated"]
+        return [] if every is None else [f"eval.every is {every}, but data.eval is null, so nothing is evaluated"]
     lines = []
     if every is None or every >= steps:
         start = "before the first step and " if evaluation.at_start else ""
-        lines.append(f"eval.every is {_beyond(every, steps)}: data.eval is evaluated {start}after the last step only")
+        lines.append(f"eval.every is {_beyond(every, steps)}: data.eval is evaluated only {start}after the last step")
     if every is not None and patience is not None:
         # The first of them can only be the best so far, and the last step ends the run anyway.
         before_last = (steps - 1) // every + evaluation.at_start
@@ -71,22 +71,22 @@ def notes_on_best(config: Config, state: TrainingState | None, held_out: DataSta
         if both != evaluation.every:
             steps = "the last" if both is None else f"one of {both}, {2 * both}, … and the last"
             lines.append(
-                f"checkpoints/best can only be a step that is both evaluated and saved, {steps}: eval.every is "
-                f"{evaluation.every}, output.save_every {save_every or 'null'}"
+                f"checkpoints/best can only be a step that is both evaluated and saved, {steps}, since eval.every is "
+                f"{evaluation.every} and output.save_every is {save_every or 'null'}"
             )
     if state is None:
         return lines
     if not state.evaluations.get(evaluation.best) and any(state.evaluations.values()):
         lines.append(
-            f"eval.best is {label(evaluation.best)}, which was not measured up to step {state.step}: checkpoints/best "
-            "and eval.patience begin with the next evaluation"
+            f"eval.best is {label(evaluation.best)}, which was not measured up to step {state.step}; "
+            "checkpoints/best and eval.patience start from the next evaluation"
         )
     outdated = outdated_values(config, state, held_out)
     for reason in dict.fromkeys(outdated.values()):
         names = [label(name) for name in outdated if outdated[name] == reason]
-        begin = "; checkpoints/best and eval.patience begin with the next evaluation"
+        begin = "; checkpoints/best and eval.patience start from the next evaluation"
         lines.append(
-            f"{', '.join(names)} up to step {state.step} no longer count: they were measured {reason}"
-            f"{begin if evaluation.best in outdated else ''}"
+            f"{', '.join(names)} up to step {state.step} no longer count, since they were measured "
+            f"{reason}{begin if evaluation.best in outdated else ''}"
         )
     return lines

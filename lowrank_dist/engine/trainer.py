@@ -181,8 +181,8 @@ class Trainer:
         same, told = all_equal(tokens, self.run.supervision.stop.told, topology.tp_group, device)
         if not same:
             raise UserError(
-                f"step {step + 1}: ranks of one tensor-parallel group read different batches; do all nodes see the "
-                "same data.train file and tokenizer?"
+                f"step {step + 1}: ranks of one tensor-parallel group read different batches; check that all nodes "
+                "have the same data.train file and tokenizer"
             )
         return told
 
@@ -212,14 +212,14 @@ class Trainer:
         since = 0.0 if stop.told_at is None else time.monotonic() - stop.told_at
         longest = max(gather_values(since, self.run.topology.world_group, self.run.backend.device))
         self.reporter.say(
-            f"stopped by {stop.by or 'a signal to another rank'} at step {self.progress.step} of "
-            f"{self.steps}: checkpoint saved {longest:.2f} s after the signal; train.resume=auto goes on from it"
+            f"stopped by {stop.by or 'a signal to another rank'} at step {self.progress.step} of {self.steps}: "
+            f"checkpoint saved {longest:.2f} s after the signal; train.resume=auto continues from it"
         )
 
     def _say_early(self, trained: bool) -> None:
         history, patience = self.evaluator.history, self.run.config.eval.patience
-        what = "stopped early" if trained else "nothing is trained: the run ends early"
-        remedy = "" if trained else "; raise it, or set it to null, to go on"
+        what = "stopped early" if trained else "the run ends early"
+        remedy = "" if trained else "; raise it, or set it to null, to continue"
         self.reporter.say(
             f"{what} at step {self.progress.step} of {self.steps}: {history.without_better} evaluations in a "
             f"row no better than {history.describe_best()} (eval.patience {patience}{remedy})"

@@ -52,11 +52,11 @@ def _from_plan(job: Job, tp_rank: int) -> Iterator[tuple[str, int]]:
     second = _of_two_microbatches(on_cpu)
     totals = [memory(each, tp_rank).total for each in (job, on_cpu, second)]
     optimizer = persistent_bytes(second, theta_on_rank(second, tp_rank))["masters and moments"]
-    yield "operators of a CPU, which are not fused", totals[1] - totals[0]
-    yield "two microbatches, the second beside the gradients of the first", totals[2] - totals[1]
-    yield "no optimizer state: the optimizer does not run", -optimizer
+    yield "CPU operators, which are not fused", totals[1] - totals[0]
+    yield "two microbatches, so that the second one runs while the gradients of the first exist", totals[2] - totals[1]
+    yield "no optimizer state, since the optimizer does not run", -optimizer
     rest = executed_peak(on_cpu, tp_rank) - (totals[2] - optimizer)
-    yield "no reduction bucket, no evaluation: the fullest moment is one of the microbatch", rest
+    yield "no reduction bucket and no evaluation, so the peak is within a microbatch", rest
 
 
 def _parts(job: Job, tp_rank: int) -> dict[str, int]:

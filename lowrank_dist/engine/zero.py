@@ -89,8 +89,9 @@ class ZeroOptimiser:
         )
         if type(self.engine.optimizer) is not DeepSpeedZeroOptimizer:
             raise UserError(
-                f"this DeepSpeed chose {type(self.engine.optimizer).__name__} where ZeRO stage {rules.zero_stage} was "
-                "asked for; it would drop the deferred gradient sum. Install a DeepSpeed of the range in setup.py"
+                f"this DeepSpeed chose {type(self.engine.optimizer).__name__} for ZeRO stage {rules.zero_stage}, "
+                "which would drop the deferred gradient sum; install a DeepSpeed version within the range in "
+                "setup.py"
             )
         # As in DeepSpeed's pipeline engine: gradients are reduced by a call of its own, not in backward.
         self.engine.enable_backward_allreduce = False

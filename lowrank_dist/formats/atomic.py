@@ -127,21 +127,21 @@ def _signals_as_exceptions() -> Iterator[None]:
 
 def _check_target(target: Path, replace: bool) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise UserError(f"{target} is a file or a symbolic link, not a folder: give another output path")
+        raise UserError(f"{target}: a file or a symbolic link, not a folder; give another output path")
     if target.exists() and not replace:
-        raise UserError(f"{target} already exists and is not overwritten: remove it or give another output path")
+        raise UserError(f"{target}: already exists and is not overwritten; remove it or give another output path")
 
 
 def _explain(error: OSError, target: Path) -> str:
     where = f" at {error.filename}" if error.filename is not None else ""
     remedy = {
         errno.ENOSPC: "free some space or give an output path on another disk",
-        errno.EDQUOT: "your quota is used up: free some space or give an output path on another disk",
+        errno.EDQUOT: "your disk quota is used up, so free some space or give an output path on another disk",
         errno.EACCES: "give an output path where you may write",
         errno.EROFS: "give an output path that is not read-only",
     }
     hint = f"; {remedy[error.errno]}" if error.errno in remedy else ""
-    return f"could not write {target}: {error.strerror or error}{where}{hint}"
+    return f"{target}: could not be written ({error.strerror or error}{where}){hint}"
 
 
 def _sync_tree(folder: Path) -> None:

@@ -31,7 +31,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST_FILE
     if path.is_symlink() or not path.is_file():
-        raise UserError(f"{path} is missing: the checkpoint is incomplete, {_ANOTHER}")
+        raise UserError(f"{path}: missing, so the checkpoint is incomplete; {_ANOTHER}")
     try:
         text = read_bytes(path, _ANOTHER, largest=_LARGEST_MANIFEST)
         files = parse_json(text)["files"]
@@ -40,9 +40,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             for entry in files.values()
         )
     except (JsonError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is not what lowrank_dist writes ({error}): {_ANOTHER}") from error
+        raise UserError(f"{path}: not in the format that lowrank_dist writes ({error}); {_ANOTHER}") from error
     if not genuine:
-        raise UserError(f"{path} was changed after it was written: {_ANOTHER}")
+        raise UserError(f"{path}: changed after it was written; {_ANOTHER}")
     return files
 
 
@@ -50,22 +50,24 @@ def verify_manifest(folder: Path) -> None:
     """Raise UserError, naming the file, unless the folder holds exactly the regular files that its manifest lists."""
     files = read_manifest(folder)
     found = {child.name for child in folder.iterdir()} - {MANIFEST_FILE}
-    for what, names in (("is missing", files.keys() - found), ("is not in the manifest", found - files.keys())):
+    for what, names in (("missing", files.keys() - found), ("not in the manifest", found - files.keys())):
         if names:
-            raise UserError(f"{folder / min(names)} {what}: the checkpoint is not as it was written, {_ANOTHER}")
+            raise UserError(
+                f"{folder / min(names)}: {what}, so the checkpoint changed after it was written; {_ANOTHER}"
+            )
     for name, expected in files.items():
         child = folder / name
         if child.is_symlink() or not child.is_file():
-            raise UserError(f"{child} is no regular file: {_ANOTHER}")
+            raise UserError(f"{child}: not a regular file; {_ANOTHER}")
         # The size first: a truncated file is found without hashing it.
         if child.stat().st_size != expected["size"]:
-            raise UserError(f"{child} has {child.stat().st_size} bytes, not {expected['size']}: {_ANOTHER}")
+            raise UserError(f"{child}: {child.stat().st_size} bytes, the manifest has {expected['size']}; {_ANOTHER}")
         try:
             damaged = not matches_entry(child, expected)
         except OSError as error:
-            raise UserError(f"{child} cannot be read ({error.strerror}): {_ANOTHER}") from error
+            raise UserError(f"{child}: cannot be read ({error.strerror}); {_ANOTHER}") from error
         if damaged:
-            raise UserError(f"{child} is damaged, its SHA-256 is not the one written: {_ANOTHER}")
+            raise UserError(f"{child}: damaged, its SHA-256 is not the one in the manifest; {_ANOTHER}")
 
 
 def matches_entry(path: Path, expected: object) -> bool:

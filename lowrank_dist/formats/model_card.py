@@ -14,19 +14,20 @@ import yaml
 from lowrank_dist.formats.provenance import Provenance
 from lowrank_dist.terminal import escape_all
 
-USE = "## Use\n\nBASE is the base model's folder or name, ADAPTER this folder."
+USE = "## Use\n\nBASE is the folder or name of the base model, ADAPTER is this folder."
 WITH_PEFT = """    from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "ADAPTER")
     tokenizer = AutoTokenizer.from_pretrained("ADAPTER")
-    model.generation_config = GenerationConfig.from_pretrained("ADAPTER")  # the tokens that end its texts
+    model.generation_config = GenerationConfig.from_pretrained("ADAPTER")  # with its end-of-text tokens
 
-Where ADAPTER has no tokenizer or no generation_config.json, name BASE in that line."""
+If ADAPTER has no tokenizer or no generation_config.json, put BASE in that line."""
 WITH_GENERATE = """With lowrank-dist, on any number of GPUs:
 
     lowrank-dist generate --model BASE --adapter ADAPTER --prompt TEXT"""
 NOT_MERGED = (
-    "It cannot be merged into the base's weights, and vLLM does not serve it: of adapters it serves LoRA alone."
+    "It cannot be merged into the base's weights, and vLLM does not serve it, since LoRA is the only kind of "
+    "adapter that it serves."
 )
 _LONGEST_TEXT = 300
 _LONGEST_BLOCK = 8000
@@ -68,14 +69,14 @@ def plain(value: Any) -> str:
 
 def base_model(base: str) -> str:
     """Return words for the base, to be used in a sentence."""
-    return f"the base model {plain(base)}" if base else "a base model that it does not name"
+    return f"the base model {plain(base)}" if base else "an unnamed base model"
 
 
 def _origin(provenance: Provenance) -> str:
     training = _mapping(provenance.training)
     data = _mapping(training.get("data"))
     labels = {
-        "Base's fingerprint": provenance.base_fingerprint,
+        "Fingerprint of the base": provenance.base_fingerprint,
         "Step": training.get("step"),
         "Epochs": training.get("epoch"),
         "Tokens": training.get("tokens"),
@@ -86,7 +87,7 @@ def _origin(provenance: Provenance) -> str:
         "BLEU": training.get("eval_bleu"),
         "ROUGE-L": training.get("eval_rouge_l"),
         "Data": data.get("path"),
-        "Data's SHA-256": data.get("sha256"),
+        "SHA-256 of the data": data.get("sha256"),
         "Samples": data.get("samples"),
     }
     rows = [f"| {label} | {plain(_number(value))} |" for label, value in labels.items() if value is not None]

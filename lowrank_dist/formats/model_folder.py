@@ -81,8 +81,8 @@ class Checkpoint:
         stored = self._tensors[name]
         if stored.dtype not in FLOAT_DTYPES:
             raise UserError(
-                f"{stored.file}: tensor {name} is {stored.dtype}: expected one of {', '.join(FLOAT_DTYPES)}; "
-                "use an unquantized checkpoint"
+                f"{stored.file}: tensor {name} has dtype {stored.dtype}, not one of {', '.join(FLOAT_DTYPES)}; use "
+                "an unquantized checkpoint"
             )
         return FLOAT_DTYPES[stored.dtype]
 
@@ -152,21 +152,23 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _read_weight_map(index: Path) -> dict[str, str]:
     content = read_model_json(index, "download the model again")
     if "weight_map" not in content or not isinstance(content["weight_map"], dict) or not content["weight_map"]:
-        raise UserError(f"{index}: key weight_map must be an object of tensor names to file names; download it again")
+        raise UserError(
+            f"{index}: key weight_map must be an object that maps tensor names to file names; download it again"
+        )
     for tensor, name in content["weight_map"].items():
         # Only a plain name: the Hub's cache may link files elsewhere, but an index must not name another folder.
         plain = isinstance(name, str) and not set(name) & set("/\\") and name.endswith(".safetensors")
         if not plain or not is_valid_path(name):
             raise UserError(
-                f"{index}: weight_map: {tensor} lies in {brief(name)}: expected the plain name of a .safetensors file "
-                "inside the model folder; download the index again"
+                f"{index}: weight_map: {tensor} is mapped to {brief(name)}, which is not the name of a .safetensors "
+                "file in the model folder; download the index again"
             )
     return content["weight_map"]
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     if not file.is_file():
-        raise UserError(f"{file}: missing: download the model completely")
+        raise UserError(f"{file}: missing; download the model completely")
     return {entry.name: StoredTensor(file, entry.shape, entry.dtype) for entry in read_header(file).entries}
 
 
@@ -174,10 +176,11 @@ def _no_weights(folder: Path) -> str:
     pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         return (
-            f"{folder}: holds only pickled weights ({', '.join(pickles[:3])}), which can run code when read: convert "
-            "them once with transformers' save_pretrained(..., safe_serialization=True), or download the safetensors"
+            f"{folder}: has only pickled weights ({', '.join(pickles[:3])}), which can run code when they are read; "
+            "convert them once with transformers' save_pretrained(..., safe_serialization=True), or download the "
+            ".safetensors files"
         )
-    return f"{folder}: holds neither {SINGLE_FILE} nor {INDEX_FILE}: download the model completely"
+    return f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}; download the model completely"
 
 
 def check_checkpoint(architecture: Architecture, checkpoint: Checkpoint) -> None:
@@ -203,7 +206,7 @@ def check_checkpoint(architecture: Architecture, checkpoint: Checkpoint) -> None
     for name in checkpoint.names():
         if name not in used and not _is_ignored(name, architecture):
             problems.append(
-                f"{checkpoint.file(name)}: tensor {name} has no place in a {architecture.family} model with this "
+                f"{checkpoint.file(name)}: tensor {name} does not exist in a {architecture.family} model with this "
                 "config.json; use the config.json that belongs to these weights"
             )
     if problems:
@@ -243,7 +246,7 @@ def other_files(base: Path) -> list[Path]:
                 continue
             if not path.is_file():
                 raise UserError(
-                    f"{path} cannot be copied, it is no regular file (a broken link?): remove or restore it"
+                    f"{path}: cannot be copied, since it is not a regular file (a broken link?); remove or restore it"
                 )
             found.append(require_copyable(path, base, TEXT_FILES))
     return sorted(found)

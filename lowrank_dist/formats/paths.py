@@ -111,10 +111,10 @@ def _require_same(folder: Path, found: Path, descriptor: int, cause: Exception |
 
 
 def _removed(folder: Path, found: Path) -> FolderRemoved:
-    which = f"{found}, to which {folder} led," if found != folder else f"{folder}"
+    which = f"{found}, the target of {folder}," if found != folder else f"{folder}"
     return FolderRemoved(
-        f"{which} was removed or replaced while it was read, as a run does with its older checkpoints "
-        "(output.keep_last): try again"
+        f"{which} was removed or replaced while it was read (a run removes old checkpoints, output.keep_last); try "
+        "again"
     )
 
 
@@ -130,7 +130,9 @@ def require_copyable(path: Path, folder: Path, known: Collection[str] = ()) -> P
         return path
     if real.name == path.name and (path.name in known or _kind(real.parent) == _MODEL):
         return path
-    raise UserError(f"{path} is a link out of its folder (to {real}): copy the file into the folder, or remove it")
+    raise UserError(
+        f"{path}: a link to a file outside its folder ({real}); copy the file into the folder, or remove the link"
+    )
 
 
 def _is_cached(real: Path, folder: Path) -> bool:
@@ -150,8 +152,8 @@ def refuse_links(paths: Sequence[Path], what: str) -> None:
     odd += [f"{path} (a pipe or device)" for path in paths if path.exists() and not (path.is_file() or path.is_dir())]
     if odd:
         raise UserError(
-            f"{what}: {', '.join(odd)}: only regular files and folders are written to, so that nothing is changed "
-            "elsewhere; put what is meant in its place, or give another folder"
+            f"{what}: {', '.join(odd)} cannot be written to: only regular files and folders can; replace it, or give "
+            "another folder"
         )
 
 
@@ -171,7 +173,7 @@ def require_outside(out: Path) -> None:
     for folder in real.parents if real.exists() else (real, *real.parents):
         kind = _kind(folder)
         if kind is not None:
-            raise UserError(f"{out} is or lies in {folder}, which is {kind}: give an output path outside it")
+            raise UserError(f"{out}: is or lies in {folder}, which is {kind}; give an output path outside it")
 
 
 def _kind(folder: Path) -> str | None:

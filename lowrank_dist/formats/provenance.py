@@ -132,15 +132,15 @@ def read_provenance(folder: Path) -> Provenance | None:
     path = folder / PROVENANCE_FILE
     if not path.exists():
         return None
-    remedy = "restore the file, or remove it to go without the check that the adapter belongs to the base"
+    remedy = "restore the file, or remove it to skip the check that the adapter belongs to the base"
     found = read_object(path, remedy)
     if found.get("format") != _FORMAT:
         stated = brief(found.get("format"))
-        raise UserError(f"{path}: format is {stated}, and this version reads format {_FORMAT}: {remedy}")
+        raise UserError(f"{path}: format is {stated}, but this version reads format {_FORMAT}; {remedy}")
     found.setdefault("training", {})  # files from before it was recorded have none
     for key, kind in _KINDS.items():
         if typed_value(found, key, kind, path, remedy) is None:
-            raise UserError(f"{path}: {key} is missing: {remedy}")
+            raise UserError(f"{path}: {key} is missing; {remedy}")
     return Provenance(**{key: found[key] for key in _KINDS})
 
 
@@ -153,5 +153,5 @@ def refuse_another_base(folder: Path, base: Path) -> None:
     if digest != provenance.base_fingerprint:
         raise UserError(
             f"{folder / PROVENANCE_FILE}: base_fingerprint is {provenance.base_fingerprint[:12]}…, but {base} has "
-            f"{digest[:12]}…: give the base that the adapter was trained on, unchanged"
+            f"{digest[:12]}…; give the base that the adapter was trained on, unchanged"
         )

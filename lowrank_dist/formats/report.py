@@ -67,7 +67,7 @@ class Report:
         except UserError as error:
             self.problems += [line for line in str(error).splitlines() if line.strip()]
         except Exception as error:  # files are untrusted: any exception is a finding, not a crash
-            self.problems.append(f"{where} cannot be read ({one_line(error)}): write or download it again")
+            self.problems.append(f"{where}: cannot be read ({one_line(error)}); write or download it again")
         return None
 
     def to_json(self) -> dict[str, Any]:
@@ -188,8 +188,8 @@ def _files(folder: Path, checkpoint: Checkpoint, report: Report) -> None:
                 report.problems.append(f"{shard}: tensor {entry.name} is not in {INDEX_FILE}; download the model again")
             elif checkpoint.file(entry.name) != shard:
                 report.problems.append(
-                    f"{shard}: tensor {entry.name} is also in {checkpoint.file(entry.name).name}, where {INDEX_FILE} "
-                    "has it; download the model again"
+                    f"{shard}: tensor {entry.name} is also in {checkpoint.file(entry.name).name}, the file that "
+                    f"{INDEX_FILE} names; download the model again"
                 )
             else:
                 dtypes[entry.dtype] += torch.Size(entry.shape).numel()
@@ -203,19 +203,25 @@ def _files(folder: Path, checkpoint: Checkpoint, report: Report) -> None:
     }
     odd = sorted(set(dtypes) - set(FLOAT_DTYPES))
     if odd:
-        report.warnings.append(f"{folder}: tensors in {', '.join(odd)}: a quantized checkpoint cannot be trained here")
+        report.warnings.append(
+            f"{folder}: tensors in {', '.join(odd)}, which are quantized types; use an unquantized checkpoint"
+        )
     if (folder / SINGLE_FILE).is_file():
         if (folder / INDEX_FILE).is_file():
-            report.warnings.append(f"{folder}: {INDEX_FILE} is ignored, because {SINGLE_FILE} wins: remove one of them")
+            report.warnings.append(
+                f"{folder}: {INDEX_FILE} is ignored, because {SINGLE_FILE} has priority; remove one of them"
+            )
         return
     strays = sorted(p.name for p in folder.iterdir() if _SHARD.fullmatch(p.name) and folder / p.name not in shards)
-    report.problems += [f"{folder / name} is not named by {INDEX_FILE}; download the model again" for name in strays]
+    report.problems += [f"{folder / name}: not in {INDEX_FILE}; download the model again" for name in strays]
     index = read_object(folder / INDEX_FILE, "download it again")
     metadata = index["metadata"] if "metadata" in index else None
     said = metadata["total_size"] if isinstance(metadata, dict) and "total_size" in metadata else None
     # No reader uses total_size, and published models have it wrong: a warning and not a problem.
     if said is not None and said != nbytes:
-        report.warnings.append(f"{folder / INDEX_FILE}: total_size is {said}, but the tensors have {nbytes} bytes")
+        report.warnings.append(
+            f"{folder / INDEX_FILE}: total_size is {said}, but the tensors have {nbytes} bytes in all"
+        )
 
 
 def _tokenizer(folder: Path, report: Report) -> None:
@@ -223,7 +229,7 @@ def _tokenizer(folder: Path, report: Report) -> None:
     report.facts["tokenizer"] = found or "none"
     if not found:
         report.warnings.append(
-            f"{folder} has neither {' nor '.join(_TOKENIZERS)}: data.tokenizer has to name a folder that has one"
+            f"{folder}: has neither {' nor '.join(_TOKENIZERS)}; set data.tokenizer to a folder that has one"
         )
     templates = [name for name in _TEMPLATES if (folder / name).is_file()]
     settings = folder / TOKENIZER_CONFIG_FILE

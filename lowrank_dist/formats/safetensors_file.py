@@ -48,7 +48,7 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > LARGEST:
-                raise ValueError(f"a header of {length} bytes; at most {LARGEST} are taken")
+                raise ValueError(f"a header of {length} bytes; the limit is {LARGEST}")
             header = file.read(length)
         # The library checks the header against itself and the file's length (overflow, holes, overlaps, truncation).
         with safe_open(path, framework="pt"):
@@ -56,7 +56,7 @@ def read_header(path: Path) -> Header:
         pairs = parse_json(header, unique=True)
     except (OSError, SafetensorError, ValueError) as error:
         what = f"{short_path(path)}: truncated or not a safetensors file ({error})"
-        raise UserError(f"{what}: copy it here or download it again") from error
+        raise UserError(f"{what}; copy it or download it again") from error
     metadata = pairs.pop("__metadata__", None) or {}
     entries = (
         TensorEntry(name, entry["dtype"], tuple(entry["shape"]), begin, end - begin)
@@ -72,7 +72,7 @@ def read_into(file: FileIO, start: int, view: memoryview) -> None:
     while view:
         count = file.readinto(view)
         if not count:
-            raise OSError(f"{file.name} ends {len(view)} bytes early: it changed while it was read")
+            raise OSError(f"{file.name} ends {len(view)} bytes early, so it changed while it was read")
         view = view[count:]
 
 
@@ -105,7 +105,9 @@ class SafetensorsWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._file.close()
-        assert kind is not None or self._written == self._expected, "the data do not fill what the header promises"
+        assert kind is not None or self._written == self._expected, (
+            "the data are shorter or longer than the header says"
+        )
 
 
 def write_fp32(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

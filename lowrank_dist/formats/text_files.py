@@ -29,7 +29,7 @@ TOKENIZER_FILES = (_FAST, _SENTENCEPIECE, *_BESIDE, "vocab.json", "merges.txt", 
 TEXT_FILES = (*TOKENIZER_FILES, GENERATION_FILE)
 # Keys that transformers takes from config.json where there is no generation_config.json.
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_MEND = "mend it, or remove it"
+_MEND = "correct it, or remove it"
 # Defaults of the tokenizers library for keys that older files lack. It writes them when it saves a file anew.
 _DEFAULTS: Mapping[str, Any] = {
     **{"type": "BPE", "fuse_unk": False, "byte_fallback": False, "ignore_merges": False},
@@ -73,7 +73,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """
     place = locate_tokenizer(path)
     if not place.exists():
-        raise UserError(f"{path} holds no tokenizer: give a folder with {_FAST} or {_SENTENCEPIECE}")
+        raise UserError(f"{path}: no tokenizer; give a folder with {_FAST} or {_SENTENCEPIECE}")
     if place.is_dir():
         files = {name: place / name for name in TOKENIZER_FILES}
     else:
@@ -123,8 +123,8 @@ def note_on_base_tokenizer(tokenizer: Path, base: Path) -> list[str]:
     if _meaning(ours)[0] == _meaning(theirs)[0]:
         return []
     return [
-        f"data.tokenizer: the tokens of {tokenizer} are not those of {base}: text that is cut into other ids than the "
-        "base was trained on is noise to it; leave data.tokenizer out, unless tokens were only added"
+        f"data.tokenizer: {tokenizer} maps text to other token ids than {base}, and the base cannot read those; "
+        "leave data.tokenizer out, unless tokens were only added"
     ]
 
 
@@ -133,8 +133,8 @@ def note_on_adapter_tokenizer(adapter: Path, tokenizer: Path) -> list[str]:
     if not has_tokenizer(adapter) or same_tokenizer(read_tokenizer(adapter), read_tokenizer(tokenizer)):
         return []
     return [
-        f"{adapter} was trained with another tokenizer or chat template than {tokenizer}, which this run reads: give "
-        "data.tokenizer the adapter's folder to go on with its own"
+        f"{adapter}: trained with another tokenizer or chat template than this run's {tokenizer}; to keep the "
+        "adapter's own, set data.tokenizer to its folder"
     ]
 
 
@@ -206,7 +206,7 @@ def _object(files: Tokenizer, name: str) -> dict[str, Any]:
     try:
         found = parse_json(files.get(name, b"{}"))
     except JsonError as error:
-        raise UserError(f"{name} of the tokenizer is not valid JSON: {error}: {_MEND}") from error
+        raise UserError(f"{name} of the tokenizer is not valid JSON ({error}); {_MEND}") from error
     return found if isinstance(found, dict) else {}
 
 
@@ -245,8 +245,8 @@ def read_stop_ids(folder: Path) -> tuple[int, ...]:
             if eos is not None:
                 given = eos if isinstance(eos, list) else [eos]
                 if not all(map(is_integer, given)):
-                    what = f"must be a token's id or a list of them, not {brief(eos)}"
-                    raise UserError(f"{short_path(path)}: eos_token_id {what}: {_MEND}")
+                    what = f"must be a token id or a list of token ids, not {brief(eos)}"
+                    raise UserError(f"{short_path(path)}: eos_token_id {what}; {_MEND}")
                 return tuple(given)
     return ()
 
@@ -293,8 +293,8 @@ class TextFiles:
             lines.append(f"the tokenizer or chat template is not that of {base}")
         if missing := missing_end_ids(base, self.ends):
             lines.append(
-                f"eos_token_id of the result has {', '.join(map(str, missing))} beside what {base} has: the trained "
-                "texts end there"
+                f"eos_token_id has {', '.join(map(str, missing))} in addition to those of {base}, because the "
+                "training texts end in it"
             )
         return lines
 
@@ -351,8 +351,8 @@ def merged_text_files(adapters: Collection[Path], tokenizer: Path | None, vocab:
         files = read_tokenizer(tokenizer)
         if (largest := _largest_id(files)) >= vocab:
             raise UserError(
-                f"--tokenizer {short_path(tokenizer)}: its vocabulary has ids up to {largest}, and the model's has "
-                f"{vocab} rows: give the tokenizer that the adapter was trained with"
+                f"--tokenizer {short_path(tokenizer)}: its vocabulary has ids up to {largest}, but the model has "
+                f"{vocab} embedding rows; give the tokenizer that the adapter was trained with"
             )
     else:
         held = {path: read_tokenizer(path) for path in adapters if has_tokenizer(path)}
@@ -360,8 +360,8 @@ def merged_text_files(adapters: Collection[Path], tokenizer: Path | None, vocab:
         for path, other in held.items():
             if not same_tokenizer(files, other):
                 raise UserError(
-                    f"{next(iter(held))} and {path} hold different tokenizers or chat templates: give the one to go "
-                    "with the merged model as --tokenizer DIR"
+                    f"{next(iter(held))} and {path} have different tokenizers or chat templates; give the one for "
+                    "the merged model as --tokenizer DIR"
                 )
     given = [] if tokenizer is None or not tokenizer.is_dir() else [tokenizer]
     ends = [end for folder in (*adapters, *given) for end in read_stop_ids(folder)]
@@ -386,14 +386,14 @@ def reasons_not_served(adapter: Path, base: Path | None, new_ends: Iterable[int]
     if missing := list(new_ends) if base is None else unknown_end_ids(base, new_ends):
         named = [f"{end} ({token!r})" if (token := token_of(ours, end)) else str(end) for end in missing]
         reasons.append(
-            f"its texts end in token {', '.join(named)}, which is not in eos_token_id of the base's "
-            "generation_config.json, so that they would run on: merge it into the base with lowrank-dist merge, or add "
-            "the token there"
+            f"its training texts end in token {', '.join(named)}, which is not in eos_token_id of the base's "
+            "generation_config.json, so generation would not stop; merge it into the base with lowrank-dist merge, "
+            "or add the token there"
         )
     if base is not None and ours and has_tokenizer(base) and not same_tokenizer(ours, read_tokenizer(base)):
         reasons.append(
-            f"it was trained with another tokenizer or chat template than that of {base}, which {target} reads: merge "
-            "it into the base with lowrank-dist merge"
+            f"it was trained with another tokenizer or chat template than that of {base}, which {target} reads; "
+            "merge it into the base with lowrank-dist merge"
         )
     return reasons
 

@@ -16,13 +16,17 @@ class GenerateConfig(Section):
         ["exact_match"], min_length=1, description="list of exact_match, bleu and rouge_l"
     )
     max_new_tokens: int = Field(
-        128, ge=1, description="most tokens of a completion, an integer of at least 1; how many met it is recorded"
+        128,
+        ge=1,
+        description="maximum tokens of a completion, at least 1; the number of completions that reached it is recorded",
     )
-    batch: int = Field(8, ge=1, description="prompts decoded together on a rank, at least 1")
+    batch: int = Field(8, ge=1, description="prompts decoded together on a rank, an integer of at least 1")
     stop: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="list of texts that end a completion, beside the end-of-text and end-of-turn tokens"
     )
-    samples: int | None = Field(None, ge=1, description="samples of data.eval to use, its first, or null for all")
+    samples: int | None = Field(
+        None, ge=1, description="number of samples of data.eval to use, from the first, or null for all"
+    )
 
 
 class EvalConfig(Section):
@@ -37,19 +41,16 @@ class EvalConfig(Section):
     at_start: bool = Field(True, description="true (evaluate before the first step as well) or false")
     generate: GenerateConfig | None = Field(
         None,
-        description="mapping of what to generate for data.eval's prompts at every evaluation ({} for its defaults), or "
-        "null for the loss alone",
+        description="how to complete the prompts of data.eval at every evaluation, a mapping ({} for defaults) or null",
     )
     best: Literal["loss", "exact_match", "bleu", "rouge_l"] = Field(
         "loss",
-        description="what checkpoints/best and eval.patience go by: loss (the lowest), or one of eval.generate.metrics "
-        "(the highest); of equals the earlier step",
+        description="metric for checkpoints/best and eval.patience: loss (lowest) or an entry of eval.generate.metrics",
     )
     patience: int | None = Field(
         None,
         ge=1,
-        description="evaluations in a row without a better value of eval.best after which the run ends early, at least "
-        "1, or null for never",
+        description="evaluations in a row without a better eval.best that end the run, at least 1, or null for none",
     )
 
     @field_validator("best")
@@ -58,7 +59,7 @@ class EvalConfig(Section):
         if best != "loss" and "generate" in info.data:
             generate = info.data["generate"]
             if generate is None:
-                raise ValueError("nothing is generated: eval.generate is null")
+                raise ValueError("eval.generate is null, so nothing is generated")
             if best not in generate.metrics:
                 raise ValueError(f"eval.generate.metrics has only {', '.join(generate.metrics)}")
         return best
@@ -67,5 +68,5 @@ class EvalConfig(Section):
     @classmethod
     def _sees_evaluations(cls, patience: int | None, info: ValidationInfo) -> int | None:
         if patience is not None and info.data.get("every", 1) is None:
-            raise ValueError("eval.every is null: there is no evaluation after which a run could end early")
+            raise ValueError("eval.every is null, so there is no evaluation after which a run could end early")
         return patience

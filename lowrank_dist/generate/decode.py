@@ -90,7 +90,7 @@ def check_lengths(prompts: Sequence[Prompt], max_positions: int) -> None:
     too_long = [f"{p.where} ({len(p.ids)} tokens)" for p in prompts if len(p.ids) >= max_positions]
     if too_long:
         raise UserError(
-            f"{some_of(too_long)}: there are {max_positions} positions for a prompt and its completion: shorten it"
+            f"{some_of(too_long)}: longer than the model's {max_positions} positions with its completion; shorten it"
         )
 
 
@@ -151,7 +151,7 @@ def _shared(
         mine = [(number, asdict(generation)) for number, generation in found] if topology.tp_rank == 0 else []
         parts = gather_json(mine, topology.world_group, device)
     whole = {number: fields for part in parts for number, fields in part}
-    assert len(whole) == count, "a prompt was dealt to no rank, or to two"
+    assert len(whole) == count, "a prompt was assigned to no rank, or to two"
     return [
         Generation(whole[number]["text"], tuple(whole[number]["tokens"]), whole[number]["finish_reason"])
         for number in range(count)

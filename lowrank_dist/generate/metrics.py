@@ -55,7 +55,7 @@ def bleu(texts: Sequence[str], references: References) -> float:
     try:
         from sacrebleu import corpus_bleu
     except ImportError as error:
-        raise UserError(f"the metric bleu is sacrebleu's ({error}): `pip install 'sacrebleu>=2.4'`") from error
+        raise UserError(f"metric bleu needs sacrebleu ({error}); run `pip install 'sacrebleu>=2.4'`") from error
     most = max(map(len, references))
     # One list for each index of a reference, with None for texts that have fewer.
     streams: Any = [
@@ -101,7 +101,7 @@ def _lcs(left: Sequence[str], right: Sequence[str]) -> int:
 
 
 _BLEU_WORDS = 4  # BLEU counts runs of one to four words
-_NO_FOUR_WORDS = "and bleu counts runs of four: use exact_match or rouge_l for short texts"
+_NO_FOUR_WORDS = "and bleu counts groups of four words; use exact_match or rouge_l for short texts"
 
 # Increase it when a change makes a metric return another value for the same texts: only values of one definition are
 # compared with each other. 2: BLEU and ROUGE-L count words by script, and references are the trained tokens, decoded.
@@ -117,7 +117,7 @@ def check_metrics(names: Sequence[str]) -> None:
     """Raise UserError for an unknown metric and for one whose package is not installed, before anything is decoded."""
     for name in names:
         if name not in METRICS:
-            raise UserError(f"metric {name!r} is not known: give one of {', '.join(METRICS)}")
+            raise UserError(f"metric {name!r} is unknown; give one of {', '.join(METRICS)}")
         METRICS[name](["a"], [["a"]])
 
 
@@ -158,12 +158,12 @@ def notes_on_references(names: Sequence[str], references: References) -> list[st
             f"{unspaced} of {len(references)} samples"
         )
     if "bleu" in names and not _have_four_words(references):
-        lines.append(f"bleu: no reference has four words, {_NO_FOUR_WORDS}; a text as short scores 0, right or wrong")
+        lines.append(f"bleu: no reference has four words, {_NO_FOUR_WORDS}; such a short text scores 0, right or wrong")
     for name in asked:
         empty = sum(not any(map(split[name], given)) for given in references)
         if empty:
             lines.append(
-                f"{name}: the references of {empty} of {len(references)} samples have no word: no generated text "
+                f"{name}: the references of {empty} of {len(references)} samples have no words, so no generated text "
                 "can match them"
             )
     return lines

@@ -49,9 +49,9 @@ def _require_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise UserError("--prompt: holds bytes that are not UTF-8; write the text into a file for --prompts") from error
+        raise UserError("--prompt: not UTF-8; write the text into a file for --prompts") from error
     if not text:
-        raise UserError("--prompt is empty: pass some text, or --prompts FILE")
+        raise UserError("--prompt is empty; pass some text, or --prompts FILE")
 
 
 def chat_prompt(
@@ -63,7 +63,7 @@ def chat_prompt(
     """
     if not isinstance(tokenizer, FastTokenizer) or tokenizer.template is None:
         raise UserError(
-            f"--chat: {tokenizer.path} has no chat template: use --no-chat, or --tokenizer with one that has"
+            f"--chat: {tokenizer.path} has no chat template; use --no-chat, or --tokenizer with one that has"
         )
     for message in messages:
         _require_text(message["content"])
@@ -100,7 +100,7 @@ def read_prompts(
             if not record.prompt:
                 raise Problem("key 'prompt' is empty; fill it or remove the line")
         elif references and not _turns(record):
-            raise Problem("'messages' has none of the assistant to hold the model's against: add it")
+            raise Problem("'messages' has no message of the assistant to compare with; add one")
 
     records = read_jsonl(path, Use.EVALUATION if references else Use.GENERATION, check, most)
     if records.kind == "completion" and chat and not references:
@@ -130,8 +130,9 @@ def note_on_rewritten(prompts: Sequence[Prompt]) -> list[str]:
     where, reference, given = changed[0]
     samples = len({where for where, _, _ in changed})
     return [
-        f"the references of {samples} of {len(prompts)} samples are not the file's text but what template and "
-        f"tokenizer make of it, up to the stop, as in generated texts: {where}: {_shown(reference)} for {_shown(given)}"
+        f"the references of {samples} of {len(prompts)} samples differ from the file, because chat template, "
+        f"tokenizer and stop texts apply to them as to generated texts; {where}: {_shown(reference)} for "
+        f"{_shown(given)}"
     ]
 
 
@@ -142,11 +143,14 @@ def _shown(text: str) -> str:
 def _checked(prompts: list[Prompt], tokenizer: Tokenizer, vocab: int) -> list[Prompt]:
     for prompt in prompts:
         if not prompt.ids:
-            raise UserError(f"{prompt.where}: the tokenizer in {tokenizer.path} makes no token of this prompt")
+            raise UserError(
+                f"{prompt.where}: the tokenizer in {tokenizer.path} gives no tokens for this prompt; give another "
+                "prompt"
+            )
         if max(prompt.ids) >= vocab:
             raise UserError(
-                f"{prompt.where}: token {max(prompt.ids)} is not among the model's {vocab}: the tokenizer in "
-                f"{tokenizer.path} does not belong to this model"
+                f"{prompt.where}: token {max(prompt.ids)} is beyond the model's {vocab} tokens, so the tokenizer in "
+                f"{tokenizer.path} does not belong to this model; give its own with --tokenizer"
             )
     return prompts
 

@@ -38,17 +38,17 @@ class SamplingParams:
     def __post_init__(self) -> None:
         for name, value in (("max_new_tokens", self.max_new_tokens), ("batch", self.batch)):
             if value < 1:
-                raise UserError(f"{name} is {value}: give at least 1")
+                raise UserError(f"{name} is {value}; give at least 1")
         if not 0 <= self.temperature < float("inf"):
-            raise UserError(f"temperature is {self.temperature}: give 0 for greedy decoding, or a number above")
+            raise UserError(f"temperature is {self.temperature}; give 0 for greedy decoding, or a number above 0")
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k is {self.top_k}: give at least 1, or leave it out")
+            raise UserError(f"top_k is {self.top_k}; give at least 1, or leave it out")
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: give a number above 0 and at most 1")
+            raise UserError(f"top_p is {self.top_p}; give a number above 0 and at most 1")
         if self.greedy and (self.top_k is not None or self.top_p < 1):
-            raise UserError("top_k and top_p cut what is sampled from: give a temperature above 0 with them")
+            raise UserError("top_k and top_p only apply to sampling; give a temperature above 0 with them")
         if "" in self.stop:
-            raise UserError("an empty stop text would end every completion before it begins: leave it out")
+            raise UserError("an empty stop text would end every completion at once; leave it out")
 
     @property
     def greedy(self) -> bool:
@@ -65,9 +65,7 @@ def next_tokens(
     """
     best, token = _largest(logits_bVi.float(), group)
     if not torch.isfinite(best).all():
-        raise UserError(
-            "the model's logits are NaN or infinite: its weights are broken, or their type is too narrow (--dtype fp32)"
-        )
+        raise UserError("the model's logits are NaN or infinite; check its weights, or use a wider type (--dtype fp32)")
     if params.greedy:
         return token
     logits_bV = all_gather_columns(logits_bVi.float(), group)[:, :vocab]

@@ -38,7 +38,7 @@ from lowrank_dist.parallel.topology import Topology
 _TIMEOUT_SECONDS = 24 * 3600
 _USER_ERROR = 2
 _VOCAB_MULTIPLE = 128
-_REMEDY = "Give all ranks the same options and files: copies may lie anywhere, but differ in nothing"
+_REMEDY = "Give all ranks the same options and files; the paths may differ, but not the contents"
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ def session(tensor: int, device: str) -> Iterator[Session]:
     launched, clean = "RANK" in os.environ, False
     if tensor > 1 and not launched:
         raise UserError(
-            f"--tensor {tensor} needs {tensor} ranks, and this process was started alone: "
-            f"`torchrun --nproc-per-node {tensor} -m lowrank_dist.cli COMMAND … --tensor {tensor}`"
+            f"--tensor {tensor} needs {tensor} ranks, but this process was started alone; run `torchrun "
+            f"--nproc-per-node {tensor} -m lowrank_dist.cli COMMAND … --tensor {tensor}`"
         )
     try:
         if device not in ("auto", "cpu", "cuda"):
-            raise UserError(f"--device {device}: give auto, cpu or cuda")
+            raise UserError(f"--device {device}: unknown device; give auto, cpu or cuda")
         backend = select.select_backend(device, *select.local_rank_and_size())
         if launched:
             select.init_process_group(backend, _TIMEOUT_SECONDS)

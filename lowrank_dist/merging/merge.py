@@ -92,7 +92,7 @@ def merge(
     weighted = tuple(replace(adapter, path=resolve_link(adapter.path)) for adapter in weighted)
     _check_distinct(weighted)
     if lies_in(out, base):
-        raise UserError(f"{out} is or lies in the base folder {base}: give an output path outside it")
+        raise UserError(f"{out}: is or lies in the base folder {base}; give an output path outside it")
     require_outside(out)
     architecture = read_architecture(base)
     with ExitStack() as held:
@@ -123,7 +123,10 @@ def merge(
             _write_file(file, temporary / file.name, updates, changes, meter)
         if not changes.tensors:
             which = ", ".join(str(adapter.path) for adapter in weighted)
-            raise UserError(f"{which} changes nothing in {base}: its update is zero, or lost in {_rounding(dtype)}")
+            raise UserError(
+                f"{which}: changes nothing in {base}, because its update is zero or lost in {_rounding(dtype)}; "
+                "train longer"
+            )
         write_index(temporary, layout)
         nbytes = sum((temporary / file.name).stat().st_size for file in layout.files)
         if verify is not None:
@@ -131,7 +134,9 @@ def merge(
     reports = tuple(_report(index, adapter, updates, changes) for index, adapter in enumerate(weighted))
     for report in reports:
         if not report.changed:
-            warnings.append(f"{report.adapter.path} changes nothing: its update is zero, or lost in {_rounding(dtype)}")
+            warnings.append(
+                f"{report.adapter.path}: changes nothing, because its update is zero or lost in {_rounding(dtype)}"
+            )
         elif report.changed < report.adapted:
             lost = f"{report.adapted - report.changed} of {report.adapted} tensors"
             warnings.append(f"{report.adapter.path}: the update of {lost} is zero, or lost in {_rounding(dtype)}")
@@ -148,10 +153,10 @@ def _check_distinct(adapters: Sequence[WeightedAdapter]) -> None:
     seen = set()
     for adapter in adapters:
         if adapter.path.resolve() in seen:
-            raise UserError(f"adapter {adapter.path} is given twice: give it once, with the sum of the weights")
+            raise UserError(f"{adapter.path}: given twice as adapter; give it once, with the sum of the weights")
         seen.add(adapter.path.resolve())
     if not seen:
-        raise UserError("no adapter to merge: give at least one")
+        raise UserError("no adapter to merge; give at least one")
 
 
 def _check_base(base: Path, adapters: Sequence[WeightedAdapter], force_mismatch: bool) -> list[str]:
@@ -165,19 +170,18 @@ def _check_base(base: Path, adapters: Sequence[WeightedAdapter], force_mismatch:
         provenance = read_provenance(adapter.path)
         if provenance is None:
             warnings.append(
-                f"{adapter.path} has no {PROVENANCE_FILE}: that it belongs to {base} is checked by names and shapes "
-                "alone"
+                f"{adapter.path}: has no {PROVENANCE_FILE}, so only names and shapes were checked against {base}"
             )
             continue
         found = found or fingerprint(base)
         if found == provenance.base_fingerprint:
             continue
         mismatch = (
-            f"{adapter.path} was trained on another base than {base} (fingerprint {provenance.base_fingerprint[:12]}… "
+            f"{adapter.path}: trained on another base than {base} (fingerprint {provenance.base_fingerprint[:12]}… "
             f"of {provenance.base or 'an unnamed model'}, found {found[:12]}…)"
         )
         if not force_mismatch:
-            raise UserError(f"{mismatch}: give the base that it was trained on, unchanged, config.json included")
+            raise UserError(f"{mismatch}; give the base that it was trained on, with unchanged weights and config.json")
         warnings.append(mismatch)
     return warnings
 
@@ -252,8 +256,8 @@ def _merge_tensor(
         merged = update.apply(chosen, weight, dtype)
         if not _finite(merged):
             raise UserError(
-                f"{piece.path}: {name} would hold NaN or infinity as {piece.target.dtype}: base and adapter do not fit "
-                "together, or the type is too narrow"
+                f"{piece.path}: {name} would have NaN or infinity as {piece.target.dtype}; check that the adapter "
+                "belongs to this base, or give a wider --dtype"
             )
         if name not in changes.tensors and not torch.equal(merged, weight.to(dtype)):
             changes.tensors.add(name)
@@ -277,8 +281,8 @@ def _convert_tensor(file: FileIO, piece: CopiedTensor, writer: SafetensorsWriter
         # Infinities of the base itself are kept.
         if not _finite(converted) and bool((converted.isinf() & weight.isfinite()).any()):
             raise UserError(
-                f"{piece.path}: {piece.source.name} would hold infinity as {piece.target.dtype}, its largest magnitude "
-                f"is {weight[weight.isfinite()].abs().max():g}: give a wider --dtype"
+                f"{piece.path}: {piece.source.name} would have infinity as {piece.target.dtype}, since its largest "
+                f"magnitude is {weight[weight.isfinite()].abs().max():g}; give a wider --dtype"
             )
         writer.write(tensor_bytes(converted))
         meter.advance(len(buffer))
@@ -293,5 +297,5 @@ def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder.parent} has {free >> 20} MB free, the merged model needs {needed >> 20} MB: make room"
+            f"{folder.parent}: {free >> 20} MiB free, but the merged model needs {needed >> 20} MiB; free some space"
         )

@@ -28,7 +28,7 @@ class WeightedAdapter:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight) or self.weight == 0:
-            raise UserError(f"adapter {self.path}: weight {self.weight:g} makes no sense: give a finite one but zero")
+            raise UserError(f"adapter {self.path}: weight {self.weight:g} is zero or not finite; give another weight")
 
     def __str__(self) -> str:
         return f"{self.path} × {self.weight:g}"
@@ -59,18 +59,18 @@ def parse_adapter(text: str) -> WeightedAdapter:
     """
     path, separator, weight = text.rpartition("=")
     if not is_valid_path(text):
-        raise UserError(f"--adapter {short_path(text)}: no folder can be called so: give DIR or DIR=WEIGHT")
+        raise UserError(f"--adapter {short_path(text)}: not a valid path; give DIR or DIR=WEIGHT")
     if not separator or Path(text).is_dir():
         return WeightedAdapter(Path(text))
     try:
         number = float(weight)
     except ValueError as error:
         raise UserError(
-            f"--adapter {text}: there is no such folder, and {weight!r} after the last '=' is no number: give DIR or "
+            f"--adapter {text}: no such folder, and {weight!r} after the last '=' is not a number; give DIR or "
             "DIR=WEIGHT, such as run/adapter=0.7"
         ) from error
     if not path:
-        raise UserError(f"--adapter {text}: no folder before '=': give DIR=WEIGHT, such as run/adapter=0.7")
+        raise UserError(f"--adapter {text}: no folder before '='; give DIR=WEIGHT, such as run/adapter=0.7")
     return WeightedAdapter(Path(path), number)
 
 

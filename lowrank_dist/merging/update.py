@@ -94,7 +94,7 @@ def build_updates(
         for term in several
     ):
         folders = ", ".join(str(folder) for folder, _, _ in adapters)
-        raise UserError(f"{folders} changes nothing: s·B·A is zero in every module (an untrained adapter?)")
+        raise UserError(f"{folders}: changes nothing, because s·B·A is zero in every module (an untrained adapter?)")
     linears = architecture.linear_modules()
     stored = {architecture.find(f"{module}.weight", checkpoint) for module in linears}
     return {name: Update(tuple(several), architecture.conv1d and name in stored) for name, several in terms.items()}
@@ -105,8 +105,8 @@ def _refuse_sums(decomposed: Sequence[tuple[Path, float]], adapters: int) -> Non
     for folder, weight in decomposed:
         if adapters > 1 or weight != 1:
             raise UserError(
-                f"{folder} is a DoRA adapter, which scales the rows of the weights: it cannot be weighted or summed "
-                "with others. Merge it alone, with weight 1"
+                f"{folder}: a DoRA adapter, which cannot be weighted or added to others because it scales the rows "
+                "of the weights; merge it alone, with weight 1"
             )
 
 
@@ -119,7 +119,7 @@ def _placed(
         name = architecture.find(f"{module}.weight", checkpoint)
         # A tied output layer shares its weight with the embedding: an update of one would change the other.
         if name is None or module not in (modules if architecture.tied else modules | {"lm_head"}):
-            problems.append(f"{module} is no linear of the base that can be updated on its own")
+            problems.append(f"{module} is not a linear of the base that can be updated by itself")
             continue
         shape = (factor.b.size(0), factor.a.size(1))
         stored = checkpoint.shape(name)
@@ -131,6 +131,6 @@ def _placed(
         placed[name] = factor
     if problems:
         raise UserError(
-            f"{folder} does not fit the base {checkpoint.path}: {'; '.join(problems[:5])} ({len(problems)} in all)"
+            f"{folder}: does not fit the base {checkpoint.path} ({len(problems)} faults): {'; '.join(problems[:5])}"
         )
     return placed

@@ -53,9 +53,9 @@ class Verification:
 
     def __str__(self) -> str:
         return (
-            f"verified on {self.source}, {self.positions} positions: largest logit difference to base + adapter in "
-            f"PEFT {self.difference:.1e} of the largest logit (tolerance {self.tolerance:g}; the adapter itself makes "
-            f"{self.effect:.1e}), argmax agrees at {self.agreement:.2%}"
+            f"verified on {self.source}, {self.positions} positions: largest logit difference from base + adapter in "
+            f"PEFT {self.difference:.1e} of the largest logit (tolerance {self.tolerance:g}; the adapter itself "
+            f"changes them by {self.effect:.1e}), argmax agrees at {self.agreement:.2%}"
         )
 
 
@@ -68,7 +68,7 @@ class Verifier:
 
     def __init__(self, base: Path, adapters: Sequence[WeightedAdapter], text: Path | None = None) -> None:
         if importlib.util.find_spec("peft") is None:
-            raise UserError("--verify compares with PEFT, which is not installed: pip install peft, or leave it out")
+            raise UserError("--verify: PEFT is not installed; run `pip install peft`, or leave --verify out")
         self._base, self._adapters = base, tuple(adapters)
         self._source, self._samples = _samples(base, text)
 
@@ -91,11 +91,11 @@ class Verifier:
             tolerance,
         )
         if torch.equal(found, plain):
-            raise UserError("--verify: the merged model's logits are the base's: the adapter is not in it")
+            raise UserError("--verify: the merged model's logits equal the base's, so the adapter was not merged")
         # `not <=`, so that NaN fails.
         if not result.difference <= tolerance:
-            rounding = "" if tolerance < 1e-3 else "; whether that is rounding alone, --dtype fp32 tells"
-            raise UserError(f"--verify: the merged model is not base + adapter: {_what(result)}{rounding}")
+            rounding = "" if tolerance < 1e-3 else "; --dtype fp32 shows whether it is only rounding"
+            raise UserError(f"--verify: the merged model differs from base + adapter: {_what(result)}{rounding}")
         # The tolerance may be wider than the effect of a weak adapter; then it would accept any merge.
         if not _rms(found - expected) < _rms(plain - expected):
             raise UserError(
@@ -132,8 +132,9 @@ class Verifier:
 
 def _what(result: Verification) -> str:
     return (
-        f"its logits differ from PEFT's by {result.difference:.2e} of the largest (tolerance {result.tolerance:g}), "
-        f"the base's by {result.effect:.2e}; argmax agrees at {result.agreement:.2%} of {result.positions} positions"
+        f"its logits differ from PEFT's by {result.difference:.2e} of the largest logit (tolerance "
+        f"{result.tolerance:g}) and the base's by {result.effect:.2e}, and the argmax agrees at "
+        f"{result.agreement:.2%} of {result.positions} positions"
     )
 
 
@@ -163,7 +164,9 @@ def _samples(base: Path, text: Path | None) -> tuple[str, list[Tensor]]:
     lines = SAMPLE if text is None else _lines(text)
     if not any((base / name).is_file() for name in TOKENIZER_FILES):
         if text is not None:
-            raise UserError(f"--verify-text {text}: {base} has no tokenizer: leave it out to verify on random tokens")
+            raise UserError(
+                f"--verify-text {text}: {base} has no tokenizer; leave --verify-text out to verify on random tokens"
+            )
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(architecture.vocab, (len(SAMPLE), min(32, length)), generator=generator)
         return "random tokens (the base has no tokenizer)", list(ids)
@@ -184,5 +187,5 @@ def _lines(text: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--verify-text {text} cannot be read: {error}") from error
     if not lines:
-        raise UserError(f"--verify-text {text} holds no text: give a file with at least one line")
+        raise UserError(f"--verify-text {text} has no text; give a file with at least one line")
     return lines

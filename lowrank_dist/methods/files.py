@@ -18,7 +18,7 @@ from lowrank_dist.arch.model_files import hub_hint
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import Checkpoint
 from lowrank_dist.formats.paths import require_copyable
-from lowrank_dist.formats.provenance import PROVENANCE_FILE
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.formats.report import Report
 from lowrank_dist.sections.section import MethodSection
 
@@ -142,14 +142,16 @@ def own_file(folder: Path, name: str) -> Path:
         pickle = folder / PICKLE_FILE
         if name == WEIGHTS_FILE and pickle.is_file():
             raise UserError(
-                f"{pickle} is a pickle and is never read: save the adapter again with safe_serialization=True"
+                f"{pickle}: a pickle file, which is never read; save the adapter again with safe_serialization=True"
             )
         wanted = f"give a PEFT adapter folder (with {CONFIG_FILE} and {WEIGHTS_FILE})"
         if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder: {wanted}{hub_hint(folder)}")
+            raise UserError(f"{folder}: no such folder; {wanted}{hub_hint(folder)}")
         if any_there(folder / "adapter", (CONFIG_FILE,)):
-            raise UserError(f"{folder} is a run, not an adapter: give {folder / 'adapter'}, or one of its checkpoints")
-        raise UserError(f"{path} is missing: {wanted}")
+            raise UserError(f"{folder}: a run, not an adapter; give {folder / 'adapter'}, or one of its checkpoints")
+        provenance = read_provenance(folder)
+        method = f" (method {provenance.config.get('method')} wrote the folder)" if provenance else ""
+        raise UserError(f"{path}: missing{method}; {wanted}")
     return require_copyable(path, folder)
 
 
@@ -161,8 +163,8 @@ def norm(tensors: Iterable[Tensor]) -> float:
 def no_update(folder: Path, what: str) -> UserError:
     """Return the error for a merge of something other than a low-rank update. what: its kind, and why it cannot."""
     return UserError(
-        f"{folder} is {what}: it cannot be merged, only low-rank updates (method lora) can. Give it to "
-        "lowrank-dist generate or evaluate with --adapter"
+        f"{folder}: {what}. Only low-rank updates (method lora) can be merged; use it with lowrank-dist generate or "
+        "evaluate --adapter"
     )
 
 
@@ -170,11 +172,13 @@ class NotServed(UserError):
     """An adapter that `target`, one of TARGETS, would refuse or read wrongly. reasons: each with its remedy."""
 
     def __init__(self, source: Path, target: str, reasons: Sequence[str]) -> None:
-        super().__init__(f"{source} is not exported for {target}: {'; '.join(reasons)}")
+        super().__init__(f"{source}: not exported for {target}: {'; '.join(reasons)}")
         self.reasons = tuple(reasons)
 
 
 def not_served(source: Path, what: str, target: str) -> NotServed:
     """Return the error for an export for one of TARGETS of anything but a LoRA adapter. what: its kind."""
-    reason = f"it is {what}, and of adapters {target} serves LoRA alone; leave --for out, or train with method lora"
+    reason = (
+        f"{target} serves no adapters but LoRA, and this folder has {what}; leave --for out, or train with method lora"
+    )
     return NotServed(source, target, [reason])

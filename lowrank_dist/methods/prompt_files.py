@@ -52,7 +52,7 @@ KEYS = KeyRule(
         "prefix_projection task_type auto_mapping peft_version revision inference_mode encoder_hidden_size "
         "init_weights prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()
     ),
-    refused={"modules_to_save": "modules of the base that were trained whole are not read"},
+    refused={"modules_to_save": "fully trained modules of the base are not supported"},
     nothing=EMPTY,
 )
 
@@ -77,7 +77,8 @@ def write_prompt_learning(folder: Path, learned: PromptLearning, provenance: Pro
     """Write the three files into an existing folder. Raises UserError for NaN or infinity."""
     if not torch.isfinite(learned.embeddings).all():
         raise UserError(
-            f"{final_path(folder)} is not written: {_TENSOR} holds NaN or infinity; lower train.lr or resume earlier"
+            f"{final_path(folder)}: not written, because {_TENSOR} has NaN or infinity; lower train.lr or resume "
+            "earlier"
         )
     config: dict[str, Any] = {
         "peft_type": learned.kind,
@@ -111,29 +112,29 @@ def read_prompt_learning(folder: Path) -> PromptLearning:
     named = _text(config, "peft_type", folder)
     kind: Kind | None = next((each for each in get_args(Kind) if each == named), None)
     if kind is None:
-        raise UserError(f"{where}: peft_type is {named!r}: give a folder of PREFIX_TUNING or PROMPT_TUNING")
+        raise UserError(f"{where}: peft_type is {named!r}; give a folder of type PREFIX_TUNING or PROMPT_TUNING")
     for key, reason in KEYS.refusals(config).items():
         raise UserError(f"{where}: {key} is {config[key]!r}: {reason}")
     if config.get("num_transformer_submodules") not in (None, 1):
-        raise UserError(f"{where}: num_transformer_submodules is not 1, so it is not for a decoder-only model")
+        raise UserError(f"{where}: num_transformer_submodules is not 1; give the folder of a decoder-only model")
     sizes: dict[str, int] = {}
     for key in ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim"):
         value = config.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise UserError(f"{where}: {key} is {value!r}: it must be an integer of at least 1")
+            raise UserError(f"{where}: {key} must be an integer of at least 1, not {value!r}")
         sizes[key] = value
     width = sizes["token_dim"] * (2 * sizes["num_layers"] if kind == "PREFIX_TUNING" else 1)
     path, expected = own_file(folder, WEIGHTS_FILE), (sizes["num_virtual_tokens"], width)
     found = {entry.name: (entry.dtype, entry.shape) for entry in read_header(path).entries}
     if found.keys() != {_TENSOR} or found[_TENSOR][1] != expected or found[_TENSOR][0] not in _FLOATS:
         raise UserError(
-            f"{path} holds {', '.join(f'{name} {list(shape)} {dtype}' for name, (dtype, shape) in found.items())}, but "
-            f"{CONFIG_FILE} asks for {_TENSOR} {list(expected)} alone"
+            f"{path}: has {', '.join(f'{name} {list(shape)} {dtype}' for name, (dtype, shape) in found.items())}, "
+            f"but {CONFIG_FILE} asks for {_TENSOR} {list(expected)} alone"
         )
     with safe_open(path, framework="pt") as file:
         embeddings = file.get_tensor(_TENSOR).float()
     if not torch.isfinite(embeddings).all():
-        raise UserError(f"{path}: {_TENSOR} holds NaN or infinity: take an earlier checkpoint")
+        raise UserError(f"{path}: {_TENSOR} has NaN or infinity; take an earlier checkpoint")
     return PromptLearning(
         kind,
         embeddings,
@@ -154,16 +155,16 @@ def require_fit(folder: Path, learned: PromptLearning, architecture: Architectur
     found = learned.layers, learned.heads, learned.token_dim
     names = ("num_layers", "num_attention_heads", "token_dim")
     wrong = [
-        f"{name} is {value}, the model's is {other}"
+        f"{name} is {value}, but {other} in the model"
         for name, value, other in zip(names, found, expected, strict=True)
         if value != other
     ]
     if wrong:
-        raise UserError(f"{where}: {'; '.join(wrong)}: give the model that it was trained on")
+        raise UserError(f"{where}: {'; '.join(wrong)}; give the model that it was trained on")
     if length >= architecture.max_positions:
         raise UserError(
-            f"{where}: num_virtual_tokens is {length}, which leaves nothing of the model's "
-            f"{architecture.max_positions} positions: give the model that it was trained on"
+            f"{where}: num_virtual_tokens is {length}, which leaves none of the model's {architecture.max_positions} "
+            "positions; give the model that it was trained on"
         )
 
 
@@ -174,7 +175,7 @@ def _config(folder: Path) -> dict[str, Any]:
 def _text(config: dict[str, Any], key: str, folder: Path) -> str:
     value = config.get(key)
     if not isinstance(value, str):
-        raise UserError(f"{folder / CONFIG_FILE}: {key} is {value!r}: it must be text")
+        raise UserError(f"{folder / CONFIG_FILE}: {key} must be text, not {value!r}")
     return value
 
 
@@ -201,7 +202,7 @@ class PromptLearningFiles(MethodFiles):
         return KEYS.notes(_config(folder), str(folder / CONFIG_FILE))
 
     def refuse_merge(self, folder: Path) -> None:
-        raise no_update(folder, f"a {self.name}: {self.merging}, which are in no weight of the base")
+        raise no_update(folder, f"a {self.name}, that is {self.merging}, which no weight of the base can represent")
 
     def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
         provenance = read_provenance(source)

@@ -14,7 +14,7 @@ class ModelConfig(Section):
 
     path: YamlPath = Field(description="folder of a Hugging Face checkpoint (config.json and safetensors)")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="type of the frozen weights: auto (as stored), fp32 or bf16"
+        "auto", description="data type of the frozen weights: auto (as stored), fp32 or bf16"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto (cuda where a GPU is visible), cpu or cuda"

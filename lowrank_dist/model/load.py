@@ -97,8 +97,8 @@ def check_length(architecture: Architecture, path: Path, max_length: int) -> Non
         )
     if architecture.sliding_window is not None and max_length > architecture.sliding_window:
         raise UserError(
-            f"data.max_length={max_length} exceeds the model's sliding window of {architecture.sliding_window} tokens "
-            f"({path / 'config.json'}), which this system does not apply; use at most that"
+            f"data.max_length={max_length} exceeds the model's sliding window of {architecture.sliding_window} "
+            f"tokens ({path / 'config.json'}), which is not implemented here; use at most that"
         )
 
 
@@ -109,7 +109,7 @@ def dtype_notes(path: Path, running: torch.dtype) -> list[str]:
     if stored != torch.float16:
         return []
     name = next(name for name, dtype in DTYPES.items() if dtype == running)
-    return [f"{path}: stored in fp16, runs in {name}; with model.dtype=fp32, or --dtype fp32, no bit of it is lost"]
+    return [f"{path}: stored in fp16, but runs in {name}; model.dtype=fp32 or --dtype fp32 keeps every bit"]
 
 
 def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -205,5 +205,5 @@ def _check_tied(plan: ParameterPlan, architecture: Architecture, checkpoint: Che
             if not same:
                 raise UserError(
                     f"{checkpoint.path / 'config.json'}: tie_word_embeddings is true, but {output} differs from "
-                    f"{embedding}: set tie_word_embeddings to false"
+                    f"{embedding}; set tie_word_embeddings to false"
                 )

@@ -35,7 +35,7 @@ def reason_not_loaded() -> str | None:
 def reason_not_loaded_cuda() -> str | None:
     """Load the CUDA operators once. Return why they are missing, or None."""
     if torch.version.cuda is None:
-        return f"torch {torch.__version__} is not a CUDA build; {_HOW_CUDA} builds them"
+        return f"torch {torch.__version__} is not a CUDA build; build them with {_HOW_CUDA}"
     return reason_not_loaded() or _load(CUDA_LIBRARY, _HOW_CUDA)
 
 
@@ -53,7 +53,7 @@ def require_compiled(device: str) -> None:
     """Raise UserError, with the remedy, where the compiled operators for `device` ("cpu" or "cuda") are missing."""
     reason = reason_not_loaded_on(device)
     if reason is not None:
-        raise UserError(f"compiled operators for {device} are demanded (engine.kernels), but {reason}")
+        raise UserError(f"engine.kernels: compiled operators for {device} are required, but {reason}")
 
 
 def describe(device: str) -> str:
@@ -76,11 +76,11 @@ def reason_not_loaded_on(device: str) -> str | None:
 
 def _load(library: Path, how: str) -> str | None:
     if not library.is_file():
-        return f"{library} was not built; {how} builds it"
+        return f"{library} was not built; build it with {how}"
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return f"{library} does not load in torch {torch.__version__}: {error}; {how} builds it again"
+        return f"{library} cannot be loaded by torch {torch.__version__} ({error}); build it again with {how}"
     return None
 
 
@@ -101,5 +101,5 @@ def _available(device: str) -> bool:
         return False
     reason = reason_not_loaded_on(device)
     if reason is not None:
-        logging.getLogger(__name__).warning("plain PyTorch runs in place of the compiled operators: %s", reason)
+        logging.getLogger(__name__).warning("plain PyTorch is used instead of the compiled operators: %s", reason)
     return reason is None

@@ -148,7 +148,7 @@ def require_agreement(own: Mapping[str, str], group: ProcessGroup, device: torch
         if len(holders) > 1:
             said = (f"{value} on {_named(ranks, everyone[ranks[0]][0])}" for value, ranks in holders.items())
             differing.append(f"{name} is {', '.join(said)}")
-    raise UserError(f"the ranks of this run differ, and none begins: {'; '.join(differing)}. {remedy}")
+    raise UserError(f"the ranks of this run differ: {'; '.join(differing)}. {remedy}")
 
 
 def _hash(values: Mapping[str, str]) -> str:

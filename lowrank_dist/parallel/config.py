@@ -26,12 +26,11 @@ class ParallelConfig(Section):
         None, ge=1, description="data-parallel size of at least 1, or null for all remaining ranks"
     )
     sequence: bool | None = Field(
-        None, description="sequence parallelism: true, false, or null for on when parallel.tensor is above 1"
+        None, description="sequence parallelism: true, false, or null for true where parallel.tensor is above 1"
     )
     across_nodes: bool = Field(
         False,
-        description="true (a tensor-parallel group may lie on several nodes, where every layer waits for the network) "
-        "or false",
+        description="true (a tensor-parallel group may span nodes, so every layer waits for the network) or false",
     )
 
     @property

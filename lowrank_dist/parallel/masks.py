@@ -47,6 +47,6 @@ class MaskSource:
         if self.threshold == 0:
             return None
         if self._rows is None or self._key is None:
-            raise AssertionError("dropout is on but no microbatch was announced: call MaskSource.set first")
+            raise AssertionError("dropout is on, but no microbatch was set; call MaskSource.set first")
         rows = self._rows if shard is None else self._rows.chunk(shard[1], dim=0)[shard[0]]
         return Mask(rows.reshape(-1), self._key, stream, self.threshold, feature_offset)

@@ -60,8 +60,8 @@ class Topology:
             fitting = [n for n in range(1, world + 1) if world % n == 0]
             wanted = f"parallel.tensor={tensor}" + (f" × parallel.data={data}" if data is not None else "")
             raise UserError(
-                f"{wanted} does not fit {world} ranks: tensor × data must be the number of ranks. "
-                f"With {world} ranks parallel.tensor may be {', '.join(map(str, fitting))}; leave parallel.data unset"
+                f"{wanted} does not fit {world} ranks, since tensor × data must be the number of ranks. With {world} "
+                f"ranks parallel.tensor may be {', '.join(map(str, fitting))}; leave parallel.data unset"
             )
         # A step on fake tensors has no other ranks to talk to, and uses one backend for all groups.
         fake = dist.get_backend() == "fake"
@@ -103,9 +103,9 @@ def refuse_crossing(hosts: Sequence[str], tensor: int) -> None:
             most = min(Counter(hosts).values())
             fitting = ", ".join(str(n) for n in range(1, most + 1) if most % n == 0)
             raise UserError(
-                f"parallel.tensor: with {tensor} the ranks {first} to {first + tensor - 1} of one tensor-parallel "
-                f"group lie on {' and '.join(dict.fromkeys(group))}, where every layer waits for the network; it may "
-                f"be {fitting}, or set parallel.across_nodes=true"
+                f"parallel.tensor: with {tensor}, ranks {first} to {first + tensor - 1} of one tensor-parallel group "
+                f"are on {' and '.join(dict.fromkeys(group))}, so every layer would wait for the network; set it to "
+                f"{fitting}, or set parallel.across_nodes=true"
             )
 
 

@@ -50,12 +50,12 @@ class Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             self._refuse(f"alias *{event.anchor} is not supported; write the value out", event.start_mark)
         if self._depth == DEEPEST:
-            self._refuse(f"nested too deeply, over {DEEPEST} levels", event.start_mark)
+            self._refuse(f"nested more than {DEEPEST} levels deep", event.start_mark)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(node, yaml.ScalarNode) and any("\ud800" <= character <= "\udfff" for character in node.value):
-            self._refuse("an unpaired surrogate escape (\\uDXXX); mend the text", node.start_mark)
+            self._refuse("an unpaired surrogate escape (\\uDXXX); correct the text", node.start_mark)
         return node
 
     def _refuse(self, problem: str, mark: yaml.Mark) -> NoReturn:

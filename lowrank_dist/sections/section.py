@@ -21,7 +21,7 @@ def _path(value: object) -> Path:
     # Pydantic's strict mode takes no text for a path, and YAML has nothing else.
     if isinstance(value, Path) or isinstance(value, str) and value:
         return Path(require_valid_path(str(value)))
-    raise ValueError("a path is text that is not empty (a number as a name needs quotes)")
+    raise ValueError("a path must be text that is not empty (quote a name that is a number)")
 
 
 def _regular_expression(value: str) -> str:
@@ -80,8 +80,8 @@ class MethodSection(Section):
         if max_length - self.virtual_positions >= 2:
             return None
         return (
-            f"{name}.length={self.virtual_positions} takes from data.max_length={max_length}: no room is left for a "
-            f"sample of two tokens; give a length of at most {max_length - 2}, or a larger data.max_length"
+            f"{name}.length={self.virtual_positions} leaves no room in data.max_length={max_length} for a sample of "
+            f"two tokens; give a length of at most {max_length - 2}, or a larger data.max_length"
         )
 
     def resumed(self, saved: Mapping[str, Any]) -> Self:

@@ -16,7 +16,7 @@ from lowrank_dist.formats.atomic import temporary_name
 from lowrank_dist.terminal import escape_control
 
 NAME = "FAILED"
-_FIRST, _LEFT, _BY = " went first, ", " was left behind ", " by "
+_FIRST, _LEFT, _BY = " failed first, ", " lost the other ranks ", ", no answer from "
 _SHOWN = 8  # ranks in a list of names
 
 

@@ -136,7 +136,7 @@ class Supervision:
         silent = [self._name(rank) for rank in answer.silent]
         reason = failure.reason
         if not answer.reached:
-            reason += f"; nor does the job's store on {os.environ.get('MASTER_ADDR', 'rank 0')} answer"
+            reason += f"; the job's store on {os.environ.get('MASTER_ADDR', 'rank 0')} does not answer either"
         failure = self._failure(reason, "", False, silent)
         # A known cause is recorded instead of this failure: the rank that failed first may have had no disk space.
         said = record(self._folder, answer.cause or failure) if self._folder else str(failure)

@@ -150,16 +150,16 @@ class Watchdog:
         if self._stopped_at is not None and (told or now - self._stopped_at > self._watched.timeout / 2):
             return f"was stopped (SIGSTOP) {now - self._stopped_at:.0f} s ago"
         if still > limit or (told and still > limit / 2):
-            return f"stood still for {still:.0f} s"
+            return f"made no progress for {still:.0f} s"
         if told and now - told > max(limit, LEAVE_SECONDS):
-            return f"was told to end {now - told:.0f} s ago and did not"
+            return f"was told to end {now - told:.0f} s ago and did not end"
         return None
 
     def _launcher_gone(self, launcher: Launcher, state: State, now: float) -> None:
         """Ask the rank to save and stop after its launcher died; it may live on for one step and one checkpoint."""
         if state.phase == LEAVING:
             return
-        self._say(state, f"its launcher ({launcher.name}) is gone; it is told to save and stop", first=True)
+        self._say(state, f"its launcher ({launcher.name}) is gone, so it was told to save and stop", first=True)
         self._told_at = self._told_at or now
         self._signal(signal.SIGTERM)
 
@@ -197,9 +197,9 @@ class Watchdog:
         if fields and fields[STATE] == "Z":
             how = f"it ended with {_describe(int(fields[EXIT_CODE]))}"
         else:
-            how = "it crashed" if stacks else "it ended without a word, as after SIGKILL"
+            how = "it crashed" if stacks else "it ended without a message, as after SIGKILL"
         if _oom_kills() > self._oom_kills:
-            how += "; the kernel's out-of-memory killer struck on this host meanwhile"
+            how += "; meanwhile the kernel's out-of-memory killer ended a process on this host"
         # Not the cause if it was killed by its launcher, or by NCCL, which aborts when a collective takes too long.
         asked = self._told_at is not None and now - self._told_at > ASKED_SECONDS
         waited = "Aborted" in stacks and now - state.since > 0.9 * self._watched.timeout

@@ -24,20 +24,20 @@ def read_bytes(path: Path, remedy: str, *, largest: int) -> bytes:
     try:
         # Before opening: opening a pipe would wait for its writer.
         if path.exists() and not path.is_file() and not path.is_dir():
-            raise UserError(f"{short_path(path)}: is no regular file: {remedy}")
+            raise UserError(f"{short_path(path)}: not a regular file; {remedy}")
         with path.open("rb") as file:
             content = file.read(largest + 1)
     except OSError as error:
-        raise UserError(f"{short_path(path)}: cannot be read ({error.strerror}): {remedy}") from error
+        raise UserError(f"{short_path(path)}: cannot be read ({error.strerror}); {remedy}") from error
     if len(content) > largest:
-        raise UserError(f"{short_path(path)}: is larger than the {sized(largest)} that such a file may have: {remedy}")
+        raise UserError(f"{short_path(path)}: larger than {sized(largest)}, the limit for such a file; {remedy}")
     return content
 
 
 def require_size(path: Path, remedy: str, *, largest: int) -> None:
     """Raise UserError for a file of more than `largest` bytes. For files that a library will read."""
     if path.is_file() and path.stat().st_size > largest:
-        raise UserError(f"{short_path(path)}: is larger than the {sized(largest)} that such a file may have: {remedy}")
+        raise UserError(f"{short_path(path)}: larger than {sized(largest)}, the limit for such a file; {remedy}")
 
 
 def read_text(path: Path, remedy: str, *, largest: int) -> str:
@@ -45,7 +45,7 @@ def read_text(path: Path, remedy: str, *, largest: int) -> str:
     try:
         return read_bytes(path, remedy, largest=largest).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{short_path(path)}: is not UTF-8 (byte {error.start}: {error.reason}): {remedy}") from error
+        raise UserError(f"{short_path(path)}: not UTF-8 (byte {error.start}: {error.reason}); {remedy}") from error
 
 
 def read_lines(path: Path, remedy: str, *, longest: int) -> Iterator[tuple[int, bytes]]:
@@ -60,10 +60,10 @@ def read_lines(path: Path, remedy: str, *, longest: int) -> Iterator[tuple[int, 
             while line := file.readline(longest + 1):
                 number += 1
                 if len(line) > longest:
-                    raise UserError(f"{short_path(path)}:{number}: the line is longer than {sized(longest)}: {remedy}")
+                    raise UserError(f"{short_path(path)}:{number}: the line is longer than {sized(longest)}; {remedy}")
                 yield number, line
     except OSError as error:
-        raise UserError(f"{short_path(path)}: cannot be read ({error.strerror}): {remedy}") from error
+        raise UserError(f"{short_path(path)}: cannot be read ({error.strerror}); {remedy}") from error
 
 
 def require_valid_path(text: str) -> str:
@@ -72,10 +72,10 @@ def require_valid_path(text: str) -> str:
         raise ValueError("a path cannot hold a zero byte")
     size = len(os.fsencode(text))
     if size > _LONGEST_PATH:
-        raise ValueError(f"a path has at most {_LONGEST_PATH} bytes, and this has {size}")
+        raise ValueError(f"a path has at most {_LONGEST_PATH} bytes; this one has {size}")
     longest = max((len(os.fsencode(name)) for name in text.split("/")), default=0)
     if longest > _LONGEST_NAME:
-        raise ValueError(f"a name in a path has at most {_LONGEST_NAME} bytes, and one here has {longest}")
+        raise ValueError(f"a name in a path has at most {_LONGEST_NAME} bytes; one in this path has {longest}")
     return text
 
 

@@ -66,7 +66,7 @@ def parse_json(content: bytes | str, *, unique: bool = False, finite: bool = Fal
         raise JsonError(_TOO_DEEP) from error
     except _LongInteger as error:
         raise JsonError(
-            f"{_key_of_digits(text)}an integer of {error.count} digits; at most {_MOST_DIGITS} are taken"
+            f"{_key_of_digits(text)}an integer of {error.count} digits; the limit is {_MOST_DIGITS}"
         ) from error
     _refuse_depth(value)
     if _HALF_PAIR_ESCAPED.search(text):
@@ -81,7 +81,7 @@ def read_json(path: Path, remedy: str, *, largest: int = LARGEST, unique: bool =
         return parse_json(content, unique=unique, finite=finite)
     except JsonError as fault:
         line = "" if fault.line is None else f":{fault.line}"
-        raise UserError(f"{short_path(path)}{line}: {fault}: {remedy}") from fault
+        raise UserError(f"{short_path(path)}{line}: {fault}; {remedy}") from fault
 
 
 def read_object(
@@ -90,7 +90,7 @@ def read_object(
     """Return the object in a file; raise UserError as `read_json` does, and for a value that is no object."""
     value = read_json(path, remedy, largest=largest, unique=unique, finite=finite)
     if not isinstance(value, dict):
-        raise UserError(f"{short_path(path)}: expected a JSON object, found {type(value).__name__}: {remedy}")
+        raise UserError(f"{short_path(path)}: expected a JSON object, found {type(value).__name__}; {remedy}")
     return value
 
 
@@ -106,7 +106,7 @@ def typed_value(
         return None
     kinds: tuple[type, ...] = (int, float) if kind is float else (kind,)
     if not isinstance(value, kinds) or isinstance(value, bool) and kind is not bool:
-        raise UserError(f"{short_path(where)}: {key} must be {_NAMES[kind]}, not {brief(value)}: {remedy}")
+        raise UserError(f"{short_path(where)}: {key} must be {_NAMES[kind]}, not {brief(value)}; {remedy}")
     return value  # type: ignore[return-value]
 
 
@@ -118,7 +118,7 @@ def brief(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
-_TOO_DEEP = f"JSON nested too deeply, over {DEEPEST} levels"
+_TOO_DEEP = f"JSON nested more than {DEEPEST} levels deep"
 
 
 class _LongInteger(Exception):
@@ -155,7 +155,7 @@ def _digits(digits: str) -> object:
 def _finite(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise JsonError(f"{digits[:20]} is beyond every float")
+        raise JsonError(f"{digits[:20]} is too large for a float")
     return value
 
 

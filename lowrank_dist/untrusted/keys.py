@@ -59,7 +59,7 @@ class KeyRule:
         lines = [f"{where}: {reason}: {', '.join(keys)}" for reason, keys in said.items()]
         if unknown := self.unknown(values):
             named = some_of([_short(key) for key in unknown], _MOST_NAMED)
-            lines.append(f"{where}: keys that are not known here and change nothing: {named}")
+            lines.append(f"{where}: unknown keys, which have no effect: {named}")
         return lines
 
     def _counts(self, key: str, value: Any) -> bool:

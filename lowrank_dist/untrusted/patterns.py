@@ -70,7 +70,7 @@ class Patterns:
     def _run(self, pattern: str, form: str, text: str, how: str) -> regex.Match | None:
         if len(text) > _LONGEST_TEXT:
             raise UserError(
-                f"{self._where}: a name of {len(text)} characters ({text[:40]!r}…) is no module's: correct it"
+                f"{self._where}: {text[:40]!r}… ({len(text)} characters) is too long for a module name; correct it"
             )
         compiled = self._compile(pattern, form)
         with self._timed(pattern, "matching"):
@@ -95,9 +95,8 @@ class Patterns:
         except (TimeoutError, MemoryError) as error:
             self._left = 0  # `regex` counts process time, which runs ahead of the thread's.
             raise UserError(
-                f"{self._where}: {what} the regular expression {brief(pattern)} takes longer than {self.seconds:g} s, "
-                "with those before it: it backtracks, or they are too many; write it without a repetition inside a "
-                "repetition"
+                f"{self._where}: {what} the regular expression {brief(pattern)} and those before it take more than "
+                f"{self.seconds:g} s in all; use fewer expressions, and no repetition inside a repetition"
             ) from error
         finally:
             self._left -= time.thread_time() - began
@@ -106,17 +105,20 @@ class Patterns:
 def require_expression(pattern: str, form: str = "{}") -> None:
     """Raise ValueError with the reason unless `form` with the pattern at {} is an acceptable regular expression."""
     if len(pattern) > LONGEST:
-        raise ValueError(f"a regular expression of {len(pattern)} characters; at most {LONGEST} are taken")
+        raise ValueError(f"a regular expression of {len(pattern)} characters; the limit is {LONGEST}")
     if _written(pattern) > _MOST_WRITTEN:
         raise ValueError(
-            f"has over {_MOST_WRITTEN} characters once its repetitions are written out; use * or + for a count"
+            f"has more than {_MOST_WRITTEN} characters once its repetitions are written out; use * or + instead of a "
+            "count"
         )
     if _BRACE.search(pattern):
-        raise ValueError("a brace that counts nothing; write \\{ for a brace itself")
+        raise ValueError("a brace that is no repetition count; write \\{ for a literal brace")
     if _CLASS in pattern:
-        raise ValueError(f"'{_CLASS}', which no two engines read alike; write the characters out")
+        raise ValueError(
+            f"'{_CLASS}' has a different meaning in each regular expression engine; write the characters out"
+        )
     if re.search(r"\(\?[aLmsux]*i", pattern) and (not pattern.isascii() or re.search(r"\\[xuUN]", pattern)):
-        raise ValueError("ignores the case of characters beyond ASCII; no module is named so")
+        raise ValueError("(?i) together with characters outside ASCII, which no module name has; remove one of the two")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about syntax whose meaning may change
@@ -127,10 +129,10 @@ def require_expression(pattern: str, form: str = "{}") -> None:
     except (re.error, regex.error, OverflowError) as error:
         remedy = ""
         if "global flags" in str(error):
-            remedy = "; write flags for a part of it, (?i:…)"
+            remedy = "; limit the flags to a group, (?i:…)"
         raise ValueError(f"not a regular expression: {error}{remedy}") from error
     except (RecursionError, MemoryError) as error:
-        raise ValueError("a regular expression that is nested too deeply") from error
+        raise ValueError("the regular expression is nested too deeply") from error
 
 
 def _written(pattern: str) -> int:

@@ -126,13 +126,13 @@ def test_full_disk(planted: dict[str, Any]) -> None:
     assert row["state"] == "broken" and "No space left on device" in row["detail"]
     assert "free some space" in row["detail"]
     room = found(planted, "free disk", "h2")
-    assert room["state"] == "broken" and "124.0 KiB free" in room["detail"] and "give output.dir on" in room["detail"]
+    assert room["state"] == "broken" and "124.0 KiB free" in room["detail"] and "set output.dir to" in room["detail"]
 
 
 def test_missing_shard(planted: dict[str, Any], config: Path) -> None:
     row = found(planted, "model folder", "h2")
     shard = shards(config.parent / "base")[1]
-    assert row["state"] == "broken" and f"{shard}: missing: download the model completely" in row["detail"]
+    assert row["state"] == "broken" and f"{shard}: missing; download the model completely" in row["detail"]
 
 
 def test_wrong_interface(planted: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ def test_wrong_interface(planted: dict[str, Any]) -> None:
     assert row["state"] == "broken" and "GLOO_SOCKET_IFNAME: no interface eth7 here, but" in row["detail"]
     assert "eth0 (10.77.0.2" in row["detail"] and "set GLOO_SOCKET_IFNAME=eth0" in row["detail"]
     # Ranks that cannot meet are not made to wait for one another.
-    assert found(planted, "all-reduce")["detail"] == "not tried: h2 cannot meet the others"
+    assert found(planted, "all-reduce")["detail"] == "not checked, since h2 cannot meet the others"
 
 
 def test_no_ninja(planted: dict[str, Any]) -> None:
@@ -170,7 +170,7 @@ def test_an_interface_that_leads_nowhere(quiet_rig: Rig) -> None:
     assert (one.code, two.code) == (1, 1), (one.stderr, two.stderr)
     report = json.loads(one.stdout)
     row = found(report, "interface of gloo", "h2")
-    assert row["state"] == "warning" and "MASTER_ADDR is reached by eth0" in row["detail"]
+    assert row["state"] == "warning" and "MASTER_ADDR is reached through eth0" in row["detail"]
     assert "set GLOO_SOCKET_IFNAME=eth0" in row["detail"]
     assert failing(report) == {"all-reduce"}
 

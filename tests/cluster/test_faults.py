@@ -33,9 +33,9 @@ TRAIN = "launch/train.py"
 # What befalls one rank of two → what FAILED says of it, and what comes after that.
 ONE_RANK = {
     "raise": (r"RuntimeError: planted", "in fail\n"),
-    "sleep": (r"it stood still for \d+ s, and was killed by its watchdog", "faulty/sitecustomize.py"),
-    "hold": (r"it stood still for \d+ s, and was killed by its watchdog", "faulty/sitecustomize.py"),
-    "exit": (r"it ended (with code 3|without a word)", ""),
+    "sleep": (r"it made no progress for \d+ s, and was killed by its watchdog", "faulty/sitecustomize.py"),
+    "hold": (r"it made no progress for \d+ s, and was killed by its watchdog", "faulty/sitecustomize.py"),
+    "exit": (r"it ended (with code 3|without a message)", ""),
     "segfault": (r"it (crashed|ended with signal 11)", "Segmentation fault"),
     "allocate": (r"MemoryError", "in eat\n"),
     "bloat": (r"it ended .*out-of-memory killer", ""),
@@ -65,7 +65,9 @@ def test_a_killed_rank(quiet_rig: Rig, config: Path, expected: CURVES, tmp_path:
     watch = Stopwatch(quiet_rig)
     faults.open_gate(4)
     print(failed(job, watch), "|", culprit(run))
-    assert re.match("rank 2 on h2 went first, at step 4 in data: it ended (with signal 9|without a word)", culprit(run))
+    assert re.match(
+        "rank 2 on h2 failed first, at step 4 in data: it ended (with signal 9|without a message)", culprit(run)
+    )
     assert last_words(job.said()).startswith(culprit(run))
     goes_on(quiet_rig, config, run, expected)
 
@@ -77,7 +79,7 @@ def test_a_stopped_rank(quiet_rig: Rig, config: Path, tmp_path: Path, folder: Pa
     watch = Stopwatch(quiet_rig)
     faults.open_gate(4)
     print(failed(job, watch), "|", culprit(run))
-    assert re.match(r"rank 2 on h2 went first, at step 4 in data: it was stopped \(SIGSTOP\)", culprit(run))
+    assert re.match(r"rank 2 on h2 failed first, at step 4 in data: it was stopped \(SIGSTOP\)", culprit(run))
     said = last_words(job.said())
     assert said.startswith(culprit(run)) and "faulty/sitecustomize.py" in said, "its stack is missing"
 
@@ -107,9 +109,9 @@ def test_a_killed_slurmstepd(quiet_rig: Rig, config: Path, tmp_path: Path, folde
     assert job.finished(seconds=60 + BEYOND) == "FAILED", job.said()
     print(f"sbatch {job.field('ExitCode')}, ranks ended after {seconds:.1f} s |", culprit(run))
     assert re.match(
-        r"rank [23] on h2 went first, at step [23] in [a-z]+: its launcher \(slurmstepd\) is gone", culprit(run)
+        r"rank [23] on h2 failed first, at step [23] in [a-z]+: its launcher \(slurmstepd\) is gone", culprit(run)
     )
-    assert last_words(job.said()).startswith(culprit(run)) and "train.resume=auto goes on from it" in job.said()
+    assert last_words(job.said()).startswith(culprit(run)) and "train.resume=auto continues from it" in job.said()
 
 
 @pytest.mark.parametrize("host, launcher", [(0, "bin/deepspeed --hostfile"), (1, "deepspeed.launcher.launch")])
@@ -129,7 +131,7 @@ def test_a_killed_launcher_of_deepspeed(
     faults.open_gate(2, once=run / "FAILED")
     seconds, done = watch.all_ended(), wait(process)
     print(f"deepspeed {done.code} after {seconds:.1f} s |", culprit(run))
-    assert re.match(r"rank \d on h\d went first, at step [23] in [a-z]+: its launcher \(.*\) is gone", culprit(run))
+    assert re.match(r"rank \d on h\d failed first, at step [23] in [a-z]+: its launcher \(.*\) is gone", culprit(run))
     assert done.code != 0
     assert "return code = 85" in done.stdout + done.stderr, "the ranks were to save and stop"
     forwarded.write_text("".join(f"{name}={value}\n" for name, value in ENVIRONMENT.items()))
@@ -161,7 +163,7 @@ def test_a_killed_launcher_of_torchrun(
     seconds, outcomes = watch.all_ended(), [wait(process) for process in processes]
     print(f"torchrun {[done.code for done in outcomes]} after {seconds:.1f} s |", culprit(run))
     assert re.match(
-        r"rank [23] on h2 went first, at step [23] in [a-z]+: its launcher \(torchrun\) is gone", culprit(run)
+        r"rank [23] on h2 failed first, at step [23] in [a-z]+: its launcher \(torchrun\) is gone", culprit(run)
     )
     assert outcomes[0].code not in (0, 124)
     done = on_each(quiet_rig.hosts, commands("train.resume=auto"))
@@ -192,6 +194,6 @@ def test_what_befalls_one_rank(quiet_rig: Rig, config: Path, tmp_path: Path) -> 
         print(f"{kind}, srun {code} after {seconds:.1f} s |", record)
     for kind, (code, seconds, record, said) in found.items():
         reason, trace = ONE_RANK[kind]
-        assert re.match(f"rank 1 on h2 went first, at step 3 in data: {reason}", record), (kind, record)
+        assert re.match(f"rank 1 on h2 failed first, at step 3 in data: {reason}", record), (kind, record)
         assert said.startswith(record) and trace in said, (kind, said)
         assert code not in (0, 124) and seconds < TIMEOUT + 30, kind

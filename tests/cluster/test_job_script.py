@@ -94,9 +94,9 @@ def test_a_rank_that_fails_ends_the_job(quiet_rig: Rig, script: Path) -> None:
 
 
 def test_a_failed_record_fails_the_job(quiet_rig: Rig, script: Path) -> None:
-    job = submit(quiet_rig, script, "(run / 'FAILED').write_text('rank 2 on h2 went first\\n')")
+    job = submit(quiet_rig, script, "(run / 'FAILED').write_text('rank 2 on h2 failed first\\n')")
     assert job.finished() == "FAILED"
-    assert "rank 2 on h2 went first" in job.said()
+    assert "rank 2 on h2 failed first" in job.said()
     again = submit(quiet_rig, script, "")
     assert again.finished() == "COMPLETED", "a record of an earlier job failed this one"
     assert (folder(script) / f"FAILED.{again.number}.0").exists()

@@ -40,7 +40,7 @@ def cut_off(rig: Rig, host: Host, job: Job, run: Path, faults: Faults, gate: int
     with rig.cut_off(host):
         faults.open_gate(gate)
         print(f"sbatch, link cut at {where}: ranks ended after {watch.ranks_ended():.1f} s |", culprit(run))
-        ended = f"rank [01] on h1 was left behind at {where} by rank 2 on h2, rank 3 on h2: "
+        ended = f"rank [01] on h1 lost the other ranks at {where}, no answer from rank 2 on h2, rank 3 on h2: "
         assert re.match(ended, culprit(run)), job.said()
         assert last_words(job.said()).startswith(culprit(run))
         # Slurm has lost the node as well, and puts the job back into the queue.

@@ -304,10 +304,7 @@ def test_a_run_that_ended_early_goes_on_only_when_told(
     copy, end = tmp_path / "run", max(steps(early))
     shutil.copytree(early, copy, symlinks=True)
     said = well(train(job, copy, LAYOUTS["DP2"], *EARLY))
-    assert (
-        f"nothing is trained: the run ends early at step {end} of {STEPS}: 2 evaluations in a row no better than"
-        in said
-    )
+    assert f"the run ends early at step {end} of {STEPS}: 2 evaluations in a row no better than" in said
     assert curve(copy) == curve(early) and steps(copy) == steps(early) and best(copy) == best(early)
     well(train(job, copy, LAYOUTS["DP2"]))
     assert curve(copy) == curve(runs["DP2"]) and same_bits(copy, runs["DP2"], STEPS)
@@ -328,7 +325,7 @@ def test_best_is_chosen_anew_by_another_measure(job: Path, runs: dict[str, Path]
     assert best(later) == 10 and best(runs["TP1"]) < 8
     changed = stopped_after(runs["TP1"], 10, tmp_path / "changed")
     shorter = {**GENERATE, "max_new_tokens": 4}
-    assert "by eval.generate {'metrics'" in well(train(job, changed, LAYOUTS["TP1"], f"eval.generate={shorter}"))
+    assert "with eval.generate {'metrics'" in well(train(job, changed, LAYOUTS["TP1"], f"eval.generate={shorter}"))
 
 
 def test_evaluations_without_a_checkpoint_are_announced(job: Path, tmp_path: Path) -> None:
@@ -338,8 +335,8 @@ def test_evaluations_without_a_checkpoint_are_announced(job: Path, tmp_path: Pat
         for save in ("3", "1", "null")
     }
     announced = "checkpoints/best can only be a step that is both evaluated and saved, "
-    assert f"{announced}one of 6, 12, … and the last: eval.every is 2, output.save_every 3" in said["3"]
-    assert f"{announced}the last: eval.every is 2, output.save_every null" in said["null"]
+    assert f"{announced}one of 6, 12, … and the last, since eval.every is 2 and output.save_every is 3" in said["3"]
+    assert f"{announced}the last, since eval.every is 2 and output.save_every is null" in said["null"]
     assert announced not in said["1"] and "1 of 1 met their length limit" in said["1"]
 
 
@@ -384,21 +381,25 @@ LONG = "a" * 64
 BAD: dict[str, tuple[list[dict[str, Any]] | None, tuple[str, ...], str]] = {
     "metric": (None, ("eval.generate={metrics: [accuracy]}",), "eval.generate.metrics[0]: 'accuracy' is not valid"),
     "best": (None, ("eval.generate={metrics: [bleu]}",), "eval.generate.metrics has only bleu"),
-    "best of nothing": (None, ("eval.generate=null",), "nothing is generated: eval.generate is null"),
+    "best of nothing": (None, ("eval.generate=null",), "eval.generate is null, so nothing is generated"),
     "no data": (None, ("data.eval=null",), "eval.generate is given, but data.eval is null"),
-    "never": (None, ("eval.every=null", "eval.patience=2"), "eval.every is null: there is no evaluation after which"),
-    "unknown key": (None, ("eval.generate={max_tokens: 3}",), "unknown key — did you mean max_new_tokens?"),
+    "never": (
+        None,
+        ("eval.every=null", "eval.patience=2"),
+        "eval.every is null, so there is no evaluation after which",
+    ),
+    "unknown key": (None, ("eval.generate={max_tokens: 3}",), "unknown key; did you mean max_new_tokens?"),
     "empty prompt": ([{"prompt": "", "completion": "er"}], (), "eval.generate: EVAL:1: key 'prompt' is empty"),
     "no reference": ([{"prompt": "cat"}], (), "EVAL:1"),
     "long prompt": (
         [{"prompt": LONG, "completion": "er"}, *rows(1)],
         ("data.max_length=64",),
-        "eval.generate: EVAL:1 (64 tokens): there are 64 positions for a prompt and its completion: shorten it",
+        "eval.generate: EVAL:1 (64 tokens): longer than the model's 64 positions with its completion; shorten it",
     ),
     "long prompt behind a prefix": (
         [{"prompt": LONG[3:], "completion": "er"}, *rows(1)],
         ("data.max_length=64", "method=prefix", "prefix.length=3"),
-        "eval.generate: EVAL:1 (61 tokens): there are 61 positions for a prompt and its completion: shorten it",
+        "eval.generate: EVAL:1 (61 tokens): longer than the model's 61 positions with its completion; shorten it",
     ),
 }
 

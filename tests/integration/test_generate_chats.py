@@ -71,7 +71,7 @@ def test_chat_on_request(base: Path, tmp_path: Path) -> None:
     settings = json.loads((bare / "tokenizer_config.json").read_text())
     (bare / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": None}))
     (refused,) = command(1, "generate", "--model", bare, "--prompt", "a", "--chat")
-    assert refused.code == 2 and f"--chat: {bare} has no chat template: use --no-chat" in refused.stderr
+    assert refused.code == 2 and f"--chat: {bare} has no chat template; use --no-chat" in refused.stderr
 
 
 def test_an_empty_completion_says_why(base: Path, tmp_path: Path) -> None:

@@ -115,9 +115,9 @@ def test_what_the_files_say_in_vain_is_said_first(base: Path, tmp_path: Path) ->
     (done,) = command(1, "generate", "--model", other, "--prompt", PROMPTS[0], "--max-new-tokens", NEW)
     assert (done.code, done.stdout) == (0, transformers_texts(base)[0] + "\n")
     assert done.stderr.splitlines()[:-1] == [
-        f"{other / 'config.json'}: dropouts of the base are not applied: attention_dropout=0.5",
-        f"{other / 'config.json'}: keys that are not known here and change nothing: odd",
-        f"{other / 'generation_config.json'}: not applied, decoding goes by its own options: do_sample=True, "
+        f"{other / 'config.json'}: dropout of the base is not applied: attention_dropout=0.5",
+        f"{other / 'config.json'}: unknown keys, which have no effect: odd",
+        f"{other / 'generation_config.json'}: not applied; decoding uses its own options: do_sample=True, "
         "temperature=0.6",
     ]
 
@@ -235,7 +235,7 @@ def test_evaluate_notes_references_that_decide_what_a_metric_means(base: Path, t
     (done,) = command(1, "evaluate", "--model", base, "--data", data, *options, "--json")
     notes = json.loads(done.stdout)["notes"]
     # The tokenizer has no byte of 猫, so nothing that it decodes has either.
-    assert ["not the file's text" in note for note in notes] == [True, False] and "<|unk|>' for '猫'" in notes[0]
+    assert ["differ from the file" in note for note in notes] == [True, False] and "<|unk|>' for '猫'" in notes[0]
     assert "1 of 2 samples have no word" in notes[1]
     assert done.stderr.splitlines()[:2] == notes
 
@@ -255,10 +255,10 @@ def broken_weights(base: Path, folder: Path) -> Path:
 
 LONG = "a" * 64
 BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
-    "empty prompt": (lambda base, _: ["--model", base, "--prompt", ""], "--prompt is empty: pass some text"),
+    "empty prompt": (lambda base, _: ["--model", base, "--prompt", ""], "--prompt is empty; pass some text"),
     "long prompt": (
         lambda base, _: ["--model", base, "--prompt", LONG],
-        "--prompt (64 tokens): there are 64 positions for a prompt and its completion",
+        "--prompt (64 tokens): longer than the model's 64 positions with its completion",
     ),
     "no prompt": (lambda base, _: ["--model", base], "give one of --prompt TEXT, --prompts FILE"),
     "no folder": (lambda base, _: ["--model", base / "none", "--prompt", "a"], "no such file or folder"),
@@ -297,7 +297,7 @@ def test_bad_input_is_one_message(what: str, base: Path, adapter: Path, tmp_path
 def test_bad_evaluations_are_one_message(base: Path, asked: Path) -> None:
     for arguments, said in (
         (("--data", asked, "--metric", "exact_match"), "prompts.jsonl: all 5 lines: key 'completion' is missing"),
-        (("--data", asked, "--metric", "accuracy"), "metric 'accuracy' is not known: give one of exact_match"),
+        (("--data", asked, "--metric", "accuracy"), "metric 'accuracy' is unknown; give one of exact_match"),
         (("--data", asked.parent / "none", "--metric", "bleu"), "no such file"),
     ):
         (done,) = command(1, "evaluate", "--model", base, *arguments)
@@ -359,4 +359,4 @@ def test_ranks_that_differ_decode_nothing(base: Path, adapter: Path, tmp_path: P
         return
     assert [outcome.code for outcome in outcomes] == [2, 2], outcomes
     (said,) = (outcome.stderr for outcome in outcomes if outcome.stderr)
-    assert f"the ranks of this run differ, and none begins: {differ} is " in said
+    assert f"the ranks of this run differ: {differ} is " in said

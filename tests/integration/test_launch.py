@@ -116,7 +116,7 @@ def test_samples_left_out_are_counted(run: Run) -> None:
     (line,) = re.findall(rf"^{re.escape(str(train))}: (.*)$", run.outcome.stdout, re.MULTILINE)
     assert line.startswith("24 of 26 samples kept; 1 over 48 tokens dropped (longest 6")
     assert "line 25)" in line and "1 without target tokens dropped (line 26)" in line
-    assert line.endswith("1 end a completion in their text: no second end is trained")
+    assert line.endswith("1 have the end of the completion in their text, so no second end is added")
 
 
 def test_run_folder(run: Run) -> None:

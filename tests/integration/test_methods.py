@@ -149,12 +149,12 @@ def test_another_method_or_size_is_refused_by_name(jobs: dict[str, Path], alone:
         ("lora", "full", (), "method was lora, is full. Set them back"),
         ("adapter_h", "adapter_l", (), "method was adapter_h, is adapter_l. Set them back"),
         ("adapter_h", "lora", (), "method was adapter_h, is lora. Set them back"),
-        ("lora", "prefix", ("train.resume_changes=[method]",), "and what this run trains do not fit together: method"),
+        ("lora", "prefix", ("train.resume_changes=[method]",), "the checkpoint and this run do not both train "),
         (
             "lora",
             "lora",
             ("lora.dora=true", "train.resume_changes=[lora.dora]"),
-            "method, lora.targets and lora.dora must be the same",
+            "use the same method, lora.targets and lora.dora",
         ),
         ("adapter_h", "adapter_h", ("adapter.bottleneck=4",), "adapter.bottleneck was 8, is 4"),
         ("prefix", "prefix", ("prefix.length=4",), "prefix.length was 5, is 4"),
@@ -164,7 +164,7 @@ def test_another_method_or_size_is_refused_by_name(jobs: dict[str, Path], alone:
             "adapter_l",
             "adapter_l",
             ("adapter.bottleneck=4", "train.resume_changes=[adapter.bottleneck]"),
-            "the sizes of the method (such as lora.rank) and the model must be the same",
+            "the same sizes of the method (such as lora.rank)",
         ),
     )
     for trained, asked, overrides, wanted in cases:
@@ -366,14 +366,14 @@ def test_a_step_that_rounding_loses_is_not_saved(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "overrides", "wanted"),
     [
-        ("adapter_h", ["adapter.bottleneck=7"], "adapter.bottleneck=7 cannot be cut over parallel.tensor=2: give a"),
+        ("adapter_h", ["adapter.bottleneck=7"], "adapter.bottleneck=7 is not a multiple of parallel.tensor=2; give a"),
         ("adapter_h", ["adapter.bottleneck=0"], "command line: adapter.bottleneck: 0 is not valid"),
-        ("prefix", ["prefix.length=47"], "prefix.length=47 takes from data.max_length=48: no room is left for a"),
+        ("prefix", ["prefix.length=47"], "prefix.length=47 leaves no room in data.max_length=48 for a"),
         ("prefix", ["prefix.length=100"], "give a length of at most 46, or a larger data.max_length"),
-        ("prompt", ["prompt.length=48"], "prompt.length=48 takes from data.max_length=48: no room is left for a"),
+        ("prompt", ["prompt.length=48"], "prompt.length=48 leaves no room in data.max_length=48 for a"),
         ("prefix", ["data.max_length=65"], "data.max_length=65 is longer than the model's 64 positions"),
         ("prefix", ["prefix.length=44"], "0 of 22 samples kept; 22 over 4 tokens dropped"),
-        ("full", ["lora.rank=4"], "command line: lora.rank: not read by method full — remove it, or set method to"),
+        ("full", ["lora.rank=4"], "command line: lora.rank: not read by method full; remove it, or set method to"),
         ("lora", ["method=full", "lora.alpha=4"], "command line: lora.alpha: not read by method full"),
         ("prompt", ["method=promt"], "command line: method: 'promt' is not valid"),
     ],
@@ -395,7 +395,7 @@ def test_a_bottleneck_that_the_ranks_do_not_divide_decodes(jobs: dict[str, Path]
 
 def test_samples_that_no_longer_fit_are_counted(jobs: dict[str, Path], tmp_path: Path) -> None:
     said = well(train(jobs["prompt"], tmp_path / "run", ALONE, "prompt.length=30", "train.steps=1"))
-    assert "30 virtual positions take from data.max_length 48: 18 remain for a sample" in said
+    assert "30 virtual positions leave 18 of data.max_length 48 for a sample" in said
     assert "of 22 samples kept; " in said and " over 18 tokens dropped" in said
 
 
@@ -416,12 +416,17 @@ def test_adapters_that_do_not_belong(jobs: dict[str, Path], alone: Any, tmp_path
         spoiled = Path(shutil.copytree(adapter, tmp_path / f"{method}-spoiled"))
         path = next(spoiled.glob("*.safetensors"))
         save_file({name: value * np.float32("nan") for name, value in load_file(path).items()}, path)
-        cases.append((base, spoiled, "a", "holds NaN or infinity"))
+        cases.append((base, spoiled, "a", "has NaN or infinity"))
     final = alone("full") / "checkpoints" / f"step-{STEPS}"
     cases.append(
-        (jobs["full"].parent / "base", final, "a", "is a whole model, not an adapter: give it in place of the")
+        (
+            jobs["full"].parent / "base",
+            final,
+            "a",
+            ": a whole model, not an adapter; give it as the model, instead of the",
+        )
     )
-    room = "positions for a prompt and its completion"
+    room = "positions with its completion"
     cases.append((jobs["prefix"].parent / "base", alone("prefix") / "adapter", "x" * 60, room))
     cases.append((jobs["prompt"].parent / "base", alone("prompt") / "adapter", "x" * 59, room))
     for base, adapter, prompt, wanted in cases:

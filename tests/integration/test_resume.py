@@ -133,7 +133,7 @@ def test_damaged_checkpoints_are_passed_over(job: Path, runs: dict[str, Path], t
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"\0")
     (stopped / "checkpoints/.step-6.lowrank_dist-tmp-1-ab").mkdir()
     said = well(train(job, stopped, LAYOUTS["TP2"]))
-    assert f"passed over: {damaged} is damaged" in said and "at step 2 of" in said
+    assert f"passed over: {damaged}: damaged" in said and "at step 2 of" in said
     assert all(np.array_equal(a, tensors(runs["TP2"])[key]) for key, a in tensors(stopped).items())
     assert {path.name for path in (stopped / "checkpoints").iterdir()} == {"step-2", "step-4", "step-6", "last", "best"}
 
@@ -172,10 +172,10 @@ def _moved_and_linked(run: Path) -> None:
 @pytest.mark.parametrize(
     ("lose", "named"),
     [
-        (_emptied, "holds no checkpoint of the run that saved there (left of it: adapter, metrics.jsonl)"),
+        (_emptied, "has no checkpoint, but other files of a run that saved one remain (adapter, metrics.jsonl)"),
         (_without_adapter, "(left of it: metrics.jsonl)"),
         (_only_metrics, "(left of it: metrics.jsonl)"),
-        (_moved_and_linked, "step-6 is a link: move its folder back"),
+        (_moved_and_linked, "step-6 is a link; replace it with its folder"),
     ],
 )
 def test_a_run_that_lost_its_checkpoints_is_not_started_over(
@@ -185,7 +185,7 @@ def test_a_run_that_lost_its_checkpoints_is_not_started_over(
     lose(run)
     before = snapshot(run)
     said = refused(train(job, run, LAYOUTS["TP1"], "train.seed=7", "train.resume_changes=[train.seed]"))
-    assert named in said and "choose another output.dir, or let output.overwrite=true remove that run" in said
+    assert named in said and "choose another output.dir, or set output.overwrite=true to remove that run" in said
     assert snapshot(run) == before
 
 
@@ -223,7 +223,7 @@ def test_killed_before_the_first_checkpoint_starts_again(job: Path, runs: dict[s
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "ti')
     said = well(train(job, folder, LAYOUTS["TP2"]))
-    assert f"{folder} has no checkpoint to go on from; the run starts at its beginning" in said
+    assert f"{folder} has no checkpoint; the run starts from the beginning" in said
     assert curve(folder) == curve(runs["TP2"])
 
 
@@ -240,7 +240,7 @@ def test_killed_before_the_first_checkpoint_starts_again(job: Path, runs: dict[s
         (["train.steps=1", "train.resume_changes=[train.steps]"], "is at step 2, but the run ends at 1"),
         (
             ["lora.rank=8", "train.resume_changes=[lora.rank]"],
-            "sizes of the method (such as lora.rank) and the model must be the same",
+            "same sizes of the method (such as lora.rank)",
         ),
     ],
 )
@@ -281,10 +281,10 @@ def test_from_a_named_checkpoint(job: Path, runs: dict[str, Path], tmp_path: Pat
     assert all(np.array_equal(a, tensors(runs["TP2"])[key]) for key, a in tensors(tmp_path / "new").items())
     assert [record["step"] for record in curve(tmp_path / "new")] == [5, 6, 6]
     said = refused(train(job, runs["TP2"], LAYOUTS["TP2"], f"train.resume={checkpoint}"))
-    assert "holds newer checkpoints" in said and "step-6" in said
+    assert "has newer checkpoints" in said and "step-6" in said
     said = refused(train(job, tmp_path / "other", LAYOUTS["TP2"], f"train.resume={tmp_path / 'nothing'}"))
     assert "nothing: no such folder" in said and not (tmp_path / "other").exists()
-    assert "already holds a run" in refused(train(job, runs["TP2"], LAYOUTS["TP2"], "train.resume=never"))
+    assert "already has a run" in refused(train(job, runs["TP2"], LAYOUTS["TP2"], "train.resume=never"))
 
 
 def test_old_checkpoints_go_and_the_best_stays(job: Path, tmp_path: Path) -> None:
@@ -316,7 +316,7 @@ def test_a_run_by_epochs_ends_with_what_is_left_and_goes_on_by_samples(job: Path
     stopped = stopped_after(tmp_path / "DP4", 4, tmp_path / "other")
     changed = (*epoch[:2], "train.global_batch=3", "train.resume_changes=[train.global_batch]")
     said = well(train(job, stopped, LAYOUTS["DP4"], *changed))
-    assert "at step 4 of 6\ntrain.global_batch was 4 up to step 4: the data goes on after 0.73 passes" in said
+    assert "at step 4 of 6\ntrain.global_batch was 4 up to step 4: the data continues after 0.73 passes" in said
     again = [record["target_tokens"] for record in curve(stopped) if "target_tokens" in record]
     assert again[:4] == targets[:4] and len(again) == 6 and sum(again) == sum(targets)
 
@@ -374,7 +374,7 @@ def test_a_run_that_can_report_nothing_trains_on(job: Path, runs: dict[str, Path
     arguments = [str(job), f"output.dir={folder}", *LAYOUTS["TP2"].overrides, *sinks]
     said = well(run_ranks(2, _with_full_sinks, arguments))
     for name in ("metrics.jsonl", "tensorboard", "loss.png"):
-        assert said.count(f"{name} could not be written: [Errno 28] No space left on device. The run goes on") == 1
+        assert said.count(f"{name} could not be written: [Errno 28] No space left on device. The run continues") == 1
     assert not (folder / "FAILED").exists() and (folder / "adapter").is_dir()
     assert all(np.array_equal(a, tensors(runs["TP2"])[key]) for key, a in tensors(folder).items())
 
@@ -410,7 +410,7 @@ def test_two_runs_in_one_folder_are_refused(job: Path, runs: dict[str, Path], la
     import fcntl
 
     stopped = stopped_after(runs[layout], SAVED, tmp_path / "run")
-    (stopped / "FAILED").write_text("rank 7 went first, before the last start")
+    (stopped / "FAILED").write_text("rank 7 failed first, before the last start")
     before = snapshot(stopped)
     with (stopped / "logs/rank-0.log").open("a") as log:
         fcntl.flock(log, fcntl.LOCK_EX)
@@ -469,7 +469,7 @@ def test_a_template_that_reads_the_clock_is_told_when_the_run_began(tmp_path: Pa
     stopped = stopped_after(whole, SAVED, tmp_path / "stopped")
     state = stopped / f"checkpoints/step-{SAVED}" / STATE_FILE
     begun = json.loads(state.read_text())["begun"].replace("T", " ")
-    note = f"the chat template reads the clock: in all of this run, resumed or not, it is {begun}, when it began"
+    note = f"the chat template reads the clock, which stays at {begun}, the start of this run"
     assert note in said
     assert note in well(train(config, stopped, LAYOUTS["DP4"]))
     assert all(np.array_equal(a, tensors(whole)[key]) for key, a in tensors(stopped).items())

@@ -191,7 +191,7 @@ def test_a_run_that_skips_every_step_fails_by_name(poisoned: Path, tmp_path: Pat
     every = write_jsonl(tmp_path / "every.jsonl", [{"prompt": "Z:", "completion": "dog"}] * 24)
     outcomes = train(poisoned, tmp_path / "run", PAIR, *SKIP, "train.steps=2", f"data.train={every}")
     assert_codes(outcomes, 2)
-    assert "all of its steps were skipped" in "".join(outcome.stderr for outcome in outcomes)
+    assert "all steps were skipped" in "".join(outcome.stderr for outcome in outcomes)
     assert not (tmp_path / "run/adapter").exists()
 
 

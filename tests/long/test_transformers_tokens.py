@@ -105,7 +105,11 @@ def check_chat(pair: Pair, messages: Messages) -> None:
     except UserError as error:
         if "the tokenizers library fails on" in str(error):
             raise
-        reason = next(r for r in ("never be trained", "not a prefix", "differently", "refuses") if r in str(error))
+        reason = next(
+            r
+            for r in ("never learn to end", "does not begin with the generation prompt", "differently", "refuses")
+            if r in str(error)
+        )
         pair.seen[f"chats: refused, {reason}"] += 1
         return
     tokens, target = sample.tokens.tolist(), sample.target.tolist()
@@ -133,7 +137,7 @@ def check_chat(pair: Pair, messages: Messages) -> None:
 
 
 # The tokenizers that `load_tokenizer` refuses by name, of those that are drawn here.
-REFUSALS = ("cuts words and then puts a space before each", "times longer")
+REFUSALS = ("puts a space before each word", "times longer")
 
 
 def check(folder: Folder, some: list[str], rows: list[tuple[str, str]], chat: Messages, seen: Counter[str]) -> None:

@@ -368,7 +368,7 @@ def test_an_unrelated_apex_is_said_in_one_line_on_cuda_alone(install: Installed)
 
 def test_compiled_is_refused_where_nothing_was_built(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        extension, "reason_not_loaded_on", lambda device: f"it was not built; `{extension.INSTALL}` builds it"
+        extension, "reason_not_loaded_on", lambda device: f"it was not built; build it with `{extension.INSTALL}`"
     )
     with pytest.raises(UserError, match="engine.kernels.*pip install --no-build-isolation"):
         choose_kernels("compiled", "cpu")

@@ -38,9 +38,9 @@ def test_a_dropout_that_would_round_to_everything_is_the_users_mistake(tmp_path:
         (None, 3, None),
         (4, 2, None),
         (4, 4, None),
-        (4, 6, "one of 12, 24, … and the last: eval.every is 4, output.save_every 6"),
-        (2, 6, "one of 6, 12, … and the last: eval.every is 2, output.save_every 6"),
-        (4, None, "the last: eval.every is 4, output.save_every null"),
+        (4, 6, "one of 12, 24, … and the last, since eval.every is 4 and output.save_every is 6"),
+        (2, 6, "one of 6, 12, … and the last, since eval.every is 2 and output.save_every is 6"),
+        (4, None, "the last, since eval.every is 4 and output.save_every is null"),
     ],
 )
 def test_evaluations_that_cannot_be_the_best(every: int | None, save_every: int | None, said: str | None) -> None:
@@ -60,30 +60,33 @@ SAVED = {"output": {"dir": "run", "save_every": 4}}
         ({**SAVED, "eval": {"every": 4, "patience": 2}, "train": {"warmup_steps": 9}}, []),
         (
             {**SAVED, "eval": {"every": 4}, "train": {"warmup_steps": 20, "lr": 0.1}},
-            ["train.warmup_steps is 20 and the run has 10 steps: the learning rate rises until the end, to 0.05"],
+            [
+                "train.warmup_steps is 20, but the run has 10 steps, so the learning rate rises until the end "
+                "and reaches 0.05"
+            ],
         ),
         (
             {"eval": {"every": 4}},
             [
-                "output.save_every is null: the only checkpoint is the one at the end; a run that is killed before "
-                "then starts again"
+                "output.save_every is null: the only checkpoint is that of the last step, so a run that is killed has "
+                "to start from the beginning"
             ],
         ),
         (
             {"eval": {"every": 4}, "output": {"dir": "run", "save_every": 10}},
             [
-                "output.save_every is 10 and the run has 10 steps: the only checkpoint is the one at the end; a run "
-                "that is killed before then starts again"
+                "output.save_every is 10 and the run has 10 steps: the only checkpoint is that of the last step, so a "
+                "run that is killed has to start from the beginning"
             ],
         ),
-        (SAVED, ["eval.every is null: data.eval is evaluated before the first step and after the last step only"]),
+        (SAVED, ["eval.every is null: data.eval is evaluated only before the first step and after the last step"]),
         (
             {**SAVED, "eval": {"every": 10, "at_start": False}},
-            ["eval.every is 10 and the run has 10 steps: data.eval is evaluated after the last step only"],
+            ["eval.every is 10 and the run has 10 steps: data.eval is evaluated only after the last step"],
         ),
         (
             {**SAVED, "eval": {"every": 4}, "data": {"train": "t"}},
-            ["eval.every is 4, but data.eval is null: nothing is evaluated"],
+            ["eval.every is 4, but data.eval is null, so nothing is evaluated"],
         ),
         ({**SAVED, "data": {"train": "t"}}, []),
         (
@@ -123,7 +126,11 @@ def known_by(config: Config, state: TrainingState) -> TrainingState:
     [
         ({}, (), None),
         ({"held_out": DataState(path="e", sha256="00", samples=3)}, ("loss", "bleu"), "eval loss, bleu up to step 2"),
-        ({"config": {"eval": {"generate": {"max_new_tokens": 8}}}}, ("bleu",), "measured by eval.generate {'max_new_"),
+        (
+            {"config": {"eval": {"generate": {"max_new_tokens": 8}}}},
+            ("bleu",),
+            "measured with eval.generate {'max_new_",
+        ),
         ({"metric_definition": 1}, ("bleu",), "by an earlier version of lowrank_dist"),
         ({"metric_definition": 1, "eval_metrics": {}}, (), None),
     ],
@@ -138,7 +145,7 @@ def test_values_of_another_measure_are_not_held_against_new_ones(
     held_out = state_of(2).data
     assert tuple(outdated_values(config, state, held_out)) == outdated
     lines = [line for line in notes_on_best(config, state, held_out) if "no longer count" in line]
-    assert (said in lines[0] and lines[0].endswith("begin with the next evaluation")) if said else lines == []
+    assert (said in lines[0] and lines[0].endswith("start from the next evaluation")) if said else lines == []
     history = History("bleu", state, outdated_values(config, state, held_out))
     history.add(4, {"loss": 9.0, "bleu": 0.5})
     expected = 4 if "bleu" in outdated or not state.eval_metrics else 2

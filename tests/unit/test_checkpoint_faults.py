@@ -83,7 +83,7 @@ def require_promise(saved: Path, root: Path, where: str) -> int:
 
 
 def require_recovery(saved: Path, root: Path, step: int, where: str) -> None:
-    """The run goes on from there and ends as if nothing had been, with nothing left over."""
+    """The run continues from there and ends as if nothing had been, with nothing left over."""
     RunFolder(root).log(1)  # another rank's share: the folders are there
     RunFolder(root)._clear()
     work(root, NEW, step)

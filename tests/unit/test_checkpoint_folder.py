@@ -167,14 +167,14 @@ def test_a_copied_folder_is_not_a_newer_one(checkpoints: Path) -> None:
     shutil.copytree(checkpoints / "step-2", checkpoints / "step-8")
     found = newest_checkpoint(checkpoints)
     assert found.folder == checkpoints / "step-4"
-    assert any("step-8 holds step 2" in reason for reason in found.skipped)
+    assert any("step-8 is a copy of step 2" in reason for reason in found.skipped)
 
 
 def test_dangling_links_are_said(checkpoints: Path) -> None:
     shutil.rmtree(checkpoints / "step-4")
     found = newest_checkpoint(checkpoints)
     assert found.state.step == 2
-    assert [str(checkpoints / name) + " leads nowhere" for name in ("last", "best")] == list(found.skipped)
+    assert [str(checkpoints / name) + " is a broken link" for name in ("last", "best")] == list(found.skipped)
 
 
 def test_unfinished_and_foreign_entries_are_no_checkpoints(checkpoints: Path) -> None:
@@ -185,7 +185,7 @@ def test_unfinished_and_foreign_entries_are_no_checkpoints(checkpoints: Path) ->
     assert list(step_folders(checkpoints)) == [2, 4]
     found = newest_checkpoint(checkpoints)
     assert found.state.step == 4
-    assert found.skipped == (f"{checkpoints / 'step-12'} is a link: move its folder back in its place",)
+    assert found.skipped == (f"{checkpoints / 'step-12'} is a link; replace it with its folder",)
 
 
 class _Planted:

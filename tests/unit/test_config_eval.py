@@ -46,11 +46,11 @@ def test_errors_name_the_key_and_its_line(tmp_path: Path) -> None:
     keys = "the keys of eval.generate are metrics, max_new_tokens, batch, stop, samples"
     expected = [
         "run.yaml:7: eval.generate.metrics[0]: 'blue' is not valid, input should be 'exact_match', 'bleu' or 'rouge_l'",
-        f"run.yaml:8: eval.generate.max_tokens: unknown key — did you mean max_new_tokens? {keys}",
+        f"run.yaml:8: eval.generate.max_tokens: unknown key; did you mean max_new_tokens? {keys}",
         "run.yaml:9: eval.generate.batch: 0 is not valid",
         "run.yaml:10: eval.generate.stop[0]: '' is not valid",
-        f"run.yaml:11: eval.generate.lr: unknown key — did you mean train.lr? {keys}",
-        "run.yaml:12: eval.max_new_tokens: unknown key — did you mean eval.generate.max_new_tokens?",
+        f"run.yaml:11: eval.generate.lr: unknown key; did you mean train.lr? {keys}",
+        "run.yaml:12: eval.max_new_tokens: unknown key; did you mean eval.generate.max_new_tokens?",
     ]
     found = str(caught.value).replace(f"{tmp_path}/", "").splitlines()
     assert len(found) == len(expected)
@@ -61,20 +61,20 @@ def test_errors_name_the_key_and_its_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["eval.generate=5"], "command line: eval.generate: not a mapping — its keys are metrics, max_new_tokens"),
+        (["eval.generate=5"], "command line: eval.generate: not a mapping; its keys are metrics, max_new_tokens"),
         (["eval.generate={metrics: []}"], "command line: eval.generate.metrics: [] is not valid"),
         (["eval.generate={samples: 1, samples: 2}"], "command line: eval.generate.samples: given twice"),
-        (["eval.generate.batch=2"], "command line: eval.generate.batch is not section.key — for a mapping use"),
+        (["eval.generate.batch=2"], "command line: eval.generate.batch is not section.key; for a mapping use"),
         (
             ["eval.best=bleu"],
-            "command line: eval.best: 'bleu' is not valid, nothing is generated: eval.generate is null",
+            "command line: eval.best: 'bleu' is not valid, eval.generate is null, so nothing is generated",
         ),
         (["eval.generate={}", "eval.best=bleu"], "'bleu' is not valid, eval.generate.metrics has only exact_match"),
-        (["eval.best=accuracy"], "input should be 'loss', 'exact_match', 'bleu' or 'rouge_l' — expected: what"),
+        (["eval.best=accuracy"], "input should be 'loss', 'exact_match', 'bleu' or 'rouge_l'; expected: what"),
         (["eval.patience=2"], "command line: eval.patience: 2 is not valid, eval.every is null"),
         (["eval.patience=0", "eval.every=1"], "command line: eval.patience: 0 is not valid"),
-        (["data.eval=", "eval.generate={}"], "run.yaml: eval.generate is given, but data.eval is null — name a JSONL"),
-        (["data.eval=", "eval.every=1", "eval.patience=1"], "eval.patience is given, but data.eval is null — name"),
+        (["data.eval=", "eval.generate={}"], "run.yaml: eval.generate is given, but data.eval is null; name a JSONL"),
+        (["data.eval=", "eval.every=1", "eval.patience=1"], "eval.patience is given, but data.eval is null; name"),
     ],
 )
 def test_what_cannot_be_meant(tmp_path: Path, arguments: list[str], expected: str) -> None:

@@ -128,8 +128,8 @@ def test_what_texts_spell_out_themselves_is_said(tmp_path: Path) -> None:
     spelled = [row("<s>Q:", " 4"), row("", "<s>fox"), row("Q:", " 4</s>\n"), *plain]
     report = load_dataset(write(tmp_path, *spelled), tokenizer, 64, 480).report
     assert (report.own_bos, report.own_end) == (2, 1)
-    assert "2 begin with the tokenizer's BOS in their text: it is not put a second time" in report.summary()
-    assert "1 end a completion in their text: no second end is trained" in report.summary()
+    assert "2 have the tokenizer's BOS in their text, so no second BOS is added" in report.summary()
+    assert "1 have the end of the completion in their text, so no second end is added" in report.summary()
 
 
 def test_nothing_left_names_counts_and_the_longest(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -158,7 +158,7 @@ def test_bad_lines_and_templates_come_through_with_their_line(tmp_path: Path, to
         load_dataset(path, tokenizer, 64, VOCAB)
     alpaca = load_tokenizer(tiny.byte_level(tmp_path / "alpaca", template=tiny.ALPACA))
     path = write(tmp_path, {"messages": [{"role": r, "content": "x"} for r in ("user", "assistant")]})
-    with pytest.raises(UserError, match=r"data\.jsonl:1: .*end-of-turn token would never be trained"):
+    with pytest.raises(UserError, match=r"data\.jsonl:1: .*model would never learn to end a turn"):
         load_dataset(path, alpaca, 64, VOCAB)
 
 
@@ -175,5 +175,5 @@ def test_a_line_beyond_the_bound_is_refused_before_it_is_held(tmp_path: Path) ->
     with path.open("wb") as file:
         file.write(b'{"prompt": "a", "completion": "b"}\n{"prompt": "')
         file.truncate(1 << 40)
-    with pytest.raises(UserError, match=r"data\.jsonl:2: the line is longer than 2 MiB: split it, or leave it out"):
+    with pytest.raises(UserError, match=r"data\.jsonl:2: the line is longer than 2 MiB; split it, or leave it out"):
         read_jsonl(path)

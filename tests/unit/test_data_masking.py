@@ -294,7 +294,7 @@ def test_a_normalized_end_of_turn_that_the_text_does_not_hold_is_refused(tmp_pat
     (folder / "tokenizer.json").write_text(json.dumps(definition))
     tokenizer, hf = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
     assert tokenizer.eos_id not in hf("hello</s>", add_special_tokens=False)["input_ids"]
-    with pytest.raises(UserError, match="end-of-turn token would never be trained"):
+    with pytest.raises(UserError, match="model would never learn to end a turn"):
         mask(tokenizer, chat("hello", "world"))
 
 
@@ -356,7 +356,7 @@ def test_a_character_that_the_model_does_not_know_is_no_special_token(tmp_path: 
         assert ids == hf(left + "yo", add_special_tokens=False)["input_ids"]
     # Nor does it end a turn.
     tokenizer = load_tokenizer(unigram(tmp_path / "b", TIGHT.replace("eos_token", "'%'")))
-    with pytest.raises(UserError, match="end-of-turn token would never be trained"):
+    with pytest.raises(UserError, match="model would never learn to end a turn"):
         mask(tokenizer, messages)
 
 
@@ -387,8 +387,8 @@ UNTRAINED_END = {
 def test_an_end_of_turn_that_is_never_trained_is_refused(tmp_path: Path, case: str, content: str) -> None:
     # The content may itself end in a special token: that is no end of turn either.
     message = refuses(tmp_path, UNTRAINED_END[case], chat("hi", content))
-    assert "a template whose end-of-turn token would never be trained" in message
-    assert "let the template close the turn" in message
+    assert "the model would never learn to end a turn" in message
+    assert "let the template end the turn" in message
 
 
 def test_an_added_token_ends_a_turn_but_not_a_run_of_spaces(tmp_path: Path) -> None:
@@ -399,25 +399,25 @@ def test_an_added_token_ends_a_turn_but_not_a_run_of_spaces(tmp_path: Path) -> N
     assert trained_texts(tokenizer, mask(tokenizer, chat("hi", "world"))) == ["world<|end_of_turn|>"]
     folder = tiny.byte_level(tmp_path / "spaces", template=tiny.CHATML.replace("<|im_end|>", "   "))
     tiny.add_token(folder, "   ", special=False)
-    with pytest.raises(UserError, match="never be trained"):
+    with pytest.raises(UserError, match="never learn to end a turn"):
         mask(load_tokenizer(folder), chat("hi", "world"))
 
 
 def test_a_generation_prompt_that_is_no_prefix_is_refused(tmp_path: Path) -> None:
     message = refuses(tmp_path, tiny.PROMPTS_THINKING, chat("hi", "world"))
-    assert "generation prompt is not a prefix of the assistant's turn messages[1]" in message
+    assert "assistant's turn messages[1] does not begin with the generation prompt" in message
     assert "'<think>\\n'" in message and "{% generation %}" in message
 
 
 def test_a_template_that_rewrites_the_history_is_refused(tmp_path: Path) -> None:
     message = refuses(tmp_path, tiny.DROPS_THINKING, LONG)
-    assert "renders messages[2] or what precedes it differently once more messages follow" in message
+    assert "renders messages[2] or an earlier one differently if more messages follow" in message
     tokenizer = load_tokenizer(tiny.byte_level(tmp_path, template=tiny.DROPS_THINKING))
     assert trained_texts(tokenizer, mask(tokenizer, LONG[:3])) == ["<think>\n\n</think>\n\nworld again<|im_end|>"]
 
 
 def test_an_end_only_after_the_last_turn_is_refused(tmp_path: Path) -> None:
-    assert "differently once more messages follow" in refuses(tmp_path, tiny.EOS_ONLY_AT_END, LONG[1:])
+    assert "differently if more messages follow" in refuses(tmp_path, tiny.EOS_ONLY_AT_END, LONG[1:])
 
 
 def test_a_conversation_that_begins_with_the_assistant(tmp_path: Path) -> None:

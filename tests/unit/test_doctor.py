@@ -83,8 +83,8 @@ def test_json_says_the_same() -> None:
         (versions(torch="2.12.0a0+7a1b", deepspeed="0.19.9", peft="0.17"), ("ok", "ok", "ok"), "2.12.0a0+7a1b"),
         (versions(deepspeed="0.19.8"), ("missing", "ok", "off"), "pip install 'torch>=2.11'"),
         (versions(torch="2.10", deepspeed="0.20.0"), ("unsupported", "unsupported", "off"), "0.20.0 is not >=0.19.8"),
-        (versions(torch="2.11", deepspeed=None, peft="0.1"), ("ok", "broken", "off"), "mends it"),
-        (versions(torch="2.11", deepspeed="0.19.8", peft=None), ("ok", "ok", "off"), "mends it"),
+        (versions(torch="2.11", deepspeed=None, peft="0.1"), ("ok", "broken", "off"), "installs it again"),
+        (versions(torch="2.11", deepspeed="0.19.8", peft=None), ("ok", "ok", "off"), "installs it again"),
     ],
 )
 def test_packages_against_their_ranges(found: Callable, expected: tuple[str, ...], said: str) -> None:

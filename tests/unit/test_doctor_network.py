@@ -51,14 +51,14 @@ def test_this_machine_has_a_loopback() -> None:
 @pytest.mark.parametrize(
     ("environment", "state", "said"),
     [
-        ({}, "ok", "as this host's name is 10.77.0.2"),
+        ({}, "ok", "since this host's name is 10.77.0.2"),
         ({"GLOO_SOCKET_IFNAME": "eth0"}, "ok", "eth0 (10.77.0.2"),
         ({"GLOO_SOCKET_IFNAME": "eth0,ib0"}, "ok", "ib0"),
         ({"GLOO_SOCKET_IFNAME": "eth7"}, "broken", "no interface eth7 here, but lo (127.0.0.1, ::1), eth0"),
         ({"GLOO_SOCKET_IFNAME": "eth"}, "broken", "no interface eth here"),
-        ({"GLOO_SOCKET_IFNAME": "eth1"}, "broken", "has to be up and have an address"),
-        ({"GLOO_SOCKET_IFNAME": "lo"}, "broken", "no other node is reached by it"),
-        ({"GLOO_SOCKET_IFNAME": "ib0"}, "warning", "MASTER_ADDR is reached by eth0"),
+        ({"GLOO_SOCKET_IFNAME": "eth1"}, "broken", "must be up and have an address"),
+        ({"GLOO_SOCKET_IFNAME": "lo"}, "broken", "it reaches no other node"),
+        ({"GLOO_SOCKET_IFNAME": "ib0"}, "warning", "MASTER_ADDR is reached through eth0"),
     ],
 )
 def test_what_gloo_is_told(environment: dict[str, str], state: str, said: str) -> None:
@@ -70,11 +70,11 @@ def test_what_gloo_is_told(environment: dict[str, str], state: str, said: str) -
 def test_a_host_name_that_is_the_loopback() -> None:
     """As Debian's installer writes it: gloo then offers an address that every other node takes for itself."""
     row = gloo(replace(JOB, own="127.0.0.1"))
-    assert row.state == "broken" and "as this host's name is 127.0.0.1" in row.detail
+    assert row.state == "broken" and "since this host's name is 127.0.0.1" in row.detail
     assert "set GLOO_SOCKET_IFNAME=eth0" in row.detail
     # A name that is no address of this host: gloo falls back to the loopback.
     row = gloo(replace(JOB, own="10.1.2.3"))
-    assert row.state == "broken" and "no address of its own" in row.detail
+    assert row.state == "broken" and "not an address of its own" in row.detail
     # On one node all of it is in order.
     assert gloo(replace(JOB, own="127.0.0.1", several=False)).state == "ok" and gloo(ALONE).state == "ok"
     assert "the network that the nodes share" in gloo(replace(ALONE, several=True)).detail
@@ -88,12 +88,12 @@ def test_a_host_name_that_is_the_loopback() -> None:
         ("eth", "ok", "eth0 (10.77.0.2"),
         ("=eth0", "ok", "eth0"),
         ("=eth", "broken", "no interface eth here"),
-        ("ib", "warning", "MASTER_ADDR is reached by eth0"),
+        ("ib", "warning", "MASTER_ADDR is reached through eth0"),
         ("eth7", "broken", "no interface eth7 here"),
         ("eth7,eth0", "broken", "no interface eth7 here"),
         ("^docker,lo", "ok", "eth0"),
         ("^lo,ib", "ok", "eth0"),
-        ("^eth,ib", "broken", "no other node is reached by it"),
+        ("^eth,ib", "broken", "it reaches no other node"),
         ("^eth,ib,lo", "broken", "no interface"),
     ],
 )
@@ -114,9 +114,9 @@ def test_master_addr() -> None:
     assert rows(JOB, {})["MASTER_ADDR"] == Row("MASTER_ADDR", "ok", "10.77.0.1", alike="10.77.0.1")
     assert "MASTER_ADDR" not in rows(ALONE, {})
     for master, towards, said in (
-        ("no-such-host.invalid", None, "no name that this node can resolve"),
-        ("127.0.0.1", "127.0.0.1", "every node takes for itself"),
-        ("10.77.0.1", None, "no route leads from here"),
+        ("no-such-host.invalid", None, "cannot resolve the name"),
+        ("127.0.0.1", "127.0.0.1", "on every node means the node itself"),
+        ("10.77.0.1", None, "this node has no route"),
     ):
         row = rows(replace(JOB, master=master, towards=towards), {})["MASTER_ADDR"]
         assert row.state == "broken" and said in row.detail

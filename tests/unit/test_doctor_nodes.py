@@ -45,7 +45,7 @@ def test_what_differs_is_named_with_its_nodes() -> None:
     nodes = {"h1": [version("2.13")], "h2": [version("2.12")], "h3": [version("2.13")]}
     (one,) = findings(nodes)
     assert (one.state, one.passes) == ("differs", False)
-    assert one.detail == "2.13 on h1, h3; 2.12 on h2: make it the same on every node"
+    assert one.detail == "2.13 on h1, h3; 2.12 on h2; make it the same on every node"
     # One that may differ is a warning, whichever node comes first.
     (one,) = findings({node: [version(row.alike or "", if_unlike="warning")] for node, (row,) in nodes.items()})
     assert (one.state, one.passes) == ("warning", True)
@@ -150,7 +150,7 @@ print("went on")
 
 
 @pytest.mark.parametrize(
-    ("error", "said"), [(UserError("x: missing:\n download"), "x: missing: download"), (OSError("x"), "OSError: x")]
+    ("error", "said"), [(UserError("x: missing:\n download"), "x: missing; download"), (OSError("x"), "OSError: x")]
 )
 def test_a_check_that_fails_is_a_row(error: Exception, said: str) -> None:
     def failing() -> list[Row]:

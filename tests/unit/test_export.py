@@ -56,7 +56,7 @@ def test_vllm_reasons_come_together(base: Path, tmp_path: Path) -> None:
         export(source, tmp_path / "out", target=VLLM)
     for part in ("rank is 40", "--max-lora-rank 64", "vLLM does not serve DoRA", "lowrank-dist merge"):
         assert part in str(caught.value)
-    with pytest.raises(UserError, match="--max-rank 48: vLLM takes one of 8, 16"):
+    with pytest.raises(UserError, match="--max-rank 48: not a rank that vLLM accepts; give one of 8, 16"):
         export(source, tmp_path / "out", target=VLLM, max_rank=48)
     assert not (tmp_path / "out").exists()
     alike = save_adapter(tmp_path / "alike", base, random_adapter(base, lambda module: (20, 8.0)))
@@ -106,7 +106,7 @@ def test_one_rank_and_one_alpha_for_who_reads_no_more(base: Path, tmp_path: Path
     source = save_adapter(tmp_path / "adapter", base, adapter)
     note = export(source, tmp_path / "out", target=program)[0]
     largest = max(factor.rank for factor in adapter.factors.values())
-    assert note == f"its scales are folded into B: rank and alpha are {largest} everywhere"
+    assert note == f"its scales were multiplied into B, so rank and alpha are now {largest} everywhere"
     config = json.loads((tmp_path / "out" / CONFIG_FILE).read_text())
     assert not (config["rank_pattern"] or config["alpha_pattern"] or config["use_rslora"])
     updates = read_as(program, tmp_path / "out")
@@ -147,7 +147,7 @@ def test_without_a_target_nothing_is_folded(base: Path, tmp_path: Path) -> None:
     assert export(source, tmp_path / "out") == ()
     assert (tmp_path / "out" / CONFIG_FILE).read_bytes() == (source / CONFIG_FILE).read_bytes()
     card = (tmp_path / "out/README.md").read_text()
-    assert "(what was exported with --for vllm)" in card
+    assert "(the folder exported with --for vllm)" in card
 
 
 def test_narrowing_keys_stay(base: Path, tmp_path: Path) -> None:
@@ -167,9 +167,9 @@ def test_narrowing_keys_stay(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "target", "reason"),
     [
-        ("gpt2", VLLM, "vLLM has no LoRA on GPT-2: merge it"),
-        ("gpt2", LLAMA_CPP, "transposes the factors of GPT-2"),
-        ("opt", LLAMA_CPP, "does not know OPT"),
+        ("gpt2", VLLM, "vLLM supports no LoRA on GPT-2; merge it"),
+        ("gpt2", LLAMA_CPP, "transposes GPT-2's factors"),
+        ("opt", LLAMA_CPP, "does not support OPT"),
         ("opt", VLLM, None),
         ("qwen3", LLAMA_CPP, None),
         ("granite", LLAMA_CPP, None),
@@ -193,13 +193,13 @@ def test_the_output_layer_alone_is_no_family(base: Path, tmp_path: Path) -> None
     )
     assert export(source, tmp_path / "out", target=LLAMA_CPP) == ()
     (note,) = export(source, tmp_path / "vllm", target=VLLM)
-    assert note.startswith("vLLM takes factors of lm_head in some families alone: where it refuses them, merge it")
+    assert note.startswith("vLLM supports factors of lm_head only in some families; if it refuses them, merge it")
 
 
 def test_no_dora(base: Path, tmp_path: Path) -> None:
     source = save_adapter(tmp_path / "adapter", base, random_adapter(base, dora=True))
     for target in TARGETS:
-        with pytest.raises(UserError, match=f"{target} does not serve DoRA: merge it into the base"):
+        with pytest.raises(UserError, match=f"{target} does not serve DoRA; merge it into the base"):
             export(source, tmp_path / "out", target=target)
 
 
@@ -207,7 +207,7 @@ def test_a_product_beyond_fp32(base: Path, tmp_path: Path) -> None:
     adapter = random_adapter(base, lambda module: (2, 1e29 if "q_proj" in module else 4.0), scale=1e10)
     source = save_adapter(tmp_path / "adapter", base, adapter)
     with pytest.raises(
-        UserError, match=r"out is not written: .*lora_B.weight holds NaN or infinity; its scale times B"
+        UserError, match=r"out: not written, because .*lora_B.weight has NaN or infinity; its scale times B"
     ):
         export(source, tmp_path / "out", target=LLAMA_CPP)
     assert not (tmp_path / "out").exists()

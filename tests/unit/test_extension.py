@@ -92,7 +92,7 @@ def test_a_broken_library_is_named_with_the_command(loaded: list[Path], device: 
         extension.LIBRARY.touch()
     broken = extension.LIBRARY if device == "cpu" else extension.CUDA_LIBRARY
     broken.write_bytes(b"not a library")
-    refused(device, str(broken), f"does not load in torch {torch.__version__}", wants)
+    refused(device, str(broken), f"cannot be loaded by torch {torch.__version__}", wants)
 
 
 def refused(device: str, *said: str) -> None:

@@ -72,7 +72,7 @@ def test_the_files_of_a_run(umask: int, tmp_path: Path, monkeypatch: pytest.Monk
         saver.keep_probe(**probe)
     assert all(torch.equal(tensor, probe[name]) for name, tensor in load_file(folder.probe).items())
     report(run)
-    record(run, "rank 0 went first")
+    record(run, "rank 0 failed first")
     kinds = {
         *("config.yaml", "rank-0.log", "metrics.jsonl", "loss.png", "probe.safetensors", "SAVED", "FAILED"),
         *("adapter_model.safetensors", "optimizer.safetensors", "trainer_state.json", "tokenizer.json"),

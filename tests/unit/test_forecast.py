@@ -88,7 +88,7 @@ def test_a_run_that_does_not_fit_names_the_layout_that_does(path: Path) -> None:
     said = r"On these 2 ranks it fits with parallel\.tensor=2 \(TP 2, DP 1, microbatch 8, sequence parallel\)"
     with pytest.raises(UserError, match=said):
         Forecast(config(path, *large), read_architecture(path.parent / "base"), whole, backend(enough))
-    with pytest.raises(UserError, match="No layout of these 2 ranks fits: use more ranks"):
+    with pytest.raises(UserError, match="No layout of these 2 ranks fits; use more ranks"):
         Forecast(config(path, *large), read_architecture(path.parent / "base"), whole, backend(1000))
 
 

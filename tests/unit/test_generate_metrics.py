@@ -185,7 +185,7 @@ def test_bleu_of_short_texts_is_said_to_be_0_exactly_where_it_is() -> None:
 
 def test_metrics_that_are_not_there_are_said_before_decoding() -> None:
     check_metrics(tuple(METRICS))
-    with pytest.raises(UserError, match="'rouge' is not known: give one of exact_match, bleu, rouge_l"):
+    with pytest.raises(UserError, match="'rouge' is unknown; give one of exact_match, bleu, rouge_l"):
         check_metrics(["exact_match", "rouge"])
     with mock.patch.dict(sys.modules, sacrebleu=None), pytest.raises(UserError, match="pip install 'sacrebleu"):
         check_metrics(["bleu"])

@@ -87,7 +87,7 @@ def test_links_and_folders_follow_what_decides(tmp_path: Path) -> None:
     assert first.summary == "checkpoints/last: step 6; checkpoints/best: step 4, eval loss 2.0000"
     known = measured(6, rouge_l={2: 0.75, 4: 0.5, 6: 0.5})
     assert write(writer("rouge_l", known), known.model_copy(update={"step": 7}))[0] == "step-2"
-    # Nothing saved has a value: no link, and none that leads nowhere once the folder is retired.
+    # Nothing saved has a value: no link, and none that is a broken link once the folder is retired.
     unknown = writer("bleu", measured(7), last=1)
     assert write(unknown, measured(8)) == ("", {"step-8"}) and unknown.summary == "checkpoints/last: step 8"
     assert write(unknown, measured(9, bleu={9: 1.0})) == ("step-9", {"step-9"})

@@ -167,7 +167,7 @@ def test_index_may_not_choose_another_place(name: object, broken: Path) -> None:
     shutil.copy(real, broken / "sub")
     value = name.format(real.name) if isinstance(name, str) else name
     edit_index(broken, lambda index: index["weight_map"].update({"model.norm.weight": value}))
-    refused(broken, INDEX_FILE, "model.norm.weight", "inside the model folder")
+    refused(broken, INDEX_FILE, "model.norm.weight", "in the model folder")
 
 
 def test_index_naming_a_tensor_that_its_file_lacks(broken: Path) -> None:

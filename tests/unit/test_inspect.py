@@ -151,7 +151,7 @@ def test_adapter_and_its_base(adapter: Path, base: Path, tmp_path: Path) -> None
     assert facts["config"] == {"lora": {"rank": 2}} and "torch" in facts["versions"]
     other = make_tiny("llama", tmp_path / "other", seed=1)
     broken(adapter, "lowrank_dist.json", "base_fingerprint", "--base", more=("--base", other))
-    broken(adapter, WEIGHTS, "is no linear of", more=("--base", make_tiny("gpt2", tmp_path / "gpt2")))
+    broken(adapter, WEIGHTS, "is not a linear of", more=("--base", make_tiny("gpt2", tmp_path / "gpt2")))
     half = Path(shutil.copytree(base, tmp_path / "half"))
     next(half.glob("*.safetensors")).unlink()
     broken(adapter, str(half), "missing", more=("--base", half))

@@ -101,7 +101,7 @@ MODEL_FAULTS = {
     "tensor less": (_index(lambda index: index["weight_map"].pop("lm_head.weight")), ["lm_head.weight"]),
     "out of the folder": (_index(lambda index: index["weight_map"].update(x="../x.safetensors")), ["../x.safetensors"]),
     "other sizes": (write("config.json", '{"model_type": "llama", "num_hidden_layers": 1}'), ["config.json"]),
-    "no sense": (write("config.json", '{"model_type": "llama", "hidden_size": "x"}'), ["config.json"]),
+    "zero or not finite": (write("config.json", '{"model_type": "llama", "hidden_size": "x"}'), ["config.json"]),
     "no type": (write("config.json", '{"model_type": []}'), ["config.json", "model_type"]),
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json", "missing"]),
     "deep config": (write("config.json", "[" * 100000), ["config.json"]),

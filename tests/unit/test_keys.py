@@ -132,7 +132,7 @@ def test_what_is_called_without_effect_has_none(bases: dict[str, Path], family: 
     assert (logits(copy_with(own, tmp_path / "without", **without)) - expected).abs().max() < 1e-5
     acausal = copy_with(own, tmp_path / "acausal", is_causal=False)
     assert (logits(acausal) - expected).abs().max() > 0.1 * expected.abs().max()
-    with pytest.raises(UnsupportedModel, match="is_causal: attention that sees what follows"):
+    with pytest.raises(UnsupportedModel, match="is_causal: attention to later positions"):
         read_architecture(acausal)
     assert read_architecture(copy_with(own, tmp_path / "causal", is_causal=True)) == read_architecture(own)
 
@@ -162,7 +162,7 @@ def test_dropouts_of_the_base_are_one_line(tmp_path: Path) -> None:
         folder = make_tiny(family, tmp_path / family, **dropouts)
         (line,) = config_notes(folder)
         where, what, keys = line.split(": ")
-        assert where == str(folder / "config.json") and what == "dropouts of the base are not applied"
+        assert where == str(folder / "config.json") and what == "dropout of the base is not applied"
         assert set(keys.split(", ")) == set(said)
         read_architecture(folder)
     for family in ("llama", "qwen3", "granite"):
@@ -176,7 +176,7 @@ def test_dropouts_of_the_base_are_one_line(tmp_path: Path) -> None:
         ("quantization", {"group_size": 64, "bits": 4}, "quantized"),  # MLX
         ("compression_config", {"format": "int"}, "quantized"),
         ("pruned_heads", {"0": [1]}, "pruned attention heads"),
-        ("transformers_weights", "other.safetensors", "another file for the weights"),
+        ("transformers_weights", "other.safetensors", "another name for the weights"),
     ],
 )
 def test_what_changes_numbers_and_is_not_applied_is_refused(base: Path, key: str, value: object, message: str) -> None:
@@ -201,13 +201,13 @@ def test_unknown_keys_are_one_line(base: Path) -> None:
     set_keys(base / "config.json", **{"clip_qkv": 8.0, "b\x1b[31m": True, "attn_logit_softcapping": 50.0, "none": None})
     read_architecture(base)
     named = r"attn_logit_softcapping, b\x1b[31m, clip_qkv"
-    assert config_notes(base) == [f"{base / 'config.json'}: keys that are not known here and change nothing: {named}"]
+    assert config_notes(base) == [f"{base / 'config.json'}: unknown keys, which have no effect: {named}"]
 
 
 def test_code_that_comes_along_is_not_run(base: Path) -> None:
     set_keys(base / "config.json", auto_map={"AutoModelForCausalLM": "modeling_x.X"})
     (line,) = config_notes(base)
-    assert "code that comes with the model is not run, it is what its model_type says: auto_map=" in line
+    assert "code that comes with the model is not run; model_type alone decides: auto_map=" in line
 
 
 def test_how_the_authors_decode_is_said(base: Path) -> None:
@@ -219,12 +219,14 @@ def test_how_the_authors_decode_is_said(base: Path) -> None:
     set_keys(file, do_sample=True, temperature=0.6, top_p=0.9, repetition_penalty=1.05, max_length=4096, odd=1)
     first, second = generation_notes(base)
     said = "do_sample=True, repetition_penalty=1.05, temperature=0.6, top_p=0.9, max_length=4096"
-    assert first.startswith(f"{file}: not applied, decoding goes by its own options: ")
-    assert set(first.split(": ")[2].split(", ")) == set(said.split(", ")) and second.endswith("change nothing: odd")
+    assert first.startswith(f"{file}: not applied; decoding uses its own options: ")
+    assert set(first.split(": ")[2].split(", ")) == set(said.split(", ")) and second.endswith(
+        "which have no effect: odd"
+    )
     file.unlink()
     set_keys(base / "config.json", temperature=0.5, odd=1)
     assert generation_notes(base) == [
-        f"{base / 'config.json'}: not applied, decoding goes by its own options: temperature=0.5"
+        f"{base / 'config.json'}: not applied; decoding uses its own options: temperature=0.5"
     ]
 
 
@@ -234,7 +236,9 @@ def test_tokenizer_config(base: Path) -> None:
     assert tokenizer_notes(base) == []
     set_keys(base / "tokenizer_config.json", do_lower_case=True, auto_map={"AutoTokenizer": ["t.T", None]})
     code, unknown = tokenizer_notes(base)
-    assert "code that comes with the tokenizer is not run" in code and unknown.endswith("change nothing: do_lower_case")
+    assert "code that comes with the tokenizer is not run" in code and unknown.endswith(
+        "which have no effect: do_lower_case"
+    )
     (base / "tokenizer_config.json").unlink()
     assert tokenizer_notes(base) == []
 
@@ -250,7 +254,10 @@ def test_a_class_of_transformers_that_reads_texts_otherwise_is_said(tmp_path: Pa
     ids = load_tokenizer(folder).encode(["  a"])[0]
     assert ids != theirs("  a", add_special_tokens=False)["input_ids"]
     (line,) = tokenizer_notes(folder)
-    assert line.startswith(f"{folder}: '  a' is ▁ ▁ ▁a by tokenizer.json") and type(theirs).__name__ in line
+    assert (
+        line.startswith(f"{folder}: tokenizer.json, which is used here, gives ▁ ▁ ▁a for '  a'")
+        and type(theirs).__name__ in line
+    )
     assert tokenizer_notes(alike) == []
     set_keys(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -264,8 +271,8 @@ def test_a_class_of_transformers_that_reads_texts_otherwise_is_said(tmp_path: Pa
 def test_fp16_says_what_it_runs_in(base: Path, tmp_path: Path) -> None:
     half = make_tiny("llama", tmp_path / "half", dtype=torch.float16)
     (line,) = dtype_notes(half, torch.bfloat16)
-    assert line.startswith(f"{half}: stored in fp16, runs in bf16") and "model.dtype=fp32" in line
-    assert dtype_notes(half, torch.float32)[0].startswith(f"{half}: stored in fp16, runs in fp32")
+    assert line.startswith(f"{half}: stored in fp16, but runs in bf16") and "model.dtype=fp32" in line
+    assert dtype_notes(half, torch.float32)[0].startswith(f"{half}: stored in fp16, but runs in fp32")
     assert dtype_notes(base, torch.float32) == dtype_notes(base, torch.bfloat16) == []
 
 
@@ -275,7 +282,7 @@ def test_unknown_keys_of_an_adapter(base: Path, tmp_path: Path) -> None:
     assert method_package_reading(folder).files.notes(folder) == []
     file = folder / "adapter_config.json"
     set_keys(file, some_future_switch=True, trained_with="axolotl", unset=None, modules_to_save=None)
-    line = f"{file}: keys that are not known here and change nothing: some_future_switch, trained_with"
+    line = f"{file}: unknown keys, which have no effect: some_future_switch, trained_with"
     assert method_package_reading(folder).files.notes(folder) == [line]
     assert line in merge(base, folder, tmp_path / "merged").warnings
     assert line in inspected(folder, base).warnings and not inspected(folder, base).problems
@@ -293,7 +300,7 @@ def test_keys_of_an_adapter_that_say_more_are_refused(base: Path, tmp_path: Path
         set_keys(folder / "adapter_config.json", **{key: value})
         merge(base, folder, tmp_path / f"merged-{value}")
     set_keys(folder / "adapter_config.json", **{key: ["x"]})
-    with pytest.raises(UserError, match=f"would not be s·B·A alone.*{key}"):
+    with pytest.raises(UserError, match=f"only updates s·B·A are supported.*{key}"):
         merge(base, folder, tmp_path / "merged")
 
 

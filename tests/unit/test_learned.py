@@ -169,11 +169,11 @@ def no_config(folder: Path, method: str) -> None:
 
 
 DAMAGE = {
-    nan: "holds NaN or infinity",
+    nan: "has NaN or infinity",
     shape: "asks for",
     missing: "asks for",
     integers: "asks for",
-    link_out: "is a link out of its folder",
+    link_out: "is a link to a file outside its folder",
     half: "truncated or not a safetensors file",
     config_value: "num_virtual_tokens|bottleneck",
     config_size: "asks for",
@@ -208,9 +208,9 @@ def test_a_pickle_is_never_read(base: Path, tmp_path: Path) -> None:
         read(folder, method)
         (folder / "adapter_model.bin").unlink()
         pickle(folder, method)
-        with pytest.raises(UserError, match="is a pickle and is never read"):
+        with pytest.raises(UserError, match="a pickle file, which is never read"):
             read(folder, method)
-        broken(folder, "is a pickle and is never read")
+        broken(folder, "a pickle file, which is never read")
 
 
 def test_prefixes_that_are_not_ours_to_read(base: Path, tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_nothing_that_is_not_finite_is_written(base: Path, method: str, value: f
         drawn = layers(base, method)
         drawn.tensors["layers.1.mlp.up.bias"][-1] = value
         write = partial(write_bottlenecks, trained=False)
-    with pytest.raises(UserError, match="is not written: .* holds NaN or infinity; lower train.lr"):
+    with pytest.raises(UserError, match=": not written, because .* has NaN or infinity; lower train.lr"):
         write(tmp_path, drawn, provenance(base, method))
     assert not list(tmp_path.iterdir())
 
@@ -304,7 +304,7 @@ def test_inspect_a_run(base: Path, method: str, tmp_path: Path) -> None:
     assert report.facts["base_matches"] is True
     same_in_text_and_json(run_folder)
     nan(run_folder / "adapter", method)
-    broken(run_folder, "adapter", "holds NaN or infinity")
+    broken(run_folder, "adapter", "has NaN or infinity")
 
 
 def test_untrained_layers_are_a_warning(base: Path, tmp_path: Path) -> None:
@@ -336,12 +336,12 @@ def test_export_takes_it_out_of_a_checkpoint(base: Path, method: str, tmp_path: 
 
 def test_export_says_what_vllm_does_not_serve(folder: Path, method: str, tmp_path: Path) -> None:
     code, text = run("export", folder, "--out", tmp_path / "out", "--for", "vllm")
-    assert code == 2 and "of adapters vLLM serves LoRA alone" in " ".join(text.split())
+    assert code == 2 and "vLLM serves no adapters but LoRA" in " ".join(text.split())
     assert not (tmp_path / "out").exists()
 
 
 def test_merge_says_why_it_cannot(base: Path, folder: Path, method: str, tmp_path: Path) -> None:
-    why = {"prefix": "more keys and values", "prompt": "more embeddings"}.get(method, "has a nonlinearity")
+    why = {"prefix": "more keys and values", "prompt": "more embeddings"}.get(method, "has adapter layers")
     for more in ((), ("--verify",)):
         code, text = run("merge", "--base", base, "--adapter", folder, "--out", tmp_path / "out", *more)
         said = " ".join(text.split())

@@ -142,7 +142,7 @@ def test_a_folder_that_goes_while_it_is_read_is_named(made: Path, tmp_path: Path
     shutil.copytree(made / "1", tmp_path / "1")
     (tmp_path / "last").symlink_to("1")
     for raised in (None, OSError("no such file"), UserError("manifest.json is missing")):
-        with pytest.raises(FolderRemoved, match=r"/1, to which .*/last led, was removed or replaced") as caught:
+        with pytest.raises(FolderRemoved, match=r"/1, the target of .*/last, was removed or replaced") as caught:
             with detect_removal(tmp_path / "last"):
                 (tmp_path / "1").rename(tmp_path / "gone")
                 if how == "replaced":

@@ -65,7 +65,7 @@ def test_of_two_steps_at_one_port_one_runs_alone(tmp_path: Path) -> None:
     assert {one.stdout for one in runs[winner]} == {f"{winner}.0 {winner}.1\n"}
     others = runs[1 - winner]
     assert [one.code for one in others] == [2, 2]
-    assert "is in use already: give each run a MASTER_PORT of its own" in others[0].stdout
+    assert "which is already in use; give each run its own MASTER_PORT" in others[0].stdout
     steps = [f"Slurm's job 7, step {number}, restart 0, 2 ranks" for number in (1 - winner, winner)]
     assert "rank 1 met another run at 127.0.0.1, port" in others[1].stdout
     assert f"it is of {steps[0]}, and the run there is {steps[1]}" in others[1].stdout
@@ -76,7 +76,7 @@ def test_of_two_steps_at_one_port_one_runs_alone(tmp_path: Path) -> None:
     ("stranger", "named"),
     [
         ({"RANK": "1", "WORLD_SIZE": "3"}, "it is of 3 ranks, and the run there is 2 ranks"),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, "is rank 1 too: give every rank a RANK of its own"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "is also rank 1; give every rank its own RANK"),
     ],
     ids=["another world size", "a rank twice"],
 )

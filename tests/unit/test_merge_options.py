@@ -147,7 +147,7 @@ class TestSeveralAdapters:
         report = merge(base, [first, untrained], tmp_path / "out")
         assert len(report.warnings) == 1 and report.warnings[0].startswith(f"{untrained.path} changes nothing")
         assert [part.changed for part in report.adapters] == [4, 0]
-        # The weight makes the update too small for bf16: it would be lost without a word.
+        # The weight makes the update too small for bf16: it would be lost without a message.
         report = merge(base, [first, replace(second, weight=1e-9)], tmp_path / "lost")
         assert [part.changed for part in report.adapters] == [4, 0] and str(second.path) in report.warnings[0]
         with pytest.raises(UserError, match="changes nothing"):
@@ -168,7 +168,7 @@ class TestSeveralAdapters:
         other = make_tiny("llama", tmp_path / "other", seed=1)
         save_adapter(tmp_path / "foreign", other, read_adapter(second.path))
         foreign = WeightedAdapter(tmp_path / "foreign")
-        with pytest.raises(UserError, match=r"foreign was trained on another base"):
+        with pytest.raises(UserError, match=r"foreign: trained on another base"):
             merge(base, [first, foreign], tmp_path / "out")
         report = merge(base, [first, foreign], tmp_path / "out", force_mismatch=True)
         assert len(report.warnings) == 1 and str(foreign.path) in report.warnings[0]
@@ -371,7 +371,7 @@ class TestTypes:
         save_file(tensors, path, {"format": "pt"})
         adapters = adapters_of(base, tmp_path)
         merge(base, adapters, tmp_path / "wide", output_format=OutputFormat(dtype="F32"))
-        with pytest.raises(UserError, match=rf"{re.escape(name)} would hold .*infinity as F16"):
+        with pytest.raises(UserError, match=rf"{re.escape(name)} would have .*infinity as F16"):
             merge(base, adapters, tmp_path / "out", output_format=OutputFormat(dtype="F16"))
         assert sorted(os.listdir(tmp_path)) == ["base", "first", "second", "wide"]
 
@@ -409,7 +409,7 @@ class TestVerify:
         for wrong in ([first], [first, replace(second, weight=1.0)], [replace(first, weight=0.71), second]):
             with pytest.raises(UserError, match=r"is not base \+ adapter"):
                 Verifier(base, wrong)(tmp_path / "out")
-        with pytest.raises(UserError, match="logits are the base's"):
+        with pytest.raises(UserError, match="logits equal the base's"):
             Verifier(base, adapters)(base)
 
     def test_an_adapter_lost_in_rounding_fails_although_within_tolerance(self, tmp_path: Path) -> None:
@@ -523,6 +523,6 @@ class TestCommand:
         monkeypatch.setattr(merge_module.Update, "apply", twice)
         arguments = ["--adapter", str(place / "first"), "--out", str(tmp_path / "out")]
         done = self.run(place, *arguments, "--verify")
-        assert done.exit_code == 2 and "is not base + adapter" in done.stderr and done.stdout == ""
+        assert done.exit_code == 2 and "differs from base + adapter" in done.stderr and done.stdout == ""
         assert os.listdir(tmp_path) == []
         assert self.run(place, *arguments).exit_code == 0, "without --verify the bug passes"

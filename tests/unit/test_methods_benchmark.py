@@ -201,7 +201,7 @@ def test_speed_leaves_the_first_steps_out_and_is_not_moved_by_a_slow_one() -> No
 def test_only_a_learning_rate_that_diverges_is_a_result() -> None:
     stopped = "step 3: the loss is nan; training stops on every rank. Lower train.lr, add train.warmup_steps, or look"
     assert methods.diverged(f"step 2/3\n{stopped}\n") == stopped
-    assert methods.diverged("output.dir: another process trains in build/run: end it first") is None
+    assert methods.diverged("output.dir: another process trains in build/run; end it first") is None
 
 
 def test_figures_are_collected_from_a_run_folder(tmp_path: Path) -> None:

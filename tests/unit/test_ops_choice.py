@@ -93,7 +93,8 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
         assert all(is_the_reference(OperatorCase(name, torch.bfloat16, 65, 250, 12, 6554)) for name in OPERATORS)
     (record,) = caplog.records
     assert (
-        "plain PyTorch runs in place of the compiled operators" in record.message and "was not built" in record.message
+        "plain PyTorch is used instead of the compiled operators" in record.message
+        and "was not built" in record.message
     )
 
 

@@ -244,7 +244,7 @@ def test_shards_of_tokens_and_features_are_slices_of_the_whole(name: str) -> Non
 def test_source_names_the_microbatch() -> None:
     """MaskSource: rows in the order of the tokens, a shard of them under sequence parallelism, seed and step as key."""
     source, rows = MaskSource(5, 6554), torch.arange(24).view(8, 3) + 2**33
-    with pytest.raises(AssertionError, match="no microbatch was announced"):
+    with pytest.raises(AssertionError, match="no microbatch was set"):
         source.mask(0, 0, None)
     source.set(11, rows)
     mask = source.mask(9, 40, None)

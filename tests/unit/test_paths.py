@@ -59,7 +59,7 @@ def test_merge_copies_nothing_from_outside_the_base(base: Path, secret: Path, tm
     (base / name).parent.mkdir(exist_ok=True)
     (base / name).unlink(missing_ok=True)
     (base / name).symlink_to(secret)
-    with pytest.raises(UserError, match=rf"{name} is a link out of its folder \(to .*credentials.json\): copy"):
+    with pytest.raises(UserError, match=rf"{name}: a link to a file outside its folder \(.*credentials.json\); copy"):
         merge(base, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (base / name).unlink()
@@ -70,7 +70,7 @@ def test_full_fine_tuning_says_so_before_it_trains(base: Path, secret: Path) -> 
     setting: Any = type("Setting", (), {"base": base, "seed": 0})
     build(None, setting, None)  # type: ignore[arg-type]
     (base / "LICENSE").symlink_to(secret)
-    with pytest.raises(UserError, match="LICENSE is a link out of"):
+    with pytest.raises(UserError, match="LICENSE: a link to a file outside"):
         build(None, setting, None)  # type: ignore[arg-type]
 
 
@@ -179,7 +179,7 @@ def test_what_only_resembles_the_hubs_cache_is_refused(base: Path, tmp_path: Pat
     place = Path(os.path.normpath(snapshot / target))
     place.parent.mkdir(parents=True, exist_ok=True)
     place.write_text("secret")
-    with pytest.raises(UserError, match="link out of its folder"):
+    with pytest.raises(UserError, match="link to a file outside its folder"):
         require_copyable(link, snapshot)
 
 
@@ -192,7 +192,7 @@ def test_blobs_that_lead_elsewhere_are_no_cache(tmp_path: Path) -> None:
     snapshot.mkdir(parents=True)
     (tmp_path / "model" / "blobs").symlink_to(home)
     (snapshot / "notes.txt").symlink_to("../../blobs/id_rsa")
-    with pytest.raises(UserError, match="link out of its folder"):
+    with pytest.raises(UserError, match="link to a file outside its folder"):
         require_copyable(snapshot / "notes.txt", snapshot)
 
 
@@ -223,7 +223,7 @@ def test_no_output_into_a_folder_whose_content_counts(tmp_path: Path) -> None:
     for name, folder in _kept_folders(tmp_path).items():
         (tmp_path / f"link to {name}").symlink_to(folder)
         for out in (folder / "out", folder / "a" / "b", tmp_path / f"link to {name}" / "out"):
-            with pytest.raises(UserError, match="is or lies in .*: give an output path outside it"):
+            with pytest.raises(UserError, match="is or lies in .*; give an output path outside it"):
                 require_outside(out)
         require_outside(folder.with_name(f"{folder.name}-merged"))
         require_outside(folder)  # what exists is refused as such

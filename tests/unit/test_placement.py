@@ -95,8 +95,8 @@ def test_what_matches_nothing_is_an_error(architectures: dict[str, Architecture]
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        (["q_proj", "lm_head"], ". lm_head is not adapted: only linears of layers are"),
-        ("lm_head|.*embed_tokens", ". lm_head, model.embed_tokens are not adapted: only linears of layers are"),
+        (["q_proj", "lm_head"], ". lm_head is never adapted, only the linears of layers are"),
+        ("lm_head|.*embed_tokens", ". lm_head, model.embed_tokens are never adapted, only the linears of layers are"),
         (["q_proj", "k_prj"], "or 'all-linear'"),
     ],
 )
@@ -111,18 +111,18 @@ def test_a_module_that_is_never_adapted_is_named_as_such(
 @pytest.mark.parametrize(
     ("family", "targets", "named"),
     [
-        ("llama", r".*(q_proj|lm_head)", "reaches lm_head"),
-        ("llama", r"model\.(embed_tokens|layers\..*_proj)", "reaches model.embed_tokens"),
-        ("llama", r"model\.layers\.1\.[a-z_.]*", "reaches model.layers.1.input_layernorm, model.layers.1.post_"),
-        ("gpt2", r".*(c_attn|wte|wpe)", "reaches transformer.wpe, transformer.wte"),
-        ("gpt2", r".*(c_attn|lm_head)", "reaches lm_head"),
-        ("opt", r".*(fc1|embed_positions)", "reaches model.decoder.embed_positions"),
+        ("llama", r".*(q_proj|lm_head)", "matches lm_head"),
+        ("llama", r"model\.(embed_tokens|layers\..*_proj)", "matches model.embed_tokens"),
+        ("llama", r"model\.layers\.1\.[a-z_.]*", "matches model.layers.1.input_layernorm, model.layers.1.post_"),
+        ("gpt2", r".*(c_attn|wte|wpe)", "matches transformer.wpe, transformer.wte"),
+        ("gpt2", r".*(c_attn|lm_head)", "matches lm_head"),
+        ("opt", r".*(fc1|embed_positions)", "matches model.decoder.embed_positions"),
     ],
 )
 def test_a_target_that_reaches_more_than_takes_factors_is_an_error(
     architectures: dict[str, Architecture], family: str, targets: str | list[str], named: str
 ) -> None:
-    with pytest.raises(UserError, match="only on the linears of its layers") as error:
+    with pytest.raises(UserError, match="only the linears of its layers") as error:
         paths(architectures[family], targets)
     assert named in str(error.value) and "lora.targets" in str(error.value)
     assert ("c_attn" if family == "gpt2" else "q_proj") in str(error.value)
@@ -164,7 +164,9 @@ def test_an_expression_that_backtracks_is_an_error_in_time(
 ) -> None:
     monkeypatch.setattr(Patterns, "seconds", 0.2)
     expression: object = "(.|.)*[!Z]" if key == "targets" else {"(.|.)*[!Z]": 4}
-    with pytest.raises(UserError, match="lora: matching the regular expression .* takes longer than 0.2 s"):
+    with pytest.raises(
+        UserError, match="lora: matching the regular expression .* and those before it take more than 0.2 s"
+    ):
         place_factors(
             architectures["llama"], LoraRules(**{"rank": 8, "alpha": 16, "targets": "all-linear", key: expression})
         )

@@ -226,7 +226,7 @@ def test_verify_fails_where_a_formula_is_wrong(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["llama-4-8b"], "'llama-4-8b' is no shape, model folder or file: did you mean llama-3-8b?"),
+        (["llama-4-8b"], "'llama-4-8b': not a built-in shape, model folder or file; did you mean llama-3-8b?"),
         (["llama-3-8b", "--gpu-memory", "80"], "--gpu-memory: '80' has no unit"),
         (["llama-3-8b", "--gpu-memory", "lots"], "--gpu-memory: 'lots' is not a size"),
         (["llama-3-8b", "--gpus-per-node", "0"], "--gpus-per-node: 0"),
@@ -237,7 +237,7 @@ def test_verify_fails_where_a_formula_is_wrong(tmp_path: Path, monkeypatch: pyte
             "parallel.tensor=3 does not divide this llama model (32 attention heads",
         ),
         (["llama-3-8b", "parallel.tensor=16"], "parallel.tensor: 16 does not divide 1 × 8 = 8 GPUs"),
-        (["llama-3-8b", "lora.rnak=4"], "lora.rnak: unknown key — did you mean rank?"),
+        (["llama-3-8b", "lora.rnak=4"], "lora.rnak: unknown key; did you mean rank?"),
         (["llama-3-8b", "lora.rank=0"], "lora.rank"),
         (["llama-3-8b", "lora.targets=[c_attn]"], "lora.targets: 'c_attn' matches no linear of this llama model"),
         (["llama-3-8b", "data.max_length=10000"], "data.max_length=10000 is longer than the 8192 positions"),
@@ -287,4 +287,7 @@ def test_factors_of_an_adapter_that_a_run_starts_from(tmp_path: Path) -> None:
     assert list(found["trained"]["by_module"]) == ["v_proj"]
     assert found["trained"]["parameters"] == 2 * 3 * (64 + 32)
     refused = plan("llama-3-8b", f"lora.init_from={adapter}")
-    assert refused.exit_code == 2 and "lora.init_from: an adapter is read together with its model" in refused.stderr
+    assert (
+        refused.exit_code == 2
+        and "lora.init_from: an adapter can only be read together with its model" in refused.stderr
+    )

@@ -19,8 +19,8 @@ def test_named_once_slow_over_a_window_and_again_when_it_caught_up() -> None:
     first, caught_up = WINDOW, 5 + WINDOW // 2 + 1
     assert list(named) == [first, caught_up]
     assert named[first] == [
-        f"step {first}: rank 2 on h2 is a straggler: 2.000 s of its own work where the median rank needs 1.050 s; "
-        "all others wait for it"
+        f"step {first}: rank 2 on h2 is a straggler: its own work takes 2.000 s a step and the median rank's "
+        "1.050 s, so all others wait for it"
     ]
     assert named[caught_up] == [f"step {caught_up}: rank 2 on h2 has caught up"]
 

@@ -113,7 +113,7 @@ def test_a_section_or_a_key_alone() -> None:
 def test_an_unknown_name_is_told_what_was_meant(name: str, meant: str) -> None:
     with pytest.raises(UserError) as error:
         reference(name)
-    assert f"{name} is no section" in str(error.value) and "the sections are model, lora" in str(error.value)
+    assert f"{name}: not a section" in str(error.value) and "the sections are model, lora" in str(error.value)
     assert (f"did you mean {meant}" in str(error.value)) if meant else ("did you mean" not in str(error.value))
 
 
@@ -125,7 +125,7 @@ def test_the_command() -> None:
     assert "train.lr  number: > 0  default 0.0002\n      peak learning rate above 0\n" in one.output
     assert "train.eps" not in one.output
     wrong = runner.invoke(app, ["config", "trian"])
-    assert wrong.exit_code == 2 and wrong.stderr.startswith("error: trian is no section")
+    assert wrong.exit_code == 2 and wrong.stderr.startswith("error: trian: not a section")
 
 
 def test_markdown_has_a_row_for_every_key() -> None:

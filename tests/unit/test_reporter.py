@@ -80,7 +80,7 @@ def test_a_full_disk_ends_no_report(
         assert outcome.error is None and not outcome.killed, f"{where}: {outcome.error} {outcome.traceback}"
         news = [line for line in outcome.value if not line.startswith("step ")]
         assert [line for line in outcome.value if line not in news] == plain.value, where
-        assert all("could not be written: " in line and "The run goes on" in line for line in news), news
+        assert all("could not be written: " in line and "The run continues" in line for line in news), news
         names = [line.partition(" ")[0] for line in news]
         assert len(names) == len(set(names)) and set(names) <= set(SINKS), f"{where}: {news}"
         failed |= set(names)
@@ -106,7 +106,7 @@ def test_it_can_fail() -> None:
         reporter.record(1, {})
     reporter.add("never", lambda: open_nothing())
     reporter.say("on")
-    assert told.lines == ["never could not be written: no room. The run goes on", "on"]
+    assert told.lines == ["never could not be written: no room. The run continues", "on"]
 
 
 def open_nothing() -> Sink:
@@ -135,7 +135,9 @@ def test_a_log_that_fails_is_said_once(capsys: pytest.CaptureFixture[str]) -> No
     for _ in range(3):
         log.handle(logging.LogRecord("x", logging.INFO, "x", 1, "a line", (), None))
     said = capsys.readouterr().err
-    assert said == "lowrank_dist: /dev/full could not be written: [Errno 28] No space left on device. The run goes on\n"
+    assert (
+        said == "lowrank_dist: /dev/full could not be written: [Errno 28] No space left on device. The run continues\n"
+    )
     # Control: a mistake in what is logged is shown as ever.
     log.handle(logging.LogRecord("x", logging.INFO, "x", 1, "%d", ("a",), None))
     assert "TypeError" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def test_a_run_that_trained_meanwhile_is_not_overwritten(tmp_path: Path, train: 
     """Between the look at the folder and its lock lies the load of a model."""
     folder = prepared(tmp_path)
     train(tmp_path)
-    with pytest.raises(UserError, match="another process trained in .* since this one was started"):
+    with pytest.raises(UserError, match="another process wrote to .* after this one started"):
         folder.lock()
     prepared(tmp_path).lock()
 

@@ -82,7 +82,7 @@ def test_a_run_whose_steps_were_skipped_is_saved_and_hands_out_nothing(tmp_path:
     writer.write([untrained], first, final=False)
     assert read_checkpoint(folder.checkpoints / "step-2") == first
     assert json.loads((folder.checkpoints / "step-2" / PROVENANCE_FILE).read_text())["training"]["loss"] is None
-    with pytest.raises(UserError, match=r"all of its steps were skipped \(train.nonfinite=skip\)"):
+    with pytest.raises(UserError, match=r"all steps were skipped \(train.nonfinite=skip\)"):
         writer.write([tensors_of(2)], first, final=True)
     assert not folder.adapter.exists()
     # Controls: what was trained without effect is no checkpoint, and what was trained is handed out.
@@ -142,8 +142,8 @@ def _damage(best: Path) -> None:
         ),
         ({}, "best", None, 4, "(checkpoints/step-4), the last; checkpoints/last: step 4"),
         ({2: 1.0, 4: 2.0}, "best", _remove, 4, "the last; step 2 is better and could not be published: "),
-        ({2: 1.0, 4: 2.0}, "best", _lose_a_file, 4, f"{WEIGHTS_FILE} is missing: take another checkpoint"),
-        ({2: 1.0, 4: 2.0}, "best", _damage, 4, f"{WEIGHTS_FILE} is not as it was written"),
+        ({2: 1.0, 4: 2.0}, "best", _lose_a_file, 4, f"{WEIGHTS_FILE}: missing; take another checkpoint"),
+        ({2: 1.0, 4: 2.0}, "best", _damage, 4, f"{WEIGHTS_FILE}: changed after it was written"),
     ],
 )
 def test_adapter_is_the_step_that_publish_says(
@@ -188,7 +188,7 @@ def test_a_best_step_in_which_nothing_was_trained_is_not_published(tmp_path: Pat
     writer.write([tensors_of(2)], untrained, final=False)
     last = state_of(4).model_copy(update={"eval_losses": {2: 1.0, 4: 2.0}})
     writer.write([tensors_of(4)], last, final=True)
-    assert "run/adapter is step 4" in writer.summary and "step-2 holds what the run began with" in writer.summary
+    assert "run/adapter is step 4" in writer.summary and "step-2 has the initial values" in writer.summary
 
 
 @given(

@@ -130,7 +130,7 @@ def test_another_batch_goes_on_where_the_data_stopped() -> None:
         after, end = run(dataset, train, state)
         assert once(before + after, 40) and (len(after), end.step) == (steps, 5 + steps)
         assert StreamRange.of(train, dataset, state).notes == [
-            "train.global_batch was 4 up to step 5: the data goes on after 0.50 passes"
+            "train.global_batch was 4 up to step 5: the data continues after 0.50 passes"
         ]
     # By steps as well, whose number stays.
     after, end = run(dataset, TrainConfig(steps=7, global_batch=10), state)
@@ -157,7 +157,7 @@ def test_other_data_is_read_from_its_beginning() -> None:
     _, state = run(dataset, train, None, 2)
     stream_range = StreamRange.of(train, other, state)
     assert stream_range.notes == [
-        "data.train is another than up to step 2: it is read from its beginning, and passes are counted anew"
+        "data.train was another file up to step 2: the new one is read from its beginning, and passes count from zero"
     ]
     after, end = run(other, train, state)
     assert once(after, 15) and (end.step, end.epoch, end.samples) == (2 + 4, 1.0, 8 + 15)
@@ -172,7 +172,7 @@ def test_another_seed_begins_the_pass_again() -> None:
     other = TrainConfig(epochs=3, global_batch=4, seed=7)
     after, end = run(dataset, other, state)
     assert once(after, 12, passes=2) and end.epoch == 3
-    assert "pass 2 over the data begins again in a new order" in StreamRange.of(other, dataset, state).notes[0]
+    assert "pass 2 over the data starts again in a new order" in StreamRange.of(other, dataset, state).notes[0]
 
 
 def test_a_run_that_ends_before_its_checkpoint_is_seen() -> None:

@@ -26,7 +26,7 @@ from lowrank_dist.supervision.status import LEAVING, PHASES, Page
 ROOT = Path(__file__).parents[2]
 CAUSE = Failure(2, "h2", 4, "forward", "ValueError: no", "Traceback\n  …", True)
 # As far as the first ": " a record is ours; what comes after may say anything.
-MISLED = Failure(0, "h1", 4, "backward", "rank 9 on h9 went first, by rank 8: no", "", False)
+MISLED = Failure(0, "h1", 4, "backward", "rank 9 on h9 failed first, by rank 8: no", "", False)
 MISSING = Failure(1, "h1", 4, "backward", "lost", "", False, ("rank 2 on h2",))
 
 
@@ -35,10 +35,12 @@ def fields(**other: object) -> Failure:
 
 
 def test_a_record_says_who_where_and_when() -> None:
-    assert str(CAUSE) == "rank 2 on h2 went first, at step 4 in forward: ValueError: no\nTraceback\n  …"
+    assert str(CAUSE) == "rank 2 on h2 failed first, at step 4 in forward: ValueError: no\nTraceback\n  …"
     early = fields(step=0, phase="model", traceback="")
-    assert str(early) == "rank 2 on h2 went first, before the first step, in model: ValueError: no"
-    assert MISSING.headline == "rank 1 on h1 was left behind at step 4 in backward by rank 2 on h2: lost"
+    assert str(early) == "rank 2 on h2 failed first, before the first step, in model: ValueError: no"
+    assert (
+        MISSING.headline == "rank 1 on h1 lost the other ranks at step 4 in backward, no answer from rank 2 on h2: lost"
+    )
     many = fields(first=False, silent=[f"rank {n} on h" for n in range(100)]).headline
     assert "rank 7 on h and 92 more: " in many and "rank 8 on h" not in many
 
@@ -318,7 +320,7 @@ def test_a_failure_is_recorded_where_it_happened(
     supervision.enter(LEAVING)  # as who has to tidy up first says
     assert supervision.failed(raised(ValueError("why"))) == FAILURE
     said = read(tmp_path)
-    assert f"{supervision.host} went first, at step 3 in forward: ValueError: why\nTraceback" in said
+    assert f"{supervision.host} failed first, at step 3 in forward: ValueError: why\nTraceback" in said
     assert capsys.readouterr().err == f"lowrank_dist: {said}\n"
 
 
@@ -348,7 +350,7 @@ def test_a_rank_left_behind_records_the_cause_that_it_is_told(
     monkeypatch.setattr(supervision, "_ask_peers", lambda *_: Answer(should_print=True, silent=[3]))
     supervision.failed(raised(RuntimeError("gloo/pair.cc: Connection closed by peer")))
     said = read(tmp_path)
-    assert said and " was left behind " in said and " by rank 3: " in said
+    assert said and " lost the other ranks " in said and ", no answer from rank 3: " in said
 
 
 def test_ctrl_c_is_no_failure(supervision: Supervision, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def launcher_of(process: subprocess.Popen[bytes]) -> Launcher:
     return Launcher(process.pid, start_time(Path("/proc", str(process.pid))), "torchrun")
 
 
-FIRST = "rank 3 on here went first, at step 7 in forward: "
+FIRST = "rank 3 on here failed first, at step 7 in forward: "
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_rank_whose_end_its_parent_knows_already(ward: Callable[..., Ward]) ->
     rank.process.kill()
     rank.process.wait()
     Watchdog(watched).run()
-    assert rank.said() == f"{FIRST}it ended without a word, as after SIGKILL\n"
+    assert rank.said() == f"{FIRST}it ended without a message, as after SIGKILL\n"
 
 
 def test_another_process_of_the_same_number_is_not_the_rank(ward: Callable[..., Ward]) -> None:
@@ -169,7 +169,7 @@ def test_ends_a_rank_that_stands_still(ward: Callable[..., Ward], code: str) -> 
     rank = ward(f"def hangs():\n    {code}\nhangs()")
     seconds = rank.watch()
     assert TIMEOUT + GRACE < seconds < TIMEOUT + GRACE + STACKS + 2
-    assert re.match(FIRST + r"it stood still for \d+ s, and was killed by its watchdog\nFatal Python", rank.said())
+    assert re.match(FIRST + r"it made no progress for \d+ s, and was killed by its watchdog\nFatal Python", rank.said())
     assert "in hangs" in rank.said()
     assert rank.process.wait() == -signal.SIGABRT
 
@@ -198,7 +198,7 @@ def test_a_rank_that_starts_is_judged_by_its_work(ward: Callable[..., Ward]) -> 
     (works.folder / "FAILED").unlink()
     idle = ward(SLEEP, phase="model")
     assert idle.watch() > TIMEOUT + GRACE
-    assert "in model: it stood still" in idle.said()
+    assert "in model: it made no progress" in idle.said()
 
 
 def test_ends_a_stopped_rank_before_the_others_run_out_of_time(ward: Callable[..., Ward]) -> None:
@@ -226,7 +226,9 @@ def test_a_rank_that_waits_for_others_did_not_go_first(ward: Callable[..., Ward]
     code = "sys.path.insert(0, sys.argv[2] + '/torch/distributed')\nimport collective\ncollective.all_reduce()"
     waits = ward(code)
     waits.watch()
-    assert waits.said().startswith("rank 3 on here was left behind at step 7 in forward: it stood still"), waits.said()
+    assert waits.said().startswith("rank 3 on here lost the other ranks at step 7 in forward: it made no progress"), (
+        waits.said()
+    )
     # Stopped there, it did: the others wait for it.
     stopped = ward(LATER + code)
     time.sleep(1)
@@ -239,7 +241,7 @@ def test_an_abort_after_the_timeout_is_of_a_collective(ward: Callable[..., Ward]
     """As NCCL does it; the control is an abort before the time was over (above)."""
     rank = ward("time.sleep(0.75); os.abort()")
     rank.watch()
-    assert rank.said().startswith("rank 3 on here was left behind at step 7 in forward: it ended with signal 6")
+    assert rank.said().startswith("rank 3 on here lost the other ranks at step 7 in forward: it ended with signal 6")
 
 
 @pytest.fixture
@@ -269,7 +271,7 @@ def test_a_rank_that_dies_after_it_was_asked_to_end(
         ending.start()
         rank.watch()
         ending.join()
-    assert ("went first" in rank.said()) is first, rank.said()
+    assert ("failed first" in rank.said()) is first, rank.said()
 
 
 def test_a_stopped_rank_that_is_asked_to_end(ward: Callable[..., Ward], told: Callable[[], None]) -> None:
@@ -295,7 +297,7 @@ def test_a_rank_without_its_launcher_is_told_to_stop(
     kill.start()
     rank.watch([launcher_of(launcher)])
     assert rank.process.wait() == 85
-    assert rank.said() == f"{FIRST}its launcher (torchrun) is gone; it is told to save and stop\n"
+    assert rank.said() == f"{FIRST}its launcher (torchrun) is gone, so it was told to save and stop\n"
 
 
 def test_a_rank_with_its_launcher_is_not(ward: Callable[..., Ward], launcher: subprocess.Popen[bytes]) -> None:

@@ -55,17 +55,17 @@ def test_a_key_of_another_trainer_is_answered_with_ours(tmp_path: Path, theirs: 
     hint = said + (f"({synonym.note}) " if synonym.note else "")
     for section in ("lora", "train", "model"):
         values = {**REQUIRED, section: {**REQUIRED.get(section, {}), theirs: 1}}
-        assert f"{section}.{theirs}: unknown key — {hint}the keys of" in refusal(tmp_path, values)
-    assert f"{theirs}: unknown key — {hint}at the top level" in refusal(tmp_path, {**REQUIRED, theirs: 1})
+        assert f"{section}.{theirs}: unknown key; {hint}the keys of" in refusal(tmp_path, values)
+    assert f"{theirs}: unknown key; {hint}at the top level" in refusal(tmp_path, {**REQUIRED, theirs: 1})
     for override in ((f"{theirs}=1",), (f"--{theirs}", "1")):
-        assert f"command line: {theirs} is not section.key — {said.rstrip()}" in refusal(tmp_path, REQUIRED, *override)
+        assert f"command line: {theirs} is not section.key; {said.rstrip()}" in refusal(tmp_path, REQUIRED, *override)
 
 
 def test_a_key_without_one_of_ours_says_why(tmp_path: Path) -> None:
     said = refusal(tmp_path, {**REQUIRED, "model": {"path": "base", "load_in_4bit": True}})
-    assert "unknown key — not supported: the base is held in bf16 or fp32; the keys of model are" in said
+    assert "unknown key; not supported: the base is held in bf16 or fp32; the keys of model are" in said
     said = refusal(tmp_path, {**REQUIRED, "adapter": "lora"})
-    assert "adapter: not a mapping — did you mean method: lora? its keys are bottleneck, placement" in said
+    assert "adapter: not a mapping; did you mean method: lora? its keys are bottleneck, placement" in said
     # Controls: a slip of ours, and our key in another section, are told as before.
     assert "did you mean rank?" in refusal(tmp_path, REQUIRED, "lora.rnak=4")
     assert "did you mean train.lr?" in refusal(tmp_path, REQUIRED, "lr=4")
@@ -85,8 +85,11 @@ def test_a_key_without_one_of_ours_says_why(tmp_path: Path) -> None:
         ({"instruction": "a", "input": "c", "output": "b"}, "('output': did you mean 'completion'?)"),
         ({"chosen": "a", "rejected": "b"}, "('chosen': there is no preference training)"),
         ({"promt": "a", "x": "b"}, "('promt': did you mean 'prompt'?); expected"),
-        ({"messages": [{"from": "user", "value": "x"}]}, "key 'messages[0].role' is missing; is 'from' meant for it?"),
-        ({"messages": [{"role": "user", "value": "x"}]}, "[0].content' is missing; is 'value' meant for it?"),
+        (
+            {"messages": [{"from": "user", "value": "x"}]},
+            "key 'messages[0].role' is missing (did you mean it by 'from'?)",
+        ),
+        ({"messages": [{"role": "user", "value": "x"}]}, "[0].content' is missing \(did you mean it by 'value'?\)"),
     ],
 )
 def test_a_row_of_another_format_is_answered_with_ours(tmp_path: Path, row: object, said: str) -> None:

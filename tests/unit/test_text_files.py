@@ -130,7 +130,7 @@ def test_a_merged_model_ends_where_it_was_trained_to(
     report = merge(base, adapter, tmp_path / "out")
     # The EOS of the tokenizer that goes along ends a text too.
     assert ends_in_transformers(tmp_path / "out") == [*known, IM_END, *([] if known else [EOS])]
-    assert any(f"eos_token_id of the result has {IM_END}" in line for line in report.notes)
+    assert any(f"eos_token_id has {IM_END}" in line for line in report.notes)
     assert {*known, IM_END} <= stop_tokens(base, load_tokenizer(base), adapter)
     # Full fine-tuning writes the base's files, and then these.
     whole = Path(shutil.copytree(base, tmp_path / "whole"))
@@ -206,20 +206,20 @@ def test_different_tokenizers_need_one_that_is_given(base: Path, tmp_path: Path)
     first = trained(tmp_path / "first", base, text)
     second = trained(tmp_path / "second", base, TextFiles.of_run(other, base, [IM_END]), seed=1)
     adapters = [WeightedAdapter(first), WeightedAdapter(second)]
-    with pytest.raises(UserError, match="hold different tokenizers or chat templates: .*--tokenizer DIR"):
+    with pytest.raises(UserError, match="have different tokenizers or chat templates; .*--tokenizer DIR"):
         merge(base, adapters, tmp_path / "out")
     merge(base, adapters, tmp_path / "out", output_format=OutputFormat(tokenizer=other))
     assert same_tokenizer(read_tokenizer(tmp_path / "out"), read_tokenizer(other))
     merge(base, first, tmp_path / "over", output_format=OutputFormat(tokenizer=other))
     assert same_tokenizer(read_tokenizer(tmp_path / "over"), read_tokenizer(other))
-    with pytest.raises(UserError, match="nowhere holds no tokenizer: give a folder with"):
+    with pytest.raises(UserError, match="nowhere: no tokenizer; give a folder with"):
         merge(base, first, tmp_path / "never", output_format=OutputFormat(tokenizer=tmp_path / "nowhere"))
     # A tokenizer of more tokens than the model has rows; an added one beyond them is common.
     wide = settings(other, "tokenizer.json")
     wide["model"]["vocab"]["zq"] = VOCAB
     big = Path(shutil.copytree(other, tmp_path / "big"))
     (big / "tokenizer.json").write_text(json.dumps(wide))
-    with pytest.raises(UserError, match=f"--tokenizer .*big: its vocabulary has ids up to {VOCAB}, and the model's"):
+    with pytest.raises(UserError, match=f"--tokenizer .*big: its vocabulary has ids up to {VOCAB}, but the model has"):
         merge(base, first, tmp_path / "never", output_format=OutputFormat(tokenizer=big))
     del wide["model"]["vocab"]["zq"]
     wide["added_tokens"].append({**wide["added_tokens"][0], "id": VOCAB, "content": "<pad>"})
@@ -345,7 +345,9 @@ def test_a_run_that_starts_from_an_adapter_says_that_its_tokenizer_is_another(ba
     other = other_tokenizer(tmp_path / "other")
     adapter = trained(tmp_path / "adapter", base, TextFiles.of_run(other, base, [EOS]))
     (line,) = note_on_adapter_tokenizer(adapter, base)
-    assert line.startswith(f"{adapter} was trained with another tokenizer or chat template than {base}, which this run")
+    assert line.startswith(
+        f"{adapter}: trained with another tokenizer or chat template than this run's {base}; to keep"
+    )
     assert note_on_adapter_tokenizer(adapter, other) == note_on_adapter_tokenizer(adapter, adapter) == []
     assert (
         note_on_adapter_tokenizer(trained(tmp_path / "plain", base, None), base)
@@ -363,7 +365,7 @@ def test_a_run_with_the_tokens_of_another_model_says_so(base: Path, tmp_path: Pa
     found["model"]["vocab"] = dict(zip(words, ids[::-1], strict=True))
     (other / "tokenizer.json").write_text(json.dumps(found))
     (line,) = note_on_base_tokenizer(other, base)
-    assert line.startswith(f"data.tokenizer: the tokens of {other} are not those of {base}")
+    assert line.startswith(f"data.tokenizer: {other} maps text to other token ids than {base}")
     (base / "tokenizer.json").unlink()
     assert note_on_base_tokenizer(other, base) == []
 
@@ -405,7 +407,7 @@ def test_no_link_brings_a_file_from_elsewhere(base: Path, tmp_path: Path) -> Non
     assert read_tokenizer(farm) == read_tokenizer(base)  # a folder of links to another model
     (tmp_path / "secret").write_text("{}")
     (farm / "vocab.json").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match=r"vocab.json is a link out of its folder \(to .*secret\): copy the file"):
+    with pytest.raises(UserError, match=r"vocab.json: a link to a file outside its folder \(.*secret\); copy the file"):
         read_tokenizer(farm)
     (base / "tokenizer_config.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer_config.json of the tokenizer is not valid JSON"):
@@ -423,7 +425,7 @@ def test_an_export_has_the_tokenizer_and_vllm_must_end_its_texts(base: Path, tmp
     for at_hand in (True, False):
         if not at_hand:
             edit(adapter / "lowrank_dist.json", base="elsewhere")
-        with pytest.raises(UserError, match="its texts end in token 4 .'<.im_end.>'., which is not in eos_to"):
+        with pytest.raises(UserError, match="its training texts end in token 4 .'<.im_end.>'., which is not in eos_to"):
             export(adapter, tmp_path / "out", target=VLLM)
     edit(adapter / "lowrank_dist.json", base=str(base))
     edit(base / "generation_config.json", eos_token_id=[EOS, IM_END])
@@ -451,8 +453,8 @@ def test_vllm_reasons_of_weights_and_of_texts_come_together(base: Path, tmp_path
         export(tmp_path / "large", tmp_path / "out", target=VLLM)
     assert str(refusal.value).count("is not exported for vLLM") == 1
     for reason in (
-        "its largest rank is 24 (of model.layers.1.mlp.down_proj), above vLLM's default",
-        f"its texts end in token {IM_END} ('<|im_end|>')",
+        "its largest rank, 24 (of model.layers.1.mlp.down_proj), is above vLLM's default",
+        f"its training texts end in token {IM_END} ('<|im_end|>')",
         "it was trained with another tokenizer or chat template",
     ):
         assert reason in str(refusal.value)

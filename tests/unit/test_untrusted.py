@@ -28,12 +28,12 @@ PEFT = r"(.*\.)?({})$"
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[" * 100_000, "nested too deeply"),
-        ('{"a": ' * 100_000, "nested too deeply"),
-        ("[" * 101 + "]" * 101, "nested too deeply, over 100 levels"),
+        ("[" * 100_000, "nested more than "),
+        ('{"a": ' * 100_000, "nested more than "),
+        ("[" * 101 + "]" * 101, "nested more than 100 levels deep"),
         (
             '{"x": 1, "a": [2, {"b": ' + "9" * 5000 + "}]}",
-            r"key 'a\[1\].b' holds an integer of 5000 digits; at most 308",
+            r"key 'a\[1\].b' holds an integer of 5000 digits; the limit is 308",
         ),
         ("-" + "9" * 400, "an integer of 400 digits"),
         ('{"a": ' + "9" * 400 + " and no more", "an integer of 400 digits"),
@@ -103,7 +103,7 @@ def test_policies_are_asked_for() -> None:
 def test_a_fault_is_told_with_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{\n "a": 1,\n "b": ' + "7" * 5000 + "\n}")
-    with pytest.raises(UserError, match=r"config\.json: key 'b' holds an integer.*: mend it$"):
+    with pytest.raises(UserError, match=r"config\.json: key 'b' holds an integer.*; mend it$"):
         read_object(path, "mend it")
     path.write_text("{\n 1}")
     with pytest.raises(UserError, match=r"config\.json:2: malformed JSON at column 2"):
@@ -118,13 +118,13 @@ def test_a_large_file_is_refused_before_it_is_held(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.touch()
     os.truncate(path, 1 << 40)
-    with pytest.raises(UserError, match="larger than the 32 MiB that such a file may have"):
+    with pytest.raises(UserError, match="larger than 32 MiB, the limit"):
         read_object(path, "mend it")
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         read_bytes(Path("/dev/zero"), "mend it", largest=10)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with pytest.raises(UserError, match="no regular file"):
+    with pytest.raises(UserError, match="not a regular file"):
         read_bytes(pipe, "mend it", largest=10)
     path.write_bytes(b"0123456789")
     assert read_bytes(path, "", largest=10) == b"0123456789" and read_text(path, "", largest=10) == "0123456789"
@@ -141,7 +141,7 @@ def test_a_long_line_is_refused_before_it_is_held(tmp_path: Path) -> None:
         file.truncate(1 << 40)
     lines = read_lines(path, "split it", longest=1 << 20)
     assert [next(lines)[0] for _ in range(3)] == [1, 2, 3]
-    with pytest.raises(UserError, match=r"data\.jsonl:4: the line is longer than 1 MiB: split it"):
+    with pytest.raises(UserError, match=r"data\.jsonl:4: the line is longer than 1 MiB; split it"):
         next(lines)
 
 
@@ -172,7 +172,7 @@ def test_paths_that_no_disk_takes_are_errors() -> None:
 def test_a_value_of_another_kind_is_an_error_with_file_and_key(kind: type, good: object, bad: object) -> None:
     assert typed_value({"key": good}, "key", kind, "x.json") == good
     assert typed_value({}, "key", kind, "x.json") is None and typed_value({"key": None}, "key", kind, "x.json") is None
-    with pytest.raises(UserError, match=r"x\.json: key must be .*, not .*: correct it"):
+    with pytest.raises(UserError, match=r"x\.json: key must be .*, not .*; correct it"):
         typed_value({"key": bad}, "key", kind, "x.json")
 
 
@@ -281,20 +281,20 @@ def test_both_engines_agree(pattern: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("pattern", "said"),
     [
-        ("(?i)q_proj", r"not a regular expression: global flags not at the start .*; write flags for a part"),
+        ("(?i)q_proj", r"not a regular expression: global flags not at the start .*; limit the flags to a group"),
         ("(", "not a regular expression: missing "),
         (")(", "not a regular expression: unbalanced"),
-        ("a{99999999999999}", "over 262144 characters once its repetitions"),
-        ("((a{1000}){1000}){1000}", "over 262144 characters once its repetitions"),
-        ("a{1,9" + "9" * 5000 + "}", "over 262144 characters once its repetitions"),
-        ("(?:" * 16 + "a" + "){2}" * 16, "over 262144 characters once its repetitions"),
-        ("(?x)" + "(?:" * 16 + "a" + ")\n{2}" * 16, "over 262144 characters once its repetitions"),
-        ("(?:" + "|".join(f"m{n}" for n in range(2000)) + "){1,65536}", "over 262144 characters once its"),
+        ("a{99999999999999}", "more than 262144 characters once its repetitions"),
+        ("((a{1000}){1000}){1000}", "more than 262144 characters once its repetitions"),
+        ("a{1,9" + "9" * 5000 + "}", "more than 262144 characters once its repetitions"),
+        ("(?:" * 16 + "a" + "){2}" * 16, "more than 262144 characters once its repetitions"),
+        ("(?x)" + "(?:" * 16 + "a" + ")\n{2}" * 16, "more than 262144 characters once its repetitions"),
+        ("(?:" + "|".join(f"m{n}" for n in range(2000)) + "){1,65536}", "more than 262144 characters once its"),
         ("(" * 5000 + ")" * 5000, "nested too deeply"),
-        ("a" * 20_001, "20001 characters; at most 20000"),
-        ("a{e<=3}", "a brace that counts nothing"),
-        ("[[:alpha:]]", r"'\[\[:', which no two engines"),
-        (r"(?i:[\u0000-\U0010ffff])", "characters beyond ASCII"),
+        ("a" * 20_001, "20001 characters; the limit is 20000"),
+        ("a{e<=3}", "a brace that is no repetition count"),
+        ("[[:alpha:]]", r"'\[\[:' has a different meaning"),
+        (r"(?i:[\u0000-\U0010ffff])", "characters outside ASCII"),
         (r"(?<x>a)", "unknown extension"),
         (r"\p", "bad escape"),
         ("(?R)", "unknown extension"),
@@ -315,10 +315,10 @@ def test_an_expression_that_backtracks_ends_in_time(pattern: str, monkeypatch: p
     monkeypatch.setattr(Patterns, "seconds", 0.3)
     patterns = Patterns("adapter_config.json")
     began = time.perf_counter()
-    with pytest.raises(UserError, match=r"adapter_config\.json: matching .* takes longer than 0\.3 s, .*it backtracks"):
+    with pytest.raises(UserError, match=r"adapter_config\.json: matching .* take more than 0\.3 s in all; use fewer"):
         patterns.match(pattern, "a" * 60, PEFT)
     # What is left is nothing, for any expression of the same set.
-    with pytest.raises(UserError, match="backtracks"):
+    with pytest.raises(UserError, match="no repetition inside a repetition"):
         patterns.match("q_proj", MODULE, PEFT)
     assert time.perf_counter() - began < 5
 
@@ -327,7 +327,7 @@ def test_the_time_is_that_of_all_expressions_together(monkeypatch: pytest.Monkey
     """Each takes a while to compile, and a file may have a million."""
     monkeypatch.setattr(Patterns, "seconds", 0.2)
     patterns = Patterns("adapter_config.json")
-    with pytest.raises(UserError, match=r"^adapter_config.json: reading the regular .* takes longer than 0\.2 s"):
+    with pytest.raises(UserError, match=r"^adapter_config.json: reading the regular .* take more than 0\.2 s"):
         for number in range(10_000):
             patterns.require(f"(?:a|b|c|{number})?x", "rank_pattern", PEFT)
 
@@ -335,7 +335,7 @@ def test_the_time_is_that_of_all_expressions_together(monkeypatch: pytest.Monkey
 def test_the_time_is_that_of_all_names_together(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Patterns, "seconds", 0.2)
     patterns = Patterns("adapter_config.json")
-    with pytest.raises(UserError, match="backtracks"):
+    with pytest.raises(UserError, match="no repetition inside a repetition"):
         for number in range(10_000):
             assert patterns.match("(.|.)*[!Z]", f"{number}.aaaaaaaaaaaa", PEFT) is None
 
@@ -346,7 +346,7 @@ def test_expressions_that_hang_re_are_answered(pattern: str) -> None:
 
 
 def test_a_name_that_is_no_modules_is_refused() -> None:
-    with pytest.raises(UserError, match="a name of 3000 characters"):
+    with pytest.raises(UserError, match=r"\\(3000 characters\\) is too long"):
         Patterns("file").fullmatch("a*", "a" * 3000)
 
 

@@ -167,7 +167,7 @@ def test_nothing_that_is_not_finite_is_written(base: Path, value: float, tmp_pat
             changed[-1] = value
         return changed
 
-    with pytest.raises(UserError, match=r"step-1 is not written: model.norm.weight holds NaN or infinity; lower"):
+    with pytest.raises(UserError, match=r"step-1: not written, because model.norm.weight has NaN or infinity; lower"):
         save_whole(tmp_path / "step-1", base, spoiled)
     assert not list(tmp_path.iterdir())
 
@@ -206,7 +206,7 @@ def test_inspect_finds_what_is_broken(base: Path, checkpoint: Path, tmp_path: Pa
     broken(spoiled, path.name, "take another checkpoint")
     (spoiled / MANIFEST_FILE).unlink()
     write_manifest(spoiled)
-    broken(spoiled, path.name, "model.norm.weight holds NaN or infinity: take an earlier checkpoint")
+    broken(spoiled, path.name, "model.norm.weight has NaN or infinity; take an earlier checkpoint")
     path.unlink()
     broken(spoiled, path.name, "missing")
 
@@ -224,7 +224,7 @@ def test_inspect_a_run(base: Path, tmp_path: Path) -> None:
 def test_export_and_merge_say_that_it_is_a_model_already(base: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert method_package_of(checkpoint) == method_package("full")
     code, text = run("export", checkpoint, "--out", tmp_path / "out")
-    assert code == 2 and "is a whole model and a Hugging Face folder already. Use it as it lies" in text
+    assert code == 2 and "it is a whole model and already a Hugging Face folder; use it as it is" in text
     code, text = run("merge", "--base", base, "--adapter", checkpoint, "--out", tmp_path / "out")
-    assert code == 2 and "is a whole model, not an adapter: there is nothing to merge" in text
+    assert code == 2 and ": a whole model, not an adapter, so there is nothing to merge" in text
     assert not (tmp_path / "out").exists()

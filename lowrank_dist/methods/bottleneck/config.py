@@ -19,8 +19,7 @@ class AdapterConfig(MethodSection):
     bottleneck: int = Field(64, ge=1, le=65536, description="width m of a bottleneck, an integer of at least 1")
     placement: Placement = Field(
         "sharded",
-        description="sharded (column then row over parallel.tensor, with collectives of its own) or replicated (every "
-        "rank stores and computes all of it)",
+        description="sharded (column-parallel then row-parallel, with own collectives) or replicated (on every rank)",
     )
 
     def reason_not_shardable(self, tp_size: int) -> str | None:
@@ -32,8 +31,8 @@ def reason_not_shardable(bottleneck: int, placement: Placement, tp_size: int) ->
     if placement == "replicated" or bottleneck % tp_size == 0:
         return None
     return (
-        f"adapter.bottleneck={bottleneck} cannot be cut over parallel.tensor={tp_size}: give a multiple of it, "
-        "or adapter.placement=replicated"
+        f"adapter.bottleneck={bottleneck} is not a multiple of parallel.tensor={tp_size}; give a multiple, or "
+        "adapter.placement=replicated"
     )
 
 

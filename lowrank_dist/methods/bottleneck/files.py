@@ -81,9 +81,14 @@ def write_bottlenecks(folder: Path, bottlenecks: Bottlenecks, provenance: Proven
     target, tensors = final_path(folder), bottlenecks.tensors
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{target} is not written: {name} holds NaN or infinity; lower train.lr or resume earlier")
+            raise UserError(
+                f"{target}: not written, because {name} has NaN or infinity; lower train.lr or resume earlier"
+            )
     if trained and not any(tensor.any() for name, tensor in tensors.items() if ".up." in name):
-        raise UserError(f"{target} is not written: every up-projection is zero, so training did not change the model")
+        raise UserError(
+            f"{target}: not written, because every up-projection is zero, so training did not change the model; "
+            "raise train.lr or train.steps"
+        )
     (folder / CONFIG_FILE).write_text(bottlenecks.config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     (folder / PROVENANCE_FILE).write_text(provenance.to_json(), encoding="utf-8")
     write_fp32(folder / WEIGHTS_FILE, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -97,7 +102,9 @@ def read_bottlenecks(folder: Path) -> Bottlenecks:
     try:
         config = BottleneckConfig.model_validate(read_object(where, "take another folder"))
     except ValidationError as error:
-        raise UserError(f"{where} is not what lowrank_dist writes ({error}): take another folder") from error
+        raise UserError(
+            f"{where}: not in the format that lowrank_dist writes ({error}); take another folder"
+        ) from error
     path = own_file(folder, WEIGHTS_FILE)
     expected = {
         name: shape
@@ -109,14 +116,14 @@ def read_bottlenecks(folder: Path) -> Bottlenecks:
     odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if odd:
         raise UserError(
-            f"{path}: {odd[0]} has shape {found.get(odd[0])} in fp32, {CONFIG_FILE} asks for {expected.get(odd[0])}: "
-            "take another folder"
+            f"{path}: {odd[0]} has shape {found.get(odd[0])} in fp32, but {CONFIG_FILE} asks for "
+            f"{expected.get(odd[0])}; take another folder"
         )
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in expected}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds NaN or infinity: take an earlier checkpoint")
+            raise UserError(f"{path}: {name} has NaN or infinity; take an earlier checkpoint")
     return Bottlenecks(config, tensors)
 
 
@@ -124,8 +131,8 @@ def require_fit(folder: Path, config: BottleneckConfig, architecture: Architectu
     """Raise UserError where the model's sizes differ from those of the model that was trained."""
     if (config.layers, config.hidden) != (len(architecture.layers), architecture.hidden):
         raise UserError(
-            f"{folder / CONFIG_FILE}: it is for {config.layers} layers of width {config.hidden}, the model has "
-            f"{len(architecture.layers)} of {architecture.hidden}: give the model that it was trained on"
+            f"{folder / CONFIG_FILE}: trained for {config.layers} layers of width {config.hidden}, but the model has "
+            f"{len(architecture.layers)} of width {architecture.hidden}; give the model that it was trained on"
         )
 
 
@@ -140,8 +147,7 @@ class BottleneckFiles(MethodFiles):
     def refuse_merge(self, folder: Path) -> None:
         raise no_update(
             folder,
-            "adapter layers: each has a nonlinearity between its two products, so that no weight of the base can take "
-            "it up",
+            "has adapter layers, whose nonlinearity between the two products no weight of the base can represent",
         )
 
     def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
@@ -180,7 +186,7 @@ class BottleneckFiles(MethodFiles):
             "norm": norm(ends),
         }
         if not any(tensor.any() for tensor in ends):
-            report.warnings.append(f"{folder}: every up-projection is zero: it is untrained and changes nothing")
+            report.warnings.append(f"{folder}: every up-projection is zero, so it is untrained and changes nothing")
         return Inspected(config.base, lambda base: require_fit(folder, config, base.architecture))
 
 

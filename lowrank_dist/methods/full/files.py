@@ -77,8 +77,8 @@ class WholeModelFiles:
     def put(self, name: str, tensor: Tensor) -> None:
         if not torch.isfinite(tensor).all():
             raise UserError(
-                f"{final_path(self._folder)} is not written: {name} holds NaN or infinity; lower train.lr or resume "
-                "earlier"
+                f"{final_path(self._folder)}: not written, because {name} has NaN or infinity; lower train.lr or "
+                "resume earlier"
             )
         rounded = tensor.to(self._dtype).contiguous()
         if name in self._unused:
@@ -97,8 +97,8 @@ class WholeModelFiles:
         self._open.close()
         if not self._changed:
             raise UserError(
-                f"{final_path(self._folder)} is not written: in {self._name} every weight is the base's, so training "
-                "did not change the model; raise train.lr or train.steps"
+                f"{final_path(self._folder)}: not written, because every weight in {self._name} equals the base's, "
+                "so training did not change the model; raise train.lr or train.steps"
             )
         for path in other_files(self._base):
             if path.parent == self._base:  # a checkpoint has no subfolders
@@ -118,12 +118,12 @@ class ModelFolders(MethodFiles):
         return any_there(folder, ("config.json", SINGLE_FILE, INDEX_FILE))
 
     def refuse_merge(self, folder: Path) -> None:
-        raise UserError(f"{folder} is a whole model, not an adapter: there is nothing to merge, use it as it is")
+        raise UserError(f"{folder}: a whole model, not an adapter, so there is nothing to merge; use it as it is")
 
     def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
         raise UserError(
-            f"{source} is not exported: it is a whole model and a Hugging Face folder already. Use it as it lies; to "
-            "publish it, leave out optimizer.safetensors, trainer_state.json and manifest.json"
+            f"{source}: not exported, because it is a whole model and already a Hugging Face folder; use it as it "
+            "is, and to publish it leave out optimizer.safetensors, trainer_state.json and manifest.json"
         )
 
     def inspect(self, folder: Path, report: Report) -> Inspected:
@@ -144,4 +144,4 @@ def _require_finite(folder: Path) -> None:
     with open_checkpoint(folder) as checkpoint:
         for name in checkpoint.names():
             if not torch.isfinite(checkpoint.slice(name)[:]).all():
-                raise UserError(f"{checkpoint.file(name)}: {name} holds NaN or infinity: take an earlier checkpoint")
+                raise UserError(f"{checkpoint.file(name)}: {name} has NaN or infinity; take an earlier checkpoint")

@@ -80,7 +80,7 @@ def build(section: MethodSection, setting: Setting, architecture: Architecture) 
 
 def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
     """Raise UserError: the trained folder is a whole model, not an adapter."""
-    raise UserError(f"{folder} is a whole model, not an adapter: give it in place of the base, as the model")
+    raise UserError(f"{folder}: a whole model, not an adapter; give it as the model, instead of the base")
 
 
 class _Cast(nn.Module):

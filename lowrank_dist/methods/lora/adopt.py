@@ -46,7 +46,7 @@ def adopt_adapter(section: LoraConfig, base: Path) -> LoraConfig:
             for detail in error.errors(include_url=False)
         )
         raise UserError(
-            f"{folder / CONFIG_FILE}: a run cannot start from this adapter ({wrong}): give lora.init_from another one"
+            f"{folder / CONFIG_FILE}: a run cannot start from this adapter ({wrong}); set lora.init_from to another one"
         ) from None
 
 
@@ -75,11 +75,11 @@ def _refuse_contradictions(
                 else isinstance(given, list) and sorted(given) == value
             )
         if key in lora.model_fields_set and not same:
-            other.append(f"lora.{key} is {given!r}, the adapter's {value!r}")
+            other.append(f"lora.{key} is {given!r} in the config and {value!r} in the adapter")
     if other:
         raise UserError(
-            f"lora.init_from: {lora.init_from} says what its factors are, and the config says otherwise: "
-            f"{'; '.join(other)}: remove these keys from the config"
+            f"lora.init_from: the config contradicts the adapter {lora.init_from}: {'; '.join(other)}. Remove these "
+            "keys from the config"
         )
 
 
@@ -104,8 +104,8 @@ def refuse_foreign(folder: Path, adapter: Adapter, known: Collection[str], base:
     foreign = sorted(adapter.factors.keys() - set(known))
     if foreign:
         raise UserError(
-            f"{folder / WEIGHTS_FILE}: {some_of(foreign)} cannot be adapted in the model in {base}: give an adapter of "
-            "this model's attention and MLP linears"
+            f"{folder / WEIGHTS_FILE}: {some_of(foreign)} cannot be adapted in the model in {base}; give an adapter "
+            "of this model's attention and MLP linears"
         )
 
 
@@ -120,14 +120,17 @@ def factors_for(
     refuse_foreign(folder, adapter, specs, base)
     lacking = sorted(specs.keys() - adapter.factors.keys())
     if lacking:
-        raise UserError(f"{folder / WEIGHTS_FILE}: no factors for {some_of(lacking)}, which the targets name")
+        raise UserError(
+            f"{folder / WEIGHTS_FILE}: no factors for {some_of(lacking)}, which lora.targets names; give a complete "
+            "adapter"
+        )
     for path, spec in specs.items():
         found = adapter.factors[path]
         expected = (spec.adapter_rank, spec.in_features), (spec.rows, spec.adapter_rank)
         if (tuple(found.a.shape), tuple(found.b.shape)) != expected:
             raise UserError(
                 f"{folder / WEIGHTS_FILE}: {path} has lora_A {list(found.a.shape)} and lora_B {list(found.b.shape)}, "
-                f"but the model in {base} takes {list(expected[0])} and {list(expected[1])}: give the model that the "
+                f"but the model in {base} takes {list(expected[0])} and {list(expected[1])}; give the model that the "
                 "adapter was trained on"
             )
     return {path: adapter.factors[path] for path in specs}

@@ -47,7 +47,8 @@ class LoraConfig(MethodSection):
         {}, description="mapping from module path or regular expression to an alpha above 0"
     )
     init_from: YamlPath | None = Field(
-        None, description="folder of a PEFT LoRA adapter to start from, which says all of lora but dropout, or null"
+        None,
+        description="folder of a PEFT LoRA adapter to start from, which sets all keys of lora but dropout, or null",
     )
 
     @property

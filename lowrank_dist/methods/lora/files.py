@@ -114,12 +114,15 @@ def write_adapter_files(
     """
     target = final_path(folder)
     if not adapter.factors:
-        raise UserError(f"{target} is not written: the adapter has no factors; check lora.targets")
-    assert set(adapter.factors) <= set(modules), "factors on modules that the base does not have"
+        raise UserError(f"{target}: not written, because the adapter has no factors; check lora.targets")
+    assert set(adapter.factors) <= set(modules), "factors on modules that the base lacks"
     tensors = named_tensors(adapter)
     require_finite(folder, tensors, "lower train.lr or resume earlier")
     if trained and not any(factor.b.any() for factor in adapter.factors.values()):
-        raise UserError(f"{target} is not written: B is zero in every module, so training did not change the model")
+        raise UserError(
+            f"{target}: not written, because B is zero in every module, so training did not change the model; raise "
+            "train.lr or train.steps"
+        )
     config = describe(
         {module: (factor.rank, factor.alpha) for module, factor in adapter.factors.items()},
         modules,
@@ -138,7 +141,7 @@ def require_finite(folder: Path, tensors: Mapping[str, Tensor], remedy: str) -> 
     """Raise UserError, with the final path of the folder, where a tensor is not finite."""
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
-            raise UserError(f"{final_path(folder)} is not written: {name} holds NaN or infinity; {remedy}")
+            raise UserError(f"{final_path(folder)}: not written, because {name} has NaN or infinity; {remedy}")
 
 
 def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -177,7 +180,7 @@ def read_adapter(folder: Path, architecture: Architecture | None = None) -> Adap
             tensors = [file.get_tensor(entry.name).float() for entry in entries.all]
             for entry, tensor in zip(entries.all, tensors, strict=True):
                 if not torch.isfinite(tensor).all():
-                    raise UserError(f"{path}: {entry.name} holds NaN or infinity: take an earlier checkpoint")
+                    raise UserError(f"{path}: {entry.name} has NaN or infinity; take an earlier checkpoint")
             a, b, *magnitude = tensors
             factors[module] = LowRankFactor(a, b, config.alpha_of(module), *magnitude)
     return Adapter(factors, config.dropout, config.rslora, config.fan_in_fan_out, config.base)
@@ -198,18 +201,15 @@ def read_pairs(path: Path) -> dict[str, PairEntries]:
             sides[match["side"] or "magnitude"][match["module"]] = entry
     if odd:
         raise UserError(
-            f"{path}: {len(odd)} tensors are no LoRA factors of a linear, such as {odd[0]!r}: only keys of the form "
-            "base_model.model.<module>.lora_A.weight, …lora_B.weight and …lora_magnitude_vector are supported (no "
+            f"{path}: {len(odd)} tensors are not LoRA factors of a linear, such as {odd[0]!r}; give an adapter with "
+            "only the keys base_model.model.<module>.lora_A.weight, …lora_B.weight and …lora_magnitude_vector (no "
             "embeddings, no saved modules)"
         )
     half = sorted((set(sides["A"]) ^ set(sides["B"])) | (set(sides["magnitude"]) - set(sides["A"])))
     if half:
-        raise UserError(
-            f"{path}: {half[0]} has only one of lora_A and lora_B, or neither but a magnitude: the adapter is "
-            "incomplete, write it again"
-        )
+        raise UserError(f"{path}: {half[0]} lacks lora_A or lora_B, so the adapter is incomplete; write it again")
     if not sides["A"]:
-        raise UserError(f"{path} holds no factors: the adapter is empty, write it again")
+        raise UserError(f"{path}: has no factors; write the adapter again")
     return {
         module: PairEntries(sides["A"][module], sides["B"][module], sides["magnitude"].get(module))
         for module in sorted(sides["A"])
@@ -222,18 +222,19 @@ def check_pair(path: Path, config: PeftConfig, module: str, entries: PairEntries
     for entry in (a, b):
         if entry.dtype not in _FLOATS or len(entry.shape) != 2 or 0 in entry.shape:
             raise UserError(
-                f"{path}: {entry.name} is {entry.dtype} {list(entry.shape)}, expected a matrix in {', '.join(_FLOATS)}"
+                f"{path}: {entry.name} is {entry.dtype} {list(entry.shape)}, but must be a matrix in "
+                f"{', '.join(_FLOATS)}"
             )
     rank = config.rank_of(module)
     if (a.shape[0], b.shape[1]) != (rank, rank):
         raise UserError(
-            f"{path}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, but {CONFIG_FILE} gives it rank "
-            f"{rank}, so they should be [{rank}, in] and [out, {rank}]"
+            f"{path}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, but {CONFIG_FILE} gives it "
+            f"rank {rank}, which needs [{rank}, in] and [out, {rank}]; write the adapter again"
         )
     if config.dora != (magnitude is not None):
         there = "no lora_magnitude_vector" if magnitude is None else "a lora_magnitude_vector"
         raise UserError(
-            f"{path}: {module} has {there}, but use_dora is {str(config.dora).lower()} in {CONFIG_FILE}: correct it, "
+            f"{path}: {module} has {there}, but use_dora is {str(config.dora).lower()} in {CONFIG_FILE}; correct it, "
             "or write the adapter again"
         )
     if magnitude is not None and (magnitude.dtype not in _FLOATS or magnitude.shape != b.shape[:1]):
@@ -243,8 +244,8 @@ def check_pair(path: Path, config: PeftConfig, module: str, entries: PairEntries
         )
     if not config.adapts(module):
         raise UserError(
-            f"{path}: {module} is no target by {CONFIG_FILE} ({_deciding(config)}), so PEFT would ignore its factors: "
-            "correct it, or write the adapter again"
+            f"{path}: {module} is not a target in {CONFIG_FILE} ({_deciding(config)}), so PEFT would ignore its "
+            "factors; correct it, or write the adapter again"
         )
 
 
@@ -262,6 +263,6 @@ def require_complete(path: Path, config: PeftConfig, held: Collection[str], arch
     lacking = sorted(module for module in modules - set(held) if config.adapts(module))
     if lacking:
         raise UserError(
-            f"{path}: no factors for {some_of(lacking)}, which {CONFIG_FILE} names ({_deciding(config)}): the adapter "
-            "is incomplete; take a whole one, or have target_modules name only what it holds"
+            f"{path}: no factors for {some_of(lacking)}, which {CONFIG_FILE} names ({_deciding(config)}); give a "
+            "complete adapter, or remove these modules from target_modules"
         )

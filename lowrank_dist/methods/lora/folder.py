@@ -58,7 +58,7 @@ class LoraFiles(MethodFiles):
         adapter, config = read_adapter(source, base), read_config(own_file(source, CONFIG_FILE))
         if target is not None:
             refuse_unserved(source, config, adapter, target, max_rank)
-        unseen = f"its base is not here: `lowrank-dist inspect {source} --base DIR` says whether it has all its factors"
+        unseen = f"its base was not found; `lowrank-dist inspect {source} --base DIR` checks that no factor is missing"
         served = [] if target is None else serving_notes(adapter, target)
         notes = (*([] if base else [unseen]), *self.notes(source), *served)
         card = adapter_card(name, adapter, provenance, target)
@@ -66,7 +66,10 @@ class LoraFiles(MethodFiles):
             # Copy the files and do not rewrite them: their own config is exact about how PEFT reads them.
             return Published(self.published, card, notes=notes)
         alike = folded(adapter)
-        note = f"its scales are folded into B: rank and alpha are {next(iter(alike.factors.values())).rank} everywhere"
+        note = (
+            f"its scales were multiplied into B, so rank and alpha are now {next(iter(alike.factors.values())).rank} "
+            "everywhere"
+        )
         return Published((PROVENANCE_FILE,), card, partial(write_folded, config=config, adapter=alike), (note, *notes))
 
     def inspect(self, folder: Path, report: Report) -> Inspected:
@@ -114,7 +117,7 @@ def _usage(adapter: Adapter, target: str | None) -> str:
 
 {WITH_PEFT}
 
-Merged into the base, as fast as the base alone:
+Merge it into the base, and it is as fast as the base alone:
 
     lowrank-dist merge --base BASE --adapter ADAPTER --out MERGED --verify
 
@@ -123,16 +126,16 @@ Merged into the base, as fast as the base alone:
 
 def _served(adapter: Adapter, target: str | None) -> str:
     if adapter.dora:
-        return """Served by vLLM and by llama.cpp, which take no DoRA adapter, merged:
+        return """vLLM and llama.cpp serve no DoRA adapters, but they serve the merged model:
 
     vllm serve MERGED"""
     if target == LLAMA_CPP:
-        return """In llama.cpp:
+        return """With llama.cpp:
 
     python convert_lora_to_gguf.py --base BASE ADAPTER"""
     largest = max(factor.rank for factor in adapter.factors.values())
     rank = f" --max-lora-rank {serving_rank(largest) or largest}" if largest > VLLM_DEFAULT_RANK else ""
-    exported = "" if target == VLLM else " (what was exported with --for vllm)"
-    return f"""Served by vLLM{exported}:
+    exported = "" if target == VLLM else " (the folder exported with --for vllm)"
+    return f"""With vLLM{exported}:
 
     vllm serve BASE --enable-lora{rank} --lora-modules adapter=ADAPTER"""

@@ -151,8 +151,8 @@ def refuse_parts(placements: Sequence[LinearPlacement]) -> None:
             covered = sum(other.rows for other in placement.factors if other.export_path == spec.export_path)
             if covered < spec.export_rows:
                 raise UserError(
-                    f"lora.dora: {spec.path} is a part of {spec.export_path}, of which an adapter with magnitudes has "
-                    f"all rows: target {spec.export_path.rpartition('.')[2]}, or all of its parts"
+                    f"lora.dora: {spec.path} is a part of {spec.export_path}, and a DoRA adapter needs all of its "
+                    f"rows; target {spec.export_path.rpartition('.')[2]}, or all of its parts"
                 )
 
 

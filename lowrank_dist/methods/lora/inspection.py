@@ -121,7 +121,7 @@ def _rows(path: Path, config: PeftConfig, pairs: Mapping[str, PairEntries], repo
             tensors = {entry.name: _tensor(file, start, entry) for entry in pairs[module].all}
             factor = LowRankFactor(tensors[a.name], tensors[b.name], config.alpha_of(module))
             odd = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-            report.problems += [f"{path}: {name} holds NaN or infinity: take an earlier checkpoint" for name in odd]
+            report.problems += [f"{path}: {name} has NaN or infinity; take an earlier checkpoint" for name in odd]
             zero = [side for side, x in (("B", factor.b), ("A", factor.a)) if not x.any()]
             scale = factor.scale(config.rslora)
             rows.append(
@@ -157,11 +157,11 @@ def _norms(found: _Found, rows: list[dict[str, Any]]) -> None:
     report.facts[name] = math.sqrt(sum(row["norm"] ** 2 for row in rows))
     report.facts["modules_with_zero_B"] = len(zero)
     if len(zero) == len(rows):
-        effect = "its magnitudes alone can change the base" if dora else "it is untrained and changes nothing"
-        report.warnings.append(f"{found.folder}: B is zero in every module: {effect}")
+        effect = "so only its magnitudes can change the base" if dora else "so it is untrained and changes nothing"
+        report.warnings.append(f"{found.folder}: B is zero in every module, {effect}")
     elif zero:
-        effect = "their magnitudes alone can change them" if dora else "these modules are as in the base"
-        report.warnings.append(f"{found.folder}: B is zero in {some_of(zero)}: {effect}")
+        effect = "so only their magnitudes can change them" if dora else "so these modules are as in the base"
+        report.warnings.append(f"{found.folder}: B is zero in {some_of(zero)}, {effect}")
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(re.sub(r"\.\d+\.", ".*.", row["module"]), []).append(row)
@@ -197,14 +197,16 @@ def _fit(found: _Found, base: Base) -> None:
     for module, (a, b, _) in found.pairs.items():
         name = architecture.find(f"{module}.weight", checkpoint)
         if name is None or module not in linears:
-            report.problems.append(f"{path}: {module} is no linear of {folder}: give the base that it was trained on")
+            report.problems.append(
+                f"{path}: {module} is not a linear of {folder}; give the base that it was trained on"
+            )
             continue
         stored = checkpoint.shape(name)
         expected = stored[::-1] if architecture.conv1d and module in inner else stored
         if len(a.shape) == len(b.shape) == 2 and (b.shape[0], a.shape[1]) != expected:
             report.problems.append(
                 f"{path}: {module} is [out, in] = [{b.shape[0]}, {a.shape[1]}], but {name} of {folder} is "
-                f"{list(stored)}: give the base that it was trained on"
+                f"{list(stored)}; give the base that it was trained on"
             )
     if found.config is not None:
         report.read(path, require_complete, path, found.config, found.pairs, architecture)

@@ -45,7 +45,7 @@ class Lora:
         try:
             self._threshold = quantise(section.dropout)
         except ValueError as error:
-            raise UserError(f"lora.dropout: {error}; give a smaller one") from error
+            raise UserError(f"lora.dropout: {error}; give a smaller value") from error
         if section.dora:
             refuse_parts(self._placements)
 

@@ -276,7 +276,7 @@ def key_notes(path: Path) -> list[str]:
 def _refuse_more_than_lora(values: Mapping[str, Any], path: Path) -> None:
     method = values["peft_type"] if "peft_type" in values else None
     if method != "LORA":
-        raise UserError(f"{path}: peft_type is {brief(method)}; only LORA adapters can be read")
+        raise UserError(f"{path}: peft_type is {brief(method)}; give an adapter of type LORA")
     problems = [f"{key}: {brief(values[key])}" for key in KEYS.refusals(values)]
     if values["bias"] != "none":
         problems.append(f"bias: {brief(values['bias'])} (must be 'none')")
@@ -289,7 +289,7 @@ def _refuse_more_than_lora(values: Mapping[str, Any], path: Path) -> None:
         )
     if problems:
         raise UserError(
-            f"{path}: the update would not be s·B·A alone, which is all that is supported: {'; '.join(problems)}"
+            f"{path}: only updates s·B·A are supported, and these keys make it another one: {'; '.join(problems)}"
         )
 
 
@@ -312,19 +312,21 @@ def _layers(
     value, patterns = values["layers_to_transform"], values["layers_pattern"]
     found = f"{path}: layers_to_transform: {brief(value)}, layers_pattern: {brief(patterns)}"
     if isinstance(targets, str) and not (value is None and patterns is None):
-        raise UserError(f"{found}: PEFT takes them with a list of target_modules alone: write the names as a list")
+        raise UserError(f"{found}: PEFT supports them only with a list of target_modules; write the names as a list")
     layers = [] if value is None else value if isinstance(value, list) else [value]
     patterns = [] if patterns in (None, "") else [patterns] if isinstance(patterns, str) else patterns
     if any(isinstance(layer, bool) or not isinstance(layer, int) for layer in layers):
-        raise UserError(f"{found}: layers_to_transform must be a layer's number or a list of them")
+        raise UserError(f"{found}: layers_to_transform must be a layer number or a list of layer numbers")
     if not isinstance(patterns, list) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise UserError(f"{found}: layers_pattern must be the name of the list of layers, or a list of such names")
+        raise UserError(f"{found}: layers_pattern must be the module name of the layers, or a list of such names")
     if patterns and value is None:
-        raise UserError(f"{found}: PEFT takes layers_pattern with layers_to_transform alone: remove it, or give both")
+        raise UserError(
+            f"{found}: PEFT supports layers_pattern only together with layers_to_transform; remove it, or give both"
+        )
     if layers and len(set(targets)) >= _SHORTENED_FROM:
         raise UserError(
-            f"{found}: PEFT shortens a list of {_SHORTENED_FROM} or more target_modules, which changes the layers that "
-            "whole paths mean: remove layers_to_transform and name every module"
+            f"{found}: PEFT shortens a list of {_SHORTENED_FROM} or more target_modules, which changes the layers "
+            "that full paths select; remove layers_to_transform and name every module"
         )
     for pattern in patterns:
         matching.require(pattern, "layers_pattern", _BEFORE_LAYER)

@@ -24,10 +24,11 @@ VLLM_DEFAULT_RANK = 16
 _MERGE = "merge it into the base with lowrank-dist merge"
 # Program → family for which it accepts no LoRA adapter → reason and remedy.
 _WITHOUT_LORA: Mapping[str, Mapping[str, str]] = {
-    VLLM: {"gpt2": f"vLLM has no LoRA on GPT-2: {_MERGE}"},
+    VLLM: {"gpt2": f"vLLM supports no LoRA on GPT-2; {_MERGE}"},
     LLAMA_CPP: {
-        "gpt2": f"llama.cpp's converter transposes the factors of GPT-2, which are not stored as its weights: {_MERGE}",
-        "opt": "llama.cpp's converter does not know OPT, merged or not: serve it with vLLM or transformers",
+        "gpt2": "llama.cpp's converter transposes GPT-2's factors as it does the weights, though they are not stored "
+        f"alike; {_MERGE}",
+        "opt": "llama.cpp's converter does not support OPT, merged or not; serve it with vLLM or transformers",
     },
 }
 # llama.cpp reads an alpha that is zero in fp32 as "no scaling", not as a zero update.
@@ -39,7 +40,7 @@ def refuse_unserved(source: Path, config: PeftConfig, adapter: Adapter, target: 
 
     max_rank: the --max-lora-rank with which vLLM is started.
     """
-    problems = [f"{target} does not serve DoRA: {_MERGE}"] if config.dora else []
+    problems = [f"{target} does not serve DoRA; {_MERGE}"] if config.dora else []
     families, without = _families(adapter.factors), _WITHOUT_LORA[target]
     if families <= without.keys():
         problems += [without[name] for name in sorted(families)]
@@ -70,14 +71,16 @@ def _rank_problems(adapter: Adapter, max_rank: int | None) -> list[str]:
     largest = adapter.factors[module].rank
     problems = []
     if max_rank is not None and max_rank not in VLLM_RANKS:
-        problems.append(f"--max-rank {max_rank}: vLLM takes one of {', '.join(map(str, VLLM_RANKS))}")
+        problems.append(
+            f"--max-rank {max_rank}: not a rank that vLLM accepts; give one of {', '.join(map(str, VLLM_RANKS))}"
+        )
     fitting = serving_rank(largest)
     if largest > (max_rank or VLLM_DEFAULT_RANK):
         remedy = (
             _MERGE if fitting is None else f"give --max-rank {fitting} and start vLLM with --max-lora-rank {fitting}"
         )
         limit = f"--max-rank {max_rank}" if max_rank else f"vLLM's default --max-lora-rank of {VLLM_DEFAULT_RANK}"
-        problems.append(f"its largest rank is {largest} (of {module}), above {limit}: {remedy}")
+        problems.append(f"its largest rank, {largest} (of {module}), is above {limit}; {remedy}")
     return problems
 
 
@@ -85,7 +88,7 @@ def serving_notes(adapter: Adapter, target: str) -> list[str]:
     """Return the note for vLLM on factors of the output layer, which it accepts in some model families only."""
     if target != VLLM or OUTPUT_LAYER not in adapter.factors:
         return []
-    return [f"vLLM takes factors of {OUTPUT_LAYER} in some families alone: where it refuses them, {_MERGE}"]
+    return [f"vLLM supports factors of {OUTPUT_LAYER} only in some families; if it refuses them, {_MERGE}"]
 
 
 def reads_alike(config: PeftConfig, adapter: Adapter) -> bool:
@@ -121,6 +124,6 @@ def write_folded(folder: Path, config: PeftConfig, adapter: Adapter) -> None:
     rank = next(iter(adapter.factors.values())).rank
     alike = replace(config, rank=rank, alpha=float(rank), rslora=False, rank_pattern={}, alpha_pattern={})
     tensors = named_tensors(adapter)
-    require_finite(folder, tensors, "its scale times B is beyond fp32; merge it into the base with lowrank-dist merge")
+    require_finite(folder, tensors, "its scale times B overflows fp32; merge it into the base with lowrank-dist merge")
     (folder / CONFIG_FILE).write_text(alike.to_json(), encoding="utf-8")
     write_fp32(folder / WEIGHTS_FILE, tensors)

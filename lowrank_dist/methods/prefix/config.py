@@ -12,9 +12,12 @@ class PrefixConfig(MethodSection):
 
     shaping = frozenset({"length", "width"})
 
-    length: int = Field(16, ge=1, le=65536, description="virtual positions l, an integer of at least 1")
+    length: int = Field(16, ge=1, le=65536, description="number of virtual positions, an integer of at least 1")
     width: int | None = Field(
-        512, ge=1, le=65536, description="width of the MLP that makes keys and values in training, or null for none"
+        512,
+        ge=1,
+        le=65536,
+        description="width of the MLP that computes keys and values during training, or null for no MLP",
     )
 
     @property

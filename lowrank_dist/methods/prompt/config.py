@@ -14,7 +14,7 @@ class PromptConfig(MethodSection):
 
     shaping = frozenset({"length"})
 
-    length: int = Field(16, ge=1, le=65536, description="virtual positions l, an integer of at least 1")
+    length: int = Field(16, ge=1, le=65536, description="number of virtual positions, an integer of at least 1")
     init: Literal["vocabulary", "random"] = Field(
         "vocabulary", description="vocabulary (the embeddings of tokens drawn by train.seed) or random"
     )

@@ -76,7 +76,7 @@ def doze(step: int) -> None:
         time.sleep(0.5)
 
 
-# exit: without a word.
+# exit: without a message.
 FAULTS: dict[str, Callable[[int], object]] = {
     "raise": fail,
     "kill": lambda step: os.kill(os.getpid(), signal.SIGKILL),
