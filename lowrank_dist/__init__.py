@@ -1,7 +1,7 @@
 """Low-rank fine-tuning of large language models on a frozen base sharded by Megatron tensor parallelism.
 
-The Python API: `load_config`, `plan`, what they take and return, and the errors. A name is imported when it is first
-used, so that `import lowrank_dist` loads no torch.
+`__all__` is the Python API (docs/reference/python.md). A name of it is imported when it is first used, so that
+`import lowrank_dist` loads no torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lowrank_dist.config import Config, load_config
     from lowrank_dist.engine.plan import plan
     from lowrank_dist.errors import ConfigError, UserError
+    from lowrank_dist.merging.merge import MergeReport, merge
+    from lowrank_dist.merging.options import OutputFormat, WeightedAdapter
     from lowrank_dist.planner.layouts import Cluster
     from lowrank_dist.planner.result import Plan
 
@@ -21,10 +23,14 @@ __all__ = [
     "Cluster",
     "Config",
     "ConfigError",
+    "MergeReport",
+    "OutputFormat",
     "Plan",
     "UserError",
+    "WeightedAdapter",
     "__version__",
     "load_config",
+    "merge",
     "plan",
 ]
 
@@ -32,9 +38,13 @@ _MODULES = {
     "Cluster": "planner.layouts",
     "Config": "config",
     "ConfigError": "errors",
+    "MergeReport": "merging.merge",
+    "OutputFormat": "merging.options",
     "Plan": "planner.result",
     "UserError": "errors",
+    "WeightedAdapter": "merging.options",
     "load_config": "config",
+    "merge": "merging.merge",
     "plan": "engine.plan",
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, assert_type
 
 import lowrank_dist
-from lowrank_dist import Cluster, Config, ConfigError, Plan, UserError
+from lowrank_dist import Cluster, Config, ConfigError, MergeReport, OutputFormat, Plan, UserError, WeightedAdapter
 
 
 def learning_rate(path: Path) -> float:
@@ -32,9 +32,18 @@ def plan_of(path: Path) -> tuple[bool, int, dict[str, Any]]:
     return assert_type(plan.fits, bool), assert_type(plan.layout.tensor, int), plan.to_json()
 
 
+def merged(base: Path, adapter: Path, out: Path) -> MergeReport:
+    half = WeightedAdapter(adapter, 0.5)
+    stored = OutputFormat(dtype="F32", shard_size=100_000)
+    return assert_type(lowrank_dist.merge(str(base), [half], out, output_format=stored), MergeReport)
+
+
 def wrong_calls(path: Path) -> None:
     lowrank_dist.load_config([path])  # type: ignore[arg-type]
     print(lowrank_dist.load_config(path).train.speed)  # type: ignore[attr-defined]
     lowrank_dist.plan(path)  # type: ignore[call-arg]
     lowrank_dist.plan(path, Cluster.of(gpu=8))  # type: ignore[arg-type]
+    lowrank_dist.merge(path, [path])  # type: ignore[call-arg]
+    lowrank_dist.merge(path, [0.5], path)  # type: ignore[list-item]
+    print(lowrank_dist.merge(path, path, path).changes)  # type: ignore[attr-defined]
     lowrank_dist.load_confg(path)  # type: ignore[attr-defined]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.paths import resolve_link
 from lowrank_dist.terminal import escape_all, open_console, put, say
 
 if TYPE_CHECKING:
@@ -67,33 +65,17 @@ def merge_command(
 
     from lowrank_dist.merging.merge import merge
     from lowrank_dist.merging.options import OutputFormat, parse_adapter, parse_dtype, parse_shard_size
-    from lowrank_dist.methods.registry import method_package_reading
 
-    # Once, for what is merged and what --verify holds it against.
-    adapters = [replace(given, path=resolve_link(given.path)) for given in map(parse_adapter, adapter)]
-    for given in adapters:
-        method_package_reading(given.path).files.refuse_merge(given.path)
+    adapters = [parse_adapter(text) for text in adapter]
     limit = None if shard_size is None else parse_shard_size(shard_size)
     output_format = OutputFormat(limit, parse_dtype(dtype), tokenizer)
-    if verify_text is not None and not verify:
-        raise UserError("--verify-text says what --verify reads: add --verify")
     columns = (TextColumn("merging"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     # The bar goes to stderr, so that stdout holds the result alone.
     console = open_console(err=True)
-    verified: list[object] = []
-    check = None
     if verify:
         from transformers.utils.logging import disable_progress_bar
 
-        from lowrank_dist.merging.verify import Verifier
-
         disable_progress_bar()
-        verifier = Verifier(base, adapters, verify_text)
-
-        def check(folder: Path) -> None:
-            console.print("verifying: loading base, adapters and merged model whole, in fp32", soft_wrap=True)
-            verified.append(verifier(folder))
-
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("merge", total=None)
         report = merge(
@@ -103,7 +85,8 @@ def merge_command(
             progress=lambda done, total: bar.update(task, completed=done, total=total),
             force_mismatch=force_mismatch,
             output_format=output_format,
-            verify=check,
+            verify=(lambda stage: console.print(f"verifying: {stage}", soft_wrap=True)) if verify else None,
+            verify_text=verify_text,
         )
     for warning in report.warnings:
         say(f"warning: {warning}", err=True)
@@ -112,8 +95,8 @@ def merge_command(
     say(f"{out}: {report.tensors} tensors, {report.changed} changed, {report.nbytes / 1e9:.2f} GB")
     for part in report.adapters:
         say(f"  {part.adapter}: {part.changed} of {part.adapted} tensors changed")
-    for result in verified:
-        say(str(result))
+    if report.verification is not None:
+        say(str(report.verification))
 
 
 def export_command(

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,20 +16,25 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.layout import CopiedTensor, OutputFile, plan_layout, write_config, write_index
 from lowrank_dist.formats.model_folder import FLOAT_DTYPES, check_checkpoint, open_checkpoint, other_files
-from lowrank_dist.formats.paths import detect_removal, lies_in, require_outside, resolve_link
-from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
+from lowrank_dist.formats.paths import detect_removal, resolve_link
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
 from lowrank_dist.formats.text_files import merged_text_files
+from lowrank_dist.merging.checks import check_bases, require_distinct, require_output, require_space
 from lowrank_dist.merging.options import SAME_AS_BASE, OutputFormat, WeightedAdapter
 from lowrank_dist.merging.update import Update, build_updates
 from lowrank_dist.methods.lora.files import read_adapter
 from lowrank_dist.methods.lora.folder import FILES
+from lowrank_dist.methods.registry import method_package_reading
+
+if TYPE_CHECKING:
+    from lowrank_dist.merging.verify import Verification, Verifier
 
 # Elements of a weight merged at a time: temporaries stay below 250 MB whatever the size of the tensor.
 _CHUNK_ELEMENTS = 8 * 1024 * 1024
 _COPY_BYTES = 16 * 1024 * 1024
 
 Progress = Callable[[int, int], None]
+AdapterFolder = str | Path | WeightedAdapter
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class MergeReport:
 
     tensors: number in the model. adapted: number with an update. changed: number stored with other values than in the
     base. nbytes: of all weight files. warnings: possible mistakes. notes: changes to the files beside the weights.
+    verification: the comparison with PEFT; None where it was not asked for.
     """
 
     tensors: int
@@ -59,17 +66,19 @@ class MergeReport:
     adapters: tuple[AdapterReport, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    verification: "Verification | None" = None
 
 
 def merge(
-    base: Path,
-    adapters: Path | Sequence[WeightedAdapter],
-    out: Path,
+    base: str | Path,
+    adapters: AdapterFolder | Sequence[AdapterFolder],
+    out: str | Path,
     *,
     progress: Progress | None = None,
     force_mismatch: bool = False,
     output_format: OutputFormat = SAME_AS_BASE,
-    verify: Callable[[Path], None] | None = None,
+    verify: Callable[[str], None] | None = None,
+    verify_text: Path | None = None,
 ) -> MergeReport:
     """Write the base model with the adapters merged in as a plain Hugging Face folder at `out`. All or nothing.
 
@@ -77,23 +86,26 @@ def merge(
     tokenizer files come from the adapters where they bring a tokenizer, and eos_token_id also gets the tokens that the
     adapters were trained to end texts with. Memory holds the adapters, and beyond them does not grow with the model.
 
-    adapters: one folder, or several with weights; ΔW = Σ w·s·B·A is summed and then rounded once.
-    progress: called with (bytes done, bytes in all). force_mismatch: only warn where the adapters were trained on
-    another base. output_format: shards, dtype and tokenizer of the result. verify: called with the complete folder
-    before it gets its final name; if it raises, nothing is left behind.
+    base: Hugging Face folder. adapters: one PEFT adapter folder or several, with weights other than 1 as
+    `WeightedAdapter`; ΔW = Σ w·s·B·A is summed and then rounded once. progress: called with (bytes done, bytes in all).
+    force_mismatch: only warn where the adapters were trained on another base. output_format: shards, dtype and
+    tokenizer of the result. verify: where it is given, the result's logits are compared with base + adapters in PEFT
+    before the result gets its name, which loads the model whole, in fp32; it is called with the name of each stage as
+    the stage begins. verify_text: file whose first lines are the sample; None for built-in text.
 
-    Raises UserError when `out` exists or lies in a folder that must not change (`require_outside`), when a file to copy
-    is a link out of the base, when base or adapter is incomplete or malformed, when they do not belong together
-    (fingerprint, modules, shapes), when the adapters bring different tokenizers, when nothing would change, when a
-    value does not fit the type, and when the disk fails; FolderRemoved when a run removes an adapter while it is read.
+    Raises UserError, and leaves nothing behind, when `out` exists or lies in a folder that must not change
+    (`require_output`), when a file to copy is a link out of the base, when base or adapter is incomplete or malformed,
+    when they do not belong together (fingerprint, modules, shapes), when a folder holds no low-rank update, when the
+    adapters bring different tokenizers, when nothing would change, when a value does not fit the type, when the
+    verification fails, and when the disk fails; FolderRemoved when a run removes an adapter while it is read.
     """
-    base = resolve_link(base)
-    weighted = (WeightedAdapter(adapters),) if isinstance(adapters, Path) else tuple(adapters)
-    weighted = tuple(replace(adapter, path=resolve_link(adapter.path)) for adapter in weighted)
-    _check_distinct(weighted)
-    if lies_in(out, base):
-        raise UserError(f"{out}: is or lies in the base folder {base}; give an output path outside it")
-    require_outside(out)
+    base, out = resolve_link(Path(base)), Path(out)
+    weighted = _weighted(adapters)
+    require_distinct(weighted)
+    require_output(out, base)
+    for adapter in weighted:
+        method_package_reading(adapter.path).files.refuse_merge(adapter.path)
+    verifier = _verifier(base, weighted, verify, verify_text)
     architecture = read_architecture(base)
     with ExitStack() as held:
         checkpoint = held.enter_context(open_checkpoint(base))
@@ -104,14 +116,14 @@ def merge(
         read = [(adapter.path, adapter.weight, read_adapter(adapter.path, architecture)) for adapter in weighted]
         updates = build_updates(architecture, checkpoint, read)
         warnings = [note for adapter in weighted for note in FILES.notes(adapter.path)]
-        warnings += _check_base(base, weighted, force_mismatch)
+        warnings += check_bases(base, weighted, force_mismatch)
         text = merged_text_files([adapter.path for adapter in weighted], output_format.tokenizer, architecture.vocab)
     others, dtype = other_files(base), output_format.dtype
     layout = plan_layout(mapped, dtype, output_format.shard_size)
     meter = _Meter(layout.read, progress)
     changes = _Changes()
     with atomic_folder(out) as temporary:
-        _check_space(temporary, layout.written)
+        require_space(temporary, layout.written)
         for path in others:
             target = temporary / path.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -129,8 +141,10 @@ def merge(
             )
         write_index(temporary, layout)
         nbytes = sum((temporary / file.name).stat().st_size for file in layout.files)
-        if verify is not None:
-            verify(temporary)
+        verification = None
+        if verify is not None and verifier is not None:
+            verify("loading base, adapters and merged model whole, in fp32")
+            verification = verifier(temporary)
     reports = tuple(_report(index, adapter, updates, changes) for index, adapter in enumerate(weighted))
     for report in reports:
         if not report.changed:
@@ -141,49 +155,39 @@ def merge(
             lost = f"{report.adapted - report.changed} of {report.adapted} tensors"
             warnings.append(f"{report.adapter.path}: the update of {lost} is zero, or lost in {_rounding(dtype)}")
     return MergeReport(
-        len(mapped), len(updates), len(changes.tensors), nbytes, reports, tuple(warnings), tuple(text.changes(base))
+        tensors=len(mapped),
+        adapted=len(updates),
+        changed=len(changes.tensors),
+        nbytes=nbytes,
+        adapters=reports,
+        warnings=tuple(warnings),
+        notes=tuple(text.changes(base)),
+        verification=verification,
     )
+
+
+def _weighted(adapters: AdapterFolder | Sequence[AdapterFolder]) -> tuple[WeightedAdapter, ...]:
+    """Return the adapters with their weights. Links are resolved once, for the merge and for its verification."""
+    several = (adapters,) if isinstance(adapters, str | Path | WeightedAdapter) else adapters
+    weighted = (each if isinstance(each, WeightedAdapter) else WeightedAdapter(Path(each)) for each in several)
+    return tuple(replace(adapter, path=resolve_link(adapter.path)) for adapter in weighted)
+
+
+def _verifier(
+    base: Path, adapters: Sequence[WeightedAdapter], verify: Callable[[str], None] | None, text: Path | None
+) -> "Verifier | None":
+    """Return the check of the result, None where none is asked for. It needs transformers, which a merge does not."""
+    if verify is None:
+        if text is not None:
+            raise UserError("--verify-text says what --verify reads: add --verify")
+        return None
+    from lowrank_dist.merging.verify import Verifier
+
+    return Verifier(base, adapters, text)
 
 
 def _rounding(dtype: str | None) -> str:
     return "the base's rounding" if dtype is None else f"the rounding to {dtype}"
-
-
-def _check_distinct(adapters: Sequence[WeightedAdapter]) -> None:
-    seen = set()
-    for adapter in adapters:
-        if adapter.path.resolve() in seen:
-            raise UserError(f"{adapter.path}: given twice as adapter; give it once, with the sum of the weights")
-        seen.add(adapter.path.resolve())
-    if not seen:
-        raise UserError("no adapter to merge; give at least one")
-
-
-def _check_base(base: Path, adapters: Sequence[WeightedAdapter], force_mismatch: bool) -> list[str]:
-    """Return warnings where it is not known that the adapters were trained on this base.
-
-    Raises UserError where a fingerprint shows that one was not, unless force_mismatch.
-    """
-    warnings = []
-    found: str | None = None
-    for adapter in adapters:
-        provenance = read_provenance(adapter.path)
-        if provenance is None:
-            warnings.append(
-                f"{adapter.path}: has no {PROVENANCE_FILE}, so only names and shapes were checked against {base}"
-            )
-            continue
-        found = found or fingerprint(base)
-        if found == provenance.base_fingerprint:
-            continue
-        mismatch = (
-            f"{adapter.path}: trained on another base than {base} (fingerprint {provenance.base_fingerprint[:12]}… "
-            f"of {provenance.base or 'an unnamed model'}, found {found[:12]}…)"
-        )
-        if not force_mismatch:
-            raise UserError(f"{mismatch}; give the base that it was trained on, with unchanged weights and config.json")
-        warnings.append(mismatch)
-    return warnings
 
 
 @dataclass
@@ -291,11 +295,3 @@ def _convert_tensor(file: FileIO, piece: CopiedTensor, writer: SafetensorsWriter
 def _finite(tensor: Tensor) -> bool:
     # NaN and infinity show in minimum and maximum; finding these is 40 times faster than isfinite.
     return all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"{folder.parent}: {free >> 20} MiB free, but the merged model needs {needed >> 20} MiB; free some space"
-        )

@@ -39,13 +39,21 @@ class OutputFormat:
     """The format in which a merged model is stored.
 
     shard_size: most bytes of tensors in a file, unless one tensor is larger; None for the same files as the base.
-    dtype: safetensors' name of the type of all floating-point tensors; None for each tensor's own. tokenizer: folder or
-    file of the tokenizer to store; None for that of the adapters, or of the base where they have none.
+    dtype: type of all floating-point tensors as safetensors names it (F32, BF16, F16); None for each tensor's own.
+    tokenizer: folder or file of the tokenizer to store; None for that of the adapters, or of the base where they have
+    none. Raises UserError for another dtype, and for a size below 1.
     """
 
     shard_size: int | None = None
     dtype: str | None = None
     tokenizer: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES.values():
+            names = ", ".join(name for name in DTYPES.values() if name is not None)
+            raise UserError(f"dtype {self.dtype}: give one of {names}, or None for each tensor's own")
+        if self.shard_size is not None and self.shard_size < 1:
+            raise UserError(f"shard_size {self.shard_size}: give the bytes of a file, at least 1, or None")
 
 
 SAME_AS_BASE = OutputFormat()

@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 import lowrank_dist
 from lowrank_dist.cli.main import app
+from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
-from tests.typed_api import learning_rate, message_of, plan_of
+from tests.typed_api import learning_rate, merged, message_of, plan_of
 from tests.unit.test_architecture_rules import ROOT, loaded_by
 
 RUN = """
@@ -26,6 +27,7 @@ output: {dir: out}
 COMMANDS = {
     "load_config": ("lowrank_dist.config", ["data", "run.yaml"]),
     "plan": ("lowrank_dist.engine.plan", ["plan", "llama-3-8b"]),
+    "merge": ("lowrank_dist.merging.merge", ["merge", "--base", "base", "--adapter", "adapter", "--out", "out"]),
 }
 
 
@@ -41,6 +43,16 @@ def config_file(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(RUN)
     return path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny("llama", tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path) -> Path:
+    return save_adapter(base.parent / "adapter", base, random_adapter(base))
 
 
 # --- the package -----------------------------------------------------------------------------------------------------
@@ -120,15 +132,14 @@ def test_a_wrong_config_says_what_and_where(config_file: Path, tmp_path: Path) -
     assert f"{config_file}:5: train.learning_rate: unknown key" in message_of(str(config_file))
     assert "nowhere.yaml" in message_of(str(tmp_path / "nowhere.yaml"))
     config_file.write_text(RUN)
-    with pytest.raises(lowrank_dist.ConfigError, match="command line: other.yaml is not section.key=value — give over"):
+    with pytest.raises(lowrank_dist.ConfigError, match="command line: other.yaml is not section.key=value; give over"):
         lowrank_dist.load_config(config_file, ["other.yaml"])
 
 
 # --- plan ------------------------------------------------------------------------------------------------------------
 
 
-def test_plan_is_what_the_command_prints(tmp_path: Path) -> None:
-    base = make_tiny("llama", tmp_path / "base")
+def test_plan_is_what_the_command_prints(base: Path, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(RUN.replace("path: base", f"path: {base}").replace("train.jsonl", "train.jsonl, max_length: 64"))
     told = json.loads(run("plan", path, "--gpus-per-node", 2, "--json"))
@@ -171,3 +182,59 @@ def test_planning_loads_no_torch() -> None:
     code = "import lowrank_dist as api; api.plan('llama-3-8b', api.Cluster.of())"
     assert loaded_by(code, "torch", "transformers", "numpy") == []
     assert loaded_by(f"{code}\nimport torch", "torch") == ["torch"], "the control"
+
+
+# --- merge -----------------------------------------------------------------------------------------------------------
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_merge_writes_what_the_command_writes(base: Path, adapter: Path, tmp_path: Path) -> None:
+    report = merged(base, adapter, tmp_path / "api")
+    words = ["--base", base, "--adapter", f"{adapter}=0.5", "--out", tmp_path / "command", "--dtype", "fp32"]
+    printed = run("merge", *words, "--shard-size", "100KB").splitlines()
+    assert content(tmp_path / "api") == content(tmp_path / "command") and len(content(tmp_path / "api")) > 3
+    assert printed[0].startswith(f"{tmp_path / 'command'}: {report.tensors} tensors, {report.changed} changed")
+    (part,) = report.adapters
+    assert printed[1] == f"  {adapter} × 0.5: {part.changed} of {part.adapted} tensors changed"
+    assert report.verification is None and report.warnings == ()
+    assert report.nbytes == sum(path.stat().st_size for path in (tmp_path / "api").glob("*.safetensors"))
+
+
+def test_adapters_are_paths_or_have_weights(base: Path, adapter: Path, tmp_path: Path) -> None:
+    one, several = (
+        lowrank_dist.merge(base, given, tmp_path / name) for name, given in (("a", str(adapter)), ("b", [adapter]))
+    )
+    assert one == several and content(tmp_path / "a") == content(tmp_path / "b")
+    assert one != merged(base, adapter, tmp_path / "half") != several
+
+
+def test_a_verified_merge_says_how_far_it_is_from_peft(base: Path, adapter: Path, tmp_path: Path) -> None:
+    stages: list[str] = []
+    report = lowrank_dist.merge(base, adapter, tmp_path / "out", verify=stages.append)
+    assert stages == ["loading base, adapters and merged model whole, in fp32"]
+    assert report.verification is not None and report.verification.difference <= report.verification.tolerance
+
+
+def test_a_wrong_merge_says_what_and_leaves_nothing(base: Path, adapter: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    for wrong, told in (
+        (lambda: lowrank_dist.merge(base, base, tmp_path / "out"), "whole model"),
+        (
+            lambda: lowrank_dist.merge(base, [adapter, adapter], tmp_path / "out"),
+            "given twice as adapter; give it once",
+        ),
+        (lambda: lowrank_dist.merge(base, [], tmp_path / "out"), "no adapter to merge; give at least one"),
+        (lambda: lowrank_dist.merge(tmp_path / "none", adapter, tmp_path / "out"), "none"),
+        (lambda: lowrank_dist.merge(base, tmp_path, tmp_path / "out"), "adapter_config.json.*give a PEFT"),
+        (lambda: lowrank_dist.merge(base, adapter, base / "out"), "give an output path outside"),
+        (lambda: lowrank_dist.merge(base, adapter, tmp_path / "out", verify_text=text), "add --verify"),
+        (lambda: lowrank_dist.OutputFormat(dtype="bf16"), "dtype bf16: give one of F32, BF16, F16"),
+        (lambda: lowrank_dist.OutputFormat(shard_size=0), "shard_size 0: give the bytes"),
+        (lambda: lowrank_dist.WeightedAdapter(adapter, 0), "weight 0 is zero"),
+    ):
+        with pytest.raises(lowrank_dist.UserError, match=told):
+            wrong()
+    assert list(tmp_path.iterdir()) == []

@@ -376,7 +376,6 @@ SHORT_LINES, MOST_SHORT, MEDIAN = 60, 25, (120, 250)
 _SECTION = "a section of the configuration, which may import nothing but sections"
 # Every file below SHORT_LINES lines, and why it is one.
 SHORT = {
-    "__init__.py": "the version, and what the package offers",
     "errors.py": "the errors that every room raises; imports nothing of ours",
     "cli/__main__.py": "the form that launchers of modules run",
     "config/__init__.py": "the two names that the room offers",

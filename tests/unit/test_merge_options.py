@@ -145,7 +145,7 @@ class TestSeveralAdapters:
         zero = random_adapter(base, lambda module: (2, 4.0) if SECOND.fullmatch(module) else None, scale=0.0)
         untrained = WeightedAdapter(save_adapter(tmp_path / "untrained", base, zero, trained=False))
         report = merge(base, [first, untrained], tmp_path / "out")
-        assert len(report.warnings) == 1 and report.warnings[0].startswith(f"{untrained.path} changes nothing")
+        assert len(report.warnings) == 1 and report.warnings[0].startswith(f"{untrained.path}: changes nothing")
         assert [part.changed for part in report.adapters] == [4, 0]
         # The weight makes the update too small for bf16: it would be lost without a message.
         report = merge(base, [first, replace(second, weight=1e-9)], tmp_path / "lost")
@@ -397,7 +397,7 @@ class TestVerify:
             tensors[name] = tensors[name].roll(1, 0)
             save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
-        with pytest.raises(UserError, match=r"is not base \+ adapter: its logits differ"):
+        with pytest.raises(UserError, match=r"differs from base \+ adapter: its logits differ"):
             merge_verified(base, adapters, tmp_path / "out", before=corrupt, output_format=OutputFormat(dtype=dtype))
         assert sorted(os.listdir(tmp_path)) == ["base", "first", "second"]
 
@@ -407,7 +407,7 @@ class TestVerify:
         merge(base, adapters, tmp_path / "out")
         first, second = adapters
         for wrong in ([first], [first, replace(second, weight=1.0)], [replace(first, weight=0.71), second]):
-            with pytest.raises(UserError, match=r"is not base \+ adapter"):
+            with pytest.raises(UserError, match=r"differs from base \+ adapter"):
                 Verifier(base, wrong)(tmp_path / "out")
         with pytest.raises(UserError, match="logits equal the base's"):
             Verifier(base, adapters)(base)
@@ -468,15 +468,20 @@ class TestVerify:
 def merge_verified(
     base: Path, adapters: tuple[WeightedAdapter, ...], out: Path, *, before=None, text: Path | None = None, **options
 ) -> tuple[MergeReport, Verification]:
-    verifier, found = Verifier(base, adapters, text), []
+    """Merge and verify; `before` is called with the complete folder ahead of the verification."""
+    stages: list[str] = []
 
-    def verify(folder: Path) -> None:
-        assert folder != out and not out.exists(), "verified under its final name"
+    def verified(verifier: Verifier, folder: Path, right=Verifier.__call__) -> Verification:
+        assert folder != out and not out.exists() and len(stages) == 1, "verified under its final name"
         if before is not None:
             before(folder)
-        found.append(verifier(folder))
+        return right(verifier, folder)
 
-    return merge(base, adapters, out, verify=verify, **options), found[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Verifier, "__call__", verified)
+        report = merge(base, adapters, out, verify=stages.append, verify_text=text, **options)
+    assert report.verification is not None
+    return report, report.verification
 
 
 class TestCommand:
