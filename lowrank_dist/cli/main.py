@@ -52,7 +52,8 @@ app.command("evaluate")(evaluate_command)
 app.command("inspect")(inspect_command)
 app.command("export")(export_command)
 app.command("generate")(generate_command)
-app.command("plan")(plan_command)
+# As in training, a key of the config may be written as an option: --lora.rank 8.
+app.command("plan", context_settings={"ignore_unknown_options": True})(plan_command)
 app.command("slurm")(slurm_command)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import shlex
 from collections.abc import Callable, Iterator
@@ -16,6 +17,31 @@ from lowrank_dist.terminal import open_console, put
 if TYPE_CHECKING:
     from lowrank_dist.planner.result import Plan
 
+# What a mistyped option may have meant.
+_OPTIONS = [
+    *("--nodes", "--gpus-per-node", "--gpu", "--gpu-memory", "--target-share", "--compare", "--bottleneck"),
+    *("--virtual-tokens", "--verify", "--json"),
+]
+
+
+def _no_option(word: str) -> str:
+    """Return the argument. Raises UserError for an option that there is not.
+
+    A key of the config may be written as an option, as in training.
+    """
+    from lowrank_dist.config import Config
+
+    name = word.removeprefix("--").partition("=")[0]
+    if not word.startswith("-") or (word.startswith("--") and ("." in name or name in Config.model_fields)):
+        return word
+    close = difflib.get_close_matches(f"--{name}", _OPTIONS, n=1)
+    meant = f"did you mean {close[0]}?" if close else "--help lists the options."
+    raise UserError(f"{word}: no such option: {meant} A key of the config is given as section.key=value: lora.rank=8")
+
+
+def _no_options(words: list[str] | None) -> list[str] | None:
+    return None if words is None else list(map(_no_option, words))
+
 
 def plan_command(
     what: Annotated[
@@ -23,6 +49,7 @@ def plan_command(
         typer.Argument(
             help="A run's YAML file, a built-in shape (gpt3-175b, llama-3-70b, …), a model folder or its config.json.",
             metavar="CONFIG|SHAPE|MODEL_DIR",
+            callback=_no_option,
         ),
     ],
     overrides: Annotated[
@@ -31,6 +58,7 @@ def plan_command(
             help="Changes to the run's config, as for training: method=full, lora.rank=16, parallel.tensor=8. Layout "
             "keys that neither CONFIG nor they set are chosen by the plan; those of a CONFIG count as set.",
             metavar="section.key=value ...",
+            callback=_no_options,
         ),
     ] = None,
     nodes: Annotated[int, typer.Option(help="Nodes of the cluster.", metavar="N")] = 1,

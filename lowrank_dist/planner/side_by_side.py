@@ -101,13 +101,14 @@ def _verified(plan: Plan, found: Verification) -> Iterator[RenderableType]:
         for kind in sorted(sides.formula.keys() | sides.executed.keys()):
             counts = [side.get(kind, {"calls": 0, "bytes": 0}) for side in (sides.formula, sides.executed)]
             same = "exact" if counts[0] == counts[1] else "DIFFERS"
-            texts = (f"{count['calls']} calls, {count['bytes']:,} B" for count in counts)
+            texts = (f"{count['calls']} call{'s' * (count['calls'] != 1)}, {count['bytes']:,} B" for count in counts)
             table.add_row(f"{kind}, {'per microbatch' if when == 'microbatch' else 'after the last'}", *texts, same)
     yield table
     table = table_of("Why that peak is not the plan's total", "", "memory")
     table.add_row("the plan's total", size(plan.layout.memory))
     for reason, nbytes in found.from_plan:
-        table.add_row(reason, f"{'+' if nbytes >= 0 else '−'} {size(abs(nbytes))}")
+        if nbytes:
+            table.add_row(reason, f"{'+' if nbytes > 0 else '−'} {size(abs(nbytes))}")
     table.add_row("formula of the peak above", size(found.memory["peak"].formula))
     yield table
     if found.agrees:

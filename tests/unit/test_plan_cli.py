@@ -123,6 +123,11 @@ def test_what_is_planned_and_who_set_it() -> None:
     assert "25 %" in text and "chosen by the plan" in text and "default" in text
 
 
+def test_config_keys_may_be_written_as_options() -> None:
+    written = data("llama-3-8b", "--method", "full", "--train.micro_batch=2")
+    assert written == data("llama-3-8b", "method=full", "train.micro_batch=2")
+
+
 def test_auto_is_the_size_that_the_plan_chooses(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text(
@@ -244,6 +249,9 @@ def test_verify_fails_where_a_formula_is_wrong(tmp_path: Path, monkeypatch: pyte
         (["llama-3-8b", "--target-share", "1.5"], "--target-share: 1.5"),
         (["llama-3-8b", "train.micro_batch=3"], "train.micro_batch"),
         (["no.yaml"], "no.yaml: cannot be read"),
+        (["llama-3-8b", "--node", "4"], "--node: no such option: did you mean --nodes?"),
+        (["llama-3-8b", "--rank", "4"], "A key of the config is given as section.key=value: lora.rank=8"),
+        (["--rank=4", "llama-3-8b"], "--rank=4: no such option"),
     ],
 )
 def test_bad_input_gets_a_message(words: list[str], said: str) -> None:

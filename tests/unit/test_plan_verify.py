@@ -72,7 +72,12 @@ def verified(source: str, *overrides: str, layout: Layout, target_share: float =
         job_of(request, target_share), layout=layout, global_batch=layout.micro_batch * layout.data, **changes
     )
     cluster = Cluster(1, layout.ranks, H100, H100.memory)
-    return asdict(verification.verification(Candidate(job, cluster), request.config))
+    candidate = Candidate(job, cluster)
+    found = verification.verification(candidate, request.config)
+    # What leads from the plan's total to the executed peak leaves nothing unexplained.
+    steps = sum(nbytes for _, nbytes in found.from_plan)
+    assert candidate.memory.total + steps == found.memory["peak"].formula
+    return asdict(found)
 
 
 DORA = "lora.dora=true"
