@@ -28,7 +28,7 @@ NEXT = (
     (
         "Score the adapter on the base, without merging",
         "lowrank-dist evaluate --model {out}/base --adapter {out}/run/adapter --data {out}/data/eval.jsonl "
-        "--metric exact_match --max-new-tokens 46 --batch 50",
+        "--metric exact_match --max-new-tokens 40 --batch 50",
     ),
     (
         'Train on data of your own: put lines {"prompt": …, "completion": …} in place of these',
