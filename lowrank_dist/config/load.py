@@ -193,7 +193,7 @@ class _Raw:
             return self.problem(COMMAND_LINE, f"{dotted}: {key[0]} has no keys", f"write {key[0]}=VALUE")
         if not alone and len(key) != 2:
             hint = suggestion(key[-1], Config.model_fields)
-            if dotted in hint or not hint:  # a key of a section in a section, as eval.generate.batch
+            if f"mean {dotted}?" in hint or not hint:  # a key of a section in a section, as eval.generate.batch
                 hint = "for a mapping use section.key={name: value}"
             return self.problem(COMMAND_LINE, f"{dotted or '='} is not section.key", hint.rstrip("; "))
         try:

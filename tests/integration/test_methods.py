@@ -144,11 +144,11 @@ def test_the_comparison_can_fail(method: str, jobs: dict[str, Path], alone: Any,
 def test_another_method_or_size_is_refused_by_name(jobs: dict[str, Path], alone: Any, tmp_path: Path) -> None:
     stopped = {m: stopped_after(alone(m), SAVED, tmp_path / m) for m in ("lora", *ADAPTERS)}
     cases = (
-        ("prefix", "prompt", (), "method was prefix, is prompt. Set them back"),
-        ("lora", "prefix", (), "method was lora, is prefix. Set them back"),
-        ("lora", "full", (), "method was lora, is full. Set them back"),
-        ("adapter_h", "adapter_l", (), "method was adapter_h, is adapter_l. Set them back"),
-        ("adapter_h", "lora", (), "method was adapter_h, is lora. Set them back"),
+        ("prefix", "prompt", (), "method was prefix and is now prompt. Set them back"),
+        ("lora", "prefix", (), "method was lora and is now prefix. Set them back"),
+        ("lora", "full", (), "method was lora and is now full. Set them back"),
+        ("adapter_h", "adapter_l", (), "method was adapter_h and is now adapter_l. Set them back"),
+        ("adapter_h", "lora", (), "method was adapter_h and is now lora. Set them back"),
         ("lora", "prefix", ("train.resume_changes=[method]",), "the checkpoint and this run do not both train "),
         (
             "lora",
@@ -156,10 +156,10 @@ def test_another_method_or_size_is_refused_by_name(jobs: dict[str, Path], alone:
             ("lora.dora=true", "train.resume_changes=[lora.dora]"),
             "use the same method, lora.targets and lora.dora",
         ),
-        ("adapter_h", "adapter_h", ("adapter.bottleneck=4",), "adapter.bottleneck was 8, is 4"),
-        ("prefix", "prefix", ("prefix.length=4",), "prefix.length was 5, is 4"),
-        ("prefix", "prefix", ("prefix.width=null",), "prefix.width was 12, is None"),
-        ("prompt", "prompt", ("prompt.init=random",), "prompt.init was vocabulary, is random"),
+        ("adapter_h", "adapter_h", ("adapter.bottleneck=4",), "adapter.bottleneck was 8 and is now 4"),
+        ("prefix", "prefix", ("prefix.length=4",), "prefix.length was 5 and is now 4"),
+        ("prefix", "prefix", ("prefix.width=null",), "prefix.width was 12 and is now None"),
+        ("prompt", "prompt", ("prompt.init=random",), "prompt.init was vocabulary and is now random"),
         (
             "adapter_l",
             "adapter_l",

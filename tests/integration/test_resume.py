@@ -230,12 +230,15 @@ def test_killed_before_the_first_checkpoint_starts_again(job: Path, runs: dict[s
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["train.lr=0.02", "train.weight_decay=0"], "train.lr was 0.01, is 0.02; train.weight_decay was 0.01, is 0.0"),
-        (["lora.rank=8"], "lora.rank was 4, is 8"),
-        (["lora.targets=[q_proj]"], "lora.targets was all-linear, is ['q_proj']"),
-        (["train.seed=1"], "train.seed was 42, is 1"),
-        (["train.steps=8"], "train.steps was 6, is 8"),
-        (["engine.clip=null"], "engine.clip was 1.0, is None"),
+        (
+            ["train.lr=0.02", "train.weight_decay=0"],
+            "train.lr was 0.01 and is now 0.02; train.weight_decay was 0.01 and is now 0.0",
+        ),
+        (["lora.rank=8"], "lora.rank was 4 and is now 8"),
+        (["lora.targets=[q_proj]"], "lora.targets was all-linear and is now ['q_proj']"),
+        (["train.seed=1"], "train.seed was 42 and is now 1"),
+        (["train.steps=8"], "train.steps was 6 and is now 8"),
+        (["engine.clip=null"], "engine.clip was 1.0 and is now None"),
         (["data.eval=null"], "data.eval was "),
         (["train.steps=1", "train.resume_changes=[train.steps]"], "is at step 2, but the run ends at 1"),
         (

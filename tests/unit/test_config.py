@@ -206,7 +206,7 @@ def test_nesting_within_the_bound_is_told_by_its_key(path: Path) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"model: {path: \xe9}")
-    cases = {str(tmp_path / "absent.yaml"): "No such file", str(tmp_path): "Is a directory", str(latin): "is not UTF-8"}
+    cases = {str(tmp_path / "absent.yaml"): "No such file", str(tmp_path): "Is a directory", str(latin): "not UTF-8"}
     for argument, expected in cases.items():
         with pytest.raises(ConfigError, match=expected):
             load_config(argument, ["train.lr=1"])

@@ -70,7 +70,7 @@ def test_errors_name_the_key_and_its_line(tmp_path: Path) -> None:
             "command line: eval.best: 'bleu' is not valid, eval.generate is null, so nothing is generated",
         ),
         (["eval.generate={}", "eval.best=bleu"], "'bleu' is not valid, eval.generate.metrics has only exact_match"),
-        (["eval.best=accuracy"], "input should be 'loss', 'exact_match', 'bleu' or 'rouge_l'; expected: what"),
+        (["eval.best=accuracy"], "input should be 'loss', 'exact_match', 'bleu' or 'rouge_l'; expected: metric"),
         (["eval.patience=2"], "command line: eval.patience: 2 is not valid, eval.every is null"),
         (["eval.patience=0", "eval.every=1"], "command line: eval.patience: 0 is not valid"),
         (["data.eval=", "eval.generate={}"], "run.yaml: eval.generate is given, but data.eval is null; name a JSONL"),

@@ -73,7 +73,7 @@ def test_keys_without_effect_pass(tmp_path: Path, line: str) -> None:
         ('["a"]', ["JSON array where an object"]),
         ("7", ["JSON number where an object"]),
         ('{"prompt": "a"}', ["'completion' is missing"]),
-        ('{"prompt": "a", "Completion": "b"}', ["'completion' is missing", "'Completion' meant"]),
+        ('{"prompt": "a", "Completion": "b"}', ["'completion' is missing", "did you mean it by 'Completion'?"]),
         ('{"completion": "a"}', ["'prompt' is missing"]),
         ('{"prompt": 3, "completion": "b"}', ["'prompt' is a JSON number", "write a string"]),
         ('{"prompt": "a", "completion": null}', ["'completion' is a JSON null"]),
@@ -98,7 +98,10 @@ def test_keys_without_effect_pass(tmp_path: Path, line: str) -> None:
             '{"prompt": "a", "completion": "b", "input": "c"}',
             ["'input' is not supported, though the model would have to see it"],
         ),
-        (CHAT[:-1] + ', "chat_template_kwargs": {"enable_thinking": false}}', ["'chat_template_kwargs' would change"]),
+        (
+            CHAT[:-1] + ', "chat_template_kwargs": {"enable_thinking": false}}',
+            ["'chat_template_kwargs' is not supported"],
+        ),
         (CHAT[:-1] + ', "enable_thinking": false}', ["'enable_thinking' is not supported, though the model"]),
         ('{"messages": []}', ["'messages' is an empty array"]),
         ('{"messages": "hi"}', ["'messages' is a JSON string"]),
@@ -166,7 +169,7 @@ def test_a_prompt_needs_no_completion(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ('{"prompt": "a", "completion": []}', "'completion' is an empty array"),
-        ('{"prompt": "a", "completion": ["b", 1]}', r"'completion\[1\]' is a JSON number; it must be a string"),
+        ('{"prompt": "a", "completion": ["b", 1]}', r"'completion\[1\]' is a JSON number; write a string"),
         ('{"prompt": "a", "completion": ["b", ""]}', r"'completion\[1\]' is empty"),
         ('{"prompt": "a", "completion": ["\\ud800"]}', r"'completion\[0\]' holds an unpaired surrogate"),
         ('{"prompt": "a", "completion": {"b": 1}}', "'completion' is a JSON object; write a string"),
@@ -233,7 +236,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(UserError, match="no such file; data.train, data.eval, --data and --prompts name"):
+        with pytest.raises(UserError, match="no such file; give data.train, data.eval, --data and --prompts"):
             read_jsonl(path)
 
 
@@ -245,5 +248,5 @@ def test_a_json_array_file_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_json_array_over_many_lines_is_one_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.jsonl:1: the file is one JSON array; write its objects one a line"):
+    with pytest.raises(UserError, match=r"data\.jsonl:1: the file is one JSON array; write one object a line"):
         read_jsonl(write(tmp_path, "[", f"  {GOOD},", f"  {GOOD}", "]"))

@@ -47,7 +47,7 @@ def test_groups_inside_a_node(tensor: int, hosts: tuple[str, ...]) -> None:
 
 
 def test_a_group_over_two_nodes_is_refused() -> None:
-    with pytest.raises(UserError, match=r"with 4 the ranks 0 to 3 .* lie on h1 and h2, .* it may be 1, 2, or set"):
+    with pytest.raises(UserError, match=r"with 4, ranks 0 to 3 .* are on h1 and h2, .* set it to 1, 2, or set"):
         refuse_crossing(HOSTS, 4)
-    with pytest.raises(UserError, match=r"with 2 the ranks 2 to 3 .* lie on a and b, .* it may be 1, 3, or set"):
+    with pytest.raises(UserError, match=r"with 2, ranks 2 to 3 .* are on a and b, .* set it to 1, 3, or set"):
         refuse_crossing(("a", "a", "a", "b", "b", "b"), 2)

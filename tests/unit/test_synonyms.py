@@ -89,7 +89,7 @@ def test_a_key_without_one_of_ours_says_why(tmp_path: Path) -> None:
             {"messages": [{"from": "user", "value": "x"}]},
             "key 'messages[0].role' is missing (did you mean it by 'from'?)",
         ),
-        ({"messages": [{"role": "user", "value": "x"}]}, "[0].content' is missing \(did you mean it by 'value'?\)"),
+        ({"messages": [{"role": "user", "value": "x"}]}, "[0].content' is missing (did you mean it by 'value'?)"),
     ],
 )
 def test_a_row_of_another_format_is_answered_with_ours(tmp_path: Path, row: object, said: str) -> None:

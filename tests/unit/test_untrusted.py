@@ -346,7 +346,7 @@ def test_expressions_that_hang_re_are_answered(pattern: str) -> None:
 
 
 def test_a_name_that_is_no_modules_is_refused() -> None:
-    with pytest.raises(UserError, match=r"\\(3000 characters\\) is too long"):
+    with pytest.raises(UserError, match=r"\(3000 characters\) is too long"):
         Patterns("file").fullmatch("a*", "a" * 3000)
 
 
