@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config, load_config
+    from lowrank_dist.engine.inspection import inspect
     from lowrank_dist.engine.plan import plan
     from lowrank_dist.errors import ConfigError, UserError
+    from lowrank_dist.formats.report import Report
     from lowrank_dist.merging.merge import MergeReport, merge
     from lowrank_dist.merging.options import OutputFormat, WeightedAdapter
     from lowrank_dist.planner.layouts import Cluster
@@ -26,9 +28,11 @@ __all__ = [
     "MergeReport",
     "OutputFormat",
     "Plan",
+    "Report",
     "UserError",
     "WeightedAdapter",
     "__version__",
+    "inspect",
     "load_config",
     "merge",
     "plan",
@@ -41,8 +45,10 @@ _MODULES = {
     "MergeReport": "merging.merge",
     "OutputFormat": "merging.options",
     "Plan": "planner.result",
+    "Report": "formats.report",
     "UserError": "errors",
     "WeightedAdapter": "merging.options",
+    "inspect": "engine.inspection",
     "load_config": "config",
     "merge": "merging.merge",
     "plan": "engine.plan",

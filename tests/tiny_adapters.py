@@ -7,9 +7,9 @@ import torch
 
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes, module_paths
-from lowrank_dist.checkpoint.inspection import Report, inspect_folder
-from lowrank_dist.config import load_config
+from lowrank_dist.engine.inspection import inspect
 from lowrank_dist.formats.provenance import Provenance, fingerprint
+from lowrank_dist.formats.report import Report
 from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, write_adapter
 
 # Module path → (rank, alpha) of its factors, None for a module without.
@@ -56,4 +56,4 @@ def save_adapter(folder: Path, base: Path, adapter: Adapter, *, trained: bool = 
 
 def inspected(folder: Path, base: Path | None = None) -> Report:
     """The report on a folder, as `lowrank-dist inspect` makes it."""
-    return inspect_folder(folder, base, read_config=lambda path: load_config(path).read_keys())
+    return inspect(folder, base)

@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any, assert_type
 
 import lowrank_dist
-from lowrank_dist import Cluster, Config, ConfigError, MergeReport, OutputFormat, Plan, UserError, WeightedAdapter
+from lowrank_dist import (
+    Cluster,
+    Config,
+    ConfigError,
+    MergeReport,
+    OutputFormat,
+    Plan,
+    Report,
+    UserError,
+    WeightedAdapter,
+)
 
 
 def learning_rate(path: Path) -> float:
@@ -38,6 +48,11 @@ def merged(base: Path, adapter: Path, out: Path) -> MergeReport:
     return assert_type(lowrank_dist.merge(str(base), [half], out, output_format=stored), MergeReport)
 
 
+def problems_of(folder: Path) -> list[str]:
+    report = assert_type(lowrank_dist.inspect(folder), Report)
+    return report.problems if not report.verifies else []
+
+
 def wrong_calls(path: Path) -> None:
     lowrank_dist.load_config([path])  # type: ignore[arg-type]
     print(lowrank_dist.load_config(path).train.speed)  # type: ignore[attr-defined]
@@ -46,4 +61,5 @@ def wrong_calls(path: Path) -> None:
     lowrank_dist.merge(path, [path])  # type: ignore[call-arg]
     lowrank_dist.merge(path, [0.5], path)  # type: ignore[list-item]
     print(lowrank_dist.merge(path, path, path).changes)  # type: ignore[attr-defined]
+    lowrank_dist.inspect(path, base=1)  # type: ignore[arg-type]
     lowrank_dist.load_confg(path)  # type: ignore[attr-defined]

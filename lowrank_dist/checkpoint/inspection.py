@@ -122,11 +122,11 @@ def _metrics(folder: Path, report: Report) -> None:
             best = record if best is None or record["eval_loss"] < best["eval_loss"] else best
     for name in ("loss", "eval_loss"):
         if name in last:
-            report.facts |= {f"last_{name}": last[name][name], f"last_{name}_step": last[name]["step"]}
+            report.facts.update({f"last_{name}": last[name][name], f"last_{name}_step": last[name]["step"]})
             if not math.isfinite(last[name][name]):
                 report.warnings.append(f"{path}: the last {name} is {last[name][name]}; lower train.lr")
     if best is not None:
-        report.facts |= {"best_eval_loss": best["eval_loss"], "best_eval_loss_step": best["step"]}
+        report.facts.update({"best_eval_loss": best["eval_loss"], "best_eval_loss_step": best["step"]})
 
 
 def _records(path: Path, report: Report) -> Iterator[dict[str, Any]]:
@@ -176,8 +176,8 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
         found = _trained(path, base, check_base=path == chosen)
         if found is None:
             continue
-        report.problems += found.problems
-        report.warnings += found.warnings
+        report.problems.extend(found.problems)
+        report.warnings.extend(found.warnings)
         facts = found.facts
         rows.append(
             {
@@ -191,7 +191,7 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
             report.facts["adapter"] = f"written, step {facts['step']}"
         if path == chosen:
             labels = ("base_folder", "base_matches", "base_verifies", "base_parameters", "percent_of_base")
-            report.facts |= {label: facts[label] for label in labels if label in facts}
+            report.facts.update({label: facts[label] for label in labels if label in facts})
     if rows:
         # Leave out columns that are empty for this method.
         empty = {key for key in _SHOWN if all(row[key] is None for row in rows)}

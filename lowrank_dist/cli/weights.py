@@ -143,11 +143,10 @@ def inspect_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show the content of an adapter, checkpoint, run or model folder. Exit code 1 if something in it is broken."""
-    from lowrank_dist.checkpoint.inspection import inspect_folder
-    from lowrank_dist.config import load_config
+    from lowrank_dist.engine.inspection import inspect
     from lowrank_dist.methods.lora.inspection import MODULES, SUMMARY
 
-    report = inspect_folder(folder, base, read_config=lambda path: load_config(path).read_keys())
+    report = inspect(folder, base)
     report.tables.pop(SUMMARY if modules else MODULES, None)
     if as_json:
         put(json.dumps(report.to_json(), indent=2, allow_nan=False))

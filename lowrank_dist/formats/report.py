@@ -40,7 +40,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Report:
     """The findings of an inspection of a folder.
 
@@ -65,7 +65,7 @@ class Report:
         try:
             return reader(*args, **kwargs)
         except UserError as error:
-            self.problems += [line for line in str(error).splitlines() if line.strip()]
+            self.problems.extend([line for line in str(error).splitlines() if line.strip()])
         except Exception as error:  # files are untrusted: any exception is a finding, not a crash
             self.problems.append(f"{where}: cannot be read ({one_line(error)}); write or download it again")
         return None
@@ -114,7 +114,7 @@ def inspect_model(folder: Path) -> Report:
     architecture, reason = try_architecture(folder)
     if reason is not None:
         report.read(folder / "config.json", _require_config, folder)
-    report.facts |= _described(folder, architecture)
+    report.facts.update(_described(folder, architecture))
     if checkpoint is not None:
         with checkpoint:
             report.facts["parameters"] = count_parameters(architecture, checkpoint)
@@ -194,13 +194,15 @@ def _files(folder: Path, checkpoint: Checkpoint, report: Report) -> None:
             else:
                 dtypes[entry.dtype] += torch.Size(entry.shape).numel()
                 nbytes += entry.nbytes
-    report.facts |= {
-        "dtypes": dict(sorted(dtypes.items())),
-        "tensors": len(checkpoint.names()),
-        "shards": len(shards),
-        "tensor_bytes": nbytes,
-        "file_bytes": sum(shard.stat().st_size for shard in shards),
-    }
+    report.facts.update(
+        {
+            "dtypes": dict(sorted(dtypes.items())),
+            "tensors": len(checkpoint.names()),
+            "shards": len(shards),
+            "tensor_bytes": nbytes,
+            "file_bytes": sum(shard.stat().st_size for shard in shards),
+        }
+    )
     odd = sorted(set(dtypes) - set(FLOAT_DTYPES))
     if odd:
         report.warnings.append(
@@ -213,7 +215,7 @@ def _files(folder: Path, checkpoint: Checkpoint, report: Report) -> None:
             )
         return
     strays = sorted(p.name for p in folder.iterdir() if _SHARD.fullmatch(p.name) and folder / p.name not in shards)
-    report.problems += [f"{folder / name}: not in {INDEX_FILE}; download the model again" for name in strays]
+    report.problems.extend([f"{folder / name}: not in {INDEX_FILE}; download the model again" for name in strays])
     index = read_object(folder / INDEX_FILE, "download it again")
     metadata = index["metadata"] if "metadata" in index else None
     said = metadata["total_size"] if isinstance(metadata, dict) and "total_size" in metadata else None

@@ -220,17 +220,19 @@ class PromptLearningFiles(MethodFiles):
         report.facts["method"] = self.name
         if learned is None:
             return Inspected()
-        report.facts |= {
-            "base": learned.base or "not named",
-            "virtual_positions": learned.embeddings.size(0),
-            "layers": learned.layers,
-            "heads": learned.heads,
-            "token_dim": learned.token_dim,
-            "parameters": learned.embeddings.numel(),
-            "dtypes": sorted({entry.dtype for entry in read_header(path).entries}),
-            "bytes": path.stat().st_size,
-            "norm": norm([learned.embeddings]),
-        }
+        report.facts.update(
+            {
+                "base": learned.base or "not named",
+                "virtual_positions": learned.embeddings.size(0),
+                "layers": learned.layers,
+                "heads": learned.heads,
+                "token_dim": learned.token_dim,
+                "parameters": learned.embeddings.numel(),
+                "dtypes": sorted({entry.dtype for entry in read_header(path).entries}),
+                "bytes": path.stat().st_size,
+                "norm": norm([learned.embeddings]),
+            }
+        )
         return Inspected(learned.base, lambda base: require_fit(folder, learned, base.architecture))
 
 

@@ -13,7 +13,7 @@ import lowrank_dist
 from lowrank_dist.cli.main import app
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
-from tests.typed_api import learning_rate, merged, message_of, plan_of
+from tests.typed_api import learning_rate, merged, message_of, plan_of, problems_of
 from tests.unit.test_architecture_rules import ROOT, loaded_by
 
 RUN = """
@@ -27,6 +27,7 @@ output: {dir: out}
 COMMANDS = {
     "load_config": ("lowrank_dist.config", ["data", "run.yaml"]),
     "plan": ("lowrank_dist.engine.plan", ["plan", "llama-3-8b"]),
+    "inspect": ("lowrank_dist.engine.inspection", ["inspect", "adapter"]),
     "merge": ("lowrank_dist.merging.merge", ["merge", "--base", "base", "--adapter", "adapter", "--out", "out"]),
 }
 
@@ -238,3 +239,32 @@ def test_a_wrong_merge_says_what_and_leaves_nothing(base: Path, adapter: Path, t
         with pytest.raises(lowrank_dist.UserError, match=told):
             wrong()
     assert list(tmp_path.iterdir()) == []
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_is_what_the_command_prints(base: Path, adapter: Path) -> None:
+    report = lowrank_dist.inspect(str(adapter), base)
+    assert report.verifies and report.kind == "adapter" and problems_of(adapter) == []
+    whole = report.to_json()
+    # The command shows one of the two tables: a row for each module, or for each kind of module.
+    for option, other in (("--modules", "update_norms"), ("--json", "modules")):
+        told = json.loads(run("inspect", adapter, "--base", base, "--json", *{option} - {"--json"}))
+        expected = {**whole, "tables": {name: rows for name, rows in whole["tables"].items() if name != other}}
+        assert told == json.loads(json.dumps(expected)) and told["tables"]
+    assert lowrank_dist.inspect(base).to_json() == json.loads(run("inspect", base, "--json"))
+
+
+def test_inspect_reports_faults_and_raises_for_what_is_no_folder(adapter: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    assert not lowrank_dist.inspect(broken).verifies and "adapter_model.safetensors" in problems_of(broken)[0]
+    for wrong, told in (
+        (lambda: lowrank_dist.inspect(tmp_path), "give one of these folders"),
+        (lambda: lowrank_dist.inspect(tmp_path / "none"), "none.*give an adapter, checkpoint, run or model folder"),
+        (lambda: lowrank_dist.inspect(adapter, tmp_path / "none"), "none.*give the Hugging Face folder of the base"),
+    ):
+        with pytest.raises(lowrank_dist.UserError, match=told):
+            wrong()

@@ -173,18 +173,20 @@ class BottleneckFiles(MethodFiles):
         config, tensors = found.config, found.tensors
         # Where the up-projection is zero, the bottleneck adds nothing to the base.
         ends = [tensor for name, tensor in tensors.items() if ".up." in name]
-        report.facts |= {
-            "method": config.method,
-            "base": config.base,
-            "bottleneck": config.bottleneck,
-            "layers": config.layers,
-            "hidden": config.hidden,
-            "after": list(places(config.method)),
-            "parameters": sum(tensor.numel() for tensor in tensors.values()),
-            "dtypes": ["F32"],
-            "bytes": path.stat().st_size,
-            "norm": norm(ends),
-        }
+        report.facts.update(
+            {
+                "method": config.method,
+                "base": config.base,
+                "bottleneck": config.bottleneck,
+                "layers": config.layers,
+                "hidden": config.hidden,
+                "after": list(places(config.method)),
+                "parameters": sum(tensor.numel() for tensor in tensors.values()),
+                "dtypes": ["F32"],
+                "bytes": path.stat().st_size,
+                "norm": norm(ends),
+            }
+        )
         if not any(tensor.any() for tensor in ends):
             report.warnings.append(f"{folder}: every up-projection is zero, so it is untrained and changes nothing")
         return Inspected(config.base, lambda base: require_fit(folder, config, base.architecture))

@@ -129,9 +129,9 @@ class ModelFolders(MethodFiles):
     def inspect(self, folder: Path, report: Report) -> Inspected:
         """Inspect it as any model folder, and require finite numbers. Only its fingerprint is compared with a base."""
         model = inspect_model(folder)
-        report.facts |= {"method": "full", **model.facts}
-        report.warnings += model.warnings
-        report.problems += model.problems
+        report.facts.update({"method": "full", **model.facts})
+        report.warnings.extend(model.warnings)
+        report.problems.extend(model.problems)
         if model.verifies:
             report.read(folder, _require_finite, folder)
         return Inspected()

@@ -67,21 +67,23 @@ def _config(found: _Found) -> None:
     found.config = config = found.report.read(path, _read_own, found.folder, CONFIG_FILE, read_config)
     if config is None:
         return
-    found.report.warnings += key_notes(path)
+    found.report.warnings.extend(key_notes(path))
     patterns = {"rank_pattern": config.rank_pattern, "alpha_pattern": config.alpha_pattern}
-    found.report.facts |= {
-        "method": "lora",
-        "base": config.base or "not named",
-        "targets": config.targets,
-        **config.narrowing,
-        "rank": config.rank,
-        "alpha": config.alpha,
-        **{label: pattern for label, pattern in patterns.items() if pattern},
-        "rslora": config.rslora,
-        "dora": config.dora,
-        "dropout": config.dropout,
-        "fan_in_fan_out": config.fan_in_fan_out,
-    }
+    found.report.facts.update(
+        {
+            "method": "lora",
+            "base": config.base or "not named",
+            "targets": config.targets,
+            **config.narrowing,
+            "rank": config.rank,
+            "alpha": config.alpha,
+            **{label: pattern for label, pattern in patterns.items() if pattern},
+            "rslora": config.rslora,
+            "dora": config.dora,
+            "dropout": config.dropout,
+            "fan_in_fan_out": config.fan_in_fan_out,
+        }
+    )
 
 
 def _weights(found: _Found) -> None:
@@ -91,12 +93,14 @@ def _weights(found: _Found) -> None:
     if not found.pairs:
         return
     entries = [entry for pair in found.pairs.values() for entry in pair.all]
-    report.facts |= {
-        "modules": len(found.pairs),
-        "parameters": sum(torch.Size(entry.shape).numel() for entry in entries),
-        "dtypes": sorted({entry.dtype for entry in entries}),
-        "bytes": path.stat().st_size,
-    }
+    report.facts.update(
+        {
+            "modules": len(found.pairs),
+            "parameters": sum(torch.Size(entry.shape).numel() for entry in entries),
+            "dtypes": sorted({entry.dtype for entry in entries}),
+            "bytes": path.stat().st_size,
+        }
+    )
     config = found.config
     if config is None:
         return
@@ -105,7 +109,9 @@ def _weights(found: _Found) -> None:
         report.read(path, check_pair, path, config, module, pair)
     if isinstance(config.targets, tuple):
         unmatched = [t for t in config.targets if not any(m == t or m.endswith(f".{t}") for m in found.pairs)]
-        report.warnings += [f"{found.folder / CONFIG_FILE}: target_modules: {t!r} has no factors" for t in unmatched]
+        report.warnings.extend(
+            [f"{found.folder / CONFIG_FILE}: target_modules: {t!r} has no factors" for t in unmatched]
+        )
     if len(report.problems) == before:
         rows = report.read(path, _rows, path, config, found.pairs, report)
         if rows is not None:
@@ -121,7 +127,7 @@ def _rows(path: Path, config: PeftConfig, pairs: Mapping[str, PairEntries], repo
             tensors = {entry.name: _tensor(file, start, entry) for entry in pairs[module].all}
             factor = LowRankFactor(tensors[a.name], tensors[b.name], config.alpha_of(module))
             odd = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-            report.problems += [f"{path}: {name} has NaN or infinity; take an earlier checkpoint" for name in odd]
+            report.problems.extend([f"{path}: {name} has NaN or infinity; take an earlier checkpoint" for name in odd])
             zero = [side for side, x in (("B", factor.b), ("A", factor.a)) if not x.any()]
             scale = factor.scale(config.rslora)
             rows.append(
