@@ -200,7 +200,7 @@ def prove(args: argparse.Namespace) -> dict[str, float]:
 
 def say_score(result: Mapping[str, Any]) -> None:
     """Say the result of `score` and the first texts."""
-    say(f"score: exact match {result['exact_match']:.3f} of {result['samples']} samples, loss {result['loss']:.4f}")
+    say(f"score: exact match {result['exact_match']:.3f} on {result['samples']} samples, loss {result['loss']:.4f}")
     for one in result["texts"][:SHOWN_TEXTS]:
         say(f"  {shortened(one['prompt'])} → {shortened(one['text'])}")
 

@@ -145,7 +145,7 @@ def main() -> None:
     report = collect(out)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     console = open_console()
-    console.print(examples_table(report))
+    console.print(examples_table(report), "")
     console.print(table(report))
     console.print(f"loss picture: {out / 'run' / 'loss.png'}\nmerged model: {out / 'merged'}\n", soft_wrap=True)
     put(next_steps(out))
