@@ -573,7 +573,7 @@ def test_a_dora_adapter_without_b_may_still_change_the_base(bases: dict[str, Pat
         ("use_dora", "has a lora_magnitude_vector, but use_dora is false"),
         ("half a pair", "lacks lora_A or lora_B"),
         ("another length", r"lora_magnitude_vector is F32 \[3\], expected \["),
-        ("not finite", "lora_magnitude_vector holds NaN"),
+        ("not finite", "lora_magnitude_vector has NaN"),
     ],
 )
 def test_a_dora_adapter_that_is_not_whole(bases: dict[str, Path], tmp_path: Path, mistake: str, message: str) -> None:
@@ -628,7 +628,7 @@ def _put(key: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[d
     [
         ("lacks lora_A or lora_B", _drop(B)),
         ("lacks lora_A or lora_B", _drop(A)),
-        ("empty", dict.clear),
+        ("has no factors", dict.clear),
         ("rank 2", _put(A, lambda a: a.T.contiguous())),
         ("rank 2", _put(A, lambda a: a[:1].clone())),
         ("rank 2", _put(B, lambda a: a.clone())),
@@ -644,7 +644,7 @@ def _put(key: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[d
         ("not LoRA factors", _put(A.replace("lora_A", "lora_A.default"), torch.clone)),
         ("not LoRA factors", _put("base_model.model.model.embed_tokens.lora_embedding_A", torch.clone)),
         ("not LoRA factors", _put("base_model.model.lm_head.modules_to_save.weight", torch.clone)),
-        ("no target", lambda t: t.update({k.replace("q_proj", "k_proj"): t[k].clone() for k in (A, B)})),
+        ("not a target", lambda t: t.update({k.replace("q_proj", "k_proj"): t[k].clone() for k in (A, B)})),
     ],
 )
 def test_damaged_weights_are_refused(

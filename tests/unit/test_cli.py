@@ -82,7 +82,7 @@ def test_a_users_error_is_a_message_and_exit_code_2(base: Path, adapter: Path, t
     for arguments, told in (
         ((tmp_path / "none", adapter, tmp_path / "out"), "none"),
         ((base, tmp_path / "empty", tmp_path / "out"), "adapter_config.json"),
-        ((base, base, tmp_path / "out"), "is a whole model, not an adapter"),
+        ((base, base, tmp_path / "out"), "a whole model, not an adapter"),
         ((base, adapter, base / "out"), "outside"),
         ((base, adapter, tmp_path / "empty"), "already exists"),
     ):

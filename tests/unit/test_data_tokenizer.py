@@ -147,7 +147,7 @@ def test_tokenizers_that_cut_at_random_or_space_every_word_are_refused(tmp_path:
     for dropout, refused in ((0.1, True), (0.0, False), (None, False)):
         folder = edit(byte_level(tmp_path / str(dropout)), model=lambda part, d=dropout: part | {"dropout": d})
         if refused:
-            with pytest.raises(UserError, match=r"tokenizer\.json: model\.dropout is 0\.1: every rank"):
+            with pytest.raises(UserError, match=r"tokenizer\.json: model\.dropout is 0\.1, so every rank"):
                 load_tokenizer(folder)
         else:
             load_tokenizer(folder)
@@ -354,7 +354,7 @@ def test_other_files_that_are_named_tokenizer_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a tiktoken vocabulary .* data\.tokenizer to .* tokenizer\.json"):
         load_tokenizer(tmp_path)
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n")
-    with pytest.raises(UserError, match="Git LFS pointer .* git lfs pull"):
+    with pytest.raises(UserError, match="Git LFS pointer .*git lfs pull"):
         load_tokenizer(tmp_path)
     for raw in (b"", b"<!doctype html>", b"\x0a"):
         path.write_bytes(raw)

@@ -54,7 +54,7 @@ def test_vllm_reasons_come_together(base: Path, tmp_path: Path) -> None:
     source = save_adapter(tmp_path / "adapter", base, sizes)
     with pytest.raises(UserError) as caught:
         export(source, tmp_path / "out", target=VLLM)
-    for part in ("rank is 40", "--max-lora-rank 64", "vLLM does not serve DoRA", "lowrank-dist merge"):
+    for part in ("rank, 40 (of", "--max-lora-rank 64", "vLLM does not serve DoRA", "lowrank-dist merge"):
         assert part in str(caught.value)
     with pytest.raises(UserError, match="--max-rank 48: not a rank that vLLM accepts; give one of 8, 16"):
         export(source, tmp_path / "out", target=VLLM, max_rank=48)

@@ -110,7 +110,7 @@ def test_main_dtype_is_what_most_elements_have(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     assert checkpoint.main_dtype() == torch.bfloat16
     assert checkpoint.dtype("model.norm.weight") == torch.float32
-    with pytest.raises(UserError, match="counts is I32"):
+    with pytest.raises(UserError, match="counts has dtype I32"):
         checkpoint.dtype("counts")
     save_file({"counts": torch.zeros(3, dtype=torch.int32)}, folder / SINGLE_FILE)
     with pytest.raises(UserError, match="no floating-point tensor"):

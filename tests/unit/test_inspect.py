@@ -161,7 +161,7 @@ def test_adapter_and_its_base(adapter: Path, base: Path, tmp_path: Path) -> None
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "who/[red]ever"}))
     facts = facts_of(adapter)
-    assert "not at hand" in facts["base_folder"] and "none" in facts["provenance"]
+    assert "not found" in facts["base_folder"] and "none" in facts["provenance"]
     assert "who/[red]ever" in show(adapter)[1]
     assert "unknown" in facts_of(adapter, "--base", base)["base_matches"]
 
@@ -174,7 +174,7 @@ def test_zero_b_is_called_out(base: Path, tmp_path: Path) -> None:
         save_adapter(tmp_path / name, base, some, trained=False)
     code, text = show(tmp_path / "one", "--modules")
     noted = [line for line in text.splitlines() if line.startswith("model.") and "B is zero" in line]
-    assert code == 0 and [line.split()[0] for line in noted] == [QUERY] and f"B is zero in {QUERY}:" in text
+    assert code == 0 and [line.split()[0] for line in noted] == [QUERY] and f"B is zero in {QUERY}, so" in text
     assert "B is zero in 1" in show(tmp_path / "one")[1]
     assert "warning:" in show(tmp_path / "all")[1] and "B is zero in every module" in show(tmp_path / "all")[1]
     save_adapter(tmp_path / "trained", base, whole)
@@ -211,10 +211,13 @@ ADAPTER_FAULTS = {
     "no config": (lambda folder: (folder / "adapter_config.json").unlink(), ["adapter_config.json", "missing"]),
     "config": (write("adapter_config.json", "[" * 100000), ["adapter_config.json"]),
     "provenance": (write("lowrank_dist.json", '{"format": 1}'), ["lowrank_dist.json"]),
-    "link": (elsewhere(WEIGHTS), [WEIGHTS, "link out of"]),
-    "linked provenance": (elsewhere("lowrank_dist.json"), ["lowrank_dist.json", "link out of"]),
+    "link": (elsewhere(WEIGHTS), [WEIGHTS, "link to a file outside"]),
+    "linked provenance": (elsewhere("lowrank_dist.json"), ["lowrank_dist.json", "link to a file outside"]),
     "foreign key": (lambda folder: change(folder, lambda t: t.update(other=torch.ones(2))), [WEIGHTS, "'other'"]),
-    "half a pair": (lambda folder: change(folder, lambda t: t.pop(KEY.format("B"))), [WEIGHTS, QUERY, "only one"]),
+    "half a pair": (
+        lambda folder: change(folder, lambda t: t.pop(KEY.format("B"))),
+        [WEIGHTS, QUERY, "lacks lora_A or"],
+    ),
     "a pair less": (
         lambda folder: change(folder, lambda t: [t.pop(KEY.format(side)) for side in "AB"]),
         [WEIGHTS, "no factors for", QUERY],

@@ -96,7 +96,10 @@ MODEL_FAULTS = {
     "cut shard": (cut(SHARD), [SHARD, "truncated"]),
     "tensor twice": (_twice, ["is also in"]),
     "unnamed tensor": (lambda folder: change(folder, lambda t: t.update(x=torch.ones(1)), SHARD), [SHARD, "tensor x"]),
-    "unnamed shard": (lambda f: shutil.copy(f / SHARD, f / "model-00009-of-00006.safetensors"), ["00009", "not named"]),
+    "unnamed shard": (
+        lambda f: shutil.copy(f / SHARD, f / "model-00009-of-00006.safetensors"),
+        ["00009", "not in model"],
+    ),
     "tensor nowhere": (_index(lambda index: index["weight_map"].update(x=SHARD)), [SHARD, "tensor x"]),
     "tensor less": (_index(lambda index: index["weight_map"].pop("lm_head.weight")), ["lm_head.weight"]),
     "out of the folder": (_index(lambda index: index["weight_map"].update(x="../x.safetensors")), ["../x.safetensors"]),
@@ -153,7 +156,7 @@ RUN_FAULTS = {
     "adapter": (cut(f"adapter/{WEIGHTS}"), [f"adapter/{WEIGHTS}"]),
     "config": (write("config.yaml", "lora: {rnk: 3}"), ["config.yaml", "lora.rnk"]),
     "no config": (lambda folder: (folder / "config.yaml").unlink(), ["config.yaml", "missing"]),
-    "linked config": (elsewhere("config.yaml"), ["config.yaml", "link out of"]),
+    "linked config": (elsewhere("config.yaml"), ["config.yaml", "link to a file outside"]),
     "record": (write("metrics.jsonl", '{"step": 1}\n{"loss": 1}\n{"step": 2}\n'), ["metrics.jsonl:2", "step"]),
     "no record": (write("metrics.jsonl", "7\n" * 3), ["metrics.jsonl:1"]),
 }
