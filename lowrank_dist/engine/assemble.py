@@ -108,7 +108,7 @@ def startup_lines(run: Run, method: Method, engine: Engine, data: Data, forecast
     yield from notes_on_best(config, run.state, data.held_out_state)
     trained = engine.theta.elements
     frozen = sum(parameter.numel() for parameter in engine.model.parameters()) - trained
-    share = f" ({100 * trained / frozen:.3f} %)" if frozen else ""
+    share = f" (ratio {100 * trained / frozen:.3f} %)" if frozen else ""
     yield f"{method.summary}; each rank has {trained:,} trained and {frozen:,} frozen parameters{share}"
     yield from _notes_on_files(config, engine.model, afresh=run.resumption is None)
     if method.virtual_positions:
