@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from lowrank_dist.formats.report import Report
     from lowrank_dist.merging.merge import MergeReport, merge
     from lowrank_dist.merging.options import OutputFormat, WeightedAdapter
+    from lowrank_dist.methods.lora.load import Adapter, load_adapter
     from lowrank_dist.planner.layouts import Cluster
     from lowrank_dist.planner.result import Plan
 
 __version__ = "0.2.0"
 __all__ = [
+    "Adapter",
     "Cluster",
     "Config",
     "ConfigError",
@@ -33,12 +35,14 @@ __all__ = [
     "WeightedAdapter",
     "__version__",
     "inspect",
+    "load_adapter",
     "load_config",
     "merge",
     "plan",
 ]
 
 _MODULES = {
+    "Adapter": "methods.lora.load",
     "Cluster": "planner.layouts",
     "Config": "config",
     "ConfigError": "errors",
@@ -49,6 +53,7 @@ _MODULES = {
     "UserError": "errors",
     "WeightedAdapter": "merging.options",
     "inspect": "engine.inspection",
+    "load_adapter": "methods.lora.load",
     "load_config": "config",
     "merge": "merging.merge",
     "plan": "engine.plan",

@@ -9,8 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, assert_type
 
+from torch import Tensor
+
 import lowrank_dist
 from lowrank_dist import (
+    Adapter,
     Cluster,
     Config,
     ConfigError,
@@ -53,6 +56,12 @@ def problems_of(folder: Path) -> list[str]:
     return report.problems if not report.verifies else []
 
 
+def largest(folder: Path) -> tuple[float, float]:
+    adapter = assert_type(lowrank_dist.load_adapter(folder), Adapter)
+    tensors = assert_type(dict(adapter.tensors), dict[str, Tensor])
+    return max(adapter.scales.values()), max(float(tensor.abs().max()) for tensor in tensors.values())
+
+
 def wrong_calls(path: Path) -> None:
     lowrank_dist.load_config([path])  # type: ignore[arg-type]
     print(lowrank_dist.load_config(path).train.speed)  # type: ignore[attr-defined]
@@ -62,4 +71,5 @@ def wrong_calls(path: Path) -> None:
     lowrank_dist.merge(path, [0.5], path)  # type: ignore[list-item]
     print(lowrank_dist.merge(path, path, path).changes)  # type: ignore[attr-defined]
     lowrank_dist.inspect(path, base=1)  # type: ignore[arg-type]
+    print(lowrank_dist.load_adapter(path).factors)  # type: ignore[attr-defined]
     lowrank_dist.load_confg(path)  # type: ignore[attr-defined]

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import lowrank_dist
 from lowrank_dist.cli.main import app
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
-from tests.typed_api import learning_rate, merged, message_of, plan_of, problems_of
+from tests.typed_api import largest, learning_rate, merged, message_of, plan_of, problems_of
 from tests.unit.test_architecture_rules import ROOT, loaded_by
 
 RUN = """
@@ -268,3 +273,80 @@ def test_inspect_reports_faults_and_raises_for_what_is_no_folder(adapter: Path, 
     ):
         with pytest.raises(lowrank_dist.UserError, match=told):
             wrong()
+
+
+# --- load_adapter ----------------------------------------------------------------------------------------------------
+
+RANKS = {"q_proj": (2, 4.0), "down_proj": (5, 4.0), "lm_head": (3, 9.0)}
+
+
+@pytest.mark.parametrize(("rslora", "dora"), [(False, False), (True, False), (False, True)])
+def test_an_adapter_is_what_peft_reads(base: Path, tmp_path: Path, rslora: bool, dora: bool) -> None:
+    """Modules, ranks, scales and tensors, with rank and alpha patterns."""
+    trained = random_adapter(base, lambda module: RANKS.get(module.split(".")[-1], (4, 8.0)), rslora=rslora, dora=dora)
+    folder = save_adapter(tmp_path / "adapter", base, trained)
+    adapter = lowrank_dist.load_adapter(str(folder))
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    assert adapter.ranks == {name: layer.r["default"] for name, layer in layers.items()}
+    assert adapter.scales == {name: layer.scaling["default"] for name, layer in layers.items()}
+    assert len(set(adapter.ranks.values())) > 2 and len(set(adapter.scales.values())) > 2
+    expected = {}
+    for name, layer in layers.items():
+        expected[f"{name}.lora_A.weight"] = layer.lora_A["default"].weight
+        expected[f"{name}.lora_B.weight"] = layer.lora_B["default"].weight
+        if dora:
+            expected[f"{name}.lora_magnitude_vector"] = layer.lora_magnitude_vector["default"].weight
+    assert set(adapter.tensors) == expected.keys() and len(adapter.tensors) == len(expected)
+    assert all(torch.equal(adapter.tensors[name], tensor) for name, tensor in expected.items())
+    told = model.peft_config["default"]
+    assert (adapter.rank, adapter.alpha, adapter.rslora, adapter.dora) == (told.r, told.lora_alpha, rslora, dora)
+    assert set(adapter.target_modules) == set(told.target_modules) and adapter.base == str(base)
+    assert adapter.scale == told.lora_alpha / (told.r**0.5 if rslora else told.r)
+    assert largest(folder) == (max(adapter.scales.values()), max(float(x.abs().max()) for x in expected.values()))
+
+
+def test_values_are_read_when_they_are_used(base: Path, tmp_path: Path) -> None:
+    """The folder may be moved meanwhile, and NaN is refused where it is met, not before."""
+    trained = random_adapter(base)
+    folder = save_adapter(tmp_path / "adapter", base, trained)
+    name = "model.layers.0.self_attn.q_proj"
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")  # NaN in the last tensor of the file
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    loaded = lowrank_dist.load_adapter(link)
+    assert loaded.path == folder
+    assert torch.equal(loaded.tensors[f"{name}.lora_A.weight"], trained.factors[name].a)
+    with pytest.raises(lowrank_dist.UserError, match="adapter_model.safetensors: .* has NaN or infinity; take an earl"):
+        list(loaded.tensors.values())
+    with pytest.raises(KeyError):
+        loaded.tensors[name]
+    folder.rename(tmp_path / "moved")
+    assert torch.equal(loaded.tensors[f"{name}.lora_B.weight"], trained.factors[name].b)
+
+
+def test_what_is_no_adapter_says_what_and_the_remedy(base: Path, adapter: Path, tmp_path: Path) -> None:
+    def changed(name: str, **keys: object) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(adapter, folder)
+        values = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(values | keys))
+        return folder
+
+    pickled = changed("pickled")
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    for folder, told in (
+        (tmp_path / "none", "none: no such folder"),
+        (base, "adapter_config.json.* give a PEFT adapter folder"),
+        (pickled, "adapter_model.bin.* safe_serialization=True"),
+        (changed("prefix", peft_type="PREFIX_TUNING"), "adapter_config.json: peft_type is 'PREFIX_TUNING'"),
+        (changed("rank", r=7), "adapter_model.safetensors: .*gives it"),
+        (changed("bias", bias="all"), "adapter_config.json: .*bias"),
+    ):
+        with pytest.raises(lowrank_dist.UserError, match=told):
+            lowrank_dist.load_adapter(folder)

@@ -19,7 +19,8 @@ from lowrank_dist.formats.model_folder import FLOAT_DTYPES
 from lowrank_dist.formats.report import Report
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header, read_into
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, Base, Inspected, own_file
-from lowrank_dist.methods.lora.files import LowRankFactor, PairEntries, check_pair, read_pairs, require_complete
+from lowrank_dist.methods.lora.files import LowRankFactor
+from lowrank_dist.methods.lora.load import PairEntries, check_pair, read_pairs, require_complete
 from lowrank_dist.methods.lora.peft_config import PeftConfig, key_notes, read_config
 
 MODULES, SUMMARY = "modules", "update_norms"
