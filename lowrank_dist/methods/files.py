@@ -144,7 +144,9 @@ def own_file(folder: Path, name: str) -> Path:
             raise UserError(
                 f"{pickle}: a pickle file, which is never read; save the adapter again with safe_serialization=True"
             )
-        wanted = f"give a PEFT adapter folder (with {CONFIG_FILE} and {WEIGHTS_FILE})"
+        wanted = "copy the folder completely"
+        if name in PUBLISHED:
+            wanted = f"give a PEFT adapter folder (with {CONFIG_FILE} and {WEIGHTS_FILE})"
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; {wanted}{hub_hint(folder)}")
         if any_there(folder / "adapter", (CONFIG_FILE,)):
@@ -163,8 +165,8 @@ def norm(tensors: Iterable[Tensor]) -> float:
 def no_update(folder: Path, what: str) -> UserError:
     """Return the error for a merge of something other than a low-rank update. what: its kind, and why it cannot."""
     return UserError(
-        f"{folder}: {what}. Only low-rank updates (method lora) can be merged; use it with lowrank-dist generate or "
-        "evaluate --adapter"
+        f"{folder}: {what}, so it cannot be merged (only updates of method lora can); use it with lowrank-dist "
+        "generate or evaluate --adapter"
     )
 
 

@@ -202,7 +202,7 @@ class PromptLearningFiles(MethodFiles):
         return KEYS.notes(_config(folder), str(folder / CONFIG_FILE))
 
     def refuse_merge(self, folder: Path) -> None:
-        raise no_update(folder, f"a {self.name}, that is {self.merging}, which no weight of the base can represent")
+        raise no_update(folder, f"a {self.name} ({self.merging}), which no weight of the base can represent")
 
     def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
         provenance = read_provenance(source)

@@ -356,7 +356,7 @@ def test_a_step_that_rounding_loses_is_not_saved(tmp_path: Path) -> None:
     told["model"] |= {"path": str(tmp_path / "half"), "dtype": "auto"}
     config = write_config(tmp_path / "config.yaml", told)
     said = refused(train(config, tmp_path / "run", ALONE, "train.lr=1e-12", "train.weight_decay=0"))
-    assert "in BF16 every weight is the base's, so training did not change the model" in said
+    assert "every weight in BF16 equals the base's, so training did not change the model" in said
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 

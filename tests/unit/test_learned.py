@@ -173,12 +173,12 @@ DAMAGE = {
     shape: "asks for",
     missing: "asks for",
     integers: "asks for",
-    link_out: "is a link to a file outside its folder",
+    link_out: "a link to a file outside its folder",
     half: "truncated or not a safetensors file",
     config_value: "num_virtual_tokens|bottleneck",
     config_size: "asks for",
     config_of_a_billion: "asks for|layers",
-    no_config: "is missing",
+    no_config: " wrote the folder",
 }
 
 
@@ -225,7 +225,7 @@ def test_prefixes_that_are_not_ours_to_read(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="peft_type is 'P_TUNING'"):
         read(folder, "prefix")
     path.write_text(json.dumps({**good, "peft_type": None}))
-    with pytest.raises(UserError, match="peft_type is None"):
+    with pytest.raises(UserError, match="peft_type must be text, not None"):
         read(folder, "prefix")
     path.write_text(json.dumps(good))
     change(folder, "prefix", lambda tensors: tensors.update({"transform.0.weight": torch.zeros(2, 2)}))
@@ -288,7 +288,7 @@ def test_inspect_a_checkpoint(base: Path, method: str, tmp_path: Path) -> None:
     assert (inspected(folder).kind, facts["method"], facts["step"]) == ("checkpoint", method, 7)
     assert facts["manifest"] == "verifies" and facts["base_matches"] is True
     (folder / "optimizer.safetensors").write_bytes(b"x")
-    broken(folder, "optimizer.safetensors", "has 1 bytes")
+    broken(folder, "optimizer.safetensors", "1 bytes, the manifest has")
 
 
 def test_inspect_a_run(base: Path, method: str, tmp_path: Path) -> None:
@@ -341,11 +341,13 @@ def test_export_says_what_vllm_does_not_serve(folder: Path, method: str, tmp_pat
 
 
 def test_merge_says_why_it_cannot(base: Path, folder: Path, method: str, tmp_path: Path) -> None:
-    why = {"prefix": "more keys and values", "prompt": "more embeddings"}.get(method, "has adapter layers")
+    why = {"prefix": "more keys and values", "prompt": "more embeddings"}.get(
+        method, "adapter layers, whose nonlinearity"
+    )
     for more in ((), ("--verify",)):
         code, text = run("merge", "--base", base, "--adapter", folder, "--out", tmp_path / "out", *more)
         said = " ".join(text.split())
-        assert code == 2 and why in said and "cannot be merged" in said and "is missing" not in said, text
+        assert code == 2 and why in said and "cannot be merged" in said and "missing" not in said, text
     assert not (tmp_path / "out").exists()
 
 

@@ -366,7 +366,7 @@ class TestBase:
         assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
         usage = shutil.disk_usage(tmp_path)
         monkeypatch.setattr(merge_module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
-        with pytest.raises(UserError, match="0 MB free"):
+        with pytest.raises(UserError, match="0 MiB free"):
             merge(base, adapter, tmp_path / "out")
         assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
 
@@ -466,5 +466,5 @@ def test_a_folder_that_is_no_adapter_says_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run: a run, not an adapter; give .*run/adapter, or one of its checkpoints"):
         read_adapter(run)
     (run / "adapter").rename(run / "other")
-    with pytest.raises(UserError, match="run/adapter_config.json is missing"):
+    with pytest.raises(UserError, match="run/adapter_config.json: missing"):
         read_adapter(run)

@@ -174,7 +174,7 @@ class TestSeveralAdapters:
         assert len(report.warnings) == 1 and str(foreign.path) in report.warnings[0]
         wide = make_tiny("llama", tmp_path / "wide", intermediate_size=80)
         misfit = WeightedAdapter(save_adapter(tmp_path / "misfit", wide, random_adapter(wide)))
-        with pytest.raises(UserError, match="misfit does not fit the base"):
+        with pytest.raises(UserError, match="misfit: does not fit the base"):
             merge(base, [first, misfit], tmp_path / "out2")
         with pytest.raises(UserError, match="given twice"):
             merge(base, [first, second, WeightedAdapter(tmp_path / "misfit" / ".." / "first")], tmp_path / "out2")

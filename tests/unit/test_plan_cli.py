@@ -278,7 +278,7 @@ def test_a_config_whose_model_is_not_there(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("model: {path: /nowhere}\ndata: {train: t}\noutput: {dir: r}\n")
     done = plan(config)
-    assert done.exit_code == 2 and "model.path: /nowhere is not there" in done.stderr
+    assert done.exit_code == 2 and "model.path: /nowhere does not exist" in done.stderr
     assert data(config, "model.path=gpt2-medium", "--gpus-per-node", 1)["model"]["name"] == "gpt2-medium"
 
 

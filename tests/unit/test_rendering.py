@@ -179,7 +179,7 @@ def test_an_error_of_an_earlier_line_comes_first_and_leaves_the_child_usable(tmp
     """Answers are taken as they come: not all that a chunk's chats are cut into is ever held."""
     template = tiny.DROPS_THINKING + "{% if messages[0].content == 'boom' %}{{ 1 // 0 }}{% endif %}"
     boom = [{"role": "user", "content": "boom"}]
-    with pytest.raises(UserError, match=r"f:2: .* renders messages\[1\] or what precedes it differently"):
+    with pytest.raises(UserError, match=r"f:2: .* renders messages\[1\] or an earlier one differently"):
         render(tmp_path, template, [CHAT, [*CHAT, *CHAT], boom, *([CHAT] * 300)])
     with pytest.raises(UserError, match="f:2: .* refuses these messages: .*by zero"):
         render(tmp_path, template, [CHAT, boom, [*CHAT, *CHAT]])

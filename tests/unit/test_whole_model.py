@@ -148,7 +148,7 @@ def test_what_rounding_loses_is_no_training(tmp_path: Path) -> None:
     def little(name: str, tensor: Tensor) -> Tensor:
         return tensor * (1 + 1e-6)
 
-    with pytest.raises(UserError, match="in BF16 every weight is the base's, so training did not change the model"):
+    with pytest.raises(UserError, match="every weight in BF16 equals the base's, so training did not change the model"):
         save_whole(tmp_path / "step-1", base, little, torch.bfloat16)
     assert not (tmp_path / "step-1").exists() and {path.name for path in tmp_path.iterdir()} == {"base"}
     save_whole(tmp_path / "step-1", base, little, torch.float32)

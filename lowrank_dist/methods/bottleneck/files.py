@@ -147,7 +147,7 @@ class BottleneckFiles(MethodFiles):
     def refuse_merge(self, folder: Path) -> None:
         raise no_update(
             folder,
-            "has adapter layers, whose nonlinearity between the two products no weight of the base can represent",
+            "adapter layers, whose nonlinearity no weight of the base can represent",
         )
 
     def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
