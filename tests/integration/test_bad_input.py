@@ -242,7 +242,7 @@ def test_an_index_that_leads_outside(place: Place, models: dict[str, Path], outs
     shutil.copy(place.base / weight_map[QUERY], place.root / "outside.safetensors")
     edit_json(index, weight_map={**weight_map, QUERY: outside})
     message = refused(place)
-    assert f"{index}: weight_map: {QUERY} lies in {outside!r}" in message and "in the model folder" in message
+    assert f"{index}: weight_map: {QUERY} is mapped to {outside!r}" in message and "in the model folder" in message
 
 
 def test_a_tensor_of_the_wrong_shape(place: Place) -> None:

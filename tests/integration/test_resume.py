@@ -143,7 +143,7 @@ def test_nothing_that_verifies_is_no_new_start(job: Path, runs: dict[str, Path],
     (stopped / "checkpoints/step-2/manifest.json").unlink()
     before = snapshot(stopped / "checkpoints")
     said = refused(train(job, stopped, LAYOUTS["TP2"]))
-    assert "none of the checkpoints" in said and "manifest.json is missing" in said
+    assert "none of the checkpoints" in said and "manifest.json: missing" in said
     assert snapshot(stopped / "checkpoints") == before
 
 
