@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lowrank_dist.config import Config
     from lowrank_dist.engine.job_layout import JobLayout
     from lowrank_dist.planner.layouts import Cluster
+    from lowrank_dist.slurm.containers import Container, Runtime
     from lowrank_dist.slurm.job import Job
 
 _WORDS = ("never", "auto")  # of train.resume
@@ -79,9 +80,9 @@ def slurm_command(
         ),
     ] = None,
     container_runtime: Annotated[
-        Literal["pyxis", "apptainer"],
-        typer.Option(help="What runs the container: pyxis, a plugin of Slurm, or apptainer."),
-    ] = "pyxis",
+        Literal["pyxis", "apptainer"] | None,
+        typer.Option(help="What runs the container: pyxis, a plugin of Slurm, or apptainer. Default: pyxis."),
+    ] = None,
     python: Annotated[
         str | None,
         typer.Option(help="Python of the job. Default: this one; in a container, python3.", metavar="PATH"),
@@ -105,7 +106,6 @@ def slurm_command(
     """
     from lowrank_dist.config import load_config
     from lowrank_dist.slurm.checks import check_time
-    from lowrank_dist.slurm.containers import Container
     from lowrank_dist.slurm.directives import passed_on, plain
     from lowrank_dist.slurm.job import Job
     from lowrank_dist.slurm.script import checkout
@@ -142,7 +142,7 @@ def slurm_command(
         workdir=Path.cwd(),
         python=python,
         setup=setup,
-        container=Container(container_image, container_runtime) if container_image is not None else None,
+        container=_container(container_image, container_runtime),
         snapshot=Snapshot.of(project, config, folder) if snapshot else None,
     )
     path = out or Path(f"{job_name}.sbatch")
@@ -171,6 +171,16 @@ def _run_folder(config: Path, changes: list[str], run: Config) -> Path:
 def _kept(changes: list[str]) -> list[str]:
     """Return the changes without those that the script passes by itself, from RUN and RESUME."""
     return [change for change in changes if not _says(change, "output.dir", "train.resume")]
+
+
+def _container(image: str | None, runtime: Runtime | None) -> Container | None:
+    from lowrank_dist.slurm.containers import Container
+
+    if image is None and runtime is not None:
+        raise UserError(
+            f"--container-runtime: {runtime} has no container to run; give --container-image, or leave it out"
+        )
+    return None if image is None else Container(image, runtime or "pyxis")
 
 
 def _cluster(run: Config, nodes: int, gpus_per_node: int, gpu: str | None, gpu_memory: str | None) -> Cluster:

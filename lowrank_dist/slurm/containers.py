@@ -65,6 +65,8 @@ class Container:
     def _found_image(self) -> str:
         """Return the image, a file by its absolute path."""
         file = Path(self.image)
+        if not self.image:  # a shell variable that is not set; as a path it would be the current folder
+            raise UserError("--container-image is empty; give a file or an image of a registry, or leave it out")
         if file.exists():
             return str(file.absolute())
         # Pyxis takes a path for one by its first character, Apptainer whatever is no URI.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -39,6 +40,8 @@ def with_setup(script: str, file: Path) -> str:
 
 
 def _commands(file: Path) -> str:
+    if file.exists() and not file.is_file() and not file.is_dir():  # opening a pipe would wait for its writer
+        raise UserError(f"--setup: {file} is no regular file; give a file of shell commands")
     try:
         with file.open("rb") as stream:
             content = stream.read(_LARGEST + 1)
@@ -57,8 +60,10 @@ def _commands(file: Path) -> str:
             raise UserError(f"{where}: has a carriage return or a NUL; save the file with Unix line ends")
     if not any(line.strip() and not line.lstrip().startswith("#") for line in text.split("\n")):
         raise UserError(f"--setup: {file} has no command; leave --setup out")
-    checked = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+    # Of a locale that is not installed, as one that ssh passes on, bash would warn.
+    environment = {**os.environ, "LC_ALL": "C"}
+    checked = subprocess.run(["bash", "-n"], input=content, capture_output=True, env=environment)
     if checked.returncode or checked.stderr:  # bash only warns of an open here-document
-        reason = checked.stderr.partition("\n")[0].removeprefix("bash: ")
+        reason = escape_all(checked.stderr.decode(errors="replace").partition("\n")[0].removeprefix("bash: "))
         raise UserError(f"--setup: {file}: bash does not accept it: {reason}; correct the file")
     return text

@@ -127,6 +127,17 @@ def test_setups_that_are_refused(config: Path, tmp_path: Path, content: bytes | 
     assert not (tmp_path / "lowrank.sbatch").exists()
 
 
+def test_a_setup_that_is_a_pipe_is_not_waited_for(config: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "setup.sh")
+    refused(slurm(config, "--setup", "setup.sh"), "--setup: setup.sh is no regular file")
+
+
+def test_a_locale_that_is_not_installed_refuses_no_setup(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LC_ALL", "xx_YY.UTF-8")
+    Path("setup.sh").write_text("module load ü\n")
+    assert "\nmodule load ü\n" in script(config, "--setup", "setup.sh")
+
+
 # --- containers ------------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +171,8 @@ def test_a_container_sees_all_that_the_run_reads(config: Path, tmp_path: Path, m
     mine = script(config, *inputs, "--container-image", "x/y", "--python", "/venv/bin/python")
     assert "\nPYTHON=/venv/bin/python\n" in mine
     refused(slurm(config, *inputs, "--container-image", "no.sqsh"), "--container-image: no.sqsh is not there")
+    refused(slurm(config, *inputs, "--container-image", ""), "--container-image is empty")
+    refused(slurm(config, *inputs, "--container-runtime", "apptainer"), "--container-runtime: apptainer has no")
     refused(
         slurm(config, *inputs, "--container-image", "x/y", "data.train=no.jsonl"), "data.train: no.jsonl is not there"
     )
