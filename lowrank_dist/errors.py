@@ -13,7 +13,7 @@ class UserError(ValueError):
 
 
 class ConfigError(UserError):
-    """All mistakes in a configuration, a line each: where: section.key: what is wrong; the remedy."""
+    """All mistakes in a configuration, one per line, as "where: section.key: what is wrong; the remedy"."""
 
 
 class DiskError(UserError):

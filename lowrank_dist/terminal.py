@@ -43,7 +43,7 @@ def say(message: str, *, err: bool = False) -> None:
 
 
 def put(text: str, *, err: bool = False, end: str = "\n") -> None:
-    """Print a result: unchanged into a file or a pipe, escaped on a terminal."""
+    """Print a result, escaped if the stream is a terminal and unchanged if it is a file or a pipe."""
     stream = sys.stderr if err else sys.stdout
     print(escape_control(text) if stream.isatty() else text, end=end, file=stream, flush=True)
 

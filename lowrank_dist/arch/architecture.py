@@ -16,7 +16,7 @@ WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 class RopeParameters:
     """Rotary position embedding: base `theta` and the scaling of its frequencies.
 
-    "linear" uses `factor`; "llama3" all four numbers (`original_max_positions` in tokens).
+    Type "linear" uses `factor`; type "llama3" uses all fields. original_max_positions: in tokens.
     """
 
     theta: float

@@ -90,7 +90,10 @@ def _inspect(folder: Path, base: Path | None, read_config: ReadConfig) -> Report
 
 
 def inspect_run(folder: Path, base: Path | None, read_config: ReadConfig) -> Report:
-    """Return the report on a run. The base is checked for one adapter only: the final one, else that of `last`."""
+    """Return the report on a run.
+
+    The base is checked for one adapter only: adapter/ if it exists, else that of checkpoints/last.
+    """
     report = Report(folder, "run")
     config = report.read(folder / CONFIG, lambda: read_config(_require_in_run(folder / CONFIG, folder)))
     if config is not None:

@@ -102,7 +102,7 @@ class TrainingState(BaseModel):
         return self.model_dump_json(indent=2, by_alias=True) + "\n"
 
     def summary(self) -> dict[str, Any]:
-        """Return the facts on its training that an adapter keeps outside its checkpoint (`Provenance.training`)."""
+        """Return the training facts that go into the adapter's provenance (`Provenance.training`)."""
         return {
             "step": self.step,
             "epoch": self.epoch,

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def doctor_command(
     config: Annotated[
         str | None,
-        typer.Argument(help="YAML file of the run; only the machine if not given.", metavar="CONFIG"),
+        typer.Argument(help="YAML file of the run. Without it, only the machine is checked.", metavar="CONFIG"),
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to CONFIG.", metavar="section.key=value ...")

@@ -55,8 +55,9 @@ def plan_command(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Changes to the run's config, as for training: method=full, lora.rank=16, parallel.tensor=8. Layout "
-            "keys that neither CONFIG nor they set are chosen by the plan; those of a CONFIG count as set.",
+            help="Changes to the run's config, as for training: method=full, lora.rank=16, parallel.tensor=8. For a "
+            "shape or a model folder, the plan chooses the layout keys not given here; for a CONFIG, only those that "
+            "are null or auto.",
             metavar="section.key=value ...",
             callback=_no_options,
         ),
@@ -65,45 +66,45 @@ def plan_command(
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.", metavar="N")] = 8,
     gpu: Annotated[str, typer.Option(help="GPU: a100-40gb, a100, l40s, h100, h200 or b200.", metavar="NAME")] = "h100",
     gpu_memory: Annotated[
-        str | None, typer.Option(help="Memory of a GPU, with its unit; by default the GPU's own.", metavar="80GB")
+        str | None, typer.Option(help="Memory of a GPU, with its unit. Default: that of --gpu.", metavar="80GB")
     ] = None,
     target_share: Annotated[
         float | None,
         typer.Option(
-            help="Share of the tokens that is trained on (completions, not prompts), above 0 and at most 1. 1 if not "
-            "given.",
+            help="Fraction of the tokens that are targets (completions, not prompts), above 0 and at most 1. "
+            "Default: 1.",
             metavar="SHARE",
         ),
     ] = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(
-            help="Put the plan beside the same plan with these changes, in quotes: --compare 'parallel.tensor=4 "
-            "engine.recompute=full'. May be given several times.",
+            help="Show the plan beside the same plan with these changes, in quotes: --compare 'parallel.tensor=4 "
+            "engine.recompute=full'. Repeat it for more plans.",
             metavar="'section.key=value ...'",
         ),
     ] = None,
     bottleneck: Annotated[
         int,
-        typer.Option(help="Bottleneck of the adapter layers that are listed beside the method.", metavar="M", min=1),
+        typer.Option(help="Bottleneck width of the adapter layers in the comparison of methods.", metavar="M", min=1),
     ] = 64,
     virtual_tokens: Annotated[
         int,
-        typer.Option(help="Positions of prefix and prompt that are listed beside the method.", metavar="L", min=1),
+        typer.Option(help="Virtual positions of prefix and prompt in the comparison of methods.", metavar="L", min=1),
     ] = 32,
     verify: Annotated[
         bool,
         typer.Option(
             "--verify",
-            help="Execute the planned step on fake tensors and compare: sizes are counted, nothing is computed. Takes "
-            "seconds to minutes.",
+            help="Run the planned step on fake tensors (sizes without data) and compare the counts with the plan. "
+            "Takes seconds to minutes.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
-    """Say whether a run fits some GPUs, and what it costs: memory, collectives, time. Needs no weights and no GPU.
+    """Check whether a run fits on the given GPUs, and show its memory, collectives and time. Needs no weights or GPU.
 
-    Exit code: 0 where it fits; 1 where nothing fits ("fits": false in JSON; with --compare, where none of them fits) or
+    Exit code: 0 if it fits; 1 if no layout fits ("fits": false in JSON; with --compare, if no plan fits) or if
     --verify finds a difference; 2 for an error in the input.
     """
     from lowrank_dist.engine.plan import plan

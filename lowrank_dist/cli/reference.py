@@ -20,7 +20,7 @@ _WIDEST = 120
 def config_command(
     section: Annotated[
         str | None,
-        typer.Argument(help="One section (train, eval.generate, …) or one key (train.lr); all if not given."),
+        typer.Argument(help="One section (train, eval.generate, …) or one key (train.lr). Default: all."),
     ] = None,
 ) -> None:
     """Show every key of a run's configuration with its type, allowed values, default and meaning."""

@@ -64,7 +64,9 @@ def slurm_command(
     ] = 300,
     requeue: Annotated[
         bool,
-        typer.Option("--requeue/--no-requeue", help="Whether the job requeues itself after it has saved, or ends."),
+        typer.Option(
+            "--requeue/--no-requeue", help="Requeue the job after it has saved at the time limit, or let it end."
+        ),
     ] = True,
     max_requeues: Annotated[int, typer.Option(help="Requeues after which the job ends.", metavar="N", min=1)] = 20,
     setup: Annotated[
@@ -85,7 +87,9 @@ def slurm_command(
     ] = None,
     python: Annotated[
         str | None,
-        typer.Option(help="Python of the job. Default: this one; in a container, python3.", metavar="PATH"),
+        typer.Option(
+            help="Python interpreter of the job. Default: the current one; in a container, python3.", metavar="PATH"
+        ),
     ] = None,
     snapshot: Annotated[
         bool,

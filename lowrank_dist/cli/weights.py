@@ -108,8 +108,8 @@ def export_command(
         str | None,
         typer.Option(
             "--for",
-            help="Write the adapter so that this program serves it correctly, with one rank and one alpha, or say why "
-            "it cannot.",
+            help="Convert the adapter so that this program serves it correctly (one rank, one alpha); an error where "
+            "that is not possible.",
             metavar="vllm|llama.cpp",
         ),
     ] = None,
@@ -137,7 +137,7 @@ def inspect_command(
     folder: Annotated[Path, typer.Argument(help="Adapter, checkpoint, run or model folder.", metavar="DIR")],
     base: Annotated[
         Path | None,
-        typer.Option(help="Base model to check against. Default: the one that is named.", metavar="DIR"),
+        typer.Option(help="Base model to check against. Default: the one that the folder names.", metavar="DIR"),
     ] = None,
     modules: Annotated[bool, typer.Option("--modules", help="Show the norm of the update in every module.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

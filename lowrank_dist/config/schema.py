@@ -34,7 +34,7 @@ class EngineConfig(Section):
     """Execution of a run: ZeRO, operators, time limits."""
 
     zero_stage: Literal[1, 2] = Field(
-        1, description="stage of ZeRO, 1 or 2 (0 trains wrongly and 3 gathers the base every step)"
+        1, description="stage of ZeRO, 1 or 2 (stage 0 trains wrongly; stage 3 gathers the base at every step)"
     )
     clip: float | None = Field(
         1.0, gt=0, description="largest gradient norm, a number above 0, or null for no clipping"
@@ -48,7 +48,8 @@ class EngineConfig(Section):
     straggler_factor: float | None = Field(
         1.5,
         gt=1,
-        description="a rank that takes this many times the median's time is reported, above 1, or null for no reports",
+        description="number above 1: ranks that need more than this times the median time of all ranks are reported; "
+        "or null for no reports",
     )
     reduce_bucket: int | None = Field(
         None, ge=1, description="elements of the reduction bucket, or null for the number of trainable parameters"
@@ -72,8 +73,8 @@ class TrainConfig(Section):
     epochs: float | None = Field(
         None,
         gt=0,
-        description="passes over the data, above 0 (1 where train.steps is null too; the last batch may be smaller); "
-        "or set train.steps instead",
+        description="passes over the data, above 0; the last batch may be smaller. Null is 1 if train.steps is null "
+        "too; or set train.steps instead",
     )
     global_batch: int = Field(8, ge=1, description="samples in an optimizer step over all ranks, at least 1")
     micro_batch: int = Field(1, ge=1, description="rows per rank and microbatch, a divisor of train.global_batch")
@@ -82,7 +83,9 @@ class TrainConfig(Section):
         "cosine", description="schedule of the learning rate after the warmup: cosine, linear or constant"
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warmup, at least 0")
-    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="last learning rate over the peak, from 0 to 1")
+    min_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="final learning rate as a fraction of train.lr, from 0 to 1"
+    )
     weight_decay: float = Field(
         0.0,
         ge=0,
@@ -102,16 +105,16 @@ class TrainConfig(Section):
         description="action for a loss or gradient that is not finite: stop (end the run) or skip (leave out the step)",
     )
     max_skips: int = Field(
-        10, ge=1, description="steps skipped in a row after which train.nonfinite=skip stops the run, at least 1"
+        10, ge=1, description="number of skipped steps in a row after which the run stops with an error, at least 1"
     )
     log_every: int = Field(1, ge=1, description="steps between log lines, at least 1")
     ignore_plan: bool = Field(
-        False, description="true (start even if the plan says that memory does not suffice) or false"
+        False, description="true (start even if the plan says that the run does not fit into memory) or false"
     )
     resume: Resume = Field(
         "never",
-        description="never, auto (from the newest complete checkpoint in output.dir, where there is one) or the folder "
-        "of a checkpoint (./auto for one of such a name)",
+        description="never, auto (resume from the newest complete checkpoint in output.dir, if there is one) or a "
+        "checkpoint folder (write ./auto for a folder named auto)",
     )
     resume_changes: list[str] = Field(
         [],
@@ -138,26 +141,29 @@ class OutputConfig(Section):
     """Output of a run: its folder, checkpoints and logs."""
 
     dir: YamlPath = Field(
-        description="folder of the run, outside the model folder, with no run in it or the one that train.resume "
-        "continues"
+        description="folder of the run, outside the model folder; it may hold a run only if train.resume continues it "
+        "or output.overwrite is true"
     )
     overwrite: bool = Field(
         False,
-        description="true or false; true removes the run in output.dir, unless train.resume continues from a "
-        "checkpoint of it",
+        description="true (remove the run in output.dir, unless train.resume continues it) or false",
     )
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, or null for only at the end")
     keep_last: int | None = Field(3, ge=1, description="newest checkpoints to keep, at least 1, or null for all")
-    keep_best: int = Field(1, ge=0, description="best checkpoints by eval.best to keep beside the newest, at least 0")
+    keep_best: int = Field(
+        1, ge=0, description="number of best checkpoints (by eval.best) to keep besides the newest, at least 0"
+    )
     publish: Literal["best", "last"] = Field(
         "best",
-        description="checkpoint that is copied to adapter/ at the end: best (by eval.best, of the steps that were "
-        "evaluated and saved; the last where there is none) or last",
+        description="checkpoint that is copied to adapter/ at the end: last, or best (by eval.best, among the steps "
+        "that were both evaluated and saved; the last if there are none)",
     )
     tensorboard: bool = Field(True, description="true (write TensorBoard's files in output.dir/tensorboard) or false")
     plot: bool = Field(True, description="true (draw the loss in output.dir/loss.png) or false")
     probe: int = Field(
-        0, ge=0, description="rows of eval data whose logits are kept in probe.safetensors to prove a merge, at least 0"
+        0,
+        ge=0,
+        description="number of eval rows whose logits are saved in probe.safetensors, to check a merge, at least 0",
     )
 
 

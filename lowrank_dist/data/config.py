@@ -13,7 +13,7 @@ class DataConfig(Section):
     train: YamlPath = Field(description="JSONL file to train on")
     eval: YamlPath | None = Field(
         None,
-        description="JSONL file to evaluate on, or null; of several completions of a sample, the first gives the loss",
+        description="JSONL file to evaluate on, or null; the loss uses the first of a sample's accepted completions",
     )
     max_length: int = Field(1024, ge=2, description="longest sample in tokens, an integer of at least 2")
     packing: bool = Field(False, description="true (several samples share a row; none attends to another) or false")

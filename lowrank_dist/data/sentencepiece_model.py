@@ -34,7 +34,7 @@ def write_fast(folder: Path) -> str:
 
 
 def settings_in(config: Path, remedy: str) -> dict[str, Any]:
-    """Return the JSON object in a file beside a tokenizer; empty where there is no file, or it holds no object."""
+    """Return the JSON object in a file beside a tokenizer; empty if the file is missing or holds no object."""
     if not config.is_file():
         return {}
     settings = read_json(config, remedy)

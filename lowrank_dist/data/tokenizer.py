@@ -201,8 +201,8 @@ class FastTokenizer:
     def encode_turns(self, texts: Sequence[str], before: Sequence[str]) -> list[Encoding]:
         """Return encodings as `encode_continuations` does, with character offsets into each text.
 
-        The texts are pieces of a rendered chat. The dummy space is left out only at the beginning of a text: after an
-        added token the tokenizer adds it as usual.
+        The texts are pieces of a rendered chat. The dummy space is omitted only at the beginning of a text. After an
+        added token inside a text, the tokenizer inserts it as usual.
         """
         found = self._batch(self._after_token, list(texts))
         if self._middle is self._start:

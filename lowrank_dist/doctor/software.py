@@ -41,7 +41,7 @@ NINJA = "`pip install ninja`"
 
 @dataclass(frozen=True)
 class Declared:
-    """The requirements of the project; `required` and `optional` are requirements as in pyproject.toml."""
+    """The requirements of the project, in the format of pyproject.toml."""
 
     python: str
     required: tuple[str, ...]

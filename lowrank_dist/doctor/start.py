@@ -1,6 +1,6 @@
-"""Checks with the code that a run starts with: what `launch/train.py` refuses before its first step is found here too.
+"""Doctor's checks of a run, made by the code that starts one: they find what `launch/train.py` would refuse.
 
-Megatron is imported by these checks and not at the top of the file: doctor also looks at machines where it is broken.
+Each check imports Megatron itself, because doctor must also work on machines where Megatron is broken.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ def output(config: Config) -> list[Row]:
 
 
 def resumed(config: Config) -> list[Row]:
-    """Return a row on the checkpoint that train.resume names, whose base must be the run's; none where it names none.
+    """Return a row on the checkpoint that train.resume names; no row if it names none.
 
-    Its files are not compared with its manifest: that takes as long as reading all of them.
+    The checkpoint's base must be the run's. Its files are not compared with its manifest, since that reads all of them.
     """
     from lowrank_dist.checkpoint.training_state import read_state
     from lowrank_dist.formats.manifest import STATE_FILE
@@ -192,7 +192,7 @@ def data(config: Config) -> Iterator[Row]:
 
 
 def generation(config: Config) -> list[Row]:
-    """Return a row on the first prompts of eval.generate; none without it, or where what reads them is broken."""
+    """Return a row on the first prompts of eval.generate; no row if it is null or if their readers are broken."""
     readers = _Readers.of(config) if config.eval.generate is not None else None
     if readers is None:
         return []

@@ -26,11 +26,11 @@ def check_job(
 ) -> int:
     """Run one rank's part, and return the exit code, which is the same on every rank.
 
-    config: as this rank read it; refused: the error where it could not. seconds: how long ranks wait for one another to
-    arrive. publish: on rank 0, shows the results and returns the exit code of all ranks.
+    config: as this rank read it. refused: the error if this rank could not read it. seconds: how long ranks wait for
+    one another to arrive. publish: called on rank 0 to show the results; returns the exit code of all ranks.
 
-    Raises RuntimeError where the job's store is not reached, NoAnswer where rank 0 is gone, UserError (on rank 0 only)
-    where the input was refused.
+    Raises RuntimeError if the job's store cannot be reached, NoAnswer if rank 0 is gone, and UserError (on rank 0 only)
+    if a rank could not read the config.
     """
     start = time.monotonic()
     board = Board.join(place, seconds)

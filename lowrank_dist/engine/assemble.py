@@ -39,7 +39,7 @@ from lowrank_dist.parallel.theta import Theta
 
 
 def choose_kernels(kernels: str, device: str) -> None:
-    """Apply engine.kernels on `device` ("cpu" or "cuda"). Raises UserError where it demands kernels not built."""
+    """Apply engine.kernels on `device` ("cpu" or "cuda"). Raises UserError if required kernels are not built."""
     extension.use_plain(kernels == "plain")
     apex.use_plain(kernels == "plain")
     if kernels == "compiled":

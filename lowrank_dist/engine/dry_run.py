@@ -41,10 +41,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Executed:
-    """Counts of a dry run: bytes by part as in plan/memory.py, messages of a microbatch and of the end of a step.
+    """Counts of a dry run: bytes by part as in planner/memory.py, messages of a microbatch and of the step's end.
 
-    peak: largest number of live bytes in the second of two microbatches, when gradients exist already, without
-    optimiser state and DeepSpeed's buckets. flops: of a microbatch's matrix products, without attention.
+    peak: most bytes alive at once in the second of two microbatches, when gradients exist already. Optimizer state and
+    DeepSpeed's buckets are not counted. flops: of a microbatch's matrix products, without attention.
     """
 
     parts: dict[str, int]

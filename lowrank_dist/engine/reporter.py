@@ -92,7 +92,7 @@ class Reporter:
                 sink.say(message)
 
     def close(self) -> None:
-        """Close the sinks in their order; a failure of one does not keep the others open."""
+        """Close the sinks in order. If one fails, the others are closed all the same."""
         for name, sink in self._sinks.items():
             with self._going_on(name):
                 sink.close()

@@ -88,9 +88,10 @@ def text_files(folder: Path) -> list[str]:
 
 
 def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
-    """Return whether both cut texts and render chats alike, by the meaning of their files.
+    """Return whether two tokenizers split texts and render chats in the same way.
 
-    If only one of them has a tokenizer.json, it is taken to be made from the SentencePiece model, which both must have.
+    Their files are compared by meaning, not byte by byte. If only one tokenizer has a tokenizer.json, that file is
+    assumed to be converted from the SentencePiece model, which both must have.
     """
     if one == other or (_FAST in one) == (_FAST in other):
         return one == other or _meaning(one) == _meaning(other)
@@ -369,7 +370,7 @@ def merged_text_files(adapters: Collection[Path], tokenizer: Path | None, vocab:
 
 
 def unknown_end_ids(base: Path, ends: Iterable[int]) -> list[int]:
-    """Return the ids among `ends` that are neither stop tokens in the base's files nor its tokenizer's EOS."""
+    """Return the ids among `ends` at which the base does not stop by its generation files or its tokenizer's EOS."""
     missing = missing_end_ids(base, ends)
     own = end_of_text(read_tokenizer(base)) if missing and has_tokenizer(base) else ()
     return [end for end in missing if end not in own]

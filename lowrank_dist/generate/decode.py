@@ -191,8 +191,8 @@ def evaluate_generation(
 ) -> dict[str, float]:
     """Return the metrics and how the completions ended (see `summarize`), the same on every rank. Collective.
 
-    samples: prompts of `read_prompts` with references. No rank waits for another for longer than a batch takes, so that
-    this can run under the timeouts of training.
+    samples: prompts of `read_prompts` with references. No rank waits for another longer than one batch takes, so the
+    timeouts of training suffice.
     """
     found = generate(model, tokenizer, samples, params.sampling, topology, progress, in_step=True)
     return summarize(found, samples, params.metrics)

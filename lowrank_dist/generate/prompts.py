@@ -85,11 +85,13 @@ def read_prompts(
 ) -> list[Prompt]:
     """Return the prompts of a JSONL file (`read_jsonl`), in file order.
 
-    For messages the prompt is everything before the assistant's last turn; without references, messages that end with
-    another role are a prompt for the turn that follows. The template's end-of-turn token, which training trains, is a
-    stop token as well. references: every line must have a reference, and each is cut like a completion at the first of
-    the texts in `stop`. most: number of samples after which to stop reading. chat: without
-    references, a "prompt" is the user's turn of a chat, and not text to be continued as it is.
+    The prompt of a conversation is everything before the assistant's last turn. Without references, a conversation that
+    ends with another role is a prompt as a whole. The template's end-of-turn token is a stop token as well, because
+    training trains it.
+
+    references: every line must have a reference; references are cut at the first text of `stop`, as completions are.
+    most: number of samples after which to stop reading. chat: without references, treat a "prompt" as the user's turn
+    of a chat and not as text to continue.
 
     Raises UserError for a file with invalid lines (all are listed), an empty prompt, and ids that the model (of `vocab`
     tokens) does not have.

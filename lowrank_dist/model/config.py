@@ -25,5 +25,5 @@ class ModelConfig(Section):
     vocab_multiple: int = Field(
         128,
         ge=1,
-        description="embedding rows are padded to a multiple of this integer (at least 1) times parallel.tensor",
+        description="integer of at least 1; embedding rows are padded to a multiple of it times parallel.tensor",
     )

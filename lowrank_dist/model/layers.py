@@ -30,10 +30,11 @@ from lowrank_dist.model.attention import CoreAttention
 
 
 class FrozenNorm:
-    """Builder of the norm that a TransformerConfig names, under sequence parallelism too.
+    """Builder of the norm that a TransformerConfig names, with or without sequence parallelism.
 
-    Megatron's own wrapper of the torch norms refuses sequence parallelism because it would have to reduce the gradient
-    of the weight over token shards; a frozen norm has none. On CUDA the norm is apex's where apex is usable.
+    Megatron's wrapper of the torch norms refuses sequence parallelism, because it would have to reduce the gradient of
+    the weight over token shards. The weight of a frozen norm has no gradient. On CUDA the norm is apex's if apex is
+    usable.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> Any:

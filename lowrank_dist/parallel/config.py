@@ -19,8 +19,8 @@ class ParallelConfig(Section):
 
     tensor: TensorSize = Field(
         1,
-        description="tensor-parallel size, an integer of at least 1, or auto (chosen at every start: the fastest "
-        "layout that fits the memory of the run's ranks, as `lowrank-dist plan` chooses it)",
+        description="tensor-parallel size, an integer of at least 1, or auto (at every start, the size of the fastest "
+        "layout that fits into the ranks' memory, as `lowrank-dist plan` finds it)",
     )
     data: int | None = Field(
         None, ge=1, description="data-parallel size of at least 1, or null for all remaining ranks"

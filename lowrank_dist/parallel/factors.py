@@ -135,7 +135,7 @@ class LowRankFactors(LowRankUpdate):
         return (unscaled_RK.to(self.lora_A.dtype) * self._scale(mask),)
 
     def up_gradients(self, dense_RO: Tensor) -> tuple[Tensor, ...]:
-        """Return dB in packed storage, fp32, from dBᵀ [R, O]; what lies outside the blocks is not read."""
+        """Return dB in packed storage, fp32, from dBᵀ [R, O]. Entries outside the diagonal blocks are ignored."""
         if self.dense:
             return (dense_RO.to(self.lora_B.dtype).reshape(-1),)
         packed = torch.zeros_like(self.lora_B)

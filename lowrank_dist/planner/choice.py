@@ -81,7 +81,7 @@ def fitting_layout(job: Job, fixed: Fixed, cluster: Cluster) -> Remedy | None:
 
 
 def safer(found: Candidate) -> Remedy | None:
-    """Return the change that gives a job that fits but is tight the fastest layout of these nodes that is not tight."""
+    """Return the change from a tight layout to the fastest layout of the same nodes that is not tight, or None."""
     layout = found.job.layout
     asked = Fixed(layout.tensor, layout.data, layout.sequence, layout.micro_batch, layout.recompute)
     remedy = fitting_layout(found.job, asked, found.cluster)

@@ -1,4 +1,4 @@
-"""Makes the plan of a chosen layout: everything that the report prints, as plain data (plan/result.py)."""
+"""Makes the plan of a chosen layout: everything that the report prints, as plain data (planner/result.py)."""
 
 from __future__ import annotations
 

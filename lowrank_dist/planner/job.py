@@ -16,7 +16,7 @@ from lowrank_dist.arch.rows import Linear
 from lowrank_dist.planner.factors import Factor, Layer, Placement
 
 ITEMSIZE = {"fp32": 4, "bf16": 2}
-# A collective's kind and the bytes of its whole message, as plan/traffic.py has them.
+# A collective's kind and the bytes of its whole message, as planner/traffic.py has them.
 Call = tuple[str, int]
 
 
@@ -136,11 +136,11 @@ class Footprint:
         return 0
 
     def label(self, job: Job) -> str:
-        """Return a note on the method's placement on the ranks, or "" where there is nothing to note."""
+        """Return how the method is placed on the ranks, such as "sharded", or "" if it has only one placement."""
         return ""
 
     def reason_not_shardable(self, tensor: int) -> str | None:
-        """Return the reason why it cannot be sharded over `tensor` ranks, with the remedy, or None."""
+        """Return why the method cannot be sharded over `tensor` ranks, with the remedy; None if it can."""
         return None
 
     def placed_otherwise(self, tensor: int) -> tuple[Footprint, ...]:
@@ -154,33 +154,33 @@ class Footprint:
         return Parameters(self.placement.elements, self.placement.elements)
 
     def parts(self, architecture: Architecture) -> dict[str, int]:
-        """Return the trained elements by the name of the part that has them."""
+        """Return the number of trained elements of each part, by its name."""
         return {self.name: self.parameters(architecture).trained}
 
     def on_rank(self, job: Job) -> Sequence[Parameter]:
-        """Return the parameters that it trains beside factors, in the optimizer's order; the same on every rank."""
+        """Return the trained parameters other than factors, in the optimizer's order; the same on every rank."""
         return ()
 
     # Memory, in bytes on a rank
 
     def buffers(self, job: Job, rows: int) -> int:
-        """Return what it holds beside parameters. rows: the number of the rank's output rows that factors cover."""
+        """Return the method's buffers. rows: the number of the rank's output rows that factors cover."""
         return 0
 
     def saved_behind_linear(self, job: Job, linear: Linear, factors: Sequence[Factor]) -> int:
-        """Return what it saves of the product of a linear with these factors, before the operation that follows."""
+        """Return what a linear with these factors saves of its product, before the operation that follows."""
         return 0
 
     def saved_by_layer(self, job: Job, input_requires_grad: bool) -> int:
-        """Return what it adds to a layer's saved activations."""
+        """Return what the method adds to the saved activations of a layer."""
         return 0
 
     def saved_by_attention(self, job: Job, kind: LayerKind, input_requires_grad: bool, without_method: int) -> int:
-        """Return what attention saves, if anything. without_method: what it saves without it."""
+        """Return what attention saves. without_method: what it saves without the method."""
         return without_method
 
     def saved_by_model(self, job: Job, recompute: bool) -> int:
-        """Return what it saves once for the whole model."""
+        """Return what the method saves once for the whole model."""
         return 0
 
     def saved_behind_mlp(self, job: Job) -> int:

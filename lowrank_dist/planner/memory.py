@@ -1,7 +1,7 @@
 """Memory of one GPU (or of one rank on a CPU) at the fullest moment of a step, by part.
 
-Tensors that live for the whole run are counted exactly; activations are what autograd saves (plan/activations.py). The
-peak is the largest of a few moments: the vocabulary projection, the gradient that comes back from it, the topmost
+Tensors that live for the whole run are counted exactly; activations are what autograd saves (planner/activations.py).
+The peak is the largest of a few moments: the vocabulary projection, the gradient that comes back from it, the topmost
 layer's backward, the optimizer's step, and the prompts of an evaluation that generates.
 
 Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, F ffn, N tensor-parallel ranks,

@@ -89,7 +89,7 @@ class Files:
 
 @dataclass(frozen=True)
 class Machines:
-    """The nodes that are planned for. memory: of a GPU. usable: the part of it that tensors can use."""
+    """The nodes of the plan. memory: bytes of a GPU. usable: the part of `memory` that tensors can use."""
 
     nodes: int
     gpus_per_node: int

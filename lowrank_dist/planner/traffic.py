@@ -54,7 +54,7 @@ def microbatch_messages(job: Job) -> list[Message]:
 
 
 def layer_calls(job: Job) -> int:
-    """Return the number of calls of the topmost layer in a microbatch."""
+    """Return the number of collectives that the topmost layer issues in a microbatch."""
     return 0 if job.layout.tensor == 1 else sum(1 for _ in _layer(job, *job.placement.top))
 
 

@@ -199,7 +199,7 @@ _OF_CONFIG, _OF_ROWS = _by_name(CONFIG_KEYS), _by_name(ROW_KEYS)
 
 
 def of_config(name: str) -> Synonym | None:
-    """Return the entry of a config key of another trainer, without its section, in any spelling of case and dashes."""
+    """Return the entry of another trainer's key, given without its section. Case and dashes do not matter."""
     return _OF_CONFIG.get(name.replace("-", "_").lower())
 
 

@@ -42,10 +42,10 @@ def plain(option: str, value: str) -> str:
 
 
 def passed_on(words: Sequence[str]) -> dict[str, str | None]:
-    """Return option → value as it goes on the line, or None for an option without one.
+    """Return the options of --sbatch: name → value as on an #SBATCH line, None for an option without a value.
 
-    words: each as in "gres=gpu:8" or "exclusive", with or without leading hyphens. Raises UserError for an option that
-    the command sets itself, one that is given twice, and what sbatch could misread.
+    words: as in "gres=gpu:8" or "exclusive", with or without leading hyphens. Raises UserError for an option that the
+    command sets itself, an option given twice, and a value that sbatch could misread.
     """
     found: dict[str, str | None] = {}
     for word in words:

@@ -1,4 +1,4 @@
-"""A snapshot of the code and the configuration of a job, which later changes of the checkout do not reach."""
+"""A snapshot of a job's code and configuration, unaffected by later changes of the checkout."""
 
 from __future__ import annotations
 

@@ -51,9 +51,9 @@ class Failure:
 
 
 def record(folder: Path, failure: Failure | str) -> str:
-    """Write FAILED unless there is one that explains as much. Returns the text of FAILED afterwards; never raises.
+    """Write FAILED, unless an existing FAILED explains as much. Returns its text afterwards; never raises.
 
-    failure: of this rank, or the text of a rank that failed first.
+    failure: this rank's failure, or the text of the rank that failed first.
     """
     target = folder / NAME
     temporary = temporary_name(target)

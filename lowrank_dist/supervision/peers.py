@@ -22,8 +22,8 @@ class Answer:
     """The other ranks' answer about a failure.
 
     should_print: this rank prints the failure; others in the same situation do not. silent: ranks that sent nothing
-    within ASK_SECONDS, where the cause is unknown. cause: the message of a rank that failed first. reached: the store
-    answered.
+    within ASK_SECONDS; empty once the cause is known. cause: the message of the rank that failed first, if one did.
+    reached: the store answered.
     """
 
     should_print: bool

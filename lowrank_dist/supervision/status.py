@@ -39,7 +39,7 @@ class State:
 class Page:
     """Shared memory that a rank writes and its watchdog reads: phase, step, start of the phase, and run folder.
 
-    A reader may see a new phase with the time of the one before, which does no harm.
+    A reader may see a new phase with the start time of the phase before it. This is harmless.
     """
 
     def __init__(self, descriptor: int) -> None:

@@ -35,7 +35,7 @@ class Bottlenecks(Footprint):
 
     @property
     def residual_passes(self) -> int:
-        """Six per bottleneck: its input is read, its bias added (2) and its output added to the input (3)."""
+        """Six passes per bottleneck: read the input (1), add the bias (2), add the output to the input (3)."""
         return 6 * self._count
 
     def label(self, job: Job) -> str:
@@ -158,7 +158,7 @@ def footprint_of(method: MethodName, section: AdapterConfig, architecture: Archi
 
 
 def footprints_of_size(method: MethodName, sizes: Sizes, architecture: Architecture, tensor: int) -> list[Bottlenecks]:
-    """Return the footprint of sharded bottlenecks, where the ranks divide m, and that of replicated ones."""
+    """Return the footprint of replicated bottlenecks, preceded by that of sharded ones if `tensor` > 1 divides m."""
     placement = _joined(method, architecture)
     kinds = [False] if tensor == 1 or sizes.bottleneck % tensor else [True, False]
     return [Bottlenecks(method, placement, bottleneck=sizes.bottleneck, sharded=sharded) for sharded in kinds]

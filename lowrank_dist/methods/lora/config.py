@@ -48,7 +48,7 @@ class LoraConfig(MethodSection):
     )
     init_from: YamlPath | None = Field(
         None,
-        description="folder of a PEFT LoRA adapter to start from, which sets all keys of lora but dropout, or null",
+        description="folder of a PEFT LoRA adapter to start from, or null; it sets every key of lora except dropout",
     )
 
     @property

@@ -59,10 +59,10 @@ class PrefixFootprint(Footprint):
         ]
 
     def saved_by_attention(self, job: Job, kind: LayerKind, input_requires_grad: bool, without_method: int) -> int:
-        """Return the bytes of the concatenated keys and values, and of queries of as many positions.
+        """Return the bytes of keys and values with the prefix, and of queries of the same number of positions.
 
-        They are copies, so the fused q, k, v are not saved for them. Where the layer's input requires no gradient, as
-        in the first layer, the prefix requires one but q, k and v do not.
+        These are copies, so the fused q, k, v are not saved for attention. If the layer's input requires no gradient,
+        as in the first layer, q, k and v require none either, but the prefix does.
         """
         arch, n, e = job.architecture, job.layout.tensor, job.itemsize
         whole_heads = arch.kv_heads >= n
