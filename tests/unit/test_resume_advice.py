@@ -49,8 +49,7 @@ def test_the_advised_override_allows_all_changes() -> None:
 def test_a_key_that_can_never_change_is_named_and_not_advised() -> None:
     said = refusal(changed("lora.rank=4", "lora.targets=[q_proj]", "train.lr=0.1"))
     assert "lora.rank was 8 and is now 4; lora.targets was all-linear and is now ['q_proj']; " in said
-    assert "train.lr was 0.0002 and is "
-        "now 0.1" in said
+    assert "train.lr was 0.0002 and is now 0.1" in said
     assert "lora.rank and lora.targets cannot change, since the checkpoint's tensors would not fit" in said
     assert "allow the change of train.lr with 'train.resume_changes=[train.lr]'" in said
     said = refusal(changed("method=prompt"))
