@@ -38,8 +38,14 @@ def escape_control(text: str) -> str:
 
 
 def say(message: str, *, err: bool = False) -> None:
-    """Print a message for a person, escaped wherever it goes: a job's log is viewed in a terminal as well."""
-    print(escape_control(message), file=sys.stderr if err else sys.stdout, flush=True)
+    """Print a message for a person, escaped wherever it goes: a job's log is viewed in a terminal as well.
+
+    Characters that the stream's encoding lacks are escaped too: in a locale such as ISO-8859-1 they would end a run.
+    """
+    stream = sys.stderr if err else sys.stdout
+    encoding = stream.encoding or "utf-8"  # io.StringIO has none
+    text = escape_control(message).encode(encoding, "backslashreplace").decode(encoding)
+    print(text, file=stream, flush=True)
 
 
 def put(text: str, *, err: bool = False, end: str = "\n") -> None:

@@ -108,6 +108,8 @@ def config_of(values: Mapping[str, Mapping[str, object]], overrides: Sequence[st
 
 def _only_overrides(arguments: Sequence[str], raw: _Raw) -> list[tuple[str, str]]:
     """Return the (dotted key, text) of each override; an argument that is none is a problem."""
+    if isinstance(arguments, str):  # a sequence of characters
+        raise ConfigError(f"overrides: the text {arguments!r} is no list; give ['train.lr=1e-4'], for example")
     path, overrides = _split_arguments(arguments, raw)
     if path is not None:
         raw.problem(COMMAND_LINE, f"{path} is not section.key=value", "give overrides alone")

@@ -114,7 +114,7 @@ class CheckpointWriter:
         if best:
             self.summary += f"; checkpoints/best: step {best[0]}, {label(self._retention.by)} {values[best[0]]:.4f}"
         if final and self._method.published:
-            self.summary = f"{self._publish(state.step, best)}; {self.summary}"
+            self.summary = f"{self._publish(state.step, best)}{self._unsaved(values)}; {self.summary}"
         logger.info("checkpoint of step %d written to %s", state.step, target)
 
     def published_before_last(self) -> Path | None:
@@ -153,6 +153,14 @@ class CheckpointWriter:
         remedy = f"; output.publish=last takes step {last}" if self._published != last else ""
         where = f"{self._folder.path.name}/adapter is step {self._published}"
         return f"{where} (checkpoints/step-{self._published}), {what}{remedy}{''.join(passed_over)}"
+
+    def _unsaved(self, values: Mapping[int, float]) -> str:
+        """Return the note on the best evaluation, if it is of a step that this run has no checkpoint of."""
+        first = next(iter(best_first(values, self._retention.by)), None)
+        if first is None or first in self._saved:
+            return ""
+        what = "before training" if first == 0 else "not a checkpoint of this run"
+        return f"; step {first}, {what}, was better: {label(self._retention.by)} {values[first]:.4f}"
 
     def _step_folder(self, step: int) -> Path:
         return self._folder.checkpoints / f"step-{step}"

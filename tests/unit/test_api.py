@@ -61,6 +61,11 @@ def adapter(base: Path) -> Path:
     return save_adapter(base.parent / "adapter", base, random_adapter(base))
 
 
+def test_overrides_that_are_no_list_are_named(config_file: Path) -> None:
+    with pytest.raises(lowrank_dist.ConfigError, match="overrides: the text 'lora.rank=4' is no list"):
+        lowrank_dist.load_config(config_file, "lora.rank=4")
+
+
 # --- the package -----------------------------------------------------------------------------------------------------
 
 

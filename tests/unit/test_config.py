@@ -155,6 +155,7 @@ def test_all_errors_are_reported_at_once(path: Path) -> None:
         ("train.seed=4294967296", "command line: train.seed: 4294967296 is not valid"),
         ("train.micro-batch=2", "command line: train.micro-batch: unknown key; did you mean micro_batch?"),
         ("train=2", "command line: train is not section.key"),
+        ("r=4", "command line: r is not section.key; did you mean lora.rank?"),
         ("lora.rank_pattern.q=2", "command line: lora.rank_pattern.q is not section.key"),
         ("train.lr=[1", "command line: train.lr: while parsing a flow sequence"),
         ("train.lr=*x", "command line: train.lr: alias *x is not supported"),

@@ -138,8 +138,10 @@ def _damage(best: Path) -> None:
             "best",
             None,
             4,
-            "the last and the best by eval loss; checkpoints/last: step 4",
+            "the last and the best by eval loss; step 0, before training, was better: eval loss 1.0000; "
+            "checkpoints/last: step 4",
         ),
+        ({3: 1.0, 4: 2.0}, "best", None, 4, "; step 3, not a checkpoint of this run, was better: eval loss 1.0000;"),
         ({}, "best", None, 4, "(checkpoints/step-4), the last; checkpoints/last: step 4"),
         ({2: 1.0, 4: 2.0}, "best", _remove, 4, "the last; step 2 is better and could not be published: "),
         ({2: 1.0, 4: 2.0}, "best", _lose_a_file, 4, f"{WEIGHTS_FILE}: missing; take another checkpoint"),

@@ -46,6 +46,13 @@ class Terminal(io.StringIO):
         return True
 
 
+def test_a_stream_that_lacks_a_character_gets_it_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="iso-8859-1"))
+    say("1 × 8 of Θ")
+    assert written.getvalue() == b"1 \xd7 8 of \\u0398\n"
+
+
 def is_safe(text: str) -> bool:
     return all(c.isprintable() or c in "\n\t\u200c\u200d\xa0\u3000" for c in text)
 
