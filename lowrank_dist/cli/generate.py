@@ -60,9 +60,9 @@ def generate_command(
     """
     with ranks(options) as job:
         if (prompt is not None) + (prompts is not None) + interactive != 1:
-            raise UserError("give one of --prompt TEXT, --prompts FILE and --interactive")
+            raise UserError("give exactly one of --prompt TEXT, --prompts FILE and --interactive")
         if interactive and out is not None:
-            raise UserError("--out is not written with --interactive: leave one of them out")
+            raise UserError("--out cannot be used with --interactive: leave one of them out")
         ready = load_decoder(options, job, out)
         chats = ready.loaded.trained_on_chats if chat is None else chat
         if chats and chat is None and job.should_print:

@@ -168,7 +168,9 @@ def _run_folder(config: Path, changes: list[str], run: Config) -> Path:
 
     folder = run.output.dir.absolute()
     if load_config(config, [*_kept(changes), f"output.dir={folder}"]).output.dir != folder:
-        raise UserError(f"output.dir: {str(folder)!r} means something else to YAML when a job passes it on; rename it")
+        raise UserError(
+            f"output.dir: {str(folder)!r} would be read as another value by YAML on the job's command line; rename it"
+        )
     return folder
 
 

@@ -126,7 +126,7 @@ def export_command(
         raise UserError(f"--for {target}: give {' or '.join(known)}, or leave it out")
     program = None if target is None else known[target]
     if max_rank is not None and program != VLLM:
-        raise UserError("--max-rank says what vLLM is started with: add --for vllm")
+        raise UserError("--max-rank applies only to vLLM: add --for vllm")
     notes = export(checkpoint, out, target=program, max_rank=max_rank)
     say(f"{out}: adapter and model card of {checkpoint}")
     for note in notes:

@@ -19,7 +19,7 @@ from lowrank_dist.planner.step_time import StepTime, step_time
 class Cluster:
     """The nodes to plan for.
 
-    memory: bytes per GPU. free: bytes per rank that tensors can use; None for what a GPU of that memory leaves them.
+    memory: bytes per GPU. free: bytes per rank that tensors can use; None to derive it from `memory`.
     """
 
     nodes: int
@@ -37,7 +37,7 @@ class Cluster:
         """
         for option, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
             if value < 1:
-                raise UserError(f"{option}: {value} is not a number of machines to plan for; give at least 1")
+                raise UserError(f"{option}: {value} is too small; give at least 1")
         card = gpu_of(gpu)
         return cls(
             nodes, gpus_per_node, card, card.memory if gpu_memory is None else bytes_in(gpu_memory, "--gpu-memory")
@@ -99,7 +99,7 @@ class Candidate:
 
     @property
     def tight(self) -> bool:
-        """True where it fits, but what remains is less than the error that a plan may have."""
+        """True if it fits, but with less to spare than the error that a plan may have."""
         return 0 <= self.spare < ACCURACY * self.memory.total
 
     @property
@@ -126,7 +126,7 @@ def candidates(job: Job, fixed: Fixed, cluster: Cluster) -> list[Candidate]:
 
 
 def fitting(tried: Sequence[Candidate]) -> list[Candidate]:
-    """Return those that fit, fastest first; only those whose groups stay inside a node where there are any."""
+    """Return the candidates that fit, fastest first. If any keep groups inside a node, only those are returned."""
     found = [candidate for candidate in tried if not candidate.missing_bytes]
     inside = [candidate for candidate in found if not candidate.crosses_nodes]
     return sorted(inside or found, key=lambda candidate: candidate.time.seconds)

@@ -46,7 +46,7 @@ class Snapshot:
         files[_CONFIG] = config.read_bytes()
         folder = run.with_name(f"{run.name}.code-{_digest(files)}")
         if ":" in str(folder):
-            raise UserError(f"--snapshot: Python finds no code in {folder}, for its colon; rename output.dir")
+            raise UserError(f"--snapshot: {folder} contains a colon, so PYTHONPATH cannot name it; rename output.dir")
         require_outside(folder)
         return cls(folder, files, _git(project, "describe", "--always", "--dirty").strip())
 

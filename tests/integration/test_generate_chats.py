@@ -129,6 +129,6 @@ def test_sampled_turns_differ(base: Path) -> None:
 def test_one_source_of_prompts(base: Path, tmp_path: Path) -> None:
     for given in ((), ("--prompt", "a", "--interactive")):
         (done,) = command(1, "generate", "--model", base, *given)
-        assert done.code == 2 and "give one of --prompt TEXT, --prompts FILE and --interactive" in done.stderr
+        assert done.code == 2 and "give exactly one of --prompt TEXT, --prompts FILE and --interactive" in done.stderr
     (done,) = command(1, "generate", "--model", base, "--interactive", "--out", tmp_path / "out")
-    assert done.code == 2 and "--out is not written with --interactive" in done.stderr
+    assert done.code == 2 and "--out cannot be used with --interactive" in done.stderr

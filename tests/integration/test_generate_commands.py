@@ -260,7 +260,7 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
         lambda base, _: ["--model", base, "--prompt", LONG],
         "--prompt (64 tokens): longer than the model's 64 positions with its completion",
     ),
-    "no prompt": (lambda base, _: ["--model", base], "give one of --prompt TEXT, --prompts FILE"),
+    "no prompt": (lambda base, _: ["--model", base], "give exactly one of --prompt TEXT, --prompts FILE"),
     "no folder": (lambda base, _: ["--model", base / "none", "--prompt", "a"], "no such file or folder"),
     "no such type": (lambda base, _: ["--model", base, "--prompt", "a", "--dtype", "fp8"], "--dtype fp8"),
     "no such device": (lambda base, _: ["--model", base, "--prompt", "a", "--device", "tpu"], "--device tpu"),

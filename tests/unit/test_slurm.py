@@ -244,7 +244,7 @@ def test_bad_numbers_and_files(config: Path, tmp_path: Path) -> None:
 
 
 def test_a_folder_that_yaml_would_read_otherwise(config: Path, tmp_path: Path) -> None:
-    refused(slurm(config, "output.dir='a #b'"), "means something else to YAML", "rename")
+    refused(slurm(config, "output.dir='a #b'"), "would be read as another value by YAML", "rename")
 
 
 def test_tensor_groups_across_nodes_when_allowed(config: Path) -> None:
