@@ -38,7 +38,7 @@ def escape_control(text: str) -> str:
 
 
 def say(message: str, *, err: bool = False) -> None:
-    """Print a message for a person, escaped wherever it goes: a job's log is viewed in a terminal as well.
+    """Print a message for a person. It is always escaped, because a job's log is viewed in a terminal as well.
 
     Characters that the stream's encoding lacks are escaped too: in a locale such as ISO-8859-1 they would end a run.
     """
@@ -55,9 +55,9 @@ def put(text: str, *, err: bool = False, end: str = "\n") -> None:
 
 
 class ProgressLines:
-    """Says how far a long task has come, at most once in `INTERVAL` seconds. A task that ends sooner says nothing.
+    """Prints the progress of a long task, at most once in `INTERVAL` seconds. A task that ends sooner prints nothing.
 
-    It prints lines, in a job's log as on a terminal: a bar would have to know what else is printed.
+    It prints lines even on a terminal: a bar would have to know what else is printed.
     """
 
     INTERVAL = 10.0

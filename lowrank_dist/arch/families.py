@@ -20,17 +20,16 @@ class Family:
     keys: field of `Architecture`, or "ffn" → key of config.json; "layers" is the number of layers. Defaults of fields
     that are None or missing: ffn = 4 × hidden, kv_heads = heads, head_dim = hidden / heads.
     fixed: fields that every model of the family shares.
-    only: flag of config.json → the one supported value (also the default), and what the other value would ask for.
-    equal: size of config.json → the field that it must equal where it is given, and what another value would ask for.
-    absent: key that config.json must not have → what it asks for.
-    linears: Megatron linear → Hugging Face module path, one per projection, in the order of LinearLayout.parts.
-    tensors: every other tensor; names of a layer's tensors have a `{layer}` field. `OUTPUT_LAYER` is left out where the
-    embeddings are tied.
-    ignored: patterns of tensors in the files that carry no weights; they match names without `prefix`.
-    fused_qkv: one Hugging Face module stacks q, k and v in this order; `linears` has its path once.
-    window: the keys of a sliding window; empty where the family has none. "window" is its width. Without the other keys
-    it applies to all layers. "used" turns it on, "first" is the first layer with it, "kinds" lists every layer's kind.
-    rope_theta: base of the rotary embedding where config.json gives none.
+    only: flag of config.json → the one supported value (also the default), and the feature that the other value means.
+    equal: size of config.json → the field that it must equal if given, and the feature that another value means.
+    absent: key that config.json must not have → the feature that it means. linears: Megatron linear → Hugging Face
+    module path, one per projection, in the order of LinearLayout.parts. tensors: every other tensor; names of a layer's
+    tensors have a `{layer}` field. `OUTPUT_LAYER` is left out where the embeddings are tied. ignored: patterns of
+    tensors in the files that carry no weights; they match names without `prefix`. fused_qkv: one Hugging Face module
+    stacks q, k and v in this order; `linears` has its path once. window: the keys of a sliding window; empty where the
+    family has none. "window" is its width. Without the other keys it applies to all layers. "used" turns it on, "first"
+    is the first layer with it, "kinds" lists every layer's kind. rope_theta: base of the rotary embedding where
+    config.json gives none.
     """
 
     prefix: str

@@ -50,9 +50,9 @@ def require_folder(path: Path) -> Path:
 
 
 def hub_hint(path: Path) -> str:
-    """Return the end of an error on a missing path that has the form of a name on the Hub; empty for other paths.
+    """Return a hint for a missing path that looks like a name on the Hub; empty for other paths.
 
-    It has the command that downloads it to this very path, so that nothing else needs a change.
+    It is the end of an error: the command that downloads the model to this very path.
     """
     if path.exists() or path.parent.is_dir() or not _HUB_NAME.fullmatch(str(path)):
         return ""

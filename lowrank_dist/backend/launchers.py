@@ -185,7 +185,7 @@ def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> No
 
     Nothing is set where RANK is set already; a MASTER_ADDR or MASTER_PORT that is set stays. Nothing is set outside a
     step: the variables of a batch script announce one task although none was started. Raises UserError for variables
-    that are not as Slurm or another launcher sets them, RankIdentityError where only this rank's own are wrong.
+    that no launcher sets in this way, and RankIdentityError if only this rank's own variables are wrong.
     """
     if not ("RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment):
         _set_from_step(environment)

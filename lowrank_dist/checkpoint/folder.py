@@ -37,7 +37,7 @@ CARD_FILE = "README.md"
 
 @dataclass(frozen=True)
 class NewestCheckpoint:
-    """The newest checkpoint that verifies, or None. skipped: reasons why newer ones and bad links do not count."""
+    """The newest checkpoint that verifies, or None. skipped: why newer ones and broken links were passed over."""
 
     folder: Path | None
     state: TrainingState | None
@@ -56,8 +56,8 @@ def write_checkpoint(
 
     open_files: called with the folder to write in. shapes: stored name → shape of Θ's tensors. stream: these tensors,
     each [3, *shape] in the order of KINDS, a few at a time, in the order of `shapes`. text: the tokenizer and
-    generation files saved with it. Raises UserError where the trained files refuse a tensor, DiskError where the disk
-    does.
+    generation files saved with it. Raises UserError if the writer of the trained files refuses a tensor, and DiskError
+    if a write fails.
     """
     with atomic_folder(folder, replace=True) as temporary:
         files = open_files(temporary)
@@ -172,10 +172,9 @@ def _published(found: Path, name: str, target: str | None, max_rank: int | None)
 def export(source: Path, out: Path, *, target: str | None = None, max_rank: int | None = None) -> tuple[str, ...]:
     """Write the adapter of `source`, its tokenizer and README.md into the new folder `out`, all or nothing.
 
-    Returns notes on what was changed. target: one of TARGETS, or None to copy the files as they are. With a target, an
-    adapter is refused that the target would not load, or for vLLM one whose completions would not end, and the files
-    are written so that the target reads the same adapter as PEFT does. max_rank: the --max-lora-rank that vLLM is
-    started with.
+    Returns notes on what was changed. target: one of TARGETS, or None to copy the files as they are. For a target, the
+    files are written so that it reads the same adapter as PEFT does. An adapter that the target cannot load is refused,
+    and for vLLM one whose completions would not end. max_rank: the --max-lora-rank that vLLM is started with.
 
     Where `source` is a link, such as checkpoints/last of a running job, all files come from the folder that it points
     to at the start. Raises UserError for a run folder, a whole model, an adapter that the reader of its method refuses,

@@ -23,7 +23,7 @@ _ANOTHER = "take another checkpoint"
 
 
 def tensor_name(stored: str, kind: str) -> str:
-    """Return the name in optimizer.safetensors of one of KINDS of a tensor of Θ (parallel/theta.py)."""
+    """Return the name of a tensor of Θ (parallel/theta.py) in optimizer.safetensors. kind: one of KINDS."""
     return f"{stored}.{kind}"
 
 
@@ -40,13 +40,13 @@ class DataState(BaseModel):
 class TrainingState(BaseModel):
     """The state of a run after `step` optimizer steps, which read `samples` samples.
 
-    updates: steps that were not skipped, as AdamW counts them. position: samples read from the stream that `data` makes
-    under its seed, shuffled and repeated without end. epoch: the same in passes over `data`. tokens, target_tokens:
-    non-padding tokens seen and tokens trained on so far. loss: mean of the last step that was not skipped, in nats per
-    target token; None where all were skipped. eval_losses: step → the same on the eval set. eval_metrics: metric → step
-    → value for generated texts (generate/metrics.py). metric_definition: generate.metrics.DEFINITION at that time.
-    rng: as `backend.devices.generator_states` returned it. config: as JSON. started_at: when the run
-    began ("begun" in the file); a chat template that reads the clock gets this time.
+    updates: steps that were not skipped, as AdamW counts them. position: samples read from the training stream, which
+    is `data` shuffled by its seed and repeated without end. epoch: the same in passes over `data`. tokens,
+    target_tokens: non-padding tokens seen and tokens trained on so far. loss: mean of the last step that was not
+    skipped, in nats per target token; None where all were skipped. eval_losses: step → the same on the eval set.
+    eval_metrics: metric → step → value for generated texts (generate/metrics.py). metric_definition:
+    generate.metrics.DEFINITION at that time. rng: as `backend.devices.generator_states` returned it. config: as JSON.
+    started_at: when the run began ("begun" in the file); a chat template that reads the clock gets this time.
 
     Old checkpoints lack updates (`updates_made`), position (`stream_position`), eval_metrics and started_at.
     """

@@ -96,7 +96,7 @@ def decoding_command(command: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def silence_megatron() -> Iterator[None]:
-    """Import Megatron in the block without the messages that it is imported with."""
+    """Suppress the messages that Megatron prints while it is imported in the block."""
     with exempt_from_gc():
         from lowrank_dist.backend.libraries import quiet_libraries
 

@@ -76,9 +76,9 @@ def _meant(key: Key) -> str:
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return the beginning of a hint on an unknown key, empty where nothing is like it.
+    """Return a hint on an unknown key, such as "did you mean train.lr? "; empty if no key resembles it.
 
-    It names, in this order, our key for another trainer's, the key of that name in another section, and the key of
+    The first match counts: our key for another trainer's key, a key of this name in another section, or a key in
     `known` with a similar name.
     """
     synonym = of_config(name)

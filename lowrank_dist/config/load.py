@@ -65,9 +65,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[
     """Return the config of a run: the YAML file at `path`, the overrides applied to it, and defaults for the rest.
 
     overrides: `section.key=value`, with values as in YAML ("train.lr=1e-4", "lora.targets=[q_proj, v_proj]",
-    "method=prefix"); a later one wins over an earlier one. Relative paths are relative to the current directory. Where
-    an override names the method, keys of the file that other methods read are passed over; note: called with a line
-    that names them; stderr if not given. Raises ConfigError with all mistakes, each with file, line and key.
+    "method=prefix"); a later one wins over an earlier one. Relative paths are relative to the current directory. If an
+    override sets the method, the file's keys of other methods are ignored. note: called with a line that names them; by
+    default it goes to stderr. Raises ConfigError with all mistakes, each with file, line and key.
     """
     raw = _Raw()
     changes = _only_overrides(overrides, raw)

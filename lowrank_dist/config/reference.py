@@ -55,7 +55,7 @@ class SectionReference:
 
 
 def reference(name: str | None = None) -> list[SectionReference]:
-    """Return every section, or the one called `name`, or the section of the one key called `name`, with that key alone.
+    """Return every section, or the section called `name`, or the key called `name` in its section.
 
     Raises UserError for a name of neither.
     """

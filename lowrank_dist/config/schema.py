@@ -168,7 +168,7 @@ class OutputConfig(Section):
 
 
 class UnreadKeys(ValueError):
-    """`keys` of a section that the chosen method does not read. The message applies to each key and has the remedy."""
+    """`keys` of a section that the chosen method does not read. One message, with the remedy, applies to each key."""
 
     def __init__(self, keys: Sequence[str], section: str, method: str) -> None:
         self.keys = tuple(keys)

@@ -145,8 +145,8 @@ def load_dataset(
     are no targets and do not count towards max_length. use: purpose of the file; where a line has several completions,
     the sample is made of the first. most: number of samples after which to stop reading; None to read the whole file.
     progress: called with (samples tokenised, samples in all) after each. Raises UserError for bad lines (see
-    `read_jsonl`), a template or tokenizer that can't be trained on, ids that the model does not have, and a file that
-    was read whole and of which no sample is kept.
+    `read_jsonl`), a template or tokenizer that can't be trained on, ids that the model does not have, and a whole file
+    without a sample to keep.
     """
     records = read_jsonl(path, use, most=most)
     kept: list[Sample] = []

@@ -78,8 +78,8 @@ def mask_conversations(tokenizer: Tokenizer, records: Sequence[Conversation], pa
 
     The text is cut where a turn begins and each piece is encoded separately, so that the tokens before a turn are those
     that inference feeds and no token spans the boundary ("\\n" + "\\nHi" must not become one token "\\n\\n"). Tokens
-    after the last target can't influence the loss and are left out. Raises UserError where there is no template, and
-    where a turn's last token is not a special or added one, since no end of turn would then be trained.
+    after the last target can't influence the loss and are left out. Raises UserError if there is no template, and if a
+    turn does not end in a special or added token, since the model would then learn no end of turn.
     """
     if not isinstance(tokenizer, FastTokenizer) or tokenizer.template is None:
         raise UserError(

@@ -63,10 +63,10 @@ class Renderer:
         self._owner = self._ended = 0
 
     def render(self, job: Job, chats: Sequence[Chat], take: Callable[[Mapping[str, Any]], T]) -> list[T]:
-        """Return take(answer) of each chat; the answers (`render_child.texts`) themselves are not kept.
+        """Return take(answer) for each chat, where the answer is that of `render_child.texts`. Answers are not kept.
 
-        Raises RenderingError for the first chat that fails, after those before it were taken, and UserError where no
-        process can be started.
+        Raises RenderingError for the first chat that fails, once `take` was called for those before it, and UserError
+        if no process can be started.
         """
         with self._lock:
             taken: list[T] = []

@@ -48,7 +48,7 @@ class SentencePieceTokenizer:
     completion continues a prompt: "A:" + " 4" would decode as "A:  4". Continuations are therefore encoded without it.
     No token spans the boundary, because inference encodes the prompt alone.
 
-    Special-looking text ("</s>") is encoded as plain text if the model is alone. If tokenizer_config.json,
+    Special-looking text ("</s>") is encoded as plain text if there is only the model file. If tokenizer_config.json,
     special_tokens_map.json or added_tokens.json lie beside it, transformers makes such text a token, which
     SentencePiece can't do. BOS and EOS are then those that these files name, and a text with a token that the model
     alone does not produce is refused.

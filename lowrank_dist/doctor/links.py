@@ -103,6 +103,6 @@ def all_reduce_row(what: str, found: Mapping[str, float]) -> Row:
 
 
 def leave_group() -> None:
-    """Leave the group on all ranks together, because a rank that is still in a barrier would lose its peers."""
+    """Leave the group. All ranks leave together, so that none waits in a barrier for peers that are gone."""
     dist.barrier()
     dist.destroy_process_group()

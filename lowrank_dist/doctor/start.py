@@ -41,7 +41,7 @@ def _quietly() -> Iterator[None]:
 
 
 def kernels(config: Config) -> list[Row]:
-    """Return a row on engine.kernels where it demands compiled operators; none where it does not."""
+    """Return a row on the compiled operators if engine.kernels requires them; otherwise no row."""
     if config.engine.kernels != "compiled":
         return []
     from lowrank_dist.backend.devices import gpus
@@ -100,10 +100,10 @@ class _Ranks:
 def memory(config: Config, ranks: tuple[int, int, int] | None) -> list[Row]:
     """Return a row on the planned memory of a rank: a run whose ranks do not have it refuses to start.
 
-    ranks: those of the job, this one's number on its node, and the node's. Without them the ranks of one
-    tensor-parallel group are taken to run on this machine, each on a device of its own, and what does not fit is a
-    warning, since they may run elsewhere. No row for parallel.tensor=auto, which fits the ranks that there are, or
-    where the model or the method is broken, which has a row of its own.
+    ranks: the job's ranks, this rank's number on its node, and the number of ranks on the node. Without them, one
+    tensor-parallel group is assumed to run on this machine with a device for each rank. If it does not fit, the row is
+    only a warning, since the run may start elsewhere. There is no row for parallel.tensor=auto, which adapts to the
+    ranks, and none if the model or the method is broken, which has a row of its own.
     """
     with _quietly():
         from lowrank_dist.backend.devices import device_of_rank, gpus
@@ -132,7 +132,7 @@ def memory(config: Config, ranks: tuple[int, int, int] | None) -> list[Row]:
 
 
 def output(config: Config) -> list[Row]:
-    """Return a row on output.dir, which must hold no run that this one would neither resume nor may remove."""
+    """Return a row on output.dir. A run that it holds must be one that this run resumes or may remove."""
     from lowrank_dist.engine.run_folder import RunFolder
 
     path = config.output.dir

@@ -30,7 +30,7 @@ class Probe:
     """A folder with one file, written into the run folder as a checkpoint is, for which other nodes look.
 
     It lies in the run folder or, where that does not exist yet, in its nearest existing parent; the run folder is not
-    created for it. Its name is one that the next owner of the run folder takes for a leftover.
+    created for it. Its name marks it as temporary, so the next run in the folder removes it if it is left behind.
     """
 
     def __init__(self, run: Path) -> None:

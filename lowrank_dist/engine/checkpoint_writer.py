@@ -45,7 +45,7 @@ class Facts:
 class Retention:
     """Number of checkpoints to keep: the `last` newest (None: all) and the `best` best ones by the value named `by`.
 
-    publish: the step that adapter/ is copied from, the best where one was evaluated and saved, or the last.
+    publish: "best" copies adapter/ from the best step that was evaluated and saved, "last" from the last step.
     """
 
     last: int | None
@@ -57,7 +57,7 @@ class Retention:
 class CheckpointWriter:
     """Writes checkpoints to the disk on one rank, from a stream of unsharded tensors.
 
-    shapes: stored name → shape of the tensors of Θ. summary: text on the steps that the links point to since the last
+    shapes: stored name → shape of the tensors of Θ. summary: text on the steps of checkpoints/last and best, set by
     `write`. leftovers: text on old checkpoints that could not be removed. resumed: the state that the run resumes from.
     """
 
@@ -118,7 +118,7 @@ class CheckpointWriter:
         logger.info("checkpoint of step %d written to %s", state.step, target)
 
     def published_before_last(self) -> Path | None:
-        """Return the checkpoint that adapter/ was copied from; None where it is the last, or nothing is published."""
+        """Return the checkpoint that adapter/ was copied from; None if it is the last one or nothing was published."""
         if self._published is None or self._published == max(self._saved):
             return None
         return self._step_folder(self._published)

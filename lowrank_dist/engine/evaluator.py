@@ -117,8 +117,8 @@ class Evaluator:
     def probe(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return the token ids of a few rows, of the eval set if there is one, and the trained model's logits on them.
 
-        Adapter and merged model can be compared with these logits. Each row is run as one sample, packed or not: who
-        compares has only the tokens, not the borders of samples.
+        Adapter and merged model can be compared with these logits. Each row is run as one sample, packed or not,
+        because a comparison has only the tokens and not the borders of samples.
         """
         self._engine.model.eval()
         return self._engine.logits(self._data.first_batch().microbatches[0].input_ids[:rows])

@@ -36,8 +36,8 @@ _GIB = 2**30
 def with_tensor_size(config: Config, backend: Backend) -> tuple[Config, str | None]:
     """Return the config with a size for parallel.tensor=auto, and the line that says which. Collective.
 
-    The size is the plan's choice for the hosts of all ranks and the least memory that any of them has. All ranks take
-    that of rank 0. Raises UserError on every rank where one of them finds none.
+    The plan chooses the size for the hosts of all ranks and the smallest memory among them. All ranks use rank 0's
+    choice. Raises UserError on every rank if a rank finds no size.
     """
     if config.parallel.tensor != "auto":
         return config, None
@@ -78,8 +78,8 @@ def _request_of_run(config: Config, backend: Backend) -> Request:
 def cluster_of_ranks(hosts: Sequence[str], memory: int, backend: Backend) -> Cluster:
     """Return the cluster of a run. hosts: of every rank, in order. memory: bytes that each of them may take.
 
-    A node has as many ranks as fit every host without a rest, so that a group that the plan keeps inside a node lies on
-    one host. A device whose rates are unknown, such as a CPU, has those of an H100: layouts are compared by them.
+    A node of the cluster has the greatest common divisor of the hosts' rank counts, so that a group inside a node lies
+    on one host. A device with unknown rates, such as a CPU, gets those of an H100; they only serve to compare layouts.
     """
     ranks = math.gcd(*Counter(hosts).values())
     gpu = gpu_called(backend.name()) or GPUS["h100"]
@@ -165,7 +165,7 @@ class Forecast:
         return f"peak memory of a rank {measured:.2f} GiB; planned {self._planned.total / _GIB:.2f} GiB{beside}"
 
     def flops(self, tokens: int, targets: int, squares: int) -> int:
-        """Return the FLOPs that model and method need for so many tokens, over all ranks (MFU's numerator).
+        """Return the FLOPs that model and method need for the given tokens, over all ranks (MFU's numerator).
 
         tokens and squares count virtual positions that are tokens of a row, and no others. Costs of a microbatch that
         do not depend on its tokens are left out.

@@ -16,7 +16,7 @@ from lowrank_dist.planner.memory import ACCURACY
 class JobLayout:
     """A planned layout.
 
-    chosen: overrides for the keys that config and command line leave open. warning: None where memory surely suffices.
+    chosen: overrides for the keys that config and command line leave open. warning: None if it fits with a margin.
     """
 
     candidate: Candidate

@@ -46,7 +46,7 @@ class Phases:
         WAIT_TIMER.clock = self._clock if measure else None
 
     def take(self) -> tuple[defaultdict[str, float], float]:
-        """Return the seconds in each phase since the last call, and the seconds of them that were measured as waits.
+        """Return the seconds in each phase since the last call, and how many of all these seconds were waits.
 
         The device must have nothing left to do (`Backend.synchronize`).
         """

@@ -111,7 +111,8 @@ def auto_tensor(request: Request, cluster: Cluster) -> int:
 def job_of(request: Request, target_share: float) -> Job:
     """Return the job in a layout of one rank, which `layouts.choose` replaces.
 
-    Raises UserError where data.max_length exceeds the model's positions or leaves no room beside the method's own.
+    Raises UserError if data.max_length exceeds the model's positions, or leaves no room for tokens beside the method's
+    virtual positions.
     """
     config, model, arch = request.config, request.model, request.model.architecture
     length = config.data.max_length

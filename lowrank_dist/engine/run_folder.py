@@ -63,10 +63,10 @@ class RunFolder:
     ) -> RunFolder:
         """Return the folder of a run that starts, or resumes as `resume` (train.resume) says. Creates nothing yet.
 
-        inputs: config key → path that the run reads (`Config.inputs`). overwrite: output.overwrite. Raises UserError
-        where an input lies in a path that the run writes, or the folder in an input; where a link would redirect what
-        is written; and where the folder holds a run that this one neither resumes nor may remove. With `resume` "auto"
-        the last is known only after the checkpoints were read (`saved_run`).
+        inputs: config key → path that the run reads (`Config.inputs`). overwrite: output.overwrite. Raises UserError if
+        an input lies in a path that the run writes, if the folder lies in an input, if a link would redirect what is
+        written, and if the folder holds a run that this one neither resumes nor may remove. With `resume` "auto" that
+        last check has to wait until the checkpoints are read (`saved_run`).
         """
         folder = cls(path)
         folder.refuse_inputs(inputs)

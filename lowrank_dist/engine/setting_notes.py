@@ -1,4 +1,4 @@
-"""Lines at the start of a run on settings that have no effect, or another one than they seem to have."""
+"""Lines at the start of a run on settings that have no effect or an unexpected one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lowrank_dist.engine.evaluator import label, outdated_values
 
 
 def notes_on_settings(config: Config, steps: int) -> list[str]:
-    """Return a line for each setting of warmup, checkpoints and evaluations that does not act within the run.
+    """Return a line for each setting of warmup, checkpoints or evaluations that takes no (full) effect in this run.
 
     steps: optimizer steps of the whole run.
     """

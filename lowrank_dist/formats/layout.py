@@ -36,7 +36,7 @@ class OutputLayout:
     """The files to write.
 
     read: bytes to read for them, of which `headers` are headers; written: bytes of tensor data to write. mapped: tensor
-    name → the base's file that counts for it (other files can hold stale copies).
+    name → the base's file to read it from (other files can hold stale copies).
     """
 
     files: tuple[OutputFile, ...]

@@ -69,8 +69,8 @@ def resolve_link(folder: Path) -> Path:
 def detect_removal(folder: Path, *, read_before: bool = False) -> Iterator[Path]:
     """Yield the folder after `resolve_link`, to be read in the block.
 
-    Raises FolderRemoved, in place of whatever the block raised, where the folder was removed or replaced meanwhile.
-    read_before: the caller has read the folder before, so FolderRemoved is raised as well where it is missing at first.
+    If the folder was removed or replaced during the block, FolderRemoved is raised in place of the block's own error.
+    read_before: the caller has read the folder before, so FolderRemoved is also raised if it is missing at the start.
     """
     found, descriptor = _opened(folder)
     if descriptor is None:
@@ -121,9 +121,9 @@ def _removed(folder: Path, found: Path) -> FolderRemoved:
 def require_copyable(path: Path, folder: Path, known: Collection[str] = ()) -> Path:
     """Return `path`, which lies in `folder`, if its content may be copied out of the folder.
 
-    Raises UserError for a link out of the folder. Allowed are links to a file of the Hub's cache (of the snapshot that
-    the folder is, or of the cache that a download into the folder linked), and links to a file of the same name that is
-    one of `known` or lies in a model folder: people assemble folders from links.
+    Raises UserError for a link out of the folder, with two exceptions. A link may lead to a file of the Hub's cache, if
+    the folder is a snapshot there or was downloaded with links to it. A link may also lead to a file of the same name
+    that is one of `known` or lies in a model folder, since people assemble folders from links.
     """
     real = real_path(path)
     if lies_in(real, folder) or _is_cached(real, real_path(folder)):

@@ -45,8 +45,8 @@ class Report:
     """The findings of an inspection of a folder.
 
     kind: adapter, checkpoint, run or model. facts: name_of_fact → scalar, list or mapping of these, in order. tables:
-    name → rows with the same keys. warnings: things that work but should be known. problems: faults, each with file,
-    key and remedy.
+    name → rows with the same keys. warnings: things that work but that the user should know. problems: faults, each
+    with file, key and remedy.
     """
 
     path: Path

@@ -105,7 +105,7 @@ def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
 def tokenizer_of_adapter(adapter: Path | None, model: Path) -> Path:
     """Return the folder of the tokenizer that an adapter was trained with.
 
-    It is the adapter's where that has one which differs from the model's, else the model's.
+    It is the adapter's if the adapter has one that differs from the model's, else the model's.
     """
     if adapter is None or not has_tokenizer(adapter):
         return model
@@ -344,9 +344,9 @@ def _with_ends(path: Path, folder: Path, ends: Iterable[int]) -> str:
 def merged_text_files(adapters: Collection[Path], tokenizer: Path | None, vocab: int) -> TextFiles:
     """Return the text files of a merge: those of the given tokenizer, else of the one beside the adapters.
 
-    Their ends are the stop ids of the adapters and of a given tokenizer folder, and the EOS of the tokenizer, as far as
-    they are below vocab, the number of the model's ids. Raises UserError where adapters were trained with different
-    tokenizers and none is given, and where the given one cannot be the model's.
+    Their ends are the stop ids of the adapters and of a given tokenizer folder, and the tokenizer's EOS. Ids of at
+    least `vocab`, the number of the model's ids, are left out. Raises UserError where adapters were trained with
+    different tokenizers and none is given, and where the given one cannot be the model's.
     """
     if tokenizer is not None:
         files = read_tokenizer(tokenizer)
@@ -377,7 +377,7 @@ def unknown_end_ids(base: Path, ends: Iterable[int]) -> list[int]:
 
 
 def reasons_not_served(adapter: Path, base: Path | None, new_ends: Iterable[int], target: str) -> list[str]:
-    """Return the reasons, with remedies, why a server of base and adapter would not read and end texts as in training.
+    """Return the reasons, with remedies, why a server of base and adapter would tokenise or end texts differently.
 
     base: its folder, None where it is not at hand. new_ends: the ends that the base lacked when the adapter was trained
     on it. target: the server's name.

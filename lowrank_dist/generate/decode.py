@@ -56,8 +56,8 @@ def generate(
 
     Prompts of similar length share a batch, longest first; batches go round the data-parallel ranks in turn. The model
     is in evaluation mode and without sequence parallelism during the call. progress: called after each batch of this
-    rank with its number of prompts. in_step: data-parallel ranks wait for one another after every batch, and not only
-    at the end, where a rank with long completions may be far behind.
+    rank with its number of prompts. in_step: data-parallel ranks wait for one another after every batch instead of only
+    at the end, when a rank with long completions may be far behind.
 
     Raises UserError, before anything runs, for a prompt that leaves no position for a completion.
     """

@@ -127,9 +127,9 @@ def score(names: Sequence[str], texts: Sequence[str], references: References) ->
 
 
 def notes_on_texts(names: Sequence[str], texts: Sequence[str], references: References) -> list[str]:
-    """Return a note where a metric is 0 because of the length of the generated texts alone.
+    """Return a note for each metric that is 0 only because the generated texts are too short.
 
-    Where the references are too short as well, `notes_on_references` says so.
+    If the references are too short as well, `notes_on_references` says so.
     """
     if "bleu" not in names or any(map(has_four_words, texts)) or not _have_four_words(references):
         return []
@@ -137,7 +137,7 @@ def notes_on_texts(names: Sequence[str], texts: Sequence[str], references: Refer
 
 
 def has_four_words(text: str) -> bool:
-    """Return whether a text has the four words in a row without which BLEU counts nothing."""
+    """Return whether a text has four words in a row; without them BLEU counts nothing."""
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
     return len(Tokenizer13a()(spaced(text)).split()) >= _BLEU_WORDS

@@ -42,7 +42,7 @@ def reason_empty(tokenizer: Tokenizer, ids: Sequence[int], stop_ids: Collection[
 
 
 def written_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[int], stop_ids: Collection[int]) -> str:
-    """Return the text of ids that a model writes, or is trained to write, after the prompt, up to a stop token."""
+    """Return the text of generated or trained ids after the prompt, up to the first stop token."""
     return completion_text(tokenizer, prompt, list(takewhile(lambda token: token not in stop_ids, ids)))
 
 
@@ -86,7 +86,7 @@ class StopTexts:
         self._tail = 2 * max((len(text.encode()) for text in texts), default=0) + _CONTEXT
 
     def found_in(self, prompt: Sequence[int], ids: Sequence[int]) -> bool:
-        """Return whether the completion holds a stop text, provided that it held none before its last token."""
+        """Return whether the completion holds a stop text. It must have held none before its last token."""
         if not self._texts:
             return False
         start = max(len(ids) - self._tail, 0)

@@ -36,7 +36,7 @@ class Update:
 
     @property
     def takes_all_rows(self) -> bool:
-        """True where `apply` needs all rows of the stored tensor at once: DoRA's norms where outputs are columns."""
+        """True if `apply` needs all rows of the stored tensor at once, as DoRA's norms do if outputs are columns."""
         return self.transposed and self.terms[0].factor.magnitude is not None
 
     def apply(

@@ -163,7 +163,7 @@ def norm(tensors: Iterable[Tensor]) -> float:
 
 
 def no_update(folder: Path, what: str) -> UserError:
-    """Return the error for a merge of something other than a low-rank update. what: its kind, and why it cannot."""
+    """Return the error for merging anything but a low-rank update. what: its kind, and why it cannot be merged."""
     return UserError(
         f"{folder}: {what}, so it cannot be merged (only updates of method lora can); use it with lowrank-dist "
         "generate or evaluate --adapter"

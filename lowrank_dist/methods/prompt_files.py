@@ -104,7 +104,7 @@ def read_prompt_learning(folder: Path) -> PromptLearning:
     """Read a PREFIX_TUNING or PROMPT_TUNING folder, written by PEFT or by this project.
 
     Raises UserError, with file and key, for a folder that is incomplete or inconsistent, and for a prefix whose file
-    holds its MLP (prefix_projection) in addition to the keys and values or in place of them.
+    holds the MLP that computes its keys and values (prefix_projection).
     """
     if is_checkpoint(folder):
         verify_manifest(folder)

@@ -115,6 +115,6 @@ def method_package_of(folder: Path) -> MethodPackage | None:
 def method_package_reading(folder: Path) -> MethodPackage:
     """Return the `MethodPackage` that reads a folder.
 
-    Where none recognises it, that is LoRA's: its errors say what is missing.
+    If none recognises the folder, it is LoRA's, whose errors say what is missing.
     """
     return method_package_of(folder) or method_package("lora")

@@ -89,7 +89,7 @@ def check_model(path: Path, tp_size: int, max_length: int) -> Architecture:
 
 
 def check_length(architecture: Architecture, path: Path, max_length: int) -> None:
-    """Raise UserError where `max_length` exceeds the model's positions, or its sliding window, which is not applied."""
+    """Raise UserError if `max_length` exceeds the model's positions or its sliding window (windows are not applied)."""
     if max_length > architecture.max_positions:
         raise UserError(
             f"data.max_length={max_length} is longer than the model's {architecture.max_positions} positions "

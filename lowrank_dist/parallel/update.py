@@ -54,7 +54,7 @@ class LowRankUpdate(nn.Module, ABC):
 
     @abstractmethod
     def up_gradients(self, dense_RO: Tensor) -> tuple[Tensor, ...]:
-        """Return the gradients of `up_parameters` from Uᵀ·dY; what lies outside `blocks` is undefined there."""
+        """Return the gradients of `up_parameters` from Uᵀ·dY, whose entries outside `blocks` are undefined."""
 
     def rescaled(self, z: Tensor, bias: Tensor | None, *, outside_graph: bool) -> Tensor:
         """Return the output [.., O] of `z` = X·Wᵀ + U·bᵀ [.., O], which may be a partial sum over ranks.

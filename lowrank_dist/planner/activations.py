@@ -48,7 +48,7 @@ def saved_of_layer(job: Job, layer: Layer, input_requires_grad: bool) -> int:
 def bytes_outside_graph(job: Job, layer: Layer) -> int:
     """Return the bytes of `saved_of_layer` that are kept until backward ends, even with recomputation.
 
-    They are what a method saves of a product that came out of a collective (parallel/update.py).
+    A method saves these for a product that came out of a collective (parallel/update.py).
     """
     if not job.sequence_parallel:
         return 0
@@ -129,7 +129,7 @@ def head_norms(job: Job, copied: bool) -> int:
 
 
 def activations(job: Job, *, recompute: bool) -> int:
-    """Return the bytes saved for backward of one microbatch; with recomputation, of a layer little but its input."""
+    """Return the bytes saved for backward of one microbatch. With recomputation a layer saves little but its input."""
     found = sum(
         count * kept_of_layer(job, layer, input_requires_grad, recompute=recompute)
         for layer, input_requires_grad, count in job.placement.kinds

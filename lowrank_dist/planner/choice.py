@@ -28,8 +28,8 @@ class Remedy:
 class Choice:
     """The chosen layout and its alternatives.
 
-    best: the fastest that fits, or the smallest where none fits. safe: the fastest that is not tight; best where there
-    is none. remedies: changes that would make it fit, the layout that fits the same nodes first.
+    best: the fastest that fits, or the smallest if none fits. safe: the fastest that is not tight, else `best`.
+    remedies: changes that would make it fit; a layout for the same nodes comes first.
     """
 
     best: Candidate
@@ -64,9 +64,9 @@ def choose(job: Job, fixed: Fixed, cluster: Cluster) -> Choice:
 
 
 def fitting_layout(job: Job, fixed: Fixed, cluster: Cluster) -> Remedy | None:
-    """Return the change of the layout that makes the job fit the same nodes, or None.
+    """Return the change of layout that makes the job fit on the same nodes, or None.
 
-    It frees as few keys as possible. A layout that stays inside nodes and leaves a margin is preferred.
+    It changes as few of the fixed keys as possible. A layout that stays inside nodes and leaves a margin is preferred.
     """
     sizes = replace(fixed, tensor=None, data=None, sequence=None, across_nodes=True)
     found = []

@@ -44,7 +44,7 @@ class Layer:
 
     @property
     def adapted(self) -> bool:
-        """True where any linear has factors, or trained parameters join behind it (OTHER_TRAINED_PARAMETERS)."""
+        """True if any linear has factors, or other trained parameters act after it (OTHER_TRAINED_PARAMETERS)."""
         return any(self.factors)
 
     def on(self, linear: str) -> tuple[Factor, ...]:

@@ -2,7 +2,7 @@
 
 Frozen weights have no weight gradient, the lowest adapted linear forms no gradient of its input, nothing below it runs
 backward, and only target positions reach the vocabulary projection. A multiply-add is two FLOPs; norms, activations and
-softmax are left out. Causal attention counts the half of the scores that exists, and positions outside a row in full.
+softmax are left out. Causal attention counts the half of the scores that is computed; scores of a prefix count in full.
 
 Legend: T tokens, n target tokens, H hidden, V vocabulary, r rank of a factor.
 """

@@ -82,7 +82,7 @@ class LayerFlops:
 class LayerCalls:
     """Messages that a method adds to those of the frozen base in a layer, forward and backward.
 
-    last_again: the method saves tensors behind the layer's last call, so that recomputation issues that call as well.
+    last_again: recomputation repeats the layer's last call, because the method saves tensors computed after it.
     """
 
     behind_attention: tuple[Call, ...] = ()
@@ -188,7 +188,10 @@ class Footprint:
         return 0
 
     def backward_moments(self, job: Job, top: Layer, kept: int) -> Sequence[Moment]:
-        """Return its own moments in the backward of `top`, the topmost layer of its kind. kept: activations then."""
+        """Return the method's moments in the backward of `top`, the topmost layer of its kind.
+
+        kept: bytes of activations that exist then.
+        """
         return ()
 
     def evaluation_working(self, job: Job, residual: int) -> int:
@@ -198,7 +201,7 @@ class Footprint:
     # FLOPs
 
     def layer_flops(self, architecture: Architecture, tokens: int, input_requires_grad: bool) -> LayerFlops:
-        """Return what it adds to a layer for `tokens` tokens."""
+        """Return the FLOPs that the method adds to a layer for `tokens` tokens."""
         return LayerFlops()
 
     def microbatch_flops(self, architecture: Architecture) -> tuple[int, int]:
@@ -208,11 +211,11 @@ class Footprint:
     # Messages over tensor parallelism, and tokens
 
     def layer_calls(self, job: Job, input_requires_grad: bool) -> LayerCalls:
-        """Return what it adds to a layer's messages."""
+        """Return the messages that the method adds to a layer."""
         return LayerCalls()
 
     def step_calls(self, job: Job) -> Sequence[Call]:
-        """Return what it sends once per optimizer step, beside the sum of partial gradients."""
+        """Return the method's messages once per optimizer step, other than the sum of partial gradients."""
         return ()
 
     def gathers_embedding_gradient(self, job: Job) -> bool:

@@ -198,7 +198,7 @@ def base_bytes(job: Job) -> int:
 
 
 def adapter_bytes(job: Job) -> int:
-    """Return the bytes that others load: Θ in fp32, without tens of kB of header and JSON, or the trained model."""
+    """Return the bytes of the adapter (Θ in fp32, without tens of kB of header and JSON) or of the trained model."""
     return base_bytes(job) if job.footprint.trains_base else 4 * job.footprint.parameters(job.architecture).stored
 
 
@@ -217,7 +217,7 @@ def disk_bytes(job: Job, keep_last: int | None, keep_best: int) -> int:
 
 
 def host_bytes(job: Job, ranks_on_node: int) -> int:
-    """Return the anonymous memory of a node while it loads, without pages of the mapped checkpoint, which come and go.
+    """Return the anonymous memory of a node while it loads. Droppable pages of the mapped checkpoint do not count.
 
     On a CPU a rank's shard is included. While it saves, rank 0 takes `saving_bytes` more.
     """

@@ -81,7 +81,7 @@ def headline(plan: Plan) -> str:
 
 
 def workload(settings: Sequence[Setting]) -> Table:
-    """Return the table of what the plan assumes, and of who set it."""
+    """Return the table of the values that the plan assumes and of their sources."""
     table = table_of("What is planned", "", "value", "set by", "key")
     for setting in settings:
         value = f"{percent(100 * float(setting.value))} %" if setting.name == "--target-share" else str(setting.value)
@@ -90,7 +90,7 @@ def workload(settings: Sequence[Setting]) -> Table:
 
 
 def verdict(plan: Plan) -> Iterator[RenderableType]:
-    """Yield the lines that say whether the plan fits, and where it does not or is tight, the remedies."""
+    """Yield the lines that say whether the plan fits, with the remedies if it does not fit or is tight."""
     layout, cluster = plan.layout, plan.cluster
     where = f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu} of {size(cluster.memory)}"
     need = f"{size(layout.memory)} of the {size(cluster.usable)} that tensors can use on a GPU"

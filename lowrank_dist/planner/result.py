@@ -37,7 +37,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """The frozen base. dtype: in which it runs. parameters_by_part: by the name of the part."""
+    """The frozen base. dtype: the type that it runs in. parameters_by_part: name of the part → parameters."""
 
     name: str
     family: str
@@ -165,7 +165,7 @@ class Collectives:
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of an optimizer step over all GPUs. model: without work that is repeated. attention: part of `executed`."""
+    """FLOPs of an optimizer step over all GPUs. model: without repeated work. attention: its part of `executed`."""
 
     executed: int
     model: int
@@ -187,7 +187,7 @@ class TimePlan:
 
 @dataclass(frozen=True)
 class TensorSizes:
-    """Tensor-parallel sizes that are possible on these nodes, and the others with the reason."""
+    """Tensor-parallel sizes that are possible on these nodes, and those that are not, each with its reason."""
 
     legal: tuple[int, ...]
     illegal: dict[int, str]
@@ -246,7 +246,8 @@ class Verification:
     """A step executed on fake tensors, beside the formulas.
 
     memory: bytes by part, the peak, and the FLOPs of a microbatch. messages: of a microbatch and of the step's end.
-    from_plan: what leads from the plan's memory to the formula of the executed peak, in order, as (reason, bytes).
+    from_plan: the differences between the plan's memory and the formula of the executed peak, in order, as (reason,
+    bytes).
     """
 
     agrees: bool

@@ -45,7 +45,7 @@ class StepTime:
 
 
 def job_flops(job: Job) -> FlopCount:
-    """Return the FLOPs of one optimizer step on all ranks, padding included; `executed` has work that ranks repeat."""
+    """Return the FLOPs of one optimizer step on all ranks, with padding. `executed` includes work that ranks repeat."""
     layout = job.layout
     rows = layout.micro_batch * job.microbatches * layout.data
     tokens = rows * job.sequence_length

@@ -52,8 +52,7 @@ class MethodSection(Section):
     """The section of one method, and what other code asks of a method before it is built.
 
     The defaults are those of a method that has no keys, takes no positions and can be sharded over any number of ranks.
-    shaping: keys that decide which tensors are trained and how large they are, so that no checkpoint fits another
-    value.
+    shaping: keys that decide which tensors are trained and how large they are; a run cannot resume if one changes.
     """
 
     shaping: ClassVar[frozenset[str]] = frozenset()

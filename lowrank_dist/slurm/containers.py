@@ -18,7 +18,7 @@ _LONGEST_CHAIN = 40  # links in a row, as in the kernel
 
 
 class Mount(NamedTuple):
-    """A path of the node, and the path under which a container sees it: another one only where links are relative."""
+    """A path of the node, and the path under which a container sees it. The two differ only if links are relative."""
 
     there: Path
     seen: Path
@@ -80,11 +80,11 @@ class Container:
 
 
 def mounts_of(inputs: Mapping[str, Path], folders: Iterable[Path]) -> list[Mount]:
-    """Return the mounts through which a container sees these paths, each outside the others.
+    """Return the mounts through which a container sees these paths; no mount lies inside another.
 
-    inputs: key or option → a file or folder that the run reads; what links in it lead to is mounted too, as the files
-    of a folder in the Hub's cache need. folders: those that the job itself creates where they are missing. Raises
-    UserError for an input that is not there, and for a path that cannot be written in a list of mounts.
+    inputs: key or option → a file or folder that the run reads. Targets of links in it are mounted too, as a folder in
+    the Hub's cache needs. folders: those that the job itself creates if they are missing. Raises UserError for an input
+    that is not there, and for a path that cannot be written in a list of mounts.
     """
     for key, path in inputs.items():
         if not path.exists():

@@ -24,7 +24,7 @@ class Job:
     what: model, method, nodes and layout, in words. ranks: of a node. time: as sbatch writes it; lead: seconds before
     its end at which the job is told to stop. directives: more options of sbatch, each with its value, or None for an
     option without one. overrides, run (the run folder) and resume: of the configuration. inputs: key → file or folder
-    that the run reads. python: None for this interpreter, or python3 of the container.
+    that the run reads. python: None for this interpreter, or for python3 in a container.
     """
 
     name: str

@@ -34,8 +34,9 @@ def checkout() -> Path:
 def fill(template: str, directives: Mapping[str, str | None], variables: Mapping[str, str | Sequence[str]]) -> str:
     """Return `template` with its EDIT block filled in.
 
-    directives: option of sbatch → its value, or None to comment its line out. variables: name → value, a sequence for
-    an array. Each must have a line in the block. Raises UserError for a directive that sbatch could misread.
+    directives: option of sbatch → its value, or None to comment its line out. variables: name → value; a sequence
+    becomes a bash array. Each must have a line in the block. Raises UserError for a directive that sbatch could
+    misread.
     """
     head, _, rest = template.partition(BEGIN)
     block, marker, tail = rest.partition(END)

@@ -95,7 +95,7 @@ def _weight(said: str | None) -> int:
 
 
 def retire(folder: Path) -> None:
-    """Rename FAILED to FAILED.TIME. Called before any rank of this job may write one, so it is an earlier job's."""
+    """Rename FAILED, which an earlier job left, to FAILED.TIME. Call it before any rank of this job can write one."""
     target = folder / NAME
     with contextlib.suppress(OSError):
         when = time.strftime("%Y%m%dT%H%M%S", time.localtime(target.stat().st_mtime))

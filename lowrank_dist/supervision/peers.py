@@ -44,8 +44,7 @@ def lost_peers(error: BaseException) -> bool:
 def ask(store: dist.Store, rank: int, size: int, said: str | None, known: Callable[[], bool]) -> Answer:
     """Tell the other ranks that this one ends, and return their answer. Takes at most 2 · ASK_SECONDS.
 
-    said: this rank's message where it failed first, else None. known: returns True once the cause is known by other
-    means.
+    said: this rank's message if it failed first, else None. known: returns True once the cause is known from elsewhere.
     """
     answers: list[Answer] = []
 

@@ -53,7 +53,7 @@ _EXTENSIONS = re.compile(r"^Extension modules: .*\n?", re.MULTILINE)
 
 @dataclass(frozen=True)
 class WatchedRank:
-    """The facts on its rank that a watchdog gets at its start. timeout: that of the rank's collectives, in seconds.
+    """The facts about its rank that a watchdog is given at its start. timeout: that of collectives, in seconds.
 
     started, launchers: from `launchers.start_time` and `find_launchers`. thread: id of the main thread, as faulthandler
     prints it. page, stacks: file descriptors of the `Page` and of faulthandler's output.

@@ -1,7 +1,7 @@
 """The rule for keys of an untrusted JSON object: no key that changes numbers is ignored silently.
 
-A key is applied; or known to have no effect; or refused, because it changes numbers and is not applied; or noted, where
-it is not applied but is too common in published files to be refused. Unknown keys are noted as well.
+A key is either applied, or known to have no effect, or refused because it would change numbers, or noted because it
+would change numbers but is too common in published files to be refused. Unknown keys are noted as well.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class KeyRule:
     """The keys of one type of object.
 
     applied: keys that are used. without_effect: keys that change no number here. refused: key → what it would change.
-    unapplied: key → text of its note. Keys in `refused` and `unapplied` are ignored where the value is in `nothing`, or
-    among the key's values in `neutral`, at which it changes nothing.
+    unapplied: key → text of its note. A key in `refused` or `unapplied` is ignored if its value changes nothing, that
+    is, if the value is in `nothing` or in the key's entry of `neutral`.
     """
 
     applied: frozenset[str]

@@ -83,7 +83,7 @@ class Bottlenecks(Footprint):
         return (8 + job.architecture.linear_bias) * residual
 
     def layer_flops(self, architecture: Architecture, tokens: int, input_requires_grad: bool) -> LayerFlops:
-        """Return two products forward, and dX and dW of both backward; the lowest dX only where it is needed."""
+        """Return the FLOPs of two products forward, and of both dX and dW backward (the lowest dX only if needed)."""
         product = 2 * tokens * architecture.hidden * self.bottleneck
         forward = 2 * self._count * product
         backward = 2 * forward - self._lowest_sends_nothing(input_requires_grad) * product
@@ -91,7 +91,7 @@ class Bottlenecks(Footprint):
         return LayerFlops(forward, backward, forward - product, not self.sharded)
 
     def layer_calls(self, job: Job, input_requires_grad: bool) -> LayerCalls:
-        """Return as many calls backward as forward; that of the lowest dX only where it is needed."""
+        """Return the calls: as many backward as forward, but that of the lowest dX only if it is needed."""
         own = self._forward_calls(job)
         backward = list(own * self._count)
         if backward and self._lowest_sends_nothing(input_requires_grad):

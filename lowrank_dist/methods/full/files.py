@@ -127,7 +127,7 @@ class ModelFolders(MethodFiles):
         )
 
     def inspect(self, folder: Path, report: Report) -> Inspected:
-        """Inspect it as any model folder, and require finite numbers. Only its fingerprint is compared with a base."""
+        """Inspect the model folder and require finite numbers. Of a base, only the fingerprint is compared."""
         model = inspect_model(folder)
         report.facts.update({"method": "full", **model.facts})
         report.warnings.extend(model.warnings)

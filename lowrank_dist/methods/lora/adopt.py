@@ -84,7 +84,7 @@ def _refuse_contradictions(
 
 
 def rules_of(adapter: Adapter, architecture: Architecture) -> LoraRules:
-    """Return rules with which `place_factors` gives the adapter's factors, if all are on linears of the model."""
+    """Return rules for which `place_factors` gives the adapter's factors, provided all are on linears of the model."""
     peft = describe(
         {module: (factor.rank, factor.alpha) for module, factor in adapter.factors.items()},
         module_paths(architecture),

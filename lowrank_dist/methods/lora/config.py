@@ -56,9 +56,9 @@ class LoraConfig(MethodSection):
         return self.init_from
 
     def resumed(self, saved: Mapping[str, Any]) -> Self:
-        """Return the section with the saved values that came from the adapter in init_from; it is not read again.
+        """Return the section with the values that the checkpoint took over from the adapter in init_from.
 
-        The adapter may be gone by now. Keys given in the config win.
+        The adapter itself is not read again, since it may be gone by now. Keys given in the config win.
         """
         if self.init_from is None or saved.get("init_from") != str(self.init_from):
             return self

@@ -68,8 +68,8 @@ def inject(
 def initial_a(spec: FactorSpec, seed: int) -> Tensor:
     """Return the initial A [r, in]: PEFT's kaiming_uniform(a=√5), that is U(−1/√in, 1/√in). B starts at zero.
 
-    It is drawn whole from (seed, module path). A shard is a slice of it, so the bound does not depend on the number of
-    ranks.
+    The whole matrix is drawn from (seed, module path) and a shard is a slice of it, so values and bound do not depend
+    on the number of ranks.
     """
     return drawn_by_name(spec.path, seed, spec.adapter_rank, spec.in_features)
 

@@ -52,7 +52,7 @@ class Decomposed(LowRank):
 
     @property
     def output_passes(self) -> int:
-        """Six: Y = g ⊙ Z reads one and writes one, dZ = g ⊙ dY in backward too, and dm reads two."""
+        """Six: Y = g ⊙ Z reads one and writes one, dZ = g ⊙ dY reads one and writes one, and dm reads two."""
         return 6
 
     def step_passes(self, job: Job) -> int:

@@ -92,7 +92,7 @@ def serving_notes(adapter: Adapter, target: str) -> list[str]:
 
 
 def reads_alike(config: PeftConfig, adapter: Adapter) -> bool:
-    """Return whether every module has rank r and scale lora_alpha / r, so that all programs apply the same scales."""
+    """Return whether every module has rank r and scale lora_alpha / r, so that programs agree on the scales."""
     sizes = {(factor.rank, factor.alpha) for factor in adapter.factors.values()}
     return sizes == {(config.rank, config.alpha)} and not config.rslora and abs(config.alpha) >= _SMALLEST_ALPHA
 

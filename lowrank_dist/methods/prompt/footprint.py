@@ -29,7 +29,7 @@ class PromptFootprint(Footprint):
         return [Parameter(self.virtual_positions * job.architecture.hidden, _after_the_cut(job))]
 
     def gathers_embedding_gradient(self, job: Job) -> bool:
-        """Return whether the prompt is inserted before the tokens are sharded; its gradient is then gathered."""
+        """Return True if the prompt is inserted before the tokens are sharded, so that its gradient is gathered."""
         return not _after_the_cut(job)
 
     def virtual_tokens_on_rank(self, job: Job, tp_rank: int) -> int:
