@@ -61,7 +61,7 @@ def command_line(process: Path) -> list[str]:
 
 
 def stat_fields(process: Path) -> list[str]:
-    """Return the fields of /proc/PID/stat from the state on; empty where the process has ended and been reaped."""
+    """Return the fields of /proc/PID/stat, beginning with the state; empty if the process has ended and was reaped."""
     try:
         return (process / "stat").read_text(errors="replace").rpartition(")")[2].split()
     except OSError:

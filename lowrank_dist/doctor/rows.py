@@ -26,7 +26,7 @@ class Row:
 
     state: ok; off (training runs without it); warning (training runs, but look at it); any other state prevents
     training. detail: the finding and, where the state is not ok, the remedy. alike: a value that must be the same on
-    all nodes; if_unlike: the state where it is not. figures: the numbers in `detail`, with their units in their names.
+    all nodes. if_unlike: the state if it is not. figures: the numbers in `detail`, with their units in their names.
     """
 
     what: str

@@ -156,7 +156,7 @@ def ninja(path: str | None, beside: Path = Path(sys.executable).parent) -> Row:
 
 
 def build_locks() -> list[Row]:
-    """Return a row on locks that killed builds of torch extensions left behind."""
+    """Return a row on stale locks, left behind when a build of a torch extension was killed."""
     from lowrank_dist.backend.libraries import STALE_SECONDS, stale_build_locks
 
     stale = stale_build_locks()

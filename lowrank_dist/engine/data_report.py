@@ -37,8 +37,8 @@ class ShownSample:
 class DataSetReport:
     """The report on data.train or data.eval. Shares are between 0 and 1; lengths are in tokens, without virtual ones.
 
-    summary: the line on kept and dropped samples, as the run prints it. fill: share of the positions of all rows that
-    are not padding, in batches as the run makes them; fill_packed: the same with data.packing=true.
+    summary: the line on kept and dropped samples, as the run prints it. fill: share of positions that are not padding,
+    in the run's batches. fill_packed: the same with data.packing=true.
     """
 
     path: str
@@ -57,7 +57,7 @@ class DataSetReport:
 def report_on_data(config: Config, samples: int) -> dict[str, DataSetReport]:
     """Return the report on each data set of a run. samples: how many of each to show.
 
-    Raises UserError where the run's own start does: for lines, a tokenizer or a length that it refuses.
+    Raises UserError as the start of the run would: for invalid lines, an unusable tokenizer or too large a length.
     """
     path, architecture = config.model.path, read_architecture(config.model.path)
     package = method_package(config.method)

@@ -165,9 +165,9 @@ def read_set(
     most: int | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
-    """Return the data set of data.train or data.eval. Raises as `load_dataset` does; most: as there.
+    """Return the data set of data.train or data.eval.
 
-    tell: called with a line on the progress, where it takes long.
+    most: as in `load_dataset`. tell: called with a line on the progress, if it takes long. Raises as `load_dataset`.
     """
     path, use = (config.data.train, Use.TRAINING) if key == "train" else (config.data.eval, Use.EVALUATION)
     assert path is not None, "the configuration has no data.eval"

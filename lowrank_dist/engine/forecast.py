@@ -87,7 +87,7 @@ def cluster_of_ranks(hosts: Sequence[str], memory: int, backend: Backend) -> Clu
 
 
 class Ranks(Protocol):
-    """The ranks of a run, as far as the plan asks for them: a Topology, or what doctor knows before there is one."""
+    """The attributes of a run's ranks that the plan reads: those of a Topology, or of what doctor knows without one."""
 
     @property
     def tp_size(self) -> int: ...

@@ -50,9 +50,9 @@ class Resumption:
 def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Resumption | None:
     """Return the checkpoint that train.resume asks for; None to start afresh. Collective: rank 0 finds and verifies it.
 
-    Raises UserError on every rank where the named checkpoint does not verify or is followed by newer ones in this run,
-    and where the base of the checkpoint is not the one in model.path. Without output.overwrite also where starting
-    afresh would destroy a run that has saved (`RunFolder.saved_run`, or checkpoints, none of which verifies).
+    Raises UserError on every rank if the named checkpoint does not verify, if the run has newer ones, or if its base is
+    not the one in model.path. Without output.overwrite, UserError is also raised if a start afresh would destroy what a
+    run has saved: the entries of `RunFolder.saved_run`, or checkpoints of which none verifies.
     """
     if config.train.resume == "never":
         return None

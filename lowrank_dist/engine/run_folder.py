@@ -126,8 +126,8 @@ class RunFolder:
     def lock(self) -> None:
         """Create the folder, lock it and log to logs/rank-0.log from now on. Nothing else in it is changed yet.
 
-        Raises UserError where the folder cannot be written, and where another process trains in it or has trained in it
-        since `prepare` looked.
+        Raises UserError if the folder cannot be written, and if another process trains in it or has trained in it since
+        `prepare` was called.
         """
         handler = self._open_log(0)
         try:
@@ -165,7 +165,7 @@ class RunFolder:
         root.setLevel(logging.INFO)
 
     def begin(self, config_yaml: str, *, anew: bool) -> None:
-        """Write config.yaml, remove unfinished files of an earlier start and rename its FAILED.
+        """Write config.yaml, remove unfinished files that an earlier start left, and rename a FAILED that it left.
 
         Called once the run is known to train, after `lock`. anew: first remove the run that lies here, except its logs
         (output.overwrite). Raises UserError where the folder cannot be written.

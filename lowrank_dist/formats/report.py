@@ -101,7 +101,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def count_parameters(architecture: Architecture | None, checkpoint: Checkpoint) -> int:
-    """Return the number of parameters, tied ones counted once; for an unsupported family, all in the files."""
+    """Return the number of parameters. Tied ones count once, in an unsupported family as often as stored."""
     if architecture is not None:
         return sum(torch.Size(shape).numel() for shape in hf_shapes(architecture).values())
     return sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names())

@@ -370,7 +370,7 @@ def merged_text_files(adapters: Collection[Path], tokenizer: Path | None, vocab:
 
 
 def unknown_end_ids(base: Path, ends: Iterable[int]) -> list[int]:
-    """Return the ids among `ends` at which the base does not stop by its generation files or its tokenizer's EOS."""
+    """Return the ids among `ends` that end no text of the base: neither its stop tokens nor its tokenizer's EOS."""
     missing = missing_end_ids(base, ends)
     own = end_of_text(read_tokenizer(base)) if missing and has_tokenizer(base) else ()
     return [end for end in missing if end not in own]

@@ -62,7 +62,7 @@ class Collected:
 class Published:
     """An adapter to publish. files: files of its folder to copy unchanged. card: the text of its model card.
 
-    write: writes the files that differ from those of its folder into another folder. notes: lines for the user, such as
+    write: writes the files that were changed for publishing into another folder. notes: lines for the user, such as
     what was changed.
     """
 

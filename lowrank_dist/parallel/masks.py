@@ -37,7 +37,7 @@ class MaskSource:
         self._key: Tensor | None = None
 
     def set(self, step: int, rows: Tensor) -> None:
-        """Announce a microbatch. The counters go where `rows` lies, without a copy from the host."""
+        """Announce a microbatch. The counters are created on the device of `rows`, without a copy from the host."""
         self._rows = rows
         self._key = rows.new_full((2,), self.seed)
         self._key[1:].fill_(step)

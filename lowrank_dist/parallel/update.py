@@ -18,7 +18,7 @@ from lowrank_dist.ops.mask import Mask
 
 
 class LowRankUpdate(nn.Module, ABC):
-    """Y = X·Wᵀ + U·bᵀ + bias with U = (m ⊙ X)·aᵀ, by operands a [R, K] and bᵀ [R, O].
+    """Y = X·Wᵀ + U·bᵀ + bias with U = (m ⊙ X)·aᵀ, computed from the operands a [R, K] and bᵀ [R, O].
 
     out_features: O. total_rank: R. blocks: non-zeros of bᵀ as in ops/low_rank.py, empty where it is dense.
     rescales: the linear passes X·Wᵀ + U·bᵀ to `rescaled`, which adds the bias, instead of adding the bias itself.

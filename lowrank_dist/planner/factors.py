@@ -83,7 +83,7 @@ class Placement:
 
     @cached_property
     def kinds(self) -> tuple[tuple[Layer, bool, int], ...]:
-        """Every distinct (layer, whether its input requires a gradient), with the number of such layers."""
+        """Distinct pairs (layer, whether its input requires a gradient), each with its number of layers."""
         return tuple((*kind, count) for kind, count in Counter(zip(self.layers, self._gradient, strict=True)).items())
 
     @property

@@ -77,7 +77,7 @@ class ThetaOnRank:
     """Elements of Θ on one rank, in the optimizer's two groups.
 
     replicated: elements with partial gradients, as in A of column- and B of row-parallel linears; sharded: the others.
-    b, rows, total_ranks: elements and rows of all B, and Σ r over all factors.
+    b: elements of all B. rows: rows of all B. total_ranks: Σ r over all factors.
     """
 
     replicated: int
@@ -208,9 +208,9 @@ def checkpoint_bytes(job: Job) -> int:
 
 
 def disk_bytes(job: Job, keep_last: int | None, keep_best: int) -> int:
-    """Return the bytes of base, checkpoints kept at a time (one more while it is written) and adapter at the end.
+    """Return the bytes of the base, the kept checkpoints, one checkpoint being written, and the adapter.
 
-    Where all checkpoints are kept, one is counted, because the rest grows with the run.
+    If all checkpoints are kept, one is counted, because the rest grows with the run.
     """
     kept = (1 if keep_last is None else keep_last) + keep_best + 1
     return base_bytes(job) + kept * checkpoint_bytes(job) + adapter_bytes(job)

@@ -73,8 +73,9 @@ class Files:
     """Sizes of files, and host memory of a node.
 
     adapter: the adapter in fp32, or the trained model. checkpoint: the adapter, fp32 weights and two Adam moments.
-    disk: the base, the checkpoints kept at a time and one that is being written, and the adapter. kept: how many
-    checkpoints stay; None for all, of which `disk` counts one. host_memory_saving: taken by rank 0 in addition.
+    disk: the base, the checkpoints kept at a time and one that is being written, and the adapter. kept: number of
+    checkpoints that stay; None for all, in which case `disk` counts one. host_memory_saving: taken by rank 0 in
+    addition.
     """
 
     adapter: int
