@@ -1,4 +1,4 @@
-"""PEFT is the referee: what we write it loads exactly, what it writes we read exactly."""
+"""PEFT is the reference: it loads what we write, and we read what it writes, both exactly."""
 
 import json
 import math
@@ -59,7 +59,7 @@ def peft_layers(model: PeftModel) -> dict[str, LoraLayer]:
 
 
 def layer_of(module: str) -> int:
-    """The module's layer; -1 for lm_head."""
+    """Return the module's layer; -1 for lm_head."""
     return int(next(iter(re.findall(r"\.(\d+)\.", module)), -1))
 
 
@@ -70,7 +70,7 @@ def _in_layers(module: str, size: tuple[int, float]) -> tuple[int, float] | None
 _LAST_GPT2 = "transformer.h.1.mlp.c_proj"
 _OUTPUT = re.compile(r"attn\.(c_proj|o_proj|out_proj)$")
 
-# Which modules get factors, and their (rank, alpha): each needs another form of target_modules and patterns.
+# The modules that get factors, and their (rank, alpha). Each entry needs another form of target_modules and patterns.
 SIZES: Mapping[str, Size] = {
     "all linears alike": lambda module: _in_layers(module, (3, 6.0)),
     "one name": lambda module: (2, 5.5) if module.endswith(("q_proj", "c_attn")) else None,
@@ -158,7 +158,7 @@ _MODULES = st.sets(st.lists(_PART, min_size=1, max_size=4).map(".".join), min_si
 
 
 def _describable(modules: set[str], chosen: set[str]) -> bool:
-    """PEFT's lists cannot name `x` alone beside `y.x`; models of ours have no such pair among their modules."""
+    """Return whether PEFT's lists can name `chosen`: they cannot name `x` without `y.x`. Our models have no such pair."""
     return not any(module != other and other.endswith(f".{module}") for module in chosen for other in modules)
 
 
@@ -202,7 +202,7 @@ def test_we_read_what_peft_writes(bases: dict[str, Path], tmp_path: Path, family
     model.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path)
 
-    # What counts is what the file means to PEFT: saving sorts the patterns, whose order matters.
+    # Compare the file as PEFT understands it: saving sorts the patterns, and their order matters.
     layers = peft_layers(PeftModel.from_pretrained(load_base(bases[family]), tmp_path))
     assert set(adapter.factors) == set(layers) and adapter.dropout == 0.1
     assert adapter.rslora == (patterns == "rslora") and adapter.fan_in_fan_out == (family == "gpt2")
@@ -415,7 +415,7 @@ def test_any_config_adapts_what_it_adapts_in_peft(
         return
     config = read_config(path)
     for module in _LAYERED:
-        # What PEFT returns for an excluded module is false in a boolean context.
+        # For an excluded module PEFT returns a value that is false in a boolean context.
         assert config.adapts(module) == bool(check_target_module_exists(peft, module)), module
     path.write_text(config.to_json())
     assert replace(read_config(path), layer_patterns=()) == replace(config, layer_patterns=())
@@ -488,7 +488,7 @@ def test_all_linear_leaves_the_output_layer_out(bases: dict[str, Path], tmp_path
 def test_an_incomplete_adapter_is_refused_in_every_room(
     bases: dict[str, Path], tmp_path: Path, values: dict[str, Any], lacking: str | None, ours: bool
 ) -> None:
-    """One that all-linear names is whole without the output layer, as PEFT leaves that out."""
+    """An adapter with target_modules all-linear is complete without the output layer, which PEFT leaves out."""
     base = bases["llama"]
     folder = save_adapter(tmp_path / "adapter", base, random_adapter(base, SIZES["all linears alike"]))
     if not ours:
@@ -502,7 +502,7 @@ def test_an_incomplete_adapter_is_refused_in_every_room(
         lambda: adopt_adapter(LoraSection(init_from=folder), base),
         lambda: read_adapter(folder, architecture),
     )
-    if ours:  # whose base is known by its content
+    if ours:  # names its base by fingerprint
         rooms = (*rooms, lambda: export(folder, tmp_path / "exported"))
     else:
         (note,) = (note for note in export(folder, tmp_path / "unseen") if "its base was not found" in note)
@@ -559,7 +559,7 @@ def test_dora_there_and_back(bases: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_a_dora_adapter_without_b_may_still_change_the_base(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Its magnitudes do, as test_merge.py shows; without them it is untrained."""
+    """Its magnitudes can change the base, as test_merge.py shows. Without magnitudes the adapter is untrained."""
     for dora, effect in ((True, "only its magnitudes can change the base"), (False, "changes nothing")):
         written = random_adapter(bases["llama"], SIZES["one name"], scale=0.0, dora=dora)
         folder = save_adapter(tmp_path / f"adapter-{dora}", bases["llama"], written, trained=False)

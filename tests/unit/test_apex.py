@@ -1,4 +1,6 @@
-"""Which apex is there, and what is taken of it. NVIDIA's wants a GPU; here a stand-in has its interface."""
+"""The detection of an installed apex and the parts used from it. NVIDIA's needs a GPU; a stand-in has its interface
+here.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 MODULES = ("apex", "amp_C", "fused_layer_norm_cuda")
 EXTENSIONS = {"amp_C.py": "", "fused_layer_norm_cuda.py": ""}
-# Constructors, and in FusedAdam also the walk over groups, as in NVIDIA/apex at 6424da3.
+# Copied from NVIDIA/apex at 6424da3: the constructors, and the loop over parameter groups in FusedAdam.
 NVIDIA = {
     "apex/__init__.py": "from . import normalization, optimizers",
     "apex/normalization/__init__.py": """
@@ -87,7 +89,7 @@ class FusedAdam(torch.optim.Optimizer):
     "apex-0.1.dist-info/METADATA": "Metadata-Version: 2.1\nName: apex\nVersion: 0.1\n"
     "Summary: PyTorch Extensions written by NVIDIA\n",
 }
-# What `pip download apex` brings: apex-0.9.10dev.
+# The package that `pip download apex` gets: apex-0.9.10dev.
 PYPI = {
     "apex/__init__.py": "raise AssertionError('an unrelated package was run')",
     **{
@@ -109,7 +111,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
 
 @pytest.fixture
 def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Installed]:
-    """Puts files where Python looks for packages first; whatever apex this environment has is set aside."""
+    """Return a function that puts files first on Python's path. An apex of this environment is set aside."""
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if name.partition(".")[0] in MODULES}
     apex.installed_apex.cache_clear()
 
@@ -127,7 +129,7 @@ def install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Install
 
 @pytest.fixture
 def on_cpu(install: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The stand-in is usable, and is taken on a CPU too."""
+    """Make the stand-in usable, on a CPU too."""
     install(NVIDIA | EXTENSIONS)
     taken = apex._taken
     monkeypatch.setattr(apex, "_taken", lambda device: taken("cuda"))
@@ -147,7 +149,7 @@ def test_pypis_apex_is_named_and_not_run(install: Installed) -> None:
     said = ("not NVIDIA's", "Pyramid toolkit", "`pip uninstall apex`", "github.com/NVIDIA/apex", "APEX_CUDA_EXT=1")
     assert [part for part in said if part not in found.reason] == [] and "\n" not in found.reason
     assert "apex" not in sys.modules
-    # The control: this package cannot be imported unnoticed.
+    # The control: importing this package raises.
     with pytest.raises(AssertionError, match="unrelated"):
         __import__("apex")
 
@@ -161,7 +163,7 @@ def test_something_else_called_apex_is_named_by_its_place(install: Installed, fi
 
 
 def test_metadata_of_another_place_is_not_taken(install: Installed) -> None:
-    """A clone of NVIDIA's on the path before an installed package from PyPI is not 0.9.10."""
+    """NVIDIA's clone stands on the path before PyPI's installed package; it must not be reported as version 0.9.10."""
     folder = install({f"site/{name}": text for name, text in PYPI.items()} | NVIDIA)
     (folder / "apex-0.1.dist-info/METADATA").unlink()
     (folder / "apex-0.1.dist-info").rmdir()
@@ -258,7 +260,7 @@ def test_frozen_norms_agree(kind: str, dtype: torch.dtype, request: pytest.Fixtu
     assert fused.state_dict().keys() == plain.state_dict().keys()
     for got, wanted in zip(output_and_gradient(fused, dtype), expected, strict=True):
         torch.testing.assert_close(got, wanted)
-    # The control: an ε that was not handed on shows.
+    # The control: a lost ε is noticed.
     lost = output_and_gradient(frozen_norm(kind, dtype, eps=1e-5), dtype)[0]
     assert not torch.allclose(lost, expected[0], rtol=0.02, atol=0.02)
 
@@ -287,7 +289,7 @@ def test_adamw_agrees(on_cpu: None) -> None:
     for one, other in zip(optimiser.state.values(), reference.state.values(), strict=True):
         for name in ("exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(one[name], other[name])
-    # The control: Adam's coupled decay is another thing.
+    # The control: Adam's coupled weight decay gives another result.
     coupled, _ = after_steps(lambda *args, **kwargs: apex.adamw("cpu")(*args, **kwargs | {"adam_w_mode": False}))
     assert not torch.allclose(coupled[0], expected[0], rtol=1e-3)
 
@@ -330,7 +332,7 @@ dist.destroy_process_group()
 
 
 def test_zero_takes_it(tmp_path: Path) -> None:
-    """In a process of its own: DeepSpeed decides when it is imported whether it knows apex's optimiser."""
+    """Run in a new process: DeepSpeed decides at import whether it accepts apex's optimiser."""
     packages = write(tmp_path / "packages", NVIDIA | EXTENSIONS)
     done = subprocess.run(
         [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(packages)!r})\n{ZERO}", str(tmp_path / "store")],
@@ -385,5 +387,5 @@ def test_plain_leaves_out_everything_but_pytorch(install: Installed) -> None:
         assert apex.norm_class("RMSNorm", "cuda") is nn.RMSNorm and apex.adamw("cuda") is torch.optim.AdamW
     finally:
         choose_kernels("auto", "cpu")
-    # The control: the same again without it.
+    # The control: without "plain" both are used.
     assert extension.compiled(torch.zeros(1)) and apex.norm_class("RMSNorm", "cuda") is not nn.RMSNorm

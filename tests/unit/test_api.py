@@ -1,4 +1,4 @@
-"""The Python API: `import lowrank_dist` loads nothing, the commands go through its functions, errors are UserErrors."""
+"""The Python API: `import lowrank_dist` loads no heavy package, commands call its functions, errors are UserErrors."""
 
 from __future__ import annotations
 
@@ -85,14 +85,14 @@ def test_every_public_name_is_there() -> None:
         value = getattr(lowrank_dist, name)
         assert value is getattr(lowrank_dist, name) and name in dir(lowrank_dist)
         assert name == "__version__" or value.__doc__ and value.__module__.startswith("lowrank_dist."), name
-        # A room of the same name would take its place when it is imported.
+        # A package of the same name would replace the function once it is imported.
         assert not (ROOT / "lowrank_dist" / name).exists()
     with pytest.raises(AttributeError, match="module 'lowrank_dist' has no attribute 'load_confg'"):
         lowrank_dist.load_confg  # noqa: B018
 
 
 def test_names_for_type_checkers_are_those_at_run_time() -> None:
-    """`from lowrank_dist.config import load_config` for mypy, and the same module in the table of late imports."""
+    """The imports that mypy sees name the same modules as the table of late imports."""
     source = (ROOT / "lowrank_dist" / "__init__.py").read_text()
     for name, module in lowrank_dist._MODULES.items():
         (line,) = [line for line in source.splitlines() if line.lstrip().startswith(f"from lowrank_dist.{module} im")]
@@ -131,7 +131,7 @@ def test_load_config(config_file: Path) -> None:
 
 
 def test_a_path_is_no_override(tmp_path: Path) -> None:
-    """A folder such as `lr=1` is a path, where a command line takes it for an override."""
+    """A folder named like an override, such as `lr=1`, is a path here. The command line takes it for an override."""
     folder = tmp_path / "train.lr=1"
     folder.mkdir()
     (folder / "run.yaml").write_text(RUN)
@@ -157,7 +157,7 @@ def test_plan_is_what_the_command_prints(base: Path, tmp_path: Path) -> None:
     fits, tensor, values = plan_of(path)
     assert json.loads(json.dumps(values)) == told and told["fits"] is fits is True
     assert tensor == 1 == told["layout"]["tensor"]
-    # A config that is loaded already gives the same plan.
+    # A loaded config gives the same plan.
     config = lowrank_dist.load_config(path)
     assert lowrank_dist.plan(config, lowrank_dist.Cluster.of(gpus_per_node=2)) == lowrank_dist.plan(
         str(path), lowrank_dist.Cluster.of(gpus_per_node=2)

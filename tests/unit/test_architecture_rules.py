@@ -1,4 +1,4 @@
-"""The arrows of the design that must never exist, read from the syntax of every file: a late import counts as well."""
+"""Imports that the design forbids, read from the syntax of every file; late imports count too."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def rooms(*names: str) -> tuple[str, ...]:
     return tuple(f"{PACKAGE}.{name}" for name in names)
 
 
-# The modules that hold the model of a config section, beside its owner.
+# The modules that define a config section's model, beside the package that owns it.
 SECTIONS = (
     *rooms("model.config", "parallel.config", "data.config", "generate.config"),
     *(f"{PACKAGE}.methods.{package.folder}.config" for package in METHOD_PACKAGES if package.section is not None),
@@ -69,21 +69,21 @@ ARROWS = [
     ),
     Arrow(f"{PACKAGE}.data", "torch.distributed"),
     Arrow("", "launch", exempt=("launch",)),
-    # The public names are for programs: a module names the room that it takes something from.
+    # The public names are for users' programs: our modules import from the package that defines the name.
     *(Arrow(PACKAGE, name) for name in rooms(*PUBLIC)),
 ]
-# What answers at once loads none of these, through whatever it imports.
+# Packages that must answer at once load none of these, not even indirectly.
 LIGHT = ("arch", "planner")
 HEAVY = ("torch", "transformers", "megatron", "deepspeed", "safetensors")
-# What merging may not reach at all, through whatever it imports of ours: it runs without a process group.
+# Merging must not reach these, not even indirectly through our modules: it runs without a process group.
 MERGE = f"{PACKAGE}.merging.merge"
 OUT_OF_MERGE = ("deepspeed", "megatron", "torch.distributed")
-# Files are untrusted: nothing may run code that came in one.
+# Files are untrusted: nothing may run code from a file.
 RUNS_CODE = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "torch.load", "torch.save")
 MUST_BE = {"trust_remote_code": False, "allow_pickle": False, "weights_only": True}
 MOST_ARGUMENTS = 8
-# A dataclass without an __init__ of its own is plain data and has as many fields as it describes. Two other kinds of
-# signature are not ours to choose: typer reads a command's options from it, and torch hands every operand to forward.
+# A dataclass without its own __init__ is plain data and may have many fields. Two other kinds of signature are
+# dictated: typer reads a command's options from its function, and torch passes every operand to forward.
 ARGUMENTS_GIVEN = {f"{PACKAGE}.cli": "_command", f"{PACKAGE}.parallel.autograd": "forward"}
 
 
@@ -92,7 +92,7 @@ def under(name: str, prefix: str) -> bool:
 
 
 class Names(ast.NodeVisitor):
-    """Every dotted name that a module imports, anywhere in it, or reaches through what it imported."""
+    """The dotted names that a module imports anywhere in it, or reaches through its imports."""
 
     def __init__(self, module: str, is_package: bool, at_run_time: bool) -> None:
         self._at_run_time = at_run_time
@@ -144,10 +144,10 @@ class Names(ast.NodeVisitor):
 
 
 def names_in(source: str, module: str, is_package: bool = False, *, at_run_time: bool = False) -> Names:
-    """at_run_time: leave out what is imported for a type checker alone."""
+    """Return the names in a module. at_run_time: leave out imports made for type checkers only."""
     tree = ast.parse(source)
     names = Names(module, is_package, at_run_time)
-    # Twice: an attribute may stand above the import that binds its root.
+    # Twice: an attribute may stand above the import that binds its first name.
     names.visit(tree)
     names.visit(tree)
     return names
@@ -171,7 +171,7 @@ def code_from_files(source: str) -> list[str]:
 
 
 def long_signatures(source: str, module: str) -> list[str]:
-    """Constructors and functions of a module with more arguments than the house allows, self and cls not counted."""
+    """Return the constructors and functions of a module with too many arguments; self and cls do not count."""
     given = [name for room, name in ARGUMENTS_GIVEN.items() if under(module, room)]
     found = []
     for node in ast.walk(ast.parse(source)):
@@ -185,7 +185,7 @@ def long_signatures(source: str, module: str) -> list[str]:
 
 
 def modules(*folders: str) -> Iterator[tuple[str, Path]]:
-    """Dotted name and path of every Python file below the folders."""
+    """Yield the dotted name and the path of every Python file below the folders."""
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*.py")):
             relative = path.relative_to(ROOT).with_suffix("")
@@ -194,7 +194,7 @@ def modules(*folders: str) -> Iterator[tuple[str, Path]]:
 
 
 def reachable(module: str, ours: dict[str, Path]) -> dict[str, set[str]]:
-    """The modules of ours that importing `module` loads, packages above them included, each with all names in it."""
+    """Return our modules that importing `module` loads, parent packages included, each with all names in it."""
     reached: dict[str, set[str]] = {}
     waiting = [module]
     while waiting:
@@ -219,7 +219,8 @@ def test_constructors_and_functions_take_few_things() -> None:
     assert found == []
 
 
-# What reads and writes a method's folders, which the registry imports by name: merge, inspect and export stand on it.
+# The modules that read and write a method's folders. The registry imports them by name; merge, inspect and export
+# depend on them.
 FILES = tuple(f"{PACKAGE}.methods.{package.files_object.partition(':')[0]}" for package in METHOD_PACKAGES)
 
 
@@ -233,7 +234,7 @@ def test_files_are_read_without_a_process_group(start: str) -> None:
 
 @pytest.mark.parametrize("room", LIGHT)
 def test_importing_a_light_room_loads_nothing_heavy(room: str) -> None:
-    """Every module of it, in a process of its own; and what is imported only when a function runs, by its syntax."""
+    """Import every module of the package in a new process; check late imports from the syntax."""
     names = [name for name, _ in modules(f"{PACKAGE}/{room}")]
     assert len(names) > 5
     code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\n"
@@ -247,7 +248,7 @@ def test_importing_a_light_room_loads_nothing_heavy(room: str) -> None:
 
 
 def loaded_by(code: str, *names: str) -> list[str]:
-    """Those of the modules that a new process has loaded after it ran the code."""
+    """Return those of the modules `names` that a new process has loaded after it ran the code."""
     show = f"import sys\n{code}\nprint(*({set(names)} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", show], cwd=ROOT, capture_output=True, text=True, check=True)
     return sorted(done.stdout.split())
@@ -292,7 +293,7 @@ def test_every_method_has_a_home() -> None:
 def test_nothing_runs_code_from_a_file() -> None:
     files = [path for _, path in modules(PACKAGE, "launch", "benchmarks", "tests")] + [ROOT / "setup.py"]
     found = {path.relative_to(ROOT): code_from_files(path.read_text()) for path in files}
-    # A test may write what the code under test has to refuse.
+    # A test may write a file that the code under test must refuse.
     writes = {"pickle", "pickle.dump", "pickle.dumps", "torch.save"}
     found = {path: [x for x in bad if path.parts[0] != "tests" or x not in writes] for path, bad in found.items()}
     assert {str(path): bad for path, bad in found.items() if bad} == {}
@@ -418,7 +419,7 @@ def test_planted_code_from_a_file_is_found(source: str) -> None:
 
 
 def test_importing_starts_nothing() -> None:
-    """No CUDA context, no thread, no process group and no logging handler from importing any module of ours."""
+    """Importing our modules creates no CUDA context, thread, process group or logging handler."""
     names = [name for name, _ in modules(PACKAGE)]
     code = f"""
 import importlib, logging, threading, torch

@@ -1,4 +1,4 @@
-"""What a configuration says that only the parts, or the run that it goes on from, can judge."""
+"""Checks of a configuration that need the assembled parts or the state of the resumed run."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_by_another_measure() -> None:
 
 
 def known_by(config: Config, state: TrainingState) -> TrainingState:
-    """The state of a run by this configuration, as this version saves it."""
+    """Return the state of a run with this configuration, as this version saves it."""
     known = {"eval_metrics": {"bleu": {2: 1.0}}, "metric_definition": DEFINITION, "held_out": state.data}
     return state.model_copy(update={**known, "config": config.model_dump(mode="json")})
 
@@ -139,7 +139,7 @@ def known_by(config: Config, state: TrainingState) -> TrainingState:
 def test_values_of_another_measure_are_not_held_against_new_ones(
     change: dict[str, Any], outdated: tuple[str, ...], said: str | None
 ) -> None:
-    """A metric that a new version counts lower would leave the best step to the old one for ever, and stop the run."""
+    """Values of an old metric do not count: were they higher, no new step would be the best, and the run would stop."""
     config = config_of(eval={"generate": {"metrics": ["bleu"], "max_new_tokens": 4}, "best": "bleu"})
     state = known_by(config, state_of(2)).model_copy(update=change)
     held_out = state_of(2).data

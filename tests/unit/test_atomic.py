@@ -1,4 +1,4 @@
-"""A folder appears whole or not at all."""
+"""A folder appears complete or not at all."""
 
 import ctypes
 import errno
@@ -49,7 +49,7 @@ def test_only_what_nobody_writes_is_removed(tmp_path: Path) -> None:
     others = [temporary_name(tmp_path / "other"), temporary_name(tmp_path / "out")]
     for folder in others:
         folder.mkdir()
-    (others[0] / "x").touch()  # the second is empty, as one that its writer has not locked yet
+    (others[0] / "x").touch()  # the second is empty, like a folder that its writer has not locked yet
     with atomic_folder(tmp_path / "out", replace=True) as first:
         (first / "x").touch()
         with atomic_folder(tmp_path / "out", replace=True) as second:
@@ -75,7 +75,7 @@ def test_a_signal_that_ends_the_process_leaves_nothing(tmp_path: Path, number: s
 
 
 def test_a_signal_that_somebody_handles_stays_theirs(tmp_path: Path) -> None:
-    """A rank told to stop goes on to save."""
+    """A rank that is told to stop continues until it has saved."""
     told = []
     before = signal.signal(signal.SIGTERM, lambda *_: told.append(True))
     try:

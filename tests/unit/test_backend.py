@@ -1,4 +1,4 @@
-"""The seam's one choice: which device and which collectives, by what the launcher says and how many GPUs there are."""
+"""The choice of device and collectives, by the launcher's variables and the number of GPUs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from lowrank_dist.errors import UserError
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
-    """As many GPUs as `gpus["count"]` says; `gpus["set"]` is the device that was made current."""
+    """Simulate `gpus["count"]` GPUs; `gpus["set"]` becomes the index of the current device."""
     state = {"count": 1}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: state["count"] > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: state["count"])
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: state.update(set=device.index))
     monkeypatch.setattr(select.megatron, "prepare", lambda device: None)
     for name in ("DS_ACCELERATOR", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
-        # Set before it is deleted, so that what a test leaves behind is taken back.
+        # Set before deleting, so that monkeypatch undoes what the test leaves behind.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return state
@@ -68,7 +68,7 @@ def test_the_launchers_agree(gpus: dict[str, int], monkeypatch: pytest.MonkeyPat
 
 
 def test_deepspeed_is_told_the_device_and_not_the_rank(gpus: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its engine calls set_device(LOCAL_RANK): on a shared GPU there is no device of the second rank's number."""
+    """DeepSpeed's engine calls set_device(LOCAL_RANK); on a shared GPU no device has the second rank's number."""
     monkeypatch.setenv("LOCAL_RANK", "1")
     select.set_local_rank_to_device(select.select_backend("cpu", 1, 2))
     assert os.environ["LOCAL_RANK"] == "1"

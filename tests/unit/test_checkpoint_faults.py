@@ -1,4 +1,4 @@
-"""SIGKILL and a full disk at every operation of a save: there is always a complete checkpoint to go on from."""
+"""SIGKILL and a full disk at every operation of a save: a complete checkpoint to resume from always remains."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ OLD, NEW = 2, 4
 
 
 def state_of(step: int) -> TrainingState:
-    """Evaluated at every step, each better than the one before."""
+    """Return a state that was evaluated at every step, each time with a lower loss."""
     return whole_state(step).model_copy(update={"eval_losses": {at: 2.0 / at for at in range(1, step + 1)}})
 
 
 class StandIn:
-    """Of a method what saving needs."""
+    """The attributes of a method that saving needs."""
 
     published = (CONFIG_FILE, WEIGHTS_FILE, PROVENANCE_FILE)
     files = staticmethod(lora_files)
 
 
 def work(root: Path, step: int, resumed: int | None) -> None:
-    """One final save of a run that keeps one checkpoint, so that everything a save can do is done."""
+    """Save the final checkpoint of a run that keeps one, so that every operation of a save happens."""
     facts = Facts(Provenance("cd" * 32, "base", {}), state_of(step).data, None)
     folder = RunFolder(root)
     folder.checkpoints.mkdir(exist_ok=True)
@@ -48,7 +48,7 @@ def work(root: Path, step: int, resumed: int | None) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with the checkpoints of steps 2 and, for comparison beside it, 4."""
+    """Return a folder with two runs: one saved at step 2 and, for comparison, one at step 4."""
     place = tmp_path_factory.mktemp("saved")
     for step in (OLD, NEW):
         (place / str(step)).mkdir()
@@ -63,7 +63,7 @@ def zygote() -> Zygote:
 
 
 def started(saved: Path, place: Path) -> Path:
-    """A run whose last checkpoint is that of step 2."""
+    """Copy the run whose last checkpoint is that of step 2."""
     return Path(shutil.copytree(saved / str(OLD), place, symlinks=True))
 
 
@@ -72,7 +72,7 @@ def same(folder: Path, other: Path) -> bool:
 
 
 def require_promise(saved: Path, root: Path, where: str) -> int:
-    """There is a complete checkpoint, of this save or of the one before; the links and the adapter are whole."""
+    """Check that a complete checkpoint of this or the previous save exists, and that links and adapter are whole."""
     found = newest_checkpoint(root / "checkpoints")
     assert found.state is not None and not found.skipped, f"{where}: {found.skipped}"
     assert same(found.folder, saved / str(found.state.step) / "checkpoints" / f"step-{found.state.step}"), where
@@ -83,8 +83,8 @@ def require_promise(saved: Path, root: Path, where: str) -> int:
 
 
 def require_recovery(saved: Path, root: Path, step: int, where: str) -> None:
-    """The run continues from there and ends as if nothing had been, with nothing left over."""
-    RunFolder(root).log(1)  # another rank's share: the folders are there
+    """Check that the run resumes from there, ends as if it had not been interrupted, and leaves nothing over."""
+    RunFolder(root).log(1)  # done by another rank: creates the folders
     RunFolder(root)._clear()
     work(root, NEW, step)
     assert require_promise(saved, root, where) == NEW
@@ -115,7 +115,7 @@ def test_at_every_operation(saved: Path, zygote: Zygote, tmp_path: Path, action:
 
 
 def test_the_promise_can_be_broken(saved: Path, tmp_path: Path) -> None:
-    """The control: a writer that writes in place leaves what the checks above do not accept."""
+    """The control: what an in-place writer leaves fails the checks above."""
     root = started(saved, tmp_path / "run")
     half = root / "checkpoints" / f"step-{NEW}"
     shutil.copytree(saved / f"{NEW}/checkpoints/step-{NEW}", half, ignore=shutil.ignore_patterns(MANIFEST_FILE))

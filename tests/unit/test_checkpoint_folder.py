@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged, cut, copied or planted: every one is named, and passed over or refused."""
+"""Damaged, truncated, copied or planted checkpoints: the fault is named, and the checkpoint skipped or refused."""
 
 from __future__ import annotations
 
@@ -59,13 +59,13 @@ def write(folder: Path, step: int) -> Path:
 
 
 def tensors_of(step: int) -> dict[str, torch.Tensor]:
-    """Masters and moments of every tensor of Θ."""
+    """Return random fp32 weights and moments of every tensor of Θ."""
     generator = torch.Generator().manual_seed(step)
     return {name: torch.randn(len(KINDS), *shape, generator=generator) for name, shape in SHAPES.items()}
 
 
 def lora_files(folder: Path, provenance: Provenance, *, trained: bool = True) -> Collected:
-    """What the method `lora` writes, for factors on MODULES."""
+    """Return the writer of method `lora`, for factors on MODULES."""
 
     def write_files(tensors: Mapping[str, torch.Tensor]) -> None:
         factors = {m: LowRankFactor(*(tensors[f"{m}.lora_{s}"] for s in "AB"), 8.0) for m in MODULES}
@@ -81,7 +81,7 @@ def read_all(path: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.
 
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """checkpoints/ with step-2 and step-4, and the links."""
+    """Return checkpoints/ with step-2, step-4 and the links."""
     checkpoints = tmp_path_factory.mktemp("run") / "checkpoints"
     for step in (2, 4):
         write(checkpoints / f"step-{step}", step)
@@ -96,7 +96,7 @@ def checkpoints(pristine: Path, tmp_path: Path) -> Path:
 
 
 def refuses(folder: Path, name: str) -> None:
-    """The older checkpoint is found, and the message says which file of the newer one is wrong; nobody reads it."""
+    """Check that the newer checkpoint is passed over with its bad file named, and that reading it fails."""
     found = newest_checkpoint(folder.parent)
     assert found.state is not None and found.state.step == 2
     assert any(name in reason for reason in found.skipped), found.skipped
@@ -127,7 +127,7 @@ def test_writing_again_replaces(checkpoints: Path) -> None:
 
 
 def test_any_flipped_byte_is_seen(checkpoints: Path) -> None:
-    """300 of them, over all files, at a random place, by a random change."""
+    """300 random changes of a byte, over all files."""
     draw = random.Random(5)
     for trial in range(300):
         path = checkpoints / "step-4" / FILES[trial % len(FILES)]
@@ -189,7 +189,7 @@ def test_unfinished_and_foreign_entries_are_no_checkpoints(checkpoints: Path) ->
 
 
 class _Planted:
-    """What a pickle would do when it is read."""
+    """A pickle that makes a folder when it is read."""
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         return (os.mkdir, (str(self.place),))
@@ -198,7 +198,7 @@ class _Planted:
 @pytest.mark.parametrize("name", ["optimizer.pt", "adapter_model.bin", OPTIMIZER_FILE, STATE_FILE, WEIGHTS_FILE])
 @pytest.mark.parametrize("listed", [False, True])
 def test_a_planted_pickle_is_never_read(checkpoints: Path, tmp_path: Path, name: str, listed: bool) -> None:
-    import pickle  # to make what no one may read
+    import pickle  # only to make the file that must not be read
 
     from lowrank_dist.formats.manifest import write_manifest
 
@@ -246,7 +246,7 @@ def test_state_that_says_too_much_or_too_little(checkpoints: Path) -> None:
         "[]",
         whole.replace('"step": 4', '"step": "4"'),
         whole.replace("step", "x", 1),
-        # What pydantic reads, and would write as null or not at all.
+        # Values that pydantic reads and would write as null or leave out.
         whole.replace('"loss": 0.3333333333333333', '"loss": NaN'),
         whole.replace('"0": 2.5', '"0": Infinity'),
         whole.replace('"lr": 0.01', '"lr": 1e999'),
@@ -276,7 +276,7 @@ def test_state_that_says_too_much_or_too_little(checkpoints: Path) -> None:
 def test_a_manifest_that_was_written_anew_by_another_hand(
     checkpoints: Path, change: Callable[[dict[str, Any]], object]
 ) -> None:
-    """Its own digest is right."""
+    """The manifest's own digest is correct."""
     path = checkpoints / "step-4" / MANIFEST_FILE
     files = json.loads(path.read_text())["files"]
     path.write_text(manifest_text(files))

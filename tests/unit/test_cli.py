@@ -1,4 +1,4 @@
-"""`lowrank-dist`: thin, quick to answer, and every user's error is a message with exit code 2."""
+"""`lowrank-dist` is thin and starts quickly; every user error is a message with exit code 2."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What is made under `exempt_from_gc` is out of the collector's sight, and the collector is as it was before."""
+"""Objects made under `exempt_from_gc` are invisible to the garbage collector, whose state is then restored."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lowrank_dist.backend.libraries import exempt_from_gc
 
 
 class Loop:
-    """Garbage that only the collector can find."""
+    """Garbage that only the cycle collector can find."""
 
     def __init__(self) -> None:
         self.me = self
@@ -20,7 +20,7 @@ class Loop:
 
 @pytest.fixture(autouse=True)
 def enabled_again() -> Iterator[None]:
-    """What is frozen stays so: tests/conftest.py counts on it."""
+    """Enable the collector again. Frozen objects stay frozen: tests/conftest.py relies on it."""
     yield
     gc.enable()
 

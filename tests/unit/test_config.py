@@ -1,4 +1,4 @@
-"""The config: what it accepts, what it makes of it, and what it says when something is wrong."""
+"""The config: accepted input, the resolved result, and the messages of errors."""
 
 import json
 import shlex
@@ -28,7 +28,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def errors(path: Path, text: str, *overrides: str) -> list[str]:
-    """The lines of the error, with the file's folder cut."""
+    """Return the lines of the error, without the file's folder."""
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
         read_arguments([str(path), *overrides])
@@ -74,7 +74,7 @@ def test_scalars_are_yaml_1_2(path: Path) -> None:
     path.write_text("model: {path: base}\ndata: {train: t}\noutput: {dir: no}\ntrain: {lr: 2e-4, eps: .5}\nlora:\n")
     config = load_config(path)
     assert config.output.dir == Path("no") and config.train.lr == 2e-4 and config.train.eps == 0.5
-    # The control: YAML 1.1, PyYAML's own, reads text and a boolean there.
+    # The control: YAML 1.1, as PyYAML reads it, gives a string and a boolean here.
     assert yaml.safe_load("[2e-4, no]") == ["2e-4", False]
 
 
@@ -219,7 +219,7 @@ def test_divisibility_uses_the_default_where_one_is_not_given(path: Path) -> Non
     assert load_config(path, ["train.micro_batch=4"]).train.micro_batch == 4
     (line,) = errors(path, path.read_text(), "train.micro_batch=3")
     assert "train.global_batch (8) is not a multiple of it" in line
-    # A wrong batch is one mistake, not two.
+    # An invalid batch is reported once.
     (line,) = errors(path, path.read_text(), "train.global_batch=0")
     assert "train.global_batch" in line
 
@@ -281,7 +281,7 @@ def test_a_word_that_was_meant(path: Path) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_from_the_command_line_and_its_section(path: Path, method: str) -> None:
-    """Empty sections of other methods say nothing, and the resolved config has its own alone."""
+    """Empty sections of other methods are ignored, and the resolved config has only the method's own section."""
     path.write_text(json.dumps({**REQUIRED, "method": "lora", "lora": None, "prefix": {}}))
     for arguments in (["method=" + method], ["--method", method], ["--method=" + method]):
         config = load_config(path, arguments)
@@ -299,7 +299,7 @@ def test_sections_of_other_methods_are_passed_over_where_the_command_line_names_
     assert config.adapter.bottleneck == 12 and config.lora.rank == 8
     expected = "passed over, since method=adapter_h does not read it: prefix (length); lora (rank, alpha)"
     assert notes == [f"{path}: {expected}"]
-    # The control: without the override nothing is passed over, whatever the file's method.
+    # The control: without the override no section is ignored, whatever the file's method.
     for method in ("adapter_h", "lora"):
         found = errors(path, json.dumps({**REQUIRED, **sections, "method": method}))
         assert all("not read by method" in line for line in found) and found
@@ -386,7 +386,7 @@ def test_text_comes_back_as_text(text: str) -> None:
 
 
 def test_the_round_trip_needs_its_own_dumper() -> None:
-    """The control: what PyYAML leaves unquoted comes back as a number."""
+    """The control: a string that PyYAML writes unquoted comes back as a number."""
     node = yaml.compose(yaml.safe_dump("1e3"), Loader)
     assert isinstance(node, yaml.ScalarNode) and scalar(node) == 1000.0
 

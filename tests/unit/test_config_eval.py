@@ -1,4 +1,4 @@
-"""The section eval: a mapping in a section, and what its keys ask of one another."""
+"""The section eval: a mapping inside a section, and the keys that require one another."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_mapping_in_a_section(tmp_path: Path) -> None:
     assert (asked.samples, config.eval.best, config.eval.patience) == (None, "bleu", 3)
     line = "eval.generate={metrics: [exact_match], max_new_tokens: 4}"
     over = load_config(write(tmp_path, text), [line, "eval.best=exact_match"])
-    assert (over.eval.generate.metrics, over.eval.generate.stop) == (["exact_match"], [])  # instead, not in addition
+    assert (over.eval.generate.metrics, over.eval.generate.stop) == (["exact_match"], [])  # replaced, not extended
     for written in (config, over, load_config(write(tmp_path, ""))):
         (tmp_path / "again.yaml").write_text(written.to_yaml())
         assert load_config(tmp_path / "again.yaml") == written

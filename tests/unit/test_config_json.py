@@ -1,4 +1,4 @@
-"""config.json as arch reads it against transformers, which is the referee: defaults, spellings and refusals."""
+"""config.json as arch reads it, compared with transformers: defaults, spellings and refusals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OURS = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
-# Activations that there is a table for; transformers knows many more.
+# The activations that our tables have; transformers knows many more.
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 WRONG = [None, "x", True, 1.5, [2], {"a": 1}, -2, 0]
 
@@ -134,7 +134,7 @@ OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
 
 
 def configs(family: str) -> st.SearchStrategy[Values]:
-    """A config.json of the family: sizes, sometimes one of them wrong or missing, and a few of the other keys."""
+    """Draw a config.json of the family: sizes, sometimes one of them wrong or missing, and a few of the other keys."""
     good = dict.fromkeys(SIZES[family], st.just(64))
     good[SIZES[family][1]] = st.sampled_from([1, 2, 3])
     good[SIZES[family][2]] = st.sampled_from([4, 4, 4, 3])
@@ -154,12 +154,12 @@ def configs(family: str) -> st.SearchStrategy[Values]:
 
 
 def least(family: str) -> Values:
-    """A config.json with sizes alone."""
+    """Return a config.json with nothing but sizes."""
     return {"model_type": family, **dict.fromkeys(SIZES[family], 64), SIZES[family][2]: 32}
 
 
 def by_transformers(values: Values) -> PreTrainedConfig | None:
-    """What transformers makes of a config.json, or None where it refuses it."""
+    """Return the config that transformers makes of a config.json, or None where it refuses it."""
     rest = copy.deepcopy(values)
     try:
         return AutoConfig.for_model(rest.pop("model_type"), **rest)
@@ -168,7 +168,7 @@ def by_transformers(values: Values) -> PreTrainedConfig | None:
 
 
 def expected(config: PreTrainedConfig) -> Values:
-    """Fields of `Architecture` by transformers' own names, as its modelling code reads them."""
+    """Return the expected fields of `Architecture`, from transformers' own names as its modelling code reads them."""
     rope = getattr(config, "rope_parameters", None)
     learned = config.model_type in ("gpt2", "opt")
     ffn = {"gpt2": "n_inner", "opt": "ffn_dim"}.get(config.model_type, "intermediate_size")
@@ -223,8 +223,8 @@ def found_in(values: Values) -> Values:
 
 
 def has_no_table(values: Values, config: PreTrainedConfig) -> bool:
-    """Whether we must refuse what transformers takes: a size nobody can have, a missing one, an option without a
-    table.
+    """Return whether we must refuse a config that transformers accepts: an impossible or missing size, or an option
+    that our tables lack.
     """
     if any(key not in values for key in SIZES[config.model_type] if not _aliased(key, values)):
         return True
@@ -235,7 +235,7 @@ def has_no_table(values: Values, config: PreTrainedConfig) -> bool:
     if config.model_type != "llama" and values.get("sliding_window") is not None:
         numbers.append(values["sliding_window"])
     eps = [getattr(config, key, 1.0) for key in ("rms_norm_eps", "layer_norm_epsilon")]
-    # transformers does not check the type of a key by its other name.
+    # transformers does not check the type of a key under its alias.
     if any(type(number) is not int or number < 1 for number in numbers) or min(eps) < 0:
         return True
     multipliers = [getattr(config, key, 1.0) for key in MULTIPLIERS]
@@ -273,7 +273,7 @@ def _heads_or_rope_without_table(values: Values, config: PreTrainedConfig) -> bo
     if stated is None and not divides:
         return True
     head_dim = config.hidden_size // config.num_attention_heads if stated is None else stated
-    # GraniteConfig has no such key, so any value goes; its modelling code reads it all the same.
+    # GraniteConfig has no such key, so any value passes, and yet its modelling code reads it.
     if type(head_dim) is not int or head_dim < 1 or head_dim % 2:
         return True
     if config.model_type in ("qwen2", "qwen3") and len(set(config.layer_types)) > 1:
@@ -298,7 +298,7 @@ def _aliased(key: str, values: Values) -> bool:
 def test_transformers_is_the_referee(family: str, data: st.DataObject) -> None:
     values = data.draw(configs(family))
     config = by_transformers(values)
-    # LlamaConfig alone insists on hidden = heads × something where head_dim says otherwise.
+    # Only LlamaConfig requires hidden_size to be a multiple of the heads even where head_dim is given.
     whole = all(isinstance(values.get(key), int) and values.get(key) for key in LLAMA_SIZES)
     assume(not (family == "llama" and whole and values["hidden_size"] % values["num_attention_heads"]))
     if config is None or has_no_table(values, config):
@@ -327,7 +327,7 @@ def test_published_shapes_are_configs_that_transformers_reads(name: str) -> None
 @given(data=st.data())
 @example(data=None)
 def test_no_value_makes_a_traceback(family: str, data: Any) -> None:
-    """Any JSON at any key that a table names."""
+    """Any JSON value, at any key that a table names, is read or refused with a UserError."""
     table = FAMILIES[family]
     keys = [*(key.name for key in (*table.keys.values(), *table.window.values())), *table.only, *table.equal, *ROPE]
     keys += ["dtype", "torch_dtype", "model_type", "quantization_config", "per_layer_config"]
@@ -414,7 +414,7 @@ def test_declared_dtype(keys: Values, dtype: str) -> None:
 
 
 def test_a_table_alone_makes_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model_type that nothing but FAMILIES knows is read, its weights fit, and it is planned."""
+    """A model_type that is only in FAMILIES is read, its weights load, and it can be planned."""
     folder = make_tiny("llama", tmp_path / "cria")
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "cria"}
     (folder / "config.json").write_text(json.dumps(config))
@@ -431,7 +431,7 @@ def test_a_table_alone_makes_a_family(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path: Path) -> None:
-    """transformers decides so when it reads the file, whatever the key holds."""
+    """transformers decides so when it reads the file, whatever the value of the key."""
     for kinds in (["full_attention", "sliding_attention"], None):
         values = least("mistral") | {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": kinds}
         (tmp_path / "config.json").write_text(json.dumps(values))
@@ -449,7 +449,7 @@ def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path: Path) -> None:
 def test_numbers_that_no_model_has_are_refused_at_once(key: str, value: int) -> None:
     values = least("qwen2") | {key: value}
     if key in ("rope_theta", "rms_norm_eps") and 0 < value < 10**400:
-        parse_architecture(values, "config.json")  # a float that large is a float
+        parse_architecture(values, "config.json")  # even so large a float is valid
     else:
         with pytest.raises(UserError, match=key):
             parse_architecture(values, "config.json")
@@ -462,7 +462,7 @@ def test_a_name_on_the_hub_is_told_with_its_download(tmp_path: Path, monkeypatch
     for read in (read_architecture, load_tokenizer, read_adapter):
         with pytest.raises(UserError, match=download):
             read(Path(name))
-    # Controls: a path whose parent is there, and one that is no name on the Hub.
+    # Controls: a path whose parent exists, and a path that is no repository name of the Hub.
     (tmp_path / "models").mkdir()
     for path in ("models/llama", str(tmp_path / "llama"), "llama", "a/b/c"):
         with pytest.raises(UserError, match="no such folder; give a local Hugging Face model folder"):

@@ -1,4 +1,4 @@
-"""parallel/coordinates.py against Megatron's own numbering of ranks, and the keys of Θ's pieces."""
+"""parallel/coordinates.py against Megatron's own numbering of ranks, and the keys of the shards of Θ."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3)).flatm
 
 
 def groups(grid: Grid, key: Callable[[int], Hashable]) -> list[list[int]]:
-    """The ranks that have a key in common, in order."""
+    """Return the groups of ranks that share a key, in order."""
     found: dict[Hashable, list[int]] = {}
     for rank in range(grid.world):
         found.setdefault(key(rank), []).append(rank)
@@ -35,7 +35,7 @@ def groups(grid: Grid, key: Callable[[int], Hashable]) -> list[list[int]]:
 def test_groups_are_megatrons(grid: Grid) -> None:
     dense = RankGenerator(tp=grid.tensor, ep=1, dp=grid.data, pp=grid.pipeline, cp=1, order=ORDER)
     replicas = grid.tensor * grid.data // grid.expert
-    # Experts whole on a rank: expert tensor parallelism of 1.
+    # Every expert is whole on its rank: expert tensor parallelism is 1.
     experts = RankGenerator(tp=1, ep=grid.expert, dp=replicas, pp=grid.pipeline, cp=1, order=ORDER)
     for name, megatrons, key in (
         ("tp", dense, lambda rank: grid.dense(rank)._replace(tp=0)),
@@ -50,7 +50,7 @@ def test_groups_are_megatrons(grid: Grid) -> None:
 
 
 def test_a_coordinate_counts_its_own_group() -> None:
-    """The control of the above, which would not see two coordinates exchanged within a group."""
+    """The control of the test above, which would not notice two coordinates exchanged within a group."""
     grid = Grid(tensor=2, data=4, pipeline=2, expert=4)
     assert [grid.dense(rank) for rank in (0, 1, 2, 8)] == [(0, 0, 0), (1, 0, 0), (0, 0, 1), (0, 1, 0)]
     assert [grid.experts(rank) for rank in (1, 3, 4, 15)] == [(1, 0, 0), (3, 0, 0), (0, 1, 0), (3, 1, 1)]
@@ -64,7 +64,7 @@ def trained(sharded: bool, of_expert: bool) -> TrainedParameter:
 @settings(max_examples=100, deadline=None)
 @given(GRIDS, st.booleans(), st.booleans())
 def test_every_shard_is_sent_by_its_replicas_alone(grid: Grid, sharded: bool, of_expert: bool) -> None:
-    """What a checkpoint takes up: each shard of a cut parameter, one of several copies, from all of its replicas."""
+    """A checkpoint gets each shard of a sharded parameter, and one copy of a replicated one, from all its replicas."""
     each, senders = trained(sharded, of_expert), {}
     for coordinates in map(grid.coordinates, range(grid.world)):
         if each.is_sent_by(coordinates):
