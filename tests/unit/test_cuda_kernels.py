@@ -19,22 +19,22 @@ from tests.emulation import EmulationError
 
 pytestmark = pytest.mark.slow
 
-# "write" is expand where out is not read: it then holds NaN.
+# "write" is expand that overwrites out: out starts as NaN.
 OPERATORS = ["down", "expand", "write", "grad_a"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
 TOKENS = [1, 2, 63, 65, 127, 129]
-# Off multiples of 8, of 64, of 256, and on them.
+# Multiples of 8, 64 and 256, and sizes next to them.
 FEATURES = [264, 1, 250, 64, 7, 328, 257, 72, 512]
 RANKS = [1, 2, 3, 7, 8, 12, 16, 24, 48, 64, 100, 128, 256]
 THRESHOLDS = [0, 1, 66, 6554, 32768, 65535, 65536]
 
 
 def place(values: Tensor, extra: int, offset: int) -> Tensor:
-    """The same matrix inside a larger one that holds NaN: `extra` more columns, beginning `offset` elements late."""
+    """Copy the matrix into a larger NaN-filled one with `extra` more columns, `offset` elements after its beginning."""
     rows, columns = values.shape
     ld = columns + extra
-    # Memory of torch's is aligned to 64 bytes: offset alone decides how the matrix is.
+    # torch aligns memory to 64 bytes, so offset alone decides the matrix's alignment.
     storage = torch.full((offset + rows * ld + 16,), float("nan"), dtype=values.dtype)
     view = storage[offset:].as_strided((rows, columns), (ld, 1))
     view.copy_(values)
@@ -47,9 +47,9 @@ def storage_of(view: Tensor) -> Tensor:
 
 @dataclass
 class Case:
-    """One problem, its operands placed, and what plain PyTorch makes of it.
+    """One problem: its operands with their alignment, and plain PyTorch's result.
 
-    u is placed on its own: it comes as columns of a message.
+    u is placed separately: it is a range of columns of a message.
     """
 
     operator: str
@@ -96,7 +96,7 @@ class Case:
             self.initial = place(torch.full(shape, float("nan"), dtype=dtype), self.extra, self.offset)
 
     def plain(self, dtype: torch.dtype) -> Tensor:
-        """The definition in plain PyTorch, in this precision."""
+        """Return the result by the definition, in plain PyTorch and in this dtype."""
         left, right, keep = self.left.to(dtype), self.right.to(dtype), self.keep()
         if self.operator == "down":
             return left.masked_fill(~keep, 0) @ right.t()
@@ -112,7 +112,7 @@ class Case:
         return self.mask.keep(self.features)
 
     def magnitude(self) -> float:
-        """The largest sum of absolute terms: what a rounding error in the sum is relative to."""
+        """Return the largest sum of absolute terms, to which the sum's rounding error is relative."""
         left, right = (matrix.double().abs().nan_to_num(0, 0) for matrix in (self.left, self.right))
         total = {"down": lambda: left @ right.t(), "grad_a": lambda: left.t() @ right}
         return total.get(self.operator, lambda: left @ right)().max().item()
@@ -120,7 +120,7 @@ class Case:
     def launch(
         self, schedule: int = 0, fault: int = emulation.NO_FAULT, out: Tensor | None = None
     ) -> tuple[Tensor, int]:
-        """Out, a view of its storage, and how many kernels it took."""
+        """Return out, a view of its storage, and the number of kernels launched."""
         out = place(self.initial, self.extra, self.offset) if out is None else out
         masked = self.threshold != 0
         launches = emulation.run(
@@ -140,18 +140,18 @@ class Case:
         return out, launches
 
     def padding(self, view: Tensor) -> Tensor:
-        """The bits of the storage around the matrix."""
+        """Return the bits of the storage around the matrix."""
         storage = storage_of(view).clone()
         storage[view.storage_offset() :].as_strided(view.shape, view.stride()).zero_()
         return bits(storage)
 
     def error_over_tolerance(self, out: Tensor) -> float:
-        """Our error over what is allowed, twice plain PyTorch's; NaN or above 1 is wrong."""
+        """Return our error over the allowed one, which is twice plain PyTorch's; NaN or above 1 fails."""
         exact = self.plain(torch.float64)
-        # A sum in fp32 goes to grad_a's output unrounded: there plain PyTorch is that of fp32.
+        # grad_a writes its fp32 sums unrounded, so it is compared with plain PyTorch in fp32.
         plain = self.plain(torch.float32 if self.operator == "grad_a" and self.dtype in HALVES else self.dtype)
         summed = torch.float64 if self.dtype == torch.float64 else torch.float32
-        # Where PyTorch happens to be exact.
+        # Tolerance where PyTorch happens to be exact.
         floor = 4 * torch.finfo(summed).eps * self.magnitude()
         allowed = 2 * (plain.double() - exact).abs().max().item() + floor
         return ((out.double() - exact).abs().max() / allowed).item()
@@ -172,7 +172,7 @@ def test_the_machines_mma_is_a_matrix_product(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     a, b = torch.randn(16, 16, generator=generator).to(dtype), torch.randn(16, 8, generator=generator).to(dtype)
     c = torch.randn(16, 8, generator=generator)
-    # PTX ISA, figures of mma.m16n8k16: the quads of a warp walk down the rows of A, the columns of B, the rows of C.
+    # PTX ISA, figures of mma.m16n8k16: groups of four lanes walk down the rows of A, the columns of B, the rows of C.
     lanes = torch.arange(32)
     group, pair = lanes // 4, lanes % 4 * 2
     a_LE = torch.stack([a[group + r, pair + k + e] for k in (0, 8) for r in (0, 8) for e in (0, 1)], dim=1)
@@ -190,7 +190,7 @@ def test_the_machine_rounds_as_pytorch(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(4)
     random = torch.randint(-(2**31), 2**31, (20000,), generator=generator).to(torch.int32).view(torch.float32)
     small = torch.randn(20000, generator=generator) * 2.0 ** torch.randint(-30, 18, (20000,), generator=generator)
-    # Every number of the dtype, and the middle between it and the next: ties.
+    # Every number of the dtype, and the midpoint to the next, which is a tie.
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).float()
     middle = (every.double() + every.roll(-1).double()) / 2
     values = torch.cat((random, small, every, middle.float()))
@@ -204,7 +204,7 @@ def test_error_at_most_twice_pytorchs(operator: str, dtype: torch.dtype) -> None
     step = 1 if dtype in HALVES else 3
     grid = [(tokens, ranks) for tokens in TOKENS for ranks in RANKS]
     for i, (tokens, ranks) in list(enumerate(grid))[::step]:
-        # Cycles of lengths without a common factor: over the grid every pair of values comes up.
+        # Cycles of coprime lengths: over the grid every pair of values occurs.
         Case(
             operator,
             dtype,
@@ -226,7 +226,7 @@ def test_error_at_most_twice_pytorchs(operator: str, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("ranks", [8, 16, 32, 48, 64, 128, 192])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_main_configurations(operator: str, ranks: int, dtype: torch.dtype) -> None:
-    """Aligned, with and without a mask, few rows and many: several rounds of the stages, and split sums."""
+    """Aligned operands with and without a mask, few rows and many: several rounds of the pipeline, and split sums."""
     for tokens, features, multiprocessors in ((8, 1024, 132), (200, 1024, 132), (300, 1024, 1)):
         for threshold in (0, 6554):
             launches = Case(
@@ -250,7 +250,7 @@ def test_split_sums(operator: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("operator", ["expand", "grad_a"])
 def test_columns_of_a_message(operator: str) -> None:
-    """u at any alignment, with everything else on the fast path."""
+    """u at any alignment, with all other operands on the fast path."""
     for ranks in (1, 2, 7, 8, 20):
         for u_extra in (0, 1, 8):
             for u_offset in (0, 1, 2):
@@ -297,7 +297,7 @@ def test_no_tokens(operator: str, dtype: torch.dtype, threshold: int) -> None:
 def test_any_problem(**problem) -> None:
     case = Case(**problem)
     case.check(schedule=1)
-    # Whatever order lanes, warps and blocks run in.
+    # The order in which lanes, warps and blocks run does not change a bit.
     assert torch.equal(bits(case.launch(schedule=2)[0]), bits(case.launch(schedule=3)[0]))
 
 
@@ -314,7 +314,7 @@ def test_mask_is_the_definition_bit_for_bit(
     one = torch.ones(1, 1, dtype=dtype)
     for threshold in THRESHOLDS[1:]:
         mask = Mask(rows, key, 2**31 + 9, threshold, feature_offset)
-        # Products with ones and with the identity, whose result is the mask itself.
+        # Products with ones and with the identity give the mask itself.
         if operator == "down":
             out = torch.full((tokens, features), float("nan"), dtype=dtype)
             left, right = one.repeat(tokens, features), torch.eye(features, dtype=dtype)
@@ -346,7 +346,7 @@ def test_a_dropped_element_contributes_nothing_whatever_it_is(dtype: torch.dtype
     case.initial[:, 3][dropped[:, 3]] = float("nan")
     case.right[:, 5] = float("inf")
     out, _ = case.launch()
-    # Not even its bits: −0 + 0 would be +0.
+    # Dropped elements keep their bits: −0 + 0 would be +0.
     assert torch.equal(bits(out.contiguous())[dropped], bits(case.initial.contiguous())[dropped])
     assert not out[:, 5][~dropped[:, 5]].isfinite().any()
 
@@ -354,7 +354,7 @@ def test_a_dropped_element_contributes_nothing_whatever_it_is(dtype: torch.dtype
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_more_elements_than_an_int_counts(operator: str, dtype: torch.dtype) -> None:
-    """Two rows 2³¹ elements apart; only the pages that are touched become memory."""
+    """Two rows are 2³¹ elements apart; only the pages that are touched take memory."""
 
     def far(near: Tensor) -> Tensor:
         return torch.empty_strided(near.shape, (2**31 + 8, 1), dtype=near.dtype).copy_(near)
@@ -373,7 +373,7 @@ def test_more_elements_than_an_int_counts(operator: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("fault", [emulation.NO_BARRIER, emulation.NO_WAIT, emulation.SWAPPED_FRAGMENT])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_the_harness_notices_what_is_broken(operator: str, fault: int) -> None:
-    """The same check, with barriers, waits or a fragment's registers wrong on purpose."""
+    """The same check fails with barriers, waits or a fragment's registers deliberately broken."""
     case = Case(operator, torch.bfloat16, 70, 520, 40, threshold=6554)
     assert case.error_over_tolerance(case.launch(schedule=1)[0]) <= 1
     assert not case.error_over_tolerance(case.launch(schedule=1, fault=fault)[0]) <= 1

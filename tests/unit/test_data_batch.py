@@ -59,8 +59,8 @@ def test_order_is_a_stream_of_permutations(seed: int, n: int, start: int, count:
 def test_order_differs_by_seed_and_by_epoch_and_is_the_same_everywhere() -> None:
     a, b = order(1, 50, 0, 100), order(2, 50, 0, 100)
     assert a[:50].tolist() != a[50:].tolist() and a.tolist() != b.tolist()
-    assert a[50:].tolist() != b[:50].tolist()  # seed + epoch as the seed would make these the same
-    torch.manual_seed(123)  # the global generator has no part in it
+    assert a[50:].tolist() != b[:50].tolist()  # an order seeded by seed + epoch would make these equal
+    torch.manual_seed(123)  # the global generator is not used
     assert order(1, 50, 0, 100).tolist() == a.tolist()
     assert order(42, 10, 0, 20).tolist() == ORDER_42
     code = "from lowrank_dist.data.batches import order; print(order(42, 10, 0, 20).tolist())"

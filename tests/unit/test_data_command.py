@@ -1,4 +1,4 @@
-"""`lowrank-dist data`: what it shows is what the run trains on."""
+"""`lowrank-dist data` shows exactly what the run trains on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept of a file, what is dropped and said, and when nothing can be trained."""
+"""The samples of a file that are kept, those that are dropped and reported, and files with nothing to train on."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_what_a_method_puts_before_samples_is_not_of_the_data(tmp_path: Path, to
         write(tmp_path, row("q", " answer"), row("question", " another")), tokenizer, 256, VOCAB, virtual_token_ids
     )
     assert other.sha256 != plain.sha256
-    # A sample is as long as the file says: the limit does not count what comes before.
+    # A sample's length is that in the file: virtual tokens before it do not count towards the limit.
     assert len(load_dataset(path, tokenizer, int(plain.lengths.max()), VOCAB, virtual_token_ids)) == 2
 
 
@@ -76,7 +76,7 @@ def test_of_several_completions_the_first_is_the_sample_s(tmp_path: Path, tokeni
     judged = load_dataset(path, tokenizer, 64, VOCAB, use=Use.EVALUATION)
     plain = load_dataset(write(tmp_path, row("q", " answer"), several[1]), tokenizer, 64, VOCAB, use=Use.EVALUATION)
     assert [s.tokens.tolist() for s in judged] == [s.tokens.tolist() for s in plain]
-    # What else is right decides what an evaluation finds, and on which line it stands.
+    # The other references, and the lines they are on, affect an evaluation and so the digest.
     swapped = [row("q", " answer"), {**several[1], "completion": [" another", " reply"]}]
     others = [judged, plain]
     others += [
@@ -100,7 +100,7 @@ def test_too_long_and_targetless_samples_are_dropped_and_reported(tmp_path: Path
     assert f"2 of 9 samples kept; 7 over {limit} tokens dropped (longest {report.longest}; lines 2, 3, 4" in summary
     assert "..." in summary and "ignored keys: 'colour' (1 line), 'k0' (1 line)" in summary
     assert summary.endswith(" and 181 more")
-    # One token less and the first is too long as well.
+    # With one token less the first sample is too long as well.
     assert load_dataset(write(tmp_path, *rows), tokenizer, limit - 1, VOCAB).report.kept == 1
 
 
@@ -115,7 +115,7 @@ def test_a_conversation_without_an_assistant_is_dropped(tmp_path: Path, tokenize
 
 
 def test_a_lone_first_token_is_no_target(tmp_path: Path) -> None:
-    # EOS alone after an empty context has no predecessor to be predicted from.
+    # A lone EOS after an empty context has no predecessor to be predicted from.
     folder = tiny.byte_level(tmp_path)
     with pytest.raises(UserError, match="without target tokens"):
         load_dataset(write(tmp_path, row("", "<|endoftext|>")), load_tokenizer(folder), 64, VOCAB)

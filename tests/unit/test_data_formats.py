@@ -1,4 +1,4 @@
-"""JSONL reading: what is accepted, and that every kind of mistake is named with its line and key."""
+"""JSONL reading: accepted rows, and every kind of mistake named with its line and key."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_byte_order_mark_is_taken_off(tmp_path: Path) -> None:
 
 
 def test_extra_keys_are_counted(tmp_path: Path) -> None:
-    """Those of which nothing is known; what is about the sample, and what says nothing, is passed over."""
+    """Unknown keys are counted. Keys with information about the sample, and null values, are ignored silently."""
     more = '{"id": 3, "source": "x", "prompt": "a", "completion": "b", "colour": false, "other": null, "z": ""}'
     records = read_jsonl(write(tmp_path, GOOD, more))
     assert records.ignored_keys == {"colour": 1, "z": 1}
@@ -53,7 +53,7 @@ def test_extra_keys_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        # Null and empty columns, as exports of tables have them, and what asks for what is done anyway.
+        # Null and empty columns, as exported tables have them, and keys that ask for the default behaviour.
         '{"prompt": "a", "completion": "b", "input": "", "tools": null, "chat_template_kwargs": {}, "system": null}',
         '{"prompt": "a", "completion": "b", "label": true, "weight": 1.0, "images": []}',
         '{"prompt": "a", "completion": "b", "source": "x", "score": 4.5, "meta": {"a": 1}, "id": 7}',

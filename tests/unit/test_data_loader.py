@@ -1,4 +1,4 @@
-"""Order, packing and sharding: every target exactly once with its own context, however a batch is cut."""
+"""Order, packing and sharding: every target once with its own context, however a batch is split."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Context = tuple[int, ...]
 
 
 def make_dataset(lengths: list[int], seed: int = 0) -> Dataset:
-    """Samples whose tokens occur nowhere else (from 1 on: 0 is padding) and whose targets are random but not none."""
+    """Return samples whose tokens are unique (from 1 on: 0 is padding), with random targets and at least one each."""
     rng, samples, first = np.random.default_rng(seed), [], 1
     for line, length in enumerate(lengths, start=1):
         target = rng.random(length) < 0.5
@@ -34,7 +34,7 @@ def make_dataset(lengths: list[int], seed: int = 0) -> Dataset:
 
 
 def wanted(dataset: Dataset, numbers: Iterable[int]) -> Counter[tuple[Context, int]]:
-    """(context within the sample, target) of the samples, straight from the definition of the loss."""
+    """Return the samples' (context within the sample, target) pairs, straight from the definition of the loss."""
     pairs: Counter[tuple[Context, int]] = Counter()
     for number in numbers:
         sample = dataset[number]
@@ -45,7 +45,7 @@ def wanted(dataset: Dataset, numbers: Iterable[int]) -> Counter[tuple[Context, i
 
 
 def found(microbatches: Iterable[Microbatch]) -> Counter[tuple[Context, int]]:
-    """The same pairs, from nothing but the tensors: the context is what position_ids say belongs to the position."""
+    """Return the same pairs from the tensors alone: position_ids say which tokens are a position's context."""
     pairs: Counter[tuple[Context, int]] = Counter()
     for m in microbatches:
         b = m.input_ids.shape[0]
@@ -57,7 +57,7 @@ def found(microbatches: Iterable[Microbatch]) -> Counter[tuple[Context, int]]:
 
 
 def dropout_map(microbatches: Iterable[Microbatch]) -> Counter[tuple[int, int]]:
-    """(dropout row, token) of every real token."""
+    """Return the (dropout row, token) pairs of all real tokens."""
     return Counter(
         (row, token)
         for m in microbatches
@@ -132,7 +132,7 @@ def test_every_target_once_over_ranks_and_microbatches(
     assert {batch.global_targets for batch in batches} == {pairs.total()}
     assert {batch.global_tokens for batch in batches} == {int(dataset.lengths[numbers].sum())}
     assert batches[0].epoch == pytest.approx((k + 1) * global_batch / len(dataset))
-    # Dropout: sample's place in the global batch and position in the sample, however the batch is cut.
+    # A dropout row is the sample's slot in the global batch and the position in it, however the batch is split.
     rows = {(slot * max_length + p, int(t)) for slot, i in enumerate(numbers) for p, t in enumerate(dataset[i].tokens)}
     assert dropout_map(everything) == Counter(rows)
 

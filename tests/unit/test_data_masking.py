@@ -1,4 +1,4 @@
-"""Which tokens are trained: completions, chat templates of several families, and templates that must be refused."""
+"""The tokens that are trained: completions, chat templates of several families, and templates that are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Messages = list[dict[str, str]]
 
 
 def chat(*turns: str, system: str | None = None) -> Messages:
-    """Turns of user and assistant in alternation, after an optional system message."""
+    """Return turns of user and assistant in alternation, after an optional system message."""
     roles = ("user", "assistant")
     messages = [{"role": roles[i % 2], "content": text} for i, text in enumerate(turns)]
     return [{"role": "system", "content": system}, *messages] if system is not None else messages
@@ -33,7 +33,7 @@ def mask(tokenizer: Tokenizer, messages: Messages) -> Sample:
 
 
 def trained_texts(tokenizer: Tokenizer, sample: Sample, shift: int = 0) -> list[str]:
-    """Text of each run of targets; a shift breaks the mask on purpose."""
+    """Return the text of each run of targets; `shift` breaks the mask on purpose."""
     flags = np.roll(sample.target, shift)
     edges = np.flatnonzero(np.diff(np.concatenate([[0], flags, [0]])))
     return [tokenizer.decode(sample.tokens[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]
@@ -93,7 +93,7 @@ def test_one_eos_is_trained_and_nothing_behind_it(tmp_path: Path, tail: str) -> 
     )
     assert spelled.tokens.tolist() == plain.tokens.tolist() and spelled.target.tolist() == plain.target.tolist()
     assert (plain.own_end, spelled.own_end, inside.own_end) == (False, True, False)
-    # Control: text that follows an EOS stays, and its own EOS comes.
+    # Control: text after an EOS stays, and EOS is appended to it.
     assert trained_texts(tokenizer, inside) == [tail + "again<|endoftext|>"]
 
 
@@ -108,7 +108,7 @@ def test_bos_is_put_once_and_never_trained(tmp_path: Path, metaspace: bool) -> N
         fed = hf(prompt or completion, add_special_tokens=not (prompt or completion).startswith("<s>"))["input_ids"]
         assert sample.tokens[: len(fed)].tolist() == fed
         assert sample.tokens.tolist().count(bos) == 1 + ("<s>" in prompt[1:])
-        # One target run, which begins behind the prompt and never with BOS.
+        # One run of targets, which begins after the prompt and never with BOS.
         begins = sample.target.tolist().index(True)
         assert begins == (len(fed) if prompt else 1) and sample.target[begins:].all()
     assert [sample.own_bos for sample in samples] == [True, True, True, False, False, False]
@@ -153,10 +153,10 @@ def test_the_assistants_turns_with_their_ends_are_trained(tmp_path: Path, case: 
     expected = [shape.format(text) for shape, text in zip(shapes, contents, strict=False)]
     assert [t.strip() for t in trained_texts(tokenizer, sample)] == expected
     assert sample.line == 7 and sample.target[-1]
-    # Control: a mask that is off by one is seen.
+    # Control: a mask that is off by one is noticed.
     for shift in (-1, 1):
         assert [t.strip() for t in trained_texts(tokenizer, sample, shift)] != expected
-    # The tokens are those of transformers, up to what follows the last target.
+    # The tokens are those of transformers, up to the text after the last target.
     hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     theirs = hf.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert sample.tokens.tolist() == theirs[: len(sample.tokens)]
@@ -205,15 +205,15 @@ def test_control_one_text_would_span_it(tmp_path: Path) -> None:
 
 
 def test_the_prompts_tokens_do_not_depend_on_the_answer(tmp_path: Path) -> None:
-    # GPT-2's expression makes "\n\n" one token at the end of a text and two before a word: a prompt that ends in it is
-    # tokenised otherwise when the answer is there already. What inference feeds is what has to be trained on.
+    # GPT-2's regular expression makes "\n\n" one token at the end of a text and two before a word, so a prompt that
+    # ends in it is tokenised differently once the answer follows. Training must use the tokens that inference feeds.
     folder = tiny.byte_level(tmp_path, template=tiny.LLAMA3)
     tokenizer = load_tokenizer(folder)
     sample = mask(tokenizer, LONG[1:3])
     hf = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     fed = hf.apply_chat_template(LONG[1:2], add_generation_prompt=True, return_dict=False)
     assert sample.tokens[: len(fed)].tolist() == fed and sample.target.tolist().index(True) == len(fed)
-    whole = hf.apply_chat_template(LONG[1:3], return_dict=False)  # control: one text, as other trainers have it
+    whole = hf.apply_chat_template(LONG[1:3], return_dict=False)  # control: tokenised as one text, as other trainers do
     assert whole[: len(fed)] != fed
 
 
@@ -224,11 +224,11 @@ def test_llama2_history_keeps_its_spaces_after_special_tokens(tmp_path: Path) ->
     pieces = [tokenizer.token(int(i)) for i in sample.tokens]
     begins = [i for i, piece in enumerate(pieces) if piece == "<s>"]
     assert len(begins) == 3 and {pieces[i + 1][0] for i in begins} == {"▁"}
-    # Control: encoded without the dummy prefix throughout, the later rounds would lose theirs.
+    # Control: encoded without the dummy prefix everywhere, the later rounds would lose theirs.
     assert not tokenizer._middle.encode("[INST]", add_special_tokens=False).tokens[0].startswith("▁")
 
 
-# No white space between the special token that ends the prompt and what the assistant writes.
+# A template without white space between the special token that ends the prompt and the assistant's text.
 TIGHT = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '[INST]' + message['content'] + '[/INST]' }}{% else %}{{ message['content'] + eos_token }}{% endif %}"
@@ -255,16 +255,16 @@ def test_what_follows_a_special_token_is_encoded_as_transformers_encodes_it(
     for answer in ("yo", " yo", "hello[/INST]again", "[/INST]", "日本", "\nyo"):
         messages = chat("hello", answer, "and", answer)
         sample = mask(tokenizer, messages)
-        # Every boundary is one of an added token, so no token could span it: the whole text is cut alike.
+        # Every boundary is at an added token, so no token can span it: the whole text is tokenised alike.
         assert sample.tokens.tolist() == hf.apply_chat_template(messages, return_dict=False)
         fed = hf.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
         assert sample.target.tolist().index(True) == len(fed)
-        # The same as lines of prompt and completion, also behind a prompt that ends in other text.
+        # The same for rows of prompt and completion, also where the prompt ends in other text.
         for prompt in ("[INST]hello[/INST]", "hello</s>" if kind != "ByteLevel" else "hello<|im_end|>"):
             (row,) = mask_completions(tokenizer, [Completion(1, prompt, answer)])
             whole = hf(prompt + answer, add_special_tokens=False)["input_ids"]
             assert row.tokens.tolist() == [*tokenizer.prefix_ids, *whole, tokenizer.eos_id]
-    # Control: behind other text no space is made up.
+    # Control: after other text no space is added.
     (row,) = mask_completions(tokenizer, [Completion(1, "A:", "yo")])
     assert tokenizer.decode(row.tokens[row.target][:-1]) == "yo"
     assert "A:yo" in tokenizer.decode(row.tokens)
@@ -285,8 +285,8 @@ def test_a_turn_that_begins_the_text_has_the_space_of_a_beginning(tmp_path: Path
 
 
 def test_a_normalized_end_of_turn_that_the_text_does_not_hold_is_refused(tmp_path: Path) -> None:
-    # tokenizers compares such a token in its normalised spelling, "▁</s>": "hello</s>" is then six pieces, in
-    # transformers as well, and the model would never see its end of turn.
+    # tokenizers compares such a token in its normalised spelling, "▁</s>". "hello</s>" is then six pieces, in
+    # transformers too, and the model would never see its end of turn.
     folder = tiny.dummy_prefix(tmp_path, template=TIGHT)
     definition = json.loads((folder / "tokenizer.json").read_text())
     for token in definition["added_tokens"]:
@@ -314,7 +314,7 @@ def test_messages_after_the_last_turn_are_left_out_and_none_means_no_target(tmp_
 
 
 def test_content_that_looks_like_the_end_of_the_turn(tmp_path: Path) -> None:
-    # "end" is also inside "<|im_end|>"; and a turn's end inside the content is not the turn's end.
+    # "end" is also part of "<|im_end|>", and an end-of-turn token inside the content does not end the turn.
     tokenizer = load_tokenizer(tiny.byte_level(tmp_path, template=tiny.CHATML))
     for content in ("end", "a<|im_end|>b", "a<|im_end|>b "):
         sample = mask(tokenizer, chat("hi", content))
@@ -322,7 +322,7 @@ def test_content_that_looks_like_the_end_of_the_turn(tmp_path: Path) -> None:
 
 
 def test_an_end_that_the_message_spells_out_is_trained_once(tmp_path: Path) -> None:
-    # Inference stops at the first: a second would be trained behind it. The tokens stay those of the template.
+    # Inference stops at the first end, so a second one is not trained. The tokens stay those of the template.
     folder = tiny.byte_level(tmp_path, template=tiny.CHATML)
     tokenizer, hf = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
     for content in ("<|im_end|>", "Paris.<|im_end|>", "Paris.<|im_end|>\n", "\nParis.<|im_end|>\n <|im_end|> "):
@@ -336,7 +336,7 @@ def test_an_end_that_the_message_spells_out_is_trained_once(tmp_path: Path) -> N
 
 
 def unigram(folder: Path, template: str) -> Path:
-    """A tokenizer without byte fallback: what it does not know becomes "<unk>", an added token as everywhere."""
+    """Write a tokenizer without byte fallback: unknown text becomes "<unk>", which is an added token as usual."""
     path = tiny.dummy_prefix(folder, template=template)
     definition = json.loads((path / "tokenizer.json").read_text())
     pieces = ["<unk>", "<s>", "</s>", "▁", *"abcdehlorwy▁[]INST/"]
@@ -349,12 +349,12 @@ def test_a_character_that_the_model_does_not_know_is_no_special_token(tmp_path: 
     folder = unigram(tmp_path / "a", TIGHT.replace("[INST]", "").replace("[/INST]", "%"))
     tokenizer, hf = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder, local_files_only=True)
     messages = chat("hello", "yo")
-    # "%" is unknown, and no space is made up behind it; behind "<unk>" in the text one is.
+    # "%" is unknown, and no space is added after it. After a literal "<unk>" one is added.
     assert mask(tokenizer, messages).tokens.tolist() == hf.apply_chat_template(messages, return_dict=False)
     for left in ("hello%", "hello<unk>"):
         ids = tokenizer.encode([left])[0] + tokenizer.encode_continuations(["yo"], [left])[0]
         assert ids == hf(left + "yo", add_special_tokens=False)["input_ids"]
-    # Nor does it end a turn.
+    # It does not end a turn either.
     tokenizer = load_tokenizer(unigram(tmp_path / "b", TIGHT.replace("eos_token", "'%'")))
     with pytest.raises(UserError, match="model would never learn to end a turn"):
         mask(tokenizer, messages)
@@ -385,7 +385,7 @@ UNTRAINED_END = {
 @pytest.mark.parametrize("case", UNTRAINED_END)
 @pytest.mark.parametrize("content", ["world", "closing <|im_end|>", "<|endoftext|>"])
 def test_an_end_of_turn_that_is_never_trained_is_refused(tmp_path: Path, case: str, content: str) -> None:
-    # The content may itself end in a special token: that is no end of turn either.
+    # The content may itself end in a special token, which is not an end of turn.
     message = refuses(tmp_path, UNTRAINED_END[case], chat("hi", content))
     assert "the model would never learn to end a turn" in message
     assert "let the template end the turn" in message

@@ -36,13 +36,13 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 def test_prompt_and_completion_join_without_a_made_up_space(tokenizer: Tokenizer) -> None:
     for prompt, completion in itertools.product(TEXTS, TEXTS):
         ids = tokenizer.encode([prompt])[0] + tokenizer.encode_continuations([completion], [prompt])[0]
-        # Metaspace takes a document's first space for its own dummy one: " a" and "a" are the same text to it.
+        # Metaspace replaces a document's first space by its dummy prefix: " a" and "a" are the same text to it.
         start = prompt.removeprefix(" ") if "metaspace" in str(tokenizer.path) else prompt
         assert tokenizer.decode(ids) == start + completion
 
 
 def test_control_the_dummy_prefix_would_be_seen(tokenizer: Tokenizer) -> None:
-    # encode() in place of encode_continuations() is the usual bug: harmless for GPT-2's kind, a space for the others.
+    # The usual bug: encode() in place of encode_continuations() adds a space, except for GPT-2's kind.
     joined = tokenizer.decode(tokenizer.encode(["A:"])[0] + tokenizer.encode(["4"])[0])
     assert joined == ("A:4" if "byte_level" in str(tokenizer.path) else "A: 4")
 
@@ -75,7 +75,7 @@ def test_prefix_is_what_the_tokenizer_puts_before_a_text_and_not_after(tmp_path:
 
 
 def test_tokenizer_json_is_taken_as_it_is(tmp_path: Path) -> None:
-    # AutoTokenizer puts Qwen2Tokenizer in its place, whose own rules do not lowercase.
+    # AutoTokenizer would use Qwen2Tokenizer instead, whose own rules do not lowercase.
     folder = byte_level(tmp_path)
     ours = FastTokenizer(folder)
     backend = ours._start
@@ -115,9 +115,9 @@ def test_what_the_config_says_of_special_tokens_is_honoured_as_transformers_hono
             ids = theirs(text, add_special_tokens=False)["input_ids"]
             assert ours.encode([text])[0] == ids and ours.decode(ids) == theirs.decode(ids)
             changed += plain.encode([text])[0] != ids or plain.decode(ids) != ours.decode(ids)
-            # None of this family puts anything at a beginning: a text that follows another is cut as it is.
+            # No tokenizer of this family adds a prefix: a continuation is tokenised like a text.
             assert ours.encode_continuations([text], ["A:"])[0] == ids
-    assert changed > 15  # control: most of them matter
+    assert changed > 15  # control: most of the settings matter
 
 
 @pytest.mark.parametrize("name", ["tokens_map", "added"])
@@ -172,7 +172,7 @@ def test_a_normalizer_that_strips_a_beginning_leaves_the_space_of_a_continuation
     tokenizer = load_tokenizer(edit(byte_level(tmp_path), normalizer=strip))
     assert tokenizer.encode([" fox"]) == tokenizer.encode(["fox"])
     assert tokenizer.decode(tokenizer.encode_continuations([" fox"], ["the"])[0]) == " fox"
-    # Behind a special token it is stripped, as transformers strips it there.
+    # After a special token the space is stripped, as in transformers.
     (ids,) = tokenizer.encode_continuations([" fox"], ["the<|im_end|>"])
     assert tokenizer.decode(ids) == "fox"
     assert tokenizer.encode(["the<|im_end|> fox"])[0] == [*tokenizer.encode(["the<|im_end|>"])[0], *ids]
@@ -199,7 +199,7 @@ def test_tokens_whose_match_depends_on_the_text_before_are_found_as_in_the_whole
 
 
 def test_a_text_on_which_the_library_panics_is_named(tmp_path: Path) -> None:
-    # An added token of which the normalizer leaves nothing is found within characters.
+    # An added token that the normalizer makes empty matches inside characters, and the library panics.
     folder = edit(byte_level(tmp_path), normalizer={"type": "Strip", "strip_left": True, "strip_right": True})
     tokenizer = Backend.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens([AddedToken("  ", normalized=True, single_word=True, lstrip=True, rstrip=True)])
@@ -226,7 +226,7 @@ def test_eos_falls_back_on_the_models_config(tmp_path: Path) -> None:
     assert load_tokenizer(folder).eos_id == 0
     (folder / "config.json").write_text(json.dumps({"eos_token_id": True}))
     assert load_tokenizer(folder).eos_id is None
-    # As a merged model has it that was trained to end in another token too: its own comes first.
+    # A merged model that was also trained to end in another token: its own EOS comes first.
     (folder / "config.json").write_text(json.dumps({"eos_token_id": [0, 2]}))
     assert load_tokenizer(folder).eos_id == 0
     (folder / "config.json").write_text(json.dumps({"eos_token_id": []}))
@@ -264,14 +264,14 @@ LLAMA = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
 
 
 def beside(folder: Path, files: dict[str, object], **kwargs: object) -> Path:
-    """A tokenizer.model with JSON files beside it."""
+    """Write a tokenizer.model with JSON files beside it."""
     sentencepiece(folder, **kwargs)  # type: ignore[arg-type]
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
     return folder
 
 
-# An end of text, or a way to read the model, that the model alone does not have.
+# Settings that tokenizer.model alone does not have: another EOS, or another way to tokenise.
 NOT_THE_MODELS: dict[str, dict[str, object]] = {
     "eos_token": {"tokenizer_config.json": LLAMA | {"eos_token": "<|im_end|>"}},
     "eos_token as an object": {"tokenizer_config.json": LLAMA | {"eos_token": {"__type": "AddedToken"} | IM_END}},
@@ -297,7 +297,7 @@ def test_a_model_file_whose_neighbours_say_otherwise_is_refused(tmp_path: Path, 
         load_tokenizer(folder)
     named = "special_tokens_map.json" if case == "special_tokens_map.json" else "tokenizer_config.json"
     assert str(caught.value).startswith(f"{folder / named}: ")
-    # The remedy makes a folder that loads, with the tokens that transformers has.
+    # The suggested command makes a folder that loads, with the same tokens as transformers.
     command = str(caught.value).split("python -c ")[1]
     assert command.startswith('"from transformers import AutoTokenizer; AutoTokenizer.from_pretrained(')
     if case not in ("tokenizer_class", "sp_model_kwargs"):
@@ -322,7 +322,7 @@ ADDED: dict[str, dict[str, object]] = {
 def test_a_text_that_holds_a_token_from_beside_the_model_is_refused(tmp_path: Path, case: str) -> None:
     tokenizer = load_tokenizer(beside(tmp_path / "a", ADDED[case]))
     plain = load_tokenizer(sentencepiece(tmp_path / "b"))
-    # Control: such files are common (Llama 2 with a pad token), and every other text is cut as always.
+    # Control: such files are common (Llama 2 with a pad token), and every other text is tokenised as before.
     texts = ["the fox", "Q: 2 + 2\nA:", "<|im_", "im_end"]
     assert tokenizer.encode(texts) == plain.encode(texts) and tokenizer.eos_id == plain.eos_id == 2
     assert tokenizer.encode_continuations(texts, ["a"] * 4) == plain.encode_continuations(texts, ["a"] * 4)
@@ -340,7 +340,7 @@ def test_a_symbol_of_the_model_itself_is_read(tmp_path: Path) -> None:
     assert ours.token(ours.eos_id or 0) == "<|im_end|>" and ours.prefix_ids == ()
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     text = "<|im_start|>user\nthe fox<|im_end|>\n"
-    # transformers puts no dummy space before a text that begins with a token; SentencePiece does.
+    # transformers adds no dummy space before a text that begins with a special token; SentencePiece does.
     assert [i for i in ours.encode(["x" + text])[0]] == theirs("x" + text, add_special_tokens=False)["input_ids"]
 
 
@@ -363,7 +363,7 @@ def test_other_files_that_are_named_tokenizer_model(tmp_path: Path) -> None:
 
 
 def test_ids_beyond_the_pieces_have_no_text(tmp_path: Path) -> None:
-    # A model has more rows than pieces (a pad token, padding), and may generate one.
+    # A model has more rows than the tokenizer has pieces (a pad token, padding), and may generate their ids.
     tokenizer = load_tokenizer(sentencepiece(tmp_path))
     (ids,) = tokenizer.encode(["the fox"])
     assert tokenizer.decode([*ids, 5000]) == "the fox" and tokenizer.byte_of(5000) is None
@@ -399,7 +399,7 @@ def test_broken_or_missing_folders(tmp_path: Path) -> None:
 
 
 class PanicException(BaseException):
-    """As pyo3 raises it where Rust panics."""
+    """Stands for the exception that pyo3 raises where Rust panics."""
 
 
 def test_a_panic_of_the_library_is_an_error_and_an_interrupt_is_not(
@@ -459,7 +459,7 @@ def nested(steps: list[dict[str, object]]) -> dict[str, object]:
     ids=["one step", "steps that multiply", "a beginning", "decoder"],
 )
 def test_a_tokenizer_that_makes_texts_many_times_longer_is_refused(tmp_path: Path, part: str, value: object) -> None:
-    """A word of 20,000 letters took 20 GB, and where there are none the process is aborted."""
+    """A word of 20,000 letters took 20 GB; where memory runs out the process is aborted."""
     with pytest.raises(UserError, match=rf"tokenizer\.json: {part} makes texts up to .* times longer; the limit is 16"):
         load_tokenizer(edit(byte_level(tmp_path), **{part: value}))
 

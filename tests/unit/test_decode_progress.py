@@ -1,4 +1,4 @@
-"""The progress of decoding where no bar can be drawn."""
+"""The progress lines of decoding where no progress bar can be drawn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_lines_are_seconds_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         now = 100.0 + 10 * (batch + 1)
         advance(8)
     said = capsys.readouterr()
-    # At 50 s all are decoded.
+    # At 50 s all prompts are decoded.
     assert said.out == "" and said.err.splitlines() == [
         "decoding: 8 of 40 prompts, about 40 s left",
         "decoding: 16 of 40 prompts, about 30 s left",

@@ -1,4 +1,4 @@
-"""DoRA's norms at the edge of fp32, where their squares underflow: no gradient explodes, and merging agrees."""
+"""DoRA's norms at the limit of fp32, where their squares underflow: gradients stay bounded, and merging agrees."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OUT, K, T = 6, 32, 64
 
 
 def started(weight: torch.Tensor) -> DecomposedFactors:
-    """One factor on all rows, B = 0, its magnitudes the norms."""
+    """Return one factor on all rows, with B = 0 and magnitudes equal to the norms."""
     rows = tuple(range(OUT))
     update = DecomposedFactors(
         [FactorShard("m", 2, 1.0, rows, rows)], K, OUT, sharded_a=False, device=torch.device("cpu")
@@ -28,7 +28,7 @@ def started(weight: torch.Tensor) -> DecomposedFactors:
 
 @pytest.mark.parametrize("scale", [0.0, 1e-36, 1e-25, 1e-21, 1e-10, 1.0])
 def test_rows_of_any_size(scale: float) -> None:
-    """A magnitude's gradient is at most Σ_t |dy|·‖x‖, and merging leaves a base that nothing has changed as it is."""
+    """A magnitude's gradient is at most Σ_t |dy|·‖x‖, and merging an untrained adapter does not change the base."""
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(OUT, K, generator=generator), torch.randn(T, K, generator=generator)
     weight[2] *= scale
@@ -43,7 +43,7 @@ def test_rows_of_any_size(scale: float) -> None:
 
 
 def test_the_control() -> None:
-    """The least norm is not the least number: clamped to that, a small row's gradient is out of bounds."""
+    """Control: with norms clamped to fp32's smallest normal number only, a small row's gradient exceeds the bound."""
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(OUT, K, generator=generator), torch.randn(T, K, generator=generator)
     weight[2] *= 1e-25
@@ -56,7 +56,7 @@ def test_the_control() -> None:
 @pytest.mark.parametrize("gain", [1.0, 1.001, 0.2, 0.01, 1e-3, -0.01, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_any_gain_errs_by_one_rounding(dtype: torch.dtype, gain: float) -> None:
-    """Output and gradient of the input, at most half an ulp of what is exact: g itself is not rounded to 16 bits."""
+    """Output and input gradient are within half an ulp of the exact result: g itself is not rounded to 16 bits."""
     generator = torch.Generator().manual_seed(0)
     update = started(torch.randn(OUT, K, generator=generator))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The pages of documentation: links lead somewhere, blocks can be run, what is made from the code is up to date."""
+"""The pages of documentation: links resolve, code blocks can be run, and pages made from the code are up to date."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def links(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors of a page's headings that the forge and the site agree on: of equals, the first one's."""
+    """Return the anchors of a page's headings, as on the forge and the site: for equal headings only the first one's."""
     headings = _HEADING.findall(_FENCE.sub("", text))
     words = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
     return {re.sub(r"[^\w\- ]", "", each).strip().replace(" ", "-") for each in words}
@@ -152,7 +152,7 @@ def test_the_site_draws_every_flowchart() -> None:
 
 def test_every_page_is_in_the_navigation() -> None:
     class Loader(yaml.SafeLoader):
-        """Reads mkdocs.yml, which names a function of Python."""
+        """Reads mkdocs.yml, which names a Python function."""
 
     Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
     settings = yaml.load((ROOT / "mkdocs.yml").read_text(), Loader)  # noqa: S506, a SafeLoader
@@ -168,7 +168,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 # --- code blocks -----------------------------------------------------------------------------------------------------
 
-# Their commands and YAML are held against the program here, and run by tests/integration/test_documented.py.
+# Their commands and YAML are checked against the program here, and run by tests/integration/test_documented.py.
 TASKS = [page for page in PAGES if page.parent.name == "how-to" or page.name in ("tutorial.md", "python.md")]
 
 
@@ -235,17 +235,17 @@ torchrun --nproc-per-node 2 launch/train.py my.yaml --train.steps=3 method=full
 
 # --- names of the code -----------------------------------------------------------------------------------------------
 
-# Pages that walk through the code: a file or a name that they mention must be there.
+# Pages that walk through the code: every file and name that they mention must exist.
 WALKS = sorted((DOCS / "how-to").glob("add-a*.md"))
 _SPAN = re.compile(r"`([^`\n]+)`")
 _SUFFIXES = (".py", ".md", ".cpp", ".cu", ".cuh", ".h", ".yaml", ".sh")
 _SOURCES = ("lowrank_dist", "launch", "tests", "benchmarks", "csrc", "setup.py")
-# Words of other projects: transformers' files, torch's and C++'s names, keys of config.json.
+# Names of other projects: transformers' files, names in torch and C++, keys of config.json.
 _FOREIGN = {"configuration_<family>.py", "modeling_<family>.py", "std::", "at::", "opcheck", "make", "pip"}
 
 
 def unknown_names(text: str, words: Collection[str]) -> list[str]:
-    """Return the files and names that a page mentions in code spans and that the repository does not have."""
+    """Return the files and names in a page's code spans that the repository does not have."""
     found = []
     for span in _SPAN.findall(_FENCE.sub("", text)):
         if span in _FOREIGN:
@@ -260,7 +260,7 @@ def unknown_names(text: str, words: Collection[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def words() -> set[str]:
-    """Every word of the sources."""
+    """Return every word of the sources."""
     paths = [path for name in _SOURCES for path in ([ROOT / name] if "." in name else (ROOT / name).rglob("*.*"))]
     texts = [path.read_text() for path in paths if path.suffix in _SUFFIXES and path != Path(__file__)]
     return {word for text in texts for word in re.findall(r"\w+", text)}

@@ -1,4 +1,4 @@
-"""`lowrank-dist doctor`: what it finds, what it says of what is missing or broken, and that it always answers."""
+"""`lowrank-dist doctor`: its findings, its advice on what is missing or broken, and that it always answers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_training_can_run_here() -> None:
 
 
 def test_json_says_the_same() -> None:
-    """But for free memory, which another program may take between the two."""
+    """Except for free memory, which another program may take between the two calls."""
 
     def lasting(text: str) -> str:
         return re.sub(r"[\d.]+ GiB", "GiB", text)
@@ -104,7 +104,7 @@ def test_the_ranges_are_those_of_the_project(tmp_path: Path, monkeypatch: pytest
     assert {"torch>=2.11", "deepspeed>=0.19.8,<0.20", "megatron-core>=0.16", "transformers>=5,<6"} <= {
         *declared.required
     }
-    # Where there is no pyproject.toml, as beside an installed wheel, the package's own metadata has them.
+    # Without pyproject.toml, as beside an installed wheel, they come from the package's own metadata.
     metadata = Message()
     metadata["Requires-Python"] = declared.python
     for text in (*declared.required, "pytest>=8; extra == 'test'", "peft>=0.17; extra == 'test'"):
@@ -134,7 +134,7 @@ def test_a_broken_concern_is_a_row_and_the_others_answer(monkeypatch: pytest.Mon
     assert row == Row("compiled operators", "broken", "OSError: libcudart.so.13: cannot open shared object file")
     kept = {what: state for what, state in whole.items() if what not in replaced}
     assert {what: state for what, state in states(rows).items() if what != row.what} == kept
-    # What training does without may break without stopping it.
+    # A broken package that training can do without does not stop it.
     monkeypatch.undo()
     monkeypatch.setattr(machine, "apex", broken)
     assert states(local.diagnose())["apex"] == "off" and run().exit_code == 0
@@ -156,7 +156,7 @@ def test_without_torch(arguments: list[str]) -> None:
 
 
 def test_without_what_reads_configs() -> None:
-    """The config room needs yaml; nothing of it is asked for here, so that it does not load stops no answer."""
+    """doctor answers without yaml, which only the config package needs."""
     code = "import sys; sys.modules['yaml'] = None; from lowrank_dist.cli.main import app; app()"
     command = [sys.executable, "-c", code, "doctor"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
@@ -189,7 +189,7 @@ def test_missing_operators_come_with_the_command(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("asked", "said"), [("default", "baseline"), ("avx2", "AVX2"), (None, "")])
 def test_the_instruction_set_is_the_one_that_runs(asked: str | None, said: str) -> None:
-    """In a process of its own: it is chosen once. This machine's own set is not known here, that it is named is."""
+    """Run in a new process, since the set is chosen once. By default it must be the one that torch names."""
     environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
     if asked is not None:
         environment["ATEN_CPU_CAPABILITY"] = asked
@@ -238,7 +238,7 @@ def test_gpus_are_listed_or_missed_with_the_reason(monkeypatch: pytest.MonkeyPat
     }
     assert found["GPU 0"].detail == "NVIDIA H200, 139.0 GiB, sm_90, 138.5 GiB free"
     assert "only 69.5 GiB free" in found["GPU 1"].detail and "nvidia-smi" in found["GPU 1"].detail
-    # What must be the same on all nodes is the device, not what others left of it.
+    # All nodes must have the same device; its free memory may differ.
     assert found["GPU 0"].alike == found["GPU 1"].alike
     monkeypatch.setattr(devices, "gpus", none)
     monkeypatch.setattr(devices, "nccl", lambda: None)

@@ -1,4 +1,4 @@
-"""What is said of torch's extension builds: the locks that killed ones left, and the ninja that they take."""
+"""Findings on torch's extension builds: locks that killed builds left, and the ninja that builds use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lowrank_dist.doctor import software
 
 @pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"])
 def test_a_lock_that_a_killed_build_left(variable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch itself puts it, in a folder of the user's choice or in its own."""
+    """In torch's own folder for builds, or in the one that the user chose."""
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setenv(variable, str(tmp_path))
     assert stale_build_locks() == []
@@ -63,7 +63,7 @@ def make_ninja(folder: Path, version: str) -> str:
 
 
 def test_two_ninjas(tmp_path: Path) -> None:
-    """The system's, which a shell over ssh finds, and the environment's: each builds again what the other built."""
+    """The system's ninja, which a shell over ssh finds, and the environment's each build again what the other built."""
     system, own = tmp_path / "system", tmp_path / "venv"
     path = make_ninja(system, "1.11.1")
     make_ninja(own, "1.13.0")

@@ -1,4 +1,4 @@
-"""By which interface the ranks would meet, and what is said where they would not."""
+"""The network interface by which the ranks would meet, and the advice where they could not."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def test_what_gloo_is_told(environment: dict[str, str], state: str, said: str) -
 
 
 def test_a_host_name_that_is_the_loopback() -> None:
-    """As Debian's installer writes it: gloo then offers an address that every other node takes for itself."""
+    """Debian's installer maps the host name to 127.0.0.1; gloo then offers this address to the other nodes."""
     row = gloo(replace(JOB, own="127.0.0.1"))
     assert row.state == "broken" and "since this host's name is 127.0.0.1" in row.detail
     assert "set GLOO_SOCKET_IFNAME=eth0" in row.detail
-    # A name that is no address of this host: gloo falls back to the loopback.
+    # The name is no address of this host: gloo falls back to the loopback.
     row = gloo(replace(JOB, own="10.1.2.3"))
     assert row.state == "broken" and "not an address of its own" in row.detail
-    # On one node all of it is in order.
+    # On one node this is in order.
     assert gloo(replace(JOB, own="127.0.0.1", several=False)).state == "ok" and gloo(ALONE).state == "ok"
     assert "the network that the nodes share" in gloo(replace(ALONE, several=True)).detail
 
@@ -102,7 +102,7 @@ def test_what_nccl_is_told(value: str | None, state: str, said: str) -> None:
     assert row.state == state and said in row.detail
     if value is not None and state == "broken":
         assert "set NCCL_SOCKET_IFNAME=eth0" in row.detail
-        # Where no rank has a GPU nobody asks NCCL.
+        # Where no rank has a GPU, NCCL is not used.
         assert nccl(JOB, value).state == "warning"
 
 

@@ -1,4 +1,4 @@
-"""What rank 0 makes of the nodes' answers, how their clocks are compared, and that nothing waits for ever."""
+"""Rank 0's findings from the nodes' answers, the comparison of clocks, and that nothing waits for ever."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_what_differs_is_named_with_its_nodes() -> None:
     (one,) = findings(nodes)
     assert (one.state, one.passes) == ("differs", False)
     assert one.detail == "2.13 on h1, h3; 2.12 on h2; make it the same on every node"
-    # One that may differ is a warning, whichever node comes first.
+    # A value that may differ gives a warning, whichever node comes first.
     (one,) = findings({node: [version(row.alike or "", if_unlike="warning")] for node, (row,) in nodes.items()})
     assert (one.state, one.passes) == ("warning", True)
 
@@ -55,7 +55,7 @@ def test_what_is_wrong_on_one_node_is_its_own_line() -> None:
     missing = Row("torch", "missing", "not installed")
     wrong, fine = findings({"h1": [version("2.13")], "h2": [missing]})[::-1]
     assert (wrong.nodes, wrong.state, fine.nodes, fine.state) == (("h2",), "missing", ("h1",), "ok")
-    # It has another version and that is out of range: both are said, what is in order is not said again.
+    # One node's version is different and too old: both are reported; what is in order is not repeated.
     old = Row("torch", "unsupported", "2.1 is too old", alike="2.1")
     differs, unsupported = findings({"h1": [version("2.13")], "h2": [old]})
     assert (differs.state, unsupported.state, unsupported.nodes) == ("differs", "unsupported", ("h2",))
@@ -76,7 +76,7 @@ def test_many_answers_that_are_in_order_are_cut_and_others_are_not() -> None:
 
 
 def offsets(ahead: float, wait: float = 0.0) -> tuple[float, float]:
-    """A rank whose clock is `ahead` asks one whose clock is right, over a store; every answer takes `wait` seconds."""
+    """Return (offset, error) of a clock that is `ahead`, compared over a store whose answers take `wait` seconds."""
     board = Board(dist.HashStore())
 
     def late() -> float:
@@ -104,7 +104,7 @@ def test_clocks_are_compared_by_round_trips(ahead: float) -> None:
 
 
 def test_a_slow_network_is_no_skew() -> None:
-    """All of the delay on one way is the worst case: the offset is wrong by half of it, and says so."""
+    """In the worst case all delay is one way: the offset is then wrong by half the delay, and the error says so."""
     found, error = offsets(0.0, wait=0.1)
     assert error >= 0.05 and abs(found) <= error
     (row,) = clock_skew({"h2": (2.0, 1.5)}, "h1")
