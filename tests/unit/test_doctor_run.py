@@ -1,4 +1,4 @@
-"""`lowrank-dist doctor CONFIG`, alone and as ranks of a job on this machine: what a run reads and where it writes."""
+"""`lowrank-dist doctor CONFIG`, alone and as ranks of a job on this machine: a run's inputs and its output folder."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_run_that_can_begin(config: Path, tmp_path: Path) -> None:
     ],
 )
 def test_theta_of_each_method(config: Path, method: list[str], trained: int, stored: int | None) -> None:
-    """As it is trained, and what a checkpoint of it takes: 12 bytes an element beside what is stored of it."""
+    """|Θ| of each method, and the checkpoint's size: 12 bytes per element beside the stored tensors."""
     text = yaml.safe_load(config.read_text())
     del text["lora"]
     config.write_text(yaml.safe_dump(text))
@@ -234,12 +234,12 @@ def test_of_a_large_file_the_first_samples_are_read(config: Path, tmp_path: Path
     large = [*samples(start.SAMPLES), {"prompt": 1}]
     write_jsonl(tmp_path / "train.jsonl", large)
     assert f"of the first {start.SAMPLES} samples: {start.SAMPLES} fit" in rows(config)["data.train"]["detail"]
-    # None of those first fits, but one that follows may.
+    # None of the first samples fits, but a later one may.
     long = [{"prompt": "x" * 80, "completion": "y"}] * start.SAMPLES
     write_jsonl(tmp_path / "train.jsonl", [*long, *samples(1)])
     row = rows(config)["data.train"]
     assert row["state"] == "warning" and f"0 fit and have targets, {start.SAMPLES} are over 64" in row["detail"]
-    # Control: the whole file is read where it is no longer than the sample.
+    # Control: a file no longer than the sample is read whole.
     write_jsonl(tmp_path / "train.jsonl", long)
     assert rows(config, code=1)["data.train"]["state"] == "broken"
 
@@ -302,7 +302,7 @@ def disk(free: float, inodes: int = 100) -> SimpleNamespace:
 
 
 def test_room_for_the_checkpoints(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 bytes a number, in as many checkpoints as lie there at once, and 64 MiB for all else."""
+    """16 bytes an element, times the most checkpoints that exist at once, and 64 MiB for everything else."""
     run_config = load_config(config, ["lora.rank=1024"])  # |Θ| = 589,824
     needed = 5 * 16 * 589_824 + 4 * 589_824 + 64 * 2**20
     for free, state in ((needed + 4096, "ok"), (needed - 4096, "broken")):
@@ -310,7 +310,7 @@ def test_room_for_the_checkpoints(config: Path, monkeypatch: pytest.MonkeyPatch)
         (row,) = storage.space(run_config, writes=True)
         assert row.state == state and row.figures["needed_bytes"] == needed
     assert "keep fewer checkpoints (output.keep_last)" in row.detail
-    # Where rank 0 is not, no checkpoint is written.
+    # A node without rank 0 writes no checkpoint.
     (row,) = storage.space(run_config, writes=False)
     assert row.state == "ok"
     monkeypatch.setattr(os, "statvfs", lambda path: disk(1e12, inodes=0))
@@ -358,7 +358,7 @@ def test_what_one_node_writes_another_looks_for(tmp_path: Path) -> None:
 
 
 def test_a_probe_is_removed_when_the_launcher_ends_its_rank(config: Path, tmp_path: Path) -> None:
-    """And the run folder's next owner would know it for a leftover."""
+    """If it stayed, the run folder's next owner would recognise it as a leftover."""
     code = """
 import time
 from lowrank_dist.cli.main import app
@@ -396,7 +396,7 @@ class Job:
         return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
     def run(self, ranks: list[int], *arguments: object) -> list[tuple[int, str, str]]:
-        """Exit code, stdout and stderr of each."""
+        """Run the ranks; return exit code, stdout and stderr of each."""
         processes = [self.start(rank, *arguments) for rank in ranks]
         said = [process.communicate(timeout=120) for process in processes]
         return [(process.returncode, *both) for process, both in zip(processes, said, strict=True)]
@@ -453,7 +453,7 @@ def test_rank_0_that_is_not_there() -> None:
     assert "launcher deepspeed" in done.stderr and "Traceback" not in done.stderr
 
 
-# Two nodes on one machine: each rank takes a host name of its own. The second meets a file that never answers.
+# Two nodes on one machine: each rank has its own host name. The second reads a file that never answers.
 NODE = """
 import os, socket
 from functools import partial
@@ -488,7 +488,7 @@ def test_a_node_that_hangs_is_named_and_waited_for_no_longer(tmp_path: Path) -> 
     assert {node: of["ranks"] for node, of in report["nodes"].items()} == {"n0": [0], "n1": [1]}
     (row,) = [row for row in report["rows"] if row["what"] == "all-reduce"]
     assert row["detail"] == "not checked, since not every rank has connected"
-    # What the two found before is there, and what the other one found afterwards.
+    # The rows that both ranks found before are there, and those that the other one found afterwards.
     (row,) = [row for row in report["rows"] if row["what"] == "torch"]
     assert row["state"] == "ok" and row["nodes"] == ["n0", "n1"]
     (row,) = [row for row in report["rows"] if row["what"] == "MASTER_ADDR"]
@@ -496,7 +496,7 @@ def test_a_node_that_hangs_is_named_and_waited_for_no_longer(tmp_path: Path) -> 
 
 
 def test_a_missing_hostfile_is_an_error(tmp_path: Path) -> None:
-    """deepspeed goes on without it, on this machine alone, and doctor would find that in order."""
+    """deepspeed would continue on this machine alone, and doctor would report that as in order."""
     launcher = tmp_path / "deepspeed"
     rank = "subprocess.run([sys.executable, '-m', 'lowrank_dist.cli', 'doctor'])"
     launcher.write_text(f"import subprocess, sys\nsys.exit({rank}.returncode)\n")

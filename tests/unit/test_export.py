@@ -1,4 +1,4 @@
-"""export: an adapter beside a card, unchanged or as vLLM and llama.cpp read it, and what these do not serve refused."""
+"""export: an adapter with a model card, unchanged or as vLLM and llama.cpp read it, and refusals of what they cannot."""
 
 import json
 from collections.abc import Mapping
@@ -68,7 +68,7 @@ def leaf(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-# Rank and alpha by module, and rsLoRA: what one alpha over one rank does not say.
+# Ranks and alphas that differ by module, and rsLoRA: more than one alpha over one rank can say.
 SCALED: Mapping[str, tuple[Size, bool]] = {
     "rslora": (lambda module: (4, 6.0), True),
     "alphas": (lambda module: (4, {"q_proj": 2.0, "down_proj": 48.0}.get(leaf(module), 6.0)), False),
@@ -79,7 +79,7 @@ SCALED: Mapping[str, tuple[Size, bool]] = {
 
 
 def read_as(program: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Module → ΔW as a program that knows no patterns reads it: its scale from r and lora_alpha, its shapes as stored.
+    """Return module → ΔW as a program that ignores patterns reads it: scale from r and lora_alpha, shapes as stored.
 
     vLLM: `PEFTHelper` with one scale for all; llama.cpp: `llama_adapter_lora_weight::get_scale`.
     """
@@ -117,7 +117,7 @@ def test_one_rank_and_one_alpha_for_who_reads_no_more(base: Path, tmp_path: Path
         torch.testing.assert_close(updates[module], expected, rtol=1e-6, atol=1e-6 * expected.abs().max().item())
         wrong = read_as(program, source)[module] if name != "ranks" or program == LLAMA_CPP else None
         errors[module] = 1.0 if wrong is None else (wrong - expected).abs().max().item()
-    # The control: as it lies the adapter is read wrongly, but for what the program does know.
+    # The control: unconverted, the adapter is read wrongly, except where the program knows the feature.
     known = {(VLLM, "rslora"), (VLLM, "alpha 0"), (LLAMA_CPP, "ranks")}
     assert (max(errors.values()) > 1e-2) == ((program, name) not in known)
     assert_peft_reads_both_alike(base, source, tmp_path / "out")
@@ -151,7 +151,7 @@ def test_without_a_target_nothing_is_folded(base: Path, tmp_path: Path) -> None:
 
 
 def test_narrowing_keys_stay(base: Path, tmp_path: Path) -> None:
-    """PEFT still adapts the same modules."""
+    """The exported adapter still adapts the same modules in PEFT."""
     adapter = random_adapter(base, lambda m: (4, 6.0) if "layers.1" in m and "k_proj" not in m else None, rslora=True)
     source = save_adapter(tmp_path / "adapter", base, adapter)
     config = json.loads((source / CONFIG_FILE).read_text())

@@ -1,4 +1,4 @@
-"""Which compiled operators are loaded, in which order, and what is said where they are missing."""
+"""The compiled operators that are loaded, their order, and the message where they are missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOAD = torch.ops.load_library
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Path]]:
-    """A CUDA build of torch, no library yet, and the list of those that are loaded: an empty file counts as one."""
+    """Simulate a CUDA build of torch without libraries; yield the list of loaded ones. An empty file counts as one."""
     order: list[Path] = []
 
     def load(path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_broken_library_is_named_with_the_command(loaded: list[Path], device: 
 
 
 def refused(device: str, *said: str) -> None:
-    """The demand fails and the description says plain PyTorch, both with the command and all of `said`."""
+    """Check that requiring operators fails and the description says so, both with the command and all of `said`."""
     line = extension.describe(device)
     assert line.startswith(f"plain PyTorch operators for {device}: ") and "\n" not in line
     with pytest.raises(UserError) as error:

@@ -1,4 +1,4 @@
-"""Tables against transformers: what config.json means, every tensor name and shape, and what is refused."""
+"""Tables against transformers: the meaning of config.json, every tensor's name and shape, and refusals."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def edited(tiny: Path, tmp_path: Path, drop: tuple[str, ...] = (), **changes: Any) -> Path:
-    """A folder that holds only `tiny`'s config.json, changed."""
+    """Write a folder that holds only `tiny`'s config.json, with changes."""
     config = json.loads((tiny / "config.json").read_text())
     config = {key: value for key, value in config.items() if key not in drop} | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -226,7 +226,7 @@ def test_gpt2_without_n_inner(tiny: dict[str, Path], tmp_path: Path) -> None:
     [(4, 4, (1, 2, 4)), (4, 2, (1, 2, 4)), (4, 1, (1, 2, 4)), (8, 2, (1, 2, 4, 8)), (9, 3, (1, 3)), (6, 2, (1, 2))],
 )
 def test_tp_sizes(heads: int, kv_heads: int, legal: tuple[int, ...]) -> None:
-    """ffn 96; 9 heads: 9 does not divide 96. 6 heads with 2 groups: 3 ranks would share a group unevenly."""
+    """ffn 96. With 9 heads, 9 ranks do not divide ffn. With 6 heads in 2 groups, 3 ranks would share a group unevenly."""
     architecture = architecture_for(heads, kv_heads)
     assert architecture.legal_tp_sizes() == legal
     assert architecture.legal_tp_sizes(2) == tuple(size for size in legal if size <= 2)

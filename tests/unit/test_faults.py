@@ -30,7 +30,7 @@ def write_atomically(root: Path, replace: bool) -> None:
 
 
 def write_in_place(root: Path, replace: bool) -> None:
-    """The negative control: what `atomic_folder` is there to prevent."""
+    """The negative control: a writer that does what `atomic_folder` prevents."""
     if replace:
         shutil.rmtree(root / "out")
     (root / "out").mkdir()
@@ -116,7 +116,7 @@ def _content(folder: Path) -> dict[str, str] | None:
 
 
 def _broken_promises(root: Path, replace: bool) -> list[str]:
-    """What a reader could take for a finished folder and is not."""
+    """Return paths that a reader could mistake for a finished folder."""
     content = _content(root / "out")
     broken = [] if content in (OLD if replace else None, NEW) else [f"out is {content}"]
     return broken + [f"{path.name} is left" for path in root.iterdir() if path.name != "out" and not is_temporary(path)]
@@ -151,14 +151,14 @@ def test_every_call_is_seen(tmp_path: Path, zygote: Callable[[str], Zygote]) -> 
         "rename a -> b",
         "unlink b",
     ]
-    # In the order of the directory.
+    # Compared sorted: files are removed in the directory's order.
     removed = ["rmdir folder/e", "unlink folder/c", "unlink folder/d", "unlink folder/link"]
     assert sorted(outcome.trace[-5:-1]) == removed
     assert outcome.trace[-1] == "rmdir folder"
 
 
 def test_a_rename_without_libc_is_seen(tmp_path: Path, zygote: Callable[[str], Zygote]) -> None:
-    """safetensors renames by a system call of its own."""
+    """safetensors renames with its own system call, without libc."""
     process = zygote("write_safetensors")
     plain = process.run(tmp_path)
     assert plain.error is None and plain.trace[-1].startswith("rename .tmp"), plain
@@ -180,7 +180,7 @@ def test_a_kill_stops_every_thread(tmp_path: Path, zygote: Callable[[str], Zygot
     for nth in range(1, 17):
         root = _fresh_root(tmp_path, replace=False)
         assert process.run(root, nth=nth, action=Action.KILL_BEFORE).killed
-        # A thread that came before the nth may not have got to its file.
+        # An earlier thread may not have reached its file.
         assert sum(1 + path.stat().st_size for path in root.iterdir()) < nth
 
 
@@ -216,7 +216,7 @@ def test_a_kill_at_every_operation(
 def test_a_full_disk_at_every_operation(tmp_path: Path, zygote: Callable[[str], Zygote], replace: bool) -> None:
     process = zygote("write_atomically")
     plain = process.run(_fresh_root(tmp_path, replace), replace)
-    # After the exchange the old folder's files are removed, which needs no space.
+    # After the exchange only the old folder's files are removed, which needs no space.
     needing = [n for n, text in enumerate(plain.trace, 1) if not text.startswith(("unlink", "rmdir"))]
     assert "fsync" in plain.trace[needing[-1] - 1] and needing[-1] >= plain.count - 3
     for nth in range(1, plain.count + 1):
@@ -227,7 +227,7 @@ def test_a_full_disk_at_every_operation(tmp_path: Path, zygote: Callable[[str], 
             continue
         assert not outcome.killed and "UserError" in outcome.classes, outcome
         assert outcome.error is not None and "free some space" in outcome.error
-        # The last fsync comes after the rename: the new folder has its name, and is complete.
+        # The last fsync comes after the rename: the new folder already has its name and is complete.
         expected = NEW if nth == needing[-1] else OLD if replace else None
         assert _content(root / "out") == expected, _point(outcome, Action.NO_SPACE)
         assert [path.name for path in root.iterdir()] == (["out"] if expected else [])

@@ -1,4 +1,4 @@
-"""Every kind of file that a run, an export and a merge write has the mode that the umask says."""
+"""Every kind of file that a run, an export and a merge write has the mode that the umask gives."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 def odd_modes(folder: Path, umask: int) -> list[str]:
-    """What in a folder has another mode than a program gets that asks for none."""
+    """Return the files and folders whose mode differs from the one that the umask gives."""
     paths = [folder, *(path for path in folder.rglob("*") if not path.is_symlink())]
     expected = {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in paths}
     found = {path: stat.S_IMODE(path.stat().st_mode) for path in paths}
@@ -80,7 +80,7 @@ def test_the_files_of_a_run(umask: int, tmp_path: Path, monkeypatch: pytest.Monk
     }
     assert kinds <= {path.name for path in run.rglob("*")} and list((run / "tensorboard").iterdir())
     assert odd_modes(run, umask) == []
-    # The control: a file of the library's own.
+    # The control: a file that safetensors writes itself.
     save_file(probe, folder.probe)
     assert odd_modes(run, umask) == ([] if umask == 0o077 else ["probe.safetensors: 600"])
 
@@ -88,7 +88,7 @@ def test_the_files_of_a_run(umask: int, tmp_path: Path, monkeypatch: pytest.Monk
 def test_the_files_of_an_export_and_of_a_merge(umask: int, tmp_path: Path) -> None:
     base = make_tiny("llama", tmp_path / "base")
     adapter = save_adapter(tmp_path / "adapter", base, random_adapter(base))
-    (base / "model.safetensors").chmod(0o600)  # what is copied has the mode of a new file
+    (base / "model.safetensors").chmod(0o600)  # a copied file gets the mode of a new one
     for target in (None, LLAMA_CPP):
         export(adapter, tmp_path / f"exported-{target}", target=target)
         assert odd_modes(tmp_path / f"exported-{target}", umask) == []

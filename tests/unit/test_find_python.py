@@ -1,4 +1,4 @@
-"""`.ci/find-python`: where the Python of `make test-next` comes from. 3.99 is one that no machine has."""
+"""`.ci/find-python`: finds the Python of `make test-next`. Version 3.99 exists on no machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def find(path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_on_path(tmp_path: Path) -> None:
-    program(tmp_path / "bin/python3.99", "echo /opt/base")  # as asked for sys.base_prefix
+    program(tmp_path / "bin/python3.99", "echo /opt/base")  # stands for a Python that is asked for sys.base_prefix
     assert find(tmp_path / "bin").stdout == "/opt/base/bin/python3.99\n"
 
 

@@ -1,4 +1,4 @@
-"""The fingerprint names the base: stable under sharding, changed by any change that it can see."""
+"""The fingerprint identifies the base: independent of sharding, changed by any change that it can see."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""What a run is told of its memory before it starts, on a device whose memory the test chooses."""
+"""A run's forecast of its memory before it starts, on a device whose memory the test chooses."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def config(path: Path, *overrides: str) -> Config:
 
 
 def planned(path: Path) -> int:
-    """Bytes, found by what a run is refused for."""
+    """Return the planned bytes: bisect the device memory at which the warning ends."""
     low, high = 0, 2**40
     while high - low > 1:
         middle = (low + high) // 2
@@ -78,7 +78,7 @@ def test_a_run_that_fits_too_barely_and_not_at_all(path: Path) -> None:
 
 
 def test_a_run_that_does_not_fit_names_the_layout_that_does(path: Path) -> None:
-    """With the config's tensor-parallel size of 1 on ranks of which each has room for half a model."""
+    """TP is 1 in the config, and each rank has room for half the model only."""
     large = ("data.max_length=64", "train.global_batch=16", "train.micro_batch=8")
     whole: Any = SimpleNamespace(tp_size=1, dp_size=2, sequence_parallel=False, hosts=("here", "here"))
     half = Forecast(
@@ -93,7 +93,7 @@ def test_a_run_that_does_not_fit_names_the_layout_that_does(path: Path) -> None:
 
 
 def test_the_cluster_of_a_run(path: Path) -> None:
-    """Groups that the plan keeps inside a node lie on one host, whatever the numbers of ranks on the hosts."""
+    """Groups that the plan keeps inside a node lie on one host, however many ranks each host has."""
     for hosts, nodes in ((["a"] * 8, (1, 8)), (["a"] * 4 + ["b"] * 4, (2, 4)), (["a"] * 4 + ["b"] * 2, (3, 2))):
         cluster = cluster_of_ranks(hosts, 10**9, backend(10**9))
         assert (cluster.nodes, cluster.gpus_per_node) == nodes and cluster.usable == 10**9
@@ -118,8 +118,8 @@ def test_flops_are_the_plans(path: Path) -> None:
 
 
 def test_flops_of_every_method(path: Path) -> None:
-    """By hand, at 100 tokens and none trained on: two FLOPs a weight forward, where a gradient passes two more, and two
-    where the weight is trained.
+    """By hand, at 100 tokens of which none is trained on: two FLOPs per weight forward, two more where a gradient
+    passes through it, and two more where the weight is trained.
     """
     shape, counted = read_architecture(path.parent / "base"), {}
     for method, *sizes in (
@@ -134,7 +134,7 @@ def test_flops_of_every_method(path: Path) -> None:
     once, weights, layers = 2 * 100, shape.layers[0].weights, len(shape.layers)
     assert counted["full"] == once * 3 * weights * layers
     assert counted["prompt"] == once * 2 * weights * layers
-    # The lowest layer has a backward only above what is trained, and the lowest bottleneck no gradient of its input.
+    # The lowest layer has a backward only above the trained modules; the lowest bottleneck needs no input gradient.
     qkv, proj, fc1, fc2 = (linear.weights for linear in shape.layers[0].linears.values())
     bottleneck = 2 * shape.hidden * 8
     assert counted["adapter_h"] == once * (
@@ -146,7 +146,7 @@ def test_flops_of_every_method(path: Path) -> None:
 
 
 def test_memory_is_that_of_the_method(path: Path) -> None:
-    """A run that has room as low-rank updates has none as full fine-tuning, and is refused."""
+    """With memory for low-rank updates, full fine-tuning does not fit and is refused."""
     enough = planned(path)
     assert "(masters and moments" in forecast(path, 2**40, "method=full").memory_line
     with pytest.raises(UserError, match="it does not fit"):

@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand, and against what they are defined by."""
+"""Metrics against values worked out by hand and against their definitions."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def test_exact_match_takes_any_reference_and_no_white_space_at_the_ends() -> Non
 @pytest.mark.parametrize(
     ("text", "reference", "expected"),
     [
-        # Lin 2004, section 3.1: LCS 3 of 4 and 4; LCS 2.
+        # Lin 2004, section 3.1: longest common subsequence 3 of 4 words, then 2.
         ("police kill the gunman", "police killed the gunman", 3 / 4),
         ("the gunman kill police", "police killed the gunman", 2 / 4),
         ("the gunman police killed", "police killed the gunman", 2 / 4),
-        # P 3/3, R 3/5.
+        # Precision 3/3, recall 3/5.
         ("a b c", "a x b y c", 2 * 3 / 8),
         ("The-Cat, sat!", "the cat sat", 1.0),
         ("", "the cat", 0.0),
@@ -58,7 +58,7 @@ def test_rouge_l_takes_the_best_reference_and_the_mean_over_texts() -> None:
 
 @given(st.text(st.characters(codec="ascii")))
 def test_words_of_ascii_are_those_of_rouge_score(text: str) -> None:
-    """Its tokenizer: lower case, and anything but a to z and 0 to 9 separates."""
+    """rouge_score's tokenizer lowercases and separates at anything but a to z and 0 to 9."""
     assert words(text) == re.findall("[a-z0-9]+", text.lower())
 
 
@@ -124,9 +124,9 @@ def test_bleu_with_several_references_each() -> None:
     texts = ["the cat sat on the mat", "a dog barks at night now"]
     several = [["a cat is here", "the cat sat on the mat"], ["a dog barks at night now"]]
     assert bleu(texts, several) == pytest.approx(100)
-    # Negative control: without the second reference of the first text.
+    # Negative control: without the first text's second reference.
     assert bleu(texts, [references[:1] for references in several]) < 80
-    # A corpus is not the mean of its sentences: counts are summed.
+    # A corpus's BLEU is not the mean of its sentences': counts are summed.
     parts = [bleu([text], [references[:1]]) for text, references in zip(texts, several, strict=True)]
     assert bleu(texts, [references[:1] for references in several]) != pytest.approx(sum(parts) / 2, abs=1)
 
@@ -175,7 +175,7 @@ def test_bleu_of_short_texts_is_said_to_be_0_exactly_where_it_is() -> None:
         assert score(["bleu"], texts, [[text] for text in texts]) == {"bleu": 0}
         (note,) = notes_on_texts(["bleu"], texts, [["one of four words"]])
         assert note.startswith("bleu is 0 because no generated text has four words")
-        # The references are as short, and a note on them says so.
+        # Where the references are as short, a note on them says so, and none is made on the texts.
         assert notes_on_texts(["bleu"], texts, [[text] for text in texts]) == []
     for texts in (["Paris", "a b c d"], ["a, b."], ["我喜欢吃"]):
         assert score(["bleu"], texts, [[text] for text in texts])["bleu"] == pytest.approx(100)

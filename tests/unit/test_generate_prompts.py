@@ -1,4 +1,4 @@
-"""Prompts reach the model as training put them before a completion, and completions come back as text."""
+"""Prompts are tokenised as in training, before a completion, and completions are decoded back to text."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_prompts_and_completions_are_cut_as_in_training(kind: str, tmp_path: Pat
         written = sample.tokens[begins:-1].tolist()
         found = completion_text(tokenizer, prompt.ids, written)
         assert prompt.references == (found,)
-        if kind == "sentencepiece unigram":  # its normaliser moves white space, as it does in training
+        if kind == "sentencepiece unigram":  # its normaliser moves white space, as in training
             assert found.split() == row["completion"].split()
         else:
             assert found == row["completion"]
@@ -74,20 +74,20 @@ def test_a_prompt_that_begins_with_bos_gets_no_second_one(tmp_path: Path) -> Non
     spelled, plain = read(path, tokenizer)
     assert spelled.ids == plain.ids == (1, *tokenizer.encode(["A:"])[0])
     assert prompt_of("<s>A:", tokenizer, (), VOCAB).ids == prompt_of("A:", tokenizer, (), VOCAB).ids == plain.ids
-    # Control: where the tokenizer puts none, the text's is the only one, and it is kept.
+    # Control: where the tokenizer adds no BOS, the text's own is the only one and is kept.
     bare = load_tokenizer(byte_level(tmp_path / "bare"))
     assert bare.prefix_ids == () and prompt_of("<|bos|>a", bare, (), VOCAB).ids == tuple(bare.encode(["<|bos|>a"])[0])
 
 
 def test_a_completion_alone_would_lose_its_space(tmp_path: Path) -> None:
-    """Negative control of decoding behind the prompt."""
+    """Negative control of decoding after the prompt."""
     tokenizer = load_tokenizer(dummy_prefix(tmp_path))
     (ids,) = tokenizer.encode_continuations([" 4 is"], ["A:"])
     assert completion_text(tokenizer, tokenizer.encode(["A:"])[0], ids) == " 4 is" != tokenizer.decode(ids)
 
 
-# Characters that no tiny vocabulary has: runs of byte tokens, or of bytes in byte-level BPE. Nine of three bytes are
-# longer than the context that a completion is decoded behind, and the emoji is four.
+# Characters outside every tiny vocabulary: runs of byte tokens, or of bytes in byte-level BPE. Nine characters of three
+# bytes are longer than the context used to decode a completion; the emoji has four bytes.
 WRITTEN = ["日本語で書く文章です", "日", "the 日本 fox 😀 x", "\n日\n", "😀", "é à", " 日", "fox"]
 RUNS = ["Q:", "日本語で書く文章", "the 日", "😀", "A:\n", "the "]
 
@@ -100,7 +100,7 @@ def test_byte_tokens_come_back_as_text(kind: str, before: str, tmp_path: Path) -
     for text in WRITTEN:
         (ids,) = tokenizer.encode_continuations([text], [before])
         assert completion_text(tokenizer, prompt, ids) == text
-        # Broken off anywhere: what is whole, and one U+FFFD for a character that lacks its last bytes.
+        # Cut off anywhere: the complete characters, and one U+FFFD for a character that lacks its last bytes.
         for n in range(1, len(ids)):
             found = completion_text(tokenizer, prompt, ids[:n])
             assert text.startswith(found.removesuffix("\ufffd")) and found.count("\ufffd") <= 1
@@ -111,7 +111,7 @@ def test_byte_tokens_come_back_as_text(kind: str, before: str, tmp_path: Path) -
 
 
 def test_a_stop_text_far_into_a_run_of_bytes(tmp_path: Path) -> None:
-    # The tail that is searched begins within a character of the run, in two of three places.
+    # In two of three places the searched tail begins within a character of the run.
     for kind in ("dummy prefix", "sentencepiece", "byte level"):
         tokenizer = load_tokenizer(KINDS[kind](tmp_path / kind))
         for lead in range(3):
@@ -127,7 +127,7 @@ def test_bytes_that_are_no_text_are_left_as_the_decoder_shows_them(tmp_path: Pat
     assert [tokenizer.byte_of(i) for i in whole] == [None, 0xE4, 0xB8, 0x80]
     alone = whole[2:]
     assert completion_text(tokenizer, [1], alone) == tokenizer.decode(alone) == "\ufffd\ufffd"
-    # None of the prompt's text comes along, whose run of bytes the completion's would spoil.
+    # The completion's bytes corrupt the prompt's run of bytes, but no text of the prompt comes along.
     assert completion_text(tokenizer, whole, alone) == "\ufffd\ufffd"
 
 
@@ -151,7 +151,7 @@ def test_the_last_turn_of_a_chat_is_asked_for(template: str, tmp_path: Path) -> 
         assert completion_text(tokenizer, prompt.ids, written[:-1].tolist()) == text == prompt.references[0]
         assert prompt.stop_ids == {2, *end} and written[-1] in end
         assert prompt.source == asked
-    # The same without the turn: what follows is asked for, and the words made up in its place are nowhere.
+    # Without the last turn the prompt is the same, and the placeholder of the missing turn is not in it.
     open_path = write_jsonl(tmp_path / "open.jsonl", [{"messages": chat}])
     (still_open,) = read(open_path, tokenizer, references=False)
     assert (still_open.ids, still_open.source, still_open.references) == (read(path, tokenizer)[0].ids, chat, ())
@@ -159,7 +159,7 @@ def test_the_last_turn_of_a_chat_is_asked_for(template: str, tmp_path: Path) -> 
 
 
 def normalised(folder: Path, normalizer: normalizers.Normalizer, template: str | None = None) -> Path:
-    """`byte_level` with a normaliser."""
+    """Write `byte_level` with a normaliser."""
     tokenizer = Backend.from_file(str(byte_level(folder, template=template) / "tokenizer.json"))
     tokenizer.normalizer = normalizer
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -167,7 +167,7 @@ def normalised(folder: Path, normalizer: normalizers.Normalizer, template: str |
 
 
 def without_spaces(folder: Path) -> Path:
-    """Words without the spaces between them."""
+    """Write a tokenizer that drops the spaces between words."""
     tokenizer = Backend.from_file(str(byte_level(folder) / "tokenizer.json"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -236,7 +236,7 @@ UNCHANGED = ("another special token", "EOS as plain text")
 
 @pytest.mark.parametrize("case", WRITTEN)
 def test_what_was_trained_is_the_reference(case: str, tmp_path: Path) -> None:
-    """A model that writes the trained tokens is right by every metric, whatever template and tokenizer made of them."""
+    """A model that writes the trained tokens scores full marks, whatever template and tokenizer made of them."""
     maker, rows, expected = WRITTEN[case]
     folder = maker(tmp_path / "tokenizer")
     tokenizer = load_tokenizer(folder.parent if folder.is_file() else folder)
@@ -252,7 +252,7 @@ def test_what_was_trained_is_the_reference(case: str, tmp_path: Path) -> None:
     references = [prompt.references for prompt in prompts]
     assert texts[0] == expected == references[0][0]
     assert score(["exact_match", "rouge_l"], texts, references) == {"exact_match": 1, "rouge_l": 1}
-    # Controls: the file's text made a perfect model wrong, and a model that writes something else stays so.
+    # Controls: with the file's raw text as reference a perfect model would be wrong, and other text stays wrong.
     assert (score(["exact_match"], texts, [prompt.raw_references for prompt in prompts])["exact_match"] < 1) == (
         case not in UNCHANGED
     )
@@ -365,7 +365,7 @@ def test_stop_tokens_are_the_model_s_and_the_tokenizer_s(tmp_path: Path) -> None
     assert stop_tokens(tmp_path, tokenizer) == {own}
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 50}))
     assert stop_tokens(tmp_path, tokenizer) == {own, 50}
-    # transformers reads config.json's only where there is no generation_config.json that says it.
+    # transformers reads the ids in config.json only where generation_config.json has none.
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [60, 61]}))
     assert stop_tokens(tmp_path, tokenizer) == {own, 60, 61}
     (tmp_path / "generation_config.json").write_text("{")
@@ -385,7 +385,7 @@ def test_stop_texts_are_found_once_they_are_whole(kind: str, tmp_path: Path) -> 
         assert stop in completion_text(tokenizer, prompt, ids[:met])
         assert stop not in completion_text(tokenizer, prompt, ids[: met - 1])
         assert stops.cut(text) == text[: text.index(stop)]
-    # The prompt holds it, the completion does not.
+    # The prompt contains the stop text, the completion does not.
     assert not any(StopTexts(tokenizer, ["the dog"]).found_in(prompt, ids[:n]) for n in range(1, len(ids) + 1))
     assert StopTexts(tokenizer, []).cut(text) == text and not StopTexts(tokenizer, []).found_in(prompt, ids)
 

@@ -1,4 +1,4 @@
-"""What is drawn follows the distribution that temperature, top_k and top_p leave; and only seed, prompt and step."""
+"""Draws follow the distribution after temperature, top_k and top_p, and depend only on seed, prompt and step."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def transformers_distribution(logits: torch.Tensor, cut: dict[str, float]) -> to
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 def test_draws_from_the_distribution_of_transformers(cut: dict[str, float]) -> None:
-    """Numbers spread evenly over [0, 1) fall on each token as often as its probability says: no chance in it."""
+    """Numbers spread evenly over [0, 1) fall on each token in proportion to its probability; nothing is random here."""
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(2)) * 2
     expected = transformers_distribution(logits, cut)
     points = 20000
@@ -45,7 +45,7 @@ def test_draws_from_the_distribution_of_transformers(cut: dict[str, float]) -> N
 
 
 def test_notices_another_temperature() -> None:
-    """Negative control of the tolerance above."""
+    """Negative control of the tolerance above: a temperature of 1.02 is noticed."""
     logits = torch.randn(1, 40, generator=torch.Generator().manual_seed(2))
     uniform = (torch.arange(20000, dtype=torch.float64) + 0.5) / 20000
     drawn = draw(logits.expand(20000, -1), SamplingParams(temperature=1.02), uniform)
@@ -58,10 +58,10 @@ def test_ends_of_the_unit_interval_and_equal_logits() -> None:
     rules = SamplingParams(temperature=1.0, top_k=3)
     ends = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert draw(logits.expand(3, -1), rules, ends).tolist() == [1, 2, 4]
-    # Of equals the lowest ids are the top k.
+    # Among equal logits top_k keeps the lowest ids.
     kept = {draw(logits, SamplingParams(temperature=9.0, top_k=2), torch.tensor([u / 50])).item() for u in range(50)}
     assert kept == {1, 2}
-    # However low the temperature, nothing overflows.
+    # A very low temperature does not overflow.
     assert draw(logits * 1e30, SamplingParams(temperature=1e-30), torch.tensor([0.0], dtype=torch.float64)).item() == 1
 
 
@@ -72,7 +72,7 @@ def test_numbers_are_uniform_and_functions_of_their_arguments() -> None:
     counts = torch.histc(numbers, bins=20, min=0, max=1)
     # χ² with 19 degrees of freedom: 43.8 is its 99.9 % point.
     assert ((counts - 500).square() / 500).sum() < 43.8
-    # Neither "12" and "3" nor "1" and "23" are run together.
+    # Prompt and step are not concatenated as digits: "12" and "3" differ from "1" and "23".
     assert len({uniform_draw(1, 23, 4), uniform_draw(12, 3, 4), uniform_draw(1, 2, 34)}) == 3
     assert uniform_draw(3, 7, 11) == numbers[7, 11]
 

@@ -1,4 +1,4 @@
-"""The benchmarks of `make gpu-bench` in what needs no GPU: traces, groups of kernels, bytes and FLOPs, ncu."""
+"""The parts of `make gpu-bench` that need no GPU: traces, groups of kernels, bytes and FLOPs, ncu."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def event(cat: str, name: str, ts: float, dur: float, **args: Any) -> dict[str, 
     return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": 1, "args": args}
 
 
-# Microseconds. Two kernels on two streams that overlap by 10, a copy to the host, and a wait.
+# In microseconds. Two kernels on two streams that overlap by 10, a copy to the host, and a wait.
 STEP = [
     {"ph": "M", "name": "process_name"},
     event("cpu_op", "aten::mm", 0, 9, **{"External id": 3, "Input Dims": [[8192, 4096], [4096, 16], []]}),
@@ -75,7 +75,7 @@ STEP = [
 def test_a_trace_is_read_from_the_profilers_events() -> None:
     trace = timeline.read(STEP, 100e-6, cuda=True)
     assert [span.name[:5] for span in trace.kernels] == ["nvjet", "void ", "Memcp"]
-    assert trace.busy_share == pytest.approx(0.45)  # 20 to 60 and 70 to 75: no annotation, nothing twice
+    assert trace.busy_share == pytest.approx(0.45)  # 20 to 60 and 70 to 75: no annotation, overlaps counted once
     assert trace.host_seconds == pytest.approx(19e-6)  # all but 15 to 76 and 80 to 100
     assert timeline.union(trace.launches) == pytest.approx(9e-6)
     figures = trace.figures()
@@ -83,14 +83,14 @@ def test_a_trace_is_read_from_the_profilers_events() -> None:
 
 
 def test_an_annotation_taken_for_work_would_be_seen() -> None:
-    """Negative control: the same trace with Kineto's projection of an annotation called a kernel."""
+    """Negative control: in the same trace Kineto's projection of an annotation is labelled a kernel."""
     spoilt = [{**e, "cat": "kernel"} if e.get("cat") == "gpu_user_annotation" else e for e in STEP]
     assert timeline.read(spoilt, 100e-6, cuda=True).busy_share == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("categories", [{"cpu_op"}, {"cpu_op", "cuda_runtime", "cuda_driver"}, set()])
 def test_a_trace_of_a_gpu_without_kernels_is_an_error(categories: set[str]) -> None:
-    """What a CPU did must not pass as a GPU's kernels, nor nothing as a busy share of zero."""
+    """CPU activity must not count as GPU kernels, and an empty trace must not give a busy share of zero."""
     seen = [e for e in STEP if e.get("cat") in categories]
     with pytest.raises(RuntimeError, match="the profiler saw no kernel of the GPU"):
         timeline.read(seen, 1.0, cuda=True)
@@ -170,7 +170,7 @@ def test_every_product_that_the_layer_has_is_there_once() -> None:
 
 
 def test_the_bytes_are_those_of_the_roofline() -> None:
-    """roofline.passes counts elements of the same products in another place; here the factors come on top."""
+    """roofline.passes counts the elements of the same products elsewhere; here the factors are added."""
     tokens = 24
     for name, layout in sides.architecture("tiny").layers[0].linears.items():
         (o, k), r = layout.local_shape(1), products.RANK * len(layout.parts)
@@ -189,7 +189,7 @@ def test_the_bytes_are_those_of_the_roofline() -> None:
 @pytest.mark.parametrize("beta", [0, 1])
 @pytest.mark.parametrize("direction", ["gemm", "gemm dX"])
 def test_a_frozen_product_is_what_it_is_called(direction: str, beta: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Given every operand by hand: Y = X·Wᵀ or dY·W, written over what is there or added to it."""
+    """Checked with every operand: Y = X·Wᵀ or dY·W, overwriting the output or added to it."""
     drawn: list[torch.Tensor] = []
     monkeypatch.setattr(products.Operands, "normal", lambda _, *shape: drawn.append(torch.randn(*shape)) or drawn[-1])
     product = next(p for p in all_products() if p.label == f"{direction} linear_fc1 beta {beta}")
@@ -210,7 +210,7 @@ def test_the_pool_exceeds_the_cache_and_has_sets_of_its_own() -> None:
 
 
 def test_a_time_is_that_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three sets in the pool, a clock that moves 0.01 s a call."""
+    """Three sets of operands, and a clock that moves 0.01 s per call."""
     product = products.Product("p", "", "", lambda: lambda: None, flops=10**9, bytes=10**8)
     monkeypatch.setattr(microbench, "seconds_of", lambda work, count, device: 0.03 * count)
     row = microbench.measure(product, 3, 10**8, CPU)
@@ -283,7 +283,7 @@ def test_ncu_leaves_the_clocks_alone_and_sees_one_run() -> None:
 
 
 def test_flops_of_a_step_are_those_that_peft_executes(tmp_path: Path) -> None:
-    """MFU's numerator against torch's own counter on transformers and PEFT: every product, and attention's apart."""
+    """The FLOPs in MFU against torch's own counter on transformers and PEFT; attention is compared separately."""
     sizes = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 8, "num_key_value_heads": 2}
     config = LlamaConfig(**sizes, num_hidden_layers=3, vocab_size=96, attn_implementation="eager")
     model = LlamaForCausalLM(config)
@@ -294,7 +294,7 @@ def test_flops_of_a_step_are_those_that_peft_executes(tmp_path: Path) -> None:
         peft(input_ids=ids, use_cache=False).logits.sum().backward()
     modules = counter.get_flop_counts()
     executed = {str(name): count for name, count in modules["Global"].items()}
-    # RoPE's angles are a product in some versions of transformers.
+    # In some versions of transformers RoPE's angles are computed by a matrix product.
     angles = [count for name, counts in modules.items() if name.endswith("rotary_emb") for count in counts.values()]
     job = job_of(read_request(str(tmp_path), ["lora.rank=4"]), target_share=1.0)
     count = {"tokens": 40, "target_tokens": 40, "recompute": False}
@@ -367,5 +367,5 @@ def test_a_rehearsal_cuts_the_recipe() -> None:
 
 def test_the_bench_fits_its_time_and_every_stage_has_a_script(tmp_path: Path) -> None:
     found = list(bench_stages(SimpleNamespace(out=tmp_path)))
-    assert sum(stage.seconds for stage in found) <= 330 - 40  # beside the build, as it was measured
+    assert sum(stage.seconds for stage in found) <= 330 - 40  # leaves the time that the build was measured to take
     assert all((Path(__file__).parents[2] / stage.command[1]).is_file() for stage in found)

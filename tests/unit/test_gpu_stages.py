@@ -1,4 +1,4 @@
-"""tests/gpu/stages.py: a stage that fails, hangs or cannot start stops no other, and the time is kept to."""
+"""tests/gpu/stages.py: a stage that fails, hangs or cannot start stops no other, and the time limit is kept."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import pytest
 from tests.gpu import check, prepare, stages
 from tests.gpu.stages import Outcome, Runner, Stage, select
 
-# They wait for limits to run out.
+# These tests wait for time limits.
 pytestmark = pytest.mark.slow
 
 MakeRunner = Callable[..., Runner]
 HANG = "sleep 60"
-# A stage that does something about an interrupt is given this long to set its trap before it comes.
+# Seconds that a stage which traps the interrupt gets to set its trap.
 HEARD = 3.0
 
 
 @pytest.fixture
 def make_runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakeRunner:
-    """A runner whose grace is a fraction of a second."""
+    """Return a maker of runners whose grace period is a fraction of a second."""
     monkeypatch.setattr(stages, "GRACE", 0.4)
 
     def make(seconds: float = 30.0, usual: float = 30.0) -> Runner:
@@ -74,7 +74,7 @@ def test_only_a_run_without_failure_ends_with_zero(make_runner: MakeRunner) -> N
 
 
 def test_the_table_stands_after_every_stage(make_runner: MakeRunner) -> None:
-    """What ends the whole command from outside loses nothing of what had ended."""
+    """If the whole command is ended from outside, the results of finished stages are kept."""
     run, tables = make_runner(), []
     for name in ("one", "two"):
         run.run(stage("", name=name))
@@ -96,7 +96,7 @@ def test_a_hanging_stage_that_ignores_the_interrupt_is_killed_with_its_children(
 
 
 def lives(stat: Path) -> bool:
-    """Whether there is such a process, and not only what whoever inherits it has not collected."""
+    """Return whether the process runs; a zombie does not count."""
     try:
         return stat.read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -107,7 +107,7 @@ def test_an_interrupted_stage_still_says_what_it_found(
     make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_runner()
-    monkeypatch.setattr(stages, "GRACE", 10.0)  # it takes what it needs, on a busy machine too
+    monkeypatch.setattr(stages, "GRACE", 10.0)  # long enough for the trap's output, on a busy machine too
     run.run(stage(f"trap 'echo 2 failed, 3 passed in 1s; exit 2' INT; {HANG} & wait", 10.0 + HEARD))
     assert run.outcomes[0].says == "2 failed, 3 passed" and run.outcomes[0].result == "FAILED: ran past 13 s"
 
@@ -123,7 +123,7 @@ def test_a_stage_that_ends_well_while_it_is_interrupted_has_not_failed(
 
 
 def test_the_budget_bounds_all_stages_together(make_runner: MakeRunner) -> None:
-    """Three that would each sleep a minute, in a budget of three seconds; the last has no time to begin."""
+    """Three stages of a minute each in a budget of three seconds; the last has no time to start."""
     run = make_runner(seconds=3.0)
     for name in ("one", "two", "three"):
         run.run(stage(HANG, 2.0, name))
@@ -173,7 +173,7 @@ def test_what_failed_is_told_from_what_had_no_time() -> None:
     assert Outcome(wanted, 0.0, "not run: no time left").failed and Outcome(spare, 0.0, "FAILED: code 1").failed
 
 
-# A child with a session of its own, as torchrun's ranks have, whose parent ends or stays; its id is said at once.
+# A child with its own session, like torchrun's ranks, whose parent ends or stays. It prints its process id at once.
 LEFT_BEHIND = "setsid sh -c 'echo $$; exec sleep 60' & sleep 0.3"
 
 
@@ -209,7 +209,7 @@ sys.exit(run.close())
 
 
 def started(out: Path, script: str) -> tuple[subprocess.Popen[str], str]:
-    """A process with a runner, and the id of what its stage has left in the background."""
+    """Start a process with a runner; return it and the id of the process that its stage left in the background."""
     process = subprocess.Popen([sys.executable, "-c", RUN, str(out), script], stdout=subprocess.PIPE, text=True)
     log = out / "logs" / "cut-off.log"
     until = time.monotonic() + 60
@@ -223,7 +223,7 @@ def started(out: Path, script: str) -> tuple[subprocess.Popen[str], str]:
 def test_a_signal_ends_the_stage_and_is_in_the_table(tmp_path: Path, number: signal.Signals) -> None:
     process, child = started(tmp_path, f"{LEFT_BEHIND}; {HANG}")
     process.send_signal(number)
-    process.send_signal(signal.SIGTERM)  # as make and timeout do, both
+    process.send_signal(signal.SIGTERM)  # both signals, as make and timeout send them
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert_dead(child)
@@ -285,7 +285,7 @@ def test_results_that_cannot_be_written_end_no_stage(
 
 
 def test_a_process_that_does_not_die_ends_no_run(make_runner: MakeRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As one that waits for a GPU's driver."""
+    """Like a process that waits for a GPU's driver."""
     run = make_runner()
     kept: list[stages.Running] = []
     monkeypatch.setattr(stages, "_kill", kept.append)
