@@ -1,4 +1,4 @@
-"""Which evaluation was the best, for how long none was better, and checkpoints that follow it."""
+"""The best evaluation, the number of evaluations since it, and the checkpoints kept by it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_best_first() -> None:
 
 @pytest.mark.parametrize(("name", "best", "without"), [("exact_match", 2, 3), (LOSS, 0, 4), ("bleu", None, 0)])
 def test_evaluations_without_a_better(name: str, best: int | None, without: int) -> None:
-    """The same whether the values come one by one or, in part, from the checkpoint that a run goes on from."""
+    """The count is the same whether all values come one by one or some come from the resumed checkpoint."""
     whole = History(name, None)
     counts = []
     for step, value in VALUES.items():
@@ -67,7 +67,7 @@ def test_checkpoints_from_before_there_were_metrics_load() -> None:
 
 
 def test_links_and_folders_follow_what_decides(tmp_path: Path) -> None:
-    """By another measure than before: the step that is best by it, or no link while nothing saved has it."""
+    """When the metric changes, `best` is the best step by the new one; without a saved value for it there is no link."""
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
     facts = Facts(Provenance("cd" * 32, "base", {}), state_of(2).data, None)
@@ -83,11 +83,11 @@ def test_links_and_folders_follow_what_decides(tmp_path: Path) -> None:
     first = writer(LOSS, None)
     for step in (2, 4):
         write(first, measured(step))
-    assert write(first, measured(6)) == ("step-4", {"step-2", "step-4", "step-6"})  # of equals the earlier
+    assert write(first, measured(6)) == ("step-4", {"step-2", "step-4", "step-6"})  # the earlier of equal values
     assert first.summary == "checkpoints/last: step 6; checkpoints/best: step 4, eval loss 2.0000"
     known = measured(6, rouge_l={2: 0.75, 4: 0.5, 6: 0.5})
     assert write(writer("rouge_l", known), known.model_copy(update={"step": 7}))[0] == "step-2"
-    # Nothing saved has a value: no link, and none that is a broken link once the folder is retired.
+    # No saved step has a value: no link, and no dangling link once the old folder is retired.
     unknown = writer("bleu", measured(7), last=1)
     assert write(unknown, measured(8)) == ("", {"step-8"}) and unknown.summary == "checkpoints/last: step 8"
     assert write(unknown, measured(9, bleu={9: 1.0})) == ("step-9", {"step-9"})
@@ -121,7 +121,7 @@ def busy(path: Path, ignore_errors: bool = False) -> None:
 
 
 def test_an_evaluation_counts_its_samples_by_microbatch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two batches of seven and three samples, in three microbatches and one."""
+    """Two batches, of seven samples in three microbatches and of three samples in one."""
     one: Any = SimpleNamespace(target_ids=torch.zeros(2))
     batches: Any = [SimpleNamespace(microbatches=[one] * count, samples=held) for count, held in ((3, 7), (1, 3))]
     run: Any = SimpleNamespace(phases=SimpleNamespace(enter=lambda phase: None), topology=SimpleNamespace())

@@ -1,4 +1,4 @@
-"""A hostfile that is not there is noticed from below the launcher, which only warns."""
+"""A missing hostfile, about which the launcher only warns, is an error in the rank."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import pytest
 from lowrank_dist.backend.launchers import named_hostfile, refuse_missing_hostfile
 
 RANK = "from lowrank_dist.backend.launchers import refuse_missing_hostfile; refuse_missing_hostfile()"
-# As deepspeed does it: a process between the runner and the rank.
+# Like deepspeed, with a process between the runner and the rank.
 RUNNER = (
     f"import subprocess, sys; sys.exit(subprocess.call(['sh', '-c', '\"$0\" -c \"$1\"', sys.executable, {RANK!r}]))"
 )
@@ -34,7 +34,7 @@ def test_command_lines(command: str, found: str | None) -> None:
 
 @pytest.mark.parametrize("name", ["hosts", "sub/hosts"])
 def test_only_a_hostfile_that_is_there_passes(tmp_path: Path, name: str) -> None:
-    """Relative to where the launcher was started."""
+    """The path is relative to the directory that the launcher was started in."""
     (tmp_path / "deepspeed").write_text(RUNNER)
     (tmp_path / "sub").mkdir()
     command = [sys.executable, "deepspeed", "--hostfile", name, "launch/train.py"]

@@ -1,6 +1,6 @@
-"""The rules of docs/DESIGN.md that are no single arrow: circles, methods' names, the grain of files, citations.
+"""The rules of docs/DESIGN.md beyond forbidden imports: cycles, methods' names, sizes of files, citations.
 
-Everything is read from the syntax or the text of the files, and each rule has planted violations that it must find.
+Everything is read from the syntax or the text of the files, and each rule must find violations planted for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Graph = dict[str, set[str]]
 
 
 def imports(sources: Mapping[str, str], packages: Iterable[str]) -> Graph:
-    """Return module → the modules of ours that it imports, late imports included. sources: module → its source."""
+    """Return module → our modules that it imports, late imports included. sources: module → its source."""
     is_package = set(packages)
     graph: Graph = {}
     for module, source in sources.items():
@@ -37,7 +37,7 @@ def imports(sources: Mapping[str, str], packages: Iterable[str]) -> Graph:
 
 
 def contracted(graph: Graph, folder: str) -> Graph:
-    """Return the graph of what lies directly in a folder, modules and folders, each with all that is below it."""
+    """Return the import graph of a folder's direct children; a child folder stands for all modules below it."""
 
     def child(module: str) -> str:
         rest = module.removeprefix(f"{folder}.")
@@ -52,7 +52,7 @@ def contracted(graph: Graph, folder: str) -> Graph:
 
 
 def circle(graph: Graph) -> list[str]:
-    """Return a circle of imports, its first member again at the end; empty where there is none."""
+    """Return a cycle of imports, its first member repeated at the end; empty where there is none."""
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -62,7 +62,7 @@ def circle(graph: Graph) -> list[str]:
 
 
 def circles(sources: Mapping[str, str], packages: Iterable[str]) -> dict[str, list[str]]:
-    """Return a circle between modules, and one in each folder that has any."""
+    """Return a cycle between modules, and one in each folder that has any."""
     graph = imports(sources, packages)
     found = {"modules": circle(graph)}
     found |= {package: circle(contracted(graph, package)) for package in packages}
@@ -124,7 +124,7 @@ DESIGN = (ROOT / "docs" / "DESIGN.md").read_text()
 
 
 def reachable(edges: Iterable[tuple[str, str, str]], start: str) -> set[str]:
-    """Return the rooms that arrows lead to from `start`, in however many steps."""
+    """Return all rooms that can be reached from `start` along the arrows."""
     found, left = set[str](), [start]
     while left:
         at = left.pop()
@@ -135,7 +135,7 @@ def reachable(edges: Iterable[tuple[str, str, str]], start: str) -> set[str]:
 
 
 def drawn_otherwise(chart: str, rooms: Graph) -> Iterator[str]:
-    """Yield imports between rooms that a picture does not have as a path, and arrows that no import stands for."""
+    """Yield imports between rooms without a path in the picture, and arrows without an import."""
     edges = [edge for edge in parse(chart).edges if edge[0] != "launch"]
     for room, imported in sorted(rooms.items()):
         yield from (f"{room} imports {other}" for other in sorted(imported - reachable(edges, room)))
@@ -144,7 +144,7 @@ def drawn_otherwise(chart: str, rooms: Graph) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def rooms() -> Graph:
-    """Room → the rooms that it imports."""
+    """Return room → the rooms that it imports."""
     found = dict(modules(PACKAGE))
     packages = [module for module, path in found.items() if path.name == "__init__.py"]
     inside = contracted(imports({module: path.read_text() for module, path in found.items()}, packages), PACKAGE)
@@ -171,28 +171,29 @@ def test_an_arrow_too_many_or_too_few_is_found() -> None:
 # --- methods' names --------------------------------------------------------------------------------------------------
 
 METHODS_ROOM = f"{PACKAGE}.methods"
-# These mean a method wherever they are compared or a key. The others are ordinary words as well: a prompt of a sample,
-# a prefix of a name, full recomputation.
+# These name a method wherever they are compared or used as a key. The others are ordinary words as well: a sample's
+# prompt, a name's prefix, full recomputation.
 UNAMBIGUOUS = {"lora", "adapter_h", "adapter_l"}
 METHOD_NAMES = UNAMBIGUOUS | {"full", "prefix", "prompt"}
-# What holds a method's name: compared with any text, it is a branch by method.
+# A name of a variable that holds a method's name: any comparison with text is a branch by method.
 HOLDS_METHOD = re.compile(r"(?:^|_)method(?:_name)?$")
-# What may hold one: compared with a word that is a method's name, it does.
+# A name that may hold one: only a comparison with a method's name counts.
 MAY_HOLD = re.compile(r"(?:^|_)kind$")
 
 
 class Branches(ast.NodeVisitor):
-    """Where the flow of a module goes by a method's name, as (line, what).
+    """Finds branches of a module on the name of a method, as (line, description).
 
-    That is, outside of methods/:
-    - a comparison (==, !=, is, in) or a case, or startswith, endswith, of which one side is a text and the other is
-      called `method` (a name, an attribute, a key or what `.get("method")` returns), or is called `kind` and the text
+    Outside of methods/ these count:
+    - a comparison (==, !=, is, in), a case, startswith or endswith, of which one side is a text and the other is
+      called `method` (a name, an attribute, a key or the argument of `.get("method")`), or is called `kind` and the
+    text
       is a method's name;
     - a comparison or a case with an unambiguous name, or with two or more of the names in one of its operands;
     - a dict, set, list or tuple with an unambiguous name as a key or element, or with two or more of the names.
 
     A constant of the module counts as its text. Not counted: docstrings, help, arguments of calls, values of a dict
-    (`{"method": "lora"}` says what a file holds), and `Literal[...]`, which says what there is and decides nothing.
+    (`{"method": "lora"}` describes a file), and `Literal[...]`, which lists the values and decides nothing.
     """
 
     def __init__(self, tree: ast.Module) -> None:
@@ -273,7 +274,7 @@ class Branches(ast.NodeVisitor):
         return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
 
     def _texts(self, node: ast.AST) -> list[str]:
-        """The texts that an operand is, or holds as a display (a dict: its keys)."""
+        """Return the texts of an operand: itself, the elements of a list, set or tuple, or the keys of a dict."""
         inner: list[ast.AST] = [node]
         if isinstance(node, ast.Tuple | ast.List | ast.Set):
             inner = list(node.elts)
@@ -285,7 +286,7 @@ class Branches(ast.NodeVisitor):
 
     @staticmethod
     def _called(node: ast.AST) -> str:
-        """The last word of what an operand is called: `method` for job.method, facts["method"], method.lower()."""
+        """Return the last word of an operand's name: `method` for job.method, facts["method"], method.lower()."""
         while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             if node.func.attr == "get" and node.args and isinstance(node.args[0], ast.Constant):
                 return str(node.args[0].value)
@@ -374,7 +375,7 @@ def test_ordinary_words_are_no_methods(source: str) -> None:
 
 SHORT_LINES, MOST_SHORT, MEDIAN = 60, 25, (120, 250)
 _SECTION = "a section of the configuration, which may import nothing but sections"
-# Every file below SHORT_LINES lines, and why it is one.
+# Files of fewer than SHORT_LINES lines, with the reason for each.
 SHORT = {
     "errors.py": "the errors that every room raises; imports nothing of ours",
     "cli/__main__.py": "the form that launchers of modules run",
@@ -388,13 +389,13 @@ SHORT = {
 
 
 def is_description(source: str) -> bool:
-    """Whether a file is a docstring alone, which a reader takes for a label of its folder and not for a file."""
+    """Return whether a file has nothing but a docstring: it then describes its folder and does not count as a file."""
     body = ast.parse(source).body
     return all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
 
 
 def grain(lines: Mapping[str, int], reasons: Mapping[str, str]) -> Iterator[str]:
-    """Yield what is wrong with the sizes of files. lines: file → its lines. reasons: for files that are short."""
+    """Yield violations of the rules on file sizes. lines: file → its lines. reasons: short file → its reason."""
     median = statistics.median(lines.values())
     if not MEDIAN[0] <= median <= MEDIAN[1]:
         yield f"the median file has {median:.0f} lines, not {MEDIAN[0]} to {MEDIAN[1]}"
@@ -440,7 +441,7 @@ def test_a_description_is_no_file() -> None:
 # --- what anyone may have written ------------------------------------------------------------------------------------
 
 UNTRUSTED = f"{PACKAGE}.untrusted"
-# Every other call of a parser, and why what it reads is ours.
+# All other calls of parsers, with the reason why their input is ours.
 TRUSTED = {
     "backend.launchers: json.loads": "the command line of the launcher above this process",
     "checkpoint.training_state: model_validate_json": "what the reader of JSON has passed, or rank 0 has sent",
@@ -469,7 +470,7 @@ EXPRESSIONS = ("compile", "match", "fullmatch", "search", "findall", "finditer",
 
 
 def parsers(source: str) -> set[str]:
-    """Return the calls of a module that parse JSON or YAML, or take an expression that is not written there."""
+    """Return the calls of a module that parse JSON or YAML, or that take a regular expression which is not a literal."""
     found, calls = set(), [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     for node in calls:
         function = node.func
@@ -487,7 +488,7 @@ def parsers(source: str) -> set[str]:
 
 
 def is_written(expression: ast.expr) -> bool:
-    """Return whether an expression is a literal, or one with constants of the module or escaped text in it."""
+    """Return whether an expression is a literal, possibly with the module's constants or escaped text in it."""
     if isinstance(expression, ast.JoinedStr):
         return all(is_written(part) for part in expression.values)
     if isinstance(expression, ast.FormattedValue):
@@ -547,12 +548,12 @@ def test_what_is_written_in_the_code_is_no_parser(source: str) -> None:
 
 # --- citations -------------------------------------------------------------------------------------------------------
 
-# Documents that are not in the repository, paths outside it, and whoever asked for a thing in place of its reason.
+# Documents that are not in the repository, paths outside it, and requests of people given as a reason.
 OUTSIDE = re.compile(
     r"\bFACTS\b|\b(?:STYLE|MOVES|GPU)\.md\b|(?<!docs/)\bDESIGN\b(?!\.md)|\bDESIGN\.md section|\.\./shared\b|/work/"
     r"|\bthe issue(?:'s|’s)? (?:asks?|says?|wants?|word)\b|\bas (?:the issue|asked for by)\b|(?<![\w/])(?:issues?) #\d+"
 )
-# A document that is cited must be there.
+# A document that is cited must exist.
 DOCUMENT = re.compile(r"\bdocs/[\w./-]+\.(?:md|png|svg)\b")
 SUFFIXES = {".py", ".md", ".sh", ".sbatch", ".yaml", ".toml", ".cpp", ".h", ".cu", ".cuh", ".c", ".txt"}
 FOLDERS = (PACKAGE, "launch", "tests", "benchmarks", "csrc", "docs", "configs", ".ci")
@@ -560,7 +561,7 @@ ALONE = ("README.md", "Makefile", "setup.py", "pyproject.toml")
 
 
 def citations(text: str) -> list[str]:
-    """Return what a text cites that is not in the repository."""
+    """Return the citations in a text that do not exist in the repository."""
     missing = [path for path in DOCUMENT.findall(text) if not (ROOT / path).is_file()]
     return [match.group() for match in OUTSIDE.finditer(text)] + missing
 
@@ -610,12 +611,12 @@ def test_a_citation_of_ours_or_of_published_work_is_not_found(text: str) -> None
 # --- printing --------------------------------------------------------------------------------------------------------
 
 PRINTER = f"{PACKAGE}.terminal"
-# Constructors of what prints, and of what formats for a file that is looked at in a terminal.
+# Constructors of objects that print, or that format lines for a terminal.
 _PRINTING = {"Console", "Formatter"}
 
 
 def printing(source: str) -> Iterator[tuple[int, str]]:
-    """Yield (line, what) of each call that prints beside `terminal.py`, or makes what does."""
+    """Yield (line, call) of each call outside `terminal.py` that prints or makes a printer."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue
@@ -657,13 +658,13 @@ def test_what_does_not_print_by_itself_is_not_found(source: str) -> None:
 
 # --- modes of files --------------------------------------------------------------------------------------------------
 
-# Calls that give a file another mode than the umask says. A scratch folder (TemporaryDirectory) keeps no file.
+# Calls that give a file a mode other than the umask's. A scratch folder (TemporaryDirectory) keeps no file.
 _OWN_MODE = {"save_file", "save_model", "mkstemp", "mkdtemp", "NamedTemporaryFile", "chmod", "fchmod", "umask"}
 _FILE_MODE, _FOLDER_MODE = 0o666, 0o777
 
 
 def modes(source: str) -> Iterator[tuple[int, str]]:
-    """Yield (line, call) of each call that creates a file or a folder with a mode of its own."""
+    """Yield (line, call) of each call that creates a file or a folder with an explicit mode."""
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.Call):
             continue

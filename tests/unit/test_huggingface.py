@@ -1,4 +1,4 @@
-"""Opening a model folder: what is read, what stays unread, and what is refused."""
+"""Opening a model folder: tensors that are read, files that stay unread, and refusals."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def broken(sharded: Path, tmp_path: Path) -> Path:
-    """A copy of the sharded folder for a test to break."""
+    """Return a copy of the sharded folder for a test to damage."""
     return Path(shutil.copytree(sharded, tmp_path / "model"))
 
 
@@ -65,7 +65,7 @@ def test_a_slice_outlives_its_file_handle(sharded: Path) -> None:
 
 
 def test_slices_copy_nothing(tmp_path: Path) -> None:
-    """64 MB read by rows and by columns: anonymous memory must not grow with what is looked at."""
+    """64 MB are read by rows and by columns: anonymous memory must not grow with the tensor's size."""
     folder = make_tiny("llama", tmp_path / "tiny")
     save_file({"big": torch.ones(4096, 4096)}, folder / SINGLE_FILE)
     with open_checkpoint(folder) as checkpoint:
@@ -73,7 +73,7 @@ def test_slices_copy_nothing(tmp_path: Path) -> None:
         rows, columns = checkpoint.slice("big")[:2048], checkpoint.slice("big")[:, 2048:]
         assert rows.max() == 1 and columns.shape == (4096, 2048)
         growth = anonymous_bytes() - before
-        # 256 MB: a smaller copy can fit into memory that an earlier test gave back to the allocator alone.
+        # 256 MB: a smaller copy can fit into memory that an earlier test returned only to the allocator.
         copied = rows.repeat(8, 1)
         assert anonymous_bytes() - before - growth > 192 * 2**20, "the measure must see a real copy"
         assert growth < 8 * 2**20 and copied.shape == (8 * 2048, 4096)
@@ -90,7 +90,7 @@ def test_a_single_file_wins_over_an_index(broken: Path, single: Path) -> None:
 
 
 def test_hub_cache_layout_is_followed(sharded: Path, tmp_path: Path) -> None:
-    """The hub keeps files under blobs/ and links them; such links lead out of the folder and are fine."""
+    """The Hub's cache keeps files under blobs/ and links to them; such links may lead out of the folder."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
     shutil.copytree(sharded, blobs)
     snapshot.mkdir(parents=True)

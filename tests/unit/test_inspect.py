@@ -1,4 +1,4 @@
-"""`lowrank-dist inspect`: right numbers, every kind of folder, and what is broken named with exit code 1."""
+"""`lowrank-dist inspect`: correct numbers, every kind of folder, and damage named with exit code 1."""
 
 import json
 import math
@@ -50,7 +50,7 @@ def facts_of(folder: Path, *more: object) -> dict[str, Any]:
 
 
 def broken(folder: Path, *names: str, more: tuple[object, ...] = ()) -> None:
-    """Exit code 1 and one line of what is broken that holds all the names, in text and in JSON."""
+    """Check for exit code 1 and one "broken" line that contains all the names, in text and in JSON."""
     code, text = show(folder, *more)
     lines = [line for line in text.splitlines() if line.startswith("broken: ")]
     assert code == 1 and any(all(name in line for name in names) for line in lines), text
@@ -59,7 +59,7 @@ def broken(folder: Path, *names: str, more: tuple[object, ...] = ()) -> None:
 
 
 def breaks(folder: Path, spoil: Callable[[Path], Any], names: list[str]) -> None:
-    """A folder that verifies, until it is spoiled: then `names` are named."""
+    """Check that a folder passes, and that after `spoil` the report names `names`."""
     assert show(folder)[0] == 0
     spoil(folder)
     broken(folder, *names)
@@ -72,7 +72,7 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def same_in_text_and_json(folder: Path, *more: object) -> None:
-    """Every value of the JSON stands in the text, as text spells it."""
+    """Check that every value of the JSON report is in the text report, in its spelling there."""
     text = re.sub(r"(?<=\d),(?=\d{3})", "", show(folder, *more)[1])
     report = json.loads(show(folder, "--json", *more)[1])
     words = set(re.split(r"\s+|=|, ", text))
@@ -156,7 +156,7 @@ def test_adapter_and_its_base(adapter: Path, base: Path, tmp_path: Path) -> None
     next(half.glob("*.safetensors")).unlink()
     broken(adapter, str(half), "missing", more=("--base", half))
     assert show(adapter, "--base", tmp_path / "none")[0] == show(base, "--base", base)[0] == 2
-    # One by anyone, whose base is nowhere: shown and not broken.
+    # An adapter from elsewhere whose base is not found is shown and is not broken.
     (adapter / "lowrank_dist.json").unlink()
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "who/[red]ever"}))

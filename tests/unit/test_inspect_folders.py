@@ -133,7 +133,7 @@ def test_run(run: Path, base: Path) -> None:
     ]
     checkpoint = json.loads(show(run / "checkpoints" / "last", "--json")[1])
     assert (checkpoint["kind"], checkpoint["facts"]["step"]) == ("checkpoint", 10)
-    # Killed while it wrote a record, before it ended.
+    # As after a kill during the write of a record.
     shutil.rmtree(run / "adapter")
     (run / "metrics.jsonl").open("a").write('{"step": 11, "lo')
     code, text = show(run)

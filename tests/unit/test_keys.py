@@ -1,4 +1,4 @@
-"""The one rule for keys of files that others write: applied, without effect, refused, or said in a line."""
+"""The rule for keys of files from elsewhere: each is applied, without effect, refused, or reported in a line."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ CLASSES = {
     "gpt2": transformers.GPT2Config,
     "opt": transformers.OPTConfig,
 }
-# Keys of published config.json files, with their values there where these matter.
+# Keys of published config.json files, with the published values where these matter.
 PUBLISHED: dict[str, Values] = {
     "llama": {  # Llama 3.1, SmolLM2, fine-tunes of Llama 2
         "_name_or_path": "x",
-        "_model_name_or_path": "x",  # what transformers makes of a GGUF file
+        "_model_name_or_path": "x",  # written by transformers for a GGUF file
         "attention_bias": False,
         "attention_dropout": 0.0,
         "is_llama_config": True,
@@ -105,7 +105,7 @@ def test_every_key_of_other_libraries_has_its_place() -> None:
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_what_is_called_without_effect_has_none(bases: dict[str, Path], family: str, tmp_path: Path) -> None:
-    """transformers is the referee, and its control is a key that is refused, because it does change the numbers."""
+    """transformers is the reference. The control is a refused key, which does change the numbers."""
     own = bases[family]
     without = {
         "pretraining_tp": 4,
@@ -153,7 +153,7 @@ def logits(folder: Path) -> torch.Tensor:
 
 
 def test_dropouts_of_the_base_are_one_line(tmp_path: Path) -> None:
-    """Every published GPT-2 has them: they are said, not refused, and one of zero is not said."""
+    """Every published GPT-2 has dropouts: they are reported and not refused; a dropout of zero is not reported."""
     for family, dropouts, said in (
         ("gpt2", {"resid_pdrop": 0.5, "attn_pdrop": 0.0}, ["resid_pdrop=0.5", "embd_pdrop=0.1"]),
         ("opt", {"dropout": 0.1, "layerdrop": 0.2}, ["dropout=0.1", "layerdrop=0.2"]),
@@ -186,7 +186,7 @@ def test_what_changes_numbers_and_is_not_applied_is_refused(base: Path, key: str
 
 
 def test_the_file_that_transformers_loads(base: Path, tmp_path: Path) -> None:
-    """Where the key names another one, the numbers are another's; where it names the usual one it changes nothing."""
+    """A key that names another weights file changes the numbers; one that names the usual file changes nothing."""
     other = make_tiny("llama", tmp_path / "other", seed=1)
     (base / "other.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     before = logits(base)
@@ -245,7 +245,7 @@ def test_tokenizer_config(base: Path) -> None:
 
 @pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer"])
 def test_a_class_of_transformers_that_reads_texts_otherwise_is_said(tmp_path: Path, name: str) -> None:
-    """As Llama 2's folder, whose class knows no normalizer. Controls: one that it reads alike, and the remedy."""
+    """Llama 2's tokenizer class ignores the normalizer. Controls: a tokenizer that it reads alike, and the remedy."""
     folder, alike = dummy_prefix(tmp_path / "llama"), dummy_prefix(tmp_path / "alike", metaspace=True)
     for each in (folder, alike):
         set_keys(each / "config.json", model_type="llama")
@@ -262,7 +262,7 @@ def test_a_class_of_transformers_that_reads_texts_otherwise_is_said(tmp_path: Pa
     set_keys(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     theirs = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     assert tokenizer_notes(folder) == [] and ids == theirs("  a", add_special_tokens=False)["input_ids"]
-    # One that transformers cannot make reads nothing otherwise.
+    # A class that transformers cannot construct reads nothing differently.
     for odd in ("NoTokenizer", 3, ["x"], {"a": 1}, "AlbertTokenizer"):
         set_keys(folder / "tokenizer_config.json", tokenizer_class=odd, auto_map={"AutoTokenizer": ["x.Y", None]})
         tokenizer_notes(folder)
@@ -277,7 +277,7 @@ def test_fp16_says_what_it_runs_in(base: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_keys_of_an_adapter(base: Path, tmp_path: Path) -> None:
-    """Merge, inspect and export say them; PEFT passes over them as well."""
+    """Merge, inspect and export report them; PEFT ignores them too."""
     folder = save_adapter(tmp_path / "adapter", base, random_adapter(base))
     assert method_package_reading(folder).files.notes(folder) == []
     file = folder / "adapter_config.json"
@@ -308,7 +308,7 @@ def test_rules_do_not_contradict_themselves() -> None:
     rules = [KEYS, GENERATION, ROW_KEYS, MESSAGE_KEYS, TOKENIZER_KEYS, prompt_files.KEYS]
     for rule in [*rules, *map(key_rule, FAMILIES.values())]:
         places = [rule.applied, rule.without_effect, rule.refused, rule.unapplied]
-        # What a family applies it applies, whatever the lists for all families say.
+        # A key that a family applies is applied, whatever the lists for all families say.
         twice = [key for key in {key for place in places[1:] for key in place} if sum(key in p for p in places[1:]) > 1]
         assert not twice
 

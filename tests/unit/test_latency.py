@@ -1,6 +1,6 @@
-"""benchmarks/latency.py: its widths, its statistics, its verdict, and its rows on a tiny model in a world of two ranks.
+"""benchmarks/latency.py: its widths, statistics and verdict, and its rows on a tiny model in a world of two ranks.
 
-The other rank is not there: a fake process group, which counts as any other. No time is measured.
+The other rank is simulated by a fake process group. No time is measured.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ WIDTHS = {"unmerged": 3, "adapter_l": 4, "adapter_h": 6}
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[latency.Bench]:
-    """Rank 0 of two, with a tiny model for the real one."""
+    """Yield the benchmark on rank 0 of two, with a tiny model in place of the real one."""
     tiny = Model("tiny", parse_architecture(TINY, "tiny"), "fp32")
     monkeypatch.setattr(latency, "find_model", lambda name: tiny)
     join = lambda *_: dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # noqa: E731
@@ -65,7 +65,7 @@ def test_only_sharded_adapters_add_collectives_and_the_count_is_of_what_was_issu
         **{"adapter_l, sharded": {"all-reduce": LAYERS}, "adapter_l, replicated": {}},
         **{"adapter_h, sharded": {"all-reduce": 2 * LAYERS}, "adapter_h, replicated": {}},
     }
-    assert rows["base"]["collectives"] == 2 * LAYERS + 1  # and one of the embedding
+    assert rows["base"]["collectives"] == 2 * LAYERS + 1  # and one for the embedding
     assert rows["merged"]["theta"] == rows["unmerged"]["theta"] == LAYERS * 2 * 2 * HIDDEN * 3
     assert rows["adapter_h, sharded"]["theta"] == LAYERS * 2 * (2 * HIDDEN * 6 + 6 + HIDDEN)
     assert latency.verdict(result)[0].startswith("(2, 128), TP 2: merged ")
@@ -127,7 +127,7 @@ def test_every_round_has_every_row_once_in_an_order_of_its_own() -> None:
     orders = [latency.order(7, number) for number in range(200)]
     assert all(sorted(order) == list(range(7)) for order in orders)
     assert orders == [latency.order(7, number) for number in range(200)]
-    # Each row follows each other one about as often: 200 · 6 pairs over 42.
+    # Each row follows each other row about equally often: 200 · 6 pairs over 42.
     follows = {(a, b): 0 for a in range(7) for b in range(7) if a != b}
     for order in orders:
         for pair in zip(order, order[1:], strict=False):
@@ -140,7 +140,7 @@ def test_the_error_is_of_the_paired_differences() -> None:
     found = latency.statistics_of(base, [value + more for value, more in zip(base, (0.1, 0.3, 0.1, 0.3), strict=True)])
     assert found["milliseconds"] == pytest.approx(4200)
     assert found["added"] == pytest.approx(0.2 / 4)
-    # Differences of 0.1, 0.3, 0.1, 0.3: deviation √(4 · 0.01 / 3), over √4, over the base's mean.
+    # Differences of 0.1, 0.3, 0.1, 0.3: standard deviation √(4 · 0.01 / 3), divided by √4 and by the base's mean.
     assert found["standard_error"] == pytest.approx((0.04 / 3) ** 0.5 / 2 / 4)
     assert found["deviation"] > 100 * found["standard_error"]
 

@@ -1,6 +1,6 @@
-"""A model of two kinds of layers is the sum over its layers' own kinds; by hand, with a model of one kind as control.
+"""A model with two kinds of layers equals the sum over its layers' kinds, by hand; a model of one kind is the control.
 
-Odd layers have a wider MLP, streams of their own for it, and one norm more.
+Odd layers have a wider MLP, their own dropout streams for it, and one more norm.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def two_kinds() -> Architecture:
         name: replace(x, stream=x.stream if x.in_attention else x.stream + 4) for name, x in wide.linears.items()
     }
     odd = replace(wide, linears=linears, tensors=(*wide.tensors, NORM_BEHIND))
-    # A kind is what it says, whichever object says it.
+    # Kinds are compared by value, not by object.
     return replace(ALIKE, layers=(narrow, odd, replace(narrow), replace(odd)))
 
 
@@ -64,7 +64,7 @@ MIXED = two_kinds()
 
 
 def projections(layer: int) -> dict[str, tuple[int, int]]:
-    """Hugging Face module of a layer → (rows, columns)."""
+    """Return the Hugging Face modules of a layer → (rows, columns)."""
     ffn, keys = FFN[layer], KV_HEADS * HEAD
     found = {
         "self_attn.q_proj": (HIDDEN, HIDDEN),
@@ -139,7 +139,7 @@ def test_placement_is_that_of_each_layer() -> None:
 
 
 def loaded(architecture: Architecture, tensors: dict[str, Tensor], tp_rank: int, tp_size: int) -> dict[str, Tensor]:
-    """Every parameter of a rank, filled by its plan."""
+    """Return every parameter of a rank, filled by its plan."""
     parameters = {}
     for name, plan in copy_plans(architecture, tp_rank, tp_size, 112).items():
         parameters[name] = torch.full(plan.shape, -1.0)
@@ -150,7 +150,7 @@ def loaded(architecture: Architecture, tensors: dict[str, Tensor], tp_rank: int,
 
 
 def by_hand(tensors: dict[str, Tensor], rank: int, n: int) -> dict[str, Tensor]:
-    """Every parameter of rank `rank` of `n`, cut from the checkpoint as Megatron fuses it."""
+    """Return every parameter of rank `rank` of `n`, sharded from the checkpoint by hand, fused as in Megatron."""
 
     def rows(x: Tensor) -> Tensor:
         return x.chunk(n)[rank]
@@ -211,7 +211,7 @@ def test_parameters_of_factors() -> None:
     expected = sum(RANK * (rows + columns) for rows, columns in all_projections().values())
     assert lora(MIXED).placement.elements == expected != lora(ALIKE).placement.elements
     assert theta_on_rank(job(MIXED, lora(MIXED), layouts()[0]), 0).elements == expected
-    # Sharded: B of column-, A of row-parallel linears. The other factor is whole on every rank.
+    # The shards: B of column-parallel and A of row-parallel linears. The other factor is replicated.
     sharded = sum(
         RANK * (columns if "o_proj" in x or "down" in x else rows) for x, (rows, columns) in all_projections().items()
     )
@@ -223,7 +223,7 @@ def flops(architecture: Architecture, footprint: Footprint) -> int:
 
 
 def test_flops() -> None:
-    """Two a weight and token forward, and as many for dX and for dW; the lowest factors' input needs no gradient."""
+    """2 FLOPs per weight and token forward, 2 for dX and 2 for dW; the lowest factors' input needs no gradient."""
     once = 2 * 100
     assert flops(MIXED, full(MIXED)) == once * 3 * sum(WEIGHTS) != flops(ALIKE, full(ALIKE))
     elements = sum(RANK * (rows + columns) for rows, columns in all_projections().values())
@@ -235,7 +235,7 @@ def test_flops() -> None:
 @pytest.mark.parametrize("layout", layouts(), ids=str)
 @pytest.mark.parametrize("method", [lora, dora, full])
 def test_activations_of_two_kinds_are_the_mean_of_one_kind_each(layout: Layout, method: type) -> None:
-    """Half of the layers are of either; the lowest, whose input may need no gradient, is cut off in the difference."""
+    """Half of the layers are of each kind. The difference removes the lowest layer, whose input may need no gradient."""
 
     def kept(*kinds: int) -> int:
         layers = tuple(MIXED.layers[kind] for kind in kinds)
@@ -250,8 +250,8 @@ def test_activations_of_two_kinds_are_the_mean_of_one_kind_each(layout: Layout, 
 @pytest.mark.parametrize("layout", layouts(), ids=str)
 @pytest.mark.parametrize("method", [lora, dora, full])
 def test_a_wide_layer_below_a_narrow_one_has_its_moments(layout: Layout, method: type) -> None:
-    """Those of the model that ends with it: what the layer above kept is free by then, but for what DoRA keeps beside
-    the graph of products that came out of a collective.
+    """The peaks are those of the model whose top layer is the wide one: by then the activations of the layer above are
+    freed, except for the products out of a collective that DoRA keeps beside the graph.
     """
 
     def moments(*kinds: int, more: int = 0) -> list[tuple[str, tuple[tuple[str, int], ...]]]:
@@ -269,7 +269,7 @@ def test_a_wide_layer_below_a_narrow_one_has_its_moments(layout: Layout, method:
 
 
 def test_messages_follow_the_factors_of_each_layer() -> None:
-    """Under sequence parallelism a message is H and R wide: factors on the wide layers' MLPs alone."""
+    """Under sequence parallelism a message is H and R wide; here only the wide layers' MLPs have factors."""
     rules = LoraRules(RANK, 1.0, r".*layers\.[13]\.mlp\..*")
 
     def sent(architecture: Architecture) -> int:
@@ -284,10 +284,10 @@ def test_messages_follow_the_factors_of_each_layer() -> None:
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_magnitudes_are_those_of_each_layer(n: int) -> None:
-    """One a row of every projection; a row-parallel linear has all of its rows on every rank."""
+    """One magnitude per row of every projection; a row-parallel linear has all of its rows on every rank."""
 
     def magnitudes(architecture: Architecture) -> tuple[int, ...]:
-        """Elements of Θ of the model and of a rank, bytes of buffers and passes, and messages of a step."""
+        """Return the elements of Θ (model and rank), the bytes of buffers and passes, and those sent in a step."""
         with_them, without = (
             job(architecture, method(architecture), Layout(n, 1, n > 1, 2, False)) for method in (dora, lora)
         )
@@ -307,7 +307,7 @@ def test_magnitudes_are_those_of_each_layer(n: int) -> None:
 
     on_rows = {name: rows for name, (rows, _) in all_projections().items()}
     here = sum(rows if "o_proj" in name or "down" in name else rows // n for name, rows in on_rows.items())
-    # Where rows are (int64), norms and g (fp32). W's cast from bf16, and seven passes in fp32.
+    # A row index (int64), norms and g (fp32) per row. W's cast from bf16, and seven passes in fp32.
     passes = (2 + 4 + 7 * 4) * sum(WEIGHTS) // n
     sent = 4 * 2 * HIDDEN * len(FFN) if n > 1 else 0
     assert magnitudes(MIXED) == (sum(on_rows.values()), here, (8 + 4 + 4) * here, passes, sent)

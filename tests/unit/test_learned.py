@@ -1,4 +1,4 @@
-"""Prefixes, prompts and adapter layers as folders: what is read back, exported, inspected, and what is refused."""
+"""Folders of prefixes, prompts and adapter layers: reading back, export, inspection and refusals."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_what_is_written_is_read(base: Path, method: str, folder: Path) -> None:
 
 
 def test_published_formulas(base: Path) -> None:
-    """|Θ| of Hu et al. 2021, section 5.1, at H, m, L and the heads of the tiny model."""
+    """|Θ| by Hu et al. 2021, section 5.1, for the H, m, L and heads of the tiny model."""
     sizes = read_architecture(base)
     hidden, depth, m = sizes.hidden, len(sizes.layers), BOTTLENECK
     found = {method: layers(base, method).tensors.values() for method in LAYERS}
@@ -184,7 +184,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
 def test_damaged_folders_are_refused(folder: Path, method: str, damage: Callable[[Path, str], None]) -> None:
-    """By reader and inspect alike, by file and reason; the same folder was read before it was damaged."""
+    """Reader and inspect refuse with file and reason; both accept the folder before it is damaged."""
     read(folder, method)
     damage(folder, method)
     with pytest.raises(UserError, match=DAMAGE[damage]) as caught:
@@ -214,7 +214,7 @@ def test_a_pickle_is_never_read(base: Path, tmp_path: Path) -> None:
 
 
 def test_prefixes_that_are_not_ours_to_read(base: Path, tmp_path: Path) -> None:
-    """PEFT's own with its MLP inside, and for an encoder with a decoder."""
+    """PEFT's own prefixes with their MLP inside, and those of an encoder-decoder."""
     folder = save_learned(tmp_path / "saved", base, "prefix")
     path = folder / CONFIGS["prefix"]
     good = json.loads(path.read_text())
@@ -275,7 +275,7 @@ def test_inspect_an_adapter(base: Path, method: str, folder: Path, tmp_path: Pat
     assert facts["norm"] == pytest.approx(torch.cat(counted).norm().item(), rel=1e-12)
     assert facts["base_matches"] is True and facts["percent_of_base"] > 0 and facts["config"] == {"method": method}
     same_in_text_and_json(folder)
-    # Another base of the same sizes, and one of others.
+    # Another base of the same sizes, and one of other sizes.
     twin = make_tiny("qwen3", tmp_path / "twin", seed=1)
     broken(folder, "lowrank_dist.json", "base_fingerprint", "--base", more=("--base", twin))
     deeper = make_tiny("qwen3", tmp_path / "deeper", num_hidden_layers=3)
@@ -352,7 +352,7 @@ def test_merge_says_why_it_cannot(base: Path, folder: Path, method: str, tmp_pat
 
 
 def test_a_lora_adapter_is_still_what_it_was(base: Path, tmp_path: Path) -> None:
-    """The control: what the other methods' folders are refused for, low-rank updates are not."""
+    """The control: low-rank updates are accepted by the commands that refuse the other methods' folders."""
     folder = save_adapter(tmp_path / "lora", base, random_adapter(base))
     assert method_package_of(folder) == method_package("lora") and method_package_of(tmp_path) is None
     assert method_package_of(base) == method_package("full")

@@ -1,4 +1,4 @@
-"""The autograd of one adapted linear on local tensors: errors, every gradient, accumulation, recompute, evaluation.
+"""Autograd of one adapted linear on local tensors: errors, all gradients, accumulation, recompute, evaluation.
 
 Legend: T tokens, K inputs, O outputs.
 """
@@ -25,8 +25,8 @@ from tests.operands import draw, on_device, same_bits
 @pytest.mark.parametrize("kind", FACTORS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_error_at_most_twice_pytorchs(dtype: torch.dtype, kind: str, p: float) -> None:
-    """Two and three dimensions, with and without a bias."""
-    # Twice half an ulp is an ulp; PyTorch's largest error of so few elements is a little under half of one.
+    """Inputs of two and three dimensions, with and without a bias."""
+    # Twice half an ulp is one ulp; PyTorch's largest error of so few elements is a little under half an ulp.
     most = 1.0 if ranks.device().type == "cpu" else 1.01
     for shape, bias in (((13, 5), True), ((129,), False)):
         linear = linear_case(dtype, kind, p, bias, shape)
@@ -50,7 +50,7 @@ def test_plain_pytorch_in_place_of_the_operators(dtype: torch.dtype) -> None:
 def test_everything_dropped_is_the_frozen_linear(dtype: torch.dtype) -> None:
     linear = linear_case(dtype, p=1.0)
     found = linear.ours()
-    # On CUDA the frozen product adds to the thin one's zeros, which may take another algorithm.
+    # On CUDA the frozen product is added to the low-rank product's zeros, which may use another algorithm.
     tolerance = {"rtol": 0, "atol": 0} if ranks.device().type == "cpu" else {}
     for name, expected in (
         ("y", frozen(linear.x.flatten(0, 1), linear.weight, linear.bias)),
@@ -85,7 +85,7 @@ def test_an_input_of_any_strides() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
 def test_every_subset_of_gradients(needs: tuple[bool, bool, bool], dtype: torch.dtype) -> None:
-    """Whatever is asked for is what it is among all gradients, bit for bit; nothing else is computed."""
+    """Each requested gradient equals the one computed with all others, bit for bit; no other is computed."""
     linear = linear_case(dtype)
     expected = linear.ours()
     linear.factors.zero_grad()
@@ -126,13 +126,13 @@ def test_gradcheck(kind: str, p: float) -> None:
     factors = linear.factors
 
     def apply(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        # The linear reads Θ from where it is stored.
+        # The linear reads Θ from its own storage.
         factors.lora_A.data, factors.lora_B.data = a.detach(), b.detach()
         return local_linear(x, linear, on_device(linear.mask), a, b)
 
     inputs = [t.detach().clone().requires_grad_() for t in (linear.x, factors.lora_A, factors.lora_B)]
     assert torch.autograd.gradcheck(apply, inputs)
-    # The control: forward and backward with masks of different steps.
+    # The control: forward and backward use masks of different steps.
     if p:
         key = on_device(linear.mask).key
 
@@ -178,7 +178,7 @@ def test_notices_what_is_broken(dtype: torch.dtype, mistake: str, monkeypatch: p
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recompute_draws_the_same_mask(dtype: torch.dtype) -> None:
-    """Under non-reentrant checkpointing: the same output and the same gradients, bit for bit."""
+    """Non-reentrant checkpointing gives the same output and gradients, bit for bit."""
     linear = linear_case(dtype, p=0.5)
     expected = linear.ours()
     linear.factors.zero_grad()
@@ -194,14 +194,14 @@ def test_recompute_draws_the_same_mask(dtype: torch.dtype) -> None:
     assert len(calls) == 2, "it was computed again"
     found = [y.detach(), x.grad, linear.factors.lora_A.grad, linear.factors.lora_B.grad]
     assert all(same_bits(*pair) for pair in zip(found, expected.values(), strict=True))
-    # The control: a mask that moves on between the two.
+    # The control: a mask that changes between forward and recompute.
     linear.mask = Mask(linear.mask.rows, linear.mask.key + len(calls), 9, linear.mask.threshold, 0)
     assert not same_bits(linear.ours()["da"], expected["da"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repeatable_with_any_number_of_threads(dtype: torch.dtype) -> None:
-    """Θ's gradients do not depend on what else the machine does; y and dX follow the frozen product's library."""
+    """Θ's gradients do not depend on the number of threads; y and dX follow the frozen product's library."""
     linear = linear_case(dtype, shape=(700,))
     threads, found = torch.get_num_threads(), []
     try:
@@ -215,7 +215,7 @@ def test_repeatable_with_any_number_of_threads(dtype: torch.dtype) -> None:
 
 
 def test_what_is_saved_for_backward() -> None:
-    """The input, and U, R wide; no mask and nothing dropped. The frozen weight is there anyway."""
+    """The input, and U of width R, are saved; no mask and no dropped input. The frozen weight exists anyway."""
     linear = linear_case(torch.bfloat16)
     saved: list[tuple[int, ...]] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(tuple(t.shape)) or t, lambda t: t):
@@ -224,7 +224,7 @@ def test_what_is_saved_for_backward() -> None:
 
 
 def on_a_world_of_one(dtype: torch.dtype) -> dict[str, bool]:
-    """Inside a rank: the column-parallel module in training, in evaluation and without dropout."""
+    """Check the column-parallel module on one rank in training, in evaluation and without dropout."""
     from lowrank_dist.parallel.masks import MaskSource
     from tests.dist.test_linears import HIDDEN, B, S, build, layouts
 

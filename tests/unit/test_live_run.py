@@ -1,4 +1,4 @@
-"""A run that goes on: its link `last` moves and old checkpoints go while others read, and they read one or say so."""
+"""A live run moves its link `last` and retires checkpoints while others read them; they read one whole or report it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lowrank_dist.methods.lora.files import read_adapter
 from lowrank_dist.methods.registry import method_package_reading
 from tests.unit.test_checkpoint_folder import write
 
-# As engine/saving.py does it: write, move the link, retire. Every 4 ms, until stdin ends.
+# The order of engine/saving.py: write, move the link, retire. Every 4 ms, until stdin is closed.
 RUN = """
 import itertools, os, select, shutil, sys
 made, checkpoints = sys.argv[1:]
@@ -43,7 +43,7 @@ SECONDS = 2.0
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four checkpoints that differ in their weights and in what they say of themselves."""
+    """Return a folder of four checkpoints with different weights and states."""
     folder = tmp_path_factory.mktemp("made")
     for step in range(1, 5):
         write(folder / f"step-{step}", step).rename(folder / str(step % 4))
@@ -52,7 +52,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def last(made: Path, tmp_path: Path) -> Iterator[Path]:
-    """checkpoints/last of a run that saves every 4 ms."""
+    """Yield checkpoints/last of a run that saves every 4 ms."""
     checkpoints = tmp_path / "run" / "checkpoints"
     checkpoints.mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").touch()
@@ -67,7 +67,7 @@ def last(made: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 def former_export(source: Path, out: Path) -> None:
-    """Read through the link, file by file."""
+    """Export as former versions did: read through the link, file by file."""
     published = method_package_reading(source).files.publish(source, out.name, target=None, max_rank=None)
     out.mkdir()
     for name in published.files:
@@ -75,7 +75,7 @@ def former_export(source: Path, out: Path) -> None:
 
 
 def exported(how: Callable[[Path, Path], None], last: Path, made: Path, out: Path) -> dict[str, int]:
-    """Return how many exports were whole, mixed of two steps, refused as removed, and failed otherwise."""
+    """Return how many exports were whole, mixed from two steps, refused because removed, and failed otherwise."""
     whole = [{name: (folder / name).read_bytes() for name in PUBLISHED} for folder in sorted(made.iterdir())]
     counts = dict.fromkeys(("whole", "mixed", "removed", "failed"), 0)
     end = time.monotonic() + SECONDS
@@ -104,7 +104,7 @@ def test_the_former_way_mixes_steps(last: Path, made: Path, tmp_path: Path) -> N
 
 
 def inspected(folder: Path, look: Callable[..., Any] = inspect_folder) -> tuple[int, int, set[str]]:
-    """Return inspections, those whose folder was gone each time it was looked at, and what was called broken."""
+    """Return the number of inspections, the number that found the folder removed, and the problems reported."""
     seen, gone, broken = 0, 0, set[str]()
     end = time.monotonic() + SECONDS
     while time.monotonic() < end:

@@ -1,4 +1,4 @@
-"""Loading is exact: the shards of all ranks, put back together through the same plans, are the file bit for bit."""
+"""Loading is exact: the shards of all ranks, reassembled through the same plans, equal the file bit for bit."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ MULTIPLE = 8
 def load_ranks(folder: Path, tp_size: int, dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
     architecture, ranks = read_architecture(folder), []
     for tp_rank in range(tp_size):
-        # NaN shows whatever is left unwritten.
+        # NaN reveals elements that were not written.
         shapes = parameter_shapes(architecture, tp_size, MULTIPLE)
         parameters = {name: torch.full(shape, math.nan, dtype=dtype) for name, shape in shapes.items()}
         with open_checkpoint(folder) as checkpoint:
@@ -37,7 +37,7 @@ def load_ranks(folder: Path, tp_size: int, dtype: torch.dtype = torch.float32) -
 
 
 def reassemble(architecture: Architecture, ranks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The Hugging Face tensors out of all shards: the plans run the other way. NaN where no shard reaches."""
+    """Return the Hugging Face tensors from all shards by running the plans backwards; NaN where no shard reaches."""
     tensors = {name: torch.full(shape, math.nan) for name, shape in hf_shapes(architecture).items()}
     rows = padded_vocab(architecture.vocab, MULTIPLE, len(ranks))
     for tp_rank, parameters in enumerate(ranks):
@@ -49,7 +49,7 @@ def reassemble(architecture: Architecture, ranks: list[dict[str, torch.Tensor]])
 
 
 def differing(architecture: Architecture, ranks: list[dict[str, torch.Tensor]], folder: Path) -> list[str]:
-    """Names of the tensors that do not come back as the file has them."""
+    """Return the names of the tensors that differ from the file after reassembly."""
     stored, found = load_file(folder / SINGLE_FILE), reassemble(architecture, ranks)
     if architecture.position_offset:
         # The rows before position 0 belong to no token and are not loaded.
@@ -80,7 +80,7 @@ def test_round_trip_is_exact(family: str, overrides: dict, tp_size: int, tmp_pat
 @pytest.mark.parametrize("tp_size", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt"])
 def test_qkv_rows_are_megatrons(family: str, tp_size: int, tmp_path: Path) -> None:
-    """Independently of the plans: Megatron's fused weight and bias, built from the file by torch operations."""
+    """Megatron's fused weight and bias are built from the file by torch operations, independently of the plans."""
     folder = make_tiny(family, tmp_path)
     architecture, ranks = read_architecture(folder), load_ranks(folder, tp_size)
     stored = load_file(folder / SINGLE_FILE)
@@ -100,7 +100,7 @@ def test_qkv_rows_are_megatrons(family: str, tp_size: int, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("defect", ["k and v swapped", "one row late", "ranks swapped", "gate and up swapped"])
 def test_a_wrong_map_is_noticed(defect: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Load through a defective map, reassemble through the right one."""
+    """Load through a defective map, reassemble through the correct one."""
     folder = make_tiny("llama", tmp_path, num_key_value_heads=4)
     right = LinearLayout.segments
 
@@ -173,7 +173,7 @@ def test_parameters_that_require_gradients_are_filled_in_place(tmp_path: Path) -
 
 
 def test_broadcast_hands_over_every_parameter_in_order(tmp_path: Path) -> None:
-    """A reader and a receiver joined by a queue: the receiver ends with the same and reads nothing."""
+    """A reader and a receiver joined by a queue: the receiver gets the same parameters and reads no file."""
     folder = make_tiny("llama", tmp_path)
     architecture, checkpoint = read_architecture(folder), open_checkpoint(folder)
     shapes = parameter_shapes(architecture, 2, MULTIPLE)
@@ -217,7 +217,7 @@ def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
 def test_names_without_the_base_model_prefix(family: str, tmp_path: Path) -> None:
-    """As gpt2 lies on the hub, with the causal mask that old versions of transformers stored."""
+    """gpt2 on the Hub has such names, and the causal mask that old versions of transformers stored."""
     folder = make_tiny(family, tmp_path)
     expected = load_ranks(folder, 2)
     prefix = read_architecture(folder).prefix
@@ -243,7 +243,7 @@ def test_tied_output_layer_in_the_file(family: str, tmp_path: Path) -> None:
 
 
 def test_tied_output_layer_that_differs_is_refused(tmp_path: Path) -> None:
-    """transformers would leave them untied then, whatever the config says."""
+    """transformers would then leave them untied, whatever the config says."""
     folder = make_tiny("qwen2", tmp_path)
     words = load_file(folder / SINGLE_FILE)["model.embed_tokens.weight"].clone()
     words[100, 3] += 1
@@ -277,7 +277,7 @@ def test_wrong_tensors_are_all_named(tmp_path: Path) -> None:
 
 
 def test_half_a_model_is_refused(tmp_path: Path) -> None:
-    """config.json with a layer more or less than the weights."""
+    """config.json has a layer more or less than the weights."""
     folder = make_tiny("llama", tmp_path)
     config = json.loads((folder / "config.json").read_text())
     up_proj = "model.layers.{}.mlp.up_proj.weight"

@@ -1,4 +1,4 @@
-"""Which processes are let into a run, where those of two runs come to one port."""
+"""The processes that are let into a run when those of two runs meet at one port."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests import forked
 from tests.forked import Outcome
 from tests.integration.launching import environment, free_port
 
-# A rank that says whom it met, once as many as there are too many were turned away.
+# A rank that prints whom it met, and stays until TOO_MANY others were turned away.
 RANK = """
 import os, sys, tempfile, time
 from pathlib import Path
@@ -41,13 +41,13 @@ shutdown(clean=True)
 
 
 def step(number: int, rank: int, size: int = 2) -> dict[str, str]:
-    """A task of a step of job 7."""
+    """Return the environment of a task in a step of job 7."""
     place = {"SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": str(size), "RANK": str(rank), "WORLD_SIZE": str(size)}
     return {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": str(number), "NAME": f"{number}.{rank}", **place}
 
 
 def meet(place: Path, ranks: Sequence[Mapping[str, str]]) -> list[Outcome]:
-    """Start ranks of runs of two at the same time, which all take one port for their own."""
+    """Start the ranks of several runs of two at the same time, all of which use the same port."""
     script = place / "rank.py"
     script.write_text(RANK)
     turned_away = place / "turned away"
@@ -81,7 +81,7 @@ def test_of_two_steps_at_one_port_one_runs_alone(tmp_path: Path) -> None:
     ids=["another world size", "a rank twice"],
 )
 def test_a_stranger_is_turned_away_and_the_run_goes_on(tmp_path: Path, stranger: dict[str, str], named: str) -> None:
-    """Started by hand: all that is known of a run is how many ranks it has."""
+    """Ranks started by hand: only their number is known of the run."""
     ours = [{"RANK": str(rank), "WORLD_SIZE": "2", "NAME": "ours"} for rank in range(2)]
     ended = meet(tmp_path, [*ours, {**stranger, "NAME": "ours"}])
     assert sorted(one.code for one in ended) == [0, 0, 2] and ended[0].stdout == "ours ours\n", ended
@@ -113,9 +113,9 @@ def test_runs_differ(one: dict[str, str], other: dict[str, str]) -> None:
     ("one", "other"),
     [
         (step(0, 0), {**step(0, 1), "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}),
-        # torchrun under srun on one node, by ssh on the other.
+        # torchrun: under srun on one node, by ssh on the other.
         ({**step(0, 0), **TORCHRUN}, TORCHRUN),
-        # Ranks started by hand: one in an interactive step of its own, one by ssh without Slurm's variables.
+        # Ranks started by hand: one in its own interactive step, one by ssh without Slurm's variables.
         ({**BY_HAND, "SLURM_STEP_ID": "4294967290"}, {"RANK": "3", "WORLD_SIZE": "4"}),
         (BY_HAND, {"RANK": "3", "WORLD_SIZE": "4"}),
     ],
@@ -138,7 +138,7 @@ def test_deepspeed_is_known_by_its_hosts_and_alone_by_its_process(monkeypatch: p
     here, parent = os.getpid(), os.getppid()
     assert token({"localhost": [0, 1]}, here) == token({"localhost": [0, 1]}, here)
     assert token({"localhost": [0, 1]}, here) != token({"localhost": [0, 1]}, parent)
-    # Launchers of several hosts have processes of their own.
+    # With several hosts each has its own launcher process.
     assert token({"h1": [0], "h2": [0]}, here) == token({"h1": [0], "h2": [0]}, parent)
     assert token({"h1": [0], "h2": [0]}, here) != token({"h1": [0], "h3": [0]}, here)
     assert token("what is this", here).startswith("deepspeed on ")

@@ -1,4 +1,4 @@
-"""The merged folder: bit for bit what an independent fp32 sum gives, and plain transformers' and PEFT's model."""
+"""The merged folder: bit for bit an independent fp32 sum, and the model of plain transformers and PEFT."""
 
 import ctypes
 import errno
@@ -35,7 +35,7 @@ TARGETS = re.compile(r".*(q_proj|v_proj|down_proj|c_attn|attn\.c_proj|fc2)")
 def make_adapter(
     base: Path, folder: Path, *, rslora: bool = False, scale: float = 0.1, targets: re.Pattern[str] = TARGETS
 ) -> Path:
-    """A random adapter on `targets`, ranks and alphas differing from module to module, as the trainer writes it."""
+    """Save a random adapter on `targets` as the trainer writes it; ranks and alphas differ from module to module."""
 
     def size(module: str) -> tuple[int, float] | None:
         return (2 + len(module) % 3, 6.5 + len(module) % 3) if targets.fullmatch(module) else None
@@ -48,7 +48,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def reference(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
-    """(W.float() + s·(B·A)).to(W.dtype) over whole tensors, from PEFT's own files."""
+    """Return (W.float() + s·(B·A)).to(W.dtype) over whole tensors, from PEFT's own files."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     factors = load_file(adapter / "adapter_model.safetensors")
     merged = tensors_of(base)
@@ -125,7 +125,7 @@ def test_transformers_and_peft_agree_with_it(tmp_path: Path, family: str) -> Non
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_dora_is_merged_as_peft_does(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In chunks of a few rows, but for GPT-2, whose outputs are columns."""
+    """Merged in chunks of a few rows, except for GPT-2, whose outputs are columns."""
     base = make_tiny(family, tmp_path / "base", max_shard_size="60KB")
 
     def size(module: str) -> tuple[int, float] | None:
@@ -139,7 +139,7 @@ def test_dora_is_merged_as_peft_does(tmp_path: Path, family: str, monkeypatch: p
     expected, found = by_peft.state_dict(), load(tmp_path / "out").state_dict()
     assert all(torch.allclose(found[name], expected[name], rtol=1e-5, atol=1e-7) for name in expected)
     assert report.adapted == report.changed == len(decomposed.factors)
-    # The control: without its magnitudes the adapter is another one.
+    # The control: without its magnitudes the adapter gives another result.
     plain = replace(decomposed, factors={name: replace(f, magnitude=None) for name, f in decomposed.factors.items()})
     merge(base, save_adapter(tmp_path / "plain", base, plain), tmp_path / "other")
     other = load(tmp_path / "other").state_dict()
@@ -220,7 +220,7 @@ def test_chunks_do_not_change_a_bit(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_wrong_scale_and_swapped_factors_show(tmp_path: Path) -> None:
-    """The comparison with PEFT's merge can fail."""
+    """Negative control of the comparison with PEFT's merge."""
     base = make_tiny("llama", tmp_path / "base")
     make_adapter(base, tmp_path / "adapter")
     right = read_adapter(tmp_path / "adapter")
@@ -381,7 +381,7 @@ class TestBase:
 
 
 def test_an_odd_header_is_read_and_written_as_transformers_wants_it(tmp_path: Path) -> None:
-    """No metadata, names in another order than the bytes, a header that is not a multiple of eight bytes long."""
+    """The header has no metadata, names in another order than the bytes, and a length that is no multiple of eight."""
     base = make_tiny("llama", tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter")
     path = base / "model.safetensors"
@@ -408,10 +408,10 @@ def anonymous_bytes() -> int:
 
 
 def peak_of_merge(base: Path, adapter: Path, out: Path, **options: Any) -> int:
-    """Largest growth of anonymous memory during a merge, in bytes: every millisecond and whenever a chunk is done.
+    """Return the peak growth of anonymous memory during a merge, in bytes, seen every millisecond and after each chunk.
 
-    A chunk reports while what it allocated still lives, so that a busy machine, on which a thread samples seldom, sees
-    it too. Large blocks are mapped one by one: a heap that keeps freed blocks would hide the next ones.
+    A chunk reports while its memory is still allocated, so that a busy machine, whose thread samples seldom, sees it
+    too. Large blocks are mapped one by one: a heap that keeps freed blocks would hide later ones.
     """
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_THRESHOLD, 1 << 20)
@@ -440,9 +440,9 @@ def peak_of_merge(base: Path, adapter: Path, out: Path, **options: Any) -> int:
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One tensor is 16 MB, the model 130 MB: with chunks of 2 MB anonymous memory grows by 10 MB, without by 36.
+    """One tensor is 16 MB, the model 130 MB: anonymous memory grows by 10 MB with chunks of 2 MB, and by 36 MB without.
 
-    On a busy machine 19 were seen once.
+    On a busy machine 19 MB was seen once.
     """
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "head_dim": 128}
     base = make_tiny("llama", tmp_path / "base", **sizes)
