@@ -1,4 +1,4 @@
-"""Merging with several weighted adapters, other files, another type, and the proof against plain PEFT."""
+"""Merging with several weighted adapters, other file sizes, another dtype, and verification against plain PEFT."""
 
 import json
 import os
@@ -32,7 +32,7 @@ from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 
 SIZES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Ranks, alphas and targets differ, some modules have factors of both.
+# Ranks, alphas and targets differ; some modules have factors of both adapters.
 FIRST = re.compile(r".*(q_proj|down_proj|c_attn|fc2)")
 SECOND = re.compile(r".*(q_proj|v_proj|c_attn|attn\.c_proj)")
 
@@ -53,7 +53,7 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def in_float64(base: Path, adapters: tuple[WeightedAdapter, ...]) -> dict[str, torch.Tensor]:
-    """W + Σ w·s·B·A in float64, whole tensors, from PEFT's own files and config."""
+    """Return W + Σ w·s·B·A in float64, over whole tensors, from PEFT's own files and config."""
     merged = {name: tensor.double() for name, tensor in tensors_of(base).items()}
     for adapter in adapters:
         config = json.loads((adapter.path / "adapter_config.json").read_text())
@@ -78,7 +78,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a sharded bf16 base, two adapters, and their plain merge."""
+    """Return a folder with a sharded bf16 base, two adapters and their plain merge."""
     folder = tmp_path_factory.mktemp("place")
     base = make_tiny("llama", folder / "base", max_shard_size="60KB", dtype=torch.bfloat16)
     merge(base, adapters_of(base, folder), folder / "plain")
@@ -96,7 +96,7 @@ class TestSeveralAdapters:
         half_ulp = torch.finfo(SIZES[dtype]).eps / 2
         for name, tensor in found.items():
             assert tensor.dtype == SIZES[dtype]
-            # One rounding to the type, on top of fp32 sums: two roundings would exceed it somewhere.
+            # One rounding to the dtype after fp32 sums; two roundings would exceed this somewhere.
             error = (tensor.double() - exact[name]).abs()
             slack = 0 if torch.equal(exact[name], before[name].double()) else 2e-6
             assert (error <= half_ulp * exact[name].abs() * (1 + 1e-6) + slack).all(), name
@@ -147,7 +147,7 @@ class TestSeveralAdapters:
         report = merge(base, [first, untrained], tmp_path / "out")
         assert len(report.warnings) == 1 and report.warnings[0].startswith(f"{untrained.path}: changes nothing")
         assert [part.changed for part in report.adapters] == [4, 0]
-        # The weight makes the update too small for bf16: it would be lost without a message.
+        # The weight makes the update too small for bf16; without a message it would be lost silently.
         report = merge(base, [first, replace(second, weight=1e-9)], tmp_path / "lost")
         assert [part.changed for part in report.adapters] == [4, 0] and str(second.path) in report.warnings[0]
         with pytest.raises(UserError, match="changes nothing"):
@@ -236,7 +236,7 @@ class TestText:
             parse_dtype("float32")
 
 
-# From 1: tensors of no bytes have no storage of their own, and Hugging Face takes them for copies of one another.
+# From 1: empty tensors have no storage of their own, and Hugging Face treats them as copies of one another.
 @given(sizes=st.lists(st.integers(1, 60), min_size=1, max_size=40), limit=st.integers(1, 100))
 def test_tensors_are_packed_as_hugging_face_packs_them(sizes: list[int], limit: int) -> None:
     state = {f"t{index:02d}": torch.zeros(size, dtype=torch.uint8) for index, size in enumerate(sizes)}
@@ -304,7 +304,7 @@ class TestShards:
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
     def test_a_stale_copy_in_another_file_is_not_the_tensor(self, place: Path, tmp_path: Path) -> None:
-        """The index says which of two files counts; with new files the other copy would overwrite it."""
+        """The index says which of two files counts. With new files the other copy would overwrite the tensor."""
         base = tmp_path / "base"
         make_tiny("llama", base, max_shard_size="60KB")
         index = json.loads((base / "model.safetensors.index.json").read_text())["weight_map"]

@@ -1,6 +1,6 @@
-"""benchmarks/methods.py: what it runs in which order, how runs are kept, and what its tables make of them.
+"""benchmarks/methods.py: the runs and their order, how results are kept, and the tables made from them.
 
-No model is trained: the results of runs are written where a run would leave them.
+No model is trained: the results of runs are written where a run would write them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def cache(tmp_path: Path) -> Cache:
 
 
 def keep(cache: Cache, run: Run, loss: float = 1.0, **more: Any) -> None:
-    """A finished run."""
+    """Keep the result of a finished run."""
     cache.folder(run).mkdir(parents=True, exist_ok=True)
     result = {"eval_loss": loss, "eval_loss_at_start": 3.0, "exact_match": 0.5, "stored": 1000, "seconds": 60.0}
     cache.keep(run, {"source": methods.source(), **result, "tokens_per_second": 100.0, **more})
@@ -66,7 +66,7 @@ def test_every_run_is_a_config_that_loads_and_says_what_the_run_is(cache: Cache)
             assert not section or getattr(getattr(config, section), key) == run.size
             if run.method == "lora":
                 assert config.lora.alpha / config.lora.rank == 2
-            # The longest sample has 39 tokens: none is left out by any method.
+            # The longest sample has 39 tokens: no method drops a sample.
             assert run.method not in ("prefix", "prompt") or config.data.max_length - run.size >= 39
 
 
@@ -103,7 +103,7 @@ def test_the_key_is_of_all_that_makes_a_run_what_it_is(
     template = tmp_path / "template.yaml"
     text = (methods.ROOT / methods.TEMPLATE).read_text(encoding="utf-8")
     found = {cache.key(run), *(other.key(run) for other in others)}
-    # Comments are not part of a run; a value that was the default before is the same run, another one is not.
+    # Comments do not change a run, nor does a former default written out; another value does.
     template.write_text(text + "\n# a comment\n", encoding="utf-8")
     monkeypatch.setattr(methods, "TEMPLATE", template)
     assert cache.key(run) in found
@@ -114,7 +114,7 @@ def test_the_key_is_of_all_that_makes_a_run_what_it_is(
     monkeypatch.setattr(methods, "RECIPE", methods.RECIPE + 1)
     found.add(cache.key(run))
     assert len(found) == 5
-    # Where the folder of the runs is does not matter.
+    # The location of the runs' folder does not matter.
     assert Cache(tmp_path / "elsewhere", 2, None).key(run) == cache.key(run)
 
 
@@ -168,7 +168,7 @@ def test_low_rank_over_full_is_of_the_middle_sizes(cache: Cache) -> None:
     assert methods.ratio(methods.table_rows(cache)) is None
     keep(cache, at_the_middle("full")[1], tokens_per_second=80.0)
     assert methods.ratio(methods.table_rows(cache)) == 1.5
-    # Of the run that the row is of, not of one at a worse rate.
+    # The throughput is that of the row's run, not of a run with a worse learning rate.
     keep(cache, at_the_middle("lora")[2], 2.0, tokens_per_second=160.0)
     assert methods.ratio(methods.table_rows(cache)) == 1.5
     keep(cache, at_the_middle("lora")[2], 0.5, tokens_per_second=160.0)
@@ -228,7 +228,7 @@ def test_figures_are_collected_from_a_run_folder(tmp_path: Path) -> None:
     assert (found["eval_loss_at_start"], found["eval_loss"]) == (3.0, 0.5)
     assert (found["peak_memory_gib"], found["tokens_per_second"]) == (4.0, 18.5)
     assert (found["steps"], found["seconds"]) == (11, 13.0)
-    # Two positions of a prompt in each of eight samples, in a step of two seconds.
+    # Two prompt positions in each of eight samples, in a step of two seconds.
     assert methods.collect(tmp_path, "prompt", 2)["tokens_per_second"] == pytest.approx(18.5 - 2 * 8 / 2)
 
 

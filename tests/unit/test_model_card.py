@@ -1,4 +1,4 @@
-"""The card: front matter that the Hub reads, and nothing from a file that Markdown or HTML would obey."""
+"""The model card: front matter that the Hub reads, and file content escaped for Markdown and HTML."""
 
 from pathlib import Path
 

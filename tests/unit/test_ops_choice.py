@@ -1,4 +1,4 @@
-"""Which implementation runs: plain PyTorch on demand or without the library, and each instruction set of a CPU."""
+"""The implementation that runs: plain PyTorch on demand or without the library, and each instruction set of a CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.operator_checks import notices_what_is_broken, rounds_as_pytorch
 pytestmark = pytest.mark.slow
 
 OPERATORS = ["down", "expand", "grad_a"]
-# What ATen is told, and what the operators then run. AVX-512 where this processor has it.
+# ATEN_CPU_CAPABILITY → the level that the operators report. AVX-512 where this processor has it.
 LEVELS = {"default": "baseline", "avx2": "AVX2"}
 if torch.backends.cpu.get_cpu_capability() == "AVX512":
     LEVELS["avx512"] = "AVX-512"
@@ -35,7 +35,7 @@ def plain() -> Iterator[None]:
 
 @pytest.fixture
 def no_extension(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """As if no library had been built."""
+    """Simulate that no library was built."""
     monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_C.abi3.so")
     monkeypatch.setattr(extension, "CUDA_LIBRARY", tmp_path / "_C_cuda.abi3.so")
     cached = (extension.reason_not_loaded, extension.reason_not_loaded_cuda, extension._available)
@@ -49,7 +49,7 @@ def no_extension(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
 
 def is_the_reference(case: OperatorCase) -> bool:
     found = case.run()
-    # A GPU's library chooses its kernel, and with it the order of the sums, by where its operands lie.
+    # On a GPU cuBLAS chooses its kernel, and so the order of the sums, by the operands' addresses.
     reference = case.plain(case.dtype, ranks.device(), placed=True)
     return torch.equal(found, reference.to(found.dtype)) and found.any().item()
 
@@ -57,7 +57,7 @@ def is_the_reference(case: OperatorCase) -> bool:
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_plain_pytorch_on_demand(name: str, dtype: torch.dtype, plain: None) -> None:
-    """Into columns of a message too. Blocks are hints: plain PyTorch multiplies the zeros."""
+    """Also into columns of a message. Blocks are hints: plain PyTorch multiplies the zeros."""
     assert not extension.compiled(torch.empty(0, device=ranks.device()))
     for threshold in (0, 6554):
         for accumulate in {name != "expand", True}:
@@ -77,7 +77,7 @@ def test_plain_pytorch_on_demand(name: str, dtype: torch.dtype, plain: None) -> 
 
 
 def test_the_compiled_operators_run_otherwise() -> None:
-    """The control: a long sum in fp32 has an order of its own."""
+    """The control: the compiled operators sum fp32 in another order."""
     assert extension.compiled(torch.empty(0, device=ranks.device()))
     assert not is_the_reference(OperatorCase("down", torch.float32, 65, 1032, 12, 6554))
 
@@ -100,7 +100,7 @@ def test_without_the_library_the_reference_runs_and_says_so_once(
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_plain_pytorch_takes_no_more_than_it_should(name: str, plain: None) -> None:
-    """The rule of error judges plain PyTorch by itself: half of what is allowed, in every dtype."""
+    """Plain PyTorch itself passes the tolerance rule with half of what is allowed, in every dtype."""
     for dtype in HALVES:
         case = OperatorCase(name, dtype, 65, 250, 12, 6554)
         assert (
@@ -109,7 +109,7 @@ def test_plain_pytorch_takes_no_more_than_it_should(name: str, plain: None) -> N
 
 
 def check_level(name: str) -> None:
-    """In a process of its own: the instruction set, its errors, its conversions and its mask."""
+    """Check an instruction set in a new process: its name, errors, conversions and mask."""
     torch.set_num_threads(1)
     assert torch.ops.lowrank_dist.cpu_capability() == name, torch.ops.lowrank_dist.cpu_capability()
     for operator in OPERATORS:
@@ -128,7 +128,7 @@ def check_blocks(operator: str, dtype: torch.dtype) -> None:
         OperatorCase(operator, dtype, 37, 340, 20, 6554, 5, blocks=blocks, layouts=("misaligned", "columns")).check()
 
 
-# Every other test of an operator runs at the machine's own level.
+# All other tests of operators run at the machine's own level.
 @pytest.mark.parametrize(
     "level", [pytest.param(level, marks=() if level == "avx2" else pytest.mark.nightly) for level in LEVELS]
 )

@@ -27,7 +27,7 @@ def test_any_problem(case: OperatorCase) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("total", [384, 768, 1024])
 def test_groups_of_large_ranks(dtype: torch.dtype, total: int) -> None:
-    """R of three factors of rank 256 that share an input, and more."""
+    """R of three factors of rank 256 that share an input, and larger R."""
     OperatorCase("down", dtype, 40, 264, total, threshold=6554).check()
 
 

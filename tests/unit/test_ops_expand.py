@@ -1,4 +1,4 @@
-"""The way up, added to what is there, against float64, in any layout, dtype and mask."""
+"""The up-projection, added to its output, against float64, in any layout, dtype and mask."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_any_problem(case: OperatorCase) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("total", [384, 768, 1024])
 def test_groups_of_large_ranks(dtype: torch.dtype, total: int) -> None:
-    """R of three factors of rank 256 that share an input, and more."""
+    """R of three factors of rank 256 that share an input, and larger R."""
     OperatorCase("expand", dtype, 40, 264, total, threshold=6554).check()
 
 
@@ -52,7 +52,7 @@ def test_where_dropped_it_adds_nothing(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_accumulate_out_is_not_read(dtype: torch.dtype) -> None:
-    """It starts as NaN, and what is written is what would be added to zeros."""
+    """out starts as NaN; the result equals that of adding to zeros."""
     for threshold in (0, 6554, 65536):
         fresh = OperatorCase("expand", dtype, 65, 264, 12, threshold=threshold, message=(3, 2, 1), accumulate=False)
         added = arguments(fresh) | {"accumulate": True}
@@ -63,7 +63,7 @@ def test_without_accumulate_out_is_not_read(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_rounds_once_after_the_sum(dtype: torch.dtype) -> None:
-    """1 + half a step + far less: a product that was rounded by itself would leave a tie, which goes to 1."""
+    """1 + half a step + far less. If the product were rounded first, the sum would be a tie, which rounds to 1."""
     step = torch.finfo(dtype).eps
     u = torch.tensor([[1.0, 2.0**-6]], dtype=dtype, device=ranks.device())
     a = torch.tensor([[step / 2], [step / 2**7]], dtype=dtype, device=ranks.device())

@@ -1,4 +1,4 @@
-"""The frozen GEMM against float64: no farther from it than plain PyTorch's worst case allows, for any layout."""
+"""The frozen GEMM against float64: within plain PyTorch's worst-case bound, for any layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lowrank_dist.ops.linear import linear, linear_into, linear_ref
 
 
 def relative_error(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
-    """Largest error over the largest product of magnitudes: what one dot product's rounding is measured by."""
+    """Return the largest error over the largest product of magnitudes, by which a dot product's rounding is measured."""
     exact = linear_ref(x.double(), weight.double(), None if bias is None else bias.double())
     scale = linear_ref(x.double().abs(), weight.double().abs()).max() + 1
     return float((found.double() - exact).abs().max() / scale)

@@ -29,7 +29,7 @@ def test_any_problem(case: OperatorCase) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("total", [384, 768, 1024])
 def test_groups_of_large_ranks(dtype: torch.dtype, total: int) -> None:
-    """R of three factors of rank 256 that share an input, and more."""
+    """R of three factors of rank 256 that share an input, and larger R."""
     OperatorCase("grad_a", dtype, 40, 264, total, threshold=6554).check()
 
 
@@ -62,7 +62,7 @@ def test_no_tokens_give_zeros() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_sums_are_not_rounded_to_the_dtype(dtype: torch.dtype) -> None:
-    """2047 ones and a half: bf16 counts to 256 and fp16 to 2048 in ones."""
+    """2047 ones and a half: summed in ones, bf16 stops at 256 and fp16 at 2048."""
     u, x = (torch.ones(2048, 1, dtype=dtype, device=ranks.device()) for _ in range(2))
     x[77] = 0.5
     assert grad_a(u, x).item() == 2047.5

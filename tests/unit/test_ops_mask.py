@@ -1,4 +1,4 @@
-"""The dropout mask: Philox in Python integers, what a mask must be, and that all operators draw the same.
+"""The dropout mask: Philox in Python integers, properties of the mask, and that all operators draw the same.
 
 Legend: T tokens, K features.
 """
@@ -27,7 +27,7 @@ OPERATORS = ["down", "expand", "grad_a"]
 
 
 def philox(counter: tuple[int, ...], key: tuple[int, int], rounds: int) -> tuple[int, ...]:
-    """Philox4x32 from the paper's definition, in Python integers."""
+    """Return Philox4x32 by the paper's definition, in Python integers."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -38,7 +38,7 @@ def philox(counter: tuple[int, ...], key: tuple[int, int], rounds: int) -> tuple
 
 
 def kept(row: int, feature: int, seed: int, step: int, stream: int, threshold: int) -> bool:
-    """Whether one element is kept, from the definition of the mask."""
+    """Return whether one element is kept, by the definition of the mask."""
     counter = ((feature >> 3) & MASK32, row & MASK32, row >> 32, stream & MASK32)
     words = philox(counter, (seed & MASK32, step & MASK32), rounds=7)
     j = feature & 7
@@ -52,7 +52,7 @@ def mask_of(
 
 
 def drawn(mask: Mask, features: int) -> Tensor:
-    """bool [T, features] as the compiled operators draw it."""
+    """Return the mask that the compiled operators draw, bool [T, features]."""
     return draws("expand", torch.float32, mask, features)
 
 
@@ -101,7 +101,7 @@ def test_mask_is_the_definition(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threshold", [1, quantise(1e-3), quantise(0.1), quantise(0.5), LEVELS - 1, LEVELS])
 def test_all_operators_draw_one_mask(dtype: torch.dtype, threshold: int) -> None:
-    """Bit for bit, in forward, in dA and in dX, for every width around a vector, a block and a panel."""
+    """Forward, dA and dX draw the same bits, for widths around a vector, a block and a panel."""
     generator = torch.Generator().manual_seed(threshold)
     for features, feature_offset in ((1, 0), (7, 3), (8, 0), (63, 1), (128, 8), (129, 2**34), (250, 5), (512, 0)):
         rows = torch.randint(0, 2**50, (31,), generator=generator)
@@ -110,7 +110,7 @@ def test_all_operators_draw_one_mask(dtype: torch.dtype, threshold: int) -> None
         assert expected.any() or threshold > LEVELS - 2
         for name in OPERATORS:
             assert torch.equal(draws(name, dtype, mask, features), expected), (name, features)
-        # The controls: one feature further, and one level further where that can show.
+        # The controls: the next feature, and the next threshold where that can show.
         if 100 < threshold < 60000 and features > 60:
             further = replace(mask, feature_offset=feature_offset + 1)
             assert not torch.equal(draws("down", dtype, further, features), expected)
@@ -131,17 +131,17 @@ def test_threshold_zero_is_no_mask_and_the_last_drops_all(name: str, dtype: torc
     assert same_bits(zero, case.run(mask=None)) and zero.any()
     nothing = case.run(mask=replace(case.mask, threshold=LEVELS)).cpu()
     assert torch.equal(nothing, case.initial if name == "expand" else torch.zeros_like(nothing))
-    # Where everything is dropped nothing is scaled: 1/(1 − p) is not infinity.
+    # Where everything is dropped the scale is 0, since 1/(1 − p) would be infinite.
     assert replace(case.mask, threshold=LEVELS).scale == 0 and mask_of(torch.arange(1), threshold=32768).scale == 2
 
 
 @pytest.mark.parametrize("p", [0.1, 0.001])
 def test_keep_rate_over_a_hundred_million_draws(p: float) -> None:
-    """Within 5 σ over all, and 6 σ over each of 10000 features and of 10000 rows."""
+    """The rate is within 5 σ over all draws, and within 6 σ over each of 10000 features and of 10000 rows."""
     tokens, features, threshold = 10000, 10000, quantise(p)
     ones = torch.ones(1, 1, device=ranks.device())
     mask = on_device(mask_of(torch.arange(tokens) + 2**33, threshold=threshold))
-    # Sums of ones, which fp32 counts exactly: of every row, and of every feature.
+    # Sums of ones, which fp32 counts exactly, over every row and every feature.
     per_row = torch.empty(tokens, 1, device=ranks.device())
     down(per_row, ones.expand(tokens, features), ones.expand(1, features), mask)
     per_feature = grad_a(ones.expand(tokens, 1), ones.expand(tokens, features), mask)
@@ -151,7 +151,7 @@ def test_keep_rate_over_a_hundred_million_draws(p: float) -> None:
     n = tokens * features
     sigma = math.sqrt(n * q * (1 - q))
     assert abs(count - n * q) < 5 * sigma
-    # The control: this many draws tell p from a probability 2 % further on.
+    # The control: so many draws distinguish p from a probability that is 2 % off.
     assert abs(count - n * (1 - 1.02 * (1 - q))) > 5 * sigma
     for sums in (per_row, per_feature):
         deviation = (sums.double() - features * q) / math.sqrt(features * q * (1 - q))
@@ -160,7 +160,7 @@ def test_keep_rate_over_a_hundred_million_draws(p: float) -> None:
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
-    """Correlation of two masks in standard deviations of what independent masks give."""
+    """Return the correlation of two masks, in standard deviations of that of independent masks."""
     pair = torch.stack((a.flatten(), b.flatten())).double()
     return abs(torch.corrcoef(pair)[0, 1].item()) * math.sqrt(a.numel())
 
@@ -199,7 +199,7 @@ def test_inputs_of_all_layers_have_independent_masks() -> None:
 
 @given(layer=st.integers(0, 2**22 - 1), number=st.integers(0, 2**10 - 1))
 def test_a_stream_tells_its_layer_and_number(layer: int, number: int) -> None:
-    """Hence no two share one; and the first four of a layer are what they were when a layer had no more."""
+    """So no two share one, and the first four streams of a layer keep their numbers from when a layer had only four."""
     stream = stream_of(layer, number)
     above, below = divmod(stream, 2**24)
     assert (below // 4, 4 * above + below % 4) == (layer, number) and 0 <= stream < 2**32
@@ -235,14 +235,14 @@ def test_shards_of_tokens_and_features_are_slices_of_the_whole(name: str) -> Non
         width = 96 // parts
         assert torch.equal(torch.cat([shard(96, rows=part) for part in rows.chunk(parts)]), whole)
         assert torch.equal(torch.cat([shard(width, feature_offset=i * width) for i in range(parts)], 1), whole)
-        # The controls: shifted by one feature, and every shard drawing the first one's mask.
+        # The controls: shifted by one feature, and every shard with the first one's mask.
         shifted = [shard(width, feature_offset=i * width + 1) for i in range(parts)]
         assert not torch.equal(torch.cat(shifted, 1), whole)
         assert not torch.equal(torch.cat([shard(width) for _ in range(parts)], 1), whole)
 
 
 def test_source_names_the_microbatch() -> None:
-    """MaskSource: rows in the order of the tokens, a shard of them under sequence parallelism, seed and step as key."""
+    """MaskSource: rows in the order of the tokens, a shard of them under sequence parallelism, key of seed and step."""
     source, rows = MaskSource(5, 6554), torch.arange(24).view(8, 3) + 2**33
     with pytest.raises(AssertionError, match="no microbatch was set"):
         source.mask(0, 0, None)
@@ -251,7 +251,7 @@ def test_source_names_the_microbatch() -> None:
     assert torch.equal(mask.rows, rows.flatten()) and mask.key.tolist() == [5, 11]
     assert (mask.stream, mask.threshold, mask.feature_offset) == (9, 6554, 40)
     assert torch.equal(source.mask(9, 0, (1, 4)).rows, rows[2:4].flatten())
-    # A mask that a forward pass holds is that of its step, also after the next microbatch is announced.
+    # A mask that a forward pass holds keeps its step after the next microbatch is set.
     source.set(12, rows + 100)
     assert mask.key.tolist() == [5, 11] and torch.equal(mask.rows, rows.flatten())
     assert MaskSource(5, 0).mask(9, 0, None) is None

@@ -1,6 +1,6 @@
-"""The products with B: block-diagonal on a CPU, dense through cuBLAS on CUDA, against float64 on either.
+"""The products with B against float64: block-diagonal on a CPU, dense through cuBLAS on CUDA.
 
-Legend: T tokens, O outputs, R ranks; `FACTORS` says which rows of a fused weight each factor's B has.
+Legend: T tokens, O outputs, R ranks; `FACTORS` lists the rows of a fused weight that each factor's B covers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TOKENS = [0, 1, 2, 63, 65, 127, 129, 2047]
 
 
 def check(product: str, factors: LowRankFactors, dtype: torch.dtype, tokens: int, broken: bool = False) -> float:
-    """How far a product is beyond what is allowed; `broken`: with the second factor's ranks exchanged for zeros."""
+    """Return a product's error over the allowed error. broken: zero the ranks after the first factor."""
     generator = torch.Generator().manual_seed(tokens)
     outputs, total = factors.out_features, factors.total_rank
     u, dy = (draw(tokens, n, generator=generator, dtype=dtype) for n in (total, outputs))
@@ -64,7 +64,7 @@ def check(product: str, factors: LowRankFactors, dtype: torch.dtype, tokens: int
     largest = terms.max().sqrt().item() if terms.numel() else 0.0
     allowed = 1e-13 if dtype == torch.float64 else fp32_tolerance(exact.numel())
     if product == "grad_b" and dtype in HALVES and ranks.device().type == "cuda":
-        # cuBLAS sums these on tensor cores, which truncate every partial sum, where plain fp32 is rounded to nearest.
+        # cuBLAS sums these on tensor cores, which truncate every partial sum; plain fp32 rounds to nearest.
         allowed += tokens / 32 * torch.finfo(torch.float32).eps
     return error_over_tolerance(found, theirs, exact, allowed * largest)
 
@@ -99,7 +99,7 @@ def test_blocks_are_where_the_dense_form_is_not_zero(kind: str) -> None:
         block = dense[first : first + shard.adapter_rank, list(shard.local_rows)]
         assert torch.equal(block.t(), factors.b_of(i).detach().cpu())
         first += shard.adapter_rank
-    # Back into packed storage: every element where it came from.
+    # Back in packed storage every element is where it came from.
     (packed,) = factors.up_gradients(factors.dense_bt(torch.float32))
     stored = sum(len(shard.local_rows) * shard.adapter_rank for shard in factors.shards)
     assert torch.equal(packed[:stored], factors.lora_B.detach()[:stored]) and packed.dtype == torch.float32

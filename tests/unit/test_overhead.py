@@ -1,6 +1,6 @@
 """benchmarks/overhead.py: its statistics, its count of saved bytes, its checks against PEFT, the model's arithmetic.
 
-On a CPU, in a world whose other ranks are not there (sides.join_fake_world). Sizes are those of the shape "tiny".
+On a CPU, in a world whose other ranks are fake (sides.join_fake_world). Sizes are those of the shape "tiny".
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Layers = dict[tuple[str, int], sides.Layer]
 
 @pytest.fixture(scope="module")
 def layers() -> Iterator[Layers]:
-    """By dtype and shard."""
+    """Yield the layers by dtype and number of shards."""
     device = select_backend("cpu", 0, 1).device
     assert sides.join_fake_world() == {"gather_copies": True, "reduce_scatter_copies": True}
     topologies = {shard: Topology.build(shard, None, shard > 1, 60) for shard in (1, sides.WORLD)}
@@ -77,13 +77,13 @@ def test_every_round_has_every_side_and_every_place_is_taken_by_each() -> None:
 
 @dataclass
 class Aside:
-    """What a context might hold, with a tensor somewhere inside."""
+    """An object that a context might hold, with a tensor inside."""
 
     inside: list[Tensor]
 
 
 class Keeps(torch.autograd.Function):
-    """Saves a view of 3 of 50 elements, and by attribute 7 in a dataclass, the weight, and its input again."""
+    """Saves a view of 3 of 50 elements and, by attribute, 7 elements in a dataclass, the weight, and its input again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -111,20 +111,21 @@ def test_saved_bytes_are_those_of_distinct_storages_whole() -> None:
 def test_the_sides_agree_and_ours_saves_inputs_and_u(layers: Layers, dtype: str, shard: int, p: float) -> None:
     layer = layers[dtype, shard]
     found = layer.sides(R, p)
-    # A stride of another making in a dimension of size 1 sends torch's products to slower kernels: seen on PEFT's twin.
+    # An unusual stride in a dimension of size 1 makes torch use slower kernels; this was seen with PEFT's layer.
     assert all(x.stride() == torch.empty(x.shape).stride() for side in found for x in (*side.inputs, *side.grads))
     agreement = checks.require_same(layer, found, dtype, True)
     assert agreement.keys() == {"ours", "ours_lanes"} if shard > 1 else {"ours"}
     assert all(differences.keys() == {"y", "dx", "factors"} for differences in agreement.values())
     saved = checks.count_saved(layer, found, R)
-    # Each rank keeps its share of every input; U of all tokens before qkv and fc1 (R = 3r, 2r), else a shard's (r, r).
+    # Each rank keeps its share of every input, and U: all tokens before qkv and fc1 (R = 3r, 2r), else its shard (r,
+    # r).
     expected = (3 * 64 + 176) / shard + (5 + 2 / shard) * R
     assert saved["ours"] == expected * layer.dtype.itemsize
     assert saved["peft"] >= saved["ours"] * (1 if p == 0 else 2)
 
 
 def test_a_wrong_factor_is_seen(layers: Layers) -> None:
-    """Negative control: one projection's B off by 2 %, in fp32; and factors that PEFT does not have, in bf16."""
+    """Negative control: one projection's B is off by 2 %, in fp32; and factors that PEFT does not have, in bf16."""
     ours, adapted = layers["fp32", 1].ours(R, 0.0)
     peft, _ = layers["fp32", 1].peft(adapted, R, 0.0)
     adapted[0].factors.b_of(1).data.mul_(1.02)
@@ -138,7 +139,7 @@ def test_a_wrong_factor_is_seen(layers: Layers) -> None:
 
 
 def test_a_byte_too_many_is_seen(layers: Layers) -> None:
-    """Negative control: dropout that leaves a mask behind."""
+    """Negative control: dropout that saves a mask."""
     layer = layers["bf16", 1]
     ours, _ = layer.ours(R, 0.1)
     wasteful = replace(ours, forward=lambda inputs: ours.forward([torch.dropout(x, 0.1, True) for x in inputs]))
@@ -166,7 +167,7 @@ def test_eager_is_what_autograd_makes_of_it(layers: Layers) -> None:
 
 
 def test_the_model_counts_passes() -> None:
-    """A layer of one linear, by hand: K 64, O 64, T 24, r 4, whole and as one of 8."""
+    """One linear by hand: K 64, O 64, T 24, r 4, whole and as one shard of 8."""
     proj = sides.architecture("tiny").layers[0].linears["linear_proj"]
     x = y = TOKENS * 64
     u = TOKENS * R

@@ -1,4 +1,4 @@
-"""Paths: nothing is written through a link or into a folder whose content counts, nothing is copied from elsewhere."""
+"""Paths: nothing is written through a link or into a folder worth keeping; nothing is copied from outside a base."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_full_fine_tuning_says_so_before_it_trains(base: Path, secret: Path) -> 
 
 
 def _snapshot(base: Path, cache: Path) -> Path:
-    """The base as huggingface_hub keeps it: files by their hash, and links to them."""
+    """Lay out the base like huggingface_hub's cache: files named by their hash, and links to them."""
     repository = cache / "models--meta--tiny"
     snapshot = repository / "snapshots" / ("a" * 40)
     (repository / "blobs").mkdir(parents=True)
@@ -89,14 +89,14 @@ def _snapshot(base: Path, cache: Path) -> Path:
 
 
 def _shared_cache(base: Path, tmp_path: Path) -> Path:
-    """The cache lies on another disk, behind a link."""
+    """Put the whole cache on another disk, behind a link."""
     snapshot = _snapshot(base, tmp_path / "disk")
     (tmp_path / "hub").symlink_to(tmp_path / "disk")
     return tmp_path / "hub" / snapshot.relative_to(tmp_path / "disk")
 
 
 def _moved_blobs(base: Path, tmp_path: Path) -> Path:
-    """Only the blobs lie on another disk."""
+    """Put only the blobs on another disk."""
     snapshot = _snapshot(base, tmp_path / "hub")
     blobs = snapshot.parent.parent / "blobs"
     blobs.symlink_to(blobs.rename(tmp_path / "disk"))
@@ -104,7 +104,7 @@ def _moved_blobs(base: Path, tmp_path: Path) -> Path:
 
 
 def _local_dir(base: Path, tmp_path: Path) -> Path:
-    """A download into a folder by an older huggingface_hub: its large files are links into the cache."""
+    """Lay out a download by an older huggingface_hub: large files are links into the cache."""
     snapshot = _snapshot(base, tmp_path / "hub")
     folder = tmp_path / "local"
     folder.mkdir()
@@ -128,7 +128,7 @@ def _linked_folder(base: Path, tmp_path: Path) -> Path:
 
 
 def _of_links(base: Path, tmp_path: Path) -> Path:
-    """Links to every file of another model folder, as `ln -s /models/tiny/* .` makes them."""
+    """Link to every file of another model folder, as `ln -s /models/tiny/* .` does."""
     (base / "LICENSE").write_text("free")
     folder = tmp_path / "links"
     folder.mkdir()
@@ -138,7 +138,7 @@ def _of_links(base: Path, tmp_path: Path) -> Path:
 
 
 def _another_tokenizer(base: Path, tmp_path: Path) -> Path:
-    """The tokenizer of a folder that holds nothing else."""
+    """Link to a tokenizer in a folder that holds nothing else."""
     (tmp_path / "tokenizers").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (base / name).symlink_to((base / name).rename(tmp_path / "tokenizers" / name))
@@ -184,7 +184,7 @@ def test_what_only_resembles_the_hubs_cache_is_refused(base: Path, tmp_path: Pat
 
 
 def test_blobs_that_lead_elsewhere_are_no_cache(tmp_path: Path) -> None:
-    """An archive that unpacks as a snapshot, whose blobs are a link to somebody's keys."""
+    """An archive that unpacks like a snapshot, but whose blobs are a link to somebody's keys."""
     home = tmp_path / "home"
     home.mkdir()
     (home / "id_rsa").write_text("secret")
@@ -200,7 +200,7 @@ def test_blobs_that_lead_elsewhere_are_no_cache(tmp_path: Path) -> None:
 
 
 def _kept_folders(root: Path) -> dict[str, Path]:
-    """A folder of each kind whose content counts."""
+    """Make one folder of each kind that must not be overwritten."""
     found = {"checkpoints": root / "run" / "checkpoints"}
     (root / "run" / "checkpoints").mkdir(parents=True)
     (root / "run" / "config.yaml").touch()
@@ -226,7 +226,7 @@ def test_no_output_into_a_folder_whose_content_counts(tmp_path: Path) -> None:
             with pytest.raises(UserError, match="is or lies in .*; give an output path outside it"):
                 require_outside(out)
         require_outside(folder.with_name(f"{folder.name}-merged"))
-        require_outside(folder)  # what exists is refused as such
+        require_outside(folder)  # an existing path is refused for that reason
     with pytest.raises(UserError, match="a run's own folder"):
         require_outside(tmp_path / "run" / "adapter")
 
@@ -235,7 +235,7 @@ def test_no_output_into_a_folder_whose_content_counts(tmp_path: Path) -> None:
     "name", ["run/merged", "run/eval.jsonl", "site/out", "home/out", "configs/out", "checkpoints/out"]
 )
 def test_an_output_beside_them_is_fine(tmp_path: Path, name: str) -> None:
-    """Beside a run's own files, in a folder with a manifest or a config of something else, in any checkpoints/."""
+    """Beside a run's own files, in a folder with another program's manifest or config, in any other checkpoints/."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
     files = {"site": MANIFEST_FILE, "home": "config.json", "configs": "adapter_config.json", "checkpoints": "notes.txt"}
@@ -400,7 +400,7 @@ def test_a_run_beside_or_above_its_inputs_is_fine(inputs: Path, output: str, giv
 
 
 def test_a_folder_is_known_however_it_is_spelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the file system takes names in any case, the names differ and the folder is the same."""
+    """On a file system that ignores case, different names are the same folder."""
     (tmp_path / "Model").mkdir()
     assert not lies_in(tmp_path / "model" / "run", tmp_path / "Model")
     stat, exists = os.stat, Path.exists

@@ -1,4 +1,4 @@
-"""Time by phase, throughput and a rank's own work, on a clock that the test moves."""
+"""Time by phase, throughput and a rank's own work, with a clock that the test moves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = Backend(torch.device("cpu"), "gloo", "cpu")
 
 
 class Time:
-    """Stands in for the clock's module `time`."""
+    """Stands in for the module `time`."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -36,7 +36,7 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Time:
 
 
 class Told:
-    """Remembers what a watchdog would be told."""
+    """Records the calls that a watchdog would get."""
 
     def __init__(self) -> None:
         self.phases: list[tuple[str, int | None]] = []
@@ -52,7 +52,7 @@ def test_seconds_of_phases_without_a_gap(time: Time) -> None:
         phases.enter(phase, 7 if phase == "data" else None)
         time.now += seconds
     assert phases.take() == ({"data": 1, "forward": 10, "backward": 20}, 0)
-    # The phase that it was taken in goes on.
+    # The current phase continues after take().
     time.now += 32
     phases.enter("reduction")
     assert phases.take() == ({"backward": 32, "reduction": 0}, 0)
@@ -81,10 +81,10 @@ def test_waits_are_measured_while_asked_for(time: Time) -> None:
 
 
 def test_rates_and_own_work(time: Time) -> None:
-    """Two ranks; the other's own work comes from the gather that is replaced here."""
+    """Two ranks; the other one's own work comes from a replaced gather."""
     topology: Any = SimpleNamespace(world_group=SimpleNamespace(size=lambda: 2))
     phases = Phases(Told(), CPU)
-    # 7 FLOPs a token, 11 a target token, 13 a squared length; a device of 1000 a second.
+    # 7 FLOPs a token, 11 a target token, 13 per squared length; a device of 1000 FLOP/s.
     forecast: Any = SimpleNamespace(flops=lambda t, n, s: 7 * t + 11 * n + 13 * s, peak=lambda: 1000.0)
     meter = Meter(phases, Stragglers(1.5, ("h1", "h2")), forecast, topology, CPU)
     owns = []
@@ -111,7 +111,7 @@ def test_rates_and_own_work(time: Time) -> None:
         time.now += 100
         step(recorded=True)
         values, lines = meter.end(2)
-        # Of the recorded step alone: data 1, forward 2, backward 4 of which 3 were a wait.
+        # Of the recorded step only: data 1, forward 2, backward 4, of which 3 were a wait.
         assert owns == [4] and lines == []
         assert values["tokens_per_second"] == 2 * 310 / (2 * 31)
         assert values["tokens_per_second_per_rank"] == 5

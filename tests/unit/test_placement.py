@@ -1,4 +1,4 @@
-"""Which linears get which factors, how A starts, and what users are told when a target is wrong."""
+"""The linears that get factors, the start values of A, and the messages for a wrong target."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_a_target_that_reaches_more_than_takes_factors_is_an_error(
 
 
 def test_a_pattern_of_ranks_may_reach_further_than_the_targets(architectures: dict[str, Architecture]) -> None:
-    """It says of which rank a module would be, not that it is one."""
+    """A rank pattern says which rank a module would have, not that the module is a target."""
     rules = LoraRules(4, 8.0, ["q_proj"], False, {".*(q_proj|lm_head)": 2}, {})
     assert {f.adapter_rank for p in place_factors(architectures["llama"], rules) for f in p.factors} == {2}
 
@@ -140,7 +140,7 @@ def test_a_module_and_its_part_are_one_too_many(architectures: dict[str, Archite
 
 
 def test_a_starts_as_peft_starts_it(folders: dict[str, Path], architectures: dict[str, Architecture]) -> None:
-    """U(−1/√in, 1/√in) with the full fan-in: same bound and spread as PEFT's own draw."""
+    """U(−1/√in, 1/√in) with the full fan-in: the same bound and spread as PEFT's own draw."""
     placements = place_factors(architectures["llama"], LoraRules(64, 8.0, ["down_proj"], False, {}, {}))
     spec = placements[0].factors[0]
     ours = initial_a(spec, seed=1)

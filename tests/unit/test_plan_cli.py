@@ -1,4 +1,4 @@
-"""`lowrank-dist plan`: answers at once, prints what was asked for, and says what was wrong with the rest."""
+"""`lowrank-dist plan`: answers at once, prints the requested plan, and names what is wrong with other arguments."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ def test_the_other_methods_have_the_sizes_asked_for() -> None:
 def test_the_tables_of_gpt3() -> None:
     done = plan(*GPT3, "--nodes", 4, "--gpus-per-node", 8, "--gpu-memory", "80GB", "--gpu", "h100")
     assert done.exit_code == 0
-    # |Θ| and its share, its 16-bit size against the base's, and what the paper prints.
+    # |Θ| and its share, its 16-bit size against the base's, and the paper's figure.
     for text in ("18,874,368", "0.011 %", "37.7 MB", "349 GB", "350 GB", "1.2 TB", "q_proj", "v_proj"):
         assert text in done.output, text
     titles = ("What is planned", "Memory of a GPU", "Collectives", "modelled, not measured", "Layouts", "Other methods")
     for title in titles:
         assert title in done.output, title
-    # A part that neither column has is left out, and one that a column does not have is a dash.
+    # A part that is zero in both columns is left out; one that is zero in one column is a dash there.
     held = data(*GPT3, "--nodes", 4)["memory"].values()
     for part in memory.PARTS:
         assert (PART_NAMES[part] in done.output) == any(found["parts"][part] for found in held), part
@@ -94,7 +94,7 @@ def test_overrides_are_followed() -> None:
     found = data("llama-3-8b", "parallel.tensor=4", "engine.recompute=full", "train.micro_batch=2", "lora.rank=8")
     layout = found["layout"]
     assert (layout["tensor"], layout["recompute"], layout["micro_batch"]) == (4, True, 2)
-    # What the plan would have chosen without them is said beside.
+    # The plan's own choice is printed beside it.
     assert found["recommended"]["tensor"] == 1
     assert data("llama-3-8b")["recommended"] is None
     assert data("llama-3-8b", "--target-share", 0.1)["flops"]["model"] < data("llama-3-8b")["flops"]["model"]
@@ -112,7 +112,7 @@ def test_where_nothing_fits() -> None:
 
 
 def test_what_is_planned_and_who_set_it() -> None:
-    """The workload stands before everything else, with the values that nobody gave marked as defaults."""
+    """The workload is printed first, with every value that was not given marked as a default."""
     words = ("llama-3-8b", "train.global_batch=64", "lora.rank=4", "parallel.tensor=2", "--target-share", 0.25)
     settings = {found["name"]: (found["value"], found["source"]) for found in data(*words)["workload"]["settings"]}
     assert settings["train.global_batch"] == (64, "given") and settings["data.max_length"] == (1024, "default")
@@ -136,7 +136,7 @@ def test_auto_is_the_size_that_the_plan_chooses(tmp_path: Path) -> None:
     )
     found = data(config, "--nodes", 2)
     size = found["auto_tensor"]
-    # Without tensor parallelism it does not fit, and the rest of the config counts as given.
+    # Without tensor parallelism it does not fit; the rest of the config counts as given.
     assert found["fits"] and not found["tight"] and size > 1 and found["layout"]["tensor"] == size
     assert found["layout"]["micro_batch"] == 1 and not found["layout"]["recompute"]
     settings = {each["name"]: (each["value"], each["source"]) for each in found["workload"]["settings"]}
@@ -191,7 +191,7 @@ def test_a_comparison_that_cannot_be_made(words: list[str], said: str) -> None:
 
 
 def test_a_config_as_it_is(tmp_path: Path) -> None:
-    """A run's YAML, planned as the run would be: its layout, defaults included."""
+    """A run's YAML is planned as the run would be: with its layout, defaults included."""
     base = make_tiny("llama", tmp_path / "base")
     config = tmp_path / "run.yaml"
     config.write_text(
