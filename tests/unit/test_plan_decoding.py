@@ -1,4 +1,4 @@
-"""The plan's memory of an evaluation that generates, against the project's own decoding on fake tensors."""
+"""The plan's memory of an evaluation that generates, against the project's decoding on fake tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 BATCH, NEW = 64, 5
 Case = tuple[str, int, str, tuple[str, ...]]  # shape, tensor-parallel size, method, overrides
-CASES: list[Case] = [  # the others: tests/long
+CASES: list[Case] = [  # the other cases: tests/long
     ("llama-3-8b", 2, "lora", ("model.dtype=bf16",)),
     ("gpt2-medium", 4, "adapter_l", ()),
     ("llama-3-8b", 1, "full", ("model.dtype=bf16", "data.max_length=65")),
@@ -27,7 +27,7 @@ CASES: list[Case] = [  # the others: tests/long
 
 
 def planned(shape: str, tensor: int, method: str, overrides: tuple[str, ...]) -> tuple[Job, tuple[int, int]]:
-    """The job, and what keys and values, and the fullest moment of decoding, take beside the model when executed."""
+    """Return the job, and the executed bytes of keys and values and of decoding's peak, both beside the model."""
     generate = f"eval.generate={{batch: {BATCH}, max_new_tokens: {NEW}}}"
     fixed = ["data.max_length=257", "data.eval=none", generate, "model.device=cpu", "model.dtype=fp32"]
     request = read_request(shape, [f"method={method}", *fixed, *overrides])
@@ -38,7 +38,7 @@ def planned(shape: str, tensor: int, method: str, overrides: tuple[str, ...]) ->
         FakeTensorMode(allow_non_fake_inputs=True),
         _Live() as live,
         _KnownPositions(job, 0),
-        # No padding in the rows: a fake tensor does not know.
+        # The rows are taken to have no padding: a fake tensor has no values.
         mock.patch.object(torch.Tensor, "__bool__", lambda tensor: False),
     ):
         model, *_ = _build(job, request.config, topology)
@@ -63,7 +63,7 @@ def compare(case: Case) -> None:
     moment = moments(job, 0)[-1]
     assert moment.name == "prompts of an evaluation"
     keys, working = moment.parts["keys and values"], moment.parts["working memory"]
-    assert keys == pytest.approx(kept, rel=1e-3)  # a row's own numbers beside them
+    assert keys == pytest.approx(kept, rel=1e-3)  # each row also has a few numbers of its own
     assert abs((keys + working) / peak - 1) < ACCURACY
-    # Neither is nothing: the control.
+    # The control: neither part is negligible.
     assert keys / peak < 1 - ACCURACY and working / peak < 1 - ACCURACY

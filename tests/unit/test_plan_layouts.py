@@ -1,4 +1,4 @@
-"""Layouts: what is legal, what fits, what is recommended; and what a plan says of time and traffic."""
+"""Layouts: the legal, the fitting and the recommended ones; and the plan's estimates of time and traffic."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_where_nothing_fits_it_says_how_much_is_short_and_what_would_fit() -> No
 
 @pytest.mark.parametrize("remedy", ["engine.recompute=full", "train.micro_batch=1", "data.max_length"])
 def test_each_remedy_is_one(remedy: str) -> None:
-    """What is offered fits, where what was asked for does not."""
+    """Each remedy fits where the requested layout does not."""
     overrides = ["data.max_length=8192", "train.global_batch=8"]
     fixed: dict[str, Any] = {"tensor": 8, "micro_batch": 8, "recompute": False}
     choice = chosen("llama-3-70b", *overrides, **fixed)
@@ -128,22 +128,22 @@ def test_each_remedy_is_one(remedy: str) -> None:
 
 
 def test_the_first_remedy_is_a_layout_of_the_same_nodes() -> None:
-    """A 70B model without tensor parallelism fits no GPU, and with it fits these."""
+    """Without tensor parallelism a 70B model fits no GPU; with it the model fits these nodes."""
     batch, asked = "train.global_batch=32", {"micro_batch": 1, "recompute": False}
     choice = chosen("llama-3-70b", batch, nodes=2, tensor=1, **asked)
     first = choice.remedies[0]
     assert not choice.fits and first.candidate.cluster == choice.best.cluster and not first.candidate.missing_bytes
     tensor = first.candidate.job.layout.tensor
     assert first.words == f"parallel.tensor={tensor}"
-    # Pasted, it gives the layout that it is said to give.
+    # Pasted into the command, it gives the layout that it promises.
     again = chosen("llama-3-70b", batch, nodes=2, tensor=tensor, **asked)
     assert again.fits and again.best.job.layout == first.candidate.job.layout
-    # Where a size alone is not enough, further keys are freed.
+    # Where the tensor-parallel size alone does not suffice, the remedy changes further keys.
     wide = chosen("llama-3-70b", "data.max_length=8192", tensor=1, micro_batch=8, recompute=False)
     words = dict(word.split("=") for word in wide.remedies[0].words.split())
     freed = {"parallel.tensor", "train.micro_batch", "engine.recompute"}
     assert words.keys() > {"parallel.tensor"} and words.keys() <= freed
-    # A job that fits in no layout of these nodes has no such remedy.
+    # For a job that fits these nodes in no layout there is no such remedy.
     assert chosen("llama-3-405b", tensor=8).remedies[0].words.startswith("--nodes")
 
 
@@ -159,7 +159,7 @@ def test_a_layout_that_fits_by_less_than_the_error_of_a_plan_is_tight() -> None:
     free = chosen("llama-3-70b", tensor=8).best
 
     def with_spare(share: float) -> Plan:
-        """The plan on nodes that have `share` of the memory to spare."""
+        """Return the plan on nodes with `share` of the memory to spare."""
         usable_bytes = int((1 + share) * free.memory.total)
         memory = next(size for size in range(usable_bytes, 2 * usable_bytes, 10**6) if usable(size) >= usable_bytes)
         layout = free.job.layout
@@ -185,7 +185,7 @@ def test_a_group_that_crosses_nodes_is_said() -> None:
 
 
 def test_auto_leaves_a_margin() -> None:
-    """Where the fastest layout is tight, auto takes the fastest that is not."""
+    """Where the fastest layout is tight, auto chooses the fastest that is not."""
     request = read_request("llama-3-70b", ["train.global_batch=32", "parallel.tensor=auto", "train.micro_batch=1"])
     fixed = Fixed(micro_batch=1)
     nodes = cluster(2)
@@ -224,7 +224,7 @@ def test_recomputation_costs_time_and_saves_memory() -> None:
 
 
 def test_flops_of_a_frozen_base_by_hand() -> None:
-    """Two products of the weights a token where full training has three; the lowest linear has no dX; n ≤ T logits."""
+    """Two products of the weights per token; full training has three. The lowest linear has no dX; n ≤ T logits."""
     shape = find_model("gpt2-medium").architecture
     weights, head = sum(kind.weights for kind in shape.layers), shape.vocab * shape.hidden
     placement = low_rank(shape, LoraRules(1, 1.0, ["q_proj"]))
@@ -234,11 +234,11 @@ def test_flops_of_a_frozen_base_by_hand() -> None:
     lowest = shape.layers[0].linears["linear_qkv"].weights
     once = low_rank(shape, LoraRules(1, 1.0, ["q_proj"])).layers[0].factors[0][0]
     expected = 2 * 1000 * (2 * weights - lowest) + 2 * 100 * 2 * head
-    # U, U·B; dU, dB, dA, and dU·A but in the lowest.
+    # U and U·B; dU, dB, dA, and dU·A except in the lowest linear.
     expected += 2 * 1000 * (3 * elements - once.adapter_rank * once.in_features)
     assert found.model == found.executed == expected
     attended = step_flops(shape, lora, tokens=1000, target_tokens=100, square_lengths=10**6, recompute=False)
-    # Scores and values, the causal half, forward and twice backward; flash attention makes the scores again.
+    # Scores and values, the causal half, forward and twice backward; flash attention recomputes the scores.
     half = 2 * 10**6 * shape.hidden * len(shape.layers)
     assert attended.model - found.model == 3 * half
     assert attended.executed - found.executed == attended.attention == half * 7 // 2
@@ -258,7 +258,7 @@ def test_attention_below_the_lowest_factor_has_no_backward() -> None:
 
 @pytest.mark.parametrize("sequence", [True, False])
 def test_messages_of_a_layer(sequence: bool) -> None:
-    """docs/DESIGN.md: four calls forward and four backward, or two and two; under recomputation three or one more."""
+    """docs/DESIGN.md: four calls forward and four backward, or two and two; recomputation adds three or one."""
     shape = find_model("gpt2-medium").architecture
     found = {}
     for layers in (3, 4):
@@ -277,7 +277,7 @@ def test_messages_of_a_layer(sequence: bool) -> None:
 
 
 def test_time_is_bound_by_what_takes_longest() -> None:
-    """A network where every rank is on a node of its own; nobody to talk to where a GPU holds the model."""
+    """A network with every rank on its own node, and a model that fits one GPU and needs no messages."""
     job = planned("llama-3-405b", "data.max_length=4096")
     across = choose(job, Fixed(tensor=16), Cluster(16, 1, H100, H100.memory)).best.time
     assert across.bound == TENSOR and across.mfu < 0.25
@@ -293,7 +293,7 @@ def test_files_and_host_memory() -> None:
     assert checkpoint_bytes(job) == 16 * 18_874_368
     assert base_bytes(job) == 2 * 174_604_259_328
     assert disk_bytes(job, 3, 1) == base_bytes(job) + (5 * 16 + 4) * 18_874_368
-    # On a CPU the shards lie in host memory, on a GPU they do not.
+    # Shards lie in host memory on a CPU, but not on a GPU.
     on_cpu = replace(job, device="cpu", layout=Layout(8, 1, True, 1, False))
     assert host_bytes(on_cpu, 8) > base_bytes(job) > 10 * host_bytes(job, 8)
 
@@ -305,10 +305,10 @@ def test_every_method_is_beside() -> None:
     by_name = {(row.method, row.placement): row for row in rows}
     lora = by_name["lora", ""]
     assert lora.memory == candidate.memory.total and lora.added == 0 and lora.seconds == candidate.time.seconds
-    # A gather and a scatter each way under sequence parallelism; none where every rank holds all of a bottleneck.
+    # One gather and one scatter each way under sequence parallelism; none where bottlenecks are replicated.
     assert by_name["adapter_h", "sharded"].added == 8 and by_name["adapter_l", "sharded"].added == 4
     assert by_name["adapter_h", "replicated"].added == 0
-    # Cut, a bottleneck saves the gathered input; a copy saves its own tokens', and has a fraction of a layer's weights.
+    # Sharded, a bottleneck saves the gathered input; replicated, its own tokens, and has few weights beside a layer's.
     assert by_name["adapter_h", "replicated"].memory < by_name["adapter_h", "sharded"].memory
     full = by_name["full", ""]
     assert full.trained == 8_030_261_248
@@ -319,7 +319,7 @@ def test_every_method_is_beside() -> None:
     again = choose(candidate.job, Fixed(tensor=2, recompute=True), cluster()).best
     rows = {(row.method, row.placement): row for row in compared(again, Sizes())}
     assert rows["adapter_h", "sharded"].added == 12 and rows["adapter_l", "sharded"].added == 6
-    # The layer runs again to its last saved tensor, which is the bottleneck's, behind fc2's reduction.
+    # The layer is recomputed up to its last saved tensor, which is the bottleneck's after fc2's reduction.
     assert rows["adapter_h", "replicated"].added == rows["adapter_l", "replicated"].added == 1
 
 
@@ -333,7 +333,7 @@ def test_every_method_is_beside() -> None:
     ],
 )
 def test_the_configured_method_is_planned(overrides: list[str], trained: int, stored: int | None) -> None:
-    """It comes first, with its own sizes, and what is on disk is its own; low-rank updates are beside."""
+    """It comes first, with its own sizes in memory and on disk; low-rank updates are listed too."""
     choice = chosen("llama-3-8b", *overrides, tensor=2)
     plan = describe(choice, None, cluster(), beside(choice.best, Sizes()), 3, 1)
     first, *others = plan.methods
@@ -347,7 +347,7 @@ def test_the_configured_method_is_planned(overrides: list[str], trained: int, st
 
 
 def test_full_fine_tuning_needs_more_gpus_and_says_so() -> None:
-    """16 bytes a parameter of optimiser's state and gradients do not fit where the factors do."""
+    """16 bytes a parameter of gradients and optimizer state do not fit where low-rank factors do."""
     assert chosen("llama-3-70b", tensor=8).fits
     full = chosen("llama-3-70b", "method=full", tensor=8)
     assert not full.fits and 3 * full.best.memory.parts["Θ"] <= full.best.memory.parts["masters and moments"] > 100e9
@@ -379,9 +379,9 @@ def test_an_evaluation_that_generates_has_its_keys_and_values_planned() -> None:
 
     large = held(64)
     assert large.moment == "prompts of an evaluation" and large.parts["gradients of Θ"] == 0
-    # 32 layers, 4 of 8 key/value heads of 128, in bf16; the last token is never fed.
+    # 32 layers, 4 of 8 key/value heads of 128, in bf16; the last token is never an input.
     assert large.parts["keys and values"] == 2 * 32 * 64 * 4 * (1024 + 256 - 1) * 128 * 2
-    # No more columns than the model has positions.
+    # The cache has no more columns than the model has positions.
     assert held(64, 10**6).parts["keys and values"] == 2 * 32 * 64 * 4 * (8192 - 1) * 128 * 2
     small, plain = held(1), planned("llama-3-8b", "data.max_length=1024")
     assert small == memory(replace(plain, layout=Layout(2, 1, True, 1, True)), 0)
@@ -404,7 +404,7 @@ def test_memory_is_what_a_gpu_took(method: str, tmp_path: Path) -> None:
         for count in (1, 2)
     )
     assert abs(one / peak - 1) < 0.01
-    # The control, where gradients count: those of Φ, all of them, as a second microbatch would have it.
+    # The control, where gradients count: a second microbatch keeps those of all of Φ.
     assert method == "lora" or two / peak > 1.1
 
 
@@ -435,7 +435,7 @@ def test_less_memory_per_rank_with_more_ranks() -> None:
 
 
 def test_layout_of_a_job_script() -> None:
-    """What config and command line leave open comes from the plan; what they say stays."""
+    """Keys that config and command line leave open come from the plan; given keys stay."""
     request = read_request("llama-3-70b", ["train.global_batch=16", "engine.recompute=full"])
     found = job_layout(request, cluster(2)).chosen
     assert not any(text.startswith("engine.recompute") for text in found)

@@ -29,7 +29,7 @@ QV = ["q_proj", "v_proj"]
 
 
 def test_the_formulas_import_nothing_that_they_describe() -> None:
-    """Neither the modules that train nor their operators: a second opinion on them, from the same architecture."""
+    """The formulas import neither the modules that train nor their operators: they are an independent second count."""
     formulas = [*modules("lowrank_dist/planner"), *modules("lowrank_dist/methods")]
     formulas = [
         (name, path) for name, path in formulas if under(name, "lowrank_dist.planner") or path.stem == "footprint"
@@ -127,7 +127,7 @@ def test_frozen_size_is_that_of_transformers(folders: dict[str, Path], family: s
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folders[family])
-    # OPT's table has two rows that no position reads, and which loading cuts off.
+    # OPT's table has two rows that no position reads; loading leaves them out.
     unread = 2 * model.config.hidden_size if family == "opt" else 0
     found = read_model(folders[family])
     assert frozen_size(found.architecture) == sum(p.numel() for p in model.parameters()) - unread
@@ -147,7 +147,7 @@ def test_frozen_size_is_that_of_transformers(folders: dict[str, Path], family: s
 def test_factors_are_those_that_are_placed(
     folders: dict[str, Path], family: str, targets: Any, pattern: dict[str, int]
 ) -> None:
-    """Taking equal layers together loses nothing: every factor's layer, linear, name, rank and shape."""
+    """Grouping equal layers loses nothing: every factor keeps its layer, linear, name, rank and shape."""
     rules, architecture = LoraRules(4, 8.0, targets, rank_pattern=pattern), read_architecture(folders[family])
     expected = [
         (p.layer, p.linear, f.path.rpartition(".")[2], f.adapter_rank, f.in_features, f.rows)

@@ -1,4 +1,4 @@
-"""docs/SCALE.md is what its command writes, and what it says of peers follows from their counts."""
+"""docs/SCALE.md is up to date with its command, and its figures on other implementations follow from their counts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_every_model_on_every_number_of_nodes(document: str) -> None:
 
 
 def test_added_calls_cost_latency_and_bytes() -> None:
-    """No call costs nothing; a wide message more than a thin one; across nodes more than inside."""
+    """No added call costs nothing, a wide message costs more than a thin one, and more across nodes than inside."""
     job = scale.job_for("llama-3-70b")
     inside = Candidate(replace(job, layout=Layout(8, 1, True, 1, True)), scale.cluster_of(1))
     across = Candidate(replace(job, layout=Layout(16, 1, True, 1, True)), scale.cluster_of(2))

@@ -1,4 +1,4 @@
-"""The plan against the step that it plans, run on fake tensors: memory within 5 %, messages to the byte."""
+"""The plan against the planned step, run on fake tensors: memory within 5 %, messages to the byte."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from lowrank_dist.planner.parameters import frozen_on_rank, parameter_sizes
 pytestmark = pytest.mark.slow
 
 H100 = GPUS["h100"]
-# Small in every dimension but with the ratios of the published ones; kv: key/value heads.
+# Small in every dimension but with the ratios of published models. kv: key/value heads.
 _SMALL = {
     "hidden_size": 512,
     "intermediate_size": 1408,
@@ -46,7 +46,7 @@ _GPT2 = {"model_type": "gpt2", "n_embd": 512, "n_layer": 4, "n_head": 8, "vocab_
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders with nothing but a config.json: a plan needs no weights."""
+    """Folders with only a config.json: a plan needs no weights."""
     configs = {
         "llama": {"model_type": "llama", **_SMALL, "num_key_value_heads": 4},
         "mha": {"model_type": "llama", **_SMALL, "num_key_value_heads": 8, "dtype": "bfloat16"},
@@ -74,7 +74,7 @@ def verified(source: str, *overrides: str, layout: Layout, target_share: float =
     cluster = Cluster(1, layout.ranks, H100, H100.memory)
     candidate = Candidate(job, cluster)
     found = verification.verification(candidate, request.config)
-    # What leads from the plan's total to the executed peak leaves nothing unexplained.
+    # The steps from the plan's total to the executed peak add up exactly.
     steps = sum(nbytes for _, nbytes in found.from_plan)
     assert candidate.memory.total + steps == found.memory["peak"].formula
     return asdict(found)
@@ -102,14 +102,14 @@ CASES = [
     ("gpt2", 2, 1, True, 2, False, 1.0, ["lora.targets=[q_proj,v_proj]"]),
     ("gpt2", 4, 1, False, 2, True, 0.1, []),
     ("opt", 4, 1, True, 2, False, 0.5, []),
-    # Multipliers save nothing for backward.
+    # Multipliers save nothing for the backward.
     ("granite", 2, 1, True, 2, False, 1.0, []),
     ("granite", 2, 1, False, 2, True, 0.3, ["data.packing=true"]),
-    # Only layers 1 and 3, from the MLP of 1 on: nothing runs backward below.
+    # Only layers 1 and 3, from layer 1's MLP on: there is no backward below.
     ("llama", 4, 1, True, 2, False, 0.3, [r"lora.targets=.*layers\.(1\.mlp|3)\..*(up|down|o)_proj"]),
     ("llama", 4, 1, True, 2, True, 0.3, [r"lora.targets=.*layers\.2\..*o_proj"]),
     ("llama", 4, 1, False, 2, False, 0.3, [r"lora.targets=.*layers\.3\..*down_proj"]),
-    # The top layer is like one below it, and not like the one that differs last.
+    # The top layer is like one below it and unlike the nearest one that differs.
     ("llama", 4, 1, True, 4, False, 0.1, [r"lora.targets=.*layers\.[013]\.mlp\..*_proj"]),
     ("llama", 4, 1, True, 4, True, 0.1, [r"lora.targets=.*layers\.[013]\.mlp\..*_proj"]),
     ("llama", 2, 2, True, 2, False, 1.0, [DORA, "lora.dropout=0.1"]),
@@ -135,7 +135,7 @@ def test_formulas_agree_with_the_executed_step(
     layout = Layout(tensor, data, sequence, rows, recompute)
     found = verified(folders[folder], "data.max_length=512", *overrides, layout=layout, target_share=share)
     assert found["agrees"], found
-    # Better than what is asked for: what is always there and what is saved are counted, not estimated.
+    # Stricter than required: persistent and saved tensors are counted, not estimated.
     for part in ("frozen weights", "Θ", "gradients of Θ"):
         assert found["memory"][part]["difference"] == 0, part
     assert abs(found["memory"]["activations"]["difference"]) < 1e-3
@@ -189,7 +189,7 @@ def test_the_formulas_of_the_other_methods(
     share: float,
     overrides: list[str],
 ) -> None:
-    """Messages to the byte, what is always there and what is saved exactly, the fullest moment within 5 %."""
+    """Messages to the byte, persistent and saved tensors exactly, the peak within 5 %."""
     layout = Layout(tensor, 1, sequence, 2, recompute)
     found = verified(folders[folder], "data.max_length=512", *overrides, layout=layout, target_share=share)
     assert found["agrees"], found
@@ -248,7 +248,7 @@ def test_the_paper_s_model() -> None:
 
 
 def agrees_at_tp_8(name: str, targets: str) -> None:
-    started = time.process_time()  # of this process: the machine may be busy with other tests
+    started = time.process_time()  # of this process: other tests may keep the machine busy
     layout = Layout(8, 1, True, 1, False)
     found = verified(name, "lora.rank=4", f"lora.targets={targets}", "data.max_length=2048", layout=layout)
     assert found["agrees"], found
@@ -257,7 +257,7 @@ def agrees_at_tp_8(name: str, targets: str) -> None:
 
 @pytest.mark.parametrize("targets", ["[v_proj]", "all-linear"])
 def test_magnitudes_lie_as_the_rows_of_b(folders: dict[str, str], targets: str) -> None:
-    """Parameter by parameter, as ZeRO's buckets have them; of v_proj two of four ranks hold no row."""
+    """Parameter by parameter, in the order of ZeRO's buckets; two of four ranks hold no row of v_proj."""
     request = read_request(folders["two_kv"], [DORA, f"lora.targets={targets}"])
     job = replace(job_of(request, 1.0), layout=Layout(4, 1, True, 2, False))
     lone = []
@@ -271,7 +271,7 @@ def test_magnitudes_lie_as_the_rows_of_b(folders: dict[str, str], targets: str) 
 
 
 def test_flops_are_those_of_the_products(folders: dict[str, str]) -> None:
-    """Attention apart, to the last multiplication, on one rank, with the compiled operators' block-diagonal B."""
+    """Without attention, exact to the last multiplication: one rank, compiled operators with a block-diagonal B."""
     if not extension_loaded():
         pytest.skip("the compiled operators are not built: B's zeros are multiplied")
     for overrides in ([], [DORA], [r"lora.targets=.*layers\.[12]\..*(q|up)_proj"]):
@@ -304,7 +304,7 @@ def test_notices_a_formula_with_gradients_of_frozen_weights(small: Any, monkeypa
 
 
 def test_notices_a_formula_of_other_messages(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One column more in every message: 0.2 % of the bytes, and no call."""
+    """Negative control: one column more in every message is 0.2 % of the bytes and no more calls."""
     monkeypatch.setattr(traffic, "total_rank", lambda factors: sum(f.adapter_rank for f in factors) + bool(factors))
     found = small()
     assert not found["agrees"] and all(abs(row["difference"]) < 0.05 for row in found["memory"].values())
@@ -322,7 +322,7 @@ def test_notices_a_collective_too_many(small: Any, monkeypatch: pytest.MonkeyPat
 
 
 def test_notices_activations_that_are_kept(small: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer that saved its gathered input would be seen: here a copy of every message is held."""
+    """Negative control: like a layer that saves its gathered input, the test keeps a copy of every message."""
     held: list[Any] = []
     from lowrank_dist.parallel import autograd
 
@@ -338,7 +338,7 @@ def test_notices_activations_that_are_kept(small: Any, monkeypatch: pytest.Monke
 
 
 def test_leaves_nothing_behind(small: Any) -> None:
-    """No process group, no patch: another may follow, in the same process."""
+    """No process group and no patch stays, so that another verification can follow in the same process."""
     before = torch.nn.Module.to, torch.get_default_dtype()
     small()
     assert not dist.is_initialized()
@@ -350,7 +350,7 @@ def test_a_plan_needs_only_a_config(folders: dict[str, str]) -> None:
 
 
 def test_every_rank_issues_the_same_messages() -> None:
-    """Blocks of logits are all-reduced: a rank with fewer rows of the vocabulary must not cut them otherwise."""
+    """Blocks of logits are all-reduced, so a rank with fewer vocabulary rows must split them like the others."""
     request = read_request("llama-3-8b", ["lora.rank=4", "lora.targets=[v_proj]", "data.max_length=2048"])
     job = replace(job_of(request, 0.6), layout=Layout(8, 1, True, 2, False))
     first, last = (dry_run.execute(job, request.config, rank).microbatch for rank in (0, 7))

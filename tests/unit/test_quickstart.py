@@ -1,4 +1,4 @@
-"""The quickstart's data hides its eval verbs, its proof can fail, and its report says when a promise was not kept."""
+"""The quickstart's data hides its eval verbs, its proof can fail, and its report names broken promises."""
 
 import argparse
 import gzip
@@ -49,7 +49,7 @@ def test_no_word_of_an_eval_verb_is_in_train():
     verbs = [regular(lemma) for lemma in ("walk", "walked", "find", "finded", "play", "played")]
     train, evaluation = split(verbs, 1)
     assert words(evaluation).isdisjoint(words(train))
-    # Each of these verbs has a twin that gives it away: without the rule only the hidden verb itself would be missing.
+    # Each of these verbs has a twin that would give it away; without the rule only the hidden verb would be missing.
     assert len(evaluation) == 1 and len(train) == len(verbs) - 2
 
 
@@ -59,7 +59,7 @@ def words(verbs: list[Verb]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base, an adapter with B != 0, the merged folder, and the probe, all made by plain PEFT."""
+    """Return a folder with a tiny base, an adapter with B != 0, the merged model and the probe, all made by plain PEFT."""
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -79,7 +79,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def proof(folder: Path, **changed: Path) -> dict[str, float]:
     paths = {name: folder / name for name in ("base", "adapter", "merged")}
     paths |= dict.fromkeys(("base_score", "merged_score"), folder / "score.json")
-    with pytest.MonkeyPatch.context() as patch:  # these folders have no tokenizer; texts have tests of their own
+    with pytest.MonkeyPatch.context() as patch:  # these folders have no tokenizer; the texts are tested elsewhere
         patch.setattr("launch.quickstart.evaluate.equal_texts", lambda model, scored: 0)
         return prove(argparse.Namespace(**{**paths, "probe": folder / "probe.safetensors", **changed}))
 
@@ -129,7 +129,7 @@ def test_report_names_what_was_not_reached(match, loss, missed):
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A tiny model and what `score` finds on prompts of several lengths, which plain transformers pads."""
+    """Return a tiny model and the result of `score` on prompts of several lengths, which transformers pads."""
     folder = make_tiny("llama", tmp_path_factory.mktemp("scored") / "model")
     samples = [{"prompt": "walk " * length, "completion": " walks"} for length in (1, 4, 2)]
     data = folder.parent / "data.jsonl"

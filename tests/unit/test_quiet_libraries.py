@@ -1,4 +1,4 @@
-"""What libraries load without being asked stays out of a rank."""
+"""Libraries do not load unneeded packages into a rank."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ for name, start in NOISE.items():
     logging.getLogger(f"{name}.below").warning("%s of another", start)
 """
 
-# In launch/train.py's order: torch is loaded before.
+# The order of launch/train.py, where torch is loaded first.
 COMPUTES = """
 import torch
 from lowrank_dist.backend.libraries import quiet_libraries
@@ -69,7 +69,7 @@ def test_noise_alone_is_quieted() -> None:
 
 
 def test_a_rank_imports_in_silence() -> None:
-    """What a CUDA build of torch and the newest Megatron say too (`make test-next`)."""
+    """Also with a CUDA build of torch and the newest Megatron (`make test-next`)."""
     done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=300, check=True)
     assert done.stderr == ""
 

@@ -1,4 +1,4 @@
-"""Who is named as the rank that all others wait for."""
+"""The detection of the straggler: the rank that all others wait for."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def test_named_once_slow_over_a_window_and_again_when_it_caught_up() -> None:
     "records",
     [
         [[1, 1, 1.49, 1]] * 6,
-        # One slow step, whoever's: the machine's affair.
+        # Single slow steps on different ranks are noise of the machine.
         [[1, 1, 9, 1], [1, 1, 1, 1], [1, 9, 1, 1], [1, 1, 1, 1], [9, 1, 1, 1]],
-        # All of them slow at once: nobody waits.
+        # All ranks are slow at once: nobody waits.
         [[1, 1, 1, 1], [9, 9, 9, 9], [9, 9, 9, 9], [9, 9, 9, 9]],
     ],
     ids=["below the factor", "one step", "all"],

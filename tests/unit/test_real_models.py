@@ -1,4 +1,4 @@
-"""glassllm's conversion, against the numpy model and tokenizer inside its own wheel."""
+"""glassllm's conversion, against the numpy model and tokenizer in its own wheel."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory):
-    """(model, tokenizer) as the wheel itself computes them: numpy only, imported out of the zip file."""
+    """Return the wheel's own (model, tokenizer), which need only numpy and are imported from the zip file."""
     weights = tmp_path_factory.mktemp("weights")
     wheel = fetch(GLASSLLM, CACHE)
     for name in ("en.npz", "en.tokenizer.json"):
@@ -38,7 +38,7 @@ def original(tmp_path_factory: pytest.TempPathFactory):
 
 def logits(folder: Path, ids: list[int], undo: bool = False) -> np.ndarray:
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    if undo:  # the negative control: q and k once more permuted
+    if undo:  # the negative control: q and k are permuted once more
         state = load_file(folder / "model.safetensors")
         for name, weight in state.items():
             if name.endswith(("q_proj.weight", "k_proj.weight")):

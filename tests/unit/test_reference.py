@@ -1,4 +1,4 @@
-"""The reference of the configuration and of the commands: complete, and what it says of a key is what the key takes."""
+"""The reference of the configuration and of the commands is complete, and its statements on keys are true."""
 
 from __future__ import annotations
 

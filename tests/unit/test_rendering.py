@@ -1,4 +1,4 @@
-"""Chat templates that anyone may have written: rendered as transformers renders them, within bounds, at one moment."""
+"""Chat templates from untrusted files: rendered as in transformers, within limits, at a fixed time."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ BOMBS = {
 }
 
 
-# Two that only the bound of time ends, a second of it and a new process each: one of them for every change.
+# Two templates that only the time limit ends, each after a second and in a new process. Every change runs one.
 @pytest.mark.parametrize(
     "bomb", [pytest.param(name, marks=[pytest.mark.slow] * (name == "a number")) for name in BOMBS]
 )
@@ -85,7 +85,7 @@ def test_a_template_over_a_bound_is_refused(bomb: str, tmp_path: Path) -> None:
     template, said = BOMBS[bomb]
     with pytest.raises(UserError, match=rf"(?s)^f:1: the chat template of .* refuses these messages: .*({said})"):
         render(tmp_path, marked(template))
-    # The next is rendered as if nothing had been.
+    # The next template renders normally.
     assert render(tmp_path / "next", tiny.CHATML)[0].endswith("<|im_end|>\n")
 
 
@@ -105,7 +105,7 @@ def test_the_clock_says_one_moment(tmp_path: Path) -> None:
     template = marked("{{ strftime_now('%d %B %Y %H:%M:%S') }}")
     assert render(tmp_path, template) == ["29 February 2020 23:59:58<|im_end|>"]
     assert render(tmp_path, template, moment=datetime(1999, 1, 1)) == ["01 January 1999 00:00:00<|im_end|>"]
-    # Where no moment is given it is the present, as transformers has it.
+    # Without a fixed moment it is the present, as in transformers.
     tokenizer = load_tokenizer(tmp_path)
     assert isinstance(tokenizer, FastTokenizer) and tokenizer.template is not None
     today = datetime.now()
@@ -126,7 +126,7 @@ def test_the_child_ends_by_itself_and_is_started_again(tmp_path: Path) -> None:
     expected = render(tmp_path, tiny.CHATML)
     process = RENDERER._process
     assert process is not None
-    # What goes to all of a job's processes leaves it alone; having nothing to do ends it.
+    # The child ignores signals to all of a job's processes, and ends when it has nothing to do.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         process.send_signal(number)
     assert render(tmp_path, tiny.CHATML) == expected and RENDERER._process is process
@@ -136,19 +136,19 @@ def test_the_child_ends_by_itself_and_is_started_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
 def test_what_is_sent_to_all_processes_while_it_starts_ends_nothing(number: signal.Signals, tmp_path: Path) -> None:
-    """A job that is preempted while its data are read stops at its first step, and has not failed."""
+    """A job that is preempted while it reads its data stops at its first step and has not failed."""
     end_child()
     RENDERER._started().send_signal(number)
     assert render(tmp_path, tiny.CHATML, [CHAT] * 3) == render(tmp_path, tiny.CHATML) * 3
 
 
 def test_the_memory_is_beside_what_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers 5.0 imports torch with its templates, which takes more address space than any template may."""
+    """transformers 5.0 imports torch for its templates, which takes more address space than a template may."""
     (tmp_path / "sitecustomize.py").write_text("import mmap\nheld = mmap.mmap(-1, 4 << 30)\n")
     end_child()
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-        # More than what the imports left over.
+        # More than the imports left free.
         long = [{"role": "user", "content": "x" * 2_000_000}, CHAT[1]]
         assert render(tmp_path / "good", tiny.CHATML, [long])[0].endswith("<|im_end|>\n")
         with pytest.raises(UserError, match="more than 256 MiB of memory"):
@@ -169,14 +169,14 @@ def test_where_no_process_can_be_started_it_is_said(tmp_path: Path, monkeypatch:
 
 
 def test_many_long_chats(tmp_path: Path) -> None:
-    """More than pipes hold, both ways."""
+    """More text than a pipe holds, in both directions."""
     chats = [[{"role": "user", "content": f"{n} " + "x" * 20_000}] for n in range(200)]
     texts = render(tmp_path, tiny.CHATML, chats)
     assert [len(text) for text in texts] == [len(chat[0]["content"]) + len(texts[0]) - 20_002 for chat in chats]
 
 
 def test_an_error_of_an_earlier_line_comes_first_and_leaves_the_child_usable(tmp_path: Path) -> None:
-    """Answers are taken as they come: not all that a chunk's chats are cut into is ever held."""
+    """Answers are read as they come, so the pieces of a whole chunk of chats are never held at once."""
     template = tiny.DROPS_THINKING + "{% if messages[0].content == 'boom' %}{{ 1 // 0 }}{% endif %}"
     boom = [{"role": "user", "content": "boom"}]
     with pytest.raises(UserError, match=r"f:2: .* renders messages\[1\] or an earlier one differently"):

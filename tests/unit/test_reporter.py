@@ -1,4 +1,4 @@
-"""Reports of a run whose disk fails: each sink says so once, and nothing else happens."""
+"""The reports of a run whose disk is full: each sink says so once, and nothing else happens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# What the sinks load when they are opened, so that the zygote's children need not.
+# Loaded here so that the zygote's children need not load it when they open the sinks.
 import pytest
 import torch.utils.tensorboard  # noqa: F401
 
@@ -25,8 +25,8 @@ SINKS = ("metrics.jsonl", "tensorboard", "loss.png")
 
 
 def report(root: Path) -> list[str]:
-    """Report a few steps, and what goes with them. Returns all that the person who watches was told."""
-    logging.getLogger().addHandler(logging.NullHandler())  # as launch/train.py begins
+    """Report a few steps with their events; return all messages that were shown to the user."""
+    logging.getLogger().addHandler(logging.NullHandler())  # like the beginning of launch/train.py
     output = SimpleNamespace(tensorboard=True, plot=True)
     run: Any = SimpleNamespace(writes=True, config=SimpleNamespace(output=output), folder=RunFolder(root), state=None)
     reporter, told = open_reporter(run, STEPS), Watcher()
@@ -40,7 +40,7 @@ def report(root: Path) -> list[str]:
 
 
 class Watcher(Sink):
-    """What is said."""
+    """Records the messages."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -50,7 +50,7 @@ class Watcher(Sink):
 
 
 def recorded(root: Path) -> list[int]:
-    """The steps in metrics.jsonl, of which the last may be half a line."""
+    """Return the steps in metrics.jsonl, whose last line may be incomplete."""
     lines = (root / "metrics.jsonl").read_text().split("\n")
     return [json.loads(line)["step"] for line in lines[:-1]]
 
@@ -85,7 +85,7 @@ def test_a_full_disk_ends_no_report(
         assert len(names) == len(set(names)) and set(names) <= set(SINKS), f"{where}: {news}"
         failed |= set(names)
         steps = recorded(root) if (root / "metrics.jsonl").exists() else []
-        # With room again nothing is missing.
+        # With free space again no step is missing.
         expected = len(steps) if action is Action.NO_SPACE or steps == [] else STEPS
         assert steps == [*range(1, expected + 1)], f"{where}: {steps}"
     assert failed == set(SINKS) if action is Action.NO_SPACE else failed
@@ -93,7 +93,7 @@ def test_a_full_disk_ends_no_report(
 
 
 def test_it_can_fail() -> None:
-    """Control: what is no sink's failure comes through, and a sink that works hears everything."""
+    """Control: an error that is not a sink's disk error passes through, and a working sink gets everything."""
 
     class Broken(Sink):
         def record(self, record: Any) -> None:
@@ -114,7 +114,7 @@ def open_nothing() -> Sink:
 
 
 def test_records_that_cannot_be_cut_back_are_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the start somebody watches, and the checkpoint is as it was."""
+    """At the start a user is present, and the checkpoint is unchanged."""
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "time": 1}\n{"step": 2, "time": 2}\n')
 
@@ -138,7 +138,7 @@ def test_a_log_that_fails_is_said_once(capsys: pytest.CaptureFixture[str]) -> No
     assert (
         said == "lowrank_dist: /dev/full could not be written: [Errno 28] No space left on device. The run continues\n"
     )
-    # Control: a mistake in what is logged is shown as ever.
+    # Control: a mistake in a log call is shown as usual.
     log.handle(logging.LogRecord("x", logging.INFO, "x", 1, "%d", ("a",), None))
     assert "TypeError" in capsys.readouterr().err
     assert log.stream is not None

@@ -1,4 +1,4 @@
-"""What a run is told that cannot resume: every changed key at once, and an override that works when it is pasted."""
+"""The error of a run that cannot resume: it names every changed key, and an override that works when it is pasted."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BEFORE = config_of({**REQUIRED, "train": {"steps": 4}}, [])
 
 
 def refusal(config: Config, *, step: int = 2, steps: int = 4, **changes: Any) -> str:
-    """What is said to a run that resumes from a checkpoint of BEFORE; empty where it may."""
+    """Return the error of a run that resumes from a checkpoint of BEFORE; empty where it may resume."""
     state = state_of(2).model_copy(update={"config": BEFORE.read_keys(), "step": step})
     data = state.data.model_copy(update=changes)
     try:
@@ -36,13 +36,13 @@ def changed(*overrides: str) -> Config:
 
 
 def test_the_advised_override_allows_all_changes() -> None:
-    """Also those that were allowed already: an override replaces the list of the file."""
+    """It also lists the keys that were allowed before, since an override replaces the file's list."""
     overrides = ["train.steps=8", "train.lr=0.1", "train.seed=1", "train.resume_changes=[train.seed, train.steps]"]
     for given in (overrides, overrides[:3]):
         said = refusal(changed(*given), steps=8, sha256="other")
         (advised,) = shlex.split(said[said.index("'train.resume_changes") :].split("]'")[0] + "]'")
         assert refusal(changed(*given, advised), steps=8, sha256="other") == ""
-        # The control: what is left out of it is refused.
+        # The control: a key that is left out of it is refused.
         assert "train.lr was" in refusal(changed(*given, advised.replace("train.lr, ", "").replace(", train.lr", "")))
 
 

@@ -1,4 +1,4 @@
-"""The row map against Megatron's interleave written down independently, with torch operations on labelled rows."""
+"""The row map against Megatron's interleave, written independently with torch operations on labelled rows."""
 
 import pytest
 import torch
@@ -20,8 +20,9 @@ def qkv_layout(kv_heads: int, queries_per_group: int, head_dim: int, fused: bool
 
 
 def megatron_rows(layout: LinearLayout, tp_size: int) -> list[torch.Tensor]:
-    """Row labels of every rank (part × 10⁶ + row of the part), the way Megatron's attention reads them:
-    view as [groups, (queries_per_group + 2), head_dim], then even blocks of the flattened rows."""
+    """Return the row labels of every rank (part × 10⁶ + row of the part), in the order of Megatron's attention: viewed
+    as [groups, (queries_per_group + 2), head_dim], flattened and cut into even blocks.
+    """
     queries_per_group, head_dim = layout.group
     q, k, v = (index * 10**6 + torch.arange(part.rows) for index, part in enumerate(layout.parts))
     groups = len(k) // head_dim
@@ -32,7 +33,7 @@ def megatron_rows(layout: LinearLayout, tp_size: int) -> list[torch.Tensor]:
 
 
 def labels(segments: tuple[Segment, ...], rows: int) -> torch.Tensor:
-    """The same labels out of segments; -1 where no segment lies, and every row may be written once."""
+    """Return the same labels from segments; -1 where there is no segment. Every row may be written once."""
     found = torch.full((rows,), -1)
     for segment in segments:
         target = found[segment.local_start : segment.local_start + segment.length]
@@ -97,7 +98,7 @@ def test_fewer_kv_heads_than_ranks_leaves_parts_empty() -> None:
 @settings(deadline=None)
 @given(ffn=st.integers(1, 12), tp_size=st.integers(1, 8))
 def test_gate_up_keeps_each_ranks_gate_beside_its_up(ffn: int, tp_size: int) -> None:
-    """`ffn` rows of each a rank."""
+    """Each rank has `ffn` rows of both."""
     parts = (Part("gate_proj", "g", ffn * tp_size), Part("up_proj", "u", ffn * tp_size))
     layout = LinearLayout("column", 4, 2 * ffn * tp_size, parts, "gate_up", False)
     gate, up = torch.arange(ffn * tp_size), 10**6 + torch.arange(ffn * tp_size)

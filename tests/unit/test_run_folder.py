@@ -1,4 +1,4 @@
-"""The run folder: whose it is, and what a start may remove in it."""
+"""The run folder: its owner, and the files that a start may remove."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _its_end(run: Path) -> None:
 
 @pytest.mark.parametrize("train", [_first_record, _another_step, _its_end])
 def test_a_run_that_trained_meanwhile_is_not_overwritten(tmp_path: Path, train: Callable[[Path], None]) -> None:
-    """Between the look at the folder and its lock lies the load of a model."""
+    """Loading the model takes time between the check of the folder and its lock."""
     folder = prepared(tmp_path)
     train(tmp_path)
     with pytest.raises(UserError, match="another process wrote to .* after this one started"):
