@@ -1,4 +1,4 @@
-"""Programs that the product starts import nothing from the directory that they are started in."""
+"""Programs that the product starts import nothing from their working directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PLANTED = "from pathlib import Path\nPath({marker!r}).touch()\n"
 
 @pytest.fixture
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that is made once a module of the working directory is imported."""
+    """Return a file that appears when a module of the working directory is imported."""
     marker, work = tmp_path / "imported", tmp_path / "work"
     work.mkdir()
     for name in ("json", "resource", "typer", "lowrank_dist"):
@@ -30,7 +30,7 @@ def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_watchdog(marker: Path) -> None:
     with Supervision(60) as entered:
-        time.sleep(1)  # it imports what it needs in a tenth of that
+        time.sleep(1)  # its imports take a tenth of that
         assert entered._watchdog.poll() is None
     assert not marker.exists()
 
@@ -50,6 +50,6 @@ def test_the_merge_script(marker: Path, tmp_path: Path) -> None:
 
 
 def test_the_control(marker: Path) -> None:
-    """What `python -m` and `python -c` do without -P."""
+    """`python -m` and `python -c` without -P import from the working directory."""
     subprocess.run([sys.executable, "-c", "import json"], check=True)
     assert marker.exists()

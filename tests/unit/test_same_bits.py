@@ -1,4 +1,4 @@
-"""benchmarks/same_bits.py: a comparison that passes has seen every bit, and one that was told to look away says why."""
+"""benchmarks/same_bits.py: a comparison that passes has seen every bit, and one with exceptions gives their reasons."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WEIGHTS = "adapter/adapter_model.safetensors"
 
 @pytest.fixture
 def runs(tmp_path: Path) -> tuple[Path, Path]:
-    """Two run folders with the same content."""
+    """Return two run folders with the same content."""
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     (ours / "adapter").mkdir(parents=True)
     (ours / "logs").mkdir()
@@ -115,13 +115,13 @@ def test_an_allowance_without_a_reason_is_refused() -> None:
 
 
 def test_masks_that_differ_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Mask, "__init__", Mask.__init__)  # restored afterwards
+    monkeypatch.setattr(Mask, "__init__", Mask.__init__)  # restored after the test
     files = (tmp_path / "ours", tmp_path / "theirs")
     for file, step in zip(files, (7, 8), strict=True):
         with monkeypatch.context() as patched:
             patched.setattr(Mask, "__init__", Mask.__init__)
             fork_server.watch_masks(str(file))
-            for _ in range(2):  # the same mask twice is one line
+            for _ in range(2):  # the same mask twice gives one line
                 Mask(torch.arange(4), torch.tensor([11, step]), 3, 6554, 0)
     ours, theirs = (mask_values([file]) for file in files)
     assert len(ours) == len(theirs) == 1 and all("stream 3 threshold 6554" in name for name in ours)

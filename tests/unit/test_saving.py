@@ -1,4 +1,4 @@
-"""What the thread of a save leaves for training to find."""
+"""The results that the saving thread leaves for the training thread."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LOST = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.1]:11
 
 
 class FullDisk:
-    """A writer that the disk refuses at once."""
+    """A writer that fails at once with a full disk."""
 
     facts = None
 
@@ -40,7 +40,7 @@ class FullDisk:
 
 
 class Gathered:
-    """Of three tensors the second comes from a rank that is gone, if there is one."""
+    """Streams three tensors; if `lost`, the second fails since its rank is gone."""
 
     def __init__(self, lost: bool) -> None:
         self.lost, self.sent = lost, 0
@@ -71,7 +71,7 @@ def test_a_refused_checkpoint_lets_the_others_send_all(monkeypatch: pytest.Monke
 
 
 def test_a_run_whose_steps_were_skipped_is_saved_and_hands_out_nothing(tmp_path: Path) -> None:
-    """B is zero while no step has changed it, which is an error only of what was trained."""
+    """B is zero while no step has changed it; that is an error only after training."""
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
     first = state_of(2).model_copy(update={"loss": None})
@@ -85,7 +85,7 @@ def test_a_run_whose_steps_were_skipped_is_saved_and_hands_out_nothing(tmp_path:
     with pytest.raises(UserError, match=r"all steps were skipped \(train.nonfinite=skip\)"):
         writer.write([tensors_of(2)], first, final=True)
     assert not folder.adapter.exists()
-    # Controls: what was trained without effect is no checkpoint, and what was trained is handed out.
+    # Controls: training without effect gives an error and no checkpoint; a trained adapter is published.
     with pytest.raises(UserError, match="B is zero in every module"):
         writer.write([untrained], state_of(4), final=False)
     writer.write([tensors_of(4)], state_of(4), final=True)
@@ -155,7 +155,7 @@ def test_adapter_is_the_step_that_publish_says(
     folder.checkpoints.mkdir(parents=True)
     method: Any = SimpleNamespace(published=PUBLISHED, files=lora_files)
     facts = Facts(Provenance("cd" * 32, "base", {}), state_of(2).data, None)
-    # The fewest checkpoints that may be kept, so that all that can be retired is.
+    # Keep the fewest checkpoints allowed, so that as many as possible are retired.
     writer = CheckpointWriter(folder, method, SHAPES, facts, Retention(1, 0, "loss", publish), None)
     for step in (2, 4):
         until = {at: value for at, value in losses.items() if at <= step}
@@ -171,7 +171,7 @@ def test_adapter_is_the_step_that_publish_says(
     assert said in writer.summary
     assert writer.published_before_last() == (None if published == 4 else source)
     assert inspect_trained(folder.adapter).facts["step"] == published
-    # Killed between the last checkpoint and adapter/, the run resumes at its end and publishes the same.
+    # After a kill between the last checkpoint and adapter/, the run resumes at its end and publishes the same.
     before = {name: (folder.adapter / name).read_bytes() for name in PUBLISHED}
     shutil.rmtree(folder.adapter)
     last = read_checkpoint(folder.checkpoints / "step-4")
@@ -208,7 +208,7 @@ def test_every_state_reads_back(step: int, counts: tuple[int, ...], epoch: float
 
 
 def test_a_refused_checkpoint_and_a_lost_peer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What ends the run is the peer: the disk it would have borne."""
+    """The lost peer ends the run; the full disk alone would not."""
     saver = saver_of(Gathered(lost=True), monkeypatch, tmp_path)
     saver.save(Progress(step=4))
     with pytest.raises(RuntimeError, match="Connection closed by peer"):

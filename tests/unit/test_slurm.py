@@ -1,4 +1,4 @@
-"""`lowrank-dist slurm`: only jobs that fit are written, and what is written means to bash exactly what was given."""
+"""`lowrank-dist slurm` writes only jobs that fit, and bash reads exactly the values that were given."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def slurm(*words: object, nodes: int = 2, gpus: int = 8, gpu: str | None = "h100
 
 
 def variables(script: str) -> dict[str, str]:
-    """What bash has after it has read the EDIT block."""
+    """Return the variables that bash has after the EDIT block."""
     block = script.partition(BEGIN)[2].partition(END)[0]
     show = f'{block}\nprintf \'%s\\0\' "$PROJECT" "$PYTHON" "$WORKDIR" "$CONFIG" "$RUN" "$RESUME" "${{OVERRIDES[@]}}"'
     done = subprocess.run(["bash", "-euo", "pipefail"], input=show.encode(), capture_output=True, check=True)
@@ -61,7 +61,7 @@ def variables(script: str) -> dict[str, str]:
 
 
 def written(place: Path) -> set[str]:
-    """The names beside the config and its model."""
+    """Return the files beside the config and its model."""
     return {path.name for path in place.iterdir()} - {"config.yaml", "base"}
 
 
@@ -115,14 +115,14 @@ def test_what_the_job_gets(config: Path, tmp_path: Path) -> None:
     assert (found["RUN"], found["RESUME"]) == (str(tmp_path / "other run"), "auto")
     assert Path(found["PROJECT"]) == ROOT and Path(found["PYTHON"]).exists()
     assert not (tmp_path / "made").exists()
-    # The job reads the config that was checked.
+    # The job's config is the one that was checked.
     job = load_config(found["CONFIG"], [*json.loads(found["OVERRIDES"]), f"output.dir={found['RUN']}"])
     given_config = load_config(config, [*words[:1], words[2], *layout, f"output.dir={tmp_path / 'other run'}"])
     assert job == given_config
 
 
 def test_resume_is_passed_as_it_was_written(config: Path) -> None:
-    """./auto is the folder of that name, auto is not."""
+    """./auto is a folder of that name; auto is not."""
     found = variables(slurm(config, "train.resume=never", "train.resume=./auto", "--dry-run").stdout)
     assert found["RESUME"] == "./auto" and "train.resume" not in found["OVERRIDES"]
 
@@ -167,7 +167,7 @@ def test_bad_input(config: Path, tmp_path: Path, words: list[str], size: dict[st
 
 
 def directives(script: str) -> list[str]:
-    """The lines that sbatch reads, without those that are switched off."""
+    """Return the lines that sbatch reads, without the disabled ones."""
     return [line.removeprefix("#SBATCH --") for line in script.splitlines() if line.startswith("#SBATCH --")]
 
 
@@ -186,7 +186,7 @@ def test_a_run_without_checkpoints_is_a_warning(config: Path) -> None:
 
 
 def test_a_start_that_is_repeated_is_a_warning(config: Path, tmp_path: Path) -> None:
-    """A checkpoint that CONFIG names is the job's start, too; each requeue goes back to it."""
+    """A checkpoint named in CONFIG is also the job's start, to which each requeue returns."""
     config.write_text(config.read_text() + "train: {resume: old/checkpoints/step-8}\n")
     done = slurm(config, "--dry-run")
     checkpoint = str(tmp_path / "old/checkpoints/step-8")
@@ -197,11 +197,11 @@ def test_a_start_that_is_repeated_is_a_warning(config: Path, tmp_path: Path) -> 
 
 
 def test_any_directive_is_passed_on(config: Path) -> None:
-    """One that the template has is replaced where it stands, the others follow the last."""
+    """A directive of the template is replaced in place; new ones follow the last."""
     words = ["gres=gpu:h100:8,nvme:1", "--exclusive", "mem=0", "comment=my job # 3", "constraint=[a|b]*2"]
     script = slurm(config, *(f"--sbatch={word}" for word in words), "--dry-run").stdout
     usual = directives(slurm(config, "--dry-run").stdout)
-    usual.remove("gpus-per-node=8")  # asked for by gres
+    usual.remove("gpus-per-node=8")  # gres asks for them
     usual.insert(usual.index("time=24:00:00") + 1, "mem=0")
     added = ["gres=gpu:h100:8,nvme:1", "exclusive", 'comment="my job # 3"', 'constraint="[a|b]*2"']
     assert directives(script) == usual + added
@@ -256,7 +256,7 @@ def test_tensor_groups_across_nodes_when_allowed(config: Path) -> None:
 
 @given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 24))
 def test_groups_inside_nodes_are_those_accepted(nodes: int, gpus: int, tensor: int) -> None:
-    """Against the definition: consecutive ranks, node after node."""
+    """Compared with the definition: consecutive ranks, node after node."""
     ranks = nodes * gpus
     whole = ranks % tensor == 0
     groups = [range(start, start + tensor) for start in range(0, ranks, tensor)] if whole else []
@@ -311,7 +311,7 @@ def test_package_without_its_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 def test_words_of_the_shipped_block_are_plain() -> None:
-    """Nothing that the command leaves as it is needs a look at bash."""
+    """The values that the command leaves unchanged mean to bash what they say."""
     for line in SHIPPED.partition(BEGIN)[2].partition(END)[0].splitlines():
         if line and not line.startswith("#") and "=(" not in line:
             assert shlex.split(line) == [line]
@@ -319,7 +319,7 @@ def test_words_of_the_shipped_block_are_plain() -> None:
 
 @pytest.fixture
 def large(config: Path, tmp_path: Path) -> Path:
-    """The same run on Llama-3-70B, with nothing said of the layout."""
+    """Return the same run on Llama-3-70B, without a layout."""
     write_model(tmp_path, "llama-3-70b")
     sections = yaml.safe_load(config.read_text())
     del sections["parallel"]
@@ -328,7 +328,7 @@ def large(config: Path, tmp_path: Path) -> Path:
 
 
 def test_the_plan_lays_out_what_is_left_open(large: Path) -> None:
-    """A node of 8 holds the model at TP 8 or so; what the user says stays."""
+    """A node of 8 GPUs holds the model at TP 8 or so; given keys stay."""
     done = slurm(large, "train.global_batch=16", "--dry-run")
     assert done.exit_code == 0, done.output
     planned = dict(change.split("=") for change in json.loads(variables(done.stdout)["OVERRIDES"]))
@@ -342,11 +342,11 @@ def test_the_plan_lays_out_what_is_left_open(large: Path) -> None:
 
 
 def test_a_layout_that_does_not_fit_names_the_one_that_does(large: Path, tmp_path: Path) -> None:
-    """The named keys are taken as they are."""
+    """The keys of the remedy can be passed as they are."""
     done = slurm(large, "parallel.tensor=1", "train.global_batch=16")
     refused(done, "does not fit 2 × 8 h100 as TP 1, DP 16", "a GPU lacks")
     remedy = done.stderr.partition("these nodes fit it with ")[2].split()
-    # The other keys are left to the plan, as they were.
+    # The keys that were left to the plan still are.
     assert [word.partition("=")[0] for word in remedy] == ["parallel.tensor"]
     assert written(tmp_path) == set()
     assert slurm(large, "train.global_batch=16", *remedy, "--dry-run").exit_code == 0
@@ -355,7 +355,7 @@ def test_a_layout_that_does_not_fit_names_the_one_that_does(large: Path, tmp_pat
 
 
 def test_tensor_groups_never_cross_nodes_unasked(large: Path) -> None:
-    """70B on nodes of one GPU: only groups over nodes fit, and the user says so or gets no job."""
+    """A 70B model on nodes of one GPU fits only with groups across nodes, which the user must allow."""
     done = slurm(large, nodes=8, gpus=1)
     refused(done, "parallel.across_nodes is false", "8 × 1 h100", "parallel.across_nodes=true")
     remedy = done.stderr.partition("these nodes fit it with ")[2].split()
@@ -372,7 +372,7 @@ def test_a_tight_fit_is_a_warning(large: Path) -> None:
     done = slurm(large, "parallel.tensor=8", "train.micro_batch=1", "--dry-run")
     needed = float(re.search(r"; ([\d.]+) of [\d.]+ usable GB", done.stderr)[1])
     assert "memory is tight" not in done.stderr
-    # Of a GPU's memory, 2 GB and 3 % are not usable.
+    # 2 GB and 3 % of a GPU's memory are not usable.
     memory = f"{2 + 1.02 * needed / 0.97:.2f}GB"
     tight = slurm(large, "parallel.tensor=8", "train.micro_batch=1", "engine.recompute=none", "--gpu-memory", memory)
     assert tight.exit_code == 0 and "warning: memory is tight" in tight.stderr

@@ -1,4 +1,4 @@
-"""What a job script does, run by bash with stand-ins for srun, scontrol and the interpreter: one node, one rank.
+"""The job script, run by bash with stand-ins for srun, scontrol and the interpreter: one node, one rank.
 
 tests/cluster runs the same scripts in a real Slurm.
 """
@@ -19,7 +19,7 @@ from lowrank_dist.supervision.rank import PREEMPTED
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = (ROOT / "launch" / "slurm" / "train.sbatch").read_text()
-# Drops srun's own options. The rank is what $BEHAVIOUR says.
+# The stand-in drops srun's own options. $BEHAVIOUR is the code of the rank.
 STAND_INS = {
     "srun": """while [[ $1 == -* ]]; do shift; done
 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_ID=0 exec "$@"
@@ -58,7 +58,7 @@ class Place:
         return {name: str(path) for name, path in places.items()} | {"CONFIG": "config.yaml"}
 
     def start(self, script: str, behaviour: str, *, restarts: int = 0, **environment: str) -> Ended:
-        """Run one start of a job script, whose rank does as `behaviour` says in bash."""
+        """Run one start of a job script; its rank runs `behaviour` in bash."""
         job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "h1"}
         job |= {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}
         job |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
@@ -101,7 +101,7 @@ def test_a_job_has_a_cap_on_its_requeues(place: Place) -> None:
     done = place.start(capped, SAVES_AND_STOPS, restarts=2)
     assert done.code == 1 and "slurm has requeued" not in done.said
     assert "error: requeued MAX_REQUEUES=2 times; submit it again to go on" in done.said
-    # Slurm requeues a job by itself too, after a lost node: that start does no work.
+    # Slurm itself also requeues a job after a lost node: such a start does no work.
     done = place.start(capped, "echo trains", restarts=3)
     assert done.code == 1 and "requeued more than MAX_REQUEUES=2 times" in done.said and "\ntrains" not in done.said
 
@@ -119,7 +119,7 @@ def test_without_requeue_it_says_so(place: Place) -> None:
 
 
 def test_ranks_run_the_code_of_the_script(place: Place) -> None:
-    """Whatever other copy of it the interpreter has; what PYTHONPATH has follows."""
+    """The script's own copy comes first, whatever copy the interpreter has; the rest of PYTHONPATH follows."""
     done = place.start(script(place), 'echo "from $PYTHONPATH $*"', PYTHONPATH="/a:/b")
     assert done.code == 0 and f"from {ROOT}:/a:/b -u {ROOT}/launch/train.py config.yaml" in done.said, done.said
 

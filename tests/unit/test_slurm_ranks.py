@@ -1,4 +1,4 @@
-"""Which rank Slurm says this is, from the variables that Slurm 22.05 sets for a step."""
+"""A rank's variables, derived from those that Slurm 22.05 sets for a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowrank_dist.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# What a batch script has, be there a step in it or not: it is one task itself.
+# A batch script has these with or without a step: it is one task itself.
 BATCH = {
     "SLURM_JOB_ID": "41234",
     "SLURM_PROCID": "0",
@@ -28,7 +28,7 @@ BATCH = {
 
 
 def step(rank: int, local_rank: int, node: int) -> dict[str, str]:
-    """A step of five tasks on three nodes."""
+    """Return the variables of a task in a step of five tasks on three nodes."""
     place = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(local_rank), "SLURM_NODEID": str(node)}
     size = {"SLURM_STEP_NUM_TASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_STEP_NODELIST": "a[07-09]"}
     return {**BATCH, **place, **size}
@@ -45,17 +45,17 @@ def test_a_task_of_a_step(rank: int, local_rank: int, node: int, local_size: int
 
 
 def test_jobs_meet_at_ports_of_their_own() -> None:
-    """Below what Linux hands out for outgoing connections (32768), and no port that only root may open."""
+    """Ports are below Linux's range for outgoing connections (32768) and above those that need root."""
     ports = set()
     for number in (1, 2, 19999, 20000, 4_000_000_001):
         environment = {**step(0, 0, 0), "SLURM_JOB_ID": str(number)}
         set_rank_variables(environment)
         ports.add(int(environment["MASTER_PORT"]))
-    assert len(ports) == 4 and min(ports) >= 1024 and max(ports) < 32768  # 1 and 4,000,000,001 share one
+    assert len(ports) == 4 and min(ports) >= 1024 and max(ports) < 32768  # 1 and 4,000,000,001 share a port
 
 
 def test_steps_meet_at_ports_of_their_own() -> None:
-    """Those of one job, and those of the next one that are on the node as well."""
+    """Steps of one job differ, and so do those of the following jobs, which may share the node."""
     ports = []
     for job in (41234, 41235, 41236):
         for number in range(50):
@@ -66,7 +66,7 @@ def test_steps_meet_at_ports_of_their_own() -> None:
 
 
 def test_a_job_script_meets_where_bare_steps_do(tmp_path: Path) -> None:
-    """launch/slurm/task.sh reckons as `set_rank_variables` does."""
+    """launch/slurm/task.sh computes the port like `set_rank_variables`."""
     for number in (0, 1, 7):
         environment = {**step(3, 1, 1), "SLURM_STEP_ID": str(number), "SLURM_NTASKS_PER_NODE": "2"}
         command = ["bash", ROOT / "launch/slurm/task.sh", tmp_path / "mark", "printenv", "MASTER_PORT"]
@@ -138,7 +138,7 @@ def test_nothing_outside_a_step(environment: dict[str, str]) -> None:
     ],
 )
 def test_first_of_a_host_list(nodes: str, first: str) -> None:
-    """`scontrol show hostnames` gives the same first lines."""
+    """The expected host is the first line of `scontrol show hostnames`."""
     assert first_host(nodes) == first
 
 
@@ -152,7 +152,7 @@ def test_what_is_no_host_list(nodes: str) -> None:
 def test_a_rank_without_a_place_says_so_itself(
     local: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No other rank of its node finds the same."""
+    """No other rank of its node finds this error."""
     job = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "2"}
     for name, value in {**job, "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""Scripts of `lowrank-dist slurm`: their header, their setup, their container and their snapshot of the code."""
+"""The scripts of `lowrank-dist slurm`: header, setup, container and snapshot of the code."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def refused(done: Result, *words: str) -> None:
 
 
 def shell_words(text: str, name: str) -> list[str]:
-    """The words of an array in a script, as bash reads them."""
+    """Return the words of an array in a script, as bash reads them."""
     line = next(line for line in text.splitlines() if line.startswith(f"{name}=("))
     shown = subprocess.run(["bash", "-c", f'{line}; printf "%s\\0" "${{{name}[@]}}"'], capture_output=True, text=True)
     return shown.stdout.split("\0")[:-1]
@@ -142,7 +142,7 @@ def test_a_locale_that_is_not_installed_refuses_no_setup(config: Path, monkeypat
 
 
 def test_a_container_sees_all_that_the_run_reads(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each path under its own name, in Pyxis's words and in Apptainer's."""
+    """Each path is mounted under its own name, with Pyxis's options and with Apptainer's."""
     elsewhere = tmp_path.parent / f"{tmp_path.name}, elsewhere"
     image = tmp_path / "image.sqsh"
     image.touch()
@@ -165,7 +165,7 @@ def test_a_container_sees_all_that_the_run_reads(config: Path, tmp_path: Path, m
     assert words[:3] == ["apptainer", "exec", "--nv"] and words[-1] == "docker://x/y"
     assert words[words.index("--bind") + 1] == options["--container-mounts"]
     assert words[words.index("--pwd") + 1] == str(tmp_path / "work") and "\nSRUN_OPTIONS=()\n" in other
-    # Another torch compiles other extensions.
+    # Extensions are built per version of torch.
     built = {re.search("^EXTENSIONS=(.*)$", each, re.MULTILINE)[1] for each in (text, other, script(config, *inputs))}
     assert len(built) == 3
     mine = script(config, *inputs, "--container-image", "x/y", "--python", "/venv/bin/python")
@@ -181,7 +181,7 @@ def test_a_container_sees_all_that_the_run_reads(config: Path, tmp_path: Path, m
 
 
 def test_links_are_mounted_with_what_they_lead_to(tmp_path: Path) -> None:
-    """A snapshot in the Hub's cache: its files are links to the folder `blobs`."""
+    """A snapshot in the Hub's cache: its files are links into the folder `blobs`."""
     cache = tmp_path / "hub" / "models--a--b"
     snapshot, blobs, disk = cache / "snapshots" / "1", cache / "blobs", tmp_path / "disk"
     for folder in (snapshot, blobs, disk):
@@ -192,13 +192,13 @@ def test_links_are_mounted_with_what_they_lead_to(tmp_path: Path) -> None:
     everything = [Mount(path, path) for path in sorted([blobs, snapshot, disk])]
     assert mounts_of({"model.path": snapshot}, []) == everything
     assert mounts_of({"model.path": snapshot}, [tmp_path]) == [Mount(tmp_path, tmp_path)]
-    # A link to the folder becomes a folder in the container, so that its relative links lead elsewhere.
+    # A link to the folder becomes a folder in the container, where its relative links lead elsewhere.
     (tmp_path / "work").mkdir()
     linked = tmp_path / "work" / "model"
     linked.symlink_to(snapshot)
     found = mounts_of({"model.path": linked}, [])
     assert set(found) == {*everything, Mount(linked, linked), Mount(blobs, tmp_path / "blobs")}
-    # Where the link lies in a folder that is mounted, it stays a link.
+    # A link inside a mounted folder stays a link.
     found = mounts_of({"model.path": linked}, [linked.parent])
     assert set(found) == {*everything, Mount(linked.parent, linked.parent)}
     (disk / "round").symlink_to(disk / "round")
@@ -210,7 +210,7 @@ def test_links_are_mounted_with_what_they_lead_to(tmp_path: Path) -> None:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A checkout with little code: a program that prints what its module says."""
+    """Return a checkout with little code: a program that prints its module's constant."""
     root = tmp_path / "checkout"
     files = {"launch/train.py": "import lowrank_dist; print(lowrank_dist.SAYS)\n"}
     files |= {"lowrank_dist/__init__.py": "SAYS = 1\n", "README.md": "read me\n", ".gitignore": "*.so\n"}
@@ -231,7 +231,7 @@ def git(root: Path, *words: str) -> str:
 
 
 def test_a_snapshot_does_not_follow_the_checkout(project: Path, config: Path, tmp_path: Path) -> None:
-    """Tracked files as they are at this moment, changes included, and the compiled operators."""
+    """The snapshot has the tracked files as they are now, uncommitted changes included, and the compiled operators."""
     run = tmp_path / "runs" / "first"
     (project / "lowrank_dist" / "__init__.py").write_text("SAYS = 2\n")
     taken = Snapshot.of(project, config, run)
@@ -248,7 +248,7 @@ def test_a_snapshot_does_not_follow_the_checkout(project: Path, config: Path, tm
     assert taken.config.read_text() == text
     assert (taken.folder / "lowrank_dist" / "ops" / "_C.abi3.so").read_bytes() == b"compiled"
     assert not (taken.folder / "README.md").exists() and len(list(run.parent.iterdir())) == 1
-    # Its name is its content's: the same again is the same folder, another one lies beside it.
+    # The name comes from the content: the same code gives the same folder, other code one beside it.
     later = Snapshot.of(project, config, run)
     later.write()
     taken.write()

@@ -1,4 +1,4 @@
-"""lora.init_from: the config takes over what the adapter is, or says why it cannot."""
+"""lora.init_from: the config takes over the adapter's settings, or says why it cannot."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which samples a run reads: every one once a pass, wherever it was stopped and whatever it goes on with."""
+"""The samples that a run reads: each once a pass, wherever the run was stopped and however it resumes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Read = list[list[int]]
 
 
 def state_of(dataset: Dataset, progress: Progress, train: TrainConfig, **changes: Any) -> TrainingState:
-    """What a checkpoint of the run says."""
+    """Return the state in a checkpoint of the run."""
     facts = {name: getattr(progress, name) for name in Progress.__dataclass_fields__}
     state = TrainingState(
         **{**facts, "loss": 1.0},
@@ -42,8 +42,9 @@ def state_of(dataset: Dataset, progress: Progress, train: TrainConfig, **changes
 def run(
     dataset: Dataset, train: TrainConfig, resumed: TrainingState | None, steps: int | None = None, dp_size: int = 1
 ) -> tuple[Read, TrainingState]:
-    """Read a run's batches from `resumed` to its end, or to `steps`. Returns the samples of each step, and the state
-    at its end. Every data-parallel rank has the same number of microbatches."""
+    """Read a run's batches from `resumed` to its end, or to `steps`. Return the samples of each step, and the state at
+    the end. Every data-parallel rank has the same number of microbatches.
+    """
     stream_range = StreamRange.of(train, dataset, resumed)
     splits = [
         BatchSplit(train.micro_batch, int(dataset.lengths.max()), False, rank, dp_size, 1) for rank in range(dp_size)
@@ -63,7 +64,7 @@ def run(
 
 
 def numbers_in(dataset: Dataset, batch: StepBatch) -> list[int]:
-    """The samples of a batch of one sample a row: no token occurs in two of `make_dataset`'s."""
+    """Return the sample numbers of a batch with one sample a row; tokens of `make_dataset` are unique."""
     number = {int(dataset[i].tokens[0]): i for i in range(len(dataset))}
     return [number[first] for m in batch.microbatches for first in m.input_ids[:, 0].tolist() if first]
 
@@ -94,7 +95,7 @@ def test_a_run_by_epochs_reads_no_more_than_its_passes(n: int, epochs: float, ba
 
 
 def test_a_run_by_steps_has_whole_batches() -> None:
-    """Control: it goes on into the next pass as it always did."""
+    """Control: without a number of passes a run continues into the next pass."""
     read, state = run(make_dataset([3] * 9), TrainConfig(steps=3, global_batch=8), None)
     assert [len(step) for step in read] == [8, 8, 8] and state.epoch == 24 / 9
 
@@ -118,7 +119,7 @@ def test_every_sample_once_a_pass_wherever_a_run_stops(
     after, end = run(dataset, then, state, None, dp_sizes[1])
     assert once(before + after, n, passes)
     assert end.epoch == passes and end.step == len(before) + len(after)
-    # Unchanged, it reads what it would have read.
+    # With an unchanged config it reads the same samples as without a stop.
     assert before + run(dataset, first, state)[0] == run(dataset, first, None)[0]
 
 
@@ -132,18 +133,18 @@ def test_another_batch_goes_on_where_the_data_stopped() -> None:
         assert StreamRange.of(train, dataset, state).notes == [
             "train.global_batch was 4 up to step 5: the data continues after 0.50 passes"
         ]
-    # By steps as well, whose number stays.
+    # The same with train.steps, whose value stays.
     after, end = run(dataset, TrainConfig(steps=7, global_batch=10), state)
     assert once(before + after, 40) and end.step == 7
 
 
 def test_a_checkpoint_without_a_position_stood_at_step_times_its_batch() -> None:
-    """`samples` of a run that had gone on with another batch was not where it read."""
+    """In old checkpoints of a run that changed its batch size, `samples` is not the position in the data."""
     dataset = make_dataset([3] * 40)
     before, state = run(dataset, TrainConfig(epochs=1, global_batch=4), None, 5)
     old = state.model_copy(update={"position": None, "samples": 12})
     assert once(before + run(dataset, TrainConfig(epochs=1, global_batch=8), old)[0], 40)
-    # One that had finished, with more than its passes, has finished.
+    # A run that had finished, with more samples than its passes have, stays finished.
     small, train = make_dataset([3] * 9), TrainConfig(epochs=1, global_batch=32)
     finished = state_of(small, Progress(step=1, samples=32, epoch=32 / 9), train, position=None)
     assert StreamRange.of(train, small, finished).steps == 1
@@ -161,7 +162,7 @@ def test_other_data_is_read_from_its_beginning() -> None:
     ]
     after, end = run(other, train, state)
     assert once(after, 15) and (end.step, end.epoch, end.samples) == (2 + 4, 1.0, 8 + 15)
-    # Stopped within it and gone on with, it is what it was.
+    # A run stopped within the new data resumes to the same samples.
     within, then = run(other, train, state, 4)
     assert within + run(other, train, then)[0] == after and StreamRange.of(train, other, then).notes == ()
 

@@ -1,4 +1,6 @@
-"""The record of a failure, what ranks tell one another, who started a rank, and the rank's side of it all."""
+"""The record of a failure, the ranks' exchange on its cause, the detection of launchers, and a rank's part in all of
+it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ from lowrank_dist.supervision.status import LEAVING, PHASES, Page
 
 ROOT = Path(__file__).parents[2]
 CAUSE = Failure(2, "h2", 4, "forward", "ValueError: no", "Traceback\n  …", True)
-# As far as the first ": " a record is ours; what comes after may say anything.
+# A record is ours up to the first ": "; any text may follow.
 MISLED = Failure(0, "h1", 4, "backward", "rank 9 on h9 failed first, by rank 8: no", "", False)
 MISSING = Failure(1, "h1", 4, "backward", "lost", "", False, ("rank 2 on h2",))
 
@@ -137,7 +139,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def asked(store: dist.Store, said: dict[int, str | None], size: int = 4) -> dict[int, Answer]:
-    """Ranks that fail at the same time, with what they say."""
+    """Let ranks that fail at the same time ask each other; return their answers."""
     with ThreadPoolExecutor(len(said)) as pool:
         answers = {rank: pool.submit(ask, store, rank, size, said[rank], lambda: False) for rank in said}
         return {rank: answer.result() for rank, answer in answers.items()}
@@ -223,7 +225,7 @@ RUNS_THE_REST = (
 
 @pytest.fixture
 def programs(tmp_path: Path) -> Path:
-    """Programs with the names of launchers, which run what comes after --."""
+    """Write programs with the names of launchers, which run the command after --."""
     for name in ("torchrun", "deepspeed", "launch.py"):
         (tmp_path / name).write_text(RUNS_THE_REST)
     return tmp_path
@@ -241,12 +243,12 @@ def test_finds_the_launchers_above_a_rank(programs: Path) -> None:
     node = (sys.executable, programs / "launch.py", "--world_info=eyJ", "--")
     assert probe() == [""]
     assert probe(*torchrun) == ["torchrun"]
-    # Through a shell, which is no launcher and need not live on.
+    # Through a shell, which is no launcher and may exit.
     assert probe(*deepspeed, "bash", "-c", '"$@"; :', "bash", *node) == ["deepspeed's node launcher", "deepspeed"]
 
 
 def test_finds_the_deepspeed_that_reached_this_node_by_pdsh(programs: Path) -> None:
-    """It is no ancestor: ssh lies between, and a daemon."""
+    """It is no ancestor of the rank: ssh and a daemon are between."""
     shell = "exec -a pdsh bash -c 'read -r; :' pdsh -w h1 --world_info=eyJ"
     runner = subprocess.Popen(
         [sys.executable, programs / "deepspeed", "--", "bash", "-c", shell], stdin=subprocess.PIPE, cwd=ROOT
@@ -268,7 +270,7 @@ def test_a_launcher_lives_until_it_ends() -> None:
     launcher = Launcher(process.pid, start_time(Path("/proc", str(process.pid))), "torchrun")
     assert launcher.is_alive() and not launcher._replace(start_time="1").is_alive()
     process.kill()
-    while launcher.is_alive():  # before its parent knows
+    while launcher.is_alive():  # before the parent knows of its death
         time.sleep(0.01)
     process.wait()
     assert not launcher.is_alive()
@@ -317,7 +319,7 @@ def test_a_failure_is_recorded_where_it_happened(
     supervision: Supervision, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     supervision.enter("forward", 3)
-    supervision.enter(LEAVING)  # as who has to tidy up first says
+    supervision.enter(LEAVING)  # said first by a rank that has to clean up
     assert supervision.failed(raised(ValueError("why"))) == FAILURE
     said = read(tmp_path)
     assert f"{supervision.host} failed first, at step 3 in forward: ValueError: why\nTraceback" in said
@@ -340,12 +342,12 @@ def test_a_rank_that_only_lost_its_peers_repeats_the_cause(
 def test_a_rank_left_behind_records_the_cause_that_it_is_told(
     supervision: Supervision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The rank that went first found no space for it; of this one FAILED says nothing."""
+    """The rank that failed first had no space to write FAILED; FAILED does not name this rank."""
     told = f"{CAUSE}\n(and {tmp_path / 'FAILED'} could not be written: [Errno 28] No space left on device)"
     monkeypatch.setattr(supervision, "_ask_peers", lambda *_: Answer(should_print=True, cause=told))
     assert supervision.failed(raised(RuntimeError("gloo/pair.cc: Connection closed by peer"))) == FAILURE
     assert read(tmp_path) == told and explains(told) and capsys.readouterr().err == f"lowrank_dist: {told}\n"
-    # Control: where nobody knows the cause, who is missing is what there is to say.
+    # Control: where nobody knows the cause, the missing ranks are named.
     (tmp_path / "FAILED").unlink()
     monkeypatch.setattr(supervision, "_ask_peers", lambda *_: Answer(should_print=True, silent=[3]))
     supervision.failed(raised(RuntimeError("gloo/pair.cc: Connection closed by peer")))
@@ -360,7 +362,7 @@ def test_ctrl_c_is_no_failure(supervision: Supervision, tmp_path: Path) -> None:
 def test_what_cannot_be_asked_does_not_hide_the_failure(
     supervision: Supervision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Out of memory there is no thread to ask the others in, and perhaps no store."""
+    """When memory is exhausted, no thread can ask the others, and perhaps there is no store."""
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 1 // 0)
     with caplog.at_level(logging.ERROR):

@@ -1,4 +1,4 @@
-"""The watchdog against real processes: what it ends and when, what it says they died of. Each with its control."""
+"""The watchdog on real processes: the processes it ends, when, and the causes it reports. Each test has its control."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lowrank_dist.supervision.watchdog import Watchdog, WatchedRank, start
 
 pytestmark = pytest.mark.slow
 
-# What the tests do not wait for.
+# Short, so that the tests do not wait.
 TIMEOUT, GRACE, STACKS, LEAVE, ASKED = 0.6, 0.4, 2, 0.8, 0.5
 PROGRAM = """
 import ctypes, faulthandler, os, signal, sys, threading, time
@@ -33,7 +33,7 @@ print(threading.main_thread().ident, flush=True)
 """
 SLEEP = "time.sleep(60)"
 SPIN = "while True: pass"
-# Waits for itself in C, without giving up the interpreter's lock and whatever signal comes.
+# Deadlocks in C, holding the interpreter's lock and ignoring signals.
 HOLD = "lock, libc = (ctypes.c_long * 16)(), ctypes.PyDLL(None); [libc.pthread_mutex_lock(lock) for _ in range(2)]"
 DIE = "os.kill(os.getpid(), signal.SIGKILL)"
 LATER = "time.sleep(0.5); "
@@ -46,9 +46,9 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Ward:
-    """A child process in place of a rank, which runs `code`, and a page that says where it is.
+    """A child process in place of a rank, which runs `code`, with the page that holds its phase.
 
-    before: code that has run when this is made.
+    before: code that has run when the object is made.
     """
 
     def __init__(self, folder: Path, code: str, phase: str, before: str) -> None:
@@ -79,7 +79,7 @@ class Ward:
         )
 
     def watch(self, launchers: list[Launcher] | None = None, timeout: float = TIMEOUT) -> float:
-        """Let a watchdog look until it has nothing more to do. Returns the seconds that took."""
+        """Run a watchdog until it has nothing more to do; return the seconds that it took."""
         began = time.monotonic()
         Watchdog(self.watched(launchers, timeout)).run()
         return time.monotonic() - began
@@ -136,7 +136,7 @@ def test_says_how_a_rank_ended(
     ward: Callable[..., Ward], capsys: pytest.CaptureFixture[str], code: str, reason: str
 ) -> None:
     rank = ward(LATER + code)
-    rank.watch(timeout=60)  # far off: an abort after nearly a timeout is taken for one that NCCL made
+    rank.watch(timeout=60)  # far off: an abort shortly before the timeout is taken for NCCL's
     assert re.match(FIRST + reason, rank.said()), rank.said()
     assert capsys.readouterr().err == f"lowrank_dist: {rank.said()}"
 
@@ -165,7 +165,7 @@ def test_another_process_of_the_same_number_is_not_the_rank(ward: Callable[..., 
 
 @pytest.mark.parametrize("code", [SLEEP, HOLD, SPIN])
 def test_ends_a_rank_that_stands_still(ward: Callable[..., Ward], code: str) -> None:
-    """Whoever holds the interpreter's lock: the stacks come from C."""
+    """The stack is dumped in C, whichever thread holds the interpreter's lock."""
     rank = ward(f"def hangs():\n    {code}\nhangs()")
     seconds = rank.watch()
     assert TIMEOUT + GRACE < seconds < TIMEOUT + GRACE + STACKS + 2
@@ -219,7 +219,7 @@ def test_a_rank_that_was_stopped_for_a_moment(ward: Callable[..., Ward]) -> None
 
 
 def test_a_rank_that_waits_for_others_did_not_go_first(ward: Callable[..., Ward], tmp_path: Path) -> None:
-    """Its innermost frame says so, as that of a rank in a collective of torch does."""
+    """Its innermost frame shows that it waits, like that of a rank in a torch collective."""
     module = tmp_path / "torch" / "distributed" / "collective.py"
     module.parent.mkdir(parents=True)
     module.write_text("import time\ndef all_reduce():\n    time.sleep(60)\n")
@@ -229,7 +229,7 @@ def test_a_rank_that_waits_for_others_did_not_go_first(ward: Callable[..., Ward]
     assert waits.said().startswith("rank 3 on here lost the other ranks at step 7 in forward: it made no progress"), (
         waits.said()
     )
-    # Stopped there, it did: the others wait for it.
+    # A rank stopped there is the first: the others wait for it.
     stopped = ward(LATER + code)
     time.sleep(1)
     stopped.process.send_signal(signal.SIGSTOP)
@@ -238,7 +238,7 @@ def test_a_rank_that_waits_for_others_did_not_go_first(ward: Callable[..., Ward]
 
 
 def test_an_abort_after_the_timeout_is_of_a_collective(ward: Callable[..., Ward]) -> None:
-    """As NCCL does it; the control is an abort before the time was over (above)."""
+    """NCCL aborts this way. The control is the earlier abort in the test above."""
     rank = ward("time.sleep(0.75); os.abort()")
     rank.watch()
     assert rank.said().startswith("rank 3 on here lost the other ranks at step 7 in forward: it ended with signal 6")
@@ -246,7 +246,7 @@ def test_an_abort_after_the_timeout_is_of_a_collective(ward: Callable[..., Ward]
 
 @pytest.fixture
 def told() -> Iterator[Callable[[], None]]:
-    """Blocks SIGTERM, as a watchdog has it blocked, and sends it: to this thread, for others may not block it."""
+    """Block SIGTERM, as in a watchdog; yield a function that sends it to this thread: others may not block it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     yield lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
     while signal.sigpending():
@@ -258,7 +258,7 @@ def told() -> Iterator[Callable[[], None]]:
 def test_a_rank_that_dies_after_it_was_asked_to_end(
     ward: Callable[..., Ward], told: Callable[[], None], delay: float, first: bool
 ) -> None:
-    """Launchers ask, wait and kill: who dies at once died of something else, for which the others are asked to end."""
+    """A launcher asks, waits and kills. A rank that dies at once died of something else, the reason to ask the others."""
     rank = ward(SLEEP)
 
     def end() -> None:
@@ -325,7 +325,7 @@ def test_ends_a_rank_that_does_not_leave(ward: Callable[..., Ward]) -> None:
 
 
 def test_a_job_that_was_suspended_is_not_hung(ward: Callable[..., Ward]) -> None:
-    """Slurm's suspend stops the watchdog too: what it did not see does not count."""
+    """Slurm's suspend stops the watchdog too: the time that it did not see does not count."""
     rank = ward(SLEEP)
     suspended, awake = Watchdog(rank.watched()), Watchdog(rank.watched())
     time.sleep(TIMEOUT + GRACE + 0.1)

@@ -1,4 +1,4 @@
-"""Keys of other trainers: each is answered with ours, in errors on the config and on data rows."""
+"""Other trainers' keys: errors on the config and on data rows suggest our key."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_the_table_names_keys_that_there_are() -> None:
         names = [synonym.theirs for synonym in table]
         assert len(names) == len(set(names))
         assert all(synonym.ours or synonym.note for synonym in table)
-    # A name of ours, in its section or out of it, is no other trainer's key.
+    # None of our own key names is listed as another trainer's key.
     assert not {synonym.theirs for synonym in CONFIG_KEYS} & {key.rpartition(".")[2] for key in KEYS}
 
 
@@ -66,7 +66,7 @@ def test_a_key_without_one_of_ours_says_why(tmp_path: Path) -> None:
     assert "unknown key; not supported: the base is held in bf16 or fp32; the keys of model are" in said
     said = refusal(tmp_path, {**REQUIRED, "adapter": "lora"})
     assert "adapter: not a mapping; did you mean method: lora? its keys are bottleneck, placement" in said
-    # Controls: a slip of ours, and our key in another section, are told as before.
+    # Controls: our misspelt key, and our key in another section, get the usual messages.
     assert "did you mean rank?" in refusal(tmp_path, REQUIRED, "lora.rnak=4")
     assert "did you mean train.lr?" in refusal(tmp_path, REQUIRED, "lr=4")
 

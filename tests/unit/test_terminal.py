@@ -1,4 +1,4 @@
-"""What comes out of files reaches a terminal, a log and rich as text alone: nothing in it is obeyed."""
+"""Text from files reaches the terminal, the log and rich as plain text: no control sequence takes effect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lowrank_dist.terminal import LogFormatter, ProgressLines, escape_all, escap
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 
-# Rewrites the title, clears the screen, C1's form of the same, overprints the line, turns the text round.
+# These set the title, clear the screen (also in C1's form), overwrite the line and reverse the text.
 HOSTILE = {
     "title": "\x1b]0;owned\x07",
     "clear": "\x1b[2J\x1b[H",
@@ -40,7 +40,7 @@ MARKUP = ["[/b]", "[bold red]x[/]", "[link=file:///etc/passwd]x[/link]", "a[/]b"
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True
@@ -93,7 +93,7 @@ def test_a_message_is_safe_everywhere_and_a_result_exact_in_a_pipe(
 
 @pytest.mark.parametrize("text", [*MARKUP, *HOSTILE.values()])
 def test_rich_draws_text_as_it_is(text: str) -> None:
-    """In a line, in the cells and the title of a table, in Text of its own, and below a progress bar."""
+    """In a line, in a table's cells and title, in a Text, and under a progress bar."""
     console = open_console(file=(file := io.StringIO()), width=200)
     table = Table("head", title=text)
     table.add_row(text)
@@ -103,7 +103,7 @@ def test_rich_draws_text_as_it_is(text: str) -> None:
         file.seek(0)
         file.truncate()
         console.print(drawn)
-        # rich drops BEL, backspace and carriage return of its Text by itself.
+        # rich itself removes BEL, backspace and carriage return from its Text.
         assert {escape_control(text), escape_control(Text(text).plain)} & set(
             re.split(r"\s*\n\s*|│ | +│", file.getvalue().strip())
         )
@@ -183,7 +183,7 @@ def test_a_long_task_says_how_far_it_is_and_a_short_one_nothing(monkeypatch: pyt
             counted(second, 10)
     assert lines == [
         f"loading: {done}.0 of 60.0 GB, about {60 - done} s left" for done in (10, 20, 30, 40, 50)
-    ]  # the end is said by what follows
+    ]  # the output that follows shows the end
     now[0] = 200.0
     counted(3000, 12000)
     assert lines[-1] == "evaluation: 3,000 of 12,000 samples, about 300 s left"

@@ -1,4 +1,4 @@
-"""What was trained travels: tokenizer, chat template and the ids that end a text, into checkpoints, merges, exports."""
+"""Tokenizer, chat template and end-of-text ids of the training go into checkpoints, merges and exports."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from tests.integration.launching import write_jsonl
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import EOS, VOCAB, make_tiny
 
-IM_END = 4  # of make_tiny's tokenizer, whose template ends turns with it
+IM_END = 4  # in make_tiny's tokenizer, whose template ends turns with it
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def base(llama: Path, tmp_path: Path) -> Path:
 
 
 def trained(folder: Path, base: Path, text: TextFiles | None, seed: int = 0) -> Path:
-    """An adapter of the base, with `text` beside it, as the end of a run leaves it."""
+    """Save an adapter of the base with `text` beside it, as at the end of a run."""
     save_adapter(folder, base, random_adapter(base, seed=seed))
     if text is not None:
         text.write(folder)
@@ -97,7 +97,7 @@ def test_a_data_set_says_what_its_samples_end_in(llama: Path, tmp_path: Path) ->
 
 
 def derived(base: Path) -> None:
-    """As save_pretrained leaves it: derived from config.json, whose eos_token_id transformers would take."""
+    """The file as save_pretrained derives it from config.json, whose eos_token_id transformers would use."""
     assert settings(base)["_from_model_config"] is True
 
 
@@ -128,15 +128,15 @@ def test_a_merged_model_ends_where_it_was_trained_to(
     text = TextFiles.of_run(base, base, [IM_END])
     adapter = trained(tmp_path / "adapter", base, text)
     report = merge(base, adapter, tmp_path / "out")
-    # The EOS of the tokenizer that goes along ends a text too.
+    # The EOS of the copied tokenizer ends a text too.
     assert ends_in_transformers(tmp_path / "out") == [*known, IM_END, *([] if known else [EOS])]
     assert any(f"eos_token_id has {IM_END}" in line for line in report.notes)
     assert {*known, IM_END} <= stop_tokens(base, load_tokenizer(base), adapter)
-    # Full fine-tuning writes the base's files, and then these.
+    # Full fine-tuning writes the base's files first, then these.
     whole = Path(shutil.copytree(base, tmp_path / "whole"))
     text.write(whole)
     assert ends_in_transformers(whole) == [*known, IM_END]
-    # Other settings stay; and without what was trained the merged model would run on.
+    # Other settings stay. Without the trained ids the merged model would not stop.
     before = settings(base) if (base / "generation_config.json").is_file() else {}
     assert all(settings(whole)[key] == before[key] for key in {"temperature", "pad_token_id"} & before.keys())
     merge(base, trained(tmp_path / "plain", base, None), tmp_path / "control")
@@ -161,7 +161,7 @@ def test_nothing_changes_where_nothing_is_missing(base: Path, tmp_path: Path) ->
 
 
 def other_tokenizer(folder: Path) -> Path:
-    """A tokenizer with ids below VOCAB, another template and another EOS."""
+    """Write a tokenizer with ids below VOCAB, another template and another EOS."""
     made = make_tiny("llama", folder)
     edit(folder / "tokenizer_config.json", chat_template="{{ messages }}", eos_token="<|im_end|>")
     return made
@@ -183,7 +183,7 @@ def test_the_tokenizer_that_was_trained_with_is_in_the_merged_model_alone(base: 
     assert not (tmp_path / "out/additional_chat_templates").exists()
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)
     assert (theirs.chat_template, theirs.eos_token_id) == ("other's", IM_END)
-    # Control: a tokenizer like the base's leaves everything where it was.
+    # Control: a tokenizer equal to the base's changes nothing.
     same = trained(tmp_path / "same", base, TextFiles.of_run(base, base, [EOS]))
     merge(base, same, tmp_path / "kept")
     assert (tmp_path / "kept/additional_chat_templates/tool_use.jinja").read_text() == "base's"
@@ -214,7 +214,7 @@ def test_different_tokenizers_need_one_that_is_given(base: Path, tmp_path: Path)
     assert same_tokenizer(read_tokenizer(tmp_path / "over"), read_tokenizer(other))
     with pytest.raises(UserError, match="nowhere: no tokenizer; give a folder with"):
         merge(base, first, tmp_path / "never", output_format=OutputFormat(tokenizer=tmp_path / "nowhere"))
-    # A tokenizer of more tokens than the model has rows; an added one beyond them is common.
+    # A tokenizer with more tokens than the model has rows. An added token beyond the rows is common.
     wide = settings(other, "tokenizer.json")
     wide["model"]["vocab"]["zq"] = VOCAB
     big = Path(shutil.copytree(other, tmp_path / "big"))
@@ -225,7 +225,7 @@ def test_different_tokenizers_need_one_that_is_given(base: Path, tmp_path: Path)
     wide["added_tokens"].append({**wide["added_tokens"][0], "id": VOCAB, "content": "<pad>"})
     (big / "tokenizer.json").write_text(json.dumps(wide))
     merge(base, first, tmp_path / "padded", output_format=OutputFormat(tokenizer=big))
-    # Controls: one that has none, one written by another library, and padding that was set.
+    # Controls: an adapter without tokenizer files, one written by another library, and one with padding set.
     third = trained(tmp_path / "third", base, None, seed=2)
     spelled = trained(tmp_path / "spelled", base, text, seed=3)
     (spelled / "tokenizer.json").write_text(json.dumps(settings(base, "tokenizer.json") | {"padding": {"x": 1}}))
@@ -238,7 +238,7 @@ def test_different_tokenizers_need_one_that_is_given(base: Path, tmp_path: Path)
 
 
 def older(folder: Path) -> Path:
-    """Write tokenizer.json as published files of before 2024 have it: merges as text, fewer keys."""
+    """Rewrite tokenizer.json like files published before 2024: merges as strings, fewer keys."""
     file = folder / "tokenizer.json"
     definition = json.loads(file.read_text())
     definition["model"]["merges"] = [" ".join(pair) for pair in definition["model"]["merges"]]
@@ -256,7 +256,7 @@ def older(folder: Path) -> Path:
 
 @pytest.mark.parametrize("make", [tiny.byte_level, partial(tiny.dummy_prefix, scheme="first")], ids=["bytes", "space"])
 def test_a_tokenizer_that_was_saved_anew_is_the_same(make: Callable[..., Path], tmp_path: Path) -> None:
-    """By the library that saves it, as it does beside adapters of PEFT and TRL. Controls: each of what it means."""
+    """Saved by transformers, as PEFT and TRL do beside adapters. Controls: a change of every meaningful field."""
     old = older(make(tmp_path / "old", template=tiny.CHATML))
     hf = PreTrainedTokenizerFast.from_pretrained(old, local_files_only=True)
     hf.save_pretrained(tmp_path / "new")
@@ -289,7 +289,7 @@ SLOW = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<
 def test_a_model_beside_an_adapter_does_not_replace_the_tokenizer_made_of_it(
     base: Path, changes: dict[str, Any], same: bool, tmp_path: Path
 ) -> None:
-    """As adapters of 2023 have it, which were trained with LlamaTokenizer of tokenizer.model."""
+    """Adapters of 2023 have this: they were trained with LlamaTokenizer on tokenizer.model."""
     for name in TOKENIZER_FILES:
         (base / name).unlink(missing_ok=True)
     adapter = save_adapter(tmp_path / "adapter", base, random_adapter(base))
@@ -299,7 +299,7 @@ def test_a_model_beside_an_adapter_does_not_replace_the_tokenizer_made_of_it(
     AutoTokenizer.from_pretrained(base, local_files_only=True).save_pretrained(base)
     merge(base, adapter, tmp_path / "merged")
     assert (tmp_path / "merged" / "tokenizer.json").is_file() == same
-    # tokenizer.model alone takes fewer texts: what `generate` and `evaluate` read.
+    # `generate` and `evaluate` read this tokenizer; tokenizer.model alone supports fewer texts.
     assert (
         tokenizer_of_adapter(adapter, base) == (base if same else adapter) and tokenizer_of_adapter(None, base) == base
     )
@@ -316,7 +316,7 @@ BESIDE: dict[str, tuple[str, Any]] = {
     "additional_special_tokens": ("special_tokens_map.json", ["<new>"]),
     "pad_token": ("tokenizer_config.json", "<new>"),
     "<new>": ("added_tokens.json", 500),
-    # Controls, which change no id.
+    # Controls that change no id.
     "pad_token, known": ("tokenizer_config.json", "<|endoftext|>"),
     "added_tokens_decoder, known": ("tokenizer_config.json", {"2": {**FLAGS, "content": "<|im_end|>"}}),
     "extra_special_tokens, known": ("tokenizer_config.json", ["<|im_end|>"]),
@@ -404,7 +404,7 @@ def test_no_link_brings_a_file_from_elsewhere(base: Path, tmp_path: Path) -> Non
     farm.mkdir()
     for path in base.iterdir():
         (farm / path.name).symlink_to(path)
-    assert read_tokenizer(farm) == read_tokenizer(base)  # a folder of links to another model
+    assert read_tokenizer(farm) == read_tokenizer(base)  # a folder of links to another model's files
     (tmp_path / "secret").write_text("{}")
     (farm / "vocab.json").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match=r"vocab.json: a link to a file outside its folder \(.*secret\); copy the file"):
@@ -468,5 +468,5 @@ def test_the_lines_of_the_card_end_texts_as_trained(base: Path, tmp_path: Path) 
     exec(textwrap.dedent(lines).replace("BASE", str(base)).replace("ADAPTER", str(tmp_path / "out")), names)
     assert names["model"].generation_config.eos_token_id == [EOS, IM_END]
     assert names["tokenizer"].chat_template == AutoTokenizer.from_pretrained(base).chat_template
-    # The control: what PEFT alone does.
+    # The control: PEFT alone.
     assert AutoModelForCausalLM.from_pretrained(base).generation_config.eos_token_id == EOS

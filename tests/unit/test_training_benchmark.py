@@ -1,4 +1,4 @@
-"""benchmarks/training.py: what its runs are told. No model is trained: tests/gpu/bench.sh rehearses it on a CPU."""
+"""benchmarks/training.py: the configs of its runs. No model is trained: tests/gpu/bench.sh rehearses it on a CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import training  # noqa: E402
 def test_every_method_sees_the_same_tokens(
     method: str, length: int, prompt: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All samples are as long as was said, and what a method takes from the sequence comes on top."""
+    """All samples have the requested length; positions that a method takes from the sequence are added to it."""
     monkeypatch.setattr(training, "PLACE", tmp_path)
     args = argparse.Namespace(device="cpu", steps=5)
     recipe = training.Recipe({}, length, micro_batch=3, global_batch=3, prompt=prompt)
