@@ -1,4 +1,4 @@
-"""Readers of what anyone may have written: their bounds, and that what is within them means what it means to Python."""
+"""Readers of untrusted input: their limits, and that input within the limits means the same as to Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lowrank_dist.untrusted.json import JsonError, parse_json, read_json, read_o
 from lowrank_dist.untrusted.patterns import Patterns, require_expression
 
 MODULE = "model.layers.11.self_attn.q_proj"
-# As PEFT puts a key of rank_pattern.
+# The pattern that PEFT makes of a key in rank_pattern.
 PEFT = r"(.*\.)?({})$"
 
 
@@ -70,7 +70,7 @@ def test_json_that_published_files_hold_is_read_as_python_reads_it(text: str) ->
 
 @pytest.mark.parametrize("kind", ["a pair", "half a pair", "digits"])
 def test_finding_a_fault_takes_no_memory_for_where_it_is_not(kind: str) -> None:
-    """A name of 20 kB over 20,000 values took 400 MB, and one of 1 MB over a million would take a terabyte."""
+    """A name of 20 kB over 20,000 values took 400 MB; one of 1 MB over a million values would take a terabyte."""
     fault = {"a pair": r'"\ud83d\ude00"', "half a pair": r'"\ud83d"', "digits": "9" * 400}[kind]
     text = '{"' + "A" * 20_000 + '": [' + "0, " * 20_000 + fault + "]}"
     tracemalloc.start()
@@ -215,7 +215,7 @@ PUBLISHED = [
     r".*\.(?!0\.)[0-9]+\..*q_proj$",
     "",
     r"x{,3}.*|[\w.]+",
-    # Counts side by side do not multiply.
+    # Counts side by side do not multiply the size.
     r"model\.layers\.(?:" + "|".join(rf"{n}\d{{1,2}}" for n in range(1, 40)) + r")\.self_attn\.q_proj",
 ]
 
@@ -271,7 +271,7 @@ PIECES += [
 @given(st.lists(st.sampled_from(PIECES), max_size=7).map("".join), st.text("ab1._xA\n", min_size=1, max_size=9))
 @settings(max_examples=300, deadline=None)
 def test_both_engines_agree(pattern: str, text: str) -> None:
-    # Not of no text at all: before Python 3.14 \\B does not match there to re.
+    # Not on empty text: before Python 3.14 re's \\B does not match there.
     patterns = Patterns("file")
     assert patterns.fullmatch(pattern, text) == (re.fullmatch(pattern, text) is not None)
     ours, theirs = patterns.match(pattern, text), re.match(pattern, text)
@@ -317,14 +317,14 @@ def test_an_expression_that_backtracks_ends_in_time(pattern: str, monkeypatch: p
     began = time.perf_counter()
     with pytest.raises(UserError, match=r"adapter_config\.json: matching .* take more than 0\.3 s in all; use fewer"):
         patterns.match(pattern, "a" * 60, PEFT)
-    # What is left is nothing, for any expression of the same set.
+    # No time is left for any other expression of the same set.
     with pytest.raises(UserError, match="no repetition inside a repetition"):
         patterns.match("q_proj", MODULE, PEFT)
     assert time.perf_counter() - began < 5
 
 
 def test_the_time_is_that_of_all_expressions_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each takes a while to compile, and a file may have a million."""
+    """Each expression takes a while to compile, and a file may have a million of them."""
     monkeypatch.setattr(Patterns, "seconds", 0.2)
     patterns = Patterns("adapter_config.json")
     with pytest.raises(UserError, match=r"^adapter_config.json: reading the regular .* take more than 0\.2 s"):

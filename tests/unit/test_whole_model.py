@@ -34,7 +34,7 @@ IDS = torch.tensor([[7, 50, 3, 99, 12, 31]])
 
 
 def drift(name: str, tensor: Tensor) -> Tensor:
-    """A change that rounding to bf16 does not lose, another one for every tensor."""
+    """Change a tensor by more than bf16's rounding, each tensor differently."""
     generator = torch.Generator().manual_seed(len(name))
     return tensor * 1.1 + 0.02 * torch.randn(tensor.shape, generator=generator)
 
@@ -51,7 +51,7 @@ def logits(folder: Path) -> Tensor:
 
 
 def expected_logits(base: Path, dtype: torch.dtype) -> Tensor:
-    """Of the base in transformers with the same change made in place."""
+    """Return the logits of the base in transformers, with the same change made in place."""
     model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype=dtype).eval()
     names = dict(model.named_parameters())
     with torch.no_grad():
@@ -67,7 +67,7 @@ def unused_rows(base: Path) -> dict[str, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_transformers_loads_it(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Every family (tied and untied, GPT-2's transposed linears, OPT's positions): to the bit the trained model."""
+    """Every family (tied and untied, GPT-2's transposed linears, OPT's positions) gives the trained model's exact bits."""
     base = make_tiny(family, tmp_path / "base", dtype=dtype)
     folder = save_whole(tmp_path / "step-3", base, drift, dtype)
     found = logits(folder)
@@ -80,7 +80,7 @@ def test_transformers_loads_it(family: str, dtype: torch.dtype, tmp_path: Path) 
 
 
 def test_rows_that_no_position_uses_are_the_bases(tmp_path: Path) -> None:
-    """OPT's first two position rows: no rank trains them, so what the stream has there, zeros, is not stored."""
+    """No rank trains OPT's first two position rows: the stream has zeros there, which are not stored."""
     base = make_tiny("opt", tmp_path / "base")
     ((table, rows),) = unused_rows(base).items()
 
@@ -108,12 +108,12 @@ def test_shards_and_their_index(base: Path, tmp_path: Path, monkeypatch: pytest.
     assert index["weight_map"] == held and held.keys() == hf_shapes(read_architecture(base)).keys()
     assert index["metadata"]["total_size"] == sum(t.nbytes for path in shards for t in load_file(path).values())
     assert torch.equal(logits(sharded), logits(whole))
-    # vLLM reads every file of a folder that has no index, the optimiser's too.
+    # vLLM reads every file of a folder without an index, also the optimizer's.
     assert (whole / INDEX).is_file() and (whole / "optimizer.safetensors").is_file()
 
 
 def most_alive(base: Path, folder: Path, hold: bool) -> int:
-    """The most elements of streamed tensors that were alive at a time while a checkpoint was written."""
+    """Return the most elements of streamed tensors that were alive at once while a checkpoint was written."""
     alive: dict[int, int] = {}
     most, held = 0, []
 
@@ -135,10 +135,10 @@ def most_alive(base: Path, folder: Path, hold: bool) -> int:
 
 
 def test_no_one_holds_it_whole(base: Path, tmp_path: Path) -> None:
-    """Of a stream a tensor at a time, the two largest at most: the one before is let go when the next has come."""
+    """The stream has one tensor at a time, and each is freed when the next arrives: at most the two largest are alive."""
     sizes = [3 * torch.Size(shape).numel() for shape in hf_shapes(read_architecture(base)).values()]
     assert most_alive(base, tmp_path / "step-1", hold=False) <= 2 * max(sizes) < sum(sizes) / 2
-    # The control: a writer that keeps them.
+    # The control: a writer that keeps every tensor.
     assert most_alive(base, tmp_path / "step-2", hold=True) == sum(sizes)
 
 
