@@ -158,7 +158,7 @@ _MODULES = st.sets(st.lists(_PART, min_size=1, max_size=4).map(".".join), min_si
 
 
 def _describable(modules: set[str], chosen: set[str]) -> bool:
-    """Return whether PEFT's lists can name `chosen`: they cannot name `x` without `y.x`. Our models have no such pair."""
+    """Return whether PEFT's lists can name `chosen`: they cannot name `x` without `y.x`. Ours have no such pair."""
     return not any(module != other and other.endswith(f".{module}") for module in chosen for other in modules)
 
 

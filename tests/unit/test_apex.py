@@ -1,6 +1,4 @@
-"""The detection of an installed apex and the parts used from it. NVIDIA's needs a GPU; a stand-in has its interface
-here.
-"""
+"""Detection and use of an installed apex. NVIDIA's needs a GPU; a stand-in has its interface here."""
 
 from __future__ import annotations
 

@@ -316,7 +316,7 @@ def test_an_adapter_is_what_peft_reads(base: Path, tmp_path: Path, rslora: bool,
 
 
 def test_values_are_read_when_they_are_used(base: Path, tmp_path: Path) -> None:
-    """The folder may be moved meanwhile, and NaN is refused where it is met, not before."""
+    """The folder may be moved after loading, and NaN is refused when its tensor is read, not before."""
     trained = random_adapter(base)
     folder = save_adapter(tmp_path / "adapter", base, trained)
     name = "model.layers.0.self_attn.q_proj"

@@ -59,7 +59,7 @@ def write(folder: Path, step: int) -> Path:
 
 
 def tensors_of(step: int) -> dict[str, torch.Tensor]:
-    """Return random fp32 weights and moments of every tensor of Θ."""
+    """Return random fp32 master weights and moments of every tensor of Θ."""
     generator = torch.Generator().manual_seed(step)
     return {name: torch.randn(len(KINDS), *shape, generator=generator) for name, shape in SHAPES.items()}
 

@@ -41,7 +41,7 @@ def links(text: str) -> list[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors of a page's headings, as on the forge and the site: for equal headings only the first one's."""
+    """Return the anchors of a page's headings, as on the forge and the site; of equal headings the first one's."""
     headings = _HEADING.findall(_FENCE.sub("", text))
     words = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
     return {re.sub(r"[^\w\- ]", "", each).strip().replace(" ", "-") for each in words}
@@ -284,7 +284,7 @@ def test_the_changelog_begins_with_this_version() -> None:
     assert versions[0] == __version__ and versions == sorted(versions, reverse=True)
 
 
-# --- what is not supported -------------------------------------------------------------------------------------------
+# --- the list of unsupported things ----------------------------------------------------------------------------------
 
 NOT_SUPPORTED = (DOCS / "reference" / "not-supported.md").read_text()
 _LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -354,7 +354,7 @@ def test_a_key_that_is_not_supported_is_refused(line: str, override: str) -> Non
         config_of({"model": {"path": "m"}, "data": {"train": "d"}, "output": {"dir": "o"}}, [override])
 
 
-# --- what is made from the code --------------------------------------------------------------------------------------
+# --- pages generated from the code -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", pages())

@@ -189,7 +189,7 @@ def test_missing_operators_come_with_the_command(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize(("asked", "said"), [("default", "baseline"), ("avx2", "AVX2"), (None, "")])
 def test_the_instruction_set_is_the_one_that_runs(asked: str | None, said: str) -> None:
-    """Run in a new process, since the set is chosen once. By default it must be the one that torch names."""
+    """Run in a new process, since the set is chosen once. By default it must be the one that the operators report."""
     environment = {name: value for name, value in os.environ.items() if name != "ATEN_CPU_CAPABILITY"}
     if asked is not None:
         environment["ATEN_CPU_CAPABILITY"] = asked

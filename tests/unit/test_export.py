@@ -1,4 +1,4 @@
-"""export: an adapter with a model card, unchanged or as vLLM and llama.cpp read it, and refusals of what they cannot."""
+"""export: an adapter with a model card, unchanged or as vLLM and llama.cpp read it; refusals of what they cannot."""
 
 import json
 from collections.abc import Mapping

@@ -226,7 +226,7 @@ def test_gpt2_without_n_inner(tiny: dict[str, Path], tmp_path: Path) -> None:
     [(4, 4, (1, 2, 4)), (4, 2, (1, 2, 4)), (4, 1, (1, 2, 4)), (8, 2, (1, 2, 4, 8)), (9, 3, (1, 3)), (6, 2, (1, 2))],
 )
 def test_tp_sizes(heads: int, kv_heads: int, legal: tuple[int, ...]) -> None:
-    """ffn 96. With 9 heads, 9 ranks do not divide ffn. With 6 heads in 2 groups, 3 ranks would share a group unevenly."""
+    """ffn 96. With 9 heads, 9 ranks do not divide ffn. With 6 heads in 2 groups, 3 ranks share a group unevenly."""
     architecture = architecture_for(heads, kv_heads)
     assert architecture.legal_tp_sizes() == legal
     assert architecture.legal_tp_sizes(2) == tuple(size for size in legal if size <= 2)

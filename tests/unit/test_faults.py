@@ -21,7 +21,7 @@ NEW = {"a": "new a" * 1000, "sub/c": "new c"}
 KILLS = (Action.KILL_BEFORE, Action.KILL_DURING)
 
 
-# ---- What runs in the zygote's children ----
+# ---- Code that runs in the zygote's children ----
 
 
 def write_atomically(root: Path, replace: bool) -> None:

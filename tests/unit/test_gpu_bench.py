@@ -144,7 +144,7 @@ def test_a_real_profile_on_a_cpu() -> None:
     assert 0 < trace.busy_share <= 1 and trace.waits == [] and trace.host_seconds == trace.seconds
 
 
-# --- what is left of a benchmark
+# --- result files
 
 
 def test_a_result_says_which_commit_it_is_of_and_whether_more_was_to_come(tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_result_says_which_commit_it_is_of_and_whether_more_was_to_come(tmp_pa
     assert [child.name for child in tmp_path.iterdir()] == ["some.json"]
 
 
-# --- each product by itself
+# --- single products
 
 
 def all_products(tokens: int = 24) -> list[products.Product]:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 MakeRunner = Callable[..., Runner]
 HANG = "sleep 60"
-# Seconds that a stage which traps the interrupt gets to set its trap.
+# Seconds that a stage gets to set its trap before the interrupt comes.
 HEARD = 3.0
 
 

@@ -67,7 +67,7 @@ def test_checkpoints_from_before_there_were_metrics_load() -> None:
 
 
 def test_links_and_folders_follow_what_decides(tmp_path: Path) -> None:
-    """When the metric changes, `best` is the best step by the new one; without a saved value for it there is no link."""
+    """After a change of the metric `best` is the best step by the new one; without a value for it there is no link."""
     folder = RunFolder(tmp_path)
     folder.checkpoints.mkdir()
     facts = Facts(Provenance("cd" * 32, "base", {}), state_of(2).data, None)

@@ -17,7 +17,7 @@ import pytest
 from docs.flowchart import parse
 from tests.unit.test_architecture_rules import PACKAGE, ROOT, modules, names_in, under
 
-# --- circles ---------------------------------------------------------------------------------------------------------
+# --- import cycles ---------------------------------------------------------------------------------------------------
 
 Graph = dict[str, set[str]]
 
@@ -187,8 +187,7 @@ class Branches(ast.NodeVisitor):
     Outside of methods/ these count:
     - a comparison (==, !=, is, in), a case, startswith or endswith, of which one side is a text and the other is
       called `method` (a name, an attribute, a key or the argument of `.get("method")`), or is called `kind` and the
-    text
-      is a method's name;
+      text is a method's name;
     - a comparison or a case with an unambiguous name, or with two or more of the names in one of its operands;
     - a dict, set, list or tuple with an unambiguous name as a key or element, or with two or more of the names.
 
@@ -371,7 +370,7 @@ def test_ordinary_words_are_no_methods(source: str) -> None:
     assert branches(source) == []
 
 
-# --- the grain of files ----------------------------------------------------------------------------------------------
+# --- sizes of files --------------------------------------------------------------------------------------------------
 
 SHORT_LINES, MOST_SHORT, MEDIAN = 60, 25, (120, 250)
 _SECTION = "a section of the configuration, which may import nothing but sections"
@@ -438,7 +437,7 @@ def test_a_description_is_no_file() -> None:
     assert not is_description('"""x"""\nfrom a import b') and not is_description("x = 1")
 
 
-# --- what anyone may have written ------------------------------------------------------------------------------------
+# --- parsers of untrusted input --------------------------------------------------------------------------------------
 
 UNTRUSTED = f"{PACKAGE}.untrusted"
 # All other calls of parsers, with the reason why their input is ours.
@@ -470,7 +469,7 @@ EXPRESSIONS = ("compile", "match", "fullmatch", "search", "findall", "finditer",
 
 
 def parsers(source: str) -> set[str]:
-    """Return the calls of a module that parse JSON or YAML, or that take a regular expression which is not a literal."""
+    """Return the calls of a module that parse JSON or YAML, or that take a regular expression that is no literal."""
     found, calls = set(), [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     for node in calls:
         function = node.func

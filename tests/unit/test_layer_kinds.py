@@ -235,7 +235,7 @@ def test_flops() -> None:
 @pytest.mark.parametrize("layout", layouts(), ids=str)
 @pytest.mark.parametrize("method", [lora, dora, full])
 def test_activations_of_two_kinds_are_the_mean_of_one_kind_each(layout: Layout, method: type) -> None:
-    """Half of the layers are of each kind. The difference removes the lowest layer, whose input may need no gradient."""
+    """Half of the layers are of each kind. The difference removes the lowest, whose input may need no gradient."""
 
     def kept(*kinds: int) -> int:
         layers = tuple(MIXED.layers[kind] for kind in kinds)

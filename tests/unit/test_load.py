@@ -206,7 +206,7 @@ def test_broadcast_hands_over_every_parameter_in_order(tmp_path: Path) -> None:
     assert all(torch.equal(reader[name], receiver[name]) for name in shapes)
 
 
-# ---- what the file may leave out or carry besides
+# ---- missing and additional tensors
 
 
 def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:

@@ -11,7 +11,7 @@ from lowrank_dist.ops.linear import linear, linear_into, linear_ref
 
 
 def relative_error(found: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
-    """Return the largest error over the largest product of magnitudes, by which a dot product's rounding is measured."""
+    """Return the largest error over the largest product of magnitudes, the scale of a dot product's rounding."""
     exact = linear_ref(x.double(), weight.double(), None if bias is None else bias.double())
     scale = linear_ref(x.double().abs(), weight.double().abs()).max() + 1
     return float((found.double() - exact).abs().max() / scale)

@@ -83,7 +83,7 @@ class Aside:
 
 
 class Keeps(torch.autograd.Function):
-    """Saves a view of 3 of 50 elements and, by attribute, 7 elements in a dataclass, the weight, and its input again."""
+    """Saves a view of 3 of 50 elements and, by attribute, 7 elements in a dataclass, the weight and its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -117,8 +117,7 @@ def test_the_sides_agree_and_ours_saves_inputs_and_u(layers: Layers, dtype: str,
     assert agreement.keys() == {"ours", "ours_lanes"} if shard > 1 else {"ours"}
     assert all(differences.keys() == {"y", "dx", "factors"} for differences in agreement.values())
     saved = checks.count_saved(layer, found, R)
-    # Each rank keeps its share of every input, and U: all tokens before qkv and fc1 (R = 3r, 2r), else its shard (r,
-    # r).
+    # Each rank saves its share of every input. U has all tokens before qkv and fc1 (R = 3r, 2r), else a shard's (r, r).
     expected = (3 * 64 + 176) / shard + (5 + 2 / shard) * R
     assert saved["ours"] == expected * layer.dtype.itemsize
     assert saved["peft"] >= saved["ours"] * (1 if p == 0 else 2)

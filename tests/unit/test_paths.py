@@ -50,7 +50,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# --- reading: what is copied out of a base ---------------------------------------------------------------------------
+# --- reading: files copied from a base -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "README.md", "original/params.json", "x.py"])

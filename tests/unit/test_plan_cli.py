@@ -1,4 +1,4 @@
-"""`lowrank-dist plan`: answers at once, prints the requested plan, and names what is wrong with other arguments."""
+"""`lowrank-dist plan`: answers at once, prints the requested plan, and names what is wrong with invalid arguments."""
 
 from __future__ import annotations
 

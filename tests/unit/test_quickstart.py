@@ -59,7 +59,7 @@ def words(verbs: list[Verb]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a tiny base, an adapter with B != 0, the merged model and the probe, all made by plain PEFT."""
+    """Make a tiny base, an adapter with B != 0, the merged model and the probe with plain PEFT."""
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -101,7 +101,7 @@ def test_a_job_has_a_cap_on_its_requeues(place: Place) -> None:
     done = place.start(capped, SAVES_AND_STOPS, restarts=2)
     assert done.code == 1 and "slurm has requeued" not in done.said
     assert "error: requeued MAX_REQUEUES=2 times; submit it again to go on" in done.said
-    # Slurm itself also requeues a job after a lost node: such a start does no work.
+    # Slurm itself also requeues a job, after a lost node: a start beyond the cap does no work.
     done = place.start(capped, "echo trains", restarts=3)
     assert done.code == 1 and "requeued more than MAX_REQUEUES=2 times" in done.said and "\ntrains" not in done.said
 

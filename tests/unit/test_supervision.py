@@ -1,6 +1,4 @@
-"""The record of a failure, the ranks' exchange on its cause, the detection of launchers, and a rank's part in all of
-it.
-"""
+"""The record of a failure, the ranks' exchange on its cause, the detection of launchers, and a rank's part."""
 
 from __future__ import annotations
 

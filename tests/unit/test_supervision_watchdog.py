@@ -258,7 +258,7 @@ def told() -> Iterator[Callable[[], None]]:
 def test_a_rank_that_dies_after_it_was_asked_to_end(
     ward: Callable[..., Ward], told: Callable[[], None], delay: float, first: bool
 ) -> None:
-    """A launcher asks, waits and kills. A rank that dies at once died of something else, the reason to ask the others."""
+    """A launcher asks, waits and kills. A rank that dies at once died of something else, which had the others asked."""
     rank = ward(SLEEP)
 
     def end() -> None:

@@ -84,7 +84,7 @@ def ends_in_transformers(folder: Path) -> list[int]:
     return found if isinstance(found, list) else [found]
 
 
-# --- the ends of texts ----------------------------------------------------------------------------------------------
+# --- end-of-text ids ------------------------------------------------------------------------------------------------
 
 
 def test_a_data_set_says_what_its_samples_end_in(llama: Path, tmp_path: Path) -> None:

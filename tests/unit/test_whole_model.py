@@ -67,7 +67,7 @@ def unused_rows(base: Path) -> dict[str, int]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_transformers_loads_it(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    """Every family (tied and untied, GPT-2's transposed linears, OPT's positions) gives the trained model's exact bits."""
+    """Every family (tied and untied, GPT-2's transposed linears, OPT's positions) gives the trained model's bits."""
     base = make_tiny(family, tmp_path / "base", dtype=dtype)
     folder = save_whole(tmp_path / "step-3", base, drift, dtype)
     found = logits(folder)
@@ -135,7 +135,7 @@ def most_alive(base: Path, folder: Path, hold: bool) -> int:
 
 
 def test_no_one_holds_it_whole(base: Path, tmp_path: Path) -> None:
-    """The stream has one tensor at a time, and each is freed when the next arrives: at most the two largest are alive."""
+    """The stream has one tensor at a time, freed when the next arrives: at most the two largest are alive."""
     sizes = [3 * torch.Size(shape).numel() for shape in hf_shapes(read_architecture(base)).values()]
     assert most_alive(base, tmp_path / "step-1", hold=False) <= 2 * max(sizes) < sum(sizes) / 2
     # The control: a writer that keeps every tensor.
@@ -172,7 +172,7 @@ def test_nothing_that_is_not_finite_is_written(base: Path, value: float, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-# --- what the commands make of it ------------------------------------------------------------------------------------
+# --- the commands on such a checkpoint -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
