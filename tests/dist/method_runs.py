@@ -1,7 +1,7 @@
-"""Short training runs of every method on tiny models, as plain numbers: on spawned ranks, and plain references of them.
+"""Short training runs of every method on tiny models, and plain PyTorch references of them, as plain numbers.
 
-The ranks go through the production code (choose, load_model, ZeroOptimiser); only the data and the values away from the
-start are made here.
+The runs take place on forked ranks and use the production code (choose, load_model, ZeroOptimiser). Only the data and
+the parameter values that replace the method's own start are made here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dora_dropout": ("lora", "lora", {"dora": True, "rank": 4, "alpha": 8.0, "dropout": 0.1}),
 }
 CLIP, DECAY, BETAS, EPS = 0.5, 0.01, (0.9, 0.999), 1e-3
-# Spread of values away from the start, by the end of a stored name.
+# Standard deviation of the drawn parameter values, by the last part of the stored name.
 _SPREADS = {
     "norm.weight": 0.2,
     "down.weight": 0.2,
@@ -49,7 +49,7 @@ _SPREADS = {
     "prompt.embeddings": 0.15,
     "lora_magnitude_vector": 0.05,
 }
-# What is about 1 away from the start, not about 0.
+# Parameters that are drawn around 1, not around 0.
 _AROUND_1 = ("norm.weight", "lora_magnitude_vector")
 
 
@@ -67,7 +67,7 @@ class MethodSetting(Setting):
 
 @dataclass
 class Built:
-    """What `build` makes of a setting on this rank."""
+    """A setting as `build` assembles it on this rank."""
 
     model: Any
     method: Any
@@ -76,7 +76,7 @@ class Built:
 
 
 def drawn_values(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Random whole tensors by their stored names, the same on every rank."""
+    """Return random whole tensors by their stored names, the same on every rank."""
     generator = torch.Generator().manual_seed(3)
     values = {}
     for name, shape in shapes.items():
@@ -109,7 +109,7 @@ def build(setting: MethodSetting) -> Built:
     topology = ranks.topology(setting.tensor, setting.sequence)
     model = load_model(
         Path(setting.folder),
-        read_architecture(Path(setting.folder)),  # without a limit of length: a window is tried by decoding beyond it
+        read_architecture(Path(setting.folder)),  # No length limit: the window is tested by decoding beyond it.
         topology,
         device=ranks.device(),
         dtype=setting.dtype,
@@ -139,7 +139,7 @@ def build(setting: MethodSetting) -> Built:
 
 
 def whole(built: Built, select: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-    """Stored tensors from every rank's parameters, copies as this rank has them. Collective."""
+    """Return whole stored tensors, gathered from every rank's parameters as copies. Collective."""
     from lowrank_dist.parallel.theta import copy_to_whole
 
     theta, topology = built.theta, built.topology
@@ -157,7 +157,7 @@ def whole(built: Built, select: Callable[[nn.Parameter], Tensor]) -> dict[str, T
 
 
 def measure(settings: Sequence[MethodSetting]) -> list[dict[str, Any]]:
-    """One rank: of each setting loss and whole gradients; then losses, norms and whole weights of a short training."""
+    """On one rank, by setting: return loss and whole gradients, then losses, norms and whole weights of training."""
     from lowrank_dist.parallel import vocab
 
     found = []
@@ -170,7 +170,7 @@ def measure(settings: Sequence[MethodSetting]) -> list[dict[str, Any]]:
 
 
 def forward_backward(built: Built, setting: MethodSetting) -> dict[str, Any]:
-    """Loss and every whole gradient, without DeepSpeed."""
+    """Return the loss and every whole gradient, computed without DeepSpeed."""
     topology = built.topology
     batches, targets = _batches(built, setting)
     total = torch.zeros((), device=ranks.device())
@@ -190,7 +190,7 @@ def forward_backward(built: Built, setting: MethodSetting) -> dict[str, Any]:
 
 
 def train(built: Built, setting: MethodSetting) -> dict[str, Any]:
-    """Losses, gradient norms and whole weights of AdamW steps with clipping, through ZeRO."""
+    """Return losses, gradient norms and whole weights of AdamW steps with clipping, through ZeRO."""
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 
     rules = OptimiserRules(setting.zero_stage, CLIP, None, DECAY, BETAS, EPS)
@@ -229,7 +229,7 @@ def _named(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def write_and_score(setting: MethodSetting, folder: str) -> np.ndarray:
-    """One rank: logits [2, 16, V] of fixed tokens; rank 0 writes the method's folder."""
+    """On one rank: return the logits [2, 16, V] of fixed tokens; rank 0 also writes the method's adapter folder."""
     from lowrank_dist.formats.provenance import Provenance, fingerprint
 
     built = build(setting)
@@ -244,16 +244,16 @@ def write_and_score(setting: MethodSetting, folder: str) -> np.ndarray:
 
 
 def fixed_tokens() -> Tensor:
-    """[2, 16], the same whatever the setting."""
+    """Return fixed token ids [2, 16], the same for every setting."""
     return torch.randint(5, 100, (2, 16), generator=torch.Generator().manual_seed(5))
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """[b, s, V] of the given tokens, behind what the method puts before them."""
+    """Return the logits [b, s, V] of the given tokens, which follow the method's own positions, if any."""
     count = len(model.virtual_token_ids)
     virtual_token_ids = torch.tensor(model.virtual_token_ids, dtype=torch.int64).expand(ids.size(0), count)
     every = torch.cat((virtual_token_ids, ids), dim=1)
-    # Right padding, which no token before it sees, for a length that the ranks divide.
+    # Pad on the right to a length that the ranks divide; no earlier token attends to the padding.
     multiple = model.topology.tp_size if model.topology.sequence_parallel else 1
     every = F.pad(every, (0, -every.size(1) % multiple)).to(ranks.device())
     positions = torch.arange(every.size(1), device=every.device).expand(every.shape)
@@ -267,7 +267,7 @@ def reference(
     steps: int = 3,
     lr: float = MethodSetting.lr,
 ) -> dict[str, Any]:
-    """What `measure` finds, of a plain model: sample by sample, torch's own clipping and AdamW.
+    """Return what `measure` returns, computed on a plain model: sample by sample, torch's own clipping and AdamW.
 
     parameters: by stored name. logits_of_one: tokens [s] → logits [s, V].
     """
@@ -304,7 +304,7 @@ def twins_of(settings: Iterable[MethodSetting], tensor: int, sequence: bool) -> 
 
 
 PROMPT_LENGTHS, NEW = (3, 11, 7, 1, 14, 9), 12
-STOPS = tuple(range(30, 38))  # of random models every thirteenth token or so
+STOPS = tuple(range(30, 38))  # random models write one about every thirteenth token
 
 
 def prompt_rows(lengths: Sequence[int] = PROMPT_LENGTHS) -> list[list[int]]:
@@ -315,7 +315,7 @@ def prompt_rows(lengths: Sequence[int] = PROMPT_LENGTHS) -> list[list[int]]:
 def decode(
     settings: Sequence[MethodSetting], batch: int, lengths: Sequence[int] = PROMPT_LENGTHS
 ) -> list[dict[str, Any]]:
-    """One rank: greedy completions, and what whole forward passes over them would have written in their place."""
+    """On one rank: return greedy completions, and the tokens that whole forward passes choose at the same positions."""
     from lowrank_dist.data.tokenizer import load_tokenizer
     from lowrank_dist.generate.decode import generate
     from lowrank_dist.generate.prompts import Prompt
@@ -348,11 +348,11 @@ def _without_prefix(model: Any) -> Callable[..., Any]:
 
 
 def _rewritten(model: Any, rows: list[list[int]], written: list[list[int]]) -> list[list[int]]:
-    """For every token of the completions the likeliest one after all before it."""
+    """For every token of the completions, return the most likely one after everything before it."""
     every = [row + tokens for row, tokens in zip(rows, written, strict=True)]
     longest = max(map(len, every))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in every])
-    with model.without_sequence_parallelism():  # the longest leaves no position for padding
+    with model.without_sequence_parallelism():  # the longest row leaves no position for padding
         best = logits_of(model, ids).argmax(dim=-1).tolist()
     return [
         likeliest[len(row) - 1 : len(row) + len(tokens) - 1]

@@ -1,11 +1,11 @@
-"""Ranks for the distributed tests: forked once a world size (tests/forked.py), reused by every test.
+"""Ranks for the distributed tests: forked once for each world size (tests/forked.py) and reused by every test.
 
-A rank that raises fails the test with its traceback and ends its world, as does one that dies, with what it died of; a
-hang ends after TIMEOUT seconds as an error, because every process group carries that timeout. Ranks that wait for one
-whose program ended with a code end sooner (forked.AFTER_A_FAILURE), with what that one said.
+A rank that raises fails the test with its traceback and ends its world. A rank that dies does the same, and the error
+says what killed it. A hang ends as an error after TIMEOUT seconds, because every process group carries that timeout.
+Ranks that wait for one whose program ended with an exit code end sooner (forked.AFTER_A_FAILURE), with its output.
 
-They run on CPUs unless LOWRANK_DIST_TEST_DEVICE=cuda (tests/gpu/check.sh). Ranks that outnumber the GPUs share them,
-over gloo, which stages through the host. A test builds its tensors on `device()`; a rank returns numpy either way.
+Ranks run on CPUs unless LOWRANK_DIST_TEST_DEVICE=cuda (tests/gpu/check.sh). Ranks that outnumber the GPUs share them,
+over gloo, which stages through the host. A test builds its tensors on `device()`; a rank always returns numpy arrays.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from tests.forked import DEVICE
 TIMEOUT = 90
 _device: Any = None
 _worlds: dict[int, World] = {}
-# Every World that is not closed: the interpreter waits at its end for what is left, and a stopped rank never ends.
+# Every World that is not closed. The interpreter waits at exit for its processes, and a stopped rank never ends.
 _open: set[World] = set()
 _topologies: dict[int, tuple[Any, dict[str, Any]]] = {}
 
 
 class World:
-    """`size` ranks that have met and wait for functions to call. fresh: as `forked.start` says.
+    """`size` ranks that have met and wait for functions to call. fresh: see `forked.start`.
 
-    While nothing is to be called they are stopped (SIGSTOP): gloo looks at each of its groups a hundred times a second,
-    which for the worlds of one run of tests took a third of two cores.
+    Between calls they are stopped (SIGSTOP): gloo polls each of its groups a hundred times a second, which took a third
+    of two cores for the worlds of one test run.
     """
 
     def __init__(self, size: int, *, fresh: bool = False) -> None:
@@ -50,13 +50,13 @@ class World:
         for rank in range(size):
             ours, theirs = Pipe()
             self.processes.append(forked.start(_serve, theirs, rank, size, store, fresh=fresh))
-            theirs.close()  # the rank's alone: it reads as closed once the rank is dead
+            theirs.close()  # the rank's end alone, so that the pipe reads as closed once the rank is dead
             self.pipes.append(ours)
 
     def run(self, function: Callable[..., Any], arguments: tuple[Any, ...], seconds: float = 2 * TIMEOUT) -> list[Any]:
         """Call `function(*arguments)` on every rank. Raises AssertionError where one fails, dies or hangs.
 
-        seconds: after which ranks hang that have not answered.
+        seconds: a rank that has not answered by then counts as hanging.
         """
         self._signal(signal.SIGCONT)
         size, end = len(self.pipes), time.monotonic() + seconds
@@ -106,7 +106,7 @@ class World:
 
 
 def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call the module-level `function(*arguments)` on `size` ranks; returns their results (arrays, not tensors)."""
+    """Call the module-level `function(*arguments)` on `size` ranks; return their results (arrays, not tensors)."""
     world = _worlds.get(size)
     if world is None:
         world = _worlds[size] = World(size)
@@ -118,9 +118,9 @@ def run_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[
 
 
 def topology(tensor: int, sequence: bool) -> Any:
-    """Inside a rank: the Topology of this world at a tensor-parallel size, its groups built once.
+    """Inside a rank: return the Topology of this world at a tensor-parallel size. Its groups are built once.
 
-    Every gloo group keeps threads for good, so groups are reused, with Megatron's globals set back to them.
+    Every gloo group keeps its threads for good, so groups are reused and Megatron's globals are set back to them.
     """
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -128,7 +128,7 @@ def topology(tensor: int, sequence: bool) -> Any:
     from lowrank_dist.parallel.topology import Topology
 
     if tensor not in _topologies:
-        # Forgotten, not destroyed: the groups live on in the topologies made before.
+        # Megatron forgets its groups but does not destroy them: they live on in the topologies made before.
         parallel_state.destroy_model_parallel()
         built = Topology.build(tensor, dist.get_world_size() // tensor, sequence, TIMEOUT)
         _topologies[tensor] = (built, {k: v for k, v in vars(parallel_state).items() if k.startswith("_")})
@@ -138,7 +138,7 @@ def topology(tensor: int, sequence: bool) -> Any:
 
 
 def device() -> Any:
-    """The torch device of this rank; in the process that runs the tests, the one that they are about."""
+    """Return the torch device of this rank or, in the process that runs the tests, the device under test."""
     import torch
 
     return torch.device(DEVICE) if _device is None else _device
@@ -163,9 +163,9 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
     backend = select_backend(DEVICE, rank, size)
     _device = backend.device
     if _device.type == "cuda":
-        # torch's default, said aloud: fp32 products in TF32 err by 1e-3, and the tolerances here are those of fp32.
+        # torch's default, set explicitly: fp32 products in TF32 err by 1e-3, and the tolerances here are those of fp32.
         torch.set_float32_matmul_precision("highest")
-    # A world of one has nobody to talk to: NCCL at N = 1 is tried by tests/gpu/short_run.py, not by every reference.
+    # A world of one needs no communication. NCCL at N = 1 is tested by tests/gpu/short_run.py, not by every reference.
     collective = backend.collective if size > 1 else "gloo"
     _share_the_device_of_gloo()
     dist.init_process_group(
@@ -184,15 +184,15 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
 
 
 def _share_the_device_of_gloo() -> None:
-    """One device, and so one thread that looks at sockets, for all groups of this process.
+    """Give all groups of this process one gloo device, and so one thread that polls sockets.
 
-    torch makes one a group, and each looks a hundred times a second: 55 of them in each rank of a world of four.
+    torch makes one device a group, and each polls a hundred times a second: 55 of them in each rank of a world of four.
     """
     from torch.distributed import ProcessGroupGloo, distributed_c10d
 
     before = set(os.listdir("/proc/self/task"))
     device = ProcessGroupGloo.create_default_device()
-    # It spins from a message's arrival until its rank asks for it, and more ranks compute than there are cores.
+    # The thread spins from a message's arrival until its rank asks for it, and more ranks compute than there are cores.
     for thread in set(os.listdir("/proc/self/task")) - before:
         os.setpriority(os.PRIO_PROCESS, int(thread), 5)
 

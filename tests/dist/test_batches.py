@@ -1,4 +1,4 @@
-"""Loss and gradients do not depend on how a batch is cut, padded, packed or recomputed; Φ₀ costs nothing but itself."""
+"""Loss and gradients do not depend on how a batch is split, padded, packed or recomputed; Φ₀ has no training state."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_cut_does_not_matter_to_three_steps(base: Setting, cut: str) -> None
 
 
 def mean_of_means(setting: Setting) -> float:
-    """The loss as trainers that average each microbatch get it: wrong whenever lengths differ."""
+    """Return the loss of trainers that average each microbatch, which is wrong whenever lengths differ."""
     model, _, masks, _ = build(setting)
     batches, _ = microbatches(setting, 0, 1, 1)
     means = []
@@ -60,7 +60,7 @@ def mean_of_means(setting: Setting) -> float:
 
 
 def test_notices_a_mean_of_means(base: Setting) -> None:
-    """Negative control: what normalising by microbatch would give differs visibly."""
+    """Negative control: normalising by microbatch gives visibly different numbers."""
     expected = run_ranks(1, forward_backward, base)[0]["loss"]
     assert abs(run_ranks(1, mean_of_means, replace(base, micro_batch=1))[0] - expected) > 1e-3 * expected
 
@@ -77,7 +77,7 @@ def packed_without_segments(setting: Setting) -> float:
 
 
 def test_notices_attention_across_samples(base: Setting) -> None:
-    """Negative control: packed rows in which a sample sees the one before it."""
+    """Negative control: packed rows in which a sample attends to the one before it."""
     expected = run_ranks(1, forward_backward, base)[0]["loss"]
     assert abs(run_ranks(1, packed_without_segments, replace(base, packing=True))[0] - expected) > 1e-3 * expected
 
@@ -98,7 +98,7 @@ def test_a_microbatch_without_targets_is_zero_and_does_not_hang(base: Setting) -
 
 
 def bytes_of_training(setting: Setting, unfreeze: bool = False) -> dict[str, Any]:
-    """Bytes that a training step leaves behind beside Φ₀ and Θ, seen from the optimiser and the parameters."""
+    """Return the bytes that a training step leaves beside Φ₀ and Θ, counted from the optimiser and the parameters."""
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 
     model, adapted, masks, topology = build(setting)
@@ -132,7 +132,7 @@ def bytes_of_training(setting: Setting, unfreeze: bool = False) -> dict[str, Any
 
 
 def test_the_frozen_base_has_no_gradient_master_state_or_bucket(base: Setting) -> None:
-    """Counted per rank: everything is |Θ|-sized, and over two data-parallel ranks the state is halved."""
+    """On each rank all training state is |Θ|-sized, and over two data-parallel ranks the optimiser state is halved."""
     for world, tensor in ((1, 1), (2, 2), (4, 2)):
         for seen in run_ranks(world, bytes_of_training, replace(base, tensor=tensor)):
             dp = world // tensor

@@ -1,4 +1,4 @@
-"""Ranks on different dates: one moment a run, which rank 0 says and a checkpoint keeps."""
+"""Ranks whose clocks show different dates: a run has one start time, set by rank 0 and kept in checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DAY = datetime(2026, 11, 30, 23, 59, 59)
 
 
 def begun_on(days: list[int], kept: str | None) -> str:
-    """One rank, whose clock is off by days: when its run began. kept: what the checkpoint says, if there is one."""
+    """On one rank, whose clock is off by days: return the run's start time. kept: the checkpoint's, if there is one."""
     from lowrank_dist.engine import resume
 
     topology: Any = ranks.topology(1, False)

@@ -1,4 +1,4 @@
-"""No added collective: adapted layers issue the calls of Megatron's frozen ones, and nothing runs below the lowest."""
+"""No added collective: adapted layers issue the calls of frozen ones. No backward below the lowest adapted layer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class CountMatmuls(TorchDispatchMode):
 
 
 def build(folder: str, topology: Any, targets: Any, recompute: bool, fuse_factors: bool = False) -> Any:
-    """The model with factors on `targets` (all of layers that a regular expression names), or frozen where None.
+    """Return the model with factors on `targets` (all layers that a regular expression names), or frozen where None.
 
     Frozen means Megatron's own linears, not ours without factors.
     """
@@ -86,7 +86,7 @@ def build(folder: str, topology: Any, targets: Any, recompute: bool, fuse_factor
 
 
 def train_embedding(model: Any) -> None:
-    """Let the embedding's output require a gradient: the lowest layer is then a layer like the others."""
+    """Let the embedding's output require a gradient, so that the lowest layer behaves like the others."""
     model.embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
 
 
@@ -96,7 +96,7 @@ def loss_of(model: Any) -> Tensor:
 
 
 def count(model: Any) -> tuple[CollectiveCount, CollectiveCount]:
-    """Forward and backward of one microbatch."""
+    """Count the collectives of one microbatch, forward and backward."""
     with count_collectives() as forward:
         loss = loss_of(model)
     with count_collectives() as backward:
@@ -105,7 +105,7 @@ def count(model: Any) -> tuple[CollectiveCount, CollectiveCount]:
 
 
 def count_frozen_and_adapted(folders: dict[str, str], sequence: bool, recompute: bool) -> dict[str, Any]:
-    """One rank: per family, the calls of the frozen model and of each choice of targets: [(kind, bytes)] by phase."""
+    """On one rank: return calls [(kind, bytes)] by family and phase, of the frozen model of each choice of targets."""
     topology = ranks.topology(dist.get_world_size(), sequence)
     counts: dict[str, Any] = {}
     for family in FAMILIES:
@@ -126,7 +126,7 @@ def count_frozen_and_adapted(folders: dict[str, str], sequence: bool, recompute:
 def test_adapted_layers_issue_the_calls_of_frozen_ones(
     folders: dict[str, str], sequence: bool, recompute: bool, world: int
 ) -> None:
-    """The same kinds in the same order, forward and backward; a message is wider by its linear's R or not at all."""
+    """The same kinds in the same order, forward and backward; a message is at most wider by its linear's R."""
     for counts in run_ranks(world, count_frozen_and_adapted, folders, sequence, recompute):
         for family, (frozen, *adapted) in counts.items():
             assert all(frozen)
@@ -139,7 +139,7 @@ def test_adapted_layers_issue_the_calls_of_frozen_ones(
 
 
 def test_calls_of_a_layer(folders: dict[str, str]) -> None:
-    """Two models that differ by two layers, counted in full: what the frozen Megatron layer issues, by kind."""
+    """The calls of a frozen Megatron layer by kind: the difference of two models that differ by two layers."""
     for sequence, kinds in ((True, {"all-gather": 2, "reduce-scatter": 2}), (False, {"all-reduce": 2})):
         phases = run_ranks(2, count_by_depth, folders, sequence)[0]
         for phase in phases:
@@ -147,7 +147,7 @@ def test_calls_of_a_layer(folders: dict[str, str]) -> None:
 
 
 def count_by_depth(folders: dict[str, str], sequence: bool) -> list[Counter[str]]:
-    """One rank: calls of three adapted layers less those of one, forward and backward."""
+    """On one rank: return the calls of three adapted layers minus those of one, forward and backward."""
     topology = ranks.topology(2, sequence)
     counts = []
     for depth in ("1", "3"):
@@ -158,7 +158,7 @@ def count_by_depth(folders: dict[str, str], sequence: bool) -> list[Counter[str]
 
 
 def count_planted(folder: str) -> tuple[list[int], list[int], list[int]]:
-    """One rank: calls forward and backward, without and with a planted call each way, and by the profiler with it."""
+    """On one rank: count calls each way, without and with a planted call, and with it also by the profiler."""
     from torch.profiler import profile
 
     topology = ranks.topology(2, True)
@@ -182,7 +182,7 @@ def count_planted(folder: str) -> tuple[list[int], list[int], list[int]]:
 
 
 def test_notices_a_planted_call(folders: dict[str, str]) -> None:
-    """Negative control, both ways; and the profiler, which looks from elsewhere, sees as many calls as we do."""
+    """Negative control, each way: the planted call shows. The profiler, an independent counter, agrees."""
     for plain, planted, profiled in run_ranks(2, count_planted, folders["llama"]):
         assert [more - fewer for more, fewer in zip(planted, plain, strict=True)] == [1, 1]
         assert profiled == planted
@@ -191,7 +191,7 @@ def test_notices_a_planted_call(folders: dict[str, str]) -> None:
 def backward_work(
     folder: str, sequence: bool, recompute: bool, targets: str, embedding: bool = False
 ) -> dict[str, Any]:
-    """One rank: what backward does where only `targets` are adapted: graph nodes, collectives, matrix products."""
+    """On one rank: count graph nodes, collectives and matrix products of backward where only `targets` are adapted."""
     topology = ranks.topology(2, sequence)
     model = build(folder, topology, targets, recompute)
     if embedding:
@@ -218,7 +218,7 @@ def layers(*numbers: int) -> str:
 
 @pytest.mark.parametrize(("sequence", "recompute"), MODES)
 def test_nothing_runs_below_the_lowest_adapted_layer(folders: dict[str, str], sequence: bool, recompute: bool) -> None:
-    """Backward of a model whose last layer alone is adapted does not depend on how many layers lie below."""
+    """Where only the last layer is adapted, backward does not depend on how many layers lie below it."""
     alone = run_ranks(2, backward_work, folders["1"], sequence, recompute, layers(0))
     assert alone[0]["products"] > 0 and alone[0]["calls"].total() > 0
     assert run_ranks(2, backward_work, folders["3"], sequence, recompute, layers(2)) == alone
@@ -232,10 +232,10 @@ def test_nothing_runs_below_the_lowest_adapted_layer(folders: dict[str, str], se
 
 @pytest.mark.parametrize("sequence", [True, False])
 def test_lowest_adapted_linear_forms_no_gradient_of_its_input(folders: dict[str, str], sequence: bool) -> None:
-    """Two products fewer (dY·W and dU·A), and of its message only the R columns of dU are left, or nothing."""
+    """Two products fewer (dY·W and dU·A); of its message at most the R columns of dU are left."""
     column_bytes = ROWS * LENGTH * 4
     alone, beside = column_bytes * RANK, column_bytes * (HIDDEN + RANK)
-    # Below down_proj, the dX of fc1, proj and qkv is not formed either.
+    # The dX of fc1, proj and qkv below down_proj is not computed either.
     for name, kind, below in (("q_proj", "reduce-scatter", 0), ("down_proj", "all-gather", 3)):
         target = rf"model\.layers\.0\..*{name}"
         trained = run_ranks(2, backward_work, folders["1"], sequence, False, target)[0]
@@ -249,7 +249,7 @@ def test_lowest_adapted_linear_forms_no_gradient_of_its_input(folders: dict[str,
 
 
 def optimiser_calls(folder: str, tensor: int, stage: int, micro_batch: int, per_parameter: bool) -> dict[str, Any]:
-    """One rank: the tensor-parallel group's calls in the microbatches of one step and in the step itself."""
+    """On one rank: return the tensor-parallel group's calls in one step's microbatches, and in the update."""
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 
     setting = Setting(folder, tensor, True, zero_b=False, micro_batch=micro_batch, zero_stage=stage, pad_to=48)
@@ -282,7 +282,7 @@ def optimiser_calls(folder: str, tensor: int, stage: int, micro_batch: int, per_
         "microbatches": len(batches),
         "model": model_alone.within(topology.tp_group).calls_by_kind(),
         "accumulate": accumulated.within(topology.tp_group).calls_by_kind(),
-        # Scalars of the gradient norm and the overflow flag apart, which any distributed optimiser exchanges.
+        # Without the scalars of the gradient norm and the overflow flag, which any distributed optimiser exchanges.
         "step": [(c.kind, c.bytes) for c in stepped.within(topology.tp_group).calls if c.bytes > 64],
         "deferred_bytes": 4 * replicated // topology.dp_size,
     }
@@ -290,7 +290,7 @@ def optimiser_calls(folder: str, tensor: int, stage: int, micro_batch: int, per_
 
 @pytest.mark.parametrize(("world", "stage"), [(2, 1), (4, 1), (4, 2)])
 def test_deferred_reduction_is_one_call_a_step(folders: dict[str, str], world: int, stage: int) -> None:
-    """One flat all-reduce of this rank's partition of the replicated factors, however many layers and microbatches."""
+    """One flat all-reduce of this rank's replicated factors, for any number of layers and microbatches."""
     for micro_batch in (2, 1):
         for found in run_ranks(world, optimiser_calls, folders["llama"], 2, stage, micro_batch, False):
             assert found["microbatches"] == len(LENGTHS) // (world // 2) // micro_batch
@@ -300,6 +300,6 @@ def test_deferred_reduction_is_one_call_a_step(folders: dict[str, str], world: i
 
 
 def test_notices_a_reduction_per_parameter(folders: dict[str, str]) -> None:
-    """Negative control: a sum for every parameter shows as one call for each of the four linears of both layers."""
+    """Negative control: one reduction per parameter shows as a call for each of the four linears of both layers."""
     found = run_ranks(2, optimiser_calls, folders["llama"], 2, 1, 2, True)[0]
     assert len(found["step"]) == 2 * 4

@@ -1,7 +1,7 @@
-"""A whole training step never leaves its device: seen without a GPU, on the meta device, which mixes with no other.
+"""A whole training step never leaves its device: tested without a GPU, on the meta device, which mixes with no other.
 
-What a CUDA run would stop at (an index, a mask or a sum made on the CPU by oversight) stops here too. Collectives are
-those of torch's fake process group, as one rank of two.
+Whatever would stop a CUDA run (an index, a mask or a sum made on the CPU by oversight) stops here too. Collectives are
+those of torch's fake process group; this process is one rank of two.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SETTINGS = {
 
 
 def devices_of_a_step(settings: list[Setting], broken: str) -> list[set[str] | str]:
-    """In a process of its own: per setting the devices of all that a step made, or the error that it stopped at."""
+    """In a process of its own: return, by setting, the devices of a step's tensors, or the error that stopped it."""
     import torch
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -39,7 +39,7 @@ def devices_of_a_step(settings: list[Setting], broken: str) -> list[set[str] | s
 
     device = torch.device("meta")
     torch.cuda.current_device = lambda: device
-    load._check_tied = load._fill = lambda *_: None  # there is nothing to fill
+    load._check_tied = load._fill = lambda *_: None  # meta tensors have no values to fill
     megatron.prepare(device)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     found: list[set[str] | str] = []
@@ -81,6 +81,6 @@ def test_a_step_stays_on_its_device(settings: list[Setting]) -> None:
 
 @pytest.mark.parametrize("broken", ["batch", "mask rows"])
 def test_notices_a_tensor_that_stayed_behind(settings: list[Setting], broken: str) -> None:
-    """Negative control: token ids, or the rows of the dropout masks alone, that were not moved."""
+    """Negative control: token ids, or the rows of the dropout masks alone, stay on the CPU."""
     for error in apart(settings[:2], broken):
         assert isinstance(error, str) and "meta" in error and "cpu" in error

@@ -1,4 +1,4 @@
-"""Doctor's all-reduce on real ranks: what it measures, and that a wrong sum is no measurement."""
+"""Doctor's all-reduce on real ranks: its measurements, and that a wrong sum is not reported as a measurement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def measured(library: str) -> dict[str, Any]:
 
 
 def in_nodes(nodes: list[list[int]]) -> int | None:
-    """How many ranks the group of this rank's node has; None without a group."""
+    """Return the size of the group of this rank's node; None without a group."""
     import torch.distributed as dist
 
     from lowrank_dist.doctor import links

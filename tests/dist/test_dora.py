@@ -1,6 +1,6 @@
-"""DoRA's norms: computed anew by whatever changes factors, with one reduction for the model and none in a layer.
+"""DoRA's norms: recomputed by whatever changes factors, with one reduction for the whole model and none in a layer.
 
-That it trains as PEFT does, and the same at every layout, is in test_methods.py.
+test_methods.py tests that DoRA trains as PEFT's does and alike at every layout.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def poison(model: torch.nn.Module) -> None:
 def losses_around_a_step(
     folder: str, poisoned: bool, refreshing: bool
 ) -> tuple[float, float, dict[tuple[str, str], int]]:
-    """One rank: the loss before and after a step of the engine, and the messages of the step."""
+    """On one rank: return the loss before and after a step of the engine, and the collectives of the step."""
     from lowrank_dist.engine.zero import Engine, OptimiserRules, ZeroOptimiser
     from lowrank_dist.parallel.counting import count_collectives
 
@@ -61,7 +61,7 @@ def test_a_step_computes_the_norms(folder: str) -> None:
     before, clean, _ = run_ranks(2, losses_around_a_step, folder, False, True)[0]
     _, poisoned, _ = run_ranks(2, losses_around_a_step, folder, True, True)[0]
     assert poisoned == clean != before
-    # The controls: nobody computes them, after a poison and without.
+    # The controls: norms are not recomputed, with and without poisoned values.
     assert torch.tensor(run_ranks(2, losses_around_a_step, folder, True, False)[0][1]).isnan()
     assert run_ranks(2, losses_around_a_step, folder, False, False)[0][1] != clean
 
@@ -74,7 +74,7 @@ def test_all_norms_are_one_reduction(folder: str) -> None:
 
 
 def starts(folder: str, adapter: str) -> dict[str, float]:
-    """One rank: the loss at the start, from an adapter whose norms nobody has computed yet, and the base's."""
+    """On one rank: return the loss at the start from an adapter, with norms computed and with stale norms."""
     from unittest import mock
 
     from lowrank_dist.config import Config
@@ -105,7 +105,7 @@ def starts(folder: str, adapter: str) -> dict[str, float]:
 
 
 def test_an_adapter_to_start_from_brings_its_norms(folder: str, tmp_path: Path) -> None:
-    """PEFT is the referee of the loss; the control is a start whose norms are those of untrained factors."""
+    """The loss is checked against PEFT; the control is a start whose norms are those of untrained factors."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

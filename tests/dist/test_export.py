@@ -36,7 +36,7 @@ def token_ids() -> torch.Tensor:
 
 
 def export(setting: Setting, out: str, rslora: bool) -> Any:
-    """One rank: random factors, the sharded model's logits, and the gathered adapter written by rank 0."""
+    """On one rank: draw random factors and return the sharded model's logits; rank 0 writes the gathered adapter."""
     from tests.dist.whole import gather_factors
 
     model, adapted, _, topology = build(setting)
@@ -75,7 +75,7 @@ def test_peft_reproduces_the_sharded_model(case: str, rslora: bool, tmp_path: Pa
 
 
 def test_parts_of_different_scale_and_rank_become_one_factor(tmp_path: Path) -> None:
-    """q at alpha 8 and rank 4, v at alpha 3 and rank 2: one c_attn factor of rank 6 keeps both updates."""
+    """q (alpha 8, r = 4) and v (alpha 3, r = 2) become one c_attn factor of r = 6 that keeps both updates."""
     from lowrank_dist.arch.placement import LoraRules, place_factors
     from lowrank_dist.methods.lora.factors import WholeFactor
 
@@ -95,7 +95,7 @@ def test_parts_of_different_scale_and_rank_become_one_factor(tmp_path: Path) -> 
         expected[row : row + 64] = spec.scale * b @ a
     torch.testing.assert_close(update, expected, rtol=1e-6, atol=1e-7)
     assert not update[64:128].any()
-    # Negative control: the same blocks under v's own scale are another update.
+    # Negative control: the same blocks under v's own scale give another update.
     wrong = replace(whole["transformer.h.0.attn.v_proj"].spec, scale=2.0)
     whole["transformer.h.0.attn.v_proj"] = WholeFactor(wrong, *values["transformer.h.0.attn.v_proj"])
     spoiled = adapter_factors(whole)["transformer.h.0.attn.c_attn"]

@@ -1,4 +1,4 @@
-"""Faults of forked ranks and programs are reported, and forks share what tests/forked.py says they share."""
+"""Faults of forked ranks and programs are reported, and forks share with their server what tests/forked.py says."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def world() -> Iterator[World]:
 
 
 def befall(kind: str, victim: int) -> int:
-    """In a rank: nothing for all but one."""
+    """Inside a rank: cause the fault on the rank `victim` alone."""
     import torch.distributed as dist
 
     if dist.get_rank() == victim:
@@ -95,7 +95,7 @@ def test_codes_that_differ_are_shown_with_what_was_said() -> None:
 
 
 def test_a_collective_without_its_peer_ends(world: World) -> None:
-    """A rank that dies is named by what it died of, or by the peer that misses it: never by a hang."""
+    """A dead rank is reported by what killed it, or by the peer that misses it; the call never hangs."""
     began = time.monotonic()
     with pytest.raises(AssertionError, match=r"rank [01] of 2:\n(Traceback|killed by signal 11)"):
         world.run(die_in_a_collective, ())
@@ -112,7 +112,7 @@ def die_in_a_collective() -> None:
 
 
 def surroundings() -> dict[str, Any]:
-    """In a rank: what it shares, or does not share, with its server."""
+    """Inside a rank: return the state that it shares, or does not share, with its server."""
     import torch
 
     status = Path("/proc/self/status").read_text().splitlines()
@@ -181,7 +181,7 @@ def program(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["word", "exit", "import", "bytes"])
 def test_programs_are_what_a_new_interpreter_makes_of_them(program: Path, kind: str) -> None:
-    """The same words, codes, streams, imports and last acts."""
+    """Output, exit codes, streams, imports and exit handlers of forked programs are those of a new interpreter."""
     environments = [{"WHO": "0"}, {"WHO": "3", "PYTHONPATH": "/nowhere"}]
     found = forked.run_programs([program, kind], environments, seconds=60)
     options = {"capture_output": True, "encoding": "utf-8", "errors": "replace", "check": False}
@@ -242,7 +242,7 @@ def draws_and_limits() -> tuple[float, int, tuple[int, int]]:
 
 
 def test_a_fork_draws_for_itself_and_has_its_starters_limits() -> None:
-    """Not those of whoever started the server."""
+    """A fork has its own random state, and the resource limits of its starter, not of whoever started the server."""
     umask, core = os.umask(0o027), resource.getrlimit(resource.RLIMIT_CORE)
     os.umask(umask)
     wanted = (1, core[1]) if core[1] != 0 else core
@@ -263,7 +263,7 @@ def test_a_fork_draws_for_itself_and_has_its_starters_limits() -> None:
 
 
 def test_a_module_that_cannot_be_loaded_is_an_error(tmp_path: Path) -> None:
-    """The server itself passes over it: everything would run, and start as slowly as before."""
+    """The server itself ignores the failed import: everything would run, with starts as slow as before."""
     code = (
         "from tests import forked\n"
         "if __name__ == '__main__':\n"
@@ -359,7 +359,7 @@ def test_ranks_end_with_a_killed_owner_though_they_are_stopped(tmp_path: Path) -
 
 
 def test_a_world_stands_still_between_two_calls(world: World) -> None:
-    """Stopped ranks take no time of the processor, and go on where they were."""
+    """Stopped ranks use no CPU time, and continue where they were."""
     first = world.run(surroundings, ())
 
     def seconds(pid: int) -> float:
@@ -369,7 +369,7 @@ def test_a_world_stands_still_between_two_calls(world: World) -> None:
         return {Path(f"/proc/{one['pid']}/stat").read_text().rpartition(")")[2].split()[0] for one in first}
 
     end = time.monotonic() + 10
-    while states() != {"T"} and time.monotonic() < end:  # a signal takes its time
+    while states() != {"T"} and time.monotonic() < end:  # a signal needs a moment to arrive
         time.sleep(0.01)
     assert states() == {"T"}
     used = [seconds(one["pid"]) for one in first]

@@ -1,4 +1,4 @@
-"""Decoding on shards: token for token transformers' `generate`; cached = uncached; every rank draws the same token."""
+"""Decoding on shards: the tokens of transformers' `generate`; cached = uncached; every rank draws the same token."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.tiny_models import FAMILY_NAMES, PAD, VOCAB, make_tiny
 LENGTHS = (3, 11, 7, 1, 20, 11)
 NEW = 24
 WINDOW = 6
-STOPS = tuple(range(30, 38))  # of random models every thirteenth token or so
+STOPS = tuple(range(30, 38))  # random models write one about every thirteenth token
 # Name → (family, keys of config.json).
 VARIANTS = {
     "one_kv": ("llama", {"num_key_value_heads": 1}),
@@ -53,7 +53,7 @@ def prompts() -> list[Any]:
 
 
 def transformers_tokens(folder: str, adapter: str | None = None) -> list[list[int]]:
-    """Greedy, one left-padded batch, cut after the stop token; with the adapter as PEFT puts it on."""
+    """Decode greedily in one left-padded batch and cut after the stop token; an adapter is applied by PEFT."""
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter).eval()
@@ -74,7 +74,7 @@ def load(folder: str, topology: Any, adapter: str | None = None) -> Any:
 def generated(
     folders: dict[str, str], tensor: int, sequence: bool, rules: dict[str, Any], broken: str = "", adapter: str = ""
 ) -> dict[str, list[list[int]]]:
-    """One rank: the tokens of every prompt from every folder."""
+    """On one rank: return the tokens of every prompt from every folder."""
     from lowrank_dist.generate.decode import generate
     from lowrank_dist.generate.sampling import SamplingParams
 
@@ -153,7 +153,7 @@ def test_greedy_is_transformers_generate(
     folders: dict[str, str], expected: dict[str, list[list[int]]], layout: str
 ) -> None:
     world, tensor, sequence = LAYOUTS[layout]
-    # Four ranks add nothing but heads that no rank has whole.
+    # Four ranks add only the case of heads that no rank holds whole.
     chosen = folders if world < 4 else {name: folders[name] for name in ("one_kv", "qwen3")}
     found = run_ranks(world, generated, chosen, tensor, sequence, {"max_new_tokens": NEW, "batch": 4})
     for rank in found:
@@ -162,7 +162,7 @@ def test_greedy_is_transformers_generate(
 
 
 def test_models_stop_and_run_on(expected: dict[str, list[list[int]]]) -> None:
-    """The prompts above try both ends, and rows that leave a batch at different steps."""
+    """The prompts above cover both ways to end, and rows that leave a batch at different steps."""
     lengths = {len(row) for rows in expected.values() for row in rows}
     assert NEW in lengths and len(lengths) > 8
 
@@ -195,7 +195,7 @@ def adapters(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
 
 
 def adapter_of(folder: Path) -> Any:
-    """Uneven ranks, modules without factors, B ≠ 0; the head, which training does not adapt, left alone."""
+    """Return an adapter with uneven r, modules without factors, and B ≠ 0. The head, which is not trained, has none."""
     sizes = {"q_proj": (3, 6.0), "v_proj": (2, 6.0), "down_proj": (5, 6.0), "c_attn": (3, 6.0), "c_fc": (2, 6.0)}
     return random_adapter(folder, lambda module: sizes.get(module.rpartition(".")[2]))
 
@@ -209,14 +209,14 @@ def test_adapters_decode_as_in_peft(
     for name, adapter in adapters.items():
         found = run_ranks(world, generated, {name: folders[name]}, tensor, sequence, rules, "", adapter)[0][name]
         assert found == transformers_tokens(folders[name], adapter), name
-        # Negative control: the adapter changes what is written.
+        # Negative control: the adapter changes the tokens.
         assert found != expected[name], name
 
 
 def stepwise_logits(
     folders: dict[str, str], adapters: dict[str, str], tensor: int, sequence: bool
 ) -> dict[str, dict[str, np.ndarray]]:
-    """One rank: logits after each of the last columns: whole rows at once; cached in a left-padded batch; alone."""
+    """On one rank: return the logits after each last column: of whole rows, cached in a padded batch, and alone."""
     from lowrank_dist.parallel.vocab import all_gather_columns
 
     topology = ranks.topology(tensor, sequence)
@@ -260,7 +260,7 @@ def test_cached_equals_uncached_and_a_batch_its_rows(
             scale = np.abs(logits["whole"]).max()
             for kind in ("batch", "alone"):
                 assert np.abs(logits[kind] - logits["whole"]).max() <= 1e-5 * scale, (name, kind)
-            # Negative control: steps differ from one another by far more.
+            # Negative control: the logits of different steps differ by far more.
             assert np.abs(logits["batch"][:, 1:] - logits["whole"][:, :-1]).max() > 1e-2 * scale, name
 
 
@@ -274,5 +274,5 @@ def test_what_is_sampled_depends_on_nothing_but_seed_prompt_and_step(folders: di
         for batch in (1, 4):
             for found in run_ranks(world, generated, chosen, tensor, sequence, {**rules, "batch": batch}):
                 assert found == expected
-        # Negative control: another seed writes something else, and so does greedy decoding.
+        # Negative control: another seed gives other tokens, and so does greedy decoding.
         assert run_ranks(1, generated, chosen, 1, False, {**rules, "batch": 6, "seed": 6})[0] != expected

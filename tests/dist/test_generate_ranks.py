@@ -1,4 +1,4 @@
-"""What decoding asks of ranks: one token for all, sequence parallelism off and on again, few messages."""
+"""Decoding across ranks: one token for all, sequence parallelism switched off and on again, few messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def adapted_model(folder: str, sequence: bool) -> tuple[Any, list[Any]]:
-    """The model with factors (B ≠ 0), fused where sequence parallelism allows it, and the factors."""
+    """Return the factors (B ≠ 0) and the model with them, fused where sequence parallelism allows it."""
     from tests.dist.whole import theta_of
 
     model, adapted, _, _ = build(Setting(folder, 2, sequence, zero_b=False, fuse_factors=True))
@@ -47,7 +47,7 @@ def loss_and_gradients(model: Any, theta: list[Any]) -> list[np.ndarray]:
 
 
 def switched(folder: str) -> dict[str, Any]:
-    """One rank: loss, partial gradients and calls of a pass, of a model built either way and of one that switches."""
+    """On one rank: return loss, partial gradients and calls of a pass, for either model and for a switched one."""
     from lowrank_dist.parallel.counting import count_collectives
 
     found = {}
@@ -63,19 +63,22 @@ def switched(folder: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_switch_gives_the_model_that_was_built_without(folders: dict[str, str], family: str) -> None:
-    """Gradients of replicated factors are partial sums, over token shards or over weight shards: they tell the two."""
+    """A switched model has the gradients and the calls of one that was built that way.
+
+    Gradients of replicated factors are partial sums over token shards or over weight shards, which tells the two apart.
+    """
     for found in run_ranks(2, switched, folders[family]):
         for name, twin in (("switched", "off"), ("back", "on")):
             assert found[f"{name} calls"] == found[f"{twin} calls"]
             for one, other in zip(found[name], found[twin], strict=True):
                 np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
-        # Negative control: the two are not the same thing.
+        # Negative control: the two differ.
         assert found["on calls"] != found["off calls"]
         assert any(not np.allclose(a, b, rtol=1e-2) for a, b in zip(found["on"], found["off"], strict=True))
 
 
 def unswitched(folder: str) -> str:
-    """One rank: what is said of a step of one token on a model that is still cut over positions."""
+    """On one rank: return the error of decoding one token on a model that is still sharded over positions."""
     model, _ = adapted_model(folder, True)
     cache = model.new_cache(torch.zeros(1, dtype=torch.int64, device=ranks.device()), 4)
     try:
@@ -90,7 +93,7 @@ def test_decoding_under_sequence_parallelism_is_refused(folders: dict[str, str])
 
 
 def step_calls(folder: str, temperature: float) -> list[tuple[str, int]]:
-    """One rank: the calls of one decoding step, from completions of two lengths."""
+    """On one rank: return the calls of one decoding step, from completions of two lengths."""
     from lowrank_dist.generate.decode import generate
     from lowrank_dist.generate.prompts import Prompt
     from lowrank_dist.generate.sampling import SamplingParams
@@ -110,7 +113,7 @@ def step_calls(folder: str, temperature: float) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize(("temperature", "drawing"), [(0.0, []), (1.0, [("all-gather", 512), ("broadcast", 8)])])
 def test_calls_of_a_step(folders: dict[str, str], temperature: float, drawing: list[tuple[str, int]]) -> None:
-    """One reduction for the embedding and two a layer; one 16-byte gather for the largest logit, in sampling all."""
+    """One reduction for the embedding, two a layer, one gather: 16 bytes in greedy decoding, all logits in sampling."""
     for found in run_ranks(2, step_calls, folders["llama"], temperature):
         kinds = Counter(kind for kind, _ in found)
         assert kinds.pop("all-reduce") == 1 + 2 * 2
@@ -118,7 +121,7 @@ def test_calls_of_a_step(folders: dict[str, str], temperature: float, drawing: l
 
 
 def drawn_by_ranks(disagree: bool, agreement: bool) -> list[list[int]]:
-    """One rank: tokens of equal logits, drawn with numbers that depend on the rank where `disagree`."""
+    """On one rank: draw tokens from equal logits, with random numbers that depend on the rank where `disagree`."""
     from lowrank_dist.generate import sampling
     from lowrank_dist.generate.sampling import SamplingParams
 
@@ -139,13 +142,13 @@ def drawn_by_ranks(disagree: bool, agreement: bool) -> list[list[int]]:
 def test_ranks_go_on_with_one_token() -> None:
     one, other = run_ranks(2, drawn_by_ranks, True, True)
     assert one == other == run_ranks(2, drawn_by_ranks, False, True)[0]
-    # Negative control: without the broadcast they part.
+    # Negative control: without the broadcast the ranks' tokens differ.
     one, other = run_ranks(2, drawn_by_ranks, True, False)
     assert one != other
 
 
 def greedy_of(logits: list[list[float]]) -> list[int] | str:
-    """One rank: the greedy tokens of whole logits, of which it holds its share, padded to whole columns."""
+    """On one rank: return the greedy tokens of logits of which it holds its share, padded to whole columns."""
     from lowrank_dist.errors import UserError
     from lowrank_dist.generate.sampling import SamplingParams, next_tokens
 
@@ -164,8 +167,8 @@ def greedy_of(logits: list[list[float]]) -> list[int] | str:
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_of_equal_logits_the_lowest_id_wins(world: int) -> None:
     rows = [
-        [0.0, 5.0, 1.0, 5.0, 5.0, 0.0, 5.0],  # within a rank and across them
-        [-9.0, -9.0, -9.0, -9.0, -9.0, -9.0, -8.0],  # padding would win, were it 0
+        [0.0, 5.0, 1.0, 5.0, 5.0, 0.0, 5.0],  # ties within a rank and across ranks
+        [-9.0, -9.0, -9.0, -9.0, -9.0, -9.0, -8.0],  # if padding counted as 0 it would win
         [-3.0, -3.0, -3.0, -3.0, -3.0, -3.0, -3.0],
         [0.0, 0.0, 0.0, 0.0, 0.0, 2.0, 2.0],
     ]
@@ -174,13 +177,13 @@ def test_of_equal_logits_the_lowest_id_wins(world: int) -> None:
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_end_every_rank(broken: float) -> None:
-    """One rank alone sees it, in one row."""
+    """One rank alone has the NaN or infinity, in one row."""
     for message in run_ranks(2, greedy_of, [[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, broken]]):
         assert "NaN or infinite" in message
 
 
 def last_columns(folder: str) -> np.ndarray:
-    """One rank of four, whose head is padded to 128 rows: its logits after one token."""
+    """On one rank of four, whose head is padded to 128 rows: return the logits after one token."""
     from lowrank_dist.generate.session import load_for_generation
 
     model = load_for_generation(Path(folder), None, ranks.topology(4, False), ranks.device(), dtype="fp32").model
@@ -191,11 +194,11 @@ def last_columns(folder: str) -> np.ndarray:
 def test_padded_rows_of_the_vocabulary_never_win(folders: dict[str, str]) -> None:
     logits = np.concatenate(run_ranks(4, last_columns, folders["llama"]))
     assert np.isfinite(logits[:VOCAB]).all() and (logits[VOCAB:] == -np.inf).all()
-    assert logits.size > VOCAB + 128  # a rank holds nothing but padding
+    assert logits.size > VOCAB + 128  # this rank holds only padding
 
 
 def evaluated_in_training(folder: str, data: str, tensor: int) -> dict[str, Any]:
-    """One rank: what an evaluation finds between two passes of training, and the gradients of both."""
+    """On one rank: return an evaluation's results between two training passes, and the gradients of both passes."""
     from lowrank_dist.data.tokenizer import load_tokenizer
     from lowrank_dist.generate.decode import EvaluationParams, evaluate_generation
     from lowrank_dist.generate.prompts import read_prompts
@@ -218,7 +221,7 @@ def evaluated_in_training(folder: str, data: str, tensor: int) -> dict[str, Any]
 
 
 def test_an_evaluation_leaves_training_as_it_was(folders: dict[str, str], tmp_path: Path) -> None:
-    """Bit by bit; and its result is the same at every layout, dropout and all."""
+    """Gradients are the same bits before and after; results are the same at every layout, dropout included."""
     rows = [{"prompt": "the" * n, "completion": "the t " * n} for n in range(1, 6)]
     data = str(write_jsonl(tmp_path / "data.jsonl", rows))
     (alone,) = run_ranks(1, evaluated_in_training, folders["llama"], data, 1)
@@ -232,7 +235,7 @@ def test_an_evaluation_leaves_training_as_it_was(folders: dict[str, str], tmp_pa
 
 
 def tokens_near_the_end(folder: str, lengths: tuple[int, ...]) -> list[tuple[int, str]]:
-    """One rank: how many tokens prompts of these lengths get of a model of 64 positions, and why they end."""
+    """On one rank: return how many tokens prompts of these lengths get in 64 positions, and why they end."""
     from lowrank_dist.generate.decode import generate
     from lowrank_dist.generate.prompts import Prompt
     from lowrank_dist.generate.sampling import SamplingParams
@@ -247,6 +250,6 @@ def tokens_near_the_end(folder: str, lengths: tuple[int, ...]) -> list[tuple[int
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_no_token_lies_beyond_the_last_position(folders: dict[str, str], family: str) -> None:
-    """Also where others of the batch go on; learned positions have no row there."""
+    """Also where other rows of the batch continue: learned positions have no row beyond the last."""
     (found,) = run_ranks(1, tokens_near_the_end, folders[family], (2, 60, 63, 44, 45))
     assert found == [(20, "length"), (4, "length"), (1, "length"), (20, "length"), (19, "length")]

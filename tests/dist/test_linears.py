@@ -39,7 +39,7 @@ def layouts(name: str) -> LinearLayout:
 
 
 def placement(layout: LinearLayout) -> LinearPlacement:
-    """Different ranks and scales per projection; k (part 1) is no target in the qkv layouts."""
+    """Return a placement with different r and scales by projection; k (part 1) is no target in the qkv layouts."""
     chosen = [i for i in range(len(layout.parts)) if layout.interleave != "qkv" or i != 1]
     specs = []
     for i in chosen:
@@ -74,7 +74,7 @@ def linear_operands(layout: LinearLayout, zero_b: bool) -> dict[str, Any]:
 
 
 def reference(layout: LinearLayout, p: float, zero_b: bool) -> dict[str, Tensor]:
-    """Unsharded, projection by projection, by autograd: Y = X·Wᵀ + s·dropout(X)·Aᵀ·Bᵀ in part order."""
+    """Compute the unsharded result by autograd, by projection: Y = X·Wᵀ + s·dropout(X)·Aᵀ·Bᵀ in part order."""
     data = linear_operands(layout, zero_b)
     x = data["x"].clone().requires_grad_()
     theta = {path: (a.clone().requires_grad_(), b.clone().requires_grad_()) for path, (a, b) in data["theta"].items()}
@@ -99,7 +99,7 @@ def reference(layout: LinearLayout, p: float, zero_b: bool) -> dict[str, Tensor]
 
 
 def build(layout: LinearLayout, topology: Any) -> tuple[torch.nn.Module, AdaptedLinear]:
-    """A Megatron linear of this rank with the weights and factors, all float64."""
+    """Return this rank's Megatron linear with the weights and factors, all in float64."""
     from megatron.core.model_parallel_config import ModelParallelConfig
 
     from lowrank_dist.parallel.factors import LowRankFactors
@@ -133,7 +133,7 @@ def build(layout: LinearLayout, topology: Any) -> tuple[torch.nn.Module, Adapted
 def run_linear(
     name: str, sequence: bool, p: float, zero_b: bool, needs_dx: bool, broken: str | None, fuse_factors: bool = False
 ) -> dict[str, Any]:
-    """One rank: forward, backward, deferred sum; returns whole tensors as numpy."""
+    """On one rank: run forward, backward and the deferred sum; return whole tensors as numpy arrays."""
     import torch.distributed as dist
 
     from lowrank_dist.parallel.masks import MaskSource
@@ -154,7 +154,7 @@ def run_linear(
     masks.set(STEP + (broken == "mask"), data["rows"].to(ranks.device()) + (broken == "mask_row"))
     linear.attach(adapted.factors, masks, STREAM, fuse_factors)
     if broken == "stale factor":
-        # Memory that is not written may hold anything, an earlier run's factor too.
+        # Uninitialised memory may hold anything, an earlier run's factor included.
         linear.frozen._factor.zero_()
         linear.frozen.with_factor = lambda factor: linear.frozen._buffer
 
@@ -178,13 +178,13 @@ def run_linear(
 
 
 def global_rows(layout: LinearLayout, rank: int, n: int) -> list[int]:
-    """Local output rows of a rank as rows of the parts laid one after the other."""
+    """Return where a rank's local output rows lie among the rows of all parts, one part after the other."""
     starts = [sum(part.rows for part in layout.parts[:i]) for i in range(len(layout.parts))]
     return [starts[s.part] + s.part_start + i for s in layout.segments(rank, n) for i in range(s.length)]
 
 
 def assemble(name: str, n: int, sequence: bool, results: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Whole y and dx out of the ranks' shares; factor gradients are whole already."""
+    """Return whole y and dx, assembled from the ranks' shards; factor gradients are whole already."""
     layout = layouts(name)
     whole = {k: torch.from_numpy(v) for k, v in results[0].items() if k.startswith("m.")}
     y = torch.zeros(S, B, layout.out_features, dtype=torch.float64)
@@ -227,7 +227,7 @@ def test_equals_the_unsharded_linear(name: str, n: int, sequence: bool) -> None:
 
 @pytest.mark.parametrize(("name", "sequence"), list(itertools.product(("qkv_gqa", "row"), (True, False))))
 def test_factors_get_their_gradient_where_the_input_needs_none(name: str, sequence: bool) -> None:
-    """The lowest adapted linear: no dX is formed, dA and dB are whole."""
+    """The lowest adapted linear: no dX is computed; dA and dB are whole."""
     results = run_ranks(2, run_linear, name, sequence, 0.1, False, False, None)
     assert all(result["dx"] is None for result in results)
     expected = reference(layouts(name), 0.1, False)
@@ -237,7 +237,7 @@ def test_factors_get_their_gradient_where_the_input_needs_none(name: str, sequen
 
 @pytest.mark.parametrize(("name", "n"), list(itertools.product(("qkv_gqa", "qkv_one", "gate_up", "row"), (2, 4))))
 def test_fused_factors_change_nothing(name: str, n: int) -> None:
-    """One GEMM over [W ∣ b] or [W ; a] in place of two products; the lowest adapted linear has no dX to compute."""
+    """One GEMM over [W ∣ b] or [W ; a] replaces two products; the lowest adapted linear has no dX to compute."""
     for p, needs_dx in itertools.product((0.0, 0.1), (True, False)):
         results = run_ranks(n, run_linear, name, True, p, False, needs_dx, None, True)
         found, expected = assemble(name, n, True, results), reference(layouts(name), p, False)
@@ -246,7 +246,7 @@ def test_fused_factors_change_nothing(name: str, n: int) -> None:
 
 @pytest.mark.parametrize("name", ["qkv", "row"])
 def test_notices_a_factor_that_was_not_copied_into_the_buffer(name: str) -> None:
-    """Negative control: the buffer keeps the factor of before."""
+    """Negative control: the fused buffer keeps the factor's old values."""
     results = run_ranks(2, run_linear, name, True, 0.0, False, True, "stale factor", True)
     assert not max_relative_error(assemble(name, 2, True, results), reference(layouts(name), 0.0, False)) < 1e-3
 

@@ -44,14 +44,14 @@ def bf16_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def tokens() -> torch.Tensor:
-    """[ROWS, LENGTH], the first and the last id of the vocabulary among them."""
+    """Return ids [ROWS, LENGTH] that include the vocabulary's first and last id."""
     ids = torch.randint(0, VOCAB, (ROWS, LENGTH), generator=torch.Generator().manual_seed(5))
     ids[0, 3], ids[1, 7] = 0, VOCAB - 1
     return ids
 
 
 def transformers_logits(folder: str, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
-    """In fp32 the truth, on a CPU; in bf16 what plain PyTorch makes of it on the device under test."""
+    """Return transformers' logits: in fp32 the reference, on a CPU; in bf16 those of the device under test."""
     device = torch.device("cpu") if dtype == torch.float32 else ranks.device()
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype).eval().to(device)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def load(folder: str, topology: Any, dtype: str = "fp32", broadcast: bool = Fals
 def all_logits(
     folders: dict[str, str], tensor: int, sequence: bool, dtype: str, broken: str = ""
 ) -> dict[str, np.ndarray]:
-    """One rank: the logits of every folder, [ROWS, LENGTH, VOCAB] in float64."""
+    """On one rank: return the logits of every folder, [ROWS, LENGTH, VOCAB] in float64."""
     topology = ranks.topology(tensor, sequence)
     device = ranks.device()
     ids, positions = tokens().to(device), torch.arange(LENGTH, device=device).expand(ROWS, LENGTH)
@@ -192,7 +192,7 @@ def test_bf16_errs_as_transformers_does(bf16_folders: dict[str, str], layout: st
     ],
 )
 def test_notices_what_is_broken(folders: dict[str, str], broken: str, families: tuple[str, ...]) -> None:
-    """Negative controls: every weight or position that could be mistaken moves the logits far beyond the tolerance."""
+    """Negative controls: any exchanged weight or position moves the logits far beyond the tolerance."""
     chosen = {family: folders[family] for family in families}
     found = run_ranks(2, all_logits, chosen, 2, True, "fp32", broken)[0]
     gaps = {family: gap(found[family], transformers_logits(folder, tokens())) for family, folder in chosen.items()}
@@ -200,7 +200,7 @@ def test_notices_what_is_broken(folders: dict[str, str], broken: str, families: 
 
 
 def test_bf16_notices_exchanged_projections(bf16_folders: dict[str, str]) -> None:
-    """Negative control: twice transformers' error is not so wide that a wrong weight hides in it."""
+    """Negative control: a wrong weight exceeds twice transformers' error."""
     found = run_ranks(2, all_logits, bf16_folders, 2, True, "auto", "exchange_k_and_v")[0]
     for family, folder in bf16_folders.items():
         exact = transformers_logits(folder, tokens())
@@ -208,7 +208,7 @@ def test_bf16_notices_exchanged_projections(bf16_folders: dict[str, str]) -> Non
 
 
 def logits_without_global_groups(folder: str) -> np.ndarray:
-    """One rank of TP 2: logits of a model that is built and run while Megatron's global state knows no group."""
+    """On one rank at TP 2: return the logits of a model built and run while Megatron's global state has no group."""
     from megatron.core import parallel_state
 
     topology, device = ranks.topology(2, True), ranks.device()
@@ -226,7 +226,7 @@ def test_process_groups_are_arguments(folders: dict[str, str]) -> None:
 
 
 def packed_logits(folders: dict[str, str], tensor: int, sequence: bool, segmented: bool) -> dict[str, np.ndarray]:
-    """One rank: logits of one row that holds two samples, [1, LENGTH, VOCAB]; without segments they see each other."""
+    """On one rank: return the logits [1, LENGTH, VOCAB] of a row of two samples, which segments keep apart."""
     topology = ranks.topology(tensor, sequence)
     positions = torch.cat((torch.arange(FIRST), torch.arange(LENGTH - FIRST)))[None].to(ranks.device())
     segments = ((0, 0, FIRST), (0, FIRST, LENGTH)) if segmented else None
@@ -246,7 +246,7 @@ def test_packed_samples_equal_each_alone(folders: dict[str, str], layout: str) -
 
 
 def test_notices_samples_that_see_each_other(folders: dict[str, str]) -> None:
-    """Negative control: the same row without segments; the first sample cannot tell, the second must."""
+    """Negative control: without segments the first sample's logits stay the same, and the second's change."""
     ids = tokens()[:1]
     found = run_ranks(2, packed_logits, folders, 2, True, False)[0]
     for name, folder in folders.items():
@@ -255,9 +255,9 @@ def test_notices_samples_that_see_each_other(folders: dict[str, str]) -> None:
 
 
 def broadcast_parameters(folders: list[str]) -> tuple[bool, bool]:
-    """One rank of TP 2 × DP 2, whose replica reads a folder of its own; was it replica 0's weights that it got?
+    """On one rank of TP 2 × DP 2, where replica 1 reads a folder of its own: return whether it got replica 0's weights.
 
-    Returns the answer with broadcasting and without.
+    The first value is with broadcasting, the second without.
     """
     topology = ranks.topology(2, True)
     first = dict(load(folders[0], topology).named_parameters())
@@ -271,17 +271,17 @@ def broadcast_parameters(folders: list[str]) -> tuple[bool, bool]:
 
 
 def test_broadcast_gives_what_replica_0_reads(tmp_path: Path) -> None:
-    """Replica 1's folder holds other weights, so that equality can only have come over the wire."""
+    """Replica 1's folder holds other weights, so only the broadcast can make them equal."""
     for family in ("qwen2", "gpt2"):
         folders = [str(make_tiny(family, tmp_path / f"{family}{seed}", seed=seed)) for seed in (0, 1)]
         results = run_ranks(4, broadcast_parameters, folders)
         assert [with_broadcast for with_broadcast, _ in results] == [True] * 4
-        # Negative control: ranks 2 and 3 are replica 1 and have read their own.
+        # Negative control: ranks 2 and 3 are replica 1 and have read their own folder.
         assert [without for _, without in results] == [True, True, False, False]
 
 
 def loss_in_blocks(folder: str, tensor: int, sequence: bool, block_bytes: int) -> float:
-    """One rank: the summed loss of every position's next token, with logits of so many bytes at a time."""
+    """On one rank: return the summed next-token loss of all positions, in blocks of so many bytes of logits."""
     from lowrank_dist.parallel import vocab
 
     topology, device = ranks.topology(tensor, sequence), ranks.device()
@@ -293,9 +293,9 @@ def loss_in_blocks(folder: str, tensor: int, sequence: bool, block_bytes: int) -
 
 @pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, True), (4, True), (4, False)])
 def test_loss_in_blocks(folders: dict[str, str], tensor: int, sequence: bool) -> None:
-    """Ranks hold different numbers of rows (27, 27, 27 and 26 of 107) and cut the positions into blocks alike."""
+    """Ranks hold 27, 27, 27 and 26 of 107 rows, and still split the positions into the same blocks."""
     expected = run_ranks(1, loss_in_blocks, folders["llama"], 1, False, 2**27)[0]
     rows = -(-VOCAB // tensor)
-    for positions in (1, 26):  # of the 32; at TP 4, 27 would fit the rank with fewer rows
+    for positions in (1, 26):  # of the 32; at TP 4, 27 would fit on the rank with fewer rows
         found = run_ranks(tensor, loss_in_blocks, folders["llama"], tensor, sequence, 4 * rows * positions)
         assert found == pytest.approx([expected] * tensor, rel=1e-5)

@@ -1,4 +1,7 @@
-"""The methods beside low-rank updates: twins at every layout, transformers and PEFT as referees, counts, decoding."""
+"""The methods other than low-rank updates, against one rank, transformers and PEFT.
+
+Tested are twins at every layout, counts of parameters and collectives, and decoding.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "one_kv": ("llama", {"num_key_value_heads": 1}),
     "window": ("mistral", {"sliding_window": 12}),
 }
-# What a family adds to the two that try every method: heads that are shared, cut, or as wide as they like.
+# What a family adds to the two that run every method: KV heads that are shared or split, head_dim of any size.
 TRIED = {
     "llama": tuple(METHODS),
     "gpt2": tuple(METHODS),
@@ -90,7 +93,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def alone(folders: dict[str, str]) -> Callable[[list[MethodSetting]], list[dict[str, Any]]]:
-    """What settings at TP 1 give, each measured once."""
+    """Return the results of settings at TP 1, each measured once."""
     known: dict[MethodSetting, dict[str, Any]] = {}
 
     def of(settings: list[MethodSetting]) -> list[dict[str, Any]]:
@@ -102,14 +105,14 @@ def alone(folders: dict[str, str]) -> Callable[[list[MethodSetting]], list[dict[
 
 
 def gaps(world: int, settings: list[MethodSetting], expected: list[dict[str, Any]]) -> dict[str, float]:
-    """Largest difference over all ranks, by method."""
+    """Return the largest difference over all ranks, by method."""
     found = run_ranks(world, measure, settings)
     return {s.name: max(max_relative_error(rank[i], expected[i]) for rank in found) for i, s in enumerate(settings)}
 
 
 TWINS = [
     *(
-        # Of TP 4 without sequence parallelism the harder case, one_kv, runs every time.
+        # At TP 4 without sequence parallelism the harder case, one_kv, runs every time.
         pytest.param("llama", layout, marks=pytest.mark.nightly if layout == "tp4_nosp" else ())
         for layout in LAYOUTS
     ),
@@ -121,7 +124,7 @@ TWINS = [
 
 @pytest.mark.parametrize(("family", "layout"), TWINS)
 def test_twins(folders: dict[str, str], alone: Any, family: str, layout: str) -> None:
-    """Loss, every whole gradient, and losses, norms and whole weights of three steps, away from the start."""
+    """Loss, every whole gradient, and losses, norms and whole weights of three steps, from drawn values."""
     world, tensor, sequence = LAYOUTS[layout]
     settings = [MethodSetting(folders[family], name=name) for name in TRIED[family]]
     found = gaps(world, twins_of(settings, tensor, sequence), alone(settings))
@@ -129,7 +132,7 @@ def test_twins(folders: dict[str, str], alone: Any, family: str, layout: str) ->
 
 
 def test_the_start_is_the_same_at_every_layout(folders: dict[str, str], alone: Any) -> None:
-    """Three steps from each method's own start, which is drawn whole and cut."""
+    """Three steps from each method's own start, which is drawn whole and then sharded."""
     starts = (("llama", "tp2", tuple(METHODS)[1:]), ("one_kv", "tp4_nosp", ("prefix", "prefix_mlp")))
     for family, layout, names in starts:
         world, tensor, sequence = LAYOUTS[layout]
@@ -143,10 +146,10 @@ VARIATIONS: dict[str, dict[str, Any]] = {
     "packed": {"packing": True, "micro_batch": 2},
     "recompute_and_microbatches_of_2": {"recompute": True, "micro_batch": 2},
     "microbatches_of_1": {"micro_batch": 1},
-    # Seven positions of the 56 rows of a rank's head.
+    # Seven positions of the 56 vocabulary rows of a rank.
     "blocks_of_logits": {"logit_bytes": 4 * 56 * 7},
 }
-# GPT-2 has what depends on learned positions and on biases.
+# GPT-2 has learned positions and biases.
 VARIED = {"llama": tuple(METHODS), "gpt2": ("full", "prompt")}
 
 
@@ -169,7 +172,7 @@ def test_how_a_step_is_cut_changes_nothing(folders: dict[str, str], alone: Any, 
 
 
 def error(kind: str, found: Mapping[str, Any], exact: Mapping[str, Any]) -> float:
-    """Of all gradients, or of all weights, together, in the Euclidean norm."""
+    """Return the relative Euclidean error of all gradients, or all weights, together."""
     names = [name for name in exact if name.startswith(kind)]
     assert names and found.keys() >= set(names)
     gap = sum(float(((found[name] - exact[name]) ** 2).sum()) for name in names)
@@ -178,7 +181,10 @@ def error(kind: str, found: Mapping[str, Any], exact: Mapping[str, Any]) -> floa
 
 @pytest.mark.parametrize(("family", "layout"), [("llama", "tp2"), ("gpt2", "tp2_nosp")])
 def test_bf16_errs_as_plain_pytorch_does(folders: dict[str, str], alone: Any, family: str, layout: str) -> None:
-    """Against fp32 on the same rounded weights: gradients of full as transformers' own bf16, all else as at TP 1."""
+    """Errors against fp32 on the same rounded weights.
+
+    The gradients of full are compared with transformers' own bf16, everything else with TP 1.
+    """
     world, tensor, sequence = LAYOUTS[layout]
     folder = folders[f"{family}_bf16"]
     settings = [MethodSetting(folder, name=name) for name in METHODS]
@@ -188,7 +194,7 @@ def test_bf16_errs_as_plain_pytorch_does(folders: dict[str, str], alone: Any, fa
     found = run_ranks(world, measure, twins_of(rounded, tensor, sequence))[0]
     for setting, here, single, of in zip(settings, found, alone(rounded), exact, strict=True):
         for kind in ("gradient", "weight"):
-            # Layouts round at other places: between them an error was found to double.
+            # Layouts round in different places: errors were found to double between them.
             allowed = 2 * plain if (setting.name, kind) == ("full", "gradient") else 3 * error(kind, single, of)
             # Not zero, or nothing was rounded.
             assert 0 < error(kind, here, of) < allowed, (setting.name, kind)
@@ -199,7 +205,7 @@ def transformers_model(folder: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def full_reference(folder: str, dtype: torch.dtype = torch.float32, steps: int = 3) -> dict[str, Any]:
-    """transformers' own model, every parameter trained. A tied head is one parameter with the embeddings."""
+    """Train every parameter of transformers' own model. A tied head is one parameter with the embeddings."""
     model = transformers_model(folder, dtype)
     parameters = dict(model.named_parameters())
     shapes = hf_shapes(read_architecture(Path(folder)))
@@ -209,7 +215,7 @@ def full_reference(folder: str, dtype: torch.dtype = torch.float32, steps: int =
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "granite", "one_kv"])
 def test_full_is_transformers_trained(folders: dict[str, str], family: str) -> None:
-    """Not by our map of shards but by transformers' names: gradients and weights of every tensor of the folder."""
+    """Gradients and weights of every tensor of the folder, by transformers' names instead of our map of shards."""
     expected = full_reference(folders[family])
     for world, sequence in ((1, False), (2, True), (2, False)):
         setting = MethodSetting(folders[family], world, sequence)
@@ -219,7 +225,10 @@ def test_full_is_transformers_trained(folders: dict[str, str], family: str) -> N
 
 @pytest.mark.parametrize("family", ["qwen2", "opt", "mistral"])
 def test_gradients_of_full_in_the_other_families(tmp_path: Path, family: str) -> None:
-    """Of the largest gradient: that of a key's bias is zero but for rounding. OPT's first positions have none."""
+    """Errors relative to the largest gradient.
+
+    A key bias has no gradient but rounding errors; OPT's first positions have none.
+    """
     folder = str(make_tiny(family, tmp_path / family))
     expected = full_reference(folder, steps=0)
     scale = max(np.abs(value).max() for value in expected.values())
@@ -248,7 +257,7 @@ _PEFT_NAMES = {
 
 
 def peft_model(folder: str, name: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, dict[str, nn.Parameter]]:
-    """PEFT's own method on transformers' model with the values of `drawn_values`, and its parameters by our names."""
+    """Return transformers' model with PEFT's method and `drawn_values`, and the method's parameters by our names."""
     if name == "dora":
         return peft_dora(folder, shapes)
     if name == "prompt":
@@ -290,7 +299,7 @@ def peft_reference(folder: str, name: str, shapes: Mapping[str, tuple[int, ...]]
     return reference(parameters, shapes, lambda tokens: model(tokens[None]).logits[0, -len(tokens) :])
 
 
-# PEFT's embedding of a position is as wide as the keys, ours as the model: with the MLP only where these agree.
+# PEFT's embedding of a position is as wide as the keys, ours as the model, so the MLP is tested only where these agree.
 PEFT_CASES = [
     *((family, "prefix") for family in ("llama", "gpt2", "qwen3", "granite", "one_kv")),
     *((family, "prefix_mlp") for family in ("llama2", "gpt2")),
@@ -301,7 +310,7 @@ PEFT_CASES = [
 
 @pytest.mark.parametrize(("family", "name"), PEFT_CASES)
 def test_peft_trains_the_same(folders: dict[str, str], family: str, name: str) -> None:
-    """The same values put in both: loss, gradients, and losses, norms and values of three steps."""
+    """From the same values: loss, gradients, and losses, norms and values of three steps."""
     expected = None
     for world, sequence in ((1, False), (2, True), (2, False)):
         setting = MethodSetting(folders[family], world, sequence, name=name)
@@ -324,9 +333,9 @@ def test_peft_trains_the_same(folders: dict[str, str], family: str, name: str) -
     ],
 )
 def test_peft_notices_what_is_broken(folders: dict[str, str], family: str, name: str, broken: str) -> None:
-    """Negative controls: a prefix that takes no positions or whose heads are exchanged, a prompt after the text.
+    """Negative controls: a prefix that takes no positions or has its heads exchanged, and a prompt after the text.
 
-    Norms of a row-parallel weight's columns on one rank alone.
+    For a row-parallel weight: column norms computed from one rank's shard alone.
     """
     setting = MethodSetting(folders[family], 2, True, name=name, broken=broken, steps=0)
     (found,) = run_ranks(2, measure, [setting])[0]
@@ -337,7 +346,7 @@ def test_peft_notices_what_is_broken(folders: dict[str, str], family: str, name:
 
 @pytest.mark.parametrize(("family", "name"), PEFT_CASES)
 def test_peft_loads_what_is_written(folders: dict[str, str], tmp_path: Path, family: str, name: str) -> None:
-    """The same logits as the sharded model's, and read back by ours at another size."""
+    """PEFT gives the sharded model's logits, and so does our reader at another TP size."""
     setting = MethodSetting(folders[family], 2, True, name=name)
     found = run_ranks(2, write_and_score, setting, str(tmp_path))[0]
     model = PeftModel.from_pretrained(transformers_model(folders[family]), str(tmp_path)).eval()
@@ -345,14 +354,14 @@ def test_peft_loads_what_is_written(folders: dict[str, str], tmp_path: Path, fam
         expected = model(fixed_tokens()).logits[:, -fixed_tokens().size(1) :].numpy()
     assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
     base = transformers_model(folders[family])(fixed_tokens()).logits.detach().numpy()
-    # Negative control: without what was trained the logits are others.
+    # Negative control: without the trained parameters the logits differ.
     assert np.abs(found - base).max() > BROKEN * np.abs(base).max()
     again = run_ranks(4, read_and_score, folders[family], str(tmp_path), 4)[0]
     assert np.abs(again - expected).max() < TOLERANCE * np.abs(expected).max()
 
 
 def read_and_score(folder: str, trained: str, tensor: int) -> np.ndarray:
-    """One rank: logits of fixed tokens by what `lowrank-dist generate` loads."""
+    """On one rank: return the logits of fixed tokens, from a model loaded as `lowrank-dist generate` does."""
     from lowrank_dist.generate.session import load_for_generation
 
     topology = ranks.topology(tensor, False)
@@ -435,15 +444,15 @@ def test_adapters_are_bottlenecks_before_the_residual(folders: dict[str, str], f
 def test_notices_a_sum_that_is_missing(
     folders: dict[str, str], alone: Any, family: str, name: str, sequence: bool, broken: str
 ) -> None:
-    """Negative controls: the deferred sum dropped, and a q/k norm taken for one whose gradient is whole."""
+    """Negative controls: the deferred sum dropped, and a q/k norm whose gradient is wrongly taken for whole."""
     setting = MethodSetting(folders[family], name=name)
     (expected,) = alone([setting])
     twin = replace(setting, tensor=2, sequence=sequence, broken=broken)
     found = [rank[0] for rank in run_ranks(2, measure, [twin])]
-    # All of a prompt's gradient comes from the rank of its tokens, so its norm is right there.
+    # The whole gradient of a prompt comes from the rank that holds its tokens, so its norm is right there.
     for kind, least in (("gradient", BROKEN), ("weight", BROKEN), ("norms", 0 if name == "prompt" else 10 * TOLERANCE)):
         keys = [key for key in expected if key.startswith(kind)]
-        # On one rank at least: where all of a copy's gradient comes from one of them, that one has it right.
+        # On at least one rank: where one rank computes the whole gradient of a copy, that rank has it right.
         gap = max(
             max_relative_error({key: rank[key] for key in keys}, {key: expected[key] for key in keys}) for rank in found
         )
@@ -454,13 +463,13 @@ SIZES = Sizes(bottleneck=BOTTLENECK, virtual_positions=VIRTUAL, reparametrised=W
 
 
 def of_size(method: MethodName, sizes: Sizes, architecture: Architecture) -> Footprint:
-    """On one rank, where there is one way to lie."""
+    """Return the footprint of a method on one rank, where only one placement exists."""
     (found,) = method_package(method).footprint.footprints_of_size(method, sizes, architecture, 1)
     return found
 
 
 def job_of_run(folder: str, name: str) -> Job:
-    """As a run of this method is planned."""
+    """Return the planner's job of a run of this method."""
     return job_of(Request(find_model(folder), run_config(folder, name), True), 1.0)
 
 
@@ -487,7 +496,7 @@ def test_trained_parameters_are_those_of_the_formulas(folders: dict[str, str], f
         for tp_rank, rank in enumerate(run_ranks(world, sizes_of, folders[family], world)):
             assert {name: stored for name, (stored, _) in rank.items()} == expected
             for name, (stored, here) in rank.items():
-                # One rank has all of it and nothing twice; of two, each has all of a copy and half of what is cut.
+                # One rank holds every element once. Of two, each holds all of a copy and half of what is sharded.
                 if "dora" in name:
                     job = replace(job_of_run(folders[family], name), layout=Layout(world, 1, True, 1, False))
                     assert here == theta_on_rank(job, tp_rank).elements
@@ -498,7 +507,7 @@ def test_trained_parameters_are_those_of_the_formulas(folders: dict[str, str], f
 
 
 def gradients_of_a_prompt(folder: str) -> list[bytes]:
-    """One rank: the same gradient twenty times over, of rows enough for several threads."""
+    """On one rank: compute the same gradient twenty times, with enough rows for several threads."""
     words = build(MethodSetting(folder, 1, name="prompt")).model.embedding.word_embeddings
     ids = (torch.arange(VIRTUAL, device=ranks.device()) + words._first_id).repeat(512, 1)
     weight = torch.randn(512, VIRTUAL, words.rows.size(1), generator=torch.Generator().manual_seed(0)).to(ids.device)
@@ -515,13 +524,13 @@ def gradients_of_a_prompt(folder: str) -> list[bytes]:
 
 
 def test_the_gradient_of_a_prompt_does_not_depend_on_threads(folders: dict[str, str]) -> None:
-    """Indexing's would: it adds up what many threads bring as they come."""
+    """Gradients by indexing would: they sum the threads' parts in order of arrival."""
     (found,) = run_ranks(1, gradients_of_a_prompt, folders["llama"])
     assert len(set(found)) == 1
 
 
 def sizes_of(folder: str, tensor: int) -> dict[str, tuple[int, int]]:
-    """One rank: of every method the elements of all stored tensors, and those of its own parameters."""
+    """On one rank: return, by method, the elements of all stored tensors and those of its own parameters."""
     found = {}
     for name in METHODS:
         theta = build(MethodSetting(folder, tensor, name=name, vocab_multiple=1)).theta
@@ -531,14 +540,14 @@ def sizes_of(folder: str, tensor: int) -> dict[str, tuple[int, int]]:
 
 
 def model_for_loss(setting: MethodSetting) -> Any:
-    """The model of `build`, with masks for the rows of `loss_of`."""
+    """Return the model of `build`, with masks for the rows of `loss_of`."""
     built = build(setting)
     built.theta.masks.set(0, torch.zeros(LENGTH, ROWS, dtype=torch.int64, device=ranks.device()))
     return built.model
 
 
 def calls_of_a_layer(folders: dict[str, str], sequence: bool, recompute: bool) -> dict[str, list[Counter[str]]]:
-    """One rank: of every method, and "frozen", what a layer in the midst of others calls, forward and backward."""
+    """On one rank: return the calls of an inner layer, forward and backward, by method and for "frozen"."""
     from lowrank_dist.parallel.counting import count_collectives
 
     found = {}
@@ -565,7 +574,7 @@ def calls_of_a_layer(folders: dict[str, str], sequence: bool, recompute: bool) -
 
 
 def planned(folder: str, sequence: bool, recompute: bool) -> dict[str, MethodPlan]:
-    """What the plan says of each method at TP 2, by our names; "lora" is weight-decomposed."""
+    """Return the plan's count of each method at TP 2, by our names; "lora" is weight-decomposed."""
     job = job_of(read_request(folder, ["data.max_length=16", "lora.dora=true"]), 1.0)
     job = replace(job, layout=Layout(2, 1, sequence, 1, recompute))
     others = footprints_beside(job.footprint, SIZES, job.architecture, 2)
@@ -573,7 +582,7 @@ def planned(folder: str, sequence: bool, recompute: bool) -> dict[str, MethodPla
     return {row.method + ("_replicated" if row.placement == "replicated" else ""): row for row in rows}
 
 
-# Our names that the plan has others for.
+# Names here that differ from the plan's.
 _PLANNED = {"prompt": "prompt_replicated", "prefix_mlp": "prefix", "dora": "lora", "dora_dropout": "lora"}
 
 
@@ -598,7 +607,7 @@ DECODED = {
 
 
 def saved_in_evaluation(folder: str) -> dict[str, list[int]]:
-    """One rank: of every method, how many tensors autograd keeps of logits, and of a loss that is trained on."""
+    """On one rank: return, by method, how many tensors autograd saves for evaluated logits and for a training loss."""
     found = {}
     for name in METHODS:
         model = model_for_loss(MethodSetting(folder, 2, True, name=name))
@@ -616,24 +625,24 @@ def saved_in_evaluation(folder: str) -> dict[str, list[int]]:
 
 
 def test_evaluation_keeps_nothing_for_backward(folders: dict[str, str]) -> None:
-    """Megatron adds residuals with gradients on, whoever calls; the second count shows that keeping is seen."""
+    """Megatron always adds residuals with gradients enabled. The training count shows that saved tensors are seen."""
     for name, (evaluated, trained) in run_ranks(2, saved_in_evaluation, folders["gpt2"])[0].items():
         assert evaluated == 0 < trained, name
 
 
 @pytest.mark.parametrize(("world", "sequence"), [(1, False), (2, True)])
 def test_decoding_is_whole_forward_passes(folders: dict[str, str], world: int, sequence: bool) -> None:
-    """Left-padded batches with a cache write, token for token, what is likeliest after all before it."""
+    """Cached decoding in left-padded batches writes, token for token, the most likely one after all before it."""
     settings = [
         MethodSetting(folders[family], world, sequence, name=name) for family in DECODED for name in DECODED[family]
     ]
-    # One prompt of 50 tokens ends at the last of 64 positions, where there are virtual ones.
+    # With virtual positions, one prompt of 50 tokens ends at the last of 64 positions.
     for rank in run_ranks(world, decode, settings, 4, (*PROMPT_LENGTHS, 50)):
         for setting, found in zip(settings, rank, strict=True):
             assert found["written"] == found["whole"], setting
     lengths = {len(tokens) for found in rank for tokens in found["written"]}
     assert NEW in lengths and len(lengths) > 3
-    # Negative control: a cache without the prefix writes something else.
+    # Negative control: a cache without the prefix gives other tokens.
     for family in ("llama", "gpt2"):
         broken = MethodSetting(folders[family], world, sequence, name="prefix", broken="cache")
         (found,) = run_ranks(world, decode, [broken], 4)[0]
@@ -641,7 +650,7 @@ def test_decoding_is_whole_forward_passes(folders: dict[str, str], world: int, s
 
 
 def peft_tokens(folder: str, name: str, shapes: Mapping[str, tuple[int, ...]]) -> list[list[int]]:
-    """PEFT's own greedy generate, a row at a time, the stop token included."""
+    """Return the tokens of PEFT's own greedy generate, a row at a time, the stop token included."""
     model, _ = peft_model(folder, name, shapes)
     written = []
     for row in prompt_rows():
@@ -654,7 +663,7 @@ def peft_tokens(folder: str, name: str, shapes: Mapping[str, tuple[int, ...]]) -
 
 @pytest.mark.parametrize(("family", "name"), [*PEFT_CASES, ("window", "prefix")])
 def test_decoding_is_peft_generate(folders: dict[str, str], family: str, name: str) -> None:
-    """Of a padded batch what PEFT writes row by row: in a batch it parts a prompt from its text by the padding."""
+    """Our padded batch equals PEFT row by row: in a batch, PEFT puts the padding between a prompt and its text."""
     shapes = shapes_in(run_ranks(1, measure, [MethodSetting(folders[family], name=name, steps=0)])[0][0])
     expected = peft_tokens(folders[family], name, shapes)
     for world in (1, 2):

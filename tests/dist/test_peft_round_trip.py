@@ -1,4 +1,4 @@
-"""PEFT → ours → PEFT: an adapter that plain PEFT trained starts a sharded run, whose adapter PEFT loads again."""
+"""PEFT → ours → PEFT: a sharded run starts from an adapter trained by plain PEFT, and PEFT loads the result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def token_ids() -> torch.Tensor:
 
 
 def trained_by_peft(base: Path, out: Path, family: str) -> np.ndarray:
-    """Two steps of plain PEFT from its own random factors, B not zero; the logits afterwards."""
+    """Train two steps in plain PEFT from its own random factors, B ≠ 0; return the logits afterwards."""
     torch.manual_seed(5)
     config = LoraConfig(
         r=4,
@@ -52,7 +52,7 @@ def peft_logits(base: Path, adapter: Path) -> np.ndarray:
 
 
 def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndarray, np.ndarray]:
-    """One rank: the sharded model's logits at the start and after two steps, when rank 0 has written its adapter."""
+    """On one rank: return the sharded model's logits at the start and after two steps; rank 0 writes its adapter."""
     from lowrank_dist.arch.placement import LoraRules, place_factors
     from lowrank_dist.arch.tensors import module_paths
     from lowrank_dist.config import Config
@@ -132,7 +132,7 @@ def test_peft_to_ours_to_peft(family: str, tmp_path: Path) -> None:
 
 
 def test_notices_another_a(tmp_path: Path) -> None:
-    """Negative control: with q's A in place of k's the logits part."""
+    """Negative control: with q's A in place of k's the logits differ."""
     base, start = make_tiny("llama", tmp_path / "base"), tmp_path / "start"
     expected = trained_by_peft(base, start, "llama")
     assert gap(run_ranks(2, continued, str(base), str(start), str(tmp_path / "out"), True)[0][0], expected) > 1e-3

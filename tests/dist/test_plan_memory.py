@@ -1,7 +1,7 @@
-"""The plan's memory against what a training step takes: peak anonymous memory of fresh ranks on a CPU.
+"""The plan's memory against a training step's: peak anonymous memory of fresh ranks on a CPU.
 
-Pages of mapped files are not counted, and the baseline is a rank that has trained a model of no size. malloc gives back
-what is freed (MALLOC_MMAP_THRESHOLD_), or the peak would be of what it keeps.
+Pages of mapped files do not count. The baseline is a rank that has trained a model of almost no size. malloc returns
+freed memory to the system (MALLOC_MMAP_THRESHOLD_); otherwise the peak would include what it keeps.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tests.dist.ranks import World
 
 INTERVAL = 0.003
 ROWS, LENGTH, RANK = 4, 258, 8
-NEW = 2  # tokens after each prompt: place that is kept for more is not resident before it is written
+NEW = 2  # tokens after each prompt; cache memory for further ones is not resident before it is written
 TOLERANCE = 0.10
 
 
@@ -43,20 +43,20 @@ class Case:
 
 
 def resident(pid: int | str = "self") -> int:
-    """Anonymous resident bytes of a process, now."""
+    """Return the current anonymous resident bytes of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
 
 
 def ready(folder: str, case: Case) -> int:
-    """One rank: everything imported and done once, with a model of no size. Returns the baseline."""
+    """On one rank: import and run everything once, with a tiny model. Returns the baseline."""
     step(folder, case)
     gc.collect()
     return resident()
 
 
 def built(folder: str, case: Case) -> tuple[Any, Any, Any]:
-    """Inside a rank: the model with Θ attached, Θ, and its optimiser; libraries are set as in every program."""
+    """Inside a rank: return the model with Θ attached, Θ, and its optimiser; libraries are set as in every program."""
     import torch
 
     from lowrank_dist.backend.libraries import quiet_libraries
@@ -83,7 +83,7 @@ def built(folder: str, case: Case) -> tuple[Any, Any, Any]:
 
 
 def step(folder: str, case: Case) -> int:
-    """One rank: load, attach, two microbatches, an update and an evaluation's prompts, as the trainer does.
+    """On one rank: load, attach, run two microbatches, an update and an evaluation's prompts, as the trainer does.
 
     Returns the target tokens.
     """
@@ -91,7 +91,7 @@ def step(folder: str, case: Case) -> int:
 
     model, theta, optimiser = built(folder, case)
     generator = torch.Generator().manual_seed(1)
-    # Sequence-major: every position but a row's last is trained on.
+    # Sequence-major: every position but a row's last is a target.
     chosen = torch.arange(ROWS * (LENGTH - 1))
     for index in range(case.microbatches):
         ids = torch.randint(5, 1000, (ROWS, LENGTH), generator=generator)
@@ -124,7 +124,7 @@ def malloc_gives_back() -> Iterator[None]:
 
 
 def sampled(world: World, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[list[Any], list[int]]:
-    """Call a function on every rank. Returns what it returned, and the peak anonymous bytes of each rank meanwhile."""
+    """Call a function on every rank. Returns its results, and the peak anonymous bytes of each rank during the call."""
     found, done = [0 for _ in world.processes], threading.Event()
 
     def sample() -> None:
@@ -142,7 +142,7 @@ def sampled(world: World, function: Callable[..., Any], arguments: tuple[Any, ..
 
 
 def peaks(folder: str, tiny: str, case: Case) -> list[int]:
-    """Peak anonymous bytes of every rank above its baseline, which a step of a `tiny` model leaves behind."""
+    """Return the peak anonymous bytes of every rank, above the baseline that a step of a `tiny` model leaves."""
     with malloc_gives_back():
         world = World(case.tensor, fresh=True)
     try:
@@ -213,7 +213,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A third of SmolLM2's depth: what is compared is the same."""
+    """A third of SmolLM2's depth, which exercises the same formulas."""
     return write_smollm2(tmp_path_factory.mktemp("smollm2"), num_hidden_layers=10)
 
 
@@ -223,7 +223,7 @@ def test_measured_peak(folder: str, tiny: str) -> None:
 
 
 def test_measured_peak_of_dora(folder: str, tiny: str) -> None:
-    """Without what is saved behind every linear the plan would be off."""
+    """Without the tensors saved at every linear the plan would be off."""
     case = Case(1, recompute=False, dora=True)
     lora = planned(folder, replace(case, dora=False)).parts["activations"]
     expected = planned(folder, case)
@@ -232,10 +232,10 @@ def test_measured_peak_of_dora(folder: str, tiny: str) -> None:
 
 
 def compare(folder: str, tiny: str, case: Case) -> None:
-    """The plan is within 10 % of every rank's peak, and is not without its largest part or with it twice.
+    """Hold the plan to within 10 % of every rank's peak. Controls: it fails without its largest item, or with it twice.
 
-    Mostly Φ, Adam's state of full fine-tuning. It is more than twice the tolerance, so that the control holds wherever
-    within it the peak lies.
+    The largest item is mostly Φ; in full fine-tuning it is Adam's state. It is more than twice the tolerance, so the
+    controls hold wherever the peak lies within the tolerance.
     """
     expected = planned(folder, case)
     control = max(expected.parts.values())

@@ -1,4 +1,4 @@
-"""The plan's formulas of ZeRO against DeepSpeed itself, at TP 2 × DP 2 and beside it: partitions, buffers, messages."""
+"""The plan's formulas of ZeRO against DeepSpeed itself, at TP 2 × DP 2 and others: partitions, buffers, messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SCALARS = 64
 
 
 def zero_step(setting: Setting, reduce_bucket: int | None) -> dict[str, Any]:
-    """One rank: what DeepSpeed holds after a step, and the messages of the step that are no scalars."""
+    """On one rank: return what DeepSpeed holds after a step, and the step's messages other than scalars."""
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
     from tests.dist.whole import theta_of
 
@@ -104,7 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_partitions_and_messages(
     folder: str, tensor: int, targets: tuple[str, ...], bucket: int | None, stage: int
 ) -> None:
-    """Masters, moments, bucket and every message over data parallelism; one key/value head on two ranks among them."""
+    """Masters, moments, bucket and every data-parallel message; one case has one KV head on two ranks."""
     setting = Setting(folder, tensor, True, zero_b=False, targets=targets, zero_stage=stage, micro_batch=1)
     for found in run_ranks(4, zero_step, setting, bucket):
         job = planned(folder, setting, bucket, 1)
@@ -122,7 +122,7 @@ def test_partitions_and_messages(
 
 
 def test_notices_a_formula_without_padding(folder: str) -> None:
-    """Negative control: rank 0 holds no row of v_proj, and its two lone elements are padded to four."""
+    """Negative control: rank 0 holds no row of v_proj, and its two remaining elements are padded to four."""
     setting = Setting(folder, 2, True, zero_b=False, targets=("v_proj",), micro_batch=1)
     found = run_ranks(4, zero_step, setting, None)[0]
     theta = theta_on_rank(planned(folder, setting, None, 1), 0)

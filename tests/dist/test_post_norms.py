@@ -1,8 +1,7 @@
-"""Norms and scales on a block's output, before it is added to the residual stream, against transformers' layers.
+"""Norms and scales on a block's output, before the residual addition, against transformers' layers.
 
-No family has such norms yet: they are planted in the layer spec. Their referee is Gemma 3, whose layers have one on
-either side of attention and MLP; that of a scale alone, which granite has, is Granite. A method's adapter comes before
-both.
+No family has such norms yet: they are planted in the layer spec. The reference is Gemma 3, whose layers have one on
+either side of attention and MLP; for a scale alone it is Granite. A method's adapter comes before both.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ ROWS, LENGTH, HIDDEN = 2, 16, 64
 
 @dataclass(frozen=True)
 class Case:
-    """What the layers have. norms: on outputs; inputs: on inputs too, as all our families have."""
+    """The norms and scales of a layer. norms: on outputs; inputs: on inputs too, as all our families have."""
 
     norms: bool = True
     inputs: bool = True
@@ -55,7 +54,7 @@ CASES = {
 
 
 class Adapter(nn.Module):
-    """Some function of a position's features, the same on every rank and in the referee."""
+    """A fixed function of a position's features, the same on every rank and in the reference."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +121,7 @@ def tokens() -> torch.Tensor:
 
 
 def expected(model: PreTrainedModel) -> dict[str, np.ndarray]:
-    """Logits, and the gradient of Σ −log p(a token given itself) with respect to the embedding of every token."""
+    """Return the logits, and the gradient of Σ −log p(a token given itself) with respect to every token's embedding."""
     embedding = model.get_input_embeddings()
     logits = model.eval()(tokens(), use_cache=False).logits
     nn.functional.cross_entropy(logits.flatten(0, 1), tokens().flatten(), reduction="sum").backward()
@@ -175,7 +174,7 @@ def planted_model(folder: Path, topology: Any, case: Case, planted: dict[str, np
 def found(
     folder: Path, tensor: int, sequence: bool, case: Case, planted: dict[str, np.ndarray], broken: str = ""
 ) -> dict[str, np.ndarray]:
-    """One rank: as `expected`, where the gradient is that of the rank's rows; then once more with recomputation."""
+    """On one rank: return what `expected` returns, for this rank's gradient rows; then again with recomputation."""
     from lowrank_dist.model.layers import ResidualAdd
 
     topology = ranks.topology(tensor, sequence)
@@ -200,7 +199,7 @@ def found(
 
 
 def max_relative_error(results: list[dict[str, np.ndarray]], truth: dict[str, np.ndarray]) -> float:
-    """The largest difference, relative to the largest value, in logits and gradients."""
+    """Return the largest difference in logits and gradients, relative to the largest value."""
     gaps = []
     for name in ("gradient", "recomputed"):
         rows = np.concatenate([result[name] for result in results])[:VOCAB]

@@ -49,7 +49,7 @@ def test_three_steps(folders: dict[str, str], family: str, layout: str) -> None:
 
 @pytest.mark.parametrize(("family", "layout"), [("llama", "tp2"), ("gpt2", "tp4"), ("llama", "tp2_dp2")])
 def test_fused_factors(folders: dict[str, str], family: str, layout: str) -> None:
-    """Factors kept beside the frozen weights, over steps that change them, with and without recompute."""
+    """Factors stored beside the frozen weights, over steps that change them, with and without recompute."""
     world, tensor, sequence = LAYOUTS[layout]
     for dropout, recompute in ((0.0, False), (0.1, True)):
         base = Setting(folders[family], dropout=dropout, zero_b=False, recompute=recompute)
@@ -64,7 +64,7 @@ def test_fused_factors(folders: dict[str, str], family: str, layout: str) -> Non
 def test_another_kind_of_frozen_weight(
     folders: dict[str, str], family: str, targets: tuple[str, ...], layout: str
 ) -> None:
-    """A weight that Megatron does not hold, under every linear, adapted or not: the dense one's numbers."""
+    """Every linear, adapted or not, has a frozen weight outside Megatron; the numbers are the dense one's."""
     world, tensor, sequence = LAYOUTS[layout]
     expected = run_ranks(1, train, Setting(folders[family], dropout=0.1, zero_b=False, targets=targets))[0]
     twin = Setting(folders[family], tensor, sequence, 0.1, False, targets, transposed=True)
@@ -93,7 +93,7 @@ def test_parts_of_one_module(folders: dict[str, str]) -> None:
 
 
 def test_fewer_kv_heads_than_ranks(tmp_path: Path) -> None:
-    """One KV head for two and four ranks: a rank's share of B is uneven, for v_proj alone it can be empty."""
+    """One KV head for two and four ranks: shards of B are uneven, and empty on some ranks for v_proj alone."""
     folder = str(make_tiny("llama", tmp_path / "one", num_key_value_heads=1))
     for targets in (("all-linear",), ("v_proj",)):
         expected = run_ranks(1, train, Setting(folder, zero_b=False, targets=targets))[0]

@@ -1,4 +1,4 @@
-"""Short training runs of tiny models on spawned ranks, as plain numbers: what the twin tests compare.
+"""Short training runs of tiny models on forked ranks, as plain numbers: the inputs of the twin tests.
 
 Everything goes through the production code (load_model, inject, ZeroOptimiser); only the data are made here.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from tests.dist import ranks
 
 MAX_LENGTH = 48
-LENGTHS = (13, 40, 7, 22)  # uneven, so that every cut pads differently
-# Name → ranks, tensor-parallel size, sequence parallelism: what every twin is held against one rank at.
+LENGTHS = (13, 40, 7, 22)  # uneven, so that every split into microbatches pads differently
+# Name → ranks, tensor-parallel size, sequence parallelism: the layouts that every twin test compares with one rank.
 LAYOUTS = {
     "tp2": (2, 2, True),
     "tp2_nosp": (2, 2, False),
@@ -56,7 +56,7 @@ class Setting:
 
 
 def samples() -> list[tuple[Tensor, Tensor]]:
-    """(tokens, target mask) of the four samples; the first third of each is prompt."""
+    """Return (tokens, target mask) of the four samples; the first third of each is prompt."""
     generator = torch.Generator().manual_seed(7)
     made = []
     for length in LENGTHS:
@@ -68,7 +68,7 @@ def samples() -> list[tuple[Tensor, Tensor]]:
 def microbatches(
     setting: Setting, dp_rank: int, dp_size: int, pad_multiple: int, virtual_token_ids: Sequence[int] = ()
 ) -> tuple[list[Any], int]:
-    """This data-parallel rank's microbatches of the one global batch, and the number of targets in all of it.
+    """Return this data-parallel rank's microbatches of the one global batch, and the number of targets in all of it.
 
     virtual_token_ids: ids before every sample; broken "behind" puts them after it.
     """
@@ -109,14 +109,14 @@ def microbatches(
 
 
 def on_device(batch: Any) -> Any:
-    """The same microbatch with its tensors on this rank's device."""
+    """Return the same microbatch with its tensors on this rank's device."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     moved = {name: value.to(ranks.device()) for name, value in values.items() if isinstance(value, Tensor)}
     return replace(batch, **moved)
 
 
 def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
-    """(model, adapted linears, masks, topology) of this rank."""
+    """Return (model, adapted linears, masks, topology) of this rank."""
     from lowrank_dist.arch.placement import LoraRules, place_factors
     from lowrank_dist.methods.lora.factors import inject
     from lowrank_dist.model.load import check_model, load_model
@@ -162,7 +162,7 @@ def build(setting: Setting) -> tuple[Any, Any, Any, Any]:
 
 
 def nonzero_factors(placements: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """Random A and B for every factor, the same on every rank."""
+    """Return random A and B for every factor, the same on every rank."""
     from lowrank_dist.methods.lora.factors import initial_a
 
     generator = torch.Generator().manual_seed(1)
@@ -174,7 +174,7 @@ def nonzero_factors(placements: Any) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def forward_backward(setting: Setting) -> dict[str, Any]:
-    """One rank: loss, every factor's whole gradient, logits of fixed tokens; without DeepSpeed."""
+    """On one rank: return loss, every factor's whole gradient and logits of fixed tokens, without DeepSpeed."""
     from tests.dist.whole import gather_factors
 
     model, adapted, masks, topology = build(setting)
@@ -198,7 +198,7 @@ def forward_backward(setting: Setting) -> dict[str, Any]:
 
 
 def train(setting: Setting) -> dict[str, Any]:
-    """One rank: losses, gradient norms and whole factors after `steps` AdamW steps with clipping, through ZeRO."""
+    """On one rank: return losses, gradient norms and whole factors of `steps` clipped AdamW steps, through ZeRO."""
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
     from tests.dist.whole import gather_factors
 
@@ -231,7 +231,7 @@ def train(setting: Setting) -> dict[str, Any]:
 
 
 def _fixed_tokens() -> tuple[Tensor, Tensor]:
-    """(input_ids, position_ids) [2, 16], the same whatever the setting."""
+    """Return (input_ids, position_ids) [2, 16], the same for every setting."""
     ids = torch.randint(5, 100, (2, 16), generator=torch.Generator().manual_seed(5))
     return ids.to(ranks.device()), torch.arange(16, device=ranks.device()).expand(2, 16)
 
@@ -241,7 +241,7 @@ def _numbers(whole: Any) -> dict[str, Any]:
 
 
 def max_relative_error(found: dict[str, Any], expected: dict[str, Any]) -> float:
-    """Largest difference over all entries, each relative to the largest element of the expected one."""
+    """Return the largest difference over all entries, each relative to the largest element of the expected one."""
     assert found.keys() == expected.keys()
     gaps = []
     for key in expected:

@@ -1,4 +1,4 @@
-"""A second kind of frozen weight, which defines its two products alone: W stored as [K, O]."""
+"""A second kind of frozen weight, which only defines its two products: W stored as [K, O]."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Transposed(FrozenWeight):
 
 
 def hold_transposed(model: nn.Module, broken: str) -> None:
-    """Let every linear hold its weight transposed. What Megatron holds is not read any more: it becomes NaN."""
+    """Let every linear hold its weight transposed. Megatron's own weight, which nothing reads now, becomes NaN."""
     for linear in (module for module in model.modules() if isinstance(module, LowRankLinear)):
         linear.hold(Transposed(linear.weight, broken))
         linear.weight.data.fill_(torch.nan)

@@ -1,4 +1,4 @@
-"""Whole factors by collectives, independent of the gathering of checkpoints: the referee of what a checkpoint holds."""
+"""Gather whole factors by collectives, independently of the checkpoint code: the reference for checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lowrank_dist.parallel.topology import Topology
 
 
 def theta_of(adapted: Sequence[AdaptedLinear]) -> list[torch.nn.Parameter]:
-    """Θ on this rank, in the order of its linears."""
+    """Return Θ on this rank, in the order of its linears."""
     return [parameter for linear in adapted for parameter in linear.factors.parameters()]
 
 
@@ -36,10 +36,10 @@ Select = Callable[[torch.nn.Parameter], Tensor]
 def gather_factors(
     adapted: Sequence[AdaptedLinear], tp_group: ProcessGroup, select: Select = lambda parameter: parameter.detach()
 ) -> dict[str, WholeFactor]:
-    """Every factor, whole, by module path; collective over the tensor-parallel group.
+    """Return every factor, whole, by module path; collective over the tensor-parallel group.
 
-    `select` takes a parameter to what is gathered: itself, its gradient, an optimiser moment of its shape.
-    A shard lands in zeros and the ranks are summed, which is exact: each element lies on one rank only.
+    `select` maps a parameter to the tensor that is gathered: itself, its gradient, or an optimiser moment of its shape.
+    Each shard is copied into zeros and the ranks are summed. The sum is exact: each element lies on one rank only.
     """
     whole = {}
     for linear in adapted:
