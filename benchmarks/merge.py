@@ -40,7 +40,7 @@ from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.formats.provenance import Provenance, fingerprint
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, tensor_bytes
-from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, module_paths, write_adapter
+from lowrank_dist.methods.lora.files import AdapterFactors, LowRankFactor, module_paths, write_adapter
 
 BUILD = Path(__file__).parents[1] / "build"
 COMMAND = Path(sys.executable).with_name("lowrank-dist")
@@ -137,7 +137,7 @@ def write_random_adapter(folder: Path, base: Path) -> None:
         rows, columns = hf_shapes(architecture)[f"{module}.weight"]
         a = torch.randn(RANK, columns) / columns**0.5
         factors[module] = LowRankFactor(a, 0.01 * torch.randn(rows, RANK), ALPHA)
-    adapter = Adapter(factors, 0.0, False, architecture.conv1d, str(base))
+    adapter = AdapterFactors(factors, 0.0, False, architecture.conv1d, str(base))
     provenance = Provenance(fingerprint(base), str(base), {})
     write_adapter(folder, adapter, provenance, module_paths(architecture), trained=True)
 

@@ -10,7 +10,7 @@ from lowrank_dist.arch.tensors import hf_shapes, module_paths
 from lowrank_dist.engine.inspection import inspect
 from lowrank_dist.formats.provenance import Provenance, fingerprint
 from lowrank_dist.formats.report import Report
-from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, write_adapter
+from lowrank_dist.methods.lora.files import AdapterFactors, LowRankFactor, write_adapter
 
 # Module path → (rank, alpha) of its factors, None for a module without.
 Size = Callable[[str], tuple[int, float] | None]
@@ -24,7 +24,7 @@ def random_adapter(
     seed: int = 0,
     scale: float = 0.1,
     dora: bool = False,
-) -> Adapter:
+) -> AdapterFactors:
     """Random factors on every linear of `base` (lm_head included when untied) that `size` gives a rank and an alpha.
 
     scale: standard deviation of B (A has 1). dora: with magnitudes around 1.
@@ -43,10 +43,10 @@ def random_adapter(
         b = scale * torch.randn(rows, rank, generator=generator)
         magnitude = 1 + 0.2 * torch.randn(rows, generator=generator) if dora else None
         factors[module] = LowRankFactor(a, b, alpha, magnitude)
-    return Adapter(factors, 0.0, rslora, architecture.conv1d, str(base))
+    return AdapterFactors(factors, 0.0, rslora, architecture.conv1d, str(base))
 
 
-def save_adapter(folder: Path, base: Path, adapter: Adapter, *, trained: bool = True) -> Path:
+def save_adapter(folder: Path, base: Path, adapter: AdapterFactors, *, trained: bool = True) -> Path:
     """Write `adapter` as trained on `base` into `folder`, and return `folder`."""
     provenance = Provenance(fingerprint(base), str(base), {"lora": {"rank": 2}})
     modules = module_paths(read_architecture(base))

@@ -11,7 +11,7 @@ from torch import Tensor
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import Checkpoint
-from lowrank_dist.methods.lora.files import Adapter, LowRankFactor
+from lowrank_dist.methods.lora.files import AdapterFactors, LowRankFactor
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _with_norm(merged: Tensor, magnitude: Tensor, rows: slice, transposed: bool)
 
 
 def build_updates(
-    architecture: Architecture, checkpoint: Checkpoint, adapters: Sequence[tuple[Path, float, Adapter]]
+    architecture: Architecture, checkpoint: Checkpoint, adapters: Sequence[tuple[Path, float, AdapterFactors]]
 ) -> dict[str, Update]:
     """Return stored tensor name → its update by all adapters (folder, weight, content).
 
@@ -111,7 +111,7 @@ def _refuse_sums(decomposed: Sequence[tuple[Path, float]], adapters: int) -> Non
 
 
 def _placed(
-    architecture: Architecture, checkpoint: Checkpoint, adapter: Adapter, folder: Path
+    architecture: Architecture, checkpoint: Checkpoint, adapter: AdapterFactors, folder: Path
 ) -> dict[str, LowRankFactor]:
     modules = architecture.linear_modules()
     placed, problems = {}, []

@@ -16,7 +16,7 @@ from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.tensors import module_paths
 from lowrank_dist.formats.provenance import Provenance, fingerprint
 from lowrank_dist.methods.lora.factors import adapter_factors
-from lowrank_dist.methods.lora.files import Adapter, write_adapter
+from lowrank_dist.methods.lora.files import AdapterFactors, write_adapter
 from tests.dist.ranks import run_ranks
 from tests.dist.tiny_runs import Setting, build, nonzero_factors
 from tests.tiny_models import make_tiny
@@ -46,7 +46,7 @@ def export(setting: Setting, out: str, rslora: bool) -> Any:
     whole = gather_factors(adapted, topology.tp_group)
     if topology.tp_rank == 0:
         architecture, base = model.architecture, Path(setting.folder)
-        adapter = Adapter(adapter_factors(whole), 0.0, rslora, architecture.conv1d, str(base))
+        adapter = AdapterFactors(adapter_factors(whole), 0.0, rslora, architecture.conv1d, str(base))
         provenance = Provenance(fingerprint(base), str(base), {})
         write_adapter(Path(out), adapter, provenance, module_paths(architecture), trained=True)
     return logits.numpy()

@@ -61,7 +61,7 @@ def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndar
     from lowrank_dist.formats.provenance import Provenance, fingerprint
     from lowrank_dist.methods.lora.adopt import initial_factors
     from lowrank_dist.methods.lora.factors import adapter_factors, inject
-    from lowrank_dist.methods.lora.files import Adapter, write_adapter
+    from lowrank_dist.methods.lora.files import AdapterFactors, write_adapter
     from lowrank_dist.model.load import check_model, load_model
     from lowrank_dist.ops.mask import quantise
     from lowrank_dist.parallel.masks import MaskSource
@@ -104,7 +104,7 @@ def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndar
     whole = gather_factors(adapted, topology.tp_group)
     if topology.tp_rank == 0:
         architecture, base = model.architecture, Path(folder)
-        adapter = Adapter(adapter_factors(whole), lora.dropout, lora.rslora, architecture.conv1d, folder)
+        adapter = AdapterFactors(adapter_factors(whole), lora.dropout, lora.rslora, architecture.conv1d, folder)
         provenance = Provenance(fingerprint(base), folder, config.model_dump(mode="json"))
         write_adapter(Path(out), adapter, provenance, module_paths(architecture), trained=True)
     return first, _logits(model)

@@ -15,7 +15,7 @@ from lowrank_dist.formats.model_folder import open_checkpoint
 from lowrank_dist.merging.merge import merge
 from lowrank_dist.merging.options import parse_adapter
 from lowrank_dist.methods.files import LLAMA_CPP
-from lowrank_dist.methods.lora.files import Adapter
+from lowrank_dist.methods.lora.files import AdapterFactors
 from tests.llama_cpp import Gguf, convert, lora_job, model_job, permuted
 from tests.tiny_adapters import Size, random_adapter, save_adapter
 from tests.tiny_models import FAMILY_NAMES, make_tiny
@@ -41,7 +41,7 @@ SIZES: Mapping[str, tuple[Size, bool]] = {
 }
 
 
-def adapter_of(base: Path, name: str) -> Adapter:
+def adapter_of(base: Path, name: str) -> AdapterFactors:
     size, rslora = SIZES[name]
     tied = read_architecture(base).tied
     return random_adapter(base, lambda module: None if tied and module == "lm_head" else size(module), rslora=rslora)

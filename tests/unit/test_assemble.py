@@ -108,14 +108,14 @@ def test_a_run_that_goes_on_by_another_measure() -> None:
     config = config_of(eval={"generate": asked, "best": "bleu"})
     state = state_of(2)
     assert "eval.best is bleu, which was not measured up to step 2" in notes_on_best(config, state, None)[0]
-    known = known_by(config, state)
+    known = state_of_config(config, state)
     assert not notes_on_best(config, known, None)
     for key, value, noted in (("batch", 2, False), ("metrics", ["bleu", "rouge_l"], False), ("stop", ["#"], True)):
         other = config_of(eval={"generate": {**asked, key: value}, "best": "bleu"})
         assert bool(notes_on_best(other, known, None)) == noted
 
 
-def known_by(config: Config, state: TrainingState) -> TrainingState:
+def state_of_config(config: Config, state: TrainingState) -> TrainingState:
     """Return the state of a run with this configuration, as this version saves it."""
     known = {"eval_metrics": {"bleu": {2: 1.0}}, "metric_definition": DEFINITION, "held_out": state.data}
     return state.model_copy(update={**known, "config": config.model_dump(mode="json")})
@@ -141,7 +141,7 @@ def test_values_of_another_measure_are_not_held_against_new_ones(
 ) -> None:
     """Values of an old metric do not count: were they higher, no new step would be the best, and the run would stop."""
     config = config_of(eval={"generate": {"metrics": ["bleu"], "max_new_tokens": 4}, "best": "bleu"})
-    state = known_by(config, state_of(2)).model_copy(update=change)
+    state = state_of_config(config, state_of(2)).model_copy(update=change)
     held_out = state_of(2).data
     assert tuple(outdated_values(config, state, held_out)) == outdated
     lines = [line for line in notes_on_best(config, state, held_out) if "no longer count" in line]

@@ -36,7 +36,7 @@ class StandIn:
     files = staticmethod(lora_files)
 
 
-def work(root: Path, step: int, resumed: int | None) -> None:
+def save_final_checkpoint(root: Path, step: int, resumed: int | None) -> None:
     """Save the final checkpoint of a run that keeps one, so that every operation of a save happens."""
     facts = Facts(Provenance("cd" * 32, "base", {}), state_of(step).data, None)
     folder = RunFolder(root)
@@ -52,17 +52,17 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("saved")
     for step in (OLD, NEW):
         (place / str(step)).mkdir()
-        work(place / str(step), step, None)
+        save_final_checkpoint(place / str(step), step, None)
     return place
 
 
 @pytest.fixture(scope="module")
 def zygote() -> Zygote:
-    with Zygote(f"{__name__}:work") as started:
-        yield started
+    with Zygote(f"{__name__}:save_final_checkpoint") as zygote:
+        yield zygote
 
 
-def started(saved: Path, place: Path) -> Path:
+def copy_saved_run(saved: Path, place: Path) -> Path:
     """Copy the run whose last checkpoint is that of step 2."""
     return Path(shutil.copytree(saved / str(OLD), place, symlinks=True))
 
@@ -86,7 +86,7 @@ def require_recovery(saved: Path, root: Path, step: int, where: str) -> None:
     """Check that the run resumes from there, ends as if it had not been interrupted, and leaves nothing over."""
     RunFolder(root).log(1)  # done by another rank: creates the folders
     RunFolder(root)._clear()
-    work(root, NEW, step)
+    save_final_checkpoint(root, NEW, step)
     assert require_promise(saved, root, where) == NEW
     assert {path.name for path in (root / "checkpoints").iterdir()} == {"last", "best", f"step-{NEW}"}, where
     assert same(root / "checkpoints/last", saved / f"{NEW}/checkpoints/step-{NEW}")
@@ -94,13 +94,13 @@ def require_recovery(saved: Path, root: Path, step: int, where: str) -> None:
 
 @pytest.mark.parametrize("action", [Action.KILL_BEFORE, Action.KILL_DURING, Action.NO_SPACE, Action.NO_SPACE_ONCE])
 def test_at_every_operation(saved: Path, zygote: Zygote, tmp_path: Path, action: Action) -> None:
-    plain = zygote.run(started(saved, tmp_path / "plain"), NEW, OLD)
+    plain = zygote.run(copy_saved_run(saved, tmp_path / "plain"), NEW, OLD)
     assert plain.error is None and plain.count > 40, plain.traceback
     kinds = {line.split()[0] for line in plain.trace}
     assert {"write", "fsync", "rename", "symlink", "mkdir", "unlink"} <= kinds, kinds
     steps = set()
     for nth in range(1, plain.count + 1):
-        root = started(saved, tmp_path / f"{action.name}-{nth}")
+        root = copy_saved_run(saved, tmp_path / f"{action.name}-{nth}")
         outcome = zygote.run(root, NEW, OLD, nth=nth, action=action)
         where = f"{action.name} at {nth}: {outcome.trace[-1]}"
         if action in (Action.KILL_BEFORE, Action.KILL_DURING):
@@ -116,7 +116,7 @@ def test_at_every_operation(saved: Path, zygote: Zygote, tmp_path: Path, action:
 
 def test_the_promise_can_be_broken(saved: Path, tmp_path: Path) -> None:
     """The control: what an in-place writer leaves fails the checks above."""
-    root = started(saved, tmp_path / "run")
+    root = copy_saved_run(saved, tmp_path / "run")
     half = root / "checkpoints" / f"step-{NEW}"
     shutil.copytree(saved / f"{NEW}/checkpoints/step-{NEW}", half, ignore=shutil.ignore_patterns(MANIFEST_FILE))
     with pytest.raises(AssertionError, match="manifest"):

@@ -25,7 +25,7 @@ from lowrank_dist.formats.manifest import MANIFEST_FILE, OPTIMIZER_FILE, STATE_F
 from lowrank_dist.formats.manifest import _text as manifest_text
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, Collected
-from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, read_adapter, write_adapter_files
+from lowrank_dist.methods.lora.files import AdapterFactors, LowRankFactor, read_adapter, write_adapter_files
 from tests.tiny_adapters import inspected
 
 MODULES = ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj")
@@ -69,7 +69,9 @@ def lora_files(folder: Path, provenance: Provenance, *, trained: bool = True) ->
 
     def write_files(tensors: Mapping[str, torch.Tensor]) -> None:
         factors = {m: LowRankFactor(*(tensors[f"{m}.lora_{s}"] for s in "AB"), 8.0) for m in MODULES}
-        write_adapter_files(folder, Adapter(factors, 0.0, False, False, "base"), provenance, MODULES, trained=trained)
+        write_adapter_files(
+            folder, AdapterFactors(factors, 0.0, False, False, "base"), provenance, MODULES, trained=trained
+        )
 
     return Collected(write_files)
 
@@ -95,7 +97,7 @@ def checkpoints(pristine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(pristine, tmp_path / "checkpoints", symlinks=True))
 
 
-def refuses(folder: Path, name: str) -> None:
+def assert_newest_refused(folder: Path, name: str) -> None:
     """Check that the newer checkpoint is passed over with its bad file named, and that reading it fails."""
     found = newest_checkpoint(folder.parent)
     assert found.state is not None and found.state.step == 2
@@ -134,7 +136,7 @@ def test_any_flipped_byte_is_seen(checkpoints: Path) -> None:
         whole = path.read_bytes()
         at = draw.randrange(len(whole))
         path.write_bytes(whole[:at] + bytes([whole[at] ^ draw.randrange(1, 256)]) + whole[at + 1 :])
-        refuses(path.parent, path.name)
+        assert_newest_refused(path.parent, path.name)
         path.write_bytes(whole)
     assert newest_checkpoint(checkpoints).state.step == 4, "the folder is as it was, and so it verifies again"
 
@@ -154,13 +156,13 @@ def test_any_flipped_byte_is_seen(checkpoints: Path) -> None:
 )
 def test_damaged_files(checkpoints: Path, name: str, damage: Callable[[Path], object]) -> None:
     damage(checkpoints / "step-4" / name)
-    refuses(checkpoints / "step-4", "step-4")
+    assert_newest_refused(checkpoints / "step-4", "step-4")
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_duplicated_files(checkpoints: Path, name: str) -> None:
     shutil.copyfile(checkpoints / "step-4" / name, checkpoints / "step-4" / f"copy of {name}")
-    refuses(checkpoints / "step-4", f"copy of {name}")
+    assert_newest_refused(checkpoints / "step-4", f"copy of {name}")
 
 
 def test_a_copied_folder_is_not_a_newer_one(checkpoints: Path) -> None:
@@ -209,7 +211,7 @@ def test_a_planted_pickle_is_never_read(checkpoints: Path, tmp_path: Path, name:
         (folder / MANIFEST_FILE).unlink()
         write_manifest(folder)
     elif name not in FILES:
-        refuses(folder, name)
+        assert_newest_refused(folder, name)
     for read in (read_checkpoint, read_adapter, lambda f: read_all(f / OPTIMIZER_FILE, SHAPES)):
         try:
             read(folder)
@@ -228,7 +230,7 @@ def test_a_planted_pickle_is_never_read(checkpoints: Path, tmp_path: Path, name:
 def test_links_out_of_the_folder_are_refused(checkpoints: Path, tmp_path: Path) -> None:
     shutil.move(checkpoints / "step-4" / WEIGHTS_FILE, tmp_path / "outside")
     (checkpoints / "step-4" / WEIGHTS_FILE).symlink_to(tmp_path / "outside")
-    refuses(checkpoints / "step-4", WEIGHTS_FILE)
+    assert_newest_refused(checkpoints / "step-4", WEIGHTS_FILE)
 
 
 def test_inspect_says_that_it_does_not_verify(checkpoints: Path) -> None:
@@ -283,7 +285,7 @@ def test_a_manifest_that_was_written_anew_by_another_hand(
     assert read_checkpoint(path.parent).step == 4
     change(files)
     path.write_text(manifest_text(files))
-    refuses(path.parent, "x" if "../x" in files else MANIFEST_FILE)
+    assert_newest_refused(path.parent, "x" if "../x" in files else MANIFEST_FILE)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +294,7 @@ def test_a_manifest_that_was_written_anew_by_another_hand(
 def test_a_manifest_that_is_no_manifest(checkpoints: Path, text: str) -> None:
     path = checkpoints / "step-4" / MANIFEST_FILE
     path.write_text(text)
-    refuses(path.parent, MANIFEST_FILE)
+    assert_newest_refused(path.parent, MANIFEST_FILE)
 
 
 @pytest.mark.parametrize(

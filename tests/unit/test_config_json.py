@@ -153,7 +153,7 @@ def configs(family: str) -> st.SearchStrategy[Values]:
     return st.tuples(st.fixed_dictionaries(good), others, wrong, missing).map(put_together)
 
 
-def least(family: str) -> Values:
+def minimal_config(family: str) -> Values:
     """Return a config.json with nothing but sizes."""
     return {"model_type": family, **dict.fromkeys(SIZES[family], 64), SIZES[family][2]: 32}
 
@@ -310,7 +310,7 @@ def test_transformers_is_the_referee(family: str, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_alone_mean_transformers_defaults(family: str) -> None:
-    values = least(family)
+    values = minimal_config(family)
     config = by_transformers(values)
     assert config is not None and found_in(values) == expected(config)
 
@@ -331,7 +331,7 @@ def test_no_value_makes_a_traceback(family: str, data: Any) -> None:
     table = FAMILIES[family]
     keys = [*(key.name for key in (*table.keys.values(), *table.window.values())), *table.only, *table.equal, *ROPE]
     keys += ["dtype", "torch_dtype", "model_type", "quantization_config", "per_layer_config"]
-    values = least(family)
+    values = minimal_config(family)
     if data is not None:
         anything = st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
@@ -364,7 +364,7 @@ def test_no_value_makes_a_traceback(family: str, data: Any) -> None:
 )
 def test_a_wrong_type_is_refused_by_its_key(values: Values, named: str) -> None:
     with pytest.raises(UserError) as error:
-        parse_architecture(least("qwen2") | values, "config.json")
+        parse_architecture(minimal_config("qwen2") | values, "config.json")
     assert named in str(error.value) and not isinstance(error.value, UnsupportedModel)
 
 
@@ -379,7 +379,7 @@ def test_a_wrong_type_is_refused_by_its_key(values: Values, named: str) -> None:
 )
 def test_what_has_no_table_is_told_from_what_is_wrong(values: Values) -> None:
     with pytest.raises(UnsupportedModel):
-        parse_architecture(least("llama") | values, "config.json")
+        parse_architecture(minimal_config("llama") | values, "config.json")
 
 
 def test_a_folder_and_its_file_are_the_same(tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_a_table_alone_makes_a_family(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path: Path) -> None:
     """transformers decides so when it reads the file, whatever the value of the key."""
     for kinds in (["full_attention", "sliding_attention"], None):
-        values = least("mistral") | {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": kinds}
+        values = minimal_config("mistral") | {"num_hidden_layers": 2, "sliding_window": 8, "layer_types": kinds}
         (tmp_path / "config.json").write_text(json.dumps(values))
         if kinds is not None:
             assert AutoConfig.from_pretrained(tmp_path).model_type == "ministral"
@@ -447,7 +447,7 @@ def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path: Path) -> None:
     ["rope_theta", "rms_norm_eps", "num_hidden_layers", "hidden_size", "max_window_layers", "num_attention_heads"],
 )
 def test_numbers_that_no_model_has_are_refused_at_once(key: str, value: int) -> None:
-    values = least("qwen2") | {key: value}
+    values = minimal_config("qwen2") | {key: value}
     if key in ("rope_theta", "rms_norm_eps") and 0 < value < 10**400:
         parse_architecture(values, "config.json")  # even so large a float is valid
     else:

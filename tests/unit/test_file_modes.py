@@ -44,7 +44,7 @@ def umask(request: pytest.FixtureRequest) -> Iterator[int]:
     root.setLevel(level)
 
 
-def odd_modes(folder: Path, umask: int) -> list[str]:
+def unexpected_modes(folder: Path, umask: int) -> list[str]:
     """Return the files and folders whose mode differs from the one that the umask gives."""
     paths = [folder, *(path for path in folder.rglob("*") if not path.is_symlink())]
     expected = {path: (0o777 if path.is_dir() else 0o666) & ~umask for path in paths}
@@ -79,10 +79,10 @@ def test_the_files_of_a_run(umask: int, tmp_path: Path, monkeypatch: pytest.Monk
         "generation_config.json",
     }
     assert kinds <= {path.name for path in run.rglob("*")} and list((run / "tensorboard").iterdir())
-    assert odd_modes(run, umask) == []
+    assert unexpected_modes(run, umask) == []
     # The control: a file that safetensors writes itself.
     save_file(probe, folder.probe)
-    assert odd_modes(run, umask) == ([] if umask == 0o077 else ["probe.safetensors: 600"])
+    assert unexpected_modes(run, umask) == ([] if umask == 0o077 else ["probe.safetensors: 600"])
 
 
 def test_the_files_of_an_export_and_of_a_merge(umask: int, tmp_path: Path) -> None:
@@ -91,8 +91,8 @@ def test_the_files_of_an_export_and_of_a_merge(umask: int, tmp_path: Path) -> No
     (base / "model.safetensors").chmod(0o600)  # a copied file gets the mode of a new one
     for target in (None, LLAMA_CPP):
         export(adapter, tmp_path / f"exported-{target}", target=target)
-        assert odd_modes(tmp_path / f"exported-{target}", umask) == []
+        assert unexpected_modes(tmp_path / f"exported-{target}", umask) == []
     for name, output_format in (("one", OutputFormat()), ("parts", OutputFormat(shard_size=20_000))):
         merge(base, adapter, tmp_path / name, output_format=output_format)
-        assert odd_modes(tmp_path / name, umask) == []
+        assert unexpected_modes(tmp_path / name, umask) == []
     assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1

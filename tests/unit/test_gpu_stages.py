@@ -90,12 +90,12 @@ def test_a_hanging_stage_that_ignores_the_interrupt_is_killed_with_its_children(
     child = Path("/proc", run.outcomes[0].says, "stat")
     assert run.outcomes[0].says.isdigit()
     until = time.monotonic() + 5
-    while lives(child) and time.monotonic() < until:
+    while is_running(child) and time.monotonic() < until:
         time.sleep(0.01)
-    assert not lives(child)
+    assert not is_running(child)
 
 
-def lives(stat: Path) -> bool:
+def is_running(stat: Path) -> bool:
     """Return whether the process runs; a zombie does not count."""
     try:
         return stat.read_text().rpartition(")")[2].split()[0] != "Z"
@@ -179,9 +179,9 @@ LEFT_BEHIND = "setsid sh -c 'echo $$; exec sleep 60' & sleep 0.3"
 
 def assert_dead(pid: str) -> None:
     until = time.monotonic() + 20
-    while lives(Path("/proc", pid, "stat")) and time.monotonic() < until:
+    while is_running(Path("/proc", pid, "stat")) and time.monotonic() < until:
         time.sleep(0.01)
-    assert pid.isdigit() and not lives(Path("/proc", pid, "stat"))
+    assert pid.isdigit() and not is_running(Path("/proc", pid, "stat"))
 
 
 def test_nothing_of_a_stage_outlives_it_whatever_its_session(make_runner: MakeRunner) -> None:

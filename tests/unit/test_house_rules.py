@@ -36,7 +36,7 @@ def imports(sources: Mapping[str, str], packages: Iterable[str]) -> Graph:
     return graph
 
 
-def contracted(graph: Graph, folder: str) -> Graph:
+def graph_of_children(graph: Graph, folder: str) -> Graph:
     """Return the import graph of a folder's direct children; a child folder stands for all modules below it."""
 
     def child(module: str) -> str:
@@ -65,7 +65,7 @@ def circles(sources: Mapping[str, str], packages: Iterable[str]) -> dict[str, li
     """Return a cycle between modules, and one in each folder that has any."""
     graph = imports(sources, packages)
     found = {"modules": circle(graph)}
-    found |= {package: circle(contracted(graph, package)) for package in packages}
+    found |= {package: circle(graph_of_children(graph, package)) for package in packages}
     return {where: members for where, members in found.items() if members}
 
 
@@ -134,7 +134,7 @@ def reachable(edges: Iterable[tuple[str, str, str]], start: str) -> set[str]:
     return found
 
 
-def drawn_otherwise(chart: str, rooms: Graph) -> Iterator[str]:
+def picture_mismatches(chart: str, rooms: Graph) -> Iterator[str]:
     """Yield imports between rooms without a path in the picture, and arrows without an import."""
     edges = [edge for edge in parse(chart).edges if edge[0] != "launch"]
     for room, imported in sorted(rooms.items()):
@@ -147,7 +147,7 @@ def rooms() -> Graph:
     """Return room → the rooms that it imports."""
     found = dict(modules(PACKAGE))
     packages = [module for module, path in found.items() if path.name == "__init__.py"]
-    inside = contracted(imports({module: path.read_text() for module, path in found.items()}, packages), PACKAGE)
+    inside = graph_of_children(imports({module: path.read_text() for module, path in found.items()}, packages), PACKAGE)
     folders = {package for package in packages if package.count(".") == 1}
     return {
         room.removeprefix(f"{PACKAGE}."): {other.removeprefix(f"{PACKAGE}.") for other in inside[room] & folders}
@@ -158,14 +158,14 @@ def rooms() -> Graph:
 def test_the_design_shows_the_rooms(rooms: Graph) -> None:
     assert set(re.findall(r"^\| `(\w+)/` \|", DESIGN, re.MULTILINE)) == set(rooms)
     (chart,) = (each for each in re.findall(r"```mermaid\n(.*?)```", DESIGN, re.DOTALL) if "launch/train.py" in each)
-    assert list(drawn_otherwise(chart, rooms)) == []
+    assert list(picture_mismatches(chart, rooms)) == []
 
 
 def test_an_arrow_too_many_or_too_few_is_found() -> None:
     rooms = {"a": {"b", "c"}, "b": {"c"}, "c": set[str]()}
-    assert list(drawn_otherwise("flowchart TB\na --> b --> c", rooms)) == []
-    assert list(drawn_otherwise("flowchart TB\na --> b", rooms)) == ["a imports c", "b imports c"]
-    assert list(drawn_otherwise("flowchart TB\na --> b --> c --> d", rooms)) == ["c does not import d"]
+    assert list(picture_mismatches("flowchart TB\na --> b --> c", rooms)) == []
+    assert list(picture_mismatches("flowchart TB\na --> b", rooms)) == ["a imports c", "b imports c"]
+    assert list(picture_mismatches("flowchart TB\na --> b --> c --> d", rooms)) == ["c does not import d"]
 
 
 # --- methods' names --------------------------------------------------------------------------------------------------
@@ -393,7 +393,7 @@ def is_description(source: str) -> bool:
     return all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
 
 
-def grain(lines: Mapping[str, int], reasons: Mapping[str, str]) -> Iterator[str]:
+def file_size_violations(lines: Mapping[str, int], reasons: Mapping[str, str]) -> Iterator[str]:
     """Yield violations of the rules on file sizes. lines: file → its lines. reasons: short file → its reason."""
     median = statistics.median(lines.values())
     if not MEDIAN[0] <= median <= MEDIAN[1]:
@@ -414,22 +414,26 @@ def test_a_file_is_a_subject() -> None:
         for name, source in files.items()
         if not (name.endswith("__init__.py") and is_description(source))
     }
-    assert list(grain(counted, SHORT)) == []
+    assert list(file_size_violations(counted, SHORT)) == []
 
 
 def test_planted_sizes_are_found() -> None:
     usual = {f"{number}.py": 150 for number in range(99)}
-    assert list(grain(usual, {})) == []
-    assert list(grain({**usual, "short.py": 59}, {"short.py": "why"})) == []
-    assert list(grain({**usual, "short.py": 59}, {})) == ["short.py: 59 lines and no reason in SHORT"]
-    assert list(grain({**usual, "long.py": 60}, {"long.py": "why"})) == ["long.py: in SHORT, but not short"]
-    assert list(grain(usual, {"gone.py": "why"})) == ["gone.py: in SHORT, but not there"]
+    assert list(file_size_violations(usual, {})) == []
+    assert list(file_size_violations({**usual, "short.py": 59}, {"short.py": "why"})) == []
+    assert list(file_size_violations({**usual, "short.py": 59}, {})) == ["short.py: 59 lines and no reason in SHORT"]
+    assert list(file_size_violations({**usual, "long.py": 60}, {"long.py": "why"})) == [
+        "long.py: in SHORT, but not short"
+    ]
+    assert list(file_size_violations(usual, {"gone.py": "why"})) == ["gone.py: in SHORT, but not there"]
     many = {f"short{number}.py": 59 for number in range(26)}
-    assert list(grain({**usual, **many}, dict.fromkeys(many, "why"))) == [
+    assert list(file_size_violations({**usual, **many}, dict.fromkeys(many, "why"))) == [
         "26 files have fewer than 60 lines; at most 25 may"
     ]
     for size in (119, 251):
-        assert list(grain(dict.fromkeys(usual, size), {})) == [f"the median file has {size} lines, not 120 to 250"]
+        assert list(file_size_violations(dict.fromkeys(usual, size), {})) == [
+            f"the median file has {size} lines, not 120 to 250"
+        ]
 
 
 def test_a_description_is_no_file() -> None:

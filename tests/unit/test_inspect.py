@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from lowrank_dist.cli.main import app
-from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, read_adapter
+from lowrank_dist.methods.lora.files import AdapterFactors, LowRankFactor, read_adapter
 from lowrank_dist.methods.lora.inspection import update_norm
 from tests.tiny_adapters import inspected, random_adapter, save_adapter
 from tests.tiny_models import make_tiny
@@ -49,7 +49,7 @@ def facts_of(folder: Path, *more: object) -> dict[str, Any]:
     return json.loads(text)["facts"]
 
 
-def broken(folder: Path, *names: str, more: tuple[object, ...] = ()) -> None:
+def assert_reported_broken(folder: Path, *names: str, more: tuple[object, ...] = ()) -> None:
     """Check for exit code 1 and one "broken" line that contains all the names, in text and in JSON."""
     code, text = show(folder, *more)
     lines = [line for line in text.splitlines() if line.startswith("broken: ")]
@@ -58,11 +58,11 @@ def broken(folder: Path, *names: str, more: tuple[object, ...] = ()) -> None:
     assert code == 1 and [f"broken: {line}" for line in json.loads(text)["problems"]] == lines
 
 
-def breaks(folder: Path, spoil: Callable[[Path], Any], names: list[str]) -> None:
+def assert_damage_reported(folder: Path, damage: Callable[[Path], Any], names: list[str]) -> None:
     """Check that a folder passes, and that after `spoil` the report names `names`."""
     assert show(folder)[0] == 0
-    spoil(folder)
-    broken(folder, *names)
+    damage(folder)
+    assert_reported_broken(folder, *names)
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -150,11 +150,13 @@ def test_adapter_and_its_base(adapter: Path, base: Path, tmp_path: Path) -> None
     assert facts["percent_of_base"] == pytest.approx(100 * facts["parameters"] / total)
     assert facts["config"] == {"lora": {"rank": 2}} and "torch" in facts["versions"]
     other = make_tiny("llama", tmp_path / "other", seed=1)
-    broken(adapter, "lowrank_dist.json", "base_fingerprint", "--base", more=("--base", other))
-    broken(adapter, WEIGHTS, "is not a linear of", more=("--base", make_tiny("gpt2", tmp_path / "gpt2")))
+    assert_reported_broken(adapter, "lowrank_dist.json", "base_fingerprint", "--base", more=("--base", other))
+    assert_reported_broken(
+        adapter, WEIGHTS, "is not a linear of", more=("--base", make_tiny("gpt2", tmp_path / "gpt2"))
+    )
     half = Path(shutil.copytree(base, tmp_path / "half"))
     next(half.glob("*.safetensors")).unlink()
-    broken(adapter, str(half), "missing", more=("--base", half))
+    assert_reported_broken(adapter, str(half), "missing", more=("--base", half))
     assert show(adapter, "--base", tmp_path / "none")[0] == show(base, "--base", base)[0] == 2
     # An adapter from elsewhere whose base is not found is shown and is not broken.
     (adapter / "lowrank_dist.json").unlink()
@@ -170,7 +172,7 @@ def test_zero_b_is_called_out(base: Path, tmp_path: Path) -> None:
     whole = random_adapter(base)
     none = {m: LowRankFactor(f.a, torch.zeros_like(f.b), f.alpha) for m, f in whole.factors.items()}
     for name, factors in (("one", {**whole.factors, QUERY: none[QUERY]}), ("all", none)):
-        some = Adapter(factors, whole.dropout, whole.rslora, whole.fan_in_fan_out, whole.base)
+        some = AdapterFactors(factors, whole.dropout, whole.rslora, whole.fan_in_fan_out, whole.base)
         save_adapter(tmp_path / name, base, some, trained=False)
     code, text = show(tmp_path / "one", "--modules")
     noted = [line for line in text.splitlines() if line.startswith("model.") and "B is zero" in line]
@@ -237,7 +239,7 @@ ADAPTER_FAULTS = {
 
 @pytest.mark.parametrize("fault", ADAPTER_FAULTS)
 def test_broken_adapter(adapter: Path, fault: str) -> None:
-    breaks(adapter, *ADAPTER_FAULTS[fault])
+    assert_damage_reported(adapter, *ADAPTER_FAULTS[fault])
 
 
 def test_neither_of_these(tmp_path: Path, adapter: Path) -> None:

@@ -9,7 +9,7 @@ import yaml
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_card import plain, repository_of
 from lowrank_dist.formats.provenance import Provenance, read_provenance
-from lowrank_dist.methods.lora.files import Adapter, LowRankFactor
+from lowrank_dist.methods.lora.files import AdapterFactors, LowRankFactor
 from lowrank_dist.methods.lora.folder import adapter_card as model_card
 
 TRAINING = {
@@ -22,9 +22,9 @@ TRAINING = {
 }
 
 
-def adapter(base: str) -> Adapter:
+def adapter(base: str) -> AdapterFactors:
     factor = LowRankFactor(torch.ones(2, 3), torch.ones(4, 2), 4.0)
-    return Adapter({"model.layers.0.self_attn.q_proj": factor}, 0.0, False, False, base)
+    return AdapterFactors({"model.layers.0.self_attn.q_proj": factor}, 0.0, False, False, base)
 
 
 def test_front_matter_and_facts() -> None:

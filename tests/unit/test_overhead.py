@@ -82,7 +82,7 @@ class Aside:
     inside: list[Tensor]
 
 
-class Keeps(torch.autograd.Function):
+class SavesTensors(torch.autograd.Function):
     """Saves a view of 3 of 50 elements and, by attribute, 7 elements in a dataclass, the weight and its input."""
 
     @staticmethod
@@ -98,9 +98,11 @@ class Keeps(torch.autograd.Function):
 
 def test_saved_bytes_are_those_of_distinct_storages_whole() -> None:
     x, weight = torch.zeros(11, requires_grad=True), torch.zeros(100)
-    assert checks.saved_bytes(lambda: [Keeps.apply(x, weight)], [weight]) == 4 * (50 + 7 + 11)
-    assert checks.saved_bytes(lambda: [Keeps.apply(x, weight)], []) == 4 * (50 + 7 + 11 + 100)
-    assert checks.saved_bytes(lambda: [Keeps.apply(Keeps.apply(x, weight), weight)], [weight]) == 4 * (57 + 57 + 22)
+    assert checks.saved_bytes(lambda: [SavesTensors.apply(x, weight)], [weight]) == 4 * (50 + 7 + 11)
+    assert checks.saved_bytes(lambda: [SavesTensors.apply(x, weight)], []) == 4 * (50 + 7 + 11 + 100)
+    assert checks.saved_bytes(lambda: [SavesTensors.apply(SavesTensors.apply(x, weight), weight)], [weight]) == 4 * (
+        57 + 57 + 22
+    )
     module = torch.nn.Identity()
     module.aside = torch.zeros(5)
     assert checks.saved_bytes(lambda: [x * 2], [], [module]) == 4 * 5

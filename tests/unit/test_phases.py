@@ -35,7 +35,7 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Time:
     return moved
 
 
-class Told:
+class RecordingWatchdog:
     """Records the calls that a watchdog would get."""
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Told:
 
 
 def test_seconds_of_phases_without_a_gap(time: Time) -> None:
-    told = Told()
+    told = RecordingWatchdog()
     phases = Phases(told, CPU)
     for phase, seconds in (("data", 1), ("forward", 2), ("backward", 4), ("forward", 8), ("backward", 16)):
         phases.enter(phase, 7 if phase == "data" else None)
@@ -60,7 +60,7 @@ def test_seconds_of_phases_without_a_gap(time: Time) -> None:
 
 
 def test_waits_are_measured_while_asked_for(time: Time) -> None:
-    phases = Phases(Told(), CPU)
+    phases = Phases(RecordingWatchdog(), CPU)
 
     def wait(seconds: float) -> None:
         with WAIT_TIMER.measure():
@@ -83,7 +83,7 @@ def test_waits_are_measured_while_asked_for(time: Time) -> None:
 def test_rates_and_own_work(time: Time) -> None:
     """Two ranks; the other one's own work comes from a replaced gather."""
     topology: Any = SimpleNamespace(world_group=SimpleNamespace(size=lambda: 2))
-    phases = Phases(Told(), CPU)
+    phases = Phases(RecordingWatchdog(), CPU)
     # 7 FLOPs a token, 11 a target token, 13 per squared length; a device of 1000 FLOP/s.
     forecast: Any = SimpleNamespace(flops=lambda t, n, s: 7 * t + 11 * n + 13 * s, peak=lambda: 1000.0)
     meter = Meter(phases, Stragglers(1.5, ("h1", "h2")), forecast, topology, CPU)

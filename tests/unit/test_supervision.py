@@ -131,20 +131,20 @@ def test_a_page_is_read_by_another_process() -> None:
 
 
 @pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "ASK_SECONDS", 1)
     monkeypatch.setattr(peers, "_EVERY_SECONDS", 0.02)
 
 
-def asked(store: dist.Store, said: dict[int, str | None], size: int = 4) -> dict[int, Answer]:
+def ask_concurrently(store: dist.Store, said: dict[int, str | None], size: int = 4) -> dict[int, Answer]:
     """Let ranks that fail at the same time ask each other; return their answers."""
     with ThreadPoolExecutor(len(said)) as pool:
         answers = {rank: pool.submit(ask, store, rank, size, said[rank], lambda: False) for rank in said}
         return {rank: answer.result() for rank, answer in answers.items()}
 
 
-def test_ranks_learn_the_cause_and_one_of_each_kind_prints(soon: None) -> None:
-    answers = asked(dist.HashStore(), {0: None, 1: "why", 2: "why else", 3: None})
+def test_ranks_learn_the_cause_and_one_of_each_kind_prints(short_timeouts: None) -> None:
+    answers = ask_concurrently(dist.HashStore(), {0: None, 1: "why", 2: "why else", 3: None})
     assert answers[1].should_print is not answers[2].should_print, "of two that went first one prints"
     assert answers[0].should_print is not answers[3].should_print
     cause = "why" if answers[1].should_print else "why else"
@@ -152,21 +152,21 @@ def test_ranks_learn_the_cause_and_one_of_each_kind_prints(soon: None) -> None:
     assert all(answer.reached and not answer.silent for answer in answers.values())
 
 
-def test_of_ranks_that_say_the_same_one_prints(soon: None) -> None:
-    answers = asked(dist.HashStore(), dict.fromkeys(range(4), "why"))
+def test_of_ranks_that_say_the_same_one_prints(short_timeouts: None) -> None:
+    answers = ask_concurrently(dist.HashStore(), dict.fromkeys(range(4), "why"))
     assert [answer.should_print for answer in answers.values()].count(True) == 1
 
 
 @pytest.mark.slow
-def test_ranks_name_those_that_say_nothing(soon: None) -> None:
+def test_ranks_name_those_that_say_nothing(short_timeouts: None) -> None:
     began = time.monotonic()
-    answers = asked(dist.HashStore(), {0: None, 2: None})
+    answers = ask_concurrently(dist.HashStore(), {0: None, 2: None})
     assert [answers[rank].silent for rank in (0, 2)] == [[1, 3], [1, 3]] and answers[0].cause is None
     assert 1 <= time.monotonic() - began < 2
 
 
 @pytest.mark.slow
-def test_a_store_that_fails_or_hangs(soon: None) -> None:
+def test_a_store_that_fails_or_hangs(short_timeouts: None) -> None:
     class Gone:
         def set_timeout(self, timeout: object) -> None:
             raise dist.DistNetworkError("gone")

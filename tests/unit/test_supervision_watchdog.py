@@ -40,12 +40,12 @@ LATER = "time.sleep(0.5); "
 
 
 @pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_timeouts(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in {"LOOK": 0.05, "GRACE": GRACE, "STACKS": STACKS, "LEAVE": LEAVE, "ASKED": ASKED}.items():
         monkeypatch.setattr(watchdog, f"{name}_SECONDS", seconds)
 
 
-class Ward:
+class WatchedProcess:
     """A child process in place of a rank, which runs `code`, with the page that holds its phase.
 
     before: code that has run when the object is made.
@@ -96,11 +96,11 @@ class Ward:
 
 
 @pytest.fixture
-def ward(tmp_path: Path) -> Iterator[Callable[..., Ward]]:
-    wards: list[Ward] = []
+def ward(tmp_path: Path) -> Iterator[Callable[..., WatchedProcess]]:
+    wards: list[WatchedProcess] = []
 
-    def make(code: str, phase: str = "forward", before: str = "") -> Ward:
-        wards.append(Ward(tmp_path, code, phase, before))
+    def make(code: str, phase: str = "forward", before: str = "") -> WatchedProcess:
+        wards.append(WatchedProcess(tmp_path, code, phase, before))
         return wards[-1]
 
     yield make
@@ -133,7 +133,7 @@ FIRST = "rank 3 on here failed first, at step 7 in forward: "
     ],
 )
 def test_says_how_a_rank_ended(
-    ward: Callable[..., Ward], capsys: pytest.CaptureFixture[str], code: str, reason: str
+    ward: Callable[..., WatchedProcess], capsys: pytest.CaptureFixture[str], code: str, reason: str
 ) -> None:
     rank = ward(LATER + code)
     rank.watch(timeout=60)  # far off: an abort shortly before the timeout is taken for NCCL's
@@ -141,13 +141,15 @@ def test_says_how_a_rank_ended(
     assert capsys.readouterr().err == f"lowrank_dist: {rank.said()}"
 
 
-def test_says_nothing_of_a_rank_that_leaves(ward: Callable[..., Ward], capsys: pytest.CaptureFixture[str]) -> None:
+def test_says_nothing_of_a_rank_that_leaves(
+    ward: Callable[..., WatchedProcess], capsys: pytest.CaptureFixture[str]
+) -> None:
     rank = ward(LATER + DIE, phase=LEAVING)
     rank.watch()
     assert rank.said() == "" and capsys.readouterr().err == ""
 
 
-def test_a_rank_whose_end_its_parent_knows_already(ward: Callable[..., Ward]) -> None:
+def test_a_rank_whose_end_its_parent_knows_already(ward: Callable[..., WatchedProcess]) -> None:
     rank = ward(SLEEP)
     watched = rank.watched()
     rank.process.kill()
@@ -156,7 +158,7 @@ def test_a_rank_whose_end_its_parent_knows_already(ward: Callable[..., Ward]) ->
     assert rank.said() == f"{FIRST}it ended without a message, as after SIGKILL\n"
 
 
-def test_another_process_of_the_same_number_is_not_the_rank(ward: Callable[..., Ward]) -> None:
+def test_another_process_of_the_same_number_is_not_the_rank(ward: Callable[..., WatchedProcess]) -> None:
     rank = ward(SLEEP)
     later = WatchedRank(**{**vars(rank.watched()), "started": "1"})
     Watchdog(later).run()
@@ -164,7 +166,7 @@ def test_another_process_of_the_same_number_is_not_the_rank(ward: Callable[..., 
 
 
 @pytest.mark.parametrize("code", [SLEEP, HOLD, SPIN])
-def test_ends_a_rank_that_stands_still(ward: Callable[..., Ward], code: str) -> None:
+def test_ends_a_rank_that_stands_still(ward: Callable[..., WatchedProcess], code: str) -> None:
     """The stack is dumped in C, whichever thread holds the interpreter's lock."""
     rank = ward(f"def hangs():\n    {code}\nhangs()")
     seconds = rank.watch()
@@ -174,7 +176,7 @@ def test_ends_a_rank_that_stands_still(ward: Callable[..., Ward], code: str) -> 
     assert rank.process.wait() == -signal.SIGABRT
 
 
-def test_leaves_a_rank_alone_that_goes_on(ward: Callable[..., Ward]) -> None:
+def test_leaves_a_rank_alone_that_goes_on(ward: Callable[..., WatchedProcess]) -> None:
     rank = ward(SLEEP)
 
     def go_on() -> None:
@@ -191,7 +193,7 @@ def test_leaves_a_rank_alone_that_goes_on(ward: Callable[..., Ward]) -> None:
     assert rank.said() == ""
 
 
-def test_a_rank_that_starts_is_judged_by_its_work(ward: Callable[..., Ward]) -> None:
+def test_a_rank_that_starts_is_judged_by_its_work(ward: Callable[..., WatchedProcess]) -> None:
     works = ward("end = time.monotonic() + 2.5\nwhile time.monotonic() < end: pass\nos._exit(3)", phase="model")
     works.watch()
     assert "in model: it ended with code 3" in works.said()
@@ -201,14 +203,14 @@ def test_a_rank_that_starts_is_judged_by_its_work(ward: Callable[..., Ward]) -> 
     assert "in model: it made no progress" in idle.said()
 
 
-def test_ends_a_stopped_rank_before_the_others_run_out_of_time(ward: Callable[..., Ward]) -> None:
+def test_ends_a_stopped_rank_before_the_others_run_out_of_time(ward: Callable[..., WatchedProcess]) -> None:
     rank = ward(SPIN)
     rank.process.send_signal(signal.SIGSTOP)
     assert rank.watch() < TIMEOUT + GRACE
     assert rank.said().startswith(f"{FIRST}it was stopped (SIGSTOP) 0 s ago, and was killed by its watchdog\nFatal")
 
 
-def test_a_rank_that_was_stopped_for_a_moment(ward: Callable[..., Ward]) -> None:
+def test_a_rank_that_was_stopped_for_a_moment(ward: Callable[..., WatchedProcess]) -> None:
     rank = ward(LATER + "os._exit(3)")
     rank.process.send_signal(signal.SIGSTOP)
     go_on = threading.Timer(TIMEOUT / 4, rank.process.send_signal, [signal.SIGCONT])
@@ -218,7 +220,7 @@ def test_a_rank_that_was_stopped_for_a_moment(ward: Callable[..., Ward]) -> None
     assert rank.said() == f"{FIRST}it ended with code 3\n"
 
 
-def test_a_rank_that_waits_for_others_did_not_go_first(ward: Callable[..., Ward], tmp_path: Path) -> None:
+def test_a_rank_that_waits_for_others_did_not_go_first(ward: Callable[..., WatchedProcess], tmp_path: Path) -> None:
     """Its innermost frame shows that it waits, like that of a rank in a torch collective."""
     module = tmp_path / "torch" / "distributed" / "collective.py"
     module.parent.mkdir(parents=True)
@@ -237,7 +239,7 @@ def test_a_rank_that_waits_for_others_did_not_go_first(ward: Callable[..., Ward]
     assert stopped.said().startswith(f"{FIRST}it was stopped"), stopped.said()
 
 
-def test_an_abort_after_the_timeout_is_of_a_collective(ward: Callable[..., Ward]) -> None:
+def test_an_abort_after_the_timeout_is_of_a_collective(ward: Callable[..., WatchedProcess]) -> None:
     """NCCL aborts this way. The control is the earlier abort in the test above."""
     rank = ward("time.sleep(0.75); os.abort()")
     rank.watch()
@@ -245,7 +247,7 @@ def test_an_abort_after_the_timeout_is_of_a_collective(ward: Callable[..., Ward]
 
 
 @pytest.fixture
-def told() -> Iterator[Callable[[], None]]:
+def send_blocked_sigterm() -> Iterator[Callable[[], None]]:
     """Block SIGTERM, as in a watchdog; yield a function that sends it to this thread: others may not block it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     yield lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
@@ -256,13 +258,13 @@ def told() -> Iterator[Callable[[], None]]:
 
 @pytest.mark.parametrize("delay, first", [(0.1, True), (ASKED + 0.3, False)])
 def test_a_rank_that_dies_after_it_was_asked_to_end(
-    ward: Callable[..., Ward], told: Callable[[], None], delay: float, first: bool
+    ward: Callable[..., WatchedProcess], send_blocked_sigterm: Callable[[], None], delay: float, first: bool
 ) -> None:
     """A launcher asks, waits and kills. A rank that dies at once died of something else, which had the others asked."""
     rank = ward(SLEEP)
 
     def end() -> None:
-        told()
+        send_blocked_sigterm()
         time.sleep(delay)
         rank.process.kill()
 
@@ -274,11 +276,13 @@ def test_a_rank_that_dies_after_it_was_asked_to_end(
     assert ("failed first" in rank.said()) is first, rank.said()
 
 
-def test_a_stopped_rank_that_is_asked_to_end(ward: Callable[..., Ward], told: Callable[[], None]) -> None:
+def test_a_stopped_rank_that_is_asked_to_end(
+    ward: Callable[..., WatchedProcess], send_blocked_sigterm: Callable[[], None]
+) -> None:
     rank = ward(SPIN)
     rank.process.send_signal(signal.SIGSTOP)
     time.sleep(0.1)
-    told()
+    send_blocked_sigterm()
     with mock.patch.object(watchdog, "GRACE_SECONDS", 60):
         watched = WatchedRank(**{**vars(rank.watched()), "timeout": 60})
         Watchdog(watched).run()
@@ -290,7 +294,7 @@ REFUSES = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 
 
 def test_a_rank_without_its_launcher_is_told_to_stop(
-    ward: Callable[..., Ward], launcher: subprocess.Popen[bytes]
+    ward: Callable[..., WatchedProcess], launcher: subprocess.Popen[bytes]
 ) -> None:
     rank = ward(SLEEP, before=OBEYS)
     kill = threading.Timer(0.3, launcher.kill)
@@ -300,31 +304,33 @@ def test_a_rank_without_its_launcher_is_told_to_stop(
     assert rank.said() == f"{FIRST}its launcher (torchrun) is gone, so it was told to save and stop\n"
 
 
-def test_a_rank_with_its_launcher_is_not(ward: Callable[..., Ward], launcher: subprocess.Popen[bytes]) -> None:
+def test_a_rank_with_its_launcher_is_not(
+    ward: Callable[..., WatchedProcess], launcher: subprocess.Popen[bytes]
+) -> None:
     rank = ward("time.sleep(0.5); os._exit(3)", before=OBEYS)
     rank.watch([launcher_of(launcher)])
     assert rank.said() == f"{FIRST}it ended with code 3\n"
 
 
-def test_a_launcher_that_was_gone_before_the_rank_could_see_it(ward: Callable[..., Ward]) -> None:
+def test_a_launcher_that_was_gone_before_the_rank_could_see_it(ward: Callable[..., WatchedProcess]) -> None:
     rank = ward(SLEEP, before=OBEYS)
     rank.watch([Launcher(0, "", "torchrun")])
     assert rank.process.wait() == 85 and "its launcher (torchrun) is gone" in rank.said()
 
 
-def test_a_rank_that_does_not_stop_without_its_launcher_is_killed(ward: Callable[..., Ward]) -> None:
+def test_a_rank_that_does_not_stop_without_its_launcher_is_killed(ward: Callable[..., WatchedProcess]) -> None:
     rank = ward(SLEEP, before=REFUSES)
     assert rank.watch([Launcher(0, "", "torchrun")]) < TIMEOUT + GRACE + STACKS
     assert rank.process.wait() == -signal.SIGABRT
 
 
-def test_ends_a_rank_that_does_not_leave(ward: Callable[..., Ward]) -> None:
+def test_ends_a_rank_that_does_not_leave(ward: Callable[..., WatchedProcess]) -> None:
     rank = ward(SLEEP, phase=LEAVING)
     assert LEAVE < rank.watch() < LEAVE + STACKS
     assert rank.process.wait() == -signal.SIGABRT and rank.said() == ""
 
 
-def test_a_job_that_was_suspended_is_not_hung(ward: Callable[..., Ward]) -> None:
+def test_a_job_that_was_suspended_is_not_hung(ward: Callable[..., WatchedProcess]) -> None:
     """Slurm's suspend stops the watchdog too: the time that it did not see does not count."""
     rank = ward(SLEEP)
     suspended, awake = Watchdog(rank.watched()), Watchdog(rank.watched())
@@ -335,7 +341,7 @@ def test_a_job_that_was_suspended_is_not_hung(ward: Callable[..., Ward]) -> None
     assert not awake._look() and rank.process.wait() == -signal.SIGABRT
 
 
-def test_outlives_every_signal_to_the_job_but_not_its_rank(ward: Callable[..., Ward]) -> None:
+def test_outlives_every_signal_to_the_job_but_not_its_rank(ward: Callable[..., WatchedProcess]) -> None:
     rank = ward(SLEEP)
     guard = start(rank.watched())
     status = Path("/proc", str(guard.pid), "status")

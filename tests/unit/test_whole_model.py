@@ -33,7 +33,7 @@ INDEX = "model.safetensors.index.json"
 IDS = torch.tensor([[7, 50, 3, 99, 12, 31]])
 
 
-def drift(name: str, tensor: Tensor) -> Tensor:
+def trained_value(name: str, tensor: Tensor) -> Tensor:
     """Change a tensor by more than bf16's rounding, each tensor differently."""
     generator = torch.Generator().manual_seed(len(name))
     return tensor * 1.1 + 0.02 * torch.randn(tensor.shape, generator=generator)
@@ -56,7 +56,7 @@ def expected_logits(base: Path, dtype: torch.dtype) -> Tensor:
     names = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in base_tensors(base).items():
-            names[name].copy_(drift(name, tensor))
+            names[name].copy_(trained_value(name, tensor))
         return model(IDS).logits
 
 
@@ -69,7 +69,7 @@ def unused_rows(base: Path) -> dict[str, int]:
 def test_transformers_loads_it(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """Every family (tied and untied, GPT-2's transposed linears, OPT's positions) gives the trained model's bits."""
     base = make_tiny(family, tmp_path / "base", dtype=dtype)
-    folder = save_whole(tmp_path / "step-3", base, drift, dtype)
+    folder = save_whole(tmp_path / "step-3", base, trained_value, dtype)
     found = logits(folder)
     assert found.dtype == dtype and torch.equal(found, expected_logits(base, dtype))
     assert not torch.allclose(found, logits(base), atol=0.05), "nothing was trained"
@@ -85,7 +85,7 @@ def test_rows_that_no_position_uses_are_the_bases(tmp_path: Path) -> None:
     ((table, rows),) = unused_rows(base).items()
 
     def trained(name: str, tensor: Tensor) -> Tensor:
-        changed = drift(name, tensor)
+        changed = trained_value(name, tensor)
         if name == table:
             changed[:rows] = 0
         return changed
@@ -93,13 +93,13 @@ def test_rows_that_no_position_uses_are_the_bases(tmp_path: Path) -> None:
     folder = save_whole(tmp_path / "step-3", base, trained)
     found, before = (load_file(next(path.glob("model*.safetensors")))[table] for path in (folder, base))
     assert rows == 2 and before[:rows].any() and torch.equal(found[:rows], before[:rows])
-    assert torch.equal(found[rows:], drift(table, base_tensors(base)[table])[rows:])
+    assert torch.equal(found[rows:], trained_value(table, base_tensors(base)[table])[rows:])
 
 
 def test_shards_and_their_index(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = save_whole(tmp_path / "whole/step-1", base, drift)
+    whole = save_whole(tmp_path / "whole/step-1", base, trained_value)
     monkeypatch.setattr(whole_model, "SHARD_BYTES", 60_000)
-    sharded = save_whole(tmp_path / "sharded/step-1", base, drift)
+    sharded = save_whole(tmp_path / "sharded/step-1", base, trained_value)
     shards = sorted(sharded.glob("model-*.safetensors"))
     assert len(shards) > 3 and shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
     assert all(path.stat().st_size < 70_000 for path in shards)
@@ -130,7 +130,7 @@ def most_alive(base: Path, folder: Path, hold: bool) -> int:
             del batch, tensor
             gc.collect()
 
-    save_whole(folder, base, drift, wrap=watched)
+    save_whole(folder, base, trained_value, wrap=watched)
     return most
 
 
@@ -162,7 +162,7 @@ def test_what_rounding_loses_is_no_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nothing_that_is_not_finite_is_written(base: Path, value: float, tmp_path: Path) -> None:
     def spoiled(name: str, tensor: Tensor) -> Tensor:
-        changed = drift(name, tensor)
+        changed = trained_value(name, tensor)
         if name == "model.norm.weight":
             changed[-1] = value
         return changed
@@ -177,7 +177,7 @@ def test_nothing_that_is_not_finite_is_written(base: Path, value: float, tmp_pat
 
 @pytest.fixture(scope="module")
 def checkpoint(base: Path) -> Path:
-    return save_whole(base.parent / "checkpoints/step-7", base, drift)
+    return save_whole(base.parent / "checkpoints/step-7", base, trained_value)
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -212,7 +212,7 @@ def test_inspect_finds_what_is_broken(base: Path, checkpoint: Path, tmp_path: Pa
 
 
 def test_inspect_a_run(base: Path, tmp_path: Path) -> None:
-    folder = run_of(tmp_path / "run", base, "full", lambda step: save_whole(step, base, drift))
+    folder = run_of(tmp_path / "run", base, "full", lambda step: save_whole(step, base, trained_value))
     report = inspected(folder)
     assert report.verifies and not report.warnings, report.problems + report.warnings
     assert report.facts["adapter"] == "none: every checkpoint of full fine-tuning is a model folder"

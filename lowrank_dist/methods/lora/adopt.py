@@ -18,7 +18,7 @@ from lowrank_dist.formats.paths import detect_removal
 from lowrank_dist.formats.provenance import refuse_another_base
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_dist.methods.lora.config import LoraConfig
-from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, read_adapter
+from lowrank_dist.methods.lora.files import AdapterFactors, LowRankFactor, read_adapter
 from lowrank_dist.methods.lora.peft_config import describe
 
 
@@ -62,7 +62,7 @@ def initial_factors(folder: Path, placements: Sequence[LinearPlacement], base: P
 
 
 def _refuse_contradictions(
-    lora: LoraConfig, adopted: Mapping[str, Any], adapter: Adapter, architecture: Architecture
+    lora: LoraConfig, adopted: Mapping[str, Any], adapter: AdapterFactors, architecture: Architecture
 ) -> None:
     other = []
     for key, value in adopted.items():
@@ -83,7 +83,7 @@ def _refuse_contradictions(
         )
 
 
-def rules_of(adapter: Adapter, architecture: Architecture) -> LoraRules:
+def rules_of(adapter: AdapterFactors, architecture: Architecture) -> LoraRules:
     """Return rules for which `place_factors` gives the adapter's factors, provided all are on linears of the model."""
     peft = describe(
         {module: (factor.rank, factor.alpha) for module, factor in adapter.factors.items()},
@@ -99,7 +99,7 @@ def rules_of(adapter: Adapter, architecture: Architecture) -> LoraRules:
     )
 
 
-def refuse_foreign(folder: Path, adapter: Adapter, known: Collection[str], base: Path) -> None:
+def refuse_foreign(folder: Path, adapter: AdapterFactors, known: Collection[str], base: Path) -> None:
     """Raise UserError for factors on modules outside `known`."""
     foreign = sorted(adapter.factors.keys() - set(known))
     if foreign:
@@ -110,7 +110,7 @@ def refuse_foreign(folder: Path, adapter: Adapter, known: Collection[str], base:
 
 
 def factors_for(
-    folder: Path, adapter: Adapter, placements: Sequence[LinearPlacement], base: Path
+    folder: Path, adapter: AdapterFactors, placements: Sequence[LinearPlacement], base: Path
 ) -> dict[str, LowRankFactor]:
     """Return the adapter's factors by module path.
 

@@ -49,7 +49,7 @@ class LowRankFactor:
 
 
 @dataclass(frozen=True)
-class Adapter:
+class AdapterFactors:
     """All factors of one adapter, in memory: what training writes and a merge reads.
 
     factors: Hugging Face module path ("model.layers.0.self_attn.q_proj") → its factors.
@@ -69,7 +69,7 @@ class Adapter:
 
 
 def write_adapter(
-    folder: Path, adapter: Adapter, provenance: Provenance, modules: Collection[str], *, trained: bool
+    folder: Path, adapter: AdapterFactors, provenance: Provenance, modules: Collection[str], *, trained: bool
 ) -> None:
     """Write an adapter folder, atomically, that plain PEFT loads with exactly these modules, ranks and scales.
 
@@ -83,7 +83,7 @@ def write_adapter(
 
 
 def write_adapter_files(
-    folder: Path, adapter: Adapter, provenance: Provenance, modules: Collection[str], *, trained: bool
+    folder: Path, adapter: AdapterFactors, provenance: Provenance, modules: Collection[str], *, trained: bool
 ) -> None:
     """Write the three files of `write_adapter` into an existing folder, such as the temporary one of `atomic_folder`.
 
@@ -121,7 +121,7 @@ def require_finite(folder: Path, tensors: Mapping[str, Tensor], remedy: str) -> 
             raise UserError(f"{final_path(folder)}: not written, because {name} has NaN or infinity; {remedy}")
 
 
-def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
+def named_tensors(adapter: AdapterFactors) -> dict[str, Tensor]:
     """Return PEFT's key → contiguous fp32 tensor on the CPU, sorted by module path."""
     named = {}
     for module, factor in sorted(adapter.factors.items()):
@@ -132,7 +132,7 @@ def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return named
 
 
-def read_adapter(folder: Path, architecture: Architecture | None = None) -> Adapter:
+def read_adapter(folder: Path, architecture: Architecture | None = None) -> AdapterFactors:
     """Read any PEFT LoRA adapter folder, as `load_adapter` does, into factors in fp32.
 
     architecture: the base's, if known; the adapter must then have factors for every module that its config names
@@ -145,4 +145,4 @@ def read_adapter(folder: Path, architecture: Architecture | None = None) -> Adap
     for module in pairs:
         a, b, *magnitude = (tensors[name].float() for name in tensors.of(module))
         factors[module] = LowRankFactor(a, b, config.alpha_of(module), *magnitude)
-    return Adapter(factors, config.dropout, config.rslora, config.fan_in_fan_out, config.base)
+    return AdapterFactors(factors, config.dropout, config.rslora, config.fan_in_fan_out, config.base)

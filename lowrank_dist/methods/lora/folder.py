@@ -26,7 +26,7 @@ from lowrank_dist.methods.files import (
 )
 from lowrank_dist.methods.lora.adopt import adopt_adapter
 from lowrank_dist.methods.lora.config import LoraConfig
-from lowrank_dist.methods.lora.files import Adapter, read_adapter
+from lowrank_dist.methods.lora.files import AdapterFactors, read_adapter
 from lowrank_dist.methods.lora.inspection import inspect_adapter
 from lowrank_dist.methods.lora.peft_config import key_notes, read_config
 from lowrank_dist.methods.lora.serving import (
@@ -97,12 +97,12 @@ def _base_here(provenance: Provenance | None) -> Architecture | None:
     return read_architecture(Path(provenance.base)) if same else None
 
 
-def adapter_card(name: str, adapter: Adapter, provenance: Provenance | None, target: str | None) -> str:
+def adapter_card(name: str, adapter: AdapterFactors, provenance: Provenance | None, target: str | None) -> str:
     """Return the model card of an adapter. target: the program for which it is exported, one of TARGETS, or None."""
     return model_card(name, "lora", adapter.base, _about(adapter), _usage(adapter, target), provenance)
 
 
-def _about(adapter: Adapter) -> str:
+def _about(adapter: AdapterFactors) -> str:
     ranks = sorted({factor.rank for factor in adapter.factors.values()})
     size = sum(tensor.numel() for factor in adapter.factors.values() for tensor in factor.tensors)
     rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
@@ -112,7 +112,7 @@ def _about(adapter: Adapter) -> str:
     )
 
 
-def _usage(adapter: Adapter, target: str | None) -> str:
+def _usage(adapter: AdapterFactors, target: str | None) -> str:
     return f"""{USE}
 
 {WITH_PEFT}
@@ -124,7 +124,7 @@ Merge it into the base, and it is as fast as the base alone:
 {_served(adapter, target)}"""
 
 
-def _served(adapter: Adapter, target: str | None) -> str:
+def _served(adapter: AdapterFactors, target: str | None) -> str:
     if adapter.dora:
         return """vLLM and llama.cpp serve no DoRA adapters, but they serve the merged model:
 

@@ -18,7 +18,7 @@ from lowrank_dist.methods.files import PUBLISHED, Collected
 from lowrank_dist.methods.lora.adopt import factors_for, initial_factors, refuse_foreign, rules_of
 from lowrank_dist.methods.lora.config import LoraConfig
 from lowrank_dist.methods.lora.factors import adapter_factors, inject, lora_theta, stored_tensors, whole_factors
-from lowrank_dist.methods.lora.files import Adapter, read_adapter, write_adapter_files
+from lowrank_dist.methods.lora.files import AdapterFactors, read_adapter, write_adapter_files
 from lowrank_dist.methods.lora.footprint import placement_rules, refuse_parts
 from lowrank_dist.methods.method import Setting
 from lowrank_dist.model.causal_lm import CausalLM
@@ -69,7 +69,7 @@ class Lora:
     def files(self, folder: Path, provenance: Provenance, *, trained: bool) -> Collected:
         def write(tensors: Mapping[str, Tensor]) -> None:
             lora, architecture = self._section, self._architecture
-            adapter = Adapter(
+            adapter = AdapterFactors(
                 adapter_factors(whole_factors(self._placements, tensors)),
                 lora.dropout,
                 lora.rslora,

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.formats.safetensors_file import write_fp32
 from lowrank_dist.methods.files import CONFIG_FILE, LLAMA_CPP, VLLM, WEIGHTS_FILE, NotServed
-from lowrank_dist.methods.lora.files import Adapter, LowRankFactor, named_tensors, require_finite
+from lowrank_dist.methods.lora.files import AdapterFactors, LowRankFactor, named_tensors, require_finite
 from lowrank_dist.methods.lora.peft_config import OUTPUT_LAYER, PeftConfig
 
 # vLLM's LoRAConfig.max_lora_rank (vllm.config.lora.MaxLoRARanks without 1) and its default.
@@ -35,7 +35,9 @@ _WITHOUT_LORA: Mapping[str, Mapping[str, str]] = {
 _SMALLEST_ALPHA = 2.0**-126
 
 
-def refuse_unserved(source: Path, config: PeftConfig, adapter: Adapter, target: str, max_rank: int | None) -> None:
+def refuse_unserved(
+    source: Path, config: PeftConfig, adapter: AdapterFactors, target: str, max_rank: int | None
+) -> None:
     """Raise NotServed, with every reason, where `target` would refuse the adapter or compute another update.
 
     max_rank: the --max-lora-rank with which vLLM is started.
@@ -66,7 +68,7 @@ def serving_rank(rank: int) -> int | None:
     return next((size for size in VLLM_RANKS if size >= rank), None)
 
 
-def _rank_problems(adapter: Adapter, max_rank: int | None) -> list[str]:
+def _rank_problems(adapter: AdapterFactors, max_rank: int | None) -> list[str]:
     module = max(adapter.factors, key=lambda module: adapter.factors[module].rank)
     largest = adapter.factors[module].rank
     problems = []
@@ -84,20 +86,20 @@ def _rank_problems(adapter: Adapter, max_rank: int | None) -> list[str]:
     return problems
 
 
-def serving_notes(adapter: Adapter, target: str) -> list[str]:
+def serving_notes(adapter: AdapterFactors, target: str) -> list[str]:
     """Return the note for vLLM on factors of the output layer, which it accepts in some model families only."""
     if target != VLLM or OUTPUT_LAYER not in adapter.factors:
         return []
     return [f"vLLM supports factors of {OUTPUT_LAYER} only in some families; if it refuses them, {_MERGE}"]
 
 
-def reads_alike(config: PeftConfig, adapter: Adapter) -> bool:
+def reads_alike(config: PeftConfig, adapter: AdapterFactors) -> bool:
     """Return whether every module has rank r and scale lora_alpha / r, so that programs agree on the scales."""
     sizes = {(factor.rank, factor.alpha) for factor in adapter.factors.values()}
     return sizes == {(config.rank, config.alpha)} and not config.rslora and abs(config.alpha) >= _SMALLEST_ALPHA
 
 
-def folded(adapter: Adapter) -> Adapter:
+def folded(adapter: AdapterFactors) -> AdapterFactors:
     """Return an equivalent adapter with the largest rank for every module, lora_alpha = r, and s folded into B.
 
     Factors of smaller rank are padded with zero rows of A and zero columns of B.
@@ -116,7 +118,7 @@ def _fold(factor: LowRankFactor, rank: int, rslora: bool) -> LowRankFactor:
     return LowRankFactor(pad(factor.a, (0, 0, 0, missing)), pad(b, (0, missing)), float(rank), factor.magnitude)
 
 
-def write_folded(folder: Path, config: PeftConfig, adapter: Adapter) -> None:
+def write_folded(folder: Path, config: PeftConfig, adapter: AdapterFactors) -> None:
     """Write the result of `folded` into an existing folder. config: that of the original adapter.
 
     Raises UserError where s·B overflows fp32.
