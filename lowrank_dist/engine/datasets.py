@@ -201,13 +201,13 @@ def note_on_batch(train: TrainConfig, samples: int, stream_range: StreamRange) -
 
 def note_on_idle_ranks(train: TrainConfig, dp_size: int) -> list[str]:
     """Return a line where a step has fewer microbatches than data-parallel ranks, so that some have no samples."""
-    busy = -(-train.global_batch // train.micro_batch)
+    busy = train.global_batch // train.micro_batch
     if busy >= dp_size:
         return []
     return [
         f"{dp_size - busy} of {dp_size} data-parallel ranks have no samples: train.global_batch {train.global_batch} "
-        f"is filled by {busy} microbatch{'es' * (busy > 1)} of train.micro_batch {train.micro_batch}; lower "
-        f"train.micro_batch to {max(1, train.global_batch // dp_size)}, or raise train.global_batch"
+        f"fills {busy} microbatch{'es' * (busy > 1)} of train.micro_batch {train.micro_batch}; lower train.micro_batch "
+        f"to {max(1, train.global_batch // dp_size)}, or raise train.global_batch"
     ]
 
 

@@ -194,7 +194,7 @@ def test_a_step_of_more_than_a_pass_is_said(length: dict[str, int], batch: int, 
 
 
 @pytest.mark.parametrize(
-    ("micro", "ranks", "idle"), [(8, 2, 1), (4, 2, 0), (5, 2, 0), (3, 4, 1), (1, 8, 0), (1, 16, 8)]
+    ("micro", "ranks", "idle"), [(8, 2, 1), (4, 2, 0), (2, 8, 4), (4, 4, 2), (1, 8, 0), (1, 16, 8)]
 )
 def test_ranks_without_samples_are_named(micro: int, ranks: int, idle: int) -> None:
     train, dataset = TrainConfig(steps=1, global_batch=8, micro_batch=micro), make_dataset([3] * 8)
