@@ -1,4 +1,4 @@
-"""Processes of the tests, forked from one that has imported what a rank imports: 0.03 s of CPU a start instead of 3.
+"""Processes of the tests, forked from a server that has a rank's imports loaded: a start takes 0.03 s of CPU, not 3.
 
 The server is Python's own (multiprocessing's forkserver), one for each process that runs tests. What is forked shares
 with its server, and so with all others, what a launcher's ranks have for themselves: the hash seed, and what libraries
@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
 
 
 class Inherited(NamedTuple):
-    """What a process has from the one that starts it: the server's is the state of whoever started that first."""
+    """The state that a process inherits. The fork server has that of the process that started it first."""
 
     umask: int
     limits: dict[int, tuple[int, int]]
@@ -94,7 +94,7 @@ def start_server() -> None:
 
 
 def start(target: Callable[..., None], *arguments: Any, fresh: bool = False) -> BaseProcess:
-    """Run a module-level function in a process that ends with this one, however this one ends.
+    """Start a process that runs a module-level function and ends when this process ends, even by SIGKILL.
 
     fresh: as `context` says.
     """
@@ -161,7 +161,7 @@ def run_programs(
 
 
 def _wait(processes: Sequence[BaseProcess], seconds: float) -> str:
-    """Wait for all, as long as `run_programs` says; returns in words how long that was."""
+    """Wait for all programs, for the time that `run_programs` allows. Returns that time in words."""
     end, waited = time.monotonic() + seconds, f"run for more than {seconds:.0f} s"
     failed = False
     while running := [process for process in processes if process.exitcode is None]:
@@ -178,7 +178,7 @@ def _wait(processes: Sequence[BaseProcess], seconds: float) -> str:
 
 
 def _end(process: BaseProcess) -> None:
-    """Kill a program that still runs, and what it started, which is in its session."""
+    """Kill a running program and all processes of its session."""
     if process.exitcode is None:
         with contextlib.suppress(ProcessLookupError):  # it has not come to setsid
             os.killpg(process.pid, signal.SIGKILL)
@@ -191,7 +191,7 @@ def _text(path: Path) -> str:
 
 
 def _dies(pid: int, seconds: float = 1.0) -> bool:
-    """Return whether a process is dead, or is in a moment: its files are closed before it counts as dead."""
+    """Return whether a process is dead or exiting: it closes its files before the kernel reports it as dead."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -205,13 +205,13 @@ def _dies(pid: int, seconds: float = 1.0) -> bool:
 
 
 def _path(script: str, python_path: str) -> list[str]:
-    """sys.path as `python SCRIPT` has it: nothing of what pytest or the server adds."""
+    """Return sys.path as `python SCRIPT` has it, without what pytest and the server add."""
     return [str(Path(script).resolve().parent), *filter(None, python_path.split(os.pathsep)), *_interpreters_path()]
 
 
 @functools.cache
 def _interpreters_path() -> list[str]:
-    """The standard library and site-packages, with what their .pth files add."""
+    """Return the standard library, site-packages and the paths that .pth files add."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     code = "import json, sys; print(json.dumps(sys.path[1:]))"  # the first is that of `-c`
     return json.loads(subprocess.check_output([sys.executable, "-c", code], env=environment, text=True))
@@ -229,7 +229,7 @@ def _forked(inherited: Inherited, target: Callable[..., None], *arguments: Any) 
 
 
 def _reseed() -> None:
-    """Draw anew what an interpreter draws as it starts: with the server's state all ranks would agree by chance."""
+    """Draw the random state of a new interpreter. With the server's, the ranks could agree without communication."""
     import numpy as np
 
     random.seed()
@@ -237,13 +237,13 @@ def _reseed() -> None:
 
 
 def _bound(target: Callable[..., None], *arguments: Any) -> None:
-    """Call the function, in a process that the kernel kills once its parent is dead: the fork server, or the tests."""
+    """Call the function in a process that the kernel kills when its parent (the fork server or the tests) dies."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     target(*arguments)
 
 
 def _program(words: list[str], environment: dict[str, str], path: list[str], folder: str, output: str) -> None:
-    """Run one program from its first line to its interpreter's last: streams, environment, imports, exit handlers."""
+    """Run one program as an interpreter would: streams, environment, imports, exit handlers."""
     os.setsid()  # so that what it starts can be ended with it
     os.environ.clear()
     os.environ.update(environment)
@@ -271,7 +271,7 @@ def _program(words: list[str], environment: dict[str, str], path: list[str], fol
 
 
 def _below(traceback: TracebackType | None, script: str) -> TracebackType | None:
-    """The part of a traceback that begins in the script; all of it where none does."""
+    """Return a traceback from its first frame in the script on; the whole traceback where no frame is in it."""
     part = traceback
     while part is not None and part.tb_frame.f_code.co_filename != script:
         part = part.tb_next

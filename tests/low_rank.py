@@ -1,4 +1,4 @@
-"""One adapted linear on local tensors: its factors, a case for its autograd, and the same in plain PyTorch.
+"""One adapted linear without process groups: its factors, a test case for its gradients, and plain PyTorch's result.
 
 Legend: T tokens, K inputs, O outputs, R ranks.
 """
@@ -37,7 +37,7 @@ FACTORS: dict[str, tuple[int, list[tuple[int, float, list[int]]]]] = {
 
 
 def factors_of(kind: str, inputs: int, dtype: torch.dtype) -> LowRankFactors:
-    """Θ on the device under test, in numbers that every dtype holds exactly; B is not zero."""
+    """Return random factors on the tested device, with values that are exact in every dtype and B ≠ 0."""
     outputs, parts = FACTORS[kind]
     shards = [FactorShard(str(i), r, s, tuple(rows), tuple(range(len(rows)))) for i, (r, s, rows) in enumerate(parts)]
     factors = LowRankFactors(shards, inputs, outputs, sharded_a=False, device=ranks.device()).to(dtype)
@@ -65,7 +65,7 @@ def plain_linear(
 
 @dataclass
 class Linear:
-    """One case: the inputs of the linear and the gradient of its output."""
+    """One test case: the inputs of a linear and the gradient of its output."""
 
     x: Tensor
     weight: Tensor
@@ -105,7 +105,7 @@ class Linear:
 
 
 def local_linear(x: Tensor, linear: Linear, mask: Mask | None, a: Tensor, b: Tensor) -> Tensor:
-    """The case's linear, with gradients that go to `a` and `b`."""
+    """Return the linear of the case; its backward accumulates into `a` and `b`."""
     return LocalLinear.apply(x, Dense(linear.weight), linear.bias, linear.factors, mask, None, a, b)
 
 
@@ -139,7 +139,7 @@ def linear_case(
 def max_error_over_tolerance(linear: Linear, dtype: torch.dtype, found: dict[str, Tensor]) -> float:
     """The largest `error_over_tolerance` of y and the gradients, by the rule of tests/operands.py.
 
-    A sum of random terms is as large as their Euclidean norm: the root mean square of what is exact stands for it.
+    A sum of random terms is about as large as their Euclidean norm, for which the RMS of the exact result is used.
     """
     exact = linear.plain(torch.float64, torch.device("cpu"))
     theirs = exact if dtype == torch.float64 else linear.plain(dtype, ranks.device())

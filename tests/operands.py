@@ -1,4 +1,4 @@
-"""Cases for the operators of the low-rank path: operands in any layout, float64's answer, and the error allowed.
+"""Test cases for the low-rank operators: operands in any layout, the float64 result, and the tolerance.
 
 The tolerance (`error_over_tolerance`): in the largest and in the root mean square difference from float64 on the same
 rounded inputs an operator errs at most twice as much as plain PyTorch does in that dtype. Sums are random walks, and
@@ -38,7 +38,7 @@ MESSAGES = [(0, 0, 0), (8, 0, 0), (3, 2, 1), (0, 7, 0), (16, 8, 0), (0, 0, 1)]
 
 
 def place(values: Tensor, layout: str) -> Tensor:
-    """The same matrix on the device under test, in memory of this layout, NaN around it."""
+    """Return a copy of the matrix on the tested device with this memory layout, surrounded by NaN."""
     rows, columns = values.shape
     device = ranks.device()
     if layout == "broadcast":
@@ -59,7 +59,7 @@ def full(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def draw(*shape: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-    """Normal numbers on the CPU, rounded to the dtype."""
+    """Return normally distributed numbers on the CPU, rounded to the dtype."""
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
@@ -77,7 +77,7 @@ def on_device(mask: Mask | None) -> Mask | None:
 
 
 def error_over_tolerance(found: Tensor, plain: Tensor, exact: Tensor, floor: float) -> float:
-    """Our error over what is allowed, by the rule above. NaN or above 1 is wrong."""
+    """Return our error relative to the tolerance of the rule above. NaN or above 1 is wrong."""
     if exact.numel() == 0:
         return 0.0 if found.shape == exact.shape else float("inf")
     ours, theirs = found.double().cpu() - exact, plain.double().cpu() - exact
@@ -89,7 +89,7 @@ def error_over_tolerance(found: Tensor, plain: Tensor, exact: Tensor, floor: flo
 
 
 def fp32_tolerance(elements: int) -> float:
-    """What is allowed in units of ‖terms‖, by the rule above, beyond twice PyTorch's error."""
+    """Return the tolerance in units of ‖terms‖ that the rule above adds to twice PyTorch's error."""
     return (6 if elements <= 16 else 2) * torch.finfo(torch.float32).eps
 
 
@@ -139,7 +139,7 @@ class OperatorCase:
             object.__setattr__(self, name, value)
 
     def wanted(self) -> Tensor:
-        """bool [R, K]: where the blocks are."""
+        """Return bool [R, K], True inside the blocks."""
         if not self.blocks:
             return torch.ones(self.ranks, self.features, dtype=torch.bool)
         inside = torch.zeros(self.ranks, self.features, dtype=torch.bool)
@@ -149,9 +149,9 @@ class OperatorCase:
         return inside
 
     def run(self, **changed: object) -> Tensor:
-        """The operator's result on the device, after the check that nothing around `out` was touched.
+        """Return the operator's result on the device. Checks that nothing around `out` was written.
 
-        Whatever of left, right, mask and blocks is given takes the place of the case's own.
+        Arguments that are given replace the case's own operands, mask and blocks.
         """
         given = {name: changed.get(name, getattr(self, name)) for name in ("left", "right", "mask", "blocks")}
         assert changed.keys() <= given.keys()
@@ -176,7 +176,7 @@ class OperatorCase:
         return found
 
     def plain(self, dtype: torch.dtype, device: torch.device, *, placed: bool = False) -> Tensor:
-        """The definition in this precision, on this device. placed: of operands that lie as `run` has them."""
+        """Return the result by definition in this precision, on this device. placed: with the layouts of `run`."""
         operands = zip((self.left, self.right), self.layouts, strict=True)
         left, right = (place(*pair) if placed else pair[0] for pair in operands)
         left, right, initial = (t.to(device, dtype) for t in (left, right, self.initial))
@@ -186,7 +186,7 @@ class OperatorCase:
         return {"down": down_ref, "grad_a": grad_a_ref}[self.operator](left, right, mask)
 
     def norm_of_terms(self) -> float:
-        """The largest ‖terms‖ of an element."""
+        """Return the largest ‖terms‖ of any element."""
         left, right = self.left.double().square(), self.right.double().square()
         total = {"down": lambda: left @ right.t(), "expand": lambda: left @ right, "grad_a": lambda: left.t() @ right}
         start = self.initial.double().square() if self.operator == "expand" else 0.0
@@ -215,7 +215,7 @@ class OperatorCase:
 
 
 def grid(operator: str, dtype: torch.dtype, step: int = 1) -> Iterator[OperatorCase]:
-    """A case of every (T, r), or of every step-th, which still has every T and every r if step ≤ 4 is odd."""
+    """Return a case for each step-th pair (T, r). For odd step ≤ 4 every T and every r still occurs."""
     for i in range(0, len(TOKENS) * len(RANKS), step):
         # Cycles of lengths without a common factor, so that every value meets every other.
         yield OperatorCase(
@@ -235,7 +235,7 @@ def grid(operator: str, dtype: torch.dtype, step: int = 1) -> Iterator[OperatorC
 
 @st.composite
 def block_lists(pick: st.DrawFn, features: int, ranks_: int) -> tuple[int, ...]:
-    """A factor's ranks follow the last one's; its columns are runs anywhere, some empty; no column belongs to two."""
+    """Draw block lists: factors take consecutive ranks and disjoint runs of columns, some of them empty."""
     cuts = sorted(pick(st.lists(st.integers(0, features), min_size=2, max_size=7)))
     bounds = sorted({0, ranks_, *pick(st.lists(st.integers(0, ranks_), max_size=3))})
     blocks: list[int] = []
@@ -248,7 +248,7 @@ def block_lists(pick: st.DrawFn, features: int, ranks_: int) -> tuple[int, ...]:
 
 @st.composite
 def operator_cases(pick: st.DrawFn, operator: str) -> OperatorCase:
-    """Any case of up to 150 × 700 × 70. Blocks only where the operators take them, on a CPU."""
+    """Draw any case of up to 150 × 700 × 70; with blocks only on a CPU, where the operators support them."""
     features = pick(st.integers(1, 700) | st.sampled_from([64, 128, 256, 512]))
     ranks_ = pick(st.integers(1, 70) | st.sampled_from([16, 32, 64]))
     blocked = ranks.device().type == "cpu" and pick(st.booleans())
@@ -270,9 +270,9 @@ def operator_cases(pick: st.DrawFn, operator: str) -> OperatorCase:
 
 
 def arguments(case: OperatorCase) -> dict[str, object]:
-    """What torch.ops.lowrank_dist.<operator> takes for this case, by name and in order, on the device.
+    """Return the arguments of torch.ops.lowrank_dist.<operator> for this case, by name in order, on the device.
 
-    `out` is dense and holds what it starts from.
+    `out` is dense and has its initial values.
     """
     first, second = {"down": ("x", "a"), "expand": ("u", "a"), "grad_a": ("u", "x")}[case.operator]
     summed = torch.float64 if case.dtype == torch.float64 else torch.float32

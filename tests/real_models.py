@@ -72,7 +72,7 @@ def _write(folder: Path, arrays: dict[str, np.ndarray], vocabulary: dict[str, li
 
 
 def _tensors(arrays: dict[str, np.ndarray], config: LlamaConfig) -> dict[str, torch.Tensor]:
-    """The weights under Hugging Face names: [in, out] fp16 becomes [out, in] fp32."""
+    """Return the weights under Hugging Face names, transposed from [in, out] fp16 to [out, in] fp32."""
     weights = {name: torch.from_numpy(array).float() for name, array in arrays.items() if name != "__config__"}
     tensors = {"model.embed_tokens.weight": weights["E"], "model.norm.weight": weights["norm_f.gamma"]}
     extra = PADDED_FFN - weights["blocks.0.ffn.W1"].shape[1]
@@ -93,12 +93,12 @@ def _tensors(arrays: dict[str, np.ndarray], config: LlamaConfig) -> dict[str, to
 
 
 def halves_from_pairs(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Rows of q or k [heads * head_dim, in]: glassllm rotates 2i with 2i+1, Hugging Face i with i + head_dim/2."""
+    """Return rows of q or k as Hugging Face rotates them, i with i + head_dim/2; glassllm rotates 2i with 2i+1."""
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
 
 def _tokenizer(vocabulary: dict[str, list]) -> PreTrainedTokenizerFast:
-    """Character BPE over chunks that keep their leading spaces (written as U+2581); no token is added to a text."""
+    """Return a character BPE over chunks with their leading spaces (as U+2581), which adds no tokens to a text."""
     merges = [tuple(pair) for pair in vocabulary["merges"]]
     tokens = [*SPECIALS, *vocabulary["alphabet"], *map("".join, merges)]
     ids = {token: index for index, token in enumerate(tokens)}

@@ -25,7 +25,7 @@ def random_adapter(
     scale: float = 0.1,
     dora: bool = False,
 ) -> AdapterFactors:
-    """Random factors on every linear of `base` (lm_head included when untied) that `size` gives a rank and an alpha.
+    """Return random factors for each linear of `base` (lm_head too if untied) to which `size` gives a rank and alpha.
 
     scale: standard deviation of B (A has 1). dora: with magnitudes around 1.
     """
@@ -55,5 +55,5 @@ def save_adapter(folder: Path, base: Path, adapter: AdapterFactors, *, trained: 
 
 
 def inspected(folder: Path, base: Path | None = None) -> Report:
-    """The report on a folder, as `lowrank-dist inspect` makes it."""
+    """Return the report of `lowrank-dist inspect` on a folder."""
     return inspect(folder, base)

@@ -1,6 +1,6 @@
-"""Prefixes, prompts, adapter layers and whole models as training would have left them on tiny models, without training.
+"""Random prefixes, prompts, adapter layers and whole models in the folders that training of tiny models would write.
 
-The numbers are drawn, so a mixed-up axis, layer or head shows; folders are written by the product's own writers.
+All numbers differ, so a swapped axis, layer or head is found. The project's own writers write the folders.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def state(base: Path, step: int, method: str) -> TrainingState:
 
 
 def learned(base: Path, kind: str, length: int = LENGTH) -> PromptLearning:
-    """A drawn prefix or prompt (`kind`) for the model in `base`."""
+    """Return a random prefix or prompt (`kind`) for the model in `base`."""
     found, generator = read_architecture(base), torch.Generator().manual_seed(5)
     if kind == "prefix":
         heads, width = found.kv_heads, found.kv_heads * found.head_dim
@@ -69,7 +69,7 @@ def learned(base: Path, kind: str, length: int = LENGTH) -> PromptLearning:
 
 
 def layers(base: Path, method: str, scale: float = 0.3) -> Bottlenecks:
-    """Drawn adapter layers of `method` for the model in `base`."""
+    """Return random adapter layers of `method` for the model in `base`."""
     found, generator = read_architecture(base), torch.Generator().manual_seed(5)
     config = BottleneckConfig(
         method=method, bottleneck=BOTTLENECK, layers=len(found.layers), hidden=found.hidden, base=str(base)
@@ -94,7 +94,7 @@ def save_learned(folder: Path, base: Path, method: str) -> Path:
 
 
 class _Written:
-    """Trained files that were there beforehand, for a checkpoint of any method."""
+    """`TrainedFiles` that copies prepared files, for a checkpoint of any method."""
 
     def __init__(self, write: Callable[[], object]) -> None:
         self._write = write
@@ -106,7 +106,7 @@ class _Written:
 
 
 def save_checkpoint(folder: Path, base: Path, method: str) -> Path:
-    """A checkpoint checkpoints/step-N of any of these methods; its optimiser has one tensor that means nothing."""
+    """Write a checkpoint checkpoints/step-N of one of these methods, with one meaningless tensor as optimizer state."""
     step = int(folder.name.removeprefix("step-"))
 
     def files(temporary: Path) -> TrainedFiles:
@@ -121,7 +121,7 @@ def save_checkpoint(folder: Path, base: Path, method: str) -> Path:
 
 
 def base_tensors(base: Path) -> dict[str, Tensor]:
-    """Every tensor of the model in `base`, in fp32, by its name with the base-model prefix."""
+    """Return all tensors of the model in `base` in fp32, by their names with the base-model prefix."""
     architecture = read_architecture(base)
     with open_checkpoint(base) as checkpoint:
         return {
@@ -137,9 +137,9 @@ def save_whole(
     dtype: torch.dtype = torch.float32,
     wrap: Callable[[Iterator[Mapping[str, Tensor]]], Iterator[Mapping[str, Tensor]]] = lambda stream: stream,
 ) -> Path:
-    """A checkpoint of full fine-tuning: the base's tensors through `edit` (name, fp32 tensor).
+    """Write a checkpoint of full fine-tuning from the base's tensors, changed by `edit` (name, fp32 tensor).
 
-    wrap: put between the stream of tensors and who writes them.
+    wrap: applied to the stream of tensors before it is written.
     """
     shapes = hf_shapes(read_architecture(base))
     step = int(folder.name.removeprefix("step-"))
@@ -156,7 +156,7 @@ def save_whole(
 
 
 def run_of(folder: Path, base: Path, method: str, save: Callable[..., Any]) -> Path:
-    """The folder of a run with checkpoints of steps 5 and 10, each written by `save` (folder)."""
+    """Write the folder of a run with checkpoints of steps 5 and 10, each by `save` (folder)."""
     for step in (5, 10):
         save(folder / "checkpoints" / f"step-{step}")
     for name in ("last", "best"):

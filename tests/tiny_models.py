@@ -1,7 +1,7 @@
 """Tiny random models of each family, complete Hugging Face folders, for any test.
 
 Written by transformers' own classes, so that the reader under test never reads what its own code wrote. Norm weights
-lie around 1 and biases around 0 but are all different: a swapped or forgotten one changes the logits.
+are near 1 and biases near 0 but all differ, so a swapped or missing one changes the logits.
 """
 
 import json
@@ -113,7 +113,7 @@ def _randomise(model: PreTrainedModel) -> None:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """A byte-level tokenizer over a small alphabet, with ids below VOCAB and a ChatML template."""
+    """Write a byte-level tokenizer over a small alphabet, with ids below VOCAB and a ChatML template."""
     special = ["<|bos|>", "<|eos|>", "<|pad|>", "<|im_start|>", "<|im_end|>", "<|unk|>"]
     letters = [chr(code) for code in range(32, 127)] + ["\n"]
     # ByteLevel writes a space as "Ġ" and a newline as "Ċ"; every other printable ASCII byte as itself.

@@ -94,9 +94,9 @@ def byte_level(
     pattern: str | None = None,
     prefix_space: bool = False,
 ) -> Path:
-    """GPT-2's kind. bos: put <|bos|> before a text and, to be taken off again, <|endoftext|> after it.
+    """Write a tokenizer like GPT-2's. bos: add <|bos|> before a text and <|endoftext|> after it (readers remove it).
 
-    pattern: how words are told apart, in place of GPT-2's own expression. prefix_space: put a space before a text.
+    pattern: the expression that splits words, by default GPT-2's. prefix_space: add a space before a text.
     """
     tokenizer = Tokenizer(models.BPE())
     words = [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
@@ -122,8 +122,8 @@ def dummy_prefix(
 ) -> Path:
     """Llama 2's kind: "▁" for a space and one before every text, byte fallback, BOS.
 
-    By a Prepend normalizer, which puts it after every special token too; metaspace: by a Metaspace pre-tokenizer that
-    puts it "first", or by another scheme of it.
+    A Prepend normalizer adds the space, after every special token too. metaspace: the prepend_scheme (such as "first")
+    of a Metaspace pre-tokenizer that adds it instead.
     """
     metaspace = metaspace or scheme is not None
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
@@ -158,7 +158,7 @@ def _save(folder: Path, tokenizer: Tokenizer, settings: dict[str, str | None], t
 
 
 def byte_level_llama3(folder: Path, *, template: str | None = None) -> Path:
-    """`byte_level` with Llama 3's expression for words."""
+    """Write the tokenizer of `byte_level` with Llama 3's expression for words."""
     return byte_level(folder, template=template, pattern=LLAMA3_PATTERN)
 
 
@@ -171,9 +171,9 @@ def add_token(folder: Path, content: str, *, special: bool) -> int:
 
 
 def sentencepiece(folder: Path, *, llama: bool = True, symbols: Sequence[str] = ()) -> Path:
-    """A tokenizer.model: Llama's settings (BPE, byte fallback, text as it is) or the defaults (unigram, NFKC).
+    """Write a tokenizer.model: Llama's settings (BPE, byte fallback, no normalization) or the defaults (unigram, NFKC).
 
-    symbols: further pieces that the model finds in a text by itself.
+    symbols: more user-defined symbols of the model.
     """
     folder.mkdir(parents=True, exist_ok=True)
     model = io.BytesIO()

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Where the gates of planted faults lie."""
+    """The folder of the gate files of planted faults."""
     path = tmp_path / "faults"
     path.mkdir()
     return path
@@ -34,14 +34,14 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def rig() -> Iterator[Rig]:
-    """Two hosts with ssh and Slurm. An error, not a skip, where they cannot be had."""
+    """Two hosts with ssh and Slurm. An error, not a skip, where they cannot be set up."""
     with Rig(2) as started:
         yield started
 
 
 @pytest.fixture
 def quiet_rig(rig: Rig) -> Iterator[Rig]:
-    """The rig; the test fails where it leaves a process behind on a host."""
+    """The rig; the test fails if it leaves a process running on a host."""
     yield rig
     assert rig.idle() == []
 
@@ -54,7 +54,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def expected(rig: Rig, config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """The curves of the run on one host, under `deepspeed --num_gpus 4`. One worker trains it for all of them."""
+    """The loss curves of the run on one host, under `deepspeed --num_gpus 4`; one pytest worker trains it for all."""
     alone = "PYTEST_XDIST_WORKER" not in os.environ
     shared = tmp_path_factory.getbasetemp() if alone else tmp_path_factory.getbasetemp().parent
     run = shared / "one host"

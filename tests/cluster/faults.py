@@ -24,7 +24,7 @@ CURVES = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Faults:
-    """What befalls a run: "KIND:RANK:STEP,…". folder: where its gates lie."""
+    """The faults of a run, as "KIND:RANK:STEP,…". folder: that of its gate files."""
 
     planted: str
     folder: Path
@@ -39,17 +39,17 @@ class Faults:
         }
 
     def await_gate(self, step: int, said: Callable[[], object]) -> None:
-        """Until a rank waits at the gate of a step; `said` explains why none does."""
+        """Wait until a rank stands at the gate of a step. `said` gives the output to show if none does."""
         assert settled((self.folder / f"{step}.reached").exists, True), said()
 
     def open_gate(self, step: int, *, once: Path | None = None) -> None:
-        """Let the rank go on; `once` a file is there."""
+        """Let the rank continue, after the file `once` exists if it is given."""
         assert once is None or settled(once.exists, True), f"there is no {once}"
         (self.folder / f"{step}.open").touch()
 
 
 def submit(rig: Rig, config: Path, run: Path, environment: dict[str, str]) -> Job:
-    """A job of that run, on both hosts; the same script each time."""
+    """Submit a job of the run on both hosts, with the same script each time."""
     script = run.with_name("job.sbatch")
     if not script.exists():
         write_job(config, script, f"output.dir={run}", *OVERRIDES)
@@ -58,7 +58,7 @@ def submit(rig: Rig, config: Path, run: Path, environment: dict[str, str]) -> Jo
 
 @contextmanager
 def small_cgroup(folder: Path) -> Iterator[None]:
-    """A memory cgroup under the name folder/cgroup: what enters it may take MEMORY_MIB more than it has."""
+    """Create a memory cgroup, linked as folder/cgroup; a process in it may take MEMORY_MIB more than it has."""
     first = Path("/sys/fs/cgroup/memory")
     hierarchy, limit = (first, "memory.limit_in_bytes") if first.exists() else (first.parent, "memory.max")
     cgroup = hierarchy / f"lowrank_dist-{os.getpid()}-{folder.name}"
@@ -80,7 +80,7 @@ def _removed(cgroup: Path) -> bool:
 
 
 class Stopwatch:
-    """From a fault to the end of every process of the job."""
+    """Measures the time from a fault to the end of all processes of the job."""
 
     def __init__(self, rig: Rig) -> None:
         self._rig, self._began = rig, time.monotonic()
@@ -89,11 +89,11 @@ class Stopwatch:
         return time.monotonic() - self._began
 
     def all_ended(self) -> float:
-        """Seconds until nothing of the job was left on any host; fails where it takes too long."""
+        """Return the seconds until the job had no process left on any host. Fails if that takes too long."""
         return self._ended("")
 
     def ranks_ended(self) -> float:
-        """The same of the ranks and their watchdogs alone: what Slurm has running to report on them may wait longer."""
+        """As `all_ended`, but only for ranks and their watchdogs; Slurm's own processes may wait longer."""
         return self._ended("python")
 
     def _ended(self, name: str) -> float:
@@ -107,11 +107,11 @@ class Stopwatch:
 
 
 def culprit(run: Path) -> str:
-    """The headline of RUN/FAILED."""
+    """Return the headline of RUN/FAILED."""
     return (run / "FAILED").read_text().partition("\n")[0]
 
 
 def last_words(said: str) -> str:
-    """A log from the last line on in which a rank says what happened."""
+    """Return a log from the last line on in which a rank says what happened."""
     at = [match.start() for match in re.finditer(r"rank \d+ on h\d ", said)]
     return said[at[-1] :] if at else ""

@@ -28,7 +28,7 @@ SERVICES = re.compile(r"(/bin/bash )?\S*(rig\.sh|sshd|munged|slurmctld|slurmd)\b
 
 @dataclass(frozen=True)
 class Host:
-    """One machine: commands run in its namespaces. `pid` is its first process, as the rig's namespace counts it."""
+    """One host, that is a set of namespaces. `pid`: its first process, in the rig's PID namespace."""
 
     name: str
     rig_pid: int
@@ -37,7 +37,7 @@ class Host:
     def start(
         self, command: Sequence[object], *, seconds: float, environment: Mapping[str, str] | None = None
     ) -> subprocess.Popen[str]:
-        """Start a command in the root of the repository; it is ended after `seconds`, with all of its group."""
+        """Start a command in the root of the repository; after `seconds` its process group is killed."""
         inside = f"nsenter -t {self.rig_pid} -a nsenter -t {self.pid} -a env -C {shlex.quote(str(ROOT))}"
         limited = ["timeout", "--kill-after=5", str(seconds), *(str(word) for word in command)]
         return subprocess.Popen(
@@ -56,13 +56,13 @@ class Host:
         return wait(self.start(command, seconds=seconds, environment=environment))
 
     def kill(self, pattern: str) -> None:
-        """SIGKILL every process here whose command line matches; there must be one."""
+        """Send SIGKILL to every process here whose command line matches. There must be at least one."""
         # The bracket keeps what runs pkill from being what it looks for.
         done = self.run(["pkill", "-KILL", "-f", f"{pattern[:-1]}[{pattern[-1]}]"], seconds=20)
         assert done.code == 0, f"nothing on {self.name} matches {pattern}: {self.processes()}"
 
     def processes(self) -> list[str]:
-        """Command lines of what runs here besides the host's services."""
+        """Return the command lines of the processes here that are not services of the host."""
         done = self.run(["ps", "-e", "-o", "args="], seconds=60)
         assert done.code == 0, f"{self.name} does not answer: {done.stderr}"
         own = ("ps -e -o args=", "timeout --kill-after=5 60 ps")
@@ -99,7 +99,7 @@ class Rig:
 
     @contextmanager
     def cut_off(self, host: Host) -> Iterator[None]:
-        """A host without a network: its cable is pulled at the switch, so that its own card sees nothing of it."""
+        """Cut a host off the network at the switch, so that its own interface still reports a link."""
         port = f"port{host.name.removeprefix('h')}"
         link = ["nsenter", "-t", str(host.rig_pid), "-a", "ip", "link", "set", port]
         subprocess.run([*link, "down"], check=True)
@@ -109,11 +109,11 @@ class Rig:
             subprocess.run([*link, "up"], check=True)
 
     def running(self) -> list[str]:
-        """What runs on any host besides its services."""
+        """Return the processes on all hosts that are not services."""
         return [f"{host.name}: {line}" for host in self.hosts for line in host.processes()]
 
     def idle(self) -> list[str]:
-        """The same, once it had a moment to end."""
+        """As `running`, after a short time in which processes may end."""
         return settled(self.running, [], every=SELDOM)
 
     def _started(self) -> list[Host]:
@@ -131,7 +131,7 @@ def wait(process: subprocess.Popen[str]) -> Outcome:
 
 
 def settled(look: Callable[[], object], wanted: object, *, seconds: float = 240, every: float = 0.2) -> object:
-    """What `look` gives as soon as that is `wanted`, or in the end. every: seconds between two looks.
+    """Call `look` until it returns `wanted` or the time is over; return its last value. every: seconds between calls.
 
     seconds: a start may take a minute on a machine that is busy with other tests, and what waits for room two or three.
     """

@@ -1,4 +1,4 @@
-"""The run that every launcher is to repeat, a job script for it, and how a job of the rig's Slurm ended."""
+"""The run that every launcher must reproduce, a job script for it, and jobs of the rig's Slurm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_
 
 
 def write_run(place: Path) -> Path:
-    """A configuration with its tiny model and data: four ranks train it as TP 2 × DP 2, dropout included."""
+    """Write a configuration with tiny model and data; four ranks train it as TP 2 × DP 2, with dropout."""
     rows = samples(24)
     sections = {
         "model": {"path": make_tiny("llama", place / "base"), "dtype": "fp32", "device": "cpu"},
@@ -43,7 +43,7 @@ def write_run(place: Path) -> Path:
 
 
 def write_job(config: Path, script: Path, *options: object) -> Path:
-    """The script that `lowrank-dist slurm` writes for two hosts of two ranks; the job is told 15 s before its end."""
+    """Write the script of `lowrank-dist slurm` for two hosts of two ranks; the job is signalled 15 s before its end."""
     size = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1, "--time", 30, "--lead", 15]
     done = program(["lowrank-dist", "slurm", config, *size, "--out", script, *options])
     assert done.code == 0, done.stderr
@@ -51,12 +51,12 @@ def write_job(config: Path, script: Path, *options: object) -> Path:
 
 
 def losses(run: Path) -> dict[str, list[float]]:
-    """Everything in metrics.jsonl that does not depend on the clock."""
+    """Return all values of metrics.jsonl that do not depend on time."""
     return {name: metrics(run, name).tolist() for name in NAMES}
 
 
 def well_trained(curves: dict[str, list[float]], steps: int = STEPS) -> bool:
-    """Whether the curves are those of a whole run that learned: two runs that did nothing are equal as well."""
+    """Return whether the curves are of a complete run that learned: two runs that did nothing would be equal too."""
     return len(curves["loss"]) == steps and bool(np.isfinite(curves["loss"]).all()) and _falls(curves["eval_loss"])
 
 
@@ -89,7 +89,7 @@ class Job:
         return cls(rig, number, script.parent / f"{name}-{number}.out")
 
     def field(self, name: str) -> str:
-        """One field of `scontrol show job`."""
+        """Return one field of `scontrol show job`."""
         shown = self._login.run(["scontrol", "show", "job", "--oneliner", self.number], seconds=20).stdout
         return re.search(rf"\b{name}=(\S*)", shown).group(1)
 
@@ -108,7 +108,7 @@ class Job:
             self._login.run(["scontrol", "update", f"jobid={self.number}", "StartTime=now"])
 
     def start_now(self, start: int) -> None:
-        """Have a job that was requeued begin start number `start`."""
+        """Make a requeued job begin its start number `start`."""
 
         def started() -> bool:
             self.hurry()
@@ -117,7 +117,7 @@ class Job:
         assert settled(started, True, every=SELDOM), self.said()
 
     def finished(self, *, seconds: float = 400) -> str:
-        """The state in which the job ended, after all its requeues, or the one it is in when the time is over."""
+        """Return the state in which the job ended after all requeues, or its state when the time is over."""
 
         def ended() -> bool:
             self.hurry()
@@ -131,7 +131,7 @@ class Job:
         return self.rig.hosts[0]
 
     def _has_steps(self) -> bool:
-        """Whether a host still has a process of Slurm's that looks after the job."""
+        """Return whether a host still has a Slurm process of the job."""
         keeper = f"slurmstepd: [{self.field('JobId')}."
         return any(keeper in line for line in self.rig.running())
 

@@ -40,7 +40,7 @@ def shards(folder: Path) -> list[Path]:
 
 
 def examine(rig: Rig, *arguments: object, of: Mapping[str, Mapping[str, str]] | None = None) -> list[Outcome]:
-    """A doctor with one rank on each host, with its own environment where `of` has one for it."""
+    """Run doctor with one rank on each host. of: host → its own environment."""
     port = str(free_port())
     started = []
     for number, host in enumerate(rig.hosts):
@@ -52,7 +52,7 @@ def examine(rig: Rig, *arguments: object, of: Mapping[str, Mapping[str, str]] | 
 
 
 def found(report: Mapping[str, Any], what: str, host: str | None = None) -> dict[str, Any]:
-    """The one row of this name that is about `host` (or about more than one) and is not ok."""
+    """Return the only row of this name that concerns `host` (or several hosts) and is not ok."""
     rows = [row for row in report["rows"] if row["what"] == what and row["state"] != "ok"]
     rows = [row for row in rows if host is None or row["nodes"] == [host]]
     assert len(rows) == 1, rows
@@ -65,7 +65,7 @@ def failing(report: Mapping[str, Any]) -> set[str]:
 
 @contextmanager
 def mounted(host: Host, target: Path, *commands: list[object]) -> Iterator[None]:
-    """Something mounted over `target` on one host only."""
+    """Mount something over `target` on one host only."""
     for command in commands:
         done = host.run(command)
         assert done.code == 0, done.stderr
@@ -78,7 +78,7 @@ def mounted(host: Host, target: Path, *commands: list[object]) -> Iterator[None]
 
 @pytest.fixture(scope="module")
 def planted(rig: Rig, config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What doctor says of two hosts with six faults: h1 has a run folder that is read-only, h2 all the others."""
+    """The report of doctor on two hosts with six faults: h1 has a read-only run folder, h2 all the others."""
     first, second = rig.hosts
     place = tmp_path_factory.mktemp("planted")
     base, run = config.parent / "base", place / "run"

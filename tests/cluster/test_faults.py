@@ -43,7 +43,7 @@ ONE_RANK = {
 
 
 def goes_on(rig: Rig, config: Path, run: Path, expected: CURVES) -> None:
-    """The same script, submitted again, ends the run as if nothing had been."""
+    """Submit the same script again; it must complete the run as if no fault had happened."""
     job = submit(rig, config, run, ENVIRONMENT)
     assert job.finished() == "COMPLETED", job.said()
     assert "resumed from" in job.said()
@@ -52,7 +52,7 @@ def goes_on(rig: Rig, config: Path, run: Path, expected: CURVES) -> None:
 
 
 def failed(job: Job, watch: Stopwatch) -> str:
-    """How a job of Slurm ended that has no process left, and how soon."""
+    """Return the state in which a Slurm job without processes ended, and the seconds it took."""
     seconds = watch.all_ended()
     assert job.finished() == "FAILED", job.said()
     return f"sbatch {job.field('ExitCode')} after {seconds:.1f} s"

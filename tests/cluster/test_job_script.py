@@ -1,4 +1,4 @@
-"""What launch/slurm/job.sh makes of how the ranks end, with a stand-in for the interpreter in place of training.
+"""How launch/slurm/job.sh reacts to the exit codes of ranks, with a stand-in for the interpreter instead of training.
 
 The stand-in runs the Python text in $STAND_IN; `run` is the run folder and `rank` this rank's number.
 """
@@ -39,7 +39,7 @@ time.sleep(100)
 
 @pytest.fixture
 def script(tmp_path: Path) -> Path:
-    """train.sbatch for four stand-in ranks on two hosts, with a run folder whose name bash must not read."""
+    """Write train.sbatch for four stand-in ranks on two hosts, with a run folder whose name bash must not expand."""
     return write_script(tmp_path, "train.sbatch", {"nodes": "2"}, {"RUN": str(tmp_path / "run $(touch made) 'x")})
 
 
@@ -65,7 +65,7 @@ def folder(script: Path) -> Path:
 
 
 def listening(job: Job, start: int = 1) -> bool:
-    """Whether all four ranks listen in the job's start of this number."""
+    """Return whether all four ranks listen in the job's start of this number."""
     return settled(lambda: job.said().count("listens"), 4 * start) == 4 * start
 
 

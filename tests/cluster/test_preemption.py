@@ -1,6 +1,6 @@
-"""A job that is interrupted, however, goes on by itself and ends with the loss curve of one that never was.
+"""A job that is interrupted in any way continues by itself and ends with the loss curve of an uninterrupted job.
 
-Nobody helps: a test does nothing to a job once it has interrupted it, but for the two minutes that Slurm would wait.
+A test does nothing to a job after interrupting it, except to skip the two minutes that Slurm would wait.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(rig: Rig, config: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """The curves of a job that nobody interrupts."""
+    """The loss curves of an uninterrupted job."""
     job, run = submit(rig, config, tmp_path_factory.mktemp("undisturbed"), environment=ENVIRONMENT)
     submitted = time.monotonic()
     reach(job, run, 1)
@@ -88,7 +88,7 @@ def process_ended(process: subprocess.Popen[str]) -> str | None:
 
 
 def went_on(job: Job, undisturbed: dict[str, list[float]], *, saves: int = 1) -> None:
-    """The job ends well and with the right curves, after as many saves upon a signal."""
+    """Check that the job succeeds with the right curves, after this many saves upon a signal."""
     assert job.finished() == "COMPLETED", job.said()
     assert losses(job.log.parent / "run") == undisturbed
     stops = SAVED.findall(job.said())
@@ -102,7 +102,7 @@ def node_state(host: Host) -> str:
 
 
 def ranks_on(host: Host) -> dict[int, int]:
-    """Number among the tasks of the step → process id, of the host's ranks."""
+    """Return task number in the step → process id, of the ranks on a host."""
     done = host.run(["bash", "-c", LIST_RANKS, sys.executable], seconds=20)
     words = [int(word) for word in done.stdout.split()]
     return dict(zip(words[::2], words[1::2], strict=True))
@@ -119,7 +119,7 @@ def exit_codes(said: str) -> dict[int, int]:
 
 
 def tell(host: Host, rank: int, *signals: str) -> None:
-    """Send signals to one rank alone."""
+    """Send signals to one rank only."""
     for name in signals:
         done = host.run(["kill", f"-{name}", ranks_on(host)[rank]], seconds=20)
         assert done.code == 0, done.stderr

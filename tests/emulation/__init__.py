@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: builds csrc/cuda with the emulated machine (machine.h says what it is) and calls it."""
+"""The CUDA kernels on a CPU: csrc/cuda, built against an emulated GPU (see machine.h), and functions that call it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class MaskArgs(ctypes.Structure):
 
 @cache
 def library() -> ctypes.CDLL:
-    """The emulated kernels, compiled when a source has changed and kept in build/emulation."""
+    """Return the library of emulated kernels, compiled into build/emulation whenever a source has changed."""
     headers = sorted(path for folder in INCLUDES for pattern in ("*.h", "*.cuh") for path in folder.glob(pattern))
     digest = hashlib.sha256("\0".join(FLAGS).encode())
     for path in (*SOURCES, *headers):
@@ -83,7 +83,10 @@ def library() -> ctypes.CDLL:
 def workspace_bytes(
     operator: str, dtype: torch.dtype, tokens: int, features: int, ranks: int, multiprocessors: int
 ) -> int:
-    """What the launch of `operator` ("down", "expand", its form "write" that does not read out, "grad_a") asks for."""
+    """Return the workspace bytes of a launch.
+
+    operator: "down", "expand", "write" (expand that does not read out) or "grad_a".
+    """
     if operator in ("expand", "write"):
         return 0
     return getattr(library(), f"emulate_{operator}_workspace")(DTYPES[dtype], tokens, features, ranks, multiprocessors)
@@ -104,7 +107,7 @@ def run(
     schedule: int = 0,
     fault: int = NO_FAULT,
 ) -> int:
-    """One launch into `out`; gives the number of kernels it took. `left` and `right` as in the operator's schema.
+    """Launch once into `out`. Returns the number of kernels launched. `left` and `right` as in the operator's schema.
 
     `schedule` seeds the order in which blocks, warps and lanes run. Raises EmulationError.
     """
@@ -145,7 +148,7 @@ def run(
 
 
 def mma(dtype: torch.dtype, a: Tensor, b: Tensor, c: Tensor) -> None:
-    """One mma.m16n8k16 in place of c, float32 [32, 4]: registers of each lane, a int32 [32, 4], b int32 [32, 2]."""
+    """Run one mma.m16n8k16 in place on c. Registers by lane: c float32 [32, 4], a int32 [32, 4], b int32 [32, 2]."""
     emulated = library()
     emulated.emulation_begin(0, NO_FAULT)
     code = emulated.emulate_mma(DTYPES[dtype], *(ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, c)))
@@ -154,7 +157,7 @@ def mma(dtype: torch.dtype, a: Tensor, b: Tensor, c: Tensor) -> None:
 
 
 def rounded(dtype: torch.dtype, values: Tensor) -> Tensor:
-    """The machine's own conversion of float32 values to a 16-bit dtype and back."""
+    """Return float32 values converted by the emulated GPU to a 16-bit dtype and back."""
     bits = torch.empty(values.shape, dtype=torch.int16)
     back = torch.empty_like(values)
     library().emulate_round(

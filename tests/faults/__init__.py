@@ -1,4 +1,4 @@
-"""Faults in file system calls: a SIGKILL at, or a full disk from, any write, fsync or rename below a folder.
+"""Faults in file system calls: a SIGKILL at any write, fsync or rename below a folder, or a full disk from then on.
 
 The process under test is started with `environment()`, which preloads shim.c, and arms it; `Zygote` does so for a
 function, once per point, in milliseconds. Production code knows nothing of it. Linux on x86_64 or aarch64.
@@ -25,7 +25,7 @@ _REPOSITORY = Path(__file__).parents[2]
 
 
 class Action(enum.IntEnum):
-    """What happens at the nth operation; the values are those of shim.c."""
+    """The fault at the nth operation; values as in shim.c."""
 
     COUNT = 0
     # SIGKILL instead of the operation.
@@ -39,7 +39,7 @@ class Action(enum.IntEnum):
 
 
 def build() -> Path:
-    """The compiled shim, built at most once for its source; raises RuntimeError without a C compiler."""
+    """Return the compiled shim, built at most once for its source. Raises RuntimeError without a C compiler."""
     key = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir(), f"lowrank_dist-faults-{os.getuid()}")
     library = folder / f"shim-{key}.so"
@@ -61,7 +61,7 @@ def build() -> Path:
 
 
 def environment() -> dict[str, str]:
-    """This environment with the shim preloaded, and one thread so that a process may fork after it used torch."""
+    """Return this environment with the shim preloaded, and one thread: a process may then fork after using torch."""
     preload = " ".join(filter(None, [str(build()), os.environ.get("LD_PRELOAD", "")]))
     return {**os.environ, "LD_PRELOAD": preload, "OMP_NUM_THREADS": "1"}
 
@@ -77,7 +77,7 @@ def arm(root: Path, nth: int = 0, action: Action = Action.COUNT) -> None:
 
 
 def disarm() -> int:
-    """Stop; returns the number of operations since `arm`."""
+    """Stop counting. Returns the number of operations since `arm`."""
     return _shim().faults_disarm()
 
 
@@ -86,7 +86,7 @@ def count() -> int:
 
 
 def trace() -> list[str]:
-    """The operations since `arm` in their order: "rename .out-tmp -> out", "write x (5 bytes)"; below the root."""
+    """Return the operations since `arm` in order: "rename .out-tmp -> out", "write x (5 bytes)"; below the root."""
     size = _shim().faults_trace(None, 0)
     buffer = ctypes.create_string_buffer(size)
     _shim().faults_trace(buffer, size)

@@ -80,7 +80,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def _read_all(descriptor: int, timeout: float) -> bytes | None:
-    """Until the other end is closed; None when nothing comes for `timeout` seconds."""
+    """Read until the other end is closed. Returns None when nothing arrives for `timeout` seconds."""
     data = b""
     while select.select([descriptor], [], [], timeout)[0]:
         part = os.read(descriptor, 1 << 16)

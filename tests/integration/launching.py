@@ -1,6 +1,6 @@
 """Runs of launch/train.py for the integration tests: under a launcher, on forked ranks, or on the pooled ones.
 
-Under a launcher a start costs 4 s of CPU a rank: `deepspeed` and `torchrun` are for the tests that are about them.
+A start under a launcher costs 4 s of CPU a rank, so only tests of `deepspeed` and `torchrun` use them.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ LAUNCHER_VARIABLES = tuple("RANK WORLD_SIZE LOCAL_RANK LOCAL_SIZE LOCAL_WORLD_SI
 
 
 def assert_codes(outcomes: Sequence[Outcome], expected: int) -> None:
-    """Hold the code of every rank to the expected one; what each said last goes with the failure."""
+    """Check the exit code of every rank; a failure shows the last output of each."""
     said = (f"rank {n}, code {one.code}:\n{one.stdout[-2000:]}{one.stderr[-4000:]}" for n, one in enumerate(outcomes))
     assert {outcome.code for outcome in outcomes} == {expected}, "\n".join(said)
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on."""
+    """Return a free port of this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 def samples(count: int) -> list[dict[str, str]]:
-    """Uneven lengths and one rule: repeat the word."""
+    """Return samples of different lengths with one rule, to repeat the word."""
     return [
         {"prompt": f"{WORDS[i % 6]} {'x' * (i % 5)}:", "completion": f"{WORDS[i % 6]} " * (i % 4 + 1)}
         for i in range(count)
@@ -58,20 +58,20 @@ def samples(count: int) -> list[dict[str, str]]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> Path:
-    """One JSON value a line; text is written as it is."""
+    """Write one JSON value a line; text is written unchanged."""
     lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path
 
 
 def write_config(path: Path, sections: dict[str, Any]) -> Path:
-    """`sections` as YAML; paths become text."""
+    """Write `sections` as YAML, with paths as text."""
     path.write_text(yaml.safe_dump(json.loads(json.dumps(sections, default=str)), sort_keys=False), encoding="utf-8")
     return path
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """Every entry below `folder`: the hash of a file, where a link points, "" for a folder."""
+    """Return each entry below `folder` → the hash of a file, the target of a link, "" for a folder."""
 
     def content(path: Path) -> str:
         if path.is_symlink():
@@ -82,13 +82,13 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def metrics(run: Path, name: str) -> np.ndarray:
-    """All values of one name in metrics.jsonl, in order."""
+    """Return all values of one name in metrics.jsonl, in order."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return np.array([record[name] for record in records if name in record])
 
 
 def deepspeed(size: int, *arguments: object) -> Outcome:
-    """`deepspeed --num_gpus size launch/train.py …`, as the README says it."""
+    """Run `deepspeed --num_gpus size launch/train.py …`, as in the README."""
     port = str(free_port())
     return program(["deepspeed", "--num_gpus", str(size), "--master_port", port, "launch/train.py", *arguments])
 
@@ -99,7 +99,7 @@ def torchrun(size: int, *arguments: object) -> Outcome:
 
 
 def forked_ranks(size: int, *arguments: object) -> Outcome:
-    """launch/train.py on forked ranks, in the environment that torchrun gives its own: the whole program, no launcher.
+    """Run launch/train.py on forked ranks in the environment that torchrun would set: the whole program, no launcher.
 
     The code of the outcome is the first rank's that is not 0; output is rank by rank.
     """
@@ -112,7 +112,7 @@ def forked_ranks(size: int, *arguments: object) -> Outcome:
 
 
 def environment() -> dict[str, str]:
-    """This process's, without a launcher's variables and with the programs beside this interpreter on PATH."""
+    """Return this process's environment without launcher variables, with this interpreter's programs on PATH."""
     inherited = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     beside = Path(sys.executable).parent
     return {**inherited, "DS_ACCELERATOR": "cpu", "PATH": f"{beside}{os.pathsep}{os.environ['PATH']}"}
@@ -143,7 +143,7 @@ def program(command: Sequence[object]) -> Outcome:
 
 
 def in_ranks(size: int, *arguments: object, launcher: bool = True) -> list[Outcome]:
-    """launch/train.py as the main program of `size` pooled ranks.
+    """Run launch/train.py as the main program of `size` pooled ranks.
 
     Everything is the program's own but the process group and its subgroups, which the ranks have already and keep.
     launcher=False: nothing is replaced, and the environment is one that no launcher has prepared.
