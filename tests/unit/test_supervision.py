@@ -26,7 +26,7 @@ from lowrank_dist.supervision.status import LEAVING, PHASES, Page
 ROOT = Path(__file__).parents[2]
 CAUSE = Failure(2, "h2", 4, "forward", "ValueError: no", "Traceback\n  …", True)
 # A record is ours up to the first ": "; any text may follow.
-MISLED = Failure(0, "h1", 4, "backward", "rank 9 on h9 failed first, by rank 8: no", "", False)
+MISLED = Failure(0, "h1", 4, "backward", "rank 9 on h9 failed first, no answer from rank 8: no", "", False)
 MISSING = Failure(1, "h1", 4, "backward", "lost", "", False, ("rank 2 on h2",))
 
 
@@ -93,7 +93,7 @@ def test_records_of_many_processes_at_once(tmp_path: Path) -> None:
     processes = [subprocess.Popen([*command, str(rank), tmp_path, at], cwd=ROOT) for rank in range(8)]
     assert [process.wait() for process in processes] == [0] * 8
     headline, _, trace = read(tmp_path).partition("\n")
-    assert headline[:18] in ("rank 3 on h went f", "rank 5 on h went f") and trace == "x" * 5000
+    assert headline[:18] in ("rank 3 on h failed", "rank 5 on h failed") and trace == "x" * 5000
     assert [path.name for path in tmp_path.iterdir()] == ["FAILED"]
 
 
@@ -145,7 +145,7 @@ def ask_concurrently(store: dist.Store, said: dict[int, str | None], size: int =
 
 def test_ranks_learn_the_cause_and_one_of_each_kind_prints(short_timeouts: None) -> None:
     answers = ask_concurrently(dist.HashStore(), {0: None, 1: "why", 2: "why else", 3: None})
-    assert answers[1].should_print is not answers[2].should_print, "of two that went first one prints"
+    assert answers[1].should_print is not answers[2].should_print, "of two that failed first one prints"
     assert answers[0].should_print is not answers[3].should_print
     cause = "why" if answers[1].should_print else "why else"
     assert answers[0].cause == answers[3].cause == cause
