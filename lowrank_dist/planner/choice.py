@@ -116,6 +116,11 @@ def _reason_without_layout(job: Job, fixed: Fixed, cluster: Cluster) -> str:
         return reason
     if fixed.tensor is not None and fixed.data is not None and fixed.tensor * fixed.data != cluster.gpus:
         return f"parallel.data: {fixed.tensor} tensor × {fixed.data} data parallel is not {where}; leave it null"
+    if fixed.tensor is None and fixed.data is not None and candidates(job, replace(fixed, data=None), cluster):
+        return (
+            f"parallel.data: no tensor-parallel size of this model gives {fixed.data} data-parallel replicas on "
+            f"{where}; leave it null"
+        )
     return (
         f"train.global_batch: {job.global_batch} samples do not give every data-parallel replica on {where} a sample; "
         "raise it, or plan for fewer GPUs"

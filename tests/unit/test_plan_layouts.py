@@ -202,7 +202,7 @@ def test_auto_leaves_a_margin() -> None:
     [
         ({"tensor": 16}, "parallel.tensor: 16 does not divide 1 × 8 = 8 GPUs"),
         ({"tensor": 4, "data": 4}, "parallel.data: 4 tensor × 4 data parallel is not"),
-        ({"data": 3}, "train.global_batch"),
+        ({"data": 3}, "parallel.data: no tensor-parallel size of this model gives 3 data-parallel replicas"),
     ],
 )
 def test_what_cannot_be_laid_out_is_refused(fixed: dict[str, int], said: str) -> None:

@@ -157,7 +157,7 @@ def test_errors_of_commands(base: Path, tmp_path: Path, command: str) -> None:
         "merge": ["--base", str(odd), "--adapter", str(adapter), "--out", str(tmp_path / "out")],
     }[command]
     result = CliRunner().invoke(app, [command, *arguments])
-    assert result.exit_code in (1, 2) and "tensor \\x1b]0;owned\\x07[/b] has no place" in result.output
+    assert result.exit_code in (1, 2) and "tensor \\x1b]0;owned\\x07[/b] does not exist in a" in result.output
     assert is_safe(result.output)
 
 
@@ -168,7 +168,7 @@ def test_inspect_on_a_terminal(base: Path, tmp_path: Path, monkeypatch: pytest.M
     result = CliRunner().invoke(app, ["inspect", str(odd)])
     assert result.exit_code == 1, result.exception
     assert "\x1b[31m" in result.output and HOSTILE["title"] not in result.output
-    assert f"{tmp_path}/[/b]" in result.output and "\\x07[/b] has no place" in result.output
+    assert f"{tmp_path}/[/b]" in result.output and "\\x07[/b] does not exist in a" in result.output
 
 
 def test_a_long_task_says_how_far_it_is_and_a_short_one_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
