@@ -29,7 +29,7 @@ def data_command(
 ) -> None:
     """Show how a run reads its data: samples with their targets marked, lengths, dropped samples, padding.
 
-    Only targets are trained on. They are green on a terminal and between ⟦ and ⟧ elsewhere.
+    Only targets are trained on. They are green on a terminal with colours and between ⟦ and ⟧ elsewhere.
     """
     from lowrank_dist.config import load_config
 
@@ -62,7 +62,7 @@ def _show(sample: ShownSample) -> None:
     say(f"\nline {sample.line}: {len(sample.tokens):,} tokens, {sum(sample.targets):,} of them targets")
     pieces = [(_shortened(text, _TARGET if target else _CONTEXT), target) for text, target in sample.text]
     console = open_console()
-    if console.is_terminal:
+    if console.is_terminal and console.color_system is not None and not console.no_color:
         styled = Text.assemble(*((text, "bold green" if target else "") for text, target in pieces))
         console.print(styled, soft_wrap=True)
     else:

@@ -66,6 +66,12 @@ def test_targets_are_coloured_on_a_terminal(config: Path) -> None:
     assert "⟦" not in text and "\x1b[1;32min the tin<|im_end|>\x1b[0m" in text
 
 
+@pytest.mark.parametrize("plain", [{"TERM": "dumb"}, {"TERM": "xterm", "NO_COLOR": "1"}], ids=str)
+def test_targets_are_bracketed_on_a_terminal_without_colours(config: Path, plain: dict[str, str]) -> None:
+    text = shown(config, "--samples", 1, env={"FORCE_COLOR": "1", **plain})
+    assert "⟦in the tin<|im_end|>⟧" in text and "\x1b" not in text
+
+
 def test_virtual_tokens_are_not_shown(config: Path) -> None:
     text = config.read_text().replace("lora:\n  rank: 2\n  targets:\n  - q_proj\n", "")
     config.write_text(text)
