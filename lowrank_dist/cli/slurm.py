@@ -116,6 +116,9 @@ def slurm_command(
     from lowrank_dist.slurm.snapshot import Snapshot
 
     changes = list(overrides or [])
+    for change in changes:
+        if change.startswith("--"):
+            raise UserError(f"{change}: write the change as section.key=value, without hyphens")
     run = load_config(config, changes)
     layout = _planned_layout(config, changes, run, _cluster(run, nodes, gpus_per_node, gpu, gpu_memory))
     changes += layout.chosen

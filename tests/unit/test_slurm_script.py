@@ -87,6 +87,11 @@ def test_a_name_cannot_leave_the_header(config: Path) -> None:
     assert not any(line.startswith("touch") for line in text.splitlines()[:20])
 
 
+def test_a_change_with_hyphens_is_refused(config: Path) -> None:
+    """The script's own train.resume=auto would win over it."""
+    refused(slurm(config, "--", "--train.resume=never"), "--train.resume=never: write the change as section.key=value")
+
+
 # --- the setup -------------------------------------------------------------------------------------------------------
 
 
