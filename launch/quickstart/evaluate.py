@@ -1,11 +1,11 @@
-"""Quickstart: how good a Hugging Face folder is on held-out verbs, and whether the outputs of training are true.
+"""Quickstart: score a Hugging Face folder on held-out verbs, and check training's outputs with PEFT and transformers.
 
     torchrun --nproc-per-node 2 -m launch.quickstart.evaluate score --model DIR --data eval.jsonl --out score.json
     python -m launch.quickstart.evaluate prove --base DIR --adapter DIR --merged DIR --probe probe.safetensors \\
         --base-score base.json --merged-score merged.json --out proof.json
 
 score: greedy decoding and exact match as `lowrank-dist evaluate` has them; and the mean loss per target token
-       (completion and end-of-turn token) in nats. The ranks of a launcher share the verbs; it also runs alone.
+       (completion and end-of-turn token) in nats. Ranks share the verbs; no launcher is needed.
 prove: probe.safetensors holds what the trained, sharded model itself computed: input_ids [b, s] int64 and logits
        [b, s, V] fp32. Plain PEFT on base + adapter and plain transformers on the merged folder must give the same
        logits (largest difference at most 1e-4 of the largest |logit|), and those must be far from the base's. Plain

@@ -22,14 +22,15 @@ class Family:
     fixed: fields that every model of the family shares.
     only: flag of config.json → the one supported value (also the default), and the feature that the other value means.
     equal: size of config.json → the field that it must equal if given, and the feature that another value means.
-    absent: key that config.json must not have → the feature that it means. linears: Megatron linear → Hugging Face
-    module path, one per projection, in the order of LinearLayout.parts. tensors: every other tensor; names of a layer's
-    tensors have a `{layer}` field. `OUTPUT_LAYER` is left out where the embeddings are tied. ignored: patterns of
-    tensors in the files that carry no weights; they match names without `prefix`. fused_qkv: one Hugging Face module
-    stacks q, k and v in this order; `linears` has its path once. window: the keys of a sliding window; empty where the
-    family has none. "window" is its width. Without the other keys it applies to all layers. "used" turns it on, "first"
-    is the first layer with it, "kinds" lists every layer's kind. rope_theta: base of the rotary embedding where
-    config.json gives none.
+    absent: key that config.json must not have → the feature that it means.
+    linears: Megatron linear → Hugging Face module path, one per projection, in the order of LinearLayout.parts.
+    tensors: every other tensor; names of a layer's tensors have a `{layer}` field. `OUTPUT_LAYER` is left out where the
+    embeddings are tied.
+    ignored: patterns of tensors in the files that carry no weights; they match names without `prefix`.
+    fused_qkv: one Hugging Face module stacks q, k and v in this order; `linears` has its path once.
+    window: the keys of a sliding window; empty where the family has none. "window" is its width. Without the other keys
+    it applies to all layers. "used" turns it on, "first" is the first layer with it, "kinds" lists every layer's kind.
+    rope_theta: base of the rotary embedding where config.json gives none.
     """
 
     prefix: str

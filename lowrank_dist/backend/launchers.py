@@ -183,9 +183,10 @@ def named_hostfile(command: Sequence[str]) -> str | None:
 def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, WORLD_SIZE, … and MASTER_PORT from a Slurm step's variables, and check those of any launcher.
 
-    Nothing is set where RANK is set already; a MASTER_ADDR or MASTER_PORT that is set stays. Nothing is set outside a
-    step: the variables of a batch script announce one task although none was started. Raises UserError for variables
-    that no launcher sets in this way, and RankIdentityError if only this rank's own variables are wrong.
+    Nothing is set if RANK is set already, and a MASTER_ADDR or MASTER_PORT that is set stays. Nothing is set outside a
+    Slurm step either: in a batch script Slurm's variables describe one task, although no step was started. Raises
+    UserError for variables that no launcher sets in this way, and RankIdentityError if only this rank's own variables
+    are wrong.
     """
     if not ("RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment):
         _set_from_step(environment)

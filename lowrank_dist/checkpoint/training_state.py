@@ -76,7 +76,7 @@ class TrainingState(BaseModel):
 
     @property
     def stream_position(self) -> int:
-        """`position`, or for an old checkpoint without it step · train.global_batch, as old runs computed it."""
+        """`position`; for an old checkpoint without it, step · train.global_batch, as old runs computed it."""
         if self.position is not None:
             return self.position
         batch = self.setting("train", "global_batch")

@@ -148,9 +148,9 @@ class FastTokenizer:
 
     A continuation is encoded separately from the text before it: inference feeds the prompt alone, so no token may span
     the boundary and the prompt's tokens may not depend on what follows. Tokenizers that put a dummy space before a text
-    (Llama 2, Mistral) would put one at the boundary, so there are two more copies: `_middle` puts no space, and
-    `_after_token` is for text after an added token ("[/INST]", "</s>"), where most such rules put their space again
-    (all except a Metaspace with prepend_scheme "first"; transformers' `legacy`).
+    (Llama 2, Mistral) would put one at the boundary, so there are two more copies: `_middle` adds no space.
+    `_after_token` is for text after an added token ("[/INST]", "</s>"). There most tokenizers add the space again
+    (transformers' `legacy`); only a Metaspace with prepend_scheme "first" does not.
 
     Special-looking text in the data ("</s>", "<|im_end|>") becomes the special token, as in transformers.
     """

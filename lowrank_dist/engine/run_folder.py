@@ -85,7 +85,7 @@ class RunFolder:
         return [*files, self.checkpoints, self.adapter, self.tensorboard, self.logs, *logs]
 
     def refuse_inputs(self, inputs: Mapping[str, Path]) -> None:
-        """Raise UserError where the folder is or lies in an input, or an input is or lies in a path the run writes."""
+        """Raise UserError if the folder is or lies in an input, or if an input lies in a path that the run writes."""
         for key, source in inputs.items():
             if lies_in(self.path, source):
                 raise UserError(f"output.dir: {self.path} is or lies in {key} ({source}); choose a folder outside it")

@@ -44,8 +44,8 @@ def final_path(folder: Path) -> Path:
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty temporary folder beside `target`; on success it is synced to disk and becomes `target`.
 
-    Any exception removes it and leaves `target` as it was, and so do SIGTERM and SIGHUP where they would end the
-    process. A SIGKILL leaves at most a folder that `is_temporary` recognises and that the next writer of `target`
+    Any exception removes the temporary folder and leaves `target` as it was. So does a SIGTERM or SIGHUP that would end
+    the process. A SIGKILL leaves at most a folder that `is_temporary` recognises and that the next writer of `target`
     removes. Missing parents are created. With `replace` an existing folder is exchanged in one step (renameat2) and
     then removed.
 

@@ -101,7 +101,10 @@ def _jsonable(value: Any) -> Any:
 
 
 def count_parameters(architecture: Architecture | None, checkpoint: Checkpoint) -> int:
-    """Return the number of parameters. Tied ones count once, in an unsupported family as often as stored."""
+    """Return the number of parameters, tied ones counted once.
+
+    For an unsupported family (`architecture` is None) it is the number of stored elements.
+    """
     if architecture is not None:
         return sum(torch.Size(shape).numel() for shape in hf_shapes(architecture).values())
     return sum(torch.Size(checkpoint.shape(name)).numel() for name in checkpoint.names())

@@ -110,7 +110,7 @@ class MethodFiles(ABC):
     def publish(self, source: Path, name: str, *, target: str | None, max_rank: int | None) -> Published:
         """Return the parts of a folder to publish as `name`; `target` and `max_rank` as in `checkpoint.folder.export`.
 
-        Raises UserError for a folder that is not exported or that the reader refuses, and NotServed for one that
+        Raises UserError for a folder that cannot be exported or that the reader refuses, and NotServed for one that
         `target` cannot serve.
         """
 
@@ -179,7 +179,7 @@ class NotServed(UserError):
 
 
 def not_served(source: Path, what: str, target: str) -> NotServed:
-    """Return the error for an export for one of TARGETS of anything but a LoRA adapter. what: its kind."""
+    """Return the error for an export to one of TARGETS that is no LoRA adapter. what: its kind."""
     reason = (
         f"{target} serves no adapters but LoRA, and this folder has {what}; leave --for out, or train with method lora"
     )

@@ -71,7 +71,7 @@ class KVCache:
         """Return the attention mask of the next `new` columns: bool [b, 1, s, t], or None where causality suffices.
 
         window: position i sees j with i − window < j ≤ i. Padding sees itself, so that no softmax has an empty row. All
-        rows see the prefix, whose positions precede those of their first tokens.
+        rows see the prefix, which precedes their first tokens.
         """
         total = self.filled + new
         causal = new == 1 or self.filled == 0

@@ -173,8 +173,8 @@ ACTIVATIONS = {
 class MlpSpec:
     """The spec of the MLP for Megatron's layers: layers before 0.18 read its attributes, later ones call it.
 
-    It is not a ModuleSpec, because newer layers warn of an MLP given as one. Older layers pass the group only to an MLP
-    given as a ModuleSpec, so `params` holds it.
+    It is not a ModuleSpec, because newer layers log a warning for an MLP spec of that type. Older layers pass the
+    process group only to a ModuleSpec, so `params` holds the group.
     """
 
     submodules: MLPSubmodules

@@ -59,7 +59,7 @@ class LowRankUpdate(nn.Module, ABC):
     def rescaled(self, z: Tensor, bias: Tensor | None, *, outside_graph: bool) -> Tensor:
         """Return the output [.., O] of `z` = X·Wᵀ + U·bᵀ [.., O], which may be a partial sum over ranks.
 
-        outside_graph: keep what backward needs outside the autograd graph. z came out of a collective, which
-        recomputation would issue again for a saved tensor (parallel/autograd.py, ReduceExpand).
+        outside_graph: z comes from a collective, so the tensors for backward are kept outside the autograd graph. If z
+        were a saved tensor, recomputation would issue the collective again (parallel/autograd.py, ReduceExpand).
         """
         raise AssertionError("an update that rescales nothing is not asked to")

@@ -146,8 +146,8 @@ def on_every_linear(arch: Architecture, rank: int) -> Placement:
 def placement_without_factors(arch: Architecture, linear: str | None) -> Placement:
     """Return a placement without factors, for a method that trains other parameters.
 
-    linear: the linear of the first layer after which the first of these parameters acts; None if it acts before the
-    first layer.
+    linear: name of a linear in the first layer. The lowest of the method's parameters acts on its output; None if it
+    acts before the first layer.
     """
     first, *others = arch.layers
     joins = Layer(first, tuple((OTHER_TRAINED_PARAMETERS,) if name == linear else () for name in first.linears))

@@ -168,7 +168,7 @@ class Footprint:
         return 0
 
     def saved_behind_linear(self, job: Job, linear: Linear, factors: Sequence[Factor]) -> int:
-        """Return what a linear with these factors saves of its product, before the operation that follows."""
+        """Return the bytes of a linear's product that the method saves for backward. factors: those of the linear."""
         return 0
 
     def saved_by_layer(self, job: Job, input_requires_grad: bool) -> int:

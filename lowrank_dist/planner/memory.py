@@ -69,7 +69,7 @@ def memory(job: Job, tp_rank: int) -> Memory:
 
 
 def persistent_bytes(job: Job, theta: ThetaOnRank) -> dict[str, int]:
-    """Return the bytes that exist for the whole run. Gradients exist from the first of several microbatches on."""
+    """Return the bytes that exist for the whole run. Gradients count: they outlive a microbatch."""
     data = job.layout.data
     partitions = partition_elements(theta.replicated, data) + partition_elements(theta.sharded, data)
     # Each element of B has an int64 index into the dense Bᵀ, each of the R rows of A an fp32 scale.

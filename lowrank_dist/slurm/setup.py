@@ -51,7 +51,9 @@ def _commands(file: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"--setup: {file} is no UTF-8 text; give a file of shell commands") from error
     if len(content) > _LARGEST:
-        raise UserError(f"--setup: {file} has more than {_LARGEST} bytes; have it source a larger file")
+        raise UserError(
+            f"--setup: {file} has more than {_LARGEST} bytes; move commands into another file and source that one"
+        )
     for number, line in enumerate(text.split("\n"), start=1):
         where = f"--setup: {file}, line {number}"
         if line.startswith("#SBATCH"):

@@ -1,6 +1,6 @@
 """Reading of untrusted files, whole or line by line, in bounded memory, and checks of path names.
 
-A bound applies before anything of that size is held, since a file may be an endless device.
+Bounds are checked before the data is in memory, since a file may be an endless device.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class Bottlenecks(Footprint):
     def backward_moments(self, job: Job, top: Layer, kept: int) -> Sequence[Moment]:
         """Return the backward of the topmost bottleneck: the gradients of its output and its input.
 
-        Sharded under sequence parallelism, one of the two covers all tokens.
+        If the bottleneck is sharded under sequence parallelism, one of the two covers all tokens, the other a shard.
         """
         e, hidden = job.itemsize, job.architecture.hidden
         whole = job.tokens * hidden * e if self.sharded and job.sequence_parallel else 0
