@@ -96,8 +96,8 @@ def norm_class(kind: str, device: str) -> Callable[..., nn.Module]:
 def adamw(device: str) -> Callable[..., Optimizer]:
     """Return the AdamW class for parameters on `device`, to be called with the groups, lr=, betas= and eps=.
 
-    exp_avg and exp_avg_sq are fp32. apex counts steps per group, torch per parameter. apex iterates over the groups
-    together with a list that it built from them at construction, so a group that is empty then is never updated.
+    exp_avg and exp_avg_sq are fp32. apex counts steps per group, torch per parameter. apex pairs the groups with a list
+    that it builds at construction, so a group that is empty at construction is never updated.
     """
     if _taken(device):
         return partial(importlib.import_module("apex.optimizers").FusedAdam, adam_w_mode=True)

@@ -23,7 +23,7 @@ _RUN = "lowrank_dist/run"  # key in the job's store: the run token of rank 0
 class Backend:
     """The chosen device. collective: its backend in torch.distributed; accelerator: its name in DeepSpeed.
 
-    ranks_per_device: the number of ranks of this node that share the device, or the node's memory if it is the CPU.
+    ranks_per_device: the number of this node's ranks that share the device; on CPUs, those that share its memory.
     """
 
     device: torch.device

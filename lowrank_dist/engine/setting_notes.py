@@ -10,7 +10,7 @@ from lowrank_dist.engine.evaluator import label, outdated_values
 
 
 def notes_on_settings(config: Config, steps: int) -> list[str]:
-    """Return a line for each setting of warmup, checkpoints or evaluations that takes no (full) effect in this run.
+    """Return a line for each setting of warmup, checkpoints or evaluations without its usual effect in this run.
 
     steps: optimizer steps of the whole run.
     """

@@ -16,7 +16,8 @@ from lowrank_dist.arch.rows import Linear
 class Factor:
     """One pair A [r, in_features], B [rows, r], without its layer.
 
-    name: the last part of the module's path. adapter_rank: r. parts: the projections of its linear that have B's rows.
+    name: the last part of the module's path. adapter_rank: r. parts: the projections of the fused linear to which the
+    rows of B belong.
     """
 
     name: str

@@ -25,7 +25,7 @@ def checkout() -> Path:
     root = Path(lowrank_dist.__file__).resolve().parents[1]
     if not (root / "launch" / "slurm").is_dir():
         raise UserError(
-            f"{root / 'launch' / 'slurm'} is missing, but job scripts are made from a checkout; install from one with "
+            f"{root / 'launch' / 'slurm'} is missing, and job scripts need a checkout; install from one with "
             "`pip install --no-build-isolation -e .`"
         )
     return root
