@@ -99,7 +99,7 @@ def has_prefix(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
 
 
 def with_prefix(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
-    """Return the ids of a text with the tokenizer's prefix before them, once even if the text itself spells it out."""
+    """Return a text's ids with the tokenizer's prefix before them; it is not doubled if the text begins with it."""
     return list(ids) if has_prefix(tokenizer, ids) else [*tokenizer.prefix_ids, *ids]
 
 

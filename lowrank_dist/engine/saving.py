@@ -104,7 +104,7 @@ class CheckpointSaver:
             self._report(self._writer.summary)
 
     def close(self) -> None:
-        """Wait at most _LAST_SECONDS for a save that is still under way because the run fails. Not collective."""
+        """End a run that fails: wait at most _LAST_SECONDS for a save that is still under way. Not collective."""
         if self._current is not None:
             self._current.thread.join(_LAST_SECONDS)
 

@@ -111,7 +111,7 @@ class DecomposedFactors(LowRankFactors):
         return gradient
 
     def trained(self, factor_map: FactorMap) -> tuple[TrainedParameter, ...]:
-        """Return A, B and the magnitudes, stored as `<module path>.lora_magnitude_vector` [out]."""
+        """Return A, B and the magnitudes. These are stored as `<module path>.lora_magnitude_vector` [out]."""
         whole = {
             f"{shard.name}.lora_magnitude_vector": (rows,)
             for shard, (rows, _) in zip(self.shards, factor_map.shapes, strict=True)

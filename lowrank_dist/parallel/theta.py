@@ -51,10 +51,10 @@ class LocalShard:
 class TrainedParameter:
     """One parameter of Θ and its placement on the ranks.
 
-    parameter: this rank's, fp32, `mark`ed. shapes: the stored tensors (name → whole shape) that it holds slices of on
-    some rank; a stored tensor belongs to one parameter only. shard_at: function from a rank's coordinates to its share
-    there; pure, so any rank can compute it for all. of_expert: it is keyed by the rank's expert coordinate, not the
-    dense one.
+    parameter: this rank's, fp32, `mark`ed. shapes: name → whole shape of the stored tensors whose slices the parameter
+    holds, on this or another rank; a stored tensor belongs to one parameter only. shard_at: function from a rank's
+    coordinates to its share there; pure, so any rank can compute it for all. of_expert: it is keyed by the rank's
+    expert coordinate, not the dense one.
     """
 
     parameter: nn.Parameter

@@ -51,7 +51,7 @@ def adopt_adapter(section: LoraConfig, base: Path) -> LoraConfig:
 
 
 def initial_factors(folder: Path, placements: Sequence[LinearPlacement], base: Path) -> dict[str, LowRankFactor]:
-    """Return the factors of the adapter in `folder`, the init_from of an adopted section, by module path.
+    """Return module path → factor of the adapter in `folder` (lora.init_from), from which training starts.
 
     Raises UserError for an adapter that was trained on another base, by its fingerprint, or whose modules or shapes
     differ from `placements`.

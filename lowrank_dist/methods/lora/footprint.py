@@ -41,8 +41,8 @@ class LowRank(Footprint):
 class Decomposed(LowRank):
     """The footprint of factors and a magnitude for every output row that has factors (DoRA).
 
-    Not counted: the FLOPs of the norms (2·R·O·K per linear and step), as those of AdamW are not; and the norms' two
-    chunks of a weight, which exist only after gradients and activations are freed.
+    Not counted: the FLOPs of the norms (2·R·O·K per linear and step; those of AdamW are not counted either), and the
+    norms' two chunks of a weight, which exist only after gradients and activations are freed.
     """
 
     trains_row_scales: ClassVar[bool] = True
