@@ -11,8 +11,8 @@ cuBLAS.
 
 On CUDA the low-rank product is written first and the frozen GEMM adds to it (beta = 1). The frozen GEMM is compute
 bound, so the read in its epilogue costs little. If the low-rank product came second, it would read and write the output
-in an extra pass. The first term is rounded before the sum: here the low-rank one, in the other order the frozen one. On
-a CPU oneDNN's fp32 product has no beta, so the low-rank product comes second.
+in an extra pass. The term that is written first is rounded before the sum. Here that is the low-rank product. On a CPU
+oneDNN's fp32 product has no beta, so the low-rank product comes second.
 
 Legend: T tokens, K inputs, O outputs, R = Σ r.
 """
