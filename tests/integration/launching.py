@@ -101,7 +101,7 @@ def torchrun(size: int, *arguments: object) -> Outcome:
 def forked_ranks(size: int, *arguments: object) -> Outcome:
     """Run launch/train.py on forked ranks in the environment that torchrun would set: the whole program, no launcher.
 
-    The code of the outcome is the first rank's that is not 0; output is rank by rank.
+    The code of the outcome is the first rank's that is not 0. Output is in the order of ranks.
     """
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     meeting |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
@@ -127,7 +127,7 @@ def program(command: Sequence[object]) -> Outcome:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
-        errors="replace",  # a stray byte must not take the place of the result
+        errors="replace",  # a stray byte must not replace the result
         start_new_session=True,  # so that a hang ends with the launcher's workers, not with the launcher alone
     )
     try:
@@ -145,7 +145,7 @@ def program(command: Sequence[object]) -> Outcome:
 def in_ranks(size: int, *arguments: object, launcher: bool = True) -> list[Outcome]:
     """Run launch/train.py as the main program of `size` pooled ranks.
 
-    Everything is the program's own but the process group and its subgroups, which the ranks have already and keep.
+    All of it is the program's own but the process group and its subgroups, which the ranks already have and keep.
     launcher=False: nothing is replaced, and the environment is one that no launcher has prepared.
     """
     return ranks.run_ranks(size, _main, [str(argument) for argument in arguments], launcher)
@@ -170,7 +170,7 @@ def _main(arguments: list[str], launcher: bool) -> Outcome:
         with mock.patch.object(Topology, "build", build):
             return ranks.topology(tensor, sequence is not False)
 
-    # Ranks that fail say so in the job's store; of this run no rank has failed yet.
+    # Ranks that fail record it in the job's store; no rank of this run has failed yet.
     if dist.get_rank() == 0:
         store = dist.distributed_c10d._get_default_store()
         for name in ("failed", "left behind", *(f"left/{rank}" for rank in range(dist.get_world_size()))):

@@ -1,4 +1,4 @@
-"""Runs that are stopped and go on, for the tests of resume: their configuration, their copies and their numbers."""
+"""Runs that are stopped and resumed, for the tests of resume: their configuration, their copies and their numbers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from tests.integration.launching import Outcome, in_ranks, samples, write_config
 from tests.tiny_models import make_tiny
 
 STEPS, SAVED = 6, 2
-# Sums in another order differ in the last digits, and AdamW divides by the root of what it has seen (docs/LOG.md).
+# Sums in another order differ in the last digits, and AdamW divides by √(second moment) (docs/LOG.md).
 TOLERANCE = 2e-5
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a run is spread: tensor × data ranks, ZeRO stage, rows of a microbatch."""
+    """The layout of a run: tensor × data ranks, ZeRO stage, rows of a microbatch."""
 
     tensor: int
     data: int
@@ -41,7 +41,7 @@ class Layout:
         ]
 
 
-# The section of each method and what a tiny run puts in it.
+# Method → the config section of a tiny run.
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "lora": {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
     "full": {},
@@ -53,7 +53,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def make_job(place: Path, method: str = "lora", **sizes: Any) -> Path:
-    """A model, its data and a configuration that resumes by itself; returns the configuration's path.
+    """Make a model, its data and a configuration that resumes automatically; return the configuration's path.
 
     sizes: keys of the method's own section.
     """
@@ -83,12 +83,12 @@ def make_job(place: Path, method: str = "lora", **sizes: Any) -> Path:
 
 
 def train(config: Path, folder: Path, layout: Layout, *overrides: str) -> list[Outcome]:
-    """One run as the main program of spawned ranks."""
+    """Train one run as the main program of pooled ranks."""
     return in_ranks(layout.tensor * layout.data, config, f"output.dir={folder}", *layout.overrides, *overrides)
 
 
 def stopped_after(run: Path, step: int, copy: Path) -> Path:
-    """A copy of a run as it lay when it was killed after `step`: later checkpoints and the adapter are not there."""
+    """Return a copy of a run as if it was killed after `step`, without later checkpoints and without the adapter."""
     shutil.copytree(run, copy, symlinks=True)
     for child in (copy / "checkpoints").iterdir():
         if not child.is_symlink() and int(child.name.removeprefix("step-")) > step:
@@ -101,12 +101,12 @@ def stopped_after(run: Path, step: int, copy: Path) -> Path:
 
 
 def tensors(run: Path, step: int = STEPS) -> dict[str, np.ndarray]:
-    """Masters and moments of a checkpoint."""
+    """Return the masters and moments of a checkpoint."""
     return load_file(run / "checkpoints" / f"step-{step}" / OPTIMIZER_FILE)
 
 
 def curve(run: Path) -> list[dict[str, Any]]:
-    """The records of a run without what a clock says."""
+    """Return the metrics records without the values that come from a clock."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     clock = ("time", "tokens_per_second", "tokens_per_second_per_rank", "tflops_per_rank", "memory_gib")
     return [
@@ -116,6 +116,6 @@ def curve(run: Path) -> list[dict[str, Any]]:
 
 
 def gap(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
-    """Largest difference, each tensor relative to its largest element."""
+    """Return the largest difference, each tensor's relative to its largest element."""
     assert found.keys() == expected.keys()
     return max(float(np.abs(found[name] - expected[name]).max() / np.abs(expected[name]).max()) for name in expected)

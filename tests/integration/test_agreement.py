@@ -1,4 +1,4 @@
-"""Ranks that were given different things end with one message before anything is trained or written."""
+"""Ranks that were given different inputs end with one message before anything is trained or written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def differing(arguments: list[str], own: list[list[str]], code: bool) -> Outcome:
-    """Inside a rank: the run with this rank's own arguments; with `code` rank 1 has another version of the package."""
+    """Inside a rank: run with this rank's own arguments. code: rank 1 has another version of the package."""
     from unittest import mock
 
     import torch.distributed as dist
@@ -39,14 +39,14 @@ def differing(arguments: list[str], own: list[list[str]], code: bool) -> Outcome
 
 
 def run_apart(job: Path, run: Path, *own: list[object], layout: Layout = PAIR, code: bool = False) -> list[Outcome]:
-    """A run whose ranks have arguments of their own."""
+    """Run with each rank's own arguments."""
     arguments = [str(job), f"output.dir={run}", *layout.overrides, "train.steps=2", "eval.every=null"]
     each = [[str(word) for word in words] for words in own]
     return ranks.run_ranks(layout.tensor * layout.data, differing, arguments, each, code)
 
 
 def refused(outcomes: list[Outcome], run: Path) -> str:
-    """The one message of a run that no rank begins."""
+    """Return the one message of a run that no rank begins."""
     assert [outcome.code for outcome in outcomes] == [2] * len(outcomes), outcomes
     (said,) = (outcome.stderr for outcome in outcomes if outcome.stderr)
     assert "the ranks of this run differ: " in said and "Traceback" not in said
@@ -130,7 +130,7 @@ def test_another_adapter_to_start_from(job: Path, tmp_path: Path) -> None:
 
 
 def test_copies_of_the_same_files_are_the_same_run(job: Path, tmp_path: Path) -> None:
-    """The control: every node may have its own copy of everything that is read."""
+    """The control: every node may have its own copies of all files that are read."""
     shutil.copytree(job.parent, tmp_path / "node")
     node = tmp_path / "node"
     copies = [f"model.path={node / 'base'}", f"data.tokenizer={node / 'base'}", f"data.train={node / 'train.jsonl'}"]

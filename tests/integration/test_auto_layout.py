@@ -1,4 +1,4 @@
-"""parallel.tensor=auto: every rank takes one size, the run records it, and a resume chooses anew for its own ranks."""
+"""parallel.tensor=auto: all ranks take one size, the run records it, and a resume chooses again for its ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_memory(arguments: list[str], memory: list[int]) -> Outcome:
-    """Inside a rank: the run, where this rank may take `memory[rank]` bytes."""
+    """Inside a rank: run where this rank may use `memory[rank]` bytes."""
     from unittest import mock
 
     import torch.distributed as dist
@@ -36,7 +36,7 @@ def with_memory(arguments: list[str], memory: list[int]) -> Outcome:
 
 
 def train(job: Path, run: Path, *memory: int) -> str:
-    """Train with parallel.tensor=auto, on a rank for each memory; return what rank 0 said."""
+    """Train with parallel.tensor=auto, one rank for each memory size; return rank 0's output."""
     arguments = [str(job), f"output.dir={run}", "parallel.tensor=auto", "train.micro_batch=4"]
     outcomes = ranks.run_ranks(len(memory), with_memory, arguments, list(memory))
     assert_codes(outcomes, 0)
@@ -50,7 +50,7 @@ def recorded(run: Path) -> int:
 
 
 def needed(job: Path, tensor: int) -> int:
-    """Bytes that the plan gives a rank of two."""
+    """Return the bytes that the plan gives one rank of two."""
     cluster = Cluster(1, 2, GPUS["h100"], PLENTY, PLENTY)
     return plan(job, cluster, [f"parallel.tensor={tensor}", "train.micro_batch=4"]).layout.memory
 

@@ -1,7 +1,7 @@
-"""Bad input: an error that names the file, line or key and the remedy; exit code 2; nothing overwritten or left behind.
+"""Bad input gives an error with the file, line or key and the remedy, exit code 2, and no file changed or left behind.
 
-Most cases run launch/train.py on the pooled ranks (`in_ranks`); a few go through `deepspeed` to prove that what the
-person sees is one message and no traceback.
+Most cases run launch/train.py on the pooled ranks (`in_ranks`); a few go through `deepspeed` to prove that the user
+sees one message and no traceback.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from tests.tiny_models import CHATML, make_tiny
 
 ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
-# What a run may leave that stops before its first step: what it was asked to do, its logs, and why it stopped.
+# Files that a run may leave when it stops before its first step: its configuration, logs, and the reason.
 TRACES = {"config.yaml", "checkpoints", "logs", "logs/rank-0.log", "logs/rank-1.log", "FAILED"}
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 
 
 @dataclass(frozen=True)
 class Place:
-    """A folder with all that a run needs; a case spoils one thing of it."""
+    """A folder with everything that a run needs; each test breaks one thing in it."""
 
     root: Path
 
@@ -60,7 +60,7 @@ class Place:
         return self.root / "run"
 
     def write(self, **changed: dict[str, Any]) -> None:
-        """config.yaml, with some keys of some sections changed."""
+        """Write config.yaml, with some keys of some sections changed."""
         sections = {
             "model": {"path": self.base, "dtype": "fp32", "device": "cpu"},
             "lora": {"rank": 2, "targets": ["q_proj"]},
@@ -75,7 +75,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A base in one file and one in several."""
+    """Return a base in one file and a base in several."""
     folder = tmp_path_factory.mktemp("models")
     return {
         "whole": make_tiny("llama", folder / "whole", num_hidden_layers=1),
@@ -93,9 +93,9 @@ def place(models: dict[str, Path], tmp_path: Path) -> Place:
 
 
 def refused(place: Place, *arguments: object, left: frozenset[str] | set[str] = frozenset(), **options: bool) -> str:
-    """Run on two ranks, which must both end with exit code 2; the message, which one of them must print once.
+    """Run on two ranks that must both end with exit code 2; return the message, which exactly one of them prints.
 
-    left: what may lie in the run folder that did not lie there before. Everything else must be as it was.
+    left: names that may be new in the run folder. Everything else must be unchanged.
     """
     before = snapshot(place.root)
     outcomes = in_ranks(2, place.config, *arguments, **options)
@@ -110,7 +110,7 @@ def refused(place: Place, *arguments: object, left: frozenset[str] | set[str] = 
 
 
 def test_the_unspoiled_place_trains(place: Place) -> None:
-    """Negative control of everything below: what is refused there is refused for the one thing that is wrong."""
+    """Negative control of all tests below: without the one broken thing the run trains."""
     before = snapshot(place.root)
     for outcome in in_ranks(2, place.config):
         assert (outcome.code, outcome.stderr) == (0, "")
@@ -170,7 +170,7 @@ def test_an_output_folder_that_holds_a_run(place: Place) -> None:
 
 
 def test_other_files_in_the_output_folder_are_kept(place: Place) -> None:
-    """A folder made beforehand, say for the output of a batch system, is no run."""
+    """A folder made beforehand, say for the output of a batch system, is not a run."""
     place.run.mkdir()
     (place.run / "slurm-1.out").write_text("queued")
     for outcome in in_ranks(2, place.config):
@@ -238,7 +238,7 @@ def test_an_index_that_leads_outside(place: Place, models: dict[str, Path], outs
     shutil.copytree(models["sharded"], place.base)
     index = place.base / INDEX
     weight_map = json.loads(index.read_text())["weight_map"]
-    # The file exists and holds the tensor: it is refused for where it lies.
+    # The file exists and holds the tensor; it is refused for its location.
     shutil.copy(place.base / weight_map[QUERY], place.root / "outside.safetensors")
     edit_json(index, weight_map={**weight_map, QUERY: outside})
     message = refused(place)
@@ -307,11 +307,11 @@ def test_a_target_that_matches_nothing(place: Place, override: str, wanted: str)
 
 
 def test_what_the_files_say_in_vain_is_said_at_the_start(place: Place) -> None:
-    """Keys that change no number here, or are not known: a run goes on, and says them in a line each."""
+    """Config keys without effect, or unknown keys of the model: training continues and prints one line for each."""
     make_tiny("llama", place.base, dtype=torch.float16, num_hidden_layers=1, attention_dropout=0.5)
     start, unknown = place.root / "start", "unknown keys, which have no effect"
     for file in (place.base / "config.json", place.base / "tokenizer_config.json", start / "adapter_config.json"):
-        if file.parent == start:  # of a base as it now is
+        if file.parent == start:  # trained on the base with its current content
             size = lambda module: (2, 4.0) if "q_proj" in module else None  # noqa: E731
             save_adapter(start, place.base, random_adapter(place.base, size))
         file.write_text(json.dumps({**json.loads(file.read_text()), "odd": 1}))
@@ -349,7 +349,7 @@ def test_malformed_line_of_the_eval_file(place: Place) -> None:
 
 
 def test_some_samples_too_long(place: Place) -> None:
-    """Counted and reported, not refused."""
+    """Samples that are too long are counted and reported, not refused."""
     write_jsonl(place.train, [{"prompt": "a", "completion": "b" * length} for length in (5, 40, 6, 50)])
     outcomes = in_ranks(2, place.config)
     assert [outcome.code for outcome in outcomes] == [0, 0]
@@ -420,7 +420,7 @@ def test_a_loss_that_becomes_nan_stops_every_rank_at_the_same_step(place: Place)
     ],
 )
 def test_a_base_with_a_nan_in_one_shard(place: Place, tensor: str, override: str, wanted: str) -> None:
-    """The element lies in the second rank's shard alone; both stop."""
+    """The NaN lies in the second rank's shard alone; both ranks stop."""
     edit_weights(place.base, lambda tensors: tensors[f"model.layers.0.{tensor}.weight"][-1, -1].fill_(float("nan")))
     message = refused(place, override.format(train=place.train), left=TRACES | {"metrics.jsonl"})
     wanted = wanted.format(host=socket.gethostname())
@@ -450,7 +450,10 @@ def merge(base: Path, adapter: Path, out: Path) -> Result:
 
 
 def test_a_rank_that_leaves_it_to_another_to_speak_ends_after_it(place: Place) -> None:
-    """Or a launcher, which ends all when one has ended, would end the one that has yet to speak."""
+    """A rank that leaves the message to another rank ends after it.
+
+    A launcher ends all ranks when one has ended, and would otherwise end the rank that has yet to print.
+    """
     command = [sys.executable, "launch/train.py", str(place.config), "train.stesp=1"]
     streams = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 
@@ -458,7 +461,7 @@ def test_a_rank_that_leaves_it_to_another_to_speak_ends_after_it(place: Place) -
         return subprocess.Popen(command, env={**os.environ, "RANK": rank, "LOCAL_RANK": rank}, **streams)
 
     silent = start("1")
-    time.sleep(2)  # its lead
+    time.sleep(2)  # the silent rank starts first
     speaker = start("0")
     try:
         _, said = speaker.communicate(timeout=60)
@@ -469,7 +472,7 @@ def test_a_rank_that_leaves_it_to_another_to_speak_ends_after_it(place: Place) -
         silent.kill()
 
 
-# --- what the person at the launcher sees ----------------------------------------------------------------------------
+# --- what the user sees under the launcher ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Generation as evaluation while training: its numbers, the best step by them, and runs that end early for them."""
+"""Evaluation by generation during training: its metrics, the best step by them, and early stopping."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ EARLY = ("eval.patience=2",)
 
 
 def rows(count: int, first: int = 0) -> list[dict[str, str]]:
-    """What is to be learnt within a few steps: every other word asks for the one completion or the other."""
+    """Return rows that can be learned in a few steps: words with even and odd numbers have different completions."""
     return [
         {"prompt": f"{WORDS[i % 6]}{'x' * (i % 3)}:", "completion": "the tin" if i % 2 else "er"}
         for i in range(first, first + count)
@@ -63,7 +63,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(job: Path) -> dict[str, Path]:
-    """The whole run in every layout."""
+    """Train the whole run in every layout."""
     found = {name: job.parent / name for name in LAYOUTS}
     for name, layout in LAYOUTS.items():
         well(train(job, found[name], layout))
@@ -71,7 +71,7 @@ def runs(job: Path) -> dict[str, Path]:
 
 
 def well(outcomes: list[Outcome]) -> str:
-    """What rank 0 said of a run that ended well on every rank."""
+    """Assert that every rank ended with code 0; return rank 0's output."""
     assert all(outcome.code == 0 for outcome in outcomes), outcomes[0].stderr + outcomes[-1].stderr
     return outcomes[0].stdout
 
@@ -81,7 +81,7 @@ def evaluated(run: Path) -> dict[int, dict[str, Any]]:
 
 
 def results(record: dict[str, Any]) -> dict[str, float]:
-    """The part of a record that generation made."""
+    """Return the values of a metrics record that come from generation."""
     return {name: record[f"eval_{name}"] for name in RESULTS}
 
 
@@ -103,7 +103,7 @@ def same_bits(run: Path, other: Path, step: int) -> bool:
 
 
 def evaluate(model: Path, data: Path, *options: object) -> dict[str, float]:
-    """`lowrank-dist evaluate`, without its notes."""
+    """Run `lowrank-dist evaluate`; return its figures without notes."""
     words = [word for name in METRICS for word in ("--metric", name)]
     words += ["--max-new-tokens", NEW, "--batch", 8, "--json", *options]
     (done,) = command(1, "evaluate", "--model", model, "--data", data, *words)
@@ -120,13 +120,13 @@ def test_metrics_do_not_depend_on_the_layout(runs: dict[str, Path]) -> None:
         found = evaluated(runs[name])
         assert [results(record) for record in found.values()] == [results(record) for record in expected.values()]
         assert np.allclose([r["eval_loss"] for r in found.values()], [r["eval_loss"] for r in expected.values()], 2e-5)
-    # Not all the same: nothing learnt, something, everything; completions that were cut and such that were not.
+    # The cases differ: nothing, something and everything learned; completions cut at the limit and not.
     matches = {record["eval_exact_match"] for record in expected.values()}
     assert {0.0, 1.0} < matches and {8.0, 0.0} <= {record["eval_met_length_limit"] for record in expected.values()}
 
 
 def test_completions_of_other_prompts_would_show(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
-    """The control: ranks whose completions come together in another order."""
+    """The control: ranks whose completions are gathered in another order."""
     arguments = [job, f"output.dir={tmp_path / 'run'}", *LAYOUTS["DP2"].overrides, "train.steps=2"]
     well(run_ranks(2, _main_that_mixes_completions_up, [str(argument) for argument in arguments]))
     found, expected = evaluated(tmp_path / "run")[2], evaluated(runs["DP2"])[2]
@@ -156,7 +156,7 @@ def test_they_are_those_of_evaluate(job: Path, runs: dict[str, Path]) -> None:
 
 
 def test_of_several_references_any_is_right(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
-    """Half of the lines have the right one behind a wrong one, the control half has the wrong one alone."""
+    """Half of the lines have the right reference behind a wrong one; the other half, the control, a wrong one alone."""
     samples = [
         {**row, "completion": ["over", row["completion"]] if i % 2 else ["over"]} for i, row in enumerate(rows(8, 1))
     ]
@@ -167,21 +167,21 @@ def test_of_several_references_any_is_right(job: Path, runs: dict[str, Path], tm
     found = evaluated(tmp_path / "run")[0]
     assert found["eval_exact_match"] == 0.5
     assert evaluate(job.parent / "base", data, "--adapter", learnt) == results(found)
-    # The loss is of the first.
+    # The loss is computed on the first reference.
     alone = write_jsonl(tmp_path / "first.jsonl", [{**row, "completion": row["completion"][0]} for row in samples])
     well(train(job, tmp_path / "first", LAYOUTS["TP1"], *going_on, f"data.eval={alone}"))
     assert evaluated(tmp_path / "first")[0]["eval_loss"] == found["eval_loss"]
 
 
 def test_best_is_the_first_of_the_highest(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
-    """The eval loss would have chosen another step: the control, with all else alike."""
+    """The control: with everything else alike, the eval loss chooses another step."""
     run, records = runs["TP1"], evaluated(runs["TP1"])
     highest = [step for step, record in records.items() if record["eval_exact_match"] == 1]
     lowest = min(records, key=lambda step: records[step]["eval_loss"])
     assert best(run) == highest[0] and len(highest) > 2 and lowest > highest[0]
     well(train(job, tmp_path / "by loss", LAYOUTS["TP1"], "eval.best=loss", "output.keep_last=1"))
     assert best(tmp_path / "by loss") == lowest and steps(tmp_path / "by loss") == {lowest, STEPS}
-    # What is kept follows it too, and what is kept says its values.
+    # Which checkpoints are kept follows the best step, and they record its values.
     said = well(train(job, tmp_path / "kept", LAYOUTS["TP1"], "output.keep_last=1"))
     assert best(tmp_path / "kept") == highest[0] and steps(tmp_path / "kept") == {highest[0], STEPS}
     assert f"kept/adapter is step {highest[0]} (checkpoints/step-{highest[0]}), the best by exact_match" in said
@@ -200,7 +200,7 @@ def test_training_is_the_same_bit_by_bit(job: Path, runs: dict[str, Path], tmp_p
         well(train(job, tmp_path / name, LAYOUTS[name], *off))
         assert all(same_bits(tmp_path / name, runs[name], step) for step in (2, STEPS))
         assert not any("eval_exact_match" in record for record in curve(tmp_path / name))
-    # The control: a generation that leaves the model as it decoded, without sequence parallelism.
+    # The control: generation leaves the model in decoding mode, without sequence parallelism.
     arguments = [job, f"output.dir={tmp_path / 'left'}", *LAYOUTS["TP2"].overrides, "train.steps=2"]
     well(run_ranks(2, _main_that_leaves_the_model_changed, [str(argument) for argument in arguments]))
     assert not same_bits(tmp_path / "left", runs["TP2"], 2)
@@ -231,7 +231,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_any_method_is_evaluated_as_it_is(method: str, job: Path, tmp_path: Path) -> None:
-    """In the middle of training at TP 2 as afterwards, from files, at TP 1; and training notices nothing."""
+    """Results during training at TP 2 equal those from files at TP 1. Evaluation does not change a bit of training."""
     sections = yaml.safe_load(job.read_text())
     del sections["lora"]
     config = write_config(tmp_path / "config.yaml", {**sections, "method": method})
@@ -251,14 +251,14 @@ def test_any_method_is_evaluated_as_it_is(method: str, job: Path, tmp_path: Path
 
 @pytest.fixture(scope="module")
 def early(job: Path, runs: dict[str, Path]) -> Path:
-    """A run that ended early, with what was said of it beside it."""
+    """Train a run that stops early; its output is saved beside it."""
     run = job.parent / "early"
     (job.parent / "said").write_text(well(train(job, run, LAYOUTS["DP2"], *EARLY)))
     return run
 
 
 def test_patience(job: Path, runs: dict[str, Path], early: Path) -> None:
-    """The evaluation after the second that is no better is never reached; everything until then is the longer run's."""
+    """The run ends at the second evaluation in a row that is no better; until then it equals the longer run."""
     first = best(runs["DP2"])
     end = first + 4
     assert end < STEPS, "patience that ends no run"
@@ -280,7 +280,7 @@ def test_patience_survives_a_resume(job: Path, early: Path, tmp_path: Path) -> N
     stopped = stopped_after(early, end - 2, tmp_path / "run")
     assert f"at step {end - 2} of {STEPS}" in well(train(job, stopped, LAYOUTS["DP2"], *EARLY))
     assert curve(stopped) == curve(early) and same_bits(stopped, early, end) and best(stopped) == best(early)
-    # The control: without what the checkpoint remembers the count begins again, and the run goes on for longer.
+    # The control: without the metrics in the checkpoint the count starts again, and the run continues for longer.
     forgetful = stopped_after(early, end - 2, tmp_path / "forgetful")
     path = forgetful / "checkpoints" / f"step-{end - 2}"
     forgotten = {**state(forgetful, end - 2), "eval_metrics": {}}
@@ -315,7 +315,7 @@ def test_best_is_chosen_anew_by_another_measure(job: Path, runs: dict[str, Path]
     other = stopped_after(runs["TP1"], 10, tmp_path / "other")
     well(train(job, other, LAYOUTS["TP1"], "eval.best=loss"))
     assert best(other) == min(records, key=lambda step: records[step]["eval_loss"]) != best(runs["TP1"])
-    # What was not measured before the run went on cannot be the best, however good it was.
+    # A step that was not measured before the resume cannot be the best, however good it was.
     off = ("eval.generate=null", "eval.best=loss")
     plain = tmp_path / "plain"
     well(train(job, plain, LAYOUTS["TP1"], *off))
@@ -358,7 +358,7 @@ def test_a_run_notes_references_without_a_word(job: Path, tmp_path: Path) -> Non
 def test_the_watchdog_sees_life_at_every_batch(job: Path, tmp_path: Path) -> None:
     arguments = [job, f"output.dir={tmp_path / 'run'}", *LAYOUTS["DP2"].overrides, "train.steps=1"]
     seen = run_ranks(2, _signs_of_life, [str(argument) for argument in arguments])
-    # Two evaluations: as one begins and as generation does, at each microbatch, and after each batch.
+    # Two evaluations: one sign at each start of evaluation and of generation, at each microbatch, after each batch.
     assert seen == [2 * (2 + 1 + 2), 2 * (2 + 1 + 1)]
 
 

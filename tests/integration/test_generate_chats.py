@@ -27,7 +27,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapter(base: Path) -> Path:
-    """One that was trained on chats, by its record."""
+    """Return an adapter whose record says that it was trained on chats."""
     factors = random_adapter(base, lambda module: None if module == "lm_head" else (2, 4.0))
     folder = save_adapter(base.parent / "adapter", base, factors)
     provenance = read_provenance(folder)

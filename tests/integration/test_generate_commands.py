@@ -1,4 +1,4 @@
-"""`lowrank-dist generate` and `evaluate` as a user types them: alone, on ranks, and with what cannot work."""
+"""`lowrank-dist generate` and `evaluate` as a user types them: alone, on ranks, and with invalid arguments."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ NEW = 12
 
 
 def command(size: int, *arguments: object, stdin: str = "") -> list[Outcome]:
-    """`lowrank-dist …` on ranks of the pool that a launcher might have started; of one rank, as started by hand."""
+    """Run `lowrank-dist …` on pooled ranks as under a launcher; with one rank, as started by hand."""
     return run_ranks(size, _command, [str(argument) for argument in arguments], stdin)
 
 
 def _apart(each: list[list[str]]) -> Outcome:
-    """Inside a rank: the command with its own arguments."""
+    """Inside a rank: run the command with this rank's own arguments."""
     import torch.distributed as dist
 
     return _command(each[dist.get_rank()])
@@ -175,7 +175,7 @@ def test_an_adapter_is_read_with_the_tokenizer_that_it_was_trained_with(base: Pa
 
 
 def test_messages_go_through_the_template(base: Path, tmp_path: Path) -> None:
-    """As the text that the template makes of them."""
+    """The template turns messages into the same text."""
     chat = [{"role": "user", "content": "the hen?"}]
     text = "<|im_start|>user\nthe hen?<|im_end|>\n<|im_start|>assistant\n"
     path = write_jsonl(tmp_path / "chats.jsonl", [{"messages": chat}])
@@ -196,7 +196,7 @@ def test_a_stop_text_ends_a_completion(base: Path) -> None:
 
 @pytest.fixture(scope="module")
 def scored(base: Path) -> Path:
-    """References: the model's own words, its own among others, and what it does not say."""
+    """Return samples whose references are the model's own completion, that among others, and other text."""
     texts = transformers_texts(base)
     references = [texts[0], ["no", texts[1]], "the cat", "the hen sat", texts[4]]
     rows = [{"prompt": prompt, "completion": text} for prompt, text in zip(PROMPTS, references, strict=True)]
@@ -234,7 +234,7 @@ def test_evaluate_notes_references_that_decide_what_a_metric_means(base: Path, t
     data, options = write_jsonl(tmp_path / "rows.jsonl", rows), ("--metric", "rouge_l", "--max-new-tokens", 2)
     (done,) = command(1, "evaluate", "--model", base, "--data", data, *options, "--json")
     notes = json.loads(done.stdout)["notes"]
-    # The tokenizer has no byte of 猫, so nothing that it decodes has either.
+    # The tokenizer has no byte of 猫, so no text that it decodes has one either.
     assert ["differ from the file" in note for note in notes] == [True, False] and "<|unk|>' for '猫'" in notes[0]
     assert "1 of 2 samples have no word" in notes[1]
     assert done.stderr.splitlines()[:2] == notes
@@ -245,7 +245,7 @@ def other_base(base: Path, folder: Path) -> Path:
 
 
 def broken_weights(base: Path, folder: Path) -> Path:
-    """A base whose last norm is NaN."""
+    """Return a base whose last norm is NaN."""
     made = make_tiny("llama", folder / "broken")
     tensors = load_file(made / "model.safetensors")
     tensors["model.norm.weight"].fill_(torch.nan)
@@ -290,7 +290,7 @@ def test_bad_input_is_one_message(what: str, base: Path, adapter: Path, tmp_path
     assert alone.code == 2 and said in alone.stderr and alone.stderr.startswith("error: ") and not alone.stdout
     both = command(2, "generate", *arguments, "--tensor", 2)
     assert [outcome.code for outcome in both] == [2, 2]
-    # Ranks meet the same mistake; one of them says so.
+    # Ranks meet the same mistake; one of them reports it.
     assert sorted(bool(outcome.stderr) for outcome in both) == [False, True]
 
 
@@ -310,7 +310,7 @@ def test_ranks_that_nobody_started(base: Path) -> None:
 
 
 def test_under_a_launcher_and_alone(base: Path) -> None:
-    """With nothing replaced: the same completion, once, from two ranks and from a process without a launcher."""
+    """With nothing replaced: two ranks and a process without a launcher print the same completion, each once."""
     run = ["-m", "lowrank_dist.cli", "generate", "--model", base, "--prompt", PROMPTS[0], "--max-new-tokens", NEW]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
     expected = transformers_texts(base)[0] + "\n"
@@ -335,7 +335,7 @@ def test_ranks_that_decode_are_told_one_time(base: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("differ", ["--model", "--adapter", "--tensor", "what is decoded", "how", None])
 def test_ranks_that_differ_decode_nothing(base: Path, adapter: Path, tmp_path: Path, differ: str | None) -> None:
-    """Each would go on from the other's text. Copies of the same files may lie anywhere."""
+    """Ranks with different prompts would each continue the other's text. Copies of the same files may lie anywhere."""
     own: dict[str, object] = {"--model": base, "--adapter": adapter, "--tensor": 2, "--seed": 1}
     one, copy = (write_jsonl(tmp_path / name, [{"prompt": "the cat"}]) for name in ("one.jsonl", "copy.jsonl"))
     own["--prompts"], other = one, {**own, "--prompts": copy}

@@ -1,4 +1,4 @@
-"""Whole runs under the launchers people use: what lies in the run folder, and that others can read it."""
+"""Whole runs under the launchers people use: the content of the run folder, and that other programs can read it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ TAGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One finished run: its folders and how the program ended."""
+    """One finished run: its folders, and how the program ended."""
 
     folder: Path
     base: Path
@@ -55,7 +55,7 @@ class Run:
     outcome: Outcome
 
     def probe(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """input_ids [b, s] and the trained, sharded model's logits [b, s, V]."""
+        """Return input_ids [b, s] and the trained, sharded model's logits [b, s, V]."""
         kept = load_file(self.folder / "probe.safetensors")
         return kept["input_ids"], kept["logits"]
 
@@ -67,7 +67,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The run that most tests look at: TP 2, sequence parallel, dropout, every kind of output."""
+    """Train the run that most tests inspect: TP 2, sequence parallel, dropout, every kind of output."""
     place = tmp_path_factory.mktemp("run")
     # Line 25 is too long; line 26 has no target: its only token is the first one.
     rows = [*samples(24), {"prompt": "too long", "completion": "z" * 60}, {"prompt": "", "completion": "<|eos|>"}]
@@ -209,14 +209,17 @@ def test_torchrun_gives_the_same_losses(run: Run, tmp_path: Path) -> None:
 
 
 def test_another_seed_gives_other_losses(run: Run, tmp_path: Path) -> None:
-    """Negative control of the test above: dropout and order are in the losses."""
+    """Negative control of the test above: dropout and order affect the losses."""
     for outcome in in_ranks(2, run.config, f"output.dir={tmp_path / 'run'}", "output.tensorboard=false"):
         assert outcome.code == 0, outcome.stderr
     assert (metrics(tmp_path / "run", "loss") != metrics(run.folder, "loss")).all()
 
 
 def test_bf16_packed(tmp_path: Path) -> None:
-    """A bf16 base stays bf16 (dtype auto), packed rows train, and the eval loss of another rule rises: best ≠ last."""
+    """A bf16 base stays bf16 (dtype auto), and packed rows train.
+
+    The eval data follow another rule, so the eval loss rises and the best step is not the last.
+    """
     base = make_tiny("llama", tmp_path / "base", dtype=torch.bfloat16)
     other = [{"prompt": row["prompt"], "completion": "0123456789"} for row in samples(6)]
     config = write_config(
@@ -252,8 +255,8 @@ def test_bf16_packed(tmp_path: Path) -> None:
     assert published == best != last
     factors = load_file(run.folder / "adapter" / "adapter_model.safetensors").values()
     assert {factor.dtype for factor in factors} == {torch.float32}
-    # The probe is plain rows of tokens, whatever the batches were: an unpacked model gives its logits. In bf16 it may
-    # err twice as much as PEFT does. It is of the published step, not of the last.
+    # The probe is plain rows of tokens, whatever the batches were: an unpacked model gives its logits. In bf16 the
+    # error may be twice PEFT's. The probe belongs to the published step, not to the last.
     input_ids, found = run.probe()
     exact = logits(PeftModel.from_pretrained(plain(base), run.folder / "adapter"), input_ids)
     in_bf16 = logits(PeftModel.from_pretrained(plain(base, torch.bfloat16), run.folder / "adapter"), input_ids)

@@ -1,4 +1,4 @@
-"""The other methods from end to end: train, save, stop, go on at any layout, reload, decode, and what they refuse."""
+"""The other methods from end to end: train, save, stop, resume at any layout, reload, decode, and refused inputs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tests.tiny_models import make_tiny
 
 METHODS = ("full", "adapter_h", "adapter_l", "prefix", "prompt")
 ADAPTERS = METHODS[1:]
-# What low-rank updates have beside factors is tried as methods are.
+# Variants of low-rank updates that have more than factors are tested like methods.
 RUNS = (*METHODS, "dora")
 ALONE, SHARDED = Layout(1, 1, 1, 4), Layout(2, 2, 2, 2)
 WITHOUT_SEQUENCE = replace(SHARDED, zero=1, sequence=False)
@@ -55,7 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def jobs(place: Path) -> dict[str, Path]:
-    """The configuration of each method, on one base and one data set."""
+    """Return the configuration of each method, on one base and one data set."""
     made = {method: make_job(place / method, method) for method in ("lora", *METHODS)}
     return {**made, "dora": make_job(place / "dora", "lora", dora=True)}
 
@@ -66,7 +66,7 @@ def placed(method: str, how: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def alone(jobs: dict[str, Path], place: Path) -> Any:
-    """An uninterrupted run on one rank, of any method."""
+    """Return uninterrupted runs on one rank, by method."""
 
     @cache
     def run(method: str) -> Path:
@@ -79,7 +79,7 @@ def alone(jobs: dict[str, Path], place: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def sharded(jobs: dict[str, Path], place: Path) -> Any:
-    """The same on TP 2 x DP 2, ZeRO 2, with sequence parallelism and bottlenecks cut over the ranks."""
+    """Return the same at TP 2 × DP 2 and ZeRO 2, with sequence parallelism and bottlenecks sharded over the ranks."""
 
     @cache
     def run(method: str) -> Path:
@@ -106,7 +106,7 @@ def test_same_layout_goes_on_bit_by_bit(method: str, jobs: dict[str, Path], shar
 
 @pytest.mark.parametrize("method", RUNS)
 def test_other_layouts_go_on(method: str, jobs: dict[str, Path], alone: Any, sharded: Any, tmp_path: Path) -> None:
-    """Ranks, ZeRO stage, sequence parallelism and the placement of bottlenecks may all be others."""
+    """Ranks, ZeRO stage, sequence parallelism and the placement of bottlenecks may all change."""
     expected = alone(method)
     assert gap(tensors(sharded(method)), tensors(expected)) < TOLERANCE
     for source, layout, how in ((alone, WITHOUT_SEQUENCE, "replicated"), (sharded, ALONE, "replicated")):
@@ -118,7 +118,7 @@ def test_other_layouts_go_on(method: str, jobs: dict[str, Path], alone: Any, sha
 
 
 def test_replicated_layers_go_on_sharded(jobs: dict[str, Path], alone: Any, tmp_path: Path) -> None:
-    """And a copy of every layer on every rank, under sequence parallelism, trains the same."""
+    """A copy of every layer on every rank, under sequence parallelism, trains the same."""
     layout = replace(SHARDED, zero=1)
     run = tmp_path / "run"
     well(train(jobs["adapter_l"], run, layout, "adapter.placement=replicated", PROBE))
@@ -130,7 +130,7 @@ def test_replicated_layers_go_on_sharded(jobs: dict[str, Path], alone: Any, tmp_
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_comparison_can_fail(method: str, jobs: dict[str, Path], alone: Any, tmp_path: Path) -> None:
-    """Without its moments a run ends elsewhere."""
+    """Without its moments a resumed run ends at other values."""
     stopped = stopped_after(alone(method), SAVED, tmp_path / "run")
     folder = stopped / "checkpoints" / f"step-{SAVED}"
     held = load_file(folder / OPTIMIZER_FILE)
@@ -175,14 +175,14 @@ def test_another_method_or_size_is_refused_by_name(jobs: dict[str, Path], alone:
 
 
 def trained(run: Path, method: str) -> tuple[Path, list[object]]:
-    """What is to be decoded with: the final step, and the options that name it."""
+    """Return the final step, and the command-line options that name it for decoding."""
     base = Path(yaml.safe_load((run / "config.yaml").read_text())["model"]["path"])
     final = run / "checkpoints" / f"step-{STEPS}"
     return final, ["--model", final] if method == "full" else ["--model", base, "--adapter", final]
 
 
 def _reloaded_loss(config: str, model: str, adapter: str | None, tensor: int) -> float:
-    """The eval loss in nats a target token, of what lies on the disk."""
+    """Return the eval loss in nats a target token, of a model loaded from files."""
     from lowrank_dist.config import load_config
     from lowrank_dist.engine.assemble import build_method
     from lowrank_dist.engine.datasets import build_data
@@ -204,7 +204,7 @@ def _reloaded_loss(config: str, model: str, adapter: str | None, tensor: int) ->
 
 @pytest.mark.parametrize("method", RUNS)
 def test_the_eval_loss_of_what_is_reloaded(method: str, jobs: dict[str, Path], sharded: Any, place: Path) -> None:
-    """Trained sharded, read again at both sizes: training's own last eval loss, and not the base's."""
+    """Trained sharded, reloaded at both TP sizes: the loss is training's own last eval loss, and not the base's."""
     run = sharded(method)
     final, _ = trained(run, method)
     base = str(place / method / "base")
@@ -213,14 +213,14 @@ def test_the_eval_loss_of_what_is_reloaded(method: str, jobs: dict[str, Path], s
     for size in (1, 2):
         for found in run_ranks(size, _reloaded_loss, str(jobs[method]), model, adapter, size):
             assert found == pytest.approx(losses[-1], rel=2e-6)
-    if method != "prompt":  # a prompt's ids are nothing to a base without it
+    if method != "prompt":  # a base without the prompt has no embedding for the prompt's ids
         (before,) = run_ranks(1, _reloaded_loss, str(jobs[method]), base, None, 1)
         assert before > 1.05 * losses[-1]
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_generate_and_evaluate(method: str, sharded: Any, place: Path, tmp_path: Path) -> None:
-    """On the checkpoint as it lies: the same completions and figures at TP 1 and TP 2, and others than the base's."""
+    """From the checkpoint itself: the same completions and figures at TP 1 and TP 2, other than the base's."""
     asked = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": f"{word}:"} for word in ("cat", "dog xx", "pig x")])
     scored = write_jsonl(tmp_path / "scored.jsonl", [{"prompt": "cat:", "completion": ["cat cat", "cat"]}])
     _, options = trained(sharded(method), method)
@@ -262,7 +262,7 @@ def test_inspect_the_run(method: str, sharded: Any) -> None:
     assert report["facts"]["config"]["method"] == method and report["facts"]["base_matches"] is True
     sizes = {row["parameters"] for row in report["tables"]["adapters"]}
     masters = sum(value.size for name, value in tensors(sharded(method)).items() if name.endswith(".master"))
-    # A prefix' MLP is trained, and not stored.
+    # A prefix's MLP is trained but not stored.
     assert len(sizes) == 1 and (method == "prefix" or sizes == {masters})
 
 
@@ -270,7 +270,10 @@ def test_inspect_the_run(method: str, sharded: Any) -> None:
 
 
 def _main_with(arguments: list[str], batch: int, shard: int) -> tuple[Outcome, int]:
-    """One rank, with so many elements gathered at a time and shards of so many bytes; the largest batch there was."""
+    """On one rank: run with so many elements gathered at a time and shards of so many bytes.
+
+    Returns the outcome and the largest batch of elements.
+    """
     from lowrank_dist.engine import gathering, resume
     from lowrank_dist.methods.full import files as whole_model
     from tests.integration.launching import _main
@@ -298,7 +301,7 @@ def shards(run: Path, step: int = STEPS) -> dict[str, bytes]:
 
 
 def test_the_same_files_a_few_tensors_at_a_time(jobs: dict[str, Path], sharded: Any, tmp_path: Path) -> None:
-    """Written and read back in small batches: no more than a batch, or one parameter, is ever whole."""
+    """Written and read back in small batches: at most a batch, or one parameter, is whole at a time."""
     layout = [str(jobs["full"]), *SHARDED.overrides, PROBE]
     found = run_ranks(4, _main_with, [*layout, f"output.dir={tmp_path / 'small'}"], 5000, 40_000)
     assert not any(outcome.code for outcome, _ in found), found[0][0].stderr
@@ -385,7 +388,7 @@ def test_bad_input(method: str, overrides: list[str], wanted: str, jobs: dict[st
 
 
 def test_a_bottleneck_that_the_ranks_do_not_divide_decodes(jobs: dict[str, Path], tmp_path: Path) -> None:
-    """Trained as copies, it is the same function at every size."""
+    """A bottleneck trained as copies is the same function at every TP size."""
     arguments = ("adapter.bottleneck=7", "adapter.placement=replicated", "train.steps=1")
     well(train(jobs["adapter_h"], tmp_path / "run", Layout(2, 1, 1, 4), *arguments))
     options = ("--model", jobs["adapter_h"].parent / "base", "--adapter", tmp_path / "run/adapter")
@@ -400,7 +403,7 @@ def test_samples_that_no_longer_fit_are_counted(jobs: dict[str, Path], tmp_path:
 
 
 def test_adapters_that_do_not_belong(jobs: dict[str, Path], alone: Any, tmp_path: Path) -> None:
-    """One message each: another base by its fingerprint, or by its sizes; damage; a model; no room for the prompt."""
+    """One message each: another base by its fingerprint or its sizes, damage, a model, no room for the prompt."""
     twin = make_tiny("qwen2", tmp_path / "twin", seed=1)
     deeper = make_tiny("qwen2", tmp_path / "deeper", num_hidden_layers=3)
     cases: list[tuple[Path, Path, str, str]] = []

@@ -25,7 +25,7 @@ TARGETS = {
 
 
 def peft_losses(folder: Path, targets: list[str], a_factor: float = 1.0) -> np.ndarray:
-    """The same training in a plain PyTorch loop; `a_factor` spoils the initial A for the negative control."""
+    """Run the same training in a plain PyTorch loop; `a_factor` scales the initial A for the negative control."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ranks = {"down_proj": 6} if "down_proj" in targets else {}
     config = LoraConfig(
@@ -70,7 +70,7 @@ def test_same_loss_curve_as_peft(family: str, tmp_path: Path) -> None:
 
 
 def test_notices_another_start(tmp_path: Path) -> None:
-    """Negative control: with A a tenth larger the curves part."""
+    """Negative control: with A a tenth larger the curves differ."""
     folder = make_tiny("llama", tmp_path / "llama")
     found = run_ranks(1, train, Setting(str(folder), steps=STEPS))[0]["losses"]
     assert np.abs(np.array(found) - peft_losses(folder, TARGETS["llama"], 1.1)).max() > 1e-3

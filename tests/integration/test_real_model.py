@@ -1,4 +1,4 @@
-"""A real pretrained model, glassllm, sharded two ways: transformers' logits and loss, and training that lowers it."""
+"""A real pretrained model, glassllm, at TP 2: transformers' logits and loss, and training that lowers the loss."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sentences() -> list[dict[str, str]]:
-    """Who went where: every name with every place."""
+    """Return sentences of who went where: every name with every place."""
     return [
         {"prompt": f"{name} came from {place}.", "completion": f" So {name} knows {place} well, and so does the dog."}
         for place in PLACES
@@ -38,7 +38,7 @@ def sentences() -> list[dict[str, str]]:
 
 
 def sharded_logits(folder: str, ids: np.ndarray, sequence: bool) -> np.ndarray:
-    """One rank: logits [b, s, V] through the production loader."""
+    """On one rank: return the logits [b, s, V] of a model loaded by the production loader."""
     from lowrank_dist.model.load import check_model, load_model
 
     input_ids = torch.from_numpy(ids)
@@ -68,7 +68,10 @@ def test_logits_are_transformers(folder: Path) -> None:
 
 @torch.inference_mode()
 def plain_loss(folder: Path, rows: list[dict[str, str]], adapter: Path | None = None) -> float:
-    """Mean negative log-likelihood of completion and EOS [nats], one sample at a time, in transformers and PEFT."""
+    """Return the mean negative log-likelihood of completion and EOS [nats], in transformers and PEFT.
+
+    One sample at a time.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter).eval()

@@ -1,4 +1,4 @@
-"""A run that is stopped and goes on ends as one that was never stopped, on the same ranks or on others."""
+"""A run that is stopped and resumed ends like one that was never stopped, on the same ranks or on others."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ LAYOUTS = {
 
 
 def well(outcomes: list[Outcome]) -> str:
-    """What rank 0 said of a run that ended well."""
+    """Assert that every rank ended with code 0; return rank 0's output."""
     assert [outcome.code for outcome in outcomes] == [0] * len(outcomes), outcomes[0].stderr + outcomes[-1].stderr
     return outcomes[0].stdout
 
 
 def refused(outcomes: list[Outcome]) -> str:
-    """The one message of a run that no rank starts."""
+    """Return the one message of a run that no rank starts."""
     assert {outcome.code for outcome in outcomes} == {2}, [o.stderr for o in outcomes]
     said = "".join(outcome.stderr for outcome in outcomes)
     assert "Traceback" not in said
@@ -59,7 +59,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(job: Path) -> dict[str, Path]:
-    """An uninterrupted run of every layout."""
+    """Return an uninterrupted run of every layout."""
     found = {}
     for name, layout in LAYOUTS.items():
         found[name] = job.parent / name
@@ -84,7 +84,7 @@ def test_same_layout_goes_on_bit_by_bit(job: Path, runs: dict[str, Path], name: 
 
 @pytest.mark.parametrize(("source", "target"), [*zip(LAYOUTS, [*list(LAYOUTS)[1:], "TP1"], strict=True)])
 def test_other_layouts_go_on(job: Path, runs: dict[str, Path], source: str, target: str, tmp_path: Path) -> None:
-    """A ring through all layouts; `make test-all` has every pair at both ZeRO stages."""
+    """A cycle through all layouts; `make test-all` has every pair at both ZeRO stages."""
     stopped = stopped_after(runs[source], SAVED, tmp_path / "run")
     well(train(job, stopped, LAYOUTS[target]))
     assert gap(tensors(stopped), tensors(runs["TP1"])) < TOLERANCE
@@ -96,7 +96,7 @@ def test_other_layouts_go_on(job: Path, runs: dict[str, Path], source: str, targ
 
 
 def test_the_comparison_can_fail(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
-    """Without the moments, or with another order of samples, the end is another."""
+    """Without the moments, or with another order of samples, the final values differ."""
     from safetensors.numpy import load_file, save_file
 
     from lowrank_dist.formats.manifest import MANIFEST_FILE, write_manifest
@@ -265,7 +265,7 @@ def test_other_data_and_another_base_are_refused(job: Path, runs: dict[str, Path
     shutil.copytree(job.parent / "base", base)
     (base / "config.json").write_text((base / "config.json").read_text() + "\n")
     assert "another base than model.path" in refused(train(job, stopped, LAYOUTS["TP2"], f"model.path={base}"))
-    # The same content elsewhere is the same run.
+    # The same files in another place are the same run.
     same = write_jsonl(tmp_path / "same.jsonl", samples(22))
     well(train(job, stopped, LAYOUTS["TP2"], f"data.train={same}"))
 
@@ -303,7 +303,7 @@ def test_old_checkpoints_go_and_the_best_stays(job: Path, tmp_path: Path) -> Non
 
 
 def test_a_run_by_epochs_ends_with_what_is_left_and_goes_on_by_samples(job: Path, tmp_path: Path) -> None:
-    """22 samples: the last batch has 2, so that of four data-parallel ranks two have none."""
+    """22 samples: the last batch has 2, so two of four data-parallel ranks have none."""
     epoch = ("train.steps=null", "train.epochs=1", "train.global_batch=4")
     for name in ("TP1", "DP4"):
         well(train(job, tmp_path / name, LAYOUTS[name], *epoch))
@@ -315,7 +315,7 @@ def test_a_run_by_epochs_ends_with_what_is_left_and_goes_on_by_samples(job: Path
     well(train(job, stopped, LAYOUTS["DP4"], *epoch))
     assert all(np.array_equal(a, tensors(tmp_path / "DP4")[key]) for key, a in tensors(stopped).items())
     assert curve(stopped) == curve(tmp_path / "DP4")
-    # Another batch, of six samples that are left: one step fewer would be if it went by the step.
+    # Six samples are left and the batch changes to three: counting by steps would give one step fewer.
     stopped = stopped_after(tmp_path / "DP4", 4, tmp_path / "other")
     changed = (*epoch[:2], "train.global_batch=3", "train.resume_changes=[train.global_batch]")
     said = well(train(job, stopped, LAYOUTS["DP4"], *changed))
@@ -325,7 +325,7 @@ def test_a_run_by_epochs_ends_with_what_is_left_and_goes_on_by_samples(job: Path
 
 
 def _with_small_files(arguments: list[str], largest: int) -> Outcome:
-    """One rank on which no file may grow beyond `largest` bytes: a disk that is full to all but short texts."""
+    """On one rank: run where no file may grow beyond `largest` bytes, like a full disk that still takes short texts."""
     import resource
 
     from tests.integration.launching import _main
@@ -341,20 +341,20 @@ def _with_small_files(arguments: list[str], largest: int) -> Outcome:
 def test_a_disk_that_refuses_ends_no_training_in_silence(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     arguments = [str(job), f"output.dir={folder}", *LAYOUTS["TP2xDP2"].overrides]
-    close_worlds()  # the ranks' own store is a file as well, which has grown with every run before this one
+    close_worlds()  # the ranks' own store is a file as well, and has grown with every earlier run
     outcomes = run_ranks(4, _with_small_files, arguments, 60_000)
     said = refused(outcomes)
     assert "the last checkpoint was not written" in said
     assert "step 2: NO CHECKPOINT WAS WRITTEN" in outcomes[0].stdout and "step 4: NO CHECK" in outcomes[0].stdout
     assert curve(folder) == curve(runs["TP2xDP2"]), "training went on to its end"
     assert list((folder / "checkpoints").iterdir()) == [], "and left nothing half written"
-    # With room it goes on: here from the start, since nothing was saved.
+    # With room it continues: here from the start, since nothing was saved.
     well(train(job, folder, LAYOUTS["TP2xDP2"]))
     assert all(np.array_equal(a, tensors(runs["TP2xDP2"])[key]) for key, a in tensors(folder).items())
 
 
 def _with_full_sinks(arguments: list[str]) -> Outcome:
-    """One rank whose disk takes neither records, nor TensorBoard's, nor the picture."""
+    """On one rank: run where the disk takes neither metrics records, TensorBoard's files, nor the picture."""
     import errno
     from unittest import mock
 
@@ -383,7 +383,7 @@ def test_a_run_that_can_report_nothing_trains_on(job: Path, runs: dict[str, Path
 
 
 def _with_a_skewed_replica(arguments: list[str]) -> Outcome:
-    """One rank; on tensor-parallel rank 1 the masters of replicated factors are another number."""
+    """On one rank: run where tensor-parallel rank 1 has other values in the masters of replicated factors."""
     from unittest import mock
 
     import torch.distributed as dist
@@ -409,7 +409,7 @@ def test_replicas_that_differ_are_not_saved(job: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2"])
 def test_two_runs_in_one_folder_are_refused(job: Path, runs: dict[str, Path], layout: str, tmp_path: Path) -> None:
-    """No rank of the second leaves a trace in the first: one with FAILED would not be requeued."""
+    """No rank of the second run changes the first's folder: a run with FAILED would not be requeued."""
     import fcntl
 
     stopped = stopped_after(runs[layout], SAVED, tmp_path / "run")
@@ -435,7 +435,7 @@ def test_a_rank_that_cannot_write_there_ends_the_start_on_all(job: Path, runs: d
 
 
 def test_init_from_and_on(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
-    """Start from an adapter, stop, lose the adapter, go on: the checkpoint says what it said."""
+    """Start from an adapter, stop, delete the adapter, resume: the checkpoint has all that is needed."""
     adapter = shutil.copytree(runs["TP1"] / "adapter", tmp_path / "adapter")
     arguments = (f"lora.init_from={adapter}",)
     plain = make_job(tmp_path, rank=4, alpha=8)
@@ -450,7 +450,7 @@ def test_init_from_and_on(job: Path, runs: dict[str, Path], tmp_path: Path) -> N
     assert first < 0.9 * next(r["loss"] for r in curve(runs["TP1"]) if "loss" in r), "it did start from the adapter"
 
 
-# Its texts are others every second.
+# Its texts change every second.
 CLOCK = (
     "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}{{ '<|im_end|>' }}"
     "{% else %}{{ strftime_now('%H%M%S') }}{% endif %}{% endfor %}"
@@ -476,14 +476,14 @@ def test_a_template_that_reads_the_clock_is_told_when_the_run_began(tmp_path: Pa
     assert note in said
     assert note in well(train(config, stopped, LAYOUTS["DP4"]))
     assert all(np.array_equal(a, tensors(whole)[key]) for key, a in tensors(stopped).items())
-    # Control: a checkpoint from before the moment was kept is told another one, and its data are others.
+    # Control: a checkpoint without the start time gets another one, and its data differ.
     old = stopped_after(whole, SAVED, tmp_path / "old")
     state = old / f"checkpoints/step-{SAVED}" / STATE_FILE
     state.write_text(json.dumps({**json.loads(state.read_text()), "begun": None}))
     (state.parent / MANIFEST_FILE).unlink()
     write_manifest(state.parent)
     assert "data.train was" in refused(train(config, old, LAYOUTS["DP4"]))
-    # And what the texts end in has gone along.
+    # The stop tokens of the texts are saved with the adapter.
     settings = json.loads((whole / "adapter/generation_config.json").read_text())
     assert settings["eos_token_id"] == [1, 4] and (whole / "adapter/tokenizer.json").is_file()
     provenance = read_provenance(whole / "adapter")

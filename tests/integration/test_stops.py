@@ -1,4 +1,4 @@
-"""Runs that are told to stop, that meet a loss which is not finite, and that wait for one of their ranks."""
+"""Runs that are told to stop, that meet a loss which is not finite, and whose ranks wait for one of them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def undisturbed(job: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pids(size: int) -> list[int]:
-    """Process ids of the pooled ranks, which have trained before."""
+    """Return the process ids of the pooled ranks, which have trained before."""
     return [process.pid for process in ranks._worlds[size].processes]
 
 
@@ -55,7 +55,7 @@ def steps_of(run: Path) -> int:
 
 
 def meanwhile(start: Callable[[], list[Outcome]], act: Callable[[], Iterator[None]]) -> list[Outcome]:
-    """Do what `act` does, a piece after each `yield`, until it or the run that `start` starts is over."""
+    """Run `act`, one part after each `yield`, until it or the run that `start` starts is over."""
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(start)
         for _ in act():
@@ -96,7 +96,7 @@ def test_one_rank_is_told_and_all_save_and_stop(
 
 
 def best(run: Path) -> set[str]:
-    """The link `best`, where a saved step was evaluated."""
+    """Return the target of the link `best`, which exists where a saved step was evaluated."""
     return {"best"} if (run / "checkpoints" / "best").is_symlink() else set()
 
 
@@ -119,7 +119,7 @@ def test_told_at_its_last_step_a_run_just_ends(job: Path, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A job whose base has no finite embedding for the one character that a single sample has."""
+    """Return a job whose base has a non-finite embedding of the one character that only a single sample has."""
     place = tmp_path_factory.mktemp("poisoned")
     config = make_job(place)
     rows = samples(24)
@@ -142,7 +142,7 @@ SKIP = ("train.nonfinite=skip", "train.steps=6", "data.eval=null", "train.schedu
 
 
 def test_a_step_that_is_not_finite_is_skipped_by_all(poisoned: Path, tmp_path: Path) -> None:
-    """The sample comes once in three steps. Where it came last, the weights are those of the step before."""
+    """The sample comes once in three steps. If it is in the last step, the weights are those of the step before."""
     run = tmp_path / "run"
     outcomes = train(poisoned, run, SQUARE, *SKIP)
     assert_codes(outcomes, 0)
@@ -153,7 +153,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(poisoned: Path, tmp_path: P
         r"^step (\d): the loss is nan \((.*)\); the step is skipped on every rank$", outcomes[0].stdout, re.M
     )
     assert [int(step) for step, _ in said] == skipped
-    # Only the data-parallel group that had the sample saw it; its two tensor-parallel ranks did.
+    # Only the data-parallel group that had the sample saw it, on both of its tensor-parallel ranks.
     host = socket.gethostname()
     pairs = {f"rank {first} on {host}, rank {first + 1} on {host}" for first in (0, 2)}
     assert {ranks for _, ranks in said} <= pairs
@@ -171,7 +171,7 @@ def test_a_step_that_is_not_finite_is_skipped_by_all(poisoned: Path, tmp_path: P
 
 @pytest.mark.parametrize("method", ["lora", "prefix"])
 def test_a_run_whose_first_step_is_skipped_goes_on_from_there(poisoned: Path, tmp_path: Path, method: str) -> None:
-    """The sample is in the first batch of this seed; nothing is trained yet where the first checkpoint is written."""
+    """With this seed the sample is in the first batch: the first checkpoint holds untrained parameters."""
     seed = next(seed for seed in range(99) if 5 in order(seed, 24, 0, 8))
     changes = ("train.steps=3", f"train.seed={seed}", "output.save_every=1")
     if method == "prefix":
@@ -208,11 +208,11 @@ def test_it_stops_by_default_and_after_too_many_in_a_row(poisoned: Path, tmp_pat
     assert "step 3: the loss is nan" in said and "train.max_skips (2) steps in a row were skipped" in said
 
 
-# --- a rank that all others wait for ---------------------------------------------------------------------------------
+# --- a slow rank that all others wait for ----------------------------------------------------------------------------
 
 
 def slowed(slow_rank: int, what: str, arguments: list[str]) -> Outcome:
-    """Inside a rank: the run, in which one rank sleeps in every batch, or in every column-parallel linear."""
+    """Inside a rank: run, while one rank sleeps in every batch, or in every column-parallel linear."""
 
     def late(function: Callable[..., object]) -> Callable[..., object]:
         def wrapped(*given: object, **named: object) -> object:
@@ -222,7 +222,7 @@ def slowed(slow_rank: int, what: str, arguments: list[str]) -> Outcome:
 
         return wrapped
 
-    # Far above what a busy machine adds to a step of these models.
+    # Far above the delay that a busy machine adds to a step of these models.
     owner, name, seconds = {"data": (Loader, "batch", 1.0), "layers": (LowRankColumnParallelLinear, "forward", 0.1)}[
         what
     ]
