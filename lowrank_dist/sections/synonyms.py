@@ -181,7 +181,12 @@ ROW_KEYS = (
     Synonym("response", "QA data", "completion"),
     Synonym("answer", "QA data", "completion"),
     Synonym("target", "QA data", "completion"),
-    Synonym("text", "plain text", "completion", "with an empty 'prompt', all of the text is trained"),
+    Synonym(
+        "text",
+        "plain text",
+        "completion",
+        "with an empty 'prompt'; every token is trained that another precedes, as BOS does",
+    ),
     Synonym("chosen", _PREFERENCES, None, "there is no preference training"),
     Synonym("rejected", _PREFERENCES, None, "there is no preference training"),
 )
