@@ -1,4 +1,4 @@
-"""Every reader of what users hand us, against all mutations; prints the table of `python -m tests.fuzz`."""
+"""Every reader of user-supplied files, against all mutations; prints the table of `python -m tests.fuzz`."""
 
 from __future__ import annotations
 

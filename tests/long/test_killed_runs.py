@@ -28,17 +28,17 @@ from tests.integration.resuming import SAVED, STEPS, Layout, curve, make_job, te
 
 LAYOUT = Layout(2, 2, 1, 2)
 POINTS = 14
-SAVES = 13  # the last of which goes well
+SAVES = 13  # the last run ends without a fault
 WAIT = 120
 
 
 def run(root: Path, arguments: list[str], port: int, points: list[int], action: int) -> dict[str, Any]:
-    """launch/train.py on four ranks of this process's own: rank 0 is this one, the others are forked from it.
+    """Run launch/train.py on four ranks of this process's own: rank 0 is this one, the others are forked from it.
 
-    points: [n] is the nth operation in all saves together, several are one for each save in turn, [] only counts.
-    Returns the exit codes of all ranks and what rank 0 printed.
+    points: [n] is the nth operation of all saves together, several are one for each save in turn, [] only counts.
+    Returns the exit codes of all ranks and rank 0's output.
     """
-    disarm()  # what the zygote armed would count the other ranks' folders
+    disarm()  # the counter that the zygote armed would include the other ranks' folders
     children = []
     for rank in range(1, 4):
         child = os.fork()
@@ -58,7 +58,7 @@ def _rank(rank: int, arguments: list[str], port: int) -> int:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="4", LOCAL_WORLD_SIZE="4")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), DS_ACCELERATOR="cpu")
     sys.argv = ["launch/train.py", *arguments]
-    # Of leaving all but the end of this process, which has something to report.
+    # Leave without ending this process, which still has a result to report.
     with mock.patch.object(Supervision, "leave", lambda self, code: shutdown(clean=code == 0)):
         try:
             runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
@@ -68,7 +68,7 @@ def _rank(rank: int, arguments: list[str], port: int) -> int:
 
 
 def _arm_saves(root: Path, points: list[int], action: Action) -> None:
-    """Arm at the first save for good, or with several points anew at each."""
+    """Arm at the first save for good; with several points, arm again at each save."""
     write, waiting = CheckpointWriter.write, iter(points or [0])
 
     def armed(self: CheckpointWriter, *values: Any, **options: Any) -> None:
@@ -114,7 +114,7 @@ def ends_well(outcome: Outcome, where: str = "") -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(job: Path, zygote: Zygote) -> tuple[Path, int]:
-    """The run that nothing happens to, and the number of operations of its saves."""
+    """Return the run without a fault, and the number of operations of its saves."""
     folder = job.parent / "whole"
     operations = ends_well(start(zygote, job, folder))["operations"]
     assert operations > 60
@@ -122,7 +122,7 @@ def whole(job: Path, zygote: Zygote) -> tuple[Path, int]:
 
 
 def test_killed_in_a_save(job: Path, whole: tuple[Path, int], zygote: Zygote, tmp_path: Path) -> None:
-    """Each time a complete checkpoint is found, no older than one interval, and the run ends with the same weights."""
+    """Each time a complete checkpoint is found, at most one interval old, and the run ends with the same weights."""
     reference, operations = whole
     resumed_at = set()
     for index in range(POINTS):
@@ -136,7 +136,7 @@ def test_killed_in_a_save(job: Path, whole: tuple[Path, int], zygote: Zygote, tm
         found = newest_checkpoint(folder / "checkpoints")
         at = found.state.step if found.state else 0
         assert not found.skipped, where
-        # The save of step n is under way until the next one: never is more than that one lost.
+        # The save of step n is under way until the next one, so at most that one is lost.
         saves = [step for step in range(SAVED, STEPS + 1, SAVED) if step <= reached]
         assert at >= ([0, 0, *saves])[-2], f"{where}: reached {reached}, found {at}"
         resumed_at.add(at)
@@ -149,11 +149,11 @@ def test_killed_in_a_save(job: Path, whole: tuple[Path, int], zygote: Zygote, tm
 
 
 def test_full_disk_in_twelve_saves(job: Path, whole: tuple[Path, int], zygote: Zygote, tmp_path: Path) -> None:
-    """Each of twelve saves in a row meets a full disk, later and later in what it does; training goes on to its end."""
+    """Each of twelve saves in a row meets a full disk, each at a later operation; training continues to its end."""
     longer = (f"train.steps={SAVES}", "output.save_every=1", "train.schedule=constant")
     reference, folder = tmp_path / "reference", tmp_path / "run"
     each = ends_well(start(zygote, job, reference, *longer))["operations"] // SAVES
-    # The last operations of a save come after the checkpoint has its name: those are tried in one process, all.
+    # The last operations of a save come after the checkpoint has its name: all of those are tested in one process.
     points = tuple(1 + k * each * 3 // 5 // (SAVES - 2) for k in range(SAVES - 1))
     value = ends_well(start(zygote, job, folder, *longer, points=(*points, 0), action=Action.NO_SPACE))
     assert value["said"].count("NO CHECKPOINT WAS WRITTEN") == SAVES - 1, value["said"]

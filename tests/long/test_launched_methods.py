@@ -1,6 +1,6 @@
-"""Every method by launch/train.py in processes of its own, on a real model, alone, TP 2 and DP 2.
+"""Every method by launch/train.py in processes of its own, on a real model: one rank, TP 2 and DP 2.
 
-Low-rank under the real deepspeed; the others on forked ranks: that the launcher starts does not depend on the method.
+Low-rank runs under the real deepspeed, the others on forked ranks: the launcher's start does not depend on the method.
 """
 
 from __future__ import annotations

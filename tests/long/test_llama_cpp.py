@@ -1,4 +1,4 @@
-"""llama.cpp's converters on what `export` and `merge` write: their GGUF tensors are our update and our merge."""
+"""llama.cpp's converters on the output of `export` and `merge`: their GGUF tensors are our update and our merge."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.tiny_adapters import Size, random_adapter, save_adapter
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 
 TOLERANCE = 1e-5  # of the largest |element|, in fp32
-# Those whose adapters the converter takes; OPT it does not know at all.
+# Families whose adapters the converter takes; it does not know OPT at all.
 SERVED = tuple(name for name in FAMILY_NAMES if name not in ("gpt2", "opt"))
-# llama.cpp's rotary embedding pairs neighbouring rows in these.
+# llama.cpp's rotary embedding pairs neighbouring rows in these families.
 PERMUTED = ("llama", "llama2", "granite", "mistral")
 
 
@@ -49,7 +49,7 @@ def adapter_of(base: Path, name: str) -> AdapterFactors:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    """family/base, family/adapter/NAME, family/{raw,served}-NAME.gguf, family/{base,merged}.gguf; and the refusals."""
+    """Return family/base, family/adapter/NAME, family/{raw,served}-NAME.gguf, family/{base,merged}.gguf; refusals."""
     root = tmp_path_factory.mktemp("gguf")
     jobs = []
     for family in FAMILY_NAMES:
@@ -73,7 +73,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 def as_llama_cpp(family: str, name: str, tensor: Tensor, base: Path) -> Tensor:
-    """A Hugging Face tensor as the converter lays it out."""
+    """Return a Hugging Face tensor in the converter's layout."""
     architecture = read_architecture(base)
     if family in PERMUTED and (match := re.search(r"\.([qk])_proj", name)):
         return permuted(tensor, architecture.heads if match[1] == "q" else architecture.kv_heads)
@@ -87,7 +87,7 @@ def max_relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def worst_update(root: Path, family: str, kind: str, name: str) -> float:
-    """The largest error of a module's ΔW in a GGUF file against s·B·A of the adapter as PEFT reads it."""
+    """Return the largest error of a module's ΔW in a GGUF file against s·B·A of the adapter as PEFT reads it."""
     base = root / family / "base"
     adapter, file = adapter_of(base, name), Gguf(root / family / f"{kind}-{name}.gguf")
     assert len(file.tensors) == 2 * len(adapter.factors)
@@ -107,7 +107,7 @@ def test_an_exported_adapter_is_the_update(made: tuple[Path, dict[str, str]], fa
 
 
 def test_an_adapter_as_it_lies_is_another(made: tuple[Path, dict[str, str]]) -> None:
-    """The control: without --for llama.cpp reads its own scale. Ranks alone it reads as they are."""
+    """The control: without --for llama.cpp reads its own scale. Different ranks alone are read right."""
     root, _ = made
     raw = {name: worst_update(root, "llama", "raw", name) for name in SIZES}
     assert {name for name, error in raw.items() if error > 0.1} == {"rslora", "alphas", "all", "zero alpha"}, raw
@@ -116,7 +116,7 @@ def test_an_adapter_as_it_lies_is_another(made: tuple[Path, dict[str, str]]) -> 
 
 @pytest.mark.parametrize("family", [*SERVED, "gpt2"])
 def test_a_merged_folder(made: tuple[Path, dict[str, str]], family: str) -> None:
-    """Every tensor of it is in the GGUF file; and base and adapter, converted apart, add up to it."""
+    """Every tensor of the folder is in the GGUF file. Base and adapter, converted separately, add up to it."""
     root, _ = made
     base, merged = Gguf(root / family / "base.gguf"), Gguf(root / family / "merged.gguf")
     assert base.tensors.keys() == merged.tensors.keys()

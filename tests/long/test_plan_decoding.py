@@ -1,4 +1,4 @@
-"""The plan's memory of an evaluation that generates, of further shapes, methods and layouts."""
+"""The plan's memory of an evaluation that generates, for further shapes, methods and layouts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan's memory against what a training step takes, on all of SmolLM2-135M's shape."""
+"""The plan's memory against a training step's, on all of SmolLM2-135M's shape."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_measured_peak_of_dora(third: str, tiny: str) -> None:  # noqa: F811
 
 
 def test_measured_peak_of_an_only_microbatch(third: str, tiny: str) -> None:  # noqa: F811
-    """Gradients of all weights are not there yet where activations are the most; with them the plan would be off."""
+    """With one microbatch, activations peak before the weight gradients exist. Counting them would be an error."""
     case = Case(1, recompute=False, microbatches=1, method="full")
     assert planned(third, replace(case, microbatches=2)).total > (1 + TOLERANCE) * planned(third, case).total
     compare(third, tiny, case)

@@ -1,7 +1,7 @@
-"""A layout's checkpoint goes on in every other layout, at both ZeRO stages.
+"""The checkpoint of one layout is resumed in every other layout, at both ZeRO stages.
 
-Ten are saved once. Each shape goes on in each shape, with every pair of stages among them; all hundred pairs of
-layouts are make test-nightly's.
+Ten layouts save once. Each shape is resumed in each shape, which covers every pair of stages; make test-nightly runs
+all hundred pairs of layouts.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ LAYOUTS = {f"{name}, ZeRO {zero}": Layout(t, d, zero, rows) for name, (t, d, row
 
 
 def pairs() -> list[Any]:
-    """(source, target) of every two layouts; of two shapes those with one pair of stages are not nightly.
+    """Return (source, target) of every two layouts; for each two shapes, one pair of stages is not nightly.
 
-    The stages alternate, and change on the way where the source comes later: 1 → 1, 2 → 2, 1 → 2 and 2 → 1.
+    The stages alternate, and change between the two where the source comes later: 1 → 1, 2 → 2, 1 → 2 and 2 → 1.
     """
     often = set()
     for (i, source), (j, target) in itertools.product(enumerate(SHAPES), repeat=2):

@@ -1,9 +1,9 @@
-"""Ids, masks and decoded text of drawn tokenizers, templates and rows are those of transformers, or refused by name.
+"""Ids, masks and decoded text of drawn tokenizers, templates and rows equal transformers', or are refused by name.
 
-A prompt and what follows are encoded apart here, since inference feeds the prompt alone. So transformers' ids of the
-whole text may differ where one of its tokens, or a word of byte-level BPE's expressions, lies over the boundary, or
-where the prompt's own tokens depend on what follows. Every difference must be of that kind, and the ids of a context
-those that inference would feed.
+A prompt and its continuation are encoded separately here, since inference feeds the prompt alone. So transformers' ids
+of the whole text may differ where one of its tokens, or a word of byte-level BPE's expressions, spans the boundary, or
+where the prompt's own tokens depend on the text after it. Every difference must be of that kind, and the ids of a
+context must be those that inference feeds.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FILE = Path("data.jsonl")
 
 
 class Pair:
-    """Both readers of one folder. seen: how cases ended, counted. words: whether expressions tell words apart."""
+    """Both readers of one folder. seen: counts of outcomes. words: expressions tell words apart."""
 
     def __init__(self, path: Path, seen: Counter[str], words: bool) -> None:
         tokenizer = load_tokenizer(path)
@@ -38,12 +38,12 @@ class Pair:
         self.theirs: Any = AutoTokenizer.from_pretrained(path, local_files_only=True)
 
     def ids(self, text: str) -> list[int]:
-        """Return transformers' ids of a text, without what it puts around it."""
+        """Return transformers' ids of a text, without the special tokens around it."""
         found: list[int] = self.theirs(text, add_special_tokens=False)["input_ids"]
         return found
 
     def depends_on_a_boundary(self, text: str, cuts: Sequence[int]) -> bool:
-        """Return whether one of the differences that are stated above is possible."""
+        """Return whether one of the differences stated above is possible."""
         whole = self.theirs(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, spans, words = whole["input_ids"], whole["offset_mapping"], whole.word_ids()
         for cut in cuts:
@@ -55,7 +55,7 @@ class Pair:
         return False
 
     def compare(self, kind: str, found: list[int], text: str, cuts: Sequence[int]) -> bool:
-        """Hold the ids of pieces against transformers' of the whole text, count the outcome, return whether equal."""
+        """Compare the ids of pieces with transformers' of the whole text; count the outcome; return whether equal."""
         whole = self.ids(text)[: len(found)]
         if found != whole:
             assert self.depends_on_a_boundary(text, cuts), (kind, found, whole, text, cuts)
@@ -130,13 +130,13 @@ def check_chat(pair: Pair, messages: Messages) -> None:
         return
     said = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     for place, (mine, other) in enumerate(zip(target, said["assistant_masks"], strict=False)):
-        # Nothing predicts the first token; white space behind the end of a turn is no target here.
+        # Nothing predicts the first token; white space after the end of a turn is no target here.
         layout = not chat.text[slice(*spans[place])].strip()
         assert mine == bool(other) or place == 0 or layout, (place, tokens, target, said)
     pair.seen["chats: masks compared"] += 1
 
 
-# The tokenizers that `load_tokenizer` refuses by name, of those that are drawn here.
+# Drawn tokenizers that `load_tokenizer` refuses by name.
 REFUSALS = ("puts a space before each word", "times longer")
 
 
@@ -163,7 +163,7 @@ def check(folder: Folder, some: list[str], rows: list[tuple[str, str]], chat: Me
 
 
 def compare_cases(cases: int, phases: Sequence[Phase] = (Phase.generate, Phase.shrink)) -> Counter[str]:
-    """Draw and compare so many cases, the same every time; return how often they ended which way."""
+    """Draw and compare this many cases, the same every time; return the counts of outcomes."""
     seen: Counter[str] = Counter()
 
     @settings(
@@ -193,7 +193,7 @@ def test_ids_masks_and_text_are_those_of_transformers(cases: int) -> None:
         assert seen[f"{kind}: over the boundary"] < 0.25 * seen[f"{kind}: equal"]
 
 
-# Where a text begins, what follows a special token, and which tokens are special.
+# The beginning of a text, text after a special token, and which tokens are special.
 FAULTS: dict[str, Callable[[FastTokenizer], None]] = {
     "a made-up space at every boundary": lambda ours: setattr(ours, "_middle", ours._start),
     "none behind a special token": lambda ours: setattr(ours, "_anew_ids", frozenset()),

@@ -30,7 +30,7 @@ STEPS, SETTLED = 300, 30
 
 
 def steps_of_packed_rows(folder: str, case: Case, steps: int) -> list[int]:
-    """One rank: steps whose microbatches have rows and numbers of targets as packing makes them, up to the largest.
+    """On one rank: train on microbatches with rows and numbers of targets as packing makes them, up to the largest.
 
     Returns the anonymous bytes after every step.
     """
@@ -59,7 +59,7 @@ def steps_of_packed_rows(folder: str, case: Case, steps: int) -> list[int]:
 
 
 def grown(folder: str, steps: int, caches: dict[str, str]) -> list[float]:
-    """MiB after each step above those after step SETTLED."""
+    """Return the MiB after each step in excess of those after step SETTLED."""
     inherited = {name: value for name, value in os.environ.items() if name not in CACHES}
     with mock.patch.dict(os.environ, {**inherited, **caches}, clear=True), malloc_gives_back():
         world = World(1, fresh=True)
@@ -74,7 +74,7 @@ def test_memory_is_flat_once_it_has_settled(tmp_path_factory: pytest.TempPathFac
     folder = write_smollm2(tmp_path_factory.mktemp("small"), num_hidden_layers=1, vocab_size=1024)
     found = grown(folder, STEPS, {})
     assert max(found[SETTLED:]) < 32, found[::10]
-    # Control: with the libraries' own bounds, which are the user's to set, it goes on growing.
+    # Control: with the libraries' own bounds, which the user may set, memory keeps growing.
     control = grown(folder, 3 * SETTLED, dict.fromkeys(CACHES, "1024"))
     assert max(control[SETTLED:]) > 64, control[::10]
 
@@ -87,7 +87,7 @@ def test_measured_peak_of_varying_shapes(tmp_path_factory: pytest.TempPathFactor
 
 @pytest.mark.nightly
 def test_measured_peak_of_varying_shapes_of_smollm2(tmp_path_factory: pytest.TempPathFactory, tiny: str) -> None:  # noqa: F811
-    """All layers, at three ranks, in packed rows of 160."""
+    """All layers, on three ranks, in packed rows of 160."""
     folder = write_smollm2(tmp_path_factory.mktemp("whole"))
     compare_varying(folder, tiny, Case(3, recompute=False, length=160), 10)
 
