@@ -1,4 +1,4 @@
-"""launch/train.py over two hosts, under everything that can start it: the losses of one host."""
+"""launch/train.py over two hosts, under every supported launcher: the losses of one host."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def check(outcomes: list[Outcome], run: Path, expected: dict[str, list[float]]) 
 def test_deepspeed_over_pdsh(
     quiet_rig: Rig, config: Path, expected: dict[str, list[float]], hostfile: Path, tmp_path: Path
 ) -> None:
-    # pdsh takes no environment along; this is what deepspeed sets on the hosts.
+    # pdsh passes no environment on; deepspeed exports these variables to the hosts.
     forwarded = tmp_path / "environment"
     forwarded.write_text("".join(f"{name}={value}\n" for name, value in ENVIRONMENT.items()))
     launcher = ["deepspeed", "--hostfile", hostfile, "--master_port", free_port()]
@@ -75,13 +75,13 @@ def test_torchrun(quiet_rig: Rig, config: Path, expected: dict[str, list[float]]
 
 
 def test_srun(quiet_rig: Rig, config: Path, expected: dict[str, list[float]], tmp_path: Path) -> None:
-    """With nothing set: which rank is which, and where they meet, is Slurm's to say."""
+    """With no variables set: Slurm gives each rank its number and the place to meet."""
     command = [*SRUN, config, f"output.dir={tmp_path / 'run'}"]
     check([quiet_rig.hosts[0].run(command, environment=ENVIRONMENT)], tmp_path / "run", expected)
 
 
 def test_two_steps_of_one_job_at_the_same_time(quiet_rig: Rig, config: Path, tmp_path: Path) -> None:
-    """Each meets its own ranks: they shared the job's port once, and one failed or the two mixed."""
+    """Each step meets its own ranks. They once shared the job's port: one failed, or the two mixed."""
     step = ["srun", "--overlap", "--nodes=2", "--ntasks-per-node=1", sys.executable, TRAIN, config]
     words = [[*step, "parallel.tensor=1", f"train.seed={n}", f"output.dir={tmp_path / str(n)}"] for n in (1, 2)]
     steps = [f"{shlex.join(str(word) for word in each)} & pids+=($!)" for each in words]
@@ -98,7 +98,7 @@ def test_two_steps_of_one_job_at_the_same_time(quiet_rig: Rig, config: Path, tmp
 def test_a_tensor_parallel_group_across_hosts(
     quiet_rig: Rig, config: Path, expected: dict[str, list[float]], tmp_path: Path
 ) -> None:
-    """Refused; where it is asked for the layout changes the last bits of the losses and no more."""
+    """Refused by default. Where it is allowed, the layout changes only the last bits of the losses."""
     command = [*SRUN, config, "parallel.tensor=4", f"output.dir={tmp_path / 'run'}"]
     refused = quiet_rig.hosts[0].run(command, environment=ENVIRONMENT)
     assert refused.code == 2 and not (tmp_path / "run").exists()

@@ -13,8 +13,9 @@ from tests.cluster.runs import STEPS, Job, losses
 def test_a_link_that_flaps_and_one_that_is_cut(
     quiet_rig: Rig, config: Path, expected: CURVES, tmp_path: Path, folder: Path
 ) -> None:
-    """Down for 3 s the job does not notice. Cut in mid-step the job ends, and Slurm has it go on by itself; then it is
-    cut while a checkpoint is written, for which the ranks wait at the end of the last step.
+    """A link that is down for 3 s goes unnoticed; a cut in mid-step ends the job, and Slurm requeues it.
+
+    The link is then cut once more while a checkpoint is written, for which the ranks wait at the end of the last step.
     """
     away = quiet_rig.hosts[1]
     run, faults = tmp_path / "run", Faults("gate:2:2,gate:1:3,save:2:4", folder)
@@ -35,7 +36,7 @@ def test_a_link_that_flaps_and_one_that_is_cut(
 
 
 def cut_off(rig: Rig, host: Host, job: Job, run: Path, faults: Faults, gate: int, where: str) -> None:
-    """Open a gate without a link to the host: the others end, name its ranks, and Slurm requeues the job."""
+    """Open a gate without a link to the host: the other ranks end and name its ranks, and Slurm requeues the job."""
     watch = Stopwatch(rig)
     with rig.cut_off(host):
         faults.open_gate(gate)

@@ -1,4 +1,4 @@
-"""The rig is what the other tests take it for: hosts of their own, and nothing left however its owner ends."""
+"""The rig's hosts are separate, and nothing of a rig is left however its owner ends."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_hosts_are_apart(rig: Rig) -> None:
     assert [host.run(["hostname"]).stdout for host in rig.hosts] == ["h1\n", "h2\n"]
     assert first.run(["touch", "/dev/shm/mine", "/run/mine"]).code == 0
     assert second.run(["ls", "/dev/shm/mine"]).code == second.run(["ls", "/run/mine"]).code == 2
-    # One's loopback is not the other's, the switch joins them, and ssh goes without a question.
+    # Each host has its own loopback, the switch connects the hosts, and ssh asks nothing.
     listening = first.start([sys.executable, "-m", "http.server", "8123", "--bind", "h1"], seconds=300)
     get = ["bash", "-c", "until exec 3<>/dev/tcp/$0/8123; do sleep 0.2; done 2> /dev/null"]
     assert second.run([*get, "h1"], seconds=60).code == 0
@@ -70,7 +70,7 @@ def test_a_killed_owner_leaves_nothing() -> None:
 
 
 def running(words: str, pid: int | None = None) -> bool:
-    """Whether a process (of this number) has these words on its command line."""
+    """Return whether a process (with this id, where given) has these words on its command line."""
     for path in Path("/proc").glob(str(pid or "[0-9]*")):
         try:
             if path.name != str(os.getpid()) and words.encode() in (path / "cmdline").read_bytes().replace(b"\0", b" "):

@@ -1,4 +1,4 @@
-"""The job scripts of launch/slurm as they are shipped, but for what fills them in, in a real Slurm over two hosts."""
+"""The job scripts of launch/slurm as shipped, filled in and run in a real Slurm over two hosts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_shipped_template_trains_as_one_host(
     assert job.finished() == "COMPLETED", job.said()
     assert losses(run) == expected
     said = job.said()
-    # The whole configuration comes first: the script's, then the run's.
+    # The script prints its whole configuration first, then the run prints its own.
     order = [f'RUN="{run}"', "max_length: 48", "meeting at h1,", "step 1/", "the step ended with code 0"]
     assert sorted(order, key=said.index) == order
     assert job.field("NumNodes") == "2" and not (run / "restarts").exists()
@@ -34,7 +34,7 @@ def test_the_shipped_template_trains_as_one_host(
 def test_a_job_trains_from_its_snapshot(
     quiet_rig: Rig, config: Path, expected: dict[str, list[float]], tmp_path: Path
 ) -> None:
-    """Each rank imports the copy of the package, here with a line that the checkout lacks, after the job's setup."""
+    """After the job's setup, each rank imports the package's snapshot, which has a line that the checkout lacks."""
     run, setup = tmp_path / "run", tmp_path / "setup.sh"
     setup.write_text("export FROM=setup$NOT_SET\n")
     script = write_job(config, tmp_path / "job.sbatch", f"output.dir={run}", "--snapshot", f"--setup={setup}")
@@ -59,6 +59,6 @@ def test_the_shipped_merge_template(quiet_rig: Rig, config: Path, tmp_path: Path
     assert job.finished() == "COMPLETED", job.said()
     assert f"{tmp_path / 'merged'}: " in job.said() and "verif" in job.said()
     assert (tmp_path / "merged" / "config.json").exists()
-    # An --out that exists is the user's mistake, and the job says so by its code.
+    # An --out that exists is the user's mistake, which the job's exit code shows.
     again = Job.submit(quiet_rig, script)
     assert (again.finished(), again.field("ExitCode")) == ("FAILED", "2:0")

@@ -1,4 +1,4 @@
-"""What can be said of the job scripts without a Slurm: bash and shellcheck take them, and nothing in them is a trap."""
+"""Tests of the job scripts that need no Slurm: bash and shellcheck accept them, and their directives are sound."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_bash_and_shellcheck(path: Path) -> None:
     "options", [[], ["--container-image=x/y"], ["--container-image=a://b", "--container-runtime=apptainer"]], ids=str
 )
 def test_shellcheck_takes_what_the_command_writes(tmp_path: Path, options: list[str]) -> None:
-    """Also with a setup that shellcheck would have much to say of, and lists in overrides and mounts."""
+    """Also with a setup file that shellcheck would criticise, and lists in overrides and mounts."""
     config = write_run(tmp_path)
     setup = tmp_path / "setup.sh"
     setup.write_text("source /etc/modules.sh\nmodule load $CUDA\ncd $HOME\n")
@@ -53,14 +53,14 @@ def test_shellcheck_takes_what_the_command_writes(tmp_path: Path, options: list[
 
 @each_template
 def test_no_variable_in_a_directive(path: Path) -> None:
-    """sbatch takes these lines as they are: a variable would be a file or a partition of that name."""
+    """sbatch does not expand variables in these lines: one would become a file or partition of that name."""
     assert len(directives(path)) >= 10
     assert [line for line in directives(path) if re.search(r"[$`~]", line)] == []
 
 
 @each_template
 def test_directives_come_before_the_first_command(path: Path) -> None:
-    """sbatch stops looking for them there."""
+    """sbatch stops looking for directives at the first command."""
     lines = path.read_text().splitlines()
     first = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert not any(re.match("#+SBATCH", line) for line in lines[first:])
@@ -68,7 +68,7 @@ def test_directives_come_before_the_first_command(path: Path) -> None:
 
 @each_script
 def test_nobody_meets_on_the_loopback(path: Path) -> None:
-    if path.name == "rig.sh":  # a host's own /etc/hosts has it
+    if path.name == "rig.sh":  # every host has its own /etc/hosts
         return
     assert not re.search(r"127\.\d|localhost|::1|0\.0\.0\.0", path.read_text())
 

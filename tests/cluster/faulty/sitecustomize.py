@@ -1,8 +1,8 @@
-"""Faults of a rank, below the code: on PYTHONPATH, Python imports this before anything else.
+"""Faults planted in a rank from outside its code: with this folder on PYTHONPATH, Python imports this file first.
 
-FAULTS="KIND:RANK:STEP,…" says what befalls which rank as it begins a step, counted from 1 (save: as it sends what the
-checkpoint of that step needs; slow: from that step on, until Slurm starts the job again). FAULT_FOLDER is where `gate`
-and `save` leave "STEP.reached", and wait for "STEP.open"; its cgroup is where `bloat` dies.
+FAULTS="KIND:RANK:STEP,…" names the fault of each rank and the step, counted from 1, at whose begin it happens. save:
+as the rank sends the data of that step's checkpoint. slow: from that step on, until Slurm restarts the job. `gate` and
+`save` write "STEP.reached" into FAULT_FOLDER and wait for "STEP.open"; `bloat` exceeds the cgroup in that folder.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 from types import ModuleType
 
 MIB = 1 << 20
-ALLOWANCE = 256 * MIB  # of address space, beside what the rank has mapped already
+ALLOWANCE = 256 * MIB  # of address space, beyond what the rank has mapped already
 FOREVER = 10_000
 
 
 def segfault(step: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core of a GB in the working directory
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump of a GB in the working directory
     ctypes.string_at(0)
 
 
@@ -35,14 +35,14 @@ def spin(step: int) -> None:
 
 
 def allocate(step: int) -> None:
-    """Until Python has no more."""
+    """Allocate until Python raises MemoryError."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ALLOWANCE,) * 2)
     eat()
 
 
 def bloat(step: int) -> None:
-    """Until the kernel has no more."""
+    """Allocate until the kernel kills the process."""
     Path(os.environ["FAULT_FOLDER"], "cgroup", "cgroup.procs").write_text("0")
     eat()
 
@@ -58,7 +58,7 @@ def fail(step: int) -> None:
 
 
 def hold(step: int) -> None:
-    """Waits for itself in C, without giving up the interpreter's lock and whatever signal comes."""
+    """Block in C without releasing the interpreter's lock, whatever signal arrives."""
     lock, libc = (ctypes.c_long * 16)(), ctypes.PyDLL(None)
     for _ in range(2):
         libc.pthread_mutex_lock(lock)
@@ -94,7 +94,7 @@ FAULTS: dict[str, Callable[[int], object]] = {
 
 
 def planted() -> list[tuple[str, int]]:
-    """KIND and STEP of what befalls this rank."""
+    """Return KIND and STEP of this rank's fault."""
     faults = (fault.split(":") for fault in os.environ.get("FAULTS", "").split(",") if fault)
     return [(kind, int(step)) for kind, rank, step in faults if rank == os.environ.get("RANK")]
 
@@ -127,7 +127,7 @@ PLANT = {"lowrank_dist.engine.trainer": in_steps, "lowrank_dist.engine.saving": 
 
 
 class Finder(importlib.abc.MetaPathFinder):
-    """Finds modules as ever, and plants the faults in them."""
+    """Finds modules as usual, and plants the faults in them."""
 
     def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
         if name not in PLANT:
