@@ -1,4 +1,4 @@
-"""`make gpu-check`: what can be proven only on a GPU, the most valuable first (README.md beside this file).
+"""`make gpu-check`: tests that only a GPU can pass or fail, the most valuable first (README.md beside this file).
 
 python -m tests.gpu.check        # through tests/gpu/check.sh, which sets the environment
 """
@@ -27,19 +27,25 @@ ACCURACY = (
 
 
 def workers() -> list[str]:
-    """pytest's words for several workers; each has ranks of its own, which share the GPU by turns: more are slower."""
+    """Return pytest's options for several workers.
+
+    Each worker has ranks of its own, which share the GPU by time slices, so more workers are slower.
+    """
     jobs = int(os.environ.get("GPU_CHECK_JOBS") or (os.cpu_count() or 1) // 8)
     return ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 and not absent("xdist") else []
 
 
 def tests(seconds: float, name: str, *words: str, parallel: Sequence[str] = (), if_time: bool = False) -> Stage:
-    """A stage of tests on the device. Every test is named as it ends: what ran is known also where time runs out."""
+    """Return a stage of tests on the device. Each test is printed as it ends, in case the time runs out."""
     options = ("-v", "-rfEs", "--tb=short", "--durations=5", "-p", "no:cacheprovider", "-m", "nightly or not nightly")
     return Stage(name, seconds, python("-m", "pytest", *options, *parallel, *words), if_time, tests=True)
 
 
 def short_run(name: str, launcher: str, ranks: int, dtype: str, collective: str, *, if_time: bool = False) -> Stage:
-    """A training run of a tiny model, up to PEFT's logits and the merged folder's. gloo: on one GPU alone."""
+    """Return a short training run of a tiny model, up to PEFT's logits and the merged folder's.
+
+    gloo: on one GPU only.
+    """
     options = {"launcher": launcher, "ranks": ranks, "dtype": dtype, "collective": collective, "device": DEVICE}
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     out = ROOT / "build" / "gpu-check" / f"run-{launcher}-{ranks}-{dtype}"
@@ -57,14 +63,14 @@ def several_gpus() -> bool:
     command = python("-c", "import torch; print(torch.cuda.device_count())")
     try:
         said = subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, timeout=20)
-        return int(said.stdout.strip().splitlines()[-1]) > 1  # libraries may say something before
+        return int(said.stdout.strip().splitlines()[-1]) > 1  # libraries may print before the answer
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         print(f"one GPU is assumed: torch does not say how many there are: {error}", flush=True)
         return False
 
 
 def stages() -> Iterator[Stage]:
-    """After the build, by what is least known: never run, failed once, passed once."""
+    """Return the stages after the build, the least tested first: never run, failed once, passed once."""
     several = workers()
     yield tests(30, "products and masks", *PRIMITIVES)
     yield tests(30, "masks of every operator", "tests/unit/test_ops_mask.py", parallel=several)

@@ -1,4 +1,4 @@
-"""What the GPU check runs on, and what is missing there by name. No torch is needed to say so.
+"""The machine of the GPU check, and the missing packages by name. Needs no torch.
 
     python -m tests.gpu.environment [--missing]
 
@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 
-# Distribution → module, for everything that the check imports, whatever of it a package's own metadata declares.
+# Distribution → module, for everything that the check imports, declared in a package's metadata or not.
 NEEDED = {
     "torch": "torch",
     "numpy": "numpy",
@@ -64,7 +64,7 @@ def version(distribution: str) -> str:
 
 
 def first_line(*command: str) -> str:
-    """The last line of what a program says of itself, or that it is not there."""
+    """Return the last line of a program's description of itself, or that the program is missing."""
     if shutil.which(command[0]) is None:
         return "not found"
     said = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()

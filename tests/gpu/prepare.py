@@ -1,4 +1,4 @@
-"""What `make gpu-check` and `make gpu-bench` begin with: missing packages and the compiled operators."""
+"""The first steps of `make gpu-check` and `make gpu-bench`: missing packages and the compiled operators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 USUAL_SECONDS = 330
 SITE = ROOT / "build" / "gpu-site"
 DEVICE = os.environ.get("GPU_CHECK_DEVICE", "cuda")
-# Both libraries; without the one for this device nothing that follows would mean anything.
+# Both libraries: without the one for this device no later result would mean anything.
 _BUILT = """
 import sys
 from lowrank_dist.ops.extension import describe, require_compiled
@@ -25,22 +25,22 @@ print(describe(sys.argv[1]))
 
 
 def runner(name: str) -> Runner:
-    """The runner of `name`: results in $OUT, or in build/NAME where that is not set."""
+    """Return the runner of `name`: results in $OUT, or in build/NAME where that is not set."""
     logs = ROOT / "build" / name
     seconds = float(os.environ.get("GPU_CHECK_SECONDS", USUAL_SECONDS))
     return Runner(f"make {name} on {DEVICE}", name, Path(os.environ.get("OUT") or logs), logs, seconds, USUAL_SECONDS)
 
 
 def python(*words: str) -> list[str]:
-    """A command of this interpreter."""
+    """Return a command of this Python interpreter."""
     return [sys.executable, *words]
 
 
 def execute(run: Runner, beside: Sequence[Stage], after: Sequence[Stage], *, without_operators: bool) -> int:
-    """Run a whole check or benchmark and return its exit code; GPU_CHECK_ONLY names the stages of a part.
+    """Run a whole check or benchmark and return its exit code; GPU_CHECK_ONLY names stages to run alone.
 
-    beside: the stages that need no compiled operators, which run while these are built. without_operators: go on though
-    the build failed.
+    beside: the stages that need no compiled operators and run during the build. without_operators: continue even if the
+    build failed.
     """
     only = {name.strip() for name in os.environ.get("GPU_CHECK_ONLY", "").split(",") if name.strip()}
     chosen = select([*beside, *after], only)
@@ -58,7 +58,7 @@ def execute(run: Runner, beside: Sequence[Stage], after: Sequence[Stage], *, wit
 
 
 def install_wheels(run: Runner) -> None:
-    """Install what .whl/ carries into build/gpu-site where this interpreter lacks something that is needed."""
+    """Install the wheels of .whl/ into build/gpu-site where this interpreter lacks a needed package."""
     wheels = sorted(str(wheel) for wheel in (ROOT / ".whl").glob("*.whl"))
     if not wheels or not any(absent(module) for module in NEEDED.values()):
         return
@@ -68,14 +68,17 @@ def install_wheels(run: Runner) -> None:
 
 
 def environment() -> Stage:
-    """A look at the machine: what it has, and what it lacks by name."""
+    """Return the stage that reports the machine and its missing packages."""
     return Stage("environment", 30, python("-m", "tests.gpu.environment", "--device", DEVICE))
 
 
 def build(run: Runner, beside: Sequence[Stage] = ()) -> bool:
-    """Build the extension, and run meanwhile what does not need it. Whether the operators are there."""
+    """Build the extension, and meanwhile run the stages that do not need it.
+
+    Returns whether the operators are there.
+    """
     command = ["sh", "-c", '"$0" setup.py build_ext --inplace && "$0" -c "$1" "$2"', sys.executable, _BUILT, DEVICE]
-    # It took 31 s on an H200's 16 cores. To cut it off sooner would gain nothing: all else stands on it.
+    # The build took 31 s on an H200's 16 cores. A shorter limit would gain nothing: all later stages need it.
     building = run.start(Stage("build the extension", 90, command))
     for stage in beside:
         run.run(stage)

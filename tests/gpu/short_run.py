@@ -1,9 +1,9 @@
-"""A short training run of a tiny model, from launcher to merged folder, and the proof that its outputs are true.
+"""A short training run of a tiny model, from launcher to merged folder, and a check of its outputs.
 
     python -m tests.gpu.short_run --launcher deepspeed --ranks 1 --dtype fp32 --device cuda --collective nccl --out DIR
 
-Held against each other: the logits that the trained, sharded model itself computed (the probe), plain PEFT on base and
-adapter, and plain transformers on the merged folder; the latter two on a CPU in fp32.
+Compared are the logits of the trained, sharded model itself (the probe), of plain PEFT on base and adapter, and of
+plain transformers on the merged folder; the latter two on a CPU in fp32.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ STEPS = 20
 WORDS = ("cat", "dog", "ant", "hen", "rat", "pig")
 # Largest difference over the largest |logit|. bf16: the base computes in it, and the merged weights are rounded to it.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.03}
-FAR = 0.3  # how far the untrained base must at least be, so that the above means something
+FAR = 0.3  # smallest distance of the untrained base, without which the tolerance would mean nothing
 
 
 def write_config(options: argparse.Namespace, base: Path) -> Path:
-    """Data and configuration of the run: uneven samples of one simple rule, TP over all ranks, dropout on."""
+    """Write data and configuration of the run: uneven samples of one simple rule, TP over all ranks, dropout on."""
     rows = [
         {"prompt": f"{WORDS[i % 6]} {'x' * (i % 5)}:", "completion": f"{WORDS[i % 6]} " * (i % 4 + 1)}
         for i in range(24)
@@ -59,18 +59,18 @@ def write_config(options: argparse.Namespace, base: Path) -> Path:
 
 
 def launch(options: argparse.Namespace, config: Path) -> str:
-    """Run launch/train.py under the launcher; returns what it printed."""
+    """Run launch/train.py under the launcher; return its output."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     if options.launcher == "deepspeed":
         words = ["deepspeed.launcher.runner", "--num_gpus", options.ranks, "--master_port", port]
     else:
-        # An address and not --standalone, which asks for the host's name: a machine without a network may not know it.
+        # An address, since --standalone looks up the host's name: a machine without a network may not resolve it.
         address = ["--master-addr", "127.0.0.1", "--master-port", port]
         words = ["torch.distributed.run", "--nproc-per-node", options.ranks, *address]
     words = [sys.executable, "-m", *words, "launch/train.py", config]
-    # The launcher must be on the same side as its ranks; they choose theirs from model.device.
+    # The launcher must use the same device type as its ranks, which take theirs from model.device.
     environment = {**os.environ, "DS_ACCELERATOR": options.device}
     done = subprocess.run(
         list(map(str, words)), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

@@ -1,9 +1,8 @@
 """Runs the stages of `make gpu-check` and `make gpu-bench`, each bounded in time and all of them within one budget.
 
-What a stage said is kept as soon as it ends, and one that fails, hangs or cannot start does not keep the next from
-running. In the folder for results lie two files: NAME.txt, the table, written anew after every stage, and NAME.log,
-which every stage's output is added to. A signal that ends the runner ends its stages, and the table says so. No torch
-is needed here.
+The output of a stage is kept as soon as it ends. A stage that fails, hangs or cannot start does not stop the next. The
+results folder gets two files: NAME.txt, the table, rewritten after every stage, and NAME.log, to which every stage's
+output is added. A signal that ends the runner ends its stages, and the table says so. Needs no torch.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 
-# A stage has this long to say what it found once its time is over; then it is killed.
+# Once its time is over, a stage has this long to print what it found; then it is killed.
 GRACE = 5.0
-# Of a stage's output, what the log that is sent back keeps, and what is printed where it failed.
+# The bytes of a stage's output that the log keeps, and the lines and columns printed where it failed.
 KEPT_BYTES, SHOWN_LINES, SHOWN_COLUMNS = 2**20, 40, 300
-# A process that is killed is gone in this time, unless a driver holds it.
+# A killed process is gone after this time, unless a driver holds it.
 DYING = 5.0
 _MARK = "GPU_CHECK_STAGE"
 _ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -37,10 +36,10 @@ _PYTEST = re.compile(r"((?:\d+ (?:passed|failed|errors?|skipped|deselected|xfail
 
 @dataclass(frozen=True)
 class Stage:
-    """One command. seconds: at most, GRACE included. if_time: that it is not begun for want of time is no failure.
+    """One command. seconds: its limit, GRACE included. if_time: skipping it for lack of time is no failure.
 
-    Code 0 alone is no success where more is expected. tests: at least one passes. writes: the JSON that it leaves,
-    complete, in the runner's `out`. when: asked as its turn comes; where it says no there is no such stage.
+    Needed beyond exit code 0: tests: at least one passes. writes: the name of a JSON in the runner's `out` that must
+    be complete. when: called when its turn comes; where it returns False the stage does not exist.
     """
 
     name: str
@@ -54,7 +53,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a stage ended. result: "ok", "FAILED: …" or "not run: …"; says: its own last words."""
+    """How a stage ended. result: "ok", "FAILED: …" or "not run: …"; says: the last line of its output."""
 
     stage: Stage
     seconds: float
@@ -68,7 +67,7 @@ class Outcome:
 
 @dataclass
 class Running:
-    """A stage that was started; `process` is None where that failed. began: by the wall clock; until: monotonic.
+    """A started stage; `process` is None where the start failed. began: by the wall clock; until: monotonic.
 
     mark: in the environment of every process of the stage, whatever session or parent it has.
     """
@@ -88,12 +87,12 @@ class Stopped(BaseException):
 
 @dataclass
 class Runner:
-    """title: what runs, for the table. name: of the two files in `out`. logs: a folder for each stage's whole output.
+    """Runs stages. title: of the table. name: of the two files in `out`. logs: folder for each stage's whole output.
 
-    As a context it answers signals: they end the stages and the context, and `close` returns 1.
+    As a context it handles signals: they end the stages and the context, and `close` returns 1.
 
-    seconds: the budget of all stages, counted from when the runner is made; `usual` is the one that the stages' own
-    limits are meant for, and a larger budget stretches them.
+    seconds: the budget of all stages, counted from when the runner is made. usual: the budget that the stages' own
+    limits are made for; a larger budget stretches them.
     """
 
     title: str
@@ -113,7 +112,7 @@ class Runner:
         self.log.write_text("", encoding="utf-8")
         self._running: list[Running] = []
         self._stopped = ""
-        self._write_table()  # over that of a run before this one
+        self._write_table()  # replaces the table of an earlier run
 
     def __enter__(self) -> Runner:
         self._handlers = {number: signal.signal(number, self._stop) for number in _ENDING}
@@ -138,7 +137,7 @@ class Runner:
         raise Stopped
 
     def forget(self, stages: Iterable[Stage]) -> None:
-        """Remove what the stages wrote in a run before this one, so that it does not pass as this one's."""
+        """Remove the files that these stages wrote in an earlier run, so that they do not pass as this run's."""
         for stage in stages:
             if stage.writes:
                 (self.out / stage.writes).unlink(missing_ok=True)
@@ -148,11 +147,11 @@ class Runner:
         return time.monotonic() - self._began
 
     def run(self, stage: Stage) -> bool:
-        """Run a stage to its end; whether it succeeded."""
+        """Run a stage to its end; return whether it succeeded."""
         return self.finish(self.start(stage))
 
     def start(self, stage: Stage) -> Running | None:
-        """Start a stage, to be handed to `finish`; None where too little time is left, or there is no such stage."""
+        """Start a stage, to be passed to `finish`; None where too little time is left or the stage does not exist."""
         if stage.when is not None and not stage.when():
             return None
         limit = min(stage.seconds * max(1.0, self.seconds / self.usual), self.seconds - self.elapsed)
@@ -164,7 +163,7 @@ class Runner:
         began, until, mark = time.time(), time.monotonic() + limit, uuid.uuid4().hex
         with log.open("wb") as stream:
             try:
-                # A session of its own, so that whatever the stage leaves behind can be ended with it.
+                # A session of its own, so that all processes that the stage leaves behind can be killed with it.
                 process = subprocess.Popen(
                     list(stage.command),
                     stdin=subprocess.DEVNULL,
@@ -182,20 +181,20 @@ class Runner:
         return running
 
     def finish(self, running: Running | None) -> bool:
-        """Wait for a started stage, end it where its time is over, and keep its outcome; whether it succeeded."""
+        """Wait for a started stage, end it when its time is over, and keep its outcome; return whether it succeeded."""
         if running is None:
             return False
-        # One that ran beside others may have ended before: with its last word, as far as can be told.
+        # A stage beside others may have ended earlier. Its last output is the best estimate of when.
         over = running.process is None or running.process.poll() is not None
         ended = running.log.stat().st_mtime if over else None
         code, late = _wait(running)
         result = "ok" if code == 0 else f"FAILED: code {code}"
-        if late and code != 0:  # one that was at its end anyway, and says so, has not failed
+        if late and code != 0:  # a stage that ended well although late has not failed
             result = f"FAILED: ran past {running.limit:.0f} s" + (", cannot be killed" if code is None else "")
         return self._ended(running, result, ended)
 
     def _ended(self, running: Running, result: str, ended: float | None = None) -> bool:
-        """Keep the outcome of a stage that no longer runs; whether it succeeded. ended: when, if not now."""
+        """Keep the outcome of a stage that has ended; return whether it succeeded. ended: the time, if not now."""
         text = running.log.read_bytes()[-KEPT_BYTES:].decode("utf-8", errors="replace")
         seconds = max(0.0, (ended or time.time()) - running.began)
         says = last_words(text)
@@ -210,7 +209,7 @@ class Runner:
         return not outcome.failed
 
     def _unproven(self, stage: Stage, says: str) -> str:
-        """Why code 0 is not believed; "" where it is."""
+        """Return why exit code 0 is not enough; "" where it is."""
         if stage.tests and not re.search(r"\b[1-9]\d* passed", says):
             return "FAILED: no test passed"
         if stage.writes:
@@ -234,7 +233,7 @@ class Runner:
             (self.out / f"{self.name}.txt").write_text(self.table(), encoding="utf-8")
 
     def table(self) -> str:
-        """What has run so far: stage, seconds, result, and what it said last."""
+        """Return the table of the stages so far: stage, seconds, result, last line of output."""
         rows = [("stage", "seconds", "result", "says")]
         rows += [(o.stage.name, f"{o.seconds:.1f}", o.result, o.says) for o in self.outcomes]
         names, _, results = (max(len(row[column]) for row in rows) for column in range(3))
@@ -250,7 +249,10 @@ class Runner:
 
 
 def select(stages: Collection[Stage], only: Collection[str]) -> list[Stage]:
-    """Return the stages of these names, in their own order; all where none is named. SystemExit at an unknown name."""
+    """Return the stages of these names, in their own order; all where none is named.
+
+    Raises SystemExit for an unknown name.
+    """
     unknown = set(only) - {stage.name for stage in stages}
     if unknown:
         known = "".join(f"\n  {stage.name}" for stage in stages)
@@ -260,7 +262,7 @@ def select(stages: Collection[Stage], only: Collection[str]) -> list[Stage]:
 
 @contextlib.contextmanager
 def _reported() -> Iterator[None]:
-    """A full disk, or a folder for results that is gone, ends no stage: what is lost there is printed as well."""
+    """Print an OSError instead of raising it: a full disk or a missing results folder must end no stage."""
     try:
         yield
     except OSError as error:
@@ -268,14 +270,17 @@ def _reported() -> Iterator[None]:
 
 
 def _end_with_the_runner() -> None:
-    """In a stage before its command: the kernel kills it once the runner is dead, however that died."""
+    """Let the kernel kill this process, a stage before its command, once the runner is dead, however it died."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # A shell lets what it starts in the background ignore this one, which then could not tell a stage to end.
+    # A shell's background processes ignore SIGINT, which would then not reach the stage.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait(running: Running) -> tuple[int | None, bool]:
-    """The exit code of a stage, and whether its time ran out. Nothing of it is left behind; None: it does not die."""
+    """Wait for a stage and kill what it leaves behind. Return its exit code, and whether its time ran out.
+
+    The code is None where the process does not die.
+    """
     process, late = running.process, False
     if process is None:
         return 127, False
@@ -283,7 +288,7 @@ def _wait(running: Running) -> tuple[int | None, bool]:
         process.wait(max(0.0, running.until - GRACE - time.monotonic()))
     except subprocess.TimeoutExpired:
         late = True
-        # An interrupt first: pytest then still says what has failed.
+        # SIGINT first: pytest then still reports its failures.
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(max(0.0, running.until - time.monotonic()))
@@ -292,7 +297,7 @@ def _wait(running: Running) -> tuple[int | None, bool]:
 
 
 def _kill(running: Running) -> None:
-    """Kill all of a stage's processes: a launcher's ranks too, which have sessions of their own."""
+    """Kill all of a stage's processes, including a launcher's ranks, which have sessions of their own."""
     until = time.monotonic() + DYING
     while time.monotonic() < until:
         left = _marked(running.mark)
@@ -307,17 +312,17 @@ def _kill(running: Running) -> None:
 
 
 def _marked(mark: str) -> list[int]:
-    """The processes that have the mark in their environment."""
+    """Return the processes that have the mark in their environment."""
     sign, found = f"{_MARK}={mark}".encode(), []
     for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):  # another user's, or it has ended
+        with contextlib.suppress(OSError):  # another user's process, or one that has ended
             if sign in path.read_bytes():
                 found.append(int(path.parent.name))
     return found
 
 
 def last_words(text: str) -> str:
-    """pytest's count of tests where there is one, else the last line that is not empty."""
+    """Return pytest's count of tests where there is one, else the last line that is not empty."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     counts = (match[1] for line in reversed(lines[-30:]) if (match := _PYTEST.match(line.strip("= "))))
     return next(counts, lines[-1] if lines else "")[:100]

@@ -1,6 +1,7 @@
-"""What everything else stands on, on the device under test: collectives of every kind we use, products, dropout masks.
+"""The basis of everything else, on the device under test: all collectives in use, products, dropout masks.
 
-These fail first and name the part, where a whole run on the device would only be wrong. LOWRANK_DIST_TEST_DEVICE=cuda.
+These tests fail first and name the part, where a whole run on the device would only be wrong. Run them with
+LOWRANK_DIST_TEST_DEVICE=cuda.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, 
 
 
 def rows_of(rank: int, size: int, dtype: torch.dtype) -> Tensor:
-    """[4 · size, 3] small whole numbers, so that sums are exact in every dtype."""
+    """Return [4 · size, 3] small whole numbers, whose sums are exact in every dtype."""
     generator = torch.Generator().manual_seed(rank)
     return torch.randint(-8, 9, (4 * size, 3), generator=generator).to(dtype)
 
 
 def collectives(name: str) -> dict[str, np.ndarray]:
-    """One rank: every collective of this package, of Megatron and of DeepSpeed's ZeRO, by name."""
+    """On one rank: return the results of all collectives of this package, Megatron and DeepSpeed's ZeRO, by name."""
     import torch.distributed as dist
 
     from lowrank_dist.parallel.collectives import all_gather_columns, all_reduce, gather_rows, reduce_scatter_rows
@@ -34,7 +35,7 @@ def collectives(name: str) -> dict[str, np.ndarray]:
     group, device = dist.group.WORLD, ranks.device()
     mine = rows_of(group.rank(), group.size(), DTYPES[name]).to(device)
     found = {"gather columns": all_gather_columns(mine, group)}
-    # A slow product before and a use straight after: what is sent must be complete, and what arrives awaited.
+    # A slow product before, a use straight after: the collective must wait for its input, the use for its result.
     heavy = torch.ones(512, 512, device=device)
     for _ in range(20):
         heavy = heavy @ heavy * (1 / 512)
@@ -84,7 +85,7 @@ def test_collectives(name: str, size: int) -> None:
 
 
 def products(dtype: str) -> tuple[float, float]:
-    """Worst error of the frozen product, with and without bias, into a wider message too; and TF32's for scale."""
+    """Return the largest error of the frozen product, with and without bias and into a wider message; and TF32's."""
     from lowrank_dist.ops.linear import linear, linear_into
 
     generator = torch.Generator().manual_seed(3)
@@ -102,14 +103,14 @@ def products(dtype: str) -> tuple[float, float]:
 
 
 def test_products_are_full_precision() -> None:
-    """fp32 is fp32 and not TF32, which would be seen: its own error is a thousand times the one allowed."""
+    """fp32 is not TF32, whose error is a thousand times the allowed one."""
     found, tf32 = run_ranks(1, products, "fp32")[0]
     assert found < 2e-6 < 1e-4 < tf32
     assert run_ranks(1, products, "fp64")[0][0] < 1e-14
 
 
 def masks(device: str) -> np.ndarray:
-    """The mask as `down` draws it: ones through the identity come out where they are kept."""
+    """Return the mask as `down` draws it: ones through the identity are nonzero where they are kept."""
     from lowrank_dist.ops.low_rank import down
     from lowrank_dist.ops.mask import Mask, quantise
 
@@ -124,17 +125,17 @@ def masks(device: str) -> np.ndarray:
 
 
 def test_dropout_draws_the_same_mask_as_on_a_cpu() -> None:
-    """Bit for bit; the device under test runs another implementation."""
+    """Bit for bit, although the device under test has another implementation."""
     expected = run_ranks(1, masks, "cpu")[0]
     assert 0 < (expected == 0).mean() < 0.3
     assert (run_ranks(1, masks, "under test")[0] == expected).all()
 
 
 def replayed(compute: Callable[[], None]) -> Callable[[], None]:
-    """The same work as a captured CUDA graph; on a CPU, which has none, the function itself."""
+    """Return the same work as a captured CUDA graph; on a CPU, which has none, the function itself."""
     if ranks.device().type != "cuda":
         return compute
-    # Once beforehand, on another stream, as capture asks for: libraries allocate on their first call.
+    # Once beforehand, on another stream, as capture requires: libraries allocate on their first call.
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -147,7 +148,10 @@ def replayed(compute: Callable[[], None]) -> Callable[[], None]:
 
 
 def linear_over_steps(tokens: int, broken: bool) -> list[bool]:
-    """One rank: a whole linear with dropout, captured once and replayed over steps; whether each equals eager."""
+    """On one rank: capture a whole linear with dropout once and replay it over steps.
+
+    Returns, for each step, whether the result equals eager execution.
+    """
     from lowrank_dist.ops.mask import Mask, quantise
     from lowrank_dist.parallel.autograd import LocalLinear
     from lowrank_dist.parallel.factors import FactorShard, LowRankFactors
@@ -190,6 +194,9 @@ def linear_over_steps(tokens: int, broken: bool) -> list[bool]:
 
 @pytest.mark.parametrize("tokens", [1, 3, 64, 1000])
 def test_a_captured_graph_draws_the_mask_of_the_step_it_finds(tokens: int) -> None:
-    """Forward and backward are captured once; the step is written where it lies, on the device. The last: a control."""
+    """Forward and backward are captured once; each step number is written into device memory.
+
+    The last case is a control.
+    """
     assert run_ranks(1, linear_over_steps, tokens, False) == [[True, True, True]]
     assert run_ranks(1, linear_over_steps, tokens, True) == [[True, True, False]]
