@@ -1,1 +1,1 @@
-"""Mutated files against every reader of what users hand us; `python -m tests.fuzz` prints a line for each."""
+"""Mutated files against every reader of user-supplied files; `python -m tests.fuzz` prints a line for each."""

@@ -1,4 +1,4 @@
-"""python -m tests.fuzz [--structured N] [--bytes N] [READER ...]: the whole, with the branches that each reached."""
+"""python -m tests.fuzz [--structured N] [--bytes N] [READER ...]: run every reader and count its branches."""
 
 from __future__ import annotations
 

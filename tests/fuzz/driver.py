@@ -1,7 +1,7 @@
-"""Feeds one reader its mutations in a forked child, and judges: what it raised, its time, its memory, what it took.
+"""Feeds one reader its mutations in a forked child, and judges the exceptions, time, memory and values.
 
-The child is ended after `SECONDS` of CPU for one input. Every answer but a value or a UserError is a failure, and so is
-a value that a reader's judge does not find in the file.
+The child is killed after `SECONDS` of CPU for one input. Any outcome but a value or a UserError is a failure, and so is
+a value that the reader's judge does not find in the file.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from tests.fuzz.readers import Built, Reader
 
 SECONDS = 10.0
 MEMORY = 1 << 30
-# Every third input's branches are followed, at many times the cost of reading it.
+# Branches are traced for every third input, which costs many times the reading itself.
 TRACED = 3
 ROOT = Path(__file__).parents[2]
-# File, first line of the function, and the way from one instruction to another.
+# File, first line of the function, offsets of the jump and its target.
 Branch = tuple[str, int, int, int]
-ENTERED = -1  # the function's own beginning
+ENTERED = -1  # entry of the function
 
 
 @dataclass
 class Result:
-    """What one reader did with its inputs. branches: (reached, there are) of the functions that it enters."""
+    """The results of one reader over its inputs. branches: (reached, total) in the functions that it enters."""
 
     name: str
     structured: int = 0
@@ -54,7 +54,7 @@ class Result:
 
 
 def inputs(reader: Reader, built: Built, structured: int, by_bytes: int) -> Iterator[tuple[str, bytes]]:
-    """Yield (label, content), the same for the same numbers."""
+    """Yield (label, content), the same contents for the same counts."""
     tree, whole = reader.tree(built), reader.whole(built)
     for number in range(structured):
         label = f"{reader.name}/tree/{number}"
@@ -65,7 +65,7 @@ def inputs(reader: Reader, built: Built, structured: int, by_bytes: int) -> Iter
 
 
 def fuzz(reader: Reader, built: Built, structured: int, by_bytes: int, *, branches: bool = False) -> Result:
-    """Feed a reader so many mutations of each kind."""
+    """Feed a reader this many mutations of each kind."""
     result = Result(reader.name, structured=structured)
     began = time.monotonic()
     all_inputs = list(inputs(reader, built, structured, by_bytes))
@@ -88,7 +88,7 @@ def _batch(
     result: Result,
     reached: set[Branch] | None,
 ) -> int:
-    """Read in a child until it ends; return the place to go on at, behind what ended it."""
+    """Read in a child until it ends; return the index to continue at, after the input that ended it."""
     source, sink = os.pipe()
     child = os.fork()
     if child == 0:
@@ -157,7 +157,7 @@ def _child(reader: Reader, built: Built, own: list[tuple[str, bytes]], sink: int
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     tracer = Tracer(reader.modules) if branches else None
     for number, (_, content) in enumerate(own):
-        # The peak of resident memory counts from here on.
+        # The peak of resident memory is counted from here on.
         Path("/proc/self/clear_refs").write_text("5")
         before, began = _resident("VmRSS:"), time.process_time()
         traced = tracer is not None and number % TRACED == 0
@@ -184,7 +184,7 @@ def _read(reader: Reader, built: Built, content: bytes, tracer: Tracer | None) -
         except UnicodeError:
             return {"kind": "refused", "failure": "a message that cannot be printed"}
         return {"kind": "refused", "failure": "" if str(error) else "an error without a message"}
-    except BaseException as error:  # a panic of Rust's, a recursion, what there may be
+    except BaseException as error:  # a panic in Rust, a RecursionError, or anything else
         frames = traceback.extract_tb(error.__traceback__)
         ours = [f"{Path(f.filename).name}:{f.lineno}" for f in frames if "lowrank_dist" in f.filename]
         return {"kind": "raised", "failure": f"{type(error).__name__}: {str(error)[:120]!a} at {' '.join(ours[-3:])}"}
@@ -197,7 +197,7 @@ def _resident(name: str) -> int:
 
 
 class Tracer:
-    """Follows the conditional jumps of some modules: which way each went."""
+    """Traces the conditional jumps of some modules, and which way each went."""
 
     def __init__(self, modules: tuple[str, ...]) -> None:
         self._files = {str(ROOT / module) for module in modules}
@@ -226,13 +226,13 @@ class Tracer:
         return follow
 
     def take(self) -> list[Branch]:
-        """Return what was found since it was asked last."""
+        """Return the branches found since the last call."""
         found, self._found = self._found, set()
         return list(found)
 
 
 def jumps(code: CodeType) -> Iterator[tuple[int, int]]:
-    """Yield (jump, target) of each way that a conditional jump may go."""
+    """Yield (jump, target) for each direction of a conditional jump."""
     instructions = list(dis.get_instructions(code))
     for here, following in zip(instructions, instructions[1:], strict=False):
         if "JUMP" in here.opname and "IF" in here.opname or here.opname == "FOR_ITER":
@@ -241,14 +241,14 @@ def jumps(code: CodeType) -> Iterator[tuple[int, int]]:
 
 
 def branches_of(modules: tuple[str, ...]) -> Iterator[Branch]:
-    """Yield the branches of all functions in some modules, those of an import not."""
+    """Yield the branches of all functions in some modules, without those that run at import."""
     for module in modules:
         path = ROOT / module
         waiting = [compile(path.read_text(), str(path), "exec")]
         while waiting:
             code = waiting.pop()
             waiting += [each for each in code.co_consts if isinstance(each, CodeType)]
-            if code.co_flags & 0x2:  # has locals of its own, as a function has, and a module or class has not
+            if code.co_flags & 0x2:  # a function has its own locals; a module or class does not
                 yield from ((path.name, code.co_firstlineno, start, end) for start, end in jumps(code))
 
 

@@ -1,4 +1,4 @@
-"""Mutations of trees and of bytes, each from one seed: the same number gives the same file for ever."""
+"""Mutations of trees and of bytes, each from one seed: the same number always gives the same file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 Path_ = tuple[Any, ...]
-# A token of JSON that Python would not write: what stands in a text in its place, until it is replaced.
+# A placeholder in strings, replaced in the end by a JSON token that Python would not write.
 _RAW = re.compile(r'"@RAW(\d+)@"')
 RAW = ("9" * 5000, "-" + "1" * 400, "1e999", "NaN", "-Infinity", "0x10", "01", "1.", "[" * 2000, '{"a":' * 1500)
 _DUPLICATE = "@DUPLICATE@"
@@ -38,7 +38,7 @@ _WORDS = ("", "x", "q_proj", "__class__", "a.b", "k" * 5000, "\x1b[31m", "\ud83d
 
 
 def places(tree: Any, at: Path_ = ()) -> Iterator[Path_]:
-    """Yield the path of every value in a tree but its root."""
+    """Yield the path of every value in a tree except its root."""
     inner = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
     for key, value in inner:
         yield (*at, key)
@@ -52,7 +52,7 @@ def get(tree: Any, path: Path_) -> Any:
 
 
 def differences(old: Any, new: Any, at: Path_ = ()) -> Iterator[Path_]:
-    """Yield the paths at which two trees differ, the deepest that say it; of a key that only one has, its own."""
+    """Yield the deepest paths at which two trees differ; for a key that only one tree has, the key's own path."""
     if isinstance(old, dict) and isinstance(new, dict):
         for key in old.keys() | new.keys():
             if key in old and key in new:
@@ -67,7 +67,7 @@ def differences(old: Any, new: Any, at: Path_ = ()) -> Iterator[Path_]:
 
 
 def mutate_tree(rng: random.Random, tree: Any) -> Any:
-    """Return a copy with one to three places changed: another type or size, gone, twice, renamed, nested, swapped."""
+    """Return a copy with one to three values changed: type or size, removed, doubled, renamed, nested, swapped."""
     tree = copy.deepcopy(tree)
     for _ in range(rng.choice((1, 1, 1, 1, 2, 3))):
         found = list(places(tree))
@@ -126,13 +126,13 @@ def _lives(tree: Any, path: Path_) -> bool:
 
 
 def to_json(tree: Any) -> bytes:
-    """Return the text of a mutated tree, with the tokens and the double keys that are no tree's."""
+    """Return the JSON of a mutated tree, including tokens and duplicate keys that no tree can hold."""
     text = json.dumps(tree).replace(_DUPLICATE, "")
     return _RAW.sub(lambda match: RAW[int(match[1])], text).encode()
 
 
 def mutate_bytes(rng: random.Random, content: bytes) -> bytes:
-    """Return the content cut, flipped, grown, moved or preceded by what no such file has."""
+    """Return the content cut, with flipped bits, grown, moved, or after bytes that no such file has."""
     at = rng.randrange(len(content) + 1)
     match rng.randrange(12):
         case 0:

@@ -1,9 +1,8 @@
-"""The readers of what users hand us: the file that each is fed, and what a value that it returns must be to be right.
+"""The readers of user-supplied files: the file that each is fed, and the conditions under which its value is right.
 
-A judge knows nothing of the reader: it holds the value against Python's own reading of the file (`json`, `yaml`'s base
-loader, safetensors' own header). Of a configuration it asks two things. A key that differs from the file that was
-written and changes nothing must be one of those that are listed as without effect; and one that changes something must
-hold a value of the kind that belongs there.
+A judge does not use the reader. It compares the value with Python's own reading of the file (`json`, `yaml`'s base
+loader, safetensors' own header). For a configuration it checks two things: a changed key that changes no value must be
+listed as without effect, and a changed value must have the type that belongs there.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from tests.tiny_models import make_tiny
 
 Built = Mapping[str, Path]
 Place_ = Callable[[Built], Path]
-# What transformers keeps for training, generation or other kinds of models, and what other keys make void.
+# Keys that transformers keeps for training, generation or other models, and keys that other keys make void.
 _CONFIG_IDLE = frozenset(
     "architectures bos_token_id eos_token_id pad_token_id dtype torch_dtype transformers_version initializer_range "
     "use_cache pretraining_tp attention_dropout return_dict output_hidden_states output_attentions init_std n_ctx "
@@ -63,10 +62,10 @@ _LEARNED_IDLE = frozenset(
 
 @dataclass(frozen=True)
 class Reader:
-    """One reader. file: what it is fed. tree: the file as a tree; encode: a mutated tree as the file's content.
+    """One reader. file: the file it is fed. tree: that file as a tree. encode: a mutated tree as file content.
 
-    judge: what is wrong with a value that was returned for a content, None where nothing is. modules: whose branches
-    are counted.
+    judge: what is wrong with a value returned for a content, None where nothing is. modules: those whose branches are
+    counted.
     """
 
     name: str
@@ -78,7 +77,7 @@ class Reader:
     judge: Callable[[Built, bytes, Any], str | None]
 
     def whole(self, built: Built) -> bytes:
-        """Return the file as it was built; it lies beside the one that is mutated."""
+        """Return the file as it was built; it lies beside the mutated one."""
         return beside(self.file(built)).read_bytes()
 
     def place(self, built: Built, content: bytes) -> None:
@@ -91,7 +90,7 @@ def beside(path: Path) -> Path:
 
 
 def build(root: Path) -> Built:
-    """Return name → folder of all that is read, each reader's in a folder of its own."""
+    """Return name → folder of all files that are read, each reader's in a folder of its own."""
     base = make_tiny("llama", root / "base")
     built = {"base": base}
     for family in ("llama", "qwen2", "gpt2", "opt"):
@@ -169,7 +168,10 @@ def _kind(value: Any) -> str:
 
 
 def tree_judge(reader_file: Place_, read: Callable[[Built], Any], idle: frozenset[str], loose: frozenset[str]) -> Any:
-    """Return a judge by differences from the file as it was written. idle: keys without effect; loose: of any kind."""
+    """Return a judge that compares the file with the one that was written.
+
+    idle: keys without effect; loose: keys of any type.
+    """
     meanings: dict[Path, Any] = {}
 
     def judge(built: Built, content: bytes, value: Any) -> str | None:
@@ -200,7 +202,7 @@ def tree_judge(reader_file: Place_, read: Callable[[Built], Any], idle: frozense
 
 
 def _says_the_same(old: Any, new: Any, at: tuple[Any, ...]) -> bool:
-    """Return whether a key is gone or null, and so what it is by default, or the same number in another spelling."""
+    """Return whether a key is removed or null, which means its default, or is the same number in another spelling."""
     try:
         after = get(new, at)
     except (KeyError, IndexError, TypeError):
@@ -208,12 +210,12 @@ def _says_the_same(old: Any, new: Any, at: tuple[Any, ...]) -> bool:
     try:
         before = get(old, at)
     except (KeyError, IndexError, TypeError):
-        return True  # a key that nobody knows
+        return True  # a key that no reader knows
     return after is None or before is None or (_kind(before) == _kind(after) == "number" and before == after)
 
 
 def rows_judge(built: Built, content: bytes, records: Any) -> str | None:
-    """What was read is what Python reads, line by line."""
+    """Compare the records that were read with Python's own reading, line by line."""
     rows = records.completions or records.conversations
     lines = [line for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
     if len(lines) != len(rows):
@@ -225,7 +227,7 @@ def rows_judge(built: Built, content: bytes, records: Any) -> str | None:
             same = (row.prompt, row.completion) == (said["prompt"], given)
         else:
             texts = [{key: turn.pop(key) for key in ("role", "content")} for turn in said["messages"]]
-            # Keys about a message, which no template shows, and what says nothing.
+            # Other keys of a message, which no template shows; empty values do not count.
             rest = [key for turn in said["messages"] for key, value in turn.items() if value not in (None, "", [], {})]
             same = row.messages == texts and set(rest) <= {"model"}
         if not same:
@@ -234,7 +236,7 @@ def rows_judge(built: Built, content: bytes, records: Any) -> str | None:
 
 
 def yaml_judge(built: Built, content: bytes, config: Any) -> str | None:
-    """A key of the file that differs changes what is read at that key, and nothing else changes."""
+    """A changed key of the file changes only the value at that key."""
     old, new = RUN, yaml.load(content.decode(), yaml.BaseLoader)
     before, after = _baseline(built), config.read_keys()
     old = yaml.load(yaml.safe_dump(old), yaml.BaseLoader)
@@ -252,7 +254,7 @@ def _baseline(built: Built) -> Any:
 
 
 def header_judge(file: Place_) -> Callable[[Built, bytes, Any], str | None]:
-    """Return a judge that holds names, types and shapes against the header, read by Python."""
+    """Return a judge that compares names, types and shapes with the header, read by Python."""
 
     def judge(built: Built, content: bytes, found: Any) -> str | None:
         length = int.from_bytes(content[:8], "little")
@@ -307,7 +309,7 @@ def stop_judge(built: Built, content: bytes, found: Any) -> str | None:
 
 
 def anything(built: Built, content: bytes, value: Any) -> str | None:
-    """No judge: the library that cuts text is the one that says what a tokenizer.json means."""
+    """Accept everything: only the tokenizers library defines the meaning of a tokenizer.json."""
     return None
 
 
@@ -379,12 +381,12 @@ def _weights(folder: Path) -> Any:
 
 
 def _words(content: bytes) -> list[str]:
-    """Return what Linux hands a process: text without a zero byte, whose bytes need be no UTF-8."""
+    """Return words as Linux passes them to a process: split at zero bytes, not necessarily UTF-8."""
     return [word.decode("utf-8", "surrogateescape") for word in content.split(b"\0") if word]
 
 
 def _to_words(tree: Any, built: Built) -> bytes:
-    """Return a mapping as variables, other trees as words."""
+    """Return a mapping as environment variables, another tree as words."""
     pairs = tree.items() if isinstance(tree, dict) else [("", tree)]
     text = "\0".join(f"{name}={value}".replace("\0", " ") for name, value in pairs)
     return text.encode("utf-8", "surrogatepass")
@@ -406,7 +408,7 @@ def _options(built: Built) -> Any:
 
 
 def _command(built: Built) -> Any:
-    """Return the hostfile of a command line, the only thing of deepspeed's that is read."""
+    """Return the hostfile of a command line, the only one of deepspeed's options that is read."""
     return named_hostfile(_words((built["hostfile"] / "command").read_bytes()))
 
 
@@ -423,7 +425,7 @@ def _read_tokenizer(folder: Path) -> Any:
 
 
 def _to_yaml(tree: Any, built: Built) -> bytes:
-    """Return YAML's block style, or its flow style, which is JSON's, where that cannot be written."""
+    """Return the tree as YAML in block style, or as JSON, which is flow style, where that cannot be written."""
     try:
         text = yaml.safe_dump(tree, allow_unicode=True)
     except RecursionError:
@@ -442,7 +444,7 @@ def _optimizer(built: Built) -> Any:
 
 
 def _fields(content: bytes) -> list[list[Any]]:
-    """Return the fields of a protobuf message: [its number and type, its bytes], as far as they have a length."""
+    """Return the fields of a protobuf message: [number and type, bytes], for fields that have a length."""
     found: list[list[Any]] = []
     at = 0
     while at < len(content):
@@ -464,7 +466,7 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
 
 
 def _to_protobuf(tree: Any, built: Built) -> bytes:
-    """Return the message of fields, those that are none as what they look like."""
+    """Return the protobuf message of these fields; an entry that is no field becomes field 10 with the entry's text."""
     found = b""
     for field in tree if isinstance(tree, list) else [tree]:
         key, payload = field if isinstance(field, list) and len(field) == 2 else (10, field)
@@ -572,7 +574,7 @@ READERS: tuple[Reader, ...] = (
         lambda built: read_checkpoint(built["manifest"]),
         ("lowrank_dist/formats/manifest.py",),
         lambda built: json.loads(beside(built["manifest"] / MANIFEST_FILE).read_bytes())["files"],
-        # With a digest that is right.
+        # With a valid digest.
         lambda tree, built: manifest_text(tree).encode("utf-8", "surrogatepass"),
         same_bytes(_in("manifest", MANIFEST_FILE)),
     ),
