@@ -16,13 +16,13 @@ from tests import faults
 
 def main(name: str) -> None:
     commands, replies = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
-    # What the function prints is not to be taken for a reply, nor a command for its input.
+    # The function's output must not be taken for a reply, nor a command for its input.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
     module, _, attribute = name.partition(":")
     function = getattr(importlib.import_module(module), attribute)
     if "torch" in sys.modules:
-        # A child that forks from a process with OpenMP threads waits for threads that it does not have.
+        # A child of a process with OpenMP threads would wait for threads that it does not have.
         sys.modules["torch"].set_num_threads(1)
     for line in commands:
         replies.write(json.dumps(_serve(function, json.loads(line))) + "\n")
@@ -37,10 +37,10 @@ def _serve(function: Callable[..., Any], command: dict[str, Any]) -> dict[str, A
         try:
             report = _call(function, command)
         except BaseException:
-            # An injector that cannot be armed.
+            # The injector could not be armed.
             report = {"failure": traceback.format_exc()}
         _write_all(writing, json.dumps(report).encode())
-        # Not sys.exit: nothing of the zygote's is to be flushed or closed twice.
+        # Not sys.exit: nothing that the zygote owns may be flushed or closed twice.
         os._exit(0)
     os.close(writing)
     report = _read_all(reading, command["timeout"])
@@ -48,7 +48,7 @@ def _serve(function: Callable[..., Any], command: dict[str, Any]) -> dict[str, A
     if report is None:
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
-    # In shared memory: what the child counted outlives it.
+    # In shared memory, so that the child's count outlives it.
     seen = {"count": faults.disarm(), "trace": faults.trace()}
     if report is None:
         return {"failure": f"hangs for {command['timeout']} s", **seen}
@@ -80,7 +80,7 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 
 def _read_all(descriptor: int, timeout: float) -> bytes | None:
-    """Read until the other end is closed. Returns None when nothing arrives for `timeout` seconds."""
+    """Read until the other end is closed. Returns return None when nothing arrives for `timeout` seconds."""
     data = b""
     while select.select([descriptor], [], [], timeout)[0]:
         part = os.read(descriptor, 1 << 16)
