@@ -1,10 +1,10 @@
-"""A CUDA build of torch to build against, without installing it and without CUDA's libraries.
+"""A CUDA build of torch to compile against, without installing it and without CUDA's libraries.
 
     python -m tests.cuda_build.cuda_torch        prints the folder to put on PYTHONPATH
 
-The wheel (530 MB) is unpacked into build/cuda-torch once. The libraries that it is linked to and that are not here
-(cuBLAS, cuDNN, NCCL and others, 2 GB) are replaced by ones that have the same symbols and trap when called. Then torch
-can be imported, and setup.py runs with it as it does on a machine with a GPU. Nothing can be computed on a GPU with it.
+The wheel (530 MB) is unpacked into build/cuda-torch once. It is linked to libraries that are not here (cuBLAS, cuDNN,
+NCCL and others, 2 GB); stubs with the same symbols replace them and trap when called. Then torch can be imported, and
+setup.py runs with it as on a machine with a GPU. Nothing can be computed on a GPU with it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def unpack(folder: Path) -> None:
 
 
 def replace_libraries(folder: Path) -> None:
-    """Empty functions in place of what the libraries of `torch/lib` want from those that are not here."""
+    """Write stubs of the missing libraries, with the symbols that the libraries of `torch/lib` need from them."""
     wanted: dict[str, set[str]] = defaultdict(set)  # version of the symbol → names
     needed: set[str] = set()
     for library in (folder / "torch/lib" / name for name in LINKED):
@@ -58,7 +58,7 @@ def replace_libraries(folder: Path) -> None:
     # torch looks here first, whatever LD_LIBRARY_PATH says ($ORIGIN/../../nvidia/cu13/lib is in its RPATH).
     target = folder / "nvidia/cu13/lib"
     target.mkdir(parents=True)
-    # The versions are named after the libraries, but for NVSHMEM's; a symbol without one may lie anywhere.
+    # Symbol versions are named after their libraries, except NVSHMEM's. One without a version may be in any library.
     nodes = {name: "NVSHMEM" if "nvshmem" in name else name for name in needed}
     first = min(needed)
     for library, node in nodes.items():
@@ -77,7 +77,10 @@ def replace_libraries(folder: Path) -> None:
 
 
 def obtain() -> Path:
-    """The folder, made where it is missing; a download that was cut off leaves nothing that counts as one."""
+    """Return the folder, made where it is missing.
+
+    An interrupted download leaves nothing that passes for the folder.
+    """
     if not FOLDER.is_dir():
         partial = FOLDER.with_name(f"{FOLDER.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

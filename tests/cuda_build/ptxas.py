@@ -1,4 +1,4 @@
-"""What ptxas says of each kernel (-Xptxas -v): registers, stack and spills.
+"""Registers, stack and spills of each kernel, from ptxas's report (-Xptxas -v).
 
 python -m tests.cuda_build.ptxas BUILD_LOG FOLDER     writes FOLDER/ptxas-sm_80.txt and so on
 """
@@ -36,12 +36,12 @@ class Kernel:
 
     @property
     def main(self) -> bool:
-        """Half precision, which training runs in. The rest (float, double) is for tests and small parts."""
+        """Report half precision, which training runs in. Float and double are for tests and small parts."""
         return re.search(r"\b(BFloat16|Float16)\b", self.name) is not None
 
 
 def parse(report: str) -> list[Kernel]:
-    """All kernels in the output of a build, with readable names. ValueError where one has no report."""
+    """Return all kernels in the output of a build, with readable names. Raises ValueError where one has no report."""
     found = list(_ENTRY.finditer(report))
     compiled = report.count("Compiling entry function")
     if len(found) != compiled:

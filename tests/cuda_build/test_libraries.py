@@ -1,4 +1,4 @@
-"""What was built is whole: every symbol resolves, both libraries load as on a GPU machine, no architecture is missing.
+"""The built libraries are complete: all symbols resolve, both load as on a GPU machine, every architecture is there.
 
 Runs in the CUDA build of torch that check.sh built against; no kernel is loaded or run.
 """
@@ -19,7 +19,7 @@ PTX, CUBIN = 1, 2
 
 
 def images(binary: bytes) -> set[tuple[int, int]]:
-    """(kind, architecture) of all device code in a library, from the headers that nvcc's fatbinary writes."""
+    """Return (kind, architecture) of all device code in a library, from the headers that nvcc's fatbinary writes."""
     found = set()
     start = binary.find(b"\x50\xed\x55\xba")
     while start >= 0:
@@ -35,7 +35,7 @@ def images(binary: bytes) -> set[tuple[int, int]]:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The libraries of this build instead of those in the tree."""
+    """Load the libraries of this build instead of those in the tree."""
     monkeypatch.setattr(extension, "LIBRARY", BUILT / extension.LIBRARY.name)
     monkeypatch.setattr(extension, "CUDA_LIBRARY", BUILT / extension.CUDA_LIBRARY.name)
     for cached in (extension.reason_not_loaded, extension.reason_not_loaded_cuda):
@@ -58,7 +58,10 @@ def test_both_libraries_load_in_a_cuda_torch(built: None) -> None:
 
 
 def test_neither_library_has_a_libstdcxx_of_its_own(built: None) -> None:
-    """Though the compiler was told so (check.sh). With one, what an operator says of an argument ends the process."""
+    """Though check.sh compiles with -static-libstdc++, the libraries load the shared libstdc++.
+
+    With a libstdc++ of its own, an operator's error about an argument would end the process.
+    """
     for library in (extension.LIBRARY, extension.CUDA_LIBRARY):
         assert b"\0libstdc++.so.6\0" in library.read_bytes(), library.name
     extension.require_compiled("cpu")

@@ -36,7 +36,7 @@ def spilling(kernels: list[Kernel]) -> list[Kernel]:
 
 
 def absent(sources: dict[str, str], kernels: list[Kernel]) -> list[str]:
-    """Kernels of the sources that were not compiled for every architecture."""
+    """Return the kernels of the sources that were not compiled for every architecture."""
     declared = {name for text in sources.values() for name in KERNEL.findall(text)}
     assert len(declared) == sum(text.count("__global__") for text in sources.values()), "a kernel has no name here"
     compiled = {(re.search(r"(\w+)[<(]", kernel.name)[1], kernel.arch) for kernel in kernels}
