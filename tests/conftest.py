@@ -1,10 +1,10 @@
-"""One thread, nothing remote, no deadlines: a test gives the same result on a quiet machine and on a busy one."""
+"""One thread, no network, no deadlines: a test gives the same result on a quiet machine and on a busy one."""
 
 import gc
 import os
 import sys
 
-# Before torch and transformers are imported, and inherited by every process that a test starts.
+# Set before torch and transformers are imported, and inherited by every process that a test starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # as in every rank that launch/train.py starts
@@ -19,9 +19,9 @@ settings.load_profile("lowrank_dist")
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Start the fork server, where ranks will be wanted, before any test can leave a trace in it.
+    """Start the fork server, where ranks will be needed, before a test can change the state that it inherits.
 
-    What was imported until now, half a million objects, is left out of every later garbage collection.
+    The half a million objects imported so far are left out of every later garbage collection.
     """
     forked = sys.modules.get("tests.forked")
     ranks = any(not item.nodeid.startswith("tests/unit/") for item in session.items)
@@ -33,5 +33,5 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """A test's draws do not depend on the tests before it, which differ with the number of workers."""
+    """Seed the random numbers of a test, which must not depend on the tests before it: those vary with the workers."""
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
-"""The code blocks of the tutorial and the how-to pages: how they are checked and run. CONTRIBUTING.md has the rules.
+"""Checks and runs the code blocks of the tutorial and the how-to pages. CONTRIBUTING.md has the rules.
 
-A page's blocks share one folder that looks like a clone: `configs` and `launch` are in it, and what the page asks for:
+A page's blocks share one folder that looks like a clone: it has `configs`, `launch`, and the files that the page asks
+for:
 
     <!-- given: model models/base, samples data/train.jsonl, chats data/chats.jsonl -->
 """
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 SHELL, YAML, PYTHON = "sh", "yaml", "python"
 # Blocks of output, of files that no run reads, and drawings.
 OTHER = {"text", "json", "mermaid"}
-# Why a block is not run. Its commands must still parse.
+# Reasons for not running a block. Its commands must still parse.
 NEEDS = {"a cluster", "a GPU", "a download", "minutes", "another program"}
 TRAIN = "launch/train.py"
 SECONDS = 120
@@ -45,7 +46,7 @@ _WORDS = ("cat", "dog", "ant", "hen", "rat", "pig")
 
 @dataclass(frozen=True)
 class Block:
-    """A code block of a page. title: the file that it is, for later blocks. needs: why it is not run, or None."""
+    """A code block of a page. title: its file name, for later blocks. needs: why it is not run, or None."""
 
     page: Path
     line: int
@@ -80,7 +81,7 @@ def blocks(page: Path, text: str) -> Iterator[Block]:
 
 
 def commands(block: Block) -> list[list[str]]:
-    """Return the words of each command of a shell block; what a shell would do with them is in `_OPERATORS`."""
+    """Return the words of each command of a shell block; `_OPERATORS` has those that a shell would interpret."""
     found = []
     for line in block.text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
@@ -92,7 +93,7 @@ def commands(block: Block) -> list[list[str]]:
 
 
 def mistakes(block: Block) -> list[str]:
-    """Return what is wrong with a block that can be told without running it."""
+    """Return the mistakes in a block that can be found without running it."""
     if block.needs is not None and block.needs not in NEEDS:
         return [f"{block}: a block needs one of {', '.join(sorted(NEEDS))}, not {block.needs}"]
     if block.language == SHELL:
@@ -114,7 +115,7 @@ def _in_command(words: Sequence[str]) -> list[str]:
         arguments = words[words.index(name) + 1 :]
         try:
             _parse(arguments)
-        except Exception as error:  # click's own, of the click that typer brings
+        except Exception as error:  # the click that typer brings
             told = error.format_message() if hasattr(error, "format_message") else error
             return [f"{shlex.join(words)}: {told}"]
     else:
@@ -142,7 +143,7 @@ def _parse(arguments: Sequence[str]) -> None:
 
 
 def _in_config(block: Block) -> list[str]:
-    """Hold YAML against the loader of a run's configuration; what a part of a file lacks is filled in."""
+    """Check YAML with the loader of a run's configuration; the missing rest of a partial file is filled in."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml", encoding="utf-8") as file:
         file.write(block.text)
         file.flush()
@@ -159,7 +160,7 @@ def _in_config(block: Block) -> list[str]:
 
 
 def make_clone(folder: Path, text: str) -> None:
-    """Fill a folder with what a page's blocks find: links into this clone, and what its `given` comment names."""
+    """Fill a folder with what a page's blocks need: links into this clone, and the files of its `given` comment."""
     for name in ("configs", "launch"):
         (folder / name).symlink_to(ROOT / name)
     for comment in _GIVEN.findall(text):
@@ -188,7 +189,7 @@ def _rows(kind: str) -> list[dict[str, Any]]:
 
 
 def run(block: Block, folder: Path) -> None:
-    """Run a block in a page's folder, where the working directory is. Raises AssertionError with what it said."""
+    """Run a block in a page's folder, the working directory. Raises AssertionError with the block's output."""
     if block.title is not None:
         path = folder / block.title
         path.parent.mkdir(parents=True, exist_ok=True)

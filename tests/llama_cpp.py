@@ -1,4 +1,4 @@
-"""llama.cpp's own converters, out of the source distribution of llama-cpp-python (77 MB, downloaded once by pip)."""
+"""llama.cpp's own converters, from the source distribution of llama-cpp-python (77 MB, downloaded once by pip)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SOURCE = Wheel(
 )
 _HOME = "llama_cpp_python-0.3.36/vendor/llama.cpp"
 _PARTS = ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py", "conversion/", "gguf-py/gguf/")
-# Which pre-tokenizer a vocabulary has, the converters tell by its hash, and refuse what they do not know: it is in no
-# tensor, so the tiny models' is any. One process converts everything: importing torch takes longer than all of it.
+# The converters identify a vocabulary's pre-tokenizer by its hash and refuse unknown ones. No tensor depends on it, so
+# the tiny models get any known one. One process converts everything: importing torch takes longer than all of it.
 _DRIVER = """
 import json, runpy, sys
 home, jobs = sys.argv[1], json.loads(sys.argv[2])
@@ -44,7 +44,7 @@ print("\\n" + json.dumps(refused))
 
 
 def converters(cache: Path = CACHE) -> Path:
-    """Return the folder of the converters, taking them out of the archive where they are not there yet.
+    """Return the folder of the converters, unpacked from the archive where it is not there yet.
 
     Raises UserError when pip cannot download it; tests that need it then fail with that message.
     """
@@ -60,12 +60,12 @@ def converters(cache: Path = CACHE) -> Path:
 
 
 def lora_job(base: Path, adapter: Path, out: Path) -> list[str]:
-    """The arguments that convert an adapter of `base`."""
+    """Return the arguments that convert an adapter of `base`."""
     return ["convert_lora_to_gguf.py", "--outfile", str(out), "--base", str(base), str(adapter)]
 
 
 def model_job(folder: Path, out: Path) -> list[str]:
-    """The arguments that convert a model folder."""
+    """Return the arguments that convert a model folder."""
     return ["convert_hf_to_gguf.py", "--outfile", str(out), str(folder)]
 
 
@@ -79,7 +79,7 @@ def convert(jobs: Sequence[list[str]]) -> dict[str, str]:
 
 
 class Gguf:
-    """One file: its tensors, in fp32, and what it says of an adapter."""
+    """One GGUF file: its tensors, in fp32, and its metadata of an adapter."""
 
     def __init__(self, path: Path) -> None:
         reader = gguf.GGUFReader(path)
@@ -87,21 +87,21 @@ class Gguf:
         assert arch is not None
         self.family: str = arch.contents()
         self.alpha: float | None = None if alpha is None else alpha.contents()
-        # A file of fp32 holds a matrix [out, in] as it is; its `shape` counts the other way round.
+        # A file of fp32 holds a matrix [out, in] as it is; its `shape` has the reverse order.
         self.tensors = {each.name: torch.from_numpy(each.data.copy()) for each in reader.tensors}
         model = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == self.family)
         self._names = gguf.get_tensor_name_map(model, 64)
 
     def name(self, hf: str) -> str:
-        """The name that a Hugging Face tensor has here."""
+        """Return llama.cpp's name of a Hugging Face tensor."""
         name = self._names.get_name(hf, try_suffixes=(".weight", ".bias"))
         assert name is not None, hf
         return name
 
     def update(self, module: str) -> torch.Tensor:
-        """ΔW [out, in] of a module as llama.cpp applies it: alpha over b's own rank, no scale at all for an alpha of 0.
+        """Return ΔW [out, in] of a module as llama.cpp applies it: alpha / (r of B), no scale at all for an alpha of 0.
 
-        That is `llama_adapter_lora_weight::get_scale`.
+        The formula is that of `llama_adapter_lora_weight::get_scale`.
         """
         name = self.name(f"{module}.weight")
         a, b = (self.tensors[f"{name}.lora_{side}"].double() for side in "ab")
@@ -109,5 +109,5 @@ class Gguf:
 
 
 def permuted(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q or k [heads · d, in] as llama.cpp's llama keeps them: row i of a head beside row i + d/2."""
+    """Return rows of q or k [heads · d, in] in llama.cpp's order for llama: row i of a head beside row i + d/2."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)

@@ -27,7 +27,7 @@ def operator(name: str) -> Callable[..., None]:
 
 
 def repeatable(name: str, dtype: torch.dtype) -> None:
-    """Bitwise the same again and with any number of threads."""
+    """Check that repeated calls, with any number of threads, give the same bits."""
     for blocks in [(), BLOCKS] if ranks.device().type == "cpu" else [()]:
         case = OperatorCase(name, dtype, 700, 1300, 20, blocks=blocks, **MASKED)
         inside = case.wanted() if name == "grad_a" else slice(None)
@@ -43,7 +43,7 @@ def repeatable(name: str, dtype: torch.dtype) -> None:
 
 
 def notices_another_order(name: str) -> None:
-    """The control of `repeatable`: the same sums in another order are other bits."""
+    """The control of `repeatable`: the same sums in another order give other bits."""
     case = OperatorCase(name, torch.float32, 700, 1300, 20)
     axes, by = {"down": ((1, 1), 433), "expand": ((1, 0), 7), "grad_a": ((0, 0), 233)}[name]
     turned = {side: getattr(case, side).roll(by, axis) for side, axis in zip(("left", "right"), axes, strict=True)}
@@ -51,7 +51,7 @@ def notices_another_order(name: str) -> None:
 
 
 def far_apart(name: str) -> None:
-    """Rows more than 2^31 elements apart, each operand in turn. On a CPU the pages between are never touched."""
+    """Check rows more than 2^31 elements apart, for each operand. On a CPU the pages between are never touched."""
 
     def far(near: Tensor) -> Tensor:
         return torch.empty_strided(near.shape, (2**31 + 8, 1), dtype=near.dtype, device=near.device).copy_(near)
@@ -66,7 +66,7 @@ def far_apart(name: str) -> None:
 
 
 def checked_by_torch(name: str, dtype: torch.dtype) -> None:
-    """torch.library.opcheck: the schema, the fake, and the operator under torch.compile's tracing."""
+    """Run torch.library.opcheck: the schema, the fake, and the operator under torch.compile's tracing."""
     for layouts, tokens, masked in (
         (("contiguous", "contiguous"), 6, MASKED),
         (("transposed", "columns"), 6, {}),
@@ -81,7 +81,7 @@ def checked_by_torch(name: str, dtype: torch.dtype) -> None:
 
 
 def notices_what_is_broken(name: str, dtype: torch.dtype) -> None:
-    """Negative controls of the rule of error: each mistake is far outside of it."""
+    """Negative controls of the tolerance: each mistake is far outside of it."""
     case = OperatorCase(name, dtype, 65, 264, 16, **MASKED)
     mask, right = case.mask, case.run()
     assert case.error_over_tolerance(right) <= 1
@@ -109,7 +109,7 @@ def notices_what_is_broken(name: str, dtype: torch.dtype) -> None:
 
 
 def refusals(name: str, call: dict[str, object]) -> Iterator[tuple[dict[str, object], str]]:
-    """What an operator refuses: arguments to replace in a good call of T = 5, K = 12, R = 3, and what it says."""
+    """An operator's error cases: arguments to replace in a valid call of T = 5, K = 12, R = 3, and the message."""
     out, left, right = list(call.values())[:3]
     _, first, second = list(call)[:3]
     device = out.device
@@ -157,7 +157,7 @@ def refusals(name: str, call: dict[str, object]) -> Iterator[tuple[dict[str, obj
 
 
 def refuses(name: str) -> None:
-    """Each refusal names the operator, the argument and what was expected, and nothing was written."""
+    """Check that each error names the operator, the argument and the expected value, and that nothing was written."""
     good = arguments(OperatorCase(name, torch.float32, 5, 12, 3, **MASKED))
     before = good["out"].clone()
     for changed, message in refusals(name, good):
@@ -170,7 +170,7 @@ def refuses(name: str) -> None:
 
 
 def ignores_what_is_dropped(name: str, dtype: torch.dtype) -> None:
-    """A dropped NaN or infinity of x contributes nothing; one that is kept shows. For down and grad_a."""
+    """A dropped NaN or infinity of x has no effect; a kept one shows. For down and grad_a."""
     case = OperatorCase(name, dtype, 40, 72, 8, threshold=32768, feature_offset=3)
     side = "left" if name == "down" else "right"
     x, keep, clean = getattr(case, side), case.mask.keep(72), case.run()
@@ -188,7 +188,7 @@ def ignores_what_is_dropped(name: str, dtype: torch.dtype) -> None:
 
 
 def draws(name: str, dtype: torch.dtype, mask: Mask, features: int) -> Tensor:
-    """The mask as the operator draws it, by products with ones and with the identity: bool [T, features]."""
+    """Return the operator's mask, bool [T, features], from products with ones and with the identity."""
     tokens, device = len(mask.rows), ranks.device()
     summed = torch.float64 if dtype == torch.float64 else torch.float32
     ones = torch.ones(1, 1, dtype=dtype, device=device)
@@ -209,14 +209,15 @@ def draws(name: str, dtype: torch.dtype, mask: Mask, features: int) -> Tensor:
 
 
 def every(dtype: torch.dtype) -> Tensor:
-    """All 65536 numbers of a half precision."""
+    """Return all 65536 numbers of a half precision."""
     return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
 
 
 def rounds_as_pytorch(name: str, dtype: torch.dtype) -> None:
-    """Every number of a half precision, plus nothing, a tie or just beside one: rounded as torch rounds the fp32 sum.
+    """Check that sums are rounded as torch rounds the fp32 sum.
 
-    For down and expand. Where bf16 is multiplied by AVX512_BF16, subnormals of bf16 and fp32 are zeros.
+    Summed are every number of a half precision and zero, half a spacing (a tie), or nearly that. For down and expand.
+    Where bf16 is multiplied by AVX512_BF16, subnormals of bf16 and fp32 are zeros.
     """
     numbers = every(dtype)
     above, below = ((numbers.view(torch.int16) + step).view(dtype).double() for step in (1, -1))

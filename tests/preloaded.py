@@ -1,10 +1,10 @@
-"""Everything that a rank imports, loaded once by the process from which tests fork their ranks (tests/forked.py)."""
+"""All imports of a rank, loaded once by the process from which tests fork their ranks (tests/forked.py)."""
 
 from __future__ import annotations
 
 import os
 
-# DeepSpeed chooses its accelerator as it is imported. Ranks on a GPU are not forked.
+# DeepSpeed chooses its accelerator at import. Ranks on a GPU are not forked.
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch

@@ -1,4 +1,4 @@
-"""Tokenizer folders, chat templates and rows, drawn by hypothesis: what tests hold against transformers."""
+"""Tokenizer folders, chat templates and rows drawn by hypothesis, which tests compare with transformers."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ SPECIALS = ["<s>", "</s>", "<unk>", "<|new|>", *ADDED[:5], "<0x41>"]
 
 
 def texts(smallest: int = 0) -> st.SearchStrategy[str]:
-    """Words with what stands between them, characters that no vocabulary has, and the spelling of special tokens."""
+    """Draw words with separators, characters that no vocabulary has, and the spelling of special tokens."""
     fragment = st.sampled_from([WORDS, WORDS, SPACES, SPACES, OTHERS, SPECIALS]).flatmap(st.sampled_from)
     return st.lists(fragment, min_size=smallest, max_size=6).map("".join)
 
 
 @cache
 def _trained(kind: str) -> str:
-    """tokenizer.json of a kind of vocabulary; what surrounds it is drawn."""
+    """Draw a tokenizer.json around the trained vocabulary of a kind."""
     if kind == "unigram":
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -49,7 +49,8 @@ def _trained(kind: str) -> str:
 class Folder:
     """The files of a tokenizer: tokenizer.json, tokenizer_config.json and the chat template.
 
-    parts: of tokenizer.json, beside the trained vocabulary of a kind. lossless: whether decoding gives back every text.
+    parts: those of tokenizer.json around the trained vocabulary of a kind. lossless: whether decoding restores every
+    text.
     """
 
     kind: str
@@ -98,7 +99,7 @@ def _split(pattern: str) -> Definition:
 
 @st.composite
 def _spaces_shown(draw: st.DrawFn, kind: str) -> Definition:
-    """Where "▁" stands for a space: Llama 2's Prepend, and the schemes of Metaspace."""
+    """Draw the place where "▁" stands for a space: Llama 2's Prepend, or a scheme of Metaspace."""
     normalizers = draw(_normalizers())
     scheme = draw(st.sampled_from(["Prepend", "first", "always", "never", "none"]))
     pre: list[Definition] = []
@@ -139,7 +140,7 @@ def _added(draw: st.DrawFn, first: int) -> list[Definition]:
             "id": first + place,
             "content": name,
             "special": draw(st.booleans()),
-            "normalized": draw(rarely) and bool(name.strip()),  # a Strip would leave "", which is found everywhere
+            "normalized": draw(rarely) and bool(name.strip()),  # a Strip would leave "", which every text contains
             "lstrip": draw(rarely),
             "rstrip": draw(rarely),
             "single_word": draw(rarely),
@@ -190,7 +191,7 @@ def _configs(draw: st.DrawFn, bos: str, eos: str) -> dict[str, Any]:
 
 @st.composite
 def templates(draw: st.DrawFn) -> str:
-    """A chat template: how turns open and end, what stands between them, markers or none."""
+    """Draw a chat template: how turns begin and end, the text between them, markers or none."""
     opened = {
         role: draw(st.sampled_from([f"<|im_start|>{role}\n", "[INST] ", "[INST]", f"### {role}:\n", "\n", ""]))
         for role in ("system", "user")

@@ -1,7 +1,7 @@
-"""A program that uses the Python API, for mypy: the types are those that are documented, and a wrong call is an error.
+"""A program that uses the Python API, for mypy: types are those documented, and a wrong call is a type error.
 
 `make types` checks it as strictly as mypy can. Each `type: ignore` covers a wrong call: where mypy no longer objects to
-it, the comment is itself an error (warn_unused_ignores). tests/unit/test_api.py runs what is right.
+it, the comment is itself an error (warn_unused_ignores). tests/unit/test_api.py runs the valid calls.
 """
 
 from __future__ import annotations
