@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from trees import ROOT, checked_out
 
-# Run by each process with its tree in front of the path: one line in, one step, its seconds out.
+# Run by each process, with its tree first on the path: for each input line it makes one step and prints the seconds.
 WORKER = """
 import json, sys, time
 import torch
@@ -49,7 +49,7 @@ def start(tree: Path, threads: int, setting: str) -> subprocess.Popen[str]:
 
 
 def step(worker: subprocess.Popen[str]) -> tuple[float, float]:
-    """(seconds, loss) of the worker's next step. What else it prints comes before and is passed over."""
+    """Return (seconds, loss) of the worker's next step. Other output before it is skipped."""
     worker.stdin.write("\n")
     worker.stdin.flush()
     for line in worker.stdout:
@@ -59,7 +59,7 @@ def step(worker: subprocess.Popen[str]) -> tuple[float, float]:
 
 
 def compare(trees: tuple[Path, Path], threads: int, setting: str, pairs: int) -> dict[str, object]:
-    """Seconds of ours and of the commit's over interleaved pairs, after two of each to warm up."""
+    """Return seconds of ours and of the commit's over interleaved pairs, after two warm-up pairs."""
     workers = [start(tree, threads, setting) for tree in trees]
     seconds, losses = ([], []), ([], [])
     for pair in range(pairs + 2):

@@ -1,4 +1,4 @@
-"""How long a checkpoint holds training up, and how much it writes: SmolLM2-135M at tensor parallel 3, on a CPU.
+"""Stall and size of a checkpoint: SmolLM2-135M at tensor parallel 3, on a CPU.
 
     python benchmarks/checkpoint.py [--base build/quickstart/base] [--saves 20] [--interval 10]
 
@@ -29,7 +29,7 @@ STALL, RATIO = 0.05, 1.6
 
 
 def job(base: Path, place: Path, saves: int, interval: int) -> list[str]:
-    """The arguments of launch/train.py: the quickstart's run, longer, without evaluation."""
+    """Return the arguments of launch/train.py: the quickstart's run, longer, without evaluation."""
     data = base.parent / "data"
     return [
         *("configs/quickstart.yaml", f"model.path={base}", f"data.train={data / 'train.jsonl'}", "data.eval=null"),
@@ -40,7 +40,7 @@ def job(base: Path, place: Path, saves: int, interval: int) -> list[str]:
 
 
 def rank_main(rank: int, size: int, port: int, arguments: list[str], pipe: Connection) -> None:
-    """One rank of the run; sends the seconds of every step and of every call of its saver."""
+    """Run one rank; send the seconds of every step and of every call of its saver."""
     import os
     import runpy
 
@@ -77,7 +77,10 @@ def rank_main(rank: int, size: int, port: int, arguments: list[str], pipe: Conne
 
 
 def stalls(events: list[tuple[str, int, float]], interval: int, saves: int) -> list[float]:
-    """Seconds in the saver of each save but the last, which the run waits for: from its start to the next one's."""
+    """Return the seconds in the saver of each save, from its start to the next one's.
+
+    The last is left out: the run waits for it.
+    """
     found = [0.0] * (saves + 1)
     for name, step, seconds in events:
         # A poll before the next step and a save belong to the save that was started last.

@@ -1,4 +1,4 @@
-"""What must hold before a time of benchmarks/overhead.py means anything: what the sides save, and that they agree.
+"""Checks before the times of benchmarks/overhead.py: the tensors that the sides save, and that their results agree.
 
 Legend: N ranks, T tokens, T_j = T / N the token shard of a rank, K inputs of the rank's weight, R = Σ r.
 """
@@ -18,7 +18,7 @@ TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 
 
 def tensors_of(value: object, seen: set[int]) -> Iterator[Tensor]:
-    """Every tensor within reach of a context's attribute: containers, dataclasses, modules, objects of ours."""
+    """Yield every tensor within reach of a context's attribute: containers, dataclasses, modules, objects of ours."""
     if id(value) in seen:
         return
     seen.add(id(value))
@@ -52,10 +52,10 @@ def nodes_of(outputs: Sequence[Tensor]) -> Iterator[Any]:
 def saved_bytes(
     forward: Callable[[], Sequence[Tensor]], owned: Iterable[Tensor], holders: Iterable[nn.Module] = ()
 ) -> int:
-    """Bytes that stay between forward and backward: distinct storages of saved tensors and of contexts' attributes.
+    """Return the bytes kept from forward to backward: distinct storages of saved tensors and of contexts' attributes.
 
-    A view keeps its whole storage. `owned`: weights, parameters and counters, which are there anyway and do not count.
-    `holders`: modules that might keep something aside for backward.
+    A view keeps its whole storage. `owned`: weights, parameters and counters, which exist anyway and do not count.
+    `holders`: modules that might keep tensors for backward themselves.
     """
     kept: dict[int, Tensor] = {}
 
@@ -66,7 +66,7 @@ def saved_bytes(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         outputs = forward()
     seen: set[int] = set()
-    # A Python function's node is its context: what was set on it lies in its __dict__. Nodes of C++ have none.
+    # The node of a Python function is its context, whose attributes are in its __dict__. C++ nodes have none.
     for attributes in (getattr(part, "__dict__", {}) for part in (*nodes_of(outputs), *holders)):
         for value in attributes.values():
             for tensor in tensors_of(value, seen):
@@ -77,13 +77,13 @@ def saved_bytes(
 
 
 def owned_by(layer: Layer, side: Side) -> list[Tensor]:
-    """What is in memory whether or not a microbatch is: weights, factors, their buffers, the mask's counters."""
+    """Return the storages that exist without any microbatch: weights, factors, their buffers, the mask's counters."""
     modules = [tensor for module in side.modules for part in module.modules() for tensor in tensors_of(part, set())]
     return [*layer.weights, *side.parameters, layer.rows, *modules]
 
 
 def expected_bytes(layer: Layer, r: int) -> int:
-    """The distinct inputs, a token shard where they are sharded, and U: all tokens' before a column-parallel linear."""
+    """Return the bytes of the distinct inputs (token shards if sharded) and of U (all tokens' if column-parallel)."""
     size, total = layer.dtype.itemsize, 0
     for x, layout in zip(layer.inputs, layer.layouts, strict=True):
         tokens = layer.tokens if layout.kind == "column" else layer.tokens // layer.n
@@ -92,10 +92,10 @@ def expected_bytes(layer: Layer, r: int) -> int:
 
 
 def differences(layer: Layer, ours: Side, peft: Side) -> dict[str, float]:
-    """Worst relative difference of outputs, dX and factor gradients at dropout 0.
+    """Return the largest relative difference of outputs, dX and factor gradients at dropout 0.
 
-    Under sequence parallelism the copies of one shard stand for all tokens: of PEFT's rows the first T_j are ours. A
-    gradient that is a partial sum over ranks has nothing to be compared with.
+    Under sequence parallelism copies of one shard stand for all tokens, so the first T_j of PEFT's rows are ours. A
+    gradient that is a partial sum over ranks has no counterpart.
     """
 
     def relative(mine: Tensor, theirs: Tensor) -> float:
@@ -120,7 +120,7 @@ def differences(layer: Layer, ours: Side, peft: Side) -> dict[str, float]:
 def factor_gradients(
     layer: Layer, ours: Side, mine: Sequence[Tensor], theirs: Sequence[Tensor]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ours, PEFT's) for the A and B of every projection whose gradient is whole on this rank."""
+    """Return (ours, PEFT's) for A and B of every projection whose gradient is whole on this rank."""
     linears = (module for module in ours.modules[0].modules() if getattr(module, "update", None) is not None)
     rest = iter(theirs)
     for number, module in enumerate(linears):
@@ -134,7 +134,10 @@ def factor_gradients(
 
 
 def require_same(layer: Layer, sides: Sequence[Side], dtype: str, copies: bool) -> dict[str, dict[str, float]]:
-    """Exit unless our sides and eager give what PEFT gives. Nothing is compared where collectives do not even copy."""
+    """Exit unless our sides and eager agree with PEFT.
+
+    Nothing is compared where the fake collectives do not even copy.
+    """
     peft = next(side for side in sides if side.name == "peft")
     found = {}
     for side in sides:
@@ -146,7 +149,7 @@ def require_same(layer: Layer, sides: Sequence[Side], dtype: str, copies: bool) 
 
 
 def count_saved(layer: Layer, sides: Sequence[Side], r: int) -> dict[str, float]:
-    """Saved bytes per token of every adapted side; exits unless ours are exactly the inputs and U."""
+    """Return the saved bytes per token of every adapted side; exit unless ours are exactly the inputs and U."""
     counted = {}
     for side in sides:
         if side.parameters:

@@ -46,7 +46,7 @@ Ranks = dict[str, int]
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the result; `targets` None is the frozen model. `planted`: two calls too many, one each way."""
+    """One row of the result; `targets` None is the frozen model. `planted`: one added call each way."""
 
     sequence: bool
     recompute: bool
@@ -80,7 +80,7 @@ def write_model(folder: Path, layers: int) -> Path:
 
 
 def rank_main(rank: int, tp: int, port: int, folders: dict[int, Path], parent: Connection) -> None:
-    """One rank: counts every setting at every depth and sends what `measure` returned, by (setting, depth)."""
+    """On one rank: count every setting at every depth and send the results of `measure`, by (setting, depth)."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_WORLD_SIZE=str(tp))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -100,7 +100,7 @@ def rank_main(rank: int, tp: int, port: int, folders: dict[int, Path], parent: C
 
 
 def measure(setting: Setting, folder: Path, topology: Any) -> tuple[Calls, Calls, Ranks]:
-    """Calls and bytes by phase and kind of one microbatch's forward and backward, and R of each linear."""
+    """Return calls and bytes by phase and kind of one microbatch's forward and backward, and R of each linear."""
     from lowrank_dist.parallel.counting import count_collectives
 
     model, ranks = build(setting, folder, topology)
@@ -154,7 +154,7 @@ def build(setting: Setting, folder: Path, topology: Any) -> tuple[Any, Ranks]:
 
 
 def plant(group: Any, module: Any, args: Any, output: Any) -> None:
-    """A forward hook with one call too many in forward and one in backward."""
+    """A forward hook that adds one call in forward and one in backward."""
     torch.distributed.all_reduce(torch.zeros(1), group=group)
     output[0].register_hook(lambda grad: torch.distributed.all_reduce(torch.zeros(1), group=group))
 
@@ -162,7 +162,7 @@ def plant(group: Any, module: Any, args: Any, output: Any) -> None:
 def run(tp: int, folders: dict[int, Path]) -> dict[tuple[Setting, int], tuple[Calls, Calls, Ranks]]:
     ranks, pipes = start_ranks(rank_main, tp, folders)
     results = [pipe.recv() for pipe in pipes]
-    for pipe in pipes:  # all of them before any is waited for: they leave together
+    for pipe in pipes:  # receive all before waiting for any: they leave together
         pipe.send("bye")
     for process in ranks:
         process.join()
@@ -171,7 +171,7 @@ def run(tp: int, folders: dict[int, Path]) -> dict[tuple[Setting, int], tuple[Ca
 
 
 def added(frozen: Calls, adapted: Calls) -> int:
-    """Calls by which two counts differ, in either direction, phase by phase and kind by kind."""
+    """Return the number of calls by which two counts differ, in either direction, phase by phase and kind by kind."""
     return sum(
         abs(adapted[phase][kind] - frozen[phase][kind])
         for phase in frozen
@@ -180,10 +180,10 @@ def added(frozen: Calls, adapted: Calls) -> int:
 
 
 def mean_rank(ranks: Ranks, recompute: bool) -> float:
-    """R of a layer's messages under sequence parallelism, their mean: what the layer may grow by is this over H.
+    """Return the mean R of a layer's messages under sequence parallelism; over H it is the layer's allowed growth.
 
-    Each linear has one message forward and one backward. Recomputation repeats the forward ones, but stops short of the
-    last: nobody needs what comes after fc2 again.
+    Each linear has one message forward and one backward. Recomputation repeats the forward ones except the last, fc2's,
+    whose result nothing needs again.
     """
     messages = {name: 2 + (recompute and name != "linear_fc2") for name in ranks}
     return sum(messages[name] * rank for name, rank in ranks.items()) / sum(messages.values())
@@ -194,7 +194,7 @@ def one_layer(deep: Calls, shallow: Calls) -> dict[str, int]:
 
 
 def compare(setting: Setting, results: dict[tuple[Setting, int], tuple[Calls, Calls, Ranks]]) -> dict[str, Any]:
-    """The figures of one choice of targets against the frozen model in the same mode."""
+    """Return the figures of one choice of targets against the frozen model in the same mode."""
     shallow, deep = DEPTHS
     frozen = Setting(setting.sequence, setting.recompute, None)
     calls = [one_layer(results[key, deep][0], results[key, shallow][0]) for key in (frozen, setting)]

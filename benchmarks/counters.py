@@ -4,10 +4,10 @@
 
 Each kernel runs once under `ncu --clock-control none` (the GPU's clocks are left alone) in a process of its own,
 benchmarks/microbench.py --once. results: counters_cuda.json under --out with every metric of the sections below; the
-table shows the few that say what a kernel is bound by.
+table shows the few that tell what limits a kernel.
 
-Where ncu is missing, or may not read the counters, that is the result, said in words, and the exit code is 0. Code 1:
-the kernels did not run under it.
+Where ncu is missing, or may not read the counters, the result says so and the exit code is 0. Code 1: the kernels did
+not run under ncu.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SHOWN = (
     "Achieved Occupancy",
     "Registers Per Thread",
 )
-# What ncu says where it may not read the counters, and what follows.
+# ncu's messages where it may not read the counters, and the result for each.
 REFUSALS = {
     "ERR_NVGPUCTRPERM": "no permission: this user may not read the GPU's performance counters",
     "LibraryNotLoaded": "refused: ncu's profiler does not load in this machine's runtime",
@@ -60,7 +60,7 @@ Metric = dict[str, str]
 
 
 def find_ncu(places: Iterable[str] = PLACES) -> str | None:
-    """The newest ncu on PATH or where CUDA's packages put it, or None."""
+    """Return the newest ncu on PATH or in CUDA's package folders, or None."""
     found = shutil.which("ncu")
     if found is not None:
         return found
@@ -69,14 +69,14 @@ def find_ncu(places: Iterable[str] = PLACES) -> str | None:
 
 
 def command(ncu: str, arguments: Sequence[str]) -> list[str]:
-    """The command line that profiles what microbench.py runs between cudaProfilerStart and cudaProfilerStop."""
+    """Return the command that profiles the part of microbench.py between cudaProfilerStart and cudaProfilerStop."""
     sections = [word for section in SECTIONS for word in ("--section", section)]
     options = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "details", *sections]
     return [ncu, *options, sys.executable, str(HERE / "microbench.py"), *arguments]
 
 
 def parse_csv(output: str) -> list[Metric]:
-    """kernel, launch, section, metric, unit and value of every metric line; nothing of the host's name."""
+    """Return kernel, launch, section, metric, unit and value of every metric line, without the host's name."""
     lines = output.splitlines()
     first = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
     if first is None:
@@ -97,7 +97,7 @@ def parse_csv(output: str) -> list[Metric]:
 
 
 def refusal(output: str) -> str | None:
-    """Why ncu read no counters, where it says a reason that we know."""
+    """Return why ncu read no counters, where its reason is a known one."""
     return next((words for sign, words in REFUSALS.items() if sign in output), None)
 
 
@@ -113,7 +113,7 @@ def show(metrics: Sequence[Metric], console: Console) -> None:
 
 
 def collect(args: argparse.Namespace) -> tuple[str, list[Metric], int]:
-    """The result in words, the metrics, and the exit code."""
+    """Return the result as a sentence, the metrics, and the exit code."""
     ncu = find_ncu()
     if ncu is None:
         return "ncu not found: no hardware counters on this machine", [], 0

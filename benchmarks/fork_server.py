@@ -2,11 +2,12 @@
 
     PYTHONPATH=TREE python -P benchmarks/fork_server.py
 
-The first line out names the folder of the package that was imported. Then each line in is a job and each line out its
-answer, in JSON. A job is {"folder", "seconds", "programs"}: its programs run at the same time in `folder`, and are
-killed after `seconds`. A program is {"words", "environment", "output", "masks"}: a script (or -m and a module) with its
-arguments, variables on top of the server's own, the path to which ".out" and ".err" are added, and the file for the
-dropout masks that the program draws, or null. The answer is {"codes": [...]}, negative where a signal ended a program.
+The first output line is the folder of the package that was imported. After that, each input line is a job and each
+output line its answer, in JSON. A job is {"folder", "seconds", "programs"}: its programs run at the same time in
+`folder`, and are killed after `seconds`. A program is {"words", "environment", "output", "masks"}: a script (or -m and
+a module) with its arguments, variables on top of the server's own, the path to which ".out" and ".err" are added, and
+the file for the dropout masks that the program draws, or null. The answer is {"codes": [...]}, negative where a signal
+ended a program.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 PACKAGE = "lowrank_dist"
-# Imported late by our modules, and slow: without them every program would load its own.
+# Our modules import these late, and they are slow: otherwise every program would load its own.
 LATE = ("deepspeed", "megatron.core", "transformers.models.auto.modeling_auto", "safetensors.torch")
-# Features of each drawn mask that are written down: more than a block of eight draws, fewer than any linear has.
+# Recorded features of each mask: more than a block of eight draws, fewer than any linear has.
 FEATURES = 32
 _PR_SET_PDEATHSIG = 1
 
 
 class Program(TypedDict):
-    """One process of a job, as the head of this file says."""
+    """One process of a job, as the module docstring describes."""
 
     words: list[str]
     environment: dict[str, str]
@@ -52,7 +53,7 @@ def preload() -> Path:
     for name in LATE:
         importlib.import_module(name)
     for module in pkgutil.walk_packages(package.__path__, f"{PACKAGE}."):
-        # The extension is loaded by what calls it, and a __main__ would run.
+        # The extension is loaded by its caller, and a __main__ would run.
         if module.name.rpartition(".")[2] not in ("_C", "__main__"):
             importlib.import_module(module.name)
     import torch
@@ -65,7 +66,7 @@ def preload() -> Path:
 
 
 def watch_masks(file: str) -> None:
-    """Write to `file` a line for each distinct mask that this process makes: its counters, and a digest of its bits."""
+    """Write to `file` a line for each distinct mask that this process draws: its counters, and a digest of its bits."""
     try:
         mask_class = importlib.import_module(f"{PACKAGE}.ops.mask").Mask
     except (ImportError, AttributeError) as error:
@@ -73,7 +74,7 @@ def watch_masks(file: str) -> None:
         return
     construct = mask_class.__init__
     seen: set[str] = set()
-    out = open(file, "w", buffering=1)  # as long as the process, which may end without a message
+    out = open(file, "w", buffering=1)  # open as long as the process lives, which may end without notice
 
     @functools.wraps(construct)
     def watched(mask: Any, *values: Any, **named: Any) -> None:
@@ -93,7 +94,7 @@ def watch_masks(file: str) -> None:
 
 
 def seed_globals() -> None:
-    """Start the generators that a run has not seeded itself from one state: a checkpoint keeps their states."""
+    """Seed the generators that a run does not seed itself with one state: a checkpoint saves their states."""
     import numpy as np
     import torch
 
@@ -103,7 +104,7 @@ def seed_globals() -> None:
 
 
 def run(program: Program, folder: str) -> int:
-    """The whole life of a forked program, up to its exit code."""
+    """Run a forked program from start to exit; return its exit code."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for descriptor, name, flags in (
         (0, os.devnull, os.O_RDONLY),
@@ -173,7 +174,7 @@ def wait(children: Sequence[int], seconds: float) -> list[int]:
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print as they are imported is no answer
+    os.dup2(2, 1)  # output of libraries during import is no answer
     print(json.dumps(str(preload())), file=answers)
     for line in sys.stdin:
         job = json.loads(line)

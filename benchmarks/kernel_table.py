@@ -40,7 +40,7 @@ WARM_UP = 2
 
 
 def measure(side: Side, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Times without the profiler, then what one step launches."""
+    """Time without the profiler, then record the launches of one step."""
     run = clock(device)
     for _ in range(WARM_UP):
         run(side)
@@ -56,14 +56,14 @@ def measure(side: Side, rounds: int, device: torch.device) -> dict[str, Any]:
 
 
 def cell(layer: Layer, dropout: float, rounds: int) -> list[dict[str, Any]]:
-    """Every side of one shard and dropout."""
+    """Measure every side of one shard and dropout."""
     sides = [side for side in layer.sides(RANK, dropout) if side.name in SIDES]
     where = {"shard": layer.n, "dropout": dropout}
     return [where | measure(side, rounds, layer.device) for side in sides]
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    """One row a side, with the microseconds of each group."""
+    """Print one row a side, with the microseconds of each group."""
     groups = list(dict.fromkeys(name for row in rows for name in row["traced"]["groups"]))
     table = Table(box=box.MARKDOWN, title="launches / µs of a step")
     for name in ("side", "GPU ms", "issue ms", "launches", *groups):
@@ -78,7 +78,7 @@ def show(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def show_names(row: dict[str, Any], console: Console, most: int = 25) -> None:
-    """The kernels of one side by name, as many as take most of its time."""
+    """Print one side's kernels by name, the most expensive first, up to a fixed number."""
     table = Table("µs", "launches", "group", "kernel", box=box.MARKDOWN)
     for kernel in row["kernels"][:most]:
         table.add_row(f"{kernel['us']:.1f}", str(kernel["launches"]), kernel["group"], kernel["name"][:90])

@@ -1,4 +1,4 @@
-"""Table 1 of Hu et al., "LoRA" (2021), again: latency of one forward pass, low-rank updates against adapter layers.
+"""Table 1 of Hu et al., "LoRA" (2021), repeated: latency of one forward pass, low-rank updates against adapter layers.
 
     python benchmarks/latency.py [--settings 1x128 16x256:5 …] [--trials 100] [--tp 1 2] [--device cpu] [--out DIR]
 
@@ -7,16 +7,16 @@ rank, over gloo on a CPU. A trial is one `CausalLM.decode` of the whole input, w
 first token: all layers with the keys and values kept, and the head on the last position, the same in every row. No
 gradients, no sequence parallelism (there is none in decoding). A setting is BATCHxLENGTH[:TRIALS].
 
-Rows, all on one base in memory: `base`, which is also any fully fine-tuned model; `merged`, the base's own modules
-where q and v have W + s·B·A for W, written before a trial where W lies, as every other row writes W; `unmerged`,
-low-rank factors on q and v; adapter_l and adapter_h, at tensor parallel sharded and replicated. Width or rank is the
-one whose |Θ| is nearest to the paper's, a multiple of every --tp.
+Rows, all on one base in memory: `base`, which is also any fully fine-tuned model; `merged`, the base's own modules with
+weights W + s·B·A in q and v; `unmerged`, low-rank factors on q and v; adapter_l and adapter_h, at tensor parallel
+sharded and replicated. Every row writes its weights to the same place in memory before a trial. The adapter rank or
+bottleneck width is the multiple of every --tp whose |Θ| is nearest to the paper's.
 
-Trials are interleaved: a round is one of every row, in an order drawn anew, so that drift of the machine and what a row
-leaves in the caches meet all rows alike. Of several ranks a trial's time is the slowest one's, from a barrier on. A
+Trials are interleaved: a round is one of every row, in a new random order, so that drift of the machine and what a row
+leaves in the caches affect all rows alike. With several ranks a trial's time is the slowest one's, from a barrier on. A
 row's relative latency is the mean of (row − base) of a round over the base's mean, ± its standard error. Collectives
-are counted as they are issued (parallel/counting.py), not claimed. Before timing, merged must give what unmerged gives,
-be made of the base's modules and parameters, and every row but the base's must differ from it.
+are counted as they are issued (parallel/counting.py). Checks before timing: merged gives unmerged's results and
+consists of the base's modules and parameters, and every row but the base's differs from it.
 
 The last line is the verdict: merged adds nothing if it is within 2 standard errors (of at most 2.5 %) or 1 % of the
 base and adds no collective; else the exit code is 1. results/latency.json (latency_cuda.json) and docs/latency.png are
@@ -57,11 +57,11 @@ from lowrank_dist.methods.registry import Sizes
 
 MODEL = "gpt2-medium"
 TARGETS = ("q_proj", "v_proj")  # as the paper adapts GPT-2
-SCALE, SPREAD = 2.0, 0.05  # s, and of every value of Θ: large enough that each row's output is its own
+SCALE, SPREAD = 2.0, 0.05  # s, and the size of every value of Θ: large enough that each row's output is its own
 VOCAB_MULTIPLE = 128
 WHOLE_TRIALS = 100
 WITHIN_SHARE, WITHIN_ERRORS = 0.01, 2.0
-LARGEST_NOISE = 0.05  # of two standard errors: beyond it everything is within them
+LARGEST_NOISE = 0.05  # limit of two standard errors: with larger ones everything is within them
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # |merged − unmerged| over |unmerged − base| of the logits, at most.
 AGREEMENT = {"fp32": 1e-3, "bf16": 0.2}
@@ -71,7 +71,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 @dataclass(frozen=True)
 class Published:
-    """Table 1 of the paper, on a Quadro RTX8000: |Θ|, milliseconds of merged, and what adapter layers add to them."""
+    """Table 1 of the paper, on a Quadro RTX8000: |Θ|, milliseconds of merged, and those that adapter layers add."""
 
     theta: float
     milliseconds: float
@@ -83,7 +83,7 @@ PUBLISHED = {
     (16, 256): Published(11e6, 338.0, {"adapter_l": 0.050, "adapter_h": 0.084}),
     (1, 128): Published(11e6, 19.8, {"adapter_l": 0.207, "adapter_h": 0.303}),
 }
-# The shortest first: what a time limit cuts off is the least.
+# The shortest first: a time limit cuts off the least.
 DEFAULTS = {"cpu": ((1, 128),), "cuda": tuple(reversed(PUBLISHED))}
 
 
@@ -100,7 +100,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table. placement: of adapter layers over the ranks, where there are several."""
+    """One row of the table. placement: of adapter layers over several ranks."""
 
     method: str
     placement: str | None = None
@@ -111,14 +111,14 @@ class Row:
 
 
 def rows_of(tp: int) -> list[Row]:
-    """The rows at tensor-parallel size `tp`, the base first."""
+    """Return the rows at tensor-parallel size `tp`, the base first."""
     placements = (None,) if tp == 1 else ("sharded", "replicated")
     adapters = [Row(method, placement) for method in ("adapter_l", "adapter_h") for placement in placements]
     return [Row("base"), Row("merged"), Row("unmerged"), *adapters]
 
 
 def parameters_of(method: str, width: int) -> int:
-    """|Θ| of low-rank factors of rank `width` on TARGETS of every layer, or of adapter layers of bottleneck `width`."""
+    """Return |Θ| of factors of adapter rank `width` on TARGETS of every layer, or of adapter layers of that width."""
     shape = find_model(MODEL).architecture
     if method in ("adapter_l", "adapter_h"):
         (adapters,) = footprints_of_size(method, Sizes(bottleneck=width), shape, 1)
@@ -127,14 +127,14 @@ def parameters_of(method: str, width: int) -> int:
 
 
 def nearest_width(method: str, theta: float, step: int) -> int:
-    """The multiple of `step`, at least one, whose |Θ|, which is linear in it, is nearest to `theta`."""
+    """Return the multiple of `step`, at least one, whose |Θ| is nearest to `theta`; |Θ| is linear in it."""
     fixed = parameters_of(method, 0)
     slope = parameters_of(method, 1) - fixed
     return step * max(1, round((theta - fixed) / slope / step))
 
 
 def order(count: int, number: int) -> list[int]:
-    """The order of the rows in round `number`: drawn, the same on every rank."""
+    """Return the order of the rows in round `number`: random, the same on every rank."""
     return random.Random(number).sample(range(count), count)
 
 
@@ -143,27 +143,27 @@ def order(count: int, number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Part:
-    """Where a row differs from the base: an attribute of one object, and the row's value of it."""
+    """One difference between a row and the base: an attribute of one object, and the row's value of it."""
 
     owner: Any
     name: str
     value: Any
 
     def put(self) -> Part:
-        """Set it; returns the part that undoes it."""
+        """Set the value; return the part that undoes it."""
         before = Part(self.owner, self.name, getattr(self.owner, self.name))
         if isinstance(self.owner, nn.Module) and self.name in self.owner._modules:
-            delattr(self.owner, self.name)  # torch takes no function in the place of a module
+            delattr(self.owner, self.name)  # torch accepts no function in place of a module
         setattr(self.owner, self.name, self.value)
         return before
 
 
 @dataclass(frozen=True)
 class Values:
-    """What a row has in a weight, beside the base's `own`; written where the weight lies.
+    """A row's values of one weight, and the base's `own`; written into the weight's own memory.
 
-    Every row writes all of them, the base its own, so that no row's weights lie elsewhere, or were read or written
-    longer ago, than another's.
+    Every row writes all of its values, the base too, so that all rows' weights lie in the same place and were written
+    equally recently.
     """
 
     weight: nn.Parameter
@@ -171,19 +171,19 @@ class Values:
     own: Tensor
 
     def put(self) -> Values:
-        """Write them; returns what undoes it."""
+        """Write the values; return the part that undoes it."""
         self.weight.data.copy_(self.values)
         return self.plain
 
     @property
     def plain(self) -> Values:
-        """The base's, of the same weight."""
+        """The same weight with the base's values."""
         return Values(self.weight, self.own, self.own)
 
 
 @contextmanager
 def installed(parts: Sequence[Part | Values]) -> Iterator[None]:
-    """The model is the row's for as long as this lasts."""
+    """Turn the model into the row's inside the block."""
     before = [part.put() for part in parts]
     try:
         yield
@@ -215,7 +215,7 @@ class Bench:
 
     @torch.no_grad()
     def _fill(self) -> None:
-        """GPT-2's initialisation, of each tensor by its name, and of a shard by its rank."""
+        """Initialise as GPT-2: each tensor is seeded by its name, and a shard also by its rank."""
         from lowrank_dist.arch.architecture import padded_vocab
         from lowrank_dist.arch.tensors import copy_plans
 
@@ -230,7 +230,7 @@ class Bench:
             parameter.copy_(values)
 
     def _slots(self) -> list[tuple[nn.Module, str]]:
-        """Every place where a method puts something of its own."""
+        """Return every place where a method puts something of its own."""
         from lowrank_dist.parallel.linear import LowRankLinear
 
         linears = [module for module in self.model.modules() if isinstance(module, LowRankLinear)]
@@ -239,7 +239,7 @@ class Bench:
         return slots + [(add, "bottleneck") for add in sums]
 
     def _taken(self, attach: Callable[[], Any]) -> tuple[list[Part], int]:
-        """What `attach` (→ Theta) puts into the model, taken out of it again with values that are not zero; its |Θ|."""
+        """Return the parts that `attach` (→ Theta) adds, with nonzero values, and their |Θ|. The model is restored."""
         slots = self._slots()
         before = [Part(owner, name, getattr(owner, name)) for owner, name in slots]
         theta = attach()
@@ -283,7 +283,7 @@ class Bench:
         return self._taken(lambda: method.attach(self.model, self.topology, resumed=True))
 
     def parts(self, widths: dict[str, int]) -> dict[Row, tuple[list[Part | Values], int]]:
-        """Every row's difference from the base, and its |Θ|."""
+        """Return every row's difference from the base, and its |Θ|."""
         low_rank, theta = self._low_rank(widths["unmerged"])
         folded = [merged(part.owner, part.value) for part in low_rank if part.name == "update"]
         plain = [values.plain for values in folded]
@@ -301,13 +301,13 @@ class Bench:
         return made
 
     def describe(self) -> tuple[list[tuple[str, str]], list[tuple[str, tuple[int, ...], str, tuple[int, ...]]]]:
-        """What the model is made of now: its modules and their kinds, and its parameters with shape, dtype, strides."""
+        """Describe the current model: its modules and their kinds, and its parameters with shape, dtype, strides."""
         modules = [(name, type(module).__qualname__) for name, module in self.model.named_modules()]
         parameters = [(name, tuple(p.shape), str(p.dtype), p.stride()) for name, p in self.model.named_parameters()]
         return modules, parameters
 
     def measure(self, setting: Setting, trials: int, widths: dict[str, int]) -> list[dict[str, Any]]:
-        """Every row checked, counted and timed: its |Θ|, collectives by kind, and the seconds of each trial here."""
+        """Check, count and time every row: its |Θ|, collectives by kind, and the seconds of each trial on this rank."""
         from lowrank_dist.parallel.counting import count_collectives
 
         device = self.backend.device
@@ -347,15 +347,15 @@ class Bench:
         logits = forward()
         self.backend.synchronize()
         seconds = time.perf_counter() - started
-        del logits  # freed outside the clock
+        del logits  # freed while no time is measured
         return seconds
 
     def _require(self, logits: dict[Row, Tensor], kinds: dict[Row, Any]) -> None:
-        """Each row is what it says it is, or AssertionError."""
+        """Raise AssertionError unless each row is what it claims to be."""
         base, own, plain = Row("base"), Row("merged"), Row("unmerged")
         assert kinds[own] == kinds[base], "merged is not made of the base's modules and parameters"
         assert kinds[plain] != kinds[base], "unmerged is made of the base's modules alone"
-        vocab = min(self.model.architecture.vocab, logits[base].size(1))  # −∞ in rows of padding, of the last rank
+        vocab = min(self.model.architecture.vocab, logits[base].size(1))  # −∞ in padding rows of the last rank
         found = {row: value.float()[:, :vocab].nan_to_num(neginf=0.0) for row, value in logits.items()}
 
         def apart(a: Row, b: Row) -> float:
@@ -368,7 +368,7 @@ class Bench:
 
 
 def merged(linear: nn.Module, factors: Any) -> Values:
-    """The linear's weight with the update folded in, rounded once: W + s·B·A of this rank's share."""
+    """Return the linear's weight with the update of this rank's shard, rounded once: W + s·B·A."""
     own = linear.weight.detach().clone()
     update = factors.dense_bt(torch.float32).t() @ factors.scaled_a(torch.float32, None)
     return Values(linear.weight, update.add_(own.float()).to(own.dtype), own)
@@ -380,7 +380,7 @@ def _generator(name: str) -> torch.Generator:
 
 
 def rank_main(rank: int, tp: int, port: int, args: argparse.Namespace, parent: Connection) -> None:
-    """One rank: sends the facts of every setting as they come."""
+    """Run one rank; send the results of every setting as they come."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_WORLD_SIZE=str(tp))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(max(1, args.threads // tp))
@@ -395,11 +395,11 @@ def rank_main(rank: int, tp: int, port: int, args: argparse.Namespace, parent: C
     shutdown(clean=True)
 
 
-# --- in the process that was started
+# --- in the parent process
 
 
 def widths_of(setting: Setting, sizes: Sequence[int]) -> dict[str, int]:
-    """Rank or bottleneck by method: the same at every tensor-parallel size, so a multiple of each."""
+    """Return adapter rank or width by method: the same at every tensor-parallel size, so a multiple of each."""
     step = math.lcm(*sizes)
     theta = setting.published.theta
     widths = {method: nearest_width(method, theta, step) for method in ("adapter_l", "adapter_h")}
@@ -407,7 +407,7 @@ def widths_of(setting: Setting, sizes: Sequence[int]) -> dict[str, int]:
 
 
 def statistics_of(base: Sequence[float], row: Sequence[float]) -> dict[str, float]:
-    """Milliseconds, mean and deviation; over the base's mean the mean difference of a round, and its standard error."""
+    """Return mean and deviation in ms; and a round's mean difference and standard error over the base's mean."""
     differences = [mine - its for mine, its in zip(row, base, strict=True)]
     mean = statistics.mean(base)
     spread = [statistics.stdev(values) if len(values) > 1 else math.nan for values in (row, differences)]
@@ -420,7 +420,7 @@ def statistics_of(base: Sequence[float], row: Sequence[float]) -> dict[str, floa
 
 
 def judged(setting: Setting, tp: int, trials: int, widths: dict[str, int], ranks: Sequence[Any]) -> dict[str, Any]:
-    """The figures of one setting from what its ranks sent."""
+    """Return the figures of one setting from the results of its ranks."""
     facts = ranks[0]
     for other in ranks[1:]:
         same = [[fact[key] for key in ("name", "theta", "calls")] for fact in other]
@@ -452,7 +452,7 @@ def judged(setting: Setting, tp: int, trials: int, widths: dict[str, int], ranks
 
 
 def run(tp: int, args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
-    """Every setting at one tensor-parallel size."""
+    """Run every setting at one tensor-parallel size."""
     processes, pipes = start_ranks(rank_main, tp, args)
     results = []
     for setting in args.settings:
@@ -462,7 +462,7 @@ def run(tp: int, args: argparse.Namespace, console: Console) -> list[dict[str, A
             sys.exit(f"a rank of {tp} ended before its time; what it said stands above")
         results.append(judged(setting, tp, setting.trials or args.trials, widths_of(setting, args.tp), ranks))
         show(results[-1], console)
-    for pipe in pipes:  # all of them first: the ranks leave together
+    for pipe in pipes:  # receive all first: the ranks leave together
         pipe.send("bye")
     for process in processes:
         process.join()
@@ -470,7 +470,7 @@ def run(tp: int, args: argparse.Namespace, console: Console) -> list[dict[str, A
 
 
 def show(result: dict[str, Any], console: Console) -> None:
-    """One setting as a Markdown table."""
+    """Print one setting as a Markdown table."""
     published = PUBLISHED[result["batch"], result["length"]]
     console.print(
         f"\nbatch {result['batch']}, length {result['length']}, |Θ| about {published.theta / 1e6:g}M, "
@@ -499,14 +499,14 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def collectives(row: dict[str, Any]) -> str:
-    """The calls that a forward pass of this row adds, by kind; of the base, all it has."""
+    """Return the collectives that a row adds to a forward pass, by kind; for the base, all of its own."""
     if row["method"] == "base":
         return f"(has {row['collectives']})"
     return ", ".join(f"{count} {kind}" for kind, count in sorted(row["added_collectives"].items())) or "0"
 
 
 def verdict(result: dict[str, Any]) -> tuple[str, bool]:
-    """Whether merged adds nothing, and in words."""
+    """Return whether merged adds nothing, and the verdict as a sentence."""
     row = next(row for row in result["rows"] if row["method"] == "merged")
     noise = WITHIN_ERRORS * row["standard_error"]
     tells = noise <= LARGEST_NOISE
@@ -521,7 +521,7 @@ def verdict(result: dict[str, Any]) -> tuple[str, bool]:
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """What each row adds to the base's latency, with two standard errors, beside what was published."""
+    """Draw the latency that each row adds to the base's, with two standard errors, beside the published one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -554,7 +554,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def parse_setting(text: str) -> Setting:
-    """BATCHxLENGTH[:TRIALS]"""
+    """Parse BATCHxLENGTH[:TRIALS]."""
     try:
         sizes, _, trials = text.partition(":")
         batch, length = map(int, sizes.split("x"))
@@ -590,7 +590,7 @@ def parse() -> argparse.Namespace:
 
 
 def is_whole(args: argparse.Namespace) -> bool:
-    """Whether this is a measurement to keep: see above."""
+    """Return whether this measurement goes into the results folder, by the rule of the module docstring."""
     trials = {(setting.batch, setting.length): setting.trials or args.trials for setting in args.settings}
     sizes = {1, 2} if args.device == "cpu" else {1}
     enough = trials.get((1, 128), 0) >= WHOLE_TRIALS

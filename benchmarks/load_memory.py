@@ -34,7 +34,7 @@ LAYERS_PER_FILE = 6
 
 
 def write_checkpoint(folder: Path) -> int:
-    """A 1.1-billion-parameter Llama with grouped KV heads as a sharded bf16 folder; returns its tensors' bytes."""
+    """Write a 1.1-billion-parameter Llama with grouped KV heads as a sharded bf16 folder; return its tensors' bytes."""
     LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=32000,
@@ -59,7 +59,7 @@ def write_checkpoint(folder: Path) -> int:
     weight_map, total = {}, 0
     for number, (_, tensors) in enumerate(sorted(files.items()), start=1):
         file = f"model-{number:05}-of-{len(files):05}.safetensors"
-        # Windows overlap in memory, which safetensors refuses to write.
+        # Windows overlap in memory, and safetensors refuses to write shared memory.
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
         total += sum(tensor.nbytes for tensor in tensors.values())
@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path) -> int:
 
 
 def rank_main(rank: int, tp: int, port: int, folder: Path, parent: Connection) -> None:
-    """One rank: tells the parent when it is ready, loads when told to, and reports its shard's bytes."""
+    """On one rank: report when it is ready, load when told to, and report its shard's bytes."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(tp), LOCAL_WORLD_SIZE=str(tp))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -99,13 +99,13 @@ def rank_main(rank: int, tp: int, port: int, folder: Path, parent: Connection) -
 
 
 def rss_anon(pid: int) -> int:
-    """Anonymous resident bytes of a process, now."""
+    """Return the current anonymous resident bytes of a process."""
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon:"))
 
 
 def measure(folder: Path, tp: int) -> tuple[list[dict[str, float]], float]:
-    """Per rank: baseline, peak above it, shard [bytes] and seconds; and the longest gap between samples [s]."""
+    """Return, by rank, baseline, peak above it, shard [bytes] and seconds; and the longest gap between samples [s]."""
     ranks, ours = start_ranks(rank_main, tp, folder)
     assert [pipe.recv() for pipe in ours] == ["ready"] * tp
     baselines = [rss_anon(process.pid) for process in ranks]
@@ -119,7 +119,7 @@ def measure(folder: Path, tp: int) -> tuple[list[dict[str, float]], float]:
         gap, last = max(gap, time.perf_counter() - last), time.perf_counter()
     peaks = [max(peak, rss_anon(process.pid)) for peak, process in zip(peaks, ranks, strict=True)]
     reports = [pipe.recv() for pipe in ours]
-    for pipe in ours:  # all of them before any is waited for: they leave together
+    for pipe in ours:  # receive all before waiting for any: they leave together
         pipe.send("bye")
     for process in ranks:
         process.join()

@@ -56,7 +56,7 @@ HIDDEN, MLP, KV_HEADS, HEADS, VOCAB = 4096, 14336, 8, 32, 32000
 HEAD_BYTES = 2 * VOCAB * HIDDEN
 LAYER_BYTES = 2 * HIDDEN * (2 * HIDDEN + 2 * HIDDEN * KV_HEADS // HEADS + 3 * MLP)
 
-# A process of its own, for ru_maxrss: a child starts with its parent's peak, and this one's holds torch. Prints the
+# A process of its own, for ru_maxrss: a child starts with its parent's peak, and this one's includes torch. Prints the
 # command's process id, then its exit code, ru_maxrss [KiB] and seconds.
 _LAUNCHER = """
 import os, sys, time
@@ -81,7 +81,7 @@ class Copied:
 
     @property
     def seconds(self) -> float:
-        """What a merge is measured against: the copy, not yet durable, and its checksums."""
+        """Seconds that a merge is compared with: the copy, not yet durable, and its checksums."""
         return self.cp + self.sha256sum
 
 
@@ -95,7 +95,7 @@ class Merged:
 
 
 def write_checkpoint(folder: Path, linear_bytes: int) -> None:
-    """A Llama whose linears (lm_head included) are about `linear_bytes`, in bf16 and 16 files."""
+    """Write a Llama whose linears (lm_head included) are about `linear_bytes`, in bf16 and 16 files."""
     LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=VOCAB,
@@ -130,7 +130,7 @@ def write_checkpoint(folder: Path, linear_bytes: int) -> None:
 
 
 def write_random_adapter(folder: Path, base: Path) -> None:
-    """Factors of rank 16 on every linear of `base`, lm_head included, with an update that bf16 can show."""
+    """Write factors of r = 16 on every linear of `base`, lm_head included, with an update large enough for bf16."""
     architecture = read_architecture(base)
     factors = {}
     for module in sorted(architecture.linear_modules() | {"lm_head"}):
@@ -143,21 +143,21 @@ def write_random_adapter(folder: Path, base: Path) -> None:
 
 
 def timed(*command: str | Path) -> float:
-    """Seconds of a command that must succeed, with its output thrown away."""
+    """Return the seconds of a command that must succeed; its output is discarded."""
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
 
 def copy_side(base: Path, copy: Path) -> Copied:
-    """The peer: a copy of the base, and a checksum of each file of the copy."""
+    """Run the peer: copy the base, and compute a checksum of each file of the copy."""
     cp = timed("cp", "-r", base, copy)
     sha256sum = timed("sha256sum", *sorted(copy.iterdir()))
     return Copied(cp, sha256sum, timed("sync", "-f", copy))
 
 
 def rss_anon(pid: int) -> int:
-    """Anonymous resident bytes of a process; 0 when it is gone or about to be."""
+    """Return the anonymous resident bytes of a process; 0 when it has ended or is about to."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -166,7 +166,7 @@ def rss_anon(pid: int) -> int:
 
 
 def merge_side(base: Path, adapter: Path, out: Path) -> Merged:
-    """Ours: the console script in a fresh process; ends the benchmark when it fails."""
+    """Run ours: the console script in a fresh process. Ends the benchmark when it fails."""
     command = [str(COMMAND), "merge", "--base", str(base), "--adapter", str(adapter), "--out", str(out)]
     launcher = subprocess.Popen([sys.executable, "-SEc", _LAUNCHER, *command], stdout=subprocess.PIPE, text=True)
     pid, anonymous = int(launcher.stdout.readline()), 0
@@ -180,7 +180,7 @@ def merge_side(base: Path, adapter: Path, out: Path) -> Merged:
 
 
 def check_merged(base: Path, adapter: Path, out: Path) -> None:
-    """Compare tensors of `out`, one without an update and random others, with the formula; exits on any other bit."""
+    """Compare tensors of `out`, one without an update and random others, with the formula; exit on any other bit."""
     weight_map = json.loads((out / INDEX).read_text())["weight_map"]
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as factors:
         linears = [key.split(".", 2)[2].replace(".lora_A", "") for key in factors.keys() if ".lora_A." in key]
@@ -202,7 +202,7 @@ def check_merged(base: Path, adapter: Path, out: Path) -> None:
 
 
 def settle(base: Path) -> None:
-    """The same start for both sides: the base in the page cache, nothing on its way to the disk."""
+    """Make the start the same for both sides: the base in the page cache, no pending writes to the disk."""
     for path in sorted(base.iterdir()):
         with path.open("rb", buffering=0) as file:
             while file.read(1 << 24):
@@ -211,7 +211,7 @@ def settle(base: Path) -> None:
 
 
 def measure(base: Path, adapter: Path, scratch: Path, rounds: int) -> tuple[list[Copied], list[Merged]]:
-    """Both sides `rounds` times, each first in every other round; outputs are deleted before the next."""
+    """Run both sides `rounds` times, each first in every other round; outputs are deleted before the next."""
     copies, merges = [], []
 
     def copied() -> None:
@@ -233,7 +233,7 @@ def measure(base: Path, adapter: Path, scratch: Path, rounds: int) -> tuple[list
 
 
 def check_space(scratch: Path, linear_bytes: int, there: bool) -> None:
-    """Base, copy and merged model must fit, with a tenth to spare."""
+    """Require room for base, copy and merged model, with a tenth to spare."""
     needed = int(1.1 * (linear_bytes + HEAD_BYTES) * (2 if there else 3))
     free = shutil.disk_usage(scratch).free
     if free < needed:
@@ -243,7 +243,7 @@ def check_space(scratch: Path, linear_bytes: int, there: bool) -> None:
 
 
 def report(base: Path, started_on: dict[str, object], copies: list[Copied], merges: list[Merged]) -> bool:
-    """Print and record everything; whether both limits hold."""
+    """Print and record everything; return whether both limits hold."""
     tensors = [torch.Size(shape).numel() * 2 for shape in hf_shapes(read_architecture(base)).values()]
     total, largest = sum(tensors), max(tensors)
     limit = MEMORY_LIMIT + MEMORY_TENSORS * largest

@@ -1,25 +1,24 @@
-"""The ways to fine-tune on equal terms: |Θ|, bytes, memory, speed and quality of each, on the quickstart's verbs.
+"""All fine-tuning methods under the same conditions: |Θ|, bytes, memory, speed and quality, on the quickstart's verbs.
 
     python benchmarks/methods.py [--only METHOD …] [--list] [--jobs 1] [--threads 2] [--steps N] [--out DIR]
 
 SmolLM2-135M-Instruct learns the inflected forms of English verbs by each `method`, with the same steps, batches and
-seed (configs/methods/template.yaml), unsharded. A method has three sizes (full fine-tuning has one) and its own
-learning rate: of three at the middle size the one of the lowest eval loss. Every run is launch/train.py in a process of
-its own, and `lowrank-dist evaluate` on what it leaves: exact match on 200 verbs that training has not seen, decoded
-greedily.
+seed (configs/methods/template.yaml), unsharded. A method has three sizes (full fine-tuning has one). Its learning rate
+is the one of three with the lowest eval loss at the middle size. Every run is launch/train.py in a process of its own,
+then `lowrank-dist evaluate` on its output: exact match on 200 verbs that training has not seen, decoded greedily.
 
-Runs go in order of use: the middle size of every method, then learning rates, then the other sizes. Each is kept under
-build/methods by its resolved config, the versions of this project, of torch and of this recipe, and the threads; a run
-that is there is not repeated, and one that was killed goes on from its last checkpoint. So the command can be killed at
-any time: the table, results/methods.json and docs/methods.png are made anew after every run of what is there, and what
-is not yet is a dash. What of the code may have changed since, a digest of its sources kept with each run tells. A
-learning rate at which training diverges is a result too. --steps makes other, shorter runs, whose figures go to --out
-alone.
+The most useful runs go first: the middle size of every method, then learning rates, then the other sizes. Each run is
+kept under build/methods, identified by its resolved config, the versions of this project, of torch and of this recipe,
+and the threads. A finished run is not repeated, and a killed one resumes from its last checkpoint, so the command can
+be killed at any time. The table, results/methods.json and docs/methods.png are rewritten after every run from the runs
+that exist; a missing value is a dash. A digest of the sources kept with each run shows whether the code has changed
+since. A learning rate at which training diverges is a result too. --steps makes other, shorter runs, whose figures go
+only to --out.
 
-|Θ| stored is what a user keeps: a prefix is trained through an MLP that is not. Tokens/s is the median over recorded
-steps but the first few, of training alone, and of the middle size only. At the end: low-rank over full in tokens/s at
-equal sharding, which the paper (Hu et al. 2021, section 4.2) has as 43.1 over 32.5 tokens/s a V100 on GPT-3 175B; and
-whether quality grows with |Θ|.
+|Θ| stored is what a user keeps: a prefix is trained through an MLP that is not stored. Tokens/s is the median over the
+recorded steps but the first few, of training alone, and of the middle size only. At the end: low-rank over full in
+tokens/s at equal sharding, which the paper (Hu et al. 2021, section 4.2) has as 43.1 over 32.5 tokens/s a V100 on GPT-3
+175B; and whether quality grows with |Θ|.
 """
 
 from __future__ import annotations
@@ -59,17 +58,17 @@ from lowrank_dist.formats.safetensors_file import read_header
 ROOT = Path(__file__).parents[1]
 TEMPLATE = Path("configs/methods/template.yaml")
 PLACE = Path("build/methods")
-RECIPE = 1  # of what is measured and how; a higher one makes every run anew
+RECIPE = 1  # version of the recipe; a higher one repeats every run
 MAX_NEW_TOKENS, BATCH = 40, 25
-FIRST_STEPS = 5  # whose speed is not counted
+FIRST_STEPS = 5  # not counted in the speed
 PAPER = (43.1, 32.5)  # tokens/s a V100, low-rank and full
-# Of a run of which nothing like it is done, on two cores of an AMD EPYC; only --list shows them.
+# Estimated seconds of a run without a similar finished one, on two cores of an AMD EPYC; only --list shows them.
 SECONDS_PER_STEP, SECONDS_BESIDE = 0.8, 80.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a method is tried. size: the key that scales it; sizes and rates: the middle ones first of all runs."""
+    """The runs of a method. size: the key that scales it. sizes and rates: the middle ones run first."""
 
     size: str | None
     sizes: tuple[int | None, int | None, int | None]
@@ -106,7 +105,7 @@ class Run:
         return f"{self.method}{size}-lr{self.rate:g}"
 
     def overrides(self) -> list[str]:
-        """The arguments of launch/train.py beyond the template."""
+        """Return the arguments of launch/train.py beyond the template."""
         plan = PLANS[self.method]
         chosen = [f"method={self.method}", f"train.lr={self.rate!r}"]
         if plan.size is not None:
@@ -126,13 +125,13 @@ class Cache:
         self._place, self._threads, self.steps = place, threads, steps
 
     def arguments(self, run: Run, output: Path) -> list[str]:
-        """Those of launch/train.py."""
-        # As many saves of as many bytes for all: where one is under way does not depend on the method.
+        """Return the arguments of launch/train.py."""
+        # The same number of saves for all, so that the median speed does not depend on a method's saves.
         steps = [] if self.steps is None else [f"train.steps={self.steps}", f"train.warmup_steps={self.steps // 10}"]
         return [str(TEMPLATE), *run.overrides(), *steps, f"output.dir={output}"]
 
     def key(self, run: Run) -> str:
-        """What a run is: all that it is told, and by which versions."""
+        """Return the identity of a run: all of its inputs, and the versions."""
         config = "" if run.method is None else read_arguments(self.arguments(run, Path("run"))).to_yaml()
         versions = {
             "recipe": RECIPE,
@@ -147,7 +146,7 @@ class Cache:
         return self._place / f"{run.name}-{self.key(run)[:12]}"
 
     def result(self, run: Run) -> Result | None:
-        """What the finished run came to, None where it is not done."""
+        """Return the figures of the finished run, None where it is not done."""
         file = self.folder(run) / "result.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
 
@@ -158,7 +157,7 @@ class Cache:
         partial.replace(file)
 
     def done_steps(self, run: Run) -> int:
-        """Steps that a run which is not done has recorded."""
+        """Return the steps that an unfinished run has recorded."""
         return max((int(record["step"]) for record in records(self.folder(run) / "run" / "metrics.jsonl")), default=0)
 
     def total_steps(self, run: Run) -> int:
@@ -166,7 +165,7 @@ class Cache:
 
 
 def best_rate(cache: Cache, method: str) -> tuple[float | None, int]:
-    """The learning rate of the lowest eval loss at the middle size, and how many of the three are done."""
+    """Return the learning rate with the lowest eval loss at the middle size, and how many of the three are done."""
     plan = PLANS[method]
     found = {rate: cache.result(Run(method, plan.middle, rate)) for rate in plan.rates}
     losses = {rate: result["eval_loss"] for rate, result in found.items() if result and not result.get("failed")}
@@ -175,14 +174,17 @@ def best_rate(cache: Cache, method: str) -> tuple[float | None, int]:
 
 
 def stages(cache: Cache, methods: Sequence[str]) -> Iterator[list[Run]]:
-    """What to run, in order of use. The last stage is known when the learning rates before it are done."""
+    """Return the runs in stages, most useful first.
+
+    The last stage is known when the learning rates before it are done.
+    """
     yield [Run(None), *(Run(method, PLANS[method].middle, PLANS[method].rates[1]) for method in methods)]
     yield [Run(method, PLANS[method].middle, PLANS[method].rates[place]) for place in (0, 2) for method in methods]
     yield other_sizes(cache, methods)
 
 
 def other_sizes(cache: Cache, methods: Sequence[str]) -> list[Run]:
-    """The smallest and the largest of each, at the best learning rate; the middle one's where none is known yet."""
+    """Return each method's smallest and largest run, at the best learning rate, or the middle one where unknown."""
     runs = []
     for place in (0, 2):
         for method in methods:
@@ -197,14 +199,14 @@ def other_sizes(cache: Cache, methods: Sequence[str]) -> list[Run]:
 
 
 class Processes:
-    """The children at work, ended with this process, so that none outlives it. A training run then saves first."""
+    """The running child processes, ended with this process so that none outlives it. A training run saves first."""
 
     def __init__(self) -> None:
         self._live: set[subprocess.Popen[str]] = set()
         self._ending, self._lock = False, threading.Lock()
 
     def call(self, command: Sequence[str], environment: Mapping[str, str], **streams: Any) -> tuple[int, str]:
-        """(exit code, what went to stdout where that is a pipe)."""
+        """Return (exit code, stdout where it is a pipe)."""
         with self._lock:
             if self._ending:
                 raise SystemExit(1)
@@ -223,7 +225,7 @@ class Processes:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """Of a run of one rank, without a launcher."""
+    """Return the environment of a run of one rank, without a launcher."""
     return os.environ | {
         **{"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
@@ -233,7 +235,7 @@ def environment(threads: int) -> dict[str, str]:
 
 
 def execute(run: Run, cache: Cache, threads: int, processes: Processes) -> Result:
-    """Train, evaluate, collect and keep. SystemExit where it fails by anything but a learning rate that diverges."""
+    """Train, evaluate, collect and keep. Raises SystemExit for any failure but a learning rate that diverges."""
     folder = cache.folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     output, log, settings = folder / "run", folder / "log.txt", environment(threads)
@@ -262,13 +264,13 @@ def execute(run: Run, cache: Cache, threads: int, processes: Processes) -> Resul
 
 
 def diverged(log: str) -> str | None:
-    """The message by which a run stops over numbers that are not finite, None where it ended for something else."""
+    """Return the message with which a run stops over non-finite numbers, None where it ended for another reason."""
     lines = [line for line in log.splitlines() if "lower train.lr" in line.lower()]
     return lines[-1] if lines else None
 
 
 def evaluate(run: Run, output: Path, settings: Mapping[str, str], log: Path, processes: Processes) -> Result:
-    """`lowrank-dist evaluate` of the base, or of what the run left."""
+    """Run `lowrank-dist evaluate` on the base, or on the run's output."""
     template = load_config(TEMPLATE)
     model, adapter = template.model.path, []
     if run.method == "full":
@@ -289,7 +291,7 @@ def evaluate(run: Run, output: Path, settings: Mapping[str, str], log: Path, pro
 
 
 def records(file: Path) -> list[dict[str, float]]:
-    """Of a metrics.jsonl; the last line of a killed run may be half a record."""
+    """Return the records of a metrics.jsonl; the last line of a killed run may be half a record."""
     found = []
     if file.exists():
         for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -299,7 +301,7 @@ def records(file: Path) -> list[dict[str, float]]:
 
 
 def collect(output: Path, method: str, virtual_tokens: int) -> Result:
-    """The figures of a finished run, from its folder. virtual_tokens: those of every sample."""
+    """Return the figures of a finished run, from its folder. virtual_tokens: those of every sample."""
     found = records(output / "metrics.jsonl")
     losses = [record["eval_loss"] for record in found if "eval_loss" in record]
     steps = [record for record in found if "tokens_per_second" in record]
@@ -323,7 +325,7 @@ def collect(output: Path, method: str, virtual_tokens: int) -> Result:
 
 
 def sample_tokens_per_second(record: Mapping[str, float], virtual_tokens: int) -> float:
-    """The rate of tokens that every method sees: all of a step but its `virtual_tokens`."""
+    """Return the rate of the tokens that all methods have in common: all of a step but its `virtual_tokens`."""
     from lowrank_dist.engine.meter import STEP_PHASES
 
     seconds = sum(record[f"{phase}_seconds"] for phase in STEP_PHASES)
@@ -331,12 +333,12 @@ def sample_tokens_per_second(record: Mapping[str, float], virtual_tokens: int) -
 
 
 def speed(rates: Sequence[float]) -> float:
-    """Median over the steps but the first few, which warm up; a save under way slows single ones down."""
+    """Return the median over all steps but the first few, which warm up; a save slows single steps down."""
     return statistics.median(rates[FIRST_STEPS:] or rates)
 
 
 def source() -> str:
-    """A digest of what trains and decodes."""
+    """Return a digest of the code that trains and decodes."""
     digest = hashlib.sha256()
     files = [*ROOT.glob("lowrank_dist/**/*.py"), *ROOT.glob("csrc/**/*"), ROOT / "launch" / "train.py"]
     for path in sorted(file for file in files if file.is_file()):
@@ -344,11 +346,11 @@ def source() -> str:
     return digest.hexdigest()[:12]
 
 
-# --- what they come to
+# --- the results
 
 
 def table_rows(cache: Cache) -> list[Result]:
-    """A row for each method and size, at the best learning rate known; `missing` where the run is not done."""
+    """Return a row for each method and size, at the best learning rate known; `missing` where the run is not done."""
     rows = []
     for method, plan in PLANS.items():
         rate, tried = best_rate(cache, method)
@@ -365,7 +367,7 @@ def table_rows(cache: Cache) -> list[Result]:
 
 
 def rate_rows(cache: Cache) -> dict[str, dict[str, Any]]:
-    """By method and learning rate, at the middle size: the eval loss, or that it diverged, or None where not done."""
+    """Return, by method and rate at the middle size, the eval loss, or that it diverged, or None where not done."""
     found: dict[str, dict[str, Any]] = {}
     for method, plan in PLANS.items():
         results = {rate: cache.result(Run(method, plan.middle, rate)) for rate in plan.rates}
@@ -377,13 +379,13 @@ def rate_rows(cache: Cache) -> dict[str, dict[str, Any]]:
 
 
 def cell(row: Mapping[str, Any], key: str, form: str, scale: float = 1.0) -> str:
-    """A figure, a dash where it is not there."""
+    """Format a figure; a dash where there is none."""
     value = row.get(key)
     return "–" if value is None else format(value / scale, form)
 
 
 def show(rows: Sequence[Result], rates: Mapping[str, Mapping[str, Any]], base: Result | None, console: Console) -> None:
-    """Both tables as Markdown."""
+    """Print both tables as Markdown."""
     names = ("method", "r, m or l", "|Θ| stored", "trained", "checkpoint MB", "kept MB", "peak GiB", "tokens/s")
     table = Table(box=box.MARKDOWN)
     for name in (*names, "eval loss", "exact match", "learning rate"):
@@ -421,13 +423,13 @@ def show(rows: Sequence[Result], rates: Mapping[str, Mapping[str, Any]], base: R
 
 
 def ratio(rows: Sequence[Result]) -> float | None:
-    """Low-rank over full in tokens/s, of the rows that have them; None where one is not there."""
+    """Return low-rank over full in tokens/s, from the rows that have them; None where one is missing."""
     found = {row["method"]: row["tokens_per_second"] for row in rows if "tokens_per_second" in row}
     return found["lora"] / found["full"] if {"lora", "full"} <= found.keys() else None
 
 
 def courses(rows: Sequence[Result]) -> dict[str, dict[str, Any]]:
-    """By method with all its sizes done: exact match and eval loss by rising |Θ|, and whether neither turns back."""
+    """Return exact match and eval loss by rising |Θ| of each complete method, and whether neither gets worse."""
     found = {}
     for method, plan in PLANS.items():
         mine = [row for row in rows if row["method"] == method and "exact_match" in row]
@@ -440,7 +442,7 @@ def courses(rows: Sequence[Result]) -> dict[str, dict[str, Any]]:
 
 
 def draw(rows: Sequence[Result], base: Result | None, path: Path) -> None:
-    """Exact match and eval loss against |Θ| as it is stored, a line for each method."""
+    """Draw exact match and eval loss against |Θ| as stored, a line for each method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -461,7 +463,7 @@ def draw(rows: Sequence[Result], base: Result | None, path: Path) -> None:
 
 
 def publish(cache: Cache, started_on: dict[str, object], args: argparse.Namespace) -> None:
-    """The JSON and the picture, of what is there."""
+    """Write the JSON and the picture of the runs that exist."""
     rows, base = table_rows(cache), cache.result(Run(None))
     figures = {
         "model": "SmolLM2-135M-Instruct",
@@ -485,7 +487,7 @@ def publish(cache: Cache, started_on: dict[str, object], args: argparse.Namespac
 
 
 def conclude(cache: Cache, console: Console) -> None:
-    """The tables, and in words what they are about."""
+    """Print the tables, and the conclusions as sentences."""
     rows = table_rows(cache)
     show(rows, rate_rows(cache), cache.result(Run(None)), console)
     sources = {row["source"] for row in rows if "source" in row}
@@ -504,7 +506,7 @@ def conclude(cache: Cache, console: Console) -> None:
 
 
 def show_list(cache: Cache, methods: Sequence[str], console: Console) -> None:
-    """Every run with its state, and the time that the rest will take."""
+    """Print every run with its state, and an estimate of the remaining time."""
     table, left = Table("run", "state", "s", box=box.MARKDOWN), 0.0
     for stage in stages(cache, methods):
         for run in stage:
@@ -523,7 +525,7 @@ def show_list(cache: Cache, methods: Sequence[str], console: Console) -> None:
 
 
 def estimate(cache: Cache, run: Run, methods: Sequence[str]) -> float:
-    """Seconds: the mean of the method's finished runs, else of all, else a guess."""
+    """Return seconds: the mean of the method's finished runs, else of all, else a guess."""
     if run.method is None:
         return SECONDS_BESIDE
     done: dict[str, list[float]] = {}
@@ -537,7 +539,7 @@ def estimate(cache: Cache, run: Run, methods: Sequence[str]) -> float:
 
 
 def run_all(cache: Cache, args: argparse.Namespace, started_on: dict[str, object], console: Console) -> None:
-    """Every run that is not there yet."""
+    """Run all runs that are not finished."""
     processes, lock = Processes(), threading.Lock()
 
     def one(run: Run) -> None:

@@ -39,19 +39,19 @@ from lowrank_dist.backend.select import select_backend
 from lowrank_dist.ops.extension import require_compiled
 from lowrank_dist.planner.hardware import GPUS, peak_flops
 
-# The pool's size over L2's (taken as 64 MiB on a CPU), and between which numbers of sets.
+# The pool's size over L2's (taken as 64 MiB on a CPU), and the least and most operand sets.
 POOL_OVER_L2, FEWEST_SETS, MOST_SETS = 3.0, 2, 32
 SECONDS = 0.04  # of one repeat
 
 
 def pool_of(product: Product, l2: int) -> list[Callable[[], object]]:
-    """Calls on operand sets that are together `POOL_OVER_L2` times the cache, where `MOST_SETS` of them can be."""
+    """Return calls on operand sets that together are `POOL_OVER_L2` times the cache, or `MOST_SETS` sets."""
     count = math.ceil(POOL_OVER_L2 * l2 / product.bytes)
     return [product.make() for _ in range(min(max(FEWEST_SETS, count), MOST_SETS))]
 
 
 def replayed(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], object]:
-    """One pass over the calls, as a captured CUDA graph where there is CUDA."""
+    """Return one pass over the calls, as a captured CUDA graph where there is CUDA."""
 
     def plain() -> None:
         for call in calls:
@@ -60,7 +60,7 @@ def replayed(calls: Sequence[Callable[[], object]], device: torch.device) -> Cal
     if device.type != "cuda":
         plain()
         return plain
-    # Once beforehand, on another stream, as capture asks for: libraries allocate and choose on their first call.
+    # Once beforehand, on another stream, as capture requires: libraries allocate and choose on their first call.
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
@@ -73,7 +73,7 @@ def replayed(calls: Sequence[Callable[[], object]], device: torch.device) -> Cal
 
 
 def seconds_of(work: Callable[[], object], count: int, device: torch.device) -> float:
-    """Seconds of `count` runs of `work`, on the device's clock."""
+    """Return the seconds of `count` runs of `work`, on the device's clock."""
     if device.type != "cuda":
         started = time.perf_counter()
         for _ in range(count):
@@ -89,7 +89,7 @@ def seconds_of(work: Callable[[], object], count: int, device: torch.device) -> 
 
 
 def measure(product: Product, repeats: int, l2: int, device: torch.device) -> dict[str, object]:
-    """Median time of one call, and what it reaches."""
+    """Return the median time of one call, and the rates it reaches."""
     calls = pool_of(product, l2)
     work = replayed(calls, device)
     once = seconds_of(work, 1, device)
@@ -111,7 +111,7 @@ def measure(product: Product, repeats: int, l2: int, device: torch.device) -> di
 
 
 def show(rows: Sequence[dict[str, object]], flops: float | None, bandwidth: float | None, console: Console) -> None:
-    """One row a product, with shares of the GPU's data sheet where that is known."""
+    """Print one row a product, with shares of the GPU's data sheet where that is known."""
 
     def share(rate: object, peak: float | None) -> str:
         return "" if peak is None else f"{100e12 * float(rate) / peak:.0f}"
@@ -134,7 +134,7 @@ def show(rows: Sequence[dict[str, object]], flops: float | None, bandwidth: floa
 
 
 def run_once(chosen: Sequence[Product], names: Sequence[str], device: torch.device) -> None:
-    """The last product of each name (masked, fc2), once, as all that a profiler sees."""
+    """Run the last product of each name (masked, fc2) once, as the only work that a profiler sees."""
     last = {product.name: product for product in chosen if product.name in names}
     for product in last.values():
         call = product.make()

@@ -66,7 +66,7 @@ Row = dict[str, Any]
 
 
 def paired(side: Sequence[float], twin: Sequence[float]) -> dict[str, float]:
-    """Median of (side − twin) over the twin's median, and its bootstrap 95 % interval over the pairs."""
+    """Return the median of (side − twin) over the twin's median, and its bootstrap 95 % interval over the pairs."""
     differences, base = np.asarray(side) - np.asarray(twin), statistics.median(twin)
     drawn = np.random.default_rng(0).integers(len(differences), size=(RESAMPLES, len(differences)))
     low, high = np.percentile(np.median(differences[drawn], axis=1), (2.5, 97.5))
@@ -74,13 +74,13 @@ def paired(side: Sequence[float], twin: Sequence[float]) -> dict[str, float]:
 
 
 def order(count: int, number: int) -> list[int]:
-    """The sides of round `number`: rotated by one each round and backwards every other one."""
+    """Return the order of the sides in round `number`: rotated by one each round and backwards every other one."""
     rotated = [(number + i) % count for i in range(count)]
     return rotated[::-1] if number % 2 else rotated
 
 
 def clock(device: torch.device) -> Callable[[Side], tuple[float, float]]:
-    """A function that runs a step and returns (seconds on the device, seconds until all was launched)."""
+    """Return a function that runs a step and returns (seconds on the device, seconds until all was launched)."""
 
     def on_cpu(side: Side) -> tuple[float, float]:
         started = time.perf_counter()
@@ -108,7 +108,7 @@ def clock(device: torch.device) -> Callable[[Side], tuple[float, float]]:
 def measure(
     sides: Sequence[Side], rounds: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of every side in every round, and the median seconds of launching."""
+    """Return the seconds of every side in every round, and the median seconds of launching."""
     run = clock(device)
     seconds: dict[str, list[float]] = {side.name: [] for side in sides}
     launched: dict[str, list[float]] = {side.name: [] for side in sides}
@@ -125,7 +125,7 @@ def measure(
 
 
 def cell(layer: Layer, setting: tuple[str, int, float], args: argparse.Namespace, copies: bool) -> Row:
-    """One setting: checked, counted and measured."""
+    """Check, count and measure one setting."""
     dtype, r, p = setting
     sides = layer.sides(r, p)
     agreement = require_same(layer, sides, dtype, copies)
@@ -151,7 +151,7 @@ def cell(layer: Layer, setting: tuple[str, int, float], args: argparse.Namespace
 
 
 def run(args: argparse.Namespace, device: torch.device, copies: bool) -> Iterator[Row]:
-    """Every setting of every shape and shard as it is measured, one layer in memory at a time."""
+    """Yield every setting of every shape and shard as it is measured, one layer in memory at a time."""
     for shape, shard in product(args.shape, args.shard):
         topology = Topology.build(shard, None, shard > 1, timeout_seconds=60)
         for dtype in dict.fromkeys(dtype for dtype, _, _ in args.settings):
@@ -192,7 +192,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
 
 
 def verdicts(rows: Sequence[Row], device: str) -> list[dict[str, Any]]:
-    """What the figures at r = 16 are held against, and whether they hold."""
+    """Return the limits for the figures at r = 16, and whether they hold."""
     found = []
 
     def add(what: str, row: Row, value: float, limit: float) -> None:
@@ -219,7 +219,7 @@ def parse_setting(text: str) -> tuple[str, int, float]:
 
 
 def parse() -> tuple[argparse.Namespace, bool]:
-    """The arguments with the device's defaults filled in, and whether they are all defaults."""
+    """Return the arguments with the device's defaults filled in, and whether they are all defaults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=DEFAULTS, default="cpu")
     parser.add_argument("--shape", nargs="+", choices=SHAPES)
@@ -250,7 +250,7 @@ def leave(
     *,
     complete: bool = True,
 ) -> None:
-    """The JSON into results/ where it is the whole table, and into --out."""
+    """Write the JSON into results/ where it is the whole table, and into --out."""
     if whole:
         write_result(name, started_on, figures)
     if out is not None:
@@ -258,7 +258,7 @@ def leave(
 
 
 def prepare(args: argparse.Namespace, console: Console) -> torch.device:
-    """Threads and the device; says which peers are not here."""
+    """Set threads and the device; print the missing peers."""
     torch.set_num_threads(args.threads)
     quiet_libraries()
     device = select_backend(args.device, 0, 1).device

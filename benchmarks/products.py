@@ -1,4 +1,4 @@
-"""The products that the frozen and the low-rank path of one layer's linears consist of, each by itself.
+"""Each single product of the frozen and the low-rank path of one layer's linears.
 
 Legend: T tokens, K inputs and O outputs of the weight, R = Σ r of the projections that a linear fuses.
 """
@@ -21,7 +21,7 @@ SQUARE = 8192
 
 @dataclass(frozen=True)
 class Product:
-    """One operation. make: a call on random operands of its own. flops and bytes are of one call."""
+    """One operation. make: returns a call on random operands of its own. flops and bytes are those of one call."""
 
     name: str
     linear: str
@@ -53,7 +53,7 @@ class Operands:
 
 
 def products(layouts: Mapping[str, LinearLayout], operands: Operands) -> Iterator[Product]:
-    """Every product of every linear, those of one kind together."""
+    """Return every product of every linear, those of one kind together."""
     yield from ceilings(operands)
     for of_linear in (frozen, thin, ours):
         for name, layout in layouts.items():
@@ -61,7 +61,7 @@ def products(layouts: Mapping[str, LinearLayout], operands: Operands) -> Iterato
 
 
 def ceilings(operands: Operands) -> Iterator[Product]:
-    """What memory and tensor cores reach on this GPU."""
+    """Return products that show the highest memory and tensor-core rates of this GPU."""
     side = min(SQUARE, operands.tokens)
 
     def copy() -> Callable[[], object]:
@@ -77,7 +77,7 @@ def ceilings(operands: Operands) -> Iterator[Product]:
 
 
 def frozen(name: str, layout: LinearLayout, operands: Operands) -> Iterator[Product]:
-    """Y = X·Wᵀ and dX = dY·W, written or added to."""
+    """Return Y = X·Wᵀ and dX = dY·W, written or added to."""
     t, (o, k) = operands.tokens, layout.local_shape(1)
     for direction, inner, outer in (("gemm", k, o), ("gemm dX", o, k)):
         for beta in (0, 1):
@@ -92,7 +92,7 @@ def frozen(name: str, layout: LinearLayout, operands: Operands) -> Iterator[Prod
 
 
 def thin(name: str, layout: LinearLayout, operands: Operands) -> Iterator[Product]:
-    """The products with B: U·Bᵀ as the adapted linear starts from it on CUDA, dY·B, Uᵀ·dY."""
+    """Return the products with B: U·Bᵀ, with which the adapted linear starts on CUDA, dY·B, Uᵀ·dY."""
     t, (o, _), r = operands.tokens, layout.local_shape(1), RANK * len(layout.parts)
     blocks = (0, o, 0, r)
 
@@ -115,7 +115,7 @@ def thin(name: str, layout: LinearLayout, operands: Operands) -> Iterator[Produc
 
 
 def ours(name: str, layout: LinearLayout, operands: Operands) -> Iterator[Product]:
-    """Our kernels, with the stacked A of every projection that the linear fuses."""
+    """Return our kernels, with the stacked A of every projection that the linear fuses."""
     t, (_, k), r = operands.tokens, layout.local_shape(1), RANK * len(layout.parts)
     flops, both = 2 * t * r * k, t * k + t * r
     for masked in (False, True):

@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: its figures and the machine they were measured on, as JSON."""
+"""Result files of benchmarks: the figures and the machine they were measured on, as JSON."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(device: str = "cpu") -> dict[str, object]:
-    """Processor, cores, memory, load and library versions, on "cuda" the GPU too; nothing that names the host."""
+    """Return processor, cores, memory, load, library versions, on "cuda" the GPU too; nothing that names the host."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     model = next((line.split(":", 1)[1].strip() for line in cpuinfo.splitlines() if line.startswith("model name")), "")
     found: dict[str, object] = {
@@ -32,7 +32,7 @@ def machine(device: str = "cpu") -> dict[str, object]:
 
 @functools.cache
 def commit() -> str | None:
-    """The commit that this tree stands at, with "+" where files differ from it; None where there is no repository."""
+    """Return this tree's commit, with "+" where files differ from it; None where there is no repository."""
     words = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
         said = subprocess.run(words, cwd=RESULTS.parent, capture_output=True, text=True, check=False, timeout=20)
@@ -51,14 +51,14 @@ def write_result(
 ) -> Path:
     """Write FOLDER/NAME.json, whole or not at all, and return its path.
 
-    `started_on`: `machine()` from before the measurement, so that its load is others'. complete: False where more
-    figures are to come.
+    `started_on`: `machine()` from before the measurement, so that its load is that of other programs. complete: False
+    where more figures will follow.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"{name}.json"
     date = datetime.now(UTC).strftime("%Y-%m-%d")
     result = {"date": date, "commit": commit(), "complete": complete, "machine": started_on, **figures}
-    # A stage may be stopped by its time limit in the middle of a write; the figures before it stay.
+    # A time limit may stop a stage in the middle of a write; the earlier figures stay.
     unfinished = target.with_suffix(".part")
     unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(target)

@@ -1,4 +1,4 @@
-"""The linears that ours are held against where no library has them: frozen ones, and plain torch at its best.
+"""Linears to compare ours with where no library has them: frozen ones, and the fastest plain torch.
 
 Legend: T tokens, K inputs and O outputs of the rank's weight, R = Σ r; a [R, K] carries the scale, bᵀ is [R, O].
 """

@@ -1,10 +1,10 @@
-"""What the adapted linears would cost on a GPU, by counting: GEMMs at the measured rate, the rest at memory's.
+"""The modelled cost of the adapted linears on a GPU: GEMMs at the measured rate, the rest at memory bandwidth.
 
-A figure for where there is no GPU, and always marked as modelled. Counted is the path of parallel/autograd.py without
-fused factors, product by product (`passes`): what each reads and writes of T×K, T×O and T×R beyond the frozen linear.
-Left out: launches, caches, the factors themselves (R×K, R×O), the wire, where messages grow by R/K, and what a frozen
+For machines without a GPU, and always marked as modelled. Counted is the path of parallel/autograd.py without fused
+factors, product by product (`passes`): what each reads and writes of T×K, T×O and T×R beyond the frozen linear. Left
+out are launches, caches, the factors themselves (R×K, R×O), the wire, where messages grow by R/K, and what a frozen
 GEMM reads of an output that it adds to (beta = 1): it is bound by its arithmetic. Dropout is free here: its mask comes
-from a counter and is in no memory.
+from a counter and is not in memory.
 
 Legend: N ranks, T tokens, T_j = T / N the token shard, K inputs and O outputs of the rank's weight, R = Σ r.
 """
@@ -36,11 +36,11 @@ ITEMSIZE = 2
 
 
 def passes(layout: LinearLayout, n: int, tokens: int, r: int) -> dict[str, int]:
-    """Elements that each product of the low-rank path reads and writes, on one of n ranks.
+    """Return the elements that each product of the low-rank path reads and writes, on one of n ranks.
 
-    A thin product is written for the frozen one to add to (ops/linear.py). Where n > 1 (sequence parallelism) the side
-    that the replicated factor is on has T_j tokens and is added to what arrives, so it reads and writes; and what a
-    message carries is copied into it: X before a gather forward, dY before one backward. U is copied out of it.
+    A thin product is written for the frozen one to add to (ops/linear.py). Where n > 1 (sequence parallelism), the side
+    with the replicated factor has T_j tokens and is added to the message that arrives, so it reads and writes. The
+    content of a message is copied into it: X before a gather forward, dY before one backward. U is copied out of it.
     """
     out_features, in_features = layout.local_shape(n)
     total = r * len(layout.parts)
@@ -62,7 +62,7 @@ def passes(layout: LinearLayout, n: int, tokens: int, r: int) -> dict[str, int]:
 
 
 def modelled(shape: str, shard: int, gpu: Gpu, tokens: int, r: int) -> dict[str, Any]:
-    """Seconds of the frozen forward + dX and of each product, and the overhead: their ratio."""
+    """Return seconds of the frozen forward + dX and of each product, and the overhead: their ratio."""
     flops, elements = 0, Counter()
     for layout in architecture(shape).layers[0].linears.values():
         out_features, in_features = layout.local_shape(shard)
@@ -79,7 +79,7 @@ def modelled(shape: str, shard: int, gpu: Gpu, tokens: int, r: int) -> dict[str,
 
 
 def report(machine: str, console: Console) -> dict[str, Any]:
-    """Prints the table and returns what goes into the JSON."""
+    """Print the table; return the values for the JSON."""
     gpu = MACHINES[machine]
     rows = [
         {"shape": shape, "shard": shard, "dropout": p, "dtype": "bf16", "r": RANK, "tokens": TOKENS}

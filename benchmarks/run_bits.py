@@ -1,8 +1,7 @@
-"""What a program leaves behind, as named values that are equal exactly when the bits are.
+"""The output of a program as named values, which are equal exactly when the bits are.
 
-A file becomes one value a tensor, a JSON or YAML key, or a line of text, so that a difference says where it lies.
-Left out is what a clock or the memory of the machine says; what must differ between two trees (the folders that
-they lie in) is replaced by a word.
+A file becomes one value a tensor, a JSON or YAML key, or a line of text, so a difference names its place. Values from a
+clock or the machine's memory are left out. The folders of the two trees must differ, and are replaced by a word.
 """
 
 from __future__ import annotations
@@ -19,26 +18,26 @@ import yaml
 
 Values = dict[str, str]
 
-# Keys of records that a clock, or the load of the machine, decides.
+# Keys of records that depend on a clock, or on the load of the machine.
 CLOCK = ("time", "tokens_per_second", "tokens_per_second_per_rank", "tflops_per_rank", "mfu", "memory_gib", "*_seconds")
-# Of the files of a run: timestamps a line, and drawings of numbers that are compared as numbers.
+# Files of a run that are left out: timestamps a line, and drawings of numbers that are compared as numbers.
 LEFT_OUT = ("logs/*", "loss.png", "tensorboard/*")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One value that differs; `name` is CASE/VALUE. None: it is not there at all."""
+    """One value that differs; `name` is CASE/VALUE. None: the value is missing."""
 
     name: str
     ours: str | None
     theirs: str | None
-    reason: str = ""  # why it is allowed; empty where it is not
+    reason: str = ""  # why the difference is allowed; empty where it is not
 
 
 def compare(
     ours: Mapping[str, Values], theirs: Mapping[str, Values], allowed: Mapping[str, str]
 ) -> tuple[int, list[Difference]]:
-    """Return how many values were held against each other, and those that differ.
+    """Return the number of compared values, and those that differ.
 
     ours, theirs: case → its values. allowed: pattern of CASE/VALUE → the reason why it may differ.
     """
@@ -55,7 +54,7 @@ def compare(
 
 
 def folder_values(folder: Path, places: Mapping[str, str]) -> Values:
-    """Return the values of every file below a folder. places: text → the word that stands for it."""
+    """Return the values of every file below a folder. places: text → the word that replaces it."""
     values: Values = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -69,7 +68,7 @@ def folder_values(folder: Path, places: Mapping[str, str]) -> Values:
 
 
 def file_values(path: Path, places: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the values of one file, named as they follow the file's name."""
+    """Yield the values of one file; their names follow the file's name."""
     content = path.read_bytes()
     if path.suffix == ".safetensors":
         yield from _tensors(content)
@@ -104,7 +103,7 @@ def replaced(text: str, places: Mapping[str, str]) -> str:
 
 
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield every leaf of a JSON value by its path, without what a clock says. A float's text is exact."""
+    """Yield every leaf of a JSON value by its path, without the values of a clock. A float's text is exact."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             if not any(fnmatch.fnmatchcase(str(key), pattern) for pattern in CLOCK):
@@ -134,7 +133,7 @@ def _digest(content: bytes) -> str:
 
 
 def mask_values(files: Sequence[Path]) -> Values:
-    """Return the masks that ranks have drawn, each under its counters. files: one a rank, in the order of ranks."""
+    """Return the masks that ranks have drawn, each by its counters. files: one a rank, in the order of ranks."""
     values: Values = {}
     for rank, file in enumerate(files):
         for line in sorted(file.read_text().splitlines()):

@@ -40,14 +40,14 @@ from spawn import free_port
 from trees import ROOT, checked_out
 
 WORK = ROOT / "build" / "same_bits"
-SECONDS = 180  # for one run of both trees at once; it takes about two
+SECONDS = 180  # limit for one run of both trees at once, which takes about two
 STEPS = 3
 FAMILIES = ("llama", "llama2", "granite", "mistral", "qwen2", "qwen3", "gpt2", "opt")  # tests/tiny_models.py
 SHAPES = (
     *("gpt2-medium", "gpt2-large", "gpt3-175b", "llama-3-8b", "llama-3-70b", "llama-3-405b"),
     *("qwen2.5-7b", "qwen2.5-72b", "qwen3-32b"),
 )
-# Method → what is overridden for it.
+# Method → its config overrides.
 METHODS = {
     "lora": ("lora.rank=4", "lora.alpha=8", "lora.dropout=0.1"),
     "full": (),
@@ -122,8 +122,7 @@ class Side:
 class Case:
     """One thing that both trees do: training on `ranks` ranks (above 0), or a command (0).
 
-    leaves: the folder, below the side's, that it writes. as_json: its output is a JSON value. planted: --plant goes
-    to it.
+    leaves: the output folder, below the side's. as_json: the output is a JSON value. planted: --plant applies to it.
     """
 
     name: str
@@ -135,7 +134,7 @@ class Case:
     watched: bool = False
 
     def programs(self, side: Side) -> list[dict[str, Any]]:
-        """The processes that do it, one a rank."""
+        """Return the processes of the case, one a rank."""
         out = side.folder / "said" / self.name
         out.parent.mkdir(parents=True, exist_ok=True)
         words = [*self.words, *(side.plants if self.planted else ())]
@@ -155,7 +154,7 @@ class Case:
         ]
 
     def values(self, side: Side, codes: Sequence[int]) -> Values:
-        """What it has left behind. Of training's output only an error counts: the rest says how fast it was."""
+        """Return the values of the case's output. Of training's stdout only an error counts: the rest reports speed."""
         out = side.folder / "said" / self.name
         values = {f"exit code {rank}": str(code) for rank, code in enumerate(codes)}
         said = {suffix: replaced(Path(f"{out}-0{suffix}").read_text(), side.places) for suffix in (".out", ".err")}
@@ -198,7 +197,7 @@ def prepare(families: Sequence[str]) -> None:
 
 
 def job(family: str, method: str, layout: str) -> tuple[str, ...]:
-    """The configuration and overrides of a run."""
+    """Return the configuration and overrides of a run."""
     tensor, data = LAYOUTS[layout]
     size = (f"parallel.tensor={tensor}", f"parallel.data={data}")
     return (str(WORK / f"{family}.yaml"), f"method={method}", *METHODS[method], *size)
@@ -212,7 +211,7 @@ def train_case(family: str, method: str, layout: str, dtype: str) -> Case:
 
 
 def plan_cases(families: Sequence[str], methods: Sequence[str], layouts: Sequence[str]) -> Iterator[Case]:
-    """Plans of the runs that are trained, and of every built-in shape on four nodes."""
+    """Return plans of the runs that are trained, and of every built-in shape on four nodes."""
     for layout in layouts:
         tensor, data = LAYOUTS[layout]
         machines = ("--gpus-per-node", str(tensor * data), "--target-share", "0.5")
@@ -227,7 +226,7 @@ def plan_cases(families: Sequence[str], methods: Sequence[str], layouts: Sequenc
 
 
 def before_cases(method: str) -> Iterator[Case]:
-    """What is done with the commit's run, which lies in runs/before/METHOD and, stopped at step 2, in …-resumed."""
+    """Return the cases on the commit's run in runs/before/METHOD; the copy that stopped at step 2 is in …-resumed."""
     run = f"runs/before/{method}"
     yield Case(f"before/{method}/resume", before_words(method, f"{run}-resumed"), 2, f"{run}-resumed", planted=True)
     for what in ("", "/adapter", "/checkpoints/last"):
@@ -245,7 +244,7 @@ def before_words(method: str, folder: str) -> tuple[str, ...]:
 
 
 def write_before(ours: Side, commit: Side, method: str) -> None:
-    """Have the commit train a run of four steps; copy it to both sides, whole and as it lay after step 2."""
+    """Let the commit train a run of four steps; copy it to both sides, whole and as it was after step 2."""
     case = Case(f"before/{method}/written", before_words(method, f"runs/before/{method}"), 2)
     commit.send(case.programs(commit))
     if any(commit.codes()):
@@ -265,7 +264,7 @@ def write_before(ours: Side, commit: Side, method: str) -> None:
 
 
 def hold(case: Case, ours: Side, commit: Side) -> tuple[Values, Values]:
-    """Have both trees do the case at the same time; return the values of each."""
+    """Let both trees run the case at the same time; return the values of each."""
     sides = (ours, commit)
     for side in sides:
         side.send(case.programs(side))
@@ -281,12 +280,12 @@ def hold(case: Case, ours: Side, commit: Side) -> tuple[Values, Values]:
 
 
 def unmet(values: Values) -> bool:
-    """Whether a run that should have trained did not."""
+    """Return whether a run that should have trained did not."""
     return values.get("trained", "").startswith("no")
 
 
 def refused(name: str, values: Values) -> str | None:
-    """The last line of a command's error, where it ended with one; None where it went well."""
+    """Return the last line of a command's error, where it ended with one; None where it succeeded."""
     if values.get("exit code 0") == "0" or name.endswith("/resume") or name.startswith("train/"):
         return None
     lines = [value for key, value in values.items() if key.startswith("stderr")]
@@ -355,7 +354,7 @@ def main() -> int:
         print_differences(console, bad + [difference for difference in found if difference.reason], 40)
     for name in failed:
         console.print(f"{name}: {results[0][name]['trained']}", soft_wrap=True)
-    # Equal refusals are equal, and show less than equal results: whoever reads this should see which they are.
+    # Equal refusals show less than equal results, so they are listed.
     refusals = {name: said for name, values in results[0].items() if (said := refused(name, values)) is not None}
     for name, said in refusals.items():
         console.print(f"refused: {name}: {shown(said)}", soft_wrap=True)
@@ -372,7 +371,7 @@ def main() -> int:
 
 
 def cases(args: argparse.Namespace, ours: Side, commit: Side) -> Iterator[Case]:
-    """Every case that was asked for, in order; the commit's runs are written as their turn comes."""
+    """Yield every case that was asked for, in order; the commit's runs are written when their turn comes."""
     if "before" in args.parts:
         for method in args.methods:
             write_before(ours, commit, method)

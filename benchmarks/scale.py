@@ -1,4 +1,4 @@
-"""docs/SCALE.md: what the plan says of 7B to 405B on 1 to 64 nodes, and what peers' added collectives would cost.
+"""Writes docs/SCALE.md: plans for 7B to 405B on 1 to 64 nodes, and the modelled cost of peers' added collectives.
 
     python benchmarks/scale.py [--out docs/SCALE.md]
 
@@ -78,7 +78,7 @@ def cluster_of(nodes: int) -> Cluster:
 
 
 def with_added_calls(candidate: Candidate, added: int) -> Added:
-    """A layer's added calls carry R columns, the mean of its linears', or H, of all tokens of a microbatch."""
+    """Model a layer's added calls with R columns, the mean of its linears', or H, for all tokens of a microbatch."""
     job, cluster = candidate.job, candidate.cluster
     layer = job.placement.layers[-1]
     columns = sum(total_rank(factors) for factors in layer.factors) / sum(map(bool, layer.factors))
@@ -116,7 +116,7 @@ def _scaling(choice: Choice) -> str:
 
 
 def peer_rows(model: str) -> Iterator[str]:
-    """The same job, tensor parallel inside a node and across two, with and without the peers' calls."""
+    """Return rows of the same job, tensor parallel in a node and across two, with and without the peers' calls."""
     job = job_for(model)
     for nodes, tensor in ((1, 4 if model == MODELS[0] else 8), (2, 16)):
         if job.architecture.heads % tensor:
@@ -136,7 +136,7 @@ def peer_rows(model: str) -> Iterator[str]:
 
 
 def document() -> str:
-    """The whole of docs/SCALE.md."""
+    """Return the whole text of docs/SCALE.md."""
     lines = [HEAD]
     for model in MODELS:
         elements = job_for(model).placement.elements

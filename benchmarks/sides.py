@@ -37,7 +37,7 @@ SHAPES = {
     "llama-3-70b": (8192, 28672, 64, 8),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# s = alpha / r of every factor, and the spread of B: with both the update is a good part of Y, so errors in it show.
+# s = alpha / r of every factor, and the spread of B: with both the update is a good part of Y, so its errors show.
 SCALE, B_SPREAD = 2.0, 0.1
 WORLD = 8
 
@@ -57,7 +57,7 @@ def architecture(shape: str) -> Architecture:
 
 
 def join_fake_world() -> dict[str, bool]:
-    """Be rank 0 of `WORLD` ranks that are not there; which collectives copy what they should (torch's choice)."""
+    """Be rank 0 of `WORLD` fake ranks; return whether each collective copies as it should, which torch decides."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
     group = dist.group.WORLD
     ones = torch.ones(WORLD, 1)
@@ -74,10 +74,10 @@ def _scatters(group: ProcessGroup) -> bool:
 
 @dataclass(frozen=True)
 class Side:
-    """`forward` takes `inputs`, leaves that require a gradient, to outputs whose gradients are `grads`.
+    """One side. `forward` maps `inputs`, leaves that require a gradient, to outputs whose gradients are `grads`.
 
-    twin: the side without factors over whose time this one's is reported; its own name for a frozen side. parameters:
-    what is trained, (A, B) after (A, B) in the order of the projections. modules: switched between train and eval, i.e.
+    twin: the side without factors that this one is timed against; for a frozen side its own name. parameters: the
+    trained tensors, (A, B) after (A, B) in the order of the projections. modules: switched between train and eval, i.e.
     with and without dropout.
     """
 
@@ -90,9 +90,9 @@ class Side:
     modules: list[nn.Module]
 
     def step(self) -> tuple[Tensor, ...]:
-        """Forward and backward: dX of every input, then the gradient of every parameter.
+        """Run forward and backward: dX of every input, then the gradient of every parameter.
 
-        torch.autograd.grad, so that gradients are handed out as they come; the caller drops them outside its clock.
+        torch.autograd.grad returns the gradients unaccumulated; the caller drops them outside its clock.
         """
         return torch.autograd.grad(self.forward(self.inputs), [*self.inputs, *self.parameters], self.grads)
 
@@ -131,7 +131,7 @@ class Layer:
         return [x.detach().requires_grad_() for x in self.inputs]
 
     def cut(self, fused: Tensor, layout: LinearLayout, dim: int) -> list[Tensor]:
-        """A fused tensor's projections, each contiguous: its rows of this rank along `dim`."""
+        """Return a fused tensor's projections, each contiguous: its rows of this rank along `dim`."""
         segments = layout.segments(self.topology.tp_rank, self.n)
         pieces: list[list[Tensor]] = [[] for _ in layout.parts]
         for segment in segments:
@@ -139,7 +139,7 @@ class Layer:
         return [torch.cat(part, dim) for part in pieces]
 
     def frozen(self) -> Side:
-        """The frozen linears by the same GEMMs as ours, with the collectives that any tensor-parallel layer has."""
+        """Return the frozen linears by the same GEMMs as ours, with the collectives of any tensor-parallel layer."""
         group = self.topology.tp_group if self.n > 1 else None
         functions = [{"column": FrozenColumn, "row": FrozenRow}[layout.kind] for layout in self.layouts]
 
@@ -150,7 +150,7 @@ class Layer:
         return Side("frozen", "frozen", forward, self.leaves(), self.grads, [], [])
 
     def ours(self, r: int, p: float, fuse_factors: bool = False) -> tuple[Side, list[AdaptedLinear]]:
-        """The project's own parallel linears with its own placement and injection."""
+        """Return the project's own parallel linears with its own placement and injection."""
         skeleton = nn.Module()
         for layout, weight in zip(self.layouts, self.weights, strict=True):
             self._put(skeleton, layout.module_of(0), self._megatron_linear(layout, weight, fuse_factors))
@@ -204,10 +204,10 @@ class Layer:
         return module
 
     def peft(self, adapted: Sequence[AdaptedLinear], r: int, p: float, same_dtype: bool = False) -> tuple[Side, Side]:
-        """(PEFT's layers on nn.Linear, the same nn.Linear without them), given our factors.
+        """Return (PEFT's layers on nn.Linear, the same nn.Linear without them), given our factors.
 
-        Every input has all T tokens (a shard's repeated N times), [1, T, K]: PEFT knows of no token shards. Adapters
-        are fp32 under a bf16 base, which is what PEFT does unless told otherwise, or with `same_dtype` in its dtype.
+        Every input has all T tokens (a shard's repeated N times), [1, T, K]: PEFT has no token shards. Adapters are
+        fp32 under a bf16 base, which is PEFT's default, or with `same_dtype` in the base's dtype.
         """
         root, names = nn.Module(), []
         for part, own in self._projection_weights:
@@ -249,7 +249,7 @@ class Layer:
 
     @cached_property
     def _whole(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs [1, T, K] and output gradients [1, T, rows of a projection], a shard's tokens repeated."""
+        """Return inputs [1, T, K] and output gradients [1, T, rows of a projection], a shard's tokens repeated."""
         inputs, grads = (
             [x.repeat(self.tokens // x.size(0), 1, 1).view(1, self.tokens, -1) for x in tensors]
             for tensors in (self.inputs, self.grads)
@@ -257,7 +257,10 @@ class Layer:
         return inputs, [x for grad, layout in zip(grads, self.layouts, strict=True) for x in self.cut(grad, layout, -1)]
 
     def eager(self, adapted: Sequence[AdaptedLinear], p: float) -> Side:
-        """Plain torch at its best: fused weights, hand-written autograd, beta = 1, X̃ and mask saved. N = 1 only."""
+        """Return plain torch's fastest form: fused weights, hand-written autograd, beta = 1, X̃ and mask saved.
+
+        N = 1 only.
+        """
         thetas = [(x.factors.scaled_a(self.dtype, None), x.factors.dense_bt(self.dtype).contiguous()) for x in adapted]
         parameters = [theta.requires_grad_() for pair in thetas for theta in pair]
         dropout = nn.Dropout(p)
@@ -270,7 +273,7 @@ class Layer:
         return Side("eager", "frozen", forward, self.leaves(), self.grads, parameters, [dropout])
 
     def sides(self, r: int, p: float) -> list[Side]:
-        """Every side of one setting, ready to train; all have the same factors."""
+        """Return every side of one setting, ready to train; all have the same factors."""
         ours, adapted = self.ours(r, p)
         peft, frozen_peft = self.peft(adapted, r, p)
         sides = [self.frozen(), ours, frozen_peft, peft]

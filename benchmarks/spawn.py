@@ -1,4 +1,4 @@
-"""Rank processes of a benchmark, each with a pipe to the one that started them."""
+"""Rank processes of a benchmark, each with a pipe to the parent."""
 
 import multiprocessing
 import socket
@@ -16,7 +16,7 @@ def free_port() -> int:
 
 
 def start_ranks(main: Callable[..., None], tp: int, payload: Any) -> tuple[list[BaseProcess], list[Connection]]:
-    """Start `main(rank, tp, port, payload, pipe)` for each rank; the processes and our ends of their pipes."""
+    """Start `main(rank, tp, port, payload, pipe)` for each rank; return the processes and our ends of their pipes."""
     context = multiprocessing.get_context("spawn")
     port = free_port()
     pipes = [context.Pipe() for _ in range(tp)]
@@ -25,5 +25,5 @@ def start_ranks(main: Callable[..., None], tp: int, payload: Any) -> tuple[list[
     ]
     for process, (_, theirs) in zip(ranks, pipes, strict=True):
         process.start()
-        theirs.close()  # so that a rank that dies ends the wait for it
+        theirs.close()  # so that the wait for a rank ends when the rank dies
     return ranks, [ours for ours, _ in pipes]

@@ -67,7 +67,7 @@ class Side:
 
 
 def make_batch(tokens: torch.Tensor, share: float) -> Batch:
-    """tokens [b, s]: the first share * s of every row are prompt; every later token but the row's first is a target."""
+    """Return tokens [b, s]: the first share * s of a row are prompt, each later token but the row's first a target."""
     b, s = tokens.shape
     first = max(round(share * s), 1)
     labels = tokens.clone()
@@ -85,7 +85,7 @@ def make_batch(tokens: torch.Tensor, share: float) -> Batch:
 
 
 def our_side(model_path: Path, dtype: str, length: int) -> Side:
-    """The step of engine/trainer.py: Megatron model, low-rank parallel linears, DeepSpeed ZeRO 1 on the factors."""
+    """Return engine/trainer.py's step: Megatron model, low-rank parallel linears, DeepSpeed ZeRO 1 on the factors."""
     topology = Topology.build(1, 1, None, timeout_seconds=600)
     model = load_model(
         model_path,
@@ -117,7 +117,7 @@ def our_side(model_path: Path, dtype: str, length: int) -> Side:
 
 
 def peft_side(model_path: Path, dtype: str) -> Side:
-    """What one writes with transformers and PEFT: SDPA attention, no cache, their own loss, foreach AdamW."""
+    """Return a usual loop with transformers and PEFT: SDPA attention, no cache, their own loss, foreach AdamW."""
     options = {"attn_implementation": "sdpa", "local_files_only": True, "use_safetensors": True}
     base = AutoModelForCausalLM.from_pretrained(
         model_path, dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], **options
@@ -143,7 +143,7 @@ def peft_side(model_path: Path, dtype: str) -> Side:
 
 
 def read_tokens(batch: int, length: int) -> torch.Tensor:
-    """[b, s] int64: the quickstart's training text, one sample after the other, cut into rows."""
+    """Return [b, s] int64: the quickstart's training text, one sample after the other, split into rows."""
     tokenizer = AutoTokenizer.from_pretrained(QUICKSTART / "base", local_files_only=True)
     ids: list[int] = []
     for line in (QUICKSTART / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines():
@@ -162,7 +162,7 @@ def timed(step: Callable[[Batch], float], batch: Batch) -> tuple[float, float]:
 
 
 def measure(ours: Side, peft: Side, batch: Batch, pairs: int) -> dict[str, object]:
-    """Tokens/s of both and the ratio (median and quartiles) over interleaved pairs, after a step of each to warm up."""
+    """Return both tokens/s and the ratio (median and quartiles) over interleaved pairs, after a warm-up step each."""
     sides, seconds = (ours, peft), ([], [])
     for pair in range(pairs + 1):
         for which in (0, 1) if pair % 2 else (1, 0):
@@ -182,7 +182,7 @@ def measure(ours: Side, peft: Side, batch: Batch, pairs: int) -> dict[str, objec
 
 
 def require_same_work(ours: Side, peft: Side, batch: Batch, dtype: str) -> None:
-    """Exit unless both sides train as much and start at the same loss: else the ratio compares different things."""
+    """Exit unless both sides train equally many parameters from the same loss: else the ratio means nothing."""
     if ours.trained != peft.trained:
         sys.exit(f"we train {ours.trained} parameters, PEFT {peft.trained}")
     mine, theirs = ours.step(batch), peft.step(batch)
@@ -191,7 +191,7 @@ def require_same_work(ours: Side, peft: Side, batch: Batch, dtype: str) -> None:
 
 
 def run(args: argparse.Namespace, console: Console) -> list[dict[str, object]]:
-    """All settings, one dtype after the other, so that only two models are in memory."""
+    """Run all settings, one dtype after the other, so that only two models are in memory."""
     tokens = read_tokens(args.batch, args.length)
     settings = [(dtype, float(share)) for dtype, share in (setting.split(":") for setting in args.settings)]
     rows = []
@@ -221,7 +221,7 @@ def show(rows: list[dict[str, object]], console: Console) -> None:
 
 
 def join_alone() -> None:
-    """A job of this process only."""
+    """Start a process group of this process only."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     init_process_group(select_backend("cpu", 0, 1), timeout_seconds=600)
 
@@ -247,7 +247,7 @@ def main() -> None:
     show(rows, console)
     shutdown(clean=True)
     headline = [row["ratio"] for row in rows if (row["dtype"], row["prompt_share"]) == HEADLINE]
-    # Kept: the whole table, and of the comparison with torch.mm the headline.
+    # Saved are the whole table and, of the comparison with torch.mm, the headline.
     if headline and (args.torch_gemm or sorted(args.settings) == sorted(every)):
         facts = {name: getattr(args, name) for name in ("pairs", "batch", "length", "threads", "torch_gemm")}
         name = "throughput_torch_gemm" if args.torch_gemm else "throughput"

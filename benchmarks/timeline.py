@@ -1,9 +1,9 @@
-"""One call under torch.profiler: what the device ran, how much of the time it was busy, and where the host's time went.
+"""One call under torch.profiler: the device's kernels, the share of the time it was busy, and the host's time.
 
-Read from the profiler's Chrome trace, whose categories ("kernel", "gpu_memcpy", "cuda_runtime", …) are the same from
-release to release, where the names of its Python attributes are not. Annotations that Kineto projects onto the GPU
-("gpu_user_annotation", which torch.optim makes) are no work and are left out. Without CUDA operators stand for kernels,
-each with the time that it spent outside of other operators.
+Read from the profiler's Chrome trace, whose categories ("kernel", "gpu_memcpy", "cuda_runtime", …) stay the same from
+release to release, while the names of its Python attributes do not. Annotations that Kineto projects onto the GPU
+("gpu_user_annotation", which torch.optim makes) are no work and are left out. Without CUDA, operators stand for
+kernels, each with the time that it spent outside of other operators.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HOST_CALLS = {"cuda_runtime", "cuda_driver"}
 WAITING = re.compile(r"Synchronize$|^cudaMemcpy$")
 # A product with a side of at most this many is a thin one: R is 16 to 48 at adapter rank 16.
 THIN = 64
-# Tried in this order; ours are named by function (`group`).
+# Tried in this order; our kernels are named by function (`group`).
 GROUPS = {
     "attention": r"flash|fmha|sdpa|attention",
     "NCCL": r"nccl",
@@ -41,7 +41,7 @@ _OURS = re.compile(r"lowrank_dist::(?:\(anonymous namespace\)::)?(\w+)")
 
 @dataclass(frozen=True)
 class Span:
-    """Something that ran: when it began and how long it took, in seconds. shapes: of its operator's inputs."""
+    """One event: its start and duration, in seconds. shapes: those of its operator's inputs."""
 
     name: str
     start: float
@@ -51,10 +51,10 @@ class Span:
 
 @dataclass(frozen=True)
 class Trace:
-    """kernels: what the device ran, copies and fills included. waits: host calls that last until the device is done.
+    """kernels: the device's events, copies and fills included. waits: host calls that last until the device is done.
 
-    launches: host calls that hand the device one of its kernels; where more than about a thousand are queued, these
-    wait too. seconds: by the host's clock, from the call until the device had done everything.
+    launches: host calls that queue a kernel; where more than about a thousand are queued, these wait too. seconds: by
+    the host's clock, from the call until the device had finished.
     """
 
     kernels: list[Span]
@@ -64,16 +64,16 @@ class Trace:
 
     @property
     def busy_share(self) -> float:
-        """The part of the time in which at least one kernel ran."""
+        """The share of the time in which at least one kernel ran."""
         return union(self.kernels) / self.seconds
 
     @property
     def host_seconds(self) -> float:
-        """What the host needed to issue the work: the time that it did not spend waiting for the device."""
+        """The host's time to issue the work: the time that it did not spend waiting for the device."""
         return self.seconds - union(self.waits)
 
     def figures(self) -> dict[str, Any]:
-        """What is kept of a trace: times in seconds, number of kernels, and microseconds by group."""
+        """Return the figures of a trace: times in seconds, number of kernels, and microseconds by group."""
         return {
             "seconds": self.seconds,
             "busy_seconds": union(self.kernels),
@@ -86,8 +86,9 @@ class Trace:
 
 
 def record(call: Callable[[], object], device: torch.device, *, shapes: bool = False) -> Trace:
-    """Run `call` once under the profiler, after `start_profiler`. shapes: know the operands of each kernel, at the cost
-    of slower operators. Raises RuntimeError where the profiler saw nothing of a GPU's work.
+    """Run `call` once under the profiler, after `start_profiler`. Raises RuntimeError where no work of a GPU was seen.
+
+    shapes: record the operands of each kernel, at the cost of slower operators.
     """
     events, seconds = _profiled(call, device, shapes)
     return read(events, seconds, cuda=device.type == "cuda")
@@ -117,7 +118,7 @@ def _profiled(call: Callable[[], object], device: torch.device, shapes: bool) ->
 
 
 def read(events: Iterable[Mapping[str, Any]], seconds: float, *, cuda: bool) -> Trace:
-    """The Trace of a Chrome trace's events. Kernels and host calls belong together by their correlation number.
+    """Return the Trace of a Chrome trace's events. Kernels and host calls are matched by their correlation number.
 
     cuda: the call ran on a GPU. A trace without a kernel is then an error, and operators do not stand for kernels.
     """
@@ -143,7 +144,7 @@ def read(events: Iterable[Mapping[str, Any]], seconds: float, *, cuda: bool) -> 
 
 
 def _correlation(event: Mapping[str, Any]) -> object:
-    # A number that no other event has where there is none.
+    # A number that no other event has, where the event has none.
     return event.get("args", {}).get("correlation", id(event))
 
 
@@ -154,7 +155,7 @@ def _span(event: Mapping[str, Any], operator: Mapping[str, Any] | None = None) -
 
 
 def exclusive(operators: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The operators with the time that each spent outside of the others, thread by thread, as their duration."""
+    """Return the operators, thread by thread; the duration of each is the time that it spent outside of the others."""
     found = [dict(operator) for operator in operators]
     ends = [operator["ts"] + operator["dur"] for operator in found]
     order = sorted(range(len(found)), key=lambda i: (str(found[i].get("tid")), found[i]["ts"], -found[i]["dur"]))
@@ -169,7 +170,7 @@ def exclusive(operators: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def union(spans: Iterable[Span]) -> float:
-    """Seconds that at least one of the spans covers."""
+    """Return the seconds that at least one of the spans covers."""
     total, until = 0.0, float("-inf")
     for span in sorted(spans, key=lambda span: span.start):
         end = span.start + span.seconds
@@ -179,7 +180,7 @@ def union(spans: Iterable[Span]) -> float:
 
 
 def group(span: Span) -> str:
-    """What kind of work a kernel is: one of GROUPS, "ours: NAME", or "other". GEMMs are thin or not, where known."""
+    """Return a kernel's kind: one of GROUPS, "ours: NAME", or "other". GEMMs are thin or not, where known."""
     ours = _OURS.search(span.name)
     if ours:
         return f"ours: {ours[1]}"
@@ -191,7 +192,7 @@ def group(span: Span) -> str:
 
 
 def by_group(kernels: Iterable[Span]) -> dict[str, dict[str, float]]:
-    """Launches and microseconds of each group, the longest first."""
+    """Return launches and microseconds of each group, the longest first."""
     launches: Counter[str] = Counter()
     microseconds: Counter[str] = Counter()
     for kernel in kernels:
@@ -201,7 +202,7 @@ def by_group(kernels: Iterable[Span]) -> dict[str, dict[str, float]]:
 
 
 def by_name(kernels: Iterable[Span]) -> list[dict[str, Any]]:
-    """Launches and microseconds of each kernel name within its group, the longest first."""
+    """Return launches and microseconds of each kernel name within its group, the longest first."""
     launches: Counter[tuple[str, str]] = Counter()
     microseconds: Counter[tuple[str, str]] = Counter()
     for kernel in kernels:

@@ -57,7 +57,7 @@ PLACE = ROOT / "build" / "training"
 
 @dataclass(frozen=True)
 class Recipe:
-    """A model's config.json and what a step has. prompt: tokens of a sample that are no targets."""
+    """A model's config.json and the content of a step. prompt: tokens of a sample that are no targets."""
 
     config: Mapping[str, Any]
     length: int
@@ -86,13 +86,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefix": {"prefix": {"length": 64}},
     "prompt": {"prompt": {"length": 64}},
 }
-# NeMo Automodel's performance summary: LoRA on one H100, tokens/s and MFU as they count it.
+# NeMo Automodel's performance summary: LoRA on one H100, tokens/s and MFU as they count them.
 PUBLISHED = {("llama-3-8b", "lora"): {"gpu": "h100", "tokens_per_second": 12473, "mfu_percent": 41}}
 PLANNED = re.compile(r"planned memory ([\d.]+) GiB")
 
 
 def make_base(name: str, recipe: Recipe) -> Path:
-    """A Hugging Face folder of the shape: its weights' file is a header and a hole, which takes no space and no time.
+    """Make a Hugging Face folder of the shape.
+
+    Its weights file is a header and a hole, which takes no space and no time.
 
     training_run.py draws the weights. The tokenizer knows one token for each digit.
     """
@@ -119,7 +121,7 @@ def make_base(name: str, recipe: Recipe) -> Path:
 
 
 def write_config(args: argparse.Namespace, recipe: Recipe, base: Path, method: str, run: Path) -> Path:
-    """The run's data and configuration; more steps than are waited for."""
+    """Write the run's data and configuration, with more steps than are waited for."""
     answer = recipe.length - recipe.prompt - 1  # and the token that ends it
     digits = random.Random(0)
     rows = [
@@ -153,12 +155,12 @@ def write_config(args: argparse.Namespace, recipe: Recipe, base: Path, method: s
 
 
 def virtual_positions(method: str) -> int:
-    """Positions that the method takes from the sequence."""
+    """Return the number of positions that the method takes from the sequence."""
     return METHODS[method].get(method, {}).get("length", 0)
 
 
 def train(args: argparse.Namespace, name: str, method: str) -> dict[str, Any]:
-    """One run, until its steps are recorded. SystemExit with the end of its log where it ends before."""
+    """Run until the steps are recorded. Raises SystemExit with the end of the log where the run ends earlier."""
     recipe = cut(RECIPES[name], args)
     run, log, traced = PLACE / method, PLACE / f"{method}.log", PLACE / "trace.json"
     shutil.rmtree(run, ignore_errors=True)
@@ -210,17 +212,17 @@ def train(args: argparse.Namespace, name: str, method: str) -> dict[str, Any]:
 
 
 def our_mfu(published: Mapping[str, Any], row: Mapping[str, Any]) -> float:
-    """Published tokens/s in % of their GPU's data sheet, by our count of FLOPs a token."""
+    """Convert published tokens/s to % of the GPU's data sheet, by our count of FLOPs a token."""
     return 100 * published["tokens_per_second"] * row["model_flops_per_token"] / GPUS[published["gpu"]].flops
 
 
 def cut(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    """The recipe with the sizes that --layers, --hidden and --length ask for."""
+    """Return the recipe with the sizes that --layers, --hidden and --length ask for."""
     config, length = dict(recipe.config), args.length or recipe.length
     if args.layers:
         config["num_hidden_layers"] = args.layers
     if args.hidden:
-        # Heads stay as many; their width and the MLP shrink with the model.
+        # The number of heads stays; their width and the MLP shrink with the model.
         config |= {"hidden_size": args.hidden, "intermediate_size": 3 * args.hidden, "vocab_size": 1024}
     return replace(recipe, config=config, length=length, prompt=max(1, recipe.prompt * length // recipe.length))
 
@@ -297,7 +299,7 @@ def main() -> None:
 
 
 def over_full(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Low-rank over full fine-tuning in tokens/s, where both ran on one shape (Hu et al. 2021, section 4.2)."""
+    """Return low-rank over full fine-tuning in tokens/s, where both ran on one shape (Hu et al. 2021, section 4.2)."""
     one_shape = len({row["shape"] for row in rows}) == 1
     found = ratio(rows) if one_shape else None
     return {} if found is None else {"low_rank_over_full_tokens_per_second": found}

@@ -1,11 +1,11 @@
-"""launch/train.py in this process, on random weights made where they lie, with one of its steps under the profiler.
+"""Runs launch/train.py in this process, with random weights drawn on the device and one step under the profiler.
 
     python benchmarks/training_run.py CONFIG STEP FILE
 
-What benchmarks/training.py starts. Everything of the run is launch/train.py's own but for two things: the frozen
-weights are drawn on the device in place of being read (reading 16 GB would take longer than the steps that are
-measured; the base's file holds its header alone), and step STEP, counted from 1, runs under torch.profiler, whose
-figures go to FILE. GEMMs on zeros run faster than on weights, so zeros would not do.
+benchmarks/training.py starts this program. The run is launch/train.py's own except for two things. The frozen weights
+are drawn on the device instead of being read: reading 16 GB would take longer than the measured steps, and the base's
+file holds only its header. Step STEP, counted from 1, runs under torch.profiler, whose figures go to FILE. GEMMs on
+zeros run faster than on weights, so zeros would not do.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SPREAD = 0.02
 
 @torch.no_grad()
 def draw_weights(parameters: Mapping[str, Tensor], *_: Any, **__: Any) -> None:
-    """In the place of `load_weights`: matrices normal, norms' weights 1, as at an initialisation."""
+    """Replace `load_weights`: matrices are normal and norm weights 1, as at an initialisation."""
     for parameter in parameters.values():
         if parameter.dim() > 1:
             parameter.normal_(0.0, SPREAD)
@@ -36,7 +36,7 @@ def draw_weights(parameters: Mapping[str, Tensor], *_: Any, **__: Any) -> None:
 
 
 def traced(step: Callable[[Any, int], None], number: int, keep: Callable[[Trace], None]) -> Callable[[Any, int], None]:
-    """`Trainer._step` whose step `number` is recorded."""
+    """Return `Trainer._step` with step `number` recorded."""
 
     def stepping(trainer: Any, done: int) -> None:
         if done + 1 != number:
