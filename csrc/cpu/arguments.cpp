@@ -18,7 +18,7 @@ const Choice& choice() {
   static const Choice chosen = []() -> Choice {
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
     const std::string capability = at::get_cpu_capability();
-    // Who names a level gets that level and no more.
+    // A user who sets ATEN_CPU_CAPABILITY gets that level and no higher one.
     if (capability == "AVX512" && __builtin_cpu_supports("avx512bf16") &&
         std::getenv("ATEN_CPU_CAPABILITY") == nullptr) {
       return {thin_v4_bf16, "AVX-512 with bf16 products"};
@@ -31,7 +31,7 @@ const Choice& choice() {
   return chosen;
 }
 
-// Elements that a thread should have to do to be worth waking, as in PyTorch's own elementwise kernels.
+// Elements that make it worth waking a thread, as in PyTorch's own elementwise kernels.
 constexpr int64_t kGrain = 32768;
 
 }  // namespace
@@ -159,7 +159,7 @@ PackedMatrix::PackedMatrix(Element element, const View& a, const std::vector<Blo
 std::unique_ptr<Buffer> pack_u(Element element, const View& u, Order order) {
   auto packed = std::make_unique<Buffer>(packed_u_bytes(u.rows, u.columns, element));
   const auto pack = order == Order::kRows ? thin(element).pack_u_rows : thin(element).pack_u_pairs;
-  // By twos: rows that are summed beside each other are packed together.
+  // In pairs: rows that are summed together are packed together.
   const int64_t grain = std::max<int64_t>(1, kGrain / 2 / std::max<int64_t>(1, u.columns));
   at::parallel_for(0, (u.rows + 1) / 2, grain, [&](int64_t begin, int64_t end) {
     pack(packed->data(), u, 2 * begin, std::min(2 * end, u.rows));

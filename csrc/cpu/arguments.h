@@ -1,4 +1,4 @@
-// From the operators' tensors to thin.h: what they must be, and which build of the kernels runs.
+// From the operators' tensors to thin.h: argument checks, and the choice of the kernels' build.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -15,7 +15,7 @@
 
 namespace lowrank_dist {
 
-// The kernels for the best instruction set of this machine; ATen's choice, and so ATEN_CPU_CAPABILITY, is followed.
+// The kernels for this machine's best instruction set. ATen chooses, so ATEN_CPU_CAPABILITY applies.
 const Thin& thin(Element element);
 
 Element element_of(const char* op, const at::Tensor& tensor);
@@ -24,7 +24,7 @@ Element element_of(const char* op, const at::Tensor& tensor);
 View view_of(
     const char* op, const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns, at::ScalarType type);
 
-// The same for what is written: unit inner stride. Returns the leading dimension.
+// The same for an output: unit inner stride. Returns the leading dimension.
 int64_t written(const char* op, const at::Tensor& out, int64_t rows, int64_t columns, at::ScalarType type);
 
 // Quadruples (first column, columns, first rank, ranks); none means the whole matrix.
@@ -39,10 +39,10 @@ Mask mask_of(
     const char* op, const std::optional<at::Tensor>& rows, const std::optional<at::Tensor>& key, int64_t stream,
     int64_t threshold, int64_t feature_offset, int64_t tokens);
 
-// Scratch memory of this thread, kept between calls: taken anew each time it would be a page fault every 4 KB.
+// Scratch memory of this thread, kept between calls: a new allocation would cost a page fault every 4 KB.
 void* scratch(int64_t bytes);
 
-// Memory of one call, on a cache line.
+// Memory of one call, aligned to a cache line.
 class Buffer {
  public:
   explicit Buffer(int64_t bytes) : data_(::operator new(std::max<int64_t>(bytes, 64), std::align_val_t(64))) {}
@@ -55,7 +55,7 @@ class Buffer {
   void* data_;
 };
 
-// Which kernel reads what is packed: the matrix for down or expand, u for expand or grad_a.
+// The reader of a packed operand: the matrix is for down or expand, u for expand or grad_a.
 enum class Order { kDot, kPair, kRows };
 
 // The [R, K] matrix, kDot for down and kPair for expand.

@@ -1,5 +1,5 @@
-// out[T,K] += m ⊙ (u[T,R] · a[R,K]), or without `accumulate` =: lowrank_dist/ops/low_rank.py. No element of out belongs
-// to two tasks.
+// out[T,K] += m ⊙ (u[T,R] · a[R,K]), or = without `accumulate`: lowrank_dist/ops/low_rank.py. No two tasks write the
+// same element of out.
 #include <torch/library.h>
 
 #include "arguments.h"
@@ -7,7 +7,7 @@
 namespace lowrank_dist {
 namespace {
 
-// Panels of a task: few rows are still shared among the threads, by columns.
+// Panels of one task: with few rows, the threads share the columns.
 constexpr int64_t kChunk = 16;
 
 struct Columns {

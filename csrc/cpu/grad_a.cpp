@@ -1,5 +1,5 @@
 // out[R,K] = u[T,R]ᵀ · (m ⊙ x)[T,K]: lowrank_dist/ops/low_rank.py. A task is a panel of columns and sums over all rows
-// itself, 64 at a time: nothing is shared, so the result does not depend on the number of threads.
+// itself, 64 at a time. Tasks share no output, so the result does not depend on the number of threads.
 #include <torch/library.h>
 
 #include "arguments.h"

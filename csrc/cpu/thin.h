@@ -1,9 +1,9 @@
-// The thin products of the low-rank path on a CPU, as raw pointers: what one thread does of each. Compiled four times
-// (thin_v4_bf16.cpp, thin_v4.cpp, thin_v3.cpp, thin_baseline.cpp) and chosen once, so that a wheel runs on any x86-64
-// and is fast on each.
+// The thin products of the low-rank path on a CPU, on raw pointers: one thread's part of each. Compiled four times
+// (thin_v4_bf16.cpp, thin_v4.cpp, thin_v3.cpp, thin_baseline.cpp); the build is chosen once at run time, so that a
+// wheel runs on any x86-64 and is fast on each.
 //
 // Legend: T tokens, K columns of the wide matrix (features of X, or outputs of Y), R ranks.
-// A block says where the [R, K] matrix is not zero: columns [column, +columns), ranks [rank, +ranks).
+// A block gives a nonzero part of the [R, K] matrix: columns [column, +columns), ranks [rank, +ranks).
 #pragma once
 
 #include <cstdint>
@@ -41,13 +41,13 @@ struct ThinMask {
 
 // Columns that are drawn, packed and multiplied together: sixteen Philox blocks.
 constexpr int64_t kPanel = 128;
-// Rows that one task of down and of expand takes: a few register tiles.
+// Rows of one task of down and of expand: a few register tiles.
 constexpr int64_t kDownRows = 24;
 constexpr int64_t kExpandRows = 12;
-// Columns over which down sums in registers: the packed rows of a register tile then stay in the first-level cache.
+// Columns that down sums in registers: the packed rows of a register tile then stay in the first-level cache.
 constexpr int64_t kDownColumns = 1024;
-// Rows that grad_a, and ranks that expand, sums from zero before it adds to the total: a blocked sum errs less than one
-// long chain. kExpandRanks is even.
+// Rows (grad_a) or ranks (expand) that are summed from zero before being added to the total: a blocked sum errs less
+// than one long chain. kExpandRanks is even.
 constexpr int64_t kGradRows = 64;
 constexpr int64_t kExpandRanks = 128;
 
@@ -55,7 +55,7 @@ constexpr int64_t panels(int64_t columns) {
   return (columns + kPanel - 1) / kPanel;
 }
 
-// A block of the [R, K] matrix in the order in which a kernel reads it, panel by panel, zero beyond the last column.
+// A block of the [R, K] matrix in a kernel's reading order, panel by panel, zero beyond the last column.
 struct Packed {
   Block block;
   void* data;
@@ -85,8 +85,7 @@ struct Thin {
       const ThinMask& mask, void* scratch, int64_t panel);
 };
 
-// Bytes for whichever of the builds runs: nothing is packed in more than 8 an element, or summed in more than 64 a
-// lane.
+// Bytes that suffice for any of the builds: an element is packed in at most 8, and a lane sums in at most 64.
 constexpr int64_t packed_size(Element element) {
   return element == Element::kFloat64 ? 8 : 4;
 }

@@ -1,4 +1,4 @@
-// The types of thin_kernels.h: vectors and register tiles of the instruction set, and the element types.
+// Types for thin_kernels.h: the instruction set's vectors and register tiles, and the element types.
 #pragma once
 
 #include <cstdint>
@@ -52,17 +52,17 @@ LOWRANK_LOCAL int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-// Rows are pages apart, so the processor does not see what comes next in each of them. Prefetching beyond the end of a
-// matrix does nothing.
+// Rows are pages apart, so the processor does not predict the next access in each of them. Prefetching beyond the end
+// of a matrix does nothing.
 template <bool Written>
 LOWRANK_LOCAL void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, Written);
 }
 
-// ---- Element types: how they are stored, what they are summed in, and the operands of one multiply-add.
+// ---- Element types: their storage, the type of their sums, and the operands of one multiply-add.
 //
 // An operand lane holds kPair elements: a multiply-add takes kPair products at once (AVX512_BF16: two), so operands are
-// packed with the kPair elements that are summed beside each other.
+// packed with the kPair elements that are summed together side by side.
 
 LOWRANK_LOCAL float float_of(uint32_t bits) {
   float value;
@@ -179,7 +179,7 @@ using Float16 = Widened<Float16Format>;
 
 #if LOWRANK_LEVEL == 5
 // AVX512_BF16 multiplies pairs of bf16 into fp32 sums: half the packed bytes and half the instructions. Like oneDNN's
-// products it takes subnormals (below 1.2e-38) for zeros, as it multiplies and as it rounds.
+// products it treats subnormals (below 1.2e-38) as zeros, in multiplying and in rounding.
 struct BFloat16 : BFloat16Format {
   using stored = uint16_t;
   using sum = float;
@@ -203,7 +203,7 @@ struct BFloat16 : BFloat16Format {
 using BFloat16 = Widened<BFloat16Format>;
 #endif
 
-// Columns of one vector of sums, of the sums of a register tile (expand, grad_a) and of a tile of down's operands.
+// Columns of a vector of sums, of a register tile's sums (expand, grad_a) and of a tile of down's operands.
 template <typename E>
 constexpr int kLanes = kBytes / static_cast<int>(sizeof(typename E::sum));
 template <typename E>

@@ -1,7 +1,6 @@
-// The body of thin.h, compiled once for each instruction set. The file that includes it has set its compiler target and
-// defines LOWRANK_THIN. Everything here is local to it and inlined: an inline function shared with code of another
-// target (std:: and at:: have many) could be linked from the wrong one, and then runs into an instruction that is not
-// there.
+// The body of thin.h, compiled once for each instruction set. The including file has set its compiler target and
+// defined LOWRANK_THIN. Everything here is local to it and inlined: the linker may take a shared inline function (std::
+// and at:: have many) from the code of another target, and it would then run an instruction that this machine lacks.
 #include "thin_pack.h"
 
 namespace lowrank_dist {

@@ -1,4 +1,4 @@
-// The dropout mask as thin_kernels.h draws it: 16-bit all-ones where an element is kept. See philox.h.
+// The dropout mask in the form of thin_kernels.h: 16-bit all-ones where an element is kept. See philox.h.
 #pragma once
 
 #include "philox.h"
@@ -9,7 +9,7 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the draws of a block a
 namespace lowrank_dist {
 namespace {
 
-// The low halves of a's 64-bit lanes times b. Its callers leave garbage in the high halves.
+// The low halves of a's 64-bit lanes times b. The callers leave arbitrary bits in the high halves.
 LOWRANK_LOCAL U64 multiply_low(U64 a, uint32_t b) {
 #if LOWRANK_LEVEL >= 4
   return (U64)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
@@ -57,7 +57,7 @@ LOWRANK_LOCAL void keep_blocks(int16_t* keep, uint64_t first_block, uint64_t row
   store_as(keep + kBytes / 2, high >= threshold);
 }
 
-// Draws a panel of one row into `buffer` [kKeepRow]; returns where its first feature lies in it.
+// Draws one row's panel into `buffer` [kKeepRow]; returns the position of its first feature there.
 LOWRANK_LOCAL const int16_t* keep_row(
     int16_t* buffer, const ThinMask& mask, int64_t t, int64_t column, int64_t columns) {
   if (mask.threshold > 0xffff) {
@@ -73,7 +73,7 @@ LOWRANK_LOCAL const int16_t* keep_row(
   return buffer + skip;
 }
 
-// A vector of sums where it is kept, zero elsewhere.
+// A vector of sums with zero where the element is dropped.
 template <typename E>
 LOWRANK_LOCAL typename E::Vector select(typename E::Vector v, const int16_t* keep) {
   using Mask = typename E::SumMask;

@@ -1,4 +1,4 @@
-// Operands in the order in which thin_kernels.h multiplies them, masked as they are packed.
+// Operands in the order in which thin_kernels.h multiplies them, masked during packing.
 #pragma once
 
 #include "thin_mask.h"
@@ -13,7 +13,7 @@ LOWRANK_LOCAL void prefetch_row(const View& x, int64_t row, int64_t column) {
       static_cast<const char*>(x.data) + (row * x.row_stride + column * x.column_stride) * size, kPanel * size);
 }
 
-// One row of a panel as operands: `columns` of them from `column` on, zero beyond, and where not kept.
+// One row of a panel as operands: `columns` of them from `column` on; zero beyond, and where dropped.
 template <typename E>
 struct PanelRow {
   alignas(64) typename E::stored gathered[kPanel];
@@ -47,7 +47,7 @@ LOWRANK_LOCAL void pack_dot(typename E::packed* to, int64_t tile_stride, const P
   }
 }
 
-// Expand's and grad_a's layout: tiles of columns with the kPair rows that are summed beside each other.
+// Expand's and grad_a's layout: tiles of columns with the kPair rows that are summed together.
 template <typename E>
 LOWRANK_LOCAL void pack_pair(
     typename E::packed* to, int64_t tile_stride, const PanelRow<E>& first, [[maybe_unused]] const PanelRow<E>* second) {
@@ -100,8 +100,8 @@ void pack_pair_panels(const Packed& packed, const View& a, int64_t begin, int64_
   }
 }
 
-// u as expand reads it: [T][R + kPair − 1], the last of them zero. A block of an odd number of ranks reads one rank
-// beyond its own, times zeros.
+// u in expand's layout: [T][R + kPair − 1], the last of them zero. A block with an odd number of ranks reads one rank
+// beyond its own and multiplies it by zeros.
 template <typename E>
 void pack_u_rows(void* packed, const View& u, int64_t begin, int64_t end) {
   const auto* from = static_cast<const typename E::stored*>(u.data);
@@ -112,7 +112,7 @@ void pack_u_rows(void* packed, const View& u, int64_t begin, int64_t end) {
   }
 }
 
-// u as grad_a reads it: [T / kPair][R][kPair], zero beyond the last row.
+// u in grad_a's layout: [T / kPair][R][kPair], zero beyond the last row.
 template <typename E>
 void pack_u_pairs(void* packed, const View& u, int64_t begin, int64_t end) {
   const auto* from = static_cast<const typename E::stored*>(u.data);

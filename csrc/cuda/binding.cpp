@@ -1,4 +1,4 @@
-// From the operators' tensors to kernels.h: what they must be, where they lie, and on which stream they are used.
+// From the operators' tensors to kernels.h: argument checks, pointers and strides, and the stream.
 //
 // Nothing here waits for the device. Memory comes from PyTorch's allocator, so a CUDA graph may capture every call.
 #include <ATen/core/Tensor.h>
@@ -19,7 +19,7 @@
 namespace lowrank_dist {
 namespace {
 
-// A matrix that a kernel may read, and what keeps its memory alive.
+// A matrix for a kernel to read, and the tensor that keeps its memory alive.
 struct Input {
   at::Tensor tensor;
   ConstMatrix matrix;
@@ -58,7 +58,7 @@ void check_matrix(
       tensor.scalar_type(), " ", tensor.sizes(), " on ", tensor.device());
 }
 
-// Neighbouring features must be neighbours in memory; what lies otherwise is copied.
+// Neighbouring features must be neighbours in memory; other layouts are copied.
 Input input(
     const char* op, const char* name, const at::Tensor& tensor, int64_t rows, int64_t columns, at::ScalarType type,
     at::Device device) {
@@ -107,7 +107,7 @@ void check_dense(const char* op, at::IntArrayRef blocks) {
       blocks.empty(), "lowrank_dist::", op, ": blocks must be empty on CUDA, where matrices are dense, not ", blocks);
 }
 
-// Asked for once a device: it is called before every launch.
+// Queried once a device: it is needed before every launch.
 int multiprocessors(at::Device device) {
   static std::array<std::atomic<int>, C10_COMPILE_TIME_MAX_GPUS> known{};
   std::atomic<int>& count = known.at(device.index());

@@ -1,8 +1,8 @@
-// All that the kernels ask of the machine: PTX in small functions, memory access, conversions, the launch.
+// The machine as the kernels see it: PTX in small functions, memory access, conversions, the launch.
 //
 // LOWRANK_EMULATE replaces this file's machine by tests/emulation/machine.h, which runs the same kernels on a CPU, lane
-// by lane. It is the only switch of its kind: everything outside this file is the code that ships, so that where no GPU
-// is at hand its indexing, fragments, masks and barriers are still tested (tests/unit/test_cuda_kernels.py).
+// by lane. It is the only switch of its kind: all code outside this file is what ships, so its indexing, fragments,
+// masks and barriers are tested without a GPU too (tests/unit/test_cuda_kernels.py).
 #pragma once
 
 #include <cstddef>
@@ -39,7 +39,7 @@ __device__ __forceinline__ Shared shared_memory() {
   return static_cast<Shared>(__cvta_generic_to_shared(dynamic_shared_memory));
 }
 
-// Global memory. Inputs that nobody writes during the kernel go through the read-only path.
+// Global memory. Inputs that are not written during the kernel go through the read-only path.
 template <typename T>
 __device__ __forceinline__ T load_global(const T* address) {
   return __ldg(address);
@@ -68,8 +68,8 @@ __device__ __forceinline__ void store_global(uint4* address, uint4 value) {
                : "memory");
 }
 
-// A vector's address is a multiple of its size. Those that the fast paths use are one instruction each, in the order of
-// the asynchronous copies and waits.
+// A vector's address is a multiple of its size. The sizes of the fast paths are one instruction each, kept in order
+// with the asynchronous copies and waits.
 template <typename T>
 __device__ __forceinline__ T load_shared(Shared address) {
   return *static_cast<const T*>(__cvta_shared_to_generic(address));
@@ -93,13 +93,13 @@ __device__ __forceinline__ void store_shared(Shared address, T value) {
   *static_cast<T*>(__cvta_shared_to_generic(address)) = value;
 }
 
-// Copies `bytes` (at most 16) from global memory and fills up to 16 with zeros. Lands at the latest at the wait.
+// Copies `bytes` (at most 16) from global memory and fills up to 16 with zeros. Complete at the latest at the wait.
 __device__ __forceinline__ void copy16_async(Shared to, const void* from, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;\n" ::: "memory"); }
-// Until at most kPending of this thread's newest groups are under way; what the others copied is visible to this
-// thread.
+// Waits until at most kPending of this thread's newest groups are in flight; the copies of the others are visible to
+// this thread.
 template <int kPending>
 __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
@@ -152,7 +152,7 @@ __device__ __forceinline__ float widen(BFloat16 value) {
   return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
 }
 
-// The code of the launch alone. A block wants an attribute to get more than 48 KB of shared memory.
+// Returns the error code of the launch alone. A block needs an attribute to get more than 48 KB of shared memory.
 template <typename... Parameters, typename... Arguments>
 int launch(
     void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes, CUstream_st* stream,
@@ -178,7 +178,7 @@ __device__ __forceinline__ float widen_high(uint32_t word) {
   return widen(Half{static_cast<uint16_t>(word >> 16)});
 }
 
-// What a sum becomes in memory.
+// The type in which a sum is stored.
 __device__ __forceinline__ void round_to(BFloat16& to, float sum) {
   to.bits = static_cast<uint16_t>(pack(BFloat16{}, sum, 0.0f));
 }
@@ -188,7 +188,7 @@ __device__ __forceinline__ void round_to(Float16& to, float sum) {
 __device__ __forceinline__ void round_to(float& to, float sum) { to = sum; }
 __device__ __forceinline__ void round_to(double& to, double sum) { to = sum; }
 
-// The type that a product of this type is summed in.
+// The type in which a product of this type is summed.
 template <typename T>
 struct Sum {
   using type = float;

@@ -2,9 +2,8 @@
 //
 // Half precision: a warp multiplies 32 rows of x with all ranks, 32 features a step. x goes from global memory to the
 // lane that masks and multiplies it. The warps of a block share 64 rows, so that `a` comes from L2 once for all of
-// them, and split the features; their sums are added in the order of the warps. The product is outᵀ = a·xᵀ: of the
-// tensor cores' two operands the right one takes eight neighbouring features as they lie in registers, the left one has
-// to move them.
+// them, and split the features; their sums are added in the order of the warps. The product is outᵀ = a·xᵀ: the tensor
+// cores' right operand takes eight neighbouring features as they lie in registers, while the left one would need moves.
 #include "half.cuh"
 #include "mask.cuh"
 #include "simt.cuh"
@@ -20,7 +19,7 @@ constexpr int kStep = 32;
 // Features that one step of all of a block's warps covers at most.
 constexpr int kQuantum = 256;
 constexpr int kMostRanks = 64;
-// In features of one block's share: about 2.5 microseconds of a second launch on an H200.
+// In features of one block's share: the cost of a second launch, about 2.5 microseconds on an H200.
 constexpr int kSplitPenalty = 640;
 
 struct Problem {
@@ -39,7 +38,7 @@ struct Problem {
   unsigned rank_blocks;
 };
 
-// For kTiles tiles of 16 ranks. Many warps where the sums leave the registers for it, deeper stages where they do not.
+// For kTiles tiles of 16 ranks: many warps where the sums leave enough registers, deeper stages where they do not.
 template <int kTiles, bool kAligned>
 struct Shape {
   static constexpr int kFeatureGroups = !kAligned ? 4 : kTiles <= 2 ? 8 : 6;
@@ -62,8 +61,7 @@ __global__ __launch_bounds__(Shape<kTiles, kAligned>::kThreads) void down_half(c
   const int q = lane % 4;
   const int row_group = warp % kRowGroups;
   const int feature_group = warp / kRowGroups;
-  // Blocks that differ only in their ranks run side by side: x comes from memory for one of them, from L2 for the
-  // others.
+  // Blocks that differ only in their ranks run side by side: one of them reads x from memory, the others from L2.
   const int64_t block_row = static_cast<int64_t>(blockIdx.x / p.rank_blocks) * kRowsPerBlock;
   const int64_t first_row = block_row + row_group * kRowsPerWarp;
   const int64_t first_rank = static_cast<int64_t>(blockIdx.x % p.rank_blocks) * (16 * kTiles);
@@ -92,13 +90,13 @@ __global__ __launch_bounds__(Shape<kTiles, kAligned>::kThreads) void down_half(c
     }
   }
 
-  // Pointers advance and every bound is a number of steps: what a step costs besides its products is addresses.
+  // Pointers advance and every bound counts steps: besides its products, a step costs address computation.
   constexpr int kStride = kStep * S::kFeatureGroups;
   const int64_t first_feature = begin + kStep * feature_group;
   const int steps = first_feature < end ? static_cast<int>(ceil_divide(end - first_feature, kStride)) : 0;
   const int64_t count = end - first_feature - 8 * q;
   const int lane_steps = count > 0 ? static_cast<int>(ceil_divide(count, kStride)) : 0;
-  // How many of the eight features of this lane's step there are.
+  // The number of valid features among the eight of this lane's step.
   const auto left = [&](int step) -> int64_t {
     if constexpr (kAligned) return step < lane_steps ? 8 : 0;
     return count - static_cast<int64_t>(step) * kStride;
@@ -171,7 +169,7 @@ __global__ __launch_bounds__(Shape<kTiles, kAligned>::kThreads) void down_half(c
     stage = next_stage(stage, S::kStages);
   }
 
-  // [feature group][sum][thread of the group]: no two lanes in one bank, neither here nor where they are read.
+  // [feature group][sum][thread of the group]: no two lanes use the same bank, in writing or in reading.
   constexpr int kGroup = kRowGroups * kWarp;
   const auto at = [&](int group, int sum, int thread) {
     return shared_memory() + ((group * S::kSums + sum) * kGroup + thread) * static_cast<int>(sizeof(float));
@@ -275,7 +273,7 @@ int launch_down(
     CUstream_st* stream) {
   if (x.rows == 0 || a.rows == 0) return 0;
   if (mask.threshold >= 65536) {
-    // Everything dropped: a sum over no features.
+    // Everything is dropped: a sum over no features.
     x.columns = a.columns = 0;
     mask.threshold = 0;
   }

@@ -1,8 +1,8 @@
 // expand: out[T,K] += m ⊙ (u[T,R] · a[R,K]), out read and written once, or only written.
 //
 // Half precision: a warp keeps its 32 features of `a` in registers as fragments and walks down the rows, 32 a step; out
-// arrives through stages of its own. u and the rows' share of the mask lie in shared memory for the whole block. More
-// than 64 ranks do not fit into registers: then the fragments are read again for every step, which finds them in L1.
+// arrives through the warp's own stages. u and the rows' part of the mask are in shared memory for the whole block.
+// More than 64 ranks do not fit into registers: the fragments are then read again in every step, from L1.
 #include "half.cuh"
 #include "mask.cuh"
 #include "simt.cuh"
@@ -17,9 +17,9 @@ constexpr int kFeaturesPerBlock = kWarps * kFeaturesPerWarp;
 constexpr int kRowsPerStep = 32;
 constexpr int kMostSteps = 4;
 constexpr int kStages = 3;
-// What one k of the tensor cores' instruction takes: 16 ranks.
+// The k of the tensor cores' instruction: 16 ranks.
 constexpr int kRanks = 16;
-// Of u: the rest of a multiprocessor's memory is for the stages, for a second block and for L1.
+// Limit for u: the rest of a multiprocessor's memory is for the stages, for a second block and for L1.
 constexpr int64_t kMostBytesOfU = 32 * 1024;
 
 using Pipe = Stages<kStages, 4>;
@@ -41,7 +41,7 @@ struct Problem {
   MaskArgs mask;
 };
 
-// Of u in shared memory, for one row.
+// Bytes of u in shared memory, for one row.
 __host__ __device__ __forceinline__ int bytes_of_u(int64_t ranks) {
   return 2 * kRanks * static_cast<int>(ceil_divide(ranks, kRanks));
 }
@@ -74,7 +74,7 @@ __device__ __forceinline__ uint32_t add(uint32_t out, const float* sums) {
   return pack(Half{}, widen_low<Half>(out) + sums[0], widen_high<Half>(out) + sums[1]);
 }
 
-// kSteps: of 16 ranks, at a time. kResident: all ranks at once.
+// kSteps: the number of steps of 16 ranks at a time. kResident: all ranks at once.
 template <typename Half, int kSteps, bool kResident, bool kMasked, bool kAligned>
 __global__ __launch_bounds__(kThreads, kAligned ? 2 : 1) void expand_half(const Problem p) {
   const int warp = threadIdx.x / kWarp;
@@ -97,7 +97,7 @@ __global__ __launch_bounds__(kThreads, kAligned ? 2 : 1) void expand_half(const 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (row + 8 * i + g < rows) {
-        // A copy of nothing is zeros.
+        // A copy of zero bytes gives zeros.
         fetch_eight<kAligned>(pipe.at(stage, i), out + (row + 8 * i + g) * p.ld_out, p.accumulate ? count : 0);
       }
     }
@@ -106,7 +106,7 @@ __global__ __launch_bounds__(kThreads, kAligned ? 2 : 1) void expand_half(const 
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage * kRowsPerStep, stage);
 
-  // u, with zeros up to the next multiple of 16 ranks and of 32 rows, as the fragments that it will be: 16 bytes for
+  // u as the fragments that it will be, with zeros up to the next multiple of 16 ranks and of 32 rows: 16 bytes for
   // each tile of 16 x 16 and lane (g, q), which are ranks 4q .. 4q + 3 of rows g and g + 8, the two rows pair by pair.
   const int tiles = bytes_of_u(p.ranks) / (2 * kRanks);
   const int padded_rows = (rows + kRowsPerStep - 1) / kRowsPerStep * kRowsPerStep;
@@ -226,7 +226,7 @@ int launch_half_masked(const Problem& p, bool aligned, CUstream_st* stream) {
   return launch_half<Half, 1, false, kMasked, true>(p, stream);
 }
 
-// As many rows as repay the fragments, fewer where blocks would be too few to fill the device four times (two at once).
+// As many rows as repay the fragments; fewer where blocks would not fill the device four times (two at once).
 int rows_per_block(int64_t tokens, int64_t features, int64_t ranks, int multiprocessors) {
   const int64_t slabs = ceil_divide(features, kFeaturesPerBlock);
   int rows = 128;
@@ -266,7 +266,7 @@ int launch_expand(
     CUstream_st* stream) {
   if (out.rows == 0 || out.columns == 0) return 0;
   if (mask.threshold >= 65536) {
-    // Everything dropped: a sum over no ranks.
+    // Everything is dropped: a sum over no ranks.
     u.columns = a.rows = 0;
     mask.threshold = 0;
   }

@@ -1,8 +1,8 @@
 // grad_a: out[R,K] = u[T,R]ᵀ · (m ⊙ x)[T,K], x read once; two stages over the rows.
 //
-// Half precision: the warps of a block take different rows of the same 64 features, 16 a step, and all (at most 64)
-// ranks; their sums are added in the order of the warps. A lane loads eight features of four rows and pairs the rows
-// up.
+// Half precision: the warps of a block take different rows of the same 64 features, 16 rows a step, and all (at most
+// 64) ranks; their sums are added in the order of the warps. A lane loads eight features of four rows and pairs the
+// rows.
 #include "half.cuh"
 #include "mask.cuh"
 #include "simt.cuh"
@@ -14,10 +14,10 @@ namespace {
 constexpr int kFeatures = 64;
 constexpr int kRowsPerStep = 16;
 constexpr int kMostRanks = 64;
-// Warps that add and write what all have summed.
+// Warps that add the sums of all warps and write them.
 constexpr int kWriters = 8;
 constexpr int kStages = 4;
-// In rows of one block's share: about 2.5 microseconds of a second launch on an H200.
+// In rows of one block's share: the cost of a second launch, about 2.5 microseconds on an H200.
 constexpr int kSplitPenalty = 640;
 
 using Pipe = Stages<kStages, 4>;
@@ -59,8 +59,7 @@ __global__ __launch_bounds__(Shape<kTiles>::kThreads, Shape<kTiles>::kBlocks) vo
   const int lane = threadIdx.x % kWarp;
   const int g = lane / 4;
   const int q = lane % 4;
-  // Blocks that differ only in their ranks run side by side: x comes from memory for one of them, from L2 for the
-  // others.
+  // Blocks that differ only in their ranks run side by side: one of them reads x from memory, the others from L2.
   const int64_t block_feature = static_cast<int64_t>(blockIdx.x / p.rank_blocks) * kFeatures;
   const int64_t feature = block_feature + 8 * g;
   const int64_t count = p.features - feature;
@@ -74,7 +73,7 @@ __global__ __launch_bounds__(Shape<kTiles>::kThreads, Shape<kTiles>::kBlocks) vo
   const int64_t first_row = begin + warp * kRowsPerStep;
   const int64_t lane_row = first_row + 4 * q;
   const int steps = first_row < end ? static_cast<int>(ceil_divide(end - first_row, kQuantum)) : 0;
-  // Steps for which there is a row of this lane; only the last of them may end amid its four rows.
+  // Steps in which this lane has a row; only the last of them may end within its four rows.
   const int lane_steps = lane_row < end ? static_cast<int>(ceil_divide(end - lane_row, kQuantum)) : 0;
   const int last_rows = static_cast<int>(end - lane_row - static_cast<int64_t>(lane_steps - 1) * kQuantum);
   const auto rows_of = [&](int step) { return step < lane_steps - 1 ? 4 : step == lane_steps - 1 ? last_rows : 0; };
@@ -91,7 +90,7 @@ __global__ __launch_bounds__(Shape<kTiles>::kThreads, Shape<kTiles>::kBlocks) vo
     }
     copy_commit();
   };
-  // Pairs of ranks. Those past the end repeat the last ones: multiplied but not written.
+  // Pairs of ranks. Pairs past the end repeat the last one: they are multiplied but not written.
   struct Pairs {
     uint32_t words[4][kTiles];
   };
@@ -181,8 +180,8 @@ __global__ __launch_bounds__(Shape<kTiles>::kThreads, Shape<kTiles>::kBlocks) vo
     stage = next_stage(stage, kStages);
   }
 
-  // One tile of ranks at a time, [warp][half of the sum's rank and feature][feature of eight][lane]: no two lanes in
-  // one bank. A thread then adds and writes four neighbouring features.
+  // One tile of ranks at a time, [warp][half of the sum's rank and feature][feature of eight][lane]: no two lanes use
+  // the same bank. A thread then adds and writes four neighbouring features.
   const auto at = [&](int of_warp, int half, int j, int of_lane) {
     return shared_memory() + (((of_warp * 4 + half) * 8 + j) * kWarp + of_lane) * static_cast<int>(sizeof(float));
   };
@@ -225,7 +224,7 @@ template <typename Half, int kTiles, bool kMasked, bool kAligned>
 int launch_half(const Problem& p, int64_t parts, CUstream_st* stream) {
   const dim3 grid(
       static_cast<unsigned>(ceil_divide(p.features, kFeatures)) * p.rank_blocks, static_cast<unsigned>(parts));
-  // The stages; what the warps' sums take is no more.
+  // The stages; the warps' sums need no more.
   static_assert(Pipe::kBytes >= 32 * kWarp * sizeof(float), "the sums of a warp do not fit into its stages");
   using S = Shape<kTiles>;
   return launch(
@@ -299,7 +298,7 @@ int launch_grad_a(
     CUstream_st* stream) {
   if (out.rows == 0 || out.columns == 0) return 0;
   if (mask.threshold >= 65536) {
-    // Everything dropped: a sum over no rows.
+    // Everything is dropped: a sum over no rows.
     u.rows = x.rows = 0;
     mask.threshold = 0;
   }

@@ -1,8 +1,7 @@
-// Eight neighbouring 16-bit elements are what a lane moves, masks and multiplies at a time: 16 bytes, one block of
-// draws.
+// A lane moves, masks and multiplies eight neighbouring 16-bit elements at a time: 16 bytes, one block of draws.
 //
-// The order in which a product sums its k is free as long as both operands agree on it. So a lane feeds the tensor
-// cores with elements that lie side by side in memory, and nothing is rearranged on the way.
+// A product may sum over k in any order that both operands share. So a lane feeds the tensor cores with elements that
+// are neighbours in memory, and nothing is rearranged on the way.
 #pragma once
 
 #include "device.cuh"
@@ -27,8 +26,8 @@ __device__ __forceinline__ uint4 load_eight(const Half* from, int64_t count) {
   }
 }
 
-// The same into shared memory, 16 bytes at `to` that belong to this lane alone: no barrier between the copy and its
-// use.
+// The same into shared memory: 16 bytes at `to` that belong to this lane alone, so no barrier is needed between the
+// copy and its use.
 template <bool kAligned, typename Half>
 __device__ __forceinline__ void fetch_eight(Shared to, const Half* from, int64_t count) {
   if constexpr (kAligned) {
@@ -38,8 +37,8 @@ __device__ __forceinline__ void fetch_eight(Shared to, const Half* from, int64_t
   }
 }
 
-// The memory in which a warp's copies land: kStages stages of kVectors vectors, 16 bytes for each lane. Bytes in flight
-// come from its depth and cost no registers.
+// The memory for a warp's copies: kStages stages of kVectors vectors, 16 bytes for each lane. Its depth keeps bytes in
+// flight without registers.
 template <int kStages, int kVectors>
 class Stages {
  public:
@@ -58,7 +57,7 @@ class Stages {
 
 __device__ __forceinline__ int next_stage(int stage, int stages) { return stage + 1 == stages ? 0 : stage + 1; }
 
-// Whether rows of this matrix can be read eight at a time from any multiple of eight on.
+// Whether rows of this matrix can be read eight elements at a time, starting at any multiple of eight.
 inline bool in_eights(const void* data, int64_t ld, int64_t columns) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && ld % 8 == 0 && columns % 8 == 0;
 }

@@ -1,8 +1,8 @@
-// The dropout mask on the device: see philox.h for what it is.
+// The dropout mask on the device; philox.h defines it.
 //
-// The counter is (block of features, row, row >> 32, stream). Philox multiplies only the words 0 and 2, and mixes rows
-// and blocks first in its second round: what two of the seven rounds compute of a row alone, or of a block alone, is
-// computed once for each and not for each of their pairs.
+// The counter is (block of features, row, row >> 32, stream). Philox multiplies only words 0 and 2, and rows and blocks
+// first mix in its second round. The part of the first two of seven rounds that depends on a row alone, or on a block
+// alone, is computed once for each instead of once for each pair.
 #pragma once
 
 #include "device.cuh"
@@ -29,7 +29,7 @@ struct Draws {
 __device__ __forceinline__ uint32_t low_word(uint64_t product) { return static_cast<uint32_t>(product); }
 __device__ __forceinline__ uint32_t high_word(uint64_t product) { return static_cast<uint32_t>(product >> 32); }
 
-// The key of the whole launch. Everything dropped (65536) and nothing dropped (0) never get here.
+// The key of the whole launch. Thresholds that drop everything (65536) or nothing (0) never get here.
 class MaskKey {
  public:
   __device__ __forceinline__ MaskKey() {}
@@ -79,7 +79,7 @@ class MaskKey {
   uint32_t threshold_ = 0;
 };
 
-// Features are not negative: a shift, which a signed division is not.
+// Features are not negative, so a shift replaces the signed division.
 __device__ __forceinline__ uint32_t block_of(int64_t feature) {
   return static_cast<uint32_t>(static_cast<uint64_t>(feature) / kDrawsPerBlock);
 }
@@ -119,7 +119,7 @@ struct Eight<false> {
       words[i] = low.words[i];
       words[4 + i] = high.words[i];
     }
-    // By `skip` draws to the front, in steps known to the compiler: a runtime index would put the words into memory.
+    // Shifts by `skip` draws in compile-time steps: a runtime index would put the words into memory.
 #pragma unroll
     for (int i = 0; i < 6; ++i) words[i] = (skip & 4) != 0 ? words[i + 2] : words[i];
 #pragma unroll

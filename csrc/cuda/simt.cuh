@@ -36,7 +36,7 @@ struct SimtProblem {
   int64_t k;
   int64_t split;
   MaskArgs mask;
-  // Whether kExpand adds to what is there.
+  // Whether kExpand adds to the existing output.
   bool accumulate = false;
 };
 
@@ -49,7 +49,7 @@ struct alignas(2 * sizeof(T)) SimtTwo {
   T values[2];
 };
 
-// Columns column .. column + 7 of a row, zero from `columns` on, in rows past the end and where dropped.
+// Columns column .. column + 7 of a row. Zero from `columns` on, in rows past the end, and where dropped.
 template <typename T>
 __device__ __forceinline__ void simt_load_eight(
     T (&values)[8], const SimtOperand<T>& from, int64_t row, int64_t rows, int64_t column, int64_t columns,
@@ -108,7 +108,7 @@ __global__ __launch_bounds__(kSimtThreads) void simt_product(const SimtProblem<T
     load(left, p.left, kOperator != Simt::kGradA, first_m, p.m, k);
     load(right, p.right, kOperator == Simt::kDown, first_n, p.n, k);
     synchronize_block();
-    // A sum of sums: its error does not grow with the number of steps' terms, only with that of the steps.
+    // A sum of partial sums: its error grows with the number of steps, not with the number of terms in a step.
     T part[2][8] = {};
 #pragma unroll 8
     for (int i = 0; i < kSimtStep; ++i) {

@@ -6,14 +6,14 @@
 
 namespace lowrank_dist {
 
-// A long sum that is cut into `count` parts of `length` each (the last may be shorter).
+// A long sum, cut into `count` parts of `length` each (the last may be shorter).
 struct Split {
   int64_t count;
   int64_t length;
 };
 
-// The cheapest cut, a function of the shapes alone: time goes with the waves of blocks times the length of a part.
-// `slots` blocks run at a time; `penalty` is what the second kernel costs, in units of the length.
+// The cheapest cut, a function of the shapes alone. Time is the number of waves of blocks times the length of a part.
+// `slots` blocks run at a time; `penalty` is the cost of the second kernel, in units of the length.
 inline Split choose_split(int64_t tiles, int64_t length, int64_t slots, int64_t quantum, int64_t penalty) {
   constexpr int64_t kMostParts = 64;
   Split best{1, ceil_divide(length, quantum) * quantum};

@@ -1,5 +1,5 @@
-// What the CUDA kernels take: raw pointers, strides and numbers. No torch header here, so that nvcc alone compiles
-// them.
+// The interface of the CUDA kernels: raw pointers, strides and numbers. No torch header here, so that nvcc alone
+// compiles them.
 //
 // Legend: T tokens, K features of the shared input, R = Σ r over the factors that read it.
 #pragma once
@@ -13,7 +13,7 @@ namespace lowrank_dist {
 
 enum class Dtype : int { kFloat64, kFloat32, kBFloat16, kFloat16 };
 
-// A matrix of elements of one dtype; element (i, j) lies at data + i·ld + j. Nothing is assumed of its alignment.
+// A matrix of elements of one dtype; element (i, j) lies at data + i·ld + j. Any alignment is allowed.
 struct Matrix {
   void* data;
   int64_t rows;
@@ -29,8 +29,8 @@ struct ConstMatrix {
 };
 
 // m(t,k) = [draw16(rows[t], feature_offset + k) >= threshold], see philox.h; `key` = {seed, step} lies on the device,
-// so that a captured graph draws the next step's mask. threshold 0: no mask, the pointers are not read. 65536: all
-// dropped.
+// so that a captured graph draws the next step's mask. threshold 0: no mask, and the pointers are not read. threshold
+// 65536: everything is dropped.
 struct MaskArgs {
   const int64_t* rows;
   const int64_t* key;
@@ -39,13 +39,13 @@ struct MaskArgs {
   int64_t feature_offset;
 };
 
-// Bytes of scratch memory that a launch wants (0 for none) on a device of that many multiprocessors. A function of the
-// shapes alone, and so is the order of every sum: results are bitwise repeatable.
+// Bytes of scratch memory for a launch (0 for none) on a device of this many multiprocessors. It depends on the shapes
+// alone, as does the order of every sum, so results are bitwise repeatable.
 size_t down_workspace(Dtype dtype, int64_t tokens, int64_t features, int64_t ranks, int multiprocessors);
 size_t grad_a_workspace(Dtype dtype, int64_t tokens, int64_t features, int64_t ranks, int multiprocessors);
 
-// Each launch returns a cudaError_t (0: success), that of the launches alone: it never waits for a kernel. `workspace`
-// is aligned to 16 bytes; what it holds does not matter. `multiprocessors` is the one that sized the workspace.
+// Each launch returns the cudaError_t (0: success) of the launches alone: it never waits for a kernel. `workspace` is
+// aligned to 16 bytes and may hold anything. `multiprocessors` is the number that sized the workspace.
 
 // out[T,R] = (m ⊙ x)[T,K] · a[R,K]ᵀ, summed in fp32 (fp64 for fp64) and rounded once to the dtype.
 [[nodiscard]] int launch_down(

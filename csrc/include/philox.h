@@ -1,4 +1,4 @@
-// Philox4x32: a counter-based generator, so that a random number is a function of where it is used and of nothing else.
+// Philox4x32: a counter-based generator, whose random numbers depend only on where they are used.
 // Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). Ten rounds are the paper's
 // default; seven are the fewest that pass BigCrush. No library header is used here: nvcc compiles it for the device.
 #pragma once
@@ -16,13 +16,13 @@ namespace lowrank_dist {
 constexpr int kPhiloxRounds = 7;
 constexpr uint32_t kPhiloxMultiplier0 = 0xD2511F53u;
 constexpr uint32_t kPhiloxMultiplier1 = 0xCD9E8D57u;
-// What each round adds to the key.
+// The constants that each round adds to the key.
 constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u;
 constexpr uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 
 LOWRANK_INLINE uint64_t wide_product(uint32_t a, uint32_t b) {
 #if defined(__CUDA_ARCH__)
-  // As written below nvcc makes a 64-bit product of it, with additions of zero that its assembler leaves in.
+  // From the expression below nvcc makes a 64-bit product with additions of zero, which its assembler keeps.
   uint64_t product;
   asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
   return product;
@@ -46,8 +46,8 @@ LOWRANK_INLINE void philox4x32(uint32_t& c0, uint32_t& c1, uint32_t& c2, uint32_
   }
 }
 
-// The dropout mask (lowrank_dist/ops/mask.py): which block an element draws from is (f >> 3, row, stream) with f its
-// global feature; the block's four words are eight 16-bit draws, and f & 7 says which one is its own.
+// The dropout mask (lowrank_dist/ops/mask.py): an element draws from block (f >> 3, row, stream) with f its global
+// feature. The block's four words are eight 16-bit draws, and f & 7 selects the element's own.
 constexpr int kDrawsPerBlock = 8;
 
 }  // namespace lowrank_dist
