@@ -1,13 +1,13 @@
-// A CUDA device of one multiprocessor on a CPU: what csrc/cuda/device.cuh asks of the machine under LOWRANK_EMULATE.
+// A CUDA device of one multiprocessor, emulated on a CPU: the machine of csrc/cuda/device.cuh under LOWRANK_EMULATE.
 //
 // Each thread of a block is a fibre. Fibres meet where lanes and warps meet on a GPU (mma over a warp, barriers over a
-// block); between such points a seeded scheduler runs them in any order, so that a result that depends on a barrier
-// that is not there differs from seed to seed. Stricter than a GPU on purpose: shared memory starts as NaN, an
-// asynchronous copy lands only at its wait and its target is NaN until then, every access to global memory must lie in
-// memory that the caller has named and be aligned, a block's barrier must be reached by all of its threads.
+// block). Between such points a seeded scheduler runs them in any order, so a result that depends on a missing barrier
+// differs from seed to seed. The emulation is stricter than a GPU on purpose: shared memory starts as NaN; an
+// asynchronous copy lands only at its wait, and its target is NaN until then; every access to global memory must be
+// aligned and lie in memory that the caller has named; all threads of a block must reach its barriers.
 //
 // The fragments of mma.m16n8k16 are written from the PTX ISA ("Matrix Fragments for mma.m16n8k16 with floating point
-// type"), not from the kernels: this file is their referee.
+// type"), not from the kernels, so that this file can check them.
 #pragma once
 
 #include <setjmp.h>
@@ -56,7 +56,7 @@ constexpr size_t kStackBytes = 128 * 1024;
 constexpr size_t kSharedLimit = 227 * 1024;
 constexpr int kLaunchFailure = 719;
 
-// What a test may break, to see that the harness notices.
+// Faults that a test may plant, to see that the harness notices.
 enum Fault : int { kNone, kNoBarrier, kNoWait, kSwappedFragment };
 
 struct Copy {
@@ -121,13 +121,13 @@ inline Machine& machine() {
 
 inline Fibre& fibre() { return machine().fibres[machine().current]; }
 
-// To the scheduler; comes back when it picks this fibre again.
+// Switches to the scheduler; returns when it picks this fibre again.
 inline __attribute__((noinline)) void leave() {
   Machine& m = machine();
   if (_setjmp(m.fibres[m.current].here) == 0) _longjmp(m.scheduler, 1);
 }
 
-// Ends the launch: the fibres are left where they are and begin anew with the next one.
+// Ends the launch: the fibres are abandoned and start anew with the next launch.
 [[noreturn]] inline void fail(const std::string& what) {
   Machine& m = machine();
   m.error = what + " (block " + std::to_string(m.block.x) + ", " + std::to_string(m.block.y) + ", " +
@@ -269,7 +269,7 @@ inline void block_barrier() {
   m.at_barrier.clear();
 }
 
-// One block, to its end. Either any lane at any point, or one warp for as long as it can run: the widest drift.
+// Runs one block to its end: either any lane at any point, or one warp as long as it can run, for the widest drift.
 inline bool run_block(bool by_warps) {
   Machine& m = machine();
   std::memset(m.shared_begin, 0xFF, m.shared_bytes);

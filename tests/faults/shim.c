@@ -1,10 +1,10 @@
 // Faults in the system calls that change files, for tests: LD_PRELOAD this library into a process, then arm it.
 //
-// An operation counts when its path lies under the root that faults_arm names. At the nth the action happens. The state
-// is shared memory, so a process that forked sees how far its killed child came.
+// An operation counts when its path lies under the root that faults_arm names. The fault happens at the nth operation.
+// The state is in shared memory, so a process that forked sees how far its killed child came.
 //
 // The libc functions are interposed. A rename that Rust makes without libc (safetensors, through rustix) is caught by a
-// seccomp filter that turns it into a SIGSYS here. Not seen: fopen and fallocate, io_uring, writes through mmap.
+// seccomp filter that turns it into a SIGSYS here. Not seen are fopen, fallocate, io_uring, and writes through mmap.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -78,7 +78,7 @@ static void normalise(char *path) {
     if (length == 2 && memcmp(part, "..", 2) == 0) {
       while (out > path && *--out != '/') {}
     } else if (length > 0 && !(length == 1 && *part == '.')) {
-      // Forwards only: the text before `part` has at least as many slashes as what was kept of it.
+      // Forwards only: the text before `part` has at least as many slashes as the part that was kept.
       *out++ = '/';
       memmove(out, part, length);
       out += length;
@@ -112,7 +112,7 @@ static bool absolute(int folder, const char *path, char out[PATH_MAX]) {
   return true;
 }
 
-// The part of the path below the root, "." for the root itself, NULL for a path elsewhere.
+// Returns the path relative to the root, "." for the root itself, NULL for a path elsewhere.
 static const char *below(const char *path, const char *root) {
   size_t length = strlen(root);
   if (strncmp(path, root, length) != 0) return NULL;
@@ -127,7 +127,7 @@ static const char *below_root(const char *path) {
 
 // ---- What happens to an operation ----
 
-// Lock-free, since a kill may come in the middle: a line's place is taken first and filled then.
+// Lock-free, since a kill may come in the middle: a line is reserved first and filled then.
 static void trace(const char *line, size_t length) {
   size_t at = atomic_fetch_add(&state->trace_length, length + 1);
   if (at + length + 1 > TRACE_BYTES) return;
@@ -143,7 +143,7 @@ static void describe(long number, const char *kind, const char *path, const char
   trace(line, length);
 }
 
-// `size`: of an operation that moves bytes, which is halved here for a short one.
+// `size`: of an operation that moves bytes; halved here for a short one.
 static enum plan decide(long number, bool needs_space, size_t *size) {
   bool reached = state->nth > 0 && number >= state->nth;
   if (!reached || state->action == COUNT) return GO;
@@ -198,7 +198,7 @@ static enum plan plan_two(const char *kind, int folder, const char *path, int to
 static enum plan plan_descriptor(const char *kind, int descriptor, bool needs_space, size_t *size) {
   char full[PATH_MAX];
   int saved = errno;
-  // To move no bytes changes nothing: sendfile at the end of its input.
+  // Moving no bytes changes nothing: sendfile at the end of its input.
   if (!armed() || (size != NULL && *size == 0) || !descriptor_path(descriptor, full)) return errno = saved, GO;
   return plan(kind, full, NULL, needs_space, size);
 }
@@ -245,7 +245,7 @@ ssize_t writev(int descriptor, const struct iovec *vectors, int count) {
   PERFORM(plan_descriptor("write", descriptor, true, &size), write_vectors(descriptor, vectors, count, size));
 }
 
-// What a copy can move at most: callers ask for far more than the input has left.
+// The most that a copy can move: callers ask for far more than the input has left.
 static size_t available(int input, const off64_t *offset, size_t size) {
   struct stat64 status;
   off64_t at = offset != NULL ? *offset : lseek64(input, 0, SEEK_CUR);
@@ -341,7 +341,7 @@ int creat64(const char *path, mode_t mode) {
 
 // ---- Names ----
 
-// Lets a rename of ours through the filter: the kernel does not look at a sixth argument of renameat2.
+// Marks our own renames for the filter: the kernel does not look at a sixth argument of renameat2.
 #define PASSWORD 0x6c6f7772u
 
 static int rename_any(int folder, const char *path, int to_folder, const char *to, unsigned flags) {
@@ -393,7 +393,7 @@ int unlinkat(int folder, const char *path, int flags) {
   PERFORM(plan_path(kind, folder, path, false), REAL(unlinkat)(folder, path, flags));
 }
 
-// ---- Renames that pass libc by ----
+// ---- Renames that do not go through libc ----
 
 static void trapped(int signal, siginfo_t *info, void *opaque) {
   (void)signal;
@@ -423,7 +423,7 @@ static void trapped(int signal, siginfo_t *info, void *opaque) {
 #define OLD_RENAME SYS_renameat
 #endif
 
-// Never undone, and inherited: children find their handler in this library, which LD_PRELOAD brings them too.
+// Never undone, and inherited: children find their handler in this library, which LD_PRELOAD gives them too.
 static int filter_renames(void) {
   static pid_t filtered;
   if (filtered == getpid()) return 0;
@@ -441,7 +441,7 @@ static int filter_renames(void) {
   };
   struct sock_fprog filter = {sizeof program / sizeof program[0], program};
   if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0) return errno;
-  // TSYNC: for the threads that are already there too. It may fail with a thread's id.
+  // TSYNC: also for the threads that already exist. It may fail with a thread's id.
   long failed = syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &filter);
   if (failed != 0) return failed > 0 ? ESRCH : errno;
   filtered = getpid();
@@ -450,7 +450,7 @@ static int filter_renames(void) {
 
 // ---- For ctypes ----
 
-// Returns 0, or an errno. `root` is absolute.
+// Returns 0 or an errno. `root` is absolute.
 int faults_arm(const char *root, long nth, int action) {
   if (state == NULL) return ENOMEM;
   atomic_store(&state->armed, false);
@@ -475,7 +475,7 @@ long faults_disarm(void) {
   return faults_count();
 }
 
-// Lines of "number kind path", the numbers in no strict order where threads met; returns the bytes that there are.
+// Writes lines of "number kind path", numbers not strictly ordered across threads; returns the number of bytes.
 size_t faults_trace(char *buffer, size_t size) {
   if (state == NULL) return 0;
   size_t used = atomic_load(&state->trace_length);
