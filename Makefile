@@ -1,4 +1,4 @@
-# make test PYTHON=/path/to/python uses an environment that is already there; otherwise VENV is made and filled.
+# make test PYTHON=/path/to/python uses an existing environment; otherwise VENV is made and filled.
 VENV ?= .venv
 BOOTSTRAP ?= python3
 # The newest Megatron wants a newer Python, and so an environment of its own.
@@ -9,7 +9,7 @@ JOBS ?= 2
 # These wait for Slurm, for timeouts and for one another more than they compute.
 CLUSTER_JOBS ?= 3
 
-# Warnings are third parties' own, forty lines of them; pytest by hand shows them.
+# Warnings are third parties' own, forty lines of them; plain pytest shows them.
 PYTEST = $(PYTHON) -m pytest -q --disable-warnings
 SLOWEST := --durations=20
 
@@ -48,8 +48,8 @@ help:
 
 install: $(READY)
 
-# Everything, into the environment that PYTHON is of. The operators' libraries lie beside their sources and serve every
-# Python and every build of one torch release, so the last environment that was made has built them for all.
+# Installs everything into the environment of PYTHON. The operators' libraries lie beside their sources and serve every
+# Python and every build of one torch release, so the environment that was installed last has built them for all.
 define fill
 	$(PYTHON) -m pip install -q -c .ci/constraints.txt setuptools ninja
 	$(PYTHON) -m pip install -q -c .ci/constraints.txt $(TORCH)
@@ -70,7 +70,7 @@ $(NEXT)/.installed: $(INSTALLED_FROM)
 	python=$$(.ci/find-python $(NEXT_PYTHON)) && "$$python" -m venv $(NEXT)
 	$(fill)
 
-# ruff, mypy and the quick unit tests: at most 90 s on 2 cores. mypy has one thread, and needs most of a minute at first.
+# ruff, mypy and the quick unit tests: at most 90 s on 2 cores. mypy has one thread; its first run takes almost a minute.
 check: $(READY)
 	$(PYTHON) -m ruff check .
 	$(MAKE) --no-print-directory -j2 --output-sync types quick
@@ -86,17 +86,17 @@ test: $(READY)
 	$(PYTHON) -m mypy
 	$(PYTEST) -n $(JOBS) --dist worksteal $(SLOWEST) tests/unit tests/dist tests/integration
 
-# What takes too long for every change: every layout into another, runs killed in their saves, all mutated files,
-# a download of 77 MB.
+# Tests that take too long for every change: every layout resumed in every other, runs killed in their saves, all
+# mutated files, a download of 77 MB.
 test-all: $(READY)
 	$(PYTEST) -n $(JOBS) --dist loadfile $(SLOWEST) tests/long
 
-# A real Slurm and real network hosts on this machine; as root, which installs what is missing from Debian.
+# A real Slurm and real network hosts on this machine. Run as root; missing programs are installed from Debian.
 test-cluster: $(READY)
 	bash tests/cluster/install.sh
 	$(PYTEST) -n $(CLUSTER_JOBS) --dist loadfile --no-loadscope-reorder $(SLOWEST) tests/cluster
 
-# Run before an issue is closed: what takes long and rarely finds what the tests above do not.
+# Run before an issue is closed: tests that take long and rarely find what those above do not.
 test-nightly: $(READY)
 	$(PYTEST) -m nightly -n $(JOBS) --dist loadfile $(SLOWEST) tests/unit tests/dist tests/integration tests/long
 	$(MAKE) --no-print-directory test-next
@@ -104,14 +104,14 @@ test-nightly: $(READY)
 test-next: $(NEXT)/.installed
 	$(PYTEST) -n $(JOBS) --dist worksteal $(SLOWEST) tests/unit tests/dist tests/integration
 
-# Any warning is an error: a link, an anchor or an image that leads nowhere, a page that the nav has not.
+# Any warning is an error: a link, an anchor or an image that leads nowhere, a page that is missing from the nav.
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
 
 docs-reference: $(READY)
 	$(PYTHON) -m docs.generate_reference
 
-# When the whole thing began, so that the table counts the installation too.
+# The start of the whole target, so that the table counts the installation too.
 quickstart: export MAKE_STARTED_MS := $(shell date +%s%3N)
 quickstart: $(READY)
 	bash launch/quickstart/run.sh
@@ -120,7 +120,7 @@ quickstart: $(READY)
 cuda-build-check: $(READY)
 	JOBS=$(JOBS) bash tests/cuda_build/check.sh
 
-# At most 330 s each on one GPU. With PYTHON given they install nothing and need no network (tests/gpu/README.md).
+# At most 330 s each on one GPU. Given PYTHON, they install nothing and need no network (tests/gpu/README.md).
 gpu-check: $(READY)
 	bash tests/gpu/check.sh
 
