@@ -92,7 +92,7 @@ def stalls(events: list[tuple[str, int, float]], interval: int, saves: int) -> l
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("build/quickstart/base"), help="SmolLM2 folder")
-    parser.add_argument("--saves", type=int, default=20, help="saves that are measured")
+    parser.add_argument("--saves", type=int, default=20, help="measured saves")
     parser.add_argument("--interval", type=int, default=10, help="steps between saves")
     options = parser.parse_args()
     if not options.base.is_dir():

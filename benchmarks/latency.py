@@ -570,12 +570,14 @@ def parse_setting(text: str) -> Setting:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", type=parse_setting, metavar="BATCHxLENGTH[:TRIALS]")
-    parser.add_argument("--trials", type=int, default=WHOLE_TRIALS, help="of a setting that does not say its own")
-    parser.add_argument("--tp", nargs="+", type=int, help="tensor-parallel sizes (on a CPU 1 and 2, else 1)")
+    parser.add_argument("--trials", type=int, default=WHOLE_TRIALS, help="trials of a setting that gives no number")
+    parser.add_argument("--tp", nargs="+", type=int, help="tensor-parallel sizes (default: 1 and 2 on a CPU, else 1)")
     parser.add_argument("--device", choices=DEFAULTS, default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of all ranks together")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write JSON and picture there, whatever was measured")
+    parser.add_argument(
+        "--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of all ranks together"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write JSON and picture there, even of a partial run")
     args = parser.parse_args()
     args.settings = args.settings or [Setting(*sizes, None) for sizes in DEFAULTS[args.device]]
     args.tp = args.tp or ([1, 2] if args.device == "cpu" else [1])

@@ -130,7 +130,7 @@ def measure(folder: Path, tp: int) -> tuple[list[dict[str, float]], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tp", type=int, default=2, help="tensor-parallel ranks")
-    parser.add_argument("--keep", type=Path, help="keep the checkpoint here, and use the one that is there")
+    parser.add_argument("--keep", type=Path, help="keep the checkpoint here, and reuse an existing one")
     args = parser.parse_args()
     started_on = machine()
     folder = args.keep or Path(tempfile.mkdtemp(prefix="load_memory."))

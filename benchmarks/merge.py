@@ -278,9 +278,9 @@ def report(base: Path, started_on: dict[str, object], copies: list[Copied], merg
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size-gb", type=float, default=8.0, help="of all linears, lm_head included [10⁹ bytes]")
+    parser.add_argument("--size-gb", type=float, default=8.0, help="size of all linears, lm_head included [10⁹ bytes]")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each side")
-    parser.add_argument("--keep", type=Path, help="keep base and adapter here, and use those that are there")
+    parser.add_argument("--keep", type=Path, help="keep base and adapter here, and reuse existing ones")
     args = parser.parse_args()
     started_on = machine()
     torch.manual_seed(0)

@@ -562,11 +562,15 @@ def run_all(cache: Cache, args: argparse.Namespace, started_on: dict[str, object
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PLANS, default=list(PLANS), metavar="METHOD")
-    parser.add_argument("--list", action="store_true", help="what is done, what is to do, about how long; runs nothing")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with more than one tokens/s means little")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each run")
-    parser.add_argument("--steps", type=int, help="instead of the template's: other runs")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write JSON and picture there, whatever was run")
+    parser.add_argument(
+        "--list", action="store_true", help="list runs done, missing, with estimated times; run nothing"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="simultaneous runs; with more than one, tokens/s means little"
+    )
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="threads of each run")
+    parser.add_argument("--steps", type=int, help="steps instead of the template's; figures go to --out only")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write JSON and picture there, even of a partial run")
     args = parser.parse_args()
     if min(args.jobs, args.threads, args.steps or 1) < 1:
         parser.error("--jobs, --threads and --steps must be at least 1")

@@ -155,8 +155,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="products of these names alone")
-    parser.add_argument("--once", nargs="+", metavar="NAME", help="run these once for a profiler, time nothing")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="measure only these products")
+    parser.add_argument("--once", nargs="+", metavar="NAME", help="run these once for a profiler, without timing")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write the JSON there")
     args = parser.parse_args()
     if min(args.tokens, args.repeats) < 1:

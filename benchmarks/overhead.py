@@ -228,8 +228,8 @@ def parse() -> tuple[argparse.Namespace, bool]:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--settings", nargs="+", type=parse_setting, metavar="DTYPE:r:DROPOUT")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the JSON there, whatever was measured")
-    parser.add_argument("--model", choices=roofline.MACHINES, help="no measurement: the roofline of that GPU")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the JSON there, even of a partial run")
+    parser.add_argument("--model", choices=roofline.MACHINES, help="model this GPU by its roofline; measure nothing")
     args = parser.parse_args()
     defaults = DEFAULTS[args.device]
     whole = {**defaults, "settings": list(product(defaults["dtypes"], RANKS, DROPOUTS))}

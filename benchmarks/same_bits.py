@@ -326,7 +326,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--allow", nargs="+", default=[], metavar="PATTERN=REASON")
     parser.add_argument("--plant", nargs="+", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the result, in place of benchmarks/results")
+    parser.add_argument("--out", type=Path, default=None, help="folder for the result (default: benchmarks/results)")
     args = parser.parse_args()
     try:
         allowed = allowances(args.allow)

@@ -234,7 +234,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--torch-gemm", action="store_true", help="our large GEMMs by torch.mm too: structure alone")
+    parser.add_argument(
+        "--torch-gemm", action="store_true", help="our large GEMMs by torch.mm too: compares structure alone"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.torch_gemm:

@@ -267,11 +267,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--shapes", nargs="+", choices=RECIPES, default=["tinyllama"], metavar="SHAPE")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--steps", type=int, default=15, help="that are counted, after those that warm up")
+    parser.add_argument("--steps", type=int, default=15, help="measured steps, after the warm-up")
     parser.add_argument("--layers", type=int, help="fewer layers, for a rehearsal")
     parser.add_argument("--hidden", type=int, help="a narrower model, for a rehearsal")
     parser.add_argument("--length", type=int, help="shorter samples, for a rehearsal")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the JSON there, whatever was measured")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the JSON there, even of a partial run")
     args = parser.parse_args()
     if min(args.steps, args.layers or 1) < 1 or (args.length or 16) < 16 or (args.hidden or 64) % 64:
         parser.error("--steps and --layers must be at least 1, --length at least 16, --hidden a multiple of 64")
