@@ -36,11 +36,11 @@ from weakref import WeakKeyDictionary
 
 PRELOADED = "tests.preloaded"
 DEVICE = os.environ.get("LOWRANK_DIST_TEST_DEVICE", "cpu")
-# Once one of several has failed, what the others have left to end in: they may wait for it until a timeout of minutes.
+# Seconds that the others have to end once one has failed: they might wait for it until a timeout of minutes.
 AFTER_A_FAILURE = 20.0
 _PR_SET_PDEATHSIG = 1
-_RESET_PEAK = "5"  # for /proc/self/clear_refs: the peak of resident memory counts from now on
-_LOST = 255  # multiprocessing's code of a process whose fork server died before it could report the real one
+_RESET_PEAK = "5"  # written to /proc/self/clear_refs: from then on the peak of resident memory is counted anew
+_LOST = 255  # multiprocessing's exit code of a process whose fork server died before it could report the real one
 _servers: WeakKeyDictionary[BaseProcess, int] = WeakKeyDictionary()
 
 
@@ -85,9 +85,9 @@ def context(*, fresh: bool = False) -> BaseContext:
 
 
 def start_server() -> None:
-    """Start the fork server, where ranks are forked, without waiting for what it imports.
+    """Start the fork server, where ranks are forked, without waiting for its imports.
 
-    For the beginning of a session: a server that a test starts keeps that test's directory and environment.
+    Call it at the beginning of a session: a server that a test starts keeps that test's directory and environment.
     """
     if context().get_start_method() == "forkserver":
         forkserver.ensure_running()
@@ -111,7 +111,7 @@ def start(target: Callable[..., None], *arguments: Any, fresh: bool = False) -> 
 
 
 def how_it_ended(process: BaseProcess) -> str:
-    """Return in words what ended a process: its code, a signal, or the death of its fork server."""
+    """Describe what ended a process: its exit code, a signal, or the death of its fork server."""
     code = process.exitcode
     assert code is not None, "it runs"
     if code < 0:
@@ -125,16 +125,17 @@ def how_it_ended(process: BaseProcess) -> str:
 def run_programs(
     command: Sequence[object], environments: Sequence[Mapping[str, str]], *, seconds: float
 ) -> list[Outcome]:
-    """Run a script, and what it is told, in this working directory, once for each environment and at the same time.
+    """Run a script with its arguments in this working directory, once for each environment and all at the same time.
 
-    Raises TimeoutError, with what all of them have said, where one has not ended after `seconds`, or AFTER_A_FAILURE
-    seconds after another ended with a code; RuntimeError where one was lost with the fork server. None is left running.
+    Raises TimeoutError, with the output of all of them, where one has not ended after `seconds`, or AFTER_A_FAILURE
+    seconds after another ended with an exit code; RuntimeError where one was lost with the fork server. None is left
+    running.
     """
     words = [str(word) for word in command]
     processes: list[BaseProcess] = []
     with tempfile.TemporaryDirectory() as place:
         outputs = [Path(place, str(number)) for number in range(len(environments))]
-        for output in outputs:  # for a process that ends before it has any
+        for output in outputs:  # for a process that ends before it has a result
             output.with_suffix(".out").touch()
             output.with_suffix(".err").touch()
         try:
@@ -180,7 +181,7 @@ def _wait(processes: Sequence[BaseProcess], seconds: float) -> str:
 def _end(process: BaseProcess) -> None:
     """Kill a running program and all processes of its session."""
     if process.exitcode is None:
-        with contextlib.suppress(ProcessLookupError):  # it has not come to setsid
+        with contextlib.suppress(ProcessLookupError):  # it has not called setsid yet
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.join()
@@ -213,14 +214,14 @@ def _path(script: str, python_path: str) -> list[str]:
 def _interpreters_path() -> list[str]:
     """Return the standard library, site-packages and the paths that .pth files add."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    code = "import json, sys; print(json.dumps(sys.path[1:]))"  # the first is that of `-c`
+    code = "import json, sys; print(json.dumps(sys.path[1:]))"  # the first entry is that of `-c`
     return json.loads(subprocess.check_output([sys.executable, "-c", code], env=environment, text=True))
 
 
 def _forked(inherited: Inherited, target: Callable[..., None], *arguments: Any) -> None:
-    if PRELOADED not in sys.modules:  # the server passes over a module that it cannot import
+    if PRELOADED not in sys.modules:  # the server ignores a module that it cannot import
         raise ImportError(f"the fork server has not loaded {PRELOADED}: `python -c 'import {PRELOADED}'` says why")
-    # The server lives for as long as anyone has this open, and ranks are to end with it.
+    # The server lives as long as any process has this open, and ranks must end with it.
     os.close(forkserver._forkserver._forkserver_alive_fd)
     Path("/proc/self/clear_refs").write_text(_RESET_PEAK)
     inherited.apply()
@@ -244,7 +245,7 @@ def _bound(target: Callable[..., None], *arguments: Any) -> None:
 
 def _program(words: list[str], environment: dict[str, str], path: list[str], folder: str, output: str) -> None:
     """Run one program as an interpreter would: streams, environment, imports, exit handlers."""
-    os.setsid()  # so that what it starts can be ended with it
+    os.setsid()  # so that its children can be killed with it
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

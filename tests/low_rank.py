@@ -19,8 +19,8 @@ from tests.operands import draw, error_over_tolerance, fp32_tolerance, on_device
 
 NAMES = ["y", "dx", "da", "db"]
 K = 264
-# Kind → (O, factors as (rank, scale, local rows)). Rows without a factor, runs of rows, rows out of order.
-# Scales that fp32 holds exactly, as the factors keep them.
+# Kind → (O, factors as (r, scale, local rows)). Rows without a factor, runs of rows, rows out of order.
+# Scales that fp32, in which the factors keep them, holds exactly.
 FACTORS: dict[str, tuple[int, list[tuple[int, float, list[int]]]]] = {
     "dense": (200, [(12, 1.6875, list(range(200)))]),
     "mixed": (
@@ -51,7 +51,7 @@ def factors_of(kind: str, inputs: int, dtype: torch.dtype) -> LowRankFactors:
 def plain_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, factors: LowRankFactors, mask: Mask | None
 ) -> Tensor:
-    """Y = X·Wᵀ + bias + Σ s·(dropout(X)·Aᵀ)·Bᵀ, factor by factor, as PEFT computes it; differentiable."""
+    """Compute Y = X·Wᵀ + bias + Σ s·(dropout(X)·Aᵀ)·Bᵀ, factor by factor, as PEFT does; differentiable."""
     y = torch.nn.functional.linear(x, weight, bias)
     dropped = x
     if mask is not None:
@@ -79,7 +79,7 @@ class Linear:
         return local_linear(x, self, on_device(self.mask), factors.lora_A, factors.lora_B)
 
     def ours(self) -> dict[str, Tensor]:
-        """y and every gradient."""
+        """Return y and every gradient."""
         self.factors.zero_grad()
         x = self.x.clone().requires_grad_()
         y = self.apply(x)
@@ -88,7 +88,7 @@ class Linear:
         return dict(zip(NAMES, [y.detach(), *grads], strict=True))
 
     def plain(self, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """The same in plain PyTorch; Θ stays fp32 as it does in PEFT's mixed precision, or is float64."""
+        """Return the same from plain PyTorch. Θ stays fp32, as in PEFT's mixed precision, or is float64."""
         master = torch.float64 if dtype == torch.float64 else torch.float32
         x = self.x.to(device, dtype, copy=True).requires_grad_()
         a, b = (
@@ -149,7 +149,7 @@ def max_error_over_tolerance(linear: Linear, dtype: torch.dtype, found: dict[str
         if exact[name].numel():
             unit = 1e-13 if dtype == torch.float64 else fp32_tolerance(exact[name].numel())
             floor = unit * exact[name].square().mean().sqrt().item()
-            # As a tensor: its maximum is NaN where one is.
+            # As a tensor, whose maximum is NaN where one element is.
             found_error = error_over_tolerance(found[name], theirs[name], exact[name], floor)
             largest = torch.tensor([largest, found_error]).max().item()
     return largest

@@ -29,7 +29,7 @@ HALVES = [torch.bfloat16, torch.float16]
 DTYPES = [torch.float64, torch.float32, *HALVES]
 TOKENS = [0, 1, 2, 63, 65, 127, 129, 2047]
 RANKS = [1, 2, 3, 7, 8, 12, 16, 24, 48, 64, 100, 128, 256]
-# Off multiples of 8, of 64, of 256, and on them; more than the CPU sums in registers.
+# Sizes on and off multiples of 8, 64 and 256; some larger than the CPU sums in registers.
 FEATURES = [264, 1, 250, 64, 1032, 7, 257, 72, 512]
 THRESHOLDS = [0, *(quantise(p) for p in (1e-3, 0.1, 0.5, 1))]
 LAYOUTS = ["contiguous", "columns", "transposed", "misaligned", "every other", "broadcast"]
@@ -84,7 +84,7 @@ def error_over_tolerance(found: Tensor, plain: Tensor, exact: Tensor, floor: flo
     if not ours.any():
         return 0.0
     norms = (lambda error: error.abs().max(), lambda error: error.square().mean().sqrt())
-    # As a tensor: its maximum is NaN where any is.
+    # As a tensor, whose maximum is NaN where any element is.
     return torch.stack([norm(ours) / (2 * norm(theirs) + floor) for norm in norms]).max().item()
 
 
@@ -95,10 +95,11 @@ def fp32_tolerance(elements: int) -> float:
 
 @dataclass(frozen=True)
 class OperatorCase:
-    """One call of an operator. `left` and `right` are its operands in its own order, `initial` what `out` starts from.
+    """One call of an operator.
 
-    layouts: of left and of right. message: how `out` lies in a wider tensor. blocks, accumulate: as the operators take
-    them.
+    `left` and `right` are its operands in its own order; `initial` is the first content of `out`.
+    layouts: of left and of right. message: the place of `out` in a wider tensor. blocks, accumulate: the operators' own
+    arguments.
     """
 
     operator: str
@@ -195,7 +196,7 @@ class OperatorCase:
     def error_over_tolerance(self, found: Tensor) -> float:
         """Return `error_over_tolerance` of this result."""
         exact = self.plain(torch.float64, torch.device("cpu"))
-        # grad_a's sums leave it unrounded: there plain PyTorch is that of fp32.
+        # grad_a's sums stay unrounded, so they are compared with plain PyTorch in fp32.
         dtype = torch.float32 if self.operator == "grad_a" and self.dtype in HALVES else self.dtype
         assert found.shape == exact.shape and found.dtype == dtype
         if exact.numel() == 0:
@@ -217,7 +218,7 @@ class OperatorCase:
 def grid(operator: str, dtype: torch.dtype, step: int = 1) -> Iterator[OperatorCase]:
     """Return a case for each step-th pair (T, r). For odd step ≤ 4 every T and every r still occurs."""
     for i in range(0, len(TOKENS) * len(RANKS), step):
-        # Cycles of lengths without a common factor, so that every value meets every other.
+        # Cycles whose lengths have no common factor, so that every value meets every other.
         yield OperatorCase(
             operator,
             dtype,

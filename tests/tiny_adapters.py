@@ -12,7 +12,7 @@ from lowrank_dist.formats.provenance import Provenance, fingerprint
 from lowrank_dist.formats.report import Report
 from lowrank_dist.methods.lora.files import AdapterFactors, LowRankFactor, write_adapter
 
-# Module path → (rank, alpha) of its factors, None for a module without.
+# Module path → (r, alpha) of its factors, None for a module without.
 Size = Callable[[str], tuple[int, float] | None]
 
 

@@ -53,7 +53,7 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
-# No two alike, none 1, and that of attention far from 1/√head_dim = 0.25: one that is left out or exchanged is noticed.
+# All different, none 1, and that of attention far from 1/√head_dim = 0.25: a missing or exchanged one shows.
 _MULTIPLIERS = {
     "embedding_multiplier": 5.0,
     "attention_multiplier": 0.06,
@@ -61,7 +61,7 @@ _MULTIPLIERS = {
     "logits_scaling": 3.0,
 }
 
-# Name here → (config class, model class, keys of config.json).
+# Family → (config class, model class, keys of config.json).
 _RECIPES: dict[str, tuple[type, type[PreTrainedModel], dict[str, Any]]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, {**_GROUPED, "head_dim": 16, "rope_parameters": _LLAMA3_ROPE}),
     "llama2": (LlamaConfig, LlamaForCausalLM, {**_GROUPED, "num_key_value_heads": 4}),

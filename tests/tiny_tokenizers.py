@@ -17,7 +17,7 @@ SENTENCES = [
     "Hello world, hello again and again!",
     "Q: 2 + 2\nA: 4\n\nQ: 3 + 4\n\nA: 7",
     "  indented\n    code = call(value)\n",
-    "done\n\n",  # makes "\n\n" a token of GPT-2's kind, which may span the beginning of a turn
+    "done\n\n",  # makes "\n\n" one token of GPT-2's kind, which may span the beginning of a turn
 ] * 4
 
 CHATML = (  # SmolLM2-Instruct's: a default system prompt, generation prompt on demand
@@ -55,14 +55,14 @@ MISTRAL = (
     "{{ ' ' + message['content'] + eos_token }}{% else %}{{ raise_exception('Only user and assistant roles!') }}"
     "{% endif %}{% endfor %}"
 )
-# Qwen3's habit: only the last turn keeps its (empty) thinking block.
+# As Qwen3's: only the last turn keeps its (empty) thinking block.
 DROPS_THINKING = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# DeepSeek-R1-Distill's habit: the generation prompt opens a block that the history does not show.
+# As DeepSeek-R1-Distill's: the generation prompt opens a block that is left out of earlier turns.
 PROMPTS_THINKING = CHATML.replace("<|im_start|>assistant\n' }}", "<|im_start|>assistant\n<think>\n' }}")
 ALPACA = (  # no token ends a turn
     "{% for message in messages %}{{ '### ' + message['role'] + ':\n' + message['content'] + '\n\n' }}{% endfor %}"
@@ -131,7 +131,7 @@ def dummy_prefix(
     trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=["<unk>", "<s>", "</s>", *byte_tokens])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     tokenizer.train_from_iterator(SENTENCES, trainer, length=len(SENTENCES))
-    # As in Llama 2's file: the byte pieces are plain vocabulary, only the three are added tokens.
+    # As in Llama 2's file: the byte pieces are plain vocabulary, and only three tokens are added tokens.
     definition = json.loads(tokenizer.to_str())
     definition["added_tokens"] = definition["added_tokens"][:3]
     tokenizer = Tokenizer.from_str(json.dumps(definition))
@@ -163,7 +163,7 @@ def byte_level_llama3(folder: Path, *, template: str | None = None) -> Path:
 
 
 def add_token(folder: Path, content: str, *, special: bool) -> int:
-    """Add one token to a folder's tokenizer.json; returns its id."""
+    """Add one token to a folder's tokenizer.json; return its id."""
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens([AddedToken(content, special=special, normalized=False)])
     tokenizer.save(str(folder / "tokenizer.json"))

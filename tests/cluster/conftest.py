@@ -12,7 +12,7 @@ from filelock import FileLock
 from tests.cluster.rig import Rig
 from tests.cluster.runs import ENVIRONMENT, losses, well_trained, write_run
 
-# Each file is one worker's: the longest are begun first.
+# xdist gives each file to one worker; the longest files are started first.
 LONGEST = ("test_preemption", "test_faults", "test_launchers", "test_links")
 
 
@@ -48,7 +48,7 @@ def quiet_rig(rig: Rig) -> Iterator[Rig]:
 
 @pytest.fixture(scope="session")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The configuration that every launcher trains."""
+    """Write the configuration that every launcher trains."""
     return write_run(tmp_path_factory.mktemp("cluster"))
 
 

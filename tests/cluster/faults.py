@@ -15,7 +15,7 @@ from tests.cluster.runs import ENVIRONMENT, Job, write_job
 
 CODE = Path(__file__).with_name("faulty")
 TIMEOUT = 15
-# What a job has beyond the timeout to end.
+# Seconds beyond the timeout in which a job must end.
 BEYOND = 30
 MEMORY_MIB = 64
 OVERRIDES = [f"engine.timeout_seconds={TIMEOUT}", "output.save_every=1"]

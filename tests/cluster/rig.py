@@ -1,4 +1,4 @@
-"""Several hosts and a Slurm over them on this machine (rig.sh), for as long as this process lives."""
+"""Several hosts and a Slurm on them, simulated on this machine (rig.sh) for as long as this process lives."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from tests.integration.launching import LAUNCHER_VARIABLES, ROOT, Outcome
 SCRIPT = Path(__file__).with_name("rig.sh")
 PROGRAMS = ("ip", "munged", "nsenter", "pdsh", "setpriv", "slurmctld", "slurmd", "sshd", "unshare")
 START_SECONDS = 60
-# Between looks that start programs on the hosts: three rigs that look at every moment take a core's third.
+# Seconds between polls that start programs on the hosts: three rigs that poll without pause take a third of a core.
 SELDOM = 0.8
-# Services of a host, which are there for as long as the rig is.
+# Services of a host, which run for as long as the rig does.
 SERVICES = re.compile(r"(/bin/bash )?\S*(rig\.sh|sshd|munged|slurmctld|slurmd)\b|: slurmscriptd|sleep 3600$")
 
 
@@ -57,7 +57,7 @@ class Host:
 
     def kill(self, pattern: str) -> None:
         """Send SIGKILL to every process here whose command line matches. There must be at least one."""
-        # The bracket keeps what runs pkill from being what it looks for.
+        # The bracket keeps pkill's own shell from matching the pattern.
         done = self.run(["pkill", "-KILL", "-f", f"{pattern[:-1]}[{pattern[-1]}]"], seconds=20)
         assert done.code == 0, f"nothing on {self.name} matches {pattern}: {self.processes()}"
 
@@ -78,7 +78,7 @@ class Rig:
 
     def __enter__(self) -> Rig:
         _refuse_without()
-        # setpriv: should this process be killed, the kernel kills unshare, and --kill-child all that it started.
+        # setpriv: if this process is killed, the kernel kills unshare, and --kill-child all its children.
         namespaces = ["--pid", "--fork", "--kill-child", "--mount-proc", "--mount", "--net", "--uts", "--ipc"]
         self._process = subprocess.Popen(
             ["setpriv", "--pdeathsig", "KILL", "unshare", *namespaces, str(SCRIPT), str(self._size)],
@@ -142,7 +142,7 @@ def settled(look: Callable[[], object], wanted: object, *, seconds: float = 240,
 
 
 def clean_environment() -> dict[str, str]:
-    """This process's environment without a launcher's variables, and with the interpreter's programs on PATH."""
+    """Return this process's environment without a launcher's variables, with the interpreter's programs on PATH."""
     kept = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 

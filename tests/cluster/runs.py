@@ -18,7 +18,7 @@ from tests.tiny_models import make_tiny
 STEPS = 5
 TENSOR = 2
 NAMES = ("loss", "grad_norm", "eval_loss")
-# What runs in a launcher's ranks on a machine whose GPUs, if any, are to be left alone.
+# Environment of a launcher's ranks that leaves any GPUs of the machine alone.
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
@@ -80,7 +80,7 @@ class Job:
 
     @classmethod
     def submit(cls, rig: Rig, script: Path, environment: Mapping[str, str] | None = None) -> Job:
-        """Submit with sbatch. The log lies beside the script, as the template's --output says."""
+        """Submit with sbatch. The log lies beside the script, where the template's --output puts it."""
         command = ["sbatch", "--parsable", f"--chdir={script.parent}", script]
         done = rig.hosts[0].run(command, environment={**ENVIRONMENT, **(environment or {})})
         assert done.code == 0, done.stderr
@@ -98,10 +98,10 @@ class Job:
         assert done.code == 0, done.stderr
 
     def hurry(self) -> None:
-        """Have Slurm start a job that was requeued: it would leave it waiting for two minutes.
+        """Start a requeued job now: Slurm would let it wait for two minutes.
 
-        Those hide that Slurm takes what arrives late of one start for the next one's: it ends it, or no longer counts
-        the host among the job's, and does not requeue the job when that host is lost (22.05).
+        Waiting hides a fault of Slurm 22.05: it takes late messages of one start for the next one's. It then ends that
+        start, or drops the host from the job and does not requeue the job when the host is lost.
         """
         if self.field("JobState") == "PENDING" and self.field("Restarts") != "0" and not self._has_steps():
             time.sleep(2)  # for the last message

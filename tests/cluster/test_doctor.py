@@ -1,5 +1,6 @@
-"""`lowrank-dist doctor` on all nodes of a job: every planted fault is found, named with its host, and comes with its
-remedy; two hosts in order get a clean verdict under every launcher.
+"""`lowrank-dist doctor` on all nodes of a job: every planted fault is found and reported with its host and its remedy.
+
+Two healthy hosts pass under every launcher.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from tests.tiny_models import make_tiny
 
 DOCTOR = ["-m", "lowrank_dist.cli", "doctor"]
 PASSING = ("ok", "off", "warning")
-# For one rank on each host: no tensor-parallel group may cross them.
+# For one rank on each host: no tensor-parallel group may span them.
 ALONE = "parallel.tensor=1"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of four ranks whose model lies in several files."""
+    """Write the configuration of a run of four ranks whose model has several files."""
     path = write_run(tmp_path_factory.mktemp("doctor"))
     shutil.rmtree(path.parent / "base")
     make_tiny("llama", path.parent / "base", max_shard_size="100KB")
@@ -83,7 +84,7 @@ def planted(rig: Rig, config: Path, tmp_path_factory: pytest.TempPathFactory) ->
     place = tmp_path_factory.mktemp("planted")
     base, run = config.parent / "base", place / "run"
     run.mkdir()
-    # Of another version of a package doctor sees what Python would: its metadata, first on the path.
+    # doctor reads the version of a package as Python does: from the metadata that comes first on the path.
     other = place / "other" / "deepspeed-0.19.9.dist-info"
     other.mkdir(parents=True)
     (other / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.19.9\n")
@@ -139,7 +140,7 @@ def test_wrong_interface(planted: dict[str, Any]) -> None:
     row = found(planted, "interface of gloo", "h2")
     assert row["state"] == "broken" and "GLOO_SOCKET_IFNAME: no interface eth7 here, but" in row["detail"]
     assert "eth0 (10.77.0.2" in row["detail"] and "set GLOO_SOCKET_IFNAME=eth0" in row["detail"]
-    # Ranks that cannot meet are not made to wait for one another.
+    # Ranks that cannot meet do not wait for one another.
     assert found(planted, "all-reduce")["detail"] == "not checked, since h2 cannot meet the others"
 
 
@@ -157,8 +158,8 @@ def test_nothing_else_is_found(planted: dict[str, Any]) -> None:
 
 
 def test_an_interface_that_leads_nowhere(quiet_rig: Rig) -> None:
-    """It is there, up and has an address: that no rank is reached by it shows only when they meet."""
-    # Of two ranks gloo has the one of the higher address call the other: this one has to be where it says that it is.
+    """The interface is up and has an address. That no rank can be reached by it shows only at the rendezvous."""
+    # Of two ranks, gloo lets the one with the higher address connect to the other, so this one must be reachable.
     second = quiet_rig.hosts[1]
     make = "ip link add other0 type veth peer name other1 && ip address add 10.9.0.2/24 dev other0"
     make += " && ip link set other0 up && ip link set other1 up"
@@ -176,7 +177,7 @@ def test_an_interface_that_leads_nowhere(quiet_rig: Rig) -> None:
 
 
 def test_srun(quiet_rig: Rig, config: Path) -> None:
-    """Bare srun: the ranks are Slurm's. Nothing is but in order, or what training does without."""
+    """Bare srun starts the ranks. Every row is in order, or about something that training does not need."""
     before = snapshot(config.parent)
     launcher = ["srun", "--nodes=2", "--ntasks-per-node=2", "--kill-on-bad-exit=1"]
     done = quiet_rig.hosts[0].run([*launcher, sys.executable, *DOCTOR, config, "--json"], environment=ENVIRONMENT)
@@ -211,7 +212,7 @@ def test_deepspeed_over_pdsh(quiet_rig: Rig, config: Path, tmp_path: Path) -> No
 
 
 def test_torchrun(quiet_rig: Rig) -> None:
-    """Without a configuration: the nodes alone."""
+    """Without a configuration only the nodes are checked."""
     shared = ["--nnodes", 2, "--nproc-per-node", 1, "--master-addr", "h1", "--master-port", free_port()]
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
     doctor = ["--module", "lowrank_dist.cli", "doctor"]

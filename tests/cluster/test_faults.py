@@ -1,7 +1,7 @@
-"""Ranks and launchers killed, stopped and hung, links cut, on two hosts: what ends, how soon, what it says, and that it
-goes on.
+"""Ranks and launchers killed, stopped and hung, and links cut, on two hosts: what ends, how soon, what it reports.
 
-Faults are planted below the code (tests/cluster/faulty). Every test fails where a process is left behind (quiet_rig).
+Afterwards the run can be resumed. Faults are planted from outside the code (tests/cluster/faulty). Every test fails
+where a process is left behind (quiet_rig).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.cluster.runs import ENVIRONMENT, Job, losses, on_each
 from tests.integration.launching import free_port
 
 TRAIN = "launch/train.py"
-# What befalls one rank of two → what FAILED says of it, and what comes after that.
+# Fault of one rank of two → the pattern of FAILED, and of the log after that.
 ONE_RANK = {
     "raise": (r"RuntimeError: planted", "in fail\n"),
     "sleep": (r"it made no progress for \d+ s, and was killed by its watchdog", "faulty/sitecustomize.py"),
@@ -85,7 +85,7 @@ def test_a_stopped_rank(quiet_rig: Rig, config: Path, tmp_path: Path, folder: Pa
 
 
 def test_a_killed_srun(quiet_rig: Rig, config: Path, expected: CURVES, tmp_path: Path, folder: Path) -> None:
-    """Slurm itself ends the ranks, whose job is over; the job's log says what was killed."""
+    """Slurm itself kills the ranks when their step ends; the job's log names what was killed."""
     run, faults = tmp_path / "run", Faults("gate:2:2", folder)
     job = submit(quiet_rig, config, run, faults.environment)
     faults.await_gate(2, job.said)
@@ -98,7 +98,7 @@ def test_a_killed_srun(quiet_rig: Rig, config: Path, expected: CURVES, tmp_path:
 
 
 def test_a_killed_slurmstepd(quiet_rig: Rig, config: Path, tmp_path: Path, folder: Path) -> None:
-    """The ranks save and stop at once. Only srun, which nobody tells of theirs, waits for as long as --wait says."""
+    """The ranks save and stop at once. srun alone is not told that they ended, and waits as long as --wait says."""
     run, faults = tmp_path / "run", Faults("gate:2:2", folder)
     job = submit(quiet_rig, config, run, faults.environment)
     faults.await_gate(2, job.said)
@@ -171,7 +171,7 @@ def test_a_killed_launcher_of_torchrun(
 
 
 def test_what_befalls_one_rank(quiet_rig: Rig, config: Path, tmp_path: Path) -> None:
-    """Each in a job of its own, as many at a time as Slurm has room for."""
+    """Each fault in a job of its own, as many jobs at a time as Slurm has slots for."""
 
     def befall(kind: str) -> tuple[int, float, str, str]:
         place = tmp_path / kind

@@ -23,7 +23,7 @@ run = pathlib.Path(next(word for word in sys.argv if word.startswith("output.dir
 rank = int(os.environ["RANK"])
 exec(os.environ["STAND_IN"])
 """
-# Stops where it is told to, each rank after its own time; says when it has begun to listen.
+# Each rank stops after a time of its own when it is told to; it prints when its signal handler is ready.
 OBEDIENT = """
 def stop(number, _):
     if number == signal.SIGUSR1:  # it is ending, and listens no more
@@ -111,7 +111,7 @@ def test_the_kill_switch(quiet_rig: Rig, script: Path) -> None:
 
 
 def test_told_to_stop_it_requeues_itself(quiet_rig: Rig, script: Path) -> None:
-    """USR1 twice to the batch shell: the ranks end with 85 one after the other, and none is killed for it."""
+    """USR1 twice to the batch shell: the ranks end with 85 one after the other, and none is killed."""
     job = submit(quiet_rig, script, OBEDIENT)
     assert listening(job), job.said()
     job.signal("USR1", "--batch")
@@ -119,10 +119,10 @@ def test_told_to_stop_it_requeues_itself(quiet_rig: Rig, script: Path) -> None:
     job.start_now(2)
     assert listening(job, start=2), job.said()
     assert (folder(script) / "restarts").read_text() == "0 1\n"
-    # On a loaded machine Slurm now and then breaks a task's end by itself (BROKEN in job.sh), and kills the others.
+    # On a loaded machine Slurm sometimes breaks the end of a task itself (BROKEN in job.sh) and kills the others.
     assert "Terminated" not in job.said() or "Exited with exit code 255" in job.said()
     assert job.field("Restarts") == "1"
-    # The second time there is nothing newer: MAX_STALLED is 1.
+    # The second time there is no newer checkpoint: MAX_STALLED is 1.
     job.signal("USR1", "--batch")
     assert job.finished() == "FAILED"
     assert "requeued 1 times without progress: still at step 0" in job.said()
@@ -130,7 +130,7 @@ def test_told_to_stop_it_requeues_itself(quiet_rig: Rig, script: Path) -> None:
 
 
 def test_progress_allows_another_restart(quiet_rig: Rig, script: Path) -> None:
-    """Every start saves a step more and stops; the third has nothing left to do."""
+    """Every start saves one more step and stops; the third has nothing left to do."""
     saving = """
 restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
 if restarts == 2:
@@ -147,7 +147,7 @@ sys.exit(85)
 
 @pytest.mark.parametrize(("name", "options"), [("TERM", []), ("USR2", ["--batch"])], ids=["ranks", "batch shell"])
 def test_a_signal_before_the_ranks_listen(quiet_rig: Rig, script: Path, name: str, options: list[str]) -> None:
-    """They ignore it for as long as they load, and hear of it afterwards."""
+    """The ranks ignore signals while they load, and learn of the stop afterwards."""
     loading = """
 if 'SLURM_RESTART_COUNT' in os.environ:
     sys.exit(0)
@@ -164,7 +164,7 @@ time.sleep(3)
 
 
 def test_a_container_that_lets_a_signal_through(quiet_rig: Rig, script: Path) -> None:
-    """It kills the ranks, and there was nothing to save: the job starts again."""
+    """The signal kills the ranks before they have anything to save: the job starts again."""
     deaf = "signal.signal(signal.SIGUSR1, signal.SIG_DFL); print('deaf', flush=True); time.sleep(100)"
     ends = "if 'SLURM_RESTART_COUNT' in os.environ: sys.exit(0)"
     job = submit(quiet_rig, script, f"{ends}\n{deaf}")
@@ -175,7 +175,7 @@ def test_a_container_that_lets_a_signal_through(quiet_rig: Rig, script: Path) ->
 
 
 def test_a_start_that_slurm_gave_up_requeues_nothing(quiet_rig: Rig, script: Path) -> None:
-    """Its node was lost and lives on: what runs under the job's number is a later start."""
+    """The lost node lives on, and a later start already runs under the job's number."""
     script.write_text(script.read_text().replace("\nset -euo", "\nexport SLURM_RESTART_COUNT=7\nset -euo"))
     job = submit(quiet_rig, script, "sys.exit(85)")
     assert (job.finished(), job.field("ExitCode"), job.field("Restarts")) == ("FAILED", "85:0", "0")
@@ -192,7 +192,7 @@ def test_cancelled_it_is_not_requeued(quiet_rig: Rig, script: Path) -> None:
 
 
 def test_a_task_of_a_sweep_requeues_itself_alone(quiet_rig: Rig, tmp_path: Path) -> None:
-    """The last task's own number is that of the whole array."""
+    """The last task's own job number is that of the whole array."""
     script = write_script(tmp_path, "train_array.sbatch", {"array": "0-1"}, {"RUNS": str(tmp_path / "runs")})
     entries = 'SWEEP=(\n    "train.lr=1e-3 lora.rank=4"\n    "train.lr=2e-3 lora.rank=4"\n)\n'
     script.write_text(re.sub(r"^SWEEP=\(\n.*?^\)\n", entries, script.read_text(), flags=re.MULTILINE | re.DOTALL))

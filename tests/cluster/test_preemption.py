@@ -21,12 +21,12 @@ from tests.cluster.runs import ENVIRONMENT, FINISHED, Job, losses, well_trained,
 from tests.integration.launching import free_port, metrics
 
 STEPS = 24
-# Rank 1 sleeps from here on: nine seconds in which to interrupt the job, without work that other tests would wait for.
+# Rank 1 sleeps from here on: nine seconds in which to interrupt the job, without taking CPU time from other tests.
 SLOW_FROM = 6
 SLOW = Faults(f"slow:1:{SLOW_FROM}", Path())
 LONGER = (f"train.steps={STEPS}", "train.lr=5e-3", "output.save_every=4")
 SAVED = re.compile(r"stopped by (.+) at step (\d+) of \d+: checkpoint saved ([\d.]+) s after the signal")
-# Process ids of this host's ranks, each after its number among the tasks of the step.
+# Prints this host's ranks: the number among the step's tasks, then the process id.
 LIST_RANKS = """
 for pid in $(pgrep -f "^$0 .*launch/train.py"); do
     number=$(grep -z '^SLURM_PROCID=' "/proc/$pid/environ" | tr '\\0' ' ' | sed 's/.*=//')
@@ -55,7 +55,7 @@ def undisturbed(rig: Rig, config: Path, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def job(quiet_rig: Rig, config: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Job:
-    """A job in mid-run. Options of `lowrank-dist slurm` come from `with_options`."""
+    """Return a job in mid-run. Options of `lowrank-dist slurm` come from `with_options`."""
     options = getattr(request, "param", ())
     started, run = submit(quiet_rig, config, tmp_path, *options, environment=SLOW.environment)
     reach(started, run, SLOW_FROM)
@@ -67,14 +67,14 @@ def with_options(*options: str) -> pytest.MarkDecorator:
 
 
 def submit(rig: Rig, config: Path, place: Path, *options: object, environment: Mapping[str, str]) -> tuple[Job, Path]:
-    """The job, and its run folder."""
+    """Submit the job; return it and its run folder."""
     run = place / "run"
     script = write_job(config, place / "job.sbatch", *options, f"output.dir={run}", *LONGER)
     return Job.submit(rig, script, environment), run
 
 
 def reach(job: Job, run: Path, step: int) -> None:
-    """Wait for the end of a step of the job's run."""
+    """Wait until a step of the job's run has ended."""
 
     def reached() -> bool:
         return (run / "metrics.jsonl").exists() and len(metrics(run, "loss")) >= step
@@ -109,7 +109,7 @@ def ranks_on(host: Host) -> dict[int, int]:
 
 
 def exit_codes(said: str) -> dict[int, int]:
-    """Task → exit code, as srun says them: "srun: error: h1: tasks 0-1,3: Exited with exit code 85"."""
+    """Return task → exit code, parsed from srun's lines: "srun: error: h1: tasks 0-1,3: Exited with exit code 85"."""
     codes = {}
     for tasks, code in re.findall(r"srun: error: \w+: tasks? ([\d,-]+): Exited with exit code (\d+)", said):
         for part in tasks.split(","):
@@ -127,7 +127,7 @@ def tell(host: Host, rank: int, *signals: str) -> None:
 
 @pytest.fixture
 def held(rig: Rig, job: Job) -> Iterator[Job]:
-    """The job with rank 1 stopped, so that it is still in mid-run when Slurm acts; Slurm or the test continues it."""
+    """A job with rank 1 stopped, so that it is in mid-run when Slurm acts. Slurm or the test continues the rank."""
     tell(rig.hosts[0], 1, "STOP")
     yield job
 
@@ -157,7 +157,7 @@ def test_signal_to_the_batch_shell(job: Job, undisturbed: dict[str, list[float]]
     ids=["20 s of grace", "none"],
 )
 def test_preempted(rig: Rig, job: Job, undisturbed: dict[str, list[float]], requeued_by: str) -> None:
-    """In its grace time the job saves and makes way; without one it has KillWait seconds."""
+    """With a grace time the job saves and makes room within it; without one, within KillWait seconds."""
     urgent = ["sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
     assert rig.hosts[0].run(urgent).code == 0
     went_on(job, undisturbed)
@@ -166,16 +166,16 @@ def test_preempted(rig: Rig, job: Job, undisturbed: dict[str, list[float]], requ
 
 @with_options("--time", "2")
 def test_time_runs_out(rig: Rig, held: Job, undisturbed: dict[str, list[float]]) -> None:
-    """Slurm tells the batch shell, 15 to 45 s before the end of the second minute."""
+    """Slurm signals the batch shell, 15 to 45 s before the end of the second minute."""
     assert settled(lambda: "told to stop" in held.said(), True), held.said()
-    # A start takes up to a minute on a machine that is busy with other tests: the next one has the time it needs.
+    # A start takes up to a minute on a machine that runs other tests, so the next start gets the time it needs.
     assert rig.hosts[0].run(["scontrol", "update", f"JobId={held.number}", "TimeLimit=10"]).code == 0
     tell(rig.hosts[0], 1, "CONT")
     went_on(held, undisturbed)
 
 
 def test_node_is_lost(rig: Rig, held: Job, undisturbed: dict[str, list[float]]) -> None:
-    """slurmd dies on the second host, whose ranks live on: Slurm gives the node up and tells those of the first."""
+    """slurmd dies on the second host, but its ranks live on: Slurm gives up the node and signals the first's."""
     lost = rig.hosts[1]
     assert lost.run(["pkill", "-KILL", "-x", "slurmd"]).code == 0
     try:
@@ -183,7 +183,7 @@ def test_node_is_lost(rig: Rig, held: Job, undisturbed: dict[str, list[float]]) 
         assert settled(lambda: ranks_on(lost), {}, every=SELDOM) == {}, "ranks outlive their job"
     finally:
         assert lost.run(["slurmd"]).code == 0
-    # The node first ends what it knows of the job, by its number: started in the same seconds, the next start too.
+    # The node first kills everything with the job's number: a start in the same seconds would be killed too.
     assert settled(lambda: node_state(lost), "idle", every=SELDOM) == "idle"
     time.sleep(10)
     went_on(held, undisturbed)
@@ -193,7 +193,7 @@ def test_node_is_lost(rig: Rig, held: Job, undisturbed: dict[str, list[float]]) 
 def test_a_signal_to_any_rank_stops_all(
     quiet_rig: Rig, config: Path, undisturbed: dict[str, list[float]], tmp_path: Path, folder: Path
 ) -> None:
-    """Under a bare srun, whose own exit code is the ranks'; the same command goes on. Further signals are safe."""
+    """Under a bare srun, whose exit code is the ranks'; the same command resumes. Further signals are harmless."""
     run = tmp_path / "run"
     launcher = ["srun", "--nodes=2", "--ntasks-per-node=2", sys.executable, "launch/train.py"]
     options = [config, f"output.dir={run}", "train.resume=auto", *LONGER]
@@ -205,7 +205,7 @@ def test_a_signal_to_any_rank_stops_all(
     told = [(0, 1, ["USR1"]), (1, 2, ["USR2"]), (1, 3, ["TERM", "USR1", "TERM", "USR2", "TERM"])]
     done_before = 0
     for host, rank, signals in told:
-        # Rank 0 waits in the third step of this start, and the others for it, until one of them is told.
+        # Rank 0 waits in the third step of this start, and the others for it, until one rank gets a signal.
         faults = Faults(f"gate:0:{done_before + 3}", folder)
         process = start(faults.environment)
         faults.await_gate(done_before + 3, partial(process_ended, process))

@@ -22,12 +22,12 @@ INCLUDES = [Path(__file__).parent, ROOT / "csrc/cuda", ROOT / "csrc/include"]
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-unknown-pragmas", "-DLOWRANK_EMULATE"]
 
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-# What the machine can be made to get wrong: enum Fault in machine.h.
+# Faults that the machine can be given: enum Fault in machine.h.
 NO_FAULT, NO_BARRIER, NO_WAIT, SWAPPED_FRAGMENT = range(4)
 
 
 class EmulationError(RuntimeError):
-    """The emulated device stopped: an access outside of the operands, misaligned, or a deadlock."""
+    """The emulated device stopped: an access outside the operands, a misaligned access, or a deadlock."""
 
 
 class Matrix(ctypes.Structure):
@@ -64,7 +64,7 @@ def library() -> ctypes.CDLL:
     target = ROOT / f"build/emulation/{digest.hexdigest()[:16]}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
-        # Under a name of its own first: another process may be building it too.
+        # Built under a temporary name first: another process may be building it too.
         unfinished = target.with_suffix(f".{os.getpid()}.so")
         includes = [f"-I{folder}" for folder in INCLUDES]
         command = ["g++", *FLAGS, *includes, "-shared", "-x", "c++", *map(str, SOURCES), "-o", str(unfinished)]

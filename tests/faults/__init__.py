@@ -30,11 +30,11 @@ class Action(enum.IntEnum):
     COUNT = 0
     # SIGKILL instead of the operation.
     KILL_BEFORE = 1
-    # SIGKILL after it, or after half of it where it moves bytes.
+    # SIGKILL after the operation, or after half of it where it moves bytes.
     KILL_DURING = 2
-    # It and every later operation that needs space fail, except that the first write still stores half of its bytes.
+    # The operation and every later one that needs space fail, but the first write still stores half of its bytes.
     NO_SPACE = 3
-    # It alone fails, if it needs space.
+    # This operation alone fails, if it needs space.
     NO_SPACE_ONCE = 4
 
 
@@ -49,7 +49,7 @@ def build() -> Path:
     if compiler is None:
         raise RuntimeError("the fault injector needs a C compiler: install cc, gcc or clang")
     folder.mkdir(mode=0o700, exist_ok=True)
-    # The names that a fortified build would call instead are not the ones that the shim defines.
+    # A fortified build would call other names than those that the shim defines.
     options = "-std=gnu11 -O1 -Wall -Wextra -U_FORTIFY_SOURCE -fPIC -shared".split()
     with tempfile.TemporaryDirectory(dir=folder) as made:
         command = [compiler, *options, "-o", f"{made}/shim.so", str(_SOURCE), "-ldl"]
@@ -67,7 +67,7 @@ def environment() -> dict[str, str]:
 
 
 def arm(root: Path, nth: int = 0, action: Action = Action.COUNT) -> None:
-    """From now on count this process's operations below the existing folder `root`; the action is at the nth, from 1.
+    """From now on count this process's operations below the existing folder `root`; the fault is at the nth, from 1.
 
     Raises OSError where the kernel allows no seccomp filter. The filter stays after `disarm`, without effect.
     """
@@ -115,7 +115,7 @@ class Outcome:
     count: int
     trace: list[str]
     value: Any = None
-    # "DiskError: could not …", the names of its class and bases, and where it came from.
+    # "DiskError: could not …", the names of its class and bases, and its traceback.
     error: str | None = None
     classes: tuple[str, ...] = ()
     traceback: str = ""
@@ -124,9 +124,8 @@ class Outcome:
 class Zygote:
     """A process that has imported `function` ("package.module:name") and forks a child for every call of it.
 
-    The function takes a root folder, then what JSON can carry, and returns what JSON can carry. It may use torch: the
-    module is imported with one thread, and nothing else of it has run when the child forks. What it prints goes to
-    stderr.
+    Arguments after the root folder, and the result, must be JSON values. The function may use torch: the module is
+    imported with one thread, and the child forks before anything else of it runs. The function's output goes to stderr.
     """
 
     def __init__(self, function: str, timeout: float = 60) -> None:
@@ -140,7 +139,10 @@ class Zygote:
         )
 
     def run(self, root: Path, *arguments: Any, nth: int = 0, action: Action = Action.COUNT) -> Outcome:
-        """Call function(root, *arguments), armed; raises AssertionError when it hangs or dies of anything else."""
+        """Call function(root, *arguments), armed.
+
+        Raises AssertionError when it hangs or dies of anything but the fault.
+        """
         command = {"root": str(root), "arguments": arguments, "nth": nth, "action": action, "timeout": self._timeout}
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps(command).encode() + b"\n")
