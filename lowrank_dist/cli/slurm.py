@@ -54,7 +54,7 @@ def slurm_command(
             metavar="OPTION[=VALUE]",
         ),
     ] = None,
-    time: Annotated[str, typer.Option(help="Time limit of one start of the job.", metavar="D-HH:MM:SS")] = "24:00:00",
+    time: Annotated[str, typer.Option(help="Wall time of each (re)queued run.", metavar="D-HH:MM:SS")] = "24:00:00",
     cpus_per_task: Annotated[int, typer.Option(help="CPUs per rank.", metavar="N", min=1)] = 8,
     lead: Annotated[
         int,

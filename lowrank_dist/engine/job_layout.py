@@ -51,7 +51,7 @@ def job_layout(request: Request, cluster: Cluster) -> JobLayout:
     layout = best.job.layout
     where = f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}"
     if not choice.fits and not config.train.ignore_plan:
-        others = "; ".join(map(str, choice.remedies))
+        others = ", or ".join(map(str, choice.remedies))
         remedy = _remedy(job, fixed, cluster) or (f"; it fits with {others}" if others else "")
         raise UserError(f"{request.model.name} does not fit {where} as {layout}: a GPU lacks {short:.1f} GB{remedy}")
     if best.crosses_nodes and not config.parallel.across_nodes:

@@ -123,7 +123,7 @@ def _reason_without_layout(job: Job, fixed: Fixed, cluster: Cluster) -> str:
         )
     return (
         f"train.global_batch: {job.global_batch} samples do not give every data-parallel replica on {where} a sample; "
-        "raise it, or plan for fewer GPUs"
+        "raise it, or plan for fewer GPUs with --gpus-per-node N and --nodes N (default: one node of 8)"
     )
 
 

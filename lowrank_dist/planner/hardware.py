@@ -53,7 +53,9 @@ def gpu_of(name: str) -> Gpu:
     """Return the GPU of that name. Raises UserError, which lists all known GPUs, for any other name."""
     found = GPUS.get(name.lower())
     if found is None:
-        match = difflib.get_close_matches(name.lower(), GPUS, n=1)
+        # "h100-80gb" means h100, although a100-40gb is spelt more like it.
+        inside = sorted((known for known in GPUS if known in name.lower()), key=len, reverse=True)
+        match = inside or difflib.get_close_matches(name.lower(), GPUS, n=1)
         meant = f"did you mean {match[0]}? " if match else ""
         raise UserError(f"--gpu: {name!r} is not known: {meant}There are {', '.join(GPUS)}")
     return found

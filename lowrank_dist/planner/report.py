@@ -40,7 +40,7 @@ TERM_NAMES = {
 }
 _SETTING_NAMES = {
     "train.global_batch": "samples per optimizer step",
-    "data.max_length": "tokens per sample, each taken to be this long",
+    "data.max_length": "tokens per sample (all assumed full length)",
     "--target-share": "share of the tokens that is trained on",
     "parallel.tensor": "tensor-parallel size",
     "train.micro_batch": "samples per replica and microbatch",

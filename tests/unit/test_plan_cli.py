@@ -236,6 +236,7 @@ def test_verify_fails_where_a_formula_is_wrong(tmp_path: Path, monkeypatch: pyte
         (["llama-3-8b", "--gpu-memory", "lots"], "--gpu-memory: 'lots' is not a size"),
         (["llama-3-8b", "--gpus-per-node", "0"], "--gpus-per-node: 0"),
         (["llama-3-8b", "--nodes", "-1"], "--nodes: -1"),
+        (["llama-3-8b", "train.global_batch=4", "parallel.tensor=1"], "--gpus-per-node N and --nodes N (default: one"),
         (["llama-3-8b", "--gpu", "h1000"], "did you mean h100?"),
         (
             ["llama-3-8b", "parallel.tensor=3"],

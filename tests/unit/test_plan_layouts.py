@@ -462,6 +462,9 @@ def test_gpus_by_name() -> None:
     assert gpu_of("H100") is H100
     with pytest.raises(UserError, match="did you mean h100"):
         gpu_of("h1000")
+    for given, meant in (("h100-80gb", "h100"), ("NVIDIA-A100-40GB", "a100-40gb"), ("a100-80gb", "a100")):
+        with pytest.raises(UserError, match=f"did you mean {meant}\\?"):
+            gpu_of(given)
     assert peak_flops("NVIDIA H100 80GB HBM3") == H100.flops and peak_flops("AMD EPYC") is None
 
 

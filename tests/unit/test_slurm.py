@@ -363,7 +363,8 @@ def test_tensor_groups_never_cross_nodes_unasked(large: Path) -> None:
 
 
 def test_the_plan_says_where_nothing_fits(large: Path) -> None:
-    refused(slurm(large, nodes=1, gpus=1), "does not fit 1 × 1 h100 as TP 1", "a GPU lacks", "it fits with")
+    said = ["does not fit 1 × 1 h100 as TP 1", "a GPU lacks", "it fits with --nodes 2", ", or --gpu b200"]
+    refused(slurm(large, nodes=1, gpus=1), *said)
     refused(slurm(large, gpu="h1000"), "--gpu: 'h1000' is not known: did you mean h100?")
     assert slurm(large, "--gpu-memory", "400GB", "--dry-run", nodes=1, gpus=1).exit_code == 0
 
