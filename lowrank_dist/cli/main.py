@@ -4,7 +4,7 @@ import errno
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from lowrank_dist import __version__
 from lowrank_dist.cli.data import data_command
@@ -27,10 +27,32 @@ _REMEDIES = {
 }
 
 
-class _Commands(TyperGroup):
+class _PlainFlags:
+    """A command whose help shows a flag without the type of a value, which a flag does not take."""
+
+    def get_params(self, ctx: Any) -> Any:  # click's Context, which newer versions of typer bring themselves
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for each in params:
+            if getattr(each, "is_flag", False):
+                each.metavar = ""
+        return params
+
+
+class _Command(_PlainFlags, TyperCommand):
+    pass
+
+
+class _Commands(_PlainFlags, TyperGroup):
     """The commands. A mistake of the user is a message on stderr and exit code 2; a bug keeps its traceback."""
 
-    def invoke(self, ctx: Any) -> Any:  # click's Context, which newer versions of typer bring themselves
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] == "train":
+            raise UserError(
+                "train: no such command: a launcher starts training once for each GPU: deepspeed launch/train.py CONFIG"
+            )
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -44,17 +66,18 @@ class _Commands(TyperGroup):
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
-app.command("merge")(merge_command)
-app.command("config")(config_command)
-app.command("data")(data_command)
-app.command("doctor")(doctor_command)
-app.command("evaluate")(evaluate_command)
-app.command("inspect")(inspect_command)
-app.command("export")(export_command)
-app.command("generate")(generate_command)
-# As in training, a key of the config may be written as an option: --lora.rank 8.
-app.command("plan", context_settings={"ignore_unknown_options": True})(plan_command)
-app.command("slurm")(slurm_command)
+app.command("merge", cls=_Command)(merge_command)
+app.command("config", cls=_Command)(config_command)
+app.command("data", cls=_Command)(data_command)
+app.command("doctor", cls=_Command)(doctor_command)
+app.command("evaluate", cls=_Command)(evaluate_command)
+app.command("inspect", cls=_Command)(inspect_command)
+app.command("export", cls=_Command)(export_command)
+app.command("generate", cls=_Command)(generate_command)
+# plan: as in training, a key of the config may be written as an option (--lora.rank 8). Both name the remedy for an
+# option that there is not.
+app.command("plan", cls=_Command, context_settings={"ignore_unknown_options": True})(plan_command)
+app.command("slurm", cls=_Command, context_settings={"ignore_unknown_options": True})(slurm_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,15 +23,33 @@ if TYPE_CHECKING:
 _WORDS = ("never", "auto")  # of train.resume
 
 
+def _no_options(ctx: typer.Context, words: Path | list[str] | None) -> Path | list[str] | None:
+    """Return the arguments. Raises UserError for an option that there is not."""
+    from lowrank_dist.config import Config
+
+    for word in [str(words)] if isinstance(words, Path) else words or []:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and ("." in name or name in Config.model_fields):
+            raise UserError(f"{word}: write the change as section.key=value, without hyphens")
+        if word.startswith("-"):
+            close = difflib.get_close_matches(f"--{name}", [each.opts[0] for each in ctx.command.params], n=1)
+            meant = f"did you mean {close[0]}? " if close else ""
+            given = f"{name}={value}" if equals else f"{name}[=VALUE]"
+            given = given if word.startswith("--") else "NAME=VALUE, with its long name"
+            raise UserError(f"{word}: no such option: {meant}An option of sbatch is given as --sbatch {given}")
+    return words
+
+
 def slurm_command(
-    config: Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG")],
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.", metavar="CONFIG", callback=_no_options)],
     nodes: Annotated[int, typer.Option(help="Nodes of the job.", metavar="N", min=1)],
     gpus_per_node: Annotated[
         int,
         typer.Option(help="GPUs per node, one rank each; with model.device=cpu, ranks per node.", metavar="N", min=1),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to CONFIG.", metavar="section.key=value ...")
+        list[str] | None,
+        typer.Argument(help="Changes to CONFIG.", metavar="section.key=value ...", callback=_no_options),
     ] = None,
     gpu: Annotated[
         str | None,
@@ -116,9 +135,6 @@ def slurm_command(
     from lowrank_dist.slurm.snapshot import Snapshot
 
     changes = list(overrides or [])
-    for change in changes:
-        if change.startswith("--"):
-            raise UserError(f"{change}: write the change as section.key=value, without hyphens")
     run = load_config(config, changes)
     layout = _planned_layout(config, changes, run, _cluster(run, nodes, gpus_per_node, gpu, gpu_memory))
     changes += layout.chosen

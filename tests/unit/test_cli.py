@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from lowrank_dist import __version__
@@ -38,6 +39,18 @@ def test_version_and_help() -> None:
     assert "merge" in runner.invoke(app, ["--help"]).output
     text = runner.invoke(app, ["merge", "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
     assert all(option in text for option in ("--base", "--adapter", "--out", "--force-mismatch"))
+
+
+def test_help_shows_no_value_of_a_flag() -> None:
+    names = typer.main.get_command(app).commands
+    pages = {name: runner.invoke(app, [*([name] if name else []), "--help"]).output for name in ("", *names)}
+    assert [name for name, text in pages.items() if "<bool>" in text or "--help" not in text] == []
+
+
+def test_training_is_no_command() -> None:
+    done = runner.invoke(app, ["train", "run.yaml"])
+    assert done.exit_code == 2 and "deepspeed launch/train.py CONFIG" in done.stderr
+    assert runner.invoke(app, ["trian"]).exit_code == 2
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -94,6 +94,22 @@ def test_only_header_and_edit_block_differ_from_the_template(config: Path) -> No
     assert "/path/to" not in script
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--mail-user", "me@x.org"], "--mail-user: no such option: An option of sbatch is given as --sbatch mail"),
+        (["--mail-user=me@x.org"], "--sbatch mail-user=me@x.org"),
+        (["--partitoin", "gpu"], "did you mean --partition?"),
+        (["-N", "2"], "--sbatch NAME=VALUE, with its long name"),
+        (["--lora.rank", "4"], "--lora.rank: write the change as section.key=value"),
+        (["--method=full"], "--method=full: write the change as section.key=value"),
+    ],
+)
+def test_an_option_that_there_is_not(config: Path, words: list[str], said: str) -> None:
+    refused(slurm(config, *words), said)
+    refused(slurm(*words, config), said)
+
+
 def test_file_is_written_once(config: Path, tmp_path: Path) -> None:
     done = slurm(config, "--job-name", "mine")
     assert done.exit_code == 0 and "sbatch mine.sbatch" in done.stdout
