@@ -150,6 +150,7 @@ def _remedies(smallest: Candidate, fixed: Fixed) -> Iterator[Remedy]:
     here = fitting_layout(job, fixed, cluster)
     if here is not None:
         yield here
+    yield from _auto(job, fixed, cluster)
     changes: list[tuple[str, Job]] = []
     if not layout.recompute:
         changes.append(("engine.recompute=full", replace(job, layout=replace(layout, recompute=True))))
@@ -164,6 +165,14 @@ def _remedies(smallest: Candidate, fixed: Fixed) -> Iterator[Remedy]:
     yield from _shorter(smallest)
     yield from _more_nodes(smallest, fixed)
     yield from _larger_gpus(smallest)
+
+
+def _auto(job: Job, fixed: Fixed, cluster: Cluster) -> Iterator[Remedy]:
+    """Yield parallel.tensor=auto where a size was fixed and the size that it stands for fits."""
+    ranked = fitting(candidates(job, replace(fixed, tensor=None, across_nodes=False), cluster))
+    if fixed.tensor is not None and ranked:
+        tensor = _safe(ranked).job.layout.tensor
+        yield Remedy("parallel.tensor=auto", next(found for found in ranked if found.job.layout.tensor == tensor))
 
 
 def _shorter(smallest: Candidate) -> Iterator[Remedy]:

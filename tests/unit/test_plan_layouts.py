@@ -138,13 +138,18 @@ def test_the_first_remedy_is_a_layout_of_the_same_nodes() -> None:
     # Pasted into the command, it gives the layout that it promises.
     again = chosen("llama-3-70b", batch, nodes=2, tensor=tensor, **asked)
     assert again.fits and again.best.job.layout == first.candidate.job.layout
+    # So does `auto`, which fits any number of nodes.
+    auto = {remedy.words: remedy.candidate for remedy in choice.remedies}["parallel.tensor=auto"]
+    request = read_request("llama-3-70b", [batch, "train.micro_batch=1", "engine.recompute=none"])
+    assert auto_tensor(request, cluster(2)) == auto.job.layout.tensor and not auto.missing_bytes
     # Where the tensor-parallel size alone does not suffice, the remedy changes further keys.
     wide = chosen("llama-3-70b", "data.max_length=8192", tensor=1, micro_batch=8, recompute=False)
     words = dict(word.split("=") for word in wide.remedies[0].words.split())
     freed = {"parallel.tensor", "train.micro_batch", "engine.recompute"}
     assert words.keys() > {"parallel.tensor"} and words.keys() <= freed
     # For a job that fits these nodes in no layout there is no such remedy.
-    assert chosen("llama-3-405b", tensor=8).remedies[0].words.startswith("--nodes")
+    none = chosen("llama-3-405b", tensor=8)
+    assert none.remedies[0].words.startswith("--nodes") and "parallel.tensor=auto" not in map(str, none.remedies)
 
 
 def test_a_refused_layout_names_one_that_fits() -> None:

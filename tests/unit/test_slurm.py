@@ -357,6 +357,16 @@ def test_the_plan_lays_out_what_is_left_open(large: Path) -> None:
     assert json.loads(variables(fixed.stdout)["OVERRIDES"]).count("parallel.tensor=8") == 1
 
 
+def test_the_configuration_of_the_how_to_page_fits_its_nodes(large: Path) -> None:
+    page = (ROOT / "docs" / "how-to" / "run-on-slurm.md").read_text()
+    large.write_text(re.search(r'```yaml title="70b.yaml"\n(.*?)```', page, re.DOTALL)[1])
+    planned = runner.invoke(app, ["plan", str(large), "model.path=base", "--nodes", "2"])
+    assert planned.exit_code == 0 and "FITS 2 × 8 h100" in planned.output
+    written = slurm(large, "model.path=base", "--dry-run")
+    shown = re.search(r"^layout: TP.*\n.*", page, re.MULTILINE)[0]
+    assert written.exit_code == 0 and shown in written.stderr
+
+
 def test_a_layout_that_does_not_fit_names_the_one_that_does(large: Path, tmp_path: Path) -> None:
     """The keys of the remedy can be passed as they are."""
     done = slurm(large, "parallel.tensor=1", "train.global_batch=16")
