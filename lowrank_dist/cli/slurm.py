@@ -90,13 +90,18 @@ def slurm_command(
     max_requeues: Annotated[int, typer.Option(help="Requeues after which the job ends.", metavar="N", min=1)] = 20,
     setup: Annotated[
         Path | None,
-        typer.Option(help="File of shell commands that the job runs first, for modules or conda.", metavar="FILE"),
+        typer.Option(
+            help="File of shell commands that the job runs first, for modules or conda: on the host, so not in a "
+            "container. The job ends where the last one fails; begin with `set -e` to end it where any fails.",
+            metavar="FILE",
+        ),
     ] = None,
     container_image: Annotated[
         str | None,
         typer.Option(
-            help="Image of a container for the ranks: a file, or in a registry. Code, CONFIG, model, data and "
-            "output.dir are mounted under their own paths.",
+            help="Image of a container for the ranks: a file, or in a registry, as nvcr.io/nvidia/pytorch:TAG for "
+            "pyxis and docker://nvcr.io/nvidia/pytorch:TAG for apptainer. Code, CONFIG, model, data and output.dir "
+            "are mounted under their own paths.",
             metavar="IMAGE",
         ),
     ] = None,

@@ -28,7 +28,8 @@ class Mount(NamedTuple):
 class Container:
     """The container of a job's ranks.
 
-    image: a file, or an image of a registry: for Pyxis its name, for Apptainer its URI.
+    image: a file, or an image of a registry: for Pyxis its name (nvcr.io/nvidia/pytorch:TAG), for Apptainer its URI
+    (docker://nvcr.io/nvidia/pytorch:TAG).
     """
 
     image: str
@@ -57,6 +58,7 @@ class Container:
         """Return the variable of the block and its words."""
         image = self._found_image()
         if self.runtime == "pyxis":
+            image = image if Path(image).is_absolute() else _in_enroot(image)
             options = [f"--container-image={image}", f"--container-mounts={mounts}", f"--container-workdir={workdir}"]
             return "SRUN_OPTIONS", options
         options = [*(["--nv"] if gpus else []), "--bind", mounts, "--pwd", workdir]
@@ -74,9 +76,17 @@ class Container:
         if is_file or self.image.endswith((".sqsh", ".sif")):
             raise UserError(
                 f"--container-image: {self.image} is not there; give a file that every node sees, or an image of a "
-                f"registry, as in {'nvcr.io#nvidia/pytorch:25.01-py3' if self.runtime == 'pyxis' else 'docker://…'}"
+                f"registry, as in {'' if self.runtime == 'pyxis' else 'docker://'}nvcr.io/nvidia/pytorch:25.01-py3"
             )
         return self.image
+
+
+def _in_enroot(image: str) -> str:
+    """Return an image's name with a # behind its registry, where Enroot looks for it."""
+    name = image.removeprefix("docker://")
+    registry, slash, path = name.partition("/")
+    # As in Docker, the first part of a name is a registry if it has a dot or a port.
+    return f"{registry}#{path}" if slash and "#" not in registry and set(registry) & set(".:") else name
 
 
 def mounts_of(inputs: Mapping[str, Path], folders: Iterable[Path]) -> list[Mount]:

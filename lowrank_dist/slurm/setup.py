@@ -17,8 +17,9 @@ _LARGEST = 2**16  # bytes
 def with_setup(script: str, file: Path) -> str:
     """Return `script` with the commands of a file in its SETUP block.
 
-    The job ends where the last of them fails. They are copied, so a later change of the file does not reach the job.
-    Raises UserError for a file that cannot be read, that bash does not accept, or that sets options of sbatch.
+    The job ends where the last of them fails; with `set -e` among them, where any later one fails. They are copied, so
+    a later change of the file does not reach the job. Raises UserError for a file that cannot be read, that bash does
+    not accept, or that sets options of sbatch.
     """
     head, begin, rest = script.partition(_BEGIN)
     _, end, tail = rest.partition(_END)
@@ -31,10 +32,15 @@ def with_setup(script: str, file: Path) -> str:
 {{
 {_commands(file)}
 
-}} || {{
+}}
+# Not `{{ … }} || …`, in which bash ignores `set -e`.
+case $? in
+0) ;;
+*)
     echo {failed} >&2
     exit 1
-}}
+    ;;
+esac
 """
     return f"{head}{begin}{block}{end}{tail}"
 

@@ -108,6 +108,11 @@ def test_a_setup_runs_before_strictness(config: Path, tmp_path: Path) -> None:
     done = subprocess.run(["bash", "-c", f"{failing}{block}\nprintf trains"], capture_output=True, text=True)
     assert done.returncode == 1 and "trains" not in done.stdout
     assert "the last command of the setup failed (--setup setup.sh)" in done.stderr
+    for first, code in (("", 0), ("set -e\n", 1)):
+        (tmp_path / "setup.sh").write_text(f"{first}false\ntrue\n")
+        text = script(config, "--setup", "setup.sh")
+        block = text[text.index("# ==== SETUP: begin") : text.index("# ==== SETUP: end")]
+        assert subprocess.run(["bash", "-c", f"{block}\ntrue"]).returncode == code
 
 
 @pytest.mark.parametrize(
@@ -173,6 +178,10 @@ def test_a_container_sees_all_that_the_run_reads(config: Path, tmp_path: Path, m
     # Extensions are built per version of torch.
     built = {re.search("^EXTENSIONS=(.*)$", each, re.MULTILINE)[1] for each in (text, other, script(config, *inputs))}
     assert len(built) == 3
+    for given in ("nvcr.io/nvidia/pytorch:1", "nvcr.io#nvidia/pytorch:1", "docker://nvcr.io/nvidia/pytorch:1"):
+        words = shell_words(script(config, *inputs, "--container-image", given), "SRUN_OPTIONS")
+        assert words[0] == "--container-image=nvcr.io#nvidia/pytorch:1"  # as Enroot names it
+    assert "--container-image=x/y:1" in script(config, *inputs, "--container-image", "x/y:1")
     mine = script(config, *inputs, "--container-image", "x/y", "--python", "/venv/bin/python")
     assert "\nPYTHON=/venv/bin/python\n" in mine
     refused(slurm(config, *inputs, "--container-image", "no.sqsh"), "--container-image: no.sqsh is not there")
