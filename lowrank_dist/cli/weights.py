@@ -23,8 +23,7 @@ def merge_command(
     adapter: Annotated[
         list[str],
         typer.Option(
-            help="PEFT adapter folder; repeat it to add several. DIR=0.5 scales the update by 0.5. A folder whose name "
-            "contains '=' is found by its whole name.",
+            help="PEFT adapter folder; repeat it to add several. DIR=0.5 scales the update by 0.5.",
             metavar="DIR[=WEIGHT]",
         ),
     ],
@@ -137,7 +136,7 @@ def inspect_command(
     folder: Annotated[Path, typer.Argument(help="Adapter, checkpoint, run or model folder.", metavar="DIR")],
     base: Annotated[
         Path | None,
-        typer.Option(help="Base model to check against. Default: the one that the folder names.", metavar="DIR"),
+        typer.Option(help="Base model to check against. Default: the base named in the adapter.", metavar="DIR"),
     ] = None,
     modules: Annotated[bool, typer.Option("--modules", help="Show the norm of the update in every module.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,

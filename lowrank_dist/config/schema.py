@@ -34,7 +34,9 @@ class EngineConfig(Section):
     """Execution of a run: ZeRO, operators, time limits."""
 
     zero_stage: Literal[1, 2] = Field(
-        1, description="stage of ZeRO, 1 or 2 (stage 0 trains wrongly; stage 3 gathers the base at every step)"
+        1,
+        description="stage of ZeRO, 1 or 2; others are refused (stage 0 trains wrongly; stage 3 gathers the base at "
+        "every step)",
     )
     clip: float | None = Field(
         1.0, gt=0, description="largest gradient norm, a number above 0, or null for no clipping"
@@ -73,18 +75,22 @@ class TrainConfig(Section):
     epochs: float | None = Field(
         None,
         gt=0,
-        description="passes over the data, above 0; the last batch may be smaller. Null is 1 if train.steps is null "
-        "too; or set train.steps instead",
+        description="passes over data.train, above 0; the last batch may be smaller. Set this or train.steps, not "
+        "both; 1 if both are null",
     )
     global_batch: int = Field(8, ge=1, description="samples in an optimizer step over all ranks, at least 1")
-    micro_batch: int = Field(1, ge=1, description="rows per rank and microbatch, a divisor of train.global_batch")
+    micro_batch: int = Field(
+        1,
+        ge=1,
+        description="rows that a rank processes at once (per_device_train_batch_size); must divide train.global_batch",
+    )
     lr: float = Field(2e-4, gt=0, description="peak learning rate above 0")
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="schedule of the learning rate after the warmup: cosine, linear or constant"
     )
     warmup_steps: int = Field(0, ge=0, description="steps of linear warmup, at least 0")
     min_lr_ratio: float = Field(
-        0.0, ge=0, le=1, description="final learning rate as a fraction of train.lr, from 0 to 1"
+        0.0, ge=0, le=1, description="final learning rate as a share of train.lr, from 0 to 1; 0 decays to zero"
     )
     weight_decay: float = Field(
         0.0,
@@ -141,8 +147,8 @@ class OutputConfig(Section):
     """Output of a run: its folder, checkpoints and logs."""
 
     dir: YamlPath = Field(
-        description="folder of the run, outside the model folder; it may hold a run only if train.resume continues it "
-        "or output.overwrite is true"
+        description="folder of the run, which the run creates, outside the model folder. If it already holds a run, "
+        "set train.resume=auto to continue that run, or output.overwrite=true to remove it"
     )
     overwrite: bool = Field(
         False,
@@ -163,7 +169,8 @@ class OutputConfig(Section):
     probe: int = Field(
         0,
         ge=0,
-        description="number of eval rows whose logits are saved in probe.safetensors, to check a merge, at least 0",
+        description="number of data.eval rows whose logits are saved in probe.safetensors, so that a merged model can "
+        "be compared; 0: none",
     )
 
 
@@ -177,7 +184,7 @@ class UnreadKeys(ValueError):
 
 
 class Config(Section):
-    """The configuration of a run. Two configs are equal if they describe the same run."""
+    """The configuration of a run."""
 
     model: ModelConfig
     method: MethodName = Field(

@@ -20,7 +20,9 @@ class ModelConfig(Section):
         "auto", description="auto (cuda where a GPU is visible), cpu or cuda"
     )
     load: Literal["each", "broadcast"] = Field(
-        "each", description="each (every data-parallel replica reads its slices) or broadcast (replica 0 reads for all)"
+        "each",
+        description="each (every data-parallel replica reads the weights from disk) or broadcast (replica 0 reads them "
+        "and sends them to the others: for a slow or shared file system)",
     )
     vocab_multiple: int = Field(
         128,

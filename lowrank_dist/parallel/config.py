@@ -23,7 +23,7 @@ class ParallelConfig(Section):
         "layout that fits into the ranks' memory, as `lowrank-dist plan` finds it)",
     )
     data: int | None = Field(
-        None, ge=1, description="data-parallel size of at least 1, or null for all remaining ranks"
+        None, ge=1, description="data-parallel size of at least 1. null: number of ranks / parallel.tensor"
     )
     sequence: bool | None = Field(
         None, description="sequence parallelism: true, false, or null for true where parallel.tensor is above 1"
