@@ -16,6 +16,12 @@ from lowrank_dist.sections.synonyms import of_config
 
 Key = tuple[str, ...]
 
+# Options of deepspeed and torchrun, which newcomers write after the script.
+_LAUNCHER_OPTIONS = frozenset(
+    ("num_gpus", "num_nodes", "hostfile", "include", "exclude", "master_addr", "master_port")
+    + ("nproc_per_node", "nnodes", "node_rank", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "standalone")
+)
+
 
 def explain(detail: ErrorDetails, where: Callable[[Key], str]) -> str:
     """Return one of pydantic's errors as a line: where: section.key: what is wrong; the remedy.
@@ -24,7 +30,7 @@ def explain(detail: ErrorDetails, where: Callable[[Key], str]) -> str:
     """
     key = tuple(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"{where(key)}: {'.'.join(key)}: unknown key; {_meant(key)}"
+        return f"{where(key)}: {'.'.join(key)}: unknown key; {_meant(key).rstrip('; ')}"
     field, key = _field_of(key)
     dotted = ".".join(key) + "".join(f"[{part}]" for part in detail["loc"] if isinstance(part, int))
     section = _section_in(field)
@@ -65,27 +71,31 @@ def _field_of(key: Key) -> tuple[FieldInfo, Key]:
 
 
 def _meant(key: Key) -> str:
-    """Return a hint with the key that was probably meant and all valid keys beside it."""
+    """Return a hint with the key that was probably meant, and all valid keys unless another trainer's key is known."""
+    if of_config(key[-1]) is not None:
+        return suggestion(key[-1], ())
     if len(key) == 1:
         known = Config.model_fields
         return suggestion(key[0], known) + f"at the top level are {_names(known)}"
     section = _section_in(_field_of(key[:-1])[0])
     assert section is not None, "only a section has unknown keys"
-    known = section.model_fields
-    return suggestion(key[-1], known) + f"the keys of {'.'.join(key[:-1])} are {_names(known)}"
+    known, holder = section.model_fields, ".".join(key[:-1])
+    return suggestion(key[-1], known, f"{holder}.") + f"the keys of {holder} are {_names(known)}"
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     """Return a hint on an unknown key, such as "did you mean train.lr? "; empty if no key resembles it.
 
-    The first match counts: our key for another trainer's key, a key of this name in another section, or a key in
-    `known` with a similar name.
+    The first match counts: an option of the launcher, our key for another trainer's key, a key of this name in another
+    section, or a key in `known` with a similar name. prefix: what stands before a key in `known`, such as "lora.".
     """
+    if name.replace("-", "_") in _LAUNCHER_OPTIONS:
+        return "it is an option of the launcher, which stands before launch/train.py; "
     synonym = of_config(name)
     if synonym is not None:
         return synonym.hint
     elsewhere = [".".join(other) for other in _keys(Config) if len(other) > 1 and other[-1] == name]
-    return f"did you mean {' or '.join(elsewhere)}? " if elsewhere else _closest(name, known)
+    return f"did you mean {' or '.join(elsewhere)}? " if elsewhere else _closest(name, known, prefix)
 
 
 def _keys(section: type[Section]) -> Iterator[Key]:
@@ -97,9 +107,9 @@ def _keys(section: type[Section]) -> Iterator[Key]:
             yield from ((name, *rest) for rest in _keys(inner))
 
 
-def _closest(name: str, known: Iterable[str]) -> str:
+def _closest(name: str, known: Iterable[str], prefix: str = "") -> str:
     match = difflib.get_close_matches(name.replace("-", "_").lower(), list(known), n=1)
-    return f"did you mean {match[0]}? " if match else ""
+    return f"did you mean {prefix}{match[0]}? " if match else ""
 
 
 def _names(known: Iterable[str]) -> str:

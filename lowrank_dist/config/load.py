@@ -197,7 +197,7 @@ class _Raw:
             hint = suggestion(key[-1], Config.model_fields)
             if f"mean {dotted}?" in hint or not hint:  # a key of a section in a section, as eval.generate.batch
                 hint = "for a mapping use section.key={name: value}"
-            return self.problem(COMMAND_LINE, f"{dotted or '='} is not section.key", hint.rstrip("; "))
+            return self.problem(COMMAND_LINE, f"{dotted or '='}: keys are written section.key", hint.rstrip("; "))
         try:
             node = yaml.compose(text, Loader)
         except yaml.YAMLError as error:

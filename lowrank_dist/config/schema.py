@@ -132,7 +132,9 @@ class TrainConfig(Section):
     def _one_length(cls, epochs: float | None, info: ValidationInfo) -> float | None:
         steps = info.data.get("steps")
         if steps is not None and epochs is not None:
-            raise ValueError(f"train.steps ({steps}) and train.epochs both say how long to train")
+            raise ValueError(
+                f"train.steps ({steps}) and train.epochs both say how long to train: for epochs, set train.steps=null"
+            )
         return 1.0 if epochs is None and steps is None else epochs
 
     @field_validator("micro_batch")

@@ -126,7 +126,7 @@ def test_unknown_and_misspelt_keys(place: Place) -> None:
     lines = refused(place, "modle.path=x", left=set()).split("\n")
     text = place.config.read_text().split("\n")
     at = {key: f"{place.config}:{1 + next(i for i, line in enumerate(text) if key in line)}" for key in ("rnak", "mom")}
-    assert any(line.startswith(f"{at['rnak']}: lora.rnak: unknown key; did you mean rank?") for line in lines)
+    assert any(line.startswith(f"{at['rnak']}: lora.rnak: unknown key; did you mean lora.rank?") for line in lines)
     assert any(line.startswith(f"{at['mom']}: train.momentum: unknown key; ") for line in lines)
     assert any(line.startswith("command line: modle: unknown key; did you mean model?") for line in lines)
 
@@ -479,7 +479,7 @@ def test_a_rank_that_leaves_it_to_another_to_speak_ends_after_it(place: Place) -
     ("override", "wanted"),
     [
         # Before the ranks have met, and after.
-        ("train.stesp=1", "lowrank_dist: command line: train.stesp: unknown key; did you mean steps?"),
+        ("train.stesp=1", "lowrank_dist: command line: train.stesp: unknown key; did you mean train.steps?"),
         ("lora.targets=[qproj]", "lowrank_dist: lora.targets: 'qproj' matches no linear of this llama model."),
     ],
     ids=["before the ranks meet", "after"],

@@ -388,7 +388,11 @@ BAD: dict[str, tuple[list[dict[str, Any]] | None, tuple[str, ...], str]] = {
         ("eval.every=null", "eval.patience=2"),
         "eval.every is null, so there is no evaluation after which",
     ),
-    "unknown key": (None, ("eval.generate={max_tokens: 3}",), "unknown key; did you mean max_new_tokens?"),
+    "unknown key": (
+        None,
+        ("eval.generate={max_tokens: 3}",),
+        "unknown key; did you mean eval.generate.max_new_tokens?",
+    ),
     "empty prompt": ([{"prompt": "", "completion": "er"}], (), "eval.generate: EVAL:1: key 'prompt' is empty"),
     "no reference": ([{"prompt": "cat"}], (), "EVAL:1"),
     "long prompt": (

@@ -46,7 +46,7 @@ def test_errors_name_the_key_and_its_line(tmp_path: Path) -> None:
     keys = "the keys of eval.generate are metrics, max_new_tokens, batch, stop, samples"
     expected = [
         "run.yaml:7: eval.generate.metrics[0]: 'blue' is not valid, input should be 'exact_match', 'bleu' or 'rouge_l'",
-        f"run.yaml:8: eval.generate.max_tokens: unknown key; did you mean max_new_tokens? {keys}",
+        f"run.yaml:8: eval.generate.max_tokens: unknown key; did you mean eval.generate.max_new_tokens? {keys}",
         "run.yaml:9: eval.generate.batch: 0 is not valid",
         "run.yaml:10: eval.generate.stop[0]: '' is not valid",
         f"run.yaml:11: eval.generate.lr: unknown key; did you mean train.lr? {keys}",
@@ -64,7 +64,10 @@ def test_errors_name_the_key_and_its_line(tmp_path: Path) -> None:
         (["eval.generate=5"], "command line: eval.generate: not a mapping; its keys are metrics, max_new_tokens"),
         (["eval.generate={metrics: []}"], "command line: eval.generate.metrics: [] is not valid"),
         (["eval.generate={samples: 1, samples: 2}"], "command line: eval.generate.samples: given twice"),
-        (["eval.generate.batch=2"], "command line: eval.generate.batch is not section.key; for a mapping use"),
+        (
+            ["eval.generate.batch=2"],
+            "command line: eval.generate.batch: keys are written section.key; for a mapping use",
+        ),
         (
             ["eval.best=bleu"],
             "command line: eval.best: 'bleu' is not valid, eval.generate is null, so nothing is generated",

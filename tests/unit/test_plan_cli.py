@@ -243,7 +243,7 @@ def test_verify_fails_where_a_formula_is_wrong(tmp_path: Path, monkeypatch: pyte
             "parallel.tensor=3 does not divide this llama model (32 attention heads",
         ),
         (["llama-3-8b", "parallel.tensor=16"], "parallel.tensor: 16 does not divide 1 × 8 = 8 GPUs"),
-        (["llama-3-8b", "lora.rnak=4"], "lora.rnak: unknown key; did you mean rank?"),
+        (["llama-3-8b", "lora.rnak=4"], "lora.rnak: unknown key; did you mean lora.rank?"),
         (["llama-3-8b", "lora.rank=0"], "lora.rank"),
         (["llama-3-8b", "lora.targets=[c_attn]"], "lora.targets: 'c_attn' matches no linear of this llama model"),
         (["llama-3-8b", "data.max_length=10000"], "data.max_length=10000 is longer than the 8192 positions"),
