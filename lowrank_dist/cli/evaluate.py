@@ -19,6 +19,7 @@ from lowrank_dist.cli.decode import (
     silence_megatron,
     write_jsonl,
 )
+from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import put, say
 
 
@@ -34,8 +35,9 @@ def evaluate_command(
         ),
     ],
     metric: Annotated[
-        list[str], typer.Option(help="exact_match, bleu or rouge_l; repeat it for several.", metavar="METRIC")
-    ],
+        list[str] | None,
+        typer.Option(help="Required: exact_match, bleu or rouge_l; repeat it for several.", metavar="METRIC"),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="New file to write, a JSON line with the completion of each sample.", metavar="FILE"),
@@ -48,10 +50,12 @@ def evaluate_command(
     """
     with silence_megatron():
         from lowrank_dist.generate.decode import summarize
-        from lowrank_dist.generate.metrics import check_metrics, notes_on_references, notes_on_texts
+        from lowrank_dist.generate.metrics import METRICS, check_metrics, notes_on_references, notes_on_texts
         from lowrank_dist.generate.prompts import note_on_rewritten, read_prompts
 
     with ranks(options) as job:
+        if not metric:  # typer's own message would not name the values
+            raise UserError(f"--metric is missing; give one of {', '.join(METRICS)}, or several")
         check_metrics(tuple(metric))
         ready = load_decoder(options, job, out)
         loaded = ready.loaded

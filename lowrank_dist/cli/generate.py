@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from lowrank_dist.generate.decode import Generation
     from lowrank_dist.generate.prompts import Prompt
 
-EXIT, CLEAR = "/exit", "/clear"
+EXIT, QUIT, CLEAR = "/exit", "/quit", "/clear"
 
 
 @decoding_command
@@ -40,7 +40,11 @@ def generate_command(
     ] = None,
     interactive: Annotated[
         bool,
-        typer.Option("--interactive", help=f"Complete each line that is typed; {EXIT} or end of input ends it."),
+        typer.Option(
+            "--interactive",
+            help="Answer each line that is typed: with --chat as a chat that remembers the lines and answers before, "
+            f"else each line alone. {CLEAR} forgets them; {EXIT}, {QUIT} or end of input ends it.",
+        ),
     ] = False,
     chat: Annotated[
         bool | None,
@@ -122,13 +126,13 @@ class _Conversation:
 
 
 def _converse(ready: Decoder, chats: bool) -> None:
-    """Complete lines of stdin until it ends or says /exit. Rank 0 reads; every rank decodes. Collective."""
+    """Complete lines of stdin until it ends or says /exit or /quit. Rank 0 reads; every rank decodes. Collective."""
     from lowrank_dist.generate.prompts import chat_prompt, prompt_of
 
     loaded, said = ready.loaded, _Conversation()
     if ready.job.should_print and sys.stdin.isatty():
         say(f"{EXIT} or end of input ends it" + (f"; {CLEAR} forgets what was said" if chats else ""), err=True)
-    while (line := _next_line(ready)) is not None and line.strip() != EXIT:
+    while (line := _next_line(ready)) is not None and line.strip() not in (EXIT, QUIT):
         if line.strip() == CLEAR:
             said.messages.clear()
         if not line.strip() or line.strip() == CLEAR:

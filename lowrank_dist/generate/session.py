@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from lowrank_dist.arch.config_json import config_notes, read_architecture
 from lowrank_dist.arch.generation_config import generation_notes
+from lowrank_dist.arch.model_files import CONFIG_FILE, require_folder
 from lowrank_dist.backend import select
 from lowrank_dist.backend.launchers import is_first_on_node
 from lowrank_dist.backend.select import Backend
@@ -28,7 +29,7 @@ from lowrank_dist.formats.text_files import tokenizer_digest, tokenizer_of_adapt
 from lowrank_dist.generate.prompts import Prompt
 from lowrank_dist.generate.sampling import SamplingParams
 from lowrank_dist.generate.texts import stop_tokens
-from lowrank_dist.methods.registry import method_package_reading
+from lowrank_dist.methods.registry import method_package_of, method_package_reading
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.model.load import dtype_notes, load_model
 from lowrank_dist.parallel.collectives import gather_texts, require_agreement
@@ -130,8 +131,19 @@ def load_for_generation(
     dtype: auto (that of the weights), fp32 or bf16. tokenizer: its folder; by default the adapter's if it has one, with
     which it was trained, else `path`. Raises UserError on every rank where the ranks were given different content.
     """
+    _require_model(path)
     with detect_removal(path) as model, detect_removal(adapter or path) as trained:
         return _load_rank(model, adapter and trained, topology, device, dtype, tokenizer)
+
+
+def _require_model(path: Path) -> None:
+    """Raise UserError where --model is no folder, or is an adapter."""
+    require_folder(path)
+    if not (path / CONFIG_FILE).is_file() and method_package_of(path) is not None:
+        raise UserError(
+            f"{path}: this is an adapter; name it with --adapter and its base model with --model: --model BASE "
+            f"--adapter {path}"
+        )
 
 
 def _load_rank(

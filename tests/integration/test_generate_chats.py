@@ -112,9 +112,9 @@ def test_typed_lines_are_a_conversation(base: Path, adapter: Path, tmp_path: Pat
     assert [outcome.code for outcome in done] == [0] * size and not any(outcome.stdout for outcome in done[1:])
     assert done[0].stdout == f"{first}\n{second}\n{first}\n"
     assert "error: --prompt (" in done[0].stderr and "shorten it (/clear forgets what was said)" in done[0].stderr
-    # End of input, and no chat.
+    # /quit, and no chat.
     (plain,) = command(1, "generate", "--model", base, *SHORT, "--prompt", "hi")
-    (done,) = command(1, "generate", "--model", base, *SHORT, "--interactive", stdin="hi\nhi")
+    (done,) = command(1, "generate", "--model", base, *SHORT, "--interactive", stdin="hi\nhi\n/quit\nhi")
     assert done.stdout == plain.stdout * 2
 
 

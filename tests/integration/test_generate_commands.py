@@ -261,7 +261,11 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
         "--prompt (64 tokens): longer than the model's 64 positions with its completion",
     ),
     "no prompt": (lambda base, _: ["--model", base], "give exactly one of --prompt TEXT, --prompts FILE"),
-    "no folder": (lambda base, _: ["--model", base / "none", "--prompt", "a"], "no such file or folder"),
+    "no folder": (lambda base, _: ["--model", base / "none", "--prompt", "a"], "none: no such folder; give a local"),
+    "adapter": (
+        lambda base, _: ["--model", base.parent / "adapter", "--prompt", "a"],
+        "this is an adapter; name it with --adapter and its base model with --model: --model BASE --adapter ",
+    ),
     "no such type": (lambda base, _: ["--model", base, "--prompt", "a", "--dtype", "fp8"], "--dtype fp8"),
     "no such device": (lambda base, _: ["--model", base, "--prompt", "a", "--device", "tpu"], "--device tpu"),
     "greedy top-p": (
@@ -299,6 +303,7 @@ def test_bad_evaluations_are_one_message(base: Path, asked: Path) -> None:
         (("--data", asked, "--metric", "exact_match"), "prompts.jsonl: all 5 lines: key 'completion' is missing"),
         (("--data", asked, "--metric", "accuracy"), "metric 'accuracy' is unknown; give one of exact_match"),
         (("--data", asked.parent / "none", "--metric", "bleu"), "no such file"),
+        (("--data", asked), "--metric is missing; give one of exact_match, bleu, rouge_l"),
     ):
         (done,) = command(1, "evaluate", "--model", base, *arguments)
         assert done.code == 2 and said in done.stderr and not done.stdout
