@@ -151,7 +151,7 @@ class CheckpointWriter:
         names_of = {"the last": last, f"the best by {label(self._retention.by)}": best[0] if best else None}
         what = " and ".join(name for name, step in names_of.items() if step == self._published)
         remedy = f"; output.publish=last takes step {last}" if self._published != last else ""
-        where = f"{self._folder.path.name}/adapter is step {self._published}"
+        where = f"{self._folder.adapter} is step {self._published}"
         return f"{where} (checkpoints/step-{self._published}), {what}{remedy}{''.join(passed_over)}"
 
     def _unsaved(self, values: Mapping[int, float]) -> str:

@@ -130,7 +130,7 @@ class Forecast:
         )
         self._job, self._ignored = job, train.ignore_plan
         self._planned = memory(job, heaviest_rank(job))
-        self._backend = backend
+        self._backend, self._before_model = backend, backend.peak_memory_gib()
         self.memory_line = self._check()
 
     def _check(self) -> str:
@@ -161,8 +161,13 @@ class Forecast:
 
     def compare(self, measured: float) -> str:
         """Return a line with the measured peak, in GiB, beside the planned one."""
-        beside = "" if self._backend.device.type == "cuda" else ", Python and its libraries not counted"
-        return f"peak memory of a rank {measured:.2f} GiB; planned {self._planned.total / _GIB:.2f} GiB{beside}"
+        planned = f"planned {self._planned.total / _GIB:.2f} GiB"
+        if self._backend.device.type == "cuda":
+            return f"peak memory of a rank {measured:.2f} GiB; {planned}"
+        return (
+            f"peak memory of a rank {measured:.2f} GiB, the whole process with Python and its libraries "
+            f"({self._before_model:.2f} GiB before the model was loaded); {planned} for tensors alone"
+        )
 
     def flops(self, tokens: int, targets: int, squares: int) -> int:
         """Return the FLOPs that model and method need for the given tokens, over all ranks (MFU's numerator).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -17,6 +18,7 @@ from lowrank_dist.engine.meter import Phases
 from lowrank_dist.engine.resume import Resumption, complete, find_resumption, from_rank_0, require_same_run, started_at
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import UserError
+from lowrank_dist.methods.registry import method_package
 from lowrank_dist.parallel.collectives import gather_texts
 from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.supervision.rank import Supervision
@@ -96,6 +98,17 @@ class Run:
         except UserError as error:
             return str(error)
         return ""
+
+
+def merge_line(config: Config, folder: RunFolder) -> str | None:
+    """Return the line with the command that merges adapter/ into the base; None where the method has no merge."""
+    try:
+        method_package(config.method).files.refuse_merge(folder.adapter)
+    except UserError:
+        return None
+    paths = {"--base": config.model.path, "--adapter": folder.adapter, "--out": folder.path / "merged"}
+    options = [word for option, path in paths.items() for word in (option, str(path))]
+    return f"merge it: {shlex.join(['lowrank-dist', 'merge', *options])}"
 
 
 @dataclass(frozen=True)

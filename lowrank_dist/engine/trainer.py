@@ -17,7 +17,7 @@ from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.evaluator import STOPS, Evaluator
 from lowrank_dist.engine.meter import Meter
 from lowrank_dist.engine.reporter import Reporter
-from lowrank_dist.engine.run import Progress, Run
+from lowrank_dist.engine.run import Progress, Run, merge_line
 from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import UserError, some_of
@@ -112,6 +112,9 @@ class Trainer:
         phases.enter("checkpoint")
         self.saver.save(self.progress, final=True)
         self.saver.finish()
+        command = merge_line(config, self.run.folder)
+        if command is not None:
+            self.reporter.say(command)
         if config.output.probe:
             self._keep_probe(config.output.probe)
         self.reporter.say(self.meter.summary())

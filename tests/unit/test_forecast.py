@@ -41,7 +41,10 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def backend(memory: int) -> Any:
     return SimpleNamespace(
-        device=torch.device("cpu"), memory_for_a_rank=lambda: memory, name=lambda: "NVIDIA H100 80GB HBM3"
+        device=torch.device("cpu"),
+        memory_for_a_rank=lambda: memory,
+        peak_memory_gib=lambda: 0.5,
+        name=lambda: "NVIDIA H100 80GB HBM3",
     )
 
 
@@ -159,3 +162,15 @@ def test_memory_is_that_of_the_method(path: Path) -> None:
 )
 def test_peak_by_name(name: str, flops: float | None) -> None:
     assert peak_flops(name) == flops
+
+
+def test_the_measured_peak_says_what_it_counts(path: Path) -> None:
+    """On a CPU it is the process's, so the part from before the model stands beside it; on a GPU it is the tensors'."""
+    made = forecast(path, 2**40)
+    assert re.fullmatch(
+        r"peak memory of a rank 1\.37 GiB, the whole process with Python and its libraries \(0\.50 GiB before the "
+        r"model was loaded\); planned 0\.\d\d GiB for tensors alone",
+        made.compare(1.37),
+    )
+    vars(made._backend)["device"] = torch.device("cuda")
+    assert re.fullmatch(r"peak memory of a rank 1\.37 GiB; planned 0\.\d\d GiB", made.compare(1.37))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from lowrank_dist.config.load import config_of
+from lowrank_dist.engine.run import merge_line
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import temporary_name
@@ -78,3 +80,12 @@ def test_only_its_own_unfinished_files_are_removed(tmp_path: Path) -> None:
     folder.begin("a: 1\n", anew=False)
     assert [target for target in left if not left[target].exists()] == own
     assert folder.config.read_text() == "a: 1\n"
+
+
+@pytest.mark.parametrize(("method", "merges"), [("lora", True), ("full", False), ("prefix", False)])
+def test_a_method_that_merges_says_the_command(tmp_path: Path, method: str, merges: bool) -> None:
+    run = tmp_path / "my run"
+    values: dict[str, dict[str, object]] = {"model": {"path": "b"}, "data": {"train": "t"}, "output": {"dir": "r"}}
+    said = merge_line(config_of(values, [f"method={method}"]), RunFolder(run))
+    command = f"merge it: lowrank-dist merge --base b --adapter '{run}/adapter' --out '{run}/merged'"
+    assert said == (command if merges else None)

@@ -167,7 +167,7 @@ def test_adapter_is_the_step_that_publish_says(
     source = folder.checkpoints / f"step-{published}"
     assert {path.name for path in folder.adapter.iterdir()} == set(PUBLISHED)
     assert all((folder.adapter / name).read_bytes() == (source / name).read_bytes() for name in PUBLISHED)
-    assert writer.summary.startswith(f"run/adapter is step {published} (checkpoints/step-{published}), ")
+    assert writer.summary.startswith(f"{folder.adapter} is step {published} (checkpoints/step-{published}), ")
     assert said in writer.summary
     assert writer.published_before_last() == (None if published == 4 else source)
     assert inspect_trained(folder.adapter).facts["step"] == published
@@ -190,7 +190,7 @@ def test_a_best_step_in_which_nothing_was_trained_is_not_published(tmp_path: Pat
     writer.write([tensors_of(2)], untrained, final=False)
     last = state_of(4).model_copy(update={"eval_losses": {2: 1.0, 4: 2.0}})
     writer.write([tensors_of(4)], last, final=True)
-    assert "run/adapter is step 4" in writer.summary and "step-2 has the initial values" in writer.summary
+    assert f"{folder.adapter} is step 4" in writer.summary and "step-2 has the initial values" in writer.summary
 
 
 @given(
