@@ -37,7 +37,10 @@ def main(config: Config, supervision: Supervision) -> int:
 
     backend = select_backend(config.model.device, *local_rank_and_size())
     choose_kernels(config.engine.kernels, backend.device.type)
-    folder = RunFolder.prepare(config.output.dir, config.train.resume, config.inputs, overwrite=config.output.overwrite)
+    output, shaping = config.output, config.shaping
+    folder = RunFolder.prepare(
+        output.dir, config.train.resume, config.inputs, overwrite=output.overwrite, shaping=shaping
+    )
 
     supervision.enter("meeting")  # the processes find each other and form the process groups
     timeout = config.engine.timeout_seconds

@@ -240,6 +240,13 @@ class Config(Section):
         }
         return {key: path for key, path in found.items() if path is not None}
 
+    @property
+    def shaping(self) -> dict[str, object]:
+        """Key → value of the keys that a resumed run cannot change, without those that a starting adapter fills in."""
+        own, section = method_package(self.method).section, self.own_section
+        keys = sorted(section.shaping) if section.starts_from is None else []
+        return {"method": self.method, **{f"{own}.{key}": getattr(section, key) for key in keys}}
+
     def with_own_section(self, section: MethodSection) -> Config:
         """Return this config with another section of the chosen method."""
         name = method_package(self.method).section

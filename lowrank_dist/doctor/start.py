@@ -136,7 +136,9 @@ def output(config: Config) -> list[Row]:
     from lowrank_dist.engine.run_folder import RunFolder
 
     path = config.output.dir
-    folder = RunFolder.prepare(path, config.train.resume, config.inputs, overwrite=config.output.overwrite)
+    folder = RunFolder.prepare(
+        path, config.train.resume, config.inputs, overwrite=config.output.overwrite, shaping=config.shaping
+    )
     held = "holds a run" if folder.config.exists() else "holds no run"
     return [Row("output.dir", "ok", f"{path}: {held}; train.resume={config.train.resume}")]
 

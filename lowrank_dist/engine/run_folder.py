@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from lowrank_dist.checkpoint.folder import LINKS, is_step_folder, step_folders, step_links
+from lowrank_dist.config import load_config
 from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.formats.atomic import final_path, is_temporary, sync, temporary_name
 from lowrank_dist.formats.paths import lies_in, refuse_links
@@ -59,20 +60,26 @@ class RunFolder:
 
     @classmethod
     def prepare(
-        cls, path: Path, resume: Literal["never", "auto"] | Path, inputs: Mapping[str, Path], *, overwrite: bool
+        cls,
+        path: Path,
+        resume: Literal["never", "auto"] | Path,
+        inputs: Mapping[str, Path],
+        *,
+        overwrite: bool,
+        shaping: Mapping[str, object] | None = None,
     ) -> RunFolder:
         """Return the folder of a run that starts, or resumes as `resume` (train.resume) says. Creates nothing yet.
 
-        inputs: config key → path that the run reads (`Config.inputs`). overwrite: output.overwrite. Raises UserError if
-        an input lies in a path that the run writes, if the folder lies in an input, if a link would redirect what is
-        written, and if the folder holds a run that this one neither resumes nor may remove. With `resume` "auto" that
-        last check has to wait until the checkpoints are read (`saved_run`).
+        inputs: config key → path that the run reads (`Config.inputs`). overwrite: output.overwrite. shaping:
+        `Config.shaping`. Raises UserError if an input lies in a path that the run writes, if the folder lies in an
+        input, if a link would redirect what is written, and if the folder holds a run that this one neither resumes nor
+        may remove. With `resume` "auto" that last check has to wait until the checkpoints are read (`saved_run`).
         """
         folder = cls(path)
         folder.refuse_inputs(inputs)
         refuse_links(folder.written(), "output.dir")
         if not overwrite and (resume == "never" or (isinstance(resume, Path) and not folder.holds(resume))):
-            folder.refuse_existing()
+            folder.refuse_existing(shaping or {})
         if path.exists() and not path.is_dir():
             raise UserError(f"output.dir: {path} is a file; choose a folder")
         folder._found = folder._entries()
@@ -95,14 +102,29 @@ class RunFolder:
                     f"{key}: {source} is or lies in {within}, which the run writes; choose another output.dir"
                 )
 
-    def refuse_existing(self) -> None:
+    def refuse_existing(self, shaping: Mapping[str, object]) -> None:
         """Raise UserError where the folder already holds a run: nothing is overwritten without output.overwrite."""
         held = [name for name in ENTRIES if (self.path / name).exists()]
         if held:
+            changed = self._changed(shaping)
+            first = f", which these settings cannot resume ({'; '.join(changed)})" if changed else ""
+            remedy = "" if changed else "resume it with train.resume=auto, "
             raise UserError(
-                f"output.dir: {self.path} already has a run ({', '.join(held)}); resume it with train.resume=auto, "
-                "choose another output.dir, or remove it with output.overwrite=true"
+                f"output.dir: {self.path} already has a run ({', '.join(held)}){first}; {remedy}choose another "
+                "output.dir, or remove it with output.overwrite=true"
             )
+
+    def _changed(self, shaping: Mapping[str, object]) -> list[str]:
+        """Return a text on each key of `shaping` that had another value in the run that the folder holds."""
+        try:
+            before = load_config(self.config, note=lambda line: None).shaping
+        except UserError:  # a config.yaml that is missing, edited or of another version: resuming says more
+            return []
+        return [
+            f"{key} was {before[key]} and is now {now}"
+            for key, now in shaping.items()
+            if key in before and before[key] != now
+        ]
 
     def saved_run(self) -> list[str]:
         """Return the names of entries that only a run with a checkpoint leaves, and that starting afresh would destroy.

@@ -91,6 +91,8 @@ class Trainer:
         if config.eval.at_start and self.progress.step == 0:
             self.evaluator.evaluate(0)
         trains = not self._ended
+        if self.progress.step >= self.steps:
+            self.reporter.say(f"step {self.progress.step}/{self.steps}: the run has ended; nothing left to train")
         while not self._ended:
             phases.enter("checkpoint")
             self.saver.poll()

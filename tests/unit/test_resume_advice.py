@@ -67,3 +67,15 @@ def test_a_folder_that_holds_a_run_names_what_resumes_it(tmp_path: Path) -> None
     (tmp_path / "config.yaml").touch()
     with pytest.raises(UserError, match="already has a run .*; resume it with train.resume=auto, choose another"):
         RunFolder.prepare(tmp_path, "never", {}, overwrite=False)
+
+
+def test_a_folder_whose_run_cannot_be_resumed_says_so(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(changed("lora.rank=4").to_yaml())
+    for overrides, said in (
+        (["method=prefix"], "which these settings cannot resume (method was lora and is now prefix); choose another"),
+        (["lora.rank=8"], "which these settings cannot resume (lora.rank was 4 and is now 8); choose another"),
+        (["lora.rank=4", "train.lr=0.1"], "already has a run (config.yaml); resume it with train.resume=auto"),
+        (["lora.init_from=adapter"], "already has a run (config.yaml); resume it with train.resume=auto"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            RunFolder.prepare(tmp_path, "never", {}, overwrite=False, shaping=changed(*overrides).shaping)
