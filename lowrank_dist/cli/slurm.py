@@ -149,6 +149,7 @@ def slurm_command(
     job = Job(
         name=job_name,
         what=f"{run.model.path} by {run.method} on {layout.nodes}: {layout.candidate.job.layout}",
+        host_memory=layout.host_memory,
         nodes=nodes,
         ranks=gpus_per_node,
         gpus=run.model.device != "cpu",
@@ -263,6 +264,8 @@ def _resume(changes: list[str], run: Config) -> str:
 
 
 def _warnings(run: Config, job: Job) -> Iterator[str]:
+    if not any(run.model.path.glob("*.safetensors")):
+        yield f"model.path: {run.model.path} has no weights (*.safetensors); put them there before the job starts"
     if run.output.save_every is None:
         yield (
             "output.save_every is null, so the job saves only when it is told to stop and at its end; if a node fails, "

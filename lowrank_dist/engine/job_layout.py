@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from lowrank_dist.engine.planning import Request, fixed_of, job_of
@@ -10,6 +11,7 @@ from lowrank_dist.planner.choice import choose, fitting_layout
 from lowrank_dist.planner.job import Job
 from lowrank_dist.planner.layouts import Candidate, Cluster, Fixed
 from lowrank_dist.planner.memory import ACCURACY
+from lowrank_dist.planner.parameters import host_bytes, saving_bytes
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,15 @@ class JobLayout:
     def nodes(self) -> str:
         cluster = self.candidate.cluster
         return f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}"
+
+    @property
+    def host_memory(self) -> str:
+        """The host memory that the job's nodes need, in words."""
+        job, ranks = self.candidate.job, self.candidate.cluster.gpus_per_node
+        loading, saving = (math.ceil(size / 1e9) for size in (host_bytes(job, ranks), saving_bytes(job)))
+        return (
+            f"A node needs {loading} GB while it loads, by the plan, and the first one {saving} GB more while it saves."
+        )
 
     def __str__(self) -> str:
         job, cluster = self.candidate.job, self.candidate.cluster

@@ -16,19 +16,23 @@ from lowrank_dist.slurm.script import fill, with_directives, with_header
 from lowrank_dist.slurm.setup import with_setup
 from lowrank_dist.slurm.snapshot import Snapshot
 
+_MEMORY = "# Host memory of a node; 0 is all of it."  # in the template
+
 
 @dataclass(frozen=True)
 class Job:
     """A training job.
 
-    what: model, method, nodes and layout, in words. ranks: of a node. time: as sbatch writes it; lead: seconds before
-    its end at which the job is told to stop. directives: more options of sbatch, each with its value, or None for an
-    option without one. overrides, run (the run folder) and resume: of the configuration. inputs: key → file or folder
-    that the run reads. python: None for this interpreter, or for python3 in a container.
+    what: model, method, nodes and layout, in words. host_memory: that a node needs, in words. ranks: of a node. time:
+    as sbatch writes it; lead: seconds before its end at which the job is told to stop. directives: more options of
+    sbatch, each with its value, or None for an option without one. overrides, run (the run folder) and resume: of the
+    configuration. inputs: key → file or folder that the run reads. python: None for this interpreter, or for python3 in
+    a container.
     """
 
     name: str
     what: str
+    host_memory: str
     nodes: int
     ranks: int
     gpus: bool
@@ -56,6 +60,7 @@ class Job:
         Raises UserError for directives, a setup or a container that the job cannot run with.
         """
         template = (self.project / "launch" / "slurm" / "train.sbatch").read_text(encoding="utf-8")
+        template = template.replace(_MEMORY, f"{_MEMORY} {self.host_memory}")
         more = dict(self.directives) | ({} if self.requeue else {"no-requeue": None})
         script = with_directives(fill(template, self._directives, self._variables), more)
         if self.container is not None:

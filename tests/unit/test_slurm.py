@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -199,6 +200,20 @@ def test_requeues(config: Path) -> None:
 def test_a_run_without_checkpoints_is_a_warning(config: Path) -> None:
     assert "warning: output.save_every is null" in slurm(config, "--dry-run").stderr
     assert "save_every" not in slurm(config, "output.save_every=100", "--dry-run").stderr
+
+
+def test_a_model_without_weights_is_a_warning(config: Path, tmp_path: Path) -> None:
+    assert "warning: model.path: base has no weights (*.safetensors)" in slurm(config, "--dry-run").stderr
+    (tmp_path / "base" / "model.safetensors").touch()
+    assert "no weights" not in slurm(config, "--dry-run").stderr
+
+
+def test_the_script_says_how_much_memory_a_node_needs(config: Path) -> None:
+    lines = slurm(config, "--dry-run").stdout.splitlines()
+    files = json.loads(runner.invoke(app, ["plan", str(config), "--nodes", "2", "--json"]).output)["files"]
+    loading, saving = (math.ceil(files[f"host_memory_{when}"] / 1e9) for when in ("loading", "saving"))
+    said = f"A node needs {loading} GB while it loads, by the plan, and the first one {saving} GB more while it saves."
+    assert lines[lines.index("##SBATCH --mem=0") - 1] == f"# Host memory of a node; 0 is all of it. {said}"
 
 
 def test_a_start_that_is_repeated_is_a_warning(config: Path, tmp_path: Path) -> None:
