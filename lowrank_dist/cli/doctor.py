@@ -39,7 +39,7 @@ def doctor_command(
 ) -> None:
     """Check that training can run here or on all nodes of a job; name the remedy for each problem.
 
-    On all nodes of a job: srun lowrank-dist doctor CONFIG (in a container: srun, its options, and python3 -m
+    On all nodes of a job: srun lowrank-dist doctor CONFIG (in a container: srun CONTAINER_OPTIONS python3 -m
     lowrank_dist.cli doctor CONFIG), deepspeed --hostfile FILE --module lowrank_dist.cli doctor
     CONFIG, or torchrun ... --module lowrank_dist.cli doctor CONFIG. Exit code 1 where training cannot run.
     """
