@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from lowrank_dist.data.keys import MESSAGE_KEYS, ROW_KEYS
 from lowrank_dist.errors import UserError, some_of
-from lowrank_dist.sections.synonyms import of_message, of_row
+from lowrank_dist.sections.synonyms import SHAREGPT_ROLES, of_message, of_row
 from lowrank_dist.untrusted.files import MIB, read_lines
 from lowrank_dist.untrusted.json import JsonError, brief, parse_json
 from lowrank_dist.untrusted.keys import EMPTY
@@ -35,6 +36,11 @@ _MOST_KEYS = 20
 LONGEST_LINE = 2 * MIB
 ROLES = ("system", "user", "assistant")
 FORMATS = '{"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+
+CONVERTERS = "docs/how-to/bring-your-own-data.md has converters"
+_BEGINNING = 4096  # bytes of a JSON array in which its keys are looked for
+_ARRAY = re.compile(rb"\[\s*(\{|$)")  # its beginning, with the first object or without
+_QUOTED = re.compile(r'"(\w{1,40})"\s*:')
 
 Kind = Literal["completion", "messages"]
 
@@ -123,8 +129,8 @@ def read_jsonl(
                 f"{path}: a Parquet file; convert it to JSONL with pandas, pd.read_parquet(FILE).to_json(OTHER, "
                 "orient='records', lines=True, force_ascii=False)"
             )
-        if raw.strip().removeprefix(codecs.BOM_UTF8) == b"[" and not faults.lines:
-            raise UserError(f"{path}:{number}: the file is one JSON array; write one object a line, without [ and ]")
+        if not faults.lines and _ARRAY.match(raw.strip().removeprefix(codecs.BOM_UTF8)):
+            raise UserError(_array(path, number))
         faults.lines += 1
         try:
             value = _parse(raw, first=number == 1)
@@ -143,6 +149,16 @@ def read_jsonl(
         raise UserError(f"{path}: the file has no samples; write one of {FORMATS} a line")
     filled = {"completions": rows} if kind == "completion" else {"conversations": rows}
     return Records(path, kind, ignored_keys=dict(sorted(extra.items())), whole=whole, **filled)
+
+
+def _array(path: Path, line: int) -> str:
+    """Return the error on a file that is one JSON array. line: where it begins."""
+    what = f"{path}:{line}: the file is one JSON array; write one object a line, without [ and ]"
+    with path.open("rb") as file:
+        beginning = file.read(_BEGINNING).decode(errors="replace")
+    found = {key: _meant(key, ()) for key in _QUOTED.findall(beginning) if of_row(key) is not None}
+    hints = "".join(f" ({key!r}: {hint})" for key, hint in found.items())
+    return f"{what}, each {FORMATS}{hints}; {CONVERTERS}"
 
 
 class _Faults:
@@ -201,8 +217,9 @@ def _kind_of(value: dict[str, Any]) -> Kind:
         known = ("prompt", "completion", "messages")
         hints = {key: _meant(key, known) for key in islice(value, _MOST_KEYS)}
         meant = "".join(f" ({key!r}: {hint})" for key, hint in hints.items() if hint)
+        page = f"; {CONVERTERS}" if any(of_row(key) is not None for key in hints) else ""
         found = some_of([brief(key) for key in value], _MOST_KEYS)
-        raise Problem(f"no key 'prompt', 'completion' or 'messages', found {found}{meant}; expected {FORMATS}")
+        raise Problem(f"no key 'prompt', 'completion' or 'messages', found {found}{meant}; expected {FORMATS}{page}")
     for key, effect in ROW_KEYS.refusals(value).items():
         missing = sorted({"prompt", "completion"} - flat) if flat else []
         raise Problem(f"key {key!r} {effect}" + "".join(f"; key {each!r} is missing as well" for each in missing))
@@ -283,7 +300,9 @@ def _message(message: object, where: str) -> dict[str, str]:
     if said:
         raise Problem(f"'{where}' has the key {brief(said[0])}, which is not supported; keep only 'role' and 'content'")
     if role not in ROLES:
-        raise Problem(f"'{where}.role' is {brief(role)}; write one of {', '.join(ROLES)}")
+        ours = SHAREGPT_ROLES.get(role)
+        meant = f"for {role!r} write {ours!r}" if ours else f"write one of {', '.join(ROLES)}"
+        raise Problem(f"'{where}.role' is {brief(role)}; {meant}")
     if role == "assistant" and not content.strip():
         raise Problem(
             f"'{where}.content' of the assistant is empty, so there is nothing to train on; fill it or remove the "

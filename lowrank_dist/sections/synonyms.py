@@ -195,6 +195,9 @@ MESSAGE_KEYS = (
     Synonym("value", _CHATS, "content"),
 )
 
+# Roles of ShareGPT's messages → ours.
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
 
 def _by_name(synonyms: tuple[Synonym, ...]) -> Mapping[str, Synonym]:
     return {synonym.theirs: synonym for synonym in synonyms}

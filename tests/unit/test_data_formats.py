@@ -111,7 +111,12 @@ def test_keys_without_effect_pass(tmp_path: Path, line: str) -> None:
         ('{"messages": [{"role": "user", "content": [{"type": "text"}]}]}', ["'messages[0].content' is a JSON array"]),
         (
             '{"messages": [{"role": "human", "content": "x"}]}',
-            ["'messages[0].role' is 'human'", "system, user, assist"],
+            ["'messages[0].role' is 'human'; for 'human' write 'user'"],
+        ),
+        ('{"messages": [{"role": "gpt", "content": "x"}]}', ["for 'gpt' write 'assistant'"]),
+        (
+            '{"messages": [{"role": "tool", "content": "x"}]}',
+            ["'messages[0].role' is 'tool'", "system, user, assist"],
         ),
         (
             '{"messages": [{"role": "assistant", "content": " \\n"}]}',
@@ -243,7 +248,11 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_a_json_array_file_is_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text(json.dumps([json.loads(GOOD)]))
-    with pytest.raises(UserError, match="JSON array where an object is expected"):
+    with pytest.raises(UserError, match=r"data\.json:1: the file is one JSON array; write one object a line") as caught:
+        read_jsonl(path)
+    assert "did you mean" not in str(caught.value)
+    path.write_text(json.dumps([{"id": "1", "conversations": [{"from": "human", "value": "x"}]}], indent=1))
+    with pytest.raises(UserError, match=r"\('conversations': did you mean 'messages'\?.*bring-your-own-data\.md"):
         read_jsonl(path)
 
 
