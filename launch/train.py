@@ -91,7 +91,7 @@ def start(arguments: list[str]) -> int:
     try:
         set_rank_variables()
         notes: list[str] = []
-        config = read_arguments(arguments, notes.append)
+        config = read_arguments(arguments, notes.append, require_data=True)
     except UserError as error:
         if isinstance(error, RankIdentityError) or should_print_for_node():
             say(f"lowrank_dist: {error}", err=True)

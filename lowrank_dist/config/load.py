@@ -74,15 +74,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), note: Callable[
     return _loaded(Path(path), changes, raw, note)
 
 
-def read_arguments(argv: Sequence[str], note: Callable[[str], None] = _say_once) -> Config:
+def read_arguments(
+    argv: Sequence[str], note: Callable[[str], None] = _say_once, *, require_data: bool = False
+) -> Config:
     """Return the config that the arguments of a run's command line describe; `note` as in `load_config`.
 
     `argv` is CONFIG.yaml and, in any order, overrides: `section.key=value`, `--section.key value` or
-    `--section.key=value`. `--local_rank=N`, which launchers add, is accepted and ignored.
+    `--section.key=value`. `--local_rank=N`, which launchers add, is accepted and ignored. require_data: a data file
+    that does not exist is a mistake as well.
     """
     raw = _Raw()
     path, overrides = _split_arguments(argv, raw)
-    return _loaded(path, overrides, raw, note)
+    config = _loaded(path, overrides, raw, note)
+    if require_data:
+        _require_data(config, raw)
+    return config
+
+
+def _require_data(config: Config, raw: _Raw) -> None:
+    """Raise ConfigError for data files that do not exist, with the place that names them."""
+    remedies = {"train": "set data.train=FILE", "eval": "set data.eval=FILE, or data.eval=null for no evaluation"}
+    for key, remedy in remedies.items():
+        path = config.inputs.get(f"data.{key}")
+        if path is not None and not path.exists():
+            raw.problem(raw.where(("data", key)), f"data.{key}: {path}: no such file", remedy)
+    if raw.problems:
+        raise _refusal(raw.problems, len(raw.problems))
 
 
 def _loaded(path: Path | None, overrides: Sequence[tuple[str, str]], raw: _Raw, note: Callable[[str], None]) -> Config:
@@ -167,6 +184,9 @@ class _Raw:
     def read(self, path: Path) -> None:
         """Read the values of a YAML file."""
         self.file = str(path)
+        if path.suffix == ".jsonl":
+            remedy = f"name it in one: CONFIG data.train={path}, as in `lowrank-dist data CONFIG data.train={path}`"
+            return self.problem(self.file, "a data file, not a config", remedy, fatal=True)
         try:
             text = read_text(path, USAGE, largest=LARGEST)
         except UserError as error:

@@ -330,8 +330,7 @@ def test_what_the_files_say_in_vain_is_said_at_the_start(place: Place) -> None:
 
 def test_no_data_file(place: Place) -> None:
     place.train.unlink()
-    named = "give data.train, data.eval, --data and --prompts a JSONL file"
-    assert f"{place.train}: no such file; {named}" in refused(place)
+    assert f": data.train: {place.train}: no such file; set data.train=FILE" in refused(place)
 
 
 def test_malformed_lines(place: Place) -> None:

@@ -398,6 +398,34 @@ def test_the_round_trip_needs_its_own_dumper() -> None:
 
 @pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name)
 def test_the_shipped_configs_are_valid_and_say_how_they_are_launched(path: Path) -> None:
-    load_config(path)
+    config = load_config(path)
+    assert config.data.eval is None or config.data.train.parent == Path("build/quickstart/data"), (
+        "README overrides train"
+    )
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert any(f"launch/train.py configs/{path.name}" in line for line in header)
+
+
+def test_a_data_file_that_does_not_exist_is_told_with_its_place(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").touch()
+    path.write_text(
+        f"model: {{path: b}}\noutput: {{dir: r}}\ndata:\n  train: {tmp_path}/train.jsonl\n  eval: none.jsonl\n"
+    )
+    arguments = [str(path)]
+    with pytest.raises(ConfigError) as caught:
+        read_arguments(arguments, require_data=True)
+    remedy = "set data.eval=FILE, or data.eval=null for no evaluation"
+    assert str(caught.value) == f"{path}:5: data.eval: none.jsonl: no such file; {remedy}"
+    with pytest.raises(ConfigError, match="^command line: data.train: absent: no such file; set data.train=FILE$"):
+        read_arguments([*arguments, "data.eval=null", "data.train=absent"], require_data=True)
+    read_arguments([*arguments, "data.eval=null"], require_data=True)
+    read_arguments(arguments)
+
+
+def test_a_data_file_in_place_of_a_config_is_told(tmp_path: Path) -> None:
+    data = tmp_path / "caps.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n' * 2)
+    with pytest.raises(ConfigError) as caught:
+        load_config(data)
+    assert f"{data}: a data file, not a config; " in str(caught.value)
+    assert f"`lowrank-dist data CONFIG data.train={data}`" in str(caught.value)
