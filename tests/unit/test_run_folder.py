@@ -6,14 +6,19 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from lowrank_dist.config.load import config_of
-from lowrank_dist.engine.run import merge_line
+from lowrank_dist.engine.run import Progress, merge_line
 from lowrank_dist.engine.run_folder import RunFolder
+from lowrank_dist.engine.trainer import Trainer
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import temporary_name
+
+VALUES: dict[str, dict[str, object]] = {"model": {"path": "b"}, "data": {"train": "t"}, "output": {"dir": "r"}}
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +90,21 @@ def test_only_its_own_unfinished_files_are_removed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("method", "merges"), [("lora", True), ("full", False), ("prefix", False)])
 def test_a_method_that_merges_says_the_command(tmp_path: Path, method: str, merges: bool) -> None:
     run = tmp_path / "my run"
-    values: dict[str, dict[str, object]] = {"model": {"path": "b"}, "data": {"train": "t"}, "output": {"dir": "r"}}
-    said = merge_line(config_of(values, [f"method={method}"]), RunFolder(run))
+    said = merge_line(config_of(VALUES, [f"method={method}"]), RunFolder(run))
     command = f"merge it: lowrank-dist merge --base b --adapter '{run}/adapter' --out '{run}/merged'"
     assert said == (command if merges else None)
+
+
+def test_a_finished_run_that_is_resumed_says_that_nothing_is_left(tmp_path: Path) -> None:
+    said: list[str] = []
+    trainer: Any = Trainer.__new__(Trainer)
+    trainer.run = SimpleNamespace(
+        config=config_of(VALUES, []), folder=RunFolder(tmp_path), phases=SimpleNamespace(enter=lambda phase: None)
+    )
+    trainer.progress, trainer.steps = Progress(step=4), 4
+    trainer.evaluator = SimpleNamespace(history=None)
+    trainer.saver = SimpleNamespace(save=lambda progress, final: None, finish=lambda: None)
+    trainer.reporter = SimpleNamespace(say=said.append)
+    trainer.meter = SimpleNamespace(summary=lambda: "peak")
+    assert trainer._train() and said[0] == "step 4/4: the run has ended; nothing left to train"
+    assert said[1].startswith("merge it: ") and said[2] == "peak"
