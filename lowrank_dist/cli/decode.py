@@ -210,7 +210,7 @@ def say_limited(limited: int, total: int) -> None:
     """Say on stderr how many completions were cut off by their length limit."""
     if limited:
         say(
-            f"{limited} of {total} completions met their length limit (--max-new-tokens, or the model's positions)",
+            f"{limited} of {total} completions reached their length limit (--max-new-tokens, or the model's positions)",
             err=True,
         )
 

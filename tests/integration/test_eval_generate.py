@@ -191,7 +191,7 @@ def test_best_is_the_first_of_the_highest(job: Path, runs: dict[str, Path], tmp_
     kept = state(tmp_path / "kept", STEPS)["eval_metrics"]
     assert kept == {name: {str(step): record[f"eval_{name}"] for step, record in records.items()} for name in METRICS}
     line = f"step {STEPS}/{STEPS}  eval loss {records[STEPS]['eval_loss']:.4f}  exact_match 1.0000"
-    assert line in said and "0 of 8 met their length limit" in said and "8 of 8 met their length limit" in said
+    assert line in said and "0 of 8 reached their length limit" in said and "8 of 8 reached their length limit" in said
 
 
 def test_training_is_the_same_bit_by_bit(job: Path, runs: dict[str, Path], tmp_path: Path) -> None:
@@ -337,7 +337,7 @@ def test_evaluations_without_a_checkpoint_are_announced(job: Path, tmp_path: Pat
     announced = "checkpoints/best can only be a step that is both evaluated and saved, "
     assert f"{announced}one of 6, 12, … and the last, since eval.every is 2 and output.save_every is 3" in said["3"]
     assert f"{announced}the last, since eval.every is 2 and output.save_every is null" in said["null"]
-    assert announced not in said["1"] and "1 of 1 met their length limit" in said["1"]
+    assert announced not in said["1"] and "1 of 1 reached their length limit" in said["1"]
 
 
 def test_a_run_notes_references_without_a_word(job: Path, tmp_path: Path) -> None:

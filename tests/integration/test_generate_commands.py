@@ -102,7 +102,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_one_prompt_prints_its_completion(base: Path) -> None:
     (done,) = command(1, "generate", "--model", base, "--prompt", PROMPTS[0], "--max-new-tokens", NEW)
     assert (done.code, done.stdout) == (0, transformers_texts(base)[0] + "\n")
-    assert done.stderr == "1 of 1 completions met their length limit (--max-new-tokens, or the model's positions)\n"
+    assert done.stderr == "1 of 1 completions reached their length limit (--max-new-tokens, or the model's positions)\n"
 
 
 def test_what_the_files_say_in_vain_is_said_first(base: Path, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_evaluate(base: Path, scored: Path, size: int, tensor: int, tmp_path: Pa
     assert result["mean_tokens"] == sum(len(line["tokens"]) for line in found) / 5
     expected = score(names, transformers_texts(base), [line["references"] for line in found])
     assert {name: result[name] for name in names} == expected
-    assert f"{result['met_length_limit']:.0f} of 5 completions met their length limit" in done[0].stderr
+    assert f"{result['met_length_limit']:.0f} of 5 completions reached their length limit" in done[0].stderr
 
 
 def test_the_table_says_the_same(base: Path, scored: Path) -> None:

@@ -173,8 +173,8 @@ def _moved_and_linked(run: Path) -> None:
     ("lose", "named"),
     [
         (_emptied, "has no checkpoint, but other files of a run that saved one remain (adapter, metrics.jsonl)"),
-        (_without_adapter, "(left of it: metrics.jsonl)"),
-        (_only_metrics, "(left of it: metrics.jsonl)"),
+        (_without_adapter, "other files of a run that saved one remain (metrics.jsonl)"),
+        (_only_metrics, "other files of a run that saved one remain (metrics.jsonl)"),
         (_moved_and_linked, "step-6 is a link; replace it with its folder"),
     ],
 )
@@ -240,7 +240,7 @@ def test_killed_before_the_first_checkpoint_starts_again(job: Path, runs: dict[s
         (["train.steps=8"], "train.steps was 6 and is now 8"),
         (["engine.clip=null"], "engine.clip was 1.0 and is now None"),
         (["data.eval=null"], "data.eval was "),
-        (["train.steps=1", "train.resume_changes=[train.steps]"], "is at step 2, but the run ends at 1"),
+        (["train.steps=1", "train.resume_changes=[train.steps]"], "is at step 2, but the run ends at step 1"),
         (
             ["lora.rank=8", "train.resume_changes=[lora.rank]"],
             "same sizes of the method (such as lora.rank)",

@@ -150,7 +150,7 @@ print("went on")
 
 
 @pytest.mark.parametrize(
-    ("error", "said"), [(UserError("x: missing:\n download"), "x: missing; download"), (OSError("x"), "OSError: x")]
+    ("error", "said"), [(UserError("x: missing;\n download"), "x: missing; download"), (OSError("x"), "OSError: x")]
 )
 def test_a_check_that_fails_is_a_row(error: Exception, said: str) -> None:
     def failing() -> list[Row]:

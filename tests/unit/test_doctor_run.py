@@ -75,7 +75,7 @@ def test_a_run_that_can_begin(config: Path, tmp_path: Path) -> None:
     # A [4, 64] and B [64, 4] of q, A [4, 96] and B [64, 4] of down, in two layers.
     assert inputs.parameters(load_config(config)).trained == 2 * 4 * (64 + 64 + 96 + 64)
     assert found["trained parameters"]["detail"] == "lora: 2,304 trainable numbers"
-    assert found["run folder"]["state"] == "ok" and f"{tmp_path}, where" in found["run folder"]["detail"]
+    assert found["run folder"]["state"] == "ok" and f"{tmp_path}, the folder for" in found["run folder"]["detail"]
     assert found["free disk"]["state"] == "ok" and "5 checkpoints of 36.0 KiB" in found["free disk"]["detail"]
     assert "rendezvous" not in found and "all-reduce" not in found
     assert snapshot(tmp_path) == before, "doctor left something behind, or made the run folder"
@@ -192,7 +192,7 @@ def nothing(place: Path) -> None:
         (cut_shard, None, "model folder", "broken", "truncated or not a safetensors file"),
         (other_family, None, "model folder", "unsupported", "'mamba' is not supported"),
         (nothing, "model.path=/no/model", "model folder", "broken", "no such folder"),
-        (nothing, "parallel.tensor=3", "parallel.tensor", "broken", "it may be 1, 2, 4"),
+        (nothing, "parallel.tensor=3", "parallel.tensor", "broken", "set it to one of 1, 2, 4"),
         (no_tokenizer, None, "tokenizer", "broken", "has neither tokenizer.json nor"),
         (nothing, "lora.targets=[qproj]", "trained parameters", "broken", "matches no linear"),
         (nothing, "data.train=/no/data.jsonl", "data.train", "missing", "No such file"),
@@ -338,7 +338,7 @@ def test_a_disk_that_refuses_is_named_and_not_the_probe(tmp_path: Path, monkeypa
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError) as refusal:
         Probe(tmp_path).write()
-    assert str(refusal.value).startswith(f"{tmp_path}: a checkpoint cannot be written \(No space left on device\); ")
+    assert str(refusal.value).startswith(f"{tmp_path}: a checkpoint cannot be written (No space left on device); ")
     assert "tmp-" not in str(refusal.value) and "probe" not in str(refusal.value)
 
 
@@ -435,7 +435,7 @@ def test_a_rank_that_does_not_come() -> None:
     start = time.monotonic()
     ((code, stdout, _),) = Job(3).run([0], "--timeout", 3)
     assert code == 1 and time.monotonic() - start < 60
-    assert "ranks 1, 2 of 3 did not connect to localhost:" in stdout and "there: rank 0 on " in stdout
+    assert "ranks 1, 2 of 3 did not connect to localhost:" in stdout and "connected: rank 0 on " in stdout
     assert "not checked, since not every rank has connected" in stdout and "launcher deepspeed" in stdout
 
 
@@ -509,7 +509,7 @@ def test_a_missing_hostfile_is_an_error(tmp_path: Path) -> None:
     ("environment", "said"),
     [
         ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT not set"),
-        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "h1", "MASTER_PORT": "1"}, "RANK: 'x' is not the number"),
+        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "h1", "MASTER_PORT": "1"}, "RANK: 'x' is not a number"),
     ],
 )
 def test_half_a_launcher(environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:

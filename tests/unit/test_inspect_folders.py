@@ -15,7 +15,7 @@ from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 from tests.unit.test_inspect import (
     WEIGHTS,
-    breaks,
+    assert_damage_reported,
     change,
     cut,
     elsewhere,
@@ -114,7 +114,7 @@ MODEL_FAULTS = {
 
 @pytest.mark.parametrize("fault", MODEL_FAULTS)
 def test_broken_model(model: Path, fault: str) -> None:
-    breaks(model, *MODEL_FAULTS[fault])
+    assert_damage_reported(model, *MODEL_FAULTS[fault])
 
 
 def test_run(run: Path, base: Path) -> None:
@@ -164,7 +164,7 @@ RUN_FAULTS = {
 
 @pytest.mark.parametrize("fault", RUN_FAULTS)
 def test_broken_run(run: Path, fault: str) -> None:
-    breaks(run, *RUN_FAULTS[fault])
+    assert_damage_reported(run, *RUN_FAULTS[fault])
 
 
 @pytest.mark.parametrize("kind", ["model", "run"])

@@ -33,7 +33,7 @@ from tests.tiny_learned import (
     save_learned,
 )
 from tests.tiny_models import make_tiny
-from tests.unit.test_inspect import broken, facts_of, same_in_text_and_json, show
+from tests.unit.test_inspect import assert_reported_broken, facts_of, same_in_text_and_json, show
 
 METHODS = ("prefix", "prompt", "adapter_h", "adapter_l")
 VIRTUAL, LAYERS = METHODS[:2], METHODS[2:]
@@ -190,7 +190,9 @@ def test_damaged_folders_are_refused(folder: Path, method: str, damage: Callable
     with pytest.raises(UserError, match=DAMAGE[damage]) as caught:
         read(folder, method)
     assert str(folder) in str(caught.value)
-    broken(folder, str(folder), *([] if damage in (config_value, config_of_a_billion) else [DAMAGE[damage]]))
+    assert_reported_broken(
+        folder, str(folder), *([] if damage in (config_value, config_of_a_billion) else [DAMAGE[damage]])
+    )
 
 
 @pytest.mark.parametrize("damage", [config_of_text, config_of_a_list], ids=lambda damage: damage.__name__)
@@ -198,7 +200,7 @@ def test_a_config_that_is_none(folder: Path, method: str, damage: Callable[[Path
     damage(folder, method)
     with pytest.raises(UserError, match=CONFIGS[method]):
         read(folder, method)
-    broken(folder, CONFIGS[method])
+    assert_reported_broken(folder, CONFIGS[method])
 
 
 def test_a_pickle_is_never_read(base: Path, tmp_path: Path) -> None:
@@ -210,7 +212,7 @@ def test_a_pickle_is_never_read(base: Path, tmp_path: Path) -> None:
         pickle(folder, method)
         with pytest.raises(UserError, match="a pickle file, which is never read"):
             read(folder, method)
-        broken(folder, "a pickle file, which is never read")
+        assert_reported_broken(folder, "a pickle file, which is never read")
 
 
 def test_prefixes_that_are_not_ours_to_read(base: Path, tmp_path: Path) -> None:
@@ -277,9 +279,9 @@ def test_inspect_an_adapter(base: Path, method: str, folder: Path, tmp_path: Pat
     same_in_text_and_json(folder)
     # Another base of the same sizes, and one of other sizes.
     twin = make_tiny("qwen3", tmp_path / "twin", seed=1)
-    broken(folder, "lowrank_dist.json", "base_fingerprint", "--base", more=("--base", twin))
+    assert_reported_broken(folder, "lowrank_dist.json", "base_fingerprint", "--base", more=("--base", twin))
     deeper = make_tiny("qwen3", tmp_path / "deeper", num_hidden_layers=3)
-    broken(folder, CONFIGS[method], "give the model that it was trained on", more=("--base", deeper))
+    assert_reported_broken(folder, CONFIGS[method], "give the model that it was trained on", more=("--base", deeper))
 
 
 def test_inspect_a_checkpoint(base: Path, method: str, tmp_path: Path) -> None:
@@ -288,7 +290,7 @@ def test_inspect_a_checkpoint(base: Path, method: str, tmp_path: Path) -> None:
     assert (inspected(folder).kind, facts["method"], facts["step"]) == ("checkpoint", method, 7)
     assert facts["manifest"] == "verifies" and facts["base_matches"] is True
     (folder / "optimizer.safetensors").write_bytes(b"x")
-    broken(folder, "optimizer.safetensors", "1 bytes, the manifest has")
+    assert_reported_broken(folder, "optimizer.safetensors", "1 bytes, the manifest has")
 
 
 def test_inspect_a_run(base: Path, method: str, tmp_path: Path) -> None:
@@ -304,7 +306,7 @@ def test_inspect_a_run(base: Path, method: str, tmp_path: Path) -> None:
     assert report.facts["base_matches"] is True
     same_in_text_and_json(run_folder)
     nan(run_folder / "adapter", method)
-    broken(run_folder, "adapter", "has NaN or infinity")
+    assert_reported_broken(run_folder, "adapter", "has NaN or infinity")
 
 
 def test_untrained_layers_are_a_warning(base: Path, tmp_path: Path) -> None:

@@ -68,14 +68,14 @@ def test_of_two_steps_at_one_port_one_runs_alone(tmp_path: Path) -> None:
     assert "which is already in use; give each run its own MASTER_PORT" in others[0].stdout
     steps = [f"Slurm's job 7, step {number}, restart 0, 2 ranks" for number in (1 - winner, winner)]
     assert "rank 1 met another run at 127.0.0.1, port" in others[1].stdout
-    assert f"it is of {steps[0]}, and the run there is {steps[1]}" in others[1].stdout
+    assert f"this rank belongs to {steps[0]}, and the run there is {steps[1]}" in others[1].stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stranger", "named"),
     [
-        ({"RANK": "1", "WORLD_SIZE": "3"}, "it is of 3 ranks, and the run there is 2 ranks"),
+        ({"RANK": "1", "WORLD_SIZE": "3"}, "this rank belongs to 3 ranks, and the run there is 2 ranks"),
         ({"RANK": "1", "WORLD_SIZE": "2"}, "is also rank 1; give every rank its own RANK"),
     ],
     ids=["another world size", "a rank twice"],

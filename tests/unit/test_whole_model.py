@@ -27,7 +27,7 @@ from lowrank_dist.methods.registry import method_package, method_package_of
 from tests.tiny_adapters import inspected
 from tests.tiny_learned import base_tensors, run_of, save_whole
 from tests.tiny_models import FAMILY_NAMES, make_tiny
-from tests.unit.test_inspect import broken, facts_of, same_in_text_and_json
+from tests.unit.test_inspect import assert_reported_broken, facts_of, same_in_text_and_json
 
 INDEX = "model.safetensors.index.json"
 IDS = torch.tensor([[7, 50, 3, 99, 12, 31]])
@@ -194,7 +194,7 @@ def test_inspect(base: Path, checkpoint: Path, tmp_path: Path) -> None:
     assert facts["family"] == "llama" and facts["dtypes"] == {"F32": size} and not report.warnings
     same_in_text_and_json(checkpoint)
     other = make_tiny("llama", tmp_path / "other", seed=1)
-    broken(checkpoint, "lowrank_dist.json", "base_fingerprint", more=("--base", other))
+    assert_reported_broken(checkpoint, "lowrank_dist.json", "base_fingerprint", more=("--base", other))
 
 
 def test_inspect_finds_what_is_broken(base: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -203,12 +203,12 @@ def test_inspect_finds_what_is_broken(base: Path, checkpoint: Path, tmp_path: Pa
     tensors = load_file(path)
     tensors["model.norm.weight"][3] = torch.nan
     save_file(tensors, path, {"format": "pt"})
-    broken(spoiled, path.name, "take another checkpoint")
+    assert_reported_broken(spoiled, path.name, "take another checkpoint")
     (spoiled / MANIFEST_FILE).unlink()
     write_manifest(spoiled)
-    broken(spoiled, path.name, "model.norm.weight has NaN or infinity; take an earlier checkpoint")
+    assert_reported_broken(spoiled, path.name, "model.norm.weight has NaN or infinity; take an earlier checkpoint")
     path.unlink()
-    broken(spoiled, path.name, "missing")
+    assert_reported_broken(spoiled, path.name, "missing")
 
 
 def test_inspect_a_run(base: Path, tmp_path: Path) -> None:
