@@ -109,7 +109,7 @@ def table(report: Mapping[str, Any]) -> Table:
 
 
 def examples_table(report: Mapping[str, Any]) -> Table:
-    """Return the first eval verbs with what the model writes before and after training, right or wrong."""
+    """Return a table of what the model writes for the first held-out verbs, before and after training."""
     rows = Table("", "what the model writes", title="The first held-out verbs, right or wrong", show_lines=True)
     for one in report["examples"]:
         right = one["after"].strip() == one["reference"].strip()

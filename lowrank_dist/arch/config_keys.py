@@ -1,7 +1,7 @@
-"""The rule for each key of a config.json: applied by the family's table, or handled by these lists for all families.
+"""What happens to each key of a config.json: the family's table applies it, or a list here says how it is treated.
 
-The lists hold the keys of transformers' configuration classes that are in no table (a test compares them) and keys
-found in published models.
+The lists are the same for all families. They hold every key of transformers' configuration classes that no table has
+(a test compares them), and keys found in published models.
 """
 
 from __future__ import annotations

@@ -42,8 +42,8 @@ def generate_command(
         bool,
         typer.Option(
             "--interactive",
-            help="Answer each line that is typed: with --chat as a chat that remembers the lines and answers before, "
-            f"else each line alone. {CLEAR} forgets them; {EXIT}, {QUIT} or end of input ends it.",
+            help=f"Answer each line that is typed. With --chat, earlier lines and answers are remembered until {CLEAR}, "
+            f"otherwise each line stands alone. {EXIT}, {QUIT} or end of input ends the session.",
         ),
     ] = False,
     chat: Annotated[

@@ -55,9 +55,9 @@ def plan_command(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Changes to the run's config, as for training: method=full, lora.rank=16, parallel.tensor=8. For a "
-            "shape or a model folder, the plan chooses the layout keys not given here; for a CONFIG, only those that "
-            "are null or auto.",
+            help="Changes to the run's config, as for training: method=full, lora.rank=16, parallel.tensor=8. The "
+            "plan chooses the layout keys (such as parallel.tensor) that are left open: with a CONFIG those that are "
+            "null or auto, with a shape or a model folder those not given here.",
             metavar="section.key=value ...",
             callback=_no_options,
         ),
@@ -90,7 +90,11 @@ def plan_command(
     ] = 64,
     virtual_tokens: Annotated[
         int,
-        typer.Option(help="Virtual positions of prefix and prompt in the comparison of methods.", metavar="L", min=1),
+        typer.Option(
+            help="Number of virtual positions of method=prefix and prompt in the comparison of methods.",
+            metavar="L",
+            min=1,
+        ),
     ] = 32,
     verify: Annotated[
         bool,

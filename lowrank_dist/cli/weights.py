@@ -107,8 +107,8 @@ def export_command(
         str | None,
         typer.Option(
             "--for",
-            help="Convert the adapter so that this program serves it correctly (one rank, one alpha); an error where "
-            "that is not possible.",
+            help="Make sure that this program serves the adapter correctly; where needed, give all modules the same "
+            "LoRA rank and alpha. An error where that is not possible.",
             metavar="vllm|llama.cpp",
         ),
     ] = None,

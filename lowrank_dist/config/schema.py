@@ -63,20 +63,22 @@ class EngineConfig(Section):
     )
     lanes: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="on (under sequence parallelism a factor is stored next to its frozen weight, so that one GEMM "
-        "computes both products), off, or auto (on where it was measured to be faster)",
+        description="on (store a factor next to its frozen weight, so that one GEMM multiplies by both; only with "
+        "sequence parallelism), off, or auto (on where it was measured to be faster: on CPUs)",
     )
 
 
 class TrainConfig(Section):
     """Training of a run: length, batches, optimiser, resumption."""
 
-    steps: int | None = Field(None, ge=1, description="optimizer steps of at least 1; or set train.epochs instead")
+    steps: int | None = Field(
+        None, ge=1, description="number of optimizer steps, at least 1; or set train.epochs instead"
+    )
     epochs: float | None = Field(
         None,
         gt=0,
-        description="passes over data.train, above 0; the last batch may be smaller. Set this or train.steps, not "
-        "both; 1 if both are null",
+        description="passes over data.train, above 0 (1 if train.steps is null too); the last batch may be smaller. Set "
+        "this or train.steps, not both",
     )
     global_batch: int = Field(8, ge=1, description="samples in an optimizer step over all ranks, at least 1")
     micro_batch: int = Field(
@@ -177,7 +179,10 @@ class OutputConfig(Section):
 
 
 class UnreadKeys(ValueError):
-    """`keys` of a section that the chosen method does not read. One message, with the remedy, applies to each key."""
+    """A section that the chosen method does not read is given, with the keys `keys`.
+
+    The text, which has the remedy, names no key, so that it can be shown for each.
+    """
 
     def __init__(self, keys: Sequence[str], section: str, method: str) -> None:
         self.keys = tuple(keys)

@@ -26,7 +26,10 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """The assistant's characters [start, end) of a text. content_end: end of the message in it, `start` if unknown."""
+    """An assistant's turn: characters [start, end) of a text.
+
+    content_end: where the message in the turn ends; equal to `start` if the message was not found.
+    """
 
     start: int
     end: int

@@ -1,6 +1,6 @@
 """Doctor's checks of a run, made by the code that starts one: they find what `launch/train.py` would refuse.
 
-Each check imports Megatron itself, because doctor must also work on machines where Megatron is broken.
+Megatron is imported inside the checks and not by this module: doctor must also work where Megatron is broken.
 """
 
 from __future__ import annotations

@@ -51,8 +51,9 @@ def find_resumption(config: Config, folder: RunFolder, topology: Topology) -> Re
     """Return the checkpoint that train.resume asks for; None to start afresh. Collective: rank 0 finds and verifies it.
 
     Raises UserError on every rank if the named checkpoint does not verify, if the run has newer ones, or if its base is
-    not the one in model.path. Without output.overwrite, UserError is also raised if a start afresh would destroy what a
-    run has saved: the entries of `RunFolder.saved_run`, or checkpoints of which none verifies.
+    not the one in model.path. Where no checkpoint can be resumed, starting afresh would destroy what a run has left:
+    checkpoints, where there are some but none verifies, or the entries of `RunFolder.saved_run`. That is a UserError
+    too, unless output.overwrite is set.
     """
     if config.train.resume == "never":
         return None

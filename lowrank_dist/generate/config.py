@@ -50,7 +50,8 @@ class EvalConfig(Section):
     patience: int | None = Field(
         None,
         ge=1,
-        description="evaluations in a row without a better eval.best that end the run, at least 1, or null for none",
+        description="end the run after this many evaluations in a row that do not improve the metric of eval.best, at "
+        "least 1; null: never",
     )
 
     @field_validator("best")

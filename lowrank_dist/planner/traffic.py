@@ -35,9 +35,9 @@ class Message:
 
 
 def logit_block(job: Job) -> int:
-    """Return the positions in a block of logits.
+    """Return the number of positions in a block of logits.
 
-    Computed from padded rows, whose number is the same on every rank, because blocks are all-reduced.
+    It comes from the padded rows, of which every rank has as many: blocks are all-reduced, so all ranks must cut alike.
     """
     return max(1, _LOGIT_BYTES // (4 * (padded_vocab(job) // job.layout.tensor)))
 

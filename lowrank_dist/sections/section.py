@@ -86,6 +86,7 @@ class MethodSection(Section):
     def resumed(self, saved: Mapping[str, Any]) -> Self:
         """Return the section for a resumed run. saved: the checkpoint's section, as JSON.
 
-        A method overrides it to take values from `saved` that can no longer be read from the adapter of `starts_from`.
+        A method that takes values from the adapter in `starts_from` overrides it: on a resume they come from `saved`,
+        since that adapter may be gone.
         """
         return self
