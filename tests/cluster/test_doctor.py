@@ -119,7 +119,7 @@ def test_version_skew(planted: dict[str, Any]) -> None:
 def test_read_only_run_folder(planted: dict[str, Any]) -> None:
     row = found(planted, "run folder", "h1")
     assert row["state"] == "broken" and "Read-only file system" in row["detail"]
-    assert "give an output path that is not read-only" in row["detail"]
+    assert "set output.dir to a folder where you may write" in row["detail"]
 
 
 def test_full_disk(planted: dict[str, Any]) -> None:

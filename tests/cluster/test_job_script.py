@@ -90,7 +90,7 @@ def test_interface_is_passed_on(quiet_rig: Rig, tmp_path: Path) -> None:
 def test_a_rank_that_fails_ends_the_job(quiet_rig: Rig, script: Path) -> None:
     job = submit(quiet_rig, script, "sys.exit(3) if rank == 1 else time.sleep(100)")
     assert job.finished() == "FAILED", job.said()
-    assert job.field("Restarts") == "0" and "requeued" not in job.said()
+    assert job.field("Restarts") == "0" and "requeued as" not in job.said()
 
 
 def test_a_failed_record_fails_the_job(quiet_rig: Rig, script: Path) -> None:

@@ -103,7 +103,7 @@ def test_a_tensor_parallel_group_across_hosts(
     refused = quiet_rig.hosts[0].run(command, environment=ENVIRONMENT)
     assert refused.code == 2 and not (tmp_path / "run").exists()
     said = "parallel.tensor: with 4, ranks 0 to 3 of one tensor-parallel group are on h1 and h2"
-    assert said in refused.stderr and "it may be 1, 2, or set parallel.across_nodes=true" in refused.stderr
+    assert said in refused.stderr and "set it to 1, 2, or set parallel.across_nodes=true" in refused.stderr
     assert "Traceback" not in refused.stderr
     done = quiet_rig.hosts[0].run([*command, "parallel.across_nodes=true"], environment=ENVIRONMENT)
     assert done.code == 0, done.stderr
