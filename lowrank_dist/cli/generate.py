@@ -42,8 +42,8 @@ def generate_command(
         bool,
         typer.Option(
             "--interactive",
-            help=f"Answer each line that is typed. With --chat, earlier lines and answers are remembered until {CLEAR}, "
-            f"otherwise each line stands alone. {EXIT}, {QUIT} or end of input ends the session.",
+            help="Answer each line that is typed. With --chat, earlier lines and answers are remembered until "
+            f"{CLEAR}; otherwise each line stands alone. {EXIT}, {QUIT} or end of input ends the session.",
         ),
     ] = False,
     chat: Annotated[

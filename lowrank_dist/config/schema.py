@@ -77,8 +77,8 @@ class TrainConfig(Section):
     epochs: float | None = Field(
         None,
         gt=0,
-        description="passes over data.train, above 0 (1 if train.steps is null too); the last batch may be smaller. Set "
-        "this or train.steps, not both",
+        description="passes over data.train, above 0 (1 if train.steps is null too); the last batch may be smaller. "
+        "Set this or train.steps, not both",
     )
     global_batch: int = Field(8, ge=1, description="samples in an optimizer step over all ranks, at least 1")
     micro_batch: int = Field(
