@@ -27,11 +27,12 @@ def main(config: Config, supervision: Supervision) -> int:
     # Imported here, so that an error in the configuration is found before Megatron and transformers are loaded.
     with exempt_from_gc():
         from lowrank_dist.engine.agreement import require_same_start
-        from lowrank_dist.engine.assemble import build_engine, build_method, build_trainer, choose_kernels
+        from lowrank_dist.engine.assemble import build_engine, build_trainer, choose_kernels
         from lowrank_dist.engine.datasets import build_data
         from lowrank_dist.engine.forecast import Forecast, with_tensor_size
         from lowrank_dist.engine.run import Run
         from lowrank_dist.engine.run_folder import RunFolder
+        from lowrank_dist.engine.run_method import build_method
         from lowrank_dist.model.load import check_model, load_model
         from lowrank_dist.parallel.topology import Topology
 

@@ -1,4 +1,4 @@
-"""What happens to each key of a config.json: the family's table applies it, or a list here says how it is treated.
+"""The treatment of each key of a config.json: the family's table applies it, or a list here says what becomes of it.
 
 The lists are the same for all families. They hold every key of transformers' configuration classes that no table has
 (a test compares them), and keys found in published models.

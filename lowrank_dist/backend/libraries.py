@@ -67,6 +67,14 @@ def exempt_from_gc() -> Iterator[None]:
             gc.enable()
 
 
+@contextmanager
+def silence_megatron() -> Iterator[None]:
+    """Import Megatron and transformers in the block without their messages, exempt from garbage collection."""
+    quiet_libraries()
+    with exempt_from_gc():
+        yield
+
+
 def stale_build_locks(now: float | None = None) -> list[Path]:
     """Return the locks of torch's extension builds that are older than STALE_SECONDS, hence left behind, sorted.
 

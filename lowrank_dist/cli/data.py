@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lowrank_dist.cli.decode import silence_megatron
+from lowrank_dist.backend.libraries import silence_megatron
 from lowrank_dist.terminal import escape_all, open_console, put, say
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from lowrank_dist.backend.libraries import exempt_from_gc
+from lowrank_dist.backend.libraries import silence_megatron
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.paths import require_outside, resolve_link
 from lowrank_dist.terminal import ProgressLines, open_console, put, say
@@ -94,16 +94,6 @@ def decoding_command(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-@contextmanager
-def silence_megatron() -> Iterator[None]:
-    """Suppress the messages that Megatron prints while it is imported in the block."""
-    with exempt_from_gc():
-        from lowrank_dist.backend.libraries import quiet_libraries
-
-        quiet_libraries()
-        yield
-
-
 @dataclass(frozen=True)
 class Decoder:
     """A loaded model on the ranks of a command, and the parameters that it generates with."""
@@ -124,7 +114,7 @@ class Decoder:
 
     @cached_property
     def has_template(self) -> bool:
-        """Whether the tokenizer has a chat template."""
+        """True if the tokenizer has a chat template."""
         return getattr(self.loaded.tokenizer, "template", None) is not None
 
 

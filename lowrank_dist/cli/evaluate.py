@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from lowrank_dist.backend.libraries import silence_megatron
 from lowrank_dist.cli.decode import (
     DecodingOptions,
     decoding_command,
@@ -16,7 +17,6 @@ from lowrank_dist.cli.decode import (
     ranks,
     record,
     say_limited,
-    silence_megatron,
     write_jsonl,
 )
 from lowrank_dist.errors import UserError

@@ -119,7 +119,7 @@ def _say_empty(ready: Decoder, asked: Sequence[Prompt], found: Sequence[Generati
 
 @dataclass
 class _Conversation:
-    """What was said: the messages of a chat. turns: completions so far."""
+    """The messages of a chat so far. turns: number of completions."""
 
     messages: list[dict[str, str]] = field(default_factory=list)
     turns: int = 0

@@ -8,12 +8,12 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lowrank_dist.arch.config_json import read_architecture
+from lowrank_dist.backend.libraries import silence_megatron
 from lowrank_dist.doctor.rows import Row, State, format_size
 from lowrank_dist.errors import UserError
 
@@ -28,16 +28,6 @@ if TYPE_CHECKING:
 SAMPLE_BYTES = 16 * 2**20
 # Samples of each data file that are tokenised: seconds, however large the file is.
 SAMPLES = 2000
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Import Megatron and transformers in the block without their messages."""
-    from lowrank_dist.backend.libraries import exempt_from_gc, quiet_libraries
-
-    quiet_libraries()
-    with exempt_from_gc():
-        yield
 
 
 def kernels(config: Config) -> list[Row]:
@@ -60,7 +50,7 @@ def kernels(config: Config) -> list[Row]:
 
 def length(config: Config) -> list[Row]:
     """Return a row on data.max_length, which the model's positions bound."""
-    with _quietly():
+    with silence_megatron():
         from lowrank_dist.model.load import check_length
 
     try:
@@ -74,17 +64,10 @@ def length(config: Config) -> list[Row]:
 
 def built_method(config: Config) -> tuple[Method, Architecture]:
     """Return the run's method, built for its model. Raises UserError where the run's own start does."""
-    from lowrank_dist.methods.registry import method_package
+    with silence_megatron():
+        from lowrank_dist.engine.run_method import completed_method
 
-    with _quietly():
-        from lowrank_dist.methods.method import Setting
-
-        package = method_package(config.method)
-        build = package.builder.build
-    path = config.model.path
-    section, architecture = package.files.complete(config.own_section, path), read_architecture(path)
-    setting = Setting(config.method, path, config.train.seed, config.data.max_length, config.engine.lanes)
-    return build(section, setting, architecture), architecture
+        return completed_method(config)
 
 
 @dataclass(frozen=True)
@@ -105,7 +88,7 @@ def memory(config: Config, ranks: tuple[int, int, int] | None) -> list[Row]:
     only a warning, since the run may start elsewhere. There is no row for parallel.tensor=auto, which adapts to the
     ranks, and none if the model or the method is broken, which has a row of its own.
     """
-    with _quietly():
+    with silence_megatron():
         from lowrank_dist.backend.devices import device_of_rank, gpus
         from lowrank_dist.backend.select import Backend
         from lowrank_dist.engine.forecast import Forecast
@@ -206,7 +189,7 @@ def generation(config: Config) -> list[Row]:
 
 @dataclass(frozen=True)
 class _Readers:
-    """What a run reads its data with."""
+    """The tokenizer, method and model size that a run reads its data with."""
 
     config: Config
     tokenizer: Tokenizer
@@ -225,7 +208,7 @@ class _Readers:
 
     def read(self, key: Literal["train", "eval"]) -> tuple[State, str]:
         """Return the state of a data set's first samples, and how many can be trained on. Raises as the run does."""
-        with _quietly():
+        with silence_megatron():
             from lowrank_dist.engine.datasets import read_set
 
         report = read_set(self.config, key, self.tokenizer, self.method, self.architecture, SAMPLES).report

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import config_notes
 from lowrank_dist.arch.generation_config import generation_notes
 from lowrank_dist.backend import apex
@@ -30,8 +29,8 @@ from lowrank_dist.formats.text_files import (
     note_on_base_tokenizer,
     unknown_end_ids,
 )
-from lowrank_dist.methods.method import Method, Setting
-from lowrank_dist.methods.registry import method_package, method_package_reading
+from lowrank_dist.methods.method import Method
+from lowrank_dist.methods.registry import method_package_reading
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.model.load import dtype_notes
 from lowrank_dist.ops import extension
@@ -51,12 +50,6 @@ def describe_kernels(kernels: str, device: str) -> list[str]:
     if kernels == "plain":
         return ["plain PyTorch operators, norms and AdamW (engine.kernels: plain)"]
     return [extension.describe(device), *([apex.describe(device)] if device == "cuda" else [])]
-
-
-def build_method(config: Config, architecture: Architecture) -> Method:
-    """Return the method that config.method names, for this model. Raises as `MethodBuilder.build` does."""
-    setting = Setting(config.method, config.model.path, config.train.seed, config.data.max_length, config.engine.lanes)
-    return method_package(config.method).builder.build(config.own_section, setting, architecture)
 
 
 def build_engine(run: Run, model: CausalLM, theta: Theta) -> Engine:

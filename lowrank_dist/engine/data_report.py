@@ -8,16 +8,15 @@ from itertools import groupby, islice
 
 import numpy as np
 
-from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.config import Config
 from lowrank_dist.data.batches import BatchSplit, order
 from lowrank_dist.data.dataset import Dataset
 from lowrank_dist.data.masking import Sample
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.engine.datasets import EVAL_MICROBATCHES, read_set, split_of
+from lowrank_dist.engine.run_method import completed_method
 from lowrank_dist.generate.texts import completion_text
-from lowrank_dist.methods.method import Method, Setting
-from lowrank_dist.methods.registry import method_package
+from lowrank_dist.methods.method import Method
 
 # Batches whose padding is counted: the share hardly changes after them.
 _BATCHES = 200
@@ -59,12 +58,8 @@ def report_on_data(config: Config, samples: int) -> dict[str, DataSetReport]:
 
     Raises UserError as the start of the run would: for invalid lines, an unusable tokenizer or too large a length.
     """
-    path, architecture = config.model.path, read_architecture(config.model.path)
-    package = method_package(config.method)
-    config = config.with_own_section(package.files.complete(config.own_section, path))
-    setting = Setting(config.method, path, config.train.seed, config.data.max_length, config.engine.lanes)
-    method = package.builder.build(config.own_section, setting, architecture)
-    tokenizer = load_tokenizer(config.data.tokenizer or path)
+    method, architecture = completed_method(config)
+    tokenizer = load_tokenizer(config.data.tokenizer or config.model.path)
     parallel = config.parallel
     # Sequence parallelism pads rows to a multiple of its ranks; `auto` is not known before the ranks are.
     pad_multiple = 1 if parallel.sequence is False or parallel.tensor == "auto" else parallel.tensor

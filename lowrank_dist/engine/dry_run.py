@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from lowrank_dist.backend.libraries import quiet_libraries
 from lowrank_dist.backend.select import select_backend
 from lowrank_dist.config import Config
-from lowrank_dist.engine.assemble import build_method
+from lowrank_dist.engine.run_method import build_method
 from lowrank_dist.engine.zero import sum_partial_gradients
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.counting import CollectiveCount, count_collectives

@@ -117,7 +117,7 @@ class Provenance:
 
     @property
     def trained_on_chats(self) -> bool | None:
-        """Whether the training data were chats; None where it was not recorded."""
+        """True if the training data were chats; None where it was not recorded."""
         found = self.training.get("data_format")
         return None if found is None else found == "messages"
 

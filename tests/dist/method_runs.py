@@ -103,7 +103,7 @@ def run_config(folder: str, name: str) -> Any:
 
 def build(setting: MethodSetting) -> Built:
     from lowrank_dist.arch.config_json import read_architecture
-    from lowrank_dist.engine.assemble import build_method
+    from lowrank_dist.engine.run_method import build_method
     from lowrank_dist.model.load import load_model
 
     topology = ranks.topology(setting.tensor, setting.sequence)

@@ -60,7 +60,7 @@ def built(folder: str, case: Case) -> tuple[Any, Any, Any]:
     import torch
 
     from lowrank_dist.backend.libraries import quiet_libraries
-    from lowrank_dist.engine.assemble import build_method
+    from lowrank_dist.engine.run_method import build_method
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
     from lowrank_dist.model.load import check_model, load_model
     from tests.dist import ranks

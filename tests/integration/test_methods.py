@@ -184,8 +184,8 @@ def trained(run: Path, method: str) -> tuple[Path, list[object]]:
 def _reloaded_loss(config: str, model: str, adapter: str | None, tensor: int) -> float:
     """Return the eval loss in nats a target token, of a model loaded from files."""
     from lowrank_dist.config import load_config
-    from lowrank_dist.engine.assemble import build_method
     from lowrank_dist.engine.datasets import build_data
+    from lowrank_dist.engine.run_method import build_method
     from lowrank_dist.generate.session import load_for_generation
 
     told, topology = load_config(config), ranks.topology(tensor, False)

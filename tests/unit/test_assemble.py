@@ -9,8 +9,8 @@ import pytest
 
 from lowrank_dist.checkpoint.training_state import DataState, TrainingState
 from lowrank_dist.config import Config
-from lowrank_dist.engine.assemble import build_method
 from lowrank_dist.engine.evaluator import History, outdated_values
+from lowrank_dist.engine.run_method import build_method
 from lowrank_dist.engine.setting_notes import notes_on_best, notes_on_settings
 from lowrank_dist.errors import UserError
 from lowrank_dist.generate.metrics import DEFINITION

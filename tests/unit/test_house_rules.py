@@ -378,6 +378,7 @@ _SECTION = "a section of the configuration, which may import nothing but section
 SHORT = {
     "errors.py": "the errors that every room raises; imports nothing of ours",
     "cli/__main__.py": "the form that launchers of modules run",
+    "engine/run_method.py": "shared by a run, its plan, doctor and data, of which two must not import DeepSpeed",
     "engine/inspection.py": "where the inspection meets the config, which checkpoint/ may not import",
     "config/__init__.py": "the two names that the room offers",
     **{f"{owner}/config.py": _SECTION for owner in ("data", "model", "parallel")},
