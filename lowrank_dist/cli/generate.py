@@ -88,16 +88,26 @@ def generate_command(
 
 def _asked(ready: Decoder, prompt: str | None, prompts: Path | None, chats: bool) -> list[Prompt]:
     """Return the prompts of --prompt or --prompts."""
-    from lowrank_dist.generate.prompts import chat_prompt, prompt_of, read_prompts
+    from lowrank_dist.generate.prompts import read_prompts
 
     loaded = ready.loaded
-    where = (loaded.tokenizer, loaded.stop_ids)
     if prompts is not None:
-        return read_prompts(prompts, *where, vocab=loaded.vocab, references=False, chat=chats)
+        return read_prompts(
+            prompts, loaded.tokenizer, loaded.stop_ids, vocab=loaded.vocab, references=False, chat=chats
+        )
     assert prompt is not None
+    return [_prompt(ready, prompt, chats)]
+
+
+def _prompt(ready: Decoder, text: str, chats: bool, before: Sequence[dict[str, str]] = ()) -> Prompt:
+    """Return the prompt of a text: the user's turn after the messages `before` of a chat, else the text as it is."""
+    from lowrank_dist.generate.prompts import chat_prompt, prompt_of
+
+    loaded = ready.loaded
     if chats:
-        return [chat_prompt([{"role": "user", "content": prompt}], *where, loaded.vocab)]
-    return [prompt_of(prompt, *where, loaded.vocab)]
+        turn = {"role": "user", "content": text}
+        return chat_prompt([*before, turn], loaded.tokenizer, loaded.stop_ids, loaded.vocab)
+    return prompt_of(text, loaded.tokenizer, loaded.stop_ids, loaded.vocab)
 
 
 def _say_empty(ready: Decoder, asked: Sequence[Prompt], found: Sequence[Generation], chats: bool) -> None:
@@ -127,9 +137,7 @@ class _Conversation:
 
 def _converse(ready: Decoder, chats: bool) -> None:
     """Complete lines of stdin until it ends or says /exit or /quit. Rank 0 reads; every rank decodes. Collective."""
-    from lowrank_dist.generate.prompts import chat_prompt, prompt_of
-
-    loaded, said = ready.loaded, _Conversation()
+    said = _Conversation()
     if ready.job.should_print and sys.stdin.isatty():
         say(f"{EXIT} or end of input ends it" + (f"; {CLEAR} forgets what was said" if chats else ""), err=True)
     while (line := _next_line(ready)) is not None and line.strip() not in (EXIT, QUIT):
@@ -137,12 +145,8 @@ def _converse(ready: Decoder, chats: bool) -> None:
             said.messages.clear()
         if not line.strip() or line.strip() == CLEAR:
             continue
-        turn = {"role": "user", "content": line}
         try:
-            if chats:
-                asked = chat_prompt([*said.messages, turn], loaded.tokenizer, loaded.stop_ids, loaded.vocab)
-            else:
-                asked = prompt_of(line, loaded.tokenizer, loaded.stop_ids, loaded.vocab)
+            asked = _prompt(ready, line, chats, said.messages)
             # Each turn draws anew: what is drawn depends on the seed and the prompt's number, which is always 0 here.
             params = replace(ready.params, seed=ready.params.seed + said.turns)
             (found,) = replace(ready, params=params).decode([asked])
@@ -152,7 +156,7 @@ def _converse(ready: Decoder, chats: bool) -> None:
             continue
         said.turns += 1
         if chats:
-            said.messages += [turn, {"role": "assistant", "content": found.text}]
+            said.messages += [{"role": "user", "content": line}, {"role": "assistant", "content": found.text}]
         if ready.job.should_print:
             put(found.text)
             say_limited(int(found.finish_reason == "length"), 1)
