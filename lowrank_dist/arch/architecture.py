@@ -6,25 +6,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
+from lowrank_dist.arch.rope import RopeParameters
 from lowrank_dist.arch.rows import Linear
 from lowrank_dist.errors import UserError
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
-
-
-@dataclass(frozen=True)
-class RopeParameters:
-    """Rotary position embedding: base `theta` and the scaling of its frequencies.
-
-    Type "linear" uses `factor`; type "llama3" uses all fields. original_max_positions: in tokens.
-    """
-
-    theta: float
-    type: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_positions: int = 8192
 
 
 def padded_vocab(vocab: int, multiple: int, tp_size: int) -> int:
@@ -57,11 +43,13 @@ class LayerKind:
     linears: by Megatron's name ("linear_qkv"), in the order of execution.
     tensors: the layer's other tensors.
     sliding_window: query i sees keys j with i - sliding_window < j <= i; None = plain causal.
+    rope: the rotary positions of queries and keys; None = none are applied here.
     """
 
     linears: Mapping[str, Linear] = field(hash=False)
     tensors: tuple[TensorRule, ...]
     sliding_window: int | None
+    rope: RopeParameters | None
 
     @property
     def ffn(self) -> int:
@@ -111,7 +99,6 @@ class Architecture:
     positions: Literal["rope", "learned"]
     position_offset: int
     qk_norm: bool
-    rope: RopeParameters | None
     conv1d: bool
     tensors: tuple[TensorRule, ...]
     ignored: tuple[str, ...]
@@ -140,6 +127,11 @@ class Architecture:
     def sliding_window(self) -> int | None:
         """The narrowest window of any layer; None where every layer is plain causal."""
         return min((kind.sliding_window for kind in self.kinds if kind.sliding_window is not None), default=None)
+
+    @property
+    def ropes(self) -> tuple[RopeParameters, ...]:
+        """The distinct rotary positions of the layers, in order of first occurrence; empty with learned positions."""
+        return tuple(dict.fromkeys(kind.rope for kind in self.kinds if kind.rope is not None))
 
     @property
     def embedding_name(self) -> str:

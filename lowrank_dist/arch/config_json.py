@@ -6,13 +6,14 @@ missing optional key has transformers' default; a test compares the tables with 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lowrank_dist.arch.architecture import Architecture, LayerKind, RopeParameters, TensorRule
+from lowrank_dist.arch.architecture import Architecture, LayerKind, TensorRule
 from lowrank_dist.arch.config_keys import key_rule
 from lowrank_dist.arch.families import FAMILIES, OUTPUT_LAYER, Family
-from lowrank_dist.arch.keys import Key, is_number
+from lowrank_dist.arch.keys import Key, UnsupportedModel
 from lowrank_dist.arch.model_files import config_file, read_config
+from lowrank_dist.arch.rope import read_rope
 from lowrank_dist.arch.rows import Linear, Part
 from lowrank_dist.errors import UserError
 
@@ -29,24 +30,8 @@ _ACTIVATIONS = {
     "relu": "relu",
 }
 
-# Field of RopeParameters → key of config.json, for each rope_type that `inv_freq` computes.
-_ROPE_KEYS: Mapping[Literal["default", "linear", "llama3"], Mapping[str, str]] = {
-    "default": {},
-    "linear": {"factor": "factor"},
-    "llama3": {
-        "factor": "factor",
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_max_positions": "original_max_position_embeddings",
-    },
-}
-
 # Values of layer_types, new name first.
 _FULL, _SLIDING = ("full_attention", "attention"), ("sliding_attention",)
-
-
-class UnsupportedModel(UserError):
-    """A config.json with a family or an option that no table here expresses. The file itself may be correct."""
 
 
 def read_architecture(path: Path) -> Architecture:
@@ -77,7 +62,6 @@ def parse_architecture(values: Mapping[str, Any], where: str) -> Architecture:
         family=values["model_type"],
         prefix=family.prefix,
         **fields | {"layers": layers},
-        rope=_rope(values, family, fields, where) if fields["positions"] == "rope" else None,
         tensors=tuple(
             rule for rule in family.tensors if not (_in_layer(rule) or (fields["tied"] and rule is OUTPUT_LAYER))
         ),
@@ -163,74 +147,37 @@ def _set_heads(fields: dict[str, Any], family: Family, where: str) -> None:
         )
 
 
-def _sliding_window(values: Mapping[str, Any], family: Family, layers: int, where: str) -> int | None:
+def _sliding_windows(values: Mapping[str, Any], family: Family, layers: int, where: str) -> list[int | None]:
+    """Return the sliding window of each layer, or None where it has full attention."""
     found = {name: key.read(values, where) for name, key in family.window.items()}
     window: int | None = found.get("window")
     if "used" not in found:
-        return window
+        return [window] * layers
     if not found["used"]:
         window = None
-    kinds = found["kinds"]
-    key = family.window["kinds"].name
+    kinds, key = found["kinds"], family.window["kinds"].name
     if kinds is None:
         first = layers if window is None else min(max(found["first"], 0), layers)
-        kinds = [_FULL[0]] * (first > 0) + [_SLIDING[0]] * (first < layers)
-    elif len(kinds) != layers:
+        return [None] * first + [window] * (layers - first)
+    if len(kinds) != layers:
         raise UserError(f"{where}: {key} has {len(kinds)} entries for {layers} layers; correct it")
-    if all(kind in _FULL for kind in kinds):
-        return None
-    if all(kind in _SLIDING for kind in kinds):
-        return window
-    raise UnsupportedModel(
-        f"{where}: {key} {sorted(set(kinds))} (from {family.window['used'].name} and {family.window['first'].name}) "
-        "is not supported; use a checkpoint where all layers have full attention, or all have a sliding window"
-    )
-
-
-def _rope(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], where: str) -> RopeParameters:
-    """Return the rotary parameters, from rope_parameters (transformers 5) or rope_theta and rope_scaling (before)."""
-    found: dict[str, Any] = {}
-    for key in ("rope_parameters", "rope_scaling"):  # the latter wins
-        stated = values.get(key)
-        if stated is not None and not isinstance(stated, dict):
-            raise UserError(f"{where}: {key} must be an object, not {stated!r}")
-        found = dict(stated) if stated else found
-    nested = [key for key, value in found.items() if isinstance(value, dict)]
-    if nested:
+    unknown = sorted(set(kinds).difference(_FULL, _SLIDING))
+    if unknown:
         raise UnsupportedModel(
-            f"{where}: rope_parameters by kind of layer ({', '.join(nested)}) are not supported; use a checkpoint "
-            "where all layers have the same rotary positions"
+            f"{where}: {key} {unknown} is not supported; use a checkpoint whose layers are {_FULL[0]} or {_SLIDING[0]}"
         )
-    found.setdefault("rope_theta", values.get("rope_theta", family.rope_theta))
-    if values.get("partial_rotary_factor") is not None:
-        found.setdefault("partial_rotary_factor", values["partial_rotary_factor"])
-    kind = found["rope_type"] if "rope_type" in found else found.get("type", "default")
-    rope_type = next((each for each in _ROPE_KEYS if each == kind), None)
-    if rope_type is None:
-        raise UnsupportedModel(
-            f"{where}: rope_type {kind!r} (in rope_parameters or rope_scaling) is not supported; use a checkpoint "
-            f"with one of {', '.join(_ROPE_KEYS)}"
-        )
-    if "partial_rotary_factor" in found and found["partial_rotary_factor"] != 1.0:
-        raise UnsupportedModel(
-            f"{where}: partial_rotary_factor={found['partial_rotary_factor']!r} is not supported; use a checkpoint "
-            "that rotates the whole head"
-        )
-    names = {"theta": "rope_theta", **_ROPE_KEYS[rope_type]}
-    if "original_max_positions" in names:
-        found.setdefault(names["original_max_positions"], fields["max_positions"])
-    for key in names.values():
-        if key not in found or not is_number(found[key]) or found[key] <= 0:
-            stated = found[key] if key in found else "nothing"
-            raise UserError(f"{where}: rope_type {kind!r} needs a positive number {key}, found {stated!r}")
-    return RopeParameters(type=rope_type, **{field: found[key] for field, key in names.items()})
+    return [window if kind in _SLIDING else None for kind in kinds]
 
 
 def _layers(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], where: str) -> tuple[LayerKind, ...]:
-    """Return the layers, all of one kind: no family here mixes kinds."""
-    count = fields["layers"]
-    tensors = tuple(rule for rule in family.tensors if _in_layer(rule))
-    return (LayerKind(_linears(family, fields), tensors, _sliding_window(values, family, count, where)),) * count
+    """Return the kind of each layer. Layers that are alike share one object."""
+    linears, tensors = _linears(family, fields), tuple(rule for rule in family.tensors if _in_layer(rule))
+    rope = None
+    if fields["positions"] == "rope":
+        rope = read_rope(values, family.rope_theta, fields["max_positions"], where)
+    windows = _sliding_windows(values, family, fields["layers"], where)
+    kinds = {window: LayerKind(linears, tensors, window, rope) for window in dict.fromkeys(windows)}
+    return tuple(kinds[window] for window in windows)
 
 
 def _in_layer(rule: TensorRule) -> bool:

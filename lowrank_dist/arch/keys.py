@@ -9,6 +9,10 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.json import brief
 
 
+class UnsupportedModel(UserError):
+    """A config.json with a family or an option that no table here expresses. The file itself may be correct."""
+
+
 def is_integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 

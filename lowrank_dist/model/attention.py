@@ -6,14 +6,17 @@ positions of a trained prefix, L layers; when decoding t columns, those in the c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lowrank_dist.arch.architecture import LayerKind
+from lowrank_dist.arch.rope import RopeParameters
 
 
 class KVCache:
@@ -92,18 +95,17 @@ class KVCache:
 class SequencePlan(PackedSeqParams):
     """The layout of a microbatch for attention, passed through Megatron's layers as their `packed_seq_params`.
 
-    cos, sin: [s, b or 1, 1, d/2], or None for learned positions. segments: (row, start, end) of every packed sample,
-    or None where each row is one sample and causality alone keeps right padding out. cache: the earlier columns when
-    decoding. visible: `KVCache.visible` of the new columns. prefix: [L, 2, g, l, d], trained keys and values that every
-    position sees; a cache holds its own prefix.
+    rotations: rotary positions of a layer → its cos and sin, each [s, b or 1, 1, d/2]. segments: (row, start, end) of
+    every packed sample, or None where each row is one sample and causality alone keeps right padding out. cache: the
+    earlier columns when decoding. visible: sliding window of a layer → `KVCache.visible` of the new columns. prefix:
+    [L, 2, g, l, d], trained keys and values that every position sees; a cache holds its own prefix.
     """
 
     qkv_format: str = "sbhd"
-    cos: Tensor | None = None
-    sin: Tensor | None = None
+    rotations: Mapping[RopeParameters, tuple[Tensor, Tensor]] = field(default_factory=dict)
     segments: Sequence[tuple[int, int, int]] | None = None
     cache: KVCache | None = None
-    visible: Tensor | None = None
+    visible: Mapping[int | None, Tensor | None] = field(default_factory=dict)
     prefix: Tensor | None = None
 
 
@@ -133,9 +135,12 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class CoreAttention(nn.Module):
     """Megatron's core-attention interface: q [s, b, h, d], k and v [s, b, g, d] → [s, b, h·d]. Causal, no T×T mask."""
 
-    def __init__(self, config: Any, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: Any, layer_number: int, kind: LayerKind, softmax_scale: float | None = None, **_: Any
+    ) -> None:
         super().__init__()
         self.layer = layer_number - 1  # Megatron counts from 1
+        self.kind = kind
         self.softmax_scale = softmax_scale
 
     def forward(
@@ -149,11 +154,13 @@ class CoreAttention(nn.Module):
         **_: Any,
     ) -> Tensor:
         plan = packed_seq_params
-        if plan.cos is not None:
-            query, key = _Rotate.apply(query, plan.cos, plan.sin), _Rotate.apply(key, plan.cos, plan.sin)
+        if self.kind.rope is not None:
+            rotation = plan.rotations[self.kind.rope]
+            query, key = _Rotate.apply(query, *rotation), _Rotate.apply(key, *rotation)
         q_bhsd, k_bgsd, v_bgsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if plan.cache is not None:
-            out_bhsd = self._attend_cached(q_bhsd, k_bgsd, v_bgsd, plan.cache, plan.visible)
+            visible = plan.visible[self.kind.sliding_window]
+            out_bhsd = self._attend_cached(q_bhsd, k_bgsd, v_bgsd, plan.cache, visible)
         else:
             prefix = None if plan.prefix is None else plan.prefix[self.layer]
             if plan.segments is None:

@@ -14,13 +14,12 @@ import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlock
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lowrank_dist.arch.architecture import Architecture, padded_vocab
 from lowrank_dist.model.attention import KVCache, SequencePlan
-from lowrank_dist.model.layers import ACTIVATIONS, inv_freq, layer_spec
+from lowrank_dist.model.rope import inv_freq
+from lowrank_dist.model.spec import layer_specs, transformer_config
 from lowrank_dist.ops.linear import linear
 from lowrank_dist.parallel.collectives import enter_parallel_region
 from lowrank_dist.parallel.linear import LowRankColumnParallelLinear, LowRankRowParallelLinear
@@ -28,45 +27,6 @@ from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.parallel.vocab import HeadLoss, OutputLayer, gathered_logits
 
 Segments = Sequence[tuple[int, int, int]] | None
-
-
-def transformer_config(
-    architecture: Architecture, topology: Topology, dtype: torch.dtype, device: torch.device
-) -> TransformerConfig:
-    """Return Megatron's configuration of the base: no dropout, no initialisation, no fusion that requires a GPU."""
-    assert len(architecture.kinds) == 1, "Megatron's configuration is one for all layers"
-    gated_silu = architecture.gated and architecture.activation == "silu"
-    return TransformerConfig(
-        num_layers=len(architecture.layers),
-        hidden_size=architecture.hidden,
-        num_attention_heads=architecture.heads,
-        num_query_groups=architecture.kv_heads,
-        kv_channels=architecture.head_dim,
-        ffn_hidden_size=architecture.layers[0].ffn,
-        normalization=architecture.norm,
-        layernorm_epsilon=architecture.norm_eps,
-        activation_func=F.silu if gated_silu else ACTIVATIONS[architecture.activation],
-        gated_linear_unit=architecture.gated,
-        # Megatron's hook for an activation module that gets the whole [gate ∣ up]; the module is ours, not
-        # Transformer Engine's.
-        use_te_activation_func=gated_silu,
-        add_bias_linear=architecture.linear_bias,
-        add_qkv_bias=architecture.qkv_bias,
-        qk_layernorm=architecture.qk_norm,
-        softmax_scale=architecture.attention_multiplier,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=topology.tp_size,
-        sequence_parallel=topology.sequence_parallel,
-        params_dtype=dtype,
-        use_cpu_initialization=device.type == "cpu",
-        perform_initialization=False,
-        persist_layer_norm=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-    )
 
 
 class KeysValues(Protocol):
@@ -90,8 +50,6 @@ class CausalLM(nn.Module):
     come before every sample (`prepend_virtual_tokens`).
     """
 
-    inv_freq: Tensor
-
     def __init__(
         self,
         architecture: Architecture,
@@ -103,7 +61,9 @@ class CausalLM(nn.Module):
         linears: tuple[type, type] = (LowRankColumnParallelLinear, LowRankRowParallelLinear),
     ) -> None:
         super().__init__()
-        self.config = config = transformer_config(architecture, topology, dtype, device)
+        configs = {kind: transformer_config(architecture, kind, topology, dtype, device) for kind in architecture.kinds}
+        # Embedding and block read nothing that differs between kinds.
+        self.config = config = configs[architecture.layers[0]]
         vocab = padded_vocab(architecture.vocab, vocab_multiple, topology.tp_size)
         group = topology.tp_group
         with torch.device(device):
@@ -116,15 +76,14 @@ class CausalLM(nn.Module):
             )
             # None stands for a group of one rank: every rank has whole sequences and all layers.
             groups = ProcessGroupCollection(tp=group, cp=None, pp=None)
-            spec = layer_spec(config, group, linears, architecture.residual_multiplier)
+            spec = layer_specs(architecture, configs, linears, group)
             self.decoder = TransformerBlock(config, spec, pg_collection=groups)
             if not architecture.tied:
                 self.output_layer = OutputLayer(vocab // topology.tp_size, architecture.hidden, dtype)
             if architecture.positions == "learned":
                 self.embedding.position_embeddings.to(dtype)
-            else:
-                assert architecture.rope is not None, "rotary positions have parameters"
-                self.register_buffer("inv_freq", inv_freq(architecture.rope, architecture.head_dim).to(device), False)
+        # Not buffers, which a cast of the model would round.
+        self.inv_freq = {rope: inv_freq(rope, architecture.head_dim).to(device) for rope in architecture.ropes}
         self.architecture = architecture
         self.topology = topology
         self.prefix: KeysValues | None = None
@@ -243,7 +202,9 @@ class CausalLM(nn.Module):
         columns = torch.arange(cache.filled, cache.filled + input_ids.size(1), device=input_ids.device)
         position_ids = (columns - cache.padding[:, None]).clamp_(min=0)
         plan = self._plan(position_ids.t())
-        plan.cache, plan.visible = cache, cache.visible(input_ids.size(1), self.architecture.sliding_window)
+        windows = dict.fromkeys(kind.sliding_window for kind in self.architecture.kinds)
+        plan.cache = cache
+        plan.visible = {window: cache.visible(input_ids.size(1), window) for window in windows}
         with torch.no_grad():
             hidden_sbH = self._decoded(input_ids, position_ids, plan)
             cache.filled += input_ids.size(1)
@@ -271,11 +232,11 @@ class CausalLM(nn.Module):
 
     def _plan(self, positions_sb: Tensor) -> SequencePlan:
         """Return a plan with the rotation of each position. The caller fills the other fields."""
-        if self.architecture.positions == "learned":
-            return SequencePlan()
-        angles = (positions_sb[..., None].float() * self.inv_freq)[:, :, None, :]
-        dtype = self.config.params_dtype
-        return SequencePlan(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype))
+        dtype, rotations = self.config.params_dtype, {}
+        for rope, frequencies in self.inv_freq.items():
+            angles = (positions_sb[..., None].float() * frequencies)[:, :, None, :]
+            rotations[rope] = angles.cos().to(dtype), angles.sin().to(dtype)
+        return SequencePlan(rotations=rotations)
 
     def _decoded(self, input_ids: Tensor, position_ids: Tensor, plan: SequencePlan) -> Tensor:
         """Return [s, b, H] of this rank's positions after the final norm, scaled for the head."""

@@ -1,32 +1,21 @@
-"""Modules of the frozen model that replace Megatron's fused ones, and the layer spec that combines them."""
+"""Modules of the frozen model that replace Megatron's fused ones."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lowrank_dist.arch.architecture import RopeParameters
 from lowrank_dist.backend.apex import norm_class
-from lowrank_dist.model.attention import CoreAttention
 
 
 class FrozenNorm:
@@ -135,9 +124,12 @@ class RecomputableLayer(TransformerLayer):
         config: TransformerConfig,
         submodules: LayerSubmodules,
         *args: Any,
+        kind_config: TransformerConfig,
         residual_scale: float = 1.0,
         **kwargs: Any,
     ) -> None:
+        """Build the layer from `kind_config`. Megatron's block passes every layer the same `config`."""
+        config = kind_config
         super().__init__(config, submodules, *args, **kwargs)
         self.post_self_attn_layernorm = _post_norm(submodules.post_self_attn_layernorm, config)
         self.post_mlp_layernorm = _post_norm(submodules.post_mlp_layernorm, config)
@@ -159,86 +151,3 @@ class RecomputableLayer(TransformerLayer):
             # Megatron 0.19 keeps the input of the second norm here, and with it all that the layer saved, until the
             # layer ends. In backward the checkpoint ends the layer early, by an exception, so Megatron never drops it.
             self.mlp_norm_manager = None
-
-
-ACTIVATIONS = {
-    "silu": F.silu,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-}
-
-
-@dataclass(frozen=True)
-class MlpSpec:
-    """The spec of the MLP for Megatron's layers: layers before 0.18 read its attributes, later ones call it.
-
-    It is not a ModuleSpec, because newer layers log a warning for an MLP spec of that type. Older layers pass the
-    process group only to a ModuleSpec, so `params` holds the group.
-    """
-
-    submodules: MLPSubmodules
-    params: Mapping[str, Any]
-    module: type = MLP
-
-    def __call__(self, config: TransformerConfig, **_: Any) -> nn.Module:
-        return self.module(config, self.submodules, **self.params)
-
-
-def layer_spec(
-    config: TransformerConfig, tp_group: ProcessGroup, linears: tuple[type, type], residual_scale: float
-) -> TransformerBlockSubmodules:
-    """Return the decoder's spec: Megatron's layer with the given column- and row-parallel linears."""
-    column_linear, row_linear = linears
-    qk_norm = FrozenNorm if config.qk_layernorm else IdentityOp
-    layer = ModuleSpec(
-        module=RecomputableLayer,
-        params={"residual_scale": residual_scale},
-        submodules=LayerSubmodules(
-            input_layernorm=FrozenNorm,
-            self_attention=ModuleSpec(
-                module=SelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=column_linear,
-                    core_attention=CoreAttention,
-                    linear_proj=row_linear,
-                    q_layernorm=qk_norm,
-                    k_layernorm=qk_norm,
-                ),
-            ),
-            pre_mlp_layernorm=FrozenNorm,
-            mlp=MlpSpec(
-                MLPSubmodules(
-                    linear_fc1=column_linear,
-                    linear_fc2=row_linear,
-                    activation_func=SwiGlu if config.use_te_activation_func else None,
-                ),
-                {"tp_group": tp_group},
-            ),
-        ),
-    )
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=FrozenNorm)
-
-
-def inv_freq(rope: RopeParameters, head_dim: int) -> torch.Tensor:
-    """Return inverse RoPE frequencies [head_dim / 2] in float32, operation by operation as transformers computes them.
-
-    Source: transformers `modeling_rope_utils.py`; "llama3" is `apply_scaling` of Meta's llama-models.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    frequencies = 1.0 / (rope.theta**exponents)
-    if rope.type == "default":
-        return frequencies
-    if rope.type == "linear":
-        return frequencies / rope.factor
-    low_wavelength = rope.original_max_positions / rope.low_freq_factor
-    high_wavelength = rope.original_max_positions / rope.high_freq_factor
-    wavelength = 2 * math.pi / frequencies
-    scaled = torch.where(wavelength > low_wavelength, frequencies / rope.factor, frequencies)
-    smooth = (rope.original_max_positions / wavelength - rope.low_freq_factor) / (
-        rope.high_freq_factor - rope.low_freq_factor
-    )
-    between = (1 - smooth) * scaled / rope.factor + smooth * scaled
-    is_between = ~(wavelength < high_wavelength) & ~(wavelength > low_wavelength)
-    return torch.where(is_between, between, scaled)

@@ -147,14 +147,14 @@ def activations(job: Job, *, recompute: bool) -> int:
         found += 9 * job.tokens * (job.layout.tensor > 1)
         found += job.tokens * job.architecture.hidden * job.itemsize * job.sequence_parallel
     found += job.footprint.saved_by_model(job, recompute)
-    rotates_back = any(
-        gradients(layer, input_requires_grad)["linear_proj"] for layer, input_requires_grad, _ in job.placement.kinds
-    )
-    if rotates_back and not job.architecture.position_rows:
-        # cos and sin of half a head each; packed rows have positions of their own.
-        rows = job.layout.micro_batch if job.packing else 1
-        found += rows * job.sequence_length * job.architecture.head_dim * job.itemsize
-    return found
+    rotated_back = {
+        layer.kind.rope
+        for layer, input_requires_grad, _ in job.placement.kinds
+        if layer.kind.rope is not None and gradients(layer, input_requires_grad)["linear_proj"]
+    }
+    # cos and sin of half a head each; packed rows have positions of their own.
+    rows = job.layout.micro_batch if job.packing else 1
+    return found + len(rotated_back) * rows * job.sequence_length * job.architecture.head_dim * job.itemsize
 
 
 def kept_of_layer(job: Job, layer: Layer, input_requires_grad: bool, *, recompute: bool) -> int:

@@ -84,7 +84,7 @@ def persistent_bytes(job: Job, theta: ThetaOnRank) -> dict[str, int]:
 
 def frozen_bytes(job: Job) -> int:
     """Return the bytes of Φ on a rank and of the fp32 rotary frequencies; only the latter where Φ is trained."""
-    frequencies = 0 if job.architecture.position_rows else 2 * job.architecture.head_dim
+    frequencies = 2 * job.architecture.head_dim * len(job.architecture.ropes)
     return frequencies + (0 if job.footprint.trains_base else job.itemsize * frozen_on_rank(job))
 
 

@@ -104,10 +104,10 @@ def exchange_k_and_v(model: Any) -> None:
 
 
 def scale_rope_theta(model: Any) -> None:
-    from lowrank_dist.model.layers import inv_freq
+    from lowrank_dist.model.rope import inv_freq
 
-    rope = model.architecture.rope
-    model.inv_freq.copy_(inv_freq(replace(rope, theta=2 * rope.theta), model.architecture.head_dim))
+    for rope, frequencies in model.inv_freq.items():
+        frequencies.copy_(inv_freq(replace(rope, theta=2 * rope.theta), model.architecture.head_dim))
 
 
 def shift_positions(model: Any) -> None:

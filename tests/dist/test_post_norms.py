@@ -137,10 +137,11 @@ def planted_model(folder: Path, topology: Any, case: Case, planted: dict[str, np
     from lowrank_dist.arch.tensors import copy_plans
     from lowrank_dist.formats.model_folder import open_checkpoint
     from lowrank_dist.model import causal_lm, layers
+    from lowrank_dist.model import spec as specs
     from lowrank_dist.model.load import check_model, load_weights
 
     def spec(*arguments: Any) -> Any:
-        block = layers.layer_spec(*arguments)
+        block = specs.layer_specs(*arguments)
         for layer in block.layer_specs:
             layer.params["residual_scale"] = case.scale
             if case.norms:
@@ -152,7 +153,7 @@ def planted_model(folder: Path, topology: Any, case: Case, planted: dict[str, np
         return block
 
     architecture, device = check_model(folder, topology.tp_size, LENGTH), ranks.device()
-    with mock.patch.object(causal_lm, "layer_spec", spec):
+    with mock.patch.object(causal_lm, "layer_specs", spec):
         model = causal_lm.CausalLM(architecture, topology, dtype=torch.float32, device=device, vocab_multiple=1)
     parameters = dict(model.named_parameters())
     for name, value in planted.items():

@@ -173,8 +173,10 @@ def expected(config: PreTrainedConfig) -> Values:
     learned = config.model_type in ("gpt2", "opt")
     ffn = {"gpt2": "n_inner", "opt": "ffn_dim"}.get(config.model_type, "intermediate_size")
     eps = {"gpt2": "layer_norm_epsilon", "opt": None}.get(config.model_type, "rms_norm_eps")
-    kinds = set(getattr(config, "layer_types", None) or ()) if config.model_type in ("qwen2", "qwen3") else None
     window = getattr(config, "sliding_window", None) if config.model_type != "llama" else None
+    kinds = ["sliding_attention"] * config.num_hidden_layers
+    if config.model_type in ("qwen2", "qwen3"):
+        kinds = config.layer_types
     return {
         "family": config.model_type,
         "hidden": config.hidden_size,
@@ -193,7 +195,7 @@ def expected(config: PreTrainedConfig) -> Values:
         "attention_multiplier": getattr(config, "attention_multiplier", None),
         "residual_multiplier": getattr(config, "residual_multiplier", 1.0),
         "logits_divisor": getattr(config, "logits_scaling", 1.0),
-        "sliding_window": None if kinds == {"full_attention"} else window,
+        "windows": [window if kind == "sliding_attention" else None for kind in kinds],
         "rope": None if learned else {key: rope[key] for key in RELEVANT[rope["rope_type"]]},
     }
 
@@ -212,14 +214,20 @@ def found_in(values: Values) -> Values:
     key = "hidden_act" if architecture.positions == "rope" else "activation_function"
     spelled = values.get(key, {"gpt2": "gelu_new", "opt": "relu"}.get(architecture.family, "silu"))
     torch.testing.assert_close(OURS[architecture.activation](x), ACT2FN[spelled](x), rtol=0, atol=1e-6)
-    rope = architecture.rope
+    rope = architecture.layers[0].rope
     stated = None if rope is None else dict(zip(RELEVANT["llama3"], [getattr(rope, f) for f in FIELDS], strict=True))
     if rope is not None and stated is not None:
         stated = {key: stated[key] for key in RELEVANT[rope.type]}
-    names = [field for field in expected(AutoConfig.for_model("llama")) if field != "rope"]
-    assert len(architecture.kinds) == 1, "all layers alike"
-    counted = {"layers": len(architecture.layers), "ffn": architecture.layers[0].ffn}
-    return {field: getattr(architecture, field) for field in names if field not in counted} | counted | {"rope": stated}
+    layers = architecture.layers
+    assert len(set(architecture.ropes)) < 2 and len({kind.ffn for kind in layers}) == 1, "layers differ by window alone"
+    counted = {
+        "layers": len(layers),
+        "ffn": layers[0].ffn,
+        "rope": stated,
+        "windows": [kind.sliding_window for kind in layers],
+    }
+    names = expected(AutoConfig.for_model("llama")).keys() - counted.keys()
+    return {field: getattr(architecture, field) for field in names} | counted
 
 
 def has_no_table(values: Values, config: PreTrainedConfig) -> bool:
@@ -275,8 +283,6 @@ def _heads_or_rope_without_table(values: Values, config: PreTrainedConfig) -> bo
     head_dim = config.hidden_size // config.num_attention_heads if stated is None else stated
     # GraniteConfig has no such key, so any value passes, and yet its modelling code reads it.
     if type(head_dim) is not int or head_dim < 1 or head_dim % 2:
-        return True
-    if config.model_type in ("qwen2", "qwen3") and len(set(config.layer_types)) > 1:
         return True
     rope = config.rope_parameters
     if rope.get("rope_type") not in RELEVANT or rope.get("partial_rotary_factor", 1.0) != 1.0:

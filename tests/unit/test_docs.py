@@ -289,7 +289,6 @@ def test_the_changelog_begins_with_this_version() -> None:
 NOT_SUPPORTED = (DOCS / "reference" / "not-supported.md").read_text()
 _LLAMA = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA |= {"intermediate_size": 96, "vocab_size": 100}
-_MIXED = {"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]}
 
 
 def test_the_families_that_are_named_are_those_there_are() -> None:
@@ -304,7 +303,6 @@ def test_the_families_that_are_named_are_those_there_are() -> None:
     [
         ("no mixture of experts", {"model_type": "mixtral"}),
         ("multi-head latent", {"model_type": "deepseek_v3"}),
-        ("**Layers of different kinds**", {**_MIXED, "num_key_value_heads": 4}),
         ("no YaRN, dynamic or longrope", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
         ("no YaRN, dynamic or longrope", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
         ("rotation of a part of the head", {"partial_rotary_factor": 0.5}),

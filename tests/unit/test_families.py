@@ -13,12 +13,13 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from lowrank_dist.arch.architecture import Architecture, RopeParameters, padded_vocab
+from lowrank_dist.arch.architecture import Architecture, padded_vocab
 from lowrank_dist.arch.config_json import parse_architecture, read_architecture
 from lowrank_dist.arch.families import FAMILIES
+from lowrank_dist.arch.rope import RopeParameters
 from lowrank_dist.arch.tensors import copy_plans, hf_shapes, parameter_shapes
 from lowrank_dist.errors import UserError
-from lowrank_dist.model.layers import inv_freq
+from lowrank_dist.model.rope import inv_freq
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 
 
@@ -37,7 +38,7 @@ def edited(tiny: Path, tmp_path: Path, drop: tuple[str, ...] = (), **changes: An
 
 EXPECTED = {
     "llama": {"norm": "RMSNorm", "activation": "silu", "gated": True, "kv_heads": 2, "head_dim": 16, "tied": False},
-    "llama2": {"family": "llama", "kv_heads": 4, "rope": RopeParameters(10000.0), "norm_eps": 1e-6},
+    "llama2": {"family": "llama", "kv_heads": 4, "ropes": (RopeParameters(10000.0),), "norm_eps": 1e-6},
     "granite": {
         "embedding_multiplier": 5.0,
         "attention_multiplier": 0.06,
@@ -55,7 +56,7 @@ EXPECTED = {
         "linear_bias": True,
         "conv1d": True,
         "positions": "learned",
-        "rope": None,
+        "ropes": (),
         "tied": True,
         "prefix": "transformer.",
     },
@@ -139,7 +140,7 @@ def test_inv_freq_is_transformers_to_the_bit(rope: dict[str, Any], head_dim: int
         expected, _ = LlamaRotaryEmbedding.compute_default_rope_parameters(config)
     else:
         expected, _ = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
-    found = parse_architecture(config.to_dict(), "config.json").rope
+    (found,) = parse_architecture(config.to_dict(), "config.json").ropes
     assert inv_freq(found, head_dim).dtype == torch.float32
     assert torch.equal(inv_freq(found, head_dim), expected)
     assert not torch.equal(inv_freq(RopeParameters(rope["rope_theta"] + 1), head_dim), expected)
@@ -150,9 +151,9 @@ def test_inv_freq_is_transformers_to_the_bit(rope: dict[str, Any], head_dim: int
 def test_rope_of_older_config_files(tiny: dict[str, Path], tmp_path: Path) -> None:
     scaling = {"type": "linear", "factor": 2.0}
     older = edited(tiny["llama"], tmp_path, drop=("rope_parameters",), rope_theta=2e4, rope_scaling=scaling)
-    assert read_architecture(older).rope == RopeParameters(2e4, "linear", 2.0)
+    assert read_architecture(older).ropes == (RopeParameters(2e4, "linear", 2.0),)
     plain = edited(tiny["llama"], tmp_path, drop=("rope_parameters",), rope_theta=2e4)
-    assert read_architecture(plain).rope == RopeParameters(2e4)
+    assert read_architecture(plain).ropes == (RopeParameters(2e4),)
 
 
 REFUSED = [
@@ -179,11 +180,7 @@ REFUSED = [
     ("llama", {"hidden_size": "wide"}, "hidden_size"),
     ("llama", {"model_type": "mixtral"}, "model_type 'mixtral'"),
     ("llama", {"model_type": "my_own"}, "model_type 'my_own'"),
-    (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1, "layer_types": None},
-        "use_sliding_window",
-    ),
+    ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types ['chunked_attention']"),
     ("qwen3", {"attention_bias": True}, "attention_bias"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
@@ -215,6 +212,17 @@ def test_every_layer_sliding_is_a_window(tiny: dict[str, Path], tmp_path: Path) 
     changes = {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 32, "layer_types": None}
     assert read_architecture(edited(tiny["qwen2"], tmp_path, **changes)).sliding_window == 32
     assert read_architecture(edited(tiny["mistral"], tmp_path, sliding_window=None)).sliding_window is None
+
+
+def test_a_window_beside_full_attention_makes_two_kinds(tiny: dict[str, Path], tmp_path: Path) -> None:
+    window = {"use_sliding_window": True, "sliding_window": 32}
+    for kinds in (
+        {"max_window_layers": 1, "layer_types": None},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+    ):
+        found = read_architecture(edited(tiny["qwen2"], tmp_path, **window, **kinds))
+        assert [kind.sliding_window for kind in found.layers] == [None, 32] and len(found.kinds) == 2
+        assert found.sliding_window == 32
 
 
 def test_gpt2_without_n_inner(tiny: dict[str, Path], tmp_path: Path) -> None:

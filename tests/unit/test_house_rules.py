@@ -384,6 +384,7 @@ SHORT = {
     **{f"{owner}/config.py": _SECTION for owner in ("data", "model", "parallel")},
     **{f"methods/{name}/config.py": _SECTION for name in ("bottleneck", "prefix", "prompt")},
     "backend/megatron.py": "every patch of Megatron in one place",
+    "model/rope.py": "the frequencies of rotary positions, apart from the attention that uses them",
     "parallel/masks.py": "which mask is drawn, apart from the operator that draws it",
 }
 
