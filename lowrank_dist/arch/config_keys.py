@@ -1,4 +1,4 @@
-"""The treatment of each key of a config.json: the family's table applies it, or a list here says what becomes of it.
+"""The handling of each key of a config.json: the family's table applies its own keys, the lists here cover the rest.
 
 The lists are the same for all families. They hold every key of transformers' configuration classes that no table has
 (a test compares them), and keys found in published models.

@@ -53,7 +53,10 @@ class DecodingOptions:
     batch: Annotated[int, typer.Option(help="Prompts decoded together on a rank.", metavar="N")] = 8
     tensor: Annotated[
         int,
-        typer.Option(help="Tensor-parallel size. Other ranks are data parallel and share the prompts.", metavar="N"),
+        typer.Option(
+            help="Tensor-parallel size. With more than N ranks, every group of N decodes its share of the prompts.",
+            metavar="N",
+        ),
     ] = 1
     dtype: Annotated[
         str, typer.Option(help="Type to run in: auto (that of the weights), fp32 or bf16.", metavar="TYPE")

@@ -30,7 +30,8 @@ _REMEDIES = {
 class _PlainFlags:
     """A command whose help shows a flag without the type of a value, which a flag does not take."""
 
-    def get_params(self, ctx: Any) -> Any:  # click's Context, which newer versions of typer bring themselves
+    # Any: newer versions of typer have a copy of click with its own Context.
+    def get_params(self, ctx: Any) -> Any:
         params = super().get_params(ctx)  # type: ignore[misc]
         for each in params:
             if getattr(each, "is_flag", False):

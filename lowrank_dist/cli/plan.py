@@ -86,12 +86,14 @@ def plan_command(
     ] = None,
     bottleneck: Annotated[
         int,
-        typer.Option(help="Bottleneck width of the adapter layers in the comparison of methods.", metavar="M", min=1),
+        typer.Option(
+            help="Bottleneck width of adapter_h and adapter_l in the table of other methods.", metavar="M", min=1
+        ),
     ] = 64,
     virtual_tokens: Annotated[
         int,
         typer.Option(
-            help="Number of virtual positions of method=prefix and prompt in the comparison of methods.",
+            help="Number of virtual positions of method=prefix and prompt in the table of other methods.",
             metavar="L",
             min=1,
         ),

@@ -107,8 +107,8 @@ def export_command(
         str | None,
         typer.Option(
             "--for",
-            help="Make sure that this program serves the adapter correctly; where needed, give all modules the same "
-            "LoRA rank and alpha. An error where that is not possible.",
+            help="Program that will serve the adapter. The export makes sure that it does so correctly, and gives all "
+            "modules the same LoRA rank and alpha where needed. Fails where that is not possible.",
             metavar="vllm|llama.cpp",
         ),
     ] = None,

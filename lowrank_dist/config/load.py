@@ -43,8 +43,8 @@ examples:
 
 exit code: 0 success; 2 an error in the input; 85 told to stop by a signal, saved and resumable; 1 anything else"""
 COMMAND_LINE = "command line"
-# Bytes of a config. An adapter rank and an alpha for each module of the deepest models take a fifth of it. PyYAML reads
-# some 100 KiB a second.
+# Largest config in bytes: five times what an adapter rank and an alpha for each module of the deepest models take.
+# PyYAML reads some 100 KiB a second.
 LARGEST = 256 << 10
 MOST_PROBLEMS = 50
 # The other fields, such as `method`, are values at the top level.

@@ -109,7 +109,7 @@ def read_jsonl(
     """
     if not path.is_file():
         named = "give data.train, data.eval, --data and --prompts a JSONL file"
-        raise UserError(f"{path}: no such file; {named} with one of {FORMATS} a line")
+        raise UserError(f"{path}: no such file; {named} with one JSON object per line: {FORMATS}")
     parsers: dict[Kind, Callable[[int, dict[str, Any]], Completion | Conversation]] = {
         "completion": partial(_completion, use),
         "messages": _conversation,
@@ -146,7 +146,7 @@ def read_jsonl(
     if faults.found:
         raise UserError("\n".join(faults.rows(path, whole)))
     if kind is None:
-        raise UserError(f"{path}: the file has no samples; write one of {FORMATS} a line")
+        raise UserError(f"{path}: the file has no samples; write one JSON object per line: {FORMATS}")
     filled = {"completions": rows} if kind == "completion" else {"conversations": rows}
     return Records(path, kind, ignored_keys=dict(sorted(extra.items())), whole=whole, **filled)
 

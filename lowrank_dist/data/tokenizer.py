@@ -32,7 +32,8 @@ _LARGEST = {
 }
 # Sixteen times the largest published vocabulary.
 _MOST_TOKENS = 1 << 22
-# Factor by which a tokenizer's steps may lengthen a text; "▁" for " " counts 1. Tokens take some 250 bytes a byte.
+# Factor by which a tokenizer's steps may lengthen a text, in characters ("▁" for " ": 1). Tokenising takes some 250
+# bytes of memory per byte of text.
 _MOST_LONGER = 16
 _SHOWN = 60  # characters of a text in a message
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")

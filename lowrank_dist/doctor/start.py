@@ -49,7 +49,7 @@ def kernels(config: Config) -> list[Row]:
 
 
 def length(config: Config) -> list[Row]:
-    """Return a row on data.max_length, which the model's positions bound."""
+    """Return a row on data.max_length. Raises UserError where it exceeds the model's positions or sliding window."""
     with silence_megatron():
         from lowrank_dist.model.load import check_length
 

@@ -102,7 +102,7 @@ class CheckpointWriter:
         if best:
             self._folder.point("best", self._step_folder(best[0]))
         else:
-            # A resumed run with another eval.best: the best checkpoint by the former one may be retired.
+            # The run was resumed with another eval.best: the checkpoint that `best` points to may be deleted below.
             (self._folder.checkpoints / "best").unlink(missing_ok=True)
         self._retire(best)
         if final and not trained:

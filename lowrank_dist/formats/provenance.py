@@ -1,4 +1,4 @@
-"""The origin of an adapter: its base's fingerprint, config and training, in lowrank_dist.json beside the adapter."""
+"""The origin of an adapter (lowrank_dist.json beside it): the base's fingerprint, the run's config and training."""
 
 import hashlib
 import json

@@ -216,7 +216,7 @@ def _content(token: object) -> object:
 
 
 def end_of_text(files: Tokenizer) -> tuple[int, ...]:
-    """Return the id of the EOS that a tokenizer.json folder names; empty where it names none or gives it no id."""
+    """Return the id of tokenizer_config.json's eos_token among tokenizer.json's added tokens; empty without one."""
     eos, definition = _content(_object(files, TOKENIZER_CONFIG_FILE).get("eos_token")), _object(files, _FAST)
     added = definition.get("added_tokens")
     tokens = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []

@@ -9,8 +9,9 @@ operands lie side by side in the messages, and `FusedBuffer` computes both terms
 
 The row-parallel identities hold only without dropout (m ⊙ X = X); with a mask the two products are computed apart.
 
-Legend: T tokens, K inputs and O outputs of this rank's weight, R = Σ r of the update; a = s/(1−p)·A [R, K], bᵀ [R, O]
-the block-diagonal B transposed, `blocks` its non-zeros as in ops/low_rank.py. Nothing here is differentiable.
+Legend: T tokens, K inputs and O outputs of this rank's weight, R = Σ r of the update; s scale, p probability and m mask
+of dropout; a = s/(1−p)·A [R, K], bᵀ [R, O] the block-diagonal B transposed, `blocks` its non-zeros as in
+ops/low_rank.py; U = (m ⊙ X)·aᵀ; P this rank's partial sums. Nothing here is differentiable.
 """
 
 from __future__ import annotations

@@ -243,7 +243,10 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
 
 
 def _attention_backward(job: Job, top: Layer, input_requires_grad: bool, kept: int) -> Moment:
-    """Return the moment of the norm between attention and MLP: the MLP's activations are free, products are H wide."""
+    """Return the moment when the norm between attention and MLP runs backward.
+
+    The MLP's activations are freed by then, and the norm's working tensors are H wide.
+    """
     frozen, adapted = replace(top, factors=((),) * len(top.factors)), top.part(in_attention=False)
     mlp_only = (
         saved_of_layer(job, adapted, True) - saved_of_layer(job, frozen, True) - bytes_outside_graph(job, adapted)

@@ -29,7 +29,11 @@ _SIZE = mmap.PAGESIZE * 2
 
 @dataclass(frozen=True)
 class State:
-    """A rank's phase. since: seconds of CLOCK_MONOTONIC, shared by a machine. step: from 1; 0 before the first."""
+    """A rank's phase.
+
+    since: start of the phase, in seconds of CLOCK_MONOTONIC, which all processes of a machine share. step: counted
+    from 1; 0 before the first.
+    """
 
     since: float
     phase: str

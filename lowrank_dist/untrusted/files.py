@@ -13,7 +13,7 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import escape_all
 
 MIB = 1 << 20
-# Bytes of a line of metrics.jsonl, which has some three hundred.
+# Largest line of metrics.jsonl in bytes; a usual line has some three hundred.
 LONGEST_RECORD = MIB
 # Linux: NAME_MAX and PATH_MAX, the latter with its closing zero byte.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095

@@ -197,7 +197,7 @@ def nothing(place: Path) -> None:
         (nothing, "lora.targets=[qproj]", "trained parameters", "broken", "matches no linear"),
         (nothing, "data.train=/no/data.jsonl", "data.train", "missing", "No such file"),
         (nothing, "data.eval=/tmp", "data.eval", "broken", "Is a directory"),
-        (empty_data, None, "data.train", "broken", "the file has no samples; write one of"),
+        (empty_data, None, "data.train", "broken", "the file has no samples; write one JSON object per line"),
         (sharegpt, None, "data.train", "broken", "train.jsonl:1: no key 'prompt', 'completion' or 'messages'"),
         (parquet, None, "data.eval", "broken", "eval.jsonl: a Parquet file"),
         (no_template, None, "data.train", "broken", "has no chat template"),

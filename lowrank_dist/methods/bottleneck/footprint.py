@@ -35,7 +35,7 @@ class Bottlenecks(Footprint):
 
     @property
     def residual_passes(self) -> int:
-        """Six passes per bottleneck: read the input (1), add the bias (2), add the output to the input (3)."""
+        """6 per bottleneck: 1 to read its input, 2 to add the bias, 3 to add its output to the input."""
         return 6 * self._count
 
     def label(self, job: Job) -> str:

@@ -74,7 +74,10 @@ class Decomposed(LowRank):
         return found
 
     def buffers(self, job: Job, rows: int) -> int:
-        """Return the bytes of the indices of adapted rows (int64), their norms, and g of every output (fp32)."""
+        """Return the bytes of the adapted rows' indices (int64) and norms (fp32), and of g of every output (fp32).
+
+        g = m / norm is the scale of an output (parallel/decomposed.py).
+        """
         return (8 + 4) * rows + 4 * sum(count * _outputs(job, linear) for linear, _, count in self._adapted())
 
     def saved_behind_linear(self, job: Job, linear: Linear, factors: Sequence[Factor]) -> int:
