@@ -1,8 +1,8 @@
 """Hand-written autograd of the low-rank linears (docs/DESIGN.md, "Mathematics"). No function here adds a collective.
 
-Legend: T tokens, T_j = T / N this rank's token shard, K inputs and O outputs of the rank's weight, R = Σ r.
-m the binary dropout mask; a = s/(1−p)·A [R, K]; b = block-diagonal B [O, R], stored as bᵀ; W frozen [O, K].
-U = (m⊙X)·aᵀ carries all scales, so nothing scales a pass over tokens.
+Legend: N tensor-parallel ranks, T tokens, T_j = T / N this rank's token shard, K inputs and O outputs of the rank's
+weight, R = Σ r; s scale, p probability and m binary mask of dropout; a = s/(1−p)·A [R, K]; b = block-diagonal B [O, R],
+stored as bᵀ; W frozen [O, K]. U = (m⊙X)·aᵀ has the scales of a, so that no pass over tokens is needed for scaling.
 
 FrozenWeight (parallel/frozen.py) decides how W is stored, LowRankUpdate (parallel/update.py) how a and b are computed
 from parameters. Each function takes the parameters that it returns gradients for as its last arguments.
@@ -11,10 +11,11 @@ The functions and the layers that use them:
   LocalLinear    any layer at N = 1; column- and row-parallel without sequence parallelism
   GatherLinear   column-parallel with sequence parallelism: the AllGather carries [X ∣ U]
   PartialLinear  row-parallel with sequence parallelism, the GEMM half: P = [X·Wᵀ ∣ U]
-  ReduceExpand   its communication half: the ReduceScatter carries P, then Y = P[:, :O] + P[:, O:]·bᵀ
+  ReduceExpand   the communication half of the same layer: ReduceScatter of P, then Y = P[:, :O] + P[:, O:]·bᵀ
 
 The row-parallel layer is two functions, and ReduceExpand keeps U_j as a context attribute instead of a saved tensor.
-Non-reentrant recomputation then stops before the reduction and does not issue it again, as in the frozen layer.
+Non-reentrant recomputation ends at the last saved tensor, so it does not issue a layer's last reduction again. The same
+holds for a frozen layer.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def _needed(ctx: Any, first: int, update: LowRankUpdate) -> tuple[bool, bool]:
 class LocalLinear(torch.autograd.Function):
     """Y = X·Wᵀ + bias + U·bᵀ on local tensors.
 
-    With `group`, the all-reduce of dX over it overlaps the computation of dA and dB.
+    With `group`, dX is all-reduced over it while dA and dB are computed.
     """
 
     @staticmethod

@@ -3,7 +3,8 @@
 First come collectives over the rows of a 2-D tensor, then Megatron's differentiable ones for a method's own column- and
 row-parallel products, then values on which ranks must agree before training goes on.
 
-Legend: T tokens of the whole sequence, T_j the tokens of this rank's shard (T / N), C columns.
+Legend: N ranks of the group, T tokens of the whole sequence, T_j = T / N those of this rank's shard, C columns; s
+sequence length, b microbatch, H hidden.
 A call is one message unless its docstring says otherwise. The process group is an argument, never a global.
 """
 
@@ -44,7 +45,7 @@ def gather_rows(shard_TjC: Tensor, group: ProcessGroup) -> tuple[Tensor, Pending
 
 
 def reduce_scatter_rows(partial_TC: Tensor, group: ProcessGroup) -> tuple[Tensor, Pending]:
-    """Start summing over ranks, each keeping its rows. Returns ([T / N, C], handle to wait on)."""
+    """Start summing over ranks; each rank gets the rows of its shard. Returns ([T_j, C], handle to wait on)."""
     shard_TjC = partial_TC.new_empty(partial_TC.size(0) // group.size(), partial_TC.size(1))
     work = dist.reduce_scatter_tensor(shard_TjC, partial_TC.contiguous(), group=group, async_op=True)
     return shard_TjC, Pending(work)

@@ -1,8 +1,8 @@
 """Coordinates of a rank in the parallel layout, as pure functions of its number.
 
-They decide which slices of Θ a rank holds. A dense slice is keyed by (tp, pp, dp), a slice of an expert by
-(ep, expert_dp, pp). Ranks are numbered as Megatron numbers them (order tp-ep-dp-pp): tensor-parallel ranks are
-neighbours, pipeline stages furthest apart. An expert lies whole on a rank; ranks that hold shards of the same dense
+They decide which slices of the trained parameters Θ a rank holds. A dense slice is keyed by (tp, pp, dp), a slice of an
+expert by (ep, expert_dp, pp). Ranks are numbered as Megatron numbers them (order tp-ep-dp-pp): tensor-parallel ranks
+are neighbours, pipeline stages furthest apart. An expert lies whole on a rank; ranks that hold shards of the same dense
 tensors hold different experts.
 """
 
@@ -37,7 +37,7 @@ class RankCoordinates(NamedTuple):
 
 @dataclass(frozen=True)
 class Grid:
-    """The sizes of a job's parallelism. Its ranks are tensor × data × pipeline.
+    """The sizes of a job's parallelism. The number of ranks is tensor × data × pipeline.
 
     expert: expert-parallel size, a divisor of tensor × data. An expert-parallel group is consecutive ranks of a stage.
     """

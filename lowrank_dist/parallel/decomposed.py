@@ -2,9 +2,9 @@
 
     y = g ⊙ (W·x + s·B·A·drop(x)) + bias,      g = m / ‖W + s·B·A‖, row by row
 
-The magnitude m is trained; the norm is detached. The norm changes only with the factors, so it is computed once per
-optimizer step and not in the forward pass. No layer gains a collective: ranks that hold part of the columns sum their
-squared norms in one reduction for the whole model.
+The magnitude m is trained; the norm is detached; s is the scale. The norm changes only with the factors, so it is
+computed once per optimizer step and not in the forward pass. No layer gains a collective: ranks that hold part of the
+columns sum their squared norms in one reduction for the whole model.
 
 Scaling is linear, so it may come before the reduction of a row-parallel linear: m's gradient is then a partial sum over
 ranks, as B's is. With dropout PEFT computes a different function, base(x) + (g − 1)·base(drop(x)) + …; without dropout
@@ -65,12 +65,12 @@ class DecomposedFactors(LowRankFactors):
         mark(self.magnitude, sharded=not sharded_a, partial=sharded_a)
         self.register_buffer("covered", torch.tensor(rows, dtype=torch.int64, device=device), persistent=False)
         self.register_buffer("norm", unset(len(rows)), persistent=False)
-        # g of every output, in fp32: rounded to 16 bits, g near 1 would lose every change below 2⁻⁸.
+        # g of every output, in fp32: in bf16, g near 1 would lose every change below 2⁻⁸.
         self.register_buffer("gain", unset(out_features), persistent=False)
 
     @torch.no_grad()
     def squared_norms(self, weight: FrozenWeight) -> Tensor:
-        """Return Σ (W + s·B·A)² over this rank's columns [n], in fp32 (fp64 with factors in fp64)."""
+        """Return [n]: Σ (W + s·B·A)² over this rank's columns, in fp32 (fp64 with factors in fp64)."""
         a_RK, b_OR = self.scaled_a(self.lora_A.dtype, None), self.dense_bt(self.lora_A.dtype).t()
         rows, step = self.out_features, max(1, _CHUNK_ELEMENTS // a_RK.size(1))
         squares = []
@@ -111,7 +111,7 @@ class DecomposedFactors(LowRankFactors):
         return gradient
 
     def trained(self, factor_map: FactorMap) -> tuple[TrainedParameter, ...]:
-        """Return A, B and the magnitudes. These are stored as `<module path>.lora_magnitude_vector` [out]."""
+        """Return A, B and the magnitudes, which are stored as `<module path>.lora_magnitude_vector` [out]."""
         whole = {
             f"{shard.name}.lora_magnitude_vector": (rows,)
             for shard, (rows, _) in zip(self.shards, factor_map.shapes, strict=True)
@@ -171,7 +171,7 @@ def start_magnitudes(linears: Sequence[LowRankLinear], group: ProcessGroup) -> N
 def refresh_norms(linears: Sequence[LowRankLinear], group: ProcessGroup) -> None:
     """Compute the norms of decomposed updates from their present factors. One reduction over `group` for all linears.
 
-    Only row-parallel linears need it: each rank of the group holds a part of their columns.
+    Only row-parallel linears need the reduction: each rank of the group holds a part of their columns.
     """
     squares = []
     for linear in linears:

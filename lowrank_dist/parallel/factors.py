@@ -1,7 +1,7 @@
 """The low-rank factors of one fused linear on one rank: packed storage of A and B, and the operands made from them.
 
-Legend: R = Σ r over the factors of this linear, K inputs and O outputs of this rank's shard; a = s·A [R, K];
-b = block-diagonal B [O, R].
+Legend: R = Σ r over the factors of this linear, K inputs and O outputs of this rank's shard; s scale, p probability and
+m mask of dropout; a = s/(1−p)·A [R, K]; b = block-diagonal B [O, R].
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class LowRankFactors(LowRankUpdate):
         return torch.cat(positions)
 
     def _blocks(self) -> tuple[int, ...]:
-        """Return the non-zero blocks of Bᵀ: (first column, columns, first rank, ranks) of every run of rows."""
+        """Return (first column, columns, first row, rows) of each non-zero block of Bᵀ, one per run of rows of B."""
         blocks: list[int] = []
         first = 0
         for shard in self.shards:

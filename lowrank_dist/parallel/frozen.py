@@ -136,7 +136,7 @@ class Dense(FrozenWeight):
     def grad_x_into(self, out_TK: Tensor, dy_TO: Tensor) -> None:
         linear_into(out_TK, dy_TO, self.weight.t())
 
-    # On CUDA the large GEMM adds to the low-rank term in one output (ops/linear.py).
+    # On CUDA the low-rank term is written first and the large GEMM adds to it (ops/linear.py).
 
     def adapted(self, x_TK: Tensor, bias: Tensor | None, u_TR: Tensor, bt_RO: Tensor, blocks: Sequence[int]) -> Tensor:
         return adapted(x_TK, self.weight, bias, u_TR, bt_RO, blocks)

@@ -25,7 +25,7 @@ from lowrank_dist.parallel.update import LowRankUpdate
 class LowRankLinear:
     """The part that both linears share: the frozen weight, its update and the source of the update's dropout masks.
 
-    frozen: the stored weight, None for Megatron's own dense parameter. update: None for a linear that is only frozen.
+    frozen: the stored weight; None where Megatron's own forward runs. update: None for a linear that is only frozen.
     """
 
     frozen: FrozenWeight | None

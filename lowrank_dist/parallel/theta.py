@@ -51,10 +51,10 @@ class LocalShard:
 class TrainedParameter:
     """One parameter of Θ and its placement on the ranks.
 
-    parameter: this rank's, fp32, `mark`ed. shapes: name → whole shape of the stored tensors whose slices the parameter
-    holds, on this or another rank; a stored tensor belongs to one parameter only. shard_at: function from a rank's
-    coordinates to its share there; pure, so any rank can compute it for all. of_expert: it is keyed by the rank's
-    expert coordinate, not the dense one.
+    parameter: that of this rank, in fp32, with the attributes that `mark` sets. shapes: name → whole shape of the
+    stored tensors whose slices the parameter holds, on this or another rank; a stored tensor belongs to one parameter
+    only. shard_at: function from a rank's coordinates to its share there; pure, so any rank can compute it for all.
+    of_expert: the rank's expert coordinate decides its share, not the dense one.
     """
 
     parameter: nn.Parameter
@@ -68,7 +68,7 @@ class TrainedParameter:
         return (expert.ep, expert.pp) if self.of_expert else (dense.tp, dense.pp)
 
     def is_sent_by(self, coordinates: RankCoordinates) -> bool:
-        """Return whether a rank's share goes into a checkpoint: of copies, only the first shard's does."""
+        """Return whether a rank's share goes into a checkpoint: every shard does, of copies only the first rank's."""
         return is_sharded(self.parameter) or self.shard_key(coordinates)[0] == 0
 
 
@@ -109,7 +109,7 @@ class Theta:
         self.refresh()
 
     def batches(self, elements: int) -> list[list[int]]:
-        """Return groups of consecutive parameter numbers whose stored tensors have about `elements` elements in all."""
+        """Return groups of consecutive parameter numbers: each at most `elements` stored elements, or one parameter."""
         found: list[list[int]] = []
         room = 0
         for number, each in enumerate(self.trained):

@@ -51,7 +51,7 @@ class Topology:
     def build(
         cls, tensor: int, data: int | None, sequence: bool | None, timeout_seconds: int, *, across_nodes: bool = False
     ) -> Topology:
-        """Build Megatron's process groups over the initialised job.
+        """Build Megatron's process groups over all ranks of torch's initialised process group.
 
         Raises UserError where TP × DP ≠ ranks, and where a tensor-parallel group crosses nodes unless `across_nodes`.
         """

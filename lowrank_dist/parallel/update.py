@@ -3,7 +3,8 @@
 The linears' autograd functions ask an update for its operands and return the gradients with respect to these. The
 update decides how the operands are computed from parameters and how the parameters are stored.
 
-Legend: R = Σ r over the factors of this linear, K inputs and O outputs of this rank's shard.
+Legend: R = Σ r over the factors of this linear, K inputs and O outputs of this rank's shard; s scale, p probability and
+m mask of dropout.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from lowrank_dist.ops.linear import linear
 from lowrank_dist.parallel.collectives import all_gather_columns, all_reduce
 
-# Largest block of fp32 logits that exists at one time. A larger vocabulary is cut into more blocks of positions.
+# Largest block of fp32 logits in bytes; one exists at a time. The larger the vocabulary, the fewer positions it has.
 LOGIT_BLOCK_BYTES = 128 * 2**20
 
 
@@ -31,7 +31,8 @@ class HeadLoss(torch.autograd.Function):
     """Σ −log p(target) over n positions, for a head sharded over the vocabulary.
 
     The gradients, dH = (p − onehot)·W and for a trained head dW = (p − onehot)ᵀ·H, are formed while the logits of a
-    block exist; no logits outlive forward. The maximum and [Σ exp ∣ target logit] are one reduction each.
+    block exist; no logits outlive forward. p is the softmax. A block has two reductions: the maximum, and
+    [Σ exp ∣ target logit].
     reduce_dgrad: dH, a partial sum over vocabulary shards, is all-reduced here (without sequence parallelism).
     """
 
@@ -114,5 +115,5 @@ def _block(
 
 
 def gathered_logits(hidden_nH: Tensor, weight_VH: Tensor, vocab: int, group: ProcessGroup) -> Tensor:
-    """Return [n, vocab], on every rank: logits of all vocabulary shards, padding (in `weight_VH`) cut off."""
+    """Return the logits of all vocabulary shards, [n, vocab], on every rank, without the padding in `weight_VH`."""
     return all_gather_columns(hidden_nH @ weight_VH.t(), group)[:, :vocab]
