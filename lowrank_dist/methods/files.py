@@ -36,7 +36,7 @@ class TrainedFiles(Protocol):
     """The writer of a method's trained weights into a folder, without optimizer state.
 
     `put` is called once for every tensor of Θ, in fp32, with its stored name; then `finish` once. Either raises
-    UserError for unusable weights: none, NaN or infinity, or, where they were trained, weights that change nothing.
+    UserError where there are no tensors, for NaN or infinity, and, after training, for weights that change nothing.
     """
 
     def put(self, name: str, tensor: Tensor) -> None: ...
@@ -136,7 +136,7 @@ def any_there(folder: Path, names: Iterable[str]) -> bool:
 
 
 def own_file(folder: Path, name: str) -> Path:
-    """Return the path of a file of the folder. Raises UserError where it is missing or not `require_copyable`."""
+    """Return the path of a file of the folder. Raises UserError where it is missing, and as `require_copyable` does."""
     path = folder / name
     if not path.is_file():
         pickle = folder / PICKLE_FILE
@@ -179,7 +179,7 @@ class NotServed(UserError):
 
 
 def not_served(source: Path, what: str, target: str) -> NotServed:
-    """Return the error for an export to one of TARGETS that is no LoRA adapter. what: its kind."""
+    """Return the error for the export to one of TARGETS of anything but a LoRA adapter. what: its kind."""
     reason = (
         f"{target} serves no adapters but LoRA, and this folder has {what}; leave --for out, or train with method lora"
     )

@@ -1,7 +1,7 @@
 """Prefixes and prompts as PEFT folders: adapter_config.json and one tensor, `prompt_embeddings`.
 
-Layout of PEFT 0.21 (`peft_model.get_prompt`): a prompt is [l, H]; a prefix is [l, 2·L·G·d], layer by layer keys, then
-values. Legend: l virtual positions, L layers, G key/value heads, d head width, H hidden.
+Layout of PEFT 0.21 (`peft_model.get_prompt`): a prompt is [l, H]; a prefix is [l, 2·L·G·d], for each layer its keys and
+then its values. Legend: l virtual positions, L layers, G key/value heads, d head width, H hidden.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ KEYS = KeyRule(
         "peft_type base_model_name_or_path num_virtual_tokens token_dim num_transformer_submodules "
         "num_attention_heads num_layers".split()
     ),
-    # prefix_projection: PEFT saves the output of the MLP of a prefix.
+    # prefix_projection: PEFT saves the output of a prefix's MLP instead of the MLP.
     without_effect=frozenset(
         "prefix_projection task_type auto_mapping peft_version revision inference_mode encoder_hidden_size "
         "init_weights prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()
@@ -146,7 +146,7 @@ def read_prompt_learning(folder: Path) -> PromptLearning:
 
 
 def require_fit(folder: Path, learned: PromptLearning, architecture: Architecture) -> None:
-    """Raise UserError where the model's sizes differ from the trained one's, or it has too few positions."""
+    """Raise UserError where the model does not have the sizes in the folder's config, or has too few positions."""
     where, length = folder / CONFIG_FILE, learned.embeddings.size(0)
     if learned.kind == "PREFIX_TUNING":
         expected = len(architecture.layers), architecture.kv_heads, architecture.kv_heads * architecture.head_dim

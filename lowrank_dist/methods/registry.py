@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """Sizes of the methods with which a plan compares its own.
+    """Sizes of the other methods in the table of a plan.
 
-    rank: r of the factors on every linear. bottleneck: m. virtual_positions: those of prefix and prompt.
-    reparametrised: width of the prefix's MLP, None for none.
+    rank: r of the factors on every linear. bottleneck: width m. virtual_positions: those of prefix and prompt.
+    reparametrised: width of the prefix's MLP, None for a prefix without one.
     """
 
     rank: int = 8

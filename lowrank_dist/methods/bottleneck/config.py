@@ -19,7 +19,8 @@ class AdapterConfig(MethodSection):
     bottleneck: int = Field(64, ge=1, le=65536, description="width m of a bottleneck, an integer of at least 1")
     placement: Placement = Field(
         "sharded",
-        description="sharded (column-parallel then row-parallel, with own collectives) or replicated (on every rank)",
+        description="sharded (column-parallel then row-parallel, with additional collectives) or replicated (on every "
+        "rank)",
     )
 
     def reason_not_shardable(self, tp_size: int) -> str | None:

@@ -6,7 +6,7 @@
 Under tensor parallelism a bottleneck is sharded (column then row parallel, with collectives that no computation hides)
 or replicated (no collective; every rank stores and computes all of it).
 
-Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, m bottleneck, N ranks.
+Legend: H hidden, m width of a bottleneck, N ranks.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Bottlenecks(Footprint):
     def saved_by_layer(self, job: Job, input_requires_grad: bool) -> int:
         found = self._count * self._saved(job)
         if self._lowest_sends_nothing(input_requires_grad) and job.itemsize < 4:
-            found -= job.itemsize * job.architecture.hidden * self._rows(job)  # saved only for that gradient
+            found -= job.itemsize * job.architecture.hidden * self._rows(job)  # the cast W_down, saved for dX only
         return found
 
     def saved_behind_mlp(self, job: Job) -> int:
@@ -132,7 +132,7 @@ class Bottlenecks(Footprint):
         yield Parameter(hidden, partial)
 
     def _saved(self, job: Job) -> int:
-        """Return the bytes saved by one bottleneck: inputs of both products, the activation's, and cast weights."""
+        """Return the bytes saved by one bottleneck: inputs of both products and of the activation, and cast weights."""
         e, h, cut, rows = job.itemsize, job.architecture.hidden, self._cut(job), self._rows(job)
         found = (job.tokens if cut and job.sequence_parallel else job.shard_tokens) * h * e
         # GELU saves its input; ReLU its output, which the second product saves too.

@@ -2,7 +2,7 @@
 
 Under tensor parallelism a bottleneck is sharded, with collectives of its own, or replicated on every rank.
 
-Legend: H hidden, m bottleneck, N ranks.
+Legend: s sequence length, b microbatch, H hidden, N ranks.
 """
 
 from __future__ import annotations

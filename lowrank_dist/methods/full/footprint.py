@@ -1,4 +1,4 @@
-"""The footprint of full fine-tuning: Φ itself is trained (equation 1 of Hu et al., "LoRA", 2021). No torch."""
+"""The footprint of full fine-tuning: the base's weights Φ are trained (equation 1 of Hu et al., "LoRA"). No torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _parameters(job: Job) -> Iterator[Parameter]:
     """Yield every weight and bias on a rank.
 
     Under sequence parallelism the gradient of a replicated parameter covers only the rank's tokens, so it is partial.
-    That of the q and k norms covers only the rank's heads, with or without sequence parallelism.
+    The gradient of the q and k norms covers only the rank's heads, with or without sequence parallelism.
     """
     arch, n, sequence = job.architecture, job.layout.tensor, job.sequence_parallel
     norm = [Parameter(arch.hidden, sequence)] * (norm_elements(arch) // arch.hidden)

@@ -1,4 +1,4 @@
-"""Full fine-tuning: Φ itself is trained (equation 1 of Hu et al., "LoRA", 2021)."""
+"""Full fine-tuning: the base's weights Φ are trained (equation 1 of Hu et al., "LoRA", 2021)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adoption of a PEFT adapter: the placement rules of its factors, and the factors themselves, checked with the base."""
+"""Adoption of a PEFT adapter: the placement rules of its factors, and the factors, checked against the base."""
 
 from __future__ import annotations
 

@@ -71,12 +71,12 @@ class AdapterFactors:
 def write_adapter(
     folder: Path, adapter: AdapterFactors, provenance: Provenance, modules: Collection[str], *, trained: bool
 ) -> None:
-    """Write an adapter folder, atomically, that plain PEFT loads with exactly these modules, ranks and scales.
+    """Atomically write an adapter folder that plain PEFT loads with exactly these modules, ranks and scales.
 
     modules: `module_paths` of the base; they decide how far the target names in the config can be shortened.
     trained: the factors have been trained, so B = 0 everywhere is an error. Factors are stored in fp32.
 
-    Raises UserError for an existing folder, an empty adapter, B = 0 everywhere, NaN or infinity, or a failing disk.
+    Raises UserError for an existing folder, and as `write_adapter_files` does; DiskError where a write fails.
     """
     with atomic_folder(folder) as temporary:
         write_adapter_files(temporary, adapter, provenance, modules, trained=trained)

@@ -2,8 +2,8 @@
 
 Weight-decomposed updates (DoRA) have a magnitude for every adapted output row as well (parallel/decomposed.py).
 
-Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, O outputs and K inputs of a linear,
-N ranks, R = Σ r of a linear.
+Legend: O outputs and K inputs of a linear, R = Σ r of its factors, Z its output before scaling, Y = g ⊙ Z + bias its
+output, U the product of its input with A.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Decomposed(LowRank):
         return 6
 
     def step_passes(self, job: Job) -> int:
-        """Return the bytes of the norms: W is cast, copied into the product's output, added to B·A, squared, summed."""
+        """Return the bytes to compute the norms: W is cast, copied, added to s·B·A, squared and summed."""
         cast = job.itemsize + 4 if job.itemsize < 4 else 0
         weights = sum(count * linear.weights for linear, _, count in self._adapted())
         return (cast + (2 + 2 + 2 + 1) * 4) * weights // job.layout.tensor
@@ -89,9 +89,9 @@ class Decomposed(LowRank):
         return job.tokens * _outputs(job, linear) * job.itemsize
 
     def backward_moments(self, job: Job, top: Layer, kept: int) -> Sequence[Moment]:
-        """Return the backward of the top MLP's magnitudes: dY, dZ and their fp32 chunks.
+        """Return the moments when the magnitudes of fc2 and fc1 run backward: dY, dZ and their fp32 chunks.
 
-        That of fc1 follows the backward of the activation function.
+        fc1's follows the backward of the activation function.
         """
         fc1, fc2 = (top.kind.linears[name] for name in ("linear_fc1", "linear_fc2"))
         on_fc2 = top.on("linear_fc2")

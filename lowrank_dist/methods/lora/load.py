@@ -44,8 +44,8 @@ class MappedTensors(Mapping[str, Tensor]):
     """The tensors of an adapter's file by Hugging Face name, in the type and shape in which they are stored.
 
     The file is mapped: a tensor's bytes are read when they are used. Names are the module's path with `.lora_A.weight`
-    [r, in], `.lora_B.weight` [out, r] or, with DoRA, `.lora_magnitude_vector` [out]. Raises UserError for a tensor that
-    has NaN or infinity when it is looked up.
+    [r, in], `.lora_B.weight` [out, r] or, with DoRA, `.lora_magnitude_vector` [out]. Looking up a tensor with NaN or
+    infinity raises UserError.
     """
 
     def __init__(self, path: Path, pairs: Mapping[str, PairEntries]) -> None:
@@ -76,7 +76,7 @@ class MappedTensors(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA or DoRA adapter on disk. ΔW = scale·B·A of each module, and PEFT's config of it.
+    """A LoRA or DoRA adapter on disk: its config, and the factors of ΔW = scale·B·A of each module.
 
     path: its folder, links resolved. base: path or name of the base model, "" where none is named. target_modules:
     module paths or ends of them, or one regular expression. rank, alpha, scale: r, alpha and alpha / r (alpha / √r with

@@ -52,7 +52,8 @@ KEYS = KeyRule(
     neutral=dict.fromkeys(("lora_bias", "use_qalora"), (False,)),
     nothing=EMPTY,
 )
-# Other values (pissa, olora, corda, loftq, lora_ga, …) change the base too, so that s·B·A is not the whole update.
+# Values of init_lora_weights that leave the base as it is. Others (pissa, olora, corda, loftq, lora_ga, …) change it,
+# so that s·B·A is not the whole update.
 _STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _LARGEST = 1e30
 OUTPUT_LAYER = "lm_head"
@@ -289,9 +290,7 @@ def _refuse_more_than_lora(values: Mapping[str, Any], path: Path) -> None:
             "save_pretrained(path_initial_model_for_weight_conversion=…))"
         )
     if problems:
-        raise UserError(
-            f"{path}: only updates s·B·A are supported, and these keys make it another one: {'; '.join(problems)}"
-        )
+        raise UserError(f"{path}: only updates s·B·A are supported, but these keys ask for more: {'; '.join(problems)}")
 
 
 def _module_names(value: Any, matching: Patterns, path: Path, key: str) -> tuple[str, ...] | str:

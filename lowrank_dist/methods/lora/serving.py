@@ -26,8 +26,8 @@ _MERGE = "merge it into the base with lowrank-dist merge"
 _WITHOUT_LORA: Mapping[str, Mapping[str, str]] = {
     VLLM: {"gpt2": f"vLLM supports no LoRA on GPT-2; {_MERGE}"},
     LLAMA_CPP: {
-        "gpt2": "llama.cpp's converter transposes GPT-2's factors as it does the weights, though they are not stored "
-        f"alike; {_MERGE}",
+        "gpt2": "llama.cpp's converter transposes GPT-2's factors like its weights, although only the weights are "
+        f"stored transposed; {_MERGE}",
         "opt": "llama.cpp's converter does not support OPT, merged or not; serve it with vLLM or transformers",
     },
 }

@@ -53,7 +53,7 @@ class WithVirtualTokens(nn.Module):
         """rows: [l, H] fp32, the same on every rank."""
         super().__init__()
         self.words, self._first_id = words, first_id
-        # With sequence parallelism a rank has the gradient at its own positions only, without it at all of them.
+        # With sequence parallelism a rank has the gradient at its own positions only; without it, at all positions.
         partial = sequence_parallel and words.tp_group.size() > 1 and words.reduce_scatter_embeddings
         self.rows = mark(nn.Parameter(rows), sharded=False, partial=partial)
 
