@@ -3,8 +3,8 @@
 The formulas follow parallel/autograd.py, model/layers.py, model/attention.py and model/causal_lm.py. A method's
 footprint gives what the method adds.
 
-Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, V vocabulary, F ffn, N
-tensor-parallel ranks, e bytes of an element of the base.
+Legend: T tokens of a microbatch, T_j those on a rank outside attention and MLP, H hidden, F ffn, N tensor-parallel
+ranks, e bytes of an element of the base, U = X·Aᵀ the low-rank product of a linear.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def norm_saves(job: Job, rows: int, features: int) -> int:
     """Return the bytes that a norm saves: its input and one or two statistics of each row.
 
     PyTorch's RMSNorm is fused on CUDA; on a CPU it is composed of simple operators and saves the input in fp32. Where
-    the weight is trained, a norm also saves the weight's cast, and RMSNorm on a CPU what it multiplies with the weight.
+    the weight is trained, a norm also saves the weight's cast, and RMSNorm on a CPU the tensor that it multiplies with
+    the weight.
     """
     layer_norm = job.architecture.norm == "LayerNorm"
     itemsize, cast = 4 if written_out(job) else job.itemsize, 0
@@ -100,7 +101,8 @@ def _attention(job: Job, kind: LayerKind, heads_out: int) -> int:
     fused = t * kind.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
     keys = t * max(1, arch.kv_heads // n) * arch.head_dim * e
     found = fused + heads_out + 4 * t * arch.heads // n
-    # q is copied together from between the groups' k and v, unless the rank has one group, or a group one query head.
+    # The q of several groups lie apart in the fused tensor, with k and v between them, so q is a copy. It is a view
+    # where the rank has one group or a group has one query head.
     copied = whole_heads and arch.kv_heads // n > 1 and arch.heads > arch.kv_heads
     if not arch.position_rows:
         found += heads_out + keys  # rotated q and k
@@ -121,7 +123,7 @@ def head_norms(job: Job, copied: bool) -> int:
     queries = t * (arch.heads // n if arch.kv_heads >= n else arch.heads // arch.kv_heads) * arch.head_dim * e
     keys = t * max(1, arch.kv_heads // n) * arch.head_dim * e
     widths = 4 // e if in_fp32 else 1
-    # Norms that are written out save fp32 copies of q and k. Others save q and k where they lie, q perhaps in its copy.
+    # Norms composed of simple operators save fp32 copies of q and k. Others save views of the fused tensor or q's copy.
     found = (queries + keys) * widths if in_fp32 else (queries if copied else 0)
     if job.footprint.trains_base and job.device == "cpu":
         found += (queries + keys) * 4 // e
@@ -129,7 +131,7 @@ def head_norms(job: Job, copied: bool) -> int:
 
 
 def activations(job: Job, *, recompute: bool) -> int:
-    """Return the bytes saved for backward of one microbatch. With recomputation a layer saves little but its input."""
+    """Return the bytes saved for the backward of one microbatch. recompute: layers keep what `kept_of_layer` says."""
     found = sum(
         count * kept_of_layer(job, layer, input_requires_grad, recompute=recompute)
         for layer, input_requires_grad, count in job.placement.kinds

@@ -29,7 +29,7 @@ class Choice:
     """The chosen layout and its alternatives.
 
     best: the fastest that fits, or the smallest if none fits. safe: the fastest that is not tight, else `best`.
-    remedies: changes that would make it fit; a layout for the same nodes comes first.
+    remedies: changes that make the job fit; a layout for the same nodes comes first.
     """
 
     best: Candidate
@@ -168,7 +168,7 @@ def _remedies(smallest: Candidate, fixed: Fixed) -> Iterator[Remedy]:
 
 
 def _auto(job: Job, fixed: Fixed, cluster: Cluster) -> Iterator[Remedy]:
-    """Yield parallel.tensor=auto where a size was fixed and the size that it stands for fits."""
+    """Yield parallel.tensor=auto where a size was fixed and the size that auto chooses fits."""
     ranked = fitting(candidates(job, replace(fixed, tensor=None, across_nodes=False), cluster))
     if fixed.tensor is not None and ranked:
         tensor = _safe(ranked).job.layout.tensor
@@ -198,7 +198,7 @@ def _more_nodes(smallest: Candidate, fixed: Fixed) -> Iterator[Remedy]:
 
 
 def _larger_gpus(smallest: Candidate) -> Iterator[Remedy]:
-    """Yield the smallest GPU that is known and large enough; its memory alone where the user gave the memory."""
+    """Yield the smallest known GPU that is large enough, or only a memory size where the user gave the memory."""
     cluster = smallest.cluster
     large = [gpu for gpu in GPUS.values() if usable(gpu.memory) >= smallest.memory.total]
     if not large:

@@ -48,7 +48,7 @@ _LARGEST_TENSOR = 64  # the largest size that the plan lists as legal or not
 
 
 def compare(candidate: Candidate, others: Iterable[Footprint]) -> list[MethodPlan]:
-    """Return the candidate's own method as configured, then others that leave at least two positions a row."""
+    """Return the candidate's own method as configured, then others that leave at least two positions per row."""
     job = candidate.job
     jobs = [replace(job, footprint=other) for other in others if job.length - other.virtual_positions >= 2]
     return [_method(candidate), *(_method(replace(candidate, job=other)) for other in jobs)]

@@ -63,7 +63,7 @@ class Layer:
         return total_rank(self.on(linear))
 
 
-# Marks a linear behind which trained parameters join that are not factors. It has rank 0 and is in no message.
+# Marks a linear after which a method has trained parameters other than factors. It has rank 0 and is in no message.
 OTHER_TRAINED_PARAMETERS = Factor("", 0, 0, 0, ())
 
 

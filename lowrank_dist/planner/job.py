@@ -1,6 +1,7 @@
 """The job that is planned: a model, a parallel layout, the sizes of a step, and the footprint of its method.
 
-Legend: T tokens of a microbatch, H hidden, N tensor-parallel ranks.
+Legend: T tokens of a microbatch, T_j those on a rank outside attention and MLP, H hidden, Φ the base's weights, Θ the
+trained parameters.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Footprint:
     how the gradient flows. virtual_positions: positions that the method takes from every row.
     """
 
-    # Φ itself is trained: it is fp32, and every weight has a gradient, masters and moments.
+    # The base's weights Φ are trained: they are fp32, and each has a gradient, a master and moments.
     trains_base: ClassVar[bool] = False
     # A scale is trained for each row that factors cover: one parameter per linear, after B, sharded as B's rows are.
     trains_row_scales: ClassVar[bool] = False
@@ -118,17 +119,17 @@ class Footprint:
 
     @property
     def outside_row(self) -> int:
-        """Virtual positions that attention sees before a row but that are not tokens of it."""
+        """Number of virtual positions before a row that attention sees but that are not tokens of the row."""
         return 0
 
     @property
     def residual_passes(self) -> int:
-        """Reads and writes of the residual stream added to a layer's forward, in elements per token and feature."""
+        """Number of reads and writes of the residual stream [T_j, H] that the method adds to a layer's forward."""
         return 0
 
     @property
     def output_passes(self) -> int:
-        """Reads and writes of an adapted linear's output, forward and backward, beyond those of the factors."""
+        """Number of reads and writes of an adapted linear's output, forward and backward, beyond those of factors."""
         return 0
 
     def step_passes(self, job: Job) -> int:

@@ -89,17 +89,17 @@ class Candidate:
 
     @property
     def spare(self) -> int:
-        """Bytes of a GPU that remain; negative where it does not fit."""
+        """Bytes of a GPU that remain; negative where the job does not fit."""
         return self.cluster.usable - self.memory.total
 
     @property
     def missing_bytes(self) -> int:
-        """Bytes by which a GPU is too small; 0 where it fits."""
+        """Bytes by which a GPU is too small; 0 where the job fits."""
         return max(0, -self.spare)
 
     @property
     def tight(self) -> bool:
-        """True if it fits, but with less to spare than the error that a plan may have."""
+        """True if the job fits, but leaves less memory than the largest error of a plan."""
         return 0 <= self.spare < ACCURACY * self.memory.total
 
     @property
@@ -126,7 +126,7 @@ def candidates(job: Job, fixed: Fixed, cluster: Cluster) -> list[Candidate]:
 
 
 def fitting(tried: Sequence[Candidate]) -> list[Candidate]:
-    """Return the candidates that fit, fastest first. If any keep groups inside a node, only those are returned."""
+    """Return the candidates that fit, fastest first; if some keep tensor-parallel groups inside nodes, only those."""
     found = [candidate for candidate in tried if not candidate.missing_bytes]
     inside = [candidate for candidate in found if not candidate.crosses_nodes]
     return sorted(inside or found, key=lambda candidate: candidate.time.seconds)

@@ -4,8 +4,8 @@ Tensors that live for the whole run are counted exactly; activations are what au
 The peak is the largest of a few moments: the vocabulary projection, the gradient that comes back from it, the topmost
 layer's backward, the optimizer's step, and the prompts of an evaluation that generates.
 
-Legend: T tokens of a microbatch, T_j on a rank outside attention and MLP, H hidden, F ffn, N tensor-parallel ranks,
-R = Σ r of a linear, n target tokens, e bytes of an element of the base.
+Legend: T tokens of a microbatch, T_j those on a rank outside attention and MLP, H hidden, R = Σ r of a linear, e bytes
+of an element of the base, Φ the base's weights, Θ the trained parameters.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lowrank_dist.planner.parameters import (
 )
 from lowrank_dist.planner.traffic import logit_block
 
-# Largest relative error of the formulas for memory, as `plan --verify` and the tests hold them to.
+# Largest relative error of the memory formulas that `plan --verify` and the tests accept.
 ACCURACY = 0.05
 PARTS = (
     "frozen weights",
@@ -115,12 +115,12 @@ def microbatch_moments(job: Job, tp_rank: int) -> list[Moment]:
         _head_backward(job, kept),
         Moment("backward of the final norm", {"activations": kept, "working memory": _norm_backward(job)}),
     ]
-    # After the backward of the final norm, what the norm saved is free. In a lower layer, what the layers above kept is
-    # free too, except what is kept outside the autograd graph.
+    # What the final norm saved is freed after its backward. In a lower layer, what the layers above kept has been freed
+    # too, except what is kept outside the autograd graph.
     below = kept - norm_saves(job, job.shard_tokens, job.architecture.hidden)
     # DeepSpeed allocates its bucket when the first gradient of Θ arrives, which is one of the top layer's.
     bucket = {"DeepSpeed's buckets": 4 * bucket_size(job, tp_rank)}
-    # In a step of one microbatch gradients are allocated as backward goes down; the head's exist from the top layer on.
+    # In a step of one microbatch, gradients are allocated layer by layer during backward; the head's come first.
     only = job.microbatches == 1
     of_head = 4 * _head_weight(job) * (job.footprint.trains_base and not job.architecture.tied)
     theta = theta_on_rank(job, tp_rank).elements
@@ -158,10 +158,10 @@ def _of_layer(job: Job, top: Layer, input_requires_grad: bool, below: int) -> li
         if input_requires_grad and not written_out(job):
             # The norm's input is the layer's input, which is kept anyway.
             below -= job.shard_tokens * job.architecture.hidden * job.itemsize
-    # Backward begins with what a method has behind the MLP.
+    # What a method has behind the MLP runs backward first, which frees what it saved.
     behind_mlp = below - job.footprint.saved_behind_mlp(job)
     if job.footprint.trains_base and job.architecture.tied:
-        # The head's part of the tied embeddings' gradient is kept until the lookup's comes, at the end of backward.
+        # The head's part of the tied embeddings' gradient is kept until the lookup's part, at the end of backward.
         behind_mlp += 4 * _head_weight(job)
     found = [_mlp_backward(job, top, behind_mlp), _attention_backward(job, top, input_requires_grad, behind_mlp)]
     if job.layout.recompute:
@@ -215,7 +215,7 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
     residual = job.shard_tokens * arch.hidden * e
     trained = job.footprint.trains_base
     freed = inner if fc2 or trained else 0  # fc2's input, after fc2's backward
-    # A trained weight's gradient in the base's dtype, then in fp32, when the gradient of fc1's output is free.
+    # A trained weight's gradient in the base's dtype, then in fp32, when the gradient of fc1's output has been freed.
     weight = top.kind.linears["linear_fc1"].weights // job.layout.tensor * trained
     grown = weight * e + (max(0, 4 * weight - widths(job) * inner) if e < 4 else 0)
     # dY and dX, and with a gate as much again, for the intermediate products.
@@ -257,7 +257,7 @@ def _attention_backward(job: Job, top: Layer, input_requires_grad: bool, kept: i
 
 
 def _recomputation(job: Job, top: Layer, kept: int) -> Moment:
-    """Return the moment at the end of the topmost layer's recomputation: fc2's product beside the waiting gradient."""
+    """Return the moment when the topmost layer's recomputation ends: fc2's output beside that output's gradient."""
     e, whole = job.itemsize, job.tokens * job.architecture.hidden * job.itemsize
     residual = (2 if written_out(job) else 1) * job.shard_tokens * job.architecture.hidden * e
     fc2 = top.total_rank("linear_fc2")
@@ -265,7 +265,7 @@ def _recomputation(job: Job, top: Layer, kept: int) -> Moment:
     unfused = job.sequence_parallel and job.device == "cpu" and not job.fuse_factors
     apart = whole if unfused and top.on("linear_fc2") else 0
     working = residual + apart + (0 if job.sequence_parallel else whole)
-    working += bytes_outside_graph(job, top.part(in_attention=True))  # recomputed, beside the first
+    working += bytes_outside_graph(job, top.part(in_attention=True))  # the recomputed copy, beside the first
     parts = {"activations": kept, "communication buffers": waiting + product, "working memory": working}
     return Moment("recomputation of the top layer", parts)
 
@@ -278,7 +278,7 @@ def _message(job: Job, rank: int) -> int:
 def _step(job: Job, tp_rank: int) -> Moment:
     """Return the moment of the optimizer step: AdamW on a flat gradient partition, with two temporaries of its size.
 
-    The group's own gradients are free by then.
+    The gradients of the parameter group have been freed by then.
     """
     theta = theta_on_rank(job, tp_rank)
     found, freed = [], 0

@@ -1,4 +1,4 @@
-"""Parameter counts of Φ and Θ, whole and on one rank, and their sizes on disk and in host memory.
+"""Parameter counts of the base (Φ) and of what is trained (Θ), whole and on a rank; sizes on disk and in host memory.
 
 ZeRO 1 and 2 (deepspeed 0.19, runtime/zero/stage_1_and_2.py) hold parameters with partial gradients and the others as
 two groups, each flattened and cut evenly over data parallelism.
@@ -20,10 +20,10 @@ from lowrank_dist.planner.job import ITEMSIZE, Job, padded_vocab
 _ALIGNMENT = 2
 # engine/zero.py: the most elements of a bucket whose size is not configured.
 _LARGEST_BUCKET = 5 * 10**8
-# model/load.py converts at most this much at a time; everything else stays in pages of the mapped files.
+# model/load.py converts at most this many bytes at a time; the rest stays in pages of the mapped files.
 _CHUNK = 16 * 2**20
-# Anonymous memory of a rank with torch, Megatron, DeepSpeed and transformers loaded, as measured on a CPU. The host
-# memory that CUDA's driver and NCCL take in addition is assumed.
+# Anonymous memory of a rank in bytes, with torch, Megatron, DeepSpeed and transformers loaded, as measured on a CPU;
+# and host memory that CUDA's driver and NCCL take in addition, an assumption.
 _PROCESS, _CUDA = 330 * 2**20, 1500 * 2**20
 
 
@@ -120,7 +120,7 @@ def parameter_sizes(job: Job, tp_rank: int) -> tuple[list[int], list[int]]:
 class _Linear:
     """An adapted linear on a rank. a, b: elements of A and B. scales: elements of its row scales, or empty.
 
-    rank: R.
+    rows: rows of B. rank: R.
     """
 
     column: bool

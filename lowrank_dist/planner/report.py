@@ -13,7 +13,7 @@ from lowrank_dist.planner.result import MemoryOfGpu, Plan, PlannedLayout, Settin
 from lowrank_dist.planner.step_time import DATA, GEMMS, PASSES, TENSOR
 
 LEGEND = "TP: tensor-parallel size. DP: data-parallel size. Microbatch: samples that a replica processes at a time."
-# What each part of the memory is, in the order of PARTS.
+# The label of each part of the memory, in the order of PARTS.
 PART_NAMES = dict(
     zip(
         PARTS,

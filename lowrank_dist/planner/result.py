@@ -25,7 +25,7 @@ class Setting:
 class Workload:
     """An optimizer step: samples, tokens per sample, and the share of the tokens that is trained on (0 to 1).
 
-    Every sample is taken to be `length` tokens long. settings: what decides workload, method and layout.
+    Every sample is taken to be `length` tokens long. settings: the values that decide workload, method and layout.
     """
 
     global_batch: int
@@ -50,7 +50,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Share:
-    """A number of trained parameters, and its percentage of the base's."""
+    """A number of trained parameters, and its percentage of the base's parameters."""
 
     parameters: int
     percent: float
@@ -208,9 +208,10 @@ class State:
 class MethodPlan:
     """One method on the layout of the plan.
 
-    placement: how its parameters lie on the ranks. trained: elements while training, percent of the base's; stored:
-    elements in the adapter. added: collectives per layer, forward and backward, beyond those of a frozen layer that
-    passes a gradient down. flops: executed in a step by all GPUs. seconds: modelled; None on CPUs.
+    placement: how its parameters lie on the ranks. trained: elements while training. stored: elements in the adapter.
+    percent: `trained` relative to the base's parameters. added: collectives per layer, forward and backward, beyond
+    those of a frozen layer that passes a gradient down. flops: executed in a step by all GPUs. seconds: modelled; None
+    on CPUs.
     """
 
     method: str

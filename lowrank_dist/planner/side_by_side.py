@@ -1,4 +1,4 @@
-"""Tables that hold two things beside each other: several plans, and a plan with an executed step."""
+"""Tables that compare several plans, or a plan and an executed step."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ _ROWS: dict[str, Callable[[Plan], str]] = {
 
 
 def verified(plan: Plan, found: Verification) -> Group:
-    """Return the table of a plan beside its executed step, and why the executed peak is not the plan's total."""
+    """Return the table of a plan beside its executed step, and that of why its peak is not the plan's total."""
     return Group(*_verified(plan, found))
 
 

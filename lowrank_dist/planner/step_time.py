@@ -1,4 +1,4 @@
-"""A model of a step's time on a GPU: GEMMs at the rate they reach, passes over memory, messages, one after the other.
+"""A model of a step's time on a GPU: the times of GEMMs, passes over memory and messages, added up without overlap.
 
 The time serves to compare layouts and is not a measurement. Kernels are assumed to be as good as those that the rates
 were measured with; launches and stragglers are left out.
@@ -113,8 +113,8 @@ def message_seconds(messages: Iterable[Message], layout: Layout, gpu: Gpu, gpus_
 def _passes(job: Job, tp_rank: int) -> int:
     """Return the bytes of passes outside the GEMMs: norms, residuals, activations, rotations, thin products.
 
-    Backward passes over twice as much as forward. The thin products make six passes over inputs and outputs of an
-    adapted linear (benchmarks/roofline.py counts them one by one).
+    Backward reads and writes twice as much as forward. The six thin products of an adapted linear make three passes
+    over its inputs and three over its outputs (benchmarks/roofline.py counts them one by one).
     """
     arch, n, e = job.architecture, job.layout.tensor, job.itemsize
     # Elements in forward: norms and residuals, with the method's passes over the latter.

@@ -37,7 +37,8 @@ class Message:
 def logit_block(job: Job) -> int:
     """Return the number of positions in a block of logits.
 
-    It comes from the padded rows, of which every rank has as many: blocks are all-reduced, so all ranks must cut alike.
+    It is computed from the padded rows, whose number is the same on every rank: blocks are all-reduced, so all ranks
+    must use the same blocks.
     """
     return max(1, _LOGIT_BYTES // (4 * (padded_vocab(job) // job.layout.tensor)))
 
@@ -110,7 +111,7 @@ def _ends(job: Job) -> Iterator[Message]:
     """Yield the messages of embedding and head."""
     arch, layout = job.architecture, job.layout
     whole = job.tokens * arch.hidden * job.itemsize
-    # With learned positions Megatron all-reduces the word embeddings and cuts the sum afterwards.
+    # With learned positions Megatron all-reduces the word embeddings and shards the sum afterwards.
     scattered = layout.sequence and not arch.position_rows
     yield Message(SCATTER if scattered else REDUCE, "tensor", "forward", whole)
     if layout.sequence and job.footprint.gathers_embedding_gradient(job):
