@@ -5,7 +5,7 @@
     dX = dY·W + m ⊙ (dU·A)          `adapted_grad_x`
 
 In fp32 on a CPU, torch.mm calls MKL, which runs its AVX2 kernels on processors not made by Intel. oneDNN is in every
-x86 build of torch and uses AVX-512 wherever the processor has it: 240 against 106 GFLOP/s a core on an AMD EPYC of
+x86 build of torch and uses AVX-512 wherever the processor has it: 240 against 106 GFLOP/s per core on an AMD EPYC of
 family 26, on the same plain layout and to the same accuracy (docs/LOG.md). bf16 goes to oneDNN either way, CUDA to
 cuBLAS.
 
@@ -14,7 +14,7 @@ bound, so the read in its epilogue costs little. If the low-rank product came se
 in an extra pass. The term that is written first is rounded before the sum. Here that is the low-rank product. On a CPU
 oneDNN's fp32 product has no beta, so the low-rank product comes second.
 
-Legend: T tokens, K inputs, O outputs, R = Σ r.
+Legend: T tokens, K inputs, O outputs, R = Σ r, m dropout mask.
 """
 
 from __future__ import annotations

@@ -5,16 +5,16 @@
     dA = dUᵀ · (m ⊙ X)       `grad_a`     dU [T, R], X [T, K] → dA [R, K] in fp32
     Y += U · Bᵀ              `up`         and its gradients `up_grad_u` and `up_grad_b`
 
-A is the stack of the factors that share an input (q, k, v; gate, up), with s/(1 − p) folded in; the caller multiplies
-dA by it. Hu et al., "LoRA" (2021), eq. 3. Each operator reads its large operand once. The mask is drawn where it is
-used and never stored.
+A is the stack of the factors A that share an input (q, k, v; gate, up), with s/(1 − p) folded in (scale s, dropout
+probability p), by which the caller also multiplies dA. Hu et al., "LoRA" (2021), eq. 3. Each operator reads its large
+operand once. The mask is drawn where it is used and never stored.
 
 B is block-diagonal and is passed transposed, Bᵀ [R, O]. On a CPU its products run block by block on the three operators
 of A, so that B's zeros are not multiplied. On CUDA cuBLAS computes them: they are memory bound, so multiplying the
 zeros costs nothing. cuBLAS writes dB in fp32.
 
-Legend: T tokens, K features, O outputs, R = Σ r. blocks: quadruples (first column, number of columns, first row, number
-of rows) of the non-zero blocks of A or Bᵀ; empty where the matrix is dense.
+Legend: T tokens, K features, O outputs, R = Σ r, m dropout mask. blocks: quadruples (first column, number of columns,
+first row, number of rows) of the non-zero blocks of A or Bᵀ; empty where the matrix is dense.
 """
 
 from __future__ import annotations
