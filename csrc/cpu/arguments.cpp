@@ -140,7 +140,7 @@ PackedMatrix::PackedMatrix(Element element, const View& a, const std::vector<Blo
   }
   memory_ = std::make_unique<Buffer>(bytes);
   char* next = memory_->data();
-  // Panel → (block, panel of the block), so that one loop over all of them shares the threads.
+  // Panel → (block, panel of the block), so that one parallel loop covers the panels of all blocks.
   std::vector<std::pair<int64_t, int64_t>> every;
   every.reserve(count);
   for (const Block& block : blocks) {

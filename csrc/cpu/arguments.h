@@ -55,7 +55,7 @@ class Buffer {
   void* data_;
 };
 
-// The reader of a packed operand: the matrix is for down or expand, u for expand or grad_a.
+// The order of a packed operand: that of a for down (kDot), of a for expand and u for grad_a (kPair), of u for expand.
 enum class Order { kDot, kPair, kRows };
 
 // The [R, K] matrix, kDot for down and kPair for expand.

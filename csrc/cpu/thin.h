@@ -2,7 +2,7 @@
 // (thin_v4_bf16.cpp, thin_v4.cpp, thin_v3.cpp, thin_baseline.cpp); the build is chosen once at run time, so that a
 // wheel runs on any x86-64 and is fast on each.
 //
-// Legend: T tokens, K columns of the wide matrix (features of X, or outputs of Y), R ranks.
+// Legend: T tokens, K columns of the wide matrix (features of X, or outputs of Y), R rows of A or Bᵀ, called ranks.
 // A block gives a nonzero part of the [R, K] matrix: columns [column, +columns), ranks [rank, +ranks).
 #pragma once
 
@@ -85,7 +85,7 @@ struct Thin {
       const ThinMask& mask, void* scratch, int64_t panel);
 };
 
-// Bytes that suffice for any of the builds: an element is packed in at most 8, and a lane sums in at most 64.
+// Bytes that suffice for any of the builds: an element is packed in at most 8, and the vector of a sum has at most 64.
 constexpr int64_t packed_size(Element element) {
   return element == Element::kFloat64 ? 8 : 4;
 }
@@ -102,8 +102,8 @@ constexpr int64_t grad_a_scratch_bytes(int64_t ranks) {
   return 8 * (ranks * kPanel + kGradRows * kPanel);
 }
 
-// By element type. The levels exist where GCC compiles for x86-64: AVX-512 with and without its bf16 products, and
-// AVX2.
+// The kernels by element type. All but the baseline exist only where GCC compiles for x86-64: AVX-512 with and without
+// its bf16 products, and AVX2.
 extern const Thin thin_v4_bf16[kElements];
 extern const Thin thin_v4[kElements];
 extern const Thin thin_v3[kElements];

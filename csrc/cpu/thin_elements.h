@@ -52,8 +52,8 @@ LOWRANK_LOCAL int64_t smaller(int64_t a, int64_t b) {
   return a < b ? a : b;
 }
 
-// Rows are pages apart, so the processor does not predict the next access in each of them. Prefetching beyond the end
-// of a matrix does nothing.
+// Rows are pages apart, so the hardware prefetcher does not follow them. Prefetching beyond the end of a matrix does
+// nothing.
 template <bool Written>
 LOWRANK_LOCAL void prefetch(const void* from, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i, Written);

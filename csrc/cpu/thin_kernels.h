@@ -1,6 +1,7 @@
 // The body of thin.h, compiled once for each instruction set. The including file has set its compiler target and
 // defined LOWRANK_THIN. Everything here is local to it and inlined: the linker may take a shared inline function (std::
-// and at:: have many) from the code of another target, and it would then run an instruction that this machine lacks.
+// and at:: have many) from the code of another target, and the program may then run an instruction that the machine
+// lacks.
 #include "thin_pack.h"
 
 namespace lowrank_dist {

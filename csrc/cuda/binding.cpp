@@ -107,7 +107,7 @@ void check_dense(const char* op, at::IntArrayRef blocks) {
       blocks.empty(), "lowrank_dist::", op, ": blocks must be empty on CUDA, where matrices are dense, not ", blocks);
 }
 
-// Queried once a device: it is needed before every launch.
+// Queried once per device, because it is needed before every launch.
 int multiprocessors(at::Device device) {
   static std::array<std::atomic<int>, C10_COMPILE_TIME_MAX_GPUS> known{};
   std::atomic<int>& count = known.at(device.index());

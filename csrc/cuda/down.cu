@@ -1,6 +1,6 @@
 // down: out[T,R] = (m ⊙ x)[T,K] · a[R,K]ᵀ, x read once.
 //
-// Half precision: a warp multiplies 32 rows of x with all ranks, 32 features a step. x goes from global memory to the
+// Half precision: a warp multiplies 32 rows of x with all ranks, 32 features per step. x goes from global memory to the
 // lane that masks and multiplies it. The warps of a block share 64 rows, so that `a` comes from L2 once for all of
 // them, and split the features; their sums are added in the order of the warps. The product is outᵀ = a·xᵀ: the tensor
 // cores' right operand takes eight neighbouring features as they lie in registers, while the left one would need moves.
@@ -19,7 +19,7 @@ constexpr int kStep = 32;
 // Features that one step of all of a block's warps covers at most.
 constexpr int kQuantum = 256;
 constexpr int kMostRanks = 64;
-// In features of one block's share: the cost of a second launch, about 2.5 microseconds on an H200.
+// The cost of a second launch (about 2.5 microseconds on an H200), in features of one block's share.
 constexpr int kSplitPenalty = 640;
 
 struct Problem {
@@ -90,7 +90,7 @@ __global__ __launch_bounds__(Shape<kTiles, kAligned>::kThreads) void down_half(c
     }
   }
 
-  // Pointers advance and every bound counts steps: besides its products, a step costs address computation.
+  // Pointers advance and every bound counts steps, so that a step computes few addresses.
   constexpr int kStride = kStep * S::kFeatureGroups;
   const int64_t first_feature = begin + kStep * feature_group;
   const int steps = first_feature < end ? static_cast<int>(ceil_divide(end - first_feature, kStride)) : 0;

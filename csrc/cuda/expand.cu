@@ -1,7 +1,7 @@
 // expand: out[T,K] += m ⊙ (u[T,R] · a[R,K]), out read and written once, or only written.
 //
-// Half precision: a warp keeps its 32 features of `a` in registers as fragments and walks down the rows, 32 a step; out
-// arrives through the warp's own stages. u and the rows' part of the mask are in shared memory for the whole block.
+// Half precision: a warp keeps its 32 features of `a` in registers as fragments and walks down the rows, 32 per step;
+// out arrives through the warp's own stages. u and the rows' part of the mask are in shared memory for the whole block.
 // More than 64 ranks do not fit into registers: the fragments are then read again in every step, from L1.
 #include "half.cuh"
 #include "mask.cuh"
@@ -19,7 +19,7 @@ constexpr int kMostSteps = 4;
 constexpr int kStages = 3;
 // The k of the tensor cores' instruction: 16 ranks.
 constexpr int kRanks = 16;
-// Limit for u: the rest of a multiprocessor's memory is for the stages, for a second block and for L1.
+// Largest bytes of u in shared memory: the rest of it is for the stages, for a second block and for L1.
 constexpr int64_t kMostBytesOfU = 32 * 1024;
 
 using Pipe = Stages<kStages, 4>;
@@ -74,7 +74,7 @@ __device__ __forceinline__ uint32_t add(uint32_t out, const float* sums) {
   return pack(Half{}, widen_low<Half>(out) + sums[0], widen_high<Half>(out) + sums[1]);
 }
 
-// kSteps: the number of steps of 16 ranks at a time. kResident: all ranks at once.
+// kSteps: tiles of 16 ranks whose fragments of `a` are in registers at a time. kResident: these are all ranks.
 template <typename Half, int kSteps, bool kResident, bool kMasked, bool kAligned>
 __global__ __launch_bounds__(kThreads, kAligned ? 2 : 1) void expand_half(const Problem p) {
   const int warp = threadIdx.x / kWarp;
@@ -106,7 +106,7 @@ __global__ __launch_bounds__(kThreads, kAligned ? 2 : 1) void expand_half(const 
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) fetch(stage * kRowsPerStep, stage);
 
-  // u as the fragments that it will be, with zeros up to the next multiple of 16 ranks and of 32 rows: 16 bytes for
+  // u in the layout of its fragments, with zeros up to the next multiple of 16 ranks and of 32 rows: 16 bytes for
   // each tile of 16 x 16 and lane (g, q), which are ranks 4q .. 4q + 3 of rows g and g + 8, the two rows pair by pair.
   const int tiles = bytes_of_u(p.ranks) / (2 * kRanks);
   const int padded_rows = (rows + kRowsPerStep - 1) / kRowsPerStep * kRowsPerStep;
@@ -226,7 +226,8 @@ int launch_half_masked(const Problem& p, bool aligned, CUstream_st* stream) {
   return launch_half<Half, 1, false, kMasked, true>(p, stream);
 }
 
-// As many rows as repay the fragments; fewer where blocks would not fill the device four times (two at once).
+// Enough rows to repay the loading of fragments; fewer where there would be less than four blocks for each
+// multiprocessor, which runs two at once.
 int rows_per_block(int64_t tokens, int64_t features, int64_t ranks, int multiprocessors) {
   const int64_t slabs = ceil_divide(features, kFeaturesPerBlock);
   int rows = 128;

@@ -1,6 +1,6 @@
 // grad_a: out[R,K] = u[T,R]ᵀ · (m ⊙ x)[T,K], x read once; two stages over the rows.
 //
-// Half precision: the warps of a block take different rows of the same 64 features, 16 rows a step, and all (at most
+// Half precision: the warps of a block take different rows of the same 64 features, 16 rows per step, and all (at most
 // 64) ranks; their sums are added in the order of the warps. A lane loads eight features of four rows and pairs the
 // rows.
 #include "half.cuh"
@@ -17,7 +17,7 @@ constexpr int kMostRanks = 64;
 // Warps that add the sums of all warps and write them.
 constexpr int kWriters = 8;
 constexpr int kStages = 4;
-// In rows of one block's share: the cost of a second launch, about 2.5 microseconds on an H200.
+// The cost of a second launch (about 2.5 microseconds on an H200), in rows of one block's share.
 constexpr int kSplitPenalty = 640;
 
 using Pipe = Stages<kStages, 4>;
@@ -224,7 +224,7 @@ template <typename Half, int kTiles, bool kMasked, bool kAligned>
 int launch_half(const Problem& p, int64_t parts, CUstream_st* stream) {
   const dim3 grid(
       static_cast<unsigned>(ceil_divide(p.features, kFeatures)) * p.rank_blocks, static_cast<unsigned>(parts));
-  // The stages; the warps' sums need no more.
+  // Shared memory for the stages; the warps' sums need no more.
   static_assert(Pipe::kBytes >= 32 * kWarp * sizeof(float), "the sums of a warp do not fit into its stages");
   using S = Shape<kTiles>;
   return launch(

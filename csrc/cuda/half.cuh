@@ -37,8 +37,8 @@ __device__ __forceinline__ void fetch_eight(Shared to, const Half* from, int64_t
   }
 }
 
-// The memory for a warp's copies: kStages stages of kVectors vectors, 16 bytes for each lane. Its depth keeps bytes in
-// flight without registers.
+// The memory for a warp's copies: kStages stages of kVectors vectors, 16 bytes for each lane. Several stages keep
+// copies in flight without registers.
 template <int kStages, int kVectors>
 class Stages {
  public:
@@ -57,7 +57,7 @@ class Stages {
 
 __device__ __forceinline__ int next_stage(int stage, int stages) { return stage + 1 == stages ? 0 : stage + 1; }
 
-// Whether rows of this matrix can be read eight elements at a time, starting at any multiple of eight.
+// True if rows of this matrix can be read eight elements at a time, starting at any multiple of eight.
 inline bool in_eights(const void* data, int64_t ld, int64_t columns) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0 && ld % 8 == 0 && columns % 8 == 0;
 }

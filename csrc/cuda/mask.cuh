@@ -67,7 +67,7 @@ class MaskKey {
     return kept;
   }
 
-  // Whether element i of eight is kept.
+  // True if element i of eight is kept.
   __device__ __forceinline__ bool keeps(const Draws& draws, int i) const {
     return (i % 2 == 0 ? draws.words[i / 2] << 16 : draws.words[i / 2]) >= threshold_;
   }

@@ -1,6 +1,6 @@
 // fp32 and fp64: one tiled product for all three operators, in full precision (no TF32).
 //
-// C[M,N] = Σ_k left[m,k]·right[k,n] by tiles of 64 x 64 in registers, 32 k a step through shared memory.
+// C[M,N] = Σ_k left[m,k]·right[k,n] by tiles of 64 x 64 in registers, with 32 values of k per step in shared memory.
 #pragma once
 
 #include "mask.cuh"
@@ -36,7 +36,7 @@ struct SimtProblem {
   int64_t k;
   int64_t split;
   MaskArgs mask;
-  // Whether kExpand adds to the existing output.
+  // True if kExpand adds to the existing output.
   bool accumulate = false;
 };
 
