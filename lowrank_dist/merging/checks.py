@@ -11,7 +11,7 @@ from lowrank_dist.merging.options import WeightedAdapter
 
 
 def require_distinct(adapters: Sequence[WeightedAdapter]) -> None:
-    """Raise UserError where an adapter is given twice, or none is."""
+    """Raise UserError where an adapter is given twice, or none is given."""
     seen = set()
     for adapter in adapters:
         if adapter.path.resolve() in seen:

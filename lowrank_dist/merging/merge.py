@@ -84,20 +84,21 @@ def merge(
 
     Tensors without an update and all other files are copied byte by byte, with two exceptions (`merged_text_files`):
     tokenizer files come from the adapters where they bring a tokenizer, and eos_token_id also gets the tokens that the
-    adapters were trained to end texts with. Memory holds the adapters, and beyond them does not grow with the model.
+    adapters were trained to end texts with. Memory use beyond the adapters does not grow with the model.
 
-    base: Hugging Face folder. adapters: one PEFT adapter folder or several, with weights other than 1 as
-    `WeightedAdapter`; ΔW = Σ w·s·B·A is summed and then rounded once. progress: called with (bytes done, bytes in all).
-    force_mismatch: only warn where the adapters were trained on another base. output_format: shards, dtype and
-    tokenizer of the result. verify: where it is given, the result's logits are compared with base + adapters in PEFT
-    before the result gets its name, which loads the model whole, in fp32; it is called with the name of each stage as
-    the stage begins. verify_text: file whose first lines are the sample; None for built-in text.
+    base: Hugging Face folder. adapters: one PEFT adapter folder or several, with weights w other than 1 as
+    `WeightedAdapter`; ΔW = Σ w·s·B·A is summed and then rounded once (s: the scale of an adapter). progress: called
+    with (bytes done, bytes in all). force_mismatch: only warn where the adapters were trained on another base.
+    output_format: shards, dtype and tokenizer of the result. verify: if given, the result's logits are compared with
+    base + adapters in PEFT before the result gets its name. This loads the model whole, in fp32. `verify` is called
+    with the name of each stage as the stage begins. verify_text: file whose first lines are the sample; None for
+    built-in text.
 
     Raises UserError, and leaves nothing behind, when `out` exists or lies in a folder that must not change
     (`require_output`), when a file to copy is a link out of the base, when base or adapter is incomplete or malformed,
     when they do not belong together (fingerprint, modules, shapes), when a folder holds no low-rank update, when the
-    adapters bring different tokenizers, when nothing would change, when a value does not fit the type, when the
-    verification fails, and when the disk fails; FolderRemoved when a run removes an adapter while it is read.
+    adapters bring different tokenizers, when nothing would change, when a value becomes NaN or infinity in the output,
+    when the verification fails, and when the disk fails; FolderRemoved when a run removes an adapter while it is read.
     """
     base, out = resolve_link(Path(base)), Path(out)
     weighted = _weighted(adapters)

@@ -27,8 +27,8 @@ class Term:
 class Update:
     """The update of one stored tensor: the sum of the terms, transposed where the base stores [in, out] (GPT-2).
 
-    A DoRA term (with magnitudes m) is the only one: the merged weight is m ⊙ (W + s·B·A) / ‖W + s·B·A‖, with one norm
-    per output.
+    A DoRA term (with magnitudes m) has no others beside it: the merged weight is m ⊙ (W + s·B·A) / ‖W + s·B·A‖, with
+    one norm per output.
     """
 
     terms: tuple[Term, ...]
@@ -81,7 +81,7 @@ def build_updates(
     """Return stored tensor name → its update by all adapters (folder, weight, content).
 
     Raises UserError for factors of an adapter that do not fit the base, for a DoRA adapter among others or with a
-    weight, and where all updates are zero.
+    weight other than 1, and where all updates are zero.
     """
     _refuse_sums([(folder, weight) for folder, weight, adapter in adapters if adapter.dora], len(adapters))
     terms: dict[str, list[Term]] = {}
@@ -101,7 +101,7 @@ def build_updates(
 
 
 def _refuse_sums(decomposed: Sequence[tuple[Path, float]], adapters: int) -> None:
-    """Raise UserError for a DoRA adapter among others or with a weight: its update cannot be added or scaled."""
+    """Raise UserError for a DoRA adapter among others or with a weight other than 1: it cannot be added or scaled."""
     for folder, weight in decomposed:
         if adapters > 1 or weight != 1:
             raise UserError(

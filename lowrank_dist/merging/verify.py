@@ -29,10 +29,10 @@ SAMPLE = (
 )
 # Three sets of logits are held at once, each 0.5 GB for 1024 positions at a vocabulary of 128 000.
 _LINES, _TOKENS = 8, 128
-# Largest difference over the largest |logit|. In fp32 only the order of sums differs: measured 7e-7 to 5e-6 on random
-# models of 8 layers of every family. In bf16 and fp16 the merged weights are rounded, by up to 2⁻⁹ and 2⁻¹² of each:
-# measured 0.006 to 0.044 and 0.0008 to 0.005 on the same models, 0.010 and 0.001 on SmolLM2-135M. Only updates larger
-# than the weights themselves exceeded these.
+# Largest accepted difference of logits, relative to the largest |logit|. In fp32 only the order of sums differs:
+# measured 7e-7 to 5e-6 on random models of 8 layers of every family. In bf16 and fp16 the merged weights are rounded,
+# by up to 2⁻⁹ and 2⁻¹² of each: measured 0.006 to 0.044 and 0.0008 to 0.005 on the same models, 0.010 and 0.001 on
+# SmolLM2-135M. Only updates larger than the weights themselves exceeded these.
 TOLERANCES = {"F64": 1e-4, "F32": 1e-4, "BF16": 0.05, "F16": 0.01}
 
 
