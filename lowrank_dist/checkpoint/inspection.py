@@ -47,7 +47,10 @@ def inspect_folder(folder: Path, base: Path | None = None, *, read_config: ReadC
 
 
 def _retry_while_removed(folder: Path, look: Callable[[Path], Report]) -> Report:
-    """Return the report on a folder, read again where it was removed meanwhile. Raises FolderRemoved if it stays so."""
+    """Return the report on a folder, read again where it was removed meanwhile.
+
+    Raises FolderRemoved where it stays removed, or after `_LOOKS` attempts.
+    """
     removed = None
     for _ in range(_LOOKS):
         try:
