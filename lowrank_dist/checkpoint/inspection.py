@@ -60,7 +60,7 @@ def _retry_while_removed(folder: Path, look: Callable[[Path], Report]) -> Report
             removed = error
             if not folder.exists():
                 break
-    assert removed is not None, "the loop ends by it alone"
+    assert removed is not None, "the loop ends without a report only after FolderRemoved"
     raise removed
 
 

@@ -76,7 +76,7 @@ def job_layout(request: Request, cluster: Cluster) -> JobLayout:
 def _remedy(job: Job, fixed: Fixed, cluster: Cluster) -> str:
     """Return the remedy that names a layout that fits these nodes; empty where there is none."""
     found = fitting_layout(job, fixed, cluster)
-    return "" if found is None else f"; these nodes fit it with {found}"
+    return "" if found is None else f"; the job fits these nodes with {found}"
 
 
 def _overrides(candidate: Candidate, request: Request) -> list[str]:

@@ -188,7 +188,7 @@ def _verifier(
 
 
 def _rounding(dtype: str | None) -> str:
-    return "the base's rounding" if dtype is None else f"the rounding to {dtype}"
+    return "the rounding to the base's dtype" if dtype is None else f"the rounding to {dtype}"
 
 
 @dataclass

@@ -38,7 +38,7 @@ class WeightedAdapter:
 class OutputFormat:
     """The format in which a merged model is stored.
 
-    shard_size: most bytes of tensors in a file, unless one tensor is larger; None for the same files as the base.
+    shard_size: largest bytes of tensors in a file, unless one tensor is larger; None for the same files as the base.
     dtype: type of all floating-point tensors as safetensors names it (F32, BF16, F16); None for each tensor's own.
     tokenizer: folder or file of the tokenizer to store; None for that of the adapters, or of the base where they have
     none. Raises UserError for another dtype, and for a size below 1.

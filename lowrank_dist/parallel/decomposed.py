@@ -164,7 +164,7 @@ def start_magnitudes(linears: Sequence[LowRankLinear], group: ProcessGroup) -> N
     """Set every magnitude to the norm of its row under the present factors. Collective over `group`."""
     refresh_norms(linears, group)
     for linear in linears:
-        assert isinstance(linear.update, DecomposedFactors), "refresh_norms saw it"
+        assert isinstance(linear.update, DecomposedFactors), "refresh_norms has checked this"
         linear.update.start()
 
 

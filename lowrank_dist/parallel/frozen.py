@@ -28,9 +28,9 @@ from lowrank_dist.ops.linear import adapted, adapted_grad_x, linear, linear_into
 from lowrank_dist.ops.low_rank import down, expand, up, up_grad_u
 from lowrank_dist.ops.mask import Mask
 
-# Device types on which fused factors were measured to be faster (docs/LOG.md): on a CPU the one product takes 0.93 to
-# 0.99 of the time of the two. On an H200 a layer took 0.985 of the time in one setting; no comparison run has trained
-# with fused factors there.
+# Device types on which fused factors were measured to be faster (docs/LOG.md). On a CPU the fused product takes 0.93 to
+# 0.99 of the time of the two separate ones. On an H200 a layer took 0.985 of the time in one setting, but no comparison
+# run has trained with fused factors there.
 FASTER_ON = ("cpu",)
 
 
@@ -200,7 +200,7 @@ class FrozenLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
-        assert bias is None or not bias.requires_grad, "only what is frozen goes through here"
+        assert bias is None or not bias.requires_grad, "the bias of a frozen linear is frozen"
         ctx.weight = weight
         return weight.product(x.flatten(0, -2), bias).unflatten(0, x.shape[:-1])
 

@@ -63,4 +63,4 @@ class LowRankUpdate(nn.Module, ABC):
         outside_graph: z comes from a collective, so the tensors for backward are kept outside the autograd graph. If z
         were a saved tensor, recomputation would issue the collective again (parallel/autograd.py, ReduceExpand).
         """
-        raise AssertionError("an update that rescales nothing is not asked to")
+        raise AssertionError("only an update with `rescales` is asked to rescale")

@@ -48,7 +48,7 @@ class HeadLoss(torch.autograd.Function):
         reduce_dgrad: bool,
     ) -> Tensor:
         # Computed from the padded rows, whose number is the same on every rank: blocks are all-reduced, so all ranks
-        # must cut alike.
+        # must use the same blocks.
         block = max(1, LOGIT_BLOCK_BYTES // (4 * padded_rows))
         needs_grad = ctx.needs_input_grad[0]
         grad_nH = torch.empty_like(hidden_nH) if needs_grad else None

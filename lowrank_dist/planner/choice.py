@@ -53,7 +53,8 @@ def choose(job: Job, fixed: Fixed, cluster: Cluster) -> Choice:
         tried = _tried(job, fixed, cluster)
     except UserError as error:
         remedy = fitting_layout(job, fixed, cluster)
-        raise UserError(f"{error}; these nodes fit it with {remedy}" if remedy is not None else str(error)) from None
+        words = "" if remedy is None else f"; the job fits these nodes with {remedy}"
+        raise UserError(f"{error}{words}") from None
     ranked = fitting(tried)
     if not ranked:
         smallest = min(tried, key=lambda candidate: candidate.memory.total)

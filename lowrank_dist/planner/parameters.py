@@ -16,7 +16,7 @@ from lowrank_dist.arch.rows import LinearLayout
 from lowrank_dist.planner.factors import Factor, Layer, total_rank
 from lowrank_dist.planner.job import ITEMSIZE, Job, padded_vocab
 
-# nccl_start_alignment_factor: a flat group is padded to a multiple of this times the data-parallel size.
+# DeepSpeed's nccl_start_alignment_factor: a flat group is padded to a multiple of this times the data-parallel size.
 _ALIGNMENT = 2
 # engine/zero.py: the most elements of a bucket whose size is not configured.
 _LARGEST_BUCKET = 5 * 10**8

@@ -121,7 +121,7 @@ def verdict(plan: Plan) -> Iterator[RenderableType]:
             table.add_row(change.words, str(found), size(found.memory), _seconds(found))
         yield table
     elif not plan.fits:
-        yield Text("No change of layout, length, nodes or GPU that the plan tries makes it fit.", style="red")
+        yield Text("No change of layout, length, nodes or GPU that the plan tries makes the run fit.", style="red")
     yield Text(LEGEND, style="dim")
 
 
@@ -148,7 +148,7 @@ def _trained(plan: Plan) -> Iterator[RenderableType]:
     for name, share in plan.trained.by_module.items():
         table.add_row(name, f"{share.parameters:,}", percent(share.percent))
     yield table
-    kept = "1 of all" if files.kept is None else str(files.kept)
+    kept = "all kept but counted as 1" if files.kept is None else f"{files.kept} kept"
     stored = "trained model" if whole else "adapter"
     table = table_of("Files and host memory", "", "size")
     table.add_row("trained model" if whole else "adapter, fp32", size(files.adapter))
@@ -156,7 +156,7 @@ def _trained(plan: Plan) -> Iterator[RenderableType]:
         table.add_row("adapter, 16 bits", size(files.adapter_16_bit))
     table.add_row("base model", size(files.base))
     table.add_row(f"one checkpoint: {stored}, fp32 weights, Adam moments", size(files.checkpoint))
-    table.add_row(f"disk: base + {stored} + checkpoints ({kept} kept, 1 being written)", size(files.disk))
+    table.add_row(f"disk: base + {stored} + checkpoints ({kept}, 1 being written)", size(files.disk))
     table.add_section()
     table.add_row("host memory of a node while it loads", size(files.host_memory_loading))
     table.add_row("more on the first node while it saves", size(files.host_memory_saving))
@@ -257,8 +257,8 @@ def _methods(plan: Plan) -> Iterator[RenderableType]:
         table.add_row(name, *row, f"{found.flops:.3g}", seconds)
     yield table
     yield Text(
-        "In brackets: how the trained parameters lie on tensor-parallel ranks. Added: more than the frozen layer has. "
-        "--bottleneck and --virtual-tokens set the sizes of the others.",
+        "In brackets: how the trained parameters lie on tensor-parallel ranks. Added collectives: beyond those of a "
+        "frozen layer. --bottleneck and --virtual-tokens set the sizes of the other methods.",
         style="dim",
     )
 

@@ -319,7 +319,7 @@ class TestBase:
     def test_an_update_below_the_rounding_is_refused_or_told(self, tmp_path: Path) -> None:
         base = make_tiny("llama", tmp_path / "base", dtype=torch.bfloat16)
         adapter = make_adapter(base, tmp_path / "adapter", scale=1e-12)
-        with pytest.raises(UserError, match="lost in the base's rounding"):
+        with pytest.raises(UserError, match="lost in the rounding to the base's dtype"):
             merge(base, adapter, tmp_path / "out")
         assert sorted(os.listdir(tmp_path)) == ["adapter", "base"]
         weights = adapter / "adapter_model.safetensors"

@@ -153,10 +153,10 @@ def test_the_first_remedy_is_a_layout_of_the_same_nodes() -> None:
 
 
 def test_a_refused_layout_names_one_that_fits() -> None:
-    said = r"train.global_batch: 8 samples .* these nodes fit it with parallel.tensor=\d+$"
+    said = r"train.global_batch: 8 samples .* the job fits these nodes with parallel.tensor=\d+$"
     with pytest.raises(UserError, match=said):
         chosen("llama-3-70b", nodes=2, tensor=1)
-    with pytest.raises(UserError, match=r"parallel.data: .*; these nodes fit it with parallel.data=null$"):
+    with pytest.raises(UserError, match=r"parallel.data: .*; the job fits these nodes with parallel.data=null$"):
         chosen("llama-3-8b", tensor=4, data=4)
 
 

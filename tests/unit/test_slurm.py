@@ -154,10 +154,10 @@ def test_cpu_runs_ask_for_no_gpus(config: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "size", "said"),
     [
-        (["parallel.tensor=3"], {}, ["parallel.tensor=3 does not divide", "these nodes fit it with parallel.tensor="]),
-        (["parallel.tensor=32"], {}, ["parallel.tensor: 32", "2 × 8 = 16 GPUs", "fit it with parallel.tensor="]),
-        (["parallel.tensor=16"], {}, ["parallel.across_nodes is false", "TP 16", "fit it with parallel.tensor="]),
-        (["parallel.tensor=4"], {"gpus": 6}, ["parallel.across_nodes is false", "fit it with parallel.tensor=2"]),
+        (["parallel.tensor=3"], {}, ["parallel.tensor=3 does not divide", "these nodes with parallel.tensor="]),
+        (["parallel.tensor=32"], {}, ["parallel.tensor: 32", "2 × 8 = 16 GPUs", "nodes with parallel.tensor="]),
+        (["parallel.tensor=16"], {}, ["parallel.across_nodes is false", "TP 16", "nodes with parallel.tensor="]),
+        (["parallel.tensor=4"], {"gpus": 6}, ["parallel.across_nodes is false", "nodes with parallel.tensor=2"]),
         (["parallel.data=2"], {}, ["parallel.data", "4 tensor × 2 data parallel", "parallel.data=null"]),
         (["parallel.tensor=3", "model.device=cpu"], {"gpu": None}, ["parallel.tensor=3 does not divide"]),
         (["parallel.tensor=16", "model.device=cpu"], {"gpu": None}, ["parallel.across_nodes is false"]),
@@ -386,7 +386,7 @@ def test_a_layout_that_does_not_fit_names_the_one_that_does(large: Path, tmp_pat
     """The keys of the remedy can be passed as they are."""
     done = slurm(large, "parallel.tensor=1", "train.global_batch=16")
     refused(done, "does not fit 2 × 8 h100 as TP 1, DP 16", "a GPU lacks")
-    remedy = done.stderr.partition("these nodes fit it with ")[2].split()
+    remedy = done.stderr.partition("the job fits these nodes with ")[2].split()
     # The keys that were left to the plan still are.
     assert [word.partition("=")[0] for word in remedy] == ["parallel.tensor"]
     assert written(tmp_path) == set()
@@ -399,7 +399,7 @@ def test_tensor_groups_never_cross_nodes_unasked(large: Path) -> None:
     """A 70B model on nodes of one GPU fits only with groups across nodes, which the user must allow."""
     done = slurm(large, nodes=8, gpus=1)
     refused(done, "parallel.across_nodes is false", "8 × 1 h100", "parallel.across_nodes=true")
-    remedy = done.stderr.partition("these nodes fit it with ")[2].split()
+    remedy = done.stderr.partition("the job fits these nodes with ")[2].split()
     assert slurm(large, *remedy, "--dry-run", nodes=8, gpus=1).exit_code == 0
 
 

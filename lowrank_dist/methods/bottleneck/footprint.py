@@ -79,7 +79,7 @@ class Bottlenecks(Footprint):
         return [Moment("backward of the top bottleneck", parts)]
 
     def evaluation_working(self, job: Job, residual: int) -> int:
-        """Return the bytes of a sublayer's output as it passes the bottleneck, with and without its bias."""
+        """Return the bytes of a sublayer's output and its bottleneck: 8 residuals, 9 where linears have a bias."""
         return (8 + job.architecture.linear_bias) * residual
 
     def layer_flops(self, architecture: Architecture, tokens: int, input_requires_grad: bool) -> LayerFlops:
