@@ -37,7 +37,10 @@ CARD_FILE = "README.md"
 
 @dataclass(frozen=True)
 class NewestCheckpoint:
-    """The newest checkpoint that verifies, or None. skipped: why newer ones and broken links were passed over."""
+    """The newest checkpoint that verifies.
+
+    folder, state: None if there is none. skipped: why newer ones and broken links were passed over.
+    """
 
     folder: Path | None
     state: TrainingState | None

@@ -45,8 +45,9 @@ class TrainingState(BaseModel):
     target_tokens: non-padding tokens seen and tokens trained on so far. loss: mean of the last step that was not
     skipped, in nats per target token; None where all were skipped. eval_losses: step → the same on the eval set.
     eval_metrics: metric → step → value for generated texts (generate/metrics.py). metric_definition:
-    generate.metrics.DEFINITION at that time. rng: as `backend.devices.generator_states` returned it. config: as JSON.
-    started_at: when the run began ("begun" in the file); a chat template that reads the clock gets this time.
+    generate.metrics.DEFINITION when the values were computed. rng: as `backend.devices.generator_states` returned it.
+    config: as JSON. started_at: when the run began ("begun" in the file); a chat template that reads the clock gets
+    this time.
 
     Old checkpoints lack updates (`updates_made`), position (`stream_position`), eval_metrics and started_at.
     """

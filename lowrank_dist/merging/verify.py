@@ -40,7 +40,7 @@ TOLERANCES = {"F64": 1e-4, "F32": 1e-4, "BF16": 0.05, "F16": 0.01}
 class Verification:
     """The result of the comparison, over `positions` of `source` ("built-in text", …).
 
-    difference, effect: largest |logit − expected| of the merged model and of the base alone, over the largest
+    difference, effect: largest |logit − expected| of the merged model and of the base alone, relative to the largest
     |expected|. tolerance: upper bound of `difference`. agreement: share of positions with the same argmax.
     """
 

@@ -131,7 +131,7 @@ def head_norms(job: Job, copied: bool) -> int:
 
 
 def activations(job: Job, *, recompute: bool) -> int:
-    """Return the bytes saved for the backward of one microbatch. recompute: layers keep what `kept_of_layer` says."""
+    """Return the bytes saved for the backward of one microbatch. recompute: as in `kept_of_layer`."""
     found = sum(
         count * kept_of_layer(job, layer, input_requires_grad, recompute=recompute)
         for layer, input_requires_grad, count in job.placement.kinds

@@ -228,7 +228,7 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class Compared:
-    """A value by formula and by execution. difference: of the formula, relative to the execution."""
+    """A value by formula and by execution. difference: formula / executed − 1."""
 
     formula: float
     executed: float

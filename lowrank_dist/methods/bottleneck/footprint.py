@@ -68,7 +68,7 @@ class Bottlenecks(Footprint):
         return self._saved(job)
 
     def backward_moments(self, job: Job, top: Layer, kept: int) -> Sequence[Moment]:
-        """Return the backward of the topmost bottleneck: the gradients of its output and its input.
+        """Return the moment when the topmost bottleneck runs backward: the gradients of its output and its input.
 
         If the bottleneck is sharded under sequence parallelism, one of the two covers all tokens, the other a shard.
         """

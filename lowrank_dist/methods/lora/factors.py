@@ -41,7 +41,8 @@ def inject(
 ) -> tuple[AdaptedLinear, ...]:
     """Attach factors to the model's linears and initialise them as PEFT does, equally at every tensor-parallel size.
 
-    fuse_factors: see parallel/frozen.py. kind: the class of the updates. Magnitudes stay unset (`start_magnitudes`).
+    fuse_factors: see parallel/frozen.py. kind: the class of the updates. Magnitudes stay unset until
+    `start_magnitudes`.
     """
     adapted = []
     for placement in placements:

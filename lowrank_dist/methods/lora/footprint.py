@@ -52,7 +52,7 @@ class Decomposed(LowRank):
 
     @property
     def output_passes(self) -> int:
-        """Six: Y = g ⊙ Z reads one and writes one, dZ = g ⊙ dY reads one and writes one, and dm reads two."""
+        """6: Y = g ⊙ Z and dZ = g ⊙ dY each read one such tensor and write one, and dm reads two."""
         return 6
 
     def step_passes(self, job: Job) -> int:

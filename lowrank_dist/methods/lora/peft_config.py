@@ -74,9 +74,9 @@ class PeftConfig:
     targets: module paths or ends of them, or one regular expression for the whole path. "all-linear" is any linear but
     the output layer. excluded: modules in the same form, which are never targets. layers: numbers of the layers to
     which a target that is only the end of a path is limited; empty = all. layer_patterns: expressions for the path
-    before a layer's number. rank_pattern, alpha_pattern: regular expression → value; it must match a whole module path
-    or what follows one of its dots, and the first that matches counts. matching: the matcher that all expressions of
-    the file go through.
+    before a layer's number. rank_pattern, alpha_pattern: regular expression → value. An expression must match a whole
+    module path or what follows one of its dots; the first that matches counts. matching: the matcher that all
+    expressions of the file go through.
     """
 
     rank: int
