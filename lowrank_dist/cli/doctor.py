@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import typer
 
 from lowrank_dist import __version__
 from lowrank_dist.backend.launchers import is_first_on_node
+from lowrank_dist.backend.node import host_name
 from lowrank_dist.doctor.local import Place, TimeLimit, diagnose, place_in_job
 from lowrank_dist.doctor.rows import Results, Row, TableLine, plural, table_lines
 from lowrank_dist.errors import RankIdentityError, UserError, some_of
@@ -57,7 +57,7 @@ def doctor_command(
 
 
 def _alone(arguments: Sequence[str], as_json: bool) -> int:
-    host = socket.gethostname()
+    host = host_name()
     run, rows = _read(arguments) if arguments else (None, [])
 
     def show(found: Sequence[Row]) -> int:
@@ -116,9 +116,9 @@ def _show_unreachable(place: Place, run: Config | None, timeout: float, error: E
         f"{place.master} has to be rank 0's node, by a name and a route that this node has, and its port free and "
         "behind no firewall"
     )
-    rows = [*diagnose(run, place), Row("rendezvous", "broken", detail)]
-    found = Results(place.size, {place.host: [place.rank]}, {place.host: rows})
-    return _show(found, f"on {place.host}", as_json, err=place.rank != 0)
+    rows, host = [*diagnose(run, place), Row("rendezvous", "broken", detail)], host_name()
+    found = Results(place.size, {host: [place.rank]}, {host: rows})
+    return _show(found, f"on {host}", as_json, err=place.rank != 0)
 
 
 def _show(found: Results, where: str, as_json: bool, err: bool = False) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from lowrank_dist.backend.launchers import refuse_missing_hostfile, set_rank_variables
+from lowrank_dist.backend.node import node_id
 from lowrank_dist.doctor import machine, software
 from lowrank_dist.doctor.rows import PASSING, Row, run_check
 from lowrank_dist.errors import UserError
@@ -27,13 +27,13 @@ Check = Callable[[], Iterable[Row]]
 
 @dataclass(frozen=True)
 class Place:
-    """A rank of a job. host: this node's name. agent: the launcher keeps the job's store, not rank 0 (torchrun)."""
+    """A rank of a job. node: this node's identity. agent: the launcher keeps the job's store, not rank 0 (torchrun)."""
 
     rank: int
     size: int
     local_rank: int
     local_size: int
-    host: str
+    node: str
     master: str
     port: int
     agent: bool
@@ -66,7 +66,7 @@ def place_in_job() -> Place | None:
         return None
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     local = local_rank_and_size()
-    return Place(rank, size, *local, socket.gethostname(), os.environ["MASTER_ADDR"], port, agent)
+    return Place(rank, size, *local, node_id(), os.environ["MASTER_ADDR"], port, agent)
 
 
 class TimeLimit:

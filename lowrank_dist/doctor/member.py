@@ -72,6 +72,7 @@ class RankCheck:
         self.seconds = seconds
         self.board = board
         self.attendance = attendance
+        self.node = next(node for node, ranks in attendance.ranks.items() if place.rank in ranks)
         self.checks_node = place.rank in attendance.leaders.values()
         self.probe = Probe(config.output.dir) if self.checks_node and config is not None else None
 
@@ -120,8 +121,8 @@ class RankCheck:
 
     def _check_probes(self, probes: Mapping[str, Mapping[str, str]]) -> None:
         """Look for the probes that the other nodes wrote into the run folder, and report those that are not seen."""
-        others = {node: probe for node, probe in probes.items() if node != self.place.host}
-        with TimeLimit(_print_hang).around(f"{self.place.host}: run folder of the other nodes", []):
+        others = {node: probe for node, probe in probes.items() if node != self.node}
+        with TimeLimit(_print_hang).around(f"{self.node}: run folder of the other nodes", []):
             missing = unseen_probes(others)
         self.board.put(f"unseen/{self.place.rank}", missing)
 

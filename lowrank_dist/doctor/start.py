@@ -6,7 +6,6 @@ Megatron is imported inside the checks and not by this module: doctor must also 
 from __future__ import annotations
 
 import hashlib
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.backend.libraries import silence_megatron
+from lowrank_dist.backend.node import host_name
 from lowrank_dist.doctor.rows import Row, State, format_size
 from lowrank_dist.errors import UserError
 
@@ -105,7 +105,7 @@ def memory(config: Config, ranks: tuple[int, int, int] | None) -> list[Row]:
     count = len(gpus()) if device.type == "cuda" else 1
     backend = Backend(device, library, device.type, ranks_per_device=-(-local // count) if ranks else 1)
     parallel = tensor > 1 and config.parallel.sequence is not False
-    planned = _Ranks(tensor, max(1, size // tensor), parallel, (socket.gethostname(),) * size)
+    planned = _Ranks(tensor, max(1, size // tensor), parallel, (host_name(),) * size)
     try:
         return [Row("planned memory", "ok", Forecast(config, architecture, planned, backend).memory_line)]
     except UserError as error:

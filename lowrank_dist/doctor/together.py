@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from lowrank_dist.backend.node import node_names
 from lowrank_dist.doctor import links
 from lowrank_dist.doctor.board import Board, NoAnswer, answer_clock, clock_skew
 from lowrank_dist.doctor.local import Place, failing
@@ -34,7 +36,7 @@ def check_job(
     """
     start = time.monotonic()
     board = Board.join(place, seconds)
-    board.put(f"here/{place.rank}", {"host": place.host, "refused": refused})
+    board.put(f"here/{place.rank}", {"node": place.node, "refused": refused})
     if place.rank == 0:
         attendance = take_attendance(board, place.size, seconds - (time.monotonic() - start))
         board.put("attendance", asdict(attendance))
@@ -57,19 +59,17 @@ def check_job(
 def take_attendance(board: Board, size: int, seconds: float) -> Attendance:
     """Wait until all ranks have arrived or the time is over, and return who arrived."""
     end = time.monotonic() + seconds
-    ranks: dict[str, list[int]] = {}
-    absent: list[int] = []
-    refused: dict[str, str] = {}
+    came: dict[int, dict[str, Any]] = {}
     for rank in range(size):
-        try:
-            said = board.take(f"here/{rank}", max(end - time.monotonic(), 0.01))
-        except NoAnswer:
-            absent.append(rank)
-            continue
-        ranks.setdefault(said["host"], []).append(rank)
+        with contextlib.suppress(NoAnswer):
+            came[rank] = board.take(f"here/{rank}", max(end - time.monotonic(), 0.01))
+    ranks: dict[str, list[int]] = {}
+    refused: dict[str, str] = {}
+    for (rank, said), node in zip(came.items(), node_names([said["node"] for said in came.values()]), strict=True):
+        ranks.setdefault(node, []).append(rank)
         if said["refused"] is not None:
-            refused.setdefault(said["host"], said["refused"])
-    return Attendance(ranks, absent, refused)
+            refused.setdefault(node, said["refused"])
+    return Attendance(ranks, [rank for rank in range(size) if rank not in came], refused)
 
 
 class LeaderCheck(RankCheck):
@@ -114,7 +114,7 @@ class LeaderCheck(RankCheck):
 
     def _on_hang(self, rows: Sequence[Row]) -> None:
         """Publish the rows of rank 0's own node, the only ones that exist where rank 0 itself hangs."""
-        self._found.rows[self.place.host] = list(rows)
+        self._found.rows[self.node] = list(rows)
         self._conclude()
         leave(self.board, self.place, self.attendance)
 
@@ -200,7 +200,7 @@ class LeaderCheck(RankCheck):
             return
         if self.config is not None and len(leaders) > 1:
             found.between.append(_shared(blind, self.config))
-        found.between += clock_skew(offsets, self.place.host)
+        found.between += clock_skew(offsets, self.node)
 
     def _collect_links(self, found: Results) -> None:
         answers: dict[int, dict[str, Any]] = {}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ import torch.distributed as dist
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.model_files import stored_dtype
+from lowrank_dist.backend.node import node_id, node_names
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.config import Config
 from lowrank_dist.engine.planning import Model, Request, auto_tensor, fixed_of, job_of
@@ -43,9 +43,9 @@ def with_tensor_size(config: Config, backend: Backend) -> tuple[Config, str | No
         return config, None
     world = dist.group.WORLD
     assert world is not None, "the ranks have met"
-    own = f"{backend.memory_for_a_rank()} {socket.gethostname()}"
+    own = f"{backend.memory_for_a_rank()} {node_id()}"
     told = [text.split(" ", 1) for text in gather_texts(own, world, backend.device)]
-    memory, hosts = min(int(size) for size, _ in told), [host for _, host in told]
+    memory, hosts = min(int(size) for size, _ in told), node_names([identity for _, identity in told])
     try:
         found = str(auto_tensor(_request_of_run(config, backend), cluster_of_ranks(hosts, memory, backend)))
     except UserError as error:

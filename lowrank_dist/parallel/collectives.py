@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, Work
 
 from lowrank_dist.backend.devices import WAIT_TIMER
+from lowrank_dist.backend.node import node_id, node_names
 from lowrank_dist.errors import UserError, some_of
 
 
@@ -126,8 +126,8 @@ def gather_texts(own: str, group: ProcessGroup, device: torch.device) -> list[st
 
 
 def host_names(group: ProcessGroup) -> tuple[str, ...]:
-    """Return the host name of every rank of a gloo group, in rank order. Two messages."""
-    return tuple(gather_texts(socket.gethostname(), group, torch.device("cpu")))
+    """Return the name of every rank's node (`node_names`), in the rank order of a gloo group. Two messages."""
+    return node_names(gather_texts(node_id(), group, torch.device("cpu")))
 
 
 def require_agreement(own: Mapping[str, str], group: ProcessGroup, device: torch.device, remedy: str) -> None:
@@ -140,14 +140,15 @@ def require_agreement(own: Mapping[str, str], group: ProcessGroup, device: torch
     # Hashes first: the values are sent only where the hashes differ.
     if len(set(gather_texts(_hash(own), group, device))) == 1:
         return
-    everyone = [json.loads(text) for text in gather_texts(json.dumps([socket.gethostname(), own]), group, device)]
+    everyone = [json.loads(text) for text in gather_texts(json.dumps([node_id(), own]), group, device)]
+    hosts = node_names([identity for identity, _ in everyone])
     differing = []
     for name in dict.fromkeys(name for _, values in everyone for name in values):
         holders: dict[str, list[int]] = {}
         for rank, (_, values) in enumerate(everyone):
             holders.setdefault(values.get(name, "nothing"), []).append(rank)
         if len(holders) > 1:
-            said = (f"{value} on {_named(ranks, everyone[ranks[0]][0])}" for value, ranks in holders.items())
+            said = (f"{value} on {_named(ranks, hosts[ranks[0]])}" for value, ranks in holders.items())
             differing.append(f"{name} is {', '.join(said)}")
     raise UserError(f"the ranks of this run differ: {'; '.join(differing)}. {remedy}")
 

@@ -23,7 +23,8 @@ class Topology:
     Tensor-parallel ranks are consecutive, so that a group of at most a node's size lies inside a node.
 
     host_group: all ranks over gloo, for tensors in host memory. It is reserved for checkpoints, whose thread may send
-    while training uses the other groups. hosts: the host name of every rank.
+    while training uses the other groups. hosts: the name of every rank's
+    node (backend/node.py); different nodes have different names.
     """
 
     tp_rank: int

@@ -6,7 +6,6 @@ import contextlib
 import faulthandler
 import logging
 import os
-import socket
 import sys
 import threading
 import time
@@ -19,6 +18,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from lowrank_dist.backend.launchers import find_launchers, is_first_on_node, start_time
+from lowrank_dist.backend.node import host_name
 from lowrank_dist.backend.select import shutdown
 from lowrank_dist.errors import OtherRankError, RankIdentityError, UserError
 from lowrank_dist.supervision.failure import Failure, explains, read, record
@@ -42,11 +42,15 @@ class Supervision:
         """timeout_seconds: that of the collectives. The watchdog kills a rank that makes no progress for longer."""
         self.stop = StopRequest()
         self.rank = int(os.environ.get("RANK", "0"))
-        self.host = socket.gethostname()
         self.hosts: Sequence[str] = ()
         self._timeout, self._step = timeout_seconds, 0
         self._folder: Path | None = None
         self._left: State | None = None
+
+    @property
+    def host(self) -> str:
+        """The name of this rank's node: its host name until the ranks have met, and then its name among all nodes."""
+        return self.hosts[self.rank] if self.hosts else host_name()
 
     def __enter__(self) -> Supervision:
         self._page = Page.make()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,14 +40,20 @@ def shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("model-*.safetensors"))
 
 
-def examine(rig: Rig, *arguments: object, of: Mapping[str, Mapping[str, str]] | None = None) -> list[Outcome]:
-    """Run doctor with one rank on each host. of: host → its own environment."""
+def examine(
+    rig: Rig,
+    *arguments: object,
+    of: Mapping[str, Mapping[str, str]] | None = None,
+    inside: Mapping[str, Sequence[object]] | None = None,
+) -> list[Outcome]:
+    """Run doctor with one rank on each host. of: host → its own environment. inside: host → a command that runs it."""
     port = str(free_port())
     started = []
     for number, host in enumerate(rig.hosts):
         ranks = {"RANK": number, "LOCAL_RANK": 0, "WORLD_SIZE": len(rig.hosts), "LOCAL_WORLD_SIZE": 1}
         settings = {**ranks, "MASTER_ADDR": "h1", "MASTER_PORT": port, **(of or {}).get(host.name, {})}
-        command = ["env", *(f"{name}={value}" for name, value in settings.items()), sys.executable, *DOCTOR, *arguments]
+        variables = [f"{name}={value}" for name, value in settings.items()]
+        command = ["env", *variables, *(inside or {}).get(host.name, ()), sys.executable, *DOCTOR, *arguments]
         started.append(host.start(command, seconds=400, environment=ENVIRONMENT))
     return [wait(process) for process in started]
 
@@ -174,6 +180,20 @@ def test_an_interface_that_leads_nowhere(quiet_rig: Rig) -> None:
     assert row["state"] == "warning" and "MASTER_ADDR is reached through eth0" in row["detail"]
     assert "set GLOO_SOCKET_IFNAME=eth0" in row["detail"]
     assert failing(report) == {"all-reduce"}
+
+
+def test_hosts_of_one_name(quiet_rig: Rig, tmp_path: Path) -> None:
+    """Two machines called "worker". The rig's hosts share a kernel, so each is given a boot id as well."""
+    inside: dict[str, list[object]] = {}
+    for host, boot in (("h1", "1f3a-4c1e"), ("h2", "77b0-4c1e")):
+        (tmp_path / host).write_text(f"{boot}\n")
+        become = 'hostname worker && mount --bind "$0" /proc/sys/kernel/random/boot_id && exec "$@"'
+        inside[host] = ["unshare", "--uts", "--mount", "bash", "-c", become, tmp_path / host]
+    network = {"GLOO_SOCKET_IFNAME": "eth0"}
+    one, two = examine(quiet_rig, "--json", of={"h1": network, "h2": network}, inside=inside)
+    assert (one.code, two.code) == (0, 0), (one.stderr, two.stderr)
+    nodes = {node: each["ranks"] for node, each in json.loads(one.stdout)["nodes"].items()}
+    assert nodes == {"worker (1f3a)": [0], "worker (77b0)": [1]}
 
 
 def test_srun(quiet_rig: Rig, config: Path) -> None:

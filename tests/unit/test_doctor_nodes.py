@@ -125,11 +125,20 @@ def test_a_board_that_nobody_writes_on() -> None:
 def test_who_did_not_come_is_known_by_number() -> None:
     board = Board(dist.HashStore())
     for rank, host in ((0, "h1"), (1, "h1"), (4, "h3")):
-        board.put(f"here/{rank}", {"host": host, "refused": None})
-    board.put("here/2", {"host": "h2", "refused": "no config file"})
+        board.put(f"here/{rank}", {"node": f"{host}/a", "refused": None})
+    board.put("here/2", {"node": "h2/b", "refused": "no config file"})
     attendance = take_attendance(board, 6, 0.1)
     assert attendance.ranks == {"h1": [0, 1], "h2": [2], "h3": [4]} and attendance.absent == [3, 5]
     assert attendance.leaders == {"h1": 0, "h2": 2, "h3": 4} and attendance.refused == {"h2": "no config file"}
+
+
+def test_nodes_of_one_host_name_are_two() -> None:
+    board = Board(dist.HashStore())
+    for rank, boot in enumerate(("1f3a-5", "77b0-5", "1f3a-5")):
+        board.put(f"here/{rank}", {"node": f"worker/{boot}", "refused": "no config file" if rank == 1 else None})
+    attendance = take_attendance(board, 3, 0.1)
+    assert attendance.ranks == {"worker (1f3a)": [0, 2], "worker (77b0)": [1]}
+    assert attendance.refused == {"worker (77b0)": "no config file"}
 
 
 def test_a_look_that_hangs_ends_the_process_with_what_was_found() -> None:

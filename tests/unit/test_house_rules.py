@@ -383,6 +383,7 @@ SHORT = {
     "config/__init__.py": "the two names that the room offers",
     **{f"{owner}/config.py": _SECTION for owner in ("data", "model", "parallel")},
     **{f"methods/{name}/config.py": _SECTION for name in ("bottleneck", "prefix", "prompt")},
+    "backend/node.py": "the one place that identifies a node, for rooms that load no torch as well",
     "backend/megatron.py": "every patch of Megatron in one place",
     "model/rope.py": "the frequencies of rotary positions, apart from the attention that uses them",
     "parallel/masks.py": "which mask is drawn, apart from the operator that draws it",
