@@ -4,7 +4,7 @@ A checkpoint holds what was trained in a format that others read, the optimiser'
 manifest of all its files.
 """
 
-import re
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,14 +24,13 @@ from lowrank_dist.formats.manifest import (
     verify_manifest,
     write_manifest,
 )
-from lowrank_dist.formats.paths import detect_removal, require_outside
+from lowrank_dist.formats.paths import detect_removal, require_outside, resolve_link
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
 from lowrank_dist.formats.text_files import TextFiles, reasons_not_served, text_files
 from lowrank_dist.methods.files import VLLM, NotServed, Published, TrainedFiles, own_file
 from lowrank_dist.methods.registry import method_package_of, method_package_reading
+from lowrank_dist.untrusted.files import LINKS, STEP_NAME
 
-STEP_NAME = re.compile(r"step-([1-9]\d*)", re.ASCII)
-LINKS = ("last", "best")
 CARD_FILE = "README.md"
 
 
@@ -119,8 +118,8 @@ def newest_checkpoint(checkpoints: Path) -> NewestCheckpoint:
 
     The links are not used: they may point to an older checkpoint or be broken.
     """
-    links = (checkpoints / name for name in LINKS)
-    skipped = [f"{link} is a broken link" for link in links if link.is_symlink() and not link.exists()]
+    targets = {link: resolve_link(link) for name in LINKS if os.path.lexists(link := checkpoints / name)}
+    skipped = [f"{link} is a broken link" for link, target in targets.items() if not target.exists()]
     skipped += [f"{link} is a link; replace it with its folder" for link in step_links(checkpoints)]
     for step, folder in reversed(step_folders(checkpoints).items()):
         try:

@@ -3,7 +3,6 @@
 import os
 from pathlib import Path
 
-from lowrank_dist.checkpoint.folder import STEP_NAME
 from lowrank_dist.formats.atomic import is_temporary
 from lowrank_dist.formats.manifest import MANIFEST_FILE, is_checkpoint, verify_manifest
 from lowrank_dist.formats.model_folder import open_checkpoint
@@ -11,6 +10,7 @@ from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, fingerp
 from lowrank_dist.formats.report import Report, count_parameters, try_architecture
 from lowrank_dist.methods.files import Base, Inspected, own_file
 from lowrank_dist.methods.registry import method_package_reading
+from lowrank_dist.untrusted.files import STEP_NAME
 
 
 def inspect_trained(folder: Path, base: Path | None = None, *, check_base: bool = True) -> Report:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dist.arch.model_files import hub_hint
-from lowrank_dist.checkpoint.folder import LINKS
 from lowrank_dist.checkpoint.inspect_trained import inspect_trained, step_number
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import is_temporary
@@ -20,7 +19,7 @@ from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE
 from lowrank_dist.formats.paths import FolderRemoved, detect_removal, real_path, require_copyable, resolve_link
 from lowrank_dist.formats.report import Report, inspect_model
 from lowrank_dist.methods.registry import METHOD_PACKAGES, method_package, method_package_of
-from lowrank_dist.untrusted.files import LONGEST_RECORD, read_lines
+from lowrank_dist.untrusted.files import LINKS, LONGEST_RECORD, read_lines
 from lowrank_dist.untrusted.json import parse_json
 
 ReadConfig = Callable[[Path], dict[str, Any]]
@@ -43,7 +42,8 @@ def inspect_folder(folder: Path, base: Path | None = None, *, read_config: ReadC
     Raises UserError for a path that is no adapter, checkpoint, run or model folder, for a base that is no folder, and
     for a folder that is removed while it is read (FolderRemoved).
     """
-    return _retry_while_removed(folder, lambda found: _inspect(found, base, read_config))
+    followed = base and resolve_link(base)
+    return _retry_while_removed(folder, lambda found: _inspect(found, followed, read_config))
 
 
 def _retry_while_removed(folder: Path, look: Callable[[Path], Report]) -> Report:
@@ -168,7 +168,7 @@ def _checkpoints(folder: Path, report: Report, base: Path | None) -> None:
     ]
     steps = [child for _, child in sorted(numbered)]
     newest = steps[-1].name if steps else None
-    if newest is not None and "last" not in pointers and not (held / "last").is_symlink():
+    if newest is not None and not os.path.lexists(held / "last"):
         report.warnings.append(f"{held / 'last'}: missing (killed while saving?); link it to {newest}")
     elif "last" in pointers and pointers["last"] != newest:
         report.warnings.append(f"{held / 'last'}: points to {pointers['last']}, but {newest} is newer")
@@ -238,12 +238,18 @@ def _final(adapter: Path, report: Report) -> str:
 def _pointers(links: Mapping[Path, Path], children: Sequence[Path], report: Report) -> dict[str, str]:
     """Return `last` and `best` → the name of the step folder that each points to.
 
-    A link to anything else than a step folder beside it is a problem.
+    A link to anything else than a step folder beside it is a problem. A folder in its place is a warning: it is a copy,
+    made by a program that follows links.
     """
     beside = {real_path(child) for child in children if not child.is_symlink() and not child.is_file()}
     found = {}
     for link, target in links.items():
-        if target not in beside or step_number(target) is None:
+        if target == link and link.is_dir():
+            report.warnings.append(
+                f"{link}: a folder instead of a link, so it was copied with links followed and does not move with the "
+                "run; remove it"
+            )
+        elif real_path(target) not in beside or step_number(target) is None:
             report.problems.append(f"{link}: points to {target}, which is not a step folder next to it; link it to one")
         else:
             found[link.name] = target.name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from lowrank_dist.sections.section import Section, YamlPath
+from lowrank_dist.sections.section import Section, YamlFolder, YamlPath
 
 
 class DataConfig(Section):
@@ -17,4 +17,4 @@ class DataConfig(Section):
     )
     max_length: int = Field(1024, ge=2, description="longest sample in tokens, an integer of at least 2")
     packing: bool = Field(False, description="true (several samples share a row; none attends to another) or false")
-    tokenizer: YamlPath | None = Field(None, description="folder or file of the tokenizer, or null for model.path")
+    tokenizer: YamlFolder | None = Field(None, description="folder or file of the tokenizer, or null for model.path")

@@ -19,11 +19,17 @@ from lowrank_dist.engine.evaluator import best_first, label
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import DiskError, UserError
 from lowrank_dist.formats.atomic import temporary_name
+from lowrank_dist.formats.paths import resolve_link
 from lowrank_dist.formats.provenance import Provenance, read_provenance
 from lowrank_dist.formats.text_files import TextFiles
 from lowrank_dist.methods.method import Method
+from lowrank_dist.untrusted.files import LINKS
 
 logger = logging.getLogger(__name__)
+
+
+class FollowingWriteError(DiskError):
+    """The checkpoint of a save is complete; the disk refused what is written after it."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,9 @@ class Retention:
 class CheckpointWriter:
     """Writes checkpoints to the disk on one rank, from a stream of unsharded tensors.
 
-    shapes: stored name → shape of the tensors of Θ. summary: text on the steps of checkpoints/last and best, set by
-    `write`. leftovers: text on old checkpoints that could not be removed. resumed: the state that the run resumes from.
+    shapes: stored name → shape of the tensors of Θ. summary: text on the steps of checkpoints/last and best, remarks:
+    text on links that could not be moved and old checkpoints that could not be removed; `write` sets both.
+    resumed: the state that the run resumes from.
     """
 
     def __init__(
@@ -74,45 +81,52 @@ class CheckpointWriter:
         self._method, self._shapes = method, shapes
         # Steps up to the resumed one. A newer folder did not verify, or the run would have resumed from it.
         self._saved = [step for step in step_folders(folder.checkpoints) if resumed and step <= resumed.step]
-        self.summary = self.leftovers = ""
+        self.summary = self.remarks = ""
         self._published: int | None = None
 
     def write(self, stream: Iterable[Mapping[str, Tensor]], state: TrainingState, *, final: bool) -> None:
         """Write checkpoints/step-N from the tensors that `Gathering.stream` yields; with `final` also adapter/.
 
         If there was a complete checkpoint, a kill at any point leaves one. Raises DiskError where the disk refuses,
-        UserError for tensors that are untrained or not finite.
+        and FollowingWriteError where it does so after the checkpoint is complete; UserError for tensors that are
+        untrained or not finite.
         """
+        target = self._step_folder(state.step)
         try:
-            self._write(stream, state, final)
+            self._write_checkpoint(target, stream, state)
         except OSError as error:
             raise DiskError(f"{self._folder.checkpoints}: could not be written ({error})") from error
+        try:
+            self._finish(target, state, final)
+        except (OSError, DiskError) as error:
+            raise FollowingWriteError(f"{target} is complete, but {error}") from error
 
-    def _write(self, stream: Iterable[Mapping[str, Tensor]], state: TrainingState, final: bool) -> None:
+    def _write_checkpoint(self, target: Path, stream: Iterable[Mapping[str, Tensor]], state: TrainingState) -> None:
         given, text = self.facts.provenance, self.facts.text
         provenance = replace(given, training={**given.training, **state.summary()})
-        target, trained = self._step_folder(state.step), state.loss is not None
-        open_files = partial(self._method.files, provenance=provenance, trained=trained)
+        open_files = partial(self._method.files, provenance=provenance, trained=state.loss is not None)
         write_checkpoint(target, open_files, self._shapes, stream, state, text)
+
+    def _finish(self, target: Path, state: TrainingState, final: bool) -> None:
+        """Note the complete checkpoint `target` in the run folder; with `final` publish adapter/."""
         self._folder.saved.touch()
         self._saved = [*(step for step in self._saved if step != state.step), state.step]
-        self._folder.point("last", target)
+        remarks = [self._folder.point("last", target)]
         values = state.evaluations.get(self._retention.by, {})
         best = [step for step in best_first(values, self._retention.by) if step in self._saved]
-        if best:
-            self._folder.point("best", self._step_folder(best[0]))
-        else:
-            # The run was resumed with another eval.best: the checkpoint that `best` points to may be deleted below.
-            (self._folder.checkpoints / "best").unlink(missing_ok=True)
-        self._retire(best)
-        if final and not trained:
+        # None where the run was resumed with another eval.best: the checkpoint that `best` names may be deleted below.
+        remarks.append(self._folder.point("best", self._step_folder(best[0]) if best else None))
+        remarks.append(self._retire(best))
+        self.remarks = "; ".join(filter(None, remarks))
+        if final and state.loss is None:
             raise UserError(
                 f"{target}: has the initial values, because all steps were skipped (train.nonfinite=skip); lower "
                 "train.lr, or look at the samples"
             )
-        self.summary = f"checkpoints/last: step {state.step}"
+        self.summary = f"{self._named('last', target)}: step {state.step}"
         if best:
-            self.summary += f"; checkpoints/best: step {best[0]}, {label(self._retention.by)} {values[best[0]]:.4f}"
+            named = self._named("best", self._step_folder(best[0]))
+            self.summary += f"; {named}: step {best[0]}, {label(self._retention.by)} {values[best[0]]:.4f}"
         if final and self._method.published:
             self.summary = f"{self._publish(state.step, best)}{self._unsaved(values)}; {self.summary}"
         logger.info("checkpoint of step %d written to %s", state.step, target)
@@ -165,13 +179,20 @@ class CheckpointWriter:
     def _step_folder(self, step: int) -> Path:
         return self._folder.checkpoints / f"step-{step}"
 
-    def _retire(self, best: list[int]) -> None:
+    def _named(self, link: str, target: Path) -> str:
+        """Return the name of a checkpoint in the summary: its link's, or its own where the link could not be moved."""
+        moved = resolve_link(self._folder.checkpoints / link).name == target.name
+        return f"checkpoints/{link}" if moved else f"checkpoints/{target.name}, the {link}"
+
+    def _retire(self, best: list[int]) -> str:
+        """Remove the checkpoints that are not kept. Returns a text on those that could not be removed."""
         if self._retention.last is None:
-            return
-        # The target of the link `best` stays even with keep_best 0, so that the link is never broken.
+            return ""
+        # The targets of the links stay, also of one that could not be moved, so that a link is never broken.
+        linked = {resolve_link(self._folder.checkpoints / name).name for name in LINKS}
         kept = {*sorted(self._saved)[-self._retention.last :], *best[: max(1, self._retention.best)]}
         failed = []
-        for step in [step for step in self._saved if step not in kept]:
+        for step in [step for step in self._saved if step not in kept and f"step-{step}" not in linked]:
             self._saved.remove(step)
             folder = self._step_folder(step)
             doomed = temporary_name(folder)
@@ -182,7 +203,7 @@ class CheckpointWriter:
                 logger.info("%s: already removed by another process", folder)
             except OSError as error:  # not fatal: the new checkpoint is written
                 failed.append(f"{folder}: {error}")
-        self.leftovers = f"old checkpoints could not be removed ({'; '.join(failed)}); remove them" if failed else ""
+        return f"old checkpoints could not be removed ({'; '.join(failed)}); remove them" if failed else ""
 
 
 def _is_untrained(checkpoint: Path) -> bool:

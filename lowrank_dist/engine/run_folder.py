@@ -11,14 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from lowrank_dist.checkpoint.folder import LINKS, is_step_folder, step_folders, step_links
+from lowrank_dist.checkpoint.folder import is_step_folder, step_folders, step_links
 from lowrank_dist.config import load_config
 from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.formats.atomic import final_path, is_temporary, sync, temporary_name
-from lowrank_dist.formats.paths import lies_in, refuse_links
+from lowrank_dist.formats.paths import lies_in, point_to, refuse_links
 from lowrank_dist.supervision.failure import NAME as FAILED
 from lowrank_dist.supervision.failure import retire
 from lowrank_dist.terminal import LogFormatter, say
+from lowrank_dist.untrusted.files import LINKS
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class RunFolder:
         # Created with the first checkpoint: it shows that the run has saved even if its checkpoints and logs are gone.
         self.saved = path / "SAVED"
         self._found: dict[str, int] = {}
+        self._has_links = True
 
     @classmethod
     def prepare(
@@ -257,10 +259,26 @@ class RunFolder:
         paths = (self.config, self.metrics, self.adapter, *step_folders(self.checkpoints).values())
         return {path.name: path.lstat().st_mtime_ns for path in paths if path.exists()}
 
-    def point(self, name: str, target: Path) -> None:
-        """Move the link checkpoints/<name> to `target`, atomically."""
+    def point(self, name: str, target: Path | None) -> str:
+        """Move the link checkpoints/<name> to `target`, atomically; None removes it.
+
+        A link is a convenience, so an error is returned as a line for the user. The line is empty where there is
+        nothing to report; that the file system has no links is reported once.
+        """
         link = self.checkpoints / name
-        temporary = temporary_name(link)
-        temporary.symlink_to(target.name)
-        temporary.replace(link)
-        sync(self.checkpoints)
+        try:
+            if target is None:
+                link.unlink(missing_ok=True)
+                return ""
+            had_links = self._has_links
+            self._has_links = point_to(link, target)
+            sync(self.checkpoints)
+        except OSError as error:
+            what = "removed" if target is None else f"moved to {target.name}, which is complete"
+            return f"{link} could not be {what} ({error.strerror}); remove it if it is in the way"
+        if self._has_links or not had_links:
+            return ""
+        return (
+            f"{self.checkpoints}: this file system has no symbolic links, so {' and '.join(LINKS)} are files with the "
+            "name of a checkpoint; lowrank-dist follows them like links, other programs need the checkpoint's own path"
+        )

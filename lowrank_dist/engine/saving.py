@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowrank_dist.backend.devices import generator_states
 from lowrank_dist.checkpoint.training_state import LOSS, TrainingState, parse_state, read_state
-from lowrank_dist.engine.checkpoint_writer import CheckpointWriter, Facts
+from lowrank_dist.engine.checkpoint_writer import CheckpointWriter, Facts, FollowingWriteError
 from lowrank_dist.engine.evaluator import History
 from lowrank_dist.engine.gathering import Gathering
 from lowrank_dist.engine.resume import Resumption, from_rank_0, restore
@@ -99,7 +99,7 @@ class CheckpointSaver:
         self._wait()
         if self._refusal is not None:
             kind = DiskError if self._writer else OtherRankError
-            raise kind(f"the last checkpoint was not written: {self._refusal}")
+            raise kind(self._refusal)
         if self._writer is not None:
             self._report(self._writer.summary)
 
@@ -170,13 +170,17 @@ class CheckpointSaver:
             return
         self._current, self._refusal = None, None
         if outcome == _REFUSED:
-            self._refusal = str(save.error or "rank 0 could not write it; see its log")
-            message = f"step {save.step}: NO CHECKPOINT WAS WRITTEN: {self._refusal}. Training continues"
+            reason = str(save.error or "rank 0 could not write it; see its log")
+            if isinstance(save.error, FollowingWriteError):
+                message, self._refusal = f"step {save.step}: {reason}. Training continues", reason
+            else:
+                message = f"step {save.step}: NO CHECKPOINT WAS WRITTEN: {reason}. Training continues"
+                self._refusal = f"the last checkpoint was not written: {reason}"
             logger.error("%s", message)
             self._report(message)
-        elif self._writer is not None and self._writer.leftovers:
-            logger.warning("%s", self._writer.leftovers)
-            self._report(f"step {save.step}: {self._writer.leftovers}")
+        elif self._writer is not None and self._writer.remarks:
+            logger.warning("%s", self._writer.remarks)
+            self._report(f"step {save.step}: {self._writer.remarks}")
 
     def _save_in_thread(self, save: _Save, snapshot: Tensor, write: _Write | None) -> None:
         """Gather, and on rank 0 write, in the thread of one save. The outcome is stored in `save`."""

@@ -19,8 +19,13 @@ _MARK = ".lowrank_dist-tmp-"
 # linux/fcntl.h and linux/fs.h; Python has no binding for renameat2.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_ANOTHER_FILE_SYSTEM = (
+    "the file system may not have this operation, so give an output path on another one (lowrank-dist doctor CONFIG "
+    "names what is missing)"
+)
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
-_NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+# How FAT, SMB, FUSE and object stores refuse an operation that they do not have, such as a link or fsync of a folder.
+UNSUPPORTED = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOTTY})
 
 
 def is_temporary(folder: Path) -> bool:
@@ -139,6 +144,8 @@ def _explain(error: OSError, target: Path) -> str:
         errno.EDQUOT: "your disk quota is used up, so free some space or give an output path on another disk",
         errno.EACCES: "give an output path where you may write",
         errno.EROFS: "give an output path that is not read-only",
+        errno.EXDEV: "the folder lies in a lower layer of an overlay, so remove it or give another output path",
+        **dict.fromkeys((errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP), _ANOTHER_FILE_SYSTEM),
     }
     hint = f"; {remedy[error.errno]}" if error.errno in remedy else ""
     return f"{target}: could not be written ({error.strerror or error}{where}){hint}"
@@ -151,24 +158,41 @@ def _sync_tree(folder: Path) -> None:
         sync(Path(parent))
 
 
-def sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
+def sync(path: Path) -> bool:
+    """Flush a file, or the names in a folder, to disk. Returns False where the file system does not have the operation.
+
+    The file is then written when the system chooses. A checkpoint that a power failure cuts off does not match its
+    manifest, and resuming takes an older one.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        return False
     finally:
         os.close(descriptor)
+    return True
+
+
+def exchange_at_once(one: Path, other: Path) -> bool:
+    """Swap two folders in one step. Returns False where the file system, or the C library, does not have that."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code not in UNSUPPORTED:
+        raise OSError(code, os.strerror(code), str(other))
+    return False
 
 
 def _exchange(temporary: Path, target: Path) -> None:
     """Swap two folders: in one step where the file system can, else the target is missing for the time of a rename."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None:
-        if renameat2(_AT_FDCWD, os.fsencode(temporary), _AT_FDCWD, os.fsencode(target), _RENAME_EXCHANGE) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in _NO_EXCHANGE:
-            raise OSError(code, os.strerror(code), str(target))
+    if exchange_at_once(temporary, target):
+        return
     old = temporary.with_name(f"{temporary.name}-old")
     target.rename(old)
     try:

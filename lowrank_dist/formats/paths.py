@@ -4,6 +4,8 @@ Nothing is written through a link at the place of a file, or into a folder that 
 adapter, a model). Links are followed for reading, but a file that is copied out of a folder must lie in that folder, in
 another model's, or in the Hub's cache, which links snapshots/<revision>/<file> to ../../blobs/<hash>. A link to a
 folder is resolved once, so that all files are read from the same folder. Folders are recognised by file names alone.
+
+A run's links, checkpoints/last and best, are files where the file system has no symbolic links (`point_to`).
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.atomic import UNSUPPORTED, temporary_name
+from lowrank_dist.untrusted.files import follow_file
 
 # The Hub's cache names a blob by its content: git's SHA-1, or SHA-256 of large files.
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
@@ -59,10 +63,34 @@ def resolve_link(folder: Path) -> Path:
     Use it before reading several files: a run moves checkpoints/last with every save, and later removes the old target.
     """
     for _ in range(_LOOKS):
-        found = real_path(folder) if folder.is_symlink() else folder
+        found = real_path(folder) if folder.is_symlink() else follow_file(folder)
         if found.exists():
             break
     return found
+
+
+def point_to(link: Path, target: Path) -> bool:
+    """Move a link of a run to a folder beside it, atomically.
+
+    Returns False where the file system has no symbolic links: the link is then a file with the folder's name. Raises
+    OSError where neither can be written.
+    """
+    temporary = temporary_name(link)
+    links = True
+    try:
+        try:
+            temporary.symlink_to(target.name)
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                raise
+            links = False
+            temporary.write_text(f"{target.name}\n", encoding="ascii")
+        temporary.replace(link)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    return links
 
 
 @contextmanager
@@ -98,7 +126,7 @@ def _opened(folder: Path) -> tuple[Path, int | None]:
         found = resolve_link(folder)
         with suppress(OSError):
             return found, os.open(found, os.O_PATH)
-        if not folder.is_symlink():
+        if found == folder:
             break
     return found, None
 

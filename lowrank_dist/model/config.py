@@ -6,13 +6,13 @@ from typing import Literal
 
 from pydantic import Field
 
-from lowrank_dist.sections.section import Section, YamlPath
+from lowrank_dist.sections.section import Section, YamlFolder
 
 
 class ModelConfig(Section):
     """The base model."""
 
-    path: YamlPath = Field(description="folder of a Hugging Face checkpoint (config.json and safetensors)")
+    path: YamlFolder = Field(description="folder of a Hugging Face checkpoint (config.json and safetensors)")
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto", description="data type of the frozen weights: auto (as stored), fp32 or bf16"
     )

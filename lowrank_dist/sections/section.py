@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from lowrank_dist.untrusted.files import require_valid_path
+from lowrank_dist.untrusted.files import follow_file, require_valid_path
 from lowrank_dist.untrusted.patterns import PATH_END, require_expression
 
 
@@ -37,6 +37,8 @@ def _end_of_path(value: str) -> str:
 # Method names in a run's config; methods/registry.py says where each lives.
 MethodName: TypeAlias = Literal["lora", "full", "adapter_h", "adapter_l", "prefix", "prompt"]
 YamlPath: TypeAlias = Annotated[Path, BeforeValidator(_path)]
+# A folder to read: checkpoints/last and best are followed where the file system has no links.
+YamlFolder: TypeAlias = Annotated[YamlPath, AfterValidator(follow_file)]
 Pattern: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_regular_expression)]
 # Matches the end of a module's path, at its beginning or after a dot.
 EndPattern: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_end_of_path)]

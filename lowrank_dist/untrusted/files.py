@@ -6,7 +6,9 @@ Bounds are checked before the data is in memory, since a file may be an endless 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from lowrank_dist.errors import UserError
@@ -17,6 +19,10 @@ MIB = 1 << 20
 LONGEST_RECORD = MIB
 # Linux: NAME_MAX and PATH_MAX, the latter with its closing zero byte.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
+# The links of a run in its folder of checkpoints, and the names of the folders that they point to.
+LINKS = ("last", "best")
+STEP_NAME = re.compile(r"step-([1-9]\d*)", re.ASCII)
+_LONGEST_LINK = 64
 
 
 def read_bytes(path: Path, remedy: str, *, largest: int) -> bytes:
@@ -46,6 +52,18 @@ def read_text(path: Path, remedy: str, *, largest: int) -> str:
         return read_bytes(path, remedy, largest=largest).decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{short_path(path)}: not UTF-8 (byte {error.start}: {error.reason}); {remedy}") from error
+
+
+def follow_file(path: Path) -> Path:
+    """Return the folder that a file in place of a run's link leads to; any other path is returned unchanged.
+
+    Where the file system has no symbolic links, checkpoints/last and best are files with the name of the folder.
+    """
+    if path.name in LINKS and path.is_file():
+        with suppress(UserError):  # a file of another origin
+            name = read_text(path, "remove it", largest=_LONGEST_LINK).removesuffix("\n")
+            return path.with_name(name) if STEP_NAME.fullmatch(name) else path
+    return path
 
 
 def read_lines(path: Path, remedy: str, *, longest: int) -> Iterator[tuple[int, bytes]]:

@@ -1,4 +1,4 @@
-"""Faults in file system calls: a SIGKILL at any write, fsync or rename below a folder, or a full disk from then on.
+"""Faults in file system calls below a folder: a SIGKILL at any of them, a full disk, operations that do not exist.
 
 The process under test is started with `environment()`, which preloads shim.c, and arms it; `Zygote` does so for a
 function, once per point, in milliseconds. Production code knows nothing of it. Linux on x86_64 or aarch64.
@@ -76,6 +76,15 @@ def arm(root: Path, nth: int = 0, action: Action = Action.COUNT) -> None:
         raise OSError(code, f"could not arm the fault injector: {os.strerror(code)}", str(root))
 
 
+def refuse(*kinds: str, code: int) -> None:
+    """Let every operation of these kinds fail with the errno `code`, until the next `arm`: a poorer file system.
+
+    kinds: as in `trace`; also fsync-folder, and lock.
+    """
+    if (failed := _shim().faults_refuse(" ".join(kinds).encode(), code)) != 0:
+        raise OSError(failed, os.strerror(failed))
+
+
 def disarm() -> int:
     """Stop counting. Returns the number of operations since `arm`."""
     return _shim().faults_disarm()
@@ -101,6 +110,7 @@ def _shim() -> ctypes.CDLL:
     if not hasattr(library, "faults_arm"):
         raise RuntimeError("this process has no fault injector: start it with tests.faults.environment()")
     library.faults_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int]
+    library.faults_refuse.argtypes = [ctypes.c_char_p, ctypes.c_int]
     library.faults_trace.argtypes = [ctypes.c_char_p, ctypes.c_size_t]
     library.faults_trace.restype = ctypes.c_size_t
     library.faults_count.restype = library.faults_disarm.restype = ctypes.c_long

@@ -21,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/sendfile.h>
@@ -41,7 +42,7 @@
 #endif
 
 enum action { COUNT, KILL_BEFORE, KILL_DURING, NO_SPACE, NO_SPACE_ONCE };  // as in tests/faults/__init__.py
-enum plan { GO, GO_AND_DIE, FAIL };
+enum plan { GO, GO_AND_DIE, FAIL, REFUSE };
 enum { TRACE_BYTES = 1 << 20 };
 
 static struct state {
@@ -50,6 +51,8 @@ static struct state {
   atomic_bool shortened;  // The full disk has taken its last half write.
   long nth;
   enum action action;
+  char refused[256];  // Kinds of operations that the file system does not have, each with a space on both sides.
+  int refusal;        // Their errno.
   char root[PATH_MAX], real_root[PATH_MAX];  // As given, and without symbolic links: /proc/self/fd shows the latter.
   atomic_size_t trace_length;
   char trace[TRACE_BYTES];
@@ -168,6 +171,15 @@ static enum plan decide(long number, bool needs_space, size_t *size) {
   }
 }
 
+// An fsync of a folder is a kind of its own here: some file systems have only that of a file.
+static bool refuses(const char *kind, const char *path) {
+  char name[32];
+  struct stat64 status;
+  bool folder = strcmp(kind, "fsync") == 0 && stat64(path, &status) == 0 && S_ISDIR(status.st_mode);
+  snprintf(name, sizeof name, " %s%s ", kind, folder ? "-folder" : "");
+  return strstr(state->refused, name) != NULL;
+}
+
 // Absolute paths; `to` is NULL for an operation on one path.
 static enum plan plan(const char *kind, const char *path, const char *to, bool needs_space, size_t *size) {
   const char *inside = below_root(path), *inside_to = to != NULL ? below_root(to) : NULL;
@@ -175,8 +187,9 @@ static enum plan plan(const char *kind, const char *path, const char *to, bool n
   int saved = errno;
   long number = atomic_fetch_add(&state->count, 1) + 1;
   describe(number, kind, inside != NULL ? inside : path, to != NULL && inside_to != NULL ? inside_to : to, size);
+  bool refused = refuses(kind, path);
   errno = saved;
-  return decide(number, needs_space, size);
+  return refused ? REFUSE : decide(number, needs_space, size);
 }
 
 static bool armed(void) { return state != NULL && atomic_load(&state->armed); }
@@ -204,13 +217,14 @@ static enum plan plan_descriptor(const char *kind, int descriptor, bool needs_sp
 }
 
 // `call` is evaluated after the plan, which may have shortened its size.
-#define PERFORM(planned, call)                    \
-  do {                                            \
-    enum plan chosen = (planned);                 \
-    if (chosen == FAIL) return errno = ENOSPC, -1; \
-    __auto_type result = (call);                  \
-    if (chosen == GO_AND_DIE) die();              \
-    return result;                                \
+#define PERFORM(planned, call)                               \
+  do {                                                       \
+    enum plan chosen = (planned);                            \
+    if (chosen == FAIL) return errno = ENOSPC, -1;           \
+    if (chosen == REFUSE) return errno = state->refusal, -1; \
+    __auto_type result = (call);                             \
+    if (chosen == GO_AND_DIE) die();                         \
+    return result;                                           \
   } while (0)
 
 // ---- Bytes ----
@@ -273,6 +287,14 @@ int fsync(int descriptor) { PERFORM(plan_descriptor("fsync", descriptor, true, N
 
 int fdatasync(int descriptor) {
   PERFORM(plan_descriptor("fsync", descriptor, true, NULL), REAL(fdatasync)(descriptor));
+}
+
+// Not counted: a lock changes no file.
+int flock(int descriptor, int operation) {
+  char full[PATH_MAX];
+  bool inside = armed() && descriptor_path(descriptor, full) && below_root(full) != NULL;
+  if (inside && refuses("lock", full)) return errno = state->refusal, -1;
+  return REAL(flock)(descriptor, operation);
 }
 
 static bool grows(int descriptor, off64_t length) {
@@ -462,9 +484,18 @@ int faults_arm(const char *root, long nth, int action) {
   atomic_store(&state->trace_length, 0);
   atomic_store(&state->count, 0);
   atomic_store(&state->shortened, false);
+  state->refused[0] = '\0';
   state->nth = nth;
   state->action = action;
   atomic_store(&state->armed, true);
+  return 0;
+}
+
+// From now until the next arming, operations of these kinds fail with `error`. Returns 0 or an errno.
+int faults_refuse(const char *kinds, int error) {
+  if (state == NULL || strlen(kinds) + 3 > sizeof state->refused) return ENOMEM;
+  state->refusal = error;
+  snprintf(state->refused, sizeof state->refused, " %s ", kinds);
   return 0;
 }
 

@@ -108,11 +108,11 @@ def test_an_old_checkpoint_that_is_gone_or_that_stays_fails_no_save(
 
     assert write(2) == {"step-2"}
     shutil.rmtree(folder.checkpoints / "step-2")
-    assert write(4) == {"step-4"} and writer.leftovers == ""
+    assert write(4) == {"step-4"} and writer.remarks == ""
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", busy)
-        assert "step-6" in write(6) and "step-4" in writer.leftovers and "busy" in writer.leftovers
-    assert "step-8" in write(8) and writer.leftovers == ""
+        assert "step-6" in write(6) and "step-4" in writer.remarks and "busy" in writer.remarks
+    assert "step-8" in write(8) and writer.remarks == ""
 
 
 def busy(path: Path, ignore_errors: bool = False) -> None:

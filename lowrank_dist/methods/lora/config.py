@@ -8,7 +8,7 @@ from typing import Annotated, Any, Self, TypeAlias
 
 from pydantic import Discriminator, Field, Tag
 
-from lowrank_dist.sections.section import EndPattern, MethodSection, Pattern, YamlPath
+from lowrank_dist.sections.section import EndPattern, MethodSection, Pattern, YamlFolder
 
 Rank: TypeAlias = Annotated[int, Field(ge=1, le=1024)]
 Alpha: TypeAlias = Annotated[float, Field(gt=0)]
@@ -46,7 +46,7 @@ class LoraConfig(MethodSection):
     alpha_pattern: dict[EndPattern, Alpha] = Field(
         {}, description="mapping from module path or regular expression to an alpha above 0"
     )
-    init_from: YamlPath | None = Field(
+    init_from: YamlFolder | None = Field(
         None,
         description="folder of a PEFT LoRA adapter to start from, or null; it sets every key of lora except dropout",
     )
