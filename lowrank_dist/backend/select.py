@@ -14,6 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 from lowrank_dist.backend import megatron
 from lowrank_dist.backend.devices import device_of_rank, synchronize
 from lowrank_dist.backend.launchers import run_token
+from lowrank_dist.backend.limits import MemoryBound, memory_bound
 from lowrank_dist.errors import RankIdentityError, UserError
 
 _RUN = "lowrank_dist/run"  # key in the job's store: the run token of rank 0
@@ -40,12 +41,18 @@ class Backend:
         return kib / 2**20
 
     def memory_for_a_rank(self) -> int:
-        """Return the bytes that this rank may take: its share of the GPU's memory, or of what the node has left."""
+        """Return the bytes that this rank may take: its share of the GPU's memory, or of what the node has left for it.
+
+        Limits of containers, batch systems and ulimit count (`memory_bound`).
+        """
         if self.device.type == "cuda":
             return torch.cuda.get_device_properties(self.device).total_memory // self.ranks_per_device
-        with open("/proc/meminfo") as lines:
-            kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-        return kib * 1024 // self.ranks_per_device
+        return memory_bound(self.ranks_per_device).share(self.ranks_per_device)
+
+    def memory_limit(self) -> MemoryBound | None:
+        """Return the limit that `memory_for_a_rank` follows; None where that is the memory of the GPU or the node."""
+        bound = None if self.device.type == "cuda" else memory_bound(self.ranks_per_device)
+        return bound if bound is not None and bound.remedy else None
 
     def name(self) -> str:
         """Return the name of the device."""

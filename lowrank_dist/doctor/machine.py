@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from lowrank_dist.backend.limits import cpu_bound, machine_memory, memory_bound
 from lowrank_dist.doctor.rows import Row, format_size, one_line
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -14,8 +15,6 @@ SHARED_MEMORY = Path("/dev/shm")
 ENOUGH_SHARED = 512 * 2**20
 # A GPU with less than this share of its memory free is in use by other processes.
 FREE_SHARE = 0.9
-# The files of a container's or batch system's memory limit, for cgroups of both versions.
-MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def devices() -> list[Row]:
@@ -52,17 +51,19 @@ def _gpu(index: int, name: str, total: int, free: int, architecture: str) -> Row
 
 
 def memory() -> list[Row]:
-    """Return a row on host memory: total, available, and a container's limit."""
-    kib = {}
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        kib[name] = int(value.split()[0])
-    total, available = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
-    limits = [int(text) for path in MEMORY_LIMITS if path.is_file() and (text := path.read_text().strip()).isdigit()]
-    limit = min([*limits, total])
-    of = f"{format_size(total)}" if limit == total else f"{format_size(total)}, limited to {format_size(limit)}"
-    figures = {"total_bytes": total, "available_bytes": min(available, limit)}
-    return [Row("host memory", "ok", f"{format_size(min(available, limit))} available of {of}", figures=figures)]
+    """Return a row on host memory: what is available to this process, of how much, and the limit that sets it."""
+    total, bound = machine_memory().limit, memory_bound()
+    limit = f", limited to {format_size(bound.limit)} by {bound.source}" if bound.remedy else ""
+    figures = {"total_bytes": total, "available_bytes": bound.available}
+    detail = f"{format_size(bound.available)} available of {format_size(total)}{limit}"
+    return [Row("host memory", "ok", detail, figures=figures)]
+
+
+def cpus() -> list[Row]:
+    """Return a row on the CPUs that this process may use."""
+    bound, everywhere = cpu_bound(), os.cpu_count() or 1
+    limit = f" of {everywhere}, limited by {bound.source}" if bound.source else ""
+    return [Row("CPUs", "ok", f"{bound.count} usable{limit}", figures={"cpus": bound.count})]
 
 
 def shared_memory(gpus: bool, place: Path = SHARED_MEMORY) -> list[Row]:

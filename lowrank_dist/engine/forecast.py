@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.model_files import stored_dtype
+from lowrank_dist.backend.limits import MemoryBound
 from lowrank_dist.backend.node import node_id, node_names
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.config import Config
@@ -46,6 +47,7 @@ def with_tensor_size(config: Config, backend: Backend) -> tuple[Config, str | No
     own = f"{backend.memory_for_a_rank()} {node_id()}"
     told = [text.split(" ", 1) for text in gather_texts(own, world, backend.device)]
     memory, hosts = min(int(size) for size, _ in told), node_names([identity for _, identity in told])
+    limits = gather_texts(_limit_text(backend.memory_limit()), world, backend.device)
     try:
         found = str(auto_tensor(_request_of_run(config, backend), cluster_of_ranks(hosts, memory, backend)))
     except UserError as error:
@@ -56,8 +58,14 @@ def with_tensor_size(config: Config, backend: Backend) -> tuple[Config, str | No
         raise UserError(refused[0])
     size, count = int(answers[0]), len(set(hosts))
     where = f"{len(hosts)} rank{'s' * (len(hosts) > 1)} on {count} host{'s' * (count > 1)}"
-    line = f"parallel.tensor=auto: {size}, the plan's choice for {where} with {memory / _GIB:.2f} GiB for a rank"
+    limit = next(text for text, (bytes_of_rank, _) in zip(limits, told, strict=True) if int(bytes_of_rank) == memory)
+    line = f"parallel.tensor=auto: {size}, the plan's choice for {where} with {memory / _GIB:.2f} GiB for a rank{limit}"
     return config.model_copy(update={"parallel": config.parallel.model_copy(update={"tensor": size})}), line
+
+
+def _limit_text(limit: MemoryBound | None) -> str:
+    """Return the text on a limit that follows a figure of memory."""
+    return f" ({limit})" if limit is not None else ""
 
 
 def _request_of_run(config: Config, backend: Backend) -> Request:
@@ -138,7 +146,8 @@ class Forecast:
         planned, available = self._planned.total, self._backend.memory_for_a_rank()
         fullest = sorted(self._planned.parts.items(), key=lambda part: -part[1])[:3]
         parts = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in fullest if size)
-        line = f"planned memory {planned / _GIB:.2f} GiB a rank ({parts}) of {available / _GIB:.2f} GiB"
+        limit = _limit_text(self._backend.memory_limit())
+        line = f"planned memory {planned / _GIB:.2f} GiB a rank ({parts}) of {available / _GIB:.2f} GiB{limit}"
         if planned <= available:
             return line
         if planned <= _CERTAIN * available or self._ignored:
@@ -154,9 +163,11 @@ class Forecast:
         found = fitting_layout(self._job, self._fixed, cluster)
         if found is not None:
             return f"On these {cluster.gpus} ranks it fits with {found} ({found.candidate.job.layout})"
+        limit = self._backend.memory_limit()
+        raised = f", or raise the limit ({limit.remedy})" if limit is not None else ""
         return (
             f"No layout of these {cluster.gpus} ranks fits; use more ranks, or a smaller data.max_length or "
-            "eval.generate.batch"
+            f"eval.generate.batch{raised}"
         )
 
     def compare(self, measured: float) -> str:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 
+from lowrank_dist.backend.limits import cpu_bound
 from tests.gpu.environment import absent
 from tests.gpu.prepare import DEVICE, ROOT, environment, execute, python, runner
 from tests.gpu.stages import Stage
@@ -31,7 +32,7 @@ def workers() -> list[str]:
 
     Each worker has ranks of its own, which share the GPU by time slices, so more workers are slower.
     """
-    jobs = int(os.environ.get("GPU_CHECK_JOBS") or (os.cpu_count() or 1) // 8)
+    jobs = int(os.environ.get("GPU_CHECK_JOBS") or cpu_bound().count // 8)
     return ["-n", str(jobs), "--dist", "worksteal"] if jobs > 1 and not absent("xdist") else []
 
 

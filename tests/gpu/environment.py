@@ -8,11 +8,12 @@ Exit code 1 where something is missing. --missing: no report, only the code.
 import argparse
 import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
 import sys
+
+from lowrank_dist.backend.limits import cpu_bound
 
 # Distribution → module, for everything that the check imports, declared in a package's metadata or not.
 NEEDED = {
@@ -72,7 +73,7 @@ def first_line(*command: str) -> str:
 
 
 def describe() -> None:
-    print(f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()} ({sys.executable})")
+    print(f"{platform.platform()}, {cpu_bound().count} CPUs, Python {platform.python_version()} ({sys.executable})")
     print(f"nvcc: {first_line('nvcc', '--version')}")
     print(f"compiler: {first_line('c++', '-dumpfullversion')}")
     print(", ".join(f"{name} {version(name)}" for name, module in NEEDED.items() if not absent(module)))

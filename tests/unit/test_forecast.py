@@ -13,6 +13,7 @@ import yaml
 
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import LoraRules
+from lowrank_dist.backend.limits import MemoryBound
 from lowrank_dist.config import Config, load_config
 from lowrank_dist.engine.forecast import Forecast, cluster_of_ranks
 from lowrank_dist.errors import UserError
@@ -39,10 +40,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def backend(memory: int) -> Any:
+def backend(memory: int, limit: MemoryBound | None = None) -> Any:
     return SimpleNamespace(
         device=torch.device("cpu"),
         memory_for_a_rank=lambda: memory,
+        memory_limit=lambda: limit,
         peak_memory_gib=lambda: 0.5,
         name=lambda: "NVIDIA H100 80GB HBM3",
     )
@@ -93,6 +95,15 @@ def test_a_run_that_does_not_fit_names_the_layout_that_does(path: Path) -> None:
         Forecast(config(path, *large), read_architecture(path.parent / "base"), whole, backend(enough))
     with pytest.raises(UserError, match="No layout of these 2 ranks fits; use more ranks"):
         Forecast(config(path, *large), read_architecture(path.parent / "base"), whole, backend(1000))
+
+
+def test_a_limit_is_named_with_its_place(path: Path) -> None:
+    limit = MemoryBound(2**30, 1000, "memory.max of /sys/fs/cgroup/job", "Slurm's --mem")
+    shape = read_architecture(path.parent / "base")
+    fits = Forecast(config(path, "train.ignore_plan=true"), shape, TOPOLOGY, backend(2**30, limit))
+    assert fits.memory_line.endswith("of 1.00 GiB (limit of 1.00 GiB: memory.max of /sys/fs/cgroup/job)")
+    with pytest.raises(UserError, match=r"\(limit of .*job\): it does not fit.*or raise the limit \(Slurm's --mem\)"):
+        Forecast(config(path), shape, TOPOLOGY, backend(1000, limit))
 
 
 def test_the_cluster_of_a_run(path: Path) -> None:
