@@ -37,7 +37,7 @@ from lowrank_dist.backend.devices import synchronize
 from lowrank_dist.backend.libraries import quiet_libraries
 from lowrank_dist.backend.select import select_backend
 from lowrank_dist.ops.extension import require_compiled
-from lowrank_dist.planner.hardware import GPUS, peak_flops
+from lowrank_dist.planner.hardware import gpu_called
 
 # The pool's size over L2's (taken as 64 MiB on a CPU), and the least and most operand sets.
 POOL_OVER_L2, FEWEST_SETS, MOST_SETS = 3.0, 2, 32
@@ -180,8 +180,8 @@ def main() -> None:
         return run_once(chosen, args.once, device)
     cuda = device.type == "cuda"
     l2 = torch.cuda.get_device_properties(device).L2_cache_size if cuda else 64 * 2**20
-    flops = peak_flops(torch.cuda.get_device_name(device)) if cuda else None
-    bandwidth = next((gpu.bandwidth for gpu in GPUS.values() if flops and gpu.name in started_on["gpu"].lower()), None)
+    card = gpu_called(torch.cuda.get_device_name(device)) if cuda else None
+    flops, bandwidth = (None, None) if card is None else (card.flops, card.bandwidth)
     replay = "CUDA graph" if cuda else "plain loop"
     console.print(f"replay: {replay}; operands: {POOL_OVER_L2:g} times L2's {l2 / 2**20:.0f} MiB")
     rows: list[dict[str, object]] = []

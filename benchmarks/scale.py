@@ -19,7 +19,7 @@ from lowrank_dist.planner.factors import total_rank
 from lowrank_dist.planner.hardware import GPUS
 from lowrank_dist.planner.job import Job, Layout
 from lowrank_dist.planner.layouts import Candidate, Cluster, Fixed
-from lowrank_dist.planner.report import size
+from lowrank_dist.planner.report import memory_size, size
 from lowrank_dist.planner.step_time import TENSOR, message_seconds
 from lowrank_dist.planner.traffic import GATHER, Message, bytes_of, calls, of_step
 
@@ -40,9 +40,9 @@ exactly, memory within 5 %); times by the GPU's data sheet and the rates in lowr
 overlap, compared with no measured step yet.
 
 Low-rank updates of rank {RANK} on all linears, {GLOBAL_BATCH} samples of {LENGTH} tokens a step, all of them targets,
-in bf16, on nodes of {GPUS_PER_NODE} {GPU.name} of {size(GPU.memory)}, with {GPU.node / 1e9:.0f} GB/s of NVLink and
-{GPU.network / 1e9:.0f} GB/s of network for each GPU and direction. The layout is the one that the plan recommends;
-memory is of a GPU, calls and bytes are of a rank in a step.
+in bf16, on nodes of {GPUS_PER_NODE} {GPU.name} (SXM) of {memory_size(GPU.memory)}, with {GPU.node / 1e9:.0f} GB/s of
+NVLink and {GPU.network / 1e9:.0f} GB/s of network for each GPU and direction. The layout is the one that the plan
+recommends; memory is of a GPU, calls and bytes are of a rank in a step.
 """
 PEERS_HEAD = f"""\
 ## With peers' collectives
@@ -105,12 +105,14 @@ def scaling_rows(model: str) -> Iterator[str]:
 def _scaling(choice: Choice) -> str:
     best = choice.best
     if not choice.fits:
-        return f"{best.job.layout} | {size(best.memory.total)}, {size(best.missing_bytes)} too much | | | | "
+        return (
+            f"{best.job.layout} | {memory_size(best.memory.total)}, {memory_size(best.missing_bytes)} too much | | | | "
+        )
     messages = of_step(best.job, best.tp_rank)
     found, sent = calls(messages).total(), bytes_of(messages).total()
     time = best.time
     return (
-        f"{best.job.layout} | {size(best.memory.total)} | {found:,} | {size(sent)} | "
+        f"{best.job.layout} | {memory_size(best.memory.total)} | {found:,} | {size(sent)} | "
         f"{time.seconds:.2f} s ({time.bound}) | {time.tokens_per_second:,.0f}, {100 * time.mfu:.0f} %"
     )
 

@@ -64,9 +64,20 @@ def plan_command(
     ] = None,
     nodes: Annotated[int, typer.Option(help="Nodes of the cluster.", metavar="N")] = 1,
     gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node.", metavar="N")] = 8,
-    gpu: Annotated[str, typer.Option(help="GPU: a100-40gb, a100, l40s, h100, h200 or b200.", metavar="NAME")] = "h100",
+    gpu: Annotated[
+        str,
+        typer.Option(
+            help='GPU, as torch, Slurm or people name it: h100, h100-pcie, a100-40gb, "NVIDIA H200", gpu:a100:8. A '
+            "wrong name lists those that are known.",
+            metavar="NAME",
+        ),
+    ] = "h100",
     gpu_memory: Annotated[
-        str | None, typer.Option(help="Memory of a GPU, with its unit. Default: that of --gpu.", metavar="80GB")
+        str | None,
+        typer.Option(
+            help="Memory of a GPU with its unit, as nvidia-smi shows it (81559MiB). Default: that of --gpu.",
+            metavar="79GiB",
+        ),
     ] = None,
     target_share: Annotated[
         float | None,

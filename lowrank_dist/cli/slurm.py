@@ -60,7 +60,11 @@ def slurm_command(
         ),
     ] = None,
     gpu_memory: Annotated[
-        str | None, typer.Option(help="Memory of a GPU, with its unit. Default: that of --gpu.", metavar="80GB")
+        str | None,
+        typer.Option(
+            help="Memory of a GPU with its unit, as nvidia-smi shows it (81559MiB). Default: that of --gpu.",
+            metavar="79GiB",
+        ),
     ] = None,
     job_name: Annotated[str, typer.Option(help="Name of the job, and of its log.", metavar="NAME")] = "lowrank",
     partition: Annotated[str | None, typer.Option(help="Partition of the job.", metavar="NAME")] = None,

@@ -34,17 +34,18 @@ class JobLayout:
     def host_memory(self) -> str:
         """The host memory that the job's nodes need, in words."""
         job, ranks = self.candidate.job, self.candidate.cluster.gpus_per_node
-        loading, saving = (math.ceil(size / 1e9) for size in (host_bytes(job, ranks), saving_bytes(job)))
+        loading, saving = (math.ceil(size / 2**30) for size in (host_bytes(job, ranks), saving_bytes(job)))
         return (
-            f"A node needs {loading} GB while it loads, by the plan, and the first one {saving} GB more while it saves."
+            f"A node needs {loading} GiB while it loads, by the plan, and the first one {saving} GiB more while it "
+            "saves."
         )
 
     def __str__(self) -> str:
         job, cluster = self.candidate.job, self.candidate.cluster
-        planned = f"{self.candidate.memory.total / 1e9:.1f}"
+        planned = f"{self.candidate.memory.total / 2**30:.1f}"
         if job.device == "cpu":
-            return f"{job.layout}; {planned} GB of memory a rank"
-        available = f"{cluster.usable / 1e9:.1f} usable GB of each {cluster.gpu.name}"
+            return f"{job.layout}; {planned} GiB of memory a rank"
+        available = f"{cluster.usable / 2**30:.1f} usable GiB of each {cluster.gpu.name}"
         return f"{job.layout}; {planned} of {available}, {self.candidate.time.seconds:.3g} s a step"
 
 
@@ -58,13 +59,13 @@ def job_layout(request: Request, cluster: Cluster) -> JobLayout:
     config, job = request.config, job_of(request, 1.0)
     fixed = fixed_of(replace(request, whole=job.device == "cpu"))
     choice = choose(job, fixed, cluster)
-    best, short = choice.best, choice.best.missing_bytes / 1e9
+    best, short = choice.best, choice.best.missing_bytes / 2**30
     layout = best.job.layout
     where = f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu.name}"
     if not choice.fits and not config.train.ignore_plan:
         others = ", or ".join(map(str, choice.remedies))
         remedy = _remedy(job, fixed, cluster) or (f"; it fits with {others}" if others else "")
-        raise UserError(f"{request.model.name} does not fit {where} as {layout}: a GPU lacks {short:.1f} GB{remedy}")
+        raise UserError(f"{request.model.name} does not fit {where} as {layout}: a GPU lacks {short:.1f} GiB{remedy}")
     if best.crosses_nodes and not config.parallel.across_nodes:
         raise UserError(
             f"parallel.across_nodes is false, but on {where} the layout {layout} puts a tensor-parallel group on "
@@ -103,11 +104,11 @@ def _values(candidate: Candidate) -> dict[str, str]:
 
 def _warning(candidate: Candidate, where: str) -> str | None:
     if candidate.missing_bytes:
-        missing = candidate.missing_bytes / 1e9
-        return f"by the plan each GPU of {where} lacks {missing:.1f} GB; train.ignore_plan=true starts it anyway"
+        missing = candidate.missing_bytes / 2**30
+        return f"by the plan each GPU of {where} lacks {missing:.1f} GiB; train.ignore_plan=true starts it anyway"
     if candidate.job.device == "cuda" and candidate.tight:
         return (
-            f"memory is tight: {candidate.spare / 1e9:.2f} GB of each GPU are to spare, and the plan is right to "
+            f"memory is tight: {candidate.spare / 2**30:.2f} GiB of each GPU are to spare, and the plan is right to "
             f"{ACCURACY:.0%}; a smaller train.micro_batch, engine.recompute=full or a larger parallel.tensor need less"
         )
     return None

@@ -199,14 +199,20 @@ def _more_nodes(smallest: Candidate, fixed: Fixed) -> Iterator[Remedy]:
 
 
 def _larger_gpus(smallest: Candidate) -> Iterator[Remedy]:
-    """Yield the smallest known GPU that is large enough, or only a memory size where the user gave the memory."""
+    """Yield the smallest GPU that is large enough and no slower; its memory alone where the user gave the memory."""
     cluster = smallest.cluster
-    large = [gpu for gpu in GPUS.values() if usable(gpu.memory) >= smallest.memory.total]
+    own = cluster.gpu
+    large = [
+        gpu
+        for gpu in GPUS.values()
+        if usable(gpu.memory) >= smallest.memory.total
+        and (gpu.flops >= own.flops and gpu.bandwidth >= own.bandwidth and gpu.node >= own.node)
+    ]
     if not large:
         return
     gpu = min(large, key=lambda gpu: gpu.memory)
     words, memory = f"--gpu {gpu.name}", gpu.memory
-    if cluster.memory != cluster.gpu.memory:
-        gigabytes = next(size for size in range(1, 10**6) if usable(size * 10**9) >= smallest.memory.total)
-        words, gpu, memory = f"--gpu-memory {gigabytes}GB", cluster.gpu, gigabytes * 10**9
+    if cluster.memory != own.memory:
+        gibibytes = next(size for size in range(1, 10**6) if usable(size * 2**30) >= smallest.memory.total)
+        words, gpu, memory = f"--gpu-memory {gibibytes}GiB", own, gibibytes * 2**30
     yield Remedy(words, Candidate(smallest.job, replace(cluster, gpu=gpu, memory=memory)))

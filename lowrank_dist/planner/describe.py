@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 from lowrank_dist.planner.choice import Choice, safer
 from lowrank_dist.planner.factors import placement_without_factors
+from lowrank_dist.planner.hardware import other_forms
 from lowrank_dist.planner.job import Footprint, Job
 from lowrank_dist.planner.layouts import Candidate, Cluster, tensor_sizes
 from lowrank_dist.planner.memory import ACCURACY, memory, moments, persistent_bytes
@@ -97,7 +98,7 @@ def describe(
         workload=Workload(job.global_batch, job.length, job.target_share, job.packing, tuple(settings)),
         trained=_trained(job),
         files=_files(job, cluster, keep_last, keep_best),
-        cluster=Machines(cluster.nodes, cluster.gpus_per_node, cluster.gpu.name, cluster.memory, cluster.usable),
+        cluster=_machines(cluster),
         layout=_layout(candidate),
         fits=planned.fits,
         tight=candidate.tight,
@@ -114,6 +115,12 @@ def describe(
         methods=tuple(compare(candidate, others)),
         auto_tensor=auto_tensor,
     )
+
+
+def _machines(cluster: Cluster) -> Machines:
+    gpu = cluster.gpu
+    size = (cluster.nodes, cluster.gpus_per_node, gpu.name, cluster.memory, cluster.usable)
+    return Machines(*size, gpu.form, gpu.sold_as, tuple(other_forms(gpu)))
 
 
 def _model(job: Job) -> ModelSize:

@@ -32,8 +32,9 @@ class Cluster:
     def of(cls, nodes: int = 1, gpus_per_node: int = 8, gpu: str = "h100", gpu_memory: str | None = None) -> Cluster:
         """Return a cluster of GPUs that are known by name.
 
-        gpu: a100-40gb, a100, l40s, h100, h200 or b200. gpu_memory: of a GPU, with its unit ("80GB", "80GiB"); None for
-        the GPU's own. Raises UserError for an unknown GPU, a size without a unit, and numbers below 1.
+        gpu: a name such as h100, h100-pcie or "NVIDIA A100-SXM4-40GB". gpu_memory: of a GPU, with its unit ("80GB",
+        "80GiB"); None for the GPU's own. Raises UserError for an unknown GPU, which lists those that are known, a size
+        without a unit, and numbers below 1.
         """
         for option, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
             if value < 1:

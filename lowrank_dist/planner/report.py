@@ -92,25 +92,34 @@ def workload(settings: Sequence[Setting]) -> Table:
 def verdict(plan: Plan) -> Iterator[RenderableType]:
     """Yield the lines that say whether the plan fits, with the remedies if it does not fit or is tight."""
     layout, cluster = plan.layout, plan.cluster
-    where = f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu} of {size(cluster.memory)}"
-    need = f"{size(layout.memory)} of the {size(cluster.usable)} that tensors can use on a GPU"
+    where = f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu} of {memory_size(cluster.memory)}"
+    need = f"{memory_size(layout.memory)} of the {memory_size(cluster.usable)} that tensors can use on a GPU"
     if not plan.fits:
         smallest = f"the smallest layout that the settings allow ({layout}) needs {need}"
-        yield Text(f"DOES NOT FIT {where}: {smallest}, {size(layout.short)} too much.", style="bold red")
+        yield Text(f"DOES NOT FIT {where}: {smallest}, {memory_size(layout.short)} too much.", style="bold red")
     elif plan.tight:
         yield Text(
-            f"FITS, BUT ONLY JUST, {where}: {layout}. It needs {need}; the {size(layout.spare)} to spare are less than "
-            f"the plan's error of up to {percent(100 * plan.accuracy)} % ({size(plan.accuracy * layout.memory)}), so "
-            "it may run out of memory.",
+            f"FITS, BUT ONLY JUST, {where}: {layout}. It needs {need}; the {memory_size(layout.spare)} to spare are "
+            f"less than the plan's error of up to {percent(100 * plan.accuracy)} % "
+            f"({memory_size(plan.accuracy * layout.memory)}), so it may run out of memory.",
             style="bold yellow",
         )
     else:
-        yield Text(f"FITS {where}: {layout}. It needs {need}; {size(layout.spare)} to spare.", style="bold green")
+        yield Text(
+            f"FITS {where}: {layout}. It needs {need}; {memory_size(layout.spare)} to spare.", style="bold green"
+        )
     if layout.crosses_nodes:
         yield Text(
             f"A tensor-parallel group of {layout.tensor} crosses nodes of {cluster.gpus_per_node} GPUs: every layer "
             "waits for the network, and a run refuses it without parallel.across_nodes=true.",
             style="yellow",
+        )
+    if cluster.other_forms:
+        form = f"{cluster.form} form" if cluster.form else "form"
+        yield Text(
+            f"{cluster.gpu} is the {form} that is sold as {cluster.sold_as} GB. Other forms and sizes: --gpu "
+            f"{', '.join(cluster.other_forms)}.",
+            style="dim",
         )
     if plan.auto_tensor is not None:
         yield Text(f"parallel.tensor=auto stands for {plan.auto_tensor} on these GPUs.")
@@ -118,7 +127,7 @@ def verdict(plan: Plan) -> Iterator[RenderableType]:
         table = table_of("What fits: add one of these to the command", "add", "layout", "memory of a GPU", "step")
         for change in plan.remedies:
             found = change.layout
-            table.add_row(change.words, str(found), size(found.memory), _seconds(found))
+            table.add_row(change.words, str(found), memory_size(found.memory), _seconds(found))
         yield table
     elif not plan.fits:
         yield Text("No change of layout, length, nodes or GPU that the plan tries makes the run fit.", style="red")
@@ -126,10 +135,19 @@ def verdict(plan: Plan) -> Iterator[RenderableType]:
 
 
 def size(nbytes: float) -> str:
-    """Return bytes as text ("1.5 GB"), in powers of ten, as memory is sold and files are listed."""
-    for unit, power in (("TB", 12), ("GB", 9), ("MB", 6), ("kB", 3)):
-        if abs(nbytes) >= 10**power:
-            scaled = nbytes / 10**power
+    """Return the bytes of a file or a message as text ("1.5 GB"), in powers of ten, as files are listed."""
+    return _scaled(nbytes, (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)))
+
+
+def memory_size(nbytes: float) -> str:
+    """Return bytes of memory as text ("1.5 GiB"), in powers of two, as nvidia-smi (in MiB) and a run show them."""
+    return _scaled(nbytes, (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)))
+
+
+def _scaled(nbytes: float, units: Sequence[tuple[str, int]]) -> str:
+    for unit, scale in units:
+        if abs(nbytes) >= scale:
+            scaled = nbytes / scale
             return f"{scaled:.0f} {unit}" if scaled >= 100 else f"{scaled:.3g} {unit}"
     return f"{nbytes:.0f} B"
 
@@ -158,8 +176,8 @@ def _trained(plan: Plan) -> Iterator[RenderableType]:
     table.add_row(f"one checkpoint: {stored}, fp32 weights, Adam moments", size(files.checkpoint))
     table.add_row(f"disk: base + {stored} + checkpoints ({kept}, 1 being written)", size(files.disk))
     table.add_section()
-    table.add_row("host memory of a node while it loads", size(files.host_memory_loading))
-    table.add_row("more on the first node while it saves", size(files.host_memory_saving))
+    table.add_row("host memory of a node while it loads", memory_size(files.host_memory_loading))
+    table.add_row("more on the first node while it saves", memory_size(files.host_memory_saving))
     yield table
 
 
@@ -172,7 +190,7 @@ def _memory(plan: Plan) -> Iterator[RenderableType]:
         if any(found.parts[part] for found in held):
             table.add_row(PART_NAMES[part], *(_held(found, part) for found in held))
     table.add_section()
-    table.add_row("total", *(size(found.total) for found in held))
+    table.add_row("total", *(memory_size(found.total) for found in held))
     table.add_row("that moment", *(found.moment for found in held))
     yield table
     yield Text(
@@ -183,7 +201,7 @@ def _memory(plan: Plan) -> Iterator[RenderableType]:
 
 
 def _held(found: MemoryOfGpu, part: str) -> str:
-    return size(found.parts[part]) if found.parts[part] else "–"
+    return memory_size(found.parts[part]) if found.parts[part] else "–"
 
 
 def _collectives(plan: Plan) -> Iterator[RenderableType]:
@@ -225,7 +243,7 @@ def _layouts(plan: Plan) -> Iterator[RenderableType]:
     names["fastest, if no layout key were set"] = plan.recommended
     for name, found in names.items():
         if found is not None:
-            table.add_row(name, str(found), size(found.memory), _seconds(found))
+            table.add_row(name, str(found), memory_size(found.memory), _seconds(found))
     yield table
     reasons: dict[str, list[int]] = {}
     for tensor, reason in plan.tensor_sizes.illegal.items():
@@ -251,7 +269,7 @@ def _methods(plan: Plan) -> Iterator[RenderableType]:
     table = table_of("Other methods on the planned layout", *heads, "step (modelled)")
     for found in plan.methods:
         name = f"{found.method} ({found.placement})" if found.placement else found.method
-        memory = size(found.memory) + ("" if found.fits else ", does not fit")
+        memory = memory_size(found.memory) + ("" if found.fits else ", does not fit")
         seconds = "" if found.seconds is None else f"{found.seconds:.3f} s"
         row = (f"{found.trained:,}", percent(found.percent), memory, str(found.added))
         table.add_row(name, *row, f"{found.flops:.3g}", seconds)

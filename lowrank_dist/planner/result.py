@@ -90,13 +90,19 @@ class Files:
 
 @dataclass(frozen=True)
 class Machines:
-    """The nodes of the plan. memory: bytes of a GPU. usable: the part of `memory` that tensors can use."""
+    """The nodes of the plan. memory: bytes of a GPU. usable: the part of `memory` that tensors can use.
+
+    form, sold_as: of the GPU, as `hardware.Gpu` has them. other_forms: the names of the other forms of its model.
+    """
 
     nodes: int
     gpus_per_node: int
     gpu: str
     memory: int
     usable: int
+    form: str
+    sold_as: int
+    other_forms: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,17 @@ from collections.abc import Callable, Iterator, Mapping
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from lowrank_dist.planner.report import LEGEND, PART_NAMES, TERM_NAMES, headline, percent, size, table_of, workload
+from lowrank_dist.planner.report import (
+    LEGEND,
+    PART_NAMES,
+    TERM_NAMES,
+    headline,
+    memory_size,
+    percent,
+    size,
+    table_of,
+    workload,
+)
 from lowrank_dist.planner.result import Plan, Verification
 
 
@@ -25,7 +35,9 @@ def _compared(plans: Mapping[str, Plan]) -> Iterator[RenderableType]:
         alike &= set(plan.workload.settings)
     yield workload([setting for setting in first.workload.settings if setting in alike])
     cluster = first.cluster
-    title = f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu} of {size(cluster.memory)}; times are modelled"
+    title = (
+        f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu} of {memory_size(cluster.memory)}; times are modelled"
+    )
     table = table_of(title, "", *plans)
     for name, value in _ROWS.items():
         cells = [value(plan) for plan in plans.values()]
@@ -37,8 +49,8 @@ def _compared(plans: Mapping[str, Plan]) -> Iterator[RenderableType]:
 
 def _verdict(plan: Plan) -> str:
     if not plan.fits:
-        return f"does not fit: {size(plan.layout.short)} too much"
-    return f"{'only just: ' if plan.tight else 'fits: '}{size(plan.layout.spare)} to spare"
+        return f"does not fit: {memory_size(plan.layout.short)} too much"
+    return f"{'only just: ' if plan.tight else 'fits: '}{memory_size(plan.layout.spare)} to spare"
 
 
 def _timed(value: Callable[[Plan], str]) -> Callable[[Plan], str]:
@@ -69,7 +81,7 @@ def _used(plan: Plan) -> str:
 _ROWS: dict[str, Callable[[Plan], str]] = {
     "layout": lambda plan: str(plan.layout),
     "fits": _verdict,
-    "memory of a GPU": lambda plan: size(plan.layout.memory),
+    "memory of a GPU": lambda plan: memory_size(plan.layout.memory),
     "trained parameters": lambda plan: f"{plan.trained.parameters:,}",
     "samples per step": lambda plan: str(plan.workload.global_batch),
     "microbatches per step": lambda plan: str(plan.layout.microbatches),
@@ -93,7 +105,7 @@ def _verified(plan: Plan, found: Verification) -> Iterator[RenderableType]:
     table = table_of(title, "", "formula", "executed", "difference")
     for name, row in found.memory.items():
         flops = "FLOPs" in name
-        cells = [f"{value:.6g}" if flops else size(value) for value in (row.formula, row.executed)]
+        cells = [f"{value:.6g}" if flops else memory_size(value) for value in (row.formula, row.executed)]
         label = name if flops else PART_NAMES.get(name, f"{name} of two microbatches")
         table.add_row(label, *cells, f"{100 * row.difference:+.3f} %")
     for when, sides in found.messages.items():
@@ -105,11 +117,11 @@ def _verified(plan: Plan, found: Verification) -> Iterator[RenderableType]:
             table.add_row(f"{kind}, {'per microbatch' if when == 'microbatch' else 'after the last'}", *texts, same)
     yield table
     table = table_of("Why that peak is not the plan's total", "", "memory")
-    table.add_row("the plan's total", size(plan.layout.memory))
+    table.add_row("the plan's total", memory_size(plan.layout.memory))
     for reason, nbytes in found.from_plan:
         if nbytes:
-            table.add_row(reason, f"{'+' if nbytes > 0 else '−'} {size(abs(nbytes))}")
-    table.add_row("formula of the peak above", size(found.memory["peak"].formula))
+            table.add_row(reason, f"{'+' if nbytes > 0 else '−'} {memory_size(abs(nbytes))}")
+    table.add_row("formula of the peak above", memory_size(found.memory["peak"].formula))
     yield table
     if found.agrees:
         yield Text(f"The executed step agrees with the plan within {percent(100 * plan.accuracy)} %.", style="green")

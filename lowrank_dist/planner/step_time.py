@@ -100,10 +100,12 @@ def message_seconds(messages: Iterable[Message], layout: Layout, gpu: Gpu, gpus_
     for message in messages:
         if message.group == "tensor":
             size, members = layout.tensor, min(layout.tensor, gpus_per_node)
+            link = gpu.link(members)
         else:
             size, members = layout.data, min(layout.data, max(1, gpus_per_node // layout.tensor))
+            link = gpu.link(members * layout.tensor)  # its members are not neighbours
         across = size > members
-        bandwidth = min(gpu.node, gpu.network * members) if across else gpu.node
+        bandwidth = min(link, gpu.network * members) if across else link
         moved = message.bytes * (size - 1) / size * (2 if message.kind == "all-reduce" else 1)
         latency = NETWORK_LATENCY if across else NODE_LATENCY
         found += message.count * (latency + moved / (bandwidth * LINK_SHARE))

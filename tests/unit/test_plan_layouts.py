@@ -20,7 +20,7 @@ from lowrank_dist.planner.choice import Choice, choose
 from lowrank_dist.planner.describe import compare, describe
 from lowrank_dist.planner.factors import low_rank, on_every_linear
 from lowrank_dist.planner.flops import step_flops
-from lowrank_dist.planner.hardware import GPUS, bytes_in, gpu_of, peak_flops, usable
+from lowrank_dist.planner.hardware import GPUS, bytes_in, gpu_of, usable
 from lowrank_dist.planner.job import Footprint, Job, Layout
 from lowrank_dist.planner.layouts import Candidate, Cluster, Fixed, tensor_sizes
 from lowrank_dist.planner.memory import Memory, memory
@@ -101,7 +101,8 @@ def test_where_nothing_fits_it_says_how_much_is_short_and_what_would_fit() -> No
     larger = choice.remedies[-1]
     gpu = gpu_of(larger.words.removeprefix("--gpu "))
     assert larger.candidate.cluster.gpu == gpu and usable(gpu.memory) >= needed
-    assert all(usable(other.memory) < needed for other in GPUS.values() if other.memory < gpu.memory)
+    faster = [other for other in GPUS.values() if other.flops >= H100.flops and other.node >= H100.node]
+    assert gpu in faster and all(usable(other.memory) < needed for other in faster if other.memory < gpu.memory)
     more = next(remedy.words for remedy in choice.remedies if remedy.words.startswith("--nodes"))
     nodes, tensor = int(more.split()[1]), int(more.split("parallel.tensor=")[1].split()[0])
     assert "parallel.across_nodes=true" in more
@@ -461,16 +462,6 @@ def test_sizes_have_units(text: str, size: int) -> None:
 def test_sizes_without_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="--gpu-memory.*80GB or 80GiB"):
         bytes_in(text, "--gpu-memory")
-
-
-def test_gpus_by_name() -> None:
-    assert gpu_of("H100") is H100
-    with pytest.raises(UserError, match="did you mean h100"):
-        gpu_of("h1000")
-    for given, meant in (("h100-80gb", "h100"), ("NVIDIA-A100-40GB", "a100-40gb"), ("a100-80gb", "a100")):
-        with pytest.raises(UserError, match=f"did you mean {meant}\\?"):
-            gpu_of(given)
-    assert peak_flops("NVIDIA H100 80GB HBM3") == H100.flops and peak_flops("AMD EPYC") is None
 
 
 def test_a_candidate_remembers() -> None:

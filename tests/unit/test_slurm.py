@@ -211,8 +211,10 @@ def test_a_model_without_weights_is_a_warning(config: Path, tmp_path: Path) -> N
 def test_the_script_says_how_much_memory_a_node_needs(config: Path) -> None:
     lines = slurm(config, "--dry-run").stdout.splitlines()
     files = json.loads(runner.invoke(app, ["plan", str(config), "--nodes", "2", "--json"]).output)["files"]
-    loading, saving = (math.ceil(files[f"host_memory_{when}"] / 1e9) for when in ("loading", "saving"))
-    said = f"A node needs {loading} GB while it loads, by the plan, and the first one {saving} GB more while it saves."
+    loading, saving = (math.ceil(files[f"host_memory_{when}"] / 2**30) for when in ("loading", "saving"))
+    said = (
+        f"A node needs {loading} GiB while it loads, by the plan, and the first one {saving} GiB more while it saves."
+    )
     assert lines[lines.index("##SBATCH --mem=0") - 1] == f"# Host memory of a node; 0 is all of it. {said}"
 
 
@@ -412,9 +414,9 @@ def test_the_plan_says_where_nothing_fits(large: Path) -> None:
 
 def test_a_tight_fit_is_a_warning(large: Path) -> None:
     done = slurm(large, "parallel.tensor=8", "train.micro_batch=1", "--dry-run")
-    needed = float(re.search(r"; ([\d.]+) of [\d.]+ usable GB", done.stderr)[1])
+    needed = float(re.search(r"; ([\d.]+) of [\d.]+ usable GiB", done.stderr)[1])
     assert "memory is tight" not in done.stderr
     # 2 GB and 3 % of a GPU's memory are not usable.
-    memory = f"{2 + 1.02 * needed / 0.97:.2f}GB"
+    memory = f"{2 / 1.074 + 1.02 * needed / 0.97:.2f}GiB"
     tight = slurm(large, "parallel.tensor=8", "train.micro_batch=1", "engine.recompute=none", "--gpu-memory", memory)
     assert tight.exit_code == 0 and "warning: memory is tight" in tight.stderr
