@@ -9,15 +9,12 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from lowrank_dist.backend import megatron
 from lowrank_dist.backend.devices import device_of_rank, synchronize
-from lowrank_dist.backend.launchers import run_token
 from lowrank_dist.backend.limits import MemoryBound, memory_bound
-from lowrank_dist.errors import RankIdentityError, UserError
-
-_RUN = "lowrank_dist/run"  # key in the job's store: the run token of rank 0
+from lowrank_dist.backend.rendezvous import meet, require_place
+from lowrank_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -101,53 +98,15 @@ def init_process_group(backend: Backend, timeout_seconds: int) -> None:
 
     Raises UserError where one of these is not set, and RankIdentityError where the ranks there belong to another run.
     """
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(
-            f"{', '.join(missing)} not set, because launch/train.py was started without a launcher; start it with "
-            "`deepspeed --num_gpus N launch/train.py CONFIG`, torchrun or srun"
-        )
+    require_place()
     # Without device_id: with it NCCL would at once split off a communicator for each of the twenty-odd groups that
     # Megatron makes, most of them of one rank, and a job of one rank can fail in that split (DeepSpeed issue 8248).
     timeout = timedelta(seconds=timeout_seconds)
-    store, rank, size = _meet(timeout)
+    store, rank, size = meet(timeout)
     dist.init_process_group(
         backend.collective, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=timeout
     )
     set_local_rank_to_device(backend)
-
-
-def _meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Return the job's store, this rank and the number of ranks, once this rank is known to belong to rank 0's run.
-
-    Otherwise ranks of two runs that share a port would form one run, and train what neither was asked to. Raises
-    RankIdentityError on the rank that belongs to another run; the run that it met goes on.
-    """
-    place = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
-    remedy = "give each run its own MASTER_PORT"
-    try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise RankIdentityError(f"rank 0 cannot listen at {place}, which is already in use; {remedy}") from error
-    store.set_timeout(timeout)
-    token = run_token()
-    try:
-        theirs = (store.compare_set(_RUN, "", token) if rank == 0 else store.get(_RUN)).decode(errors="replace")
-    except dist.DistStoreError as error:
-        raise RankIdentityError(
-            f"rank {rank}: at {place} no rank 0 of lowrank_dist answered within {timeout.total_seconds():.0f} s; "
-            f"{remedy}, and use one version of lowrank_dist on all ranks"
-        ) from error
-    if theirs != token:
-        raise RankIdentityError(
-            f"rank {rank} met another run at {place}: this rank belongs to {token}, and the run there is {theirs}; "
-            f"{remedy}, and start all ranks with the same launcher"
-        )
-    if store.add(f"{_RUN}/{rank}", 1) > 1:
-        raise RankIdentityError(f"RANK: another process at {place} is also rank {rank}; give every rank its own RANK")
-    return store, rank, size
 
 
 def set_local_rank_to_device(backend: Backend) -> None:
