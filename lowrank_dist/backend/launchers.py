@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lowrank_dist.errors import RankIdentityError, UserError
+from lowrank_dist.backend.rank_variables import check_rank_variables, number
+from lowrank_dist.errors import UserError
 
 # The names of the `deepspeed` runner on its command line, and its options for the hostfile.
 _DEEPSPEED = ("deepspeed", "deepspeed.launcher.runner", "ds")
@@ -190,22 +191,14 @@ def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> No
     """
     if not ("RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment):
         _set_from_step(environment)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_PORT"):
-        if name in environment:
-            _number(environment, name)
-    for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_SIZE")):
-        if name in environment and size in environment and int(environment[name]) >= int(environment[size]):
-            raise RankIdentityError(
-                f"{name}: {environment[name]} must be below {size}={environment[size]}; start the ranks with "
-                "deepspeed, torchrun or srun"
-            )
+    check_rank_variables(environment)
 
 
 def _set_from_step(environment: MutableMapping[str, str]) -> None:
-    environment["RANK"] = str(_number(environment, "SLURM_PROCID"))
-    environment["WORLD_SIZE"] = str(_number(environment, "SLURM_STEP_NUM_TASKS"))
-    environment["LOCAL_RANK"] = str(_number(environment, "SLURM_LOCALID"))
-    tasks, node = _tasks_of(environment.get("SLURM_STEP_TASKS_PER_NODE", "")), _number(environment, "SLURM_NODEID", "0")
+    environment["RANK"] = str(number(environment, "SLURM_PROCID"))
+    environment["WORLD_SIZE"] = str(number(environment, "SLURM_STEP_NUM_TASKS"))
+    environment["LOCAL_RANK"] = str(number(environment, "SLURM_LOCALID"))
+    tasks, node = _tasks_of(environment.get("SLURM_STEP_TASKS_PER_NODE", "")), number(environment, "SLURM_NODEID", "0")
     if node >= len(tasks):
         raise UserError(
             f"SLURM_STEP_TASKS_PER_NODE: {environment.get('SLURM_STEP_TASKS_PER_NODE')!r} has no tasks for node "
@@ -221,19 +214,8 @@ def _set_from_step(environment: MutableMapping[str, str]) -> None:
     if "MASTER_ADDR" not in environment:
         environment["MASTER_ADDR"] = first_host(environment.get("SLURM_STEP_NODELIST", ""))
     if "MASTER_PORT" not in environment:
-        place = _number(environment, "SLURM_JOB_ID") + _STRIDE * _number(environment, "SLURM_STEP_ID", "0")
+        place = number(environment, "SLURM_JOB_ID") + _STRIDE * number(environment, "SLURM_STEP_ID", "0")
         environment["MASTER_PORT"] = str(_FIRST_PORT + place % _PORTS)
-
-
-def _number(environment: Mapping[str, str], name: str, default: str = "") -> int:
-    """Return the number in a launcher's variable. Raises RankIdentityError where it is not a number."""
-    text = environment.get(name, default)
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise RankIdentityError(
-            f"{name}: {text[:40]!r} is not a number; start the ranks with deepspeed, torchrun or srun, or set RANK, "
-            "WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-        )
-    return int(text)
 
 
 def is_first_on_node(environment: Mapping[str, str] = os.environ) -> bool:

@@ -2,37 +2,69 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
-from lowrank_dist.backend.launchers import run_token
+from lowrank_dist.backend import ports
+from lowrank_dist.backend.launchers import is_first_on_node, run_token
+from lowrank_dist.backend.rank_variables import HIGHEST_PORT
 from lowrank_dist.errors import RankIdentityError, UserError
+from lowrank_dist.terminal import say
 
 _RUN = "lowrank_dist/run"  # key in the job's store: the run token of rank 0
 _REMEDY = "give each run its own MASTER_PORT"
+# How long a name may take until it resolves: in Kubernetes a node's name appears after its container.
+NAME_SECONDS = 60.0
+# A rank that has not reached rank 0 after this time says why.
+NOTE_SECONDS = 15.0
+# How long the store that was reached may take to answer.
+ANSWER_SECONDS = 30.0
+_PAUSE_SECONDS = 0.25
 
 
-def require_place() -> None:
-    """Raise UserError unless a launcher has said who this rank is and where the ranks meet."""
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing:
-        raise UserError(
-            f"{', '.join(missing)} not set, because launch/train.py was started without a launcher; start it with "
-            "`deepspeed --num_gpus N launch/train.py CONFIG`, torchrun or srun"
-        )
+@dataclass(frozen=True)
+class MeetingPlace:
+    """The place of the job's store, and this rank's number. agent: the launcher keeps the store, not rank 0."""
+
+    host: str
+    port: int
+    rank: int
+    size: int
+    agent: bool
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str] = os.environ) -> MeetingPlace:
+        """Return the place in a launcher's variables, which `require_place` has checked."""
+        rank, size, port = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return cls(environment["MASTER_ADDR"], port, rank, size, agent)
+
+    @property
+    def opens_store(self) -> bool:
+        return self.rank == 0 and not self.agent
+
+    def __str__(self) -> str:
+        return f"{self.host}, port {self.port}"
 
 
 def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """Return the job's store, this rank and the number of ranks, once this rank is known to belong to rank 0's run.
 
     Otherwise ranks of two runs that share a port would form one run, and train what neither was asked to. Raises
-    RankIdentityError on the rank that belongs to another run; the run that it met goes on.
+    RankIdentityError on the rank that belongs to another run; the run that it met goes on. Raises UserError where the
+    store cannot be opened or reached.
     """
-    place = f"{os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']}"
-    store, rank, size = _open(place, timeout)
+    place = MeetingPlace.of()
+    rank = place.rank
+    store = open_store(place, timeout.total_seconds())
     store.set_timeout(timeout)
     token = run_token()
     try:
@@ -48,15 +80,126 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
             f"{_REMEDY}, and start all ranks with the same launcher"
         )
     if store.add(f"{_RUN}/{rank}", 1) > 1:
-        raise RankIdentityError(f"RANK: another process at {place} is also rank {rank}; give every rank its own RANK")
-    return store, rank, size
+        raise RankIdentityError(
+            f"RANK: another process at {place} is also rank {rank}; give every rank its own RANK"
+            f"{_left_over(rank, os.environ)}"
+        )
+    return store, rank, place.size
 
 
-def _open(place: str, timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Return the job's store, this rank and the number of ranks. Rank 0 opens the store unless its launcher has."""
+def _left_over(rank: int, environment: Mapping[str, str]) -> str:
+    """Return the remedy for a RANK that was exported before srun started the tasks; "" where it was not."""
+    task = environment.get("SLURM_PROCID", str(rank))
+    return "" if task == str(rank) else f" (task {task} of srun found RANK={rank} set already: unset it before srun)"
+
+
+def open_store(place: MeetingPlace, seconds: float) -> dist.TCPStore:
+    """Return the job's store, which rank 0 opens unless its launcher has. Waits at most `seconds` for rank 0.
+
+    Raises UserError with the cause where it cannot be opened or reached, and RankIdentityError where only rank 0 can
+    know the cause.
+    """
+    listener = _listener(place) if place.opens_store else None
+    _await_master(place, seconds)
+    patience = min(ANSWER_SECONDS, seconds)
+    made: list[dist.TCPStore] = []
+    errors: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            store = dist.TCPStore(
+                place.host,
+                place.port,
+                place.size,
+                is_master=place.opens_store,
+                timeout=timedelta(seconds=patience),
+                wait_for_workers=False,  # True would wait for all ranks without saying which are missing
+                master_listen_fd=None if listener is None else listener.detach(),
+            )
+            made.append(store)
+        except Exception as error:
+            errors.append(error)
+
+    # In a thread: torch waits without a limit for the answer of a service that accepts connections.
+    connecting = threading.Thread(target=connect, daemon=True)
+    connecting.start()
+    connecting.join(patience)
+    if made:
+        return made[0]
+    error = errors[0] if errors else None
+    if error is not None and not isinstance(error, dist.DistError):
+        raise error
+    raise UserError(_stranger(place, ports.describe_service(place.host, place.port))) from error
+
+
+def _stranger(place: MeetingPlace, what: str) -> str:
+    return (
+        f"MASTER_PORT: the program that listens at {place} is not rank 0 of this job: {what}; set MASTER_PORT to a "
+        f"port that no program on {place.host} uses (`ss -tlnp` there lists those in use)"
+    )
+
+
+def _listener(place: MeetingPlace) -> socket.socket:
+    """Return the socket at which rank 0 listens. Raises RankIdentityError where the port cannot be used."""
     try:
-        return next(iter(rendezvous("env://", timeout=timeout)))
-    except dist.DistNetworkError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise RankIdentityError(f"rank 0 cannot listen at {place}, which is already in use; {_REMEDY}") from error
+        return ports.listen(place.port)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            who = ports.holder(place.port)
+            raise RankIdentityError(
+                f"rank 0 cannot listen at {place}, which is already in use; {_REMEDY}"
+                f"{f'; it is held by {who}' if who else ''}"
+            ) from error
+        if error.errno == errno.EACCES:
+            raise RankIdentityError(
+                f"MASTER_PORT: rank 0 may not listen at {place}, which is reserved for root; set it to a free port "
+                f"from 1024 to {HIGHEST_PORT}"
+            ) from error
+        raise
+
+
+def _await_master(place: MeetingPlace, seconds: float) -> None:
+    """Wait until something listens at the place. Raises UserError with the reason where nothing does in time."""
+    began, silent = time.monotonic(), True
+    while (reason := ports.unreachable(place.host, place.port)) is not None:
+        if isinstance(reason, ports.Greeting):
+            raise UserError(_stranger(place, str(reason)))
+        waited, cause = time.monotonic() - began, _cause(place, reason)
+        # Rank 0 listens itself, so waiting longer helps only where names and routes are still being made.
+        hopeful = not isinstance(reason, ports.Unresolved) and not place.opens_store
+        if waited > (seconds if hopeful else min(seconds, NAME_SECONDS)):
+            raise UserError(f"{cause} (waited {waited:.0f} s)")
+        if silent and waited > NOTE_SECONDS and is_first_on_node():
+            say(f"lowrank_dist: rank {place.rank} still waits for rank 0: {cause}", err=True)
+            silent = False
+        time.sleep(_PAUSE_SECONDS)
+
+
+def _cause(place: MeetingPlace, reason: OSError) -> str:
+    """Return why this rank does not reach the store: what, where, and the remedy."""
+    node = socket.gethostname()
+    if isinstance(reason, ports.Unresolved):
+        return (
+            f"MASTER_ADDR: {node} cannot resolve the name {place.host[:80]!r} ({reason}); give an address, or correct "
+            "/etc/hosts or DNS"
+        )
+    if place.opens_store:
+        return (
+            f"MASTER_ADDR: {place.host} does not lead to rank 0's node, {node}, where rank 0 listens at port "
+            f"{place.port} ({_why(reason)}); set MASTER_ADDR to a name or an address of {node}"
+        )
+    if isinstance(reason, ConnectionRefusedError):
+        return (
+            f"nothing listens at {place}, as seen from {node}: rank 0 is not running or runs elsewhere; see its own "
+            f"messages, and set MASTER_ADDR to rank 0's node"
+        )
+    return (
+        f"MASTER_ADDR: {node} does not reach {place} ({_why(reason)}); check that {place.host} is rank 0's node and is "
+        f"up, the route to it, and that no firewall between the nodes blocks TCP port {place.port}"
+    )
+
+
+def _why(reason: OSError) -> str:
+    if isinstance(reason, TimeoutError):
+        return f"no answer to a connection within {ports.CONNECT_SECONDS:.0f} s"
+    return (reason.strerror or str(reason)).lower()

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from lowrank_dist.backend import megatron
 from lowrank_dist.backend.devices import device_of_rank, synchronize
 from lowrank_dist.backend.limits import MemoryBound, memory_bound
-from lowrank_dist.backend.rendezvous import meet, require_place
+from lowrank_dist.backend.rank_variables import require_place
+from lowrank_dist.backend.rendezvous import meet
 from lowrank_dist.errors import UserError
 
 

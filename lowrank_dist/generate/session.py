@@ -19,6 +19,7 @@ from lowrank_dist.arch.generation_config import generation_notes
 from lowrank_dist.arch.model_files import CONFIG_FILE, require_folder
 from lowrank_dist.backend import select
 from lowrank_dist.backend.launchers import is_first_on_node
+from lowrank_dist.backend.rank_variables import check_rank_variables
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.data.keys import tokenizer_notes
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
@@ -65,6 +66,8 @@ def session(tensor: int, device: str) -> Iterator[Session]:
             f"--nproc-per-node {tensor} -m lowrank_dist.cli COMMAND … --tensor {tensor}`"
         )
     try:
+        if launched:
+            check_rank_variables()
         if device not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device {device}: unknown device; give auto, cpu or cuda")
         backend = select.select_backend(device, *select.local_rank_and_size())
