@@ -16,7 +16,7 @@ from lowrank_dist import __version__
 from lowrank_dist.backend.launchers import is_first_on_node
 from lowrank_dist.backend.node import host_name
 from lowrank_dist.doctor.local import Place, TimeLimit, diagnose, place_in_job
-from lowrank_dist.doctor.rows import Results, Row, TableLine, plural, table_lines
+from lowrank_dist.doctor.rows import Results, Row, TableLine, one_line, plural, table_lines
 from lowrank_dist.errors import RankIdentityError, UserError, some_of
 from lowrank_dist.terminal import escape_all, put, say
 
@@ -110,12 +110,12 @@ def _show_unreachable(place: Place, run: Config | None, timeout: float, error: E
     """Show the results of a node that does not reach the others, from its first rank. Return the exit code."""
     if not is_first_on_node():
         return 1
-    where = f"{place.master}:{place.port}"
-    detail = (
-        f"rank {place.rank} does not reach the others at {where} within {timeout:.0f} s ({str(error)[:300]}): "
-        f"{place.master} has to be rank 0's node, by a name and a route that this node has, and its port free and "
-        "behind no firewall"
-    )
+    from lowrank_dist.doctor.board import Unreached
+
+    detail = f"rank {place.rank} does not reach the others at {place.master}:{place.port} within {timeout:.0f} s: "
+    detail += one_line(str(error))
+    if not isinstance(error, Unreached):
+        detail += "; see the messages of the other ranks, and check that the nodes are alive"
     rows, host = [*diagnose(run, place), Row("rendezvous", "broken", detail)], host_name()
     found = Results(place.size, {host: [place.rank]}, {host: rows})
     return _show(found, f"on {host}", as_json, err=place.rank != 0)

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch.distributed as dist
 
+from lowrank_dist.backend.rendezvous import MeetingPlace, open_store
 from lowrank_dist.doctor.local import Place
 from lowrank_dist.doctor.rows import Row
+from lowrank_dist.errors import UserError
 
 # Pauses between polls for a message. The store's own wait is not used: it warns at each time-out and ignores signals.
 _FIRST_PAUSE_SECONDS = 0.0005
@@ -33,6 +35,10 @@ class NoAnswer(Exception):
     """No message arrived under a name in time, or the store is gone."""
 
 
+class Unreached(NoAnswer):
+    """The job's store cannot be opened or reached. The text has the cause and the remedy."""
+
+
 class Board:
     """JSON messages under names in the job's store."""
 
@@ -43,16 +49,13 @@ class Board:
     def join(cls, place: Place, seconds: float) -> Board:
         """Return the board of the job's store, which rank 0 opens unless the launcher has.
 
-        Raises RuntimeError where the store is not reached in time.
+        Raises Unreached where the store is not opened or reached in time.
         """
-        store = dist.TCPStore(
-            place.master,
-            place.port,
-            is_master=place.rank == 0 and not place.agent,
-            timeout=timedelta(seconds=seconds),
-            # True would wait for all ranks without saying which are missing.
-            wait_for_workers=False,
-        )
+        meeting = MeetingPlace(place.master, place.port, place.rank, place.size, place.agent)
+        try:
+            store = open_store(meeting, seconds)
+        except UserError as error:
+            raise Unreached(str(error)) from error
         store.set_timeout(timedelta(seconds=max(seconds, ANSWER_SECONDS)))
         return cls(dist.PrefixStore(PREFIX, store))
 

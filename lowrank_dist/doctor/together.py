@@ -31,7 +31,7 @@ def check_job(
     config: as this rank read it. refused: the error if this rank could not read it. seconds: how long ranks wait for
     one another to arrive. publish: called on rank 0 to show the results; returns the exit code of all ranks.
 
-    Raises RuntimeError if the job's store cannot be reached, NoAnswer if rank 0 is gone, and UserError (on rank 0 only)
+    Raises Unreached if the job's store cannot be reached, NoAnswer if rank 0 is gone, and UserError (on rank 0 only)
     if a rank could not read the config.
     """
     start = time.monotonic()

@@ -450,6 +450,7 @@ def test_rank_0_that_is_not_there() -> None:
         command, cwd=ROOT, env={**job.shared, "RANK": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and "rank 1 does not reach the others at localhost:" in done.stderr
+    assert "within 1 s: nothing listens at localhost, port" in done.stderr
     assert "launcher deepspeed" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lowrank_dist.backend import ports
 from lowrank_dist.backend.rendezvous import MeetingPlace, open_store
+from lowrank_dist.doctor.board import Board, Unreached
 from lowrank_dist.errors import RankIdentityError, UserError
 from tests import forked
 from tests.integration.launching import environment, free_port
@@ -123,6 +125,16 @@ def test_a_port_in_use_is_named_with_its_holder() -> None:
     said = str(raised.value)
     assert f"rank 0 cannot listen at 127.0.0.1, port {port}, which is already in use; give each run its own" in said
     assert f"it is held by process {os.getpid()} (" in said
+
+
+def test_doctor_says_the_same() -> None:
+    def join(port: int, number: int) -> None:
+        Board.join(SimpleNamespace(rank=number, size=2, master="127.0.0.1", port=port, agent=False), 3)
+
+    with service(silent) as port, pytest.raises(Unreached, match="already in use; give each run its own MASTER_PORT"):
+        join(port, 0)
+    with service(speaks_first) as port, pytest.raises(Unreached, match="MASTER_PORT: the program that listens at"):
+        join(port, 1)
 
 
 def test_a_port_of_root(monkeypatch: pytest.MonkeyPatch) -> None:
