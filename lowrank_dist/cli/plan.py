@@ -98,7 +98,10 @@ def plan_command(
     bottleneck: Annotated[
         int,
         typer.Option(
-            help="Bottleneck width of adapter_h and adapter_l in the table of other methods.", metavar="M", min=1
+            help="Bottleneck width of adapter_h and adapter_l in the table of other methods.",
+            metavar="M",
+            min=1,
+            max=65536,
         ),
     ] = 64,
     virtual_tokens: Annotated[
@@ -107,6 +110,7 @@ def plan_command(
             help="Number of virtual positions of method=prefix and prompt in the table of other methods.",
             metavar="L",
             min=1,
+            max=65536,
         ),
     ] = 32,
     verify: Annotated[

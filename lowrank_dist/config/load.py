@@ -145,7 +145,7 @@ def _checked(raw: _Raw, overrides: Sequence[tuple[str, str]]) -> Config:
     try:
         config = Config.model_validate(raw.values)
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        details = [detail for detail in error.errors(include_url=False) if not raw.has_refused(detail["loc"])]
         lines = [explain(detail, raw.where) for detail in details[:MOST_PROBLEMS]]
         raise _refusal([*raw.problems, *lines], len(raw.problems) + len(details)) from None
     if raw.problems:
@@ -160,12 +160,16 @@ def _refusal(lines: Sequence[str], count: int) -> ConfigError:
 
 
 class _Raw:
-    """Values before they are checked, the place that each came from, and the problems and notes found so far."""
+    """Values before they are checked, the place that each came from, and the problems and notes found so far.
+
+    refused: keys whose value is among the problems already.
+    """
 
     def __init__(self) -> None:
         self.values: dict[str, Any] = {}
         self.problems: list[str] = []
         self.notes: list[str] = []
+        self.refused: set[Key] = set()
         self.fatal = False
         self.file = COMMAND_LINE
         self._origin: dict[Key, str] = {}
@@ -176,6 +180,10 @@ class _Raw:
             if key[:end] in self._origin:
                 return self._origin[key[:end]]
         return self.file
+
+    def has_refused(self, key: tuple[int | str, ...]) -> bool:
+        """Return whether the key, or one that encloses it, is among the problems already."""
+        return any(key[:end] in self.refused for end in range(1, len(key) + 1))
 
     def problem(self, where: str, what: str, remedy: str, *, fatal: bool = False) -> None:
         self.problems.append(f"{where}: {what}; {remedy}")
@@ -266,6 +274,7 @@ class _Raw:
             return scalar(node)
         except ValueError as error:
             self.problem(place(node), f"{'.'.join(key)}: {error}", "see configs/ for examples")
+            self.refused.add(key)
             return node.value
 
     def _insert(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import takewhile
@@ -107,7 +107,12 @@ def with_prefix(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
 def _load_fast(folder: Path, moment: datetime | None) -> FastTokenizer:
     for name, largest in _LARGEST.items():
         require_size(folder / name, "set data.tokenizer to another folder", largest=largest)
-    _refuse_far_ids(folder / "tokenizer.json")
+        path = folder / name
+        # transformers parses them again, but says no place of a fault.
+        if path.suffix == ".json" and path.is_file():
+            values = read_object(path, "download the file again", largest=largest)
+            if name == "tokenizer.json":
+                _refuse_far_ids(path, values)
     try:
         return FastTokenizer(folder, moment)
     except UserError:
@@ -119,9 +124,11 @@ def _load_fast(folder: Path, moment: datetime | None) -> FastTokenizer:
         raise UserError(f"{folder}: tokenizer.json or tokenizer_config.json can't be read: {error}") from error
 
 
-def _refuse_far_ids(path: Path) -> None:
-    """Raise UserError for an id beyond every vocabulary: the library allocates memory for all numbers up to it."""
-    definition = read_object(path, "download the file again", largest=_LARGEST[path.name])
+def _refuse_far_ids(path: Path, definition: Mapping[str, Any]) -> None:
+    """Raise UserError for an id beyond every vocabulary: the library allocates memory for all numbers up to it.
+
+    definition: the content of tokenizer.json.
+    """
     model, added = definition.get("model"), definition.get("added_tokens")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     ids = list(vocabulary.items()) if isinstance(vocabulary, dict) else []

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass, replace
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.json import brief
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ OUTSIDE_TENSORS, FRAGMENTATION = 2 * 10**9, 0.03
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {f"{unit[0]}IB": 2 ** (10 * power) for power, unit in enumerate(_UNITS, start=1)}
+
+_MOST_BYTES = 1 << 60
 
 
 # Words of a name that say nothing of the model; names of one model in other words.
@@ -205,10 +208,11 @@ def other_forms(gpu: Gpu) -> list[str]:
 def bytes_in(text: str, option: str) -> int:
     """Return the bytes of "80GB" or "80 GiB". Raises UserError without a unit or a number above 0."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS or float(match[1]) <= 0:
+    size = 0.0 if match is None else float(match[1]) * _UNITS.get(match[2].upper(), 0)
+    if match is None or not 0 < size < _MOST_BYTES:
         said = "has no unit" if match is not None and not match[2] else "is not a size"
-        raise UserError(f"{option}: {text!r} {said}: write a number above 0 with a unit, as in 80GB or 80GiB")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+        raise UserError(f"{option}: {brief(text)} {said}: write a number above 0 with a unit, as in 80GB or 80GiB")
+    return int(size)
 
 
 def usable(memory: int) -> int:

@@ -9,6 +9,8 @@ import yaml
 
 # A section and a mapping in it take two levels; the rest is room to say which key is wrong.
 DEEPEST = 20
+# Those of an unsigned 64-bit number.
+_MOST_DIGITS = 20
 _PREFIX = "tag:yaml.org,2002:"
 # Tag, pattern of its plain scalars, and their possible first characters (PyYAML's index).
 _RESOLVERS = (
@@ -74,13 +76,16 @@ class Dumper(yaml.SafeDumper):
 def scalar(node: yaml.ScalarNode) -> str | int | float | bool | None:
     """Return the value of a scalar node.
 
-    Raises ValueError for an explicit tag (`!!binary`, `!!bool maybe`) that does not fit it.
+    Raises ValueError for an explicit tag (`!!binary`, `!!bool maybe`) that does not fit it, and for an integer of more
+    than `_MOST_DIGITS` digits, which no key takes.
     """
     tag = node.tag.removeprefix(_PREFIX)
     if tag == "str":
         return node.value
     if tag not in _PATTERNS or not _PATTERNS[tag].match(node.value):
         raise ValueError(f"tag {node.tag} does not fit {node.value!r}; write the value without a tag")
+    if tag == "int" and len(node.value.lstrip("+-0")) > _MOST_DIGITS:
+        raise ValueError(f"an integer of {len(node.value.lstrip('+-'))} digits; the limit is {_MOST_DIGITS}")
     if tag == "bool":
         return node.value.lower() == "true"
     return {"int": int, "float": float}[tag](node.value) if tag != "null" else None

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.files import short_path
 
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 # Values that sbatch takes without quotes.
@@ -88,10 +89,11 @@ def ask_for_gpus(directives: Mapping[str, str | None], nodes: int, gpus_per_node
             listed = [f"gpu:{item}" for item in listed]
         gpus = [match for item in listed if (match := _GPU.fullmatch(item)) is not None]
         asked |= bool(gpus)
-        count = sum(int(match["count"] or 1) for match in gpus)
+        # Python converts no more than 4,300 digits; no job has GPUs of nine.
+        count = sum(int((match["count"] or "1")[:9]) for match in gpus)
         if gpus and count != expected.get(option, count):
             raise UserError(
-                f"--sbatch: {option}={value} asks for {count} GPUs, but {nodes} nodes of {gpus_per_node} ranks need "
-                f"{expected[option]}; make it agree with --nodes and --gpus-per-node"
+                f"--sbatch: {option}={short_path(value or '')} asks for {count} GPUs, but {nodes} nodes of "
+                f"{gpus_per_node} ranks need {expected[option]}; make it agree with --nodes and --gpus-per-node"
             )
     return asked

@@ -26,6 +26,11 @@ LARGEST = 32 * MIB
 DEEPEST = 100
 # The largest float has 309 digits, and Python converts at most 4300; a tokenizer's model_max_length has 31.
 _MOST_DIGITS = 308
+# A text, an integer that is too long, or another number. Possessive, so that none is tried again in parts.
+_LONG_INTEGERS = re.compile(
+    rf'"[^"\\]*+(?:\\.[^"\\]*+)*+"|(?P<long>-?\d{{{_MOST_DIGITS + 1},}}+)(?!\.\d|[eE][-+]?\d)|-?\d[\d.eE+-]*+',
+    re.DOTALL | re.ASCII,
+)
 _HALF_PAIR_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _NAMES: Mapping[type, str] = {
@@ -65,8 +70,10 @@ def parse_json(content: bytes | str, *, unique: bool = False, finite: bool = Fal
     except RecursionError as error:
         raise JsonError(_TOO_DEEP) from error
     except _LongInteger as error:
+        line, column = _place_of_digits(text)
         raise JsonError(
-            f"{_key_of_digits(text)}an integer of {error.count} digits; the limit is {_MOST_DIGITS}"
+            f"{_key_of_digits(text)}an integer of {error.count} digits at column {column}; the limit is {_MOST_DIGITS}",
+            line,
         ) from error
     _refuse_depth(value)
     if _HALF_PAIR_ESCAPED.search(text):
@@ -143,13 +150,14 @@ def _decoded(content: bytes | str) -> str:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _MOST_DIGITS:
+    # The digits alone: "-" takes none.
+    if len(digits.lstrip("-")) > _MOST_DIGITS:
         raise _LongInteger(len(digits.lstrip("-")))
     return int(digits)
 
 
 def _digits(digits: str) -> object:
-    return _Digits() if len(digits) > _MOST_DIGITS else 0
+    return _Digits() if len(digits.lstrip("-")) > _MOST_DIGITS else 0
 
 
 def _finite(digits: str) -> float:
@@ -169,6 +177,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
         raise JsonError(f"key {brief(repeated[0])} is given twice; keep one")
     return result
+
+
+def _place_of_digits(text: str) -> tuple[int, int]:
+    """Return line and column, from 1, of the first integer that `_integer` refuses."""
+    start = next(match.start() for match in _LONG_INTEGERS.finditer(text) if match["long"])
+    return text.count("\n", 0, start) + 1, start - text.rfind("\n", 0, start)
 
 
 def _key_of_digits(text: str) -> str:

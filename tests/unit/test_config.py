@@ -122,6 +122,9 @@ def test_all_errors_are_reported_at_once(path: Path) -> None:
         ("output.dir=7", "command line: output.dir: 7 is not valid, a path must be text"),
         ('data.eval=""', "command line: data.eval: '' is not valid, a path must be text that is not empty"),
         ("lora.rank=1025", "command line: lora.rank: 1025 is not valid"),
+        (f"train.steps={'9' * 5000}", "command line: train.steps: an integer of 5000 digits; the limit is 20"),
+        (f"train.steps=-{'9' * 400}", "command line: train.steps: an integer of 400 digits; the limit is 20"),
+        (f"lora.alpha_pattern={{q: {'9' * 21}}}", "command line: lora.alpha_pattern.q: an integer of 21 digits"),
         ("lora.rank=2.0", "command line: lora.rank: 2.0 is not valid, input should be a valid integer"),
         ("lora.rank=true", "command line: lora.rank: True is not valid, input should be a valid integer"),
         ("lora.dropout=1", "command line: lora.dropout: 1 is not valid, input should be less than 1"),
@@ -170,6 +173,12 @@ def test_all_errors_are_reported_at_once(path: Path) -> None:
 )
 def test_one_bad_value(path: Path, override: str, expected: str) -> None:
     assert errors(path, path.read_text(), override)[0].startswith(expected)
+
+
+def test_a_value_that_yaml_does_not_give_is_one_fault(path: Path) -> None:
+    faults = {"train.steps": "9" * 5000, "train.lr": "!!int x", "lora.alpha_pattern": "{q: !!float y}"}
+    found = errors(path, path.read_text(), *(f"{key}={value}" for key, value in faults.items()))
+    assert [line.split(": ")[1] for line in found] == ["train.steps", "train.lr", "lora.alpha_pattern.q"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowrank_dist.data.tokenizer import FastTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from lowrank_dist.errors import UserError
-from tests.tiny_tokenizers import byte_level, dummy_prefix, sentencepiece
+from tests.tiny_tokenizers import CHATML, byte_level, dummy_prefix, sentencepiece
 
 TEXTS = ["a", "Hello", " ", "\n", "  two", "A:", " 4", "tail ", "\n\nx", "été", "日本", "😀 x", "[/INST]"]
 
@@ -259,6 +260,26 @@ def test_sentencepiece_bos_can_be_switched_off(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("9" * 4301, r":2: key 'x' holds an integer of 4301 digits at column 7;"),
+        (r'"\ud800"', ": key 'x' holds an unpaired surrogate"),
+        ("[" * 200 + "]" * 200, ": JSON nested more than"),
+        ("1,", ":3: malformed JSON at column 1"),
+    ],
+    ids=["digits", "surrogate", "depth", "comma"],
+)
+def test_a_fault_in_a_file_that_transformers_reads_has_its_place(
+    tmp_path: Path, name: str, value: str, said: str
+) -> None:
+    byte_level(tmp_path, template=CHATML)
+    (tmp_path / name).write_text(f'{{\n "x": {value}\n}}')
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / name)) + said):
+        load_tokenizer(tmp_path)
+
+
 IM_END = {"content": "<|im_end|>", "lstrip": False, "rstrip": False, "normalized": False, "special": True}
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
 
@@ -387,7 +408,7 @@ def test_broken_or_missing_folders(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     folder = byte_level(tmp_path / "fast")
     for name, said in (
-        ("tokenizer_config.json", r"fast: tokenizer\.json or tokenizer_config\.json can't be read"),
+        ("tokenizer_config.json", r"fast/tokenizer_config\.json:\d+: malformed JSON"),
         ("tokenizer.json", r"fast/tokenizer\.json:\d+: malformed JSON"),
     ):
         whole = (folder / name).read_text()

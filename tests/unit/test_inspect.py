@@ -133,6 +133,14 @@ def test_layers_in_their_order(base: Path, tmp_path: Path) -> None:
     assert [row["module"] for row in rows] == [f"model.layers.{layer}.self_attn.q_proj" for layer in range(11)]
 
 
+def test_a_layer_with_a_number_of_any_length_is_shown(adapter: Path) -> None:
+    weights = adapter / "adapter_model.safetensors"
+    far = QUERY.replace("layers.0", f"layers.{'9' * 5000}")
+    tensors = {name.replace(QUERY, far): tensor for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert far in [row["module"] for row in inspected(adapter).tables["modules"]]
+
+
 def test_values_of_the_recorded_config_are_shown_as_everywhere(adapter: Path) -> None:
     path = adapter / "lowrank_dist.json"
     said = json.loads(path.read_text())

@@ -234,6 +234,7 @@ def test_verify_fails_where_a_formula_is_wrong(tmp_path: Path, monkeypatch: pyte
         (["llama-4-8b"], "'llama-4-8b': not a built-in shape, model folder or file; did you mean llama-3-8b?"),
         (["llama-3-8b", "--gpu-memory", "80"], "--gpu-memory: '80' has no unit"),
         (["llama-3-8b", "--gpu-memory", "lots"], "--gpu-memory: 'lots' is not a size"),
+        (["llama-3-8b", "--bottleneck", "9" * 400], "--bottleneck"),
         (["llama-3-8b", "--gpus-per-node", "0"], "--gpus-per-node: 0"),
         (["llama-3-8b", "--nodes", "-1"], "--nodes: -1"),
         (["llama-3-8b", "train.global_batch=4", "parallel.tensor=1"], "--gpus-per-node N and --nodes N (default: one"),

@@ -253,6 +253,7 @@ def test_any_directive_is_passed_on(config: Path) -> None:
         ("gres=gpu:a100:4,gpu:h100:2", ["asks for 6 GPUs"]),
         ("gpus=8", ["asks for 8 GPUs", "need 16"]),
         ("gpus-per-node=h100:1", ["asks for 1 GPUs"]),
+        (f"gres=gpu:{'8' * 5000}", ["asks for 888888888 GPUs"]),
         ("nodes=4", ["nodes is set by --nodes"]),
         ("--time=4", ["time is set by --time"]),
         ("array=0-3", ["train_array.sbatch"]),
@@ -315,7 +316,7 @@ def test_times_as_sbatch_reads_them(time: str, seconds: int) -> None:
 
 def test_endless_times() -> None:
     check_time("UNLIMITED", 300)
-    for wrong in ("", "1:2:3:4", "-5", "1d", "10:000", "UNLIMITED "):
+    for wrong in ("", "1:2:3:4", "-5", "1d", "10:000", "UNLIMITED ", "9" * 5000, "9" * 5000 + "-0:00"):
         with pytest.raises(UserError, match="--time"):
             check_time(wrong, 300)
 

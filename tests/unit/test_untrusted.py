@@ -33,7 +33,7 @@ PEFT = r"(.*\.)?({})$"
         ("[" * 101 + "]" * 101, "nested more than 100 levels deep"),
         (
             '{"x": 1, "a": [2, {"b": ' + "9" * 5000 + "}]}",
-            r"key 'a\[1\].b' holds an integer of 5000 digits; the limit is 308",
+            r"key 'a\[1\].b' holds an integer of 5000 digits at column 25; the limit is 308",
         ),
         ("-" + "9" * 400, "an integer of 400 digits"),
         ('{"a": ' + "9" * 400 + " and no more", "an integer of 400 digits"),
@@ -103,7 +103,7 @@ def test_policies_are_asked_for() -> None:
 def test_a_fault_is_told_with_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{\n "a": 1,\n "b": ' + "7" * 5000 + "\n}")
-    with pytest.raises(UserError, match=r"config\.json: key 'b' holds an integer.*; mend it$"):
+    with pytest.raises(UserError, match=r"config\.json:3: key 'b' holds an integer.* at column 7; .*; mend it$"):
         read_object(path, "mend it")
     path.write_text("{\n 1}")
     with pytest.raises(UserError, match=r"config\.json:2: malformed JSON at column 2"):
@@ -112,6 +112,23 @@ def test_a_fault_is_told_with_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="expected a JSON object, found list"):
         read_object(path, "mend it")
     assert read_json(path, "mend it") == [1]
+
+
+@pytest.mark.parametrize(
+    ("before", "integer"),
+    [
+        ('{\n"text \\" : ' + "9" * 400 + '": 1,\n "b": ', "9" * 4301),
+        ("[1.5e3, -0." + "9" * 400 + ", " + "9" * 400 + ".5, " + "9" * 400 + "e-2,\n", "-" + "9" * 309),
+        ("[1,\n\n", "9" * 400 + "."),
+        ("[1, ", "9" * 400 + "e+"),
+    ],
+    ids=["digits in a text", "floats", "no fraction", "no exponent"],
+)
+def test_the_place_is_that_of_the_integer(before: str, integer: str) -> None:
+    line, column = before.count("\n") + 1, len(before.rpartition("\n")[2]) + 1
+    with pytest.raises(JsonError, match=rf"an integer of \d+ digits at column {column};") as caught:
+        parse_json(f"{before}{integer}")
+    assert caught.value.line == line
 
 
 def test_a_large_file_is_refused_before_it_is_held(tmp_path: Path) -> None:

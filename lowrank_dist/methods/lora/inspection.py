@@ -55,8 +55,8 @@ def update_norm(factor: LowRankFactor, scale: float) -> float:
 
 
 def _in_order(module: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts layer 2 before layer 10."""
-    return [(int(part) if part.isdecimal() else -1, part) for part in module.split(".")]
+    """Return a sort key that puts layer 2 before layer 10: numbers go by their digits, of which there may be many."""
+    return [(len(part) if part.isdecimal() else 0, part) for part in module.split(".")]
 
 
 def _read_own(folder: Path, name: str, reader: Callable[[Path], Any]) -> Any:
