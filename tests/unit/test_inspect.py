@@ -135,7 +135,7 @@ def test_layers_in_their_order(base: Path, tmp_path: Path) -> None:
 
 def test_a_layer_with_a_number_of_any_length_is_shown(adapter: Path) -> None:
     weights = adapter / "adapter_model.safetensors"
-    far = QUERY.replace("layers.0", f"layers.{'9' * 5000}")
+    far = QUERY.replace("layers.1", f"layers.{'9' * 5000}")
     tensors = {name.replace(QUERY, far): tensor for name, tensor in load_file(weights).items()}
     save_file(tensors, weights, metadata={"format": "pt"})
     assert far in [row["module"] for row in inspected(adapter).tables["modules"]]
