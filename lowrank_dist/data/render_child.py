@@ -15,10 +15,12 @@ import random
 import resource
 import signal
 import time
+import traceback
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from transformers.utils import chat_template_utils
 
 # All processes of a job get these signals, and the parent handles them.
@@ -28,6 +30,12 @@ IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 MOST_ADDED, MOST_TIMES = 1 << 18, 16
 _IDLE_SECONDS = 20
 _LONGEST_ERROR = 500
+# Jinja's name for a template that comes from no file, in the frames that it adds to an error's traceback.
+_TEMPLATE = "<template>"
+
+
+class Unusable(ValueError):
+    """A text that a template renders and that cannot be used; the message is the reason."""
 
 
 class Clock(datetime):
@@ -60,20 +68,36 @@ def texts(job: dict[str, Any], chat: dict[str, Any]) -> dict[str, Any]:
         )
         (text,), spans = both
         if len(text) > (most := MOST_ADDED + MOST_TIMES * given):
-            raise ValueError(f"it turns {given:,} characters into {len(text):,}; the limit is {most:,}")
-        text.encode()  # raises for an unpaired surrogate, which a template may write
+            raise Unusable(f"it turns {given:,} characters into {len(text):,}; the limit is {most:,}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise Unusable(f"it writes an unpaired surrogate, at character {error.start}") from error
         found.append(text)
     return {"texts": found, "spans": spans[0] if chat["marked"] else []}
 
 
 def answer(job: dict[str, Any], chat: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of `texts`, or {"error": message} for what the template or Python raised."""
+    """Return the result of `texts`, or {"error", "line", "refused"} for what the template or Python raised.
+
+    error: the message. line: the template's line, None where it is not known. refused: the template itself refused the
+    messages, by raise_exception.
+    """
     try:
         return texts(job, chat)
-    except MemoryError:
-        return {"error": f"it takes more than {job['memory'] >> 20} MiB of memory"}
+    except MemoryError as error:
+        return _fault(error, f"it takes more than {job['memory'] >> 20} MiB of memory")
+    except (Unusable, TemplateError) as error:
+        return _fault(error, str(error) or type(error).__name__)
     except Exception as error:  # whatever a template makes Python raise
-        return {"error": str(error)[:_LONGEST_ERROR] or type(error).__name__}
+        return _fault(error, f"{type(error).__name__}: {error}")
+
+
+def _fault(error: BaseException, message: str) -> dict[str, Any]:
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == _TEMPLATE]
+    line = error.lineno if isinstance(error, TemplateSyntaxError) else lines[-1] if lines else None
+    # Jinja's own errors are subclasses.
+    return {"error": message[:_LONGEST_ERROR], "line": line, "refused": type(error) is TemplateError}
 
 
 def serve() -> None:

@@ -39,11 +39,14 @@ class Job:
 
 
 class RenderingError(ValueError):
-    """A chat that cannot be rendered; the message is the reason. number: its index among the requested chats."""
+    """A chat that cannot be rendered; the message is the reason. number: its index among the requested chats.
 
-    def __init__(self, reason: str, number: int) -> None:
+    line, refused: as in `render_child.answer`.
+    """
+
+    def __init__(self, reason: str, number: int, line: int | None = None, refused: bool = False) -> None:
         super().__init__(reason)
-        self.number = number
+        self.number, self.line, self.refused = number, line, refused
 
 
 # (messages, cuts, marked) as `render_child.texts` takes them.
@@ -74,7 +77,7 @@ class Renderer:
                 with closing(self._ask(job, chats[len(taken) :])) as answers:
                     for found in answers:
                         if "error" in found:
-                            raise RenderingError(found["error"], len(taken))
+                            raise RenderingError(found["error"], len(taken), found["line"], found["refused"])
                         taken.append(take(found))
                 if self._process is None and (reason := self._reason()):
                     raise RenderingError(reason, len(taken))

@@ -11,12 +11,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
+from lowrank_dist.arch.model_files import TOKENIZER_CONFIG_FILE
 from lowrank_dist.data.rendering import RENDERER, Chat, Job, RenderingError
-from lowrank_dist.errors import UserError
+from lowrank_dist.errors import UserError, some_of
+from lowrank_dist.untrusted.files import short_path
+from lowrank_dist.untrusted.json import brief
 
 # transformers' own test for the marker (chat_template_utils.render_jinja_template).
 _MARKER = re.compile(r"\{\%-?\s*generation\s*-?\%\}")
 _CLOCK = "strftime_now"
+# The file that transformers takes before the key of tokenizer_config.json.
+TEMPLATE_FILE, _KEY = "chat_template.jinja", "chat_template"
 _MARK_REMEDY = (
     "put {% generation %} ... {% endgeneration %} around the assistant's text and its end-of-turn token in the template"
 )
@@ -54,10 +59,14 @@ class ChatTemplate:
     def __init__(self, hf: PreTrainedTokenizerFast, folder: Path, moment: datetime) -> None:
         """moment: the time that the template's clock (`strftime_now`) always returns."""
         self.name = f"the chat template of {folder}"
+        self._file = TEMPLATE_FILE if (folder / TEMPLATE_FILE).is_file() else f"{_KEY} in {TOKENIZER_CONFIG_FILE}"
         try:
             source = hf.get_chat_template()
         except ValueError as error:  # several named templates, none of them the default
-            raise UserError(f"{self.name}: {error}") from error
+            names = some_of(sorted(hf.chat_template), 10) if isinstance(hf.chat_template, dict) else "several"
+            raise UserError(
+                f"{self.name}: its templates are {names}, and none is the default; name the one to use 'default'"
+            ) from error
         special: dict[str, Any] = hf.special_tokens_map
         self._job = Job(source, special, moment)
         self.marked = bool(_MARKER.search(source))
@@ -66,8 +75,8 @@ class ChatTemplate:
     def render(self, conversations: Sequence[Messages], places: Sequence[str]) -> list[RenderedChat]:
         """Return text and assistant turns of each conversation; `places` (file:line) go into errors.
 
-        Raises UserError where the template refuses the messages, exceeds a bound (`render_child`), or the turns can't
-        be determined.
+        Raises UserError where the template refuses the messages, fails on them or exceeds a bound (`render_child`), or
+        the turns can't be determined.
         """
         asked = [self._asked(messages, where) for messages, where in zip(conversations, places, strict=True)]
         given = zip(conversations, places, strict=True)
@@ -81,7 +90,13 @@ class ChatTemplate:
         try:
             return RENDERER.render(self._job, asked, chat_of)
         except RenderingError as error:
-            raise UserError(f"{places[error.number]}: {self.name} refuses these messages: {error}") from error
+            what, remedy = "refuses", "change the messages or the template"
+            if not error.refused:
+                what, remedy = "fails on", "correct the template"
+            place = self._file if error.line is None else f"{self._file}, line {error.line}"
+            raise UserError(
+                f"{places[error.number]}: {self.name} {what} these messages: {error} ({place}); {remedy}"
+            ) from error
 
     def _asked(self, messages: Messages, where: str) -> Chat:
         """Return the texts to render of a conversation: the whole and, without markers, those around each turn."""
@@ -112,6 +127,25 @@ class ChatTemplate:
                 )
             turns.append(_turn(text, len(before), len(after), messages[i]["content"]))
         return tuple(turns)
+
+
+def require_template(settings: Mapping[str, Any], where: Path) -> None:
+    """Raise UserError where the chat_template of a tokenizer_config.json is no template and no set of named ones.
+
+    Published files have a text, or a list of objects with a name and a template; transformers also takes an object of
+    name → template. Nothing, or one without content, is no template.
+    """
+    value = settings.get(_KEY)
+    named = list(value.items()) if isinstance(value, dict) else []
+    if isinstance(value, list):
+        named = [(each.get("name"), each.get("template")) if isinstance(each, dict) else (None, None) for each in value]
+    elif not isinstance(value, str | dict | None):
+        named = [(None, None)]
+    if not all(isinstance(part, str) for pair in named for part in pair):
+        raise UserError(
+            f"{short_path(where)}: {_KEY} must be text, or a list of objects with a name and a template, both text, "
+            f"not {brief(value)}; correct it, remove it, or put the template in {TEMPLATE_FILE} beside it"
+        )
 
 
 def _turns_of(messages: Messages) -> list[int]:

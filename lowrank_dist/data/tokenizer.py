@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from lowrank_dist.arch.keys import is_integer
 from lowrank_dist.arch.model_files import TOKENIZER_CONFIG_FILE, hub_hint
 from lowrank_dist.data.sentencepiece_model import SentencePieceTokenizer, settings_in, write_fast
-from lowrank_dist.data.template import ChatTemplate
+from lowrank_dist.data.template import TEMPLATE_FILE, ChatTemplate, require_template
 from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.files import MIB, require_size
 from lowrank_dist.untrusted.json import brief, parse_json, read_object
@@ -28,7 +28,7 @@ _LARGEST = {
     TOKENIZER_CONFIG_FILE: 32 * MIB,
     "special_tokens_map.json": MIB,
     "added_tokens.json": 32 * MIB,
-    "chat_template.jinja": MIB,
+    TEMPLATE_FILE: MIB,
 }
 # Sixteen times the largest published vocabulary.
 _MOST_TOKENS = 1 << 22
@@ -113,6 +113,8 @@ def _load_fast(folder: Path, moment: datetime | None) -> FastTokenizer:
             values = read_object(path, "download the file again", largest=largest)
             if name == "tokenizer.json":
                 _refuse_far_ids(path, values)
+            elif name == TOKENIZER_CONFIG_FILE and not (folder / TEMPLATE_FILE).is_file():
+                require_template(values, path)
     try:
         return FastTokenizer(folder, moment)
     except UserError:

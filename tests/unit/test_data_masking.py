@@ -430,8 +430,8 @@ def test_a_conversation_that_begins_with_the_assistant(tmp_path: Path) -> None:
 def test_a_template_that_raises_names_the_line(tmp_path: Path) -> None:
     assert "roles must alternate" in refuses(tmp_path / "a", tiny.LLAMA2, [*LONG[1:2], *LONG[1:3]], bos=True)
     assert "'bos_token' is undefined" in refuses(tmp_path / "b", tiny.LLAMA2, LONG)
-    assert "refuses these messages" in refuses(tmp_path / "c", "{{ messages[0]['content'] + 3 }}", LONG)
-    assert "refuses these messages" in refuses(tmp_path / "d", "{% for %}", LONG)
+    assert "fails on these messages" in refuses(tmp_path / "c", "{{ messages[0]['content'] + 3 }}", LONG)
+    assert "fails on these messages" in refuses(tmp_path / "d", "{% for %}", LONG)
 
 
 def test_no_template_is_refused(tmp_path: Path) -> None:

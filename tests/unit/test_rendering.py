@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import re
 import signal
 import subprocess
 from datetime import datetime
@@ -70,10 +72,10 @@ BOMBS = {
     "a number": ("{{ 9 ** (9 ** 9) }}", "more than 1 s"),
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     "nesting": ("{{ " + "(" * 9999 + "1" + ")" * 9999 + " }}", ""),
-    "half a pair": ("{{ '\\ud800' }}", "surrogates not allowed"),
+    "half a pair": ("{{ '\\ud800' }}", "an unpaired surrogate, at character"),
     "no number": ("{{ 1 // 0 }}", "by zero"),
     "an attribute": ("{{ messages.__class__.__mro__ }}", "unsafe|undefined"),
-    "a long message": ("{{ raise_exception('x' * 100000) }}", "x{500}$"),
+    "a long message": ("{{ raise_exception('x' * 100000) }}", r"x{500} \(chat_template"),
 }
 
 
@@ -83,7 +85,8 @@ BOMBS = {
 )
 def test_a_template_over_a_bound_is_refused(bomb: str, tmp_path: Path) -> None:
     template, said = BOMBS[bomb]
-    with pytest.raises(UserError, match=rf"(?s)^f:1: the chat template of .* refuses these messages: .*({said})"):
+    how = "refuses" if bomb == "a long message" else "fails on"
+    with pytest.raises(UserError, match=rf"(?s)^f:1: the chat template of .* {how} these messages: .*({said})"):
         render(tmp_path, marked(template))
     # The next template renders normally.
     assert render(tmp_path / "next", tiny.CHATML)[0].endswith("<|im_end|>\n")
@@ -94,6 +97,88 @@ def test_the_line_that_is_refused_is_named(bomb: str, tmp_path: Path) -> None:
     template = "{% if messages | length > 2 %}" + BOMBS[bomb][0] + "{% endif %}"
     with pytest.raises(UserError, match=rf"(?s)^f:2: .*({BOMBS[bomb][1]})"):
         render(tmp_path, marked(template), [CHAT, [*CHAT, *CHAT], CHAT])
+
+
+def in_settings(folder: Path, template: object) -> Path:
+    """Write a tokenizer with this chat_template in its tokenizer_config.json, and return that file."""
+    settings = tiny.byte_level(folder) / "tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "chat_template": template}))
+    return settings
+
+
+# Each with what the error says of it. The fault is on the template's third line.
+FAULTS = {
+    "{{ 1 / (messages | length - 1) }}": "fails on these messages: ZeroDivisionError: division by zero",
+    "{{ messages[0].content.index('zz') }}": "fails on these messages: ValueError: substring not found",
+    "{{ 10.0 ** (999 * messages | length) }}": "fails on these messages: OverflowError: ",
+    "{{ range(999999) | list }}": "fails on these messages: OverflowError: Range too big",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "fails on these messages: RecursionError: ",
+    "{{ messages + 1 }}": "fails on these messages: TypeError: ",
+    "{{ namespace(1) }}": "fails on these messages: TypeError: ",
+    "{{ messages.nothing.more }}": "fails on these messages: 'list object' has no attribute 'nothing'",
+    "{{ 'a' * (300000000 * messages | length) }}": "fails on these messages: it takes more than 256 MiB of memory",
+    "{% for %}": "fails on these messages: Expected an expression",
+    "{{ raise_exception('roles alternate') }}": "refuses these messages: roles alternate",
+}
+
+
+@pytest.mark.parametrize("jinja", [False, True], ids=["tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_told_with_sample_and_the_line_of_the_template(fault: str, jinja: bool, tmp_path: Path) -> None:
+    template = "{# one -#}\n{{ messages[0].role }}\n" + fault
+    remedy = "correct the template"
+    if "refuses" in FAULTS[fault]:
+        remedy = "change the messages or the template"
+    place = "chat_template.jinja" if jinja else "chat_template in tokenizer_config.json"
+    in_settings(tmp_path, tiny.CHATML if jinja else template)
+    if jinja:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, FastTokenizer) and tokenizer.template is not None
+    with pytest.raises(UserError) as error:
+        tokenizer.template.render([CHAT], ["f:1"])
+    said = re.escape(f"f:1: the chat template of {tmp_path} {FAULTS[fault]}")
+    assert re.fullmatch(rf"{said}.* \({re.escape(place)}, line 3\); {remedy}", str(error.value)), error.value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [5, 0, True, ["x"], [{"name": "default"}], [{"name": 5, "template": "x"}], [{"template": "x"}], {"default": 5}],
+    ids=repr,
+)
+def test_a_template_of_another_kind_is_refused_by_its_key(value: object, tmp_path: Path) -> None:
+    settings = in_settings(tmp_path, value)
+    said = re.escape(f"{settings}: chat_template must be text, or a list of objects") + ".*; correct it, remove it"
+    with pytest.raises(UserError, match=said):
+        load_tokenizer(tmp_path)
+    # transformers reads the file instead.
+    (tmp_path / "chat_template.jinja").write_text(tiny.CHATML)
+    assert load_tokenizer(tmp_path).template is not None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("value", "has_template"),
+    [
+        (tiny.CHATML, True),
+        ([{"name": "default", "template": tiny.CHATML}, {"name": "tool_use", "template": "x"}], True),
+        ({"default": tiny.CHATML}, True),
+        (None, False),
+        ("", False),
+        ([], False),
+        ({}, False),
+    ],
+    ids=repr,
+)
+def test_templates_of_published_models_are_read(value: object, has_template: bool, tmp_path: Path) -> None:
+    in_settings(tmp_path, value)
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, FastTokenizer) and (tokenizer.template is not None) is has_template
+
+
+def test_named_templates_without_a_default_are_named(tmp_path: Path) -> None:
+    in_settings(tmp_path, [{"name": name, "template": "x"} for name in ("tool_use_", "rag")])
+    with pytest.raises(UserError, match="its templates are rag, tool_use_, and none is the default; name the one"):
+        load_tokenizer(tmp_path)
 
 
 def test_a_dead_branch_costs_nothing(tmp_path: Path) -> None:
@@ -181,6 +266,6 @@ def test_an_error_of_an_earlier_line_comes_first_and_leaves_the_child_usable(tmp
     boom = [{"role": "user", "content": "boom"}]
     with pytest.raises(UserError, match=r"f:2: .* renders messages\[1\] or an earlier one differently"):
         render(tmp_path, template, [CHAT, [*CHAT, *CHAT], boom, *([CHAT] * 300)])
-    with pytest.raises(UserError, match="f:2: .* refuses these messages: .*by zero"):
+    with pytest.raises(UserError, match="f:2: .* fails on these messages: .*by zero"):
         render(tmp_path, template, [CHAT, boom, [*CHAT, *CHAT]])
     assert len(render(tmp_path, tiny.CHATML, [CHAT] * 3)) == 3
