@@ -17,6 +17,7 @@ from lowrank_dist.arch.keys import Key
 class Family:
     """The map from one `model_type` of config.json onto Megatron.
 
+    model_class: transformers' class of a causal model, by which llama.cpp and vLLM know it (`architectures`).
     keys: field of `Architecture`, or "ffn" → key of config.json; "layers" is the number of layers. Defaults of fields
     that are None or missing: ffn = 4 × hidden, kv_heads = heads, head_dim = hidden / heads.
     fixed: fields that every model of the family shares.
@@ -33,6 +34,7 @@ class Family:
     rope_theta: base of the rotary embedding where config.json gives none.
     """
 
+    model_class: str
     prefix: str
     keys: Mapping[str, Key]
     fixed: Mapping[str, Any]
@@ -143,6 +145,7 @@ _ROPE_BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
+        model_class="LlamaForCausalLM",
         prefix="model.",
         keys=_LLAMA_KEYS,
         fixed=_LLAMA_FIXED,
@@ -152,6 +155,7 @@ FAMILIES: Mapping[str, Family] = {
         ignored=_ROPE_BUFFERS,
     ),
     "granite": Family(
+        model_class="GraniteForCausalLM",
         prefix="model.",
         keys=_GRANITE_KEYS,
         fixed=_LLAMA_FIXED,
@@ -161,6 +165,7 @@ FAMILIES: Mapping[str, Family] = {
         ignored=_ROPE_BUFFERS,
     ),
     "mistral": Family(
+        model_class="MistralForCausalLM",
         prefix="model.",
         keys=_MISTRAL_KEYS,
         fixed=_LLAMA_FIXED,
@@ -172,6 +177,7 @@ FAMILIES: Mapping[str, Family] = {
         absent={"layer_types": "transformers loads it as a ministral, whose layers differ from each other"},
     ),
     "qwen2": Family(
+        model_class="Qwen2ForCausalLM",
         prefix="model.",
         keys=_QWEN_KEYS,
         fixed={**_LLAMA_FIXED, "qkv_bias": True},
@@ -182,6 +188,7 @@ FAMILIES: Mapping[str, Family] = {
         window=_QWEN_WINDOW,
     ),
     "qwen3": Family(
+        model_class="Qwen3ForCausalLM",
         prefix="model.",
         keys=_QWEN_KEYS | {"head_dim": Key("head_dim", "even", 128)},
         fixed={**_LLAMA_FIXED, "qk_norm": True},
@@ -192,6 +199,7 @@ FAMILIES: Mapping[str, Family] = {
         window=_QWEN_WINDOW,
     ),
     "gpt2": Family(
+        model_class="GPT2LMHeadModel",
         prefix="transformer.",
         keys={
             "hidden": Key("n_embd", "size", also="hidden_size"),
@@ -238,6 +246,7 @@ FAMILIES: Mapping[str, Family] = {
         fused_qkv=True,
     ),
     "opt": Family(
+        model_class="OPTForCausalLM",
         prefix="model.",
         keys={
             "hidden": Key("hidden_size", "size"),

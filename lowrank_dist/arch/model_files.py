@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.errors import UserError
-from lowrank_dist.untrusted.json import LARGEST, parse_json, read_object
+from lowrank_dist.untrusted.files import short_path
+from lowrank_dist.untrusted.json import LARGEST, brief, parse_json, read_object
 
 CONFIG_FILE = "config.json"
 _ADAPTER_FILES = ("adapter_config.json", "bottleneck_config.json")
@@ -80,6 +82,30 @@ def read_model_json(file: Path, remedy: str) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{file}: missing; {remedy}")
     return read_object(file, "download the model again")
+
+
+def class_note(folder: Path) -> list[str]:
+    """Return a line where `architectures` in a model folder's config.json is not the class of its model_type.
+
+    llama.cpp and vLLM choose by that key, transformers by model_type. No line for an unsupported model.
+    """
+    values = read_config(folder)
+    expected, found = model_class(values), values.get("architectures")
+    if expected is None or found == [expected]:
+        return []
+    where = f"{short_path(config_file(folder))}: architectures"
+    if not found:
+        return [f'{where} is missing, so llama.cpp and vLLM refuse the model; add "architectures": ["{expected}"]']
+    return [
+        f"{where} is {brief(found)}, but the class of model_type {values['model_type']!r} is {expected}; llama.cpp and "
+        "vLLM go by architectures, so correct it if they refuse the model or read it as another"
+    ]
+
+
+def model_class(values: Mapping[str, Any]) -> str | None:
+    """Return the class that a config.json's `architectures` should name; None for an unsupported model."""
+    name = values.get("model_type")
+    return FAMILIES[name].model_class if isinstance(name, str) and name in FAMILIES else None
 
 
 def built_in_config(name: str) -> dict[str, Any]:

@@ -4,9 +4,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lowrank_dist.arch.model_files import model_class
 from lowrank_dist.formats.model_folder import FLOAT_DTYPES, INDEX_FILE, SINGLE_FILE
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header
 from lowrank_dist.untrusted.json import read_object
@@ -138,13 +140,23 @@ def _counted(layout: OutputLayout) -> Iterable[tuple[OutputFile, CopiedTensor]]:
                 yield file, piece
 
 
-def write_config(source: Path, target: Path, dtype: str | None) -> None:
-    """Copy config.json; `dtype` replaces its type, under the key it has (transformers 4: torch_dtype, 5: dtype)."""
-    if dtype is None:
-        target.write_bytes(source.read_bytes())
-        return
+def write_config(source: Path, target: Path, dtype: str | None) -> list[str]:
+    """Copy the config.json of a supported model, and return a line for what was added.
+
+    dtype: replaces its type, under the key it has (transformers 4: torch_dtype, 5: dtype). `architectures` is added
+    where it is missing: llama.cpp and vLLM refuse a model without it, transformers does not.
+    """
     config = read_object(source, "download the model again")
-    name = str(FLOAT_DTYPES[dtype]).removeprefix("torch.")
-    for key in [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]:
-        config[key] = name
-    target.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    changed: dict[str, Any] = {}
+    if not config.get("architectures"):
+        changed["architectures"] = [model_class(config)]
+    if dtype is not None:
+        keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+        changed.update(dict.fromkeys(keys, str(FLOAT_DTYPES[dtype]).removeprefix("torch.")))
+    if not changed:
+        target.write_bytes(source.read_bytes())
+        return []
+    target.write_text(json.dumps(config | changed, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if "architectures" not in changed:
+        return []
+    return [f"config.json names {changed['architectures'][0]} as architectures, which {source} lacks"]

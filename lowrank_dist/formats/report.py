@@ -13,7 +13,7 @@ import torch
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import UnsupportedModel, read_architecture
-from lowrank_dist.arch.model_files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, read_config
+from lowrank_dist.arch.model_files import CONFIG_FILE, TOKENIZER_CONFIG_FILE, class_note, read_config
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import (
@@ -131,6 +131,7 @@ def inspect_model(folder: Path) -> Report:
     if reason is not None:
         report.facts["why_not"] = reason
     elif architecture is not None:
+        report.warnings.extend(class_note(folder))
         report.facts["tensor_parallel_sizes"] = list(architecture.legal_tp_sizes())
     return report
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.paths import lies_in, require_outside
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, fingerprint, read_provenance
+from lowrank_dist.formats.text_files import TOKENIZER_FILES
 from lowrank_dist.merging.options import WeightedAdapter
 
 
@@ -53,6 +54,16 @@ def check_bases(base: Path, adapters: Sequence[WeightedAdapter], force_mismatch:
             raise UserError(f"{mismatch}; give the base that it was trained on, with unchanged weights and config.json")
         warnings.append(mismatch)
     return warnings
+
+
+def note_on_no_tokenizer(merged: Path, base: Path) -> list[str]:
+    """Return a warning where a merged folder has no tokenizer of any kind."""
+    if any((merged / name).is_file() for name in TOKENIZER_FILES):
+        return []
+    return [
+        f"{base}: has no tokenizer, and the adapter brings none, so the merged model has none, and llama.cpp and vLLM "
+        "refuse it; give one as --tokenizer DIR"
+    ]
 
 
 def require_space(folder: Path, needed: int) -> None:

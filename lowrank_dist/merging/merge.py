@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowrank_dist.arch.config_json import read_architecture
+from lowrank_dist.arch.model_files import class_note
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.layout import CopiedTensor, OutputFile, plan_layout, write_config, write_index
@@ -19,7 +20,13 @@ from lowrank_dist.formats.model_folder import FLOAT_DTYPES, check_checkpoint, op
 from lowrank_dist.formats.paths import detect_removal, resolve_link
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
 from lowrank_dist.formats.text_files import merged_text_files
-from lowrank_dist.merging.checks import check_bases, require_distinct, require_output, require_space
+from lowrank_dist.merging.checks import (
+    check_bases,
+    note_on_no_tokenizer,
+    require_distinct,
+    require_output,
+    require_space,
+)
 from lowrank_dist.merging.options import SAME_AS_BASE, OutputFormat, WeightedAdapter
 from lowrank_dist.merging.update import Update, build_updates
 from lowrank_dist.methods.lora.files import read_adapter
@@ -82,9 +89,10 @@ def merge(
 ) -> MergeReport:
     """Write the base model with the adapters merged in as a plain Hugging Face folder at `out`. All or nothing.
 
-    Tensors without an update and all other files are copied byte by byte, with two exceptions (`merged_text_files`):
-    tokenizer files come from the adapters where they bring a tokenizer, and eos_token_id also gets the tokens that the
-    adapters were trained to end texts with. Memory use beyond the adapters does not grow with the model.
+    Tensors without an update and all other files are copied byte by byte, with three exceptions: tokenizer files come
+    from the adapters where they bring a tokenizer, eos_token_id also gets the tokens that the adapters were trained to
+    end texts with (`merged_text_files`), and config.json gets the `architectures` that it lacks (`write_config`).
+    Memory use beyond the adapters does not grow with the model.
 
     base: Hugging Face folder. adapters: one PEFT adapter folder or several, with weights w other than 1 as
     `WeightedAdapter`; ΔW = Σ w·s·B·A is summed and then rounded once (s: the scale of an adapter). progress: called
@@ -129,8 +137,10 @@ def merge(
             target = temporary / path.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-        write_config(base / "config.json", temporary / "config.json", dtype)
+        added = write_config(base / "config.json", temporary / "config.json", dtype)
+        warnings += [] if added else class_note(base)
         text.write(temporary)
+        warnings += note_on_no_tokenizer(temporary, base)
         meter.advance(layout.headers)
         for file in layout.files:
             _write_file(file, temporary / file.name, updates, changes, meter)
@@ -162,7 +172,7 @@ def merge(
         nbytes=nbytes,
         adapters=reports,
         warnings=tuple(warnings),
-        notes=tuple(text.changes(base)),
+        notes=(*added, *text.changes(base)),
         verification=verification,
     )
 

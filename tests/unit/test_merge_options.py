@@ -442,7 +442,10 @@ class TestVerify:
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (base / name).unlink()
         report, result = merge_verified(base, adapters, tmp_path / "random")
-        assert "random tokens (the base has no tokenizer)" in str(result) and report.warnings == ()
+        assert "random tokens (the base has no tokenizer)" in str(result)
+        assert [said.partition(", so")[0].partition(": ")[2] for said in report.warnings] == [
+            "has no tokenizer, and the adapter brings none"
+        ]
         assert result.positions == 128
         text.write_text("text")
         with pytest.raises(UserError, match="has no tokenizer"):

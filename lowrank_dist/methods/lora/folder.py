@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import read_architecture
+from lowrank_dist.arch.model_files import class_note
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_card import USE, WITH_PEFT, base_model, model_card
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, Provenance, fingerprint, read_provenance
@@ -60,6 +61,8 @@ class LoraFiles(MethodFiles):
             refuse_unserved(source, config, adapter, target, max_rank)
         unseen = f"its base was not found; `lowrank-dist inspect {source} --base DIR` checks that no factor is missing"
         served = [] if target is None else serving_notes(adapter, target)
+        if target is not None and base is not None and provenance is not None:
+            served += class_note(Path(provenance.base))
         notes = (*([] if base else [unseen]), *self.notes(source), *served)
         card = adapter_card(name, adapter, provenance, target)
         if target is None or reads_alike(config, adapter):
