@@ -137,8 +137,7 @@ def slurm_command(
     resume the job.
     """
     from lowrank_dist.config import load_config
-    from lowrank_dist.slurm.checks import check_time
-    from lowrank_dist.slurm.directives import passed_on, plain
+    from lowrank_dist.slurm.directives import check_time, passed_on, plain
     from lowrank_dist.slurm.job import Job
     from lowrank_dist.slurm.script import checkout
     from lowrank_dist.slurm.snapshot import Snapshot

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lowrank_dist.arch.config_json import read_architecture
+from lowrank_dist.backend.libraries import silence_megatron
 from lowrank_dist.doctor.rows import Row, format_size, one_line, plural
 from lowrank_dist.doctor.start import built_method
 from lowrank_dist.errors import UserError
@@ -119,12 +121,14 @@ def checkpoint_bytes(config: Config) -> tuple[int, int]:
     return STATE_BYTES * count.trained + itemsize * count.stored, 0
 
 
-def layout(config: Config, size: int, local_size: int) -> list[Row]:
-    """Return a row on the parallel layout. size: ranks of the job.
+def layout(config: Config, size: int, hosts: Sequence[str]) -> list[Row]:
+    """Return a row on the parallel layout, by the rules of the run itself; nodes may have unequal numbers of ranks.
 
-    Raises UserError where TP × DP is not `size`, or a tensor-parallel group crosses nodes and may not.
+    size: ranks of the job. hosts: the node of each rank, or none where some have not connected. Raises UserError where
+    TP × DP is not `size`, or a tensor-parallel group crosses nodes and may not.
     """
-    from lowrank_dist.slurm.checks import check_layout
+    with silence_megatron():
+        from lowrank_dist.parallel.topology import refuse_crossing, require_sizes
 
     parallel = config.parallel
     if parallel.tensor == "auto":
@@ -132,11 +136,7 @@ def layout(config: Config, size: int, local_size: int) -> list[Row]:
             "parallel.tensor=auto: chosen at the start, for the ranks and their memory; `lowrank-dist plan` says which"
         )
         return [Row("parallel layout", "ok", detail)]
-    check_layout(
-        size // local_size,
-        local_size,
-        tensor=parallel.tensor,
-        data=parallel.data,
-        across_nodes=parallel.across_nodes,
-    )
+    require_sizes(size, parallel.tensor, parallel.data)
+    if not parallel.across_nodes:
+        refuse_crossing(hosts, parallel.tensor)
     return [Row("parallel layout", "ok", f"{parallel.tensor} tensor × {size // parallel.tensor} data parallel")]

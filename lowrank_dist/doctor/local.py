@@ -171,8 +171,6 @@ def _checks_of_run(config: Config, place: Place | None, probe: Probe | None) -> 
     yield "eval.generate", partial(start.generation, config)
     ranks = None if place is None else (place.size, place.local_rank, place.local_size)
     yield "planned memory", partial(start.memory, config, ranks)
-    if place is not None:
-        yield "parallel layout", partial(inputs.layout, config, place.size, place.local_size)
     yield "output.dir", partial(start.output, config)
     yield "train.resume", partial(start.resumed, config)
     if probe is not None:

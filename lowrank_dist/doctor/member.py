@@ -47,6 +47,12 @@ class Attendance:
         """Node → the rank that checks it."""
         return {node: ranks[0] for node, ranks in self.ranks.items()}
 
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The node of each rank, in order; none where a rank is absent."""
+        node_of = {rank: node for node, ranks in self.ranks.items() for rank in ranks}
+        return () if self.absent else tuple(node_of[rank] for rank in sorted(node_of))
+
 
 def leave(board: Board, place: Place, attendance: Attendance) -> None:
     """Leave the job, as the last step. Rank 0, which holds the store, waits until the others have left."""

@@ -6,14 +6,16 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lowrank_dist.backend.node import node_names
 from lowrank_dist.doctor import links
 from lowrank_dist.doctor.board import Board, NoAnswer, answer_clock, clock_skew
+from lowrank_dist.doctor.inputs import layout
 from lowrank_dist.doctor.local import Place, failing
 from lowrank_dist.doctor.member import GRACE_SECONDS, NETWORK_REMEDY, REPORT_SECONDS, Attendance, RankCheck, leave
-from lowrank_dist.doctor.rows import Results, Row, plural
+from lowrank_dist.doctor.rows import Results, Row, plural, run_check
 from lowrank_dist.errors import UserError, some_of
 
 if TYPE_CHECKING:
@@ -92,6 +94,9 @@ class LeaderCheck(RankCheck):
         """Run rank 0's part, and return the exit code of all ranks."""
         found = self._found
         found.between.append(self._rendezvous(met_after))
+        if self.config is not None:
+            check = partial(layout, self.config, self.place.size, self.attendance.hosts)
+            found.between += run_check("parallel layout", check)
         try:
             self._report()
             reports = self._collect_reports(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,13 +58,7 @@ class Topology:
         Raises UserError where TP × DP ≠ ranks, and where a tensor-parallel group crosses nodes unless `across_nodes`.
         """
         world = dist.get_world_size()
-        if world % tensor or (data is not None and tensor * data != world):
-            fitting = [n for n in range(1, world + 1) if world % n == 0]
-            wanted = f"parallel.tensor={tensor}" + (f" × parallel.data={data}" if data is not None else "")
-            raise UserError(
-                f"{wanted} does not fit {world} ranks, since tensor × data must be the number of ranks. With {world} "
-                f"ranks parallel.tensor may be {', '.join(map(str, fitting))}; leave parallel.data unset"
-            )
+        require_sizes(world, tensor, data)
         # A step on fake tensors has no other ranks to talk to, and uses one backend for all groups.
         fake = dist.get_backend() == "fake"
         host_group = dist.new_group(backend="fake" if fake else "gloo", timeout=timedelta(seconds=timeout_seconds))
@@ -93,6 +88,17 @@ class Topology:
         )
 
 
+def require_sizes(world: int, tensor: int, data: int | None) -> None:
+    """Raise UserError where TP × DP is not the number of ranks. data: None for whatever fits."""
+    if world % tensor or (data is not None and tensor * data != world):
+        fitting = [n for n in range(1, world + 1) if world % n == 0]
+        wanted = f"parallel.tensor={tensor}" + (f" × parallel.data={data}" if data is not None else "")
+        raise UserError(
+            f"{wanted} does not fit {world} ranks, since tensor × data must be the number of ranks. With {world} "
+            f"ranks parallel.tensor may be {', '.join(map(str, fitting))}; leave parallel.data unset"
+        )
+
+
 def refuse_crossing(hosts: Sequence[str], tensor: int) -> None:
     """Raise UserError where a group of `tensor` consecutive ranks lies on more than one host.
 
@@ -101,8 +107,8 @@ def refuse_crossing(hosts: Sequence[str], tensor: int) -> None:
     for first in range(0, len(hosts), tensor):
         group = hosts[first : first + tensor]
         if len(set(group)) > 1:
-            most = min(Counter(hosts).values())
-            fitting = ", ".join(str(n) for n in range(1, most + 1) if most % n == 0)
+            inside = math.gcd(*Counter(hosts).values())
+            fitting = ", ".join(str(n) for n in range(1, inside + 1) if inside % n == 0)
             raise UserError(
                 f"parallel.tensor: with {tensor}, ranks {first} to {first + tensor - 1} of one tensor-parallel group "
                 f"are on {' and '.join(dict.fromkeys(group))}, so every layer would wait for the network; set it to "

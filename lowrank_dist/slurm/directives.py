@@ -1,4 +1,4 @@
-"""Directives of sbatch (#SBATCH lines): their syntax, those that a user passes on, and the GPUs that they ask for."""
+"""Directives of sbatch (#SBATCH lines): their syntax, options that a user passes on, GPUs and the time limit."""
 
 from __future__ import annotations
 
@@ -31,6 +31,9 @@ _OWN = {
 _ASKS = re.compile(r"gres|tres-per-(?:node|socket|task)|gpus(?:-per-(?:node|socket|task))?")
 # One GPU resource in a list such as gpu:h100:8,nvme:1.
 _GPU = re.compile(r"(?:gres/|gres:)?gpu(?::[A-Za-z_][\w.-]*)?(?:[:=](?P<count>\d+))?")
+# Minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds.
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d{1,2}){0,2})")
+_ENDLESS = ("UNLIMITED", "INFINITE")
 
 
 def plain(option: str, value: str) -> str:
@@ -97,3 +100,23 @@ def ask_for_gpus(directives: Mapping[str, str | None], nodes: int, gpus_per_node
                 f"{gpus_per_node} ranks need {expected[option]}; make it agree with --nodes and --gpus-per-node"
             )
     return asked
+
+
+def check_time(time: str, lead: int) -> None:
+    """Raise UserError where `time` is not a time limit of sbatch, or is not longer than `lead` seconds."""
+    if time in _ENDLESS:
+        return
+    match = _TIME.fullmatch(time)
+    if match is None:
+        raise UserError(f"--time: {time!r} is not a time limit; give minutes, H:MM:SS or D-HH:MM:SS")
+    parts = [int(part) for part in match["parts"].split(":")]
+    if match["days"] is not None:
+        hours, minutes, seconds = [int(match["days"]) * 24 + parts[0], *parts[1:], 0, 0][:3]
+    else:
+        hours, minutes, seconds = parts if len(parts) == 3 else [0, *parts, 0][:3]
+    total = hours * 3600 + minutes * 60 + seconds
+    if total <= lead:
+        raise UserError(
+            f"--lead: a job of --time {time} would be told to stop when it starts ({lead} s of {total} s); "
+            "give a longer --time or a shorter --lead"
+        )

@@ -218,6 +218,19 @@ def test_srun(quiet_rig: Rig, config: Path) -> None:
     assert snapshot(config.parent) == before
 
 
+def test_nodes_of_unequal_size(quiet_rig: Rig, config: Path) -> None:
+    """Two ranks on one host and one on the other can train, and doctor says so, with the rules of the run itself."""
+    launcher = ["srun", "--nodes=2", "--ntasks=3", "--kill-on-bad-exit=1", sys.executable, *DOCTOR, config, "--json"]
+    layout = ["parallel.tensor=1", "parallel.data=3", "train.global_batch=6"]
+    done = quiet_rig.hosts[0].run([*launcher, *layout], environment=ENVIRONMENT)
+    assert done.code == 0, (done.stdout, done.stderr)
+    report = json.loads(done.stdout)
+    assert report["can_train"] is True and failing(report) == set()
+    assert sorted(len(of["ranks"]) for of in report["nodes"].values()) == [1, 2]
+    (row,) = [row for row in report["rows"] if row["what"] == "parallel layout"]
+    assert row["detail"] == "1 tensor × 3 data parallel"
+
+
 def test_deepspeed_over_pdsh(quiet_rig: Rig, config: Path, tmp_path: Path) -> None:
     hostfile, forwarded = tmp_path / "hosts", tmp_path / "environment"
     hostfile.write_text("h1 slots=1\nh2 slots=1\n")

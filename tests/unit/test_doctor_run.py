@@ -415,13 +415,25 @@ def test_ranks_of_one_node(config: Path, tmp_path: Path) -> None:
 
 
 def test_a_layout_that_does_not_fit_the_nodes(config: Path) -> None:
-    four = load_config(config, ["parallel.tensor=4"])
-    assert inputs.layout(four, 8, 4)[0].detail == "4 tensor × 2 data parallel"
-    with pytest.raises(UserError, match="would cross nodes"):
-        inputs.layout(four, 8, 2)
-    assert inputs.layout(load_config(config, ["parallel.tensor=4", "parallel.across_nodes=true"]), 8, 2)
-    with pytest.raises(UserError, match="does not divide 3 nodes"):
-        inputs.layout(four, 6, 2)
+    four, nodes = load_config(config, ["parallel.tensor=4"]), ("h1", "h1", "h2", "h2") * 2
+    assert inputs.layout(four, 8, sorted(nodes))[0].detail == "4 tensor × 2 data parallel"
+    with pytest.raises(UserError, match="ranks 0 to 3 of one tensor-parallel group are on h1 and h2"):
+        inputs.layout(four, 8, nodes)
+    assert inputs.layout(load_config(config, ["parallel.tensor=4", "parallel.across_nodes=true"]), 8, nodes)
+    for some in (nodes[:6], ()):  # without all ranks their nodes are not known
+        with pytest.raises(UserError, match="parallel.tensor=4 does not fit 6 ranks"):
+            inputs.layout(four, 6, some)
+    assert inputs.layout(four, 8, ())
+
+
+def test_nodes_of_unequal_size_can_train(config: Path) -> None:
+    """Nodes of 4 and 2 ranks. A launcher that sets no LOCAL_WORLD_SIZE is another case: every node seemed to be one."""
+    hosts = ("h1",) * 4 + ("h2",) * 2
+    for change in ("parallel.data=3", "parallel.data=null"):
+        two = load_config(config, ["parallel.tensor=2", change])
+        assert inputs.layout(two, 6, hosts)[0].detail == "2 tensor × 3 data parallel"
+    with pytest.raises(UserError, match="ranks 3 to 5 .* are on h1 and h2, .* set it to 1, 2, or set"):
+        inputs.layout(load_config(config, ["parallel.tensor=3"]), 6, hosts)
 
 
 def test_bad_input_in_a_job_is_one_message(config: Path) -> None:

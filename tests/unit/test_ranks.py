@@ -1,12 +1,14 @@
-"""The detection of the straggler: the rank that all others wait for."""
+"""The straggler, the rank that all others wait for, and tensor-parallel groups inside nodes."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lowrank_dist.engine.meter import WINDOW, Stragglers
 from lowrank_dist.errors import UserError
-from lowrank_dist.parallel.topology import refuse_crossing
+from lowrank_dist.parallel.topology import refuse_crossing, require_sizes
 
 HOSTS = ("h1", "h1", "h2", "h2")
 
@@ -51,3 +53,20 @@ def test_a_group_over_two_nodes_is_refused() -> None:
         refuse_crossing(HOSTS, 4)
     with pytest.raises(UserError, match=r"with 2, ranks 2 to 3 .* are on a and b, .* set it to 1, 3, or set"):
         refuse_crossing(("a", "a", "a", "b", "b", "b"), 2)
+    # The sizes that it may be set to divide the ranks of every node.
+    with pytest.raises(UserError, match=r"with 5, ranks 0 to 4 .* set it to 1, 2, or set"):
+        refuse_crossing(("a",) * 4 + ("b",) * 6, 5)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=6), st.integers(1, 24))
+def test_groups_inside_nodes_are_those_accepted(counts: list[int], tensor: int) -> None:
+    """Compared with the definition, for nodes with unequal numbers of ranks: all of a group's ranks share a node."""
+    node_of = [node for node, count in enumerate(counts) for _ in range(count)]
+    inside = all(count % tensor == 0 for count in counts)
+    try:
+        require_sizes(len(node_of), tensor, None)
+        refuse_crossing([f"h{node}" for node in node_of], tensor)
+        accepted = True
+    except UserError:
+        accepted = False
+    assert accepted == inside

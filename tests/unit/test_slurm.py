@@ -22,7 +22,7 @@ from lowrank_dist.arch.model_files import built_in_config
 from lowrank_dist.cli.main import app
 from lowrank_dist.config import load_config
 from lowrank_dist.errors import UserError
-from lowrank_dist.slurm.checks import check_layout, check_time
+from lowrank_dist.slurm.directives import check_time
 from lowrank_dist.slurm.script import BEGIN, END, checkout, fill
 
 ROOT = Path(__file__).parents[2]
@@ -286,22 +286,6 @@ def test_tensor_groups_across_nodes_when_allowed(config: Path) -> None:
     script = slurm(config, *across, "model.device=cpu", "--dry-run", gpu=None).stdout
     assert json.loads(variables(script)["OVERRIDES"]) == [*across, "model.device=cpu"]
     refused(slurm(config, "parallel.tensor=5", "parallel.across_nodes=true"), "parallel.tensor=5 does not divide")
-
-
-@given(st.integers(1, 6), st.integers(1, 12), st.integers(1, 24))
-def test_groups_inside_nodes_are_those_accepted(nodes: int, gpus: int, tensor: int) -> None:
-    """Compared with the definition: consecutive ranks, node after node."""
-    ranks = nodes * gpus
-    whole = ranks % tensor == 0
-    groups = [range(start, start + tensor) for start in range(0, ranks, tensor)] if whole else []
-    inside = whole and all(group[0] // gpus == group[-1] // gpus for group in groups)
-    for across in (False, True):
-        try:
-            check_layout(nodes, gpus, tensor=tensor, across_nodes=across)
-            accepted = True
-        except UserError:
-            accepted = False
-        assert accepted == (whole if across else inside)
 
 
 @pytest.mark.parametrize(
