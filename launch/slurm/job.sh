@@ -22,15 +22,40 @@ die() {
     exit 1
 }
 
-readonly RESTARTS=${SLURM_RESTART_COUNT:-0} # how often this job was requeued: by itself, by Slurm or by a person
+# Print what scontrol says of a job, in one line that begins and ends with a space. Fails where it does not answer.
+shown() {
+    local said
+    said=$(scontrol show job --oneliner "$1") && echo " $said "
+}
+
+[ -n "${SLURM_JOB_ID:-}" ] || die "SLURM_JOB_ID is not set, so this is not a job: submit the script with sbatch"
+export PATH # bash has a PATH of its own where it inherits none, and does not pass that on
+command -v srun > /dev/null || die "srun is not in PATH=$PATH: add the folder of Slurm's programs in the SETUP block"
+JOB=$SLURM_JOB_ID                  # this job in commands of Slurm
+RESTARTS=${SLURM_RESTART_COUNT:-0} # how often this job was requeued: by itself, by Slurm or by a person
+# The job id of an array's last task is also that of the whole array, so a task is ARRAY_TASK. But a job that was
+# submitted from inside another job inherits that one's array and its number of restarts.
+if [ -n "${SLURM_ARRAY_TASK_ID:-}" ] && said=$(shown "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID" 2> /dev/null); then
+    if [[ $said == *" JobId=$SLURM_JOB_ID "* ]]; then JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi
+fi
+ANSWERED= # not empty where scontrol answers on this node
+if said=$(shown "$JOB"); then
+    ANSWERED=yes
+    if [[ $said == *" Restarts=0 "* ]]; then RESTARTS=0; fi
+fi
+readonly NO_ANSWER="\`scontrol show job $JOB\` does not answer on $HOSTNAME, so the job cannot requeue itself"
 
 # announce VARIABLE...: print the job's settings, check STOP and the number of requeues, and rename an old FAILED. Call
 # it first.
 announce() {
-    say "job $SLURM_JOB_ID, start $((RESTARTS + 1)): $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST"
+    say "job $JOB, start $((RESTARTS + 1)): $SLURM_JOB_NODELIST, tasks of each node: $SLURM_TASKS_PER_NODE"
+    if [ -n "${SLURM_HET_SIZE:-}" ]; then say "warning: a heterogeneous job: its ranks run on component 0 alone"; fi
     declare -p "$@" SRUN_OPTIONS INSIDE | sed 's/^declare -[^ ]* /    /'
     case $REQUEUE in
-        yes) say "requeued $RESTARTS times, of at most MAX_REQUEUES=$MAX_REQUEUES" ;;
+        yes)
+            say "requeued $RESTARTS times, of at most MAX_REQUEUES=$MAX_REQUEUES"
+            [ -n "$ANSWERED" ] || say "warning: $NO_ANSWER: told to stop, it saves and ends"
+            ;;
         no) say "REQUEUE=no: told to stop, the job saves and ends; to go on, submit it again" ;;
         *) die "REQUEUE: '$REQUEUE' is neither yes nor no: correct the EDIT block" ;;
     esac
@@ -51,30 +76,26 @@ refuse_stopped() {
     [ ! -e "$RUN/STOP" ] || die "$RUN/STOP exists: remove it to let jobs of this folder run"
 }
 
-# Export the address where the ranks meet, their network card and their number of threads. There is no default address:
-# with a loopback address each node would train a model of its own.
-rendezvous() {
-    local hosts
-    mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-    [ "${#hosts[@]}" = "$SLURM_JOB_NUM_NODES" ] || die "scontrol names ${#hosts[@]} of $SLURM_JOB_NUM_NODES nodes"
-    export MASTER_ADDR=${hosts[0]}
+# Export the network card of the ranks and their number of threads. task.sh exports the address where they meet.
+set_up_ranks() {
     if [ -n "$INTERFACE" ]; then
         export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
     fi
     export TORCH_EXTENSIONS_DIR=$EXTENSIONS
-    # Since Slurm 22.05 a step does not inherit the job's --cpus-per-task; without this, each rank would have one CPU.
-    export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SRUN_CPUS_PER_TASK}
-    say "meeting at $MASTER_ADDR, network card ${INTERFACE:-as the libraries choose}"
-    say "$OMP_NUM_THREADS threads a rank"
+    # In Slurm 22.05 and 23.02 a step does not inherit the job's --cpus-per-task; without this, each rank would have one
+    # CPU. A job that asked for --cpus-per-gpu must not have both.
+    if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_GPU:-1}}}
+    say "network card ${INTERFACE:-as the libraries choose}, $OMP_NUM_THREADS threads a rank"
 }
 
 # Run a command as one task per rank. Sets CODE to its exit code, PREEMPTED where the ranks have saved and stopped.
 run_ranks() {
     local mark=$RUN/.preempted-$SLURM_JOB_ID-$RESTARTS
     # Signals go to srun, which passes them on: scancel with the job id of an array would reach its other tasks too.
-    relay srun --kill-on-bad-exit=1 --wait=60 "${SRUN_OPTIONS[@]}" \
-        bash "$PROJECT/launch/slurm/task.sh" "$mark" "${INSIDE[@]}" "$@"
+    # --export: where sbatch was given one, as NONE, srun would repeat it, and the ranks would have no PATH.
+    relay srun --export=ALL --kill-on-bad-exit=1 --wait=60 "${SRUN_OPTIONS[@]}" \
+        /bin/bash "$PROJECT/launch/slurm/task.sh" "$mark" "${INSIDE[@]}" "$@"
     say "the step ended with code $CODE"
     if [ "$CODE" = 0 ] && [ -e "$mark" ]; then CODE=$PREEMPTED; fi
     if [ -n "$TOLD" ] && { [ "$CODE" = "$UNHEARD" ] || [ "$CODE" = "$BROKEN" ]; }; then CODE=$PREEMPTED; fi
@@ -94,22 +115,24 @@ finish() {
         say "REQUEUE=no: saved step $(newest_step) and not requeued; to go on, submit it again"
         exit "$PREEMPTED"
     fi
-    # As ARRAY_TASK, since the job id of an array's last task is also that of the whole array.
-    local job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID} shown
-    shown=" $(scontrol show job --oneliner "$job") "
+    local said
+    if ! said=$(shown "$JOB"); then
+        say "not requeued: $NO_ANSWER; saved step $(newest_step); to go on, submit it again"
+        exit "$PREEMPTED"
+    fi
     # Slurm itself has ended this start: the job was cancelled, or Slurm requeues it. If Slurm took this node for lost,
     # a later start of the job may already be running.
-    if [[ $shown != *" JobState=RUNNING "* || $shown != *" Restarts=$RESTARTS "* ]]; then
+    if [[ $said != *" JobState=RUNNING "* || $said != *" Restarts=$RESTARTS "* ]]; then
         say "not requeued by itself: Slurm has ended this start of the job"
         exit "$PREEMPTED"
     fi
-    if [[ $shown == *" Requeue=0 "* ]]; then
+    if [[ $said == *" Requeue=0 "* ]]; then
         say "not requeued: Slurm lists the job with Requeue=0 (sbatch --no-requeue); to go on, submit it again"
         exit "$PREEMPTED"
     fi
     count_requeue
-    scontrol requeue "$job" || die "job $job cannot be requeued: submit it again to go on"
-    say "requeued as $job, $((RESTARTS + 1)) of at most $MAX_REQUEUES times"
+    scontrol requeue "$JOB" || die "job $JOB cannot be requeued: submit it again to go on"
+    say "requeued as $JOB, $((RESTARTS + 1)) of at most $MAX_REQUEUES times"
 }
 
 # Count a requeue. Die after MAX_REQUEUES of them, or after MAX_STALLED in a row that saved no newer step.

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.files import short_path
+from lowrank_dist.untrusted.json import brief
 
 _OPTION = re.compile(r"[a-z][a-z0-9-]*")
 # Values that sbatch takes without quotes.
@@ -32,7 +33,7 @@ _ASKS = re.compile(r"gres|tres-per-(?:node|socket|task)|gpus(?:-per-(?:node|sock
 # One GPU resource in a list such as gpu:h100:8,nvme:1.
 _GPU = re.compile(r"(?:gres/|gres:)?gpu(?::[A-Za-z_][\w.-]*)?(?:[:=](?P<count>\d+))?")
 # Minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds.
-_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d{1,2}){0,2})")
+_TIME = re.compile(r"(?:(?P<days>\d{1,9})-)?(?P<parts>\d{1,9}(?::\d{1,2}){0,2})")
 _ENDLESS = ("UNLIMITED", "INFINITE")
 
 
@@ -108,7 +109,7 @@ def check_time(time: str, lead: int) -> None:
         return
     match = _TIME.fullmatch(time)
     if match is None:
-        raise UserError(f"--time: {time!r} is not a time limit; give minutes, H:MM:SS or D-HH:MM:SS")
+        raise UserError(f"--time: {brief(time)} is not a time limit; give minutes, H:MM:SS or D-HH:MM:SS")
     parts = [int(part) for part in match["parts"].split(":")]
     if match["days"] is not None:
         hours, minutes, seconds = [int(match["days"]) * 24 + parts[0], *parts[1:], 0, 0][:3]

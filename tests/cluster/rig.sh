@@ -39,6 +39,9 @@ CONF
     mkdir -p /etc/slurm
     mount --bind "$STATE/slurm" /etc/slurm
     echo "CgroupPlugin=cgroup/v1" > /etc/slurm/cgroup.conf
+    # Slurm hands these files out as GPUs; no program can use them.
+    touch "$STATE"/gpu{0..3}
+    echo "NodeName=h[1-$hosts] Name=gpu File=$STATE/gpu[0-3]" > /etc/slurm/gres.conf
     # CPUs that the machine may not have: a task of a test needs its slot, not a core of its own.
     cat > /etc/slurm/slurm.conf <<CONF
 ClusterName=rig
@@ -69,7 +72,8 @@ JobRequeue=1
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PropagateResourceLimits=NONE
-NodeName=h[1-$hosts] CPUs=4 RealMemory=1000 State=UNKNOWN
+GresTypes=gpu
+NodeName=h[1-$hosts] CPUs=4 RealMemory=1000 Gres=gpu:4 State=UNKNOWN
 PartitionName=main Nodes=h[1-$hosts] Default=YES PriorityTier=1 GraceTime=20 MaxTime=60 State=UP
 PartitionName=abrupt Nodes=h[1-$hosts] PriorityTier=1 MaxTime=60 State=UP
 PartitionName=urgent Nodes=h[1-$hosts] PriorityTier=9 MaxTime=60 State=UP

@@ -6,12 +6,13 @@ The stand-in runs the Python text in $STAND_IN; `run` is the run folder and `ran
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
-from lowrank_dist.slurm.script import fill
+from lowrank_dist.slurm.script import fill, with_directives
 from tests.cluster.rig import Rig, settled
 from tests.cluster.runs import Job
 from tests.integration.launching import ROOT
@@ -77,6 +78,43 @@ def test_ranks_know_who_they_are(quiet_rig: Rig, script: Path) -> None:
     told = re.findall(r"^is (.*)$", job.said(), re.MULTILINE)
     assert sorted(told) == [f"h{1 + rank // 2} {rank} {rank % 2} 4 2 h1 {port} 1" for rank in range(4)]
     assert folder(script).is_dir() and not (script.parent / "made").exists()
+
+
+def test_nodes_of_unequal_size(quiet_rig: Rig, tmp_path: Path) -> None:
+    """With --ntasks and without --ntasks-per-node Slurm fills one node after the other."""
+    script = write_script(tmp_path, "train.sbatch", {"nodes": "2", "ntasks-per-node": None}, {"RUN": "run"})
+    script.write_text(with_directives(script.read_text(), {"ntasks": "5", "gpus-per-task": "1"}))
+    names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR".split()
+    job = submit(quiet_rig, script, f"print('is', os.uname().nodename, *(os.environ[name] for name in {names}))")
+    assert job.finished() == "COMPLETED", job.said()
+    told = re.findall(r"^is (.*)$", job.said(), re.MULTILINE)
+    assert sorted(told) == [*(f"h1 {rank} {rank} 5 4 h1" for rank in range(4)), "h2 4 0 5 1 h1"]
+
+
+@pytest.mark.parametrize("way", ["option", "environment", "some variables"])
+def test_a_site_that_exports_nothing(quiet_rig: Rig, script: Path, way: str) -> None:
+    """srun repeats what sbatch was told: its tasks would have no PATH. They have what the script has, and its setup."""
+    options = {"option": {"export": "NONE"}, "environment": {}, "some variables": {"export": "FOO=1"}}[way]
+    behaviour = "print('is', os.environ['MODULE'])"
+    setup = f"export STAND_IN={shlex.quote(behaviour)} MODULE=loaded"
+    text = script.read_text().replace("# ==== SETUP: end", f"{setup}\n# ==== SETUP: end")
+    script.write_text(with_directives(text, options))
+    job = Job.submit(quiet_rig, script, {"SBATCH_EXPORT": "NONE"} if way == "environment" else None)
+    assert job.finished() == "COMPLETED", job.said()
+    assert job.said().count("is loaded\n") == 4
+
+
+def test_a_job_that_another_job_submits(quiet_rig: Rig, script: Path) -> None:
+    """sbatch passes its environment on: variables of that other job are not those of this one."""
+    inherited = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "4", "SLURM_RESTART_COUNT": "3"}
+    script.write_text(with_directives(script.read_text().replace("#SBATCH --ntasks-per-node", "##"), {"ntasks": "4"}))
+    stops_once = "print('of', os.environ['LOCAL_WORLD_SIZE'])\nsys.exit(0 if (run / 'restarts').exists() else 85)"
+    environment = {"STAND_IN": stops_once, **inherited, "SLURM_NTASKS_PER_NODE": "9", "SLURM_CPUS_PER_TASK": "3"}
+    job = Job.submit(quiet_rig, script, environment)
+    job.start_now(2)
+    assert job.finished() == "COMPLETED", job.said()
+    assert f"requeued as {job.number}, 1 of at most 20 times" in job.said() and job.field("Restarts") == "1"
+    assert set(re.findall(r"^of (\d)$", job.said(), re.MULTILINE)) <= {"1", "2", "3"}
 
 
 def test_interface_is_passed_on(quiet_rig: Rig, tmp_path: Path) -> None:
@@ -176,7 +214,7 @@ def test_a_container_that_lets_a_signal_through(quiet_rig: Rig, script: Path) ->
 
 def test_a_start_that_slurm_gave_up_requeues_nothing(quiet_rig: Rig, script: Path) -> None:
     """The lost node lives on, and a later start already runs under the job's number."""
-    script.write_text(script.read_text().replace("\nset -euo", "\nexport SLURM_RESTART_COUNT=7\nset -euo"))
+    script.write_text(script.read_text().replace("\nannounce ", "\nRESTARTS=7\nannounce "))
     job = submit(quiet_rig, script, "sys.exit(85)")
     assert (job.finished(), job.field("ExitCode"), job.field("Restarts")) == ("FAILED", "85:0", "0")
     assert "start 8:" in job.said() and "not requeued by itself" in job.said()

@@ -26,7 +26,7 @@ def test_the_shipped_template_trains_as_one_host(
     assert losses(run) == expected
     said = job.said()
     # The script prints its whole configuration first, then the run prints its own.
-    order = [f'RUN="{run}"', "max_length: 48", "meeting at h1,", "step 1/", "the step ended with code 0"]
+    order = [f'RUN="{run}"', "max_length: 48", "network card as", "step 1/", "the step ended with code 0"]
     assert sorted(order, key=said.index) == order
     assert job.field("NumNodes") == "2" and not (run / "restarts").exists()
 

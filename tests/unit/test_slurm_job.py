@@ -22,11 +22,14 @@ TEMPLATE = (ROOT / "launch" / "slurm" / "train.sbatch").read_text()
 # The stand-in drops srun's own options. $BEHAVIOUR is the code of the rank.
 STAND_INS = {
     "srun": """while [[ $1 == -* ]]; do shift; done
-SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_STEP_ID=0 exec "$@"
+export SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NODEID=0 SLURM_STEP_ID=0
+export SLURM_STEP_NUM_TASKS=1 SLURM_STEP_TASKS_PER_NODE=1 SLURM_STEP_NODELIST=h1
+exec "$@"
 """,
-    "scontrol": """case "$1 $2" in
-    "show hostnames") echo h1 ;;
-    "show job") echo "JobId=7 JobState=RUNNING Requeue=${MAY_REQUEUE:-1} Restarts=${SLURM_RESTART_COUNT:-0} x" ;;
+    # Knows job 7, and another one by any other name.
+    "scontrol": """job=7; [ "$4" = 7 ] || job=3
+case "$1 $2" in
+    "show job") echo "JobId=$job JobState=RUNNING Requeue=${MAY_REQUEUE:-1} Restarts=${RESTARTED-0} x" ;;
     "requeue 7") echo "slurm has requeued" ;;
 esac
 """,
@@ -57,16 +60,16 @@ class Place:
         places = {"PROJECT": ROOT, "PYTHON": self.root / "python", "WORKDIR": self.root, "RUN": self.run}
         return {name: str(path) for name, path in places.items()} | {"CONFIG": "config.yaml"}
 
-    def start(self, script: str, behaviour: str, *, restarts: int = 0, **environment: str) -> Ended:
-        """Run one start of a job script; its rank runs `behaviour` in bash."""
-        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "h1"}
-        job |= {"SLURM_NTASKS": "1", "SLURM_NTASKS_PER_NODE": "1"}
-        job |= {"SLURM_RESTART_COUNT": str(restarts)} if restarts else {}
+    def start(self, script: str, behaviour: str, *, restarts: int = 0, **environment: str | None) -> Ended:
+        """Run one start of a job script; its rank runs `behaviour` in bash. environment: None unsets a variable."""
+        job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "h1", "SLURM_TASKS_PER_NODE": "1"}
+        job |= {"SLURM_RESTART_COUNT": str(restarts), "RESTARTED": str(restarts)} if restarts else {}
         path = f"{self.root}:{os.environ['PATH']}"
         own = {"PATH": path, "BEHAVIOUR": behaviour, "RUN_FOLDER": str(self.run)}
+        given = {**os.environ, **job, **own, **environment}
         done = subprocess.run(
-            ["bash", "-c", script],
-            env={**os.environ, **job, **own, **environment},
+            ["/bin/bash", "-c", script],
+            env={name: value for name, value in given.items() if value is not None},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -132,3 +135,86 @@ def test_a_setup_reaches_the_ranks(place: Place) -> None:
     (place.root / "setup.sh").write_text("false\n")
     failed = place.start(with_setup(script(place), place.root / "setup.sh"), "echo trains")
     assert failed.code == 1 and "\ntrains" not in failed.said
+
+
+def with_setup_line(text: str, line: str) -> str:
+    return text.replace("\n# ==== SETUP: end", f"\n{line}\n# ==== SETUP: end")
+
+
+# Variables of Slurm that only some versions or some ways to submit a job set, and the threads and CPUs of its ranks.
+ENVIRONMENTS = {
+    "--cpus-per-task": ({"SLURM_CPUS_PER_TASK": "8"}, "8 8"),
+    "--cpus-per-task, Slurm 23.11": ({"SLURM_CPUS_PER_TASK": "8", "SLURM_TRES_PER_TASK": "cpu=8"}, "8 8"),
+    "--cpus-per-gpu": ({"SLURM_CPUS_PER_GPU": "6"}, "6 none"),
+    "neither": ({}, "1 none"),
+    "threads of the user": ({"OMP_NUM_THREADS": "3", "SLURM_CPUS_PER_TASK": "8"}, "3 8"),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), ENVIRONMENTS.values(), ids=ENVIRONMENTS)
+def test_threads_and_cpus_of_a_rank(place: Place, given: dict[str, str], expected: str) -> None:
+    """Where a job asks for CPUs by GPU, srun must not get a number by task as well: Slurm takes one of them."""
+    cleared = dict.fromkeys(("OMP_NUM_THREADS", "SRUN_CPUS_PER_TASK"))
+    done = place.start(script(place), 'echo "has $OMP_NUM_THREADS ${SRUN_CPUS_PER_TASK:-none}"', **{**cleared, **given})
+    assert done.code == 0 and f"has {expected}\n" in done.said, done.said
+
+
+@pytest.mark.parametrize("name", ["HOME", "USER", "TMPDIR", "LANG", "SHELL", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE"])
+def test_a_variable_that_a_site_does_not_set(place: Place, name: str) -> None:
+    done = place.start(script(place), SAVES_AND_STOPS, **{name: None})
+    assert done.code == 0 and "requeued as 7, 1 of at most 20 times" in done.said, done.said
+
+
+def test_ranks_have_the_path_of_the_script(place: Place) -> None:
+    """Without an environment (sbatch --export=NONE) bash has a PATH of its own, which it does not pass on."""
+    text = with_setup_line(script(place), f"PATH={place.root}:/usr/local/bin:/usr/bin:/bin")
+    done = place.start(text, "printenv PATH", PATH=None)
+    assert done.code == 0 and f"\n{place.root}:/usr/local/bin:" in done.said, done.said
+
+
+def test_srun_is_told_to_pass_the_environment_on(place: Place) -> None:
+    (place.root / "srun").write_text('#!/bin/bash\necho "srun $*"\n')
+    done = place.start(script(place), "", SLURM_EXPORT_ENV="NONE")
+    assert "srun --export=ALL " in done.said and " /bin/bash " in done.said, done.said
+    merge = fill((ROOT / "launch" / "slurm" / "merge.sbatch").read_text(), {}, {"PYTHON": "/p", "OUT": "/o"})
+    assert "srun --export=ALL " in place.start(merge, "").said
+
+
+def test_a_node_whose_scontrol_does_not_answer(place: Place) -> None:
+    """The job trains and saves; it says at its start and at its end that it cannot requeue itself."""
+    for code in (1, 127):  # of a controller that is away, and of bash without the program
+        (place.root / "scontrol").write_text(f"#!/bin/bash\nexit {code}\n")
+        done = place.start(script(place), SAVES_AND_STOPS)
+        assert done.code == PREEMPTED, done.said
+        said = "`scontrol show job 7` does not answer on "
+        assert f"warning: {said}" in done.said and f"not requeued: {said}" in done.said
+        assert "saved step 8; to go on, submit it again" in done.said
+        assert place.start(script(place), "echo trains").code == 0
+
+
+def test_what_another_job_passes_on(place: Place) -> None:
+    """A job that an array's task submits has the task's variables: it must not requeue that array."""
+    inherited = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "4", "SLURM_RESTART_COUNT": "3"}
+    done = place.start(script(place), SAVES_AND_STOPS, **inherited)
+    assert done.code == 0 and "job 7, start 1:" in done.said, done.said
+    assert "requeued as 7, 1 of at most 20 times" in done.said and "slurm has requeued" in done.said
+
+
+def test_what_is_no_job_of_slurm(place: Place) -> None:
+    done = place.start(script(place), "echo trains", SLURM_JOB_ID=None)
+    assert (
+        done.code == 1 and "SLURM_JOB_ID is not set, so this is not a job: submit the script with sbatch" in done.said
+    )
+    done = place.start(with_setup_line(script(place), "PATH=/nowhere"), "echo trains")
+    assert done.code == 1 and "srun is not in PATH=/nowhere: add the folder of Slurm's programs" in done.said
+    places = {name: value for name, value in place.variables.items() if name != "RUN"}
+    sweep = fill((ROOT / "launch" / "slurm" / "train_array.sbatch").read_text(), {}, {**places, "RUNS": str(place.run)})
+    done = place.start(sweep, "echo trains")
+    assert done.code == 1 and "SLURM_ARRAY_TASK_ID is not set: submit the script with --array" in done.said
+    assert "\ntrains" not in done.said
+
+
+def test_a_heterogeneous_job_is_told_what_runs(place: Place) -> None:
+    done = place.start(script(place), "echo trains", SLURM_HET_SIZE="2")
+    assert done.code == 0 and "warning: a heterogeneous job: its ranks run on component 0 alone" in done.said
+    assert "component 0" not in place.start(script(place), "").said

@@ -65,14 +65,45 @@ def test_steps_meet_at_ports_of_their_own() -> None:
     assert len(set(ports)) == len(ports) and min(ports) >= 10000 and max(ports) < 30000
 
 
-def test_a_job_script_meets_where_bare_steps_do(tmp_path: Path) -> None:
-    """launch/slurm/task.sh computes the port like `set_rank_variables`."""
-    for number in (0, 1, 7):
-        environment = {**step(3, 1, 1), "SLURM_STEP_ID": str(number), "SLURM_NTASKS_PER_NODE": "2"}
-        command = ["bash", ROOT / "launch/slurm/task.sh", tmp_path / "mark", "printenv", "MASTER_PORT"]
-        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
+def task(environment: dict[str, str], mark: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command under launch/slurm/task.sh, as srun does."""
+    words = ["bash", ROOT / "launch/slurm/task.sh", mark, *command]
+    return subprocess.run(words, env={"PATH": os.environ["PATH"], **environment}, capture_output=True, text=True)
+
+
+# Variables of the batch script that srun passes on, by what a job was submitted with and by which Slurm.
+SUBMITTED = {
+    "--ntasks-per-node": {"SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "5"},
+    "--ntasks": {"SLURM_NTASKS": "5"},
+    "neither": {"SLURM_GPUS_PER_TASK": "1", "SLURM_GPUS": "5"},
+    "from inside another job": {"SLURM_NTASKS_PER_NODE": "8", "SLURM_TASKS_PER_NODE": "8", "SLURM_NNODES": "7"},
+    "Slurm 23.11": {"SLURM_TRES_PER_TASK": "cpu=8", "SLURM_CPUS_PER_TASK": "8", "SLURM_NTASKS": "5"},
+    "container whose hook sets them": {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "b1"},
+}
+
+
+@pytest.mark.parametrize("submitted", SUBMITTED.values(), ids=SUBMITTED)
+def test_a_job_script_says_what_bare_steps_do(submitted: dict[str, str], tmp_path: Path) -> None:
+    """launch/slurm/task.sh derives each rank's variables like `set_rank_variables`, from those of the step alone."""
+    for number, place in ((0, (0, 0, 0)), (1, (3, 1, 1)), (7, (4, 0, 2))):
+        environment = {**step(*place), "SLURM_STEP_ID": str(number)}
+        del environment["SLURM_NTASKS"], environment["SLURM_JOB_NODELIST"]
+        done = task({**environment, **submitted}, tmp_path / "mark", "printenv", *NAMES)
         set_rank_variables(environment)
-        assert done.stdout.strip() == environment["MASTER_PORT"]
+        assert done.stdout.split() == [environment[name] for name in NAMES], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        *(({"SLURM_STEP_NODELIST": nodes}, "SLURM_STEP_NODELIST: ") for nodes in ("", "[1-2]", "a[", "a[x-y]", ",a")),
+        *(({"SLURM_STEP_TASKS_PER_NODE": text}, f"'{text}' has no tasks for node 1") for text in ("5", "x", "2(x2")),
+    ],
+    ids=str,
+)
+def test_a_job_script_refuses_what_it_cannot_read(wrong: dict[str, str], said: str, tmp_path: Path) -> None:
+    done = task({**step(3, 1, 1), "SLURM_STEP_ID": "0", **wrong}, tmp_path / "mark", "echo", "trains")
+    assert (done.returncode, done.stdout) == (1, "") and said in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -137,9 +168,11 @@ def test_nothing_outside_a_step(environment: dict[str, str]) -> None:
         ("gpu-1.x,gpu[2-3]", "gpu-1.x"),
     ],
 )
-def test_first_of_a_host_list(nodes: str, first: str) -> None:
-    """The expected host is the first line of `scontrol show hostnames`."""
+def test_first_of_a_host_list(nodes: str, first: str, tmp_path: Path) -> None:
+    """The expected host is the first line of `scontrol show hostnames`. The job script knows it too."""
     assert first_host(nodes) == first
+    environment = {**step(3, 1, 1), "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": nodes}
+    assert task(environment, tmp_path / "mark", "printenv", "MASTER_ADDR").stdout == f"{first}\n"
 
 
 @pytest.mark.parametrize("nodes", ["", "[1-2]", "a[", "a[x-y]", ",a"])
