@@ -17,6 +17,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Ministral3Config,
+    Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -26,6 +28,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 
 CHATML = (
@@ -53,6 +57,17 @@ _LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 6,
+    "beta_fast": 8.0,
+    "mscale": 0.5,
+    "mscale_all_dim": 1.5,
+    "llama_4_scaling_beta": 0.3,
+}
+
 # All different, none 1, and that of attention far from 1/√head_dim = 0.25: a missing or exchanged one shows.
 _MULTIPLIERS = {
     "embedding_multiplier": 5.0,
@@ -76,6 +91,8 @@ _RECIPES: dict[str, tuple[type, type[PreTrainedModel], dict[str, Any]]] = {
         {**_COMMON, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_inner": 96, "n_positions": 64},
     ),
     "opt": (OPTConfig, OPTForCausalLM, {**_SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {**_GROUPED, "no_rope_layers": [1, 0], "tie_word_embeddings": True}),
+    "ministral3": (Ministral3Config, Ministral3ForCausalLM, {**_GROUPED, "head_dim": 24, "rope_parameters": _YARN}),
 }
 FAMILY_NAMES = tuple(_RECIPES)
 

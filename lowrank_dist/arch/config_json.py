@@ -4,7 +4,7 @@ An option that the table cannot express raises UnsupportedModel with the key of 
 missing optional key has transformers' default; a test compares the tables with transformers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,16 +147,34 @@ def _set_heads(fields: dict[str, Any], family: Family, where: str) -> None:
         )
 
 
-def _sliding_windows(values: Mapping[str, Any], family: Family, layers: int, where: str) -> list[int | None]:
-    """Return the sliding window of each layer, or None where it has full attention."""
+def _rotated_layers(values: Mapping[str, Any], family: Family, layers: int, where: str) -> list[bool]:
+    """Return whether each layer rotates its queries and keys."""
+    if not family.no_rope:
+        return [True] * layers
+    flags, interval = (family.no_rope[name].read(values, where) for name in ("flags", "interval"))
+    if flags is None:
+        return [bool((layer + 1) % interval) for layer in range(layers)]
+    if len(flags) < layers:
+        name = family.no_rope["flags"].name
+        raise UserError(f"{where}: {name} has {len(flags)} entries for {layers} layers; correct it")
+    return [bool(flag) for flag in flags[:layers]]
+
+
+def _sliding_windows(
+    values: Mapping[str, Any], family: Family, rotated: Sequence[bool], where: str
+) -> list[int | None]:
+    """Return the sliding window of each layer, or None where it has full attention. rotated: `_rotated_layers`."""
     found = {name: key.read(values, where) for name, key in family.window.items()}
     window: int | None = found.get("window")
+    layers = len(rotated)
     if "used" not in found:
         return [window] * layers
     if not found["used"]:
         window = None
     kinds, key = found["kinds"], family.window["kinds"].name
     if kinds is None:
+        if "first" not in found:
+            return [None if rotates else window for rotates in rotated]
         first = layers if window is None else min(max(found["first"], 0), layers)
         return [None] * first + [window] * (layers - first)
     if len(kinds) != layers:
@@ -174,10 +192,14 @@ def _layers(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any]
     linears, tensors = _linears(family, fields), tuple(rule for rule in family.tensors if _in_layer(rule))
     rope = None
     if fields["positions"] == "rope":
-        rope = read_rope(values, family.rope_theta, fields["max_positions"], where)
-    windows = _sliding_windows(values, family, fields["layers"], where)
-    kinds = {window: LayerKind(linears, tensors, window, rope) for window in dict.fromkeys(windows)}
-    return tuple(kinds[window] for window in windows)
+        rope = read_rope(values, family.rope, fields["head_dim"], fields["max_positions"], where)
+    rotated = _rotated_layers(values, family, fields["layers"], where)
+    described = list(zip(_sliding_windows(values, family, rotated, where), rotated, strict=True))
+    kinds = {
+        (window, rotates): LayerKind(linears, tensors, window, rope if rotates else None)
+        for window, rotates in dict.fromkeys(described)
+    }
+    return tuple(kinds[each] for each in described)
 
 
 def _in_layer(rule: TensorRule) -> bool:

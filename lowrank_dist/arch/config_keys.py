@@ -60,12 +60,14 @@ _NEUTRAL = {
     "residual_multiplier": (1.0,),
     "transformers_weights": ("model.safetensors", "model.safetensors.index.json"),
 }
-_ROPE_NAMES = frozenset({"rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"})
+_ROPE_NAMES = frozenset(
+    "rope_parameters rope_scaling rope_theta partial_rotary_factor original_max_position_embeddings".split()
+)
 
 
 def key_rule(family: Family) -> KeyRule:
     """Return the rule for the config.json of a family."""
-    named = [*family.keys.values(), *family.window.values()]
+    named = [*family.keys.values(), *family.window.values(), *family.no_rope.values()]
     applied = {key.name for key in named} | {key.also for key in named if key.also is not None}
     applied |= family.only.keys() | family.equal.keys() | family.absent.keys()
     if family.fixed["positions"] == "rope":

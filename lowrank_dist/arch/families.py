@@ -11,6 +11,7 @@ from typing import Any
 
 from lowrank_dist.arch.architecture import TensorRule
 from lowrank_dist.arch.keys import Key
+from lowrank_dist.arch.rope import RopeTable
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,11 @@ class Family:
     ignored: patterns of tensors in the files that carry no weights; they match names without `prefix`.
     fused_qkv: one Hugging Face module stacks q, k and v in this order; `linears` has its path once.
     window: the keys of a sliding window; empty where the family has none. "window" is its width. Without the other keys
-    it applies to all layers. "used" turns it on, "first" is the first layer with it, "kinds" lists every layer's kind.
-    rope_theta: base of the rotary embedding where config.json gives none.
+    it applies to all layers. "used" turns it on, "kinds" lists every layer's kind. Where "kinds" is missing, "first" is
+    the first layer with a window; without "first" the layers without rotary positions have it.
+    no_rope: the keys of layers without rotary positions; empty where the family has none. "flags" has 0 for each such
+    layer, else 1. Where it is missing, every "interval"-th layer is one.
+    rope: what the family's rotary positions have in common.
     """
 
     model_class: str
@@ -44,8 +48,9 @@ class Family:
     ignored: tuple[str, ...] = ()
     fused_qkv: bool = False
     window: Mapping[str, Key] = field(default_factory=dict)
+    no_rope: Mapping[str, Key] = field(default_factory=dict)
     equal: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-    rope_theta: float = 10_000.0
+    rope: RopeTable = RopeTable()
     absent: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -305,6 +310,60 @@ FAMILIES: Mapping[str, Family] = {
             ),
             *_weight_and_bias("decoder.final_layernorm", "model.decoder.final_layer_norm"),
             OUTPUT_LAYER,
+        ),
+    ),
+    "smollm3": Family(
+        prefix="model.",
+        keys=_LLAMA_KEYS
+        | {
+            "kv_heads": Key("num_key_value_heads", "heads", 4, null=True),
+            "max_positions": Key("max_position_embeddings", "size", 32_768),
+            "tied": Key("tie_word_embeddings", "flag", True),
+        },
+        fixed=_LLAMA_FIXED,
+        only=_LLAMA_ONLY,
+        linears=_LLAMA_LINEARS,
+        tensors=_LLAMA_TENSORS,
+        ignored=_ROPE_BUFFERS,
+        window={
+            "window": Key("sliding_window", "size", None),
+            "used": Key("use_sliding_window", "flag", False),
+            "kinds": Key("layer_types", "names", None),
+        },
+        no_rope={
+            "flags": Key("no_rope_layers", "bits", None),
+            "interval": Key("no_rope_layer_interval", "size", 4),
+        },
+        rope=RopeTable(theta=2_000_000.0),
+    ),
+    "ministral3": Family(
+        prefix="model.",
+        keys=_LLAMA_KEYS
+        | {
+            "kv_heads": Key("num_key_value_heads", "heads", 8),
+            "head_dim": Key("head_dim", "even", 128, null=True),
+            "max_positions": Key("max_position_embeddings", "size", 262_144),
+            "norm_eps": Key("rms_norm_eps", "number", 1e-5),
+        },
+        fixed=_LLAMA_FIXED,
+        only={},
+        linears=_LLAMA_LINEARS,
+        tensors=_LLAMA_TENSORS,
+        ignored=_ROPE_BUFFERS,
+        window={"window": Key("sliding_window", "size", None)},
+        rope=RopeTable(
+            scales_queries=True,
+            default={
+                "type": "yarn",
+                "rope_theta": 1_000_000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16_384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale_all_dim": 1.0,
+                "mscale": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
         ),
     ),
 }

@@ -37,6 +37,10 @@ _KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "positive": ("a number from 1e-30 to 1e30", lambda value: is_number(value) and 1e-30 <= value <= 1e30),
     "flag": ("true or false", lambda value: isinstance(value, bool)),
     "text": ("text", lambda value: isinstance(value, str)),
+    "bits": (
+        "a list of 0 and 1",
+        lambda value: isinstance(value, list) and all(is_integer(x) and x in (0, 1) for x in value),
+    ),
     "names": ("a list of texts", lambda value: isinstance(value, list) and all(isinstance(x, str) for x in value)),
 }
 
@@ -52,14 +56,14 @@ class Key:
 
     kind: "size" is a positive integer, "depth" one up to MOST_LAYERS, "heads" one up to MOST_HEADS, "even" an even one;
     "integer" any integer; "number" at least 0, "positive" from 1e-30 to 1e30; "flag" true or false, "text" a string,
-    "names" a list of strings.
+    "bits" a list of 0 and 1, "names" a list of strings.
     default: a value, REQUIRED, or None for a value that follows from other keys.
     null: null is a valid value and is read as None. also: another name that transformers maps to this key; it wins
     where both are given.
     """
 
     name: str
-    kind: Literal["size", "depth", "heads", "even", "integer", "number", "positive", "flag", "text", "names"]
+    kind: Literal["size", "depth", "heads", "even", "integer", "number", "positive", "flag", "text", "bits", "names"]
     default: object = REQUIRED
     null: bool = False
     also: str | None = None

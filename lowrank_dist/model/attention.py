@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lowrank_dist.arch.architecture import LayerKind
 from lowrank_dist.arch.rope import RopeParameters
+from lowrank_dist.model.rope import Rotation
 
 
 class KVCache:
@@ -45,11 +46,27 @@ class KVCache:
         self._padded = bool(padding.any())
         self._prefix = self.filled = 0 if prefix is None else prefix.size(3)
         shape = (layers, padding.size(0), kv_heads, self.filled + columns, head_dim)
+        self._tokens = padding.new_empty(padding.size(0), 0)
         self._keys = torch.empty(shape, dtype=dtype, device=padding.device)
         self._values = torch.empty_like(self._keys)
         if prefix is not None:
             for stored, part in ((self._keys, prefix[:, 0]), (self._values, prefix[:, 1])):
                 stored[..., : self.filled, :] = part[:, None]
+
+    def append(self, input_ids: Tensor, boundary: int | None) -> Tensor:
+        """Record the tokens [b, s] of the next columns and return those to compute: these, or all from the first.
+
+        boundary: the length beyond which a sample's rotary positions are others (longrope), so that a row that passes
+        it needs all its columns again; None = there is none.
+        """
+        lengths = self.filled - self.padding
+        self._tokens = torch.cat((self._tokens, input_ids), dim=1)
+        if boundary is None or self._tokens.size(1) == input_ids.size(1):
+            return input_ids
+        if not bool(((lengths <= boundary) & (lengths + input_ids.size(1) > boundary)).any()):
+            return input_ids
+        self.filled = self._prefix
+        return self._tokens
 
     def extend(self, layer: int, k_bgsd: Tensor, v_bgsd: Tensor) -> tuple[Tensor, Tensor]:
         """Store the next s columns of one layer and return all its keys and values so far, [b, g, t, d]."""
@@ -67,7 +84,7 @@ class KVCache:
                 for stored in (self._keys, self._values):
                     stored[:, place, :, : self.filled] = stored[:, row, :, : self.filled]
         self._keys, self._values = self._keys[:, : len(rows)], self._values[:, : len(rows)]
-        self.padding = self.padding[list(rows)]
+        self.padding, self._tokens = self.padding[list(rows)], self._tokens[list(rows)]
         self._padded = bool(self.padding.any())
 
     def visible(self, new: int, window: int | None) -> Tensor | None:
@@ -95,14 +112,14 @@ class KVCache:
 class SequencePlan(PackedSeqParams):
     """The layout of a microbatch for attention, passed through Megatron's layers as their `packed_seq_params`.
 
-    rotations: rotary positions of a layer → its cos and sin, each [s, b or 1, 1, d/2]. segments: (row, start, end) of
-    every packed sample, or None where each row is one sample and causality alone keeps right padding out. cache: the
-    earlier columns when decoding. visible: sliding window of a layer → `KVCache.visible` of the new columns. prefix:
-    [L, 2, g, l, d], trained keys and values that every position sees; a cache holds its own prefix.
+    rotations: rotary positions of a layer → the rotation of each position. segments: (row, start, end) of every packed
+    sample, or None where each row is one sample and causality alone keeps right padding out. cache: the earlier columns
+    when decoding. visible: sliding window of a layer → `KVCache.visible` of the new columns. prefix: [L, 2, g, l, d],
+    trained keys and values that every position sees; a cache holds its own prefix.
     """
 
     qkv_format: str = "sbhd"
-    rotations: Mapping[RopeParameters, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    rotations: Mapping[RopeParameters, Rotation] = field(default_factory=dict)
     segments: Sequence[tuple[int, int, int]] | None = None
     cache: KVCache | None = None
     visible: Mapping[int | None, Tensor | None] = field(default_factory=dict)
@@ -110,26 +127,42 @@ class SequencePlan(PackedSeqParams):
 
 
 class _Rotate(torch.autograd.Function):
-    """RoPE in Hugging Face's half-split layout (rotate_half); backward rotates by −θ. Saves no activation."""
+    """RoPE of the first columns of a head; backward rotates by −θ. Saves no activation.
+
+    A column is rotated with the one half of the rotated columns further (Hugging Face's rotate_half), or with its
+    neighbour where they are interleaved.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_sbhd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, x_sbhd: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotate(x_sbhd, cos, sin)
+        ctx.interleaved = interleaved
+        return _rotate(x_sbhd, cos, sin, interleaved)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         cos, sin = ctx.saved_tensors
-        return _rotate(dy, cos, -sin), None, None
+        return _rotate(dy, cos, -sin, ctx.interleaved), None, None, None
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    low, high = x.chunk(2, dim=-1)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out_low, out_high = out.chunk(2, dim=-1)
+    columns = 2 * cos.size(-1)
+    if columns < x.size(-1):
+        out[..., columns:] = x[..., columns:]
+    low, high = _pairs(x[..., :columns], interleaved)
+    out_low, out_high = _pairs(out[..., :columns], interleaved)
     torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
     torch.mul(high, cos, out=out_high).addcmul_(low, sin)
     return out
+
+
+def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Return views of the first and of the second column of every rotated pair."""
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    low, high = x.chunk(2, dim=-1)
+    return low, high
 
 
 class CoreAttention(nn.Module):
@@ -154,13 +187,17 @@ class CoreAttention(nn.Module):
         **_: Any,
     ) -> Tensor:
         plan = packed_seq_params
-        if self.kind.rope is not None:
-            rotation = plan.rotations[self.kind.rope]
-            query, key = _Rotate.apply(query, *rotation), _Rotate.apply(key, *rotation)
+        rope = self.kind.rope
+        if rope is not None:
+            cos, sin, query_scale = plan.rotations[rope]
+            query = _Rotate.apply(query, cos, sin, rope.interleaved)
+            if query_scale is not None:
+                query = query * query_scale
+            key = _Rotate.apply(key, cos, sin, rope.interleaved)
         q_bhsd, k_bgsd, v_bgsd = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if plan.cache is not None:
             visible = plan.visible[self.kind.sliding_window]
-            out_bhsd = self._attend_cached(q_bhsd, k_bgsd, v_bgsd, plan.cache, visible)
+            out_bhsd = self._attend_cached(q_bhsd, *plan.cache.extend(self.layer, k_bgsd, v_bgsd), visible)
         else:
             prefix = None if plan.prefix is None else plan.prefix[self.layer]
             if plan.segments is None:
@@ -208,11 +245,8 @@ class CoreAttention(nn.Module):
             rows[row].append(self._attend(q_bhsd[part], k_bgsd[part], v_bgsd[part], prefix))
         return torch.cat([torch.cat(parts, dim=2) for parts in rows], dim=0)
 
-    def _attend_cached(
-        self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, cache: KVCache, visible: Tensor | None
-    ) -> Tensor:
+    def _attend_cached(self, q_bhsd: Tensor, k_bgtd: Tensor, v_bgtd: Tensor, visible: Tensor | None) -> Tensor:
         """Return attention of the new columns to the earlier ones and to themselves."""
-        k_bgtd, v_bgtd = cache.extend(self.layer, k_bgsd, v_bgsd)
         group = q_bhsd.size(1) // k_bgtd.size(1)
         if q_bhsd.size(2) == 1:
             # With one position the query heads of a group can stand for positions of one head, so that keys and values

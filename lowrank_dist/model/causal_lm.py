@@ -17,8 +17,9 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from torch import Tensor, nn
 
 from lowrank_dist.arch.architecture import Architecture, padded_vocab
+from lowrank_dist.arch.rope import RopeParameters
 from lowrank_dist.model.attention import KVCache, SequencePlan
-from lowrank_dist.model.rope import inv_freq
+from lowrank_dist.model.rope import Frequencies, Rotation
 from lowrank_dist.model.spec import layer_specs, transformer_config
 from lowrank_dist.ops.linear import linear
 from lowrank_dist.parallel.collectives import enter_parallel_region
@@ -83,7 +84,7 @@ class CausalLM(nn.Module):
             if architecture.positions == "learned":
                 self.embedding.position_embeddings.to(dtype)
         # Not buffers, which a cast of the model would round.
-        self.inv_freq = {rope: inv_freq(rope, architecture.head_dim).to(device) for rope in architecture.ropes}
+        self.frequencies = {rope: Frequencies(rope, architecture.head_dim, device) for rope in architecture.ropes}
         self.architecture = architecture
         self.topology = topology
         self.prefix: KeysValues | None = None
@@ -199,9 +200,12 @@ class CausalLM(nn.Module):
         only without sequence parallelism.
         """
         assert not self.topology.sequence_parallel, "decode inside `without_sequence_parallelism`"
+        boundaries = [rope.original_max_positions for rope in self.frequencies if rope.type == "longrope"]
+        input_ids = cache.append(input_ids, min(boundaries, default=None))
         columns = torch.arange(cache.filled, cache.filled + input_ids.size(1), device=input_ids.device)
         position_ids = (columns - cache.padding[:, None]).clamp_(min=0)
-        plan = self._plan(position_ids.t())
+        lengths_sb = (cache.filled + input_ids.size(1) - cache.padding)[None]
+        plan = SequencePlan(rotations=self._rotations(position_ids.t(), lengths_sb))
         windows = dict.fromkeys(kind.sliding_window for kind in self.architecture.kinds)
         plan.cache = cache
         plan.visible = {window: cache.visible(input_ids.size(1), window) for window in windows}
@@ -221,22 +225,26 @@ class CausalLM(nn.Module):
             # Positions of unpacked rows are all 0, 1, 2, …: one column of angles serves them all, padding included.
             first = 0 if self.prefix is None else self.prefix.length
             positions_sb = torch.arange(first, first + position_ids.size(1), device=position_ids.device)[:, None]
+            lengths_sb = position_ids.amax(dim=1)[None] + 1  # padding has position 0
         else:
             positions_sb = position_ids.t()
-        plan = self._plan(positions_sb)
+            lengths_sb = torch.empty_like(positions_sb)
+            for row, start, end in segments:
+                lengths_sb[start:end, row] = end - start + (0 if self.prefix is None else self.prefix.length)
+        plan = SequencePlan(rotations=self._rotations(positions_sb, lengths_sb))
         plan.segments, plan.prefix = segments, self._prefix()
         hidden = self._decoded(input_ids, position_ids, plan)
         if not self.topology.sequence_parallel:
             return hidden
         return enter_parallel_region(hidden, self.topology.tp_group, sequence_parallel=True)
 
-    def _plan(self, positions_sb: Tensor) -> SequencePlan:
-        """Return a plan with the rotation of each position. The caller fills the other fields."""
-        dtype, rotations = self.config.params_dtype, {}
-        for rope, frequencies in self.inv_freq.items():
-            angles = (positions_sb[..., None].float() * frequencies)[:, :, None, :]
-            rotations[rope] = angles.cos().to(dtype), angles.sin().to(dtype)
-        return SequencePlan(rotations=rotations)
+    def _rotations(self, positions_sb: Tensor, lengths_sb: Tensor) -> dict[RopeParameters, Rotation]:
+        """Return the rotation of each position, for each of the layers' rotary positions.
+
+        positions_sb [s, b or 1]; lengths_sb, broadcast with it: the tokens of the sample at a position.
+        """
+        dtype = self.config.params_dtype
+        return {rope: each.rotation(positions_sb, lengths_sb, dtype) for rope, each in self.frequencies.items()}
 
     def _decoded(self, input_ids: Tensor, position_ids: Tensor, plan: SequencePlan) -> Tensor:
         """Return [s, b, H] of this rank's positions after the final norm, scaled for the head."""

@@ -30,6 +30,24 @@ VARIANTS = {
     "window": ("mistral", {"sliding_window": WINDOW}),
     "linear_rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     "tied_gpt2_apart": ("gpt2", {"tie_word_embeddings": False}),
+    "window_beside_full": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "window_without_rope": ("smollm3", {"use_sliding_window": True, "sliding_window": WINDOW}),
+}
+# A row of 3 tokens becomes long while it is decoded; rows of 20 are long from the start.
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0 + i / 20 for i in range(8)],
+    "long_factor": [1.5 + i for i in range(8)],
 }
 
 
@@ -132,7 +150,23 @@ def overwrite_the_column_before() -> Any:
     return cache_patch("extend", extend)
 
 
-BREAKAGES = {f.__name__: f for f in (forget_padding, forget_window, keep_other_rows, overwrite_the_column_before)}
+def decide_by_the_batch() -> Any:
+    from lowrank_dist.model.rope import Frequencies
+
+    original = Frequencies.rotation
+
+    def rotation(self: Any, positions: Any, lengths: Any, dtype: Any) -> Any:
+        return original(self, positions, torch.full_like(lengths, int(lengths.max())), dtype)
+
+    return mock.patch.object(Frequencies, "rotation", rotation)
+
+
+BREAKAGES = {
+    function.__name__: function
+    for function in (
+        *(forget_padding, forget_window, keep_other_rows, overwrite_the_column_before, decide_by_the_batch),
+    )
+}
 # Ranks, tensor-parallel size, sequence parallel.
 LAYOUTS = {
     "tp1": (1, 1, False),
@@ -159,6 +193,34 @@ def test_greedy_is_transformers_generate(
     for rank in found:
         for name in chosen:
             assert rank[name] == expected[name], name
+
+
+def by_recomputation(folder: str) -> list[list[int]]:
+    """Decode each prompt by itself and without a cache, so that every step has the frequencies of the whole sample."""
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    found = []
+    for row in token_rows():
+        ids = list(row)
+        while len(ids) < len(row) + NEW and (len(ids) == len(row) or ids[-1] not in STOPS):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        found.append(ids[len(row) :])
+    return found
+
+
+@pytest.mark.parametrize("layout", ["tp1", "tp2_sp"])
+def test_longrope_goes_by_the_length_of_a_sample(tmp_path: Path, layout: str) -> None:
+    """Rows of a batch are long or short each by itself, and a row that becomes long changes its earlier keys too."""
+    folder = str(make_tiny("llama", tmp_path / "longrope", rope_parameters=LONGROPE))
+    world, tensor, sequence = LAYOUTS[layout]
+    expected = by_recomputation(folder)
+    original, rules = LONGROPE["original_max_position_embeddings"], {"max_new_tokens": NEW, "batch": 4}
+    assert any(len(row) < original < len(row) + len(new) for row, new in zip(token_rows(), expected, strict=True))
+    for rank in run_ranks(world, generated, {"longrope": folder}, tensor, sequence, rules):
+        assert rank["longrope"] == expected
+    if world == 1:
+        (by_batch,) = run_ranks(1, generated, {"longrope": folder}, 1, False, rules, "decide_by_the_batch")
+        assert by_batch["longrope"] != expected
 
 
 def test_models_stop_and_run_on(expected: dict[str, list[list[int]]]) -> None:

@@ -26,6 +26,17 @@ FIRST = 9  # the packed row: samples of 9 and 7 tokens
 
 # One KV head for two and four ranks: a rank's rows of the fused matrix begin and end inside a head.
 ONE_KV_HEAD = ("llama", "qwen2", "qwen3")
+# Rope types that no tiny model of a family has. The packed row has a sample that longrope calls long, and a short one.
+ROPES: dict[str, dict[str, Any]] = {
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 8, "truncate": False},
+    "dynamic": {"factor": 4.0},
+    "longrope": {
+        "factor": 4.0,
+        "original_max_position_embeddings": 8,
+        "short_factor": [1.0 + i / 20 for i in range(8)],
+        "long_factor": [1.5 + i for i in range(8)],
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +45,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     made = {family: make_tiny(family, base / family) for family in FAMILY_NAMES}
     for family in ONE_KV_HEAD:
         made[f"{family}_one_kv"] = make_tiny(family, base / f"{family}_one_kv", num_key_value_heads=1)
+    for rope, keys in ROPES.items():
+        parameters = {"rope_type": rope, "rope_theta": 1e4, **keys}
+        made[rope] = make_tiny("llama", base / rope, rope_parameters=parameters)
     return {name: str(folder) for name, folder in made.items()}
 
 
@@ -106,8 +120,27 @@ def exchange_k_and_v(model: Any) -> None:
 def scale_rope_theta(model: Any) -> None:
     from lowrank_dist.model.rope import inv_freq
 
-    for rope, frequencies in model.inv_freq.items():
-        frequencies.copy_(inv_freq(replace(rope, theta=2 * rope.theta), model.architecture.head_dim))
+    for rope, frequencies in model.frequencies.items():
+        frequencies.short.copy_(
+            inv_freq(replace(rope, theta=2 * rope.theta), rope.columns or model.architecture.head_dim)
+        )
+
+
+def rotate_every_layer(model: Any) -> None:
+    (rope,) = model.frequencies
+    for layer in model.decoder.layers:
+        attention = layer.self_attention.core_attention
+        attention.kind = replace(attention.kind, rope=rope)
+
+
+def forget_query_scale(model: Any) -> None:
+    for frequencies in model.frequencies.values():
+        frequencies.rope = replace(frequencies.rope, query_beta=0.0)
+
+
+def forget_rope_scaling(model: Any) -> None:
+    for frequencies in model.frequencies.values():
+        frequencies.rope = replace(frequencies.rope, scaling=1.0)
 
 
 def shift_positions(model: Any) -> None:
@@ -155,6 +188,7 @@ BREAKAGES: dict[str, Callable[[Any], None]] = {
     function.__name__: function
     for function in (
         *(exchange_k_and_v, scale_rope_theta, shift_positions, forget_biases, forget_norm_weights),
+        *(rotate_every_layer, forget_query_scale, forget_rope_scaling),
         *MULTIPLIERS,
     )
 }
@@ -184,7 +218,10 @@ def test_bf16_errs_as_transformers_does(bf16_folders: dict[str, str], layout: st
     ("broken", "families"),
     [
         ("exchange_k_and_v", FAMILY_NAMES),
-        ("scale_rope_theta", ("llama", "llama2", "granite", "mistral", "qwen2", "qwen3")),
+        ("scale_rope_theta", ("llama", "llama2", "granite", "mistral", "qwen2", "qwen3", "smollm3", "ministral3")),
+        ("rotate_every_layer", ("smollm3",)),
+        ("forget_query_scale", ("ministral3",)),
+        ("forget_rope_scaling", ("ministral3", "yarn", "longrope")),
         ("shift_positions", ("gpt2", "opt")),
         ("forget_biases", ("qwen2", "gpt2", "opt")),
         ("forget_norm_weights", FAMILY_NAMES),
@@ -252,6 +289,25 @@ def test_notices_samples_that_see_each_other(folders: dict[str, str]) -> None:
     for name, folder in folders.items():
         assert gap(found[name][:, :FIRST], transformers_logits(folder, ids[:, :FIRST])) <= TOLERANCE, name
         assert gap(found[name][:, FIRST:], transformers_logits(folder, ids[:, FIRST:])) > BROKEN, name
+
+
+def ragged_logits(folder: str, positions: torch.Tensor) -> np.ndarray:
+    """On one rank at TP 2: return the logits of two rows of which the second has FIRST - 2 tokens and then padding."""
+    model, device = load(folder, ranks.topology(2, True)), ranks.device()
+    return model.logits(tokens().to(device), positions.to(device)).double().cpu().numpy()
+
+
+def test_longrope_goes_by_the_length_of_each_row(folders: dict[str, str]) -> None:
+    """Padding has position 0 and does not count. Control: a row that ends later is long."""
+    ids, short = tokens(), FIRST - 2
+    positions = torch.arange(LENGTH).repeat(2, 1)
+    positions[1, short:] = 0
+    found = run_ranks(2, ragged_logits, folders["longrope"], positions)[0]
+    assert gap(found[:1], transformers_logits(folders["longrope"], ids[:1])) <= TOLERANCE
+    assert gap(found[1:, :short], transformers_logits(folders["longrope"], ids[1:, :short])) <= TOLERANCE
+    positions[1, -1] = LENGTH - 1
+    longer = run_ranks(2, ragged_logits, folders["longrope"], positions)[0]
+    assert gap(longer[1:, :short], found[1:, :short]) > BROKEN
 
 
 def broadcast_parameters(folders: list[str]) -> tuple[bool, bool]:

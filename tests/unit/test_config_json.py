@@ -15,16 +15,20 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lowrank_dist.arch import families
 from lowrank_dist.arch.config_json import UnsupportedModel, parse_architecture, read_architecture
 from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.arch.model_files import BUILT_IN, built_in_config, declared_dtype, hub_hint, stored_dtype
+from lowrank_dist.arch.rope import RopeParameters
 from lowrank_dist.data.tokenizer import load_tokenizer
 from lowrank_dist.engine.planning import find_model, job_of, read_request
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import check_checkpoint, open_checkpoint
 from lowrank_dist.methods.lora.files import read_adapter
+from lowrank_dist.model.rope import inv_freq
 from lowrank_dist.planner.parameters import frozen_size
 from tests.tiny_models import FAMILY_NAMES, make_tiny
 
@@ -44,17 +48,19 @@ WRONG = [None, "x", True, 1.5, [2], {"a": 1}, -2, 0]
 LLAMA_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 SIZES = {
-    **dict.fromkeys(("llama", "granite", "mistral", "qwen2", "qwen3"), LLAMA_SIZES),
+    **dict.fromkeys(("llama", "granite", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"), LLAMA_SIZES),
     "gpt2": ("n_embd", "n_layer", "n_head", "vocab_size"),
     "opt": ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "vocab_size"),
 }
 ROPE = {
     "rope_theta": st.sampled_from([5e5, 1e6, 10000, None, "x", -1.0]),
-    "rope_scaling": st.sampled_from([None, {}, {"type": "linear", "factor": 2.0}, {"type": "yarn", "factor": 2.0}]),
+    "rope_scaling": st.sampled_from(
+        [None, {}, {"type": "linear", "factor": 2.0}, {"type": "yarn", "factor": 2.0}, {"type": "other", "factor": 2.0}]
+    ),
     "rope_parameters": st.one_of(
         st.sampled_from([None, {}, "x", [1], {"rope_type": None}, {"full_attention": {"rope_theta": 2.0}}]),
         st.fixed_dictionaries(
-            {"rope_type": st.sampled_from(["default", "linear", "llama3", "dynamic"])},
+            {"rope_type": st.sampled_from(["default", "linear", "llama3", "dynamic", "yarn", "longrope", "other"])},
             optional={
                 "rope_theta": st.sampled_from([7.0, 3, None, "x", -1.0]),
                 "factor": st.sampled_from([4.0, 2, 0.0, "x", None]),
@@ -62,6 +68,15 @@ ROPE = {
                 "high_freq_factor": st.just(4.0),
                 "original_max_position_embeddings": st.sampled_from([128, None]),
                 "partial_rotary_factor": st.sampled_from([1.0, 0.5]),
+                "attention_factor": st.sampled_from([0.5, None]),
+                "beta_fast": st.sampled_from([16.0, None]),
+                "beta_slow": st.sampled_from([2, None]),
+                "mscale": st.sampled_from([0.7, None]),
+                "mscale_all_dim": st.sampled_from([1.5, 0.0, None]),
+                "truncate": st.booleans(),
+                "short_factor": st.sampled_from([[1.0 + i / 9 for i in range(8)], [1.5] * 4, [2.0] * 3, None]),
+                "long_factor": st.sampled_from([[3.0 + i / 7 for i in range(8)], [2.5] * 4]),
+                "llama_4_scaling_beta": st.sampled_from([0.2, None, "x"]),
             },
         ),
     ),
@@ -100,10 +115,19 @@ QWEN = LLAMA | {
         st.sampled_from(["x", [1, 2, 3]]),
     ),
 }
+SMOLLM3 = {key: value for key, value in QWEN.items() if key != "max_window_layers"} | {
+    "no_rope_layers": st.sampled_from([None, [1, 1, 0], [0] * 5, [1], "x", [2, 1, 0]]),
+    "no_rope_layer_interval": size(2, 4),
+    "mlp_bias": FLAG,
+}
 OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "smollm3": SMOLLM3,
     "llama": LLAMA | {"mlp_bias": FLAG},
     "granite": LLAMA | {"mlp_bias": FLAG, **dict.fromkeys(MULTIPLIERS, MULTIPLIER)},
-    "mistral": {key: value for key, value in LLAMA.items() if key != "attention_bias"} | {"sliding_window": size(32)},
+    **dict.fromkeys(
+        ("mistral", "ministral3"),
+        {key: value for key, value in LLAMA.items() if key != "attention_bias"} | {"sliding_window": size(32)},
+    ),
     "qwen2": {key: value for key, value in QWEN.items() if key != "attention_bias"},
     "qwen3": QWEN,
     "gpt2": {
@@ -169,14 +193,17 @@ def by_transformers(values: Values) -> PreTrainedConfig | None:
 
 def expected(config: PreTrainedConfig) -> Values:
     """Return the expected fields of `Architecture`, from transformers' own names as its modelling code reads them."""
-    rope = getattr(config, "rope_parameters", None)
     learned = config.model_type in ("gpt2", "opt")
     ffn = {"gpt2": "n_inner", "opt": "ffn_dim"}.get(config.model_type, "intermediate_size")
     eps = {"gpt2": "layer_norm_epsilon", "opt": None}.get(config.model_type, "rms_norm_eps")
     window = getattr(config, "sliding_window", None) if config.model_type != "llama" else None
     kinds = ["sliding_attention"] * config.num_hidden_layers
-    if config.model_type in ("qwen2", "qwen3"):
+    if config.model_type in ("qwen2", "qwen3", "smollm3"):
         kinds = config.layer_types
+    if config.model_type == "smollm3" and not config.use_sliding_window:
+        window = None
+    rotated = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
+    rope = None if learned else expected_rope(config)
     return {
         "family": config.model_type,
         "hidden": config.hidden_size,
@@ -196,16 +223,42 @@ def expected(config: PreTrainedConfig) -> Values:
         "residual_multiplier": getattr(config, "residual_multiplier", 1.0),
         "logits_divisor": getattr(config, "logits_scaling", 1.0),
         "windows": [window if kind == "sliding_attention" else None for kind in kinds],
-        "rope": None if learned else {key: rope[key] for key in RELEVANT[rope["rope_type"]]},
+        "ropes": [rope if rotates else None for rotates in rotated[: config.num_hidden_layers]],
     }
 
 
-RELEVANT = {
+# Keys of rope_parameters that must be positive numbers.
+NEEDED = {
     "default": ("rope_theta",),
     "linear": ("rope_theta", "factor"),
+    "dynamic": ("rope_theta", "factor"),
     "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("rope_theta", "original_max_position_embeddings"),
+    "longrope": ("rope_theta", "original_max_position_embeddings"),
 }
-FIELDS = ("theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_positions")
+
+
+def expected_rope(config: PreTrainedConfig) -> list[Any]:
+    """Return frequencies of short and long samples, scaling of cos and sin, and queries' beta, as transformers does."""
+    stated = config.rope_parameters
+    if stated["rope_type"] == "default":
+        found = [LlamaRotaryEmbedding.compute_default_rope_parameters(config)] * 2
+    else:
+        compute = ROPE_INIT_FUNCTIONS[stated["rope_type"]]
+        found = [compute(config)]  # which completes config.rope_parameters
+        longer = stated["original_max_position_embeddings"] + 1 if stated["rope_type"] == "longrope" else None
+        found.append(compute(config, seq_len=longer))
+    original = config.rope_parameters.get("original_max_position_embeddings")
+    beta = (stated["llama_4_scaling_beta"], original) if config.model_type == "ministral3" else (0.0, None)
+    return [found[0][0].tolist(), found[1][0].tolist(), found[0][1], *beta]
+
+
+def found_rope(rope: RopeParameters | None, head_dim: int) -> list[Any] | None:
+    if rope is None:
+        return None
+    columns = rope.columns or head_dim
+    frequencies = [inv_freq(rope, columns, long=long).tolist() for long in (False, True)]
+    return [*frequencies, rope.scaling, rope.query_beta, rope.original_max_positions if rope.query_beta else None]
 
 
 def found_in(values: Values) -> Values:
@@ -214,16 +267,12 @@ def found_in(values: Values) -> Values:
     key = "hidden_act" if architecture.positions == "rope" else "activation_function"
     spelled = values.get(key, {"gpt2": "gelu_new", "opt": "relu"}.get(architecture.family, "silu"))
     torch.testing.assert_close(OURS[architecture.activation](x), ACT2FN[spelled](x), rtol=0, atol=1e-6)
-    rope = architecture.layers[0].rope
-    stated = None if rope is None else dict(zip(RELEVANT["llama3"], [getattr(rope, f) for f in FIELDS], strict=True))
-    if rope is not None and stated is not None:
-        stated = {key: stated[key] for key in RELEVANT[rope.type]}
     layers = architecture.layers
-    assert len(set(architecture.ropes)) < 2 and len({kind.ffn for kind in layers}) == 1, "layers differ by window alone"
+    assert len({kind.ffn for kind in layers}) == 1, "the MLPs are alike"
     counted = {
         "layers": len(layers),
         "ffn": layers[0].ffn,
-        "rope": stated,
+        "ropes": [found_rope(kind.rope, architecture.head_dim) for kind in layers],
         "windows": [kind.sliding_window for kind in layers],
     }
     names = expected(AutoConfig.for_model("llama")).keys() - counted.keys()
@@ -251,7 +300,7 @@ def has_no_table(values: Values, config: PreTrainedConfig) -> bool:
         return True
     acts = [getattr(config, key, "silu") for key in ("hidden_act", "activation_function")]
     only = {
-        **dict.fromkeys(("llama", "granite"), {"attention_bias": False, "mlp_bias": False}),
+        **dict.fromkeys(("llama", "granite", "smollm3"), {"attention_bias": False, "mlp_bias": False}),
         "qwen3": {"attention_bias": False},
         "gpt2": {
             "scale_attn_weights": True,
@@ -284,12 +333,25 @@ def _heads_or_rope_without_table(values: Values, config: PreTrainedConfig) -> bo
     # GraniteConfig has no such key, so any value passes, and yet its modelling code reads it.
     if type(head_dim) is not int or head_dim < 1 or head_dim % 2:
         return True
+    return has_no_rope(config, head_dim)
+
+
+def has_no_rope(config: PreTrainedConfig, head_dim: int) -> bool:
+    """Return whether we must refuse the rotary positions of a config that transformers accepts."""
     rope = config.rope_parameters
-    if rope.get("rope_type") not in RELEVANT or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if rope.get("rope_type") not in NEEDED or rope.get("partial_rotary_factor", 1.0) != 1.0:
         return True
     if any(isinstance(value, dict) for value in rope.values()):
         return True
-    needed = [rope.get(key) for key in RELEVANT[rope["rope_type"]]]
+    needed = [rope.get(key) for key in NEEDED[rope["rope_type"]]]
+    if config.model_type == "ministral3":
+        needed += [rope.get("llama_4_scaling_beta"), rope.get("original_max_position_embeddings")]
+    if rope["rope_type"] == "longrope":
+        factors = [rope.get("short_factor"), rope.get("long_factor")]
+        if any(not isinstance(each, list) or len(each) != head_dim // 2 for each in factors):
+            return True
+    if rope["rope_type"] in ("yarn", "longrope") and rope.get("factor") is not None:
+        needed.append(rope["factor"])
     return any(not isinstance(number, int | float) or number <= 0 for number in needed)
 
 
@@ -335,7 +397,8 @@ def test_published_shapes_are_configs_that_transformers_reads(name: str) -> None
 def test_no_value_makes_a_traceback(family: str, data: Any) -> None:
     """Any JSON value, at any key that a table names, is read or refused with a UserError."""
     table = FAMILIES[family]
-    keys = [*(key.name for key in (*table.keys.values(), *table.window.values())), *table.only, *table.equal, *ROPE]
+    named = (*table.keys.values(), *table.window.values(), *table.no_rope.values())
+    keys = [*(key.name for key in named), *table.only, *table.equal, *ROPE]
     keys += ["dtype", "torch_dtype", "model_type", "quantization_config", "per_layer_config"]
     values = minimal_config(family)
     if data is not None:

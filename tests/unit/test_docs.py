@@ -303,9 +303,8 @@ def test_the_families_that_are_named_are_those_there_are() -> None:
     [
         ("no mixture of experts", {"model_type": "mixtral"}),
         ("multi-head latent", {"model_type": "deepseek_v3"}),
-        ("no YaRN, dynamic or longrope", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}),
-        ("no YaRN, dynamic or longrope", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
-        ("rotation of a part of the head", {"partial_rotary_factor": 0.5}),
+        ("default, linear, dynamic, llama3, yarn and longrope", {"rope_scaling": {"rope_type": "proportional"}}),
+        ("Rotation of a part", {"partial_rotary_factor": 0.5}),
         ("**Quantised bases**", {"quantization_config": {"bits": 4}}),
     ],
 )

@@ -385,7 +385,6 @@ SHORT = {
     **{f"methods/{name}/config.py": _SECTION for name in ("bottleneck", "prefix", "prompt")},
     "backend/node.py": "the one place that identifies a node, for rooms that load no torch as well",
     "backend/megatron.py": "every patch of Megatron in one place",
-    "model/rope.py": "the frequencies of rotary positions, apart from the attention that uses them",
     "parallel/masks.py": "which mask is drawn, apart from the operator that draws it",
 }
 

@@ -39,6 +39,8 @@ CLASSES = {
     "qwen3": transformers.Qwen3Config,
     "gpt2": transformers.GPT2Config,
     "opt": transformers.OPTConfig,
+    "smollm3": transformers.SmolLM3Config,
+    "ministral3": transformers.Ministral3Config,
 }
 # Keys of published config.json files, with the published values where these matter.
 PUBLISHED: dict[str, Values] = {
@@ -71,6 +73,8 @@ PUBLISHED: dict[str, Values] = {
         "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
         "output_past": True,
     },
+    "smollm3": {"rope_theta": 5e6, "use_sliding_window": False, "attention_bias": False, "mlp_bias": False},
+    "ministral3": {"attention_dropout": 0.0, "sliding_window": None, "rope_theta": 1e6},
     "opt": {"activation_dropout": 0.0, "prefix": "</s>", "init_std": 0.02, "word_embed_proj_dim": 64},
 }
 
