@@ -97,7 +97,8 @@ class Provenance:
     versions describe the installation and are filled in by default. training: what the trainer knows when it writes, in
     JSON, each key optional: step, epoch, tokens, target_tokens, data (path, sha256, samples), loss and eval_loss in
     nats a token, eval_METRIC of generated texts, new_ends: the ids that end the trained texts and are no stop tokens in
-    the base's files, and data_format: "messages" for chats, "completion" for prompts with completions.
+    the base's files, and data_format: "messages" for chats, "completion" for prompts with completions. That of a merged
+    model (`merged_provenance`) has the base, a config with the adapters, and of `training` the data_format.
     """
 
     base_fingerprint: str
@@ -142,6 +143,33 @@ def read_provenance(folder: Path) -> Provenance | None:
         if typed_value(found, key, kind, path, remedy) is None:
             raise UserError(f"{path}: {key} is missing; {remedy}")
     return Provenance(**{key: found[key] for key in _KINDS})
+
+
+def trained_on_chats(*folders: Path) -> bool:
+    """Return whether the first of the folders that records it was trained on chats; False where none does."""
+    said = (provenance.trained_on_chats for provenance in map(read_provenance, folders) if provenance is not None)
+    return next((chats for chats in said if chats is not None), False)
+
+
+def merged_provenance(base: Path, adapters: Mapping[Path, float]) -> Provenance | None:
+    """Return the provenance of a base with adapters merged in (folder → weight); None where no adapter has one.
+
+    Its data_format is that of the adapters, else of the base; it has none where the adapters differ.
+    """
+    found = {folder: read_provenance(folder) for folder in adapters}
+    known = [provenance for provenance in found.values() if provenance is not None]
+    if not known:
+        return None
+    own = read_provenance(base)
+    formats = {each.training["data_format"] for each in known if each.training.get("data_format") is not None}
+    if not formats and own is not None:
+        formats = {own.training.get("data_format")}
+    config = [
+        {"adapter": str(folder), "weight": weight, "config": None if each is None else each.config}
+        for (folder, weight), each in zip(adapters.items(), found.values(), strict=True)
+    ]
+    training = {"data_format": formats.pop()} if len(formats) == 1 else {}
+    return Provenance(fingerprint(base), str(base), {"merged": config}, training=training)
 
 
 def refuse_another_base(folder: Path, base: Path) -> None:

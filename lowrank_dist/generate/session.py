@@ -25,7 +25,7 @@ from lowrank_dist.data.keys import tokenizer_notes
 from lowrank_dist.data.tokenizer import Tokenizer, load_tokenizer
 from lowrank_dist.errors import RankIdentityError, UserError
 from lowrank_dist.formats.paths import detect_removal
-from lowrank_dist.formats.provenance import digest_of, fingerprint, read_provenance
+from lowrank_dist.formats.provenance import digest_of, fingerprint, trained_on_chats
 from lowrank_dist.formats.text_files import tokenizer_digest, tokenizer_of_adapter
 from lowrank_dist.generate.prompts import Prompt
 from lowrank_dist.generate.sampling import SamplingParams
@@ -180,8 +180,7 @@ def _load_rank(
     notes += generation_notes(path)
     if adapter is not None:
         notes += method_package_reading(adapter).files.notes(adapter)
-    provenance = read_provenance(adapter or path)
-    chats = provenance is not None and bool(provenance.trained_on_chats)
+    chats = trained_on_chats(path) if adapter is None else trained_on_chats(adapter, path)
     return LoadedModel(path, model.eval(), words, stop_tokens(path, words, adapter), chats, tuple(notes))
 
 

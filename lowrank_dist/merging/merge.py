@@ -18,6 +18,7 @@ from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.layout import CopiedTensor, OutputFile, plan_layout, write_config, write_index
 from lowrank_dist.formats.model_folder import FLOAT_DTYPES, check_checkpoint, open_checkpoint, other_files
 from lowrank_dist.formats.paths import detect_removal, resolve_link
+from lowrank_dist.formats.provenance import PROVENANCE_FILE, merged_provenance
 from lowrank_dist.formats.safetensors_file import SafetensorsWriter, chunks, read_into, tensor_bytes
 from lowrank_dist.formats.text_files import merged_text_files
 from lowrank_dist.merging.checks import (
@@ -92,7 +93,7 @@ def merge(
     Tensors without an update and all other files are copied byte by byte, with three exceptions: tokenizer files come
     from the adapters where they bring a tokenizer, eos_token_id also gets the tokens that the adapters were trained to
     end texts with (`merged_text_files`), and config.json gets the `architectures` that it lacks (`write_config`).
-    Memory use beyond the adapters does not grow with the model.
+    lowrank_dist.json is `merged_provenance`. Memory use beyond the adapters does not grow with the model.
 
     base: Hugging Face folder. adapters: one PEFT adapter folder or several, with weights w other than 1 as
     `WeightedAdapter`; ΔW = Σ w·s·B·A is summed and then rounded once (s: the scale of an adapter). progress: called
@@ -127,6 +128,7 @@ def merge(
         warnings = [note for adapter in weighted for note in FILES.notes(adapter.path)]
         warnings += check_bases(base, weighted, force_mismatch)
         text = merged_text_files([adapter.path for adapter in weighted], output_format.tokenizer, architecture.vocab)
+        origin = merged_provenance(base, {adapter.path: adapter.weight for adapter in weighted})
     others, dtype = other_files(base), output_format.dtype
     layout = plan_layout(mapped, dtype, output_format.shard_size)
     meter = _Meter(layout.read, progress)
@@ -141,6 +143,8 @@ def merge(
         warnings += [] if added else class_note(base)
         text.write(temporary)
         warnings += note_on_no_tokenizer(temporary, base)
+        if origin is not None:
+            (temporary / PROVENANCE_FILE).write_text(origin.to_json(), encoding="utf-8")
         meter.advance(layout.headers)
         for file in layout.files:
             _write_file(file, temporary / file.name, updates, changes, meter)

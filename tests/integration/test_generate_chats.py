@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lowrank_dist.formats.provenance import read_provenance
+from lowrank_dist.merging.merge import merge
 from tests.integration.launching import write_jsonl
 from tests.integration.test_generate_commands import command
 from tests.tiny_adapters import random_adapter, save_adapter
@@ -58,6 +59,14 @@ def test_the_template_is_used_where_the_adapter_was_trained_on_chats(
         (row,) = rows(command(size, "generate", *model, "--prompts", plain, *how)[0].stdout)
         assert row["completion"] == found
     assert row["prompt"] == "the hen?"
+
+
+def test_a_merged_model_answers_as_its_base_with_the_adapter(base: Path, adapter: Path, tmp_path: Path) -> None:
+    merge(base, adapter, tmp_path / "merged")
+    asked = ("--prompt", "the hen?", *SHORT)
+    (expected,) = command(1, "generate", "--model", base, "--adapter", adapter, *asked)
+    (done,) = command(1, "generate", "--model", tmp_path / "merged", *asked)
+    assert done.stdout == expected.stdout and done.stderr.splitlines()[0] == SAID
 
 
 def test_chat_on_request(base: Path, tmp_path: Path) -> None:

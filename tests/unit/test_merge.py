@@ -20,6 +20,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.provenance import (
+    PROVENANCE_FILE,
+    Provenance,
+    fingerprint,
+    read_provenance,
+    trained_on_chats,
+)
 from lowrank_dist.formats.safetensors_file import chunks
 from lowrank_dist.merging import merge as merge_module
 from lowrank_dist.merging.merge import Update, merge
@@ -98,7 +105,10 @@ def test_merged_is_the_reference_bit_for_bit(tmp_path: Path, family: str, sharde
         len(changed),
     )
 
-    assert sorted(os.listdir(out)) == sorted(os.listdir(base)) and (len(list(out.glob("model-*"))) > 1) == sharded
+    assert (
+        sorted(os.listdir(out)) == sorted([*os.listdir(base), PROVENANCE_FILE])
+        and (len(list(out.glob("model-*"))) > 1) == sharded
+    )
     for path in base.iterdir():
         if path.suffix == ".safetensors":
             assert path.stat().st_size == (out / path.name).stat().st_size
@@ -108,6 +118,49 @@ def test_merged_is_the_reference_bit_for_bit(tmp_path: Path, family: str, sharde
             assert path.read_bytes() == (out / path.name).read_bytes(), path.name
     total = sum(path.stat().st_size for path in base.glob("*.safetensors"))
     assert seen[-1] == (total, total) and seen == sorted(seen) and report.nbytes == total
+
+
+def test_the_record_of_the_training_data_is_merged(tmp_path: Path) -> None:
+    """One adapter's record, the common one of several, the base's where no adapter has one, and none where they differ.
+
+    PEFT's adapters have no lowrank_dist.json, and then the merged model has none either.
+    """
+    base = make_tiny("llama", tmp_path / "base")
+
+    def adapter(name: str, **training: str) -> Path:
+        folder = make_adapter(base, tmp_path / name, scale=0.1 + 0.1 * len(name))
+        found = read_provenance(folder)
+        assert found is not None
+        (folder / PROVENANCE_FILE).write_text(replace(found, training=training).to_json())
+        return folder
+
+    def merged(*adapters: Path) -> Provenance | None:
+        merge(base, adapters, out := tmp_path / "out")
+        found = read_provenance(out)
+        shutil.rmtree(out)
+        return found
+
+    chats, chats_too = adapter("chats", data_format="messages"), adapter("chats-2", data_format="messages")
+    prompts, silent = adapter("prompts", data_format="completion"), adapter("silent")
+    bare = make_adapter(base, tmp_path / "bare")
+    (bare / PROVENANCE_FILE).unlink()
+    assert merged(bare) is None
+    for adapters, expected in (
+        ((chats,), "messages"),
+        ((chats, chats_too), "messages"),
+        ((chats, bare), "messages"),
+        ((prompts,), "completion"),
+        ((chats, prompts), None),
+        ((silent,), None),
+    ):
+        record = merged(*adapters)
+        assert record is not None and record.training.get("data_format") == expected
+    assert record is not None and record.base_fingerprint == fingerprint(base)
+    assert record.config["merged"][0]["adapter"] == str(silent)
+    (base / PROVENANCE_FILE).write_text(replace(record, training={"data_format": "messages"}).to_json())
+    for adapters, chat in (((silent,), True), ((prompts,), False), ((bare,), True)):
+        record = merged(*adapters)
+        assert record is not None and record.trained_on_chats is chat is trained_on_chats(*adapters, base)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
