@@ -39,8 +39,8 @@ Training is a script, since a launcher starts it once for each rank. The command
 _TRAINERS = """\
 # Keys of other trainers
 
-Each key of PEFT, the Hugging Face Trainer, LLaMA-Factory, Axolotl and Megatron that has a counterpart here, or is
-missed. An error on one of them names ours. A how-to page moves
+Keys of PEFT, the Hugging Face Trainer, LLaMA-Factory, Axolotl, Megatron and DeepSpeed that have a counterpart here, or
+are missed. An error on one of them names ours, or says why there is none. A how-to page moves
 [a whole configuration](../how-to/coming-from-peft-llama-factory-megatron.md); [Configuration](config.md) has all of our
 keys. –: there is none.
 

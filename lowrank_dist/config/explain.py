@@ -23,14 +23,20 @@ _LAUNCHER_OPTIONS = frozenset(
 )
 
 
-def explain(detail: ErrorDetails, where: Callable[[Key], str]) -> str:
-    """Return one of pydantic's errors as a line: where: section.key: what is wrong; the remedy.
+def explain(details: Iterable[ErrorDetails], where: Callable[[Key], str]) -> list[str]:
+    """Return pydantic's errors as lines: where: section.key: what is wrong; the remedy.
 
-    where: returns the place of a key, as file:line or "command line".
+    where: returns the place of a key, as file:line or "command line". The keys of a section are listed once.
     """
+    listed: set[Key] = set()
+    return [_explain(detail, where, listed) for detail in details]
+
+
+def _explain(detail: ErrorDetails, where: Callable[[Key], str], listed: set[Key]) -> str:
+    """Return the line of an error. listed: sections whose keys were listed; an error that lists them adds its own."""
     key = tuple(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"{where(key)}: {'.'.join(key)}: unknown key; {_meant(key).rstrip('; ')}"
+        return f"{where(key)}: {'.'.join(key)}: unknown key; {_meant(key, listed).rstrip('; ')}"
     field, key = _field_of(key)
     dotted = ".".join(key) + "".join(f"[{part}]" for part in detail["loc"] if isinstance(part, int))
     section = _section_in(field)
@@ -70,17 +76,23 @@ def _field_of(key: Key) -> tuple[FieldInfo, Key]:
     return field, key[: depth + 1 if get_origin(field.annotation) is dict else depth]
 
 
-def _meant(key: Key) -> str:
-    """Return a hint with the key that was probably meant, and all valid keys unless another trainer's key is known."""
+def _meant(key: Key, listed: set[Key]) -> str:
+    """Return a hint with the key that was probably meant, and all valid keys unless another trainer's key is known.
+
+    listed: as in `_explain`.
+    """
     if of_config(key[-1]) is not None:
         return suggestion(key[-1], ())
-    if len(key) == 1:
-        known = Config.model_fields
-        return suggestion(key[0], known) + f"at the top level are {_names(known)}"
-    section = _section_in(_field_of(key[:-1])[0])
+    within = key[:-1]
+    section = _section_in(_field_of(within)[0]) if within else Config
     assert section is not None, "only a section has unknown keys"
-    known, holder = section.model_fields, ".".join(key[:-1])
-    return suggestion(key[-1], known, f"{holder}.") + f"the keys of {holder} are {_names(known)}"
+    holder, known = ".".join(within), section.model_fields
+    keys = f"the keys of {holder}" if within else "the keys at the top level"
+    hint = suggestion(key[-1], known, f"{holder}." if within else "")
+    if within in listed:
+        return hint or f"{keys} are listed above"
+    listed.add(within)
+    return f"{hint}{keys} are {_names(known)}"
 
 
 def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:

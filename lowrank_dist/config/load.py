@@ -146,7 +146,7 @@ def _checked(raw: _Raw, overrides: Sequence[tuple[str, str]]) -> Config:
         config = Config.model_validate(raw.values)
     except ValidationError as error:
         details = [detail for detail in error.errors(include_url=False) if not raw.has_refused(detail["loc"])]
-        lines = [explain(detail, raw.where) for detail in details[:MOST_PROBLEMS]]
+        lines = explain(details[:MOST_PROBLEMS], raw.where)
         raise _refusal([*raw.problems, *lines], len(raw.problems) + len(details)) from None
     if raw.problems:
         raise _refusal(raw.problems, len(raw.problems))

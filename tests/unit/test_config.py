@@ -107,7 +107,7 @@ def test_all_errors_are_reported_at_once(path: Path) -> None:
         "command line: eval.every: 2.5 is not valid",
         "run.yaml:18: output.dir: required; expected: folder of the run",
         "run.yaml:18: output.plot: 'no' is not valid, input should be a valid boolean",
-        "run.yaml:10: engin: unknown key; did you mean engine? at the top level are model, method, lora,",
+        "run.yaml:10: engin: unknown key; did you mean engine? the keys at the top level are model, method, lora,",
     ]
     for line in expected:
         assert sum(found_line.startswith(line) for found_line in found) == 1, line

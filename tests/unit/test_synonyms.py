@@ -69,9 +69,52 @@ def test_a_key_without_one_of_ours_says_why(tmp_path: Path) -> None:
     assert "unknown key; not supported: the base is held in bf16 or fp32" in said and "the keys of" not in said
     said = refusal(tmp_path, {**REQUIRED, "adapter": "lora"})
     assert "adapter: not a mapping; did you mean method: lora? its keys are bottleneck, placement" in said
+    for key, hint in (
+        ("wandb", "not supported: there is TensorBoard (output.tensorboard)"),
+        ("template", "leave it out: the tokenizer's own chat template is used"),
+        ("do_train", "leave it out: a run trains"),
+    ):
+        assert f"{key}: unknown key; {hint}" in refusal(tmp_path, {**REQUIRED, key: True})
+        assert f"data.{key}: unknown key; {hint}" in refusal(tmp_path, REQUIRED, f"data.{key}=x")
     # Controls: our misspelt key, and our key in another section, get the usual messages.
     assert "did you mean lora.rank? the keys of lora are" in refusal(tmp_path, REQUIRED, "lora.rnak=4")
     assert "did you mean train.lr?" in refusal(tmp_path, REQUIRED, "lr=4")
+
+
+# Keys of the trainers' own examples that have our names, which are no mistakes.
+_OURS = {"packing", "seed", "weight_decay", "warmup_steps", "rank_pattern", "alpha_pattern", "adapter"}
+_PEFT = {"r", "lora_alpha", "lora_dropout", "target_modules", "bias", "task_type", "init_lora_weights"} | {
+    *("layers_to_transform", "layers_pattern", "modules_to_save", "use_rslora", "use_dora", "fan_in_fan_out"),
+    *("rank_pattern", "alpha_pattern", "inference_mode", "peft_type", "base_model_name_or_path"),
+}
+_FACTORY = {"model_name_or_path", "trust_remote_code", "stage", "do_train", "finetuning_type", "lora_rank"} | {
+    *("lora_target", "dataset", "template", "cutoff_len", "max_samples", "overwrite_cache", "plot_loss", "flash_attn"),
+    *("preprocessing_num_workers", "dataloader_num_workers", "output_dir", "logging_steps", "save_steps", "report_to"),
+    *("overwrite_output_dir", "save_only_model", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "num_train_epochs", "lr_scheduler_type", "warmup_ratio", "bf16", "ddp_timeout", "val_size"),
+    *("resume_from_checkpoint", "per_device_eval_batch_size", "eval_strategy", "eval_steps", "deepspeed", "packing"),
+}
+_AXOLOTL = {"base_model", "load_in_8bit", "load_in_4bit", "datasets", "dataset_prepared_path", "val_set_size"} | {
+    *("output_dir", "adapter", "lora_model_dir", "sequence_len", "sample_packing", "pad_to_sequence_len", "lora_r"),
+    *("lora_alpha", "lora_dropout", "lora_target_linear", "lora_target_modules", "wandb_project", "wandb_entity"),
+    *("wandb_watch", "wandb_name", "gradient_accumulation_steps", "micro_batch_size", "num_epochs", "optimizer"),
+    *("lr_scheduler", "learning_rate", "bf16", "tf32", "gradient_checkpointing", "logging_steps", "flash_attention"),
+    *("warmup_steps", "warmup_ratio", "weight_decay", "fsdp", "special_tokens", "deepspeed"),
+}
+
+
+@pytest.mark.parametrize("keys", [_PEFT, _FACTORY, _AXOLOTL])
+def test_every_key_of_the_trainers_examples_is_answered(keys: set[str]) -> None:
+    assert {key for key in keys if of_config(key) is None} <= _OURS
+
+
+def test_the_keys_of_a_section_are_listed_once(tmp_path: Path) -> None:
+    found = refusal(tmp_path, {**REQUIRED, "foo": 1, "bar": 1, "lora": {"x": 1, "rnak": 1, "y": 1}}).splitlines()
+    said = [line.partition(": unknown key; ")[2] for line in found]
+    assert said[0].startswith("the keys of lora are rank, ")
+    assert said[1:3] == ["did you mean lora.rank?", "the keys of lora are listed above"]
+    assert said[3].startswith("the keys at the top level are model, ")
+    assert said[4:] == ["the keys at the top level are listed above"]
 
 
 @pytest.mark.parametrize(
