@@ -87,7 +87,7 @@ def rank_main(rank: int, tp: int, port: int, folders: dict[int, Path], parent: C
     from lowrank_dist.backend.select import init_process_group, select_backend, shutdown
     from lowrank_dist.parallel.topology import Topology
 
-    init_process_group(select_backend("cpu", rank, tp), timeout_seconds=60)
+    init_process_group(select_backend("cpu"), timeout_seconds=60)
     topology = Topology.build(tp, None, None, timeout_seconds=60)
     results = {
         (setting, depth): measure(setting, folder, replace(topology, sequence_parallel=setting.sequence))

@@ -103,7 +103,7 @@ def main() -> None:
     args, console = parse(), Console(width=200)
     started_on = machine(args.device)
     quiet_libraries()
-    device = select_backend(args.device, 0, 1).device
+    device = select_backend(args.device).device
     join_fake_world()
     start_profiler(device)
     rows: list[dict[str, Any]] = []

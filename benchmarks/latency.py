@@ -196,12 +196,11 @@ class Bench:
     """The base on this rank, and the rows of one setting made from it."""
 
     def __init__(self, tp: int, args: argparse.Namespace) -> None:
-        from lowrank_dist.backend.select import init_process_group, local_rank_and_size, select_backend
+        from lowrank_dist.backend.select import init_process_group, local_rank, select_backend
         from lowrank_dist.model.causal_lm import CausalLM
         from lowrank_dist.parallel.topology import Topology
 
-        self.backend = select_backend(args.device, *local_rank_and_size())
-        init_process_group(self.backend, TIMEOUT_SECONDS)
+        self.backend = init_process_group(select_backend(args.device, local_rank()), TIMEOUT_SECONDS)
         self.topology = Topology.build(tp, None, False, TIMEOUT_SECONDS)
         self.dtype = args.dtype
         self.model = CausalLM(

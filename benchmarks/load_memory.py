@@ -77,7 +77,7 @@ def rank_main(rank: int, tp: int, port: int, folder: Path, parent: Connection) -
     from lowrank_dist.model.load import check_model, load_model
     from lowrank_dist.parallel.topology import Topology
 
-    backend = select_backend("cpu", rank, tp)
+    backend = select_backend("cpu")
     init_process_group(backend, timeout_seconds=600)
     topology = Topology.build(tp, None, None, timeout_seconds=600)
     parent.send("ready")

@@ -168,7 +168,7 @@ def main() -> None:
     args, console = parse(), Console(width=150)
     started_on = machine(args.device)
     quiet_libraries()
-    device = select_backend(args.device, 0, 1).device
+    device = select_backend(args.device).device
     require_compiled(args.device)
     torch.manual_seed(0)
     chosen = list(products(architecture(args.shape).layers[0].linears, Operands(args.tokens, device)))

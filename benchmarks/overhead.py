@@ -261,7 +261,7 @@ def prepare(args: argparse.Namespace, console: Console) -> torch.device:
     """Set threads and the device; print the missing peers."""
     torch.set_num_threads(args.threads)
     quiet_libraries()
-    device = select_backend(args.device, 0, 1).device
+    device = select_backend(args.device).device
     there = [name for name in PEERS if importlib.util.find_spec(name) is not None]
     absent = [name for name in PEERS if name not in there]
     console.print(f"peers absent: {', '.join(absent) or 'none'}; there, but not measured: {', '.join(there) or 'none'}")

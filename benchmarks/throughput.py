@@ -223,7 +223,7 @@ def show(rows: list[dict[str, object]], console: Console) -> None:
 def join_alone() -> None:
     """Start a process group of this process only."""
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    init_process_group(select_backend("cpu", 0, 1), timeout_seconds=600)
+    init_process_group(select_backend("cpu"), timeout_seconds=600)
 
 
 def main() -> None:

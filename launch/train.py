@@ -13,7 +13,7 @@ import sys
 
 from lowrank_dist.backend.launchers import refuse_missing_hostfile, set_rank_variables
 from lowrank_dist.backend.libraries import exempt_from_gc, quiet_libraries
-from lowrank_dist.backend.select import init_process_group, local_rank_and_size, select_backend
+from lowrank_dist.backend.select import init_process_group, local_rank, select_backend
 from lowrank_dist.config import HELP, Config, read_arguments
 from lowrank_dist.errors import RankIdentityError, UserError
 from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision, should_print_for_node
@@ -36,7 +36,7 @@ def main(config: Config, supervision: Supervision) -> int:
         from lowrank_dist.model.load import check_model, load_model
         from lowrank_dist.parallel.topology import Topology
 
-    backend = select_backend(config.model.device, *local_rank_and_size())
+    backend = select_backend(config.model.device, local_rank())
     choose_kernels(config.engine.kernels, backend.device.type)
     output, shaping = config.output, config.shaping
     folder = RunFolder.prepare(
@@ -45,7 +45,7 @@ def main(config: Config, supervision: Supervision) -> int:
 
     supervision.enter("meeting")  # the processes find each other and form the process groups
     timeout = config.engine.timeout_seconds
-    init_process_group(backend, timeout)
+    backend = init_process_group(backend, timeout)
     require_same_start(config, backend)
     config, layout_line = with_tensor_size(config, backend)
     parallel = config.parallel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 import warnings
@@ -15,7 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from lowrank_dist.backend.node import node_id
+
 DRIVER = Path("/proc/driver/nvidia/version")
+INSTALLED = Path("/proc/driver/nvidia/gpus")  # of the driver: a folder for each GPU, whatever a process may use
+MASK = "CUDA_VISIBLE_DEVICES"
 Mark: TypeAlias = Any
 
 
@@ -63,18 +68,54 @@ def nccl() -> str | None:
     return ".".join(map(str, torch.cuda.nccl.version()))
 
 
-def device_of_rank(requested: str, local_rank: int, local_size: int) -> tuple[torch.device, str]:
-    """Make a rank's device the current one, and return it with the collective library for it ("nccl" or "gloo").
+def device_of_rank(requested: str, local_rank: int) -> torch.device:
+    """Make a rank's device the current one, and return it. Its index counts the devices that this process sees.
 
-    requested: "auto", "cpu" or "cuda" (the CPU where there is no CUDA device). Where a node has more ranks than GPUs,
-    ranks share GPUs and use gloo, which stages through the host, because NCCL refuses two ranks on one device.
+    requested: "auto", "cpu" or "cuda" (the CPU where there is no CUDA device).
     """
     if requested == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu"), "gloo"
-    count = torch.cuda.device_count()
-    device = torch.device("cuda", local_rank % count)
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    return device, "nccl" if local_size <= count else "gloo"
+    return device
+
+
+@dataclass(frozen=True)
+class Card:
+    """The identity of a CUDA device, the same in every process that sees it.
+
+    unit: a GPU, or a MIG slice of one, with a memory of its own. gpu: the whole GPU, of which NCCL takes one rank.
+    """
+
+    unit: str
+    gpu: str
+
+
+def visible_cards() -> list[Card]:
+    """Return the CUDA devices that this process sees, by index."""
+    masked = [entry.strip() for entry in os.environ.get(MASK, "").split(",")]
+    count = torch.cuda.device_count()
+    return [_card(torch.cuda.get_device_properties(n), masked[n] if n < len(masked) else "") for n in range(count)]
+
+
+def _card(facts: Any, entry: str) -> Card:
+    """Return the card with torch's properties. entry: its entry in CUDA_VISIBLE_DEVICES, "" without one.
+
+    A process that sees a MIG slice sees nothing else. Drivers differ in whether the UUID is that of the slice or of the
+    whole GPU, so the entry, which names a slice by its own UUID, is taken first.
+    """
+    address = [getattr(facts, name, None) for name in ("pci_domain_id", "pci_bus_id", "pci_device_id")]
+    uuid, pci = str(facts.uuid), f"{node_id()} PCI {address}" if any(address) else ""
+    if not uuid.strip("0-"):  # a driver that knows none
+        uuid = pci or f"{node_id()} {entry}"
+    if " MIG " not in facts.name:
+        return Card(uuid, uuid)
+    return Card(entry if entry.startswith("MIG-") else uuid, pci or f"{node_id()} MIG")
+
+
+def installed_gpus() -> int:
+    """Return the number of GPUs of this node by NVIDIA's kernel driver; 0 without one."""
+    return len(list(INSTALLED.glob("*")))
 
 
 def synchronize(device: torch.device) -> None:

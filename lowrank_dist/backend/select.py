@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
-from lowrank_dist.backend import megatron
+from lowrank_dist.backend import megatron, sharing
 from lowrank_dist.backend.devices import device_of_rank, synchronize
 from lowrank_dist.backend.limits import MemoryBound, memory_bound
 from lowrank_dist.backend.rank_variables import require_place
 from lowrank_dist.backend.rendezvous import meet
 from lowrank_dist.errors import UserError
+from lowrank_dist.terminal import say
 
 
 @dataclass(frozen=True)
 class Backend:
     """The chosen device. collective: its backend in torch.distributed; accelerator: its name in DeepSpeed.
 
-    ranks_per_device: the number of this node's ranks that share the device; on CPUs, those that share its memory.
+    ranks_per_device: the number of ranks that share the device; on CPUs, the node's memory. It and the collective are
+    those of a process alone until `init_process_group` knows the other ranks. requested: auto, cpu or cuda.
     """
 
     device: torch.device
     collective: str
     accelerator: str
     ranks_per_device: int = 1
+    requested: str = "auto"
 
     def peak_memory_gib(self) -> float:
         """Return the peak memory so far in GiB: allocated on the GPU, or resident in this process."""
@@ -69,45 +72,57 @@ class Backend:
         return f"{self.name()}, {threads} {'thread' if threads == 1 else 'threads'}, {self.collective}"
 
 
-def local_rank_and_size() -> tuple[int, int]:
-    """Return this rank's number on its node and the node's number of ranks, from the launcher; (0, 1) without one.
+def local_rank() -> int:
+    """Return this rank's number on its node, from the launcher; 0 without one."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def local_size() -> int:
+    """Return the number of ranks of this node, from the launcher; 1 without one.
 
     torchrun sets LOCAL_WORLD_SIZE, the deepspeed launcher LOCAL_SIZE.
     """
-    size = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return int(os.environ.get("LOCAL_RANK", "0")), int(size)
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1")
 
 
-def select_backend(requested: str, local_rank: int, local_size: int) -> Backend:
+def select_backend(requested: str, local_rank: int = 0) -> Backend:
     """Choose the device of this rank (`device_of_rank`), and prepare Megatron and DeepSpeed for it.
 
-    Raises UserError where "cuda" is requested and torch sees no CUDA device.
+    Raises UserError where this process is alone, "cuda" is requested and torch sees no CUDA device. Ranks of a job
+    find this when they meet, since the error depends on what the others see.
     """
-    if requested == "cuda" and not torch.cuda.is_available():
-        raise UserError("model.device: cuda was asked for, but torch sees no CUDA device; use model.device=cpu or auto")
-    device, collective = device_of_rank(requested, local_rank, local_size)
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    backend = Backend(device, collective, device.type, ranks_per_device=-(-local_size // count))
+    if requested == "cuda" and not torch.cuda.is_available() and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise UserError(sharing.NO_CUDA)
+    device = device_of_rank(requested, local_rank)
+    collective = "nccl" if device.type == "cuda" else "gloo"
+    backend = Backend(device, collective, device.type, requested=requested)
     # DeepSpeed picks its accelerator at import from this variable; it must be the device that Megatron uses.
     os.environ["DS_ACCELERATOR"] = backend.accelerator
     megatron.prepare(backend.device)
     return backend
 
 
-def init_process_group(backend: Backend, timeout_seconds: int) -> None:
+def init_process_group(backend: Backend, timeout_seconds: int) -> Backend:
     """Join the job that the launcher described in RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
-    Raises UserError where one of these is not set, and RankIdentityError where the ranks there belong to another run.
+    Returns the backend with the collective library of all ranks and the number of ranks that share its device. Rank 0
+    prints which ranks share a GPU. Raises UserError where a variable is not set, or where only some ranks have a GPU,
+    and RankIdentityError where the ranks there belong to another run.
     """
     require_place()
     # Without device_id: with it NCCL would at once split off a communicator for each of the twenty-odd groups that
     # Megatron makes, most of them of one rank, and a job of one rank can fail in that split (DeepSpeed issue 8248).
     timeout = timedelta(seconds=timeout_seconds)
     store, rank, size = meet(timeout)
+    shared = sharing.agree(store, rank, size, sharing.claim(backend.requested, backend.device), timeout)
+    for line in shared.notes if rank == 0 else ():
+        say(line, err=True)
+    backend = replace(backend, collective=shared.collective, ranks_per_device=shared.ranks_per_device[rank])
     dist.init_process_group(
         backend.collective, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=timeout
     )
     set_local_rank_to_device(backend)
+    return backend
 
 
 def set_local_rank_to_device(backend: Backend) -> None:

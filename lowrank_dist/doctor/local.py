@@ -18,6 +18,7 @@ from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
+    from lowrank_dist.doctor.start import Met
     from lowrank_dist.doctor.storage import Probe
 
 # Longer than any check takes, on a slow network file system.
@@ -61,12 +62,11 @@ def place_in_job() -> Place | None:
             f"RANK, WORLD_SIZE and MASTER_PORT must be numbers ({error}); correct what the launcher sets"
         ) from None
     try:
-        from lowrank_dist.backend.select import local_rank_and_size
+        from lowrank_dist.backend.select import local_rank, local_size
     except ImportError:
         return None
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    local = local_rank_and_size()
-    return Place(rank, size, *local, node_id(), os.environ["MASTER_ADDR"], port, agent)
+    return Place(rank, size, local_rank(), local_size(), node_id(), os.environ["MASTER_ADDR"], port, agent)
 
 
 class TimeLimit:
@@ -103,10 +103,12 @@ def diagnose(
     place: Place | None = None,
     probe: Probe | None = None,
     limit: TimeLimit | None = None,
+    met: Met | None = None,
 ) -> list[Row]:
     """Return every row of this node, from what training needs to what it can do without.
 
     config: the run to be trained. place: this rank's place in its job. probe: the probe to write into the run folder.
+    met: what this rank knows of the others; None where it has not met them.
     """
     limit = limit or TimeLimit(lambda rows: None)
     rows: list[Row] = []
@@ -131,7 +133,7 @@ def diagnose(
     run_checks((("host memory", machine.memory), ("CPUs", machine.cpus), ("/dev/shm", shared_memory)), needed=False)
     run_checks([("NICs", partial(_network, place, gpus))], needed=place is not None)
     if config is not None and has_torch:
-        run_checks(_checks_of_run(config, place, probe))
+        run_checks(_checks_of_run(config, place, probe, met))
     run_checks(
         (
             ("apex", machine.apex),
@@ -157,7 +159,9 @@ def _network(place: Place | None, gpus: bool) -> list[Row]:
     return network(network_facts(place.size > place.local_size, gpus, place.master))
 
 
-def _checks_of_run(config: Config, place: Place | None, probe: Probe | None) -> Iterator[tuple[str, Check]]:
+def _checks_of_run(
+    config: Config, place: Place | None, probe: Probe | None, met: Met | None
+) -> Iterator[tuple[str, Check]]:
     from lowrank_dist.doctor import inputs, start, storage
 
     yield "configuration", partial(inputs.configuration, config)
@@ -169,8 +173,7 @@ def _checks_of_run(config: Config, place: Place | None, probe: Probe | None) -> 
     yield inputs.THETA, partial(inputs.theta, config)
     yield "data files", partial(start.data, config)
     yield "eval.generate", partial(start.generation, config)
-    ranks = None if place is None else (place.size, place.local_rank, place.local_size)
-    yield "planned memory", partial(start.memory, config, ranks)
+    yield "planned memory", partial(start.memory, config, met)
     yield "output.dir", partial(start.output, config)
     yield "train.resume", partial(start.resumed, config)
     if probe is not None:

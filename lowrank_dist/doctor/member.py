@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowrank_dist.backend.devices import device_of_rank
+from lowrank_dist.backend.select import Backend
+from lowrank_dist.backend.sharing import Claim, claim, share
 from lowrank_dist.doctor import links
 from lowrank_dist.doctor.board import Board, NoAnswer, clock_offset
 from lowrank_dist.doctor.local import CHECK_SECONDS, Place, TimeLimit, diagnose
 from lowrank_dist.doctor.rows import Row, one_line
+from lowrank_dist.doctor.start import Met
 from lowrank_dist.doctor.storage import Probe, unseen_probes
+from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import say
 
 if TYPE_CHECKING:
@@ -80,6 +84,7 @@ class RankCheck:
         self.attendance = attendance
         self.node = next(node for node, ranks in attendance.ranks.items() if place.rank in ranks)
         self.checks_node = place.rank in attendance.leaders.values()
+        self.device: torch.device | None = None
         self.probe = Probe(config.output.dir) if self.checks_node and config is not None else None
 
     def run(self) -> int:
@@ -103,26 +108,54 @@ class RankCheck:
         rows: list[Row] = []
         try:
             with TimeLimit(self._on_hang).around("GPUs", rows):
-                device, library = self._device()
-            used: tuple[str, str] = (device.type, library)
+                device = device_of_rank(self._requested, self.place.local_rank)
+                self._send_claim(asdict(claim(self._requested, device)))
+            self.device = device
         except RuntimeError as error:  # a driver that refuses
-            used = ("none", one_line(str(error)))
+            self._send_claim({"error": one_line(str(error))})
         if self.checks_node:
-            rows = diagnose(self.config, self.place, self.probe, TimeLimit(self._on_hang))
-        self._send_report(rows, used, hangs=False)
+            rows = diagnose(self.config, self.place, self.probe, TimeLimit(self._on_hang), self._met())
+        self._send_report(rows, hangs=False)
 
-    def _device(self) -> tuple[torch.device, str]:
-        wanted = self.config.model.device if self.config is not None else "auto"
-        return device_of_rank(wanted, self.place.local_rank, self.place.local_size)
+    @property
+    def _requested(self) -> str:
+        return self.config.model.device if self.config is not None else "auto"
 
-    def _send_report(self, rows: Sequence[Row], used: tuple[str, str], hangs: bool) -> None:
+    def _met(self) -> Met | None:
+        """Return what is known of the other ranks once those of this node have told their devices."""
+        if self.device is None:
+            return None
+        claims = {}
+        try:
+            for rank in self.attendance.ranks[self.node]:
+                told = self.board.take(f"claim/{rank}", CHECK_SECONDS)
+                if "error" not in told:
+                    claims[rank] = Claim(**told)
+            shared = share(claims)
+        except (NoAnswer, UserError):  # each is a row of rank 0's
+            return None
+        backend = Backend(
+            self.device,
+            shared.collective,
+            self.device.type,
+            shared.ranks_per_device[list(claims).index(self.place.rank)],
+        )
+        hosts = {rank: node for node, ranks in self.attendance.ranks.items() for rank in ranks}
+        return Met(tuple(hosts.get(rank, self.node) for rank in range(self.place.size)), backend)
+
+    def _send_claim(self, values: Mapping[str, Any]) -> None:
+        self.board.put(f"claim/{self.place.rank}", values)
+
+    def _send_report(self, rows: Sequence[Row], hangs: bool) -> None:
         probe = self.probe.written if self.probe is not None and not hangs else None
-        values = {"rows": [asdict(row) for row in rows], "used": used, "probe": probe, "hangs": hangs}
+        values = {"rows": [asdict(row) for row in rows], "probe": probe, "hangs": hangs}
         self.board.put(f"report/{self.place.rank}", values)
 
     def _on_hang(self, rows: Sequence[Row]) -> None:
         """Report to rank 0 and wait for its verdict: if this rank ended first, its launcher would end the others."""
-        self._send_report(rows, ("none", "hangs"), hangs=True)
+        if self.device is None:
+            self._send_claim({"error": "hangs"})
+        self._send_report(rows, hangs=True)
         self._wait_and_leave(REPORT_SECONDS + self.seconds)
 
     def _check_probes(self, probes: Mapping[str, Mapping[str, str]]) -> None:
@@ -147,7 +180,8 @@ class RankCheck:
             store: Any = self.board.store  # in torch's stubs it has no clone
             with TimeLimit(on_hang, self.seconds + 5).around("all-reduce", [], NETWORK_REMEDY):
                 links.join_group(store.clone(), self.place.rank, self.place.size, library, self.seconds)
-                device, _ = self._device()
+                device = self.device
+                assert device is not None, "every rank has a device where rank 0 names a library"
                 values: dict[str, Any] = {"all": asdict(links.measure(None, device, library))}
                 group = links.node_group(list(self.attendance.ranks.values()), self.seconds)
                 if group is not None:

@@ -19,6 +19,7 @@ from lowrank_dist.errors import UserError
 
 if TYPE_CHECKING:
     from lowrank_dist.arch.architecture import Architecture
+    from lowrank_dist.backend.select import Backend
     from lowrank_dist.config import Config
     from lowrank_dist.data.tokenizer import Tokenizer
     from lowrank_dist.methods.method import Method
@@ -80,17 +81,25 @@ class _Ranks:
     hosts: tuple[str, ...]
 
 
-def memory(config: Config, ranks: tuple[int, int, int] | None) -> list[Row]:
+@dataclass(frozen=True)
+class Met:
+    """What a rank knows of the others. hosts: the name of every rank's node. backend: this rank's own."""
+
+    hosts: tuple[str, ...]
+    backend: Backend
+
+
+def memory(config: Config, met: Met | None) -> list[Row]:
     """Return a row on the planned memory of a rank: a run whose ranks do not have it refuses to start.
 
-    ranks: the job's ranks, this rank's number on its node, and the number of ranks on the node. Without them, one
-    tensor-parallel group is assumed to run on this machine with a device for each rank. If it does not fit, the row is
-    only a warning, since the run may start elsewhere. There is no row for parallel.tensor=auto, which adapts to the
-    ranks, and none if the model or the method is broken, which has a row of its own.
+    met: the ranks of the job. Without them, one tensor-parallel group is assumed to run on this machine with a device
+    for each rank. If it does not fit, the row is only a warning, since the run may start elsewhere. There is no row for
+    parallel.tensor=auto, which adapts to the ranks, and none if the model or the method is broken, which has a row of
+    its own.
     """
     with silence_megatron():
-        from lowrank_dist.backend.devices import device_of_rank, gpus
-        from lowrank_dist.backend.select import Backend
+        from lowrank_dist.backend import select
+        from lowrank_dist.backend.devices import device_of_rank
         from lowrank_dist.engine.forecast import Forecast
     tensor = config.parallel.tensor
     if tensor == "auto":
@@ -100,16 +109,17 @@ def memory(config: Config, ranks: tuple[int, int, int] | None) -> list[Row]:
         architecture.check_tp(tensor)
     except UserError:
         return []
-    size, rank, local = ranks or (tensor, 0, tensor)
-    device, library = device_of_rank(config.model.device, rank, local)
-    count = len(gpus()) if device.type == "cuda" else 1
-    backend = Backend(device, library, device.type, ranks_per_device=-(-local // count) if ranks else 1)
+    if met is not None:
+        hosts, backend = met.hosts, met.backend
+    else:
+        device = device_of_rank(config.model.device, 0)
+        hosts, backend = (host_name(),) * tensor, select.Backend(device, "gloo", device.type)
     parallel = tensor > 1 and config.parallel.sequence is not False
-    planned = _Ranks(tensor, max(1, size // tensor), parallel, (host_name(),) * size)
+    planned = _Ranks(tensor, max(1, len(hosts) // tensor), parallel, hosts)
     try:
         return [Row("planned memory", "ok", Forecast(config, architecture, planned, backend).memory_line)]
     except UserError as error:
-        if ranks is not None:
+        if met is not None:
             raise
         return [Row("planned memory", "warning", f"with {tensor} ranks on this machine: {error}")]
 

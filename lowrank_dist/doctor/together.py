@@ -10,12 +10,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lowrank_dist.backend.node import node_names
+from lowrank_dist.backend.sharing import Claim, share
 from lowrank_dist.doctor import links
 from lowrank_dist.doctor.board import Board, NoAnswer, answer_clock, clock_skew
 from lowrank_dist.doctor.inputs import layout
 from lowrank_dist.doctor.local import Place, failing
 from lowrank_dist.doctor.member import GRACE_SECONDS, NETWORK_REMEDY, REPORT_SECONDS, Attendance, RankCheck, leave
-from lowrank_dist.doctor.rows import Results, Row, plural, run_check
+from lowrank_dist.doctor.rows import SHOWN, Results, Row, plural, run_check
 from lowrank_dist.errors import UserError, some_of
 
 if TYPE_CHECKING:
@@ -168,24 +169,42 @@ class LeaderCheck(RankCheck):
             if rank in reports and not reports[rank]["hangs"]
         }
         probes = {node: reports[rank]["probe"] for node, rank in alive.items() if reports[rank]["probe"] is not None}
-        used = {
-            node: [tuple(reports[rank]["used"]) for rank in ranks if rank in reports]
-            for node, ranks in self.attendance.ranks.items()
-        }
-        kinds = {kind for kinds in used.values() for kind in kinds}
-        library = next(iter(kinds))[1]
+        library = self._devices(reports, found)
         reason = ""
         bad = [node for node, rows in found.rows.items() if any(row.what in MEETING for row in failing(rows))]
         if self.attendance.absent or len(reports) < self.place.size or len(alive) < len(self.attendance.ranks):
             reason = "not every rank has connected"
         elif bad:
             reason = f"{some_of(bad)} cannot meet the others"
-        elif len(kinds) > 1:
-            reason = "; ".join(f"{node}: {_kinds(of)}" for node, of in used.items())
-            reason += ": set model.device to what all nodes have"
+        elif library is None:
+            reason = "the ranks have no common device"
         if reason:
             found.between.append(Row("all-reduce", "broken", f"not checked, since {reason}"))
         return {"leaders": alive, "probes": probes, "library": None if reason else library}
+
+    def _devices(self, reports: Mapping[int, object], found: Results) -> str | None:
+        """Add a row on the devices of the ranks, and return the library of their collectives; None without one."""
+        what = "devices of ranks"
+        try:
+            told = {rank: self.board.take(f"claim/{rank}", GRACE_SECONDS) for rank in reports}
+        except NoAnswer:
+            return None  # such a rank has a row
+        refused = {rank: values["error"] for rank, values in told.items() if "error" in values}
+        if refused:
+            said = "; ".join(f"rank {rank}: {reason}" for rank, reason in list(refused.items())[:SHOWN])
+            found.between.append(Row(what, "broken", f"{said}; see the rows on GPUs"))
+            return None
+        try:
+            shared = share({rank: Claim(**values) for rank, values in told.items()})
+        except UserError as error:
+            found.between.append(Row(what, "broken", str(error)))
+            return None
+        for line in shared.notes:
+            found.between.append(Row(what, "warning", line))
+        if not shared.notes:
+            kind = "a GPU of its own" if shared.collective == "nccl" else "the CPU"
+            found.between.append(Row(what, "ok", f"each rank uses {kind}, collectives go by {shared.collective}"))
+        return shared.collective
 
     def _compare_nodes(self, leaders: Mapping[str, int], found: Results) -> None:
         """Add rows on probes that other nodes do not see, and on the offsets of the clocks."""
@@ -241,10 +260,6 @@ def _shared(blind: Mapping[str, Sequence[str]], config: Config) -> Row:
 
 def _numbers(ranks: Sequence[int]) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + some_of([str(rank) for rank in ranks])
-
-
-def _kinds(kinds: Sequence[tuple[str, str]]) -> str:
-    return ", ".join(f"{device} by {library}" for device, library in dict.fromkeys(kinds))
 
 
 def _nodes_by_error(refused: Mapping[str, str]) -> dict[str, str]:

@@ -115,7 +115,7 @@ def _fake_ranks(job: Job, tp_rank: int) -> Iterator[Topology]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     assert not dist.is_initialized(), "this process is a rank of a real job"
-    select_backend("cpu", 0, 1)
+    select_backend("cpu")
     dist.init_process_group("fake", store=FakeStore(), rank=tp_rank, world_size=job.layout.ranks)
     try:
         topology = Topology.build(job.layout.tensor, job.layout.data, job.layout.sequence, timeout_seconds=600)

@@ -70,9 +70,9 @@ def session(tensor: int, device: str) -> Iterator[Session]:
             check_rank_variables()
         if device not in ("auto", "cpu", "cuda"):
             raise UserError(f"--device {device}: unknown device; give auto, cpu or cuda")
-        backend = select.select_backend(device, *select.local_rank_and_size())
+        backend = select.select_backend(device, select.local_rank())
         if launched:
-            select.init_process_group(backend, _TIMEOUT_SECONDS)
+            backend = select.init_process_group(backend, _TIMEOUT_SECONDS)
             world = dist.group.WORLD
             assert world is not None, "the ranks have met"
             require_agreement({"--tensor": str(tensor)}, world, backend.device, _REMEDY)

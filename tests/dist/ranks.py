@@ -160,13 +160,13 @@ def _serve(pipe: Connection, rank: int, size: int, store: str) -> None:
     global _device
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
-    backend = select_backend(DEVICE, rank, size)
+    backend = select_backend(DEVICE, rank)
     _device = backend.device
     if _device.type == "cuda":
         # torch's default, set explicitly: fp32 products in TF32 err by 1e-3, and the tolerances here are those of fp32.
         torch.set_float32_matmul_precision("highest")
     # A world of one needs no communication. NCCL at N = 1 is tested by tests/gpu/short_run.py, not by every reference.
-    collective = backend.collective if size > 1 else "gloo"
+    collective = backend.collective if 1 < size <= torch.cuda.device_count() else "gloo"
     _share_the_device_of_gloo()
     dist.init_process_group(
         collective, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)

@@ -19,8 +19,9 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -29,6 +30,9 @@ import yaml
 from tests import forked
 from tests.dist import ranks
 from tests.forked import Outcome
+
+if TYPE_CHECKING:
+    from lowrank_dist.backend.select import Backend
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT = 180
@@ -184,7 +188,7 @@ def _main(arguments: list[str], launcher: bool) -> Outcome:
         stack.enter_context(mock.patch.object(supervision, "_SPOKEN_BY_THEN", 0.0))  # no launcher ends the others
         if launcher:
             stack.enter_context(mock.patch.object(Topology, "build", kept))
-            stack.enter_context(mock.patch.object(select, "init_process_group", lambda *_: dist.barrier()))
+            stack.enter_context(mock.patch.object(select, "init_process_group", _met))
         else:
             for name in LAUNCHER_VARIABLES:
                 os.environ.pop(name, None)
@@ -200,6 +204,14 @@ def _main(arguments: list[str], launcher: bool) -> Outcome:
             traceback.print_exc()
             code = 1
     return Outcome(code, stdout.getvalue(), stderr.getvalue())
+
+
+def _met(backend: Backend, _: int) -> Backend:
+    """Stand in for init_process_group on ranks that have met: they share this machine's memory, or its only GPU."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    return replace(backend, ranks_per_device=dist.get_world_size())
 
 
 def _restore_logging(level: int, handlers: list[logging.Handler]) -> None:

@@ -58,7 +58,7 @@ def _command(arguments: list[str], stdin: str = "") -> Outcome:
             for name in LAUNCHER_VARIABLES:
                 os.environ.pop(name, None)
         # The ranks have met and keep their groups.
-        stack.enter_context(mock.patch.object(select, "init_process_group"))
+        stack.enter_context(mock.patch.object(select, "init_process_group", lambda backend, _: backend))
         stack.enter_context(mock.patch.object(select, "shutdown"))
         kept = SimpleNamespace(build=lambda tensor, *_: ranks.topology(tensor, False))
         stack.enter_context(mock.patch.object(session, "Topology", kept))

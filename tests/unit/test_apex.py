@@ -300,7 +300,7 @@ from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
 from lowrank_dist.parallel.topology import Topology
 
 libraries.quiet_libraries()
-select.select_backend("cpu", 0, 1)
+select.select_backend("cpu")
 dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
 topology = Topology.build(1, 1, False, 60)
 taken = apex._taken

@@ -5,17 +5,22 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from lowrank_dist.backend.sharing import Claim
 from lowrank_dist.doctor.board import Board, NoAnswer, answer_clock, clock_offset, clock_skew
+from lowrank_dist.doctor.local import Place
+from lowrank_dist.doctor.member import Attendance
 from lowrank_dist.doctor.rows import SHOWN, Results, Row, TableLine, format_size, plural, run_check
 from lowrank_dist.doctor.rows import table_lines as table_of
-from lowrank_dist.doctor.together import take_attendance
+from lowrank_dist.doctor.together import LeaderCheck, take_attendance
 from lowrank_dist.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -174,3 +179,44 @@ def test_sizes_and_counts() -> None:
         *("0 bytes", "1023 bytes", "1.0 KiB", "1.0 MiB", "3.0 GiB", "4096.0 GiB")
     ]
     assert (plural(1, "node"), plural(2, "node")) == ("1 node", "2 nodes")
+
+
+def leader(told: Sequence[Claim | str]) -> LeaderCheck:
+    """Return rank 0's part in the check of a job of one node. told: the ranks' devices, or why they have none."""
+    board = Board(dist.HashStore())
+    for rank, one in enumerate(told):
+        board.put(f"claim/{rank}", {"error": one} if isinstance(one, str) else asdict(one))
+    place = Place(0, len(told), 0, len(told), "h1/a", "h1", 1, agent=False)
+    return LeaderCheck(place, None, 1, board, Attendance({"h1": [*range(len(told))]}, [], {}), lambda found: 0)
+
+
+CPU = Claim("h1/a", "auto", "CUDA_VISIBLE_DEVICES=0")
+X, Y = (replace(CPU, unit=unit, gpu=unit, visible=(unit,)) for unit in "xy")
+
+
+@pytest.mark.parametrize(
+    ("told", "library", "state", "said"),
+    [
+        ([X, Y], "nccl", "ok", "each rank uses a GPU of its own, collectives go by nccl"),
+        ([X, X], "gloo", "warning", "ranks 0, 1 on h1 share one GPU"),
+        ([CPU, CPU], "gloo", "ok", "each rank uses the CPU, collectives go by gloo"),
+        ([X, CPU], None, "broken", "rank 1 on h1 uses no GPU (CUDA_VISIBLE_DEVICES=0), but rank 0 on h1 does"),
+        ([X, "the driver is too old"], None, "broken", "rank 1: the driver is too old; see the rows on GPUs"),
+    ],
+    ids=["one each", "shared", "CPU", "one without", "a driver that refuses"],
+)
+def test_the_devices_of_the_ranks(told: list[Claim | str], library: str | None, state: str, said: str) -> None:
+    check, found = leader(told), Results(2, {})
+    assert check._devices({0: {}, 1: {}}, found) == library
+    (row,) = found.between
+    assert row.what == "devices of ranks" and row.state == state and said in row.detail
+
+
+@pytest.mark.parametrize(("told", "sharing"), [([X, Y], 1), ([X, X], 2)], ids=["one each", "shared"])
+def test_memory_is_checked_for_the_share_of_a_rank(told: list[Claim | str], sharing: int) -> None:
+    """Each rank sees one GPU: whether it is the same one decides how much memory a rank has."""
+    check = leader(told)
+    assert check._met() is None, "a rank without a device"
+    check.device = torch.device("cuda", 0)
+    met = check._met()
+    assert met is not None and met.hosts == ("h1", "h1") and met.backend.ranks_per_device == sharing

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from click.testing import Result
 from typer.testing import CliRunner
@@ -25,6 +26,7 @@ from lowrank_dist.cli.main import app
 from lowrank_dist.config import load_config
 from lowrank_dist.data.formats import read_jsonl
 from lowrank_dist.doctor import inputs, start, storage
+from lowrank_dist.doctor.start import Met
 from lowrank_dist.doctor.storage import Probe, unseen_probes
 from lowrank_dist.errors import UserError
 from lowrank_dist.ops import extension
@@ -254,7 +256,7 @@ def test_what_eval_generate_refuses(config: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_does_not_fit(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_config = load_config(config, ["parallel.tensor=2"])
-    here = (4, 0, 4)
+    here = Met(("here",) * 4, Backend(torch.device("cpu"), "gloo", "cpu", ranks_per_device=4))
     for ranks in (None, here):
         (row,) = start.memory(run_config, ranks)
         assert row.state == "ok" and row.detail.startswith("planned memory 0.00 GiB a rank")

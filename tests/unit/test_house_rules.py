@@ -449,6 +449,7 @@ UNTRUSTED = f"{PACKAGE}.untrusted"
 # All other calls of parsers, with the reason why their input is ours.
 TRUSTED = {
     "backend.launchers: json.loads": "the command line of the launcher above this process",
+    "backend.sharing: json.loads": "what the ranks have sent",
     "checkpoint.training_state: model_validate_json": "what the reader of JSON has passed, or rank 0 has sent",
     "config.load: yaml.compose": "by the Loader with bounds, of a text within the bound of a file",
     "data.render_child: json.loads": "what the process that has started it sends",

@@ -44,7 +44,11 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[latency.Bench]:
     """Yield the benchmark on rank 0 of two, with a tiny model in place of the real one."""
     tiny = Model("tiny", parse_architecture(TINY, "tiny"), "fp32")
     monkeypatch.setattr(latency, "find_model", lambda name: tiny)
-    join = lambda *_: dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)  # noqa: E731
+
+    def join(backend: select.Backend, _: int) -> select.Backend:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        return backend
+
     monkeypatch.setattr(select, "init_process_group", join)
     yield latency.Bench(2, argparse.Namespace(device="cpu", dtype="fp32"))
     parallel_state.destroy_model_parallel()

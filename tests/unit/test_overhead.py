@@ -35,7 +35,7 @@ Layers = dict[tuple[str, int], sides.Layer]
 @pytest.fixture(scope="module")
 def layers() -> Iterator[Layers]:
     """Yield the layers by dtype and number of shards."""
-    device = select_backend("cpu", 0, 1).device
+    device = select_backend("cpu").device
     assert sides.join_fake_world() == {"gather_copies": True, "reduce_scatter_copies": True}
     topologies = {shard: Topology.build(shard, None, shard > 1, 60) for shard in (1, sides.WORLD)}
     yield {
