@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import shutil
@@ -10,10 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowrank_dist.doctor.file_system import probe_operations
 from lowrank_dist.doctor.inputs import checkpoint_bytes
 from lowrank_dist.doctor.rows import Row, format_size
 from lowrank_dist.errors import DiskError, UserError
-from lowrank_dist.formats.atomic import atomic_folder, temporary_name
+from lowrank_dist.formats.atomic import UNSUPPORTED, atomic_folder, temporary_name
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
@@ -39,7 +41,10 @@ class Probe:
         self._content = secrets.token_bytes(32) * (PROBE_BYTES // 32)
 
     def write(self) -> list[Row]:
-        """Write, fsync, rename, and read back. Raises UserError (DiskError) where the disk refuses."""
+        """Write, fsync, rename, and read back; then try each operation of the file system that a run uses.
+
+        Raises UserError (DiskError) where the disk refuses.
+        """
         place = nearest_existing(self.run)
         self.folder = temporary_name(place / "doctor")
         start = time.monotonic()
@@ -49,17 +54,18 @@ class Probe:
         except DiskError as error:  # its own message has the names of the probe, which mean nothing to the user
             cause = error.__cause__
             reason = cause.strerror if isinstance(cause, OSError) else cause
-            raise DiskError(
-                f"{place}: a checkpoint cannot be written ({reason}); free some space, or set output.dir to a folder "
-                "where you may write"
-            ) from error
+            remedy = "free some space, or set output.dir to a folder where you may write"
+            if isinstance(cause, OSError) and cause.errno in UNSUPPORTED - {errno.EACCES} | {errno.EXDEV}:
+                remedy = "a run is not safe on this file system, so set output.dir to another one"
+            raise DiskError(f"{place}: a checkpoint cannot be written ({reason}); {remedy}") from error
         seconds = time.monotonic() - start
         where = str(place) if place == self.run else f"{place}, the folder for {self.run}"
         if (self.folder / FILE).read_bytes() != self._content:
             detail = f"{where}: written data was read back changed; set output.dir to another disk"
             return [Row("run folder", "broken", detail)]
         detail = f"{where}: {format_size(PROBE_BYTES)} written, synced, renamed and read back in {seconds * 1e3:.0f} ms"
-        return [Row("run folder", "ok", detail, figures={"write_seconds": seconds})]
+        rows = [Row("run folder", "ok", detail, figures={"write_seconds": seconds})]
+        return rows + probe_operations(place, self.folder)
 
     @property
     def written(self) -> dict[str, str] | None:

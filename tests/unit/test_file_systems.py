@@ -14,6 +14,7 @@ import pytest
 from lowrank_dist.checkpoint.folder import export, newest_checkpoint
 from lowrank_dist.checkpoint.inspection import inspect_folder
 from lowrank_dist.config import load_config
+from lowrank_dist.doctor.storage import Probe
 from lowrank_dist.engine import checkpoint_writer
 from lowrank_dist.engine.checkpoint_writer import CheckpointWriter, Facts, FollowingWriteError, Retention
 from lowrank_dist.engine.run_folder import RunFolder
@@ -124,6 +125,66 @@ def test_a_file_system_without_renames_is_named(tmp_path: Path, monkeypatch: pyt
     ):
         pass
     assert os.listdir(tmp_path) == []
+
+
+def doctor(root: Path, kinds: list[str], code: int) -> list[tuple[str, str, str]]:
+    """Return what doctor says of a run folder where operations of these kinds fail with `code`."""
+    faults.refuse(*kinds, code=code)
+    probe = Probe(root / "run")
+    try:
+        return [(row.what, row.state, row.detail) for row in probe.write()]
+    finally:
+        probe.remove()
+
+
+@pytest.fixture(scope="module")
+def doctor_zygote() -> Iterator[Zygote]:
+    with Zygote(f"{__name__}:doctor") as process:
+        yield process
+
+
+@pytest.mark.parametrize(
+    ("kinds", "state", "said"),
+    [
+        ([], "ok", ["links, locks, renames and fsync work"]),
+        (
+            ["symlink"],
+            "warning",
+            ["without symbolic links (Operation not permitted): checkpoints/last and best are files"],
+        ),
+        (["lock"], "warning", ["without locks (Operation not permitted): two runs in one folder are not noticed"]),
+        (["exchange"], "warning", ["without exchange of two folders: a run that is killed"]),
+        (["fsync-folder"], "warning", ["without fsync of folders: a power failure"]),
+        (["fsync"], "warning", ["without fsync of files: a power failure"]),
+        (
+            ["link", "symlink"],
+            "warning",
+            ["without symbolic links", "without hard links", "FAILED may name the second"],
+        ),
+    ],
+)
+def test_doctor_names_what_is_missing(
+    doctor_zygote: Zygote, tmp_path: Path, kinds: list[str], state: str, said: list[str]
+) -> None:
+    ended = doctor_zygote.run(tmp_path, kinds, errno.EPERM)
+    assert ended.error is None, ended.traceback
+    folder, (what, found, detail) = ended.value
+    assert folder[:2] == ["run folder", "ok"] and (what, found) == ("file system", state)
+    assert all(text in detail for text in said), detail
+    assert os.listdir(tmp_path) == [], "nothing is left"
+
+
+def test_doctor_calls_a_file_system_without_renames_unsafe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSYS, "Function not implemented", str(self))
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    _, row = Probe(tmp_path).write()
+    assert row.state == "broken" and "without replacing a file by a rename (Function not implemented)" in row.detail
+    assert "a run is not safe here: set output.dir to another file system" in row.detail
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(DiskError, match="a run is not safe on this file system"):
+        Probe(tmp_path).write()
 
 
 def test_a_folder_in_place_of_a_link(tmp_path: Path) -> None:
