@@ -313,6 +313,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
     ),
     "smollm3": Family(
+        model_class="SmolLM3ForCausalLM",
         prefix="model.",
         keys=_LLAMA_KEYS
         | {
@@ -337,6 +338,7 @@ FAMILIES: Mapping[str, Family] = {
         rope=RopeTable(theta=2_000_000.0),
     ),
     "ministral3": Family(
+        model_class="Ministral3ForCausalLM",
         prefix="model.",
         keys=_LLAMA_KEYS
         | {
