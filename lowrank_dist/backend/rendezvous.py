@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from lowrank_dist.backend import ports
 from lowrank_dist.backend.launchers import is_first_on_node, run_token
+from lowrank_dist.backend.node import host_name
 from lowrank_dist.backend.rank_variables import HIGHEST_PORT
 from lowrank_dist.errors import RankIdentityError, UserError
 from lowrank_dist.terminal import say
@@ -177,7 +178,7 @@ def _await_master(place: MeetingPlace, seconds: float) -> None:
 
 def _cause(place: MeetingPlace, reason: OSError) -> str:
     """Return why this rank does not reach the store: what, where, and the remedy."""
-    node = socket.gethostname()
+    node = host_name()
     if isinstance(reason, ports.Unresolved):
         return (
             f"MASTER_ADDR: {node} cannot resolve the name {place.host[:80]!r} ({reason}); give an address, or correct "

@@ -443,7 +443,7 @@ def test_a_wrong_type_is_refused_by_its_key(values: Values, named: str) -> None:
         {"model_type": "mamba"},
         {"hidden_act": "quick_gelu"},
         {"quantization_config": {}},
-        {"rope_scaling": {"type": "yarn"}},
+        {"rope_scaling": {"type": "proportional"}},
     ],
 )
 def test_what_has_no_table_is_told_from_what_is_wrong(values: Values) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from tests import forked
 from tests.forked import Outcome
 from tests.integration.launching import environment, free_port
 
+ROOT = Path(__file__).parents[2]
 # A rank on a node with the GPUs of tests/fake_gpus.py. It prints what it shares; a group over NCCL is only asked for.
 RANK = """
 import os, sys
@@ -51,6 +53,7 @@ def job(place: Path, gpus: int | str, masks: Sequence[str | None], **variables: 
     size = str(len(masks))
     shared = {**environment(), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GPUS": str(gpus), **variables}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    shared["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [shared.get("PYTHONPATH")])])
     shared.pop("CUDA_VISIBLE_DEVICES", None)
     ranks = [{**shared, "RANK": str(n), "LOCAL_RANK": str(n)} for n in range(len(masks))]
     for rank, mask in zip(ranks, masks, strict=True):
