@@ -117,7 +117,8 @@ def memory(config: Config, met: Met | None) -> list[Row]:
     parallel = tensor > 1 and config.parallel.sequence is not False
     planned = _Ranks(tensor, max(1, len(hosts) // tensor), parallel, hosts)
     try:
-        return [Row("planned memory", "ok", Forecast(config, architecture, planned, backend).memory_line)]
+        forecast = Forecast(config, architecture, planned, backend)
+        return [Row("planned memory", "warning" if forecast.lacks_host_memory else "ok", forecast.memory_line)]
     except UserError as error:
         if met is not None:
             raise

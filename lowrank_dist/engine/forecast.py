@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.model_files import stored_dtype
-from lowrank_dist.backend.limits import MemoryBound
+from lowrank_dist.backend.limits import MemoryBound, memory_bound
 from lowrank_dist.backend.node import node_id, node_names
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.config import Config
@@ -27,7 +27,7 @@ from lowrank_dist.planner.hardware import GPUS, gpu_called, peak_flops
 from lowrank_dist.planner.job import Layout
 from lowrank_dist.planner.layouts import Cluster
 from lowrank_dist.planner.memory import memory
-from lowrank_dist.planner.parameters import heaviest_rank
+from lowrank_dist.planner.parameters import heaviest_rank, host_bytes
 
 # A run whose planned memory exceeds the available by this factor does not start. Tests hold the plan to 10 %.
 _CERTAIN = 1.1
@@ -113,7 +113,8 @@ class Ranks(Protocol):
 class Forecast:
     """The plan of one run as it was launched.
 
-    memory_line: the line on memory that the run prints. layout_line: the line on a layout that the plan chose, or None.
+    memory_line: the line on memory that the run prints. lacks_host_memory: the line warns that a node's ranks need more
+    host memory than it has for them. layout_line: the line on a layout that the plan chose, or None.
     """
 
     def __init__(
@@ -139,7 +140,8 @@ class Forecast:
         self._job, self._ignored = job, train.ignore_plan
         self._planned = memory(job, heaviest_rank(job))
         self._backend, self._before_model = backend, backend.peak_memory_gib()
-        self.memory_line = self._check()
+        lacking = self._lack_of_host_memory()
+        self.memory_line, self.lacks_host_memory = self._check() + lacking, bool(lacking)
 
     def _check(self) -> str:
         """Return the line on memory. Raises as `__init__` does."""
@@ -155,6 +157,23 @@ class Forecast:
         raise UserError(
             f"{line}: it does not fit. {self._remedy(available)}; `lowrank-dist plan` with this configuration shows "
             "why, and train.ignore_plan=true starts it anyway"
+        )
+
+    def _lack_of_host_memory(self) -> str:
+        """Return a warning where a node's ranks need more host memory than is allowed here, to follow the memory line.
+
+        On a CPU the memory of the ranks is the node's, which `_check` covers.
+        """
+        if self._backend.device.type == "cpu":
+            return ""
+        ranks = max(Counter(self._hosts).values())
+        needed, bound = host_bytes(self._job, ranks), memory_bound()
+        if needed <= bound.limit:
+            return ""
+        return (
+            f"; host memory: {ranks} ranks of a node need {needed / _GIB:.2f} GiB while they load, and this node has "
+            f"{bound.limit / _GIB:.2f} GiB for them ({bound.source}): THE KERNEL MAY END THEM; more is given by "
+            f"{bound.remedy or 'nodes with more memory'}"
         )
 
     def _remedy(self, available: int) -> str:

@@ -106,6 +106,26 @@ def test_a_limit_is_named_with_its_place(path: Path) -> None:
         Forecast(config(path), shape, TOPOLOGY, backend(1000, limit))
 
 
+def test_host_memory_of_a_run_on_gpus(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm gives a job of GPUs little host memory unless it asks for it; the ranks would be killed as they load."""
+
+    def line(limit: MemoryBound, kind: str = "cuda") -> str:
+        monkeypatch.setattr("lowrank_dist.engine.forecast.memory_bound", lambda: limit)
+        device: Any = SimpleNamespace(**{**vars(backend(2**40)), "device": torch.device(kind)})
+        shape = read_architecture(path.parent / "base")
+        made = Forecast(config(path, "model.device=auto"), shape, TOPOLOGY, device)
+        assert made.lacks_host_memory == ("host memory" in made.memory_line)
+        return made.memory_line
+
+    small = MemoryBound(2**30, 2**29, "memory.max of /sys/fs/cgroup/job", "Slurm's --mem")
+    said = r"; host memory: 2 ranks of a node need 3\.\d\d GiB while they load, and this node has 1\.00 GiB "
+    assert re.search(
+        said + r"for them \(memory\.max of /sys/fs/cgroup/job\): .*; more is given by Slurm's --mem$", line(small)
+    )
+    assert "host memory" not in line(MemoryBound(2**36, 2**29, "MemAvailable of /proc/meminfo"))
+    assert "host memory" not in line(small, "cpu")
+
+
 def test_the_cluster_of_a_run(path: Path) -> None:
     """Groups that the plan keeps inside a node lie on one host, however many ranks each host has."""
     for hosts, nodes in ((["a"] * 8, (1, 8)), (["a"] * 4 + ["b"] * 4, (2, 4)), (["a"] * 4 + ["b"] * 2, (3, 2))):
