@@ -120,7 +120,8 @@ def serve() -> None:
         given = json.loads(line)
         if "template" in given:
             job, Clock.present = given, datetime.fromisoformat(given["moment"])
-            _limit(resource.RLIMIT_AS, imported + job["memory"])
+            # A smaller limit (`ulimit -v`) stays, and is the one that errors name.
+            job["memory"] = _limit(resource.RLIMIT_AS, imported + job["memory"]) - imported
             continue
         # Beyond this limit the kernel kills the process, whatever operation it is in.
         _limit(resource.RLIMIT_CPU, int(time.process_time()) + 1 + job["seconds"])
@@ -128,9 +129,12 @@ def serve() -> None:
         answers.flush()
 
 
-def _limit(what: int, most: int) -> None:
+def _limit(what: int, most: int) -> int:
+    """Limit this process to `most`, or to its hard limit where that is less. Return the limit."""
     hardest = resource.getrlimit(what)[1]
-    resource.setrlimit(what, (most if hardest == resource.RLIM_INFINITY else min(most, hardest), hardest))
+    limit = most if hardest == resource.RLIM_INFINITY else min(most, hardest)
+    resource.setrlimit(what, (limit, hardest))
+    return limit
 
 
 if __name__ == "__main__":

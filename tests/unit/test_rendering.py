@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 from datetime import datetime
@@ -238,6 +239,17 @@ def test_the_memory_is_beside_what_is_imported(tmp_path: Path, monkeypatch: pyte
         assert render(tmp_path / "good", tiny.CHATML, [long])[0].endswith("<|im_end|>\n")
         with pytest.raises(UserError, match="more than 256 MiB of memory"):
             render(tmp_path / "bad", marked(BOMBS["memory"][0]))
+    end_child()
+
+
+def test_a_smaller_limit_of_the_user_is_the_one_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under `ulimit -v`, which bounds the imports as well."""
+    end_child()
+    monkeypatch.setattr(RENDERER, "memory", 4 << 30)
+    pid = RENDERER._started().pid
+    resource.prlimit(pid, resource.RLIMIT_AS, (700 << 20, 700 << 20))
+    with pytest.raises(UserError, match=r"more than [1-6]\d\d MiB of memory"):
+        render(tmp_path, marked(BOMBS["memory"][0]))
     end_child()
 
 
