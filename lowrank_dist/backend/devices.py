@@ -44,12 +44,14 @@ def gpus() -> list[Gpu]:
     if not available:
         reasons = [" ".join(str(warning.message).split()) for warning in said]
         raise RuntimeError("; ".join(reasons) or f"torch {torch.__version__} sees no CUDA device")
-    found = []
-    for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        free, total = torch.cuda.mem_get_info(index)
-        found.append(Gpu(facts.name, total, free, f"sm_{facts.major}{facts.minor}"))
-    return found
+    return [gpu(index) for index in range(torch.cuda.device_count())]
+
+
+def gpu(index: int) -> Gpu:
+    """Return one of the CUDA devices. Raises RuntimeError where it does not answer."""
+    facts = torch.cuda.get_device_properties(index)
+    free, total = torch.cuda.mem_get_info(index)
+    return Gpu(facts.name, total, free, f"sm_{facts.major}{facts.minor}")
 
 
 def driver() -> str | None:

@@ -5,10 +5,17 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lowrank_dist.backend.limits import cpu_bound, machine_memory, memory_bound
 from lowrank_dist.doctor.rows import Row, format_size, one_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from lowrank_dist.backend.devices import Gpu
 
 SHARED_MEMORY = Path("/dev/shm")
 # NCCL takes about 10 MB there for each pair of ranks of a node; containers have 64 MB by default.
@@ -25,7 +32,7 @@ def devices() -> list[Row]:
     try:
         found = gpus()
         rows.append(Row("GPUs", "ok", str(len(found)), alike=str(len(found)), if_unlike="warning"))
-        rows += [_gpu(index, gpu.name, gpu.total, gpu.free, gpu.architecture) for index, gpu in enumerate(found)]
+        rows += [_gpu(f"GPU {index}", gpu) for index, gpu in enumerate(found)]
     except RuntimeError as error:
         remedy = "GPUs need a CUDA build of torch and a matching driver, and CUDA_VISIBLE_DEVICES must not hide them"
         detail = f"{one_line(str(error))}, so training runs on the CPU; {remedy}"
@@ -41,13 +48,21 @@ def devices() -> list[Row]:
     return rows
 
 
-def _gpu(index: int, name: str, total: int, free: int, architecture: str) -> Row:
-    detail = f"{name}, {format_size(total)}, {architecture}"
-    figures = {"total_bytes": total, "free_bytes": free}
-    if free >= FREE_SHARE * total:
-        return Row(f"GPU {index}", "ok", f"{detail}, {format_size(free)} free", detail, "warning", figures)
-    taken = f"{detail}, but only {format_size(free)} free; find the process to end with `nvidia-smi`"
-    return Row(f"GPU {index}", "warning", taken, detail, "warning", figures)
+def gpu_in_use(rank: int, device: torch.device) -> list[Row]:
+    """Return a row on a rank's GPU if other processes use it: the rank that checks the node may not see that GPU."""
+    from lowrank_dist.backend.devices import gpu
+
+    found = [_gpu(f"GPU of rank {rank}", gpu(device.index))] if device.type == "cuda" else []
+    return [replace(row, alike=None) for row in found if row.state != "ok"]
+
+
+def _gpu(what: str, gpu: Gpu) -> Row:
+    detail = f"{gpu.name}, {format_size(gpu.total)}, {gpu.architecture}"
+    figures = {"total_bytes": gpu.total, "free_bytes": gpu.free}
+    if gpu.free >= FREE_SHARE * gpu.total:
+        return Row(what, "ok", f"{detail}, {format_size(gpu.free)} free", detail, "warning", figures)
+    taken = f"{detail}, but only {format_size(gpu.free)} free; find the process to end with `nvidia-smi`"
+    return Row(what, "warning", taken, detail, "warning", figures)
 
 
 def memory() -> list[Row]:

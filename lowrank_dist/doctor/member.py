@@ -15,6 +15,7 @@ from lowrank_dist.backend.sharing import Claim, claim, share
 from lowrank_dist.doctor import links
 from lowrank_dist.doctor.board import Board, NoAnswer, clock_offset
 from lowrank_dist.doctor.local import CHECK_SECONDS, Place, TimeLimit, diagnose
+from lowrank_dist.doctor.machine import gpu_in_use
 from lowrank_dist.doctor.rows import Row, one_line
 from lowrank_dist.doctor.start import Met
 from lowrank_dist.doctor.storage import Probe, unseen_probes
@@ -110,6 +111,7 @@ class RankCheck:
             with TimeLimit(self._on_hang).around("GPUs", rows):
                 device = device_of_rank(self._requested, self.place.local_rank)
                 self._send_claim(asdict(claim(self._requested, device)))
+                rows += [] if self.checks_node else gpu_in_use(self.place.rank, device)
             self.device = device
         except RuntimeError as error:  # a driver that refuses
             self._send_claim({"error": one_line(str(error))})

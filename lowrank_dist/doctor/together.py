@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -155,7 +155,8 @@ class LeaderCheck(RankCheck):
                     detail = f"rank {rank} stopped answering; see its own messages, and check that {node} is alive"
                     found.between.append(Row(f"node {node}", "broken", detail))
             if ranks[0] in reports:
-                found.rows[node] = [Row(**row) for row in reports[ranks[0]]["rows"]]
+                told = (Row(**row) for rank in ranks if rank in reports for row in reports[rank]["rows"])
+                found.rows[node] = _unequal(told)
         return reports
 
     def _plan(self, reports: Mapping[int, Mapping[str, Any]], found: Results) -> dict[str, Any]:
@@ -260,6 +261,15 @@ def _shared(blind: Mapping[str, Sequence[str]], config: Config) -> Row:
 
 def _numbers(ranks: Sequence[int]) -> str:
     return ("rank " if len(ranks) == 1 else "ranks ") + some_of([str(rank) for rank in ranks])
+
+
+def _unequal(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows, each once: ranks of a node may find the same."""
+    found: list[Row] = []
+    for row in rows:
+        if row not in found:
+            found.append(row)
+    return found
 
 
 def _nodes_by_error(refused: Mapping[str, str]) -> dict[str, str]:

@@ -84,6 +84,7 @@ def ask_for_gpus(directives: Mapping[str, str | None], nodes: int, gpus_per_node
     Raises UserError where they ask for another number of GPUs than the job has ranks.
     """
     expected = {"gres": gpus_per_node, "gpus-per-node": gpus_per_node, "gpus": nodes * gpus_per_node}
+    expected |= dict.fromkeys(("gpus-per-task", "tres-per-task"), 1)
     asked = False
     for option, value in directives.items():
         if not _ASKS.fullmatch(option):
@@ -96,9 +97,10 @@ def ask_for_gpus(directives: Mapping[str, str | None], nodes: int, gpus_per_node
         # Python converts no more than 4,300 digits; no job has GPUs of nine.
         count = sum(int((match["count"] or "1")[:9]) for match in gpus)
         if gpus and count != expected.get(option, count):
+            need = "1 for each" if option.endswith("-task") else str(expected[option])
             raise UserError(
                 f"--sbatch: {option}={short_path(value or '')} asks for {count} GPUs, but {nodes} nodes of "
-                f"{gpus_per_node} ranks need {expected[option]}; make it agree with --nodes and --gpus-per-node"
+                f"{gpus_per_node} ranks need {need}; make it agree with --nodes and --gpus-per-node"
             )
     return asked
 

@@ -14,9 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lowrank_dist.backend import devices
+from lowrank_dist.backend.devices import Gpu
 from lowrank_dist.backend.sharing import Claim
 from lowrank_dist.doctor.board import Board, NoAnswer, answer_clock, clock_offset, clock_skew
 from lowrank_dist.doctor.local import Place
+from lowrank_dist.doctor.machine import gpu_in_use
 from lowrank_dist.doctor.member import Attendance
 from lowrank_dist.doctor.rows import SHOWN, Results, Row, TableLine, format_size, plural, run_check
 from lowrank_dist.doctor.rows import table_lines as table_of
@@ -210,6 +213,23 @@ def test_the_devices_of_the_ranks(told: list[Claim | str], library: str | None, 
     assert check._devices({0: {}, 1: {}}, found) == library
     (row,) = found.between
     assert row.what == "devices of ranks" and row.state == state and said in row.detail
+
+
+def test_a_gpu_in_use_is_found_where_the_rank_that_checks_the_node_cannot_see_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free = {0: 80 * 2**30, 1: 2**30}
+    monkeypatch.setattr(devices, "gpu", lambda index: Gpu("H100", 80 * 2**30, free[index], "sm_90"))
+    assert gpu_in_use(3, torch.device("cuda", 0)) == gpu_in_use(3, torch.device("cpu")) == []
+    (row,) = gpu_in_use(3, torch.device("cuda", 1))
+    assert row.what == "GPU of rank 3" and row.state == "warning" and "only 1.0 GiB free" in row.detail
+    check, found = leader([X, Y, X]), Results(3, {})
+    memory = Row("host memory", "ok", "1 GiB")
+    for rank, rows in enumerate(([memory], [row, memory], [row])):
+        report = {"rows": [asdict(one) for one in rows], "probe": None, "hangs": False}
+        check.board.put(f"report/{rank}", report)
+    check._collect_reports(found)
+    assert found.rows == {"h1": [memory, row]}
 
 
 @pytest.mark.parametrize(("told", "sharing"), [([X, Y], 1), ([X, X], 2)], ids=["one each", "shared"])

@@ -242,8 +242,9 @@ def test_any_directive_is_passed_on(config: Path) -> None:
     assert directives(commands) == usual + added, "sbatch reads no directive after the first command"
     for word in ("constraint=gpu", "gpu-bind=none", "gres=nvme:1"):
         assert "gpus-per-node=8" in directives(slurm(config, "--sbatch", word, "--dry-run").stdout), word
-    typed = slurm(config, "--sbatch", "gpus-per-node=h100:8", "--dry-run").stdout
-    assert "gpus-per-node=h100:8" in directives(typed) and "gpus-per-node=8" not in directives(typed)
+    for word in ("gpus-per-node=h100:8", "gpus-per-task=1", "gpus-per-task=h100:1", "tres-per-task=gres/gpu:1"):
+        typed = directives(slurm(config, "--sbatch", word, "--dry-run").stdout)
+        assert word in typed and "gpus-per-node=8" not in typed
 
 
 @pytest.mark.parametrize(
@@ -254,6 +255,8 @@ def test_any_directive_is_passed_on(config: Path) -> None:
         ("gpus=8", ["asks for 8 GPUs", "need 16"]),
         ("gpus-per-node=h100:1", ["asks for 1 GPUs"]),
         (f"gres=gpu:{'8' * 5000}", ["asks for 888888888 GPUs"]),
+        ("gpus-per-task=8", ["asks for 8 GPUs", "need 1 for each"]),
+        ("tres-per-task=gres/gpu:h100:2", ["asks for 2 GPUs"]),
         ("nodes=4", ["nodes is set by --nodes"]),
         ("--time=4", ["time is set by --time"]),
         ("array=0-3", ["train_array.sbatch"]),
