@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,10 +29,16 @@ NOISE = {
 # costs at most 1 ms (docs/LOG.md).
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 CACHED_SHAPES = "16"
+# The folder of TorchInductor's cache.
+_COMPILER_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+# An existing folder in which nobody, root included, can create a file.
+_NOWHERE = "/proc"
 
 
 def quiet_libraries() -> None:
     """Silence messages meant for library developers, skip loading an unused compiler, and bound the caches.
+
+    Also let the libraries be imported where no temporary folder can be written (`allow_no_temporary_folder`).
 
     Call it before Megatron is imported and before anything is computed.
     """
@@ -44,6 +51,36 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     for name in CACHES:
         os.environ.setdefault(name, CACHED_SHAPES)
+    allow_no_temporary_folder()
+
+
+def allow_no_temporary_folder() -> None:
+    """Let libraries be imported where no temporary folder can be written.
+
+    At import some ask for its name (portalocker, for BLEU), and torch._dynamo, which Megatron and transformers load,
+    creates TorchInductor's cache folder in it (torch/_inductor/runtime/cache_dir_utils.py). Neither is used afterwards:
+    nothing is compiled or locked there.
+    """
+    if temporary_folder() is None:
+        tempfile.tempdir = _NOWHERE
+        os.environ.setdefault(_COMPILER_CACHE, _NOWHERE)
+    if (chosen := os.environ.get(_COMPILER_CACHE)) is not None:
+        try:
+            os.makedirs(chosen, exist_ok=True)
+        except OSError:
+            os.environ[_COMPILER_CACHE] = _NOWHERE
+
+
+def temporary_folder() -> str | None:
+    """Return the folder for temporary files; None where no folder can be written.
+
+    Python takes the first that it can write of TMPDIR, TEMP, TMP, /tmp, /var/tmp, /usr/tmp and the working folder.
+    """
+    try:
+        found = tempfile.gettempdir()
+    except FileNotFoundError:
+        return None
+    return None if found == _NOWHERE else found
 
 
 def _no_noise(record: logging.LogRecord) -> bool:
@@ -100,6 +137,7 @@ def _roots() -> list[Path]:
     chosen = os.environ.get("TORCH_EXTENSIONS_DIR")
     if chosen is not None:
         return [Path(chosen)]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # As torch finds it: a user without a home folder (a container's unknown user id) has "~" in the working folder.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     version = sys.version_info
     return list((cache / "torch_extensions").glob(f"py{version.major}{version.minor}{sys.abiflags}_*"))

@@ -129,8 +129,15 @@ def diagnose(
     if has_torch:
         run_checks((("GPUs", machine.devices), ("compiled operators", machine.operators), ("GEMM", machine.products)))
     gpus = any(row.what == "GPUs" and row.state == "ok" for row in rows)
-    shared_memory = partial(machine.shared_memory, gpus)
-    run_checks((("host memory", machine.memory), ("CPUs", machine.cpus), ("/dev/shm", shared_memory)), needed=False)
+    run_checks(
+        (
+            ("host memory", machine.memory),
+            ("CPUs", machine.cpus),
+            ("/dev/shm", partial(machine.shared_memory, gpus)),
+            ("temporary folder", machine.temporary_files),
+        ),
+        needed=False,
+    )
     run_checks([("NICs", partial(_network, place, gpus))], needed=place is not None)
     if config is not None and has_torch:
         run_checks(_checks_of_run(config, place, probe, met))

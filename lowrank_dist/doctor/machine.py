@@ -1,4 +1,4 @@
-"""Checks of a node's hardware and compute libraries: GPUs, memory, compiled operators and their substitutes."""
+"""Checks of a node's hardware and compute libraries: GPUs, memory, temporary folder, compiled operators."""
 
 from __future__ import annotations
 
@@ -94,6 +94,28 @@ def shared_memory(gpus: bool, place: Path = SHARED_MEMORY) -> list[Row]:
         short = f"{format_size(free)} free of {format_size(size)}: too little for the NCCL ranks of a node; {remedy}"
         return [Row(what, "warning", short, figures=figures)]
     return [Row(what, "ok", f"{format_size(free)} free of {format_size(size)}", figures=figures)]
+
+
+def temporary_files() -> list[Row]:
+    """Return a row on the folder for temporary files, which a run can do without."""
+    from lowrank_dist.backend.libraries import temporary_folder
+
+    what, found = "temporary folder", temporary_folder()
+    if found is None:
+        detail = (
+            "none of TMPDIR, /tmp, /var/tmp and the working folder can be written. A run needs none, but torchrun does "
+            "not start, no extension can be built, and loss.png is drawn only where MPLCONFIGDIR can be written; set "
+            "TMPDIR to a writable folder"
+        )
+        return [Row(what, "warning", detail)]
+    asked = os.environ.get("TMPDIR")
+    if asked and os.path.realpath(asked) != os.path.realpath(found):
+        reason = "is full or cannot be written" if os.path.isdir(asked) else "is not a folder"
+        detail = f"TMPDIR={asked} {reason}, so {found} is used; set TMPDIR to a writable folder, or unset it"
+        return [Row(what, "warning", detail)]
+    facts = os.statvfs(found)
+    free = facts.f_bavail * facts.f_frsize
+    return [Row(what, "ok", f"{found}: {format_size(free)} free", figures={"free_bytes": free})]
 
 
 def operators() -> Iterator[Row]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.model_files import class_note
+from lowrank_dist.backend.libraries import allow_no_temporary_folder
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.layout import CopiedTensor, OutputFile, plan_layout, write_config, write_index
@@ -196,6 +197,7 @@ def _verifier(
         if text is not None:
             raise UserError("--verify-text says what --verify reads: add --verify")
         return None
+    allow_no_temporary_folder()
     from lowrank_dist.merging.verify import Verifier
 
     return Verifier(base, adapters, text)
