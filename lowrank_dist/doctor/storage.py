@@ -55,7 +55,7 @@ class Probe:
             cause = error.__cause__
             reason = cause.strerror if isinstance(cause, OSError) else cause
             remedy = "free some space, or set output.dir to a folder where you may write"
-            if isinstance(cause, OSError) and cause.errno in UNSUPPORTED - {errno.EACCES} | {errno.EXDEV}:
+            if isinstance(cause, OSError) and cause.errno in UNSUPPORTED - {errno.EACCES}:
                 remedy = "a run is not safe on this file system, so set output.dir to another one"
             raise DiskError(f"{place}: a checkpoint cannot be written ({reason}); {remedy}") from error
         seconds = time.monotonic() - start

@@ -18,7 +18,8 @@ from lowrank_dist.checkpoint.training_state import DataState, TrainingState
 from lowrank_dist.engine.evaluator import best_first, label
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import DiskError, UserError
-from lowrank_dist.formats.atomic import temporary_name
+from lowrank_dist.formats.atomic import UNSUPPORTED, temporary_name
+from lowrank_dist.formats.manifest import MANIFEST_FILE
 from lowrank_dist.formats.paths import resolve_link
 from lowrank_dist.formats.provenance import Provenance, read_provenance
 from lowrank_dist.formats.text_files import TextFiles
@@ -195,15 +196,26 @@ class CheckpointWriter:
         for step in [step for step in self._saved if step not in kept and f"step-{step}" not in linked]:
             self._saved.remove(step)
             folder = self._step_folder(step)
-            doomed = temporary_name(folder)
             try:
-                folder.rename(doomed)  # a kill then leaves a temporary name, not half a checkpoint
-                shutil.rmtree(doomed)
+                _remove(folder)
             except FileNotFoundError:
                 logger.info("%s: already removed by another process", folder)
             except OSError as error:  # not fatal: the new checkpoint is written
                 failed.append(f"{folder}: {error}")
         return f"old checkpoints could not be removed ({'; '.join(failed)}); remove them" if failed else ""
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint. A kill leaves a temporary name or a folder without manifest, not half a checkpoint."""
+    doomed = temporary_name(checkpoint)
+    try:
+        checkpoint.rename(doomed)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        doomed = checkpoint
+        (doomed / MANIFEST_FILE).unlink()
+    shutil.rmtree(doomed)
 
 
 def _is_untrained(checkpoint: Path) -> bool:

@@ -25,7 +25,10 @@ _ANOTHER_FILE_SYSTEM = (
 )
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
 # How FAT, SMB, FUSE and object stores refuse an operation that they do not have, such as a link or fsync of a folder.
-UNSUPPORTED = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOTTY})
+# EXDEV: an overlay does not rename folders of its lower layers, those of a container's image.
+UNSUPPORTED = frozenset(
+    {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOTTY, errno.EXDEV}
+)
 
 
 def is_temporary(folder: Path) -> bool:
@@ -144,8 +147,7 @@ def _explain(error: OSError, target: Path) -> str:
         errno.EDQUOT: "your disk quota is used up, so free some space or give an output path on another disk",
         errno.EACCES: "give an output path where you may write",
         errno.EROFS: "give an output path that is not read-only",
-        errno.EXDEV: "the folder lies in a lower layer of an overlay, so remove it or give another output path",
-        **dict.fromkeys((errno.EPERM, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP), _ANOTHER_FILE_SYSTEM),
+        **dict.fromkeys(UNSUPPORTED - {errno.EACCES}, _ANOTHER_FILE_SYSTEM),
     }
     hint = f"; {remedy[error.errno]}" if error.errno in remedy else ""
     return f"{target}: could not be written ({error.strerror or error}{where}){hint}"
@@ -190,11 +192,21 @@ def exchange_at_once(one: Path, other: Path) -> bool:
 
 
 def _exchange(temporary: Path, target: Path) -> None:
-    """Swap two folders: in one step where the file system can, else the target is missing for the time of a rename."""
+    """Swap two folders: in one step where the file system can, else the target is missing for the time of a rename.
+
+    A target that cannot be renamed is removed first.
+    """
     if exchange_at_once(temporary, target):
         return
     old = temporary.with_name(f"{temporary.name}-old")
-    target.rename(old)
+    try:
+        target.rename(old)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.rmtree(target)
+        temporary.rename(target)
+        return
     try:
         temporary.rename(target)
     except OSError:

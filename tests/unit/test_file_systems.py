@@ -5,13 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lowrank_dist.checkpoint.folder import export, newest_checkpoint
+from lowrank_dist.checkpoint.folder import export, newest_checkpoint, read_checkpoint
 from lowrank_dist.checkpoint.inspection import inspect_folder
 from lowrank_dist.config import load_config
 from lowrank_dist.doctor.storage import Probe
@@ -26,6 +28,7 @@ from lowrank_dist.methods.files import WEIGHTS_FILE
 from lowrank_dist.untrusted.files import follow_file
 from tests import faults
 from tests.faults import Zygote
+from tests.integration.launching import ROOT
 from tests.unit.test_checkpoint_faults import StandIn, state_of
 from tests.unit.test_checkpoint_folder import SHAPES, tensors_of
 
@@ -33,12 +36,12 @@ EVERYTHING = ("symlink", "link", "lock", "exchange", "fsync", "fsync-folder")
 NO_LINKS = "this file system has no symbolic links"
 
 
-def writer_in(root: Path) -> CheckpointWriter:
+def writer_in(root: Path, resumed: int | None = None) -> CheckpointWriter:
     folder = RunFolder(root)
     folder.checkpoints.mkdir(exist_ok=True)
     facts = Facts(Provenance("cd" * 32, "base", {}), state_of(2).data, None)
     method: Any = StandIn()
-    return CheckpointWriter(folder, method, SHAPES, facts, Retention(1, 1, "loss"), None)
+    return CheckpointWriter(folder, method, SHAPES, facts, Retention(1, 1, "loss"), resumed and state_of(resumed))
 
 
 def save(root: Path, kinds: list[str], code: int) -> dict[str, Any]:
@@ -201,6 +204,50 @@ def test_a_folder_in_place_of_a_link(tmp_path: Path) -> None:
     report = inspect_folder(tmp_path, read_config=lambda path: {"method": "lora"})
     assert any(f"{last}: a folder instead of a link" in line for line in report.warnings)
     assert not any("last" in line for line in report.problems)
+
+
+LAYERS = """
+cd "$0" && mkdir upper work merged
+mount -t overlay overlay -o lowerdir=lower,upperdir=upper,workdir=work,userxattr merged || exit 77
+exec "$@"
+"""
+RESUMED = """
+import sys
+from pathlib import Path
+from tests.unit.test_file_systems import save_again
+print(save_again(Path(sys.argv[1])))
+"""
+
+
+def save_again(root: Path) -> str:
+    """Save the last step of a run once more, and one step more, and return the remarks."""
+    writer = writer_in(root, resumed=4)
+    writer.write([tensors_of(4)], state_of(4), final=True)
+    writer.write([tensors_of(6)], state_of(6), final=True)
+    return writer.remarks
+
+
+def test_a_run_in_a_lower_layer_of_an_overlay(tmp_path: Path) -> None:
+    """A run of a container's image: its folders cannot be renamed there, and so neither exchanged nor retired."""
+    lower, merged = tmp_path / "lower", tmp_path / "merged"
+    lower.mkdir()
+    for step in (2, 4):
+        writer_in(lower).write([tensors_of(step)], state_of(step), final=True)
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-c", LAYERS, str(tmp_path)]
+    command += [sys.executable, "-c", RESUMED, str(merged)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    except FileNotFoundError:
+        pytest.skip("no unshare")
+    if done.returncode == 77 or "unshare: " in done.stderr:
+        pytest.skip(f"no overlay in a mount namespace: {done.stderr[-200:]}")
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+    changed = {
+        path.name for path in (tmp_path / "upper" / "checkpoints").iterdir() if path.is_dir() and not path.is_symlink()
+    }
+    assert changed == {"step-6"}, "step-4 is deleted in the upper layer"
+    assert read_checkpoint(tmp_path / "upper" / "checkpoints" / "step-6").step == 6
 
 
 def test_what_follows_a_complete_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
