@@ -4,10 +4,13 @@ One list of copies serves both directions: loading copies from the checkpoint to
 shard to the checkpoint. Pure: no file is opened and no tensor is created here.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lowrank_dist.arch.architecture import Architecture, TensorRule, padded_vocab
 from lowrank_dist.arch.rows import LinearLayout
+from lowrank_dist.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -142,3 +145,35 @@ def _row_runs(layout: LinearLayout, layer: int, tp_rank: int, tp_size: int) -> l
             )
         )
     return runs
+
+
+# Part of a tensor's name → what adds it to the names of a model that it wraps.
+_WRAPPERS: Mapping[str, str] = {
+    "_orig_mod.": "torch.compile",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "torch's checkpoint_wrapper",
+}
+# The same, at the beginning of a name only.
+_WRAPPERS_AROUND: Mapping[str, str] = {
+    "module.": "DistributedDataParallel or DeepSpeed",
+    "base_model.model.module.": "DistributedDataParallel or DeepSpeed",
+    "base_model.model.base_model.model.": "PEFT, applied to a model that it had adapted already,",
+}
+
+
+def refuse_wrapped_names(path: Path, names: Sequence[str], remedy: Callable[[Path, str], str]) -> None:
+    """Raise UserError, in one line, where tensors have names that a wrapper of the model gave them.
+
+    path: their file or folder. remedy: returns what to do for the path and the part of the names. PEFT and transformers
+    find no weight under such a name, mostly in silence.
+    """
+    for part, origin in (_WRAPPERS | _WRAPPERS_AROUND).items():
+        if part in _WRAPPERS:
+            wrapped = [name for name in names if f".{part}" in f".{name}"]
+        else:
+            wrapped = [name for name in names if name.startswith(part)]
+        if wrapped:
+            raise UserError(
+                f"{path}: {len(wrapped)} of {len(names)} tensors, such as {wrapped[0]}, have {part!r} in their names, "
+                f"which {origin} adds; {remedy(path, part)}"
+            )

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,9 @@ from safetensors import safe_open
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.families import OUTPUT_LAYER
-from lowrank_dist.arch.model_files import read_config, read_model_json, require_folder
-from lowrank_dist.arch.tensors import hf_shapes
-from lowrank_dist.errors import UserError
+from lowrank_dist.arch.model_files import CONFIG_FILE, read_config, read_model_json, require_folder
+from lowrank_dist.arch.tensors import hf_shapes, refuse_wrapped_names
+from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.formats.paths import require_copyable
 from lowrank_dist.formats.safetensors_file import read_header
 from lowrank_dist.formats.text_files import TEXT_FILES
@@ -33,6 +33,8 @@ FLOAT_DTYPES: Mapping[str, torch.dtype] = {
     "BF16": torch.bfloat16,
 }
 _OPEN_FILES = 4
+_COMPARED_ROWS = 256
+_MOST_ALIKE = 3  # lines on tensors with the same fault
 # Not copied into a merged model: weights in other files would be the unmerged ones, and an adapter's config would make
 # transformers apply an adapter.
 _WEIGHT_SUFFIXES = frozenset(".safetensors .bin .pt .pth .ckpt .h5 .msgpack .onnx .onnx_data .gguf .npz .ot".split())
@@ -184,33 +186,77 @@ def _no_weights(folder: Path) -> str:
 
 
 def check_checkpoint(architecture: Architecture, checkpoint: Checkpoint) -> None:
-    """Compare the checkpoint's headers with the architecture; raise UserError with all differences, a line each."""
-    problems, used = [], set()
-    expected_shapes = hf_shapes(architecture)
-    for name, expected in expected_shapes.items():
+    """Compare the checkpoint's headers with the architecture; raise UserError with all differences, a line each kind.
+
+    Of tied word embeddings and an output layer that is stored beside them, some rows are compared too.
+    """
+    refuse_wrapped_names(checkpoint.path, checkpoint.names(), lambda path, part: "save the model without its wrapper")
+    problems = _tie_problems(architecture, checkpoint)
+    told = (OUTPUT_LAYER.hf, architecture.embedding_name) if problems else ()
+    missing, used, shapes, types = list[str](), set[str](), list[str](), list[str]()
+    for name, expected in hf_shapes(architecture).items():
         found = stored_name(name, architecture, checkpoint)
         if found is None:
-            problems.append(f"{checkpoint.path}: tensor {name} {list(expected)} is missing; download the model again")
+            missing += [] if name in told else [f"{name} {list(expected)}"]
             continue
         used.add(found)
-        where = f"{checkpoint.file(found)}: tensor {found}"
         if checkpoint.shape(found) != expected:
-            problems.append(
-                f"{where} has shape {list(checkpoint.shape(found))}, but config.json asks for {list(expected)}; "
-                "use the config.json that belongs to these weights"
+            shapes.append(
+                f"{checkpoint.file(found)}: tensor {found} has shape {list(checkpoint.shape(found))}, but config.json "
+                f"asks for {list(expected)}; use the config.json that belongs to these weights"
             )
         try:
             checkpoint.dtype(found)
         except UserError as error:
-            problems.append(str(error))
-    for name in checkpoint.names():
-        if name not in used and not _is_ignored(name, architecture):
-            problems.append(
-                f"{checkpoint.file(name)}: tensor {name} does not exist in a {architecture.family} model with this "
-                "config.json; use the config.json that belongs to these weights"
-            )
+            types.append(str(error))
+    unknown = [name for name in checkpoint.names() if name not in used and not _is_ignored(name, architecture)]
+    if missing:
+        problems.append(f"{checkpoint.path}: {_tensors(missing, 'is', 'are')} missing; download the model again")
+    for lines in (shapes, types):
+        problems += lines[:_MOST_ALIKE]
+        if len(lines) > _MOST_ALIKE:
+            problems.append(f"{checkpoint.path}: and {len(lines) - _MOST_ALIKE} more tensors with such a fault")
+    if unknown:
+        where = checkpoint.path if len({checkpoint.file(name) for name in unknown}) > 1 else checkpoint.file(unknown[0])
+        problems.append(
+            f"{where}: {_tensors(unknown, 'does', 'do')} not exist in a {architecture.family} model with this "
+            "config.json; use the config.json that belongs to these weights"
+        )
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _tensors(names: Sequence[str], one: str, several: str) -> str:
+    return f"tensor {names[0]} {one}" if len(names) == 1 else f"{len(names)} tensors ({some_of(names)}) {several}"
+
+
+def _tie_problems(architecture: Architecture, checkpoint: Checkpoint) -> list[str]:
+    """Return a line where tie_word_embeddings of config.json contradicts the word embeddings and the output layer."""
+    head, words = (architecture.find(name, checkpoint) for name in (OUTPUT_LAYER.hf, architecture.embedding_name))
+    stated = f"{checkpoint.path / CONFIG_FILE}: tie_word_embeddings is {str(architecture.tied).lower()}"
+    if read_config(checkpoint.path).get("tie_word_embeddings") is None:
+        stated += f" (it is missing, and that is the default of a {architecture.family})"
+    if not architecture.tied and (head is None) != (words is None):
+        lacking = OUTPUT_LAYER.hf if head is None else architecture.embedding_name
+        return [
+            f"{stated}, but the weights have no {lacking}; set it to true if the model's output layer is its word "
+            "embeddings, or download the model again if a file of it is missing"
+        ]
+    if architecture.tied and head is not None and words is not None and not _alike(checkpoint, head, words):
+        return [
+            f"{stated}, but {head} differs from {words}, so transformers 5 does not tie them; set it to false, or "
+            f"remove {head} from the weights"
+        ]
+    return []
+
+
+def _alike(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Return whether two matrices are equal in shape, and in rows from all over them."""
+    if (shape := checkpoint.shape(one)) != checkpoint.shape(other):
+        return False
+    step = max(1, shape[0] // _COMPARED_ROWS)
+    left, right = checkpoint.slice(one), checkpoint.slice(other)
+    return all(torch.equal(left[row : row + 1], right[row : row + 1]) for row in range(0, shape[0], step))
 
 
 def stored_name(name: str, architecture: Architecture, checkpoint: Checkpoint) -> str | None:

@@ -160,7 +160,7 @@ def test_adapter_and_its_base(adapter: Path, base: Path, tmp_path: Path) -> None
     other = make_tiny("llama", tmp_path / "other", seed=1)
     assert_reported_broken(adapter, "lowrank_dist.json", "base_fingerprint", "--base", more=("--base", other))
     assert_reported_broken(
-        adapter, WEIGHTS, "is not a linear of", more=("--base", make_tiny("gpt2", tmp_path / "gpt2"))
+        adapter, WEIGHTS, "are not linears of", more=("--base", make_tiny("gpt2", tmp_path / "gpt2"))
     )
     half = Path(shutil.copytree(base, tmp_path / "half"))
     next(half.glob("*.safetensors")).unlink()

@@ -201,12 +201,11 @@ def _fit(found: _Found, base: Base) -> None:
     inner = architecture.linear_modules()
     linears = inner if architecture.tied else inner | {"lm_head"}
     path = found.folder / WEIGHTS_FILE
+    foreign = []
     for module, (a, b, _) in found.pairs.items():
         name = architecture.find(f"{module}.weight", checkpoint)
         if name is None or module not in linears:
-            report.problems.append(
-                f"{path}: {module} is not a linear of {folder}; give the base that it was trained on"
-            )
+            foreign.append(module)
             continue
         stored = checkpoint.shape(name)
         expected = stored[::-1] if architecture.conv1d and module in inner else stored
@@ -215,5 +214,8 @@ def _fit(found: _Found, base: Base) -> None:
                 f"{path}: {module} is [out, in] = [{b.shape[0]}, {a.shape[1]}], but {name} of {folder} is "
                 f"{list(stored)}; give the base that it was trained on"
             )
+    if foreign:
+        what = "is not a linear" if len(foreign) == 1 else "are not linears"
+        report.problems.append(f"{path}: {some_of(foreign)} {what} of {folder}; give the base that it was trained on")
     if found.config is not None:
         report.read(path, require_complete, path, found.config, found.pairs, architecture)

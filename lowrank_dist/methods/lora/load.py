@@ -1,7 +1,9 @@
 """Loading of a PEFT LoRA adapter folder: its config and the names of its tensors are checked, its tensors mapped."""
 
+import json
 import math
 import re
+import shlex
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
-from lowrank_dist.arch.tensors import module_paths
+from lowrank_dist.arch.tensors import module_paths, refuse_wrapped_names
 from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
 from lowrank_dist.formats.paths import detect_removal
@@ -158,9 +160,11 @@ def read_pairs(path: Path) -> dict[str, PairEntries]:
 
     Raises UserError for other tensors, for half a pair and for a file without factors.
     """
+    entries = read_header(path).entries
+    refuse_wrapped_names(path, [entry.name for entry in entries], _rename)
     sides: dict[str, dict[str, TensorEntry]] = {"A": {}, "B": {}, "magnitude": {}}
     odd = []
-    for entry in read_header(path).entries:
+    for entry in entries:
         match = _KEY.fullmatch(entry.name)
         if match is None:
             odd.append(entry.name)
@@ -181,6 +185,20 @@ def read_pairs(path: Path) -> dict[str, PairEntries]:
         module: PairEntries(sides["A"][module], sides["B"][module], sides["magnitude"].get(module))
         for module in sorted(sides["A"])
     }
+
+
+def _rename(path: Path, part: str) -> str:
+    """Return the remedy for a part of tensor names that the file must not have."""
+    new, file = (
+        json.dumps(text, ensure_ascii=False) for text in (_PREFIX if part.startswith(_PREFIX) else "", str(path))
+    )
+    # Parts that begin with "_" may be anywhere in a name, the others are at its beginning.
+    count = "" if part.startswith("_") else ", 1"
+    code = (
+        f"from safetensors.torch import load_file, save_file; f={file}; save_file("
+        f'{{k.replace("{part}", {new}{count}): v for k, v in load_file(f).items()}}, f, {{"format": "pt"}})'
+    )
+    return f"save the adapter of the model itself, or rename them: python -c {shlex.quote(code)}"
 
 
 def check_pair(path: Path, config: PeftConfig, module: str, entries: PairEntries) -> None:
