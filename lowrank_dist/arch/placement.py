@@ -114,6 +114,8 @@ class _Matcher:
         self._tests = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(targets))
         self._expression = targets if isinstance(targets, str) and targets != ALL_LINEAR else None
         self._used: set[tuple[str, str]] = set()
+        # (key, pattern) → the patterns that came before it for a module that it matches too.
+        self._shadowed: dict[tuple[str, str], dict[str, None]] = {}
 
     def targets(self, candidate: _Candidate) -> bool:
         hits = self._hits(candidate.path, candidate.whole)
@@ -137,12 +139,14 @@ class _Matcher:
         return self._first("lora.alpha_pattern", self._rules.alpha_pattern, path, self._rules.alpha)
 
     def _first(self, key: str, values: Mapping[str, Value], path: str, otherwise: Value) -> Value:
-        for name, value in values.items():
-            # PEFT's rule for pattern keys: a regular expression for the end of the path.
-            if self._patterns.fullmatch(name, path, PATH_END):
-                self._used.add((key, name))
-                return value
-        return otherwise
+        # PEFT's rule for pattern keys: a regular expression for the end of the path, and the first that matches counts.
+        found = [name for name in values if self._patterns.fullmatch(name, path, PATH_END)]
+        if not found:
+            return otherwise
+        self._used.add((key, found[0]))
+        for name in found[1:]:
+            self._shadowed.setdefault((key, name), {})[found[0]] = None
+        return values[found[0]]
 
     def refuse_unadaptable(self) -> None:
         """Raise UserError for a target that names a module with weights that cannot have factors."""
@@ -179,7 +183,12 @@ class _Matcher:
             ("lora.rank_pattern", tuple(self._rules.rank_pattern)),
             ("lora.alpha_pattern", tuple(self._rules.alpha_pattern)),
         )
-        unused = [f"{key}: {name!r}" for key, names in sections for name in names if (key, name) not in self._used]
+        idle = [(key, name) for key, names in sections for name in names if (key, name) not in self._used]
+        told = {each: reason for each in idle if (reason := self._reason_for_idling(*each))}
+        unused = [f"{key}: {name!r}" for key, name in idle if (key, name) not in told]
+        if told:
+            also = [f"{each} matches no linear" for each in unused]
+            raise UserError("; ".join([*(f"{key}: {name!r} {reason}" for (key, name), reason in told.items()), *also]))
         if not unused:
             return
         example = next(_candidates(next(iter(self._architecture.layers[0].linears.values())), 0)).path
@@ -189,6 +198,24 @@ class _Matcher:
             "list of such names or ends of paths, a regular expression for the whole path, or "
             f"{ALL_LINEAR!r}{self._note_on_unadaptable(unused)}"
         )
+
+    def _reason_for_idling(self, key: str, name: str) -> str | None:
+        """Return why a pattern of ranks or alphas has no effect, with the remedy; None where it matches no linear."""
+        if key == "lora.targets":
+            return None
+        if before := self._shadowed.get((key, name)):
+            first = ", ".join(map(repr, before))
+            return f"is shadowed by {first}: the first pattern that matches counts; put it before that, or remove it"
+        paths = [
+            candidate.path
+            for layer, kind in enumerate(self._architecture.layers)
+            for layout in kind.linears.values()
+            for candidate in _candidates(layout, layer)
+            if self._patterns.fullmatch(name, candidate.path, PATH_END)
+        ]
+        if not paths:
+            return None
+        return f"matches only {some_of(paths)}, which lora.targets leaves out; add them to it, or remove the pattern"
 
     def _note_on_unadaptable(self, unused: Sequence[str]) -> str:
         """Return a sentence on the modules that unused targets name and that are never adapted; empty where none is."""

@@ -167,7 +167,7 @@ def refuse_wrapped_names(path: Path, names: Sequence[str], remedy: Callable[[Pat
     path: their file or folder. remedy: returns what to do for the path and the part of the names. PEFT and transformers
     find no weight under such a name, mostly in silence.
     """
-    for part, origin in (_WRAPPERS | _WRAPPERS_AROUND).items():
+    for part, origin in {**_WRAPPERS, **_WRAPPERS_AROUND}.items():
         if part in _WRAPPERS:
             wrapped = [name for name in names if f".{part}" in f".{name}"]
         else:

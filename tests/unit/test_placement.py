@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_ranks_and_scales_by_pattern(architectures: dict[str, Architecture]) -> 
         (LoraRules(4, 8.0, ["q_proj", "lm_head"], False, {}, {}), "'lm_head'"),
         (LoraRules(4, 8.0, "lm_head|.*layernorm", False, {}, {}), "layernorm"),
         (LoraRules(4, 8.0, r"model\.layers\.7\..*", False, {}, {}), "layers"),
-        (LoraRules(4, 8.0, ["q_proj"], False, {"k_proj": 2}, {}), "lora.rank_pattern: 'k_proj'"),
+        (LoraRules(4, 8.0, ["q_proj"], False, {"k_prj": 2}, {}), "lora.rank_pattern: 'k_prj'"),
         (LoraRules(4, 8.0, ["q_proj"], False, {}, {"w": 2.0}), "lora.alpha_pattern: 'w'"),
     ],
 )
@@ -90,6 +91,47 @@ def test_what_matches_nothing_is_an_error(architectures: dict[str, Architecture]
     with pytest.raises(UserError, match="matches no linear of this llama model") as error:
         place_factors(architectures["llama"], rules)
     assert named in str(error.value) and "q_proj" in str(error.value) and "down_proj" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "alphas", "said"),
+    [
+        ("llama", {".*_proj": 4, "q_proj": 2}, {}, r"lora.rank_pattern: 'q_proj' is shadowed by '.*_proj': the first"),
+        ("llama", {}, {"q_proj": 2.0, ".*q_proj": 4.0}, "lora.alpha_pattern: '.*q_proj' is shadowed by 'q_proj': "),
+        (
+            "llama",
+            {r"0\.self_attn\.q_proj": 1, r"1\..*q_proj": 2, "q_proj": 3},
+            {},
+            r"'q_proj' is shadowed by '0\\.self_attn\\.q_proj', '1\\..*q_proj': the first",
+        ),
+        ("gpt2", {"c_attn": 4, "attn.c_attn": 2}, {}, "'attn.c_attn' is shadowed by 'c_attn'"),
+        (
+            "llama",
+            {"k_proj": 4},
+            {},
+            "'k_proj' matches only model.layers.0.self_attn.k_proj, model.layers.1",
+        ),
+        ("llama", {".*_proj": 4, "q_proj": 2, "w": 1}, {}, "lora.rank_pattern: 'w' matches no linear"),
+    ],
+)
+def test_a_pattern_without_effect_says_why(
+    architectures: dict[str, Architecture], family: str, ranks: dict[str, int], alphas: dict[str, float], said: str
+) -> None:
+    rules = LoraRules(4, 8.0, ["q_proj" if family == "llama" else "c_attn"], False, ranks, alphas)
+    with pytest.raises(UserError) as error:
+        place_factors(architectures[family], rules)
+    assert said in str(error.value) and "\n" not in str(error.value)
+    # In the other order each has an effect.
+    if "shadowed" in str(error.value) and len({*ranks, *alphas}) == 2:
+        ranks, alphas = dict(reversed(ranks.items())), dict(reversed(alphas.items()))
+        if family == "llama" and ".*_proj" in ranks:
+            assert place_factors(architectures[family], replace(rules, targets="all-linear", rank_pattern=ranks))
+
+
+def test_a_pattern_that_is_shadowed_in_part_has_an_effect(architectures: dict[str, Architecture]) -> None:
+    rules = LoraRules(8, 8.0, ["q_proj"], False, {r"0\.self_attn\.q_proj": 1, "q_proj": 3}, {})
+    placed = place_factors(architectures["llama"], rules)
+    assert [factor.adapter_rank for placement in placed for factor in placement.factors] == [1, 3]
 
 
 @pytest.mark.parametrize(
