@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from lowrank_dist.config.schema import Config, UnreadKeys
 from lowrank_dist.sections.section import MethodName, Section
-from lowrank_dist.sections.synonyms import of_config
+from lowrank_dist.sections.synonyms import of_config, of_method
 
 Key = tuple[str, ...]
 
@@ -52,11 +52,15 @@ def _explain(detail: ErrorDetails, where: Callable[[Key], str], listed: set[Key]
     if detail["type"] == "missing":
         return f"{where(key)}: {dotted}: required; expected: {field.description}"
     message = str(detail["ctx"]["error"]) if detail["type"] == "value_error" else detail["msg"]
-    what = f"{reprlib.repr(detail['input'])} is not valid, {message[0].lower()}{message[1:]}"
-    closest = ""
+    what = f"{reprlib.repr(detail['input'])} is not valid"
+    choices = [word for word in get_args(field.annotation) if isinstance(word, str)]
+    if detail["type"] != "literal_error" or not choices or not all(word in str(field.description) for word in choices):
+        what += f", {message[0].lower()}{message[1:]}"  # otherwise the description has the choices
+    meant = ""
     if detail["type"] == "literal_error" and isinstance(detail["input"], str):
-        closest = _closest(detail["input"], [word for word in get_args(field.annotation) if isinstance(word, str)])
-    return f"{where(key)}: {dotted}: {what}; {closest}expected: {field.description}"
+        theirs = of_method(detail["input"]) if key == ("method",) else None
+        meant = f"{theirs}; " if theirs else _closest(detail["input"], choices)
+    return f"{where(key)}: {dotted}: {what}; {meant}expected: {field.description}"
 
 
 def _section_in(field: FieldInfo) -> type[Section] | None:

@@ -318,6 +318,22 @@ MESSAGE_KEYS = (
     Synonym("value", _CHATS, "content"),
 )
 
+_NO_LOW_RANK = "not supported: the low-rank methods are LoRA, rsLoRA and DoRA"
+# Names that others give to methods → what to write here.
+METHODS = {
+    "dora": "write method=lora lora.dora=true",
+    "rslora": "write method=lora lora.rslora=true",
+    "qlora": "not supported: the base is held in bf16 or fp32 and never quantised; write method=lora",
+    "lora+": "not supported: A and B have one learning rate; write method=lora",
+    **dict.fromkeys(("adalora", "ia3", "loha", "lokr", "oft", "boft", "vera", "pissa", "galore"), _NO_LOW_RANK),
+    **dict.fromkeys(("adapter", "adapters", "bottleneck", "houlsby"), "write method=adapter_h or method=adapter_l"),
+    **dict.fromkeys(("prefix_tuning", "p_tuning_v2"), "write method=prefix"),
+    **dict.fromkeys(("prompt_tuning", "p_tuning"), "write method=prompt"),
+    **dict.fromkeys(("sft", "finetuning", "full_finetuning"), "write method=full, or method=lora"),
+    "freeze": "not supported: no layers are frozen one by one; write method=full, or method=lora",
+    **dict.fromkeys(("dpo", "kto", "orpo", "ppo", "grpo"), f"not supported: {_PREFERENCE}"),
+}
+
 # Roles of ShareGPT's messages → ours.
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -332,6 +348,11 @@ _OF_CONFIG, _OF_ROWS = _by_name(CONFIG_KEYS), _by_name(ROW_KEYS)
 def of_config(name: str) -> Synonym | None:
     """Return the entry of another trainer's key, given without its section. Case and dashes do not matter."""
     return _OF_CONFIG.get(name.replace("-", "_").lower())
+
+
+def of_method(name: str) -> str | None:
+    """Return what to write for a name that others give to a method. Case and dashes do not matter."""
+    return METHODS.get(name.replace("-", "_").lower())
 
 
 def of_row(key: str) -> Synonym | None:

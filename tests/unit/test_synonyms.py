@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -13,7 +15,8 @@ from lowrank_dist.data.formats import FORMATS, read_jsonl
 from lowrank_dist.data.keys import MESSAGE_KEYS as OUR_MESSAGE_KEYS
 from lowrank_dist.data.keys import ROW_KEYS as OUR_ROW_KEYS
 from lowrank_dist.errors import ConfigError, UserError
-from lowrank_dist.sections.synonyms import CONFIG_KEYS, MESSAGE_KEYS, ROW_KEYS, of_config
+from lowrank_dist.sections.section import MethodName
+from lowrank_dist.sections.synonyms import CONFIG_KEYS, MESSAGE_KEYS, METHODS, ROW_KEYS, of_config
 
 REQUIRED = {"model": {"path": "base"}, "data": {"train": "t"}, "output": {"dir": "run"}}
 KEYS = {key.name for section in reference() for key in section.keys}
@@ -79,6 +82,26 @@ def test_a_key_without_one_of_ours_says_why(tmp_path: Path) -> None:
     # Controls: our misspelt key, and our key in another section, get the usual messages.
     assert "did you mean lora.rank? the keys of lora are" in refusal(tmp_path, REQUIRED, "lora.rnak=4")
     assert "did you mean train.lr?" in refusal(tmp_path, REQUIRED, "lr=4")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("dora", "write method=lora lora.dora=true; expected: lora, full"),
+        ("QLoRA", "not supported: the base is held in bf16 or fp32 and never quantised; write method=lora; expected"),
+        ("prefix-tuning", "write method=prefix; expected: lora"),
+        ("ia3", "not supported: the low-rank methods are LoRA, rsLoRA and DoRA; expected: lora"),
+        ("lorra", "did you mean lora? expected: lora"),  # a control: our misspelt name
+    ],
+)
+def test_a_method_of_another_name_is_answered_with_ours(tmp_path: Path, name: str, said: str) -> None:
+    found = refusal(tmp_path, REQUIRED, f"method={name}")
+    assert f"method: '{name}' is not valid; {said}" in found and found.count("adapter_h") == 1
+
+
+def test_every_method_named_for_another_is_one_of_ours() -> None:
+    named = {word for text in METHODS.values() for word in re.findall(r"method=(\w+)", text)}
+    assert named <= set(get_args(MethodName)) and not METHODS.keys() & set(get_args(MethodName))
 
 
 # Keys of the trainers' own examples that have our names, which are no mistakes.
