@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lowrank_dist.backend.libraries import silence_megatron
+from lowrank_dist.cli.arguments import keys_as_options
 from lowrank_dist.terminal import escape_all, open_console, put, say
 
 if TYPE_CHECKING:
@@ -20,9 +21,10 @@ _CONTEXT, _TARGET = 600, 1200
 
 
 def data_command(
-    config: Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG")],
+    config: Annotated[str, typer.Argument(help="YAML file of the run.", metavar="CONFIG", callback=keys_as_options)],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to CONFIG.", metavar="section.key=value ...")
+        list[str] | None,
+        typer.Argument(help="Changes to CONFIG.", metavar="section.key=value ...", callback=keys_as_options),
     ] = None,
     samples: Annotated[int, typer.Option(help="Samples of each file to show.", metavar="N", min=0)] = 3,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the ids of the shown samples.")] = False,
@@ -31,9 +33,9 @@ def data_command(
 
     Only targets are trained on. They are green on a terminal with colours and between ⟦ and ⟧ elsewhere.
     """
-    from lowrank_dist.config import load_config
+    from lowrank_dist.config import read_arguments
 
-    run = load_config(config, overrides or [])
+    run = read_arguments([config, *(overrides or [])])
     with silence_megatron():
         from lowrank_dist.engine.data_report import report_on_data
 

@@ -15,6 +15,7 @@ import typer
 from lowrank_dist import __version__
 from lowrank_dist.backend.launchers import is_first_on_node
 from lowrank_dist.backend.node import host_name
+from lowrank_dist.cli.arguments import keys_as_options
 from lowrank_dist.doctor.local import Place, TimeLimit, diagnose, place_in_job
 from lowrank_dist.doctor.rows import Results, Row, TableLine, one_line, plural, table_lines
 from lowrank_dist.errors import RankIdentityError, UserError, some_of
@@ -27,10 +28,15 @@ if TYPE_CHECKING:
 def doctor_command(
     config: Annotated[
         str | None,
-        typer.Argument(help="YAML file of the run. Without it, only the machine is checked.", metavar="CONFIG"),
+        typer.Argument(
+            help="YAML file of the run. Without it, only the machine is checked.",
+            metavar="CONFIG",
+            callback=keys_as_options,
+        ),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to CONFIG.", metavar="section.key=value ...")
+        list[str] | None,
+        typer.Argument(help="Changes to CONFIG.", metavar="section.key=value ...", callback=keys_as_options),
     ] = None,
     timeout: Annotated[
         float, typer.Option(help="Seconds to wait for the other ranks of the job.", metavar="SECONDS", min=1)

@@ -7,6 +7,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lowrank_dist import __version__
+from lowrank_dist.cli.arguments import KEYS_AS_OPTIONS, did_you_mean
 from lowrank_dist.cli.data import data_command
 from lowrank_dist.cli.doctor import doctor_command
 from lowrank_dist.cli.evaluate import evaluate_command
@@ -47,11 +48,13 @@ class _Commands(_PlainFlags, TyperGroup):
     """The commands. A mistake of the user is a message on stderr and exit code 2; a bug keeps its traceback."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[0] == "train":
-            raise UserError(
-                "train: no such command: a launcher starts training once for each GPU: deepspeed launch/train.py CONFIG"
-            )
-        return super().resolve_command(ctx, args)
+        word, names = args[0], self.list_commands(ctx)
+        if word in names or word.startswith("-"):
+            return super().resolve_command(ctx, args)
+        meant = did_you_mean(word, ["train", *names])
+        if meant is not None and meant.endswith("train?"):
+            meant = "a launcher starts training once for each GPU: deepspeed launch/train.py CONFIG"
+        raise UserError(f"{word}: no such command: {meant or 'the commands are ' + ', '.join(names)}")
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -69,15 +72,14 @@ class _Commands(_PlainFlags, TyperGroup):
 app = typer.Typer(cls=_Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 app.command("merge", cls=_Command)(merge_command)
 app.command("config", cls=_Command)(config_command)
-app.command("data", cls=_Command)(data_command)
-app.command("doctor", cls=_Command)(doctor_command)
+app.command("data", cls=_Command, context_settings=KEYS_AS_OPTIONS)(data_command)
+app.command("doctor", cls=_Command, context_settings=KEYS_AS_OPTIONS)(doctor_command)
 app.command("evaluate", cls=_Command)(evaluate_command)
 app.command("inspect", cls=_Command)(inspect_command)
 app.command("export", cls=_Command)(export_command)
 app.command("generate", cls=_Command)(generate_command)
-# plan: as in training, a key of the config may be written as an option (--lora.rank 8). Both name the remedy for an
-# option that there is not.
-app.command("plan", cls=_Command, context_settings={"ignore_unknown_options": True})(plan_command)
+app.command("plan", cls=_Command, context_settings=KEYS_AS_OPTIONS)(plan_command)
+# It names the remedy for an option that there is not.
 app.command("slurm", cls=_Command, context_settings={"ignore_unknown_options": True})(slurm_command)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import shlex
 from collections.abc import Callable, Iterator
@@ -11,36 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lowrank_dist.cli.arguments import keys_as_options
 from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import open_console, put
 
 if TYPE_CHECKING:
     from lowrank_dist.planner.result import Plan
-
-# What a mistyped option may have meant.
-_OPTIONS = [
-    *("--nodes", "--gpus-per-node", "--gpu", "--gpu-memory", "--target-share", "--compare", "--bottleneck"),
-    *("--virtual-tokens", "--verify", "--json"),
-]
-
-
-def _no_option(word: str) -> str:
-    """Return the argument. Raises UserError for an option that there is not.
-
-    A key of the config may be written as an option, as in training.
-    """
-    from lowrank_dist.config import Config
-
-    name = word.removeprefix("--").partition("=")[0]
-    if not word.startswith("-") or (word.startswith("--") and ("." in name or name in Config.model_fields)):
-        return word
-    close = difflib.get_close_matches(f"--{name}", _OPTIONS, n=1)
-    meant = f"did you mean {close[0]}?" if close else "--help lists the options."
-    raise UserError(f"{word}: no such option: {meant} A key of the config is given as section.key=value: lora.rank=8")
-
-
-def _no_options(words: list[str] | None) -> list[str] | None:
-    return None if words is None else list(map(_no_option, words))
 
 
 def plan_command(
@@ -49,7 +24,7 @@ def plan_command(
         typer.Argument(
             help="A run's YAML file, a built-in shape (gpt3-175b, llama-3-70b, …), a model folder or its config.json.",
             metavar="CONFIG|SHAPE|MODEL_DIR",
-            callback=_no_option,
+            callback=keys_as_options,
         ),
     ],
     overrides: Annotated[
@@ -59,7 +34,7 @@ def plan_command(
             "plan chooses the layout keys (such as parallel.tensor) that are left open: with a CONFIG those that are "
             "null or auto, with a shape or a model folder those not given here.",
             metavar="section.key=value ...",
-            callback=_no_options,
+            callback=keys_as_options,
         ),
     ] = None,
     nodes: Annotated[int, typer.Option(help="Nodes of the cluster.", metavar="N")] = 1,

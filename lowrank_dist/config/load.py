@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -300,15 +301,20 @@ def _split_arguments(argv: Sequence[str], raw: _Raw) -> tuple[Path | None, list[
     """Return the config file and the (dotted key, text) of each override."""
     path: Path | None = None
     overrides: list[tuple[str, str]] = []
-    rest = iter(argv)
-    for argument in rest:
+    rest = deque(argv)
+    while rest:
+        argument = rest.popleft()
+        if _is_key_alone(argument):
+            apart = bool(rest) and not ("=" in rest[0] or rest[0].startswith("--") or _names_file(rest[0]))
+            value = rest.popleft() if apart else "VALUE"
+            raw.problem(COMMAND_LINE, f"{argument} has no value", f"write {argument}={value}")
+            continue
         name, has_value, text = argument.removeprefix("--").partition("=")
         if argument.startswith("--") and not has_value:
-            following = next(rest, None)
-            if following is None:
+            if not rest:
                 raw.problem(COMMAND_LINE, f"{argument} has no value", f"write {argument} VALUE")
                 continue
-            text = following
+            text = rest.popleft()
         if name in ("local_rank", "local-rank") and argument.startswith("--"):
             continue
         if has_value or argument.startswith("--"):
@@ -318,6 +324,17 @@ def _split_arguments(argv: Sequence[str], raw: _Raw) -> tuple[Path | None, list[
         else:
             raw.problem(COMMAND_LINE, f"{argument} is a second config file beside {path}", USAGE)
     return path, overrides
+
+
+def _is_key_alone(argument: str) -> bool:
+    """Return whether an argument is a key without its value, such as train.lr, and not the name of a file."""
+    section, _, key = argument.partition(".")
+    return (argument == "method" or section in _SECTIONS and bool(key)) and not ("=" in key or _names_file(argument))
+
+
+def _names_file(argument: str) -> bool:
+    path = Path(argument)
+    return path.suffix in (".yaml", ".yml", ".json", ".jsonl") or path.exists()
 
 
 def _explain_yaml(error: yaml.YAMLError, file: str) -> tuple[str, str]:

@@ -50,7 +50,31 @@ def test_help_shows_no_value_of_a_flag() -> None:
 def test_training_is_no_command() -> None:
     done = runner.invoke(app, ["train", "run.yaml"])
     assert done.exit_code == 2 and "deepspeed launch/train.py CONFIG" in done.stderr
-    assert runner.invoke(app, ["trian"]).exit_code == 2
+    for word, said in (
+        ("traim", "traim: no such command: a launcher starts training once for each GPU"),
+        ("meger", "meger: no such command: did you mean merge?"),
+        ("xyzzy", "xyzzy: no such command: the commands are merge, config, data, doctor"),
+    ):
+        done = runner.invoke(app, [word])
+        assert done.exit_code == 2 and said in done.stderr
+    assert runner.invoke(app, ["--no-such-option"]).exit_code == 2
+
+
+def test_keys_of_the_config_are_options_as_in_training(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: {path: /nowhere}\ndata: {train: t.jsonl}\noutput: {dir: run}\n")
+    for command in ("data", "plan", "doctor"):
+        # The value arrives, and is what is wrong.
+        for words in ((config, "--lora.rank", "0"), ("--lora.rank", "0", config), (config, "--lora.rank=0")):
+            if command != "plan" or words[0] == config:
+                done = runner.invoke(app, [command, *map(str, words)])
+                assert done.exit_code == 2 and "command line: lora.rank: 0 is not valid" in done.stderr, done.output
+        done = runner.invoke(app, [command, str(config), "train.lr", "1e-3"])
+        assert (
+            done.exit_code == 2 and done.stderr == "error: command line: train.lr has no value; write train.lr=1e-3\n"
+        )
+        done = runner.invoke(app, [command, str(config), "--jsn"])
+        assert done.exit_code == 2 and "--jsn: no such option: did you mean --json?" in done.stderr
 
 
 def test_help_imports_nothing_heavy() -> None:

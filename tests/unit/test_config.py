@@ -153,6 +153,8 @@ def test_all_errors_are_reported_at_once(path: Path) -> None:
             "engine.kernels=fast",
             "command line: engine.kernels: 'fast' is not valid; expected: auto (",
         ),
+        ("train.lr", "command line: train.lr has no value; write train.lr=VALUE"),
+        ("method", "command line: method has no value; write method=VALUE"),
         ("engine.lanes=true", "command line: engine.lanes: True is not valid; expected: on ("),
         ("train.resume=3", "command line: train.resume: 3 is not valid, a path must be text that is not empty"),
         ("output.keep_last=0", "command line: output.keep_last: 0 is not valid"),
