@@ -75,14 +75,15 @@ def write_checkpoint(
         write_manifest(temporary)
 
 
-def read_checkpoint(folder: Path) -> TrainingState:
-    """Verify a checkpoint folder and return its state.
+def read_checkpoint(folder: Path, *, verify: bool = True) -> TrainingState:
+    """Verify a checkpoint folder and return its state. verify: compare all files with the manifest as well.
 
     Raises UserError, naming the file, for a checkpoint that is not as it was written.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a checkpoint (RUN/checkpoints/step-N)")
-    verify_manifest(folder)
+    if verify:
+        verify_manifest(folder)
     for name in (STATE_FILE, OPTIMIZER_FILE):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing, so this is not a checkpoint of lowrank_dist; take another")
@@ -113,17 +114,18 @@ def step_links(checkpoints: Path) -> list[Path]:
     return sorted(path for path in checkpoints.iterdir() if STEP_NAME.fullmatch(path.name) and path.is_symlink())
 
 
-def newest_checkpoint(checkpoints: Path) -> NewestCheckpoint:
+def newest_checkpoint(checkpoints: Path, read: Callable[[Path], TrainingState] = read_checkpoint) -> NewestCheckpoint:
     """Return the newest checkpoint that verifies, and the reasons why newer ones do not count.
 
-    The links are not used: they may point to an older checkpoint or be broken.
+    read: verifies a checkpoint and returns its state. The links are not used: they may point to an older checkpoint or
+    be broken.
     """
     targets = {link: resolve_link(link) for name in LINKS if os.path.lexists(link := checkpoints / name)}
     skipped = [f"{link} is a broken link" for link, target in targets.items() if not target.exists()]
     skipped += [f"{link} is a link; replace it with its folder" for link in step_links(checkpoints)]
     for step, folder in reversed(step_folders(checkpoints).items()):
         try:
-            state = read_checkpoint(folder)
+            state = read(folder)
             if state.step != step:
                 raise UserError(f"{folder} is a copy of step {state.step} under another name")
         except UserError as error:

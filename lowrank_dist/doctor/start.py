@@ -138,23 +138,19 @@ def output(config: Config) -> list[Row]:
 
 
 def resumed(config: Config) -> list[Row]:
-    """Return a row on the checkpoint that train.resume names; no row if it names none.
+    """Return a row on the checkpoint that the run would resume from; no row if it would start afresh.
 
-    The checkpoint's base must be the run's. Its files are not compared with its manifest, since that reads all of them.
+    The checkpoint's base and settings must be the run's. Its files are not compared with its manifest, nor the data
+    with those that it was trained on, since that reads all of them.
     """
-    from lowrank_dist.checkpoint.training_state import read_state
-    from lowrank_dist.formats.manifest import STATE_FILE
-    from lowrank_dist.formats.provenance import fingerprint
+    from lowrank_dist.engine.resumable import checkpoint_to_resume, complete, require_same_settings
+    from lowrank_dist.engine.run_folder import RunFolder
 
-    resume = config.train.resume
-    if not isinstance(resume, Path):
+    found = checkpoint_to_resume(config, RunFolder(config.output.dir), verify=False)
+    if found is None:
         return []
-    if not (resume / STATE_FILE).is_file():
-        raise UserError(f"{resume} is no checkpoint: give RUN/checkpoints/step-N")
-    state = read_state(resume / STATE_FILE)
-    if "model.path" not in config.train.resume_changes and fingerprint(config.model.path) != state.base_fingerprint:
-        raise UserError(f"{resume} was trained on another base than model.path {config.model.path}: give that one")
-    return [Row("train.resume", "ok", f"{resume}: step {state.step}")]
+    require_same_settings(complete(config, found), found)
+    return [Row("train.resume", "ok", f"{found.folder}: step {found.state.step}; data are compared at the start")]
 
 
 def data(config: Config) -> Iterator[Row]:

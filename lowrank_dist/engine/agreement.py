@@ -20,7 +20,7 @@ from lowrank_dist.backend.select import Backend
 from lowrank_dist.checkpoint.training_state import DataState
 from lowrank_dist.config import Config
 from lowrank_dist.engine.datasets import Data
-from lowrank_dist.engine.resume import flat_keys
+from lowrank_dist.engine.resumable import flat_keys
 from lowrank_dist.formats.provenance import digest_of, fingerprint, installed_versions
 from lowrank_dist.formats.text_files import tokenizer_digest
 from lowrank_dist.methods.registry import method_package

@@ -15,7 +15,8 @@ from lowrank_dist.data.batches import StepBatch
 from lowrank_dist.engine.agreement import require_same_inputs
 from lowrank_dist.engine.datasets import Data
 from lowrank_dist.engine.meter import Phases
-from lowrank_dist.engine.resume import Resumption, complete, find_resumption, from_rank_0, require_same_run, started_at
+from lowrank_dist.engine.resumable import Resumption, complete, require_same_run
+from lowrank_dist.engine.resume import find_resumption, from_rank_0, started_at
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.registry import method_package

@@ -20,7 +20,8 @@ from lowrank_dist.checkpoint.training_state import LOSS, TrainingState, parse_st
 from lowrank_dist.engine.checkpoint_writer import CheckpointWriter, Facts, FollowingWriteError
 from lowrank_dist.engine.evaluator import History
 from lowrank_dist.engine.gathering import Gathering
-from lowrank_dist.engine.resume import Resumption, from_rank_0, restore
+from lowrank_dist.engine.resumable import Resumption
+from lowrank_dist.engine.resume import from_rank_0, restore
 from lowrank_dist.engine.run import Progress, Run
 from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import DiskError, OtherRankError

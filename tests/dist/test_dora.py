@@ -78,7 +78,7 @@ def starts(folder: str, adapter: str) -> dict[str, float]:
     from unittest import mock
 
     from lowrank_dist.config import Config
-    from lowrank_dist.engine.resume import complete
+    from lowrank_dist.engine.resumable import complete
     from lowrank_dist.engine.run_method import build_method
     from lowrank_dist.methods.lora import method as lora_method
 

@@ -56,7 +56,7 @@ def continued(folder: str, start: str, out: str, spoiled: bool) -> tuple[np.ndar
     from lowrank_dist.arch.placement import LoraRules, place_factors
     from lowrank_dist.arch.tensors import module_paths
     from lowrank_dist.config import Config
-    from lowrank_dist.engine.resume import complete
+    from lowrank_dist.engine.resumable import complete
     from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
     from lowrank_dist.formats.provenance import Provenance, fingerprint
     from lowrank_dist.methods.lora.adopt import initial_factors

@@ -29,6 +29,8 @@ from lowrank_dist.doctor import inputs, start, storage
 from lowrank_dist.doctor.start import Met
 from lowrank_dist.doctor.storage import Probe, unseen_probes
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.manifest import OPTIMIZER_FILE, STATE_FILE
+from lowrank_dist.formats.provenance import fingerprint
 from lowrank_dist.ops import extension
 from tests.integration.launching import (
     LAUNCHER_VARIABLES,
@@ -40,6 +42,7 @@ from tests.integration.launching import (
     write_jsonl,
 )
 from tests.tiny_models import make_tiny
+from tests.unit.test_checkpoint_folder import state_of
 
 pytestmark = pytest.mark.slow
 
@@ -206,7 +209,7 @@ def nothing(place: Path) -> None:
         (nothing, "data.max_length=65", "data.max_length", "broken", "longer than the model's 64 positions"),
         (nothing, "data.max_length=3", "data.train", "broken", "No sample is left to train on; raise data.max_length"),
         (a_run, None, "output.dir", "broken", "already has a run (checkpoints)"),
-        (nothing, "train.resume=/no/step-2", "train.resume", "broken", "/no/step-2 is no checkpoint: give RUN/check"),
+        (nothing, "train.resume=/no/step-2", "train.resume", "broken", "/no/step-2: no such folder; give a checkpoint"),
         (nothing, "output.dir={config}/run", "run folder", "broken", "is a file; choose a folder"),
     ],
 )
@@ -220,6 +223,36 @@ def test_a_planted_fault_is_found(
     found = rows(config, *([change.format(config=config)] if change else []), code=1)
     assert found[what]["state"] == state and said in found[what]["detail"]
     assert snapshot(tmp_path) == before
+
+
+def test_a_run_that_cannot_be_resumed_is_refused_as_training_refuses_it(config: Path, tmp_path: Path) -> None:
+    """Only the state of the checkpoint is read: its tensors are empty files here."""
+    told = load_config(config)
+    step = tmp_path / "runs" / "first" / "checkpoints" / "step-2"
+    step.mkdir(parents=True)
+    settings = {"config": told.read_keys(), "base_fingerprint": fingerprint(told.model.path)}
+    (step / STATE_FILE).write_text(state_of(2).model_copy(update=settings).to_json())
+    (step / OPTIMIZER_FILE).touch()
+    (tmp_path / "runs" / "first" / "config.yaml").write_text(told.to_yaml())
+    before = snapshot(tmp_path)
+    resumed = rows(config, "train.resume=auto")["train.resume"]
+    assert resumed["state"] == "ok" and resumed["detail"].startswith(f"{step}: step 2; ")
+    for changes, said in (
+        (["train.lr=5e-4"], "allow the change with 'train.resume_changes=[train.lr]'"),
+        (["method=prefix"], "method cannot change, since the checkpoint's tensors would not fit"),
+        (["train.steps=1"], "It is at step 2, but the run ends at step 1; raise train.steps"),
+    ):
+        for resume in ("auto", step):
+            found = rows(config, f"train.resume={resume}", *changes, code=1)
+            assert found["train.resume"]["state"] == "broken" and said in found["train.resume"]["detail"]
+            assert found["output.dir"]["state"] == "ok"
+    allowed = ["train.lr=5e-4", "train.resume_changes=[train.lr]"]
+    assert rows(config, "train.resume=auto", *allowed)["train.resume"]["state"] == "ok"
+    assert "already has a run" in rows(config, code=1)["output.dir"]["detail"]
+    assert snapshot(tmp_path) == before
+    (step / OPTIMIZER_FILE).unlink()
+    found = rows(config, "train.resume=auto", code=1)["train.resume"]["detail"]
+    assert "none of the checkpoints in" in found and f"{OPTIMIZER_FILE}: missing" in found
 
 
 def test_faults_of_lines_are_those_of_the_run(config: Path, tmp_path: Path) -> None:

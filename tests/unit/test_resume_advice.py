@@ -11,7 +11,7 @@ import pytest
 
 from lowrank_dist.config import Config
 from lowrank_dist.config.load import config_of
-from lowrank_dist.engine.resume import Resumption, require_same_run
+from lowrank_dist.engine.resumable import Resumption, require_same_run
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.errors import UserError
 from tests.unit.test_checkpoint_folder import state_of

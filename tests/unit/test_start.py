@@ -10,7 +10,7 @@ import torch
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.placement import LoraRules, place_factors
 from lowrank_dist.config import Config
-from lowrank_dist.engine.resume import complete
+from lowrank_dist.engine.resumable import complete
 from lowrank_dist.errors import UserError
 from lowrank_dist.methods.lora.adopt import initial_factors
 from tests.tiny_adapters import Size, random_adapter, save_adapter
