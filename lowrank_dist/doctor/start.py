@@ -170,8 +170,8 @@ def data(config: Config) -> Iterator[Row]:
             continue
         if readers == "unread":
             readers = _Readers.of(config) or "broken"
-        state: State = "ok"
-        said = "not checked, because of a fault above"
+        state: State = "warning"
+        said = "its samples were not read, because model, tokenizer or method cannot be read; see their rows"
         if isinstance(readers, _Readers):
             try:
                 state, said = readers.read(key)

@@ -255,6 +255,18 @@ def test_a_run_that_cannot_be_resumed_is_refused_as_training_refuses_it(config: 
     assert "none of the checkpoints in" in found and f"{OPTIMIZER_FILE}: missing" in found
 
 
+def test_data_that_were_not_read_are_not_ok(config: Path) -> None:
+    for change, fault in (
+        ("model.path=org/name", "model folder"),
+        ("data.tokenizer=/no/tokenizer", "tokenizer"),
+        ("lora.targets=[qproj]", "trained parameters"),
+    ):
+        found = rows(config, change, code=1)
+        assert found[fault]["state"] == "broken"
+        for what in ("data.train", "data.eval"):
+            assert found[what]["state"] == "warning" and "its samples were not read" in found[what]["detail"]
+
+
 def test_faults_of_lines_are_those_of_the_run(config: Path, tmp_path: Path) -> None:
     rows_of_file: list[Any] = [{"prompt": "a", "completion": 1}, *samples(3), {"messages": []}]
     path = write_jsonl(tmp_path / "train.jsonl", rows_of_file)
