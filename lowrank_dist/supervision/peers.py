@@ -66,26 +66,44 @@ def _ask(store: dist.Store, rank: int, size: int, said: str | None, known: Calla
     end = time.monotonic() + ASK_SECONDS
     store.set_timeout(timedelta(seconds=ASK_SECONDS))
     store.set(_left(rank), "")
-    everyone = [_left(other) for other in range(size)]
+    everyone = range(size)
     if said is not None:
         # With a random prefix, since several ranks may have the same message.
         signed = f"{secrets.token_hex(8)} {said}".encode()
         first = store.compare_set(_FAILED, "", signed.decode()) == signed
-        if rank == 0:  # the store ends with rank 0; a rank that asks after that would take itself for the first
-            _await(lambda: store.check(everyone), end)
+        _let_answer(store, rank, everyone, end)
         return Answer(should_print=first)
     _await(lambda: known() or store.check([_FAILED]), end)
     if rank == 0:
-        _await(lambda: store.check(everyone), end)
+        _await(lambda: store.check(list(map(_left, everyone))), end)
     cause = store.get(_FAILED).decode(errors="replace").partition(" ")[2] if store.check([_FAILED]) else None
     # Once the cause is known the wait ends early, so ranks that have sent nothing yet are not named as silent.
     explained = cause is not None or known()
-    silent = [] if explained else [other for other in range(size) if not store.check([_left(other)])]
-    return Answer(should_print=store.add(_BEHIND, 1) == 1, silent=silent, cause=cause)
+    silent = [] if explained else [other for other in everyone if not store.check([_left(other)])]
+    should_print = store.add(_BEHIND, 1) == 1
+    _let_answer(store, rank, everyone, end)
+    return Answer(should_print, silent, cause)
+
+
+def _let_answer(store: dist.Store, rank: int, everyone: Sequence[int], end: float) -> None:
+    """Tell that this rank has its answer. Rank 0, with which the store ends, waits for those of the others.
+
+    A rank that asks after that would take itself for the first. `end` is when the wait for ranks that have not asked
+    ends; ranks that have asked are given half as long again.
+    """
+    store.set(_answered(rank), "")
+    if rank == 0:
+        _await(lambda: store.check(list(map(_left, everyone))), end)
+        asked = [other for other in everyone if store.check([_left(other)])]
+        _await(lambda: store.check(list(map(_answered, asked))), end + ASK_SECONDS / 2)
 
 
 def _left(rank: int) -> str:
     return f"lowrank_dist/left/{rank}"
+
+
+def _answered(rank: int) -> str:
+    return f"lowrank_dist/answered/{rank}"
 
 
 def _await(condition: Callable[[], bool], end: float) -> None:

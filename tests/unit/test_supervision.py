@@ -157,6 +157,41 @@ def test_of_ranks_that_say_the_same_one_prints(short_timeouts: None) -> None:
     assert [answer.should_print for answer in answers.values()].count(True) == 1
 
 
+@pytest.mark.parametrize("said", ["why", None])
+def test_rank_0_keeps_the_store_until_the_others_have_their_answers(short_timeouts: None, said: str | None) -> None:
+    """The store ends with rank 0. Without it a slow rank would print as well, below a trace of the store's."""
+    finished: dict[str, float] = {}
+
+    class Slow:
+        """The store as a rank sees it that is slow after its first call."""
+
+        def __init__(self, store: dist.Store) -> None:
+            self._store = store
+
+        def __getattr__(self, name: str) -> object:
+            call = getattr(self._store, name)
+
+            def slow(*arguments: object) -> object:
+                if name in ("compare_set", "add"):
+                    time.sleep(0.3)
+                found = call(*arguments)
+                if name in ("compare_set", "add"):
+                    finished["slow"] = time.monotonic()
+                return found
+
+            return slow
+
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(ask, Slow(store), 1, 2, said, lambda: False)  # type: ignore[arg-type]
+        first = pool.submit(ask, store, 0, 2, "why", lambda: False)
+        assert first.result().should_print
+        finished["rank 0"] = time.monotonic()
+        answer = slow.result()
+    assert answer.reached and finished["slow"] < finished["rank 0"]
+    assert answer.should_print is (said is None), "of those that only lost their peers one prints"
+
+
 @pytest.mark.slow
 def test_ranks_name_those_that_say_nothing(short_timeouts: None) -> None:
     began = time.monotonic()
