@@ -23,11 +23,15 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SeedOssConfig,
+    SeedOssForCausalLM,
     SmolLM3Config,
     SmolLM3ForCausalLM,
 )
@@ -68,6 +72,15 @@ _YARN = {
     "llama_4_scaling_beta": 0.3,
 }
 
+_LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "partial_rotary_factor": 0.5,
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.5, 2.0, 4.0, 9.0],
+}
+
 # All different, none 1, and that of attention far from 1/√head_dim = 0.25: a missing or exchanged one shows.
 _MULTIPLIERS = {
     "embedding_multiplier": 5.0,
@@ -92,6 +105,16 @@ _RECIPES: dict[str, tuple[type, type[PreTrainedModel], dict[str, Any]]] = {
     ),
     "opt": (OPTConfig, OPTForCausalLM, {**_SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64}),
     "smollm3": (SmolLM3Config, SmolLM3ForCausalLM, {**_GROUPED, "no_rope_layers": [1, 0], "tie_word_embeddings": True}),
+    "phi3": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {**_GROUPED, "original_max_position_embeddings": 8, "rope_parameters": _LONGROPE, "pad_token_id": 2},
+    ),
+    "seed_oss": (
+        SeedOssConfig,
+        SeedOssForCausalLM,
+        {**_GROUPED, "head_dim": 24, "attention_out_bias": True, "mlp_bias": True},
+    ),
     "ministral3": (Ministral3Config, Ministral3ForCausalLM, {**_GROUPED, "head_dim": 24, "rope_parameters": _YARN}),
 }
 FAMILY_NAMES = tuple(_RECIPES)

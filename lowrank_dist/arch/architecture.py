@@ -70,7 +70,7 @@ class Architecture:
     prefix: base-model prefix of the Hugging Face names ("model."); some published checkpoints leave it out.
     head_dim: width of a head; heads × head_dim need not be `hidden`.
     activation: "gelu" is the exact GELU, "gelu_tanh" its tanh approximation.
-    qkv_bias: linear_qkv has a bias. linear_bias: every linear has a bias.
+    qkv_bias, proj_bias, mlp_bias: linear_qkv, linear_proj, and both linears of the MLP have biases.
     position_offset: rows of the Hugging Face position table before position 0 (OPT: 2). The row_offset of the table's
     TensorRule already skips them.
     conv1d: linear weights are stored [in, out] (GPT-2).
@@ -94,7 +94,8 @@ class Architecture:
     activation: Literal["silu", "gelu_tanh", "gelu", "relu"]
     gated: bool
     qkv_bias: bool
-    linear_bias: bool
+    proj_bias: bool
+    mlp_bias: bool
     tied: bool
     positions: Literal["rope", "learned"]
     position_offset: int

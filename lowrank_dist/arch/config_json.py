@@ -207,7 +207,7 @@ def _in_layer(rule: TensorRule) -> bool:
 
 
 def _linears(family: Family, fields: Mapping[str, Any]) -> dict[str, Linear]:
-    hidden, ffn, head_dim, bias = fields["hidden"], fields["ffn"], fields["head_dim"], fields["linear_bias"]
+    hidden, ffn, head_dim = fields["hidden"], fields["ffn"], fields["head_dim"]
     queries, keys = fields["heads"] * head_dim, fields["kv_heads"] * head_dim
     fc1_rows = (ffn, ffn) if fields["gated"] else (ffn,)
     paths = family.linears
@@ -218,11 +218,11 @@ def _linears(family: Family, fields: Mapping[str, Any]) -> dict[str, Linear]:
             kind="column",
             in_features=hidden,
             out_features=queries + 2 * keys,
-            parts=_qkv_parts(family, queries, keys),
+            parts=_parts(paths["linear_qkv"], (queries, keys, keys), ("q_proj", "k_proj", "v_proj")),
             interleave="qkv",
-            bias=bias or fields["qkv_bias"],
+            bias=fields["qkv_bias"],
             group=(fields["heads"] // fields["kv_heads"], head_dim),
-            whole=_leaf(paths["linear_qkv"][0]) if family.fused_qkv else None,
+            whole=_whole(paths["linear_qkv"], 3),
         ),
         "linear_proj": Linear(
             module="self_attention.linear_proj",
@@ -232,7 +232,7 @@ def _linears(family: Family, fields: Mapping[str, Any]) -> dict[str, Linear]:
             out_features=hidden,
             parts=_parts(paths["linear_proj"], (hidden,)),
             interleave="none",
-            bias=bias,
+            bias=fields["proj_bias"],
         ),
         "linear_fc1": Linear(
             module="mlp.linear_fc1",
@@ -240,9 +240,10 @@ def _linears(family: Family, fields: Mapping[str, Any]) -> dict[str, Linear]:
             kind="column",
             in_features=hidden,
             out_features=sum(fc1_rows),
-            parts=_parts(paths["linear_fc1"], fc1_rows),
+            parts=_parts(paths["linear_fc1"], fc1_rows, ("gate_proj", "up_proj")),
             interleave="gate_up" if fields["gated"] else "none",
-            bias=bias,
+            bias=fields["mlp_bias"],
+            whole=_whole(paths["linear_fc1"], len(fc1_rows)),
         ),
         "linear_fc2": Linear(
             module="mlp.linear_fc2",
@@ -252,21 +253,24 @@ def _linears(family: Family, fields: Mapping[str, Any]) -> dict[str, Linear]:
             out_features=hidden,
             parts=_parts(paths["linear_fc2"], (hidden,)),
             interleave="none",
-            bias=bias,
+            bias=fields["mlp_bias"],
         ),
     }
 
 
-def _qkv_parts(family: Family, queries: int, keys: int) -> tuple[Part, ...]:
-    if not family.fused_qkv:
-        return _parts(family.linears["linear_qkv"], (queries, keys, keys))
-    (path,) = family.linears["linear_qkv"]
-    names = ("q_proj", "k_proj", "v_proj")
-    return tuple(Part(name, path, queries, index * queries) for index, name in enumerate(names))
+def _parts(paths: tuple[str, ...], rows: tuple[int, ...], names: tuple[str, ...] = ()) -> tuple[Part, ...]:
+    """Return the projections of a linear. names: of those that one Hugging Face module stacks in this order."""
+    if _whole(paths, len(rows)) is None:
+        return tuple(Part(_leaf(path), path, count) for path, count in zip(paths, rows, strict=True))
+    return tuple(
+        Part(name, paths[0], count, sum(rows[:index]))
+        for index, (name, count) in enumerate(zip(names, rows, strict=True))
+    )
 
 
-def _parts(paths: tuple[str, ...], rows: tuple[int, ...]) -> tuple[Part, ...]:
-    return tuple(Part(_leaf(path), path, count) for path, count in zip(paths, rows, strict=True))
+def _whole(paths: tuple[str, ...], parts: int) -> str | None:
+    """Return the name of the module that stacks all projections of a linear; None where each has its own module."""
+    return _leaf(paths[0]) if len(paths) < parts else None
 
 
 def _leaf(path: str) -> str:

@@ -24,6 +24,7 @@ _REFUSED = {
 _DROPOUTS = (
     *("attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "dropout", "activation_dropout", "layerdrop"),
     *("hidden_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "embd_dropout"),
+    "residual_dropout",
 )
 _UNAPPLIED = {
     **dict.fromkeys(_DROPOUTS, "dropout of the base is not applied"),
@@ -51,6 +52,7 @@ _NEUTRAL = {
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
     "attention_bias": (False,),
+    "attention_out_bias": (False,),
     "mlp_bias": (False,),
     "use_mrope": (False,),
     "rope_interleaved": (False,),

@@ -25,11 +25,11 @@ class Family:
     only: flag of config.json → the one supported value (also the default), and the feature that the other value means.
     equal: size of config.json → the field that it must equal if given, and the feature that another value means.
     absent: key that config.json must not have → the feature that it means.
-    linears: Megatron linear → Hugging Face module path, one per projection, in the order of LinearLayout.parts.
+    linears: Megatron linear → Hugging Face module path, one per projection, in the order of LinearLayout.parts. Where
+    one module stacks q, k and v, or gate and up, in this order, its path stands there alone.
     tensors: every other tensor; names of a layer's tensors have a `{layer}` field. `OUTPUT_LAYER` is left out where the
     embeddings are tied.
     ignored: patterns of tensors in the files that carry no weights; they match names without `prefix`.
-    fused_qkv: one Hugging Face module stacks q, k and v in this order; `linears` has its path once.
     window: the keys of a sliding window; empty where the family has none. "window" is its width. Without the other keys
     it applies to all layers. "used" turns it on, "kinds" lists every layer's kind. Where "kinds" is missing, "first" is
     the first layer with a window; without "first" the layers without rotary positions have it.
@@ -46,7 +46,6 @@ class Family:
     linears: Mapping[str, tuple[str, ...]]
     tensors: tuple[TensorRule, ...]
     ignored: tuple[str, ...] = ()
-    fused_qkv: bool = False
     window: Mapping[str, Key] = field(default_factory=dict)
     no_rope: Mapping[str, Key] = field(default_factory=dict)
     equal: Mapping[str, tuple[str, str]] = field(default_factory=dict)
@@ -59,6 +58,10 @@ def _weight_and_bias(megatron: str, hf: str, shape: tuple[str, ...] = ("hidden",
         TensorRule(f"{megatron}.weight", f"{hf}.weight", shape),
         TensorRule(f"{megatron}.bias", f"{hf}.bias", shape),
     )
+
+
+def _without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
 
 
 OUTPUT_LAYER = TensorRule("output_layer.weight", "lm_head.weight", ("vocab", "hidden"), "vocab")
@@ -102,7 +105,8 @@ _LLAMA_FIXED = {
     "norm": "RMSNorm",
     "gated": True,
     "qkv_bias": False,
-    "linear_bias": False,
+    "proj_bias": False,
+    "mlp_bias": False,
     "positions": "rope",
     "position_offset": 0,
     "qk_norm": False,
@@ -143,8 +147,11 @@ _QK_NORM_TENSORS = (
         ("head_dim",),
     ),
 )
-_OUTPUT_BIAS_REFUSED = (False, "a bias on the attention's output projection (Megatron has no flag for it)")
-_LLAMA_ONLY = {"attention_bias": _OUTPUT_BIAS_REFUSED, "mlp_bias": (False, "biases in the MLP")}
+_ATTENTION_BIASES = {
+    "qkv_bias": Key("attention_bias", "flag", False),
+    "proj_bias": Key("attention_bias", "flag", False),
+}
+_ALL_BIASES = {**_ATTENTION_BIASES, "mlp_bias": Key("mlp_bias", "flag", False)}
 # Old checkpoints hold the rotary frequencies as a buffer. transformers ignores it too.
 _ROPE_BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
@@ -152,9 +159,9 @@ FAMILIES: Mapping[str, Family] = {
     "llama": Family(
         model_class="LlamaForCausalLM",
         prefix="model.",
-        keys=_LLAMA_KEYS,
-        fixed=_LLAMA_FIXED,
-        only=_LLAMA_ONLY,
+        keys=_LLAMA_KEYS | _ALL_BIASES,
+        fixed=_without(_LLAMA_FIXED, *_ALL_BIASES),
+        only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
@@ -162,9 +169,9 @@ FAMILIES: Mapping[str, Family] = {
     "granite": Family(
         model_class="GraniteForCausalLM",
         prefix="model.",
-        keys=_GRANITE_KEYS,
-        fixed=_LLAMA_FIXED,
-        only=_LLAMA_ONLY,
+        keys=_GRANITE_KEYS | _ALL_BIASES,
+        fixed=_without(_LLAMA_FIXED, *_ALL_BIASES),
+        only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
@@ -195,9 +202,9 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family(
         model_class="Qwen3ForCausalLM",
         prefix="model.",
-        keys=_QWEN_KEYS | {"head_dim": Key("head_dim", "even", 128)},
-        fixed={**_LLAMA_FIXED, "qk_norm": True},
-        only={"attention_bias": _OUTPUT_BIAS_REFUSED},
+        keys=_QWEN_KEYS | {"head_dim": Key("head_dim", "even", 128)} | _ATTENTION_BIASES,
+        fixed=_without(_LLAMA_FIXED, *_ATTENTION_BIASES) | {"qk_norm": True},
+        only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS + _QK_NORM_TENSORS,
         ignored=_ROPE_BUFFERS,
@@ -221,7 +228,8 @@ FAMILIES: Mapping[str, Family] = {
             "norm": "LayerNorm",
             "gated": False,
             "qkv_bias": True,
-            "linear_bias": True,
+            "proj_bias": True,
+            "mlp_bias": True,
             "positions": "learned",
             "position_offset": 0,
             "qk_norm": False,
@@ -248,7 +256,6 @@ FAMILIES: Mapping[str, Family] = {
         ),
         # The causal mask and its fill value, which old versions of transformers saved as buffers.
         ignored=(r"h\.\d+\.attn\.(masked_)?bias",),
-        fused_qkv=True,
     ),
     "opt": Family(
         model_class="OPTForCausalLM",
@@ -262,7 +269,8 @@ FAMILIES: Mapping[str, Family] = {
             "max_positions": Key("max_position_embeddings", "size", 2048),
             "activation": Key("activation_function", "text", "relu"),
             "qkv_bias": Key("enable_bias", "flag", True),
-            "linear_bias": Key("enable_bias", "flag", True),
+            "proj_bias": Key("enable_bias", "flag", True),
+            "mlp_bias": Key("enable_bias", "flag", True),
             "tied": Key("tie_word_embeddings", "flag", True),
         },
         fixed={
@@ -320,9 +328,10 @@ FAMILIES: Mapping[str, Family] = {
             "kv_heads": Key("num_key_value_heads", "heads", 4, null=True),
             "max_positions": Key("max_position_embeddings", "size", 32_768),
             "tied": Key("tie_word_embeddings", "flag", True),
-        },
-        fixed=_LLAMA_FIXED,
-        only=_LLAMA_ONLY,
+        }
+        | _ALL_BIASES,
+        fixed=_without(_LLAMA_FIXED, *_ALL_BIASES),
+        only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
@@ -367,5 +376,44 @@ FAMILIES: Mapping[str, Family] = {
                 "llama_4_scaling_beta": 0.1,
             },
         ),
+    ),
+    "phi3": Family(
+        model_class="Phi3ForCausalLM",
+        prefix="model.",
+        keys=_without(_LLAMA_KEYS, "head_dim")
+        | {
+            "kv_heads": Key("num_key_value_heads", "heads", None),
+            "max_positions": Key("max_position_embeddings", "size", 4096),
+            "norm_eps": Key("rms_norm_eps", "number", 1e-5),
+        },
+        fixed=_LLAMA_FIXED,
+        only={},
+        linears=_LLAMA_LINEARS
+        | {
+            "linear_qkv": ("model.layers.{layer}.self_attn.qkv_proj",),
+            "linear_fc1": ("model.layers.{layer}.mlp.gate_up_proj",),
+        },
+        tensors=_LLAMA_TENSORS,
+        ignored=_ROPE_BUFFERS,
+        window={"window": Key("sliding_window", "size", None)},
+        rope=RopeTable(types=("default", "longrope"), renamed={"su": "longrope"}, rotated=1.0, original=4096),
+    ),
+    "seed_oss": Family(
+        model_class="SeedOssForCausalLM",
+        prefix="model.",
+        keys=_LLAMA_KEYS
+        | {
+            "kv_heads": Key("num_key_value_heads", "heads", 8, null=True),
+            "head_dim": Key("head_dim", "even", 128, null=True),
+            "max_positions": Key("max_position_embeddings", "size", 524_288),
+            "qkv_bias": Key("attention_bias", "flag", True),
+            "proj_bias": Key("attention_out_bias", "flag", False),
+            "mlp_bias": Key("mlp_bias", "flag", False),
+        },
+        fixed=_without(_LLAMA_FIXED, *_ALL_BIASES),
+        only={},
+        linears=_LLAMA_LINEARS,
+        tensors=_LLAMA_TENSORS,
+        ignored=_ROPE_BUFFERS,
     ),
 }

@@ -51,8 +51,7 @@ def transformer_config(
         # Megatron's hook for an activation module that gets the whole [gate ∣ up]; the module is ours, not
         # Transformer Engine's.
         use_te_activation_func=gated_silu,
-        add_bias_linear=architecture.linear_bias,
-        add_qkv_bias=architecture.qkv_bias,
+        add_bias_linear=False,  # `_with_bias` says which linears have one
         qk_layernorm=architecture.qk_norm,
         softmax_scale=architecture.attention_multiplier,
         hidden_dropout=0.0,
@@ -110,7 +109,7 @@ def _layer_spec(
     group: ProcessGroup,
     residual_scale: float,
 ) -> ModuleSpec:
-    column_linear, row_linear = linears
+    built = {name: _with_bias(linears[each.kind == "row"], each.bias) for name, each in kind.linears.items()}
     qk_norm = FrozenNorm if config.qk_layernorm else IdentityOp
     return ModuleSpec(
         module=RecomputableLayer,
@@ -121,9 +120,9 @@ def _layer_spec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=column_linear,
+                    linear_qkv=built["linear_qkv"],
                     core_attention=ModuleSpec(module=CoreAttention, params={"kind": kind}),
-                    linear_proj=row_linear,
+                    linear_proj=built["linear_proj"],
                     q_layernorm=qk_norm,
                     k_layernorm=qk_norm,
                 ),
@@ -131,11 +130,21 @@ def _layer_spec(
             pre_mlp_layernorm=FrozenNorm,
             mlp=MlpSpec(
                 MLPSubmodules(
-                    linear_fc1=column_linear,
-                    linear_fc2=row_linear,
+                    linear_fc1=built["linear_fc1"],
+                    linear_fc2=built["linear_fc2"],
                     activation_func=SwiGlu if config.use_te_activation_func else None,
                 ),
                 {"tp_group": group},
             ),
         ),
     )
+
+
+def _with_bias(linear: type, bias: bool) -> type:
+    """Return the linear with or without a bias. Megatron's configuration has one switch for linears of three kinds."""
+
+    class WithBias(linear):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "bias": bias})
+
+    return WithBias

@@ -25,7 +25,7 @@ ROWS, LENGTH = 2, 16
 FIRST = 9  # the packed row: samples of 9 and 7 tokens
 
 # One KV head for two and four ranks: a rank's rows of the fused matrix begin and end inside a head.
-ONE_KV_HEAD = ("llama", "qwen2", "qwen3")
+ONE_KV_HEAD = ("llama", "qwen2", "qwen3", "phi3")
 # Rope types that no tiny model of a family has. The packed row has a sample that longrope calls long, and a short one.
 ROPES: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 8, "truncate": False},
@@ -154,6 +154,20 @@ def forget_biases(model: Any) -> None:
             parameter.zero_()
 
 
+def forget_biases_of(linear: str) -> Callable[[Any], None]:
+    def forget(model: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if name.endswith(f"{linear}.bias"):
+                parameter.zero_()
+
+    return forget
+
+
+def rotate_whole_heads(model: Any) -> None:
+    for frequencies in model.frequencies.values():
+        frequencies.short, frequencies.long = frequencies.short.repeat(2), frequencies.long.repeat(2)
+
+
 def forget_norm_weights(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
@@ -184,14 +198,16 @@ MULTIPLIERS = (
     forget_residual_multiplier,
     forget_logits_divisor,
 )
+BIASED = ("linear_proj", "linear_fc1", "linear_fc2")
 BREAKAGES: dict[str, Callable[[Any], None]] = {
     function.__name__: function
     for function in (
         *(exchange_k_and_v, scale_rope_theta, shift_positions, forget_biases, forget_norm_weights),
-        *(rotate_every_layer, forget_query_scale, forget_rope_scaling),
+        *(rotate_every_layer, rotate_whole_heads, forget_query_scale, forget_rope_scaling),
         *MULTIPLIERS,
     )
 }
+BREAKAGES |= {f"forget_biases_of_{name}": forget_biases_of(name) for name in BIASED}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -218,12 +234,15 @@ def test_bf16_errs_as_transformers_does(bf16_folders: dict[str, str], layout: st
     ("broken", "families"),
     [
         ("exchange_k_and_v", FAMILY_NAMES),
-        ("scale_rope_theta", ("llama", "llama2", "granite", "mistral", "qwen2", "qwen3", "smollm3", "ministral3")),
+        ("scale_rope_theta", ("llama", "llama2", "granite", "mistral", "qwen2", "qwen3")),
+        ("scale_rope_theta", ("smollm3", "ministral3", "seed_oss")),
         ("rotate_every_layer", ("smollm3",)),
         ("forget_query_scale", ("ministral3",)),
-        ("forget_rope_scaling", ("ministral3", "yarn", "longrope")),
+        ("forget_rope_scaling", ("ministral3", "phi3", "yarn", "longrope")),
         ("shift_positions", ("gpt2", "opt")),
-        ("forget_biases", ("qwen2", "gpt2", "opt")),
+        ("forget_biases", ("qwen2", "gpt2", "opt", "seed_oss")),
+        *((f"forget_biases_of_{name}", ("seed_oss",)) for name in BIASED),
+        ("rotate_whole_heads", ("phi3",)),
         ("forget_norm_weights", FAMILY_NAMES),
         *((function.__name__, ("granite",)) for function in MULTIPLIERS),
     ],

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from lowrank_dist.arch import families
 from lowrank_dist.arch.config_json import UnsupportedModel, parse_architecture, read_architecture
@@ -48,7 +49,9 @@ WRONG = [None, "x", True, 1.5, [2], {"a": 1}, -2, 0]
 LLAMA_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 SIZES = {
-    **dict.fromkeys(("llama", "granite", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"), LLAMA_SIZES),
+    **dict.fromkeys(
+        ("llama", "granite", "mistral", "qwen2", "qwen3", "smollm3", "ministral3", "phi3", "seed_oss"), LLAMA_SIZES
+    ),
     "gpt2": ("n_embd", "n_layer", "n_head", "vocab_size"),
     "opt": ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "vocab_size"),
 }
@@ -122,6 +125,10 @@ SMOLLM3 = {key: value for key, value in QWEN.items() if key != "max_window_layer
 }
 OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "smollm3": SMOLLM3,
+    "seed_oss": LLAMA | {"attention_out_bias": FLAG, "mlp_bias": FLAG},
+    "phi3": {key: value for key, value in LLAMA.items() if key not in ("attention_bias", "head_dim")}
+    | {"sliding_window": size(32), "original_max_position_embeddings": st.sampled_from([16, 64])}
+    | {"partial_rotary_factor": st.sampled_from([1.0, 0.5])},
     "llama": LLAMA | {"mlp_bias": FLAG},
     "granite": LLAMA | {"mlp_bias": FLAG, **dict.fromkeys(MULTIPLIERS, MULTIPLIER)},
     **dict.fromkeys(
@@ -215,8 +222,7 @@ def expected(config: PreTrainedConfig) -> Values:
         "vocab": config.vocab_size,
         "max_positions": config.max_position_embeddings,
         "norm_eps": 1e-5 if eps is None else getattr(config, eps),
-        "qkv_bias": config.model_type in ("gpt2", "qwen2") or getattr(config, "enable_bias", False),
-        "linear_bias": config.model_type == "gpt2" or getattr(config, "enable_bias", False),
+        **expected_biases(config),
         "tied": config.tie_word_embeddings,
         "embedding_multiplier": getattr(config, "embedding_multiplier", 1.0),
         "attention_multiplier": getattr(config, "attention_multiplier", None),
@@ -224,6 +230,17 @@ def expected(config: PreTrainedConfig) -> Values:
         "logits_divisor": getattr(config, "logits_scaling", 1.0),
         "windows": [window if kind == "sliding_attention" else None for kind in kinds],
         "ropes": [rope if rotates else None for rotates in rotated[: config.num_hidden_layers]],
+    }
+
+
+def expected_biases(config: PreTrainedConfig) -> dict[str, bool]:
+    """Return which linears have biases, as the families' modelling code builds them."""
+    everywhere = config.model_type == "gpt2" or getattr(config, "enable_bias", False)
+    attention = getattr(config, "attention_bias", False)
+    return {
+        "qkv_bias": everywhere or config.model_type == "qwen2" or attention,
+        "proj_bias": everywhere or getattr(config, "attention_out_bias", attention),
+        "mlp_bias": everywhere or getattr(config, "mlp_bias", False),
     }
 
 
@@ -242,7 +259,8 @@ def expected_rope(config: PreTrainedConfig) -> list[Any]:
     """Return frequencies of short and long samples, scaling of cos and sin, and queries' beta, as transformers does."""
     stated = config.rope_parameters
     if stated["rope_type"] == "default":
-        found = [LlamaRotaryEmbedding.compute_default_rope_parameters(config)] * 2
+        embedding = Phi3RotaryEmbedding if config.model_type == "phi3" else LlamaRotaryEmbedding
+        found = [embedding.compute_default_rope_parameters(config)] * 2
     else:
         compute = ROPE_INIT_FUNCTIONS[stated["rope_type"]]
         found = [compute(config)]  # which completes config.rope_parameters
@@ -300,8 +318,6 @@ def has_no_table(values: Values, config: PreTrainedConfig) -> bool:
         return True
     acts = [getattr(config, key, "silu") for key in ("hidden_act", "activation_function")]
     only = {
-        **dict.fromkeys(("llama", "granite", "smollm3"), {"attention_bias": False, "mlp_bias": False}),
-        "qwen3": {"attention_bias": False},
         "gpt2": {
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
@@ -326,7 +342,7 @@ def _heads_or_rope_without_table(values: Values, config: PreTrainedConfig) -> bo
     divides = config.hidden_size % config.num_attention_heads == 0
     if config.model_type in ("gpt2", "opt"):
         return not divides
-    stated = values.get("head_dim", 128 if config.model_type == "qwen3" else None)
+    stated = values.get("head_dim", 128 if config.model_type in ("qwen3", "seed_oss", "ministral3") else None)
     if stated is None and not divides:
         return True
     head_dim = config.hidden_size // config.num_attention_heads if stated is None else stated
@@ -339,7 +355,12 @@ def _heads_or_rope_without_table(values: Values, config: PreTrainedConfig) -> bo
 def has_no_rope(config: PreTrainedConfig, head_dim: int) -> bool:
     """Return whether we must refuse the rotary positions of a config that transformers accepts."""
     rope = config.rope_parameters
-    if rope.get("rope_type") not in NEEDED or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    types = ("default", "longrope") if config.model_type == "phi3" else NEEDED
+    partial = rope.get("partial_rotary_factor", 1.0)
+    if rope.get("rope_type") not in types or (partial != 1.0 and config.model_type != "phi3"):
+        return True
+    head_dim = int(head_dim * partial)
+    if head_dim % 2:
         return True
     if any(isinstance(value, dict) for value in rope.values()):
         return True

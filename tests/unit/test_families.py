@@ -38,6 +38,8 @@ def edited(tiny: Path, tmp_path: Path, drop: tuple[str, ...] = (), **changes: An
 
 MIXED = ("smollm3",)  # the layers of these tiny models are not all alike
 EXPECTED = {
+    "phi3": {"max_positions": 64, "norm_eps": 1e-5, "head_dim": 16, "qkv_bias": False},
+    "seed_oss": {"head_dim": 24, "qkv_bias": True, "proj_bias": True, "mlp_bias": True},
     "smollm3": {"tied": True, "sliding_window": None, "ropes": (RopeParameters(2e6),)},
     "ministral3": {"head_dim": 24, "tied": False, "sliding_window": None},
     "llama": {"norm": "RMSNorm", "activation": "silu", "gated": True, "kv_heads": 2, "head_dim": 16, "tied": False},
@@ -50,20 +52,20 @@ EXPECTED = {
         "kv_heads": 2,
     },
     "mistral": {"sliding_window": 64, "qkv_bias": False, "max_positions": 64},
-    "qwen2": {"qkv_bias": True, "linear_bias": False, "tied": True, "sliding_window": None},
+    "qwen2": {"qkv_bias": True, "proj_bias": False, "mlp_bias": False, "tied": True, "sliding_window": None},
     "qwen3": {"qk_norm": True, "qkv_bias": False, "head_dim": 24, "hidden": 64},
     "gpt2": {
         "norm": "LayerNorm",
         "activation": "gelu_tanh",
         "gated": False,
-        "linear_bias": True,
+        "mlp_bias": True,
         "conv1d": True,
         "positions": "learned",
         "ropes": (),
         "tied": True,
         "prefix": "transformer.",
     },
-    "opt": {"activation": "relu", "position_offset": 2, "linear_bias": True, "norm_eps": 1e-5, "positions": "learned"},
+    "opt": {"activation": "relu", "position_offset": 2, "mlp_bias": True, "norm_eps": 1e-5, "positions": "learned"},
 }
 
 
@@ -90,7 +92,7 @@ def test_tables_name_every_tensor_that_transformers_writes(family: str, tied: bo
 def test_opt_without_biases(tmp_path: Path) -> None:
     folder = make_tiny("opt", tmp_path, enable_bias=False)
     architecture = read_architecture(folder)
-    assert not architecture.linear_bias and not architecture.layers[0].linears["linear_qkv"].bias
+    assert not architecture.mlp_bias and not architecture.layers[0].linears["linear_qkv"].bias
     with safe_open(folder / "model.safetensors", framework="pt") as handle:
         assert set(hf_shapes(architecture)) == set(handle.keys())
 
@@ -161,10 +163,6 @@ def test_rope_of_older_config_files(tiny: dict[str, Path], tmp_path: Path) -> No
 
 
 REFUSED = [
-    ("llama", {"attention_bias": True}, "attention_bias"),
-    ("llama", {"mlp_bias": True}, "mlp_bias"),
-    ("granite", {"attention_bias": True}, "attention_bias"),
-    ("granite", {"mlp_bias": True}, "mlp_bias"),
     ("granite", {"logits_scaling": 0}, "logits_scaling"),
     ("granite", {"attention_multiplier": None}, "attention_multiplier"),
     ("llama", {"hidden_act": "quick_gelu"}, "hidden_act"),
@@ -190,7 +188,6 @@ REFUSED = [
     ("llama", {"model_type": "mixtral"}, "model_type 'mixtral'"),
     ("llama", {"model_type": "my_own"}, "model_type 'my_own'"),
     ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types ['chunked_attention']"),
-    ("qwen3", {"attention_bias": True}, "attention_bias"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),

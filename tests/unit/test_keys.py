@@ -40,6 +40,8 @@ CLASSES = {
     "gpt2": transformers.GPT2Config,
     "opt": transformers.OPTConfig,
     "smollm3": transformers.SmolLM3Config,
+    "phi3": transformers.Phi3Config,
+    "seed_oss": transformers.SeedOssConfig,
     "ministral3": transformers.Ministral3Config,
 }
 # Keys of published config.json files, with the published values where these matter.
@@ -73,6 +75,8 @@ PUBLISHED: dict[str, Values] = {
         "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
         "output_past": True,
     },
+    "phi3": {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "rope_scaling": None, "sliding_window": 2047, "auto_map": {}},
+    "seed_oss": {"residual_dropout": 0.1, "attention_dropout": 0.1, "pretraining_tp": 1, "rope_theta": 1e7},
     "smollm3": {"rope_theta": 5e6, "use_sliding_window": False, "attention_bias": False, "mlp_bias": False},
     "ministral3": {"attention_dropout": 0.0, "sliding_window": None, "rope_theta": 1e6},
     "opt": {"activation_dropout": 0.0, "prefix": "</s>", "init_std": 0.02, "word_embed_proj_dim": 64},

@@ -79,8 +79,8 @@ class Bottlenecks(Footprint):
         return [Moment("backward of the top bottleneck", parts)]
 
     def evaluation_working(self, job: Job, residual: int) -> int:
-        """Return the bytes of a sublayer's output and its bottleneck: 8 residuals, 9 where linears have a bias."""
-        return (8 + job.architecture.linear_bias) * residual
+        """Return the bytes of a sublayer's output and its bottleneck: 8 residuals, 9 where that output has a bias."""
+        return (8 + (job.architecture.proj_bias or job.architecture.mlp_bias)) * residual
 
     def layer_flops(self, architecture: Architecture, tokens: int, input_requires_grad: bool) -> LayerFlops:
         """Return the FLOPs of two products forward, and of both dX and dW backward (the lowest dX only if needed)."""
