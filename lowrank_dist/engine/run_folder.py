@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import logging
 import shutil
@@ -23,6 +24,8 @@ from lowrank_dist.untrusted.files import LINKS
 
 logger = logging.getLogger(__name__)
 
+# How a lock is refused that another process holds: the latter on SMB.
+_HELD = (errno.EAGAIN, errno.EACCES)
 ENTRIES = ("config.yaml", "metrics.jsonl", "checkpoints", "adapter")
 
 
@@ -155,7 +158,7 @@ class RunFolder:
         """
         handler = self._open_log(0)
         try:
-            self._lock(handler)
+            unlocked = self._lock(handler)
             now = self._entries()
             newer = sorted(name for name in now if now[name] != self._found.get(name))
             if newer:
@@ -167,6 +170,9 @@ class RunFolder:
             handler.close()
             raise
         self._log_to(handler)
+        if unlocked:
+            logger.warning("%s", unlocked)
+            say(f"lowrank_dist: {unlocked}", err=True)
 
     def log(self, rank: int) -> None:
         """Log to logs/rank-N.log from now on. Raises UserError where the folder cannot be written."""
@@ -222,25 +228,26 @@ class RunFolder:
                 logger.warning("removing %s of an earlier run (output.overwrite)", path)
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def _lock(self, log: logging.FileHandler) -> None:
+    def _lock(self, log: logging.FileHandler) -> str:
         """Lock the folder until this process ends in any way: two runs here would retire each other's checkpoints.
 
-        Raises UserError where another process holds the lock.
+        Returns a line for the user where the file system has no locks, else "". Raises UserError where another process
+        holds the lock.
         """
         assert log.stream is not None, "opened by its constructor"
         try:
             fcntl.flock(log.stream.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"output.dir: another process trains in {self.path}; end it first (it may have outlived its "
-                "launcher), or choose another output.dir"
-            ) from error
-        except OSError as error:  # a file system without locks
-            logger.warning(
-                "%s cannot be locked (%s), so two runs in it would not be noticed; start only one",
-                self.path,
-                error.strerror,
+        except OSError as error:
+            if error.errno in _HELD:
+                raise UserError(
+                    f"output.dir: another process trains in {self.path}; end it first (it may have outlived its "
+                    "launcher), or choose another output.dir"
+                ) from error
+            return (
+                f"{self.path} cannot be locked ({error.strerror}), so two runs in it would not be noticed; start only "
+                "one"
             )
+        return ""
 
     def _clear(self) -> None:
         """Remove a killed run's unfinished files, and no others: other programs may write here too (merge --out)."""

@@ -146,6 +146,7 @@ def _explain(error: OSError, target: Path) -> str:
         errno.ENOSPC: "free some space or give an output path on another disk",
         errno.EDQUOT: "your disk quota is used up, so free some space or give an output path on another disk",
         errno.EACCES: "give an output path where you may write",
+        errno.ENAMETOOLONG: "give an output path with a shorter name (a temporary name beside it is 40 bytes longer)",
         errno.EROFS: "give an output path that is not read-only",
         **dict.fromkeys(UNSUPPORTED - {errno.EACCES}, _ANOTHER_FILE_SYSTEM),
     }

@@ -41,7 +41,9 @@ def writer_in(root: Path, resumed: int | None = None) -> CheckpointWriter:
     folder.checkpoints.mkdir(exist_ok=True)
     facts = Facts(Provenance("cd" * 32, "base", {}), state_of(2).data, None)
     method: Any = StandIn()
-    return CheckpointWriter(folder, method, SHAPES, facts, Retention(1, 1, "loss"), resumed and state_of(resumed))
+    return CheckpointWriter(
+        folder, method, SHAPES, facts, Retention(1, 1, "loss"), None if resumed is None else state_of(resumed)
+    )
 
 
 def save(root: Path, kinds: list[str], code: int) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 
 from lowrank_dist.config.load import config_of
+from lowrank_dist.engine import run_folder
 from lowrank_dist.engine.run import Progress, merge_line
 from lowrank_dist.engine.run_folder import RunFolder
 from lowrank_dist.engine.trainer import Trainer
@@ -71,6 +74,27 @@ def test_of_two_runs_one_has_the_lock(tmp_path: Path) -> None:
     first.lock()
     with pytest.raises(UserError, match="another process trains in"):
         second.lock()
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EPERM])
+def test_a_file_system_without_locks_is_reported(
+    tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_folder.fcntl, "flock", lambda *_: _refuse(code))
+    prepared(tmp_path).lock()
+    line = f"{tmp_path} cannot be locked ({os.strerror(code)}), so two runs in it would not be noticed; start only one"
+    assert capsys.readouterr().err == f"lowrank_dist: {line}\n"
+    assert line in (tmp_path / "logs" / "rank-0.log").read_text()
+
+
+def test_a_lock_that_smb_refuses_is_held_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder.fcntl, "flock", lambda *_: _refuse(errno.EACCES))
+    with pytest.raises(UserError, match="another process trains in"):
+        prepared(tmp_path).lock()
+
+
+def _refuse(code: int) -> None:
+    raise OSError(code, os.strerror(code))
 
 
 def test_only_its_own_unfinished_files_are_removed(tmp_path: Path) -> None:
