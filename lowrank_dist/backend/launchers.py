@@ -184,13 +184,15 @@ def named_hostfile(command: Sequence[str]) -> str | None:
 def set_rank_variables(environment: MutableMapping[str, str] = os.environ) -> None:
     """Set RANK, WORLD_SIZE, … and MASTER_PORT from a Slurm step's variables, and check those of any launcher.
 
-    Nothing is set if RANK is set already, and a MASTER_ADDR or MASTER_PORT that is set stays. Nothing is set outside a
-    Slurm step either: in a batch script Slurm's variables describe one task, although no step was started. Raises
-    UserError for variables that no launcher sets in this way, and RankIdentityError if only this rank's own variables
-    are wrong.
+    A variable that is set stays. If RANK is set, only LOCAL_WORLD_SIZE is added: scripts and hooks of containers often
+    set the others alone. Nothing is set outside a Slurm step: in a batch script Slurm's variables describe one task,
+    although no step was started. Raises UserError for variables that no launcher sets in this way, and
+    RankIdentityError if only this rank's own variables are wrong.
     """
     if not ("RANK" in environment or "SLURM_STEP_NUM_TASKS" not in environment or "SLURM_PROCID" not in environment):
         _set_from_step(environment)
+    elif _is_task(environment) and not {"LOCAL_WORLD_SIZE", "LOCAL_SIZE"} & set(environment):
+        environment["LOCAL_WORLD_SIZE"] = _tasks_here(environment)
     check_rank_variables(environment)
 
 
@@ -198,6 +200,28 @@ def _set_from_step(environment: MutableMapping[str, str]) -> None:
     environment["RANK"] = str(number(environment, "SLURM_PROCID"))
     environment["WORLD_SIZE"] = str(number(environment, "SLURM_STEP_NUM_TASKS"))
     environment["LOCAL_RANK"] = str(number(environment, "SLURM_LOCALID"))
+    environment["LOCAL_WORLD_SIZE"] = _tasks_here(environment)
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    if "MASTER_PORT" not in environment:
+        place = number(environment, "SLURM_JOB_ID") + _STRIDE * number(environment, "SLURM_STEP_ID", "0")
+        environment["MASTER_PORT"] = str(_FIRST_PORT + place % _PORTS)
+
+
+def _is_task(environment: Mapping[str, str]) -> bool:
+    """Return whether this rank, whose numbers are set, is a task of a Slurm step.
+
+    A batch script may start ranks by other means, on its own node even without a step.
+    """
+    tasks = environment.get("SLURM_PROCID"), environment.get("SLURM_STEP_NUM_TASKS")
+    return {"RANK", "SLURM_STEP_ID"} <= set(environment) and tasks == (
+        environment.get("RANK"),
+        environment.get("WORLD_SIZE"),
+    )
+
+
+def _tasks_here(environment: Mapping[str, str]) -> str:
+    """Return the number of the step's tasks on this node."""
     tasks, node = _tasks_of(environment.get("SLURM_STEP_TASKS_PER_NODE", "")), number(environment, "SLURM_NODEID", "0")
     if node >= len(tasks):
         raise UserError(
@@ -210,12 +234,7 @@ def _set_from_step(environment: MutableMapping[str, str]) -> None:
             f"SLURM_STEP_TASKS_PER_NODE: {environment['SLURM_STEP_TASKS_PER_NODE']!r} does not add up to "
             f"SLURM_STEP_NUM_TASKS={environment['WORLD_SIZE']}; start the ranks with srun"
         )
-    environment["LOCAL_WORLD_SIZE"] = str(tasks[node])
-    if "MASTER_ADDR" not in environment:
-        environment["MASTER_ADDR"] = first_host(environment.get("SLURM_STEP_NODELIST", ""))
-    if "MASTER_PORT" not in environment:
-        place = number(environment, "SLURM_JOB_ID") + _STRIDE * number(environment, "SLURM_STEP_ID", "0")
-        environment["MASTER_PORT"] = str(_FIRST_PORT + place % _PORTS)
+    return str(tasks[node])
 
 
 def is_first_on_node(environment: Mapping[str, str] = os.environ) -> bool:
@@ -233,10 +252,7 @@ def run_token(environment: Mapping[str, str] = os.environ) -> str:
         return f"torchrun's run {environment['TORCHELASTIC_RUN_ID']}, {size}"
     if "CROSS_RANK" in environment:
         return f"deepspeed{_deepspeed_job()}, {size}"
-    tasks = environment.get("SLURM_PROCID"), environment.get("SLURM_STEP_NUM_TASKS")
-    # Only where the ranks are the tasks of a step: a batch script may start them by other means, on its own node even
-    # without a step.
-    if "SLURM_STEP_ID" in environment and tasks == (environment.get("RANK"), environment.get("WORLD_SIZE")):
+    if _is_task(environment):
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
         job, step, restarts = (environment.get(name, "0") for name in names)
         return f"Slurm's job {job}, step {step}, restart {restarts}, {size}"

@@ -143,13 +143,27 @@ def test_what_a_launcher_set_stays() -> None:
     assert environment == launched
 
 
+def test_ranks_that_a_script_numbers_know_their_node() -> None:
+    """As `RANK=$SLURM_PROCID …` in a script does, and Enroot's hook for images of PyTorch."""
+    numbered = {"RANK": "3", "WORLD_SIZE": "5", "LOCAL_RANK": "1", "MASTER_ADDR": "a07", "MASTER_PORT": "61000"}
+    environment = {**step(3, 1, 1), "SLURM_STEP_ID": "0", **numbered}
+    set_rank_variables(environment)
+    assert [environment[name] for name in NAMES] == ["3", "5", "1", "2", "a07", "61000"]
+    # One rank on each node, which some other launcher has started in the tasks of a step.
+    for own in ({"LOCAL_WORLD_SIZE": "1"}, {"LOCAL_SIZE": "1"}, {"WORLD_SIZE": "40"}):
+        launched = {**step(3, 1, 1), "SLURM_STEP_ID": "0", **numbered, "LOCAL_RANK": "0", **own}
+        environment = dict(launched)
+        set_rank_variables(environment)
+        assert environment == launched
+
+
 def test_where_to_meet_can_be_said() -> None:
     environment = {**step(3, 1, 1), "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29500"}
     set_rank_variables(environment)
     assert [environment[name] for name in NAMES] == ["3", "5", "1", "2", "10.0.0.7", "29500"]
 
 
-@pytest.mark.parametrize("environment", [{}, BATCH], ids=["no Slurm", "batch script"])
+@pytest.mark.parametrize("environment", [{}, BATCH, {"SLURM_STEP_ID": "0"}], ids=["no Slurm", "batch script", "a part"])
 def test_nothing_outside_a_step(environment: dict[str, str]) -> None:
     before = dict(environment)
     set_rank_variables(environment)
