@@ -84,12 +84,14 @@ class Job:
     @property
     def _directives(self) -> dict[str, str | None]:
         asked_for = ask_for_gpus(self.directives, self.nodes, self.ranks)
+        # Slurm refuses a second number of CPUs. In tres-per-task it is one of a list, as in cpu=8,gres/gpu=1.
+        counted = "cpus-per-gpu" in self.directives or "cpu" in (self.directives.get("tres-per-task") or "")
         return {
             "job-name": self.name,
             "nodes": str(self.nodes),
             "ntasks-per-node": str(self.ranks),
             "gpus-per-node": str(self.ranks) if self.gpus and not asked_for else None,
-            "cpus-per-task": str(self.cpus_per_task),
+            "cpus-per-task": None if counted else str(self.cpus_per_task),
             "time": self.time,
             "signal": f"B:USR1@{self.lead}",
         }

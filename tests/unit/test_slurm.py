@@ -247,6 +247,14 @@ def test_any_directive_is_passed_on(config: Path) -> None:
         assert word in typed and "gpus-per-node=8" not in typed
 
 
+@pytest.mark.parametrize("word", ["cpus-per-gpu=6", "tres-per-task=cpu=6,gres/gpu=1", "tres-per-task=cpu:6"])
+def test_cpus_are_counted_in_one_way(config: Path, word: str) -> None:
+    """Slurm refuses two numbers of CPUs: of a task twice (23.11), or of a task and of a GPU."""
+    assert "cpus-per-task=8" in directives(slurm(config, "--sbatch=tres-per-task=gres/gpu=1", "--dry-run").stdout)
+    by_other = directives(slurm(config, f"--sbatch={word}", "--cpus-per-task=4", "--dry-run").stdout)
+    assert word in by_other and not any(each.startswith("cpus-per-task=") for each in by_other)
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [
