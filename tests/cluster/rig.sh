@@ -39,9 +39,9 @@ CONF
     mkdir -p /etc/slurm
     mount --bind "$STATE/slurm" /etc/slurm
     echo "CgroupPlugin=cgroup/v1" > /etc/slurm/cgroup.conf
-    # Slurm hands these files out as GPUs; no program can use them.
-    touch "$STATE"/gpu{0..3}
-    echo "NodeName=h[1-$hosts] Name=gpu File=$STATE/gpu[0-3]" > /etc/slurm/gres.conf
+    # Slurm hands these devices out as GPUs; no driver is behind them.
+    for i in {0..3}; do mknod "$STATE/gpu$i" c 240 "$i"; done
+    echo "NodeName=h[1-$hosts] Name=gpu Type=h100 File=$STATE/gpu[0-3]" > /etc/slurm/gres.conf
     # CPUs that the machine may not have: a task of a test needs its slot, not a core of its own.
     cat > /etc/slurm/slurm.conf <<CONF
 ClusterName=rig
@@ -73,7 +73,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PropagateResourceLimits=NONE
 GresTypes=gpu
-NodeName=h[1-$hosts] CPUs=4 RealMemory=1000 Gres=gpu:4 State=UNKNOWN
+NodeName=h[1-$hosts] CPUs=4 RealMemory=1000 Gres=gpu:h100:4 State=UNKNOWN
 PartitionName=main Nodes=h[1-$hosts] Default=YES PriorityTier=1 GraceTime=20 MaxTime=60 State=UP
 PartitionName=abrupt Nodes=h[1-$hosts] PriorityTier=1 MaxTime=60 State=UP
 PartitionName=urgent Nodes=h[1-$hosts] PriorityTier=9 MaxTime=60 State=UP

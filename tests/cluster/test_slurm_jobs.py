@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lowrank_dist.slurm.script import END, fill
 from tests.cluster.rig import Rig
-from tests.cluster.runs import Job, losses, write_job
+from tests.cluster.runs import Job, losses, well_trained, write_job
 from tests.integration.launching import ROOT
 from tests.tiny_adapters import random_adapter, save_adapter
 
@@ -29,6 +29,18 @@ def test_the_shipped_template_trains_as_one_host(
     order = [f'RUN="{run}"', "max_length: 48", "network card as", "step 1/", "the step ended with code 0"]
     assert sorted(order, key=said.index) == order
     assert job.field("NumNodes") == "2" and not (run / "restarts").exists()
+
+
+def test_nodes_of_unequal_size_train(quiet_rig: Rig, config: Path, tmp_path: Path) -> None:
+    """Slurm counts tasks in place of those of a node: two ranks on one host and one on the other."""
+    run = tmp_path / "run"
+    script = write_job(
+        config, tmp_path / "job.sbatch", f"output.dir={run}", "parallel.tensor=1", "train.global_batch=6"
+    )
+    script.write_text(script.read_text().replace("#SBATCH --ntasks-per-node=2\n", "#SBATCH --ntasks=3\n"))
+    job = Job.submit(quiet_rig, script)
+    assert job.finished() == "COMPLETED", job.said()
+    assert well_trained(losses(run)) and "tasks of each node: 2,1\n" in job.said()
 
 
 def test_a_job_trains_from_its_snapshot(
