@@ -42,7 +42,8 @@ overlap, compared with no measured step yet.
 Low-rank updates of rank {RANK} on all linears, {GLOBAL_BATCH} samples of {LENGTH} tokens a step, all of them targets,
 in bf16, on nodes of {GPUS_PER_NODE} {GPU.name} (SXM) of {memory_size(GPU.memory)}, with {GPU.node / 1e9:.0f} GB/s of
 NVLink and {GPU.network / 1e9:.0f} GB/s of network for each GPU and direction. The layout is the one that the plan
-recommends; memory is of a GPU, calls and bytes are of a rank in a step.
+recommends; memory is of a GPU, calls and bytes are of a rank in a step. *Across nodes*: the tensor-parallel group is
+larger than a node, and a run refuses such a layout without `parallel.across_nodes=true`.
 """
 PEERS_HEAD = f"""\
 ## With peers' collectives
@@ -111,8 +112,9 @@ def _scaling(choice: Choice) -> str:
     messages = of_step(best.job, best.tp_rank)
     found, sent = calls(messages).total(), bytes_of(messages).total()
     time = best.time
+    across = ", **across nodes**" if best.crosses_nodes else ""
     return (
-        f"{best.job.layout} | {memory_size(best.memory.total)} | {found:,} | {size(sent)} | "
+        f"{best.job.layout}{across} | {memory_size(best.memory.total)} | {found:,} | {size(sent)} | "
         f"{time.seconds:.2f} s ({time.bound}) | {time.tokens_per_second:,.0f}, {100 * time.mfu:.0f} %"
     )
 
