@@ -82,7 +82,10 @@ def slurm_command(
     lead: Annotated[
         int,
         typer.Option(
-            help="Seconds before the time limit at which the job is told to save and stop.", metavar="N", min=1
+            help="Seconds before the time limit at which the job is told to save and stop. A step, its evaluation and "
+            "a checkpoint must fit into them.",
+            metavar="N",
+            min=1,
         ),
     ] = 300,
     requeue: Annotated[

@@ -122,8 +122,8 @@ class Job:
         yield f"Submit:  {submit}    # prints the number JOB"
         yield f"Watch:   squeue --job JOB; tail -F {log}    # in the folder of sbatch"
         yield f"         tail -F {run}/metrics.jsonl"
-        yield "Stop:    scancel JOB    # at once, without a checkpoint"
-        yield f"         touch {run}/STOP; scancel --batch --signal=USR1 JOB    # with a checkpoint"
+        yield "Stop:    scancel JOB    # ranks that have not saved after Slurm's KillWait (30 s by default) are killed"
+        yield f"         touch {run}/STOP; scancel --batch --signal=USR1 JOB    # ends when it has saved"
         if self.resume == "auto":
             yield f"Resume:  rm -f {run}/STOP; {submit}    # from the newest checkpoint"
         else:

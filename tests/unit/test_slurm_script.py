@@ -73,6 +73,7 @@ def test_the_header_is_about_this_job(config: Path, tmp_path: Path) -> None:
         "sbatch 'my job.sbatch'",
         "tail -F mine-JOB.out",
     ]
+    said += ["scancel JOB    # ranks that have not saved after Slurm's KillWait"]
     said += [f"touch {run}/STOP; scancel --batch --signal=USR1 JOB", "requeues itself, at most 20 times"]
     said += [f"Code:    {ROOT}", f"Result:  {run}/adapter", "300 s before its limit of 24:00:00"]
     assert [words for words in said if words not in header] == []
