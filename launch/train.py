@@ -26,6 +26,7 @@ def main(config: Config, supervision: Supervision) -> int:
     refuse_missing_hostfile()
     # Imported here, so that an error in the configuration is found before Megatron and transformers are loaded.
     with exempt_from_gc():
+        from lowrank_dist.arch.config_json import read_architecture
         from lowrank_dist.engine.agreement import require_same_start
         from lowrank_dist.engine.assemble import build_engine, build_trainer, choose_kernels
         from lowrank_dist.engine.datasets import build_data
@@ -50,14 +51,20 @@ def main(config: Config, supervision: Supervision) -> int:
     config, layout_line = with_tensor_size(config, backend)
     parallel = config.parallel
     topology = Topology.build(
-        parallel.tensor_size, parallel.data, parallel.sequence, timeout, across_nodes=parallel.across_nodes
+        parallel.tensor_size,
+        parallel.data,
+        parallel.sequence,
+        timeout,
+        across_nodes=parallel.across_nodes,
+        fitting=read_architecture(config.model.path).legal_tp_sizes(),
     )
     supervision.hosts = topology.hosts
 
     supervision.enter("model")  # the sharded frozen base with Θ, the trained parameters, attached
     run = Run.begin(config, topology, backend, folder, supervision)
     config = run.config  # now completed by the adapter or the checkpoint
-    architecture = check_model(config.model.path, topology.tp_size, config.data.max_length)
+    ranks = topology.world_group.size()
+    architecture = check_model(config.model.path, topology.tp_size, config.data.max_length, ranks)
     method = build_method(config, architecture)
     forecast = Forecast(config, architecture, topology, backend, layout_line)
     model = load_model(

@@ -166,11 +166,15 @@ class Architecture:
         largest = self.heads if world_max is None else min(world_max, self.heads)
         return tuple(size for size in range(1, largest + 1) if self.indivisible_by(size) is None)
 
-    def check_tp(self, tp_size: int) -> None:
-        """Raise UserError where `tp_size` does not divide the model; the message lists the sizes that do."""
+    def check_tp(self, tp_size: int, ranks: int = 0) -> None:
+        """Raise UserError where `tp_size` does not divide the model; the message lists the sizes that do.
+
+        ranks: of the job, which the listed sizes divide as well; 0 where the job is not known.
+        """
         if tp_size >= 1 and self.indivisible_by(tp_size) is None:
             return
-        legal = ", ".join(str(size) for size in self.legal_tp_sizes())
+        legal = ", ".join(str(size) for size in self.legal_tp_sizes() if ranks % size == 0)
+        legal += f" on {ranks} ranks" if ranks else ""
         raise UserError(
             f"parallel.tensor={tp_size} does not divide this {self.family} model ({self.heads} attention heads, "
             f"{self.kv_heads} key/value heads, {self._ffn}); use one of {legal}"

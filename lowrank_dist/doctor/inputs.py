@@ -136,7 +136,11 @@ def layout(config: Config, size: int, hosts: Sequence[str]) -> list[Row]:
             "parallel.tensor=auto: chosen at the start, for the ranks and their memory; `lowrank-dist plan` says which"
         )
         return [Row("parallel layout", "ok", detail)]
-    require_sizes(size, parallel.tensor, parallel.data)
+    try:
+        fitting = read_architecture(config.model.path).legal_tp_sizes()
+    except UserError:  # it has a row of its own
+        fitting = None
+    require_sizes(size, parallel.tensor, parallel.data, fitting)
     if not parallel.across_nodes:
-        refuse_crossing(hosts, parallel.tensor)
+        refuse_crossing(hosts, parallel.tensor, fitting)
     return [Row("parallel layout", "ok", f"{parallel.tensor} tensor × {size // parallel.tensor} data parallel")]

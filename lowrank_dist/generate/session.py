@@ -164,7 +164,7 @@ def _load_rank(
         require_agreement(own, topology.world_group, device, _REMEDY)
     # No length is checked here: prompts are checked one by one, and decoding applies a sliding window.
     architecture = read_architecture(path)
-    architecture.check_tp(topology.tp_size)
+    architecture.check_tp(topology.tp_size, topology.world_group.size())
     model = load_model(
         path,
         architecture,

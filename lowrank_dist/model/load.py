@@ -76,14 +76,14 @@ def _say_on_rank_0(topology: Topology, line: str) -> None:
         say(line, err=True)  # stdout is for what a command returns
 
 
-def check_model(path: Path, tp_size: int, max_length: int) -> Architecture:
+def check_model(path: Path, tp_size: int, max_length: int, ranks: int = 0) -> Architecture:
     """Return the architecture that the folder's config.json describes, without reading the weights.
 
-    Raises UserError for an unsupported model, a tensor-parallel size that does not divide it, or a length that it
-    cannot represent (`check_length`).
+    ranks: of the job, 0 where it is not known. Raises UserError for an unsupported model, a tensor-parallel size that
+    does not divide it, or a length that it cannot represent (`check_length`).
     """
     architecture = read_architecture(path)
-    architecture.check_tp(tp_size)
+    architecture.check_tp(tp_size, ranks)
     check_length(architecture, path, max_length)
     return architecture
 

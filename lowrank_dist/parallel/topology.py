@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -51,20 +51,29 @@ class Topology:
 
     @classmethod
     def build(
-        cls, tensor: int, data: int | None, sequence: bool | None, timeout_seconds: int, *, across_nodes: bool = False
+        cls,
+        tensor: int,
+        data: int | None,
+        sequence: bool | None,
+        timeout_seconds: int,
+        *,
+        across_nodes: bool = False,
+        fitting: Collection[int] | None = None,
     ) -> Topology:
         """Build Megatron's process groups over all ranks of torch's initialised process group.
+
+        fitting: tensor-parallel sizes that divide the model, the only ones that errors suggest; None for all.
 
         Raises UserError where TP × DP ≠ ranks, and where a tensor-parallel group crosses nodes unless `across_nodes`.
         """
         world = dist.get_world_size()
-        require_sizes(world, tensor, data)
+        require_sizes(world, tensor, data, fitting)
         # A step on fake tensors has no other ranks to talk to, and uses one backend for all groups.
         fake = dist.get_backend() == "fake"
         host_group = dist.new_group(backend="fake" if fake else "gloo", timeout=timedelta(seconds=timeout_seconds))
         hosts = ("",) * world if fake else host_names(host_group)
         if not across_nodes:
-            refuse_crossing(hosts, tensor)
+            refuse_crossing(hosts, tensor, fitting)
         if parallel_state.model_parallel_is_initialized():
             parallel_state.destroy_model_parallel()
         parallel_state.initialize_model_parallel(
@@ -88,31 +97,36 @@ class Topology:
         )
 
 
-def require_sizes(world: int, tensor: int, data: int | None) -> None:
-    """Raise UserError where TP × DP is not the number of ranks. data: None for whatever fits."""
+def require_sizes(world: int, tensor: int, data: int | None, fitting: Collection[int] | None = None) -> None:
+    """Raise UserError where TP × DP is not the number of ranks. data: None for whatever fits.
+
+    fitting: as in `Topology.build`.
+    """
     if world % tensor or (data is not None and tensor * data != world):
-        fitting = [n for n in range(1, world + 1) if world % n == 0]
         wanted = f"parallel.tensor={tensor}" + (f" × parallel.data={data}" if data is not None else "")
         raise UserError(
             f"{wanted} does not fit {world} ranks, since tensor × data must be the number of ranks. With {world} "
-            f"ranks parallel.tensor may be {', '.join(map(str, fitting))}; leave parallel.data unset"
+            f"ranks parallel.tensor may be {_divisors(world, fitting)}; leave parallel.data unset"
         )
 
 
-def refuse_crossing(hosts: Sequence[str], tensor: int) -> None:
+def _divisors(number: int, among: Collection[int] | None) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0 and (among is None or n in among))
+
+
+def refuse_crossing(hosts: Sequence[str], tensor: int, fitting: Collection[int] | None = None) -> None:
     """Raise UserError where a group of `tensor` consecutive ranks lies on more than one host.
 
-    In such a group every layer would wait for the network.
+    In such a group every layer would wait for the network. fitting: as in `Topology.build`.
     """
     for first in range(0, len(hosts), tensor):
         group = hosts[first : first + tensor]
         if len(set(group)) > 1:
-            inside = math.gcd(*Counter(hosts).values())
-            fitting = ", ".join(str(n) for n in range(1, inside + 1) if inside % n == 0)
+            sizes = _divisors(math.gcd(*Counter(hosts).values()), fitting)
             raise UserError(
                 f"parallel.tensor: with {tensor}, ranks {first} to {first + tensor - 1} of one tensor-parallel group "
                 f"are on {' and '.join(dict.fromkeys(group))}, so every layer would wait for the network; set it to "
-                f"{fitting}, or set parallel.across_nodes=true"
+                f"{sizes}, or set parallel.across_nodes=true"
             )
 
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,10 +166,16 @@ def _main(arguments: list[str], launcher: bool) -> Outcome:
     build = Topology.build
 
     def kept(
-        tensor: int, data: int | None, sequence: bool | None, timeout_seconds: int, *, across_nodes: bool
+        tensor: int,
+        data: int | None,
+        sequence: bool | None,
+        timeout_seconds: int,
+        *,
+        across_nodes: bool,
+        fitting: Collection[int],
     ) -> Topology:
         if dist.get_world_size() != tensor * (data or dist.get_world_size() // tensor):
-            build(tensor, data, sequence, timeout_seconds)
+            build(tensor, data, sequence, timeout_seconds, fitting=fitting)
             raise AssertionError("a layout that does not fit the ranks was accepted")
         with mock.patch.object(Topology, "build", build):
             return ranks.topology(tensor, sequence is not False)
@@ -177,7 +183,8 @@ def _main(arguments: list[str], launcher: bool) -> Outcome:
     # Ranks that fail record it in the job's store; no rank of this run has failed yet.
     if dist.get_rank() == 0:
         store = dist.distributed_c10d._get_default_store()
-        for name in ("failed", "left behind", *(f"left/{rank}" for rank in range(dist.get_world_size()))):
+        own = [f"{name}/{rank}" for name in ("left", "answered") for rank in range(dist.get_world_size())]
+        for name in ("failed", "left behind", *own):
             store.delete_key(f"lowrank_dist/{name}")
     dist.barrier()
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0

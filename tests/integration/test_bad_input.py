@@ -156,6 +156,14 @@ def test_ranks_that_do_not_fit(place: Place, override: str, wanted: str) -> None
     assert wanted in message and "does not fit 2 ranks" in message and "parallel.tensor may be 1, 2" in message
 
 
+def test_the_sizes_that_are_suggested_divide_ranks_and_model(place: Place) -> None:
+    """With 9 heads the model can be cut in 1, 3 or 9, and 2 ranks in 1 or 2."""
+    shutil.rmtree(place.base)
+    make_tiny("llama", place.base, num_hidden_layers=1, hidden_size=72, num_attention_heads=9, num_key_value_heads=3)
+    for tensor, said in ((3, "parallel.tensor may be 1; leave"), (2, "use one of 1 on 2 ranks")):
+        assert said in refused(place, f"parallel.tensor={tensor}", left=set())
+
+
 def test_an_output_folder_that_holds_a_run(place: Place) -> None:
     for held in ("config.yaml", "metrics.jsonl", "adapter/adapter_config.json", "checkpoints/step-1/kept"):
         path = place.run / held

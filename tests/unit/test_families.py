@@ -251,6 +251,8 @@ def test_tp_sizes(heads: int, kv_heads: int, legal: tuple[int, ...]) -> None:
         else:
             with pytest.raises(UserError, match=f"parallel.tensor={size} .*use one of {', '.join(map(str, legal))}$"):
                 architecture.check_tp(size)
+    with pytest.raises(UserError, match=f"use one of {', '.join(str(size) for size in legal if size < 3)} on 2 ranks$"):
+        architecture.check_tp(heads + 1, ranks=2)
 
 
 def architecture_for(heads: int, kv_heads: int) -> Architecture:

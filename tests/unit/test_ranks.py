@@ -53,6 +53,10 @@ def test_a_group_over_two_nodes_is_refused() -> None:
         refuse_crossing(HOSTS, 4)
     with pytest.raises(UserError, match=r"with 2, ranks 2 to 3 .* are on a and b, .* set it to 1, 3, or set"):
         refuse_crossing(("a", "a", "a", "b", "b", "b"), 2)
+    with pytest.raises(UserError, match=r"set it to 1, or set"):
+        refuse_crossing(HOSTS, 4, fitting=(1, 4, 8))
+    with pytest.raises(UserError, match=r"parallel.tensor may be 1, 3; leave"):
+        require_sizes(6, 4, None, fitting=(1, 3, 9))
     # The sizes that it may be set to divide the ranks of every node.
     with pytest.raises(UserError, match=r"with 5, ranks 0 to 4 .* set it to 1, 2, or set"):
         refuse_crossing(("a",) * 4 + ("b",) * 6, 5)
