@@ -32,7 +32,8 @@ NOT_MERGED = (
 _LONGEST_TEXT = 300
 _LONGEST_BLOCK = 8000
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
-_MARKUP = re.compile(r"([\\`*_{}\[\]()<>#+!|~&$@:-])")
+# A hyphen or an underscore between letters or digits is no markup, and usual in names.
+_MARKUP = re.compile(r"([\\`*{}\[\]()<>#+!|~&$@:]|(?<![A-Za-z0-9])[-_]|[-_](?![A-Za-z0-9]))")
 
 
 def model_card(

@@ -59,6 +59,11 @@ def test_text_is_never_markup() -> None:
     shown = "\n".join(line for line in card.splitlines() if not line.startswith("    "))
     assert "<script>" not in shown and "\n# head" not in shown and "[l](" not in shown and "```" not in shown
     assert len(plain("x" * 10**6)) < 400
+    assert [plain(text) for text in ("- a", "a--b", "_a_", "a -b")] == ["\\- a", r"a\-\-b", r"\_a\_", r"a \-b"]
+
+
+def test_a_usual_name_is_shown_as_it_is() -> None:
+    assert "\n# for-vllm_2\n" in model_card("for-vllm_2", adapter("org/my-model"), None, None)
 
 
 def test_nesting_is_no_traceback() -> None:
