@@ -94,20 +94,20 @@ def verdict(plan: Plan) -> Iterator[RenderableType]:
     layout, cluster = plan.layout, plan.cluster
     where = f"{cluster.nodes} × {cluster.gpus_per_node} {cluster.gpu} of {memory_size(cluster.memory)}"
     need = f"{memory_size(layout.memory)} of the {memory_size(cluster.usable)} that tensors can use on a GPU"
+    spare = memory_size(difference(cluster.usable, layout.memory))
     if not plan.fits:
         smallest = f"the smallest layout that the settings allow ({layout}) needs {need}"
-        yield Text(f"DOES NOT FIT {where}: {smallest}, {memory_size(layout.short)} too much.", style="bold red")
+        short = memory_size(difference(layout.memory, cluster.usable))
+        yield Text(f"DOES NOT FIT {where}: {smallest}, {short} too much.", style="bold red")
     elif plan.tight:
         yield Text(
-            f"FITS, BUT ONLY JUST, {where}: {layout}. It needs {need}; the {memory_size(layout.spare)} to spare are "
+            f"FITS, BUT ONLY JUST, {where}: {layout}. It needs {need}; the {spare} to spare are "
             f"less than the plan's error of up to {percent(100 * plan.accuracy)} % "
             f"({memory_size(plan.accuracy * layout.memory)}), so it may run out of memory.",
             style="bold yellow",
         )
     else:
-        yield Text(
-            f"FITS {where}: {layout}. It needs {need}; {memory_size(layout.spare)} to spare.", style="bold green"
-        )
+        yield Text(f"FITS {where}: {layout}. It needs {need}; {spare} to spare.", style="bold green")
     if layout.crosses_nodes:
         yield Text(
             f"A tensor-parallel group of {layout.tensor} crosses nodes of {cluster.gpus_per_node} GPUs: every layer "
@@ -150,6 +150,13 @@ def _scaled(nbytes: float, units: Sequence[tuple[str, int]]) -> str:
             scaled = nbytes / scale
             return f"{scaled:.0f} {unit}" if scaled >= 100 else f"{scaled:.3g} {unit}"
     return f"{nbytes:.0f} B"
+
+
+def difference(larger: float, smaller: float) -> float:
+    """Return the difference of two sizes of memory in bytes, as it follows from their texts if both have decimals."""
+    shown = [round(nbytes / 2**30, 1 if nbytes >= 10 * 2**30 else 2) for nbytes in (larger, smaller)]
+    decimals = all(1 <= number < 100 for number in shown)
+    return (shown[0] - shown[1]) * 2**30 if decimals and shown[0] > shown[1] else larger - smaller
 
 
 def percent(value: float) -> str:

@@ -53,6 +53,11 @@ def _verdict(plan: Plan) -> str:
     return f"{'only just: ' if plan.tight else 'fits: '}{memory_size(plan.layout.spare)} to spare"
 
 
+def _chosen(plan: Plan) -> str:
+    """Return the keys that nobody gave and that may therefore differ between the plans."""
+    return ", ".join(setting.name for setting in plan.workload.settings if setting.source == "plan")
+
+
 def _timed(value: Callable[[Plan], str]) -> Callable[[Plan], str]:
     return lambda plan: value(plan) if plan.time is not None else ""
 
@@ -80,6 +85,7 @@ def _used(plan: Plan) -> str:
 
 _ROWS: dict[str, Callable[[Plan], str]] = {
     "layout": lambda plan: str(plan.layout),
+    "chosen by the plan": _chosen,
     "fits": _verdict,
     "memory of a GPU": lambda plan: memory_size(plan.layout.memory),
     "trained parameters": lambda plan: f"{plan.trained.parameters:,}",

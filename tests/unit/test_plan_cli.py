@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from lowrank_dist.arch.model_files import built_in_config
 from lowrank_dist.cli.main import app
 from lowrank_dist.planner import memory
-from lowrank_dist.planner.report import PART_NAMES
+from lowrank_dist.planner.report import PART_NAMES, difference, memory_size
 from tests.tiny_adapters import random_adapter, save_adapter
 from tests.tiny_models import make_tiny
 
@@ -151,6 +151,29 @@ def test_auto_is_the_size_that_the_plan_chooses(tmp_path: Path) -> None:
         True,
     )
     assert inside["remedies"][0]["words"].startswith("parallel.tensor=16") and across["layout"]["crosses_nodes"]
+
+
+def test_a_comparison_says_what_the_plan_chose() -> None:
+    words = ("llama-3-70b", "engine.recompute=none", "--compare", "parallel.tensor=8")
+    row = next(line for line in plan(*words).output.splitlines() if "chosen by the plan" in line and "TP" not in line)
+    cells = [cell.strip() for cell in row.split("│")[2:4]]
+    assert cells == ["parallel.tensor, train.micro_batch", "train.micro_batch"]
+    fixed = ("parallel.tensor=8", "train.micro_batch=1", "engine.recompute=none")
+    assert "chosen by the plan" not in plan("llama-3-70b", *fixed, "--compare", "train.micro_batch=2").output
+
+
+@pytest.mark.parametrize(
+    ("larger", "smaller", "said"),  # in GiB
+    [
+        (75.7, 61.5, "14.2 GiB"),
+        (75.66, 61.54, "14.2 GiB"),  # shown as 75.7 and 61.5
+        (61.54, 9.874, "51.6 GiB"),  # shown as 61.5 and 9.87
+        (132.4, 131.4, "1 GiB"),  # shown as 132 and 131: the sizes themselves
+        (75.68, 75.66, "20.5 MiB"),
+    ],
+)
+def test_a_difference_is_that_of_the_shown_sizes(larger: float, smaller: float, said: str) -> None:
+    assert memory_size(difference(larger * 2**30, smaller * 2**30)) == said
 
 
 def test_layouts_side_by_side() -> None:
