@@ -14,6 +14,7 @@ from lowrank_dist.cli.arguments import keys_as_options
 from lowrank_dist.terminal import escape_all, open_console, put, say
 
 if TYPE_CHECKING:
+    from lowrank_dist.config import Config
     from lowrank_dist.engine.data_report import DataSetReport, ShownSample
 
 # Characters shown of a run of context and of a run of targets; the middle of a longer one is left out.
@@ -35,7 +36,7 @@ def data_command(
     """
     from lowrank_dist.config import read_arguments
 
-    run = read_arguments([config, *(overrides or [])])
+    run = read_arguments([config, *(overrides or [])], require_data=True)
     with silence_megatron():
         from lowrank_dist.engine.data_report import report_on_data
 
@@ -44,18 +45,26 @@ def data_command(
         put(json.dumps({key: asdict(report) for key, report in found.items()}, indent=2, ensure_ascii=False))
         return
     for number, (key, report) in enumerate(found.items()):
-        say("\n" * (number > 0) + "\n".join(_lines(key, report, run.data.packing)))
+        say("\n" * (number > 0) + "\n".join(_lines(key, report, run)))
         for sample in report.shown:
             _show(sample)
 
 
-def _lines(key: str, report: DataSetReport, packing: bool) -> Iterator[str]:
+def _lines(key: str, report: DataSetReport, run: Config) -> Iterator[str]:
     """Yield the lines on a data set as a whole."""
+    packing = run.data.packing
     yield f"{key}: {escape_all(report.summary)}"
     yield "  tokens of a sample: " + ", ".join(f"{name} {value:,}" for name, value in report.lengths.items())
     yield f"  targets: {report.target_share:.1%} of the tokens"
     packed = "data.packing=true" if packing else f"with data.packing=true {report.fill_packed:.1%}"
     yield f"  not padding: {report.fill:.1%} of the positions in a batch ({packed})"
+    if report.fill_packed < report.fill:
+        size = f"train.global_batch={run.train.global_batch} samples" if key == "data.train" else "samples of a batch"
+        rows = "train.micro_batch" if key == "data.train" else "eval.micro_batch"
+        yield (
+            f"  packing pads more: the {size} make too few packed rows for whole microbatches, which empty rows fill; "
+            f"a smaller {rows} pads less"
+        )
 
 
 def _show(sample: ShownSample) -> None:

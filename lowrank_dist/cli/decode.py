@@ -175,6 +175,12 @@ def record(prompt: Prompt, generation: Generation) -> dict[str, Any]:
     }
 
 
+def require_file(option: str, path: Path) -> None:
+    """Raise UserError for an option that names no file, before the model is loaded."""
+    if not path.is_file():
+        raise UserError(f"{option} {path}: no such file; give a JSONL file")
+
+
 def refuse_existing(out: Path | None) -> None:
     """Raise UserError for an output that cannot be written, before anything is decoded."""
     if out is not None and out.exists():

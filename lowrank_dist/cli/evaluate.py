@@ -16,6 +16,7 @@ from lowrank_dist.cli.decode import (
     load_decoder,
     ranks,
     record,
+    require_file,
     say_limited,
     write_jsonl,
 )
@@ -57,6 +58,7 @@ def evaluate_command(
         if not metric:  # typer's own message would not name the values
             raise UserError(f"--metric is missing; give one of {', '.join(METRICS)}, or several")
         check_metrics(tuple(metric))
+        require_file("--data", data)
         ready = load_decoder(options, job, out)
         loaded = ready.loaded
         samples = read_prompts(

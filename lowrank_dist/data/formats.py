@@ -108,8 +108,7 @@ def read_jsonl(
     formats in one file.
     """
     if not path.is_file():
-        named = "give data.train, data.eval, --data and --prompts a JSONL file"
-        raise UserError(f"{path}: no such file; {named} with one JSON object per line: {FORMATS}")
+        raise UserError(f"{path}: no such file; give a JSONL file with one JSON object per line: {FORMATS}")
     parsers: dict[Kind, Callable[[int, dict[str, Any]], Completion | Conversation]] = {
         "completion": partial(_completion, use),
         "messages": _conversation,

@@ -302,7 +302,7 @@ def test_bad_evaluations_are_one_message(base: Path, asked: Path) -> None:
     for arguments, said in (
         (("--data", asked, "--metric", "exact_match"), "prompts.jsonl: all 5 lines: key 'completion' is missing"),
         (("--data", asked, "--metric", "accuracy"), "metric 'accuracy' is unknown; give one of exact_match"),
-        (("--data", asked.parent / "none", "--metric", "bleu"), "no such file"),
+        (("--data", asked.parent / "none", "--metric", "bleu"), "none: no such file; give a JSONL file"),
         (("--data", asked), "--metric is missing; give one of exact_match, bleu, rouge_l"),
     ):
         (done,) = command(1, "evaluate", "--model", base, *arguments)

@@ -106,3 +106,16 @@ def test_positions_are_those_of_the_microbatches(
         found = json.loads(shown(config, f"data.packing={packing}".lower(), "--json"))["data.train"]
         assert found["fill"] == pytest.approx(tokens / total)
         assert np.isclose(found["fill"], found["fill_packed"]) == packing
+
+
+def test_packing_that_pads_more_says_why(config: Path) -> None:
+    """With few samples in a step, packed rows do not fill its microbatches."""
+    why = "packing pads more: the train.global_batch=6 samples make too few packed rows"
+    assert why in shown(config, "train.global_batch=6", "train.micro_batch=6")
+    assert why not in shown(config, "train.global_batch=6", "train.micro_batch=1")
+
+
+def test_a_missing_file_is_named_with_its_key(config: Path) -> None:
+    done = CliRunner().invoke(app, ["data", str(config), "data.eval=/no/eval.jsonl"])
+    assert done.exit_code == 2
+    assert "command line: data.eval: /no/eval.jsonl: no such file; set data.eval=FILE" in done.stderr

@@ -241,7 +241,7 @@ def test_an_empty_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.jsonl", tmp_path):
-        with pytest.raises(UserError, match="no such file; give data.train, data.eval, --data and --prompts"):
+        with pytest.raises(UserError, match="no such file; give a JSONL file with one JSON object"):
             read_jsonl(path)
 
 
