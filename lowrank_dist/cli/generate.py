@@ -17,6 +17,7 @@ from lowrank_dist.cli.decode import (
     load_decoder,
     ranks,
     record,
+    require_file,
     say_limited,
     write_jsonl,
 )
@@ -33,7 +34,13 @@ EXIT, QUIT, CLEAR = "/exit", "/quit", "/clear"
 @decoding_command
 def generate_command(
     options: DecodingOptions,
-    prompt: Annotated[str | None, typer.Option(help="Print the completion of this text.", metavar="TEXT")] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Print the completion of this text. Repeat it for several, which are printed as those of --prompts.",
+            metavar="TEXT",
+        ),
+    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help='JSONL file, a line a prompt: {"prompt": TEXT} or {"messages": [...]}.', metavar="FILE"),
@@ -63,10 +70,12 @@ def generate_command(
     Sharded over N ranks: torchrun --nproc-per-node N -m lowrank_dist.cli generate ... --tensor N.
     """
     with ranks(options) as job:
-        if (prompt is not None) + (prompts is not None) + interactive != 1:
+        if bool(prompt) + (prompts is not None) + interactive != 1:
             raise UserError("give exactly one of --prompt TEXT, --prompts FILE and --interactive")
         if interactive and out is not None:
             raise UserError("--out cannot be used with --interactive: leave one of them out")
+        if prompts is not None:
+            require_file("--prompts", prompts)
         ready = load_decoder(options, job, out)
         chats = ready.loaded.trained_on_chats if chat is None else chat
         if chats and chat is None and job.should_print:
@@ -74,11 +83,11 @@ def generate_command(
         if interactive:
             _converse(ready, chats)
             return
-        asked = _asked(ready, prompt, prompts, chats)
+        asked = _asked(ready, prompt or [], prompts, chats)
         found = ready.decode(asked)
         if not job.should_print:
             return
-        if out is None and prompts is None:
+        if out is None and prompts is None and len(found) == 1:
             put(found[0].text)
         else:
             write_jsonl(out, [record(ask, generation) for ask, generation in zip(asked, found, strict=True)])
@@ -86,8 +95,8 @@ def generate_command(
         _say_empty(ready, asked, found, chats)
 
 
-def _asked(ready: Decoder, prompt: str | None, prompts: Path | None, chats: bool) -> list[Prompt]:
-    """Return the prompts of --prompt or --prompts."""
+def _asked(ready: Decoder, texts: Sequence[str], prompts: Path | None, chats: bool) -> list[Prompt]:
+    """Return the prompts of --prompts, or of every --prompt (`texts`)."""
     from lowrank_dist.generate.prompts import read_prompts
 
     loaded = ready.loaded
@@ -95,8 +104,7 @@ def _asked(ready: Decoder, prompt: str | None, prompts: Path | None, chats: bool
         return read_prompts(
             prompts, loaded.tokenizer, loaded.stop_ids, vocab=loaded.vocab, references=False, chat=chats
         )
-    assert prompt is not None
-    return [_prompt(ready, prompt, chats)]
+    return [_prompt(ready, text, chats) for text in texts]
 
 
 def _prompt(ready: Decoder, text: str, chats: bool, before: Sequence[dict[str, str]] = ()) -> Prompt:

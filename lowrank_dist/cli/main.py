@@ -1,6 +1,7 @@
 """The `lowrank-dist` command. Heavy imports wait until a command runs, so that --help answers at once."""
 
 import errno
+from collections import Counter
 from typing import Annotated, Any
 
 import typer
@@ -41,7 +42,18 @@ class _PlainFlags:
 
 
 class _Command(_PlainFlags, TyperCommand):
-    pass
+    """A command that refuses an option given twice, of which click would take the last in silence."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        for each, count in Counter(order).items():
+            if (
+                count > 1
+                and each.param_type_name == "option"
+                and not (each.multiple or getattr(each, "is_flag", False))
+            ):
+                raise UserError(f"{each.opts[0]}: given {count} times, but it takes one value; give it once")
+        return super().parse_args(ctx, args)
 
 
 class _Commands(_PlainFlags, TyperGroup):

@@ -69,6 +69,15 @@ def test_a_merged_model_answers_as_its_base_with_the_adapter(base: Path, adapter
     assert done.stdout == expected.stdout and done.stderr.splitlines()[0] == SAID
 
 
+def test_several_prompts_are_answered_as_those_of_a_file(base: Path, tmp_path: Path) -> None:
+    texts = ("the hen?", "the cat")
+    given = [word for text in texts for word in ("--prompt", text)]
+    (done,) = command(1, "generate", "--model", base, *given, *SHORT)
+    file = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in texts])
+    assert done.stdout == command(1, "generate", "--model", base, "--prompts", file, *SHORT)[0].stdout
+    assert [row["prompt"] for row in rows(done.stdout)] == list(texts)
+
+
 def test_chat_on_request(base: Path, tmp_path: Path) -> None:
     text = "<|im_start|>user\nthe hen?<|im_end|>\n<|im_start|>assistant\n"
     options = ("generate", "--model", base, *SHORT, "--prompt")

@@ -60,6 +60,16 @@ def test_training_is_no_command() -> None:
     assert runner.invoke(app, ["--no-such-option"]).exit_code == 2
 
 
+def test_an_option_given_twice_is_refused(base: Path, adapter: Path, tmp_path: Path) -> None:
+    """Its first value would be dropped in silence. Options of several values, and flags, may be repeated."""
+    done = merge(base, adapter, tmp_path / "out", "--base", str(base))
+    assert done.exit_code == 2 and done.stderr == "error: --base: given 2 times, but it takes one value; give it once\n"
+    done = runner.invoke(app, ["generate", "--model", "a", "--prompt", "x", "--prompt", "y", "--seed", "1", "--seed=2"])
+    assert done.exit_code == 2 and "--seed: given 2 times" in done.stderr
+    done = merge(base, adapter, tmp_path / "out", "--adapter", str(adapter), "--force-mismatch", "--force-mismatch")
+    assert "given twice as adapter" in done.stderr
+
+
 def test_keys_of_the_config_are_options_as_in_training(tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("model: {path: /nowhere}\ndata: {train: t.jsonl}\noutput: {dir: run}\n")
