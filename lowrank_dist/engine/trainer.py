@@ -21,7 +21,7 @@ from lowrank_dist.engine.run import Progress, Run, merge_line
 from lowrank_dist.engine.saving import CheckpointSaver
 from lowrank_dist.engine.zero import Engine
 from lowrank_dist.errors import UserError, some_of
-from lowrank_dist.parallel.collectives import all_equal, digest, gather_values
+from lowrank_dist.parallel.collectives import all_equal, digest, gather_texts, gather_values
 from lowrank_dist.supervision.status import LEAVING
 
 logger = logging.getLogger(__name__)
@@ -213,11 +213,13 @@ class Trainer:
     def _save_and_stop(self) -> None:
         self.saver.save(self.progress)
         self.saver.finish()
-        stop = self.run.supervision.stop
+        stop, everyone, device = self.run.supervision.stop, self.run.topology.world_group, self.run.backend.device
         since = 0.0 if stop.told_at is None else time.monotonic() - stop.told_at
-        longest = max(gather_values(since, self.run.topology.world_group, self.run.backend.device))
+        longest = max(gather_values(since, everyone, device))
+        told = {rank: name for rank, name in enumerate(gather_texts(stop.by, everyone, device)) if name}
+        names = [name if rank == 0 else f"{name} to rank {rank}" for rank, name in told.items()]
         self.reporter.say(
-            f"stopped by {stop.by or 'a signal to another rank'} at step {self.progress.step} of {self.steps}: "
+            f"stopped by {names[0]} at step {self.progress.step} of {self.steps}: "
             f"checkpoint saved {longest:.2f} s after the signal; train.resume=auto continues from it"
         )
 
