@@ -119,8 +119,13 @@ class Provenance:
     @property
     def trained_on_chats(self) -> bool | None:
         """True if the training data were chats; None where it was not recorded."""
+        return None if self.data_format is None else self.data_format == "messages"
+
+    @property
+    def data_format(self) -> str | None:
+        """The data_format in `training`; None where it was not recorded."""
         found = self.training.get("data_format")
-        return None if found is None else found == "messages"
+        return found if isinstance(found, str) else None
 
     def to_json(self) -> str:
         """Return the text of lowrank_dist.json. `config` (`Config.read_keys`) and `training` must be JSON."""
@@ -161,9 +166,9 @@ def merged_provenance(base: Path, adapters: Mapping[Path, float]) -> Provenance 
     if not known:
         return None
     own = read_provenance(base)
-    formats = {each.training["data_format"] for each in known if each.training.get("data_format") is not None}
-    if not formats and own is not None:
-        formats = {own.training.get("data_format")}
+    formats = {each.data_format for each in known if each.data_format is not None}
+    if not formats and own is not None and own.data_format is not None:
+        formats = {own.data_format}
     config = [
         {"adapter": str(folder), "weight": weight, "config": None if each is None else each.config}
         for (folder, weight), each in zip(adapters.items(), found.values(), strict=True)

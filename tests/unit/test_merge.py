@@ -127,7 +127,7 @@ def test_the_record_of_the_training_data_is_merged(tmp_path: Path) -> None:
     """
     base = make_tiny("llama", tmp_path / "base")
 
-    def adapter(name: str, **training: str) -> Path:
+    def adapter(name: str, **training: object) -> Path:
         folder = make_adapter(base, tmp_path / name, scale=0.1 + 0.1 * len(name))
         found = read_provenance(folder)
         assert found is not None
@@ -141,7 +141,7 @@ def test_the_record_of_the_training_data_is_merged(tmp_path: Path) -> None:
         return found
 
     chats, chats_too = adapter("chats", data_format="messages"), adapter("chats-2", data_format="messages")
-    prompts, silent = adapter("prompts", data_format="completion"), adapter("silent")
+    prompts, silent = adapter("prompts", data_format="completion"), adapter("silent", data_format=["messages"])
     bare = make_adapter(base, tmp_path / "bare")
     (bare / PROVENANCE_FILE).unlink()
     assert merged(bare) is None
