@@ -11,12 +11,19 @@ from __future__ import annotations
 import logging
 import sys
 
+from lowrank_dist.backend.exhaustion import name_limits
 from lowrank_dist.backend.launchers import refuse_missing_hostfile, set_rank_variables
 from lowrank_dist.backend.libraries import exempt_from_gc, quiet_libraries
 from lowrank_dist.backend.select import init_process_group, local_rank, select_backend
 from lowrank_dist.config import HELP, Config, read_arguments
-from lowrank_dist.errors import RankIdentityError, UserError
-from lowrank_dist.supervision.rank import PREEMPTED, USER_ERROR, Supervision, should_print_for_node
+from lowrank_dist.errors import UserError
+from lowrank_dist.supervision.rank import (
+    PREEMPTED,
+    USER_ERROR,
+    Supervision,
+    should_print_before_meeting,
+    should_print_for_node,
+)
 from lowrank_dist.terminal import say
 
 
@@ -97,21 +104,22 @@ def start(arguments: list[str]) -> int:
             say(HELP)
         return 0
     try:
-        set_rank_variables()
-        notes: list[str] = []
-        config = read_arguments(arguments, notes.append, require_data=True)
+        with name_limits():
+            set_rank_variables()
+            notes: list[str] = []
+            config = read_arguments(arguments, notes.append, require_data=True)
+        with Supervision(config.engine.timeout_seconds) as supervision:
+            for line in notes if supervision.rank == 0 else ():
+                say(line)
+            try:
+                code = main(config, supervision)
+            except BaseException as error:  # a library's sys.exit and Ctrl-C as well
+                code = supervision.failed(error)
+            supervision.leave(code)
     except UserError as error:
-        if isinstance(error, RankIdentityError) or should_print_for_node():
+        if should_print_before_meeting(error):
             say(f"lowrank_dist: {error}", err=True)
         return USER_ERROR
-    with Supervision(config.engine.timeout_seconds) as supervision:
-        for line in notes if supervision.rank == 0 else ():
-            say(line)
-        try:
-            code = main(config, supervision)
-        except BaseException as error:  # a library's sys.exit and Ctrl-C as well
-            code = supervision.failed(error)
-        supervision.leave(code)
     return code
 
 

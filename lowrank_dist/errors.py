@@ -32,6 +32,10 @@ class RankIdentityError(UserError):
     """
 
 
+class LimitError(UserError):
+    """A limit of the process or its node, which this rank reached. Other ranks may reach it too, or not."""
+
+
 def some_of(names: Sequence[str], most: int = 3) -> str:
     """Return the first `most` names and the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

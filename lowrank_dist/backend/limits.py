@@ -117,6 +117,14 @@ def cpu_bound(root: Path = ROOT) -> CpuBound:
     return min(bounds, key=lambda bound: bound.count)
 
 
+def process_bounds(root: Path = ROOT) -> Iterator[tuple[Path, int]]:
+    """Yield the cgroups that bound the number of processes and threads, and their limits; ulimit -u not counted."""
+    for cgroup, _ in _cgroups("pids", root):
+        limit = _number(cgroup / "pids.max")
+        if limit is not None:
+            yield cgroup, limit
+
+
 def _cgroups(controller: str, root: Path) -> Iterator[tuple[Path, int]]:
     """Yield this process's cgroup of a controller and all above it in each mount, with the version of cgroups."""
     paths = {}

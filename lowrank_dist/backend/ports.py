@@ -74,7 +74,7 @@ def unreachable(host: str, port: int) -> OSError | None:
 
 
 def describe_service(host: str, port: int) -> str:
-    """Return what the program that listens there does with a connection, as "it …"."""
+    """Return what the program that listens there does with a connection, as "it …". Raises OSError as `unreachable`."""
     try:
         with connect(host, port) as reached:
             reached.settimeout(_GREETING_SECONDS)
@@ -83,6 +83,8 @@ def describe_service(host: str, port: int) -> str:
                 reached.sendall(b"\r\n\r\n")  # to this HTTP servers answer
                 said = _received(reached)
     except OSError as error:
+        if error.errno in _OWN:
+            raise
         return f"it ends connections ({error.strerror or error})"
     if said is None:
         return "it accepts connections and never answers"

@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from lowrank_dist.backend import ports
+from lowrank_dist.backend.exhaustion import require_files
 from lowrank_dist.backend.launchers import is_first_on_node, run_token
 from lowrank_dist.backend.node import host_name
 from lowrank_dist.backend.rank_variables import HIGHEST_PORT
@@ -29,6 +30,7 @@ NOTE_SECONDS = 15.0
 # How long the store that was reached may take to answer.
 ANSWER_SECONDS = 30.0
 _PAUSE_SECONDS = 0.25
+_FILES = 16  # the store and gloo have this many open in a job of one rank
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def open_store(place: MeetingPlace, seconds: float) -> dist.TCPStore:
     Raises UserError with the cause where it cannot be opened or reached, and RankIdentityError where only rank 0 can
     know the cause.
     """
+    require_files(_FILES)
     listener = _listener(place) if place.opens_store else None
     _await_master(place, seconds)
     patience = min(ANSWER_SECONDS, seconds)

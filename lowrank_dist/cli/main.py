@@ -8,6 +8,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lowrank_dist import __version__
+from lowrank_dist.backend.exhaustion import name_limits
 from lowrank_dist.cli.arguments import KEYS_AS_OPTIONS, did_you_mean
 from lowrank_dist.cli.data import data_command
 from lowrank_dist.cli.doctor import doctor_command
@@ -70,7 +71,8 @@ class _Commands(_PlainFlags, TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            with name_limits():
+                return super().invoke(ctx)
         except UserError as error:
             say(f"error: {error}", err=True)
             raise typer.Exit(_USER_ERROR) from error

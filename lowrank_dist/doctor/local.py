@@ -134,6 +134,7 @@ def diagnose(
             ("host memory", machine.memory),
             ("CPUs", machine.cpus),
             ("/dev/shm", partial(machine.shared_memory, gpus)),
+            ("open files", machine.open_files),
             ("temporary folder", machine.temporary_files),
         ),
         needed=False,

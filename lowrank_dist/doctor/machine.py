@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lowrank_dist.backend.exhaustion import ENOUGH_FILES, SHARED_MEMORY, SHARED_MEMORY_REMEDY, open_files_remedy
 from lowrank_dist.backend.limits import cpu_bound, machine_memory, memory_bound
 from lowrank_dist.doctor.rows import Row, format_size, one_line
 
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
     from lowrank_dist.backend.devices import Gpu
 
-SHARED_MEMORY = Path("/dev/shm")
 # NCCL takes about 10 MB there for each pair of ranks of a node; containers have 64 MB by default.
 ENOUGH_SHARED = 512 * 2**20
 # A GPU with less than this share of its memory free is in use by other processes.
@@ -84,15 +85,15 @@ def cpus() -> list[Row]:
 def shared_memory(gpus: bool, place: Path = SHARED_MEMORY) -> list[Row]:
     """Return a row on /dev/shm, through which NCCL's ranks of one node communicate."""
     what = str(SHARED_MEMORY)
-    remedy = "`mount -o remount,size=8g /dev/shm`, or start the container with --shm-size=8g (or --ipc=host)"
     if not place.is_dir():
-        return [Row(what, "warning", f"missing, but NCCL needs it; mount a tmpfs, or give the container one: {remedy}")]
+        absent = "missing, but NCCL needs it; mount a tmpfs, or give the container one"
+        return [Row(what, "warning", f"{absent}: {SHARED_MEMORY_REMEDY}")]
     facts = os.statvfs(place)
     size, free = facts.f_blocks * facts.f_frsize, facts.f_bavail * facts.f_frsize
     figures = {"total_bytes": size, "free_bytes": free}
     if gpus and free < ENOUGH_SHARED:
-        short = f"{format_size(free)} free of {format_size(size)}: too little for the NCCL ranks of a node; {remedy}"
-        return [Row(what, "warning", short, figures=figures)]
+        short = f"{format_size(free)} free of {format_size(size)}: too little for the NCCL ranks of a node"
+        return [Row(what, "warning", f"{short}; {SHARED_MEMORY_REMEDY}", figures=figures)]
     return [Row(what, "ok", f"{format_size(free)} free of {format_size(size)}", figures=figures)]
 
 
@@ -116,6 +117,16 @@ def temporary_files() -> list[Row]:
     facts = os.statvfs(found)
     free = facts.f_bavail * facts.f_frsize
     return [Row(what, "ok", f"{found}: {format_size(free)} free", figures={"free_bytes": free})]
+
+
+def open_files() -> list[Row]:
+    """Return a row on the limit on open files and connections of a process."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = limit != resource.RLIM_INFINITY and limit < ENOUGH_FILES
+    said = "no limit" if limit == resource.RLIM_INFINITY else f"{limit} in a process (`ulimit -n`)"
+    if few:
+        return [Row("open files", "warning", f"few for a job of many ranks: {open_files_remedy()}")]
+    return [Row("open files", "ok", said)]
 
 
 def operators() -> Iterator[Row]:

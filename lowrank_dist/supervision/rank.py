@@ -17,10 +17,11 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from lowrank_dist.backend.exhaustion import explain, name_limits
 from lowrank_dist.backend.launchers import find_launchers, is_first_on_node, start_time
 from lowrank_dist.backend.node import host_name
 from lowrank_dist.backend.select import shutdown
-from lowrank_dist.errors import OtherRankError, RankIdentityError, UserError
+from lowrank_dist.errors import LimitError, OtherRankError, RankIdentityError, UserError
 from lowrank_dist.supervision.failure import Failure, explains, read, record
 from lowrank_dist.supervision.peers import Answer, ask, lost_peers
 from lowrank_dist.supervision.status import ENDING, LEAVING, STARTING, Page, State, StopRequest
@@ -52,6 +53,7 @@ class Supervision:
         """The name of this rank's node: its host name until the ranks have met, and then its name among all nodes."""
         return self.hosts[self.rank] if self.hosts else host_name()
 
+    @name_limits()
     def __enter__(self) -> Supervision:
         self._page = Page.make()
         self.enter(STARTING[0])
@@ -91,8 +93,9 @@ class Supervision:
         if isinstance(error, KeyboardInterrupt):
             return INTERRUPTED
         self.enter(LEAVING)
+        if not isinstance(error, UserError) and (limit := explain(error)) is not None:
+            error = LimitError(limit)
         mistake = isinstance(error, UserError)
-        shared = mistake and not isinstance(error, RankIdentityError)
         if mistake:
             logger.error("%s", error)
         else:
@@ -103,7 +106,7 @@ class Supervision:
         failure = self._failure(reason, trace, cause)
         # Record first: peers that are told of the failure may read FAILED at once.
         said = record(self._folder, failure) if cause and self._folder else str(failure)
-        answer = self._ask_peers(said if cause else None, shared)
+        answer = self._ask_peers(said if cause else None, error)
         if not cause:
             said = self._left_behind(failure, answer)
         if answer.should_print:
@@ -146,13 +149,13 @@ class Supervision:
         said = record(self._folder, answer.cause or failure) if self._folder else str(failure)
         return said if explains(said) or answer.cause is None else answer.cause
 
-    def _ask_peers(self, said: str | None, shared: bool) -> Answer:
+    def _ask_peers(self, said: str | None, error: BaseException) -> Answer:
         """Exchange messages with the other ranks. said: this rank's, None where it only lost its peers.
 
-        shared: every rank finds the same error, so one per node prints it if the ranks have not met yet.
+        error: that of this rank.
         """
         if not dist.is_initialized():
-            return Answer(should_print=not shared or should_print_for_node())
+            return Answer(should_print=should_print_before_meeting(error))
         try:
             store = dist.distributed_c10d._get_default_store()
             return ask(store, self.rank, dist.get_world_size(), said, self._cause_recorded)
@@ -180,6 +183,16 @@ class Supervision:
             stacks=self._stacks.fileno(),
             launchers=find_launchers(),
         )
+
+
+def should_print_before_meeting(error: BaseException) -> bool:
+    """Return whether this rank prints an error while the ranks have not met: one a node prints what all of them find.
+
+    A limit may be reached by this rank alone, so it is printed late rather than never.
+    """
+    if not isinstance(error, UserError) or isinstance(error, RankIdentityError):
+        return True
+    return should_print_for_node() or isinstance(error, LimitError)
 
 
 def should_print_for_node() -> bool:

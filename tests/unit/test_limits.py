@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lowrank_dist.backend import limits
-from lowrank_dist.backend.limits import cpu_bound, machine_memory, memory_bound
+from lowrank_dist.backend.limits import cpu_bound, machine_memory, memory_bound, process_bounds
 from lowrank_dist.backend.select import Backend
 from lowrank_dist.doctor import machine
 
@@ -136,6 +136,14 @@ def test_mounts_from_outside_the_namespace(tmp_path: Path) -> None:
         assert outside.told() == (22 * GIB, "MemAvailable of /proc/meminfo")
         outside.write(f"{V2}/cgroup.procs", f"1\n{os.getpid()}\n")
         assert outside.told() == (GIB, f"memory.max of /{V2}")
+
+
+def test_limits_on_processes(tmp_path: Path) -> None:
+    """Every cgroup above the process counts; the value "max" is none."""
+    place = Machine(tmp_path, "0::/job/step", V2_MOUNT.format("/"))
+    place.write(f"{V2}/job/step/pids.max", "max\n")
+    place.write(f"{V2}/job/pids.max", "77\n")
+    assert list(process_bounds(tmp_path)) == [(tmp_path / V2 / "job", 77)]
 
 
 def test_names_with_spaces_and_several_mounts(tmp_path: Path) -> None:
