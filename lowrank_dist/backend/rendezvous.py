@@ -13,7 +13,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from lowrank_dist.backend import ports
+from lowrank_dist.backend import attendance, ports
 from lowrank_dist.backend.exhaustion import require_files
 from lowrank_dist.backend.launchers import is_first_on_node, run_token
 from lowrank_dist.backend.node import host_name
@@ -58,12 +58,13 @@ class MeetingPlace:
         return f"{self.host}, port {self.port}"
 
 
-def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+def meet(timeout: timedelta, *, nccl: bool = False) -> tuple[dist.Store, int, int]:
     """Return the job's store, this rank and the number of ranks, once this rank is known to belong to rank 0's run.
 
     Otherwise ranks of two runs that share a port would form one run, and train what neither was asked to. Raises
     RankIdentityError on the rank that belongs to another run; the run that it met goes on. Raises UserError where the
-    store cannot be opened or reached.
+    store cannot be opened or reached, and on every rank where one does not come or cannot meet the others over its
+    interface. nccl: the ranks have GPUs.
     """
     place = MeetingPlace.of()
     rank = place.rank
@@ -87,6 +88,7 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
             f"RANK: another process at {place} is also rank {rank}; give every rank its own RANK"
             f"{_left_over(rank, os.environ)}"
         )
+    attendance.take(store, rank, place.size, timeout.total_seconds(), attendance.arrival(place.host, nccl), str(place))
     return store, rank, place.size
 
 

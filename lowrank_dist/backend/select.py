@@ -113,7 +113,7 @@ def init_process_group(backend: Backend, timeout_seconds: int) -> Backend:
     # Without device_id: with it NCCL would at once split off a communicator for each of the twenty-odd groups that
     # Megatron makes, most of them of one rank, and a job of one rank can fail in that split (DeepSpeed issue 8248).
     timeout = timedelta(seconds=timeout_seconds)
-    store, rank, size = meet(timeout)
+    store, rank, size = meet(timeout, nccl=backend.collective == "nccl")
     shared = sharing.agree(store, rank, size, sharing.claim(backend.requested, backend.device), timeout)
     for line in shared.notes if rank == 0 else ():
         say(line, err=True)

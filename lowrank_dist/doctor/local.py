@@ -160,7 +160,8 @@ def failing(rows: Iterable[Row]) -> list[Row]:
 
 
 def _network(place: Place | None, gpus: bool) -> list[Row]:
-    from lowrank_dist.doctor.network import network, network_facts
+    from lowrank_dist.backend.interfaces import network_facts
+    from lowrank_dist.doctor.network import network
 
     if place is None:
         return network(network_facts(several=False, nccl=gpus, master=None))

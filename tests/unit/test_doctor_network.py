@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lowrank_dist.backend.interfaces import Interface, NetworkFacts, address_of, interfaces, network_facts
 from lowrank_dist.doctor import network
-from lowrank_dist.doctor.network import Interface, NetworkFacts, infiniband_ports, interfaces, network_facts
+from lowrank_dist.doctor.network import infiniband_ports
 from lowrank_dist.doctor.rows import Row
 
 LO = Interface("lo", ("127.0.0.1", "::1"), True, 0)
@@ -129,7 +130,7 @@ def test_a_name_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
         raise socket.gaierror("Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    assert network.address_of("h9") is None
+    assert address_of("h9") is None
     around = network_facts(several=True, nccl=False, master="h9")
     assert around.towards is None and around.own is None and around.to_master is None
 

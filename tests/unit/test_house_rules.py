@@ -385,6 +385,7 @@ SHORT = {
     **{f"{owner}/config.py": _SECTION for owner in ("data", "model", "parallel")},
     **{f"methods/{name}/config.py": _SECTION for name in ("bottleneck", "prefix", "prompt")},
     "backend/node.py": "the one place that identifies a node, for rooms that load no torch as well",
+    "doctor/network.py": "rows on what backend/interfaces.py finds, which a run asks too",
     "backend/megatron.py": "every patch of Megatron in one place",
     "parallel/masks.py": "which mask is drawn, apart from the operator that draws it",
 }
