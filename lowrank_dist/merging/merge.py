@@ -31,6 +31,7 @@ from lowrank_dist.merging.checks import (
 )
 from lowrank_dist.merging.options import SAME_AS_BASE, OutputFormat, WeightedAdapter
 from lowrank_dist.merging.update import Update, build_updates
+from lowrank_dist.methods.lora.extras import require_copies
 from lowrank_dist.methods.lora.files import read_adapter
 from lowrank_dist.methods.lora.folder import FILES
 from lowrank_dist.methods.registry import method_package_reading
@@ -125,6 +126,8 @@ def merge(
             held.enter_context(detect_removal(adapter.path))
         mapped = {name: checkpoint.file(name) for name in checkpoint.names()}
         read = [(adapter.path, adapter.weight, read_adapter(adapter.path, architecture)) for adapter in weighted]
+        for adapter in weighted:
+            require_copies(adapter.path, base)
         updates = build_updates(architecture, checkpoint, read)
         warnings = [note for adapter in weighted for note in FILES.notes(adapter.path)]
         warnings += check_bases(base, weighted, force_mismatch)

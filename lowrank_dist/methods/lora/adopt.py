@@ -18,6 +18,7 @@ from lowrank_dist.formats.paths import detect_removal
 from lowrank_dist.formats.provenance import refuse_another_base
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE
 from lowrank_dist.methods.lora.config import LoraConfig
+from lowrank_dist.methods.lora.extras import require_copies
 from lowrank_dist.methods.lora.files import AdapterFactors, LowRankFactor, read_adapter
 from lowrank_dist.methods.lora.peft_config import describe
 
@@ -35,6 +36,7 @@ def adopt_adapter(section: LoraConfig, base: Path) -> LoraConfig:
     architecture = read_architecture(base)
     with detect_removal(folder) as found:
         adapter = read_adapter(found, architecture)
+        require_copies(found, base)
     refuse_foreign(folder, adapter, architecture.linear_modules(), base)
     adopted = {**asdict(rules_of(adapter, architecture)), "dora": adapter.dora}
     _refuse_contradictions(section, adopted, adapter, architecture)

@@ -27,6 +27,7 @@ from lowrank_dist.methods.files import (
 )
 from lowrank_dist.methods.lora.adopt import adopt_adapter
 from lowrank_dist.methods.lora.config import LoraConfig
+from lowrank_dist.methods.lora.extras import has_extras, note_on_copies, require_copies
 from lowrank_dist.methods.lora.files import AdapterFactors, read_adapter
 from lowrank_dist.methods.lora.inspection import inspect_adapter
 from lowrank_dist.methods.lora.peft_config import key_notes, read_config
@@ -65,7 +66,12 @@ class LoraFiles(MethodFiles):
             served += class_note(Path(provenance.base))
         notes = (*([] if base else [unseen]), *self.notes(source), *served)
         card = adapter_card(name, adapter, provenance, target)
-        if target is None or reads_alike(config, adapter):
+        if base is not None and provenance is not None:
+            require_copies(source, Path(provenance.base))
+        else:
+            notes = (*notes, *note_on_copies(own_file(source, WEIGHTS_FILE)))
+        extras = has_extras(source)
+        if target is None or (reads_alike(config, adapter) and not extras):
             # Copy the files and do not rewrite them: their own config is exact about how PEFT reads them.
             return Published(self.published, card, notes=notes)
         alike = folded(adapter)
@@ -73,7 +79,9 @@ class LoraFiles(MethodFiles):
             f"its scales were multiplied into B, so rank and alpha are now {next(iter(alike.factors.values())).rank} "
             "everywhere"
         )
-        return Published((PROVENANCE_FILE,), card, partial(write_folded, config=config, adapter=alike), (note, *notes))
+        left = (f"its tensors that are no factors were left out, since {target} refuses them",) if extras else ()
+        changes = (note, *left, *notes)
+        return Published((PROVENANCE_FILE,), card, partial(write_folded, config=config, adapter=alike), changes)
 
     def inspect(self, folder: Path, report: Report) -> Inspected:
         return inspect_adapter(folder, report)

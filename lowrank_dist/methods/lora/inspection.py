@@ -19,6 +19,7 @@ from lowrank_dist.formats.model_folder import FLOAT_DTYPES
 from lowrank_dist.formats.report import Report
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header, read_into
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, Base, Inspected, own_file
+from lowrank_dist.methods.lora.extras import note_on_copies, require_copies
 from lowrank_dist.methods.lora.files import LowRankFactor
 from lowrank_dist.methods.lora.load import PairEntries, check_pair, read_pairs, require_complete
 from lowrank_dist.methods.lora.peft_config import PeftConfig, key_notes, read_config
@@ -102,6 +103,7 @@ def _weights(found: _Found) -> None:
             "bytes": path.stat().st_size,
         }
     )
+    report.warnings.extend(note_on_copies(path))
     config = found.config
     if config is None:
         return
@@ -214,6 +216,8 @@ def _fit(found: _Found, base: Base) -> None:
                 f"{path}: {module} is [out, in] = [{b.shape[0]}, {a.shape[1]}], but {name} of {folder} is "
                 f"{list(stored)}; give the base that it was trained on"
             )
+    report.warnings[:] = [said for said in report.warnings if said not in note_on_copies(path)]
+    report.read(path, require_copies, found.folder, folder)
     if foreign:
         what = "is not a linear" if len(foreign) == 1 else "are not linears"
         report.problems.append(f"{path}: {some_of(foreign)} {what} of {folder}; give the base that it was trained on")

@@ -20,6 +20,7 @@ from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
 from lowrank_dist.formats.paths import detect_removal
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, own_file
+from lowrank_dist.methods.lora.extras import base_copies, is_extra
 from lowrank_dist.methods.lora.peft_config import PeftConfig, read_config
 
 _PREFIX = "base_model.model."
@@ -85,7 +86,8 @@ class Adapter:
     rsLoRA) where no pattern of the config gives a module its own. ranks, alphas, scales: those of each module that is
     adapted, by its Hugging Face path ("model.layers.0.self_attn.q_proj"). rslora: scales divide by √r. dora: each
     module has a magnitude m, and its weight is m ⊙ (W + ΔW) / ‖W + ΔW‖, row by row. dropout: probability in training.
-    fan_in_fan_out: the base stores its linear weights [in, out] (GPT-2). tensors: see `MappedTensors`.
+    fan_in_fan_out: the base stores its linear weights [in, out] (GPT-2). tensors: see `MappedTensors`. copies: names of
+    tensors of the file that are taken for copies of the base's embeddings, and are not among `tensors`.
     """
 
     path: Path
@@ -102,6 +104,7 @@ class Adapter:
     dropout: float
     fan_in_fan_out: bool
     tensors: Mapping[str, Tensor]
+    copies: tuple[str, ...] = ()
 
 
 def load_adapter(path: str | Path) -> Adapter:
@@ -114,7 +117,7 @@ def load_adapter(path: str | Path) -> Adapter:
     """
     with detect_removal(Path(path)) as folder:
         config, file, pairs = open_folder(folder)
-        tensors = MappedTensors(file, pairs)
+        tensors, copies = MappedTensors(file, pairs), tuple(entry.name for entry in base_copies(file))
     ranks = {module: config.rank_of(module) for module in pairs}
     alphas = {module: config.alpha_of(module) for module in pairs}
     return Adapter(
@@ -132,6 +135,7 @@ def load_adapter(path: str | Path) -> Adapter:
         dropout=config.dropout,
         fan_in_fan_out=config.fan_in_fan_out,
         tensors=tensors,
+        copies=copies,
     )
 
 
@@ -166,9 +170,9 @@ def read_pairs(path: Path) -> dict[str, PairEntries]:
     odd = []
     for entry in entries:
         match = _KEY.fullmatch(entry.name)
-        if match is None:
+        if match is None and not is_extra(entry.name):
             odd.append(entry.name)
-        else:
+        elif match is not None:
             sides[match["side"] or "magnitude"][match["module"]] = entry
     if odd:
         raise UserError(

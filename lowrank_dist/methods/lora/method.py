@@ -17,6 +17,7 @@ from lowrank_dist.formats.provenance import Provenance, refuse_another_base
 from lowrank_dist.methods.files import PUBLISHED, Collected
 from lowrank_dist.methods.lora.adopt import factors_for, initial_factors, refuse_foreign, rules_of
 from lowrank_dist.methods.lora.config import LoraConfig
+from lowrank_dist.methods.lora.extras import require_copies
 from lowrank_dist.methods.lora.factors import adapter_factors, inject, lora_theta, stored_tensors, whole_factors
 from lowrank_dist.methods.lora.files import AdapterFactors, read_adapter, write_adapter_files
 from lowrank_dist.methods.lora.footprint import placement_rules, refuse_parts
@@ -89,6 +90,7 @@ def build(section: LoraConfig, setting: Setting, architecture: Architecture) -> 
 def attach_trained(model: CausalLM, base: Path, folder: Path, topology: Topology) -> None:
     """See `method.MethodBuilder`."""
     refuse_another_base(folder, base)
+    require_copies(folder, base)
     adapter = read_adapter(folder, model.architecture)
     refuse_foreign(folder, adapter, model.architecture.linear_modules(), base)
     placements = place_factors(model.architecture, rules_of(adapter, model.architecture))

@@ -42,19 +42,21 @@ KEYS = KeyRule(
     # These change the initialisation or training of factors, but not which saved ones apply or what they compute.
     without_effect=frozenset(
         "auto_mapping inference_mode peft_version revision megatron_config megatron_core loftq_config eva_config "
-        "corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying merge_weights".split()
+        "corda_config lora_ga_config qalora_group_size runtime_config ensure_weight_tying merge_weights "
+        "velora_config monteclora_config".split()
     ),
     refused=dict.fromkeys(
         "modules_to_save trainable_token_indices target_parameters layer_replication lora_bias use_qalora use_bdlora "
-        "alora_invocation_tokens arrow_config kasa_config velora_config monteclora_config enable_lora".split(),
+        "alora_invocation_tokens arrow_config kasa_config enable_lora".split(),
         _MORE,
     ),
     neutral=dict.fromkeys(("lora_bias", "use_qalora"), (False,)),
     nothing=EMPTY,
 )
-# Values of init_lora_weights that leave the base as it is. Others (pissa, olora, corda, loftq, lora_ga, …) change it,
-# so that s·B·A is not the whole update.
-_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Values of init_lora_weights, in any case of letters, that leave the base as it is. Others (pissa, olora, corda, loftq,
+# lora_ga, …) change it, so that s·B·A is not the whole update. MiCA (arXiv 2604.01694) starts from B of W's left
+# singular vectors and A = 0, and trains A alone.
+_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _LARGEST = 1e30
 OUTPUT_LAYER = "lm_head"
 _ANEW = "write the adapter again"
@@ -284,9 +286,10 @@ def _refuse_more_than_lora(values: Mapping[str, Any], path: Path) -> None:
         problems.append(f"bias: {brief(values['bias'])} (must be 'none')")
     if values["task_type"] not in (None, "CAUSAL_LM"):
         problems.append(f"task_type: {brief(values['task_type'])} (must be CAUSAL_LM)")
-    if values["init_lora_weights"] not in _STARTS:
+    start = values["init_lora_weights"]
+    if (start.lower() if isinstance(start, str) else start) not in _STARTS:
         problems.append(
-            f"init_lora_weights: {brief(values['init_lora_weights'])} (changes the base; convert it with PEFT's "
+            f"init_lora_weights: {brief(start)} (changes the base; convert it with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=…))"
         )
     if problems:
