@@ -14,6 +14,7 @@ from lowrank_dist.arch.model_files import hub_hint
 from lowrank_dist.checkpoint.inspect_trained import inspect_trained, step_number
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.atomic import is_temporary
+from lowrank_dist.formats.foreign import refuse_foreign_folder
 from lowrank_dist.formats.manifest import is_checkpoint
 from lowrank_dist.formats.model_folder import INDEX_FILE, SINGLE_FILE
 from lowrank_dist.formats.paths import FolderRemoved, detect_removal, real_path, require_copyable, resolve_link
@@ -73,6 +74,8 @@ def _inspect(folder: Path, base: Path | None, read_config: ReadConfig) -> Report
         raise UserError(
             f"--base {base}: no such folder; give the Hugging Face folder of the base model{hub_hint(base)}"
         )
+    if len(names & set(RUN_ENTRIES)) < 2:
+        refuse_foreign_folder(folder)
     # A checkpoint of full fine-tuning is a model folder as well.
     package = method_package_of(folder)
     if package is not None and package.files.published or names & set(_MODEL_FILES) and is_checkpoint(folder):

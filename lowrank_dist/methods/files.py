@@ -16,6 +16,7 @@ from torch import Tensor
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.model_files import hub_hint
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.foreign import refuse_foreign_folder
 from lowrank_dist.formats.model_folder import Checkpoint
 from lowrank_dist.formats.paths import require_copyable
 from lowrank_dist.formats.provenance import PROVENANCE_FILE, read_provenance
@@ -149,6 +150,7 @@ def own_file(folder: Path, name: str) -> Path:
             wanted = f"give a PEFT adapter folder (with {CONFIG_FILE} and {WEIGHTS_FILE})"
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder; {wanted}{hub_hint(folder)}")
+        refuse_foreign_folder(folder)
         if any_there(folder / "adapter", (CONFIG_FILE,)):
             raise UserError(f"{folder}: a run, not an adapter; give {folder / 'adapter'}, or one of its checkpoints")
         provenance = read_provenance(folder)

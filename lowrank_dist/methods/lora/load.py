@@ -16,6 +16,7 @@ from torch import Tensor
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.tensors import module_paths, refuse_wrapped_names
 from lowrank_dist.errors import UserError, some_of
+from lowrank_dist.formats.foreign import foreign_tensors
 from lowrank_dist.formats.manifest import is_checkpoint, verify_manifest
 from lowrank_dist.formats.paths import detect_removal
 from lowrank_dist.formats.safetensors_file import TensorEntry, read_header
@@ -175,6 +176,8 @@ def read_pairs(path: Path) -> dict[str, PairEntries]:
         elif match is not None:
             sides[match["side"] or "magnitude"][match["module"]] = entry
     if odd:
+        if (what := foreign_tensors(odd)) is not None:
+            raise UserError(f"{path}: {what}")
         raise UserError(
             f"{path}: {len(odd)} tensors are not LoRA factors of a linear, such as {odd[0]!r}; give an adapter with "
             "only the keys base_model.model.<module>.lora_A.weight, …lora_B.weight and …lora_magnitude_vector (no "

@@ -13,6 +13,7 @@ from typing import Any
 
 from lowrank_dist.arch.placement import ALL_LINEAR
 from lowrank_dist.errors import UserError
+from lowrank_dist.formats.foreign import refuse_foreign_folder
 from lowrank_dist.untrusted.json import brief, read_object, typed_value
 from lowrank_dist.untrusted.keys import EMPTY, KeyRule
 from lowrank_dist.untrusted.patterns import Patterns
@@ -280,6 +281,7 @@ def key_notes(path: Path) -> list[str]:
 def _refuse_more_than_lora(values: Mapping[str, Any], path: Path) -> None:
     method = values["peft_type"] if "peft_type" in values else None
     if method != "LORA":
+        refuse_foreign_folder(path.parent)
         raise UserError(f"{path}: peft_type is {brief(method)}; give an adapter of type LORA")
     problems = [f"{key}: {brief(values[key])}" for key in KEYS.refusals(values)]
     if values["bias"] != "none":
