@@ -9,12 +9,12 @@ import contextlib
 import errno
 import os
 import resource
-import socket
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from lowrank_dist.backend.limits import process_bounds
+from lowrank_dist.backend.node import host_name
 from lowrank_dist.errors import LimitError, UserError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -56,7 +56,7 @@ def _explain(error: BaseException) -> str | None:
     code = error.errno if isinstance(error, OSError) else None
     # Libraries in C++ raise RuntimeErrors with the system's message.
     text = str(error).strip() if isinstance(error, (OSError, RuntimeError)) else ""
-    here = f"on {socket.gethostname()} ({text.partition(chr(10))[0][:_SHOWN]})"
+    here = f"on {host_name()} ({text.partition(chr(10))[0][:_SHOWN]})"
     if code == errno.ENFILE or "Too many open files in system" in text:
         return f"too many open files of all processes {here}; raise the sysctl fs.file-max there"
     # gloo cannot resolve its own address where it has no descriptor for that, and says no more.
@@ -75,7 +75,7 @@ def require_files(number: int) -> None:
     """Raise LimitError unless this process can open so many more files."""
     if not _can_open(number):
         raise LimitError(
-            f"too many open files on {socket.gethostname()} (a rank needs {number} more to meet the others): "
+            f"too many open files on {host_name()} (a rank needs {number} more to meet the others): "
             f"{open_files_remedy()}"
         )
 

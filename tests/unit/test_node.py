@@ -62,11 +62,11 @@ def test_an_identity_is_host_name_and_boot_id(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_the_node_is_identified_in_one_place() -> None:
-    """A second use of the host name would group ranks by another rule; doctor's network page resolves it."""
+    """A second use of the host name would group ranks by another rule; interfaces.py resolves the name."""
     sources = (ROOT / "lowrank_dist").rglob("*.py")
     names = re.compile(r"gethostname|getfqdn|platform\.node|nodename")
     found = {str(path.relative_to(ROOT / "lowrank_dist")) for path in sources if names.search(path.read_text())}
-    assert found == {"backend/node.py", "doctor/network.py"}
+    assert found == {"backend/node.py", "backend/interfaces.py"}
 
 
 @pytest.mark.slow
