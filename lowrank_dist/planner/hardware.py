@@ -7,7 +7,6 @@ import re
 from dataclasses import dataclass, replace
 
 from lowrank_dist.errors import UserError
-from lowrank_dist.untrusted.json import brief
 
 
 @dataclass(frozen=True)
@@ -211,7 +210,7 @@ def bytes_in(text: str, option: str) -> int:
     size = 0.0 if match is None else float(match[1]) * _UNITS.get(match[2].upper(), 0)
     if match is None or not 0 < size < _MOST_BYTES:
         said = "has no unit" if match is not None and not match[2] else "is not a size"
-        raise UserError(f"{option}: {brief(text)} {said}: write a number above 0 with a unit, as in 80GB or 80GiB")
+        raise UserError(f"{option}: {text[:40]!r} {said}: write a number above 0 with a unit, as in 80GB or 80GiB")
     return int(size)
 
 
