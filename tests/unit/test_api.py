@@ -30,7 +30,7 @@ output: {dir: out}
 
 # Function of the API → its module, and a command that calls it.
 COMMANDS = {
-    "load_config": ("lowrank_dist.config", ["data", "run.yaml"]),
+    "load_config": ("lowrank_dist.config", ["slurm", "run.yaml", "--nodes", "1", "--gpus-per-node", "1"]),
     "plan": ("lowrank_dist.engine.plan", ["plan", "llama-3-8b"]),
     "inspect": ("lowrank_dist.engine.inspection", ["inspect", "adapter"]),
     "merge": ("lowrank_dist.merging.merge", ["merge", "--base", "base", "--adapter", "adapter", "--out", "out"]),
