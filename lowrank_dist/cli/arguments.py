@@ -26,11 +26,9 @@ def keys_as_options(ctx: typer.Context, words: Words) -> Words:
 
     A key of the config may be written as an option, as in training: --lora.rank 8.
     """
-    from lowrank_dist.config import Config
-
     for word in [words] if isinstance(words, str) else words or []:
         name = word.removeprefix("--").partition("=")[0]
-        if not word.startswith("-") or (word.startswith("--") and ("." in name or name in Config.model_fields)):
+        if not word.startswith("-") or (word.startswith("--") and ("." in name or _is_field(name))):
             continue
         options = [option for each in ctx.command.params for option in each.opts if option.startswith("--")]
         meant = did_you_mean(f"--{name}", options) or "--help lists the options."
@@ -38,3 +36,10 @@ def keys_as_options(ctx: typer.Context, words: Words) -> Words:
             f"{word}: no such option: {meant} A key of the config is given as section.key=value: lora.rank=8"
         )
     return words
+
+
+def _is_field(name: str) -> bool:
+    """Return whether a run's config has the name at its top level."""
+    from lowrank_dist.config import Config  # only for an option: doctor works without what reads configs
+
+    return name in Config.model_fields

@@ -167,7 +167,7 @@ def test_cpu_runs_ask_for_no_gpus(config: Path) -> None:
         (["model.path=nowhere"], {}, ["model.path: nowhere is no folder here", "hf download"]),
         (["model.path=llama-3-8b"], {}, ["model.path: llama-3-8b is no folder here"]),
         (["train.lrr=1"], {}, ["train.lrr: unknown key", "train.lr"]),
-        (["train.lr"], {}, ["train.lr is not section.key=value"]),
+        (["train.lr"], {}, ["train.lr has no value; write train.lr=VALUE"]),
         (["output.dir=a: b"], {}, ["output.dir"]),
         (["--partition", "a b"], {}, ["--partition: 'a b'"]),
         (["--account", "x\n#SBATCH --nodes=9"], {}, ["--account"]),
