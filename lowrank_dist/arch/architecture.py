@@ -11,6 +11,8 @@ from lowrank_dist.arch.rows import Linear
 from lowrank_dist.errors import UserError
 
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
+# Under a sliding window, attention computes this many queries at a time.
+WINDOW_BLOCK = 512
 
 
 def padded_vocab(vocab: int, multiple: int, tp_size: int) -> int:

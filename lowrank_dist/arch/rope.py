@@ -47,6 +47,10 @@ class RopeParameters:
     scaling: float = 1.0
     query_beta: float = 0.0
 
+    def rotated(self, head_dim: int) -> int:
+        """Return the number of rotated columns of a head."""
+        return head_dim if self.columns is None else self.columns
+
 
 @dataclass(frozen=True)
 class RopeTable:

@@ -138,15 +138,15 @@ class StepBatch:
     """This rank's share of one global batch; every rank has the same number of microbatches.
 
     samples, global_targets and global_tokens count samples, target and non-padding tokens over all ranks;
-    global_squares is Σ length² over the samples, to which the cost of attention is proportional. epoch: passes over the
-    data set completed with this batch.
+    lengths: tokens of each sample, on which the cost of attention depends. epoch: passes over the data set completed
+    with this batch.
     """
 
     microbatches: list[Microbatch]
     samples: int
     global_targets: int
     global_tokens: int
-    global_squares: int
+    lengths: np.ndarray
     epoch: float
 
 
@@ -184,8 +184,7 @@ class BatchSplit:
             for at in range(ours, len(rows), group)
         ]
         targets, tokens = int(dataset.targets[numbers].sum()), int(lengths.sum())
-        squares = int(np.square(lengths).sum())
-        return StepBatch(microbatches, len(numbers), targets, tokens, squares, epoch)
+        return StepBatch(microbatches, len(numbers), targets, tokens, lengths, epoch)
 
     def positions(self, lengths: np.ndarray) -> int:
         """Return the positions of a global batch on all ranks, padding included. lengths [n]: of its samples."""

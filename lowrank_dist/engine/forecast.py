@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -22,7 +22,7 @@ from lowrank_dist.methods.registry import method_package
 from lowrank_dist.model.load import check_model
 from lowrank_dist.parallel.collectives import gather_texts
 from lowrank_dist.planner.choice import fitting_layout
-from lowrank_dist.planner.flops import step_flops
+from lowrank_dist.planner.flops import square_lengths_of, step_flops
 from lowrank_dist.planner.hardware import GPUS, gpu_called, peak_flops
 from lowrank_dist.planner.job import Layout
 from lowrank_dist.planner.layouts import Cluster
@@ -199,18 +199,18 @@ class Forecast:
             f"({self._before_model:.2f} GiB before the model was loaded); {planned} for tensors alone"
         )
 
-    def flops(self, tokens: int, targets: int, squares: int) -> int:
+    def flops(self, tokens: int, targets: int, lengths: Mapping[int, int]) -> int:
         """Return the FLOPs that model and method need for the given tokens, over all ranks (MFU's numerator).
 
-        tokens and squares count virtual positions that are tokens of a row, and no others. Costs of a microbatch that
-        do not depend on its tokens are left out.
+        lengths: length of samples → their number. tokens and lengths count virtual positions that are tokens of a row,
+        and no others. Costs of a microbatch that do not depend on its tokens are left out.
         """
         count = step_flops(
             self._job.architecture,
             self._job.footprint,
             tokens=tokens,
             target_tokens=targets,
-            square_lengths=squares,
+            square_lengths=square_lengths_of(lengths, self._job.architecture),
             recompute=self._recompute,
         )
         return count.model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
@@ -105,7 +105,8 @@ class Meter:
         self._topology, self._backend = topology, backend
         self._peak = forecast.peak()
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._tokens = self._targets = self._squares = 0
+        self._tokens = self._targets = 0
+        self._lengths: Counter[int] = Counter()
 
     def begin(self) -> None:
         """Begin a step that will be recorded."""
@@ -115,7 +116,7 @@ class Meter:
         """Count the tokens of a finished step."""
         self._tokens += batch.global_tokens
         self._targets += batch.global_targets
-        self._squares += batch.global_squares
+        self._lengths.update(batch.lengths.tolist())
 
     def end(self, step: int) -> tuple[dict[str, float], list[str]]:
         """Return rates and seconds since the last record, and lines on stragglers. Collective."""
@@ -127,7 +128,7 @@ class Meter:
             lines = self._stragglers.observe(step, everyone)
         busy = sum(self._seconds[phase] for phase in STEP_PHASES)
         ranks = self._topology.world_group.size()
-        flops = self._forecast.flops(self._tokens, self._targets, self._squares) / busy / ranks
+        flops = self._forecast.flops(self._tokens, self._targets, self._lengths) / busy / ranks
         values = {
             "tokens_per_second": self._tokens / busy,
             "tokens_per_second_per_rank": self._tokens / busy / ranks,
@@ -137,7 +138,8 @@ class Meter:
             **{f"{phase}_seconds": round(total, 6) for phase, total in sorted(self._seconds.items())},
         }
         self._seconds.clear()
-        self._tokens = self._targets = self._squares = 0
+        self._tokens = self._targets = 0
+        self._lengths.clear()
         return values, lines
 
     def summary(self) -> str:

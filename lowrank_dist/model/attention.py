@@ -15,7 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lowrank_dist.arch.architecture import LayerKind
+from lowrank_dist.arch.architecture import WINDOW_BLOCK, LayerKind
 from lowrank_dist.arch.rope import RopeParameters
 from lowrank_dist.model.rope import Rotation
 
@@ -115,7 +115,8 @@ class SequencePlan(PackedSeqParams):
     rotations: rotary positions of a layer → the rotation of each position. segments: (row, start, end) of every packed
     sample, or None where each row is one sample and causality alone keeps right padding out. cache: the earlier columns
     when decoding. visible: sliding window of a layer → `KVCache.visible` of the new columns. prefix: [L, 2, g, l, d],
-    trained keys and values that every position sees; a cache holds its own prefix.
+    trained keys and values that every position sees; a cache holds its own prefix. masks: sliding window → its
+    `window_mask`, which all layers share.
     """
 
     qkv_format: str = "sbhd"
@@ -124,6 +125,19 @@ class SequencePlan(PackedSeqParams):
     cache: KVCache | None = None
     visible: Mapping[int | None, Tensor | None] = field(default_factory=dict)
     prefix: Tensor | None = None
+    masks: dict[int, Tensor] = field(default_factory=dict)
+
+    def window_mask(self, window: int, like: Tensor) -> Tensor:
+        """Return the mask [c, c + window − 1] of c queries in a row: 0 where query a sees key a to a + window − 1."""
+        if window not in self.masks:
+            block = min(WINDOW_BLOCK, window)
+            keys, queries = (torch.arange(size, device=like.device) for size in (block + window - 1, block))
+            ahead = keys - queries[:, None]
+            hidden = (ahead < 0) | (ahead >= window)
+            self.masks[window] = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(
+                hidden, -torch.inf
+            )
+        return self.masks[window]
 
 
 class _Rotate(torch.autograd.Function):
@@ -166,7 +180,7 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 class CoreAttention(nn.Module):
-    """Megatron's core-attention interface: q [s, b, h, d], k and v [s, b, g, d] → [s, b, h·d]. Causal, no T×T mask."""
+    """Megatron's core-attention interface: q [s, b, h, d], k and v [s, b, g, d] → [s, b, h·d]. Causal, no s×s mask."""
 
     def __init__(
         self, config: Any, layer_number: int, kind: LayerKind, softmax_scale: float | None = None, **_: Any
@@ -199,50 +213,71 @@ class CoreAttention(nn.Module):
             visible = plan.visible[self.kind.sliding_window]
             out_bhsd = self._attend_cached(q_bhsd, *plan.cache.extend(self.layer, k_bgsd, v_bgsd), visible)
         else:
-            prefix = None if plan.prefix is None else plan.prefix[self.layer]
-            if plan.segments is None:
-                out_bhsd = self._attend(q_bhsd, k_bgsd, v_bgsd, prefix)
-            else:
-                out_bhsd = self._attend_packed(q_bhsd, k_bgsd, v_bgsd, plan.segments, prefix)
+            out_bhsd = (self._attend if plan.segments is None else self._attend_packed)(q_bhsd, k_bgsd, v_bgsd, plan)
         return out_bhsd.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, prefix: Tensor | None = None) -> Tensor:
-        """Return causal attention [b, h, s, d]. prefix: [2, g, l, d], before all positions."""
-        grouped = q_bhsd.size(1) != k_bgsd.size(1)
-        if prefix is None:
-            return F.scaled_dot_product_attention(
-                q_bhsd, k_bgsd, v_bgsd, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+    def _attend(self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, plan: SequencePlan) -> Tensor:
+        """Return causal attention [b, h, s, d] of samples that begin with the first position."""
+        before = 0
+        if plan.prefix is not None:
+            prefix = plan.prefix[self.layer]  # [2, g, l, d], before all positions
+            before = prefix.size(2)
+            k_bgsd, v_bgsd = (
+                torch.cat((part.expand(len(own), *part.shape), own), dim=2)
+                for part, own in zip(prefix, (k_bgsd, v_bgsd), strict=True)
             )
-        k_bgtd, v_bgtd = (
-            torch.cat((part.expand(len(own), *part.shape), own), dim=2)
-            for part, own in zip(prefix, (k_bgsd, v_bgsd), strict=True)
-        )
-        # Zero queries for the prefix make queries as many as keys, so that every kernel's built-in causal masking is
-        # right and no mask tensor exists.
-        length = prefix.size(2)
-        out_bhtd = F.scaled_dot_product_attention(
-            F.pad(q_bhsd, (0, 0, length, 0)),
-            k_bgtd,
-            v_bgtd,
+        window = self.kind.sliding_window
+        if window is not None and k_bgsd.size(2) > window:
+            return self._attend_window(q_bhsd, k_bgsd, v_bgsd, before, window, plan.window_mask(window, q_bhsd))
+        if before:
+            # Zero queries for the prefix make queries as many as keys, so that every kernel's built-in causal masking
+            # is right and no mask tensor exists.
+            q_bhsd = F.pad(q_bhsd, (0, 0, before, 0))
+        return self._attend_causal(q_bhsd, k_bgsd, v_bgsd)[:, :, before:]
+
+    def _attend_causal(self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q_bhsd,
+            k_bgsd,
+            v_bgsd,
             is_causal=True,
             scale=self.softmax_scale,
-            enable_gqa=grouped,
+            enable_gqa=q_bhsd.size(1) != k_bgsd.size(1),
         )
-        return out_bhtd[:, :, length:]
 
-    def _attend_packed(
-        self,
-        q_bhsd: Tensor,
-        k_bgsd: Tensor,
-        v_bgsd: Tensor,
-        segments: Sequence[tuple[int, int, int]],
-        prefix: Tensor | None,
+    def _attend_window(
+        self, q_bhsd: Tensor, k_bgtd: Tensor, v_bgtd: Tensor, before: int, window: int, mask: Tensor
     ) -> Tensor:
-        """Return attention within each sample. The cost is Σ length², and no mask tensor exists."""
+        """Return attention where a query sees itself and the window − 1 keys before it, in blocks of queries.
+
+        before: keys before the first query. mask: `SequencePlan.window_mask`. A block of c queries meets at most
+        c + window − 1 keys, so the cost is s · (c + window) and no mask is larger than a block's.
+        """
+        blocks = []
+        for start in range(0, q_bhsd.size(2), mask.size(0)):
+            q_bhcd = q_bhsd[:, :, start : start + mask.size(0)]
+            first = start + before - window + 1  # the first key that the block's first query sees
+            keys = slice(max(0, first), start + before + q_bhcd.size(2))
+            seen = mask[: q_bhcd.size(2), keys.start - first : keys.stop - first]
+            blocks.append(
+                F.scaled_dot_product_attention(
+                    q_bhcd,
+                    k_bgtd[:, :, keys],
+                    v_bgtd[:, :, keys],
+                    attn_mask=seen,
+                    scale=self.softmax_scale,
+                    enable_gqa=q_bhsd.size(1) != k_bgtd.size(1),
+                )
+            )
+        return torch.cat(blocks, dim=2)
+
+    def _attend_packed(self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, plan: SequencePlan) -> Tensor:
+        """Return attention within each sample. The cost is Σ length², and no mask tensor of a row exists."""
         rows: list[list[Tensor]] = [[] for _ in range(q_bhsd.size(0))]
-        for row, start, end in segments:
+        assert plan.segments is not None
+        for row, start, end in plan.segments:
             part = (slice(row, row + 1), slice(None), slice(start, end))
-            rows[row].append(self._attend(q_bhsd[part], k_bgsd[part], v_bgsd[part], prefix))
+            rows[row].append(self._attend(q_bhsd[part], k_bgsd[part], v_bgsd[part], plan))
         return torch.cat([torch.cat(parts, dim=2) for parts in rows], dim=0)
 
     def _attend_cached(self, q_bhsd: Tensor, k_bgtd: Tensor, v_bgtd: Tensor, visible: Tensor | None) -> Tensor:
@@ -255,7 +290,7 @@ class CoreAttention(nn.Module):
             out = F.scaled_dot_product_attention(q_bhsd, k_bgtd, v_bgtd, attn_mask=visible, scale=self.softmax_scale)
             return out.flatten(1, 2)[:, :, None]
         if visible is None:
-            return self._attend(q_bhsd, k_bgtd, v_bgtd)
+            return self._attend_causal(q_bhsd, k_bgtd, v_bgtd)
         # Repeated here, since on CUDA no fused kernel takes both a mask and grouped heads.
         k_bhtd, v_bhtd = (tensor.repeat_interleave(group, dim=1) for tensor in (k_bgtd, v_bgtd))
         return F.scaled_dot_product_attention(q_bhsd, k_bhtd, v_bhtd, attn_mask=visible, scale=self.softmax_scale)

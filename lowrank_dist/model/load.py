@@ -89,16 +89,11 @@ def check_model(path: Path, tp_size: int, max_length: int, ranks: int = 0) -> Ar
 
 
 def check_length(architecture: Architecture, path: Path, max_length: int) -> None:
-    """Raise UserError if `max_length` exceeds the model's positions or its sliding window (windows are not applied)."""
+    """Raise UserError if `max_length` exceeds the model's positions."""
     if max_length > architecture.max_positions:
         raise UserError(
             f"data.max_length={max_length} is longer than the model's {architecture.max_positions} positions "
             f"({path / 'config.json'}); use at most data.max_length={architecture.max_positions}"
-        )
-    if architecture.sliding_window is not None and max_length > architecture.sliding_window:
-        raise UserError(
-            f"data.max_length={max_length} exceeds the model's sliding window of {architecture.sliding_window} "
-            f"tokens ({path / 'config.json'}), which is not implemented here; use at most that"
         )
 
 

@@ -27,7 +27,7 @@ class Frequencies:
 
     def __init__(self, rope: RopeParameters, head_dim: int, device: torch.device) -> None:
         self.rope = rope
-        columns = rope.columns or head_dim
+        columns = rope.rotated(head_dim)
         self.short = inv_freq(rope, columns).to(device)
         self.long = inv_freq(rope, columns, long=True).to(device) if rope.type == "longrope" else None
 

@@ -9,7 +9,7 @@ ranks, e bytes of an element of the base, U = X·Aᵀ the low-rank product of a 
 
 from __future__ import annotations
 
-from lowrank_dist.arch.architecture import LayerKind
+from lowrank_dist.arch.architecture import WINDOW_BLOCK, LayerKind
 from lowrank_dist.planner.factors import Layer, gradients, total_rank
 from lowrank_dist.planner.job import Job, head_rows
 from lowrank_dist.planner.parameters import norm_elements
@@ -29,8 +29,9 @@ def saved_of_layer(job: Job, layer: Layer, input_requires_grad: bool) -> int:
     found += _linear(trained, qkv, tj * h * e, t * qkv * e)
     if attention:
         found += job.footprint.saved_by_attention(job, kind, input_requires_grad, _attention(job, kind, heads_out))
-    # Attention's output is proj's input, except with packing, where the input is concatenated from samples' outputs.
-    shared = attention and not job.packing
+    # Attention's output is proj's input, except with packing and where a sample exceeds the layer's sliding window: the
+    # input is then concatenated from the outputs of samples and of blocks of queries.
+    shared = attention and not (job.packing or windowed(job, kind.sliding_window))
     found += _linear(trained, proj, 0 if shared else heads_out, tj * proj * e)
     found += _linear(trained, fc1, tj * h * e, t * fc1 * e)
     inner = t * kind.ffn // n * e
@@ -104,7 +105,7 @@ def _attention(job: Job, kind: LayerKind, heads_out: int) -> int:
     # The q of several groups lie apart in the fused tensor, with k and v between them, so q is a copy. It is a view
     # where the rank has one group or a group has one query head.
     copied = whole_heads and arch.kv_heads // n > 1 and arch.heads > arch.kv_heads
-    if not arch.position_rows:
+    if kind.rope is not None:
         found += heads_out + keys  # rotated q and k
     elif copied:
         found += heads_out
@@ -154,9 +155,22 @@ def activations(job: Job, *, recompute: bool) -> int:
         for layer, input_requires_grad, _ in job.placement.kinds
         if layer.kind.rope is not None and gradients(layer, input_requires_grad)["linear_proj"]
     }
-    # cos and sin of half a head each; packed rows have positions of their own.
+    # cos and sin of half the rotated columns each; packed rows have positions of their own.
     rows = job.layout.micro_batch if job.packing else 1
-    return found + len(rotated_back) * rows * job.sequence_length * job.architecture.head_dim * job.itemsize
+    columns = sum(rope.rotated(job.architecture.head_dim) for rope in rotated_back)
+    return found + rows * job.sequence_length * columns * job.itemsize + _window_masks(job)
+
+
+def _window_masks(job: Job) -> int:
+    """Return the bytes of the additive masks of sliding windows; layers of one window share a mask."""
+    windows = {kind.sliding_window for kind in job.architecture.kinds} - {None}
+    masks = ((min(WINDOW_BLOCK, window), window) for window in windows if window and windowed(job, window))
+    return sum(block * (block + window - 1) * job.itemsize for block, window in masks)
+
+
+def windowed(job: Job, window: int | None) -> bool:
+    """Return whether the longest sample exceeds a layer's sliding window."""
+    return window is not None and job.sequence_length > window
 
 
 def kept_of_layer(job: Job, layer: Layer, input_requires_grad: bool, *, recompute: bool) -> int:

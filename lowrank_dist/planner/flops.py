@@ -36,17 +36,17 @@ def step_flops(
     *,
     tokens: int,
     target_tokens: int,
-    square_lengths: int,
+    square_lengths: Mapping[int | None, int],
     recompute: bool,
 ) -> FlopCount:
     """Return the FLOPs of forward and backward of `tokens` tokens, of which `target_tokens` are trained on.
 
-    square_lengths: Σ length² over the samples, each of which attends within itself, without positions outside a row.
+    square_lengths: sliding window of a layer → Σ `attended_square` over the samples (`square_lengths_of`). Each sample
+    attends within itself, without positions outside a row.
     The three arguments may be sums over any number of microbatches, steps and ranks, because the count is linear in
     them. Costs of a microbatch that do not depend on its tokens are not included (`Footprint.microbatch_flops`).
     """
     placement, trained = footprint.placement, footprint.trains_base
-    forward_attention = 2 * (square_lengths + 2 * tokens * footprint.outside_row) * arch.heads * arch.head_dim
     vocabulary = 2 * target_tokens * arch.vocab * arch.hidden
     executed = model = vocabulary * (1 + placement.trains + trained)
     attention = 0
@@ -55,6 +55,8 @@ def step_flops(
         forward_linears = 2 * tokens * layer.kind.weights
         shared = forward_linears + _low_rank_forward(layer, tokens)
         forward = shared + own.forward
+        squares = square_lengths[layer.kind.sliding_window] + 2 * tokens * footprint.outside_row
+        forward_attention = 2 * squares * arch.heads * arch.head_dim
         needs = gradients(layer, input_requires_grad)
         backward = sum(2 * tokens * layer.kind.linears[name].weights for name, dx in needs.items() if dx)
         backward += _low_rank_backward(layer, needs, tokens) + own.backward + forward_linears * trained
@@ -65,6 +67,22 @@ def step_flops(
         attention += count * forward_attention * (1 + again)
         attention += count * forward_attention * 5 // 2 * needs["linear_proj"]
     return FlopCount(executed + attention, model, attention)
+
+
+def attended_square(length: int, window: int | None) -> int:
+    """Return twice the number of (query, key) pairs of a sample, up to a term linear in its length.
+
+    That is length² under causal attention. window: the sliding window, or None.
+    """
+    return length**2 if window is None or length <= window else window * (2 * length - window)
+
+
+def square_lengths_of(lengths: Mapping[int, int], arch: Architecture) -> dict[int | None, int]:
+    """Return each sliding window of a layer → Σ `attended_square`. lengths: length of samples → their number."""
+    windows = {kind.sliding_window for kind in arch.kinds}
+    return {
+        window: sum(count * attended_square(length, window) for length, count in lengths.items()) for window in windows
+    }
 
 
 def replicated_flops(arch: Architecture, footprint: Footprint, *, tokens: int, recompute: bool) -> int:

@@ -84,7 +84,10 @@ def persistent_bytes(job: Job, theta: ThetaOnRank) -> dict[str, int]:
 
 def frozen_bytes(job: Job) -> int:
     """Return the bytes of Φ on a rank and of the fp32 rotary frequencies; only the latter where Φ is trained."""
-    frequencies = 2 * job.architecture.head_dim * len(job.architecture.ropes)
+    head_dim = job.architecture.head_dim
+    frequencies = sum(
+        2 * rope.rotated(head_dim) * (2 if rope.type == "longrope" else 1) for rope in job.architecture.ropes
+    )
     return frequencies + (0 if job.footprint.trains_base else job.itemsize * frozen_on_rank(job))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lowrank_dist.planner.factors import gradients
-from lowrank_dist.planner.flops import FlopCount, replicated_flops, step_flops
+from lowrank_dist.planner.flops import FlopCount, replicated_flops, square_lengths_of, step_flops
 from lowrank_dist.planner.hardware import (
     GEMM_SHARE,
     LINK_SHARE,
@@ -54,7 +54,7 @@ def job_flops(job: Job) -> FlopCount:
         job.footprint,
         tokens=tokens,
         target_tokens=rows * (job.targets // layout.micro_batch),
-        square_lengths=rows * job.sequence_length**2,
+        square_lengths=square_lengths_of({job.sequence_length: rows}, job.architecture),
         recompute=layout.recompute,
     )
     once, cut = (job.microbatches * layout.data * count for count in job.footprint.microbatch_flops(job.architecture))

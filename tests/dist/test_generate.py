@@ -318,8 +318,7 @@ def test_cached_equals_uncached_and_a_batch_its_rows(
     folders: dict[str, str], adapters: dict[str, str], layout: str
 ) -> None:
     world, tensor, sequence = LAYOUTS[layout]
-    unwindowed = {name: folder for name, folder in folders.items() if "window" not in name}
-    for found in run_ranks(world, stepwise_logits, unwindowed, adapters, tensor, sequence):
+    for found in run_ranks(world, stepwise_logits, folders, adapters, tensor, sequence):
         for name, logits in found.items():
             scale = np.abs(logits["whole"]).max()
             for kind in ("batch", "alone"):

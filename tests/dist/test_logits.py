@@ -26,6 +26,19 @@ FIRST = 9  # the packed row: samples of 9 and 7 tokens
 
 # One KV head for two and four ranks: a rank's rows of the fused matrix begin and end inside a head.
 ONE_KV_HEAD = ("llama", "qwen2", "qwen3", "phi3")
+# Windows shorter than the rows and than both packed samples; the last block of queries is shorter than the others.
+WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "window": ("mistral", {"sliding_window": 5}),
+    "window_beside_full": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+    "window_without_rope": ("smollm3", {"use_sliding_window": True, "sliding_window": 5}),
+}
 # Rope types that no tiny model of a family has. The packed row has a sample that longrope calls long, and a short one.
 ROPES: dict[str, dict[str, Any]] = {
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 8, "truncate": False},
@@ -48,6 +61,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     for rope, keys in ROPES.items():
         parameters = {"rope_type": rope, "rope_theta": 1e4, **keys}
         made[rope] = make_tiny("llama", base / rope, rope_parameters=parameters)
+    made |= {name: make_tiny(family, base / name, **keys) for name, (family, keys) in WINDOWS.items()}
     return {name: str(folder) for name, folder in made.items()}
 
 
@@ -163,6 +177,21 @@ def forget_biases_of(linear: str) -> Callable[[Any], None]:
     return forget
 
 
+def set_windows(model: Any, change: Callable[[int], int | None]) -> None:
+    for layer in model.decoder.layers:
+        attention = layer.self_attention.core_attention
+        if attention.kind.sliding_window is not None:
+            attention.kind = replace(attention.kind, sliding_window=change(attention.kind.sliding_window))
+
+
+def widen_windows(model: Any) -> None:
+    set_windows(model, lambda window: window + 1)
+
+
+def forget_windows(model: Any) -> None:
+    set_windows(model, lambda window: None)
+
+
 def rotate_whole_heads(model: Any) -> None:
     for frequencies in model.frequencies.values():
         frequencies.short, frequencies.long = frequencies.short.repeat(2), frequencies.long.repeat(2)
@@ -203,7 +232,14 @@ BREAKAGES: dict[str, Callable[[Any], None]] = {
     function.__name__: function
     for function in (
         *(exchange_k_and_v, scale_rope_theta, shift_positions, forget_biases, forget_norm_weights),
-        *(rotate_every_layer, rotate_whole_heads, forget_query_scale, forget_rope_scaling),
+        *(
+            widen_windows,
+            forget_windows,
+            rotate_every_layer,
+            rotate_whole_heads,
+            forget_query_scale,
+            forget_rope_scaling,
+        ),
         *MULTIPLIERS,
     )
 }
@@ -243,6 +279,7 @@ def test_bf16_errs_as_transformers_does(bf16_folders: dict[str, str], layout: st
         ("forget_biases", ("qwen2", "gpt2", "opt", "seed_oss")),
         *((f"forget_biases_of_{name}", ("seed_oss",)) for name in BIASED),
         ("rotate_whole_heads", ("phi3",)),
+        *((name, tuple(WINDOWS)) for name in ("widen_windows", "forget_windows")),
         ("forget_norm_weights", FAMILY_NAMES),
         *((function.__name__, ("granite",)) for function in MULTIPLIERS),
     ],

@@ -144,10 +144,10 @@ def test_flops_are_the_plans(path: Path) -> None:
         LowRank("lora", low_rank(shape, LoraRules(lora.rank, lora.alpha, lora.targets))),
         tokens=100,
         target_tokens=30,
-        square_lengths=2000,
+        square_lengths={None: 2000},
         recompute=False,
     )
-    assert ahead.flops(100, 30, 2000) == count.model > 0
+    assert ahead.flops(100, 30, {20: 5}) == count.model > 0
     assert ahead.peak() == 989e12
 
 
@@ -164,7 +164,7 @@ def test_flops_of_every_method(path: Path) -> None:
         ("prompt", "prompt.length=8"),
     ):
         ahead = forecast(path, 2**40, f"method={method}", *sizes)
-        counted[method] = ahead.flops(100, 0, 0)
+        counted[method] = ahead.flops(100, 0, {})
     once, weights, layers = 2 * 100, shape.layers[0].weights, len(shape.layers)
     assert counted["full"] == once * 3 * weights * layers
     assert counted["prompt"] == once * 2 * weights * layers

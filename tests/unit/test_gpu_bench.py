@@ -299,7 +299,8 @@ def test_flops_of_a_step_are_those_that_peft_executes(tmp_path: Path) -> None:
     job = job_of(read_request(str(tmp_path), ["lora.rank=4"]), target_share=1.0)
     count = {"tokens": 40, "target_tokens": 40, "recompute": False}
     whole, linear = (
-        step_flops(job.architecture, job.footprint, square_lengths=squares, **count).model for squares in (800, 0)
+        step_flops(job.architecture, job.footprint, square_lengths={None: squares}, **count).model
+        for squares in (800, 0)
     )
     assert linear == executed["aten.mm"] + executed.get("aten.addmm", 0)
     assert 2 * (whole - linear) == executed["aten.bmm"] - sum(angles), "transformers computes both triangles"

@@ -219,7 +219,9 @@ def test_parameters_of_factors() -> None:
 
 
 def flops(architecture: Architecture, footprint: Footprint) -> int:
-    return step_flops(architecture, footprint, tokens=100, target_tokens=0, square_lengths=0, recompute=False).executed
+    return step_flops(
+        architecture, footprint, tokens=100, target_tokens=0, square_lengths={None: 0}, recompute=False
+    ).executed
 
 
 def test_flops() -> None:

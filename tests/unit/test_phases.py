@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -85,7 +86,10 @@ def test_rates_and_own_work(time: Time) -> None:
     topology: Any = SimpleNamespace(world_group=SimpleNamespace(size=lambda: 2))
     phases = Phases(RecordingWatchdog(), CPU)
     # 7 FLOPs a token, 11 a target token, 13 per squared length; a device of 1000 FLOP/s.
-    forecast: Any = SimpleNamespace(flops=lambda t, n, s: 7 * t + 11 * n + 13 * s, peak=lambda: 1000.0)
+    forecast: Any = SimpleNamespace(
+        flops=lambda t, n, s: 7 * t + 11 * n + 13 * sum(length**2 * many for length, many in s.items()),
+        peak=lambda: 1000.0,
+    )
     meter = Meter(phases, Stragglers(1.5, ("h1", "h2")), forecast, topology, CPU)
     owns = []
 
@@ -103,7 +107,7 @@ def test_rates_and_own_work(time: Time) -> None:
                     time.now += 3
                 seconds -= 3
             time.now += seconds
-        meter.count(SimpleNamespace(global_tokens=310, global_targets=31, global_squares=62))
+        meter.count(SimpleNamespace(global_tokens=310, global_targets=31, lengths=np.array([5, 6, 1])))
 
     with mock.patch.object(meter_module, "gather_values", everyone):
         step(recorded=False)

@@ -19,7 +19,7 @@ from lowrank_dist.methods.registry import Sizes, footprints_beside
 from lowrank_dist.planner.choice import Choice, choose
 from lowrank_dist.planner.describe import compare, describe
 from lowrank_dist.planner.factors import low_rank, on_every_linear
-from lowrank_dist.planner.flops import step_flops
+from lowrank_dist.planner.flops import attended_square, step_flops
 from lowrank_dist.planner.hardware import GPUS, bytes_in, gpu_of, usable
 from lowrank_dist.planner.job import Footprint, Job, Layout
 from lowrank_dist.planner.layouts import Candidate, Cluster, Fixed, tensor_sizes
@@ -235,7 +235,7 @@ def test_flops_of_a_frozen_base_by_hand() -> None:
     weights, head = sum(kind.weights for kind in shape.layers), shape.vocab * shape.hidden
     placement = low_rank(shape, LoraRules(1, 1.0, ["q_proj"]))
     lora = LowRank("lora", placement)
-    found = step_flops(shape, lora, tokens=1000, target_tokens=100, square_lengths=0, recompute=False)
+    found = step_flops(shape, lora, tokens=1000, target_tokens=100, square_lengths={None: 0}, recompute=False)
     elements = placement.elements
     lowest = shape.layers[0].linears["linear_qkv"].weights
     once = low_rank(shape, LoraRules(1, 1.0, ["q_proj"])).layers[0].factors[0][0]
@@ -243,7 +243,7 @@ def test_flops_of_a_frozen_base_by_hand() -> None:
     # U and U·B; dU, dB, dA, and dU·A except in the lowest linear.
     expected += 2 * 1000 * (3 * elements - once.adapter_rank * once.in_features)
     assert found.model == found.executed == expected
-    attended = step_flops(shape, lora, tokens=1000, target_tokens=100, square_lengths=10**6, recompute=False)
+    attended = step_flops(shape, lora, tokens=1000, target_tokens=100, square_lengths={None: 10**6}, recompute=False)
     # Scores and values, the causal half, forward and twice backward; flash attention recomputes the scores.
     half = 2 * 10**6 * shape.hidden * len(shape.layers)
     assert attended.model - found.model == 3 * half
@@ -254,7 +254,7 @@ def test_attention_below_the_lowest_factor_has_no_backward() -> None:
     shape = find_model("gpt2-medium").architecture
     lora = LowRank("lora", low_rank(shape, LoraRules(1, 1.0, r".*\.h\.23\.mlp\.c_proj")))
     counts = [
-        step_flops(shape, lora, tokens=0, target_tokens=0, square_lengths=10**6, recompute=recompute)
+        step_flops(shape, lora, tokens=0, target_tokens=0, square_lengths={None: 10**6}, recompute=recompute)
         for recompute in (False, True)
     ]
     half = 2 * 10**6 * shape.hidden
@@ -467,3 +467,12 @@ def test_sizes_without_are_refused(text: str) -> None:
 def test_a_candidate_remembers() -> None:
     candidate = Candidate(replace(planned("gpt2-medium"), layout=Layout(1, 8, False, 1, False)), cluster())
     assert candidate.memory is candidate.memory and candidate.missing_bytes == 0
+
+
+def test_attention_under_a_window_costs_its_pairs() -> None:
+    """Twice the pairs (i, j) with i − window < j ≤ i, counted one by one, up to a term linear in the length."""
+    for length in (1, 5, 8, 9, 40):
+        for window in (None, 1, 8, 64):
+            pairs = sum(min(i + 1, window or length) for i in range(length))
+            linear = min(length, window or length)
+            assert attended_square(length, window) == 2 * pairs - linear

@@ -54,6 +54,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "qwen2": {"model_type": "qwen2", **_SMALL, "num_key_value_heads": 4, "tie_word_embeddings": True},
         "qwen3": {"model_type": "qwen3", **_SMALL, "num_key_value_heads": 4, "head_dim": 96, "dtype": "bfloat16"},
         "granite": {"model_type": "granite", **_SMALL, **_MULTIPLIERS, "dtype": "bfloat16"},
+        "window": {"model_type": "mistral", **_SMALL, "num_key_value_heads": 4, "sliding_window": 96},
+        "mixed": {
+            **{"model_type": "qwen2", **_SMALL, "num_key_value_heads": 4, "dtype": "bfloat16"},
+            **{"use_sliding_window": True, "sliding_window": 96, "max_window_layers": 2},
+        },
+        "smollm3": {"model_type": "smollm3", **_SMALL, "num_key_value_heads": 4, "dtype": "bfloat16"},
+        "ministral3": {"model_type": "ministral3", **_SMALL, "num_key_value_heads": 4, "head_dim": 64},
+        "phi3": {"model_type": "phi3", **_SMALL, "num_key_value_heads": 4, "partial_rotary_factor": 0.5},
+        "seed_oss": {
+            **{"model_type": "seed_oss", **_SMALL, "num_key_value_heads": 4, "head_dim": 96, "dtype": "bfloat16"},
+            **{"attention_out_bias": True, "mlp_bias": True},
+        },
         "gpt2": {**_GPT2, "dtype": "float16"},
         "opt": {
             **{"model_type": "opt", **_SMALL, "ffn_dim": 2048, "word_embed_proj_dim": 512},
@@ -102,6 +114,14 @@ CASES = [
     ("gpt2", 2, 1, True, 2, False, 1.0, ["lora.targets=[q_proj,v_proj]"]),
     ("gpt2", 4, 1, False, 2, True, 0.1, []),
     ("opt", 4, 1, True, 2, False, 0.5, []),
+    ("window", 4, 1, True, 2, False, 0.3, []),
+    ("window", 2, 1, False, 2, True, 0.3, ["data.packing=true"]),
+    ("mixed", 4, 1, True, 2, False, 0.3, []),
+    ("mixed", 2, 1, True, 2, True, 0.3, ["model.dtype=fp32"]),
+    ("smollm3", 4, 1, True, 2, False, 0.3, []),
+    ("ministral3", 2, 1, True, 2, False, 0.3, []),
+    ("phi3", 4, 1, True, 2, False, 0.3, ["data.packing=true"]),
+    ("seed_oss", 2, 1, True, 2, False, 0.3, []),
     # Multipliers save nothing for the backward.
     ("granite", 2, 1, True, 2, False, 1.0, []),
     ("granite", 2, 1, False, 2, True, 0.3, ["data.packing=true"]),
