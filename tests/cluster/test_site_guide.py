@@ -28,7 +28,7 @@ SHOWN = "MODULE TMPDIR HF_HOME NCCL_SOCKET_IFNAME FOO MASTER_ADDR LOCAL_WORLD_SI
 SHOWN += " SLURM_CPUS_PER_GPU SRUN_CPUS_PER_TASK"
 SHOW = f"print('has', {{name: os.environ.get(name) for name in '{SHOWN}'.split()}}, flush=True)"
 # From the nodes of the page to the hosts of the rig.
-SMALLER = [(r"=12\b", "=3"), (r"\b8\b", "2")]
+SMALLER = [(r"\b8\b", "2"), (r"=12\b", "=3"), ("tensor=4", "tensor=1")]
 # What the ranks of a block's job have, where the block is about it.
 EXPECTED = {
     "gres=gpu:h100:8": {"CUDA_VISIBLE_DEVICES": {"0,1"}},
@@ -62,7 +62,9 @@ def write_script(place: Path, block: Block) -> Path:
     for name, text in SETUPS.items():
         (place / name).write_text(re.sub(r"(?<=source )\S+", str(place / "known.sh"), text))
     for words in commands(block):
-        shorter = [re.sub(*SMALLER[0], re.sub(*SMALLER[1], word)) for word in words]
+        shorter = words
+        for large, small in SMALLER:
+            shorter = [re.sub(large, small, word) for word in shorter]
         if words[0] == "lowrank-dist":
             files = {"70b.yaml": config, **{name: place / name for name in SETUPS}}
             shorter = [str(files.get(word, word)) for word in shorter]
