@@ -42,21 +42,14 @@ from trees import ROOT, checked_out
 WORK = ROOT / "build" / "same_bits"
 SECONDS = 180  # limit for one run of both trees at once, which takes about two
 STEPS = 3
+# tests/tiny_models.py
 FAMILIES = (
-    "llama",
-    "llama2",
-    "granite",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gpt2",
-    "opt",
-    "smollm3",
-    "ministral3",
-)  # tests/tiny_models.py
+    *("llama", "llama2", "granite", "mistral", "qwen2", "qwen3", "gpt2", "opt"),
+    *("smollm3", "ministral3", "phi3", "seed_oss"),
+)
 SHAPES = (
     *("gpt2-medium", "gpt2-large", "gpt3-175b", "llama-3-8b", "llama-3-70b", "llama-3-405b"),
-    *("qwen2.5-7b", "qwen2.5-72b", "qwen3-32b"),
+    *("qwen2.5-7b", "qwen2.5-72b", "qwen3-32b", "ministral-3-14b"),
 )
 # Method → its config overrides.
 METHODS = {

@@ -74,6 +74,7 @@ def test_gpt2_medium_as_published() -> None:
         ("qwen2.5-7b", 7.62),
         ("qwen2.5-72b", 72.7),
         ("qwen3-32b", 32.8),
+        ("ministral-3-14b", 13.5),
     ],
 )
 def test_built_in_sizes_as_published(name: str, billions: float) -> None:
@@ -81,7 +82,7 @@ def test_built_in_sizes_as_published(name: str, billions: float) -> None:
 
 
 def test_every_built_in_shape_has_a_size_here() -> None:
-    assert len(BUILT_IN) == 9
+    assert len(BUILT_IN) == 10
 
 
 def parameters(method: MethodName, section: MethodSection, architecture: Architecture) -> Parameters:
