@@ -73,6 +73,13 @@ def unreachable(host: str, port: int) -> OSError | None:
     return Greeting(f"it says {said[:40]!r}") if said else ConnectionAbortedError("it closes connections at once")
 
 
+def why(error: OSError) -> str:
+    """Return the reason of a failed connection in words."""
+    if isinstance(error, TimeoutError):
+        return f"no answer to a connection within {CONNECT_SECONDS:.0f} s"
+    return (error.strerror or str(error)).lower()
+
+
 def describe_service(host: str, port: int) -> str:
     """Return what the program that listens there does with a connection, as "it …". Raises OSError as `unreachable`."""
     try:

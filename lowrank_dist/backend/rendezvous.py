@@ -192,7 +192,7 @@ def _cause(place: MeetingPlace, reason: OSError) -> str:
     if place.opens_store:
         return (
             f"MASTER_ADDR: {place.host} does not lead to rank 0's node, {node}, where rank 0 listens at port "
-            f"{place.port} ({_why(reason)}); set MASTER_ADDR to a name or an address of {node}"
+            f"{place.port} ({ports.why(reason)}); set MASTER_ADDR to a name or an address of {node}"
         )
     if isinstance(reason, ConnectionRefusedError):
         return (
@@ -200,12 +200,6 @@ def _cause(place: MeetingPlace, reason: OSError) -> str:
             f"messages, and set MASTER_ADDR to rank 0's node"
         )
     return (
-        f"MASTER_ADDR: {node} does not reach {place} ({_why(reason)}); check that {place.host} is rank 0's node and is "
-        f"up, the route to it, and that no firewall between the nodes blocks TCP port {place.port}"
+        f"MASTER_ADDR: {node} does not reach {place} ({ports.why(reason)}); check that {place.host} is rank 0's node "
+        f"and is up, the route to it, and that no firewall between the nodes blocks TCP port {place.port}"
     )
-
-
-def _why(reason: OSError) -> str:
-    if isinstance(reason, TimeoutError):
-        return f"no answer to a connection within {ports.CONNECT_SECONDS:.0f} s"
-    return (reason.strerror or str(reason)).lower()

@@ -14,6 +14,7 @@ from lowrank_dist.backend import megatron, sharing
 from lowrank_dist.backend.devices import device_of_rank, synchronize
 from lowrank_dist.backend.limits import MemoryBound, memory_bound
 from lowrank_dist.backend.rank_variables import require_place
+from lowrank_dist.backend.reach import require_reach
 from lowrank_dist.backend.rendezvous import meet
 from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import say
@@ -118,9 +119,13 @@ def init_process_group(backend: Backend, timeout_seconds: int) -> Backend:
     for line in shared.notes if rank == 0 else ():
         say(line, err=True)
     backend = replace(backend, collective=shared.collective, ranks_per_device=shared.ranks_per_device[rank])
-    dist.init_process_group(
-        backend.collective, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=timeout
-    )
+    try:
+        dist.init_process_group(
+            backend.collective, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size, timeout=timeout
+        )
+    except RuntimeError:
+        require_reach(store, rank, size, os.environ["MASTER_ADDR"])
+        raise
     set_local_rank_to_device(backend)
     return backend
 
