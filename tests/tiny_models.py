@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
@@ -21,6 +23,8 @@ from transformers import (
     Ministral3ForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -80,6 +84,10 @@ _LONGROPE = {
     "short_factor": [1.0, 1.1, 1.3, 1.6],
     "long_factor": [1.5, 2.0, 4.0, 9.0],
 }
+_GEMMA_ROPES = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+}
 
 # All different, none 1, and that of attention far from 1/√head_dim = 0.25: a missing or exchanged one shows.
 _MULTIPLIERS = {
@@ -116,6 +124,20 @@ _RECIPES: dict[str, tuple[type, type[PreTrainedModel], dict[str, Any]]] = {
         {**_GROUPED, "head_dim": 24, "attention_out_bias": True, "mlp_bias": True},
     ),
     "ministral3": (Ministral3Config, Ministral3ForCausalLM, {**_GROUPED, "head_dim": 24, "rope_parameters": _YARN}),
+    "olmo2": (Olmo2Config, Olmo2ForCausalLM, _GROUPED),
+    "gemma3_text": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        {
+            **_GROUPED,
+            "head_dim": 24,
+            "query_pre_attn_scalar": 40,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 64,
+            "rope_parameters": _GEMMA_ROPES,
+            "tie_word_embeddings": True,
+        },
+    ),
 }
 FAMILY_NAMES = tuple(_RECIPES)
 
@@ -146,7 +168,10 @@ def _randomise(model: PreTrainedModel) -> None:
         if name.endswith("bias"):
             parameter.normal_(0.0, 0.1)
         elif "norm" in module or module.startswith("ln_"):
+            # Gemma's norms multiply by 1 + weight.
             parameter.uniform_(0.7, 1.3)
+            if isinstance(model, Gemma3ForCausalLM):
+                parameter.sub_(1.0)
         else:
             # Larger than at a real initialisation, so that attention is far from uniform and logits differ.
             parameter.normal_(0.0, 0.15)

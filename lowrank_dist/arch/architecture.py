@@ -13,6 +13,8 @@ from lowrank_dist.errors import UserError
 WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 # Under a sliding window, attention computes this many queries at a time.
 WINDOW_BLOCK = 512
+# Megatron's modules of the norms over all heads.
+QUERY_NORM, KEY_NORM = "self_attention.heads_norm.query", "self_attention.heads_norm.key"
 
 
 def padded_vocab(vocab: int, multiple: int, tp_size: int) -> int:
@@ -27,14 +29,15 @@ class TensorRule:
 
     Both names have a `{layer}` field where the tensor belongs to a layer.
     shape: the Hugging Face shape in terms of `Architecture.size`.
-    sharding: "replicated", or "vocab" = the rows of the padded vocabulary are split into tp_size equal blocks.
+    sharding: "replicated", or the rows are split into tp_size equal blocks: "vocab" those of the padded vocabulary,
+    "heads" and "kv_heads" those of the query and of the key/value heads. Fewer key/value heads than ranks stay whole.
     row_offset: Megatron's row i is Hugging Face's row i + row_offset (OPT never uses its first two position rows).
     """
 
     megatron: str
     hf: str
     shape: tuple[str, ...]
-    sharding: Literal["replicated", "vocab"] = "replicated"
+    sharding: Literal["replicated", "vocab", "heads", "kv_heads"] = "replicated"
     row_offset: int = 0
 
 
@@ -52,6 +55,15 @@ class LayerKind:
     tensors: tuple[TensorRule, ...]
     sliding_window: int | None
     rope: RopeParameters | None
+
+    def has(self, module: str) -> bool:
+        """Return whether the layers have a weight of this Megatron module ("pre_mlp_layernorm")."""
+        return any(rule.megatron == f"decoder.layers.{{layer}}.{module}.weight" for rule in self.tensors)
+
+    @property
+    def norms_all_heads(self) -> bool:
+        """Return whether queries and keys are normed over all heads (OLMo 2), and not head by head."""
+        return self.has(QUERY_NORM)
 
     @property
     def ffn(self) -> int:
@@ -76,7 +88,9 @@ class Architecture:
     position_offset: rows of the Hugging Face position table before position 0 (OPT: 2). The row_offset of the table's
     TensorRule already skips them.
     conv1d: linear weights are stored [in, out] (GPT-2).
-    embedding_multiplier: scales the embeddings before the first layer. attention_multiplier: scales the attention
+    zero_centered_norm: norms multiply by 1 + weight. qk_norm: the queries and keys of each head are normed.
+    embedding_multiplier: scales the embeddings before the first layer; rounded to the model's dtype with
+    rounds_embedding_multiplier. attention_multiplier: scales the attention
     scores; None = 1/√head_dim. residual_multiplier: scales the outputs of attention and MLP before they are added.
     logits_divisor: divides the logits.
     tensors: tensors outside the layers. ignored: patterns of tensors in the files that carry no weights of this model.
@@ -105,16 +119,31 @@ class Architecture:
     conv1d: bool
     tensors: tuple[TensorRule, ...]
     ignored: tuple[str, ...]
+    zero_centered_norm: bool = False
     embedding_multiplier: float = 1.0
+    rounds_embedding_multiplier: bool = False
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
 
     def size(self, dimension: str) -> int:
-        """Return a dimension of `TensorRule.shape`: hidden, vocab, head_dim, positions (rows of the position table)."""
-        if dimension == "positions":
-            return self.max_positions + self.position_offset
-        return {"hidden": self.hidden, "vocab": self.vocab, "head_dim": self.head_dim}[dimension]
+        """Return a dimension of `TensorRule.shape`.
+
+        It is hidden, vocab, head_dim, queries or keys (the features of all heads), or positions (rows of the position
+        table).
+        """
+        return {
+            "hidden": self.hidden,
+            "vocab": self.vocab,
+            "head_dim": self.head_dim,
+            "queries": self.heads * self.head_dim,
+            "keys": self.kv_heads * self.head_dim,
+            "positions": self.max_positions + self.position_offset,
+        }[dimension]
+
+    def is_cut(self, rule: TensorRule, tp_size: int) -> bool:
+        """Return whether tensor parallelism shards a tensor; otherwise every rank has a copy."""
+        return rule.sharding in ("vocab", "heads") or (rule.sharding == "kv_heads" and self.kv_heads % tp_size == 0)
 
     @property
     def position_rows(self) -> int:

@@ -13,7 +13,7 @@ from lowrank_dist.arch.config_keys import key_rule
 from lowrank_dist.arch.families import FAMILIES, OUTPUT_LAYER, Family
 from lowrank_dist.arch.keys import Key, UnsupportedModel
 from lowrank_dist.arch.model_files import config_file, read_config
-from lowrank_dist.arch.rope import read_rope
+from lowrank_dist.arch.rope import FULL, SLIDING, read_rope
 from lowrank_dist.arch.rows import Linear, Part
 from lowrank_dist.errors import UserError
 
@@ -51,6 +51,7 @@ def parse_architecture(values: Mapping[str, Any], where: str) -> Architecture:
     _check_options(values, family, where)
     fields: dict[str, Any] = {field: key.read(values, where) for field, key in family.keys.items()}
     fields |= family.fixed
+    fields |= {field: value(fields) for field, value in family.derived.items()}
     if fields["ffn"] is None:
         fields["ffn"] = 4 * fields["hidden"]
     _check_equal(values, family, fields, where)
@@ -98,7 +99,7 @@ def _check_options(values: Mapping[str, Any], family: Family, where: str) -> Non
         if key in values:
             raise UnsupportedModel(f"{where}: {key} is not supported in a {values['model_type']} ({meaning})")
     for key, (supported, meaning) in family.only.items():
-        found = Key(key, "flag", supported).read(values, where)
+        found = Key(key, "number" if supported is None else "flag", supported).read(values, where)
         if found != supported:
             raise UnsupportedModel(
                 f"{where}: {key}={found!r} is not supported ({meaning}); use a checkpoint with {key}={supported!r}"
@@ -167,12 +168,14 @@ def _sliding_windows(
     found = {name: key.read(values, where) for name, key in family.window.items()}
     window: int | None = found.get("window")
     layers = len(rotated)
-    if "used" not in found:
+    if "kinds" not in found:
         return [window] * layers
-    if not found["used"]:
+    if not found.get("used", True):
         window = None
     kinds, key = found["kinds"], family.window["kinds"].name
     if kinds is None:
+        if "interval" in found:
+            return [window if (layer + 1) % found["interval"] else None for layer in range(layers)]
         if "first" not in found:
             return [None if rotates else window for rotates in rotated]
         first = layers if window is None else min(max(found["first"], 0), layers)
@@ -190,13 +193,18 @@ def _sliding_windows(
 def _layers(values: Mapping[str, Any], family: Family, fields: Mapping[str, Any], where: str) -> tuple[LayerKind, ...]:
     """Return the kind of each layer. Layers that are alike share one object."""
     linears, tensors = _linears(family, fields), tuple(rule for rule in family.tensors if _in_layer(rule))
-    rope = None
+    ropes = {}
     if fields["positions"] == "rope":
-        rope = read_rope(values, family.rope, fields["head_dim"], fields["max_positions"], where)
+        ropes = {
+            layer_type: read_rope(values, family.rope, fields["head_dim"], fields["max_positions"], where, layer_type)
+            for layer_type in (FULL, SLIDING)
+        }
     rotated = _rotated_layers(values, family, fields["layers"], where)
     described = list(zip(_sliding_windows(values, family, rotated, where), rotated, strict=True))
     kinds = {
-        (window, rotates): LayerKind(linears, tensors, window, rope if rotates else None)
+        (window, rotates): LayerKind(
+            linears, tensors, window, ropes.get(FULL if window is None else SLIDING) if rotates else None
+        )
         for window, rotates in dict.fromkeys(described)
     }
     return tuple(kinds[each] for each in described)

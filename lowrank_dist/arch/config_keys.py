@@ -42,7 +42,7 @@ _WITHOUT_EFFECT = frozenset(
     "finetuning_task task_specific_params id2label label2id num_labels _num_labels problem_type classifier_dropout "
     "summary_type summary_use_proj summary_activation summary_first_dropout summary_proj_to_labels "
     "predict_special_tokens reorder_and_upcast_attn n_ctx output_past unsloth_version unsloth_fixed "
-    "model_max_length is_llama_config".split()
+    "model_max_length is_llama_config _sliding_window_pattern".split()
 )
 # Values at which a key has no effect, in any family.
 _NEUTRAL = {
@@ -74,6 +74,8 @@ def key_rule(family: Family) -> KeyRule:
     applied |= family.only.keys() | family.equal.keys() | family.absent.keys()
     if family.fixed["positions"] == "rope":
         applied |= _ROPE_NAMES
+    if family.rope.local is not None:
+        applied.add(family.rope.local[0])
     return KeyRule(
         applied=frozenset(applied | {"model_type", "dtype", "torch_dtype"}),
         without_effect=_WITHOUT_EFFECT | GENERATION.applied | GENERATION.without_effect | GENERATION.unapplied.keys(),

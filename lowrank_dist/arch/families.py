@@ -5,11 +5,11 @@ The tables follow transformers' `configuration_<family>.py` (defaults of missing
 tiny model to tests/tiny_models.py (docs/how-to/add-a-family.md has all steps).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lowrank_dist.arch.architecture import TensorRule
+from lowrank_dist.arch.architecture import KEY_NORM, QUERY_NORM, TensorRule
 from lowrank_dist.arch.keys import Key
 from lowrank_dist.arch.rope import RopeTable
 
@@ -21,8 +21,9 @@ class Family:
     model_class: transformers' class of a causal model, by which llama.cpp and vLLM know it (`architectures`).
     keys: field of `Architecture`, or "ffn" → key of config.json; "layers" is the number of layers. Defaults of fields
     that are None or missing: ffn = 4 × hidden, kv_heads = heads, head_dim = hidden / heads.
-    fixed: fields that every model of the family shares.
-    only: flag of config.json → the one supported value (also the default), and the feature that the other value means.
+    fixed: fields that every model of the family shares. derived: field → its value, from the fields that were read.
+    only: key of config.json → the one supported value (also the default), and the feature that another value means. It
+    is a flag, or a number where the supported value is None.
     equal: size of config.json → the field that it must equal if given, and the feature that another value means.
     absent: key that config.json must not have → the feature that it means.
     linears: Megatron linear → Hugging Face module path, one per projection, in the order of LinearLayout.parts. Where
@@ -32,7 +33,8 @@ class Family:
     ignored: patterns of tensors in the files that carry no weights; they match names without `prefix`.
     window: the keys of a sliding window; empty where the family has none. "window" is its width. Without the other keys
     it applies to all layers. "used" turns it on, "kinds" lists every layer's kind. Where "kinds" is missing, "first" is
-    the first layer with a window; without "first" the layers without rotary positions have it.
+    the first layer with a window, or all layers have one but every "interval"-th; without both, the layers without
+    rotary positions have it.
     no_rope: the keys of layers without rotary positions; empty where the family has none. "flags" has 0 for each such
     layer, else 1. Where it is missing, every "interval"-th layer is one.
     rope: what the family's rotary positions have in common.
@@ -51,6 +53,7 @@ class Family:
     equal: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     rope: RopeTable = RopeTable()
     absent: Mapping[str, str] = field(default_factory=dict)
+    derived: Mapping[str, Callable[[Mapping[str, Any]], Any]] = field(default_factory=dict)
 
 
 def _weight_and_bias(megatron: str, hf: str, shape: tuple[str, ...] = ("hidden",)) -> tuple[TensorRule, TensorRule]:
@@ -152,6 +155,35 @@ _ATTENTION_BIASES = {
     "proj_bias": Key("attention_bias", "flag", False),
 }
 _ALL_BIASES = {**_ATTENTION_BIASES, "mlp_bias": Key("mlp_bias", "flag", False)}
+# OLMo 2: norms behind attention and MLP, and over all heads of queries and keys.
+_POST_NORM_TENSORS = (
+    TensorRule(
+        "decoder.layers.{layer}.post_self_attn_layernorm.weight",
+        "model.layers.{layer}.post_attention_layernorm.weight",
+        ("hidden",),
+    ),
+    TensorRule(
+        "decoder.layers.{layer}.post_mlp_layernorm.weight",
+        "model.layers.{layer}.post_feedforward_layernorm.weight",
+        ("hidden",),
+    ),
+)
+_HEADS_NORM_TENSORS = (
+    TensorRule(
+        f"decoder.layers.{{layer}}.{QUERY_NORM}.weight",
+        "model.layers.{layer}.self_attn.q_norm.weight",
+        ("queries",),
+        "heads",
+    ),
+    TensorRule(
+        f"decoder.layers.{{layer}}.{KEY_NORM}.weight",
+        "model.layers.{layer}.self_attn.k_norm.weight",
+        ("keys",),
+        "kv_heads",
+    ),
+)
+# Tensors of a Llama outside the layers.
+_EMBEDDING, _INPUT_NORM, _, _FINAL_NORM, _ = _LLAMA_TENSORS
 # Old checkpoints hold the rotary frequencies as a buffer. transformers ignores it too.
 _ROPE_BUFFERS = (r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
@@ -352,7 +384,7 @@ FAMILIES: Mapping[str, Family] = {
         keys=_LLAMA_KEYS
         | {
             "kv_heads": Key("num_key_value_heads", "heads", 8),
-            "head_dim": Key("head_dim", "even", 128, null=True),
+            "head_dim": Key("head_dim", "even", 128),
             "max_positions": Key("max_position_embeddings", "size", 262_144),
             "norm_eps": Key("rms_norm_eps", "number", 1e-5),
         },
@@ -415,5 +447,60 @@ FAMILIES: Mapping[str, Family] = {
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
+    ),
+    "olmo2": Family(
+        model_class="Olmo2ForCausalLM",
+        prefix="model.",
+        keys=_LLAMA_KEYS | {"norm_eps": Key("rms_norm_eps", "number", 1e-5)} | _ATTENTION_BIASES,
+        fixed=_without(_LLAMA_FIXED, *_ATTENTION_BIASES),
+        only={},
+        linears=_LLAMA_LINEARS,
+        tensors=(_EMBEDDING, *_POST_NORM_TENSORS, *_HEADS_NORM_TENSORS, _FINAL_NORM, OUTPUT_LAYER),
+        ignored=_ROPE_BUFFERS,
+    ),
+    "gemma3_text": Family(
+        model_class="Gemma3ForCausalLM",
+        prefix="model.",
+        keys=_LLAMA_KEYS
+        | {
+            "kv_heads": Key("num_key_value_heads", "heads", 4),
+            "head_dim": Key("head_dim", "even", 256),
+            "max_positions": Key("max_position_embeddings", "size", 131_072),
+            "activation": Key("hidden_activation", "text", "gelu_pytorch_tanh"),
+            "tied": Key("tie_word_embeddings", "flag", True),
+            "attention_multiplier": Key("query_pre_attn_scalar", "size", 256),
+        }
+        | _ATTENTION_BIASES,
+        fixed=_without(_LLAMA_FIXED, *_ATTENTION_BIASES)
+        | {"qk_norm": True, "zero_centered_norm": True, "rounds_embedding_multiplier": True},
+        derived={
+            "embedding_multiplier": lambda fields: fields["hidden"] ** 0.5,
+            "attention_multiplier": lambda fields: fields["attention_multiplier"] ** -0.5,
+        },
+        only={
+            "attn_logit_softcapping": (None, "soft limits on attention scores"),
+            "final_logit_softcapping": (None, "soft limits on logits"),
+            "use_bidirectional_attention": (False, "attention to later positions"),
+        },
+        linears=_LLAMA_LINEARS,
+        tensors=(
+            _EMBEDDING,
+            _INPUT_NORM,
+            TensorRule(
+                "decoder.layers.{layer}.pre_mlp_layernorm.weight",
+                "model.layers.{layer}.pre_feedforward_layernorm.weight",
+                ("hidden",),
+            ),
+            *_POST_NORM_TENSORS,
+            *_QK_NORM_TENSORS,
+            _FINAL_NORM,
+            OUTPUT_LAYER,
+        ),
+        window={
+            "window": Key("sliding_window", "size", 4096),
+            "kinds": Key("layer_types", "names", None),
+            "interval": Key("sliding_window_pattern", "size", 6),
+        },
+        rope=RopeTable(theta=1_000_000.0, local=("rope_local_base_freq", 10_000.0)),
     ),
 }

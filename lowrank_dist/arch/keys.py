@@ -70,12 +70,14 @@ class Key:
 
     def read(self, values: Mapping[str, Any], where: str) -> Any:
         """Return the key's value in a config.json, or its default. UserError where it is required or invalid."""
-        name = self.also if self.also is not None and self.also in values else self.name
-        if name not in values:
+        given = [name for name in (self.name, self.also) if name is not None and name in values]
+        if not given:
             if self.default is REQUIRED:
-                raise UserError(f"{where}: {name} is missing; add it as in the model's own config.json")
+                raise UserError(f"{where}: {self.name} is missing; add it as in the model's own config.json")
             return self.default
-        value = values[name]
+        return [self._checked(values[name], name, where) for name in given][-1]
+
+    def _checked(self, value: Any, name: str, where: str) -> Any:
         if value is None and (self.null or self.default is None):
             return None
         description, fits = _KINDS[self.kind]

@@ -149,6 +149,13 @@ def _stated(values: Mapping[str, Any], table: RopeTable, layer_type: str, where:
             raise UserError(f"{where}: {key} must be an object, not {stated!r}")
         found = dict(stated) if stated else found
     nested = {key: value for key, value in found.items() if isinstance(value, dict)}
+    if table.local is not None and values.get("rope_parameters") is not None:
+        # Beside an object for each kind, transformers reads nothing else but a rope_scaling, which it merges.
+        if len(nested) < len(found) or values.get("rope_scaling"):
+            raise UnsupportedModel(
+                f"{where}: rope_parameters of this family must be an object for each of {FULL} and {SLIDING}, without "
+                "rope_scaling beside it; correct it"
+            )
     if nested and (table.local is None or not nested.keys() <= {FULL, SLIDING}):
         raise UnsupportedModel(
             f"{where}: rope_parameters by kind of layer ({', '.join(nested)}) are not supported in this family; use a "

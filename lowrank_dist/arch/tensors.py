@@ -100,11 +100,11 @@ def _rule_plan(
     hf = rule.hf.format(layer=layer)
     rows, *rest = _shape(rule, architecture)
     everything = tuple(slice(0, size) for size in rest)
-    if rule.sharding == "replicated":
+    if not architecture.is_cut(rule, tp_size):
         kept = rows - rule.row_offset
         copy = Copy(hf, (slice(rule.row_offset, rows), *everything), (slice(0, kept), *everything))
         return ParameterPlan((kept, *rest), (copy,), cut=False)
-    block = padded_rows // tp_size
+    block = (padded_rows if rule.sharding == "vocab" else rows) // tp_size
     start = min(tp_rank * block, rows)
     count = min(start + block, rows) - start
     copies = (Copy(hf, (slice(start, start + count), *everything), (slice(0, count), *everything)),) if count else ()

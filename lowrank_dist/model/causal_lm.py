@@ -250,6 +250,8 @@ class CausalLM(nn.Module):
         """Return [s, b, H] of this rank's positions after the final norm, scaled for the head."""
         multiplier, divisor = self.architecture.embedding_multiplier, self.architecture.logits_divisor
         embedded = self.embedding(input_ids, position_ids)
+        if self.architecture.rounds_embedding_multiplier:
+            multiplier = torch.tensor(multiplier, dtype=embedded.dtype, device="cpu").item()
         if multiplier != 1:
             embedded = embedded * multiplier
         hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=plan)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lowrank_dist.backend.apex import norm_class
+from lowrank_dist.model.norms import ZeroCenteredNorm
 
 
 class FrozenNorm:
@@ -27,6 +28,8 @@ class FrozenNorm:
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_: Any) -> Any:
+        if config.layernorm_zero_centered_gamma:
+            return ZeroCenteredNorm(hidden_size, eps).to(config.params_dtype)
         # The model is built under `with torch.device(…)`, so the default device is the one that the norms run on.
         kind = norm_class(config.normalization, torch.get_default_device().type)
         return kind(hidden_size, eps=eps).to(config.params_dtype)

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from lowrank_dist.arch.architecture import Architecture, LayerKind
 from lowrank_dist.model.attention import CoreAttention
 from lowrank_dist.model.layers import FrozenNorm, LayerSubmodules, RecomputableLayer, SwiGlu
+from lowrank_dist.model.norms import HeadsNormAttention
 from lowrank_dist.parallel.topology import Topology
 
 ACTIVATIONS = {
@@ -30,6 +31,8 @@ ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
+# The norms of a layer, by the names of Megatron's layer and of LayerSubmodules; absent ones stay IdentityOp or None.
+_NORMS = ("input_layernorm", "pre_mlp_layernorm", "post_self_attn_layernorm", "post_mlp_layernorm")
 
 
 def transformer_config(
@@ -46,6 +49,7 @@ def transformer_config(
         ffn_hidden_size=kind.ffn,
         normalization=architecture.norm,
         layernorm_epsilon=architecture.norm_eps,
+        layernorm_zero_centered_gamma=architecture.zero_centered_norm,
         activation_func=F.silu if gated_silu else ACTIVATIONS[architecture.activation],
         gated_linear_unit=architecture.gated,
         # Megatron's hook for an activation module that gets the whole [gate ∣ up]; the module is ours, not
@@ -111,13 +115,13 @@ def _layer_spec(
 ) -> ModuleSpec:
     built = {name: _with_bias(linears[each.kind == "row"], each.bias) for name, each in kind.linears.items()}
     qk_norm = FrozenNorm if config.qk_layernorm else IdentityOp
+    norms = {name: FrozenNorm for name in _NORMS if kind.has(name)}
     return ModuleSpec(
         module=RecomputableLayer,
         params={"kind_config": config, "residual_scale": residual_scale},
         submodules=LayerSubmodules(
-            input_layernorm=FrozenNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=HeadsNormAttention if kind.norms_all_heads else SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=built["linear_qkv"],
@@ -127,7 +131,6 @@ def _layer_spec(
                     k_layernorm=qk_norm,
                 ),
             ),
-            pre_mlp_layernorm=FrozenNorm,
             mlp=MlpSpec(
                 MLPSubmodules(
                     linear_fc1=built["linear_fc1"],
@@ -136,6 +139,7 @@ def _layer_spec(
                 ),
                 {"tp_group": group},
             ),
+            **norms,
         ),
     )
 

@@ -9,6 +9,8 @@ ranks, e bytes of an element of the base, U = X·Aᵀ the low-rank product of a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from lowrank_dist.arch.architecture import WINDOW_BLOCK, LayerKind
 from lowrank_dist.planner.factors import Layer, gradients, total_rank
 from lowrank_dist.planner.job import Job, head_rows
@@ -25,7 +27,7 @@ def saved_of_layer(job: Job, layer: Layer, input_requires_grad: bool) -> int:
     attention, after_attention, activation = (needs[f"linear_{name}"] for name in ("proj", "fc1", "fc2"))
     heads_out = t * kind.linears["linear_proj"].in_features // n * e
     trained = job.footprint.trains_base
-    found = (input_requires_grad + after_attention) * norm_saves(job, tj, h)
+    found = _norms(layer, input_requires_grad, needs) * norm_saves(job, tj, h)
     found += _linear(trained, qkv, tj * h * e, t * qkv * e)
     if attention:
         found += job.footprint.saved_by_attention(job, kind, input_requires_grad, _attention(job, kind, heads_out))
@@ -44,6 +46,17 @@ def saved_of_layer(job: Job, layer: Layer, input_requires_grad: bool) -> int:
         found += e * sum(linear.weights // n for linear in kind.linears.values())
     found += sum(job.footprint.saved_behind_linear(job, linear, factors) for linear, factors in layer.linears)
     return found + job.footprint.saved_by_layer(job, input_requires_grad)
+
+
+def _norms(layer: Layer, input_requires_grad: bool, needs: Mapping[str, bool]) -> int:
+    """Return how many norms of the residual stream save their input. needs: `gradients` of the layer."""
+    into = {
+        "input_layernorm": input_requires_grad,
+        "post_self_attn_layernorm": needs["linear_fc1"],
+        "pre_mlp_layernorm": needs["linear_fc1"],
+        "post_mlp_layernorm": needs["linear_fc2"] or bool(layer.on("linear_fc2")),
+    }
+    return sum(requires_grad and layer.kind.has(norm) for norm, requires_grad in into.items())
 
 
 def bytes_outside_graph(job: Job, layer: Layer) -> int:
@@ -76,20 +89,25 @@ def norm_saves(job: Job, rows: int, features: int) -> int:
     """Return the bytes that a norm saves: its input and one or two statistics of each row.
 
     PyTorch's RMSNorm is fused on CUDA; on a CPU it is composed of simple operators and saves the input in fp32. Where
-    the weight is trained, a norm also saves the weight's cast, and RMSNorm on a CPU the tensor that it multiplies with
+    the weight is trained, a norm also saves the weight's cast, and a composed one the tensor that it multiplies with
     the weight.
     """
     layer_norm = job.architecture.norm == "LayerNorm"
     itemsize, cast = 4 if written_out(job) else job.itemsize, 0
     if job.footprint.trains_base:
-        itemsize += 4 * (job.device == "cpu" and not layer_norm)
+        itemsize += 4 * _composed(job)
         cast = norm_elements(job.architecture) * job.itemsize * (job.itemsize < 4)
     return cast + rows * features * itemsize + rows * (2 * job.itemsize if layer_norm else 4)
 
 
+def _composed(job: Job) -> bool:
+    """Return whether norms are composed of simple operators, as PyTorch's RMSNorm on a CPU (not one of 1 + weight)."""
+    return job.device == "cpu" and job.architecture.norm == "RMSNorm" and not job.architecture.zero_centered_norm
+
+
 def written_out(job: Job) -> bool:
     """Return whether norms save a copy of their input in fp32 instead of the input."""
-    return job.device == "cpu" and job.architecture.norm == "RMSNorm" and job.itemsize < 4
+    return _composed(job) and job.itemsize < 4
 
 
 def _attention(job: Job, kind: LayerKind, heads_out: int) -> int:
@@ -109,24 +127,28 @@ def _attention(job: Job, kind: LayerKind, heads_out: int) -> int:
         found += heads_out + keys  # rotated q and k
     elif copied:
         found += heads_out
-    return found + head_norms(job, copied)
+    return found + head_norms(job, kind, copied)
 
 
-def head_norms(job: Job, copied: bool) -> int:
+def head_norms(job: Job, kind: LayerKind, copied: bool) -> int:
     """Return the bytes that the norms of q and k save beside the fused q, k, v, which is kept alive.
 
     copied: q is a copy and not a view of the fused tensor.
     """
     arch, n, e, t = job.architecture, job.layout.tensor, job.itemsize, job.tokens
-    if not arch.qk_norm:
+    if not (arch.qk_norm or kind.norms_all_heads):
         return 0
     in_fp32 = written_out(job)
     queries = t * (arch.heads // n if arch.kv_heads >= n else arch.heads // arch.kv_heads) * arch.head_dim * e
     keys = t * max(1, arch.kv_heads // n) * arch.head_dim * e
+    if kind.norms_all_heads:
+        weights = (arch.heads // n + (arch.kv_heads // n or arch.kv_heads)) * arch.head_dim
+        cast = weights * e * (job.footprint.trains_base and e < 4)
+        return cast + (queries if copied else 0) + 8 * t
     widths = 4 // e if in_fp32 else 1
     # Norms composed of simple operators save fp32 copies of q and k. Others save views of the fused tensor or q's copy.
     found = (queries + keys) * widths if in_fp32 else (queries if copied else 0)
-    if job.footprint.trains_base and job.device == "cpu":
+    if job.footprint.trains_base and _composed(job):
         found += (queries + keys) * 4 // e
     return found + 4 * (queries + keys) // (arch.head_dim * e)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.planner.factors import Layer, gradients
-from lowrank_dist.planner.job import Footprint
+from lowrank_dist.planner.job import Footprint, LayerFlops
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def step_flops(
         model += count * (forward + backward + forward_attention * (3 if needs["linear_proj"] else 1))
         again = recompute and (input_requires_grad or layer.adapted)
         # Flash attention's backward: five products, the scores' among them, where forward has two.
-        executed += count * (forward + backward + again * (shared + own.again))
+        executed += count * (forward + backward + again * (shared + _again(layer, own)))
         attention += count * forward_attention * (1 + again)
         attention += count * forward_attention * 5 // 2 * needs["linear_proj"]
     return FlopCount(executed + attention, model, attention)
@@ -95,7 +95,7 @@ def replicated_flops(arch: Architecture, footprint: Footprint, *, tokens: int, r
     for layer, input_requires_grad, count in footprint.placement.kinds:
         own = footprint.layer_flops(arch, tokens, input_requires_grad)
         if own.replicated:
-            found += count * (own.forward + own.again * recompute + own.backward)
+            found += count * (own.forward + _again(layer, own) * recompute + own.backward)
         forwards = 2 if recompute and (input_requires_grad or layer.adapted) else 1
         for (linear, factors), needs_dx in zip(
             layer.linears, gradients(layer, input_requires_grad).values(), strict=True
@@ -106,6 +106,14 @@ def replicated_flops(arch: Architecture, footprint: Footprint, *, tokens: int, r
             side = sum(factor.adapter_rank * (factor.in_features if column else factor.rows) for factor in factors)
             found += count * products * 2 * tokens * side
     return found
+
+
+def _again(layer: Layer, own: LayerFlops) -> int:
+    """Return the FLOPs of the method's products that recomputation repeats.
+
+    They are all of them where a norm is behind the MLP, because it saves its input.
+    """
+    return own.forward if layer.kind.has("post_mlp_layernorm") else own.again
 
 
 def _low_rank_forward(layer: Layer, tokens: int) -> int:

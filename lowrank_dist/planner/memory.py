@@ -158,8 +158,10 @@ def _of_layer(job: Job, top: Layer, input_requires_grad: bool, below: int) -> li
     """
     if job.layout.recompute and (input_requires_grad or top.adapted):
         below += saved_of_layer(job, top, input_requires_grad) - bytes_outside_graph(job, top)
-        if input_requires_grad and not written_out(job):
-            # The norm's input is the layer's input, which is kept anyway.
+        normed = top.kind.has("input_layernorm")
+        trained = job.footprint.trains_base or top.total_rank("linear_qkv")
+        if (input_requires_grad and not written_out(job)) if normed else trained:
+            # The input of the norm, or without one that of the trained linear, is the layer's, which is kept anyway.
             below -= job.shard_tokens * job.architecture.hidden * job.itemsize
     # What a method has behind the MLP runs backward first, which frees what it saved.
     behind_mlp = below - job.footprint.saved_behind_mlp(job)
@@ -167,6 +169,10 @@ def _of_layer(job: Job, top: Layer, input_requires_grad: bool, below: int) -> li
         # The head's part of the tied embeddings' gradient is kept until the lookup's part, at the end of backward.
         behind_mlp += 4 * _head_weight(job)
     found = [_mlp_backward(job, top, behind_mlp), _attention_backward(job, top, input_requires_grad, behind_mlp)]
+    if top.kind.has("post_mlp_layernorm"):
+        kept = behind_mlp + job.footprint.saved_behind_mlp(job)
+        parts = {"activations": kept, "working memory": _norm_backward(job)}
+        found.append(Moment("backward of the top layer's last norm", parts))
     if job.layout.recompute:
         found.append(_recomputation(job, top, below))
     return [*found, *job.footprint.backward_moments(job, top, below)]
@@ -221,8 +227,9 @@ def _mlp_backward(job: Job, top: Layer, kept: int) -> Moment:
     # A trained weight's gradient in the base's dtype, then in fp32, when the gradient of fc1's output has been freed.
     weight = top.kind.linears["linear_fc1"].weights // job.layout.tensor * trained
     grown = weight * e + (max(0, 4 * weight - widths(job) * inner) if e < 4 else 0)
-    # dY and dX, and with a gate as much again, for the intermediate products.
-    wide = 4 if arch.gated else 2
+    # dY and dX, and with a gate as much again, for the intermediate products. In Megatron's expression the steps that
+    # were saved are freed before dX is put together.
+    wide = (4 if arch.activation == "silu" else 3) if arch.gated else 2
     whole, sequence = t * arch.hidden * e, job.sequence_parallel
     # What is saved behind a product is freed before the product's backward, except what is kept outside the graph.
     behind_fc1, behind_fc2 = (

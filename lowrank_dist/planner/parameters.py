@@ -45,13 +45,16 @@ def frozen_parameters(arch: Architecture) -> dict[str, int]:
         for linear in kind.linears.values():
             found["attention" if linear.in_attention else "MLP"] += count * linear.weights
             found["biases and norms"] += count * linear.bias * linear.out_features
-        found["biases and norms"] += count * _other_elements(arch, kind)
+        found["biases and norms"] += count * _other_elements(arch, kind, 1)
     return found
 
 
-def _other_elements(arch: Architecture, kind: LayerKind) -> int:
-    """Return the elements of a layer outside its linears: its norms."""
-    return sum(math.prod(arch.size(dimension) for dimension in rule.shape) for rule in kind.tensors)
+def _other_elements(arch: Architecture, kind: LayerKind, tp_size: int) -> int:
+    """Return the elements of a layer outside its linears on a rank: its norms."""
+    return sum(
+        math.prod(arch.size(dimension) for dimension in rule.shape) // (tp_size if arch.is_cut(rule, tp_size) else 1)
+        for rule in kind.tensors
+    )
 
 
 def frozen_size(arch: Architecture) -> int:
@@ -64,7 +67,7 @@ def frozen_on_rank(job: Job) -> int:
     arch, n = job.architecture, job.layout.tensor
     layers = 0
     for kind, count in arch.kinds.items():
-        layers += count * _other_elements(arch, kind)
+        layers += count * _other_elements(arch, kind, n)
         for linear in kind.linears.values():
             sharded_bias = linear.out_features // (n if linear.kind == "column" else 1)
             layers += count * (linear.weights // n + linear.bias * sharded_bias)

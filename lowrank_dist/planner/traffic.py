@@ -140,21 +140,24 @@ def _layer(
     fused = unit * layer.kind.linears["linear_qkv"].out_features
     # Megatron gathers q, k, v where a rank's rows are not whole heads.
     gathered = [(GATHER, fused)] if arch.kv_heads < job.layout.tensor else []
+    # The sums of squares of q and k, in fp32.
+    over_heads = [(REDUCE, 8 * job.tokens)] if layer.kind.norms_all_heads else []
     attention: list[Call] = []
     mlp: list[Call] = []
     for linear, factors in layer.linears:
         part = attention if linear.in_attention else mlp
         part += _forward(job, linear, total_rank(factors))
         if linear.interleave == "qkv":
-            part += gathered
+            part += gathered + over_heads
     forward = [*attention, *own.behind_attention, *mlp, *own.behind_mlp]
     yield from (("forward", *call) for call in forward)
     if not (input_requires_grad or layer.adapted):
         return
     if job.layout.recompute:
         # Non-reentrant recomputation stops at the last saved tensor. The layer's last reduction comes after it, unless
-        # the method saves a tensor behind that reduction.
-        yield from (("backward", *call) for call in (forward if own.last_again else forward[:-1]))
+        # the method or a norm saves a tensor behind that reduction.
+        last_again = own.last_again or layer.kind.has("post_mlp_layernorm")
+        yield from (("backward", *call) for call in (forward if last_again else forward[:-1]))
     for (linear, factors), needs_dx in zip(layer.linears, gradients(layer, input_requires_grad).values(), strict=True):
         column = linear.kind == "column"
         # The lowest adapted linear needs no dX: its dU is the whole message.
@@ -167,8 +170,10 @@ def _layer(
             # Megatron saves the shard of a column linear's input and gathers it again for its weight's gradient.
             yield "backward", GATHER, unit * arch.hidden
     yield from (("backward", *call) for call in own.backward)
-    if gathered and (input_requires_grad or layer.total_rank("linear_qkv")):
-        yield "backward", SCATTER, fused
+    if input_requires_grad or layer.total_rank("linear_qkv"):
+        yield from (("backward", *call) for call in over_heads)
+        if gathered:
+            yield "backward", SCATTER, fused
 
 
 def _forward(job: Job, linear: Linear, rank: int) -> list[Call]:

@@ -23,11 +23,17 @@ from tests.tiny_models import make_tiny
 
 ROWS, LENGTH, HIDDEN, RANK = 2, 16, 64, 4
 MODES = list(itertools.product((True, False), (False, True)))  # sequence parallel, recompute
-FAMILIES = {"llama": ("llama", {}), "one_kv": ("llama", {"num_key_value_heads": 1}), "gpt2": ("gpt2", {})}
+FAMILIES = {
+    "llama": ("llama", {}),
+    "one_kv": ("llama", {"num_key_value_heads": 1}),
+    "gpt2": ("gpt2", {}),
+    "olmo2": ("olmo2", {}),
+}
 TARGETS = {
     "llama": ("all-linear", ["q_proj", "v_proj"], ["o_proj"], ["down_proj"]),
     "one_kv": ("all-linear", ["v_proj"]),
     "gpt2": ("all-linear", ["c_attn"], ["k_proj", "c_fc"]),
+    "olmo2": ("all-linear", ["k_proj"]),
 }
 MATMULS = (
     *("mkldnn._linear_pointwise", "aten.mm", "aten.addmm", "aten.addmm_", "aten.bmm", "aten.baddbmm"),

@@ -25,7 +25,7 @@ ROWS, LENGTH = 2, 16
 FIRST = 9  # the packed row: samples of 9 and 7 tokens
 
 # One KV head for two and four ranks: a rank's rows of the fused matrix begin and end inside a head.
-ONE_KV_HEAD = ("llama", "qwen2", "qwen3", "phi3")
+ONE_KV_HEAD = ("llama", "qwen2", "qwen3", "phi3", "olmo2")
 # Windows shorter than the rows and than both packed samples; the last block of queries is shorter than the others.
 WINDOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("mistral", {"sliding_window": 5}),
@@ -221,6 +221,29 @@ def forget_logits_divisor(model: Any) -> None:
     model.architecture = replace(model.architecture, logits_divisor=1.0)
 
 
+def forget_one_of_zero_centered_norms(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            parameter.sub_(1.0)
+
+
+def forget_norms_behind_the_mlp(model: Any) -> None:
+    from lowrank_dist.model.layers import ResidualAdd
+
+    for layer in model.decoder.layers:
+        layer.mlp_bda = ResidualAdd(None, 1.0)
+
+
+def norm_over_own_heads(model: Any) -> None:
+    for layer in model.decoder.layers:
+        layer.self_attention.heads_norm._group = mock.Mock(**{"size.return_value": 1})
+
+
+def exchange_thetas(model: Any) -> None:
+    first, second = model.frequencies
+    model.frequencies = {first: model.frequencies[second], second: model.frequencies[first]}
+
+
 MULTIPLIERS = (
     forget_embedding_multiplier,
     forget_attention_multiplier,
@@ -240,6 +263,7 @@ BREAKAGES: dict[str, Callable[[Any], None]] = {
             forget_query_scale,
             forget_rope_scaling,
         ),
+        *(forget_one_of_zero_centered_norms, forget_norms_behind_the_mlp, norm_over_own_heads, exchange_thetas),
         *MULTIPLIERS,
     )
 }
@@ -282,6 +306,11 @@ def test_bf16_errs_as_transformers_does(bf16_folders: dict[str, str], layout: st
         *((name, tuple(WINDOWS)) for name in ("widen_windows", "forget_windows")),
         ("forget_norm_weights", FAMILY_NAMES),
         *((function.__name__, ("granite",)) for function in MULTIPLIERS),
+        *((function.__name__, ("gemma3_text",)) for function in MULTIPLIERS[:2]),
+        ("forget_one_of_zero_centered_norms", ("gemma3_text",)),
+        ("forget_norms_behind_the_mlp", ("olmo2", "gemma3_text")),
+        ("norm_over_own_heads", ("olmo2",)),
+        ("exchange_thetas", ("gemma3_text",)),
     ],
 )
 def test_notices_what_is_broken(folders: dict[str, str], broken: str, families: tuple[str, ...]) -> None:

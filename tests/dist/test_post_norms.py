@@ -1,7 +1,7 @@
 """Norms and scales on a block's output, before the residual addition, against transformers' layers.
 
-No family has such norms yet: they are planted in the layer spec. The reference is Gemma 3, whose layers have one on
-either side of attention and MLP; for a scale alone it is Granite. A method's adapter comes before both.
+They are planted in the layer spec of a Qwen 3, whose tensors have none. The reference is Gemma 3, whose layers have one
+on either side of attention and MLP; for a scale alone it is Granite. A method's adapter comes before both.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ROWS, LENGTH, HIDDEN = 2, 16, 64
 
 @dataclass(frozen=True)
 class Case:
-    """The norms and scales of a layer. norms: on outputs; inputs: on inputs too, as all our families have."""
+    """The norms and scales of a layer. norms: on outputs; inputs: on inputs too."""
 
     norms: bool = True
     inputs: bool = True

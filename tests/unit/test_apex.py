@@ -232,7 +232,8 @@ def test_importing_it_imports_nothing() -> None:
 
 
 def frozen_norm(kind: str, dtype: torch.dtype, eps: float = 0.3) -> nn.Module:
-    norm = FrozenNorm(SimpleNamespace(normalization=kind, params_dtype=dtype), hidden_size=24, eps=eps)
+    config = SimpleNamespace(normalization=kind, params_dtype=dtype, layernorm_zero_centered_gamma=False)
+    norm = FrozenNorm(config, hidden_size=24, eps=eps)
     with torch.no_grad():
         for index, parameter in enumerate(norm.parameters()):
             parameter.copy_(torch.linspace(-1, 2, 24).roll(index))

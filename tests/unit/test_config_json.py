@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
@@ -49,9 +50,8 @@ WRONG = [None, "x", True, 1.5, [2], {"a": 1}, -2, 0]
 LLAMA_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 SIZES = {
-    **dict.fromkeys(
-        ("llama", "granite", "mistral", "qwen2", "qwen3", "smollm3", "ministral3", "phi3", "seed_oss"), LLAMA_SIZES
-    ),
+    **dict.fromkeys(("llama", "granite", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"), LLAMA_SIZES),
+    **dict.fromkeys(("phi3", "seed_oss", "olmo2", "gemma3_text"), LLAMA_SIZES),
     "gpt2": ("n_embd", "n_layer", "n_head", "vocab_size"),
     "opt": ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "vocab_size"),
 }
@@ -123,6 +123,32 @@ SMOLLM3 = {key: value for key, value in QWEN.items() if key != "max_window_layer
     "no_rope_layer_interval": size(2, 4),
     "mlp_bias": FLAG,
 }
+_NESTED_ROPE = st.fixed_dictionaries(
+    {"rope_type": st.sampled_from(["default", "linear", "llama3", "other"])},
+    optional={
+        "rope_theta": st.sampled_from([7.0, 3, None, "x", -1.0]),
+        "factor": st.sampled_from([4.0, 2, 0.0, "x", None]),
+        "partial_rotary_factor": st.sampled_from([1.0, 0.5]),
+    },
+)
+GEMMA3 = {key: LLAMA[key] for key in ("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")} | {
+    "hidden_activation": ACTIVATION,
+    **dict.fromkeys(("tie_word_embeddings", "attention_bias", "use_bidirectional_attention"), FLAG),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), st.sampled_from([None, None, 30.0, "x"])),
+    "query_pre_attn_scalar": size(24, 100),
+    "sliding_window": size(32),
+    "sliding_window_pattern": size(1, 2, 3),
+    "layer_types": st.one_of(
+        st.just(None), st.lists(st.sampled_from(["full_attention", "sliding_attention"]), min_size=1, max_size=3)
+    ),
+    "rope_theta": ROPE["rope_theta"],
+    "rope_local_base_freq": st.sampled_from([5e5, 3, None, "x", -1.0]),
+    "rope_scaling": st.sampled_from([None, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "other"}]),
+    "rope_parameters": st.one_of(
+        st.sampled_from([None, {}, "x", [1], {"rope_type": "linear", "factor": 2.0}, {"chunked_attention": {}}]),
+        st.fixed_dictionaries({}, optional=dict.fromkeys(("full_attention", "sliding_attention"), _NESTED_ROPE)),
+    ),
+}
 OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "smollm3": SMOLLM3,
     "seed_oss": LLAMA | {"attention_out_bias": FLAG, "mlp_bias": FLAG},
@@ -137,6 +163,8 @@ OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     ),
     "qwen2": {key: value for key, value in QWEN.items() if key != "attention_bias"},
     "qwen3": QWEN,
+    "olmo2": LLAMA,
+    "gemma3_text": GEMMA3,
     "gpt2": {
         "hidden_size": size(32),
         "num_hidden_layers": size(3),
@@ -205,12 +233,18 @@ def expected(config: PreTrainedConfig) -> Values:
     eps = {"gpt2": "layer_norm_epsilon", "opt": None}.get(config.model_type, "rms_norm_eps")
     window = getattr(config, "sliding_window", None) if config.model_type != "llama" else None
     kinds = ["sliding_attention"] * config.num_hidden_layers
-    if config.model_type in ("qwen2", "qwen3", "smollm3"):
+    if config.model_type in ("qwen2", "qwen3", "smollm3", "gemma3_text"):
         kinds = config.layer_types
     if config.model_type == "smollm3" and not config.use_sliding_window:
         window = None
     rotated = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
-    rope = None if learned else expected_rope(config)
+    if config.model_type == "gemma3_text":
+        by_kind = {kind: expected_rope(config, config.rope_parameters[kind], layer_type=kind) for kind in set(kinds)}
+        ropes = [by_kind[kind] for kind in kinds]
+    else:
+        rope = None if learned else expected_rope(config, config.rope_parameters)
+        ropes = [rope if rotates else None for rotates in rotated[: config.num_hidden_layers]]
+    gemma, scalar = config.model_type == "gemma3_text", getattr(config, "query_pre_attn_scalar", None)
     return {
         "family": config.model_type,
         "hidden": config.hidden_size,
@@ -224,12 +258,12 @@ def expected(config: PreTrainedConfig) -> Values:
         "norm_eps": 1e-5 if eps is None else getattr(config, eps),
         **expected_biases(config),
         "tied": config.tie_word_embeddings,
-        "embedding_multiplier": getattr(config, "embedding_multiplier", 1.0),
-        "attention_multiplier": getattr(config, "attention_multiplier", None),
+        "embedding_multiplier": config.hidden_size**0.5 if gemma else getattr(config, "embedding_multiplier", 1.0),
+        "attention_multiplier": scalar**-0.5 if scalar else getattr(config, "attention_multiplier", None),
         "residual_multiplier": getattr(config, "residual_multiplier", 1.0),
         "logits_divisor": getattr(config, "logits_scaling", 1.0),
         "windows": [window if kind == "sliding_attention" else None for kind in kinds],
-        "ropes": [rope if rotates else None for rotates in rotated[: config.num_hidden_layers]],
+        "ropes": ropes,
     }
 
 
@@ -255,18 +289,21 @@ NEEDED = {
 }
 
 
-def expected_rope(config: PreTrainedConfig) -> list[Any]:
-    """Return frequencies of short and long samples, scaling of cos and sin, and queries' beta, as transformers does."""
-    stated = config.rope_parameters
+def expected_rope(config: PreTrainedConfig, stated: Values, **kind: str) -> list[Any]:
+    """Return frequencies of short and long samples, scaling of cos and sin, and queries' beta, as transformers does.
+
+    stated: the rope parameters of the config, or those of one kind of layer, named by layer_type.
+    """
     if stated["rope_type"] == "default":
-        embedding = Phi3RotaryEmbedding if config.model_type == "phi3" else LlamaRotaryEmbedding
-        found = [embedding.compute_default_rope_parameters(config)] * 2
+        table = Gemma3RotaryEmbedding if kind else LlamaRotaryEmbedding
+        table = Phi3RotaryEmbedding if config.model_type == "phi3" else table
+        found = [table.compute_default_rope_parameters(config, **kind)] * 2
     else:
         compute = ROPE_INIT_FUNCTIONS[stated["rope_type"]]
-        found = [compute(config)]  # which completes config.rope_parameters
+        found = [compute(config, **kind)]  # which completes config.rope_parameters
         longer = stated["original_max_position_embeddings"] + 1 if stated["rope_type"] == "longrope" else None
-        found.append(compute(config, seq_len=longer))
-    original = config.rope_parameters.get("original_max_position_embeddings")
+        found.append(compute(config, seq_len=longer, **kind))
+    original = stated.get("original_max_position_embeddings")
     beta = (stated["llama_4_scaling_beta"], original) if config.model_type == "ministral3" else (0.0, None)
     return [found[0][0].tolist(), found[1][0].tolist(), found[0][1], *beta]
 
@@ -282,8 +319,8 @@ def found_rope(rope: RopeParameters | None, head_dim: int) -> list[Any] | None:
 def found_in(values: Values) -> Values:
     architecture = parse_architecture(copy.deepcopy(values), "config.json")
     x = torch.linspace(-3, 3, 50)
-    key = "hidden_act" if architecture.positions == "rope" else "activation_function"
-    spelled = values.get(key, {"gpt2": "gelu_new", "opt": "relu"}.get(architecture.family, "silu"))
+    default = {"gpt2": "gelu_new", "opt": "relu", "gemma3_text": "gelu_pytorch_tanh"}.get(architecture.family, "silu")
+    spelled = values.get(FAMILIES[architecture.family].keys["activation"].name, default)
     torch.testing.assert_close(OURS[architecture.activation](x), ACT2FN[spelled](x), rtol=0, atol=1e-6)
     layers = architecture.layers
     assert len({kind.ffn for kind in layers}) == 1, "the MLPs are alike"
@@ -309,6 +346,8 @@ def has_no_table(values: Values, config: PreTrainedConfig) -> bool:
     numbers += [getattr(config, key) for key in optional if getattr(config, key, None) is not None]
     if config.model_type != "llama" and values.get("sliding_window") is not None:
         numbers.append(values["sliding_window"])
+    if config.model_type == "gemma3_text":
+        numbers += [config.sliding_window, config.query_pre_attn_scalar, values.get("sliding_window_pattern", 6)]
     eps = [getattr(config, key, 1.0) for key in ("rms_norm_eps", "layer_norm_epsilon")]
     # transformers does not check the type of a key under its alias.
     if any(type(number) is not int or number < 1 for number in numbers) or min(eps) < 0:
@@ -316,8 +355,12 @@ def has_no_table(values: Values, config: PreTrainedConfig) -> bool:
     multipliers = [getattr(config, key, 1.0) for key in MULTIPLIERS]
     if any(type(number) not in (int, float) or number <= 0 for number in multipliers):
         return True
-    acts = [getattr(config, key, "silu") for key in ("hidden_act", "activation_function")]
+    acts = [getattr(config, key, "silu") for key in ("hidden_act", "activation_function", "hidden_activation")]
     only = {
+        "gemma3_text": {
+            "use_bidirectional_attention": False,
+            **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping")),
+        },
         "gpt2": {
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
@@ -342,19 +385,24 @@ def _heads_or_rope_without_table(values: Values, config: PreTrainedConfig) -> bo
     divides = config.hidden_size % config.num_attention_heads == 0
     if config.model_type in ("gpt2", "opt"):
         return not divides
-    stated = values.get("head_dim", 128 if config.model_type in ("qwen3", "seed_oss", "ministral3") else None)
+    sized = {**dict.fromkeys(("qwen3", "seed_oss", "ministral3"), 128), "gemma3_text": 256}
+    stated = values.get("head_dim", sized.get(config.model_type))
     if stated is None and not divides:
         return True
     head_dim = config.hidden_size // config.num_attention_heads if stated is None else stated
     # GraniteConfig has no such key, so any value passes, and yet its modelling code reads it.
     if type(head_dim) is not int or head_dim < 1 or head_dim % 2:
         return True
-    return has_no_rope(config, head_dim)
+    if config.model_type != "gemma3_text":
+        return has_no_rope(config, config.rope_parameters, head_dim)
+    parameters, kinds = values.get("rope_parameters") or {}, {"full_attention", "sliding_attention"}
+    if not parameters.keys() <= kinds or (parameters and values.get("rope_scaling")):
+        return True
+    return any(has_no_rope(config, config.rope_parameters[kind], head_dim) for kind in kinds)
 
 
-def has_no_rope(config: PreTrainedConfig, head_dim: int) -> bool:
+def has_no_rope(config: PreTrainedConfig, rope: Values, head_dim: int) -> bool:
     """Return whether we must refuse the rotary positions of a config that transformers accepts."""
-    rope = config.rope_parameters
     types = ("default", "longrope") if config.model_type == "phi3" else NEEDED
     partial = rope.get("partial_rotary_factor", 1.0)
     if rope.get("rope_type") not in types or (partial != 1.0 and config.model_type != "phi3"):
@@ -387,9 +435,9 @@ def _aliased(key: str, values: Values) -> bool:
 def test_transformers_is_the_referee(family: str, data: st.DataObject) -> None:
     values = data.draw(configs(family))
     config = by_transformers(values)
-    # Only LlamaConfig requires hidden_size to be a multiple of the heads even where head_dim is given.
+    # Only these require hidden_size to be a multiple of the heads even where head_dim is given.
     whole = all(isinstance(values.get(key), int) and values.get(key) for key in LLAMA_SIZES)
-    assume(not (family == "llama" and whole and values["hidden_size"] % values["num_attention_heads"]))
+    assume(not (family in ("llama", "gemma3_text") and whole and values["hidden_size"] % values["num_attention_heads"]))
     if config is None or has_no_table(values, config):
         with pytest.raises(UserError, match="^config.json: "):
             parse_architecture(values, "config.json")

@@ -294,7 +294,7 @@ _LLAMA |= {"intermediate_size": 96, "vocab_size": 100}
 def test_the_families_that_are_named_are_those_there_are() -> None:
     families = re.search(r"\*\*Families\*\* other than ([^:]+):", NOT_SUPPORTED)
     assert families is not None
-    named = set(re.findall(r"[a-z_]+\d?", re.sub(r"\([^)]*\)|\band\b", "", families[1])))
+    named = set(re.findall(r"\w+", re.sub(r"\([^)]*\)|\band\b", "", families[1])))
     assert named == set(FAMILIES)
 
 

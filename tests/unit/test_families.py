@@ -36,7 +36,7 @@ def edited(tiny: Path, tmp_path: Path, drop: tuple[str, ...] = (), **changes: An
     return tmp_path
 
 
-MIXED = ("smollm3",)  # the layers of these tiny models are not all alike
+MIXED = ("smollm3", "gemma3_text")  # the layers of these tiny models are not all alike
 EXPECTED = {
     "phi3": {"max_positions": 64, "norm_eps": 1e-5, "head_dim": 16, "qkv_bias": False},
     "seed_oss": {"head_dim": 24, "qkv_bias": True, "proj_bias": True, "mlp_bias": True},
@@ -66,6 +66,20 @@ EXPECTED = {
         "prefix": "transformer.",
     },
     "opt": {"activation": "relu", "position_offset": 2, "mlp_bias": True, "norm_eps": 1e-5, "positions": "learned"},
+    "olmo2": {"norm_eps": 1e-5, "qk_norm": False, "zero_centered_norm": False, "kv_heads": 2, "tied": False},
+    "gemma3_text": {
+        "zero_centered_norm": True,
+        "qk_norm": True,
+        "activation": "gelu_tanh",
+        "gated": True,
+        "embedding_multiplier": 8.0,
+        "rounds_embedding_multiplier": True,
+        "attention_multiplier": 40**-0.5,
+        "sliding_window": 64,
+        "ropes": (RopeParameters(1e2), RopeParameters(1e4, "linear", 4.0)),
+        "head_dim": 24,
+        "tied": True,
+    },
 }
 
 
@@ -197,6 +211,13 @@ REFUSED = [
     ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm"),
     ("opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
     ("opt", {"activation_function": "tanh"}, "activation_function"),
+    ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ("gemma3_text", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    ("gemma3_text", {"sliding_window": None}, "sliding_window"),
+    ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
+    ("gemma3_text", {"hidden_activation": "quick_gelu"}, "hidden_activation"),
+    ("gemma3_text", {"rope_parameters": {"chunked_attention": {"rope_theta": 1e4}}}, "chunked_attention"),
 ]
 
 
@@ -218,6 +239,42 @@ def test_every_layer_sliding_is_a_window(tiny: dict[str, Path], tmp_path: Path) 
     changes = {"use_sliding_window": True, "max_window_layers": 0, "sliding_window": 32, "layer_types": None}
     assert read_architecture(edited(tiny["qwen2"], tmp_path, **changes)).sliding_window == 32
     assert read_architecture(edited(tiny["mistral"], tmp_path, sliding_window=None)).sliding_window is None
+
+
+def test_which_norms_a_layer_has_follows_from_its_tensors(tiny: dict[str, Path]) -> None:
+    names = ("input_layernorm", "post_self_attn_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm")
+    found = {
+        family: "".join("01"[read_architecture(tiny[family]).layers[0].has(name)] for name in names)
+        for family in ("llama", "gpt2", "olmo2", "gemma3_text")
+    }
+    assert found == {"llama": "1010", "gpt2": "1010", "olmo2": "0101", "gemma3_text": "1111"}
+
+
+@pytest.mark.parametrize(("tp_size", "keys"), [(1, 32), (2, 16), (4, 32)])
+def test_norms_over_heads_are_cut_as_the_heads_are(tp_size: int, keys: int, tiny: dict[str, Path]) -> None:
+    """Four query heads and two key/value heads of 16; ranks that share a key head hold the weights of all keys."""
+    architecture = read_architecture(tiny["olmo2"])
+    norm = "decoder.layers.1.self_attention.heads_norm"
+    plans = [copy_plans(architecture, rank, tp_size, padded_vocab(107, 1, tp_size)) for rank in range(tp_size)]
+    for rank, plan in enumerate(plans):
+        (queries,) = plan[f"{norm}.query.weight"].copies
+        assert queries.hf_index == (slice(rank * 64 // tp_size, (rank + 1) * 64 // tp_size),)
+        (copy,) = plan[f"{norm}.key.weight"].copies
+        first = 0 if keys == 32 else rank * 16
+        assert copy.hf_index == (slice(first, first + keys),) and plan[f"{norm}.key.weight"].cut == (tp_size < 4)
+
+
+def test_layers_of_a_gemma(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """Every sixth layer sees all positions. In an older file rope_scaling is that of these layers alone."""
+    older = {"rope_theta": 2e6, "rope_local_base_freq": 3e3, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    dropped = ("layer_types", "rope_parameters")
+    folder = edited(tiny["gemma3_text"], tmp_path, drop=dropped, num_hidden_layers=7, sliding_window_pattern=3, **older)
+    layers = read_architecture(folder).layers
+    assert [kind.sliding_window for kind in layers] == [64, 64, None, 64, 64, None, 64]
+    assert (layers[0].rope, layers[2].rope) == (RopeParameters(3e3), RopeParameters(2e6, "linear", 8.0))
+    plain = read_architecture(edited(tiny["gemma3_text"], tmp_path, drop=dropped, num_hidden_layers=7)).layers
+    assert [kind.sliding_window is None for kind in plain] == [False] * 5 + [True, False]
+    assert (plain[0].rope, plain[5].rope) == (RopeParameters(1e4), RopeParameters(1e6))
 
 
 def test_a_window_beside_full_attention_makes_two_kinds(tiny: dict[str, Path], tmp_path: Path) -> None:

@@ -43,6 +43,8 @@ CLASSES = {
     "phi3": transformers.Phi3Config,
     "seed_oss": transformers.SeedOssConfig,
     "ministral3": transformers.Ministral3Config,
+    "olmo2": transformers.Olmo2Config,
+    "gemma3_text": transformers.Gemma3TextConfig,
 }
 # Keys of published config.json files, with the published values where these matter.
 PUBLISHED: dict[str, Values] = {
@@ -79,6 +81,20 @@ PUBLISHED: dict[str, Values] = {
     "seed_oss": {"residual_dropout": 0.1, "attention_dropout": 0.1, "pretraining_tp": 1, "rope_theta": 1e7},
     "smollm3": {"rope_theta": 5e6, "use_sliding_window": False, "attention_bias": False, "mlp_bias": False},
     "ministral3": {"attention_dropout": 0.0, "sliding_window": None, "rope_theta": 1e6},
+    "olmo2": {"attention_bias": False, "attention_dropout": 0.0, "rope_scaling": None, "rope_theta": 5e5},
+    "gemma3_text": {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attn_logit_softcapping": None,
+        "cache_implementation": "hybrid",
+        "final_logit_softcapping": None,
+        "rope_local_base_freq": 1e4,
+        "rope_scaling": None,
+        "rope_theta": 1e6,
+        "sliding_window_pattern": 6,
+        "_sliding_window_pattern": 6,
+        "use_bidirectional_attention": False,
+    },
     "opt": {"activation_dropout": 0.0, "prefix": "</s>", "init_std": 0.02, "word_embed_proj_dim": 64},
 }
 

@@ -41,6 +41,13 @@ _MULTIPLIERS = {
     "residual_multiplier": 0.22,
     "logits_scaling": 8.0,
 }
+_GEMMA3 = {
+    "head_dim": 96,
+    "sliding_window": 512,
+    "sliding_window_pattern": 2,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "dtype": "bfloat16",
+}
 _GPT2 = {"model_type": "gpt2", "n_embd": 512, "n_layer": 4, "n_head": 8, "vocab_size": 4001, "n_positions": 1024}
 
 
@@ -70,6 +77,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "opt": {
             **{"model_type": "opt", **_SMALL, "ffn_dim": 2048, "word_embed_proj_dim": 512},
         },
+        "olmo2": {"model_type": "olmo2", **_SMALL, "num_key_value_heads": 4},
+        "olmo2_two_kv": {"model_type": "olmo2", **_SMALL, "num_key_value_heads": 2, "dtype": "bfloat16"},
+        "gemma3": {"model_type": "gemma3_text", **_SMALL, **_GEMMA3},
     }
     base = tmp_path_factory.mktemp("verify")
     for name, values in configs.items():
@@ -110,6 +120,14 @@ CASES = [
     ("two_kv", 8, 1, False, 2, False, 0.5, []),
     ("qwen2", 2, 1, True, 2, False, 0.3, ["lora.rank_pattern={down_proj: 24}"]),
     ("qwen3", 4, 1, True, 2, False, 0.3, []),
+    ("olmo2", 1, 1, False, 2, True, 0.3, []),
+    ("olmo2", 2, 1, False, 2, False, 1.0, ["lora.targets=[down_proj]"]),
+    ("olmo2", 4, 1, True, 2, True, 0.3, ["model.dtype=bf16"]),
+    ("olmo2_two_kv", 4, 1, True, 2, False, 0.3, ["data.packing=true"]),
+    ("olmo2_two_kv", 8, 1, False, 2, True, 0.3, ["lora.targets=[q_proj,v_proj]"]),
+    ("gemma3", 1, 1, False, 2, False, 1.0, []),
+    ("gemma3", 2, 1, True, 2, True, 0.3, []),
+    ("gemma3", 4, 1, False, 2, False, 0.3, ["model.dtype=fp32", "data.packing=true"]),
     ("qwen3", 2, 1, True, 2, True, 0.3, ["model.dtype=fp32"]),
     ("gpt2", 2, 1, True, 2, False, 1.0, ["lora.targets=[q_proj,v_proj]"]),
     ("gpt2", 4, 1, False, 2, True, 0.1, []),
@@ -176,6 +194,17 @@ OTHER_METHODS = [
     ("gpt2", 2, False, False, 0.3, ["method=full"]),
     ("qwen3", 2, True, False, 0.3, ["method=full"]),
     ("granite", 2, True, False, 0.3, ["method=full"]),
+    ("olmo2", 1, False, True, 0.3, ["method=full", "model.dtype=bf16"]),
+    ("olmo2", 2, True, False, 0.3, ["method=full"]),
+    ("olmo2_two_kv", 4, True, True, 0.3, ["method=full"]),
+    ("olmo2", 2, True, True, 0.3, ADAPTER_H),
+    ("olmo2_two_kv", 2, False, True, 0.3, [*ADAPTER_L, REPLICATED]),
+    ("olmo2", 1, False, True, 0.3, [*ADAPTER_H, REPLICATED]),
+    ("olmo2_two_kv", 4, True, False, 0.3, PREFIX),
+    ("olmo2", 2, False, True, 0.3, [*PROMPT, PACKED]),
+    ("gemma3", 2, True, False, 0.3, ["method=full"]),
+    ("gemma3", 1, False, True, 0.3, ADAPTER_L),
+    ("gemma3", 2, True, True, 0.3, PREFIX),
     ("two_kv", 4, True, True, 1.0, ["method=full"]),
     ("mha", 1, False, True, 0.3, ["method=full", PACKED]),
     ("llama", 2, True, False, 1.0, ADAPTER_H),

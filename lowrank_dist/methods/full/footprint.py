@@ -64,7 +64,8 @@ def _parameters(job: Job) -> Iterator[Parameter]:
     for kind in arch.layers:
         for rule in kind.tensors:
             (dimension,) = rule.shape
-            yield Parameter(arch.size(dimension), n > 1 if dimension == "head_dim" else sequence)
+            cut, of_heads = arch.is_cut(rule, n), dimension in ("head_dim", "queries", "keys")
+            yield Parameter(arch.size(dimension) // (n if cut else 1), not cut and (n > 1 if of_heads else sequence))
         for linear in kind.linears.values():
             column = linear.kind == "column"
             yield Parameter(linear.weights // n, False)

@@ -59,8 +59,9 @@ class FullFineTuning:
         shapes, trained = hf_shapes(architecture), []
         # Iterate over the plan of a single rank, which has a part of every tensor.
         for name, plan in plans(0, 1).items():
-            partial_grad = size > 1 and not plan.cut and _is_partial(name, topology.sequence_parallel)
-            parameter = mark(_trained(model, name), sharded=plan.cut and size > 1, partial=partial_grad)
+            cut = plans_here(0)[name].cut
+            partial_grad = size > 1 and not cut and _is_partial(name, topology.sequence_parallel)
+            parameter = mark(_trained(model, name), sharded=cut and size > 1, partial=partial_grad)
             trained.append(
                 TrainedParameter(parameter, {copy.hf: shapes[copy.hf] for copy in plan.copies}, partial(shard_at, name))
             )
@@ -113,7 +114,7 @@ def _is_partial(name: str, sequence_parallel: bool) -> bool:
 
     Position embeddings are added before the tokens are sharded, so their gradient is whole.
     """
-    if "q_layernorm" in name or "k_layernorm" in name:
+    if any(norm in name for norm in ("q_layernorm", "k_layernorm", "heads_norm")):
         return True
     return sequence_parallel and not name.startswith("embedding.")
 

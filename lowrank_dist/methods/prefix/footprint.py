@@ -70,11 +70,11 @@ class PrefixFootprint(Footprint):
         positions = job.tokens + job.layout.micro_batch * (2 if job.packing else 1) * self.virtual_positions
         heads = kind.linears["linear_proj"].in_features // n + max(1, arch.kv_heads // n) * arch.head_dim
         found = positions * (2 * heads * e + 4 * arch.heads // n)
-        if arch.qk_norm and input_requires_grad:
+        if (arch.qk_norm or kind.norms_all_heads) and input_requires_grad:
             copied = whole_heads and arch.kv_heads // n > 1 and arch.heads > arch.kv_heads
-            if not written_out(job):
+            if kind.norms_all_heads or not written_out(job):
                 found += job.tokens * kind.linears["linear_qkv"].out_features // (n if whole_heads else 1) * e
-            found += head_norms(job, copied)
+            found += head_norms(job, kind, copied)
         return found
 
     def saved_by_model(self, job: Job, recompute: bool) -> int:
