@@ -48,7 +48,7 @@ class LayerKind:
     linears: by Megatron's name ("linear_qkv"), in the order of execution.
     tensors: the layer's other tensors.
     sliding_window: query i sees keys j with i - sliding_window < j <= i; None = plain causal.
-    rope: the rotary positions of queries and keys; None = none are applied here.
+    rope: the rotary positions of queries and keys; None = these layers rotate nothing.
     """
 
     linears: Mapping[str, Linear] = field(hash=False)
@@ -84,7 +84,7 @@ class Architecture:
     prefix: base-model prefix of the Hugging Face names ("model."); some published checkpoints leave it out.
     head_dim: width of a head; heads × head_dim need not be `hidden`.
     activation: "gelu" is the exact GELU, "gelu_tanh" its tanh approximation.
-    qkv_bias, proj_bias, mlp_bias: linear_qkv, linear_proj, and both linears of the MLP have biases.
+    qkv_bias: linear_qkv has a bias. proj_bias: linear_proj has one. mlp_bias: both linears of the MLP have one.
     position_offset: rows of the Hugging Face position table before position 0 (OPT: 2). The row_offset of the table's
     TensorRule already skips them.
     conv1d: linear weights are stored [in, out] (GPT-2).
@@ -93,7 +93,7 @@ class Architecture:
     rounds_embedding_multiplier. attention_multiplier: scales the attention
     scores; None = 1/√head_dim. residual_multiplier: scales the outputs of attention and MLP before they are added.
     logits_divisor: divides the logits.
-    tensors: tensors outside the layers. ignored: patterns of tensors in the files that carry no weights of this model.
+    tensors: tensors outside the layers. ignored: patterns for names of tensors in the files that are no weights.
     """
 
     family: str
@@ -200,7 +200,7 @@ class Architecture:
     def check_tp(self, tp_size: int, ranks: int = 0) -> None:
         """Raise UserError where `tp_size` does not divide the model; the message lists the sizes that do.
 
-        ranks: of the job, which the listed sizes divide as well; 0 where the job is not known.
+        ranks: number of ranks of the job, which the listed sizes divide as well; 0 where it is not known.
         """
         if tp_size >= 1 and self.indivisible_by(tp_size) is None:
             return

@@ -164,7 +164,7 @@ def _rotated_layers(values: Mapping[str, Any], family: Family, layers: int, wher
 def _sliding_windows(
     values: Mapping[str, Any], family: Family, rotated: Sequence[bool], where: str
 ) -> list[int | None]:
-    """Return the sliding window of each layer, or None where it has full attention. rotated: `_rotated_layers`."""
+    """Return each layer's sliding window; None for a layer with full attention. rotated: from `_rotated_layers`."""
     found = {name: key.read(values, where) for name, key in family.window.items()}
     window: int | None = found.get("window")
     layers = len(rotated)
@@ -267,7 +267,7 @@ def _linears(family: Family, fields: Mapping[str, Any]) -> dict[str, Linear]:
 
 
 def _parts(paths: tuple[str, ...], rows: tuple[int, ...], names: tuple[str, ...] = ()) -> tuple[Part, ...]:
-    """Return the projections of a linear. names: of those that one Hugging Face module stacks in this order."""
+    """Return the projections of a linear. names: one per projection, for a module that stacks them in this order."""
     if _whole(paths, len(rows)) is None:
         return tuple(Part(_leaf(path), path, count) for path, count in zip(paths, rows, strict=True))
     return tuple(

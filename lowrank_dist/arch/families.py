@@ -18,7 +18,7 @@ from lowrank_dist.arch.rope import RopeTable
 class Family:
     """The map from one `model_type` of config.json onto Megatron.
 
-    model_class: transformers' class of a causal model, by which llama.cpp and vLLM know it (`architectures`).
+    model_class: transformers' class of the causal model. llama.cpp and vLLM look for it in `architectures`.
     keys: field of `Architecture`, or "ffn" → key of config.json; "layers" is the number of layers. Defaults of fields
     that are None or missing: ffn = 4 × hidden, kv_heads = heads, head_dim = hidden / heads.
     fixed: fields that every model of the family shares. derived: field → its value, from the fields that were read.
@@ -26,11 +26,11 @@ class Family:
     is a flag, or a number where the supported value is None.
     equal: size of config.json → the field that it must equal if given, and the feature that another value means.
     absent: key that config.json must not have → the feature that it means.
-    linears: Megatron linear → Hugging Face module path, one per projection, in the order of LinearLayout.parts. Where
-    one module stacks q, k and v, or gate and up, in this order, its path stands there alone.
+    linears: Megatron linear → Hugging Face module path, one per projection, in the order of LinearLayout.parts. A
+    module that stacks q, k and v (or gate and up) in this order is the only path.
     tensors: every other tensor; names of a layer's tensors have a `{layer}` field. `OUTPUT_LAYER` is left out where the
     embeddings are tied.
-    ignored: patterns of tensors in the files that carry no weights; they match names without `prefix`.
+    ignored: patterns for names, without `prefix`, of tensors in the files that are no weights.
     window: the keys of a sliding window; empty where the family has none. "window" is its width. Without the other keys
     it applies to all layers. "used" turns it on, "kinds" lists every layer's kind. Where "kinds" is missing, "first" is
     the first layer with a window, or all layers have one but every "interval"-th; without both, the layers without

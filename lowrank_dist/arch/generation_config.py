@@ -1,6 +1,6 @@
 """The keys of generation_config.json, a model's decoding defaults. eos_token_id is applied, the others are reported.
 
-Models older than this file have the same keys in config.json.
+Older models have the same keys in config.json.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ GENERATION = KeyRule(
 
 
 def generation_notes(folder: Path) -> list[str]:
-    """Return a line for each decoding option of a model folder that is not applied. UserError for a malformed file."""
+    """Return a line for each decoding option of a model folder that is not applied.
+
+    Raises UserError for a malformed file.
+    """
     own = folder / GENERATION_FILE
     file = own if own.is_file() else folder / CONFIG_FILE
     values: dict[str, Any] = read_model_json(

@@ -58,8 +58,8 @@ class Key:
     "integer" any integer; "number" at least 0, "positive" from 1e-30 to 1e30; "flag" true or false, "text" a string,
     "bits" a list of 0 and 1, "names" a list of strings.
     default: a value, REQUIRED, or None for a value that follows from other keys.
-    null: null is a valid value and is read as None. also: another name that transformers maps to this key; it wins
-    where both are given.
+    null: null is a valid value and is read as None. also: another name of the key in transformers; where both are
+    given, its value counts.
     """
 
     name: str

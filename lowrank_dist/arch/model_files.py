@@ -54,7 +54,7 @@ def require_folder(path: Path) -> Path:
 def hub_hint(path: Path) -> str:
     """Return a hint for a missing path that looks like a name on the Hub; empty for other paths.
 
-    It is the end of an error: the command that downloads the model to this very path.
+    The hint ends an error message and gives the command that downloads the model to this path.
     """
     if path.exists() or path.parent.is_dir() or not _HUB_NAME.fullmatch(str(path)):
         return ""
@@ -114,7 +114,7 @@ def built_in_config(name: str) -> dict[str, Any]:
 
 
 def find_config(what: str) -> Path:
-    """Return the config.json of a built-in shape or of a model folder, or that file itself.
+    """Return the path of a config.json. what: a built-in shape, a model folder or that file itself.
 
     Raises UserError for anything else.
     """

@@ -114,7 +114,7 @@ class _Matcher:
         self._tests = (targets,) if isinstance(targets, str) else tuple(dict.fromkeys(targets))
         self._expression = targets if isinstance(targets, str) and targets != ALL_LINEAR else None
         self._used: set[tuple[str, str]] = set()
-        # (key, pattern) → the patterns that came before it for a module that it matches too.
+        # (key, pattern) → the earlier patterns that count for modules that this pattern matches too.
         self._shadowed: dict[tuple[str, str], dict[str, None]] = {}
 
     def targets(self, candidate: _Candidate) -> bool:

@@ -54,15 +54,16 @@ class RopeParameters:
 
 @dataclass(frozen=True)
 class RopeTable:
-    """What the rotary positions of one family have in common.
+    """The common properties of one family's rotary positions.
 
     theta: base where config.json gives none. types: the rope types that the family computes. renamed: other name of a
     type → its name here. rotated: fraction of a head that is rotated where config.json gives none; None = the whole
     head always is. interleaved: see RopeParameters. default: rope_parameters where config.json has none.
     original: original_max_position_embeddings where config.json has no such key; None = that of rope_parameters.
     scales_queries: the family reads llama_4_scaling_beta.
-    local: rope_parameters stand by kind of layer. In an older config.json they are those of full attention, and layers
-    with a sliding window have type "default" and the base of this key, or where it is missing this base.
+    local: (key, base); None = all layers have the same rotary positions. Otherwise rope_parameters has an entry for
+    each of FULL and SLIDING. In an older config.json it describes the layers with full attention. The layers with a
+    sliding window then have type "default", and their base is the value of `key`, or `base` where that is missing.
     """
 
     theta: float = 10_000.0
@@ -120,7 +121,7 @@ def read_rope(
     names = {"theta": "rope_theta", **_NEEDED[rope_type], **(_ORIGINAL if table.scales_queries else {})}
     if "original_max_positions" in names:
         _set_original(found, values, table, max_positions)
-    # Where factor is null (or, for longrope, missing), transformers takes the ratio of the lengths.
+    # Where factor is null (or, for longrope, missing), transformers takes max_positions / the original ones.
     if rope_type in ("yarn", "longrope") and found.get("factor", 0 if rope_type == "yarn" else None) is None:
         original = found["original_max_position_embeddings"]
         found["factor"] = max_positions / original if _is_positive(original) else None
@@ -175,7 +176,7 @@ def _stated(values: Mapping[str, Any], table: RopeTable, layer_type: str, where:
 
 def _set_original(found: dict[str, Any], values: Mapping[str, Any], table: RopeTable, max_positions: int) -> None:
     key = "original_max_position_embeddings"
-    # As a key of config.json itself it wins over the one in rope_parameters, if they are those of all layers.
+    # A top-level key of config.json wins over the one in rope_parameters, if those are the same for all layers.
     stated = values.get(key, table.original) if table.local is None else None
     if key in values or stated is not None:
         found[key] = stated
@@ -202,7 +203,7 @@ def _columns(found: Mapping[str, Any], table: RopeTable, head_dim: int, where: s
 
 
 def _yarn(found: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return beta_fast, beta_slow, truncate, and the scaling of cos and sin of YaRN."""
+    """Return YaRN's beta_fast, beta_slow and truncate, and its scaling of cos and sin."""
     numbers: dict[str, float | None] = {}
     for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
         value = found.get(key)
@@ -231,7 +232,7 @@ def _mscale(factor: float, weight: float) -> float:
 
 
 def _longrope(found: Mapping[str, Any], columns: int, where: str) -> dict[str, Any]:
-    """Return the factors of short and long samples, and the scaling of cos and sin of LongRoPE."""
+    """Return LongRoPE's factors for short and for long samples, and its scaling of cos and sin."""
     factors = {}
     for key in ("short_factor", "long_factor"):
         value = found.get(key)

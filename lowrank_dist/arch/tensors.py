@@ -147,7 +147,7 @@ def _row_runs(layout: LinearLayout, layer: int, tp_rank: int, tp_size: int) -> l
     return runs
 
 
-# Part of a tensor's name → what adds it to the names of a model that it wraps.
+# Part of a tensor's name → the wrapper that adds it to the names of the wrapped model.
 _WRAPPERS: Mapping[str, str] = {
     "_orig_mod.": "torch.compile",
     "_fsdp_wrapped_module.": "FSDP",
@@ -164,8 +164,8 @@ _WRAPPERS_AROUND: Mapping[str, str] = {
 def refuse_wrapped_names(path: Path, names: Sequence[str], remedy: Callable[[Path, str], str]) -> None:
     """Raise UserError, in one line, where tensors have names that a wrapper of the model gave them.
 
-    path: their file or folder. remedy: returns what to do for the path and the part of the names. PEFT and transformers
-    find no weight under such a name, mostly in silence.
+    path: their file or folder. remedy: (path, the wrapper's part of the names) → what to do. PEFT and transformers
+    find no weight under such a name and mostly do not say so.
     """
     for part, origin in {**_WRAPPERS, **_WRAPPERS_AROUND}.items():
         if part in _WRAPPERS:
