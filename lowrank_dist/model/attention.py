@@ -1,7 +1,7 @@
 """Core attention of the frozen base: rotary positions and scaled-dot-product attention, on CPU and CUDA alike.
 
 Legend: s positions, b rows of the microbatch, h query heads and g key/value heads of this rank, d head width, l
-positions of a trained prefix, L layers; when decoding t columns, those in the cache and the s new ones.
+positions of a trained prefix, L layers, t all columns of keys: the s new ones and those before them (cache or prefix).
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class KVCache:
     def append(self, input_ids: Tensor, boundary: int | None) -> Tensor:
         """Record the tokens [b, s] of the next columns and return those to compute: these, or all from the first.
 
-        boundary: the length beyond which a sample's rotary positions are others (longrope), so that a row that passes
-        it needs all its columns again; None = there is none.
+        boundary: the sample length, in tokens, above which longrope has other frequencies; None = no such length. A
+        row that grows past it needs all its columns again.
         """
         lengths = self.filled - self.padding
         self._tokens = torch.cat((self._tokens, input_ids), dim=1)
@@ -143,8 +143,8 @@ class SequencePlan(PackedSeqParams):
 class _Rotate(torch.autograd.Function):
     """RoPE of the first columns of a head; backward rotates by −θ. Saves no activation.
 
-    A column is rotated with the one half of the rotated columns further (Hugging Face's rotate_half), or with its
-    neighbour where they are interleaved.
+    n columns are rotated in pairs: column i with i + n/2 (Hugging Face's rotate_half), or interleaved, column 2i with
+    2i + 1.
     """
 
     @staticmethod

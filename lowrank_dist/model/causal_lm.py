@@ -1,6 +1,7 @@
 """The base model, built from megatron-core's parts for an Architecture, and the hooks where a method adds to it.
 
-Legend: b rows, s positions (a multiple of N under sequence parallelism), H hidden, V vocabulary, n target positions.
+Legend: b rows, s positions (under sequence parallelism a multiple of the tensor-parallel size), H hidden, V vocabulary,
+n target positions.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Segments = Sequence[tuple[int, int, int]] | None
 class KeysValues(Protocol):
     """The keys and values that attention sees before every sequence.
 
-    A call returns those of this rank's heads: [L, 2, g, length, d].
+    A call returns those of L layers and this rank's g key/value heads of width d: [L, 2, g, length, d].
     """
 
     length: int
@@ -63,7 +64,7 @@ class CausalLM(nn.Module):
     ) -> None:
         super().__init__()
         configs = {kind: transformer_config(architecture, kind, topology, dtype, device) for kind in architecture.kinds}
-        # Embedding and block read nothing that differs between kinds.
+        # Embedding and block read nothing that differs between kinds of layers.
         self.config = config = configs[architecture.layers[0]]
         vocab = padded_vocab(architecture.vocab, vocab_multiple, topology.tp_size)
         group = topology.tp_group
@@ -125,8 +126,8 @@ class CausalLM(nn.Module):
     ) -> Tensor:
         """Return Σ −log p(target) in fp32 over the microbatch, the same on every tensor-parallel rank.
 
-        input_ids, position_ids [b, s]; target_index [n] into the sequence-major [s·b] positions whose next token is a
-        target; target_ids [n]. With n = 0 the loss is 0 and every collective still runs.
+        input_ids, position_ids [b, s]; target_index [n]: the positions whose next token is a target, as indices into
+        [s·b] (sequence-major); target_ids [n]. With n = 0 the loss is 0 and every collective still runs.
         """
         hidden_nH = self._hidden(input_ids, position_ids, segments).flatten(0, 1).index_select(0, target_index)
         reduce_dgrad = self.topology.tp_size > 1 and not self.topology.sequence_parallel
@@ -193,11 +194,11 @@ class CausalLM(nn.Module):
         return None if self.prefix is None else self.prefix().to(self.config.params_dtype)
 
     def decode(self, input_ids: Tensor, cache: KVCache) -> Tensor:
-        """Return logits [b, V_i] of the token after the last column, for this rank's rows of the head.
+        """Return logits [b, V_i] of the token after the last column, for the V_i rows of the head on this rank.
 
-        Padded rows of the head have −∞. input_ids [b, s]: the columns after those in the cache, to which they are
-        added. Positions count from each row's first column that is not padding, after a prefix. Not differentiable;
-        only without sequence parallelism.
+        Padded rows of the head have −∞. input_ids [b, s]: the next columns, which are added to the cache. Positions
+        count from each row's first column that is not padding, after a prefix. Not differentiable; only without
+        sequence parallelism.
         """
         assert not self.topology.sequence_parallel, "decode inside `without_sequence_parallelism`"
         boundaries = [rope.original_max_positions for rope in self.frequencies if rope.type == "longrope"]
@@ -239,9 +240,9 @@ class CausalLM(nn.Module):
         return enter_parallel_region(hidden, self.topology.tp_group, sequence_parallel=True)
 
     def _rotations(self, positions_sb: Tensor, lengths_sb: Tensor) -> dict[RopeParameters, Rotation]:
-        """Return the rotation of each position, for each of the layers' rotary positions.
+        """Return kind of rotary positions → the rotation of each position.
 
-        positions_sb [s, b or 1]; lengths_sb, broadcast with it: the tokens of the sample at a position.
+        positions_sb: [s, b or 1]. lengths_sb: length in tokens of the sample at each position; it broadcasts with them.
         """
         dtype = self.config.params_dtype
         return {rope: each.rotation(positions_sb, lengths_sb, dtype) for rope, each in self.frequencies.items()}
@@ -255,8 +256,8 @@ class CausalLM(nn.Module):
         if multiplier != 1:
             embedded = embedded * multiplier
         hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=plan)
-        # The hidden states are divided because the logits are more. Published divisors are powers of two, so it is
-        # exact.
+        # Dividing the hidden states is cheaper than dividing the logits. It is exact for published divisors, which are
+        # powers of two.
         return hidden if divisor == 1 else hidden / divisor
 
     def _head_weight(self) -> Tensor:

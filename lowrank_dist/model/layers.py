@@ -113,8 +113,8 @@ class RecomputableLayer(TransformerLayer):
     """A transformer layer that can drop its activations and run again in backward.
 
     It uses PyTorch's non-reentrant checkpoint. Megatron's asks for CUDA RNG state, and its re-entrant form gives the
-    first layer's factors no gradient when the embedding is frozen. No RNG state is kept, because masks are functions of
-    counters.
+    first layer's factors no gradient when the embedding is frozen. No RNG state is kept, because dropout masks are
+    functions of counters.
 
     A block's output may pass a norm (LayerSubmodules) and a scale, `residual_scale`, before it is added to the residual
     stream; Megatron's layer has a place for neither.

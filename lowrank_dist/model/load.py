@@ -44,8 +44,8 @@ def load_model(
 
     architecture: that of the folder, divisible by the tensor-parallel size (`check_model`). dtype: "auto" keeps the
     checkpoint's (bf16 for fp16). broadcast: data-parallel replica 0 reads and sends, so that a file is read once per
-    cluster and not once per replica. Where it takes long, rank 0 says on stderr how far its shard is. Raises UserError
-    for weights that are missing or do not fit the architecture.
+    cluster and not once per replica. If loading takes long, rank 0 reports the progress of its shard on stderr. Raises
+    UserError for weights that are missing or do not fit the architecture.
     """
     source = dist.get_process_group_ranks(topology.dp_group)[0]
     send = broadcast and topology.dp_size > 1
@@ -79,8 +79,8 @@ def _say_on_rank_0(topology: Topology, line: str) -> None:
 def check_model(path: Path, tp_size: int, max_length: int, ranks: int = 0) -> Architecture:
     """Return the architecture that the folder's config.json describes, without reading the weights.
 
-    ranks: of the job, 0 where it is not known. Raises UserError for an unsupported model, a tensor-parallel size that
-    does not divide it, or a length that it cannot represent (`check_length`).
+    ranks: number of ranks of the job; 0 where it is not known. Raises UserError for an unsupported model, a
+    tensor-parallel size that does not divide it, or a length that it cannot represent (`check_length`).
     """
     architecture = read_architecture(path)
     architecture.check_tp(tp_size, ranks)

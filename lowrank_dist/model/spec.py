@@ -38,7 +38,7 @@ _NORMS = ("input_layernorm", "pre_mlp_layernorm", "post_self_attn_layernorm", "p
 def transformer_config(
     architecture: Architecture, kind: LayerKind, topology: Topology, dtype: torch.dtype, device: torch.device
 ) -> TransformerConfig:
-    """Return Megatron's configuration of one kind of layer: no dropout, no initialisation, no fusion for GPUs alone."""
+    """Return Megatron's configuration of one kind of layer: no dropout, no initialisation, no GPU-only fusion."""
     gated_silu = architecture.gated and architecture.activation == "silu"
     return TransformerConfig(
         num_layers=len(architecture.layers),
