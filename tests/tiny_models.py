@@ -13,6 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Glm4Config,
+    Glm4ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GraniteConfig,
@@ -25,6 +27,8 @@ from transformers import (
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Olmo3Config,
+    Olmo3ForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -84,6 +88,10 @@ _LONGROPE = {
     "short_factor": [1.0, 1.1, 1.3, 1.6],
     "long_factor": [1.5, 2.0, 4.0, 9.0],
 }
+_OLMO_ROPES = {
+    "full_attention": {key: value for key, value in _YARN.items() if key != "llama_4_scaling_beta"},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+}
 _GEMMA_ROPES = {
     "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
@@ -125,6 +133,17 @@ _RECIPES: dict[str, tuple[type, type[PreTrainedModel], dict[str, Any]]] = {
     ),
     "ministral3": (Ministral3Config, Ministral3ForCausalLM, {**_GROUPED, "head_dim": 24, "rope_parameters": _YARN}),
     "olmo2": (Olmo2Config, Olmo2ForCausalLM, _GROUPED),
+    "olmo3": (
+        Olmo3Config,
+        Olmo3ForCausalLM,
+        {
+            **_GROUPED,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 64,
+            "rope_parameters": _OLMO_ROPES,
+        },
+    ),
+    "glm4": (Glm4Config, Glm4ForCausalLM, {**_GROUPED, "head_dim": 24, "pad_token_id": 2}),
     "gemma3_text": (
         Gemma3TextConfig,
         Gemma3ForCausalLM,

@@ -174,8 +174,9 @@ def _sliding_windows(
         window = None
     kinds, key = found["kinds"], family.window["kinds"].name
     if kinds is None:
-        if "interval" in found:
-            return [window if (layer + 1) % found["interval"] else None for layer in range(layers)]
+        interval = found.get("interval", family.full_every)
+        if interval is not None:
+            return [window if (layer + 1) % interval else None for layer in range(layers)]
         if "first" not in found:
             return [None if rotates else window for rotates in rotated]
         first = layers if window is None else min(max(found["first"], 0), layers)

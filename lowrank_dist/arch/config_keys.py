@@ -74,7 +74,7 @@ def key_rule(family: Family) -> KeyRule:
     applied |= family.only.keys() | family.equal.keys() | family.absent.keys()
     if family.fixed["positions"] == "rope":
         applied |= _ROPE_NAMES
-    if family.rope.local is not None:
+    if family.rope.local is not None and family.rope.local[0] is not None:
         applied.add(family.rope.local[0])
     return KeyRule(
         applied=frozenset(applied | {"model_type", "dtype", "torch_dtype"}),

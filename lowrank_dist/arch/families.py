@@ -34,7 +34,7 @@ class Family:
     window: the keys of a sliding window; empty where the family has none. "window" is its width. Without the other keys
     it applies to all layers. "used" turns it on, "kinds" lists every layer's kind. Where "kinds" is missing, "first" is
     the first layer with a window, or all layers have one but every "interval"-th; without both, the layers without
-    rotary positions have it.
+    rotary positions have it. full_every: an "interval" for which config.json has no key.
     no_rope: the keys of layers without rotary positions; empty where the family has none. "flags" has 0 for each such
     layer, else 1. Where it is missing, every "interval"-th layer is one.
     rope: what the family's rotary positions have in common.
@@ -49,6 +49,7 @@ class Family:
     tensors: tuple[TensorRule, ...]
     ignored: tuple[str, ...] = ()
     window: Mapping[str, Key] = field(default_factory=dict)
+    full_every: int | None = None
     no_rope: Mapping[str, Key] = field(default_factory=dict)
     equal: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     rope: RopeTable = RopeTable()
@@ -502,5 +503,49 @@ FAMILIES: Mapping[str, Family] = {
             "interval": Key("sliding_window_pattern", "size", 6),
         },
         rope=RopeTable(theta=1_000_000.0, local=("rope_local_base_freq", 10_000.0)),
+    ),
+    "olmo3": Family(
+        model_class="Olmo3ForCausalLM",
+        prefix="model.",
+        keys=_LLAMA_KEYS | {"norm_eps": Key("rms_norm_eps", "number", 1e-5)} | _ATTENTION_BIASES,
+        fixed=_without(_LLAMA_FIXED, *_ATTENTION_BIASES),
+        only={},
+        linears=_LLAMA_LINEARS,
+        tensors=(_EMBEDDING, *_POST_NORM_TENSORS, *_HEADS_NORM_TENSORS, _FINAL_NORM, OUTPUT_LAYER),
+        ignored=_ROPE_BUFFERS,
+        window={"window": Key("sliding_window", "size", 4096), "kinds": Key("layer_types", "names", None)},
+        full_every=4,
+        # transformers passes rope_theta of an older config.json to the layers with full attention alone.
+        rope=RopeTable(theta=500_000.0, local=(None, 500_000.0)),
+    ),
+    "glm4": Family(
+        model_class="Glm4ForCausalLM",
+        prefix="model.",
+        keys=_LLAMA_KEYS
+        | {
+            "kv_heads": Key("num_key_value_heads", "heads", 2),
+            "head_dim": Key("head_dim", "even", 128),
+            "max_positions": Key("max_position_embeddings", "size", 131_072),
+            "norm_eps": Key("rms_norm_eps", "number", 0.00000015625),
+            "qkv_bias": Key("attention_bias", "flag", True),
+        },
+        fixed=_without(_LLAMA_FIXED, "qkv_bias"),
+        only={},
+        linears=_LLAMA_LINEARS | {"linear_fc1": ("model.layers.{layer}.mlp.gate_up_proj",)},
+        tensors=(
+            *_LLAMA_TENSORS,
+            TensorRule(
+                "decoder.layers.{layer}.post_self_attn_layernorm.weight",
+                "model.layers.{layer}.post_self_attn_layernorm.weight",
+                ("hidden",),
+            ),
+            TensorRule(
+                "decoder.layers.{layer}.post_mlp_layernorm.weight",
+                "model.layers.{layer}.post_mlp_layernorm.weight",
+                ("hidden",),
+            ),
+        ),
+        ignored=_ROPE_BUFFERS,
+        rope=RopeTable(rotated=0.5, interleaved=True),
     ),
 }

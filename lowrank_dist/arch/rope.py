@@ -63,7 +63,8 @@ class RopeTable:
     scales_queries: the family reads llama_4_scaling_beta.
     local: (key, base); None = all layers have the same rotary positions. Otherwise rope_parameters has an entry for
     each of FULL and SLIDING. In an older config.json it describes the layers with full attention. The layers with a
-    sliding window then have type "default", and their base is the value of `key`, or `base` where that is missing.
+    sliding window then have type "default", and their base is the value of `key`, or `base` where that is missing or
+    `key` is None.
     """
 
     theta: float = 10_000.0
@@ -74,7 +75,7 @@ class RopeTable:
     default: Mapping[str, Any] | None = field(default=None, hash=False)
     original: int | None = None
     scales_queries: bool = False
-    local: tuple[str, float] | None = None
+    local: tuple[str | None, float] | None = None
 
 
 # Values of layer_types.
@@ -166,8 +167,9 @@ def _stated(values: Mapping[str, Any], table: RopeTable, layer_type: str, where:
     if nested:
         found = dict(nested.get(layer_type, {}))
     if table.local is not None and layer_type == SLIDING:
-        key, base = table.local
-        theta, found = values.get(key, base), found if nested else {}
+        base_key, base = table.local
+        theta = base if base_key is None else values.get(base_key, base)
+        found = found if nested else {}
     found.setdefault("rope_theta", theta)
     if values.get("partial_rotary_factor") is not None:
         found.setdefault("partial_rotary_factor", values["partial_rotary_factor"])

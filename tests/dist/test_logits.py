@@ -192,6 +192,15 @@ def forget_windows(model: Any) -> None:
     set_windows(model, lambda window: None)
 
 
+def rotate_halves(model: Any) -> None:
+    (rope,) = model.frequencies
+    halves = replace(rope, interleaved=False)
+    model.frequencies = {halves: model.frequencies[rope]}
+    for layer in model.decoder.layers:
+        attention = layer.self_attention.core_attention
+        attention.kind = replace(attention.kind, rope=halves)
+
+
 def rotate_whole_heads(model: Any) -> None:
     for frequencies in model.frequencies.values():
         frequencies.short, frequencies.long = frequencies.short.repeat(2), frequencies.long.repeat(2)
@@ -260,6 +269,7 @@ BREAKAGES: dict[str, Callable[[Any], None]] = {
             forget_windows,
             rotate_every_layer,
             rotate_whole_heads,
+            rotate_halves,
             forget_query_scale,
             forget_rope_scaling,
         ),
@@ -308,9 +318,10 @@ def test_bf16_errs_as_transformers_does(bf16_folders: dict[str, str], layout: st
         *((function.__name__, ("granite",)) for function in MULTIPLIERS),
         *((function.__name__, ("gemma3_text",)) for function in MULTIPLIERS[:2]),
         ("forget_one_of_zero_centered_norms", ("gemma3_text",)),
-        ("forget_norms_behind_the_mlp", ("olmo2", "gemma3_text")),
-        ("norm_over_own_heads", ("olmo2",)),
-        ("exchange_thetas", ("gemma3_text",)),
+        ("forget_norms_behind_the_mlp", ("olmo2", "olmo3", "glm4", "gemma3_text")),
+        ("rotate_halves", ("glm4",)),
+        ("norm_over_own_heads", ("olmo2", "olmo3")),
+        ("exchange_thetas", ("gemma3_text", "olmo3")),
     ],
 )
 def test_notices_what_is_broken(folders: dict[str, str], broken: str, families: tuple[str, ...]) -> None:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+from transformers.models.glm4.modeling_glm4 import Glm4RotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
@@ -47,11 +48,12 @@ OURS = {
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu")
 WRONG = [None, "x", True, 1.5, [2], {"a": 1}, -2, 0]
 
+BY_KIND = ("gemma3_text", "olmo3")  # rotary positions by kind of layer
 LLAMA_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 SIZES = {
     **dict.fromkeys(("llama", "granite", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"), LLAMA_SIZES),
-    **dict.fromkeys(("phi3", "seed_oss", "olmo2", "gemma3_text"), LLAMA_SIZES),
+    **dict.fromkeys(("phi3", "seed_oss", "olmo2", "gemma3_text", "olmo3", "glm4"), LLAMA_SIZES),
     "gpt2": ("n_embd", "n_layer", "n_head", "vocab_size"),
     "opt": ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "vocab_size"),
 }
@@ -164,6 +166,9 @@ OPTIONAL: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "qwen2": {key: value for key, value in QWEN.items() if key != "attention_bias"},
     "qwen3": QWEN,
     "olmo2": LLAMA,
+    "olmo3": {key: value for key, value in LLAMA.items() if key not in ROPE}
+    | {key: GEMMA3[key] for key in ("sliding_window", "layer_types", "rope_theta", "rope_scaling", "rope_parameters")},
+    "glm4": LLAMA | {"partial_rotary_factor": st.sampled_from([1.0, 0.5])},
     "gemma3_text": GEMMA3,
     "gpt2": {
         "hidden_size": size(32),
@@ -233,12 +238,12 @@ def expected(config: PreTrainedConfig) -> Values:
     eps = {"gpt2": "layer_norm_epsilon", "opt": None}.get(config.model_type, "rms_norm_eps")
     window = getattr(config, "sliding_window", None) if config.model_type != "llama" else None
     kinds = ["sliding_attention"] * config.num_hidden_layers
-    if config.model_type in ("qwen2", "qwen3", "smollm3", "gemma3_text"):
+    if config.model_type in ("qwen2", "qwen3", "smollm3", *BY_KIND):
         kinds = config.layer_types
     if config.model_type == "smollm3" and not config.use_sliding_window:
         window = None
     rotated = getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
-    if config.model_type == "gemma3_text":
+    if config.model_type in BY_KIND:
         by_kind = {kind: expected_rope(config, config.rope_parameters[kind], layer_type=kind) for kind in set(kinds)}
         ropes = [by_kind[kind] for kind in kinds]
     else:
@@ -273,7 +278,7 @@ def expected_biases(config: PreTrainedConfig) -> dict[str, bool]:
     attention = getattr(config, "attention_bias", False)
     return {
         "qkv_bias": everywhere or config.model_type == "qwen2" or attention,
-        "proj_bias": everywhere or getattr(config, "attention_out_bias", attention),
+        "proj_bias": everywhere or getattr(config, "attention_out_bias", attention and config.model_type != "glm4"),
         "mlp_bias": everywhere or getattr(config, "mlp_bias", False),
     }
 
@@ -296,7 +301,7 @@ def expected_rope(config: PreTrainedConfig, stated: Values, **kind: str) -> list
     """
     if stated["rope_type"] == "default":
         table = Gemma3RotaryEmbedding if kind else LlamaRotaryEmbedding
-        table = Phi3RotaryEmbedding if config.model_type == "phi3" else table
+        table = {"phi3": Phi3RotaryEmbedding, "glm4": Glm4RotaryEmbedding}.get(config.model_type, table)
         found = [table.compute_default_rope_parameters(config, **kind)] * 2
     else:
         compute = ROPE_INIT_FUNCTIONS[stated["rope_type"]]
@@ -385,7 +390,7 @@ def _heads_or_rope_without_table(values: Values, config: PreTrainedConfig) -> bo
     divides = config.hidden_size % config.num_attention_heads == 0
     if config.model_type in ("gpt2", "opt"):
         return not divides
-    sized = {**dict.fromkeys(("qwen3", "seed_oss", "ministral3"), 128), "gemma3_text": 256}
+    sized = {**dict.fromkeys(("qwen3", "seed_oss", "ministral3", "glm4"), 128), "gemma3_text": 256}
     stated = values.get("head_dim", sized.get(config.model_type))
     if stated is None and not divides:
         return True
@@ -393,7 +398,10 @@ def _heads_or_rope_without_table(values: Values, config: PreTrainedConfig) -> bo
     # GraniteConfig has no such key, so any value passes, and yet its modelling code reads it.
     if type(head_dim) is not int or head_dim < 1 or head_dim % 2:
         return True
-    if config.model_type != "gemma3_text":
+    # Layers of the other kind of rotary positions would have no window that tells them apart.
+    if config.model_type == "olmo3" and config.sliding_window is None:
+        return True
+    if config.model_type not in BY_KIND:
         return has_no_rope(config, config.rope_parameters, head_dim)
     parameters, kinds = values.get("rope_parameters") or {}, {"full_attention", "sliding_attention"}
     if not parameters.keys() <= kinds or (parameters and values.get("rope_scaling")):
@@ -405,7 +413,7 @@ def has_no_rope(config: PreTrainedConfig, rope: Values, head_dim: int) -> bool:
     """Return whether we must refuse the rotary positions of a config that transformers accepts."""
     types = ("default", "longrope") if config.model_type == "phi3" else NEEDED
     partial = rope.get("partial_rotary_factor", 1.0)
-    if rope.get("rope_type") not in types or (partial != 1.0 and config.model_type != "phi3"):
+    if rope.get("rope_type") not in types or (partial != 1.0 and config.model_type not in ("phi3", "glm4")):
         return True
     head_dim = int(head_dim * partial)
     if head_dim % 2:

@@ -36,7 +36,7 @@ def edited(tiny: Path, tmp_path: Path, drop: tuple[str, ...] = (), **changes: An
     return tmp_path
 
 
-MIXED = ("smollm3", "gemma3_text")  # the layers of these tiny models are not all alike
+MIXED = ("smollm3", "gemma3_text", "olmo3")  # the layers of these tiny models are not all alike
 EXPECTED = {
     "phi3": {"max_positions": 64, "norm_eps": 1e-5, "head_dim": 16, "qkv_bias": False},
     "seed_oss": {"head_dim": 24, "qkv_bias": True, "proj_bias": True, "mlp_bias": True},
@@ -66,6 +66,13 @@ EXPECTED = {
         "prefix": "transformer.",
     },
     "opt": {"activation": "relu", "position_offset": 2, "mlp_bias": True, "norm_eps": 1e-5, "positions": "learned"},
+    "olmo3": {"norm_eps": 1e-5, "sliding_window": 64, "tied": False, "head_dim": 16},
+    "glm4": {
+        "qkv_bias": True,
+        "proj_bias": False,
+        "head_dim": 24,
+        "ropes": (RopeParameters(1e4, columns=12, interleaved=True),),
+    },
     "olmo2": {"norm_eps": 1e-5, "qk_norm": False, "zero_centered_norm": False, "kv_heads": 2, "tied": False},
     "gemma3_text": {
         "zero_centered_norm": True,

@@ -44,6 +44,8 @@ CLASSES = {
     "seed_oss": transformers.SeedOssConfig,
     "ministral3": transformers.Ministral3Config,
     "olmo2": transformers.Olmo2Config,
+    "olmo3": transformers.Olmo3Config,
+    "glm4": transformers.Glm4Config,
     "gemma3_text": transformers.Gemma3TextConfig,
 }
 # Keys of published config.json files, with the published values where these matter.
@@ -81,6 +83,8 @@ PUBLISHED: dict[str, Values] = {
     "seed_oss": {"residual_dropout": 0.1, "attention_dropout": 0.1, "pretraining_tp": 1, "rope_theta": 1e7},
     "smollm3": {"rope_theta": 5e6, "use_sliding_window": False, "attention_bias": False, "mlp_bias": False},
     "ministral3": {"attention_dropout": 0.0, "sliding_window": None, "rope_theta": 1e6},
+    "olmo3": {"attention_bias": False, "attention_dropout": 0.0, "rope_theta": 5e5},
+    "glm4": {"attention_dropout": 0.0, "partial_rotary_factor": 0.5},
     "olmo2": {"attention_bias": False, "attention_dropout": 0.0, "rope_scaling": None, "rope_theta": 5e5},
     "gemma3_text": {
         "attention_bias": False,

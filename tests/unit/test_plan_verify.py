@@ -77,6 +77,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "opt": {
             **{"model_type": "opt", **_SMALL, "ffn_dim": 2048, "word_embed_proj_dim": 512},
         },
+        "olmo3": {"model_type": "olmo3", **_SMALL, "num_key_value_heads": 4, "sliding_window": 96},
+        "glm4": {"model_type": "glm4", **_SMALL, "num_key_value_heads": 4, "head_dim": 64, "dtype": "bfloat16"},
         "olmo2": {"model_type": "olmo2", **_SMALL, "num_key_value_heads": 4},
         "olmo2_two_kv": {"model_type": "olmo2", **_SMALL, "num_key_value_heads": 2, "dtype": "bfloat16"},
         "gemma3": {"model_type": "gemma3_text", **_SMALL, **_GEMMA3},
@@ -120,6 +122,8 @@ CASES = [
     ("two_kv", 8, 1, False, 2, False, 0.5, []),
     ("qwen2", 2, 1, True, 2, False, 0.3, ["lora.rank_pattern={down_proj: 24}"]),
     ("qwen3", 4, 1, True, 2, False, 0.3, []),
+    ("olmo3", 2, 1, True, 2, False, 0.3, []),
+    ("glm4", 4, 1, True, 2, False, 0.3, []),
     ("olmo2", 1, 1, False, 2, True, 0.3, []),
     ("olmo2", 2, 1, False, 2, False, 1.0, ["lora.targets=[down_proj]"]),
     ("olmo2", 4, 1, True, 2, True, 0.3, ["model.dtype=bf16"]),
