@@ -49,7 +49,7 @@ FAMILIES = (
 )
 SHAPES = (
     *("gpt2-medium", "gpt2-large", "gpt3-175b", "llama-3-8b", "llama-3-70b", "llama-3-405b"),
-    *("qwen2.5-7b", "qwen2.5-72b", "qwen3-32b", "ministral-3-14b"),
+    *("qwen2.5-7b", "qwen2.5-72b", "qwen3-32b", "ministral-3-14b", "gemma-3-27b", "olmo-3-32b"),
 )
 # Method → its config overrides.
 METHODS = {

@@ -28,6 +28,10 @@ def saved_of_layer(job: Job, layer: Layer, input_requires_grad: bool) -> int:
     heads_out = t * kind.linears["linear_proj"].in_features // n * e
     trained = job.footprint.trains_base
     found = _norms(layer, input_requires_grad, needs) * norm_saves(job, tj, h)
+    if job.sequence_parallel and not written_out(job):
+        # A norm behind a row-parallel linear saves its input as a part of the message, which is R columns wider.
+        behind = {"post_self_attn_layernorm": proj, "post_mlp_layernorm": fc2}
+        found += tj * e * sum(rank for norm, rank in behind.items() if kind.has(norm))
     found += _linear(trained, qkv, tj * h * e, t * qkv * e)
     if attention:
         found += job.footprint.saved_by_attention(job, kind, input_requires_grad, _attention(job, kind, heads_out))

@@ -75,6 +75,8 @@ def test_gpt2_medium_as_published() -> None:
         ("qwen2.5-72b", 72.7),
         ("qwen3-32b", 32.8),
         ("ministral-3-14b", 13.5),
+        ("gemma-3-27b", 27.0),
+        ("olmo-3-32b", 32.2),
     ],
 )
 def test_built_in_sizes_as_published(name: str, billions: float) -> None:
@@ -82,7 +84,7 @@ def test_built_in_sizes_as_published(name: str, billions: float) -> None:
 
 
 def test_every_built_in_shape_has_a_size_here() -> None:
-    assert len(BUILT_IN) == 10
+    assert len(BUILT_IN) == 12
 
 
 def parameters(method: MethodName, section: MethodSection, architecture: Architecture) -> Parameters:
