@@ -47,7 +47,8 @@ def ancestors() -> Iterator[Path]:
 def parent(process: Path) -> Path | None:
     """Return /proc/PID of the parent; None where the process has ended."""
     try:
-        status = (process / "status").read_text()
+        # The kernel cuts a program's name off after 15 bytes, also inside a character.
+        status = (process / "status").read_text(errors="replace")
     except OSError:
         return None
     return process.parent / next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:"))

@@ -180,9 +180,12 @@ def _has_this_process(cgroup: Path) -> bool:
 
 
 def _text(path: Path) -> str:
-    """Return a file of the kernel; empty where it is missing or must not be read."""
+    """Return a file of the kernel; empty where it is missing or must not be read.
+
+    Names in it, as of mounts, need not be in any encoding; they come as Python writes paths.
+    """
     try:
-        return path.read_text()
+        return os.fsdecode(path.read_bytes())
     except OSError:
         return ""
 

@@ -38,7 +38,7 @@ class Backend:
         """Return the peak memory so far in GiB: allocated on the GPU, or resident in this process."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
-        with open("/proc/self/status") as status:
+        with open("/proc/self/status", errors="replace") as status:
             kib = next((int(line.split()[1]) for line in status if line.startswith("VmHWM:")), 0)
         return kib / 2**20
 

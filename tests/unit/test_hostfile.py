@@ -48,3 +48,12 @@ def test_only_a_hostfile_that_is_there_passes(tmp_path: Path, name: str) -> None
 
 def test_without_a_launcher_nothing_is_refused() -> None:
     refuse_missing_hostfile()
+
+
+def test_a_script_whose_name_the_kernel_cuts_inside_a_character(tmp_path: Path) -> None:
+    """Linux keeps 15 bytes of a program's name, here inside the fifth Chinese character."""
+    script = tmp_path / "1训练大模型.sh"
+    script.write_text(f"#!/bin/bash\n{sys.executable} -c '{RANK}'\nexit $?\n")
+    script.chmod(0o755)
+    done = subprocess.run([str(script)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

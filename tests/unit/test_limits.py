@@ -155,6 +155,16 @@ def test_names_with_spaces_and_several_mounts(tmp_path: Path) -> None:
     assert place.told() == (GIB, "memory.max of /mnt/my cgroups/a b:c")
 
 
+def test_names_in_no_encoding(tmp_path: Path) -> None:
+    """A share with Latin-1 names; a name of this process that the kernel has cut off inside a character."""
+    place = Machine(tmp_path, "0::/job")
+    (tmp_path / "proc/self/status").write_bytes("Name:\ttraining训练\n".encode()[:-2] + b"\nVmSize:\t 10 kB\n")
+    mounts = b"40 23 8:1 / /mnt/donn\xe9es rw - nfs nas:/donn\xe9es rw\n" + V2_MOUNT.format("/").encode()
+    (tmp_path / "proc/self/mountinfo").write_bytes(mounts)
+    place.v2("/job", GIB)
+    assert place.told() == (GIB, "memory.max of /sys/fs/cgroup/job")
+
+
 @pytest.mark.parametrize(("kind", "flag", "left"), [("RLIMIT_AS", "-v", 2), ("RLIMIT_DATA", "-d", 2.5)])
 def test_limits_of_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, flag: str, left: float
