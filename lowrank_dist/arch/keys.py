@@ -84,6 +84,6 @@ class Key:
         if not fits(value):
             raise UserError(f"{where}: {name} must be {description}, not {brief(value)}")
         if self.kind not in ("number", "positive") and is_integer(value) and abs(value) >= _LARGEST:
-            raise UserError(f"{where}: {name} must be below 2^31, not {value}; correct it")
+            raise UserError(f"{where}: {name} must be below 2^31, not {brief(value)}; correct it")
         # JSON allows larger integers than a tensor can be multiplied with.
         return float(value) if self.kind == "positive" else value

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 
 from lowrank_dist.arch.keys import UnsupportedModel, is_number
 from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.json import brief
 
 RopeType: TypeAlias = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
@@ -80,6 +81,9 @@ class RopeTable:
 
 # Values of layer_types.
 FULL, SLIDING = "full_attention", "sliding_attention"
+# Far beyond any model's numbers. With those outside, frequencies and angles are no finite floats.
+_LEAST, _MOST = 1e-6, 10**18
+_POSITIVE = "a number from 1e-6 to 1e18"
 # Keys of rope_parameters that each type needs, a positive number each: field of RopeParameters → key.
 _FACTOR = {"factor": "factor"}
 _ORIGINAL = {"original_max_positions": "original_max_position_embeddings"}
@@ -112,7 +116,7 @@ def read_rope(
     rope_type = next((each for each in table.types if each == table.renamed.get(str(kind), kind)), None)
     if rope_type is None:
         raise UnsupportedModel(
-            f"{where}: rope_type {kind!r} (in rope_parameters or rope_scaling) is not supported; use a checkpoint "
+            f"{where}: rope_type {brief(kind)} (in rope_parameters or rope_scaling) is not supported; use a checkpoint "
             f"with one of {', '.join(table.types)}"
         )
     if found.get("mrope_section") is not None:
@@ -128,8 +132,11 @@ def read_rope(
         found["factor"] = max_positions / original if _is_positive(original) else None
     for key in names.values():
         if not _is_positive(found.get(key)):
-            stated = found[key] if key in found else "nothing"
-            raise UserError(f"{where}: rope_type {kind!r} needs a positive number {key}, found {stated!r}")
+            stated = brief(found[key]) if key in found else "nothing"
+            raise UserError(f"{where}: rope_type {kind!r} needs {key}, {_POSITIVE}, found {stated}; correct it")
+    least = {"yarn": "rope_theta", "longrope": "original_max_position_embeddings"}.get(rope_type)
+    if least is not None and found[least] <= 1:  # both take its logarithm as a divisor
+        raise UserError(f"{where}: rope_type {kind!r} needs {least} above 1, found {found[least]}; correct it")
     columns = _columns(found, table, head_dim, where)
     return RopeParameters(
         type=rope_type,
@@ -148,7 +155,7 @@ def _stated(values: Mapping[str, Any], table: RopeTable, layer_type: str, where:
     for key in ("rope_parameters", "rope_scaling"):  # the latter wins
         stated = values.get(key)
         if stated is not None and not isinstance(stated, dict):
-            raise UserError(f"{where}: {key} must be an object, not {stated!r}")
+            raise UserError(f"{where}: {key} must be an object, not {brief(stated)}")
         found = dict(stated) if stated else found
     nested = {key: value for key, value in found.items() if isinstance(value, dict)}
     if table.local is not None and values.get("rope_parameters") is not None:
@@ -191,14 +198,15 @@ def _columns(found: Mapping[str, Any], table: RopeTable, head_dim: int, where: s
     factor = found.get(key, 1.0 if table.rotated is None else table.rotated)
     if table.rotated is None and factor != 1.0:
         raise UnsupportedModel(
-            f"{where}: {key}={factor!r} is not supported in this family; use a checkpoint that rotates the whole head"
+            f"{where}: {key}={brief(factor)} is not supported in this family; use a checkpoint that rotates the whole "
+            "head"
         )
     if not _is_positive(factor) or factor > 1:
-        raise UserError(f"{where}: {key} must be a number above 0 and at most 1, not {factor!r}")
+        raise UserError(f"{where}: {key} must be a number above 0 and at most 1, not {brief(factor)}")
     columns = int(head_dim * factor)
     if columns < 2 or columns % 2:
         raise UnsupportedModel(
-            f"{where}: {key}={factor!r} rotates {columns} columns of a head, which is not supported; use a checkpoint "
+            f"{where}: {key}={factor} rotates {columns} columns of a head, which is not supported; use a checkpoint "
             "that rotates an even number of them"
         )
     return None if columns == head_dim else columns
@@ -209,12 +217,12 @@ def _yarn(found: Mapping[str, Any], where: str) -> dict[str, Any]:
     numbers: dict[str, float | None] = {}
     for key in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"):
         value = found.get(key)
-        if value is not None and not (is_number(value) and value >= 0):
-            raise UserError(f"{where}: {key} must be a number of at least 0, not {value!r}")
+        if value not in (None, 0) and not _is_positive(value):
+            raise UserError(f"{where}: {key} must be 0 or {_POSITIVE}, not {brief(value)}; correct it")
         numbers[key] = value
     truncate = found.get("truncate", True)
     if not isinstance(truncate, bool):
-        raise UserError(f"{where}: truncate must be true or false, not {truncate!r}")
+        raise UserError(f"{where}: truncate must be true or false, not {brief(truncate)}")
     scaling = numbers["attention_factor"]
     if scaling is None:
         above, below = numbers["mscale"], numbers["mscale_all_dim"]
@@ -239,23 +247,23 @@ def _longrope(found: Mapping[str, Any], columns: int, where: str) -> dict[str, A
     for key in ("short_factor", "long_factor"):
         value = found.get(key)
         if not (isinstance(value, list) and len(value) == columns // 2 and all(map(_is_positive, value))):
-            raise UserError(f"{where}: {key} must be a list of {columns // 2} positive numbers; correct it")
+            raise UserError(f"{where}: {key} must be a list of {columns // 2} numbers from 1e-6 to 1e18; correct it")
         factors[f"{key}s"] = tuple(value)
     scaling, factor = found.get("attention_factor"), found["factor"]
     if scaling is None:
         original = found["original_max_position_embeddings"]
         scaling = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     elif not _is_positive(scaling):
-        raise UserError(f"{where}: attention_factor must be a positive number, not {scaling!r}")
+        raise UserError(f"{where}: attention_factor must be {_POSITIVE}, not {brief(scaling)}; correct it")
     return factors | {"scaling": scaling}
 
 
 def _query_beta(found: Mapping[str, Any], where: str) -> float:
     key = "llama_4_scaling_beta"
-    if not (is_number(found.get(key)) and found[key] >= 0):
-        raise UserError(f"{where}: this family needs {key} in rope_parameters, a number of at least 0")
+    if not (is_number(found.get(key)) and 0 <= found[key] <= _MOST):
+        raise UserError(f"{where}: this family needs {key} in rope_parameters, a number from 0 to 1e18")
     return float(found[key])
 
 
 def _is_positive(value: object) -> bool:
-    return is_number(value) and value > 0  # type: ignore[operator]
+    return is_number(value) and _LEAST <= value <= _MOST  # type: ignore[operator]

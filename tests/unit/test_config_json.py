@@ -587,6 +587,35 @@ def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path: Path) -> None:
             read_architecture(tmp_path)
 
 
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+_LONGROPE = _YARN | {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+@pytest.mark.parametrize(
+    ("stated", "key", "value"),
+    [
+        (_LONGROPE, "original_max_position_embeddings", 1),
+        (_LONGROPE, "original_max_position_embeddings", 0.5),
+        (_LONGROPE, "attention_factor", 1e308),
+        (_LONGROPE, "factor", 10**300),
+        (_YARN, "rope_theta", 1.0),
+        (_YARN, "beta_fast", 1e308),
+        (_YARN, "beta_slow", 1e-320),
+        (_YARN, "mscale", 1e308),
+        (_YARN, "factor", 1e-320),
+        ({"rope_theta": 10**300}, "rope_theta", 10**300),
+        ({"rope_theta": 1e-308}, "rope_theta", 1e-308),
+    ],
+)
+def test_rotary_numbers_that_give_no_finite_angles_are_refused(stated: Values, key: str, value: float) -> None:
+    """They are finite floats, but dividing by them or their logarithm, or converting them, raised other errors."""
+    values = minimal_config("llama") | {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    parse_architecture(values | {"rope_parameters": stated if len(stated) > 1 else {}}, "config.json")  # control
+    with pytest.raises(UserError, match=key) as error:
+        parse_architecture(values | {"rope_parameters": stated | {key: value}}, "config.json")
+    assert len(str(error.value)) < 300
+
+
 @pytest.mark.parametrize("value", [10**400, 2**31, -(10**400), 10**30])
 @pytest.mark.parametrize(
     "key",
@@ -594,8 +623,8 @@ def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path: Path) -> None:
 )
 def test_numbers_that_no_model_has_are_refused_at_once(key: str, value: int) -> None:
     values = minimal_config("qwen2") | {key: value}
-    if key in ("rope_theta", "rms_norm_eps") and 0 < value < 10**400:
-        parse_architecture(values, "config.json")  # even so large a float is valid
+    if (key == "rope_theta" and value == 2**31) or (key == "rms_norm_eps" and 0 < value < 10**400):
+        parse_architecture(values, "config.json")
     else:
         with pytest.raises(UserError, match=key):
             parse_architecture(values, "config.json")
