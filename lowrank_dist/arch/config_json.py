@@ -188,6 +188,12 @@ def _sliding_windows(
         raise UnsupportedModel(
             f"{where}: {key} {unknown} is not supported; use a checkpoint whose layers are {_FULL[0]} or {_SLIDING[0]}"
         )
+    if window is None and set(kinds).intersection(_SLIDING):
+        # transformers fails, or has windows in some implementations of attention and none in others.
+        raise UnsupportedModel(
+            f"{where}: {key} has {_SLIDING[0]}, but no window is used; set {family.window['used'].name} to true and "
+            f"{family.window['window'].name} to the window, or {key} to {_FULL[0]}"
+        )
     return [window if kind in _SLIDING else None for kind in kinds]
 
 

@@ -413,7 +413,8 @@ FAMILIES: Mapping[str, Family] = {
     "phi3": Family(
         model_class="Phi3ForCausalLM",
         prefix="model.",
-        keys=_without(_LLAMA_KEYS, "head_dim")
+        # Phi3Config has no head_dim, and yet the modelling code reads it.
+        keys=_LLAMA_KEYS
         | {
             "kv_heads": Key("num_key_value_heads", "heads", None),
             "max_positions": Key("max_position_embeddings", "size", 4096),
@@ -429,7 +430,9 @@ FAMILIES: Mapping[str, Family] = {
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
         window={"window": Key("sliding_window", "size", None)},
-        rope=RopeTable(types=("default", "longrope"), renamed={"su": "longrope"}, rotated=1.0, original=4096),
+        rope=RopeTable(
+            types=("default", "longrope"), renamed={"su": "longrope", "yarn": "longrope"}, rotated=1.0, original=4096
+        ),
     ),
     "seed_oss": Family(
         model_class="SeedOssForCausalLM",

@@ -209,6 +209,14 @@ REFUSED = [
     ("llama", {"model_type": "mixtral"}, "model_type 'mixtral'"),
     ("llama", {"model_type": "my_own"}, "model_type 'my_own'"),
     ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "layer_types ['chunked_attention']"),
+    *(
+        (
+            family,
+            {"layer_types": ["sliding_attention"] * 2, "sliding_window": window, "use_sliding_window": used},
+            "layer_types has sliding_attention",
+        )
+        for family, window, used in (("smollm3", 8, False), ("smollm3", None, True), ("qwen2", 8, False))
+    ),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
     ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
@@ -240,6 +248,20 @@ def test_what_is_not_supported_is_refused_by_key(
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_an_unchanged_config_is_not_refused(family: str, tiny: dict[str, Path], tmp_path: Path) -> None:
     assert read_architecture(edited(tiny[family], tmp_path)) == read_architecture(tiny[family])
+
+
+def test_keys_of_phi3_that_its_config_class_does_not_name(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """Its modelling code reads head_dim, and rope type "yarn" is the older name of longrope."""
+    default = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    folder = make_tiny("phi3", tmp_path / "wide", head_dim=24, rope_parameters=default)
+    architecture = read_architecture(folder)
+    assert (architecture.head_dim, architecture.layers[0].rope.columns) == (24, 12)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    assert hf_shapes(architecture) == stored
+    ropes = json.loads((tiny["phi3"] / "config.json").read_text())["rope_parameters"]
+    renamed = edited(tiny["phi3"], tmp_path, rope_parameters=ropes | {"rope_type": "yarn"})
+    assert read_architecture(renamed) == read_architecture(tiny["phi3"])
 
 
 def test_every_layer_sliding_is_a_window(tiny: dict[str, Path], tmp_path: Path) -> None:
