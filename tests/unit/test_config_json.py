@@ -577,6 +577,27 @@ def test_a_table_alone_makes_a_family(tmp_path: Path, monkeypatch: pytest.Monkey
     assert frozen_size(job.architecture) == held and job.placement.elements > 0
 
 
+def test_the_text_part_of_a_gemma_with_vision(tmp_path: Path) -> None:
+    """The error's own lines, executed, make a folder that we read, with the same weights."""
+    folder, text = tmp_path / "whole", tmp_path / "text"
+    parts = json.loads((make_tiny("gemma3_text", tmp_path / "tiny") / "config.json").read_text())
+    vision = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    sizes = {"hidden_size": 16, "intermediate_size": 16}
+    config = transformers.Gemma3Config(text_config=parts, vision_config=vision | sizes, mm_tokens_per_image=4)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    with pytest.raises(UnsupportedModel, match="model_type 'gemma3' has a vision part") as refused:
+        read_architecture(folder)
+    names = {name: getattr(transformers, name) for name in ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")}
+    lines = str(refused.value).partition("With transformers: ")[2]
+    exec(lines.replace("DIR", repr(str(folder))).replace("FOLDER", repr(str(text))), names)
+    architecture = read_architecture(text)
+    with open_checkpoint(text) as found, open_checkpoint(folder) as whole:
+        check_checkpoint(architecture, found)
+        for name in found.names():
+            theirs = name.replace("model.", "language_model.model.", 1)
+            assert torch.equal(found.slice(name)[:], whole.slice(theirs)[:])
+
+
 def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path: Path) -> None:
     """transformers decides so when it reads the file, whatever the value of the key."""
     for kinds in (["full_attention", "sliding_attention"], None):
