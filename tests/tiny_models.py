@@ -191,6 +191,9 @@ def _randomise(model: PreTrainedModel) -> None:
             parameter.uniform_(0.7, 1.3)
             if isinstance(model, Gemma3ForCausalLM):
                 parameter.sub_(1.0)
+        elif module == "embed_tokens" and isinstance(model, Gemma3ForCausalLM):
+            # They are scaled by 8, and larger ones would make every token predict itself.
+            parameter.normal_(0.0, 0.02)
         else:
             # Larger than at a real initialisation, so that attention is far from uniform and logits differ.
             parameter.normal_(0.0, 0.15)

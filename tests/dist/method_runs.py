@@ -126,7 +126,7 @@ def build(setting: MethodSetting) -> Built:
         theta.set_from_whole(values, topology.coordinates)
     if setting.broken == "qk_norm":
         for name, parameter in model.named_parameters():
-            if "q_layernorm" in name or "k_layernorm" in name:
+            if any(norm in name for norm in ("q_layernorm", "k_layernorm", "heads_norm.key")):
                 parameter.tp_partial_grad = False
     if setting.broken == "norms":
         from lowrank_dist.parallel import decomposed

@@ -45,7 +45,9 @@ MATMULS = (
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     base = tmp_path_factory.mktemp("collectives")
     made = {name: make_tiny(family, base / name, **keys) for name, (family, keys) in FAMILIES.items()}
-    made |= {str(depth): make_tiny("llama", base / str(depth), num_hidden_layers=depth) for depth in (1, 3)}
+    for family, depth in itertools.product(("llama", "olmo2"), (1, 3)):
+        name = f"{family}_{depth}"
+        made[name] = make_tiny(family, base / name, num_hidden_layers=depth)
     return {name: str(folder) for name, folder in made.items()}
 
 
@@ -144,20 +146,29 @@ def test_adapted_layers_issue_the_calls_of_frozen_ones(
                     assert growth <= allowed and any(growth) == sequence, (family, targets, growth)
 
 
-def test_calls_of_a_layer(folders: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("family", "sequence", "kinds"),
+    [
+        ("llama", True, {"all-gather": 2, "reduce-scatter": 2}),
+        ("llama", False, {"all-reduce": 2}),
+        # One more in each direction for the norms of queries and keys over all heads.
+        ("olmo2", True, {"all-gather": 2, "reduce-scatter": 2, "all-reduce": 1}),
+        ("olmo2", False, {"all-reduce": 3}),
+    ],
+)
+def test_calls_of_a_layer(folders: dict[str, str], family: str, sequence: bool, kinds: dict[str, int]) -> None:
     """The calls of a frozen Megatron layer by kind: the difference of two models that differ by two layers."""
-    for sequence, kinds in ((True, {"all-gather": 2, "reduce-scatter": 2}), (False, {"all-reduce": 2})):
-        phases = run_ranks(2, count_by_depth, folders, sequence)[0]
-        for phase in phases:
-            assert phase == {kind: 2 * calls for kind, calls in kinds.items()}
+    shallow, deep = folders[f"{family}_1"], folders[f"{family}_3"]
+    for phase in run_ranks(2, count_by_depth, shallow, deep, sequence)[0]:
+        assert phase == {kind: 2 * calls for kind, calls in kinds.items()}
 
 
-def count_by_depth(folders: dict[str, str], sequence: bool) -> list[Counter[str]]:
+def count_by_depth(one: str, three: str, sequence: bool) -> list[Counter[str]]:
     """On one rank: return the calls of three adapted layers minus those of one, forward and backward."""
     topology = ranks.topology(2, sequence)
     counts = []
-    for depth in ("1", "3"):
-        model = build(folders[depth], topology, "all-linear", False)
+    for folder in (one, three):
+        model = build(folder, topology, "all-linear", False)
         train_embedding(model)
         counts.append([phase.calls_by_kind() for phase in count(model)])
     return [deep - shallow for shallow, deep in zip(*counts, strict=True)]
@@ -225,11 +236,11 @@ def layers(*numbers: int) -> str:
 @pytest.mark.parametrize(("sequence", "recompute"), MODES)
 def test_nothing_runs_below_the_lowest_adapted_layer(folders: dict[str, str], sequence: bool, recompute: bool) -> None:
     """Where only the last layer is adapted, backward does not depend on how many layers lie below it."""
-    alone = run_ranks(2, backward_work, folders["1"], sequence, recompute, layers(0))
+    alone = run_ranks(2, backward_work, folders["llama_1"], sequence, recompute, layers(0))
     assert alone[0]["products"] > 0 and alone[0]["calls"].total() > 0
-    assert run_ranks(2, backward_work, folders["3"], sequence, recompute, layers(2)) == alone
+    assert run_ranks(2, backward_work, folders["llama_3"], sequence, recompute, layers(2)) == alone
     # Negative control: with a lower layer adapted as well, all three counts grow.
-    more = run_ranks(2, backward_work, folders["3"], sequence, recompute, layers(0, 2))
+    more = run_ranks(2, backward_work, folders["llama_3"], sequence, recompute, layers(0, 2))
     for found, fewer in zip(more, alone, strict=True):
         assert found["products"] > fewer["products"]
         assert found["calls"].total() > fewer["calls"].total()
@@ -244,8 +255,8 @@ def test_lowest_adapted_linear_forms_no_gradient_of_its_input(folders: dict[str,
     # The dX of fc1, proj and qkv below down_proj is not computed either.
     for name, kind, below in (("q_proj", "reduce-scatter", 0), ("down_proj", "all-gather", 3)):
         target = rf"model\.layers\.0\..*{name}"
-        trained = run_ranks(2, backward_work, folders["1"], sequence, False, target)[0]
-        whole = run_ranks(2, backward_work, folders["1"], sequence, False, target, True)[0]
+        trained = run_ranks(2, backward_work, folders["llama_1"], sequence, False, target)[0]
+        whole = run_ranks(2, backward_work, folders["llama_1"], sequence, False, target, True)[0]
         if sequence:
             assert (trained["calls"][kind, alone], trained["calls"][kind, beside]) == (1, 0)
             assert (whole["calls"][kind, alone], whole["calls"][kind, beside]) == (0, 1)

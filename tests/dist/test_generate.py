@@ -27,6 +27,7 @@ STOPS = tuple(range(30, 38))  # random models write one about every thirteenth t
 VARIANTS = {
     "one_kv": ("llama", {"num_key_value_heads": 1}),
     "one_kv_qk_norm": ("qwen3", {"num_key_value_heads": 1}),
+    "one_kv_norm_over_heads": ("olmo2", {"num_key_value_heads": 1}),
     "window": ("mistral", {"sliding_window": WINDOW}),
     "linear_rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
     "tied_gpt2_apart": ("gpt2", {"tie_word_embeddings": False}),

@@ -70,6 +70,9 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {}),
     "qwen3": ("qwen3", {}),
     "granite": ("granite", {}),
+    "olmo2": ("olmo2", {}),
+    "olmo2_one_kv": ("olmo2", {"num_key_value_heads": 1}),
+    "gemma3_text": ("gemma3_text", {}),
     "one_kv": ("llama", {"num_key_value_heads": 1}),
     "window": ("mistral", {"sliding_window": 12}),
 }
@@ -79,6 +82,8 @@ TRIED = {
     "gpt2": tuple(METHODS),
     "qwen3": ("full", "prefix", "prefix_mlp"),
     "one_kv": ("full", "prefix", "prefix_mlp", "dora_dropout"),
+    "olmo2": ("full", "adapter_h", "prefix"),
+    "gemma3_text": ("full", "adapter_l"),
 }
 
 
@@ -119,6 +124,9 @@ TWINS = [
     *itertools.product(("gpt2",), ("tp2", "tp4", "tp2_dp2_nosp")),
     *itertools.product(("qwen3",), ("tp2", "tp2_nosp", "tp4")),
     *itertools.product(("one_kv",), ("tp2", "tp2_nosp", "tp4", "tp4_nosp")),
+    # At TP 4 two ranks share a key head, and so a part of the norm over all keys.
+    *itertools.product(("olmo2",), ("tp2_nosp", "tp4")),
+    ("gemma3_text", "tp2"),
 ]
 
 
@@ -213,7 +221,9 @@ def full_reference(folder: str, dtype: torch.dtype = torch.float32, steps: int =
     return reference(parameters, shapes, lambda tokens: model(tokens[None]).logits[0], steps)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "granite", "one_kv"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "qwen3", "granite", "one_kv", "olmo2", "olmo2_one_kv", "gemma3_text"]
+)
 def test_full_is_transformers_trained(folders: dict[str, str], family: str) -> None:
     """Gradients and weights of every tensor of the folder, by transformers' names instead of our map of shards."""
     expected = full_reference(folders[family])
@@ -380,7 +390,9 @@ def test_adapters_are_read_back_at_another_size(folders: dict[str, str], tmp_pat
 
 # The module whose output a bottleneck takes: the last linear of attention and of the MLP, its bias included.
 _LAST_LINEARS = {
-    **dict.fromkeys(("llama", "granite"), ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj")),
+    **dict.fromkeys(
+        ("llama", "granite", "olmo2"), ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj")
+    ),
     "gpt2": ("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj"),
 }
 
@@ -435,6 +447,7 @@ def test_adapters_are_bottlenecks_before_the_residual(folders: dict[str, str], f
         ("gpt2", "full", True, "deferred"),
         ("qwen3", "full", False, "deferred"),
         ("qwen3", "full", False, "qk_norm"),
+        ("olmo2_one_kv", "full", False, "qk_norm"),
         *(("llama", name, True, "deferred") for name in METHODS if name.startswith("adapter")),
         ("llama", "prefix_mlp", False, "deferred"),
         ("one_kv", "prefix", False, "deferred"),

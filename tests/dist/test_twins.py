@@ -16,12 +16,13 @@ from tests.tiny_models import make_tiny
 TOLERANCE = 5e-5
 FAMILIES = ("llama", "gpt2")
 MULTIPLIED = "granite"  # its layers are llama's, so it runs at few layouts
+NORMED = ("olmo2", "gemma3_text")  # theirs differ in norms
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     base = tmp_path_factory.mktemp("twins")
-    return {family: str(make_tiny(family, base / family)) for family in (*FAMILIES, MULTIPLIED)}
+    return {family: str(make_tiny(family, base / family)) for family in (*FAMILIES, MULTIPLIED, *NORMED)}
 
 
 @pytest.mark.parametrize(("family", "layout"), list(itertools.product(FAMILIES, LAYOUTS)))
@@ -37,7 +38,13 @@ def test_loss_and_gradients(folders: dict[str, str], family: str, layout: str) -
 
 @pytest.mark.parametrize(
     ("family", "layout"),
-    [*itertools.product(FAMILIES, LAYOUTS), (MULTIPLIED, "tp2"), (MULTIPLIED, "tp4_nosp"), (MULTIPLIED, "tp2_dp2")],
+    [
+        *itertools.product(FAMILIES, LAYOUTS),
+        (MULTIPLIED, "tp2"),
+        (MULTIPLIED, "tp4_nosp"),
+        (MULTIPLIED, "tp2_dp2"),
+        *((family, layout) for family in NORMED for layout in ("tp2_nosp", "tp4")),
+    ],
 )
 def test_three_steps(folders: dict[str, str], family: str, layout: str) -> None:
     world, tensor, sequence = LAYOUTS[layout]
