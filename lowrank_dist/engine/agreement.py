@@ -88,7 +88,7 @@ def _sources() -> list[Path]:
 
 
 def _libraries(device: str) -> dict[str, str]:
-    """Return the libraries that replace PyTorch's operators on `device` → digest or description, or why not in use."""
+    """Return library that replaces PyTorch's operators on `device` → digest or version, or why it is not in use."""
     files = [extension.LIBRARY] if device == "cpu" else [extension.LIBRARY, extension.CUDA_LIBRARY]
     found = {"compiled operators": extension.reason_not_loaded_on(device) or _shown(digest_of(files))}
     return found if device == "cpu" else {**found, "apex": apex.describe(device)}

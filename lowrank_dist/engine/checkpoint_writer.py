@@ -1,4 +1,4 @@
-"""Checkpoints of a run on the disk, on rank 0: write, link, retire, and publish one as adapter/."""
+"""Checkpoints of a run on disk, on rank 0: write them, link last and best, remove old ones, publish one as adapter/."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ class Retention:
 class CheckpointWriter:
     """Writes checkpoints to the disk on one rank, from a stream of unsharded tensors.
 
-    shapes: stored name → shape of the tensors of Θ. summary: text on the steps of checkpoints/last and best, remarks:
-    text on links that could not be moved and old checkpoints that could not be removed; `write` sets both.
-    resumed: the state that the run resumes from.
+    shapes: stored name → shape of the tensors of Θ. resumed: the state that the run resumes from. `write` sets two
+    texts: summary, on the steps of checkpoints/last and best; remarks, on links that could not be moved and old
+    checkpoints that could not be removed.
     """
 
     def __init__(
@@ -139,9 +139,9 @@ class CheckpointWriter:
         return self._step_folder(self._published)
 
     def _publish(self, last: int, best: list[int]) -> str:
-        """Copy adapter/ from the checkpoint that output.publish says. Returns which one it is, for the summary.
+        """Copy adapter/ from the checkpoint that output.publish selects. Returns its description for the summary.
 
-        best: saved steps, best first. One that somebody removed or damaged, or in which nothing was trained yet, is
+        best: saved steps, best first. A checkpoint that was removed or damaged, or in which nothing is trained yet, is
         passed over.
         """
         text = self.facts.text

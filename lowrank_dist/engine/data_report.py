@@ -24,7 +24,10 @@ _BATCHES = 200
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample to look at: line of the file, its ids, which of them are targets, and its text in runs of either."""
+    """A sample to show: its line in the file, its token ids and which are targets, and its text.
+
+    text: (part, whether its tokens are targets), in order.
+    """
 
     line: int
     tokens: list[int]
@@ -61,7 +64,7 @@ def report_on_data(config: Config, samples: int) -> dict[str, DataSetReport]:
     method, architecture = completed_method(config)
     tokenizer = load_tokenizer(config.data.tokenizer or config.model.path)
     parallel = config.parallel
-    # Sequence parallelism pads rows to a multiple of its ranks; `auto` is not known before the ranks are.
+    # Sequence parallelism pads rows to a multiple of its ranks. `auto` gets its size only when the ranks are known.
     pad_multiple = 1 if parallel.sequence is False or parallel.tensor == "auto" else parallel.tensor
     split = split_of(config, method, 0, parallel.data or 1, pad_multiple)
     train = read_set(config, "train", tokenizer, method, architecture)
@@ -76,13 +79,13 @@ def report_on_data(config: Config, samples: int) -> dict[str, DataSetReport]:
 
 
 def _train_batches(config: Config, n: int) -> Iterator[np.ndarray]:
-    """Yield the numbers of the n samples in the global batches of a pass."""
+    """Yield the indices of the samples of each global batch in a pass over n samples."""
     size = config.train.global_batch
     return (order(config.train.seed, n, start, size) for start in range(0, n, size))
 
 
 def _eval_batches(split: BatchSplit, n: int) -> Iterator[np.ndarray]:
-    """Yield the numbers of the n samples in the batches of an evaluation."""
+    """Yield the indices of the samples of each batch in an evaluation of n samples."""
     size = EVAL_MICROBATCHES * split.micro_batch * split.dp_size
     return (np.arange(start, min(start + size, n)) for start in range(0, n, size))
 

@@ -28,7 +28,7 @@ from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.topology import Topology
 from lowrank_dist.terminal import ProgressLines, say
 
-EVAL_MICROBATCHES = 16  # of each rank in one batch of evaluation
+EVAL_MICROBATCHES = 16  # microbatches of each rank in one batch of evaluation
 
 # Arguments: the model, and a callback that gets (prompts done, prompts in all) after each batch. Returns name → value.
 Generating = Callable[[CausalLM, Callable[[int, int], None]], dict[str, float]]
@@ -67,7 +67,7 @@ class StreamRange:
 def _position(train: TrainConfig, dataset: Dataset, resumed: TrainingState) -> tuple[int, Sequence[str]]:
     """Return the position in the stream, and notes on it.
 
-    Another data set or seed makes another stream. To resume in the middle of its pass would leave samples out.
+    Another data set or seed makes another stream. Resuming in the middle of a pass over it would leave samples out.
     """
     position, n, before = resumed.stream_position, len(dataset), f"up to step {resumed.step}"
     seed, batch = resumed.setting("train", "seed"), resumed.setting("train", "global_batch")
@@ -167,11 +167,11 @@ def read_set(
 ) -> Dataset:
     """Return the data set of data.train or data.eval.
 
-    most: as in `load_dataset`. tell: called with a line on the progress, if it takes long. Raises as `load_dataset`.
+    most: as in `load_dataset`. tell: called with lines of progress if reading takes long. Raises as `load_dataset`.
     """
     path, use = (config.data.train, Use.TRAINING) if key == "train" else (config.data.eval, Use.EVALUATION)
     assert path is not None, "the configuration has no data.eval"
-    # Tokens of the longest sample. A row also holds the virtual tokens; a prefix takes positions but none in a row.
+    # Tokens of the longest sample. Virtual tokens are part of its row; a prefix takes positions outside the row.
     longest = config.data.max_length - method.virtual_positions
     progress = ProgressLines(f"tokenising data.{key}", "samples", tell=tell)
     return load_dataset(path, tokenizer, longest, architecture.vocab, method.virtual_token_ids, use, most, progress)

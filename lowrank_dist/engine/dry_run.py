@@ -54,12 +54,12 @@ class Executed:
     step: list[Message]
 
 
-# The stages of `execute`, as it tells them.
+# The stages of `execute`, by the names that `progress` is called with.
 STAGES = ("building the model", "forward", "backward", "a second microbatch", "the end of the step")
 
 
 def execute(job: Job, config: Config, tp_rank: int, progress: Progress | None = None) -> Executed:
-    """Build rank `tp_rank` of the job; run two microbatches, the deferred sum and the refresh after an update."""
+    """Build rank `tp_rank` of the job; run two microbatches, the deferred sum and `Theta.refresh`."""
     quiet_libraries()
     stage = iter(STAGES)
 
@@ -196,7 +196,7 @@ def _messages(count: CollectiveCount, topology: Topology, phase: Any) -> list[Me
 
 
 class _KnownPositions(TorchDispatchMode):
-    """Gives the number of virtual-token positions on a rank (not which), since fake ids have no values to look up."""
+    """Replaces the search for a rank's virtual-token positions by their number: fake ids have no values to search."""
 
     def __init__(self, job: Job, tp_rank: int) -> None:
         super().__init__()

@@ -29,13 +29,13 @@ from lowrank_dist.planner.layouts import Cluster
 from lowrank_dist.planner.memory import memory
 from lowrank_dist.planner.parameters import heaviest_rank, host_bytes
 
-# A run whose planned memory exceeds the available by this factor does not start. Tests hold the plan to 10 %.
+# A run does not start if its planned memory exceeds this factor times the available. Tests hold the plan to 10 %.
 _CERTAIN = 1.1
 _GIB = 2**30
 
 
 def with_tensor_size(config: Config, backend: Backend) -> tuple[Config, str | None]:
-    """Return the config with a size for parallel.tensor=auto, and the line that says which. Collective.
+    """Return the config with a size for parallel.tensor=auto, and the line that reports the size. Collective.
 
     The plan chooses the size for the hosts of all ranks and the smallest memory among them. All ranks use rank 0's
     choice. Raises UserError on every rank if a rank finds no size.
@@ -71,8 +71,8 @@ def _limit_text(limit: MemoryBound | None) -> str:
 def _request_of_run(config: Config, backend: Backend) -> Request:
     """Return the request for the plan of a run before its ranks are grouped.
 
-    Factors are those of the adapter that training starts from. A resumed run has them from its checkpoint, which is not
-    read yet; where the adapter is gone by then, they are taken to be the defaults of the section.
+    The method's section is completed by the adapter that training starts from. A resumed run has its values in the
+    checkpoint, which is not read yet; if that adapter is gone, the section's defaults are used.
     """
     path, section = config.model.path, config.own_section
     architecture = check_model(path, 1, config.data.max_length)
@@ -113,8 +113,8 @@ class Ranks(Protocol):
 class Forecast:
     """The plan of one run as it was launched.
 
-    memory_line: the line on memory that the run prints. lacks_host_memory: the line warns that a node's ranks need more
-    host memory than it has for them. layout_line: the line on a layout that the plan chose, or None.
+    memory_line: the line on memory that the run prints. lacks_host_memory: whether that line warns that the ranks of a
+    node need more host memory than it has. layout_line: the line on a layout that the plan chose, or None.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Forecast:
         backend: Backend,
         layout_line: str | None = None,
     ) -> None:
-        """Raises UserError where planned memory exceeds the available by over 10 %, unless train.ignore_plan is set."""
+        """Raises UserError if planned memory exceeds the available memory by over 10 %, unless train.ignore_plan."""
         self.layout_line = layout_line
         path = config.model.path
         request = Request(Model(path.name, architecture, stored_dtype(path) or "fp32"), config, True)
@@ -177,7 +177,7 @@ class Forecast:
         )
 
     def _remedy(self, available: int) -> str:
-        """Return the change that makes the run fit the ranks that it has, or what needs less where none does."""
+        """Return the layout with which the run fits its ranks; where none fits, changes that need less memory."""
         cluster = cluster_of_ranks(self._hosts, available, self._backend)
         found = fitting_layout(self._job, self._fixed, cluster)
         if found is not None:
@@ -202,8 +202,8 @@ class Forecast:
     def flops(self, tokens: int, targets: int, lengths: Mapping[int, int]) -> int:
         """Return the FLOPs that model and method need for the given tokens, over all ranks (MFU's numerator).
 
-        lengths: length of samples → their number. tokens and lengths count virtual positions that are tokens of a row,
-        and no others. Costs of a microbatch that do not depend on its tokens are left out.
+        lengths: length of samples → their number. tokens and lengths include virtual tokens, but not the positions of
+        a prefix. Costs of a microbatch that do not depend on its tokens are left out.
         """
         count = step_flops(
             self._job.architecture,

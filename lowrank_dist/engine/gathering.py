@@ -38,7 +38,7 @@ class Gathering:
         own = torch.tensor(optimiser.fragments(), dtype=torch.int64)
         tables = [torch.empty_like(own) for _ in range(topology.world_group.size())]
         dist.all_gather(tables, own, group=topology.host_group)
-        # For each rank, in order: (number of the parameter, first element, number of elements).
+        # For each rank, in order: (index of the parameter, first element, number of elements).
         self._fragments = [
             [(number, start, count) for number, (start, count) in enumerate(table.tolist()) if count]
             for table in tables
@@ -108,7 +108,7 @@ class Gathering:
 
     def _join(self, batch: Sequence[int], received: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
         trained, kinds = self._theta.trained, range(len(KINDS))
-        # (parameter, shard) → the fragments that its data-parallel replicas sent, and the coordinates of one of them.
+        # (parameter, shard) → its fragments with their first elements, and the coordinates of a rank that sent one.
         fragments: dict[tuple[int, tuple[int, int]], list[tuple[int, Tensor]]] = {}
         coordinates_of: dict[tuple[int, tuple[int, int]], RankCoordinates] = {}
         for rank, tensors in enumerate(received):

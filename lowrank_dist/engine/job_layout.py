@@ -50,7 +50,7 @@ class JobLayout:
 
 
 def job_layout(request: Request, cluster: Cluster) -> JobLayout:
-    """Return the fastest layout that fits the cluster and agrees with all that config and command line say.
+    """Return the fastest layout that fits the cluster and agrees with all keys that config and command line set.
 
     Every row is assumed to have data.max_length tokens, all of them targets. A CPU run takes the whole layout from its
     config. Raises UserError where no layout fits, with one that does as the remedy, and where a tensor-parallel group

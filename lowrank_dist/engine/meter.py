@@ -148,7 +148,7 @@ class Meter:
         return self._forecast.compare(max(peaks))
 
     def _settle(self, *, measure_waits: bool) -> tuple[defaultdict[str, float], float]:
-        """Return the seconds by phase and of waits since the last call; add the former to the next record."""
+        """Return the seconds in each phase and those of waits since the last call; add the phases to the record."""
         self._backend.synchronize()
         seconds, waited = self._phases.take()
         self._phases.measure_waits(measure_waits)

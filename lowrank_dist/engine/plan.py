@@ -39,7 +39,7 @@ def plan(
     config. A plan that does not fit is returned, with `fits` False and the remedies.
     """
     if target_share is not None and not 0 < target_share <= 1:
-        raise UserError(f"--target-share: {target_share} is no part of the tokens; give a number above 0, at most 1")
+        raise UserError(f"--target-share: {target_share} is not a share; give a number above 0 and at most 1")
     if isinstance(source, Config):
         if overrides:
             raise UserError(f"{overrides[0]}: a Config is not changed any more: give overrides to load_config")
@@ -71,7 +71,7 @@ def plan(
 
 
 def _with_adapter(request: Request) -> Request:
-    """Return the request with what the adapter that training starts from says of its factors."""
+    """Return the request with the method's section completed by the adapter that training starts from."""
     config = request.config
     if config.own_section.starts_from is None:
         return request

@@ -100,8 +100,8 @@ def fixed_of(request: Request) -> Fixed:
 def auto_tensor(request: Request, cluster: Cluster) -> int:
     """Return the tensor-parallel size that parallel.tensor=auto stands for on a cluster.
 
-    It is that of the fastest layout that agrees with the config and leaves a margin for the error of a plan, or of the
-    one that comes closest to fitting. A group crosses nodes only with parallel.across_nodes. Every row is assumed to
+    It is that of the fastest layout that agrees with the config and fits with a margin for the plan's error. Where no
+    layout fits, the closest one counts. A group crosses nodes only with parallel.across_nodes. Every row is assumed to
     have data.max_length tokens, all of them targets. Raises UserError where no layout agrees with the config.
     """
     fixed = replace(fixed_of(request), tensor=None, across_nodes=request.config.parallel.across_nodes)

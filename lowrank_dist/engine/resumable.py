@@ -43,9 +43,8 @@ def checkpoint_to_resume(config: Config, folder: RunFolder, *, verify: bool = Tr
     verify: compare its files with its manifest, which reads all of them.
 
     Raises UserError if the named checkpoint does not verify, if the run has newer ones, or if its base is not the one
-    in model.path. Where no checkpoint can be resumed, starting afresh would destroy what a run has left: checkpoints,
-    where there are some but none verifies, or the entries of `RunFolder.saved_run`. That is a UserError too, unless
-    output.overwrite is set.
+    in model.path. Unless output.overwrite is set, also raises it if no checkpoint can be resumed and starting afresh
+    would destroy a run: checkpoints of which none verifies, or the entries of `RunFolder.saved_run`.
     """
     read = partial(read_checkpoint, verify=verify)
     asked = config.train.resume
@@ -131,7 +130,7 @@ def require_same_run(
 
 
 def require_same_settings(config: Config, resumption: Resumption) -> None:
-    """Raise UserError as `require_same_run` does, without its comparison of data, which reads all of them."""
+    """Raise UserError as `require_same_run` does, but without comparing data, which would read all samples."""
     _refuse_changes(config, resumption, _changed_keys(config, resumption.state), config.train.steps)
 
 

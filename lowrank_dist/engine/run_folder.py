@@ -24,7 +24,7 @@ from lowrank_dist.untrusted.files import LINKS
 
 logger = logging.getLogger(__name__)
 
-# How a lock is refused that another process holds: the latter on SMB.
+# Errors of locking a file that another process has locked; EACCES on SMB.
 _HELD = (errno.EAGAIN, errno.EACCES)
 ENTRIES = ("config.yaml", "metrics.jsonl", "checkpoints", "adapter")
 
@@ -229,7 +229,7 @@ class RunFolder:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def _lock(self, log: logging.FileHandler) -> str:
-        """Lock the folder until this process ends in any way: two runs here would retire each other's checkpoints.
+        """Lock the folder until this process ends in any way: two runs here would delete each other's checkpoints.
 
         Returns a line for the user where the file system has no locks, else "". Raises UserError where another process
         holds the lock.
@@ -262,7 +262,7 @@ class RunFolder:
                     shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
 
     def _entries(self) -> dict[str, int]:
-        """Return name → time of last change [ns] of the entries that a run that trains here creates or changes."""
+        """Return name → time of last change [ns] of the entries that a run in this folder creates or changes."""
         paths = (self.config, self.metrics, self.adapter, *step_folders(self.checkpoints).values())
         return {path.name: path.lstat().st_mtime_ns for path in paths if path.exists()}
 

@@ -50,7 +50,7 @@ class _Save:
 
 
 class CheckpointSaver:
-    """Writes checkpoints/step-N, moves the links last and best, retires old checkpoints, and at the end adapter/.
+    """Writes checkpoints/step-N, moves the links last and best, removes old checkpoints; at the end writes adapter/.
 
     At most one save is under way. A disk error is reported and the run goes on; the next save tries again. Only a disk
     error of the last save ends the run with an error. Any other failure ends the run on all ranks.

@@ -179,7 +179,7 @@ class Trainer:
         """Return True where a rank of this tensor-parallel group was told to stop.
 
         Raises UserError where the ranks of the group read different batches: they would train on garbage unnoticed.
-        One message carries both.
+        One collective exchanges both.
         """
         topology, device = self.run.topology, self.run.backend.device
         tokens = digest(m.input_ids for m in batch.microbatches)

@@ -47,7 +47,7 @@ def _compared(formula: float, executed: float) -> Compared:
 
 
 def _from_plan(job: Job, tp_rank: int) -> Iterator[tuple[str, int]]:
-    """Yield what leads from the plan's memory to the formula of the executed peak, in order: reason and bytes."""
+    """Yield (reason, bytes) of each difference between the plan's memory and the executed peak's formula, in order."""
     on_cpu = replace(job, device="cpu")
     second = _of_two_microbatches(on_cpu)
     totals = [memory(each, tp_rank).total for each in (job, on_cpu, second)]

@@ -93,7 +93,7 @@ class ZeroOptimiser:
                 "which would drop the deferred gradient sum; install a DeepSpeed version within the range in "
                 "setup.py"
             )
-        # As in DeepSpeed's pipeline engine: gradients are reduced by a call of its own, not in backward.
+        # As in DeepSpeed's pipeline engine: gradients are reduced by a separate call, not in backward.
         self.engine.enable_backward_allreduce = False
         self._make_moments()
 
