@@ -50,7 +50,7 @@ def _permutation(seed: int, n: int, epoch: int) -> np.ndarray:
 
 
 def order(seed: int, n: int, start: int, count: int) -> np.ndarray:
-    """Return sample numbers [count] int64: positions start..start+count of an endless stream of permutations of n.
+    """Return sample indices [count] int64, from position `start` on in an endless stream of permutations of n samples.
 
     A pure function of its arguments, so that the samples of any step can be computed without the steps before it.
     """

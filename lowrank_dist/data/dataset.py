@@ -18,7 +18,7 @@ from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.untrusted.json import brief
 
 # Limits of the records tokenised together: enough to keep the tokenizer's threads busy, few enough to hold twice. The
-# limit on characters is for long records: tokenising takes some 250 bytes a character.
+# limit on characters is for long records: tokenising takes some 250 bytes of memory per character.
 _CHUNK, _CHUNK_CHARACTERS = 1024, 1 << 20
 _SHOWN_LINES = 5
 _SHOWN_KEYS = 20

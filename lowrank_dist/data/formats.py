@@ -1,6 +1,6 @@
 """Reading and checking of JSONL files: {"prompt", "completion"} or {"messages": [{"role", "content"}, ...]}.
 
-One JSON object a line, UTF-8, one format a file, blank lines allowed. One error lists every problem with its lines and
+One JSON object per line, UTF-8, one format per file, blank lines allowed. One error lists every problem, its lines and
 key, up to `MAX_PROBLEMS`, so that a file can be corrected in one pass. Training, its evaluations,
 `lowrank-dist evaluate` and `lowrank-dist generate` read the same format, except for the completions that a line may
 have (`Use`).
@@ -28,18 +28,18 @@ from lowrank_dist.untrusted.json import JsonError, brief, parse_json
 from lowrank_dist.untrusted.keys import EMPTY
 
 MAX_PROBLEMS = 20
-_MOST_LINES = 3  # of the lines that share a fault, those named
+_MOST_LINES = 3  # lines that are named for a fault that several lines share
 _PARQUET = b"PAR1"  # the first bytes of such a file
-# Keys of a line that are compared with the known keys and shown in an error: a line may have 200,000.
+# Largest number of keys of a line that an error compares with the known keys and shows; a line may have 200,000.
 _MOST_KEYS = 20
-# Bytes of UTF-8: half a million tokens of English. Tokenising takes some 250 bytes of memory a byte.
+# Largest line in bytes: half a million tokens of English. Tokenising takes some 250 bytes of memory per byte.
 LONGEST_LINE = 2 * MIB
 ROLES = ("system", "user", "assistant")
 FORMATS = '{"prompt": "...", "completion": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
 
 CONVERTERS = "docs/how-to/bring-your-own-data.md has converters"
 _BEGINNING = 4096  # bytes of a JSON array in which its keys are looked for
-_ARRAY = re.compile(rb"\[\s*(\{|$)")  # its beginning, with the first object or without
+_ARRAY = re.compile(rb"\[\s*(\{|$)")  # the beginning of an array, up to its first object or the end of the line
 _QUOTED = re.compile(r'"(\w{1,40})"\s*:')
 
 Kind = Literal["completion", "messages"]
@@ -136,7 +136,7 @@ def read_jsonl(
             line_kind = _kind_of(value)
             kind = kind or line_kind
             if line_kind != kind:
-                raise Problem(f"a {line_kind!r} line in a file that began with {kind!r} lines; use one format a file")
+                raise Problem(f"a {line_kind!r} line in a file that began with {kind!r} lines; use one format per file")
             rows.append(parsers[kind](number, value))
             check(rows[-1])
             extra.update(ROW_KEYS.unknown(value))
@@ -152,7 +152,7 @@ def read_jsonl(
 
 def _array(path: Path, line: int) -> str:
     """Return the error on a file that is one JSON array. line: where it begins."""
-    what = f"{path}:{line}: the file is one JSON array; write one object a line, without [ and ]"
+    what = f"{path}:{line}: the file is one JSON array; write one object per line, without [ and ]"
     with path.open("rb") as file:
         beginning = file.read(_BEGINNING).decode(errors="replace")
     found = {key: _meant(key, ()) for key in _QUOTED.findall(beginning) if of_row(key) is not None}
@@ -202,7 +202,7 @@ def _parse(raw: bytes, *, first: bool) -> dict[str, Any]:
         # Windows editors may begin a file with a byte order mark.
         value = parse_json(raw.removeprefix(codecs.BOM_UTF8) if first else raw, unique=True)
     except JsonError as fault:
-        raise Problem(f"{fault}; write one JSON object a line") from fault
+        raise Problem(f"{fault}; write one JSON object per line") from fault
     if not isinstance(value, dict):
         raise Problem(f"a JSON {_type(value)} where an object is expected; write {FORMATS}")
     return value
@@ -211,7 +211,7 @@ def _parse(raw: bytes, *, first: bool) -> dict[str, Any]:
 def _kind_of(value: dict[str, Any]) -> Kind:
     flat, chat = value.keys() & {"prompt", "completion"}, "messages" in value
     if flat and chat:
-        raise Problem(f"both {sorted(flat)[0]!r} and 'messages'; write one format a line, {FORMATS}")
+        raise Problem(f"both {sorted(flat)[0]!r} and 'messages'; write one format per line, {FORMATS}")
     if not flat and not chat:
         known = ("prompt", "completion", "messages")
         hints = {key: _meant(key, known) for key in islice(value, _MOST_KEYS)}
@@ -226,7 +226,7 @@ def _kind_of(value: dict[str, Any]) -> Kind:
 
 
 def _meant(key: str, known: Sequence[str]) -> str:
-    """Return which key of a row was probably meant by an unknown one; empty where nothing is like it."""
+    """Return a hint on the key that an unknown key of a row probably means; empty where none is similar."""
     synonym = of_row(key)
     if synonym is None:
         hit = difflib.get_close_matches(key, known, n=1)
@@ -245,7 +245,7 @@ def _text(holder: dict[str, Any], key: str, where: str) -> str:
     if key not in holder:
         given = list(islice(holder, _MOST_KEYS))
         near = of_message(key, given) or difflib.get_close_matches(key, given, n=1)
-        meant = f" (did you mean it by {near[0]!r}?)" if near else ""
+        meant = f" (rename {near[0]!r} to {key!r}?)" if near else ""
         raise Problem(f"key '{where}' is missing{meant}; add it as a string")
     return _string(holder[key], where)
 

@@ -1,8 +1,8 @@
 """Key rules (`untrusted.keys`) of data rows, of chat messages and of tokenizer_config.json.
 
 Other trainers and chat templates use more keys of a row than this project does. A key that would change the text that
-the model sees, or which of it is trained, is refused where it has a value. Null and empty values are ignored: tables
-exported to JSONL are full of them.
+the model sees, or the part of it that is trained, is refused where it has a value. Null and empty values are ignored:
+tables exported to JSONL are full of them.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ MESSAGE_KEYS = KeyRule(
     neutral={"weight": (1,), "train": (True,)},
     nothing=EMPTY,
 )
-# transformers applies the special-token keys to a tokenizer.json. The other keys concern its slow classes, padding and
-# decoding.
+# transformers applies the special-token keys to a tokenizer.json. The other keys concern slow tokenizer classes,
+# padding and decoding.
 TOKENIZER_KEYS = KeyRule(
     applied=frozenset(
         "chat_template added_tokens_decoder additional_special_tokens extra_special_tokens bos_token eos_token "

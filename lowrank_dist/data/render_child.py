@@ -4,7 +4,7 @@ Jinja has no bound on loops, sizes or numbers, and it folds constants while it c
 are therefore done here, with bounds on time, memory and output. Rendering is deterministic: the template's clock always
 returns the given moment, and random numbers are seeded anew for each text.
 
-Standard input has one JSON object a line: first {"template", "special", "moment", "seconds", "memory"}, then chats,
+Standard input has one JSON object per line: first {"template", "special", "moment", "seconds", "memory"}, then chats,
 {"messages", "cuts", "marked"}. Each chat is answered by one line on standard output. Imports nothing from this package.
 """
 
@@ -105,8 +105,8 @@ def serve() -> None:
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # The limit is on top of the imports: some releases of transformers import torch, which takes 10 GiB of address
-    # space with CUDA.
+    # The memory limit does not count the imports: some releases of transformers import torch, which takes 10 GiB of
+    # address space with CUDA.
     imported = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     chat_template_utils.datetime = Clock  # type: ignore[misc]
     job: dict[str, Any] = {}

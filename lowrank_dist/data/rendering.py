@@ -20,7 +20,7 @@ from lowrank_dist.errors import UserError
 
 T = TypeVar("T")
 _CHILD = Path(__file__).with_name("render_child.py")
-# Threads of BLAS, which is loaded by the imports and takes address space for each.
+# The child's imports load BLAS, which takes address space for each of its threads.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 

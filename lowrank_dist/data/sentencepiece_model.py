@@ -21,7 +21,7 @@ from lowrank_dist.untrusted.json import read_json
 _NO_DUMMY_PREFIX = b"\x1a\x02\x18\x00"
 _DUMMY_PREFIX = b"\x1a\x02\x18\x01"
 _TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
-# Classes that use the ids of the file. Others shift them (XGLM, XLM-R: fairseq's order) or are code in the folder.
+# Tokenizer classes that use the file's ids. Others shift them (XGLM, XLM-R: fairseq's order) or are code in the folder.
 _CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer", "PreTrainedTokenizer", "TokenizersBackend")
 _LLAMAS = ("<unk>", "<s>", "</s>")  # LlamaTokenizer's defaults
 _AROUND = 20  # characters of a text shown around a token

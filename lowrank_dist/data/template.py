@@ -123,7 +123,7 @@ class ChatTemplate:
             if not text.startswith(after) or (turns and len(before) < turns[-1].end):
                 raise UserError(
                     f"{where}: {self.name} renders messages[{i}] or an earlier one differently if more messages "
-                    f"follow ({_difference(after, text)}); keep one assistant turn a line, or {_MARK_REMEDY}"
+                    f"follow ({_difference(after, text)}); keep one assistant turn per line, or {_MARK_REMEDY}"
                 )
             turns.append(_turn(text, len(before), len(after), messages[i]["content"]))
         return tuple(turns)
@@ -133,7 +133,7 @@ def require_template(settings: Mapping[str, Any], where: Path) -> None:
     """Raise UserError where the chat_template of a tokenizer_config.json is no template and no set of named ones.
 
     Published files have a text, or a list of objects with a name and a template; transformers also takes an object of
-    name → template. Nothing, or one without content, is no template.
+    name → template. A missing or empty value means no template and raises nothing.
     """
     value = settings.get(_KEY)
     named = list(value.items()) if isinstance(value, dict) else []
@@ -167,7 +167,7 @@ def _marked(text: str, spans: Sequence[Sequence[int]], messages: Messages) -> tu
             merged.append((start, end))
     contents = [messages[turn]["content"] for turn in _turns_of(messages)]
     if len(contents) != len(merged):
-        contents = [""] * len(merged)  # several blocks a turn, or only the last turn: spans don't match messages
+        contents = [""] * len(merged)  # several blocks per turn, or only the last turn: spans don't match messages
     return tuple(_turn(text, s, e, c) for (s, e), c in zip(merged, contents, strict=True))
 
 

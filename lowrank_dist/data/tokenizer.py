@@ -108,7 +108,7 @@ def _load_fast(folder: Path, moment: datetime | None) -> FastTokenizer:
     for name, largest in _LARGEST.items():
         require_size(folder / name, "set data.tokenizer to another folder", largest=largest)
         path = folder / name
-        # transformers parses them again, but says no place of a fault.
+        # transformers parses them again, but its errors name no place in the file.
         if path.suffix == ".json" and path.is_file():
             values = read_object(path, "download the file again", largest=largest)
             if name == "tokenizer.json":
@@ -309,7 +309,7 @@ def _eos_of_model(config: Path) -> int | None:
 def _cleaning(hf: PreTrainedTokenizerFast, kind: str) -> Callable[[str], str] | None:
     """Return the function that transformers applies to decoded text for clean_up_tokenization_spaces, or None.
 
-    It skips BPE unless forced. kind: type of tokenizer.json's model.
+    transformers does so for a BPE model only if a second option forces it. kind: type of tokenizer.json's model.
     """
     forced = hf.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output
     return hf.clean_up_tokenization if hf.clean_up_tokenization_spaces and (kind != "BPE" or forced) else None
@@ -363,7 +363,7 @@ def _without_prefix(part: dict[str, Any] | None, after_token: bool) -> dict[str,
 
 
 def _check_repeatable(definition: dict[str, Any], folder: Path) -> None:
-    """Raise UserError for a tokenizer whose ids change from call to call, or that puts a space before each cut word."""
+    """Raise UserError for a tokenizer whose ids change from call to call, or that puts a space before each word."""
     if definition["model"].get("dropout"):
         raise UserError(
             f"{folder}/tokenizer.json: model.dropout is {definition['model']['dropout']}, so every rank and every "

@@ -346,7 +346,7 @@ def test_malformed_lines(place: Place) -> None:
     write_jsonl(place.train, [good, '{"prompt": "a", completion: "b"}', good, {"prompt": "a"}, '["a"]'])
     lines = refused(place).split("\n")
     assert [line.split(" ")[0] for line in lines] == [f"{place.train}:{number}:" for number in (2, 4, 5)]
-    assert "malformed JSON at column 17" in lines[0] and "write one JSON object a line" in lines[0]
+    assert "malformed JSON at column 17" in lines[0] and "write one JSON object per line" in lines[0]
     assert "key 'completion' is missing" in lines[1] and "where an object is expected" in lines[2]
 
 

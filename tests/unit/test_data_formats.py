@@ -68,12 +68,12 @@ def test_keys_without_effect_pass(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize(
     ("line", "fragments"),
     [
-        ('{"prompt": "a", "completion": ', ["malformed JSON at column 31", "one JSON object a line"]),
+        ('{"prompt": "a", "completion": ', ["malformed JSON at column 31", "one JSON object per line"]),
         ("[" * 100_000, ["nested more than "]),
         ('["a"]', ["JSON array where an object"]),
         ("7", ["JSON number where an object"]),
         ('{"prompt": "a"}', ["'completion' is missing"]),
-        ('{"prompt": "a", "Completion": "b"}', ["'completion' is missing", "did you mean it by 'Completion'?"]),
+        ('{"prompt": "a", "Completion": "b"}', ["'completion' is missing", "rename 'Completion' to 'completion'?"]),
         ('{"completion": "a"}', ["'prompt' is missing"]),
         ('{"prompt": 3, "completion": "b"}', ["'prompt' is a JSON number", "write a string"]),
         ('{"prompt": "a", "completion": null}', ["'completion' is a JSON null"]),
@@ -248,7 +248,9 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_a_json_array_file_is_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "data.json"
     path.write_text(json.dumps([json.loads(GOOD)]))
-    with pytest.raises(UserError, match=r"data\.json:1: the file is one JSON array; write one object a line") as caught:
+    with pytest.raises(
+        UserError, match=r"data\.json:1: the file is one JSON array; write one object per line"
+    ) as caught:
         read_jsonl(path)
     assert "did you mean" not in str(caught.value)
     path.write_text(json.dumps([{"id": "1", "conversations": [{"from": "human", "value": "x"}]}], indent=1))
@@ -257,5 +259,5 @@ def test_a_json_array_file_is_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_json_array_over_many_lines_is_one_mistake(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.jsonl:1: the file is one JSON array; write one object a line"):
+    with pytest.raises(UserError, match=r"data\.jsonl:1: the file is one JSON array; write one object per line"):
         read_jsonl(write(tmp_path, "[", f"  {GOOD},", f"  {GOOD}", "]"))

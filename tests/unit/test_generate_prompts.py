@@ -341,7 +341,7 @@ def test_files_and_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no samples"):
         read(write_jsonl(tmp_path / "empty.jsonl", ["", "  "]), tokenizer)
     both = [{"prompt": "a"}, {"messages": [{"role": "user", "content": "x"}]}]
-    with pytest.raises(UserError, match="use one format a file"):
+    with pytest.raises(UserError, match="use one format per file"):
         read(write_jsonl(tmp_path / "both.jsonl", both), tokenizer, references=False)
     path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "hello"}])
     with pytest.raises(UserError, match=r"data.jsonl:1: token \d+ is beyond the model's 20"):

@@ -156,9 +156,9 @@ def test_the_keys_of_a_section_are_listed_once(tmp_path: Path) -> None:
         ({"promt": "a", "x": "b"}, "('promt': did you mean 'prompt'?); expected"),
         (
             {"messages": [{"from": "user", "value": "x"}]},
-            "key 'messages[0].role' is missing (did you mean it by 'from'?)",
+            "key 'messages[0].role' is missing (rename 'from' to 'role'?)",
         ),
-        ({"messages": [{"role": "user", "value": "x"}]}, "[0].content' is missing (did you mean it by 'value'?)"),
+        ({"messages": [{"role": "user", "value": "x"}]}, "[0].content' is missing (rename 'value' to 'content'?)"),
     ],
 )
 def test_a_row_of_another_format_is_answered_with_ours(tmp_path: Path, row: object, said: str) -> None:
