@@ -24,8 +24,8 @@ _ANOTHER_FILE_SYSTEM = (
     "names what is missing)"
 )
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
-# How FAT, SMB, FUSE and object stores refuse an operation that they do not have, such as a link or fsync of a folder.
-# EXDEV: an overlay does not rename folders of its lower layers, those of a container's image.
+# Errors of FAT, SMB, FUSE and object stores for an operation that they do not have, such as a link or fsync of a
+# folder. EXDEV: an overlay does not rename folders of its lower layers, those of a container's image.
 UNSUPPORTED = frozenset(
     {errno.EPERM, errno.EACCES, errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.ENOTTY, errno.EXDEV}
 )

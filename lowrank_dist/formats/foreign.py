@@ -1,6 +1,6 @@
 """Adapters and checkpoints of other programs: recognised by files, keys and tensor names, with what to do with them.
 
-Nothing is read but names of files, the keys of an adapter_config.json and names of tensors.
+Only names of files, the keys of an adapter_config.json and names of tensors are read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FSDP = (
     "a sharded checkpoint of FSDP; merge its shards (accelerate merge-weights DIR OUT), or save the adapter with "
     "PEFT's model.save_pretrained(DIR)"
 )
-_DEEPSPEED = "a checkpoint of DeepSpeed; save the adapter of it with PEFT's model.save_pretrained(DIR)"
+_DEEPSPEED = "a checkpoint of DeepSpeed; save its adapter with PEFT's model.save_pretrained(DIR)"
 _GGUF = "a folder of GGUF files, for llama.cpp; give the PEFT adapter or the model that it was converted from"
 _NAMED = (
     "an adapter with its name in the names of its tensors, as in a state dict; write it with PEFT's "
@@ -45,7 +45,7 @@ _UNPREFIXED = (
     "an adapter without 'base_model.model.' before the names of its tensors, so PEFT finds none of them; write it with "
     "PEFT's model.save_pretrained(DIR)"
 )
-# Names of files, any of which tells the program → what it is and what to do. The first that matches counts.
+# Name of a file that only one program writes → what the folder is and what to do. The first that matches counts.
 _FILES: Sequence[tuple[re.Pattern[str], str]] = (
     (re.compile(r"adapters\.(safetensors|npz)"), _MLX),
     (re.compile(r"pytorch_lora_weights\.(safetensors|bin)"), _DIFFUSERS),
@@ -64,7 +64,7 @@ _KEYS: Sequence[tuple[frozenset[str], str]] = (
     (frozenset({"config", "hidden_size", "model_class", "config_id"}), _ADAPTERHUB),
     (frozenset({"delta_type"}), f"an adapter of OpenDelta; merge it there, or {_PEFT}"),
 )
-# Names of tensors, any of which tells the program. The first that matches counts.
+# Name of a tensor that only one program writes → as in _FILES. The first that matches counts.
 _TENSORS: Sequence[tuple[re.Pattern[str], str]] = (
     (re.compile(r".*\.lora_[ab]"), _MLX),
     (re.compile(r"lora_(unet|te\d*|transformer)_.*|(unet|text_encoder)\..*|.*\.lora\.(up|down)\.weight"), _DIFFUSERS),
@@ -103,7 +103,7 @@ def _by_keys(config: Path) -> str | None:
 
 
 def foreign_tensors(names: Iterable[str]) -> str | None:
-    """Return whose adapter it is by the names of its tensors, with the remedy; None where they tell nothing."""
+    """Return what an adapter with tensors of these names is, with the remedy; None where no program is recognised."""
     return _first(_TENSORS, names)
 
 

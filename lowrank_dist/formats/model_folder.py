@@ -186,9 +186,9 @@ def _no_weights(folder: Path) -> str:
 
 
 def check_checkpoint(architecture: Architecture, checkpoint: Checkpoint) -> None:
-    """Compare the checkpoint's headers with the architecture; raise UserError with all differences, a line each kind.
+    """Compare the checkpoint's headers with the architecture; raise UserError with all differences, one line per kind.
 
-    Of tied word embeddings and an output layer that is stored beside them, some rows are compared too.
+    An output layer stored beside the word embeddings is also compared with them, in some rows.
     """
     refuse_wrapped_names(checkpoint.path, checkpoint.names(), lambda path, part: "save the model without its wrapper")
     problems = _tie_problems(architecture, checkpoint)

@@ -25,7 +25,7 @@ from lowrank_dist.untrusted.files import follow_file
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
 _CACHED = ("models--", "datasets--", "spaces--")
 _MODEL = "a model folder"
-# Kinds of folders that must stay as they are, and the files that they are recognised by: one of each group.
+# Kind of folder that must stay as it is → groups of file names; a folder of the kind has a file of each group.
 _KEPT = {
     "a checkpoint": (("manifest.json",), ("trainer_state.json", "optimizer.safetensors")),
     "an adapter": (

@@ -96,9 +96,9 @@ class Provenance:
     base_fingerprint: `fingerprint` of the base folder; base: its path in training; config: the run's. created_by and
     versions describe the installation and are filled in by default. training: what the trainer knows when it writes, in
     JSON, each key optional: step, epoch, tokens, target_tokens, data (path, sha256, samples), loss and eval_loss in
-    nats a token, eval_METRIC of generated texts, new_ends: the ids that end the trained texts and are no stop tokens in
-    the base's files, and data_format: "messages" for chats, "completion" for prompts with completions. That of a merged
-    model (`merged_provenance`) has the base, a config with the adapters, and of `training` the data_format.
+    nats per token, eval_METRIC of generated texts, new_ends (the ids that end the trained texts and are no stop tokens
+    in the base's files), data_format ("messages" for chats, "completion" for prompts with completions). A merged
+    model's (`merged_provenance`) has the base, a config with the adapters, and only data_format in `training`.
     """
 
     base_fingerprint: str

@@ -1,4 +1,4 @@
-"""Reading and writing of safetensors files in parts, where the safetensors library holds whole files in memory.
+"""Reading and writing of safetensors files in parts; the safetensors library would hold whole files in memory.
 
 Layout (https://github.com/huggingface/safetensors#format): 8 bytes little-endian header length, a JSON header that
 gives each tensor's dtype, shape and [begin, end) in the data that follow. The data have no holes.

@@ -23,7 +23,7 @@ from lowrank_dist.untrusted.json import JsonError, brief, parse_json, read_objec
 
 _FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 _TEMPLATE, _TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-# The rest of a SentencePiece tokenizer. Without tokenizer.json, which would be read in place of the model.
+# Files of a SentencePiece tokenizer beside its model. tokenizer.json is not among them: it would replace the model.
 _BESIDE = (TOKENIZER_CONFIG_FILE, "special_tokens_map.json", "added_tokens.json", _TEMPLATE, "chat_template.json")
 TOKENIZER_FILES = (_FAST, _SENTENCEPIECE, *_BESIDE, "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
 TEXT_FILES = (*TOKENIZER_FILES, GENERATION_FILE)
@@ -36,7 +36,7 @@ _DEFAULTS: Mapping[str, Any] = {
     **{"use_regex": True, "split": True},
 }
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
-_LARGEST = 256 * MIB  # of one file; the largest published tokenizer.json has 33 MiB
+_LARGEST = 256 * MIB  # limit for one file; the largest published tokenizer.json has 33 MiB
 
 Tokenizer = Mapping[str, bytes]
 
@@ -400,7 +400,7 @@ def reasons_not_served(adapter: Path, base: Path | None, new_ends: Iterable[int]
 
 
 def token_of(files: Tokenizer, token_id: int) -> str | None:
-    """Return the token that a tokenizer.json gives an id; None where it gives it none."""
+    """Return the token of an id in a tokenizer.json; None for an id without a token."""
     definition = _object(files, _FAST)
     added, model = definition.get("added_tokens"), definition.get("model")
     for token in added if isinstance(added, list) else ():
