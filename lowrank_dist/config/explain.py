@@ -24,7 +24,7 @@ _LAUNCHER_OPTIONS = frozenset(
 
 
 def explain(details: Iterable[ErrorDetails], where: Callable[[Key], str]) -> list[str]:
-    """Return pydantic's errors as lines: where: section.key: what is wrong; the remedy.
+    """Return a line for each of pydantic's errors: "place: section.key: what is wrong; the remedy".
 
     where: returns the place of a key, as file:line or "command line". The keys of a section are listed once.
     """
@@ -33,7 +33,7 @@ def explain(details: Iterable[ErrorDetails], where: Callable[[Key], str]) -> lis
 
 
 def _explain(detail: ErrorDetails, where: Callable[[Key], str], listed: set[Key]) -> str:
-    """Return the line of an error. listed: sections whose keys were listed; an error that lists them adds its own."""
+    """Return the line of an error. listed: sections whose keys are listed so far; a section listed here is added."""
     key = tuple(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
         return f"{where(key)}: {'.'.join(key)}: unknown key; {_meant(key, listed).rstrip('; ')}"
@@ -81,7 +81,7 @@ def _field_of(key: Key) -> tuple[FieldInfo, Key]:
 
 
 def _meant(key: Key, listed: set[Key]) -> str:
-    """Return a hint with the key that was probably meant, and all valid keys unless another trainer's key is known.
+    """Return a hint with the key that was probably meant, and all valid keys unless it is another trainer's key.
 
     listed: as in `_explain`.
     """
@@ -106,7 +106,7 @@ def suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
     section, or a key in `known` with a similar name. prefix: what stands before a key in `known`, such as "lora.".
     """
     if name.replace("-", "_") in _LAUNCHER_OPTIONS:
-        return "it is an option of the launcher, which stands before launch/train.py; "
+        return "it is an option of the launcher, which goes before launch/train.py; "
     synonym = of_config(name)
     if synonym is not None:
         return synonym.hint

@@ -138,7 +138,7 @@ def _type_of(annotation: Any) -> tuple[str, str]:
 
 
 def _bounds(metadata: Sequence[Any]) -> str:
-    """Return the bounds of a number. metadata: of an annotation or a field, which nests where a type has a name."""
+    """Return the bounds of a number. metadata: of an annotation or a field; a named type has its own inside it."""
     found: list[str] = []
     for each in metadata:
         if isinstance(each, FieldInfo):

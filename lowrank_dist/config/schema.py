@@ -179,9 +179,9 @@ class OutputConfig(Section):
 
 
 class UnreadKeys(ValueError):
-    """A section that the chosen method does not read is given, with the keys `keys`.
+    """The error for a section that the chosen method does not read. keys: the keys that are given in it.
 
-    The text, which has the remedy, names no key, so that it can be shown for each.
+    The text has the remedy and names no key, so that it can be shown for each key.
     """
 
     def __init__(self, keys: Sequence[str], section: str, method: str) -> None:
