@@ -40,7 +40,7 @@ YamlPath: TypeAlias = Annotated[Path, BeforeValidator(_path)]
 # A folder to read: checkpoints/last and best are followed where the file system has no links.
 YamlFolder: TypeAlias = Annotated[YamlPath, AfterValidator(follow_file)]
 Pattern: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_regular_expression)]
-# Matches the end of a module's path, at its beginning or after a dot.
+# Matches the end of a module's path, from the path's beginning or from a dot on.
 EndPattern: TypeAlias = Annotated[str, Field(min_length=1), AfterValidator(_end_of_path)]
 
 

@@ -42,7 +42,7 @@ class Synonym:
 
     @property
     def hint(self) -> str:
-        """The end of an error on the key: the one that was meant, and the difference."""
+        """The end of an error on the key: the key here and the difference in meaning."""
         if self.ours is None:
             return f"{'leave it out' if self.needless else 'not supported'}: {self.note}; "
         return f"did you mean {self.ours}? " + (f"({self.note}) " if self.note else "")
@@ -308,7 +308,7 @@ ROW_KEYS = (
         "text",
         "plain text",
         "completion",
-        "with an empty 'prompt'; every token is trained that another precedes, as BOS does",
+        "with an empty 'prompt'; every token is trained that follows another token, such as BOS",
     ),
     Synonym("chosen", _PREFERENCES, None, _PREFERENCE),
     Synonym("rejected", _PREFERENCES, None, _PREFERENCE),
@@ -361,7 +361,7 @@ def of_row(key: str) -> Synonym | None:
 
 
 def of_message(ours: str, keys: Collection[str]) -> list[str]:
-    """Return the keys among a message's that other formats have in place of `ours`."""
+    """Return those of a message's `keys` that other formats use in place of `ours`."""
     return [synonym.theirs for synonym in MESSAGE_KEYS if synonym.ours == ours and synonym.theirs in keys]
 
 
