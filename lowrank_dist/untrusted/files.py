@@ -70,7 +70,7 @@ def read_lines(path: Path, remedy: str, *, longest: int) -> Iterator[tuple[int, 
     """Yield each line's number, from 1, and its bytes, with the newline where it has one.
 
     Lines end only at newlines: in some readers text mode also splits at U+2028 or \\x0c, and the numbers would differ
-    from an editor's. Raises UserError for a line over `longest` bytes, before it is held.
+    from an editor's. Raises UserError for a line over `longest` bytes, before all of it is read.
     """
     try:
         with path.open("rb") as file:

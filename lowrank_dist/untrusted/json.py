@@ -44,7 +44,7 @@ _NAMES: Mapping[type, str] = {
 
 
 class JsonError(ValueError):
-    """A fault in a JSON text. line: its number from 1, None where the message names a key or there is no place."""
+    """A fault in a JSON text. line: its number from 1; None where the message names a key, or no line is known."""
 
     def __init__(self, what: str, line: int | None = None) -> None:
         super().__init__(what)
@@ -150,7 +150,7 @@ def _decoded(content: bytes | str) -> str:
 
 
 def _integer(digits: str) -> int:
-    # The digits alone: "-" takes none.
+    # A minus sign is no digit.
     if len(digits.lstrip("-")) > _MOST_DIGITS:
         raise _LongInteger(len(digits.lstrip("-")))
     return int(digits)

@@ -18,12 +18,12 @@ from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.json import brief
 
 LONGEST = 20_000
-# Form for an expression that matches the end of a dotted path, at its beginning or after a dot.
+# Form for an expression that matches the end of a dotted path, from the path's beginning or from a dot on.
 PATH_END = r"(?:.*\.)?(?:{})"
-# Characters of a module's path. No published one has 200.
+# Longest path of a module, in characters. No published one has 200.
 _LONGEST_TEXT = 2_000
-# Characters of an expression with its repetitions expanded, as `regex` expands them. At this size it takes 100 MB and
-# 0.2 s.
+# Longest expression, in characters, with its repetitions expanded as `regex` expands them. At this size compiling takes
+# 100 MB and 0.2 s.
 _MOST_WRITTEN = 1 << 18
 # A counted repetition. After a parenthesis (or white space, in a verbose expression) it repeats a group, and multiplies
 # the counts inside.
