@@ -1,4 +1,4 @@
-"""The section `eval` of a run: when to evaluate, what to generate, and which metric decides the best checkpoint."""
+"""The section `eval` of a run: times of evaluation, generation, and the metric that decides the best checkpoint."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GenerateConfig(Section):
 
 
 class EvalConfig(Section):
-    """When to evaluate, and which metric decides the best checkpoint."""
+    """Evaluations during training, and the metric that decides the best checkpoint."""
 
     every: int | None = Field(
         None, ge=1, description="steps between evaluations, or null for only at the start and end"

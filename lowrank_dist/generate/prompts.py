@@ -22,7 +22,7 @@ class Prompt:
     """A tokenised prompt.
 
     where: its place, for messages. source: the text or the messages as given. stop_ids: tokens that end its completion.
-    references: accepted completions, as `texts.written_text` of a model that writes the trained tokens.
+    references: accepted completions, as a model that learned them would write them (`texts.written_text`).
     raw_references: the same completions as the file has them. Both are empty where no references were requested.
     """
 

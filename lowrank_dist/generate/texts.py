@@ -62,7 +62,7 @@ def completion_text(tokenizer: Tokenizer, prompt: Sequence[int], ids: Sequence[i
 
 
 def _broken_off(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
-    """Return the number of last tokens that are bytes of an incomplete UTF-8 character."""
+    """Return the number of tokens at the end that are bytes of an incomplete UTF-8 character."""
     for count, token in enumerate(reversed(ids[-_CHARACTER:]), start=1):
         byte = tokenizer.byte_of(token)
         if byte is None:
