@@ -10,7 +10,7 @@ prove: probe.safetensors holds what the trained, sharded model itself computed: 
        [b, s, V] fp32. Plain PEFT on base + adapter and plain transformers on the merged folder must give the same
        logits (largest difference at most 1e-4 of the largest |logit|), and those must be far from the base's. Plain
        transformers must also write the same text as `score` for the first 10 verbs, with the base and with the merged
-       folder. Nothing of lowrank_dist runs here but its error class and its printer.
+       folder. Of lowrank_dist only the error class and the printer run here.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def write_base(folder: Path, cache: Path) -> None:
     del model.config.quantization_config
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     write_fp32(folder / "model.safetensors", dict(sorted(tensors.items())))
-    # A GGUF does not say it; llama.cpp and vLLM refuse a model without.
+    # The GGUF does not name its class; llama.cpp and vLLM refuse a model without it.
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

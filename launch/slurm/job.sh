@@ -86,7 +86,7 @@ set_up_ranks() {
     # CPU. A job that asked for --cpus-per-gpu must not have both.
     if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_PER_GPU:-1}}}
-    say "network card ${INTERFACE:-as the libraries choose}, $OMP_NUM_THREADS threads a rank"
+    say "network card ${INTERFACE:-as the libraries choose}, $OMP_NUM_THREADS threads per rank"
 }
 
 # Run a command as one task per rank. Sets CODE to its exit code, PREEMPTED where the ranks have saved and stopped.
