@@ -22,7 +22,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str | None:
 
 
 def keys_as_options(ctx: typer.Context, words: Words) -> Words:
-    """Return the arguments. Raises UserError for an option that there is not.
+    """Return the arguments. Raises UserError for an unknown option.
 
     A key of the config may be written as an option, as in training: --lora.rank 8.
     """

@@ -41,7 +41,7 @@ def evaluate_command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="New file to write, a JSON line with the completion of each sample.", metavar="FILE"),
+        typer.Option(help="New file to write, with one JSON line per completion.", metavar="FILE"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
 ) -> None:

@@ -43,7 +43,7 @@ def generate_command(
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help='JSONL file, a line a prompt: {"prompt": TEXT} or {"messages": [...]}.', metavar="FILE"),
+        typer.Option(help='JSONL file, one prompt per line: {"prompt": TEXT} or {"messages": [...]}.', metavar="FILE"),
     ] = None,
     interactive: Annotated[
         bool,
@@ -62,7 +62,7 @@ def generate_command(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="New file to write, a JSON line for each prompt.", metavar="FILE")
+        Path | None, typer.Option(help="New file to write, with one JSON line per prompt.", metavar="FILE")
     ] = None,
 ) -> None:
     """Generate completions of prompts.

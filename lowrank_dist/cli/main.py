@@ -23,7 +23,7 @@ from lowrank_dist.terminal import say
 from lowrank_dist.untrusted.files import short_path
 
 _USER_ERROR = 2
-# Refusals that meet a path that was given wherever it is first looked at; what is done to it has errors of its own.
+# Errors of the first access to a path on the command line → remedy. Later operations have errors of their own.
 _REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter path",
     errno.EACCES: "give a path that you may read and write, or ask its owner",
@@ -93,7 +93,7 @@ app.command("inspect", cls=_Command)(inspect_command)
 app.command("export", cls=_Command)(export_command)
 app.command("generate", cls=_Command)(generate_command)
 app.command("plan", cls=_Command, context_settings=KEYS_AS_OPTIONS)(plan_command)
-# It names the remedy for an option that there is not.
+# slurm names the remedy for an unknown option itself.
 app.command("slurm", cls=_Command, context_settings={"ignore_unknown_options": True})(slurm_command)
 
 

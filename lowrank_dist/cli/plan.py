@@ -186,5 +186,5 @@ def _show(plan: Plan, as_json: bool) -> None:
 
 def _print(tables: object) -> None:
     console = open_console()
-    # Into a file or a pipe, tables are as wide as they are.
+    # A file or a pipe has no width to fit.
     (console if console.is_terminal else open_console(width=140)).print(tables)

@@ -88,7 +88,7 @@ def _placeholder(argument: Any) -> str:
 
 
 def _name(parameter: Any) -> str:
-    """Return a parameter as it is written on the command line. No table takes a | in it."""
+    """Return a parameter as it is written on the command line, without |, which would end a cell of the table."""
     metavar = (parameter.metavar or parameter.name.upper()).replace("|", " or ")
     if parameter.param_type_name == "argument":
         return metavar

@@ -24,7 +24,7 @@ _WORDS = ("never", "auto")  # of train.resume
 
 
 def _no_options(ctx: typer.Context, words: Path | list[str] | None) -> Path | list[str] | None:
-    """Return the arguments. Raises UserError for an option that there is not."""
+    """Return the arguments. Raises UserError for an unknown option."""
     from lowrank_dist.config import Config
 
     for word in [str(words)] if isinstance(words, Path) else words or []:
@@ -114,7 +114,7 @@ def slurm_command(
     ] = None,
     container_runtime: Annotated[
         Literal["pyxis", "apptainer"] | None,
-        typer.Option(help="What runs the container: pyxis, a plugin of Slurm, or apptainer. Default: pyxis."),
+        typer.Option(help="Container runtime: pyxis (a plugin of Slurm) or apptainer. Default: pyxis."),
     ] = None,
     python: Annotated[
         str | None,
