@@ -71,7 +71,7 @@ class Container:
             raise UserError("--container-image is empty; give a file or an image of a registry, or leave it out")
         if file.exists():
             return str(file.absolute())
-        # Pyxis takes a path for one by its first character, Apptainer whatever is no URI.
+        # Pyxis recognises a path by its first character; for Apptainer everything but a URI is a path.
         is_file = self.image.startswith(("/", ".")) if self.runtime == "pyxis" else "://" not in self.image
         if is_file or self.image.endswith((".sqsh", ".sif")):
             raise UserError(
@@ -82,7 +82,7 @@ class Container:
 
 
 def _in_enroot(image: str) -> str:
-    """Return an image's name with a # behind its registry, where Enroot looks for it."""
+    """Return an image's name with a # after its registry, as Enroot separates the two."""
     name = image.removeprefix("docker://")
     registry, slash, path = name.partition("/")
     # As in Docker, the first part of a name is a registry if it has a dot or a port.

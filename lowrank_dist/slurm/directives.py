@@ -94,7 +94,7 @@ def ask_for_gpus(directives: Mapping[str, str | None], nodes: int, gpus_per_node
             listed = [f"gpu:{item}" for item in listed]
         gpus = [match for item in listed if (match := _GPU.fullmatch(item)) is not None]
         asked |= bool(gpus)
-        # Python converts no more than 4,300 digits; no job has GPUs of nine.
+        # Python converts at most 4,300 digits. Nine are more than a number of GPUs has.
         count = sum(int((match["count"] or "1")[:9]) for match in gpus)
         if gpus and count != expected.get(option, count):
             need = "1 for each" if option.endswith("-task") else str(expected[option])

@@ -23,11 +23,11 @@ _MEMORY = "# Host memory of a node; 0 is all of it."  # in the template
 class Job:
     """A training job.
 
-    what: model, method, nodes and layout, in words. host_memory: that a node needs, in words. ranks: of a node. time:
-    as sbatch writes it; lead: seconds before its end at which the job is told to stop. directives: more options of
-    sbatch, each with its value, or None for an option without one. overrides, run (the run folder) and resume: of the
-    configuration. inputs: key → file or folder that the run reads. python: None for this interpreter, or for python3 in
-    a container.
+    what: model, method, nodes and layout, in words. host_memory: the memory that a node needs, in words. ranks: per
+    node. time: the time limit as sbatch takes it; lead: seconds before it at which the job is told to stop. directives:
+    more options of sbatch, each with its value, or None for an option without one. overrides, run (the run folder) and
+    resume: of the configuration. inputs: key → file or folder that the run reads. python: None for this interpreter, or
+    for python3 in a container.
     """
 
     name: str
@@ -112,7 +112,7 @@ class Job:
         }
 
     def _header(self, file: Path) -> Iterator[str]:
-        """Yield the lines of a comment for whoever has the script before them."""
+        """Yield the lines of the comment at the top, for a reader of the script."""
         run, submit = shlex.quote(str(self.run)), f"sbatch {shlex.quote(str(file))}"
         log = (self.directives.get("output") or "%x-%j.out").strip('"').replace("%x", self.name).replace("%j", "JOB")
         saves = f"{self.lead} s before its limit of {self.time} the job saves"

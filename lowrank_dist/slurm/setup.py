@@ -68,7 +68,7 @@ def _commands(file: Path) -> str:
             raise UserError(f"{where}: has a carriage return or a NUL; save the file with Unix line ends")
     if not any(line.strip() and not line.lstrip().startswith("#") for line in text.split("\n")):
         raise UserError(f"--setup: {file} has no command; leave --setup out")
-    # Of a locale that is not installed, as one that ssh passes on, bash would warn.
+    # bash would warn of a locale that is not installed, such as one that ssh passes on.
     environment = {**os.environ, "LC_ALL": "C"}
     checked = subprocess.run(["bash", "-n"], input=content, capture_output=True, env=environment)
     if checked.returncode or checked.stderr:  # bash only warns of an open here-document

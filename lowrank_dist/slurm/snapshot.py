@@ -12,7 +12,7 @@ from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.formats.atomic import atomic_folder
 from lowrank_dist.formats.paths import require_outside
 
-# What a job runs; and the compiled operators, which git ignores.
+# The code that a job runs, and the compiled operators, which git ignores.
 _CODE, _COMPILED = ("launch", "lowrank_dist"), "lowrank_dist/ops/*.so"
 _CONFIG = "config.yaml"
 
