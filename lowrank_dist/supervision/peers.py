@@ -86,10 +86,10 @@ def _ask(store: dist.Store, rank: int, size: int, said: str | None, known: Calla
 
 
 def _let_answer(store: dist.Store, rank: int, everyone: Sequence[int], end: float) -> None:
-    """Tell that this rank has its answer. Rank 0, with which the store ends, waits for those of the others.
+    """Tell the others that this rank has its answer. Rank 0 waits until they have theirs, since the store ends with it.
 
-    A rank that asks after that would take itself for the first. `end` is when the wait for ranks that have not asked
-    ends; ranks that have asked are given half as long again.
+    Without the store a rank would believe that it failed first. end: the time until which rank 0 waits for ranks that
+    have not asked. Ranks that have asked get ASK_SECONDS / 2 more.
     """
     store.set(_answered(rank), "")
     if rank == 0:

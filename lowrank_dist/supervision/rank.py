@@ -186,9 +186,10 @@ class Supervision:
 
 
 def should_print_before_meeting(error: BaseException) -> bool:
-    """Return whether this rank prints an error while the ranks have not met: one a node prints what all of them find.
+    """Return whether this rank prints an error before the ranks have met.
 
-    A limit may be reached by this rank alone, so it is printed late rather than never.
+    An error that all ranks find is printed by one rank per node. A LimitError may concern this rank alone, so the
+    others print it too, some seconds later.
     """
     if not isinstance(error, UserError) or isinstance(error, RankIdentityError):
         return True

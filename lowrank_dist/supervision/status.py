@@ -16,7 +16,7 @@ from types import FrameType, TracebackType
 STARTING = ("start", "meeting", "model", "data set", "optimiser state")
 ENDING = "end"
 TRAINING = ("data", "forward", "backward", "reduction", "optimiser", "evaluation", "checkpoint", ENDING)
-# The rest before the process ends, well or not. The rank has reported its end, or is about to.
+# The last phase of the process, after success or failure. The rank has reported its end, or is about to.
 LEAVING = "leaving"
 PHASES = (*STARTING, *TRAINING, LEAVING)
 # Sent by Slurm before the time limit (--signal) and at preemption, by launchers and by people.
