@@ -40,7 +40,7 @@ def _hard_link(folder: Path) -> bool:
 
 
 def _lock(folder: Path) -> bool:
-    """As a run locks the log of rank 0."""
+    """Lock a file as a run locks the log of rank 0."""
     with (folder / "file").open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return True

@@ -85,7 +85,10 @@ def theta(config: Config) -> list[Row]:
 
 
 def parameters(config: Config) -> Parameters:
-    """Return |Θ|. Raises UserError where targets, sizes, ranks, model or the initial adapter do not fit together."""
+    """Return |Θ|, the number of trained parameters.
+
+    Raises UserError where targets, sizes, ranks, model or the initial adapter do not fit together.
+    """
     from lowrank_dist.methods.registry import method_package
 
     own = method_package(config.method)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from lowrank_dist.backend.devices import Gpu
 
-# NCCL takes about 10 MB there for each pair of ranks of a node; containers have 64 MB by default.
+# NCCL takes about 10 MB of /dev/shm for each pair of ranks of a node; containers have 64 MB by default.
 ENOUGH_SHARED = 512 * 2**20
 # A GPU with less than this share of its memory free is in use by other processes.
 FREE_SHARE = 0.9

@@ -83,7 +83,7 @@ class _Ranks:
 
 @dataclass(frozen=True)
 class Met:
-    """What a rank knows of the others. hosts: the name of every rank's node. backend: this rank's own."""
+    """The facts that a rank knows of the job. hosts: the name of every rank's node. backend: this rank's own."""
 
     hosts: tuple[str, ...]
     backend: Backend
