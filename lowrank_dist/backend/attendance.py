@@ -17,20 +17,20 @@ from lowrank_dist.backend.interfaces import gloo_interface, nccl_interface, netw
 from lowrank_dist.backend.node import BOOT_ID, node_id, node_names
 from lowrank_dist.errors import OtherRankError, UserError, some_of
 
-# Keys in the job's store: what a rank tells, the number of ranks that have, rank 0's verdict, how many have read it.
+# Keys in the job's store: a rank's arrival, the number of arrivals, rank 0's verdict, the number of ranks that read it.
 _HERE, _CAME, _VERDICT, _READ = (f"lowrank_dist/{name}" for name in ("here", "came", "verdict", "verdict read"))
 _PAUSE_SECONDS = 0.05
-# How much longer the others wait than rank 0, and rank 0 for them to read its verdict.
+# Time that the others wait longer than rank 0, and that rank 0 waits for them to read its verdict.
 _GRACE_SECONDS = 5.0
 _SHOWN = 8  # ranks in a list
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """What a rank tells of itself.
+    """A rank's report of itself.
 
-    node: its node's identity. network: that of its network stack: containers of one host may share it. always,
-    between_networks: why it cannot meet any other rank, or one of another network stack; "" where it can.
+    node: its node's identity. network: identity of its network stack, which containers of one host may share. always:
+    why it cannot meet any other rank; between_networks: why not one of another network stack; "" where it can.
     """
 
     node: str

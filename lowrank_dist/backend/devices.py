@@ -86,7 +86,7 @@ def device_of_rank(requested: str, local_rank: int) -> torch.device:
 class Card:
     """The identity of a CUDA device, the same in every process that sees it.
 
-    unit: a GPU, or a MIG slice of one, with a memory of its own. gpu: the whole GPU, of which NCCL takes one rank.
+    unit: a GPU, or a MIG slice of one, with a memory of its own. gpu: the whole GPU; NCCL allows one rank on it.
     """
 
     unit: str

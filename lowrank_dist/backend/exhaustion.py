@@ -43,7 +43,7 @@ def name_limits() -> Iterator[None]:
 
 
 def explain(error: BaseException | None) -> str | None:
-    """Return which limit caused an error, and the remedy; None where none did. Reads the causes of the error too."""
+    """Return the limit that caused an error or one of its causes, and the remedy; None where no limit did."""
     while error is not None:
         reason = _explain(error)
         if reason is not None:
@@ -72,7 +72,7 @@ def _explain(error: BaseException) -> str | None:
 
 
 def require_files(number: int) -> None:
-    """Raise LimitError unless this process can open so many more files."""
+    """Raise LimitError unless this process can open `number` more files."""
     if not _can_open(number):
         raise LimitError(
             f"too many open files on {host_name()} (a rank needs {number} more to meet the others): "

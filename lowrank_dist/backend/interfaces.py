@@ -16,7 +16,7 @@ GLOO, NCCL = "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"
 
 
 class Judgement(NamedTuple):
-    """Whether ranks can meet over an interface, and the remedy where they cannot. address: None if it has none."""
+    """The verdict on an interface: state, and the reason with the remedy. address: None if the interface has none."""
 
     state: Literal["ok", "warning", "broken"]
     detail: str
@@ -45,9 +45,9 @@ class Interface:
 class NetworkFacts:
     """The facts on which the choice of an interface depends.
 
-    several: the job has ranks on other nodes. nccl: collectives go over NCCL. master: its MASTER_ADDR, None without a
-    job. own: the address that this host's name resolves to. towards: the local address that packets to master leave
-    from.
+    several: the job has ranks on other nodes. nccl: collectives go over NCCL. master: the job's MASTER_ADDR, None
+    without a job. own: the address that this host's name resolves to. towards: the local address that packets to master
+    leave from.
     """
 
     interfaces: Sequence[Interface]

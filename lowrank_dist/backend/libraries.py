@@ -24,9 +24,9 @@ NOISE = {
     "megatron.core.transformer.transformer_layer": "Rewrapping ModuleSpec",  # our form of spec, which 0.16 accepts too
 }
 # oneDNN and torch's layer above it (ideep) each cache the compiled code of the last 1024 GEMM shapes on the CPU, about
-# 0.5 MiB a shape. Where no two batches have the same shape, these caches outgrew the rank's model. Both libraries read
-# their bound at their first computation. A bound as large as the number of shapes in a layer costs no time; a new shape
-# costs at most 1 ms (docs/LOG.md).
+# 0.5 MiB per shape. Where no two batches have the same shape, these caches outgrew the rank's model. Both libraries
+# read their bound at their first computation. A bound as large as the number of shapes in a layer costs no time; a new
+# shape costs at most 1 ms (docs/LOG.md).
 CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 CACHED_SHAPES = "16"
 # The folder of TorchInductor's cache.

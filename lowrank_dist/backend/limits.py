@@ -155,10 +155,10 @@ def _mounts(controller: str, root: Path) -> Iterator[tuple[int, str, Path]]:
 
 
 def _below(mounted: str, path: str, place: Path) -> Path | None:
-    """Return the folder of the cgroup `path` in a mount of the cgroup `mounted`; None where the mount has it not.
+    """Return the folder of the cgroup `path` in a mount of the cgroup `mounted`; None where the mount does not hold it.
 
-    Both are relative to the root of this process's cgroup namespace: "/../.." is two above it. The names of these two
-    are not told, so the folder is the one that lists this process.
+    Both are relative to the root of this process's cgroup namespace: "/../.." is two levels above it. The names of
+    those levels are not shown, so the folder is the one that lists this process.
     """
     top, own = _parts(mounted), _parts(path)
     above = top.count("..") - own.count("..")

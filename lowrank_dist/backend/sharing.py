@@ -1,7 +1,7 @@
-"""Which ranks of a job share a device. Each rank tells which one it uses, and rank 0 compares them for all.
+"""The sharing of devices between the ranks of a job: each rank reports its device, and rank 0 compares them for all.
 
-The number of devices that a rank sees does not tell: a batch system may show each rank one GPU of its own, and a mask
-may show several ranks the same one.
+The number of devices that a rank sees does not show it: a batch system may show each rank one GPU of its own, and a
+mask may show several ranks the same one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lowrank_dist.backend.node import node_id, node_names
 from lowrank_dist.errors import OtherRankError, UserError, some_of
 
 NO_CUDA = "model.device: cuda was asked for, but torch sees no CUDA device; use model.device=cpu or auto"
-# Keys in the job's store: what each rank tells, rank 0's answer, and that a rank has read it.
+# Keys in the job's store: each rank's claim, rank 0's answer, and the mark of a rank that has read it.
 _CLAIM, _ANSWER, _READ = "lowrank_dist/device", "lowrank_dist/devices", "lowrank_dist/devices read"
 # How long rank 0, with which the store may end, waits for the others to read an error.
 _READ_WITHIN = timedelta(seconds=10)
@@ -35,7 +35,7 @@ _SHOWN = 3  # nodes whose ranks share GPUs that are listed
 class Claim:
     """The device of one rank, as the rank tells it.
 
-    node: the node's identity. settings: what the choice followed from, for messages. unit, gpu: as in
+    node: the node's identity. settings: the settings that decided the device, for messages. unit, gpu: as in
     `devices.Card`; None on a CPU. visible: the units that the rank sees. installed: GPUs of the node.
     """
 
@@ -111,8 +111,8 @@ def agree(store: dist.Store, rank: int, size: int, own: Claim, timeout: timedelt
 def share(claims: Mapping[int, Claim]) -> Sharing:
     """Return how ranks share devices. claims: by rank.
 
-    NCCL takes one rank a GPU, so where any two ranks share one, or slices of one, all ranks of the job use gloo. Raises
-    UserError where some ranks have a GPU and others have none, or all have none and one asked for it.
+    NCCL allows one rank per GPU, so where any two ranks share one, or slices of one, all ranks of the job use gloo.
+    Raises UserError where some ranks have a GPU and others have none, or all have none and one asked for it.
     """
     nodes = dict(zip(claims, node_names([each.node for each in claims.values()]), strict=True))
     _refuse_without_gpu(claims, nodes)
@@ -163,7 +163,7 @@ def _note(claims: Mapping[int, Claim], nodes: Mapping[int, str], ranks: Sequence
     here = [each for rank, each in claims.items() if nodes[rank] == nodes[ranks[0]]]
     units = {claims[rank].unit for rank in ranks}
     if len(units) > 1:
-        said = f"{_named(ranks, nodes)} use MIG slices of one GPU. NCCL takes one rank a GPU"
+        said = f"{_named(ranks, nodes)} use MIG slices of one GPU. NCCL allows one rank per GPU"
         return f"{said}, so all ranks use gloo"
     said = f"{_named(ranks, nodes)} share one GPU and its memory. NCCL refuses this, so all ranks use gloo"
     there = max(len({unit for each in here for unit in each.visible}), max(each.installed for each in here))

@@ -78,7 +78,7 @@ def job(place: Path, gpus: int | str, masks: Sequence[str | None], **variables: 
             "MIG",
             ["MIG-0c8e", "MIG-1c8e"],
             ["gloo 10 0"] * 2,
-            "ranks 0, 1 on HOST use MIG slices of one GPU. NCCL takes",
+            "ranks 0, 1 on HOST use MIG slices of one GPU. NCCL allows",
         ),
         (4, ["3", "3"], ["gloo 40 0"] * 2, "WARNING: ranks 0, 1 on HOST share one GPU and its memory."),
     ],
