@@ -89,10 +89,10 @@ class Architecture:
     TensorRule already skips them.
     conv1d: linear weights are stored [in, out] (GPT-2).
     zero_centered_norm: norms multiply by 1 + weight. qk_norm: the queries and keys of each head are normed.
-    embedding_multiplier: scales the embeddings before the first layer; rounded to the model's dtype with
-    rounds_embedding_multiplier. attention_multiplier: scales the attention
-    scores; None = 1/√head_dim. residual_multiplier: scales the outputs of attention and MLP before they are added.
-    logits_divisor: divides the logits.
+    embedding_multiplier: scales the embeddings before the first layer; with rounds_embedding_multiplier it is first
+    rounded to the model's dtype. attention_multiplier: scales the attention scores; None = 1/√head_dim.
+    residual_multiplier: scales the outputs of attention and MLP before they are added. logits_divisor: divides the
+    logits.
     tensors: tensors outside the layers. ignored: patterns for names of tensors in the files that are no weights.
     """
 
@@ -127,10 +127,10 @@ class Architecture:
     logits_divisor: float = 1.0
 
     def size(self, dimension: str) -> int:
-        """Return a dimension of `TensorRule.shape`.
+        """Return the size of a dimension of `TensorRule.shape`.
 
-        It is hidden, vocab, head_dim, queries or keys (the features of all heads), or positions (rows of the position
-        table).
+        dimension: hidden, vocab, head_dim, queries or keys (the features of all their heads), or positions (rows of the
+        position table).
         """
         return {
             "hidden": self.hidden,

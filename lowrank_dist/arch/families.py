@@ -33,8 +33,8 @@ class Family:
     ignored: patterns for names, without `prefix`, of tensors in the files that are no weights.
     window: the keys of a sliding window; empty where the family has none. "window" is its width. Without the other keys
     it applies to all layers. "used" turns it on, "kinds" lists every layer's kind. Where "kinds" is missing, "first" is
-    the first layer with a window, or all layers have one but every "interval"-th; without both, the layers without
-    rotary positions have it. full_every: an "interval" for which config.json has no key.
+    the first layer with a window, or every layer has one except each "interval"-th. Without all three, the layers
+    without rotary positions have it. full_every: an "interval" for which config.json has no key.
     no_rope: the keys of layers without rotary positions; empty where the family has none. "flags" has 0 for each such
     layer, else 1. Where it is missing, every "interval"-th layer is one.
     rope: what the family's rotary positions have in common.
@@ -156,7 +156,7 @@ _ATTENTION_BIASES = {
     "proj_bias": Key("attention_bias", "flag", False),
 }
 _ALL_BIASES = {**_ATTENTION_BIASES, "mlp_bias": Key("mlp_bias", "flag", False)}
-# OLMo 2: norms behind attention and MLP, and over all heads of queries and keys.
+# OLMo 2: norms on the outputs of attention and MLP, and over all heads of queries and of keys.
 _POST_NORM_TENSORS = (
     TensorRule(
         "decoder.layers.{layer}.post_self_attn_layernorm.weight",

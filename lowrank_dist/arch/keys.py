@@ -69,7 +69,10 @@ class Key:
     also: str | None = None
 
     def read(self, values: Mapping[str, Any], where: str) -> Any:
-        """Return the key's value in a config.json, or its default. UserError where it is required or invalid."""
+        """Return the key's value in a config.json, or its default.
+
+        Raises UserError for an invalid value and for a missing key without a default.
+        """
         given = [name for name in (self.name, self.also) if name is not None and name in values]
         if not given:
             if self.default is REQUIRED:

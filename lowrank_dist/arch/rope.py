@@ -159,7 +159,7 @@ def _stated(values: Mapping[str, Any], table: RopeTable, layer_type: str, where:
         found = dict(stated) if stated else found
     nested = {key: value for key, value in found.items() if isinstance(value, dict)}
     if table.local is not None and values.get("rope_parameters") is not None:
-        # Beside an object for each kind, transformers reads nothing else but a rope_scaling, which it merges.
+        # Beside the objects of the two kinds transformers reads only rope_scaling, which it merges into them.
         if len(nested) < len(found) or values.get("rope_scaling"):
             raise UnsupportedModel(
                 f"{where}: rope_parameters of this family must be an object for each of {FULL} and {SLIDING}, without "
