@@ -128,7 +128,7 @@ class SequencePlan(PackedSeqParams):
     masks: dict[int, Tensor] = field(default_factory=dict)
 
     def window_mask(self, window: int, like: Tensor) -> Tensor:
-        """Return the mask [c, c + window − 1] of c queries in a row: 0 where query a sees key a to a + window − 1."""
+        """Return the additive mask [c, c + window − 1] of c queries: query a sees keys a to a + window − 1."""
         if window not in self.masks:
             block = min(WINDOW_BLOCK, window)
             keys, queries = (torch.arange(size, device=like.device) for size in (block + window - 1, block))
@@ -230,8 +230,8 @@ class CoreAttention(nn.Module):
         if window is not None and k_bgsd.size(2) > window:
             return self._attend_window(q_bhsd, k_bgsd, v_bgsd, before, window, plan.window_mask(window, q_bhsd))
         if before:
-            # Zero queries for the prefix make queries as many as keys, so that every kernel's built-in causal masking
-            # is right and no mask tensor exists.
+            # Zero queries for the prefix make as many queries as keys. Every kernel's built-in causal mask is then
+            # right, and no mask tensor exists.
             q_bhsd = F.pad(q_bhsd, (0, 0, before, 0))
         return self._attend_causal(q_bhsd, k_bgsd, v_bgsd)[:, :, before:]
 

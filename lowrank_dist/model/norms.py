@@ -1,4 +1,4 @@
-"""Norms that PyTorch has no module for: RMSNorm by 1 + weight, and RMSNorm over the heads of all ranks.
+"""Norms that PyTorch has no module for: RMSNorm times 1 + weight, and RMSNorm over the heads of all ranks.
 
 Legend: s positions, b rows of the microbatch, h query heads and g key/value heads of this rank, d head width.
 """
@@ -17,7 +17,7 @@ from lowrank_dist.parallel.collectives import all_reduce
 
 
 class _ZeroCentered(torch.autograd.Function):
-    """RMSNorm times 1 + weight, computed in fp32. It saves its input as it is, and one number of each row."""
+    """RMSNorm times 1 + weight, computed in fp32. It saves its input as it is, and one number per row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -51,10 +51,11 @@ class ZeroCenteredNorm(nn.Module):
 
 
 class _OverHeads(torch.autograd.Function):
-    """RMSNorm of q [s, b, h, d] and of k [s, b, g, d], each over its heads on all ranks: of widths `widths`.
+    """RMSNorm of q [s, b, h, d] and of k [s, b, g, d], each over its heads on all ranks.
 
-    The sums of squares of both, [s, b, 2], are all-reduced together; so are the sums of their backward. shared: number
-    of ranks with the same key head. Each of them has a part of that head's gradient, and Megatron adds these up.
+    widths: features of all query heads, and of all key heads. The sums of squares of both, [s, b, 2], are all-reduced
+    together; so are the sums of their backward. shared: number of ranks with the same key head. Each of them has a part
+    of that head's gradient, and Megatron adds the parts up.
     """
 
     @staticmethod
@@ -104,7 +105,7 @@ def _summed(values: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _by_head(weight: Tensor, x: Tensor) -> Tensor:
-    """Return the weight of all features in fp32, with the last two dimensions of x."""
+    """Return the weight in fp32, in the shape of the last two dimensions of x: [heads, d]."""
     return weight.float().view(x.shape[-2:])
 
 
