@@ -1,6 +1,6 @@
-"""Whether the nodes of a job reach each other at ports that the kernel chooses, as gloo's connections need.
+"""Check that the nodes of a job reach each other at ports that the kernel chooses, as gloo's connections need.
 
-The store needs only MASTER_PORT, so a firewall that lets this port through shows first when gloo connects the ranks.
+The store needs only MASTER_PORT, so a firewall that passes this port alone is unnoticed until gloo connects the ranks.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from lowrank_dist.errors import UserError, some_of
 
 # Keys in the job's store: where a rank listens, and the number of ranks that have tried the others.
 _HERE, _DONE = "lowrank_dist/reach", "lowrank_dist/reach tried"
-# How long a rank waits for the others: gloo ends at once without a route, and after 30 s where packets are lost.
+# Seconds that a rank waits for the others: gloo fails at once without a route, and after 30 s where packets are lost.
 _GATHER_SECONDS = 40.0
 _LEAVE_SECONDS = 10.0
 _PAUSE_SECONDS = 0.1
-_NODES = 16  # at most so many are tried
+_NODES = 16  # largest number of nodes that a rank tries
 PORT_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 
 
 def require_reach(store: dist.Store, rank: int, size: int, master: str) -> None:
-    """Raise UserError where this rank cannot connect to one of each other node. Collective, after gloo has failed."""
+    """Raise UserError where this rank cannot connect to another node. Collective; called after gloo has failed."""
     address = gloo_interface(network_facts(several=True, nccl=False, master=master)).address
     if address is None:
         return
@@ -54,7 +54,7 @@ def require_reach(store: dist.Store, rank: int, size: int, master: str) -> None:
 
 
 def _gather(store: dist.Store, rank: int, size: int) -> Mapping[str, tuple[str, str, int]]:
-    """Return name of each other node → the name, and the address and port of its first rank that answers."""
+    """Return name of each other node → the name, and the address and port of its lowest rank that told them."""
     end = time.monotonic() + _GATHER_SECONDS
     told: dict[int, list[str]] = {}
     while len(told) < size and time.monotonic() < end:
@@ -82,7 +82,7 @@ def _try(other: tuple[str, str, int]) -> str:
 
 
 def _await_others(store: dist.Store, number: int) -> None:
-    """Wait until so many ranks have tried the others, for the listener of this one must live until then."""
+    """Wait until `number` ranks have tried the others, since this rank's listener must live until then."""
     end = time.monotonic() + _LEAVE_SECONDS
     while store.add(_DONE, 0) < number and time.monotonic() < end:
         time.sleep(_PAUSE_SECONDS)
