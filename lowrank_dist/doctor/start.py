@@ -50,7 +50,7 @@ def kernels(config: Config) -> list[Row]:
 
 
 def length(config: Config) -> list[Row]:
-    """Return a row on data.max_length. Raises UserError where it exceeds the model's positions or sliding window."""
+    """Return a row on data.max_length. Raises UserError where it exceeds the model's positions."""
     with silence_megatron():
         from lowrank_dist.model.load import check_length
 
