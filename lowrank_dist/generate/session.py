@@ -162,7 +162,7 @@ def _load_rank(
             digests["--adapter"] = digest_of(adapter / name for name in method_package_reading(adapter).files.published)
         own = {"--dtype": dtype, **{name: f"{digest[:12]}…" for name, digest in digests.items()}}
         require_agreement(own, topology.world_group, device, _REMEDY)
-    # No length is checked here: prompts are checked one by one, and decoding applies a sliding window.
+    # No length is checked here: prompts are checked one by one.
     architecture = read_architecture(path)
     architecture.check_tp(topology.tp_size, topology.world_group.size())
     model = load_model(
