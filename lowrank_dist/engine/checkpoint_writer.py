@@ -89,7 +89,7 @@ class CheckpointWriter:
         """Write checkpoints/step-N from the tensors that `Gathering.stream` yields; with `final` also adapter/.
 
         If there was a complete checkpoint, a kill at any point leaves one. Raises DiskError where the disk refuses,
-        and FollowingWriteError where it does so after the checkpoint is complete; UserError for tensors that are
+        FollowingWriteError where it does so after the checkpoint is complete, and UserError for tensors that are
         untrained or not finite.
         """
         target = self._step_folder(state.step)
