@@ -9,7 +9,7 @@ import yaml
 
 # A section and a mapping in it take two levels; the rest is room to say which key is wrong.
 DEEPEST = 20
-# Those of an unsigned 64-bit number.
+# Digits of the largest unsigned 64-bit number.
 _MOST_DIGITS = 20
 _PREFIX = "tag:yaml.org,2002:"
 # Tag, pattern of its plain scalars, and their possible first characters (PyYAML's index).
