@@ -22,7 +22,7 @@ from lowrank_dist.errors import UserError
 # Pauses between polls for a message. The store's own wait is not used: it warns at each time-out and ignores signals.
 _FIRST_PAUSE_SECONDS = 0.0005
 _LONGEST_PAUSE_SECONDS = 0.25
-# How long a store that was reached may take to answer, on a busy machine.
+# Time that a store that was reached may take to answer, on a busy machine.
 ANSWER_SECONDS = 30.0
 PREFIX = "lowrank_dist.doctor"
 # Round trips per comparison of two clocks, as in NTP.

@@ -25,9 +25,9 @@ from lowrank_dist.terminal import say
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
 
-# How long rank 0 waits for the nodes' reports. A node that hangs reports it after CHECK_SECONDS.
+# Time that rank 0 waits for the nodes' reports. A node that hangs reports it after CHECK_SECONDS.
 REPORT_SECONDS = 2 * CHECK_SECONDS
-# How much longer a rank waits for a message from rank 0 than rank 0 waits before it sends it.
+# Time that a rank waits for a message from rank 0, beyond the time that rank 0 itself waits before it sends it.
 GRACE_SECONDS = 15.0
 NETWORK_REMEDY = (
     "the nodes must reach each other without a firewall between them; set GLOO_SOCKET_IFNAME (and "

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PROBE_BYTES = 2**20
 # Bytes for logs, metrics and everything else that does not grow with the model.
 ROOM = 64 * 2**20
-# How long a shared file system may take to show another node's file.
+# Time that a shared file system may take to show another node's file.
 SEEN_SECONDS = 5
 FILE = "probe"
 
