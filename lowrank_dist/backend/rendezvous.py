@@ -23,11 +23,11 @@ from lowrank_dist.terminal import say
 
 _RUN = "lowrank_dist/run"  # key in the job's store: the run token of rank 0
 _REMEDY = "give each run its own MASTER_PORT"
-# How long a name may take until it resolves: in Kubernetes a node's name appears after its container.
+# Time that a name may take until it resolves: in Kubernetes a node's name appears after its container.
 NAME_SECONDS = 60.0
 # A rank that has not reached rank 0 after this time says why.
 NOTE_SECONDS = 15.0
-# How long the store that was reached may take to answer.
+# Time that the store that was reached may take to answer.
 ANSWER_SECONDS = 30.0
 _PAUSE_SECONDS = 0.25
 _FILES = 16  # the store and gloo have this many open in a job of one rank

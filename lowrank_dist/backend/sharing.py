@@ -26,7 +26,7 @@ from lowrank_dist.errors import OtherRankError, UserError, some_of
 NO_CUDA = "model.device: cuda was asked for, but torch sees no CUDA device; use model.device=cpu or auto"
 # Keys in the job's store: each rank's claim, rank 0's answer, and the mark of a rank that has read it.
 _CLAIM, _ANSWER, _READ = "lowrank_dist/device", "lowrank_dist/devices", "lowrank_dist/devices read"
-# How long rank 0, with which the store may end, waits for the others to read an error.
+# Time that rank 0 waits for the others to read an error, since the store may end with it.
 _READ_WITHIN = timedelta(seconds=10)
 _SHOWN = 3  # nodes whose ranks share GPUs that are listed
 
@@ -50,7 +50,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How the ranks of a job use their devices.
+    """The use of devices by the ranks of a job.
 
     collective: the library of all ranks, "nccl" or "gloo". ranks_per_device: for each claim, the number of ranks that
     use the same device; on CPUs, the same node. notes: lines for the user.
