@@ -156,11 +156,6 @@ class Architecture:
         return Counter(self.layers)
 
     @property
-    def sliding_window(self) -> int | None:
-        """The narrowest window of any layer; None where every layer is plain causal."""
-        return min((kind.sliding_window for kind in self.kinds if kind.sliding_window is not None), default=None)
-
-    @property
     def ropes(self) -> tuple[RopeParameters, ...]:
         """The distinct rotary positions of the layers, in order of first occurrence; empty with learned positions."""
         return tuple(dict.fromkeys(kind.rope for kind in self.kinds if kind.rope is not None))
