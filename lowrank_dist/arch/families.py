@@ -22,19 +22,20 @@ class Family:
     keys: field of `Architecture`, or "ffn" → key of config.json; "layers" is the number of layers. Defaults of fields
     that are None or missing: ffn = 4 × hidden, kv_heads = heads, head_dim = hidden / heads.
     fixed: fields that every model of the family shares. derived: field → its value, from the fields that were read.
-    only: key of config.json → the one supported value (also the default), and the feature that another value means. It
-    is a flag, or a number where the supported value is None.
+    only: key of config.json → the one supported value (also the default), and the feature that another value means. The
+    key holds a flag, or a number if the supported value is None.
     equal: size of config.json → the field that it must equal if given, and the feature that another value means.
     absent: key that config.json must not have → the feature that it means.
-    linears: Megatron linear → Hugging Face module path, one per projection, in the order of LinearLayout.parts. A
-    module that stacks q, k and v (or gate and up) in this order is the only path.
+    linears: Megatron linear → Hugging Face module paths: one per projection, in the order of LinearLayout.parts, or a
+    single one for a module that stacks q, k and v (or gate and up) in that order.
     tensors: every other tensor; names of a layer's tensors have a `{layer}` field. `OUTPUT_LAYER` is left out where the
     embeddings are tied.
     ignored: patterns for names, without `prefix`, of tensors in the files that are no weights.
-    window: the keys of a sliding window; empty where the family has none. "window" is its width. Without the other keys
-    it applies to all layers. "used" turns it on, "kinds" lists every layer's kind. Where "kinds" is missing, "first" is
-    the first layer with a window, or every layer has one except each "interval"-th. Without all three, the layers
-    without rotary positions have it. full_every: an "interval" for which config.json has no key.
+    window: the keys of a sliding window; empty where the family has none. "window" is its width, "used" a flag that
+    turns it on, "kinds" a list with each layer's kind. In a family without a "kinds" key, all layers have the window.
+    If config.json leaves "kinds" out, the family's other keys decide: with "interval", each interval-th layer has full
+    attention, the others the window; with "first", the layers from that one on have the window; with neither, the
+    layers without rotary positions have it. full_every: the interval of a family whose config.json has no key for it.
     no_rope: the keys of layers without rotary positions; empty where the family has none. "flags" has 0 for each such
     layer, else 1. Where it is missing, every "interval"-th layer is one.
     rope: what the family's rotary positions have in common.

@@ -82,7 +82,10 @@ def _try(other: tuple[str, str, int]) -> str:
 
 
 def _await_others(store: dist.Store, number: int) -> None:
-    """Wait until `number` ranks have tried the others, since this rank's listener must live until then."""
+    """Wait, at most `_LEAVE_SECONDS`, until `number` ranks have tried their connections.
+
+    The caller keeps its listener open meanwhile, because the other ranks connect to it.
+    """
     end = time.monotonic() + _LEAVE_SECONDS
     while store.add(_DONE, 0) < number and time.monotonic() < end:
         time.sleep(_PAUSE_SECONDS)

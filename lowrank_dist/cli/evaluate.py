@@ -30,8 +30,8 @@ def evaluate_command(
     data: Annotated[
         Path,
         typer.Option(
-            help='JSONL file of {"prompt", "completion"}, where a completion may be a list of accepted texts, or of '
-            '{"messages"}, whose last assistant turn is the reference.',
+            help='JSONL file, one sample per line: {"prompt": TEXT, "completion": TEXT or list of accepted TEXTs}, or '
+            '{"messages": [...]}, whose last assistant turn is the reference.',
             metavar="FILE",
         ),
     ],

@@ -37,7 +37,8 @@ def generate_command(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            help="Print the completion of this text. Repeat it for several, which are printed as those of --prompts.",
+            help="Print the completion of this text. Repeat it for several texts; the output is then JSON lines, as "
+            "for --prompts.",
             metavar="TEXT",
         ),
     ] = None,

@@ -98,8 +98,8 @@ def slurm_command(
     setup: Annotated[
         Path | None,
         typer.Option(
-            help="File of shell commands that the job runs first, for modules or conda: on the host, so not in a "
-            "container. The job ends where the last one fails; begin with `set -e` to end it where any fails.",
+            help="File of shell commands, for modules or conda, that the job runs first, on the host, even if it uses "
+            "a container. The job ends if the last command fails; begin with `set -e` to end it if any command fails.",
             metavar="FILE",
         ),
     ] = None,

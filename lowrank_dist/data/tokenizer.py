@@ -300,7 +300,10 @@ def _unknown_id(tokenizer: Backend, model: dict[str, Any]) -> int | None:
 
 
 def _eos_of_model(config: Path) -> int | None:
-    """Return config.json's eos_token_id, the first of a list: GPT-2's tokenizer_config.json on the Hub names no EOS."""
+    """Return eos_token_id of config.json (the first one if it is a list), None where it has none.
+
+    For tokenizers whose own settings name no EOS, such as GPT-2's tokenizer_config.json on the Hub.
+    """
     eos = settings_in(config, "correct it").get("eos_token_id")
     first = eos[0] if isinstance(eos, list) and eos else eos
     return first if is_integer(first) else None

@@ -155,7 +155,7 @@ class GatherLinear(torch.autograd.Function):
 class PartialLinear(torch.autograd.Function):
     """P = [X·Wᵀ ∣ (m⊙X)·aᵀ], a partial sum over ranks: [.., K] → [.., O + R].
 
-    Backward returns the gradients of the down parameters.
+    Backward returns the gradients of `update.down_parameters`, from which a is computed.
     """
 
     @staticmethod
@@ -182,7 +182,7 @@ class PartialLinear(torch.autograd.Function):
 class ReduceExpand(torch.autograd.Function):
     """ReduceScatter of P over token shards, then Y_j = P_j[:, :O] + U_j·bᵀ with U_j = P_j[:, O:].
 
-    Backward returns the gradients of the up parameters.
+    Backward returns the gradients of `update.up_parameters`, from which bᵀ is computed.
     """
 
     @staticmethod

@@ -17,8 +17,8 @@ _LARGEST = 2**16  # bytes
 def with_setup(script: str, file: Path) -> str:
     """Return `script` with the commands of a file in its SETUP block.
 
-    The job ends where the last of them fails; with `set -e` among them, where any later one fails. They are copied, so
-    a later change of the file does not reach the job. Raises UserError for a file that cannot be read, that bash does
+    The job ends if the last of them fails; after a `set -e` among them, if any fails. They are copied, so a later
+    change of the file does not reach the job. Raises UserError for a file that cannot be read, that bash does
     not accept, or that sets options of sbatch.
     """
     head, begin, rest = script.partition(_BEGIN)
