@@ -233,7 +233,7 @@ def test_full_is_transformers_trained(folders: dict[str, str], family: str) -> N
             assert max_relative_error(found, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("family", ["qwen2", "opt", "mistral"])
+@pytest.mark.parametrize("family", ["qwen2", "opt", "mistral", "olmo3"])
 def test_gradients_of_full_in_the_other_families(tmp_path: Path, family: str) -> None:
     """Errors relative to the largest gradient.
 

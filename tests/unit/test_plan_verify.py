@@ -293,6 +293,23 @@ def test_notices_a_wrong_formula_of_another_method(
     assert not verified(folders["llama"], "data.max_length=512", *overrides, layout=layout)["agrees"]
 
 
+@pytest.mark.parametrize(
+    ("folder", "formula", "broken"),
+    [
+        ("olmo2", "activations.head_norms", lambda job, kind, copied: 0),
+        ("olmo2", "activations._norms", lambda layer, input_requires_grad, needs: 4),
+        ("gemma3", "activations._norms", lambda layer, input_requires_grad, needs: 2),
+        ("gemma3", "activations.widths", lambda job: 2),
+    ],
+)
+def test_notices_a_wrong_formula_of_norms(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, folder: str, formula: str, broken: Any
+) -> None:
+    monkeypatch.setattr(f"lowrank_dist.planner.{formula}", broken)
+    found = verified(folders[folder], "data.max_length=512", layout=Layout(2, 1, True, 2, False))
+    assert abs(found["memory"]["activations"]["difference"]) > 1e-3
+
+
 def test_fused_factors_are_counted(folders: dict[str, str]) -> None:
     found = verified(folders["llama"], "data.max_length=512", layout=Layout(4, 1, True, 2, False), fuse_factors=True)
     assert found["agrees"] and found["memory"]["frozen weights"]["difference"] == 0, found
