@@ -378,7 +378,7 @@ class TestTypes:
 
 class TestVerify:
     @pytest.mark.parametrize("dtype", SIZES)
-    @pytest.mark.parametrize("family", ["llama", "granite", "qwen3", "gpt2", "opt"])
+    @pytest.mark.parametrize("family", ["llama", "granite", "qwen3", "gpt2", "opt", "olmo2", "gemma3_text"])
     def test_a_right_merge_passes(self, tmp_path: Path, family: str, dtype: str) -> None:
         base = make_tiny(family, tmp_path / "base", dtype=SIZES[dtype])
         _, result = merge_verified(base, adapters_of(base, tmp_path), tmp_path / "out")
