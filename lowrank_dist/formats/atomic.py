@@ -148,6 +148,8 @@ def _explain(error: OSError, target: Path) -> str:
         errno.EACCES: "give an output path where you may write",
         errno.ENAMETOOLONG: "give an output path with a shorter name (a temporary name beside it is 40 bytes longer)",
         errno.EROFS: "give an output path that is not read-only",
+        errno.EFBIG: "a file may have 4 GiB on FAT, and what `ulimit -f` says: raise that, or give an output path on "
+        "another file system",
         **dict.fromkeys(UNSUPPORTED - {errno.EACCES}, _ANOTHER_FILE_SYSTEM),
     }
     hint = f"; {remedy[error.errno]}" if error.errno in remedy else ""

@@ -97,12 +97,13 @@ _MOST_BYTES = 1 << 60
 # Words of a name that say nothing of the model; names of one model in other words.
 _NOISE = {"nvidia", "tesla", "geforce", "gpu", "hbm2", "hbm2e", "hbm3", "hbm3e", "generation", "ac"}
 _SAME = (
+    (re.compile(r"(?<![a-z\d])(\d{2,3})[ _]+(gb|gib)\b"), r"\1\2"),  # "A100 80 GB", as data sheets write it
     (re.compile(r"\brtx[ _-]*6000[ _-]*ada\b"), "rtx6000ada"),
     (re.compile(r"\brtx[ _-]*a6000\b"), "a6000"),
     (re.compile(r"\b(?:rtx[ _-]*)?([345]090)\b"), r"rtx\1"),
     (re.compile(r"\bh100[ _-]+80gb[ _-]+hbm3\b"), "h100-sxm-80gb"),  # NVIDIA's driver: the PCIe form has HBM2e
     (re.compile(r"\bh20[ _-]*3e\b"), "h20-141gb"),
-    (re.compile(r"\b(gh200)[ _-]+\d{3}gb\b"), r"\1"),  # the driver names the memory of the CPU
+    (re.compile(r"\b(gh200)[ _-]+(?:120|480)gb\b"), r"\1"),  # the driver names the memory of the CPU
 )
 # "gpu:a100:8(S:0-1)" and "gres/gpu:a100=8", as Slurm writes GPUs.
 _GRES = re.compile(r"(?:gres[:/])?gpu[:/]([^:=()]+)(?:[:=]\d+)?(?:\(.*\))?|([^:=()]+):\d+")

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import resource
 import signal
 from pathlib import Path
 
@@ -29,6 +30,20 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
             (temporary / "x").write_text("1")
             raise failure
         assert os.listdir(tmp_path) == []
+
+
+def test_a_limit_on_the_size_of_files_is_named(tmp_path: Path) -> None:
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, old[1]))
+        with (
+            pytest.raises(UserError, match="File too large.*FAT.*`ulimit -f`"),
+            atomic_folder(tmp_path / "out") as folder,
+        ):
+            (folder / "x").write_bytes(bytes(8192))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_kill_leaves_only_a_recognisable_folder(tmp_path: Path) -> None:
