@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from lowrank_dist.arch.model_files import TOKENIZER_CONFIG_FILE
 from lowrank_dist.data.rendering import RENDERER, Chat, Job, RenderingError
 from lowrank_dist.errors import UserError, some_of
+from lowrank_dist.terminal import escape_all
 from lowrank_dist.untrusted.files import short_path
 from lowrank_dist.untrusted.json import brief
 
@@ -95,7 +96,8 @@ class ChatTemplate:
                 what, remedy = "fails on", "correct the template"
             place = self._file if error.line is None else f"{self._file}, line {error.line}"
             raise UserError(
-                f"{places[error.number]}: {self.name} {what} these messages: {error} ({place}); {remedy}"
+                f"{places[error.number]}: {self.name} {what} these messages: {escape_all(str(error))} ({place}); "
+                f"{remedy}"
             ) from error
 
     def _asked(self, messages: Messages, where: str) -> Chat:

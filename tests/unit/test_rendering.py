@@ -120,6 +120,7 @@ FAULTS = {
     "{{ 'a' * (300000000 * messages | length) }}": "fails on these messages: it takes more than 256 MiB of memory",
     "{% for %}": "fails on these messages: Expected an expression",
     "{{ raise_exception('roles alternate') }}": "refuses these messages: roles alternate",
+    "{{ raise_exception('roles\\nalternate') }}": "refuses these messages: roles\\nalternate",
 }
 
 
