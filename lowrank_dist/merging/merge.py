@@ -133,6 +133,7 @@ def merge(
         warnings += check_bases(base, weighted, force_mismatch)
         text = merged_text_files([adapter.path for adapter in weighted], output_format.tokenizer, architecture.vocab)
         origin = merged_provenance(base, {adapter.path: adapter.weight for adapter in weighted})
+    text_notes = text.changes(base)  # before its files are copied, so that an error names the base's own
     others, dtype = other_files(base), output_format.dtype
     layout = plan_layout(mapped, dtype, output_format.shard_size)
     meter = _Meter(layout.read, progress)
@@ -180,7 +181,7 @@ def merge(
         nbytes=nbytes,
         adapters=reports,
         warnings=tuple(warnings),
-        notes=(*added, *text.changes(base)),
+        notes=(*added, *text_notes),
         verification=verification,
     )
 

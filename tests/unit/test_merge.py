@@ -364,6 +364,12 @@ class TestBase:
         with pytest.raises(UserError, match="gone"):
             merge(base, adapter, tmp_path / "out2")
 
+    def test_an_error_in_a_copied_file_names_the_base_s(self, base: Path, adapter: Path, tmp_path: Path) -> None:
+        file = base / "generation_config.json"
+        file.write_text(f'{{"eos_token_id": 1{"0" * 4300}}}')
+        with pytest.raises(UserError, match=re.escape(f"{file}:1: key 'eos_token_id' holds an integer of 4301 digits")):
+            merge(base, adapter, tmp_path / "out")
+
     def test_an_untrained_adapter_is_refused(self, base: Path, tmp_path: Path) -> None:
         adapter = make_adapter(base, tmp_path / "adapter", scale=0.0)
         with pytest.raises(UserError, match="changes nothing"):
