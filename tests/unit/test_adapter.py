@@ -471,6 +471,21 @@ def test_all_linear_leaves_the_output_layer_out(bases: dict[str, Path], tmp_path
         read_adapter(folder)
 
 
+def test_an_adapter_of_none_of_the_base_s_modules_is_not_called_incomplete(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
+    """The language model inside a model for images and text has other names. Control: half of the modules are right."""
+    base = bases["llama"]
+    folder = save_adapter(tmp_path / "adapter", base, random_adapter(base, SIZES["all linears alike"]))
+    tensors = load_file(folder / WEIGHTS_FILE)
+    for part, message in (("layers.", "none of its modules, such as model.language_model"), ("layers.1", "no factors")):
+        moved = {name.replace(f".{part}", f".language_model.{part}"): tensor for name, tensor in tensors.items()}
+        save_file(moved, folder / WEIGHTS_FILE)
+        with pytest.raises(UserError, match=message):
+            merge(base, folder, tmp_path / "out")
+        assert any(message in problem for problem in inspected(folder, base).problems)
+
+
 @pytest.mark.parametrize(
     ("values", "lacking"),
     [

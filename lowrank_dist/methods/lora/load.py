@@ -249,8 +249,15 @@ def _deciding(config: PeftConfig) -> str:
 def require_complete(path: Path, config: PeftConfig, held: Collection[str], architecture: Architecture) -> None:
     """Raise UserError where the file has no factors for a module of the base that its config targets.
 
-    held: the modules for which it has factors.
+    held: the modules for which it has factors. Where the base has none of them, that is the error: a model for images
+    and text has its layers under other names, such as model.language_model.layers.0.
     """
+    if held and not module_paths(architecture) & set(held):
+        example = min(architecture.linear_modules())
+        raise UserError(
+            f"{path}: none of its modules, such as {min(held)}, is in the base, a {architecture.family} model with "
+            f"modules such as {example}; give the base that it was trained on"
+        )
     modules = architecture.linear_modules() if config.all_linear else module_paths(architecture)
     lacking = sorted(module for module in modules - set(held) if config.adapts(module))
     if lacking:
