@@ -4,6 +4,7 @@ An option that the table cannot express raises UnsupportedModel with the key of 
 missing optional key has transformers' default; a test compares the tables with transformers.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,15 @@ from lowrank_dist.arch.model_files import config_file, read_config
 from lowrank_dist.arch.rope import FULL, SLIDING, read_rope
 from lowrank_dist.arch.rows import Linear, Part
 from lowrank_dist.errors import UserError
+from lowrank_dist.untrusted.json import brief
 
+# Writes the model for text that is inside one for images and text, without allocating it twice.
+_TEXT_ALONE = (
+    "import torch; from transformers import AutoModelForCausalLM as C, AutoModelForImageTextToText as M; "
+    'm = M.from_pretrained("DIR", dtype="auto"); torch.set_default_device("meta"); '
+    "t = C.from_config(m.config.text_config); t.model, t.lm_head = m.model.language_model, m.lm_head; "
+    't.save_pretrained("OUT")'
+)
 # transformers has several names for the same function.
 _ACTIVATIONS = {
     "silu": "silu",
@@ -98,10 +107,20 @@ def _family(values: Mapping[str, Any], where: str) -> Family:
     if name in _TEXT_PARTS:
         raise UnsupportedModel(f"{where}: model_type {name!r} {_TEXT_PARTS[name]}")
     if name not in FAMILIES:
-        raise UnsupportedModel(
-            f"{where}: model_type {name!r} is not supported; use a model of one of {', '.join(FAMILIES)}"
-        )
+        raise UnsupportedModel(f"{where}: model_type {brief(name)} is not supported; {_instead(values)}")
     return FAMILIES[name]
+
+
+def _instead(values: Mapping[str, Any]) -> str:
+    """Return what to use in place of a model of another family. One for images and text has the one for text inside."""
+    inner = values.get("text_config")
+    name = inner.get("model_type") if isinstance(inner, dict) else None
+    if not isinstance(name, str) or name not in FAMILIES:
+        return f"use a model of one of {', '.join(FAMILIES)}"
+    return (
+        f"the {name} in its text_config is: write that alone into a folder OUT, and copy the tokenizer's files there: "
+        f"python -c {shlex.quote(_TEXT_ALONE)}"
+    )
 
 
 def _check_options(values: Mapping[str, Any], family: Family, where: str) -> None:
