@@ -63,7 +63,9 @@ def _explain(error: BaseException) -> str | None:
     if code == errno.EMFILE or "Too many open files" in text or ("Cannot resolve" in text and not _can_open(_FEW)):
         return f"too many open files {here}: {open_files_remedy()}"
     starts = "can't start new thread" in text or (code == errno.EAGAIN and _starts_process(error))
-    if starts or (code is None and "Resource temporarily unavailable" in text and "thread" in text.lower()):
+    # std::thread, of which gloo starts three a group, says no more than the system's message.
+    again = "Resource temporarily unavailable"
+    if starts or (code is None and (text == again or (again in text and "thread" in text.lower()))):
         return f"no further process or thread can be started {here}: {_processes_remedy()}"
     full = code == errno.ENOSPC or "No space left on device" in text or "creating shared memory" in text
     if full and str(SHARED_MEMORY) in text:

@@ -53,6 +53,7 @@ def chained() -> Exception:
         (OSError(errno.ENFILE, "Too many open files in system"), "sysctl fs.file-max"),
         (RuntimeError("can't start new thread"), "(`ulimit -u`)"),
         (RuntimeError("std::thread: Resource temporarily unavailable"), "(`ulimit -u`)"),
+        (RuntimeError("Resource temporarily unavailable"), "(`ulimit -u`)"),
         (RuntimeError("NCCL: Error while creating shared memory segment /dev/shm/nccl-x (size 9637888)"), "--shm-size"),
         (OSError(errno.ENOSPC, "No space left on device", "/dev/shm/torch_1"), "--shm-size=8g"),
     ],
@@ -87,6 +88,7 @@ def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
         OSError(errno.ENOSPC, "No space left on device", "/runs/a"),
         FileNotFoundError(2, "No such file", "/dev/shm/a"),
         RuntimeError("gloo: Connection closed by peer"),
+        RuntimeError("recv: Resource temporarily unavailable"),
         ValueError("Too many open files"),
     ):
         assert explain(raised(error)) is None
