@@ -131,13 +131,16 @@ def init_process_group(backend: Backend, timeout_seconds: int) -> Backend:
 
 
 def set_local_rank_to_device(backend: Backend) -> None:
-    """Set LOCAL_RANK to the number of this rank's GPU.
+    """Set LOCAL_RANK to the number of this rank's GPU; on a CPU it is set only where the launcher has not.
 
-    DeepSpeed's engine calls torch.cuda.set_device(LOCAL_RANK), which fails or moves the rank where several ranks share
-    a GPU. This runs after the ranks have met: until then LOCAL_RANK decides which rank reports for its node.
+    DeepSpeed's engine refuses to start without it and calls torch.cuda.set_device(LOCAL_RANK), which fails or moves the
+    rank where several ranks share a GPU. This runs after the ranks have met: until then LOCAL_RANK decides which rank
+    reports for its node.
     """
     if backend.device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(backend.device.index)
+    else:
+        os.environ.setdefault("LOCAL_RANK", str(local_rank()))
 
 
 def shutdown(*, clean: bool) -> None:

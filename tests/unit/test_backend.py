@@ -73,6 +73,18 @@ def test_deepspeed_is_told_the_device_and_not_the_rank(monkeypatch: pytest.Monke
     assert os.environ["LOCAL_RANK"] == "0"
 
 
+@pytest.mark.parametrize(("given", "left"), [(None, "0"), ("3", "3")])
+def test_ranks_on_cpus_that_were_numbered_by_hand(
+    monkeypatch: pytest.MonkeyPatch, given: str | None, left: str
+) -> None:
+    """DeepSpeed's engine needs LOCAL_RANK, and RANK alone is enough for all else."""
+    monkeypatch.setenv("LOCAL_RANK", given or "")  # so that it is restored
+    if given is None:
+        del os.environ["LOCAL_RANK"]
+    select.set_local_rank_to_device(select.Backend(torch.device("cpu"), "gloo", "cpu"))
+    assert os.environ["LOCAL_RANK"] == left
+
+
 def test_cards_have_the_same_identity_under_every_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus.install(monkeypatch.setattr, fake_gpus.node(4))
     everything = visible_cards()
