@@ -19,6 +19,7 @@ from lowrank_dist.arch.model_files import TOKENIZER_CONFIG_FILE, hub_hint
 from lowrank_dist.data.sentencepiece_model import SentencePieceTokenizer, settings_in, write_fast
 from lowrank_dist.data.template import TEMPLATE_FILE, ChatTemplate, require_template
 from lowrank_dist.errors import UserError
+from lowrank_dist.terminal import escape_all
 from lowrank_dist.untrusted.files import MIB, require_size
 from lowrank_dist.untrusted.json import brief, parse_json, read_object
 
@@ -123,7 +124,10 @@ def _load_fast(folder: Path, moment: datetime | None) -> FastTokenizer:
         # A Rust panic is no Exception, and its class is known only by its name.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"{folder}: tokenizer.json or tokenizer_config.json can't be read: {error}") from error
+        raise UserError(
+            f"{folder}: tokenizer.json or tokenizer_config.json can't be read: {escape_all(str(error))}; download both "
+            "again"
+        ) from error
 
 
 def _refuse_far_ids(path: Path, definition: Mapping[str, Any]) -> None:
@@ -138,7 +142,9 @@ def _refuse_far_ids(path: Path, definition: Mapping[str, Any]) -> None:
         ids += [(token.get("content"), token.get("id")) for token in added if isinstance(token, dict)]
     for token, token_id in ids:
         if is_integer(token_id) and token_id >= _MOST_TOKENS:
-            raise UserError(f"{path}: {brief(token)} has id {token_id}; the limit is {_MOST_TOKENS}; download it again")
+            raise UserError(
+                f"{path}: {brief(token)} has id {brief(token_id)}; the limit is {_MOST_TOKENS}; download it again"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from lowrank_dist.formats.safetensors_file import TensorEntry, read_header
 from lowrank_dist.methods.files import CONFIG_FILE, WEIGHTS_FILE, own_file
 from lowrank_dist.methods.lora.extras import base_copies, is_extra
 from lowrank_dist.methods.lora.peft_config import PeftConfig, read_config
+from lowrank_dist.untrusted.json import brief
 
 _PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -221,7 +222,7 @@ def check_pair(path: Path, config: PeftConfig, module: str, entries: PairEntries
     if (a.shape[0], b.shape[1]) != (rank, rank):
         raise UserError(
             f"{path}: {module} has lora_A {list(a.shape)} and lora_B {list(b.shape)}, but {CONFIG_FILE} gives it "
-            f"rank {rank}, which needs [{rank}, in] and [out, {rank}]; write the adapter again"
+            f"rank {brief(rank)}, which needs [rank, in] and [out, rank]; write the adapter again"
         )
     if config.dora != (magnitude is not None):
         there = "no lora_magnitude_vector" if magnitude is None else "a lora_magnitude_vector"
