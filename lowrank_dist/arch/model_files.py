@@ -97,7 +97,7 @@ def class_note(folder: Path) -> list[str]:
     if not found:
         return [f'{where} is missing, so llama.cpp and vLLM refuse the model; add "architectures": ["{expected}"]']
     return [
-        f"{where} is {brief(found)}, but the class of model_type {values['model_type']!r} is {expected}; llama.cpp and "
+        f"{where} is {brief(found)}, but for model_type {values['model_type']!r} it is {[expected]}; llama.cpp and "
         "vLLM go by architectures, so correct it if they refuse the model or read it as another"
     ]
 

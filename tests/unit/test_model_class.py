@@ -74,7 +74,7 @@ def test_a_class_of_another_model_is_told(other: object, tmp_path: Path) -> None
     assert found["architectures"] == other
     (said,) = report.warnings
     assert said.startswith(
-        f"{base / 'config.json'}: architectures is {other!r}, but the class of model_type 'llama' is"
+        f"{base / 'config.json'}: architectures is {other!r}, but for model_type 'llama' it is ['LlamaForCausalLM'];"
     )
     assert inspected(base).warnings == [said]
 
