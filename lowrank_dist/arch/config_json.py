@@ -41,16 +41,6 @@ _ACTIVATIONS = {
 
 # Values of layer_types, new name first.
 _FULL, _SLIDING = ("full_attention", "attention"), ("sliding_attention",)
-# Models with a vision part → the end of the error: how their text part becomes a folder of its own.
-_TEXT_PARTS = {
-    "gemma3": (
-        "has a vision part, which is not supported; save its text part once, as a gemma3_text, and copy the files "
-        "of the tokenizer to it. With transformers: "
-        "model = Gemma3ForConditionalGeneration.from_pretrained(DIR, dtype='auto'); "
-        "text = Gemma3ForCausalLM(model.config.text_config); text.model, text.lm_head = model.model.language_model, "
-        "model.lm_head; text.save_pretrained(FOLDER)"
-    )
-}
 
 
 def read_architecture(path: Path) -> Architecture:
@@ -104,8 +94,6 @@ def _family(values: Mapping[str, Any], where: str) -> Family:
     name = values["model_type"]
     if not isinstance(name, str):
         raise UserError(f"{where}: model_type must be text, not {name!r}; set it to one of {', '.join(FAMILIES)}")
-    if name in _TEXT_PARTS:
-        raise UnsupportedModel(f"{where}: model_type {name!r} {_TEXT_PARTS[name]}")
     if name not in FAMILIES:
         raise UnsupportedModel(f"{where}: model_type {brief(name)} is not supported; {_instead(values)}")
     return FAMILIES[name]

@@ -307,8 +307,8 @@ def test_the_text_model_inside_another_is_written_by_the_command_in_the_error(tm
     architecture = read_architecture(alone)
     with safe_open(alone / "model.safetensors", "pt") as file:
         assert set(hf_shapes(architecture)) == set(file.keys())
-    with pytest.raises(UserError, match="'gemma3' is not supported; use a model of one of llama"):
-        parse_architecture({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, "config.json")
+    with pytest.raises(UserError, match="'gemma4' is not supported; use a model of one of llama"):
+        parse_architecture({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}}, "config.json")
 
 
 def test_every_layer_sliding_is_a_window(tiny: dict[str, Path], tmp_path: Path) -> None:
