@@ -43,8 +43,12 @@ def write_run(place: Path) -> Path:
 
 
 def write_job(config: Path, script: Path, *options: object) -> Path:
-    """Write the script of `lowrank-dist slurm` for two hosts of two ranks; the job is signalled 15 s before its end."""
-    size = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1, "--time", 30, "--lead", 15]
+    """Write the script of `lowrank-dist slurm` for two hosts of two ranks; the job is signalled 15 s before its end.
+
+    It lasts at most 30 minutes where `options` have no --time.
+    """
+    size = ["--nodes", 2, "--gpus-per-node", 2, "--cpus-per-task", 1, "--lead", 15]
+    size += [] if "--time" in options else ["--time", 30]
     done = program(["lowrank-dist", "slurm", config, *size, "--out", script, *options])
     assert done.code == 0, done.stderr
     return script

@@ -90,7 +90,7 @@ def test_a_killed_srun(quiet_rig: Rig, config: Path, expected: CURVES, tmp_path:
     job = submit(quiet_rig, config, run, faults.environment)
     faults.await_gate(2, job.said)
     watch = Stopwatch(quiet_rig)
-    quiet_rig.hosts[0].kill("srun --kill-on-bad-exit")
+    quiet_rig.hosts[0].kill("srun --export=ALL")
     faults.open_gate(2)
     print(failed(job, watch), "| srun killed")
     assert re.search(r"Killed +\( trap", job.said()) and "the step ended with code 137" in job.said()
