@@ -106,8 +106,8 @@ def _instead(values: Mapping[str, Any]) -> str:
     if not isinstance(name, str) or name not in FAMILIES:
         return f"use a model of one of {', '.join(FAMILIES)}"
     return (
-        f"the {name} in its text_config is: write that alone into a folder OUT, and copy the tokenizer's files there: "
-        f"python -c {shlex.quote(_TEXT_ALONE)}"
+        f"the {name} in its text_config is: write that alone into a folder OUT, and copy the tokenizer, chat template "
+        f"and generation_config.json files there: python -c {shlex.quote(_TEXT_ALONE)}"
     )
 
 

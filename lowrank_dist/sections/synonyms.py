@@ -278,6 +278,8 @@ CONFIG_KEYS = (
     Synonym("save_total_limit", _ALL_HF, "output.keep_last"),
     Synonym("eval_steps", _ALL_HF, "eval.every"),
     Synonym("eval_interval", MEGATRON, "eval.every"),
+    Synonym("evals_per_epoch", AXOLOTL, "eval.every", "steps between evaluations"),
+    Synonym("saves_per_epoch", AXOLOTL, "output.save_every", "steps between checkpoints"),
     Synonym("eval_strategy", _ALL_HF, "eval.every", "steps between evaluations"),
     Synonym("metric_for_best_model", _ALL_HF, "eval.best"),
     Synonym("early_stopping_patience", f"{HF}, {AXOLOTL}", "eval.patience"),
