@@ -45,7 +45,7 @@ STEPS = 3
 # tests/tiny_models.py
 FAMILIES = (
     *("llama", "llama2", "granite", "mistral", "qwen2", "qwen3", "gpt2", "opt"),
-    *("smollm3", "ministral3", "phi3", "seed_oss", "olmo2", "gemma3_text", "olmo3", "glm4"),
+    *("smollm3", "phi3", "seed_oss", "ministral3", "olmo2", "olmo3", "glm4", "gemma3_text"),
 )
 SHAPES = (
     *("gpt2-medium", "gpt2-large", "gpt3-175b", "llama-3-8b", "llama-3-70b", "llama-3-405b"),

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from lowrank_dist.backend import ports
 from lowrank_dist.backend.interfaces import GLOO, gloo_interface, network_facts
-from lowrank_dist.backend.node import node_id, node_names
+from lowrank_dist.backend.node import host_name, node_id, node_names
 from lowrank_dist.errors import UserError, some_of
 
 # Keys in the job's store: where a rank listens, and the number of ranks that have tried the others.
@@ -47,7 +47,7 @@ def require_reach(store: dist.Store, rank: int, size: int, master: str) -> None:
     if failures:
         low, high = PORT_RANGE.read_text().split()
         raise UserError(
-            f"{socket.gethostname()} ({address}) does not reach {some_of(failures)}, although the ranks met at "
+            f"{host_name()} ({address}) does not reach {some_of(failures)}, although the ranks met at "
             f"{master}: a firewall between the nodes, or an interface of another network. Let all TCP ports from "
             f"{low} to {high} through between the nodes, or set {GLOO} to the interface of a network that they share"
         )

@@ -285,7 +285,7 @@ def test_a_tensor_parallel_size_that_does_not_divide_the_heads(place: Place) -> 
     make_tiny("llama", place.base, num_hidden_layers=1, hidden_size=96, num_attention_heads=3, num_key_value_heads=3)
     message = refused(place)
     assert "parallel.tensor=2 does not divide this llama model (3 attention heads" in message
-    assert message.endswith("use one of 1, 3")
+    assert message.endswith("use one of 1 on 2 ranks")
 
 
 def test_longer_than_the_models_positions(place: Place) -> None:

@@ -198,7 +198,7 @@ def test_merged_in_plain_transformers(run: Run, tmp_path: Path) -> None:
     input_ids, expected = run.probe()
     assert gap(logits(plain(merged), input_ids), expected) <= TOLERANCE
     assert gap(logits(plain(run.base), input_ids), expected) >= FAR
-    assert snapshot(run.base) == untouched and snapshot(merged).keys() == untouched.keys()
+    assert snapshot(run.base) == untouched and snapshot(merged).keys() == untouched.keys() | {"lowrank_dist.json"}
 
 
 def test_torchrun_gives_the_same_losses(run: Run, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_a_wrong_plan_says_what_and_the_remedy(config_file: Path) -> None:
         (lambda: lowrank_dist.Cluster.of(gpu="h1000"), "did you mean h100"),
         (lambda: lowrank_dist.Cluster.of(gpu_memory="80"), "write a number above 0 with a unit"),
         (lambda: lowrank_dist.Cluster.of(nodes=0), "--nodes: 0 .* at least 1"),
-        (lambda: lowrank_dist.plan("llama-3-8b", cluster, target_share=0.0), "above 0, at most 1"),
+        (lambda: lowrank_dist.plan("llama-3-8b", cluster, target_share=0.0), "above 0 and at most 1"),
         (lambda: lowrank_dist.plan("llama-3-8b", cluster, ["lora.rnak=4"]), "did you mean lora.rank"),
         (lambda: lowrank_dist.plan("llama-4-8b", cluster), "did you mean llama-3-8b"),
         (lambda: lowrank_dist.plan(config, cluster, ["lora.rank=4"]), "lora.rank=4: .* give overrides to load_config"),

@@ -143,7 +143,7 @@ def test_frozen_size_is_that_of_transformers(folders: dict[str, Path], family: s
     [
         ("all-linear", {}),
         (QV, {}),
-        (r".*\.1\..*(q_proj|v_proj|k_proj)", {}),
+        (r".*\.1\..*\.(q_proj|v_proj|k_proj)", {}),
         (["k_proj", "v_proj"], {r"1\.(self_)?attn\.v_proj": 3}),
     ],
 )
