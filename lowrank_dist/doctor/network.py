@@ -10,7 +10,6 @@ from pathlib import Path
 from lowrank_dist.backend.interfaces import NCCL, NetworkFacts, address_of, gloo_interface, nccl_interface
 from lowrank_dist.doctor.rows import Row
 
-NETWORKS = Path("/sys/class/net")
 INFINIBAND = Path("/sys/class/infiniband")
 
 
