@@ -170,6 +170,8 @@ def test_narrowing_keys_stay(base: Path, tmp_path: Path) -> None:
         ("gpt2", VLLM, "vLLM supports no LoRA on GPT-2; merge it"),
         ("gpt2", LLAMA_CPP, "transposes GPT-2's factors"),
         ("opt", LLAMA_CPP, "does not support OPT"),
+        ("phi3", LLAMA_CPP, "has not been tried with adapters of a phi3; merge it"),
+        ("glm4", LLAMA_CPP, "has not been tried with adapters of a glm4; merge it"),
         ("opt", VLLM, None),
         ("qwen3", LLAMA_CPP, None),
         ("granite", LLAMA_CPP, None),

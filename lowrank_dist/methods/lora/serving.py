@@ -29,6 +29,8 @@ _WITHOUT_LORA: Mapping[str, Mapping[str, str]] = {
         "gpt2": "llama.cpp's converter transposes GPT-2's factors like its weights, although only the weights are "
         f"stored transposed; {_MERGE}",
         "opt": "llama.cpp's converter does not support OPT, merged or not; serve it with vLLM or transformers",
+        "phi3": f"llama.cpp's converter has not been tried with adapters of a phi3; {_MERGE}",
+        "glm4": f"llama.cpp's converter has not been tried with adapters of a glm4; {_MERGE}",
     },
 }
 # llama.cpp reads an alpha that is zero in fp32 as "no scaling", not as a zero update.
