@@ -1,7 +1,9 @@
 """Faults of a model folder are told by their cause, in a line each: tied embeddings, wrapped names, another model."""
 
 import json
+import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,7 +152,7 @@ def test_an_adapter_of_a_wrapped_model_is_one_line(
         load_adapter(folder)
     assert str(error.value) == said
     # The command of the message mends it.
-    command = said[said.index("python -c ") :]
+    command = said[said.index("python -c ") :].replace("python", shlex.quote(sys.executable), 1)
     subprocess.run(command, shell=True, check=True, capture_output=True)
     assert inspected(folder, base).problems == [] and len(load_adapter(folder).ranks) == 15
 
