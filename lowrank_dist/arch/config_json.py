@@ -40,7 +40,7 @@ _ACTIVATIONS = {
 }
 
 # Values of layer_types, new name first.
-_FULL, _SLIDING = ("full_attention", "attention"), ("sliding_attention",)
+_FULL, _SLIDING = (FULL, "attention"), (SLIDING,)
 
 
 def read_architecture(path: Path) -> Architecture:

@@ -45,9 +45,9 @@ class Family:
     prefix: str
     keys: Mapping[str, Key]
     fixed: Mapping[str, Any]
-    only: Mapping[str, tuple[object, str]]
     linears: Mapping[str, tuple[str, ...]]
     tensors: tuple[TensorRule, ...]
+    only: Mapping[str, tuple[object, str]] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     window: Mapping[str, Key] = field(default_factory=dict)
     full_every: int | None = None
@@ -67,6 +67,11 @@ def _weight_and_bias(megatron: str, hf: str, shape: tuple[str, ...] = ("hidden",
 
 def _without(fields: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in names}
+
+
+def _layer_norm(megatron: str, hf: str) -> TensorRule:
+    """Return the rule of an RMSNorm of a Llama-like layer, from the names of its modules."""
+    return TensorRule(f"decoder.layers.{{layer}}.{megatron}.weight", f"model.layers.{{layer}}.{hf}.weight", ("hidden",))
 
 
 OUTPUT_LAYER = TensorRule("output_layer.weight", "lm_head.weight", ("vocab", "hidden"), "vocab")
@@ -129,14 +134,8 @@ _LLAMA_LINEARS = {
 }
 _LLAMA_TENSORS = (
     TensorRule("embedding.word_embeddings.weight", "model.embed_tokens.weight", ("vocab", "hidden"), "vocab"),
-    TensorRule(
-        "decoder.layers.{layer}.input_layernorm.weight", "model.layers.{layer}.input_layernorm.weight", ("hidden",)
-    ),
-    TensorRule(
-        "decoder.layers.{layer}.pre_mlp_layernorm.weight",
-        "model.layers.{layer}.post_attention_layernorm.weight",
-        ("hidden",),
-    ),
+    _layer_norm("input_layernorm", "input_layernorm"),
+    _layer_norm("pre_mlp_layernorm", "post_attention_layernorm"),
     TensorRule("decoder.final_layernorm.weight", "model.norm.weight", ("hidden",)),
     OUTPUT_LAYER,
 )
@@ -159,16 +158,8 @@ _ATTENTION_BIASES = {
 _ALL_BIASES = {**_ATTENTION_BIASES, "mlp_bias": Key("mlp_bias", "flag", False)}
 # OLMo 2: norms on the outputs of attention and MLP, and over all heads of queries and of keys.
 _POST_NORM_TENSORS = (
-    TensorRule(
-        "decoder.layers.{layer}.post_self_attn_layernorm.weight",
-        "model.layers.{layer}.post_attention_layernorm.weight",
-        ("hidden",),
-    ),
-    TensorRule(
-        "decoder.layers.{layer}.post_mlp_layernorm.weight",
-        "model.layers.{layer}.post_feedforward_layernorm.weight",
-        ("hidden",),
-    ),
+    _layer_norm("post_self_attn_layernorm", "post_attention_layernorm"),
+    _layer_norm("post_mlp_layernorm", "post_feedforward_layernorm"),
 )
 _HEADS_NORM_TENSORS = (
     TensorRule(
@@ -195,7 +186,6 @@ FAMILIES: Mapping[str, Family] = {
         prefix="model.",
         keys=_LLAMA_KEYS | _ALL_BIASES,
         fixed=_without(_LLAMA_FIXED, *_ALL_BIASES),
-        only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
@@ -205,7 +195,6 @@ FAMILIES: Mapping[str, Family] = {
         prefix="model.",
         keys=_GRANITE_KEYS | _ALL_BIASES,
         fixed=_without(_LLAMA_FIXED, *_ALL_BIASES),
-        only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
@@ -215,7 +204,6 @@ FAMILIES: Mapping[str, Family] = {
         prefix="model.",
         keys=_MISTRAL_KEYS,
         fixed=_LLAMA_FIXED,
-        only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
@@ -227,7 +215,6 @@ FAMILIES: Mapping[str, Family] = {
         prefix="model.",
         keys=_QWEN_KEYS,
         fixed={**_LLAMA_FIXED, "qkv_bias": True},
-        only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
@@ -238,7 +225,6 @@ FAMILIES: Mapping[str, Family] = {
         prefix="model.",
         keys=_QWEN_KEYS | {"head_dim": Key("head_dim", "even", 128)} | _ATTENTION_BIASES,
         fixed=_without(_LLAMA_FIXED, *_ATTENTION_BIASES) | {"qk_norm": True},
-        only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS + _QK_NORM_TENSORS,
         ignored=_ROPE_BUFFERS,
@@ -365,7 +351,6 @@ FAMILIES: Mapping[str, Family] = {
         }
         | _ALL_BIASES,
         fixed=_without(_LLAMA_FIXED, *_ALL_BIASES),
-        only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
@@ -391,7 +376,6 @@ FAMILIES: Mapping[str, Family] = {
             "norm_eps": Key("rms_norm_eps", "number", 1e-5),
         },
         fixed=_LLAMA_FIXED,
-        only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
@@ -422,7 +406,6 @@ FAMILIES: Mapping[str, Family] = {
             "norm_eps": Key("rms_norm_eps", "number", 1e-5),
         },
         fixed=_LLAMA_FIXED,
-        only={},
         linears=_LLAMA_LINEARS
         | {
             "linear_qkv": ("model.layers.{layer}.self_attn.qkv_proj",),
@@ -448,7 +431,6 @@ FAMILIES: Mapping[str, Family] = {
             "mlp_bias": Key("mlp_bias", "flag", False),
         },
         fixed=_without(_LLAMA_FIXED, *_ALL_BIASES),
-        only={},
         linears=_LLAMA_LINEARS,
         tensors=_LLAMA_TENSORS,
         ignored=_ROPE_BUFFERS,
@@ -458,7 +440,6 @@ FAMILIES: Mapping[str, Family] = {
         prefix="model.",
         keys=_LLAMA_KEYS | {"norm_eps": Key("rms_norm_eps", "number", 1e-5)} | _ATTENTION_BIASES,
         fixed=_without(_LLAMA_FIXED, *_ATTENTION_BIASES),
-        only={},
         linears=_LLAMA_LINEARS,
         tensors=(_EMBEDDING, *_POST_NORM_TENSORS, *_HEADS_NORM_TENSORS, _FINAL_NORM, OUTPUT_LAYER),
         ignored=_ROPE_BUFFERS,
@@ -491,11 +472,7 @@ FAMILIES: Mapping[str, Family] = {
         tensors=(
             _EMBEDDING,
             _INPUT_NORM,
-            TensorRule(
-                "decoder.layers.{layer}.pre_mlp_layernorm.weight",
-                "model.layers.{layer}.pre_feedforward_layernorm.weight",
-                ("hidden",),
-            ),
+            _layer_norm("pre_mlp_layernorm", "pre_feedforward_layernorm"),
             *_POST_NORM_TENSORS,
             *_QK_NORM_TENSORS,
             _FINAL_NORM,
@@ -513,7 +490,6 @@ FAMILIES: Mapping[str, Family] = {
         prefix="model.",
         keys=_LLAMA_KEYS | {"norm_eps": Key("rms_norm_eps", "number", 1e-5)} | _ATTENTION_BIASES,
         fixed=_without(_LLAMA_FIXED, *_ATTENTION_BIASES),
-        only={},
         linears=_LLAMA_LINEARS,
         tensors=(_EMBEDDING, *_POST_NORM_TENSORS, *_HEADS_NORM_TENSORS, _FINAL_NORM, OUTPUT_LAYER),
         ignored=_ROPE_BUFFERS,
@@ -534,20 +510,11 @@ FAMILIES: Mapping[str, Family] = {
             "qkv_bias": Key("attention_bias", "flag", True),
         },
         fixed=_without(_LLAMA_FIXED, "qkv_bias"),
-        only={},
         linears=_LLAMA_LINEARS | {"linear_fc1": ("model.layers.{layer}.mlp.gate_up_proj",)},
         tensors=(
             *_LLAMA_TENSORS,
-            TensorRule(
-                "decoder.layers.{layer}.post_self_attn_layernorm.weight",
-                "model.layers.{layer}.post_self_attn_layernorm.weight",
-                ("hidden",),
-            ),
-            TensorRule(
-                "decoder.layers.{layer}.post_mlp_layernorm.weight",
-                "model.layers.{layer}.post_mlp_layernorm.weight",
-                ("hidden",),
-            ),
+            _layer_norm("post_self_attn_layernorm", "post_self_attn_layernorm"),
+            _layer_norm("post_mlp_layernorm", "post_mlp_layernorm"),
         ),
         ignored=_ROPE_BUFFERS,
         rope=RopeTable(rotated=0.5, interleaved=True),

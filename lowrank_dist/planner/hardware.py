@@ -116,7 +116,7 @@ _MIG_SLICES, _MIG_MEMORY = 8, 0.95
 
 @dataclass(frozen=True)
 class _Words:
-    """What a GPU's name says. rest: words that say nothing of a GPU that is known. mig: slices and GB."""
+    """The parts of a GPU's name. rest: words that belong to no known GPU. mig: slices and GB."""
 
     model: str = ""
     form: str = ""

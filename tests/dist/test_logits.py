@@ -136,7 +136,7 @@ def scale_rope_theta(model: Any) -> None:
 
     for rope, frequencies in model.frequencies.items():
         frequencies.short.copy_(
-            inv_freq(replace(rope, theta=2 * rope.theta), rope.columns or model.architecture.head_dim)
+            inv_freq(replace(rope, theta=2 * rope.theta), rope.rotated(model.architecture.head_dim))
         )
 
 

@@ -315,7 +315,7 @@ def expected_rope(config: PreTrainedConfig, stated: Values, **kind: str) -> list
 def found_rope(rope: RopeParameters | None, head_dim: int) -> list[Any] | None:
     if rope is None:
         return None
-    columns = rope.columns or head_dim
+    columns = rope.rotated(head_dim)
     frequencies = [inv_freq(rope, columns, long=long).tolist() for long in (False, True)]
     return [*frequencies, rope.scaling, rope.query_beta, rope.original_max_positions if rope.query_beta else None]
 
