@@ -70,7 +70,8 @@ $(NEXT)/.installed: $(INSTALLED_FROM)
 	python=$$(.ci/find-python $(NEXT_PYTHON)) && "$$python" -m venv $(NEXT)
 	$(fill)
 
-# ruff, mypy and the quick unit tests: two and a half minutes on 2 cores. mypy has one thread; its first run takes almost a minute.
+# ruff, mypy and the quick unit tests: two and a half minutes on 2 cores. mypy has one thread; its first run takes almost
+# a minute.
 check: $(READY)
 	$(PYTHON) -m ruff check .
 	$(MAKE) --no-print-directory -j2 --output-sync types quick
