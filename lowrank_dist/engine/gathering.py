@@ -44,12 +44,12 @@ class Gathering:
             for table in tables
         ]
 
-    def stream(self, snapshot: Tensor) -> Iterator[dict[str, Tensor]]:
+    def stream(self, snapshot: Tensor, *, require_equal: bool = True) -> Iterator[dict[str, Tensor]]:
         """Yield on rank 0, in the order of `Theta.trained`: stored name → unsharded [3, *shape], in the order of KINDS.
 
         snapshot: [3, elements] of `ZeroOptimiser.snapshot`. Every rank must exhaust the iterator, which yields nothing
         on other ranks. Raises UserError where copies of a parameter, or their moments, differ between tensor-parallel
-        ranks.
+        ranks, unless `require_equal` is off; then the first rank's copy is taken.
         """
         rank, group = self._topology.world_group.rank(), self._topology.host_group
         pieces, size = self._pieces(rank, snapshot), self._topology.world_group.size()
@@ -57,7 +57,8 @@ class Gathering:
         digests = [torch.empty_like(own) for _ in range(size)]
         dist.all_gather(digests, own, group=group)
         # Every rank checks before any rank sends: after an error nobody would receive.
-        self._require_equal_copies([int(each) for each in digests])
+        if require_equal:
+            self._require_equal_copies([int(each) for each in digests])
         if rank:
             for batch in self._batches:
                 sent = [pieces[number] for number, *_ in self._sends(rank, batch)]

@@ -174,6 +174,22 @@ class ZeroOptimiser:
         ]
         return torch.stack(rows)
 
+    def gradients(self) -> Tensor:
+        """Return a copy, [elements] fp32 on the CPU: the gradient of the step, of all `fragments` in order.
+
+        It is complete, and not clipped yet, when the phase "optimiser" begins; `step` frees it.
+        """
+        flat: dict[int, Tensor] = {}
+        pieces = []
+        for mapping in map(_mapping, self._parameters):
+            if mapping is None:
+                continue
+            group, address = mapping.param_group_index, mapping.hp_fragment_address
+            if group not in flat:
+                flat[group] = torch.cat([part.reshape(-1) for part in self.engine.optimizer.averaged_gradients[group]])
+            pieces.append(flat[group].narrow(0, address.start, address.numel))
+        return torch.cat(pieces).float().cpu() if pieces else torch.zeros(0)
+
     def restore(self, number: int, values: Tensor) -> None:
         """Set master and moments [3, *shape] of one parameter. Collective over data parallelism.
 
