@@ -19,6 +19,7 @@ from lowrank_dist.sections.section import MethodName, MethodSection
 if TYPE_CHECKING:
     from lowrank_dist.methods.files import MethodFiles
     from lowrank_dist.methods.method import MethodBuilder
+    from lowrank_dist.methods.reference import ReferenceBuilder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +76,11 @@ class MethodPackage:
     def builder(self) -> MethodBuilder:
         """The module that builds the method and attaches it to a model. Imports Megatron."""
         return resolve_name(f"{__package__}.{self.folder}.method")
+
+    @property
+    def reference(self) -> ReferenceBuilder:
+        """The module that applies the method to transformers' own modules. Its functions import transformers."""
+        return resolve_name(f"{__package__}.{self.folder}.reference")
 
 
 # `method_package_of` asks them in this order. LoRA claims every PEFT folder, so prefix and prompt come before it. Full

@@ -374,6 +374,7 @@ def test_ordinary_words_are_no_methods(source: str) -> None:
 
 SHORT_LINES, MOST_SHORT, MEDIAN = 60, 25, (120, 250)
 _SECTION = "a section of the configuration, which may import nothing but sections"
+_REFERENCE = "a method once more in a few lines of plain PyTorch, apart from the code that it checks"
 # Files of fewer than SHORT_LINES lines, with the reason for each.
 SHORT = {
     "errors.py": "the errors that every room raises; imports nothing of ours",
@@ -384,6 +385,7 @@ SHORT = {
     "config/__init__.py": "the two names that the room offers",
     **{f"{owner}/config.py": _SECTION for owner in ("data", "model", "parallel")},
     **{f"methods/{name}/config.py": _SECTION for name in ("bottleneck", "prefix", "prompt")},
+    **{f"methods/{name}/reference.py": _REFERENCE for name in ("bottleneck", "full", "prefix", "prompt")},
     "backend/node.py": "the one place that identifies a node, for rooms that load no torch as well",
     "doctor/network.py": "rows on what backend/interfaces.py finds, which a run asks too",
     "backend/megatron.py": "every patch of Megatron in one place",
