@@ -260,43 +260,43 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     return model.logits(every, positions)[:, count : count + ids.size(1)]
 
 
-def reference(
-    parameters: Mapping[str, nn.Parameter],
-    shapes: Mapping[str, tuple[int, ...]],
-    logits_of_one: Callable[[Tensor], Tensor],
-    steps: int = 3,
-    lr: float = MethodSetting.lr,
-) -> dict[str, Any]:
-    """Return what `measure` returns, computed on a plain model: sample by sample, torch's own clipping and AdamW.
+def reference(found: Any, steps: int = 3, virtual: int = 0) -> dict[str, Any]:
+    """Return what `measure` returns, by `verify`'s training of a reference (a `Reference`, from the same values).
 
-    parameters: by stored name. logits_of_one: tokens [s] → logits [s, V].
+    virtual: number of virtual tokens before every sample.
     """
-    targets = sum(int(target[1:].sum()) for _, target in samples())
+    from lowrank_dist.data.masking import Sample
+    from lowrank_dist.engine.zero import OptimiserRules
+    from lowrank_dist.verify.reference import run_reference
 
-    def backward() -> float:
-        total = 0.0
-        for tokens, target in samples():
-            kept = target[1:]
-            loss = F.cross_entropy(logits_of_one(tokens)[:-1][kept].float(), tokens[1:][kept], reduction="sum")
-            (loss / targets).backward()
-            total += loss.item() / targets
-        return total
-
-    def named(kind: str, select: Callable[[nn.Parameter], Tensor]) -> dict[str, Any]:
-        values = ((name, select(p).detach().float().clone().view(shapes[name])) for name, p in parameters.items())
-        return _named(kind, dict(values))
-
-    found = {"loss": backward(), **named("gradient", lambda parameter: parameter.grad)}
+    front = np.arange(VOCAB, VOCAB + virtual)
+    batch = [
+        Sample(
+            np.concatenate((front, tokens.numpy())).astype(np.int32),
+            np.concatenate((np.zeros(virtual, bool), target.numpy())),
+            1,
+        )
+        for tokens, target in samples()
+    ]
+    count = max(steps, 1)
+    rules = OptimiserRules(1, CLIP, None, DECAY, BETAS, EPS)
+    record = run_reference(found, [batch] * count, [MethodSetting.lr] * count, rules)
+    made = {"loss": record.losses[0], **_named("gradient", record.gradients[0])}
     if not steps:
-        return found
-    optimiser = torch.optim.AdamW(parameters.values(), lr, BETAS, EPS, DECAY)
-    losses, norms = [], []
-    for _ in range(steps):
-        optimiser.zero_grad()
-        losses.append(backward())
-        norms.append(float(nn.utils.clip_grad_norm_(parameters.values(), CLIP)))
-        optimiser.step()
-    return {**found, "losses": losses, "norms": norms, **named("weight", lambda parameter: parameter)}
+        return made
+    weights = {name: leaf.detach() for name, leaf in found.parameters.items()}
+    return {**made, "losses": record.losses, "norms": record.norms, **_named("weight", weights)}
+
+
+def reference_of(folder: str, name: str, start: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Return the `Reference` of a method on one of the tiny models. start: a `Start`."""
+    from lowrank_dist.methods.method import Setting as Given
+    from lowrank_dist.methods.registry import method_package
+
+    config = run_config(folder, name)
+    builder = method_package(config.method).reference
+    given = Given(config.method, Path(folder), 0, MAX_LENGTH, "off")
+    return builder.build(config.own_section, given, start, dtype, torch.device("cpu"))
 
 
 def twins_of(settings: Iterable[MethodSetting], tensor: int, sequence: bool) -> list[MethodSetting]:

@@ -9,7 +9,6 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import read_architecture
-from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.engine.planning import Request, find_model, job_of, read_request
-from lowrank_dist.methods.bottleneck.files import BottleneckConfig, places, stored_shapes
+from lowrank_dist.methods.reference import Reference, Start
 from lowrank_dist.methods.registry import Sizes, footprints_beside, method_package
 from lowrank_dist.planner.describe import compare
 from lowrank_dist.planner.hardware import GPUS
@@ -52,6 +49,7 @@ from tests.dist.method_runs import (
     measure,
     prompt_rows,
     reference,
+    reference_of,
     run_config,
     twins_of,
     write_and_score,
@@ -213,12 +211,8 @@ def transformers_model(folder: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def full_reference(folder: str, dtype: torch.dtype = torch.float32, steps: int = 3) -> dict[str, Any]:
-    """Train every parameter of transformers' own model. A tied head is one parameter with the embeddings."""
-    model = transformers_model(folder, dtype)
-    parameters = dict(model.named_parameters())
-    shapes = hf_shapes(read_architecture(Path(folder)))
-    assert parameters.keys() == shapes.keys()
-    return reference(parameters, shapes, lambda tokens: model(tokens[None]).logits[0], steps)
+    """Train every parameter of transformers' own model."""
+    return reference(reference_of(folder, "full", Start(Path(folder), {}), dtype), steps)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +300,16 @@ def peft_dora(folder: str, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Any, 
 
 def peft_reference(folder: str, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     model, parameters = peft_model(folder, name, shapes)
-    return reference(parameters, shapes, lambda tokens: model(tokens[None]).logits[0, -len(tokens) :])
+    base, architecture = model.get_base_model(), read_architecture(Path(folder))
+
+    def logits(tokens: Tensor, keep: Tensor) -> Tensor:
+        return model(tokens[None]).logits[0, -len(tokens) :][keep]
+
+    found = reference(Reference(base, architecture, parameters, logits, dict))
+    return {
+        key: value if (stored := key.partition(" ")[2]) not in shapes else value.reshape(shapes[stored])
+        for key, value in found.items()
+    }
 
 
 # PEFT's embedding of a position is as wide as the keys, ours as the model, so the MLP is tested only where these agree.
@@ -320,13 +323,19 @@ PEFT_CASES = [
 
 @pytest.mark.parametrize(("family", "name"), PEFT_CASES)
 def test_peft_trains_the_same(folders: dict[str, str], family: str, name: str) -> None:
-    """From the same values: loss, gradients, and losses, norms and values of three steps."""
-    expected = None
+    """From the same values: loss, gradients, and losses, norms and values of three steps.
+
+    What is not a low-rank update has a reference in plain PyTorch too.
+    """
+    expected = plain = None
     for world, sequence in ((1, False), (2, True), (2, False)):
         setting = MethodSetting(folders[family], world, sequence, name=name)
         for (found,) in run_ranks(world, measure, [setting]):
             expected = expected or peft_reference(folders[family], name, shapes_in(found))
             assert max_relative_error(found, expected) < TOLERANCE
+            if name != "dora":
+                plain = plain or plain_reference(folders[family], name, shapes_in(found))
+                assert max_relative_error(found, plain) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -388,52 +397,25 @@ def test_adapters_are_read_back_at_another_size(folders: dict[str, str], tmp_pat
         assert np.abs(again - found).max() < TOLERANCE * np.abs(found).max()
 
 
-# The module whose output a bottleneck takes: the last linear of attention and of the MLP, its bias included.
-_LAST_LINEARS = {
-    **dict.fromkeys(
-        ("llama", "granite", "olmo2"), ("model.layers.{}.self_attn.o_proj", "model.layers.{}.mlp.down_proj")
-    ),
-    "gpt2": ("transformer.h.{}.attn.c_proj", "transformer.h.{}.mlp.c_proj"),
-}
+def plain_reference(folder: str, name: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Train `drawn_values` by a few lines of plain PyTorch on transformers' model."""
+    start = Start(Path(folder), drawn_values(shapes))
+    return reference(reference_of(folder, name, start), virtual=VIRTUAL if name == "prompt" else 0)
 
 
-def adapter_reference(folder: str, family: str, method: str) -> dict[str, Any]:
-    """Bottlenecks in plain PyTorch, hooked onto transformers' model before its residual additions."""
-    model = transformers_model(folder).requires_grad_(False)
-    architecture = read_architecture(Path(folder))
-    config = BottleneckConfig(
-        method=method, bottleneck=BOTTLENECK, layers=len(architecture.layers), hidden=architecture.hidden, base=""
-    )
-    shapes: dict[str, tuple[int, ...]] = {}
-    for layer, place in itertools.product(range(config.layers), places(method)):
-        shapes |= stored_shapes(config, layer, place)
-    parameters = {name: nn.Parameter(value) for name, value in drawn_values(shapes).items()}
-
-    def bottleneck(own: Mapping[str, Tensor], module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        x = output
-        if method == "adapter_l":
-            x = F.layer_norm(x, x.shape[-1:], own["norm.weight"], own["norm.bias"])
-        inner = x @ own["down.weight"].T + own["down.bias"]
-        inner = inner.relu() if method == "adapter_l" else 0.5 * inner * (1 + torch.erf(inner / 2**0.5))
-        return output + inner @ own["up.weight"].T + own["up.bias"]
-
-    for layer, place in itertools.product(range(config.layers), places(method)):
-        start = f"layers.{layer}.{place}."
-        own = {name.removeprefix(start): p for name, p in parameters.items() if name.startswith(start)}
-        path = _LAST_LINEARS[family][("attention", "mlp").index(place)].format(layer)
-        model.get_submodule(path).register_forward_hook(partial(bottleneck, own))
-    return reference(parameters, shapes, lambda tokens: model(tokens[None]).logits[0])
-
-
-@pytest.mark.parametrize(("family", "method"), itertools.product(_LAST_LINEARS, ("adapter_h", "adapter_l")))
+@pytest.mark.parametrize(
+    ("family", "method"), itertools.product(("llama", "granite", "olmo2", "gpt2"), ("adapter_h", "adapter_l"))
+)
 def test_adapters_are_bottlenecks_before_the_residual(folders: dict[str, str], family: str, method: str) -> None:
-    expected = adapter_reference(folders[family], family, method)
+    expected = None
     names = [name for name in METHODS if name.startswith(method)]
     for world, sequence in ((1, False), (2, True)):
         settings = [MethodSetting(folders[family], world, sequence, name=name) for name in names]
         for rank in run_ranks(world, measure, settings):
             for found in rank:
+                expected = expected or plain_reference(folders[family], method, shapes_in(found))
                 assert max_relative_error(found, expected) < TOLERANCE
+    assert expected is not None
     # Negative control: the other method's bottleneck is another function.
     other = "adapter_l" if method == "adapter_h" else "adapter_h"
     (found,) = run_ranks(1, measure, [MethodSetting(folders[family], name=other, steps=0)])[0]
