@@ -52,16 +52,20 @@ def describe_kernels(kernels: str, device: str) -> list[str]:
     return [extension.describe(device), *([apex.describe(device)] if device == "cuda" else [])]
 
 
+def optimiser_rules(config: Config) -> OptimiserRules:
+    """Return the settings of ZeRO and AdamW."""
+    train, engine = config.train, config.engine
+    betas = train.beta1, train.beta2
+    return OptimiserRules(engine.zero_stage, engine.clip, engine.reduce_bucket, train.weight_decay, betas, train.eps)
+
+
 def build_engine(run: Run, model: CausalLM, theta: Theta) -> Engine:
     """Build the engine: the model and the optimiser of Θ. Collective.
 
     Where the run resumes, fp32 masters, moments and random generators are restored from the checkpoint.
     """
-    train, engine, device = run.config.train, run.config.engine, run.backend.device
-    rules = OptimiserRules(
-        engine.zero_stage, engine.clip, engine.reduce_bucket, train.weight_decay, (train.beta1, train.beta2), train.eps
-    )
-    optimiser = ZeroOptimiser(theta.parameters, run.topology, rules, run.phases.enter)
+    device = run.backend.device
+    optimiser = ZeroOptimiser(theta.parameters, run.topology, optimiser_rules(run.config), run.phases.enter)
     if run.resumption is not None:
         restore(run.resumption, theta, optimiser, run.topology, device)
     return Engine(model, theta, optimiser, device)

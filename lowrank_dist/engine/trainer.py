@@ -133,7 +133,7 @@ class Trainer:
 
     def _step(self, step: int) -> None:
         """Run optimizer step `step`, counted from 0: read, agree, accumulate microbatches, update, report."""
-        every, device = self.run.config.train.log_every, self.run.backend.device
+        every = self.run.config.train.log_every
         recorded = (step + 1) % every == 0 or step + 1 == self.steps
         if recorded:
             self.meter.begin()
@@ -141,13 +141,9 @@ class Trainer:
         batch = self.batches.batch(self.progress.position)
         self.run.phases.enter("reduction")
         told = self._agree(step, batch)
-        self.engine.model.train()
+        own = self.engine.accumulate(step, batch)
         # [summed loss, stop flag]: one all-reduce tells all ranks both.
-        total = torch.tensor([0.0, told], dtype=torch.float32, device=device)
-        for index, microbatch in enumerate(batch.microbatches):
-            last = index + 1 == len(batch.microbatches)
-            total[0] += self.engine.accumulate(step, microbatch, 1 / batch.global_targets, last)
-        own = total[0].clone()
+        total = torch.stack((own, own.new_tensor(told)))
         dist.all_reduce(total, group=self.run.topology.dp_group)
         summed, told_ranks = total.tolist()
         loss, lr, self._stopping = summed / batch.global_targets, self.schedule.at(step), told_ranks > 0

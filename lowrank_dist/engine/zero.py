@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from lowrank_dist.backend.apex import adamw
-from lowrank_dist.data.batches import Microbatch
+from lowrank_dist.data.batches import Microbatch, StepBatch
 from lowrank_dist.errors import UserError
 from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.parallel.theta import Theta, is_partial
@@ -269,14 +270,19 @@ class Engine:
     optimiser: ZeroOptimiser
     device: torch.device
 
-    def accumulate(self, step: int, batch: Microbatch, scale: float, last: bool) -> Tensor:
-        """Add a microbatch's gradients to those of the step, and return its summed loss, detached.
+    def accumulate(self, step: int, batch: StepBatch) -> Tensor:
+        """Compute the gradients of this rank's share of a global batch. Returns its summed loss, [] fp32, detached.
 
-        step: from 0; determines the dropout masks. scale, last: as in `ZeroOptimiser.accumulate`.
+        step: from 0; determines the dropout masks.
         """
-        moved = self._on_device(batch)
-        self.theta.masks.set(step, moved.dropout_rows)
-        return self.optimiser.accumulate(lambda: self._loss(moved), scale, last)
+        self.model.train()
+        total, last = torch.zeros((), device=self.device), len(batch.microbatches) - 1
+        for index, microbatch in enumerate(batch.microbatches):
+            moved = self._on_device(microbatch)
+            self.theta.masks.set(step, moved.dropout_rows)
+            compute = partial(self._loss, moved)
+            total += self.optimiser.accumulate(compute, 1 / batch.global_targets, index == last)
+        return total
 
     def step(self, lr: float, *, poison: bool = False) -> float:
         """Update Θ, and what its method derives from it. Returns the norm, as `ZeroOptimiser.step` does."""
