@@ -107,9 +107,15 @@ class CausalLM(nn.Module):
         self.virtual_token_ids = tuple(range(first, first + count))
 
     def embeddings_of(self, ids: Tensor) -> Tensor:
-        """Return the embeddings [n, H] of ids [n], whole on every rank. Collective over the tensor-parallel group."""
+        """Return the embeddings [n, H] of ids [n], whole on every rank. Collective over the tensor-parallel group.
+
+        They are as trained virtual tokens take their place (`_scaled`).
+        """
         with torch.no_grad(), self.without_sequence_parallelism():
-            return self.embedding.word_embeddings(ids[None])[0]
+            found: Tensor = self.embedding.word_embeddings(ids[None])[0]
+        if not self.architecture.rounds_embedding_multiplier:
+            return found
+        return found * self._embedding_multiplier(found.dtype)
 
     def set_recompute(self, enabled: bool) -> None:
         """Switch activation recomputation of every layer on or off."""
@@ -249,16 +255,32 @@ class CausalLM(nn.Module):
 
     def _decoded(self, input_ids: Tensor, position_ids: Tensor, plan: SequencePlan) -> Tensor:
         """Return [s, b, H] of this rank's positions after the final norm, scaled for the head."""
-        multiplier, divisor = self.architecture.embedding_multiplier, self.architecture.logits_divisor
-        embedded = self.embedding(input_ids, position_ids)
-        if self.architecture.rounds_embedding_multiplier:
-            multiplier = torch.tensor(multiplier, dtype=embedded.dtype, device="cpu").item()
-        if multiplier != 1:
-            embedded = embedded * multiplier
+        divisor, embedded = self.architecture.logits_divisor, self.embedding(input_ids, position_ids)
+        if self.architecture.embedding_multiplier != 1:
+            embedded = self._scaled(embedded, input_ids)
         hidden: Tensor = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=plan)
         # Dividing the hidden states is cheaper than dividing the logits. It is exact for published divisors, which are
         # powers of two.
         return hidden if divisor == 1 else hidden / divisor
+
+    def _scaled(self, embedded: Tensor, input_ids: Tensor) -> Tensor:
+        """Return embeddings [s, b, H] of this rank's positions times the multiplier.
+
+        One that is rounded is part of transformers' word embeddings, so trained virtual tokens are not scaled by it.
+        """
+        scaled = embedded * self._embedding_multiplier(embedded.dtype)
+        if not self.virtual_token_ids or not self.architecture.rounds_embedding_multiplier:
+            return scaled
+        virtual_sb = input_ids.t() >= self.architecture.vocab
+        if self.embedding.reduce_scatter_embeddings:
+            virtual_sb = virtual_sb.chunk(self.topology.tp_size)[self.topology.tp_rank]
+        return torch.where(virtual_sb[..., None], embedded, scaled)
+
+    def _embedding_multiplier(self, dtype: torch.dtype) -> float:
+        multiplier = self.architecture.embedding_multiplier
+        if not self.architecture.rounds_embedding_multiplier:
+            return multiplier
+        return torch.tensor(multiplier, dtype=dtype, device="cpu").item()
 
     def _head_weight(self) -> Tensor:
         return self.embedding.word_embeddings.weight if self.architecture.tied else self.output_layer.weight

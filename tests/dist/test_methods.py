@@ -316,7 +316,7 @@ def peft_reference(folder: str, name: str, shapes: Mapping[str, tuple[int, ...]]
 PEFT_CASES = [
     *((family, "prefix") for family in ("llama", "gpt2", "qwen3", "granite", "one_kv")),
     *((family, "prefix_mlp") for family in ("llama2", "gpt2")),
-    *((family, "prompt") for family in ("llama", "gpt2", "qwen3", "granite")),
+    *((family, "prompt") for family in ("llama", "gpt2", "qwen3", "granite", "gemma3_text")),
     *((family, "dora") for family in ("llama", "gpt2", "one_kv")),
 ]
 
