@@ -17,6 +17,7 @@ from lowrank_dist.cli.generate import generate_command
 from lowrank_dist.cli.plan import plan_command
 from lowrank_dist.cli.reference import config_command
 from lowrank_dist.cli.slurm import slurm_command
+from lowrank_dist.cli.verify import verify_command
 from lowrank_dist.cli.weights import export_command, inspect_command, merge_command
 from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import say
@@ -93,6 +94,7 @@ app.command("inspect", cls=_Command)(inspect_command)
 app.command("export", cls=_Command)(export_command)
 app.command("generate", cls=_Command)(generate_command)
 app.command("plan", cls=_Command, context_settings=KEYS_AS_OPTIONS)(plan_command)
+app.command("verify", cls=_Command, context_settings=KEYS_AS_OPTIONS)(verify_command)
 # slurm names the remedy for an unknown option itself.
 app.command("slurm", cls=_Command, context_settings={"ignore_unknown_options": True})(slurm_command)
 

@@ -84,7 +84,9 @@ def unchanged(section: MethodSection, architecture: Architecture, layers: Sequen
 def load_frozen(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Return transformers' own model, frozen and in evaluation mode."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False, attn_implementation="sdpa", dtype=dtype
     )

@@ -53,7 +53,7 @@ def load_model(
         model = CausalLM(
             architecture,
             topology,
-            dtype=_checkpoint_dtype(checkpoint) if dtype == "auto" else DTYPES[dtype],
+            dtype=running_dtype(checkpoint, dtype),
             device=device,
             vocab_multiple=vocab_multiple,
             linears=linears,
@@ -107,10 +107,15 @@ def dtype_notes(path: Path, running: torch.dtype) -> list[str]:
     return [f"{path}: stored in fp16, but runs in {name}; model.dtype=fp32 or --dtype fp32 keeps every bit"]
 
 
-def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """Return the dtype of most stored weights, but bf16 for fp16 checkpoints, because its range is that of fp32."""
-    dtype = checkpoint.main_dtype()
-    return torch.bfloat16 if dtype == torch.float16 else dtype
+def running_dtype(checkpoint: Checkpoint, dtype: str) -> torch.dtype:
+    """Return the dtype in which a model runs; for "auto" that of most stored weights.
+
+    fp16 checkpoints run in bf16, because its range is that of fp32.
+    """
+    if dtype != "auto":
+        return DTYPES[dtype]
+    stored = checkpoint.main_dtype()
+    return torch.bfloat16 if stored == torch.float16 else stored
 
 
 def _broadcast(parameter: Tensor, source: int, topology: Topology) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 FP32 = 1e-4
 # In bf16 the run may differ from fp32 this many times as much as transformers in bf16 does.
 BF16_FACTOR = 2.0
+# Half of the distance of two neighbours in bf16, relative: less than this cannot be asked of a number that was rounded.
+_ROUNDING = 2.0**-9
 # A tensor counts as at least this share of the largest one of its step: a gradient may be zero but for rounding.
 _SMALLEST = 1e-3
 
@@ -59,21 +61,24 @@ class Difference:
 def compare(run: Record, reference: Record, rounded: Record | None) -> list[Difference]:
     """Return the difference of every tensor, in the order in which a fault shows.
 
-    rounded: the reference computed in bf16, where the run is in bf16; None in fp32. Tensors that only one side has
-    differ by infinity.
+    rounded: the reference computed in bf16, where the run is in bf16; None in fp32. In fp32 the largest element counts,
+    in bf16 the Euclidean norm, since rounding makes the largest of many elements a matter of chance. Tensors that only
+    one side has differ by infinity.
     """
     found, expected = run.quantities(), reference.quantities()
     plain = None if rounded is None else rounded.quantities()
-    differences = []
+    differences: list[Difference] = []
+    least = _ROUNDING
     for quantity in dict.fromkeys([*expected, *found]):
         ours, theirs = found.get(quantity, {}), expected.get(quantity, {})
-        errors = _differences(ours, theirs)
+        errors = _differences(ours, theirs, _largest if plain is None else _length)
         bounds = dict.fromkeys(errors, FP32)
         if plain is not None:
-            own = _differences(plain.get(quantity, {}), theirs)
-            middle = statistics.median(own.values()) if own else 0.0
-            # A single number may agree by chance, and a float of bf16's size is exact to 2⁻⁸ only.
-            least = max(middle, 2.0**-9)
+            own = _differences(plain.get(quantity, {}), theirs, _length)
+            if "" not in own:
+                # A single tensor may agree by chance, and so may a number. The norm of the gradients follows them, and
+                # differs at most as much as they do.
+                least = max(statistics.median(own.values()), _ROUNDING) if own else _ROUNDING
             bounds = {name: BF16_FACTOR * max(own.get(name, 0.0), least) for name in errors}
         differences += [Difference(quantity, name, error, bounds[name]) for name, error in errors.items()]
     return differences
@@ -97,17 +102,26 @@ def largest(differences: Sequence[Difference]) -> list[Difference]:
     return list(by_quantity.values())
 
 
-def _differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return name → largest difference of an element, relative to the largest expected one."""
-    scales = {name: float(tensor.double().abs().max()) if tensor.numel() else 0.0 for name, tensor in expected.items()}
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0
+
+
+def _length(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor))
+
+
+def _differences(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], size: Callable[[Tensor], float]
+) -> dict[str, float]:
+    """Return name → size of the difference, relative to that of the expected tensor."""
+    scales = {name: size(tensor.double()) for name, tensor in expected.items()}
     smallest = _SMALLEST * max(scales.values(), default=0.0)
     errors = {}
     for name in dict.fromkeys([*expected, *found]):
         if name not in found or name not in expected or found[name].shape != expected[name].shape:
             errors[name] = float("inf")
             continue
-        ours, theirs = found[name].double(), expected[name].double()
-        gap = float((ours - theirs).abs().max()) if ours.numel() else 0.0
+        gap = size(found[name].double() - expected[name].double())
         scale = max(scales[name], smallest)
         errors[name] = gap / scale if scale > 0 else gap
     return errors

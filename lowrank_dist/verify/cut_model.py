@@ -8,15 +8,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from lowrank_dist.arch.config_json import parse_architecture, read_architecture
 from lowrank_dist.arch.cut import cut_config, source_names
 from lowrank_dist.arch.model_files import CONFIG_FILE, read_config
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.model_folder import SINGLE_FILE, check_checkpoint, open_checkpoint, stored_name
-from lowrank_dist.formats.safetensors_file import SafetensorsWriter, TensorEntry, chunks, read_header, read_into
+from lowrank_dist.formats.safetensors_file import (
+    SafetensorsWriter,
+    TensorEntry,
+    chunks,
+    read_header,
+    read_into,
+    tensor_bytes,
+)
+from lowrank_dist.model.load import running_dtype
 
 _COPY_BYTES = 16 * 2**20
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -37,11 +48,12 @@ class _Source:
     entry: TensorEntry
 
 
-def write_cut_model(base: Path, folder: Path, layers: Sequence[int]) -> CutModel:
+def write_cut_model(base: Path, folder: Path, layers: Sequence[int], dtype: str) -> CutModel:
     """Write the model in `base` with only the given layers into the new folder `folder`.
 
-    Embeddings, final norm and output layer are kept, and every tensor its type. Raises UserError for a base whose
-    weights do not fit its config.json, and where the disk of `folder` has no room.
+    Embeddings, final norm and output layer are kept. dtype: as in `running_dtype`. The weights are rounded as a run
+    rounds them, so that who computes with them in fp32 has the run's weights. Raises UserError for a base whose weights
+    do not fit its config.json, and where the disk of `folder` has no room.
     """
     values, architecture = read_config(base), read_architecture(base)
     config = cut_config(values, architecture, layers)
@@ -49,7 +61,10 @@ def write_cut_model(base: Path, folder: Path, layers: Sequence[int]) -> CutModel
     assert cut.layers == tuple(architecture.layers[number] for number in layers), "config.json describes other layers"
     sources = _sources(base, layers)
     assert sources.keys() <= hf_shapes(cut).keys(), "tensors that the cut model does not have"
-    total = sum(source.entry.nbytes for source in sources.values())
+    with open_checkpoint(base) as checkpoint:
+        rounded = running_dtype(checkpoint, dtype) == torch.bfloat16
+    entries = [_entry(name, source.entry, rounded=rounded) for name, source in sources.items()]
+    total = sum(entry.nbytes for entry in entries)
     folder.mkdir()
     free = shutil.disk_usage(folder).free
     if free < total:
@@ -58,10 +73,9 @@ def write_cut_model(base: Path, folder: Path, layers: Sequence[int]) -> CutModel
             f"{free / 1e9:.2f} GB are free; set TMPDIR to a folder with more room"
         )
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    entries = [replace(source.entry, name=name) for name, source in sources.items()]
     with SafetensorsWriter(folder / SINGLE_FILE, entries, {"format": "pt"}) as writer:
-        for source in sources.values():
-            _copy(source, writer)
+        for source, entry in zip(sources.values(), entries, strict=True):
+            _copy(source, entry.dtype, writer)
     return CutModel(folder, tuple(layers), total)
 
 
@@ -83,9 +97,22 @@ def _sources(base: Path, layers: Sequence[int]) -> dict[str, _Source]:
     return found
 
 
-def _copy(source: _Source, writer: SafetensorsWriter) -> None:
+def _entry(name: str, entry: TensorEntry, *, rounded: bool) -> TensorEntry:
+    if not rounded or entry.dtype not in _DTYPES:
+        return replace(entry, name=name)
+    return replace(entry, name=name, dtype="BF16", nbytes=entry.nbytes * 2 // _DTYPES[entry.dtype].itemsize)
+
+
+def _copy(source: _Source, dtype: str, writer: SafetensorsWriter) -> None:
+    """Write the tensor in the type `dtype`: its own, or bf16."""
+    stored = source.entry
+    size = _DTYPES[stored.dtype].itemsize if dtype != stored.dtype else 1
     with source.file.open("rb", buffering=0) as file:
-        for first, last in chunks(source.entry.nbytes, _COPY_BYTES):
-            buffer = bytearray(last - first)
-            read_into(file, source.start + first, memoryview(buffer))
-            writer.write(buffer)
+        for first, last in chunks(stored.nbytes // size, _COPY_BYTES // size):
+            buffer = bytearray((last - first) * size)
+            read_into(file, source.start + first * size, memoryview(buffer))
+            if dtype == stored.dtype:
+                writer.write(buffer)
+            else:
+                own = torch.frombuffer(buffer, dtype=_DTYPES[stored.dtype])
+                writer.write(tensor_bytes(own.to(_DTYPES[dtype])))

@@ -5,7 +5,7 @@ Legend: s positions, b rows, h query heads and g key/value heads of this rank, d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,18 +68,10 @@ def _before_attention(
             module.register_forward_pre_hook(changed)
 
 
-# Name of a fault on the command line → the function that plants it, after the method is attached and before the
-# optimiser is built.
-FAULTS: Mapping[str, Callable[[CausalLM, Theta], None]] = {
-    "deferred": _drop_deferred,
-    "qk": _swap_queries_and_keys,
-    "mask": _shift_mask,
-    "norm": _skip_norm,
-}
-
-
 def plant(name: str, model: CausalLM, theta: Theta) -> None:
-    """Plant one of FAULTS. Raises UserError for another name, and for a fault that changes nothing at this layout."""
-    if name not in FAULTS:
-        raise UserError(f"--plant {name}: no such fault; give one of {', '.join(FAULTS)}")
-    FAULTS[name](model, theta)
+    """Plant the fault of this name, after the method is attached and before the optimiser is built.
+
+    Raises UserError for a fault that changes nothing at this layout.
+    """
+    planted = {"deferred": _drop_deferred, "qk": _swap_queries_and_keys, "mask": _shift_mask, "norm": _skip_norm}
+    planted[name](model, theta)

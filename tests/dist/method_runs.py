@@ -280,7 +280,7 @@ def reference(found: Any, steps: int = 3, virtual: int = 0) -> dict[str, Any]:
     ]
     count = max(steps, 1)
     rules = OptimiserRules(1, CLIP, None, DECAY, BETAS, EPS)
-    record = run_reference(found, [batch] * count, [MethodSetting.lr] * count, rules)
+    record = run_reference(found, [batch] * count, MethodSetting.lr, rules)
     made = {"loss": record.losses[0], **_named("gradient", record.gradients[0])}
     if not steps:
         return made

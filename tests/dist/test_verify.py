@@ -1,65 +1,141 @@
-"""The run's side of `lowrank-dist verify`: the gradient that the optimiser is given, whole and by name."""
+"""`lowrank-dist verify` on ranks: it passes for every family and method, and finds what is broken on purpose."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import contextlib
+import io
+import json
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
+import pytest
 
+from lowrank_dist.cli.verify import FAULTS
+from tests.dist import ranks
+from tests.dist.method_runs import METHODS
 from tests.dist.ranks import run_ranks
-from tests.dist.tiny_runs import Setting, build, forward_backward, microbatches
-from tests.tiny_models import make_tiny
+from tests.tiny_models import FAMILY_NAMES, make_tiny
 
-TOLERANCE = 5e-5
+WORDS = ("the cat", "a dog", "an ant", "one hen and a rat")
 
 
-def gradients_of_the_optimiser(setting: Setting) -> dict[str, Any]:
-    """On one rank: return name → whole gradient of the first step, as `verify` gathers it; empty on other ranks."""
-    from lowrank_dist.engine.gathering import Gathering
-    from lowrank_dist.engine.zero import OptimiserRules, ZeroOptimiser
-    from lowrank_dist.methods.lora.factors import lora_theta
+@dataclass(frozen=True)
+class Case:
+    """One verification. method: a key of METHODS, or lora. changes: keys of the config, as overrides."""
 
-    model, adapted, masks, topology = build(setting)
-    theta, seen = lora_theta(adapted, topology.tp_size, masks), []
+    folder: str
+    data: str
+    method: str = "lora"
+    tensor: int = 2
+    sequence: bool = True
+    fault: str | None = None
+    changes: tuple[str, ...] = ()
 
-    def enter(phase: str) -> None:
-        if phase == "optimiser":
-            seen.append(optimiser.gradients())
 
-    rules = OptimiserRules(setting.zero_stage, 0.5, None, 0.01, (0.9, 0.999), 1e-3)
-    optimiser = ZeroOptimiser(theta.parameters, topology, rules, enter)
-    gathering = Gathering(theta, optimiser, topology)
-    pad = topology.tp_size if topology.sequence_parallel else 1
-    batches, targets = microbatches(setting, topology.dp_rank, topology.dp_size, pad)
-    for index, batch in enumerate(batches):
-        masks.set(0, batch.dropout_rows)
-        arguments = batch.input_ids, batch.position_ids, batch.target_index, batch.target_ids, batch.segments
-        last = index + 1 == len(batches)
-        optimiser.accumulate(lambda given=arguments: model.loss(*given), 1 / targets, last)
-    optimiser.step(1e-2)
-    snapshot = torch.stack([seen[0]] * 3)
-    return {
-        name: tensor[0].numpy()
-        for whole in gathering.stream(snapshot, require_equal=setting.broken != "deferred")
-        for name, tensor in whole.items()
+class Watcher:
+    def enter(self, phase: str, step: int | None = None) -> None:
+        pass
+
+
+def verify(case: Case) -> tuple[int, str]:
+    """On one rank: return the exit code and what was printed."""
+    from lowrank_dist.backend.select import select_backend
+    from lowrank_dist.config.load import config_of
+    from lowrank_dist.verify.job import verify_on
+
+    method, section, options = METHODS.get(case.method, ("lora", "lora", {"rank": 4, "dropout": 0.1}))
+    values: dict[str, Any] = {
+        "model": {"path": case.folder, "device": str(ranks.device())},
+        "data": {"train": case.data, "max_length": 48},
+        "train": {"steps": 9, "global_batch": 8, "micro_batch": 2, "lr": 1e-2},
+        "output": {"dir": "none"},
+        **({section: options} if section else {}),
     }
+    config = config_of(values, [f"method={method}", *case.changes])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        backend = select_backend(config.model.device, 0)
+        code = verify_on(config, case.fault, ranks.topology(case.tensor, case.sequence), backend, Watcher())
+    return code, printed.getvalue()
 
 
-def test_the_gradient_of_a_step_by_name(tmp_path: Path) -> None:
-    """Also where the step has several microbatches, at both stages of ZeRO."""
-    folder = str(make_tiny("llama", tmp_path / "llama"))
-    plain = run_ranks(1, forward_backward, Setting(folder, zero_b=False))[0]
-    expected = {
-        f"{name.removesuffix('.a').removesuffix('.b')}.lora_{name[-1].upper()}": value
-        for name, value in plain.items()
-        if name.endswith((".a", ".b"))
+def outcome(world: int, case: Case) -> tuple[int, str]:
+    """Return exit code and text of rank 0. The others have the same code, and print nothing."""
+    found = run_ranks(world, verify, case)
+    assert {code for code, _ in found} == {found[0][0]} and not any(text for _, text in found[1:])
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    rows = [{"prompt": f"{WORDS[i % 4]} {'x' * (i % 7)}:", "completion": WORDS[i % 3]} for i in range(24)]
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    base, made = tmp_path_factory.mktemp("models"), {}
+
+    def of(family: str) -> str:
+        if family not in made:
+            made[family] = str(make_tiny(family, base / family))
+        return made[family]
+
+    return of
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_family(folders: Any, data: str, family: str) -> None:
+    code, text = outcome(2, Case(folders(family), data))
+    assert code == 0, text
+    assert text.splitlines()[-1].startswith("verified: ") and "PEFT" in text
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "dora_dropout"])
+def test_every_method(folders: Any, data: str, name: str) -> None:
+    code, text = outcome(2, Case(folders("llama"), data, name))
+    assert code == 0, text
+
+
+@pytest.mark.parametrize(
+    ("world", "case"),
+    [
+        (4, {"tensor": 2}),
+        (2, {"tensor": 1, "changes": ("engine.zero_stage=2", "data.packing=true")}),
+        (2, {"sequence": False, "changes": ("engine.recompute=full", "data.packing=true", "engine.kernels=plain")}),
+        (2, {"changes": ("model.dtype=bf16", "lora.dora=true", "lora.targets=[1.self_attn.q_proj, down_proj]")}),
+        (1, {"tensor": 1, "method": "full", "changes": ("model.dtype=bf16",)}),
+        (2, {"method": "prompt"}),
+        (2, {"method": "prompt", "sequence": False}),
+    ],
+)
+def test_other_settings(folders: Any, data: str, world: int, case: dict[str, Any]) -> None:
+    code, text = outcome(world, Case(folders("gemma3_text"), data, **case))
+    assert code == 0, text
+
+
+@pytest.mark.parametrize(("world", "fault"), [(world, fault) for world in (2, 4) for fault in FAULTS])
+def test_every_planted_fault_is_found(folders: Any, data: str, world: int, fault: str) -> None:
+    code, text = outcome(world, Case(folders("llama"), data, fault=fault))
+    assert code == 1, text
+    last = text.splitlines()[-1]
+    where = {
+        "deferred": "gradients, step 1 of model.layers.0.mlp.down_proj.lora_B",
+        "qk": "inputs of linears of model.layers.0.self_attn.o_proj",
+        "mask": "inputs of linears of model.layers.0.self_attn.o_proj",
+        "norm": "inputs of linears of model.layers.0.self_attn.q_proj",
     }
-    for stage in (1, 2):
-        found = run_ranks(
-            1, gradients_of_the_optimiser, Setting(folder, zero_b=False, micro_batch=2, zero_stage=stage)
-        )[0]
-        assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            assert np.abs(found[name] - value).max() < TOLERANCE * np.abs(value).max(), name
+    assert last.startswith(f"DIFFERS: first in {where[fault]} "), last
+
+
+def test_a_fault_is_found_in_bf16(folders: Any, data: str) -> None:
+    """A swapped head of 4 with the tolerance of bf16."""
+    code, text = outcome(2, Case(folders("llama"), data, fault="qk", changes=("model.dtype=bf16",)))
+    assert code == 1 and "inputs of linears of model.layers.0.self_attn.o_proj" in text.splitlines()[-1], text
+
+
+def test_a_fault_that_changes_nothing_is_refused(folders: Any, data: str) -> None:
+    with pytest.raises(AssertionError, match=r"--plant deferred: no gradient is summed"):
+        run_ranks(1, verify, Case(folders("llama"), data, tensor=1, fault="deferred"))

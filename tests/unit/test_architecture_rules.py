@@ -52,7 +52,7 @@ ARROWS = [
     *(Arrow(room, "torch") for room in rooms("sections", "untrusted")),
     *(Arrow(section, PACKAGE, but=(f"{PACKAGE}.sections",)) for section in SECTIONS),
     *(Arrow(section, "torch") for section in SECTIONS),
-    Arrow(PACKAGE, f"{PACKAGE}.config", exempt=rooms("config", "cli", "engine", "doctor")),
+    Arrow(PACKAGE, f"{PACKAGE}.config", exempt=rooms("config", "cli", "engine", "doctor", "verify")),
     Arrow("", "deepspeed", exempt=rooms("engine")),
     Arrow("", "megatron", exempt=rooms("parallel", "model", "backend")),
     Arrow("", "torch.cuda", exempt=rooms("backend")),

@@ -49,7 +49,7 @@ def test_the_cut_folder_has_the_weights_of_its_layers(family: str, tmp_path: Pat
     whole = make_tiny(family, tmp_path / "whole")
     architecture = read_architecture(whole)
     layers = one_of_each_kind(architecture, (len(architecture.layers) - 1,))
-    cut = write_cut_model(whole, tmp_path / "cut", layers)
+    cut = write_cut_model(whole, tmp_path / "cut", layers, "auto")
     assert isinstance(cut, CutModel) and cut.layers == layers
     assert read_architecture(cut.folder).layers == tuple(architecture.layers[number] for number in layers)
     found, stored = load_file(cut.folder / "model.safetensors"), load_file(whole / "model.safetensors")
@@ -59,3 +59,13 @@ def test_the_cut_folder_has_the_weights_of_its_layers(family: str, tmp_path: Pat
     _, report = AutoModelForCausalLM.from_pretrained(cut.folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     json.loads((cut.folder / "config.json").read_text())
+
+
+def test_weights_are_rounded_as_a_run_rounds_them(tmp_path: Path) -> None:
+    whole = make_tiny("qwen2", tmp_path / "whole")
+    cut = write_cut_model(whole, tmp_path / "cut", (1,), "bf16")
+    found, stored = load_file(cut.folder / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert stored["model.norm.weight"].dtype == torch.float32
+    for new, old in source_names(read_architecture(whole), (1,)).items():
+        assert torch.equal(found[new], stored[old].bfloat16()), new
+    assert cut.nbytes == sum(tensor.nbytes for tensor in found.values())

@@ -460,6 +460,7 @@ TRUSTED = {
     "data.rendering: json.loads": "what the child has answered",
     "doctor.board: json.loads": "what a rank has put on the job's store",
     "engine.resume: json.loads": "what rank 0 has sent",
+    "verify.job: json.loads": "what the ranks have sent",
     "formats.model_folder: re.fullmatch": "the names in a family's table",
     "generate.decode: json.loads": "what the ranks have sent",
     "generate.metrics: regex.compile": "scripts by their names in Unicode",
