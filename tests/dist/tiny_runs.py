@@ -194,7 +194,7 @@ def forward_backward(setting: Setting) -> dict[str, Any]:
     whole = gather_factors(adapted, topology.tp_group, lambda parameter: parameter.grad)
     model.eval()
     logits = model.logits(*_fixed_tokens())
-    return {"loss": total.item() / targets, "logits": logits.cpu().numpy(), **_numbers(whole)}
+    return {"loss": total.item() / targets, "logits": logits.float().cpu().numpy(), **_numbers(whole)}
 
 
 def train(setting: Setting) -> dict[str, Any]:
