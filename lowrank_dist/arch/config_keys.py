@@ -19,6 +19,7 @@ _REFUSED = {
     "is_causal": "attention to later positions is not supported; use a checkpoint of a causal model",
     "per_layer_config": "layers of different sizes are not supported; use a checkpoint without this key",
     "transformers_weights": "another name for the weights is not supported; use model.safetensors without this key",
+    "attribute_map": "other names for keys are not supported; write each value under its usual key",
     "pruned_heads": "pruned attention heads are not supported; use the checkpoint before pruning",
 }
 _DROPOUTS = (
@@ -48,6 +49,7 @@ _WITHOUT_EFFECT = frozenset(
 _NEUTRAL = {
     **dict.fromkeys(_DROPOUTS, (0.0,)),
     "auto_map": ({},),
+    "attribute_map": ({},),
     "pruned_heads": ({},),
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
