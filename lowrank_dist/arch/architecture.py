@@ -15,6 +15,8 @@ WORD_EMBEDDINGS = "embedding.word_embeddings.weight"
 WINDOW_BLOCK = 512
 # Megatron's modules of the norms over all heads.
 QUERY_NORM, KEY_NORM = "self_attention.heads_norm.query", "self_attention.heads_norm.key"
+# The attention sinks of a layer's query heads.
+SINKS = "self_attention.core_attention.sinks"
 
 
 def padded_vocab(vocab: int, multiple: int, tp_size: int) -> int:
@@ -59,6 +61,11 @@ class LayerKind:
     def has(self, module: str) -> bool:
         """Return whether the layers have a weight of this Megatron module ("pre_mlp_layernorm")."""
         return any(rule.megatron == f"decoder.layers.{{layer}}.{module}.weight" for rule in self.tensors)
+
+    @property
+    def has_sinks(self) -> bool:
+        """Return whether each query head has an attention sink: a learned score that joins its softmax (gpt-oss)."""
+        return any(rule.megatron == f"decoder.layers.{{layer}}.{SINKS}" for rule in self.tensors)
 
     @property
     def norms_all_heads(self) -> bool:
@@ -129,10 +136,11 @@ class Architecture:
     def size(self, dimension: str) -> int:
         """Return the size of a dimension of `TensorRule.shape`.
 
-        dimension: hidden, vocab, head_dim, queries or keys (the features of all their heads), or positions (rows of the
-        position table).
+        dimension: hidden, vocab, head_dim, heads (the number of query heads), queries or keys (the features of all their
+        heads), or positions (rows of the position table).
         """
         return {
+            "heads": self.heads,
             "hidden": self.hidden,
             "vocab": self.vocab,
             "head_dim": self.head_dim,

@@ -1,7 +1,8 @@
 """Core attention of the frozen base: rotary positions and scaled-dot-product attention, on CPU and CUDA alike.
 
 Legend: s positions, b rows of the microbatch, h query heads and g key/value heads of this rank, d head width, l
-positions of a trained prefix, L layers, t all columns of keys: the s new ones and those before them (cache or prefix).
+positions of a trained prefix, L layers, t all columns of keys: the s new ones and those before them (cache or prefix),
+e head width with the columns of a sink.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from torch.nn import functional as F
 from lowrank_dist.arch.architecture import WINDOW_BLOCK, LayerKind
 from lowrank_dist.arch.rope import RopeParameters
 from lowrank_dist.model.rope import Rotation
+
+# Columns that a sink adds to a head: one, and zeros up to the 8 that GPU kernels ask of a head's width.
+_SINK_COLUMNS = 8
 
 
 class KVCache:
@@ -180,7 +184,12 @@ def _pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 class CoreAttention(nn.Module):
-    """Megatron's core-attention interface: q [s, b, h, d], k and v [s, b, g, d] → [s, b, h·d]. Causal, no s×s mask."""
+    """Megatron's core-attention interface: q [s, b, h, d], k and v [s, b, g, d] → [s, b, h·d]. Causal, no s×s mask.
+
+    sinks: [h], a score of each query head that joins the softmax of all its queries and adds no value: out ·
+    sigmoid(lse − sink). None without sinks. They are an additional key, so that every kernel computes them and their
+    gradient: queries get a column with sink / scale, the key has 1 there and 0 elsewhere, and its value is 0.
+    """
 
     def __init__(
         self, config: Any, layer_number: int, kind: LayerKind, softmax_scale: float | None = None, **_: Any
@@ -189,6 +198,12 @@ class CoreAttention(nn.Module):
         self.layer = layer_number - 1  # Megatron counts from 1
         self.kind = kind
         self.softmax_scale = softmax_scale
+        self.sinks: nn.Parameter | None = None
+        if kind.has_sinks:
+            heads = config.num_attention_heads // config.tensor_model_parallel_size
+            self.sinks = nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+            # Not left to the kernel, which would take it from the wider heads.
+            self.softmax_scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
 
     def forward(
         self,
@@ -214,7 +229,19 @@ class CoreAttention(nn.Module):
             out_bhsd = self._attend_cached(q_bhsd, *plan.cache.extend(self.layer, k_bgsd, v_bgsd), visible)
         else:
             out_bhsd = (self._attend if plan.segments is None else self._attend_packed)(q_bhsd, k_bgsd, v_bgsd, plan)
-        return out_bhsd.permute(2, 0, 1, 3).flatten(2)
+        return out_bhsd[..., : query.size(-1)].permute(2, 0, 1, 3).flatten(2)
+
+    def _with_sinks(self, q_bhsd: Tensor, k_bgtd: Tensor, v_bgtd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q [b, h, s, e], and k and v [b, g, 1 + t, e] whose first key is the sink."""
+        assert self.sinks is not None and self.softmax_scale is not None
+        columns = q_bhsd.new_zeros(_SINK_COLUMNS)
+        columns[0] = 1 / self.softmax_scale
+        of_heads = (self.sinks[:, None, None] * columns).expand(*q_bhsd.shape[:3], _SINK_COLUMNS)
+        key = k_bgtd.new_zeros(k_bgtd.size(-1) + _SINK_COLUMNS)
+        key[k_bgtd.size(-1)] = 1
+        before = key.expand(*k_bgtd.shape[:2], 1, -1)
+        keys = torch.cat((before, F.pad(k_bgtd, (0, _SINK_COLUMNS))), dim=2)
+        return torch.cat((q_bhsd, of_heads), dim=-1), keys, F.pad(v_bgtd, (0, _SINK_COLUMNS, 1, 0))
 
     def _attend(self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor, plan: SequencePlan) -> Tensor:
         """Return causal attention [b, h, s, d] of samples that begin with the first position."""
@@ -227,43 +254,56 @@ class CoreAttention(nn.Module):
                 for part, own in zip(prefix, (k_bgsd, v_bgsd), strict=True)
             )
         window = self.kind.sliding_window
-        if window is not None and k_bgsd.size(2) > window:
+        windowed = window is not None and k_bgsd.size(2) > window
+        if self.sinks is not None:
+            q_bhsd, k_bgsd, v_bgsd = self._with_sinks(q_bhsd, k_bgsd, v_bgsd)
+        if windowed:
+            assert window is not None
             return self._attend_window(q_bhsd, k_bgsd, v_bgsd, before, window, plan.window_mask(window, q_bhsd))
+        return self._attend_causal(q_bhsd, k_bgsd, v_bgsd)
+
+    def _attend_causal(self, q_bhsd: Tensor, k_bgtd: Tensor, v_bgtd: Tensor) -> Tensor:
+        """Return attention of the last positions, each to the keys up to its own."""
+        before = k_bgtd.size(2) - q_bhsd.size(2)
         if before:
-            # Zero queries for the prefix make as many queries as keys. Every kernel's built-in causal mask is then
+            # Zero queries for the keys before make as many queries as keys. Every kernel's built-in causal mask is then
             # right, and no mask tensor exists.
             q_bhsd = F.pad(q_bhsd, (0, 0, before, 0))
-        return self._attend_causal(q_bhsd, k_bgsd, v_bgsd)[:, :, before:]
-
-    def _attend_causal(self, q_bhsd: Tensor, k_bgsd: Tensor, v_bgsd: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(
             q_bhsd,
-            k_bgsd,
-            v_bgsd,
+            k_bgtd,
+            v_bgtd,
             is_causal=True,
             scale=self.softmax_scale,
-            enable_gqa=q_bhsd.size(1) != k_bgsd.size(1),
-        )
+            enable_gqa=q_bhsd.size(1) != k_bgtd.size(1),
+        )[:, :, before:]
 
     def _attend_window(
         self, q_bhsd: Tensor, k_bgtd: Tensor, v_bgtd: Tensor, before: int, window: int, mask: Tensor
     ) -> Tensor:
         """Return attention where a query sees itself and the window − 1 keys before it, in blocks of queries.
 
-        before: keys before the first query. mask: `SequencePlan.window_mask`. A block of c queries meets at most
-        c + window − 1 keys, so the cost is s · (c + window) and no mask is larger than a block's.
+        before: keys before the first query, a sink not counted. mask: `SequencePlan.window_mask`. A block of c queries
+        meets at most c + window − 1 keys, so the cost is s · (c + window) and no mask is larger than a block's. Every
+        query sees the sink, which is the first key.
         """
         blocks = []
+        sinks = int(self.sinks is not None)
+        (sink_keys, k_bgtd), (sink_values, v_bgtd) = ((x[:, :, :sinks], x[:, :, sinks:]) for x in (k_bgtd, v_bgtd))
         for start in range(0, q_bhsd.size(2), mask.size(0)):
             q_bhcd = q_bhsd[:, :, start : start + mask.size(0)]
             first = start + before - window + 1  # the first key that the block's first query sees
             keys = slice(max(0, first), start + before + q_bhcd.size(2))
             seen = mask[: q_bhcd.size(2), keys.start - first : keys.stop - first]
+            block_keys, block_values = k_bgtd[:, :, keys], v_bgtd[:, :, keys]
+            if sinks:
+                block_keys = torch.cat((sink_keys, block_keys), dim=2)
+                block_values, seen = torch.cat((sink_values, block_values), dim=2), F.pad(seen, (1, 0))
             blocks.append(
                 F.scaled_dot_product_attention(
                     q_bhcd,
-                    k_bgtd[:, :, keys],
-                    v_bgtd[:, :, keys],
+                    block_keys,
+                    block_values,
                     attn_mask=seen,
                     scale=self.softmax_scale,
                     enable_gqa=q_bhsd.size(1) != k_bgtd.size(1),
@@ -283,6 +323,9 @@ class CoreAttention(nn.Module):
     def _attend_cached(self, q_bhsd: Tensor, k_bgtd: Tensor, v_bgtd: Tensor, visible: Tensor | None) -> Tensor:
         """Return attention of the new columns to the earlier ones and to themselves."""
         group = q_bhsd.size(1) // k_bgtd.size(1)
+        if self.sinks is not None:
+            q_bhsd, k_bgtd, v_bgtd = self._with_sinks(q_bhsd, k_bgtd, v_bgtd)
+            visible = None if visible is None else F.pad(visible, (1, 0), value=True)
         if q_bhsd.size(2) == 1:
             # With one position the query heads of a group can stand for positions of one head, so that keys and values
             # need not be repeated.
