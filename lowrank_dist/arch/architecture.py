@@ -136,7 +136,7 @@ class Architecture:
     def size(self, dimension: str) -> int:
         """Return the size of a dimension of `TensorRule.shape`.
 
-        dimension: hidden, vocab, head_dim, heads (the number of query heads), queries or keys (the features of all their
+        dimension: hidden, vocab, head_dim, heads (number of query heads), queries or keys (the features of all their
         heads), or positions (rows of the position table).
         """
         return {
