@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    Gemma3Config,
     Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     Glm4Config,
     Glm4ForCausalLM,
@@ -23,6 +25,8 @@ from transformers import (
     LlamaForCausalLM,
     Ministral3Config,
     Ministral3ForCausalLM,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     Olmo2Config,
@@ -159,6 +163,7 @@ _RECIPES: dict[str, tuple[type, type[PreTrainedModel], dict[str, Any]]] = {
     ),
 }
 FAMILY_NAMES = tuple(_RECIPES)
+_GEMMA = (Gemma3ForCausalLM, Gemma3ForConditionalGeneration)
 
 
 def make_tiny(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Path:
@@ -180,18 +185,55 @@ def make_tiny(family: str, folder: Path, seed: int = 0, **overrides: Any) -> Pat
     return folder
 
 
+# model_type → (config class, model class, family of its text, keys of its vision_config, other keys of config.json).
+_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VISION |= {"image_size": 16, "patch_size": 8}
+_WITH_IMAGES: dict[str, tuple[type, type[PreTrainedModel], str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        "gemma3_text",
+        {**_VISION, "model_type": "siglip_vision_model"},
+        {"mm_tokens_per_image": 4, "image_token_index": 100, "boi_token_index": 101, "eoi_token_index": 102},
+    ),
+    "mistral3": (
+        Mistral3Config,
+        Mistral3ForConditionalGeneration,
+        "ministral3",
+        {**_VISION, "model_type": "pixtral", "head_dim": 16},
+        {"image_token_index": 100, "tie_word_embeddings": False},
+    ),
+}
+
+
+def make_tiny_with_images(name: str, folder: Path) -> Path:
+    """Write a random model of images and text (gemma3 or mistral3) with a tokenizer into `folder`, and return it.
+
+    Its tensors have the names of published files.
+    """
+    config_class, model_class, family, vision, keys = _WITH_IMAGES[name]
+    text_class, _, text = _RECIPES[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = model_class(config_class(text_config=text_class(**text).to_dict(), vision_config=vision, **keys))
+        _randomise(model)
+    model.save_pretrained(folder)
+    _write_tokenizer(folder)
+    return folder
+
+
 @torch.no_grad()
 def _randomise(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
-        module = name.split(".")[-2]
+        module = name.split(".")[-2] if "." in name else name
         if name.endswith("bias"):
             parameter.normal_(0.0, 0.1)
         elif "norm" in module or module.startswith("ln_"):
             # Gemma's norms multiply by 1 + weight.
             parameter.uniform_(0.7, 1.3)
-            if isinstance(model, Gemma3ForCausalLM):
+            if isinstance(model, _GEMMA):
                 parameter.sub_(1.0)
-        elif module == "embed_tokens" and isinstance(model, Gemma3ForCausalLM):
+        elif module == "embed_tokens" and isinstance(model, _GEMMA):
             # They are scaled by 8, and larger ones would make every token predict itself.
             parameter.normal_(0.0, 0.02)
         else:

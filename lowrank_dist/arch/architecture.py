@@ -101,6 +101,7 @@ class Architecture:
     residual_multiplier: scales the outputs of attention and MLP before they are added. logits_divisor: divides the
     logits.
     tensors: tensors outside the layers. ignored: patterns for names of tensors in the files that are no weights.
+    published_names: beginning of a Hugging Face name → the one that it has in some files (models of images and text).
     """
 
     family: str
@@ -132,6 +133,7 @@ class Architecture:
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    published_names: tuple[tuple[str, str], ...] = ()
 
     def size(self, dimension: str) -> int:
         """Return the size of a dimension of `TensorRule.shape`.
@@ -152,6 +154,11 @@ class Architecture:
     def is_cut(self, rule: TensorRule, tp_size: int) -> bool:
         """Return whether tensor parallelism shards a tensor; otherwise every rank has a copy."""
         return rule.sharding in ("vocab", "heads") or (rule.sharding == "kv_heads" and self.kv_heads % tp_size == 0)
+
+    @property
+    def reads_images(self) -> bool:
+        """Return whether the model has a part for images, which is not read here."""
+        return bool(self.published_names)
 
     @property
     def position_rows(self) -> int:
@@ -192,8 +199,10 @@ class Architecture:
         """
         if name in names:
             return name
-        bare = name.removeprefix(self.prefix)
-        return bare if bare in names else None
+        others = [
+            published + name.removeprefix(ours) for ours, published in self.published_names if name.startswith(ours)
+        ]
+        return next((other for other in (name.removeprefix(self.prefix), *others) if other in names), None)
 
     def legal_tp_sizes(self, world_max: int | None = None) -> tuple[int, ...]:
         """Return the tensor-parallel sizes that divide this model, up to `world_max` ranks."""

@@ -4,7 +4,6 @@ An option that the table cannot express raises UnsupportedModel with the key of 
 missing optional key has transformers' default; a test compares the tables with transformers.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,13 @@ from lowrank_dist.arch.architecture import Architecture, LayerKind, TensorRule
 from lowrank_dist.arch.config_keys import key_rule
 from lowrank_dist.arch.families import FAMILIES, OUTPUT_LAYER, Family
 from lowrank_dist.arch.keys import Key, UnsupportedModel
-from lowrank_dist.arch.model_files import config_file, read_config
+from lowrank_dist.arch.model_files import WRAPPERS, config_file, read_config
 from lowrank_dist.arch.rope import FULL, SLIDING, read_rope
 from lowrank_dist.arch.rows import Linear, Part
+from lowrank_dist.arch.wrappers import PUBLISHED_NAMES, TextPart, text_part
 from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.json import brief
 
-# Writes the model for text that is inside one for images and text, without allocating it twice.
-_TEXT_ALONE = (
-    "import torch; from transformers import AutoModelForCausalLM as C, AutoModelForImageTextToText as M; "
-    'm = M.from_pretrained("DIR", dtype="auto"); torch.set_default_device("meta"); '
-    "t = C.from_config(m.config.text_config); t.model, t.lm_head = m.model.language_model, m.lm_head; "
-    't.save_pretrained("OUT")'
-)
 # transformers has several names for the same function.
 _ACTIVATIONS = {
     "silu": "silu",
@@ -56,7 +49,8 @@ def parse_architecture(values: Mapping[str, Any], where: str) -> Architecture:
 
     `where` names the file in messages. Raises as `read_architecture` does.
     """
-    family = _family(values, where)
+    text = _text(values, where)
+    name, family, values, where = values["model_type"], text.family, text.values, text.where
     _check_options(values, family, where)
     fields: dict[str, Any] = {field: key.read(values, where) for field, key in family.keys.items()}
     fields |= family.fixed
@@ -69,8 +63,9 @@ def parse_architecture(values: Mapping[str, Any], where: str) -> Architecture:
     layers = _layers(values, family, fields, where)
     del fields["ffn"]
     return Architecture(
-        family=values["model_type"],
+        family=name,
         prefix=family.prefix,
+        published_names=() if text.outer is None else PUBLISHED_NAMES,
         **fields | {"layers": layers},
         tensors=tuple(
             rule for rule in family.tensors if not (_in_layer(rule) or (fields["tied"] and rule is OUTPUT_LAYER))
@@ -85,30 +80,24 @@ def config_notes(path: Path) -> list[str]:
     Raises as `read_architecture` does.
     """
     values, where = read_config(path), str(config_file(path))
-    return key_rule(_family(values, where)).notes(values, where)
+    text = _text(values, where)
+    outer = [] if text.outer is None else text.outer.notes(values, where)
+    return outer + key_rule(text.family).notes(text.values, text.where)
 
 
-def _family(values: Mapping[str, Any], where: str) -> Family:
+def _text(values: Mapping[str, Any], where: str) -> TextPart:
+    """Return the model of text that a config.json is, or that one of images and text has inside."""
+    names = ", ".join([*FAMILIES, *WRAPPERS])
     if "model_type" not in values:
-        raise UserError(f"{where}: key model_type is missing; set it to one of {', '.join(FAMILIES)}")
+        raise UserError(f"{where}: key model_type is missing; set it to one of {names}")
     name = values["model_type"]
     if not isinstance(name, str):
-        raise UserError(f"{where}: model_type must be text, not {name!r}; set it to one of {', '.join(FAMILIES)}")
+        raise UserError(f"{where}: model_type must be text, not {name!r}; set it to one of {names}")
+    if name in WRAPPERS:
+        return text_part(values, where)
     if name not in FAMILIES:
-        raise UnsupportedModel(f"{where}: model_type {brief(name)} is not supported; {_instead(values)}")
-    return FAMILIES[name]
-
-
-def _instead(values: Mapping[str, Any]) -> str:
-    """Return what to use in place of a model of another family. One for images and text has the one for text inside."""
-    inner = values.get("text_config")
-    name = inner.get("model_type") if isinstance(inner, dict) else None
-    if not isinstance(name, str) or name not in FAMILIES:
-        return f"use a model of one of {', '.join(FAMILIES)}"
-    return (
-        f"the {name} in its text_config is: write that alone into a folder OUT, and copy the tokenizer, chat template "
-        f"and generation_config.json files there: python -c {shlex.quote(_TEXT_ALONE)}"
-    )
+        raise UnsupportedModel(f"{where}: model_type {brief(name)} is not supported; use a model of one of {names}")
+    return TextPart(FAMILIES[name], values, where)
 
 
 def _check_options(values: Mapping[str, Any], family: Family, where: str) -> None:

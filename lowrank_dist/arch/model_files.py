@@ -9,10 +9,11 @@ Headers of safetensors files are read without torch or the safetensors library: 
 import difflib
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lowrank_dist.arch.families import FAMILIES
+from lowrank_dist.arch.families import FAMILIES, Family
 from lowrank_dist.errors import UserError
 from lowrank_dist.untrusted.files import short_path
 from lowrank_dist.untrusted.json import LARGEST, brief, parse_json, read_object
@@ -28,6 +29,26 @@ _DTYPES: Mapping[str, Literal["fp32", "bf16"]] = {"float32": "fp32", "bfloat16":
 _STORED_DTYPES: Mapping[str, Literal["fp32", "bf16"]] = {"F32": "fp32", "BF16": "bf16", "F16": "bf16"}
 
 _SHAPES = Path(__file__).parent / "shapes"
+
+
+@dataclass(frozen=True)
+class Wrapper:
+    """A model of images and text. texts: the families of the model of text in its text_config, the default first.
+
+    defaults: keys that published files leave out of text_config → transformers' default.
+    """
+
+    model_class: str
+    texts: tuple[str, ...]
+    defaults: Mapping[str, int]
+
+
+WRAPPERS: Mapping[str, Wrapper] = {
+    "gemma3": Wrapper(
+        "Gemma3ForConditionalGeneration", ("gemma3_text",), {"num_attention_heads": 8, "vocab_size": 262_208}
+    ),
+    "mistral3": Wrapper("Mistral3ForConditionalGeneration", ("mistral", "ministral3"), {}),
+}
 BUILT_IN = tuple(sorted(file.stem for file in _SHAPES.glob("*.json")))
 
 
@@ -105,7 +126,10 @@ def class_note(folder: Path) -> list[str]:
 def model_class(values: Mapping[str, Any]) -> str | None:
     """Return the class that a config.json's `architectures` should name; None for an unsupported model."""
     name = values.get("model_type")
-    return FAMILIES[name].model_class if isinstance(name, str) and name in FAMILIES else None
+    if not isinstance(name, str):
+        return None
+    known: Mapping[str, Family | Wrapper] = {**FAMILIES, **WRAPPERS}
+    return known[name].model_class if name in known else None
 
 
 def built_in_config(name: str) -> dict[str, Any]:

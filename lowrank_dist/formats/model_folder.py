@@ -271,7 +271,7 @@ def stored_name(name: str, architecture: Architecture, checkpoint: Checkpoint) -
 
 
 def _is_ignored(name: str, architecture: Architecture) -> bool:
-    if architecture.tied and name == OUTPUT_LAYER.hf:
+    if architecture.tied and architecture.find(OUTPUT_LAYER.hf, (name,)) is not None:
         return True
     bare = name.removeprefix(architecture.prefix)
     return any(re.fullmatch(pattern, bare) for pattern in architecture.ignored)

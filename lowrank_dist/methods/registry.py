@@ -54,13 +54,15 @@ class Footprints(Protocol):
 class MethodPackage:
     """The folder of code that implements the methods `names`. section: their section of the config, or None.
 
-    folder: its name inside this package. files_object: the MethodFiles, as module:object.
+    folder: its name inside this package. with_images: it trains the text part of a model of images and text as well.
+    files_object: the MethodFiles, as module:object.
     """
 
     folder: str
     names: tuple[MethodName, ...]
     section: str | None
     files_object: str
+    with_images: bool = False
 
     @property
     def files(self) -> MethodFiles:
@@ -89,7 +91,7 @@ METHOD_PACKAGES = (
     MethodPackage("bottleneck", ("adapter_h", "adapter_l"), "adapter", "bottleneck.files:FILES"),
     MethodPackage("prefix", ("prefix",), "prefix", "prompt_files:PREFIX"),
     MethodPackage("prompt", ("prompt",), "prompt", "prompt_files:PROMPT"),
-    MethodPackage("lora", ("lora",), "lora", "lora.folder:FILES"),
+    MethodPackage("lora", ("lora",), "lora", "lora.folder:FILES", with_images=True),
     MethodPackage("full", ("full",), None, "full.files:FILES"),
 )
 SECTIONS = tuple(each.section for each in METHOD_PACKAGES if each.section is not None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -576,31 +575,6 @@ def test_a_table_alone_makes_a_family(tmp_path: Path, monkeypatch: pytest.Monkey
     job = job_of(read_request(str(folder), ["lora.rank=2", "data.max_length=64"]), 1.0)
     assert (job.name, job.architecture.family, job.stored_dtype) == ("cria", "cria", "fp32")
     assert frozen_size(job.architecture) == held and job.placement.elements > 0
-
-
-def test_the_text_part_of_a_gemma_with_vision(tmp_path: Path) -> None:
-    """The error's own command makes a folder that we read, with the same weights."""
-    folder, text = tmp_path / "whole", tmp_path / "text"
-    parts = json.loads((make_tiny("gemma3_text", tmp_path / "tiny") / "config.json").read_text())
-    vision = {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    sizes = {"hidden_size": 16, "intermediate_size": 16}
-    config = transformers.Gemma3Config(text_config=parts, vision_config=vision | sizes, mm_tokens_per_image=4)
-    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(folder)
-    with pytest.raises(
-        UnsupportedModel, match="model_type 'gemma3' is not supported; the gemma3_text in its"
-    ) as refused:
-        read_architecture(folder)
-    command = shlex.split(str(refused.value).partition("files there: ")[2])
-    try:
-        exec(command[2].replace("DIR", str(folder)).replace("OUT", str(text)), {})
-    finally:
-        torch.set_default_device(None)
-    architecture = read_architecture(text)
-    with open_checkpoint(text) as found, open_checkpoint(folder) as whole:
-        check_checkpoint(architecture, found)
-        for name in found.names():
-            theirs = name.replace("model.", "language_model.model.", 1)
-            assert torch.equal(found.slice(name)[:], whole.slice(theirs)[:])
 
 
 def test_a_mistral_with_kinds_of_layers_is_a_ministral(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Tables against transformers: the meaning of config.json, every tensor's name and shape, and refusals."""
 
 import json
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     LlamaConfig,
-    Ministral3Config,
-    Mistral3Config,
-    Mistral3ForConditionalGeneration,
-    PixtralVisionConfig,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -273,42 +267,6 @@ def test_keys_of_phi3_that_its_config_class_does_not_name(tiny: dict[str, Path],
     ropes = json.loads((tiny["phi3"] / "config.json").read_text())["rope_parameters"]
     renamed = edited(tiny["phi3"], tmp_path, rope_parameters=ropes | {"rope_type": "yarn"})
     assert read_architecture(renamed) == read_architecture(tiny["phi3"])
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_the_text_model_inside_another_is_written_by_the_command_in_the_error(tmp_path: Path, tied: bool) -> None:
-    """Ministral 3 is published inside a model for images and text. Control: a text model of another family."""
-    text = {"vocab_size": 107, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 24}
-    text |= {"num_key_value_heads": 2, "intermediate_size": 96, "max_position_embeddings": 64}
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Mistral3Config(
-        text_config=Ministral3Config(**text, tie_word_embeddings=tied),
-        vision_config=PixtralVisionConfig(**vision, image_size=28, patch_size=14),
-        image_token_index=10,
-        tie_word_embeddings=tied,
-    )
-    both, alone = tmp_path / "both", tmp_path / "alone"
-    Mistral3ForConditionalGeneration(config).save_pretrained(both)
-    with pytest.raises(UserError, match="model_type 'mistral3' is not supported; the ministral3 in its") as error:
-        read_architecture(both)
-    command = shlex.split(str(error.value).partition("files there: ")[2])
-    assert command[:2] == ["python", "-c"]
-    try:
-        exec(command[2].replace("DIR", str(both)).replace("OUT", str(alone)), {})
-    finally:
-        torch.set_default_device(None)
-    ids = torch.arange(20, 30)[None]
-    with torch.no_grad():
-        logits = [
-            kind.from_pretrained(folder)(ids).logits
-            for kind, folder in ((AutoModelForCausalLM, alone), (Mistral3ForConditionalGeneration, both))
-        ]
-    assert torch.equal(*logits)
-    architecture = read_architecture(alone)
-    with safe_open(alone / "model.safetensors", "pt") as file:
-        assert set(hf_shapes(architecture)) == set(file.keys())
-    with pytest.raises(UserError, match="'gemma4' is not supported; use a model of one of llama"):
-        parse_architecture({"model_type": "gemma4", "text_config": {"model_type": "gemma4_text"}}, "config.json")
 
 
 def test_every_layer_sliding_is_a_window(tiny: dict[str, Path], tmp_path: Path) -> None:

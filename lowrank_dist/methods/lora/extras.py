@@ -15,6 +15,7 @@ from safetensors import safe_open
 from lowrank_dist.arch.architecture import WORD_EMBEDDINGS
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.arch.families import FAMILIES, OUTPUT_LAYER
+from lowrank_dist.arch.wrappers import WRAPPED
 from lowrank_dist.errors import UserError, some_of
 from lowrank_dist.formats.model_folder import FLOAT_DTYPES, open_checkpoint, stored_name
 from lowrank_dist.formats.safetensors_file import TensorEntry, chunks, read_header
@@ -24,7 +25,7 @@ _EMBEDDINGS = "|".join(
     sorted(
         {
             re.escape(rule.hf.removesuffix(".weight"))
-            for family in FAMILIES.values()
+            for family in (*FAMILIES.values(), *WRAPPED)
             for rule in family.tensors
             if rule.megatron in (WORD_EMBEDDINGS, OUTPUT_LAYER.megatron)
         }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_dist.arch.placement import ALL_LINEAR
+from lowrank_dist.arch.wrappers import TEXT
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.foreign import refuse_foreign_folder
 from lowrank_dist.untrusted.json import brief, read_object, typed_value
@@ -184,9 +185,11 @@ def describe(
 
     modules: the path of every module of the base that has weights. A target is the last part of a path ("q_proj") or
     the last two ("attn.c_proj") where these match no other module; otherwise it is the whole path.
+    In a model of images and text it always is: the part for images has modules with the same ends.
     """
     ranks = {module: rank for module, (rank, _) in sizes.items()}
     alphas = {module: alpha for module, (_, alpha) in sizes.items()}
+    inside = any(module.startswith(TEXT) for module in modules)
     rank, alpha = _most_common(ranks.values()), _most_common(alphas.values())
     config = PeftConfig(
         rank=rank,
@@ -196,7 +199,7 @@ def describe(
         dora=dora,
         fan_in_fan_out=fan_in_fan_out,
         base=base,
-        targets=tuple(sorted(set(_short_names(sizes, set(modules) - set(sizes)).values()))),
+        targets=tuple(sorted(sizes if inside else set(_short_names(sizes, set(modules) - set(sizes)).values()))),
         rank_pattern=_pattern(ranks, rank),
         alpha_pattern=_pattern(alphas, alpha),
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch.nn.functional import pad
 
 from lowrank_dist.arch.families import FAMILIES
+from lowrank_dist.arch.wrappers import WRAPPED
 from lowrank_dist.formats.safetensors_file import write_fp32
 from lowrank_dist.methods.files import CONFIG_FILE, LLAMA_CPP, VLLM, WEIGHTS_FILE, NotServed
 from lowrank_dist.methods.lora.files import AdapterFactors, LowRankFactor, named_tensors, require_finite
@@ -31,6 +32,11 @@ _WITHOUT_LORA: Mapping[str, Mapping[str, str]] = {
         "opt": "llama.cpp's converter does not support OPT, merged or not; serve it with vLLM or transformers",
         "phi3": f"llama.cpp's converter has not been tried with adapters of a phi3; {_MERGE}",
         "glm4": f"llama.cpp's converter has not been tried with adapters of a glm4; {_MERGE}",
+        **{
+            family.model_class: f"llama.cpp's converter has not been tried with adapters of a {family.model_class}; "
+            f"{_MERGE}"
+            for family in WRAPPED
+        },
     },
 }
 # llama.cpp reads an alpha that is zero in fp32 as "no scaling", not as a zero update.
@@ -57,7 +63,8 @@ def refuse_unserved(
 def _families(modules: Collection[str]) -> set[str]:
     """Return the families that have linears of all these names. The output layer has one name in all families."""
     inner = set(modules) - {OUTPUT_LAYER}
-    return {name for name, family in FAMILIES.items() if all(_linear_of(family.linears, module) for module in inner)}
+    families = [*FAMILIES.items(), *((family.model_class, family) for family in WRAPPED)]
+    return {name for name, family in families if all(_linear_of(family.linears, module) for module in inner)}
 
 
 def _linear_of(linears: Mapping[str, tuple[str, ...]], module: str) -> bool:
