@@ -9,6 +9,7 @@ from typing import Any
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.families import FAMILIES
+from lowrank_dist.arch.keys import UnsupportedModel
 from lowrank_dist.arch.rope import FULL, SLIDING
 
 
@@ -25,8 +26,14 @@ def cut_config(values: Mapping[str, Any], architecture: Architecture, layers: Se
     """Return the config.json of a model that has only the given layers, in this order.
 
     values: the config.json of the whole model. The kind of each layer is written out, because the rules by which a
-    family derives it (every sixth layer, from layer 28 on) count from the first layer of the whole model.
+    family derives it (every sixth layer, from layer 28 on) count from the first layer of the whole model. Raises
+    UnsupportedModel for a model of images and text, whose text part has another family's keys and names.
     """
+    if architecture.reads_images:
+        raise UnsupportedModel(
+            f"model_type {architecture.family!r}: a model of images and text is not cut to some of its layers, so "
+            "verify does not run on it; use verify with a model of text alone of the same family"
+        )
     family, kinds = FAMILIES[architecture.family], [architecture.layers[number] for number in layers]
     cut = dict(values)
     depth = family.keys["layers"]

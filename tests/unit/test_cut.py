@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from lowrank_dist.arch.config_json import parse_architecture, read_architecture
 from lowrank_dist.arch.cut import cut_config, one_of_each_kind, renumbered, source_names, whole_path
+from lowrank_dist.arch.keys import UnsupportedModel
 from lowrank_dist.arch.model_files import built_in_config
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.verify.cut_model import CutModel, write_cut_model
-from tests.tiny_models import FAMILY_NAMES, make_tiny
+from tests.tiny_models import FAMILY_NAMES, make_tiny, make_tiny_with_images
 
 
 @pytest.mark.parametrize("name", ["gemma-3-27b", "olmo-3-32b", "llama-3-8b", "gpt2-large"])
@@ -59,6 +60,14 @@ def test_the_cut_folder_has_the_weights_of_its_layers(family: str, tmp_path: Pat
     _, report = AutoModelForCausalLM.from_pretrained(cut.folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     json.loads((cut.folder / "config.json").read_text())
+
+
+def test_a_model_of_images_and_text_is_refused(tmp_path: Path) -> None:
+    """Before anything is written. Control: its text family, in the test above."""
+    whole = make_tiny_with_images("gemma3", tmp_path / "whole")
+    with pytest.raises(UnsupportedModel, match="'gemma3': a model of images and text is not cut .* verify"):
+        write_cut_model(whole, tmp_path / "cut", (1,), "auto")
+    assert not (tmp_path / "cut").exists()
 
 
 def test_weights_are_rounded_as_a_run_rounds_them(tmp_path: Path) -> None:
