@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import warnings
@@ -66,6 +67,7 @@ def _verify(run: Config, fault: str | None, notes: Sequence[str]) -> NoReturn:
     from lowrank_dist.backend.libraries import exempt_from_gc, quiet_libraries
     from lowrank_dist.supervision.rank import Supervision
 
+    logging.getLogger().addHandler(logging.NullHandler())  # there is no log file; `say` prints
     quiet_libraries()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     with Supervision(run.engine.timeout_seconds) as supervision:

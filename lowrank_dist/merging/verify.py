@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from lowrank_dist.arch.config_json import read_architecture
 from lowrank_dist.errors import UserError
@@ -143,8 +143,9 @@ def _rms(difference: Tensor) -> float:
 
 
 def _load(folder: Path) -> nn.Module:
+    kind = AutoModelForImageTextToText if read_architecture(folder).reads_images else AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return kind.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
         ).eval()
     except Exception as error:  # transformers raises types with no common base

@@ -54,3 +54,4 @@ def test_alone_and_mistakes(config: Path, tmp_path: Path) -> None:
     assert refused.code == 2 and "Traceback" not in refused.stderr and "parallel.tensor" in refused.stderr, refused
     lost = verify(1, config, "parallel.tensor=1", f"model.path={tmp_path}")
     assert lost.code == 2 and CONFIG_FILE in lost.stderr and "Traceback" not in lost.stderr, lost
+    assert lost.stderr.count("config.json") == 1, lost

@@ -32,11 +32,10 @@ _WITHOUT_LORA: Mapping[str, Mapping[str, str]] = {
         "opt": "llama.cpp's converter does not support OPT, merged or not; serve it with vLLM or transformers",
         "phi3": f"llama.cpp's converter has not been tried with adapters of a phi3; {_MERGE}",
         "glm4": f"llama.cpp's converter has not been tried with adapters of a glm4; {_MERGE}",
-        **{
-            family.model_class: f"llama.cpp's converter has not been tried with adapters of a {family.model_class}; "
-            f"{_MERGE}"
-            for family in WRAPPED
-        },
+        **dict.fromkeys(
+            (family.model_class for family in WRAPPED),
+            f"llama.cpp's converter has not been tried with adapters of models of images and text; {_MERGE}",
+        ),
     },
 }
 # llama.cpp reads an alpha that is zero in fp32 as "no scaling", not as a zero update.
@@ -53,7 +52,7 @@ def refuse_unserved(
     problems = [f"{target} does not serve DoRA; {_MERGE}"] if config.dora else []
     families, without = _families(adapter.factors), _WITHOUT_LORA[target]
     if families <= without.keys():
-        problems += [without[name] for name in sorted(families)]
+        problems += sorted({without[name] for name in families})
     if target == VLLM:
         problems += _rank_problems(adapter, max_rank)
     if problems:
