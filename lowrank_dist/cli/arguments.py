@@ -1,9 +1,12 @@
-"""The arguments of the commands that take a run's config as training does, and what a mistyped word may have meant."""
+"""The arguments of the commands that take a run's config as training does, and their end by a launcher."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import signal
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import typer
@@ -43,3 +46,17 @@ def _is_field(name: str) -> bool:
     from lowrank_dist.config import Config  # only for an option: doctor works without what reads configs
 
     return name in Config.model_fields
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Turn SIGTERM, by which a launcher ends its ranks, into an exit that removes temporary files."""
+
+    def leave(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

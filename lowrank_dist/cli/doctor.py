@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +12,7 @@ import typer
 from lowrank_dist import __version__
 from lowrank_dist.backend.launchers import is_first_on_node
 from lowrank_dist.backend.node import host_name
-from lowrank_dist.cli.arguments import keys_as_options
+from lowrank_dist.cli.arguments import keys_as_options, terminable
 from lowrank_dist.doctor.local import Place, TimeLimit, diagnose, place_in_job
 from lowrank_dist.doctor.rows import Results, Row, TableLine, one_line, plural, table_lines
 from lowrank_dist.errors import RankIdentityError, UserError, some_of
@@ -50,7 +47,7 @@ def doctor_command(
     CONFIG, or torchrun ... --module lowrank_dist.cli doctor CONFIG. Exit code 1 where training cannot run.
     """
     arguments = [*([config] if config is not None else []), *(overrides or [])]
-    with _terminable():
+    with terminable():
         try:
             place = place_in_job()
         except UserError as error:
@@ -158,17 +155,3 @@ def _lines(table: Sequence[TableLine], nodes: set[str]) -> Iterator[str]:
     for one in table:
         named = f"{some_of(one.nodes)}: " if one.nodes and set(one.nodes) != nodes else ""
         yield f"{one.what:<{width}}  {one.state:<11}  {escape_all(named + one.detail)}"
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Turn SIGTERM, by which a launcher ends its ranks, into an exit that removes the probe from the run folder."""
-
-    def leave(number: int, frame: object) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import warnings
 from collections.abc import MutableMapping, Sequence
@@ -12,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from lowrank_dist.backend.launchers import refuse_missing_hostfile, set_rank_variables
-from lowrank_dist.cli.arguments import keys_as_options
+from lowrank_dist.cli.arguments import keys_as_options, terminable
 from lowrank_dist.errors import UserError
 from lowrank_dist.terminal import say
 
 if TYPE_CHECKING:
     from lowrank_dist.config import Config
 
-_USER_ERROR = 2
+_USER_ERROR, _TERMINATED = 2, 128 + signal.SIGTERM
 FAULTS = ("deferred", "qk", "mask", "norm")  # verify/faults.py plants them
 
 
@@ -76,9 +77,11 @@ def _verify(run: Config, fault: str | None, notes: Sequence[str]) -> NoReturn:
         try:
             with exempt_from_gc():
                 from lowrank_dist.verify.job import verify
-            code = verify(run, fault, supervision)
+            with terminable():  # Supervision would only note the signal
+                code = verify(run, fault, supervision)
         except BaseException as error:  # a library's sys.exit and Ctrl-C as well
-            code = supervision.failed(error)
+            ended = isinstance(error, SystemExit) and error.code == _TERMINATED
+            code = _TERMINATED if ended else supervision.failed(error)
         supervision.leave(code)
 
 

@@ -378,7 +378,6 @@ _REFERENCE = "a method once more in a few lines of plain PyTorch, apart from the
 # Files of fewer than SHORT_LINES lines, with the reason for each.
 SHORT = {
     "errors.py": "the errors that every room raises; imports nothing of ours",
-    "cli/arguments.py": "what commands check of their words before the config reads them",
     "cli/__main__.py": "the form that launchers of modules run",
     "engine/run_method.py": "shared by a run, its plan, doctor and data, of which two must not import DeepSpeed",
     "engine/inspection.py": "where the inspection meets the config, which checkpoint/ may not import",
