@@ -48,6 +48,8 @@ from transformers import (
     SmolLM3ForCausalLM,
 )
 
+from lowrank_dist.arch.families import FAMILIES
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -220,6 +222,13 @@ def make_tiny_with_images(name: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     _write_tokenizer(folder)
     return folder
+
+
+def flipped_flags(folder: Path) -> dict[str, bool]:
+    """Return each true or false key that the family's table reads, with the value that the model does not have."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    keys = FAMILIES[values["model_type"]].keys.values()
+    return {key.name: not values[key.name] for key in keys if key.kind == "flag"}
 
 
 @torch.no_grad()

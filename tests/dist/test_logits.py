@@ -14,9 +14,13 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
+from lowrank_dist.arch.architecture import Architecture, LayerKind
+from lowrank_dist.arch.config_json import read_architecture
+from lowrank_dist.arch.families import FAMILIES
+from lowrank_dist.arch.rope import RopeParameters
 from tests.dist import ranks
 from tests.dist.ranks import run_ranks
-from tests.tiny_models import FAMILY_NAMES, VOCAB, make_tiny
+from tests.tiny_models import FAMILY_NAMES, VOCAB, flipped_flags, make_tiny
 
 TOLERANCE = 1e-4  # of the largest |logit|, in fp32; found: at most 1.2e-6
 BROKEN = 1e-2  # what a negative control must exceed
@@ -63,6 +67,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         made[rope] = make_tiny("llama", base / rope, rope_parameters=parameters)
     made |= {name: make_tiny(family, base / name, **keys) for name, (family, keys) in WINDOWS.items()}
     return {name: str(folder) for name, folder in made.items()}
+
+
+@pytest.fixture(scope="module")
+def flipped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Models that differ from those of FAMILY_NAMES in one flag of their config.json."""
+    base = tmp_path_factory.mktemp("logits_flipped")
+    made = {}
+    for family in FAMILIES:
+        for key, value in flipped_flags(make_tiny(family, base / family)).items():
+            name = f"{family}_{key}={value}"
+            made[name] = str(make_tiny(family, base / name, **{key: value}))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +132,7 @@ def all_logits(
     for name, folder in folders.items():
         model = load(folder, topology, dtype)
         if broken:
-            BREAKAGES[broken](model)
+            BREAKAGES[broken][0](model)
         logits[name] = model.logits(ids, positions).double().cpu().numpy()
     return logits
 
@@ -135,9 +151,10 @@ def scale_rope_theta(model: Any) -> None:
     from lowrank_dist.model.rope import inv_freq
 
     for rope, frequencies in model.frequencies.items():
-        frequencies.short.copy_(
-            inv_freq(replace(rope, theta=2 * rope.theta), rope.rotated(model.architecture.head_dim))
-        )
+        other, columns = replace(rope, theta=rope.theta / 50), rope.rotated(model.architecture.head_dim)
+        frequencies.short.copy_(inv_freq(other, columns))
+        if frequencies.long is not None:
+            frequencies.long.copy_(inv_freq(other, columns, long=True))
 
 
 def rotate_every_layer(model: Any) -> None:
@@ -160,12 +177,6 @@ def forget_rope_scaling(model: Any) -> None:
 def shift_positions(model: Any) -> None:
     weight = model.embedding.position_embeddings.weight
     weight.copy_(weight.roll(1, dims=0))
-
-
-def forget_biases(model: Any) -> None:
-    for name, parameter in model.named_parameters():
-        if name.endswith("linear_qkv.bias"):
-            parameter.zero_()
 
 
 def forget_biases_of(linear: str) -> Callable[[Any], None]:
@@ -203,7 +214,9 @@ def rotate_halves(model: Any) -> None:
 
 def rotate_whole_heads(model: Any) -> None:
     for frequencies in model.frequencies.values():
-        frequencies.short, frequencies.long = frequencies.short.repeat(2), frequencies.long.repeat(2)
+        frequencies.short = frequencies.short.repeat(2)
+        if frequencies.long is not None:
+            frequencies.long = frequencies.long.repeat(2)
 
 
 def forget_norm_weights(model: Any) -> None:
@@ -253,31 +266,46 @@ def exchange_thetas(model: Any) -> None:
     model.frequencies = {first: model.frequencies[second], second: model.frequencies[first]}
 
 
-MULTIPLIERS = (
-    forget_embedding_multiplier,
-    forget_attention_multiplier,
-    forget_residual_multiplier,
-    forget_logits_divisor,
+Applies = Callable[[Architecture], bool]
+
+
+def kind(has: Callable[[LayerKind], bool]) -> Applies:
+    return lambda architecture: any(has(each) for each in architecture.kinds)
+
+
+def rope(has: Callable[[RopeParameters], bool]) -> Applies:
+    return lambda architecture: any(has(each) for each in architecture.ropes)
+
+
+def bias(linear: str) -> Applies:
+    return kind(lambda each: each.linears[linear].bias)
+
+
+LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+# What is broken, and the models that must notice it.
+CONTROLS: tuple[tuple[Callable[[Any], None], Applies], ...] = (
+    (exchange_k_and_v, lambda of: True),
+    (forget_norm_weights, lambda of: True),
+    (scale_rope_theta, rope(lambda each: True)),
+    (rotate_every_layer, lambda of: None in {each.rope for each in of.kinds} and of.positions == "rope"),
+    (exchange_thetas, lambda of: len(of.ropes) > 1),
+    (forget_query_scale, rope(lambda each: each.query_beta != 0)),
+    (forget_rope_scaling, rope(lambda each: each.scaling != 1)),
+    (rotate_whole_heads, rope(lambda each: each.columns is not None)),
+    (rotate_halves, rope(lambda each: each.interleaved)),
+    (shift_positions, lambda of: of.positions == "learned"),
+    (widen_windows, kind(lambda each: (each.sliding_window or LENGTH) < LENGTH)),
+    (forget_windows, kind(lambda each: (each.sliding_window or LENGTH) < LENGTH)),
+    (forget_one_of_zero_centered_norms, lambda of: of.zero_centered_norm),
+    (forget_norms_behind_the_mlp, kind(lambda each: each.has("post_mlp_layernorm"))),
+    (norm_over_own_heads, kind(lambda each: each.norms_all_heads)),
+    (forget_embedding_multiplier, lambda of: of.embedding_multiplier != 1),
+    (forget_attention_multiplier, lambda of: of.attention_multiplier is not None),
+    (forget_residual_multiplier, lambda of: of.residual_multiplier != 1),
+    (forget_logits_divisor, lambda of: of.logits_divisor != 1),
 )
-BIASED = ("linear_proj", "linear_fc1", "linear_fc2")
-BREAKAGES: dict[str, Callable[[Any], None]] = {
-    function.__name__: function
-    for function in (
-        *(exchange_k_and_v, scale_rope_theta, shift_positions, forget_biases, forget_norm_weights),
-        *(
-            widen_windows,
-            forget_windows,
-            rotate_every_layer,
-            rotate_whole_heads,
-            rotate_halves,
-            forget_query_scale,
-            forget_rope_scaling,
-        ),
-        *(forget_one_of_zero_centered_norms, forget_norms_behind_the_mlp, norm_over_own_heads, exchange_thetas),
-        *MULTIPLIERS,
-    )
-}
-BREAKAGES |= {f"forget_biases_of_{name}": forget_biases_of(name) for name in BIASED}
+BREAKAGES = {function.__name__: (function, applies) for function, applies in CONTROLS}
+BREAKAGES |= {f"forget_biases_of_{name}": (forget_biases_of(name), bias(name)) for name in LINEARS}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -286,6 +314,13 @@ def test_equal_transformers(folders: dict[str, str], layout: str) -> None:
     expected = {name: transformers_logits(folder, tokens()) for name, folder in folders.items()}
     for found in run_ranks(tensor, all_logits, folders, tensor, sequence, "fp32"):
         gaps = {name: gap(found[name], expected[name]) for name in folders}
+        assert max(gaps.values()) <= TOLERANCE, gaps
+
+
+def test_each_flag_is_transformers(flipped: dict[str, str]) -> None:
+    """Biases and tied embeddings that no other model of the family here has, or lacks."""
+    for found in run_ranks(2, all_logits, flipped, 2, True, "fp32"):
+        gaps = {name: gap(found[name], transformers_logits(folder, tokens())) for name, folder in flipped.items()}
         assert max(gaps.values()) <= TOLERANCE, gaps
 
 
@@ -300,35 +335,13 @@ def test_bf16_errs_as_transformers_does(bf16_folders: dict[str, str], layout: st
         assert 0 < gap(found[family], exact) <= allowed, family
 
 
-@pytest.mark.parametrize(
-    ("broken", "families"),
-    [
-        ("exchange_k_and_v", FAMILY_NAMES),
-        ("scale_rope_theta", ("llama", "llama2", "granite", "mistral", "qwen2", "qwen3")),
-        ("scale_rope_theta", ("smollm3", "ministral3", "seed_oss")),
-        ("rotate_every_layer", ("smollm3",)),
-        ("forget_query_scale", ("ministral3",)),
-        ("forget_rope_scaling", ("ministral3", "phi3", "yarn", "longrope")),
-        ("shift_positions", ("gpt2", "opt")),
-        ("forget_biases", ("qwen2", "gpt2", "opt", "seed_oss")),
-        *((f"forget_biases_of_{name}", ("seed_oss",)) for name in BIASED),
-        ("rotate_whole_heads", ("phi3",)),
-        *((name, tuple(WINDOWS)) for name in ("widen_windows", "forget_windows")),
-        ("forget_norm_weights", FAMILY_NAMES),
-        *((function.__name__, ("granite",)) for function in MULTIPLIERS),
-        *((function.__name__, ("gemma3_text",)) for function in MULTIPLIERS[:2]),
-        ("forget_one_of_zero_centered_norms", ("gemma3_text",)),
-        ("forget_norms_behind_the_mlp", ("olmo2", "olmo3", "glm4", "gemma3_text")),
-        ("rotate_halves", ("glm4",)),
-        ("norm_over_own_heads", ("olmo2", "olmo3")),
-        ("exchange_thetas", ("gemma3_text", "olmo3")),
-    ],
-)
-def test_notices_what_is_broken(folders: dict[str, str], broken: str, families: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("broken", BREAKAGES)
+def test_notices_what_is_broken(folders: dict[str, str], broken: str) -> None:
     """Negative controls: any exchanged weight or position moves the logits far beyond the tolerance."""
-    chosen = {family: folders[family] for family in families}
+    _, applies = BREAKAGES[broken]
+    chosen = {name: folder for name, folder in folders.items() if applies(read_architecture(Path(folder)))}
     found = run_ranks(2, all_logits, chosen, 2, True, "fp32", broken)[0]
-    gaps = {family: gap(found[family], transformers_logits(folder, tokens())) for family, folder in chosen.items()}
+    gaps = {name: gap(found[name], transformers_logits(folder, tokens())) for name, folder in chosen.items()}
     assert min(gaps.values()) > BROKEN, gaps
 
 
