@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
 
 from lowrank_dist.arch import families
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import UnsupportedModel, parse_architecture, read_architecture
 from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.arch.model_files import BUILT_IN, built_in_config, declared_dtype, hub_hint, stored_dtype
@@ -52,8 +54,7 @@ BY_KIND = ("gemma3_text", "olmo3")  # rotary positions by kind of layer
 LLAMA_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
 MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 SIZES = {
-    **dict.fromkeys(("llama", "granite", "mistral", "qwen2", "qwen3", "smollm3", "ministral3"), LLAMA_SIZES),
-    **dict.fromkeys(("phi3", "seed_oss", "olmo2", "gemma3_text", "olmo3", "glm4"), LLAMA_SIZES),
+    **dict.fromkeys(FAMILIES, LLAMA_SIZES),
     "gpt2": ("n_embd", "n_layer", "n_head", "vocab_size"),
     "opt": ("hidden_size", "num_hidden_layers", "num_attention_heads", "ffn_dim", "vocab_size"),
 }
@@ -391,8 +392,7 @@ def _heads_or_rope_without_table(values: Values, config: PreTrainedConfig) -> bo
     divides = config.hidden_size % config.num_attention_heads == 0
     if config.model_type in ("gpt2", "opt"):
         return not divides
-    sized = {**dict.fromkeys(("qwen3", "seed_oss", "ministral3", "glm4"), 128), "gemma3_text": 256}
-    stated = values.get("head_dim", sized.get(config.model_type))
+    stated = values.get("head_dim", getattr(type(config), "head_dim", None))
     if stated is None and not divides:
         return True
     head_dim = config.hidden_size // config.num_attention_heads if stated is None else stated
@@ -436,6 +436,22 @@ def has_no_rope(config: PreTrainedConfig, rope: Values, head_dim: int) -> bool:
 def _aliased(key: str, values: Values) -> bool:
     aliases = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
     return key in aliases and aliases[key] in values
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_key_of_a_table_is_drawn(family: str) -> None:
+    table = FAMILIES[family]
+    keys = [*table.keys.values(), *table.window.values(), *table.no_rope.values()]
+    named = {name for key in keys for name in (key.name, key.also) if name is not None}
+    assert named | table.only.keys() | table.equal.keys() <= {*SIZES[family], *OPTIONAL[family]}
+
+
+def test_every_field_is_compared() -> None:
+    """Those without a key of config.json show in the tensors' names and the logits."""
+    fixed = {"prefix", "tensors", "ignored", "published_names", "positions", "position_offset", "conv1d", "gated"}
+    fixed |= {"norm", "qk_norm", "zero_centered_norm", "rounds_embedding_multiplier"}
+    compared = expected(AutoConfig.for_model("llama")).keys() - {"ffn", "windows", "ropes"} | {"activation"}
+    assert {field.name for field in fields(Architecture)} - fixed == compared
 
 
 @pytest.mark.parametrize("family", FAMILIES)

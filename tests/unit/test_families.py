@@ -96,6 +96,7 @@ EXPECTED = {
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_config_means_what_transformers_means(family: str, tiny: dict[str, Path]) -> None:
     architecture = read_architecture(tiny[family])
+    assert EXPECTED[family]
     windows = {"windows": {kind.sliding_window for kind in architecture.kinds}}
     found = {field: windows.get(field, getattr(architecture, field, None)) for field in EXPECTED[family]}
     assert found == EXPECTED[family]
@@ -189,6 +190,7 @@ def test_rope_of_older_config_files(tiny: dict[str, Path], tmp_path: Path) -> No
 
 
 REFUSED = [
+    ("mistral", {"layer_types": ["full_attention"] * 2}, "layer_types is not supported in a mistral"),
     ("granite", {"logits_scaling": 0}, "logits_scaling"),
     ("granite", {"attention_multiplier": None}, "attention_multiplier"),
     ("llama", {"hidden_act": "quick_gelu"}, "hidden_act"),
@@ -248,6 +250,11 @@ def test_what_is_not_supported_is_refused_by_key(
     with pytest.raises(UserError) as error:
         read_architecture(edited(tiny[family], tmp_path, **changes))
     assert str(tmp_path / "config.json") in str(error.value) and named in str(error.value)
+
+
+def test_each_refusal_of_a_table_is_tried() -> None:
+    tried = {(family, key) for family, changes, _ in REFUSED for key in changes}
+    assert {(name, key) for name, of in FAMILIES.items() for key in (*of.only, *of.equal, *of.absent)} <= tried
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
