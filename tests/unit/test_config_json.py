@@ -454,11 +454,21 @@ def test_every_field_is_compared() -> None:
     assert {field.name for field in fields(Architecture)} - fixed == compared
 
 
+# 300 cases a family take most of a minute for all of them.
+@pytest.mark.parametrize("cases", [100, pytest.param(300, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(data=st.data())
-def test_transformers_is_the_referee(family: str, data: st.DataObject) -> None:
-    values = data.draw(configs(family))
+def test_transformers_is_the_referee(family: str, cases: int) -> None:
+    health = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+    @settings(deadline=None, max_examples=cases, suppress_health_check=health)
+    @given(configs(family))
+    def each(values: Values) -> None:
+        referee(family, values)
+
+    each()
+
+
+def referee(family: str, values: Values) -> None:
     config = by_transformers(values)
     # Only these require hidden_size to be a multiple of the heads even where head_dim is given.
     whole = all(isinstance(values.get(key), int) and values.get(key) for key in LLAMA_SIZES)
@@ -484,12 +494,21 @@ def test_published_shapes_are_configs_that_transformers_reads(name: str) -> None
     assert config is not None and found_in(values) == expected(config)
 
 
+@pytest.mark.parametrize("cases", [30, pytest.param(100, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(deadline=None, max_examples=100)
-@given(data=st.data())
-@example(data=None)
-def test_no_value_makes_a_traceback(family: str, data: Any) -> None:
+def test_no_value_makes_a_traceback(family: str, cases: int) -> None:
     """Any JSON value, at any key that a table names, is read or refused with a UserError."""
+
+    @settings(deadline=None, max_examples=cases)
+    @given(data=st.data())
+    @example(data=None)
+    def each(data: Any) -> None:
+        no_traceback(family, data)
+
+    each()
+
+
+def no_traceback(family: str, data: Any) -> None:
     table = FAMILIES[family]
     named = (*table.keys.values(), *table.window.values(), *table.no_rope.values())
     keys = [*(key.name for key in named), *table.only, *table.equal, *ROPE]
