@@ -19,6 +19,7 @@ class Family:
     """The map from one `model_type` of config.json onto Megatron.
 
     model_class: transformers' class of the causal model. llama.cpp and vLLM look for it in `architectures`.
+    prefix: see `Architecture`.
     keys: field of `Architecture`, or "ffn" → key of config.json; "layers" is the number of layers. Defaults of fields
     that are None or missing: ffn = 4 × hidden, kv_heads = heads, head_dim = hidden / heads.
     fixed: fields that every model of the family shares. derived: field → its value, from the fields that were read.

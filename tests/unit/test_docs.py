@@ -298,6 +298,14 @@ def test_the_families_that_are_named_are_those_there_are() -> None:
     assert named == set(FAMILIES)
 
 
+def test_readme_names_each_family() -> None:
+    """Without versions: Qwen2, 3 are qwen2 and qwen3."""
+    listed = re.search(r"^Models: (.*?)Methods:", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    names = re.sub(r"\W", "", listed[1]).lower()
+    assert [each for each in FAMILIES if re.sub(r"\d*(_text)?$|_", "", each) not in names] == []
+
+
 @pytest.mark.parametrize(
     ("line", "keys"),
     [

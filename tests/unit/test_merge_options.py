@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.cli.main import app
 from lowrank_dist.errors import UserError
 from lowrank_dist.formats.layout import pack, shard_names
@@ -378,7 +379,7 @@ class TestTypes:
 
 class TestVerify:
     @pytest.mark.parametrize("dtype", SIZES)
-    @pytest.mark.parametrize("family", ["llama", "granite", "qwen3", "gpt2", "opt", "olmo2", "gemma3_text"])
+    @pytest.mark.parametrize("family", FAMILIES)
     def test_a_right_merge_passes(self, tmp_path: Path, family: str, dtype: str) -> None:
         base = make_tiny(family, tmp_path / "base", dtype=SIZES[dtype])
         _, result = merge_verified(base, adapters_of(base, tmp_path), tmp_path / "out")

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lowrank_dist.arch.families import FAMILIES
 from lowrank_dist.engine import dry_run, verification
 from lowrank_dist.engine.planning import job_of, read_request
 from lowrank_dist.ops.extension import extension_loaded
@@ -51,43 +52,45 @@ _GEMMA3 = {
 _GPT2 = {"model_type": "gpt2", "n_embd": 512, "n_layer": 4, "n_head": 8, "vocab_size": 4001, "n_positions": 1024}
 
 
+# Name → config.json: a plan needs no weights.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", **_SMALL, "num_key_value_heads": 4},
+    "mha": {"model_type": "llama", **_SMALL, "num_key_value_heads": 8, "dtype": "bfloat16"},
+    "two_kv": {"model_type": "llama", **_SMALL, "num_key_value_heads": 2, "dtype": "bfloat16"},
+    "qwen2": {"model_type": "qwen2", **_SMALL, "num_key_value_heads": 4, "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", **_SMALL, "num_key_value_heads": 4, "head_dim": 96, "dtype": "bfloat16"},
+    "granite": {"model_type": "granite", **_SMALL, **_MULTIPLIERS, "dtype": "bfloat16"},
+    "window": {"model_type": "mistral", **_SMALL, "num_key_value_heads": 4, "sliding_window": 96},
+    "mixed": {
+        **{"model_type": "qwen2", **_SMALL, "num_key_value_heads": 4, "dtype": "bfloat16"},
+        **{"use_sliding_window": True, "sliding_window": 96, "max_window_layers": 2},
+    },
+    "smollm3": {"model_type": "smollm3", **_SMALL, "num_key_value_heads": 4, "dtype": "bfloat16"},
+    "ministral3": {"model_type": "ministral3", **_SMALL, "num_key_value_heads": 4, "head_dim": 64},
+    "phi3": {"model_type": "phi3", **_SMALL, "num_key_value_heads": 4, "partial_rotary_factor": 0.5},
+    "seed_oss": {
+        **{"model_type": "seed_oss", **_SMALL, "num_key_value_heads": 4, "head_dim": 96, "dtype": "bfloat16"},
+        **{"attention_out_bias": True, "mlp_bias": True},
+    },
+    "gpt2": {**_GPT2, "dtype": "float16"},
+    "opt": {
+        **{"model_type": "opt", **_SMALL, "ffn_dim": 2048, "word_embed_proj_dim": 512},
+    },
+    "olmo3": {"model_type": "olmo3", **_SMALL, "num_key_value_heads": 4, "sliding_window": 96},
+    "glm4": {"model_type": "glm4", **_SMALL, "num_key_value_heads": 4, "head_dim": 64, "dtype": "bfloat16"},
+    "olmo2": {"model_type": "olmo2", **_SMALL, "num_key_value_heads": 4},
+    "olmo2_two_kv": {"model_type": "olmo2", **_SMALL, "num_key_value_heads": 2, "dtype": "bfloat16"},
+    "gemma3": {"model_type": "gemma3_text", **_SMALL, **_GEMMA3},
+}
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Folders with only a config.json: a plan needs no weights."""
-    configs = {
-        "llama": {"model_type": "llama", **_SMALL, "num_key_value_heads": 4},
-        "mha": {"model_type": "llama", **_SMALL, "num_key_value_heads": 8, "dtype": "bfloat16"},
-        "two_kv": {"model_type": "llama", **_SMALL, "num_key_value_heads": 2, "dtype": "bfloat16"},
-        "qwen2": {"model_type": "qwen2", **_SMALL, "num_key_value_heads": 4, "tie_word_embeddings": True},
-        "qwen3": {"model_type": "qwen3", **_SMALL, "num_key_value_heads": 4, "head_dim": 96, "dtype": "bfloat16"},
-        "granite": {"model_type": "granite", **_SMALL, **_MULTIPLIERS, "dtype": "bfloat16"},
-        "window": {"model_type": "mistral", **_SMALL, "num_key_value_heads": 4, "sliding_window": 96},
-        "mixed": {
-            **{"model_type": "qwen2", **_SMALL, "num_key_value_heads": 4, "dtype": "bfloat16"},
-            **{"use_sliding_window": True, "sliding_window": 96, "max_window_layers": 2},
-        },
-        "smollm3": {"model_type": "smollm3", **_SMALL, "num_key_value_heads": 4, "dtype": "bfloat16"},
-        "ministral3": {"model_type": "ministral3", **_SMALL, "num_key_value_heads": 4, "head_dim": 64},
-        "phi3": {"model_type": "phi3", **_SMALL, "num_key_value_heads": 4, "partial_rotary_factor": 0.5},
-        "seed_oss": {
-            **{"model_type": "seed_oss", **_SMALL, "num_key_value_heads": 4, "head_dim": 96, "dtype": "bfloat16"},
-            **{"attention_out_bias": True, "mlp_bias": True},
-        },
-        "gpt2": {**_GPT2, "dtype": "float16"},
-        "opt": {
-            **{"model_type": "opt", **_SMALL, "ffn_dim": 2048, "word_embed_proj_dim": 512},
-        },
-        "olmo3": {"model_type": "olmo3", **_SMALL, "num_key_value_heads": 4, "sliding_window": 96},
-        "glm4": {"model_type": "glm4", **_SMALL, "num_key_value_heads": 4, "head_dim": 64, "dtype": "bfloat16"},
-        "olmo2": {"model_type": "olmo2", **_SMALL, "num_key_value_heads": 4},
-        "olmo2_two_kv": {"model_type": "olmo2", **_SMALL, "num_key_value_heads": 2, "dtype": "bfloat16"},
-        "gemma3": {"model_type": "gemma3_text", **_SMALL, **_GEMMA3},
-    }
     base = tmp_path_factory.mktemp("verify")
-    for name, values in configs.items():
+    for name, values in CONFIGS.items():
         (base / name).mkdir()
         (base / name / "config.json").write_text(json.dumps(values))
-    return {name: str(base / name) for name in configs}
+    return {name: str(base / name) for name in CONFIGS}
 
 
 def verified(source: str, *overrides: str, layout: Layout, target_share: float = 1.0, **changes: Any) -> dict[str, Any]:
@@ -163,6 +166,10 @@ CASES = [
     ("gpt2", 4, 1, False, 2, True, 0.1, [DORA]),
     ("llama", 4, 1, True, 2, False, 0.3, [DORA, r"lora.targets=.*layers\.(1\.mlp|3)\..*(up|down|o)_proj"]),
 ]
+
+
+def test_every_family_has_a_case() -> None:
+    assert {CONFIGS[folder]["model_type"] for folder, *_ in CASES} == set(FAMILIES)
 
 
 @pytest.mark.parametrize(("folder", "tensor", "data", "sequence", "rows", "recompute", "share", "overrides"), CASES)
