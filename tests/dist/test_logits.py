@@ -22,6 +22,7 @@ from tests.dist import ranks
 from tests.dist.ranks import run_ranks
 from tests.tiny_models import FAMILY_NAMES, VOCAB, flipped_flags, make_tiny
 
+Reference = Callable[..., np.ndarray]
 TOLERANCE = 1e-4  # of the largest |logit|, in fp32; found: at most 1.2e-6
 BROKEN = 1e-2  # what a negative control must exceed
 LAYOUTS = {"tp1": (1, False), "tp2": (2, False), "tp2_sp": (2, True), "tp4": (4, False), "tp4_sp": (4, True)}
@@ -100,6 +101,21 @@ def transformers_logits(folder: str, ids: torch.Tensor, dtype: torch.dtype = tor
     model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype).eval().to(device)
     with torch.no_grad():
         return model(ids.to(device), use_cache=False).logits.double().cpu().numpy()
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    """Return transformers_logits, which computes the logits of a folder, ids and dtype once."""
+    known: dict[tuple[str, str, torch.dtype], np.ndarray] = {}
+
+    def logits(folder: str, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> np.ndarray:
+        key = folder, str(ids.tolist()), dtype
+        if key not in known:
+            known[key] = transformers_logits(folder, ids, dtype)
+            known[key].flags.writeable = False
+        return known[key]
+
+    return logits
 
 
 def gap(found: np.ndarray, expected: np.ndarray) -> float:
@@ -309,48 +325,48 @@ BREAKAGES |= {f"forget_biases_of_{name}": (forget_biases_of(name), bias(name)) f
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_equal_transformers(folders: dict[str, str], layout: str) -> None:
+def test_equal_transformers(folders: dict[str, str], layout: str, reference: Reference) -> None:
     tensor, sequence = LAYOUTS[layout]
-    expected = {name: transformers_logits(folder, tokens()) for name, folder in folders.items()}
+    expected = {name: reference(folder, tokens()) for name, folder in folders.items()}
     for found in run_ranks(tensor, all_logits, folders, tensor, sequence, "fp32"):
         gaps = {name: gap(found[name], expected[name]) for name in folders}
         assert max(gaps.values()) <= TOLERANCE, gaps
 
 
-def test_each_flag_is_transformers(flipped: dict[str, str]) -> None:
+def test_each_flag_is_transformers(flipped: dict[str, str], reference: Reference) -> None:
     """Biases and tied embeddings that no other model of the family here has, or lacks."""
     for found in run_ranks(2, all_logits, flipped, 2, True, "fp32"):
-        gaps = {name: gap(found[name], transformers_logits(folder, tokens())) for name, folder in flipped.items()}
+        gaps = {name: gap(found[name], reference(folder, tokens())) for name, folder in flipped.items()}
         assert max(gaps.values()) <= TOLERANCE, gaps
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bf16_errs_as_transformers_does(bf16_folders: dict[str, str], layout: str) -> None:
+def test_bf16_errs_as_transformers_does(bf16_folders: dict[str, str], layout: str, reference: Reference) -> None:
     """Against float32 on the same rounded weights: at most twice the error of transformers' own bf16."""
     tensor, sequence = LAYOUTS[layout]
     found = run_ranks(tensor, all_logits, bf16_folders, tensor, sequence, "auto")[0]
     for family, folder in bf16_folders.items():
-        exact = transformers_logits(folder, tokens())
-        allowed = 2 * gap(transformers_logits(folder, tokens(), torch.bfloat16), exact)
+        exact = reference(folder, tokens())
+        allowed = 2 * gap(reference(folder, tokens(), torch.bfloat16), exact)
         assert 0 < gap(found[family], exact) <= allowed, family
 
 
 @pytest.mark.parametrize("broken", BREAKAGES)
-def test_notices_what_is_broken(folders: dict[str, str], broken: str) -> None:
+def test_notices_what_is_broken(folders: dict[str, str], broken: str, reference: Reference) -> None:
     """Negative controls: any exchanged weight or position moves the logits far beyond the tolerance."""
     _, applies = BREAKAGES[broken]
     chosen = {name: folder for name, folder in folders.items() if applies(read_architecture(Path(folder)))}
     found = run_ranks(2, all_logits, chosen, 2, True, "fp32", broken)[0]
-    gaps = {name: gap(found[name], transformers_logits(folder, tokens())) for name, folder in chosen.items()}
+    gaps = {name: gap(found[name], reference(folder, tokens())) for name, folder in chosen.items()}
     assert min(gaps.values()) > BROKEN, gaps
 
 
-def test_bf16_notices_exchanged_projections(bf16_folders: dict[str, str]) -> None:
+def test_bf16_notices_exchanged_projections(bf16_folders: dict[str, str], reference: Reference) -> None:
     """Negative control: a wrong weight exceeds twice transformers' error."""
     found = run_ranks(2, all_logits, bf16_folders, 2, True, "auto", "exchange_k_and_v")[0]
     for family, folder in bf16_folders.items():
-        exact = transformers_logits(folder, tokens())
-        assert gap(found[family], exact) > 2 * gap(transformers_logits(folder, tokens(), torch.bfloat16), exact), family
+        exact = reference(folder, tokens())
+        assert gap(found[family], exact) > 2 * gap(reference(folder, tokens(), torch.bfloat16), exact), family
 
 
 def logits_without_global_groups(folder: str) -> np.ndarray:
@@ -366,9 +382,9 @@ def logits_without_global_groups(folder: str) -> np.ndarray:
         return load(folder, topology).logits(ids, positions).double().cpu().numpy()
 
 
-def test_process_groups_are_arguments(folders: dict[str, str]) -> None:
+def test_process_groups_are_arguments(folders: dict[str, str], reference: Reference) -> None:
     for found in run_ranks(2, logits_without_global_groups, folders["gpt2"]):
-        assert gap(found, transformers_logits(folders["gpt2"], tokens())) <= TOLERANCE
+        assert gap(found, reference(folders["gpt2"], tokens())) <= TOLERANCE
 
 
 def packed_logits(folders: dict[str, str], tensor: int, sequence: bool, segmented: bool) -> dict[str, np.ndarray]:
@@ -382,22 +398,22 @@ def packed_logits(folders: dict[str, str], tensor: int, sequence: bool, segmente
 
 
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "tp2_sp"])
-def test_packed_samples_equal_each_alone(folders: dict[str, str], layout: str) -> None:
+def test_packed_samples_equal_each_alone(folders: dict[str, str], layout: str, reference: Reference) -> None:
     tensor, sequence = LAYOUTS[layout]
     ids = tokens()[:1]
     found = run_ranks(tensor, packed_logits, folders, tensor, sequence, True)[0]
     for name, folder in folders.items():
-        alone = [transformers_logits(folder, part) for part in (ids[:, :FIRST], ids[:, FIRST:])]
+        alone = [reference(folder, part) for part in (ids[:, :FIRST], ids[:, FIRST:])]
         assert gap(found[name], np.concatenate(alone, axis=1)) <= TOLERANCE, name
 
 
-def test_notices_samples_that_see_each_other(folders: dict[str, str]) -> None:
+def test_notices_samples_that_see_each_other(folders: dict[str, str], reference: Reference) -> None:
     """Negative control: without segments the first sample's logits stay the same, and the second's change."""
     ids = tokens()[:1]
     found = run_ranks(2, packed_logits, folders, 2, True, False)[0]
     for name, folder in folders.items():
-        assert gap(found[name][:, :FIRST], transformers_logits(folder, ids[:, :FIRST])) <= TOLERANCE, name
-        assert gap(found[name][:, FIRST:], transformers_logits(folder, ids[:, FIRST:])) > BROKEN, name
+        assert gap(found[name][:, :FIRST], reference(folder, ids[:, :FIRST])) <= TOLERANCE, name
+        assert gap(found[name][:, FIRST:], reference(folder, ids[:, FIRST:])) > BROKEN, name
 
 
 def ragged_logits(folder: str, positions: torch.Tensor) -> np.ndarray:
@@ -406,14 +422,14 @@ def ragged_logits(folder: str, positions: torch.Tensor) -> np.ndarray:
     return model.logits(tokens().to(device), positions.to(device)).double().cpu().numpy()
 
 
-def test_longrope_goes_by_the_length_of_each_row(folders: dict[str, str]) -> None:
+def test_longrope_goes_by_the_length_of_each_row(folders: dict[str, str], reference: Reference) -> None:
     """Padding has position 0 and does not count. Control: a row that ends later is long."""
     ids, short = tokens(), FIRST - 2
     positions = torch.arange(LENGTH).repeat(2, 1)
     positions[1, short:] = 0
     found = run_ranks(2, ragged_logits, folders["longrope"], positions)[0]
-    assert gap(found[:1], transformers_logits(folders["longrope"], ids[:1])) <= TOLERANCE
-    assert gap(found[1:, :short], transformers_logits(folders["longrope"], ids[1:, :short])) <= TOLERANCE
+    assert gap(found[:1], reference(folders["longrope"], ids[:1])) <= TOLERANCE
+    assert gap(found[1:, :short], reference(folders["longrope"], ids[1:, :short])) <= TOLERANCE
     positions[1, -1] = LENGTH - 1
     longer = run_ranks(2, ragged_logits, folders["longrope"], positions)[0]
     assert gap(longer[1:, :short], found[1:, :short]) > BROKEN
