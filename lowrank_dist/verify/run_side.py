@@ -40,6 +40,8 @@ from lowrank_dist.verify.trace import InputTrace, Traced
 STEPS = 3
 # With AdamW's usual ε, the rounding of a gradient near zero becomes a step of full size.
 EPS = 1e-3
+# Three steps at a usual rate change so little that a fault of the optimiser stays below the bounds.
+_LEAST_LR = 1e-2
 # Microbatches of a data-parallel rank in a step: two show that gradients accumulate.
 _MICROBATCHES = 2
 
@@ -55,8 +57,8 @@ def settings_for(config: Config, section: MethodSection, cut: Path, output: Path
         "model": _with(config.model, path=cut),
         "data": _with(config.data, eval=None, tokenizer=config.data.tokenizer or base),
         "train": _with(
-            train, steps=STEPS, epochs=None, global_batch=batch, warmup_steps=0, schedule="constant", eps=EPS,
-            resume="never",
+            train, steps=STEPS, epochs=None, global_batch=batch, lr=max(train.lr, _LEAST_LR), warmup_steps=0,
+            schedule="constant", eps=EPS, resume="never",
         ),
         "eval": EvalConfig(),
         "output": OutputConfig(dir=output),

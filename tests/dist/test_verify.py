@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from lowrank_dist.cli.verify import FAULTS
+from lowrank_dist.engine.zero import ZeroOptimiser
 from tests.dist import ranks
 from tests.dist.method_runs import METHODS
 from tests.dist.ranks import run_ranks
@@ -134,6 +136,24 @@ def test_a_fault_is_found_in_bf16(folders: Any, data: str) -> None:
     """A swapped head of 4 with the tolerance of bf16."""
     code, text = outcome(2, Case(folders("llama"), data, fault="qk", changes=("model.dtype=bf16",)))
     assert code == 1 and "inputs of linears of model.layers.0.self_attn.o_proj" in text.splitlines()[-1], text
+
+
+def verify_with_other_rules(case: Case, name: str, value: object) -> tuple[int, str]:
+    """On one rank: `verify` where the run's optimiser, and not the reference's, has another rule."""
+    init = ZeroOptimiser.__init__
+
+    def changed(self: Any, parameters: Any, topology: Any, rules: Any, *others: Any) -> None:
+        init(self, parameters, topology, replace(rules, **{name: value}), *others)
+
+    with mock.patch.object(ZeroOptimiser, "__init__", changed):
+        return verify(case)
+
+
+@pytest.mark.parametrize(("name", "value"), [("weight_decay", 0.0), ("betas", (0.9, 0.99)), ("clip", None)])
+def test_a_fault_of_the_optimiser_is_found_at_a_small_rate(folders: Any, data: str, name: str, value: object) -> None:
+    case = Case(folders("llama"), data, changes=("train.lr=1e-5", "train.weight_decay=0.1"))
+    (code, text), _ = run_ranks(2, verify_with_other_rules, case, name, value)
+    assert code == 1 and any(step in text.splitlines()[-1] for step in ("step 2", "step 3")), text
 
 
 def test_a_fault_that_changes_nothing_is_refused(folders: Any, data: str) -> None:
