@@ -39,9 +39,9 @@ def test_bounds() -> None:
     for factor, agrees in ((0.9, True), (1.1, False)):
         changed = record(losses=[2.0 * (1 + factor * FP32)])
         assert (first_difference(compare(changed, record(), None)) is None) == agrees
-    # In bf16, twice the error of the reference in bf16.
+    # In bf16, four times the error of the reference in bf16.
     rounded = record(losses=[2.0 * 1.01])
-    for error, agrees in ((0.019, True), (0.021, False)):
+    for error, agrees in ((0.039, True), (0.041, False)):
         changed = record(losses=[2.0 * (1 + error)])
         assert (first_difference(compare(changed, record(), rounded)) is None) == agrees
 
