@@ -11,8 +11,8 @@ from torch import Tensor
 
 # Bound of a relative difference in fp32, where only the order of sums differs.
 FP32 = 1e-4
-# In bf16 the run may differ from fp32 this many times as much as transformers in bf16 does. Correct runs of SmolLM2-135M
-# (full, and LoRA with DoRA) reached 2.4 times, a planted fault is far above.
+# In bf16 the run may differ from fp32 this many times as much as transformers in bf16 does. Correct runs of
+# SmolLM2-135M (full, and LoRA with DoRA) reached 2.4 times, a planted fault is far above.
 BF16_FACTOR = 4.0
 # Half of the distance of two neighbours in bf16, relative: less than this cannot be asked of a number that was rounded.
 _ROUNDING = 2.0**-9
