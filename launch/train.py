@@ -33,16 +33,14 @@ def main(config: Config, supervision: Supervision) -> int:
     refuse_missing_hostfile()
     # Imported here, so that an error in the configuration is found before Megatron and transformers are loaded.
     with exempt_from_gc():
-        from lowrank_dist.arch.config_json import read_architecture
         from lowrank_dist.engine.agreement import require_same_start
-        from lowrank_dist.engine.assemble import build_engine, build_trainer, choose_kernels
+        from lowrank_dist.engine.assemble import build_engine, build_topology, build_trainer, choose_kernels
         from lowrank_dist.engine.datasets import build_data
         from lowrank_dist.engine.forecast import Forecast, with_tensor_size
         from lowrank_dist.engine.run import Run
         from lowrank_dist.engine.run_folder import RunFolder
         from lowrank_dist.engine.run_method import build_method
         from lowrank_dist.model.load import check_model, load_model
-        from lowrank_dist.parallel.topology import Topology
 
     backend = select_backend(config.model.device, local_rank())
     choose_kernels(config.engine.kernels, backend.device.type)
@@ -52,19 +50,10 @@ def main(config: Config, supervision: Supervision) -> int:
     )
 
     supervision.enter("meeting")  # the processes find each other and form the process groups
-    timeout = config.engine.timeout_seconds
-    backend = init_process_group(backend, timeout)
+    backend = init_process_group(backend, config.engine.timeout_seconds)
     require_same_start(config, backend)
     config, layout_line = with_tensor_size(config, backend)
-    parallel = config.parallel
-    topology = Topology.build(
-        parallel.tensor_size,
-        parallel.data,
-        parallel.sequence,
-        timeout,
-        across_nodes=parallel.across_nodes,
-        fitting=read_architecture(config.model.path).legal_tp_sizes(),
-    )
+    topology = build_topology(config)
     supervision.hosts = topology.hosts
 
     supervision.enter("model")  # the sharded frozen base with Θ, the trained parameters, attached

@@ -215,12 +215,22 @@ class Loader:
 
     def batch(self, position: int) -> StepBatch:
         """Return the batch that starts after `position` samples of the stream."""
-        n, size = len(self._dataset), self._global_batch
+        numbers = self._numbers(position)
+        return self._split.batch(self._dataset, numbers, (position + len(numbers)) / len(self._dataset))
+
+    def samples(self, position: int) -> list[Sample]:
+        """Return the samples of the whole global batch that starts there, on all ranks, in the order of their numbers.
+
+        A sample's number is the one in `Microbatch.dropout_rows`.
+        """
+        return [self._dataset[int(number)] for number in self._numbers(position)]
+
+    def _numbers(self, position: int) -> np.ndarray:
+        size = self._global_batch
         if self._end is not None:
             size = min(size, self._end - position)
         assert size > 0, "no sample is left to train on"
-        numbers = order(self._seed, n, position, size)
-        return self._split.batch(self._dataset, numbers, (position + size) / n)
+        return order(self._seed, len(self._dataset), position, size)
 
 
 def eval_batches(dataset: Dataset, split: BatchSplit, *, global_batch: int) -> Iterator[StepBatch]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lowrank_dist.arch.config_json import config_notes
+from lowrank_dist.arch.config_json import config_notes, read_architecture
 from lowrank_dist.arch.generation_config import generation_notes
 from lowrank_dist.backend import apex
 from lowrank_dist.backend.libraries import stale_build_locks
@@ -35,6 +35,7 @@ from lowrank_dist.model.causal_lm import CausalLM
 from lowrank_dist.model.load import dtype_notes
 from lowrank_dist.ops import extension
 from lowrank_dist.parallel.theta import Theta
+from lowrank_dist.parallel.topology import Topology
 
 
 def choose_kernels(kernels: str, device: str) -> None:
@@ -50,6 +51,19 @@ def describe_kernels(kernels: str, device: str) -> list[str]:
     if kernels == "plain":
         return ["plain PyTorch operators, norms and AdamW (engine.kernels: plain)"]
     return [extension.describe(device), *([apex.describe(device)] if device == "cuda" else [])]
+
+
+def build_topology(config: Config) -> Topology:
+    """Build the process groups that section `parallel` asks for, over all ranks. Raises as `Topology.build` does."""
+    parallel = config.parallel
+    return Topology.build(
+        parallel.tensor_size,
+        parallel.data,
+        parallel.sequence,
+        config.engine.timeout_seconds,
+        across_nodes=parallel.across_nodes,
+        fitting=read_architecture(config.model.path).legal_tp_sizes(),
+    )
 
 
 def optimiser_rules(config: Config) -> OptimiserRules:

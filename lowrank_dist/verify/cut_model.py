@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
+from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.arch.config_json import parse_architecture, read_architecture
 from lowrank_dist.arch.cut import cut_config, source_names
 from lowrank_dist.arch.model_files import CONFIG_FILE, read_config
 from lowrank_dist.arch.tensors import hf_shapes
 from lowrank_dist.errors import UserError
-from lowrank_dist.formats.model_folder import SINGLE_FILE, check_checkpoint, open_checkpoint, stored_name
+from lowrank_dist.formats.model_folder import SINGLE_FILE, Checkpoint, check_checkpoint, open_checkpoint, stored_name
 from lowrank_dist.formats.safetensors_file import (
     SafetensorsWriter,
     TensorEntry,
@@ -59,10 +60,11 @@ def write_cut_model(base: Path, folder: Path, layers: Sequence[int], dtype: str)
     config = cut_config(values, architecture, layers)
     cut = parse_architecture(config, str(folder / CONFIG_FILE))
     assert cut.layers == tuple(architecture.layers[number] for number in layers), "config.json describes other layers"
-    sources = _sources(base, layers)
-    assert sources.keys() <= hf_shapes(cut).keys(), "tensors that the cut model does not have"
     with open_checkpoint(base) as checkpoint:
+        check_checkpoint(architecture, checkpoint)
+        sources = _sources(checkpoint, architecture, layers)
         rounded = running_dtype(checkpoint, dtype) == torch.bfloat16
+    assert sources.keys() <= hf_shapes(cut).keys(), "tensors that the cut model does not have"
     entries = [_entry(name, source.entry, rounded=rounded) for name, source in sources.items()]
     total = sum(entry.nbytes for entry in entries)
     folder.mkdir()
@@ -79,21 +81,19 @@ def write_cut_model(base: Path, folder: Path, layers: Sequence[int], dtype: str)
     return CutModel(folder, tuple(layers), total)
 
 
-def _sources(base: Path, layers: Sequence[int]) -> dict[str, _Source]:
+def _sources(checkpoint: Checkpoint, architecture: Architecture, layers: Sequence[int]) -> dict[str, _Source]:
     """Return name in the cut model → place of the tensor. A tied output layer that is stored as well is left out."""
-    architecture, found = read_architecture(base), {}
-    with open_checkpoint(base) as checkpoint:
-        check_checkpoint(architecture, checkpoint)
-        headers = {file: read_header(file) for file in {checkpoint.file(name) for name in checkpoint.names()}}
-        places = {
-            (file, entry.name): _Source(file, header.data_start + entry.start, entry)
-            for file, header in headers.items()
-            for entry in header.entries
-        }
-        for new, old in source_names(architecture, layers).items():
-            stored = stored_name(old, architecture, checkpoint)
-            assert stored is not None, "check_checkpoint comes first"
-            found[new] = places[checkpoint.file(stored), stored]
+    headers = {file: read_header(file) for file in {checkpoint.file(name) for name in checkpoint.names()}}
+    places = {
+        (file, entry.name): _Source(file, header.data_start + entry.start, entry)
+        for file, header in headers.items()
+        for entry in header.entries
+    }
+    found = {}
+    for new, old in source_names(architecture, layers).items():
+        stored = stored_name(old, architecture, checkpoint)
+        assert stored is not None, "check_checkpoint comes first"
+        found[new] = places[checkpoint.file(stored), stored]
     return found
 
 

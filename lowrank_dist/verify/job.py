@@ -22,7 +22,7 @@ from lowrank_dist.backend.select import Backend, init_process_group, local_rank,
 from lowrank_dist.config import Config
 from lowrank_dist.data.masking import Sample
 from lowrank_dist.engine.agreement import require_same_start
-from lowrank_dist.engine.assemble import choose_kernels, optimiser_rules
+from lowrank_dist.engine.assemble import build_topology, choose_kernels, optimiser_rules
 from lowrank_dist.engine.forecast import with_tensor_size
 from lowrank_dist.engine.meter import Watcher
 from lowrank_dist.engine.resume import started_at
@@ -38,7 +38,7 @@ from lowrank_dist.verify.compare import Record, compare, first_difference
 from lowrank_dist.verify.cut_model import write_cut_model
 from lowrank_dist.verify.reference import inputs_of, run_reference
 from lowrank_dist.verify.report import beginning, table, verdict
-from lowrank_dist.verify.run_side import STEPS, Job, RunSide, export, samples_of_step, settings_for, without_dropout
+from lowrank_dist.verify.run_side import STEPS, Job, RunSide, export, settings_for, without_dropout
 from lowrank_dist.verify.trace import Traced
 
 _POLL_SECONDS = 0.2
@@ -47,24 +47,15 @@ _POLL_SECONDS = 0.2
 def verify(config: Config, fault: str | None, supervision: Supervision) -> int:
     """Verify the run `config` on all ranks. Returns the exit code: 0 where everything agrees, 1 where not.
 
-    fault: one of faults.FAULTS, to plant in the run's side. Raises UserError as the start of the run would.
+    fault: one of cli.verify.FAULTS, to plant in the run's side. Raises UserError as the start of the run would.
     """
     backend = select_backend(config.model.device, local_rank())
     choose_kernels(config.engine.kernels, backend.device.type)
     supervision.enter("meeting")
-    timeout = config.engine.timeout_seconds
-    backend = init_process_group(backend, timeout)
+    backend = init_process_group(backend, config.engine.timeout_seconds)
     require_same_start(config, backend)
     config, _ = with_tensor_size(config, backend)
-    architecture, parallel = read_architecture(config.model.path), config.parallel
-    topology = Topology.build(
-        parallel.tensor_size,
-        parallel.data,
-        parallel.sequence,
-        timeout,
-        across_nodes=parallel.across_nodes,
-        fitting=architecture.legal_tp_sizes(),
-    )
+    topology = build_topology(config)
     supervision.hosts = topology.hosts
     supervision.enter("model")
     return verify_on(config, fault, topology, backend, supervision)
@@ -126,10 +117,9 @@ def _train(job: Job, folder: Path, fault: str | None) -> _Trained | None:
     if not job.is_first:
         return None
     exported = export(side.method, job.config, end, job.config.output.dir, trained=True)
-    samples = [samples_of_step(job.config, side.data, step) for step in range(STEPS)]
     record = replace(record, exported=exported)
     dtype = side.model.config.params_dtype
-    return _Trained(dtype, Start(folder / "start", start), record, traced, samples)
+    return _Trained(dtype, Start(folder / "start", start), record, traced, side.samples())
 
 
 def _compare(job: Job, layers: Sequence[int], trained: _Trained) -> int:

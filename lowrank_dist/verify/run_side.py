@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lowrank_dist.arch.architecture import Architecture
 from lowrank_dist.backend.select import Backend
+from lowrank_dist.checkpoint.training_state import KINDS
 from lowrank_dist.config import Config
 from lowrank_dist.config.schema import EvalConfig, OutputConfig
-from lowrank_dist.data.batches import BatchSplit, Loader, order
+from lowrank_dist.data.batches import BatchSplit, Loader
 from lowrank_dist.data.masking import Sample
 from lowrank_dist.data.tokenizer import load_tokenizer
 from lowrank_dist.engine.agreement import require_same_inputs
@@ -107,17 +108,11 @@ def read_samples(job: Job, method: Method, architecture: Architecture) -> tuple[
     return Data(dataset, loader, StreamRange.of(train, dataset, None)), split
 
 
-def samples_of_step(config: Config, data: Data, step: int) -> list[Sample]:
-    """Return the samples of a step's global batch, in the order that numbers them."""
-    size = config.train.global_batch
-    return [data.dataset[int(number)] for number in order(config.train.seed, len(data.dataset), step * size, size)]
-
-
 class RunSide:
     """The cut model with Θ attached, and the record of what training does to it. Collective throughout."""
 
     def __init__(self, job: Job, fault: str | None) -> None:
-        """fault: one of faults.FAULTS, to plant; None for the code as it is."""
+        """fault: one of cli.verify.FAULTS, to plant; None for the code as it is."""
         self._job, config, topology = job, job.config, job.topology
         job.watcher.enter("model")
         architecture = check_model(config.model.path, topology.tp_size, config.data.max_length)
@@ -149,8 +144,11 @@ class RunSide:
 
     def stored(self) -> dict[str, Tensor]:
         """Return stored name → tensor of Θ, whole and in fp32, on rank 0; empty elsewhere."""
-        stream = self._gathering.stream(self._engine.optimiser.snapshot(), require_equal=False)
-        return {name: tensor[0].clone() for whole in stream for name, tensor in whole.items()}
+        return self._whole(self._engine.optimiser.snapshot())
+
+    def samples(self) -> list[list[Sample]]:
+        """Return the samples of each step's global batch, in the order that numbers them."""
+        return [self.data.train.samples(step * self._job.config.train.global_batch) for step in range(STEPS)]
 
     def train(self) -> tuple[Record, Traced]:
         """Run the steps. Returns their record, without what is exported, and the inputs of the first microbatch."""
@@ -165,7 +163,8 @@ class RunSide:
             dist.all_reduce(total, group=self._job.topology.dp_group)
             losses.append(float(total) / batch.global_targets)
             norms.append(self._engine.step(self._job.config.train.lr))
-            gradients.append(self._whole_gradient())
+            # In place of Θ and its moments. Copies may differ: a planted fault makes them.
+            gradients.append(self._whole(self._gradient.expand(len(KINDS), -1)))
         return Record(traced.inputs, losses, norms, gradients), traced
 
     def _enter(self, phase: str) -> None:
@@ -176,10 +175,9 @@ class RunSide:
         elif phase == "optimiser":
             self._gradient = self._engine.optimiser.gradients()
 
-    def _whole_gradient(self) -> dict[str, Tensor]:
-        """Return stored name → gradient of the step on rank 0; empty elsewhere."""
-        three = self._gradient.expand(3, -1)
-        stream = self._gathering.stream(three, require_equal=False)
+    def _whole(self, snapshot: Tensor) -> dict[str, Tensor]:
+        """Return stored name → the first of the tensors that `Gathering.stream` yields on rank 0; empty elsewhere."""
+        stream = self._gathering.stream(snapshot, require_equal=False)
         return {name: tensor[0].clone() for whole in stream for name, tensor in whole.items()}
 
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lowrank_dist.data.batches import Microbatch
 from lowrank_dist.model.causal_lm import CausalLM
+from lowrank_dist.parallel.collectives import all_gather_columns, gather_rows
 from lowrank_dist.parallel.linear import LowRankLinear
 from lowrank_dist.parallel.topology import Topology
 
@@ -59,8 +58,10 @@ class InputTrace:
     def _whole(self, module: LowRankLinear, local: Tensor) -> Tensor:
         """Return the input [s, b, K] of all tokens and features."""
         group = self._topology.tp_group
-        if group.size() == 1 or (module.kind == "column" and not module.sequence_parallel):
+        if module.kind == "row":
+            return all_gather_columns(local, group)
+        if not module.sequence_parallel:
             return local
-        shards = [torch.empty_like(local) for _ in range(group.size())]
-        dist.all_gather(shards, local.contiguous(), group=group)
-        return torch.cat(shards, dim=0 if module.kind == "column" else -1)
+        whole, pending = gather_rows(local.flatten(1), group)
+        pending.wait()
+        return whole.unflatten(1, local.shape[1:])
